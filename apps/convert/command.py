@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from apps.base.quiet import quiet
+from apps.convert.conversion import Request
 from apps.convert.figures import Figures, Trial, counted, table, weight_bytes
-from apps.convert.kinds import BY_LOAD, KINDS, Request
+from apps.convert.kinds import BY_LOAD, KINDS, check_runs
 from apps.convert.options import Options
 from apps.convert.runs import CONFIG, Run, new_run, write_run
 
@@ -27,6 +28,7 @@ def convert(options: Options) -> tuple[Figures, Figures]:
         OSError: the new run cannot be written; nothing of it is left.
     """
     first, *others = (Run.read(path, options.config) for path in options.runs)
+    check_runs(options.kind, options.values, (first, *others))
     if options.batches and first.config is None:
         raise ValueError(
             f"no config.yaml lies beside {first.file}, and the batches come from its data: give --config FILE, or "
@@ -44,11 +46,10 @@ def convert(options: Options) -> tuple[Figures, Figures]:
             statistics = trial.statistics(None if pair is None else module.part(pair).select, merges)
         del trial
     else:
-        before = counted(first.outline(first.arguments()), num_bytes)
+        before = counted(first.outline(first.arguments(), first.checkpoint), num_bytes)
     request = Request(first, module, options.values, statistics, tuple(others))
     conversion = KINDS[options.kind](request)
-    outline = first.outline(conversion.arguments)
-    outline.adapt_linears(conversion.extra)
+    outline = first.outline(conversion.arguments, conversion.extra)
     layout = conversion.layout(first, outline)
     with new_run(options.output) as folder:
         file = write_run(

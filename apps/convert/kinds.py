@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,105 +14,35 @@ import torch
 from torch import Tensor, nn
 
 import core
+from apps.cli import UsageError
 from apps.cli.configs import read_config, shipped
+from apps.convert.conversion import Conversion, Request, Tensors
 from apps.convert.runs import Run, model_section
 from apps.nets.blocks import moe_configs
-from apps.train.module import SparseModule
 from core.convert import FeedForwardPart, SparseFFN, read_ffn
 from core.convert.parts import layers_with_experts
 from core.convert.prune import number_to_keep
 from core.convert.starts import start_of
 
-Statistics = Mapping[str, core.ExpertStatistics]
-Tensors = Mapping[str, Tensor]
 
+def check_runs(kind: str, options: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Check that a kind of conversion takes these runs, before anything is computed.
 
-@dataclass(frozen=True)
-class Conversion:
-    """A converted model that is to be written.
-
-    Attributes:
-        arguments: of its constructor.
-        replaced: by the dotted name of a module, or of one tensor, what makes the new tensors by their names below it;
-            "" is the tensor itself. All other tensors stay as they are.
-        data: arguments of the data that change.
-        extra: further entries of the checkpoint.
+    Raises:
+        UsageError: there is one run to be merged, and it has no updates.
+        ValueError: a run has updates beside its linear layers, with which this conversion does nothing.
     """
-
-    arguments: dict[str, Any]
-    replaced: Mapping[str, Callable[[], Tensors]]
-    data: Mapping[str, Any] = field(default_factory=dict)
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    def values(self, state: Tensors) -> Iterator[tuple[str, Tensor]]:
-        """Yield each tensor of the new model with its name, those that stay first."""
-        for name, value in state.items():
-            if self.owner(name) is None:
-                yield name, value
-        for prefix, make in self.replaced.items():
-            yield from _named(prefix, make)
-
-    def layout(self, run: Run, outline: SparseModule) -> dict[str, Tensor]:
-        """Return tensors without contents of the shapes and dtypes of the new model.
-
-        Args:
-            run: the run that is converted.
-            outline: the new model.
-
-        Raises:
-            ValueError: a tensor that stays is not the new model's.
-        """
-        places: dict[Any, Tensor] = {}
-        old, layout = run.state, {}
-        floats = {value.dtype for value in old.values() if value.is_floating_point()}
-        for name, new in outline.state_dict().items():
-            if not isinstance(new, Tensor):
-                continue
-            if self.owner(name) is not None:
-                # A run of one precision keeps it.
-                dtype = next(iter(floats)) if new.is_floating_point() and len(floats) == 1 else new.dtype
-                layout[name] = torch.empty(new.shape, dtype=dtype)
-                continue
-            value = old.get(name)
-            if value is None or value.shape != new.shape:
-                there = "missing" if value is None else tuple(value.shape)
-                raise ValueError(f"the converted model has {name} of {tuple(new.shape)}, and {run.file} {there}")
-            # Tied tensors stay one.
-            key = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape)
-            layout[name] = places.setdefault(key, torch.empty(value.shape, dtype=value.dtype))
-        lost = next((name for name in old if name not in layout and self.owner(name) is None), None)
-        if lost is not None:
-            raise ValueError(f"the converted model has no place for {lost} of {run.file}")
-        return layout
-
-    def owner(self, name: str) -> str | None:
-        """Return the replaced module or tensor that a name belongs to; None: it stays."""
-        return next((p for p in self.replaced if name == p or name.startswith(f"{p}.")), None)
-
-
-def _named(prefix: str, make: Callable[[], Tensors]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of one module by their full names; none of them outlives this call."""
-    for name, value in make().items():
-        yield f"{prefix}.{name}" if name else prefix, value.detach()
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be converted, and how.
-
-    Attributes:
-        run: the run.
-        module: its model, with tensors that are mapped.
-        options: those of the kind, by name.
-        statistics: of the experts, by layer; None: no batches were asked for, or the kind reads none.
-        others: further runs, to be merged.
-    """
-
-    run: Run
-    module: SparseModule
-    options: argparse.Namespace
-    statistics: Statistics | None = None
-    others: tuple[Run, ...] = ()
+    adapted = next((run for run in runs if run.is_adapted), None)
+    if kind == "merge" and len(runs) == 1:
+        if adapted is None:
+            raise UsageError(f"--ckpt_path {runs[0].file} is one run: merge takes two or more, or one with updates")
+        if options.how != "average" or options.weights or options.moe:
+            raise ValueError(f"--how, --weights and --moe are for several runs, and {runs[0].file} is one with updates")
+    elif adapted is not None and kind != "densify":
+        raise ValueError(
+            f"{adapted.file} has updates beside its linear layers: make them a part of these first, by moesaic convert "
+            "merge, or convert the run that was adapted"
+        )
 
 
 def sparse_layers(request: Request) -> dict[str, core.MoE]:
@@ -135,7 +65,8 @@ def sparse_layers(request: Request) -> dict[str, core.MoE]:
 
 
 def densified(request: Request) -> Conversion:
-    """Return one feed-forward network in the place of each MoE layer, made of all its experts."""
+    """Return one feed-forward network in the place of each MoE layer, made of all its experts; of a run with updates,
+    one update in the place of each mixture of them, as a part of its linear layer."""
     how, statistics = request.options.how, request.statistics
     if how in BY_LOAD and statistics is None:
         raise ValueError(f"--batches 0 leaves out the loads that --how {how} needs")
@@ -143,7 +74,15 @@ def densified(request: Request) -> Conversion:
     def one(name: str, layer: core.MoE) -> nn.Module:
         return core.densify(layer, how, statistics[name].loads_E if statistics and how in BY_LOAD else None)
 
-    return _dense(request, one)
+    if not request.run.is_adapted:
+        return _dense(request, one)
+
+    def of_one_update(name: str, adapted: core.AdaptedLinear) -> core.AdaptedLinear:
+        used = statistics[f"{name}.updates"].loads_E if statistics and how in BY_LOAD else None
+        core.densify(adapted, how, None if used is None else {"updates": used})
+        return adapted
+
+    return _with_updates_merged(request, of_one_update)
 
 
 def pruned(request: Request) -> Conversion:
@@ -192,7 +131,10 @@ def upcycled(request: Request) -> Conversion:
 
 
 def merged(request: Request) -> Conversion:
-    """Return the mean of several runs, or a sparse model whose experts are their networks."""
+    """Return the mean of several runs, or a sparse model whose experts are their networks; of one run with updates,
+    the model that has them in its linear layers."""
+    if request.run.is_adapted:
+        return _with_updates_merged(request, lambda name, adapted: adapted)
     options, runs = request.options, (request.run, *request.others)
     for other in request.others:
         _check_alike(request.run, other)
@@ -230,6 +172,27 @@ def adapted(request: Request) -> Conversion:
         request.module.adapt_linears(extra)
     layers = {name: m for name, m in request.module.named_modules() if isinstance(m, core.AdaptedLinear)}
     return Conversion(run.arguments(), {name: layer.state_dict for name, layer in layers.items()}, extra=extra)
+
+
+def _with_updates_merged(
+    request: Request, prepared: Callable[[str, core.AdaptedLinear], core.AdaptedLinear]
+) -> Conversion:
+    """Return a model whose updates are a part of its linear layers; its MoE layers stay.
+
+    Args:
+        request: of a run with updates.
+        prepared: returns an adapted layer with updates that are the same for every token, by the layer's name.
+    """
+    named = request.module.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in named if isinstance(module, core.AdaptedLinear)}
+
+    def linear(name: str) -> Tensors:
+        try:
+            return core.merge_adapters(prepared(name, layers[name])).state_dict()
+        except ValueError as error:
+            raise ValueError(f"module {name!r}: {error}") from None
+
+    return Conversion(request.run.arguments(), {name: partial(linear, name) for name in layers})
 
 
 def specialised(request: Request) -> Conversion:

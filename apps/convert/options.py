@@ -17,7 +17,7 @@ KINDS = {
     "upcycle": "a dense run made sparse: its feed-forward networks become the experts' start",
     "densify": "a sparse run made dense: one feed-forward network in the place of each MoE layer",
     "prune": "fewer experts: those with the highest scores stay",
-    "merge": "several runs of one architecture as one: their mean, or their networks as its experts",
+    "merge": "several runs as one, their mean or their networks as experts; or one run and its updates as one model",
     "adapt": "a frozen run with trainable updates, such as LoRA, beside its linear layers",
     "specialise": "the network of one task, domain, pair or expert, or the experts that one part of the data uses",
 }
@@ -35,7 +35,7 @@ class Options:
 
     Attributes:
         kind: a key of ``KINDS``.
-        runs: folders of runs or checkpoints; one, or for "merge" two and more.
+        runs: folders of runs or checkpoints; one, or for "merge" several.
         output: the new run's folder, which does not exist.
         batches: validation batches for scores and statistics; 0: neither.
         config: configuration of the run, where none lies beside its checkpoint.
@@ -72,8 +72,6 @@ class Options:
             if path is not None:
                 read_config(shipped(Path(path)))  # a missing or wrong one is refused here, before anything heavy
         runs = tuple(Path(path) for path in _listed(values.ckpt_path))
-        if values.kind == "merge" and len(runs) < 2:
-            raise UsageError(f"--ckpt_path {runs[0]} is one run: merge takes two or more")
         config = None if values.config is None else shipped(Path(values.config))
         return cls(values.kind, runs, output, values.batches, config, tuple(rest), values)
 

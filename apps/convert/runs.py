@@ -53,15 +53,18 @@ class Run:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: the file is damaged, of an unknown model, or of one that ``moesaic convert adapt`` has made.
+            ValueError: the file is damaged, or of an unknown model.
         """
         file = find_checkpoint(path)
         checkpoint = read_checkpoint(file)
-        if "adapted" in checkpoint:
-            raise ValueError(f"{file} has updates beside its linear layers: convert the run that was adapted")
         beside = file.parent.parent / CONFIG
         named = config or (beside if beside.is_file() else None)
         return cls(file, checkpoint, module_class(checkpoint, file), None if named is None else read_config(named))
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether there are updates beside linear layers, which ``moesaic convert adapt`` has made."""
+        return "adapted" in self.checkpoint
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -83,14 +86,21 @@ class Run:
             plain = merge(plain, model_section(overlay))
         return arguments_from_plain(self.kind, plain, f"{self.file}: model")
 
-    def outline(self, arguments: Mapping[str, Any]) -> SparseModule:
-        """Return the model of some arguments on the meta device: it has shapes, and no values."""
+    def outline(self, arguments: Mapping[str, Any], contents: Mapping[str, Any] | None = None) -> SparseModule:
+        """Return a model on the meta device: it has shapes, and no values.
+
+        Args:
+            arguments: of its constructor.
+            contents: of a checkpoint, which may name updates beside linear layers; None: there are none.
+        """
         with torch.device("meta"):
-            return self.kind(**arguments)
+            module = self.kind(**arguments)
+        module.adapt_linears(contents or {})
+        return module
 
     def mapped(self) -> SparseModule:
         """Return the trained model with its tensors mapped from the file, which is not for running."""
-        module = self.outline(self.arguments())
+        module = self.outline(self.arguments(), self.checkpoint)
         module.load_state_dict(self.checkpoint["state_dict"], assign=True)
         return module.eval()
 

@@ -44,7 +44,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
             try:
                 merged[module] = _merged(module)
             except ValueError as error:
-                raise ValueError(f"the updates of {name!r} cannot be merged: {error}") from None
+                of = f" of {name!r}" if name else ""
+                raise ValueError(f"the updates{of} cannot be merged: {error}") from None
     if not merged:
         raise ValueError(f"a {type(model).__name__} without adapted layers has no updates to merge")
     return replace_modules(model, merged)
@@ -83,7 +84,7 @@ def _one_update(updates: nn.Module) -> OneExpert:
     gates = config.constant_gates(updates.num_experts) if isinstance(config, RouterConfig) else None
     if gates is None:
         source = config.source() if isinstance(config, RouterConfig) else type(updates.router).__name__
-        raise ValueError(f"router {source} gives tokens gates of their own")
+        raise ValueError(f"router {source} gives tokens gates of their own: densify makes one update of them first")
     if updates.router.capacity.ratio(training=False) is not None:
         raise ValueError("with a capacity tokens are dropped: set it to None before")
     return OneExpert.in_place_of(updates, joined(updates.experts, range(updates.num_experts), torch.tensor(gates)))

@@ -106,8 +106,58 @@ def test_updates_train_and_nothing_else(runs, tmp_path):
     assert changed
     assert all(".updates." in name for name in changed)
     assert not torch.equal(outputs(apps.load(tmp_path / "tuned")), outputs(new))
-    argv = ["convert", "densify", "--ckpt_path", str(tmp_path / "tuned"), "--output", str(tmp_path / "on")]
-    assert main([*argv, "--batches", "0"]) == 1
+
+
+@pytest.fixture
+def adapted(runs, tmp_path):
+    """A function that makes a run whose updates, of an overlay, are no longer at their start."""
+
+    def make(overlay):
+        options = {"moe": runs / f"{overlay}.yaml", "modules": "*.attn.qkv *.fc1"}
+        convert("adapt", runs / "dense", output=tmp_path / overlay, **options)
+        file = tmp_path / overlay / "checkpoints" / "best.ckpt"
+        checkpoint = torch.load(file, weights_only=True)
+        for name, value in checkpoint["state_dict"].items():
+            if ".updates.experts." in name:
+                value.normal_()
+        torch.save(checkpoint, file)
+        return tmp_path / overlay
+
+    return make
+
+
+def test_updates_of_one_gate_become_a_part_of_the_layers(runs, tmp_path, adapted, capsys):
+    old = apps.load(adapted("one_update"))
+    new, state = convert("merge", tmp_path / "one_update", output=tmp_path / "new", batches=1)
+    assert_close(outputs(new), outputs(old))
+    assert not torch.allclose(outputs(new), outputs(apps.load(runs / "dense")))
+    assert state.keys() == state_of(runs / "dense").keys()
+    assert all(p.requires_grad for p in new.parameters())
+    sizes = [f"{sum(p.numel() for p in model.parameters()):,}" for model in (old, new)]
+    assert sizes in [line.split()[1:] for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("how", ["average", "use"])
+def test_a_dense_run_has_the_mean_of_the_updates(tmp_path, adapted, how):
+    dense = apps.load(adapted("lora"))
+    new, _ = convert("densify", tmp_path / "lora", output=tmp_path / "new", how=how, batches=1)
+    # Two of two updates a token: the loads are equal.
+    assert_close(outputs(new), outputs(core.merge_adapters(core.densify(dense))))
+
+
+def test_what_no_run_with_updates_becomes_is_one_line(runs, tmp_path, adapted, capsys):
+    run = str(adapted("lora"))
+    there = sorted(path.name for path in tmp_path.iterdir())
+    end = ["--output", str(tmp_path / "new"), "--batches", "0"]
+    for argv, message in (
+        (["merge"], "the updates cannot be merged: router TokenChoice gives tokens gates of their own: densify"),
+        (["merge", "--weights", "1"], "--how, --weights and --moe are for several runs"),
+        (["merge", str(runs / "dense")], "make them a part of these first, by moesaic convert merge"),
+        (["prune", "--keep", "1"], "has updates beside its linear layers"),
+        (["adapt", "--moe", str(runs / "lora.yaml"), "--modules", "*"], "has updates beside its linear layers"),
+    ):
+        assert message in fails(capsys, 1, "convert", argv[0], "--ckpt_path", run, *argv[1:], *end)
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
 
 
 def test_one_expert_as_a_dense_run(runs, tmp_path):

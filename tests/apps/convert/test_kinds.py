@@ -14,7 +14,8 @@ from torch.testing import assert_close
 import apps
 import core
 from apps.cli import main
-from apps.convert.kinds import Request, pruned
+from apps.convert.conversion import Request
+from apps.convert.kinds import pruned
 from apps.convert.runs import Run
 from apps.nlp.translation.extract import dense_of_pair
 from apps.nlp.translation.module import Translator
