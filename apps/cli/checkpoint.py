@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
 
 from apps.base.messages import excerpt
 from apps.cli.classes import load_class
 from apps.cli.configs import differences
 from apps.cli.usage import named_class_path
 from apps.registry import class_path
+from apps.train.contents import unlike
 from apps.train.loading import module_class
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, check_sparsified
 from core.config.plain import arguments_from_plain, to_plain
@@ -77,10 +77,8 @@ def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path
     if other != kind:
         raise ValueError(f"{path} is of a {other}, and this run's model is a {kind}")
     check_sparsified(checkpoint, model, path)
-    saved = {k: tuple(v.shape) for k, v in checkpoint["state_dict"].items() if isinstance(v, Tensor)}
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-    wrong = [k for k in {**own, **saved} if saved.get(k) != own.get(k)]
-    if not wrong:
+    detail = unlike(checkpoint["state_dict"], model)
+    if not detail:
         return
     there, here = checkpoint.get("hyper_parameters", {}), getattr(model, "hparams", {})
     shapeless = tuple(
@@ -90,8 +88,6 @@ def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path
     if isinstance(model, SparsifiedModule):
         section = to_plain(model.sparsify_config, SparsifyConfig)
         differing += differences(checkpoint["sparsify"], section, "sparsify")
-    tensor = wrong[0]
-    detail = f"{tensor} is {saved.get(tensor, 'missing')} there and {own.get(tensor, 'missing')} here"
     if differing:
         clash = "; ".join(f"{k}={excerpt(a)} in the checkpoint, {excerpt(b)} here" for k, a, b in differing[:3])
         raise ValueError(f"{path} does not fit this model: {clash} ({detail})")

@@ -17,7 +17,7 @@ from apps.cli.configs import merge, read_config
 from apps.convert.streaming import write_checkpoint
 from apps.registry import class_path
 from apps.train.checkpoint_paths import find_checkpoint
-from apps.train.contents import read_checkpoint
+from apps.train.contents import read_checkpoint, unlike
 from apps.train.loading import module_class
 from apps.train.module import SparseModule
 from apps.train.run_folder import mark
@@ -57,6 +57,11 @@ class Run:
         """
         file = find_checkpoint(path)
         checkpoint = read_checkpoint(file)
+        if "module_class" not in checkpoint:
+            raise ValueError(
+                f"{file} names no model of the suite: convert a model of your own by core.sparsify, core.densify, "
+                "core.prune_experts and their like"
+            )
         beside = file.parent.parent / CONFIG
         named = config or (beside if beside.is_file() else None)
         return cls(file, checkpoint, module_class(checkpoint, file), None if named is None else read_config(named))
@@ -99,8 +104,15 @@ class Run:
         return module
 
     def mapped(self) -> SparseModule:
-        """Return the trained model with its tensors mapped from the file, which is not for running."""
+        """Return the trained model with its tensors mapped from the file, which is not for running.
+
+        Raises:
+            ValueError: the file has other tensors than the model.
+        """
         module = self.outline(self.arguments(), self.checkpoint)
+        problem = unlike(self.checkpoint["state_dict"], module)
+        if problem:
+            raise ValueError(f"{self.file} does not fit a {self.kind.__name__} of its arguments: {problem}")
         module.load_state_dict(self.checkpoint["state_dict"], assign=True)
         return module.eval()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from apps.base.messages import some
 from apps.train import sharded
 
 
@@ -30,3 +33,22 @@ def read_checkpoint(path: Path | str, shapes_only: bool = False) -> dict[str, An
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of a training run: it has no state_dict")
     return checkpoint
+
+
+def unlike(state: Mapping[str, Any], model: nn.Module) -> str:
+    """Return how the tensors of a checkpoint differ from those of a model, by name and shape; "": they do not.
+
+    Args:
+        state: ``state_dict`` of the checkpoint.
+        model: the model, whose tensors may be on the meta device.
+    """
+    there, here = (
+        {name: tuple(value.shape) for name, value in tensors.items() if isinstance(value, Tensor)}
+        for tensors in (state, model.state_dict())
+    )
+    both = [name for name in here if name in there]
+    resized = [f"{name} is {there[name]} there and {here[name]} here" for name in both if there[name] != here[name]]
+    lacking = [name for name in here if name not in there]
+    foreign = [name for name in there if name not in here]
+    parts = (("", resized), ("the checkpoint lacks ", lacking), ("the model lacks ", foreign))
+    return "; ".join(f"{what}{some(names)}" for what, names in parts if names)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from lightning.pytorch import LightningModule
 
 from apps.registry import class_path
-from apps.train.contents import read_checkpoint
+from apps.train.contents import read_checkpoint, unlike
 from core.config.plain import arguments_from_plain, arguments_to_plain
 
 
@@ -114,7 +114,7 @@ class LinkedModule(LightningModule):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is damaged, or names a class that is not registered.
+            ValueError: the file is damaged, names a class that is not registered, or has other tensors than the model.
         """
         checkpoint = read_checkpoint(checkpoint_path)
         return cls.restored(checkpoint, str(checkpoint_path), **changed).to(map_location)
@@ -131,5 +131,8 @@ class LinkedModule(LightningModule):
         arguments = arguments_from_plain(cls, checkpoint.get("hyper_parameters") or {}, f"{path}: model")
         module = cls(**{**arguments, **changed})
         module.on_load_checkpoint(checkpoint)
+        problem = unlike(checkpoint["state_dict"], module)
+        if problem:
+            raise ValueError(f"{path} does not fit a {cls.__name__} of its arguments: {problem}")
         module.load_state_dict(checkpoint["state_dict"])
         return module

@@ -14,7 +14,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -202,7 +202,17 @@ def readable(path: Path | str) -> Iterator[None]:
     except PermissionError:
         raise
     except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
-        raise ValueError(f"{path} is not a readable checkpoint: damaged, cut short, or of another program") from error
+        asked = _code_in(path)
+        why = f"it asks for {asked}, which no checkpoint may" if asked else "damaged, cut short, or of another program"
+        raise ValueError(f"{path} is not a readable checkpoint: {why}") from error
+
+
+def _code_in(path: Path | str) -> str:
+    """Return the name of a function or class that a file's pickle wants to call, which torch reads without calling it;
+    "": there is none that a checkpoint may not have, or the file is not torch's."""
+    with suppress(Exception):
+        return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:1])
+    return ""
 
 
 def _reason(error: BaseException) -> str:

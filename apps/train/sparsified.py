@@ -21,6 +21,7 @@ from apps.registry import class_path
 from apps.train.balanced import BalancedModule
 from core.config.plain import to_plain
 from core.convert import Start
+from core.convert.starts import start_of
 
 Step = Callable[..., Any]
 
@@ -48,7 +49,7 @@ class SparsifyConfig:
             common length of its tensors.
 
     Raises:
-        ValueError: a mode that is neither.
+        ValueError: a mode that is neither, an unknown start, or one that reads what no section gives.
     """
 
     modules: str | list[str]
@@ -66,6 +67,9 @@ class SparsifyConfig:
 
     def __post_init__(self) -> None:
         check_name("sparsify.mode", self.mode, ("max", "min"))
+        reads = start_of(self.start).reads
+        if reads:
+            raise ValueError(f"sparsify.start={self.start} reads {reads}, which no section gives: call core.sparsify")
 
 
 class SparsifiedModule(BalancedModule):
@@ -115,7 +119,8 @@ class SparsifiedModule(BalancedModule):
         metric, trainer = self.sparsify_config.metric, self.trainer
         if metric is not None and not trainer.sanity_checking and metric not in trainer.callback_metrics:
             # Otherwise no checkpoint would ever be the best, without a word.
-            logged = ", ".join(sorted(trainer.callback_metrics))
+            own = sorted(n for n in trainer.callback_metrics if "routing/" not in n and not n.startswith("train/"))
+            logged = ", ".join(own) or "nothing"
             raise ValueError(f"sparsify.metric={metric!r} is not what validation logs, which is {logged}")
 
     def on_test_epoch_start(self) -> None:

@@ -25,6 +25,7 @@ from .feed_forward import (
     is_linear,
     is_pointwise,
 )
+from .sparse_ffn import SparseFFN
 
 Reader = Callable[[Any], FeedForwardPart | None]
 
@@ -394,6 +395,8 @@ def named_part(name: str, module: nn.Module) -> FeedForwardPart:
             return part
     except ValueError as error:
         raise ValueError(f"module {name!r}: {error}") from None
+    if isinstance(module, SparseFFN):
+        raise ValueError(f"module {name!r} is sparse already")
     within = [f"{name}.{inner}".lstrip(".") for inner in recognised_ffns(module)]
     hint = f"; there are {', '.join(within[:3])} in it" if within else ""
     raise ValueError(f"module {name!r} is a {type(module).__name__}, which is no feed-forward network{hint}")

@@ -99,4 +99,10 @@ def test_a_wrong_section_is_refused_in_one_line(folder, capsys) -> None:
     assert "Net optimizes by hand" in line
     line = fails(capsys, 1, "fit", *sparse(folder, "other"), "--sparsify.metric", "val_accuracy")
     assert line.startswith("sparsify.metric='val_accuracy' is not what validation logs, which is ")
+    assert "val_acc" in line.partition("which is ")[2].split(", ")
+    assert "routing/" not in line
+    line = fails(
+        capsys, 1, "convert", "densify", "--ckpt_path", str(folder / "sparse"), "--output", str(folder / "new")
+    )
+    assert "names no model of the suite: convert a model of your own by core.sparsify" in line
     assert not (folder / "new").exists()

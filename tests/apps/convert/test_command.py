@@ -196,6 +196,16 @@ def test_runs_of_other_models_are_not_merged(runs, tmp_path, capsys):
     assert f"lacks {LAYER}." in fails(capsys, 1, *argv, "--output", str(tmp_path / "new"))
 
 
+def test_a_run_with_other_tensors_than_its_model_is_not_converted(runs, tmp_path, capsys):
+    checkpoint = torch.load(runs / "dense" / "checkpoints" / "best.ckpt", weights_only=True)
+    checkpoint["state_dict"]["foreign"] = checkpoint["state_dict"].pop("model.head.bias")
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    argv = ["convert", "upcycle", "--ckpt_path", str(tmp_path / "other.ckpt"), "--moe", str(runs / "moe.yaml")]
+    line = fails(capsys, 1, *argv, "--batches", "0", "--output", str(tmp_path / "new"))
+    assert line.endswith("the checkpoint lacks model.head.bias; the model lacks foreign")
+    assert not (tmp_path / "new").exists()
+
+
 def test_nothing_is_overwritten_and_a_full_disk_leaves_nothing(runs, tmp_path, capsys):
     argv = ["convert", "densify", "--ckpt_path", str(runs / "sparse"), "--batches", "0", "--output"]
     (tmp_path / "there").mkdir()

@@ -15,6 +15,7 @@ from trainings import MOE, fit, load, rows
 
 import core
 from apps.train.sparsified import SparsifyConfig, sparsified
+from core.convert import SplitStart
 
 LAYERS = core.MoEConfig(
     4, core.TokenChoice(2, expert_bias=True), balance=core.Balance(load_balancing=0.5, router_z=0.0)
@@ -125,3 +126,16 @@ def test_a_name_that_the_module_needs_itself_is_not_taken_away() -> None:
 def test_a_mode_that_is_neither_is_refused() -> None:
     with pytest.raises(ValueError, match="mode"):
         SparsifyConfig("blocks.*", LAYERS, mode="most")
+
+
+@pytest.mark.parametrize(
+    ("start", "rule"),
+    [
+        ("kopie", r"start='kopie' is not one of copy, granular, drop, split, random"),
+        (SplitStart("coactivation"), r"sparsify.start=SplitStart\(.*\) reads inputs, which no section gives"),
+        (SplitStart("importance"), r"sparsify.start=SplitStart\(.*\) reads importances, which no section gives"),
+    ],
+)
+def test_a_start_that_no_section_can_have_is_refused(start, rule) -> None:
+    with pytest.raises(ValueError, match=rule):
+        SparsifyConfig("blocks.*", LAYERS, start)

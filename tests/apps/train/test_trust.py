@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from commands import fails
 from tiny_app import CONFIG, TinyModule
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
@@ -107,6 +108,39 @@ def test_a_checkpoint_loaded_in_python_imports_nothing(trained, folder, change):
             TinyModule.load_from_checkpoint(path)
     assert not (folder / "ran").exists()
     assert "planted" not in sys.modules
+
+
+class Planted:
+    """What runs code where a pickle of it is read."""
+
+    def __reduce__(self):
+        return exec, ("open('ran', 'w').close()",)
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused_by_name(trained, folder, capsys):
+    path = tampered(trained, folder, lambda checkpoint: checkpoint.update(planted=Planted()))
+    argv = ["test", "--config", str(trained / "tiny.yaml"), "--ckpt_path", str(path)]
+    assert "is not a readable checkpoint: it asks for builtins.exec, which no checkpoint may" in fails(capsys, 1, *argv)
+    with pytest.raises(ValueError, match=r"not a readable checkpoint: it asks for builtins.exec, which"):
+        apps.load(path)
+    assert not (folder / "ran").exists()
+
+
+def test_all_tensors_that_differ_are_named(trained, folder, capsys):
+    def rename(checkpoint):
+        state = checkpoint["state_dict"]
+        state["planted"] = state.pop(next(iter(state)))
+        name = next(name for name in state if state[name].ndim)
+        state[name] = torch.ones(7, 7)
+
+    names = list(torch.load(trained / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    path = tampered(trained, folder, rename)
+    with pytest.raises(ValueError, match=r"does not fit a TinyModule of its arguments") as error:
+        apps.load(path)
+    line = fails(capsys, 1, "test", "--config", str(trained / "tiny.yaml"), "--ckpt_path", str(path))
+    for message in (str(error.value), line):
+        assert "is (7, 7) there and" in message
+        assert f"the checkpoint lacks {names[0]}; the model lacks planted" in message
 
 
 def test_a_class_that_is_imported_and_registered_is_made(trained, folder):

@@ -324,6 +324,7 @@ def tied(weight_alone: bool) -> nn.Module:
         (net, MOE, "blocks.*.ffn", {}, r"modules='blocks.\*.ffn' names no module; .* are blocks.0.mlp, blocks.1.mlp"),
         (net, MOE, "*.mlp", {}, r"modules='\*.mlp' names no module"),
         (net, MOE, "blocks.*", {}, r"module 'blocks.0' is a Block, which is no .*; there are blocks.0.mlp in it"),
+        (lambda: sparsify(net(), MOE, "blocks.*.mlp"), MOE, "blocks.0.mlp", {}, r"'blocks.0.mlp' is sparse already"),
         (net, MOE, "head", {}, r"module 'head' is a Linear, which is no feed-forward network"),
         (net, MOE, "blocks.0.*", {}, r"module 'blocks.0.norm' is a LayerNorm"),
         (net, MOE, ["blocks.*.mlp", "blocks.0.mlp"], {}, r"'blocks.\*.mlp' and 'blocks.0.mlp' both name"),
