@@ -28,7 +28,7 @@ def temporary_path(path: Path) -> Path:
 def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[Any]:
     """Open a file beside ``path``, and move it there once the block has ended without an error.
 
-    A kill or a full disk leaves the old file as it was. ``options`` are those of ``open``.
+    A kill or a full disk leaves the old file as it was, and an ``OSError`` names it. ``options`` are those of ``open``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
@@ -40,9 +40,11 @@ def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[Any]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+            error.filename = str(path)
         raise
 
 

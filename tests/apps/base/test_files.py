@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from commands import full_disk
 
-from apps.base.files import holding
+from apps.base.files import holding, replacing
+
+
+def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+    with full_disk(1000), pytest.raises(OSError, match=r"too large: '.*plan.json'"), replacing(path) as file:
+        file.write("new" * 1000)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_lock_is_held_by_one_and_free_after_it(tmp_path):
