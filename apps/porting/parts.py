@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from apps.base.messages import some
 from apps.porting.vocabulary import Vocabulary
 
 
@@ -133,9 +134,9 @@ def to_ours(table: Parts, theirs: Mapping[str, Tensor], shapes: Mapping[str, tor
         shapes: of our parameters.
 
     Raises:
-        ValueError: a tensor that is missing, of another shape, or has no place here.
+        ValueError: tensors that are missing, of another shape, or have no place here.
     """
-    left = set(theirs)
+    _check_names(table, theirs)
     ours: dict[str, Tensor] = {}
     for part in table.parts:
         wanted = [t.shape for t in part.split(torch.empty(shapes[part.ours], device="meta"))]
@@ -145,19 +146,30 @@ def to_ours(table: Parts, theirs: Mapping[str, Tensor], shapes: Mapping[str, tor
             if tensors[-1].shape != shape:
                 raise ValueError(f"tensor {name!r} is of shape {tuple(tensors[-1].shape)}, not {tuple(shape)}")
         ours[part.ours] = part.join(tensors)
-        left -= set(part.theirs)
-    left -= set(table.aliases)
-    if left:
-        more = f", nor have {len(left) - 1} others" if len(left) > 1 else ""
-        raise ValueError(f"tensor {min(left)!r} has no place in this model{more}")
     return ours
 
 
+def _check_names(table: Parts, theirs: Mapping[str, Tensor]) -> None:
+    """Raise a ``ValueError`` that lists the tensors that are missing, and those that have no place here."""
+    wanted = [name for part in table.parts for name in part.theirs]
+    missing = [name for name in wanted if not any(known in theirs for known in _names(name, table.aliases))]
+    foreign = sorted(set(theirs) - set(wanted) - set(table.aliases))
+    problems = []
+    if missing:
+        problems.append(f"tensors that are missing: {some(missing)}")
+    if foreign:
+        problems.append(f"tensors that have no place in this model: {some(foreign)}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _names(name: str, aliases: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names by which a published checkpoint may have a tensor."""
+    return (name, *(alias for alias, of in aliases.items() if of == name))
+
+
 def _take(theirs: Mapping[str, Tensor], name: str, aliases: Mapping[str, str]) -> Tensor:
-    for known in (name, *(alias for alias, of in aliases.items() if of == name)):
-        if known in theirs:
-            return theirs[known]
-    raise ValueError(f"tensor {name!r} is missing")
+    return next(theirs[known] for known in _names(name, aliases) if known in theirs)
 
 
 def to_theirs(table: Parts, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -57,15 +57,15 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
 
     expert = "encoder.block.1.layer.1.mlp.experts.expert_2.wi.weight"
     left = {name: tensor for name, tensor in tensors.items() if name != expert}
-    assert message(left) == f"tensor {expert!r} is missing"
+    assert message(left) == f"tensors that are missing: {expert}"
     assert message({**left, expert: torch.zeros(127, 64)}) == (
         f"tensor {expert!r} is of shape (127, 64), not (128, 64)"
     )
     assert message({**tensors, "lora.a": torch.zeros(1), "lora.b": torch.zeros(1)}) == (
-        "tensor 'lora.a' has no place in this model, nor have 1 others"
+        "tensors that have no place in this model: lora.a, lora.b"
     )
     del tensors["shared.weight"]
-    assert message(tensors) == "tensor 'shared.weight' is missing"
+    assert message(tensors) == "tensors that are missing: shared.weight"
 
 
 def test_files_that_cannot_be_read(tmp_path):
