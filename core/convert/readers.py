@@ -7,6 +7,7 @@ imported: modules are recognised by the names and kinds of their parts, and ``ch
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -247,7 +248,7 @@ _IN_BLOCKS = (
 )
 
 
-def _read_in_block(module: nn.Module, names: _NamesInBlock) -> FeedForwardPart:
+def _read_in_block(module: nn.Module, names: _NamesInBlock, layout: str = "tokens") -> FeedForwardPart:
     """Read a block that has the layers of its network beside its attention."""
     into, out, act = (getattr(module, name) for name in (names.w_in, names.w_out, names.act))
     dropout = getattr(module, names.hidden_dropout, None) if names.hidden_dropout else None
@@ -259,6 +260,7 @@ def _read_in_block(module: nn.Module, names: _NamesInBlock) -> FeedForwardPart:
         at=names.w_in,
         emptied=(names.act, names.w_out),
         settings={} if dropout is None else {str(names.hidden_dropout): 0.0},  # the experts have it
+        layout=layout,
         dense=lambda x: out(act(into(x))),
     )
 
@@ -406,3 +408,8 @@ register_ffn(nn.TransformerEncoderLayer, _read_torch_layer)
 register_ffn(nn.TransformerDecoderLayer, _read_torch_layer)
 register_ffn(FeedForward, _read_own)
 register_ffn("torch_rechub.basic.layers.MLP", _read_wrapped)
+for _side in ("Encoder", "Decoder"):  # BART's names, and (S, B, D) within the blocks
+    register_ffn(
+        f"transformers.models.fsmt.modeling_fsmt.{_side}Layer",
+        functools.partial(_read_in_block, names=_IN_BLOCKS[0], layout="sequence_first"),
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core import MLP, GeneralFFN, MoEConfig, TokenChoice, dense_twin, moe_layers, sparsify, summary
+from core.convert import SparseFFN
 
 MOE = MoEConfig(4, TokenChoice(2))
 
@@ -116,6 +117,7 @@ T5_BLOCKS = [f"{side}.block.*.layer.*.DenseReluDense" for side in ("encoder", "d
         ("Albert", ALBERT, "encoder.albert_layer_groups.*.albert_layers.*"),
         ("Bart", BART, BART_BLOCKS),
         ("Marian", BART, BART_BLOCKS),
+        ("FSMT", {**BART, "langs": ["en", "de"], "src_vocab_size": 20, "tgt_vocab_size": 20}, BART_BLOCKS),
         ("OPT", OPT, "decoder.layers.*"),
         ("T5", T5, T5_BLOCKS),
         ("T5", {**T5, "feed_forward_proj": "gated-gelu"}, T5_BLOCKS),
@@ -131,9 +133,11 @@ T5_BLOCKS = [f"{side}.block.*.layer.*.DenseReluDense" for side in ("encoder", "d
 def test_transformers(kind, options, modules):
     transformers = pytest.importorskip("transformers")
     dense = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**options))
-    both = kind in ("T5", "Bart", "Marian")
+    both = kind in ("T5", "Bart", "Marian", "FSMT")
     inputs = {"input_ids": IDS, **({"decoder_input_ids": IDS} if both else {})}
-    check_begins_and_trains(dense, lambda model: last(model(**inputs)), modules, 4 if both else 2)
+    sparse = check_begins_and_trains(dense, lambda model: last(model(**inputs)), modules, 4 if both else 2)
+    layouts = {m.layout for m in sparse.modules() if isinstance(m, SparseFFN)}
+    assert layouts == {"sequence_first" if kind == "FSMT" else "tokens"}
 
 
 def test_the_hidden_dropout_of_bart_goes_into_the_experts():
