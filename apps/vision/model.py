@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import core
 from apps.base.checks import check_at_least, check_name
-from apps.base.messages import first_line
+from apps.base.messages import first_line, some
 from apps.nets import blocks
 from apps.nets.blocks import FFNConfig, MoEs, feed, ffn_configs, moe_configs, resolve_blocks
 from apps.nets.depths import DepthGate, MixtureOfDepths, depth_gates
@@ -425,7 +425,8 @@ def load_pretrained_weights(model: VMoE, source: str | Path) -> LoadReport:
     skipped = [n for n in weights if n in own and n not in fits]
     differences = []
     for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", skipped)):
-        differences += [f"{n} is {what}" for n in names if _in_trunk(n, model)][:1]
+        if trunk := [n for n in names if _in_trunk(n, model)]:
+            differences.append(f"{some(trunk, 3)} {'is' if len(trunk) == 1 else 'are'} {what}")
     if differences:
         raise ValueError(f"pretrained={source} is of another architecture than model.vit: {', '.join(differences)}")
     model.load_state_dict(fits, strict=False)

@@ -355,10 +355,14 @@ def test_positions_of_prefix_tokens_move_into_the_tokens_and_back(tmp_path, regi
 @pytest.mark.parametrize(
     ("source", "vit", "message"),
     [
-        ({"pre_norm": True}, {}, "patch_embed.proj.bias is missing, norm_pre.weight is unexpected"),
-        ({"init_values": 0.1}, {}, "blocks.0.ls1.gamma is unexpected"),
-        ({"depth": 1}, {}, "blocks.1.norm1.weight is missing"),
-        ({"mlp_ratio": 2.0}, {}, "blocks.0.mlp.fc1.weight is of another shape"),
+        ({"pre_norm": True}, {}, "patch_embed.proj.bias is missing, norm_pre.weight, norm_pre.bias are unexpected"),
+        (
+            {"init_values": 0.1},
+            {},
+            "blocks.0.ls1.gamma, blocks.0.ls2.gamma, .* and 1 more are unexpected",
+        ),
+        ({"depth": 1}, {}, "blocks.1.norm1.weight, blocks.1.norm1.bias, .* and .* more are missing"),
+        ({"mlp_ratio": 2.0}, {}, "blocks.0.mlp.fc1.weight, blocks.0.mlp.fc1.bias, .* are of another shape"),
         ({"reg_tokens": 2}, {}, "reg_token is unexpected"),
         ({"class_token": False, "global_pool": "avg"}, {"pool": "token"}, "cls_token is missing"),
     ],
