@@ -166,6 +166,8 @@ def adapted(request: Request) -> Conversion:
     plain = model_section(read_config(shipped(Path(options.moe)))).get("moe")
     if plain is None:
         raise ValueError(f"{options.moe} has no model.moe, which says what the updates are")
+    if plain.get("expert") is None:
+        raise ValueError(f"{options.moe} has no model.moe.expert, which is an update, such as core.LoRA or core.IA3")
     extra = {"adapted": {"moe": plain, "modules": list(options.modules)}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)

@@ -176,6 +176,11 @@ def test_one_expert_as_a_dense_run(runs, tmp_path):
         (["densify", "--how", "mean"], 1, "how='mean' is not one of average, use"),
         (["densify", "--how", "use"], 1, "--batches 0 leaves out the loads that --how use needs"),
         (["upcycle", "--moe", "moe.yaml"], 1, "is sparse already"),
+        (
+            ["adapt", "--moe", "moe.yaml", "--modules", "*.qkv"],
+            1,
+            "moe.yaml has no model.moe.expert, which is an update",
+        ),
         (["upcycle", "--moe", "missing.yaml"], 2, "no configuration missing.yaml"),
         (["specialise"], 1, "one of --task, --domain, --expert, --pair and --keep"),
         (["specialise", "--task", "0"], 1, "does not decide by the task alone"),
