@@ -291,7 +291,8 @@ class Row:
 def _sparse(title: str, budget: str, start: Any, moe: core.MoEConfig = TWO_OF_EIGHT, noise: float = 0.0) -> Row:
     def build(task: Task, dense: nn.Module, seed: int) -> nn.Module:
         # 64 examples are at most 3,136 tokens, of which ``sparsify`` reads 4,096.
-        inputs = task.test[0][0][:64] if getattr(start, "needs_tokens", False) else None
+        reads = isinstance(start, core.convert.Start) and start.reads == "inputs"
+        inputs = next(task.batches(seed))[0][:64] if reads else None
         return core.sparsify(dense, moe, task.modules, start, noise=noise, seed=seed, inputs=inputs)
 
     return Row(title, budget, build)
