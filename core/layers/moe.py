@@ -54,6 +54,8 @@ class MoELayer(nn.Module):
     default_dispatcher: ClassVar[type[Dispatcher]] = LocalDispatcher
     own_terms: ClassVar[frozenset[str]] = frozenset()
     """Balance terms that apply by the layer, whatever its router."""
+    splits_experts: ClassVar[bool] = False
+    """Whether the routed experts may be on other ranks: tokens reach them through the dispatcher alone."""
 
     def __init__(
         self, balance: Balance = Balance(), dim: int | None = None, dispatcher: Dispatcher | None = None
@@ -235,6 +237,7 @@ class MoE(MoELayer):
     """
 
     own_terms = frozenset({"contrast"})
+    splits_experts = True
 
     def __init__(
         self,
@@ -351,6 +354,7 @@ class SoftMoE(MoE):
 
     default_dispatcher = SlotDispatcher
     own_terms = frozenset()
+    splits_experts = False
 
     def _compute(self, x_BSD: Tensor, routing: SlotRouting, context: RoutingContext | None) -> Tensor:
         return self.dispatcher.combine(self.experts(self.dispatcher.dispatch(x_BSD, routing)))
@@ -363,6 +367,7 @@ class MergedMoE(MoE):
     """
 
     own_terms = frozenset()
+    splits_experts = False
 
     def _compute(self, x_BSD: Tensor, routing: MergeRouting, context: RoutingContext | None) -> Tensor:
         B, S, D = x_BSD.shape
@@ -392,6 +397,8 @@ class AveragedMoE(MoE):
     Raises:
         ValueError: the experts cannot be merged.
     """
+
+    splits_experts = False
 
     def __init__(self, router: Router, experts: Experts, *args: Any, **options: Any) -> None:
         check_merges(experts)

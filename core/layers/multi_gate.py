@@ -265,6 +265,8 @@ class SparseMultiGateMoE(MultiGateLayer):
         pairs_per_token: experts an example takes for a task, for ``active_params``.
     """
 
+    splits_experts = True
+
     router: GateRouters
 
     def __init__(
@@ -319,6 +321,8 @@ class SelectedMultiGateMoE(MultiGateLayer):
         pairs_per_token: experts selected for an example, for ``active_params``.
         dim: as in ``MultiGateLayer``.
     """
+
+    splits_experts = True
 
     router: GateRouters
 

@@ -18,6 +18,7 @@ class NeuronMoE(MoE):
     """
 
     own_terms = frozenset()
+    splits_experts = False
 
     def _compute(self, x_BSD: Tensor, routing: Routing, context: RoutingContext | None) -> Tensor:
         T, K = routing.num_tokens, routing.top_k

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 import torch.distributed as dist
-from all_to_all import split_experts
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,18 +19,27 @@ from two_ranks import WORLD, on_two_ranks
 
 from core import (
     FFN,
+    GEGLU,
     MLP,
+    PEER,
     PLE,
+    AttentionExperts,
+    Convolution,
     Experts,
+    LoRA,
     Merge,
+    Mixed,
     MMoE,
     MoEConfig,
+    ProductKeys,
     RoutingContext,
     SoftSlots,
     SwiGLU,
     TokenChoice,
+    Zero,
     active_params,
 )
+from core.parallel import shard_experts
 
 D = 6
 Outcome = dict[str, Tensor]
@@ -44,7 +53,14 @@ ROUTED = {
     "tasks": MMoE(4, FFN(5), TokenChoice(2)),
     "tasks, gates on the input": MMoE(4, MLP((5,)), TokenChoice(2, gates_on="input")),
     "one selection": MMoE(4, MLP((5,)), TokenChoice(2), "shared"),
+    "experts without tokens": MoEConfig(32, TokenChoice(1), FFN(5, bias=True)),
+    "low rank": MoEConfig(4, TokenChoice(2), LoRA(2)),
+    "patches": MoEConfig(4, TokenChoice(1), Convolution(2, patch_size=2)),
+    "output bias": MoEConfig(4, TokenChoice(2), GEGLU(5), output_bias=True),
+    "attention": MoEConfig(4, TokenChoice(2), AttentionExperts(2, 3)),
 }
+SHARES = {"even": (2, 2), "uneven": (3, 1), "one rank has all": (4, 0)}
+"""Sequences of each rank."""
 DENSE = {
     "merged": MoEConfig(4, Merge(), FFN(5, bias=True)),
     "merged mlp": MoEConfig(4, Merge(), MLP((5, D))),
@@ -52,7 +68,8 @@ DENSE = {
     "experts of domains": MMoE(4, FFN(5), num_domain_experts=1),
     "levels": PLE(2, MLP((5,)), num_levels=2),
 }
-CASES = [("split", name) for name in ROUTED] + [("fsdp", name) for name in (*ROUTED, *DENSE)]
+CASES = [("even", name) for name in ROUTED] + [("fsdp", name) for name in (*ROUTED, *DENSE)]
+CASES += [(share, name) for share in ("uneven", "one rank has all") for name in ("ffn", "one selection", "attention")]
 
 
 def build(name: str) -> nn.Module:
@@ -65,8 +82,8 @@ def build(name: str) -> nn.Module:
 
 def wrapped(kind: str, name: str, mesh: DeviceMesh) -> nn.Module:
     layer = build(name)
-    if kind == "split":
-        split_experts(layer, mesh)
+    if kind in SHARES:
+        shard_experts(layer, mesh)
         return layer
     for part in layer.modules():
         if isinstance(part, Experts):
@@ -74,13 +91,13 @@ def wrapped(kind: str, name: str, mesh: DeviceMesh) -> nn.Module:
     return fully_shard(layer, mesh=mesh)
 
 
-def step(layer: nn.Module, rank: int, factor: float = 1.0) -> Outcome:
+def step(layer: nn.Module, rank: int, factor: float = 1.0, share: tuple[int, ...] = (2, 2)) -> Outcome:
     """The output and its tokens' gradient for this rank's sequences, all of them for -1; the parameters' gradients."""
     torch.manual_seed(1)
-    x, dy = torch.randn(4, 3, D), torch.randn(4, 3, D)
+    x, dy = torch.randn(4, 4, D), torch.randn(4, 4, D)
     domains = torch.tensor([0, 1, 1, 0])
     if rank >= 0:
-        x, dy, domains = (t.chunk(WORLD)[rank] for t in (x, dy, domains))
+        x, dy, domains = (t.split(share)[rank] for t in (x, dy, domains))
     x = x.clone().requires_grad_()
     y = layer(x, RoutingContext(domain_ids_B=domains))
     tasks = y.shape[0] if y.ndim == 4 else 1
@@ -92,7 +109,10 @@ def step(layer: nn.Module, rank: int, factor: float = 1.0) -> Outcome:
 
 def on_a_rank(kind: str, name: str, rank: int, mesh: DeviceMesh) -> Outcome:
     # FSDP averages the ranks' gradients, where the loss is their sum.
-    outcome = step(wrapped(kind, name, mesh), rank, WORLD if kind == "fsdp" else 1)
+    layer = wrapped(kind, name, mesh)
+    outcome = step(layer, rank, WORLD if kind == "fsdp" else 1, SHARES.get(kind, (2, 2)))
+    for key, parameter in layer.named_parameters():
+        outcome.setdefault(key, torch.zeros_like(parameter))  # of a rank without tokens
     for key, grad in outcome.items():
         if hasattr(grad, "full_tensor"):
             outcome[key] = grad.full_tensor()
@@ -101,31 +121,54 @@ def on_a_rank(kind: str, name: str, rank: int, mesh: DeviceMesh) -> Outcome:
     return outcome
 
 
+REFUSED = {
+    "merged experts": (MoEConfig(4, Merge(), FFN(5)), "the layer is a MergedMoE, whose experts cannot be divided"),
+    "soft slots": (MoEConfig(4, SoftSlots(2), FFN(5)), "the layer is a SoftMoE, whose experts cannot be divided"),
+    "dense gates": (MMoE(4, FFN(5)), "the layer is a MultiGateMoE, whose experts cannot be divided"),
+    "neurons": (MoEConfig(16, ProductKeys(2), PEER()), "the layer is a NeuronMoE, whose experts cannot be divided"),
+    "three experts": (
+        MoEConfig(3, TokenChoice(2), FFN(5)),
+        r"has 3 experts .*, which 2 ranks do not divide",
+    ),
+    "several kinds": (
+        MoEConfig(4, TokenChoice(2), Mixed((FFN(5), Zero()), (2, 2))),
+        "has MixedExperts, without parameters",
+    ),
+    "statistics": (MoEConfig(4, TokenChoice(2), MLP((5, D), norm="batch")), "has MLPExperts with statistics"),
+    "no layer": (None, "Linear has no MoE layer whose experts could be divided"),
+}
+
+
+def message(config: object, mesh: DeviceMesh) -> str:
+    """Return the error of dividing the experts of a layer, which stays as it was."""
+    layer = nn.Linear(D, D) if config is None else config.build(D, *(() if isinstance(config, MoEConfig) else (2,)))
+    parameters = list(layer.parameters())
+    try:
+        shard_experts(layer, mesh)
+    except ValueError as error:
+        assert all(a is b for a, b in zip(parameters, layer.parameters(), strict=True))
+        return str(error)
+    return ""
+
+
 def facts(rank: int, mesh: DeviceMesh) -> dict[str, object]:
-    """Return the figures of a layer whose experts are split, and the messages with which layers refuse a split."""
-    layer, merged, soft = build("ffn"), build("merged"), MoEConfig(4, SoftSlots(2), FFN(5)).build(D)
+    """Return the figures of a layer whose experts are split, and the messages where they cannot be."""
+    layer = build("ffn")
     whole = layer.experts.w_in[2 * rank].detach().clone()
-    for other in (layer, merged, soft):
-        split_experts(other, mesh)
+    where = shard_experts(layer, mesh)
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     first = layer.experts.weights_of(0)["w_in"]
     kept = torch.equal(first, whole)
     layer.experts.init_each(nn.init.ones_)
-    x, refused = torch.randn(1, 2, D), {}
-    soft.dispatcher = soft.default_dispatcher()
-    for name, other in (("merged", merged), ("soft slots", soft)):
-        try:
-            other(x)
-        except ValueError as error:
-            refused[name] = str(error)
     copies = [copy.deepcopy(layer.dispatcher), pickle.loads(pickle.dumps(layer.dispatcher))]
     return {
+        "where": where,
         "experts": (layer.num_experts, layer.experts.num_experts, layer.experts.num_local_experts),
         "parameters": (layer.all_expert_params(), active_params(layer), active_params(build("ffn"))),
         "shapes": shapes == {name: tuple(tensor.shape) for name, tensor in build("ffn").state_dict().items()},
         "first is kept": kept,
         "started": bool(layer.experts.w_in.to_local().eq(1).all() and not layer.experts.b_in.to_local().any()),
-        "refused": refused,
+        "refused": {name: message(config, mesh) for name, (config, _) in REFUSED.items()},
         "copies": all(c.group is None and c.backend == layer.dispatcher.backend for c in copies),
     }
 
@@ -163,11 +206,10 @@ def test_a_split_layer_counts_the_experts_of_both_ranks(ranks):
         assert known["first is kept"]
         assert known["started"]
         assert known["copies"]
+        assert known["where"] == {"": "2 of 4 experts on each of 2 ranks"}
 
 
-def test_what_needs_all_experts_here_is_refused_where_they_are_split(ranks):
+@pytest.mark.parametrize("name", REFUSED)
+def test_experts_that_cannot_be_divided_are_refused_and_stay_whole(ranks, name):
     for known in (r["facts"] for r in ranks):
-        assert known["refused"] == {
-            "merged": "2 of 4 experts are here: they compute rows alone, not 'merged'",
-            "soft slots": "rows are sorted by 4 experts, and 2 are here",
-        }
+        assert re.search(REFUSED[name][1], known["refused"][name])
