@@ -30,6 +30,7 @@ DATASETS = ("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datas
 TRAINER = {
     "BestAndLast": "apps.train.checkpoints",
     "ExpertAveraging": "apps.train.schedules",
+    "ExpertParallelStrategy": "apps.train.expert_parallel",
     "GrowingTopK": "apps.train.schedules",
     "SharedStart": "apps.train.schedules",
     "TorchRecStrategy": "apps.recsys.tables.strategy",

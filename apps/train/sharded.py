@@ -1,5 +1,8 @@
 """A sharded checkpoint is a folder with the parts of its largest tensors, one file a process.
 
+Sharded tensors are those of TorchRec's tables, by the names of parameters, and every ``DTensor`` in the contents, by
+its place there.
+
 ``NAME.ckpt/checkpoint.pt`` holds everything but the sharded tensors, and names the folder beside it that holds those
 in the format of ``torch.distributed.checkpoint``. It is replaced last and in one move, so that a kill or a full disk
 leaves the old checkpoint. No part is read by a pickle that could run code.
@@ -9,11 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pickle
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,14 +26,17 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from apps.base.files import replacing
 from apps.base.messages import one_line
 from apps.train.checkpoint_paths import SHARDED_PART, is_sharded
 
-WEIGHT, STATE = "weight/", "state/"
-"""Prefixes of the tensors' names: entries of the state dict, and the state of the optimizer that steps them."""
+WEIGHT, STATE, PLACE = "weight/", "state/", "place/"
+"""Prefixes of the tensors' names: entries of the state dict, the state of the optimizer that steps them, and places in
+the contents, which are the keys from the outermost one on, as JSON."""
 
 _REST, _KEY = SHARDED_PART, "sharded"
 _SAFE = {
@@ -66,11 +74,12 @@ def write(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any])
     name = [f"shards-{checkpoint.get('global_step', 0)}-{uuid.uuid4().hex[:8]}"]
     dist.broadcast_object_list(name)
     folder = path / name[0]
+    checkpoint, placed = taken_out(checkpoint)
     try:
         if rank == 0 and path.is_file():
             path.unlink()  # a run on one process has left a file
         with _quiet():
-            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder))
+            dcp.save({**tensors, **placed}, storage_writer=dcp.FileSystemWriter(folder))
         if rank == 0:
             with replacing(path / _REST, "wb") as file:
                 torch.save({**checkpoint, _KEY: {"folder": name[0], "world_size": world}}, file)
@@ -96,12 +105,73 @@ def read(path: Path | str, device: str = "cpu") -> dict[str, Any]:
     checkpoint = read_rest(path)
     with readable(path):
         saved = _Reader(path / checkpoint[_KEY]["folder"]).tensors()
-        weights = {k: v for k, v in saved.items() if k.startswith(WEIGHT)}
-        tensors = {k: torch.empty(v.size, dtype=v.properties.dtype, device=device) for k, v in weights.items()}
+        wanted = {k: v for k, v in saved.items() if k.startswith((WEIGHT, PLACE))}
+        tensors = {k: torch.empty(v.size, dtype=v.properties.dtype, device=device) for k, v in wanted.items()}
         if device != "meta":
             load(path, checkpoint, tensors)
-    checkpoint["state_dict"] |= {k.removeprefix(WEIGHT): v for k, v in tensors.items()}
+    checkpoint["state_dict"] |= {k.removeprefix(WEIGHT): v for k, v in tensors.items() if k.startswith(WEIGHT)}
+    put_back(checkpoint, tensors)
     return checkpoint
+
+
+def read_placed(path: Path, target: Callable[[list[Any], tuple[int, ...]], Tensor | None]) -> dict[str, Any]:
+    """Return the checkpoint with every tensor that was a ``DTensor`` read into one of this run, however it is sharded.
+
+    Args:
+        path: the folder.
+        target: function that returns the tensor to read into, given the keys of its place and its shape; None: a plain
+            one, of the whole.
+
+    Raises:
+        ValueError: the checkpoint is damaged or another program's, or a tensor has another size than its target.
+    """
+    checkpoint = read_rest(path)
+    with readable(path):
+        saved = _Reader(path / checkpoint[_KEY]["folder"]).tensors()
+    tensors = {}
+    for key, kind in saved.items():
+        if key.startswith(PLACE):
+            own = target(json.loads(key.removeprefix(PLACE)), tuple(kind.size))
+            tensors[key] = torch.empty(kind.size, dtype=kind.properties.dtype) if own is None else own
+    load(path, checkpoint, tensors)
+    put_back(checkpoint, tensors)
+    return checkpoint
+
+
+def taken_out(contents: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, DTensor]]:
+    """Return the contents with None in place of every ``DTensor``, and those by their names in a sharded checkpoint."""
+    tensors: dict[str, DTensor] = {}
+
+    def walk(value: Any, keys: list[Any]) -> Any:
+        if isinstance(value, DTensor):
+            tensors[PLACE + json.dumps(keys)] = value.detach()
+            return None
+        if isinstance(value, Mapping):
+            kept = {key: walk(item, [*keys, key]) for key, item in value.items()}
+            return OrderedDict(kept) if isinstance(value, OrderedDict) else kept
+        if isinstance(value, list | tuple):
+            return type(value)([walk(item, [*keys, i]) for i, item in enumerate(value)])
+        return value
+
+    return walk(contents, []), tensors
+
+
+def put_back(contents: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors at their places in what ``taken_out`` has left.
+
+    Raises:
+        ValueError: the contents have no such place.
+    """
+    for name, tensor in tensors.items():
+        if name.startswith(PLACE):
+            *keys, last = json.loads(name.removeprefix(PLACE))
+            parent: Any = contents
+            try:
+                for key in keys:
+                    parent = parent[key]
+                parent[last] = tensor
+            except (KeyError, IndexError, TypeError) as error:
+                raise ValueError(f"the sharded tensor {name.removeprefix(PLACE)} has no place in the contents") from error
 
 
 def read_rest(path: Path) -> dict[str, Any]:

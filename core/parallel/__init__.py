@@ -1,7 +1,21 @@
 """Experts on several ranks: the mesh, the exchange of rows, and models whose parameters are sharded."""
 
 from .all_to_all import AllToAllDispatcher
+from .data import blocks_of, broadcast_parameters, shard_data, sharded_modules
 from .mesh import expert_mesh
+from .parts import clip_grad_norm, copy_part, local_part, total_norm
 from .shards import shard_experts
 
-__all__ = ["AllToAllDispatcher", "expert_mesh", "shard_experts"]
+__all__ = [
+    "AllToAllDispatcher",
+    "blocks_of",
+    "broadcast_parameters",
+    "clip_grad_norm",
+    "copy_part",
+    "expert_mesh",
+    "local_part",
+    "shard_data",
+    "shard_experts",
+    "sharded_modules",
+    "total_norm",
+]

@@ -92,6 +92,6 @@ class AllToAllDispatcher(Dispatcher):
         return sent_WE, received_WE
 
     def _exchange(self, rows_R: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        group = dist.group.WORLD if self.group is None else self.group
+        group = self.group or dist.distributed_c10d._get_default_group()
         exchanged: Tensor = all_to_all_single_autograd(rows_R.contiguous(), list(received), list(sent), group)
         return exchanged

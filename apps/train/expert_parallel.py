@@ -1,0 +1,313 @@
+"""``ExpertParallelStrategy``: a training whose experts are divided among processes, on DTensor and FSDP2."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed._composable import checkpoint as checkpointed
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+import core
+from apps.base.checks import check_at_least, check_name
+from apps.base.files import delete
+from apps.train import sharded
+from core.parallel import (
+    blocks_of,
+    broadcast_parameters,
+    clip_grad_norm,
+    copy_part,
+    expert_mesh,
+    local_part,
+    shard_data,
+    shard_experts,
+    sharded_modules,
+)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ExpertParallelStrategy(ModelParallelStrategy):
+    """Trains on several processes, with the experts of each MoE layer divided among some of them.
+
+    The processes form a mesh of replicas x shards x experts, and each has examples of its own. Tokens travel to the
+    experts' processes in every layer (``core.AllToAllDispatcher``). All other parameters are copied (as in DDP) or
+    sharded (FSDP2), and every gradient is the mean over all processes. Losses, figures and selection biases are those
+    of the global batch. With ``experts: 1`` it is DDP or FSDP2 alone, for models without experts too.
+
+    Checkpoints are folders of shards (``apps.train.sharded``). A run goes on from them on another number of processes,
+    with another division, or on one process without this strategy; ``moesaic convert consolidate`` makes one file.
+
+    Args:
+        experts: processes that share out the experts of a layer; "auto": all on a machine.
+        shards: groups of such processes among which parameters are sharded further.
+        rest: what becomes of all other parameters: "replicate", a copy on each process; "shard", sharded over shards
+            and experts.
+        param_dtype: dtype in which sharded parameters are gathered and computed, "bfloat16" or "float16"; None: their
+            own. ``trainer.precision`` needs none of it.
+        reshard_after_forward: whether a block's parameters are freed after its forward and gathered again for the
+            backward; None: they are.
+        activation_checkpointing: whether blocks compute their activations again in the backward.
+        process_group_backend: of torch.distributed; None: by the device.
+        timeout: time after which a process that hears nothing of another gives up.
+
+    Raises:
+        ValueError: a size below 1, or another word than these; when a run starts, a mesh that does not fit the
+            processes, experts that the processes do not divide or that cannot be divided, or processes with other
+            models, configurations or versions of the code.
+
+    Example::
+
+        moesaic fit --config configs/vision/digits.yaml --config configs/parallel/expert_parallel.yaml \\
+            --trainer.devices 2
+    """
+
+    def __init__(
+        self,
+        experts: int | Literal["auto"] = "auto",
+        shards: int = 1,
+        rest: Literal["replicate", "shard"] = "replicate",
+        param_dtype: Literal["bfloat16", "float16"] | None = None,
+        reshard_after_forward: bool | None = None,
+        activation_checkpointing: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        check_at_least(1, shards=shards, **({} if experts == "auto" else {"experts": experts}))
+        check_name("rest", rest, ["replicate", "shard"])
+        if param_dtype is not None:
+            check_name("param_dtype", param_dtype, list(DTYPES))
+        self.experts, self.shards, self.rest = experts, shards, rest
+        self.param_dtype, self.reshard_after_forward = param_dtype, reshard_after_forward
+        self.activation_checkpointing = activation_checkpointing
+
+    # ---- set-up
+
+    @property
+    def root_device(self) -> torch.device:
+        if self.local_rank >= self.num_processes:
+            raise ValueError(
+                f"trainer.devices={self.num_processes}, but this is process {self.local_rank + 1} on this machine: "
+                "give --trainer.devices the number of torchrun's --nproc-per-node"
+            )
+        return super().root_device
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def setup_environment(self) -> None:
+        self._setup_distributed()
+        experts = self.num_processes if self.experts == "auto" else self.experts
+        self._device_mesh = expert_mesh(experts, self.shards, device_type=self.root_device.type)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+    def setup(self, trainer: Trainer) -> None:
+        module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
+        assert module is not None
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        # torch's own clipping adds up no norms of tensors that are divided in different ways.
+        self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
+        self.precision_plugin.clip_grad_by_value = self._clip_by_value  # type: ignore[method-assign]
+        self.model = self.precision_plugin.convert_module(module)
+        if next(sharded_modules(module), None) is None:  # the module of an earlier fit is sharded already
+            self.model_to_device()
+            self._shard(module)
+        if fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _shard(self, module: LightningModule) -> None:
+        mesh = self.device_mesh
+        check_ranks_alike(module)
+        broadcast_parameters(module)
+        whole = sum(p.numel() for p in module.parameters())
+        where = shard_experts(module, mesh["expert"]) if mesh["expert"].size() > 1 else {}
+        if self.is_global_zero:
+            for line in dict.fromkeys(where.values()):
+                print(f"{', '.join(name for name in where if where[name] == line)}: {line}")
+        if self.activation_checkpointing:
+            for block in blocks_of(module):
+                checkpointed(block)
+        options: dict[str, Any] = {"reshard_after_forward": self.reshard_after_forward}
+        if self.param_dtype is not None:
+            options["mp_policy"] = MixedPrecisionPolicy(DTYPES[self.param_dtype], torch.float32)
+        kind = type(module)
+        # Nothing here changes an output of a module in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        shard_data(module, mesh, shard=self.rest == "shard", **options)
+        # FSDP2 has made a class of this one; checkpoints and messages know the model by its own.
+        type(module).__name__, type(module).__qualname__ = kind.__name__, kind.__qualname__
+        type(module).__module__ = kind.__module__
+        if self.is_global_zero:
+            print(f"{parameters_here(module):,} of {whole:,} parameters on each of {self.world_size} processes")
+
+    # ---- steps
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.model is not None
+        assert self.lightning_module is not None
+        # By the module's call, so that the hooks of FSDP2 run.
+        with self.precision_plugin.train_step_context():
+            return self._forward_redirection(self.model, self.lightning_module, "training_step", *args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._gathered():
+            return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._gathered():
+            return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._gathered():
+            return super().predict_step(*args, **kwargs)
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Keep all parameters but the divided experts whole: an evaluation calls other methods than ``forward``, as a
+        search does, which have no hooks."""
+        assert self.model is not None
+        parts = list(sharded_modules(self.model))
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.reshard()
+                freed = self.reshard_after_forward is not False and part is not self.model
+                part.set_reshard_after_forward(freed, recurse=False)
+
+    def _clip_by_norm(self, optimizer: Any, clip_val: float) -> None:
+        clip_grad_norm(self.precision_plugin.main_params(optimizer), clip_val)
+
+    def _clip_by_value(self, optimizer: Any, clip_val: float) -> None:
+        for parameter in self.precision_plugin.main_params(optimizer):
+            if parameter.grad is not None:
+                local_part(parameter.grad).clamp_(-clip_val, clip_val)
+
+    # ---- checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return dict(getattr(optimizer, "_optimizer", optimizer).state_dict())
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write the folder of a sharded checkpoint; all processes take part."""
+        if storage_options is not None:
+            raise ValueError("ExpertParallelStrategy writes folders of shards and takes no storage_options")
+        sharded.write(Path(self.broadcast(str(filepath))), checkpoint, {})
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.is_global_zero:
+            delete(Path(filepath))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Return what Lightning restores, with this process's part of each tensor."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        if sharded.is_sharded(path):
+            return sharded.read_placed(path, self._target)
+        checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=True)
+        return self._divided(checkpoint, [])
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+
+    def _target(self, keys: list[Any], shape: tuple[int, ...]) -> Tensor | None:
+        """Return an empty tensor that is divided as the parameter is whose value or optimizer's state lies at a place
+        of a checkpoint; None where the place is of no parameter of this shape."""
+        assert self.lightning_module is not None
+        parameter: Any = None
+        if keys[0] in ("state_dict", "trained_state_dict") and len(keys) == 2:
+            parameter = self._own_state().get(keys[1])
+        elif keys[0] == "optimizer_states" and len(keys) == 5 and keys[1] < len(self.optimizers):
+            groups = self.optimizers[keys[1]].param_groups
+            parameters = [p for group in groups for p in group["params"]]
+            parameter = parameters[keys[3]] if keys[3] < len(parameters) else None
+        if not isinstance(parameter, DTensor) or tuple(parameter.shape) != shape:
+            return None
+        return torch.empty_like(parameter.detach())
+
+    def _own_state(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return dict(self.lightning_module.state_dict())
+
+    def _divided(self, value: Any, keys: list[Any]) -> Any:
+        """Return the contents of a file with this process's part of each tensor."""
+        if isinstance(value, Tensor):
+            target = self._target(keys, tuple(value.shape)) if keys else None
+            return value if target is None else copy_part(target.to(value.dtype), value)
+        if isinstance(value, Mapping):
+            return {key: self._divided(item, [*keys, key]) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._divided(item, [*keys, i]) for i, item in enumerate(value)]
+        return value
+
+
+def check_ranks_alike(module: LightningModule) -> None:
+    """Refuse processes whose models, configurations or versions of the code differ from those of process 0.
+
+    Raises:
+        ValueError: naming the first process that differs, and in what; every process raises it.
+    """
+    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in module.named_parameters()]
+    facts = {
+        "code": code_digest(),
+        "versions": f"torch {torch.__version__}",
+        "configuration": repr(sorted((str(k), repr(v)) for k, v in dict(module.hparams).items())),
+        "model": repr(shapes),
+    }
+    own = {name: hashlib.sha256(value.encode()).hexdigest() for name, value in facts.items()}
+    of_ranks: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, own)
+    for rank, other in enumerate(of_ranks):
+        for name in own:
+            if other[name] != of_ranks[0][name]:
+                raise ValueError(f"process {rank} has another {name} than process 0: all of them need the same")
+
+
+def code_digest() -> str:
+    """Return a digest of the sources of ``core`` and ``apps``."""
+    digest = hashlib.sha256()
+    for package in (Path(core.__file__).parent, Path(__file__).parents[1]):
+        for file in sorted(package.rglob("*.py")):
+            digest.update(str(file.relative_to(package)).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def parameters_here(model: nn.Module) -> int:
+    """Return the number of parameters that this process holds."""
+    return sum(local_part(p).numel() for p in model.parameters())

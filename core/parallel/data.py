@@ -1,0 +1,81 @@
+"""A model whose parameters are copied to ranks, or sharded over them by FSDP2, beside its divided experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from ..experts import Experts
+from ..layers import moe_layers
+from .mesh import EXPERT, REPLICATE, SHARD
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that repeat: the members with parameters of the outermost lists and sequences of a model."""
+    blocks: list[nn.Module] = []
+    for child in model.children():
+        if isinstance(child, nn.ModuleList | nn.Sequential) and len(child) > 1:
+            blocks += [m for m in child if next(m.parameters(), None) is not None]
+        else:
+            blocks += blocks_of(child)
+    return blocks
+
+
+def shard_data(model: nn.Module, mesh: DeviceMesh, *, shard: bool = True, **options: Any) -> None:
+    """Average a model's gradients over all ranks of a mesh, and keep its parameters in shards or copies, in place.
+
+    The blocks (``blocks_of``) and the experts are gathered and freed one by one by FSDP2; what is in none of them, with
+    the model. Experts that ``shard_experts`` has divided over the mesh's axis of experts are copied and sharded over
+    the other two axes, and their gradients are averaged as all others are: over all ranks, each of which takes the mean
+    over its own tokens as its loss.
+
+    Args:
+        model: the same one on each rank, with the same parameters.
+        mesh: of ``expert_mesh``.
+        shard: whether parameters are sharded over the axes "shard" and "expert"; else each rank keeps a copy, as in
+            DDP, of all but the divided experts.
+        options: options of ``torch.distributed.fsdp.fully_shard``, such as ``mp_policy`` and
+            ``reshard_after_forward``.
+
+    Raises:
+        ValueError: ``shard=False`` with more than one rank along "shard".
+    """
+    world, kind = mesh.size(), mesh.device_type
+    replicas, shards, experts = (mesh[name].size() for name in (REPLICATE, SHARD, EXPERT))
+    if not shard and shards > 1:
+        raise ValueError(f"shards={shards} with shard=False: copies are not sharded")
+    sizes = (replicas, shards * experts) if shard else (world, 1)
+    rest = init_device_mesh(kind, sizes, mesh_dim_names=(REPLICATE, SHARD))
+    of_experts = mesh[REPLICATE, SHARD]
+    divided = {id(p): p for layer in moe_layers(model).values() for p in layer.experts.modules() if _is_divided(p)}
+    for part in divided.values():
+        fully_shard(part, mesh=of_experts, **options)
+        # Each rank has added the gradients of the tokens of all ranks along the experts' axis.
+        cast(FSDPModule, part).set_gradient_divide_factor(world)
+        # Gloo multiplies nothing on its way; of one shard, torch would divide twice by a forced sum.
+        if kind == "cpu" and shards > 1:
+            cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)
+    for block in blocks_of(model):
+        if any(id(m) not in divided and next(m.parameters(recurse=False), None) is not None for m in block.modules()):
+            fully_shard(block, mesh=rest, **options)
+    fully_shard(model, mesh=rest, **options)
+
+
+def _is_divided(part: nn.Module) -> bool:
+    return isinstance(part, Experts) and part.num_local_experts != part.num_experts
+
+
+def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    """Yield the modules that FSDP2 gathers and frees."""
+    return (m for m in model.modules() if isinstance(m, FSDPModule))
+
+
+def broadcast_parameters(model: nn.Module) -> None:
+    """Give every rank the parameters and buffers of rank 0."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.detach(), 0)

@@ -1,0 +1,72 @@
+"""Tensors that are divided among ranks in different ways: their parts, their norm, and clipping by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the Euclidean norm of all tensors together, float32 (), on every rank, in one collective.
+
+    torch's own function mixes no meshes.
+
+    Args:
+        tensors: plain ones, the same on each rank, and ``DTensor`` of meshes that hold every rank of the default group
+            the same number of times.
+    """
+    world = dist.get_world_size()
+    squares = [torch.zeros(())]
+    for tensor in tensors:
+        square = local_part(tensor.detach()).float().square().sum()
+        squares.append(square / _copies(tensor, world))
+    total = torch.stack([square.to(squares[-1].device) for square in squares]).sum()
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+def _copies(tensor: Tensor, world: int) -> int:
+    """Return how many ranks hold each number of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return world
+    mesh = tensor.device_mesh
+    parts = [mesh.size(axis) for axis, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    return world // math.prod(parts)
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], limit: float) -> Tensor:
+    """Scale the gradients down in place to a total norm of at most ``limit``, and return the norm before, ().
+
+    Every rank calls it. The norm is that of the whole model, however its parameters are divided.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = total_norm(grads)
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        local = local_part(grad)
+        local.mul_(factor.to(local.device, local.dtype))
+    return norm
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank holds, as a view: all of a plain one."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_part(target: DTensor, whole: Tensor) -> DTensor:
+    """Copy this rank's part of a tensor that every rank has into ``target``, and return it.
+
+    Args:
+        target: of any mesh and placements.
+        whole: of the same shape.
+    """
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, target.device_mesh, target.placements)
+    part = whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+    target.to_local().copy_(part)
+    return target
