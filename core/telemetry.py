@@ -143,17 +143,20 @@ class RoutingStats:
         """Return the statistics of all passes on the tape; the host waits for a device when a figure is read."""
         return sum((cls({entry.name: _layer_stats(entry)}) for entry in tape.entries), cls({}))
 
-    def all_reduce(self) -> RoutingStats:
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> RoutingStats:
         """Return the sums over all ranks, on every rank; itself where there is one rank. Every rank has to call it, as
         after a pass over its share of the data. A layer that a rank has no passes of adds nothing there.
+
+        Args:
+            group: the ranks, which have the same layers and other tokens; None: all.
 
         Raises:
             ValueError: a layer has other sums on another rank.
         """
-        if not several_ranks():
+        if not several_ranks(group):
             return self
-        of_ranks: list[dict[str, Layout]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(of_ranks, {name: stats.layout() for name, stats in self.layers.items()})
+        of_ranks: list[dict[str, Layout]] = [{} for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(of_ranks, {name: stats.layout() for name, stats in self.layers.items()}, group=group)
         layouts = {name: layout for of_rank in of_ranks for name, layout in of_rank.items()}
         for of_rank in of_ranks:
             for name, layout in of_rank.items():
@@ -162,7 +165,7 @@ class RoutingStats:
         if not layouts:
             return self
         device = next((stats.tokens_per_expert.device for stats in self.layers.values()), None)
-        device = device or device_of_ranks()
+        device = device or device_of_ranks(group)
         # Float64 holds any count of pairs.
         own = [
             getattr(self.layers[name], key).to(torch.float64)
@@ -171,7 +174,7 @@ class RoutingStats:
             for name, layout in layouts.items()
             for key, (shape, _) in layout.items()
         ]
-        added = iter(sum_over_ranks(own))
+        added = iter(sum_over_ranks(own, group))
         return RoutingStats(
             {
                 name: LayerStats(**{key: next(added).to(dtype) for key, (_, dtype) in layout.items()})

@@ -171,7 +171,9 @@ def put_back(contents: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
                     parent = parent[key]
                 parent[last] = tensor
             except (KeyError, IndexError, TypeError) as error:
-                raise ValueError(f"the sharded tensor {name.removeprefix(PLACE)} has no place in the contents") from error
+                raise ValueError(
+                    f"the sharded tensor {name.removeprefix(PLACE)} has no place in the contents"
+                ) from error
 
 
 def read_rest(path: Path) -> dict[str, Any]:

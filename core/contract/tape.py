@@ -130,22 +130,22 @@ class Tape:
         return Tape(self.entries + other.entries, self.shared_on or other.shared_on, layers)
 
 
-def several_ranks() -> bool:
-    """Return whether there is a process group of more than one rank."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def several_ranks(group: dist.ProcessGroup | None = None) -> bool:
+    """Return whether there is a process group of more than one rank; None: that of all ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-def device_of_ranks() -> torch.device:
+def device_of_ranks(group: dist.ProcessGroup | None = None) -> torch.device:
     """Return a device on which the ranks can add up."""
-    return torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
+    return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
 
 
-def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the sums of tensors of one dtype over all ranks, in one collective; each keeps the gradient of this
+def sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Return the sums of tensors of one dtype over the ranks, in one collective; each keeps the gradient of this
     rank's part."""
     local = torch.cat([t.reshape(-1) for t in tensors])
     total = local.detach().clone()
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     added = (local + (total - local.detach())).split([t.numel() for t in tensors])
     return [part.reshape(t.shape) for part, t in zip(added, tensors, strict=True)]
 

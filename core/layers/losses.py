@@ -32,17 +32,22 @@ class AuxLosses:
     terms: dict[str, Tensor]
 
 
-def aux_loss(tape: Tape) -> Tensor:
+def aux_loss(tape: Tape, group: dist.ProcessGroup | None = None) -> Tensor:
     """Return the weighted balance losses of all recorded passes, to be added to the task's loss. See ``aux_losses``."""
-    return aux_losses(tape).total
+    return aux_losses(tape, group).total
 
 
-def aux_losses(tape: Tape) -> AuxLosses:
+def aux_losses(tape: Tape, group: dist.ProcessGroup | None = None) -> AuxLosses:
     """Return the weighted sum and the unweighted terms of the balance losses of all recorded passes.
 
     Statistics are those of the tokens of all ranks, in one collective for all layers, unless a layer's ``scope`` is
     "rank"; the gradient is exact once DDP or FSDP has averaged it over the ranks. All ranks call it for the same passes
     of these layers, in any order, which one small collective checks (not in compiled code).
+
+    Args:
+        tape: the passes.
+        group: the ranks that have the same layers and other tokens, over which gradients are averaged: under pipeline
+            or tensor parallelism the data-parallel ones. None: all.
 
     Raises:
         ValueError: a pass had no context field that one of its terms reads, or one of another form; or the tape has
@@ -69,7 +74,8 @@ def aux_losses(tape: Tape) -> AuxLosses:
     shared = [i for i, (entry, _) in enumerate(entries) if entry.balance.scope == "global"]
     # By name: ranks may run their layers in different orders.
     shared.sort(key=lambda i: entries[i][0].name)
-    added, world = _all_reduce([entries[i][0].name for i in shared], [sums[i] for i in shared], tape.shared_on)
+    names = [entries[i][0].name for i in shared]
+    added, world = _all_reduce(names, [sums[i] for i in shared], tape.shared_on, group)
     for i, entry_sums in zip(shared, added, strict=True):
         sums[i] = entry_sums
     total: Tensor | None = None
@@ -96,7 +102,10 @@ def aux_losses(tape: Tape) -> AuxLosses:
 
 
 def _all_reduce(
-    names: list[str], sums: list[dict[str, Tensor]], device: torch.device | None
+    names: list[str],
+    sums: list[dict[str, Tensor]],
+    device: torch.device | None,
+    group: dist.ProcessGroup | None,
 ) -> tuple[list[dict[str, Tensor]], int]:
     """Add each sum over the ranks, in one collective; the gradient stays that of this rank's part.
 
@@ -104,8 +113,9 @@ def _all_reduce(
         names: the layer of each.
         sums: sums of this rank.
         device: device on which a rank without sums takes part; None: it does not.
+        group: the ranks; None: all.
     """
-    if not several_ranks() or (not sums and device is None):
+    if not several_ranks(group) or (not sums and device is None):
         return sums, 1
     _check_ranks_agree(
         names,
@@ -113,15 +123,20 @@ def _all_reduce(
         "the ranks recorded different passes, so their balance losses cannot be added up: {}; "
         "run these layers alike on all ranks, or give them Balance(scope='rank')",
         device,
+        group,
     )
     if not sums:
         return sums, 1
-    added = iter(sum_over_ranks([t for s in sums for t in s.values()]))
-    return [{name: next(added) for name in s} for s in sums], dist.get_world_size()
+    added = iter(sum_over_ranks([t for s in sums for t in s.values()], group))
+    return [{name: next(added) for name in s} for s in sums], dist.get_world_size(group)
 
 
 def _check_ranks_agree(
-    names: list[str], sums: list[dict[str, Tensor]], refusal: str, device: torch.device | None = None
+    names: list[str],
+    sums: list[dict[str, Tensor]],
+    refusal: str,
+    device: torch.device | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Raise a ``RuntimeError`` on every rank where their sums are of different layers or shapes.
 
@@ -130,23 +145,24 @@ def _check_ranks_agree(
         sums: sums of this rank, which may have none.
         refusal: the error's message, with a place for the difference.
         device: device on which the ranks compare; None: that of the sums.
+        group: the ranks; None: all.
     """
     if torch.compiler.is_compiling():
         return
     if device is None:
-        device = next((t.device for s in sums for t in s.values()), None) or device_of_ranks()
+        device = next((t.device for s in sums for t in s.values()), None) or device_of_ranks(group)
     layout = [
         (name, *((key, tuple(t.shape)) for key, t in of_layer.items()))
         for name, of_layer in zip(names, sums, strict=True)
     ]
     code = int.from_bytes(hashlib.sha256(repr(layout).encode()).digest()[:7], "big")
     extremes = torch.tensor([code, -code], device=device)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     largest, minus_smallest = extremes.tolist()
     if largest == -minus_smallest:
         return
-    layouts: list[list[tuple[str, object]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(layouts, layout)
+    layouts: list[list[tuple[str, object]]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(layouts, layout, group=group)
     times = [Counter(name for name, *_ in of_rank) for of_rank in layouts]
     differ = [
         f"{name!r} ({' and '.join(str(counts[name]) for counts in times)} times)"
@@ -156,7 +172,7 @@ def _check_ranks_agree(
     raise RuntimeError(refusal.format(", ".join(differ) or "in another order, or of other sizes"))
 
 
-def update_expert_bias(model: nn.Module, tape: Tape) -> None:
+def update_expert_bias(model: nn.Module, tape: Tape, group: dist.ProcessGroup | None = None) -> None:
     """Move the selection biases by the loads on the tape, the adaptive weights of ``Balance`` by its drop rates and
     those of a router's own by its counts, and tell each router that a step is over, for what it anneals: once per
     optimizer step, in training.
@@ -168,6 +184,7 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
     Args:
         model: the recorded model, or the same one wrapped.
         tape: the passes since the last step.
+        group: as in ``aux_losses``.
 
     Raises:
         ValueError: the tape has a pass of a layer that the model does not name so.
@@ -183,7 +200,7 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
         key: next(r.buffers()).new_zeros(r.num_counts, dtype=torch.float32) for key, r in each.items() if r.num_counts
     }
     drops = {n: m.load_balancing_weight.new_zeros(2) for n, m in layers.items() if m.load_balancing_weight is not None}
-    if several_ranks():
+    if several_ranks(group):
         first = {id(r): name for name, r in reversed(routers.items())}
         names = [*(first[key] for key in (*loads, *counts)), *drops]
         sums = [{kind: t} for kind, of in (("load", loads), ("counts", counts), ("drops", drops)) for t in of.values()]
@@ -192,6 +209,7 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
             sums,
             "the ranks train different layers, so the loads of their experts cannot be added up: {}; "
             "every rank needs the same layers with expert_bias or Balance(adaptive=True)",
+            group=group,
         )
     for router in each.values():
         router.after_step()
@@ -208,8 +226,8 @@ def update_expert_bias(model: nn.Module, tape: Tape) -> None:
         if entry.name in drops:
             chosen_E, computed_E = entry.routing.chosen_per_expert_E, entry.routing.tokens_per_expert_E
             drops[entry.name] += torch.stack((chosen_E.sum() - computed_E.sum(), chosen_E.sum()))
-    if several_ranks():
-        added = iter(sum_over_ranks([*loads.values(), *counts.values(), *drops.values()]))
+    if several_ranks(group):
+        added = iter(sum_over_ranks([*loads.values(), *counts.values(), *drops.values()], group))
         loads, counts = {key: next(added) for key in loads}, {key: next(added) for key in counts}
         drops = {n: next(added) for n in drops}
     for key, load in loads.items():

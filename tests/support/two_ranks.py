@@ -1,7 +1,8 @@
-"""Work in two processes that are gloo ranks."""
+"""Work in a few processes that are gloo ranks."""
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,20 @@ WORLD = 2
 
 def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
     """Return what ``work(rank)`` returns on each rank; ``folder`` is empty."""
-    mp.spawn(_worker, args=(work, str(folder)), nprocs=WORLD)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return on_ranks(work, folder, WORLD)
 
 
-def _worker(rank: int, work: Callable[[int], Any], folder: str) -> None:
+def on_ranks(work: Callable[[int], Any], folder: Path, world: int) -> list[Any]:
+    """Return what ``work(rank)`` returns on each of ``world`` ranks; ``folder`` is empty."""
+    # The processes are forks of one that has imported this: an import of torch takes longer than most of the work.
+    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "core.parallel"])
+    mp.start_processes(_worker, args=(work, str(folder), world), nprocs=world, start_method="forkserver")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def _worker(rank: int, work: Callable[[int], Any], folder: str, world: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", WORLD), rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
     try:
         torch.save(work(rank), f"{folder}/rank{rank}.pt")
         dist.barrier()
