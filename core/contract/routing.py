@@ -79,6 +79,8 @@ class Routing:
         top_k: K where the pairs are token-major, so that pair ``n`` belongs to token ``n // K``; else None.
         input_index_N: int64 (N,), the token that each pair reads, where several tasks route the same tokens
             (``core.dispatch.join_tasks``); None: ``token_index_N``.
+        most_per_expert: the most pairs that an expert computes, known without a look at the choice; None: as many as
+            there are tokens.
     """
 
     token_index_N: Tensor
@@ -92,6 +94,7 @@ class Routing:
     valid_T: Tensor | None = None
     num_sequences: int | None = None
     evidence: Evidence = NO_EVIDENCE
+    most_per_expert: int | None = None
 
 
 @dataclass(frozen=True)

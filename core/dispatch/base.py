@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,6 +20,8 @@ class Dispatcher:
     """
 
     backend: str = "auto"
+    travels: ClassVar[bool] = False
+    """Whether rows are on their way for a while after ``dispatch`` has returned: shared experts compute meanwhile."""
 
     def dispatch(self, x: Tensor, routing: Any) -> Rows:
         """Return rows sorted by the experts that are here, with the weight of each: the weights travel with the rows.

@@ -16,6 +16,7 @@ def join_tasks(routings: Sequence[Routing]) -> Routing:
     Virtual token ``k * T + i`` is token i as task k sees it. What losses and statistics read stays with the tasks' own.
     """
     T, first = routings[0].num_tokens, routings[0]
+    most = [r.most_per_expert for r in routings]
     same = all(r.top_k == first.top_k for r in routings)
     return Routing(
         token_index_N=torch.cat([r.token_index_N + k * T for k, r in enumerate(routings)]),
@@ -26,6 +27,7 @@ def join_tasks(routings: Sequence[Routing]) -> Routing:
         num_tokens=len(routings) * T,
         top_k=first.top_k if same else None,
         input_index_N=torch.cat([r.token_index_N for r in routings]),
+        most_per_expert=None if None in most else sum(m for m in most if m is not None),
         evidence=Evidence(),
     )
 

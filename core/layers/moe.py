@@ -297,10 +297,13 @@ class MoE(MoELayer):
         if self.training and self.balance.contrast:
             routing = self._contrasted(x_BSD, routing, context)
         self.record_pass(routing, context, shared_gate=self.shared_gate, shared_gate_T=gate_T)
-        y_BSD = self._compute(x_BSD, routing, context)
-        y = y_BSD.reshape(*x.shape[:-1], y_BSD.shape[-1])
+        rows = shared = None
         if self.shared_experts is not None:
+            rows = self._dispatched(x_BSD, routing, context) if self.dispatcher.travels else None
             shared = self.shared_experts(x, "dense")
+        y_BSD = self._compute(x_BSD, routing, context) if rows is None else self._computed(rows, x_BSD)
+        y = y_BSD.reshape(*x.shape[:-1], y_BSD.shape[-1])
+        if shared is not None:
             y = y + shared if self.shared_gate is None or gate is None else self.shared_gate.combine(gate, y, shared)
         return y if self.output_bias is None else y + self.output_bias.to(y.dtype)
 
@@ -316,7 +319,10 @@ class MoE(MoELayer):
 
     def _compute(self, x_BSD: Tensor, routing: Any, context: RoutingContext | None) -> Tensor:
         """Return (B, S, D) tokens after the routed experts, (B, S, D_out)."""
-        rows = self._dispatched(x_BSD, routing, context)
+        return self._computed(self._dispatched(x_BSD, routing, context), x_BSD)
+
+    def _computed(self, rows: Rows, x_BSD: Tensor) -> Tensor:
+        """Return the sums of the experts' rows by token, (B, S, D_out)."""
         if self.training and self.expert_output_masking:
             # On the rows and not in the routing: losses, loads and capacity are those of the choice.
             rows = replace(rows, gates_R=F.dropout(rows.gates_R, self.expert_output_masking))

@@ -13,7 +13,7 @@ from ..layers import MoELayer, moe_layers
 from .all_to_all import AllToAllDispatcher
 
 
-def shard_experts(model: nn.Module, mesh: DeviceMesh) -> dict[str, str]:
+def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -> dict[str, str]:
     """Divide the routed experts of each MoE layer among the ranks of a mesh, in place: rank r keeps the r-th part.
 
     The stacked parameters become ``DTensor`` sharded along the experts' axis, and the layer's dispatcher an
@@ -24,6 +24,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> dict[str, str]:
     Args:
         model: any module with MoE layers, the same one on each rank, with the same parameters.
         mesh: of one axis.
+        static: as in ``AllToAllDispatcher``.
 
     Returns:
         What is where, by the layer's name, such as "4 of 8 experts on each of 2 ranks".
@@ -40,7 +41,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh) -> dict[str, str]:
         _check(name, layer, mesh.size())
     where = {}
     for name, layer in layers.items():
-        dispatcher = AllToAllDispatcher(mesh.get_group())
+        dispatcher = AllToAllDispatcher(mesh.get_group(), static)
         dispatcher.backend = layer.backend
         layer.dispatcher = dispatcher
         for part in _parts(layer):

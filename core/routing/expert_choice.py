@@ -106,6 +106,7 @@ def choose_tokens(
         num_tokens=T,
         valid_T=valid_T,
         num_sequences=num_sequences,
+        most_per_expert=chosen_GEC.shape[0] * chosen_GEC.shape[2],
         evidence=Evidence(scores_TE, logits_TE),
     )
 

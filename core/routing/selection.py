@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -142,7 +143,7 @@ def select_pairs(
     chosen_E = choice.chosen_per_expert_E
     if chosen_E is None:
         chosen_E = _count(expert_ids_N, E)
-    tokens_E = chosen_E
+    tokens_E, most = chosen_E, None
     ratio = limit.ratio(training)
     # Where K * factor >= E an expert could take every token, so nothing can be dropped.
     if ratio is not None and K * ratio[0] < E * ratio[1]:
@@ -150,6 +151,9 @@ def select_pairs(
         real_T = torch.ones_like(group_T) if valid_T is None else valid_T.to(torch.int64)
         size_G = torch.zeros(num_groups, dtype=torch.int64, device=device).scatter_add_(0, group_T, real_T)
         capacity_G = torch.as_tensor(capacity(ratio, K, size_G, E))
+        length = T // max(num_sequences, 1)
+        size = T if limit.group == "batch" else length if limit.group == "sequence" else int(limit.group)
+        most = cast(int, num_groups * capacity(ratio, K, size, E))
         queue_TK = torch.where(expert_ids_TK < E, group_T[:, None] * E + expert_ids_TK, num_groups * E)
         served_T = served_tokens(limit.priority, _priority(choice), training)
         rank_TK = queue_ranks(queue_TK, served_T, num_groups * E + 1, backend=backend)
@@ -170,6 +174,7 @@ def select_pairs(
         top_k=K,
         valid_T=valid_T,
         num_sequences=num_sequences,
+        most_per_expert=most,
         evidence=Evidence() if choice.evidence is None else choice.evidence,
     )
 

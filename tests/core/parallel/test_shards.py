@@ -25,6 +25,7 @@ from core import (
     PLE,
     AttentionExperts,
     Convolution,
+    ExpertChoice,
     Experts,
     LoRA,
     Merge,
@@ -59,6 +60,13 @@ ROUTED = {
     "output bias": MoEConfig(4, TokenChoice(2), GEGLU(5), output_bias=True),
     "attention": MoEConfig(4, TokenChoice(2), AttentionExperts(2, 3)),
 }
+STATIC = {
+    "static": MoEConfig(
+        4, TokenChoice(2), FFN(5, bias=True), capacity_factor=0.5, group="sequence", num_shared_experts=1
+    ),
+    "static, groups of 8 tokens": MoEConfig(4, TokenChoice(2), FFN(5), capacity_factor=0.75, group=8),
+    "static, experts choose": MoEConfig(4, ExpertChoice(1.0), FFN(5)),
+}
 SHARES = {"even": (2, 2), "uneven": (3, 1), "one rank has all": (4, 0)}
 """Sequences of each rank."""
 DENSE = {
@@ -68,13 +76,13 @@ DENSE = {
     "experts of domains": MMoE(4, FFN(5), num_domain_experts=1),
     "levels": PLE(2, MLP((5,)), num_levels=2),
 }
-CASES = [("even", name) for name in ROUTED] + [("fsdp", name) for name in (*ROUTED, *DENSE)]
+CASES = [("even", name) for name in (*ROUTED, *STATIC)] + [("fsdp", name) for name in (*ROUTED, *DENSE)]
 CASES += [(share, name) for share in ("uneven", "one rank has all") for name in ("ffn", "one selection", "attention")]
 
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    config = {**ROUTED, **DENSE}[name]
+    config = {**ROUTED, **STATIC, **DENSE}[name]
     if isinstance(config, MoEConfig):
         return config.build(D)
     return config.build(D, 2, 2 if config.num_domain_experts else 0)
@@ -83,7 +91,7 @@ def build(name: str) -> nn.Module:
 def wrapped(kind: str, name: str, mesh: DeviceMesh) -> nn.Module:
     layer = build(name)
     if kind in SHARES:
-        shard_experts(layer, mesh)
+        shard_experts(layer, mesh, static=name in STATIC)
         return layer
     for part in layer.modules():
         if isinstance(part, Experts):
@@ -160,6 +168,10 @@ def facts(rank: int, mesh: DeviceMesh) -> dict[str, object]:
     first = layer.experts.weights_of(0)["w_in"]
     kept = torch.equal(first, whole)
     layer.experts.init_each(nn.init.ones_)
+    dropless = build("ffn")
+    shard_experts(dropless, mesh, static=True)
+    with pytest.raises(ValueError, match="static=True needs a capacity: give the layer a capacity_factor"):
+        dropless(torch.randn(1, 2, D))
     copies = [copy.deepcopy(layer.dispatcher), pickle.loads(pickle.dumps(layer.dispatcher))]
     return {
         "where": where,
