@@ -14,6 +14,8 @@ from ..contract import Rows
 from ..kernels import check_devices
 from ..registry import OpenConfig
 
+HIDDEN = "hidden"
+"""Name of the axis of a mesh along which the hidden units of each expert are divided."""
 Way = Literal["rows", "dense", "each", "merged", "queries", "outputs"]
 
 
@@ -286,11 +288,15 @@ def local_tensor(t: Tensor) -> Tensor:
     """Return the part of a stacked tensor that this process holds: of a ``DTensor`` its shard, else the whole.
 
     Raises:
-        ValueError: the shard is cut along another axis than that of the experts, so that no expert is whole.
+        ValueError: the shard is cut along another axis than that of the experts, so that no expert is whole; but for a
+            mesh that divides hidden units.
     """
     if not hasattr(t, "to_local"):
         return t
-    axes = [placement.dim for placement in getattr(t, "placements", ()) if placement.is_shard()]
+    placements, mesh = getattr(t, "placements", ()), getattr(t, "device_mesh", None)
+    names = getattr(mesh, "mesh_dim_names", None) or ()
+    meant = [bool(names) and names[i] == HIDDEN for i in range(len(placements))]
+    axes = [p.dim for p, is_meant in zip(placements, meant, strict=True) if p.is_shard() and not is_meant]
     if any(axes):
         raise ValueError(f"a tensor of experts of shape {tuple(t.shape)} is sharded along axis {max(axes)}, not 0")
     local: Tensor = t.to_local()

@@ -2,7 +2,7 @@
 
 from .all_to_all import AllToAllDispatcher
 from .data import blocks_of, broadcast_parameters, shard_data, sharded_modules
-from .mesh import expert_mesh
+from .mesh import expert_mesh, experts_part
 from .parts import clip_grad_norm, copy_part, local_part, total_norm
 from .shards import shard_experts
 
@@ -13,6 +13,7 @@ __all__ = [
     "clip_grad_norm",
     "copy_part",
     "expert_mesh",
+    "experts_part",
     "local_part",
     "shard_data",
     "shard_experts",

@@ -6,102 +6,107 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..contract import Routing, RowPlan, Rows
 from ..dispatch import Dispatcher, LocalDispatcher
 from ..kernels import expert_of_rows
+from .routes import Hop, Routes
 
 
 @dataclass(frozen=True)
-class Journey(RowPlan):
-    """The way of rows to other ranks, by which they come back. The base class has the way from the sorted rows to the
-    received ones.
+class Way:
+    """The way of rows to other ranks, by which they come back.
 
     Attributes:
         rows: this rank's own tokens, sorted by the experts of all ranks.
-        place_R: int64 (R,), the place of each of those rows among the sent ones.
-        sent, received: number of rows for each rank, and from each; None: as many for each.
+        place_R: int64 (R,), the place of each of those rows among the sent ones; behind the last one: it is not sent.
+        hops: the exchanges on the way.
     """
 
     rows: Rows
     place_R: Tensor
-    sent: list[int] | None
-    received: list[int] | None
+    hops: list[Hop]
+
+
+@dataclass(frozen=True)
+class Journey(RowPlan):
+    """The way from the experts' sorted rows back to the received ones, and from there to the tokens' ranks."""
+
+    way: Way
 
 
 class AllToAllDispatcher(Dispatcher):
     """Sends rows to the ranks that hold their experts, and the experts' output back (arXiv 2006.16668).
 
-    Rank r of the W in the group holds experts ``r E / W`` to ``(r + 1) E / W``, and routes tokens of its own. Rows are
-    received by rank and then by expert; the experts read them through an index, as they read tokens, so that the
-    received rows are moved no second time. Each rank weights what it computes, and the rank of a token sums. While rows
-    travel, the layer's shared experts compute.
+    Part r of P of the ranks holds experts ``r E / P`` to ``(r + 1) E / P``, and each rank routes tokens of its own.
+    Rows are received by rank and then by expert; the experts read them through an index, as they read tokens, so that
+    the received rows are moved no second time. Each rank weights what it computes, and the rank of a token sums. While
+    rows travel, the layer's shared experts compute.
 
-    All ranks of the group call a layer together.
+    All ranks of the mesh call a layer together. A copy of the dispatcher has no ranks, and refuses to dispatch.
 
     Args:
-        group: the ranks; None: all. A copy of the dispatcher speaks in the default group.
+        mesh: the ranks, as in ``shard_experts``.
         static: whether each expert is sent as many rows as it can ever get, empty ones too, by a capacity that the
             routing knows (``Routing.most_per_expert``). The host then waits for no device, and shapes are static; all
             ranks need as many tokens. Else the ranks exchange their numbers of rows first, for which the host waits
             once, and may have any number of tokens, also none.
 
     Raises:
-        ValueError: in ``dispatch``, ``static`` without a capacity.
+        ValueError: in ``dispatch``, ``static`` without a capacity, or the dispatcher is a copy.
     """
 
     travels = True
 
-    def __init__(self, group: dist.ProcessGroup | None = None, static: bool = False) -> None:
-        self.group, self.static, self._local = group, static, LocalDispatcher()
+    def __init__(self, mesh: DeviceMesh, static: bool = False) -> None:
+        self.static, self._local = static, LocalDispatcher()
+        self._routes: Routes | None = Routes(mesh)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "group": None}
+        return {**self.__dict__, "_routes": None}
 
     def dispatch(self, x: Tensor, routing: Routing) -> Rows:
+        if self._routes is None:
+            raise ValueError("the dispatcher is a copy, which knows no ranks: call core.parallel.shard_experts again")
         self._local.backend = self.backend
         rows = self._local.dispatch(x, routing)
-        if self.static:
-            return self._dispatch_static(rows, routing)
-        sent_WE = self._by_rank(routing.tokens_per_expert_E)
-        received_WE = torch.empty_like(sent_WE)
-        dist.all_to_all_single(received_WE, sent_WE, group=self.group)
-        sent, received = torch.stack((sent_WE.sum(1), received_WE.sum(1))).tolist()
-        live = sum(sent)
-        x_RD = self._exchange(rows.materialize()[:live], sent, received)
-        gates_R = self._exchange(rows.gates_R[:live], sent, received)
-        W, local = received_WE.shape
-        expert_R = torch.arange(local, device=x.device).repeat(W)
-        expert_R = expert_R.repeat_interleave(received_WE.flatten(), output_size=sum(received))
-        # Rows that no expert computes have no place among the sent ones: they read the zero behind those.
-        place_R = torch.arange(rows.row_index_R.shape[0], device=x.device).clamp_max(live)
-        return self._received(x_RD, gates_R, expert_R, received_WE.sum(0), (rows, place_R, sent, received))
+        return self._static(rows, routing, self._routes) if self.static else self._counted(rows, routing, self._routes)
 
-    def _dispatch_static(self, rows: Rows, routing: Routing) -> Rows:
+    def _counted(self, rows: Rows, routing: Routing, routes: Routes) -> Rows:
+        """Dispatch as many rows as there are."""
+        received_WE, hops = routes.counted(routing.tokens_per_expert_E)
+        live, device = hops[0].num_rows, rows.x.device
+        x_RD, gates_R = (_there(t, hops) for t in (rows.materialize()[:live], rows.gates_R[:live]))
+        W, local = received_WE.shape
+        expert_R = torch.arange(local, device=device).repeat(W)
+        expert_R = expert_R.repeat_interleave(received_WE.flatten(), output_size=gates_R.shape[0])
+        place_R = torch.arange(rows.row_index_R.shape[0], device=device).clamp_max(live)
+        return self._received(x_RD, gates_R, expert_R, received_WE.sum(0), Way(rows, place_R, hops))
+
+    def _static(self, rows: Rows, routing: Routing, routes: Routes) -> Rows:
         """Dispatch with ``most_per_expert`` places for each expert, filled from the first one on."""
         C, E = routing.most_per_expert, rows.offsets_E.shape[0]
         if C is None:
-            raise ValueError(
-                "static=True needs a capacity: give the layer a capacity_factor, or its dispatcher no static"
-            )
+            raise ValueError("static=True needs a capacity: give the layer a capacity_factor, or leave static out")
         R, device = rows.row_index_R.shape[0], rows.x.device
+        row_R = torch.arange(R, device=device)
         expert_R = expert_of_rows(rows.gates_R, rows.offsets_E)
         start_E = rows.offsets_E.to(torch.int64) - routing.tokens_per_expert_E
-        place_R = expert_R * C + torch.arange(R, device=device) - start_E.index_select(0, expert_R.clamp_max(E - 1))
-        place_R = torch.where(torch.arange(R, device=device) < rows.offsets_E[-1], place_R, E * C)
-        row_P = torch.full((E * C + 1,), R, device=device).scatter(0, place_R, torch.arange(R, device=device))[:-1]
-        x_PD = self._exchange(_with_zero(rows.materialize()).index_select(0, row_P), None, None)
-        gates_P = self._exchange(_with_zero(rows.gates_R).index_select(0, row_P), None, None)
-        W = dist.get_world_size(self.group)
-        expert_P = torch.arange(E // W, device=device).repeat_interleave(C).repeat(W)
-        count_E = torch.full((E // W,), W * C, device=device)
-        return self._received(x_PD, gates_P, expert_P, count_E, (rows, place_R, None, None))
+        place_R = expert_R * C + row_R - start_E.index_select(0, expert_R.clamp_max(E - 1))
+        place_R = torch.where(row_R < rows.offsets_E[-1], place_R, E * C)
+        row_S = torch.full((E * C + 1,), R, device=device).scatter(0, place_R, row_R)[:-1]
+        hops = routes.static(E * C, device)
+        x_SD, gates_S = (_there(_with_zero(t).index_select(0, row_S), hops) for t in (rows.materialize(), rows.gates_R))
+        local = E // routes.num_parts
+        W = gates_S.shape[0] // max(local * C, 1)
+        expert_S = torch.arange(local, device=device).repeat_interleave(C).repeat(W)
+        count_E = torch.full((local,), W * C, device=device)
+        return self._received(x_SD, gates_S, expert_S, count_E, Way(rows, place_R, hops))
 
-    def _received(self, x_RD: Tensor, gates_R: Tensor, expert_R: Tensor, count_E: Tensor, way: tuple[Any, ...]) -> Rows:
-        """Return the experts' rows, given what has come in, tokens of one pair each, and the fields of ``Journey``."""
+    def _received(self, x_RD: Tensor, gates_R: Tensor, expert_R: Tensor, count_E: Tensor, way: Way) -> Rows:
+        """Return the experts' rows, given what has come in: tokens of one pair each."""
         R = expert_R.shape[0]
         pairs = Routing(
             token_index_N=torch.arange(R, device=expert_R.device),
@@ -113,22 +118,22 @@ class AllToAllDispatcher(Dispatcher):
             top_k=1,
         )
         own = self._local.dispatch(x_RD, pairs)
-        return replace(own, plan=Journey(own.plan.order_R, own.plan.inverse_N, 1, *way))
+        plan = Journey(own.plan.order_R, own.plan.inverse_N, 1, way)
+        return replace(own, plan=plan)
 
     def combine(self, rows: Rows) -> Tensor:
-        journey: Journey = rows.plan
-        y_RD = self._exchange(self._local.combine(rows), journey.received, journey.sent)
-        y_RD = _with_zero(y_RD).index_select(0, journey.place_R)
-        return self._local.combine(journey.rows.with_output(y_RD, weighted=True))
+        way: Way = rows.plan.way
+        y_RD = self._local.combine(rows)
+        for hop in reversed(way.hops):
+            y_RD = hop.back(y_RD)
+        y_RD = _with_zero(y_RD).index_select(0, way.place_R)
+        return self._local.combine(way.rows.with_output(y_RD, weighted=True))
 
-    def _by_rank(self, count_E: Tensor) -> Tensor:
-        """Return the counts of each rank's experts, (W, E / W)."""
-        return count_E.view(dist.get_world_size(self.group), -1).contiguous()
 
-    def _exchange(self, rows_R: Tensor, sent: list[int] | None, received: list[int] | None) -> Tensor:
-        group = self.group or dist.distributed_c10d._get_default_group()
-        exchanged: Tensor = all_to_all_single_autograd(rows_R.contiguous(), received, sent, group)
-        return exchanged
+def _there(rows_R: Tensor, hops: list[Hop]) -> Tensor:
+    for hop in hops:
+        rows_R = hop.there(rows_R)
+    return rows_R
 
 
 def _with_zero(rows_R: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..experts import Experts
 from ..layers import moe_layers
-from .mesh import EXPERT, REPLICATE, SHARD
+from .mesh import REPLICATE, SHARD
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -30,14 +30,14 @@ def shard_data(model: nn.Module, mesh: DeviceMesh, *, shard: bool = True, **opti
     """Average a model's gradients over all ranks of a mesh, and keep its parameters in shards or copies, in place.
 
     The blocks (``blocks_of``) and the experts are gathered and freed one by one by FSDP2; what is in none of them, with
-    the model. Experts that ``shard_experts`` has divided over the mesh's axis of experts are copied and sharded over
-    the other two axes, and their gradients are averaged as all others are: over all ranks, each of which takes the mean
+    the model. Experts that ``shard_experts`` has divided over the mesh's axes of experts are copied and sharded over
+    the other two, and their gradients are averaged as all others are: over all ranks, each of which takes the mean
     over its own tokens as its loss.
 
     Args:
         model: the same one on each rank, with the same parameters.
         mesh: of ``expert_mesh``.
-        shard: whether parameters are sharded over the axes "shard" and "expert"; else each rank keeps a copy, as in
+        shard: whether parameters are sharded over all axes but "replicate"; else each rank keeps a copy, as in
             DDP, of all but the divided experts.
         options: options of ``torch.distributed.fsdp.fully_shard``, such as ``mp_policy`` and
             ``reshard_after_forward``.
@@ -46,10 +46,10 @@ def shard_data(model: nn.Module, mesh: DeviceMesh, *, shard: bool = True, **opti
         ValueError: ``shard=False`` with more than one rank along "shard".
     """
     world, kind = mesh.size(), mesh.device_type
-    replicas, shards, experts = (mesh[name].size() for name in (REPLICATE, SHARD, EXPERT))
+    replicas, shards = mesh[REPLICATE].size(), mesh[SHARD].size()
     if not shard and shards > 1:
         raise ValueError(f"shards={shards} with shard=False: copies are not sharded")
-    sizes = (replicas, shards * experts) if shard else (world, 1)
+    sizes = (replicas, world // replicas) if shard else (world, 1)
     rest = init_device_mesh(kind, sizes, mesh_dim_names=(REPLICATE, SHARD))
     of_experts = mesh[REPLICATE, SHARD]
     divided = {id(p): p for layer in moe_layers(model).values() for p in layer.experts.modules() if _is_divided(p)}

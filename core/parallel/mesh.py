@@ -2,40 +2,66 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..contract.checks import at_least_one
+from ..experts.base import HIDDEN
 
-REPLICATE, SHARD, EXPERT = AXES = ("replicate", "shard", "expert")
-"""Names of the mesh's axes, from the outermost to the one of neighbouring ranks."""
+REPLICATE, SHARD, NODE, EXPERT = "replicate", "shard", "node", "expert"
+"""Names of the mesh's axes, from the outermost one to that of neighbouring ranks; ``HIDDEN`` is the innermost."""
 
 
-def expert_mesh(experts: int, shards: int = 1, replicas: int | None = None, *, device_type: str = "cpu") -> DeviceMesh:
+def expert_mesh(
+    experts: int,
+    shards: int = 1,
+    replicas: int | None = None,
+    *,
+    nodes: int = 1,
+    hidden: int = 1,
+    device_type: str = "cpu",
+) -> DeviceMesh:
     """Return the mesh of all ranks, replicas x shards x experts. Every rank has tokens of its own, on each axis.
 
-    The ranks of one ``expert`` group share out the experts of a layer and exchange rows in every layer, so they are
-    neighbours, which a machine connects fastest. All else is sharded over ``shard`` and ``expert`` together, and
-    copied over ``replicate``.
+    The ranks of one group of experts share out the experts of a layer and exchange rows in every layer, so they are
+    neighbours, which a machine connects fastest. All else is sharded over "shard" and the experts' axes together, and
+    copied over "replicate".
 
     Args:
-        experts: ranks among which the experts of a layer are divided (the expert-parallel degree).
+        experts: ranks among which the experts of a layer are divided (the expert-parallel degree), on each node.
         shards: groups of such ranks among which parameters are sharded further (FSDP2).
         replicas: copies of the model; None: as many as there are ranks for.
+        nodes: machines that share out the experts too: rows travel within a machine first and then between machines.
+        hidden: ranks that share out the hidden units of each expert, where there are more ranks than experts.
         device_type: "cpu" or "cuda".
+
+    Returns:
+        Axes "replicate", "shard", "node" (where ``nodes`` is above 1), "expert", and "hidden" (where it is above 1).
 
     Raises:
         ValueError: the product is not the number of ranks, or a size is below 1.
     """
-    at_least_one("experts", experts)
-    at_least_one("shards", shards)
-    world = dist.get_world_size()
+    sizes = {SHARD: shards, NODE: nodes, EXPERT: experts, HIDDEN: hidden}
+    options = dict(zip(sizes, ("shards", "nodes", "experts", "hidden"), strict=True))
+    for name, size in sizes.items():
+        at_least_one(options[name], size)
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name in (SHARD, EXPERT)}
+    text = " x ".join(f"{options[name]}={size}" for name, size in sizes.items())
+    world, product = dist.get_world_size(), math.prod(sizes.values())
     if replicas is None:
-        if world % (experts * shards):
-            raise ValueError(f"experts={experts} x shards={shards} does not divide the {world} ranks")
-        replicas = world // (experts * shards)
+        if world % product:
+            raise ValueError(f"{text} does not divide the {world} ranks")
+        replicas = world // product
     at_least_one("replicas", replicas)
-    if replicas * shards * experts != world:
-        sizes = f"replicas={replicas} x shards={shards} x experts={experts}"
-        raise ValueError(f"{sizes} is {replicas * shards * experts}, and there are {world} ranks")
-    return init_device_mesh(device_type, (replicas, shards, experts), mesh_dim_names=AXES)
+    if replicas * product != world:
+        raise ValueError(f"replicas={replicas} x {text} is {replicas * product}, and there are {world} ranks")
+    return init_device_mesh(device_type, (replicas, *sizes.values()), mesh_dim_names=(REPLICATE, *sizes))
+
+
+def experts_part(mesh: DeviceMesh) -> DeviceMesh | None:
+    """Return the axes of a mesh of ``expert_mesh`` among which experts are divided; None where that is one rank."""
+    names = tuple(name for name in mesh.mesh_dim_names or () if name not in (REPLICATE, SHARD))
+    part = mesh[names]
+    return part if part.size() > 1 else None

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..experts import Experts
+from ..experts.base import HIDDEN
 from ..layers import MoELayer, moe_layers
 from .all_to_all import AllToAllDispatcher
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -> dict[str, str]:
-    """Divide the routed experts of each MoE layer among the ranks of a mesh, in place: rank r keeps the r-th part.
+    """Divide the routed experts of each MoE layer among the ranks of a mesh, in place: part r keeps the r-th experts.
 
     The stacked parameters become ``DTensor`` sharded along the experts' axis, and the layer's dispatcher an
     ``AllToAllDispatcher``. Every rank then calls the layers together, with tokens of its own. The gradient of an expert
@@ -23,7 +25,8 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -
 
     Args:
         model: any module with MoE layers, the same one on each rank, with the same parameters.
-        mesh: of one axis.
+        mesh: one axis; or axes "node" and "expert" of ranks that share out experts, by an exchange within nodes first,
+            and "hidden" of ranks that share out the hidden units of each expert.
         static: as in ``AllToAllDispatcher``.
 
     Returns:
@@ -31,29 +34,41 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -
 
     Raises:
         ValueError: there is no MoE layer, one has experts that the ranks do not divide, or its experts cannot be split
-            (soft slots, merged experts, dense gates, one-neuron experts, attention experts, experts that read the
-            context or gather statistics); no layer is changed then.
+            (soft slots, merged experts, dense gates, one-neuron experts, experts of several kinds, experts that read
+            the context or gather statistics; among ranks of "hidden": experts that are no sum over hidden units, or
+            have output biases); no layer is changed then.
     """
     layers = moe_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer whose experts could be divided among ranks")
+    hidden = mesh[HIDDEN].size() if HIDDEN in (mesh.mesh_dim_names or ()) and mesh.ndim > 1 else 1
+    ranks = mesh.size() // hidden
     for name, layer in layers.items():
-        _check(name, layer, mesh.size())
+        _check(f"layer {name!r}" if name else "the layer", layer, ranks, hidden)
     where = {}
     for name, layer in layers.items():
-        dispatcher = AllToAllDispatcher(mesh.get_group(), static)
+        dispatcher = AllToAllDispatcher(mesh, static)
         dispatcher.backend = layer.backend
         layer.dispatcher = dispatcher
         for part in _parts(layer):
             for key, whole in list(part.named_parameters(recurse=False)):
                 if isinstance(whole, DTensor):  # of experts that several layers share
                     continue
-                local = whole.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
-                sharded = nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)]), whole.requires_grad)
-                setattr(part, key, sharded)
-        total = layer.experts.num_experts
-        where[name] = f"{total // mesh.size()} of {total} experts on each of {mesh.size()} ranks"
+                axis = part.hidden_axes.get(key, 0)
+                placements = [Shard(axis if is_hidden else 0) for is_hidden in _hidden_axes(mesh, hidden)]
+                shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
+                local = whole.detach()[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))].clone()
+                sharded = DTensor.from_local(local, mesh, placements, run_check=False)
+                setattr(part, key, nn.Parameter(sharded, whole.requires_grad))
+        total, units = layer.experts.num_experts, "" if hidden == 1 else f", 1/{hidden} of their hidden units"
+        where[name] = f"{total // ranks} of {total} experts{units} on each of {mesh.size()} ranks"
     return where
+
+
+def _hidden_axes(mesh: DeviceMesh, hidden: int) -> list[bool]:
+    """Return for each axis of the mesh whether it divides hidden units."""
+    names = mesh.mesh_dim_names or ()
+    return [hidden > 1 and names[i] == HIDDEN for i in range(mesh.ndim)]
 
 
 def _parts(layer: MoELayer) -> Iterator[Experts]:
@@ -61,9 +76,9 @@ def _parts(layer: MoELayer) -> Iterator[Experts]:
     return (part for part in layer.experts.modules() if isinstance(part, Experts))
 
 
-def _check(name: str, layer: MoELayer, ranks: int) -> None:
-    """Raise a ``ValueError`` where the experts of a layer cannot be divided among so many ranks."""
-    where = f"layer {name!r}" if name else "the layer"
+def _check(where: str, layer: MoELayer, ranks: int, hidden: int) -> None:
+    """Raise a ``ValueError`` where the experts of a layer cannot be divided among so many ranks, and the hidden units
+    of each among so many."""
     if not layer.splits_experts:
         raise ValueError(f"{where} is a {type(layer).__name__}, whose experts cannot be divided among ranks")
     for part in _parts(layer):
@@ -80,3 +95,12 @@ def _check(name: str, layer: MoELayer, ranks: int) -> None:
             raise ValueError(f"{where} has {kind}, which read the context of each token: it does not go to other ranks")
         if any(True for _ in part.buffers(recurse=False)):
             raise ValueError(f"{where} has {kind} with statistics of their tokens, which ranks do not share")
+        if hidden == 1:
+            continue
+        for key, tensor in part.named_parameters(recurse=False):
+            axis = part.hidden_axes.get(key)
+            if axis is None:
+                raise ValueError(f"{where} has {kind} with {key}, which has no hidden units to divide among ranks")
+            if tensor.shape[axis] % hidden:
+                units = f"{tensor.shape[axis]} hidden units ({kind}.{key})"
+                raise ValueError(f"{where} has experts of {units}, which {hidden} ranks do not divide")

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from two_ranks import on_ranks
@@ -29,6 +30,7 @@ from core.parallel import (
     clip_grad_norm,
     copy_part,
     expert_mesh,
+    experts_part,
     local_part,
     shard_data,
     shard_experts,
@@ -55,6 +57,12 @@ class Division:
     shards: int = 1
     shard: bool = True
     layers: tuple[str, ...] = ("dropless",)
+    nodes: int = 1
+    hidden: int = 1
+    static: bool = False
+
+    def mesh(self) -> DeviceMesh:
+        return expert_mesh(self.experts, self.shards, nodes=self.nodes, hidden=self.hidden)
 
 
 DIVISIONS = {
@@ -68,6 +76,10 @@ DIVISIONS = {
         "experts": Division(4),
         "experts and shards": Division(2, 2, layers=("dropless", "capacity")),
         "experts and replicas": Division(2, shard=False, layers=("dropless", "shared experts")),
+        "nodes": Division(2, nodes=2, layers=("dropless", "tasks")),
+        "nodes, static": Division(2, nodes=2, layers=("capacity",), static=True),
+        "hidden units": Division(2, hidden=2, layers=("capacity", "shared experts")),
+        "hidden units, static": Division(2, hidden=2, layers=("capacity",), static=True),
     },
 }
 CASES = [(world, how, name) for world, hows in DIVISIONS.items() for how in hows for name in hows[how].layers]
@@ -131,9 +143,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def divided(name: str, how: Division) -> Net:
-    model, mesh = net(name), expert_mesh(how.experts, how.shards)
-    if how.experts > 1:
-        shard_experts(model, mesh["expert"])
+    model, mesh = net(name), how.mesh()
+    part = experts_part(mesh)
+    if part is not None:
+        shard_experts(model, part, static=how.static)
     shard_data(model, mesh, shard=how.shard)
     return model
 
@@ -209,8 +222,10 @@ def test_twenty_steps_on_ranks_equal_those_of_one_process(of_world, expected, wo
 def test_a_rank_holds_its_share_of_the_experts(of_world, world):
     # An expert of two layers (8, 6) and (6, 8) with biases 6 and 8 has 110 numbers; there are 4.
     for how, division in DIVISIONS[world].items():
+        if "dropless" not in division.layers:
+            continue
         for of_rank in of_world[world]:
-            ranks = division.experts * (division.shards if division.shard else 1)
+            ranks = division.nodes * division.experts * (division.shards if division.shard else 1)
             assert of_rank["runs"][how, "dropless"]["expert numbers"] == 4 * 110 // ranks
 
 
@@ -219,7 +234,7 @@ def test_meshes_that_do_not_fit_are_refused(of_world, world):
     for of_rank in of_world[world]:
         assert of_rank["copied"]
         assert of_rank["refused"] == [
-            f"experts=3 x shards=1 does not divide the {world} ranks",
+            f"shards=1 x experts=3 does not divide the {world} ranks",
             f"replicas=3 x shards=1 x experts=2 is 6, and there are {world} ranks",
             f"shards={world} with shard=False: copies are not sharded",
         ]
