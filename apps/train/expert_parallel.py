@@ -32,6 +32,7 @@ from core.parallel import (
     clip_grad_norm,
     copy_part,
     expert_mesh,
+    experts_part,
     local_part,
     shard_data,
     shard_experts,
@@ -53,8 +54,12 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     with another division, or on one process without this strategy; ``moesaic convert consolidate`` makes one file.
 
     Args:
-        experts: processes that share out the experts of a layer; "auto": all on a machine.
+        experts: processes that share out the experts of a layer; "auto": all on a machine that ``hidden`` leaves.
         shards: groups of such processes among which parameters are sharded further.
+        nodes: machines that share out the experts too, with an exchange within each machine first.
+        hidden: processes that share out the hidden units of each expert, where there are more processes than experts.
+        static_exchange: whether every expert is sent as many rows as its capacity allows, so that no host waits for a
+            GPU; it needs a ``capacity_factor`` and batches of one size.
         rest: what becomes of all other parameters: "replicate", a copy on each process; "shard", sharded over shards
             and experts.
         param_dtype: dtype in which sharded parameters are gathered and computed, "bfloat16" or "float16"; None: their
@@ -80,6 +85,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self,
         experts: int | Literal["auto"] = "auto",
         shards: int = 1,
+        nodes: int = 1,
+        hidden: int = 1,
+        static_exchange: bool = False,
         rest: Literal["replicate", "shard"] = "replicate",
         param_dtype: Literal["bfloat16", "float16"] | None = None,
         reshard_after_forward: bool | None = None,
@@ -88,11 +96,13 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
-        check_at_least(1, shards=shards, **({} if experts == "auto" else {"experts": experts}))
+        sizes = {"shards": shards, "nodes": nodes, "hidden": hidden}
+        check_at_least(1, **sizes, **({} if experts == "auto" else {"experts": experts}))
         check_name("rest", rest, ["replicate", "shard"])
         if param_dtype is not None:
             check_name("param_dtype", param_dtype, list(DTYPES))
-        self.experts, self.shards, self.rest = experts, shards, rest
+        self.experts, self.shards, self.nodes, self.hidden = experts, shards, nodes, hidden
+        self.static_exchange, self.rest = static_exchange, rest
         self.param_dtype, self.reshard_after_forward = param_dtype, reshard_after_forward
         self.activation_checkpointing = activation_checkpointing
 
@@ -117,8 +127,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         self._setup_distributed()
-        experts = self.num_processes if self.experts == "auto" else self.experts
-        self._device_mesh = expert_mesh(experts, self.shards, device_type=self.root_device.type)
+        experts = max(self.num_processes // self.hidden, 1) if self.experts == "auto" else self.experts
+        self._device_mesh = expert_mesh(
+            experts, self.shards, nodes=self.nodes, hidden=self.hidden, device_type=self.root_device.type
+        )
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
 
@@ -145,7 +157,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         check_ranks_alike(module)
         broadcast_parameters(module)
         whole = sum(p.numel() for p in module.parameters())
-        where = shard_experts(module, mesh["expert"]) if mesh["expert"].size() > 1 else {}
+        part = experts_part(mesh)
+        where = {} if part is None else shard_experts(module, part, static=self.static_exchange)
         if self.is_global_zero:
             for line in dict.fromkeys(where.values()):
                 print(f"{', '.join(name for name in where if where[name] == line)}: {line}")
