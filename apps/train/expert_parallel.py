@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -171,7 +172,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         kind = type(module)
         # Nothing here changes an output of a module in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        # Tensors of experts are put together in two steps where they are divided along two axes, and it is no matter.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         shard_data(module, mesh, shard=self.rest == "shard", **options)
+        make_root(module)
         # FSDP2 has made a class of this one; checkpoints and messages know the model by its own.
         type(module).__name__, type(module).__qualname__ = kind.__name__, kind.__qualname__
         type(module).__module__ = kind.__module__
@@ -288,6 +292,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if isinstance(value, list):
             return [self._divided(item, [*keys, i]) for i, item in enumerate(value)]
         return value
+
+
+def make_root(module: nn.Module) -> None:
+    """Tell FSDP2 that a module is the outermost one, by a call that does nothing: else a block that an evaluation calls
+    first, by another way than the module's ``forward``, would take itself for it."""
+    module.forward = lambda: None  # type: ignore[method-assign]
+    module()
+    del module.forward
+    for part in sharded_modules(module):
+        part.reshard()
 
 
 def check_ranks_alike(module: LightningModule) -> None:

@@ -38,7 +38,8 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -
             the context or gather statistics; among ranks of "hidden": experts that are no sum over hidden units, or
             have output biases); no layer is changed then.
     """
-    layers = moe_layers(model)
+    # Gates before blocks, and layers whose experts are modules of other kinds, have no routed experts.
+    layers = {name: layer for name, layer in moe_layers(model).items() if any(_parts(layer))}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer whose experts could be divided among ranks")
     hidden = mesh[HIDDEN].size() if HIDDEN in (mesh.mesh_dim_names or ()) and mesh.ndim > 1 else 1
