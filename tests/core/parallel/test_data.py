@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -19,6 +20,7 @@ from core import (
     MMoE,
     MoEConfig,
     RoutingContext,
+    RoutingStats,
     SwiGLU,
     TokenChoice,
     aux_loss,
@@ -159,7 +161,31 @@ def work(rank: int, world: int) -> dict[str, object]:
             runs[how, name] = trained(model, rank, world)
             parts = [p for block in model.blocks for p in block.experts.parameters()]
             runs[how, name]["expert numbers"] = torch.tensor(sum(local_part(p).numel() for p in parts))
-    return {"runs": runs, "refused": refusals(world), "copied": copies(rank, world)}
+    of_pairs = losses_of_pairs(rank) if world == 4 else {}
+    return {"runs": runs, "refused": refusals(world), "copied": copies(rank, world), "pairs": of_pairs}
+
+
+def pair_net(pair: int) -> nn.ModuleDict:
+    """A model of two pipeline stages, of which each pair of ranks has one: its layer has a name of its own."""
+    torch.manual_seed(pair)
+    router = TokenChoice(1, expert_bias=True, bias_update_rate=0.125)
+    return nn.ModuleDict({f"stage{pair}": MoEConfig(4, router, FFN(6), balance=BALANCE).build(D)})
+
+
+def losses_of_pairs(rank: int, world: int = 4) -> dict[str, Tensor]:
+    """Return loss, bias and counts of the stage of this rank's pair; with a world of 2, over the pair's whole batch."""
+    pair = rank // 2
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])] if world == 4 else [None, None]
+    model, x = pair_net(pair), batch(pair)[0]
+    x = x.chunk(2)[rank % 2] if world == 4 else x
+    layer = model[f"stage{pair}"]
+    with record(model) as tape:
+        layer(x)
+    aux = aux_loss(tape, groups[pair])
+    stats = RoutingStats.from_tape(tape).all_reduce(groups[pair]).layers[f"stage{pair}"]
+    update_expert_bias(model, tape, groups[pair])
+    bias = layer.router.expert_bias
+    return {"aux": aux.detach(), "bias": bias.clone(), "counts": stats.tokens_per_expert.clone()}
 
 
 def refusals(world: int) -> list[str]:
@@ -216,6 +242,14 @@ def test_twenty_steps_on_ranks_equal_those_of_one_process(of_world, expected, wo
             for key, value in one[part].items():
                 error = (run[part][key] - value).norm() / value.norm().clamp_min(1e-12)
                 assert error < 1e-5, f"{part} of {key}: {error:.1e}"
+
+
+def test_sums_of_a_group_are_those_of_its_ranks_alone(of_world):
+    for rank, of_rank in enumerate(of_world[4]):
+        one = losses_of_pairs(2 * (rank // 2), world=2)
+        assert_close(of_rank["pairs"]["aux"], one["aux"], rtol=1e-6, atol=0)
+        assert torch.equal(of_rank["pairs"]["bias"], one["bias"])
+        assert torch.equal(of_rank["pairs"]["counts"], one["counts"])
 
 
 @pytest.mark.parametrize("world", DIVISIONS)
