@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from apps.base.files import replacing
+from core.parallel import local_part, part_of, whole_of
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ class WeightEMA(Callback):
         decay = min(self.decay, (1 + self._step) / (10 + self._step))
         with torch.no_grad():
             state = _floating(pl_module)
-            torch._foreach_lerp_([self.average[n] for n in state], [v.detach() for v in state.values()], 1 - decay)
+            own = [local_part(self.average[name]) for name in state]
+            torch._foreach_lerp_(own, [local_part(value.detach()) for value in state.values()], 1 - decay)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)
@@ -143,8 +145,12 @@ class WeightAverage(Callback):
         if folder is None:
             return
         epoch = trainer.current_epoch
+        weights = {}
+        for name, value in _floating(pl_module).items():
+            whole = whole_of(value.detach())  # by all processes
+            if trainer.is_global_zero:
+                weights[name] = whole.cpu()
         if trainer.is_global_zero:
-            weights = {name: value.detach().cpu() for name, value in _floating(pl_module).items()}
             with replacing(_file(folder, epoch), "wb") as file:
                 torch.save(weights, file)
         self.kept = [*(e for e in self.kept if e != epoch), epoch][-self.num_epochs :]
@@ -154,13 +160,12 @@ class WeightAverage(Callback):
         folder = self._folder(trainer)
         if folder is None or not self.kept:
             return
-        own = mean_weights([_file(folder, epoch) for epoch in self.kept]) if trainer.is_global_zero else None
-        mean = trainer.strategy.broadcast(own)
+        mean = mean_weights([_file(folder, epoch) for epoch in self.kept]) if trainer.is_global_zero else {}
         state = pl_module.state_dict()
         self._trained = {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in state.items()}
         with torch.no_grad():
             for name, value in _floating(pl_module).items():
-                value.copy_(mean[name])
+                local_part(value).copy_(part_of(trainer.strategy.broadcast(mean.get(name)), value))
         path = folder.parent / AVERAGE
         trainer.save_checkpoint(path, weights_only=False)
         self._trained = None

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from core.parallel import local_part, part_of, whole_of
 
 # X <- a X + b (X X^T) X + c (X X^T)^2 X drives singular values in (0, 1] between 0.7 and 1.2 in few steps.
 _A, _B, _C = 3.4445, -4.775, 2.0315
@@ -39,6 +42,9 @@ class MuonAdamW(torch.optim.AdamW):
     A matrix W (m, n), or each of a stack (E, m, n), moves by ``-lr * 0.2 sqrt(max(m, n)) * orthogonalized(update)``,
     whose root mean square is about that of an AdamW step (arXiv 2502.16982, equation 4): both kinds of groups share
     one learning rate. Weight decay is decoupled.
+
+    Of a stack that is divided among processes, each moves its own matrices. Matrices that are divided themselves are
+    gathered first, and every process computes all of them.
 
     Args:
         params: groups, each with "muon" or without.
@@ -87,10 +93,22 @@ class MuonAdamW(torch.optim.AdamW):
                 momentum = state["momentum_buffer"]
                 gradient: Any = p.grad
                 momentum.lerp_(gradient, 1 - group["momentum"])
-                updates.append(gradient.lerp(momentum, group["momentum"]).reshape(-1, *shape))
+                update = gradient.lerp(momentum, group["momentum"])
+                updates.append(whole_of(update) if _is_cut(p) else local_part(update))
             # Matrices of a shape share one product: a step has dozens of them, and each is small.
-            sizes = [len(u) for u in updates]
-            ortho = orthogonalized(torch.cat(updates)).split(sizes)
-            for p, u in zip(ps, ortho, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(u.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+            stacks = [u.reshape(-1, *shape) for u in updates]
+            ortho = orthogonalized(torch.cat(stacks)).split([len(stack) for stack in stacks])
+            for p, update, u in zip(ps, updates, ortho, strict=True):
+                own = local_part(p)
+                u = u.reshape(update.shape)
+                own.mul_(1 - group["lr"] * group["weight_decay"])
+                u = part_of(u, p) if _is_cut(p) else u
+                own.add_(u.to(p.dtype), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
+def _is_cut(stack: Tensor) -> bool:
+    """Return whether the matrices of a stack are divided among processes, and not the stack alone."""
+    return isinstance(stack, DTensor) and any(
+        not placement.is_replicate() and getattr(placement, "dim", 0) >= stack.ndim - 2
+        for placement in stack.placements
+    )

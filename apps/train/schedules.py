@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.tensor import DTensor
 
 import core
 from apps.base.checks import check_at_least
@@ -202,7 +203,8 @@ def _experts(module: LightningModule, name: str) -> dict[str, core.Experts]:
         if not isinstance(layer, core.MoE) or not isinstance(layer.experts, core.Experts):
             continue
         experts = layer.experts
-        if any(len(stacked) != experts.num_experts for stacked in experts.parameters()):
+        stacks = list(experts.parameters())
+        if any(len(stacked) != experts.num_experts or isinstance(stacked, DTensor) for stacked in stacks):
             raise ValueError(f"{name}: the experts of {place} are of several kinds, or split over processes")
         sets.setdefault(id(experts), (place, experts))
     if not sets:

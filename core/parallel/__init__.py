@@ -3,7 +3,7 @@
 from .all_to_all import AllToAllDispatcher
 from .data import blocks_of, broadcast_parameters, shard_data, sharded_modules
 from .mesh import expert_mesh, experts_part
-from .parts import clip_grad_norm, copy_part, local_part, total_norm
+from .parts import clip_grad_norm, copy_part, local_part, part_of, total_norm, whole_of
 from .shards import shard_experts
 
 __all__ = [
@@ -15,8 +15,10 @@ __all__ = [
     "expert_mesh",
     "experts_part",
     "local_part",
+    "part_of",
     "shard_data",
     "shard_experts",
     "sharded_modules",
     "total_norm",
+    "whole_of",
 ]

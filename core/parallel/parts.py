@@ -66,7 +66,23 @@ def copy_part(target: DTensor, whole: Tensor) -> DTensor:
         target: of any mesh and placements.
         whole: of the same shape.
     """
-    shape, offset = compute_local_shape_and_global_offset(whole.shape, target.device_mesh, target.placements)
-    part = whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
-    target.to_local().copy_(part)
+    target.to_local().copy_(part_of(whole, target))
     return target
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """Return the part of a tensor that every rank has which this rank holds of another one, as a view.
+
+    Args:
+        whole: of any device.
+        like: of the same shape; all of ``whole`` where it is a plain tensor.
+    """
+    if not isinstance(like, DTensor):
+        return whole
+    shape, offset = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
+    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, put together from the ranks' parts, all of which call it: a plain one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
