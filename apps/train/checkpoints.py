@@ -96,7 +96,7 @@ class BestAndLast(Checkpoint):
         self.mode = self.mode or getattr(pl_module, "monitor_mode", "min")
         if stage == "fit" and trainer.is_global_zero:
             for name in ("best.ckpt", "last.ckpt"):  # a run that was killed while it wrote has left them
-                temporary_path(Path(self.dirpath, name)).unlink(missing_ok=True)
+                delete(temporary_path(Path(self.dirpath, name)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step

@@ -17,7 +17,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 from torch.distributed._composable import checkpoint as checkpointed
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 import core
 from apps.base.checks import check_at_least, check_name
 from apps.base.files import delete
+from apps.base.messages import one_line
 from apps.train import sharded
 from core.parallel import (
     blocks_of,
@@ -39,6 +40,8 @@ from core.parallel import (
     shard_experts,
     sharded_modules,
 )
+
+_logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,13 +71,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         reshard_after_forward: whether a block's parameters are freed after its forward and gathered again for the
             backward; None: they are.
         activation_checkpointing: whether blocks compute their activations again in the backward.
+        async_checkpoints: whether a training goes on while a checkpoint is written, from a copy in the memory of the
+            host. A checkpoint waits for the one before, and a failure is raised then, or when the training ends.
         process_group_backend: of torch.distributed; None: by the device.
         timeout: time after which a process that hears nothing of another gives up.
 
     Raises:
         ValueError: a size below 1, or another word than these; when a run starts, a mesh that does not fit the
-            processes, experts that the processes do not divide or that cannot be divided, or processes with other
-            models, configurations or versions of the code.
+            processes, experts that the processes do not divide or that cannot be divided, single experts that are
+            frozen, or processes with other models, configurations or versions of the code.
+        LostProcessError: another process was lost in mid-run.
 
     Example::
 
@@ -93,6 +99,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         param_dtype: Literal["bfloat16", "float16"] | None = None,
         reshard_after_forward: bool | None = None,
         activation_checkpointing: bool = False,
+        async_checkpoints: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -106,6 +113,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.static_exchange, self.rest = static_exchange, rest
         self.param_dtype, self.reshard_after_forward = param_dtype, reshard_after_forward
         self.activation_checkpointing = activation_checkpointing
+        self.async_checkpoints = async_checkpoints
+        self._writer = sharded.BackgroundWriter(timeout)
+        self._loss: BaseException | None = None
 
     # ---- set-up
 
@@ -134,11 +144,14 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         )
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
+        limit_waiting(self._timeout)
 
     def setup(self, trainer: Trainer) -> None:
         module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
         assert module is not None
         assert self.accelerator is not None
+        if fitting:
+            check_grows_whole(module)
         self.accelerator.setup(trainer)
         # torch's own clipping adds up no norms of tensors that are divided in different ways.
         self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
@@ -176,6 +189,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         shard_data(module, mesh, shard=self.rest == "shard", **options)
         make_root(module)
+        limit_waiting(self._timeout)  # of the groups that FSDP2 has made
         # FSDP2 has made a class of this one; checkpoints and messages know the model by its own.
         type(module).__name__, type(module).__qualname__ = kind.__name__, kind.__qualname__
         type(module).__module__ = kind.__module__
@@ -241,19 +255,47 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """Write the folder of a sharded checkpoint; all processes take part."""
         if storage_options is not None:
             raise ValueError("ExpertParallelStrategy writes folders of shards and takes no storage_options")
-        sharded.write(Path(self.broadcast(str(filepath))), checkpoint, {})
+        path, trainer = Path(self.broadcast(str(filepath))), self.lightning_module and self.lightning_module.trainer
+        if self.async_checkpoints and trainer is not None and trainer.state.status == TrainerStatus.RUNNING:
+            self._writer.write(path, checkpoint)
+        else:
+            self._writer.wait()
+            sharded.write(path, checkpoint, {})
 
     def remove_checkpoint(self, filepath: Any) -> None:
+        self._writer.wait()
         if self.is_global_zero:
             delete(Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Return what Lightning restores, with this process's part of each tensor."""
+        self._writer.wait()
         path = Path(self.broadcast(str(checkpoint_path)))
         if sharded.is_sharded(path):
             return sharded.read_placed(path, self._target)
         checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=True)
         return self._divided(checkpoint, [])
+
+    def teardown(self) -> None:
+        try:
+            self._writer.wait()
+        finally:
+            super().teardown()
+        loss, self._loss = self._loss, None
+        if loss is not None:
+            timeout = "" if self._timeout is None else f" of {self._timeout}"
+            raise LostProcessError(
+                f"process {self.global_rank} has lost another one, which ended or did not answer within the "
+                f"timeout{timeout}; its own output says why ({one_line(str(loss))[:200]})"
+            ) from loss
+
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        try:
+            self._writer.wait()
+        except OSError as error:  # the exception is what ends the run
+            _logger.error("%s", error)
+        self._loss = exception if is_loss(exception) else None
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
@@ -302,6 +344,38 @@ def make_root(module: nn.Module) -> None:
     del module.forward
     for part in sharded_modules(module):
         part.reshard()
+
+
+class LostProcessError(RuntimeError):
+    """Another process of a run has ended, or does not answer."""
+
+
+def is_loss(error: BaseException) -> bool:
+    """Return whether an error is that of a collective in which another process is missing."""
+    if isinstance(error, dist.DistError):
+        return True
+    text, words = str(error).lower(), ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout")
+    # Gloo's errors are of no class of their own, and name its source.
+    return isinstance(error, RuntimeError) and "gloo" in text and any(word in text for word in words)
+
+
+def limit_waiting(timeout: timedelta | None) -> None:
+    """Give every group of processes a timeout: torch makes those of a mesh with its own, of half an hour."""
+    for group in list(dist.distributed_c10d._world.pg_map) if timeout is not None else ():
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def check_grows_whole(module: LightningModule) -> None:
+    """Refuse a training that keeps some experts of a layer as they are: their gradients are not masked on processes.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if getattr(getattr(module, "grow", None), "freeze", False):
+        raise ValueError(
+            "model.grow.freeze=True keeps single experts of a layer as they are, which ExpertParallelStrategy does "
+            "not: set model.grow.freeze to false"
+        )
 
 
 def check_ranks_alike(module: LightningModule) -> None:

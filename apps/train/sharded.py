@@ -18,8 +18,10 @@ import shutil
 import uuid
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +32,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from apps.base.files import replacing
+from apps.base.files import replacing, temporary_path
 from apps.base.messages import one_line
 from apps.train.checkpoint_paths import SHARDED_PART, is_sharded
 
@@ -70,27 +72,118 @@ def write(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any])
     Raises:
         OSError: the checkpoint cannot be written; the earlier one is intact.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    name = [f"shards-{checkpoint.get('global_step', 0)}-{uuid.uuid4().hex[:8]}"]
-    dist.broadcast_object_list(name)
-    folder = path / name[0]
-    checkpoint, placed = taken_out(checkpoint)
-    try:
-        if rank == 0 and path.is_file():
-            path.unlink()  # a run on one process has left a file
-        with _quiet():
-            dcp.save({**tensors, **placed}, storage_writer=dcp.FileSystemWriter(folder))
-        if rank == 0:
-            with replacing(path / _REST, "wb") as file:
-                torch.save({**checkpoint, _KEY: {"folder": name[0], "world_size": world}}, file)
-            for old in path.glob("shards-*"):
-                if old.name != name[0]:
-                    shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
-        if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        kept = "; the earlier one is intact" if is_sharded(path) else ""
-        raise OSError(f"cannot write the checkpoint {path}: {_reason(error)}{kept}") from error
+    with _quiet():
+        Writing(path, checkpoint, tensors).run()
+
+
+class Writing:
+    """One writing of a checkpoint: making it settles what is written, and ``run`` writes it, in any thread.
+
+    Every process makes it, and runs it.
+
+    Args:
+        path, checkpoint, tensors: as in ``write``.
+        group: processes of ``run``; None: the default group.
+        copied: whether the contents are copied to the memory of the host, so that a training may go on meanwhile.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        checkpoint: Mapping[str, Any],
+        tensors: Mapping[str, Any],
+        group: dist.ProcessGroup | None = None,
+        copied: bool = False,
+    ) -> None:
+        # A run on one process may have left a file, which stays until the folder is whole.
+        names = [
+            f"shards-{checkpoint.get('global_step', 0)}-{uuid.uuid4().hex[:8]}",
+            str(temporary_path(path) if path.is_file() else path),
+        ]
+        dist.broadcast_object_list(names, group=group)
+        self.path, self.name, self.folder, self.group = path, names[0], Path(names[1]), group
+        self.rest, placed = taken_out(checkpoint)
+        self.tensors = {**tensors, **placed}
+        if copied:
+            self.tensors = _on_host(self.tensors)
+            self.rest = _on_host(self.rest) if dist.get_rank() == 0 else {}
+
+    def run(self) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            OSError: on every process: it cannot be written; the earlier one is intact.
+        """
+        shards = self.folder / self.name
+        try:
+            dcp.save(self.tensors, storage_writer=dcp.FileSystemWriter(shards), process_group=self.group)
+            failures = [self._finish() if dist.get_rank() == 0 else None]
+            dist.broadcast_object_list(failures, group=self.group)
+            if failures[0] is not None:
+                raise OSError(failures[0])
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(shards if self.folder == self.path else self.folder, ignore_errors=True)
+            kept = "; the earlier one is intact" if self.path.is_file() or is_sharded(self.path) else ""
+            raise OSError(f"cannot write the checkpoint {self.path}: {_reason(error)}{kept}") from error
+
+    def _finish(self) -> str | None:
+        """Make the folder the checkpoint, and return why that failed, or None."""
+        try:
+            with replacing(self.folder / _REST, "wb") as file:
+                torch.save({**self.rest, _KEY: {"folder": self.name, "world_size": dist.get_world_size()}}, file)
+            if self.folder != self.path:
+                self.path.unlink()
+                self.folder.rename(self.path)
+        except Exception as error:
+            return _reason(error)
+        for old in self.path.glob("shards-*"):
+            if old.name != self.name:
+                shutil.rmtree(old, ignore_errors=True)
+        return None
+
+
+class BackgroundWriter:
+    """Writes checkpoints in a thread, one after another, while the training goes on.
+
+    Args:
+        timeout: longest time of a collective of the thread; None: torch's default.
+    """
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        self.timeout = timeout
+        self._pending: Future[None] | None = None
+        self._group: dist.ProcessGroup | None = None
+
+    def write(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
+        """Wait for the checkpoint before, copy the contents to the memory of the host, and begin to write them.
+
+        Every process calls it.
+
+        Args:
+            path: the folder.
+            checkpoint: contents; those of rank 0 are written, but for every ``DTensor``, which is written whole.
+
+        Raises:
+            OSError: the checkpoint before could not be written.
+        """
+        self.wait()
+        if self._group is None:  # the training uses the default group meanwhile, and GPUs have none for the host
+            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
+        writing = Writing(path, checkpoint, {}, self._group, copied=True)
+        thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending = thread.submit(writing.run)
+        thread.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written.
+
+        Raises:
+            OSError: it could not be written; the next call raises nothing.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
 def read(path: Path | str, device: str = "cpu") -> dict[str, Any]:
@@ -114,6 +207,44 @@ def read(path: Path | str, device: str = "cpu") -> dict[str, Any]:
     return checkpoint
 
 
+def fill(path: Path, checkpoint: Mapping[str, Any], places: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Copy saved tensors to their places in contents of the form that ``read`` returns, one part at a time.
+
+    Args:
+        path: the folder.
+        checkpoint: contents from ``read_rest``.
+        places: contents with tensors of the right sizes.
+        names: the tensors, as they are called in the folder; see ``WEIGHT`` and ``PLACE``.
+
+    Raises:
+        ValueError: as ``load``.
+    """
+    tensors = {}
+    for name in names:
+        place: Any = places
+        for key in place_of(name):
+            place = place[key]
+        tensors[name] = place
+    load(path, checkpoint, tensors)
+
+
+def saved_tensors(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, TensorStorageMetadata]:
+    """Return the sizes and types of the tensors in the folder of the shards, by name.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or another program's.
+    """
+    with readable(path):
+        return _Reader(path / checkpoint[_KEY]["folder"]).tensors()
+
+
+def place_of(name: str) -> list[Any]:
+    """Return the keys, from the outermost one on, of a tensor's place in the contents that ``read`` returns."""
+    if name.startswith(WEIGHT):
+        return ["state_dict", name.removeprefix(WEIGHT)]
+    return list(json.loads(name.removeprefix(PLACE)))
+
+
 def read_placed(path: Path, target: Callable[[list[Any], tuple[int, ...]], Tensor | None]) -> dict[str, Any]:
     """Return the checkpoint with every tensor that was a ``DTensor`` read into one of this run, however it is sharded.
 
@@ -126,8 +257,7 @@ def read_placed(path: Path, target: Callable[[list[Any], tuple[int, ...]], Tenso
         ValueError: the checkpoint is damaged or another program's, or a tensor has another size than its target.
     """
     checkpoint = read_rest(path)
-    with readable(path):
-        saved = _Reader(path / checkpoint[_KEY]["folder"]).tensors()
+    saved = saved_tensors(path, checkpoint)
     tensors = {}
     for key, kind in saved.items():
         if key.startswith(PLACE):
@@ -136,6 +266,11 @@ def read_placed(path: Path, target: Callable[[list[Any], tuple[int, ...]], Tenso
     load(path, checkpoint, tensors)
     put_back(checkpoint, tensors)
     return checkpoint
+
+
+def plain(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """Return contents from ``read_rest`` without what makes them those of a folder: containers are copied."""
+    return {key: value for key, value in taken_out(contents)[0].items() if key != _KEY}
 
 
 def taken_out(contents: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, DTensor]]:
@@ -154,6 +289,26 @@ def taken_out(contents: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, DT
         return value
 
     return walk(contents, []), tensors
+
+
+def _on_host(value: Any) -> Any:
+    """Return a copy of nested contents with every tensor on the host; tensors of one memory stay tied."""
+    copies: dict[Any, Tensor] = {}
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, DTensor):
+            return value.to("cpu", copy=True)
+        if isinstance(value, Tensor):
+            key = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
+            if key not in copies:
+                copies[key] = value.detach().to("cpu", copy=True)
+            return copies[key]
+        if isinstance(value, Mapping):
+            copy = {key: walk(item) for key, item in value.items()}
+            return OrderedDict(copy) if isinstance(value, OrderedDict) else copy
+        return type(value)(walk(item) for item in value) if isinstance(value, list | tuple) else value
+
+    return walk(value)
 
 
 def put_back(contents: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -182,7 +337,7 @@ def read_rest(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the checkpoint is damaged, or another program's.
     """
-    with readable(path):
+    with readable(path, _REST):
         checkpoint = torch.load(path / _REST, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or _KEY not in checkpoint:
             raise ValueError("it has no state_dict")
@@ -205,7 +360,9 @@ def load(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any]) 
     """
     folder = path / checkpoint[_KEY]["folder"]
     with readable(path):
-        sizes = {k: tuple(v.size) for k, v in _Reader(folder).tensors().items()}
+        reader = _Reader(folder)
+        reader.check_parts()
+        sizes = {k: tuple(v.size) for k, v in reader.tensors().items()}
     world = checkpoint[_KEY]["world_size"]
     with _quiet():
         wrong = [(name, tuple(t.size())) for name, t in tensors.items() if sizes.get(name) != tuple(t.size())]
@@ -232,6 +389,18 @@ class _Reader(dcp.FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def check_parts(self) -> None:
+        """Raise a ``DamagedError`` where a file of shards is missing or cut short, before anything is read."""
+        ends: dict[str, int] = {}
+        for where in self.read_metadata().storage_data.values():
+            ends[where.relative_path] = max(ends.get(where.relative_path, 0), where.offset + where.length)
+        for name, end in ends.items():
+            file = Path(self.path) / name
+            if not file.is_file():
+                raise DamagedError(f"{file.parent.name}/{name} is missing")
+            if file.stat().st_size < end:
+                raise DamagedError(f"{file.parent.name}/{name} has {file.stat().st_size:,} of {end:,} bytes")
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Return the sizes and types of the saved tensors, by name."""
@@ -266,17 +435,30 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     dispatch[pickle.BUILD[0]] = load_build
 
 
+class DamagedError(ValueError):
+    """A part of a checkpoint is missing or cut short; the message names it."""
+
+
 @contextmanager
-def readable(path: Path | str) -> Iterator[None]:
-    """Turn any failure inside into a ValueError of one line."""
+def readable(path: Path | str, part: str = "") -> Iterator[None]:
+    """Turn any failure inside into a ValueError of one line.
+
+    Args:
+        path: the checkpoint.
+        part: the file in it that is read; "": the error names one, or there is none.
+    """
     try:
         yield
     except PermissionError:
         raise
     except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
-        asked = _code_in(path)
+        if isinstance(error, DamagedError):
+            part = str(error)
+        elif isinstance(error, FileNotFoundError) and error.filename is not None:
+            part = f"{Path(error.filename).parent.name}/{Path(error.filename).name} is missing"
+        asked, where = _code_in(path), f" ({part})" if part else ""
         why = f"it asks for {asked}, which no checkpoint may" if asked else "damaged, cut short, or of another program"
-        raise ValueError(f"{path} is not a readable checkpoint: {why}") from error
+        raise ValueError(f"{path} is not a readable checkpoint: {why}{where}") from error
 
 
 def _code_in(path: Path | str) -> str:

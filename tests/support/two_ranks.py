@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
     return on_ranks(work, folder, WORLD)
 
 
-def on_ranks(work: Callable[[int], Any], folder: Path, world: int) -> list[Any]:
-    """Return what ``work(rank)`` returns on each of ``world`` ranks; ``folder`` is empty."""
+def on_ranks(work: Callable[[int], Any], folder: Path, world: int, preload: Sequence[str] = ()) -> list[Any]:
+    """Return what ``work(rank)`` returns on each of ``world`` ranks; ``folder`` is empty.
+
+    The first call of a process decides which modules are imported once for all ranks; ``preload`` has further ones.
+    """
     # The processes are forks of one that has imported this: an import of torch takes longer than most of the work.
-    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "core.parallel"])
+    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "core.parallel", *preload])
     mp.start_processes(_worker, args=(work, str(folder), world), nprocs=world, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
