@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from apps.base.quiet import quiet
+from apps.convert.consolidate import consolidated
 from apps.convert.conversion import Request
 from apps.convert.figures import Figures, Trial, counted, table, weight_bytes
 from apps.convert.kinds import BY_LOAD, KINDS, check_runs
@@ -12,6 +13,12 @@ from apps.convert.runs import CONFIG, Run, new_run, write_run
 
 def run(options: Options) -> int:
     """Run the conversion and print its table."""
+    if options.kind == "consolidate":
+        with quiet():
+            before, after, file = consolidated(options)
+        print(table(before, after))
+        print(f"{options.output}: moesaic test --ckpt_path {file} tests it, and fit goes on with it in one process")
+        return 0
     with quiet():
         before, after = convert(options)
     print(table(before, after))

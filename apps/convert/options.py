@@ -19,6 +19,7 @@ KINDS = {
     "prune": "fewer experts: those with the highest scores stay",
     "merge": "several runs as one, their mean or their networks as experts; or one run and its updates as one model",
     "adapt": "a frozen run with trainable updates, such as LoRA, beside its linear layers",
+    "consolidate": "one file of a sharded checkpoint, with the optimizer's state",
     "specialise": "the network of one task, domain, pair or expert, or the experts that one part of the data uses",
 }
 _DESCRIPTION = """\
@@ -160,6 +161,10 @@ def _adapt(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of the updates' start (default: 0)")
 
 
+def _consolidate(parser: argparse.ArgumentParser) -> None:
+    """Add nothing: a file has no options."""
+
+
 def _specialise(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--task", type=int, metavar="N", help="cut out the network of a task, where the router is Task")
@@ -175,5 +180,6 @@ _OPTIONS = {
     "prune": _prune,
     "merge": _merge,
     "adapt": _adapt,
+    "consolidate": _consolidate,
     "specialise": _specialise,
 }

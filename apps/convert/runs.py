@@ -23,12 +23,12 @@ from apps.train.module import SparseModule
 from apps.train.run_folder import mark
 from core.config.plain import arguments_from_plain, arguments_to_plain
 
-_KEPT = ("pytorch-lightning_version", "hparams_name", "module_class", "encoding")
+KEPT = ("pytorch-lightning_version", "hparams_name", "module_class", "encoding")
 """Entries of a checkpoint that a converted one keeps: the optimizer's state and the steps are the old model's."""
 _STARTS = ("pretrained", "grow", "distil")
 """Arguments that name other models to begin with, which a converted model does not."""
 CONFIG = "config.yaml"
-_WEIGHTS = Path("checkpoints") / "best.ckpt"
+WEIGHTS = Path("checkpoints") / "best.ckpt"
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,20 @@ class Run:
     config: Mapping[str, Any] | None
 
     @classmethod
-    def read(cls, path: Path, config: Path | None = None) -> Run:
+    def read(cls, path: Path, config: Path | None = None, shapes_only: bool = False) -> Run:
         """Read a run's folder or a checkpoint.
+
+        Args:
+            path: the folder or the checkpoint.
+            config: a configuration in place of that beside the checkpoint.
+            shapes_only: of sharded tensors read the shapes alone; the model is not to be changed.
 
         Raises:
             FileNotFoundError: there is none.
             ValueError: the file is damaged, or of an unknown model.
         """
         file = find_checkpoint(path)
-        checkpoint = read_checkpoint(file)
+        checkpoint = read_checkpoint(file, shapes_only)
         if "module_class" not in checkpoint:
             raise ValueError(
                 f"{file} names no model of the suite: convert a model of your own by core.sparsify, core.densify, "
@@ -134,7 +139,7 @@ def new_run(output: Path) -> Iterator[Path]:
     temporary = temporary_path(output)
     delete(temporary)  # a kill has left it
     try:
-        (temporary / _WEIGHTS.parent).mkdir(parents=True)
+        (temporary / WEIGHTS.parent).mkdir(parents=True)
         mark(temporary)
         yield temporary
         if output.exists():
@@ -172,9 +177,9 @@ def write_run(
         OSError: it cannot be written.
     """
     plain = run.written_arguments(arguments)
-    kept = {name: run.checkpoint[name] for name in _KEPT if name in run.checkpoint}
+    kept = {name: run.checkpoint[name] for name in KEPT if name in run.checkpoint}
     rest = {**kept, "epoch": 0, "global_step": 0, "hyper_parameters": plain, **extra}
-    file = folder / _WEIGHTS
+    file = folder / WEIGHTS
     write_checkpoint(file, rest, layout, values)
     if run.config is not None:
         config = dict(run.config)

@@ -32,10 +32,32 @@ def write_checkpoint(
         OSError: the file cannot be written, as on a full disk.
         ValueError: a value has another shape than the layout.
     """
+    mapped = laid_out(path, {**rest, "state_dict": dict(layout)})
+    fill({name: value for name, value in mapped.items() if name != "state_dict"}, rest)
+    for name, value in values:
+        place = mapped["state_dict"][name]
+        if place.shape != value.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, and its place {tuple(place.shape)}")
+        place.copy_(value)
+        del value  # before the next one is made
+    sync(path)
+
+
+def laid_out(path: Path, contents: Mapping[str, Any]) -> Any:
+    """Write a file of contents whose tensors have no values yet, and return it mapped: what is copied to a tensor is
+    written.
+
+    Args:
+        path: the file, in a folder that exists.
+        contents: plain values, and tensors of any contents on the CPU.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk.
+    """
     with naming(path):
         try:
             with torch.serialization.skip_data():
-                torch.save({**rest, "state_dict": dict(layout)}, path)
+                torch.save(dict(contents), path)
         except RuntimeError as error:  # torch does not say why its zip file cannot be written
             raise OSError(f"cannot write {path}: the disk may be full") from error
         if hasattr(os, "posix_fallocate"):
@@ -43,25 +65,22 @@ def write_checkpoint(
                 # The file has holes so far: a full disk has to show here, and not in a write through the map.
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-        mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    _fill({name: value for name, value in mapped.items() if name != "state_dict"}, rest)
-    for name, value in values:
-        place = mapped["state_dict"][name]
-        if place.shape != value.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, and its place {tuple(place.shape)}")
-        place.copy_(value)
-        del value  # before the next one is made
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
     with open(path, "r+b") as file:
         os.fsync(file.fileno())
 
 
-def _fill(places: Any, values: Any) -> None:
-    """Copy each tensor of nested values to its place in values of the same form."""
+def fill(places: Any, values: Any) -> None:
+    """Copy each tensor of nested values to its place in values of the same form, which may have further tensors."""
     if isinstance(values, Tensor):
         places.copy_(values)
     elif isinstance(values, Mapping):
         for name, value in values.items():
-            _fill(places[name], value)
+            fill(places[name], value)
     elif isinstance(values, (list, tuple)):
         for place, value in zip(places, values, strict=True):
-            _fill(place, value)
+            fill(place, value)

@@ -390,6 +390,11 @@ class _Reader(dcp.FileSystemReader):
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> torch.futures.Future[None]:
+        for item in plan.items:  # one by one: torch's reader holds a part while it reads the next one
+            super().read_data(dataclasses.replace(plan, items=[item]), planner)
+        return super().read_data(dataclasses.replace(plan, items=[]), planner)
+
     def check_parts(self) -> None:
         """Raise a ``DamagedError`` where a file of shards is missing or cut short, before anything is read."""
         ends: dict[str, int] = {}

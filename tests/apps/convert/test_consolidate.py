@@ -1,0 +1,154 @@
+"""A run of one rank with a sharded checkpoint, as one file that every command reads and a training goes on from."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import tiny_app
+import torch
+import torch.distributed as dist
+import yaml
+from commands import fails
+from resuming import differences
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+import apps
+from apps.base.quiet import quiet
+from apps.cli import main
+from apps.cli.train import build
+from apps.convert.consolidate import write_whole
+from apps.train import sharded
+from apps.train.contents import read_checkpoint
+
+
+def fit(folder: Path, run: str, *flags: str) -> None:
+    with quiet():
+        build("fit", ["--config", str(folder / "config.yaml"), "--run_dir", str(folder / run), *flags]).execute()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run ``sharded`` of one epoch, ``whole`` of two in one process, and their configuration."""
+    folder = tmp_path_factory.mktemp("consolidated")
+    (folder / "config.yaml").write_text(tiny_app.CONFIG)
+    schedule = ["--model.optimizer.schedule=constant", "--model.optimizer.warmup=0", "--model.dropout=0"]
+    fit(folder, "whole", "--trainer.max_epochs", "2", *schedule)
+    strategy = ["--trainer.strategy", "ExpertParallelStrategy", "--trainer.devices", "1"]
+    fit(folder, "sharded", *strategy, *schedule)
+    dist.destroy_process_group()
+    return folder
+
+
+def last(run: Path) -> Path:
+    return run / "checkpoints" / "last.ckpt"
+
+
+def steps(run: Path) -> dict[str, float]:
+    """Return the losses of a run by their steps."""
+    with open(run / "metrics.csv") as file:
+        return {row["step"]: float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+
+
+@pytest.fixture(scope="module")
+def consolidated(folder: Path) -> Path:
+    new = folder / "new"
+    assert main(["convert", "consolidate", "--ckpt_path", str(last(folder / "sharded")), "--output", str(new)]) == 0
+    return new
+
+
+def test_the_file_has_all_that_the_shards_have(folder, consolidated):
+    source, new = sharded.read(last(folder / "sharded")), read_checkpoint(last(consolidated))
+    assert source.pop("sharded")["world_size"] == 1
+    assert differences(source, new) == []
+    assert new["optimizer_states"][0]["state"]
+
+
+def test_the_figures_before_and_after_are_equal(folder, tmp_path, capsys):
+    new = tmp_path / "new"
+    assert main(["convert", "consolidate", "--ckpt_path", str(folder / "sharded"), "--output", str(new)]) == 0
+    rows = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    figures = {row[0].strip(): row[1:] for row in rows if len(row) == 3}
+    for name in ("weights, MB", "parameters", "active parameters", "MFLOPs an example", "val/loss"):
+        before, after = figures[name]
+        assert before == after, name
+    assert apps.load(new).num_classes == 3
+    assert (new / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_a_training_goes_on_from_it_in_one_process(folder, consolidated, tmp_path):
+    config = yaml.safe_load((consolidated / "config.yaml").read_text())
+    assert config["run_dir"] == str(consolidated)
+    assert [config["trainer"][name] for name in ("strategy", "devices", "num_nodes")] == ["auto", 1, 1]
+    with quiet():
+        flags = ["--run_dir", str(tmp_path / "on"), "--trainer.max_epochs", "2"]
+        build("fit", ["--ckpt_path", str(last(consolidated)), *flags]).execute()
+    whole = steps(folder / "whole")
+    assert steps(tmp_path / "on") == pytest.approx({step: whole[step] for step in list(whole)[3:]}, rel=1e-5)
+    assert main(["test", "--ckpt_path", str(consolidated)]) == 0
+
+
+def test_what_cannot_be_consolidated_is_refused(folder, consolidated, tmp_path, capsys):
+    words = ["convert", "consolidate", "--output", str(tmp_path / "new"), "--batches", "0", "--ckpt_path"]
+    path = last(folder / "whole")
+    assert fails(capsys, 1, *words, str(path)) == f"{path} is one file already"
+    (words[3],) = [str(consolidated)]
+    assert "exists: it stays as it is" in fails(capsys, 2, *words, str(folder / "sharded"))
+    words[3], cut = str(tmp_path / "new"), shutil.copytree(last(folder / "sharded"), tmp_path / "cut.ckpt")
+    (part,) = cut.glob("*/*.distcp")
+    part.write_bytes(part.read_bytes()[:100])
+    assert f"{part.name} has 100 of" in fails(capsys, 1, *words, str(cut))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_tables_of_torchrec_come_without_the_optimizer(one_rank, tmp_path):
+    tables = {f"{sharded.WEIGHT}table": torch.ones(3, 2), f"{sharded.STATE}table/momentum": torch.ones(3)}
+    rest = {"state_dict": {"w": torch.zeros(2)}, "hyper_parameters": {"a": 1}, "optimizer_states": [{}], "epoch": 7}
+    sharded.write(tmp_path / "last.ckpt", rest, tables)
+    write_whole(tmp_path / "new.ckpt", tmp_path / "last.ckpt")
+    new = read_checkpoint(tmp_path / "new.ckpt")
+    assert {k: v.tolist() for k, v in new["state_dict"].items()} == {"w": [0, 0], "table": [[1, 1]] * 3}
+    assert new["converted"] == "consolidate"
+    assert new["hyper_parameters"] == {"a": 1}
+    assert "optimizer_states" not in new
+
+
+def anonymous_bytes() -> int:
+    """Return the memory of this process that is no file's."""
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def test_it_takes_less_than_two_of_the_largest_tensors(one_rank, tmp_path):
+    numel, names = 2 << 20, [f"w{i}" for i in range(4)]  # 8 MiB each
+    mesh = init_device_mesh("cpu", (1,))
+    state = {name: DTensor.from_local(torch.full((numel,), 1.0), mesh, [Shard(0)]) for name in names}
+    sharded.write(tmp_path / "last.ckpt", {"state_dict": state}, {})
+    del state
+    write_whole(tmp_path / "first.ckpt", tmp_path / "last.ckpt")  # what the first call imports stays
+    peak = start = anonymous_bytes()
+    original = torch.load
+
+    def load(*args, **options):
+        nonlocal peak
+        loaded = original(*args, **options)
+        peak = max(peak, anonymous_bytes())
+        return loaded
+
+    with mock.patch.object(torch, "load", load):
+        write_whole(tmp_path / "new.ckpt", tmp_path / "last.ckpt")
+    assert 4 * numel <= peak - start < 2 * 4 * numel
+    written = read_checkpoint(tmp_path / "new.ckpt")["state_dict"]
+    assert all(bool((written[name] == 1).all()) for name in names)
