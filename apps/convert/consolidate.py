@@ -11,7 +11,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from apps.cli.configs import read_config
 from apps.convert.figures import Figures, Trial, counted
 from apps.convert.options import Options
 from apps.convert.runs import CONFIG, KEPT, WEIGHTS, Run, new_run

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from apps.base.checks import check_at_least, check_name
 from apps.base.files import delete
 from apps.base.messages import one_line
 from apps.train import sharded
+from apps.train.processes import LostProcessError, is_loss, join_again, limit_waiting
 from core.parallel import (
     blocks_of,
     broadcast_parameters,
@@ -137,6 +138,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def setup_environment(self) -> None:
+        join_again(self._get_process_group_backend(), self._timeout)
         self._setup_distributed()
         experts = max(self.num_processes // self.hidden, 1) if self.experts == "auto" else self.experts
         self._device_mesh = expert_mesh(
@@ -305,7 +307,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
 
-    def _target(self, keys: list[Any], shape: tuple[int, ...]) -> Tensor | None:
+    def _target(self, keys: list[Any], shape: tuple[int, ...]) -> DTensor | None:
         """Return an empty tensor that is divided as the parameter is whose value or optimizer's state lies at a place
         of a checkpoint; None where the place is of no parameter of this shape."""
         assert self.lightning_module is not None
@@ -318,7 +320,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             parameter = parameters[keys[3]] if keys[3] < len(parameters) else None
         if not isinstance(parameter, DTensor) or tuple(parameter.shape) != shape:
             return None
-        return torch.empty_like(parameter.detach())
+        return cast(DTensor, torch.empty_like(parameter).detach())
 
     def _own_state(self) -> dict[str, Any]:
         assert self.lightning_module is not None
@@ -327,7 +329,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def _divided(self, value: Any, keys: list[Any]) -> Any:
         """Return the contents of a file with this process's part of each tensor."""
         if isinstance(value, Tensor):
-            target = self._target(keys, tuple(value.shape)) if keys else None
+            target: Any = self._target(keys, tuple(value.shape)) if keys else None
             return value if target is None else copy_part(target.to(value.dtype), value)
         if isinstance(value, Mapping):
             return {key: self._divided(item, [*keys, key]) for key, item in value.items()}
@@ -344,25 +346,6 @@ def make_root(module: nn.Module) -> None:
     del module.forward
     for part in sharded_modules(module):
         part.reshard()
-
-
-class LostProcessError(RuntimeError):
-    """Another process of a run has ended, or does not answer."""
-
-
-def is_loss(error: BaseException) -> bool:
-    """Return whether an error is that of a collective in which another process is missing."""
-    if isinstance(error, dist.DistError):
-        return True
-    text, words = str(error).lower(), ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout")
-    # Gloo's errors are of no class of their own, and name its source.
-    return isinstance(error, RuntimeError) and "gloo" in text and any(word in text for word in words)
-
-
-def limit_waiting(timeout: timedelta | None) -> None:
-    """Give every group of processes a timeout: torch makes those of a mesh with its own, of half an hour."""
-    for group in list(dist.distributed_c10d._world.pg_map) if timeout is not None else ():
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def check_grows_whole(module: LightningModule) -> None:

@@ -273,9 +273,9 @@ def plain(contents: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in taken_out(contents)[0].items() if key != _KEY}
 
 
-def taken_out(contents: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, DTensor]]:
+def taken_out(contents: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the contents with None in place of every ``DTensor``, and those by their names in a sharded checkpoint."""
-    tensors: dict[str, DTensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, keys: list[Any]) -> Any:
         if isinstance(value, DTensor):

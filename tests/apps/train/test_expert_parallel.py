@@ -6,6 +6,8 @@ import contextlib
 import errno
 import functools
 import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,15 @@ from unittest import mock
 
 import divided_runs as runs
 import pytest
+import tiny_app
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+import yaml
 from divided_runs import DIVISIONS, curve, divided, fit, loaded, model
-from resuming import differences
+from places import environment
+from resuming import differences, log
 from two_ranks import on_ranks
 
 from apps.train import sharded
@@ -193,3 +198,36 @@ def test_a_lost_rank_ends_the_others_in_a_line(tmp_path):
         "LostProcessError: process 0 has lost another one, which ended or did not answer within the timeout of 0:00:04;"
     )
     assert "\n" not in message
+
+
+def torchrun(run: Path, *flags: str) -> str:
+    """Train by the command line on two ranks, which are started once more if one dies; return what they print."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    strategy = ["--trainer.strategy", "ExpertParallelStrategy", "--trainer.devices", "2"]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "apps.cli", "fit", *strategy, "--run_dir", str(run), *flags],
+        env=environment(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_the_curve_goes_on(tmp_path):
+    config = yaml.safe_load(tiny_app.CONFIG)
+    config["trainer"] |= {"max_epochs": 3, "callbacks": [{
+        "class_path": "divided_runs.DiesOnce", "init_args": {"step": 5, "done": str(tmp_path / "killed")},
+    }]}  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    flags = ["--config", str(tmp_path / "config.yaml"), "--data.batch_size", "4", "--ckpt_path", "last"]
+    printed = torchrun(tmp_path / "restarted", *flags)
+    assert (tmp_path / "killed").exists()  # an unbroken run below dies no more
+    assert "last.ckpt yet: starting from the beginning" in printed
+    assert "going on from" in printed
+    torchrun(tmp_path / "unbroken", *flags)
+    assert log(tmp_path / "restarted") == log(tmp_path / "unbroken")
+    last = [tmp_path / run / "checkpoints" / "last.ckpt" for run in ("restarted", "unbroken")]
+    assert differences(*map(tensors, last)) == []

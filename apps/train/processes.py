@@ -1,0 +1,48 @@
+"""The processes of a run: how they meet again after a restart, how long they wait for each other, and a lost one."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import default_pg_timeout
+
+
+class LostProcessError(RuntimeError):
+    """Another process of a run has ended, or does not answer."""
+
+
+def is_loss(error: BaseException) -> bool:
+    """Return whether an error is that of a collective in which another process is missing."""
+    if isinstance(error, dist.DistError):
+        return True
+    text, words = str(error).lower(), ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout")
+    # Gloo's errors are of no class of their own, and name its source.
+    return isinstance(error, RuntimeError) and "gloo" in text and any(word in text for word in words)
+
+
+def join_again(backend: str, timeout: timedelta | None) -> None:
+    """Begin the default group of processes that torchrun has started again on one machine; else do nothing.
+
+    torchrun keeps the store by which they meet, with the addresses of those that died (torch 2.13), so that a process
+    that comes early would wait for a dead one. Here each start has names of its own. On several machines the starts
+    may have different numbers; there torchrun needs ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``, which makes a new store.
+    """
+    start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
+    if not start or not shared or dist.is_initialized():
+        return
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = timeout or default_pg_timeout
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    kept = dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
+    store = dist.PrefixStore(f"start{start}", kept)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def limit_waiting(timeout: timedelta | None) -> None:
+    """Give every group of this process a timeout: torch makes those of a mesh with its own, of half an hour."""
+    if timeout is not None:
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
