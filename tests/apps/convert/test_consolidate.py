@@ -57,7 +57,8 @@ def steps(run: Path) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def consolidated(folder: Path) -> Path:
     new = folder / "new"
-    assert main(["convert", "consolidate", "--ckpt_path", str(last(folder / "sharded")), "--output", str(new)]) == 0
+    words = ["--ckpt_path", str(last(folder / "sharded")), "--output", str(new), "--batches", "0"]
+    assert main(["convert", "consolidate", *words]) == 0
     return new
 
 

@@ -42,7 +42,14 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rows": ({"optimizer": "row_adam"}, {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}),
 }
 """Trainings by their names: options of the model and of the trainer."""
-SHARDED = "experts, rest sharded"
+SHARDED, FSDP = "experts, rest sharded", "no experts, rest sharded"
+RUNS = [
+    *((division, "average") for division in DIVISIONS),
+    (FSDP, "muon"),
+    *((SHARDED, name) for name in ("muon", "rows", "distilled", "grown", "mean")),
+]
+LOADS = [(FSDP, "two"), (SHARDED, "one")]
+"""Divisions of runs that load the checkpoint of two ranks, or that of one process."""
 
 
 def taught(folder: Path) -> dict[str, dict[str, Any]]:
@@ -70,16 +77,15 @@ def train_on_two(rank: int, folder: Path) -> dict[str, Any]:
     runs.as_rank(rank)
     for division in DIVISIONS:
         for name, (options, trainer) in KINDS.items():
-            if name == "average" or division != "experts":
+            if (division, name) in RUNS:
                 fit(folder / f"{division} {name}", model(**options), divided(division), 2, **trainer)
     for name, options in taught(folder).items():
         fit(folder / f"{SHARDED} {name}", model(**options), divided(SHARDED), 2)
     mean = folder / f"{SHARDED} mean"
     fit(mean, model(average_last=2), divided(SHARDED), 2, max_epochs=2, callbacks=[kept(mean)])
     sources = {"two": folder / "experts average", "one": folder / "one average"}
-    for name, source in sources.items():
-        for division in DIVISIONS:
-            loaded(folder / f"{division} of {name}", source / "last.ckpt", averaged(), divided(division), 2)
+    for division, name in LOADS:
+        loaded(folder / f"{division} of {name}", sources[name] / "last.ckpt", averaged(), divided(division), 2)
     return refusals(folder)
 
 
@@ -137,15 +143,6 @@ def assert_alike(two: Path, one: Path) -> None:
         torch.testing.assert_close(dict(a[name]), dict(b[name]), rtol=TOLERANCE, atol=1e-6)
 
 
-RUNS = [
-    *((division, "average") for division in DIVISIONS),
-    *((division, name) for division in list(DIVISIONS)[1:] for name in ("muon", "rows")),
-    (SHARDED, "distilled"),
-    (SHARDED, "grown"),
-    (SHARDED, "mean"),
-]
-
-
 @pytest.mark.parametrize(("division", "name"), RUNS)
 def test_two_ranks_train_as_one_process_does(ranks, folder, division, name):
     two, one = folder / f"{division} {name}", folder / f"one {name}"
@@ -161,8 +158,7 @@ def test_checkpoints_in_quick_succession_are_right(ranks, folder, name):
     assert_alike(folder / f"{SHARDED} mean" / "kept" / name, folder / "one mean" / "kept" / name)
 
 
-@pytest.mark.parametrize("source", ["two", "one"])
-@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize(("division", "source"), LOADS)
 def test_a_checkpoint_is_the_same_bits_under_another_division(ranks, folder, source, division):
     path = folder / {"two": "experts average", "one": "one average"}[source] / "last.ckpt"
     assert differences(tensors(path), tensors(folder / f"{division} of {source}" / "last.ckpt")) == []
