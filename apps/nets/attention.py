@@ -13,7 +13,7 @@ from apps.nets.decode_cache import Step
 from apps.nets.norms import RMSNorm
 from apps.nets.packing import Packing
 from apps.nets.positions import rotate
-from core.kernels import cpu
+from core.kernels import cpu, outside_autocast
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ def hidden_score(dtype: torch.dtype) -> float:
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of matrix products of ``x``, autocast heeded."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+    if x.is_meta or x.dtype == torch.float64:  # autocast does not know the meta device
+        return x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def padding_mask(valid_BS: Tensor, num_heads: int, like: Tensor) -> Mask:
@@ -87,7 +89,7 @@ def self_mask(
     B, L, _ = like_BLD.shape
     if relative_HLL is None and not causal:
         return Mask() if valid_BL is None else padding_mask(valid_BL, num_heads, like_BLD)
-    if relative_HLL is None and valid_BL is None and like_BLD.is_cuda:
+    if relative_HLL is None and valid_BL is None and (like_BLD.is_cuda or like_BLD.is_meta):
         return Mask(causal=True)
     dtype = product_dtype(like_BLD)
     bias = like_BLD.new_zeros(1, 1, 1, 1, dtype=dtype) if relative_HLL is None else relative_HLL.to(dtype)[None]
@@ -122,8 +124,8 @@ def attend(
     With ``fused=False`` a CPU takes explicit products.
     """
     B, H, L, d = q.shape
-    with torch.autocast(q.device.type, enabled=False):
-        if q.is_cuda or (fused and _is_fused(q, k, mask, dropout)):
+    with outside_autocast(q.device):
+        if q.is_cuda or q.is_meta or (fused and _is_fused(q, k, mask, dropout)):
             bias = mask.bias
             if bias is not None:
                 bias = bias.unsqueeze(0) if len(bias) == 1 else bias.unflatten(0, (B, H))

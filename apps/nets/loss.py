@@ -10,8 +10,8 @@ from torch import Tensor
 
 from core.kernels.cpu.products import mm
 
-# Logits at a time: 4 MB in bfloat16, in rows enough for a product.
-_CHUNK_ELEMENTS = 2**21
+CHUNK_ELEMENTS = 2**21
+"""Logits at a time: 4 MB in bfloat16, in rows enough for a product."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -33,7 +33,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dh_TD = torch.empty_like(h_TD) if wants_h else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=exact) if wants_weight else None
         total = torch.zeros((), dtype=exact, device=h_TD.device)
-        rows = min(max(1, _CHUNK_ELEMENTS // max(V, 1)), max(T, 1))
+        rows = min(max(1, CHUNK_ELEMENTS // max(V, 1)), max(T, 1))
         # One buffer for all chunks: fresh memory of this size costs more than what is computed in it.
         logits_rV, p_rV = (h_TD.new_empty(rows, V) for _ in range(2))
         for start in range(0, T, rows):
@@ -119,7 +119,7 @@ class _LinearDivergence(torch.autograd.Function):
         dh_TD = torch.empty_like(h_TD) if wants_h else None
         dweight_VD = torch.zeros_like(weight, dtype=exact) if wants_weight else None
         total = torch.zeros((), dtype=exact, device=h_TD.device)
-        count, rows = max(T, 1), max(1, _CHUNK_ELEMENTS // max(V, 1))
+        count, rows = max(T, 1), max(1, CHUNK_ELEMENTS // max(V, 1))
         for start in range(0, T, rows):
             part = slice(start, start + rows)
             log_q_tV = (mm(h[part], weight_DV).to(exact) / temperature).log_softmax(-1)
@@ -191,7 +191,7 @@ def target_scores(h: Tensor, weight: Tensor, target: Tensor) -> TargetScores:
     dtype = torch.promote_types(torch.promote_types(h.dtype, weight.dtype), torch.float32)
     nll_T = torch.empty(len(h), dtype=dtype, device=h.device)
     is_first_T = torch.empty(len(h), dtype=torch.bool, device=h.device)
-    rows = max(1, _CHUNK_ELEMENTS // max(len(weight), 1))
+    rows = max(1, CHUNK_ELEMENTS // max(len(weight), 1))
     with torch.autocast(h.device.type, enabled=False):
         weight_DV = weight.to(dtype).t().contiguous()
         for start in range(0, len(h), rows):

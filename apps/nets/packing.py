@@ -28,8 +28,14 @@ class Packing:
 
     @classmethod
     def of(cls, valid_BS: Tensor) -> tuple[Packing, Tensor]:
-        """Return the packing, and int64 (T,) indices of the real tokens in the flattened ``valid_BS``."""
+        """Return the packing, and int64 (T,) indices of the real tokens in the flattened ``valid_BS``.
+
+        On the meta device, where nobody knows which they are, all tokens count as real.
+        """
         B, S = valid_BS.shape
+        if valid_BS.is_meta:
+            index_T = torch.empty(B * S, dtype=torch.int64, device="meta")
+            return cls(index_T, index_T, index_T[:B], B, S), index_T
         index_T = valid_BS.flatten().nonzero().squeeze(1)
         count_B = valid_BS.sum(1)
         length = max(int(count_B.max()), 1) if B else 1

@@ -4,7 +4,7 @@ from .all_to_all import AllToAllDispatcher
 from .data import blocks_of, broadcast_parameters, shard_data, sharded_modules
 from .mesh import expert_mesh, experts_part
 from .parts import clip_grad_norm, copy_part, local_part, part_of, total_norm, whole_of
-from .shards import shard_experts
+from .shards import refusal, shard_experts
 
 __all__ = [
     "AllToAllDispatcher",
@@ -16,6 +16,7 @@ __all__ = [
     "experts_part",
     "local_part",
     "part_of",
+    "refusal",
     "shard_data",
     "shard_experts",
     "sharded_modules",

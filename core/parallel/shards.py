@@ -66,6 +66,21 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -
     return where
 
 
+def refusal(layer: MoELayer, ranks: int, hidden: int = 1) -> str | None:
+    """Return why a layer's experts cannot be divided among so many ranks; None where they can be.
+
+    Args:
+        layer: an MoE layer.
+        ranks: ranks that share out the experts.
+        hidden: ranks that share out the hidden units of each expert.
+    """
+    try:
+        _check("the layer", layer, ranks, hidden)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _hidden_axes(mesh: DeviceMesh, hidden: int) -> list[bool]:
     """Return for each axis of the mesh whether it divides hidden units."""
     names = mesh.mesh_dim_names or ()

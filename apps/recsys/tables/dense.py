@@ -280,7 +280,7 @@ def thin(quantiles: Sequence[float], num_bins: int | None) -> tuple[float, ...]:
     if num_bins is not None and len(kept) > num_bins - 1:
         steps = max(num_bins - 2, 1)
         kept = tuple(kept[i * (len(kept) - 1) // steps] for i in range(num_bins - 1))
-    return tuple(dict.fromkeys(torch.tensor(kept, dtype=torch.float32).tolist()))
+    return tuple(dict.fromkeys(torch.tensor(kept, dtype=torch.float32, device="cpu").tolist()))
 
 
 def _padded(edges: Sequence[tuple[float, ...]]) -> Tensor:

@@ -169,7 +169,7 @@ class SparseArch(nn.Module):
         if not features:
             self.register_parameter("weight", None)
         elif config.kind == "joined":
-            self.weight = nn.Parameter(torch.empty(int(rows.sum()), copies * config.dim))
+            self.weight = nn.Parameter(torch.empty(sum(f.num_rows for f in features), copies * config.dim))
         else:
             self.register_parameter("weight", None)
             with torch.random.fork_rng(devices=[]):  # TorchRec draws a start of its own

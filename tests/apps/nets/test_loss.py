@@ -35,7 +35,7 @@ def test_smoothing_by_hand():
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("elements", [1, 50, 2**21], ids=["row_by_row", "chunks_of_4", "at_once"])
 def test_value_and_gradients_are_those_of_the_plain_loss(elements, smoothing, monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
     h, weight, target = inputs()
     cost = linear_cross_entropy(h, weight, target, smoothing)
     plain = F.cross_entropy(h @ weight.t(), target, label_smoothing=smoothing)
@@ -95,7 +95,7 @@ def test_under_autocast_the_gradient_is_that_of_bfloat16_products(smoothing):
 
 @pytest.mark.parametrize("elements", [1, 50, 2**21], ids=["row_by_row", "chunks_of_4", "at_once"])
 def test_scores_of_each_target(elements, monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
     h, weight, target = inputs()
     logits = (h @ weight.t()).detach()
     with torch.autocast("cpu", torch.bfloat16):  # has no say
@@ -133,7 +133,7 @@ def test_a_divergence_by_hand():
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("elements", [1, 50, 2**21], ids=["row_by_row", "chunks_of_4", "at_once"])
 def test_a_divergence_and_its_gradients_are_those_of_the_plain_one(elements, temperature, monkeypatch):
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
     (h, weight, _), given = inputs(), teacher()
     cost, plain = (
         OutputLogits(h, weight).divergence(given, temperature),

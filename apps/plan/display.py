@@ -1,0 +1,156 @@
+"""How a plan is shown: a table, lines, an overlay to paste, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from apps.plan.layout import Cost, hidden_units
+from apps.plan.options import Options
+from apps.plan.outline import Outline
+from apps.plan.sweep import Sweep
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """Return a row for each expert-parallel degree, by column, for a table and a CSV file."""
+    return [_row(one, one is sweep.best) for one in sweep.costs]
+
+
+def _row(one: Cost, is_best: bool) -> dict[str, Any]:
+    layout, memory = one.layout, one.memory
+    sharded = {} if one.sharding is None else {"tables": one.sharding}
+    return {
+        "degree": layout.degree,
+        "best": "*" if is_best else "",
+        "mesh": " x ".join(map(str, (layout.replicas, layout.shards, layout.nodes, layout.experts, layout.hidden))),
+        "rest": layout.rest,
+        **sharded,
+        "fits": "yes" if one.fits else "no",
+        "GB": _short(memory.total / 1e9),
+        "step ms": _short(1e3 * one.seconds),
+        "compute": _short(1e3 * one.compute),
+        "exchange": _short(1e3 * one.exchange),
+        "sharding": _short(1e3 * one.data),
+        "exchange %": f"{100 * one.share:.0f}",
+    }
+
+
+def _short(value: float) -> str:
+    """Return a number with three digits, or all of those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+MESH = "mesh: replicas x shards x nodes x experts x hidden. Sharding: parameters gathered, gradients reduced (ms)."
+"""What the table's columns mean."""
+
+
+def header(outline: Outline, options: Options) -> list[str]:
+    """Return the lines above the table: the model, the batch and the GPUs."""
+    trial, gpu = outline.trial, options.gpu
+    layers = list(outline.layers.values())
+    experts = ""
+    if layers:
+        sizes = sorted({layer.num_experts for layer in layers})
+        experts = f", {len(layers)} MoE layers of {' and '.join(map(str, sizes))} experts"
+        units = sorted({hidden_units(layer) for layer in layers})
+        experts += f" with {' and '.join(map(str, units))} hidden units" if units[0] > 1 else ""
+    lines = [
+        f"{outline.kind}: {outline.num_params:,} parameters{experts}",
+        f"a GPU's batch: {trial.examples:,} examples, {trial.tokens:,} {trial.unit}, {outline.flops:.3g} FLOPs forward",
+        f"{options.gpus} x {options.gpu_name}: {gpu.memory / 1e9:.0f} GB, {gpu.within / 1e9:.0f} and "
+        f"{gpu.between / 1e9:.0f} GB/s within and between nodes of {options.per_node}, {options.efficiency:.0%} of the "
+        f"peak, {options.precision}"
+        + (", parameters gathered in bfloat16" if options.param_dtype else "")
+        + (", activation checkpointing" if options.checkpointing else ""),
+    ]
+    if outline.undivided is not None:
+        lines.append(f"experts stay whole: {outline.undivided}")
+    elif not layers:
+        lines.append("no MoE layer: FSDP2 or DDP alone")
+    return lines
+
+
+def details(one: Cost) -> list[str]:
+    """Return the lines on the best layout: the parts of its memory, and what leaves a GPU in a step."""
+    memory = one.memory
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+        "temporary": memory.temporary,
+    }
+    moved = {name: t for name, t in one.traffic.items() if t.total}
+    lines = ["memory a GPU, GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())]
+    if moved:
+        sent = (f"{name} {t.within / 1e9:.3f} and {t.between / 1e9:.3f}" for name, t in moved.items())
+        lines.append("leaves a GPU in a step within and between nodes, GB: " + ", ".join(sent))
+    return lines
+
+
+def overlay(one: Cost, options: Options) -> str:
+    """Return the configuration that lays a training out so, as YAML."""
+    layout = one.layout
+    arguments: dict[str, Any]
+    if one.sharding is not None:
+        kind, arguments = "TorchRecStrategy", {"sharding": one.sharding}
+    else:
+        kind = "ExpertParallelStrategy"
+        arguments = {"experts": layout.experts, "shards": layout.shards, "rest": layout.rest}
+        arguments |= {name: value for name in ("nodes", "hidden") if (value := getattr(layout, name)) > 1}
+        arguments |= {"param_dtype": options.param_dtype} if options.param_dtype is not None else {}
+        arguments |= {"activation_checkpointing": True} if options.checkpointing else {}
+    trainer = {
+        "accelerator": "gpu",
+        "devices": options.node,
+        "num_nodes": options.gpus // options.node,
+        "precision": options.precision,
+        "strategy": {"class_path": kind, "init_args": arguments},
+    }
+    return yaml.safe_dump({"trainer": trainer}, sort_keys=False)
+
+
+def picture(costs: Sequence[tuple[int, Cost]], title: str) -> Figure:
+    """Draw the time of a step and its parts over the number of GPUs, and the degree of each best layout.
+
+    Args:
+        costs: numbers of GPUs, ascending, with their best layouts.
+        title: of the picture.
+    """
+    from apps.report.plots import PALETTE, clean_axis, new_picture
+
+    fig = new_picture(6.4, 4.0)
+    axis = fig.subplots()
+    gpus = [n for n, _ in costs]
+    lines = {
+        "step": [c.seconds for _, c in costs],
+        "compute": [c.compute for _, c in costs],
+        "exchange": [c.exchange for _, c in costs],
+        "sharding: parameters and gradients": [c.data for _, c in costs],
+    }
+    for i, (name, seconds) in enumerate(lines.items()):
+        style = {"color": "black", "linewidth": 2.0} if name == "step" else {"color": PALETTE[i - 1], "linewidth": 1.5}
+        axis.plot(gpus, [1e3 * s for s in seconds], marker="o", markersize=4, label=name, **style)
+    for n, c in costs:
+        place = (n, 1e3 * c.seconds)
+        axis.annotate(str(c.layout.degree), place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    missing = [(n, 1e3 * c.seconds) for n, c in costs if not c.fits]
+    if missing:
+        style = {"marker": "o", "color": "white", "edgecolors": "black", "zorder": 3, "label": "memory does not fit"}
+        axis.scatter(*zip(*missing, strict=True), s=36, **style)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(gpus, [str(n) for n in gpus])
+    axis.minorticks_off()
+    axis.set_ylim(0, 1.2 * 1e3 * max(c.seconds for _, c in costs))
+    axis.set_xlabel("GPUs, each with the same batch; above a step: its expert-parallel degree")
+    axis.set_ylabel("ms a step")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, frameon=False)
+    clean_axis(axis)
+    fig.suptitle(title, fontsize=11)
+    return fig

@@ -1,0 +1,246 @@
+"""What a model needs of its data, without the data: arguments of its constructor, and a batch on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import core
+from apps.base.checks import check_at_least
+from apps.cli import UsageError
+from apps.cli.configs import at
+from apps.data.subwords import Subwords
+from apps.nets.loss import CHUNK_ELEMENTS
+from apps.plan.options import Options
+
+_TEXTS = ("LanguageModeler", "Translator")
+
+
+@core.register_config
+@dataclass(frozen=True)
+class Vocabulary(Subwords):
+    """Subwords of which the number alone is known."""
+
+    models: tuple[str, ...] = ("",)
+    num_ids: int = 0
+
+    def size(self, side: Any) -> int:
+        return self.num_ids
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a loss over a vocabulary costs (``apps.nets.loss``).
+
+    Attributes:
+        kept: bytes that it keeps for the backward, the gradients of both factors.
+        working: bytes that it needs for a while: the transposed weight, the part of its gradient that a chunk adds, and
+            a chunk's logits and probabilities.
+        flops: FLOPs of its products in a forward.
+    """
+
+    kept: float = 0.0
+    working: float = 0.0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A forward of the model without values.
+
+    Attributes:
+        run: calls the network with a batch on the meta device, without the loss.
+        examples: examples of the batch.
+        tokens: tokens of it, which routers see: of a translation those of a side, of a table its rows.
+        loss: what the loss adds, which is not run.
+        unit: name of the tokens.
+    """
+
+    run: Callable[[], Any]
+    examples: int
+    tokens: int
+    loss: Loss = Loss()
+    unit: str = "tokens"
+
+
+def data_arguments(kind: str, given: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """Return the arguments of a model's constructor that its data would tell, from configuration and options.
+
+    Args:
+        kind: short name of the model's class.
+        given: arguments that the configuration has.
+        options: of the command.
+
+    Raises:
+        UsageError: something is missing; the message names the option.
+    """
+    data = options.config.get("data")
+    if kind in _TEXTS:
+        size = at(data, ("tokenizer", "vocab_size"))
+        if size is None:
+            raise UsageError("the vocabulary's size comes from the data: give --data.tokenizer.vocab_size N")
+        texts: dict[str, Any] = {"subwords": Vocabulary(num_ids=int(size))}
+        pairs = at(data, ("pairs",)) or given.get("pairs")
+        return {**texts, "pairs": tuple(pairs)} if pairs is not None else texts
+    if kind == "VisionClassifier":
+        return _image_arguments(given, at(data, ("dataset",)), at(data, ("image_size",)))
+    if kind == "MultiTaskRecommender" and "features" not in given:
+        return {"features": _features(options)}
+    if kind == "NextItemRecommender":
+        if "num_items" not in given:
+            raise UsageError("the number of items comes from the data: give --model.num_items N")
+        return {"max_length": at(data, ("max_length",)) or 200} if "max_length" not in given else {}
+    return {}
+
+
+def _image_arguments(given: Mapping[str, Any], dataset: Any, image_size: Any) -> dict[str, Any]:
+    """Return size, channels and classes of a dataset's images, where the suite knows them."""
+    from apps.data.datasets import find
+    from apps.registry import import_datasets
+
+    import_datasets()
+    spec: Any = None if dataset is None else find(str(dataset))
+    known = {
+        "image_size": image_size or getattr(spec, "image_size", None),
+        "in_chans": getattr(spec, "in_chans", None),
+        "num_classes": len(getattr(spec, "class_names", None) or ()) or None,
+    }
+    missing = [name for name, value in known.items() if value is None and given.get(name) is None]
+    if missing:
+        raise UsageError(f"{missing[0]} comes from the data, which are not read: give --model.{missing[0]} N")
+    return {name: value for name, value in known.items() if given.get(name) is None}
+
+
+def _features(options: Options) -> Any:
+    """Return the columns of a table by their numbers alone."""
+    from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
+
+    if not options.tables and not options.numbers:
+        raise UsageError("a table's columns come from the data: give --tables ROWS ..., and --numbers N")
+    return Features(
+        categorical=tuple(
+            CategoricalFeature(f"column {i}", rows, multi_valued=options.pooling > 1, hashed=True)
+            for i, rows in enumerate(options.tables)
+        ),
+        continuous=tuple(ContinuousFeature(f"number {i}") for i in range(options.numbers)),
+        tasks=tuple(f"task {i}" for i in range(options.tasks)),
+        positives=(0.5,) * options.tasks,
+    )
+
+
+def trial(module: Any, options: Options, dtype: torch.dtype) -> Trial:
+    """Return a forward of a model that is on the meta device.
+
+    Args:
+        module: of the suite.
+        options: of the command.
+        dtype: of the products.
+
+    Raises:
+        UsageError: the batch's size is missing, or nothing is known of such a model's batches.
+    """
+    kind = type(module).__name__
+    make = _TRIALS.get(kind)
+    if make is None:
+        raise UsageError(f"moesaic plan knows no batches of a {kind}: there is {', '.join(_TRIALS)}")
+    made: Trial = make(module, options, dtype)
+    return made
+
+
+def _batch(options: Options, per_example: int, configured: str = "batch_size") -> int:
+    """Return the examples of a GPU, given the tokens of one."""
+    if options.tokens is not None:
+        if options.tokens % per_example:
+            raise ValueError(f"tokens_per_gpu={options.tokens} is no whole number of examples of {per_example} tokens")
+        return options.tokens // per_example
+    batch = options.batch or at(options.config.get("data"), (configured,))
+    if batch is None:
+        raise UsageError("the configuration has no batch size: give --batch N or --tokens_per_gpu N")
+    check_at_least(1, batch=batch)
+    return int(batch)
+
+
+def _ids(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")
+
+
+def _vocabulary_loss(tokens: int, weight: torch.Tensor, dtype: torch.dtype) -> Loss:
+    V, D = weight.shape
+    chunk = min(max(CHUNK_ELEMENTS, V), tokens * V)
+    size = dtype.itemsize
+    return Loss((V * D + tokens * D) * float(size), (2 * V * D + 2 * chunk) * float(size), 2.0 * tokens * V * D)
+
+
+def _language(module: Any, options: Options, dtype: torch.dtype) -> Trial:
+    length = options.length or at(options.config.get("data"), ("block_size",)) or 128
+    batch = _batch(options, length)
+    tokens = batch * length
+    loss = _vocabulary_loss(tokens, module.model.output_weight, dtype)
+    return Trial(lambda: module.model.hidden(_ids(batch, length)), batch, tokens, loss)
+
+
+def _translation(module: Any, options: Options, dtype: torch.dtype) -> Trial:
+    length = options.length or 32
+    budget = at(options.config.get("data"), ("tokens_per_batch",)) or 4096
+    has_size = options.tokens is not None or options.batch is not None
+    batch = _batch(options, length) if has_size else max(int(budget) // length, 1)
+    tokens = batch * length
+    loss = _vocabulary_loss(tokens, module.model.output_weight, dtype)
+
+    def run() -> Any:
+        tasks = _ids(batch)
+        memory = module.model.encode(_ids(batch, length), tasks, tasks)
+        return module.model.decode(_ids(batch, length), memory)
+
+    return Trial(run, batch, tokens, loss, "tokens of a side")
+
+
+def _images(module: Any, options: Options, dtype: torch.dtype) -> Trial:
+    batch = options.batch or _batch(options, 1)
+    if options.tokens is not None:
+        raise UsageError("images have no number of tokens of their own: give --batch N in place of --tokens_per_gpu")
+    size = module.image_size
+    image = torch.empty(batch, module.in_chans, size, size, device="meta", dtype=dtype)
+    return Trial(lambda: module.model(image), batch, batch, unit="images")
+
+
+def _histories(module: Any, options: Options, dtype: torch.dtype) -> Trial:
+    length = min(options.length or module.max_length, module.max_length)
+    batch = _batch(options, length)
+    tokens = batch * length
+    loss = _vocabulary_loss(tokens, module.model.output_weight, dtype)
+    return Trial(lambda: module.model.encode(_ids(batch, length)), batch, tokens, loss, "items")
+
+
+def _table(module: Any, options: Options, dtype: torch.dtype) -> Trial:
+    batch = _batch(options, 1)
+
+    def run() -> Any:
+        return [_network(member, batch, dtype) for member in module.members]
+
+    return Trial(run, batch, batch, unit="rows")
+
+
+def _network(model: Any, batch: int, dtype: torch.dtype) -> Any:
+    """Run a table's network from the pooled embeddings on, which need their gradient."""
+    dense = model.dense(torch.empty(batch, model.num_continuous, device="meta", dtype=dtype))
+    width = sum(model.sparse.dims)
+    pooled = torch.empty(batch, width, device="meta", dtype=dtype, requires_grad=True) if width else None
+    if model.copies == 1:
+        x = model.interaction[0](dense, pooled)
+    else:
+        parts = enumerate(model.interaction)
+        x = torch.stack([part(None if dense is None else dense[k], pooled) for k, part in parts])
+    return model.head(model.shared(x, None))
+
+
+_TRIALS: dict[str, Callable[[Any, Options, torch.dtype], Trial]] = {
+    "LanguageModeler": _language,
+    "Translator": _translation,
+    "VisionClassifier": _images,
+    "NextItemRecommender": _histories,
+    "MultiTaskRecommender": _table,
+}

@@ -1,0 +1,274 @@
+"""What a training step costs on one layout of a mesh: memory, traffic and time of a rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from apps.plan.formulas import (
+    Memory,
+    Part,
+    Traffic,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    count_bytes,
+    exchanged_bytes,
+    group,
+    ids,
+    peak_memory,
+    pooled,
+    reduce_scatter,
+    step_flops,
+    step_seconds,
+    tables_bytes,
+)
+from apps.plan.options import Options
+from apps.plan.outline import Block, Layer, Outline
+
+_INDEX_BYTES = 48
+"""Bytes of the indices that the exchange keeps for a row, six of int64."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh of replicas x shards x experts, as ``ExpertParallelStrategy`` takes it.
+
+    Attributes:
+        replicas: copies of the model.
+        shards: groups of ranks among which parameters are sharded further.
+        nodes: machines that share out the experts, with an exchange within each first.
+        experts: ranks that share out the experts, on each of these machines.
+        hidden: ranks that share out the hidden units of each expert.
+        rest: "replicate" or "shard": what becomes of all other parameters.
+    """
+
+    replicas: int = 1
+    shards: int = 1
+    nodes: int = 1
+    experts: int = 1
+    hidden: int = 1
+    rest: str = "replicate"
+
+    @property
+    def degree(self) -> int:
+        """The expert-parallel degree: ranks among which a layer's experts are divided, and their hidden units."""
+        return self.nodes * self.experts * self.hidden
+
+    @property
+    def ranks(self) -> int:
+        """All ranks."""
+        return self.replicas * self.shards * self.degree
+
+    @property
+    def rest_ranks(self) -> int:
+        """Ranks among which all other parameters are sharded."""
+        return self.shards * self.degree if self.rest == "shard" else 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step costs on a layout.
+
+    Attributes:
+        layout: the mesh.
+        memory: of a rank at the step's peak.
+        traffic: of a rank in a step, by collective.
+        compute: seconds of the products.
+        exchange: seconds of the MoE layers' all-to-alls, of the tables' exchange and of the balance losses' sums.
+        data: seconds of gathering parameters and reducing gradients.
+        seconds: of the step.
+        fits: whether the memory is there.
+        sharding: how TorchRec shards the tables; None: there are none.
+    """
+
+    layout: Layout
+    memory: Memory
+    traffic: Mapping[str, Traffic]
+    compute: float
+    exchange: float
+    data: float
+    seconds: float
+    fits: bool
+    sharding: str | None = None
+
+    @property
+    def share(self) -> float:
+        """The part of the step that is exchange."""
+        return self.exchange / self.seconds
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Bytes of a number.
+
+    Attributes:
+        stored: of a parameter, its gradient and each number of the optimizer's state.
+        gathered: of a gathered parameter and of a gradient before it is reduced.
+    """
+
+    stored: int
+    gathered: int
+
+
+def _bytes(options: Options) -> _Bytes:
+    stored = 2 if options.precision == "bf16-true" else 4
+    return _Bytes(stored, 2 if options.param_dtype is not None else stored)
+
+
+def cost(outline: Outline, options: Options, layout: Layout, sharding: str | None = None) -> Cost:
+    """Return what a step costs on a layout.
+
+    Args:
+        outline: the model.
+        options: of the command.
+        layout: of all ``options.gpus``.
+        sharding: of the tables, one of ``formulas.SHARDINGS``; None: there are none.
+    """
+    size = _bytes(options)
+    memory = _memory(outline, options, layout, size, sharding)
+    traffic = _traffic(outline, options, layout, size, sharding)
+    gpu = options.gpu
+    rate = gpu.half if options.precision != "32-true" or options.param_dtype is not None else gpu.single
+    compute = step_flops(outline.flops, options.checkpointing) / (rate * options.efficiency)
+    seconds = {name: t.seconds(gpu.within, gpu.between, options.latency) for name, t in traffic.items()}
+    exchange = sum(seconds[name] for name in ("experts", "tables", "balance"))
+    data = seconds["gradients"] + seconds["parameters"]
+    return Cost(
+        layout=layout,
+        memory=memory,
+        traffic=traffic,
+        compute=compute,
+        exchange=exchange,
+        data=data,
+        seconds=step_seconds(compute, exchange, data),
+        fits=memory.total <= options.usable * gpu.memory,
+        sharding=sharding,
+    )
+
+
+# ---- memory
+
+
+def _memory(outline: Outline, options: Options, layout: Layout, size: _Bytes, sharding: str | None) -> Memory:
+    experts, rest = layout.degree * layout.shards, layout.rest_ranks
+    weights = optimizer = 0.0
+    step = 0.0
+    for block in outline.parts:
+        params = block.rest.params / rest + block.experts.params / experts
+        weights += size.stored * params
+        optimizer += size.stored * (block.rest.state / rest + block.experts.state / experts)
+        optimizer += size.stored * params * outline.averaged
+        step = max(step, size.stored * block.rest.step / rest, size.stored * block.experts.step / experts)
+    if sharding is not None:
+        sizes = [(t.rows, t.dim, t.state) for t in outline.tables]
+        weights += tables_bytes(sizes, group(options.gpus, 1, options.node), sharding)
+    root, *blocks = (_part(block, outline, options, layout, size) for block in outline.parts)
+    return peak_memory(weights, optimizer, root, blocks, step)
+
+
+def _part(block: Block, outline: Outline, options: Options, layout: Layout, size: _Bytes) -> Part:
+    """Return a block as one rank has it."""
+    over, rest = layout.degree * layout.shards, layout.rest_ranks
+    experts = block.experts.params / layout.degree
+    layers = [outline.layers[name] for name in block.layers]
+    kept = block.kept + sum(_kept_by_exchange(layer, options, layout) for layer in layers)
+    working = max(block.working, *(_working(layer, options, layout) for layer in layers), 0.0)
+    checkpointed = options.checkpointing and bool(block.name)
+    unit = max(block.rest.trainable, block.experts.trainable / layout.degree)
+    buffer = max(block.rest.params * (rest > 1), experts * (layout.shards > 1))
+    return Part(
+        activations=block.entering if checkpointed else kept,
+        gradients=size.stored * (block.rest.trainable / rest + block.experts.trainable / over),
+        whole=size.gathered * (block.rest.params + experts),
+        buffer=size.gathered * buffer,
+        whole_gradients=size.gathered * unit,
+        reduced=size.stored * unit,
+        again=kept if checkpointed else 0.0,
+        working=working,
+    )
+
+
+def _kept_by_exchange(layer: Layer, options: Options, layout: Layout) -> float:
+    """Return the bytes that divided experts keep beside those of local ones: the rows that come in, and indices."""
+    if layout.degree == 1:
+        return 0.0
+    return layer.rows * layout.hidden * (layer.dim * options.dtype_bytes + _INDEX_BYTES)
+
+
+def _working(layer: Layer, options: Options, layout: Layout) -> float:
+    """Return the bytes that a layer needs for a while: rows as they are sent, come back and are put in order, and the
+    gradients of what the experts keep."""
+    sent = 0.0
+    if layout.degree > 1:
+        width = layer.dim + (1 + layout.hidden) * layer.out_dim
+        sent = layer.rows * width * options.dtype_bytes
+    return sent + layer.kept
+
+
+# ---- traffic
+
+
+def _traffic(
+    outline: Outline, options: Options, layout: Layout, size: _Bytes, sharding: str | None
+) -> dict[str, Traffic]:
+    """Return what leaves a rank in a step, by collective."""
+    node, W = options.node, options.gpus
+    experts = Traffic()
+    passes = 2 if options.checkpointing else 1
+    for layer in outline.layers.values():
+        if layout.degree > 1:
+            moved = exchanged_bytes(layer.rows, layer.dim, layer.out_dim, options.dtype_bytes, passes)
+            moved += passes * count_bytes(layer.num_experts)
+            one = all_to_all(moved, layout.experts, layout.hidden, layout.nodes, node)
+            # Counts, rows there with their gates, and rows back are exchanges of their own; so are their gradients.
+            experts += Traffic(one.within, one.between, one.messages * (passes * 4 + 3))
+    tables, everyone = Traffic(), group(W, 1, node)
+    if sharding is not None:
+        B, columns = outline.trial.examples, len(outline.tables)
+        tables = pooled(B, sum(t.dim for t in outline.tables), columns, everyone, sharding)
+        tables += ids(B, columns, options.pooling, everyone, sharding)
+    numbers = sum(2 * layer.num_experts + 1 for layer in outline.layers.values())
+    gradients, parameters = _data(outline, options, layout, size)
+    return {
+        "experts": experts,
+        "tables": tables,
+        "balance": all_reduce(4.0 * numbers, everyone) if numbers else Traffic(),
+        "gradients": gradients,
+        "parameters": parameters,
+    }
+
+
+def _data(outline: Outline, options: Options, layout: Layout, size: _Bytes) -> tuple[Traffic, Traffic]:
+    """Return the traffic of reducing gradients and of gathering parameters."""
+    node, degree = options.node, layout.degree
+    rest = group(layout.rest_ranks, 1, node)
+    copies = group(layout.ranks // layout.rest_ranks, layout.rest_ranks, node)
+    shards = group(layout.shards, degree, node)
+    replicas = group(layout.replicas, degree * layout.shards, node)
+    gradients = parameters = Traffic()
+    for block in outline.parts:
+        # What is in no block stays gathered; blocks are gathered again for the backward.
+        times = 2 if block.name else 1
+        for numbers, whole, among, copied in (
+            (block.rest, 1, rest, copies),
+            (block.experts, degree, shards, replicas),
+        ):
+            sent = size.stored * numbers.trainable / whole
+            gradients += reduce_scatter(sent, among) if sent else Traffic()
+            gradients += all_reduce(sent / among.ranks, copied) if sent else Traffic()
+            got = size.gathered * numbers.params / whole
+            parameters += all_gather(got, among).times(times) if got else Traffic()
+    return gradients, parameters
+
+
+def hidden_units(layer: Layer) -> int:
+    """Return the hidden units of a layer's experts that ranks may share out; 1 where they cannot be."""
+    sizes = [
+        tensor.shape[part.hidden_axes[key]]
+        for part in layer.module.experts.modules()
+        for key, tensor in part.named_parameters(recurse=False)
+        if key in getattr(part, "hidden_axes", {})
+    ]
+    return math.gcd(*sizes) if sizes else 1

@@ -1,0 +1,201 @@
+"""Whole plans of small configurations, held to the model and to the exchange as it is built."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from commands import fails
+from torch.distributed.device_mesh import init_device_mesh
+
+import core
+from apps.cli import main
+from apps.plan.formulas import count_bytes, exchanged_bytes
+from apps.plan.layout import Layout, cost
+from apps.plan.options import Options
+from apps.plan.outline import outlined
+from apps.plan.sweep import layouts, sweep
+from apps.train.expert_parallel import ExpertParallelStrategy
+from core.parallel import AllToAllDispatcher, routes
+
+DIGITS = ("--config", "configs/vision/digits.yaml", "--gpu", "h100")
+TEXT = ("--config", "configs/nlp/text_mixtral_like.yaml", "--gpu", "h100")
+TABLE = ("--config", "configs/recsys/ten_million_rows.yaml", "--config", "configs/parallel/torchrec.yaml")
+
+
+def options(*argv: str) -> Options:
+    return Options.read(argv)
+
+
+@pytest.fixture(scope="module")
+def text():
+    given = options(*TEXT, "--gpus", "16")
+    return outlined(given), given
+
+
+def test_the_command_prints_a_plan_and_writes_an_overlay_that_a_strategy_takes(tmp_path, capsys):
+    assert main(["plan", *DIGITS, "--gpus", "16", "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "VisionClassifier: 399,050 parameters, 2 MoE layers of 8 experts with 128 hidden units" in shown
+    assert "a GPU's batch: 64 examples" in shown
+    assert "memory fits at every expert-parallel degree" in shown
+    overlay = yaml.safe_load((tmp_path / "overlay.yaml").read_text())["trainer"]
+    assert overlay["devices"] * overlay["num_nodes"] == 16
+    strategy = ExpertParallelStrategy(**overlay["strategy"]["init_args"])
+    assert 16 % (int(strategy.experts) * strategy.shards * strategy.nodes * strategy.hidden) == 0
+    with open(tmp_path / "plan.csv") as file:
+        rows = list(csv.DictReader(file))
+    # 8 experts among 16 GPUs; 16 share out the hidden units of each expert.
+    assert [row["degree"] for row in rows] == ["1", "2", "4", "8", "16"]
+    assert rows[-1]["mesh"].endswith("8 x 2")
+    assert [row["best"] for row in rows].count("*") == 1
+    assert 5_000 < (tmp_path / "gpus.png").stat().st_size < 300_000
+
+
+def test_a_rank_holds_its_part_of_weights_gradients_and_optimizer(text):
+    outline, given = text
+    experts, rest = (sum(getattr(b, part).params for b in outline.parts) for part in ("experts", "rest"))
+    # Four layers of 8 experts of three matrices 128 x 192.
+    assert experts == 4 * 8 * 3 * 128 * 192
+    assert experts + rest == outline.num_params
+    for layout, held in (
+        (Layout(replicas=16), experts + rest),
+        (Layout(replicas=4, experts=4), experts / 4 + rest),
+        (Layout(replicas=2, experts=4, hidden=2), experts / 8 + rest),
+        (Layout(replicas=2, shards=2, experts=4, rest="shard"), experts / 8 + rest / 8),
+    ):
+        memory = cost(outline, given, layout).memory
+        assert memory.weights == pytest.approx(4 * held)
+        assert memory.gradients == pytest.approx(4 * held)
+        assert 4 * held < memory.optimizer < 8 * held  # Muon keeps one number of a matrix, AdamW two of the rest
+
+
+def test_checkpointing_and_half_precision_keep_less():
+    kept, seconds = {}, {}
+    for name, more in {
+        "full": (),
+        "half": ("--param_dtype", "bfloat16"),
+        "again": ("--activation_checkpointing",),
+    }.items():
+        given = options(*TEXT, "--gpus", "16", *more)
+        one = cost(outlined(given), given, Layout(replicas=2, experts=8))
+        kept[name], seconds[name] = one.memory.activations, one.compute
+    assert kept["half"] < 0.65 * kept["full"]  # routers keep float32
+    assert kept["again"] < 0.3 * kept["full"]
+    assert seconds["again"] == pytest.approx(4 / 3 * seconds["full"])
+
+
+def test_the_traffic_is_that_of_the_exchange_as_it_is_built(monkeypatch, tmp_path):
+    sent = {"rows": 0, "counts": 0}
+
+    class Exchanged(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, rows):
+            sent["rows"] += rows.nbytes
+            return rows.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            sent["rows"] += grad.nbytes
+            return grad
+
+    def exchanged(count_W, group):
+        sent["counts"] += count_W.nbytes
+        return count_W
+
+    monkeypatch.setattr(routes, "all_to_all_single_autograd", lambda rows, *_: Exchanged.apply(rows))
+    monkeypatch.setattr(routes, "_exchanged", exchanged)
+    E, K, T, D = 4, 2, 10, 8
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1, timeout=timedelta(seconds=60)
+    )
+    try:
+        layer = core.MoEConfig(E, core.TokenChoice(top_k=K), core.FFN(hidden_dim=16)).build(D)
+        layer.dispatcher = AllToAllDispatcher(init_device_mesh("cpu", (1,)))
+        layer(torch.randn(1, T, D, requires_grad=True)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert sent["rows"] == exchanged_bytes(T * K, D, D, dtype_bytes=4)
+    assert sent["counts"] == count_bytes(E)
+
+
+def test_the_exchange_of_a_plan_counts_every_layer(text):
+    outline, given = text
+    one = cost(outline, given, Layout(replicas=2, experts=8))
+    # 32 texts of 128 tokens, two experts each, in four layers: 7/8 leave a rank, all within its node.
+    rows = 4 * (exchanged_bytes(32 * 128 * 2, 128, 128, 4) + count_bytes(8))
+    assert one.traffic["experts"].within == pytest.approx(rows * 7 / 8)
+    assert one.traffic["experts"].between == 0
+    # All but the experts is summed over all ranks, and each expert over two, which are on two nodes.
+    experts = sum(b.experts.params for b in outline.parts)
+    rest = outline.num_params - experts
+    total = 2 * 4 * (rest * 15 / 16 + experts / 8 / 2)
+    assert one.traffic["gradients"].total == pytest.approx(total)
+    assert one.traffic["parameters"].total == 0
+
+
+def test_layouts_fill_the_gpus_and_the_best_one_is_the_fastest_that_fits(text):
+    outline, given = text
+    found = list(layouts(outline, 16, 8))
+    assert {layout.ranks for layout in found} == {16}
+    assert len(set(found)) == len(found)
+    plan = sweep(outline, given)
+    assert plan.best.seconds == min(c.seconds for c in plan.costs)
+    assert plan.breaks()[0] == "memory fits at every expert-parallel degree"
+    need = sorted(c.memory.total for c in plan.costs)
+    tight = dataclasses.replace(given, gpu=dataclasses.replace(given.gpu, memory=(need[0] + need[1]) / 2), usable=1.0)
+    plan = sweep(outline, tight)
+    assert plan.best.fits
+    assert "memory does not fit at expert-parallel degree" in plan.breaks()[0]
+
+
+def test_a_model_without_moe_layers_is_planned_for_fsdp2_and_ddp(capsys):
+    assert main(["plan", *DIGITS, "--gpus", "8", "--model.moe", "null"]) == 0
+    shown = capsys.readouterr().out
+    assert "no MoE layer: FSDP2 or DDP alone" in shown
+    assert yaml.safe_load(shown[shown.index("trainer:") :])["trainer"]["strategy"]["init_args"]["experts"] == 1
+
+
+def test_a_billion_rows_are_planned_with_torchrec(capsys):
+    billion = ("--tables", "1000000000", "--model.embedding.dim", "64")
+    assert main(["plan", *TABLE, "--gpus", "128", "--gpu", "h100", *billion]) == 0
+    shown = capsys.readouterr().out
+    strategy = yaml.safe_load(shown[shown.index("trainer:") :])["trainer"]["strategy"]
+    assert strategy["class_path"] == "TorchRecStrategy"
+    assert strategy["init_args"]["sharding"] in ("row_wise", "table_row_wise")
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        ((*DIGITS[:2], "--gpus", "8", "--memory", "80"), "or give --tflops, --node_bandwidth, --network_bandwidth too"),
+        ((*DIGITS, "--gpus", "8", "--speed", "2"), "--speed is no option of moesaic plan"),
+        (("--config", "configs/debug.yaml", "--gpus", "8", "--gpu", "h100"), "names no model"),
+        ((*TABLE, "--gpus", "8", "--gpu", "h100"), "give --tables ROWS ..., and --numbers N"),
+        ((*DIGITS, "--gpus", "8", "--data.dataset", "null"), "give --model.image_size N"),
+    ],
+)
+def test_wrong_usage_is_one_line(argv, line, capsys):
+    assert line in fails(capsys, 2, "plan", *argv)
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        ((*DIGITS[:2], "--gpus", "8", "--gpu", "h10"), "gpu='h10' is not one of a100"),
+        ((*DIGITS, "--gpus", "12"), "gpus=12 is no whole number of nodes: gpus_per_node=8"),
+        ((*DIGITS, "--gpus", "0"), "gpus=0 must be at least 1"),
+        ((*DIGITS, "--gpus", "8", "--precision", "8-bit"), "precision='8-bit' is not one of"),
+        ((*DIGITS, "--gpus", "8", "--efficiency", "2"), "efficiency=2 must lie in (0, 1]"),
+        ((*TEXT, "--gpus", "8", "--batch", "2", "--tokens_per_gpu", "256"), "say the same: give one of them"),
+        ((*TEXT, "--gpus", "8", "--tokens_per_gpu", "200"), "no whole number of examples of 128 tokens"),
+        ((*TEXT, "--gpus", "8", "--model.moe.num_expert", "4"), "num_expert"),
+    ],
+)
+def test_a_wrong_value_is_one_line(argv, line, capsys):
+    assert line in fails(capsys, 1, "plan", *argv)
