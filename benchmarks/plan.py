@@ -16,16 +16,11 @@ import argparse
 import ctypes
 import gc
 import logging
-import os
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
-
-if os.environ.get("MALLOC_MMAP_THRESHOLD_") != "65536":  # read by the C library before anything of ours runs
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import torch
 import torch.distributed as dist
@@ -44,6 +39,9 @@ from apps.plan.outline import measured
 from apps.train.expert_parallel import ExpertParallelStrategy
 from apps.train.module import OptimizerConfig
 from core.kernels.cpu import pages
+
+M_MMAP_THRESHOLD = -3
+"""glibc's option: larger blocks are asked of the system one by one, and go back to it when they are freed."""
 
 
 def modeler(args: argparse.Namespace) -> LanguageModeler:
@@ -95,7 +93,7 @@ def status(name: str) -> float:
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("dim", 512), ("hidden", 1024), ("layers", 4), ("experts", 8), ("vocab", 8000)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -103,17 +101,19 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a text")
     parser.add_argument("--rest", choices=("replicate", "shard"), default="replicate")
     parser.add_argument("--checkpointing", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     pages.SMALLEST = sys.maxsize
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(M_MMAP_THRESHOLD, 65536)
     dist.init_process_group("gloo")
     world = dist.get_world_size()
     small = argparse.Namespace(**{**vars(args), "layers": 2, "experts": world})
     train(modeler(small), small, world)
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     baseline = status("VmRSS")
     train(modeler(args), args, world)

@@ -134,15 +134,15 @@ def picture(costs: Sequence[tuple[int, Cost]], title: str) -> Figure:
         "sharding: parameters and gradients": [c.data for _, c in costs],
     }
     for i, (name, seconds) in enumerate(lines.items()):
-        style = {"color": "black", "linewidth": 2.0} if name == "step" else {"color": PALETTE[i - 1], "linewidth": 1.5}
-        axis.plot(gpus, [1e3 * s for s in seconds], marker="o", markersize=4, label=name, **style)
+        color, width = ("black", 2.0) if name == "step" else (PALETTE[i - 1], 1.5)
+        axis.plot(gpus, [1e3 * s for s in seconds], color=color, linewidth=width, marker="o", markersize=4, label=name)
     for n, c in costs:
         place = (n, 1e3 * c.seconds)
         axis.annotate(str(c.layout.degree), place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
     missing = [(n, 1e3 * c.seconds) for n, c in costs if not c.fits]
     if missing:
-        style = {"marker": "o", "color": "white", "edgecolors": "black", "zorder": 3, "label": "memory does not fit"}
-        axis.scatter(*zip(*missing, strict=True), s=36, **style)
+        x, y = zip(*missing, strict=True)
+        axis.scatter(x, y, s=36, c="white", edgecolors="black", zorder=3, label="memory does not fit")
     axis.set_xscale("log", base=2)
     axis.set_xticks(gpus, [str(n) for n in gpus])
     axis.minorticks_off()

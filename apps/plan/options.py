@@ -128,6 +128,7 @@ class Options:
         if output is not None and output.exists() and not output.is_dir():
             raise UsageError(f"--output {output} is a file, not a folder")
         precision = args.precision or str(at(config, ("trainer", "precision")) or PRECISIONS[0])
+        precision = {"32": "32-true", "bf16": "bf16-mixed"}.get(precision, precision)
         check_name("precision", precision, PRECISIONS)
         strategy = at(config, _STRATEGY)
         param_dtype = args.param_dtype or at(strategy, ("param_dtype",))
@@ -176,7 +177,7 @@ def _gpu(args: argparse.Namespace) -> Gpu:
     missing = [f"--{options[name]}" for name, value in given.items() if value is None]
     if missing:
         raise UsageError(f"name the GPU (--gpu {'|'.join(GPUS)}), or give {', '.join(dict.fromkeys(missing))} too")
-    return Gpu(**given)
+    return Gpu(**{name: value for name, value in given.items() if value is not None})
 
 
 def command_line() -> Parser:

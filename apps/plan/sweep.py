@@ -18,7 +18,7 @@ class Sweep:
     """The layouts of a number of GPUs.
 
     Attributes:
-        costs: the best layout of each expert-parallel degree, by degree.
+        costs: the best layout of each expert-parallel degree and of each way to shard tables, by degree.
         best: the fastest that fits; where none fits, the one with the least memory.
     """
 
@@ -26,32 +26,29 @@ class Sweep:
     best: Cost
 
     def breaks(self) -> list[str]:
-        """Return a line for each limit: degrees at which memory does not fit, and those at which exchange exceeds
-        compute."""
-        lines = []
-        large = [c.layout.degree for c in self.costs if not c.fits]
-        if large:
-            lines.append(f"memory does not fit at expert-parallel degree {', '.join(map(str, large))}")
-        else:
-            lines.append("memory fits at every expert-parallel degree")
-        slow = next((c for c in self.costs if c.exchange > c.compute), None)
-        if slow is None:
-            lines.append("exchange takes less than compute at every degree")
-        else:
-            lines.append(f"exchange exceeds compute from degree {slow.layout.degree} on")
-        return lines
+        """Return a line for each limit: where memory does not fit, and where exchange exceeds compute."""
+        large = [_name(c) for c in self.costs if not c.fits]
+        slow = [_name(c) for c in self.costs if c.exchange > c.compute]
+        return [
+            f"memory does not fit at {', '.join(large)}" if large else "memory fits everywhere",
+            f"exchange exceeds compute at {', '.join(slow)}" if slow else "exchange takes less than compute everywhere",
+        ]
+
+
+def _name(one: Cost) -> str:
+    return f"degree {one.layout.degree}" if one.sharding is None else one.sharding
 
 
 def sweep(outline: Outline, options: Options) -> Sweep:
-    """Return the cost of all layouts of ``options.gpus``, the best of each expert-parallel degree."""
+    """Return the cost of all layouts of ``options.gpus``, the best of each expert-parallel degree and of each way to
+    shard tables."""
     shardings: Sequence[str | None] = SHARDINGS if outline.tables else (None,)
-    by_degree: dict[int, Cost] = {}
+    by_name: dict[tuple[int, str | None], Cost] = {}
     for layout in layouts(outline, options.gpus, options.node):
         for sharding in shardings:
-            new = cost(outline, options, layout, sharding)
-            old = by_degree.get(layout.degree)
-            by_degree[layout.degree] = new if old is None else min(old, new, key=_rank)
-    costs = tuple(by_degree[degree] for degree in sorted(by_degree))
+            new, name = cost(outline, options, layout, sharding), (layout.degree, sharding)
+            by_name[name] = min(by_name.get(name, new), new, key=_rank)
+    costs = tuple(sorted(by_name.values(), key=lambda c: c.layout.degree))
     return Sweep(costs, min(costs, key=_rank))
 
 
@@ -86,8 +83,12 @@ def _divisions(outline: Outline, gpus: int, node: int) -> Iterator[tuple[int, in
                 yield parts // node, node, 1
         # An expert is cut where there are more ranks than experts, and not before.
         for hidden in divisors(gpus // parts)[1:] if parts == most else ():
-            if not any(refusal(layer.module, parts, hidden) for layer in outline.layers.values()):
-                yield 1, parts, hidden
+            if any(refusal(layer.module, parts, hidden) for layer in outline.layers.values()):
+                continue
+            yield 1, parts, hidden
+            each = node // hidden  # parts of the experts on each node
+            if parts * hidden > node == each * hidden and parts % each == 0:
+                yield parts // each, each, hidden
 
 
 def divisors(number: int) -> list[int]:
