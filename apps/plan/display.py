@@ -104,6 +104,7 @@ def overlay(one: Cost, options: Options) -> str:
         arguments = {"experts": layout.experts, "shards": layout.shards, "rest": layout.rest}
         arguments |= {name: value for name in ("nodes", "hidden") if (value := getattr(layout, name)) > 1}
         arguments |= {"param_dtype": options.param_dtype} if options.param_dtype is not None else {}
+        arguments |= {"static_exchange": True} if options.static else {}
         arguments |= {"activation_checkpointing": True} if options.checkpointing else {}
     trainer = {
         "accelerator": "gpu",

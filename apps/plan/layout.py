@@ -174,6 +174,7 @@ def _part(block: Block, outline: Outline, options: Options, layout: Layout, size
     experts = block.experts.params / layout.degree
     layers = [outline.layers[name] for name in block.layers]
     kept = block.kept + sum(_kept_by_exchange(layer, options, layout) for layer in layers)
+    kept += 2 * experts * options.autocast  # its copies in bfloat16 stay for the backward
     working = max(block.working, *(_working(layer, options, layout) for layer in layers), 0.0)
     checkpointed = options.checkpointing and bool(block.name)
     unit = max(block.rest.trainable, block.experts.trainable / layout.degree)

@@ -45,6 +45,7 @@ class Options:
         precision: one of ``PRECISIONS``.
         param_dtype: FSDP2's dtype of gathered parameters, "bfloat16" or None.
         checkpointing: whether blocks compute their activations again in the backward.
+        static: whether every place of the experts' capacity is sent.
         batch: examples of a GPU in a step; None: ``tokens``, or the configuration's.
         tokens: tokens of a GPU in a step; None: those of the batch.
         length: tokens of an example, where the configuration does not tell; None: it does.
@@ -66,6 +67,7 @@ class Options:
     precision: str
     param_dtype: str | None
     checkpointing: bool
+    static: bool = False
     batch: int | None = None
     tokens: int | None = None
     length: int | None = None
@@ -100,6 +102,11 @@ class Options:
     def node(self) -> int:
         """GPUs of a node that the run has."""
         return min(self.gpus, self.per_node)
+
+    @property
+    def autocast(self) -> bool:
+        """Whether products take copies of the parameters in bfloat16."""
+        return self.precision == "bf16-mixed" and self.param_dtype is None
 
     @property
     def dtype_bytes(self) -> int:
@@ -142,6 +149,7 @@ class Options:
             precision=precision,
             param_dtype=param_dtype,
             checkpointing=checkpointing,
+            static=args.static_exchange or bool(at(strategy, ("static_exchange",))),
             batch=args.batch,
             tokens=args.tokens_per_gpu,
             length=args.length,
@@ -200,6 +208,7 @@ def command_line() -> Parser:
     add("--precision", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: the configuration's, else 32-true)")
     add("--param_dtype", choices=("bfloat16",), help="FSDP2's mixed precision: products and gathered parameters")
     add("--activation_checkpointing", action="store_true", help="blocks compute their activations again")
+    add("--static_exchange", action="store_true", help="every place of the capacity is sent (capacity_factor)")
     add("--memory", type=float, metavar="GB", help="memory of a GPU")
     add("--tflops", type=float, metavar="T", help="peak of its products in this precision, given or measured")
     add("--node_bandwidth", type=float, metavar="GB", help="GB/s that leave it for GPUs of its node")

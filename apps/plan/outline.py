@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -78,7 +79,7 @@ class Layer:
     Attributes:
         name: dotted name.
         num_experts: E.
-        rows: routed pairs of a rank.
+        rows: routed pairs of a rank; under a static exchange the places for them.
         dim, out_dim: width of a row to and from the experts.
         kept: bytes that the experts keep for the backward.
         module: the layer, on the meta device.
@@ -181,8 +182,12 @@ def measured(module: Any, options: Options) -> Outline:
     module.train()
     made = trial(module, options, dtype)
     watch = _Watch(module, {b.name: b for b in blocks}, layers, root)
-    with watch, _OnGpu(half=options.precision == "bf16-mixed" and not half), _experts_in(module, dtype):
+    with watch, _OnGpu(half=options.autocast), _experts_in(module, dtype):
+        for layer in layers.values():  # autocast's copies of these are divided too
+            watch.leave_out(layer.module.experts)
         flops = core.count_flops(made.run)
+    for layer in layers.values() if options.static else ():
+        layer.rows = _places(layer)
     root.kept += made.loss.kept
     root.working = made.loss.working
     return Outline(
@@ -196,6 +201,18 @@ def measured(module: Any, options: Options) -> Outline:
         averaged=getattr(module, "ema_decay", None) is not None,
         tables=tuple(tables.values()),
     )
+
+
+def _places(layer: Layer) -> int:
+    """Return the places of all experts under the training's capacity, for the tokens of a rank.
+
+    Raises:
+        UsageError: there is no capacity.
+    """
+    factors = [router.capacity.factor for router in layer.module.routers().values()]
+    if None in factors:
+        raise UsageError("a static exchange needs a capacity: give --model.moe.capacity_factor N")
+    return math.ceil(layer.rows * max(factors))
 
 
 def _tables(module: Any) -> dict[Any, Table]:
@@ -321,8 +338,7 @@ class _Watch:
     def __enter__(self) -> _Watch:
         self.stack = ExitStack()
         modules = dict(self.module.named_modules())
-        for tensor in (*self.module.parameters(), *self.module.buffers()):
-            self._note(tensor)
+        self.leave_out(self.module)
         for name, block in self.blocks.items():
             self._around(modules[name], block)
         for layer in self.layers.values():
@@ -333,6 +349,11 @@ class _Watch:
 
     def __exit__(self, *error: Any) -> None:
         self.stack.close()
+
+    def leave_out(self, module: nn.Module) -> None:
+        """Count none of a module's parameters and buffers."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._note(tensor)
 
     def _around(self, module: nn.Module, owner: Block | Layer) -> None:
         def before(module: nn.Module, args: Any) -> None:

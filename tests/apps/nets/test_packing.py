@@ -16,3 +16,9 @@ def test_packing_by_hand():
     assert padded.squeeze(-1).tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5]]
     assert packing.pack(padded).flatten().tolist() == [1, 2, 3, 4, 5]
     assert packing.valid_BL().tolist() == [[True, True, False], [False] * 3, [True] * 3]
+
+
+def test_on_the_meta_device_all_tokens_are_real():
+    packing, index_T = Packing.of(torch.ones(2, 3, dtype=torch.bool, device="meta"))
+    assert packing.is_full
+    assert (packing.num_rows, packing.length, len(index_T)) == (2, 3, 6)

@@ -90,6 +90,17 @@ def test_checkpointing_and_half_precision_keep_less():
     assert seconds["again"] == pytest.approx(4 / 3 * seconds["full"])
 
 
+def test_autocast_keeps_a_copy_of_the_experts_that_are_here():
+    given = options(*TEXT, "--gpus", "16", "--precision", "bf16-mixed")
+    outline = outlined(given)
+    experts, kept = sum(b.experts.params for b in outline.parts), sum(b.kept for b in outline.parts)
+    assert cost(outline, given, Layout(replicas=16)).memory.activations == pytest.approx(kept + 2 * experts)
+    # Of four layers: 8,192 rows of 128 numbers that come in, in bfloat16, with six indices.
+    rows = 4 * 8192 * (128 * 2 + 48)
+    memory = cost(outline, given, Layout(replicas=2, experts=8)).memory
+    assert memory.activations == pytest.approx(kept + 2 * experts / 8 + rows)
+
+
 def test_the_traffic_is_that_of_the_exchange_as_it_is_built(monkeypatch, tmp_path):
     sent = {"rows": 0, "counts": 0}
 
@@ -139,6 +150,14 @@ def test_the_exchange_of_a_plan_counts_every_layer(text):
     assert one.traffic["parameters"].total == 0
 
 
+def test_a_static_exchange_sends_every_place_of_the_capacity():
+    sent = []
+    for more in ((), ("--static_exchange",)):
+        given = options(*TEXT, "--gpus", "8", "--model.moe.capacity_factor", "1.5", *more)
+        sent.append(cost(outlined(given), given, Layout(experts=8)).traffic["experts"].within)
+    assert sent[1] == pytest.approx(1.5 * sent[0], rel=1e-4)  # the counts stay
+
+
 def test_layouts_fill_the_gpus_and_the_best_one_is_the_fastest_that_fits(text):
     outline, given = text
     found = list(layouts(outline, 16, 8))
@@ -180,6 +199,7 @@ def test_a_billion_rows_are_planned_with_torchrec(capsys):
         ((*DIGITS, "--gpus", "8", "--speed", "2"), "--speed is no option of moesaic plan"),
         (("--config", "configs/debug.yaml", "--gpus", "8", "--gpu", "h100"), "names no model"),
         ((*TABLE, "--gpus", "8", "--gpu", "h100"), "give --tables ROWS ..., and --numbers N"),
+        ((*TEXT, "--gpus", "8", "--static_exchange"), "give --model.moe.capacity_factor N"),
         ((*DIGITS, "--gpus", "8", "--data.dataset", "null"), "give --model.image_size N"),
     ],
 )

@@ -40,7 +40,7 @@ from core import (
     Zero,
     active_params,
 )
-from core.parallel import AllToAllDispatcher, shard_experts
+from core.parallel import AllToAllDispatcher, refusal, shard_experts
 
 D = 6
 Outcome = dict[str, Tensor]
@@ -235,3 +235,14 @@ def test_a_split_layer_counts_the_experts_of_both_ranks(ranks):
 def test_experts_that_cannot_be_divided_are_refused_and_stay_whole(ranks, name):
     for known in (r["facts"] for r in ranks):
         assert re.search(REFUSED[name][1], known["refused"][name])
+
+
+def test_a_refusal_says_why_without_ranks():
+    layer = MoEConfig(4, TokenChoice(2), FFN(6)).build(D)
+    assert refusal(layer, 2) is None
+    assert refusal(layer, 4, hidden=3) is None
+    assert refusal(layer, 3) == "the layer has 4 experts (FFNExperts), which 3 ranks do not divide"
+    units = "the layer has experts of 6 hidden units (FFNExperts.w_in), which 4 ranks do not divide"
+    assert refusal(layer, 2, hidden=4) == units
+    soft = MoEConfig(4, SoftSlots(1), FFN(6)).build(D)
+    assert refusal(soft, 1) == "the layer is a SoftMoE, whose experts cannot be divided among ranks"
