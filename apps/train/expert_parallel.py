@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed._composable import checkpoint as checkpointed
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 import core
 from apps.base.checks import check_at_least, check_name
@@ -164,6 +165,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._shard(module)
         if fitting:
             self.setup_optimizers(trainer)
+            step_one_by_one(self.optimizers)
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -336,6 +338,14 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if isinstance(value, list):
             return [self._divided(item, [*keys, i]) for i, item in enumerate(value)]
         return value
+
+
+def step_one_by_one(optimizers: Iterable[Optimizer]) -> None:
+    """Make optimizers step parameter by parameter where a group has parameters of several meshes: torch's operations on
+    lists mix no meshes."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        if len({p.device_mesh for p in group["params"] if isinstance(p, DTensor)}) > 1:
+            group.update({key: False for key in ("foreach", "fused") if key in group})
 
 
 def make_root(module: nn.Module) -> None:
