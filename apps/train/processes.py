@@ -8,6 +8,11 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import default_pg_timeout
 
+_WORDS_OF_LOSS = (
+    "closed by peer", "reset by peer", "broken pipe", "likely closed", "remote process exited", "was aborted",
+    "timed out", "timeout",
+)  # fmt: skip
+
 
 class LostProcessError(RuntimeError):
     """Another process of a run has ended, or does not answer."""
@@ -15,11 +20,10 @@ class LostProcessError(RuntimeError):
 
 def is_loss(error: BaseException) -> bool:
     """Return whether an error is that of a collective in which another process is missing."""
-    if isinstance(error, dist.DistError):
-        return True
-    text, words = str(error).lower(), ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout")
+    text = str(error).lower()
     # Gloo's errors are of no class of their own, and name its source.
-    return isinstance(error, RuntimeError) and "gloo" in text and any(word in text for word in words)
+    is_collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
+    return is_collective and any(word in text for word in _WORDS_OF_LOSS)
 
 
 def join_again(backend: str, timeout: timedelta | None) -> None:
