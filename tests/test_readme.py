@@ -39,7 +39,7 @@ def test_python_blocks_run_one_after_the_other():
 
 def test_moesaic_commands_run_on_digits_with_the_debug_overlay(tmp_path, monkeypatch, capfd):
     typed = commands("moesaic")
-    assert {words[1] for words in typed} == {"fit", "test", "predict", "compare", "data"}
+    assert {words[1] for words in typed} == {"fit", "test", "predict", "compare", "data", "plan"}
     # A copy of the configurations, for run folders are made where a command is run.
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)

@@ -124,6 +124,7 @@ def complaint(run: Callable[[], Any]) -> str:
 def as_rank(rank: int) -> None:
     """Say in this process what Lightning's launcher does."""
     logging.getLogger("lightning").setLevel(logging.ERROR)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # an earlier test's, from which Lightning would seed the ranks again
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 

@@ -504,7 +504,7 @@ def test_the_scope_says_whether_ranks_share_their_sums():
     other = balance_sums(routing(torch.tensor([[0.98, 0.01, 0.01]] * 4)), frozenset({"load_balancing"}))
 
     def added_up(
-        names: list[str], sums: list[dict[str, Tensor]], device: torch.device | None
+        names: list[str], sums: list[dict[str, Tensor]], device: torch.device | None, group: object
     ) -> tuple[list[dict[str, Tensor]], int]:
         return [{name: value + other[name] for name, value in s.items()} for s in sums], 2
 
