@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from apps.base.files import replacing
 from apps.base.quiet import quiet
-from apps.plan.display import MESH, details, header, overlay, picture, rows
+from apps.plan.display import MESH, details, header, overlay, picture, rows, shown
 from apps.plan.options import Options
 from apps.plan.outline import Outline, outlined
 from apps.plan.sweep import Sweep, over_gpus, sweep
@@ -19,9 +19,9 @@ def run(options: Options) -> int:
     plan = sweep(outline, options)
     for line in header(outline, options):
         print(line)
-    table = rows(plan)
+    table = shown(rows(plan))
     print(MESH)
-    print_table("", list(table[0]), [[str(cell) for cell in row.values()] for row in table])
+    print_table("", list(table[0]), [list(row.values()) for row in table])
     if not plan.best.fits:
         print("nothing fits: the row with * needs the least memory")
     for line in (*plan.breaks(), *details(plan.best)):

@@ -45,8 +45,27 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-MESH = "mesh: replicas x shards x nodes x experts x hidden. Sharding: parameters gathered, gradients reduced (ms)."
+MESH = (
+    "mesh: replicas x shards x nodes x experts x hidden; * the best; ! does not fit; times in ms.\n"
+    "sharding: parameters gathered and gradients reduced, while products are computed"
+)
 """What the table's columns mean."""
+
+
+def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return the rows as they stand in a terminal of 80 columns."""
+    return [
+        {
+            "degree": f"{row['degree']}{row['best']}",
+            "mesh": row["mesh"].replace(" ", ""),
+            "rest": {"replicate": "copied", "shard": "sharded"}[row["rest"]],
+            **({"tables": row["tables"]} if "tables" in row else {}),
+            "GB": row["GB"] + ("" if row["fits"] == "yes" else "!"),
+            "step": row["step ms"],
+            **{name: row[name] for name in ("compute", "exchange", "sharding")},
+        }
+        for row in rows
+    ]
 
 
 def header(outline: Outline, options: Options) -> list[str]:
