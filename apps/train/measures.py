@@ -27,17 +27,21 @@ class ModelSize(Callback):
             return
         validation = _validation_batch(trainer)
         cost = measure_cost(pl_module, batch if validation is None else validation)  # type: ignore[arg-type]
+        flops_per_example = float(cost.flops_per_example)
+        if trainer.world_size > 1:  # where experts are divided, each process computes as many rows as chose its own
+            own = torch.tensor(flops_per_example, device=pl_module.device)
+            flops_per_example = float(trainer.strategy.reduce(own, reduce_op="mean"))
         on_other_ranks = getattr(trainer.strategy, "num_params_elsewhere", 0)
         num_params, active_params = cost.num_params + on_other_ranks, cost.active_params + on_other_ranks
         size = {
             "model/num_params": float(num_params),
             "model/active_params": float(active_params),
-            "model/flops_per_example": float(cost.flops_per_example),
+            "model/flops_per_example": flops_per_example,
         }
         for logger in trainer.loggers:
             logger.log_metrics(size, step=0)
         if rank_zero_only.rank == 0:
-            flops = f"{megaflops(cost.flops_per_example)} MFLOPs {cost.unit} (forward)"
+            flops = f"{megaflops(flops_per_example)} MFLOPs {cost.unit} (forward)"
             name = type(pl_module).__name__
             _logger.info(f"{name}: {num_params:,} parameters, {active_params:,} active, {flops}")
 
