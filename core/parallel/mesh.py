@@ -65,3 +65,8 @@ def experts_part(mesh: DeviceMesh) -> DeviceMesh | None:
     names = tuple(name for name in mesh.mesh_dim_names or () if name not in (REPLICATE, SHARD))
     part = mesh[names]
     return part if part.size() > 1 else None
+
+
+def hidden_ranks(mesh: DeviceMesh) -> int:
+    """Return among how many ranks of a part of a mesh the hidden units of each expert are divided: 1, or more."""
+    return mesh[HIDDEN].size() if HIDDEN in (mesh.mesh_dim_names or ()) and mesh.ndim > 1 else 1

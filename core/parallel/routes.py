@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..experts.base import HIDDEN
+from .mesh import hidden_ranks
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Routes:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         names = mesh.mesh_dim_names or ()
-        self.copies = mesh[HIDDEN].size() if HIDDEN in names and mesh.ndim > 1 else 1
+        self.copies = hidden_ranks(mesh)
         self.group = mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
         self.levels: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
         if "node" in names:

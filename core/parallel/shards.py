@@ -13,6 +13,7 @@ from ..experts import Experts
 from ..experts.base import HIDDEN
 from ..layers import MoELayer, moe_layers
 from .all_to_all import AllToAllDispatcher
+from .mesh import hidden_ranks
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -> dict[str, str]:
@@ -42,7 +43,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -
     layers = {name: layer for name, layer in moe_layers(model).items() if any(_parts(layer))}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer whose experts could be divided among ranks")
-    hidden = mesh[HIDDEN].size() if HIDDEN in (mesh.mesh_dim_names or ()) and mesh.ndim > 1 else 1
+    hidden = hidden_ranks(mesh)
     ranks = mesh.size() // hidden
     for name, layer in layers.items():
         _check(f"layer {name!r}" if name else "the layer", layer, ranks, hidden)
