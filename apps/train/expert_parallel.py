@@ -29,7 +29,7 @@ from apps.base.checks import check_at_least, check_name
 from apps.base.files import delete
 from apps.base.messages import one_line
 from apps.train import sharded
-from apps.train.processes import LostProcessError, is_loss, join_again, limit_waiting
+from apps.train.processes import LostProcessError, check_started, is_loss, join_again, limit_waiting
 from core.parallel import (
     blocks_of,
     broadcast_parameters,
@@ -123,11 +123,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        if self.local_rank >= self.num_processes:
-            raise ValueError(
-                f"trainer.devices={self.num_processes}, but this is process {self.local_rank + 1} on this machine: "
-                "give --trainer.devices the number of torchrun's --nproc-per-node"
-            )
+        check_started(self.local_rank, self.num_processes)
         return super().root_device
 
     @property

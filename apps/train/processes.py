@@ -50,3 +50,16 @@ def limit_waiting(timeout: timedelta | None) -> None:
     if timeout is not None:
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def check_started(local_rank: int, devices: int) -> None:
+    """Refuse a process of torchrun beyond those that ``trainer.devices`` names.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if local_rank >= devices:
+        raise ValueError(
+            f"trainer.devices={devices}, but this is process {local_rank + 1} on this machine: "
+            "give --trainer.devices the number of torchrun's --nproc-per-node"
+        )

@@ -34,6 +34,7 @@ from apps.recsys.tables.embedding import EmbeddingConfig, check_rows_are_stepped
 from apps.recsys.tables.sharding import ComputeKernel, Sharding, ShardingConfig
 from apps.train import sharded
 from apps.train.averaging import WeightEMA
+from apps.train.processes import check_started
 from apps.train.torchrec_rows import OPTIMIZERS, copy_rows, is_split
 
 
@@ -100,11 +101,7 @@ class TorchRecStrategy(DDPStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        if self.local_rank >= self.num_processes:
-            raise ValueError(
-                f"trainer.devices={self.num_processes}, but this is process {self.local_rank + 1} on this machine: "
-                "give --trainer.devices the number of torchrun's --nproc-per-node"
-            )
+        check_started(self.local_rank, self.num_processes)
         return super().root_device
 
     @property
