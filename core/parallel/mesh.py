@@ -47,8 +47,8 @@ def expert_mesh(
     options = dict(zip(sizes, ("shards", "nodes", "experts", "hidden"), strict=True))
     for name, size in sizes.items():
         at_least_one(options[name], size)
+    text = " x ".join(f"{options[name]}={size}" for name, size in sizes.items() if size > 1 or name == EXPERT)
     sizes = {name: size for name, size in sizes.items() if size > 1 or name in (SHARD, EXPERT)}
-    text = " x ".join(f"{options[name]}={size}" for name, size in sizes.items())
     world, product = dist.get_world_size(), math.prod(sizes.values())
     if replicas is None:
         if world % product:
