@@ -1,13 +1,14 @@
 """Experts on several ranks: the mesh, the exchange of rows, and models whose parameters are sharded."""
 
 from .all_to_all import AllToAllDispatcher
-from .data import blocks_of, broadcast_parameters, shard_data, sharded_modules
+from .data import average_experts, blocks_of, broadcast_parameters, shard_data, sharded_modules
 from .mesh import expert_mesh, experts_part
 from .parts import clip_grad_norm, copy_part, local_part, part_of, total_norm, whole_of
 from .shards import refusal, shard_experts
 
 __all__ = [
     "AllToAllDispatcher",
+    "average_experts",
     "blocks_of",
     "broadcast_parameters",
     "clip_grad_norm",

@@ -26,13 +26,37 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
+def average_experts(model: nn.Module, mesh: DeviceMesh, **options: Any) -> list[nn.Module]:
+    """Average over all ranks of a mesh the gradients of experts that ``shard_experts`` has divided, in place.
+
+    FSDP2 copies them over the axis "replicate" and shards them over "shard". Every rank takes the mean over its own
+    tokens as its loss. The gradients of all other parameters are left to the caller.
+
+    Args:
+        model: the same one on each rank, with the same parameters.
+        mesh: of ``expert_mesh``.
+        options: options of ``torch.distributed.fsdp.fully_shard``.
+
+    Returns:
+        The modules of experts that are divided.
+    """
+    divided = {id(p): p for layer in moe_layers(model).values() for p in layer.experts.modules() if _is_divided(p)}
+    for part in divided.values():
+        fully_shard(part, mesh=mesh[REPLICATE, SHARD], **options)
+        # Each rank has added the gradients of the tokens of all ranks along the experts' axis.
+        cast(FSDPModule, part).set_gradient_divide_factor(mesh.size())
+        # Gloo multiplies nothing on its way; of one shard, torch would divide twice by a forced sum.
+        if mesh.device_type == "cpu" and mesh[SHARD].size() > 1:
+            cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)
+    return list(divided.values())
+
+
 def shard_data(model: nn.Module, mesh: DeviceMesh, *, shard: bool = True, **options: Any) -> None:
     """Average a model's gradients over all ranks of a mesh, and keep its parameters in shards or copies, in place.
 
     The blocks (``blocks_of``) and the experts are gathered and freed one by one by FSDP2; what is in none of them, with
     the model. Experts that ``shard_experts`` has divided over the mesh's axes of experts are copied and sharded over
-    the other two, and their gradients are averaged as all others are: over all ranks, each of which takes the mean
-    over its own tokens as its loss.
+    the other two, and their gradients are averaged as all others are (``average_experts``).
 
     Args:
         model: the same one on each rank, with the same parameters.
@@ -45,21 +69,12 @@ def shard_data(model: nn.Module, mesh: DeviceMesh, *, shard: bool = True, **opti
     Raises:
         ValueError: ``shard=False`` with more than one rank along "shard".
     """
-    world, kind = mesh.size(), mesh.device_type
-    replicas, shards = mesh[REPLICATE].size(), mesh[SHARD].size()
+    world, replicas, shards = mesh.size(), mesh[REPLICATE].size(), mesh[SHARD].size()
     if not shard and shards > 1:
         raise ValueError(f"shards={shards} with shard=False: copies are not sharded")
     sizes = (replicas, world // replicas) if shard else (world, 1)
-    rest = init_device_mesh(kind, sizes, mesh_dim_names=(REPLICATE, SHARD))
-    of_experts = mesh[REPLICATE, SHARD]
-    divided = {id(p): p for layer in moe_layers(model).values() for p in layer.experts.modules() if _is_divided(p)}
-    for part in divided.values():
-        fully_shard(part, mesh=of_experts, **options)
-        # Each rank has added the gradients of the tokens of all ranks along the experts' axis.
-        cast(FSDPModule, part).set_gradient_divide_factor(world)
-        # Gloo multiplies nothing on its way; of one shard, torch would divide twice by a forced sum.
-        if kind == "cpu" and shards > 1:
-            cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)
+    rest = init_device_mesh(mesh.device_type, sizes, mesh_dim_names=(REPLICATE, SHARD))
+    divided = {id(part) for part in average_experts(model, mesh, **options)}
     for block in blocks_of(model):
         if any(id(m) not in divided and next(m.parameters(recurse=False), None) is not None for m in block.modules()):
             fully_shard(block, mesh=rest, **options)
