@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed._composable import checkpoint as checkpointed
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
-import core
 from apps.base.checks import check_at_least, check_name
 from apps.base.files import delete
-from apps.base.messages import one_line
 from apps.train import sharded
-from apps.train.processes import LostProcessError, check_started, is_loss, join_again, limit_waiting
+from apps.train.divided import DividedStrategy, check_grows_whole, check_ranks_alike, divide_experts, step_one_by_one
+from apps.train.processes import join_again, limit_waiting
 from core.parallel import (
     blocks_of,
     broadcast_parameters,
     clip_grad_norm,
-    copy_part,
     expert_mesh,
     experts_part,
     local_part,
     shard_data,
-    shard_experts,
     sharded_modules,
 )
 
@@ -48,7 +41,7 @@ _logger = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class ExpertParallelStrategy(ModelParallelStrategy):
+class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
     """Trains on several processes, with the experts of each MoE layer divided among some of them.
 
     The processes form a mesh of replicas x shards x experts, and each has examples of its own. Tokens travel to the
@@ -117,14 +110,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.activation_checkpointing = activation_checkpointing
         self.async_checkpoints = async_checkpoints
         self._writer = sharded.BackgroundWriter(timeout)
-        self._loss: BaseException | None = None
 
     # ---- set-up
-
-    @property
-    def root_device(self) -> torch.device:
-        check_started(self.local_rank, self.num_processes)
-        return super().root_device
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -172,10 +159,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         broadcast_parameters(module)
         whole = sum(p.numel() for p in module.parameters())
         part = experts_part(mesh)
-        where = {} if part is None else shard_experts(module, part, static=self.static_exchange)
-        if self.is_global_zero:
-            for line in dict.fromkeys(where.values()):
-                print(f"{', '.join(name for name in where if where[name] == line)}: {line}")
+        if part is not None:
+            divide_experts(module, part, static=self.static_exchange)
         if self.activation_checkpointing:
             for block in blocks_of(module):
                 checkpointed(block)
@@ -270,24 +255,13 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Return what Lightning restores, with this process's part of each tensor."""
         self._writer.wait()
-        path = Path(self.broadcast(str(checkpoint_path)))
-        if sharded.is_sharded(path):
-            return sharded.read_placed(path, self._target)
-        checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=True)
-        return self._divided(checkpoint, [])
+        return self.read_divided(Path(self.broadcast(str(checkpoint_path))))
 
     def teardown(self) -> None:
         try:
             self._writer.wait()
         finally:
             super().teardown()
-        loss, self._loss = self._loss, None
-        if loss is not None:
-            timeout = "" if self._timeout is None else f" of {self._timeout}"
-            raise LostProcessError(
-                f"process {self.global_rank} has lost another one, which ended or did not answer within the "
-                f"timeout{timeout}; its own output says why ({one_line(str(loss))[:200]})"
-            ) from loss
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
@@ -295,7 +269,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._writer.wait()
         except OSError as error:  # the exception is what ends the run
             _logger.error("%s", error)
-        self._loss = exception if is_loss(exception) else None
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
@@ -304,44 +277,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
-
-    def _target(self, keys: list[Any], shape: tuple[int, ...]) -> DTensor | None:
-        """Return an empty tensor that is divided as the parameter is whose value or optimizer's state lies at a place
-        of a checkpoint; None where the place is of no parameter of this shape."""
-        assert self.lightning_module is not None
-        parameter: Any = None
-        if keys[0] in ("state_dict", "trained_state_dict") and len(keys) == 2:
-            parameter = self._own_state().get(keys[1])
-        elif keys[0] == "optimizer_states" and len(keys) == 5 and keys[1] < len(self.optimizers):
-            groups = self.optimizers[keys[1]].param_groups
-            parameters = [p for group in groups for p in group["params"]]
-            parameter = parameters[keys[3]] if keys[3] < len(parameters) else None
-        if not isinstance(parameter, DTensor) or tuple(parameter.shape) != shape:
-            return None
-        return cast(DTensor, torch.empty_like(parameter).detach())
-
-    def _own_state(self) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        return dict(self.lightning_module.state_dict())
-
-    def _divided(self, value: Any, keys: list[Any]) -> Any:
-        """Return the contents of a file with this process's part of each tensor."""
-        if isinstance(value, Tensor):
-            target: Any = self._target(keys, tuple(value.shape)) if keys else None
-            return value if target is None else copy_part(target.to(value.dtype), value)
-        if isinstance(value, Mapping):
-            return {key: self._divided(item, [*keys, key]) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._divided(item, [*keys, i]) for i, item in enumerate(value)]
-        return value
-
-
-def step_one_by_one(optimizers: Iterable[Optimizer]) -> None:
-    """Make optimizers step parameter by parameter where a group has parameters of several meshes: torch's operations on
-    lists mix no meshes."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        if len({p.device_mesh for p in group["params"] if isinstance(p, DTensor)}) > 1:
-            group.update({key: False for key in ("foreach", "fused") if key in group})
 
 
 def make_root(module: nn.Module) -> None:
@@ -352,50 +287,6 @@ def make_root(module: nn.Module) -> None:
     del module.forward
     for part in sharded_modules(module):
         part.reshard()
-
-
-def check_grows_whole(module: LightningModule) -> None:
-    """Refuse a training that keeps some experts of a layer as they are: their gradients are not masked on processes.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    if getattr(getattr(module, "grow", None), "freeze", False):
-        raise ValueError(
-            "model.grow.freeze=True keeps single experts of a layer as they are, which ExpertParallelStrategy does "
-            "not: set model.grow.freeze to false"
-        )
-
-
-def check_ranks_alike(module: LightningModule) -> None:
-    """Refuse processes whose models, configurations or versions of the code differ from those of process 0.
-
-    Raises:
-        ValueError: naming the first process that differs, and in what; every process raises it.
-    """
-    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in module.named_parameters()]
-    facts = {
-        "code": code_digest(),
-        "versions": f"torch {torch.__version__}",
-        "configuration": repr(sorted((str(k), repr(v)) for k, v in dict(module.hparams).items())),
-        "model": repr(shapes),
-    }
-    own = {name: hashlib.sha256(value.encode()).hexdigest() for name, value in facts.items()}
-    of_ranks: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(of_ranks, own)
-    for rank, other in enumerate(of_ranks):
-        for name in own:
-            if other[name] != of_ranks[0][name]:
-                raise ValueError(f"process {rank} has another {name} than process 0: all of them need the same")
-
-
-def code_digest() -> str:
-    """Return a digest of the sources of ``core`` and ``apps``."""
-    digest = hashlib.sha256()
-    for package in (Path(core.__file__).parent, Path(__file__).parents[1]):
-        for file in sorted(package.rglob("*.py")):
-            digest.update(str(file.relative_to(package)).encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 def parameters_here(model: nn.Module) -> int:
