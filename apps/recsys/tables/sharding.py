@@ -7,7 +7,7 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import ParameterSharding, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from apps.base.checks import check_name
@@ -165,6 +165,17 @@ def local_plan(
             return planner.plan(module, [shard])
     except PlannerError as error:
         raise ValueError(_failure(error, tables.values(), wanted, memory, processes.world_size)) from error
+
+
+def described(plan: ShardingPlan, world_size: int) -> list[str]:
+    """Return lines that say which tables are where, such as "table_shop: row_wise on 2 processes"."""
+    where: dict[str, list[str]] = {}
+    for collection in plan.plan.values():
+        for name, table in cast(Mapping[str, ParameterSharding], collection).items():
+            ranks = table.ranks or list(range(world_size))
+            place = f"process {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} processes"
+            where.setdefault(f"{table.sharding_type} on {place}", []).append(name)
+    return [f"{', '.join(names) if len(names) < 5 else f'{len(names)} tables'}: {at}" for at, names in where.items()]
 
 
 def _columns(dim: int, processes: Processes) -> int:

@@ -1,9 +1,9 @@
-"""``TorchRecStrategy``: embedding tables over several processes, the dense network on each of them.
+"""``TorchRecStrategy``: embedding tables and experts over several processes, the dense network on each of them.
 
 TorchRec's ``DistributedModelParallel`` replaces each ``EmbeddingBagCollection`` by a sharded one. A row's gradient goes
 to the process that holds the row, where an optimizer fused into the backward steps it; the gradients of everything else
-are averaged by DDP and stepped by the module's own optimizer. Both are means over the processes, so that N processes
-with batches of B train as one with batches of N * B.
+are averaged by DDP, those of divided experts by FSDP2, and stepped by the module's own optimizer. All are means over
+the processes, so that N processes with batches of B train as one with batches of N * B.
 
 Lightning's "ddp" cannot: it would copy rank 0's tables over those of the other ranks, and average rows that are not the
 same. It fails at its first collective.
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
@@ -24,22 +24,26 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
-from apps.base.checks import check_name
+import core
+from apps.base.checks import check_at_least, check_name
 from apps.base.files import delete
 from apps.recsys.tables import sharding
 from apps.recsys.tables.embedding import EmbeddingConfig, check_rows_are_stepped, set_lr
 from apps.recsys.tables.sharding import ComputeKernel, Sharding, ShardingConfig
 from apps.train import sharded
 from apps.train.averaging import WeightEMA
-from apps.train.processes import check_started
+from apps.train.divided import DividedStrategy, check_grows_whole, check_ranks_alike, divide_experts, step_one_by_one
+from apps.train.processes import join_again, limit_waiting
 from apps.train.torchrec_rows import OPTIMIZERS, copy_rows, is_split
+from core.parallel import average_experts, broadcast_parameters, expert_mesh, experts_part
 
 
-class TorchRecStrategy(DDPStrategy):
-    """Shards the embedding tables of a model over the processes of a run.
+class TorchRecStrategy(DividedStrategy, DDPStrategy):
+    """Shards the embedding tables of a model over the processes of a run, and divides its experts among them.
 
     Checkpoints are folders of shards (``apps.train.sharded``): each process writes its rows. ``moesaic test`` reads
     them on any number of processes, with this strategy and without. Training goes on from them with this strategy, on
@@ -59,13 +63,18 @@ class TorchRecStrategy(DDPStrategy):
             ``embedding.fused_optimizer``, so that kind="fused" on one process trains alike.
         embedding_lr: its peak learning rate; the schedule of the module's optimizer applies to it. None: the model's
             ``embedding.fused_lr``.
+        experts: neighbouring processes that share out the experts of each layer with routers, as in
+            ``apps.train.expert_parallel.ExpertParallelStrategy``; "auto": all on a machine. Tables lie on all
+            processes, whatever the number.
         process_group_backend: "gloo" or "nccl"; None: gloo on CPUs, nccl on GPUs.
         timeout: longest time of a collective.
 
     Raises:
         ValueError: a value is not known. At the start of a run: the model has no collection to shard, tables do not fit
-            or cannot be sharded as asked, gradients are clipped or accumulated (rows are stepped inside the backward),
-            there is a moving average of the weights, or a module's optimizer would step the sharded rows as well.
+            or cannot be sharded as asked, experts cannot be divided so, gradients are clipped or accumulated (rows are
+            stepped inside the backward), there is a moving average of the weights, a module's optimizer would step the
+            sharded rows as well, or processes have other models, configurations or versions of the code.
+        LostProcessError: another process was lost in mid-run.
 
     Example::
 
@@ -83,11 +92,15 @@ class TorchRecStrategy(DDPStrategy):
         memory_gib: float | None = None,
         embedding_optimizer: str | None = None,
         embedding_lr: float | None = None,
+        experts: int | Literal["auto"] = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self.config = ShardingConfig(sharding, table_sharding or {}, compute_kernel, memory_gib)
+        if experts != "auto":
+            check_at_least(1, experts=experts)
+        self.experts = experts
         if embedding_lr is not None and not embedding_lr > 0:
             raise ValueError(f"embedding_lr={embedding_lr} must be positive")
         self.embedding_optimizer, self.embedding_lr = embedding_optimizer, embedding_lr
@@ -100,14 +113,13 @@ class TorchRecStrategy(DDPStrategy):
     # ---- set-up
 
     @property
-    def root_device(self) -> torch.device:
-        check_started(self.local_rank, self.num_processes)
-        return super().root_device
-
-    @property
     def restore_checkpoint_after_setup(self) -> bool:
         """True: a shard is read into the sharded table."""
         return True
+
+    def setup_distributed(self) -> None:
+        join_again(self._get_process_group_backend(), self._timeout)
+        super().setup_distributed()
 
     def setup(self, trainer: Trainer) -> None:
         module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
@@ -122,6 +134,7 @@ class TorchRecStrategy(DDPStrategy):
         if fitting:
             self.setup_optimizers(trainer)
             self._check_optimizers(module)
+            step_one_by_one(self.optimizers)
         self.setup_precision_plugin()
         if fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -142,6 +155,7 @@ class TorchRecStrategy(DDPStrategy):
             raise ValueError("embedding_optimizer='adam' needs a GPU; take 'rowwise_adagrad', 'adagrad' or 'sgd'")
         if not fitting:
             return
+        check_grows_whole(module)
         check_rows_are_stepped(trainer, "TorchRecStrategy")
         if any(isinstance(c, WeightEMA) for c in trainer.callbacks):
             raise ValueError("TorchRecStrategy keeps no moving average of sharded tables: set model.ema_decay=null")
@@ -158,13 +172,15 @@ class TorchRecStrategy(DDPStrategy):
         if whole:
             processes = sharding.Processes(self.world_size, self.num_processes, self.root_device)
             plan = self.plan = sharding.plan(module, self.config, shard, processes, batch_size)
+            self._divide(module)
+        divided = [name for name, p in module.named_parameters() if isinstance(p, DTensor)]
         model = DistributedModelParallel(
             module,
             device=self.root_device,
             plan=plan,
             sharders=[shard],
             init_data_parallel=False,
-            data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
+            data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, params_to_ignore=divided),
         )
         # TorchRec has drawn rows anew: put back the model's, as one process would have them.
         rows = sharding.tables(module)
@@ -183,6 +199,23 @@ class TorchRecStrategy(DDPStrategy):
         elif self.root_device.type != "cpu":
             module.to(self.root_device)
         return model
+
+    def _divide(self, module: LightningModule) -> None:
+        """Divide the experts, and print what is where."""
+        check_ranks_alike(module)
+        experts = self.num_processes if self.experts == "auto" else self.experts
+        mesh = expert_mesh(experts, device_type=self.root_device.type)
+        part = experts_part(mesh)
+        if part is not None:
+            for layer in core.moe_layers(module).values():
+                broadcast_parameters(layer.to(self.root_device))
+            divide_experts(module, part)
+            average_experts(module, mesh)
+        limit_waiting(self._timeout)
+        if self.is_global_zero:
+            assert self.plan is not None
+            for line in sharding.described(self.plan, self.world_size):
+                print(line)
 
     def _check_optimizers(self, module: LightningModule) -> None:
         stepped = {id(p) for o in self.optimizers for g in o.param_groups for p in g["params"]}
@@ -216,8 +249,10 @@ class TorchRecStrategy(DDPStrategy):
         module = self.lightning_module
         if self.root_device.type != "cpu":
             self._lightning_module = None
-        super().teardown()
-        self._lightning_module = module
+        try:
+            super().teardown()
+        finally:
+            self._lightning_module = module
 
     # ---- checkpoints
 
@@ -251,16 +286,16 @@ class TorchRecStrategy(DDPStrategy):
         """Return what Lightning restores. The tables are read here, each process its own rows."""
         path = Path(checkpoint_path)
         fitting = self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        if sharded.is_sharded(path):
-            checkpoint = sharded.read_rest(path)
-            sharded.load(path, checkpoint, self._split(with_state=fitting))
-            return checkpoint
-        if fitting:
+        is_sharded = sharded.is_sharded(path)
+        if fitting and not is_sharded:
             raise ValueError(
                 f"{path} is not sharded: its optimizer's state is of other parameters. Training goes on from it "
                 "without TorchRecStrategy; validate, test and predict take it"
             )
-        return self.checkpoint_io.load_checkpoint(path, weights_only=True)
+        checkpoint = self.read_divided(path)
+        if is_sharded:
+            sharded.load(path, checkpoint, self._split(with_state=fitting))
+        return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self.lightning_module
@@ -280,6 +315,6 @@ class TorchRecStrategy(DDPStrategy):
 
 def _plain(value: Any) -> Any:
     """Copy a value without TorchRec's parameter classes, which a checkpoint that is read without code cannot hold."""
-    if isinstance(value, torch.Tensor) and type(value) is not torch.Tensor:
+    if isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, DTensor):
         return value.detach().as_subclass(torch.Tensor).clone()
     return value
