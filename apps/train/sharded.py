@@ -131,7 +131,9 @@ class Writing:
         """Make the folder the checkpoint, and return why that failed, or None."""
         try:
             with replacing(self.folder / _REST, "wb") as file:
-                torch.save({**self.rest, _KEY: {"folder": self.name, "world_size": dist.get_world_size()}}, file)
+                tables = any(name.startswith(WEIGHT) for name in self.tensors)
+                about = {"folder": self.name, "world_size": dist.get_world_size(), "tables": tables}
+                torch.save({**self.rest, _KEY: about}, file)
             if self.folder != self.path:
                 self.path.unlink()
                 self.folder.rename(self.path)
@@ -226,6 +228,11 @@ def fill(path: Path, checkpoint: Mapping[str, Any], places: Mapping[str, Any], n
             place = place[key]
         tensors[name] = place
     load(path, checkpoint, tensors)
+
+
+def has_tables(checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether contents are those of a folder with TorchRec's tables, which an optimizer of its own steps."""
+    return _KEY in checkpoint and bool(checkpoint[_KEY].get("tables", True))
 
 
 def saved_tensors(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, TensorStorageMetadata]:

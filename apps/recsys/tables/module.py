@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import core
 from apps.base.evaluation import in_evaluation
@@ -28,6 +29,7 @@ from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel
 from apps.recsys.tables.report import RecommenderReport, RecommenderReportConfig, TrainingChecks
 from apps.recsys.tables.tasks import HeadConfig
 from apps.recsys.tables.weighting import WeightingConfig
+from apps.train import sharded
 from apps.train.distilling import DistilConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
@@ -292,10 +294,11 @@ class MultiTaskRecommender(SparseModule, Comparable):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
-        if "sharded" in checkpoint and fitting and not getattr(self.trainer.strategy, "shards_tables", False):
+        shards_tables = getattr(self._trainer and self.trainer.strategy, "shards_tables", False)
+        if fitting and not shards_tables and sharded.has_tables(checkpoint):
             raise ValueError(
-                "the checkpoint is sharded: training goes on from it with trainer.strategy=TorchRecStrategy; validate, "
-                "test and predict take it as it is"
+                "the checkpoint's tables are sharded: training goes on from it with trainer.strategy=TorchRecStrategy; "
+                "validate, test and predict take it as it is"
             )
         if fitting or self.embedding.kind == "fused":  # a test takes the weights alone, whatever the kind
             for member, state in zip(self.members, checkpoint.get("fused_embeddings", []), strict=False):
@@ -380,7 +383,7 @@ def last_weight(shared: torch.nn.Module) -> tuple[Tensor, int]:
     """Return the stacked weight of the experts' last layer, and how many experts, its first, all tasks share.
 
     Raises:
-        ValueError: there is no such weight, or no shared expert.
+        ValueError: there is no such weight, or no shared expert, or experts are divided among processes.
     """
     experts: Any = getattr(shared, "experts", None)
     if isinstance(experts, torch.nn.ModuleList):
@@ -391,6 +394,11 @@ def last_weight(shared: torch.nn.Module) -> tuple[Tensor, int]:
     # GradNorm needs the parameter itself, and not ``Experts.weights_of``; a gated FFN's gate follows its ``w_out``.
     weight = stacked.get("w_out", list(stacked.values())[-1])
     groups = getattr(shared, "groups", None)
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            "weighting.kind='gradnorm' needs the gradient of every expert on each process, and they are divided among "
+            "processes: take kind 'fixed' or 'uncertainty', or the strategy's experts: 1"
+        )
     num_shared = len(weight) if groups is None else groups.num_shared
     if not num_shared:
         raise ValueError("weighting.kind='gradnorm' needs an expert that all tasks share: num_experts is 0")
