@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import logging
 import os
 import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +30,13 @@ from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
 from apps.recsys.tables.strategy import TorchRecStrategy
 from apps.recsys.tables.tasks import HeadConfig
+from apps.recsys.tables.weighting import WeightingConfig
 from apps.train import sharded
 from apps.train.checkpoints import AtomicCheckpointIO
 from apps.train.logs import MetricsCSV
 from apps.train.module import OptimizerConfig
 from apps.train.resume import GeneratorState
+from core.parallel import total_norm
 
 WORLD = 2
 BATCH = 16  # of all processes together
@@ -77,12 +81,19 @@ def data(folder: Path, world: int = 1, subset: int | None = None) -> TableData:
     )
 
 
+def sparse(selection: Literal["task", "shared"] = "task", num_experts: int = 4) -> core.MMoE:
+    """Return a layer whose routers choose two experts an example, for each task or for all of them."""
+    return core.MMoE(
+        num_experts, SMOOTH, core.TokenChoice(2), selection=selection, balance=core.Balance(importance=0.1)
+    )
+
+
 def module(folder: Path, kind: str = "collection", optimizer: str = "rowwise_adagrad", **options: Any) -> Any:
     """Return a model with a balance loss; ``options`` go to the embedding, except the module's own.
 
     Nothing has a kink: at the one of a ReLU, rounding decides between two gradients.
     """
-    own = {k: options.pop(k) for k in ("ema_decay", "num_members", "shared") if k in options}
+    own = {k: options.pop(k) for k in ("ema_decay", "num_members", "shared", "weighting") if k in options}
     torch.manual_seed(0)
     return MultiTaskRecommender(
         features=data(folder).features,
@@ -152,6 +163,15 @@ class Saves(Callback):
             trainer.save_checkpoint(self.folder / "epoch.ckpt")
 
 
+class Norms(Callback):
+    """The callback logs the norm of all gradients but those of the tables, as ``train/norm``."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, net: Any, optimizer: Any) -> None:
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        norm = total_norm(grads) if dist.is_initialized() else torch.nn.utils.get_total_norm(grads)
+        net.log("train/norm", norm)
+
+
 class LastStep(Callback):
     """The losses before the last step of the first epoch: ``mean`` of its batch, ``first`` of the epoch's first row."""
 
@@ -192,6 +212,13 @@ SHARDINGS: dict[str, tuple[str, dict[str, Any]]] = {
 COPIES: dict[str, dict[str, Any]] = {"members": {"num_members": 2}, "copies": {"shared": SingleTask(expert=SMOOTH)}}
 
 
+# Layers whose experts are divided, and how long they train.
+EXPERTS: dict[str, tuple[core.MMoE, dict[str, Any]]] = {
+    "routers": (sparse("task"), {"max_epochs": 3, "max_steps": 20}),
+    "selection": (sparse("shared"), {"max_epochs": 1}),
+}
+
+
 def worker(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning").setLevel(logging.ERROR)
@@ -206,12 +233,31 @@ def worker(rank: int, folder: str, port: int) -> None:
         train(root, f"two {name}", net, TorchRecStrategy(**options), WORLD, callbacks=saves)
         results[f"elsewhere {name}"] = net.trainer.strategy.num_params_elsewhere
     train(root, "two uneven", module(root), TorchRecStrategy(), WORLD, max_epochs=1, subset=UNEVEN)
-    results |= _resumed(root) | _tested(root) | _refused(root)
+    results |= _with_experts(root) | _resumed(root) | _tested(root) | _refused(root)
     _fit_deferred(root)
     _fit_copies(root)
     results["neurons"] = train_on_a_part(root / "neurons.ckpt")
     torch.save(results, root / f"rank{rank}.pt")
     dist.barrier()
+
+
+def _with_experts(root: Path) -> dict[str, Any]:
+    """Train with divided experts, and go on from one such run with whole ones; return what is printed first."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for name, (shared, options) in EXPERTS.items():
+            callbacks = [Norms(), *([Saves(root / "two routers")] if name == "routers" else [])]
+            strategy = TorchRecStrategy("row_wise", experts=2)
+            train(root, f"two {name}", module(root, shared=shared), strategy, WORLD, callbacks=callbacks, **options)
+    go_on_with_experts(root, "whole", TorchRecStrategy(), WORLD)
+    return {"printed": printed.getvalue()}
+
+
+def go_on_with_experts(root: Path, run: str, strategy: TorchRecStrategy, world: int = 1) -> None:
+    """Go on from step 10 of the run whose experts two processes shared."""
+    shared, options = EXPERTS["routers"]
+    path = root / "two routers" / "middle.ckpt"
+    train(root, run, module(root, shared=shared), strategy, world, callbacks=[Norms()], ckpt_path=path, **options)
 
 
 def _resumed(root: Path) -> dict[str, Any]:
@@ -245,6 +291,8 @@ def _refused(root: Path) -> dict[str, Any]:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
+    halves = {"experts": 2}
+    by_gradients = module(root, shared=sparse(), weighting=WeightingConfig("gradnorm"))
     greedy = TakesAll(features=data(root).features, embedding=EmbeddingConfig("collection", dim=8), report=None)
     return {
         "joined": fit(module(root, "joined")),
@@ -258,6 +306,11 @@ def _refused(root: Path) -> dict[str, Any]:
         "adam": fit(module(root), {"embedding_optimizer": "adam"}),
         "width": fit(module(root, dims={"city": 6})),
         "greedy": fit(greedy),
+        "mesh": fit(module(root, shared=sparse()), {"experts": 3}),
+        "dense gates": fit(module(root), halves),
+        "three experts": fit(module(root, shared=sparse(num_experts=3)), halves),
+        "gradients": fit(by_gradients, halves),
+        "another model": fit(module(root, dim=4 + 4 * dist.get_rank())),
     }
 
 

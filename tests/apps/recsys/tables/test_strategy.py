@@ -22,7 +22,7 @@ import torch
 import torch.multiprocessing as mp
 from places import ROOT, environment
 from sharded_neurons import batch, layer, train_on_whole_batches
-from sharded_runs import COPIES, SHARDINGS, WORLD, losses, module, train, weights
+from sharded_runs import COPIES, EXPERTS, SHARDINGS, WORLD, losses, module, train, weights
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -34,6 +34,7 @@ from apps.recsys.tables.module import MultiTaskRecommender
 from apps.recsys.tables.sharding import ShardingConfig
 from apps.recsys.tables.strategy import TorchRecStrategy
 from apps.train import sharded
+from apps.train.expert_parallel import ExpertParallelStrategy
 
 # Sums of 16 float32 terms in another order are off by some 1e-7 of them; 14 steps at rates of 0.01 and 0.1 add that up.
 TOLERANCE = 1e-5
@@ -52,6 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(root, "fused one", module(root, "fused"))
     for name, options in COPIES.items():
         train(root, f"one {name}", module(root, "fused", **options))
+    for name, (shared, options) in EXPERTS.items():
+        train(root, f"one {name}", module(root, "fused", shared=shared), callbacks=[runs.Norms()], **options)
     mp.spawn(runs.worker, args=(str(root), runs.free_port()), nprocs=WORLD)
     return root
 
@@ -77,6 +80,20 @@ def assert_same_training(one: Path, two: Path, tolerance: float = TOLERANCE) -> 
 def test_two_processes_train_as_one_with_the_whole_batch(folder, name):
     assert len(losses(folder / f"one {name}")["train/loss"]) == 14
     assert_same_training(folder / f"one {name}", folder / f"two {name}")
+
+
+@pytest.mark.parametrize(("name", "steps"), [("routers", 20), ("selection", 7)])
+def test_tables_and_experts_of_two_processes_train_as_one(folder, name, steps):
+    norms = losses(folder / f"one {name}")["train/norm"]
+    assert len(norms) == steps
+    assert min(norms) > 0.01  # the tolerance is far below
+    assert_same_training(folder / f"one {name}", folder / f"two {name}")
+
+
+def test_a_run_prints_where_experts_and_tables_are(ranks):
+    lines = ["model.shared: 2 of 4 experts on each of 2 ranks"]
+    lines += ["table_city, table_shop, table_tags: row_wise on 2 processes"]
+    assert [rank["printed"].splitlines() for rank in ranks] == [2 * lines, []]
 
 
 def test_rows_that_two_processes_cannot_share_evenly_repeat_the_first_in_the_last_step(folder):
@@ -161,6 +178,25 @@ def test_another_number_of_processes_goes_on_from_a_checkpoint(folder, alone):
     assert losses(folder / "resumed alone")["train/loss"] == pytest.approx(unbroken[10:], abs=TOLERANCE)
 
 
+def test_other_divisions_of_the_experts_go_on_from_a_checkpoint(folder, alone):
+    runs.go_on_with_experts(folder, "alone", TorchRecStrategy())
+    unbroken = losses(folder / "two routers")
+    for run in ("whole", "alone"):
+        there = losses(folder / run)
+        for name in ("train/loss", "train/norm"):
+            assert there[name] == pytest.approx(unbroken[name][10:], abs=TOLERANCE)
+
+
+def test_one_process_goes_on_from_shards_without_tables(folder, alone):
+    options = {"max_epochs": 1, "limit_train_batches": 1}
+    train(folder, "no tables", module(folder, "joined"), ExpertParallelStrategy(experts=1), **options)
+    torch.distributed.destroy_process_group()
+    path = folder / "no tables" / "last.ckpt"
+    assert sharded.is_sharded(path)
+    fitter = train(folder, "gone on", module(folder, "joined"), ckpt_path=path, **options | {"max_epochs": 2})
+    assert fitter.global_step == 2
+
+
 def test_columns_under_rowwise_adagrad_stay_with_their_number_of_processes(folder, alone):
     path = folder / "columns" / "last.ckpt"
     strategy = TorchRecStrategy(sharding="column_wise")
@@ -190,7 +226,7 @@ def test_a_module_is_built_from_a_sharded_checkpoint(folder):
 def test_one_process_does_not_train_on_from_shards(folder):
     path = folder / "two row_wise" / "last.ckpt"
     message = runs.complaint(lambda: train(folder, "bad", module(folder), ckpt_path=path))
-    assert "the checkpoint is sharded: training goes on from it with trainer.strategy=" in message
+    assert "the checkpoint's tables are sharded: training goes on from it with trainer.strategy=" in message
 
 
 def test_a_checkpoint_keeps_one_set_of_shards_and_a_file_takes_its_place(folder, tmp_path):
@@ -302,6 +338,11 @@ def test_deferred_tables_need_the_strategy(folder):
             "greedy",
             "configure_optimizers of TakesAll takes .*table_city.weight, whose rows are stepped in the backward",
         ),
+        ("mesh", "experts=3 does not divide the 2 ranks"),
+        ("dense gates", "layer 'model.shared' is a MultiGateMoE, whose experts cannot be divided among ranks"),
+        ("three experts", "layer 'model.shared' has 3 experts .*, which 2 ranks do not divide"),
+        ("gradients", "weighting.kind='gradnorm' needs the gradient of every expert on each process"),
+        ("another model", "process 1 has another configuration than process 0: all of them need the same"),
         ("resume a file", "last.ckpt is not sharded: its optimizer's state is of other parameters"),
     ],
 )
@@ -335,6 +376,8 @@ def test_the_embedding_optimizer_is_checked_at_once():
         TorchRecStrategy(embedding_optimizer="lamb")
     with pytest.raises(ValueError, match="embedding_lr=-1 must be positive"):
         TorchRecStrategy(embedding_lr=-1)
+    with pytest.raises(ValueError, match="experts=0 must be at least 1"):
+        TorchRecStrategy(experts=0)
 
 
 # ---- the planner, for processes that are not there
