@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,7 +22,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from apps.base.checks import check_at_least, check_name
 from apps.base.files import delete
 from apps.train import sharded
-from apps.train.divided import DividedStrategy, check_grows_whole, check_ranks_alike, divide_experts, step_one_by_one
+from apps.train.divided import (
+    DividedStrategy,
+    check_grows_whole,
+    check_ranks_alike,
+    divide_experts,
+    prepare_for_fsdp,
+    step_one_by_one,
+)
 from apps.train.processes import join_again, limit_waiting
 from core.parallel import (
     blocks_of,
@@ -139,6 +145,7 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
         if fitting:
             check_grows_whole(module)
         self.accelerator.setup(trainer)
+        prepare_for_fsdp(trainer)
         # torch's own clipping adds up no norms of tensors that are divided in different ways.
         self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
         self.precision_plugin.clip_grad_by_value = self._clip_by_value  # type: ignore[method-assign]
@@ -168,8 +175,6 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
         if self.param_dtype is not None:
             options["mp_policy"] = MixedPrecisionPolicy(DTYPES[self.param_dtype], torch.float32)
         kind = type(module)
-        # Nothing here changes an output of a module in place.
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         # Tensors of experts are put together in two steps where they are divided along two axes, and it is no matter.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         shard_data(module, mesh, shard=self.rest == "shard", **options)

@@ -36,7 +36,14 @@ from apps.recsys.tables.embedding import EmbeddingConfig, check_rows_are_stepped
 from apps.recsys.tables.sharding import ComputeKernel, Sharding, ShardingConfig
 from apps.train import sharded
 from apps.train.averaging import WeightEMA
-from apps.train.divided import DividedStrategy, check_grows_whole, check_ranks_alike, divide_experts, step_one_by_one
+from apps.train.divided import (
+    DividedStrategy,
+    check_grows_whole,
+    check_ranks_alike,
+    divide_experts,
+    prepare_for_fsdp,
+    step_one_by_one,
+)
 from apps.train.processes import join_again, limit_waiting
 from apps.train.torchrec_rows import OPTIMIZERS, copy_rows, is_split
 from core.parallel import average_experts, broadcast_parameters, expert_mesh, experts_part
@@ -127,6 +134,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
         assert self.accelerator is not None
         self._check(trainer, module, fitting)
         self.accelerator.setup(trainer)
+        prepare_for_fsdp(trainer)
         self.precision_plugin.convert_module(module)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch, about what TorchRec calls

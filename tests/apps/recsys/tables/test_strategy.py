@@ -197,6 +197,12 @@ def test_one_process_goes_on_from_shards_without_tables(folder, alone):
     assert fitter.global_step == 2
 
 
+def test_no_evaluation_is_in_inference_mode(folder, alone):
+    fitter = train(folder, "short", module(folder), TorchRecStrategy(), max_epochs=1, limit_train_batches=1)
+    loops = (fitter.fit_loop.epoch_loop.val_loop, fitter.validate_loop, fitter.test_loop, fitter.predict_loop)
+    assert not any(loop.inference_mode for loop in loops)
+
+
 def test_columns_under_rowwise_adagrad_stay_with_their_number_of_processes(folder, alone):
     path = folder / "columns" / "last.ckpt"
     strategy = TorchRecStrategy(sharding="column_wise")
