@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 import zlib
@@ -129,9 +130,18 @@ def local_plan(
         if t.embedding_dim % 4:
             raise ValueError(f"{t.name} is {t.embedding_dim} wide; the kernels of sharded tables take multiples of 4")
     wanted = dict.fromkeys(tables, config.sharding) | {columns[c]: s for c, s in config.table_sharding.items()}
+    for name, sharding in wanted.items():
+        rows = tables[name].num_embeddings
+        if not on_gpu and not _fills(sharding, rows, processes):
+            raise ValueError(
+                f"{name} has {rows} rows, of which {sharding} leaves a process none, and the kernel on CPUs takes no "
+                "empty table: set its table_sharding to table_wise"
+            )
     constraints = {
         name: ParameterConstraints(
-            sharding_types=list(_AUTO) if sharding == "auto" else [sharding],
+            sharding_types=[s for s in _AUTO if _fills(s, tables[name].num_embeddings, processes)]
+            if sharding == "auto"
+            else [sharding],
             compute_kernels=["dense"] if sharding == "data_parallel" else [config.compute_kernel],
             min_partition=_columns(tables[name].embedding_dim, processes) if sharding == "column_wise" else None,
         )
@@ -176,6 +186,12 @@ def described(plan: ShardingPlan, world_size: int) -> list[str]:
             place = f"process {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} processes"
             where.setdefault(f"{table.sharding_type} on {place}", []).append(name)
     return [f"{', '.join(names) if len(names) < 5 else f'{len(names)} tables'}: {at}" for at, names in where.items()]
+
+
+def _fills(sharding: str, rows: int, processes: Processes) -> bool:
+    """Return whether a sharding by rows gives some to each process: of 5 rows, 4 processes have 2, 2, 1 and 0."""
+    parts = {"row_wise": processes.world_size, "table_row_wise": processes.local_world_size}.get(sharding, 1)
+    return rows > math.ceil(rows / parts) * (parts - 1)
 
 
 def _columns(dim: int, processes: Processes) -> int:

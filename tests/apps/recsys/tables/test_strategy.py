@@ -413,6 +413,18 @@ def test_a_table_of_a_billion_rows_is_planned():
     assert [tuple(s.shard_sizes) for s in planned("column_wise", 64, 10**6, 64, 2)] == [(10**6, 32)] * 2
 
 
+def test_no_process_has_an_empty_part_of_a_table():
+    # 4 processes share 5 rows as 2, 2, 1 and 0, and 7 as 2, 2, 2 and 1.
+    shard, processes = sharding.sharder("rowwise_adagrad", 0.1), sharding.Processes(4, 4, torch.device("cpu"))
+    plan = sharding.local_plan(Ids(5, 8), ShardingConfig(), shard, processes, 1024)
+    assert plan.plan["collection"]["ids"].sharding_type == "table_wise"
+    with pytest.raises(ValueError, match="ids has 5 rows, of which row_wise leaves a process none"):
+        sharding.local_plan(Ids(5, 8), ShardingConfig("row_wise"), shard, processes, 1024)
+    plan = sharding.local_plan(Ids(7, 8), ShardingConfig("row_wise"), shard, processes, 1024)
+    sizes = [tuple(s.shard_sizes) for s in plan.plan["collection"]["ids"].sharding_spec.shards]
+    assert sizes == [(2, 8), (2, 8), (2, 8), (1, 8)]
+
+
 def test_a_table_that_does_not_fit_is_refused_with_its_size():
     # 10^9 x 64 x 4 bytes = 238.4 GiB on one GPU.
     with pytest.raises(ValueError, match=r"do not fit: 238 GiB of weights \(the largest, ids, 238\).* table_wise"):
