@@ -140,8 +140,8 @@ def check_grows_whole(module: LightningModule) -> None:
     """
     if getattr(getattr(module, "grow", None), "freeze", False):
         raise ValueError(
-            "model.grow.freeze=True keeps single experts of a layer as they are, which ExpertParallelStrategy does "
-            "not: set model.grow.freeze to false"
+            "model.grow.freeze=True keeps single experts of a layer as they are, which a training on several processes "
+            "does not: set model.grow.freeze to false"
         )
 
 
