@@ -13,6 +13,8 @@ from .contract import Entry, Loads, Routing, Tape, device_of_ranks, several_rank
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each sum of a layer."""
+PERCENTILES = (5, 25, 50, 75, 95)
+"""Percentiles of the experts' load that a detailed log has."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,23 @@ class LayerStats:
     @property
     def load_imbalance(self) -> float:
         """Most loaded expert over the mean, 1 at balance, E when one expert takes all; by choice, before capacity."""
+        return float(self.relative_load.max())
+
+    @property
+    def max_violation(self) -> float:
+        """MaxVio (arXiv 2408.15664): the load above the mean of the most loaded expert, over the mean; 0 at balance."""
+        return self.load_imbalance - 1
+
+    @property
+    def load_variation(self) -> float:
+        """Coefficient of variation of the load: its standard deviation over the experts, over its mean."""
+        return float(self.relative_load.std(correction=0))
+
+    @property
+    def relative_load(self) -> Tensor:
+        """Load of each expert over the mean, float64 (E,), by choice, before capacity; ones without tokens."""
         chosen = self.chosen_per_expert.double()
-        return float(chosen.max() / chosen.mean()) if chosen.sum() > 0 else 1.0
+        return chosen / chosen.mean() if chosen.sum() > 0 else torch.ones_like(chosen)
 
     @property
     def entropy(self) -> float:
@@ -101,12 +118,21 @@ class LayerStats:
             raise ValueError("this layer has no gate on its shared experts")
         return float(self.shared_gate_sum / self.num_tokens.clamp_min(1))
 
-    def figures(self) -> dict[str, float]:
-        """Return the scalars by name, for a log; ``shared_gate`` where there is one."""
+    def figures(self, detailed: bool = False) -> dict[str, float]:
+        """Return the scalars by name, for a log; ``shared_gate`` where there is one.
+
+        Args:
+            detailed: with ``max_violation``, ``load_variation`` and percentiles of the experts' load over the mean.
+        """
         names = ["load_imbalance", "entropy", "load_entropy", "drop_rate", "dead_experts"]
         if self.shared_gate_sum is not None:
             names.append("shared_gate")
-        return {name: float(getattr(self, name)) for name in names}
+        if not detailed:
+            return {name: float(getattr(self, name)) for name in names}
+        figures = {name: float(getattr(self, name)) for name in (*names, "max_violation", "load_variation")}
+        at = torch.tensor([p / 100 for p in PERCENTILES], dtype=torch.float64, device=self.chosen_per_expert.device)
+        loads = self.relative_load.quantile(at).tolist()
+        return figures | {f"load_p{p}": load for p, load in zip(PERCENTILES, loads, strict=True)}
 
     def layout(self) -> Layout:
         """Return shape and dtype of each sum that is known."""

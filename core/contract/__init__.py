@@ -16,6 +16,7 @@ from .evidence import Evidence
 from .groups import TokenGroups
 from .routing import Decision, DenseRouting, Loads, MergeRouting, Routing, RoutingContext, SlotRouting
 from .rows import RowPlan, Rows, SlotPlan
+from .spans import span
 from .tape import Entry, Tape, device_of_ranks, record, several_ranks, sum_over_ranks, unwrapped_modules
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "device_of_ranks",
     "record",
     "several_ranks",
+    "span",
     "sum_over_ranks",
     "unwrapped_modules",
 ]

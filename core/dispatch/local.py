@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..contract import Routing, RowPlan, Rows
+from ..contract import Routing, RowPlan, Rows, span
 from .base import Dispatcher
 
 
@@ -18,6 +18,7 @@ class LocalDispatcher(Dispatcher):
     number of rows is static.
     """
 
+    @span("moe.dispatch")
     def dispatch(self, x: Tensor, routing: Routing) -> Rows:
         placed = kernels.sort_pairs(routing.expert_ids_N, routing.tokens_per_expert_E, backend=self.backend)
         order_R, input_index_N = placed.order_R, routing.input_index_N
@@ -35,6 +36,7 @@ class LocalDispatcher(Dispatcher):
             gathered=input_index_N is not None,
         )
 
+    @span("moe.combine")
     def combine(self, rows: Rows) -> Tensor:
         if rows.combined:
             return rows.x

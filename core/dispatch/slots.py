@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contract import Rows, SlotPlan, SlotRouting
+from ..contract import Rows, SlotPlan, SlotRouting, span
 from .base import Dispatcher
 
 
@@ -16,6 +16,7 @@ class SlotDispatcher(Dispatcher):
     on). An expert has G * P slots, or N * P, where there are N groups of tokens across the sequences.
     """
 
+    @span("moe.dispatch")
     def dispatch(self, x: Tensor, routing: SlotRouting) -> Rows:
         dispatch_GSEP = routing.dispatch_GSEP
         G, S, E, _ = dispatch_GSEP.shape
@@ -42,6 +43,7 @@ class SlotDispatcher(Dispatcher):
             gathered=True,
         )
 
+    @span("moe.combine")
     def combine(self, rows: Rows) -> Tensor:
         combine_GSEP, groups = rows.plan.combine_GSEP, rows.plan.across
         G, S, E, P = combine_GSEP.shape

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..contract import Rows
+from ..contract import Rows, span
 from ..kernels import check_devices
 from ..registry import OpenConfig
 
@@ -53,6 +53,7 @@ class Experts(nn.Module):
     linear_in: ClassVar[frozenset[str]] = frozenset()
     """The stacked tensors in which, taken together, the output is linear: scaled by a gate, they scale the output."""
 
+    @span("moe.experts")
     def forward(self, x: Any, way: Way = "rows", *args: Any) -> Any:
         """Compute in one of the ways: ``Rows`` to ``Rows``, tokens to tokens.
 

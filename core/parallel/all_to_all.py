@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..contract import Routing, RowPlan, Rows
+from ..contract import Routing, RowPlan, Rows, span
 from ..dispatch import Dispatcher, LocalDispatcher
 from ..kernels import expert_of_rows
 from .routes import Hop, Routes
@@ -67,6 +67,7 @@ class AllToAllDispatcher(Dispatcher):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_routes": None}
 
+    @span("moe.dispatch")
     def dispatch(self, x: Tensor, routing: Routing) -> Rows:
         if self._routes is None:
             raise ValueError("the dispatcher is a copy, which knows no ranks: call core.parallel.shard_experts again")
@@ -121,6 +122,7 @@ class AllToAllDispatcher(Dispatcher):
         plan = Journey(own.plan.order_R, own.plan.inverse_N, 1, way)
         return replace(own, plan=plan)
 
+    @span("moe.combine")
     def combine(self, rows: Rows) -> Tensor:
         way: Way = rows.plan.way
         y_RD = self._local.combine(rows)

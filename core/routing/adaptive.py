@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import Evidence, Routing, RoutingContext
+from ..contract import Evidence, Routing, RoutingContext, span
 from ..contract.checks import at_least_one, at_most_experts, not_negative, one_of, positive
 from ..kernels import topk_gate
 from ..kernels.eager import capacity_ranks, check_devices, count_experts, outside_autocast, top_k_ids
@@ -355,6 +355,7 @@ class TokenRoundingRouter(TopKRouter):
         with outside_autocast(x.device):
             return self._round(Tokens.of(x, context))
 
+    @span("moe.router")
     def _round(self, tokens: Tokens) -> Routing:
         E, real_T = self.num_experts, tokens.real_T
         choice = self.choose(tokens)

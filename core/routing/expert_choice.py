@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract import Evidence, Routing, RoutingContext
+from ..contract import Evidence, Routing, RoutingContext, span
 from ..contract.checks import positive
 from ..kernels.eager import capacity as capacity_of
 from ..kernels.eager import count_experts, outside_autocast, whole_ratio
@@ -29,6 +29,7 @@ class ExpertChoiceRouter(Router):
         # Whole numbers, made here: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
         self.ratio = whole_ratio(config.capacity_factor)
 
+    @span("moe.router")
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """Return ``groups * E * C`` pairs, group by group and expert by expert, the best token first."""
         with outside_autocast(x.device):

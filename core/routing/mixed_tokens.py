@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..contract import RoutingContext, SlotRouting, TokenGroups
+from ..contract import RoutingContext, SlotRouting, TokenGroups, span
 from ..contract.checks import at_least_one
 from ..kernels.eager import outside_autocast
 from .gates import LinearGate
@@ -52,6 +52,7 @@ class MixtureOfTokensRouter(Router):
             return config.tau_start
         return falling_temperature(self.num_steps, config.tau_start, config.tau_end, config.anneal_steps)
 
+    @span("moe.router")
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> SlotRouting:
         config = self.config
         with outside_autocast(x.device):

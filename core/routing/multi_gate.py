@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..contract import span
 from ..kernels.eager import check_devices, outside_autocast
 from .gates import init_gate_
 from .router import Router
@@ -200,6 +201,7 @@ class DenseGates(Router):
             (getattr(self, f"hidden_weight_{i}"), getattr(self, f"hidden_bias_{i}")) for i in range(self.num_hidden)
         ]
 
+    @span("moe.router")
     def forward(self, x_GTD: Tensor, domain_T: Tensor | None = None) -> GateLogits:  # type: ignore[override]
         """Return the logits, computed outside autocast and at least in float32.
 

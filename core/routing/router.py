@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..contract import Routing, RoutingContext, check_kinds
+from ..contract import Routing, RoutingContext, check_kinds, span
 from ..contract.checks import at_least_one, at_most_experts, clean_ids, positive
 from ..kernels.eager import outside_autocast
 from ..registry import OpenConfig
@@ -192,6 +192,7 @@ class PairRouter(Router):
         """Return the experts and gates of each token; padding may be given any. It runs outside autocast."""
         raise NotImplementedError
 
+    @span("moe.router")
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         self.check_context(context)
         with outside_autocast(x.device):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import MergeRouting, RoutingContext, SlotRouting
+from ..contract import MergeRouting, RoutingContext, SlotRouting, span
 from ..contract.checks import at_least_one, below_one, one_of, positive
 from ..kernels import topk_gate
 from ..kernels.eager import check_devices, outside_autocast
@@ -55,6 +55,7 @@ class SlotRouter(Router):
         nn.init.ones_(self.scale)
         super().reset_parameters()
 
+    @span("moe.router")
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> SlotRouting:
         with outside_autocast(x.device):
             check_devices(x, type(self).__name__, self._parameters)
@@ -151,6 +152,7 @@ class MergeRouter(Router):
         self.num_experts, self.config = num_experts, config
         self.gate = LinearGate(dim, num_experts, config.init_scale)
 
+    @span("moe.router")
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> MergeRouting:
         config = self.config
         with outside_autocast(x.device):

@@ -33,6 +33,18 @@ def test_load_imbalance_dead_experts_and_drop_rate_by_hand():
     assert layer_stats.load_entropy == pytest.approx(0.405639, abs=1e-6)
 
 
+def test_the_detailed_figures_by_hand():
+    # The loads 3, 1, 0, 0 have the mean 1, deviations 2, 0, -1, -1, and the quartiles 0, 0.5, 1.5.
+    x = [[9.0, 0, 0, 0], [9.0, 0, 0, 0], [9.0, 0, 0, 0], [0, 9.0, 0, 0]]
+    layer_stats = stats(x, router=TokenChoice(1))
+    figures = layer_stats.figures(detailed=True)
+    assert layer_stats.relative_load.tolist() == [3.0, 1.0, 0.0, 0.0]
+    assert figures["max_violation"] == 2.0
+    assert figures["load_variation"] == pytest.approx(math.sqrt(6 / 4))
+    assert [figures[f"load_p{p}"] for p in (5, 25, 50, 75, 95)] == pytest.approx([0.0, 0.0, 0.5, 1.5, 2.7])
+    assert {name: figures[name] for name in layer_stats.figures()} == layer_stats.figures()
+
+
 def test_entropy_is_that_of_the_scores_over_log_e():
     # Scores (1/2, 1/2) and (3/4, 1/4): entropies log 2 and 0.562335; their mean 0.627741 over log 2.
     layer_stats = stats([[0.0, 0.0], [math.log(3), 0.0]], router=TokenChoice(1))
