@@ -32,6 +32,7 @@ TRAINER = {
     "ExpertAveraging": "apps.train.schedules",
     "ExpertParallelStrategy": "apps.train.expert_parallel",
     "GrowingTopK": "apps.train.schedules",
+    "RoutingDetail": "apps.report.live",
     "SharedStart": "apps.train.schedules",
     "TorchRecStrategy": "apps.recsys.tables.strategy",
 }

@@ -36,7 +36,7 @@ from apps.cli.usage import check_new
 from apps.registry import class_path
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.contents import read_checkpoint
-from apps.train.logs import EventLog, MetricsCSV
+from apps.train.logs import EventLog, MetricsCSV, profiler
 from apps.train.predicting import PredictionStream
 from apps.train.progress import progress
 from apps.train.resume import GeneratorState
@@ -213,21 +213,27 @@ class SparseCLI(LightningCLI):
         else:
             kwargs["enable_checkpointing"] = False
         self.trainer_defaults["callbacks"] = defaults
-        if given.get("logger") in (None, True):
-            kwargs["logger"] = self._loggers()
+        kwargs["logger"] = self._loggers(given.get("logger"))
+        if isinstance(given.get("profiler"), str):
+            kwargs["profiler"] = profiler(given["profiler"], self.run_dir / "profile")
         plugins = given.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
         if not any(isinstance(p, CheckpointIO) for p in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
-    def _loggers(self) -> Any:
-        if self.request.command != "fit":  # a test must not touch the log of the training
+    def _loggers(self, given: Any) -> Any:
+        """Return the trainer's loggers: ``metrics.csv``, which reports read, and TensorBoard's or those of the user."""
+        if given is False:
             return False
-        return [
-            MetricsCSV(str(self.run_dir)),
-            EventLog(str(self.run_dir), name="tensorboard", version="", default_hp_metric=False),
-        ]
+        if given in (None, True):
+            if self.request.command != "fit":  # a test must not touch the log of the training
+                return False
+            given = [EventLog(str(self.run_dir), name="tensorboard", version="", default_hp_metric=False)]
+        loggers = list(given) if isinstance(given, (list, tuple)) else [given]
+        if self.request.command != "fit" or any(isinstance(logger, MetricsCSV) for logger in loggers):
+            return loggers
+        return [MetricsCSV(str(self.run_dir)), *loggers]
 
     # ---- the commands
 
@@ -272,6 +278,8 @@ class SparseCLI(LightningCLI):
             if isinstance(callback, BestAndLast):
                 best = "" if callback.best_score is None else f"; best {callback.monitor} {callback.best_score:.4g}"
                 print(f"checkpoints: {self.run_dir / 'checkpoints'}{best}")
+        if self.trainer.profiler.dirpath is not None:
+            print(f"profile: {self.trainer.profiler.dirpath}")
         self._print_signatures()
 
     def _descriptions(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,13 @@ class BalancedModule(LightningModule):
     aux_weight: float = 1.0
     """Weight of the layers' balance losses relative to the task's loss."""
 
+    detailed_routing: bool = False
+    """Whether the log has the detailed figures of each layer."""
+
+    on_routing: Callable[[str, core.RoutingStats], None] | None = None
+    """Called with the prefix of the logged names and the statistics of all ranks, on every rank: after a training step
+    that is logged, and after each pass of validation or test."""
+
     _moe_tape: core.Tape | None = None
     _moe_stats: core.RoutingStats | None = None
 
@@ -36,7 +44,7 @@ class BalancedModule(LightningModule):
         values = {f"train/{name}": value for name, value in aux.terms.items()}
         if core.moe_layers(self):  # a rank with an empty tape takes part in the sums too
             values["train/aux_loss"] = aux.total
-            values |= routing_metrics(core.RoutingStats.from_tape(tape).all_reduce())
+            values |= self._routing_values(core.RoutingStats.from_tape(tape).all_reduce(), "routing")
         return values
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -63,19 +71,24 @@ class BalancedModule(LightningModule):
         # A rank without a batch takes part in the sums.
         stats = (stats or core.RoutingStats({})).all_reduce()
         if stats.layers:
-            self.log_dict(routing_metrics(stats, prefix=f"{stage}/routing"), sync_dist=True)
+            self.log_dict(self._routing_values(stats, f"{stage}/routing"), sync_dist=True)
+
+    def _routing_values(self, stats: core.RoutingStats, prefix: str) -> dict[str, Tensor]:
+        if self.on_routing is not None:
+            self.on_routing(prefix, stats)
+        return routing_metrics(stats, prefix, self.detailed_routing)
 
     def logs_this_step(self) -> bool:
         """Return whether the trainer logs the training step that runs."""
         return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
 
 
-def routing_metrics(stats: core.RoutingStats, prefix: str = "routing") -> dict[str, Tensor]:
+def routing_metrics(stats: core.RoutingStats, prefix: str = "routing", detailed: bool = False) -> dict[str, Tensor]:
     """Return the figures of each layer, ``{prefix}/{layer}/{figure}``, and their means, ``{prefix}/{figure}``."""
     metrics: dict[str, Tensor] = {}
     figures: dict[str, list[float]] = {}
     for layer, layer_stats in stats.layers.items():
-        for name, value in layer_stats.figures().items():
+        for name, value in layer_stats.figures(detailed).items():
             metrics[f"{prefix}/{layer}/{name}"] = torch.tensor(value)
             figures.setdefault(name, []).append(value)
     metrics |= {f"{prefix}/{name}": torch.tensor(sum(v) / len(v)) for name, v in figures.items()}

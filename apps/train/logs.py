@@ -1,4 +1,4 @@
-"""The logs of a run, which a resumed run continues: ``metrics.csv`` and TensorBoard's curves."""
+"""The logs of a run, which a resumed run continues: ``metrics.csv`` and TensorBoard's curves; and its profile."""
 
 from __future__ import annotations
 
@@ -10,9 +10,26 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
 
 from apps.base.files import naming, replacing
+
+
+def profiler(name: str, folder: Path) -> Profiler:
+    """Return Lightning's profiler of a name, which writes its tables and traces into ``folder``.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    options: dict[str, Any] = {"dirpath": str(folder), "filename": "profile"}
+    if name == "simple":
+        return SimpleProfiler(**options)
+    if name == "advanced":
+        return AdvancedProfiler(**options)
+    if name == "pytorch":
+        return PyTorchProfiler(**options, sort_by_key="cpu_time_total", row_limit=100)
+    raise ValueError(f"trainer.profiler={name!r} is none of simple, advanced, pytorch")
 
 
 def read_rows(metrics: Path) -> list[dict[str, Any]]:

@@ -110,3 +110,20 @@ def test_later_files_override_earlier_ones_and_flags_both(config):
     assert layer.router.gate.weight.shape == (6, 16)
     assert layer.experts.w_in.shape == (6, 16, 8)  # hidden_dim is still the first file's
     assert cli.trainer.max_epochs == 7
+
+
+def test_a_profile_is_written_into_the_run_s_folder(config, capsys):
+    argv = ["fit", "--config", config, "--trainer.max_steps", "6", "--run_dir", "run"]
+    assert main([*argv, "--trainer.profiler", "pytorch"]) == 0
+    assert "profile: run/profile" in capsys.readouterr().out
+    assert "moe.experts" in Path("run/profile/fit-profile.txt").read_text()
+    message = "trainer.profiler='pytorc' is none of simple, advanced, pytorch"
+    assert message in fails(capsys, 1, *argv, "--trainer.profiler", "pytorc")
+
+
+def test_metrics_are_written_beside_a_logger_of_the_user_s(config):
+    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "own"]
+    assert main(["fit", "--config", config, "--run_dir", "run", *logger]) == 0
+    assert Path("run/metrics.csv").is_file()
+    assert list(Path("own").rglob("metrics.csv"))
+    assert not Path("run/tensorboard").exists()

@@ -1,0 +1,95 @@
+"""``RoutingDetail`` shows the use of the experts while a model trains: in TensorBoard, W&B and MLflow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+import core
+from apps.report.heatmaps import Heatmap, heatmaps, numbers
+from apps.train.balanced import BalancedModule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class RoutingDetail(Callback):
+    """Logs the detailed figures of each MoE layer, and draws the load of its experts after each validation.
+
+    The figures are those of ``core.telemetry.LayerStats.figures(detailed=True)``, in every log. After a validation
+    TensorBoard and W&B get a histogram of each layer's load over the mean, and they and MLflow a heat map of all loads.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, BalancedModule):
+            raise ValueError(
+                f"RoutingDetail reads a model of this suite or one under `sparsify:`, not a {type(pl_module).__name__}"
+            )
+        pl_module.detailed_routing = True
+
+        def draw(prefix: str, stats: core.RoutingStats) -> None:
+            if prefix == "val/routing" and trainer.is_global_zero and not trainer.sanity_checking:
+                show_loads(trainer.loggers, stats, trainer.global_step)
+
+        pl_module.on_routing = draw
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, BalancedModule)
+        pl_module.detailed_routing, pl_module.on_routing = False, None
+
+
+def show_loads(loggers: list[Logger], stats: core.RoutingStats, step: int) -> None:
+    """Log a histogram of each layer's loads, and a heat map of all of them, where a logger can show one.
+
+    Args:
+        loggers: Lightning's; those that take numbers alone are left out.
+        stats: of all ranks.
+        step: optimizer step of the log.
+    """
+    loads = {name: layer.relative_load.cpu().numpy() for name, layer in stats.layers.items()}
+    able = [logger for logger in loggers if isinstance(logger, (TensorBoardLogger, WandbLogger, MLFlowLogger))]
+    if not able:
+        return
+    figure = load_map(loads)
+    for logger in able:
+        for name, load_E in loads.items():
+            _log_histogram(logger, f"val/routing/{name}/load", load_E, step)
+        _log_figure(logger, "val/routing/loads", figure, step)
+
+
+def load_map(loads: dict[str, np.ndarray]) -> Figure:
+    """Draw the share of the pairs that each expert takes, a row a layer.
+
+    Args:
+        loads: layer name to (E,) loads over the mean; E may differ.
+    """
+    most = max(len(load_E) for load_E in loads.values())
+    values = np.full((len(loads), most), np.nan)
+    for row, load_E in zip(values, loads.values(), strict=True):
+        row[: len(load_E)] = load_E / len(load_E)
+    return heatmaps([[Heatmap("", tuple(loads), numbers(most), values)]], "Load of the experts", "share of pairs, %")
+
+
+def _log_histogram(logger: Logger, name: str, values: np.ndarray, step: int) -> None:
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_histogram(name, values, step)
+    elif isinstance(logger, WandbLogger):
+        import wandb
+
+        histogram: Any = wandb.Histogram(np_histogram=np.histogram(values, bins=32))
+        logger.log_metrics({name: histogram}, step)
+    # MLflow has no histograms; the percentiles are among its figures.
+
+
+def _log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_figure(name, figure, step, close=False)
+    elif isinstance(logger, WandbLogger):
+        import wandb
+
+        logger.log_metrics({name: wandb.Image(figure)}, step)  # type: ignore[dict-item]
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_figure(logger.run_id, figure, f"{name}/{step:08d}.png")
