@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from apps.base.files import replacing
 from apps.base.quiet import quiet
 from apps.plan.display import MESH, details, header, overlay, picture, rows, shown
@@ -13,7 +15,9 @@ from apps.report.tables import print_table, write_csv
 
 
 def run(options: Options) -> int:
-    """Print the plan, and write its files where a folder is named."""
+    """Print the plan, and write its files where a folder is named; of torchrun's ranks the first one does."""
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     with quiet():
         outline = outlined(options)
     plan = sweep(outline, options)

@@ -81,9 +81,9 @@ def header(outline: Outline, options: Options) -> list[str]:
     lines = [
         f"{outline.kind}: {outline.num_params:,} parameters{experts}",
         f"a GPU's batch: {trial.examples:,} examples, {trial.tokens:,} {trial.unit}, {outline.flops:.3g} FLOPs forward",
-        f"{options.gpus} x {options.gpu_name}: {gpu.memory / 1e9:.0f} GB, {gpu.within / 1e9:.0f} and "
-        f"{gpu.between / 1e9:.0f} GB/s within and between nodes of {options.per_node}, {options.efficiency:.0%} of the "
-        f"peak, {options.precision}"
+        f"{options.gpus} x {options.gpu_name}: {gpu.memory / 1e9:.0f} GB, {_short(gpu.within / 1e9)} and "
+        f"{_short(gpu.between / 1e9)} GB/s within and between nodes of {options.per_node}, {options.efficiency:.0%} of "
+        f"{_short(options.rate / 1e12)} TFLOP/s, {options.precision}"
         + (", parameters gathered in bfloat16" if options.param_dtype else "")
         + (", activation checkpointing" if options.checkpointing else ""),
     ]

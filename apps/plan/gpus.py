@@ -34,3 +34,6 @@ GPUS = {
     "b200": Gpu(180e9, 2250e12, 75e12, 900e9, 50e9),
     "mi300x": Gpu(192e9, 1307e12, 163.4e12, 448e9, 50e9),
 }
+
+MEASURED = "measured"
+"""Name of no GPU: what this machine reaches is measured (``apps.plan.measuring``)."""

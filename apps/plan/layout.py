@@ -130,8 +130,7 @@ def cost(outline: Outline, options: Options, layout: Layout, sharding: str | Non
     memory = _memory(outline, options, layout, size, sharding)
     traffic = _traffic(outline, options, layout, size, sharding)
     gpu = options.gpu
-    rate = gpu.half if options.precision != "32-true" or options.param_dtype is not None else gpu.single
-    compute = step_flops(outline.flops, options.checkpointing) / (rate * options.efficiency)
+    compute = step_flops(outline.flops, options.checkpointing) / (options.rate * options.efficiency)
     seconds = {name: t.seconds(gpu.within, gpu.between, options.latency) for name, t in traffic.items()}
     exchange = sum(seconds[name] for name in ("experts", "tables", "balance"))
     data = seconds["gradients"] + seconds["parameters"]

@@ -18,7 +18,7 @@ from apps.cli.classes import with_long_names
 from apps.cli.configs import at, merge, read_config, shipped
 from apps.cli.flags import with_flags
 from apps.cli.parser import Parser
-from apps.plan.gpus import GPUS, Gpu
+from apps.plan.gpus import GPUS, MEASURED, Gpu
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 _STRATEGY = ("trainer", "strategy")
@@ -41,7 +41,7 @@ class Options:
         gpus: number of GPUs.
         per_node: GPUs of a node.
         gpu: their memory, rates and bandwidths.
-        gpu_name: name of the GPU, or "a GPU of these figures".
+        gpu_name: name of the GPU or processor, or "a GPU of these figures".
         precision: one of ``PRECISIONS``.
         param_dtype: FSDP2's dtype of gathered parameters, "bfloat16" or None.
         checkpointing: whether blocks compute their activations again in the backward.
@@ -109,6 +109,11 @@ class Options:
         return self.precision == "bf16-mixed" and self.param_dtype is None
 
     @property
+    def rate(self) -> float:
+        """Peak FLOP/s of products in their dtype."""
+        return self.gpu.single if self.dtype_bytes == 4 else self.gpu.half
+
+    @property
     def dtype_bytes(self) -> int:
         """Bytes of a number in the products."""
         return 4 if self.precision == "32-true" and self.param_dtype is None else 2
@@ -145,7 +150,7 @@ class Options:
             gpus=args.gpus,
             per_node=args.gpus_per_node,
             gpu=_gpu(args),
-            gpu_name=args.gpu or "a GPU of these figures",
+            gpu_name=_gpu_name(args),
             precision=precision,
             param_dtype=param_dtype,
             checkpointing=checkpointing,
@@ -157,7 +162,7 @@ class Options:
             numbers=args.numbers,
             tasks=args.tasks,
             pooling=args.pooling,
-            efficiency=args.efficiency,
+            efficiency=_efficiency(args),
             latency=args.latency,
             usable=args.usable_memory,
             output=output,
@@ -168,8 +173,24 @@ def _is_of_model_or_data(merged: Mapping[str, Any], names: list[str], value: str
     return names[0] in ("model", "data", "trainer") and len(names) > 1
 
 
+def _gpu_name(args: argparse.Namespace) -> str:
+    """Return the name of the GPU, or of this machine's processor where that is measured."""
+    if args.gpu == MEASURED:
+        from apps.base.machine import device_name
+
+        return device_name()
+    return args.gpu or "a GPU of these figures"
+
+
+def _efficiency(args: argparse.Namespace) -> float:
+    """Return the part of the peak that is reached: all of what was measured."""
+    if args.efficiency is not None:
+        return float(args.efficiency)
+    return 1.0 if args.gpu == MEASURED else 0.4
+
+
 def _gpu(args: argparse.Namespace) -> Gpu:
-    """Return the GPU that is named, with the figures that are given in place of its own."""
+    """Return the GPU that is named, or this machine, with the figures that are given in place of its own."""
     rate = None if args.tflops is None else 1e12 * args.tflops
     given = {
         "memory": None if args.memory is None else 1e9 * args.memory,
@@ -178,14 +199,19 @@ def _gpu(args: argparse.Namespace) -> Gpu:
         "within": None if args.node_bandwidth is None else 1e9 * args.node_bandwidth,
         "between": None if args.network_bandwidth is None else 1e9 * args.network_bandwidth,
     }
+    figures = {name: value for name, value in given.items() if value is not None}
+    if args.gpu == MEASURED:
+        from apps.plan.measuring import measured_gpu  # torch, which no other option needs here
+
+        return measured_gpu(figures)
     if args.gpu is not None:
-        check_name("gpu", args.gpu, list(GPUS))
-        return dataclasses.replace(GPUS[args.gpu], **{k: v for k, v in given.items() if v is not None})
+        check_name("gpu", args.gpu, [*GPUS, MEASURED])
+        return dataclasses.replace(GPUS[args.gpu], **figures)
     options = dict(zip(given, ("memory", "tflops", "tflops", "node_bandwidth", "network_bandwidth"), strict=True))
-    missing = [f"--{options[name]}" for name, value in given.items() if value is None]
+    missing = dict.fromkeys(f"--{options[name]}" for name in given if name not in figures)
     if missing:
-        raise UsageError(f"name the GPU (--gpu {'|'.join(GPUS)}), or give {', '.join(dict.fromkeys(missing))} too")
-    return Gpu(**{name: value for name, value in given.items() if value is not None})
+        raise UsageError(f"name the GPU (--gpu {'|'.join([*GPUS, MEASURED])}), or give {', '.join(missing)} too")
+    return Gpu(**figures)
 
 
 def command_line() -> Parser:
@@ -200,7 +226,8 @@ def command_line() -> Parser:
     add = parser.add_argument
     add("--config", "-c", required=True, action="append", metavar="FILE", help="configuration; overlays may follow")
     add("--gpus", type=int, required=True, metavar="N", help="GPUs of the training")
-    add("--gpu", metavar="NAME", help=f"their kind: {', '.join(GPUS)}; figures below go before its own")
+    kinds = f"{', '.join(GPUS)}; {MEASURED}: as this machine, under torchrun its ranks"
+    add("--gpu", metavar="NAME", help=f"their kind: {kinds}; figures below go before its own")
     add("--gpus_per_node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
     add("--tokens_per_gpu", type=int, metavar="N", help="tokens of a GPU in a step (default: by the configuration)")
     add("--batch", type=int, metavar="N", help="examples of a GPU in a step (default: the configuration's)")
@@ -213,7 +240,8 @@ def command_line() -> Parser:
     add("--tflops", type=float, metavar="T", help="peak of its products in this precision, given or measured")
     add("--node_bandwidth", type=float, metavar="GB", help="GB/s that leave it for GPUs of its node")
     add("--network_bandwidth", type=float, metavar="GB", help="GB/s that leave it for other nodes")
-    add("--efficiency", type=float, default=0.4, metavar="P", help="part of the peak that is reached (default: 0.4)")
+    reached = f"part of the peak that is reached (default: 0.4, and 1 with --gpu {MEASURED})"
+    add("--efficiency", type=float, metavar="P", help=reached)
     add("--latency", type=float, default=1e-5, metavar="S", help="seconds of a message (default: 1e-5)")
     usable = "part of the memory for tensors; the rest is for contexts, buffers of NCCL, fragments (default: 0.9)"
     add("--usable_memory", type=float, default=0.9, metavar="P", help=usable)
