@@ -97,7 +97,7 @@ def _check(where: str, layer: MoELayer, ranks: int, hidden: int) -> None:
     """Raise a ``ValueError`` where the experts of a layer cannot be divided among so many ranks, and the hidden units
     of each among so many."""
     if not layer.splits_experts:
-        raise ValueError(f"{where} is a {type(layer).__name__}, whose experts cannot be divided among ranks")
+        raise ValueError(f"{where} ({type(layer).__name__}) has experts that cannot be divided among ranks")
     for part in _parts(layer):
         kind = type(part).__name__
         if part.num_experts % ranks:
