@@ -103,9 +103,12 @@ def divide_experts(module: LightningModule, part: DeviceMesh, *, static: bool = 
     where.
 
     Raises:
-        ValueError: as ``shard_experts``.
+        ValueError: some experts cannot be divided; the line names the option that leaves them whole.
     """
-    where = shard_experts(module, part, static=static)
+    try:
+        where = shard_experts(module, part, static=static)
+    except ValueError as error:
+        raise ValueError(f"{error}; --trainer.strategy.init_args.experts 1 keeps them whole") from error
     if dist.get_rank() == 0:
         for line in dict.fromkeys(where.values()):
             print(f"{', '.join(name for name in where if where[name] == line)}: {line}")

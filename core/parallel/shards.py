@@ -97,7 +97,7 @@ def _check(where: str, layer: MoELayer, ranks: int, hidden: int) -> None:
     """Raise a ``ValueError`` where the experts of a layer cannot be divided among so many ranks, and the hidden units
     of each among so many."""
     if not layer.splits_experts:
-        raise ValueError(f"{where} ({type(layer).__name__}) has experts that cannot be divided among ranks")
+        raise ValueError(f"{where}, {type(layer).__name__}, has experts that cannot be divided among ranks")
     for part in _parts(layer):
         kind = type(part).__name__
         if part.num_experts % ranks:
@@ -106,6 +106,8 @@ def _check(where: str, layer: MoELayer, ranks: int, hidden: int) -> None:
             raise ValueError(
                 f"{where} has {part.num_local_experts} of {part.num_experts} experts here: divided already"
             )
+        if any(isinstance(other, Experts) for other in part.modules() if other is not part):
+            raise ValueError(f"{where} has experts of several kinds ({kind}), which are not divided among ranks")
         if next(part.parameters(recurse=False), None) is None:
             raise ValueError(f"{where} has {kind}, without parameters of their own: there is nothing to divide")
         if part.reads_context:
