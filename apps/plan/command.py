@@ -6,7 +6,7 @@ import os
 
 from apps.base.files import replacing
 from apps.base.quiet import quiet
-from apps.plan.display import MESH, details, header, overlay, picture, rows, shown
+from apps.plan.display import COLUMNS, MESH, details, header, overlay, picture, rows, shown
 from apps.plan.options import Options
 from apps.plan.outline import Outline, outlined
 from apps.plan.sweep import Sweep, over_gpus, sweep
@@ -24,7 +24,9 @@ def run(options: Options) -> int:
     for line in header(outline, options):
         print(line)
     table = shown(rows(plan))
-    print(MESH)
+    if not outline.tables:
+        print(MESH)
+    print(COLUMNS)
     print_table("", list(table[0]), [list(row.values()) for row in table])
     if not plan.best.fits:
         print("nothing fits: the row with * needs the least memory")

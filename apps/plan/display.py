@@ -45,27 +45,33 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-MESH = (
-    "mesh: replicas x shards x nodes x experts x hidden; * the best; ! does not fit; times in ms.\n"
-    "sharding: parameters gathered and gradients reduced, while products are computed"
-)
+MESH = "mesh: shards x nodes x experts x hidden, and replicas of it on all GPUs"
+COLUMNS = """\
+* the best; ! does not fit; times in ms; sharding: parameters gathered and
+gradients reduced, while products are computed"""
 """What the table's columns mean."""
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return the rows as they stand in a terminal of 80 columns."""
-    return [
-        {
-            "degree": f"{row['degree']}{row['best']}",
-            "mesh": row["mesh"].replace(" ", ""),
-            "rest": {"replicate": "copied", "shard": "sharded"}[row["rest"]],
-            **({"tables": row["tables"]} if "tables" in row else {}),
-            "GB": row["GB"] + ("" if row["fits"] == "yes" else "!"),
-            "step": row["step ms"],
-            **{name: row[name] for name in ("compute", "exchange", "sharding")},
-        }
-        for row in rows
-    ]
+    """Return the rows as they stand in a terminal of 80 columns.
+
+    Beside tables all GPUs are replicas, so that the way to shard the tables stands in place of the mesh.
+    """
+    return [_shown(row) for row in rows]
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    first = {
+        "degree": f"{row['degree']}{row['best']}",
+        "mesh": "x".join(row["mesh"].split(" x ")[1:]),
+        "rest": {"replicate": "copy", "shard": "shard"}[row["rest"]],
+    }
+    return {
+        **({"tables": f"{row['tables']}{row['best']}"} if "tables" in row else first),
+        "GB": row["GB"] + ("" if row["fits"] == "yes" else "!"),
+        "step": row["step ms"],
+        **{name: row[name] for name in ("compute", "exchange", "sharding")},
+    }
 
 
 def header(outline: Outline, options: Options) -> list[str]:
@@ -105,7 +111,7 @@ def details(one: Cost) -> list[str]:
         "temporary": memory.temporary,
     }
     moved = {name: t for name, t in one.traffic.items() if t.total}
-    lines = ["memory a GPU, GB: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())]
+    lines = ["memory a GPU, GB: " + ", ".join(f"{name} {_short(size / 1e9)}" for name, size in parts.items())]
     if moved:
         sent = (f"{name} {t.within / 1e9:.3f} and {t.between / 1e9:.3f}" for name, t in moved.items())
         lines.append("leaves a GPU in a step within and between nodes, GB: " + ", ".join(sent))

@@ -22,7 +22,7 @@ from apps.plan.inputs import Trial, data_arguments, trial
 from apps.plan.options import Options
 from apps.train.optimizers import parameter_groups
 from core.config.plain import arguments_from_plain
-from core.parallel import blocks_of, refusal
+from core.parallel import blocks_of, layers_of_experts, refusal
 
 _PRODUCTS = {
     *(F.linear, F.conv2d, F.conv1d, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
@@ -230,7 +230,7 @@ def _tables(module: Any) -> dict[Any, Table]:
 
 def _divided(module: Any, left_out: set[int]) -> tuple[list[Block], Block, dict[str, Layer], str | None]:
     """Return the blocks, what is in none, the layers whose experts can be divided, and why they cannot be."""
-    found = core.moe_layers(module)
+    found = layers_of_experts(module)
     reasons = (refusal(layer, 1) for layer in found.values())
     undivided = next((f"{name}: {why}" for name, why in zip(found, reasons, strict=True) if why is not None), None)
     layers = {} if undivided else {name: Layer(name, m.experts.num_experts, m) for name, m in found.items()}

@@ -4,7 +4,7 @@ from .all_to_all import AllToAllDispatcher
 from .data import average_experts, blocks_of, broadcast_parameters, shard_data, sharded_modules
 from .mesh import expert_mesh, experts_part
 from .parts import clip_grad_norm, copy_part, local_part, part_of, total_norm, whole_of
-from .shards import refusal, shard_experts
+from .shards import layers_of_experts, refusal, shard_experts
 
 __all__ = [
     "AllToAllDispatcher",
@@ -15,6 +15,7 @@ __all__ = [
     "copy_part",
     "expert_mesh",
     "experts_part",
+    "layers_of_experts",
     "local_part",
     "part_of",
     "refusal",

@@ -39,8 +39,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -
             the context or gather statistics; among ranks of "hidden": experts that are no sum over hidden units, or
             have output biases); no layer is changed then.
     """
-    # Gates before blocks, and layers whose experts are modules of other kinds, have no routed experts.
-    layers = {name: layer for name, layer in moe_layers(model).items() if any(_parts(layer))}
+    layers = layers_of_experts(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MoE layer whose experts could be divided among ranks")
     hidden = hidden_ranks(mesh)
@@ -65,6 +64,12 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -
         total, units = layer.experts.num_experts, "" if hidden == 1 else f", 1/{hidden} of their hidden units"
         where[name] = f"{total // ranks} of {total} experts{units} on each of {mesh.size()} ranks"
     return where
+
+
+def layers_of_experts(model: nn.Module) -> dict[str, MoELayer]:
+    """Return the MoE layers that have routed experts, by name: gates before blocks, and layers whose experts are
+    modules of other kinds, have none, and are copied or sharded as all else."""
+    return {name: layer for name, layer in moe_layers(model).items() if any(_parts(layer))}
 
 
 def refusal(layer: MoELayer, ranks: int, hidden: int = 1) -> str | None:

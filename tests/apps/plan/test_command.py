@@ -222,3 +222,18 @@ def test_wrong_usage_is_one_line(argv, line, capsys):
 )
 def test_a_wrong_value_is_one_line(argv, line, capsys):
     assert line in fails(capsys, 1, "plan", *argv)
+
+
+def test_a_table_of_the_command_is_whole_in_80_columns(capsys):
+    flags = ("--gpus", "512", "--batch", "1", "--model.moe.num_experts", "64", "--param_dtype", "bfloat16")
+    assert main(["plan", *TEXT, *flags]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert max(len(line) for line in out.splitlines() if line.startswith(("│", "┃"))) <= 80
+
+
+def test_gates_before_blocks_leave_experts_divisible():
+    histories = ("--config", "configs/recsys/movielens_1m_next_item.yaml", "--model.num_items", "3706")
+    outline = outlined(options(*histories, "--gpu", "h100", "--gpus", "8"))
+    assert outline.undivided is None
+    assert [layer.num_experts for layer in outline.layers.values()] == [8, 8]
