@@ -2,12 +2,14 @@
 
 from .all_to_all import AllToAllDispatcher
 from .data import average_experts, blocks_of, broadcast_parameters, shard_data, sharded_modules
+from .in_step import InStep
 from .mesh import expert_mesh, experts_part
 from .parts import clip_grad_norm, copy_part, local_part, part_of, total_norm, whole_of
 from .shards import layers_of_experts, refusal, shard_experts
 
 __all__ = [
     "AllToAllDispatcher",
+    "InStep",
     "average_experts",
     "blocks_of",
     "broadcast_parameters",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -63,6 +64,11 @@ class AllToAllDispatcher(Dispatcher):
     def __init__(self, mesh: DeviceMesh, static: bool = False) -> None:
         self.static, self._local = static, LocalDispatcher()
         self._routes: Routes | None = Routes(mesh)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the experts; None for a copy."""
+        return None if self._routes is None else self._routes.group
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_routes": None}

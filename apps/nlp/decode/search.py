@@ -16,6 +16,7 @@ from apps.nlp.decode.beam import ranked
 from apps.nlp.decode.choice import Choice, Report
 from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.sampling import drawn, draws
+from core.parallel import InStep
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,10 @@ def search(
 ) -> Hypotheses:
     """Search by the loop that all methods share; a sentence's limit depends on its entry in ``lengths``.
 
-    A sentence has one row in the batch until its first choice is made, and then k rows side by side.
+    A sentence has one row in the batch until its first choice is made, and then k rows side by side. Ranks that share
+    experts take as many steps as the one with the most: the others' rows are padding in the end.
     """
-    k, device = config.width, prompt_BL.device
+    k, device, ranks = config.width, prompt_BL.device, InStep(model)
     prompts = [[i for i in row if i != PAD_ID] for row in prompt_BL.tolist()]
     most = max_positions(model)
     sentences = [
@@ -103,6 +105,7 @@ def search(
     ]
     first = min(s.start for s in sentences)
     for t in range(first):
+        ranks.go_on(True)
         model.step(_column(prompts, t, device), cache)
     draw_BkT = None
     if config.method == "sample":
@@ -111,6 +114,7 @@ def search(
     token_R, in_batch = _column(prompts, first, device), list(range(len(sentences)))
     score_bk = torch.zeros(len(sentences), 1, device=device)
     for step in itertools.count(first):
+        ranks.go_on(True)
         logits_RV = model.step(token_R, cache)
         # In place: to fresh memory it took 1.8 ms of 160 x 8,000 logits on one core, and so 0.8 ms.
         log_prob_bkV = torch.log_softmax(logits_RV, -1, out=logits_RV).unflatten(0, (len(in_batch), -1))
@@ -150,6 +154,8 @@ def search(
         token_R = token_bk.masked_fill(score_bk == -math.inf, PAD_ID).flatten()
         if leaves or (config.method == "beam" and k > 1 and step > first):  # else each row goes on from itself
             cache = cache.select(row_bk.flatten())
+    while ranks.go_on(False):
+        model.step(torch.full_like(token_R, PAD_ID), cache)
     best = [s.best(config.num_best) for s in sentences]
     for i, own in enumerate(best):
         if not own:
