@@ -202,8 +202,8 @@ def read(path: Path | str, device: str = "cpu") -> dict[str, Any]:
         saved = _Reader(path / checkpoint[_KEY]["folder"]).tensors()
         wanted = {k: v for k, v in saved.items() if k.startswith((WEIGHT, PLACE))}
         tensors = {k: torch.empty(v.size, dtype=v.properties.dtype, device=device) for k, v in wanted.items()}
-        if device != "meta":
-            load(path, checkpoint, tensors)
+    if device != "meta":
+        load(path, checkpoint, tensors)
     checkpoint["state_dict"] |= {k.removeprefix(WEIGHT): v for k, v in tensors.items() if k.startswith(WEIGHT)}
     put_back(checkpoint, tensors)
     return checkpoint
