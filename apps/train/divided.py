@@ -24,6 +24,12 @@ from apps.train import sharded
 from apps.train.processes import LostProcessError, check_started, is_loss
 from core.parallel import copy_part, shard_experts
 
+_TRAINER_OPTIONS = (
+    *("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
+    *("check_val_every_n_epoch", "precision"),
+)
+"""Options of the trainer on which the number of steps or what a step does depends."""
+
 Target = Callable[[list[Any], tuple[int, ...]], DTensor | None]
 """A function from the keys of a place in a checkpoint, and a shape, to the tensor to read into; None: a plain one."""
 
@@ -149,7 +155,7 @@ def check_grows_whole(module: LightningModule) -> None:
 
 
 def check_ranks_alike(module: LightningModule) -> None:
-    """Refuse processes whose models, configurations or versions of the code differ from those of process 0.
+    """Refuse processes whose models, options or versions of the code differ from those of process 0.
 
     Raises:
         ValueError: naming the first process that differs, and in what; every process raises it.
@@ -157,16 +163,17 @@ def check_ranks_alike(module: LightningModule) -> None:
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in module.named_parameters()]
     facts = {
         "code": code_digest(),
-        "versions": f"torch {torch.__version__}",
-        "configuration": repr(sorted((str(k), repr(v)) for k, v in dict(module.hparams).items())),
+        "torch": torch.__version__,
+        **{f"trainer.{name}": repr(getattr(module.trainer, name)) for name in _TRAINER_OPTIONS},
+        **{f"model.{name}": repr(value) for name, value in dict(module.hparams).items()},
         "model": repr(shapes),
     }
     own = {name: hashlib.sha256(value.encode()).hexdigest() for name, value in facts.items()}
     of_ranks: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, own)
     for rank, other in enumerate(of_ranks):
-        for name in own:
-            if other[name] != of_ranks[0][name]:
+        for name in {**of_ranks[0], **other}:
+            if other.get(name) != of_ranks[0].get(name):
                 raise ValueError(f"process {rank} has another {name} than process 0: all of them need the same")
 
 
