@@ -4,7 +4,7 @@ from .all_to_all import AllToAllDispatcher
 from .data import average_experts, blocks_of, broadcast_parameters, shard_data, sharded_modules
 from .in_step import InStep
 from .mesh import expert_mesh, experts_part
-from .parts import clip_grad_norm, copy_part, local_part, part_of, total_norm, whole_of
+from .parts import clip_grad_norm, copy_part, local_part, needs_all_ranks, part_of, total_norm, whole_of
 from .shards import layers_of_experts, refusal, shard_experts
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "experts_part",
     "layers_of_experts",
     "local_part",
+    "needs_all_ranks",
     "part_of",
     "refusal",
     "shard_data",

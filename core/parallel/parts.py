@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -57,6 +57,11 @@ def clip_grad_norm(parameters: Iterable[Tensor], limit: float) -> Tensor:
 def local_part(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds, as a view: all of a plain one."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def needs_all_ranks(model: nn.Module) -> bool:
+    """Return whether a model runs on all ranks together alone: its parameters are divided, or gathered by FSDP2."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def copy_part(target: DTensor, whole: Tensor) -> DTensor:

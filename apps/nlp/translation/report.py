@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from apps.report.base import Report, ReportConfig, computed_metrics, report_fold
 from apps.report.curves import learning_curves, read_curves
 from apps.report.plots import save_picture
 from apps.report.tables import print_table, write_csv
+from core.parallel import needs_all_ranks
+
+_logger = logging.getLogger(__name__)
 
 _COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}
 
@@ -92,7 +96,13 @@ class TranslationReport(Report):
             return None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         sources = data.sources("test") if hasattr(data, "sources") else None
-        batches = list(batches_of_test(trainer)) if trainer.is_global_zero else []
+        together = needs_all_ranks(pl_module)
+        if together and trainer.is_global_zero:
+            _logger.info(
+                "the use of experts and the pictures of sentences are left out, since processes share the model: "
+                "test with --trainer.devices 1 for them"
+            )
+        batches = list(batches_of_test(trainer)) if trainer.is_global_zero and not together else []
         return _Collected(metrics, pl_module, batches, sources, Path(trainer.default_root_dir))
 
     def write(self, collected: _Collected, folder: Path) -> None:

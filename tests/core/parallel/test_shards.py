@@ -40,7 +40,7 @@ from core import (
     Zero,
     active_params,
 )
-from core.parallel import AllToAllDispatcher, refusal, shard_experts
+from core.parallel import AllToAllDispatcher, needs_all_ranks, refusal, shard_experts
 
 D = 6
 Outcome = dict[str, Tensor]
@@ -192,6 +192,7 @@ def facts(rank: int, mesh: DeviceMesh) -> dict[str, object]:
         "started": bool(layer.experts.w_in.to_local().eq(1).all() and not layer.experts.b_in.to_local().any()),
         "refused": {name: message(config, mesh) for name, (config, _) in REFUSED.items()},
         "copies": [message_of(c) for c in copies],
+        "needs all ranks": (needs_all_ranks(layer), needs_all_ranks(build("ffn"))),
     }
 
 
@@ -227,6 +228,7 @@ def test_a_split_layer_counts_the_experts_of_both_ranks(ranks):
         assert known["shapes"]
         assert known["first is kept"]
         assert known["started"]
+        assert known["needs all ranks"] == (True, False)
         assert all("the dispatcher is a copy, which knows no ranks" in said for said in known["copies"])
         assert known["where"] == {"": "2 of 4 experts on each of 2 ranks"}
 

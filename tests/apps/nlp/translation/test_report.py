@@ -5,11 +5,20 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from apps.nlp.translation import report
 from apps.nlp.translation.metrics import Sentence, corpus_score, scorer
-from apps.nlp.translation.report import TranslationReportConfig, breakdown, length_groups, side_by_side, write_scores
+from apps.nlp.translation.report import (
+    TranslationReport,
+    TranslationReportConfig,
+    breakdown,
+    length_groups,
+    side_by_side,
+    write_scores,
+)
 
 PAIRS = {"en-de": "13a", "en-fr": "13a"}
 SOURCES = ["A dog runs.", "She reads a long book.", "Go!", "[/b] {x}"]
@@ -148,3 +157,20 @@ def test_translations_stand_side_by_side_line_by_line():
     ]
     assert side_by_side({"sparse": own("a")}, 0) == ""
     assert side_by_side({"sparse": []}, 3) == ""
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_model_that_needs_all_ranks_is_not_run_by_the_first_one_alone(monkeypatch, caplog, tmp_path, together):
+    monkeypatch.setattr(report, "needs_all_ranks", lambda module: together)
+    monkeypatch.setattr(report, "computed_metrics", lambda module, kind: SimpleNamespace(sentences=SENTENCES))
+    trainer = SimpleNamespace(
+        is_global_zero=True,
+        datamodule=None,
+        default_root_dir=str(tmp_path),
+        test_dataloaders=[["a batch"]],
+        num_test_batches=[1],
+    )
+    with caplog.at_level("INFO"):
+        collected = TranslationReport(TranslationReportConfig()).collect(trainer, SimpleNamespace())
+    assert collected.batches == ([] if together else ["a batch"])
+    assert ("test with --trainer.devices 1" in caplog.text) == together
