@@ -86,7 +86,8 @@ def header(outline: Outline, options: Options) -> list[str]:
         experts += f" with {' and '.join(map(str, units))} hidden units" if units[0] > 1 else ""
     lines = [
         f"{outline.kind}: {outline.num_params:,} parameters{experts}",
-        f"a GPU's batch: {trial.examples:,} examples, {trial.tokens:,} {trial.unit}, {outline.flops:.3g} FLOPs forward",
+        f"a GPU's batch: {trial.examples:,} example{'s' * (trial.examples != 1)}, {trial.tokens:,} {trial.unit}, "
+        f"{outline.flops:.3g} FLOPs forward",
         f"{options.gpus} x {options.gpu_name}: {gpu.memory / 1e9:.0f} GB, {_short(gpu.within / 1e9)} and "
         f"{_short(gpu.between / 1e9)} GB/s within and between nodes of {options.per_node}, {options.efficiency:.0%} of "
         f"{_short(options.rate / 1e12)} TFLOP/s, {options.precision}"
