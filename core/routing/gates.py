@@ -19,6 +19,12 @@ def init_gate_(weight: Tensor, init_scale: float) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
+def read_scalar(state: dict[str, Any], name: str) -> None:
+    """Give a number of an older checkpoint, (), the shape (1,) that it has now, in place: FSDP2 shards no scalars."""
+    if name in state and state[name].ndim == 0:
+        state[name] = state[name].view(1)
+
+
 def widened(x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the tokens in float32 (float64 stays), and those in half precision that a linear gate keeps for its
     backward, or None."""
@@ -144,7 +150,7 @@ class CosineGate(nn.Module):
         self.temperature = temperature
         self.projection = nn.Parameter(torch.empty(proj_dim, dim))
         self.weight = nn.Parameter(torch.empty(num_experts, proj_dim))
-        self.log_scale = nn.Parameter(torch.empty(()))
+        self.log_scale = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -152,6 +158,10 @@ class CosineGate(nn.Module):
         init_gate_(self.projection, 1.0)
         init_gate_(self.weight, 1.0)
         nn.init.constant_(self.log_scale, -math.log(self.temperature))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        read_scalar(state_dict, f"{prefix}log_scale")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return the logits (T, E) of float32 (T, D) tokens, within +-1 / temperature."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from ..contract import MergeRouting, RoutingContext, SlotRouting, span
 from ..contract.checks import at_least_one, below_one, one_of, positive
 from ..kernels import topk_gate
 from ..kernels.eager import check_devices, outside_autocast
-from .gates import LinearGate
+from .gates import LinearGate, read_scalar
 from .router import Router, RouterConfig
 from .selection import Capacity
 
@@ -39,14 +40,14 @@ def by_sequence(x: Tensor, context: RoutingContext | None) -> tuple[Tensor, Tens
 class SlotRouter(Router):
     """The router of ``SoftSlots``: the shares of the tokens in the slots, and of the slots in the tokens.
 
-    Parameters: ``phi`` (E, P, D), a direction a slot; ``scale`` (), which sharpens both softmaxes.
+    Parameters: ``phi`` (E, P, D), a direction a slot; ``scale`` (1,), which sharpens both softmaxes.
     """
 
     def __init__(self, dim: int, num_experts: int, config: SoftSlots, capacity: Capacity) -> None:
         super().__init__()
         self.num_experts, self.config = num_experts, config
         self.phi = nn.Parameter(torch.empty(num_experts, config.slots_per_expert, dim))
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -54,6 +55,10 @@ class SlotRouter(Router):
         nn.init.normal_(self.phi, std=1 / math.sqrt(self.phi.shape[-1]))
         nn.init.ones_(self.scale)
         super().reset_parameters()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        read_scalar(state_dict, f"{prefix}scale")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @span("moe.router")
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> SlotRouting:

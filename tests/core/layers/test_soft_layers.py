@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from core import (
     FFN,
     Balance,
+    Cosine,
     MoEConfig,
     RoutingStats,
     SwiGLU,
@@ -202,11 +203,18 @@ def test_state_dict_has_the_documented_names_and_shapes():
     experts = {"experts.w_in": (4, 8, 12), "experts.w_out": (4, 12, 8)}
     assert {n: tuple(t.shape) for n, t in soft.state_dict().items()} == {
         "router.phi": (4, 3, 8),
-        "router.scale": (),
+        "router.scale": (1,),
         **experts,
     }
     merged = MoEConfig(4, Merge(), FFN(12)).build(8)
     assert {n: tuple(t.shape) for n, t in merged.state_dict().items()} == {"router.gate.weight": (4, 8), **experts}
+
+
+@pytest.mark.parametrize(("router", "name"), [(SoftSlots(3), "router.scale"), (Cosine(), "router.gate.log_scale")])
+def test_a_number_of_an_older_checkpoint_is_read(router, name):
+    layer = MoEConfig(4, router, FFN(12)).build(8)
+    layer.load_state_dict({**layer.state_dict(), name: torch.tensor(0.25)})
+    assert layer.get_parameter(name).tolist() == [0.25]
 
 
 # --- what is refused ---
