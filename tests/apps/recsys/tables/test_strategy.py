@@ -345,7 +345,7 @@ def test_deferred_tables_need_the_strategy(folder):
             "configure_optimizers of TakesAll takes .*table_city.weight, whose rows are stepped in the backward",
         ),
         ("mesh", "experts=3 does not divide the 2 ranks"),
-        ("dense gates", "layer 'model.shared' is a MultiGateMoE, whose experts cannot be divided among ranks"),
+        ("dense gates", "layer 'model.shared', MultiGateMoE, has experts that cannot be divided among ranks"),
         ("three experts", "layer 'model.shared' has 3 experts .*, which 2 ranks do not divide"),
         ("gradients", "weighting.kind='gradnorm' needs the gradient of every expert on each process"),
         ("another model", "process 1 has another model.* than process 0: all of them need the same"),
