@@ -35,6 +35,7 @@ from .convert import (
     sparsify,
     summary,
 )
+from .diagnose import Doctor, Finding, TrainingStart, ablate_experts, diagnose
 from .experts import (
     FFN,
     GEGLU,
@@ -127,6 +128,7 @@ __all__ = [
     "DenseFFN",
     "DenseRouting",
     "DenseToSparse",
+    "Doctor",
     "Domain",
     "DomainRandom",
     "DynamicThreshold",
@@ -138,6 +140,7 @@ __all__ = [
     "ExpertStatistics",
     "Experts",
     "FFN",
+    "Finding",
     "GEGLU",
     "GeneralFFN",
     "Hash",
@@ -196,7 +199,9 @@ __all__ = [
     "TokenChoice",
     "TokenRounding",
     "Tokens",
+    "TrainingStart",
     "Zero",
+    "ablate_experts",
     "active_params",
     "adapt",
     "aux_loss",
@@ -209,6 +214,7 @@ __all__ = [
     "cut_out",
     "dense_twin",
     "densify",
+    "diagnose",
     "domain_posterior",
     "expert_linear",
     "expert_statistics",

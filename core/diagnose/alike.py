@@ -1,0 +1,179 @@
+"""Experts compared on the same tokens, and a model scored without one of its experts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import Rows, unwrapped_modules
+from ..experts import Experts
+from ..layers import MoELayer
+from .foreign import every_expert, expert_tensors, foreign_routers
+
+SAMPLE = 128
+"""Tokens on which experts are compared."""
+MOST_EXPERTS = 256
+"""Experts of a layer that are compared or left out one by one; of a million neurons no one asks."""
+
+
+def experts_of(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """Return the experts of each layer that are compared, ours and foreign, with their number, by dotted name.
+
+    Experts that two layers share stand under the first; a level of several has a name of its own.
+    """
+    named: dict[str, tuple[nn.Module, int]] = {}
+    seen: set[nn.Module] = set()
+
+    def put(name: str, experts: nn.Module, number: int | None) -> None:
+        if experts not in seen and number is not None and 1 < number <= MOST_EXPERTS:
+            seen.add(experts)
+            named[name] = (experts, number)
+
+    for name, layer in unwrapped_modules(model):
+        if not isinstance(layer, MoELayer):
+            continue
+        experts = getattr(layer, "experts", None)
+        if isinstance(experts, Experts):
+            put(name, experts, experts.num_experts if experts.num_local_experts == experts.num_experts else None)
+        elif isinstance(experts, nn.ModuleList):
+            for i, level in enumerate(experts):
+                if isinstance(level, Experts):
+                    put(f"{name}.level{i}".lstrip("."), level, level.num_experts)
+    for name, router in foreign_routers(model).items():
+        if router.experts is not None:
+            put(name, router.experts, router.num_experts)
+    return named
+
+
+class Inputs:
+    """Hooks that keep a few tokens of the first call of each layer's experts.
+
+    Attributes:
+        tokens: (at most ``SAMPLE``, D) tokens by the layer's name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.experts = experts_of(model)
+        self.tokens: dict[str, Tensor] = {}
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Keep tokens of layers that have none yet, inside the ``with`` block."""
+        wanted = [(name, experts) for name, (experts, _) in self.experts.items() if name not in self.tokens]
+        hooks = []
+        for name, experts in wanted:
+            # A list of experts is not called itself: its members are, each with the tokens that chose it.
+            heard = list(experts) if isinstance(experts, nn.ModuleList) else [experts]
+            hooks += [m.register_forward_pre_hook(self._hook(name)) for m in heard]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0] if args else None
+            if isinstance(x, Rows) and args[1:] in ((), ("rows",)):
+                live = int(x.offsets_E[-1])
+                x_TD = x.x[:live] if x.gathered else x.x[x.row_index_R[:live].unique()]
+            elif isinstance(x, Tensor) and (not isinstance(module, Experts) or args[1:2] in (("each",), ("merged",))):
+                # Several inputs of the same tokens, or groups of tokens: the first of them.
+                x_TD = x[0] if x.ndim == 3 and args[1:2] == ("each",) else x.reshape(-1, x.shape[-1])
+            else:
+                return
+            kept = self.tokens.get(name)
+            x_TD = x_TD[:: max(len(x_TD) // SAMPLE, 1)][:SAMPLE].detach().clone()
+            kept = x_TD if kept is None else torch.cat((kept, x_TD))[:SAMPLE]
+            if len(kept):
+                self.tokens[name] = kept
+
+        return hook
+
+    @torch.no_grad()
+    def distances(self) -> dict[str, Tensor]:
+        """Return, by layer, how far apart the experts' outputs are: float64 (E, E) on the CPU.
+
+        The distance of two experts is ``sum ||f_i(x) - f_j(x)||^2 / sum (||f_i(x)||^2 + ||f_j(x)||^2)`` over the same
+        tokens: 0 where they compute the same, 1 where their outputs have nothing to do with each other. It is NaN where
+        both put out nothing. Experts that cannot be asked for every token are left out.
+        """
+        distances = {}
+        for name, (experts, number) in self.experts.items():
+            x_TD = self.tokens.get(name)
+            if x_TD is None:
+                continue
+            x_TD = x_TD.to(next((p.dtype for p in experts.parameters()), x_TD.dtype))
+            if isinstance(experts, Experts):
+                can = not experts.reads_context and type(experts).compute_rows is not Experts.compute_rows
+                y_TED = experts(x_TD, "each") if can else None
+                # Experts without weights, such as ``Zero``, are alike by design.
+                learned_E = torch.tensor([bool(experts.weights_of(e)) for e in range(number)])
+            else:
+                y_TED = every_expert(experts, number, x_TD)
+                learned_E = torch.ones(number, dtype=torch.bool)
+            if y_TED is not None:
+                both_EE = learned_E[:, None] & learned_E[None, :]
+                distances[name] = _distances(y_TED.double().cpu()).masked_fill(~both_EE, torch.nan)
+        return distances
+
+
+def _distances(y_TED: Tensor) -> Tensor:
+    products_EE = torch.einsum("ted,tfd->ef", y_TED, y_TED)
+    square_E = products_EE.diagonal()
+    together_EE = square_E[:, None] + square_E[None, :]
+    # Outputs of rounding alone are no outputs.
+    return ((together_EE - 2 * products_EE) / together_EE).masked_fill(together_EE <= 1e-12 * square_E.max(), torch.nan)
+
+
+@contextlib.contextmanager
+def without_expert(experts: nn.Module, num_experts: int, e: int) -> Iterator[None]:
+    """Set every parameter of one expert to zero inside the ``with`` block, so that it adds nothing to any token."""
+    if isinstance(experts, Experts):
+        parts = [t for t in experts.weights_of(e).values() if t.is_floating_point()]
+    else:
+        parts = expert_tensors(experts, num_experts, e)
+    with torch.no_grad():
+        kept = [t.clone() for t in parts]
+        try:
+            for t in parts:
+                t.zero_()
+            yield
+        finally:
+            for t, value in zip(parts, kept, strict=True):
+                t.copy_(value)
+
+
+def ablate_experts(model: nn.Module, score: Callable[[], float]) -> Mapping[str, tuple[float, ...]]:
+    """Return the score of a model without each of its experts, by layer: the tokens of an expert lose its output.
+
+    No token is sent to another expert in its place: what is measured is what the expert adds. The weights are put back.
+
+    Args:
+        model: any module with MoE layers, ours or foreign. Experts that two layers share are taken out of both.
+        score: runs the model as it is and returns a number, such as a loss on fixed batches.
+
+    Raises:
+        ValueError: there are no experts to leave out, or a layer has more than ``MOST_EXPERTS``.
+
+    Example::
+
+        without = core.ablate_experts(model, lambda: float(loss(model(x), y)))
+    """
+    named = experts_of(model)
+    if not named:
+        raise ValueError(
+            f"a {type(model).__name__} has no MoE layer of 2 to {MOST_EXPERTS} experts that are all on this process"
+        )
+    scores: dict[str, tuple[float, ...]] = {}
+    for name, (experts, number) in named.items():
+        of_layer = []
+        for e in range(number):
+            with without_expert(experts, number, e):
+                of_layer.append(float(score()))
+        scores[name] = tuple(of_layer)
+    return scores

@@ -1,0 +1,187 @@
+"""``diagnose``, and ``Doctor``, which gathers the evidence piece by piece for a training loop or a command."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import Tape, record, unwrapped_modules
+from ..convert.feed_forward import evaluating
+from ..layers import MoELayer
+from . import rules
+from .alike import Inputs
+from .figures import LayerFigures
+from .finding import Finding
+from .foreign import foreign_passes, foreign_routers
+from .movement import TrainingStart
+from .passes import Facts, Pass, facts_of, of_entry
+from .step import Loss, StepFigures, step_figures
+
+
+class Doctor:
+    """The evidence of a model's routing, gathered pass by pass, and its findings.
+
+    Args:
+        model: any module with MoE layers, ours or of transformers.
+        start: weights that the training began with; None: not known.
+
+    Raises:
+        ValueError: the model has no MoE layer.
+
+    Example::
+
+        doctor = core.Doctor(model)
+        for batch in batches:
+            with doctor.watching(batch):
+                model(batch)
+        print(*doctor.findings(), sep="\\n")
+    """
+
+    def __init__(self, model: nn.Module, start: TrainingStart | None = None) -> None:
+        self.model, self.start = model, start
+        self._layers = {name: m for name, m in unwrapped_modules(model) if isinstance(m, MoELayer)}
+        self._foreign = foreign_routers(model)
+        if not self._layers and not self._foreign:
+            raise ValueError(f"a {type(model).__name__} without MoE layers has no routing to diagnose")
+        self._inputs = Inputs(model)
+        self._facts: dict[str, Facts] = {}
+        self._figures: dict[str, LayerFigures] = {}
+        self._first_levels: dict[str, float] = {}
+        self._steps: dict[str, StepFigures] = {}
+
+    def begin(self) -> None:
+        """Forget the passes so far but for the level of their logits, as at the start of a validation."""
+        for name, figures in self._figures.items():
+            self._first_levels.setdefault(name, figures.rms_level)
+        self._figures, self._inputs = {}, Inputs(self.model)
+
+    @contextlib.contextmanager
+    def watching(
+        self, batch: Any = None, *, labels: Tensor | None = None, real_BS: Tensor | None = None
+    ) -> Iterator[None]:
+        """Gather the evidence of the forwards inside the ``with`` block.
+
+        Args:
+            batch: what the model is called with, which tells foreign layers the number of sequences.
+            labels: int64 (B,) or (T,), the class of each sequence or token, below 0 for none; None: not known.
+            real_BS: bool (B, S), False for padding; None: not known.
+        """
+        with (
+            record(self.model) as tape,
+            foreign_passes(self._foreign, batch, real_BS) as passes,
+            self._inputs.listening(),
+        ):
+            yield
+        self.add(tape, labels=labels, real_BS=real_BS)
+        for one in passes:
+            self._add(one, labels, None)
+
+    def add(self, tape: Tape, *, labels: Tensor | None = None, real_BS: Tensor | None = None) -> None:
+        """Add the passes of a tape. Arguments are those of ``watching``."""
+        real_T = None if real_BS is None else real_BS.flatten()
+        for entry in tape.entries:
+            if entry.name not in self._facts:
+                self._facts[entry.name] = self._facts_of(entry.name)
+            self._add(of_entry(entry, self._facts[entry.name]), labels, real_T)
+
+    def _add(self, one: Pass, labels: Tensor | None, real_T: Tensor | None) -> None:
+        if one.layer not in self._figures:
+            self._figures[one.layer] = LayerFigures(one)
+        self._figures[one.layer].add(one, labels, None if real_T is None else real_T.to(one.chosen_E.device))
+
+    def _facts_of(self, entry: str) -> Facts:
+        for name, layer in self._layers.items():
+            end = entry.removeprefix(name).lstrip(".") if entry == name or entry.startswith(name) else None
+            if end is not None and layer.names_entry(end):
+                return facts_of(layer, layer.routers().get(end))
+        return Facts()
+
+    def look_at_step(self, batch: Any, loss: Loss, *, aux_weight: float = 1.0, real_BS: Tensor | None = None) -> None:
+        """Look into a training step; arguments and errors are those of ``step_figures``."""
+        self._steps = step_figures(self.model, batch, loss, aux_weight=aux_weight, real_BS=real_BS)
+
+    def findings(self) -> list[Finding]:
+        """Return the findings so far, errors first, in the order of the layers."""
+        every: list[Finding] = []
+        for name, figures in self._figures.items():
+            every += rules.load_findings(name, figures)
+            every += rules.logit_findings(name, figures, self._first_levels.get(name))
+            every += rules.gate_findings(name, figures)
+            every += rules.padding_findings(name, figures)
+        for name, distance_EE in self._inputs.distances().items():
+            every += rules.alike_findings(name, distance_EE)
+        for name, step in self._steps.items():
+            every += rules.step_findings(name, step)
+        if self.start is not None:
+            every += rules.movement_findings(self.start.moved(self.model))
+        return sorted(every, key=lambda finding: finding.severity != "error")
+
+
+def diagnose(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Callable[[nn.Module, Any], Any] | None = None,
+    *,
+    loss: Loss | None = None,
+    labels: Callable[[Any], Tensor | None] | None = None,
+    real: Callable[[Any], Tensor | None] | None = None,
+    start: TrainingStart | None = None,
+) -> list[Finding]:
+    """Return what is wrong with the routing of a model: an empty list where nothing is.
+
+    The model runs in evaluation over the batches, and with ``loss`` in training on the first of them, without an
+    update; weights, gradients, buffers, modes and random numbers are afterwards what they were. docs/doctor.md has
+    every finding, and what each argument adds.
+
+    Args:
+        model: any module with MoE layers, ours or of transformers.
+        batches: a few hundred sequences are enough. Too few tokens raise no finding about loads.
+        run: calls the model with a batch; None: ``model(batch)``, ``model(*batch)`` for a tuple or list, and
+            ``model(**batch)`` for a mapping.
+        loss: takes model and batch, and returns the loss that a training step minimises, balance losses included; None:
+            gradients are not looked at.
+        labels: returns the class of each sequence or token of a batch, int64 (B,) or (T,); None: not known.
+        real: returns bool (B, S), False for padding; None: the ``attention_mask`` of a mapping, where there is one.
+        start: weights that the training began with; None: not known.
+
+    Raises:
+        ValueError: the model has no MoE layer, there is no batch, or the loss has no gradient.
+
+    Example::
+
+        for finding in core.diagnose(model, loader, lambda model, batch: model(batch["pixels"])):
+            print(finding)
+    """
+    doctor = Doctor(model, start)
+    real, first, number = real or _attention_mask, None, 0
+    with torch.no_grad(), evaluating(model):
+        for number, batch in enumerate(batches, 1):
+            first = batch if number == 1 else first
+            with doctor.watching(batch, labels=None if labels is None else labels(batch), real_BS=real(batch)):
+                _call(model, batch, run)
+        if not number:
+            raise ValueError("there is no batch to diagnose the model on")
+    if loss is not None:
+        doctor.look_at_step(first, loss, real_BS=real(first))
+    with torch.no_grad(), evaluating(model):
+        return doctor.findings()
+
+
+def _call(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any] | None) -> None:
+    if run is not None:
+        run(model, batch)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def _attention_mask(batch: Any) -> Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -1,0 +1,290 @@
+"""The rules: figures of a layer in, findings out. Every threshold has its reason beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from .figures import LayerFigures, explained
+from .finding import Finding
+from .movement import Moved
+from .step import StepFigures
+
+ENOUGH = 30
+"""Decided pairs an expert at balance, below which loads say nothing: of 30 an expert with a tenth of its share still
+gets one in 19 of 20 cases (``1 - exp(-3)``)."""
+COLLAPSED = 0.25
+"""Experts in use beyond the K that every token has to take, as a part of those there are beyond K."""
+DROPPED = 0.15
+"""Dropped pairs beyond chance. Capacity factors of 1.0 to 1.25 drop up to a tenth at balance of real batches, without
+a loss of quality (arXiv 2202.08906, section 4.4)."""
+BY_PLACE = 0.6
+"""Share of the experts' entropy that the place explains. An image's places differ in what they show, which explains a
+third in small ones; from 0.6 on the place says more than all the rest."""
+BY_CLASS = 0.8
+"""Share that the class explains. Late layers do part by class (arXiv 2106.05974, figure 7), and that is no fault; from
+0.8 on a batch of few classes leaves most experts idle."""
+LARGE_LOGIT = 64.0
+"""Bfloat16 numbers of 64 and more lie 0.5 apart, a factor of 1.6 in a gate (arXiv 2202.08906, section 3.3)."""
+DRIFT, HIGH_LEVEL = 3.0, 16.0
+"""Growth of ``logsumexp`` since the first look, and the level from which it counts; it starts at log E, 2 to 5."""
+BLIND = 0.01
+"""Share of the logits' variance that is the tokens': below it fixed preferences are ten times as large as what a token
+can add."""
+PLACE_ONLY = 0.98
+"""Share of the tokens' part of the variance that the place explains, from which the token itself has no say."""
+ALIKE = 0.02
+"""Distance of two experts' outputs, 1 for unrelated ones: 0.02 is a correlation of 0.98."""
+POLARISED = 0.95
+"""Mean weight of one expert under a gate: the others together have a twentieth."""
+NO_GRADIENT = 1e-6
+"""The task's gradient in the router over that in the experts; float32 rounds at 1e-7."""
+SILENT, DOUBLED = 0.1, 1.5
+"""How often the balance loss is in the loss, from below and from above: 1 is right."""
+PADDING = 0.01
+"""Share of padding among the tokens that a balance loss counts."""
+ROUTER_STOOD = 0.03
+"""Movement of the router's weights over the median of the other matrices. Adam moves all by about the learning rate."""
+EXPERTS_STOOD = 0.1
+"""Movement of the experts' weights over it. They see K / E of the tokens, which Adam's step does not depend on."""
+BEGAN = 1e-4
+"""Movement of the other matrices from which a training has begun: a tenth of a step at a learning rate of 1e-3."""
+
+
+def load_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
+    """Yield what loads, drops and places say."""
+    E, K = f.num_experts, f.pairs_per_token
+    if f.kind == "pairs" and not f.facts.by_data and f.decided_pairs >= ENOUGH * E and K < 0.9 * E:
+        dead = int((f.chosen_E == 0).sum())
+        in_use, least = f.experts_in_use, max(K, 1.0)
+        balance = (
+            "raise the weight of balance.load_balancing, or lower the learning rate"
+            if f.facts.is_balanced
+            else "give the layer a balance: balance.load_balancing of 0.01, or a router with expert_bias"
+        )
+        if (in_use - least) / (E - least) < COLLAPSED:
+            yield Finding(
+                "collapsed_load",
+                layer,
+                "error",
+                f"{in_use:.1f} of {E} experts are in use, and every token takes {K:.1f}; {dead} got none",
+                balance,
+                {"experts_in_use": in_use, "dead": dead},
+            )
+        elif dead:
+            yield Finding(
+                "dead_experts",
+                layer,
+                "error" if 2 * dead >= E else "warning",
+                f"{dead} of {E} experts got none of {f.chosen_E.sum():,.0f} pairs, {f.chosen_E.sum() / E:,.0f} each "
+                "at balance",
+                f"{balance}; or take them away by moesaic convert prune",
+                {"dead": dead},
+            )
+    if f.kind == "pairs" and f.drop_rate > DROPPED + 2 * f.chance_drop_rate:
+        yield Finding(
+            "drops",
+            layer,
+            "warning",
+            f"{f.drop_rate:.0%} of the pairs had no room, {f.chance_drop_rate:.0%} would have none by chance",
+            "raise eval_capacity_factor (inf drops none) and capacity_factor, or balance the loads",
+            {"drop_rate": f.drop_rate, "by_chance": f.chance_drop_rate},
+        )
+    if f.kind == "pairs" and not f.facts.by_data and not f.facts.reads_position:
+        by_place = explained(f.place_PE)
+        if by_place > BY_PLACE and f.decided_pairs >= ENOUGH * E:
+            yield Finding(
+                "skew_by_place",
+                layer,
+                "warning",
+                f"the place in the sequence decides {by_place:.0%} of which expert computes",
+                "give the gate the token without its position, or add positions in attention alone",
+                {"explained": by_place},
+            )
+    if f.class_CE is not None and not f.facts.by_data and f.decided_pairs >= ENOUGH * E:
+        by_class = explained(f.class_CE)
+        if by_class > BY_CLASS:
+            yield Finding(
+                "skew_by_class",
+                layer,
+                "warning",
+                f"the class decides {by_class:.0%} of which expert computes",
+                "shuffle the batches, and balance within a sequence by balance.sequence_balance",
+                {"explained": by_class},
+            )
+
+
+def logit_findings(layer: str, f: LayerFigures, first_level: float | None = None) -> Iterator[Finding]:
+    """Yield what the logits say; ``first_level`` is their level at the first look, where there was an earlier one."""
+    if not len(f.logit_M):
+        return
+    if f.not_finite or f.largest >= LARGE_LOGIT:
+        what = f"{f.not_finite:,} logits are not finite" if f.not_finite else f"the largest logit is {f.largest:.3g}"
+        yield Finding(
+            "logits_overflow",
+            layer,
+            "error" if f.not_finite else "warning",
+            what,
+            "set balance.router_z to 0.001, lower the router's learning rate (optimizer.router_lr_scale)",
+            {"largest": f.largest, "not_finite": f.not_finite},
+        )
+    elif first_level is not None and f.rms_level > max(HIGH_LEVEL, DRIFT * first_level):
+        yield drift_finding(layer, first_level, f.rms_level)
+    if f.decisions < ENOUGH or f.facts.by_data:
+        return
+    of_tokens, of_experts = f.token_variance, f.expert_variance
+    share = of_tokens / max(of_tokens + of_experts, 1e-30)
+    by_place = None if f.facts.reads_position else f.place_share
+    # One expert that is out of play makes a large variance too, but leaves tokens a choice among the others.
+    is_constant = f.kind == "pairs" and f.experts_in_use < 1.05 * max(f.pairs_per_token, 1.0)
+    if (share < BLIND and is_constant) or of_tokens < 1e-12:
+        yield Finding(
+            "token_blind",
+            layer,
+            "error",
+            f"the tokens make {share:.1%} of the variance of the logits, fixed preferences the rest",
+            "look at what the gate is given: a norm of weight 0, a detached or constant input; start the gate again",
+            {"token_share": share},
+        )
+    elif by_place is not None and by_place > PLACE_ONLY:
+        yield Finding(
+            "token_blind",
+            layer,
+            "error",
+            f"the place makes {by_place:.1%} of how the logits differ between tokens",
+            "give the gate the hidden state and not the position's embedding",
+            {"place_share": by_place},
+        )
+
+
+def drift_finding(layer: str, first: float, last: float) -> Finding:
+    """Return the finding that the logits' level has grown."""
+    return Finding(
+        "logits_drift",
+        layer,
+        "warning",
+        f"logsumexp of the logits has grown from {first:.1f} to {last:.1f} (root mean square)",
+        "set balance.router_z to 0.001, or lower the router's learning rate (optimizer.router_lr_scale)",
+        {"first": first, "last": last},
+    )
+
+
+def gate_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
+    """Yield what the gates of a multi-task layer say."""
+    if f.kind != "gates" or f.num_experts < 2 or f.num_tokens < ENOUGH:
+        return
+    mean_E = f.mean_gates()
+    largest = float(mean_E.max() / mean_E.sum().clamp_min(1e-12))
+    if largest > POLARISED:
+        yield Finding(
+            "polarised_gates",
+            layer,
+            "warning",
+            f"the gate gives expert {int(mean_E.argmax())} {largest:.0%} of its weight, and {f.num_experts - 1} others "
+            "the rest",
+            "set expert_dropout to 0.1, a balance loss on the gates, or a lower learning rate of the router",
+            {"largest": largest},
+        )
+
+
+def alike_findings(layer: str, distance_EE: Tensor) -> Iterator[Finding]:
+    """Yield whether experts put out the same for the same tokens."""
+    upper = torch.ones_like(distance_EE, dtype=torch.bool).triu(1)
+    known = distance_EE[upper & ~distance_EE.isnan()]
+    same = int((known < ALIKE).sum())
+    if same:
+        yield Finding(
+            "same_experts",
+            layer,
+            "error" if same == len(known) else "warning",
+            f"{same} of {len(known)} pairs of experts put out the same for the same tokens (nearest: a distance of "
+            f"{float(known.min()):.2g}, unrelated ones have 1)",
+            "start the experts apart (--noise of moesaic convert upcycle, start='split'), or give them a balance loss; "
+            "moesaic convert prune --merge makes one of each such group",
+            {"pairs": same, "nearest": float(known.min())},
+        )
+
+
+def step_findings(layer: str, s: StepFigures) -> Iterator[Finding]:
+    """Yield what the gradients of a training step say."""
+    none = s.router_gradient is not None and s.router_gradient < NO_GRADIENT
+    if none or (s.is_frozen and s.is_balanced):
+        why = "no weight of the router trains, though its balance loss has a weight"
+        if none:
+            why = f"the task's gradient in the router is {s.router_gradient:.0e} of that in the experts"
+        yield Finding(
+            "no_router_gradient",
+            layer,
+            "error",
+            why,
+            "with top_k=1 leave gates as they are (normalize=False); look for a detach, and for requires_grad=False",
+            {"router_gradient": s.router_gradient or 0.0},
+        )
+    if s.over_padding:
+        yield _padding_finding(layer, "the balance loss is that of all tokens, padding included")
+    if s.times is None or not s.is_balanced:
+        return
+    if s.times < SILENT:
+        yield Finding(
+            "silent_balance",
+            layer,
+            "error",
+            f"the balance loss has a weight, and is {abs(s.times):.2g} times in the loss that is minimised",
+            "add core.aux_loss(tape) to the loss, not detached; with transformers set output_router_logits=True",
+            {"times": s.times},
+        )
+    elif s.times > DOUBLED:
+        yield Finding(
+            "doubled_balance",
+            layer,
+            "error",
+            f"the balance loss is {s.times:.2g} times in the loss that is minimised",
+            "add core.aux_loss(tape) once: SparseModule and sparsify's modules add it by themselves",
+            {"times": s.times},
+        )
+
+
+def padding_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
+    """Yield whether a balance loss counts padding."""
+    wrong, counted = f.padding
+    if counted and wrong / counted > PADDING:
+        yield _padding_finding(
+            layer, f"{wrong / counted:.0%} of the {counted:,} tokens that its loss counts are padding"
+        )
+
+
+def _padding_finding(layer: str, evidence: str) -> Finding:
+    return Finding(
+        "balance_over_padding",
+        layer,
+        "warning",
+        evidence,
+        "give the layer RoutingContext(valid_BS=...), and models of transformers an attention_mask",
+    )
+
+
+def movement_findings(moved: Mapping[str, Moved]) -> Iterator[Finding]:
+    """Yield which parts of the layers have stood still while the rest of the model moved."""
+    for layer, m in moved.items():
+        if m.rest is None or m.rest < BEGAN:
+            continue
+        if m.router is not None and m.router < ROUTER_STOOD * m.rest:
+            yield Finding(
+                "gates_at_start",
+                layer,
+                "error",
+                f"the router has moved {m.router:.1e} since the start, the other matrices {m.rest:.1e}",
+                "raise optimizer.router_lr_scale; look whether the optimizer has the router's weights",
+                {"router": m.router, "rest": m.rest},
+            )
+        if m.experts is not None and m.experts < EXPERTS_STOOD * m.rest:
+            yield Finding(
+                "slow_experts",
+                layer,
+                "warning",
+                f"the experts have moved {m.experts:.1e} since the start, the other matrices {m.rest:.1e}",
+                "raise optimizer.expert_lr_scale; look whether the optimizer has the experts' weights",
+                {"experts": m.experts, "rest": m.rest},
+            )

@@ -1,0 +1,244 @@
+"""A training step looked into: what the task's loss tells the routers, and how often the balance loss is in the sum."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import record, unwrapped_modules
+from ..layers import MoELayer, aux_losses
+from ..routing.balance import BalanceWeights
+from .foreign import ForeignRouter, foreign_passes, foreign_routers
+from .passes import Pass
+
+Loss = Callable[[Any, Any], Tensor]
+"""Takes a model and a batch, and returns the loss that a training step minimises, ()."""
+
+VISIBLE = 1e-4
+"""A balance loss whose gradient is a smaller part of the whole is lost in the rounding of float32, whose numbers have 7
+digits: how often it was added cannot be read from the difference of two gradients."""
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What one training step says of a layer.
+
+    Attributes:
+        router_gradient: root mean square of the task's gradient in the router's weights, over that in the experts';
+            None: the router has no weights, or the experts have no gradient.
+        is_frozen: whether none of the router's weights trains.
+        is_balanced: whether a balance loss has a weight.
+        times: how often the balance loss is in the loss; None: it cannot be told.
+        over_padding: whether a foreign balance loss is that of all tokens, padding included.
+    """
+
+    router_gradient: float | None = None
+    is_frozen: bool = False
+    is_balanced: bool = False
+    times: float | None = None
+    over_padding: bool = False
+
+
+def step_figures(
+    model: nn.Module, batch: Any, loss: Loss, *, aux_weight: float = 1.0, real_BS: Tensor | None = None
+) -> dict[str, StepFigures]:
+    """Run two training steps without an update, with the balance losses and without, and compare their gradients.
+
+    Weights, gradients, buffers, modes and random numbers are afterwards what they were.
+
+    Args:
+        model: any module with MoE layers, ours or foreign.
+        batch: a batch of the training.
+        loss: as a step minimises it, balance losses included.
+        aux_weight: weight of the balance losses in the loss, beside the layers' own weights.
+        real_BS: bool (B, S), False for padding; None: not known.
+
+    Raises:
+        ValueError: the loss has no gradient.
+    """
+    layers = {name: m for name, m in unwrapped_modules(model) if isinstance(m, MoELayer)}
+    foreign = foreign_routers(model)
+    parts: dict[str, tuple[nn.Module, nn.Module | None]] = {name: (m.router, m.experts) for name, m in layers.items()}
+    parts |= {name: (r.module, r.experts) for name, r in foreign.items()}
+    experts = {name: _trained(of) for name, (_, of) in parts.items()}
+    routers = {name: _trained(of, without=experts[name]) for name, (of, _) in parts.items()}
+    wanted = list({id(p): p for of in (*routers.values(), *experts.values()) for p in of}.values())
+    if not wanted:
+        return {name: StepFigures(is_frozen=any(True for _ in of.parameters())) for name, (of, _) in parts.items()}
+    with _untouched(model):
+        model.train()
+        task, whole = (
+            _run(model, batch, loss, wanted, layers, foreign, with_balance) for with_balance in (False, True)
+        )
+    foreign_times, over_padding = _foreign_times(model, foreign, task, whole, real_BS)
+    figures = {}
+    for name, of in routers.items():
+        times = foreign_times if name in foreign and foreign[name].has_loss else None
+        g_task, g_whole = _flat(of, task.gradients), _flat(of, whole.gradients)
+        # Losses that a router adds by itself are in both.
+        g_aux = _flat(of, whole.of_balance) - _flat(of, task.of_balance)
+        if name in layers and of and float(g_aux.norm()) > VISIBLE * float(g_whole.norm()):
+            times = float((g_whole - g_task) @ g_aux / (g_aux @ g_aux)) / aux_weight
+        scale = _rms(_flat(experts[name], task.gradients))
+        balance = layers[name].balance.weights() if name in layers else {"": float(foreign[name].has_loss)}
+        figures[name] = StepFigures(
+            router_gradient=_rms(g_task) / scale if of and scale > 0 else None,
+            is_frozen=not of and any(True for _ in parts[name][0].parameters()),
+            is_balanced=any(weight > 0 for weight in balance.values()),
+            times=times,
+            over_padding=over_padding and name in foreign,
+        )
+    return figures
+
+
+Gradients = Mapping[int, Tensor]
+"""The gradient of each parameter that has one, by the parameter's ``id``."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One forward and backward: the loss, its gradients, those of the layers' balance losses, the foreign passes."""
+
+    value: float
+    gradients: Gradients
+    of_balance: Gradients
+    passes: list[Pass]
+
+
+def _run(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    wanted: list[nn.Parameter],
+    layers: Mapping[str, MoELayer],
+    foreign: Mapping[str, ForeignRouter],
+    with_balance: bool,
+) -> _Run:
+    without = contextlib.nullcontext() if with_balance else _without_balance(model, layers.values())
+    with without, _seeded(), torch.enable_grad(), foreign_passes(foreign, batch) as passes, record(model) as tape:
+        value = loss(model, batch)
+        if not value.requires_grad:
+            raise ValueError("the loss of a training step has no gradient: it must be a function of the weights")
+        aux = aux_losses(tape).total
+        of_balance = _gradients(aux, wanted, keep=True) if aux.requires_grad else {}
+        return _Run(float(value.detach()), _gradients(value, wanted), of_balance, passes)
+
+
+def _gradients(value: Tensor, wanted: list[nn.Parameter], keep: bool = False) -> Gradients:
+    grads = torch.autograd.grad(value, wanted, retain_graph=keep, allow_unused=True)
+    # Rows of a table have sparse gradients.
+    return {id(p): g.to_dense().detach() for p, g in zip(wanted, grads, strict=True) if g is not None}
+
+
+def _trained(module: nn.Module | None, without: Iterable[nn.Parameter] = ()) -> list[nn.Parameter]:
+    left_out = {id(p) for p in without}
+    return [] if module is None else [p for p in module.parameters() if p.requires_grad and id(p) not in left_out]
+
+
+def _flat(parameters: Iterable[nn.Parameter], gradients: Gradients) -> Tensor:
+    """Return the gradients of some parameters one after the other, float64; zeros where there is none."""
+    parts = [
+        gradients[id(p)].double().flatten() if id(p) in gradients else p.new_zeros(p.numel(), dtype=torch.float64)
+        for p in parameters
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def _rms(flat: Tensor) -> float:
+    return float(flat.square().mean().sqrt()) if flat.numel() else 0.0
+
+
+def _foreign_times(
+    model: nn.Module, foreign: Mapping[str, ForeignRouter], task: _Run, whole: _Run, real_BS: Tensor | None
+) -> tuple[float | None, bool]:
+    """Return how often the balance loss of a foreign model is in the loss, and whether it counts padding.
+
+    transformers' loss is one for all layers (arXiv 2101.03961, eq. 4-6, over all K choices): the loss with it and the
+    loss without it differ by its weight times its value.
+    """
+    passes = [p for p in whole.passes if foreign[p.layer].has_loss and p.logits_TE is not None]
+    weight = next((value for _, value in _foreign_weights(model)), 0.0)
+    if not passes or not weight:
+        return None, False
+    value = (whole.value - task.value) / weight
+    every = _switch_loss(passes, None)
+    real = every if real_BS is None else _switch_loss(passes, real_BS.flatten())
+    is_padded = abs(every - real) > 0.01 * real and abs(value - every) < 0.1 * abs(every - real)
+    return value / (every if is_padded else real), is_padded
+
+
+def _switch_loss(passes: list[Pass], real_T: Tensor | None) -> float:
+    """Return ``E sum_e f_e P_e`` over the tokens of all passes together, f_e summing to K."""
+    E = passes[0].num_experts
+    chosen_E, score_E, tokens = torch.zeros(E), torch.zeros(E), 0.0
+    for one in passes:
+        assert one.logits_TE is not None
+        assert one.expert_N is not None
+        T = one.num_tokens
+        keep_T = torch.ones(T) if real_T is None or len(real_T) != T else real_T.float().cpu()
+        keep_N = keep_T.repeat_interleave(len(one.expert_N) // T)
+        chosen_E += torch.zeros(E + 1).index_add(0, one.expert_N.cpu(), keep_N)[:E]
+        score_E += (one.logits_TE.cpu().softmax(-1)[:, :E] * keep_T[:, None]).sum(0)
+        tokens += float(keep_T.sum())
+    return float(E * (chosen_E * score_E).sum() / max(tokens, 1.0) ** 2)
+
+
+# ---- the model as it was
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put modes and buffers back after the ``with`` block."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """Draw the same random numbers in each block, and leave the generators as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@contextlib.contextmanager
+def _without_balance(model: nn.Module, layers: Iterable[MoELayer]) -> Iterator[None]:
+    """Set the weights of the balance losses to zero inside the ``with`` block, those of foreign models too."""
+    kept = [(layer, layer.balance, layer.load_balancing_weight) for layer in layers]
+    zero: dict[str, Any] = dict.fromkeys(BalanceWeights().weights(), 0.0)
+    owners = _foreign_weights(model)
+    try:
+        for layer, balance, _ in kept:
+            layer.balance, layer.load_balancing_weight = replace(balance, **zero, adaptive=False), None
+        for owner, _ in owners:
+            owner.router_aux_loss_coef = 0.0
+        yield
+    finally:
+        for layer, balance, weight in kept:
+            layer.balance, layer.load_balancing_weight = balance, weight
+        for owner, value in owners:
+            owner.router_aux_loss_coef = value
+
+
+def _foreign_weights(model: nn.Module) -> list[tuple[Any, float]]:
+    """Return what holds the weight of a balance loss as transformers' models do, modules and configurations, and it."""
+    owners: dict[int, tuple[Any, float]] = {}
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None)):
+            weight = getattr(owner, "router_aux_loss_coef", None)
+            if isinstance(weight, (int, float)) and weight:
+                owners[id(owner)] = (owner, float(weight))
+    return list(owners.values())

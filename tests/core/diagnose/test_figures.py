@@ -1,0 +1,133 @@
+"""The figures that the rules read, on numbers that can be checked by hand; bad input; and what a diagnosis leaves."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from patients import Patient, Training, batches, task_loss, whole_loss
+from torch import nn
+
+import core
+from core.diagnose.alike import _distances
+from core.diagnose.figures import LayerFigures, explained
+from core.diagnose.passes import Facts, Pass
+
+TOP2 = core.MoEConfig(4, core.TokenChoice(top_k=2), core.FFN(hidden_dim=16))
+
+
+def a_pass(**values):
+    """A pass of 8 tokens of one choice among 2 experts, in 2 sequences: tokens 0 to 5 take expert 0."""
+    chosen = torch.tensor([6, 2])
+    given = {"chosen_E": chosen, "computed_E": chosen, "token_N": torch.arange(8), "num_sequences": 2,
+             "expert_N": torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])}  # fmt: skip
+    return Pass("layer", num_experts=2, num_tokens=8, **{**given, **values})
+
+
+def figures_of(*passes, **options):
+    figures = LayerFigures(passes[0])
+    for one in passes:
+        figures.add(one, **options)
+    return figures
+
+
+def test_experts_in_use():
+    # Loads of 3/4 and 1/4: an entropy of 0.5623 nats, and (2 - 1) / (2 * 8) more for chance.
+    assert figures_of(a_pass()).experts_in_use == pytest.approx(math.exp(0.5623351 + 1 / 16))
+
+
+def test_what_groups_explain():
+    # Each of two groups has its expert: all of the log 2 nats, less (1 * 1) / (2 * 200).
+    assert explained(torch.tensor([[100.0, 0.0], [0.0, 100.0]])) == pytest.approx(1 - 1 / 400 / math.log(2))
+    assert explained(torch.tensor([[50.0, 50.0], [50.0, 50.0]])) == 0
+    assert explained(torch.zeros(2, 2)) == 0
+
+
+def test_places_and_classes_of_pairs():
+    # Places 0 to 3 of the first sequence take expert 0; of the second, places 2 and 3 take expert 1.
+    figures = figures_of(a_pass(), labels=torch.tensor([0, 1]))
+    assert figures.place_PE[:4].tolist() == [[2, 0], [2, 0], [1, 1], [1, 1]]
+    assert figures.class_CE.tolist() == [[4, 0], [2, 2]]
+
+
+def test_the_variances_of_logits():
+    # Logits less their mean are +-1 for the first half and +-3 for the second: a mean of +-2 and a variance of 1.
+    logits = torch.tensor([[1.0, -1.0]] * 4 + [[8.0, 2.0]] * 4)
+    figures = figures_of(a_pass(logits_TE=logits))
+    assert figures.token_variance == pytest.approx(1)
+    assert figures.expert_variance == pytest.approx(4)
+    assert figures.largest == 8
+    # A sequence's tokens have the same logits: they decided twice, not eight times.
+    assert figures.decisions == 2
+
+
+def test_unreachable_experts_and_broken_logits():
+    logits = torch.zeros(8, 2)
+    logits[0, 1] = -torch.inf
+    assert figures_of(a_pass(logits_TE=logits)).not_finite == 0
+    logits[1, 0], logits[2, 1] = torch.nan, torch.inf
+    assert figures_of(a_pass(logits_TE=logits)).not_finite == 2
+
+
+def test_drops_by_chance():
+    # 64 pairs of 4 experts are 16 each with a deviation of sqrt(12), and room for 16: 4 * sqrt(12) / sqrt(2 pi) over.
+    chosen = torch.full((4,), 16)
+    one = Pass("layer", 4, 64, chosen, chosen, facts=Facts(capacity=(1.0, "batch")))
+    assert one.chance_drops() == pytest.approx(4 * math.sqrt(12 / (2 * math.pi)))
+    # In 4 sequences there are 4 each with a deviation of sqrt(3), 16 times.
+    one = replace(one, num_sequences=4, facts=Facts(capacity=(1.0, "sequence")))
+    assert one.chance_drops() == pytest.approx(16 * math.sqrt(3 / (2 * math.pi)))
+    assert replace(one, facts=Facts()).chance_drops() == 0
+
+
+def test_distances_of_outputs():
+    # Outputs (1, 0), (0, 1), (1, 0) and nothing: unrelated 1, the same 0, and nothing can be said of nothing.
+    y_TED = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]]).double()
+    distance = _distances(y_TED)
+    assert (distance[0, 1], distance[0, 2]) == (1, 0)
+    assert distance[3, 3].isnan()
+
+
+def test_without_an_expert():
+    net, _ = Training(TOP2, steps=5).run()
+    ids, before = batches(1)[0], deepcopy(net.state_dict())
+    scores = core.ablate_experts(net, lambda: task_loss(net, ids).item())
+    assert scores.keys() == {"moe"}
+    for e, score in enumerate(scores["moe"]):
+        other = deepcopy(net)
+        for t in other.moe.experts.weights_of(e).values():
+            t.data.zero_()
+        assert score == task_loss(other, ids).item()
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_a_diagnosis_leaves_the_model_as_it_was():
+    net, start = Training(TOP2, steps=5).run()
+    net.train()
+    before, random = deepcopy(net.state_dict()), torch.get_rng_state()
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
+    core.diagnose(net, batches(2), loss=whole_loss, start=start)
+    assert net.training
+    assert net.moe.balance == TOP2.balance
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert all(p.grad is gradients[n] or torch.equal(p.grad, gradients[n]) for n, p in net.named_parameters())
+
+
+def test_a_finding_is_one_line():
+    finding = core.Finding("dead_experts", "blocks.1.mlp", "warning", "2 of 8 got none", "raise the weight")
+    assert str(finding) == "warning: blocks.1.mlp: dead experts: 2 of 8 got none. Remedy: raise the weight"
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="a Patient without MoE layers has no routing to diagnose"):
+        core.diagnose(Patient(None), batches(1))
+    with pytest.raises(ValueError, match="there is no batch to diagnose the model on"):
+        core.diagnose(Patient(TOP2), [])
+    with pytest.raises(ValueError, match="the loss of a training step has no gradient"):
+        core.diagnose(Patient(TOP2), batches(1), loss=lambda net, ids: task_loss(net, ids).detach())
+    with pytest.raises(ValueError, match="a Linear has no MoE layer of 2 to 256 experts"):
+        core.ablate_experts(nn.Linear(2, 2), lambda: 0.0)

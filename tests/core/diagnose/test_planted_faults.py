@@ -1,0 +1,217 @@
+"""Faults planted in a short training, each named by the diagnosis; and the same training without one, which is not.
+
+The network has 4 experts and tokens of 32 words at 8 places. What a fault does to the figures is in its comment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from patients import CLASSES, LENGTH, Patient, Training, batches, task_loss, whole_loss
+from torch import nn
+
+import core
+
+FFN = core.FFN(hidden_dim=16)
+TOP2 = core.MoEConfig(4, core.TokenChoice(top_k=2), FFN)
+NO_BALANCE = core.Balance(load_balancing=0.0, router_z=0.0)
+
+
+def names(findings):
+    return {finding.name for finding in findings}
+
+
+def prefer(net: Patient, sign: float) -> None:
+    """Give all tokens a common part, and expert 0 a gate along it or against it."""
+    with torch.no_grad():
+        net.norm.bias += 1.0
+        net.moe.router.gate.weight[0] = sign * 0.3
+
+
+def test_a_collapsed_load():
+    # The gate begins with a preference of 16 * 0.3 for expert 0, and nothing balances the loads.
+    training = Training(
+        replace(TOP2, router=core.TokenChoice(top_k=1), balance=NO_BALANCE), plant=lambda n: prefer(n, 1.0)
+    )
+    (finding,) = (f for f in training.findings() if f.name == "collapsed_load")
+    assert finding.severity == "error"
+    assert finding.figures["experts_in_use"] < 1.75  # 1 + a quarter of the 3 others
+    assert "balance.load_balancing of 0.01" in finding.remedy
+
+
+def test_a_dead_expert():
+    training = Training(replace(TOP2, balance=NO_BALANCE), plant=lambda n: prefer(n, -1.0))
+    (finding,) = (f for f in training.findings() if f.name == "dead_experts")
+    assert finding.figures == {"dead": 1}
+    assert "1 of 4 experts got none of 2,048 pairs, 512 each at balance" in finding.evidence
+
+
+def test_drops():
+    # 16 * 8 tokens of 2 choices among 4 experts: 64 pairs each at balance, and room for 32. With room for 64, chance
+    # would leave out sqrt(64 * 3/4) / sqrt(2 pi) = 2.8 of 64, the mean excess of a normal load.
+    training = Training(replace(TOP2, router=core.TokenChoice(top_k=2), eval_capacity_factor=0.5))
+    (finding,) = training.findings()
+    assert finding.name == "drops"
+    assert finding.figures["by_chance"] == pytest.approx(2.764 / 64, rel=1e-3)
+    assert finding.figures["drop_rate"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_load_that_follows_the_place():
+    def plant(net: Patient) -> None:
+        with torch.no_grad():
+            net.place.copy_(torch.eye(LENGTH).repeat(1, 2) * 12)
+
+    training = Training(replace(TOP2, router=core.TokenChoice(top_k=1)), plant=plant)
+    assert "skew_by_place" in names(training.findings())
+
+
+def test_a_load_that_follows_the_class():
+    def plant(net: Patient) -> None:
+        # Words of a class begin alike, and so do the gates of its expert.
+        with torch.no_grad():
+            ids = torch.arange(net.embed.num_embeddings)
+            center = torch.randn(4, net.embed.embedding_dim)
+            net.embed.weight.copy_(3 * center[(5 * ids + ids // 3) % CLASSES % 4] + 0.1 * net.embed.weight)
+            net.place.zero_()
+            net.moe.router.gate.weight.copy_(center)
+
+    def labels(ids: torch.Tensor) -> torch.Tensor:
+        return ((5 * ids + ids // 3) % CLASSES % 4).flatten()
+
+    training = Training(replace(TOP2, router=core.TokenChoice(top_k=1)), plant=plant)
+    assert "skew_by_class" in names(training.findings(labels=labels))
+
+
+@pytest.mark.parametrize(
+    "loss, name, times",
+    [
+        (task_loss, "silent_balance", 0.0),
+        (lambda net, ids: whole_loss(net, ids, times=2), "doubled_balance", 2.0),
+    ],
+)
+def test_a_balance_loss_that_is_not_added_once(loss, name, times):
+    (finding,) = (f for f in Training(TOP2, steps=20, loss=loss).findings() if f.name == name)
+    assert finding.figures["times"] == pytest.approx(times, abs=1e-3)
+
+
+def test_a_balance_loss_over_padding():
+    findings = Training(TOP2, padded=True, heed_padding=False).findings()
+    (finding,) = (f for f in findings if f.name == "balance_over_padding")
+    assert finding.evidence == "38% of the 1,024 tokens that its loss counts are padding"  # 3 of 8
+
+
+def test_logits_that_overflow():
+    findings = Training(replace(TOP2, balance=NO_BALANCE), router_lr=1.0).findings()
+    (finding,) = (f for f in findings if f.name == "logits_overflow")
+    assert finding.figures["largest"] > 64
+
+
+def test_logits_that_drift():
+    net, _ = Training(replace(TOP2, balance=NO_BALANCE), steps=10).run()
+    doctor = core.Doctor(net.eval())
+    for scale in (1.0, 10.0):
+        doctor.begin()
+        with torch.no_grad():
+            net.norm.bias.fill_(0.3 * scale)
+            net.moe.router.gate.weight.fill_(0.5)  # each logit is 16 * 0.3 * 0.5 = 2.4 at first, and 24 then
+            with doctor.watching():
+                net(batches(1)[0])
+    (finding,) = (f for f in doctor.findings() if f.name == "logits_drift")
+    assert finding.figures["last"] == pytest.approx(24 + torch.tensor(4.0).log().item(), rel=0.02)
+
+
+def test_a_router_that_the_task_does_not_reach():
+    # The gates are detached on their way to the experts, as in a router that is written around a custom kernel.
+    def plant(net: Patient) -> None:
+        net.moe.router.register_forward_hook(lambda m, args, out: replace(out, gates_N=out.gates_N.detach()))
+
+    (finding,) = (f for f in Training(TOP2, plant=plant).findings() if f.name == "no_router_gradient")
+    assert finding.figures["router_gradient"] < 1e-6
+
+
+def test_a_router_that_is_frozen_though_it_is_balanced():
+    findings = Training(TOP2, plant=lambda net: net.moe.router.requires_grad_(False)).findings()
+    assert "no_router_gradient" in names(findings)
+
+
+def test_a_router_that_is_given_no_tokens():
+    # The gate sees the mean of the batch in the place of each token, a summary that was pooled over one axis too many.
+    def plant(net: Patient) -> None:
+        net.moe.router.register_forward_pre_hook(
+            lambda m, args: (args[0].mean((0, 1), keepdim=True).expand_as(args[0]), *args[1:])
+        )
+
+    assert "token_blind" in names(Training(TOP2, plant=plant).findings())
+
+
+def test_a_router_that_is_given_the_place_alone():
+    def plant(net: Patient) -> None:
+        net.moe.router.register_forward_pre_hook(lambda m, args: (net.place.expand_as(args[0]), *args[1:]))
+
+    assert "token_blind" in names(Training(TOP2, plant=plant).findings())
+
+
+def test_experts_that_compute_the_same():
+    # Copies of one expert that every token takes, tuned with care: their gradients differ by the gate alone, and Adam's
+    # step does not depend on a factor.
+    def plant(net: Patient) -> None:
+        with torch.no_grad():
+            for p in net.moe.experts.parameters():
+                p.copy_(p[:1].expand_as(p))
+
+    training = Training(replace(TOP2, router=core.TokenChoice(top_k=4)), plant=plant, lr=3e-4)
+    (finding,) = (f for f in training.findings() if f.name == "same_experts")
+    assert finding.severity == "error"
+    assert finding.figures["pairs"] == 6  # 4 * 3 / 2
+
+
+def test_a_router_that_the_optimizer_does_not_have():
+    (finding,) = (f for f in Training(TOP2, router_lr=0.0).findings() if f.name == "gates_at_start")
+    assert finding.figures["router"] == 0
+
+
+def test_experts_with_a_learning_rate_that_is_too_low():
+    (finding,) = (f for f in Training(TOP2, expert_lr=3e-5).findings() if f.name == "slow_experts")
+    assert finding.figures["experts"] < 0.1 * finding.figures["rest"]
+
+
+class Tasks(nn.Module):
+    """Two tasks over one MMoE layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = core.MMoE(num_experts=4, expert=core.MLP(hidden_dims=(8,))).build(8, num_tasks=2)
+
+    def forward(self, x):
+        return self.moe(x)
+
+
+def test_a_gate_of_a_task_that_one_expert_has_taken():
+    torch.manual_seed(0)
+    net, x = Tasks(), torch.randn(256, 8)
+    x[:, 7] = 1.0
+    target = torch.stack((x[:, 0], x[:, 1]))
+    assert core.diagnose(net, [x]) == []
+    with torch.no_grad():
+        net.moe.router.weight[0, 2, 7] += 7.0  # task 0 begins with a preference of e^7 for expert 2
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        ((net(x).mean(-1) - target) ** 2).mean().backward()
+        optimizer.step()
+    (finding,) = core.diagnose(net, [x])
+    assert (finding.name, finding.layer) == ("polarised_gates", "moe.task0")
+    assert finding.evidence.startswith("the gate gives expert 2 ")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_healthy_training_has_no_finding(padded):
+    assert Training(TOP2, padded=padded).findings() == []
+
+
+def test_few_tokens_are_no_evidence_of_loads():
+    # 8 tokens of one choice: some of the experts get none by chance.
+    net, _ = Training(replace(TOP2, router=core.TokenChoice(top_k=1)), steps=5).run()
+    assert names(core.diagnose(net, [batches(1)[0][:1]])) == set()
