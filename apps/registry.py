@@ -33,6 +33,7 @@ TRAINER = {
     "ExpertParallelStrategy": "apps.train.expert_parallel",
     "GrowingTopK": "apps.train.schedules",
     "RoutingDetail": "apps.report.live",
+    "RoutingDoctor": "apps.train.doctor",
     "SharedStart": "apps.train.schedules",
     "TorchRecStrategy": "apps.recsys.tables.strategy",
 }

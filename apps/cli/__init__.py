@@ -22,6 +22,7 @@ _TRAINING = {
 _OTHERS = {
     "compare": ("apps.compare", "train sparse and dense models of equal cost, and compare them"),
     "convert": ("apps.convert", "make a trained run sparse, dense, smaller, or several runs one"),
+    "doctor": ("apps.doctor", "what is wrong with a run's routing, with the evidence and a remedy"),
     "plan": ("apps.plan", "memory, traffic and time of a training on many GPUs, from its configuration alone"),
     "bench": ("apps.bench", "measure the speed of a layer on this machine"),
     "data": ("apps.cli.data", "list the datasets, or fetch one"),

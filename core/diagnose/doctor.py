@@ -61,7 +61,7 @@ class Doctor:
 
     @contextlib.contextmanager
     def watching(
-        self, batch: Any = None, *, labels: Tensor | None = None, real_BS: Tensor | None = None
+        self, batch: Any = None, labels: Tensor | None = None, real_BS: Tensor | None = None
     ) -> Iterator[None]:
         """Gather the evidence of the forwards inside the ``with`` block.
 
@@ -76,11 +76,11 @@ class Doctor:
             self._inputs.listening(),
         ):
             yield
-        self.add(tape, labels=labels, real_BS=real_BS)
+        self.add(tape, labels, real_BS)
         for one in passes:
             self._add(one, labels, None)
 
-    def add(self, tape: Tape, *, labels: Tensor | None = None, real_BS: Tensor | None = None) -> None:
+    def add(self, tape: Tape, labels: Tensor | None = None, real_BS: Tensor | None = None) -> None:
         """Add the passes of a tape. Arguments are those of ``watching``."""
         real_T = None if real_BS is None else real_BS.flatten()
         for entry in tape.entries:
@@ -100,9 +100,14 @@ class Doctor:
                 return facts_of(layer, layer.routers().get(end))
         return Facts()
 
-    def look_at_step(self, batch: Any, loss: Loss, *, aux_weight: float = 1.0, real_BS: Tensor | None = None) -> None:
+    def look_at_step(self, batch: Any, loss: Loss, aux_weight: float = 1.0, real_BS: Tensor | None = None) -> None:
         """Look into a training step; arguments and errors are those of ``step_figures``."""
         self._steps = step_figures(self.model, batch, loss, aux_weight=aux_weight, real_BS=real_BS)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers that were seen since the last ``begin``."""
+        return tuple(self._figures)
 
     def findings(self) -> list[Finding]:
         """Return the findings so far, errors first, in the order of the layers."""
@@ -161,7 +166,7 @@ def diagnose(
     with torch.no_grad(), evaluating(model):
         for number, batch in enumerate(batches, 1):
             first = batch if number == 1 else first
-            with doctor.watching(batch, labels=None if labels is None else labels(batch), real_BS=real(batch)):
+            with doctor.watching(batch, None if labels is None else labels(batch), real(batch)):
                 _call(model, batch, run)
         if not number:
             raise ValueError("there is no batch to diagnose the model on")

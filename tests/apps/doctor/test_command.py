@@ -1,0 +1,93 @@
+"""``moesaic doctor`` on runs of a small classifier: what it prints, its exit codes, and what a user may get wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from commands import fails
+from converted import DIGITS, MOE, classifier, write_run
+
+from apps.cli import main
+
+LOG = "step,val/routing/model.blocks.1.mlp/load_entropy,val/routing/model.blocks.1.mlp/load_imbalance\n"
+LAYER = "model.blocks.1.mlp"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs without training: ``healthy``, ``same`` with equal experts, ``dense``, and ``log`` with a log alone."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "healthy", classifier(MOE), DIGITS)
+    same = classifier(MOE)
+    with torch.no_grad():
+        for p in same.model.blocks[1].mlp.experts.parameters():
+            p.copy_(p[:1].expand_as(p))
+    write_run(folder / "same", same, DIGITS)
+    write_run(folder / "dense", classifier(None), DIGITS)
+    (folder / "log").mkdir()
+    (folder / "log" / "metrics.csv").write_text(LOG + "10,0.99,1.1\n20,0.1,3.9\n")
+    return folder
+
+
+def doctor(capsys, code, *argv):
+    capsys.readouterr()
+    assert main(["doctor", *map(str, argv)]) == code
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_healthy_run(runs, capsys):
+    (line,) = doctor(capsys, 0, "--ckpt_path", runs / "healthy")
+    assert line == f"healthy: 1 router on at most 8 validation batches of {runs}/healthy/checkpoints/best.ckpt"
+
+
+def test_equal_experts_and_the_score_without_each(runs, capsys):
+    lines = doctor(capsys, 1, "--ckpt_path", runs / "same", "--batches", 2, "--ablate")
+    assert lines[0].startswith(f"error: {LAYER}: same experts: 6 of 6 pairs of experts put out the same")
+    assert "Remedy: start the experts apart" in lines[0]
+    assert "what it loses without an expert" in lines[1]
+    assert lines[2].startswith(f"{LAYER}: expert ")
+    assert lines[2].count("expert ") == 4
+
+
+def test_a_log_alone(runs, capsys):
+    note, line = doctor(capsys, 1, "--ckpt_path", runs / "log")
+    assert note == f"{runs}/log holds no checkpoint yet: metrics.csv alone was read"
+    assert line.startswith(f"error: {LAYER}: collapsed load: the load's entropy is 10% of an even one's")
+    assert doctor(capsys, 1, "--ckpt_path", runs / "log", "--batches", 0) == [line]
+
+
+def test_a_run_without_its_configuration_has_its_log(runs, tmp_path, capsys):
+    run = shutil.copytree(runs / "healthy", tmp_path / "run")
+    (run / "config.yaml").unlink()
+    error = fails(capsys, 1, "doctor", "--ckpt_path", str(run))
+    assert error.startswith(f"no config.yaml lies beside {run}/checkpoints/best.ckpt")
+    (run / "metrics.csv").write_text(LOG + "10,0.99,1.1\n")
+    note, line = doctor(capsys, 0, "--ckpt_path", run)
+    assert note == f"no config.yaml lies beside {run}/checkpoints/best.ckpt: metrics.csv alone was read"
+    assert line == f"healthy: 1 rows of {run}/metrics.csv"
+
+
+def test_bad_input(runs, tmp_path, capsys):
+    def refused(code, *argv):
+        return fails(capsys, code, "doctor", *map(str, argv))
+
+    assert refused(1, "--ckpt_path", tmp_path / "none") == f"no checkpoint {tmp_path}/none"
+    (tmp_path / "half").mkdir()
+    assert "holds no checkpoint" in refused(1, "--ckpt_path", tmp_path / "half")
+    assert "it has no rows" in refused(1, "--ckpt_path", tmp_path / "half", "--batches", "0")
+    dense = refused(1, "--ckpt_path", runs / "dense")
+    assert dense.endswith("is of a VisionClassifier without MoE layers: no routing to look at")
+    cut = tmp_path / "cut"
+    shutil.copytree(runs / "healthy", cut)
+    file = cut / "checkpoints" / "best.ckpt"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert str(file) in refused(1, "--ckpt_path", cut)
+    assert "--ablate scores the run" in refused(2, "--ckpt_path", cut, "--ablate", "--batches", "0")
+    assert "no option of moesaic doctor" in refused(2, "--ckpt_path", cut, "--seeds", "3")
+    assert "batches=-1" in refused(1, "--ckpt_path", cut, "--batches", "-1")
+    other = Path(__file__).parents[3] / "configs" / "recsys" / "adult.yaml"
+    error = refused(1, "--ckpt_path", runs / "healthy", "--config", other)
+    assert "is of a apps.vision.module.VisionClassifier, and this run's model is a apps.recsys.tables" in error
