@@ -97,12 +97,21 @@ class Doctor:
         for name, layer in self._layers.items():
             end = entry.removeprefix(name).lstrip(".") if entry == name or entry.startswith(name) else None
             if end is not None and layer.names_entry(end):
-                return facts_of(layer, layer.routers().get(end))
-        return Facts()
+                return facts_of(name, layer, layer.routers().get(end))
+        return Facts(entry)
 
     def look_at_step(self, batch: Any, loss: Loss, aux_weight: float = 1.0, real_BS: Tensor | None = None) -> None:
         """Look into a training step; arguments and errors are those of ``step_figures``."""
         self._steps = step_figures(self.model, batch, loss, aux_weight=aux_weight, real_BS=real_BS)
+
+    def _used(self, figures: LayerFigures) -> Tensor | None:
+        """Return the pairs by expert of all routers that choose among the experts of one; None: it is alone."""
+        of_layer = [
+            f
+            for f in self._figures.values()
+            if f.kind == "pairs" and f.facts.layer == figures.facts.layer and f.num_experts == figures.num_experts
+        ]
+        return torch.stack([f.chosen_E for f in of_layer]).sum(0) if len(of_layer) > 1 else None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -113,14 +122,19 @@ class Doctor:
         """Return the findings so far, errors first, in the order of the layers."""
         every: list[Finding] = []
         for name, figures in self._figures.items():
-            every += rules.load_findings(name, figures)
+            every += rules.load_findings(name, figures, self._used(figures))
             every += rules.logit_findings(name, figures, self._first_levels.get(name))
             every += rules.gate_findings(name, figures)
             every += rules.padding_findings(name, figures)
-        for name, distance_EE in self._inputs.distances().items():
-            every += rules.alike_findings(name, distance_EE)
+        alike = {
+            name: list(rules.alike_findings(name, distance_EE))
+            for name, distance_EE in self._inputs.distances().items()
+        }
+        every += [finding for of_layer in alike.values() for finding in of_layer]
         for name, step in self._steps.items():
-            every += rules.step_findings(name, step)
+            # Where all experts are the same and gates sum to 1, no gate changes the output: that is one fault.
+            are_same = any(finding.severity == "error" for finding in alike.get(name, ()))
+            every += [f for f in rules.step_findings(name, step) if not (are_same and f.name == "no_router_gradient")]
         if self.start is not None:
             every += rules.movement_findings(self.start.moved(self.model))
         return sorted(every, key=lambda finding: finding.severity != "error")

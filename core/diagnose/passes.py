@@ -18,6 +18,7 @@ class Facts:
     """What a router is, beside what it decides.
 
     Attributes:
+        layer: name of its layer.
         by_data: the data alone decide (task, domain, token ids, chance), so that uneven loads are theirs.
         reads_position: a token's place decides by design.
         is_balanced: a loss or a bias acts on its loads.
@@ -25,6 +26,7 @@ class Facts:
             "sequence" or a number; None: no limit.
     """
 
+    layer: str = ""
     by_data: bool = False
     reads_position: bool = False
     is_balanced: bool = False
@@ -100,8 +102,8 @@ class Pass:
         return over * groups * self.num_experts
 
 
-def facts_of(layer: MoELayer, router: Router | None) -> Facts:
-    """Return what the router of an entry is."""
+def facts_of(name: str, layer: MoELayer, router: Router | None) -> Facts:
+    """Return what the router of an entry of a layer is."""
     config = getattr(router, "config", None)
     has_gate = any(True for _ in (layer.router if router is None else router).parameters())
     needs = tuple(getattr(router, "needs", ()))
@@ -112,6 +114,7 @@ def facts_of(layer: MoELayer, router: Router | None) -> Facts:
     ratio = None if router is None else router.capacity.ratio(False)
     capacity = None if ratio is None or router is None else (ratio[0] / ratio[1], router.capacity.group)
     return Facts(
+        layer=name,
         by_data=not has_gate or bool(needs),
         reads_position=bool(getattr(config, "reads_position", False)),
         is_balanced=is_balanced or getattr(router, "expert_bias", None) is not None,

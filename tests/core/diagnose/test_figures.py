@@ -15,6 +15,7 @@ import core
 from core.diagnose.alike import _distances
 from core.diagnose.figures import LayerFigures, explained
 from core.diagnose.passes import Facts, Pass
+from core.diagnose.rules import load_findings
 
 TOP2 = core.MoEConfig(4, core.TokenChoice(top_k=2), core.FFN(hidden_dim=16))
 
@@ -70,6 +71,16 @@ def test_unreachable_experts_and_broken_logits():
     assert figures_of(a_pass(logits_TE=logits)).not_finite == 0
     logits[1, 0], logits[2, 1] = torch.nan, torch.inf
     assert figures_of(a_pass(logits_TE=logits)).not_finite == 2
+
+
+def test_an_expert_that_another_task_uses_is_not_dead():
+    # 90 pairs of 3 experts, none of them the last one's; the other task's router takes it 45 times.
+    chosen = torch.tensor([45, 45, 0])
+    one = Pass("layer.task0", 3, 90, chosen, chosen)
+    figures = figures_of(one)
+    (dead,) = load_findings("layer.task0", figures)
+    assert dead.name == "dead_experts"
+    assert list(load_findings("layer.task0", figures, chosen + torch.tensor([45, 0, 45]))) == []
 
 
 def test_drops_by_chance():
