@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 
 import core
 from apps.nets.depths import TokenGate
 from apps.nets.place import Place
+from apps.train.module import TaskOutput
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,29 @@ class ExampleDifference:
     method: str
     is_part: bool = False
     over: str = "test examples"
+
+
+@dataclass(frozen=True)
+class ExampleValues:
+    """A quality as the mean of one value an example, so that an interval can count the examples.
+
+    A quality that is no mean itself, such as an AUC, has values that it is the mean of, and that spread as it would
+    over other examples (its influence function).
+
+    Attributes:
+        name: name of the quality, such as "top1".
+        values_N: float64 (N,), in the order of the examples.
+        higher_is_better: True where a larger quality is better.
+    """
+
+    name: str
+    values_N: Tensor
+    higher_is_better: bool = True
+
+    @property
+    def mean(self) -> float:
+        """Return the quality."""
+        return float(self.values_N.mean())
 
 
 @dataclass(frozen=True)
@@ -164,6 +189,14 @@ class Comparable:
     ) -> list[ExampleDifference]:
         """Return the differences between two systems' ``examples_of_test``, the most important first."""
         return []
+
+    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues | None:
+        """Return the quality of an evaluation by example; None: it is known of whole passes alone.
+
+        Args:
+            outs: what ``task_loss`` returns in evaluation for each batch of the pass.
+        """
+        return None
 
     def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         """Return lines that show some examples as each system, named by its heading, answers them; may be empty."""

@@ -41,6 +41,17 @@ def per_sentence(scores: TargetScores, real_BL: Tensor) -> Foreseen:
     )
 
 
+def ratio_values(nats_N: Tensor, tokens_N: Tensor) -> Tensor:
+    """Return values (N,) whose mean is the nats a token of all rows, and whose spread is that of this ratio.
+
+    Example::
+
+        ratio_values(torch.tensor([1.0, 5.0]), torch.tensor([1.0, 2.0]))     # 6 / 3 = 2: 2 + (-1, 1) / 1.5
+    """
+    ratio = nats_N.sum() / tokens_N.sum()
+    return ratio + (nats_N - ratio * tokens_N) / tokens_N.mean()
+
+
 def read_ids(target_BL: Tensor) -> Tensor:
     """Return what the decoder reads, (B, L - 1): all but the end, after which there is nothing to say."""
     return target_BL[:, :-1].masked_fill(target_BL[:, 1:] == PAD_ID, PAD_ID)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 import core
 from apps.data.subwords import PAD_ID, Subwords
-from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
+from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.equal_cost.twins import dense_twins
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import TokenGate
 from apps.nets.loss import OutputLogits, linear_cross_entropy, target_scores
 from apps.nets.place import Place, check_fits, check_layers
 from apps.nlp.decode import DecodeConfig, in_dtype
-from apps.nlp.foreseen import of_mean_length, per_sentence
+from apps.nlp.foreseen import of_mean_length, per_sentence, ratio_values
 from apps.nlp.predict import Candidate, Line, as_text, identity_of, in_order, num_lines
 from apps.porting import Architecture, config_of, load_pretrained_weights, subwords_of
 from apps.train.distilling import DistilConfig
@@ -280,6 +281,17 @@ class TextModule(SparseModule, Comparable):
                 f"pretrained={self.pretrained!r} has the weights of its own experts alone: no others are compared"
             )
         return self.twin(moe=moe, dense_ffn=None)
+
+    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
+        """Return the nats a token of the right text: a row's are weighted by its tokens, as a ratio's influence is."""
+        return ExampleValues("nats_per_token", ratio_values(*self.nats_and_tokens(outs)), higher_is_better=False)
+
+    def nats_and_tokens(self, outs: Sequence[TaskOutput]) -> tuple[Tensor, Tensor]:
+        """Return the nats and the number of tokens of each row, float64 (N,) both; ``outputs`` are ``Foreseen``."""
+        return (
+            torch.cat([out.outputs.nll_B.double() for out in outs]).cpu(),
+            torch.cat([out.outputs.tokens_B.double() for out in outs]).cpu(),
+        )
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""

@@ -34,6 +34,35 @@ def auc(scores_N: np.ndarray, labels_N: np.ndarray, weights_N: np.ndarray | None
     return _of_ranks(roc_auc_score, scores_N, labels_N, weights_N)
 
 
+def auc_values(scores_N: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
+    """Return values (N,) whose mean is the AUC, and whose spread is that of the AUC over other examples.
+
+    The value of a positive is the share of negatives below it, that of a negative the share of positives above it,
+    each ties half, stretched about the AUC by N over the size of its class (DeLong et al., Biometrics 1988). An example
+    whose label is NaN has the AUC itself. All are NaN where there is one class.
+
+    Example::
+
+        auc_values(np.array([0.1, 0.4, 0.3, 0.9]), np.array([0, 0, 1, 1]))
+        # AUC 3/4; positives 1/2 and 1, negatives 1 and 1/2: 3/4 + 2 (own - 3/4) = [1.25, 0.25, 0.25, 1.25]
+    """
+    from scipy.stats import rankdata
+
+    values_N = np.full(len(scores_N), math.nan)
+    is_labelled_N = ~np.isnan(labels_N)
+    y_n, z_n = labels_N[is_labelled_N] > 0, scores_N[is_labelled_N]
+    num_pos, num_neg = int(y_n.sum()), int((~y_n).sum())
+    if not num_pos or not num_neg or np.isnan(z_n).any():
+        return values_N
+    rank_n, own_n = rankdata(z_n), np.empty(len(z_n))
+    own_n[y_n] = (rank_n[y_n] - rankdata(z_n[y_n])) / num_neg
+    own_n[~y_n] = 1 - (rank_n[~y_n] - rankdata(z_n[~y_n])) / num_pos
+    area = float(own_n[y_n].mean())
+    values_N[:] = area
+    values_N[is_labelled_N] += (own_n - area) * len(scores_N) / np.where(y_n, num_pos, num_neg)
+    return values_N
+
+
 def pr_auc(scores_N: np.ndarray, labels_N: np.ndarray, weights_N: np.ndarray | None = None) -> float:
     """Return the average precision: the mean over the positives of the precision at their score. Else as ``auc``."""
     from sklearn.metrics import average_precision_score

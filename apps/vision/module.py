@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import core
 from apps.base.evaluation import in_evaluation
-from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
+from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.equal_cost.twins import dense_twins
 from apps.nets.blocks import one_ffn
 from apps.nets.depths import MixtureOfDepths
@@ -290,3 +290,8 @@ class VisionClassifier(SparseModule, Comparable):
 
     def with_moe(self, moe: core.MoEConfig) -> VisionClassifier:
         return self.twin(moe=moe, dense_ffn=None)
+
+    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
+        """Return the top-1 accuracy: 1 for an image whose likeliest class is its own, else 0."""
+        right = [(out.outputs.argmax(-1) == out.targets).double() for out in outs]
+        return ExampleValues("top1", torch.cat(right).cpu())

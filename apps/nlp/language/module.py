@@ -197,6 +197,13 @@ class LanguageModeler(TextModule):
         blocks = [Block(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
         return dataclasses.replace(out, outputs=blocks)
 
+    def nats_and_tokens(self, outs: Sequence[TaskOutput]) -> tuple[Tensor, Tensor]:
+        blocks = [block for out in outs for block in out.outputs]
+        return (
+            torch.tensor([block.nll for block in blocks], dtype=torch.float64),
+            torch.tensor([block.tokens for block in blocks], dtype=torch.float64),
+        )
+
     def hidden(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
         return self.model.hidden(read_ids(batch.tokens_BL)), batch.tokens_BL
 

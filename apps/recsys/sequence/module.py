@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor
 import core
 from apps.base.checks import check_at_least
 from apps.base.evaluation import in_evaluation
-from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
+from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.equal_cost.twins import DenseTwin, baselines_of, equal_widths
 from apps.nets.blocks import FFNConfig, one_ffn
 from apps.nets.loss import OutputLogits, linear_cross_entropy
 from apps.nets.place import Place, check_fits, check_layers
-from apps.recsys.metrics import RankingMetrics
+from apps.recsys.metrics import RankingMetrics, target_ranks
 from apps.recsys.sequence import scoring
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, check_ids, last_of
 from apps.train.distilling import DistilConfig
@@ -224,6 +224,12 @@ class NextItemRecommender(SparseModule, Comparable):
             return scoring.predict(self, histories, top, include_seen, batch_size)
 
     # ---- comparisons
+
+    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
+        """Return the NDCG at ``CUTOFF`` of each history whose next item is known."""
+        rank_N = torch.cat([target_ranks(out.outputs, out.targets) for out in outs]).double().cpu()
+        gain_N = torch.where(rank_N <= CUTOFF, 1 / torch.log2(1 + rank_N), 0.0)
+        return ExampleValues(f"ndcg_{CUTOFF}", gain_N)
 
     @property
     def moe_block_names(self) -> tuple[str, ...]:

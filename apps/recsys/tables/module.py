@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
@@ -15,8 +16,9 @@ from torch.distributed.tensor import DTensor
 
 import core
 from apps.base.evaluation import in_evaluation
-from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
+from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.nets.place import Place
+from apps.recsys.binary_metrics import auc_values
 from apps.recsys.encoding.features import Features
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables import scoring
@@ -326,6 +328,13 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
     def baselines(self) -> Mapping[str, Baseline]:
         return baselines(self)
+
+    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
+        """Return the mean AUC of the tasks by row; NaN where a task has one class."""
+        z_Nt = torch.cat([out.outputs for out in outs]).double().cpu().numpy()
+        y_Nt = torch.cat([out.targets for out in outs]).double().cpu().numpy()
+        values_tN = [auc_values(z_N, y_N) for z_N, y_N in zip(z_Nt.T, y_Nt.T, strict=True)]
+        return ExampleValues("auc", torch.from_numpy(np.mean(values_tN, axis=0)))
 
     def routed_layers(self) -> RoutedLayers | None:
         if isinstance(self.shared_config, SharedBottom):

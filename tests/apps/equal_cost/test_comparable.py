@@ -24,6 +24,7 @@ def test_every_question_has_an_answer():
     assert (module.note, module.baselines(), module.routed_layers()) == ("", {}, None)
     assert module.examples_of_test() == module.compare_examples([], []) == []
     assert module.side_by_side({}) == ""
+    assert module.example_values([]) is None
     assert routers.variants(module, []) == {}
     with pytest.raises(ValueError, match="--routers hash: Silent has no layer to put it into"):
         routers.variants(module, ["hash"])

@@ -28,6 +28,24 @@ def draw(n: int, seed: int = 0, ties: bool = True) -> tuple[np.ndarray, np.ndarr
     return z, y, rng.integers(0, max(n // 8, 1), n)
 
 
+def test_values_by_example_have_the_mean_and_the_spread_of_the_auc():
+    by_hand = binary_metrics.auc_values(np.array([0.1, 0.4, 0.3, 0.9]), np.array([0.0, 0.0, 1.0, 1.0]))
+    # AUC 3/4. Of the negatives 0.1 is below both positives and 0.4 below one; of the positives 0.3 is above one.
+    np.testing.assert_allclose(by_hand, [1.25, 0.25, 0.25, 1.25], rtol=1e-12)
+    z, y, _ = draw(300)
+    y[:40] = np.nan
+    values = binary_metrics.auc_values(z, y)
+    known = y == y
+    assert values.mean() == pytest.approx(binary_metrics.auc(z, y), rel=1e-12)
+    np.testing.assert_allclose(values[~known], values.mean(), rtol=1e-12)
+    # DeLong's variance: that of each class's shares, over the size of the class.
+    pos, neg = z[y == 1], z[y == 0]
+    order = (pos[:, None] > neg) + 0.5 * (pos[:, None] == neg)
+    delong = order.mean(1).var() / len(pos) + order.mean(0).var() / len(neg)
+    assert values.var() / len(z) == pytest.approx(delong, rel=1e-9)
+    assert np.isnan(binary_metrics.auc_values(z[:3], np.ones(3))).all()
+
+
 def sigmoid(z: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-z.astype(np.float64)))
 

@@ -40,6 +40,18 @@ def batch(n=4, label=None):
     return ImageBatch(image, torch.arange(n) if label is None else label, torch.arange(n))
 
 
+def test_the_values_by_example_are_the_accuracy():
+    module = build(num_classes=3).eval()
+    label = torch.tensor([0, 1, 2, 0, 1])
+    outs = [module.task_loss(batch(5, label)), module.task_loss(batch(2))]
+    top1 = module.build_metrics()
+    for out in outs:
+        top1.update(out.outputs, out.targets)
+    values = module.example_values(outs)
+    assert values.values_N.shape == (7,)
+    assert values.mean == pytest.approx(float(top1.compute()["top1"]), rel=1e-6)
+
+
 # ---- a teacher
 
 

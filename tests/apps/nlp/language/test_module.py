@@ -81,6 +81,17 @@ def trainer(folder: Path, **options) -> Trainer:
     )
 
 
+@torch.no_grad()
+def test_the_values_by_example_are_the_nats_a_token(data):
+    module = modeler(data).eval()
+    outs = [module.task_loss(batch) for batch in data.val_dataloader()]
+    blocks = [block for out in outs for block in out.outputs]
+    values = module.example_values(outs)
+    assert values.values_N.shape == (len(blocks),)
+    assert not values.higher_is_better
+    assert values.mean == pytest.approx(sum(b.nll for b in blocks) / sum(b.tokens for b in blocks), rel=1e-12)
+
+
 def test_a_teacher_says_each_token_but_padding(data, tmp_path):
     teacher = modeler(data).eval()
     module = modeler(data, None, distil=DistilConfig(saved(teacher, tmp_path / "t.ckpt"), 0.5))

@@ -78,6 +78,17 @@ def trainer(folder: Path, **options) -> Trainer:
     )
 
 
+@torch.no_grad()
+def test_the_values_by_example_are_the_nats_a_token(data):
+    module = translator(data).eval()
+    batches = list(data.val_dataloader())
+    outs = [module.task_loss(batch) for batch in batches]
+    nats = sum(float(out.loss) * out.weight for out in outs)
+    values = module.example_values(outs)
+    assert values.values_N.shape == (sum(len(batch.index_B) for batch in batches),)
+    assert values.mean == pytest.approx(nats / sum(out.weight for out in outs), rel=1e-5)
+
+
 def test_a_teacher_says_each_token_but_padding(data, tmp_path):
     teacher = translator(data).eval()
     module = translator(data, None, distil=DistilConfig(saved(teacher, tmp_path / "t.ckpt"), 0.5))

@@ -54,6 +54,17 @@ def test_the_loss_is_the_mean_over_the_positions_with_a_target():
     assert out.num_examples == 3
 
 
+@torch.no_grad()
+def test_the_values_by_example_are_the_ndcg():
+    module = build().eval()
+    outs = [module.task_loss(EVAL)]
+    metric = module.build_metrics()
+    metric.update(outs[0].outputs, outs[0].targets)
+    values = module.example_values(outs)
+    assert values.values_N.shape == (2,)  # the third history has no next item
+    assert values.mean == pytest.approx(float(metric.compute()["ndcg_10"]), rel=1e-12)
+
+
 def test_a_teacher_says_all_items_at_the_positions_with_a_target(tmp_path):
     teacher = build().eval()
     with torch.no_grad():

@@ -42,6 +42,18 @@ def rows(label_Bt):
     return TableBatch(of.dense_BC, of.sparse, torch.tensor(label_Bt), of.index_B)
 
 
+@torch.no_grad()
+def test_the_values_by_example_are_the_mean_auc():
+    module = build().eval()
+    outs = [module.task_loss(batch(24)), module.task_loss(batch(16, seed=1))]
+    metric = module.build_metrics()
+    for out in outs:
+        metric.update(out.outputs, out.targets, out.groups)
+    values = module.example_values(outs)
+    assert values.values_N.shape == (40,)
+    assert values.mean == pytest.approx(float(metric.compute()["auc"]), rel=1e-6)
+
+
 def test_metrics_of_counts_are_an_option():
     module, exact = build(score_bins=4096), build()
     with pytest.raises(ValueError, match="score_bins=1 must be at least 2"):
