@@ -27,6 +27,9 @@ DATA = {
 DATASETS = ("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datasets")
 """Modules that register the apps' datasets when they are imported."""
 
+OWN_DATA = ("apps.vision.own_data", "apps.recsys.own_data", "apps.nlp.own_data")
+"""Modules with a function ``config_for(given)``, which makes a configuration of data that are of the app's kind."""
+
 TRAINER = {
     "BestAndLast": "apps.train.checkpoints",
     "ExpertAveraging": "apps.train.schedules",

@@ -1,0 +1,36 @@
+"""Data that a user names without a configuration: each app says whether they are of its kind, and makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GivenData:
+    """Files or folders of a user's own.
+
+    Attributes:
+        paths: one path, or two that belong together; all exist.
+        target: column that is to be predicted; None where none is named.
+        folder: folder for files that are made of the data; it may not exist yet.
+    """
+
+    paths: tuple[Path, ...]
+    target: str | None
+    folder: Path
+
+
+@dataclass(frozen=True)
+class GivenConfig:
+    """The configuration of a small sparse model of given data.
+
+    Attributes:
+        config: sections ``model``, ``data`` and ``trainer``, in plain values.
+        notes: sentences on how the data were read.
+    """
+
+    config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,90 @@
+"""A configuration for two text files that a user names, line i of one translating line i of the other."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from apps.data.given import GivenConfig, GivenData
+from apps.data.text_files import COMPRESSED, text_lines
+
+LEAST_LINES = 200
+"""Least number of lines: a fifth of them, to test on, is 40."""
+
+_EPOCHS = 20
+
+
+def config_for(given: GivenData) -> GivenConfig | None:
+    """Return the configuration of a small sparse translator for two text files; None: the data are of another kind.
+
+    A file's language is its ending, as in ``train.en``; other names give the languages "source" and "target". The files
+    are linked below ``given.folder`` under the names that the reader of parallel text knows.
+
+    Raises:
+        ValueError: files of different numbers of lines, of too few, or that are no text.
+    """
+    if len(given.paths) != 2 or not all(path.is_file() for path in given.paths):
+        return None
+    counts = [sum(1 for _ in text_lines(path)) for path in given.paths]
+    names = " and ".join(map(str, given.paths))
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"{names} have {counts[0]:,} and {counts[1]:,} lines: line i of one must translate line i of the other"
+        )
+    if counts[0] < LEAST_LINES:
+        raise ValueError(f"{names} have {counts[0]} lines: {LEAST_LINES} are needed at least")
+    languages = [_language(path) for path in given.paths]
+    if None in languages or languages[0] == languages[1]:
+        languages = ["source", "target"]
+    folder = given.folder / "text"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, language in zip(given.paths, languages, strict=True):
+        link = folder / f"lines.{language}{path.suffix if path.suffix in COMPRESSED else ''}"
+        if not link.is_symlink():
+            os.symlink(path.resolve(), link)
+    notes = (f"{counts[0]:,} pairs of lines, {languages[0]} to {languages[1]}; a tenth is held out for the test.",)
+    return GivenConfig(_config(folder, f"{languages[0]}-{languages[1]}", counts[0]), notes)
+
+
+def _language(path: Path) -> str | None:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
+    match = re.fullmatch(r"\.([A-Za-z]{2,3}(?:_[A-Z]{2})?)", suffixes[-1]) if suffixes else None
+    return None if match is None or match[1].lower() == "txt" else match[1]
+
+
+def _config(folder: Path, pair: str, num_lines: int) -> dict[str, Any]:
+    """Return 2 + 2 layers of width 128; one of each stack has 8 experts, of which a token takes 2."""
+    return {
+        "model": {
+            "class_path": "Translator",
+            "init_args": {
+                "transformer": {"size": "tiny", "encoder_layers": 2, "decoder_layers": 2, "dropout": 0.1},
+                "moe": {
+                    "num_experts": 8,
+                    "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 2}},
+                    "expert": {"class_path": "core.FFN", "init_args": {"hidden_dim": 128, "activation": "relu"}},
+                },
+                "encoder_moe_blocks": "every2",
+                "decoder_moe_blocks": "every2",
+                "label_smoothing": 0.1,
+                "optimizer": {"lr": 2.0e-3, "betas": [0.9, 0.98], "weight_decay": 0.01, "warmup": 0.1},
+            },
+        },
+        "data": {
+            "class_path": "TranslationData",
+            "init_args": {
+                "dataset": "moses",
+                "root": str(folder),
+                "pairs": [pair],
+                "train_files": "lines",
+                "val_size": min(1000, num_lines // 20),
+                "test_size": min(2000, num_lines // 10),
+                "tokenizer": {"vocab_size": 1000 if num_lines < 5000 else 2000 if num_lines < 20000 else 4000},
+                "max_length": 64,
+                "tokens_per_batch": 1024,
+            },
+        },
+        "trainer": {"max_epochs": _EPOCHS, "accelerator": "auto", "precision": "32-true", "gradient_clip_val": 1.0},
+    }

@@ -1,0 +1,237 @@
+"""A configuration for a table that a user names, with a column to predict."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from apps.base.files import replacing
+from apps.base.messages import excerpt, one_line, some
+from apps.data.given import GivenConfig, GivenData
+from apps.recsys.readers.user_tables import find_files
+from apps.recsys.schema import nearest
+
+LEAST_ROWS = 20
+"""Least number of rows of each of the target's two classes: the smallest split, a ninth of them, has two then."""
+
+_ENDINGS = (".csv", ".tsv", ".parquet")
+_FEW_VALUES = 20
+"""Whole numbers of at most so many values are categories."""
+_STEPS = 1500
+TARGET = "target"
+
+
+def config_for(given: GivenData) -> GivenConfig | None:
+    """Return the configuration of a small MMoE with routers for a table; None: the data are of another kind.
+
+    The table is a CSV, TSV or Parquet file, or a folder of files of one of these kinds with the same columns. Numbers
+    are continuous columns; text, truth values and whole numbers of few values are categories. Identifiers, whose value
+    is another in nearly every row, are left out. The target is made 0 and 1: of two values the larger is 1, of more
+    numbers those from the median on, of more texts the most frequent one. The table as it is read lies below
+    ``given.folder`` then.
+
+    Raises:
+        ValueError: no target is named, or the column is not there, has no value, or one value alone; too few rows of a
+            class; no column to predict from; or a file that cannot be read.
+    """
+    if len(given.paths) != 1:
+        return None
+    files = _files(given.paths[0])
+    if not files:
+        return None
+    table = _read(files)
+    target = given.target
+    name = str(given.paths[0])
+    if target is None:
+        raise ValueError(f"{name} is a table and needs --target, the column to predict: {some(table.column_names, 20)}")
+    if target not in table.column_names:
+        raise ValueError(f"--target {target!r} is not a column of {name}{nearest(target, table.column_names)}")
+    label_N, meaning = _labels(table.column(target), target)
+    known_N = ~np.isnan(label_N)
+    table, label_N = table.filter(pa.array(known_N)), label_N[known_N]
+    for value, what in ((1, "are"), (0, "are not")):
+        if (count := int((label_N == value).sum())) < LEAST_ROWS:
+            raise ValueError(
+                f"--target {target!r}: {count} rows {what} positive ({meaning}), and each class needs {LEAST_ROWS}"
+            )
+    columns, roles, left_out = _features(table.drop_columns([target]))
+    if not columns:
+        raise ValueError(f"{name} has no column to predict {target!r} from: {some(left_out)} left out")
+    path = given.folder / "table.parquet"
+    if not path.exists():
+        made = pa.table({**columns, TARGET: pa.array(label_N.astype(np.int8))})
+        with replacing(path, "wb") as file:
+            pq.write_table(made, file)
+    notes = [f"The target is {meaning}: {label_N.mean():.1%} of {len(label_N):,} rows."]
+    if missing := int((~known_N).sum()):
+        notes.append(f"{missing:,} rows without a target are left out.")
+    if left_out:
+        notes.append(f"Columns that are left out: {some(left_out)}.")
+    return GivenConfig(_config(path, roles, len(label_N)), tuple(notes))
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the files of a table; none where there is none."""
+    if path.is_dir():
+        parts = {ending: sorted(path.glob(f"*{ending}")) for ending in _ENDINGS}
+        kinds = [ending for ending, own in parts.items() if own]
+        if len(kinds) > 1:
+            raise ValueError(f"{path} holds tables of several kinds ({', '.join(kinds)}): name one file")
+        return parts[kinds[0]] if kinds else []
+    return find_files(None, str(path), "DATA") if any(s.lower() in _ENDINGS for s in path.suffixes) else []
+
+
+def _read(files: Sequence[Path]) -> pa.Table:
+    tables = []
+    for file in files:
+        try:
+            tables.append(_read_one(file))
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{str(file)!r} cannot be read: {one_line(str(error))}") from None
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(f"{files[0].name} and the files beside it differ: {one_line(str(error))}") from None
+    twice = [column for column, count in Counter(table.column_names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{str(files[0])!r} has two columns {twice[0]!r}")
+    return table
+
+
+def _read_one(file: Path) -> pa.Table:
+    if file.suffix.lower() == ".parquet":
+        return pq.read_table(file)
+    delimiter = "\t" if ".tsv" in [s.lower() for s in file.suffixes] else ","
+    parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    return pa.csv.read_csv(file, parse_options=parse)
+
+
+def _labels(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, str]:
+    """Return the target as 0, 1 or NaN for none, float64 (N,), and what 1 means."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
+    counts = {c["values"]: c["counts"] for c in pc.value_counts(column).to_pylist() if c["values"] is not None}
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        counts.pop("", None)
+        column = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
+    if not counts:
+        raise ValueError(f"--target {name!r} has no value in any of {len(column):,} rows: there is nothing to learn")
+    if len(counts) == 1:
+        (value,) = counts
+        raise ValueError(f"--target {name!r} is {excerpt(value)} in every row that has one: there is nothing to learn")
+    is_number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+    if len(counts) == 2:
+        high = max(counts) if is_number or pa.types.is_boolean(column.type) else max(counts, key=str)
+        positive, meaning = pc.equal(column, pa.scalar(high, column.type)), f"{name!r} = {excerpt(high)}"
+    elif is_number:
+        values = column.drop_null().to_numpy()
+        middle = float(np.median(values))
+        # Where half of the rows have the smallest value, "at least the median" would be all of them.
+        above = middle if middle > values.min() else float(values[values > middle].min())
+        positive, meaning = pc.greater_equal(column, above), f"{name!r} of at least {above:g}"
+    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        most = max(counts, key=lambda value: (counts[value], value))
+        positive = pc.equal(column, pa.scalar(most, column.type))
+        meaning = f"{name!r} = {excerpt(most)}, the most frequent of {len(counts)} values"
+    else:
+        raise ValueError(f"--target {name!r} holds {column.type}, and not numbers, text or truth values")
+    return positive.cast(pa.float64()).to_numpy(zero_copy_only=False), meaning
+
+
+def _features(table: pa.Table) -> tuple[dict[str, pa.ChunkedArray], dict[str, list[str]], list[str]]:
+    """Return the columns to predict from by their names, these names by their role, and the columns left out."""
+    columns: dict[str, pa.ChunkedArray] = {}
+    roles: dict[str, list[str]] = {"categorical": [], "continuous": []}
+    left_out = []
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        role, values = _role(column)
+        if role is None:
+            left_out.append(name)
+            continue
+        plain = name.replace(".", "_").replace("/", "_") or "column"  # names become keys of modules and metrics
+        while plain in columns or plain == TARGET:
+            plain += "_"
+        columns[plain] = values
+        roles[role].append(plain)
+    return columns, roles, left_out
+
+
+def _role(column: pa.ChunkedArray) -> tuple[str | None, pa.ChunkedArray]:
+    """Return whether a column is "categorical" or "continuous" with its values as text or float64; None: neither."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        column = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64()).cast(pa.float64())
+        kind = column.type
+    if pa.types.is_decimal(kind):
+        column, kind = column.cast(pa.float64()), pa.float64()
+    known = column.drop_null()
+    distinct = len(pc.unique(known)) if not pa.types.is_nested(kind) else 0
+    if distinct < 2:
+        return None, column
+    if pa.types.is_floating(kind):
+        return "continuous", column.cast(pa.float64())
+    if pa.types.is_integer(kind):
+        if distinct <= _FEW_VALUES:
+            return "categorical", column.cast(pa.string())
+        steps = np.diff(known.to_numpy())
+        counts_rows = distinct == len(known) and (bool((steps > 0).all()) or bool((steps < 0).all()))
+        return (None if counts_rows else "continuous"), column.cast(pa.float64())
+    if pa.types.is_boolean(kind):
+        return "categorical", column.cast(pa.string())
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return ("categorical" if distinct <= len(known) / 2 else None), column.cast(pa.string())
+    return None, column
+
+
+def _config(path: Path, roles: dict[str, list[str]], num_rows: int) -> dict[str, Any]:
+    """Return 8 experts of width 32, of which a row takes 2, and as many epochs as give 1,500 steps, within limits."""
+    num_train = round(num_rows * 0.75 * 0.85)
+    batch_size = 2 ** min(max(math.floor(math.log2(max(num_train / 16, 1))), 5), 9)
+    steps = math.ceil(num_train / batch_size)
+    return {
+        "model": {
+            "class_path": "MultiTaskRecommender",
+            "init_args": {
+                "shared": {
+                    "class_path": "core.MMoE",
+                    "init_args": {
+                        "num_experts": 8,
+                        "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 2}},
+                        "expert": {"class_path": "core.MLP", "init_args": {"hidden_dims": [32]}},
+                        "balance": {"load_balancing": 0.01, "router_z": 0.001},
+                    },
+                },
+                "embedding": {"dim": 8},
+                "dense": {"kind": "normalize"},
+                "head": {"hidden_dims": [8], "activation": "silu"},
+                "optimizer": {"lr": 2.0e-3, "weight_decay": 0.01, "warmup": 0.05, "fused": True},
+            },
+        },
+        "data": {
+            "class_path": "TableData",
+            "init_args": {
+                "dataset": "table",
+                "train_file": str(path),
+                "table": {
+                    **roles,
+                    "tasks": {TARGET: {"column": TARGET}},
+                    "split": {"val": 0.15, "test": 0.25, "stratify": TARGET},
+                },
+                "batch_size": batch_size,
+            },
+        },
+        "trainer": {"max_epochs": min(max(math.ceil(_STEPS / steps), 5), 40), "accelerator": "auto"},
+    }

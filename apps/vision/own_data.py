@@ -1,0 +1,138 @@
+"""A configuration for a folder of images that a user names."""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from apps.base.files import delete, temporary_path
+from apps.base.messages import one_line
+from apps.data.given import GivenConfig, GivenData
+
+LEAST_IMAGES = 8
+"""Least number of images of a class: a quarter of them are two to test on, and one of the rest validates."""
+
+_EPOCHS = 30
+_LOOKED_AT = 20
+
+
+def config_for(given: GivenData) -> GivenConfig | None:
+    """Return the configuration of a small V-MoE for a folder of images; None: the data are of another kind.
+
+    The folder holds a folder of images for each class, or ``train/`` and ``test/`` (or ``val/``) with such folders.
+    Without test images a quarter of each class is held out, always the same ones; then images are linked, each into its
+    split, below ``given.folder``.
+
+    Raises:
+        ValueError: images outside of classes, a single class, a class of too few images, or an image that cannot be
+            read.
+    """
+    if len(given.paths) != 1 or not given.paths[0].is_dir():
+        return None
+    root = given.paths[0]
+    if next(_images(root), None) is None:
+        return None
+    train = root / "train" if (root / "train").is_dir() else root
+    classes = _classes(train)
+    notes: tuple[str, ...] = ()
+    if train is root or not any((root / split).is_dir() for split in ("test", "val")):
+        root = _held_out(classes, given.folder / "images")
+        notes = (f"A quarter of the images of each of the {len(classes)} classes is held out for the test.",)
+    return GivenConfig(_config(root, _image_size([path for paths in classes.values() for path in paths])), notes)
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    return (p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+
+
+def _classes(folder: Path) -> dict[str, list[Path]]:
+    """Return the images of each class, sorted."""
+    classes = {p.name: sorted(_images(p)) for p in sorted(folder.iterdir()) if p.is_dir()}
+    classes = {name: paths for name, paths in classes.items() if paths}
+    if len(classes) < 2:
+        raise ValueError(
+            f"{folder} holds images in {len(classes)} folders of classes: put the images of each class into a folder "
+            "with its name, two classes at least"
+        )
+    for name, paths in classes.items():
+        if len(paths) < LEAST_IMAGES:
+            raise ValueError(f"{folder / name} holds {len(paths)} images: a class needs {LEAST_IMAGES} at least")
+    return classes
+
+
+def _held_out(classes: Mapping[str, Sequence[Path]], folder: Path) -> Path:
+    """Link the images of each class into ``folder/train`` and a quarter of them into ``folder/test``."""
+    if folder.is_dir():
+        return folder
+    made = temporary_path(folder)
+    delete(made)
+    for name, paths in classes.items():
+        order = random.Random(0).sample(range(len(paths)), len(paths))
+        test = set(order[: len(paths) // 4])
+        for number, path in enumerate(paths):
+            split = made / ("test" if number in test else "train") / name
+            split.mkdir(parents=True, exist_ok=True)
+            os.symlink(path.resolve(), split / f"{number:06}{path.suffix}")
+    os.replace(made, folder)
+    return folder
+
+
+def _image_size(paths: Sequence[Path]) -> int:
+    """Return 32 where the images have at most 40 pixels on their shorter side, and 64 for larger ones."""
+    step = max(1, len(paths) // _LOOKED_AT)
+    sides = []
+    for path in paths[::step]:
+        try:
+            with Image.open(path) as image:
+                sides.append(min(image.size))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read as an image: {one_line(str(error))}") from None
+    return 32 if statistics.median(sides) <= 40 else 64
+
+
+def _config(root: Path, size: int) -> dict[str, Any]:
+    """Return four blocks of width 64 over 64 patches; two of them have 8 experts, of which a patch takes 2."""
+    return {
+        "model": {
+            "class_path": "VisionClassifier",
+            "init_args": {
+                "vit": {
+                    "variant": "nano",
+                    "patch_size": size // 8,
+                    "embed_dim": 64,
+                    "depth": 4,
+                    "num_heads": 4,
+                    "pool": "avg",
+                    "fused_attn": False,
+                    "pos_embed_std": 0.5,
+                },
+                "moe": {
+                    "num_experts": 8,
+                    "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 2}},
+                    "expert": {"class_path": "core.FFN", "init_args": {"hidden_dim": 128}},
+                },
+                "moe_blocks": "last2",
+                "label_smoothing": 0.05,
+                "optimizer": {"lr": 2.0e-3, "weight_decay": 0.05, "warmup": 0.1},
+            },
+        },
+        "data": {
+            "class_path": "VisionData",
+            "init_args": {
+                "dataset": "image_folder",
+                "root": str(root),
+                "image_size": size,
+                "batch_size": 64,
+                "eval_batch_size": 128,
+                "random_resized_crop": 0.6,
+            },
+        },
+        "trainer": {"max_epochs": _EPOCHS, "accelerator": "auto", "gradient_clip_val": 1.0},
+    }

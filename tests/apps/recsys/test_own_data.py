@@ -1,0 +1,113 @@
+"""A user's table becomes a configuration: what the target means, what each column is, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from apps.data.given import GivenData
+from apps.recsys.own_data import TARGET, config_for
+from apps.recsys.tables.data import TableData
+
+N = 80
+
+
+def columns(**changed):
+    rng = np.random.default_rng(0)
+    made = {
+        "id": list(range(N)),
+        "age.years": rng.integers(20, 70, N).tolist(),
+        "city": rng.choice(["Rome", "Oslo", "Lima"], N).tolist(),
+        "grade": rng.integers(0, 4, N).tolist(),
+        "name": [f"person {i}" for i in range(N)],
+        "same": ["x"] * N,
+        "bought": ["no", "yes"] * (N // 2),
+    }
+    return {**made, **changed}
+
+
+def given(tmp_path, target="bought", **changed):
+    path = tmp_path / "t.csv"
+    pa.csv.write_csv(pa.table(columns(**changed)), path)
+    return GivenData((path,), target, tmp_path / "made")
+
+
+def test_columns_have_their_roles_and_the_data_read_them(tmp_path):
+    made = config_for(given(tmp_path))
+    arguments = made.config["data"]["init_args"]
+    table = arguments["table"]
+    assert table["categorical"] == ["city", "grade"]
+    assert table["continuous"] == ["age_years"]  # a dot has a meaning in the names of modules
+    assert made.notes == (
+        "The target is 'bought' = 'yes': 50.0% of 80 rows.",
+        "Columns that are left out: id, name, same.",
+    )
+    data = TableData(**arguments, cache_dir=str(tmp_path / "cache"))
+    # A quarter of 80 tests, 15 % of the other 60 validates.
+    assert data.sizes() == {"train": 51, "val": 9, "test": 20}
+
+
+@pytest.mark.parametrize(
+    "values, meaning, positives",
+    [
+        (list(range(N)), "'bought' of at least 39.5", 40),
+        ([0] * 50 + [1] * 10 + [2] * 20, "'bought' of at least 1", 30),  # the median is the smallest value
+        (["a"] * 40 + ["b"] * 25 + ["c"] * 15, "'bought' = 'a', the most frequent of 3 values", 40),
+        ([True, False] * 40, "'bought' = True", 40),
+        ([1, 2] * 40, "'bought' = 2", 40),
+    ],
+)
+def test_a_target_becomes_two_classes(tmp_path, values, meaning, positives):
+    made = config_for(given(tmp_path, bought=values))
+    assert made.notes[0].startswith(f"The target is {meaning}:")
+    label = pq.read_table(made.config["data"]["init_args"]["train_file"])[TARGET]
+    assert sum(label.to_pylist()) == positives
+
+
+def test_rows_without_a_target_are_left_out(tmp_path):
+    made = config_for(given(tmp_path, bought=["no", "yes"] * 35 + [None] * 10))
+    assert "10 rows without a target are left out." in made.notes
+
+
+@pytest.mark.parametrize(
+    "target, changed, message",
+    [
+        (None, {}, "is a table and needs --target, the column to predict: id, age.years, city"),
+        ("bougt", {}, r"--target 'bougt' is not a column of .*t.csv; did you mean 'bought'\?"),
+        ("same", {}, "--target 'same' is 'x' in every row that has one: there is nothing to learn"),
+        ("bought", {"bought": [None] * N}, "--target 'bought' has no value in any of 80 rows: there is nothing"),
+        ("bought", {"bought": ["yes"] * 5 + ["no"] * 75}, "5 rows are positive .*, and each class needs 20"),
+        (
+            "bought",
+            {name: ["x"] * N for name in ("age.years", "city", "grade")},
+            "has no column to predict 'bought' from",
+        ),
+    ],
+)
+def test_refused(tmp_path, target, changed, message):
+    with pytest.raises(ValueError, match=message) as error:
+        config_for(given(tmp_path, target, **changed))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_tables_is_one_table_and_another_folder_none(tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    assert config_for(GivenData((folder,), None, tmp_path / "made")) is None
+    for part in range(2):
+        pq.write_table(pa.table(columns()), folder / f"{part}.parquet")
+    made = config_for(GivenData((folder,), "bought", tmp_path / "made"))
+    assert made.notes[0].endswith("of 160 rows.")
+    (folder / "0.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"holds tables of several kinds \(.csv, .parquet\): name one file"):
+        config_for(GivenData((folder,), "bought", tmp_path / "other"))
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "t.parquet"
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"t.parquet' cannot be read: "):
+        config_for(GivenData((path,), "x", tmp_path / "made"))
