@@ -21,6 +21,7 @@ _TRAINING = {
 }
 _OTHERS = {
     "compare": ("apps.compare", "train sparse and dense models of equal cost, and compare them"),
+    "verdict": ("apps.verdict", "does sparse pay on your data? an answer within a number of minutes"),
     "convert": ("apps.convert", "make a trained run sparse, dense, smaller, or several runs one"),
     "doctor": ("apps.doctor", "what is wrong with a run's routing, with the evidence and a remedy"),
     "plan": ("apps.plan", "memory, traffic and time of a training on many GPUs, from its configuration alone"),

@@ -35,6 +35,7 @@ def test_equal_seeds_leave_the_interval_over_examples():
 
 def test_one_seed_has_no_interval_and_equal_values_none_that_excludes_zero():
     assert crossed_interval(np.ones((1, 5))).half_width is None
+    assert crossed_interval(np.full((3, 41), 0.1)).half_width == 0.0
     assert not crossed_interval(np.ones((3, 5))).excludes_zero
     with pytest.raises(ValueError, match="needs at least one value"):
         crossed_interval(np.ones((2, 0)))

@@ -1,0 +1,27 @@
+"""``moesaic verdict DATA``: does a sparse model pay on data of one's own, within a number of minutes?
+
+The modules, from the ground up: ``options`` (the command line), ``budget`` (the seconds, over all processes of a
+verdict), ``schedule`` (how many seeds and steps fit), ``evaluation`` (the quality by example), ``training`` (one run),
+``decision`` (what intervals show), ``reasons`` (why it lost, and what would change the answer), ``result`` (everything
+that is known in the end, as JSON, page and lines), ``source`` (the configuration of the data), ``work`` (all runs, in
+order), ``command`` (the whole).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``moesaic verdict ARGV``."""
+    began = time.monotonic()  # the imports are part of the budget
+    from apps.base.imports import importing
+    from apps.verdict.options import Options
+
+    options = Options.read(argv)  # a wrong one ends here, before torch is imported
+
+    with importing():
+        from apps.verdict.command import run
+
+    return run(options, argv, began)

@@ -1,0 +1,315 @@
+"""The command ``moesaic verdict``: it reads the data, plans, does the runs and writes what they show."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+import statistics
+import time
+import webbrowser
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import core
+from apps.base.files import delete, holding
+from apps.base.messages import some
+from apps.base.quiet import quiet
+from apps.cli import stopped
+from apps.compare.command import machine
+from apps.compare.display import Display
+from apps.compare.experiment import Experiment, arguments
+from apps.compare.files import differences, read_json, write_json
+from apps.compare.systems import SPARSE, System, claim, find_systems
+from apps.compare.training import interruptible
+from apps.compare.work import moment
+from apps.verdict.budget import Budget, BudgetOver
+from apps.verdict.options import Options
+from apps.verdict.reasons import Facts, causes, changes
+from apps.verdict.result import NUMBERS, PAGE, Verdict, lines, write
+from apps.verdict.schedule import FACTORS, Schedule, Speed, make_schedule
+from apps.verdict.source import configuration
+from apps.verdict.training import measure_speed
+from apps.verdict.work import Plan, Work, answers
+
+EVALUATION_SHARE = 0.01
+"""Part of the budget that one evaluation may take: a larger split is judged by its first batches."""
+
+
+def run(options: Options, argv: Sequence[str], began: float) -> int:
+    """Run ``moesaic verdict``, and return 0, 130 where the user stopped it, or 143 where the system did.
+
+    Args:
+        options: the command line.
+        argv: its words, for the command to repeat.
+        began: time of ``time.monotonic`` at which the process began.
+
+    Raises:
+        UsageError, ValueError: wrong data, a refused model, or a budget that fits no run.
+    """
+    command = shlex.join(["moesaic", "verdict", *(a.removeprefix(f"{Path.cwd()}/") for a in argv)])
+    try:
+        verdict = give_verdict(options, command, began)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        return stopped(stop, f"; what is finished is kept. To go on: {command}")
+    if options.opens:
+        webbrowser.open((options.output / PAGE).resolve().as_uri())
+    print("\n".join([f"written: {options.output / PAGE}, {options.output / NUMBERS}", *lines(verdict)]))
+    return 0
+
+
+@interruptible()
+def give_verdict(
+    options: Options, command: str, began: float | None = None, clock: Callable[[], float] = time.monotonic
+) -> Verdict:
+    """Do what is left of a verdict, write it, and return it.
+
+    Raises:
+        ValueError: as ``run``, or a folder with another verdict.
+        NonFiniteError: a final run diverged.
+    """
+    output = options.output
+    check_folder(options)
+    output.mkdir(parents=True, exist_ok=True)
+    with holding(output / ".lock", f"another verdict is at work in {output}"):
+        saved = read_json(output / "plan.json")
+        if saved is None:  # a set-up that failed or was killed leaves nothing
+            for name in _BEFORE_THE_PLAN:
+                delete(output / name)
+        budget = Budget(60 * options.minutes, output / "spent.json", clock, began)
+        path, notes = configuration(options)
+        with quiet(own_notes=False):
+            experiment = Experiment(arguments(path, [], options.rest))
+        with Display() as display:
+            with quiet(own_notes=False), display.step("making the two models"):
+                model, sparse, dense = _systems(experiment)
+            if saved is not None:
+                plan = _read(saved)
+            else:
+                plan = _plan(experiment, dense.name, _num_experts(model), options, budget, display)
+                write_json(output / "options.json", _identity(options))
+                write_json(output / "plan.json", dataclasses.asdict(plan))
+            del model
+            work = Work(experiment, plan, options.seed, output, budget, display)
+            work.do()
+        budget.keep()
+        verdict = _verdict(options, work, sparse, dense, notes, command)
+        write(verdict, output)
+    return verdict
+
+
+_BEFORE_THE_PLAN = ("data", "config.yaml", "spent.json", "options.json")
+
+
+def check_folder(options: Options) -> None:
+    """Refuse a folder that is not this verdict's.
+
+    Raises:
+        ValueError: the folder holds another verdict, half of one, or files that are none.
+    """
+    output = options.output
+    saved = read_json(output / "options.json")
+    has_plan = (output / "plan.json").exists()
+    if saved is None and has_plan:
+        raise ValueError(f"{output} is half-written: it holds plan.json and no options.json; delete it")
+    if saved is None and output.is_dir():
+        others = [path.name for path in output.iterdir() if path.name not in (*_BEFORE_THE_PLAN, ".lock")]
+        if others:
+            raise ValueError(f"{output} holds {some(sorted(others), 3)} and no verdict: give another --output")
+    if saved is not None and has_plan and (unlike := differences(saved, _identity(options))):
+        raise ValueError(
+            f"{output} holds another verdict ({'; '.join(unlike[:3])}): give another --output, or delete it"
+        )
+
+
+def _identity(options: Options) -> dict[str, Any]:
+    """Return what tells one verdict from another."""
+    return {
+        "data": [str(path.resolve()) for path in options.data],
+        "target": options.target,
+        "minutes": options.minutes,
+        "seed": options.seed,
+        "rest": list(options.rest),
+    }
+
+
+def _systems(experiment: Experiment) -> tuple[Any, System, System]:
+    """Return the sparse model, its system and the dense one of equal FLOPs, with their costs.
+
+    Raises:
+        ValueError: the model has no MoE layer, no dense one of equal FLOPs, or the data no validation split.
+    """
+    torch.manual_seed(experiment.seed)
+    model, data = experiment.build(SPARSE)
+    if not model.moe_block_names:
+        raise ValueError(f"{type(model.module).__name__} has no MoE layer: a verdict starts from a sparse model")
+    baselines = {name: own for name, own in model.baselines().items() if claim(name) == "flops"}
+    wanted = next((name for name, own in baselines.items() if own.build is not None), None)
+    if wanted is None:
+        why = "; ".join(own.note for own in baselines.values()) or "it has no such baseline"
+        raise ValueError(f"{type(model.module).__name__} has no dense model of equal FLOPs to compare with: {why}")
+    data.prepare_data()
+    data.setup("fit")
+    loader = data.val_dataloader()
+    if not len(loader):
+        raise ValueError("the data has no validation split, which the learning rates are chosen by (data.val_size)")
+    sparse, dense = find_systems(model, next(iter(loader)), [wanted])
+    return model, sparse, dense
+
+
+def _plan(
+    experiment: Experiment, dense: str, num_experts: int, options: Options, budget: Budget, display: Display
+) -> Plan:
+    """Measure the speed of both systems and return what fits into the seconds that are left.
+
+    Raises:
+        ValueError: two seeds do not fit, or not even the measurement.
+    """
+    speeds: dict[str, Speed] = {}
+    counts: dict[str, float] = {}
+    try:
+        for _ in range(2):  # the first round warms up
+            for name in (SPARSE, dense):
+                with display.step(f"measuring the speed of {name}"):
+                    speeds[name], counts = measure_speed(experiment, name, budget)
+    except BudgetOver:
+        raise ValueError(
+            f"minutes={options.minutes:g} fits no run: they were over while the data were read and the speed was "
+            "measured"
+        ) from None
+    seconds_per_batch = max(max(speed.validation, speed.test) for speed in speeds.values())
+    batches = max(counts["val_batches"], counts["test_batches"])
+    fits = max(1, math.floor(EVALUATION_SHARE * budget.seconds / seconds_per_batch))
+    most_batches = None if batches <= fits else fits
+
+    def evaluated(name: str) -> float:
+        return min(counts[name], math.inf if most_batches is None else most_batches)
+
+    # A final run evaluates the test split and about as many training examples.
+    speeds = {
+        name: Speed(
+            speed.step,
+            speed.start,
+            speed.validation * evaluated("val_batches"),
+            2 * speed.test * evaluated("test_batches"),
+        )
+        for name, speed in speeds.items()
+    }
+    rate = experiment.rate
+    rates = () if rate is None else tuple(sorted(float(f"{factor * rate:.3g}") for factor in FACTORS))
+    most_steps = _configured_steps(experiment, counts["train_batches"])
+    start_seconds = max(speed.start for speed in speeds.values())
+    budget.hold_back(3 * start_seconds)
+    schedule = make_schedule(budget.left, most_steps, rates, speeds, options.minutes)
+    num_batches = None if math.isinf(counts["train_batches"]) else int(counts["train_batches"])
+    seconds = {name: speed.step for name, speed in speeds.items()}
+    return Plan(schedule, dense, num_experts, most_batches, seconds, start_seconds, num_batches, most_steps)
+
+
+def _num_experts(model: Any) -> int:
+    """Return the number of experts of the layer that has most."""
+    return max((m.num_experts for m in model.module.modules() if isinstance(m, core.Experts)), default=0)
+
+
+def _configured_steps(experiment: Experiment, train_batches: float) -> int:
+    """Return the optimizer steps of the configured training; a million where it has no end."""
+    options, most = experiment.trainer_options, 1_000_000
+    max_steps, max_epochs = options.get("max_steps"), options.get("max_epochs")
+    limit = options.get("limit_train_batches")
+    if isinstance(limit, int):
+        train_batches = min(train_batches, limit)
+    elif isinstance(limit, float):
+        train_batches *= limit
+    steps = math.inf if max_steps in (None, -1) else float(max_steps)
+    if max_epochs not in (None, -1):
+        accumulated = int(options.get("accumulate_grad_batches") or 1)
+        steps = min(steps, max_epochs * max(1.0, math.ceil(train_batches / accumulated)))
+    return int(min(max(steps, 1.0), most))
+
+
+def _read(saved: Mapping[str, Any]) -> Plan:
+    schedule = Schedule(saved["schedule"]["seeds"], saved["schedule"]["steps"], tuple(saved["schedule"]["rates"]))
+    return Plan(**{**saved, "schedule": schedule})
+
+
+def _verdict(
+    options: Options, work: Work, sparse: System, dense: System, notes: Sequence[str], command: str
+) -> Verdict:
+    """Return what the finished runs show."""
+    plan, finished = work.plan, work.finished
+    both = answers(finished)
+    unknown = {"name": "quality", "higher_is_better": True}
+    first: Mapping[str, Any] = finished[0].results[SPARSE] if finished else unknown
+    reasons: list[str] = []
+    systems: dict[str, dict[str, Any]] = {}
+    if finished:
+        facts = {name: _facts([f.results[name] for f in finished]) for name in plan.systems}
+        steps = plan.schedule.steps
+        passes = steps / plan.train_batches if plan.train_batches else 0.0
+        reasons = causes(both, facts[SPARSE], facts[plan.dense], plan.num_experts, passes)
+        systems = {
+            "sparse": _figures([f.results[SPARSE] for f in finished], work.rates[SPARSE]),
+            "dense, equal FLOPs": _figures([f.results[plan.dense] for f in finished], work.rates[plan.dense]),
+            "sparse, equal time": _figures([f.timed for f in finished], work.rates[SPARSE]),
+        }
+    made = [f"Dense: {dense.note}."] if dense.note else []
+    made += ["The time was up before all planned runs were finished."] if work.is_over else []
+    if plan.most_batches is not None:
+        made.append(f"Each evaluation takes the first {plan.most_batches} batches of a split: all would take too long.")
+    return Verdict(
+        title=" and ".join(path.name for path in options.data) + (f", {options.target}" if options.target else ""),
+        quality=first["name"],
+        higher_is_better=first["higher_is_better"],
+        answers=both,
+        systems=systems,
+        seeds=tuple(f.seed for f in finished),
+        reasons=tuple(reasons),
+        changes=tuple(changes(both, reasons, options.minutes, plan.schedule.steps / plan.configured_steps)),
+        notes=(*notes, *made),
+        facts={
+            "minutes": options.minutes,
+            "spent_seconds": work.budget.spent,
+            "date": moment(),
+            "machine": machine(),
+            "command": command,
+            "schedule": dataclasses.asdict(plan.schedule),
+            "costs": {s.name: dataclasses.asdict(s.cost) for s in (sparse, dense) if s.cost is not None},
+        },
+    )
+
+
+def _facts(results: Sequence[Mapping[str, Any]]) -> Facts:
+    """Return the means of a system's final runs, a larger quality being better."""
+    sign = 1.0 if results[0]["higher_is_better"] else -1.0
+    routing = {name: _mean(results, "routing", name) for name in results[0]["routing"]}
+    return Facts(
+        sign * _mean(results, "quality"),
+        sign * _mean(results, "train_quality"),
+        statistics.median(r["seconds_per_step"] for r in results),
+        routing,
+    )
+
+
+def _figures(results: Sequence[Mapping[str, Any]], rate: float | None) -> dict[str, Any]:
+    return {
+        "rate": rate,
+        "steps": results[0]["steps"],
+        "quality": _mean(results, "quality"),
+        "train_quality": _mean(results, "train_quality"),
+        "seconds_per_step": statistics.median(r["seconds_per_step"] for r in results),
+        "by_seed": [r["quality"] for r in results],
+        "routing": {name: _mean(results, "routing", name) for name in results[0]["routing"]},
+    }
+
+
+def _mean(results: Sequence[Mapping[str, Any]], *keys: str) -> float:
+    values = []
+    for result in results:
+        value: Any = result
+        for key in keys:
+            value = value[key]
+        values.append(float(value))
+    return sum(values) / len(values)

@@ -1,0 +1,109 @@
+"""The command line of ``moesaic verdict``, read and checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from apps.base.checks import check_at_least
+from apps.cli import UsageError
+from apps.cli.configs import read_config, shipped
+from apps.cli.parser import Parser
+
+MOST_MINUTES = 7 * 24 * 60.0
+
+_DESCRIPTION = """\
+Train a small sparse model and a dense one of equal FLOPs on your data, as often as the minutes allow, and say whether
+sparse pays: at equal FLOPs, and at equal time on this machine."""
+
+_EPILOG = """\
+DATA is a folder of images (a folder a class, or train/ and test/ with such folders), a CSV, TSV or Parquet file or a
+folder of them with --target, two text files of which line i of one translates line i of the other, or a configuration.
+Values of the configuration may follow, as for moesaic fit: --data.batch_size 32. Stopped at any moment, the same
+command goes on."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a verdict.
+
+    Attributes:
+        data: one path, or two text files.
+        output: folder of the verdict.
+        minutes: time that it may take, set-up and all processes of a resumed one included.
+        seed: first seed of the final runs, which count up from it.
+        target: column that is to be predicted.
+        opens: whether the page is opened in the end.
+        rest: values of the configuration, ``--KEY.SUBKEY VALUE``.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    data: tuple[Path, ...]
+    output: Path
+    minutes: float = 30.0
+    seed: int = 0
+    target: str | None = None
+    opens: bool = False
+    rest: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (0 < self.minutes <= MOST_MINUTES and math.isfinite(self.minutes)):
+            raise ValueError(f"minutes={self.minutes:g} must be above 0 and at most {MOST_MINUTES:g}, a week")
+        check_at_least(0, seed=self.seed)
+        if len(self.data) > 2:
+            raise ValueError(f"DATA is one path, or two text files: got {len(self.data)}")
+
+    @property
+    def is_config(self) -> bool:
+        return len(self.data) == 1 and self.data[0].suffix in (".yaml", ".yml")
+
+    @classmethod
+    def read(cls, argv: Sequence[str]) -> Options:
+        """Read ``argv``, the arguments after ``moesaic verdict``.
+
+        Raises:
+            UsageError: an unknown option, data that are not there, or an output that is a file.
+            ValueError: a value out of its range.
+        """
+        args, rest = command_line().parse_known_args(list(argv))
+        for number, word in enumerate(rest):
+            is_value = bool(number) and not word.startswith("--") and "=" not in rest[number - 1]
+            if not (is_value or (word.startswith("--") and "." in word)):
+                raise UsageError(f"{word} is no option of moesaic verdict (--help lists them)")
+        data = tuple(shipped(Path(path)) for path in args.data)
+        name = "-".join(path.stem or path.name for path in data)
+        output = Path(args.output) if args.output else Path("runs") / "verdict" / name
+        options = cls(data, output, args.minutes, args.seed, args.target, args.open, tuple(rest))
+        if options.is_config:
+            read_config(data[0])
+            if options.target is not None:
+                raise UsageError(f"--target {options.target}: {data[0]} is a configuration, which names its targets")
+        for path in data:
+            if not path.exists():
+                raise UsageError(f"no file or folder {path}")
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"--output {output} is a file, not a folder")
+        return options
+
+
+def command_line() -> Parser:
+    parser = Parser(
+        prog="moesaic verdict",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
+    add = parser.add_argument
+    add("data", nargs="+", metavar="DATA", help="a folder, a table, two text files, or a configuration")
+    add("--target", metavar="COLUMN", help="column of the table to predict")
+    add("--minutes", type=float, default=30.0, metavar="N", help="time it may take (default: 30)")
+    add("--output", metavar="DIR", help="folder of the verdict (default: runs/verdict/<name of the data>)")
+    add("--seed", type=int, default=0, metavar="N", help="first seed of the final runs (default: 0)")
+    add("--open", action="store_true", help="open the page in the end")
+    return parser

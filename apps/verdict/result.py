@@ -1,0 +1,114 @@
+"""Everything that is known in the end, as JSON, as a page and as lines on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from apps.compare.files import write_json, write_text
+from apps.verdict.decision import Answer, last_line
+
+PAGE, NUMBERS = "verdict.md", "verdict.json"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of a verdict.
+
+    Attributes:
+        title: name of the data.
+        quality: name of the quality that is compared, such as "auc".
+        higher_is_better: True where a larger quality is better.
+        answers: at equal FLOPs, and at equal time.
+        systems: figures of each system's final runs, by its name: chosen rate, steps, quality, seconds a step.
+        seeds: seeds that have all their runs.
+        reasons: why sparse lost.
+        changes: what would change the answers.
+        notes: how the data were read, and what the two systems are.
+        facts: budget, machine, versions, schedule and command, in plain values.
+    """
+
+    title: str
+    quality: str
+    higher_is_better: bool
+    answers: tuple[Answer, Answer]
+    systems: Mapping[str, Mapping[str, Any]]
+    seeds: tuple[int, ...]
+    reasons: tuple[str, ...]
+    changes: tuple[str, ...]
+    notes: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+    @property
+    def last_line(self) -> str:
+        return last_line(self.answers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**asdict(self), "last_line": self.last_line}
+
+
+def in_words(answer: Answer, quality: str) -> str:
+    """Return an answer with its interval as a sentence."""
+    gain = answer.gain
+    if gain is None:
+        return f"At {answer.where}: {answer.outcome}; no seed has both models."
+    says = "is undecided" if answer.outcome == "undecided" else answer.outcome
+    side = "better" if gain.mean >= 0 else "worse"
+    text = f"At {answer.where} sparse {says}: its {quality} is {abs(gain.mean):.4g} {side} than that of dense"
+    if gain.half_width is None:
+        return f"{text}, with one seed, which gives no interval."
+    over = f"{gain.count} seeds and {gain.num_examples:,} test values"
+    if gain.half_width == 0:
+        return f"{text} over {over}, which show no spread."
+    holds = "excludes" if gain.excludes_zero else "holds"
+    return f"{text}; the 95 % interval of the gain, over {over}, is {gain.low:+.4g} to {gain.high:+.4g} and {holds} 0."
+
+
+def lines(verdict: Verdict) -> list[str]:
+    """Return what a terminal shows: sentences, then the last line of the verdict."""
+    shown = [in_words(answer, verdict.quality) for answer in verdict.answers]
+    shown += [f"why: {reason}" for reason in verdict.reasons]
+    shown += [f"what would change it: {change}" for change in verdict.changes]
+    return [*shown, verdict.last_line]
+
+
+def markdown(verdict: Verdict) -> str:
+    """Return the page."""
+    page = [f"# Does sparse pay? {verdict.title}", "", f"**{verdict.last_line}**", ""]
+    page += [f"{in_words(answer, verdict.quality)}  " for answer in verdict.answers]
+    better = "higher" if verdict.higher_is_better else "lower"
+    heading = f"{verdict.quality} ({better} is better)"
+    page += ["", f"| model | rate | steps | ms a step | {heading} | on training data |"]
+    page += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for name, own in verdict.systems.items():
+        cells = ["–" if own["rate"] is None else f"{own['rate']:g}", str(own["steps"])]
+        cells += [f"{1000 * own['seconds_per_step']:.3g}", f"{own['quality']:.4f}", f"{own['train_quality']:.4f}"]
+        page.append(f"| {name} | {' | '.join(cells)} |")
+    for heading, part in (("Why", verdict.reasons), ("What would change it", verdict.changes)):
+        if part:
+            page += ["", f"## {heading}", "", *(f"- {line}" for line in part)]
+    page += ["", "## How it was found", "", *(f"- {note}" for note in verdict.notes), *_how(verdict)]
+    return "\n".join(page) + "\n"
+
+
+def _how(verdict: Verdict) -> Sequence[str]:
+    facts = verdict.facts
+    machine = facts["machine"]
+    return [
+        f"- Seeds {', '.join(map(str, verdict.seeds)) or 'none'}; both models have the same steps, seeds, order of the "
+        "data and search of learning rates on validation data. Intervals count seeds and test examples (crossed random "
+        "effects, Satterthwaite's degrees of freedom). At equal time sparse is trained for the steps that it makes in "
+        "dense's time, with a schedule of its own.",
+        f"- {facts['spent_seconds'] / 60:.1f} of {facts['minutes']:g} minutes, on {machine['device']} "
+        f"({machine['threads']} threads), torch {machine['torch']}, Python {machine['python']}, {facts['date']}.",
+        f"- Command: `{facts['command']}`",
+    ]
+
+
+def write(verdict: Verdict, output: Path) -> Path:
+    """Write the JSON file and the page into ``output``, and return the page."""
+    write_json(output / NUMBERS, verdict.to_dict())
+    return write_text(output / PAGE, markdown(verdict))

@@ -1,0 +1,296 @@
+"""One run of a verdict: a system trained for some steps at one rate with one seed, and evaluated.
+
+A finished run is one JSON file, beside which it keeps its values by example: of the validation in a search, else of the
+test. An unfinished one is done anew: runs are short.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+
+from apps.base.files import replacing
+from apps.base.quiet import quiet
+from apps.compare.experiment import Experiment
+from apps.compare.files import read_json, write_json
+from apps.compare.training import interruptible
+from apps.train.cost import num_examples
+from apps.train.finite import NonFiniteError
+from apps.verdict.budget import Budget, BudgetOver
+from apps.verdict.evaluation import evaluate
+from apps.verdict.schedule import Speed
+
+Progress = Callable[[int, int], None]
+"""A function of the optimizer steps done and to do."""
+
+# Trainer options that a verdict sets itself, beside those that every comparison sets.
+_OWN = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "limit_val_batches", "limit_test_batches",
+        "limit_predict_batches", "val_check_interval", "check_val_every_n_epoch", "overfit_batches")  # fmt: skip
+
+_TRIAL_STEPS, _LEAST_TRIAL_STEPS, _TRIAL_SHARE, _TRIAL_SECONDS = 25, 3, 0.01, 3.0
+_MOST_SAMPLE = 2000
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training.
+
+    Attributes:
+        system: name of the system.
+        rate: learning rate; None: the model's own, which has no name.
+        steps: optimizer steps.
+        seed: seed of the initial weights, the data order and everything else that is random.
+        kind: "search", which is validated, "final", which is tested, at equal steps, or "timed", at equal time.
+    """
+
+    system: str
+    rate: float | None
+    steps: int
+    seed: int
+    kind: Literal["search", "final", "timed"]
+
+    @property
+    def name(self) -> str:
+        rate = "" if self.rate is None else f"-lr{self.rate:g}"
+        return f"{self.system}/{self.kind}{rate}-{self.steps}steps-seed{self.seed}"
+
+    def folder(self, output: Path) -> Path:
+        return output / "runs" / self.name
+
+    def read(self, output: Path) -> dict[str, Any] | None:
+        """Return the result; None where the run is not finished."""
+        result: dict[str, Any] | None = read_json(self.folder(output) / "result.json")
+        return result
+
+    def values(self, output: Path) -> np.ndarray:
+        """Return the values by example that a finished run has kept; none of one that diverged.
+
+        Raises:
+            ValueError: they are not there, or damaged.
+        """
+        path = self.folder(output) / "values.npy"
+        result = self.read(output)
+        if result is not None and result["quality"] is None:
+            return np.empty(0)
+        try:
+            return np.asarray(np.load(path, allow_pickle=False), np.float64)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error or type(error).__name__}), though its run is finished: delete "
+                f"{path.parent} to have it made again"
+            ) from None
+
+
+class Pace(Callback):
+    """Measures the seconds of a training, and gives it up when the budget is over.
+
+    Args:
+        budget: is asked after each step.
+        progress: is called with the steps.
+        until: ends a trial: a function of the steps done and the seconds since the first one.
+
+    Attributes:
+        steps: optimizer steps done.
+    """
+
+    def __init__(
+        self, budget: Budget, progress: Progress, until: Callable[[int, float], bool] = lambda steps, seconds: False
+    ) -> None:
+        self.budget, self.progress, self.until = budget, progress, until
+        self.steps = 0
+        self.is_over = False
+        self._began = self._first = self._last = budget.clock()
+        self._first_steps = 0
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Return the seconds of a step, without the first one where there are more: it warms up."""
+        counted = self.steps - self._first_steps
+        if counted > 0:
+            return (self._last - self._first) / counted
+        return (self._last - self._began) / max(self.steps, 1)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = self.budget.clock()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.steps, self._last = trainer.global_step, self.budget.clock()
+        if not self._first_steps and self.steps:
+            self._first, self._first_steps = self._last, self.steps
+        self.progress(self.steps, trainer.max_steps)
+        try:
+            self.budget.check()
+        except BudgetOver:  # an exception inside the loop would be Lightning's business
+            self.is_over = True
+        if self.is_over or (self._first_steps and self.until(self.steps, self._last - self._first)):
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if torch.cuda.is_available():  # steps of a GPU are asked for before they are done
+            torch.cuda.synchronize()
+            self._last = self.budget.clock()
+
+
+def do(
+    experiment: Experiment,
+    run: Run,
+    output: Path,
+    budget: Budget,
+    most_batches: int | None,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Do ``run``, write its plain result into ``result.json`` of its folder, and return it.
+
+    Args:
+        experiment: the configuration.
+        run: the run.
+        output: folder of the verdict.
+        budget: the seconds that are left.
+        most_batches: batches of an evaluation at most; None: all.
+        progress: is called with the steps done and to do.
+
+    Raises:
+        BudgetOver: the time was up before the run was finished; nothing of it is kept.
+        NonFiniteError: a final run diverged; a run of the search records it.
+    """
+    folder, began = run.folder(output), budget.clock()
+    result: dict[str, Any] = {"run": {**dataclasses.asdict(run), "name": run.name}}
+    with quiet(own_notes=False):
+        try:
+            model, data, trainer, pace = _fit(experiment, run.system, run.rate, run.seed, run.steps, budget, progress)
+        except NonFiniteError as error:
+            if run.kind != "search":
+                raise NonFiniteError(f"{run.name}: {error}") from None
+            result |= {"quality": None, "diverged": str(error)}
+        else:
+            result |= {"steps": pace.steps, "seconds_per_step": pace.seconds_per_step}
+            if run.kind == "search":
+                validated = evaluate(model, trainer, data.val_dataloader(), most_batches, budget)
+                result |= {"quality": validated.quality, "higher_is_better": validated.higher_is_better}
+                values_N = validated.values_N
+            else:
+                tested, values_N = _tested(model, data, trainer, budget, most_batches)
+                result |= tested
+            with replacing(folder / "values.npy", "wb") as file:
+                np.save(file, values_N)
+    result["wall_seconds"] = budget.clock() - began
+    write_json(folder / "result.json", result)
+    return result
+
+
+def _tested(
+    model: Any, data: Any, trainer: Trainer, budget: Budget, most_batches: int | None
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Return what a final run's result has of its evaluations, and the test values (N,)."""
+    data.setup("test")
+    tested = evaluate(model, trainer, data.test_dataloader(), most_batches, budget, "test")
+    sample = list(_sample(model, data.train_dataloader(), most_batches))
+    trained = evaluate(model, trainer, sample, None, budget)
+    result = {
+        "name": tested.name,
+        "higher_is_better": tested.higher_is_better,
+        "quality": tested.quality,
+        "train_quality": trained.quality,
+        "routing": dict(tested.routing),
+    }
+    return result, tested.values_N
+
+
+def _sample(model: Any, loader: Any, most_batches: int | None) -> Iterator[Any]:
+    """Yield training batches of as many examples as tell overfitting from none."""
+    count = 0
+    for number, batch in enumerate(loader):
+        if count >= _MOST_SAMPLE or (most_batches is not None and number >= most_batches):
+            return
+        count += num_examples(model.example_inputs(batch))
+        yield batch
+
+
+def _fit(
+    experiment: Experiment,
+    system: str,
+    rate: float | None,
+    seed: int,
+    steps: int,
+    budget: Budget,
+    progress: Progress,
+    until: Callable[[int, float], bool] = lambda steps, seconds: False,
+) -> tuple[Any, Any, Trainer, Pace]:
+    seed_everything(seed, verbose=False)
+    model, data = experiment.build(system, rate)
+    module = model.module
+    module.reports = False  # pictures and checks are not part of a verdict
+    pace = Pace(budget, progress, until)
+    options = {k: v for k, v in experiment.trainer_options.items() if k not in _OWN}
+    trainer = Trainer(
+        **options,
+        max_epochs=-1,
+        max_steps=steps,
+        limit_val_batches=0,
+        callbacks=[*experiment.callbacks(), pace],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    with interruptible(trainer):
+        trainer.fit(module, datamodule=data)
+    if pace.is_over and pace.steps < steps:
+        raise BudgetOver
+    if not pace.steps:
+        raise ValueError(f"the training of {system} has no step (trainer options {experiment.trainer_options})")
+    return model, data, trainer, pace
+
+
+def measure_speed(
+    experiment: Experiment, system: str, budget: Budget, progress: Progress = lambda done, total: None
+) -> tuple[Speed, dict[str, float]]:
+    """Train ``system`` for a few steps and evaluate a few batches; return its speed and what else that tells.
+
+    Returns:
+        The speed, whose ``validation`` and ``test`` are seconds of a *batch* there, and the numbers of batches:
+        ``train_batches`` of an epoch, infinite where it has no length, ``val_batches`` and ``test_batches``.
+
+    Raises:
+        BudgetOver: the time is up.
+        ValueError: a split has no batch.
+    """
+    limit = min(_TRIAL_SHARE * budget.seconds, _TRIAL_SECONDS)
+    with quiet(own_notes=False):
+
+        def until(steps: int, seconds: float) -> bool:
+            return steps >= _TRIAL_STEPS or (steps >= _LEAST_TRIAL_STEPS and seconds >= limit)
+
+        began = budget.clock()
+        model, data, trainer, pace = _fit(
+            experiment, system, experiment.rate, experiment.seed, 1_000_000, budget, progress, until
+        )
+        start = budget.clock() - began - pace.steps * pace.seconds_per_step
+        data.setup("test")
+        loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}
+        counts = {f"{name}_batches": _length(loader) for name, loader in loaders.items()}
+        if not counts["val_batches"]:
+            raise ValueError("the data has no validation split, which the learning rates are chosen by (data.val_size)")
+        seconds = {}
+        for stage in ("val", "test"):
+            batches = min(2, int(min(counts[f"{stage}_batches"], 2)))
+            at = budget.clock()
+            evaluate(model, trainer, loaders[stage], batches, budget, stage)
+            seconds[stage] = (budget.clock() - at) / batches
+    return Speed(pace.seconds_per_step, max(start, 0.0), seconds["val"], seconds["test"]), counts
+
+
+def _length(loader: Any) -> float:
+    try:
+        return float(len(loader))
+    except TypeError:  # a stream
+        return math.inf

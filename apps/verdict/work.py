@@ -1,0 +1,221 @@
+"""The runs of a verdict in order: the search of the learning rates, then the final runs seed by seed."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apps.compare.display import Display
+from apps.compare.experiment import Experiment
+from apps.compare.files import read_json
+from apps.compare.systems import SPARSE
+from apps.report.intervals import crossed_interval
+from apps.verdict.budget import Budget, BudgetOver
+from apps.verdict.decision import Answer, decide
+from apps.verdict.schedule import MOST_SEEDS, Schedule, equal_time_steps
+from apps.verdict.training import Run, do
+
+_ROUNDING = 1e-12
+"""Gains that differ by less than this part of the values are equal, and show no spread."""
+
+SEARCH_SEED = 1000
+"""Added to the first seed for the search, so that no rate is chosen for the order of a final run's data."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before the first run, and saved so that a killed verdict goes on with it.
+
+    Attributes:
+        schedule: seeds, steps and rates.
+        dense: name of the dense system.
+        num_experts: experts of a layer of the sparse system.
+        most_batches: batches of an evaluation at most; None: all.
+        seconds_per_step: seconds of a step by system, as measured beforehand.
+        start_seconds: seconds of a run beside its steps and evaluations.
+        train_batches: batches of an epoch; None where it has no length.
+        configured_steps: steps of the configured training.
+    """
+
+    schedule: Schedule
+    dense: str
+    num_experts: int
+    most_batches: int | None
+    seconds_per_step: Mapping[str, float]
+    start_seconds: float
+    train_batches: int | None
+    configured_steps: int
+
+    @property
+    def systems(self) -> tuple[str, str]:
+        return (SPARSE, self.dense)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The finished runs of one seed.
+
+    Attributes:
+        seed: the seed.
+        results: results at equal steps, by system.
+        timed: result of sparse at equal time.
+        values: test values of the same runs: sparse, dense, and sparse at equal time, each (N,).
+    """
+
+    seed: int
+    results: Mapping[str, Mapping[str, Any]]
+    timed: Mapping[str, Any]
+    values: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Work:
+    """Does a plan within the budget; finished runs stay so."""
+
+    def __init__(
+        self, experiment: Experiment, plan: Plan, seed: int, output: Path, budget: Budget, display: Display
+    ) -> None:
+        self.experiment, self.plan, self.seed, self.output = experiment, plan, seed, output
+        self.budget, self.display = budget, display
+        budget.hold_back(3 * plan.start_seconds)  # writing the result takes about as long as beginning a run
+        self.rates: dict[str, float | None] = {}
+        self.finished: list[Finished] = []
+        self.is_over = False
+
+    def do(self) -> None:
+        """Do all runs that the budget allows; ``rates`` and ``finished`` hold what came of them.
+
+        Raises:
+            ValueError: training diverged at every rate.
+            NonFiniteError: a final run diverged.
+        """
+        try:
+            self._search()
+            self._finals()
+        except BudgetOver:
+            self.is_over = True
+            self.display.say("the time is up; what is finished is judged")
+
+    def _search(self) -> None:
+        """Halve the rates of both systems rung by rung; the systems take turns, so that a slow moment hits both."""
+        schedule, systems = self.plan.schedule, self.plan.systems
+        left: dict[str, list[float]] = {name: list(schedule.rates) for name in systems}
+        for rung, (_, steps) in enumerate(schedule.rungs):
+            seed = self.seed + SEARCH_SEED + rung
+            runs = {name: [Run(name, rate, steps, seed, "search") for rate in left[name]] for name in systems}
+            for turn in itertools.zip_longest(*runs.values()):
+                for run in filter(None, turn):
+                    self._run(run)
+            assert self.experiment.rate is not None
+            for name in systems:
+                values = [self._gains(run) for run in runs[name]]
+                left[name] = better_half(left[name], values, self.experiment.rate)
+        self.rates = {name: (rates[0] if rates else None) for name, rates in left.items()}
+
+    def _gains(self, run: Run) -> np.ndarray:
+        """Return the values of a run of the search, a larger one being better; none where it diverged."""
+        result = run.read(self.output)
+        assert result is not None, run.name
+        values_N = run.values(self.output)
+        return values_N if result.get("higher_is_better", True) else -values_N
+
+    def _finals(self) -> None:
+        dense, steps = self.plan.dense, self.plan.schedule.steps
+        timed_steps = equal_time_steps(steps, self._step_seconds(SPARSE), self._step_seconds(dense))
+        seconds: list[float] = []
+        for number in range(MOST_SEEDS):
+            is_planned = number < self.plan.schedule.seeds
+            # Whether a seed is begun depends on the time that is left, and on nothing that the others gave.
+            if seconds and self.budget.left < (0.9 * min(seconds) if is_planned else 1.1 * max(seconds)):
+                if is_planned:
+                    raise BudgetOver
+                return
+            seed = self.seed + number
+            runs = {name: Run(name, self.rates[name], steps, seed, "final") for name in self.plan.systems}
+            timed = Run(SPARSE, self.rates[SPARSE], timed_steps, seed, "timed")
+            timed = runs[SPARSE] if timed_steps == steps else timed
+            results = {name: self._run(run) for name, run in runs.items()}
+            of_time = self._run(timed)
+            sparse_N, dense_N, timed_N = (run.values(self.output) for run in (runs[SPARSE], runs[dense], timed))
+            if not len(sparse_N) == len(dense_N) == len(timed_N):
+                sizes = f"{len(sparse_N)}, {len(dense_N)} and {len(timed_N)}"
+                raise ValueError(f"the runs of seed {seed} have {sizes} test values: the data have changed")
+            self.finished.append(Finished(seed, results, of_time, (sparse_N, dense_N, timed_N)))
+            seconds.append(sum(own["wall_seconds"] for own in (*results.values(), of_time)))
+
+    def _run(self, run: Run) -> Mapping[str, Any]:
+        result = run.read(self.output)
+        if result is not None:
+            return result
+        self.budget.check()
+        show = functools.partial(self.display.unit, run.name)
+        try:
+            result = do(self.experiment, run, self.output, self.budget, self.plan.most_batches, show)
+        finally:
+            self.budget.keep()
+            gc.collect()
+        self.display.finished(run.name)
+        quality = "diverged" if result["quality"] is None else f"{result['quality']:.4g}"
+        self.display.say(f"{run.name}: {quality}, {result['wall_seconds']:.1f} s; {self.budget.left:.0f} s left")
+        return result
+
+    def _step_seconds(self, system: str) -> float:
+        """Return the median seconds of a step in the search, or as measured before where nothing was searched."""
+        files = sorted((self.output / "runs" / system).glob("search-*/result.json"))
+        search = [read_json(path) for path in files]
+        seconds = [result["seconds_per_step"] for result in search if "seconds_per_step" in result]
+        return statistics.median(seconds) if seconds else self.plan.seconds_per_step[system]
+
+
+def better_half(rates: Sequence[float], gains: Sequence[np.ndarray], default: float) -> list[float]:
+    """Return the better half of the rates, rounded up, the best first.
+
+    The rate nearest to ``default``, by ratio, is left for another one only where that one is better by more than the
+    standard error of their difference over the validation examples: else the choice would be one of chance, which no
+    seed of the final runs repeats (the one-standard-error rule of Breiman et al., 1984).
+
+    Args:
+        rates: learning rates.
+        gains: values of each by example (N,), a larger one being better; empty or not finite where the run diverged.
+        default: the configured rate.
+
+    Raises:
+        ValueError: every run diverged.
+    """
+    usable = [i for i, gain_N in enumerate(gains) if len(gain_N) and np.isfinite(gain_N).all()]
+    if not usable:
+        raise ValueError(f"training diverged at every learning rate of {', '.join(f'{rate:g}' for rate in rates)}")
+    home = min(usable, key=lambda i: abs(math.log(rates[i] / default)))
+
+    def lead(i: int) -> float:
+        ahead_N = gains[i] - gains[home]
+        error = float(ahead_N.std(ddof=1)) / math.sqrt(len(ahead_N)) if len(ahead_N) > 1 else 0.0
+        return float(ahead_N.mean()) - (0.0 if i == home else error)
+
+    ranked = sorted(usable, key=lambda i: (-lead(i), abs(math.log(rates[i] / default))))
+    return [rates[i] for i in ranked[: math.ceil(len(rates) / 2)]]
+
+
+def answers(finished: Sequence[Finished]) -> tuple[Answer, Answer]:
+    """Return the answers at equal FLOPs and at equal time."""
+
+    def answer(where: str, own: int) -> Answer:
+        if not finished:
+            return Answer(where, "undecided", None)
+        sign = 1.0 if finished[0].results[SPARSE]["higher_is_better"] else -1.0
+        gains_SN = np.stack([sign * (f.values[own] - f.values[1]) for f in finished])
+        largest = max(float(np.abs(values).max()) for f in finished for values in f.values)
+        if np.ptp(gains_SN) <= _ROUNDING * largest:
+            gains_SN = np.full_like(gains_SN, gains_SN.mean())
+        gain = crossed_interval(gains_SN)
+        return Answer(where, decide(gain), gain)
+
+    return answer("equal FLOPs", 0), answer("equal time", 2)

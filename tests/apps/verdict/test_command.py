@@ -1,0 +1,139 @@
+"""``moesaic verdict`` as a user calls it: a whole verdict of a tiny model, and one line for each wrong input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from compared import CONFIG
+from own_net import CONFIG as OWN
+from own_net import SPARSIFY
+from PIL import Image
+
+from apps.cli import main as moesaic
+from apps.verdict import command, schedule, training, work
+from apps.verdict.command import give_verdict
+from apps.verdict.options import Options
+
+
+class Ticks:
+    """A clock that goes on by a hundredth of a second each time it is asked: no machine is slow by it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.01
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def _two_seeds(monkeypatch):
+    monkeypatch.setattr(schedule, "SEEDS", (2,))
+    monkeypatch.setattr(schedule, "MOST_SEEDS", 2)
+    monkeypatch.setattr(work, "MOST_SEEDS", 2)
+    monkeypatch.setattr(command, "FACTORS", (1.0, 3.0))
+    monkeypatch.setattr(training, "_TRIAL_STEPS", 4)
+
+
+def asked(tmp_path: Path, config: str, **options) -> Options:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(config)
+    return Options((path,), tmp_path / "out", **{"minutes": 2.0, "seed": 3, **options})
+
+
+def test_a_whole_verdict_and_the_same_again(tmp_path, monkeypatch):
+    options = asked(tmp_path, CONFIG)
+    verdict = give_verdict(options, "moesaic verdict tiny.yaml", clock=Ticks())
+    # Two epochs of 96 / 16 = 6 steps; one rung of 2 rates, a quarter of the steps each.
+    names = sorted(path.parent.relative_to(tmp_path / "out" / "runs") for path in tmp_path.rglob("result.json"))
+    dense = [name.name for name in names if name.parts[0] == "dense_equal_flops"]
+    assert [name.partition("-lr")[0] for name in dense] == ["final", "final", "search", "search"]
+    assert {name.rpartition("-")[2] for name in dense} == {"seed3", "seed4", "seed1003"}
+    assert all("12steps" in name for name in dense if name.startswith("final"))
+    assert all("-3steps" in name for name in dense if name.startswith("search"))
+    assert verdict.seeds == (3, 4)
+    for answer in verdict.answers:
+        assert answer.gain.count == 2
+        assert answer.gain.num_examples == 2  # the two test batches are what stands for examples here
+    numbers = json.loads((tmp_path / "out" / "verdict.json").read_text())
+    assert numbers["quality"] == "top1"
+    assert numbers["systems"]["sparse"]["steps"] == 12
+    assert numbers["last_line"] == verdict.last_line
+    assert numbers["facts"]["spent_seconds"] <= 120
+    page = (tmp_path / "out" / "verdict.md").read_text()
+    assert f"**{verdict.last_line}**" in page
+    assert "| dense, equal FLOPs |" in page
+
+    monkeypatch.setattr(work, "do", lambda *_: pytest.fail("trained again"))
+    again = give_verdict(options, "moesaic verdict tiny.yaml", clock=Ticks())
+    assert (again.answers, again.systems) == (verdict.answers, verdict.systems)
+    with pytest.raises(ValueError, match=r"holds another verdict \(minutes: 2\.0 saved, 9\.0 now\): give another"):
+        give_verdict(asked(tmp_path, CONFIG, minutes=9.0), "", clock=Ticks())
+
+
+def test_a_module_of_the_user_s_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "FACTORS", (1.0,))
+    verdict = give_verdict(asked(tmp_path, OWN + SPARSIFY), "", clock=Ticks())
+    assert verdict.quality == "test_acc"
+    assert verdict.systems["dense, equal FLOPs"]["steps"] == 6
+    assert 0 <= verdict.systems["sparse"]["train_quality"] <= 1
+
+
+def test_a_budget_that_fits_no_run(tmp_path):
+    # A hundredth of a second a look at the clock: the first runs alone take more than 0.3 s.
+    with pytest.raises(ValueError, match=r"minutes=0\.02 fits no run: they were over while"):
+        give_verdict(asked(tmp_path, CONFIG, minutes=0.02), "", clock=Ticks())
+    # Nothing stands in the way of a larger budget.
+    assert not (tmp_path / "out" / "options.json").exists()
+
+
+def write_table(folder: Path) -> Path:
+    path = folder / "t.csv"
+    path.write_text("a,b,same\n" + "".join(f"{i},{i % 2},7\n" for i in range(60)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["empty"], "empty is a folder with neither images nor tables: give a folder of images, a table"),
+        (["nowhere.csv"], "no file or folder nowhere.csv"),
+        (["note.txt"], "note.txt is no table"),
+        (["note.txt", "t.csv"], "note.txt and t.csv have 1 and 61 lines"),
+        (["t.csv"], "t.csv is a table and needs --target, the column to predict: a, b, same"),
+        (["t.csv", "--target", "c"], "--target 'c' is not a column of t.csv"),
+        (["t.csv", "--target", "same"], "--target 'same' is 7 in every row that has one: there is nothing to learn"),
+        (["t.csv", "--target", "b", "--minutes", "0"], "minutes=0 must be above 0"),
+        (["t.csv", "--target", "b", "--minute", "3"], "--minute is no option of moesaic verdict"),
+        (["t.csv", "--target", "b", "--output", "note.txt"], "--output note.txt is a file, not a folder"),
+        (["t.csv", "--target", "b", "--output", "photos"], "photos holds cat and no verdict: give another --output"),
+        (
+            ["t.csv", "--target", "b", "--output", "half"],
+            "half is half-written: it holds plan.json and no options.json",
+        ),
+        (["photos"], "photos holds images in 1 folders of classes"),
+        (["a", "b", "c"], "DATA is one path, or two text files: got 3"),
+        (["tiny.yaml", "--target", "b"], "--target b: tiny.yaml is a configuration, which names its targets"),
+        (["dense.yaml"], "has no MoE layer"),
+    ],
+)
+def test_wrong_input_is_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "half", "photos/cat"):
+        Path(folder).mkdir(parents=True)
+    Path("note.txt").write_text("one line\n")
+    Path("half/plan.json").write_text("{}")
+    for i in range(8):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(f"photos/cat/{i}.png")
+    Path("tiny.yaml").write_text(CONFIG)
+    dense = CONFIG.partition("    moe:")[0] + "    hidden: 8\n"
+    Path("dense.yaml").write_text(f"{dense}data: {{class_path: compare_app.TinyData}}\n")
+    write_table(tmp_path)
+    assert moesaic(["verdict", *words]) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
