@@ -54,7 +54,12 @@ def config_for(given: GivenData) -> GivenConfig | None:
     if target is None:
         raise ValueError(f"{name} is a table and needs --target, the column to predict: {some(table.column_names, 20)}")
     if target not in table.column_names:
-        raise ValueError(f"--target {target!r} is not a column of {name}{nearest(target, table.column_names)}")
+        near = nearest(target, table.column_names)
+        if len(table.column_names) == 1 and files[0].suffix.lower() != ".parquet":
+            near = (
+                f", whose one column is {excerpt(table.column_names[0])}: is it separated by commas, or .tsv by tabs?"
+            )
+        raise ValueError(f"--target {target!r} is not a column of {name}{near}")
     label_N, meaning = _labels(table.column(target), target)
     known_N = ~np.isnan(label_N)
     table, label_N = table.filter(pa.array(known_N)), label_N[known_N]

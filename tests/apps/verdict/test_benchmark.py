@@ -1,0 +1,71 @@
+"""The benchmark of verdicts: its agreement by hand, its made tables, and a queue that goes on."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from benchmarks import verdict
+from benchmarks.verdict import Agreement, Folders, agreement, made_loses, made_wins
+
+
+def gave(*answers: tuple[str, float]) -> dict:
+    both = [{"outcome": outcome, "mean": mean, "half_width": 0.01} for outcome, mean in answers]
+    return {"answers": both, "quality": "auc"}
+
+
+def test_agreement_counts_questions_and_signs():
+    tasks = {
+        # The tenth decides both; its "pays" is against the sign of the whole budget's mean.
+        "a": {"20": gave(("pays", 0.02), ("undecided", -0.01)), "2": gave(("pays", 0.03), ("pays", 0.02))},
+        "b": {"20": gave(("does not pay", -0.1), ("pays", 0.1)), "2": gave(("does not pay", -0.2), ("undecided", 0))},
+        "c": {"20": gave(("pays", 0.02), ("pays", 0.02))},  # no tenth yet
+    }
+    assert agreement(tasks, 20) == Agreement(whole=3, tenth=3, agreed=2, asked=4)
+    assert "Of 4 questions 20 minutes decide 3 and a tenth of them 3; of these 2 (67%)" in verdict.markdown(
+        {"tasks": {"cancer": tasks["a"], "wine": tasks["b"]}, "machine": "a machine"}, 20
+    )
+
+
+def test_made_tables_ask_what_they_say():
+    wins, loses = made_wins(Folders(None)), made_loses(Folders(None))
+    assert len(set(wins["group"].to_pylist())) == 32
+    label_N = wins["target"].to_numpy(zero_copy_only=False)
+    assert 0.48 < label_N.mean() < 0.52
+    # Within a group the label is linear in the numbers: least squares finds its sign. Over all rows it finds nothing.
+    x_NC = np.stack([wins[f"x{c}"].to_numpy() for c in range(16)], 1)
+    group_N = np.array(wins["group"].to_pylist())
+
+    def right(x_NC, label_N):
+        sign_N = np.where(label_N, 1.0, -1.0)
+        return ((x_NC @ np.linalg.lstsq(x_NC, sign_N, rcond=None)[0] > 0) == label_N).mean()
+
+    assert right(x_NC[group_N == "g3"], label_N[group_N == "g3"]) > 0.9
+    assert right(x_NC, label_N) < 0.65
+    x_NC = np.stack([loses[f"x{c}"].to_numpy() for c in range(60)], 1)
+    assert 0.7 < right(x_NC, loses["target"].to_numpy(zero_copy_only=False)) < 0.9
+
+
+def test_the_queue_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdict, "NUMBERS", tmp_path / "verdict.json")
+    monkeypatch.setitem(verdict.TASKS, "cancer", verdict.Task("table", lambda *_: ["t.csv"], "a table"))
+    monkeypatch.setitem(verdict.TASKS, "wine", verdict.Task("table", lambda *_: None, "not there"))
+    asked = []
+
+    def give(words, minutes, output):
+        if len(asked) == 1:
+            raise RuntimeError("stopped")
+        asked.append(minutes)
+        return gave(("pays", 0.1), ("pays", 0.1))
+
+    monkeypatch.setattr(verdict, "give_verdict", give)
+    folders = Folders(tmp_path)
+    try:
+        verdict.run_queue(["cancer", "wine"], (20.0, 2.0), folders)
+    except RuntimeError:
+        assert list(json.loads((tmp_path / "verdict.json").read_text())["tasks"]["cancer"]) == ["20"]
+    asked.append(None)  # not stopped any more
+    verdict.run_queue(["cancer", "wine"], (20.0, 2.0), folders)
+    assert asked == [20.0, None, 2.0]
+    assert list(json.loads((tmp_path / "verdict.json").read_text())["tasks"]) == ["cancer"]
