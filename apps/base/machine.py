@@ -1,9 +1,15 @@
-"""The machine that figures were measured on, in words."""
+"""The machine and the versions that figures were measured with, and when."""
 
 from __future__ import annotations
 
+import datetime
 import platform
+import subprocess
 import time
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,3 +27,43 @@ def machine_line() -> str:
     """Return device, threads of torch, its version and the date, for the head of a benchmark's table."""
     threads = "" if torch.cuda.is_available() else f", {torch.get_num_threads()} threads"
     return f"{device_name()}{threads}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return the device and the versions that figures are measured with, and the commit of a source tree."""
+    versions = {}
+    for package in ("moesaic", "lightning", "timm", "torchvision", "scikit-learn"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    facts = {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packages": versions,
+    }
+    commit = source_commit()
+    return {**facts, "commit": commit} if commit else facts
+
+
+def source_commit() -> str:
+    """Return the git commit of the source tree, marked where files differ from it; "" for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (", with changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):  # no git here, or a tree that it does not trust
+        return ""
+
+
+def moment() -> str:
+    """Return the present moment in ISO format."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

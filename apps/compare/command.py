@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from apps.base.files import holding
-from apps.base.machine import device_name
+from apps.base.machine import machine_facts, moment
 from apps.base.quiet import quiet
 from apps.cli import stopped
 from apps.cli.configs import shipped
@@ -27,7 +24,7 @@ from apps.compare.plan import Plan
 from apps.compare.summary import ExamplePair, Results, Summary, summarize
 from apps.compare.systems import SPARSE, System, find_systems, label
 from apps.compare.training import interruptible
-from apps.compare.work import Work, moment, result_files
+from apps.compare.work import Work, result_files
 from apps.equal_cost import routers
 from apps.equal_cost.own_model import OwnModel
 
@@ -156,7 +153,7 @@ def _report(
     path = output / "results.json"
     worked = path.exists() and any(f.stat().st_mtime_ns > path.stat().st_mtime_ns for f in result_files(output))
     # A comparison that is shown again keeps machine and day of its work, also where fewer systems are shown.
-    now = {"date": moment(), "machine": {**machine(), "jobs": jobs}}
+    now = {"date": moment(), "machine": {**machine_facts(), "jobs": jobs}}
     saved = (None if worked else read_json(path)) or now
     signatures = dict(module.metric_signatures)
     numbers = {
@@ -208,19 +205,3 @@ def _facts(plan: Plan, numbers: Mapping[str, Any]) -> list[str]:
         *(f"{name}: {signature}." for name, signature in numbers.get("signatures", {}).items()),
         f"Command: `{numbers['command']}`",
     ]
-
-
-def machine() -> dict[str, Any]:
-    """Return the device and the versions that the numbers are measured with."""
-    versions = {}
-    for package in ("moesaic", "lightning", "timm", "torchvision", "scikit-learn"):
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return {
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "packages": versions,
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import gc
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from apps.base.machine import moment
 from apps.compare.display import Display, describe
 from apps.compare.experiment import Experiment
 from apps.compare.files import read_json, write_json
@@ -134,11 +134,6 @@ class Work:
         speeds = measure(jobs, self.plan.options.rounds, show, self.experiment.modules)
         when = moment()
         return {name: {**speed, "measured": when} for name, speed in speeds.items()}
-
-
-def moment() -> str:
-    """Return the present moment in ISO format."""
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def result_files(output: Path) -> list[Path]:

@@ -1,0 +1,34 @@
+"""A report as one self-contained HTML file: apps and commands say what it shows, ``write_page`` writes it.
+
+A ``Page`` has a verdict, at most ten lines of figures, and sections; a ``Section`` has parts: ``Text``, ``Table``,
+``Code``, ``Picture``, and the charts ``ScatterChart``, ``LineChart``, ``BarChart``, ``HeatmapChart``. All are plain
+values, so that ``save_sections`` and ``load_sections`` keep them between commands. A page is made so::
+
+    page = Page(
+        title="Sparse and dense on digits",
+        verdict=("Sparse wins at equal FLOPs: +0.8 points, 95 % interval +0.2 to +1.4.",),
+        figures=Table("", ("", "sparse", "dense"), (("test top1, %", "97.2", "96.4"),)),
+        sections=(
+            Section("Quality against cost", (ScatterChart("...", "...", "MFLOPs", "top1, %", points),)),
+            how_to_repeat(command="moesaic compare configs/vision/digits.yaml", config=yaml_text),
+        ),
+        kind="comparison",
+        date=now(),
+    )
+    show_page(page)                             # the verdict and the figures, on the terminal
+    write_page(page, output / "report.html")    # everything, and prints its path
+    open_page(output / "report.html")           # for --open
+
+No app is named here: an app's test report makes sections of what it computes (``apps.report.base.Report.sections``).
+"""
+
+from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart
+from apps.report.page.parts import MOST_FIGURES, Code, Entry, Page, Part, Picture, Section, Table, Text, shown
+from apps.report.page.repeat import how_to_repeat, now
+from apps.report.page.writing import FILE, load_sections, open_page, save_sections, show_page, write_page
+
+__all__ = [
+    "Page", "Section", "Part", "Text", "Table", "Code", "Picture", "Entry", "MOST_FIGURES", "shown",
+    "ScatterChart", "Point", "LineChart", "Line", "BarChart", "HeatmapChart",
+    "write_page", "open_page", "show_page", "save_sections", "load_sections", "how_to_repeat", "now", "FILE",
+]  # fmt: skip

@@ -1,0 +1,226 @@
+"""A page as HTML: one file that loads nothing, in light and dark, for keyboards, screen readers and telephones."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, ScatterChart, thinned_rows, vega_lite
+from apps.report.page.library import MISSING, has_charts, script
+from apps.report.page.parts import Code, Page, Part, Picture, Section, Table, Text
+
+GENERATOR = '<meta name="generator" content="moesaic">'
+"""Marks a file that a page may replace."""
+
+MOST_BYTES = 5_000_000
+"""Size that a page stays below: pictures that would go beyond are named in it and left out."""
+
+_HERE = Path(__file__).parent
+_CHARTS = (ScatterChart, LineChart, BarChart, HeatmapChart)
+# Nothing is loaded, whatever a text in a report says. Vega compiles expressions, which is "eval" to a browser.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'"
+
+
+@dataclass
+class _Writing:
+    """The state of a page that is being written.
+
+    Attributes:
+        specs: Vega-Lite specifications by the id of their place.
+        draws: charts are drawn, and not only tabled.
+        ids: ids given so far.
+        room: bytes that pictures may still take.
+    """
+
+    draws: bool
+    room: int
+    specs: dict[str, Any] = field(default_factory=dict)
+    ids: set[str] = field(default_factory=set)
+
+    def id(self, title: str) -> str:
+        """Return an id that the page has not had, made of a title."""
+        words = "".join(c if c.isascii() and c.isalnum() else "-" for c in title.lower())
+        stem = "-".join(filter(None, words.split("-"))) or "part"
+        stem = f"s-{stem}" if stem[0].isdigit() else stem
+        name, number = stem, 2
+        while name in self.ids:
+            name, number = f"{stem}-{number}", number + 1
+        self.ids.add(name)
+        return name
+
+
+def render(page: Page, extra: str = "") -> str:
+    """Return the HTML of a page; ``extra`` is HTML that stands before its sections."""
+    draws = has_charts()
+    library = script() if draws else ""
+    writing = _Writing(draws, room=MOST_BYTES - len(library.encode()) - 800_000)
+    sections = [s for s in page.sections if not s.is_empty]
+    ids = [writing.id(section.title) for section in sections]
+    body = [_section(section, writing, 2, own) for section, own in zip(sections, ids, strict=True)]
+    links = "".join(f'<li><a href="#{own}">{_text(s.title)}</a></li>' for s, own in zip(sections, ids, strict=True))
+    about = " · ".join(_text(word) for word in (page.kind, page.date.replace("T", " ")) if word)
+    first, *rest = page.verdict or ("",)
+    verdict = "".join(
+        [
+            f'<p class="verdict">{_text(first)}</p>' if first else "",
+            _lines(rest),
+            "" if page.figures is None else _table(page.figures),
+        ]
+    )
+    return "".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
+            f'<meta name="color-scheme" content="light dark">\n{GENERATOR}\n',
+            f"<title>{_text(page.title)}</title>\n<style>\n{_file('page.css')}</style>\n</head>\n<body>\n",
+            '<a class="skip" href="#report">Skip to the report</a>\n',
+            f'<header><p class="about">{about}</p><h1>{_text(page.title)}</h1></header>\n',
+            f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n' if links else "",
+            '<main id="report">\n',
+            f'<section aria-labelledby="verdict"><h2 id="verdict">Verdict</h2>{verdict}</section>\n' if verdict else "",
+            "" if draws else f"<p>{_text(MISSING[0].upper() + MISSING[1:])}.</p>\n",
+            extra,
+            *body,
+            "</main>\n<footer><p>Written by moesaic. The file has all that it shows and loads nothing.</p></footer>\n",
+            f"<script>{_inside_script(library)}</script>\n" if writing.specs else "",
+            f'<script type="application/json" id="charts">{_json(writing.specs)}</script>\n',
+            f"<script>\n{_file('page.js')}</script>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def _section(section: Section, writing: _Writing, level: int, own: str) -> str:
+    heading = f"h{min(level, 6)}"
+    parts = "".join(_runs(section.parts, writing, level + 1))
+    below = "".join(_section(s, writing, level + 1, writing.id(s.title)) for s in section.sections if not s.is_empty)
+    return (
+        f'<section aria-labelledby="{own}"><{heading} id="{own}">{_text(section.title)}</{heading}>{parts}{below}'
+        "</section>\n"
+    )
+
+
+def _runs(parts: Sequence[Part], writing: _Writing, level: int) -> Iterator[str]:
+    """Yield the parts, charts that follow each other side by side where there is room."""
+    number = 0
+    while number < len(parts):
+        if isinstance(parts[number], _CHARTS):
+            end = number
+            while end < len(parts) and isinstance(parts[end], _CHARTS):
+                end += 1
+            charts = "".join(_chart(part, writing, level) for part in parts[number:end])  # type: ignore[arg-type]
+            yield f'<div class="charts">{charts}</div>'
+            number = end
+        else:
+            yield _part(parts[number], writing)
+            number += 1
+
+
+def _part(part: Part, writing: _Writing) -> str:
+    if isinstance(part, Text):
+        return f"<p>{_text(part.lines[0])}</p>" if len(part.lines) == 1 else _lines(part.lines)
+    if isinstance(part, Table):
+        return _table(part)
+    if isinstance(part, Code):
+        label = html.escape(part.title, quote=True)
+        code = f'<pre tabindex="0" role="region" aria-label="{label}"><code>{_text(part.text)}</code></pre>'
+        if part.closed:
+            return f"<details><summary>{_text(part.title)}</summary>{code}</details>"
+        return f'<p class="label">{_text(part.title)}</p>{code}'
+    assert isinstance(part, Picture), part
+    return _picture(part, writing)
+
+
+def _lines(lines: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>" if lines else ""
+
+
+def _table(table: Table) -> str:
+    headings = []
+    words = [any(not _is_number(cell) for cell in column) for column in zip(*table.rows, strict=True)]
+    for column, is_words in zip(table.columns, words or [False] * len(table.columns), strict=True):
+        inside = _text(column) if column else '<span class="hidden">name</span>'
+        if table.sortable:
+            inside = f'<button type="button" class="sort">{inside}</button>'
+        headings.append(f'<th scope="col"{_WORDS if is_words else ""}>{inside}</th>')
+    rows = "".join(
+        f'<tr><th scope="row">{_text(row[0])}</th>'
+        + "".join(
+            f"<td{_WORDS if is_words else ''}>{_text(cell)}</td>"
+            for cell, is_words in zip(row[1:], words[1:], strict=True)
+        )
+        + "</tr>"
+        for row in table.rows
+    )
+    label = html.escape(table.title or "table", quote=True)
+    caption = f"<caption>{_text(table.title)}</caption>" if table.title else ""
+    kind = ' class="sortable"' if table.sortable else ""
+    note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{label}"><table{kind}>{caption}'
+        f"<thead><tr>{''.join(headings)}</tr></thead><tbody>{rows}</tbody></table></div>{note}"
+    )
+
+
+_WORDS = ' class="words"'
+
+
+def _is_number(cell: str) -> bool:
+    """Return whether a cell stands to the right, as numbers do, with what may follow one; so does an empty one."""
+    return not cell or cell[0].isdigit() or (cell[0] in "+-−–<" and not cell[1:2].isalpha())
+
+
+def _chart(chart: Chart, writing: _Writing, level: int) -> str:
+    own = writing.id(f"chart {chart.title}")
+    heading = f"h{min(level, 6)}"
+    rows = chart.cells()
+    kept = thinned_rows(rows)
+    note = f"{len(kept)} of {len(rows)} rows, at equal steps." if len(kept) < len(rows) else ""
+    table = _table(Table(f"Numbers: {chart.title}", chart.headings(), tuple(kept), note=note))
+    place, is_open = "", " open"
+    if writing.draws:
+        writing.specs[own] = vega_lite(chart)
+        place, is_open = f'<div class="chart" id="{own}"></div>', ""
+    wide = " broad" if isinstance(chart, HeatmapChart) and len(chart.columns) > 16 else ""
+    return (
+        f'<figure class="panel{wide}"><{heading}>{_text(chart.title)}</{heading}>{place}'
+        f"<figcaption>{_text(chart.summary)}</figcaption>"
+        f'<details{is_open}><summary>Numbers<span class="hidden"> of {_text(chart.title)}</span></summary>{table}'
+        "</details></figure>"
+    )
+
+
+def _picture(picture: Picture, writing: _Writing) -> str:
+    path = Path(picture.path)
+    if not path.is_file():
+        return f"<p>{_text(picture.alt)}: {_text(path.name)} is not there any more.</p>"
+    data = base64.b64encode(path.read_bytes()).decode()
+    if len(data) > writing.room:
+        return f"<p>{_text(picture.alt)}: {_text(path.name)} is left out, to keep this file below 5 MB.</p>"
+    writing.room -= len(data)
+    alt = html.escape(picture.alt, quote=True)
+    caption = f"<figcaption>{_text(picture.caption)}</figcaption>" if picture.caption else ""
+    return f'<figure class="picture"><img src="data:image/png;base64,{data}" alt="{alt}">{caption}</figure>'
+
+
+def _text(text: str) -> str:
+    return html.escape(text, quote=False)
+
+
+def _json(value: Any) -> str:
+    """Return JSON that may stand inside a script element."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _inside_script(code: str) -> str:
+    """Return JavaScript that does not end the element it stands in."""
+    return code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _file(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")

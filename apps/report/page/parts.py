@@ -1,0 +1,172 @@
+"""What a page is made of: sections with texts, tables, code and pictures. Charts are in ``charts``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import core
+from apps.report.page.charts import BarChart, HeatmapChart, LineChart, ScatterChart
+
+
+@core.register_config
+@dataclass(frozen=True)
+class Text:
+    """A paragraph, or a list of short ones.
+
+    Attributes:
+        lines: plain sentences; several are shown as a list.
+    """
+
+    lines: tuple[str, ...]
+
+    @classmethod
+    def of(cls, *lines: str) -> Text:
+        return cls(lines)
+
+
+@core.register_config
+@dataclass(frozen=True)
+class Table:
+    """A table of texts, whose first column names the rows.
+
+    Attributes:
+        title: its caption.
+        columns: headings, at least one.
+        rows: cells, as many a row as there are columns.
+        sortable: the reader may sort by a click on a heading.
+        note: sentence below the table.
+
+    Raises:
+        ValueError: a row of another length than the headings.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    sortable: bool = False
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for number, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"table {self.title!r}: row {number} has {len(row)} cells for {len(self.columns)} columns"
+                )
+
+
+@core.register_config
+@dataclass(frozen=True)
+class Code:
+    """A text that is shown as it is, such as a command or a configuration.
+
+    Attributes:
+        title: what it is.
+        text: the text.
+        closed: show it only when the reader opens it, as a long one should be.
+    """
+
+    title: str
+    text: str
+    closed: bool = False
+
+
+@core.register_config
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file that the page carries inside.
+
+    Attributes:
+        path: the file.
+        alt: what one sees in it, for those who do not.
+        caption: line below it.
+    """
+
+    path: str
+    alt: str
+    caption: str = ""
+
+
+Part = Text | Table | Code | Picture | ScatterChart | LineChart | BarChart | HeatmapChart
+"""Whatever a section may hold."""
+
+
+@core.register_config
+@dataclass(frozen=True)
+class Section:
+    """A titled part of a page.
+
+    Attributes:
+        title: its heading.
+        parts: what it shows, in order.
+        sections: sections below it, such as those of one model among several.
+    """
+
+    title: str
+    parts: tuple[Part, ...] = ()
+    sections: tuple[Section, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.parts and all(section.is_empty for section in self.sections)
+
+    def below(self, folder: Path) -> Section:
+        """Return the section with the paths of its pictures taken as relative to ``folder``."""
+        parts = tuple(replace(p, path=str(folder / p.path)) if isinstance(p, Picture) else p for p in self.parts)
+        return replace(self, parts=parts, sections=tuple(s.below(folder) for s in self.sections))
+
+
+@core.register_config
+@dataclass(frozen=True)
+class Entry:
+    """One model of a run, as the index of runs lists it.
+
+    Attributes:
+        name: name of the model, such as "sparse"; empty where the run has one.
+        figures: figures by name, such as ``{"test top1, %": 97.2, "MFLOPs": 6.6}``; a name means one thing in all runs.
+    """
+
+    name: str
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@core.register_config
+@dataclass(frozen=True)
+class Page:
+    """A report.
+
+    Attributes:
+        title: its heading, such as "Sparse and dense on digits".
+        verdict: sentences that say what was shown, with intervals, the most important first; the page begins with them.
+        figures: at most ten lines of figures, which the terminal prints as well; None: there are none.
+        sections: everything else, in order; empty ones are left out.
+        kind: what was done, such as "comparison" or "test".
+        date: when, in ISO format.
+        entries: the models, for the index of runs.
+
+    Raises:
+        ValueError: more than ten lines of figures.
+    """
+
+    title: str
+    verdict: tuple[str, ...]
+    figures: Table | None = None
+    sections: tuple[Section, ...] = ()
+    kind: str = "report"
+    date: str = ""
+    entries: tuple[Entry, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.figures is not None and len(self.figures.rows) > MOST_FIGURES:
+            raise ValueError(f"figures have {len(self.figures.rows)} lines: at most {MOST_FIGURES} are shown at once")
+
+
+MOST_FIGURES = 10
+
+
+def shown(value: float | None, digits: int = 4) -> str:
+    """Return a number as text to so many significant digits; a dash for none and for NaN."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:,.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"

@@ -1,0 +1,84 @@
+"""Pages as files, on the terminal and in the browser; sections that one command keeps for another."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+
+from apps.base.files import replacing
+from apps.report.page.html import GENERATOR, render
+from apps.report.page.library import MISSING, has_charts
+from apps.report.page.parts import Page, Section
+from apps.report.tables import print_table
+from core.config.plain import from_plain, to_plain
+
+FILE = "report.html"
+"""The name of a report in the folder of its run; ``report.json`` beside it is read by the index of runs."""
+
+_SECTIONS = "sections.json"
+
+
+def write_page(page: Page, path: Path) -> Path:
+    """Write ``page`` as one HTML file, whole or not at all, and print its path.
+
+    ``path`` with the ending ``.json`` gets the page without its sections, for the index of runs. Where the chart
+    library is not installed the page has tables in place of charts, and a line says so.
+
+    Raises:
+        ValueError: a file is there that no report has written.
+    """
+    check_replaceable(path)
+    text = render(page)
+    with replacing(path) as file:
+        file.write(text)
+    with replacing(path.with_suffix(".json")) as file:
+        json.dump(to_plain(dataclasses.replace(page, sections=()), Page), file, indent=1)
+    if not has_charts():
+        print(MISSING)
+    print(f"report: {path}")
+    return path
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise a ValueError where ``path`` is a file that no report has written."""
+    if path.exists():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            if GENERATOR not in file.read(2000):
+                raise ValueError(f"{path} is no report of moesaic's: move it, or choose another folder")
+
+
+def show_page(page: Page) -> None:
+    """Print the verdict and the figures of a page."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    for number, line in enumerate(page.verdict):
+        text = escape(line)
+        Console().print(text if number else f"[bold]{text}[/bold]", highlight=False)
+    if page.figures is not None:
+        print_table(page.figures.title, page.figures.columns, page.figures.rows)
+
+
+def open_page(path: Path) -> None:
+    """Show a page in the user's browser; without one nothing happens, since its path has been printed."""
+    webbrowser.open(path.resolve().as_uri())
+
+
+def save_sections(sections: Sequence[Section], folder: Path) -> Path:
+    """Write sections as JSON into ``folder``, where their pictures are; ``load_sections`` reads them."""
+    path = folder / _SECTIONS
+    with replacing(path) as file:
+        json.dump(to_plain(list(sections), list[Section]), file)
+    return path
+
+
+def load_sections(folder: Path) -> tuple[Section, ...]:
+    """Return the sections that ``save_sections`` wrote, their pictures by full paths; none where there are none."""
+    path = folder / _SECTIONS
+    if not path.is_file():
+        return ()
+    sections: list[Section] = from_plain(json.loads(path.read_text(encoding="utf-8")), list[Section], str(path))
+    return tuple(section.below(folder) for section in sections)
