@@ -1,23 +1,26 @@
 """``make demo``: sparse and dense models of equal cost on real images, a real table and real text, on 2 cores.
 
 It runs ``moesaic compare`` on the handwritten digits that come with scikit-learn, and on Fashion-MNIST, Census-Income
-and the strings of a program where they can be had, with few steps and seeds, and draws what the experts are used for.
+and the strings of a program where they can be had, with few steps and seeds, and ends with one report over all of them.
 What is finished is not done again.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from apps.base.files import CONFIGS
 from apps.cli import failed, stopped
 from apps.cli.flags import take
+
+if TYPE_CHECKING:
+    from apps.report.page import Page
 
 ENOUGH_SECONDS = 300.0
 """A part is not begun this long after the start: a machine that is so slow gets the first ones."""
@@ -119,10 +122,11 @@ def _run(output: Path, extra: Sequence[str]) -> int:
     from apps.compare.command import command_line, run_command
     from apps.data import datasets
     from apps.data.cache import DataError
+    from apps.report.page import FILE, write_page
 
-    drawn: list[Path] = []
+    pages: dict[str, Page] = {}
     for part in PARTS:
-        if drawn and time.monotonic() - began > ENOUGH_SECONDS:
+        if pages and time.monotonic() - began > ENOUGH_SECONDS:
             print(f"\n{part.name} is left out, to stay short on this machine.")
             continue
         try:
@@ -133,50 +137,28 @@ def _run(output: Path, extra: Sequence[str]) -> int:
         own = ("--jobs", str(min(2, os.cpu_count() or 1)), "--output", str(output / part.name))
         argv = [str(CONFIGS / part.config), *part.arguments.split(), *own, *extra]
         print(f"\n{part.says}\n\n{command_line(argv)}\n", flush=True)
-        outcome = run_command(argv, part.title)
-        drawn += outcome.pictures()
-        drawn += _pictures(outcome.arguments, outcome.checkpoints["sparse"], outcome.output)
-    if not drawn:
+        pages[part.says] = run_command(argv, part.title).page
+    if not pages:
         raise ValueError("none of the demo's datasets could be had")
-    print(f"\nDone in {time.monotonic() - began:.0f} s. The pictures:")
-    for path in drawn:
-        print(f"  {path}")
+    print(f"\nDone in {time.monotonic() - began:.0f} s. All of it is on one page:")
+    write_page(_page(pages), output / FILE)
     return 0
 
 
-def _pictures(arguments: Sequence[str], checkpoint: Path, folder: Path) -> list[Path]:
-    """Draw the routing of the sparse model, once, as its test does without the rest of the report."""
-    report = folder / "report"
-    if not (report / "drawn").exists():
-        from lightning.pytorch import Trainer
+def _page(pages: Mapping[str, Page]) -> Page:
+    """Return one page over all comparisons, each with what it says of itself, its verdict, figures and sections."""
+    from apps.report.page import Page, Section, Text, now
 
-        from apps.base.quiet import quiet
-        from apps.compare.experiment import Experiment
-        from apps.compare.training import interruptible
-        from apps.nlp.translation.module import Translator
-        from apps.vision.module import VisionClassifier
-        from apps.vision.report import VisionReportConfig
-
-        with quiet(own_notes=False):
-            module, data = Experiment(arguments).build("sparse")
-            limit: float | int = 1.0
-            if isinstance(module, VisionClassifier):
-                module.report = VisionReportConfig(few_shot=(), capacity_factors=())
-                limit = 4  # a thousand images tell which expert takes what
-            elif isinstance(module, Translator) and module.report is not None:
-                module.report = dataclasses.replace(module.report, samples=0)  # the comparison showed them
-            trainer = Trainer(
-                accelerator="cpu",
-                logger=False,
-                limit_test_batches=limit,
-                default_root_dir=str(folder),
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-            with interruptible():
-                trainer.test(module, datamodule=data, ckpt_path=str(checkpoint), verbose=False, weights_only=True)
-        (report / "drawn").touch()
-    return sorted(report.glob("*.png"))
+    sections = []
+    for says, page in pages.items():
+        figures = () if page.figures is None else (page.figures,)
+        about = Text((" ".join(says.split()),))
+        sections.append(Section(page.title, (about, Text(page.verdict), *figures), page.sections))
+    count = len(pages)
+    first = f"Sparse and dense models of equal cost, in {count} comparison{'s' if count > 1 else ''} on real data."
+    verdict = (first, *(f"{page.title}. {page.verdict[0]}" for page in pages.values() if page.verdict))
+    entries = tuple(entry for page in pages.values() for entry in page.entries)
+    return Page("moesaic demo", verdict, None, tuple(sections), "demo", now(), entries)
 
 
 if __name__ == "__main__":

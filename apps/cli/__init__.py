@@ -16,7 +16,7 @@ from collections.abc import Sequence
 _TRAINING = {
     "fit": "train a model; --ckpt_path last goes on where a run was stopped",
     "validate": "the metrics of a checkpoint on the validation data",
-    "test": "the metrics of a checkpoint on the test data, as a table; pictures of the routing",
+    "test": "the metrics of a checkpoint on the test data, and a report as one HTML file",
     "predict": "the outputs of a checkpoint, into a file",
 }
 _OTHERS = {
@@ -51,6 +51,7 @@ _PREDICT_OPTIONS = (
     ("output FILE", "predictions.jsonl in the run's folder", ".jsonl, .csv, .parquet, or .txt for lines of text"),
     ("overwrite", "", "replace an earlier FILE"),
 )
+_TEST_OPTIONS = (("open", "", "show the report in the browser"),)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,7 +155,8 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _training_help(command: str) -> str:
-    rows = [*RUN_OPTIONS[:4], *(_PREDICT_OPTIONS if command == "predict" else ()), *RUN_OPTIONS[4:]]
+    own = {"predict": _PREDICT_OPTIONS, "test": _TEST_OPTIONS}.get(command, ())
+    rows = [*RUN_OPTIONS[:4], *own, *RUN_OPTIONS[4:]]
     lines = [f"usage: moesaic {command} --config FILE [options]", "", _TRAINING[command], "", "options:"]
     for name, default, meaning in rows:
         lines.append(f"  --{name:<22}{meaning}{f' (default: {default})' if default else ''}")

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import re
+import shlex
 import sys
 import tempfile
 import typing
@@ -44,6 +45,8 @@ class Request:
         weights: the checkpoint of ``--weights``, with whose weights a training begins anew, or None.
         begun_with: contents of the checkpoint that ``--weights`` or ``model.grow`` names, where the run begins with its
             weights and loads no other; or None.
+        opens: whether the report of a test is shown in the browser.
+        words: the command line as it was given, after the command.
     """
 
     command: str
@@ -57,6 +60,8 @@ class Request:
     overwrite: bool = False
     weights: Path | None = None
     begun_with: Mapping[str, Any] | None = None
+    opens: bool = False
+    words: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, command: str, argv: list[str], announce: Callable[[str], None] | None = None) -> Request:
@@ -72,7 +77,10 @@ class Request:
             FileNotFoundError: the checkpoint does not exist.
             ValueError: the checkpoint is damaged, or the data are missing.
         """
+        words = tuple(argv)
         argv, overwrite = switch(argv, "overwrite")
+        argv, opens = switch(argv, "open")
+        usage.check_open(command, opens)
         flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path", "weights", "output"))
         output = Path(options["output"][-1]) if options["output"] else None
         flags = with_long_flags(verbatim(flags, ("data.text", "data.init_args.text")))
@@ -158,7 +166,14 @@ class Request:
             overwrite,
             weights,
             begun_with,
+            opens,
+            words,
         )
+
+    @property
+    def command_line(self) -> str:
+        """Return the shell command that was given."""
+        return shlex.join(["moesaic", self.command, *self.words])
 
     @property
     def sparsifies(self) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,13 @@ from apps.cli.checkpoint import check_fits
 from apps.cli.configs import differences
 from apps.cli.errors import reduce_message
 from apps.cli.flags import asks, take
+from apps.cli.page import test_page
 from apps.cli.predictions import PredictionFile, print_stream, write_stream
 from apps.cli.request import Request
 from apps.cli.usage import check_new
 from apps.registry import class_path
+from apps.report.base import FOLDER
+from apps.report.page import FILE, SECTIONS, Section, load_sections, open_page, show_page, write_index, write_page
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.contents import read_checkpoint
 from apps.train.logs import EventLog, MetricsCSV, profiler
@@ -284,17 +287,24 @@ class SparseCLI(LightningCLI):
 
     def _descriptions(self) -> dict[str, str]:
         """Return the files that describe a training beside its log, by name: its configuration and its signatures."""
-        parser = self._parser("fit")
-        config = yaml.safe_load(parser.dump(self.config["fit"], skip_unset=False))
-        no_part = ("config", "ckpt_path", "weights_only")
-        config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in no_part}}
         signatures = self._signatures()
         signed = {"signatures.json": json.dumps(signatures, indent=2) + "\n"} if signatures else {}
-        return {"config.yaml": yaml.safe_dump(config, sort_keys=False), **signed}
+        return {"config.yaml": self._plain_config(), **signed}
+
+    def _plain_config(self) -> str:
+        """Return the configuration in force as YAML."""
+        command = self.request.command
+        config = yaml.safe_load(self._parser(command).dump(self.config[command], skip_unset=False))
+        no_part = ("config", "ckpt_path", "weights_only", "verbose")
+        config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in no_part}}
+        return yaml.safe_dump(config, sort_keys=False)
 
     def _evaluate(self, command: str, arguments: dict[str, Any]) -> None:
         check_own(self.run_dir / f"{command}.json")
+        check_own(self.run_dir / FILE)
         is_new = is_unused(self.run_dir)  # before a test's report is in it
+        kept = self.run_dir / FOLDER / SECTIONS
+        earlier = kept.stat().st_mtime_ns if kept.exists() else None
         results = getattr(self.trainer, command)(**arguments)
         if not self.trainer.is_global_zero:
             return
@@ -306,10 +316,25 @@ class SparseCLI(LightningCLI):
         signed = {"signatures": signatures} if signatures else {}
         with replacing(path) as file:
             file.write(json.dumps({"checkpoint": str(self.ckpt_path), **metrics, **signed}, indent=2) + "\n")
-        stage = "val" if command == "validate" else command
-        print_metrics(metrics, stage, f"{command} of {self.ckpt_path or 'an untrained model'}")
+        if command == "test":
+            # An earlier test's report may be there, of another model.
+            is_own = kept.exists() and kept.stat().st_mtime_ns != earlier
+            self._report(metrics, load_sections(kept.parent) if is_own else ())
+        else:
+            print_metrics(metrics, "val", f"{command} of {self.ckpt_path or 'an untrained model'}")
         self._print_signatures()
         print(f"also in {path}")
+
+    def _report(self, metrics: Mapping[str, float], sections: Sequence[Section]) -> None:
+        """Show the verdict and the figures of a test, and write its report and the index of the runs beside it."""
+        config = self._plain_config()
+        monitored = getattr(self.model, "test_monitor", None)
+        page = test_page(metrics, monitored, self.run_dir, self.ckpt_path, self.request.command_line, config, sections)
+        show_page(page)
+        write_page(page, self.run_dir / FILE)
+        write_index(self.run_dir.parent)
+        if self.request.opens:
+            open_page(self.run_dir / FILE)
 
     def _signatures(self) -> dict[str, str]:
         """Return how the model's metrics are made; see ``SparseModule.metric_signatures``."""

@@ -160,6 +160,12 @@ def check_output(command: str, output: Path | None, overwrite: bool) -> None:
     check_new(output, overwrite)
 
 
+def check_open(command: str, opens: bool) -> None:
+    """Raise a ``UsageError`` for a command that writes no report to be shown."""
+    if opens and command != "test":
+        raise UsageError(f"open is an option of test and compare, not of {command}")
+
+
 def check_new(path: Path, overwrite: bool) -> None:
     """Raise a ``UsageError`` for a file that exists, unless ``overwrite`` is set."""
     if path.exists() and not overwrite:

@@ -20,13 +20,17 @@ from apps.compare.display import Display
 from apps.compare.experiment import Experiment, arguments
 from apps.compare.files import read_json, write_json, write_text
 from apps.compare.options import Command, Options
+from apps.compare.page import comparison_page
 from apps.compare.plan import Plan
 from apps.compare.summary import ExamplePair, Results, Summary, summarize
 from apps.compare.systems import SPARSE, System, find_systems, label
 from apps.compare.training import interruptible
+from apps.compare.use import sections_of_use
 from apps.compare.work import Work, result_files
 from apps.equal_cost import routers
 from apps.equal_cost.own_model import OwnModel
+from apps.report.page import FILE, Page, Section, open_page, write_index, write_page
+from apps.train.logs import METRICS
 
 
 def run(argv: Sequence[str]) -> int:
@@ -56,19 +60,14 @@ class Outcome:
     Attributes:
         summary: numbers of the comparison.
         output: folder of the comparison.
-        arguments: arguments of its ``Experiment``.
-        files: files for people: the table, the JSON file, the picture.
-        checkpoints: trained weights of the first seed, by system, without estimators.
+        files: files beside the report: the table, the JSON file, the picture.
+        page: the report.
     """
 
     summary: Summary
     output: Path
-    arguments: tuple[str, ...]
     files: tuple[Path, ...]
-    checkpoints: Mapping[str, Path]
-
-    def pictures(self) -> list[Path]:
-        return [p for p in self.files if p.suffix == ".png"]
+    page: Page
 
 
 @interruptible()
@@ -94,8 +93,14 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
             systems = _systems(experiment, options, output, display)
             _tell_left_out(systems, output, display)
             results = Work(experiment, plan, systems, output, display, asked.jobs).do()
+            with display.step("what the experts are used for"):
+                use = sections_of_use(experiment, results.checkpoints[SPARSE], output)
         title = title or f"{'Routers' if options.routers else 'Sparse and dense'}: {asked.name}"
-        return _report(experiment, plan, systems, results, output, title, command_line(argv), asked.jobs)
+        outcome = _report(experiment, plan, systems, results, use, output, title, command_line(argv), asked.jobs)
+    write_index(output.parent)
+    if asked.opens:
+        open_page(output / FILE)
+    return outcome
 
 
 def _systems(experiment: Experiment, options: Options, output: Path, display: Display) -> list[System]:
@@ -132,12 +137,13 @@ def _report(
     plan: Plan,
     systems: Sequence[System],
     results: Results,
+    use: Sequence[Section],
     output: Path,
     title: str,
     command: str,
     jobs: int,
 ) -> Outcome:
-    """Write the table, the numbers and the picture into ``output``, and show the table."""
+    """Write the report, the table, the numbers and the picture into ``output``, and show the verdict and figures."""
     with quiet(own_notes=False):
         module: Any = experiment.module(SPARSE)
     summary = summarize(
@@ -172,13 +178,15 @@ def _report(
     picture = table.picture(title, summary, output / "quality_against_flops.png")
     first_seed = {label(name): of_seeds[0] for name, of_seeds in results.examples.items() if of_seeds and of_seeds[0]}
     examples = module.side_by_side(first_seed) if SPARSE in first_seed else ""
-    page = write_text(output / "table.md", table.markdown(title, summary, _facts(plan, numbers), examples))
+    facts = _facts(plan, numbers)
+    markdown = write_text(output / "table.md", table.markdown(title, summary, facts, examples))
+    logs = {name: checkpoint.with_name(METRICS) for name, checkpoint in results.checkpoints.items()}
+    page = comparison_page(title, summary, results, numbers, facts, examples, logs, use)
     table.show(title, summary)
-    if examples:
-        print(f"\n{examples}")
-    files = tuple(filter(None, (page, path, picture)))
-    print("\n".join(["", "written:", *(f"  {p}" for p in files)]))
-    return Outcome(summary, output, experiment.arguments, files, results.checkpoints)
+    files = tuple(filter(None, (markdown, path, picture)))
+    print(f"as text, numbers and a picture: {', '.join(map(str, files))}")
+    write_page(page, output / FILE)
+    return Outcome(summary, output, files, page)
 
 
 def _example_pairs(module: Any, results: Results, seeds: Sequence[int]) -> list[ExamplePair]:

@@ -94,6 +94,7 @@ class Command:
         output: folder of the comparison.
         name: name of the comparison, made of the names of the files.
         jobs: number of runs at a time.
+        opens: the report is shown in the browser.
     """
 
     files: tuple[Path, ...]
@@ -102,6 +103,7 @@ class Command:
     output: Path
     name: str
     jobs: int
+    opens: bool = False
 
     @classmethod
     def read(cls, argv: Sequence[str]) -> Command:
@@ -136,7 +138,7 @@ class Command:
         output = Path(args.output) if args.output else Path("runs") / "compare" / name
         if output.exists() and not output.is_dir():
             raise UsageError(f"--output {output} is a file, not a folder")
-        return cls(files, tuple(rest), options, output, name, args.jobs)
+        return cls(files, tuple(rest), options, output, name, args.jobs, args.open)
 
 
 def command_line() -> Parser:
@@ -166,4 +168,5 @@ def command_line() -> Parser:
     add("--rounds", type=int, default=5, metavar="N", help=rounds)
     jobs = "runs at a time; each has its part of the cores, which small models use better so (default: 1)"
     add("--jobs", type=int, default=1, metavar="N", help=jobs)
+    add("--open", action="store_true", help="show the report in the browser")
     return parser

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,7 @@ from apps.compare.systems import SPARSE, TOLERANCE, System, claim, label
 from apps.equal_cost.comparable import ExampleDifference
 from apps.equal_cost.routers import PREFIX
 from apps.report.intervals import Interval, mean_interval
-
-_NOT_SHARES = ("loss", "ece", "error", "mse", "mae", "perplexity", "bits", "bleu", "chrf")
-"""Words in the names of metrics that are never shown in percent: a poor BLEU lies in 0..1 as well."""
+from apps.report.tables import is_share
 
 
 @dataclass(frozen=True)
@@ -238,11 +236,11 @@ def summarize(
         left_out=tuple(s for s in systems if s.name not in finals),
         metric=metric,
         higher_is_better=higher_is_better,
-        percent=higher_is_better and _is_share(metric, tests.values()),
+        percent=higher_is_better and is_share(metric, tests.values()),
         seeds=tuple(seeds),
         equal_seconds=tuple(equal),
         clock=clock,
-        shares=tuple(name for name in further if _is_share(name, (_values(name, r) or () for r in finals.values()))),
+        shares=tuple(name for name in further if is_share(name, (_values(name, r) or () for r in finals.values()))),
         weights="of the last step" if average_last is None else f"averaged over the last {average_last} epochs' ends",
         examples=tuple(examples),
     )
@@ -263,13 +261,6 @@ def _values(name: str, results: Sequence[Mapping[str, Any]]) -> list[float] | No
     """Return a test metric of each seed; None where it is not reported."""
     values = [r.get("test", {}).get(f"test/{name}") for r in results]
     return None if any(v is None for v in values) else [float(v) for v in values if v is not None]
-
-
-def _is_share(name: str, values: Iterable[Iterable[float]]) -> bool:
-    """Return whether a metric is shown in percent: a share in 0..1 that is no loss and no error."""
-    if any(word in _NOT_SHARES for word in name.rpartition("/")[2].split("_")):
-        return False
-    return all(0 <= v <= 1 or math.isnan(v) for of_system in values for v in of_system)
 
 
 def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:

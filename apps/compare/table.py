@@ -8,6 +8,7 @@ from pathlib import Path
 from apps.compare.summary import Row, Summary, flops, flops_trained, flops_unit, notes, number, short_name
 from apps.report import plots
 from apps.report.intervals import Interval
+from apps.report.page import MOST_FIGURES, Table
 from apps.report.tables import print_table
 from apps.train.cost import megaflops
 
@@ -32,14 +33,13 @@ def cells(summary: Summary) -> list[list[str]]:
     """Return the table: a heading line, then a line a quantity, systems in columns."""
     rows, name, share = summary.systems(), _metric(summary), summary.percent
     own = rows[0].system.title
-    at_time = f"val. {name} at {_seconds(summary.equal_seconds)}"
     lines: list[Line] = [
         *_compared(f"test {name}", share, lambda r: (r.test, r.difference), own),
         *(line for metric in summary.rows[0].further for line in _further(metric, summary, own)),
-        *_compared(at_time, share, lambda r: (r.equal_time, r.equal_time_difference), own),
+        *_compared(_at_time(summary), share, lambda r: (r.equal_time, r.equal_time_difference), own),
         ("learning rate", _rate),
         ("settings tried", lambda r: f"{len(r.tuning['tried'])} of {r.tuning['num_settings']}" if r.tuning else NONE),
-        ("parameters", lambda r: f"{r.system.cost.num_params:,}" if r.system.cost else NONE),
+        ("parameters", _params),
         ("active parameters", _active_params),
         (f"MFLOPs {flops_unit(summary)}", lambda r: _megaflops(flops(r))),
         (f"  x {own}, replaced", lambda r: _shown(r.system.replaced_ratio, ".3f")),
@@ -47,11 +47,10 @@ def cells(summary: Summary) -> list[list[str]]:
         *([("  computed once trained", lambda r: _megaflops(flops_trained(r)))] if _trained_differ(rows) else []),
         *_SPEEDS,
         ("peak memory, MiB", _memory),
-        ("training time, s", lambda r: f"{r.train_seconds:,.1f}"),
+        ("training time, s", _training_time),
     ]
-    table = [[title, *(show(row) for row in rows)] for title, show in lines]
-    shown = [line for line in table if any(cell != NONE for cell in line[1:])]
-    return [["", *(row.system.title for row in rows)], *shown]
+    headings, shown = _columns(lines, rows)
+    return [list(headings), *map(list, shown)]
 
 
 def router_cells(summary: Summary) -> list[list[str]]:
@@ -72,6 +71,35 @@ def router_cells(summary: Summary) -> list[list[str]]:
         *([("MFLOPs computed once trained", lambda r: _megaflops(flops_trained(r)))] if _trained_differ(rows) else []),
     ]
     return [[title for title, _ in lines], *([show(row) for _, show in lines] for row in rows)]
+
+
+def figures(summary: Summary) -> Table | None:
+    """Return at most ten lines of figures: systems in columns, or the best routers; None without another model."""
+    rows, name, share = summary.systems(), _metric(summary), summary.percent
+    if len(rows) < 2:
+        routers = [[line[i] for i in _ON_SCREEN] for line in router_cells(summary)[: 1 + MOST_FIGURES]]
+        return Table("", tuple(routers[0]), tuple(map(tuple, routers[1:]))) if routers else None
+    own = rows[0].system.title
+    lines: list[Line] = [
+        *_compared(f"test {name}", share, lambda r: (r.test, r.difference), own),
+        *_compared(_at_time(summary), share, lambda r: (r.equal_time, r.equal_time_difference), own),
+        ("parameters", _params),
+        ("active parameters", _active_params),
+        (f"MFLOPs {flops_unit(summary)}", lambda r: _megaflops(flops(r))),
+        *_SPEEDS,
+        ("training time, s", _training_time),
+        *(line for metric in rows[0].further for line in _further(metric, summary, own)),
+    ]
+    return Table("", *_columns(lines, rows, most=MOST_FIGURES))
+
+
+def _columns(
+    lines: Sequence[Line], rows: Sequence[Row], most: int | None = None
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Return the headings and the first ``most`` lines that have a value, systems in columns."""
+    table = [(title, *(show(row) for row in rows)) for title, show in lines]
+    shown = [line for line in table if any(cell != NONE for cell in line[1:])]
+    return ("", *(row.system.title for row in rows)), tuple(shown[:most])
 
 
 def _metric(summary: Summary) -> str:
@@ -107,6 +135,18 @@ _SPEEDS: tuple[Line, ...] = (
 
 def _rate(row: Row) -> str:
     return NONE if row.rate is None else f"{row.rate:g}{' (edge)' if row.rate_at_edge else ''}"
+
+
+def _at_time(summary: Summary) -> str:
+    return f"val. {_metric(summary)} at {_seconds(summary.equal_seconds)}"
+
+
+def _training_time(row: Row) -> str:
+    return f"{row.train_seconds:,.1f}"
+
+
+def _params(row: Row) -> str:
+    return f"{row.system.cost.num_params:,}" if row.system.cost else NONE
 
 
 def _active_params(row: Row) -> str:
@@ -195,24 +235,23 @@ def markdown(title: str, summary: Summary, facts: Sequence[str], read: str = "")
 
 
 def show(title: str, summary: Summary) -> None:
-    """Print the table with its sentences and notes."""
+    """Print what the intervals say, and ten lines of figures, in parts that fit the terminal."""
     from rich.console import Console
     from rich.markup import escape
 
     console = Console()
-    for rows in tables(summary):
-        routers = rows[0][0] == "router"
-        for part, shown in enumerate([list(_ON_SCREEN)] if routers else _parts(rows, console.width)):
-            columns = [rows[0][index].replace(", ", ",\n") for index in shown]
-            lines = [[row[index] for index in shown] for row in rows[1:]]
-            lines = [line for line in lines if any(cell != NONE for cell in line[1:])]
-            print_table("" if part else title, columns, lines)
+    console.print(f"\n{escape(title)}", highlight=False)
     for line in summary.sentences():
         console.print(f"[bold]{escape(line)}[/bold]", highlight=False)
-    for line in filter(None, [summary.two_intervals(), *summary.example_lines(parts=False)]):
-        console.print(escape(line), highlight=False)
-    for line in [*notes(summary), *legend(summary)[:2]]:
-        console.print(f"- {escape(line)}", highlight=False)
+    shown = figures(summary)
+    if shown is None:
+        return
+    rows = [shown.columns, *shown.rows]
+    whole = [list(range(len(shown.columns)))]
+    for part in whole if shown.columns[0] == "router" else _parts(rows, console.width):
+        columns = [shown.columns[index].replace(", ", ",\n") for index in part]
+        lines = [[row[index] for index in part] for row in shown.rows]
+        print_table("", columns, [line for line in lines if any(cell != NONE for cell in line[1:])])
 
 
 def _parts(rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:

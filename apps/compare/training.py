@@ -27,6 +27,7 @@ from apps.equal_cost.search import Search
 from apps.train.averaging import AVERAGE, FOLDER
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.finite import NonFiniteError
+from apps.train.logs import MetricsCSV
 from apps.train.module import SparseModule
 from apps.train.resume import GeneratorState
 from apps.train.stopping import on_sigterm
@@ -209,7 +210,7 @@ def _fit(experiment: Experiment, model: Any, data: Any, unit: Unit, folder: Path
         **shortened(experiment.trainer_options, unit.share),
         callbacks=[*experiment.callbacks(), curve, GeneratorState(), checkpoints],
         plugins=[AtomicCheckpointIO()],
-        logger=False,
+        logger=MetricsCSV(str(folder)) if unit.final else False,
         default_root_dir=str(folder),
         enable_progress_bar=False,
         enable_model_summary=False,

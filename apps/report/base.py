@@ -6,16 +6,20 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from apps.base.files import temporary_path
+from apps.report.page import SECTIONS, Section, save_sections
 
 _logger = logging.getLogger(__name__)
+
+FOLDER = "report"
+"""The folder of a report's files in the folder of its run."""
 
 Kind = TypeVar("Kind")
 
@@ -38,6 +42,10 @@ class ReportConfig:
     def __post_init__(self) -> None:
         self._check_least(routing_examples=0)
 
+    def brief(self) -> Self:
+        """Return the options of a report without its slower parts, such as a comparison makes of its sparse model."""
+        return self
+
     def _check_least(self, **least: int) -> None:
         for name, bound in least.items():
             if getattr(self, name) < bound:
@@ -55,15 +63,19 @@ class Report(Callback):
         """Return the argument of ``write``; None writes nothing. All processes call it: a sharded model needs them."""
         raise NotImplementedError(f"{type(self).__name__} must define collect(trainer, pl_module)")
 
-    def write(self, collected: Any, folder: Path) -> None:
-        """Print the tables and write the files into ``folder``."""
+    def write(self, collected: Any, folder: Path) -> Sequence[Section]:
+        """Print the tables, write the files into ``folder``, and return what the HTML page of the run shows of them.
+
+        Pictures in ``folder`` go by their names alone.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define write(collected, folder)")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         collected = self.collect(trainer, pl_module)
         if collected is not None and trainer.is_global_zero:
             with report_folder(trainer) as folder:
-                self.write(collected, folder)
+                if sections := self.write(collected, folder):
+                    save_sections(sections, folder)
 
 
 @contextlib.contextmanager
@@ -72,7 +84,7 @@ def report_folder(trainer: Trainer) -> Iterator[Path]:
 
     The log then names them.
     """
-    folder = Path(trainer.default_root_dir) / "report"
+    folder = Path(trainer.default_root_dir) / FOLDER
     new = temporary_path(folder)
     shutil.rmtree(new, ignore_errors=True)  # a kill may have left it
     new.mkdir(parents=True)
@@ -83,7 +95,7 @@ def report_folder(trainer: Trainer) -> Iterator[Path]:
             folder.mkdir(exist_ok=True)
             for name in names:
                 os.replace(new / name, folder / name)
-            _logger.info(f"{folder}: {', '.join(names)}")
+            _logger.info(f"{folder}: {', '.join(name for name in names if name != SECTIONS)}")
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -15,6 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from apps.base.files import naming, replacing
 
+METRICS = "metrics.csv"
+"""The name of a run's log."""
+
 
 def profiler(name: str, folder: Path) -> Profiler:
     """Return Lightning's profiler of a name, which writes its tables and traces into ``folder``.
@@ -57,7 +60,7 @@ class MetricsCSV(Logger):
 
     @property
     def path(self) -> Path:
-        return Path(self.folder) / "metrics.csv"
+        return Path(self.folder) / METRICS
 
     def continue_from(self, step: int) -> None:
         """Keep the rows of the steps before ``step``."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import core
 from apps.nets.depths import TokenGate
 from apps.report import plots
+from apps.report.page import Line, LineChart
 from apps.vision.few_shot import hard_labels
 
 _PRIORITIES = {"position": "by position", "score": "batch-prioritised"}
@@ -85,6 +86,17 @@ def capacity_sweep(
         drop_rate = 1 - computed / max(chosen, 1)
         points.append(CapacityPoint(priority, factor, right / images, flops / images, drop_rate, images))
     return tuple(points)
+
+
+def sweep_chart(points: Sequence[CapacityPoint]) -> LineChart:
+    """Return accuracy over FLOPs as a chart of a page, a line for each priority."""
+    lines = []
+    for priority, label in _PRIORITIES.items():
+        own = sorted((p for p in points if p.priority == priority), key=lambda p: p.flops_per_image)
+        mflops, accuracy = zip(*((p.flops_per_image / 1e6, 100 * p.accuracy) for p in own), strict=True)
+        lines.append(Line(label, mflops, accuracy))
+    summary = f"Accuracy as the evaluation capacity falls, {points[0].images:,} images."
+    return LineChart("Accuracy against FLOPs", summary, "MFLOPs an image", "top-1, %", tuple(lines))
 
 
 def sweep_picture(points: Sequence[CapacityPoint]) -> Any:

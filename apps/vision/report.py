@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -18,11 +19,14 @@ import core
 from apps.data.loader import batches_of_test
 from apps.report import plots
 from apps.report.base import Report, ReportConfig, first_batches
+from apps.report.classified import Answers
 from apps.report.heatmaps import heatmaps, maps_by_label
 from apps.report.intervals import Interval
+from apps.report.page import Part, Picture, Section, Table
+from apps.report.page.experts import load_charts, map_charts
 from apps.report.routed import expert_label_counts, expert_of_token, layer_label
 from apps.report.tables import print_table, write_csv
-from apps.vision.capacity_sweep import CapacityPoint, capacity_sweep, sweep_picture
+from apps.vision.capacity_sweep import CapacityPoint, capacity_sweep, sweep_chart, sweep_picture
 from apps.vision.few_shot import extract_features, few_shot, hard_labels
 from apps.vision.pictures import routing_over_images
 
@@ -58,6 +62,9 @@ class VisionReportConfig(ReportConfig):
             raise ValueError(f"report.capacity_factors={tuple(self.capacity_factors)} must be positive numbers")
         self._check_least(few_shot_seeds=1, sweep_images=1, images=0)
 
+    def brief(self) -> Self:
+        return dataclasses.replace(self, few_shot=(), capacity_factors=())
+
 
 @dataclass
 class PatchRouting:
@@ -78,10 +85,16 @@ class PatchRouting:
     experts: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
     @torch.no_grad()
-    def add(self, model: Any, batch: Any, device: torch.device, wanted: int) -> None:
-        """Read a batch, and keep images to draw until there are ``wanted``, classes that have none first."""
+    def add(self, model: Any, batch: Any, device: torch.device, wanted: int) -> Tensor:
+        """Read a batch, and keep images to draw until there are ``wanted``, classes that have none first.
+
+        Returns:
+            The logits of the images, (B, num_classes).
+        """
         with core.record(model) as tape:
-            model(batch.image.to(device))
+            logits: Tensor = model(batch.image.to(device))
+        if not len(tape):
+            return logits
         stats = core.RoutingStats.from_tape(tape)
         self.stats = stats if self.stats is None else self.stats + stats
         label_B = hard_labels(batch.label)
@@ -101,11 +114,12 @@ class PatchRouting:
             self.experts.setdefault(name, []).extend(ids_BHW.cpu().numpy())
         self.images += list(batch.image[picks].permute(0, 2, 3, 1).float().cpu().numpy())
         self.labels += label_B[picks].tolist()
+        return logits
 
-    def draw(self, trainer: Trainer, folder: Path) -> None:
-        """Write ``routing.png``, ``expert_class.png`` and ``load.png``."""
+    def draw(self, trainer: Trainer, folder: Path, names: Sequence[str]) -> Section:
+        """Write ``routing.png``, ``expert_class.png`` and ``load.png``; return what a page shows of them."""
         assert self.stats is not None
-        names = class_names(trainer, len(next(iter(self.counts.values()))))
+        parts: list[Part] = []
         if self.images:
             order = np.argsort(self.labels, kind="stable")
             picture = routing_over_images(
@@ -115,6 +129,8 @@ class PatchRouting:
                 [names[self.labels[i]] for i in order],
             )
             plots.save_picture(picture, folder / "routing.png")
+            seen = f"{len(self.images)} test images, and each again with its patches in the colour of their expert"
+            parts.append(Picture("routing.png", seen, "Patches and their experts, a column for each layer."))
         maps, too_many = maps_by_label({name: counts.cpu().numpy() for name, counts in self.counts.items()}, names)
         title = "Which expert takes the tokens of a class (its share of all)"
         title += f": the most specialised of {len(names)} classes" if too_many else ""
@@ -122,8 +138,10 @@ class PatchRouting:
         plots.save_picture(picture, folder / "expert_class.png")
         layers = {layer_label(name): stats for name, stats in self.stats.layers.items()}
         loads = {name: stats.tokens_per_expert.cpu().numpy() for name, stats in layers.items()}
-        picture = plots.load_bars(loads, {name: stats.drop_rate for name, stats in layers.items()})
-        plots.save_picture(picture, folder / "load.png")
+        drops = {name: stats.drop_rate for name, stats in layers.items()}
+        plots.save_picture(plots.load_bars(loads, drops), folder / "load.png")
+        parts = [*map_charts(maps, "Which expert takes a class", "class"), *load_charts(loads, drops), *parts]
+        return Section("What the experts are used for", tuple(parts))
 
 
 def _first_of_each_class(label_B: Tensor, taken: Sequence[int], wanted: int, num_classes: int) -> list[int]:
@@ -158,12 +176,13 @@ class VisionReport(Report):
         results = self._few_shot(trainer, pl_module)
         for shots, accuracy in results.items():
             pl_module.log(f"test/few_shot_{shots}", accuracy.mean, batch_size=1, rank_zero_only=True)
-        routing = PatchRouting()
+        routing, answers = PatchRouting(), Answers(model.num_classes)
         points: tuple[CapacityPoint, ...] = ()
+        if self.config.pictures:
+            for batch in self._first(trainer, self.config.routing_examples):
+                logits_BC = routing.add(model, batch, pl_module.device, self.config.images)
+                answers.add(logits_BC, hard_labels(batch.label))
         if core.moe_layers(model):
-            if self.config.pictures:
-                for batch in self._first(trainer, self.config.routing_examples):
-                    routing.add(model, batch, pl_module.device, self.config.images)
             # Expert choice has a capacity of its own; soft slots and merged experts have none.
             has_capacity = bool(model.moes) and all("capacity_factor" in moe.router.layer_options for moe in model.moes)
             if self.config.capacity_factors and has_capacity:
@@ -173,18 +192,21 @@ class VisionReport(Report):
                     (*self.config.capacity_factors, None),
                     device=pl_module.device,
                 )
-        return trainer, results, routing, points
+        return trainer, results, routing, answers, points
 
-    def write(self, collected: Any, folder: Path) -> None:
-        trainer, results, routing, points = collected
-        if results:
-            _write_few_shot(results, folder)
+    def write(self, collected: Any, folder: Path) -> list[Section]:
+        trainer, results, routing, answers, points = collected
+        names = class_names(trainer, len(answers.counts_CC))
+        sections = [Section("Answers", tuple(answers.parts(names)))]
         if routing.stats is not None:
-            routing.draw(trainer, folder)
+            sections.append(routing.draw(trainer, folder, names))
         if points:
-            _write_sweep(points, folder)
+            sections.append(_write_sweep(points, folder))
             if self.config.pictures:
                 plots.save_picture(sweep_picture(points), folder / "capacity_sweep.png")
+        if results:
+            sections.append(_write_few_shot(results, folder))
+        return sections
 
     def _first(self, trainer: Trainer, images: int) -> Iterable[Any]:
         return first_batches(batches_of_test(trainer), images, lambda batch: len(batch.image))
@@ -207,26 +229,28 @@ class VisionReport(Report):
         return few_shot(features, labels, test_features, test_labels, shots, self.config.few_shot_seeds)
 
 
-def _write_few_shot(results: Mapping[int, Interval], folder: Path) -> None:
+def _write_few_shot(results: Mapping[int, Interval], folder: Path) -> Section:
     seeds = next(iter(results.values())).count
-    print_table(
+    table = Table(
         f"Few-shot linear evaluation, {'one draw' if seeds == 1 else f'mean of {seeds} draws'}",
         ("shots a class", "test accuracy, %", "95 % interval"),
-        [
+        tuple(
             (str(k), f"{100 * a.mean:.2f}", "–" if a.half_width is None else f"± {100 * a.half_width:.2f}")
             for k, a in results.items()
-        ],
+        ),
     )
+    print_table(table.title, table.columns, table.rows)
     rows = [{"shots": k, "accuracy": a.mean, "interval": a.half_width, "seeds": seeds} for k, a in results.items()]
     write_csv(folder / "few_shot.csv", rows)
+    return Section("Few labelled images", (table,))
 
 
-def _write_sweep(points: Sequence[CapacityPoint], folder: Path) -> None:
+def _write_sweep(points: Sequence[CapacityPoint], folder: Path) -> Section:
     half = len(points) // 2  # the same factors by position, then by score
-    print_table(
+    table = Table(
         f"Capacity sweep at inference, {points[0].images:,} test images",
         ("capacity", "dropped, %", "MFLOPs/image", "top-1, %", "with batch priority, %"),
-        [
+        tuple(
             (
                 "dropless" if plain.capacity_factor is None else f"{plain.capacity_factor:g}",
                 f"{100 * plain.drop_rate:.1f}",
@@ -235,9 +259,11 @@ def _write_sweep(points: Sequence[CapacityPoint], folder: Path) -> None:
                 f"{100 * score.accuracy:.2f}",
             )
             for plain, score in zip(points[:half], points[half:], strict=True)
-        ],
+        ),
     )
+    print_table(table.title, table.columns, table.rows)
     write_csv(folder / "capacity_sweep.csv", [asdict(p) for p in points])
+    return Section("Less capacity at inference", (sweep_chart(points), table))
 
 
 def support_batches(trainer: Trainer) -> Iterable[Any] | None:

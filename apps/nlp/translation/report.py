@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -21,6 +22,7 @@ from apps.nlp.translation.metrics import Sentence, TranslationMetrics, corpus_me
 from apps.nlp.translation.routes import expert_use, spread_batches, usual_sentences, write_sentence, write_use
 from apps.report.base import Report, ReportConfig, computed_metrics, report_folder
 from apps.report.curves import learning_curves, read_curves
+from apps.report.page import Code, Part, Section, Table
 from apps.report.plots import save_picture
 from apps.report.tables import print_table, write_csv
 from core.parallel import needs_all_ranks
@@ -56,6 +58,9 @@ class TranslationReportConfig(ReportConfig):
         if any(a >= b for a, b in zip((0, *self.lengths), self.lengths, strict=False)):
             raise ValueError(f"report.lengths={self.lengths} must be ascending numbers of at least 1")
         self._check_least(samples=0, sentences=0)
+
+    def brief(self) -> Self:
+        return dataclasses.replace(self, samples=0)  # a comparison shows them of all models
 
 
 @dataclass(frozen=True)
@@ -105,15 +110,20 @@ class TranslationReport(Report):
         batches = list(batches_of_test(trainer)) if trainer.is_global_zero and not together else []
         return _Collected(metrics, pl_module, batches, sources, Path(trainer.default_root_dir))
 
-    def write(self, collected: _Collected, folder: Path) -> None:
+    def write(self, collected: _Collected, folder: Path) -> list[Section]:
         module, pictures = collected.module, self.config.pictures
-        write_scores(collected.metrics.sentences, collected.metrics.tokenizers, collected.sources, folder, self.config)
+        metrics = collected.metrics
+        scores = write_scores(metrics.sentences, metrics.tokenizers, collected.sources, folder, self.config)
+        sections = []
         if core.moe_layers(module.model) and (some := spread_batches(collected.batches, self.config.routing_examples)):
-            write_use(expert_use(module, some), folder, draw=pictures)
+            sections.append(write_use(expert_use(module, some), folder, draw=pictures))
         if pictures:
+            shown: list[Part] = []
             for number, sentence in enumerate(usual_sentences(collected.batches, self.config.sentences), 1):
-                write_sentence(module, sentence, number, folder)
+                shown += write_sentence(module, sentence, number, folder)
+            sections.append(Section("Words in sentences", tuple(shown)))
             write_curves(module, collected.run, folder)
+        return [*sections, scores]
 
 
 def write_curves(module: Any, run: Path, folder: Path) -> None:
@@ -139,8 +149,8 @@ def write_scores(
     sources: Sequence[str] | None,
     folder: Path,
     config: TranslationReportConfig,
-) -> None:
-    """Print the tables and samples, and write the files.
+) -> Section:
+    """Print the tables and samples, write the files, and return what a page shows of them.
 
     Args:
         sentences: the sentences of the test, by ``index``.
@@ -156,8 +166,10 @@ def write_scores(
         by_pair += breakdown("pair", {"mean of the pairs": sentences}, tokenizers)
     by_length = breakdown("words", length_groups(sentences, config.lengths), tokenizers)
     titles = {name: name.replace("bleu", "sacreBLEU").replace("chrf", "chrF++").replace("_", " ", 1) for name in signed}
-    _print("\n".join(f"{titles[name]} {text}" for name, text in signed.items()), "pair", by_pair)
-    _print("By words of the reference", "words", by_length)
+    signed_lines = "\n".join(f"{titles[name]} {text}" for name, text in signed.items())
+    tables = (_table(signed_lines, "pair", by_pair), _table("By words of the reference", "words", by_length))
+    for table in tables:
+        print_table(table.title, table.columns, table.rows)
     shown = examples(sentences, pairs, sources)
     if samples := side_by_side({"hypothesis": shown}, config.samples):
         print(f"\n{samples}")
@@ -166,6 +178,8 @@ def write_scores(
     write_sentences(folder / "sentences.jsonl", sentences, shown)
     with replacing(folder / "signatures.txt") as file:
         file.writelines(f"{name} {text}\n" for name, text in signed.items())
+    code = (Code("Translations", samples),) if samples else ()
+    return Section("Translations", (*tables, *code))
 
 
 def breakdown(
@@ -199,9 +213,9 @@ def length_groups(sentences: Sequence[Sentence], lengths: Sequence[int]) -> dict
     return groups
 
 
-def _print(title: str, what: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    lines = [
-        [
+def _table(title: str, what: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    lines = tuple(
+        (
             row[what],
             f"{row['sentences']:,}",
             f"{row['bleu']:.2f}",
@@ -209,10 +223,10 @@ def _print(title: str, what: str, rows: Sequence[Mapping[str, Any]]) -> None:
             f"{100 * row['token_accuracy']:.2f}",
             f"{row['perplexity']:.2f}",
             f"{row['length_ratio']:.3f}",
-        ]
+        )
         for row in rows
-    ]
-    print_table(title, (what, "sentences", *_COLUMNS.values(), "length ratio"), lines)
+    )
+    return Table(title, (what, "sentences", *_COLUMNS.values(), "length ratio"), lines)
 
 
 def examples(

@@ -28,6 +28,8 @@ from apps.nlp.translation.specialisation import (
     typical_pieces,
 )
 from apps.report.heatmaps import Heatmap, heatmaps, maps_by_label, shares
+from apps.report.page import Part, Picture, Section, Table
+from apps.report.page.experts import load_charts, map_charts
 from apps.report.plots import save_picture
 from apps.report.routed import experts_of_token, layer_label
 from apps.report.tables import print_table, write_csv
@@ -62,12 +64,16 @@ def expert_use(module: Any, batches: Iterable[TranslationBatch]) -> ExpertUse:
     return use
 
 
-def write_use(use: ExpertUse, folder: Path, draw: bool = True) -> None:
+def write_use(use: ExpertUse, folder: Path, draw: bool = True) -> Section:
     """Print how specialised the layers are, and write ``specialisation.csv``, ``expert_subwords.csv`` and, with
     ``draw``, ``expert_language.png`` where there are several pairs, and ``expert_class.png``.
+
+    Returns:
+        What a page shows of it.
     """
     rows = specialisation(use)
-    _print(rows)
+    table = _table(rows)
+    print_table(table.title, table.columns, table.rows)
     write_csv(folder / "specialisation.csv", [asdict(row) for row in rows])
     pieces = {side: use.subwords.pieces(range(use.subwords.size(side)), side) for side in _sides(use.layers)}
     typical = []
@@ -77,27 +83,42 @@ def write_use(use: ExpertUse, folder: Path, draw: bool = True) -> None:
             row = {"layer": layer.name, "expert": expert, "share": share_E[expert], "subwords": " ".join(own)}
             typical.append(row)
     write_csv(folder / "expert_subwords.csv", typical)
+    maps = map_charts(_flat(class_maps(use)), "Which expert takes a class of subwords", "class")
+    if len(use.pairs) > 1:
+        maps += map_charts(_flat(language_maps(use)), "Which expert takes a language", "language")
     if draw and len(use.pairs) > 1:
         save_picture(language_picture(use), folder / "expert_language.png")
     if draw:
         save_picture(class_picture(use), folder / "expert_class.png")
+    words = Table(
+        "Typical subwords of each expert",
+        ("layer", "expert", "share, %", "subwords"),
+        tuple((r["layer"], str(r["expert"]), f"{100 * r['share']:.1f}", r["subwords"]) for r in typical),
+        sortable=True,
+    )
+    counts = {layer.name: layer.by_piece.sum(0) for layer in use.layers}
+    return Section("What the experts are used for", (table, *maps, *load_charts(counts), words))
 
 
-def _print(rows: Sequence[Specialisation]) -> None:
+def _flat(bands: Sequence[Sequence[Heatmap]]) -> list[Heatmap]:
+    return [m for band in bands for m in band]
+
+
+def _table(rows: Sequence[Specialisation]) -> Table:
     abouts = list(dict.fromkeys(s.about for s in rows))
     cells: dict[str, dict[str, str]] = {}
     for s in rows:
         cells.setdefault(s.layer, {})[s.about] = f"{s.bits:.3f} ({100 * s.share:.0f} %)"
-    print_table(
+    return Table(
         "What a token's expert says of it, in bits (of the most possible); by chance at most "
         f"{max(s.by_chance for s in rows):.3f}",
         ("layer", *abouts),
-        [[layer, *(own.get(about, "") for about in abouts)] for layer, own in cells.items()],
+        tuple((layer, *(own.get(about, "") for about in abouts)) for layer, own in cells.items()),
     )
 
 
-def language_picture(use: ExpertUse) -> Any:
-    """Draw maps of language pairs by experts; of many pairs, of the language whose tokens a layer sees."""
+def language_maps(use: ExpertUse) -> list[list[Heatmap]]:
+    """Return maps of language pairs by experts, a side each; of many pairs, of the language whose tokens it sees."""
     bands = []
     for side, layers in _sides(use.layers).items():
         label_B, names = use.pair_B, use.pairs
@@ -107,24 +128,37 @@ def language_picture(use: ExpertUse) -> Any:
             # Where all sentences share it, the other end.
             label_B, names = own or next(iter(labels.values()))
         bands.append(_maps({layer.name: by_label(layer, label_B, len(names)) for layer in layers}, names))
+    return bands
+
+
+def language_picture(use: ExpertUse) -> Any:
+    """Draw ``language_maps``."""
     title = "Which expert takes the tokens of a language pair (its share of all)"
-    return heatmaps(bands, title, "share of the pair's tokens, %")
+    return heatmaps(language_maps(use), title, "share of the pair's tokens, %")
+
+
+def class_maps(use: ExpertUse) -> list[list[Heatmap]]:
+    """Return maps of ``CLASSES`` by experts, a side each."""
+    return [_maps(_class_counts(use, side, layers), CLASSES) for side, layers in _sides(use.layers).items()]
+
+
+def _class_counts(use: ExpertUse, side: Side, layers: Sequence[LayerUse]) -> dict[str, np.ndarray]:
+    class_V = use.classes_of(side)
+    return {layer.name: by_class(layer, class_V) for layer in layers}
 
 
 def class_picture(use: ExpertUse) -> Any:
-    """Draw maps of ``CLASSES`` by experts; the colours end where few shares of the text itself are larger."""
-    bands, usual = [], [np.zeros(1)]
+    """Draw ``class_maps``; the colours end where few shares of the text itself are larger."""
+    usual = [np.zeros(1)]
     for side, layers in _sides(use.layers).items():
-        class_V = use.classes_of(side)
-        counts = {layer.name: by_class(layer, class_V) for layer in layers}
-        bands.append(_maps(counts, CLASSES))
+        counts = _class_counts(use, side, layers)
         # Classes of less than a hundredth are all on a few experts by chance.
         usual += [shares(c[SPECIAL:][c[SPECIAL:].sum(1) * 100 >= c.sum()]).ravel() for c in counts.values()]
     title, top = (
         "Which expert takes the subwords of a class (its share of all)",
         np.quantile(np.concatenate(usual), 0.97),
     )
-    return heatmaps(bands, title, "share of the class's tokens, %", top=float(top))
+    return heatmaps(class_maps(use), title, "share of the class's tokens, %", top=float(top))
 
 
 def _sides(layers: Sequence[LayerUse]) -> dict[Side, list[LayerUse]]:
@@ -163,11 +197,14 @@ def usual_sentences(batches: Iterable[TranslationBatch], most: int) -> list[Tran
 
 
 @torch.no_grad()
-def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder: Path) -> None:
+def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder: Path) -> list[Part]:
     """Translate one sentence and draw ``sentence_<number>_attention.png`` and, of a sparse model, ``_experts.png``.
 
     The attention is the mean over the heads of the last decoder layer but one, where it follows the words best
     (arXiv 1909.02074).
+
+    Returns:
+        What a page shows of it.
     """
     source = sentence.source_BS[0][sentence.source_BS[0] != PAD_ID]
     one = _on(module, sentence._replace(source_BS=source[None]))
@@ -187,9 +224,13 @@ def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder:
         written_pieces,
         f"{heading}: attention of decoder layer {layer}, mean of {heads} heads",
     )
-    save_picture(picture, folder / f"sentence_{number}_attention.png")
+    path = save_picture(picture, folder / f"sentence_{number}_attention.png")
+    seen = (
+        f"which of the {len(source_pieces)} source subwords each of the {len(written_pieces)} written ones attends to"
+    )
+    shown: list[Part] = [Picture(path.name, f"{heading}: {seen}", f"{heading}: attention of the decoder.")]
     if not len(tape):
-        return
+        return shown
     experts: dict[Side, dict[str, np.ndarray]] = {"source": {}, "target": {}}
     for entry in tape.entries:
         chosen = experts_of_token(entry.routing, _MOST_EXPERTS).cpu().numpy()
@@ -202,7 +243,8 @@ def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder:
     several = any((ids[:, 1:] < num_experts).any() for side in sides for ids in side.experts.values())
     what = "experts of each subword, by falling gate" if several else "expert of each subword"
     picture = pictures.sentence_routes(sides, num_experts, f"{heading}: {what}")
-    save_picture(picture, folder / f"sentence_{number}_experts.png")
+    path = save_picture(picture, folder / f"sentence_{number}_experts.png")
+    return [Picture(path.name, f"{heading}: {what}, by layer", f"{heading}: {what}."), *shown]
 
 
 def _on(module: Any, batch: TranslationBatch) -> TranslationBatch:

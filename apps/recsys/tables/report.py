@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 import core
 from apps.data.loader import batches_of_test
-from apps.recsys.binary_metrics import TaskMetrics
+from apps.recsys.binary_metrics import Calibration, TaskMetrics
 from apps.recsys.encoding.features import Features
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables import checks, gating, pictures
@@ -22,6 +22,8 @@ from apps.recsys.tables.arrays import TableArrays, join
 from apps.recsys.tables.gating import ExpertUse, Gate, GateReader
 from apps.report.base import Report, ReportConfig, computed_metrics, first_batches
 from apps.report.heatmaps import Heatmap, heatmaps, row_names
+from apps.report.page import Line, LineChart, Part, Picture, Section, Table, Text
+from apps.report.page.experts import load_charts, map_charts
 from apps.report.plots import load_bars, save_picture
 from apps.report.tables import print_table, write_csv
 
@@ -126,23 +128,25 @@ class RecommenderReport(Report):
         arrays = join(batches, model.features, "test") if batches else None
         return _Collected(metrics.by_task, reader, arrays, trainer.datamodule)  # type: ignore[attr-defined]
 
-    def write(self, collected: _Collected, folder: Path) -> None:
-        write_tasks(collected.metrics, folder, self.config.pictures)
+    def write(self, collected: _Collected, folder: Path) -> list[Section]:
+        sections = [write_tasks(collected.metrics, folder, self.config.pictures)]
         findings = checks.suspicious_metrics(collected.metrics, "test")
         if collected.arrays is not None:
             findings += checks.label_among_features(collected.arrays)
             if collected.reader.weights:
-                write_gates(collected.reader, collected.arrays, collected.data, self.config, folder)
+                sections.append(write_gates(collected.reader, collected.arrays, collected.data, self.config, folder))
         # Users in both splits are among the table's own warnings.
         warnings = getattr(getattr(collected.data, "findings", None), "warnings", ())
-        checks.print_checks(list(dict.fromkeys([*findings, *warnings])))
+        lines = tuple(dict.fromkeys([*findings, *warnings]))
+        checks.print_checks(lines)
+        return [*sections, Section("Checks", (Text(lines),))] if lines else sections
 
 
 # ---- tasks
 
 
-def write_tasks(by_task: Mapping[str, TaskMetrics], folder: Path, with_pictures: bool = True) -> None:
-    """Print the metrics, a line a task, and write ``tasks.csv`` and ``calibration.png``."""
+def write_tasks(by_task: Mapping[str, TaskMetrics], folder: Path, with_pictures: bool = True) -> Section:
+    """Print the metrics, a line a task, write ``tasks.csv`` and ``calibration.png``, and return a page's section."""
     lines, users, rows = [], [], []
     for task, f in by_task.items():
         means = [f"{100 * f.base_rate:.2f}", f"{100 * f.mean_prediction:.2f}"]
@@ -155,14 +159,28 @@ def write_tasks(by_task: Mapping[str, TaskMetrics], folder: Path, with_pictures:
             row |= {"users": f.gauc.num_groups, "users_left_out": f.gauc.left_out}
         rows.append(row)
     columns = ("task", "rows", "true, %", "pred., %", "AUC", "PR-AUC", "log loss", "ECE, %")
-    print_table("Tasks: share of positive labels, true and predicted on average", columns, lines)
+    tables = [_shown("Tasks: share of positive labels, true and predicted on average", columns, lines)]
     if users:
         title = "AUC within users, weighted by their rows; users of one class are left out"
-        print_table(title, ("task", "user AUC", "users", "left out"), users)
+        tables.append(_shown(title, ("task", "user AUC", "users", "left out"), users))
     write_csv(folder / "tasks.csv", rows)
     curves = {task: f.calibration for task, f in by_task.items() if len(f.calibration.counts)}
     if with_pictures and curves:
         save_picture(pictures.calibration_curves(curves), folder / "calibration.png")
+    charts = [_calibration_chart(task, bins) for task, bins in curves.items()]
+    return Section("Answers", (*tables, *charts))
+
+
+def _shown(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """Print a table, and return it for a page."""
+    print_table(title, columns, lines)
+    return Table(title, tuple(columns), tuple(map(tuple, lines)))
+
+
+def _calibration_chart(task: str, bins: Calibration) -> LineChart:
+    line = Line("test", tuple(100 * bins.prediction), tuple(100 * bins.positives))
+    summary = f"Positive labels by the mean prediction, in {len(bins.counts)} bins; ECE {100 * bins.error:.2f} %."
+    return LineChart(f"Calibration, {task}", summary, "mean prediction, %", "positive, %", (line,), diagonal=True)
 
 
 # ---- gates and experts
@@ -172,41 +190,52 @@ _WEIGHT = "mean gate weight, %"
 
 def write_gates(
     reader: GateReader, arrays: TableArrays, data: Any, config: RecommenderReportConfig, folder: Path
-) -> None:
-    """Print the gates, what they depend on, and the experts; write the CSV files and the pictures."""
+) -> Section:
+    """Print the gates, what they depend on, and the experts; write the CSV files and the pictures.
+
+    Returns:
+        What a page shows of it.
+    """
     gates = reader.gates()
     use = gating.expert_use(gates, reader.zero_share())
     depends = gating.dependence(gates, arrays)
-    _gate_tables(gates, folder)
-    _expert_tables(use, folder)
+    tables = [_gate_table(gates, folder), *_expert_tables(use, folder)]
     if depends:
-        _dependence_table(depends, arrays.features, gates, folder)
-    if not config.pictures:
-        return
+        tables.append(_dependence_table(depends, arrays.features, gates, folder))
     blocks = list(dict.fromkeys(g.block for g in gates))
     by_task = [[_by_task(block, use, gates)] for block in blocks]
-    save_picture(heatmaps(by_task, "Mean gate weights by task and expert", _WEIGHT), folder / "gates_by_task.png")
+    charts: list[Part] = [*map_charts([m for band in by_task for m in band], "Gate weights by task", "gate")]
+    charts += load_charts(**_utilisation(gates))
+    by_value: list[Heatmap] = []
     if config.gate_feature is not None or depends:
         column = config.gate_feature or max(depends, key=lambda c: sum(depends[c].values()))
-        maps = _by_value(column, gates, arrays, data, config.gate_values)
-        block = f", {gates[-1].block}" if gates[-1].block else ""
-        title = f"Mean gate weights by {column}{block} (share of the rows)"
-        save_picture(heatmaps([maps], title, _WEIGHT), folder / "gates_by_value.png")
-    save_picture(_utilisation(gates), folder / "utilisation.png")
-    save_picture(pictures.polarisation(use, gates), folder / "polarisation.png")
+        by_value = _by_value(column, gates, arrays, data, config.gate_values)
+        charts += map_charts(by_value, f"Gate weights by {column}", column)
+    if config.pictures:
+        save_picture(heatmaps(by_task, "Mean gate weights by task and expert", _WEIGHT), folder / "gates_by_task.png")
+        if by_value:
+            block = f", {gates[-1].block}" if gates[-1].block else ""
+            title = f"Mean gate weights by {column}{block} (share of the rows)"
+            save_picture(heatmaps([by_value], title, _WEIGHT), folder / "gates_by_value.png")
+        save_picture(load_bars(**_utilisation(gates), title="Expert utilisation"), folder / "utilisation.png")
+        save_picture(pictures.polarisation(use, gates), folder / "polarisation.png")
+        seen = "zero outputs of each expert, the weight of each gate on it, and the entropy of the gates"
+        charts.append(Picture("polarisation.png", f"Expert polarisation: {seen}", "Expert polarisation."))
+    return Section("What the experts are used for", (*charts, *tables))
 
 
-def _utilisation(gates: Sequence[Gate]) -> Any:
-    """Draw for each gate the examples that each expert computes where some are left out, else its weight."""
+def _utilisation(gates: Sequence[Gate]) -> dict[str, Any]:
+    """Return for each gate the examples that each expert computes where some are left out, else its weight, as
+    arguments of ``load_bars`` and ``load_charts``."""
     sparse = any((g.weights_NE == 0).any() for g in gates)
-    loads = {g.name: ((g.weights_NE > 0) if sparse else g.weights_NE).sum(0) for g in gates}
-    share_of = "computed pairs" if sparse else "gate weight"
-    return load_bars(
-        loads, title="Expert utilisation", share_of=share_of, names={g.name: g.expert_labels for g in gates}
-    )
+    return {
+        "tokens_per_expert": {g.name: ((g.weights_NE > 0) if sparse else g.weights_NE).sum(0) for g in gates},
+        "share_of": "computed pairs" if sparse else "gate weight",
+        "names": {g.name: g.expert_labels for g in gates},
+    }
 
 
-def _gate_tables(gates: Sequence[Gate], folder: Path) -> None:
+def _gate_table(gates: Sequence[Gate], folder: Path) -> Table:
     lines, rows = [], []
     for gate in gates:
         first = int(np.argmax(gate.mean_E))
@@ -218,16 +247,17 @@ def _gate_tables(gates: Sequence[Gate], folder: Path) -> None:
             {"gate": gate.name, "entropy": own, "mean_entropy": mean, "largest": expert, "largest_share": share}
         )
     columns = ("gate", "an example's", "of the mean", "difference", "largest expert")
-    print_table(
+    write_csv(folder / "gates.csv", rows)
+    return _shown(
         "Gates: entropy of the weights over log E (0 one expert, 1 all alike); the difference is owed to the example",
         columns,
         lines,
     )
-    write_csv(folder / "gates.csv", rows)
 
 
-def _expert_tables(use: Sequence[ExpertUse], folder: Path) -> None:
-    """Print a table for each block."""
+def _expert_tables(use: Sequence[ExpertUse], folder: Path) -> list[Table]:
+    """Print a table for each block, and return them."""
+    tables = []
     for block in dict.fromkeys(u.block for u in use):
         own = [u for u in use if u.block == block]
         gates = list(own[0].weights)
@@ -235,14 +265,16 @@ def _expert_tables(use: Sequence[ExpertUse], folder: Path) -> None:
         order = sorted(own, key=lambda u: (not u.problem, -np.nansum(list(u.weights.values()))))
         shown = order[:_SHOWN] if len(own) > _SHOWN else own
         left = f"; {len(own) - len(shown)} more in experts.csv" if len(own) > len(shown) else ""
-        print_table(
-            f"Experts{f' of {block}' if block else ''}: outputs that are zero and mean weights, %; polarisation as in "
-            f"HoME, arXiv 2408.05430{left}",
-            ("expert", "zero", *gates, "remark"),
-            [
-                (u.label, _percent(u.zero_share), *(_percent(u.weights[g]) for g in gates), u.problem or "–")
-                for u in shown
-            ],
+        tables.append(
+            _shown(
+                f"Experts{f' of {block}' if block else ''}: outputs that are zero and mean weights, %; polarisation as "
+                f"in HoME, arXiv 2408.05430{left}",
+                ("expert", "zero", *gates, "remark"),
+                [
+                    (u.label, _percent(u.zero_share), *(_percent(u.weights[g]) for g in gates), u.problem or "–")
+                    for u in shown
+                ],
+            )
         )
     rows = [
         {"block": u.block, "expert": u.label, "zero_share": u.zero_share}
@@ -251,12 +283,13 @@ def _expert_tables(use: Sequence[ExpertUse], folder: Path) -> None:
         for u in use
     ]
     write_csv(folder / "experts.csv", rows)
+    return tables
 
 
 def _dependence_table(
     depends: Mapping[str, Mapping[str, float]], features: Features, gates: Sequence[Gate], folder: Path
-) -> None:
-    """Print the columns on which the gates of the last block depend most; write those of all."""
+) -> Table:
+    """Print the columns on which the gates of the last block depend most, write those of all, return the first."""
     known = [g for g in gates if any(g.name in values for values in depends.values())]
     order = sorted(depends, key=lambda c: -sum(depends[c].values()))
     last = [g for g in known if g.block == known[-1].block]
@@ -265,13 +298,13 @@ def _dependence_table(
     names = [*(f.name for f in features.categorical), *(c.name for c in features.continuous)]
     left_out = [name for name in names if name not in coded]
     without = f"; not measured (many values, several in a row, or one): {', '.join(left_out)}" if left_out else ""
-    print_table(
+    rows = [{"column": c, **{g.name: depends[c].get(g.name, math.nan) for g in known}} for c in order]
+    write_csv(folder / "dependence.csv", rows)
+    return _shown(
         f"What the gates{where} depend on: share of their variance that a column explains, %{without}",
         ("column", *(g.label for g in last)),
         [(c, *(_percent(depends[c].get(g.name, math.nan), 1) for g in last)) for c in order[:8]],
     )
-    rows = [{"column": c, **{g.name: depends[c].get(g.name, math.nan) for g in known}} for c in order]
-    write_csv(folder / "dependence.csv", rows)
 
 
 def _percent(value: float, digits: int = 0) -> str:

@@ -17,18 +17,20 @@ values, so that ``save_sections`` and ``load_sections`` keep them between comman
     )
     show_page(page)                             # the verdict and the figures, on the terminal
     write_page(page, output / "report.html")    # everything, and prints its path
+    write_index(output.parent)                  # index.html over several runs
     open_page(output / "report.html")           # for --open
 
 No app is named here: an app's test report makes sections of what it computes (``apps.report.base.Report.sections``).
 """
 
 from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart
+from apps.report.page.index import write_index
 from apps.report.page.parts import MOST_FIGURES, Code, Entry, Page, Part, Picture, Section, Table, Text, shown
 from apps.report.page.repeat import how_to_repeat, now
-from apps.report.page.writing import FILE, load_sections, open_page, save_sections, show_page, write_page
+from apps.report.page.writing import FILE, SECTIONS, load_sections, open_page, save_sections, show_page, write_page
 
 __all__ = [
     "Page", "Section", "Part", "Text", "Table", "Code", "Picture", "Entry", "MOST_FIGURES", "shown",
-    "ScatterChart", "Point", "LineChart", "Line", "BarChart", "HeatmapChart",
-    "write_page", "open_page", "show_page", "save_sections", "load_sections", "how_to_repeat", "now", "FILE",
+    "ScatterChart", "Point", "LineChart", "Line", "BarChart", "HeatmapChart", "how_to_repeat", "now",
+    "write_page", "write_index", "open_page", "show_page", "save_sections", "load_sections", "FILE", "SECTIONS",
 ]  # fmt: skip

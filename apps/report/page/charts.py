@@ -153,6 +153,7 @@ class LineChart:
         x_title, y_title: names of the axes, with units.
         lines: the lines, at least one.
         diagonal: draw where y equals x as well, as in a calibration curve.
+        log_x: the horizontal axis is logarithmic; all x are above 0.
     """
 
     title: str
@@ -161,6 +162,7 @@ class LineChart:
     y_title: str
     lines: tuple[Line, ...]
     diagonal: bool = False
+    log_x: bool = False
 
     def headings(self) -> tuple[str, ...]:
         return (self.x_title, *(line.name for line in self.lines))
@@ -182,12 +184,13 @@ class LineChart:
         labels = list(dict.fromkeys(line.label for line in self.lines))
         chosen = alt.selection_point(fields=["label"], bind="legend", name="chosen")
         zoom = alt.selection_interval(bind="scales", encodings=["x"], name="zoom")
+        scale = alt.Scale(type="log" if self.log_x else "linear", zero=False, nice=False)
         few = max(len(line.x) for line in self.lines) <= 30
         lines = (
             alt.Chart(alt.Data(values=rows))
             .mark_line(point=alt.OverlayMarkDef(size=28, filled=True) if few else False, strokeWidth=1.8, clip=True)
             .encode(
-                x=alt.X("x:Q", title=self.x_title, scale=alt.Scale(zero=False, nice=False)),
+                x=alt.X("x:Q", title=self.x_title, scale=scale),
                 y=alt.Y("y:Q", title=self.y_title, scale=alt.Scale(zero=False)),
                 color=alt.Color("label:N", title=None, scale=_colors(labels)),
                 detail="name:N",
@@ -372,7 +375,70 @@ class HeatmapChart:
         return alt.layer(*layers).properties(width="container", height=20 * len(self.rows))
 
 
-Chart = ScatterChart | LineChart | BarChart | HeatmapChart
+@core.register_config
+@dataclass(frozen=True)
+class ChoicePoint:
+    """A point of a ``ChoiceChart``.
+
+    Attributes:
+        label: its name.
+        figures: its figures by name; not every point has all.
+    """
+
+    label: str
+    figures: dict[str, float]
+
+
+@core.register_config
+@dataclass(frozen=True)
+class ChoiceChart:
+    """Points whose axes the reader chooses among their figures.
+
+    Attributes:
+        title, summary: heading and text alternative.
+        points: the points.
+    """
+
+    title: str
+    summary: str
+    points: tuple[ChoicePoint, ...]
+
+    def names(self) -> list[str]:
+        """Return the figures that the axes may show."""
+        return list(dict.fromkeys(name for point in self.points for name in point.figures))
+
+    def headings(self) -> tuple[str, ...]:
+        return ("", *self.names())
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """Return the figures, a row a point."""
+        return [(p.label, *(_number(p.figures.get(name)) for name in self.names())) for p in self.points]
+
+    def draw(self) -> alt.Chart:
+        import altair as alt
+
+        names = self.names()
+        rows = [{"label": p.label, **{n: _finite(v) for n, v in p.figures.items()}} for p in self.points]
+        up = alt.param(name="up", value=names[0], bind=alt.binding_select(options=names, name="up "))
+        across = alt.param(
+            name="across", value=names[min(1, len(names) - 1)], bind=alt.binding_select(options=names, name="across ")
+        )
+        return (
+            alt.Chart(alt.Data(values=rows))
+            .transform_calculate(x="datum[across]", y="datum[up]")
+            .transform_filter("isValid(datum.x) && isValid(datum.y)")
+            .mark_point(filled=True, size=90, color=PALETTE[0])
+            .encode(
+                x=alt.X("x:Q", title="across", scale=alt.Scale(zero=False, padding=20)),
+                y=alt.Y("y:Q", title="up", scale=alt.Scale(zero=False, padding=20)),
+                tooltip=[alt.Tooltip("label:N", title="model"), alt.Tooltip("x:Q"), alt.Tooltip("y:Q")],
+            )
+            .add_params(up, across)
+            .properties(width="container", height=_HEIGHT)
+        )
+
+
+Chart = ScatterChart | LineChart | BarChart | HeatmapChart | ChoiceChart
 
 
 def thinned_rows(rows: Sequence[tuple[str, ...]], most: int = MOST_ROWS) -> list[tuple[str, ...]]:

@@ -10,7 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, ScatterChart, thinned_rows, vega_lite
+from apps.report.page.charts import (
+    BarChart,
+    Chart,
+    ChoiceChart,
+    HeatmapChart,
+    LineChart,
+    ScatterChart,
+    thinned_rows,
+    vega_lite,
+)
 from apps.report.page.library import MISSING, has_charts, script
 from apps.report.page.parts import Code, Page, Part, Picture, Section, Table, Text
 
@@ -21,7 +30,7 @@ MOST_BYTES = 5_000_000
 """Size that a page stays below: pictures that would go beyond are named in it and left out."""
 
 _HERE = Path(__file__).parent
-_CHARTS = (ScatterChart, LineChart, BarChart, HeatmapChart)
+_CHARTS = (ScatterChart, LineChart, BarChart, HeatmapChart, ChoiceChart)
 # Nothing is loaded, whatever a text in a report says. Vega compiles expressions, which is "eval" to a browser.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'"
 
@@ -54,8 +63,14 @@ class _Writing:
         return name
 
 
-def render(page: Page, extra: str = "") -> str:
-    """Return the HTML of a page; ``extra`` is HTML that stands before its sections."""
+def is_report(path: Path) -> bool:
+    """Return whether a file is a page that ``render`` made."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return GENERATOR in file.read(2000)
+
+
+def render(page: Page, before: str = "") -> str:
+    """Return a page as HTML; ``before`` is HTML that stands before its sections."""
     draws = has_charts()
     library = script() if draws else ""
     writing = _Writing(draws, room=MOST_BYTES - len(library.encode()) - 800_000)
@@ -85,7 +100,7 @@ def render(page: Page, extra: str = "") -> str:
             '<main id="report">\n',
             f'<section aria-labelledby="verdict"><h2 id="verdict">Verdict</h2>{verdict}</section>\n' if verdict else "",
             "" if draws else f"<p>{_text(MISSING[0].upper() + MISSING[1:])}.</p>\n",
-            extra,
+            before,
             *body,
             "</main>\n<footer><p>Written by moesaic. The file has all that it shows and loads nothing.</p></footer>\n",
             f"<script>{_inside_script(library)}</script>\n" if writing.specs else "",
@@ -186,7 +201,8 @@ def _chart(chart: Chart, writing: _Writing, level: int) -> str:
     if writing.draws:
         writing.specs[own] = vega_lite(chart)
         place, is_open = f'<div class="chart" id="{own}"></div>', ""
-    wide = " broad" if isinstance(chart, HeatmapChart) and len(chart.columns) > 16 else ""
+    broad = isinstance(chart, ChoiceChart) or (isinstance(chart, HeatmapChart) and len(chart.columns) > 16)
+    wide = " broad" if broad else ""
     return (
         f'<figure class="panel{wide}"><{heading}>{_text(chart.title)}</{heading}>{place}'
         f"<figcaption>{_text(chart.summary)}</figcaption>"

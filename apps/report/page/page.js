@@ -22,7 +22,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     return Number.isNaN(number) ? null : number;
   };
   headings.forEach((heading, column) => {
-    heading.querySelector("button").addEventListener("click", () => {
+    heading.querySelector("button")?.addEventListener("click", () => {
       const down = heading.getAttribute("aria-sort") === "ascending";
       headings.forEach((other) => other.removeAttribute("aria-sort"));
       heading.setAttribute("aria-sort", down ? "descending" : "ascending");
@@ -40,4 +40,21 @@ for (const table of document.querySelectorAll("table.sortable")) {
       body.append(...rows);
     });
   });
+}
+
+// The index of runs: rows that match the search, and with "only those chosen" are ticked.
+const list = document.getElementById("list");
+if (list) {
+  const [search, only, count] = ["search", "only", "count"].map((id) => document.getElementById(id));
+  const show = () => {
+    const wanted = search.value.toLowerCase();
+    const rows = [...list.tBodies[0].rows];
+    for (const row of rows) {
+      const chosen = !only.checked || row.querySelector(".choice").checked;
+      row.hidden = !(chosen && row.textContent.toLowerCase().includes(wanted));
+    }
+    count.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
+  };
+  for (const control of [search, only, list]) control.addEventListener("input", show);
+  show();
 }

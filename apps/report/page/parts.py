@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import core
-from apps.report.page.charts import BarChart, HeatmapChart, LineChart, ScatterChart
+from apps.report.page.charts import BarChart, ChoiceChart, HeatmapChart, LineChart, ScatterChart
 
 
 @core.register_config
@@ -88,7 +88,7 @@ class Picture:
     caption: str = ""
 
 
-Part = Text | Table | Code | Picture | ScatterChart | LineChart | BarChart | HeatmapChart
+Part = Text | Table | Code | Picture | ScatterChart | LineChart | BarChart | HeatmapChart | ChoiceChart
 """Whatever a section may hold."""
 
 

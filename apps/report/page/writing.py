@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from apps.base.files import replacing
-from apps.report.page.html import GENERATOR, render
+from apps.report.page.html import is_report, render
 from apps.report.page.library import MISSING, has_charts
 from apps.report.page.parts import Page, Section
 from apps.report.tables import print_table
@@ -18,22 +18,20 @@ from core.config.plain import from_plain, to_plain
 FILE = "report.html"
 """The name of a report in the folder of its run; ``report.json`` beside it is read by the index of runs."""
 
-_SECTIONS = "sections.json"
+SECTIONS = "sections.json"
+"""The name of the file of ``save_sections``."""
 
 
 def write_page(page: Page, path: Path) -> Path:
     """Write ``page`` as one HTML file, whole or not at all, and print its path.
 
-    ``path`` with the ending ``.json`` gets the page without its sections, for the index of runs. Where the chart
+    The file beside it that ends in ``.json`` has the page without its sections, for the index of runs. Where the chart
     library is not installed the page has tables in place of charts, and a line says so.
 
     Raises:
         ValueError: a file is there that no report has written.
     """
-    check_replaceable(path)
-    text = render(page)
-    with replacing(path) as file:
-        file.write(text)
+    write_html(render(page), path)
     with replacing(path.with_suffix(".json")) as file:
         json.dump(to_plain(dataclasses.replace(page, sections=()), Page), file, indent=1)
     if not has_charts():
@@ -42,12 +40,12 @@ def write_page(page: Page, path: Path) -> Path:
     return path
 
 
-def check_replaceable(path: Path) -> None:
-    """Raise a ValueError where ``path`` is a file that no report has written."""
-    if path.exists():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            if GENERATOR not in file.read(2000):
-                raise ValueError(f"{path} is no report of moesaic's: move it, or choose another folder")
+def write_html(text: str, path: Path) -> None:
+    """Write a page that ``render`` made, or raise a ValueError where a file is there that it did not make."""
+    if path.exists() and not is_report(path):
+        raise ValueError(f"{path} is no report of moesaic's: it stays as it is; move it, or choose another folder")
+    with replacing(path) as file:
+        file.write(text)
 
 
 def show_page(page: Page) -> None:
@@ -69,7 +67,7 @@ def open_page(path: Path) -> None:
 
 def save_sections(sections: Sequence[Section], folder: Path) -> Path:
     """Write sections as JSON into ``folder``, where their pictures are; ``load_sections`` reads them."""
-    path = folder / _SECTIONS
+    path = folder / SECTIONS
     with replacing(path) as file:
         json.dump(to_plain(list(sections), list[Section]), file)
     return path
@@ -77,7 +75,7 @@ def save_sections(sections: Sequence[Section], folder: Path) -> Path:
 
 def load_sections(folder: Path) -> tuple[Section, ...]:
     """Return the sections that ``save_sections`` wrote, their pictures by full paths; none where there are none."""
-    path = folder / _SECTIONS
+    path = folder / SECTIONS
     if not path.is_file():
         return ()
     sections: list[Section] = from_plain(json.loads(path.read_text(encoding="utf-8")), list[Section], str(path))

@@ -1,0 +1,108 @@
+"""The report of ``moesaic test``: its metrics, what the app's report shows, the training, and how to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from apps.report.page import (
+    MOST_FIGURES,
+    Entry,
+    Page,
+    Section,
+    Table,
+    how_to_repeat,
+    now,
+    shown,
+)
+from apps.report.page.training import training_section
+from apps.report.routed import layer_label
+from apps.report.tables import is_share
+from apps.train.logs import METRICS, read_rows
+
+_SIZES = {"parameters": "num_params", "active parameters": "active_params", "MFLOPs": "flops_per_example"}
+
+
+def test_page(
+    metrics: Mapping[str, float],
+    monitored: str | None,
+    run: Path,
+    checkpoint: Path | None,
+    command: str,
+    config: str,
+    sections: Sequence[Section],
+) -> Page:
+    """Return the report of a test.
+
+    Args:
+        metrics: logged metrics by name, such as "test/top1" and "test/routing/model.blocks.1.mlp/entropy".
+        monitored: name of the metric that the training monitors, which comes first; None: the first one.
+        run: the run's folder.
+        checkpoint: what was tested; None: an untrained model.
+        command: shell command of the test.
+        config: the configuration in force, as YAML.
+        sections: those of the app's report.
+    """
+    own = {k.partition("/")[2]: v for k, v in metrics.items() if not k.startswith("test/routing/")}
+    first = (monitored or "").partition("/")[2]
+    order = sorted(own, key=lambda name: name != first)
+    rows = tuple(_line(name, own[name]) for name in order)
+    sizes = _sizes(run / METRICS)
+    rows += tuple((name, shown(value, 6)) for name, value in sizes.items())
+    tested = checkpoint or "an untrained model"
+    value = " ".join(rows[0]) if rows else "nothing logged"
+    verdict = f"{value} in the test of {tested}; one run tells nothing of other seeds."
+    figures = {name: float(_percent(name, value)) for name, value in own.items()}
+    every = Table("Metrics of the test", ("metric", "value"), rows)
+    return Page(
+        title=f"Test of {run.name}",
+        verdict=(verdict,),
+        figures=Table("", ("metric", "value"), rows[:MOST_FIGURES]),
+        sections=(
+            *sections,
+            _routing(metrics),
+            training_section(run / METRICS),
+            Section("Every figure", (every,) if len(rows) > MOST_FIGURES else ()),
+            how_to_repeat(command, config),
+        ),
+        kind="test",
+        date=now(),
+        entries=(Entry("", {_title(name, own[name]): value for name, value in figures.items()} | sizes),),
+    )
+
+
+def _line(name: str, value: float) -> tuple[str, str]:
+    return _title(name, value), f"{_percent(name, value):.4f}" if abs(value) < 1e4 else shown(value, 6)
+
+
+def _title(name: str, value: float) -> str:
+    return f"test {name}, %" if is_share(name, [[value]]) else f"test {name}"
+
+
+def _percent(name: str, value: float) -> float:
+    return 100 * value if is_share(name, [[value]]) else value
+
+
+def _sizes(metrics: Path) -> dict[str, float]:
+    """Return parameters and FLOPs of an example as the training has logged them; empty where it has not."""
+    rows = [row for row in read_rows(metrics) if row.get("model/num_params")]
+    if not rows:
+        return {}
+    sizes = {name: float(rows[0][f"model/{column}"]) for name, column in _SIZES.items()}
+    return {**sizes, "MFLOPs": sizes["MFLOPs"] / 1e6}
+
+
+def _routing(metrics: Mapping[str, float]) -> Section:
+    """Return the figures of each layer's routing in the test."""
+    layers: dict[str, dict[str, float]] = {}
+    for key, value in metrics.items():
+        if key.startswith("test/routing/"):
+            layer, _, figure = key.removeprefix("test/routing/").rpartition("/")
+            layers.setdefault(layer, {})[figure] = value
+    figures = list(dict.fromkeys(figure for values in layers.values() for figure in values))
+    rows = tuple(
+        (layer_label(layer) if layer else "mean", *(shown(values.get(figure)) for figure in figures))
+        for layer, values in layers.items()
+    )
+    table = Table("Routing in the test", ("layer", *(f.replace("_", " ") for f in figures)), rows)
+    return Section("Routing in the test", (table,) if rows else ())

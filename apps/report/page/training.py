@@ -1,0 +1,81 @@
+"""The course of a training, from a run's ``metrics.csv``: its losses, its validation, and the load of its experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from apps.report.page.charts import Line, LineChart
+from apps.report.page.parts import Part, Section, Text
+from apps.report.routed import layer_label
+from apps.train.logs import read_rows
+
+_ROUTING = {
+    "load_imbalance": ("Load imbalance", "most loaded expert over the mean", ""),
+    "load_entropy": ("Entropy of the load", "entropy over log E; 1 is even", ""),
+    "entropy": ("Entropy of the router's scores", "entropy over log E; 0 is certain", ""),
+    "drop_rate": ("Dropped pairs", "share of the routed pairs", "No routed pair was dropped."),
+    "dead_experts": ("Dead experts", "experts without a token", "No expert was without a token."),
+}
+"""The figures of a layer: the title of its chart, its axis, and what is said where it is always 0."""
+
+
+def training_section(metrics: Path, title: str = "Training") -> Section:
+    """Return losses and validation figures over the steps, and below them the routing of each layer.
+
+    Args:
+        metrics: a run's ``metrics.csv``; without one the section is empty.
+        title: its heading.
+    """
+    rows = read_rows(metrics)
+    columns = {name: _points(rows, name) for name in (rows[0] if rows else ())}
+    columns = {name: points for name, points in columns.items() if points}
+    parts: list[Part] = []
+    losses = {name: columns[f"{name}/loss"] for name in ("train", "val") if f"{name}/loss" in columns}
+    if losses:
+        parts.append(_chart("Loss", "loss", losses))
+    own = {name: p for name, p in columns.items() if name.startswith("val/") and name.count("/") == 1}
+    shares = {name: p for name, p in own.items() if name != "val/loss" and all(0 <= y <= 1 for _, y in p)}
+    others = {name: p for name, p in own.items() if name != "val/loss" and name not in shares}
+    groups = [shares, *({name: p} for name, p in others.items())]
+    parts += [
+        _chart("Validation: " + ", ".join(n.removeprefix("val/") for n in group), "value", group)
+        for group in groups
+        if group
+    ]
+    if any(name.startswith("routing/") for name in columns):
+        parts += routing_parts(columns)
+    return Section(title, tuple(parts))
+
+
+def routing_parts(columns: Mapping[str, Sequence[tuple[int, float]]]) -> list[Part]:
+    """Return a chart for each figure of the routing in training, a line a layer, and a text for figures that stay 0."""
+    charts: list[Part] = []
+    never: list[str] = []
+    for figure, (title, axis, without) in _ROUTING.items():
+        by_layer = {}
+        for name, points in columns.items():
+            kind, _, rest = name.partition("/")
+            layer, _, last = rest.rpartition("/")
+            if kind == "routing" and layer and last == figure:
+                by_layer[layer_label(layer)] = points
+        if by_layer and without and all(y == 0 for points in by_layer.values() for _, y in points):
+            never.append(without)
+        elif by_layer:
+            charts.append(_chart(f"{title} in training", axis, by_layer))
+    return [*charts, Text(tuple(never))] if never else charts
+
+
+def _points(rows: Sequence[Mapping[str, str]], name: str) -> list[tuple[int, float]]:
+    points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+    return [(step, value) for step, value in points if math.isfinite(value)]
+
+
+def _chart(title: str, axis: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> LineChart:
+    drawn = tuple(
+        Line(name, tuple(float(step) for step, _ in points), tuple(value for _, value in points))
+        for name, points in lines.items()
+    )
+    ends = "; ".join(f"{line.label} from {line.y[0]:.4g} to {line.y[-1]:.4g}" for line in drawn[:6])
+    return LineChart(title, f"Over optimizer steps: {ends}.", "step", axis, drawn)
