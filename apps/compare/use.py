@@ -30,7 +30,7 @@ def sections_of_use(experiment: Experiment, checkpoint: Path, output: Path) -> S
     """
     folder = output / FOLDER
     if not _is_new(folder / SECTIONS, checkpoint):
-        with quiet(own_notes=False), contextlib.redirect_stdout(io.StringIO()):  # the page shows what it prints
+        with quiet(own_notes=False), contextlib.redirect_stdout(io.StringIO()):  # the page has its warnings
             _test(experiment, checkpoint, output)
         if not _is_new(folder / SECTIONS, checkpoint):
             save_sections([], folder)

@@ -64,7 +64,7 @@ class Report(Callback):
         raise NotImplementedError(f"{type(self).__name__} must define collect(trainer, pl_module)")
 
     def write(self, collected: Any, folder: Path) -> Sequence[Section]:
-        """Print the tables, write the files into ``folder``, and return what the HTML page of the run shows of them.
+        """Write the files into ``folder``, and return what the HTML page of the run shows of them.
 
         Pictures in ``folder`` go by their names alone.
         """
@@ -74,7 +74,8 @@ class Report(Callback):
         collected = self.collect(trainer, pl_module)
         if collected is not None and trainer.is_global_zero:
             with report_folder(trainer) as folder:
-                if sections := self.write(collected, folder):
+                sections = [section for section in self.write(collected, folder) or () if not section.is_empty]
+                if sections:
                     save_sections(sections, folder)
 
 

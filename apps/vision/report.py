@@ -25,7 +25,7 @@ from apps.report.intervals import Interval
 from apps.report.page import Part, Picture, Section, Table
 from apps.report.page.experts import load_charts, map_charts
 from apps.report.routed import expert_label_counts, expert_of_token, layer_label
-from apps.report.tables import print_table, write_csv
+from apps.report.tables import write_csv
 from apps.vision.capacity_sweep import CapacityPoint, capacity_sweep, sweep_chart, sweep_picture
 from apps.vision.few_shot import extract_features, few_shot, hard_labels
 from apps.vision.pictures import routing_over_images
@@ -161,7 +161,7 @@ class VisionReport(Report):
     """The report of a test in one process: few-shot accuracy, the capacity sweep and the pictures of the routing.
 
     It writes ``few_shot.csv``, ``capacity_sweep.csv`` and ``.png``, ``routing.png``, ``expert_class.png``,
-    ``load.png``; prints the tables; and logs ``test/few_shot_<k>``.
+    ``load.png``, and logs ``test/few_shot_<k>``.
     """
 
     def __init__(self, config: VisionReportConfig) -> None:
@@ -239,7 +239,6 @@ def _write_few_shot(results: Mapping[int, Interval], folder: Path) -> Section:
             for k, a in results.items()
         ),
     )
-    print_table(table.title, table.columns, table.rows)
     rows = [{"shots": k, "accuracy": a.mean, "interval": a.half_width, "seeds": seeds} for k, a in results.items()]
     write_csv(folder / "few_shot.csv", rows)
     return Section("Few labelled images", (table,))
@@ -261,7 +260,6 @@ def _write_sweep(points: Sequence[CapacityPoint], folder: Path) -> Section:
             for plain, score in zip(points[:half], points[half:], strict=True)
         ),
     )
-    print_table(table.title, table.columns, table.rows)
     write_csv(folder / "capacity_sweep.csv", [asdict(p) for p in points])
     return Section("Less capacity at inference", (sweep_chart(points), table))
 

@@ -24,7 +24,7 @@ from apps.report.base import Report, ReportConfig, computed_metrics, report_fold
 from apps.report.curves import learning_curves, read_curves
 from apps.report.page import Code, Part, Section, Table
 from apps.report.plots import save_picture
-from apps.report.tables import print_table, write_csv
+from apps.report.tables import write_csv
 from core.parallel import needs_all_ranks
 
 _logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class TranslationReportConfig(ReportConfig):
     Attributes:
         lengths: words of a reference up to which its sentences are one group, ascending; longer ones are the last.
             Of scripts without spaces between words each character counts.
-        samples: translations printed, at equal steps through the test set.
+        samples: translations shown, at equal steps through the test set.
         sentences: sentences whose attention and experts are drawn; 0 draws none.
 
     Raises:
@@ -75,8 +75,8 @@ class _Collected:
 
 
 class TranslationReport(Report):
-    """After a test: prints the scores by language pair and by length with sacrebleu's signatures, translations, and of
-    a sparse model how far its experts are specialised.
+    """After a test: the scores by language pair and by length with sacrebleu's signatures, translations, and of a
+    sparse model how far its experts are specialised.
 
     It writes ``pairs.csv``, ``lengths.csv``, ``sentences.jsonl`` (source, reference, hypothesis, sentence chrF++ and
     search score of each sentence), ``signatures.txt``; ``specialisation.csv``, ``expert_subwords.csv``,
@@ -121,7 +121,8 @@ class TranslationReport(Report):
             shown: list[Part] = []
             for number, sentence in enumerate(usual_sentences(collected.batches, self.config.sentences), 1):
                 shown += write_sentence(module, sentence, number, folder)
-            sections.append(Section("Words in sentences", tuple(shown)))
+            if shown:
+                sections.append(Section("Words in sentences", tuple(shown)))
             write_curves(module, collected.run, folder)
         return [*sections, scores]
 
@@ -150,7 +151,7 @@ def write_scores(
     folder: Path,
     config: TranslationReportConfig,
 ) -> Section:
-    """Print the tables and samples, write the files, and return what a page shows of them.
+    """Write the files, and return the tables and samples that a page shows.
 
     Args:
         sentences: the sentences of the test, by ``index``.
@@ -168,11 +169,8 @@ def write_scores(
     titles = {name: name.replace("bleu", "sacreBLEU").replace("chrf", "chrF++").replace("_", " ", 1) for name in signed}
     signed_lines = "\n".join(f"{titles[name]} {text}" for name, text in signed.items())
     tables = (_table(signed_lines, "pair", by_pair), _table("By words of the reference", "words", by_length))
-    for table in tables:
-        print_table(table.title, table.columns, table.rows)
     shown = examples(sentences, pairs, sources)
-    if samples := side_by_side({"hypothesis": shown}, config.samples):
-        print(f"\n{samples}")
+    samples = side_by_side({"hypothesis": shown}, config.samples)
     write_csv(folder / "pairs.csv", [{**row, **_signed(row, tokenizers)} for row in by_pair])
     write_csv(folder / "lengths.csv", by_length)
     write_sentences(folder / "sentences.jsonl", sentences, shown)

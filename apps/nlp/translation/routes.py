@@ -32,7 +32,7 @@ from apps.report.page import Part, Picture, Section, Table
 from apps.report.page.experts import load_charts, map_charts
 from apps.report.plots import save_picture
 from apps.report.routed import experts_of_token, layer_label
-from apps.report.tables import print_table, write_csv
+from apps.report.tables import write_csv
 
 _MOST_PAIRS = 16  # language pairs up to which each has a row
 _MOST_LAYERS = 4  # of a side, that are drawn; the CSV files have all
@@ -65,7 +65,7 @@ def expert_use(module: Any, batches: Iterable[TranslationBatch]) -> ExpertUse:
 
 
 def write_use(use: ExpertUse, folder: Path, draw: bool = True) -> Section:
-    """Print how specialised the layers are, and write ``specialisation.csv``, ``expert_subwords.csv`` and, with
+    """Write how specialised the layers are: ``specialisation.csv``, ``expert_subwords.csv`` and, with
     ``draw``, ``expert_language.png`` where there are several pairs, and ``expert_class.png``.
 
     Returns:
@@ -73,7 +73,6 @@ def write_use(use: ExpertUse, folder: Path, draw: bool = True) -> Section:
     """
     rows = specialisation(use)
     table = _table(rows)
-    print_table(table.title, table.columns, table.rows)
     write_csv(folder / "specialisation.csv", [asdict(row) for row in rows])
     pieces = {side: use.subwords.pieces(range(use.subwords.size(side)), side) for side in _sides(use.layers)}
     typical = []

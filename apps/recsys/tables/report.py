@@ -25,9 +25,9 @@ from apps.report.heatmaps import Heatmap, heatmaps, row_names
 from apps.report.page import Line, LineChart, Part, Picture, Section, Table, Text
 from apps.report.page.experts import load_charts, map_charts
 from apps.report.plots import load_bars, save_picture
-from apps.report.tables import print_table, write_csv
+from apps.report.tables import write_csv
 
-_SHOWN = 20  # lines of a printed table; the CSV file has all
+_SHOWN = 20  # lines of a table; the CSV file has all
 
 
 @core.register_config
@@ -97,7 +97,7 @@ class _Collected:
 
 
 class RecommenderReport(Report):
-    """After a test: prints the tasks' metrics, the gates, the experts and the checks.
+    """After a test: the tasks' metrics, the gates and the experts; the checks are printed.
 
     It writes ``tasks.csv``, ``gates.csv``, ``experts.csv``, ``dependence.csv``, ``calibration.png``,
     ``gates_by_task.png``, ``gates_by_value.png``, ``utilisation.png``, ``polarisation.png``.
@@ -146,7 +146,7 @@ class RecommenderReport(Report):
 
 
 def write_tasks(by_task: Mapping[str, TaskMetrics], folder: Path, with_pictures: bool = True) -> Section:
-    """Print the metrics, a line a task, write ``tasks.csv`` and ``calibration.png``, and return a page's section."""
+    """Write the metrics, a line a task, as ``tasks.csv`` and ``calibration.png``, and return a page's section."""
     lines, users, rows = [], [], []
     for task, f in by_task.items():
         means = [f"{100 * f.base_rate:.2f}", f"{100 * f.mean_prediction:.2f}"]
@@ -159,10 +159,10 @@ def write_tasks(by_task: Mapping[str, TaskMetrics], folder: Path, with_pictures:
             row |= {"users": f.gauc.num_groups, "users_left_out": f.gauc.left_out}
         rows.append(row)
     columns = ("task", "rows", "true, %", "pred., %", "AUC", "PR-AUC", "log loss", "ECE, %")
-    tables = [_shown("Tasks: share of positive labels, true and predicted on average", columns, lines)]
+    tables = [_table("Tasks: share of positive labels, true and predicted on average", columns, lines)]
     if users:
         title = "AUC within users, weighted by their rows; users of one class are left out"
-        tables.append(_shown(title, ("task", "user AUC", "users", "left out"), users))
+        tables.append(_table(title, ("task", "user AUC", "users", "left out"), users))
     write_csv(folder / "tasks.csv", rows)
     curves = {task: f.calibration for task, f in by_task.items() if len(f.calibration.counts)}
     if with_pictures and curves:
@@ -171,9 +171,7 @@ def write_tasks(by_task: Mapping[str, TaskMetrics], folder: Path, with_pictures:
     return Section("Answers", (*tables, *charts))
 
 
-def _shown(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    """Print a table, and return it for a page."""
-    print_table(title, columns, lines)
+def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     return Table(title, tuple(columns), tuple(map(tuple, lines)))
 
 
@@ -191,7 +189,7 @@ _WEIGHT = "mean gate weight, %"
 def write_gates(
     reader: GateReader, arrays: TableArrays, data: Any, config: RecommenderReportConfig, folder: Path
 ) -> Section:
-    """Print the gates, what they depend on, and the experts; write the CSV files and the pictures.
+    """Write the gates, what they depend on, and the experts, as CSV files and pictures.
 
     Returns:
         What a page shows of it.
@@ -248,7 +246,7 @@ def _gate_table(gates: Sequence[Gate], folder: Path) -> Table:
         )
     columns = ("gate", "an example's", "of the mean", "difference", "largest expert")
     write_csv(folder / "gates.csv", rows)
-    return _shown(
+    return _table(
         "Gates: entropy of the weights over log E (0 one expert, 1 all alike); the difference is owed to the example",
         columns,
         lines,
@@ -256,7 +254,7 @@ def _gate_table(gates: Sequence[Gate], folder: Path) -> Table:
 
 
 def _expert_tables(use: Sequence[ExpertUse], folder: Path) -> list[Table]:
-    """Print a table for each block, and return them."""
+    """Write ``experts.csv``, and return a table for each block."""
     tables = []
     for block in dict.fromkeys(u.block for u in use):
         own = [u for u in use if u.block == block]
@@ -266,7 +264,7 @@ def _expert_tables(use: Sequence[ExpertUse], folder: Path) -> list[Table]:
         shown = order[:_SHOWN] if len(own) > _SHOWN else own
         left = f"; {len(own) - len(shown)} more in experts.csv" if len(own) > len(shown) else ""
         tables.append(
-            _shown(
+            _table(
                 f"Experts{f' of {block}' if block else ''}: outputs that are zero and mean weights, %; polarisation as "
                 f"in HoME, arXiv 2408.05430{left}",
                 ("expert", "zero", *gates, "remark"),
@@ -289,7 +287,7 @@ def _expert_tables(use: Sequence[ExpertUse], folder: Path) -> list[Table]:
 def _dependence_table(
     depends: Mapping[str, Mapping[str, float]], features: Features, gates: Sequence[Gate], folder: Path
 ) -> Table:
-    """Print the columns on which the gates of the last block depend most, write those of all, return the first."""
+    """Write the columns on which the gates depend, and return those on which the last block's depend most."""
     known = [g for g in gates if any(g.name in values for values in depends.values())]
     order = sorted(depends, key=lambda c: -sum(depends[c].values()))
     last = [g for g in known if g.block == known[-1].block]
@@ -300,7 +298,7 @@ def _dependence_table(
     without = f"; not measured (many values, several in a row, or one): {', '.join(left_out)}" if left_out else ""
     rows = [{"column": c, **{g.name: depends[c].get(g.name, math.nan) for g in known}} for c in order]
     write_csv(folder / "dependence.csv", rows)
-    return _shown(
+    return _table(
         f"What the gates{where} depend on: share of their variance that a column explains, %{without}",
         ("column", *(g.label for g in last)),
         [(c, *(_percent(depends[c].get(g.name, math.nan), 1) for g in last)) for c in order[:8]],

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import core
 from apps.report.heatmaps import Heatmap
 from apps.report.plots import PALETTE
 
@@ -28,7 +27,6 @@ _HEIGHT = 260
 _NEUTRAL = "#8a8a8a"  # is seen on light and on dark ground
 
 
-@core.register_config
 @dataclass(frozen=True)
 class Point:
     """A point of a ``ScatterChart``.
@@ -46,7 +44,6 @@ class Point:
     high: float | None = None
 
 
-@core.register_config
 @dataclass(frozen=True)
 class ScatterChart:
     """Points with error bars, such as quality against cost.
@@ -106,7 +103,6 @@ class ScatterChart:
         return alt.layer(bars, points.add_params(chosen)).properties(width="container", height=_HEIGHT)
 
 
-@core.register_config
 @dataclass(frozen=True)
 class Line:
     """A line of a ``LineChart``.
@@ -143,7 +139,6 @@ class Line:
         return Line(self.label, x, y, self.part)
 
 
-@core.register_config
 @dataclass(frozen=True)
 class LineChart:
     """Lines over a common axis, such as learning curves.
@@ -212,7 +207,6 @@ class LineChart:
         return alt.layer(*layers).properties(width="container", height=_HEIGHT)
 
 
-@core.register_config
 @dataclass(frozen=True)
 class BarChart:
     """Bars side by side, such as the load of each expert.
@@ -285,7 +279,6 @@ class BarChart:
         return alt.layer(*layers).properties(width="container", height=_HEIGHT)
 
 
-@core.register_config
 @dataclass(frozen=True)
 class HeatmapChart:
     """A map of shares in percent: which expert takes the tokens of a class, or which class is taken for which.
@@ -375,7 +368,6 @@ class HeatmapChart:
         return alt.layer(*layers).properties(width="container", height=20 * len(self.rows))
 
 
-@core.register_config
 @dataclass(frozen=True)
 class ChoicePoint:
     """A point of a ``ChoiceChart``.
@@ -389,7 +381,6 @@ class ChoicePoint:
     figures: dict[str, float]
 
 
-@core.register_config
 @dataclass(frozen=True)
 class ChoiceChart:
     """Points whose axes the reader chooses among their figures.

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import html
-import json
 from pathlib import Path
 
 from apps.base.machine import moment
 from apps.report.page.charts import ChoiceChart, ChoicePoint
 from apps.report.page.html import is_report, render
 from apps.report.page.parts import Page, Section, shown
-from apps.report.page.writing import FILE, write_html
-from core.config.plain import from_plain
+from apps.report.page.writing import FILE, read_json, write_html
 
 INDEX = "index.html"
 
@@ -44,8 +42,7 @@ def read_reports(folder: Path) -> dict[str, Page]:
     for path in sorted((*folder.glob(f"*/{FILE}"), *folder.glob(f"*/*/{FILE}"))):
         about = path.with_suffix(".json")
         if about.is_file() and is_report(path):
-            values = json.loads(about.read_text(encoding="utf-8"))
-            pages[path.relative_to(folder).as_posix()] = from_plain(values, Page, str(about))
+            pages[path.relative_to(folder).as_posix()] = read_json(about)
     return dict(sorted(pages.items(), key=lambda item: item[1].date, reverse=True))
 
 

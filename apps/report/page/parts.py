@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import core
 from apps.report.page.charts import BarChart, ChoiceChart, HeatmapChart, LineChart, ScatterChart
 
 
-@core.register_config
 @dataclass(frozen=True)
 class Text:
     """A paragraph, or a list of short ones.
@@ -26,7 +24,6 @@ class Text:
         return cls(lines)
 
 
-@core.register_config
 @dataclass(frozen=True)
 class Table:
     """A table of texts, whose first column names the rows.
@@ -56,7 +53,6 @@ class Table:
                 )
 
 
-@core.register_config
 @dataclass(frozen=True)
 class Code:
     """A text that is shown as it is, such as a command or a configuration.
@@ -72,7 +68,6 @@ class Code:
     closed: bool = False
 
 
-@core.register_config
 @dataclass(frozen=True)
 class Picture:
     """A PNG file that the page carries inside.
@@ -92,7 +87,6 @@ Part = Text | Table | Code | Picture | ScatterChart | LineChart | BarChart | Hea
 """Whatever a section may hold."""
 
 
-@core.register_config
 @dataclass(frozen=True)
 class Section:
     """A titled part of a page.
@@ -117,7 +111,6 @@ class Section:
         return replace(self, parts=parts, sections=tuple(s.below(folder) for s in self.sections))
 
 
-@core.register_config
 @dataclass(frozen=True)
 class Entry:
     """One model of a run, as the index of runs lists it.
@@ -131,7 +124,6 @@ class Entry:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-@core.register_config
 @dataclass(frozen=True)
 class Page:
     """A report.

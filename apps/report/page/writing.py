@@ -7,13 +7,14 @@ import json
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from apps.base.files import replacing
 from apps.report.page.html import is_report, render
 from apps.report.page.library import MISSING, has_charts
 from apps.report.page.parts import Page, Section
+from apps.report.page.saved import from_json, to_json
 from apps.report.tables import print_table
-from core.config.plain import from_plain, to_plain
 
 FILE = "report.html"
 """The name of a report in the folder of its run; ``report.json`` beside it is read by the index of runs."""
@@ -33,7 +34,7 @@ def write_page(page: Page, path: Path) -> Path:
     """
     write_html(render(page), path)
     with replacing(path.with_suffix(".json")) as file:
-        json.dump(to_plain(dataclasses.replace(page, sections=()), Page), file, indent=1)
+        json.dump(to_json(dataclasses.replace(page, sections=())), file, indent=1)
     if not has_charts():
         print(MISSING)
     print(f"report: {path}")
@@ -69,7 +70,7 @@ def save_sections(sections: Sequence[Section], folder: Path) -> Path:
     """Write sections as JSON into ``folder``, where their pictures are; ``load_sections`` reads them."""
     path = folder / SECTIONS
     with replacing(path) as file:
-        json.dump(to_plain(list(sections), list[Section]), file)
+        json.dump(to_json(tuple(sections)), file)
     return path
 
 
@@ -78,5 +79,13 @@ def load_sections(folder: Path) -> tuple[Section, ...]:
     path = folder / SECTIONS
     if not path.is_file():
         return ()
-    sections: list[Section] = from_plain(json.loads(path.read_text(encoding="utf-8")), list[Section], str(path))
+    sections: tuple[Section, ...] = read_json(path)
     return tuple(section.below(folder) for section in sections)
+
+
+def read_json(path: Path) -> Any:
+    """Return the parts of a page in a file, or raise a ValueError that names it."""
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} holds no part of a report ({error}): delete it, and test again") from None

@@ -9,9 +9,16 @@ import pytest
 from compared import CONFIG, asked, offers
 
 from apps.cli import main as moesaic
+from apps.report.page import html
 
 KEPT = (*offers("dense_equal_flops", "centroids", "tuned_centroids"), "--model.keeps_examples", "true")
 """Values of the configuration of ``finished``."""
+
+
+@pytest.fixture(autouse=True)
+def without_charts(monkeypatch) -> None:
+    """Write reports with tables alone, which is quicker; that of ``whole`` has its charts."""
+    monkeypatch.setattr(html, "has_charts", lambda: False)
 
 
 @pytest.fixture

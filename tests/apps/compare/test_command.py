@@ -244,8 +244,10 @@ def test_the_examples_of_two_tests_are_compared_seed_by_seed(finished, capsys):
     # The page alone has parts of the examples.
     assert "p = 0.010: significant over these test examples" in page
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.index("Two kinds of interval") < shown.index("right points difference")
-    assert "right halves" not in shown
+    assert "Two kinds of interval" not in shown
+    assert shown.endswith(f"report: {output / 'report.html'}")
+    report = (output / "report.html").read_text()
+    assert report.index("Two kinds of interval") < report.index("right points difference")
     assert results["signatures"] == {"top1": "micro"}
     assert "- top1: micro." in page
 

@@ -72,7 +72,9 @@ def test_a_test_writes_its_report(tmp_path):
     report = VisionReportConfig(few_shot=(), images=1)
     module = VisionClassifier(VIT, MOE, moe_blocks=[1], image_size=8, report=report)
     quiet_trainer(tmp_path).test(module, datamodule=VisionData("digits", eval_batch_size=100), verbose=False)
-    assert {p.name for p in (tmp_path / "report").iterdir()} == {"routing.png", "expert_class.png", "load.png"}
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {
+        *("routing.png", "expert_class.png", "load.png", "sections.json")
+    }
 
 
 @pytest.mark.parametrize(

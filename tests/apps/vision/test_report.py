@@ -15,6 +15,7 @@ from quiet_trainer import quiet_trainer
 import core
 from apps.cli import main
 from apps.report.heatmaps import heatmaps
+from apps.report.page import load_sections
 from apps.vision.data import VisionData
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier
@@ -45,17 +46,25 @@ def test_report_writes_tables_and_pictures(tmp_path, capsys):
         "routing.png",
         "expert_class.png",
         "load.png",
+        "sections.json",
     }
+    assert [s.title for s in load_sections(folder)] == [
+        "Answers",
+        "What the experts are used for",
+        "Less capacity at inference",
+        "Few labelled images",
+    ]
     rows = list(csv.DictReader((folder / "capacity_sweep.csv").open()))
     assert [(r["priority"], r["capacity_factor"]) for r in rows] == [
         (p, f) for p in ("position", "score") for f in ("0.5", "1.0", "")
     ]
     assert all(0.0 <= float(r["accuracy"]) <= 1.0 and math.isfinite(float(r["flops_per_image"])) for r in rows)
-    printed = capsys.readouterr().out
-    assert "Few-shot linear evaluation" in printed
-    assert "dropless" in printed
+    shown = repr(load_sections(folder))
+    assert "Few-shot linear evaluation" in shown
+    assert "dropless" in shown
     assert {r["images"] for r in rows} == {"100"}  # of 359
-    assert "Capacity sweep at inference, 100 test images" in printed
+    assert "Capacity sweep at inference, 100 test images" in shown
+    assert capsys.readouterr().out == ""
 
 
 def test_a_class_without_test_images_is_in_no_picture(tmp_path, monkeypatch):
@@ -104,7 +113,9 @@ def test_no_capacity_is_swept_where_the_router_has_none(tmp_path):
         report=VisionReportConfig(few_shot=(), images=1),
     )
     quiet_trainer(tmp_path).test(module, datamodule=VisionData("digits", eval_batch_size=100), verbose=False)
-    assert {p.name for p in (tmp_path / "report").iterdir()} == {"routing.png", "expert_class.png", "load.png"}
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {
+        *("routing.png", "expert_class.png", "load.png", "sections.json")
+    }
 
 
 def test_several_processes_leave_the_report_out(tmp_path, caplog):
@@ -124,8 +135,8 @@ def test_report_of_a_dense_model_is_the_few_shot_part_without_an_interval_of_one
         report=VisionReportConfig(few_shot=(2,), few_shot_seeds=1),
     )
     quiet_trainer(tmp_path).test(module, datamodule=VisionData("digits"), verbose=False)
-    assert [p.name for p in (tmp_path / "report").iterdir()] == ["few_shot.csv"]
-    assert "±" not in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {"few_shot.csv", "sections.json"}
+    assert "±" not in repr(load_sections(tmp_path / "report"))
     (row,) = csv.DictReader((tmp_path / "report" / "few_shot.csv").open())
     assert row["interval"] == ""
 

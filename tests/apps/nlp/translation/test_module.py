@@ -31,6 +31,7 @@ from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import corpus_score
 from apps.nlp.translation.module import Translator, task_numbers
 from apps.nlp.translation.report import TranslationReportConfig
+from apps.report.page import load_sections
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.distilling import DistilConfig
 from apps.train.finite import NonFiniteError
@@ -546,7 +547,7 @@ def test_attention_experts_train_translate_and_are_in_the_report(data, tmp_path)
         translator(data, attention_moe=attention, transformer=TRANSFORMER, pretrained="nowhere")
 
 
-def test_it_learns_to_copy(data, tmp_path, capsys):
+def test_it_learns_to_copy(data, tmp_path):
     # The whole path: files, subwords, training, validation, test, report, a prediction in order.
     module = translator(data, decode=DecodeConfig(beam_size=2), average_last=2)
     made = trainer(tmp_path, max_epochs=45, check_val_every_n_epoch=15)
@@ -563,7 +564,7 @@ def test_it_learns_to_copy(data, tmp_path, capsys):
     random.Random(1).shuffle(asked)
     assert printed(module, copy_data(Path(data.corpora[0].root), text=asked)) == asked
     assert module.predict_stream(data) is None
-    assert "sacreBLEU nrefs:1|case:mixed|eff:no|tok:13a" in " ".join(capsys.readouterr().out.split())
+    assert "sacreBLEU nrefs:1|case:mixed|eff:no|tok:13a" in repr(load_sections(tmp_path / "report"))
 
 
 def test_it_learns_two_languages_by_their_tags(two, tmp_path):

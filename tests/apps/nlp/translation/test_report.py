@@ -19,6 +19,7 @@ from apps.nlp.translation.report import (
     side_by_side,
     write_scores,
 )
+from apps.report.page import Code, Table
 
 PAIRS = {"en-de": "13a", "en-fr": "13a"}
 SOURCES = ["A dog runs.", "She reads a long book.", "Go!", "[/b] {x}"]
@@ -58,8 +59,8 @@ def test_a_group_s_scores_are_those_of_its_sentences_alone():
     assert first["length_ratio"] == pytest.approx(7 / 8)  # words of the hypotheses over those of the references
 
 
-def test_the_report_is_printed_and_written(tmp_path, capsys):
-    write_scores(SENTENCES, PAIRS, SOURCES, tmp_path, TranslationReportConfig(lengths=(3,), samples=2))
+def test_the_report_is_shown_and_written(tmp_path):
+    section = write_scores(SENTENCES, PAIRS, SOURCES, tmp_path, TranslationReportConfig(lengths=(3,), samples=2))
     assert {p.name for p in tmp_path.iterdir()} == {"pairs.csv", "lengths.csv", "sentences.jsonl", "signatures.txt"}
     by_pair = rows(tmp_path / "pairs.csv")
     assert [row["pair"] for row in by_pair] == ["en-de", "en-fr", "mean of the pairs"]
@@ -83,28 +84,32 @@ def test_the_report_is_printed_and_written(tmp_path, capsys):
     assert "läuft" in (tmp_path / "sentences.jsonl").read_text()  # no escapes
     signed = dict(line.split(maxsplit=1) for line in (tmp_path / "signatures.txt").read_text().splitlines())
     assert signed["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a")
-    out = capsys.readouterr().out
-    assert f"sacreBLEU {signed['bleu']}" in out
+    by_pair, _, translations = section.parts
+    assert isinstance(by_pair, Table)
+    assert isinstance(translations, Code)
+    assert f"sacreBLEU {signed['bleu']}" in by_pair.title
+    out = translations.text
     # Two samples of four: the first and the third.
     assert out.count("hypothesis") == 2
     assert "  source      A dog runs.\n  reference   Ein Hund läuft.\n  hypothesis  Ein Hund läuft.\n" in out
     assert "Vas-y !" in out
 
 
-def test_one_pair_has_no_mean_and_sources_may_be_unknown(tmp_path, capsys):
-    write_scores(SENTENCES[:2], {"en-de": "13a"}, None, tmp_path, TranslationReportConfig(samples=9))
+def test_one_pair_has_no_mean_and_sources_may_be_unknown(tmp_path):
+    section = write_scores(SENTENCES[:2], {"en-de": "13a"}, None, tmp_path, TranslationReportConfig(samples=9))
     assert [row["pair"] for row in rows(tmp_path / "pairs.csv")] == ["en-de"]
     assert "source" not in json.loads((tmp_path / "sentences.jsonl").read_text().splitlines()[0])
-    out = capsys.readouterr().out
-    assert out.count("hypothesis") == 2
-    assert "  source" not in out
+    translations = section.parts[-1]
+    assert isinstance(translations, Code)
+    assert translations.text.count("hypothesis") == 2
+    assert "  source" not in translations.text
 
 
-def test_each_pair_is_scored_by_its_tokenizer_and_says_so(tmp_path, capsys):
+def test_each_pair_is_scored_by_its_tokenizer_and_says_so(tmp_path):
     # As one word of 13a nothing is right; of seven characters six are, in their order.
     other = Sentence(4, 1, "他今天在家里。", "她今天在家里。", -0.2, nll=1.0, right=2, tokens=3)
     pairs, config = {"en-de": "13a", "en-zh": "zh"}, TranslationReportConfig(lengths=(6,))
-    write_scores([*SENTENCES[:2], other], pairs, None, tmp_path, config)
+    section = write_scores([*SENTENCES[:2], other], pairs, None, tmp_path, config)
     first, second, mean = rows(tmp_path / "pairs.csv")
     assert ("tok:13a" in first["bleu_signature"], "tok:zh" in second["bleu_signature"]) == (True, True)
     assert mean["bleu_signature"] == f"{first['bleu_signature']}; {second['bleu_signature']}"
@@ -117,7 +122,7 @@ def test_each_pair_is_scored_by_its_tokenizer_and_says_so(tmp_path, capsys):
         ("1-6", "2"),
         ("over 6", "1"),
     ]
-    assert "sacreBLEU en-zh nrefs:1" in capsys.readouterr().out
+    assert "sacreBLEU en-zh nrefs:1" in repr(section)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from apps.nlp.translation.routes import (
     write_use,
 )
 from apps.nlp.translation.specialisation import specialisation
+from apps.report.page import Table
 
 TASK = core.MoEConfig(4, router=core.Task(num_tasks=2, top_k=1), expert=core.FFN(hidden_dim=8))
 
@@ -77,8 +78,8 @@ def test_a_gate_by_language_is_specialised_as_far_as_can_be(module, batches):
     assert rows_of["decoder 0", "token class"].bits < 0.05
 
 
-def test_the_report_has_a_row_a_layer_and_label_and_one_an_expert(module, batches, tmp_path, capsys):
-    write_use(expert_use(module, batches), tmp_path)
+def test_the_report_has_a_row_a_layer_and_label_and_one_an_expert(module, batches, tmp_path):
+    section = write_use(expert_use(module, batches), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
         "specialisation.csv",
         "expert_subwords.csv",
@@ -97,9 +98,12 @@ def test_the_report_has_a_row_a_layer_and_label_and_one_an_expert(module, batche
     assert experts[1]["subwords"].split()[0] == "<2de>"
     assert experts[3]["subwords"].split()[0] == "<2fr>"
     assert (experts[0]["share"], experts[0]["subwords"]) == ("0.0", "")
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "by chance at most" in printed
-    assert "(100 %)" in printed
+    specialised, *_, words = section.parts
+    assert isinstance(specialised, Table)
+    assert isinstance(words, Table)
+    assert "by chance at most" in specialised.title
+    assert specialised.rows[1][1].endswith("(100 %)")
+    assert len(words.rows) == 8
 
 
 def test_language_maps_are_by_pair_with_its_share_and_the_load(module, batches):
@@ -193,7 +197,7 @@ METRICS = "step,train/loss,val/loss,val/bleu\n10,3.5,,\n20,,3.25,12.5\n"
 
 # ---- in a test run
 
-OF_SCORES = {"pairs.csv", "lengths.csv", "sentences.jsonl", "signatures.txt"}
+OF_SCORES = {"sections.json", "pairs.csv", "lengths.csv", "sentences.jsonl", "signatures.txt"}
 
 
 def files_of(two, folder: Path, **options) -> set[str]:

@@ -1,0 +1,127 @@
+"""Pages in a headless Chromium: no error, marks in every chart, controls that work, and what axe-core finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_page import MARKS, made_page
+
+from apps.report.page import FILE, write_index, write_page
+from apps.report.page.library import has_charts
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None
+    or not has_charts()
+    or any(importlib.util.find_spec(name) is None for name in ("playwright", "axe_playwright_python")),
+    reason="needs chromium, playwright, axe-playwright-python and the chart library",
+)
+
+_COUNT = """(id) => document.getElementById(id).querySelectorAll(
+    '.mark-symbol path, .mark-rect path, .mark-line path, .mark-rule line').length"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The folder of two runs and their index."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("first", "second"):
+        (folder / name).mkdir()
+        page = made_page(folder / name)
+        page = dataclasses.replace(page, sections=tuple(s.below(folder / name) for s in page.sections))
+        write_page(page, folder / name / FILE)
+    write_index(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def opened(browser: Any, path: Path, width: int, scheme: str) -> tuple[Any, list[str]]:
+    """Return a tab that has drawn a page, and a list to which its console and every request of the network go."""
+    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    notes: list[str] = []
+    tab.on("console", lambda message: notes.append(f"{message.type}: {message.text}"))
+    tab.on("pageerror", lambda error: notes.append(f"error: {error}"))
+    local = ("file:", "data:", "blob:")
+    tab.on("request", lambda request: None if request.url.startswith(local) else notes.append(request.url))
+    tab.goto(path.as_uri())
+    tab.wait_for_selector("html[data-drawn]", timeout=120_000)
+    return tab, notes
+
+
+def serious(tab: Any) -> list[str]:
+    """Return what axe-core finds on a page that is serious or critical."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(tab).response["violations"]
+    return [f"{v['id']}: {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")]
+
+
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (390, "dark")])
+def test_a_report_draws_every_chart_without_an_error(runs, browser, width, scheme):
+    tab, notes = opened(browser, runs / "first" / FILE, width, scheme)
+    assert notes == []
+    assert {name: tab.evaluate(_COUNT, name) >= least for name, least in MARKS.items()} == dict.fromkeys(MARKS, True)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    light = tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert light == (scheme == "light")
+    for details in tab.query_selector_all("details"):
+        details.evaluate("(d) => { d.open = true; }")
+    assert serious(tab) == []
+    tab.close()
+
+
+def test_tables_sort_and_legends_choose(runs, browser):
+    tab, notes = opened(browser, runs / "first" / FILE, 1280, "light")
+    table = tab.locator("table.sortable")
+    heading = table.get_by_role("button", name="share, %")
+    heading.focus()
+    tab.keyboard.press("Enter")
+    assert table.locator("tbody th").all_inner_texts() == ["b", "a"]  # 9 before 10, as numbers
+    tab.keyboard.press("Enter")
+    assert table.locator("tbody th").all_inner_texts() == ["a", "b"]
+    assert table.locator("th[aria-sort]").get_attribute("aria-sort") == "descending"
+    faded = "[...document.querySelectorAll('#chart-curve .mark-line path')].map((p) => p.getAttribute('opacity'))"
+    before = tab.evaluate(faded)
+    tab.locator("#chart-curve .mark-text.role-legend-label text", has_text="dense").click()
+    tab.wait_for_function(f"JSON.stringify({faded}) !== {before!r}.toString()")
+    assert tab.evaluate(faded) == ["0.1", "0.9"]
+    assert notes == []
+    tab.close()
+
+
+def test_the_index_filters_chooses_and_draws(runs, browser):
+    tab, notes = opened(browser, runs / "index.html", 390, "light")
+    shown = "[...document.querySelectorAll('#list tbody tr')].filter((r) => !r.hidden).length"
+    assert tab.evaluate(shown) == 4
+    tab.get_by_label("Search").fill("second")
+    assert tab.evaluate(shown) == 2
+    tab.get_by_label("choose second: dense").check()
+    tab.get_by_label("only those chosen").check()
+    assert tab.evaluate(shown) == 1
+    assert tab.locator("#count").inner_text() == "1 of 4 rows"
+    chart = "document.querySelectorAll('#chart-any-figure-against-any-other .mark-symbol path').length"
+    assert tab.evaluate(chart) == 2  # both models named sparse have FLOPs
+    tab.get_by_label("across").select_option("test top1, %")
+    tab.wait_for_function(f"{chart} === 4")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    assert serious(tab) == []
+    tab.get_by_role("link", name="first").first.click()
+    tab.wait_for_selector("html[data-drawn]", timeout=120_000)
+    assert tab.title() == "Sparse & dense"
+    assert notes == []
+    tab.close()

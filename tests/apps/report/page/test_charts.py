@@ -1,0 +1,101 @@
+"""Charts: their numbers as a table, and specifications that Vega-Lite's schema allows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from apps.report.heatmaps import Heatmap
+from apps.report.page.charts import (
+    MOST_POINTS,
+    BarChart,
+    ChoiceChart,
+    ChoicePoint,
+    HeatmapChart,
+    Line,
+    LineChart,
+    Point,
+    ScatterChart,
+    thinned_rows,
+    vega_lite,
+)
+from apps.report.page.experts import load_charts
+
+pytest.importorskip("altair")
+
+
+def rows(spec: dict) -> list[dict]:
+    """Return all rows of data of a specification."""
+    return [row for data in spec["datasets"].values() for row in data] if "datasets" in spec else spec["data"]["values"]
+
+
+def test_a_long_line_is_drawn_by_means_of_its_parts():
+    line = Line("a", (0.0, 1.0, 2.0, 3.0, 4.0), (0.0, 10.0, 20.0, 30.0, 100.0))
+    # 5 points in 2 parts: round(2.5) = 2, so the first two and the other three.
+    assert line.thinned(2) == Line("a", (0.5, 3.0), (5.0, 50.0))
+    assert line.thinned(5) is line
+    long = LineChart("t", "s", "x", "y", (Line("a", tuple(map(float, range(1000))), (1.0,) * 1000),))
+    assert len(rows(vega_lite(long))) == MOST_POINTS
+
+
+def test_the_table_of_lines_has_a_row_for_each_x():
+    chart = LineChart(
+        "t", "s", "step", "y", (Line("a", (1.0, 2.0), (5.0, math.nan)), Line("a", (2.0,), (7.5,), "seed 1"))
+    )
+    assert chart.headings() == ("step", "a", "a, seed 1")
+    assert chart.cells() == [("1", "5", "–"), ("2", "–", "7.5")]
+    assert {"label": "a", "name": "a", "x": 2.0, "y": None} in rows(vega_lite(chart))
+
+
+def test_points_without_an_interval_have_no_bar():
+    chart = ScatterChart("t", "s", "x", "y", (Point("a", 1.0, 2.0), Point("b", 2.0, 3.0, 2.5, 3.5)), log_x=True)
+    assert chart.cells() == [("a", "1", "2", "–"), ("b", "2", "3", "2.5 to 3.5")]
+    spec = vega_lite(chart)
+    assert spec["layer"][0]["transform"] == [{"filter": "isValid(datum.low)"}]
+    assert spec["layer"][1]["encoding"]["x"]["scale"]["type"] == "log"
+    assert spec["description"] == "t. s"
+
+
+def test_a_map_names_its_largest_share_and_leaves_gaps():
+    values = np.array([[0.25, 0.75], [math.nan, 0.5]])
+    chart = HeatmapChart.of(Heatmap("", ("cat", "dog"), ("0", "1"), values), "Which", "class")
+    assert chart.summary == "share, % by class (2) and expert (2); the largest is 75 %, class cat and expert 1."
+    assert chart.cells() == [("cat", "25.0", "75.0"), ("dog", "–", "50.0")]
+    assert len({(r["row"], r["column"]) for r in rows(vega_lite(chart))}) == 3
+
+
+def test_loads_are_shares_beside_the_even_one():
+    (chart,) = load_charts({"block 1": np.array([10, 30, 0, 40])}, {"block 1": 0.05})
+    assert chart.series == {"block 1": (12.5, 37.5, 0.0, 50.0)}
+    assert chart.line == 25
+    assert chart.summary == ("Expert 3 has most, 50.0 %, 2.00 times the even 25 %; 5 % of the pairs were dropped.")
+    assert len(vega_lite(chart)["layer"]) == 2
+
+
+def test_axes_of_choice_offer_every_figure():
+    points = (ChoicePoint("a", {"top1": 1.0}), ChoicePoint("b", {"top1": 2.0, "MFLOPs": 3.0}))
+    chart = ChoiceChart("t", "s", points)
+    assert chart.cells() == [("a", "1", "–"), ("b", "2", "3")]
+    params = {p["name"]: p for p in vega_lite(chart)["params"]}
+    assert params["up"]["value"] == "top1"
+    assert params["across"]["bind"]["options"] == ["top1", "MFLOPs"]
+
+
+def test_rows_are_thinned_from_the_first_to_the_last():
+    assert thinned_rows([(str(i),) for i in range(9)], 5) == [("0",), ("2",), ("4",), ("6",), ("8",)]
+    assert thinned_rows([("0",)], 5) == [("0",)]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Line("a", (1.0,), ()), "line 'a' has 1 x for 0 y"),
+        (lambda: BarChart("t", "s", "x", "y", ("0",), {"a": (1.0, 2.0)}), "bars 'a': 2 values for 1 names"),
+        (lambda: HeatmapChart("t", "s", "r", "c", ("a",), ("0", "1"), ((1.0,),)), "heat map 't': 1 rows of values"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

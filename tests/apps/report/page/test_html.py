@@ -1,0 +1,90 @@
+"""A page as HTML: whole, loading nothing, readable without its charts."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from made_page import PNG, Html, made_page
+
+from apps.report.page import MOST_FIGURES, Page, Picture, Section, Table, html, library
+
+
+@pytest.fixture
+def short_library(monkeypatch) -> None:
+    """Put a line in place of the library's megabyte, which takes seconds to make."""
+    pytest.importorskip("altair")
+    monkeypatch.setattr(html, "script", lambda: "window.vegaEmbed = () => {};")
+
+
+def rendered(page: Page, folder) -> tuple[str, Html]:
+    source = html.render(Page(**{**vars(page), "sections": tuple(s.below(folder) for s in page.sections)}))
+    return source, Html(source)
+
+
+def test_a_page_has_everything_and_loads_nothing(tmp_path, short_library):
+    source, page = rendered(made_page(tmp_path), tmp_path)
+    assert ("html", {"lang": "en"}) in page.tags
+    assert [tag for tag, _ in page.tags].count("main") == 1
+    assert page.text.index("Sparse wins: +1.1") < page.text.index("97.2 ± 0.4") < page.text.index("It rises.")
+    # h1, Verdict, Quality and its chart, Training, Experts with two, Below and Inner, Sorted.
+    assert page.headings == [1, 2, 2, 3, 2, 3, 2, 3, 3, 2, 3, 2]
+    loads = [*page.attributes("src"), *page.attributes("href")]
+    assert all(value.startswith(("#", "data:image/png;base64,")) for value in loads)
+    policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids))
+    assert {value[1:] for value in page.attributes("href")} <= set(ids)
+    assert set(page.attributes("aria-labelledby")) <= set(ids)
+    assert page.attributes("alt") == ["a black point"]
+
+
+def test_texts_cannot_be_markup(tmp_path, short_library):
+    source, page = rendered(made_page(tmp_path), tmp_path)
+    assert "<title>Sparse &amp; dense</title>" in source
+    assert "moesaic <test>" in page.text
+    assert not [tag for tag, _ in page.tags if tag in ("b", "test")]
+    embedded = re.search(r'<script type="application/json" id="charts">(.*?)</script>', source)
+    assert embedded is not None
+    assert "<" not in embedded[1]
+    specs = json.loads(embedded[1])
+    assert list(specs) == ["chart-cost", "chart-curve", "chart-load", "chart-classes"]
+
+
+def test_each_chart_has_its_numbers(tmp_path, short_library):
+    _, page = rendered(made_page(tmp_path), tmp_path)
+    for row in ("96.2 to 98.2", "6.6", "90.0"):
+        assert f"\n{row}\n" in page.text
+    assert page.text.count("Numbers\n") == 4
+
+
+def test_without_the_library_the_numbers_stand_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(html, "has_charts", lambda: False)
+    _, page = rendered(made_page(tmp_path), tmp_path)
+    assert 'pip install "moesaic[report]"' in page.text
+    assert sum(tag == "details" and "open" in attrs for tag, attrs in page.tags) == 4
+    assert "chart" not in page.attributes("class")
+
+
+@pytest.mark.skipif(not library.has_charts(), reason="needs the chart library")
+def test_the_whole_page_with_its_library_stays_below_the_limit(tmp_path):
+    large = tmp_path / "large.png"
+    large.write_bytes(PNG + bytes(2_000_000))  # 2.7 MB as text, of the 3.3 beside the library
+    pictures = tuple(Picture(str(large), f"picture {i}") for i in range(2))
+    source = html.render(Page("Large", ("It is.",), sections=(Section("Pictures", pictures),)))
+    page = Html(source)
+    assert len(source.encode()) < html.MOST_BYTES
+    assert page.attributes("alt") == ["picture 0"]
+    assert "picture 1: large.png is left out, to keep this file below 5 MB." in page.text
+    assert "vegaEmbed" in library.script()
+
+
+def test_refused_parts():
+    with pytest.raises(ValueError, match="row 1 has 1 cells for 2 columns"):
+        Table("t", ("a", "b"), (("1", "2"), ("3",)))
+    figures = Table("", ("a",), (("1",),) * (MOST_FIGURES + 1))
+    with pytest.raises(ValueError, match="figures have 11 lines: at most 10"):
+        Page("t", (), figures)
