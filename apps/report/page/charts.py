@@ -76,7 +76,7 @@ class ScatterChart:
         import altair as alt
 
         rows = [
-            {"label": p.label, "x": p.x, "y": _finite(p.y), "low": _finite(p.low), "high": _finite(p.high)}
+            {"label": p.label, "x": _finite(p.x), "y": _finite(p.y), "low": _finite(p.low), "high": _finite(p.high)}
             for p in self.points
         ]
         labels = list(dict.fromkeys(p.label for p in self.points))
@@ -172,13 +172,14 @@ class LineChart:
         import altair as alt
 
         rows = [
-            {"label": line.label, "name": line.name, "x": x, "y": _finite(y)}
+            {"label": line.label, "name": line.name, "x": _finite(x), "y": _finite(y)}
             for line in (line.thinned(MOST_POINTS) for line in self.lines)
             for x, y in zip(line.x, line.y, strict=True)
         ]
         labels = list(dict.fromkeys(line.label for line in self.lines))
         chosen = alt.selection_point(fields=["label"], bind="legend", name="chosen")
-        zoom = alt.selection_interval(bind="scales", encodings=["x"], name="zoom")
+        # The wheel alone scrolls the page.
+        zoom = alt.selection_interval(bind="scales", encodings=["x"], name="zoom", zoom="wheel![event.shiftKey]")
         scale = alt.Scale(type="log" if self.log_x else "linear", zero=False, nice=False)
         few = max(len(line.x) for line in self.lines) <= 30
         lines = (
@@ -337,7 +338,7 @@ class HeatmapChart:
         import altair as alt
 
         rows: list[dict[str, Any]] = [
-            {"row": r, "column": c, "value": v}
+            {"row": r, "column": c, "value": float(f"{v:.4g}")}
             for r, own in zip(self.rows, self.values, strict=True)
             for c, v in zip(self.columns, own, strict=True)
             if math.isfinite(v)
@@ -452,8 +453,8 @@ def _number(value: float | None) -> str:
 
 
 def _finite(value: float | None) -> float | None:
-    """Return a number that JSON has; None for NaN and infinity."""
-    return value if value is not None and math.isfinite(value) else None
+    """Return a number to seven digits, which is short; None for NaN and infinity, which JSON does not have."""
+    return float(f"{value:.7g}") if value is not None and math.isfinite(value) else None
 
 
 def _colors(labels: Sequence[str]) -> alt.Scale:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,10 @@ _CHARTS = (ScatterChart, LineChart, BarChart, HeatmapChart, ChoiceChart)
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'"
 
 
+_OF_INDEX = ("runs", "list", "search", "only", "count")
+_MARK = "<!--picture-->"
+
+
 @dataclass
 class _Writing:
     """The state of a page that is being written.
@@ -42,14 +47,14 @@ class _Writing:
     Attributes:
         specs: Vega-Lite specifications by the id of their place.
         draws: charts are drawn, and not only tabled.
+        pictures: pictures, in the order of their marks in the text.
         ids: ids given so far.
-        room: bytes that pictures may still take.
     """
 
     draws: bool
-    room: int
     specs: dict[str, Any] = field(default_factory=dict)
-    ids: set[str] = field(default_factory=set)
+    pictures: list[Picture] = field(default_factory=list)
+    ids: set[str] = field(default_factory=lambda: {"report", "verdict", "charts", *_OF_INDEX})
 
     def id(self, title: str) -> str:
         """Return an id that the page has not had, made of a title."""
@@ -73,7 +78,7 @@ def render(page: Page, before: str = "") -> str:
     """Return a page as HTML; ``before`` is HTML that stands before its sections."""
     draws = has_charts()
     library = script() if draws else ""
-    writing = _Writing(draws, room=MOST_BYTES - len(library.encode()) - 800_000)
+    writing = _Writing(draws)
     sections = [s for s in page.sections if not s.is_empty]
     ids = [writing.id(section.title) for section in sections]
     body = [_section(section, writing, 2, own) for section, own in zip(sections, ids, strict=True)]
@@ -87,7 +92,7 @@ def render(page: Page, before: str = "") -> str:
             "" if page.figures is None else _table(page.figures),
         ]
     )
-    return "".join(
+    text = "".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n',
@@ -108,6 +113,22 @@ def render(page: Page, before: str = "") -> str:
             f"<script>\n{_file('page.js')}</script>\n</body>\n</html>\n",
         ]
     )
+    return _with_pictures(text, writing.pictures)
+
+
+def _with_pictures(text: str, pictures: Sequence[Picture]) -> str:
+    """Return a page with its pictures in the place of their marks, as far as it stays below ``MOST_BYTES``."""
+    room = MOST_BYTES - len(text.encode())
+    before, *rest = text.split(_MARK)
+    whole = [before]
+    for picture, after in zip(pictures, rest, strict=True):
+        shown = _picture(picture)
+        if len(shown) > room:
+            name = Path(picture.path).name
+            shown = f"<p>{_text(picture.alt)}: {_text(name)} is left out, to keep this file below 5 MB.</p>"
+        room -= len(shown)
+        whole += [shown, after]
+    return "".join(whole)
 
 
 def _section(section: Section, writing: _Writing, level: int, own: str) -> str:
@@ -122,18 +143,12 @@ def _section(section: Section, writing: _Writing, level: int, own: str) -> str:
 
 def _runs(parts: Sequence[Part], writing: _Writing, level: int) -> Iterator[str]:
     """Yield the parts, charts that follow each other side by side where there is room."""
-    number = 0
-    while number < len(parts):
-        if isinstance(parts[number], _CHARTS):
-            end = number
-            while end < len(parts) and isinstance(parts[end], _CHARTS):
-                end += 1
-            charts = "".join(_chart(part, writing, level) for part in parts[number:end])  # type: ignore[arg-type]
+    for are_charts, run in itertools.groupby(parts, lambda part: isinstance(part, _CHARTS)):
+        if are_charts:
+            charts = "".join(_chart(part, writing, level) for part in run)  # type: ignore[arg-type]
             yield f'<div class="charts">{charts}</div>'
-            number = end
         else:
-            yield _part(parts[number], writing)
-            number += 1
+            yield from (_part(part, writing) for part in run)
 
 
 def _part(part: Part, writing: _Writing) -> str:
@@ -148,7 +163,8 @@ def _part(part: Part, writing: _Writing) -> str:
             return f"<details><summary>{_text(part.title)}</summary>{code}</details>"
         return f'<p class="label">{_text(part.title)}</p>{code}'
     assert isinstance(part, Picture), part
-    return _picture(part, writing)
+    writing.pictures.append(part)
+    return _MARK
 
 
 def _lines(lines: Sequence[str]) -> str:
@@ -211,14 +227,11 @@ def _chart(chart: Chart, writing: _Writing, level: int) -> str:
     )
 
 
-def _picture(picture: Picture, writing: _Writing) -> str:
+def _picture(picture: Picture) -> str:
     path = Path(picture.path)
     if not path.is_file():
         return f"<p>{_text(picture.alt)}: {_text(path.name)} is not there any more.</p>"
     data = base64.b64encode(path.read_bytes()).decode()
-    if len(data) > writing.room:
-        return f"<p>{_text(picture.alt)}: {_text(path.name)} is left out, to keep this file below 5 MB.</p>"
-    writing.room -= len(data)
     alt = html.escape(picture.alt, quote=True)
     caption = f"<figcaption>{_text(picture.caption)}</figcaption>" if picture.caption else ""
     return f'<figure class="picture"><img src="data:image/png;base64,{data}" alt="{alt}">{caption}</figure>'

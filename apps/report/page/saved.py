@@ -13,7 +13,7 @@ _CLASSES: dict[str, type] = {
     for kind in vars(module).values()
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__
 }
-_NAME = "part"
+_NAME = "class"
 
 
 def to_json(value: Any) -> Any:

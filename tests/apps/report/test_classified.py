@@ -30,7 +30,7 @@ def test_counts_and_error():
     assert isinstance(calibration, LineChart)
     assert calibration.lines[0].x == pytest.approx((60.0, 90.0, 100.0))
     assert calibration.lines[0].y == pytest.approx((0.0, 50.0, 100.0))
-    assert calibration.summary.endswith("4 in all; expected calibration error 35.00 %.")
+    assert calibration.summary.endswith("4 answers; expected calibration error 35.00 %.")
 
 
 def test_of_many_classes_the_commonest_confusions_are_listed():

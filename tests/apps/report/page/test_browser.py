@@ -116,7 +116,7 @@ def test_the_index_filters_chooses_and_draws(runs, browser):
     assert tab.locator("#count").inner_text() == "1 of 4 rows"
     chart = "document.querySelectorAll('#chart-any-figure-against-any-other .mark-symbol path').length"
     assert tab.evaluate(chart) == 2  # both models named sparse have FLOPs
-    tab.get_by_label("across").select_option("test top1, %")
+    tab.locator("select[name=across]").select_option("test top1, %")
     tab.wait_for_function(f"{chart} === 4")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     assert serious(tab) == []

@@ -72,7 +72,7 @@ def test_without_the_library_the_numbers_stand_open(tmp_path, monkeypatch):
 @pytest.mark.skipif(not library.has_charts(), reason="needs the chart library")
 def test_the_whole_page_with_its_library_stays_below_the_limit(tmp_path):
     large = tmp_path / "large.png"
-    large.write_bytes(PNG + bytes(2_000_000))  # 2.7 MB as text, of the 3.3 beside the library
+    large.write_bytes(PNG + bytes(2_000_000))  # 2.7 MB as text, of the 4.1 beside the library
     pictures = tuple(Picture(str(large), f"picture {i}") for i in range(2))
     source = html.render(Page("Large", ("It is.",), sections=(Section("Pictures", pictures),)))
     page = Html(source)

@@ -40,7 +40,7 @@ def test_sections_come_back_with_pictures_by_their_paths(tmp_path):
     assert load_sections(tmp_path / "none") == ()
 
 
-@pytest.mark.parametrize("text, reason", [("[", "Expecting"), ('{"part": "Popen"}', "'Popen' is no part of a page")])
+@pytest.mark.parametrize("text, reason", [("[", "Expecting"), ('{"class": "Popen"}', "'Popen' is no part of a page")])
 def test_a_damaged_file_is_named(tmp_path, text, reason):
     (tmp_path / SECTIONS).write_text(text)
     with pytest.raises(ValueError, match=f"sections.json holds no part of a report .*{reason}"):
@@ -53,7 +53,7 @@ def test_a_page_is_written_beside_its_summary(tmp_path, capsys):
     about = json.loads((tmp_path / "report.json").read_text())
     assert about["sections"] == []
     assert about["entries"][0] == {
-        **{"part": "Entry", "name": "sparse"},
+        **{"class": "Entry", "name": "sparse"},
         "figures": {"test top1, %": 97.2, "MFLOPs": 6.6},
     }
     write_page(made_page(tmp_path, "again"), path)
