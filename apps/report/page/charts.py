@@ -82,8 +82,9 @@ class ScatterChart:
         labels = list(dict.fromkeys(p.label for p in self.points))
         chosen = alt.selection_point(fields=["label"], bind="legend", name="chosen")
         faded = alt.condition(chosen, alt.value(1.0), alt.value(0.15))
-        scale = alt.Scale(type="log" if self.log_x else "linear", zero=False, nice=False, padding=24)
-        x = alt.X("x:Q", title=self.x_title, scale=scale)
+        large = max(abs(p.x) for p in self.points) >= 10_000
+        x = alt.X("x:Q", title=self.x_title, scale=_across(self.log_x, padding=24))
+        x = x.axis(format="~s" if large else "~g", labelOverlap=True)
         color = alt.Color("label:N", title=None, scale=_colors(labels))
         base = alt.Chart(alt.Data(values=rows)).encode(x=x, color=color, opacity=faded)
         bars = (
@@ -180,15 +181,14 @@ class LineChart:
         chosen = alt.selection_point(fields=["label"], bind="legend", name="chosen")
         # The wheel alone scrolls the page.
         zoom = alt.selection_interval(bind="scales", encodings=["x"], name="zoom", zoom="wheel![event.shiftKey]")
-        scale = alt.Scale(type="log" if self.log_x else "linear", zero=False, nice=False)
         few = max(len(line.x) for line in self.lines) <= 30
         lines = (
             alt.Chart(alt.Data(values=rows))
             .mark_line(point=alt.OverlayMarkDef(size=28, filled=True) if few else False, strokeWidth=1.8, clip=True)
             .encode(
-                x=alt.X("x:Q", title=self.x_title, scale=scale),
+                x=alt.X("x:Q", title=self.x_title, scale=_across(self.log_x)),
                 y=alt.Y("y:Q", title=self.y_title, scale=alt.Scale(zero=False)),
-                color=alt.Color("label:N", title=None, scale=_colors(labels)),
+                color=alt.Color("label:N", title=None, scale=_colors(labels)).legend(_legend(labels)),
                 detail="name:N",
                 opacity=alt.condition(chosen, alt.value(0.9), alt.value(0.1)),
                 tooltip=[
@@ -455,6 +455,20 @@ def _number(value: float | None) -> str:
 def _finite(value: float | None) -> float | None:
     """Return a number to seven digits, which is short; None for NaN and infinity, which JSON does not have."""
     return float(f"{value:.7g}") if value is not None and math.isfinite(value) else None
+
+
+def _legend(labels: Sequence[str]) -> alt.Legend | None:
+    """Return a legend of the usual form; None where there is nothing to tell apart."""
+    import altair as alt
+
+    return alt.Legend() if len(labels) > 1 else None
+
+
+def _across(is_log: bool, **options: Any) -> alt.Scale:
+    """Return the scale of a horizontal axis; a logarithmic one may not speak of zero."""
+    import altair as alt
+
+    return alt.Scale(nice=False, **options, **({"type": "log"} if is_log else {"zero": False}))
 
 
 def _colors(labels: Sequence[str]) -> alt.Scale:

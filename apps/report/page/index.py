@@ -35,14 +35,18 @@ def write_index(folder: Path) -> Path | None:
 def read_reports(folder: Path) -> dict[str, Page]:
     """Return the reports below ``folder`` without their sections, by relative path, the newest first.
 
-    Raises:
-        ValueError: a ``report.json`` beside a report is not what was written there.
+    One whose ``report.json`` is damaged or of an earlier version is named and left out.
     """
     pages = {}
     for path in sorted((*folder.glob(f"*/{FILE}"), *folder.glob(f"*/*/{FILE}"))):
         about = path.with_suffix(".json")
         if about.is_file() and is_report(path):
-            pages[path.relative_to(folder).as_posix()] = read_json(about)
+            try:
+                page = read_json(about)
+            except ValueError as error:
+                print(f"left out of the index: {error}")
+                continue
+            pages[path.relative_to(folder).as_posix()] = page
     return dict(sorted(pages.items(), key=lambda item: item[1].date, reverse=True))
 
 

@@ -35,15 +35,12 @@ def training_section(metrics: Path, title: str = "Training") -> Section:
     losses = {name: columns[f"{name}/loss"] for name in ("train", "val") if f"{name}/loss" in columns}
     if losses:
         parts.append(_chart("Loss", "loss", losses))
-    own = {name: p for name, p in columns.items() if name.startswith("val/") and name.count("/") == 1}
-    shares = {name: p for name, p in own.items() if name != "val/loss" and all(0 <= y <= 1 for _, y in p)}
-    others = {name: p for name, p in own.items() if name != "val/loss" and name not in shares}
+    kinds = {name: name.removeprefix("val/") for name in columns if name.startswith("val/") and name.count("/") == 1}
+    own = {short: columns[name] for name, short in kinds.items() if short != "loss"}
+    shares = {name: p for name, p in own.items() if all(0 <= y <= 1 for _, y in p)}
+    others = {name: p for name, p in own.items() if name not in shares}
     groups = [shares, *({name: p} for name, p in others.items())]
-    parts += [
-        _chart("Validation: " + ", ".join(n.removeprefix("val/") for n in group), "value", group)
-        for group in groups
-        if group
-    ]
+    parts += [_chart(f"Validation: {', '.join(group)}", "value", group) for group in groups if group]
     if any(name.startswith("routing/") for name in columns):
         parts += routing_parts(columns)
     return Section(title, tuple(parts))

@@ -79,13 +79,16 @@ def load_sections(folder: Path) -> tuple[Section, ...]:
     path = folder / SECTIONS
     if not path.is_file():
         return ()
-    sections: tuple[Section, ...] = read_json(path)
+    sections: tuple[Section, ...] = read_json(path, tuple)
     return tuple(section.below(folder) for section in sections)
 
 
-def read_json(path: Path) -> Any:
-    """Return the parts of a page in a file, or raise a ValueError that names it."""
+def read_json(path: Path, kind: type = Page) -> Any:
+    """Return the page or the tuple of sections in a file, or raise a ValueError that names it."""
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
+        value = from_json(json.loads(path.read_text(encoding="utf-8")))
+        if not isinstance(value, kind):
+            raise ValueError(f"no {kind.__name__}")
     except ValueError as error:
         raise ValueError(f"{path} holds no part of a report ({error}): delete it, and test again") from None
+    return value

@@ -20,8 +20,8 @@ def test_losses_validation_and_layers(tmp_path):
     assert all(isinstance(chart, LineChart) for chart in charts)
     assert {chart.title: chart.lines for chart in charts} == {
         "Loss": (Line("train", (9.0, 19.0), (2.0, 1.0)), Line("val", (19.0,), (1.5,))),
-        "Validation: top1": (Line("val/top1", (19.0, 29.0), (0.5, 0.75)),),
-        "Validation: bleu": (Line("val/bleu", (19.0, 29.0), (31.5, 33.5)),),
+        "Validation: top1": (Line("top1", (19.0, 29.0), (0.5, 0.75)),),
+        "Validation: bleu": (Line("bleu", (19.0, 29.0), (31.5, 33.5)),),
         "Load imbalance in training": (Line("block 1", (9.0, 19.0), (1.5, 1.25)),),
     }
     assert charts[0].summary == "Over optimizer steps: train from 2 to 1; val from 1.5 to 1.5."

@@ -92,10 +92,15 @@ def test_the_index_lists_the_newest_first_and_leaves_other_files(tmp_path, capsy
     (runs / "foreign").mkdir()
     (runs / "foreign" / FILE).write_text("<html>mine</html>")
     (runs / "foreign" / "report.json").write_text("{}")
+    shutil.copytree(runs / "old", runs / "damaged")
+    (runs / "damaged" / "report.json").write_text("{}")
     capsys.readouterr()
     path = write_index(runs)
     assert path is not None
-    assert capsys.readouterr().out == f"index of 3 runs: {path}\n"
+    left_out, last = capsys.readouterr().out.splitlines()
+    assert left_out.startswith(f"left out of the index: {runs / 'damaged' / 'report.json'} holds no part of a report")
+    assert last == f"index of 3 runs: {path}"
+    shutil.rmtree(runs / "damaged")
     assert list(read_reports(runs)) == ["new/report.html", "old/report.html", "suite/deep/report.html"]
     page = Html(path.read_text())
     assert page.text.index("\nnew\n") < page.text.index("\nold\n")
