@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from made_page import Html
 
 from apps import demo
 from apps.compare import training
 from apps.data import datasets
 from apps.data.cache import DataError
+from apps.report.page import html
 
 FEW = ["--jobs", "1", "--seeds", "2", "--rounds", "0", "--learning_rates", "0.004", "--trainer.max_epochs", "1",
        "--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "1"]  # fmt: skip
@@ -19,21 +21,26 @@ def digits(monkeypatch) -> None:
     monkeypatch.setattr(demo, "PARTS", [p for p in demo.PARTS if p.dataset == "digits"])
 
 
-def test_demo_ends_with_the_table_and_the_pictures_and_is_quick_again(tmp_path, monkeypatch, capsys, digits):
+def test_demo_ends_with_the_path_of_one_report_and_is_quick_again(tmp_path, monkeypatch, capsys, digits):
+    monkeypatch.setattr(html, "has_charts", lambda: False)
     argv = ["--output", str(tmp_path), *FEW]
     assert demo.main(argv) == 0
     out = capsys.readouterr().out
     assert "1,797 handwritten digits" in out
     assert "moesaic compare configs/vision/digits.yaml" in out
     assert "sparse minus it" in out
-    pictures = out[out.index("The pictures:") :].split()[2:]
-    assert [p.rpartition("/")[2] for p in pictures] == [
-        "quality_against_flops.png", "expert_class.png", "load.png", "routing.png"]  # fmt: skip
-    before = {p: (tmp_path / p).stat().st_mtime_ns for p in pictures[1:]}
+    assert out.splitlines()[-1] == f"report: {tmp_path / 'report.html'}"
+    page = Html((tmp_path / "report.html").read_text())
+    for words in ("in 1 comparison on real data.", "Sparse and dense on digits. Against dense, equal FLOPs: ",
+                  "What the experts are used for", "How to repeat it"):  # fmt: skip
+        assert words in page.text, words
+    assert page.attributes("alt") == ["6 test images, and each again with its patches in the colour of their expert"]
+    routing = tmp_path / "digits" / "report" / "routing.png"
+    before = routing.stat().st_mtime_ns
 
     monkeypatch.setattr(training, "_fit", lambda *a: pytest.fail("trained again"))
     assert demo.main(argv) == 0
-    assert {p: (tmp_path / p).stat().st_mtime_ns for p in before} == before
+    assert routing.stat().st_mtime_ns == before
     assert "sparse minus it" in capsys.readouterr().out
 
 

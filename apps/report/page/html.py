@@ -158,7 +158,7 @@ def _part(part: Part, writing: _Writing) -> str:
         return _table(part)
     if isinstance(part, Code):
         label = html.escape(part.title, quote=True)
-        code = f'<pre tabindex="0" role="region" aria-label="{label}"><code>{_text(part.text)}</code></pre>'
+        code = f'<pre tabindex="0" role="group" aria-label="{label}"><code>{_text(part.text)}</code></pre>'
         if part.closed:
             return f"<details><summary>{_text(part.title)}</summary>{code}</details>"
         return f'<p class="label">{_text(part.title)}</p>{code}'
@@ -193,7 +193,7 @@ def _table(table: Table) -> str:
     kind = ' class="sortable"' if table.sortable else ""
     note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{label}"><table{kind}>{caption}'
+        f'<div class="wide" tabindex="0" role="group" aria-label="{label}"><table{kind}>{caption}'
         f"<thead><tr>{''.join(headings)}</tr></thead><tbody>{rows}</tbody></table></div>{note}"
     )
 

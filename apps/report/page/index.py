@@ -91,7 +91,7 @@ def _table(pages: dict[str, Page]) -> str:
         '<label>Search <input type="search" id="search"></label>'
         '<label><input type="checkbox" id="only"> only those chosen</label>'
         '<span id="count" role="status"></span></div>'
-        '<div class="wide" tabindex="0" role="region" aria-label="Runs"><table class="sortable" id="list"><thead><tr>'
+        '<div class="wide" tabindex="0" role="group" aria-label="Runs"><table class="sortable" id="list"><thead><tr>'
         f'<th scope="col"><span class="hidden">chosen</span></th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></section>\n"
     )

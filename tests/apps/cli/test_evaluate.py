@@ -8,21 +8,38 @@ from pathlib import Path
 import pytest
 import torch
 from commands import fails
+from made_page import Html
 from tiny_app import TinyModule
 
 import apps
 from apps.cli import main
 from apps.cli.train import build
+from apps.report.page import html
 
 
-def test_test_prints_a_table_and_writes_it(trained, capsys):
+def test_test_prints_the_figures_and_writes_a_report(trained, capsys, monkeypatch):
+    monkeypatch.setattr(html, "has_charts", lambda: False)
     assert main(["test", "--config", str(trained / "config.yaml")]) == 0
-    out = capsys.readouterr().out
-    assert "top1" in out
-    assert "net.3" in out
+    first, *_, last = capsys.readouterr().out.splitlines()[1:]
+    assert first.startswith("test top1, % ")
+    assert last == f"also in {trained / 'test.json'}"
+    page = Html((trained / "report.html").read_text())
+    assert "net.3" in page.text
+    assert "Routing in the test" in page.text
+    assert f"moesaic test --config {trained / 'config.yaml'}" in page.text
     written = json.loads((trained / "test.json").read_text())
     assert written["checkpoint"].endswith("best.ckpt")
     assert 0 <= written["test/top1"] <= 1
+
+
+def test_the_report_is_shown_in_the_browser_when_asked(trained, capsys, monkeypatch):
+    monkeypatch.setattr(html, "has_charts", lambda: False)
+    shown = []
+    monkeypatch.setattr("webbrowser.open", shown.append)
+    argv = ["--config", str(trained / "config.yaml"), "--open"]
+    assert main(["test", *argv]) == 0
+    assert shown == [(trained / "report.html").resolve().as_uri()]
+    assert fails(capsys, 2, "validate", *argv).endswith("open is an option of test and compare, not of validate")
 
 
 def test_a_checkpoint_alone_is_enough(trained, capsys):
