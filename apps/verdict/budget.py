@@ -34,6 +34,7 @@ class Budget:
 
     Attributes:
         reserve: seconds that are kept for the end.
+        kept: seconds as they were written last.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Budget:
         self.seconds, self.path, self.clock = seconds, path, clock
         self._began = clock() if began is None else began
         self._earlier = float((read_json(path) or {"seconds": 0.0})["seconds"])
-        self._kept = self.spent
+        self.kept = self._earlier
         self.reserve = min(max(RESERVE_SHARE * seconds, LEAST_RESERVE), MOST_RESERVE)
 
     def hold_back(self, seconds: float) -> None:
@@ -60,8 +61,8 @@ class Budget:
 
     def keep(self) -> None:
         """Write what is spent."""
-        self._kept = self.spent
-        write_json(self.path, {"seconds": self._kept})
+        self.kept = self.spent
+        write_json(self.path, {"seconds": self.kept})
 
     def check(self) -> None:
         """Write what is spent now and then, and end what is at work when the time is up.
@@ -69,7 +70,7 @@ class Budget:
         Raises:
             BudgetOver: no time is left but the reserve.
         """
-        if self.spent - self._kept > _KEPT_EVERY:
+        if self.spent - self.kept > _KEPT_EVERY:
             self.keep()
         if self.left <= 0:
             raise BudgetOver

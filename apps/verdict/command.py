@@ -95,7 +95,8 @@ def give_verdict(
             del model
             work = Work(experiment, plan, options.seed, output, budget, display)
             work.do()
-        budget.keep()
+        if work.num_done:  # a finished verdict that is shown again takes none of its time
+            budget.keep()
         verdict = _verdict(options, work, sparse, dense, notes, command)
         write(verdict, output)
     return verdict
@@ -271,7 +272,7 @@ def _verdict(
         notes=(*notes, *made),
         facts={
             "minutes": options.minutes,
-            "spent_seconds": work.budget.spent,
+            "spent_seconds": work.budget.kept,
             "date": moment(),
             "machine": machine(),
             "command": command,

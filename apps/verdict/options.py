@@ -76,7 +76,7 @@ class Options:
             if not (is_value or (word.startswith("--") and "." in word)):
                 raise UsageError(f"{word} is no option of moesaic verdict (--help lists them)")
         data = tuple(shipped(Path(path)) for path in args.data)
-        name = "-".join(path.stem or path.name for path in data)
+        name = "-".join(dict.fromkeys(path.stem or path.name for path in data))
         output = Path(args.output) if args.output else Path("runs") / "verdict" / name
         options = cls(data, output, args.minutes, args.seed, args.target, args.open, tuple(rest))
         if options.is_config:

@@ -89,9 +89,11 @@ class Work:
         self.rates: dict[str, float | None] = {}
         self.finished: list[Finished] = []
         self.is_over = False
+        self.num_done = 0
 
     def do(self) -> None:
-        """Do all runs that the budget allows; ``rates`` and ``finished`` hold what came of them.
+        """Do all runs that the budget allows; ``rates`` and ``finished`` hold what came of them, ``num_done`` is the
+        number of those that were not finished before.
 
         Raises:
             ValueError: training diverged at every rate.
@@ -162,6 +164,7 @@ class Work:
         finally:
             self.budget.keep()
             gc.collect()
+        self.num_done += 1
         self.display.finished(run.name)
         quality = "diverged" if result["quality"] is None else f"{result['quality']:.4g}"
         self.display.say(f"{run.name}: {quality}, {result['wall_seconds']:.1f} s; {self.budget.left:.0f} s left")

@@ -70,6 +70,7 @@ def test_a_whole_verdict_and_the_same_again(tmp_path, monkeypatch):
     monkeypatch.setattr(work, "do", lambda *_: pytest.fail("trained again"))
     again = give_verdict(options, "moesaic verdict tiny.yaml", clock=Ticks())
     assert (again.answers, again.systems) == (verdict.answers, verdict.systems)
+    assert again.facts["spent_seconds"] == verdict.facts["spent_seconds"]
     with pytest.raises(ValueError, match=r"holds another verdict \(minutes: 2\.0 saved, 9\.0 now\): give another"):
         give_verdict(asked(tmp_path, CONFIG, minutes=9.0), "", clock=Ticks())
 
