@@ -17,6 +17,8 @@ ENOUGH = 30
 gets one in 19 of 20 cases (``1 - exp(-3)``)."""
 COLLAPSED = 0.25
 """Experts in use beyond the K that every token has to take, as a part of those there are beyond K."""
+MOST_TAKEN = 0.5
+"""Share of the experts that a token takes, above which loads are not called collapsed."""
 DROPPED = 0.15
 """Dropped pairs beyond chance. Capacity factors of 1.0 to 1.25 drop up to a tenth at balance of real batches, without
 a loss of quality (arXiv 2202.08906, section 4.4)."""
@@ -71,7 +73,8 @@ def load_findings(layer: str, f: LayerFigures, used_E: Tensor | None = None) -> 
             if f.facts.is_balanced
             else "give the layer a balance: balance.load_balancing of 0.01, or a router with expert_bias"
         )
-        if (in_use - least) / (E - least) < COLLAPSED:
+        # Of tokens that take most experts, and not equally many, an even share is not known.
+        if K <= MOST_TAKEN * E and (in_use - least) / (E - least) < COLLAPSED:
             yield Finding(
                 "collapsed_load",
                 layer,
