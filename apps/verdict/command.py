@@ -16,10 +16,10 @@ import torch
 
 import core
 from apps.base.files import delete, holding
+from apps.base.machine import machine_facts
 from apps.base.messages import some
 from apps.base.quiet import quiet
 from apps.cli import stopped
-from apps.compare.command import machine
 from apps.compare.display import Display
 from apps.compare.experiment import Experiment, arguments
 from apps.compare.files import differences, read_json, write_json
@@ -274,7 +274,7 @@ def _verdict(
             "minutes": options.minutes,
             "spent_seconds": work.budget.kept,
             "date": moment(),
-            "machine": machine(),
+            "machine": machine_facts(),
             "command": command,
             "schedule": dataclasses.asdict(plan.schedule),
             "costs": {s.name: dataclasses.asdict(s.cost) for s in (sparse, dense) if s.cost is not None},
