@@ -51,7 +51,8 @@ def test_a_module_that_averages_its_last_epochs_is_chosen_and_tested_by_the_aver
     unit = Unit("sparse", 0.01, 0, final=True)
     result = train(tried, unit, tmp_path)
     assert unit.checkpoint(tmp_path).name == "average.ckpt"
-    assert sorted(p.name for p in unit.folder(tmp_path).iterdir()) == ["average.ckpt", "last.ckpt", "result.json"]
+    files = ["average.ckpt", "last.ckpt", "metrics.csv", "result.json"]
+    assert sorted(p.name for p in unit.folder(tmp_path).iterdir()) == files
     # What the checkpoints give by themselves: the average the figures, the weights in training the curve.
     module, data = tried.build("sparse")
     alone = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
