@@ -58,8 +58,9 @@ def opened(browser: Any, path: Path, width: int, scheme: str) -> tuple[Any, list
     tab.on("pageerror", lambda error: notes.append(f"error: {error}"))
     local = ("file:", "data:", "blob:")
     tab.on("request", lambda request: None if request.url.startswith(local) else notes.append(request.url))
+    tab.set_default_timeout(120_000)  # many tests share two cores
     tab.goto(path.as_uri())
-    tab.wait_for_selector("html[data-drawn]", timeout=120_000)
+    tab.wait_for_selector("html[data-drawn]")
     return tab, notes
 
 
@@ -121,7 +122,7 @@ def test_the_index_filters_chooses_and_draws(runs, browser):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     assert serious(tab) == []
     tab.get_by_role("link", name="first").first.click()
-    tab.wait_for_selector("html[data-drawn]", timeout=120_000)
+    tab.wait_for_selector("html[data-drawn]")
     assert tab.title() == "Sparse & dense"
     assert notes == []
     tab.close()
