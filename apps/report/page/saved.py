@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from apps.report.page import charts, parts
 
 _CLASSES: dict[str, type] = {
@@ -23,6 +25,8 @@ def to_json(value: Any) -> Any:
         return {_NAME: type(value).__name__, **fields}
     if isinstance(value, dict):
         return {name: to_json(item) for name, item in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
     return [to_json(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from apps.report.page.charts import Line, LineChart
 from apps.report.page.parts import Part, Section, Text
 from apps.report.routed import layer_label
+from apps.report.tables import is_share
 from apps.train.logs import read_rows
 
 _ROUTING = {
@@ -37,7 +38,7 @@ def training_section(metrics: Path, title: str = "Training") -> Section:
         parts.append(_chart("Loss", "loss", losses))
     kinds = {name: name.removeprefix("val/") for name in columns if name.startswith("val/") and name.count("/") == 1}
     own = {short: columns[name] for name, short in kinds.items() if short != "loss"}
-    shares = {name: p for name, p in own.items() if all(0 <= y <= 1 for _, y in p)}
+    shares = {name: p for name, p in own.items() if is_share(name, [[y for _, y in p]])}
     others = {name: p for name, p in own.items() if name not in shares}
     groups = [shares, *({name: p} for name, p in others.items())]
     parts += [_chart(f"Validation: {', '.join(group)}", "value", group) for group in groups if group]
