@@ -25,7 +25,7 @@ from apps.compare.training import interruptible
 from apps.train.cost import num_examples
 from apps.train.finite import NonFiniteError
 from apps.verdict.budget import Budget, BudgetOver
-from apps.verdict.evaluation import evaluate
+from apps.verdict.evaluation import BLOCKS, evaluate
 from apps.verdict.schedule import Speed
 
 Progress = Callable[[int, int], None]
@@ -192,7 +192,9 @@ def _tested(
     """Return what a final run's result has of its evaluations, and the test values (N,)."""
     data.setup("test")
     tested = evaluate(model, trainer, data.test_dataloader(), most_batches, budget, "test")
-    sample = list(_sample(model, data.train_dataloader(), most_batches))
+    is_by_example = model.module is model and len(tested.values_N) > BLOCKS
+    count = min(len(tested.values_N), _MOST_SAMPLE) if is_by_example else _MOST_SAMPLE
+    sample = list(_sample(model, data.train_dataloader(), count, most_batches))
     trained = evaluate(model, trainer, sample, None, budget)
     result = {
         "name": tested.name,
@@ -204,13 +206,13 @@ def _tested(
     return result, tested.values_N
 
 
-def _sample(model: Any, loader: Any, most_batches: int | None) -> Iterator[Any]:
-    """Yield training batches of as many examples as tell overfitting from none."""
-    count = 0
+def _sample(model: Any, loader: Any, count: int, most_batches: int | None) -> Iterator[Any]:
+    """Yield training batches until they have ``count`` examples, and no more than ``most_batches``."""
+    taken = 0
     for number, batch in enumerate(loader):
-        if count >= _MOST_SAMPLE or (most_batches is not None and number >= most_batches):
+        if taken >= count or (most_batches is not None and number >= most_batches):
             return
-        count += num_examples(model.example_inputs(batch))
+        taken += num_examples(model.example_inputs(batch))
         yield batch
 
 
