@@ -7,7 +7,6 @@ import math
 import shlex
 import statistics
 import time
-import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 
 import core
 from apps.base.files import delete, holding
-from apps.base.machine import machine_facts
+from apps.base.machine import machine_facts, moment
 from apps.base.messages import some
 from apps.base.quiet import quiet
 from apps.cli import stopped
@@ -25,9 +24,10 @@ from apps.compare.experiment import Experiment, arguments
 from apps.compare.files import differences, read_json, write_json
 from apps.compare.systems import SPARSE, System, claim, find_systems
 from apps.compare.training import interruptible
-from apps.compare.work import moment
+from apps.report.page import FILE, open_page, write_index, write_page
 from apps.verdict.budget import Budget, BudgetOver
 from apps.verdict.options import Options
+from apps.verdict.page import verdict_page
 from apps.verdict.reasons import Facts, causes, changes
 from apps.verdict.result import NUMBERS, PAGE, Verdict, lines, write
 from apps.verdict.schedule import FACTORS, Schedule, Speed, make_schedule
@@ -56,7 +56,7 @@ def run(options: Options, argv: Sequence[str], began: float) -> int:
     except (KeyboardInterrupt, SystemExit) as stop:
         return stopped(stop, f"; what is finished is kept. To go on: {command}")
     if options.opens:
-        webbrowser.open((options.output / PAGE).resolve().as_uri())
+        open_page(options.output / FILE)
     print("\n".join([f"written: {options.output / PAGE}, {options.output / NUMBERS}", *lines(verdict)]))
     return 0
 
@@ -99,6 +99,8 @@ def give_verdict(
             budget.keep()
         verdict = _verdict(options, work, sparse, dense, notes, command)
         write(verdict, output)
+        write_page(verdict_page(verdict), output / FILE)
+        write_index(output.parent)
     return verdict
 
 
@@ -276,6 +278,7 @@ def _verdict(
             "date": moment(),
             "machine": machine_facts(),
             "command": command,
+            "config": work.experiment.plain(),
             "schedule": dataclasses.asdict(plan.schedule),
             "costs": {s.name: dataclasses.asdict(s.cost) for s in (sparse, dense) if s.cost is not None},
         },

@@ -27,7 +27,7 @@ class Verdict:
         reasons: why sparse lost.
         changes: what would change the answers.
         notes: how the data were read, and what the two systems are.
-        facts: budget, machine, versions, schedule and command, in plain values.
+        facts: budget, machine, versions, schedule, configuration and command, in plain values.
     """
 
     title: str
@@ -90,21 +90,22 @@ def markdown(verdict: Verdict) -> str:
     for heading, part in (("Why", verdict.reasons), ("What would change it", verdict.changes)):
         if part:
             page += ["", f"## {heading}", "", *(f"- {line}" for line in part)]
-    page += ["", "## How it was found", "", *(f"- {note}" for note in verdict.notes), *_how(verdict)]
+    page += ["", "## How it was found", "", *(f"- {line}" for line in (*verdict.notes, *how(verdict)))]
+    page.append(f"- Command: `{verdict.facts['command']}`")
     return "\n".join(page) + "\n"
 
 
-def _how(verdict: Verdict) -> Sequence[str]:
+def how(verdict: Verdict) -> Sequence[str]:
+    """Return sentences on how the models were trained and compared."""
     facts = verdict.facts
     machine = facts["machine"]
     return [
-        f"- Seeds {', '.join(map(str, verdict.seeds)) or 'none'}; both models have the same steps, seeds, order of the "
+        f"Seeds {', '.join(map(str, verdict.seeds)) or 'none'}; both models have the same steps, seeds, order of the "
         "data and search of learning rates on validation data. Intervals count seeds and test examples (crossed random "
         "effects, Satterthwaite's degrees of freedom). At equal time sparse is trained for the steps that it makes in "
         "dense's time, with a schedule of its own.",
-        f"- {facts['spent_seconds'] / 60:.1f} of {facts['minutes']:g} minutes, on {machine['device']} "
+        f"{facts['spent_seconds'] / 60:.1f} of {facts['minutes']:g} minutes, on {machine['device']} "
         f"({machine['threads']} threads), torch {machine['torch']}, Python {machine['python']}, {facts['date']}.",
-        f"- Command: `{facts['command']}`",
     ]
 
 

@@ -66,6 +66,9 @@ def test_a_whole_verdict_and_the_same_again(tmp_path, monkeypatch):
     page = (tmp_path / "out" / "verdict.md").read_text()
     assert f"**{verdict.last_line}**" in page
     assert "| dense, equal FLOPs |" in page
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert verdict.last_line in report
+    assert "Quality of each seed" in report
 
     monkeypatch.setattr(work, "do", lambda *_: pytest.fail("trained again"))
     again = give_verdict(options, "moesaic verdict tiny.yaml", clock=Ticks())
