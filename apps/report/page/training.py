@@ -42,26 +42,31 @@ def training_section(metrics: Path, title: str = "Training") -> Section:
     others = {name: p for name, p in own.items() if name not in shares}
     groups = [shares, *({name: p} for name, p in others.items())]
     parts += [_chart(f"Validation: {', '.join(group)}", "value", group) for group in groups if group]
-    if any(name.startswith("routing/") for name in columns):
-        parts += routing_parts(columns)
+    # A training of fewer steps than the log's interval has the figures of its validations alone.
+    parts += _routing_parts(columns, "routing", "training") or _routing_parts(columns, "val/routing", "validation")
     return Section(title, tuple(parts))
 
 
-def routing_parts(columns: Mapping[str, Sequence[tuple[int, float]]]) -> list[Part]:
-    """Return a chart for each figure of the routing in training, a line a layer, and a text for figures that stay 0."""
+def _routing_parts(columns: Mapping[str, Sequence[tuple[int, float]]], prefix: str, of: str) -> list[Part]:
+    """Return a chart for each figure of the routing, a line a layer, and a text for figures that stay 0.
+
+    Args:
+        columns: the points of each column of the log.
+        prefix: what the names of the columns begin with.
+        of: stage that the columns are of, for the titles.
+    """
     charts: list[Part] = []
     never: list[str] = []
     for figure, (title, axis, without) in _ROUTING.items():
         by_layer = {}
         for name, points in columns.items():
-            kind, _, rest = name.partition("/")
-            layer, _, last = rest.rpartition("/")
-            if kind == "routing" and layer and last == figure:
+            layer, _, last = name.removeprefix(f"{prefix}/").rpartition("/")
+            if name.startswith(f"{prefix}/") and layer and last == figure:
                 by_layer[layer_label(layer)] = points
         if by_layer and without and all(y == 0 for points in by_layer.values() for _, y in points):
             never.append(without)
         elif by_layer:
-            charts.append(_chart(f"{title} in training", axis, by_layer))
+            charts.append(_chart(f"{title} in {of}", axis, by_layer))
     return [*charts, Text(tuple(never))] if never else charts
 
 

@@ -26,8 +26,8 @@ def test_the_report_says_everything_and_begins_with_the_verdict(whole):
     assert "class_path: compare_app.TinyModel" in page.text
     assert results["machine"]["torch"] in page.text
     assert results["machine"]["commit"] in page.text
-    # The log of the first seed has the layer's load.
-    assert "Load imbalance in training" in page.text
+    # The log of the first seed has the layer's load, in 6 steps that of its validation alone.
+    assert "Load imbalance in validation" in page.text
     about = json.loads((whole / "report.json").read_text())
     assert [entry["name"] for entry in about["entries"]] == ["sparse", "dense, equal FLOPs", "centroids"]
     test = results["summary"]["rows"][0]["test"]["mean"]
