@@ -223,11 +223,12 @@ def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder:
         written_pieces,
         f"{heading}: attention of decoder layer {layer}, mean of {heads} heads",
     )
-    path = save_picture(picture, folder / f"sentence_{number}_attention.png")
+    name = f"sentence_{number}_attention.png"
+    save_picture(picture, folder / name)
     seen = (
         f"which of the {len(source_pieces)} source subwords each of the {len(written_pieces)} written ones attends to"
     )
-    shown: list[Part] = [Picture(path.name, f"{heading}: {seen}", f"{heading}: attention of the decoder.")]
+    shown: list[Part] = [Picture(name, f"{heading}: {seen}", f"{heading}: attention of the decoder.")]
     if not len(tape):
         return shown
     experts: dict[Side, dict[str, np.ndarray]] = {"source": {}, "target": {}}
@@ -242,8 +243,9 @@ def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder:
     several = any((ids[:, 1:] < num_experts).any() for side in sides for ids in side.experts.values())
     what = "experts of each subword, by falling gate" if several else "expert of each subword"
     picture = pictures.sentence_routes(sides, num_experts, f"{heading}: {what}")
-    path = save_picture(picture, folder / f"sentence_{number}_experts.png")
-    return [Picture(path.name, f"{heading}: {what}, by layer", f"{heading}: {what}."), *shown]
+    name = f"sentence_{number}_experts.png"
+    save_picture(picture, folder / name)
+    return [Picture(name, f"{heading}: {what}, by layer", f"{heading}: {what}."), *shown]
 
 
 def _on(module: Any, batch: TranslationBatch) -> TranslationBatch:
