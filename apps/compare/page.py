@@ -93,7 +93,7 @@ def cost_charts(summary: Summary) -> list[ScatterChart]:
         points = tuple(_point(row, value, summary.percent) for row, value in known)
         spread = max(p.x for p in points) > 20 * min(p.x for p in points)
         best = max(points, key=lambda p: p.y if summary.higher_is_better else -p.y)
-        seen = f"{best.label} is best, {best.y:.4g} at {shown(best.x)}; {len(points)} models, bars are 95 % intervals."
+        seen = f"The best mean is that of {best.label}, {best.y:.4g} at {shown(best.x)}; bars are 95 % intervals."
         charts.append(ScatterChart(f"Quality against {name}", seen, axis, _quality(summary), points, log_x=spread))
     return charts
 

@@ -411,9 +411,11 @@ class ChoiceChart:
 
         names = self.names()
         rows = [{"label": p.label, **{n: _finite(v) for n, v in p.figures.items()}} for p in self.points]
-        up = alt.param(name="up", value=names[0], bind=alt.binding_select(options=names, name="up "))
+        up = alt.param(name="up", value=names[0], bind=alt.binding_select(options=names, name="vertical axis "))
         across = alt.param(
-            name="across", value=names[min(1, len(names) - 1)], bind=alt.binding_select(options=names, name="across ")
+            name="across",
+            value=names[min(1, len(names) - 1)],
+            bind=alt.binding_select(options=names, name="horizontal axis "),
         )
         return (
             alt.Chart(alt.Data(values=rows))
@@ -421,8 +423,8 @@ class ChoiceChart:
             .transform_filter("isValid(datum.x) && isValid(datum.y)")
             .mark_point(filled=True, size=90, color=PALETTE[0])
             .encode(
-                x=alt.X("x:Q", title="across", scale=alt.Scale(zero=False, padding=20)),
-                y=alt.Y("y:Q", title="up", scale=alt.Scale(zero=False, padding=20)),
+                x=alt.X("x:Q", title=None, scale=alt.Scale(zero=False, padding=20)),
+                y=alt.Y("y:Q", title=None, scale=alt.Scale(zero=False, padding=20)),
                 tooltip=[alt.Tooltip("label:N", title="model"), alt.Tooltip("x:Q"), alt.Tooltip("y:Q")],
             )
             .add_params(up, across)
