@@ -13,6 +13,8 @@ from apps.report.page.writing import FILE, read_json, write_html
 
 INDEX = "index.html"
 
+_WORDS = ' class="words"'
+
 FEWEST = 2
 """Reports from which a folder has an index."""
 
@@ -71,9 +73,10 @@ def _name(path: str, model: str) -> str:
 def _table(pages: dict[str, Page]) -> str:
     """Return the table as HTML: a row a model, with a box to choose it and a link to its report."""
     names = list(dict.fromkeys(name for page in pages.values() for entry in page.entries for name in entry.figures))
-    headings = ["run", "kind", "date", "model", *names]
+    headings = [*((word, _WORDS) for word in ("run", "kind", "date", "model")), *((name, "") for name in names)]
     head = "".join(
-        f'<th scope="col"><button type="button" class="sort">{html.escape(h)}</button></th>' for h in headings
+        f'<th scope="col"{kind}><button type="button" class="sort">{html.escape(heading)}</button></th>'
+        for heading, kind in headings
     )
     rows = []
     for path, page in pages.items():
