@@ -43,7 +43,7 @@ def test_page(
         config: the configuration in force, as YAML.
         sections: those of the app's report.
     """
-    own = {k.partition("/")[2]: v for k, v in metrics.items() if not k.startswith("test/routing/")}
+    own = {k.removeprefix("test/"): v for k, v in metrics.items() if not k.startswith("test/routing/")}
     first = (monitored or "").partition("/")[2]
     order = sorted(own, key=lambda name: name != first)
     rows = tuple(_line(name, own[name]) for name in order)
@@ -76,7 +76,8 @@ def _line(name: str, value: float) -> tuple[str, str]:
 
 
 def _title(name: str, value: float) -> str:
-    return f"test {name}, %" if is_share(name, [[value]]) else f"test {name}"
+    title = name if name.startswith("test") else f"test {name}"  # a module of the user's names its own
+    return f"{title}, %" if is_share(name, [[value]]) else title
 
 
 def _percent(name: str, value: float) -> float:

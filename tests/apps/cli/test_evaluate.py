@@ -21,7 +21,7 @@ def test_test_prints_the_figures_and_writes_a_report(trained, capsys, monkeypatc
     monkeypatch.setattr(html, "has_charts", lambda: False)
     assert main(["test", "--config", str(trained / "config.yaml")]) == 0
     first, *_, last = capsys.readouterr().out.splitlines()[1:]
-    assert first.startswith("test top1, % ")
+    assert first.startswith("test loss ")  # which the training monitors
     assert last == f"also in {trained / 'test.json'}"
     page = Html((trained / "report.html").read_text())
     assert "net.3" in page.text

@@ -46,7 +46,8 @@ def test_the_run_is_named_after_its_configurations_and_a_new_one_puts_all_of_it_
     assert "runs/tiny-small held an earlier run: it is in runs/tiny-small/earlier now" in capsys.readouterr().out
     assert content(run / "earlier") == before
     names = {name for name in content(run) if "events" not in name}
-    assert names == {name for name in before if "events" not in name} - {"test.json", "report/load.png"}
+    of_the_test = {"test.json", "report/load.png", "report.html", "report.json"}
+    assert names == {name for name in before if "events" not in name} - of_the_test
     assert len(list((run / "tensorboard").glob("events*"))) == 1
     with open(run / "metrics.csv") as file:
         assert {row["step"] for row in csv.DictReader(file)} == {"0"}

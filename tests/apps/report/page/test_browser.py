@@ -121,7 +121,7 @@ def test_the_index_filters_chooses_and_draws(runs, browser):
     tab.wait_for_function(f"{chart} === 4")
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     assert serious(tab) == []
-    tab.get_by_role("link", name="first").first.click()
+    tab.get_by_role("link", name="second").first.click()
     tab.wait_for_selector("html[data-drawn]")
     assert tab.title() == "Sparse & dense"
     assert notes == []
