@@ -11,18 +11,9 @@ from typing import Any
 import torch
 
 import core
-from apps.cli.train import SparseCLI, build
+from apps.cli.trial import build_trial
 from apps.train.cost import measure_cost, megaflops
 from apps.train.module import SparseModule
-
-_QUIET = (
-    "--trainer.accelerator=cpu",
-    "--trainer.devices=1",
-    "--trainer.num_nodes=1",
-    "--trainer.strategy=auto",
-    "--trainer.logger=false",
-    "--trainer.enable_progress_bar=false",
-)
 
 
 @dataclass(frozen=True)
@@ -61,11 +52,8 @@ class Trial:
     """
 
     def __init__(self, checkpoint: Path, config: Path | None, data: Sequence[str], batches: int) -> None:
-        words = [] if config is None else ["--config", str(config)]
-        limit = f"--trainer.limit_val_batches={batches}"
         self.batches = batches
-        self.cli: SparseCLI = build("validate", [*words, "--ckpt_path", str(checkpoint), *_QUIET, limit, *data])
-        self.cli.model.reports = False
+        self.cli = build_trial(checkpoint, config, batches, data)
         self.model: Any = self.cli.model
 
     @torch.no_grad()

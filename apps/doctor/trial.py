@@ -8,19 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import core
-from apps.cli.train import build
+from apps.cli.trial import build_trial
 from apps.doctor.options import Options
 from apps.train.doctor import RoutingDoctor
 from apps.train.module import SparseModule
-
-_QUIET = (
-    "--trainer.accelerator=cpu",
-    "--trainer.devices=1",
-    "--trainer.num_nodes=1",
-    "--trainer.strategy=auto",
-    "--trainer.logger=false",
-    "--trainer.enable_progress_bar=false",
-)
 
 
 @dataclass(frozen=True)
@@ -52,15 +43,10 @@ class Trial:
     """
 
     def __init__(self, checkpoint: Path, options: Options) -> None:
-        words = [] if options.config is None else ["--config", str(options.config)]
-        limit = f"--trainer.limit_val_batches={options.batches}"
-        # The trainer's callbacks belong to the training; a strategy of several processes does too.
-        self._cli = build(
-            "validate",
-            [*words, "--ckpt_path", str(checkpoint), *_QUIET, limit, "--trainer.callbacks=null", *options.data],
-        )
+        # The trainer's callbacks belong to the training.
+        further = ["--trainer.callbacks=null", *options.data]
+        self._cli = build_trial(checkpoint, options.config, options.batches, further)
         self._model: Any = self._cli.model
-        self._model.reports = False
         if not core.moe_layers(self._model):
             raise ValueError(
                 f"{checkpoint} is of a {type(self._model).__name__} without MoE layers: no routing to look at"

@@ -1,0 +1,36 @@
+"""A run on the first batches of its validation data, as ``moesaic validate`` makes both, for other commands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from apps.cli.train import SparseCLI, build
+
+_QUIET = (
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+)
+
+
+def build_trial(checkpoint: Path, config: Path | None, batches: int, options: Sequence[str] = ()) -> SparseCLI:
+    """Return a quiet validation of a run on the CPU: its trainer, data and model, which is not loaded yet.
+
+    Args:
+        checkpoint: the run's checkpoint.
+        config: configuration, where none lies beside it.
+        batches: number of validation batches.
+        options: further words of the command line.
+
+    Raises:
+        ValueError: the model or the data are refused.
+    """
+    words = [] if config is None else ["--config", str(config)]
+    limit = f"--trainer.limit_val_batches={batches}"
+    cli = build("validate", [*words, "--ckpt_path", str(checkpoint), *_QUIET, limit, *options])
+    cli.model.reports = False
+    return cli
