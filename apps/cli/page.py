@@ -50,7 +50,7 @@ def test_page(
     sizes = _sizes(run / METRICS)
     rows += tuple((name, shown(value, 6)) for name, value in sizes.items())
     tested = checkpoint or "an untrained model"
-    value = " ".join(rows[0]) if rows else "nothing logged"
+    value = _in_words(*rows[0]) if rows else "nothing logged"
     verdict = f"{value} in the test of {tested}; one run tells nothing of other seeds."
     figures = {name: float(_percent(name, value)) for name, value in own.items()}
     every = Table("Metrics of the test", ("metric", "value"), rows)
@@ -73,6 +73,12 @@ def test_page(
 
 def _line(name: str, value: float) -> tuple[str, str]:
     return _title(name, value), f"{_percent(name, value):.4f}" if abs(value) < 1e4 else shown(value, 6)
+
+
+def _in_words(title: str, value: str) -> str:
+    """Return "test top1 94.99 %" for the row ("test top1, %", "94.99")."""
+    name, percent, _ = title.partition(", %")
+    return f"{name} {value} %" if percent else f"{name} {value}"
 
 
 def _title(name: str, value: float) -> str:
