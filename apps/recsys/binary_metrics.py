@@ -50,7 +50,8 @@ def auc_values(scores_N: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
 
     values_N = np.full(len(scores_N), math.nan)
     is_labelled_N = ~np.isnan(labels_N)
-    y_n, z_n = labels_N[is_labelled_N] > 0, scores_N[is_labelled_N]
+    # Since scipy 1.18 ranks have the scores' dtype, in which their differences would be rounded.
+    y_n, z_n = labels_N[is_labelled_N] > 0, scores_N[is_labelled_N].astype(np.float64)
     num_pos, num_neg = int(y_n.sum()), int((~y_n).sum())
     if not num_pos or not num_neg or np.isnan(z_n).any():
         return values_N
