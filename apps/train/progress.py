@@ -13,6 +13,11 @@ ROUTING = {"routing/load_imbalance": "imbalance", "routing/drop_rate": "dropped"
 """What the bar shows of the experts' use, by the name in the log."""
 
 
+WIDE = 140
+"""Columns of a terminal on which the bar with the use of the experts and its end fits one line; a bar of two lines is
+erased with a line above it."""
+
+
 def last_step(trainer: Trainer) -> float:
     """Return the optimizer step at which a training will end by its steps or epochs; infinite where none is set."""
     steps = float("inf") if trainer.max_steps < 0 else float(trainer.max_steps)
@@ -112,9 +117,11 @@ class ProgressBar(EpochLines, RichProgressBar):
         """Return the running values; the line of an epoch has the others."""
         metrics = super().get_metrics(trainer, pl_module)
         kept = {k: v for k, v in metrics.items() if k.startswith("train/")}
-        logged = trainer.callback_metrics
-        kept |= {shown: float(logged[k]) for k, shown in ROUTING.items() if k in logged}
-        end = end_time(self._first, (time.time(), trainer.global_step), last_step(trainer))
+        end = ""
+        if self.progress is not None and self.progress.console.width >= WIDE:
+            logged = trainer.callback_metrics
+            kept |= {shown: float(logged[k]) for k, shown in ROUTING.items() if k in logged}
+            end = end_time(self._first, (time.time(), trainer.global_step), last_step(trainer))
         values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in kept.items()}
         return values | ({"ends": end} if end else {})
 
