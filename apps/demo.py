@@ -147,7 +147,8 @@ def _run(output: Path, extra: Sequence[str]) -> int:
 
 def _page(pages: Mapping[str, Page]) -> Page:
     """Return one page over all comparisons, each with what it says of itself, its verdict, figures and sections."""
-    from apps.report.page import Page, Section, Text, now
+    from apps.base.machine import moment
+    from apps.report.page import Page, Section, Text
 
     sections = []
     for says, page in pages.items():
@@ -158,7 +159,7 @@ def _page(pages: Mapping[str, Page]) -> Page:
     first = f"Sparse and dense models of equal cost, in {count} comparison{'s' if count > 1 else ''} on real data."
     verdict = (first, *(f"{page.title}. {page.verdict[0]}" for page in pages.values() if page.verdict))
     entries = tuple(entry for page in pages.values() for entry in page.entries)
-    return Page("moesaic demo", verdict, None, tuple(sections), "demo", now(), entries)
+    return Page("moesaic demo", verdict, None, tuple(sections), "demo", moment(), entries)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from apps.base.machine import moment
 from apps.report.page import (
     MOST_FIGURES,
     Entry,
@@ -12,7 +13,6 @@ from apps.report.page import (
     Section,
     Table,
     how_to_repeat,
-    now,
     shown,
 )
 from apps.report.page.training import training_section
@@ -66,7 +66,7 @@ def test_page(
             how_to_repeat(command, config),
         ),
         kind="test",
-        date=now(),
+        date=moment(),
         entries=(Entry("", {_title(name, own[name]): value for name, value in figures.items()} | sizes),),
     )
 

@@ -13,24 +13,24 @@ values, so that ``save_sections`` and ``load_sections`` keep them between comman
             how_to_repeat(command="moesaic compare configs/vision/digits.yaml", config=yaml_text),
         ),
         kind="comparison",
-        date=now(),
+        date=moment(),
     )
     show_page(page)                             # the verdict and the figures, on the terminal
     write_page(page, output / "report.html")    # everything, and prints its path
     write_index(output.parent)                  # index.html over several runs
     open_page(output / "report.html")           # for --open
 
-No app is named here: an app's test report makes sections of what it computes (``apps.report.base.Report.sections``).
+No app is named here: an app's test report makes sections of what it computes (``apps.report.base.Report.write``).
 """
 
 from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart
 from apps.report.page.index import write_index
 from apps.report.page.parts import MOST_FIGURES, Code, Entry, Page, Part, Picture, Section, Table, Text, shown
-from apps.report.page.repeat import how_to_repeat, now
+from apps.report.page.repeat import how_to_repeat
 from apps.report.page.writing import FILE, SECTIONS, load_sections, open_page, save_sections, show_page, write_page
 
 __all__ = [
     "Page", "Section", "Part", "Text", "Table", "Code", "Picture", "Entry", "MOST_FIGURES", "shown",
-    "ScatterChart", "Point", "LineChart", "Line", "BarChart", "HeatmapChart", "how_to_repeat", "now",
+    "ScatterChart", "Point", "LineChart", "Line", "BarChart", "HeatmapChart", "how_to_repeat",
     "write_page", "write_index", "open_page", "show_page", "save_sections", "load_sections", "FILE", "SECTIONS",
 ]  # fmt: skip

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from apps.base.machine import machine_facts, moment
+from apps.base.machine import machine_facts
 from apps.report.page.parts import Code, Part, Section, Table
-
-now = moment
 
 
 def how_to_repeat(command: str, config: str = "", machine: Mapping[str, Any] | None = None) -> Section:
