@@ -74,6 +74,14 @@ def _is_asking(name: str, names: Sequence[str] = ASKING) -> bool:
     return name in names or name.endswith(".help")
 
 
+def check_data_options(words: Sequence[str], command: str) -> None:
+    """Raise a ``UsageError`` where the words that a command's own options leave are not ``--data.KEY VALUE`` alone."""
+    for number, word in enumerate(words):
+        is_value = bool(number) and not word.startswith("--") and "=" not in words[number - 1]
+        if not (is_value or word.startswith("--data.")):
+            raise UsageError(f"{word} is no option of moesaic {command} (--help lists them)")
+
+
 def switch(argv: list[str], name: str) -> tuple[list[str], bool]:
     """Return ``argv`` without the switch called ``name``, and whether it is on; a value may follow, true or false."""
     rest: list[str] = []

@@ -11,6 +11,7 @@ from typing import Any
 from apps.base.checks import check_at_least
 from apps.cli import UsageError
 from apps.cli.configs import read_config, shipped
+from apps.cli.flags import check_data_options
 from apps.cli.parser import Parser
 
 KINDS = {
@@ -61,10 +62,7 @@ class Options:
             ValueError: a value out of its range.
         """
         values, rest = command_line().parse_known_args(list(argv))
-        for number, word in enumerate(rest):
-            is_value = bool(number) and not word.startswith("--") and "=" not in rest[number - 1]
-            if not (is_value or word.startswith("--data.")):
-                raise UsageError(f"{word} is no option of moesaic convert {values.kind} (--help lists them)")
+        check_data_options(rest, f"convert {values.kind}")
         check_at_least(0, batches=values.batches)
         output = Path(values.output)
         if output.exists() or output.is_symlink():
