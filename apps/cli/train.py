@@ -208,7 +208,7 @@ class SparseCLI(LightningCLI):
         callbacks = given.get("callbacks") or []
         defaults: list[Callback] = [GeneratorState()]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            defaults.append(progress())
+            defaults.append(progress(self.request.command))
             kwargs["enable_progress_bar"] = isinstance(defaults[-1], ProgressBar)
         if given.get("enable_checkpointing") is not False and not given.get("fast_dev_run"):
             if not any(isinstance(c, Checkpoint) for c in callbacks):

@@ -13,7 +13,6 @@ _QUIET = (
     "--trainer.num_nodes=1",
     "--trainer.strategy=auto",
     "--trainer.logger=false",
-    "--trainer.enable_progress_bar=false",
 )
 
 

@@ -63,6 +63,10 @@ class BalancedModule(LightningModule):
             stats = core.RoutingStats.from_tape(tape)
             self._moe_stats = stats if self._moe_stats is None else self._moe_stats + stats
 
+    def routing_so_far(self) -> dict[str, Tensor]:
+        """Return the figures of an evaluation that runs, over this process's batches until now; empty before them."""
+        return {} if self._moe_stats is None else routing_metrics(self._moe_stats)
+
     def log_routing(self, stage: Stage) -> None:
         """Log the figures of the whole pass: the imbalance of the sum over batches and ranks, not a mean."""
         stats, self._moe_stats = self._moe_stats, None

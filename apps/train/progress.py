@@ -1,21 +1,32 @@
-"""The progress of a training: a bar on a terminal, and a line for each finished epoch, with the time of its end."""
+"""The progress of a training or an evaluation: a bar on a terminal, a line an epoch, and the time of the end."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-ROUTING = {"routing/load_imbalance": "imbalance", "routing/drop_rate": "dropped"}
-"""What the bar shows of the experts' use, by the name in the log."""
+from apps.base.progress import Bar, bar, end_time
+from apps.train.balanced import BalancedModule
 
+_ROUTING = {"routing/load_imbalance": "imbalance", "routing/drop_rate": "dropped"}
+
+_DRAWN_EVERY = 0.25
 
 WIDE = 140
 """Columns of a terminal on which the bar with the use of the experts and its end fits one line; a bar of two lines is
 erased with a line above it."""
+
+
+def routing_figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return what bars show of the experts' use, by its name on the bar, from the figures of ``routing_metrics``."""
+    return {shown: float(metrics[name]) for name, shown in _ROUTING.items() if name in metrics}
 
 
 def last_step(trainer: Trainer) -> float:
@@ -25,22 +36,6 @@ def last_step(trainer: Trainer) -> float:
     if epochs is None or epochs < 0:
         return steps
     return min(steps, epochs * (-(-float(trainer.num_training_batches) // trainer.accumulate_grad_batches)))
-
-
-def end_time(first: tuple[float, int], now: tuple[float, int], last: float) -> str:
-    """Return the time of day at which a training ends at its mean speed until now, such as 14:05; "" if not known yet.
-
-    Args:
-        first: time in seconds and step at its start.
-        now: the same now.
-        last: the step at which it will end.
-    """
-    done, left = now[1] - first[1], last - now[1]
-    if done <= 0 or left <= 0 or left == float("inf"):
-        return ""
-    end = time.localtime(now[0] + (now[0] - first[0]) / done * left)
-    days = end.tm_yday - time.localtime(now[0]).tm_yday
-    return time.strftime("%H:%M" if days == 0 else "%H:%M on %d %B", end)
 
 
 class EpochLines(Callback):
@@ -75,26 +70,15 @@ class EpochLines(Callback):
 
 
 class ProgressBar(EpochLines, RichProgressBar):
-    """Shows a rich bar for the running epoch, and prints a line for each finished one.
+    """Shows a rich bar for the running epoch of a training, and prints a line for each finished one.
 
-    The bar is erased at the end of its pass, before results are printed.
+    The bar is erased at the end, before results are printed.
     """
 
     def __init__(self) -> None:
         super().__init__(leave=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_progress()
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_validation_epoch_end(trainer, pl_module)
-        if trainer.state.fn == "validate":
-            self._stop_progress()
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_progress()
-
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_progress()
 
     def _init_progress(self, trainer: Trainer) -> None:
@@ -119,13 +103,72 @@ class ProgressBar(EpochLines, RichProgressBar):
         kept = {k: v for k, v in metrics.items() if k.startswith("train/")}
         end = ""
         if self.progress is not None and self.progress.console.width >= WIDE:
-            logged = trainer.callback_metrics
-            kept |= {shown: float(logged[k]) for k, shown in ROUTING.items() if k in logged}
+            kept |= routing_figures(trainer.callback_metrics)
             end = end_time(self._first, (time.time(), trainer.global_step), last_step(trainer))
         values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in kept.items()}
         return values | ({"ends": end} if end else {})
 
 
-def progress() -> Callback:
-    """Return a bar and a line an epoch on a terminal, or only the lines without one."""
-    return ProgressBar() if sys.stdout.isatty() else EpochLines()
+class PassBar(Callback):
+    """Shows a bar for a pass over data, with the use of the experts so far: ``validate``, ``test`` or ``predict``.
+
+    The bar is erased at the end of the pass. Where one is on the terminal already, it is a row below that one.
+    """
+
+    def __init__(self) -> None:
+        self._stack, self._drawn = contextlib.ExitStack(), 0.0
+        self._bar: Bar | None = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._begin("validation", trainer.num_val_batches)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin("test", trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin("predictions", trainer.num_predict_batches)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._count(pl_module)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._count(pl_module)
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self._count(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    def _begin(self, name: str, batches: Sequence[float]) -> None:
+        total = sum(batches)
+        self._bar, self._drawn = self._stack.enter_context(bar(name, total if math.isfinite(total) else None)), 0.0
+
+    def _count(self, module: LightningModule) -> None:
+        if self._bar is None:
+            return
+        now, figures = time.monotonic(), None
+        if now - self._drawn > _DRAWN_EVERY and isinstance(module, BalancedModule):
+            self._drawn, figures = now, routing_figures(module.routing_so_far())
+        self._bar.show(self._bar.done + 1, figures=figures)
+
+    def _end(self) -> None:
+        self._bar = None
+        self._stack.close()
+
+
+def progress(command: str) -> Callback:
+    """Return what shows the progress of a command: bars on a terminal, else only the lines of a training's epochs."""
+    if command == "fit":
+        return ProgressBar() if sys.stdout.isatty() else EpochLines()
+    return PassBar()

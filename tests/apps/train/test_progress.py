@@ -1,14 +1,15 @@
-"""The lines that say how far a training is."""
+"""The lines and bars that say how far a training or an evaluation is."""
 
 from __future__ import annotations
 
 import re
-import time
 
 from tiny_app import TinyModule
-from trainings import fit
+from trainings import MOE, TinyData, fit
 
-from apps.train.progress import EpochLines, end_time, last_step
+from apps.base.progress import Bar, bar
+from apps.train import progress
+from apps.train.progress import EpochLines, PassBar, last_step
 
 
 def test_the_progress_says_what_was_reached(tmp_path, capsys):
@@ -19,17 +20,6 @@ def test_the_progress_says_what_was_reached(tmp_path, capsys):
         assert f"  {value} " in lines[0]
 
 
-def test_the_end_is_at_the_mean_speed_until_now(monkeypatch):
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
-    noon = 12 * 3600.0
-    # 10 of 30 steps took 600 s: 20 more take 1,200 s.
-    assert end_time((noon - 600, 5), (noon, 15), 35.0) == "12:20"
-    assert end_time((noon - 600, 0), (noon, 1), 241.0) == "04:00 on 03 January"  # 240 steps of 10 minutes
-    for now, last in (((noon, 5), 35.0), ((noon, 15), 15.0), ((noon, 15), float("inf"))):
-        assert end_time((noon - 600, 5), now, last) == ""
-
-
 def test_the_last_step_is_that_of_the_epochs_or_of_the_steps(tmp_path, capsys):
     made = fit(TinyModule(3), tmp_path, EpochLines(), max_epochs=2)
     assert last_step(made) == made.global_step
@@ -37,3 +27,24 @@ def test_the_last_step_is_that_of_the_epochs_or_of_the_steps(tmp_path, capsys):
     assert re.search(r" s; ends \d\d:\d\d", first)
     assert "ends" not in last
     assert last_step(fit(TinyModule(3), tmp_path / "steps", max_epochs=2, max_steps=3)) == 3
+
+
+def test_a_pass_shows_its_batches_and_the_use_of_the_experts(tmp_path, monkeypatch):
+    shown: list[tuple[str, float, float | None, list[str]]] = []
+    real = Bar.show
+
+    def show(self: Bar, done: float, total: float | None = None, figures: dict[str, float] | None = None) -> None:
+        real(self, done, total, figures)
+        shown.append((self.name, self.done, self.total, list(self.figures)))
+
+    monkeypatch.setattr(progress, "_DRAWN_EVERY", -1.0)
+    monkeypatch.setattr(Bar, "show", show)
+    module = TinyModule(3, moe=MOE)
+    trainer = fit(module, tmp_path, PassBar(), max_epochs=1)
+    assert shown == []  # a training has its own
+    with bar("doctor") as whole:
+        trainer.validate(module, TinyData(), verbose=False)
+    (batches,) = trainer.num_val_batches
+    used = ["imbalance", "dropped"]
+    assert shown == [("validation", n, batches, used) for n in range(1, batches + 1)]
+    assert whole.done == 0
