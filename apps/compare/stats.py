@@ -41,6 +41,18 @@ def quality_at(curve: Sequence[tuple[float, float]], seconds: float) -> float | 
     return next((quality for time, quality in reversed(curve) if time <= seconds), None)
 
 
+def nearest_first(rates: Sequence[float], is_usable: Sequence[bool], default: float) -> list[int]:
+    """Return the indices of the runs that did not diverge, those of the rates nearest to ``default``, by ratio, first.
+
+    Raises:
+        ValueError: every run diverged.
+    """
+    usable = [i for i, one in enumerate(is_usable) if one]
+    if not usable:
+        raise ValueError(f"training diverged at every learning rate of {', '.join(f'{r:g}' for r in rates)}")
+    return sorted(usable, key=lambda i: abs(math.log(rates[i] / default)))
+
+
 def choose(
     rates: Sequence[float], scores: Sequence[float | None], default: float, higher_is_better: bool = True
 ) -> int:
@@ -51,8 +63,6 @@ def choose(
     Raises:
         ValueError: every run diverged.
     """
-    usable = [i for i, score in enumerate(scores) if score is not None and math.isfinite(score)]
-    if not usable:
-        raise ValueError(f"training diverged at every learning rate of {', '.join(f'{r:g}' for r in rates)}")
+    usable = nearest_first(rates, [score is not None and math.isfinite(score) for score in scores], default)
     sign = 1 if higher_is_better else -1
-    return max(usable, key=lambda i: (sign * scores[i], -abs(math.log(rates[i] / default))))  # type: ignore[operator]
+    return max(usable, key=lambda i: sign * scores[i])  # type: ignore[operator]  # of equal ones the first

@@ -17,6 +17,7 @@ import numpy as np
 from apps.compare.display import Display
 from apps.compare.experiment import Experiment
 from apps.compare.files import read_json
+from apps.compare.stats import nearest_first
 from apps.compare.systems import SPARSE
 from apps.report.intervals import crossed_interval
 from apps.verdict.budget import Budget, BudgetOver
@@ -193,17 +194,16 @@ def better_half(rates: Sequence[float], gains: Sequence[np.ndarray], default: fl
     Raises:
         ValueError: every run diverged.
     """
-    usable = [i for i, gain_N in enumerate(gains) if len(gain_N) and np.isfinite(gain_N).all()]
-    if not usable:
-        raise ValueError(f"training diverged at every learning rate of {', '.join(f'{rate:g}' for rate in rates)}")
-    home = min(usable, key=lambda i: abs(math.log(rates[i] / default)))
+    is_usable = [len(gain_N) > 0 and bool(np.isfinite(gain_N).all()) for gain_N in gains]
+    usable = nearest_first(rates, is_usable, default)
+    home = usable[0]
 
     def lead(i: int) -> float:
         ahead_N = gains[i] - gains[home]
         error = float(ahead_N.std(ddof=1)) / math.sqrt(len(ahead_N)) if len(ahead_N) > 1 else 0.0
         return float(ahead_N.mean()) - (0.0 if i == home else error)
 
-    ranked = sorted(usable, key=lambda i: (-lead(i), abs(math.log(rates[i] / default))))
+    ranked = sorted(usable, key=lead, reverse=True)  # equal ones stay in their order
     return [rates[i] for i in ranked[: math.ceil(len(rates) / 2)]]
 
 
