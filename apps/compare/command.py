@@ -12,6 +12,7 @@ import torch
 
 from apps.base.files import holding
 from apps.base.machine import machine_facts, moment
+from apps.base.progress import say, set_aside
 from apps.base.quiet import quiet
 from apps.cli import stopped
 from apps.cli.configs import shipped
@@ -89,7 +90,7 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
     output.mkdir(parents=True, exist_ok=True)
     with holding(output / ".lock", f"another comparison is running in {output}"):
         plan.claim(output)
-        with Display() as display:
+        with Display("comparison") as display:
             systems = _systems(experiment, options, output, display)
             _tell_left_out(systems, output, display)
             results = Work(experiment, plan, systems, output, display, asked.jobs).do()
@@ -182,9 +183,10 @@ def _report(
     markdown = write_text(output / "table.md", table.markdown(title, summary, facts, examples))
     logs = {name: checkpoint.with_name(METRICS) for name, checkpoint in results.checkpoints.items()}
     page = comparison_page(title, summary, results, numbers, facts, examples, logs, use)
-    table.show(title, summary)
+    with set_aside():
+        table.show(title, summary)
     files = tuple(filter(None, (markdown, path, picture)))
-    print(f"as text, numbers and a picture: {', '.join(map(str, files))}")
+    say(f"as text, numbers and a picture: {', '.join(map(str, files))}")
     write_page(page, output / FILE)
     return Outcome(summary, output, files, page)
 

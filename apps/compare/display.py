@@ -1,16 +1,13 @@
-"""The progress bars and lines of a comparison at work."""
+"""The progress bars and lines of a comparison at work, and of a verdict."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
 
+from apps.base.progress import Bar, bar, say
 from apps.compare.systems import label
 from apps.compare.training import Unit
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
 
 
 def describe(unit: Unit) -> str:
@@ -21,57 +18,55 @@ def describe(unit: Unit) -> str:
 
 
 class Display:
-    """Shows a bar for the whole comparison and one for the unit at work; on a pipe, only a line a finished unit."""
+    """Shows a bar for the whole and one for each run at work; on a pipe, only a line a finished run.
 
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    Args:
+        name: what the whole is.
+    """
 
-        self.console = Console()
-        self.bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self.total = self.bars.add_task("comparison", total=None)
-        self.tasks: dict[str, TaskID] = {}
+    def __init__(self, name: str) -> None:
+        self._name, self._stack = name, contextlib.ExitStack()
+        self._units: dict[str, Bar] = {}
 
     def __enter__(self) -> Display:
-        self.bars.start()
+        self._whole = self._stack.enter_context(bar(self._name))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.bars.stop()
+        self._stack.close()
 
-    def start(self, units: int) -> None:
-        self.bars.update(self.total, total=units)
+    def start(self, total: float) -> None:
+        """Say how much work there is, in a unit of the caller's."""
+        self._whole.begin(total)
 
-    def advance(self, units: int) -> None:
-        self.bars.advance(self.total, units)
+    def grow(self, more: float) -> None:
+        """Say that there is more work than was said at the start."""
+        self._whole.grow(more)
 
-    def unit(self, name: str, done: int, total: int) -> None:
-        """Show the progress of a unit."""
-        if name not in self.tasks:
-            self.tasks[name] = self.bars.add_task(name, total=None)
-        self.bars.update(self.tasks[name], completed=done, total=total or None)
+    def skip(self, work: float) -> None:
+        """Count work that an earlier process has done."""
+        self._whole.skip(work)
 
-    def finished(self, name: str) -> None:
+    def unit(
+        self, name: str, done: int, total: int, figures: Mapping[str, float] | None = None, work: float = 1.0
+    ) -> None:
+        """Show the progress of a unit, which is so much of the whole work, and the use of its experts."""
+        if name not in self._units:
+            self._units[name] = self._whole.part(name, weight=work)
+        self._units[name].show(done, total or None, figures)
+
+    def finished(self, name: str, work: float = 1.0) -> None:
         """Count a unit as done."""
-        if name in self.tasks:
-            self.bars.remove_task(self.tasks.pop(name))
-        self.bars.advance(self.total)
+        if name in self._units:
+            self._units.pop(name).finish()
+        else:
+            self._whole.advance(work)
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        task = self.bars.add_task(name, total=None)
-        try:
+        """Show a step whose length is not known."""
+        with bar(name):
             yield
-        finally:
-            self.bars.remove_task(task)

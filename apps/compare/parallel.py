@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from apps.base.progress import hidden
 from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment
 from apps.compare.training import Unit, train
@@ -46,7 +47,7 @@ def start(context: BaseContext, target: Callable[..., None], *args: Any) -> tupl
 def answering(pipe: Connection) -> Iterator[None]:
     """Send an exception that is raised inside, in a worker, to the parent as ("error", exception)."""
     try:
-        with quiet(own_notes=False), suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
+        with hidden(), quiet(own_notes=False), suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
             yield
     except Exception as error:
         with suppress(OSError):
@@ -62,7 +63,7 @@ def train_all(
     output: Path,
     jobs: int,
     modules: Sequence[str],
-    progress: Callable[[Unit, int, int], None],
+    progress: Callable[[Unit, int, int, Mapping[str, float]], None],
     finished: Callable[[Unit, dict[str, Any]], None],
 ) -> None:
     """Do ``units``, ``jobs`` at a time, each worker with its part of this process's threads.
@@ -73,7 +74,7 @@ def train_all(
         output: folder of the comparison.
         jobs: number of worker processes.
         modules: modules to import once for all workers.
-        progress: is called with a unit and its steps done and to do.
+        progress: is called with a unit, its steps done and to do, and the use of its experts.
         finished: is called with a unit and its result as soon as it ends.
 
     Raises:
@@ -119,11 +120,11 @@ def _work(pipe: Connection, arguments: tuple[str, ...], output: Path, threads: i
         experiment = Experiment(arguments)
         last = 0.0
 
-        def progress(done: int, total: int) -> None:
+        def progress(done: int, total: int, figures: Mapping[str, float]) -> None:
             nonlocal last
             if time.monotonic() - last > 0.25:
                 last = time.monotonic()
-                pipe.send(("progress", (done, total)))
+                pipe.send(("progress", (done, total, figures)))
 
         while True:
             pipe.send(("done", train(experiment, pipe.recv(), output, progress)))

@@ -11,7 +11,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.finite import NonFiniteError
 from apps.train.logs import MetricsCSV
 from apps.train.module import SparseModule
+from apps.train.progress import PassBar, routing_figures
 from apps.train.resume import GeneratorState
 from apps.train.stopping import on_sigterm
 
@@ -38,8 +39,12 @@ TRIED = "tried.json"
 
 EXAMPLES = "examples.json"
 
-Progress = Callable[[int, int], None]
-"""A function of the optimizer steps done and to do."""
+Progress = Callable[[int, int, Mapping[str, float]], None]
+"""A function of the optimizer steps done and to do, and of the use of the experts, as bars show it."""
+
+
+def unseen(done: int, total: int, figures: Mapping[str, float]) -> None:
+    """Show no progress."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class Curve(Callback):
     """Records validation quality over seconds of training, which are those of reading data and of steps.
 
     It is saved in the checkpoint, so the time of a resumed run is that of its kept steps. ``progress`` is called with
-    the steps.
+    the steps and the use of the experts.
 
     Attributes:
         points: (step, seconds, quality) of each validation.
@@ -124,7 +129,7 @@ class Curve(Callback):
         self._since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.progress(trainer.global_step, self._total)
+        self.progress(trainer.global_step, self._total, routing_figures(trainer.callback_metrics))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()
@@ -160,9 +165,7 @@ def shortened(options: dict[str, Any], share: float) -> dict[str, Any]:
     return changed
 
 
-def train(
-    experiment: Experiment, unit: Unit, output: Path, progress: Progress = lambda done, total: None
-) -> dict[str, Any]:
+def train(experiment: Experiment, unit: Unit, output: Path, progress: Progress = unseen) -> dict[str, Any]:
     """Do ``unit``, write its plain result into ``result.json`` of its folder, and return it.
 
     Raises:
@@ -208,7 +211,7 @@ def _fit(experiment: Experiment, model: Any, data: Any, unit: Unit, folder: Path
     checkpoints = BestAndLast(dirpath=str(folder), monitor="-", every_n_minutes=2.0)
     trainer = Trainer(
         **shortened(experiment.trainer_options, unit.share),
-        callbacks=[*experiment.callbacks(), curve, GeneratorState(), checkpoints],
+        callbacks=[*experiment.callbacks(), curve, GeneratorState(), checkpoints, PassBar()],
         plugins=[AtomicCheckpointIO()],
         logger=MetricsCSV(str(folder)) if unit.final else False,
         default_root_dir=str(folder),
@@ -282,7 +285,7 @@ def _tune_estimator(model: Any, data: Any, unit: Unit, folder: Path, progress: P
 
     def keep(tried: dict[str, dict[str, float]]) -> None:
         write_json(path, tried)
-        progress(len(tried), search.total)
+        progress(len(tried), search.total, {})
 
     tried = read_json(path)
     if tried is None:  # a search of fewer minutes is the beginning of this one

@@ -17,6 +17,7 @@ from apps.compare.training import interruptible
 from apps.report.base import FOLDER, ReportConfig
 from apps.report.page import SECTIONS, Section, load_sections, save_sections
 from apps.train.module import SparseModule
+from apps.train.progress import PassBar
 
 EXAMPLES = 2000
 """Test examples that are enough to tell which expert takes what, to the end of a batch."""
@@ -56,6 +57,7 @@ def _test(experiment: Experiment, checkpoint: Path, output: Path) -> None:
     trainer = Trainer(
         **options,
         logger=False,
+        callbacks=PassBar(),
         default_root_dir=str(output),
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -37,8 +37,9 @@ class Work:
 
     def do(self) -> Results:
         search_units = {s.name: self._search_units(s) for s in self.systems}
-        count = sum(map(len, search_units.values())) + len(self.systems) * len(self.plan.seeds)
-        self.display.start(count + (1 if self.plan.options.rounds else 0))
+        searched = sum(unit.share for units in search_units.values() for unit in units)
+        measured = 1.0 if self.plan.options.rounds else 0.0
+        self.display.start(searched + len(self.systems) * len(self.plan.seeds) + measured)
         results = self._train([unit for units in search_units.values() for unit in units])
         searches = {name: [results[u] for u in units] for name, units in search_units.items()}
         rates = {s.name: self._choose(s, searches[s.name]) for s in self.systems}
@@ -64,15 +65,15 @@ class Work:
         """Do the unfinished units, and return the results of all."""
         results = {u: u.read(self.output) for u in units}
         left = [u for u, result in results.items() if result is None]
-        self.display.advance(len(units) - len(left))
+        self.display.skip(sum(unit.share for unit in units if unit not in left))
 
         def finished(unit: Unit, result: dict[str, Any]) -> None:
             results[unit] = result
-            self.display.finished(describe(unit))
+            self.display.finished(describe(unit), unit.share)
             self.display.say(f"{describe(unit)}: {self._in_words(result)}")
 
-        def progress(unit: Unit, done: int, total: int) -> None:
-            self.display.unit(describe(unit), done, total)
+        def progress(unit: Unit, done: int, total: int, figures: Mapping[str, float]) -> None:
+            self.display.unit(describe(unit), done, total, figures, unit.share)
 
         if self.jobs > 1 and len(left) > 1:
             arguments, modules = self.experiment.arguments, self.experiment.modules

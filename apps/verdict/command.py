@@ -22,7 +22,7 @@ from apps.cli import stopped
 from apps.compare.display import Display
 from apps.compare.experiment import Experiment, arguments
 from apps.compare.files import differences, read_json, write_json
-from apps.compare.systems import SPARSE, System, claim, find_systems
+from apps.compare.systems import SPARSE, System, claim, find_systems, label
 from apps.compare.training import interruptible
 from apps.report.page import FILE, open_page, write_index, write_page
 from apps.verdict.budget import Budget, BudgetOver
@@ -83,7 +83,7 @@ def give_verdict(
         path, notes = configuration(options)
         with quiet(own_notes=False):
             experiment = Experiment(arguments(path, [], options.rest))
-        with Display() as display:
+        with Display("verdict") as display:
             with quiet(own_notes=False), display.step("making the two models"):
                 model, sparse, dense = _systems(experiment)
             if saved is not None:
@@ -176,7 +176,7 @@ def _plan(
     try:
         for _ in range(2):  # the first round warms up
             for name in (SPARSE, dense):
-                with display.step(f"measuring the speed of {name}"):
+                with display.step(f"measuring the speed of {label(name)}"):
                     speeds[name], counts = measure_speed(experiment, name, budget)
     except BudgetOver:
         raise ValueError(

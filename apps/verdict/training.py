@@ -21,15 +21,13 @@ from apps.base.files import replacing
 from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment
 from apps.compare.files import read_json, write_json
-from apps.compare.training import interruptible
+from apps.compare.training import Progress, interruptible, unseen
 from apps.train.cost import num_examples
 from apps.train.finite import NonFiniteError
+from apps.train.progress import routing_figures
 from apps.verdict.budget import Budget, BudgetOver
 from apps.verdict.evaluation import BLOCKS, evaluate
 from apps.verdict.schedule import Speed
-
-Progress = Callable[[int, int], None]
-"""A function of the optimizer steps done and to do."""
 
 # Trainer options that a verdict sets itself, beside those that every comparison sets.
 _OWN = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "limit_val_batches", "limit_test_batches",
@@ -94,7 +92,7 @@ class Pace(Callback):
 
     Args:
         budget: is asked after each step.
-        progress: is called with the steps.
+        progress: is called with the steps and the use of the experts.
         until: ends a trial: a function of the steps done and the seconds since the first one.
 
     Attributes:
@@ -125,7 +123,7 @@ class Pace(Callback):
         self.steps, self._last = trainer.global_step, self.budget.clock()
         if not self._first_steps and self.steps:
             self._first, self._first_steps = self._last, self.steps
-        self.progress(self.steps, trainer.max_steps)
+        self.progress(self.steps, trainer.max_steps, routing_figures(trainer.callback_metrics))
         try:
             self.budget.check()
         except BudgetOver:  # an exception inside the loop would be Lightning's business
@@ -145,7 +143,7 @@ def do(
     output: Path,
     budget: Budget,
     most_batches: int | None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = unseen,
 ) -> dict[str, Any]:
     """Do ``run``, write its plain result into ``result.json`` of its folder, and return it.
 
@@ -155,7 +153,7 @@ def do(
         output: folder of the verdict.
         budget: the seconds that are left.
         most_batches: batches of an evaluation at most; None: all.
-        progress: is called with the steps done and to do.
+        progress: is called with the steps done and to do, and the use of the experts.
 
     Raises:
         BudgetOver: the time was up before the run was finished; nothing of it is kept.
@@ -254,7 +252,7 @@ def _fit(
 
 
 def measure_speed(
-    experiment: Experiment, system: str, budget: Budget, progress: Progress = lambda done, total: None
+    experiment: Experiment, system: str, budget: Budget, progress: Progress = unseen
 ) -> tuple[Speed, dict[str, float]]:
     """Train ``system`` for a few steps and evaluate a few batches; return its speed and what else that tells.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import itertools
 import math
@@ -60,6 +59,24 @@ class Plan:
     def systems(self) -> tuple[str, str]:
         return (SPARSE, self.dense)
 
+    def seconds(self, system: str, steps: int) -> float:
+        """Return the seconds that a run takes, without its evaluations, as measured beforehand."""
+        return self.start_seconds + steps * self.seconds_per_step[system]
+
+    @property
+    def search_seconds(self) -> float:
+        """Return the seconds of the search of all systems, without its evaluations."""
+        rungs = self.schedule.rungs
+        return sum(count * self.seconds(name, steps) for count, steps in rungs for name in self.systems)
+
+    @property
+    def seed_seconds(self) -> float:
+        """Return the seconds of one seed's final runs, without their evaluations."""
+        steps, by_step = self.schedule.steps, self.seconds_per_step
+        timed = equal_time_steps(steps, by_step[SPARSE], by_step[self.dense])
+        of_time = 0.0 if timed == steps else self.seconds(SPARSE, timed)
+        return sum(self.seconds(name, steps) for name in self.systems) + of_time
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -100,6 +117,7 @@ class Work:
             ValueError: training diverged at every rate.
             NonFiniteError: a final run diverged.
         """
+        self.display.start(self.plan.search_seconds + self.plan.schedule.seeds * self.plan.seed_seconds)
         try:
             self._search()
             self._finals()
@@ -141,12 +159,14 @@ class Work:
                 if is_planned:
                     raise BudgetOver
                 return
+            if not is_planned:
+                self.display.grow(self.plan.seed_seconds)
             seed = self.seed + number
             runs = {name: Run(name, self.rates[name], steps, seed, "final") for name in self.plan.systems}
             timed = Run(SPARSE, self.rates[SPARSE], timed_steps, seed, "timed")
             timed = runs[SPARSE] if timed_steps == steps else timed
             results = {name: self._run(run) for name, run in runs.items()}
-            of_time = self._run(timed)
+            of_time = results[SPARSE] if timed == runs[SPARSE] else self._run(timed)
             sparse_N, dense_N, timed_N = (run.values(self.output) for run in (runs[SPARSE], runs[dense], timed))
             if not len(sparse_N) == len(dense_N) == len(timed_N):
                 sizes = f"{len(sparse_N)}, {len(dense_N)} and {len(timed_N)}"
@@ -155,18 +175,22 @@ class Work:
             seconds.append(sum(own["wall_seconds"] for own in (*results.values(), of_time)))
 
     def _run(self, run: Run) -> Mapping[str, Any]:
-        result = run.read(self.output)
+        result, seconds = run.read(self.output), self.plan.seconds(run.system, run.steps)
         if result is not None:
+            self.display.skip(seconds)
             return result
         self.budget.check()
-        show = functools.partial(self.display.unit, run.name)
+
+        def show(done: int, total: int, figures: Mapping[str, float]) -> None:
+            self.display.unit(run.name, done, total, figures, seconds)
+
         try:
             result = do(self.experiment, run, self.output, self.budget, self.plan.most_batches, show)
         finally:
             self.budget.keep()
             gc.collect()
         self.num_done += 1
-        self.display.finished(run.name)
+        self.display.finished(run.name, seconds)
         quality = "diverged" if result["quality"] is None else f"{result['quality']:.4g}"
         self.display.say(f"{run.name}: {quality}, {result['wall_seconds']:.1f} s; {self.budget.left:.0f} s left")
         return result

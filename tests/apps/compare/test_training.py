@@ -13,7 +13,7 @@ def test_a_stopped_unit_goes_on_to_the_same_result(config, tmp_path):
     tried, unit = experiment(config, "--trainer.max_epochs", "3"), Unit("sparse", 0.01, 5, final=True)
     whole = train(tried, unit, tmp_path / "whole")
 
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int, figures: dict[str, float]) -> None:
         if done == 8:  # of 18, in the second epoch
             raise KeyboardInterrupt
 
@@ -21,7 +21,7 @@ def test_a_stopped_unit_goes_on_to_the_same_result(config, tmp_path):
         train(tried, unit, tmp_path / "stopped", stop)
     assert unit.read(tmp_path / "stopped") is None
     steps = []
-    resumed = train(tried, unit, tmp_path / "stopped", lambda done, total: steps.append(done))
+    resumed = train(tried, unit, tmp_path / "stopped", lambda done, total, figures: steps.append(done))
     assert steps == list(range(7, 19))  # from the end of the first epoch
     assert resumed["test"] == whole["test"]
     assert [(s, q) for s, _, q in resumed["curve"]] == [(s, q) for s, _, q in whole["curve"]]

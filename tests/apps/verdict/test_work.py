@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from apps.verdict.work import Finished, Plan, Work, answers, better_half
 
 RATES = (0.1, 0.3, 0.9)
 DENSE = "dense_equal_flops"
-SILENT = SimpleNamespace(say=lambda line: None, finished=lambda name: None, unit=lambda *_: None)
+SILENT = Mock()
 
 
 class Machine:
