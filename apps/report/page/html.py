@@ -11,18 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apps.report.page.charts import (
-    BarChart,
-    Chart,
-    ChoiceChart,
-    HeatmapChart,
-    LineChart,
-    ScatterChart,
-    thinned_rows,
-    vega_lite,
-)
+from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, ScatterChart, thinned_rows
 from apps.report.page.library import MISSING, has_charts, script
 from apps.report.page.parts import Code, Page, Part, Picture, Section, Table, Text
+from apps.report.page.vega import vega_lite
 
 GENERATOR = '<meta name="generator" content="moesaic">'
 """Marks a file that a page may replace."""
@@ -31,12 +23,12 @@ MOST_BYTES = 5_000_000
 """Size that a page stays below: pictures that would go beyond are named in it and left out."""
 
 _HERE = Path(__file__).parent
-_CHARTS = (ScatterChart, LineChart, BarChart, HeatmapChart, ChoiceChart)
+_CHARTS = (ScatterChart, LineChart, BarChart, HeatmapChart)
 # Nothing is loaded, whatever a text in a report says. Vega compiles expressions, which is "eval" to a browser.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'"
 
 
-_OF_INDEX = ("runs", "list", "search", "only", "count")
+_OF_INDEX = ("runs", "list", "search", "only", "count", "side-by-side", "points", "choice", "up", "across")
 _MARK = "<!--picture-->"
 
 
@@ -45,13 +37,15 @@ class _Writing:
     """The state of a page that is being written.
 
     Attributes:
-        specs: Vega-Lite specifications by the id of their place.
         draws: charts are drawn, and not only tabled.
+        lacks: a chart is only tabled.
+        specs: Vega-Lite specifications by the id of their place.
         pictures: pictures, in the order of their marks in the text.
         ids: ids given so far.
     """
 
     draws: bool
+    lacks: bool = False
     specs: dict[str, Any] = field(default_factory=dict)
     pictures: list[Picture] = field(default_factory=list)
     ids: set[str] = field(default_factory=lambda: {"report", "verdict", "charts", *_OF_INDEX})
@@ -74,11 +68,15 @@ def is_report(path: Path) -> bool:
         return GENERATOR in file.read(2000)
 
 
-def render(page: Page, before: str = "") -> str:
-    """Return a page as HTML; ``before`` is HTML that stands before its sections."""
-    draws = has_charts()
-    library = script() if draws else ""
-    writing = _Writing(draws)
+def render(page: Page, before: str = "", code: str = "") -> str:
+    """Return a page as HTML.
+
+    Args:
+        page: the page.
+        before: HTML that stands before its sections.
+        code: JavaScript that runs after the page's own.
+    """
+    writing = _Writing(has_charts())
     sections = [s for s in page.sections if not s.is_empty]
     ids = [writing.id(section.title) for section in sections]
     body = [_section(section, writing, 2, own) for section, own in zip(sections, ids, strict=True)]
@@ -98,19 +96,21 @@ def render(page: Page, before: str = "") -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n',
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
             f'<meta name="color-scheme" content="light dark">\n{GENERATOR}\n',
-            f"<title>{_text(page.title)}</title>\n<style>\n{_file('page.css')}</style>\n</head>\n<body>\n",
+            f"<title>{_text(page.title)}</title>\n<style>\n{page_file('page.css')}</style>\n</head>\n<body>\n",
             '<a class="skip" href="#report">Skip to the report</a>\n',
             f'<header><p class="about">{about}</p><h1>{_text(page.title)}</h1></header>\n',
             f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n' if links else "",
             '<main id="report">\n',
             f'<section aria-labelledby="verdict"><h2 id="verdict">Verdict</h2>{verdict}</section>\n' if verdict else "",
-            "" if draws else f"<p>{_text(MISSING[0].upper() + MISSING[1:])}.</p>\n",
+            f"<p>{_text(MISSING[0].upper() + MISSING[1:])}.</p>\n" if writing.lacks else "",
             before,
             *body,
             "</main>\n<footer><p>Written by moesaic. The file has all that it shows and loads nothing.</p></footer>\n",
-            f"<script>{_inside_script(library)}</script>\n" if writing.specs else "",
-            f'<script type="application/json" id="charts">{_json(writing.specs)}</script>\n',
-            f"<script>\n{_file('page.js')}</script>\n</body>\n</html>\n",
+            f"<script>{_inside_script(script())}</script>\n" if writing.specs else "",
+            f'<script type="application/json" id="charts">{as_json(writing.specs)}</script>\n',
+            f"<script>\n{page_file('page.js')}</script>\n",
+            f"<script>\n{code}</script>\n" if code else "",
+            "</body>\n</html>\n",
         ]
     )
     return _with_pictures(text, writing.pictures)
@@ -214,11 +214,11 @@ def _chart(chart: Chart, writing: _Writing, level: int) -> str:
     note = f"{len(kept)} of {len(rows)} rows, at equal steps." if len(kept) < len(rows) else ""
     table = _table(Table(f"Numbers: {chart.title}", chart.headings(), tuple(kept), note=note))
     place, is_open = "", " open"
+    writing.lacks |= not writing.draws
     if writing.draws:
         writing.specs[own] = vega_lite(chart)
         place, is_open = f'<div class="chart" id="{own}"></div>', ""
-    broad = isinstance(chart, ChoiceChart) or (isinstance(chart, HeatmapChart) and len(chart.columns) > 16)
-    wide = " broad" if broad else ""
+    wide = " broad" if isinstance(chart, HeatmapChart) and len(chart.columns) > 16 else ""
     return (
         f'<figure class="panel{wide}"><{heading}>{_text(chart.title)}</{heading}>{place}'
         f"<figcaption>{_text(chart.summary)}</figcaption>"
@@ -241,7 +241,7 @@ def _text(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-def _json(value: Any) -> str:
+def as_json(value: Any) -> str:
     """Return JSON that may stand inside a script element."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
@@ -251,5 +251,6 @@ def _inside_script(code: str) -> str:
     return code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
-def _file(name: str) -> str:
+def page_file(name: str) -> str:
+    """Return the text of a file beside this module."""
     return (_HERE / name).read_text(encoding="utf-8")

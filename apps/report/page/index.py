@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from apps.base.machine import moment
-from apps.report.page.charts import ChoiceChart, ChoicePoint
-from apps.report.page.html import is_report, render
-from apps.report.page.parts import Page, Section, shown
+from apps.base.progress import say
+from apps.report.page.html import as_json, is_report, page_file, render
+from apps.report.page.parts import Page, shown
 from apps.report.page.writing import FILE, read_json, write_html
 
 INDEX = "index.html"
@@ -29,8 +31,9 @@ def write_index(folder: Path) -> Path | None:
     pages = read_reports(folder)
     if len(pages) < FEWEST or (path.exists() and not is_report(path)):
         return None
-    write_html(render(_page(folder, pages), before=_table(pages)), path)
-    print(f"index of {len(pages)} runs: {path}")
+    page = Page(f"Runs in {folder.resolve().name}", (), kind=f"index of {len(pages)} runs", date=moment())
+    write_html(render(page, before=_table(pages) + _choice(pages), code=page_file("index.js")), path)
+    say(f"index of {len(pages)} runs: {path}")
     return path
 
 
@@ -46,23 +49,37 @@ def read_reports(folder: Path) -> dict[str, Page]:
             try:
                 page = read_json(about)
             except ValueError as error:
-                print(f"left out of the index: {error}")
+                say(f"left out of the index: {error}")
                 continue
             pages[path.relative_to(folder).as_posix()] = page
     return dict(sorted(pages.items(), key=lambda item: item[1].date, reverse=True))
 
 
-def _page(folder: Path, pages: dict[str, Page]) -> Page:
-    points = tuple(
-        ChoicePoint(_name(path, entry.name), entry.figures)
+def _choice(pages: dict[str, Page]) -> str:
+    """Return a figure whose axes the reader chooses, as HTML; empty where no model has figures."""
+    points = [
+        (_name(path, entry.name), {name: value for name, value in entry.figures.items() if math.isfinite(value)})
         for path, page in pages.items()
         for entry in page.entries
-        if entry.figures
+    ]
+    names = list(dict.fromkeys(name for _, figures in points for name in figures))
+    if not names:
+        return ""
+    choices = "".join(
+        f'<label>{axis} axis <select id="{own}">{_options(names, names[min(chosen, len(names) - 1)])}</select></label>'
+        for axis, own, chosen in (("vertical", "up", 0), ("horizontal", "across", 1))
     )
-    title = f"Runs in {folder.resolve().name}"
-    chart = ChoiceChart("Any figure against any other", "A point a model; choose what the axes show.", points)
-    sections = (Section("Side by side", (chart,)),) if chart.names() else ()
-    return Page(title, (), sections=sections, kind=f"index of {len(pages)} runs", date=moment())
+    return (
+        '<section aria-labelledby="side-by-side"><h2 id="side-by-side">Side by side</h2><figure class="panel">'
+        f'<h3>Any figure against any other</h3><div class="tools">{choices}</div>'
+        '<svg id="choice" role="img" aria-label="A point a model; the table above has the numbers."></svg>'
+        "<figcaption>A point a model; choose what the axes show.</figcaption></figure>"
+        f'<script type="application/json" id="points">{as_json(points)}</script></section>\n'
+    )
+
+
+def _options(names: Sequence[str], chosen: str) -> str:
+    return "".join(f"<option{' selected' * (n == chosen)}>{html.escape(n)}</option>" for n in names)
 
 
 def _name(path: str, model: str) -> str:

@@ -41,20 +41,3 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
-
-// The index of runs: rows that match the search, and with "only those chosen" are ticked.
-const list = document.getElementById("list");
-if (list) {
-  const [search, only, count] = ["search", "only", "count"].map((id) => document.getElementById(id));
-  const show = () => {
-    const wanted = search.value.toLowerCase();
-    const rows = [...list.tBodies[0].rows];
-    for (const row of rows) {
-      const chosen = !only.checked || row.querySelector(".choice").checked;
-      row.hidden = !(chosen && row.textContent.toLowerCase().includes(wanted));
-    }
-    count.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
-  };
-  for (const control of [search, only, list]) control.addEventListener("input", show);
-  show();
-}

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from apps.report.page.charts import BarChart, ChoiceChart, HeatmapChart, LineChart, ScatterChart
+from apps.report.page.charts import BarChart, HeatmapChart, LineChart, ScatterChart
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Picture:
     caption: str = ""
 
 
-Part = Text | Table | Code | Picture | ScatterChart | LineChart | BarChart | HeatmapChart | ChoiceChart
+Part = Text | Table | Code | Picture | ScatterChart | LineChart | BarChart | HeatmapChart
 """Whatever a section may hold."""
 
 

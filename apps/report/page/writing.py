@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.base.files import replacing
+from apps.base.progress import say
 from apps.report.page.html import is_report, render
 from apps.report.page.library import MISSING, has_charts
 from apps.report.page.parts import Page, Section
@@ -36,8 +37,8 @@ def write_page(page: Page, path: Path) -> Path:
     with replacing(path.with_suffix(".json")) as file:
         json.dump(to_json(dataclasses.replace(page, sections=())), file, indent=1)
     if not has_charts():
-        print(MISSING)
-    print(f"report: {path}")
+        say(MISSING)
+    say(f"report: {path}")
     return path
 
 

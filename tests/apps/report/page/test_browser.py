@@ -115,10 +115,13 @@ def test_the_index_filters_chooses_and_draws(runs, browser):
     tab.get_by_label("only those chosen").check()
     assert tab.evaluate(shown) == 1
     assert tab.locator("#count").inner_text() == "1 of 4 rows"
-    chart = "document.querySelectorAll('#chart-any-figure-against-any-other .mark-symbol path').length"
-    assert tab.evaluate(chart) == 2  # both models named sparse have FLOPs
-    tab.locator("select[name=across]").select_option("test top1, %")
-    tab.wait_for_function(f"{chart} === 4")
+    circles = "document.querySelectorAll('#choice circle').length"
+    assert tab.evaluate(circles) == 2  # both models named sparse have FLOPs
+    tab.get_by_label("horizontal axis").select_option("test top1, %")
+    assert tab.evaluate(circles) == 4
+    # At equal values the points lie on a diagonal: 96.1 and 97.2 on both axes.
+    titles = "[...document.querySelectorAll('#choice title')].map((t) => t.textContent)"
+    assert tab.evaluate(titles)[0] == "first: sparse: 97.2 at 97.2"
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     assert serious(tab) == []
     tab.get_by_role("link", name="second").first.click()

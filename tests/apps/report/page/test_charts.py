@@ -8,20 +8,9 @@ import numpy as np
 import pytest
 
 from apps.report.heatmaps import Heatmap
-from apps.report.page.charts import (
-    MOST_POINTS,
-    BarChart,
-    ChoiceChart,
-    ChoicePoint,
-    HeatmapChart,
-    Line,
-    LineChart,
-    Point,
-    ScatterChart,
-    thinned_rows,
-    vega_lite,
-)
+from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart, thinned_rows
 from apps.report.page.experts import load_charts
+from apps.report.page.vega import MOST_POINTS, vega_lite
 
 pytest.importorskip("altair")
 
@@ -72,15 +61,6 @@ def test_loads_are_shares_beside_the_even_one():
     assert chart.line == 25
     assert chart.summary == ("Expert 3 has most, 50.0 %, 2.00 times the even 25 %; 5 % of the pairs were dropped.")
     assert len(vega_lite(chart)["layer"]) == 2
-
-
-def test_axes_of_choice_offer_every_figure():
-    points = (ChoicePoint("a", {"top1": 1.0}), ChoicePoint("b", {"top1": 2.0, "MFLOPs": 3.0}))
-    chart = ChoiceChart("t", "s", points)
-    assert chart.cells() == [("a", "1", "–"), ("b", "2", "3")]
-    params = {p["name"]: p for p in vega_lite(chart)["params"]}
-    assert params["up"]["value"] == "top1"
-    assert params["across"]["bind"]["options"] == ["top1", "MFLOPs"]
 
 
 def test_rows_are_thinned_from_the_first_to_the_last():

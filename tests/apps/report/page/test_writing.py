@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -82,7 +83,7 @@ def test_the_terminal_has_the_verdict_and_the_figures(tmp_path, capsys):
     assert "It rises" not in out
 
 
-def test_the_index_lists_the_newest_first_and_leaves_other_files(tmp_path, capsys):
+def test_the_index_lists_the_newest_first_and_leaves_other_files(tmp_path, capsys, monkeypatch):
     runs = tmp_path / "runs"
     for name, date in (("old", "2026-01-01T00:00:00"), ("new", "2026-02-02T00:00:00")):
         (runs / name).mkdir(parents=True)
@@ -95,6 +96,7 @@ def test_the_index_lists_the_newest_first_and_leaves_other_files(tmp_path, capsy
     shutil.copytree(runs / "old", runs / "damaged")
     (runs / "damaged" / "report.json").write_text("{}")
     capsys.readouterr()
+    monkeypatch.setattr(html, "script", lambda: pytest.fail("the index carries the library of charts"))
     path = write_index(runs)
     assert path is not None
     left_out, last = capsys.readouterr().out.splitlines()
@@ -108,6 +110,11 @@ def test_the_index_lists_the_newest_first_and_leaves_other_files(tmp_path, capsy
     assert links == [name for run in ("new", "old", "suite/deep") for name in [f"{run}/report.html"] * 2]
     assert "choose new/report.html: sparse" not in page.attributes("aria-label")
     assert "choose new: sparse" in page.attributes("aria-label")
+    points = json.loads(re.search(r'id="points">(.*?)</script>', path.read_text())[1])
+    assert points[:2] == [
+        ["new: sparse", {"test top1, %": 97.2, "MFLOPs": 6.6}],
+        ["new: dense", {"test top1, %": 96.1}],
+    ]
     path.write_text("<html>mine</html>")
     assert write_index(runs) is None
     assert path.read_text() == "<html>mine</html>"
