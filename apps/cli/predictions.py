@@ -20,13 +20,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from apps.base.files import naming, replacing
+from apps.base.progress import bar
 from apps.cli.partial import Partial
 from apps.train.predicting import Prediction, PredictionStream
 
 _CHUNK = 8192
 """Rows of a Parquet row group."""
-_TERMINAL, _LOG = 1.0, 60.0
-"""Seconds between two notes of progress, on a terminal and elsewhere."""
+_NOTED_EVERY = 60.0
+"""Seconds between two notes of progress where there is no terminal."""
 
 
 class PredictionFile(Callback):
@@ -278,25 +279,31 @@ def fingerprint(module: nn.Module) -> str:
 def watched(
     predictions: Iterator[Prediction], total: int | None, shown: bool, start: int = 0, stream: TextIO | None = None
 ) -> Iterator[Prediction]:
-    """Yield predictions, with a note now and then of how many are done: each second on a terminal, else each minute.
+    """Yield predictions, with a bar of how many are done on a terminal, else with a note each minute.
 
     Args:
         predictions: the predictions as they come.
         total: their number; None: it is not known.
-        shown: whether notes are written.
+        shown: whether there are a bar and notes.
         start: number of predictions that were done before.
-        stream: file for the notes; None: stderr.
+        stream: file for both; None: stderr.
     """
     stream = sys.stderr if stream is None else stream
-    terminal = shown and stream.isatty()
-    every, begun = _TERMINAL if terminal else _LOG, time.monotonic()
-    noted, of = begun, "" if total is None else f" of {total:,}"
+    if shown and stream.isatty():
+        from rich.console import Console
+
+        with bar("predictions", total, Console(file=stream)) as own:
+            own.skip(start)
+            for prediction in predictions:
+                yield prediction
+                own.advance()
+        return
+    begun = noted = time.monotonic()
+    of = "" if total is None else f" of {total:,}"
     for count, prediction in enumerate(predictions, 1):
         yield prediction
         now = time.monotonic()
-        if shown and now - noted >= every:
+        if shown and now - noted >= _NOTED_EVERY:
             noted = now
             note = f"{start + count:,}{of} predictions, {count / (now - begun):.3g} a second"
-            print(f"\r\x1b[K{note}" if terminal else note, end="" if terminal else "\n", file=stream, flush=True)
-    if terminal and noted > begun:
-        print("\r\x1b[K", end="", file=stream, flush=True)
+            print(note, file=stream, flush=True)

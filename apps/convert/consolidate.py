@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from apps.base.progress import each
 from apps.convert.figures import Figures, Trial, counted
 from apps.convert.options import Options
 from apps.convert.runs import CONFIG, KEPT, WEIGHTS, Run, new_run
@@ -20,6 +21,8 @@ from apps.train.checkpoint_paths import NAMES, find_checkpoint, is_sharded
 
 ONE_PROCESS = {"strategy": "auto", "devices": 1, "num_nodes": 1}
 """Options of the trainer in the new run's configuration."""
+
+_TENSORS = 16  # that are copied at a time
 
 
 def consolidated(options: Options) -> tuple[Figures, Figures, Path]:
@@ -81,7 +84,9 @@ def write_whole(file: Path, source: Path) -> None:
         parent[last] = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
     mapped = laid_out(file, contents)
     fill(mapped, plain)
-    sharded.fill(source, rest, mapped, names)
+    # Each part is read for itself, which costs little beside its tensors.
+    for start in each(range(0, len(names), _TENSORS), "copying the shards"):
+        sharded.fill(source, rest, mapped, names[start : start + _TENSORS])
     sync(file)
 
 

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 import core
+from apps.base.progress import bar
 from apps.cli.trial import build_trial
+from apps.train.balanced import routing_metrics
 from apps.train.cost import measure_cost, megaflops
 from apps.train.module import SparseModule
+from apps.train.progress import routing_figures
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,17 @@ class Trial:
         if not batches:
             raise ValueError(f"the first {self.batches} validation batches have no example of it: take more --batches")
 
-        def run(model: Any, batch: Any) -> None:
-            model(*model.example_inputs(batch))
+        stats = core.RoutingStats({})
+        with bar("statistics of the experts", len(batches)) as shown:
 
-        return core.expert_statistics(self.model, batches, run, every_token=every_token)
+            def run(model: Any, batch: Any) -> None:
+                nonlocal stats
+                with core.record(model) as tape:
+                    model(*model.example_inputs(batch))
+                stats = stats + core.RoutingStats.from_tape(tape)
+                shown.show(shown.done + 1, figures=routing_figures(routing_metrics(stats)))
+
+            return core.expert_statistics(self.model, batches, run, every_token=every_token)
 
     def _batches(self) -> Iterator[Any]:
         return islice(iter(self.cli.datamodule.val_dataloader()), self.batches)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from apps.base.files import naming
+from apps.base.progress import bar
 
 
 def write_checkpoint(
@@ -34,13 +35,19 @@ def write_checkpoint(
     """
     mapped = laid_out(path, {**rest, "state_dict": dict(layout)})
     fill({name: value for name, value in mapped.items() if name != "state_dict"}, rest)
-    for name, value in values:
-        place = mapped["state_dict"][name]
-        if place.shape != value.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, and its place {tuple(place.shape)}")
-        place.copy_(value)
-        del value  # before the next one is made
+    with bar("writing the new model", sum(map(_num_bytes, layout.values()))) as shown:
+        for name, value in values:
+            place = mapped["state_dict"][name]
+            if place.shape != value.shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, and its place {tuple(place.shape)}")
+            place.copy_(value)
+            del value  # before the next one is made
+            shown.advance(_num_bytes(place))
     sync(path)
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def laid_out(path: Path, contents: Mapping[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from apps import registry
 from apps.base.checks import check_name
+from apps.base.progress import bar
 from apps.data.cache import DataError, SourceFailed, cache_root, locked, whole_folder
 from apps.data.sources import Source
 
@@ -142,7 +143,7 @@ def _fetch(dataset: Dataset, cache: Path) -> Path:
     for source in dataset.sources:
         log.info("fetching %s from %s", dataset.name, source)
         try:
-            with whole_folder(target) as folder:
+            with bar(f"fetching {dataset.name}"), whole_folder(target) as folder:
                 source.fetch(folder)
                 if (lacking := dataset.missing(folder)) is not None:
                     raise SourceFailed(f"it holds no {lacking}")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
+from apps.base.progress import Bar, bar
 from apps.data.archives import unpack
 from apps.data.cache import SourceFailed
 
@@ -163,12 +164,31 @@ class PythonPackage:
                     _check_hash(path, file)
 
 
+class _Downloaded:
+    """Hands the bytes that pooch has got to a bar; pooch calls it as it would a bar of tqdm."""
+
+    def __init__(self, shown: Bar) -> None:
+        self._shown, self.total = shown, 0
+
+    def update(self, size: int) -> None:
+        self._shown.show(self._shown.done + size, self.total or None)
+
+    def reset(self) -> None:
+        self._shown.show(0.0)
+
+    def close(self) -> None:
+        pass
+
+
 def _download(url: str, path: Path) -> None:
     import pooch
     import requests
 
     try:
-        pooch.HTTPDownloader(timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S))(url, str(path), None)
+        with bar(f"downloading {path.name}") as shown:
+            progress = _Downloaded(shown)
+            timeout = (CONNECT_TIMEOUT_S, READ_TIMEOUT_S)
+            pooch.HTTPDownloader(progressbar=progress, timeout=timeout)(url, str(path), None)
     except requests.HTTPError as error:
         status = "unknown" if error.response is None else error.response.status_code
         raise SourceFailed(f"HTTP status {status}") from error

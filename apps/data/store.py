@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apps.base.progress import bar
 from apps.data.array_files import ArrayFiles, ArrayWriter, Damaged
 from apps.data.cache import locked, whole_folder
 
@@ -79,7 +80,7 @@ class EncodedStore:
             if (files := _open_whole(folder)) is not None:  # another process has made it meanwhile
                 return files
             log.info("encoding into %s", folder)
-            with whole_folder(folder) as partial:
+            with bar(f"encoding {folder.name.rpartition('-')[0]}"), whole_folder(folder) as partial:
                 writer = ArrayWriter(partial)
                 write(writer)
                 writer.close()

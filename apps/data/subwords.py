@@ -18,6 +18,7 @@ import core
 from apps.base.checks import check_at_least, check_name
 from apps.base.files import replacing
 from apps.base.messages import one_line
+from apps.base.progress import bar
 from apps.data.text_files import clean
 
 log = logging.getLogger(__name__)
@@ -191,7 +192,8 @@ def _model(lines: Iterable[str], config: SubwordConfig, languages: Sequence[str]
     path = cache / "subwords" / f"{config.kind}-{config.vocab_size}-{digest.hexdigest()[:16]}.model"
     if path.is_file():
         return path.read_bytes()
-    model = _train(sentences, config, languages)
+    with bar(f"learning subwords from {len(sentences):,} sentences"):  # the library does not say how far it is
+        model = _train(sentences, config, languages)
     with replacing(path, "wb") as file:
         file.write(model)
     return model

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import core
+from apps.base.progress import bar
 from apps.cli.trial import build_trial
 from apps.doctor.options import Options
 from apps.train.doctor import RoutingDoctor
 from apps.train.module import SparseModule
+from core.diagnose.alike import experts_of
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,14 @@ class Trial:
         if metric not in self._metrics:
             raise ValueError(f"the validation logs no {metric}, and --ablate compares by it")
 
-        def score() -> float:
-            return self._validated(datamodule=self._cli.datamodule)[metric]
+        number = sum(number for _, number in experts_of(model).values())
+        with bar("the score without each expert", number) as shown:
 
-        without = core.ablate_experts(model, score)
+            def score() -> float:
+                with shown.weighing(1):
+                    return self._validated(datamodule=self._cli.datamodule)[metric]
+
+            without = core.ablate_experts(model, score)
         return Ablation(metric, self._metrics[metric], without, getattr(model, "monitor_mode", "min") == "min")
 
     def _validated(self, **arguments: Any) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import core
+from apps.base.progress import each
 from apps.nets.depths import TokenGate
 from apps.report import plots
 from apps.report.page import Line, LineChart
@@ -64,7 +65,7 @@ def capacity_sweep(
     if not core.moe_layers(model):
         raise ValueError("capacity_sweep needs a model with MoE layers")
     points: list[CapacityPoint] = []
-    for priority, factor in itertools.product(_PRIORITIES, factors):
+    for priority, factor in each(list(itertools.product(_PRIORITIES, factors)), "accuracy against capacity"):
         same = next((p for p in points if factor is None and p.capacity_factor is None), None)
         if same is not None:
             points.append(replace(same, priority=priority))

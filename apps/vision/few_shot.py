@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apps.base.progress import each
 from apps.report.intervals import Interval, mean_interval
 
 
@@ -77,7 +78,7 @@ def extract_features(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the inputs of the head of ``model``, (N, D) float32, and the labels, (N,), over all ``batches``."""
     features, labels = [], []
-    for batch in batches:
+    for batch in each(batches, "features of the images"):
         tokens = model.forward_features(batch.image.to(device))
         features.append(model.forward_head(tokens, pre_logits=True).float().cpu().numpy())
         labels.append(hard_labels(batch.label).cpu().numpy())

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from apps.base.messages import one_line, some
+from apps.base.progress import each
 from apps.vision.image_files import FromFiles, read_image
 from apps.vision.image_set import ImageSet, Splits, in_memory
 
@@ -62,7 +63,7 @@ def read_small_images(folder: Path, class_names: Sequence[str], side: int) -> Im
 
     samples = _list_images(folder, class_names)
     images = np.empty((len(samples), 3, side, side), np.uint8)
-    for i, (path, _) in enumerate(samples):
+    for i, (path, _) in enumerate(each(samples, "reading images")):
         pixels = read_image(path)
         if pixels.shape != images.shape[1:]:
             raise ValueError(f"{path} is {pixels.shape[2]}x{pixels.shape[1]}, not {side}x{side} like the others")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from apps.base.progress import each
 from apps.data.array_files import ArrayFiles, ArrayWriter, save_texts
 from apps.data.store import EncodedStore
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Side, Subwords
@@ -29,7 +30,7 @@ _SIDES: tuple[Side, Side] = ("source", "target")
 def encode(lines: Sequence[str], subwords: Subwords, side: Side) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Return the ids of all lines, one after the other, and the N + 1 bounds of each."""
     ids, ends = [np.empty(0, np.int32)], [np.zeros(1, np.int64)]
-    for start in range(0, len(lines), _CHUNK):
+    for start in each(range(0, len(lines), _CHUNK), f"subwords of {len(lines):,} lines"):
         rows = subwords.encode(lines[start : start + _CHUNK], side)
         ends.append(np.cumsum([len(row) for row in rows], dtype=np.int64) + ends[-1][-1])
         ids.append(np.fromiter((i for row in rows for i in row), np.int32))

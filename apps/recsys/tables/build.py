@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from apps.base.progress import bar
 from apps.data.array_files import ArraysInMemory, ArrayWriter
 from apps.data.splits import SPLITS
 from apps.recsys.encoding.categories import (
@@ -149,6 +150,11 @@ class _Build:
         self.domain_texts: int | None = None
 
     def run(self) -> None:
+        columns = (*self.config.categorical, *self.config.multi_valued, *self.config.continuous)
+        with bar("columns of the table", len(columns)) as self._shown:
+            self._run()
+
+    def _run(self) -> None:
         config = self.config
         positives = self._write_labels()
         if self.user is not None:
@@ -280,6 +286,7 @@ class _Build:
             is_id = self._is_id(column, codes.codes)
             self._describe(column, codes.codes == MISSING, encoded.unseen, is_id=is_id)
             self._check_leak(column, codes.codes)
+            self._shown.advance()
             features.append(CategoricalFeature(column, encoded.num_rows, hashed=column in self.config.hash_rows))
         return tuple(features)
 
@@ -294,6 +301,7 @@ class _Build:
             self.writer.save(f"multi{i}_values", encoded.rows)
             self._describe(column, lengths == 0, encoded.unseen, lengths)
             self._check_leak(column, MultiValued(codes.codes, lengths).sets_N())
+            self._shown.advance()
             hashed = column in self.config.hash_rows
             features.append(CategoricalFeature(column, encoded.num_rows, multi_valued=True, hashed=hashed))
         return tuple(features)
@@ -330,6 +338,7 @@ class _Build:
             features.append(statistics(column, values[self.masks["train"]]))
             self._describe(column, np.isnan(values), None)
             self._check_leak(column, np.unique(values, return_inverse=True)[1])
+            self._shown.advance()
         return tuple(features)
 
     def _describe(
