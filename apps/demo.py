@@ -2,11 +2,12 @@
 
 It runs ``moesaic compare`` on the handwritten digits that come with scikit-learn, and on Fashion-MNIST, Census-Income
 and the strings of a program where they can be had, with few steps and seeds, and ends with one report over all of them.
-What is finished is not done again.
+A slow machine trains for less, by its measured speed, so that no part is left out. What is finished is not done again.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -15,15 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apps.base.files import CONFIGS
+from apps.base.files import CONFIGS, replacing
+from apps.base.progress import Bar, bar, say
 from apps.cli import failed, stopped
 from apps.cli.flags import take
 
 if TYPE_CHECKING:
     from apps.report.page import Page
 
-ENOUGH_SECONDS = 300.0
-"""A part is not begun this long after the start: a machine that is so slow gets the first ones."""
+MOST_SECONDS = 285.0
+"""All parts together take no longer where less training can see to it."""
+
+LEAST_SHARE = 0.05
+"""Share of its training that a part has at least, on however slow a machine."""
+
+STEP_SECONDS = 0.0075
+"""Seconds of a step of ``slowness`` on the machine that the parts' seconds are of."""
+
+SHARES = "shares.json"
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,11 @@ class Part:
         name: name of its folder.
         config: path below ``configs/``.
         dataset: name of the dataset, without which the part is left out.
-        says: text that announces the part.
+        says: text that announces the part, with ``{amount}`` for the number of ``scaled``.
         title: title of its table and pictures.
-        arguments: options after ``moesaic compare CONFIG``; ``--output`` and ``--jobs`` are added.
+        arguments: options after ``moesaic compare CONFIG``; ``scaled``, ``--output`` and ``--jobs`` are added.
+        scaled: the option, with its number, that a slow machine has less of.
+        seconds: seconds on two cores of an AMD EPYC: those that do not depend on ``scaled``, and the others.
     """
 
     name: str
@@ -45,6 +57,16 @@ class Part:
     says: str
     title: str
     arguments: str
+    scaled: tuple[str, int]
+    seconds: tuple[float, float]
+
+    def amount(self, share: float) -> int:
+        """Return the number of ``scaled`` for a share of it."""
+        return max(1, round(share * self.scaled[1]))
+
+    def expected(self, share: float) -> float:
+        """Return the seconds that it takes with a share of its training, where the parts' seconds are measured."""
+        return self.seconds[0] + share * self.seconds[1]
 
 
 PARTS = (
@@ -54,19 +76,23 @@ PARTS = (
         dataset="digits",
         says="1,797 handwritten digits of 8x8 pixels. A vision transformer with 8 experts, 2 a patch, in two of its\n"
         "4 blocks; a dense one of equal FLOPs; a dense one of equal parameters. Each tries 3 learning rates in\n"
-        "short runs, and is then trained with 3 seeds.",
+        "short runs, and is then trained for {amount} epochs with 3 seeds.",
         title="Sparse and dense on digits",
-        arguments="--trainer.max_epochs 10 --data.random_resized_crop null --seeds 3 --search_share 0.2 --rounds 2",
+        arguments="--data.random_resized_crop null --seeds 3 --search_share 0.3 --rounds 1",
+        scaled=("--trainer.max_epochs", 7),
+        seconds=(22.0, 50.0),
     ),
     Part(
         name="fashion_mnist",
         config="vision/digits.yaml",
         dataset="fashion_mnist",
-        says="Fashion-MNIST, clothing of 28x28 pixels: 4,000 of its 60,000 training images, twice over. The sparse\n"
-        "model and the dense one of equal FLOPs at one learning rate, with 3 seeds; all 10,000 test images.",
+        says="Fashion-MNIST, clothing of 28x28 pixels: {amount:,} of its 60,000 training images, twice over. The\n"
+        "sparse model and the dense one of equal FLOPs at one learning rate, with 3 seeds; all 10,000 test images.",
         title="Sparse and dense on a part of Fashion-MNIST",
-        arguments="--data.dataset fashion_mnist --data.subset 4000 --data.val_size 1000 --model.vit.patch_size 7 "
-        "--trainer.max_epochs 2 --seeds 3 --rounds 2 --baselines dense_equal_flops --learning_rates 0.004",
+        arguments="--data.dataset fashion_mnist --data.val_size 1000 --model.vit.patch_size 7 "
+        "--trainer.max_epochs 2 --seeds 3 --rounds 1 --baselines dense_equal_flops --learning_rates 0.004",
+        scaled=("--data.subset", 4000),
+        seconds=(19.0, 17.0),
     ),
     Part(
         name="census_income",
@@ -74,19 +100,24 @@ PARTS = (
         dataset="census_income",
         says="Census-Income, 39 columns of 199,523 people: who earns above 50,000, and who was never married? A gate\n"
         "for each task over 8 experts; one network for both tasks, one for each, of equal FLOPs; boosted trees and\n"
-        "logistic regression of scikit-learn. 100,000 rows of the training, with 2 seeds; the whole test.",
+        "logistic regression of scikit-learn. {amount:,} rows of the training, with 2 seeds; the whole test.",
         title="Gated experts, one network, and trees on Census-Income",
-        arguments="--data.subset 100000 --trainer.max_epochs 2 --seeds 2 --rounds 1 --learning_rates 0.006 --baselines "
+        arguments="--trainer.max_epochs 2 --seeds 2 --rounds 1 --learning_rates 0.006 --baselines "
         "shared_bottom_equal_flops single_task_equal_flops hist_gradient_boosting_untuned logistic_regression",
+        scaled=("--data.subset", 60000),
+        seconds=(28.0, 32.0),
     ),
     Part(
         name="software_en_de",
         config="nlp/software_en_de.yaml",
         dataset="gramps",
-        says="English to German: 2,606 short sentences from a program's windows to learn from, 144 to be tested on. A\n"
-        "transformer with 8 experts, 2 a subword, in two of its four layers, and the dense one of equal FLOPs.",
+        says="English to German: 2,606 short sentences from a program's windows to learn from in {amount} epochs,\n"
+        "144 to be tested on. A transformer with 8 experts, 2 a subword, in two of its four layers, and the dense one\n"
+        "of equal FLOPs.",
         title="Sparse and dense translation of software strings",
         arguments="--seeds 1 --rounds 1 --baselines dense_equal_flops --learning_rates 0.004",
+        scaled=("--trainer.max_epochs", 7),
+        seconds=(17.0, 32.0),
     ),
 )
 
@@ -119,30 +150,104 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(output: Path, extra: Sequence[str]) -> int:
     began = time.monotonic()
     print("moesaic demo: sparse and dense models of equal cost, on real data.", flush=True)
-    from apps.compare.command import command_line, run_command
-    from apps.data import datasets
-    from apps.data.cache import DataError
-    from apps.report.page import FILE, write_page
-
     pages: dict[str, Page] = {}
-    for part in PARTS:
-        if pages and time.monotonic() - began > ENOUGH_SECONDS:
-            print(f"\n{part.name} is left out, to stay short on this machine.")
-            continue
-        try:
-            datasets.prepare(part.dataset)
-        except DataError as error:
-            print(f"\n{part.name} is left out: {' '.join(str(error).split())}")
-            continue
-        own = ("--jobs", str(min(2, os.cpu_count() or 1)), "--output", str(output / part.name))
-        argv = [str(CONFIGS / part.config), *part.arguments.split(), *own, *extra]
-        print(f"\n{part.says}\n\n{command_line(argv)}\n", flush=True)
-        pages[part.says] = run_command(argv, part.title).page
+    with bar("demo") as whole:
+        from apps.report.page import FILE, write_page
+
+        pace = Pace(began, slowness())
+        for number, part in enumerate(PARTS, 1):
+            whole.name = f"demo, part {number} of {len(PARTS)}"
+            page = _compared(part, PARTS[number:], output, extra, pace, whole)
+            if page is not None:
+                pages[page[0]] = page[1]
     if not pages:
         raise ValueError("none of the demo's datasets could be had")
     print(f"\nDone in {time.monotonic() - began:.0f} s. All of it is on one page:")
     write_page(_page(pages), output / FILE)
     return 0
+
+
+@dataclass
+class Pace:
+    """How fast this machine is, and what it can still do in time.
+
+    Attributes:
+        began: time of ``time.monotonic`` at which the demo began.
+        slow: how many times longer than its ``seconds`` a part takes.
+        spent, expected: seconds of the parts until now, and those that they would take where ``slow`` is 1.
+    """
+
+    began: float
+    slow: float
+    spent: float = 0.0
+    expected: float = 0.0
+
+    def share(self, parts: Sequence[Part]) -> float:
+        """Return the share of their training with which ``parts`` are finished within ``MOST_SECONDS``."""
+        left = (MOST_SECONDS - (time.monotonic() - self.began)) / self.slow
+        fixed, scaled = (sum(part.seconds[i] for part in parts) for i in (0, 1))
+        return min(1.0, max(LEAST_SHARE, (left - fixed) / scaled))
+
+    def took(self, part: Part, share: float, seconds: float) -> None:
+        """Take note of a part's seconds: they tell more of the machine than ``slowness``."""
+        self.spent, self.expected = self.spent + seconds, self.expected + part.expected(share)
+        self.slow = self.spent / self.expected
+
+
+def _compared(
+    part: Part, later: Sequence[Part], output: Path, extra: Sequence[str], pace: Pace, whole: Bar
+) -> tuple[str, Page] | None:
+    """Return what a part says of itself, and the page of its comparison; None where its data cannot be had."""
+    from apps.compare.command import command_line, run_command
+    from apps.data import datasets
+    from apps.data.cache import DataError
+
+    try:
+        datasets.prepare(part.dataset)
+    except DataError as error:
+        say(f"\n{part.name} is left out: {' '.join(str(error).split())}")
+        return None
+    shares: dict[str, float] = json.loads((output / SHARES).read_text()) if (output / SHARES).exists() else {}
+    is_new = part.name not in shares
+    share = pace.share((part, *later)) if is_new else shares[part.name]
+    with replacing(output / SHARES) as file:
+        json.dump({**shares, part.name: share}, file)
+    whole.total = whole.done + sum(one.expected(share) for one in (part, *later))
+    amount = part.amount(share)
+    own = (part.scaled[0], str(amount), "--jobs", str(min(2, os.cpu_count() or 1)), "--output", str(output / part.name))
+    argv = [str(CONFIGS / part.config), *part.arguments.split(), *own, *extra]
+    says = part.says.format(amount=amount)
+    say(f"\n{says}\n\n{command_line(argv)}\n")
+    if share < 1:
+        say(f"This machine takes {pace.slow:.1f} times as long as planned: {share:.0%} of the training has to do.\n")
+    began = time.monotonic()
+    with whole.weighing(part.expected(share)):
+        page = run_command(argv, part.title).page
+    if is_new:
+        pace.took(part, share, time.monotonic() - began)
+    return says, page
+
+
+def slowness() -> float:
+    """Return how many times longer a step of a small sparse layer takes than where the parts' seconds are of."""
+    import torch
+
+    import core
+
+    layer = core.MoEConfig(8, core.TokenChoice(top_k=2), core.FFN(128)).build(64)
+    x = torch.ones(1024, 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))  # as many as each of two runs at a time has
+    try:
+        seconds = []
+        for _ in range(40):
+            began = time.perf_counter()
+            layer(x).square().mean().backward()
+            seconds.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    cores = min(2, os.cpu_count() or 1)
+    return sum(seconds[10:]) / len(seconds[10:]) / STEP_SECONDS * 2 / cores
 
 
 def _page(pages: Mapping[str, Page]) -> Page:

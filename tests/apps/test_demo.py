@@ -19,6 +19,7 @@ FEW = ["--jobs", "1", "--seeds", "2", "--rounds", "0", "--learning_rates", "0.00
 @pytest.fixture
 def digits(monkeypatch) -> None:
     monkeypatch.setattr(demo, "PARTS", [p for p in demo.PARTS if p.dataset == "digits"])
+    monkeypatch.setattr(demo, "slowness", lambda: 1.0)
 
 
 def test_demo_ends_with_the_path_of_one_report_and_is_quick_again(tmp_path, monkeypatch, capsys, digits):
@@ -27,6 +28,7 @@ def test_demo_ends_with_the_path_of_one_report_and_is_quick_again(tmp_path, monk
     assert demo.main(argv) == 0
     out = capsys.readouterr().out
     assert "1,797 handwritten digits" in out
+    assert "for 7 epochs with 3 seeds" in out
     assert "moesaic compare configs/vision/digits.yaml" in out
     assert "sparse minus it" in out
     assert out.splitlines()[-1] == f"report: {tmp_path / 'report.html'}"
@@ -75,6 +77,33 @@ def test_stopping_says_how_to_go_on(tmp_path, monkeypatch, capsys, digits, stop,
     assert capsys.readouterr().err == f"\n{how}; make demo goes on from here\n"
 
 
+def part(fixed: float, scaled: float) -> demo.Part:
+    """Return a part of so many seconds, which has 10 epochs."""
+    return demo.Part("a", "a.yaml", "a", "", "", "", ("--trainer.max_epochs", 10), (fixed, scaled))
+
+
+def test_a_slow_machine_trains_less_so_that_all_parts_fit(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(demo.time, "monotonic", lambda: now[0])
+    parts = [part(20.0, 80.0), part(10.0, 40.0)]  # 30 s whatever the training, 120 s of it
+    # Of 285 s 10 have passed. Twice as slow, 137.5 of the planned seconds are left: 107.5 of 120 for training.
+    now[0] += 10.0
+    assert demo.Pace(1000.0, 2.0).share(parts) == pytest.approx(107.5 / 120)
+    assert demo.Pace(1000.0, 1.0).share(parts) == 1
+    pace = demo.Pace(1000.0, 20.0)
+    assert pace.share(parts) == demo.LEAST_SHARE
+    assert [parts[0].amount(share) for share in (1.0, 0.55, 0.01)] == [10, 6, 1]
+    # With half of its training the first part is planned for 60 s, and takes 180: the machine is 3 times as slow.
+    pace.took(parts[0], 0.5, 180.0)
+    now[0] += 180.0
+    assert pace.slow == 3
+    assert pace.share(parts[1:]) == pytest.approx(((285 - 190) / 3 - 10) / 40)
+
+
+def test_all_parts_fit_into_the_time_where_they_were_measured():
+    assert sum(part.expected(1.0) for part in demo.PARTS) < demo.MOST_SECONDS - 40
+
+
 def test_every_part_is_a_comparison_that_parses(monkeypatch):
     from apps.compare.experiment import Experiment, arguments
     from apps.recsys.encoding.features import CategoricalFeature, Features
@@ -83,6 +112,6 @@ def test_every_part_is_a_comparison_that_parses(monkeypatch):
     made = Features(categorical=(CategoricalFeature("city", 5),), tasks=("income", "never_married"))
     monkeypatch.setattr(TableData, "features", made)  # the table is not fetched
     for part in demo.PARTS:
-        words = part.arguments.split()
+        words = [*part.arguments.split(), part.scaled[0], str(part.amount(0.5))]
         own = [w for i, word in enumerate(words) if word.startswith("--") and "." in word for w in words[i : i + 2]]
         assert Experiment(arguments(demo.CONFIGS / part.config, [], own)).replaced
