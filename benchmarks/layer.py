@@ -31,6 +31,7 @@ from torch import nn
 
 import core
 from apps.base.machine import machine_line
+from apps.base.progress import each, say
 from core.kernels import BACKENDS, cpu
 from core.kernels.cpu.products import is_served_badly, mm
 from core.memory import kept_bytes
@@ -360,16 +361,18 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     print(machine_line(), flush=True)
     rows: list[dict] = []
-    for dtype in args.dtypes:
-        top = ceilings(device, getattr(torch, dtype))
-        print(f"{dtype}: a large product {top[0] / 1e12:.3g} TFLOP/s, a copy {top[1] / 1e9:.3g} GB/s", flush=True)
-        for name in args.shapes:
-            # Eight times the tokens: fewer rounds say as much.
-            rounds = args.rounds if SHAPES[name].T <= 4096 or on_gpu else max(3, args.rounds // 3)
-            gated, kind = args.experts == "swiglu", getattr(torch, dtype)
-            new = measure(SHAPES[name], kind, args.backends, rounds, args.peers, gated, device, top)
-            print(table(new) if not rows else "\n".join(table(new).splitlines()[2:]), flush=True)
-            rows += new
+    cases = [(dtype, name) for dtype in args.dtypes for name in args.shapes]
+    tops: dict[str, tuple[float, float]] = {}
+    for dtype, name in each(cases, "shapes"):
+        if dtype not in tops:
+            top = tops[dtype] = ceilings(device, getattr(torch, dtype))
+            say(f"{dtype}: a large product {top[0] / 1e12:.3g} TFLOP/s, a copy {top[1] / 1e9:.3g} GB/s")
+        # Eight times the tokens: fewer rounds say as much.
+        rounds = args.rounds if SHAPES[name].T <= 4096 or on_gpu else max(3, args.rounds // 3)
+        gated, kind = args.experts == "swiglu", getattr(torch, dtype)
+        new = measure(SHAPES[name], kind, args.backends, rounds, args.peers, gated, device, tops[dtype])
+        say(table(new) if not rows else "\n".join(table(new).splitlines()[2:]))
+        rows += new
     for dtype in args.dtypes:
         per_token = {
             r["shape"]: r["us_per_token"] for r in rows if r["dtype"] == dtype and r["system"] == "moesaic auto"
