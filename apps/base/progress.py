@@ -68,6 +68,11 @@ class Bar:
         return min(1.0, self.done / self.total) if self.total else 0.0
 
     @property
+    def is_drawn(self) -> bool:
+        """Return whether there is a terminal that shows it."""
+        return not self._rows.disable
+
+    @property
     def ends(self) -> str:
         """Return the time of day at which the work ends; "" if not known yet."""
         return "" if self.total is None else end_time(self._first, (time.time(), self.done), self.total)
@@ -172,7 +177,7 @@ def each(items: Iterable[T], name: str, total: float | None = None) -> Iterator[
 def say(line: str) -> None:
     """Print a line, above the bars where there are any."""
     shown = _SHOWN.get()
-    if shown is None or shown._rows.disable:
+    if shown is None or not shown.is_drawn:
         print(line, flush=True)
     else:
         shown._rows.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -182,7 +187,7 @@ def say(line: str) -> None:
 def set_aside() -> Iterator[None]:
     """Take the bars off the terminal while the block prints more than lines."""
     shown = _SHOWN.get()
-    if shown is None or shown._rows.disable:
+    if shown is None or not shown.is_drawn:
         yield
         return
     shown._rows.stop()

@@ -12,8 +12,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
+import core
 from apps.base.progress import Bar, bar, end_time
-from apps.train.balanced import BalancedModule
+from apps.train.balanced import BalancedModule, routing_metrics
 
 _ROUTING = {"routing/load_imbalance": "imbalance", "routing/drop_rate": "dropped"}
 
@@ -116,8 +117,10 @@ class PassBar(Callback):
     """
 
     def __init__(self) -> None:
-        self._stack, self._drawn = contextlib.ExitStack(), 0.0
+        self._stack, self._recording, self._drawn = contextlib.ExitStack(), contextlib.ExitStack(), 0.0
         self._bar: Bar | None = None
+        self._tape: core.Tape | None = None
+        self._stats = core.RoutingStats({})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -130,13 +133,22 @@ class PassBar(Callback):
         self._begin("predictions", trainer.num_predict_batches)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._count(pl_module)
+        self._count(self._routing_so_far(pl_module))
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._count(pl_module)
+        self._count(self._routing_so_far(pl_module))
+
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if self._is_due and isinstance(pl_module, BalancedModule):
+            self._tape = self._recording.enter_context(core.record(pl_module))
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._count(pl_module)
+        self._recording.close()
+        figures = None
+        if self._tape is not None:  # no one else counts the routing of predictions
+            self._stats = self._stats + core.RoutingStats.from_tape(self._tape)
+            figures, self._tape, self._drawn = routing_metrics(self._stats), None, time.monotonic()
+        self._count(figures)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end()
@@ -152,18 +164,27 @@ class PassBar(Callback):
 
     def _begin(self, name: str, batches: Sequence[float]) -> None:
         total = sum(batches)
-        self._bar, self._drawn = self._stack.enter_context(bar(name, total if math.isfinite(total) else None)), 0.0
+        self._bar = self._stack.enter_context(bar(name, total if math.isfinite(total) else None))
+        self._drawn, self._stats = 0.0, core.RoutingStats({})
 
-    def _count(self, module: LightningModule) -> None:
-        if self._bar is None:
-            return
-        now, figures = time.monotonic(), None
-        if now - self._drawn > _DRAWN_EVERY and isinstance(module, BalancedModule):
-            self._drawn, figures = now, routing_figures(module.routing_so_far())
-        self._bar.show(self._bar.done + 1, figures=figures)
+    @property
+    def _is_due(self) -> bool:
+        """Whether figures are shown, and are old."""
+        return self._bar is not None and self._bar.is_drawn and time.monotonic() - self._drawn > _DRAWN_EVERY
+
+    def _routing_so_far(self, module: LightningModule) -> Mapping[str, Any] | None:
+        if not (self._is_due and isinstance(module, BalancedModule)):
+            return None
+        self._drawn = time.monotonic()
+        return module.routing_so_far()
+
+    def _count(self, figures: Mapping[str, Any] | None) -> None:
+        if self._bar is not None:
+            self._bar.show(self._bar.done + 1, figures=None if figures is None else routing_figures(figures))
 
     def _end(self) -> None:
-        self._bar = None
+        self._bar = self._tape = None
+        self._recording.close()
         self._stack.close()
 
 

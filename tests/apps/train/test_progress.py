@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 
+from rich.console import Console
 from tiny_app import TinyModule
 from trainings import MOE, TinyData, fit
 
@@ -42,9 +44,11 @@ def test_a_pass_shows_its_batches_and_the_use_of_the_experts(tmp_path, monkeypat
     module = TinyModule(3, moe=MOE)
     trainer = fit(module, tmp_path, PassBar(), max_epochs=1)
     assert shown == []  # a training has its own
-    with bar("doctor") as whole:
+    with bar("doctor", console=Console(file=io.StringIO(), force_terminal=True)) as whole:
         trainer.validate(module, TinyData(), verbose=False)
+        trainer.predict(module, TinyData().val_dataloader(), return_predictions=False)
     (batches,) = trainer.num_val_batches
     used = ["imbalance", "dropped"]
-    assert shown == [("validation", n, batches, used) for n in range(1, batches + 1)]
+    expected = [(name, n, batches, used) for name in ("validation", "predictions") for n in range(1, batches + 1)]
+    assert shown == expected
     assert whole.done == 0
