@@ -47,7 +47,7 @@ class Part:
         says: text that announces the part, with ``{amount}`` for the number of ``scaled``.
         title: title of its table and pictures.
         arguments: options after ``moesaic compare CONFIG``; ``scaled``, ``--output`` and ``--jobs`` are added.
-        scaled: the option, with its number, that a slow machine has less of.
+        scaled: the option that a slow machine has less of, its number, and the least one.
         seconds: seconds on two cores of an AMD EPYC: those that do not depend on ``scaled``, and the others.
     """
 
@@ -57,12 +57,12 @@ class Part:
     says: str
     title: str
     arguments: str
-    scaled: tuple[str, int]
+    scaled: tuple[str, int, int]
     seconds: tuple[float, float]
 
     def amount(self, share: float) -> int:
         """Return the number of ``scaled`` for a share of it."""
-        return max(1, round(share * self.scaled[1]))
+        return max(self.scaled[2], round(share * self.scaled[1]))
 
     def expected(self, share: float) -> float:
         """Return the seconds that it takes with a share of its training, where the parts' seconds are measured."""
@@ -79,7 +79,7 @@ PARTS = (
         "short runs, and is then trained for {amount} epochs with 3 seeds.",
         title="Sparse and dense on digits",
         arguments="--data.random_resized_crop null --seeds 3 --search_share 0.3 --rounds 1",
-        scaled=("--trainer.max_epochs", 7),
+        scaled=("--trainer.max_epochs", 7, 2),
         seconds=(22.0, 50.0),
     ),
     Part(
@@ -91,7 +91,7 @@ PARTS = (
         title="Sparse and dense on a part of Fashion-MNIST",
         arguments="--data.dataset fashion_mnist --data.val_size 1000 --model.vit.patch_size 7 "
         "--trainer.max_epochs 2 --seeds 3 --rounds 1 --baselines dense_equal_flops --learning_rates 0.004",
-        scaled=("--data.subset", 4000),
+        scaled=("--data.subset", 4000, 400),
         seconds=(19.0, 17.0),
     ),
     Part(
@@ -104,7 +104,7 @@ PARTS = (
         title="Gated experts, one network, and trees on Census-Income",
         arguments="--trainer.max_epochs 2 --seeds 2 --rounds 1 --learning_rates 0.006 --baselines "
         "shared_bottom_equal_flops single_task_equal_flops hist_gradient_boosting_untuned logistic_regression",
-        scaled=("--data.subset", 60000),
+        scaled=("--data.subset", 60000, 5000),
         seconds=(28.0, 32.0),
     ),
     Part(
@@ -116,7 +116,7 @@ PARTS = (
         "of equal FLOPs.",
         title="Sparse and dense translation of software strings",
         arguments="--seeds 1 --rounds 1 --baselines dense_equal_flops --learning_rates 0.004",
-        scaled=("--trainer.max_epochs", 7),
+        scaled=("--trainer.max_epochs", 7, 2),
         seconds=(17.0, 32.0),
     ),
 )

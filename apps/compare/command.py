@@ -90,7 +90,7 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
     output.mkdir(parents=True, exist_ok=True)
     with holding(output / ".lock", f"another comparison is running in {output}"):
         plan.claim(output)
-        with Display("comparison") as display:
+        with Display(title or "comparison") as display:
             systems = _systems(experiment, options, output, display)
             _tell_left_out(systems, output, display)
             results = Work(experiment, plan, systems, output, display, asked.jobs).do()

@@ -79,7 +79,7 @@ def test_stopping_says_how_to_go_on(tmp_path, monkeypatch, capsys, digits, stop,
 
 def part(fixed: float, scaled: float) -> demo.Part:
     """Return a part of so many seconds, which has 10 epochs."""
-    return demo.Part("a", "a.yaml", "a", "", "", "", ("--trainer.max_epochs", 10), (fixed, scaled))
+    return demo.Part("a", "a.yaml", "a", "", "", "", ("--trainer.max_epochs", 10, 2), (fixed, scaled))
 
 
 def test_a_slow_machine_trains_less_so_that_all_parts_fit(monkeypatch):
@@ -92,7 +92,7 @@ def test_a_slow_machine_trains_less_so_that_all_parts_fit(monkeypatch):
     assert demo.Pace(1000.0, 1.0).share(parts) == 1
     pace = demo.Pace(1000.0, 20.0)
     assert pace.share(parts) == demo.LEAST_SHARE
-    assert [parts[0].amount(share) for share in (1.0, 0.55, 0.01)] == [10, 6, 1]
+    assert [parts[0].amount(share) for share in (1.0, 0.55, 0.01)] == [10, 6, 2]
     # With half of its training the first part is planned for 60 s, and takes 180: the machine is 3 times as slow.
     pace.took(parts[0], 0.5, 180.0)
     now[0] += 180.0
