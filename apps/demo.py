@@ -89,7 +89,7 @@ PARTS = (
         says="Fashion-MNIST, clothing of 28x28 pixels: {amount:,} of its 60,000 training images, twice over. The\n"
         "sparse model and the dense one of equal FLOPs at one learning rate, with 3 seeds; all 10,000 test images.",
         title="Sparse and dense on a part of Fashion-MNIST",
-        arguments="--data.dataset fashion_mnist --data.val_size 1000 --model.vit.patch_size 7 "
+        arguments="--data.dataset fashion_mnist --data.val_size 0.25 --model.vit.patch_size 7 "
         "--trainer.max_epochs 2 --seeds 3 --rounds 1 --baselines dense_equal_flops --learning_rates 0.004",
         scaled=("--data.subset", 4000, 400),
         seconds=(19.0, 17.0),
