@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -220,11 +221,13 @@ def _compared(
     say(f"\n{says}\n\n{command_line(argv)}\n")
     if share < 1:
         say(f"This machine takes {pace.slow:.1f} times as long as planned: {share:.0%} of the training has to do.\n")
-    began = time.monotonic()
-    with whole.weighing(part.expected(share)):
+    began, expected = time.monotonic(), part.expected(share)
+    with whole.weighing(expected) if is_new else nullcontext():
         page = run_command(argv, part.title).page
     if is_new:
         pace.took(part, share, time.monotonic() - began)
+    else:  # an earlier run has done it, or a part of it
+        whole.skip(expected)
     return says, page
 
 
