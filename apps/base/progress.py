@@ -48,7 +48,8 @@ class Bar:
     def __init__(
         self, rows: Progress, name: str, total: float | None, outer: Bar | None = None, weight: float = 0.0
     ) -> None:
-        self.name, self.total, self.figures = name, total, {}  # type: str, float | None, Mapping[str, float]
+        self.name, self.total = name, total
+        self.figures: Mapping[str, float] = {}
         self._rows, self._outer, self._weight = rows, outer, weight
         self._done, self._first = 0.0, (time.time(), 0.0)
         self._at_work: list[Bar] = []
