@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from apps.recsys.binary_metrics import NO_GROUP, TaskMetrics, histogram_metrics, task_metrics
+from apps.recsys.binary_metrics import NO_GROUP, TaskMetrics, histogram_metrics
+from apps.recsys.encoding.features import Target
+from apps.recsys.kinds import Metrics, Outputs
 
 # Logits beyond it share the outermost bins of the streaming form: their probability is within 1.2e-7 of 0 or 1.
 _LIMIT = 16.0
@@ -56,10 +58,12 @@ class _Synced(Metric):
 
 
 class MultiTaskMetrics(_Synced):
-    """AUC, PR-AUC, log loss and calibration error of each task, and AUC by user.
+    """AUC, PR-AUC, log loss and calibration error of each binary task, and AUC by user; the metrics of other tasks.
 
     ``compute`` returns ``auc_<task>``, ``pr_auc_<task>``, ``log_loss_<task>``, ``ece_<task>``, where users are known
-    ``gauc_<task>``, and ``auc`` (and ``gauc``), the mean over the tasks that have one.
+    ``gauc_<task>``, and ``auc`` (and ``gauc``), the mean over the tasks that have one. Tasks that are not binary have
+    those of ``ValueMetrics``, such as ``rmse_<task>``, and there is ``score`` then: the mean over the tasks of the AUC
+    of a binary or multiclass one and the R^2 of another.
 
     Predictions are kept in float32 on the CPU until the end, 8 bytes a row and task, and are gathered by every rank.
     For more rows than that allows, ``score_bins`` keeps counts alone: scores within a bin are ties then, which moves an
@@ -69,27 +73,39 @@ class MultiTaskMetrics(_Synced):
         task_names: names of the tasks, in the order of the columns.
         grouped: whether to keep the users that ``update`` is given.
         score_bins: number of bins of equal width of the logit in -16..16; None: exact metrics.
+        outputs: kinds of the tasks; None: all are binary.
 
     Attributes:
         by_task: the metrics of each task, after ``compute``.
 
     Raises:
-        ValueError: a value out of its range, or ``score_bins`` with ``grouped``.
+        ValueError: a value out of its range, or ``score_bins`` with ``grouped`` or with a task that is not binary.
     """
 
     higher_is_better = True
 
-    def __init__(self, task_names: Sequence[str], grouped: bool = False, score_bins: int | None = None) -> None:
+    def __init__(
+        self,
+        task_names: Sequence[str],
+        grouped: bool = False,
+        score_bins: int | None = None,
+        outputs: Outputs | None = None,
+    ) -> None:
         super().__init__()
         names = tuple(task_names)
+        self.outputs = Outputs((Target(),) * len(names)) if outputs is None else outputs
         if not names or len(set(names)) != len(names):
             raise ValueError(f"task_names={names} must be different names, at least one")
         if score_bins is not None and score_bins < 2:
             raise ValueError(f"score_bins={score_bins} must be at least 2")
         if score_bins is not None and grouped:
             raise ValueError(f"score_bins={score_bins}: metrics by user need the exact form (score_bins=None)")
+        if score_bins is not None and not self.outputs.all_binary:
+            raise ValueError(
+                f"score_bins={score_bins}: tasks that are not binary need the exact form (score_bins=None)"
+            )
         self.task_names, self.grouped, self.score_bins = names, grouped, score_bins
-        self.by_task: dict[str, TaskMetrics] = {}
+        self.by_task: dict[str, Metrics] = {}
         if score_bins is None:
             self.add_state("scores", [], "cat")
             self.add_state("labels", [], "cat")
@@ -104,24 +120,25 @@ class MultiTaskMetrics(_Synced):
     def _empty(self) -> Mapping[str, Tensor]:
         if self.score_bins is not None:
             return {}
-        empty = {name: torch.zeros(0, len(self.task_names)) for name in ("scores", "labels")}
+        empty = {"scores": torch.zeros(0, self.outputs.width), "labels": torch.zeros(0, len(self.task_names))}
         return {**empty, "groups": torch.zeros(0, dtype=torch.int64)} if self.grouped else empty
 
     def update(self, outputs: Tensor, targets: Tensor, groups: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
-            outputs: (B, t) logits.
-            targets: (B, t), 0, 1, or NaN where an example has no label.
+            outputs: (B, Z), the tasks' outputs, a logit each where all are binary.
+            targets: (B, t), labels as ``TableBatch`` has them; NaN where an example has none.
             groups: int64 (B,), the user of each example; None where users are not known.
 
         Raises:
             ValueError: shapes that do not fit each other.
         """
         t = len(self.task_names)
-        if outputs.shape != targets.shape or outputs.ndim != 2 or outputs.shape[1] != t:
+        if outputs.shape[1:] != (self.outputs.width,) or targets.shape != (len(outputs), t):
             shapes = f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
-            raise ValueError(f"metrics of {t} tasks got {shapes}: both must be (B, {t})")
+            rule = "both must be" if self.outputs.width == t else f"they must be (B, {self.outputs.width}) and"
+            raise ValueError(f"metrics of {t} tasks got {shapes}: {rule} (B, {t})")
         if groups is not None and groups.shape != outputs.shape[:1]:
             raise ValueError(f"groups {tuple(groups.shape)} must have one entry for each of {len(outputs)} examples")
         if self.score_bins is not None:
@@ -157,20 +174,23 @@ class MultiTaskMetrics(_Synced):
             for name, value in of_task.values().items():
                 values[f"{name}_{task}"] = value
                 by_metric.setdefault(name, []).append(value)
-        means = {name: _mean(by_metric[name]) for name in ("auc", "gauc") if name in by_metric}
+        means: dict[str, float] = {name: _mean(by_metric[name]) for name in ("auc", "gauc") if name in by_metric}
+        if not self.outputs.all_binary:
+            kinds = zip(self.outputs.kinds, of_tasks, strict=True)
+            means["score"] = _mean([of_task.values()[kind.main_metric] for kind, of_task in kinds])
         return {k: torch.tensor(v, dtype=torch.float64) for k, v in (means | values).items()}
 
-    def _exact(self) -> list[TaskMetrics]:
+    def _exact(self) -> Sequence[Metrics]:
         states = {name: _joined(getattr(self, name), empty).numpy() for name, empty in self._empty().items()}
         groups_N = states.get("groups")
         if groups_N is not None and not (groups_N != NO_GROUP).any():
             groups_N = None
-        return [
-            task_metrics(z_N, y_N, groups_N) for z_N, y_N in zip(states["scores"].T, states["labels"].T, strict=True)
-        ]
+        scores = self.outputs.split(torch.from_numpy(states["scores"]))
+        parts = zip(self.outputs.kinds, scores, states["labels"].T, strict=True)
+        return [kind.metrics(own.numpy(), label_N, groups_N) for kind, own, label_N in parts]
 
-    def _binned(self) -> list[TaskMetrics]:
-        of_tasks = []
+    def _binned(self) -> Sequence[Metrics]:
+        of_tasks: list[Metrics] = []
         for counts_MC, sums_M, loss, invalid in zip(
             self.counts, self.prediction_sums, self.loss_sums, self.invalid.tolist(), strict=True
         ):

@@ -10,27 +10,54 @@ from typing import Literal, get_args
 from apps.base.checks import check_at_least, check_name
 
 SplitKind = Literal["given", "random", "user", "time", "leave_last_out"]
+TaskKind = Literal["binary", "regression", "count", "ordinal", "multiclass"]
+TaskLoss = Literal["squared", "absolute", "weighted_logistic"]
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """One binary label. A row without a value has no label for the task: it counts in no loss and no metric of it.
+    """One label. A row without a value has no label for the task: it counts in no loss and no metric of it.
+
+    - "binary": yes or no, which ``positive`` or ``at_least`` tell from the column's values.
+    - "regression": a number, such as a price.
+    - "count": a whole number from 0 on.
+    - "ordinal": one of a few numbers whose order matters, such as a rating.
+    - "multiclass": one of some values without an order.
 
     Attributes:
         column: column that holds the label.
+        kind: kind of label.
         positive: the values that are positive, as text, numbers or booleans: 1, 1.0 and "1" are the same; None: the
-            column holds 0 and 1 (or false and true).
+            column holds 0 and 1 (or false and true). For "binary" alone.
         at_least: smallest value that is positive, such as 4 for a rating; not together with ``positive``.
+        loss: loss of "regression": "squared"; "absolute", whose prediction is a median; or "weighted_logistic" for
+            numbers from 0 on such as a watch time (Covington et al., RecSys 2016). None: "squared".
+        weight: column of the row's weight in this task's loss, in place of the table's.
+        mask: column of 0 and 1; a row with 0, or without a value there, has no label for the task.
 
     Raises:
-        ValueError: both ``positive`` and ``at_least``, or a ``positive`` without a value.
+        ValueError: an unknown kind or loss, both ``positive`` and ``at_least``, a ``positive`` without a value, or an
+            option that the kind does not have.
     """
 
     column: str
+    kind: TaskKind = "binary"
     positive: tuple[str | bool | int | float, ...] | None = None
     at_least: float | None = None
+    loss: TaskLoss | None = None
+    weight: str | None = None
+    mask: str | None = None
 
     def __post_init__(self) -> None:
+        check_name("kind", self.kind, get_args(TaskKind))
+        if self.kind != "binary":
+            for name in ("positive", "at_least"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"task of column {self.column!r}: {name} is for kind 'binary', not {self.kind!r}")
+        if self.loss is not None:
+            if self.kind != "regression":
+                raise ValueError(f"task of column {self.column!r}: loss is for kind 'regression', not {self.kind!r}")
+            check_name("loss", self.loss, get_args(TaskLoss))
         if self.positive is not None and self.at_least is not None:
             raise ValueError(f"task of column {self.column!r}: positive and at_least exclude each other")
         if self.positive is not None and not self.positive:
@@ -50,7 +77,7 @@ class SplitConfig:
             0: no validation.
         test: share of all rows (of the users with "user") that tests, where the files give no test; "given" and
             "leave_last_out" take none.
-        stratify: task whose positives are shared out evenly over validation and training, with "given" and "random".
+        stratify: task whose classes are shared out evenly over validation and training, with "given" and "random".
         seed: seed of the draw. It is not the run's, so that runs of other seeds have the same rows.
 
     Raises:
@@ -83,6 +110,7 @@ class TableConfig:
         multi_valued: columns of any number of values a row: lists, or text that ``separator`` cuts.
         continuous: columns of numbers.
         tasks: labels by the name of the task.
+        weight: column of the row's weight in the losses of all tasks; None: each row has the weight 1.
         domain: column of the domain; None where there is one domain.
         user: column whose rows belong together, for a split by user and metrics by user.
         time: column by which rows are ordered.
@@ -102,6 +130,7 @@ class TableConfig:
     multi_valued: tuple[str, ...] = ()
     continuous: tuple[str, ...] = ()
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
+    weight: str | None = None
     domain: str | None = None
     user: str | None = None
     time: str | None = None
@@ -126,6 +155,9 @@ class TableConfig:
         """The role of each column that is read, by column; the feature's role where a column has several."""
         named = {"domain": self.domain, "user": self.user, "time": self.time}
         roles = {column: role for role, column in named.items() if column is not None}
+        for name, task in self.tasks.items():
+            for column, role in ((self.weight, "weight"), (task.weight, f"weight of task {name}"), (task.mask, "mask")):
+                roles |= {} if column is None else {column: role}
         roles |= {task.column: f"task {name}" for name, task in self.tasks.items()}
         for role in _FEATURE_ROLES:
             roles |= dict.fromkeys(getattr(self, role), role)
@@ -192,6 +224,8 @@ class TableConfig:
             raise ValueError("split.kind='time' needs table.time, the column by which rows are ordered")
         if self.split.stratify is not None:
             check_name("split.stratify", self.split.stratify, list(self.tasks))
+            if self.tasks[self.split.stratify].kind in ("regression", "count"):
+                raise ValueError(f"split.stratify={self.split.stratify!r} is a task of numbers: it has no classes")
 
 
 _FEATURE_ROLES = ("categorical", "multi_valued", "continuous")

@@ -94,7 +94,7 @@ class SparseModule(BalancedModule, LinkedModule):
             model that has no ``distribution``.
     """
 
-    monitor: ClassVar[str] = "val/loss"
+    monitor: str = "val/loss"
     """The logged value that decides which checkpoint is the best."""
 
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"

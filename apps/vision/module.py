@@ -113,7 +113,7 @@ class VisionClassifier(SparseModule, Comparable):
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return {**super().defaults_of_none(arguments), "vit": ViTConfig()}
 
-    monitor: ClassVar[str] = "val/top1"
+    monitor: str = "val/top1"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 
     def __init__(

@@ -124,7 +124,7 @@ class LanguageModeler(TextModule):
     """
 
     data_arguments: ClassVar[tuple[str, ...]] = ("subwords",)
-    monitor: ClassVar[str] = "val/perplexity"
+    monitor: str = "val/perplexity"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
     shown_metrics = ("word_perplexity", "bits_per_byte", "token_accuracy")
 

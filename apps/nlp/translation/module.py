@@ -97,7 +97,7 @@ class Translator(TextModule):
     """
 
     data_arguments: ClassVar[tuple[str, ...]] = ("subwords", "pairs")
-    monitor: ClassVar[str] = "val/bleu"
+    monitor: str = "val/bleu"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
     shown_metrics = ("chrf", "token_accuracy", "perplexity")
     predicts: ClassVar[str] = "translation"

@@ -51,14 +51,42 @@ class ContinuousFeature:
 
 @core.register_config
 @dataclass(frozen=True)
+class Target:
+    """What a task predicts, as the training split has it.
+
+    Attributes:
+        kind: "binary", "regression", "count", "ordinal" or "multiclass", as in ``TaskConfig``.
+        loss: loss of "regression"; "squared" for the others.
+        mean, std: mean and deviation of the labels of "regression" and "count"; std is 1 where they are constant.
+        levels: the numbers of "ordinal", ascending. A label is the place of its number.
+        classes: the values of "multiclass" as text, sorted. A label is the place of its value.
+        shares: share of the labels that each level or class has.
+    """
+
+    kind: str = "binary"
+    loss: str = "squared"
+    mean: float = 0.0
+    std: float = 1.0
+    levels: tuple[float, ...] = ()
+    classes: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("levels", "classes", "shares"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list in a checkpoint
+
+
+@core.register_config
+@dataclass(frozen=True)
 class Features:
     """All columns of a table, as a model needs them. They are saved in the checkpoint.
 
     Attributes:
         categorical, continuous: features in the order of the batches' columns.
         tasks: names of the labels, in the order of the batches' columns.
-        positives: share of positive labels of each task in the training split.
+        positives: share of positive labels of each task in the training split; 0.5 for a task that is not binary.
         num_domains: number of domains; 0 where the table is not cut into domains.
+        targets: what each task predicts; empty where all are binary.
     """
 
     categorical: tuple[CategoricalFeature, ...] = ()
@@ -66,7 +94,13 @@ class Features:
     tasks: tuple[str, ...] = ()
     positives: tuple[float, ...] = ()
     num_domains: int = 0
+    targets: tuple[Target, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("categorical", "continuous", "tasks", "positives"):
+        for name in ("categorical", "continuous", "tasks", "positives", "targets"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a list in a checkpoint
+
+    @property
+    def target_of_task(self) -> tuple[Target, ...]:
+        """What each task predicts, one entry a task."""
+        return self.targets or (Target(),) * len(self.tasks)

@@ -54,15 +54,15 @@ def determines(codes: NDArray[np.int64], label: NDArray[np.float32]) -> bool:
     """Tell whether the column's value decides the label in every row.
 
     Values that occur once are left out, since they prove nothing. The others must cover half of the labelled rows and
-    both classes, or the answer is no. Missing is a value too.
+    two labels, or the answer is no. Missing is a value too.
     """
     known = ~np.isnan(label)
-    value, positive = codes[known] + 1, label[known] == 1
+    value, own = codes[known] + 1, label[known]
     total = np.bincount(value)
-    hits = np.bincount(value[positive], minlength=len(total))
-    repeated = total > 1
-    if 2 * int(total[repeated].sum()) < len(value) or not len(value):
+    is_repeated = total[value] > 1
+    if 2 * int(is_repeated.sum()) < len(value) or not len(value):
         return False
-    total, hits = total[repeated], hits[repeated]
-    pure = (hits == 0) | (hits == total)
-    return bool(pure.all() and 0 < hits.sum() < total.sum())
+    value, own = value[is_repeated], own[is_repeated]
+    some = np.empty(len(total), own.dtype)
+    some[value] = own  # one of the labels of each value
+    return bool((some[value] == own).all() and (own != own[0]).any())

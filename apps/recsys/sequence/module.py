@@ -81,7 +81,7 @@ class NextItemRecommender(SparseModule, Comparable):
     """
 
     data_arguments: ClassVar[tuple[str, ...]] = ("num_items", "max_length")
-    monitor: ClassVar[str] = f"val/ndcg_{CUTOFF}"
+    monitor: str = f"val/ndcg_{CUTOFF}"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
     shown_metrics = (f"hr_{CUTOFF}", "mrr")
 

@@ -17,10 +17,12 @@ class TableBatch:
     Attributes:
         dense_BC: float32 (B, C), the continuous columns as they are in the table; NaN where missing.
         sparse: row numbers of the categorical columns' tables, by column; None where there are none.
-        label_Bt: float32 (B, t), 0 or 1 for each task; NaN where an example has no label for it.
+        label_Bt: float32 (B, t), the labels: 0 or 1 of a binary task, the number of one of "regression" or "count", the
+            place of a level or a class; NaN where an example has no label for the task.
         index_B: int64 (B,), the row's number in the table.
         domain_B: int64 (B,), the domain; None where there is one.
         group_B: int64 (B,), the user, for metrics by user; None where none is named.
+        weight_Bt: float32 (B, t), weights of the labels in the losses; None: 1.
     """
 
     dense_BC: Tensor
@@ -29,6 +31,7 @@ class TableBatch:
     index_B: Tensor
     domain_B: Tensor | None = None
     group_B: Tensor | None = None
+    weight_Bt: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.label_Bt)

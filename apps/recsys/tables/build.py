@@ -27,10 +27,11 @@ from apps.recsys.encoding.categories import (
     to_known,
     to_vocabulary,
 )
-from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
-from apps.recsys.encoding.labels import determines, to_labels
+from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features, Target
+from apps.recsys.encoding.labels import determines
 from apps.recsys.encoding.numbers import Part, statistics, to_float32, to_numbers, to_order
 from apps.recsys.encoding.table_encoding import Encoding
+from apps.recsys.encoding.targets import learn_target, of_mean_one, place_labels, read_labels, to_weights
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.readers.raw import RawTables
 from apps.recsys.schema import TableConfig, nearest
@@ -136,15 +137,30 @@ class _Build:
         if given is not None:
             self._check_given(given)
         self.num_rows = sum(len(table) for table in self.tables.values())
-        self.labels = {n: to_labels(self._parts(t.column), n, t) for n, t in config.tasks.items()}
+        raw_labels = {
+            name: read_labels(
+                self._parts(task.column), name, task, None if task.mask is None else self._parts(task.mask)
+            )
+            for name, task in config.tasks.items()
+        }
         self.user = None if config.user is None else self._user(config.user)
-        splits = self._split()
+        stratify = config.split.stratify
+        splits = self._split(None if stratify is None else raw_labels[stratify].values_N)
         self.masks: dict[str, NDArray[np.bool_]] = {}
         for name in SPLITS:
             self.masks[name] = np.zeros(self.num_rows, dtype=bool)
             self.masks[name][getattr(splits, name)] = True
             writer.save(name, getattr(splits, name))
         self.findings = TableFindings(rows={name: int(mask.sum()) for name, mask in self.masks.items()})
+        known = dict(zip(config.tasks, given.features.target_of_task, strict=True)) if given is not None else {}
+        self.targets: dict[str, Target] = {
+            name: known.get(name) or learn_target(name, config.tasks[name], labels, self.masks["train"])
+            for name, labels in raw_labels.items()
+        }
+        self.labels = {name: place_labels(self.targets[name], labels) for name, labels in raw_labels.items()}
+        self.unknown = {
+            name: ~np.isnan(labels.values_N) & np.isnan(self.labels[name]) for name, labels in raw_labels.items()
+        }
         self.vocabularies: dict[str, int] = {}
         self.num_texts = 0
         self.domain_texts: int | None = None
@@ -157,6 +173,8 @@ class _Build:
     def _run(self) -> None:
         config = self.config
         positives = self._write_labels()
+        self._write_weights()
+        targets = tuple(self.targets.values())
         if self.user is not None:
             self.writer.save("group", self.user)
             if config.split.kind == "user":
@@ -169,6 +187,7 @@ class _Build:
             tasks=tuple(config.tasks),
             positives=positives,
             num_domains=num_domains,
+            targets=() if all(target.kind == "binary" for target in targets) else targets,
         )
         if self.given is not None:
             features = self.given.features
@@ -212,6 +231,11 @@ class _Build:
             *((f"rows of column {c!r}", there[c], here[c]) for c in here if c in there),
             ("continuous columns", list(given.numbers), list(config.continuous)),
             ("tasks", list(features.tasks), list(config.tasks)),
+            (
+                "kinds of tasks",
+                [target.kind for target in features.target_of_task],
+                [task.kind for task in config.tasks.values()],
+            ),
             ("domain", given.domain, config.domain),
         )
         for what, a, b in differing:
@@ -228,7 +252,7 @@ class _Build:
             raise ValueError(f"column {column!r} names the users, but has no value in row {row}")
         return codes
 
-    def _split(self) -> Splits:
+    def _split(self, label: NDArray[np.float64] | None) -> Splits:
         config = self.config.split
         time = None
         if config.kind in ("time", "leave_last_out") and self.config.time is not None:
@@ -242,30 +266,76 @@ class _Build:
             num.get("test"),
             user=None if self.user is None else self.user[first],
             time=time,
-            label=None if config.stratify is None else self.labels[config.stratify][first],
+            label=None if label is None else label[first],
         )
 
     # ---- after it
 
     def _write_labels(self) -> tuple[float, ...]:
+        """Write the labels, and return each task's share of positive ones in training; 0.5 where it is not binary."""
         matrix = self.writer.create("label", (self.num_rows, len(self.labels)), np.float32)
         positives = []
         for t, (name, label) in enumerate(self.labels.items()):
             matrix[:, t] = label
-            self.findings.labelled[name], self.findings.positives[name] = {}, {}
-            for split, mask in self.masks.items():
-                in_split = label[mask]
-                in_split = in_split[~np.isnan(in_split)]
-                num, share = len(in_split), float(in_split.mean(dtype=np.float64)) if len(in_split) else 0.0
-                self.findings.labelled[name][split], self.findings.positives[name][split] = num, share
-                if mask.any() and share in (0.0, 1.0):
-                    which = "no label" if not num else "positive labels alone" if share else "no positive label"
-                    message = f"task {name!r} has {which} in the {split} split"
-                    if split == "train":
-                        raise ValueError(f"{message}: there is nothing to learn")
-                    self.findings.warnings.append(f"{message}: its AUC is not defined there")
-            positives.append(self.findings.positives[name]["train"])
+            if self.targets[name].kind == "binary":
+                self._describe_positives(name, label)
+                positives.append(self.findings.positives[name]["train"])
+            else:
+                self._describe_values(name, label)
+                positives.append(0.5)
         return tuple(positives)
+
+    def _describe_positives(self, name: str, label: NDArray[np.float32]) -> None:
+        """Note a binary task's labels in each split, and refuse training labels of one class."""
+        self.findings.labelled[name], self.findings.positives[name] = {}, {}
+        for split, mask in self.masks.items():
+            in_split = label[mask]
+            in_split = in_split[~np.isnan(in_split)]
+            num, share = len(in_split), float(in_split.mean(dtype=np.float64)) if len(in_split) else 0.0
+            self.findings.labelled[name][split], self.findings.positives[name][split] = num, share
+            if mask.any() and share in (0.0, 1.0):
+                which = "no label" if not num else "positive labels alone" if share else "no positive label"
+                message = f"task {name!r} has {which} in the {split} split"
+                if split == "train":
+                    raise ValueError(f"{message}: there is nothing to learn")
+                self.findings.warnings.append(f"{message}: its AUC is not defined there")
+
+    def _describe_values(self, name: str, label: NDArray[np.float32]) -> None:
+        """Note another task's labels in each split, and those that training lacks."""
+        target = self.targets[name]
+        if target.kind == "ordinal":
+            label = np.append(np.asarray(target.levels, np.float32), np.float32(np.nan))[
+                np.where(np.isnan(label), -1, label).astype(np.int64)
+            ]
+        self.findings.labelled[name], means = {}, {}
+        for split, mask in self.masks.items():
+            in_split = label[mask]
+            in_split = in_split[~np.isnan(in_split)]
+            self.findings.labelled[name][split] = len(in_split)
+            means[split] = float(in_split.mean(dtype=np.float64)) if len(in_split) else 0.0
+            if mask.any() and not len(in_split):
+                self.findings.warnings.append(f"task {name!r} has no label in the {split} split")
+            if unknown := int(self.unknown[name][mask].sum()):
+                self.findings.warnings.append(
+                    f"task {name!r}: {unknown:,} labels of the {split} split are values that training lacks; they "
+                    "count as none"
+                )
+        if target.kind == "multiclass":
+            self.findings.classes[name] = len(target.classes)
+        else:
+            self.findings.means[name] = means
+
+    def _write_weights(self) -> None:
+        """Write the weights of the rows by task, of mean 1 over a task's labelled training rows."""
+        columns = {name: task.weight or self.config.weight for name, task in self.config.tasks.items()}
+        if not any(columns.values()):
+            return
+        matrix = self.writer.create("weight", (self.num_rows, len(columns)), np.float32)
+        for t, (name, column) in enumerate(columns.items()):
+            matrix[:, t] = 1.0
+            if column is not None:
+                labelled = self.masks["train"] & ~np.isnan(self.labels[name])
+                matrix[:, t] = of_mean_one(to_weights(self._parts(column), column), column, name, labelled)
 
     def _write_domain(self, column: str) -> int:
         codes = factorize(self._parts(column), column)

@@ -13,7 +13,9 @@ import numpy as np
 
 from apps.recsys import binary_metrics
 from apps.recsys.binary_metrics import TaskMetrics
+from apps.recsys.kinds import Metrics
 from apps.recsys.tables.arrays import TableArrays
+from apps.recsys.value_metrics import ValueMetrics, correlation
 
 SUSPICIOUS_AUC = 0.9999
 """Above it an AUC is more likely a leak than a success."""
@@ -47,9 +49,13 @@ def label_among_features(arrays: TableArrays) -> list[str]:
         for name in names
         if name in features.tasks
     ]
-    for task, label_N in zip(features.tasks, arrays.label_Nt.T, strict=True):
+    for task, target, label_N in zip(features.tasks, features.target_of_task, arrays.label_Nt.T, strict=True):
         kept_N = ~np.isnan(label_N)
         y_N = label_N[kept_N]
+        if target.kind != "binary":
+            if target.kind != "multiclass":
+                findings += _numbers_like(task, y_N, {name: values_N[kept_N] for name, values_N in numbers.items()})
+            continue
         aucs = {name: column_auc(values_N[kept_N], y_N) for name, values_N in numbers.items()}
         aucs |= {name: category_auc(ids_N[kept_N], y_N) for name, ids_N in categories.items()}
         findings += [
@@ -57,6 +63,24 @@ def label_among_features(arrays: TableArrays) -> list[str]:
             for name, auc in aucs.items()
             if auc > SUSPICIOUS_AUC and name not in features.tasks
         ]
+    return findings
+
+
+def _numbers_like(task: str, y_N: np.ndarray, numbers: Mapping[str, np.ndarray]) -> list[str]:
+    """Find columns of numbers whose ranks are those of a task's labels, in either direction."""
+    from scipy.stats import rankdata
+
+    findings = []
+    for name, values_N in numbers.items():
+        both_N = ~np.isnan(values_N)
+        if 2 * both_N.sum() < len(y_N) or len(y_N) < 3:
+            continue
+        rank = abs(correlation(rankdata(values_N[both_N]), rankdata(y_N[both_N])))
+        if rank > SUSPICIOUS_AUC and name != task:
+            findings.append(
+                f"column {name!r} has the order of task {task!r}, rank correlation {rank:.5f}: is it known before the "
+                "label is?"
+            )
     return findings
 
 
@@ -91,15 +115,17 @@ def shared_users(users: Mapping[str, np.ndarray]) -> list[str]:
     return findings
 
 
-def suspicious_metrics(by_task: Mapping[str, TaskMetrics], split: str) -> list[str]:
+def suspicious_metrics(by_task: Mapping[str, Metrics], split: str) -> list[str]:
     """Find metrics of a split that are not credible.
 
     They are two tasks of equal AUC to 6 digits, an AUC below 0.5 or above 0.9999, a split with one class, constant or
     invalid predictions, and a mean prediction off the base rate by a quarter of it (or of the negatives' share, where
-    that is smaller) and by more than 5 standard errors.
+    that is smaller) and by more than 5 standard errors. Of tasks of numbers and classes they are an R^2 below 0, worse
+    than the mean label, one above 0.9999, and constant or invalid predictions.
     """
     findings: list[str] = []
-    for (a, x), (b, y) in itertools.combinations(by_task.items(), 2):
+    binary = {task: f for task, f in by_task.items() if isinstance(f, TaskMetrics)}
+    for (a, x), (b, y) in itertools.combinations(binary.items(), 2):
         if round(x.auc, 6) == round(y.auc, 6) and not (x.constant or y.constant):
             findings.append(f"tasks {a!r} and {b!r} have the same AUC, {x.auc:.6f}: are they the same label?")
     for task, f in by_task.items():
@@ -107,6 +133,8 @@ def suspicious_metrics(by_task: Mapping[str, TaskMetrics], split: str) -> list[s
             findings.append(f"task {task!r} has no labels: it has no metrics")
         elif f.invalid:
             findings.append(f"{f.invalid} of {f.num_examples} predictions of task {task!r} are NaN")
+        elif isinstance(f, ValueMetrics):
+            findings += _suspicious_values(task, f)
         elif f.base_rate in (0.0, 1.0):
             which = "positive" if f.base_rate else "negative"
             findings.append(f"task {task!r} has {which} labels alone: its AUC does not exist")
@@ -116,12 +144,24 @@ def suspicious_metrics(by_task: Mapping[str, TaskMetrics], split: str) -> list[s
             findings.append(f"AUC {f.auc:.4f} of task {task!r} is below 0.5: worse than chance")
         elif f.auc > SUSPICIOUS_AUC:
             findings.append(f"AUC {f.auc:.6f} of task {task!r} is above {SUSPICIOUS_AUC}: is a label leaked?")
-        judged = not f.invalid and 0 < f.base_rate < 1
-        if judged and far_from(f.mean_prediction, f.base_rate, f.num_examples):
+        if isinstance(f, ValueMetrics) or f.invalid or not 0 < f.base_rate < 1:
+            continue
+        if far_from(f.mean_prediction, f.base_rate, f.num_examples):
             findings.append(
                 f"the mean prediction of task {task!r} is {f.mean_prediction:.2%}, and {f.base_rate:.2%} are positive"
             )
     return [f"{split}: {finding}" for finding in findings]
+
+
+def _suspicious_values(task: str, metrics: ValueMetrics) -> list[str]:
+    r2 = metrics.by_name.get("r2", math.nan)
+    if metrics.constant:
+        return [f"all {metrics.num_examples} predictions of task {task!r} are equal"]
+    if r2 < 0:
+        return [f"R^2 {r2:.4f} of task {task!r} is below 0: worse than the mean label"]
+    if r2 > SUSPICIOUS_AUC:
+        return [f"R^2 {r2:.6f} of task {task!r} is above {SUSPICIOUS_AUC}: is a label leaked?"]
+    return []
 
 
 def far_from(mean_prediction: float, base_rate: float, n: int) -> bool:

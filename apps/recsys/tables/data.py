@@ -360,7 +360,7 @@ class TableData(SuiteData):
         index = index[torch.from_numpy(chosen)]
         label = self.opened["label"].index_select(0, index)
         for task, of_task in zip(self.features.tasks, label.T, strict=True):
-            if not bool((of_task == 0).any() and (of_task == 1).any()):
+            if len(of_task[~of_task.isnan()].unique()) < 2:
                 raise ValueError(f"subset={size} leaves task {task!r} one class in the training split")
         return index
 
@@ -379,7 +379,7 @@ class TableData(SuiteData):
                 f"predict_columns={list(self.predict_columns)} are columns of predict_file, which is not set"
             )
         for column in self.predict_columns:
-            if column == "index" or column.startswith("probability_"):
+            if column == "index" or column.startswith(("probability_", "value_")):
                 raise ValueError(f"predict_columns names {column!r}, which each prediction has of its own")
         if self.dataset != "synthetic" and self.synthetic is not None:
             raise ValueError(f"synthetic is for dataset='synthetic', not {self.dataset!r}")

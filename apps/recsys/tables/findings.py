@@ -19,7 +19,9 @@ class TableFindings:
         unseen: share of values that the training split lacks, or has less often than ``min_count``, by categorical
             column. They are in row 0, unless the column is hashed. In the training split these are the rare ones.
         labelled: number of rows with a label, by task.
-        positives: share of positive labels among them, by task.
+        positives: share of positive labels among them, by binary task.
+        means: mean of the labels, by task of numbers.
+        classes: number of classes, by multiclass task.
         warnings: lines, each on a column that determines a label, a column of ids, users in both splits, or a task with
             one class.
     """
@@ -29,6 +31,8 @@ class TableFindings:
     unseen: dict[str, _BySplit] = field(default_factory=dict)
     labelled: dict[str, dict[str, int]] = field(default_factory=dict)
     positives: dict[str, _BySplit] = field(default_factory=dict)
+    means: dict[str, _BySplit] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -37,6 +41,12 @@ class TableFindings:
             labelled = self.labelled[task]
             by_split = (f"{s} {share[s]:.2%} of {labelled[s]:,}" for s in SPLITS if self.rows[s])
             lines.append(f"task {task}: positive in " + ", ".join(by_split))
+        for task, mean in self.means.items():
+            by_split = (f"{s} {mean[s]:.4g} of {self.labelled[task][s]:,}" for s in SPLITS if self.rows[s])
+            lines.append(f"task {task}: mean in " + ", ".join(by_split))
+        for task, count in self.classes.items():
+            by_split = (f"{s} {self.labelled[task][s]:,}" for s in SPLITS if self.rows[s])
+            lines.append(f"task {task}: {count} classes, labels in " + ", ".join(by_split))
         for what, shares in (("missing", self.missing), ("unseen", self.unseen)):
             for column, share in shares.items():
                 if any(share.values()):

@@ -110,7 +110,7 @@ _EMBEDDING, _DENSE, _INTERACTION, _HEAD = EmbeddingConfig(), DenseConfig(), Inte
 
 
 class MultiTaskModel(nn.Module):
-    """A network from a batch of table rows to the logits of all tasks.
+    """A network from a batch of table rows to the outputs of all tasks.
 
     ``sparse`` (SparseArch) and ``dense`` (DenseArch) read the columns, ``interaction`` (InteractionArch) makes one
     vector of them, and the OverArch is ``shared``, the layer that the tasks share in whole or in part, and ``head``.
@@ -145,10 +145,10 @@ class MultiTaskModel(nn.Module):
         self.interaction, self.input_dim = nn.ModuleList(parts), parts[0].out_dim
         dim, num_tasks = self.input_dim, len(features.tasks)
         self.shared = shared.build(dim, num_tasks, num_domains=features.num_domains)
-        self.head = head.build(shared.out_dim(dim), num_tasks, features.positives)
+        self.head = head.build(shared.out_dim(dim), num_tasks, features.positives, features.targets)
 
     def forward(self, batch: TableBatch) -> Tensor:
-        """Return the logits (B, t).
+        """Return the outputs (B, Z), a logit a task where all are binary.
 
         Raises:
             ValueError: the columns are not the model's, a row is beyond its table, or the batch names no domain where
@@ -181,8 +181,8 @@ class MultiTaskModel(nn.Module):
 class Ensemble(nn.Module):
     """M networks of the same shape and different initial weights, trained side by side on the same batches.
 
-    Nothing but the batches is shared: the loss is the mean of the members', and the prediction the mean of their
-    probabilities. They run one after the other.
+    Nothing but the batches is shared: the loss is the mean of the members', and the prediction the mean of theirs. They
+    run one after the other.
 
     Args:
         members: the networks.
@@ -193,10 +193,5 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, batch: TableBatch) -> Tensor:
-        """Return the members' logits (M, B, t)."""
+        """Return the members' outputs (M, B, Z)."""
         return torch.stack([member(batch) for member in self.members])
-
-
-def mean_logit(logits_MBt: Tensor) -> Tensor:
-    """Return the logit (B, t) of the mean over M of the probabilities."""
-    return F.logsigmoid(logits_MBt).logsumexp(0) - F.logsigmoid(-logits_MBt).logsumexp(0)

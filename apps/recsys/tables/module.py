@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -18,8 +16,8 @@ import core
 from apps.base.evaluation import in_evaluation
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.nets.place import Place
-from apps.recsys.binary_metrics import auc_values
 from apps.recsys.encoding.features import Features
+from apps.recsys.kinds import Outputs
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables import scoring
 from apps.recsys.tables.baselines import baselines
@@ -27,7 +25,7 @@ from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.dense import DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig, check_rows_are_stepped
-from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel, mean_logit
+from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel
 from apps.recsys.tables.report import RecommenderReport, RecommenderReportConfig, TrainingChecks
 from apps.recsys.tables.tasks import HeadConfig
 from apps.recsys.tables.weighting import WeightingConfig
@@ -40,7 +38,10 @@ _REPORT = RecommenderReportConfig()
 
 
 class MultiTaskRecommender(SparseModule, Comparable):
-    """A recommender of several binary tasks: clicks, purchases, incomes.
+    """A recommender of several tasks: clicks, purchases, watch times, ratings.
+
+    What is compared and kept as best is the mean AUC; where a task is not binary it is "score", see
+    ``MultiTaskMetrics``.
 
     Configs may also be given as the mappings that stand for them in a run's ``config.yaml``.
 
@@ -67,7 +68,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
     """
 
     data_arguments: ClassVar[tuple[str, ...]] = ("features",)
-    monitor: ClassVar[str] = "val/auc"
+    monitor: str = "val/auc"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 
     @classmethod
@@ -125,6 +126,9 @@ class MultiTaskRecommender(SparseModule, Comparable):
         if isinstance(shared, SingleTask) and weighting is not None and weighting.kind == "gradnorm":
             raise ValueError("weighting.kind='gradnorm' needs a shared layer, and SingleTask shares nothing")
         self.features = features
+        self.outputs = Outputs(features.target_of_task)
+        if not self.outputs.all_binary:
+            self.monitor = "val/score"
         self.shared_config = shared or SharedBottom()
         self.embedding, self.dense = embedding or EmbeddingConfig(), dense or DenseConfig()
         self.interaction, self.head = interaction or InteractionConfig(), head or HeadConfig()
@@ -139,7 +143,9 @@ class MultiTaskRecommender(SparseModule, Comparable):
             for _ in range(num_members)
         ]
         self.model = members[0] if num_members == 1 else Ensemble(members)
-        self.weighting = self.weighting_config.build(features.tasks, features.positives)
+        shares = features.positives or (0.5,) * len(features.tasks)
+        initial = [kind.initial_loss(share) for kind, share in zip(self.outputs.kinds, shares, strict=True)]
+        self.weighting = self.weighting_config.build(features.tasks, initial)
         self.aux_weight = 1 / num_members  # the tasks' losses are means over the members
 
     @property
@@ -155,18 +161,21 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return self.members[0].input_dim
 
     def forward(self, batch: TableBatch) -> Tensor:
-        """Return the tasks' logits (B, t); an ensemble's are those of the members' mean probability."""
-        logits = self.model(batch)
-        return logits if logits.ndim == 2 else mean_logit(logits)
+        """Return the tasks' outputs (B, Z), a logit a task where all are binary; see ``apps.recsys.kinds``.
+
+        An ensemble's stand for the mean of the members' predictions.
+        """
+        z = self.model(batch)
+        return z if z.ndim == 2 else self.outputs.mean(z)
 
     def task_loss(self, batch: TableBatch) -> TaskOutput:
-        """Return the weighted sum of each task's binary cross-entropy over its labelled examples.
+        """Return the weighted sum of each task's mean loss over its labelled examples.
 
         A task without a label in the batch has the loss 0 there.
         """
         predicted = self.distribution(batch)
-        logits, label_Bt = predicted.logits, predicted.label_Bt
-        loss_t = masked_bce(logits, label_Bt)
+        z, label_Bt = predicted.z, predicted.label_Bt
+        loss_t = labelled_mean(self.outputs.losses(z, label_Bt), label_Bt, predicted.weight_Bt)
         tasks = self.features.tasks
         terms = {f"loss_{name}": value for name, value in zip(tasks, loss_t.detach().unbind(), strict=True)}
         if not self.training:
@@ -176,20 +185,21 @@ class MultiTaskRecommender(SparseModule, Comparable):
         loss, learnt = self.weighting(loss_t, (label_Bt == label_Bt).any(0), shared)
         for what, value_t in learnt.items():
             terms |= {f"{what}_{name}": value for name, value in zip(tasks, value_t.unbind(), strict=True)}
-        for name, value in self._head_losses(logits).items():
+        for name, value in self._head_losses(z).items():
             loss = loss + value
             terms[name] = value.detach()
-        outputs = logits if logits.ndim == 2 else mean_logit(logits)
+        outputs = z if z.ndim == 2 else self.outputs.mean(z)
         return TaskOutput(loss, outputs, label_Bt, len(batch), terms, batch.group_B, distribution=predicted)
 
-    def distribution(self, batch: TableBatch) -> TaskLogits:
-        """Return the tasks' logits, and the labels, which say where a task counts."""
-        return TaskLogits(self.model(batch).float(), self.members[0].head.labels(batch.label_Bt))
+    def distribution(self, batch: TableBatch) -> TaskOutputs:
+        """Return the tasks' outputs, and the labels, which say where a task counts."""
+        labels = self.members[0].head.labels(batch.label_Bt)
+        return TaskOutputs(self.outputs, self.model(batch).float(), labels, batch.weight_Bt)
 
-    def _head_losses(self, logits: Tensor) -> Mapping[str, Tensor]:
-        if logits.ndim == 2:
-            return self.members[0].head.losses(logits)
-        by_member = [m.head.losses(z_Bt) for m, z_Bt in zip(self.members, logits, strict=True)]
+    def _head_losses(self, z: Tensor) -> Mapping[str, Tensor]:
+        if z.ndim == 2:
+            return self.members[0].head.losses(z)
+        by_member = [m.head.losses(z_BZ) for m, z_BZ in zip(self.members, z, strict=True)]
         return {name: torch.stack([losses[name] for losses in by_member]).mean() for name in by_member[0]}
 
     def example_inputs(self, batch: TableBatch) -> tuple[TableBatch]:
@@ -199,36 +209,37 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return "a row"
 
     def build_metrics(self) -> MultiTaskMetrics:
-        return MultiTaskMetrics(self.features.tasks, grouped=self.score_bins is None, score_bins=self.score_bins)
+        return MultiTaskMetrics(self.features.tasks, self.score_bins is None, self.score_bins, self.outputs)
 
     @property
     def shown_metrics(self) -> tuple[str, ...]:
-        return tuple(f"auc_{name}" for name in self.features.tasks)
+        kinds = zip(self.features.tasks, self.outputs.kinds, strict=True)
+        return tuple(f"{kind.main_metric}_{name}" for name, kind in kinds)
 
     def predict_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Any]:
-        """Return the rows' numbers in the table, the data's ``predict_columns`` and each ``probability_<task>``.
+        """Return the rows' numbers in the table, the data's ``predict_columns`` and each task's prediction.
 
-        Rows of a split have each task's ``label_<task>`` too, 0, 1, or None for no label; those of a ``predict_file``
-        have none.
+        It is ``probability_<task>`` of a binary task, ``value_<task>`` of the others, and both of a multiclass one.
+        Rows of a split have each task's ``label_<task>`` too, as the table has it, or None for no label; those of a
+        ``predict_file`` have none.
         """
-        p_Bt = self(batch).float().sigmoid()
         data, tasks = self._data(), self.features.tasks
         predicted: Mapping[str, list[Any]] = getattr(data, "predicted", {})
         rows = batch.index_B.tolist()
         labels = {}
         if getattr(data, "predict_file", None) is None:
-            for task, label_B in zip(tasks, batch.label_Bt.T.tolist(), strict=True):
-                labels[f"label_{task}"] = [None if math.isnan(label) else int(label) for label in label_B]
+            for task, kind, label_B in zip(tasks, self.outputs.kinds, batch.label_Bt.T, strict=True):
+                labels[f"label_{task}"] = kind.label_values(label_B)
         return {
             "index": batch.index_B,
             **{column: [values[row] for row in rows] for column, values in predicted.items()},
-            **{f"probability_{task}": p_Bt[:, i] for i, task in enumerate(tasks)},
+            **self.outputs.columns(tasks, self(batch).float()),
             **labels,
         }
 
     @torch.inference_mode()
     def predict(self, rows: Any, batch_size: int = 8192) -> Any:
-        """Return the probability of each task for each row, in the rows' order: what ``moesaic predict`` writes.
+        """Return the prediction of each task for each row, in the rows' order: what ``moesaic predict`` writes.
 
         Values are encoded by what the checkpoint keeps, as in an evaluation: no training file is needed, and a value
         that training lacked has row 0. Columns that the model does not know are ignored, labels too.
@@ -239,8 +250,9 @@ class MultiTaskRecommender(SparseModule, Comparable):
             batch_size: rows a step. Files and frames are read in pieces of eight steps; only the scores are held whole.
 
         Returns:
-            float32 columns ``probability_<task>``: a DataFrame with the index of ``rows`` for a DataFrame, a
-            ``pyarrow.Table`` for a table, and a dict of numpy arrays (N,) for a dict and for files.
+            columns ``probability_<task>`` of binary tasks and ``value_<task>`` of the others, float32; a multiclass
+            task has the likeliest class as text, and its probability. They are a DataFrame with the index of ``rows``
+            for a DataFrame, a ``pyarrow.Table`` for a table, and a dict of numpy arrays (N,) for a dict and for files.
 
         Raises:
             ValueError: a column is missing or doubled, a value is of a wrong type, a domain that training lacked, a
@@ -330,11 +342,12 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return baselines(self)
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return the mean AUC of the tasks by row; NaN where a task has one class."""
-        z_Nt = torch.cat([out.outputs for out in outs]).double().cpu().numpy()
+        """Return the mean over the tasks of what ``monitor`` is the mean of, by row; NaN where a split cannot tell."""
+        z_NZ = torch.cat([out.outputs for out in outs]).double().cpu()
         y_Nt = torch.cat([out.targets for out in outs]).double().cpu().numpy()
-        values_tN = [auc_values(z_N, y_N) for z_N, y_N in zip(z_Nt.T, y_Nt.T, strict=True)]
-        return ExampleValues("auc", torch.from_numpy(np.mean(values_tN, axis=0)))
+        parts = zip(self.outputs.kinds, self.outputs.split(z_NZ), y_Nt.T, strict=True)
+        values_tN = [kind.example_values(own.numpy(), y_N) for kind, own, y_N in parts]
+        return ExampleValues(self.monitor.removeprefix("val/"), torch.from_numpy(np.mean(values_tN, axis=0)))
 
     def routed_layers(self) -> RoutedLayers | None:
         if isinstance(self.shared_config, SharedBottom):
@@ -348,44 +361,40 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskLogits:
-    """The logits of binary tasks.
+class TaskOutputs:
+    """The outputs of the tasks.
 
     Attributes:
-        logits: (B, t), or (M, B, t) of an ensemble.
-        label_Bt: 0, 1, or NaN for no label.
+        outputs: where each task's outputs stand.
+        z: (B, Z), or (M, B, Z) of an ensemble.
+        label_Bt: labels; NaN for none.
+        weight_Bt: weights of the labels; None: 1.
     """
 
-    logits: Tensor
+    outputs: Outputs
+    z: Tensor
     label_Bt: Tensor
+    weight_Bt: Tensor | None = None
 
-    def divergence(self, teacher: TaskLogits, temperature: float) -> Tensor:
-        """Return the sum over the tasks of ``p log(p / q) + (1 - p) log((1 - p) / (1 - q))``, its mean over the
-        examples that have a label of the task. Each member of an ensemble learns the teacher's mean probability p."""
-        given_Bt = teacher.logits if teacher.logits.ndim == 2 else mean_logit(teacher.logits)
-        z, z_Bt = self.logits / temperature, given_Bt / temperature
-        yes, no = (p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q)) for p, q in ((z_Bt, z), (-z_Bt, -z)))
-        return labelled_mean(yes + no, self.label_Bt).sum()
+    def divergence(self, teacher: TaskOutputs, temperature: float) -> Tensor:
+        """Return the sum over the tasks of the divergence from the teacher's prediction, its mean over the examples
+        that have a label of the task. Each member of an ensemble learns the teacher's mean prediction."""
+        given_BZ = teacher.z if teacher.z.ndim == 2 else self.outputs.mean(teacher.z)
+        value = self.outputs.divergences(self.z, given_BZ, temperature)
+        return labelled_mean(value, self.label_Bt, self.weight_Bt).sum()
 
 
-def labelled_mean(value: Tensor, label_Bt: Tensor) -> Tensor:
-    """Return the mean of (B, t) or (M, B, t) values over the labelled examples of each task, (t,); 0 without any."""
+def labelled_mean(value: Tensor, label_Bt: Tensor, weight_Bt: Tensor | None = None) -> Tensor:
+    """Return the mean of (B, t) or (M, B, t) values over the labelled examples of each task, (t,); 0 without any.
+
+    Weights are of mean 1 over the training rows, and the sum is divided by the number of examples: a batch of heavy
+    rows counts for more than one of light rows, and a pass over all rows weighs each as it should.
+    """
     has_Bt = label_Bt == label_Bt
-    value = torch.where(has_Bt, value, 0.0)
+    value = torch.where(has_Bt, value if weight_Bt is None else weight_Bt * value, 0.0)
     if value.ndim == 3:
         value = value.mean(0)
     return value.sum(0) / has_Bt.sum(0).clamp_min(1)
-
-
-def masked_bce(logits: Tensor, label_Bt: Tensor) -> Tensor:
-    """Return the mean binary cross-entropy of each task over the examples that have a label, (t,); 0 without any.
-
-    Args:
-        logits: (B, t), or (M, B, t) of an ensemble, whose members' losses are averaged.
-        label_Bt: 0, 1, or NaN for no label.
-    """
-    target = label_Bt.nan_to_num(0.0).expand_as(logits)
-    return labelled_mean(F.binary_cross_entropy_with_logits(logits, target, reduction="none"), label_Bt)
 
 
 def last_weight(shared: torch.nn.Module) -> tuple[Tensor, int]:

@@ -16,10 +16,12 @@ import core
 from apps.data.loader import batches_of_test
 from apps.recsys.binary_metrics import Calibration, TaskMetrics
 from apps.recsys.encoding.features import Features
+from apps.recsys.kinds import Metrics
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables import checks, gating, pictures
 from apps.recsys.tables.arrays import TableArrays, join
 from apps.recsys.tables.gating import ExpertUse, Gate, GateReader
+from apps.recsys.value_metrics import Bins, ValueMetrics
 from apps.report.base import Report, ReportConfig, computed_metrics, first_batches
 from apps.report.heatmaps import Heatmap, heatmaps, row_names
 from apps.report.page import Line, LineChart, Part, Picture, Section, Table, Text
@@ -90,7 +92,7 @@ class TrainingChecks(Callback):
 class _Collected:
     """The metrics of a test, and its first rows with their gates; ``arrays`` is None where no row was read."""
 
-    metrics: Mapping[str, TaskMetrics]
+    metrics: Mapping[str, Metrics]
     reader: GateReader
     arrays: TableArrays | None
     data: Any
@@ -145,30 +147,70 @@ class RecommenderReport(Report):
 # ---- tasks
 
 
-def write_tasks(by_task: Mapping[str, TaskMetrics], folder: Path, with_pictures: bool = True) -> Section:
+def write_tasks(by_task: Mapping[str, Metrics], folder: Path, with_pictures: bool = True) -> Section:
     """Write the metrics, a line a task, as ``tasks.csv`` and ``calibration.png``, and return a page's section."""
-    lines, users, rows = [], [], []
+    binary = {task: f for task, f in by_task.items() if isinstance(f, TaskMetrics)}
+    values = {task: f for task, f in by_task.items() if isinstance(f, ValueMetrics)}
+    tables = [*_binary_tables(binary), *_value_tables(values)]
+    write_csv(folder / "tasks.csv", [_csv_row(task, f) for task, f in by_task.items()])
+    curves = {task: f.calibration for task, f in binary.items() if len(f.calibration.counts)}
+    if with_pictures and curves:
+        save_picture(pictures.calibration_curves(curves), folder / "calibration.png")
+    charts = [_calibration_chart(task, bins) for task, bins in curves.items()]
+    charts += [_value_chart(task, f.bins) for task, f in values.items() if f.bins is not None and not f.constant]
+    return Section("Answers", (*tables, *charts))
+
+
+def _binary_tables(by_task: Mapping[str, TaskMetrics]) -> list[Table]:
+    lines, users = [], []
     for task, f in by_task.items():
         means = [f"{100 * f.base_rate:.2f}", f"{100 * f.mean_prediction:.2f}"]
         scores = [f"{f.auc:.4f}", f"{f.pr_auc:.4f}", f"{f.log_loss:.4f}", f"{100 * f.ece:.2f}"]
         lines.append([task, f"{f.num_examples:,}", *means, *scores])
-        row = {"task": task, "rows": f.num_examples, "positive": f.base_rate, "predicted": f.mean_prediction}
-        row |= f.values()
         if f.gauc is not None:
             users.append([task, f"{f.gauc.value:.4f}", f"{f.gauc.num_groups:,}", f"{f.gauc.left_out:,}"])
-            row |= {"users": f.gauc.num_groups, "users_left_out": f.gauc.left_out}
-        rows.append(row)
     columns = ("task", "rows", "true, %", "pred., %", "AUC", "PR-AUC", "log loss", "ECE, %")
-    tables = [_table("Tasks: share of positive labels, true and predicted on average", columns, lines)]
+    tables = []
+    if lines:
+        tables.append(_table("Tasks: share of positive labels, true and predicted on average", columns, lines))
     if users:
         title = "AUC within users, weighted by their rows; users of one class are left out"
         tables.append(_table(title, ("task", "user AUC", "users", "left out"), users))
-    write_csv(folder / "tasks.csv", rows)
-    curves = {task: f.calibration for task, f in by_task.items() if len(f.calibration.counts)}
-    if with_pictures and curves:
-        save_picture(pictures.calibration_curves(curves), folder / "calibration.png")
-    charts = [_calibration_chart(task, bins) for task, bins in curves.items()]
-    return Section("Answers", (*tables, *charts))
+    return tables
+
+
+_NAMES = {"r2": "R²", "rmse": "RMSE", "mae": "MAE", "spearman": "Spearman", "pcc": "PCC", "auc": "AUC"}
+
+
+def _value_tables(by_task: Mapping[str, ValueMetrics]) -> list[Table]:
+    """Return a table of the tasks of numbers, and one of those of classes."""
+    tables = []
+    numbers = {task: f for task, f in by_task.items() if "r2" in f.by_name}
+    classes = {task: f for task, f in by_task.items() if "r2" not in f.by_name}
+    for own, title in ((numbers, "Tasks of numbers: mean label and prediction, and errors"), (classes, "Classes")):
+        if not own:
+            continue
+        names = list(dict.fromkeys(name for f in own.values() for name in f.by_name))
+        means = [[f"{f.mean_label:.4g}", f"{f.mean_prediction:.4g}"] if own is numbers else [] for f in own.values()]
+        lines = [
+            [task, f"{f.num_examples:,}", *mean, *(_figure(f.by_name.get(name)) for name in names)]
+            for (task, f), mean in zip(own.items(), means, strict=True)
+        ]
+        head = ("task", "rows", *(("true", "pred.") if own is numbers else ()))
+        tables.append(_table(title, (*head, *(_NAMES.get(name, name.replace("_", " ")) for name in names)), lines))
+    return tables
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def _csv_row(task: str, f: Metrics) -> dict[str, Any]:
+    row: dict[str, Any] = {"task": task, "rows": f.num_examples}
+    if isinstance(f, ValueMetrics):
+        return row | {"label": f.mean_label, "predicted": f.mean_prediction} | f.values()
+    row |= {"positive": f.base_rate, "predicted": f.mean_prediction} | f.values()
+    return row if f.gauc is None else row | {"users": f.gauc.num_groups, "users_left_out": f.gauc.left_out}
 
 
 def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
@@ -179,6 +221,12 @@ def _calibration_chart(task: str, bins: Calibration) -> LineChart:
     line = Line("test", tuple(100 * bins.prediction), tuple(100 * bins.positives))
     summary = f"Positive labels by the mean prediction, in {len(bins.counts)} bins; ECE {100 * bins.error:.2f} %."
     return LineChart(f"Calibration, {task}", summary, "mean prediction, %", "positive, %", (line,), diagonal=True)
+
+
+def _value_chart(task: str, bins: Bins) -> LineChart:
+    line = Line("test", tuple(bins.prediction), tuple(bins.label))
+    summary = f"Mean label by the mean prediction, in {len(bins.counts)} bins of about equal numbers of rows."
+    return LineChart(f"Calibration, {task}", summary, "mean prediction", "mean label", (line,), diagonal=True)
 
 
 # ---- gates and experts

@@ -12,9 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from apps.base.checks import check_at_least
 from apps.base.messages import excerpt, first_line
@@ -38,7 +36,7 @@ def predict(model: MultiTaskRecommender, rows: Any, batch_size: int) -> Any:
 
     check_at_least(1, batch_size=batch_size)
     encoding = Encoding.from_state(encoding_of(model))
-    parts: list[NDArray[np.float32]] = [np.empty((0, len(encoding.features.tasks)), np.float32)]
+    parts = [torch.empty(0, model.outputs.width)]
     first = 0
     for table in pieces(rows, encoding.roles, encoding.numbers, _BATCHES * batch_size):
         columns = ArraysInMemory()
@@ -47,9 +45,8 @@ def predict(model: MultiTaskRecommender, rows: Any, batch_size: int) -> Any:
         encoded = TableRows(columns, encoding.features, torch.arange(len(table)))
         for begin in range(0, len(table), batch_size):
             batch = encoded[begin : begin + batch_size].to(model.device)
-            parts.append(model(batch).float().sigmoid().cpu().numpy())
-    p_Nt = np.concatenate(parts)
-    scores = like(rows, {f"probability_{task}": p_Nt[:, i] for i, task in enumerate(encoding.features.tasks)})
+            parts.append(model(batch).float().cpu())
+    scores = like(rows, model.outputs.columns(encoding.features.tasks, torch.cat(parts)))
     if is_frame(rows):
         scores.index = rows.index
     return scores
@@ -120,7 +117,8 @@ def like(rows: Any, columns: Mapping[str, Any]) -> Any:
     """Return columns in the kind of ``rows``: a DataFrame, an arrow table, else a dict of arrays."""
     import pyarrow as pa
 
-    table = pa.table(dict(columns))
+    plain = {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in columns.items()}
+    table = pa.table(plain)
     if is_frame(rows):
         return table.to_pandas()
     if isinstance(rows, (str, Path, Mapping)):

@@ -37,7 +37,7 @@ def split_rows(
     *,
     user: NDArray[np.int64] | None = None,
     time: NDArray[np.int64] | NDArray[np.float64] | None = None,
-    label: NDArray[np.float32] | None = None,
+    label: NDArray[np.float64] | None = None,
 ) -> Splits:
     """Share out the rows of up to three files, numbered one after the other: training, validation, test.
 
@@ -89,7 +89,7 @@ def split_rows(
 
 
 def _at_random(
-    config: SplitConfig, num: int, label: NDArray[np.float32] | None, draw_val: bool, draw_test: bool
+    config: SplitConfig, num: int, label: NDArray[np.float64] | None, draw_val: bool, draw_test: bool
 ) -> tuple[Rows, Rows, Rows]:
     order = np.random.RandomState(config.seed).permutation(num)
     if label is not None:
@@ -104,13 +104,14 @@ def _at_random(
     return order[num_test + num_val :], order[num_test : num_test + num_val], order[:num_test]
 
 
-def _even_places(label: NDArray[np.float32]) -> NDArray[np.float64]:
+def _even_places(label: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return a place on [0, 1] for each row, such that each class (and the rows without a label) lies there evenly.
 
     The first n rows by place then hold each class in its share, to one row.
     """
     place = np.empty(len(label))
-    for of_class in (label == 0, label == 1, np.isnan(label)):
+    classes = np.unique(label[~np.isnan(label)])
+    for of_class in (*(label == one for one in classes), np.isnan(label)):
         count = int(of_class.sum())
         place[of_class] = (np.arange(count) + 0.5) / max(count, 1)
     return place

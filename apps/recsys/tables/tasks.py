@@ -1,4 +1,4 @@
-"""Task heads: from the shared layer's output of each task to its logit."""
+"""Task heads: from the shared layer's output of each task to what it predicts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import core
 from apps.base.checks import check_name
+from apps.recsys.encoding.features import Target
+from apps.recsys.kinds import Outputs
 
 
 @core.register_config
@@ -36,7 +38,7 @@ class HeadConfig:
         activation: "relu", "gelu" or "silu".
         norm: norm in the towers: "batch", "layer" or None. Under "batch" a batch of one takes the running statistics.
         dropout: dropout in the towers.
-        prior_bias: whether the logits start at the share of positives in training.
+        prior_bias: whether the outputs start at the best constant prediction, such as the share of positives.
         calibrator_weight: weight of AITM's hinge, ``mean of max(p_next - p_before, 0)``; "aitm" alone reads it.
         steps: whether the tasks of "plain" are steps too, whose labels are filled in likewise.
 
@@ -73,50 +75,72 @@ class HeadConfig:
         """Tell whether each task implies those before it."""
         return self.steps or self.kind != "plain"
 
-    def build(self, dim: int, num_tasks: int, positives: Sequence[float] = ()) -> Head:
+    def build(self, dim: int, num_tasks: int, positives: Sequence[float] = (), targets: Sequence[Target] = ()) -> Head:
         """Return the head for (t, B, ``dim``).
 
         Args:
             dim: width of the shared layer's output.
             num_tasks: number t of tasks.
             positives: share of positive labels of each task; empty where it is not known.
+            targets: what each task predicts; empty: all are binary.
 
         Raises:
-            ValueError: one task alone with "esmm" or "aitm".
+            ValueError: one task alone with "esmm" or "aitm", or steps that are not all binary.
         """
+        for target in targets:
+            if self.has_steps and target.kind != "binary":
+                steps = "steps=True" if self.kind == "plain" else f"kind={self.kind!r}"
+                raise ValueError(f"head.{steps} takes tasks of kind 'binary', and one is {target.kind!r}")
         if self.kind != "plain" and num_tasks < 2:
             raise ValueError(f"head.kind={self.kind!r} needs at least 2 tasks, there is {num_tasks}")
         kind = {"plain": Head, "esmm": ESMM, "aitm": AITM}[self.kind]
-        return kind(self, dim, num_tasks, positives)
+        return kind(self, dim, num_tasks, positives, targets)
 
 
 class Head(nn.Module):
-    """The plain head: t towers as one batched product, then a logit each.
+    """The plain head: t towers as one batched product, then the outputs of each task.
 
     Args:
         config: config of the towers.
-        dim, num_tasks, positives: arguments of ``HeadConfig.build``.
+        dim, num_tasks, positives, targets: arguments of ``HeadConfig.build``.
+
+    Attributes:
+        outputs: where the outputs of each task stand.
     """
 
-    def __init__(self, config: HeadConfig, dim: int, num_tasks: int, positives: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        config: HeadConfig,
+        dim: int,
+        num_tasks: int,
+        positives: Sequence[float] = (),
+        targets: Sequence[Target] = (),
+    ) -> None:
         super().__init__()
         self.config, self.num_tasks = config, num_tasks
+        self.outputs = Outputs(targets or (Target(),) * num_tasks)
         self.towers = config.tower().build(num_tasks, dim) if config.hidden_dims else None
-        self.weight, self.bias = linear_init(num_tasks, (dim, *config.hidden_dims)[-1], 1)
+        widths = [kind.width for kind in self.outputs.kinds]
+        # Tasks with fewer outputs than another leave the rest of their columns unused, so that all are one product.
+        self.weight, self.bias = linear_init(num_tasks, (dim, *config.hidden_dims)[-1], max(widths))
         if config.prior_bias and positives:
+            shares = self._prior(over_all(positives) if config.has_steps else positives)
             with torch.no_grad():
-                start = over_all(positives) if config.has_steps else positives
-                prior_t = torch.tensor(self._prior(start), dtype=torch.float64)
-                self.bias.copy_(prior_t.logit(eps=1e-4).view(-1, 1, 1))
+                for t, (kind, share) in enumerate(zip(self.outputs.kinds, shares, strict=True)):
+                    self.bias[t, 0, : kind.width] = torch.tensor(kind.start(share), dtype=torch.float64)
 
     def _prior(self, positives: Sequence[float]) -> list[float]:
         return list(positives)
 
     def forward(self, x_tBD: Tensor) -> Tensor:
-        """Return logits (B, t) of (t, B, D)."""
+        """Return the outputs (B, Z) of (t, B, D), a logit a task where all are binary."""
         if self.towers is not None:
             x_tBD = self.towers(x_tBD, "each", (1,) * self.num_tasks).transpose(0, 1)
-        return torch.baddbmm(self.bias, x_tBD, self.weight).squeeze(-1).t()
+        z_tBW = torch.baddbmm(self.bias, x_tBD, self.weight)
+        if self.outputs.all_binary:
+            return z_tBW.squeeze(-1).t()
+        parts = zip(z_tBW, self.outputs.kinds, strict=True)
+        return torch.cat([z_BW[:, : kind.width] for z_BW, kind in parts], dim=1)
 
     def losses(self, logits_Bt: Tensor) -> Mapping[str, Tensor]:
         """Return the head's own weighted losses by name, () each."""
@@ -193,8 +217,15 @@ class AITM(Head):
     sqrt(D))``, where v, k and s are linear; ``z_1 = q_1``. The towers read z.
     """
 
-    def __init__(self, config: HeadConfig, dim: int, num_tasks: int, positives: Sequence[float] = ()) -> None:
-        super().__init__(config, dim, num_tasks, positives)
+    def __init__(
+        self,
+        config: HeadConfig,
+        dim: int,
+        num_tasks: int,
+        positives: Sequence[float] = (),
+        targets: Sequence[Target] = (),
+    ) -> None:
+        super().__init__(config, dim, num_tasks, positives, targets)
         self.transfer_weight, self.transfer_bias = linear_init(num_tasks - 1, dim, dim)
         self.attention_weight, _ = linear_init(num_tasks - 1, dim, 3 * dim)
 

@@ -52,8 +52,9 @@ class WeightingConfig:
         if not self.alpha >= 0:
             raise ValueError(f"weighting.alpha={self.alpha} is negative")
 
-    def build(self, tasks: Sequence[str], positives: Sequence[float] = ()) -> Weighting:
-        """Return the weighting of ``tasks``; ``positives`` are their shares of positive labels, empty where not known.
+    def build(self, tasks: Sequence[str], initial_losses: Sequence[float] = ()) -> Weighting:
+        """Return the weighting of ``tasks``; ``initial_losses`` are those of the best constant predictions, which
+        GradNorm needs. Empty: those of labels that are positive in half of the rows.
 
         Raises:
             ValueError: a weight of a task that is not there, or no task with a weight above 0.
@@ -65,7 +66,7 @@ class WeightingConfig:
         if not any(weights):
             raise ValueError("weighting.weights leaves no task with a weight above 0")
         if self.kind == "gradnorm":
-            return GradNorm(weights, positives, self.alpha)
+            return GradNorm(weights, initial_losses, self.alpha)
         return Uncertainty(weights) if self.kind == "uncertainty" else Weighting(weights)
 
 
@@ -121,20 +122,18 @@ class GradNorm(Weighting):
 
     Args:
         weights: weight of each task to start from.
-        positives: shares of positive labels; empty where not known.
+        initial_losses: losses of the best constant predictions; empty where not known.
         alpha: see ``WeightingConfig``.
     """
 
     _initial_t: Tensor
 
-    def __init__(self, weights: Sequence[float], positives: Sequence[float], alpha: float) -> None:
+    def __init__(self, weights: Sequence[float], initial_losses: Sequence[float], alpha: float) -> None:
         super().__init__(weights)
         self.alpha = alpha
         self.logits = nn.Parameter(torch.tensor(weights).log())
-        shares_t = torch.tensor(positives or [0.5] * len(weights), dtype=torch.float64).clamp(1e-4, 1 - 1e-4)
-        # The log loss of a constant prediction of these shares, in nats.
-        initial_t = torch.special.entr(shares_t) + torch.special.entr(1 - shares_t)
-        self.register_buffer("_initial_t", initial_t.float(), persistent=False)
+        initial_t = torch.tensor(initial_losses or [math.log(2)] * len(weights))
+        self.register_buffer("_initial_t", initial_t, persistent=False)
 
     def forward(
         self, loss_t: Tensor, labelled_t: Tensor | None = None, shared: tuple[Tensor, int] | None = None

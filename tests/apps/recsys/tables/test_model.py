@@ -9,12 +9,13 @@ from made_table import batch, features, jagged
 from torch.testing import assert_close
 
 import core
-from apps.recsys.encoding.features import CategoricalFeature, Features
+from apps.recsys.encoding.features import CategoricalFeature, Features, Target
+from apps.recsys.kinds import Outputs
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.dense import DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig
-from apps.recsys.tables.model import Ensemble, InteractionArch, InteractionConfig, MultiTaskModel, mean_logit
+from apps.recsys.tables.model import Ensemble, InteractionArch, InteractionConfig, MultiTaskModel
 from apps.recsys.tables.tasks import HeadConfig
 
 BOTTOM = SharedBottom(expert=core.MLP((6,)))
@@ -213,6 +214,7 @@ def test_dropout_is_of_training_alone():
 def test_an_ensemble_means_probabilities():
     # (0.2 + 0.6) / 2 = 0.4. Both sure: the mean is as sure as they are.
     z = torch.tensor([math.log(0.2 / 0.8), math.log(0.6 / 0.4)]).view(2, 1, 1)
+    mean_logit = Outputs((Target(),)).mean
     assert_close(mean_logit(z).sigmoid(), torch.tensor([[0.4]]))
     assert_close(mean_logit(torch.tensor([[[60.0]], [[60.0]]])), torch.tensor([[60.0]]))
     assert_close(mean_logit(torch.tensor([[[-200.0]], [[-200.0]]])), torch.tensor([[-200.0]]))

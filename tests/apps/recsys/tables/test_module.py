@@ -13,20 +13,22 @@ from torch.testing import assert_close
 
 import core
 from apps.compare.systems import check_equal, measure_cost
-from apps.recsys.encoding.features import Features
+from apps.recsys.encoding.features import Features, Target
+from apps.recsys.kinds import Outputs
 from apps.recsys.tables.baselines import BOTTOMS, ESTIMATORS, bottom, bottom_widths
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.dense import DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.model import InteractionConfig
-from apps.recsys.tables.module import MultiTaskRecommender, TaskLogits, last_weight, masked_bce
+from apps.recsys.tables.module import MultiTaskRecommender, TaskOutputs, labelled_mean, last_weight
 from apps.recsys.tables.tasks import HeadConfig
 from apps.recsys.tables.weighting import WeightingConfig
 from apps.train.distilling import DistilConfig
 from apps.train.module import OptimizerConfig, parameter_groups
 
 NAN = math.nan
+TWO_CLICKS = Outputs((Target(), Target()))
 DOT = InteractionConfig("dot")
 MMOE = core.MMoE(4, core.MLP((8,)))
 
@@ -73,10 +75,14 @@ def test_metrics_of_counts_are_an_option():
 # ---- the loss
 
 
+def losses(z, label_Bt):
+    return labelled_mean(TWO_CLICKS.losses(z, label_Bt), label_Bt)
+
+
 def test_missing_labels_are_in_no_loss():
     # Click: logits 0 and log 3 (p = 1/2 and 3/4), labels 1 and none: log 2. Buy: labels 0, 1 at p = 1/2: log 2 each.
     z_Bt = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]], requires_grad=True)
-    loss_t = masked_bce(z_Bt, torch.tensor([[1.0, 0.0], [NAN, 1.0]]))
+    loss_t = losses(z_Bt, torch.tensor([[1.0, 0.0], [NAN, 1.0]]))
     assert_close(loss_t, torch.full((2,), math.log(2)))
     loss_t.sum().backward()
     # (p - y) over the labelled: click -1/2 of one, nothing of the other; buy 1/4 and -1/4.
@@ -87,14 +93,14 @@ def test_a_teacher_counts_where_a_task_has_a_label():
     # Click: the teacher says 3/4, the student 1/2, for the first example; the second has no label. Buy: 1/2 and 1/2.
     label_Bt = torch.tensor([[1.0, 0.0], [NAN, 1.0]])
     z_Bt = torch.zeros(2, 2, requires_grad=True)
-    teacher = TaskLogits(torch.tensor([[math.log(3), 0.0], [9.0, 0.0]]), label_Bt)
-    cost = TaskLogits(z_Bt, label_Bt).divergence(teacher, 1.0)
+    teacher = TaskOutputs(TWO_CLICKS, torch.tensor([[math.log(3), 0.0], [9.0, 0.0]]), label_Bt)
+    cost = TaskOutputs(TWO_CLICKS, z_Bt, label_Bt).divergence(teacher, 1.0)
     assert_close(cost.detach(), torch.tensor(0.75 * math.log(1.5) + 0.25 * math.log(0.5)))
     cost.backward()
     assert_close(z_Bt.grad, torch.tensor([[0.5 - 0.75, 0.0], [0.0, 0.0]]))
     # At T = 2 the odds are sqrt(3).
     p = math.sqrt(3) / (1 + math.sqrt(3))
-    cost = TaskLogits(z_Bt, label_Bt).divergence(teacher, 2.0)
+    cost = TaskOutputs(TWO_CLICKS, z_Bt, label_Bt).divergence(teacher, 2.0)
     assert_close(cost.detach(), torch.tensor(p * math.log(2 * p) + (1 - p) * math.log(2 - 2 * p)))
 
 
@@ -115,7 +121,7 @@ def test_each_member_of_an_ensemble_learns_the_teacher_s_mean_probability(tmp_pa
 
 def test_a_task_without_a_label_costs_nothing():
     z_Bt = torch.zeros(2, 2, requires_grad=True)
-    loss_t = masked_bce(z_Bt, torch.tensor([[NAN, 1.0], [NAN, 1.0]]))
+    loss_t = losses(z_Bt, torch.tensor([[NAN, 1.0], [NAN, 1.0]]))
     assert loss_t.tolist() == pytest.approx([0.0, math.log(2)])
     loss_t.sum().backward()
     assert z_Bt.grad.isfinite().all()
@@ -135,7 +141,7 @@ def test_steps_that_are_left_out_count_as_those_that_are_written(kind):
 def test_members_are_weighed_alike():
     z_MBt = torch.randn(3, 4, 2)
     label_Bt = torch.tensor([[1.0, 0.0], [NAN, 1.0], [0.0, NAN], [1.0, 1.0]])
-    assert_close(masked_bce(z_MBt, label_Bt), torch.stack([masked_bce(z, label_Bt) for z in z_MBt]).mean(0))
+    assert_close(losses(z_MBt, label_Bt), torch.stack([losses(z, label_Bt) for z in z_MBt]).mean(0))
 
 
 def test_balance_losses_weigh_as_much_in_an_ensemble_as_in_one_network():
@@ -202,7 +208,7 @@ def test_gradnorm_norms_are_those_of_the_shared_experts_gradients(shared):
     weight, num_shared = last_weight(module.model.shared)
     assert num_shared == shared.num_experts
     for i, name in enumerate(("click", "buy")):
-        loss = masked_bce(module(batch()), batch().label_Bt)[i]
+        loss = losses(module(batch()), batch().label_Bt)[i]
         expected = torch.autograd.grad(loss, weight)[0][: shared.num_experts].norm()
         assert_close(terms[f"gradient_norm_{name}"], expected)
 
@@ -228,7 +234,7 @@ def test_an_ensemble_is_its_members():
     z_MBt = torch.stack([m(batch()) for m in module.members])
     assert_close(module(batch()).sigmoid(), z_MBt.sigmoid().mean(0))
     out = module.task_loss(batch())
-    assert_close(out.loss, masked_bce(z_MBt, batch().label_Bt).sum())
+    assert_close(out.loss, losses(z_MBt, batch().label_Bt).sum())
     assert_close(out.outputs, module(batch()))
     assert module.moe_block_names == tuple(f"model.members.{i}.shared" for i in range(3))
 

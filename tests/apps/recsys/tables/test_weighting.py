@@ -74,9 +74,9 @@ def test_gradnorm_leaves_a_task_without_labels_out_of_the_means():
 
 
 def test_gradnorm_helps_the_slower_task():
-    # Base rates 1/2 give log 2 to begin with. L = log 2 (still there) and log(2) / 3: rates 1.5 and 0.5, norms 1 and 1.
+    # Constant predictions lose log 2 each. L = log 2 (still there) and log(2) / 3: rates 1.5 and 0.5, norms 1 and 1.
     # alpha 1: targets 1.5 and 0.5: the first weight rises, the second falls.
-    weighting = WeightingConfig("gradnorm", alpha=1.0).build(TASKS, positives=(0.5, 0.5))
+    weighting = WeightingConfig("gradnorm", alpha=1.0).build(TASKS, (math.log(2), math.log(2)))
     w = torch.tensor([math.log(2), math.log(2) / 3], requires_grad=True)
     loss, _ = weighting(w * 1.0, shared=(w, 2))
     loss.backward()

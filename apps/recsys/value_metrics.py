@@ -1,0 +1,169 @@
+"""Metrics of predicted numbers and classes, as functions of arrays.
+
+scipy and scikit-learn compute the correlations and areas. What a split cannot tell is NaN: correlations and ``r2`` of
+equal labels, correlations of equal predictions, everything of a task without labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from apps.recsys.binary_metrics import auc, auc_values
+
+_BINS = 15
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Mean predictions and labels in bins of about equal numbers of examples, by ascending prediction.
+
+    Attributes:
+        prediction, label: means of each bin.
+        counts: examples of each bin.
+    """
+
+    prediction: np.ndarray
+    label: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class ValueMetrics:
+    """The metrics of a task of numbers or classes over a split.
+
+    Attributes:
+        num_examples: number of examples with a label.
+        mean_label, mean_prediction: means over them; NaN for classes.
+        constant: whether all predictions are equal.
+        invalid: number of predictions that are NaN; the metrics are NaN if there are any.
+        by_name: the metrics: "r2", "rmse", "mae", "spearman" and "pcc" of numbers, and "accuracy" and "log_loss"
+            beside them of levels; "auc", "accuracy" and "log_loss" of classes.
+        bins: calibration of numbers; None for classes.
+    """
+
+    num_examples: int
+    mean_label: float = math.nan
+    mean_prediction: float = math.nan
+    constant: bool = False
+    invalid: int = 0
+    by_name: Mapping[str, float] = field(default_factory=dict)
+    bins: Bins | None = None
+
+    def values(self) -> dict[str, float]:
+        """Return the metrics by name."""
+        return dict(self.by_name)
+
+
+NUMBERS, LEVELS = ("r2", "rmse", "mae", "spearman", "pcc"), ("accuracy", "log_loss")
+CLASSES = ("auc", "accuracy", "log_loss")
+
+
+def number_metrics(
+    value_N: np.ndarray, label_N: np.ndarray, log_p_NL: np.ndarray | None = None, place_N: np.ndarray | None = None
+) -> ValueMetrics:
+    """Return the metrics of predicted numbers.
+
+    ``r2`` is ``1 - sum (y - value)^2 / sum (y - mean y)^2``, "spearman" the correlation of ranks with ties at their
+    mean rank, "pcc" Pearson's correlation.
+
+    Args:
+        value_N: predictions.
+        label_N: the numbers; NaN for none.
+        log_p_NL: logarithms of the levels' probabilities; None: the numbers are no levels.
+        place_N: place of each label among the levels.
+    """
+    from scipy.stats import rankdata
+
+    names = NUMBERS if log_p_NL is None else (*NUMBERS, *LEVELS)
+    is_labelled_N = ~np.isnan(label_N)
+    y_n, v_n = label_N[is_labelled_N].astype(np.float64), value_N[is_labelled_N].astype(np.float64)
+    invalid = int((~np.isfinite(v_n)).sum())
+    if not len(y_n) or invalid:
+        mean = float(y_n.mean()) if len(y_n) else math.nan
+        return ValueMetrics(len(y_n), mean, invalid=invalid, by_name=dict.fromkeys(names, math.nan))
+    error_n = y_n - v_n
+    spread = float(np.square(y_n - y_n.mean()).sum())
+    by_name = {
+        "r2": 1 - float(np.square(error_n).sum()) / spread if spread else math.nan,
+        "rmse": math.sqrt(float(np.square(error_n).mean())),
+        "mae": float(np.abs(error_n).mean()),
+        "spearman": correlation(rankdata(v_n), rankdata(y_n)),
+        "pcc": correlation(v_n, y_n),
+    }
+    if log_p_NL is not None and place_N is not None:
+        by_name |= _of_probabilities(log_p_NL[is_labelled_N], place_N[is_labelled_N].astype(np.int64))
+    constant = bool((v_n == v_n[0]).all())
+    return ValueMetrics(len(y_n), float(y_n.mean()), float(v_n.mean()), constant, 0, by_name, bins(v_n, y_n))
+
+
+def class_metrics(z_NC: np.ndarray, place_N: np.ndarray) -> ValueMetrics:
+    """Return the metrics of predicted classes.
+
+    "auc" is the mean over the classes that are there of the AUC of one class against the others.
+
+    Args:
+        z_NC: logits.
+        place_N: place of each label's class; NaN for none.
+    """
+    is_labelled_N = ~np.isnan(place_N)
+    z_nC, y_n = z_NC[is_labelled_N].astype(np.float64), place_N[is_labelled_N].astype(np.int64)
+    invalid = int(np.isnan(z_nC).any(1).sum())
+    if not len(y_n) or invalid:
+        return ValueMetrics(len(y_n), invalid=invalid, by_name=dict.fromkeys(CLASSES, math.nan))
+    log_p_nC = _log_softmax(z_nC)
+    areas = [auc(log_p_nC[:, c], y_n == c) for c in np.unique(y_n)]
+    by_name = {"auc": float(np.mean(areas)), **_of_probabilities(log_p_nC, y_n)}
+    return ValueMetrics(len(y_n), constant=bool((z_nC == z_nC[0]).all()), by_name=by_name)
+
+
+def number_values(value_N: np.ndarray, label_N: np.ndarray) -> np.ndarray:
+    """Return values (N,) whose mean is the ``r2`` of predicted numbers.
+
+    The value of an example is ``1 - (y - value)^2 / variance of y``, that of one without a label the ``r2`` itself.
+    """
+    y_n, variance = label_N[~np.isnan(label_N)], float(np.nanvar(label_N)) if (~np.isnan(label_N)).any() else 0.0
+    if not len(y_n) or not variance:
+        return np.full(len(label_N), math.nan)
+    values_N = 1 - np.square(label_N - value_N) / variance
+    return np.where(np.isnan(label_N), np.nanmean(values_N), values_N)
+
+
+def class_values(z_NC: np.ndarray, place_N: np.ndarray) -> np.ndarray:
+    """Return values (N,) whose mean is the "auc" of predicted classes; see ``auc_values``."""
+    log_p_NC = _log_softmax(z_NC.astype(np.float64))
+    classes = np.unique(place_N[~np.isnan(place_N)]).astype(np.int64)
+    if not len(classes):
+        return np.full(len(place_N), math.nan)
+    is_class = (np.where(np.isnan(place_N), np.nan, place_N == c) for c in classes)
+    return np.mean([auc_values(log_p_NC[:, c], y_N) for c, y_N in zip(classes, is_class, strict=True)], axis=0)
+
+
+def bins(value_N: np.ndarray, label_N: np.ndarray) -> Bins:
+    """Return the means of predictions and labels in at most 15 bins; equal predictions share one."""
+    values, group_N, counts = np.unique(value_N, return_inverse=True, return_counts=True)
+    middle = np.cumsum(counts) - counts / 2
+    bin_N = np.minimum((_BINS * middle / len(value_N)).astype(np.int64), _BINS - 1)[group_N]
+    own, predicted, labels = (np.bincount(bin_N, weights, _BINS) for weights in (None, value_N, label_N))
+    kept = own > 0
+    return Bins(predicted[kept] / own[kept], labels[kept] / own[kept], own[kept].astype(np.int64))
+
+
+def correlation(a_N: np.ndarray, b_N: np.ndarray) -> float:
+    """Return Pearson's correlation; NaN where one side is constant."""
+    a_N, b_N = a_N - a_N.mean(), b_N - b_N.mean()
+    norm = math.sqrt(float(a_N @ a_N)) * math.sqrt(float(b_N @ b_N))
+    return float(a_N @ b_N) / norm if norm else math.nan
+
+
+def _of_probabilities(log_p_NC: np.ndarray, place_N: np.ndarray) -> dict[str, float]:
+    own_N = log_p_NC[np.arange(len(place_N)), place_N]
+    return {"accuracy": float((log_p_NC.argmax(1) == place_N).mean()), "log_loss": float(-own_N.mean())}
+
+
+def _log_softmax(z_NC: np.ndarray) -> np.ndarray:
+    z_NC = z_NC - z_NC.max(1, keepdims=True)
+    return z_NC - np.log(np.exp(z_NC).sum(1, keepdims=True))

@@ -1,0 +1,135 @@
+"""Kinds of tasks: losses and predictions by hand, their optimum, and ensembles."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from apps.recsys.encoding.features import Target
+from apps.recsys.kinds import Outputs, kind_of
+
+PRICE = Target("regression", mean=10.0, std=4.0)
+WATCHED = Target("regression", "weighted_logistic", mean=10.0, std=4.0)
+VISITS = Target("count", mean=2.0, std=1.0)
+STARS = Target("ordinal", levels=(1.0, 2.0, 5.0), shares=(0.25, 0.5, 0.25))
+COLOUR = Target("multiclass", classes=("blue", "red", "tan"), shares=(0.5, 0.25, 0.25))
+ALL = (Target(), PRICE, WATCHED, VISITS, STARS, COLOUR)
+
+
+def outputs(*values):
+    return torch.tensor([values], dtype=torch.float64)
+
+
+def loss(target, z, y):
+    return float(kind_of(target).loss(z, torch.tensor([y], dtype=torch.float64)))
+
+
+def test_numbers_are_predicted_in_deviations_from_the_mean():
+    # z = 1/2 is 10 + 4/2 = 12; the label 18 is two deviations up: (0.5 - 2)^2, or its absolute value.
+    assert float(kind_of(PRICE).value(outputs(0.5))) == 12
+    assert loss(PRICE, outputs(0.5), 18.0) == 2.25
+    assert loss(Target("regression", "absolute", 10.0, 4.0), outputs(0.5), 18.0) == 1.5
+
+
+def test_counts_have_poisson_s_loss():
+    # value 2 e^z = 4 at z = log 2; e^z - y z / mean = 2 - 3 log 2 / 2. Poisson's is value - y log value + log y!.
+    z = outputs(math.log(2))
+    assert float(kind_of(VISITS).value(z)) == pytest.approx(4)
+    assert loss(VISITS, z, 3.0) == pytest.approx(2 - 1.5 * math.log(2))
+    of_poisson = torch.nn.PoissonNLLLoss(log_input=False, reduction="none", eps=0.0)
+    for y in (0.0, 3.0):
+        whole = float(of_poisson(torch.tensor(4.0), torch.tensor(y)) - of_poisson(torch.tensor(2.0), torch.tensor(y)))
+        assert loss(VISITS, z, y) - loss(VISITS, outputs(0.0), y) == pytest.approx(whole / 2, rel=1e-6)
+
+
+def test_watch_times_are_the_odds_of_a_weighted_logistic():
+    # Weights 1 of the negative and 20 / 10 of the positive: softplus(z) + 2 softplus(-z), least where e^z = 2.
+    z = torch.tensor([[math.log(2)]], dtype=torch.float64, requires_grad=True)
+    kind = kind_of(WATCHED)
+    cost = kind.loss(z, torch.tensor([20.0], dtype=torch.float64))
+    assert float(cost) == pytest.approx(math.log(3) + 2 * math.log(1.5))
+    cost.backward()
+    assert float(z.grad) == pytest.approx(0, abs=1e-12)
+    assert float(kind.value(z.detach())) == pytest.approx(20)
+
+
+def test_levels_have_probabilities_that_sum_to_one():
+    # P(above 1) = sigmoid(0) = 1/2; the step softplus(log(e^log 3 - 1)) = log 3: P(above 2) = sigmoid(-log 3) = 1/4.
+    kind = kind_of(STARS)
+    z = outputs(0.0, math.log(2))
+    assert kind.log_probabilities(z).exp().tolist() == [pytest.approx([0.5, 0.25, 0.25])]
+    assert float(kind.value(z)) == pytest.approx(0.5 * 1 + 0.25 * 2 + 0.25 * 5)
+    assert loss(STARS, z, 1.0) == pytest.approx(math.log(4))
+    assert_close(kind.outputs_of(kind.log_probabilities(z).exp()), z)
+
+
+def test_levels_that_are_far_off_keep_a_finite_loss():
+    for z in (outputs(60.0, -30.0), outputs(-60.0, -30.0), outputs(0.0, 80.0)):
+        z = z.float().requires_grad_()
+        cost = kind_of(STARS).loss(z, torch.tensor([1.0]))
+        cost.backward()
+        assert cost.isfinite()
+        assert z.grad.isfinite().all()
+
+
+def test_classes_have_the_cross_entropy_of_a_softmax():
+    z = outputs(0.0, math.log(2), 0.0)  # 1/4, 1/2, 1/4
+    assert loss(COLOUR, z, 2.0) == pytest.approx(math.log(4))
+    columns = kind_of(COLOUR).columns("colour", z)
+    assert columns["value_colour"] == ["red"]
+    assert columns["probability_colour"].tolist() == pytest.approx([0.5])
+
+
+@pytest.mark.parametrize("target", [Target(), PRICE, WATCHED, VISITS, STARS, COLOUR])
+def test_the_start_is_the_best_constant(target):
+    """The gradient of the mean loss is 0 at the start, over labels that have the training's statistics."""
+    labels = {
+        "binary": [1.0, 0.0, 0.0, 0.0],
+        "regression": [6.0, 14.0, 10.0 - 4.0, 10.0 + 4.0],  # mean 10, deviation 4
+        "count": [1.0, 3.0, 2.0, 2.0],
+        "ordinal": [0.0, 1.0, 1.0, 2.0],
+        "multiclass": [0.0, 0.0, 1.0, 2.0],
+    }[target.kind]
+    kind = kind_of(target)
+    z = torch.tensor(kind.start(0.25), dtype=torch.float64, requires_grad=True)
+    mean = kind.loss(z.expand(4, -1), torch.tensor(labels, dtype=torch.float64)).mean()
+    mean.backward()
+    assert_close(z.grad, torch.zeros_like(z), atol=1e-9, rtol=0)
+    assert float(mean) == pytest.approx(kind.initial_loss(0.25))
+
+
+def test_ensembles_predict_the_mean_of_their_members():
+    several = Outputs(ALL)
+    z_MBZ = torch.randn(3, 5, several.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean = several.mean(z_MBZ)
+    for kind, own, of_members in zip(several.kinds, several.split(mean), several.split(z_MBZ), strict=True):
+        if kind.target.kind == "multiclass":
+            assert_close(own.softmax(-1), of_members.softmax(-1).mean(0))
+        else:
+            values = torch.stack([kind.value(z_Bw) for z_Bw in of_members])
+            assert_close(kind.value(own), values.mean(0))
+
+
+def test_a_teacher_is_learned_where_the_divergence_is_least():
+    several = Outputs(ALL)
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(4, several.width, generator=generator, dtype=torch.float64)
+    z = given.clone().requires_grad_()
+    distance = several.divergences(z, given, 1.0)
+    assert_close(distance, torch.zeros(4, 6, dtype=torch.float64), atol=1e-12, rtol=0)
+    distance.sum().backward()
+    assert_close(z.grad, torch.zeros_like(z), atol=1e-12, rtol=0)
+    assert (several.divergences(given + 0.3 * torch.randn(given.shape, generator=generator), given, 1.0) > 0).all()
+
+
+def test_outputs_stand_side_by_side():
+    several = Outputs(ALL)
+    assert several.width == 1 + 1 + 1 + 1 + 2 + 3
+    z_BZ, label_Bt = torch.randn(2, 9), torch.tensor([[1.0, 9.0, 3.0, 2.0, 2.0, 0.0], [math.nan] * 6])
+    of_each = several.losses(z_BZ, label_Bt)
+    assert of_each.shape == (2, 6)
+    assert_close(of_each[0, 4], kind_of(STARS).loss(z_BZ[:1, 4:6], torch.tensor([2.0]))[0])
+    assert of_each.isfinite().all()
