@@ -43,9 +43,10 @@ class TableArrays:
         dense_NC: float32 (N, C), the continuous columns; NaN where missing or infinite.
         ids_NF: int64 (N, F), row numbers of the categorical columns of one value, in the order of the features.
         multi: the other categorical columns, by name.
-        label_Nt: float32 (N, t); NaN for no label.
+        label_Nt: float32 (N, t), as ``TableBatch`` has them; NaN for no label.
         domain_N: int64 (N,), the domain; None where there is one.
         group_N: int64 (N,), the user; None where none is named.
+        weight_Nt: float32 (N, t), weights of the labels; None: 1.
     """
 
     features: Features
@@ -55,6 +56,7 @@ class TableArrays:
     label_Nt: np.ndarray
     domain_N: np.ndarray | None = None
     group_N: np.ndarray | None = None
+    weight_Nt: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.label_Nt)
@@ -92,7 +94,7 @@ def join(batches: Iterable[TableBatch], features: Features, split: str = "given"
         add("dense", batch.dense_BC)
         add("label", batch.label_Bt)
         add("index", batch.index_B)
-        for optional in ("domain_B", "group_B"):
+        for optional in ("domain_B", "group_B", "weight_Bt"):
             if getattr(batch, optional) is not None:
                 add(optional, getattr(batch, optional))
         if batch.sparse is not None:
@@ -115,6 +117,7 @@ def join(batches: Iterable[TableBatch], features: Features, split: str = "given"
         label_Nt=whole["label"][order],
         domain_N=whole["domain_B"][order] if "domain_B" in whole else None,
         group_N=whole["group_B"][order] if "group_B" in whole else None,
+        weight_Nt=whole["weight_Bt"][order] if "weight_Bt" in whole else None,
     )
 
 

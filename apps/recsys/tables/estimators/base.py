@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,8 @@ import torch
 
 from apps.base.checks import check_at_least
 from apps.equal_cost.search import Search
-from apps.recsys import binary_metrics
+from apps.recsys.encoding.features import Target
+from apps.recsys.kinds import Count, Kind, Ordinal, Outputs, kind_of
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables.arrays import MultiValued, TableArrays, gather
 from apps.recsys.tables.tasks import step_labels
@@ -39,6 +40,8 @@ class Task:
         train, val: the columns.
         y_N, yv_N: the labels of these rows.
         seed: seed of the training's draws.
+        kind: what is predicted.
+        weight_N: weights of the training rows; None: 1.
     """
 
     name: str
@@ -47,6 +50,8 @@ class Task:
     val: TableArrays
     yv_N: np.ndarray
     seed: int
+    kind: Kind = field(default_factory=lambda: Kind(Target()))
+    weight_N: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -131,28 +136,34 @@ class PerTask:
         with self._threads():
             arrays = gather(data, split)
             z_Nt = self.logits(arrays)
-        metrics = MultiTaskMetrics(arrays.features.tasks, grouped=arrays.group_N is not None)
+        outputs = Outputs(arrays.features.target_of_task)
+        metrics = MultiTaskMetrics(arrays.features.tasks, grouped=arrays.group_N is not None, outputs=outputs)
         groups = None if arrays.group_N is None else torch.from_numpy(arrays.group_N)
         metrics.update(torch.from_numpy(z_Nt), self._labels(arrays), groups)
         return {name: float(value) for name, value in metrics.compute().items()}
 
     def logits(self, arrays: TableArrays) -> np.ndarray:
-        """Return the tasks' logits, float64 (N, t)."""
+        """Return the tasks' outputs, float64 (N, Z), a logit a task where all are binary."""
         models = [self.models[name] for name in arrays.features.tasks]
-        z_tN = [np.full(len(arrays), m.logit) if isinstance(m, Constant) else self.decision(m, arrays) for m in models]
-        return np.stack(z_tN, axis=1)
+        of_tasks = [
+            np.full(len(arrays), m.logit) if isinstance(m, Constant) else self.decision(m, arrays) for m in models
+        ]
+        return np.column_stack(of_tasks)
 
     def _tasks(self, data: Any, seed: int) -> dict[str, Task | Constant]:
         """Return the rows of each task, or the rate of one whose training labels are of one class."""
         train, val = gather(data, "train"), gather(data, "val")
         label_Nt, label_val_Nt = self._labels(train).numpy(), self._labels(val).numpy()
         tasks: dict[str, Task | Constant] = {}
-        for name, y_N, yv_N in zip(train.features.tasks, label_Nt.T, label_val_Nt.T, strict=True):
+        targets = zip(train.features.tasks, train.features.target_of_task, strict=True)
+        for t, (name, target) in enumerate(targets):
+            y_N, yv_N = label_Nt[:, t], label_val_Nt[:, t]
             classes = np.unique(y_N[~np.isnan(y_N)])
             if len(classes) < 2:
                 tasks[name] = Constant(float(classes[0]) if len(classes) else 0.5)
             else:
-                tasks[name] = Task(name, train, y_N, val, yv_N, seed)
+                weight_N = None if train.weight_Nt is None else train.weight_Nt[:, t]
+                tasks[name] = Task(name, train, y_N, val, yv_N, seed, kind_of(target), weight_N)
         return tasks
 
     def _labels(self, arrays: TableArrays) -> torch.Tensor:
@@ -177,7 +188,7 @@ class PerTask:
         raise NotImplementedError
 
     def decision(self, model: Any, arrays: TableArrays) -> np.ndarray:
-        """Return the logits of a model of ``fit_task``, float64 (N,)."""
+        """Return the outputs of a model of ``fit_task``, float64 (N,), or (N, width) of several."""
         raise NotImplementedError
 
 
@@ -209,13 +220,44 @@ def best_of(
     return best, at
 
 
-def quality_of_logits(z_N: np.ndarray, y_N: np.ndarray) -> float:
-    """Return what is tuned for: the AUC, or the log likelihood where the validation rows have one class."""
-    auc = binary_metrics.auc(z_N, y_N)
-    if not math.isnan(auc):
-        return auc
-    loss = binary_metrics.log_loss(z_N, y_N)
+def quality_of(kind: Kind, z_N: np.ndarray, y_N: np.ndarray) -> float:
+    """Return what is tuned for: the task's main metric, such as the AUC, or where validation cannot tell it (such as
+    that of one class) the log likelihood, or the squared error's negative.
+
+    Args:
+        kind: what is predicted.
+        z_N: outputs, (N,) or (N, width).
+        y_N: labels.
+    """
+    values = kind.metrics(z_N.reshape(len(y_N), -1), y_N).values()
+    if not math.isnan(values[kind.main_metric]):
+        return values[kind.main_metric]
+    loss = values.get("log_loss", values.get("rmse", math.nan))
     return 0.0 if math.isnan(loss) else -loss
+
+
+def outputs_of(kind: Kind, raw: np.ndarray, classes: np.ndarray | None = None) -> np.ndarray:
+    """Return what a model predicts as the outputs of a task's kind, float64 (N,) or (N, width).
+
+    Args:
+        kind: what is predicted.
+        raw: logits of a classifier, (N,) of two classes, else (N, C); or predicted numbers (N,).
+        classes: places of the classes that a classifier has seen; None: it is none, or binary.
+    """
+    target = kind.target
+    if target.kind == "binary":
+        return raw
+    if classes is None:
+        if isinstance(kind, Count):
+            return np.asarray(np.log(np.maximum(raw, 1e-9) / target.mean))
+        return np.asarray((raw - target.mean) / target.std)
+    if raw.ndim == 1:
+        raw = np.column_stack((np.zeros(len(raw)), raw))
+    logits = np.full((len(raw), len(target.shares)), -30.0)  # a class that is not seen has next to no probability
+    logits[:, classes] = raw
+    if not isinstance(kind, Ordinal):
+        return logits
+    return kind.outputs_of(torch.from_numpy(logits).softmax(-1)).numpy()
 
 
 def _words(options: Mapping[str, Any]) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,8 +14,9 @@ import numpy as np
 from apps.base.checks import check_at_least
 from apps.equal_cost.search import Search
 from apps.recsys.encoding.features import CategoricalFeature
+from apps.recsys.kinds import Count, Kind
 from apps.recsys.tables.arrays import TableArrays
-from apps.recsys.tables.estimators.base import PerTask, Task, best_of, quality_of_logits, sparse_values
+from apps.recsys.tables.estimators.base import PerTask, Task, best_of, outputs_of, quality_of, sparse_values
 
 MAX_CATEGORIES = 255
 """Largest number of categories by which scikit-learn's boosting splits a column."""
@@ -40,17 +42,17 @@ SOME_ROWS = 0.6
 
 
 class HistGradientBoosting(PerTask):
-    """scikit-learn's ``HistGradientBoostingClassifier``, one a task.
+    """scikit-learn's ``HistGradientBoostingClassifier``, or its regressor, one a task.
 
     Continuous columns enter as they are, NaN too. Categorical columns of at most 255 rows are split by category; larger
     ones become the cross-fitted mean label of their value and its frequency. Multi-valued columns become the number of
     values and a column for each of the 64 most frequent ones.
 
-    Tuned, on the validation split's AUC: leaves and the share of columns a split looks at, then the L2 penalty, on at
-    most ``search_rows`` training rows; then the learning rate, and whether categories are split as such or as numbers,
-    on all of them, each with as many of ``max_iter`` trees as are best. A search whose time is up keeps the best so
-    far; the last two fifths of the time are for the settings on all rows. The seed draws the search rows, the folds and
-    the columns of a split.
+    Tuned, on the validation split's AUC (R^2 of numbers and levels): leaves and the share of columns a split looks at,
+    then the L2 penalty, on at most ``search_rows`` training rows; then the learning rate, and whether categories are
+    split as such or as numbers, on all of them, each with as many of ``max_iter`` trees as are best. A search whose
+    time is up keeps the best so far; the last two fifths of the time are for the settings on all rows. The seed draws
+    the search rows, the folds and the columns of a split.
 
     Args:
         tuned: whether to search; False: scikit-learn's defaults and ``UNTUNED_ITERATIONS`` trees.
@@ -113,8 +115,9 @@ class HistGradientBoosting(PerTask):
     def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         rows = self._rows(task)
         if not self.tunes:
-            model = _booster(rows.mask_D, task.seed, {}, self.UNTUNED_ITERATIONS).fit(rows.x_ND, rows.y_N)
-            return (rows.columns, _Boosted(model, 0)), {"iterations": self.UNTUNED_ITERATIONS}
+            model = _booster(task.kind, rows.mask_D, task.seed, {}, self.UNTUNED_ITERATIONS)
+            model.fit(rows.x_ND, rows.y_N, rows.weight_N)
+            return (rows.columns, _Boosted(task.kind, model, 0)), {"iterations": self.UNTUNED_ITERATIONS}
         fitted = self._whole(rows, task.seed, settings)
         return (rows.columns, fitted), {**settings, "iterations": fitted.iterations, "val_quality": fitted.quality}
 
@@ -123,30 +126,34 @@ class HistGradientBoosting(PerTask):
         return fitted.decision(columns.transform(arrays))
 
     def _rows(self, task: Task) -> _Rows:
-        columns = Columns(task.train)
+        columns = Columns(task.train, task.kind)
         kept_N, kept_V = ~np.isnan(task.y_N), ~np.isnan(task.yv_N)
-        y_N, yv_N = task.y_N[kept_N].astype(np.int64), task.yv_N[kept_V].astype(np.int64)
+        y_N, yv_N = task.y_N[kept_N], task.yv_N[kept_V]
+        if not _is_number(task.kind):
+            y_N = y_N.astype(np.int64)
+        weight_N = None if task.weight_N is None else task.weight_N[kept_N]
         x_ND = columns.fit_transform(task.train, kept_N, y_N, task.seed)
         xv_ND = columns.transform(task.val)[kept_V] if self.tunes else np.zeros((0, 0))
-        return _Rows(columns, x_ND, y_N, xv_ND, yv_N, columns.mask(x_ND.shape[1]))
+        return _Rows(task.kind, columns, x_ND, y_N, weight_N, xv_ND, yv_N, columns.mask(x_ND.shape[1]))
 
     def _whole(self, rows: _Rows, seed: int, settings: Mapping[str, Any]) -> _Boosted:
         """Return trees on all rows, as many of them as are best on the validation split."""
         options = {name: value for name, value in settings.items() if name != "by_category"}
         mask_D = rows.mask_D if settings["by_category"] else np.zeros_like(rows.mask_D)
         model, _ = self._boost(rows, mask_D, slice(None), seed, options, self.max_iter)
-        by_number = [quality_of_logits(z_N, rows.yv_N) for z_N in model.staged_decision_function(rows.xv_ND)]
-        return _Boosted(model, int(np.argmax(by_number)) + 1, max(by_number))
+        by_number = [quality_of(rows.kind, z_N, rows.yv_N) for z_N in _staged(rows.kind, model, rows.xv_ND)]
+        return _Boosted(rows.kind, model, int(np.argmax(by_number)) + 1, max(by_number))
 
     def _boost(
         self, rows: _Rows, mask_D: np.ndarray, some: Any, seed: int, options: Mapping[str, Any], max_iter: int
     ) -> tuple[Any, float]:
         """Add trees until the validation split has seen no better number of them for a while; return its best too."""
-        model = _booster(mask_D, seed, options, 0)
+        model = _booster(rows.kind, mask_D, seed, options, 0)
+        weight_N = None if rows.weight_N is None else rows.weight_N[some]
         best, waited = -math.inf, 0
         for trees in (*range(self.STEP, max_iter, self.STEP), max_iter):
-            model.set_params(max_iter=trees).fit(rows.x_ND[some], rows.y_N[some])
-            quality = quality_of_logits(model.decision_function(rows.xv_ND), rows.yv_N)
+            model.set_params(max_iter=trees).fit(rows.x_ND[some], rows.y_N[some], weight_N)
+            quality = quality_of(rows.kind, _decision(rows.kind, model, rows.xv_ND), rows.yv_N)
             best, waited = (quality, 0) if quality > best else (best, waited + 1)
             if waited == self.PATIENCE:
                 break
@@ -164,9 +171,11 @@ class HistGradientBoostingUntuned(HistGradientBoosting):
 class _Rows:
     """The columns and labels of one task's labelled rows, for training and validation; ``mask_D``: the categories."""
 
+    kind: Kind
     columns: Columns
     x_ND: np.ndarray
     y_N: np.ndarray
+    weight_N: np.ndarray | None
     xv_ND: np.ndarray
     yv_N: np.ndarray
     mask_D: np.ndarray
@@ -176,10 +185,19 @@ def _whole_settings(has_categories: bool) -> list[dict[str, Any]]:
     return [options for options in WHOLE if options["by_category"] or has_categories]
 
 
-def _booster(mask_D: np.ndarray, seed: int, options: Mapping[str, Any], trees: int) -> Any:
-    from sklearn.ensemble import HistGradientBoostingClassifier
+def _is_number(kind: Kind) -> bool:
+    """Return whether labels are numbers that trees predict themselves, and no classes or levels."""
+    return kind.target.kind in ("regression", "count")
 
-    return HistGradientBoostingClassifier(
+
+def _booster(kind: Kind, mask_D: np.ndarray, seed: int, options: Mapping[str, Any], trees: int) -> Any:
+    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+
+    booster: Any = HistGradientBoostingClassifier
+    if _is_number(kind):
+        loss = "poisson" if isinstance(kind, Count) else f"{kind.target.loss}_error"
+        booster = partial(HistGradientBoostingRegressor, loss=loss)
+    return booster(
         max_iter=max(trees, 1),
         warm_start=not trees,  # more trees are added to those there are
         early_stopping=False,  # its own split would be taken from the training rows
@@ -189,18 +207,33 @@ def _booster(mask_D: np.ndarray, seed: int, options: Mapping[str, Any], trees: i
     )
 
 
+def _staged(kind: Kind, model: Any, x_ND: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the outputs after each tree."""
+    if _is_number(kind):
+        return (outputs_of(kind, raw) for raw in model.staged_predict(x_ND))
+    return (outputs_of(kind, raw, model.classes_) for raw in model.staged_decision_function(x_ND))
+
+
+def _decision(kind: Kind, model: Any, x_ND: np.ndarray) -> np.ndarray:
+    """Return the outputs after all trees."""
+    if _is_number(kind):
+        return outputs_of(kind, model.predict(x_ND))
+    return outputs_of(kind, model.decision_function(x_ND), model.classes_)
+
+
 @dataclass(frozen=True)
 class _Boosted:
     """Trained trees, and how many of them are used; 0: all."""
 
+    kind: Kind
     model: Any
     iterations: int
     quality: float = math.nan
 
     def decision(self, x_ND: np.ndarray) -> np.ndarray:
         if not self.iterations:
-            return self.model.decision_function(x_ND)
-        return next(itertools.islice(self.model.staged_decision_function(x_ND), self.iterations - 1, None))
+            return _decision(self.kind, self.model, x_ND)
+        return next(itertools.islice(_staged(self.kind, self.model, x_ND), self.iterations - 1, None))
 
 
 class Columns:
@@ -208,9 +241,10 @@ class Columns:
 
     Args:
         train: the rows of training, labelled or not.
+        kind: what is predicted.
     """
 
-    def __init__(self, train: TableArrays) -> None:
+    def __init__(self, train: TableArrays, kind: Kind | None = None) -> None:
         from sklearn.preprocessing import TargetEncoder
 
         features = train.features
@@ -223,16 +257,20 @@ class Columns:
         self.num_categories = len(self.small) + has_domain
         self.several = [f for f in features.categorical if f.multi_valued]
         self.frequent = {f.name: _most_frequent(train, f) for f in self.several}
-        self.encoder = TargetEncoder(target_type="binary", smooth=SMOOTHING)
+        label = "binary" if kind is None else kind.target.kind
+        self.is_stratified = label in ("binary", "multiclass")
+        target_type = label if self.is_stratified else "continuous"
+        self.encoder = TargetEncoder(target_type=target_type, smooth=SMOOTHING)
         self.counts: list[np.ndarray] = []
 
     def fit_transform(self, train: TableArrays, kept_N: np.ndarray, y_N: np.ndarray, seed: int) -> np.ndarray:
         """Return the columns of the labelled rows; a value's mean label is cross-fitted, or rare ones would leak it."""
-        from sklearn.model_selection import StratifiedKFold
+        from sklearn.model_selection import KFold, StratifiedKFold
 
         ids_NF = train.ids_NF[kept_N][:, self.large]
         self.counts = [np.bincount(ids_N, minlength=size) for ids_N, size in zip(ids_NF.T, self.sizes, strict=True)]
-        self.encoder.set_params(cv=StratifiedKFold(FOLDS, shuffle=True, random_state=seed))
+        folds = StratifiedKFold if self.is_stratified else KFold
+        self.encoder.set_params(cv=folds(FOLDS, shuffle=True, random_state=seed))
         return self._columns(train, kept_N, self.encoder.fit_transform(ids_NF, y_N) if self.large else None)
 
     def transform(self, arrays: TableArrays) -> np.ndarray:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from apps.equal_cost.search import Search
+from apps.recsys.kinds import Count, Kind, Regression
 from apps.recsys.tables.arrays import TableArrays
-from apps.recsys.tables.estimators.base import PerTask, Task, best_of, quality_of_logits, sparse_values
+from apps.recsys.tables.estimators.base import PerTask, Task, best_of, outputs_of, quality_of, sparse_values
 
 
 class LogisticRegression(PerTask):
-    """scikit-learn's ``LogisticRegression`` on a sparse matrix, one a task.
+    """scikit-learn's ``LogisticRegression`` on a sparse matrix, one a task; ``Ridge`` and ``PoissonRegressor`` of
+    numbers and counts.
 
     Categorical columns are one-hot, multi-valued ones divided by their number of values; continuous columns are one-hot
     by the quantile bins of the training split, with a bin for missing values, and stand beside that standardised. The
@@ -51,21 +54,55 @@ class LogisticRegression(PerTask):
 
     def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression as Linear
 
         kept_N, kept_V = ~np.isnan(task.y_N), ~np.isnan(task.yv_N)
         x, xv = design_matrix(task.train)[kept_N], design_matrix(task.val)[kept_V]
-        model = Linear(C=settings["C"], max_iter=self.max_iter)
+        weight_N = None if task.weight_N is None else task.weight_N[kept_N]
+        model, y_N = self._model(task.kind, settings["C"], task.y_N[kept_N])
         with warnings.catch_warnings():
             # The best strength is chosen by validation; an optimiser cut short is one more regulariser.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(x, task.y_N[kept_N].astype(np.int64))
-        quality = quality_of_logits(model.decision_function(xv), task.yv_N[kept_V])
-        return (model.coef_[0].copy(), float(model.intercept_[0])), {"C": settings["C"], "val_quality": quality}
+            model.fit(x, y_N, weight_N)
+        # Rows of classes, one of numbers and of two classes.
+        fitted = _Linear(task.kind, np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_), _classes(model))
+        quality = quality_of(task.kind, fitted.decision(xv), task.yv_N[kept_V])
+        return fitted, {"C": settings["C"], "val_quality": quality}
+
+    def _model(self, kind: Kind, strength: float, y_N: np.ndarray) -> tuple[Any, np.ndarray]:
+        """Return an untrained model of a kind of task, and the labels as it takes them."""
+        from sklearn.linear_model import LogisticRegression as Logistic
+        from sklearn.linear_model import PoissonRegressor, Ridge
+
+        if isinstance(kind, Count):
+            # Its loss is a mean over the rows, where logistic regression's is a sum.
+            penalty = 1 / (strength * len(y_N))
+            return PoissonRegressor(alpha=penalty, max_iter=self.max_iter), y_N / kind.target.mean
+        if isinstance(kind, Regression):
+            return Ridge(alpha=1 / strength), (y_N - kind.target.mean) / kind.target.std
+        return Logistic(C=strength, max_iter=self.max_iter), y_N.astype(np.int64)
 
     def decision(self, model: Any, arrays: TableArrays) -> np.ndarray:
-        weights, bias = model
-        return np.asarray(design_matrix(arrays) @ weights + bias, dtype=np.float64)
+        return np.asarray(model.decision(design_matrix(arrays)), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """Trained weights: one row of numbers or of two classes, else one a class of ``classes``."""
+
+    kind: Kind
+    weights_CD: np.ndarray
+    bias_C: np.ndarray
+    classes: np.ndarray | None
+
+    def decision(self, x: Any) -> np.ndarray:
+        """Return the outputs of the rows of a design matrix, (N,) or (N, width)."""
+        raw_NC = np.asarray(x @ self.weights_CD.T + self.bias_C, dtype=np.float64)
+        raw = raw_NC[:, 0] if raw_NC.shape[1] == 1 else raw_NC
+        return raw if self.classes is None else outputs_of(self.kind, raw, self.classes)
+
+
+def _classes(model: Any) -> np.ndarray | None:
+    return np.asarray(model.classes_) if hasattr(model, "classes_") else None
 
 
 def design_matrix(arrays: TableArrays) -> Any:

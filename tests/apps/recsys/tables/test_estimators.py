@@ -5,13 +5,17 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from every_column import EveryColumn
 from sklearn.metrics import log_loss, roc_auc_score
 
 from apps.equal_cost.comparable import Estimator
 from apps.equal_cost.search import Search
+from apps.recsys.schema import TableConfig, TaskConfig
 from apps.recsys.tables.arrays import gather
+from apps.recsys.tables.data import TableData
 from apps.recsys.tables.estimators import HistGradientBoosting, HistGradientBoostingUntuned, LogisticRegression
 from apps.recsys.tables.estimators.boosting import Columns
 from apps.recsys.tables.estimators.linear import design_matrix
@@ -180,3 +184,35 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_estimators_predict_numbers_levels_and_classes(tmp_path):
+    """Labels that the columns decide, with noise where it can be: each task is predicted better than by its mean."""
+    rng = np.random.default_rng(0)
+    x, shop = rng.normal(size=(600, 2)), rng.integers(0, 3, 600)
+    strength = x[:, 0] + shop - 1
+    columns = {
+        "x": x[:, 0], "noise": x[:, 1], "shop": [f"shop{s}" for s in shop],
+        "price": 20 + 5 * strength + rng.normal(size=600), "watched": np.exp(strength + 0.3 * rng.normal(size=600)),
+        "visits": rng.poisson(np.exp(strength / 2)), "stars": np.digitize(strength, (-1, 0, 1)) + 1,
+        "colour": np.array(["red", "tan", "blue"])[shop], "weight": rng.integers(1, 3, 600),
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
+    tasks = {
+        "price": TaskConfig("price", "regression"),
+        "watched": TaskConfig("watched", "regression", loss="weighted_logistic"),
+        "visits": TaskConfig("visits", "count"),
+        "stars": TaskConfig("stars", "ordinal"),
+        "colour": TaskConfig("colour", "multiclass"),
+    }
+    config = TableConfig(("shop",), continuous=("x", "noise"), tasks=tasks, weight="weight")
+    data = TableData("table", str(tmp_path), str(tmp_path), train_file="table.parquet", table=config)
+    for model in (HistGradientBoosting(**FAST), HistGradientBoostingUntuned(), LogisticRegression()):
+        model.fit(data, 0)
+        metrics = model.evaluate(data, "test")
+        least = {"r2_price": 0.8, "r2_watched": 0.3, "r2_visits": 0.1, "r2_stars": 0.6, "auc_colour": 0.99}
+        assert {name: metrics[name] for name in least if metrics[name] < least[name]} == {}, type(model).__name__
+        mains = [metrics[name] for name in least]
+        assert metrics["score"] == pytest.approx(np.mean(mains))
+        z_NZ = model.logits(gather(data, "test"))
+        assert z_NZ.shape == (60, 1 + 1 + 1 + 3 + 3)
