@@ -11,9 +11,10 @@ Census-Income and MovieLens; images from the sets of ``configs/vision`` and, wit
 with ``products.csv`` and ``images112.npz``, by three of its columns; text from the Bible, Gramps and, with
 ``--multi30k``, from the captions of that set. All tasks take at most 12 hours of two idle cores.
 
-``made_wins`` asks for the sign of a sum of 16 numbers, whose weights depend on which of 32 groups a row is of. A model
-needs units for each group, and a sparse one has four times as many for the same FLOPs. ``made_loses`` has one such sum
-of 60 numbers for all rows, in noise: an expert sees a part of the rows, and the units of a dense model see them all.
+``made_wins`` has eight groups of rows, each with a small random network of six numbers whose sign is the label. A
+model needs units for each group, and a sparse one has four times as many for the same FLOPs. ``made_loses`` has one
+weighted sum of 60 numbers for all rows, in noise: an expert sees a part of the rows, and the units of a dense model see
+them all.
 """
 
 from __future__ import annotations
@@ -79,18 +80,20 @@ class Task:
 # ---- tables
 
 
-def table(read: Callable[[Folders], pa.Table], target: str) -> Callable[[Folders, Path], list[str]]:
-    """Return the words of a table, of which at most ``MOST_ROWS`` rows are kept, drawn with seed 0."""
+def table(
+    read: Callable[[Folders], pa.Table], target: str, most: int = MOST_ROWS
+) -> Callable[[Folders, Path], list[str]]:
+    """Return the words of a table, of which at most ``most`` rows are kept, drawn with seed 0."""
 
     def words(folders: Folders, folder: Path) -> list[str]:
         path = folder / "table.parquet"
         if not path.exists():
             rows = read(folders)
-            if len(rows) > MOST_ROWS:
-                rows = rows.take(np.sort(np.random.RandomState(0).permutation(len(rows))[:MOST_ROWS]))
+            if len(rows) > most:
+                rows = rows.take(np.sort(np.random.RandomState(0).permutation(len(rows))[:most]))
             with replacing(path, "wb") as file:
                 pq.write_table(rows, file)
-        return [str(path), "--target", target]
+        return [str(path), "--target", target, "--kind", "binary"]
 
     return words
 
@@ -253,11 +256,16 @@ def multi30k(folders: Folders) -> tuple[Sequence[str], Sequence[str]] | None:
 
 def made_wins(folders: Folders) -> pa.Table:
     rng = np.random.default_rng(0)
-    group_N = rng.integers(0, 32, MOST_ROWS)
-    x_NC, weight_GC = rng.normal(size=(MOST_ROWS, 16)), rng.normal(size=(32, 16))
-    label_N = (x_NC * weight_GC[group_N]).sum(1) > 0
+    N, G, C, H = 60_000, 8, 6, 8
+    group_N, x_NC = rng.integers(0, G, N), rng.normal(size=(N, C))
+    in_GHC, bias_GH, out_GH = rng.normal(size=(G, H, C)), rng.normal(size=(G, H)), rng.normal(size=(G, H))
+    score_N = np.empty(N)
+    for g in range(G):
+        hidden_nH = np.maximum(x_NC[group_N == g] @ in_GHC[g].T + bias_GH[g], 0)
+        score_n = hidden_nH @ out_GH[g]
+        score_N[group_N == g] = score_n - np.median(score_n)  # half of each group is positive
     columns = {f"x{c}": x_C for c, x_C in enumerate(x_NC.T)}
-    return pa.table({"group": [f"g{g}" for g in group_N], **columns, "target": label_N})
+    return pa.table({"group": [f"g{g}" for g in group_N], **columns, "target": score_N > 0})
 
 
 def made_loses(folders: Folders) -> pa.Table:
@@ -268,7 +276,9 @@ def made_loses(folders: Folders) -> pa.Table:
 
 
 TASKS: dict[str, Task] = {
-    "made_wins": Task("made", table(made_wins, "target"), "32 groups with weights of their own; sparse must win"),
+    "made_wins": Task(
+        "made", table(made_wins, "target", 60_000), "eight groups, each with a network of its own; sparse must win"
+    ),
     "made_loses": Task("made", table(made_loses, "target"), "one weighted sum in noise; sparse must lose"),
     "cancer": Task("table", table(sklearn("breast_cancer"), "target"), "breast cancer, malignant or not"),
     "wine": Task("table", table(sklearn("wine"), "target"), "wine, second or third grower"),

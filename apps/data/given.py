@@ -16,11 +16,13 @@ class GivenData:
         paths: one path, or two that belong together; all exist.
         target: column that is to be predicted; None where none is named.
         folder: folder for files that are made of the data; it may not exist yet.
+        kind: kind of the target, such as "regression"; None: as its values are.
     """
 
     paths: tuple[Path, ...]
     target: str | None
     folder: Path
+    kind: str | None = None
 
 
 @dataclass(frozen=True)

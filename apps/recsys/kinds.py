@@ -303,12 +303,15 @@ class Outputs:
         kinds: the kind of each task.
         width: number Z of all outputs.
         all_binary: whether the outputs are one logit a task.
+        main_metric: the metric whose mean over the tasks stands for all: "auc", "r2", or "score" where they differ.
     """
 
     def __init__(self, targets: Sequence[Target]) -> None:
         self.kinds = [kind_of(target) for target in targets]
         self.width = sum(kind.width for kind in self.kinds)
         self.all_binary = all(target.kind == "binary" for target in targets)
+        names = {kind.main_metric for kind in self.kinds}
+        self.main_metric = names.pop() if len(names) == 1 else "score"
 
     def split(self, z: Tensor) -> tuple[Tensor, ...]:
         """Return each task's outputs (..., width) of all (..., Z)."""

@@ -62,8 +62,8 @@ class MultiTaskMetrics(_Synced):
 
     ``compute`` returns ``auc_<task>``, ``pr_auc_<task>``, ``log_loss_<task>``, ``ece_<task>``, where users are known
     ``gauc_<task>``, and ``auc`` (and ``gauc``), the mean over the tasks that have one. Tasks that are not binary have
-    those of ``ValueMetrics``, such as ``rmse_<task>``, and there is ``score`` then: the mean over the tasks of the AUC
-    of a binary or multiclass one and the R^2 of another.
+    those of ``ValueMetrics``, such as ``rmse_<task>``, and ``r2`` is the mean over those that have one. ``score`` is
+    there where some tasks have an AUC and others an R^2: the mean over all of whichever a task has.
 
     Predictions are kept in float32 on the CPU until the end, 8 bytes a row and task, and are gathered by every rank.
     For more rows than that allows, ``score_bins`` keeps counts alone: scores within a bin are ties then, which moves an
@@ -174,8 +174,8 @@ class MultiTaskMetrics(_Synced):
             for name, value in of_task.values().items():
                 values[f"{name}_{task}"] = value
                 by_metric.setdefault(name, []).append(value)
-        means: dict[str, float] = {name: _mean(by_metric[name]) for name in ("auc", "gauc") if name in by_metric}
-        if not self.outputs.all_binary:
+        means: dict[str, float] = {name: _mean(by_metric[name]) for name in ("auc", "gauc", "r2") if name in by_metric}
+        if self.outputs.main_metric == "score":
             kinds = zip(self.outputs.kinds, of_tasks, strict=True)
             means["score"] = _mean([of_task.values()[kind.main_metric] for kind, of_task in kinds])
         return {k: torch.tensor(v, dtype=torch.float64) for k, v in (means | values).items()}

@@ -27,6 +27,8 @@ _ENDINGS = (".csv", ".tsv", ".parquet")
 _FEW_VALUES = 20
 """Whole numbers of at most so many values are categories."""
 _STEPS = 1500
+NUMBERS = ("regression", "count")
+"""Kinds of targets that have no classes."""
 TARGET = "target"
 
 
@@ -35,13 +37,14 @@ def config_for(given: GivenData) -> GivenConfig | None:
 
     The table is a CSV, TSV or Parquet file, or a folder of files of one of these kinds with the same columns. Numbers
     are continuous columns; text, truth values and whole numbers of few values are categories. Identifiers, whose value
-    is another in nearly every row, are left out. The target is made 0 and 1: of two values the larger is 1, of more
-    numbers those from the median on, of more texts the most frequent one. The table as it is read lies below
-    ``given.folder`` then.
+    is another in nearly every row, are left out. A target of two values is binary, of more texts "multiclass", of whole
+    numbers of few values "ordinal", and of other numbers "regression", unless ``given.kind`` says otherwise. A binary
+    one is made 0 and 1: of two values the larger is 1, of more numbers those from the median on, of more texts the most
+    frequent one. The table as it is read lies below ``given.folder`` then.
 
     Raises:
-        ValueError: no target is named, or the column is not there, has no value, or one value alone; too few rows of a
-            class; no column to predict from; or a file that cannot be read.
+        ValueError: no target is named, or the column is not there, has no value, or one value alone; its values are of
+            another kind; too few rows, or of a class; no column to predict from; or a file that cannot be read.
     """
     if len(given.paths) != 1:
         return None
@@ -60,28 +63,23 @@ def config_for(given: GivenData) -> GivenConfig | None:
                 f", whose one column is {excerpt(table.column_names[0])}: is it separated by commas, or .tsv by tabs?"
             )
         raise ValueError(f"--target {target!r} is not a column of {name}{near}")
-    label_N, meaning = _labels(table.column(target), target)
-    known_N = ~np.isnan(label_N)
-    table, label_N = table.filter(pa.array(known_N)), label_N[known_N]
-    for value, what in ((1, "are"), (0, "are not")):
-        if (count := int((label_N == value).sum())) < LEAST_ROWS:
-            raise ValueError(
-                f"--target {target!r}: {count} rows {what} positive ({meaning}), and each class needs {LEAST_ROWS}"
-            )
+    label, kind, meaning = _labels(table.column(target), target, given.kind)
+    num_rows = len(table)
+    table, label = table.filter(pc.is_valid(label)), label.drop_null()
     columns, roles, left_out = _features(table.drop_columns([target]))
     if not columns:
         raise ValueError(f"{name} has no column to predict {target!r} from: {some(left_out)} left out")
     path = given.folder / "table.parquet"
     if not path.exists():
-        made = pa.table({**columns, TARGET: pa.array(label_N.astype(np.int8))})
+        made = pa.table({**columns, TARGET: label})
         with replacing(path, "wb") as file:
             pq.write_table(made, file)
-    notes = [f"The target is {meaning}: {label_N.mean():.1%} of {len(label_N):,} rows."]
-    if missing := int((~known_N).sum()):
+    notes = [f"The target is {meaning} of {len(label):,} rows."]
+    if missing := num_rows - len(label):
         notes.append(f"{missing:,} rows without a target are left out.")
     if left_out:
         notes.append(f"Columns that are left out: {some(left_out)}.")
-    return GivenConfig(_config(path, roles, len(label_N)), tuple(notes))
+    return GivenConfig(_config(path, roles, kind, len(label)), tuple(notes))
 
 
 def _files(path: Path) -> list[Path]:
@@ -120,22 +118,60 @@ def _read_one(file: Path) -> pa.Table:
     return pa.csv.read_csv(file, parse_options=parse)
 
 
-def _labels(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, str]:
-    """Return the target as 0, 1 or NaN for none, float64 (N,), and what 1 means."""
+def _labels(column: pa.ChunkedArray, name: str, kind: str | None) -> tuple[pa.ChunkedArray, str, str]:
+    """Return the target as a table holds it, null for none, its kind, and what it is in the words before "of N rows".
+
+    Raises:
+        ValueError: there is nothing to learn, or the values are not of the kind.
+    """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
-    counts = {c["values"]: c["counts"] for c in pc.value_counts(column).to_pylist() if c["values"] is not None}
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        counts.pop("", None)
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    if is_text:
         column = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
+    counts = {c["values"]: c["counts"] for c in pc.value_counts(column).to_pylist() if c["values"] is not None}
     if not counts:
         raise ValueError(f"--target {name!r} has no value in any of {len(column):,} rows: there is nothing to learn")
     if len(counts) == 1:
         (value,) = counts
         raise ValueError(f"--target {name!r} is {excerpt(value)} in every row that has one: there is nothing to learn")
     is_number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+    if not (is_number or is_text or pa.types.is_boolean(column.type)):
+        raise ValueError(f"--target {name!r} holds {column.type}, and not numbers, text or truth values")
+    if kind is None:
+        kind = _kind_of(len(counts), is_text, pa.types.is_integer(column.type))
+    if kind == "binary":
+        return _binary(column, name, counts, is_number)
+    if kind == "multiclass":
+        enough = sum(count >= LEAST_ROWS for count in counts.values())
+        if enough < 2:
+            raise ValueError(
+                f"--target {name!r}: {enough} of {len(counts):,} classes have {LEAST_ROWS} rows, and two are needed"
+            )
+        return column.cast(pa.string()), kind, f"{name!r}, one of {len(counts):,} classes,"
+    if not is_number:
+        raise ValueError(f"--target {name!r} holds {column.type}, and kind {kind!r} takes numbers")
+    if (count := sum(counts.values())) < 2 * LEAST_ROWS:
+        raise ValueError(f"--target {name!r} has a number in {count} rows, and {2 * LEAST_ROWS} are needed")
+    meaning = {"ordinal": f"one of {len(counts)} levels", "count": "a count"}.get(kind, "a number")
+    return column.cast(pa.float64()), kind, f"{name!r}, {meaning},"
+
+
+def _kind_of(num_values: int, is_text: bool, is_whole: bool) -> str:
+    """Return the kind of a target by its values."""
+    if num_values == 2:
+        return "binary"
+    if is_text:
+        return "multiclass"
+    return "ordinal" if is_whole and num_values <= _FEW_VALUES else "regression"
+
+
+def _binary(
+    column: pa.ChunkedArray, name: str, counts: dict[Any, int], is_number: bool
+) -> tuple[pa.ChunkedArray, str, str]:
+    """Return the target as 0 and 1."""
     if len(counts) == 2:
         high = max(counts) if is_number or pa.types.is_boolean(column.type) else max(counts, key=str)
         positive, meaning = pc.equal(column, pa.scalar(high, column.type)), f"{name!r} = {excerpt(high)}"
@@ -145,13 +181,17 @@ def _labels(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, str]:
         # Where half of the rows have the smallest value, "at least the median" would be all of them.
         above = middle if middle > values.min() else float(values[values > middle].min())
         positive, meaning = pc.greater_equal(column, above), f"{name!r} of at least {above:g}"
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    else:
         most = max(counts, key=lambda value: (counts[value], value))
         positive = pc.equal(column, pa.scalar(most, column.type))
         meaning = f"{name!r} = {excerpt(most)}, the most frequent of {len(counts)} values"
-    else:
-        raise ValueError(f"--target {name!r} holds {column.type}, and not numbers, text or truth values")
-    return positive.cast(pa.float64()).to_numpy(zero_copy_only=False), meaning
+    num_positive, num_rows = int(pc.sum(positive).as_py()), sum(counts.values())
+    for count, what in ((num_positive, "are"), (num_rows - num_positive, "are not")):
+        if count < LEAST_ROWS:
+            raise ValueError(
+                f"--target {name!r}: {count} rows {what} positive ({meaning}), and each class needs {LEAST_ROWS}"
+            )
+    return positive.cast(pa.int8()), "binary", f"{meaning}: {num_positive / num_rows:.1%}"
 
 
 def _features(table: pa.Table) -> tuple[dict[str, pa.ChunkedArray], dict[str, list[str]], list[str]]:
@@ -201,7 +241,7 @@ def _role(column: pa.ChunkedArray) -> tuple[str | None, pa.ChunkedArray]:
     return None, column
 
 
-def _config(path: Path, roles: dict[str, list[str]], num_rows: int) -> dict[str, Any]:
+def _config(path: Path, roles: dict[str, list[str]], kind: str, num_rows: int) -> dict[str, Any]:
     """Return 8 experts of width 32, of which a row takes 2, and as many epochs as give 1,500 steps, within limits."""
     num_train = round(num_rows * 0.75 * 0.85)
     batch_size = 2 ** min(max(math.floor(math.log2(max(num_train / 16, 1))), 5), 9)
@@ -232,8 +272,8 @@ def _config(path: Path, roles: dict[str, list[str]], num_rows: int) -> dict[str,
                 "train_file": str(path),
                 "table": {
                     **roles,
-                    "tasks": {TARGET: {"column": TARGET}},
-                    "split": {"val": 0.15, "test": 0.25, "stratify": TARGET},
+                    "tasks": {TARGET: {"column": TARGET, "kind": kind}},
+                    "split": {"val": 0.15, "test": 0.25, "stratify": None if kind in NUMBERS else TARGET},
                 },
                 "batch_size": batch_size,
             },

@@ -133,6 +133,7 @@ def _identity(options: Options) -> dict[str, Any]:
     return {
         "data": [str(path.resolve()) for path in options.data],
         "target": options.target,
+        "kind": options.kind,
         "minutes": options.minutes,
         "seed": options.seed,
         "rest": list(options.rest),

@@ -36,6 +36,7 @@ class Options:
         minutes: time that it may take, set-up and all processes of a resumed one included.
         seed: first seed of the final runs, which count up from it.
         target: column that is to be predicted.
+        kind: kind of the target; None: as its values are.
         opens: whether the page is opened in the end.
         rest: values of the configuration, ``--KEY.SUBKEY VALUE``.
 
@@ -48,6 +49,7 @@ class Options:
     minutes: float = 30.0
     seed: int = 0
     target: str | None = None
+    kind: str | None = None
     opens: bool = False
     rest: tuple[str, ...] = ()
 
@@ -78,11 +80,13 @@ class Options:
         data = tuple(shipped(Path(path)) for path in args.data)
         name = "-".join(dict.fromkeys(path.stem or path.name for path in data))
         output = Path(args.output) if args.output else Path("runs") / "verdict" / name
-        options = cls(data, output, args.minutes, args.seed, args.target, args.open, tuple(rest))
+        options = cls(data, output, args.minutes, args.seed, args.target, args.kind, args.open, tuple(rest))
         if options.is_config:
             read_config(data[0])
             if options.target is not None:
                 raise UsageError(f"--target {options.target}: {data[0]} is a configuration, which names its targets")
+        if options.kind is not None and options.target is None:
+            raise UsageError(f"--kind {options.kind} is the kind of a table's target: name it with --target")
         for path in data:
             if not path.exists():
                 raise UsageError(f"no file or folder {path}")
@@ -102,6 +106,8 @@ def command_line() -> Parser:
     add = parser.add_argument
     add("data", nargs="+", metavar="DATA", help="a folder, a table, two text files, or a configuration")
     add("--target", metavar="COLUMN", help="column of the table to predict")
+    kinds = ("binary", "regression", "count", "ordinal", "multiclass")
+    add("--kind", choices=kinds, help="kind of the target (default: as its values are)")
     add("--minutes", type=float, default=30.0, metavar="N", help="time it may take (default: 30)")
     add("--output", metavar="DIR", help="folder of the verdict (default: runs/verdict/<name of the data>)")
     add("--seed", type=int, default=0, metavar="N", help="first seed of the final runs (default: 0)")

@@ -40,8 +40,8 @@ _REPORT = RecommenderReportConfig()
 class MultiTaskRecommender(SparseModule, Comparable):
     """A recommender of several tasks: clicks, purchases, watch times, ratings.
 
-    What is compared and kept as best is the mean AUC; where a task is not binary it is "score", see
-    ``MultiTaskMetrics``.
+    What is compared and kept as best is the mean AUC of the tasks, or their mean R^2 where all are of numbers; "score"
+    where some are and others are not, see ``MultiTaskMetrics``.
 
     Configs may also be given as the mappings that stand for them in a run's ``config.yaml``.
 
@@ -127,8 +127,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
             raise ValueError("weighting.kind='gradnorm' needs a shared layer, and SingleTask shares nothing")
         self.features = features
         self.outputs = Outputs(features.target_of_task)
-        if not self.outputs.all_binary:
-            self.monitor = "val/score"
+        self.monitor = f"val/{self.outputs.main_metric}"
         self.shared_config = shared or SharedBottom()
         self.embedding, self.dense = embedding or EmbeddingConfig(), dense or DenseConfig()
         self.interaction, self.head = interaction or InteractionConfig(), head or HeadConfig()

@@ -29,10 +29,10 @@ def columns(**changed):
     return {**made, **changed}
 
 
-def given(tmp_path, target="bought", **changed):
+def given(tmp_path, target="bought", kind=None, **changed):
     path = tmp_path / "t.csv"
     pa.csv.write_csv(pa.table(columns(**changed)), path)
-    return GivenData((path,), target, tmp_path / "made")
+    return GivenData((path,), target, tmp_path / "made", kind)
 
 
 def test_columns_have_their_roles_and_the_data_read_them(tmp_path):
@@ -61,10 +61,29 @@ def test_columns_have_their_roles_and_the_data_read_them(tmp_path):
     ],
 )
 def test_a_target_becomes_two_classes(tmp_path, values, meaning, positives):
-    made = config_for(given(tmp_path, bought=values))
+    made = config_for(given(tmp_path, kind="binary", bought=values))
     assert made.notes[0].startswith(f"The target is {meaning}:")
     label = pq.read_table(made.config["data"]["init_args"]["train_file"])[TARGET]
     assert sum(label.to_pylist()) == positives
+
+
+@pytest.mark.parametrize(
+    "values, kind, meaning",
+    [
+        ([x / 8 for x in range(N)], "regression", "'bought', a number,"),
+        (list(range(N)), "regression", "'bought', a number,"),
+        ([1, 2, 3, 5] * 20, "ordinal", "'bought', one of 4 levels,"),
+        (["a", "b", "c", "d"] * 20, "multiclass", "'bought', one of 4 classes,"),
+        (["a", "b"] * 40, "binary", "'bought' = 'b': 50.0%"),
+    ],
+)
+def test_the_kind_of_a_target_is_that_of_its_values(tmp_path, values, kind, meaning):
+    made = config_for(given(tmp_path, bought=values))
+    assert made.notes[0] == f"The target is {meaning} of 80 rows."
+    arguments = made.config["data"]["init_args"]
+    assert arguments["table"]["tasks"][TARGET]["kind"] == kind
+    target = TableData(**arguments, cache_dir=str(tmp_path / "cache")).features.target_of_task[0]
+    assert target.kind == kind
 
 
 def test_rows_without_a_target_are_left_out(tmp_path):
