@@ -1,4 +1,4 @@
-"""Baselines of a multi-task recommender: bottoms of equal cost, and scikit-learn's models."""
+"""Baselines of a multi-task recommender: bottoms of equal cost, and models of other libraries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from apps.equal_cost.comparable import Baseline
 from apps.equal_cost.twins import baselines_of
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.bottoms import SharedBottom, SingleTask
-from apps.recsys.tables.estimators import HistGradientBoosting, HistGradientBoostingUntuned, LogisticRegression
+from apps.recsys.tables.estimators import (
+    CatBoost,
+    HistGradientBoosting,
+    HistGradientBoostingUntuned,
+    LightGBM,
+    LogisticRegression,
+)
 from apps.recsys.tables.weighting import WeightingConfig
 from core.convert import SolvedWidth, solve_width, widened
 
@@ -29,6 +35,9 @@ ESTIMATORS = {
     "logistic_regression": (LogisticRegression, "strength chosen on validation"),
 }
 """Classes, each with its description, by the name of the baseline."""
+
+LIBRARIES = {"lightgbm": LightGBM, "catboost": CatBoost}
+"""Boosted trees of other libraries, by the name of the baseline."""
 
 
 def baselines(recommender: Any) -> Mapping[str, Baseline]:
@@ -51,6 +60,13 @@ def baselines(recommender: Any) -> Mapping[str, Baseline]:
     for name, (estimator, note) in ESTIMATORS.items():
         build = partial(estimator, steps=recommender.head.has_steps)
         by_name[name] = Baseline(build, f"scikit-learn's, one for each task; {note}")
+    for name, library in LIBRARIES.items():
+        if library.is_installed():
+            build = partial(library, steps=recommender.head.has_steps)
+            by_name[name] = Baseline(build, f"{library.__name__}'s, one for each task; settings chosen on validation")
+        else:
+            missing = f'{library.package} is not installed: pip install "moesaic[baselines]"'
+            by_name[name] = Baseline(None, missing)
     return by_name
 
 

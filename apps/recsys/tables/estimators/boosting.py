@@ -255,8 +255,7 @@ class Columns:
         self.num_continuous = len(features.continuous)
         has_domain = train.domain_N is not None and features.num_domains <= MAX_CATEGORIES
         self.num_categories = len(self.small) + has_domain
-        self.several = [f for f in features.categorical if f.multi_valued]
-        self.frequent = {f.name: _most_frequent(train, f) for f in self.several}
+        self.several = FrequentValues(train)
         label = "binary" if kind is None else kind.target.kind
         self.is_stratified = label in ("binary", "multiclass")
         target_type = label if self.is_stratified else "continuous"
@@ -290,11 +289,33 @@ class Columns:
         if rates_NF is not None:
             ids_NF = arrays.ids_NF[kept_N][:, self.large]
             parts += [rates_NF, np.stack([np.log1p(c[i]) for c, i in zip(self.counts, ids_NF.T, strict=True)], 1)]
-        for feature in self.several:
-            column = arrays.multi[feature.name]
-            has = sparse_values(column, feature.num_rows)[kept_N][:, self.frequent[feature.name]] > 0
-            parts += [column.lengths_N[kept_N, None], has.toarray()]
+        parts += [part[kept_N] for part in self.several.of(arrays)]
         return np.concatenate([p.astype(np.float32) for p in parts], axis=1)
+
+
+class FrequentValues:
+    """Multi-valued columns as columns of one number: the number of values, and 1 or 0 for each of the most frequent.
+
+    Args:
+        train: the rows of training, in which values are counted.
+
+    Attributes:
+        by_column: the values that have a column, ascending, by multi-valued column.
+    """
+
+    def __init__(self, train: TableArrays) -> None:
+        several = [f for f in train.features.categorical if f.multi_valued]
+        self.num_rows = {f.name: f.num_rows for f in several}
+        self.by_column = {f.name: _most_frequent(train, f) for f in several}
+
+    def of(self, arrays: TableArrays) -> list[np.ndarray]:
+        """Return the columns of all rows, (N, 1) and (N, at most 64) for each multi-valued column."""
+        parts = []
+        for name, values in self.by_column.items():
+            column = arrays.multi[name]
+            has = sparse_values(column, self.num_rows[name])[:, values] > 0
+            parts += [column.lengths_N[:, None], has.toarray()]
+        return parts
 
 
 def _most_frequent(train: TableArrays, feature: CategoricalFeature) -> np.ndarray:

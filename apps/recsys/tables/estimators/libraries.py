@@ -1,0 +1,260 @@
+"""Boosted trees of LightGBM and of CatBoost, where these libraries are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from apps.equal_cost.search import Search
+from apps.recsys.kinds import Count, Kind
+from apps.recsys.tables.arrays import TableArrays
+from apps.recsys.tables.estimators.base import PerTask, Task, best_of, outputs_of, quality_of
+from apps.recsys.tables.estimators.boosting import FrequentValues
+
+PATIENCE = 50
+"""Trees without a better validation loss before training ends."""
+
+
+class _Library(PerTask):
+    """One model a task, with each categorical column split by category as the library does it.
+
+    Continuous columns enter as they are, NaN too; multi-valued ones become the number of values and a column for each
+    of the 64 most frequent ones. Settings are tried in order on all training rows, each with as many trees as the
+    validation split's loss allows; the best is the one of the best AUC (R^2 of numbers and levels) there.
+
+    Args:
+        max_iter: largest number of trees.
+        n_threads, steps: see ``PerTask``.
+    """
+
+    package: ClassVar[str]
+    """Name of the library."""
+
+    settings: ClassVar[tuple[dict[str, Any], ...]]
+    """What is tried; the first in any case."""
+
+    def __init__(self, max_iter: int = 2000, n_threads: int | None = None, steps: bool = False) -> None:
+        super().__init__(n_threads, steps)
+        self.max_iter = max_iter
+
+    @classmethod
+    def is_installed(cls) -> bool:
+        return importlib.util.find_spec(cls.package) is not None
+
+    def num_settings(self, task: Task) -> int:
+        return len(self.settings)
+
+    def tune_task(self, task: Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
+        rows = _Rows.of(task)
+
+        def quality(options: dict[str, Any]) -> float:
+            return quality_of(task.kind, self._train(rows, options, task.seed).decision(rows.xv), rows.yv_N)
+
+        return best_of(self.settings, quality, search, task.name, part[1], one_at_least=True)[0]
+
+    def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        rows = _Rows.of(task)
+        fitted = self._train(rows, settings, task.seed)
+        quality = quality_of(task.kind, fitted.decision(rows.xv), rows.yv_N)
+        return (rows.columns, fitted), {**settings, "iterations": fitted.iterations, "val_quality": quality}
+
+    def decision(self, model: Any, arrays: TableArrays) -> np.ndarray:
+        columns, fitted = model
+        return np.asarray(fitted.decision(columns.of(arrays)), dtype=np.float64)
+
+    def _train(self, rows: _Rows, settings: Mapping[str, Any], seed: int) -> Any:
+        """Return trained trees with ``decision`` and ``iterations``."""
+        raise NotImplementedError
+
+    @property
+    def _num_threads(self) -> int:
+        return self.n_threads or torch.get_num_threads()
+
+
+class LightGBM(_Library):
+    """LightGBM's boosted trees; see ``_Library``."""
+
+    package = "lightgbm"
+    settings = tuple(
+        {"num_leaves": leaves, "feature_fraction": share, "lambda_l2": penalty, "min_data_per_group": group}
+        for leaves, share, penalty, group in (
+            (31, 1.0, 0.0, 100),
+            (31, 0.6, 10.0, 100),
+            (15, 0.6, 10.0, 100),
+            (63, 0.6, 10.0, 100),
+            (127, 0.4, 20.0, 100),
+            (31, 0.6, 10.0, 20),
+        )
+    )
+
+    def _train(self, rows: _Rows, settings: Mapping[str, Any], seed: int) -> _LightGBM:
+        import lightgbm
+
+        objective, metric = _lightgbm_loss(rows.kind)
+        options = {
+            **settings, "objective": objective, "metric": metric, "learning_rate": 0.05, "verbosity": -1,
+            "seed": seed, "deterministic": True, "num_threads": self._num_threads, "bagging_fraction": 0.8,
+            "bagging_freq": 1,
+        }  # fmt: skip
+        if objective == "multiclass":
+            options["num_class"] = len(rows.kind.target.shares)
+        categories = list(range(rows.num_continuous, rows.num_continuous + rows.num_categories))
+        train = lightgbm.Dataset(rows.x, rows.y_N, weight=rows.weight_N, categorical_feature=categories)
+        val = lightgbm.Dataset(rows.xv, rows.yv_N, reference=train)
+        stop = lightgbm.early_stopping(PATIENCE, verbose=False)
+        model = lightgbm.train(options, train, self.max_iter, valid_sets=[val], callbacks=[stop])
+        return _LightGBM(rows.kind, model, model.best_iteration or model.current_iteration())
+
+
+def _lightgbm_loss(kind: Kind) -> tuple[str, str]:
+    """Return LightGBM's objective, and the metric that ends a training."""
+    target = kind.target
+    if isinstance(kind, Count):
+        return "poisson", "poisson"
+    if target.kind == "regression":
+        return ("regression", "l2") if target.loss == "squared" else ("regression_l1", "l1")
+    return ("binary", "auc") if target.kind == "binary" else ("multiclass", "multi_logloss")
+
+
+@dataclass(frozen=True)
+class _LightGBM:
+    """Trained trees, and how many of them are used."""
+
+    kind: Kind
+    model: Any
+    iterations: int
+
+    def decision(self, x: np.ndarray) -> np.ndarray:
+        if self.kind.target.kind in ("regression", "count"):
+            return outputs_of(self.kind, np.asarray(self.model.predict(x, num_iteration=self.iterations)))
+        raw = np.asarray(self.model.predict(x, num_iteration=self.iterations, raw_score=True))
+        return outputs_of(self.kind, raw, np.arange(len(self.kind.target.shares)))
+
+
+class CatBoost(_Library):
+    """CatBoost's boosted trees; see ``_Library``."""
+
+    package = "catboost"
+    settings = tuple(
+        {"depth": depth, "l2_leaf_reg": penalty, "learning_rate": rate}
+        for depth, penalty, rate in ((6, 3.0, 0.1), (8, 3.0, 0.1), (6, 10.0, 0.05), (4, 3.0, 0.1))
+    )
+
+    def _train(self, rows: _Rows, settings: Mapping[str, Any], seed: int) -> _CatBoost:
+        import catboost
+
+        loss, metric = _catboost_loss(rows.kind)
+        options = {
+            **settings, "loss_function": loss, "eval_metric": metric, "iterations": self.max_iter,
+            "random_seed": seed, "thread_count": self._num_threads, "od_type": "Iter", "od_wait": PATIENCE,
+            "use_best_model": True, "allow_writing_files": False, "verbose": False,
+        }  # fmt: skip
+        model = catboost.CatBoost(options)
+        train = rows.pool(rows.x, rows.y_N, rows.weight_N)
+        model.fit(train, eval_set=rows.pool(rows.xv, rows.yv_N, None))
+        return _CatBoost(rows.kind, rows, model, model.tree_count_)
+
+
+def _catboost_loss(kind: Kind) -> tuple[str, str]:
+    """Return CatBoost's loss, and the metric that ends a training."""
+    target = kind.target
+    if isinstance(kind, Count):
+        return "Poisson", "Poisson"
+    if target.kind == "regression":
+        return ("RMSE", "RMSE") if target.loss == "squared" else ("MAE", "MAE")
+    return ("Logloss", "AUC") if target.kind == "binary" else ("MultiClass", "MultiClass")
+
+
+@dataclass(frozen=True)
+class _CatBoost:
+    """Trained trees, and how many they are."""
+
+    kind: Kind
+    rows: _Rows
+    model: Any
+    iterations: int
+
+    def decision(self, x: np.ndarray) -> np.ndarray:
+        pool = self.rows.pool(x, None, None)
+        if isinstance(self.kind, Count):
+            return outputs_of(self.kind, np.exp(np.asarray(self.model.predict(pool))))
+        raw = np.asarray(self.model.predict(pool, prediction_type="RawFormulaVal"))
+        if self.kind.target.kind == "regression":
+            return outputs_of(self.kind, raw)
+        classes = np.asarray(self.model.classes_, dtype=np.float64).astype(np.int64)
+        return outputs_of(self.kind, raw, classes)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What the libraries are given of a table: numbers, then categories, then multi-valued columns as numbers.
+
+    Attributes:
+        several: the multi-valued columns' most frequent values.
+    """
+
+    several: FrequentValues
+
+    def of(self, arrays: TableArrays) -> np.ndarray:
+        """Return the columns of all rows, float64 (N, D); places in a table are whole numbers."""
+        parts = [arrays.dense_NC, arrays.ids_NF]
+        if arrays.domain_N is not None:
+            parts.append(arrays.domain_N[:, None])
+        return np.concatenate([*(p.astype(np.float64) for p in parts), *self.several.of(arrays)], axis=1)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The columns and labels of one task's labelled rows.
+
+    Attributes:
+        kind: what is predicted.
+        columns: how a table becomes ``x``.
+        x, y_N, weight_N: training rows, (N, D), their labels and weights.
+        xv, yv_N: validation rows.
+        num_continuous, num_categories: columns of numbers, which come first, and of categories after them.
+    """
+
+    kind: Kind
+    columns: _Columns
+    x: np.ndarray
+    y_N: np.ndarray
+    weight_N: np.ndarray | None
+    xv: np.ndarray
+    yv_N: np.ndarray
+    num_continuous: int
+    num_categories: int
+
+    @classmethod
+    def of(cls, task: Task) -> _Rows:
+        """Return the labelled rows of a task."""
+        columns = _Columns(FrequentValues(task.train))
+        kept_N, kept_V = ~np.isnan(task.y_N), ~np.isnan(task.yv_N)
+        weight_N = None if task.weight_N is None else task.weight_N[kept_N]
+        num_categories = task.train.ids_NF.shape[1] + (task.train.domain_N is not None)
+        return cls(
+            task.kind, columns, columns.of(task.train)[kept_N], task.y_N[kept_N], weight_N,
+            columns.of(task.val)[kept_V], task.yv_N[kept_V], task.train.dense_NC.shape[1], num_categories,
+        )  # fmt: skip
+
+    def pool(self, x: np.ndarray, y_N: np.ndarray | None, weight_N: np.ndarray | None) -> Any:
+        """Return rows as CatBoost takes them, whose categories are whole numbers beside float32 numbers."""
+        import catboost
+
+        first, last = self.num_continuous, self.num_continuous + self.num_categories
+        numbers = np.ascontiguousarray(np.delete(x, np.s_[first:last], axis=1), dtype=np.float32)
+        categories = np.ascontiguousarray(x[:, first:last].astype(np.int64).astype(str).astype(object))
+        features = catboost.FeaturesData(num_feature_data=numbers, cat_feature_data=_as_bytes(categories))
+        return catboost.Pool(features, y_N, weight=weight_N)
+
+
+def _as_bytes(values: np.ndarray) -> np.ndarray:
+    """Return texts as the bytes that CatBoost's ``FeaturesData`` takes."""
+    made = np.empty(values.shape, dtype=object)
+    made.ravel()[:] = [value.encode() for value in values.ravel()]
+    return made
