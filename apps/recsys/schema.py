@@ -109,6 +109,8 @@ class TableConfig:
         categorical: columns of one value a row.
         multi_valued: columns of any number of values a row: lists, or text that ``separator`` cuts.
         continuous: columns of numbers.
+        vectors: columns of lists of numbers, of one length each, such as the embeddings of images and titles. A missing
+            list is a missing vector. CSV files have none.
         tasks: labels by the name of the task.
         weight: column of the row's weight in the losses of all tasks; None: each row has the weight 1.
         domain: column of the domain; None where there is one domain.
@@ -129,6 +131,7 @@ class TableConfig:
     categorical: tuple[str, ...] = ()
     multi_valued: tuple[str, ...] = ()
     continuous: tuple[str, ...] = ()
+    vectors: tuple[str, ...] = ()
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
     weight: str | None = None
     domain: str | None = None
@@ -147,8 +150,8 @@ class TableConfig:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The columns that a model is given, in the order of the batches: continuous last."""
-        return (*self.categorical, *self.multi_valued, *self.continuous)
+        """The columns that a model is given: categories, numbers, vectors, in the order of the batches."""
+        return (*self.categorical, *self.multi_valued, *self.continuous, *self.vectors)
 
     @property
     def roles(self) -> dict[str, str]:
@@ -183,7 +186,7 @@ class TableConfig:
         if not self.tasks:
             raise ValueError("table.tasks names no label")
         if not self.features:
-            raise ValueError("table names no feature: categorical, multi_valued and continuous are empty")
+            raise ValueError("table names no feature: categorical, multi_valued, continuous and vectors are empty")
         seen: dict[str, str] = {}
         for role in _FEATURE_ROLES:
             for column in getattr(self, role):
@@ -228,7 +231,7 @@ class TableConfig:
                 raise ValueError(f"split.stratify={self.split.stratify!r} is a task of numbers: it has no classes")
 
 
-_FEATURE_ROLES = ("categorical", "multi_valued", "continuous")
+_FEATURE_ROLES = ("categorical", "multi_valued", "continuous", "vectors")
 _SIZES = ("hash_rows", "num_rows")
 
 

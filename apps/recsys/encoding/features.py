@@ -51,6 +51,22 @@ class ContinuousFeature:
 
 @core.register_config
 @dataclass(frozen=True)
+class VectorFeature:
+    """One column of vectors.
+
+    Attributes:
+        name: name of the column.
+        size: numbers in a vector.
+        scale: root mean square of the training rows' numbers; 1 where all are 0.
+    """
+
+    name: str
+    size: int
+    scale: float = 1.0
+
+
+@core.register_config
+@dataclass(frozen=True)
 class Target:
     """What a task predicts, as the training split has it.
 
@@ -87,6 +103,7 @@ class Features:
         positives: share of positive labels of each task in the training split; 0.5 for a task that is not binary.
         num_domains: number of domains; 0 where the table is not cut into domains.
         targets: what each task predicts; empty where all are binary.
+        vectors: columns of vectors, in the order of the batches' columns.
     """
 
     categorical: tuple[CategoricalFeature, ...] = ()
@@ -95,9 +112,10 @@ class Features:
     positives: tuple[float, ...] = ()
     num_domains: int = 0
     targets: tuple[Target, ...] = ()
+    vectors: tuple[VectorFeature, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("categorical", "continuous", "tasks", "positives", "targets"):
+        for name in ("categorical", "continuous", "tasks", "positives", "targets", "vectors"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a list in a checkpoint
 
     @property

@@ -154,3 +154,60 @@ def boundaries(ascending: NDArray[np.float32], num_bins: int = MAX_QUANTILES + 1
     edges = np.union1d(heavy, between)
     edges = edges[edges < ascending[-1]] if size else edges
     return edges[np.arange(num_bins - 1) * len(edges) // (num_bins - 1)] if len(edges) >= num_bins else edges
+
+
+def to_vectors(parts: Sequence[Part], column: str, size: int | None = None, first_row: int = 0) -> NDArray[np.float32]:
+    """Return a column of vectors over all tables, (N, size), NaN where one is missing.
+
+    Args:
+        parts: the column in each table.
+        column: name of the column in messages.
+        size: numbers in a vector; None: as many as the first one has.
+        first_row: number of each table's first row in messages, where the tables are pieces of longer ones.
+
+    Raises:
+        ValueError: a value is no list of numbers, a vector has another length, or holds a number that is not finite.
+    """
+    vectors = []
+    for where, data in parts:
+        kind = data.type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+            raise ValueError(f"column {column!r} of {where} holds values of type {kind}, not lists of numbers")
+        item = kind.value_type
+        if not (pa.types.is_integer(item) or pa.types.is_floating(item)):
+            raise ValueError(f"column {column!r} of {where} holds lists of {item}, not of numbers")
+        # A list with a missing number is no vector of its length.
+        length_N = np.asarray(pc.list_value_length(data).fill_null(-1), dtype=np.int64)
+        is_there_N = length_N >= 0
+        if size is None and is_there_N.any():
+            size = int(length_N[is_there_N][0])
+        wrong_N = is_there_N & (length_N != size)
+        if wrong_N.any() or size == 0:
+            row = int(np.argmax(wrong_N))
+            rule = f"{size}, as the others have" if size else "at least one number"
+            raise ValueError(
+                f"column {column!r} of {where}: the vector in row {first_row + row} has {length_N[row]} numbers, and "
+                f"must have {rule}"
+            )
+        own = np.full((len(data), size or 0), np.nan, np.float32)
+        flat = np.asarray(pc.list_flatten(data).cast(pa.float32()).fill_null(np.nan), dtype=np.float32)
+        own[is_there_N] = flat.reshape(int(is_there_N.sum()), -1) if size else 0
+        bad_N = is_there_N & ~np.isfinite(own).all(1)
+        if bad_N.any():
+            row = int(np.argmax(bad_N))
+            raise ValueError(
+                f"column {column!r} of {where}: the vector in row {first_row + row} holds a number that is missing or "
+                "not finite"
+            )
+        vectors.append(own)
+    if size is None:
+        raise ValueError(f"column {column!r} holds no vector in any row")
+    # A table without any vector came before the first one that tells the length.
+    return np.concatenate([own if own.shape[1] else np.full((len(own), size), np.nan, np.float32) for own in vectors])
+
+
+def vector_scale(vectors_NS: NDArray[np.float32]) -> float:
+    """Return the root mean square of the numbers of the vectors that are there; 1 where there is none, or all are 0."""
+    there_nS = vectors_NS[~np.isnan(vectors_NS[:, 0])]
+    scale = float(np.sqrt(np.square(there_nS, dtype=np.float64).mean())) if len(there_nS) else 0.0
+    return scale or 1.0

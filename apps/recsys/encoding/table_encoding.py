@@ -76,6 +76,7 @@ class Encoding:
         """The role of each column that rows to predict must have, by column."""
         roles = {} if self.domain is None else {self.domain: "domain"}
         roles |= {f.name: "multi_valued" if f.multi_valued else "categorical" for f in self.features.categorical}
+        roles |= {f.name: "vectors" for f in self.features.vectors}
         return roles | dict.fromkeys(self.numbers, "continuous")
 
     @property

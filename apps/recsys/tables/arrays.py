@@ -47,6 +47,7 @@ class TableArrays:
         domain_N: int64 (N,), the domain; None where there is one.
         group_N: int64 (N,), the user; None where none is named.
         weight_Nt: float32 (N, t), weights of the labels; None: 1.
+        vector_NV: float32 (N, V), the columns of vectors side by side; None where there are none.
     """
 
     features: Features
@@ -57,6 +58,7 @@ class TableArrays:
     domain_N: np.ndarray | None = None
     group_N: np.ndarray | None = None
     weight_Nt: np.ndarray | None = None
+    vector_NV: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.label_Nt)
@@ -94,7 +96,7 @@ def join(batches: Iterable[TableBatch], features: Features, split: str = "given"
         add("dense", batch.dense_BC)
         add("label", batch.label_Bt)
         add("index", batch.index_B)
-        for optional in ("domain_B", "group_B", "weight_Bt"):
+        for optional in ("domain_B", "group_B", "weight_Bt", "vector_BV"):
             if getattr(batch, optional) is not None:
                 add(optional, getattr(batch, optional))
         if batch.sparse is not None:
@@ -118,6 +120,7 @@ def join(batches: Iterable[TableBatch], features: Features, split: str = "given"
         domain_N=whole["domain_B"][order] if "domain_B" in whole else None,
         group_N=whole["group_B"][order] if "group_B" in whole else None,
         weight_Nt=whole["weight_Bt"][order] if "weight_Bt" in whole else None,
+        vector_NV=whole["vector_BV"][order] if "vector_BV" in whole else None,
     )
 
 

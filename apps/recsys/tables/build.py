@@ -6,6 +6,7 @@ Beside the arrow tables, one column at a time is in memory; encoded columns go t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,9 +28,17 @@ from apps.recsys.encoding.categories import (
     to_known,
     to_vocabulary,
 )
-from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features, Target
+from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features, Target, VectorFeature
 from apps.recsys.encoding.labels import determines
-from apps.recsys.encoding.numbers import Part, statistics, to_float32, to_numbers, to_order
+from apps.recsys.encoding.numbers import (
+    Part,
+    statistics,
+    to_float32,
+    to_numbers,
+    to_order,
+    to_vectors,
+    vector_scale,
+)
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.targets import learn_target, of_mean_one, place_labels, read_labels, to_weights
 from apps.recsys.encoding.vocabulary import Vocabulary
@@ -103,6 +112,10 @@ def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInM
     for c, column in enumerate(features.continuous):
         numbers = to_numbers(parts(column.name), column.name, first_row=first_row)
         dense[:, c] = to_float32(numbers)
+    if features.vectors:
+        matrix = writer.create("vectors", (num_rows, sum(f.size for f in features.vectors)), np.float32)
+        for place, vector in zip(_places(features.vectors), features.vectors, strict=True):
+            matrix[:, place] = to_vectors(parts(vector.name), vector.name, vector.size, first_row)
     writer.save("label", np.full((num_rows, len(features.tasks)), np.nan, np.float32))
     if given.domain is not None and given.domains is not None:
         codes = factorize(parts(given.domain), given.domain)
@@ -184,6 +197,7 @@ class _Build:
         features = Features(
             categorical=(*self._write_categorical(), *self._write_multi_valued()),
             continuous=self._write_continuous(),
+            vectors=self._write_vectors(),
             tasks=tuple(config.tasks),
             positives=positives,
             num_domains=num_domains,
@@ -230,6 +244,7 @@ class _Build:
             ("categorical columns", list(there), list(here)),
             *((f"rows of column {c!r}", there[c], here[c]) for c in here if c in there),
             ("continuous columns", list(given.numbers), list(config.continuous)),
+            ("columns of vectors", [f.name for f in features.vectors], list(config.vectors)),
             ("tasks", list(features.tasks), list(config.tasks)),
             (
                 "kinds of tasks",
@@ -411,6 +426,21 @@ class _Build:
             self._shown.advance()
         return tuple(features)
 
+    def _write_vectors(self) -> tuple[VectorFeature, ...]:
+        columns = self.config.vectors
+        if not columns:
+            return ()
+        known = {} if self.given is None else {f.name: f.size for f in self.given.features.vectors}
+        encoded = [to_vectors(self._parts(column), column, known.get(column)) for column in columns]
+        features = []
+        for column, vectors in zip(columns, encoded, strict=True):
+            features.append(VectorFeature(column, vectors.shape[1], vector_scale(vectors[self.masks["train"]])))
+            self._describe(column, np.isnan(vectors[:, 0]), None)
+        matrix = self.writer.create("vectors", (self.num_rows, sum(f.size for f in features)), np.float32)
+        for place, vectors in zip(_places(features), encoded, strict=True):
+            matrix[:, place] = vectors
+        return tuple(features)
+
     def _describe(
         self,
         column: str,
@@ -460,6 +490,12 @@ class _Build:
                     f"column {column!r} determines the label of task {name!r} in every training row: "
                     "is it known before the label is? Else leave it out (exclude)"
                 )
+
+
+def _places(vectors: Sequence[VectorFeature]) -> list[slice]:
+    """Return where each column of vectors stands among their numbers side by side."""
+    ends = np.cumsum([f.size for f in vectors]).tolist()
+    return [slice(end - f.size, end) for f, end in zip(vectors, ends, strict=True)]
 
 
 def _share(mask: NDArray[np.bool_]) -> float:

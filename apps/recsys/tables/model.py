@@ -19,6 +19,7 @@ from apps.recsys.tables.bottoms import SingleTask
 from apps.recsys.tables.dense import DenseArch, DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig, SparseArch
 from apps.recsys.tables.tasks import HeadConfig
+from apps.recsys.tables.vectors import VectorArch
 from core.kernels import cpu
 
 
@@ -112,8 +113,9 @@ _EMBEDDING, _DENSE, _INTERACTION, _HEAD = EmbeddingConfig(), DenseConfig(), Inte
 class MultiTaskModel(nn.Module):
     """A network from a batch of table rows to the outputs of all tasks.
 
-    ``sparse`` (SparseArch) and ``dense`` (DenseArch) read the columns, ``interaction`` (InteractionArch) makes one
-    vector of them, and the OverArch is ``shared``, the layer that the tasks share in whole or in part, and ``head``.
+    ``sparse`` (SparseArch), ``dense`` (DenseArch) and ``vectors`` (VectorArch) read the columns, ``interaction``
+    (InteractionArch) makes one vector of them, and the OverArch is ``shared``, the layer that the tasks share in whole
+    or in part, and ``head``.
 
     Args:
         features: columns and tasks of the data.
@@ -141,7 +143,9 @@ class MultiTaskModel(nn.Module):
         self.num_continuous = len(features.continuous)
         self.dense = DenseArch(features.continuous, dense, copies)
         self.sparse = SparseArch((*features.categorical, *self.dense.bin_features), embedding, copies)
-        parts = [InteractionArch(interaction, self.dense.out_dim, self.sparse.dims) for _ in range(copies)]
+        self.vectors = VectorArch(features.vectors, embedding.dim, copies) if features.vectors else None
+        dims = (*self.sparse.dims, *(() if self.vectors is None else self.vectors.dims))
+        parts = [InteractionArch(interaction, self.dense.out_dim, dims) for _ in range(copies)]
         self.interaction, self.input_dim = nn.ModuleList(parts), parts[0].out_dim
         dim, num_tasks = self.input_dim, len(features.tasks)
         self.shared = shared.build(dim, num_tasks, num_domains=features.num_domains)
@@ -164,6 +168,12 @@ class MultiTaskModel(nn.Module):
             context = core.RoutingContext(domain_ids_B=batch.domain_B)
         dense = self.dense(dense_BC)
         sparse = self.sparse(batch.sparse, self.dense.bins(dense_BC)) if self.sparse.dims else None
+        if self.vectors is not None:
+            if batch.vector_BV is None or batch.vector_BV.shape[1] != sum(self.vectors.sizes):
+                numbers = 0 if batch.vector_BV is None else batch.vector_BV.shape[1]
+                raise ValueError(f"the batch has vectors of {numbers} numbers, the model {sum(self.vectors.sizes)}")
+            vectors = self.vectors(batch.vector_BV)
+            sparse = vectors if sparse is None else torch.cat((sparse, vectors), dim=-1)
         if self.copies == 1:
             x = self.interaction[0](dense, sparse)
         else:

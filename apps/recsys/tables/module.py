@@ -115,8 +115,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
             raise ValueError("features=None: the columns and tasks come from the data, such as TableData(...).features")
         if not features.tasks:
             raise ValueError("features.tasks=() names no task: there is nothing to learn")
-        if not features.categorical and not features.continuous:
-            raise ValueError("features has neither a categorical nor a continuous column")
+        if not (features.categorical or features.continuous or features.vectors):
+            raise ValueError("features has no column: categorical, continuous and vectors are empty")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must lie in [0, 1)")
         if num_members < 1:

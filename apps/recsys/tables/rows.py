@@ -53,6 +53,7 @@ class TableRows(Dataset[TableBatch]):
             domain_B=columns["domain"].index_select(0, index_B).long() if "domain" in columns else None,
             group_B=columns["group"].index_select(0, index_B) if "group" in columns else None,
             weight_Bt=columns["weight"].index_select(0, index_B) if "weight" in columns else None,
+            vector_BV=columns["vectors"].index_select(0, index_B) if "vectors" in columns else None,
         )
 
     def _sparse(self, index_B: Tensor) -> KeyedJaggedTensor:

@@ -150,6 +150,8 @@ def _column(name: str, values: Any) -> pa.Array | pa.ChunkedArray:
         raise ValueError(f"column {name!r} is {excerpt(values)}, not a list of values")
     if isinstance(values, torch.Tensor):
         values = values.numpy(force=True)
+    if getattr(values, "ndim", 1) == 2:
+        values = list(values)
     try:
         return pa.array(values, from_pandas=True)
     except (pa.ArrowException, TypeError, ValueError) as error:

@@ -290,6 +290,8 @@ class Columns:
             ids_NF = arrays.ids_NF[kept_N][:, self.large]
             parts += [rates_NF, np.stack([np.log1p(c[i]) for c, i in zip(self.counts, ids_NF.T, strict=True)], 1)]
         parts += [part[kept_N] for part in self.several.of(arrays)]
+        if arrays.vector_NV is not None:
+            parts.append(arrays.vector_NV[kept_N])
         return np.concatenate([p.astype(np.float32) for p in parts], axis=1)
 
 

@@ -205,7 +205,10 @@ class _Columns:
         parts = [arrays.dense_NC, arrays.ids_NF]
         if arrays.domain_N is not None:
             parts.append(arrays.domain_N[:, None])
-        return np.concatenate([*(p.astype(np.float64) for p in parts), *self.several.of(arrays)], axis=1)
+        parts += self.several.of(arrays)
+        if arrays.vector_NV is not None:
+            parts.append(arrays.vector_NV)
+        return np.concatenate([p.astype(np.float64) for p in parts], axis=1)
 
 
 @dataclass(frozen=True)

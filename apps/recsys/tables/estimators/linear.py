@@ -133,6 +133,9 @@ def design_matrix(arrays: TableArrays) -> Any:
         std_C = np.array([c.std for c in features.continuous])
         scaled_NC = np.clip((arrays.dense_NC - mean_C) / std_C, -5, 5)  # a far value must not make the solver crawl
         parts.append(sparse.csr_matrix(np.nan_to_num(scaled_NC).astype(np.float32)))
+    if arrays.vector_NV is not None:
+        scale_V = np.repeat([f.scale for f in features.vectors], [f.size for f in features.vectors])
+        parts.append(sparse.csr_matrix(np.nan_to_num(arrays.vector_NV / scale_V).astype(np.float32)))
     for feature in features.categorical:
         if feature.multi_valued:
             several = arrays.multi[feature.name]
