@@ -108,7 +108,5 @@ def test_predictions_of_rows_need_vectors_of_the_same_length(tmp_path):
     by_array = model.predict({"image": np.ones((2, 4), np.float32), "shop": shops})
     by_lists = model.predict({"image": [[1.0] * 4] * 2, "shop": shops})
     assert_close(by_array["probability_bought"], by_lists["probability_bought"])
-    with pytest.raises(
-        ValueError, match=r"the rows to predict: the vector in row 0 has 3 numbers, and must have 4"
-    ):
+    with pytest.raises(ValueError, match=r"the rows to predict: the vector in row 0 has 3 numbers, and must have 4"):
         model.predict({"image": np.ones((2, 3)), "shop": shops})
