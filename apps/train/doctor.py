@@ -15,6 +15,8 @@ import core
 from apps.base.checks import check_at_least
 from apps.base.evaluation import in_evaluation
 from apps.train.module import SparseModule
+from core.diagnose.ranks import on_every_rank
+from core.parallel import needs_all_ranks
 
 _logger = logging.getLogger(__name__)
 
@@ -23,12 +25,14 @@ class RoutingDoctor(Callback):
     """Diagnoses the first batches of each validation, and one training step at the end, by ``core.Doctor``.
 
     A finding is logged once, when it comes up, and once more when it is gone. A model without MoE layers is left alone,
-    so that dense twins may share a trainer's configuration. Each process looks at its own part of the data, and the
-    first one speaks; the training step is looked at where there is one process. See docs/doctor.md.
+    so that dense twins may share a trainer's configuration. With several processes the evidence is the sum over all of
+    them, each with its part of the data; the findings are the same on each, and the first one speaks. See
+    docs/doctor.md.
 
     Args:
         batches: validation batches that are looked at.
-        classes: also ask whether the classes decide the experts, which computes these batches twice.
+        classes: also ask whether the classes decide the experts, which computes these batches twice; not where
+            processes share a model's parameters.
         start: weights that the training began with; None: those at the first step, where the callback sees it.
 
     Attributes:
@@ -70,7 +74,7 @@ class RoutingDoctor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.doctor is not None and not trainer.sanity_checking and batch_idx < self.batches:
-            labels = classes_of(pl_module, batch) if self.classes else None
+            labels = classes_of(pl_module, batch) if self.classes and not needs_all_ranks(pl_module) else None
             self._watch.enter_context(self.doctor.watching(batch, labels))
 
     def on_validation_batch_end(
@@ -91,7 +95,7 @@ class RoutingDoctor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.doctor is None or not self.doctor.layers:
             return
-        if trainer.world_size == 1 and isinstance(pl_module, SparseModule) and self._batch is not None:
+        if isinstance(pl_module, SparseModule) and on_every_rank(self._batch is not None):
             self.look_at_step(pl_module, self._batch)
         self._batch = None
         self.diagnose(pl_module)

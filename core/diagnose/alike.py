@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..contract import Rows, unwrapped_modules
 from ..experts import Experts
 from ..layers import MoELayer
+from ..parallel import AllToAllDispatcher, whole_parameters
 from .foreign import every_expert, expert_tensors, foreign_routers
+from .ranks import summed
 
 SAMPLE = 128
 """Tokens on which experts are compared."""
@@ -38,7 +41,9 @@ def experts_of(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
             continue
         experts = getattr(layer, "experts", None)
         if isinstance(experts, Experts):
-            put(name, experts, experts.num_experts if experts.num_local_experts == experts.num_experts else None)
+            # FSDP2's shards are put together for the comparison; experts that are divided stay where they are.
+            divided = isinstance(getattr(layer, "dispatcher", None), AllToAllDispatcher)
+            put(name, experts, None if divided else experts.num_experts)
         elif isinstance(experts, nn.ModuleList):
             for i, level in enumerate(experts):
                 if isinstance(level, Experts):
@@ -57,7 +62,7 @@ class Inputs:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.experts = experts_of(model)
+        self.model, self.experts = model, experts_of(model)
         self.tokens: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
@@ -95,35 +100,55 @@ class Inputs:
         return hook
 
     @torch.no_grad()
-    def distances(self) -> dict[str, Tensor]:
+    def distances(self, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
         """Return, by layer, how far apart the experts' outputs are: float64 (E, E) on the CPU.
 
         The distance of two experts is ``sum ||f_i(x) - f_j(x)||^2 / sum (||f_i(x)||^2 + ||f_j(x)||^2)`` over the same
-        tokens: 0 where they compute the same, 1 where their outputs have nothing to do with each other. It is NaN where
-        both put out nothing. Experts that cannot be asked for every token are left out.
+        tokens, those of all ranks: 0 where they compute the same, 1 where their outputs have nothing to do with each
+        other. It is NaN where both put out nothing. Experts that cannot be asked for every token are left out.
+
+        Args:
+            group: the ranks, all of which call it; None: all.
         """
-        distances = {}
-        for name, (experts, number) in self.experts.items():
-            x_TD = self.tokens.get(name)
-            if x_TD is None:
-                continue
+        if not self.experts:
+            return {}
+        with whole_parameters(self.model):
+            products = {name: self._of_layer(name) for name in self.experts}
+        of_ranks = zip(products, summed([sums for sums, _ in products.values()], group), strict=True)
+        # Without a token of any rank, or experts that cannot be asked, all products are 0.
+        return {
+            name: _distances(sums_EE).masked_fill(~products[name][1], torch.nan)
+            for name, sums_EE in of_ranks
+            if float(sums_EE.abs().sum())
+        }
+
+    def _of_layer(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the sums over this rank's tokens of the products of two experts' outputs, float64 (E, E), and which
+        pairs of experts are compared, bool (E, E)."""
+        experts, number = self.experts[name]
+        if isinstance(experts, Experts):
+            can = not experts.reads_context and type(experts).compute_rows is not Experts.compute_rows
+            # Experts without weights, such as ``Zero``, are alike by design.
+            learned_E = torch.tensor([bool(experts.weights_of(e)) for e in range(number)])
+        else:
+            can, learned_E = True, torch.ones(number, dtype=torch.bool)
+        x_TD, y_TED = self.tokens.get(name), None
+        if x_TD is not None and can:
             x_TD = x_TD.to(next((p.dtype for p in experts.parameters()), x_TD.dtype))
-            if isinstance(experts, Experts):
-                can = not experts.reads_context and type(experts).compute_rows is not Experts.compute_rows
-                y_TED = experts(x_TD, "each") if can else None
-                # Experts without weights, such as ``Zero``, are alike by design.
-                learned_E = torch.tensor([bool(experts.weights_of(e)) for e in range(number)])
-            else:
-                y_TED = every_expert(experts, number, x_TD)
-                learned_E = torch.ones(number, dtype=torch.bool)
-            if y_TED is not None:
-                both_EE = learned_E[:, None] & learned_E[None, :]
-                distances[name] = _distances(y_TED.double().cpu()).masked_fill(~both_EE, torch.nan)
-        return distances
+            y_TED = experts(x_TD, "each") if isinstance(experts, Experts) else every_expert(experts, number, x_TD)
+        products_EE = torch.zeros(number, number, dtype=torch.float64)
+        if y_TED is not None:
+            products_EE = _products(y_TED.double().cpu())
+        return products_EE, learned_E[:, None] & learned_E[None, :]
 
 
-def _distances(y_TED: Tensor) -> Tensor:
-    products_EE = torch.einsum("ted,tfd->ef", y_TED, y_TED)
+def _products(y_TED: Tensor) -> Tensor:
+    """Return the sums over tokens of the products of two experts' outputs, (E, E)."""
+    return torch.einsum("ted,tfd->ef", y_TED, y_TED)
+
+
+def _distances(products_EE: Tensor) -> Tensor:
+    """Return the distances of experts, given the sums of the products of their outputs."""
     square_E = products_EE.diagonal()
     together_EE = square_E[:, None] + square_E[None, :]
     # Outputs of rounding alone are no outputs.
@@ -164,7 +189,11 @@ def ablate_experts(model: nn.Module, score: Callable[[], float]) -> Mapping[str,
 
         without = core.ablate_experts(model, lambda: float(loss(model(x), y)))
     """
-    named = experts_of(model)
+    named = {
+        name: (experts, number)
+        for name, (experts, number) in experts_of(model).items()
+        if not isinstance(experts, Experts) or experts.num_local_experts == number
+    }
     if not named:
         raise ValueError(
             f"a {type(model).__name__} has no MoE layer of 2 to {MOST_EXPERTS} experts that are all on this process"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..contract import Tape, record, unwrapped_modules
 from ..convert.feed_forward import evaluating
 from ..layers import MoELayer
+from ..parallel import needs_all_ranks
 from . import rules
 from .alike import Inputs
 from .figures import LayerFigures
@@ -19,6 +22,7 @@ from .finding import Finding
 from .foreign import foreign_passes, foreign_routers
 from .movement import TrainingStart
 from .passes import Facts, Pass, facts_of, of_entry
+from .ranks import figures_of_ranks, on_any_rank, on_every_rank, summed
 from .step import Loss, StepFigures, step_figures
 
 
@@ -28,6 +32,8 @@ class Doctor:
     Args:
         model: any module with MoE layers, ours or of transformers.
         start: weights that the training began with; None: not known.
+        group: the ranks, each with a part of the data: the evidence is the sum over them, so that all of them call
+            ``look_at_step`` and ``findings``, which are the same on each. None: all ranks.
 
     Raises:
         ValueError: the model has no MoE layer.
@@ -41,8 +47,10 @@ class Doctor:
         print(*doctor.findings(), sep="\\n")
     """
 
-    def __init__(self, model: nn.Module, start: TrainingStart | None = None) -> None:
-        self.model, self.start = model, start
+    def __init__(
+        self, model: nn.Module, start: TrainingStart | None = None, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.model, self.start, self.group = model, start, group
         self._layers = {name: m for name, m in unwrapped_modules(model) if isinstance(m, MoELayer)}
         self._foreign = foreign_routers(model)
         if not self._layers and not self._foreign:
@@ -50,14 +58,15 @@ class Doctor:
         self._inputs = Inputs(model)
         self._facts: dict[str, Facts] = {}
         self._figures: dict[str, LayerFigures] = {}
-        self._first_levels: dict[str, float] = {}
+        self._of_ranks: dict[str, LayerFigures] = {}
+        self._first_levels: dict[str, tuple[float, int]] = {}
         self._steps: dict[str, StepFigures] = {}
 
     def begin(self) -> None:
         """Forget the passes so far but for the level of their logits, as at the start of a validation."""
         for name, figures in self._figures.items():
-            self._first_levels.setdefault(name, figures.rms_level)
-        self._figures, self._inputs = {}, Inputs(self.model)
+            self._first_levels.setdefault(name, (figures.level, figures.num_tokens))
+        self._figures, self._of_ranks, self._inputs = {}, {}, Inputs(self.model)
 
     @contextlib.contextmanager
     def watching(
@@ -90,7 +99,7 @@ class Doctor:
 
     def _add(self, one: Pass, labels: Tensor | None, real_T: Tensor | None) -> None:
         if one.layer not in self._figures:
-            self._figures[one.layer] = LayerFigures(one)
+            self._figures[one.layer] = LayerFigures.like(one)
         self._figures[one.layer].add(one, labels, None if real_T is None else real_T.to(one.chosen_E.device))
 
     def _facts_of(self, entry: str) -> Facts:
@@ -102,33 +111,42 @@ class Doctor:
 
     def look_at_step(self, batch: Any, loss: Loss, aux_weight: float = 1.0, real_BS: Tensor | None = None) -> None:
         """Look into a training step; arguments and errors are those of ``step_figures``."""
-        self._steps = step_figures(self.model, batch, loss, aux_weight=aux_weight, real_BS=real_BS)
+        self._steps = step_figures(self.model, batch, loss, aux_weight=aux_weight, real_BS=real_BS, group=self.group)
 
     def _used(self, figures: LayerFigures) -> Tensor | None:
         """Return the pairs by expert of all routers that choose among the experts of one; None: it is alone."""
         of_layer = [
             f
-            for f in self._figures.values()
+            for f in self._of_ranks.values()
             if f.kind == "pairs" and f.facts.layer == figures.facts.layer and f.num_experts == figures.num_experts
         ]
         return torch.stack([f.chosen_E for f in of_layer]).sum(0) if len(of_layer) > 1 else None
 
+    def _first_levels_of_ranks(self) -> dict[str, float]:
+        """Return the level of the logits at the first look, by the names of the routers that it saw."""
+        names = list(self._of_ranks)
+        own = [torch.tensor(self._first_levels.get(name, (0.0, 0)), dtype=torch.float64) for name in names]
+        of_ranks = zip(names, (t.tolist() for t in summed(own, self.group)), strict=True)
+        return {name: math.sqrt(level / tokens) for name, (level, tokens) in of_ranks if tokens}
+
     @property
     def layers(self) -> tuple[str, ...]:
-        """The names of the layers that were seen since the last ``begin``."""
-        return tuple(self._figures)
+        """The names of the layers that were seen since the last ``begin``; after ``findings``, by any rank."""
+        return tuple(self._of_ranks or self._figures)
 
     def findings(self) -> list[Finding]:
         """Return the findings so far, errors first, in the order of the layers."""
         every: list[Finding] = []
-        for name, figures in self._figures.items():
+        self._of_ranks = figures_of_ranks(self._figures, self.group)
+        first_levels = self._first_levels_of_ranks()
+        for name, figures in self._of_ranks.items():
             every += rules.load_findings(name, figures, self._used(figures))
-            every += rules.logit_findings(name, figures, self._first_levels.get(name))
+            every += rules.logit_findings(name, figures, first_levels.get(name))
             every += rules.gate_findings(name, figures)
             every += rules.padding_findings(name, figures)
         alike = {
             name: list(rules.alike_findings(name, distance_EE))
-            for name, distance_EE in self._inputs.distances().items()
+            for name, distance_EE in self._inputs.distances(self.group).items()
         }
         every += [finding for of_layer in alike.values() for finding in of_layer]
         for name, step in self._steps.items():
@@ -136,7 +154,7 @@ class Doctor:
             are_same = any(finding.severity == "error" for finding in alike.get(name, ()))
             every += [f for f in rules.step_findings(name, step) if not (are_same and f.name == "no_router_gradient")]
         if self.start is not None:
-            every += rules.movement_findings(self.start.moved(self.model))
+            every += rules.movement_findings(self.start.moved(self.model, self.group))
         return sorted(every, key=lambda finding: finding.severity != "error")
 
 
@@ -149,6 +167,7 @@ def diagnose(
     labels: Callable[[Any], Tensor | None] | None = None,
     real: Callable[[Any], Tensor | None] | None = None,
     start: TrainingStart | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> list[Finding]:
     """Return what is wrong with the routing of a model: an empty list where nothing is.
 
@@ -166,28 +185,37 @@ def diagnose(
         labels: returns the class of each sequence or token of a batch, int64 (B,) or (T,); None: not known.
         real: returns bool (B, S), False for padding; None: the ``attention_mask`` of a mapping, where there is one.
         start: weights that the training began with; None: not known.
+        group: the ranks, all of which call this with batches of their own, as many as they have; the evidence is the
+            sum over them, and the result the same on each. None: all ranks.
 
     Raises:
-        ValueError: the model has no MoE layer, there is no batch, or the loss has no gradient.
+        ValueError: the model has no MoE layer, there is no batch, on one of the ranks, or the loss has no gradient.
 
     Example::
 
         for finding in core.diagnose(model, loader, lambda model, batch: model(batch["pixels"])):
             print(finding)
     """
-    doctor = Doctor(model, start)
-    real, first, number = real or _attention_mask, None, 0
+    doctor = Doctor(model, start, group)
+    real, rest, together = real or _attention_mask, iter(batches), needs_all_ranks(model)
+    first = batch = next(rest, _NONE)
+    if not on_every_rank(first is not _NONE, group):
+        raise ValueError("there is no batch to diagnose the model on")
     with torch.no_grad(), evaluating(model):
-        for number, batch in enumerate(batches, 1):
-            first = batch if number == 1 else first
+        while on_any_rank(batch is not _NONE, group) if together else batch is not _NONE:
+            if batch is _NONE:  # other ranks have batches left, and need the parameters that are here
+                _call(model, first, run)
+                continue
             with doctor.watching(batch, None if labels is None else labels(batch), real(batch)):
                 _call(model, batch, run)
-        if not number:
-            raise ValueError("there is no batch to diagnose the model on")
+            batch = next(rest, _NONE)
     if loss is not None:
         doctor.look_at_step(first, loss, real_BS=real(first))
     with torch.no_grad(), evaluating(model):
         return doctor.findings()
+
+
+_NONE = object()
 
 
 def _call(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any] | None) -> None:

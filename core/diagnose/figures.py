@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .passes import Pass
+from .passes import Facts, Pass
 
 PLACES = 64
 """Places of a sequence that are told apart; longer sequences are cut into so many parts."""
+
+
+_TENSORS = (
+    *("chosen_E", "computed_E", "place_PE", "num_logits", "logit_M", "square_M", "place_logit_PM", "place_tokens_P"),
+)
 
 
 class LayerFigures:
@@ -34,20 +40,24 @@ class LayerFigures:
         padding: tokens that a balance loss counts though they are padding, and all that it counts.
     """
 
-    def __init__(self, first: Pass) -> None:
-        E = self.num_experts = first.num_experts
-        self.kind, self.facts = first.kind, first.facts
+    def __init__(self, num_experts: int, kind: str, facts: Facts, num_logits: int) -> None:
+        E, M = num_experts, num_logits
+        self.num_experts, self.kind, self.facts = num_experts, kind, facts
         self.num_tokens = self.decisions = 0
         self.chosen_E, self.computed_E = (torch.zeros(E, dtype=torch.float64) for _ in range(2))
         self.place_PE = torch.zeros(PLACES, E, dtype=torch.float64)
         self.class_CE: Tensor | None = None
         self.chance_drops = 0.0
-        M = 0 if first.logits_TE is None else first.logits_TE.shape[1]
         self.num_logits, self.logit_M, self.square_M = (torch.zeros(M, dtype=torch.float64) for _ in range(3))
         self.place_logit_PM = torch.zeros(PLACES, M, dtype=torch.float64)
         self.place_tokens_P = torch.zeros(PLACES, dtype=torch.float64)
         self.largest, self.not_finite, self.level = 0.0, 0, 0.0
         self.padding = (0, 0)
+
+    @classmethod
+    def like(cls, one: Pass) -> LayerFigures:
+        """Return the figures of no pass yet, for passes like this one."""
+        return cls(one.num_experts, one.kind, one.facts, 0 if one.logits_TE is None else one.logits_TE.shape[1])
 
     @torch.no_grad()
     def add(self, one: Pass, labels: Tensor | None = None, real_T: Tensor | None = None) -> None:
@@ -113,6 +123,46 @@ class LayerFigures:
             self.place_logit_PM += sums_PM.cpu()
             self.place_tokens_P += torch.bincount(place_T, minlength=PLACES).double().cpu()
         return of_sequences if per_sequence else len(l_TM)
+
+    # ---- sums over ranks
+
+    @property
+    def outline(self) -> tuple[int, str, Facts, int]:
+        """The arguments with which figures of the same shapes are made."""
+        return self.num_experts, self.kind, self.facts, len(self.logit_M)
+
+    def widen(self, classes: int) -> None:
+        """Give ``class_CE`` at least so many rows; none for 0."""
+        if classes:
+            rows = self.place_PE.new_zeros(classes, self.num_experts)
+            self.class_CE = rows if self.class_CE is None else _sum_of_rows(self.class_CE, rows)
+
+    def sums(self, like: LayerFigures | None = None) -> list[Tensor]:
+        """Return all that adds up, float64, in the order of ``set_sums``; ``largest`` does not.
+
+        Args:
+            like: figures whose number of classes the result is to have; None: as many as there are.
+        """
+        if like is not None and like.class_CE is not None:
+            self.widen(len(like.class_CE))
+        numbers = [self.num_tokens, self.decisions, self.chance_drops, self.not_finite, self.level, *self.padding]
+        tensors = [getattr(self, name) for name in _TENSORS]
+        return [
+            torch.tensor(numbers, dtype=torch.float64),
+            *tensors,
+            *([] if self.class_CE is None else [self.class_CE]),
+        ]
+
+    def set_sums(self, sums: Sequence[Tensor]) -> None:
+        """Take over what ``sums`` of other figures of these shapes has returned, or its sums over ranks."""
+        numbers, *tensors = sums
+        tokens, decisions, self.chance_drops, not_finite, self.level, wrong, counted = numbers.tolist()
+        self.num_tokens, self.decisions, self.not_finite = round(tokens), round(decisions), round(not_finite)
+        self.padding = (round(wrong), round(counted))
+        for name, tensor in zip(_TENSORS, tensors, strict=False):
+            setattr(self, name, tensor)
+        if self.class_CE is not None:
+            self.class_CE = tensors[-1]
 
     # ---- figures
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..contract import unwrapped_modules
@@ -14,6 +15,7 @@ from ..experts.base import local_tensor
 from ..layers import MoELayer
 from .alike import MOST_EXPERTS
 from .foreign import foreign_routers
+from .ranks import summed
 
 KEPT = 1024
 """Most numbers that are kept of a parameter."""
@@ -44,18 +46,19 @@ class TrainingStart:
         self.kept = {name: _sample(p) for name, p in _parameters(model).items() if p.requires_grad and not p.is_meta}
 
     @torch.no_grad()
-    def moved(self, model: nn.Module) -> dict[str, Moved]:
+    def moved(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> dict[str, Moved]:
         """Return how far each MoE layer has moved, by its name. Weights of other shapes than at the start are left out.
+
+        Every rank calls it: each has a part of what is divided among them.
 
         Args:
             model: the model that ``TrainingStart`` was made of, or a copy of it, trained.
+            group: the ranks; None: all.
         """
-        distance: dict[str, float] = {}
-        for name, p in _parameters(model).items():
-            before = self.kept.get(name)
-            now = _sample(p)
-            if before is not None and before.shape == now.shape:
-                distance[name] = float((now - before).square().mean().sqrt())
+        parameters = {name: p for name, p in _parameters(model).items() if name in self.kept}
+        squares = [_square(self.kept[name], _sample(p)) for name, p in parameters.items()]
+        of_ranks = zip(parameters, summed(squares, group), strict=True)
+        distance = {name: float((square / count).sqrt()) for name, (square, count) in of_ranks if count > 0}
         layers = _layers(model)
         inside = tuple(f"{part}." for _, parts in layers.values() for part in parts)
         matrices = _matrices(model)
@@ -68,6 +71,12 @@ class TrainingStart:
                 max(of_router, default=None), max(of_experts, default=None), median(rest) if rest else None
             )
         return moved
+
+
+def _square(before: Tensor, now: Tensor) -> Tensor:
+    """Return the sum of the squares of a movement and the count of its numbers, float64 (2,); 0 for other shapes."""
+    moved = (now - before).double() if before.shape == now.shape else now.new_zeros(0, dtype=torch.float64)
+    return torch.stack((moved.square().sum(), torch.tensor(float(moved.numel()), dtype=torch.float64)))
 
 
 def _sample(p: Tensor) -> Tensor:

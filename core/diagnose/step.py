@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from ..contract import record, unwrapped_modules
+from ..contract import record, several_ranks, unwrapped_modules
 from ..layers import MoELayer, aux_losses
+from ..parallel import local_part, sharded_modules, whole_parameters
 from ..routing.balance import BalanceWeights
 from .foreign import ForeignRouter, foreign_passes, foreign_routers
 from .passes import Pass
+from .ranks import summed
 
 Loss = Callable[[Any, Any], Tensor]
 """Takes a model and a batch, and returns the loss that a training step minimises, ()."""
@@ -45,7 +50,13 @@ class StepFigures:
 
 
 def step_figures(
-    model: nn.Module, batch: Any, loss: Loss, *, aux_weight: float = 1.0, real_BS: Tensor | None = None
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    *,
+    aux_weight: float = 1.0,
+    real_BS: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, StepFigures]:
     """Run two training steps without an update, with the balance losses and without, and compare their gradients.
 
@@ -57,10 +68,24 @@ def step_figures(
         loss: as a step minimises it, balance losses included.
         aux_weight: weight of the balance losses in the loss, beside the layers' own weights.
         real_BS: bool (B, S), False for padding; None: not known.
+        group: the ranks, all of which call this with a batch of their own; gradients are the means over them, as DDP
+            and FSDP make them. What FSDP2 shards is put together meanwhile. None: all.
 
     Raises:
         ValueError: the loss has no gradient.
     """
+    with whole_parameters(model):
+        return _step_figures(model, batch, loss, aux_weight, real_BS, group)
+
+
+def _step_figures(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    aux_weight: float,
+    real_BS: Tensor | None,
+    group: dist.ProcessGroup | None,
+) -> dict[str, StepFigures]:
     layers = {name: m for name, m in unwrapped_modules(model) if isinstance(m, MoELayer)}
     foreign = foreign_routers(model)
     parts: dict[str, tuple[nn.Module, nn.Module | None]] = {name: (m.router, m.experts) for name, m in layers.items()}
@@ -73,18 +98,18 @@ def step_figures(
     with _untouched(model):
         model.train()
         task, whole = (
-            _run(model, batch, loss, wanted, layers, foreign, with_balance) for with_balance in (False, True)
+            _run(model, batch, loss, wanted, layers, foreign, with_balance, group) for with_balance in (False, True)
         )
-    foreign_times, over_padding = _foreign_times(model, foreign, task, whole, real_BS)
+    foreign_times, over_padding = _foreign_times(model, foreign, task, whole, real_BS, group)
     figures = {}
     for name, of in routers.items():
         times = foreign_times if name in foreign and foreign[name].has_loss else None
         g_task, g_whole = _flat(of, task.gradients), _flat(of, whole.gradients)
         # Losses that a router adds by itself are in both.
         g_aux = _flat(of, whole.of_balance) - _flat(of, task.of_balance)
-        if name in layers and of and float(g_aux.norm()) > VISIBLE * float(g_whole.norm()):
+        if name in layers and of and float(g_aux.norm()) > _visible(of) * float(g_whole.norm()):
             times = float((g_whole - g_task) @ g_aux / (g_aux @ g_aux)) / aux_weight
-        scale = _rms(_flat(experts[name], task.gradients))
+        scale = _rms_of_ranks(experts[name], task.gradients, group)
         balance = layers[name].balance.weights() if name in layers else {"": float(foreign[name].has_loss)}
         figures[name] = StepFigures(
             router_gradient=_rms(g_task) / scale if of and scale > 0 else None,
@@ -118,21 +143,40 @@ def _run(
     layers: Mapping[str, MoELayer],
     foreign: Mapping[str, ForeignRouter],
     with_balance: bool,
+    group: dist.ProcessGroup | None,
 ) -> _Run:
     without = contextlib.nullcontext() if with_balance else _without_balance(model, layers.values())
     with without, _seeded(), torch.enable_grad(), foreign_passes(foreign, batch) as passes, record(model) as tape:
         value = loss(model, batch)
         if not value.requires_grad:
             raise ValueError("the loss of a training step has no gradient: it must be a function of the weights")
-        aux = aux_losses(tape).total
-        of_balance = _gradients(aux, wanted, keep=True) if aux.requires_grad else {}
-        return _Run(float(value.detach()), _gradients(value, wanted), of_balance, passes)
+        aux = aux_losses(tape, group).total
+        if next(sharded_modules(model), None) is not None:
+            aux = aux + 0 * value  # FSDP2 follows a backward that begins at the model's output alone
+        of_balance = _gradients(aux, wanted, group, keep=True) if aux.requires_grad else {}
+        return _Run(float(value.detach()), _gradients(value, wanted, group), of_balance, passes)
 
 
-def _gradients(value: Tensor, wanted: list[nn.Parameter], keep: bool = False) -> Gradients:
+def _gradients(
+    value: Tensor, wanted: list[nn.Parameter], group: dist.ProcessGroup | None, keep: bool = False
+) -> Gradients:
+    """Return the gradients, means over the ranks; divided experts have the sum over the tokens of those that share
+    them, over the number of these."""
     grads = torch.autograd.grad(value, wanted, retain_graph=keep, allow_unused=True)
     # Rows of a table have sparse gradients.
-    return {id(p): g.to_dense().detach() for p, g in zip(wanted, grads, strict=True) if g is not None}
+    dense = {id(p): local_part(g.to_dense()).detach() for p, g in zip(wanted, grads, strict=True) if g is not None}
+    if not several_ranks(group):
+        return dense
+    for p in wanted:
+        if isinstance(p, DTensor):
+            if id(p) in dense:
+                dense[id(p)] = dense[id(p)] / p.device_mesh.size()
+            continue
+        # A rank that does not use a parameter takes part in the mean.
+        mean = dense[id(p)].clone() if id(p) in dense else torch.zeros_like(p)
+        dist.all_reduce(mean, group=group)
+        dense[id(p)] = mean / dist.get_world_size(group)
+    return dense
 
 
 def _trained(module: nn.Module | None, without: Iterable[nn.Parameter] = ()) -> list[nn.Parameter]:
@@ -143,10 +187,26 @@ def _trained(module: nn.Module | None, without: Iterable[nn.Parameter] = ()) -> 
 def _flat(parameters: Iterable[nn.Parameter], gradients: Gradients) -> Tensor:
     """Return the gradients of some parameters one after the other, float64; zeros where there is none."""
     parts = [
-        gradients[id(p)].double().flatten() if id(p) in gradients else p.new_zeros(p.numel(), dtype=torch.float64)
+        gradients[id(p)].double().flatten()
+        if id(p) in gradients
+        else p.new_zeros(local_part(p).numel(), dtype=torch.float64)
         for p in parameters
     ]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def _visible(parameters: Iterable[nn.Parameter]) -> float:
+    """Return ``VISIBLE``, more for parameters that are rounded more coarsely."""
+    coarsest = max(torch.finfo(p.dtype).eps for p in parameters)
+    return VISIBLE * coarsest / torch.finfo(torch.float32).eps
+
+
+def _rms_of_ranks(parameters: Iterable[nn.Parameter], gradients: Gradients, group: dist.ProcessGroup | None) -> float:
+    """Return the root mean square of some parameters' gradients, all ranks' parts of them together."""
+    flat = _flat(parameters, gradients)
+    sums = torch.stack((flat.square().sum().cpu(), torch.tensor(float(flat.numel()), dtype=torch.float64)))
+    square, count = summed([sums], group)[0].tolist()
+    return math.sqrt(square / count) if count else 0.0
 
 
 def _rms(flat: Tensor) -> float:
@@ -154,12 +214,18 @@ def _rms(flat: Tensor) -> float:
 
 
 def _foreign_times(
-    model: nn.Module, foreign: Mapping[str, ForeignRouter], task: _Run, whole: _Run, real_BS: Tensor | None
+    model: nn.Module,
+    foreign: Mapping[str, ForeignRouter],
+    task: _Run,
+    whole: _Run,
+    real_BS: Tensor | None,
+    group: dist.ProcessGroup | None,
 ) -> tuple[float | None, bool]:
     """Return how often the balance loss of a foreign model is in the loss, and whether it counts padding.
 
     transformers' loss is one for all layers (arXiv 2101.03961, eq. 4-6, over all K choices): the loss with it and the
-    loss without it differ by its weight times its value.
+    loss without it differ by its weight times its value. Each rank has the loss of its own tokens: the result is the
+    mean over the ranks, and padding that one of them counts.
     """
     passes = [p for p in whole.passes if foreign[p.layer].has_loss and p.logits_TE is not None]
     weight = next((value for _, value in _foreign_weights(model)), 0.0)
@@ -169,7 +235,9 @@ def _foreign_times(
     every = _switch_loss(passes, None)
     real = every if real_BS is None else _switch_loss(passes, real_BS.flatten())
     is_padded = abs(every - real) > 0.01 * real and abs(value - every) < 0.1 * abs(every - real)
-    return value / (every if is_padded else real), is_padded
+    own = torch.tensor([value / (every if is_padded else real), float(is_padded), 1.0], dtype=torch.float64)
+    times, padded, ranks = summed([own], group)[0].tolist()
+    return times / ranks, padded > 0
 
 
 def _switch_loss(passes: list[Pass], real_T: Tensor | None) -> float:

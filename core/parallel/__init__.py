@@ -1,7 +1,7 @@
 """Experts on several ranks: the mesh, the exchange of rows, and models whose parameters are sharded."""
 
 from .all_to_all import AllToAllDispatcher
-from .data import average_experts, blocks_of, broadcast_parameters, shard_data, sharded_modules
+from .data import average_experts, blocks_of, broadcast_parameters, shard_data, sharded_modules, whole_parameters
 from .in_step import InStep
 from .mesh import expert_mesh, experts_part
 from .parts import clip_grad_norm, copy_part, local_part, needs_all_ranks, part_of, total_norm, whole_of
@@ -27,4 +27,5 @@ __all__ = [
     "sharded_modules",
     "total_norm",
     "whole_of",
+    "whole_parameters",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -88,6 +89,27 @@ def _is_divided(part: nn.Module) -> bool:
 def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
     """Yield the modules that FSDP2 gathers and frees."""
     return (m for m in model.modules() if isinstance(m, FSDPModule))
+
+
+@contextlib.contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """Keep what FSDP2 shards whole on every rank inside the ``with`` block, which all ranks enter.
+
+    ``parameters()`` are then plain ones, as are the gradients that ``torch.autograd.grad`` has of them: those of the
+    rank's own tokens. Experts that ``shard_experts`` has divided stay divided.
+    """
+    parts = list(sharded_modules(model))
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_backward(False, recurse=False)
+        part.set_requires_gradient_sync(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_backward(True, recurse=False)
+            part.set_requires_gradient_sync(True, recurse=False)
 
 
 def broadcast_parameters(model: nn.Module) -> None:

@@ -1,18 +1,27 @@
-"""``RoutingDoctor`` in trainings of a tiny model: what it says, when, and that the training is the same with it."""
+"""``RoutingDoctor`` in trainings of a tiny model: what it says, when, and that the training is the same with it.
+
+Two processes say together what one would say of the data of both."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import replace
+from typing import Any
 
+import divided_runs
 import pytest
 import torch
+import torch.distributed as dist
 from quiet_trainer import quiet_trainer
 from tiny_app import TinyData, TinyModule
 from torch.testing import assert_close
+from torch.utils.data import DataLoader, Subset
+from two_ranks import on_two_ranks
 
 import core
 from apps.train.doctor import RoutingDoctor, classes_of
+from apps.train.expert_parallel import ExpertParallelStrategy
 from apps.train.module import OptimizerConfig
 
 MOE = core.MoEConfig(4, core.TokenChoice(top_k=2), core.FFN(hidden_dim=8))
@@ -86,3 +95,65 @@ def test_classes_are_those_of_a_task_with_one_an_example():
 def test_no_batches_are_refused():
     with pytest.raises(ValueError, match=r"RoutingDoctor.batches=0 must be at least 1"):
         RoutingDoctor(batches=0)
+
+
+# ---- two processes
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "experts": {},
+    "fsdp": {"experts": 1, "shards": 2, "rest": "shard"},
+}
+
+
+class Doubled(TinyModule):
+    """A model whose step adds the balance losses twice."""
+
+    def training_loss(self, batch):
+        loss = super().training_loss(batch)
+        return loss._replace(total=loss.total + loss.aux.total)
+
+
+class Lopsided(divided_runs.Points):
+    """Points whose validation is six batches on rank 0 and two on rank 1."""
+
+    def val_dataloader(self):
+        points = Subset(self.points, range(24 if dist.get_rank() == 0 else 8))
+        return DataLoader(points, self.batch_size)
+
+
+def diagnosed(folder, kind, strategy):
+    """Return the findings of a training, and what was logged of them."""
+    records: list[logging.LogRecord] = []
+    logger, handler = logging.getLogger("apps.train.doctor"), logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    torch.manual_seed(0)
+    doctor, net = RoutingDoctor(), kind(3, moe=MOE, optimizer=OptimizerConfig(lr=1e-2))
+    options = {"callbacks": [doctor], "use_distributed_sampler": False}
+    divided_runs.fit(folder, net, strategy, divided_runs.WORLD, **options)
+    logger.removeHandler(handler)
+    return [str(f) for f in doctor.findings], [r.getMessage() for r in records]
+
+
+def on_rank(rank, folder):
+    divided_runs.as_rank(rank)
+    results = {"healthy": diagnosed(folder / "healthy", TinyModule, ExpertParallelStrategy(experts=1))}
+    divided_runs.Points = Lopsided  # type: ignore[misc]
+    results["uneven"] = diagnosed(folder / "uneven", Doubled, ExpertParallelStrategy(experts=1))
+    divided_runs.Points = Lopsided.__base__  # type: ignore[misc]
+    for name, options in STRATEGIES.items():
+        results[name] = diagnosed(folder / name, Doubled, ExpertParallelStrategy(**options))
+    return results
+
+
+def test_two_processes_speak_with_one_voice(tmp_path):
+    first, second = on_two_ranks(functools.partial(on_rank, folder=tmp_path), tmp_path)
+    assert first["healthy"] == ([], ["routing: healthy"])
+    assert second["healthy"] == ([], [])
+    for name in ("uneven", *STRATEGIES):
+        findings, lines = first[name]
+        assert len(findings) == 1, name
+        assert findings[0].startswith("error: net.3: doubled balance: the balance loss is 2 times in the loss"), name
+        assert lines == [f"routing: {findings[0]}"]
+        assert second[name] == (findings, [])

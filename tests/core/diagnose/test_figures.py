@@ -12,7 +12,7 @@ from patients import Patient, Training, batches, task_loss, whole_loss
 from torch import nn
 
 import core
-from core.diagnose.alike import _distances
+from core.diagnose.alike import _distances, _products
 from core.diagnose.figures import LayerFigures, explained
 from core.diagnose.passes import Facts, Pass
 from core.diagnose.rules import load_findings
@@ -29,7 +29,7 @@ def a_pass(**values):
 
 
 def figures_of(*passes, **options):
-    figures = LayerFigures(passes[0])
+    figures = LayerFigures.like(passes[0])
     for one in passes:
         figures.add(one, **options)
     return figures
@@ -97,7 +97,7 @@ def test_drops_by_chance():
 def test_distances_of_outputs():
     # Outputs (1, 0), (0, 1), (1, 0) and nothing: unrelated 1, the same 0, and nothing can be said of nothing.
     y_TED = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]]).double()
-    distance = _distances(y_TED)
+    distance = _distances(_products(y_TED))
     assert (distance[0, 1], distance[0, 2]) == (1, 0)
     assert distance[3, 3].isnan()
 
