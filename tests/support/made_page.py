@@ -20,6 +20,7 @@ from apps.report.page import (
     Section,
     Table,
     Text,
+    Words,
 )
 
 # A PNG of one black point.
@@ -43,6 +44,8 @@ def made_page(folder: Path, title: str = "Sparse & dense") -> Page:
     )
     values = ((90.0, 10.0), (20.0, 80.0))
     classes = HeatmapChart("Classes", "Mostly right.", "class", "expert", ("cat", "dog"), ("0", "1"), values)
+    experts = {"block 1": [[0, 1], [1, 0], [2, 3]], "block 2": [[2, 3], [3, 3], [0, 3]]}
+    words = Words.of_pieces("A sentence", ["<s>", "\u2581read", "ing"], experts, 3, {"loss": [0.5, 2.0, float("nan")]})
     return Page(
         title,
         ("Sparse wins: +1.1 points, 95 % interval +0.4 to +1.8.", "Against the larger one no difference is shown."),
@@ -50,7 +53,7 @@ def made_page(folder: Path, title: str = "Sparse & dense") -> Page:
         (
             Section("Quality", (ScatterChart("Cost", "Sparse is best.", "MFLOPs", "top1, %", points),)),
             Section("Training", (Text.of("One", "two"), curve)),
-            Section("Experts", (load, classes, Picture("point.png", "a black point", "A point."))),
+            Section("Experts", (load, classes, Picture("point.png", "a black point", "A point."), words)),
             Section("Nothing"),
             Section("Below", sections=(Section("Inner", (Code("Command", "moesaic <test>", closed=True),)),)),
             Section("Sorted", (Table("Experts", ("expert", "share, %"), (("b", "9"), ("a", "10")), sortable=True),)),

@@ -6,6 +6,7 @@ import base64
 import html
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 
 from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, ScatterChart, thinned_rows
 from apps.report.page.library import MISSING, has_charts, script
-from apps.report.page.parts import Code, Page, Part, Picture, Section, Table, Text
+from apps.report.page.parts import Code, Page, Part, Picture, Section, Table, Text, Words, shown
 from apps.report.page.vega import vega_lite
+from apps.report.plots import expert_colors
 
 GENERATOR = '<meta name="generator" content="moesaic">'
 """Marks a file that a page may replace."""
@@ -162,6 +164,8 @@ def _part(part: Part, writing: _Writing) -> str:
         if part.closed:
             return f"<details><summary>{_text(part.title)}</summary>{code}</details>"
         return f'<p class="label">{_text(part.title)}</p>{code}'
+    if isinstance(part, Words):
+        return _words(part, writing)
     assert isinstance(part, Picture), part
     writing.pictures.append(part)
     return _MARK
@@ -225,6 +229,47 @@ def _chart(chart: Chart, writing: _Writing, level: int) -> str:
         f'<details{is_open}><summary>Numbers<span class="hidden"> of {_text(chart.title)}</span></summary>{table}'
         "</details></figure>"
     )
+
+
+def _words(words: Words, writing: _Writing) -> str:
+    own, colors = writing.id(words.title), expert_colors(words.num_colors)
+    joined = words.joined or (False,) * len(words.words)
+    largest = {name: max((v for v in row if v > 0), default=1.0) for name, row in words.values.items()}
+    items = []
+    for i, word in enumerate(words.words):
+        marks = [_mark(name, row[i] or "–", _color(row[i], colors)) for name, row in words.labels.items()]
+        for name, row in words.values.items():
+            share = 0 if math.isnan(row[i]) else round(40 * max(row[i], 0.0) / largest[name])
+            shade = f"background:color-mix(in srgb,var(--link) {share}%,transparent)"
+            marks.append(_mark(name, shown(row[i], 2), shade))
+        kind = ' class="joined"' if joined[i] else ""
+        items.append(f'<li{kind}><span dir="auto">{_text(word)}</span>{"".join(marks)}</li>')
+    rows = ", ".join((*words.labels, *words.values))
+    note = " ".join(filter(None, (f"Below each word: {rows}." if rows else "", words.note)))
+    return (
+        f'<figure class="panel tokens"><p class="label" id="{own}">{_text(words.title)}</p>'
+        f'<ol role="list" aria-labelledby="{own}">{"".join(items)}</ol><figcaption>{_text(note)}</figcaption></figure>'
+    )
+
+
+def _mark(name: str, text: str, style: str) -> str:
+    style = f' style="{style}"' if style else ""
+    return f'<span class="mark"{style}><span class="hidden">{_text(name)}: </span>{_text(text)}</span>'
+
+
+def _color(label: str, colors: Sequence[str]) -> str:
+    """Return the style of a label that begins with a number, its letters black or white, whichever is clearer."""
+    number = label.split()[0] if label else ""
+    if not number.isdecimal() or int(number) >= len(colors):
+        return ""
+    color = colors[int(number)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in _rgb(color)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]  # WCAG 2.2
+    return f"background:{color};color:{'#000' if luminance > 0.179 else '#fff'}"
+
+
+def _rgb(color: str) -> list[float]:
+    return [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
 
 
 def _picture(picture: Picture) -> str:

@@ -1,8 +1,9 @@
-"""What a page is made of: sections with texts, tables, code and pictures. Charts are in ``charts``."""
+"""What a page is made of: sections with texts, tables, code, pictures and labelled words. Charts are in ``charts``."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -83,7 +84,80 @@ class Picture:
     caption: str = ""
 
 
-Part = Text | Table | Code | Picture | ScatterChart | LineChart | BarChart | HeatmapChart
+START = "\u2581"
+"""What sentencepiece writes before a piece that begins a word."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words in their order, as text, each above its labels and numbers, such as its experts and its loss.
+
+    Attributes:
+        title: what they are.
+        words: the words, or parts of them.
+        labels: a label for each word, by what the labels are, such as "block 1": a label that begins with a number has
+            the colour of that number; "" is none.
+        num_colors: how many numbers have a colour, such as the number of experts.
+        values: a number for each word, by what it is: the larger the darker. NaN is none.
+        joined: whether a word belongs to the one before; empty where none does.
+        note: sentence below.
+
+    Raises:
+        ValueError: labels, values or ``joined`` of another length than the words.
+    """
+
+    title: str
+    words: tuple[str, ...]
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    num_colors: int = 0
+    values: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    joined: tuple[bool, ...] = ()
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        rows = {**self.labels, **self.values, **({"joined": self.joined} if self.joined else {})}
+        for name, row in rows.items():
+            if len(row) != len(self.words):
+                raise ValueError(f"{self.title!r}: {len(row)} of {name!r} for {len(self.words)} words")
+
+    @classmethod
+    def of_pieces(
+        cls,
+        title: str,
+        pieces: Sequence[str],
+        experts: Mapping[str, Sequence[Sequence[int]]],
+        num_experts: int,
+        values: Mapping[str, Sequence[float]] | None = None,
+        note: str = "",
+    ) -> Words:
+        """Return the pieces of sentencepiece with their experts.
+
+        Args:
+            title: what they are.
+            pieces: the pieces; ``START`` before one begins a word.
+            experts: numbers of each piece's experts, by layer; E and above is none.
+            num_experts: E.
+            values: as in ``Words``.
+            note: sentence below.
+        """
+        apart = [not i or piece.startswith((START, "<")) for i, piece in enumerate(pieces)]
+        after_mark = [bool(i) and pieces[i - 1].startswith("<") for i in range(len(pieces))]
+        labels = {
+            layer: tuple(" ".join(str(e) for e in own if e < num_experts) for own in of_layer)
+            for layer, of_layer in experts.items()
+        }
+        return cls(
+            title,
+            tuple(piece.removeprefix(START) or START for piece in pieces),
+            labels,
+            num_experts,
+            {name: tuple(map(float, own)) for name, own in (values or {}).items()},
+            tuple(not (a or b) for a, b in zip(apart, after_mark, strict=True)),
+            note,
+        )
+
+
+Part = Text | Table | Code | Picture | Words | ScatterChart | LineChart | BarChart | HeatmapChart
 """Whatever a section may hold."""
 
 

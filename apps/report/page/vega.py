@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 MOST_POINTS = 200
 """Points of a line up to which each is drawn; a longer line is drawn by the means of as many parts."""
 
+MOST_SLANTED = 20
+"""Bars up to which long names all stand below them."""
+
 _HEIGHT = 260
 _NEUTRAL = "#8a8a8a"  # is seen on light and on dark ground
 
@@ -105,9 +108,12 @@ def _bars(chart: BarChart) -> alt.LayerChart:
     ]
     several = len(labels) > 1
     chosen = alt.selection_point(fields=["label"], bind="legend", name="chosen")
+    # Names that are too long to stand side by side are slanted, so that none is left out.
+    is_long = sum(map(len, chart.names)) > 60 and len(chart.names) <= MOST_SLANTED
+    axis = alt.Axis(labelAngle=-45 if is_long else 0, labelOverlap=not is_long, labelLimit=140)
     bars = alt.Chart(alt.Data(values=rows)).mark_bar()
     bars = bars.encode(
-        x=alt.X("name:N", title=chart.x_title, sort=list(chart.names), axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        x=alt.X("name:N", title=chart.x_title, sort=list(chart.names), axis=axis),
         y=alt.Y("y:Q", title=chart.y_title),
         color=alt.Color("label:N", title=None, scale=_colors(labels)) if several else alt.value(PALETTE[0]),
         opacity=alt.condition(chosen, alt.value(1.0), alt.value(0.15)),

@@ -63,6 +63,16 @@ def test_loads_are_shares_beside_the_even_one():
     assert len(vega_lite(chart)["layer"]) == 2
 
 
+@pytest.mark.parametrize(
+    "names, angle, overlap", [(("0", "1"), 0, True), (("a long name of a class",) * 3, -45, False)]
+)
+def test_long_names_of_bars_are_slanted_and_all_there(names, angle, overlap):
+    names = tuple(f"{name}{i}" for i, name in enumerate(names))
+    chart = BarChart("t", "s", "class", "y", names, {"a": (1.0,) * len(names)})
+    axis = vega_lite(chart)["layer"][0]["encoding"]["x"]["axis"]
+    assert (axis["labelAngle"], axis["labelOverlap"]) == (angle, overlap)
+
+
 def test_rows_are_thinned_from_the_first_to_the_last():
     assert thinned_rows([(str(i),) for i in range(9)], 5) == [("0",), ("2",), ("4",), ("6",), ("8",)]
     assert thinned_rows([("0",)], 5) == [("0",)]

@@ -8,7 +8,8 @@ import re
 import pytest
 from made_page import PNG, Html, made_page
 
-from apps.report.page import MOST_FIGURES, Page, Picture, Section, Table, html, library
+from apps.report.page import MOST_FIGURES, Page, Picture, Section, Table, Words, html, library
+from apps.report.page.saved import from_json, to_json
 
 
 @pytest.fixture
@@ -40,6 +41,32 @@ def test_a_page_has_everything_and_loads_nothing(tmp_path, short_library):
     assert {value[1:] for value in page.attributes("href")} <= set(ids)
     assert set(page.attributes("aria-labelledby")) <= set(ids)
     assert page.attributes("alt") == ["a black point"]
+
+
+def test_words_stand_with_their_labels_as_text(tmp_path, short_library):
+    source, page = rendered(made_page(tmp_path), tmp_path)
+    # The last expert of 3 is 2: a choice of 3 is none.
+    line = "read\nblock 1: \n1 0\nblock 2: \n–\nloss: \n2\ning\nblock 1: \n2\nblock 2: \n0\nloss: \n–\n"
+    assert line in page.text
+    assert "Below each word: block 1, block 2, loss.\n" in page.text
+    assert page.attributes("class").count("joined") == 1  # "ing"
+    # The colour of expert 1 is light, that of expert 0 dark.
+    styles = page.attributes("style")
+    assert "background:#E69F00;color:#000" in styles
+    assert "background:#0072B2;color:#fff" in styles
+    assert "background:color-mix(in srgb,var(--link) 10%,transparent)" in styles  # 0.5 of 2, of 40 %
+    assert "background:color-mix(in srgb,var(--link) 40%,transparent)" in styles
+
+
+def test_words_of_another_length_are_refused():
+    with pytest.raises(ValueError, match=r"'Line': 1 of 'block 1' for 2 words"):
+        Words("Line", ("a", "b"), {"block 1": ("0",)})
+
+
+def test_words_come_back_from_json(tmp_path):
+    (words,) = [part for section in made_page(tmp_path).sections for part in section.parts if isinstance(part, Words)]
+    kept = from_json(json.loads(json.dumps(to_json(words))))
+    assert repr(kept) == repr(words)  # NaN is not equal to itself
 
 
 def test_texts_cannot_be_markup(tmp_path, short_library):
