@@ -121,3 +121,23 @@ def first_batches(batches: Iterable[Any], examples: int, size: Callable[[Any], i
             return
         yield batch
         seen += size(batch)
+
+
+def spread_places(count: int, wanted: int) -> list[int]:
+    """Return at most ``wanted`` places among ``count``, at equal steps: the middles of as many parts."""
+    wanted = min(count, wanted)
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+
+
+def spread_batches(batches: Sequence[Any], examples: int) -> list[Any]:
+    """Return batches at equal steps, of about so many examples: the first ones may all be of one length or document.
+
+    Args:
+        batches: all of them; ``index_B`` of each numbers its examples.
+        examples: how many; 0 returns none.
+    """
+    if not examples or not batches:
+        return []
+    total = sum(len(batch.index_B) for batch in batches)
+    wanted = max(1, round(len(batches) * examples / max(total, 1)))
+    return [batches[place] for place in spread_places(len(batches), wanted)]

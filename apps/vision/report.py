@@ -129,7 +129,11 @@ class PatchRouting:
                 [names[self.labels[i]] for i in order],
             )
             plots.save_picture(picture, folder / "routing.png")
-            seen = f"{len(self.images)} test images, and each again with its patches in the colour of their expert"
+            classes = ", ".join(dict.fromkeys(names[self.labels[i]] for i in order))
+            seen = (
+                f"{len(self.images)} test images ({classes}), and each again with its patches in the colour of their "
+            )
+            seen += f"expert{', in ' if self.experts else ''}{', '.join(self.experts)}"
             parts.append(Picture("routing.png", seen, "Patches and their experts, a column for each layer."))
         maps, too_many = maps_by_label({name: counts.cpu().numpy() for name, counts in self.counts.items()}, names)
         title = "Which expert takes the tokens of a class (its share of all)"

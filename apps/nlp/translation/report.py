@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 
 import core
 from apps.base.files import replacing
 from apps.data.loader import batches_of_test
 from apps.data.text_files import num_words
+from apps.nlp.expert_use import write_use
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.metrics import Sentence, TranslationMetrics, corpus_metrics, scorer, signature, signatures
-from apps.nlp.translation.routes import expert_use, spread_batches, usual_sentences, write_sentence, write_use
-from apps.report.base import Report, ReportConfig, computed_metrics, report_folder
+from apps.nlp.translation.routes import expert_use, usual_sentences, write_sentence
+from apps.report.base import Report, ReportConfig, computed_metrics, report_folder, spread_batches
 from apps.report.curves import learning_curves, read_curves
+from apps.report.groups import check_bounds, range_names, ranges_of
 from apps.report.page import Code, Part, Section, Table
 from apps.report.plots import save_picture
 from apps.report.tables import write_csv
@@ -55,8 +58,7 @@ class TranslationReportConfig(ReportConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "lengths", tuple(self.lengths))  # a list in YAML and in a checkpoint
-        if any(a >= b for a, b in zip((0, *self.lengths), self.lengths, strict=False)):
-            raise ValueError(f"report.lengths={self.lengths} must be ascending numbers of at least 1")
+        check_bounds("report.lengths", self.lengths)
         self._check_least(samples=0, sentences=0)
 
     def brief(self) -> Self:
@@ -202,12 +204,11 @@ def _signed(row: Mapping[str, Any], tokenizers: Mapping[str, str]) -> dict[str, 
 
 def length_groups(sentences: Sequence[Sentence], lengths: Sequence[int]) -> dict[str, list[Sentence]]:
     """Group sentences by the words of their reference: "1-5", "6-10", ..., "over 50"."""
-    names = [f"{low + 1}-{high}" for low, high in zip((0, *lengths), lengths, strict=False)]
-    names.append(f"over {lengths[-1]}" if lengths else "all")
+    names = range_names(lengths)
     groups: dict[str, list[Sentence]] = {name: [] for name in names}
-    for sentence in sentences:
-        words = num_words(sentence.reference)
-        groups[names[sum(words > high for high in lengths)]].append(sentence)
+    words_N = np.array([num_words(sentence.reference) for sentence in sentences])
+    for sentence, place in zip(sentences, ranges_of(words_N, lengths), strict=True):
+        groups[names[place]].append(sentence)
     return groups
 
 

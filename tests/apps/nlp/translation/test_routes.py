@@ -15,18 +15,12 @@ from lightning.pytorch import Trainer
 import core
 from apps.data.subwords import PAD_ID
 from apps.nlp.decode import DecodeConfig
+from apps.nlp.expert_use import class_picture, language_picture, write_use
+from apps.nlp.specialisation import specialisation
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.report import TranslationReportConfig
-from apps.nlp.translation.routes import (
-    class_picture,
-    expert_use,
-    language_picture,
-    spread_batches,
-    usual_sentences,
-    write_sentence,
-    write_use,
-)
-from apps.nlp.translation.specialisation import specialisation
+from apps.nlp.translation.routes import expert_use, usual_sentences, write_sentence
+from apps.report.base import spread_batches
 from apps.report.page import Table
 
 TASK = core.MoEConfig(4, router=core.Task(num_tasks=2, top_k=1), expert=core.FFN(hidden_dim=8))
@@ -124,7 +118,7 @@ def test_class_maps_leave_out_classes_without_a_token(module, batches):
 
 
 def test_of_many_pairs_a_side_is_mapped_by_its_own_language(module, batches, monkeypatch):
-    monkeypatch.setattr("apps.nlp.translation.routes._MOST_PAIRS", 1)
+    monkeypatch.setattr("apps.nlp.expert_use._MOST_PAIRS", 1)
     encoder, decoder, _ = (a for a in language_picture(expert_use(module, batches)).axes if a.get_visible())
     # There is one source language, which says nothing: the encoder's tokens are put by the target's.
     for axis in (encoder, decoder):
@@ -155,7 +149,7 @@ def test_a_sentence_is_drawn_as_the_model_says_it(module, batches, tmp_path, mon
     drawn = {}
     monkeypatch.setattr("apps.nlp.translation.routes.save_picture", lambda fig, path: drawn.setdefault(path.name, fig))
     sentence = usual_sentences([b for b in batches if (b.pair_B == 1).any()], 2)[1]
-    write_sentence(module, sentence, 1, tmp_path)
+    source_words, read_words, attention_part = write_sentence(module, sentence, 1, tmp_path)
     assert list(drawn) == ["sentence_1_attention.png", "sentence_1_experts.png"]
     ids = sentence.source_BS[0][sentence.source_BS[0] != PAD_ID].tolist()
     source = module.subwords.pieces(ids, "source")
@@ -169,6 +163,11 @@ def test_a_sentence_is_drawn_as_the_model_says_it(module, batches, tmp_path, mon
     assert [t.get_text() for t in decoder.get_yticklabels()] == ["<s>", *pieces]
     # One expert a token: that of French.
     assert {t.get_text() for axis in (encoder, decoder) for t in axis.texts} == {"3"}
+    # The page has the words as text, and the attention as a picture.
+    assert source_words.words == tuple(piece.removeprefix("\u2581") for piece in source)
+    assert read_words.words == ("<s>", *(piece.removeprefix("\u2581") for piece in pieces))
+    assert {label for words in (source_words, read_words) for row in words.labels.values() for label in row} == {"3"}
+    assert attention_part.path == "sentence_1_attention.png"
 
 
 def test_padding_of_a_batch_is_not_drawn(module, batches, tmp_path, monkeypatch):

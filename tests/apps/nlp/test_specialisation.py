@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import core
-from apps.nlp.translation.specialisation import (
+from apps.nlp.specialisation import (
     CLASSES,
     ExpertUse,
     LayerUse,

@@ -26,9 +26,9 @@ from torch import Tensor
 
 import core
 from apps.data.subwords import Side, Subwords
+from apps.report.groups import QUARTERS, quarters
 from apps.report.routed import expert_label_counts, layer_label
 
-_QUARTERS = ("frequent", "2nd quarter", "3rd quarter", "rare")
 CLASSES = (
     "begin of sentence",
     "end of sentence",
@@ -37,8 +37,8 @@ CLASSES = (
     "digits",
     "punctuation",
     "function-like",
-    *(f"word start, {q}" for q in _QUARTERS),
-    *(f"continuation, {q}" for q in _QUARTERS),
+    *(f"word start, {q}" for q in QUARTERS),
+    *(f"continuation, {q}" for q in QUARTERS),
 )
 """The classes of ``token_classes``, by number."""
 SPECIAL = 4
@@ -70,16 +70,12 @@ def token_classes(pieces: Sequence[str], counts_V: np.ndarray) -> np.ndarray:
     """
     class_V = np.array([_class_by_text(piece) for piece in pieces], dtype=np.int64)
     lettered = np.flatnonzero(class_V < 0)
-    order = lettered[np.argsort(-counts_V[lettered], kind="stable")]
-    counts = counts_V[order].astype(np.int64)
-    before = np.cumsum(counts) - counts
-    quarter = np.minimum(4 * before // max(int(counts.sum()), 1), 3)
-    for v, q in zip(order, quarter, strict=True):
+    for v, q in zip(lettered.tolist(), quarters(counts_V[lettered]).tolist(), strict=True):
         starts = pieces[v].startswith("\u2581")
         if starts and q == 0 and sum(c.isalpha() for c in pieces[v]) <= _SHORT:
             class_V[v] = _FUNCTION
         else:
-            class_V[v] = _START + q + (0 if starts else len(_QUARTERS))
+            class_V[v] = _START + q + (0 if starts else len(QUARTERS))
     return class_V
 
 
@@ -130,7 +126,7 @@ class ExpertUse:
 
     Args:
         subwords: of the ids.
-        pairs: language pairs, in the order of their numbers.
+        pairs: language pairs, in the order of their numbers; one of any name for plain text.
 
     Example::
 
@@ -175,6 +171,8 @@ class ExpertUse:
 
         What all sentences share is left out, and the pair where one of its languages tells it.
         """
+        if len(self.pairs) < 2:
+            return {}
         labels: dict[Label, tuple[np.ndarray, tuple[str, ...]]] = {}
         for about, end in (("source language", 0), ("target language", 1)):
             of_P = [pair.split("-")[end] for pair in self.pairs]
