@@ -220,6 +220,9 @@ def _check_labels(labels: Tensor) -> None:
 
 # ---- rankings
 
+CUTOFF = 10
+"""Number of best items that a next-item model's hit rate and NDCG judge."""
+
 
 def target_ranks(scores_BI: Tensor, target_B: Tensor) -> Tensor:
     """Return the rank of each row's target among all items, int64 (B,), 1 the best; pessimistic on ties and NaN.

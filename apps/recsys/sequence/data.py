@@ -10,8 +10,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -238,6 +240,14 @@ class HistoryData(SuiteData):
     def user_names(self) -> tuple[str, ...]:
         """The users as the data calls them, in the order that ``user_B`` of a batch counts."""
         return self.histories.user_names
+
+    @property
+    def training_counts(self) -> NDArray[np.int64]:
+        """How often each item trains, by id, int64 (num_items + 1,)."""
+        data = self.histories
+        trains_N, ends = np.ones(len(data.item_N), bool), data.offsets[1:][data.length_U >= MIN_LENGTH]
+        trains_N[ends - 1] = trains_N[ends - 2] = False
+        return np.bincount(data.item_N[trains_N], minlength=self.num_items + 1)
 
     # ---- Lightning
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
@@ -18,17 +19,17 @@ from apps.equal_cost.twins import DenseTwin, baselines_of, equal_widths
 from apps.nets.blocks import FFNConfig, one_ffn
 from apps.nets.loss import OutputLogits, linear_cross_entropy
 from apps.nets.place import Place, check_fits, check_layers
-from apps.recsys.metrics import RankingMetrics, target_ranks
+from apps.recsys.metrics import CUTOFF, RankingMetrics, target_ranks
 from apps.recsys.sequence import scoring
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, check_ids, last_of
+from apps.recsys.sequence.report import NextItemReport, NextItemReportConfig
 from apps.train.distilling import DistilConfig
 from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
 from core.convert import SolvedWidth
 
-CUTOFF = 10
-"""Number of best items that the hit rate and the NDCG judge."""
+_REPORT = NextItemReportConfig()
 
 
 class NextItems(NamedTuple):
@@ -75,6 +76,7 @@ class NextItemRecommender(SparseModule, Comparable):
         ema_decay: decay of the moving average of the weights; None: there is no average.
         grow: trained model of fewer experts with whose weights a training begins; None: none.
         distil: trained model whose predictions a training learns beside the next items; None: none.
+        report: what a test writes besides the metrics; None: nothing.
 
     Raises:
         ValueError: a value is out of its range, or the parts do not fit together.
@@ -103,6 +105,7 @@ class NextItemRecommender(SparseModule, Comparable):
         ema_decay: float | None = None,
         grow: GrowConfig | None = None,
         distil: DistilConfig | None = None,
+        report: NextItemReportConfig | None = _REPORT,
     ) -> None:
         sequence = from_plain(sequence, HistoryModelConfig, "sequence")
         moe, dense_ffn = from_plain(moe, core.MoEConfig, "moe"), from_plain(dense_ffn, core.DenseFFN, "dense_ffn")
@@ -110,6 +113,7 @@ class NextItemRecommender(SparseModule, Comparable):
         grow, distil = from_plain(grow, GrowConfig, "grow"), from_plain(distil, DistilConfig, "distil")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay, grow=grow, distil=distil)
         check_at_least(1, top_k=top_k)
+        self.report = from_plain(report, NextItemReportConfig, "report")
         self.sequence, self.moe, self.moe_blocks = sequence or HistoryModelConfig(), moe, moe_blocks
         self.num_items, self.max_length = num_items, max_length
         self.exclude_seen, self.top_k = exclude_seen, top_k
@@ -172,6 +176,9 @@ class NextItemRecommender(SparseModule, Comparable):
 
     def build_metrics(self) -> RankingMetrics:
         return RankingMetrics(ks=(CUTOFF,))
+
+    def report_callbacks(self) -> list[Callback]:
+        return [] if self.report is None else [NextItemReport(self.report)]
 
     def predict_step(self, batch: Any, batch_idx: int) -> NextItems:
         """Return the ``top_k`` best next items of each history."""

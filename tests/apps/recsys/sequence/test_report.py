@@ -1,0 +1,158 @@
+"""The report of a next-item model: groups by hand, the experts' items, and what a test leaves."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+import core
+from apps.recsys.sequence.data import HistoryBatch, HistoryData
+from apps.recsys.sequence.model import HistoryModelConfig
+from apps.recsys.sequence.module import NextItemRecommender
+from apps.recsys.sequence.report import (
+    BACK,
+    NextItemReportConfig,
+    NextItemUse,
+    User,
+    popularity_groups,
+    users_table,
+    write_ranks,
+)
+from apps.report.page import HeatmapChart, Table, load_sections
+
+SASREC = HistoryModelConfig(dim=8, depth=2, num_heads=2, hidden_dim=16, dropout=0.0, mixing="attention")
+MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.FFN(hidden_dim=8))
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+
+
+def recommender(num_items=9, max_length=6, moe=MOE, **options):
+    torch.manual_seed(0)
+    return NextItemRecommender(num_items, max_length, SASREC, moe, **options)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def made_use(ranks, targets, lengths, group_V=None):
+    users = [User(i, (1, 2), t, r, (3,)) for i, (r, t) in enumerate(zip(ranks, targets, strict=True))]
+    return NextItemUse(group_V, users, list(lengths))
+
+
+def test_items_are_grouped_by_their_share_of_the_training():
+    # Item 2 makes up half of 8 interactions, item 1 a quarter, items 3 and 4 an eighth; item 5 trains never.
+    assert popularity_groups(np.array([0, 2, 4, 1, 1, 0])).tolist() == [4, 2, 0, 3, 3, 4]
+
+
+def test_the_metrics_of_groups_by_hand(tmp_path):
+    use = made_use([1, 2, 11], [1, 1, 2], [3, 3, 9], group_V=np.array([4, 0, 3]))
+    section = write_ranks(use, (5,), tmp_path)
+    popular, least = rows(tmp_path / "popularity.csv")
+    assert (popular["popularity"], popular["users"]) == ("most popular", "2")
+    assert float(popular["recall_10"]) == 1
+    assert float(popular["ndcg_10"]) == pytest.approx((1 + 1 / math.log2(3)) / 2)
+    assert float(popular["mrr"]) == pytest.approx(0.75)
+    assert (least["popularity"], float(least["recall_10"]), float(least["median_rank"])) == ("least popular", 0.0, 11.0)
+    assert [row["items"] for row in rows(tmp_path / "lengths.csv")] == ["1-5", "over 5"]
+    by_popularity, bars, *_ = section.parts
+    assert by_popularity.rows[1] == ("least popular", "1", "0.00", "0.00", "9.09", "11")
+    assert bars.summary == ("Recall@10 is highest for most popular, 100.0 %, and lowest for least popular, 0.0 %.")
+
+
+def test_each_expert_s_items_are_counted_by_popularity_and_by_place():
+    module = recommender().eval()
+    items = torch.tensor([[3, 1, 4, 1, 5, 6], [9, 2, 6, 0, 0, 0], [7, 0, 0, 0, 0, 0]])
+    targets = torch.zeros_like(items)
+    targets[[0, 1], [5, 2]] = torch.tensor([9, 5])
+    group_V = np.array([4, 0, 0, 1, 1, 2, 2, 3, 3, 3])
+    use = NextItemUse(group_V)
+    use.add(module, HistoryBatch(items, targets, torch.arange(3), torch.arange(3)))
+    assert list(use.popularity) == ["block 0", "block 1"]
+    for layer in use.popularity:
+        # Two experts an item: 3 items of groups 0 (1, 1, 2) and 3 + 1 more; the 3 last items, and 6 before them.
+        assert use.popularity[layer].sum(1).tolist() == [2 * n for n in (3, 2, 3, 2, 0)]
+        assert use.back[layer].sum(1).tolist() == [2 * n for n in (3, 6, 1, 0, 0)]
+    assert len(BACK) == 4
+    # The third history has no next item.
+    assert [(u.user, u.history, u.target) for u in use.users] == [(0, (3, 1, 4, 1, 5, 6), 9), (1, (9, 2, 6), 5)]
+    with torch.no_grad():
+        scores_BI = module(items[:2])
+    assert [u.best[0] for u in use.users] == scores_BI.argmax(1).tolist()
+
+
+def test_users_are_shown_by_the_names_of_the_data():
+    class Named:
+        item_names = ("", "tea", "rye", "fig")
+        user_names = ("ann", "bob")
+
+    (row,) = users_table([User(1, (1, 2), 3, 4, (3, 1))], Named()).rows
+    assert row == ("bob", "tea · rye", "fig", "4", "fig · tea")
+    assert users_table([User(1, (1, 2), 3, 4, (3, 1))], None).rows[0][:2] == ("1", "1 · 2")
+
+
+@pytest.fixture
+def clicks(tmp_path) -> HistoryData:
+    """Twelve users with four to nine clicks among ten items."""
+    draw = np.random.RandomState(0)
+    lines = [
+        f"u{user},i{item},{time}"
+        for user in range(12)
+        for time, item in enumerate(np.minimum(draw.geometric(0.3, 4 + user % 6), 10))
+    ]
+    (tmp_path / "clicks.csv").write_text("user,item,time\n" + "\n".join(lines) + "\n")
+    return HistoryData("table", file=str(tmp_path / "clicks.csv"), max_length=8)
+
+
+def test_training_counts_leave_out_what_is_held_out(clicks):
+    counts = clicks.training_counts
+    assert counts.sum() == sum(2 + user % 6 for user in range(12))  # all but two clicks of each user
+    assert counts[0] == 0
+    # A user's training examples have each item but the first as a target.
+    targets = torch.cat([clicks.examples("train")[i].targets_BS.flatten() for i in range(12)])
+    first = [int(clicks.histories.item_N[start]) for start in clicks.histories.offsets[:-1]]
+    assert (
+        np.bincount(targets[targets > 0], minlength=len(counts)).tolist()
+        == (counts - np.bincount(first, minlength=len(counts))).tolist()
+    )
+
+
+def test_a_test_leaves_ranks_experts_and_users(clicks, tmp_path):
+    module = recommender(clicks.num_items, 8, report=NextItemReportConfig(samples=2))
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", **QUIET)
+    (metrics,) = trainer.test(module, clicks, verbose=False)
+    folder = tmp_path / "report"
+    for name in ("popularity", "lengths"):
+        own = rows(folder / f"{name}.csv")
+        assert sum(int(row["users"]) for row in own) == 12
+        mean = sum(int(row["users"]) * float(row["ndcg_10"]) for row in own) / 12
+        assert mean == pytest.approx(metrics["test/ndcg_10"], rel=1e-5)
+    assert {p.name for p in folder.iterdir()} == {
+        "popularity.csv", "lengths.csv", "expert_popularity.png", "expert_place.png", "sections.json"
+    }  # fmt: skip
+    ranks, experts, users = load_sections(folder)
+    assert [s.title for s in (ranks, experts, users)] == [
+        "Ranks of the next items", "What the experts are used for", "Users"
+    ]  # fmt: skip
+    maps = [part for part in experts.parts if isinstance(part, HeatmapChart)]
+    assert [m.row_title for m in maps] == ["popularity"] * 2 + ["place in the history"] * 2
+    (table,) = users.parts
+    assert isinstance(table, Table)
+    assert [row[0] for row in table.rows] == [clicks.user_names[place] for place in (3, 9)]
+
+
+def test_a_dense_model_has_ranks_and_users_alone(clicks, tmp_path):
+    module = recommender(clicks.num_items, 8, moe=None, report=NextItemReportConfig(samples=0, routing_examples=5))
+    Trainer(default_root_dir=tmp_path, accelerator="cpu", **QUIET).test(module, clicks, verbose=False)
+    assert [s.title for s in load_sections(tmp_path / "report")] == ["Ranks of the next items"]
+
+
+def test_lengths_out_of_order_are_refused():
+    with pytest.raises(ValueError, match=r"report.lengths=\(5, 5\) must be ascending numbers of at least 1"):
+        NextItemReportConfig(lengths=(5, 5))
