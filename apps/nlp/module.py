@@ -17,7 +17,7 @@ from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, Rout
 from apps.equal_cost.twins import dense_twins
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import TokenGate
-from apps.nets.loss import OutputLogits, linear_cross_entropy, target_scores
+from apps.nets.loss import OutputLogits, TargetScores, linear_cross_entropy, target_scores
 from apps.nets.place import Place, check_fits, check_layers
 from apps.nlp.decode import DecodeConfig, in_dtype
 from apps.nlp.foreseen import of_mean_length, per_sentence, ratio_values
@@ -120,13 +120,19 @@ class TextModule(SparseModule, Comparable):
         target_BL, B = ids_BL[:, 1:], len(ids_BL)
         real_BL = target_BL != PAD_ID
         predicted, target_T = self._distribution(h_BLD, ids_BL), target_BL[real_BL]
-        h_TD, weight_VD = predicted.h_TD, predicted.weight_VD
         if self.training:
-            loss = linear_cross_entropy(h_TD, weight_VD, target_T, self.label_smoothing)
+            loss = linear_cross_entropy(predicted.h_TD, predicted.weight_VD, target_T, self.label_smoothing)
             return TaskOutput(loss, None, None, B, distribution=predicted)
-        scores = target_scores(h_TD, weight_VD, target_T)
+        scores = target_scores(predicted.h_TD, predicted.weight_VD, target_T)
         loss = scores.nll_T.sum() / max(len(target_T), 1)  # without a token 0, as in training
         return TaskOutput(loss, per_sentence(scores, real_BL), None, B, weight=len(target_T))
+
+    @torch.no_grad()
+    def token_scores(self, batch: Any) -> tuple[TargetScores, Tensor]:
+        """Return the scores of the T tokens after the first, padding left out, and where they are, bool (B, L - 1)."""
+        h_BLD, ids_BL = self.hidden(batch)
+        predicted, real_BL = self._distribution(h_BLD, ids_BL), ids_BL[:, 1:] != PAD_ID
+        return target_scores(predicted.h_TD, predicted.weight_VD, ids_BL[:, 1:][real_BL]), real_BL
 
     def cost_inputs(self, batch: Any) -> tuple[Tensor, ...]:
         """Return ``example_inputs`` with each (B, L) of ids cut or filled up with unknown tokens to its mean length:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
@@ -21,6 +22,7 @@ from apps.nets.universal import Universal
 from apps.nlp.decode import DecodeConfig, generate_ids
 from apps.nlp.foreseen import PieceMetrics, perplexity, read_ids, token_metrics
 from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
+from apps.nlp.language.report import LanguageReport, LanguageReportConfig
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import Candidate, check_one, checked_texts, decoding
 from apps.train.distilling import DistilConfig
@@ -28,6 +30,7 @@ from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, Stage, TaskOutput
 
 _LAYERS = "all"
+_REPORT = LanguageReportConfig()
 _DECODE = DecodeConfig("sample", top_p=0.9, max_length_ratio=0.0, max_length_extra=64)
 
 
@@ -118,6 +121,7 @@ class LanguageModeler(TextModule):
         pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which
             the first training or test begins that no checkpoint gives its own; ``data.tokenizer.path`` takes its
             subwords. Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
+        report: what a test writes besides the metrics; None: nothing.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -148,6 +152,7 @@ class LanguageModeler(TextModule):
         pretrained: str | None = None,
         attention_moe: core.MoEConfig | None = None,
         universal: Universal | None = None,
+        report: LanguageReportConfig | None = _REPORT,
     ) -> None:
         published = published_network(pretrained, transformer, dense_ffn, is_language_model=True)
         if published is not None:  # kept for the checkpoint, which is read without the folder
@@ -168,7 +173,7 @@ class LanguageModeler(TextModule):
             pretrained=pretrained,
             attention_moe=attention_moe,
         )
-        self.moe_blocks = moe_blocks
+        self.moe_blocks, self.report = moe_blocks, report
         self.model = LanguageModel(
             self.transformer,
             vocab=self.subwords.size("target"),
@@ -276,6 +281,9 @@ class LanguageModeler(TextModule):
         return [line.candidates for line in self.lines_of(prompt_batches(lines, self.subwords), config)]
 
     # ---- set-up
+
+    def report_callbacks(self) -> list[Callback]:
+        return [] if self.report is None else [LanguageReport(self.report)]
 
     def _check_data(self) -> None:
         super()._check_data()

@@ -1,0 +1,283 @@
+"""The test report of a language model: the loss by place and by class of token, its experts, and pieces of the text."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+import core
+from apps.data.loader import batches_of_test
+from apps.nlp.expert_use import MOST_LAYERS, write_use
+from apps.nlp.foreseen import perplexity
+from apps.nlp.specialisation import CLASSES, ExpertUse, token_classes
+from apps.report.base import Report, ReportConfig, spread_places
+from apps.report.page import BarChart, Line, LineChart, Section, Table, Words
+from apps.report.page.parts import START
+from apps.report.routed import experts_of_token, layer_label
+from apps.report.tables import write_csv
+
+_logger = logging.getLogger(__name__)
+
+_SHOWN = 48  # subwords of a piece of text
+_MOST_EXPERTS = 2  # of a subword
+_PLACES = 64  # parts of a block whose losses are told apart
+_NAMES = tuple(name.replace("of sentence", "of document") for name in CLASSES)
+
+
+@core.register_config
+@dataclass(frozen=True)
+class LanguageReportConfig(ReportConfig):
+    """Options of what ``moesaic test`` adds to the scores of a language model.
+
+    Attributes:
+        routing_examples: blocks at equal steps through the test text that losses and routing are read from, to the end
+            of a batch; 0 reads none.
+        sentences: pieces of the text that are shown with the experts and the loss of each subword.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    routing_examples: int = 1000
+    sentences: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(sentences=0)
+
+    def brief(self) -> Self:
+        return dataclasses.replace(self, routing_examples=min(self.routing_examples, 200))
+
+
+@dataclass
+class TokenLosses:
+    """Sums of the losses of a text's tokens, by their place in the block and by their subword.
+
+    Args:
+        vocabulary: V.
+
+    Attributes:
+        by_place: float64 (2, L): sum of the losses in nats, number of tokens; L is the longest block so far.
+        by_piece: float64 (3, V): sum of the losses, tokens, tokens that the model put first.
+    """
+
+    vocabulary: int
+    by_place: np.ndarray = field(default_factory=lambda: np.zeros((2, 0)))
+    by_piece: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.by_piece = np.zeros((3, self.vocabulary))
+
+    def add(self, nll_T: Tensor, is_first_T: Tensor, target_T: Tensor, real_BL: Tensor) -> None:
+        """Add the T real targets of a batch, where ``real_BL`` is True, row by row."""
+        place_T, target_N = real_BL.nonzero()[:, 1].cpu().numpy(), target_T.cpu().numpy()
+        nll_N, first_N = nll_T.double().cpu().numpy(), is_first_T.double().cpu().numpy()
+        if real_BL.shape[1] > self.by_place.shape[1]:
+            self.by_place = np.pad(self.by_place, ((0, 0), (0, real_BL.shape[1] - self.by_place.shape[1])))
+        for sums, at_N, values in (
+            (self.by_place, place_T, (nll_N, np.ones_like(nll_N))),
+            (self.by_piece, target_N, (nll_N, np.ones_like(nll_N), first_N)),
+        ):
+            for row, value_N in enumerate(values):
+                np.add.at(sums[row], at_N, value_N)
+
+    def classes(self, pieces: Sequence[str]) -> list[dict[str, Any]]:
+        """Return a row for each class of ``token_classes`` that has a token, and one for all: number of tokens, their
+        share, mean loss in nats, perplexity, and share that the model put first."""
+        class_V = token_classes(pieces, self.by_piece[1])
+        sums_C3 = np.stack([np.bincount(class_V, row, len(CLASSES)) for row in self.by_piece], 1)
+        rows = [_row(name, sums, self.by_piece) for name, sums in zip(_NAMES, sums_C3, strict=True) if sums[1]]
+        return [*rows, _row("all", self.by_piece.sum(1), self.by_piece)]
+
+    def places(self) -> list[dict[str, Any]]:
+        """Return a row for each place of a block, from 1, or for as many equal parts of it: its first and last place,
+        the number of tokens and their mean loss in nats."""
+        length = self.by_place.shape[1]
+        parts = np.array_split(np.arange(length), min(_PLACES, length)) if length else []
+        rows = []
+        for part in parts:
+            nll, tokens = self.by_place[:, part].sum(1)
+            if tokens:
+                rows.append({"first": int(part[0]) + 1, "last": int(part[-1]) + 1, "tokens": int(tokens),
+                             "loss": nll / tokens})  # fmt: skip
+        return rows
+
+
+def _row(name: str, sums: np.ndarray, all_sums: np.ndarray) -> dict[str, Any]:
+    nll, tokens, right = map(float, sums)
+    return {
+        "class": name,
+        "tokens": int(tokens),
+        "share": tokens / max(float(all_sums[1].sum()), 1.0),
+        "loss": nll / max(tokens, 1.0),
+        "perplexity": perplexity(nll / max(tokens, 1.0)),
+        "token_accuracy": right / max(tokens, 1.0),
+    }
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A piece of a text.
+
+    Attributes:
+        pieces: its subwords.
+        loss: nats of each.
+        experts: layer to the experts that computed each as it was read, best first; E and above is none.
+        num_experts: the largest E.
+    """
+
+    pieces: tuple[str, ...]
+    loss: tuple[float, ...]
+    experts: Mapping[str, list[list[int]]]
+    num_experts: int
+
+    def words(self, number: int) -> Words:
+        """Return it as a part of a page."""
+        what = ", with the experts of each subword and its loss" if self.experts else ", with the loss of each subword"
+        note = "The loss is that of the subword itself; its experts computed it when it was read."
+        return Words.of_pieces(
+            f"Text {number}{what}", self.pieces, self.experts, self.num_experts, {"loss in nats": self.loss}, note
+        )
+
+
+@dataclass(frozen=True)
+class _Collected:
+    losses: TokenLosses
+    use: ExpertUse
+    excerpts: list[Excerpt]
+    pieces: Sequence[str]
+
+
+class LanguageReport(Report):
+    """After a test in one process: the loss by class of token and by place in the block, what the experts are used for,
+    and pieces of the text with the experts and the loss of each subword.
+
+    It writes ``token_classes.csv``, ``places.csv``; and of a sparse model ``specialisation.csv``,
+    ``expert_subwords.csv`` and ``expert_class.png``.
+
+    Args:
+        config: what to do.
+    """
+
+    def __init__(self, config: LanguageReportConfig) -> None:
+        self.config = config
+
+    def collect(self, trainer: Trainer, pl_module: LightningModule) -> _Collected | None:
+        if trainer.world_size > 1:  # each process has a share of the text, and of a sharded model a share of that
+            if trainer.is_global_zero:
+                _logger.info("the report is left out with several processes: test with --trainer.devices 1 for it")
+            return None
+        module: Any = pl_module
+        pieces = module.subwords.pieces(range(module.subwords.size("target")), "target")
+        losses, use, excerpts = TokenLosses(len(pieces)), ExpertUse(module.subwords, ("text",)), []
+        count = int(trainer.num_test_batches[0])
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        wanted = -(-self.config.routing_examples // max(int(getattr(data, "eval_batch_size", 1)), 1))
+        places = spread_places(count, wanted)
+        shown = {places[i] for i in spread_places(len(places), self.config.sentences)} if places else set()
+        for place, batch in enumerate(batches_of_test(trainer)):
+            if place not in places:
+                continue
+            batch = trainer.strategy.batch_to_device(batch, module.device)
+            with trainer.precision_plugin.forward_context(), core.record(module.model) as tape:
+                scores, real_BL = module.token_scores(batch)
+            losses.add(scores.nll_T, scores.is_first_T, batch.tokens_BL[:, 1:][real_BL], real_BL)
+            known = core.Tape(tuple(entry for entry in tape.entries if _is_of_all_tokens(entry, real_BL.numel())))
+            use.add(known, torch.zeros(len(batch.index_B), dtype=torch.int64))
+            if place in shown:
+                nll_BL = torch.full(real_BL.shape, torch.nan, dtype=torch.float64, device=real_BL.device)
+                nll_BL[real_BL] = scores.nll_T.double()
+                excerpts.append(excerpt(batch.tokens_BL[0].tolist(), nll_BL[0].tolist(), known, pieces))
+        return _Collected(losses, use, excerpts, pieces)
+
+    def write(self, collected: _Collected, folder: Path) -> list[Section]:
+        losses = collected.losses
+        if not losses.by_piece[1].any():
+            return []
+        sections = [write_losses(losses, collected.pieces, folder)]
+        if collected.use.layers:
+            sections.append(write_use(collected.use, folder, draw=self.config.pictures))
+        words = [e.words(number) for number, e in enumerate(collected.excerpts, 1) if e.pieces]
+        return [*sections, Section("Words in sentences", tuple(words))]
+
+
+def _is_of_all_tokens(entry: Any, tokens: int) -> bool:
+    """Return whether a layer saw every token of the batch with its id; with Mixture-of-Depths some see few."""
+    context = entry.context
+    return entry.routing.num_tokens == tokens and context is not None and context.token_ids_BS is not None
+
+
+def excerpt(ids: Sequence[int], nll: Sequence[float], tape: core.Tape, pieces: Sequence[str]) -> Excerpt:
+    """Return a piece of the first block of a batch, from a word's begin after a third of the block on.
+
+    Args:
+        ids: L ids of the block.
+        nll: L - 1 losses, of all ids but the first; NaN for padding.
+        tape: the passes of the layers, which read all ids but the last.
+        pieces: the vocabulary.
+    """
+    real = [i for i in range(1, len(ids) - 1) if not np.isnan(nll[i - 1])]
+    after = [i for i in real if i >= len(ids) // 3 and pieces[ids[i]].startswith(START)]
+    first = (after or real or [1])[0]
+    kept = [i for i in real if first <= i < first + _SHOWN]
+    experts: dict[str, list[list[int]]] = {}
+    for entry in tape.entries:
+        row_L = experts_of_token(entry.routing, _MOST_EXPERTS)[: len(ids) - 1]
+        experts[layer_label(entry.name)] = row_L[kept].tolist()
+    layers = list(experts)
+    experts = {layers[i]: experts[layers[i]] for i in spread_places(len(layers), MOST_LAYERS)}
+    most = max((len(entry.routing.tokens_per_expert_E) for entry in tape.entries), default=0)
+    return Excerpt(tuple(pieces[ids[i]] for i in kept), tuple(nll[i - 1] for i in kept), experts, most)
+
+
+def write_losses(losses: TokenLosses, pieces: Sequence[str], folder: Path) -> Section:
+    """Write ``token_classes.csv`` and ``places.csv``, and return what a page shows of them."""
+    classes, places = losses.classes(pieces), losses.places()
+    write_csv(folder / "token_classes.csv", classes)
+    write_csv(folder / "places.csv", places)
+    *own, whole = classes
+    table = Table(
+        "By class of the subword that is foreseen",
+        ("class", "tokens", "share, %", "loss, nats", "perplexity", "first, %"),
+        tuple(
+            (
+                row["class"],
+                f"{row['tokens']:,}",
+                f"{100 * row['share']:.1f}",
+                f"{row['loss']:.3f}",
+                f"{row['perplexity']:.2f}",
+                f"{100 * row['token_accuracy']:.1f}",
+            )
+            for row in classes
+        ),
+        note="Frequent subwords are the first quarter of the tokens with letters, rare ones the last.",
+    )
+    hardest = max(own, key=lambda row: row["loss"])
+    bars = BarChart(
+        "Loss by class",
+        f"{hardest['class'].capitalize()} is hardest, {hardest['loss']:.2f} nats; {whole['loss']:.2f} over all tokens.",
+        "class",
+        "loss, nats",
+        tuple(row["class"] for row in own),
+        {"test": tuple(row["loss"] for row in own)},
+        line=whole["loss"],
+    )
+    first, last = places[0], places[-1]
+    x = tuple((row["first"] + row["last"]) / 2 for row in places)
+    curve = LineChart(
+        "Loss by place in the block",
+        f"{first['loss']:.2f} nats at the begin of a block, and {last['loss']:.2f} at its end, of which more is read.",
+        "place in the block",
+        "loss, nats",
+        (Line("test", x, tuple(row["loss"] for row in places)),),
+    )
+    return Section("What the model foresees", (table, bars, curve))
