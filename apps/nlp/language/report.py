@@ -29,6 +29,7 @@ _logger = logging.getLogger(__name__)
 
 _SHOWN = 48  # subwords of a piece of text
 _MOST_EXPERTS = 2  # of a subword
+_SEEN = 0.01  # share of the tokens from which a class is called the hardest
 _PLACES = 64  # parts of a block whose losses are told apart
 _NAMES = tuple(name.replace("of sentence", "of document") for name in CLASSES)
 
@@ -99,10 +100,11 @@ class TokenLosses:
         return [*rows, _row("all", self.by_piece.sum(1), self.by_piece)]
 
     def places(self) -> list[dict[str, Any]]:
-        """Return a row for each place of a block, from 1, or for as many equal parts of it: its first and last place,
-        the number of tokens and their mean loss in nats."""
+        """Return a row for each place of a block, from 1, or for each of at most ``_PLACES`` equal parts of a long one:
+        its first and last place, the number of tokens and their mean loss in nats."""
         length = self.by_place.shape[1]
-        parts = np.array_split(np.arange(length), min(_PLACES, length)) if length else []
+        width = max(-(-length // _PLACES), 1)
+        parts = [np.arange(start, min(start + width, length)) for start in range(0, length, width)]
         rows = []
         for part in parts:
             nll, tokens = self.by_place[:, part].sum(1)
@@ -261,7 +263,7 @@ def write_losses(losses: TokenLosses, pieces: Sequence[str], folder: Path) -> Se
         ),
         note="Frequent subwords are the first quarter of the tokens with letters, rare ones the last.",
     )
-    hardest = max(own, key=lambda row: row["loss"])
+    hardest = max(own, key=lambda row: (row["share"] >= _SEEN, row["loss"]))
     bars = BarChart(
         "Loss by class",
         f"{hardest['class'].capitalize()} is hardest, {hardest['loss']:.2f} nats; {whole['loss']:.2f} over all tokens.",
@@ -275,7 +277,7 @@ def write_losses(losses: TokenLosses, pieces: Sequence[str], folder: Path) -> Se
     x = tuple((row["first"] + row["last"]) / 2 for row in places)
     curve = LineChart(
         "Loss by place in the block",
-        f"{first['loss']:.2f} nats at the begin of a block, and {last['loss']:.2f} at its end, of which more is read.",
+        f"{first['loss']:.2f} nats at the begin of a block, and {last['loss']:.2f} at its end.",
         "place in the block",
         "loss, nats",
         (Line("test", x, tuple(row["loss"] for row in places)),),

@@ -70,6 +70,9 @@ def test_long_blocks_are_cut_into_parts():
     places = losses.places()
     assert len(places) == 64
     assert places[0] == {"first": 1, "last": 2, "tokens": 2, "loss": 0.5}
+    # Parts of one size: 33 of two places, and the last one has one.
+    losses.by_place = np.stack((np.zeros(67), np.ones(67)))
+    assert [row["tokens"] for row in losses.places()] == [2] * 33 + [1]
 
 
 def test_an_excerpt_begins_with_a_word_after_a_third_of_the_block():
