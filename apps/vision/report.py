@@ -24,7 +24,7 @@ from apps.report.heatmaps import heatmaps, maps_by_label
 from apps.report.intervals import Interval
 from apps.report.page import Part, Picture, Section, Table
 from apps.report.page.experts import load_charts, map_charts
-from apps.report.routed import expert_label_counts, expert_of_token, layer_label
+from apps.report.routed import expert_label_counts, experts_of_token, layer_label
 from apps.report.tables import write_csv
 from apps.vision.capacity_sweep import CapacityPoint, capacity_sweep, sweep_chart, sweep_picture
 from apps.vision.few_shot import extract_features, few_shot, hard_labels
@@ -103,15 +103,10 @@ class PatchRouting:
             name = layer_label(entry.name)
             counts = expert_label_counts(entry.routing, label_B, model.num_classes)
             self.counts[name] = self.counts.get(name, 0) + counts
-            ids_BS = expert_of_token(entry.routing).unflatten(0, (len(label_B), -1))
-            layer, size = model.get_submodule(entry.name), model.patch_embed.grid_size
-            if isinstance(layer, core.PatchMoE):
-                ids_BHW = layer.grid.spread(ids_BS[picks], *size)  # the router chose for several patches at once
-            elif ids_BS.shape[1] == model.num_prefix_tokens + model.patch_embed.num_patches:
-                ids_BHW = ids_BS[picks, model.num_prefix_tokens :].unflatten(1, size)
-            else:
+            ids_BHW1 = patch_experts(model, entry, len(label_B))
+            if ids_BHW1 is None:
                 continue  # few tokens enter the block: they have no places in a picture
-            self.experts.setdefault(name, []).extend(ids_BHW.cpu().numpy())
+            self.experts.setdefault(name, []).extend(ids_BHW1[picks].squeeze(-1).cpu().numpy())
         self.images += list(batch.image[picks].permute(0, 2, 3, 1).float().cpu().numpy())
         self.labels += label_B[picks].tolist()
         return logits
@@ -146,6 +141,28 @@ class PatchRouting:
         plots.save_picture(plots.load_bars(loads, drops), folder / "load.png")
         parts = [*map_charts(maps, "Which expert takes a class", "class"), *load_charts(loads, drops), *parts]
         return Section("What the experts are used for", tuple(parts))
+
+
+def patch_experts(model: Any, entry: Any, num_images: int, most: int = 1) -> Tensor | None:
+    """Return the experts that computed each patch, best first, int64 (B, grid height, grid width, most); E where there
+    are fewer.
+
+    Args:
+        model: the ``VMoE`` that was recorded.
+        entry: a pass of one of its layers.
+        num_images: number of images B of the pass.
+        most: number of experts of a patch.
+
+    Returns:
+        The experts; None where the layer's tokens are not the image's.
+    """
+    ids_BSK = experts_of_token(entry.routing, most).unflatten(0, (num_images, -1))
+    layer, size = model.get_submodule(entry.name), model.patch_embed.grid_size
+    if isinstance(layer, core.PatchMoE):  # the router chose for several patches at once
+        return torch.stack([layer.grid.spread(ids_BS, *size) for ids_BS in ids_BSK.unbind(-1)], -1)
+    if ids_BSK.shape[1] != model.num_prefix_tokens + model.patch_embed.num_patches:
+        return None
+    return ids_BSK[:, model.num_prefix_tokens :].unflatten(1, size)
 
 
 def _first_of_each_class(label_B: Tensor, taken: Sequence[int], wanted: int, num_classes: int) -> list[int]:

@@ -19,7 +19,7 @@ from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
 from apps.nets.transformer import LanguageModel
 from apps.nets.universal import Universal
-from apps.nlp.decode import DecodeConfig, generate_ids
+from apps.nlp.decode import DecodeConfig, Hypotheses, generate_ids
 from apps.nlp.foreseen import PieceMetrics, perplexity, read_ids, token_metrics
 from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.language.report import LanguageReport, LanguageReportConfig
@@ -243,13 +243,17 @@ class LanguageModeler(TextModule):
 
     def candidates_of(self, batch: TextBatch, config: DecodeConfig, model: Any = None) -> list[list[Candidate]]:
         """Return each prompt with its continuations, best first."""
-        with torch.autocast(self.device.type, enabled=False):
-            hypotheses = generate_ids(model or self.model, batch.tokens_BL, config, index_B=batch.index_B)
+        hypotheses = self.hypotheses_of(batch, config, model)
         prompts = ([i for i in row if i != PAD_ID] for row in batch.tokens_BL.tolist())
         return [
             [*map(Candidate, self.subwords.decode([[*prompt, *ids] for ids in own], "target"), scores)]
             for prompt, own, scores in zip(prompts, hypotheses.ids, hypotheses.scores, strict=True)
         ]
+
+    def hypotheses_of(self, batch: TextBatch, config: DecodeConfig, model: Any = None) -> Hypotheses:
+        """Return what follows each prompt, in ids; ``model`` may be a copy in another dtype."""
+        with torch.autocast(self.device.type, enabled=False):
+            return generate_ids(model or self.model, batch.tokens_BL, config, index_B=batch.index_B)
 
     def predict(self, prompts: Sequence[str], **decode: Any) -> list[str]:
         """Return each prompt with what follows it, as ``moesaic predict --data.text`` prints it.

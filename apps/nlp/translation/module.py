@@ -35,6 +35,8 @@ _REPORT = TranslationReportConfig()
 _LAYERS = "every2"
 _AT_ONCE = 2048
 """Texts that are batched with their neighbours in length: as many as ``TranslationData.predict_lines`` by default."""
+_LONGEST_SOURCE = 256
+"""Tokens of a source that are read where nothing else is said."""
 Tasks = Literal["pair", "source", "target"]
 
 
@@ -367,13 +369,18 @@ class Translator(TextModule):
         if pair is not None:
             check_name("pair", pair, self.pairs)
         number = 0 if pair is None else self.pairs.index(pair)
-        learned = self.transformer.max_length if self.transformer.positions == "learned" else 256
-        most = min(256, learned) if max_length is None else max_length
+        most = self.longest_source if max_length is None else max_length
         self.check_length("max_length", most)
         check_at_least(4, max_length=most)
         check_at_least(1, tokens_per_batch=tokens_per_batch)
         batches = source_batches(lines, self.subwords, self.pairs, number, most, tokens_per_batch, _AT_ONCE)
         return [line.candidates for line in self.lines_of(batches, config)]
+
+    @property
+    def longest_source(self) -> int:
+        """Return the tokens of a source, specials included, after which it is cut by default."""
+        learned = self.transformer.max_length if self.transformer.positions == "learned" else _LONGEST_SOURCE
+        return min(_LONGEST_SOURCE, learned)
 
     def chunk_of(self, data: Any) -> int:
         return data.predict_lines

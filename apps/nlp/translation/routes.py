@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,45 @@ def usual_sentences(batches: Iterable[TranslationBatch], most: int) -> list[Tran
     return [TranslationBatch(*(part[row : row + 1] for part in batch)) for _, _, batch, row in chosen]
 
 
+@dataclass(frozen=True)
+class Traced:
+    """A sentence that a model has translated, and the passes over it and its translation.
+
+    Attributes:
+        source: S subwords of the source, with its tag and its end.
+        read: L subwords that the decoder reads.
+        written: L subwords that it is to say after each.
+        attention: (layers, heads, L, S), the decoder's attention to the source.
+        tape: the passes of the MoE layers.
+    """
+
+    source: tuple[str, ...]
+    read: tuple[str, ...]
+    written: tuple[str, ...]
+    attention: torch.Tensor
+    tape: core.Tape
+
+
+@torch.no_grad()
+def traced(module: Any, sentence: TranslationBatch, written: Sequence[int]) -> Traced:
+    """Pass a sentence and a translation of it through the model.
+
+    Args:
+        module: a ``Translator`` in evaluation.
+        sentence: a batch of one, without padding.
+        written: ids of the translation, with ``EOS_ID`` at its end.
+    """
+    one = _on(module, sentence)
+    one = one._replace(target_BL=one.source_BS.new_tensor([[BOS_ID, *written]]))
+    source_1S, read_1L, *ids = module.example_inputs(one)
+    with core.record(module.model) as tape:
+        attention = module.model.cross_attention(source_1S, read_1L, *ids)[:, 0].float()
+    subwords = module.subwords
+    source = tuple(subwords.pieces(source_1S[0].tolist(), "source"))
+    read, said = (tuple(subwords.pieces(x, "target")) for x in (read_1L[0].tolist(), written))
+    return Traced(source, read, said, attention, tape)
+
+
 @torch.no_grad()
 def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder: Path) -> list[Part]:
     """Translate one sentence and draw ``sentence_<number>_attention.png`` and, of a sparse model, ``_experts.png``.
@@ -70,39 +110,31 @@ def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder:
     """
     source = sentence.source_BS[0][sentence.source_BS[0] != PAD_ID]
     one = _on(module, sentence._replace(source_BS=source[None]))
-    written = [*module.translate(one, module.decode).best[0], EOS_ID]
-    one = one._replace(target_BL=one.source_BS.new_tensor([[BOS_ID, *written]]))
-    source_1S, read_1L, *ids = module.example_inputs(one)
-    with core.record(module.model) as tape:
-        weights = module.model.cross_attention(source_1S, read_1L, *ids)[:, 0].float()
-    subwords, pair = module.subwords, module.pairs[int(sentence.pair_B)]
-    source_pieces = tuple(subwords.pieces(source.tolist(), "source"))
-    read_pieces, written_pieces = (tuple(subwords.pieces(x, "target")) for x in (read_1L[0].tolist(), written))
-    heading = f"{pair}, sentence {int(sentence.index_B) + 1}"
+    trace = traced(module, one, [*module.translate(one, module.decode).best[0], EOS_ID])
+    heading = f"{module.pairs[int(sentence.pair_B)]}, sentence {int(sentence.index_B) + 1}"
+    weights = trace.attention
     layer, heads = max(len(weights) - 2, 0), weights.shape[1]
     picture = pictures.attention_map(
         weights[layer].mean(0).cpu().numpy(),
-        source_pieces,
-        written_pieces,
+        trace.source,
+        trace.written,
         f"{heading}: attention of decoder layer {layer}, mean of {heads} heads",
     )
     name = f"sentence_{number}_attention.png"
     save_picture(picture, folder / name)
-    seen = (
-        f"which of the {len(source_pieces)} source subwords each of the {len(written_pieces)} written ones attends to"
-    )
+    seen = f"which of the {len(trace.source)} source subwords each of the {len(trace.written)} written ones attends to"
     shown: list[Part] = [Picture(name, f"{heading}: {seen}", f"{heading}: attention of the decoder.")]
-    if not len(tape):
+    if not len(trace.tape):
         return shown
     experts: dict[Side, dict[str, np.ndarray]] = {"source": {}, "target": {}}
-    for entry in tape.entries:
+    for entry in trace.tape.entries:
         chosen = experts_of_token(entry.routing, _MOST_EXPERTS).cpu().numpy()
         experts[side_of(entry.name)][layer_label(entry.name)] = chosen
     sides = [
-        Routes("encoder layer", source_pieces, experts["source"]),
-        Routes("decoder layer", read_pieces, experts["target"]),
+        Routes("encoder layer", trace.source, experts["source"]),
+        Routes("decoder layer", trace.read, experts["target"]),
     ]
-    num_experts = max(len(entry.routing.tokens_per_expert_E) for entry in tape.entries)
+    num_experts = max(len(entry.routing.tokens_per_expert_E) for entry in trace.tape.entries)
     several = any((ids[:, 1:] < num_experts).any() for side in sides for ids in side.experts.values())
     what = "experts of each subword, by falling gate" if several else "expert of each subword"
     picture = pictures.sentence_routes(sides, num_experts, f"{heading}: {what}")
