@@ -16,8 +16,11 @@ the folder ready. Whoever holds the lock removes what a killed process left.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +68,17 @@ class Dataset:
 
 
 _REGISTRY: dict[str, Dataset] = {}
+_FETCHES = contextvars.ContextVar("fetches", default=True)
+
+
+@contextlib.contextmanager
+def without_fetching() -> Iterator[None]:
+    """Refuse to fetch a dataset inside: ``prepare`` raises a ``DataError`` where it is not on this machine."""
+    token = _FETCHES.set(False)
+    try:
+        yield
+    finally:
+        _FETCHES.reset(token)
 
 
 def register(dataset: Dataset) -> Dataset:
@@ -107,7 +121,7 @@ def prepare(
     Raises:
         ValueError: unknown name, or ``root`` lacks a file of the layout.
         DataError: no source could deliver (each one is listed with the reason), the cache cannot be written, no disk
-            space.
+            space; or it is not here, inside ``without_fetching``.
     """
     dataset = find(name)
     if root is not None:
@@ -120,6 +134,8 @@ def prepare(
     cache = cache_root(cache_dir)
     if (ready := _local(dataset, cache)) is not None:
         return ready
+    if not _FETCHES.get():
+        raise DataError(f"the dataset {name} is not on this machine")
     if not dataset.sources:
         how = f"set root (--data.root) to a folder with {_layout(dataset)}"
         raise DataError(f"{name} cannot be fetched: {how}. {dataset.note}".strip())
