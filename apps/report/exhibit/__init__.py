@@ -1,0 +1,27 @@
+"""A trained model at work, as plain parts: what a user gives it, what it answers, and which experts computed that.
+
+``moesaic demo`` makes a page of it. An app says what its page has in one function, ``exhibit(model, data, most)``: an
+``Exhibit`` with at most ``most`` examples of the run's data, which are None where they are not on this machine.
+``apps/registry.py`` lists the modules of these functions. One looks so::
+
+    def exhibit(model, data, most):
+        def answer(values):
+            (text,) = values
+            ...
+            return Answer((Bars("Classes", rows),), words_by_layer(tape.entries, words, "The text"))
+
+        return Exhibit("Type a text.", "Classify", (TextField("Text"),), answer, examples)
+
+The fields and the parts are plain values and functions: no library of pages is imported here or in an app.
+"""
+
+from apps.report.exhibit.fields import ChoiceField, Field, ImageField, ItemsField, NumberField, TextField
+from apps.report.exhibit.parts import Answer, Bars, Example, Exhibit, Gates, LayerPart, Part, Patches, Said, Words
+from apps.report.exhibit.routes import expert_names, layer_names, words_by_layer
+
+__all__ = [
+    "Exhibit", "Example", "Answer",
+    "Field", "ImageField", "TextField", "NumberField", "ChoiceField", "ItemsField",
+    "Part", "Bars", "Said", "LayerPart", "Patches", "Words", "Gates",
+    "words_by_layer", "layer_names", "expert_names",
+]  # fmt: skip
