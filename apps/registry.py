@@ -30,6 +30,15 @@ DATASETS = ("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datas
 OWN_DATA = ("apps.vision.own_data", "apps.recsys.own_data", "apps.nlp.own_data")
 """Modules with a function ``config_for(given)``, which makes a configuration of data that are of the app's kind."""
 
+EXHIBITS = {
+    "VisionClassifier": "apps.vision.exhibit",
+    "MultiTaskRecommender": "apps.recsys.tables.exhibit",
+    "NextItemRecommender": "apps.recsys.sequence.exhibit",
+    "Translator": "apps.nlp.translation.exhibit",
+    "LanguageModeler": "apps.nlp.language.exhibit",
+}
+"""The module of the function ``exhibit(model, data, most)``, which says what the demo page of a model has."""
+
 TRAINER = {
     "BestAndLast": "apps.train.checkpoints",
     "ExpertAveraging": "apps.train.schedules",

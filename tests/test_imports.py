@@ -32,7 +32,7 @@ APP_ROWS = (
     ("equal_cost",),
     ("vision", "recsys", "nlp", "multimodal"),
     ("cli",),
-    ("compare", "verdict", "convert", "doctor", "plan", "serve", "bench", "demo"),
+    ("compare", "verdict", "convert", "doctor", "plan", "serve", "demonstrate", "bench", "demo"),
 )
 APP_ROW_OF = {room: row for row, rooms in enumerate(APP_ROWS) for room in rooms}
 APPS = APP_ROWS[4]

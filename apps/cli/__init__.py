@@ -24,6 +24,7 @@ _OTHERS = {
     "verdict": ("apps.verdict", "does sparse pay on your data? an answer within a number of minutes"),
     "convert": ("apps.convert", "make a trained run sparse, dense, smaller, or several runs one"),
     "doctor": ("apps.doctor", "what is wrong with a run's routing, with the evidence and a remedy"),
+    "demo": ("apps.demonstrate", "try a trained model out on a page on this machine, with its experts at work"),
     "plan": ("apps.plan", "memory, traffic and time of a training on many GPUs, from its configuration alone"),
     "bench": ("apps.bench", "measure the speed of a layer on this machine"),
     "data": ("apps.cli.data", "list the datasets, or fetch one"),

@@ -1,0 +1,58 @@
+"""The whole of ``moesaic demo``: load the model, ask its app what its page has, and serve the page."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from apps import registry
+from apps.base.messages import one_line
+from apps.base.quiet import quiet
+from apps.demonstrate.examples import with_examples
+from apps.demonstrate.options import Options
+from apps.demonstrate.page import appearance, build_page
+from apps.demonstrate.serving import local_app, serve
+from apps.train.loading import load
+
+
+def run(options: Options) -> int:
+    """Serve the page of a run's model until the process is interrupted.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of a model that no app has or whose app has no page.
+    """
+    with tempfile.TemporaryDirectory(prefix="moesaic-demo-") as folder:
+        with quiet(own_notes=False):
+            model = load(options.checkpoint)
+            exhibit, note = with_examples(exhibit_of(model), model, options.checkpoint, options.examples)
+            app = local_app(build_page(exhibit, _title(options), Path(folder)), **appearance())
+        if note:
+            print(f"no examples: {one_line(note)}")
+        try:
+            serve(app, options.port, options.opens)
+        except KeyboardInterrupt:
+            print("\ndemo: ended")
+    return 0
+
+
+def _title(options: Options) -> str:
+    folder = options.checkpoint.parent
+    return folder.parent.name if folder.name == "checkpoints" else options.checkpoint.stem
+
+
+def exhibit_of(model: Any) -> Any:
+    """Return the function ``exhibit`` of the app that a model is of.
+
+    Raises:
+        ValueError: no app has a page for such a model.
+    """
+    kinds = [kind.__name__ for kind in type(model).__mro__ if registry.full_path(kind.__name__) is not None]
+    known = next((kind for kind in kinds if kind in registry.EXHIBITS), None)
+    if known is None:
+        raise ValueError(
+            f"there is no demo of a {type(model).__name__}: there is of {', '.join(registry.EXHIBITS)}, and of models "
+            "whose class is below one of these"
+        )
+    return importlib.import_module(registry.EXHIBITS[known]).exhibit

@@ -1,0 +1,137 @@
+"""``moesaic demo``: what a user may get wrong is one line, and without data a page has no examples."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import socket
+
+import pytest
+import torch
+from commands import fails
+from converted import DIGITS, MOE, classifier, write_run
+from shown_runs import digits_run, shown
+
+from apps import registry
+from apps.cli import main
+from apps.data import datasets
+from apps.data.cache import DataError
+from apps.demonstrate import library
+from apps.demonstrate.command import exhibit_of
+from apps.demonstrate.examples import with_examples
+from apps.demonstrate.page import _answer
+from apps.report.exhibit import Answer, Exhibit, TextField
+from apps.train.checkpoint_paths import find_checkpoint
+from apps.train.loading import load
+
+needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return digits_run(tmp_path_factory.mktemp("digits"))
+
+
+def test_help_names_the_options(capsys):
+    assert main(["demo", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(option in out for option in ("--ckpt_path RUN", "--port N", "--open", "--examples N"))
+
+
+def test_a_run_that_is_none(tmp_path, capsys):
+    assert fails(capsys, 1, "demo", "--ckpt_path", str(tmp_path / "none")) == f"no checkpoint {tmp_path}/none"
+    (tmp_path / "half" / "checkpoints").mkdir(parents=True)
+    line = fails(capsys, 1, "demo", "--ckpt_path", str(tmp_path / "half"))
+    assert line.startswith(f"{tmp_path}/half holds no checkpoint")
+    assert "--ckpt_path" in fails(capsys, 2, "demo")
+    assert fails(capsys, 2, "demo", "--share").startswith("the following arguments are required")
+    assert fails(capsys, 1, "demo", "--ckpt_path", "x", "--examples", "-1") == "examples=-1 must not be negative"
+
+
+@needs_gradio
+def test_a_damaged_checkpoint(digits, tmp_path, capsys):
+    cut = tmp_path / "best.ckpt"
+    cut.write_bytes((digits / "checkpoints" / "best.ckpt").read_bytes()[:1000])
+    line = fails(capsys, 1, "demo", "--ckpt_path", str(cut), "--port", "0")
+    assert line == f"{cut} is not a readable checkpoint: damaged, cut short, or of another program"
+
+
+def test_a_port_that_is_in_use_or_none(digits, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = fails(capsys, 1, "demo", "--ckpt_path", str(digits), "--port", str(port))
+        assert line == f"port={port} cannot be used (Address already in use): give another --port, or 0 for any"
+    assert fails(capsys, 1, "demo", "--ckpt_path", str(digits), "--port", "70000") == "port=70000 must be 0 to 65535"
+
+
+def test_without_gradio(digits, capsys, monkeypatch):
+    monkeypatch.setattr(library, "NAME", "gradio_that_is_missing")
+    line = fails(capsys, 1, "demo", "--ckpt_path", str(digits), "--port", "0")
+    assert line == 'moesaic demo needs Gradio, which is not installed: pip install "moesaic[demo]"'
+
+
+def test_a_model_without_a_page():
+    with pytest.raises(ValueError, match=r"^there is no demo of a Linear: there is of VisionClassifier, "):
+        exhibit_of(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("name", registry.MODULES)
+def test_every_app_has_a_page(name):
+    assert callable(exhibit_of(registry.resolve(name).__new__(registry.resolve(name))))
+
+
+def test_examples_come_from_the_run_and_fetch_nothing(digits, tmp_path, monkeypatch):
+    _, exhibit = shown(digits, most=4)
+    assert len(exhibit.examples) == len({example.label for example in exhibit.examples}) == 4
+    checkpoint = find_checkpoint(digits)
+    model = load(checkpoint)
+    alone = tmp_path / "alone.ckpt"
+    shutil.copy(checkpoint, alone)
+    exhibit, note = with_examples(exhibit_of(model), model, alone, 4)
+    assert exhibit.examples == ()
+    assert note.startswith("no config.yaml lies beside")
+    monkeypatch.setattr(datasets, "_local", lambda dataset, cache: None)
+    monkeypatch.setattr(datasets, "_fetch", lambda dataset, cache: pytest.fail("fetched"))
+    exhibit, note = with_examples(exhibit_of(model), model, checkpoint, 4)
+    assert exhibit.examples == ()
+    assert note == "the dataset digits is not on this machine"
+    with datasets.without_fetching(), pytest.raises(DataError, match="not on this machine"):
+        datasets.prepare("digits")
+
+
+def test_a_configuration_that_names_other_classes_makes_nothing(digits, tmp_path):
+    run = shutil.copytree(digits, tmp_path / "run")
+    config = (run / "config.yaml").read_text().replace("class_path: VisionData", "class_path: os.system")
+    (run / "config.yaml").write_text(config)
+    model = load(run)
+    _, note = with_examples(exhibit_of(model), model, find_checkpoint(run), 4)
+    assert "data='os.system' is neither a class of the apps nor one that is imported" in note
+
+
+@needs_gradio
+def test_a_model_that_knows_no_classes_is_one_line(tmp_path, capsys):
+    write_run(tmp_path, classifier(MOE), DIGITS)  # without the encoding that a training saves
+    line = fails(capsys, 1, "demo", "--ckpt_path", str(tmp_path), "--port", "0")
+    assert line.startswith("this model does not know its classes")
+
+
+def test_a_dense_model_says_so(tmp_path):
+    def answer(values):
+        return Answer(())
+
+    html, layers = _answer(Exhibit("", "", (TextField("Text"),), answer), ["a"])
+    assert layers == {}
+    assert "dense" in html
+
+
+def test_a_fault_of_ours_is_a_line_on_the_page_and_a_traceback_in_the_log(caplog):
+    def answer(values):
+        return {}["missing"]
+
+    html, layers = _answer(Exhibit("", "", (TextField("Text"),), answer), ["a"])
+    assert layers == {}
+    assert "KeyError" in html
+    assert "Traceback" not in html
+    assert caplog.records[0].exc_info[0] is KeyError

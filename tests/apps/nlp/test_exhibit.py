@@ -1,0 +1,76 @@
+"""The pages of a translator and a language model have the models' own texts, and the experts of each subword."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shown_runs import answered, best_experts, language_run, shown, translator_run
+
+import core
+from apps.data.subwords import EOS_ID
+from apps.nlp.exhibit import words_of
+from apps.nlp.predict import source_batches
+
+
+def test_words_are_made_of_subwords():
+    pieces = ["<2de>", "▁Per", "son", "<0xE2>", "▁", "x", "</s>", "y"]
+    words = [("<2de>",), ("Per", "son", "<0xE2>"), ("▁", "x"), ("</s>",), ("y",)]
+    assert words_of(pieces) == words
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory):
+    return shown(translator_run(tmp_path_factory.mktemp("translator")))
+
+
+def test_a_translation_is_the_models_own_with_the_further_ones_of_the_search(translator):
+    model, exhibit = translator
+    answer = answered(exhibit, "red green blue", "en-fr")
+    best, *further = model.candidates(["red green blue"], "en-fr", num_best=3)[0]
+    said, table = answer.parts
+    assert said.text == best.text
+    assert table.rows == tuple((c.text, f"{c.score:.3f}") for c in further)
+
+
+def test_both_sides_have_the_experts_of_their_pass(translator):
+    model, exhibit = translator
+    answer = answered(exhibit, "red green blue", "en-fr")
+    assert list(answer.layers) == ["encoder 0", "decoder 1"]
+    ((batch, _),) = source_batches(["red green blue"], model.subwords, model.pairs, 1, 256, 256, 1)
+    with core.record(model.model) as tape:
+        model.model.encode(batch.source_BS, *model._ids(batch))
+    (words,) = answer.layers["encoder 0"]
+    assert words.words[0] == ("<2fr>",)
+    assert words.experts.tolist() == best_experts(tape.entries[0].routing)
+    (read,) = answer.layers["decoder 1"]
+    assert read.words[0] == ("<s>",)
+
+
+def test_a_long_sentence_is_cut_and_the_page_says_so(translator):
+    _, exhibit = translator
+    answer = answered(exhibit, " ".join(["red"] * 300), "en-de")
+    assert answer.parts[1].lines == ("The sentence is too long for the model: it was cut after 256 subwords.",)
+
+
+def test_an_unknown_pair_and_an_empty_sentence(translator):
+    _, exhibit = translator
+    with pytest.raises(ValueError, match=r"^Languages='en-es' is none of the 2 values that the model knows"):
+        answered(exhibit, "red", "en-es")
+    with pytest.raises(ValueError, match=r"^Sentence is empty"):
+        answered(exhibit, "", "en-de")
+
+
+def test_a_text_goes_on_as_the_model_writes_it(tmp_path):
+    model, exhibit = shown(language_run(tmp_path))
+    assert [example.label for example in exhibit.examples] == ["the red fox runs over the", "a blue bird sings in the"]
+    answer = answered(exhibit, "the red fox", "5")
+    (said,) = answer.parts
+    (whole,) = model.predict(["the red fox"], max_length_ratio=0.0, max_length_extra=5)
+    assert (said.given + said.text).replace(" (the text ends here)", "") == whole
+    ((words,),) = answer.layers.values()
+    ids = [EOS_ID, *model.subwords.encode(["the red fox"], "target")[0]]
+    with core.record(model.model) as tape:
+        model.model.hidden(torch.tensor([ids]))
+    # Routers are causal: what follows changes no expert of the prompt.
+    assert words.experts[: len(ids)].tolist() == best_experts(tape.entries[0].routing)
+    assert answered(exhibit, "", "3").parts[0].given == ""  # a text may begin with nothing
