@@ -1,4 +1,4 @@
-"""The demo page of a recommender on tables: a row, the probability of each task, and the weights of the gates."""
+"""The demo page of a recommender on tables: a row, the prediction of each task, and the weights of the gates."""
 
 from __future__ import annotations
 
@@ -7,20 +7,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from apps.base.messages import excerpt
+from apps.base.messages import excerpt, some
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.encoding.table_encoding import Encoding
+from apps.recsys.kinds import Kind, Outputs
 from apps.recsys.tables.gating import Gate, GateReader
 from apps.recsys.tables.scoring import encoding_of
 from apps.report.exhibit import Answer, Bars, ChoiceField, Example, Exhibit, Field, Gates, NumberField, TextField
+from apps.report.page import Table
 
 _NAMED = 3
 """Columns that name a row among the examples."""
 
 
 def exhibit(model: Any, data: Any, most: int) -> Exhibit:
-    """Return what the page of a ``MultiTaskRecommender`` has; see ``apps.report.exhibit``."""
+    """Return what the page of a ``MultiTaskRecommender`` has; see ``apps.report.exhibit``.
+
+    Raises:
+        ValueError: the model reads columns of vectors, for which a page has no field.
+    """
+    if model.features.vectors:
+        names = some([vector.name for vector in model.features.vectors])
+        raise ValueError(f"the model reads columns of vectors ({names}), for which a page has no field")
     encoding = Encoding.from_state(encoding_of(model))
     columns = list(encoding.roles)
     vocabularies = {column: vocabulary.texts() for column, vocabulary in encoding.vocabularies.items()}
@@ -33,15 +43,30 @@ def exhibit(model: Any, data: Any, most: int) -> Exhibit:
         reader = GateReader(model)
         with reader.reading():
             scores = model.predict({column: [value] for column, value in row.items()})
-        shares = tuple((task, float(scores[f"probability_{task}"][0])) for task in encoding.features.tasks)
-        return Answer((Bars("Probability of each task", shares),), _layers(reader.gates()))
+        return Answer(_parts(scores, encoding.features.tasks), _layers(reader.gates()))
 
     about = (
-        f"Fill in a row: the model gives the probability of {', '.join(encoding.features.tasks)}, and the weight that "
-        "each gate gives each expert. An empty field is a missing value."
+        f"Fill in a row: the model predicts {', '.join(encoding.features.tasks)}, and shows the weight that each gate "
+        "gives each expert. An empty field is a missing value."
     )
-    examples = () if data is None else _examples(data, encoding, vocabularies, most)
+    examples = () if data is None else _examples(data, encoding, vocabularies, model.outputs, most)
     return Exhibit(about, "Predict", tuple(fields.values()), answer, examples)
+
+
+def _parts(scores: Mapping[str, Any], tasks: Sequence[str]) -> tuple[Bars | Table, ...]:
+    """Return the probabilities of binary tasks as bars, and the values of the others as a table."""
+    shares, values = [], []
+    for task in tasks:
+        probability = scores[f"probability_{task}"][0] if f"probability_{task}" in scores else None
+        if f"value_{task}" not in scores:
+            assert probability is not None
+            shares.append((task, float(probability)))
+        elif probability is None:
+            values.append((task, f"{float(scores[f'value_{task}'][0]):.4g}"))
+        else:
+            values.append((task, f"{scores[f'value_{task}'][0]} ({100 * float(probability):.1f} %)"))
+    bars = (Bars("Probability of each task", tuple(shares)),) if shares else ()
+    return (*bars, *((Table("Predictions", ("task", "value"), tuple(values)),) if values else ()))
 
 
 def _fields(encoding: Encoding, vocabularies: Mapping[str, Sequence[str]]) -> dict[str, Field]:
@@ -99,7 +124,7 @@ def _joined(parts: Sequence[Gates]) -> tuple[Gates, ...]:
 
 
 def _examples(
-    data: Any, encoding: Encoding, vocabularies: Mapping[str, Sequence[str]], most: int
+    data: Any, encoding: Encoding, vocabularies: Mapping[str, Sequence[str]], outputs: Outputs, most: int
 ) -> tuple[Example, ...]:
     """Return validation rows, or test rows where there are none, at equal steps, as they stand in the table."""
     split = "val" if len(data.opened["val"]) else "test"
@@ -124,10 +149,17 @@ def _examples(
     for number in range(len(places)):
         row = {column: columns[column][number] for column in encoding.roles}
         named = [f"{column} {value}" for column, value in row.items() if value][:_NAMED]
-        labels = zip(encoding.features.tasks, batch.label_Bt[number].tolist(), strict=True)
-        true = [f"{task} {'yes' if label else 'no'}" for task, label in labels if not math.isnan(label)]
+        labels = zip(encoding.features.tasks, outputs.kinds, batch.label_Bt[number, :, None], strict=True)
+        true = [f"{task} {_label(kind, label)}" for task, kind, label in labels if not label.isnan()]
         examples.append(Example(f"{', '.join(named)} (in truth {', '.join(true)})", tuple(row.values())))
     return tuple(examples)
+
+
+def _label(kind: Kind, label_1: Tensor) -> str:
+    (value,) = kind.label_values(label_1)
+    if kind.target.kind == "binary":
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _value(row: int, known: Sequence[str] | None) -> str:

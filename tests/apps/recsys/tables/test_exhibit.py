@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from lightning import Trainer
 from shown_runs import answered, shown, table_run
 
 import core
+from apps.recsys.encoding.features import Features, VectorFeature
+from apps.recsys.schema import TableConfig, TaskConfig
+from apps.recsys.tables.data import TableData
+from apps.recsys.tables.exhibit import exhibit
+from apps.recsys.tables.module import MultiTaskRecommender
 from apps.report.routed import gate_weights
 
 
@@ -15,15 +23,15 @@ def made(tmp_path_factory):
     return shown(table_run(tmp_path_factory.mktemp("table")))
 
 
-def row_of(exhibit, **changed):
-    row = dict(zip([field.label.split(" (")[0] for field in exhibit.fields], exhibit.examples[1].values, strict=True))
+def row_of(page, **changed):
+    row = dict(zip([field.label.split(" (")[0] for field in page.fields], page.examples[1].values, strict=True))
     assert changed.keys() <= row.keys()
     return [*{**row, **changed}.values()]
 
 
 def test_examples_are_rows_as_they_stand_in_the_table(made):
-    _, exhibit = made
-    first, second = exhibit.examples
+    _, page = made
+    first, second = page.examples
     # Paris and the tag w were not in training, users are hashed, and an age that is no number is missing.
     assert first.values == ("fr", "", "", "x", "30")
     assert second.values == ("de", "Rome", "", "z", "")
@@ -31,8 +39,8 @@ def test_examples_are_rows_as_they_stand_in_the_table(made):
 
 
 def test_the_answer_is_the_models_and_the_weights_are_the_gates(made):
-    model, exhibit = made
-    answer = answered(exhibit, *row_of(exhibit, age="33"))
+    model, page = made
+    answer = answered(page, *row_of(page, age="33"))
     row = {"shop": ["de"], "city": ["Rome"], "user": [None], "tags": ["z"], "age": [33.0]}
     with core.record(model) as tape:
         scores = model.predict(row)
@@ -55,14 +63,53 @@ def test_the_answer_is_the_models_and_the_weights_are_the_gates(made):
     ],
 )
 def test_a_value_that_the_model_cannot_take(made, changed, line):
-    _, exhibit = made
+    _, page = made
     with pytest.raises(ValueError) as refused:
-        answered(exhibit, *row_of(exhibit, **changed))
+        answered(page, *row_of(page, **changed))
     assert str(refused.value) == line
 
 
 def test_a_missing_value_and_a_hashed_one_are_taken(made):
-    _, exhibit = made
-    same = answered(exhibit, *row_of(exhibit)).parts[0].rows
-    assert answered(exhibit, *row_of(exhibit, user="7")).parts[0].rows != same
-    assert answered(exhibit, *row_of(exhibit, city="")).parts[0].rows != same
+    _, page = made
+    same = answered(page, *row_of(page)).parts[0].rows
+    assert answered(page, *row_of(page, user="7")).parts[0].rows != same
+    assert answered(page, *row_of(page, city="")).parts[0].rows != same
+
+
+def test_numbers_levels_and_classes_are_a_table(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = {
+        "age": rng.normal(size=60), "bought": rng.integers(0, 2, 60), "price": rng.normal(size=60),
+        "stars": rng.integers(1, 4, 60), "colour": rng.choice(["red", "tan"], 60),
+    }  # fmt: skip
+    pq.write_table(pa.table(rows), tmp_path / "table.parquet")
+    tasks = {"bought": TaskConfig("bought"), "price": TaskConfig("price", "regression")}
+    tasks |= {"stars": TaskConfig("stars", "ordinal"), "colour": TaskConfig("colour", "multiclass")}
+    table = TableConfig(continuous=("age",), tasks=tasks)
+    data = TableData("table", str(tmp_path), str(tmp_path), train_file="table.parquet", table=table)
+    model = MultiTaskRecommender(data.features, core.MMoE(2, core.MLP((4,))))
+    Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(model, data)  # fmt: skip
+    page = exhibit(model, data, 1)
+    probability, values = page.answer([0.5]).parts
+    scores = model.predict({"age": [0.5]})
+    assert dict(probability.rows) == {"bought": float(scores["probability_bought"][0])}
+    likeliest = f"{scores['value_colour'][0]} ({100 * scores['probability_colour'][0]:.1f} %)"
+    assert values.rows == (
+        ("price", f"{scores['value_price'][0]:.4g}"), ("stars", f"{scores['value_stars'][0]:.4g}"),
+        ("colour", likeliest),
+    )  # fmt: skip
+    first = data.rows("val")[0]
+    _, price, stars, colour = first.label_Bt[0].tolist()
+    assert page.examples[0].label.endswith(
+        f"price {price:.4g}, stars {stars + 1:.4g}, colour {('red', 'tan')[int(colour)]})"
+    )
+
+
+def test_vectors_have_no_field():
+    features = Features(tasks=("click",), positives=(0.5,), vectors=(VectorFeature("image", 2),))
+    model = MultiTaskRecommender(features)
+    with pytest.raises(ValueError, match=r"reads columns of vectors \(image\), for which a page has no field"):
+        exhibit(model, None, 1)
