@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
@@ -25,7 +26,7 @@ from apps.vision.batch import ImageBatch
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier
 
-EXPERT, ROOT = core.FFN(hidden_dim=32), Path(__file__).resolve().parents[2]
+EXPERT = core.FFN(hidden_dim=32)
 OPTIMIZER = OptimizerConfig(lr=3e-3, weight_decay=0.01, warmup=5, schedule="constant")
 ROUTERS: dict[str, core.RouterConfig] = {
     "top1": core.TokenChoice(top_k=1),
@@ -116,9 +117,29 @@ def adult(shared: core.MultiGateConfig, seed: int) -> list[core.Finding]:
     return trained(module, data.train_dataloader(), data.val_dataloader())
 
 
+def write_text(folder: Path) -> None:
+    """Write sentences of a made language, 4,000 to learn from and 400 to validate, the same on every machine.
+
+    Five kinds of words follow one another, 100 of each kind, made of syllables; the n-th word of a kind is chosen in
+    proportion to 1 / (n + 2), as with the words of a language.
+    """
+    rng = np.random.RandomState(0)
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    words = [["".join(rng.choice(syllables, rng.randint(1, 4))) for _ in range(100)] for _ in range(5)]
+    chance = 1 / (np.arange(100) + 2)
+    for name, count in (("train.txt", 4000), ("val.txt", 400)):
+        lines = []
+        for _ in range(count):
+            kinds = (np.arange(rng.randint(4, 12)) + rng.randint(5)) % 5
+            lines.append(" ".join(words[kind][rng.choice(100, p=chance / chance.sum())] for kind in kinds) + ".\n")
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+
+
 def text(router: core.RouterConfig, seed: int, cache: Path) -> list[core.Finding]:
+    if not (cache / "train.txt").exists():
+        write_text(cache)
     data = TextData(
-        root=str(ROOT), cache_dir=str(cache), train_files="docs/*.md", val_files="README.md", test_files="README.md",
+        root=str(cache), cache_dir=str(cache), train_files="train.txt", val_files="val.txt", test_files="val.txt",
         tokenizer=SubwordConfig(vocab_size=400), block_size=32, batch_size=16, eval_batch_size=16, seed=seed,
     )  # fmt: skip
     torch.manual_seed(seed)
