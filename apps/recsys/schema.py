@@ -26,10 +26,10 @@ class TaskConfig:
 
     Attributes:
         column: column that holds the label.
-        kind: kind of label.
         positive: the values that are positive, as text, numbers or booleans: 1, 1.0 and "1" are the same; None: the
             column holds 0 and 1 (or false and true). For "binary" alone.
         at_least: smallest value that is positive, such as 4 for a rating; not together with ``positive``.
+        kind: kind of label.
         loss: loss of "regression": "squared"; "absolute", whose prediction is a median; or "weighted_logistic" for
             numbers from 0 on such as a watch time (Covington et al., RecSys 2016). None: "squared".
         weight: column of the row's weight in this task's loss, in place of the table's.
@@ -41,9 +41,9 @@ class TaskConfig:
     """
 
     column: str
-    kind: TaskKind = "binary"
     positive: tuple[str | bool | int | float, ...] | None = None
     at_least: float | None = None
+    kind: TaskKind = "binary"
     loss: TaskLoss | None = None
     weight: str | None = None
     mask: str | None = None
@@ -109,10 +109,7 @@ class TableConfig:
         categorical: columns of one value a row.
         multi_valued: columns of any number of values a row: lists, or text that ``separator`` cuts.
         continuous: columns of numbers.
-        vectors: columns of lists of numbers, of one length each, such as the embeddings of images and titles. A missing
-            list is a missing vector. CSV files have none.
         tasks: labels by the name of the task.
-        weight: column of the row's weight in the losses of all tasks; None: each row has the weight 1.
         domain: column of the domain; None where there is one domain.
         user: column whose rows belong together, for a split by user and metrics by user.
         time: column by which rows are ordered.
@@ -122,6 +119,9 @@ class TableConfig:
         min_count: number of times a value must occur in training to have a row of its own; rarer ones share row 0.
         separator: text between the values of a multi-valued column.
         split: rule for which rows train, validate and test.
+        vectors: columns of lists of numbers, of one length each, such as the embeddings of images and titles. A missing
+            list is a missing vector. CSV files have none.
+        weight: column of the row's weight in the losses of all tasks; None: each row has the weight 1.
 
     Raises:
         ValueError: no task, no feature, a label among the features, a column with two of the roles of a feature, an
@@ -131,9 +131,7 @@ class TableConfig:
     categorical: tuple[str, ...] = ()
     multi_valued: tuple[str, ...] = ()
     continuous: tuple[str, ...] = ()
-    vectors: tuple[str, ...] = ()
     tasks: Mapping[str, TaskConfig] = field(default_factory=dict)
-    weight: str | None = None
     domain: str | None = None
     user: str | None = None
     time: str | None = None
@@ -142,6 +140,8 @@ class TableConfig:
     min_count: int = 1
     separator: str = "|"
     split: SplitConfig = SplitConfig()
+    vectors: tuple[str, ...] = ()
+    weight: str | None = None
 
     def __post_init__(self) -> None:
         self._check_roles()

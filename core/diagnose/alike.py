@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from ..contract import Rows, unwrapped_modules
 from ..experts import Experts
 from ..layers import MoELayer
-from ..parallel import AllToAllDispatcher, whole_parameters
 from .foreign import every_expert, expert_tensors, foreign_routers
-from .ranks import summed
+from .ranks import parallel, summed
 
 SAMPLE = 128
 """Tokens on which experts are compared."""
@@ -42,7 +41,7 @@ def experts_of(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
         experts = getattr(layer, "experts", None)
         if isinstance(experts, Experts):
             # FSDP2's shards are put together for the comparison; experts that are divided stay where they are.
-            divided = isinstance(getattr(layer, "dispatcher", None), AllToAllDispatcher)
+            divided = isinstance(getattr(layer, "dispatcher", None), parallel().AllToAllDispatcher)
             put(name, experts, None if divided else experts.num_experts)
         elif isinstance(experts, nn.ModuleList):
             for i, level in enumerate(experts):
@@ -112,7 +111,7 @@ class Inputs:
         """
         if not self.experts:
             return {}
-        with whole_parameters(self.model):
+        with parallel().whole_parameters(self.model):
             products = {name: self._of_layer(name) for name in self.experts}
         of_ranks = zip(products, summed([sums for sums, _ in products.values()], group), strict=True)
         # Without a token of any rank, or experts that cannot be asked, all products are 0.

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..contract import Tape, record, unwrapped_modules
 from ..convert.feed_forward import evaluating
 from ..layers import MoELayer
-from ..parallel import needs_all_ranks
 from . import rules
 from .alike import Inputs
 from .figures import LayerFigures
@@ -22,7 +21,7 @@ from .finding import Finding
 from .foreign import foreign_passes, foreign_routers
 from .movement import TrainingStart
 from .passes import Facts, Pass, facts_of, of_entry
-from .ranks import figures_of_ranks, on_any_rank, on_every_rank, summed
+from .ranks import figures_of_ranks, on_any_rank, on_every_rank, parallel, summed
 from .step import Loss, StepFigures, step_figures
 
 
@@ -197,7 +196,7 @@ def diagnose(
             print(finding)
     """
     doctor = Doctor(model, start, group)
-    real, rest, together = real or _attention_mask, iter(batches), needs_all_ranks(model)
+    real, rest, together = real or _attention_mask, iter(batches), parallel().needs_all_ranks(model)
     first = batch = next(rest, _NONE)
     if not on_every_rank(first is not _NONE, group):
         raise ValueError("there is no batch to diagnose the model on")

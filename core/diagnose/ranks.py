@@ -13,6 +13,13 @@ from ..contract import device_of_ranks, several_ranks, sum_over_ranks
 from .figures import LayerFigures
 
 
+def parallel() -> Any:
+    """Return ``core.parallel``, which loads much of torch that a model on one process does without."""
+    from .. import parallel
+
+    return parallel
+
+
 def summed(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """Return the sums of float64 tensors over the ranks, on the CPU; every rank calls it with the same shapes."""
     if not several_ranks(group) or not tensors:

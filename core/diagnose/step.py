@@ -11,15 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..contract import record, several_ranks, unwrapped_modules
 from ..layers import MoELayer, aux_losses
-from ..parallel import local_part, sharded_modules, whole_parameters
 from ..routing.balance import BalanceWeights
 from .foreign import ForeignRouter, foreign_passes, foreign_routers
 from .passes import Pass
-from .ranks import summed
+from .ranks import parallel, summed
 
 Loss = Callable[[Any, Any], Tensor]
 """Takes a model and a batch, and returns the loss that a training step minimises, ()."""
@@ -74,7 +72,7 @@ def step_figures(
     Raises:
         ValueError: the loss has no gradient.
     """
-    with whole_parameters(model):
+    with parallel().whole_parameters(model):
         return _step_figures(model, batch, loss, aux_weight, real_BS, group)
 
 
@@ -151,7 +149,7 @@ def _run(
         if not value.requires_grad:
             raise ValueError("the loss of a training step has no gradient: it must be a function of the weights")
         aux = aux_losses(tape, group).total
-        if next(sharded_modules(model), None) is not None:
+        if next(parallel().sharded_modules(model), None) is not None:
             aux = aux + 0 * value  # FSDP2 follows a backward that begins at the model's output alone
         of_balance = _gradients(aux, wanted, group, keep=True) if aux.requires_grad else {}
         return _Run(float(value.detach()), _gradients(value, wanted, group), of_balance, passes)
@@ -164,13 +162,16 @@ def _gradients(
     them, over the number of these."""
     grads = torch.autograd.grad(value, wanted, retain_graph=keep, allow_unused=True)
     # Rows of a table have sparse gradients.
-    dense = {id(p): local_part(g.to_dense()).detach() for p, g in zip(wanted, grads, strict=True) if g is not None}
+    dense = {
+        id(p): parallel().local_part(g.to_dense()).detach() for p, g in zip(wanted, grads, strict=True) if g is not None
+    }
     if not several_ranks(group):
         return dense
     for p in wanted:
-        if isinstance(p, DTensor):
+        mesh = getattr(p, "device_mesh", None)  # of a DTensor, which is divided
+        if mesh is not None:
             if id(p) in dense:
-                dense[id(p)] = dense[id(p)] / p.device_mesh.size()
+                dense[id(p)] = dense[id(p)] / mesh.size()
             continue
         # A rank that does not use a parameter takes part in the mean.
         mean = dense[id(p)].clone() if id(p) in dense else torch.zeros_like(p)
@@ -189,7 +190,7 @@ def _flat(parameters: Iterable[nn.Parameter], gradients: Gradients) -> Tensor:
     parts = [
         gradients[id(p)].double().flatten()
         if id(p) in gradients
-        else p.new_zeros(local_part(p).numel(), dtype=torch.float64)
+        else p.new_zeros(parallel().local_part(p).numel(), dtype=torch.float64)
         for p in parameters
     ]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)

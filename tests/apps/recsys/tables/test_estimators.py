@@ -206,11 +206,11 @@ def every_kind(tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "table.parquet")
     tasks = {
         "bought": TaskConfig("bought"),
-        "price": TaskConfig("price", "regression"),
-        "watched": TaskConfig("watched", "regression", loss="weighted_logistic"),
-        "visits": TaskConfig("visits", "count"),
-        "stars": TaskConfig("stars", "ordinal"),
-        "colour": TaskConfig("colour", "multiclass"),
+        "price": TaskConfig("price", kind="regression"),
+        "watched": TaskConfig("watched", kind="regression", loss="weighted_logistic"),
+        "visits": TaskConfig("visits", kind="count"),
+        "stars": TaskConfig("stars", kind="ordinal"),
+        "colour": TaskConfig("colour", kind="multiclass"),
     }
     config = TableConfig(("shop",), continuous=("x", "noise"), tasks=tasks, weight="weight")
     return TableData("table", str(tmp_path), str(tmp_path), train_file="table.parquet", table=config)

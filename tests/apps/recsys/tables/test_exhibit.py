@@ -83,8 +83,8 @@ def test_numbers_levels_and_classes_are_a_table(tmp_path):
         "stars": rng.integers(1, 4, 60), "colour": rng.choice(["red", "tan"], 60),
     }  # fmt: skip
     pq.write_table(pa.table(rows), tmp_path / "table.parquet")
-    tasks = {"bought": TaskConfig("bought"), "price": TaskConfig("price", "regression")}
-    tasks |= {"stars": TaskConfig("stars", "ordinal"), "colour": TaskConfig("colour", "multiclass")}
+    tasks = {"bought": TaskConfig("bought"), "price": TaskConfig("price", kind="regression")}
+    tasks |= {"stars": TaskConfig("stars", kind="ordinal"), "colour": TaskConfig("colour", kind="multiclass")}
     table = TableConfig(continuous=("age",), tasks=tasks)
     data = TableData("table", str(tmp_path), str(tmp_path), train_file="table.parquet", table=table)
     model = MultiTaskRecommender(data.features, core.MMoE(2, core.MLP((4,))))

@@ -247,7 +247,7 @@ def test_an_ensemble_is_its_members():
     [
         ({"features": None}, "features=None: the columns and tasks come from the data"),
         ({"features": Features(features().categorical)}, r"features.tasks=\(\) names no task"),
-        ({"features": Features(tasks=("click",))}, "neither a categorical nor a continuous column"),
+        ({"features": Features(tasks=("click",))}, "features has no column"),
         ({"dropout": 1.0}, r"dropout=1.0 must lie in \[0, 1\)"),
         ({"num_members": 0}, "num_members=0 is not at least 1"),
         ({"embedding": EmbeddingConfig("collection", dims={"town": 4})}, "embedding.dims names 'town'"),

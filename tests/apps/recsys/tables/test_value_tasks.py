@@ -17,10 +17,10 @@ from apps.recsys.tables.tasks import HeadConfig
 
 TASKS = {
     "clicked": TaskConfig("clicked"),
-    "price": TaskConfig("price", "regression", mask="sold"),
-    "visits": TaskConfig("visits", "count"),
-    "stars": TaskConfig("stars", "ordinal"),
-    "colour": TaskConfig("colour", "multiclass"),
+    "price": TaskConfig("price", kind="regression", mask="sold"),
+    "visits": TaskConfig("visits", kind="count"),
+    "stars": TaskConfig("stars", kind="ordinal"),
+    "colour": TaskConfig("colour", kind="multiclass"),
 }
 ROWS = [  # user, x, clicked, price, sold, visits, stars, colour, weight
     ("a", 0.0, 0, 4.0, 1, 0, 1, "red", 1.0),
@@ -77,7 +77,7 @@ def test_a_level_or_class_that_training_lacks_is_no_label(tmp_path):
 
 
 def test_weights_have_the_mean_one_over_a_task_s_labelled_rows(tmp_path):
-    tasks = {**TASKS, "visits": TaskConfig("visits", "count", weight="x")}
+    tasks = {**TASKS, "visits": TaskConfig("visits", kind="count", weight="x")}
     weight_Bt = table(tmp_path, tasks, weight="weight").rows("train")[:].weight_Bt
     # Weights 1, 3, 0, 2 of mean 3/2; the price has two labels, of weights 1 and 3 and mean 2; x has mean 3/2.
     assert_close(weight_Bt[:, 0], torch.tensor([2 / 3, 2.0, 0.0, 4 / 3]))
@@ -135,15 +135,15 @@ def test_training_lowers_every_loss_and_predictions_have_their_columns(tmp_path)
 @pytest.mark.parametrize(
     ("tasks", "rows", "options", "match"),
     [
-        ({"price": TaskConfig("colour", "regression")}, ROWS, {}, r"'colour' of the training table must hold numbers: "
-         "row 0 holds 'red'"),
-        ({"visits": TaskConfig("price", "count")}, [*ROWS, ("a", 0.0, 0, 4.5, 1, 0, 1, "red", 1.0)], {},
+        ({"price": TaskConfig("colour", kind="regression")}, ROWS, {}, "'colour' of the training table must hold "
+         "numbers: row 0 holds 'red'"),
+        ({"visits": TaskConfig("price", kind="count")}, [*ROWS, ("a", 0.0, 0, 4.5, 1, 0, 1, "red", 1.0)], {},
          r"'visits': column 'price' must hold whole numbers of at least 0, but row 4 holds 4\.5"),
-        ({"x": TaskConfig("price", "regression", loss="weighted_logistic")},
+        ({"x": TaskConfig("price", kind="regression", loss="weighted_logistic")},
          [*ROWS, ("a", 0.0, 0, -4.5, 1, 0, 1, "red", 1.0)], {}, r"at least 0 for loss 'weighted_logistic', but row 4"),
-        ({"sold": TaskConfig("sold", "ordinal", mask="sold")}, ROWS, {}, "'sold' has the value 1 alone in the train"),
-        ({"price": TaskConfig("price", "regression", mask="stars")}, ROWS, {}, r"mask column 'stars' must hold 0 and "
-         "1, but row 1 holds 3"),
+        ({"sold": TaskConfig("sold", kind="ordinal", mask="sold")}, ROWS, {}, "'sold' has the value 1 alone in"),
+        ({"price": TaskConfig("price", kind="regression", mask="stars")}, ROWS, {}, "mask column 'stars' must hold "
+         "0 and 1, but row 1 holds 3"),
         ({"clicked": TaskConfig("clicked")}, [*ROWS, ("a", 0.0, 0, 4.5, 1, 0, 1, "red", -1.0)], {"weight": "weight"},
          r"'weight' must hold weights of at least 0, but row 4 holds -1"),
         ({"clicked": TaskConfig("clicked")}, [(*row[:-1], 0.0) for row in ROWS], {"weight": "weight"},
@@ -157,11 +157,11 @@ def test_bad_labels_and_weights(tmp_path, tasks, rows, options, match):
 
 def test_options_that_a_kind_does_not_have():
     with pytest.raises(ValueError, match=r"positive is for kind 'binary', not 'count'"):
-        TaskConfig("x", "count", positive=(1,))
+        TaskConfig("x", kind="count", positive=(1,))
     with pytest.raises(ValueError, match=r"loss is for kind 'regression', not 'ordinal'"):
-        TaskConfig("x", "ordinal", loss="absolute")
+        TaskConfig("x", kind="ordinal", loss="absolute")
     with pytest.raises(ValueError, match="kind"):
-        TaskConfig("x", "numeric")
+        TaskConfig("x", kind="numeric")
     with pytest.raises(ValueError, match=r"stratify='price' is a task of numbers"):
         TableConfig(("user",), tasks=TASKS, split=SplitConfig(stratify="price"))
 

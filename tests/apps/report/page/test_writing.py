@@ -36,7 +36,7 @@ def test_sections_come_back_with_pictures_by_their_paths(tmp_path):
     page = made_page(tmp_path)
     save_sections(page.sections, tmp_path)
     kept = load_sections(tmp_path)
-    assert kept == tuple(s.below(tmp_path) for s in page.sections)
+    assert repr(kept) == repr(tuple(s.below(tmp_path) for s in page.sections))  # NaN differs from NaN
     assert kept[2].parts[2].path == str(tmp_path / "point.png")
     assert load_sections(tmp_path / "none") == ()
 
