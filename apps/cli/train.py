@@ -30,6 +30,7 @@ from apps.cli.checkpoint import check_fits
 from apps.cli.configs import differences
 from apps.cli.errors import reduce_message
 from apps.cli.flags import asks, take
+from apps.cli.numbers import read_whole_numbers_first
 from apps.cli.page import test_page
 from apps.cli.predictions import PredictionFile, print_stream, write_stream
 from apps.cli.request import Request
@@ -86,6 +87,7 @@ class SparseCLI(LightningCLI):
         if request.command == "fit":  # before anything slow
             check_free(self.run_dir)
         self.subcommands = lambda: {request.command: LightningCLI.subcommands()[request.command]}  # type: ignore[method-assign]
+        read_whole_numbers_first()
         # A dataclass field is a fixed group to jsonargparse unless its class is listed here.
         set_parsing_settings(subclasses_enabled=[OpenConfig])
         # An abbreviation would be taken silently: --trainer.max_epoch for max_epochs.

@@ -36,7 +36,7 @@ from apps.cli.errors import reduce_message
             "apps.nlp.gone.Translator does not exist; did you mean 'Tra",
         ),
         (["--trainer.max_epochs", "x"], "trainer.max_epochs=x is not of type int"),
-        (["--trainer.gradient_clip_val", "x"], "trainer.gradient_clip_val=x is not one of int, float"),
+        (["--trainer.gradient_clip_val", "x"], "trainer.gradient_clip_val=x is not one of "),
         (["--seed_everything", "abc"], "seed_everything=abc is not one of bool, int"),
         (["--trainer.precision", "half"], "trainer.precision=half is not one of 64, 32, 16, transformer-engine, "),
         (["--model.optimizer.name", "sgd"], "model.optimizer.name=sgd is not one of adamw, muon, row_adam"),
