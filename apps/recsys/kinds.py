@@ -121,7 +121,8 @@ class Regression(Kind):
         return self.target.mean + self.target.std * z_Bw.squeeze(-1)
 
     def label_values(self, y_B: Tensor) -> list[Any]:
-        return [None if math.isnan(label) else label for label in y_B.tolist()]
+        # To the digits that float32 keeps: 22.86, and not 22.860000610351562.
+        return [None if math.isnan(label) else float(f"{label:.7g}") for label in y_B.tolist()]
 
     def metrics(self, z_Nw: np.ndarray, label_N: np.ndarray, groups_N: np.ndarray | None = None) -> Metrics:
         return number_metrics(self.value(torch.from_numpy(z_Nw)).numpy(), label_N)

@@ -10,7 +10,10 @@ from typing import Any
 
 from apps.base.files import replacing
 
-_NOT_SHARES = ("loss", "ece", "error", "mse", "mae", "perplexity", "bits", "bleu", "chrf")
+_NOT_SHARES = (
+    *("loss", "ece", "error", "mse", "rmse", "mae", "r2", "spearman", "pcc", "score"),
+    *("perplexity", "bits", "bleu", "chrf"),
+)
 """Words in the names of metrics that are never shown in percent: a poor BLEU lies in 0..1 as well."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apps.report.tables import print_table, write_csv
+from apps.report.tables import is_share, print_table, write_csv
 
 
 def test_rows_may_have_different_keys(tmp_path):
@@ -15,3 +15,10 @@ def test_what_looks_like_markup_is_text(capsys):
     out = capsys.readouterr().out
     assert "[bold]scores" in out
     assert "[red]" in out
+
+
+def test_errors_and_correlations_are_no_shares():
+    for metric, is_percent in (("test/top1", True), ("test/auc_click", True), ("test/r2_price", False)):
+        assert is_share(metric, [[0.25, 0.5]]) == is_percent, metric
+    assert not is_share("test/rmse", [[0.25]])
+    assert not is_share("test/top1", [[0.25, 2.0]])
