@@ -51,7 +51,7 @@ class Kind:
     def initial_loss(self, positives: float) -> float:
         """Return the loss of the outputs of ``start``, in training."""
         p = min(max(positives, 1e-4), 1 - 1e-4)
-        return -p * math.log(p) - (1 - p) * math.log(1 - p)
+        return _entropy((p, 1 - p))
 
     def loss(self, z: Tensor, y_B: Tensor) -> Tensor:
         """Return the loss of each example, (..., B). A label is never NaN here."""
@@ -205,12 +205,10 @@ class Ordinal(Kind):
         return torch.cat((F.logsigmoid(-above[..., :1]), between, F.logsigmoid(above[..., -1:])), dim=-1)
 
     def loss(self, z: Tensor, y_B: Tensor) -> Tensor:
-        log_p = self.log_probabilities(z)
-        return -log_p.gather(-1, y_B.long().unsqueeze(-1).expand(*log_p.shape[:-1], 1)).squeeze(-1)
+        return _cross_entropy(self.log_probabilities(z), y_B)
 
     def divergence(self, z: Tensor, teacher_Bw: Tensor, temperature: float) -> Tensor:
-        given, own = self.log_probabilities(teacher_Bw), self.log_probabilities(z)
-        return (given.exp() * (given - own)).sum(-1)
+        return _kl(self.log_probabilities(teacher_Bw), self.log_probabilities(z))
 
     def mean(self, z_MBw: Tensor) -> Tensor:
         return self.outputs_of((self.log_probabilities(z_MBw).logsumexp(0) - math.log(len(z_MBw))).exp())
@@ -257,12 +255,10 @@ class Multiclass(Kind):
         return _entropy(self.target.shares)
 
     def loss(self, z: Tensor, y_B: Tensor) -> Tensor:
-        log_p = F.log_softmax(z, dim=-1)
-        return -log_p.gather(-1, y_B.long().unsqueeze(-1).expand(*log_p.shape[:-1], 1)).squeeze(-1)
+        return _cross_entropy(F.log_softmax(z, dim=-1), y_B)
 
     def divergence(self, z: Tensor, teacher_Bw: Tensor, temperature: float) -> Tensor:
-        given, own = F.log_softmax(teacher_Bw / temperature, dim=-1), F.log_softmax(z / temperature, dim=-1)
-        return (given.exp() * (given - own)).sum(-1)
+        return _kl(F.log_softmax(teacher_Bw / temperature, dim=-1), F.log_softmax(z / temperature, dim=-1))
 
     def mean(self, z_MBw: Tensor) -> Tensor:
         return F.log_softmax(z_MBw, dim=-1).logsumexp(0) - math.log(len(z_MBw))
@@ -344,6 +340,16 @@ class Outputs:
 def _logit(p: float) -> float:
     p = min(max(p, 1e-4), 1 - 1e-4)
     return math.log(p / (1 - p))
+
+
+def _cross_entropy(log_p: Tensor, y_B: Tensor) -> Tensor:
+    """Return the loss of each example, (..., B), of logarithms of probabilities (..., B, C) and places (B,)."""
+    return -log_p.gather(-1, y_B.long().unsqueeze(-1).expand(*log_p.shape[:-1], 1)).squeeze(-1)
+
+
+def _kl(given: Tensor, own: Tensor) -> Tensor:
+    """Return the divergence of ``own`` from ``given``, logarithms of probabilities (..., C), (...,)."""
+    return (given.exp() * (given - own)).sum(-1)
 
 
 def _entropy(shares: Sequence[float]) -> float:
