@@ -103,7 +103,7 @@ class LightGBM(_Library):
         }  # fmt: skip
         if objective == "multiclass":
             options["num_class"] = len(rows.kind.target.shares)
-        categories = list(range(rows.num_continuous, rows.num_continuous + rows.num_categories))
+        categories = list(range(rows.columns.num_continuous, rows.columns.end_of_categories))
         train = lightgbm.Dataset(rows.x, rows.y_N, weight=rows.weight_N, categorical_feature=categories)
         val = lightgbm.Dataset(rows.xv, rows.yv_N, reference=train)
         stop = lightgbm.early_stopping(PATIENCE, verbose=False)
@@ -155,9 +155,9 @@ class CatBoost(_Library):
             "use_best_model": True, "allow_writing_files": False, "verbose": False,
         }  # fmt: skip
         model = catboost.CatBoost(options)
-        train = rows.pool(rows.x, rows.y_N, rows.weight_N)
-        model.fit(train, eval_set=rows.pool(rows.xv, rows.yv_N, None))
-        return _CatBoost(rows.kind, rows, model, model.tree_count_)
+        train = rows.columns.pool(rows.x, rows.y_N, rows.weight_N)
+        model.fit(train, eval_set=rows.columns.pool(rows.xv, rows.yv_N, None))
+        return _CatBoost(rows.kind, rows.columns, model, model.tree_count_)
 
 
 def _catboost_loss(kind: Kind) -> tuple[str, str]:
@@ -175,12 +175,12 @@ class _CatBoost:
     """Trained trees, and how many they are."""
 
     kind: Kind
-    rows: _Rows
+    columns: _Columns
     model: Any
     iterations: int
 
     def decision(self, x: np.ndarray) -> np.ndarray:
-        pool = self.rows.pool(x, None, None)
+        pool = self.columns.pool(x, None, None)
         if isinstance(self.kind, Count):
             return outputs_of(self.kind, np.exp(np.asarray(self.model.predict(pool))))
         raw = np.asarray(self.model.predict(pool, prediction_type="RawFormulaVal"))
@@ -196,9 +196,12 @@ class _Columns:
 
     Attributes:
         several: the multi-valued columns' most frequent values.
+        num_continuous, end_of_categories: where the columns of categories begin and end.
     """
 
     several: FrequentValues
+    num_continuous: int
+    end_of_categories: int
 
     def of(self, arrays: TableArrays) -> np.ndarray:
         """Return the columns of all rows, float64 (N, D); places in a table are whole numbers."""
@@ -210,6 +213,16 @@ class _Columns:
             parts.append(arrays.vector_NV)
         return np.concatenate([p.astype(np.float64) for p in parts], axis=1)
 
+    def pool(self, x: np.ndarray, y_N: np.ndarray | None, weight_N: np.ndarray | None) -> Any:
+        """Return rows as CatBoost takes them, whose categories are whole numbers beside float32 numbers."""
+        import catboost
+
+        first, last = self.num_continuous, self.end_of_categories
+        numbers = np.ascontiguousarray(np.delete(x, np.s_[first:last], axis=1), dtype=np.float32)
+        categories = np.ascontiguousarray(x[:, first:last].astype(np.int64).astype(str).astype(object))
+        features = catboost.FeaturesData(num_feature_data=numbers, cat_feature_data=_as_bytes(categories))
+        return catboost.Pool(features, y_N, weight=weight_N)
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -220,7 +233,6 @@ class _Rows:
         columns: how a table becomes ``x``.
         x, y_N, weight_N: training rows, (N, D), their labels and weights.
         xv, yv_N: validation rows.
-        num_continuous, num_categories: columns of numbers, which come first, and of categories after them.
     """
 
     kind: Kind
@@ -230,30 +242,19 @@ class _Rows:
     weight_N: np.ndarray | None
     xv: np.ndarray
     yv_N: np.ndarray
-    num_continuous: int
-    num_categories: int
 
     @classmethod
     def of(cls, task: Task) -> _Rows:
         """Return the labelled rows of a task."""
-        columns = _Columns(FrequentValues(task.train))
+        first = task.train.dense_NC.shape[1]
+        last = first + task.train.ids_NF.shape[1] + (task.train.domain_N is not None)
+        columns = _Columns(FrequentValues(task.train), first, last)
         kept_N, kept_V = ~np.isnan(task.y_N), ~np.isnan(task.yv_N)
         weight_N = None if task.weight_N is None else task.weight_N[kept_N]
-        num_categories = task.train.ids_NF.shape[1] + (task.train.domain_N is not None)
         return cls(
             task.kind, columns, columns.of(task.train)[kept_N], task.y_N[kept_N], weight_N,
-            columns.of(task.val)[kept_V], task.yv_N[kept_V], task.train.dense_NC.shape[1], num_categories,
+            columns.of(task.val)[kept_V], task.yv_N[kept_V],
         )  # fmt: skip
-
-    def pool(self, x: np.ndarray, y_N: np.ndarray | None, weight_N: np.ndarray | None) -> Any:
-        """Return rows as CatBoost takes them, whose categories are whole numbers beside float32 numbers."""
-        import catboost
-
-        first, last = self.num_continuous, self.num_continuous + self.num_categories
-        numbers = np.ascontiguousarray(np.delete(x, np.s_[first:last], axis=1), dtype=np.float32)
-        categories = np.ascontiguousarray(x[:, first:last].astype(np.int64).astype(str).astype(object))
-        features = catboost.FeaturesData(num_feature_data=numbers, cat_feature_data=_as_bytes(categories))
-        return catboost.Pool(features, y_N, weight=weight_N)
 
 
 def _as_bytes(values: np.ndarray) -> np.ndarray:
