@@ -79,6 +79,16 @@ class Report(Callback):
                     save_sections(sections, folder)
 
 
+def is_left_out(trainer: Trainer) -> bool:
+    """Return whether a report of one process is left out, as each of several has a share of the examples, and of a
+    sharded model a share of that; the first process says so."""
+    if trainer.world_size == 1:
+        return False
+    if trainer.is_global_zero:
+        _logger.info("the report is left out with several processes: test with --trainer.devices 1 for it")
+    return True
+
+
 @contextlib.contextmanager
 def report_folder(trainer: Trainer) -> Iterator[Path]:
     """Give an empty folder, and move its files into ``<run folder>/report`` when the block has ended without an error.

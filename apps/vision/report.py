@@ -18,7 +18,7 @@ from torch import Tensor
 import core
 from apps.data.loader import batches_of_test
 from apps.report import plots
-from apps.report.base import Report, ReportConfig, first_batches
+from apps.report.base import Report, ReportConfig, first_batches, is_left_out
 from apps.report.classified import Answers
 from apps.report.heatmaps import heatmaps, maps_by_label
 from apps.report.intervals import Interval
@@ -189,9 +189,7 @@ class VisionReport(Report):
         self.config = config
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        if trainer.world_size > 1:  # each process has a share of the images, and of a sharded model a share of that
-            if trainer.is_global_zero:
-                _logger.info("the report is left out with several processes: test with --trainer.devices 1 for it")
+        if is_left_out(trainer):
             return None
         model: Any = pl_module.model
         results = self._few_shot(trainer, pl_module)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +18,11 @@ from apps.data.loader import batches_of_test
 from apps.nlp.expert_use import MOST_LAYERS, write_use
 from apps.nlp.foreseen import perplexity
 from apps.nlp.specialisation import CLASSES, ExpertUse, token_classes
-from apps.report.base import Report, ReportConfig, spread_places
+from apps.report.base import Report, ReportConfig, is_left_out, spread_places
 from apps.report.page import BarChart, Line, LineChart, Section, Table, Words
 from apps.report.page.parts import START
 from apps.report.routed import experts_of_token, layer_label
 from apps.report.tables import write_csv
-
-_logger = logging.getLogger(__name__)
 
 _SHOWN = 48  # subwords of a piece of text
 _MOST_EXPERTS = 2  # of a subword
@@ -174,9 +171,7 @@ class LanguageReport(Report):
         self.config = config
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> _Collected | None:
-        if trainer.world_size > 1:  # each process has a share of the text, and of a sharded model a share of that
-            if trainer.is_global_zero:
-                _logger.info("the report is left out with several processes: test with --trainer.devices 1 for it")
+        if is_left_out(trainer):
             return None
         module: Any = pl_module
         pieces = module.subwords.pieces(range(module.subwords.size("target")), "target")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 import core
 from apps.data.loader import batches_of_test
 from apps.recsys.metrics import CUTOFF, target_ranks
-from apps.report.base import Report, ReportConfig, first_batches, spread_places
+from apps.report.base import Report, ReportConfig, first_batches, is_left_out, spread_places
 from apps.report.groups import check_bounds, quarters, range_names, ranges_of
 from apps.report.heatmaps import heatmaps, maps_by_label
 from apps.report.page import BarChart, Part, Section, Table
@@ -24,8 +23,6 @@ from apps.report.page.experts import load_charts, map_charts
 from apps.report.plots import save_picture
 from apps.report.routed import expert_label_counts, layer_label
 from apps.report.tables import write_csv
-
-_logger = logging.getLogger(__name__)
 
 POPULARITY = ("most popular", "2nd quarter", "3rd quarter", "least popular", "not in training")
 """The groups of items: quarters of the training's interactions, from the most popular items on."""
@@ -162,9 +159,7 @@ class NextItemReport(Report):
         self.config = config
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> Any:
-        if trainer.world_size > 1:  # each process has a share of the users, and of a sharded model a share of that
-            if trainer.is_global_zero:
-                _logger.info("the report is left out with several processes: test with --trainer.devices 1 for it")
+        if is_left_out(trainer):
             return None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         counts_V = getattr(data, "training_counts", None)
