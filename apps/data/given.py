@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+TargetKind = Literal["binary", "regression", "count", "ordinal", "multiclass"]
+"""Kinds of a column that is to be predicted."""
+
+NUMBERS: tuple[TargetKind, ...] = ("regression", "count")
+"""Kinds that are numbers, without levels or classes."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class GivenData:
     paths: tuple[Path, ...]
     target: str | None
     folder: Path
-    kind: str | None = None
+    kind: TargetKind | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from apps.base.files import replacing
 from apps.base.messages import excerpt, one_line, some
-from apps.data.given import GivenConfig, GivenData
+from apps.data.given import NUMBERS, GivenConfig, GivenData
 from apps.recsys.readers.user_tables import find_files
 from apps.recsys.schema import nearest
 
@@ -27,8 +27,6 @@ _ENDINGS = (".csv", ".tsv", ".parquet")
 _FEW_VALUES = 20
 """Whole numbers of at most so many values are categories."""
 _STEPS = 1500
-NUMBERS = ("regression", "count")
-"""Kinds of targets that have no classes."""
 TARGET = "target"
 
 

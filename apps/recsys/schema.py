@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from apps.base.checks import check_at_least, check_name
+from apps.data.given import NUMBERS, TargetKind
 
 SplitKind = Literal["given", "random", "user", "time", "leave_last_out"]
-TaskKind = Literal["binary", "regression", "count", "ordinal", "multiclass"]
 TaskLoss = Literal["squared", "absolute", "weighted_logistic"]
 
 
@@ -43,13 +43,13 @@ class TaskConfig:
     column: str
     positive: tuple[str | bool | int | float, ...] | None = None
     at_least: float | None = None
-    kind: TaskKind = "binary"
+    kind: TargetKind = "binary"
     loss: TaskLoss | None = None
     weight: str | None = None
     mask: str | None = None
 
     def __post_init__(self) -> None:
-        check_name("kind", self.kind, get_args(TaskKind))
+        check_name("kind", self.kind, get_args(TargetKind))
         if self.kind != "binary":
             for name in ("positive", "at_least"):
                 if getattr(self, name) is not None:
@@ -227,7 +227,7 @@ class TableConfig:
             raise ValueError("split.kind='time' needs table.time, the column by which rows are ordered")
         if self.split.stratify is not None:
             check_name("split.stratify", self.split.stratify, list(self.tasks))
-            if self.tasks[self.split.stratify].kind in ("regression", "count"):
+            if self.tasks[self.split.stratify].kind in NUMBERS:
                 raise ValueError(f"split.stratify={self.split.stratify!r} is a task of numbers: it has no classes")
 
 

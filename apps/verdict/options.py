@@ -7,11 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from apps.base.checks import check_at_least
 from apps.cli import UsageError
 from apps.cli.configs import read_config, shipped
 from apps.cli.parser import Parser
+from apps.data.given import TargetKind
 
 MOST_MINUTES = 7 * 24 * 60.0
 
@@ -49,7 +51,7 @@ class Options:
     minutes: float = 30.0
     seed: int = 0
     target: str | None = None
-    kind: str | None = None
+    kind: TargetKind | None = None
     opens: bool = False
     rest: tuple[str, ...] = ()
 
@@ -106,8 +108,7 @@ def command_line() -> Parser:
     add = parser.add_argument
     add("data", nargs="+", metavar="DATA", help="a folder, a table, two text files, or a configuration")
     add("--target", metavar="COLUMN", help="column of the table to predict")
-    kinds = ("binary", "regression", "count", "ordinal", "multiclass")
-    add("--kind", choices=kinds, help="kind of the target (default: as its values are)")
+    add("--kind", choices=get_args(TargetKind), help="kind of the target (default: as its values are)")
     add("--minutes", type=float, default=30.0, metavar="N", help="time it may take (default: 30)")
     add("--output", metavar="DIR", help="folder of the verdict (default: runs/verdict/<name of the data>)")
     add("--seed", type=int, default=0, metavar="N", help="first seed of the final runs (default: 0)")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from apps.data.given import NUMBERS
 from apps.recsys.encoding.categories import MISSING, factorize
 from apps.recsys.encoding.features import Target
 from apps.recsys.encoding.labels import to_labels
@@ -101,7 +102,7 @@ def learn_target(name: str, task: TaskConfig, labels: RawLabels, train_N: NDArra
         raise ValueError(
             f"task {name!r} has {which if len(values) else 'no label'} in the train split: there is nothing to learn"
         )
-    if task.kind in ("regression", "count"):
+    if task.kind in NUMBERS:
         return Target(task.kind, task.loss or "squared", float(known.mean()), float(known.std()))
     most = MOST_LEVELS if task.kind == "ordinal" else MOST_CLASSES
     if len(values) > most:

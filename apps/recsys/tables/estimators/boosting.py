@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from apps.base.checks import check_at_least
+from apps.data.given import NUMBERS
 from apps.equal_cost.search import Search
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.kinds import Count, Kind
@@ -187,7 +188,7 @@ def _whole_settings(has_categories: bool) -> list[dict[str, Any]]:
 
 def _is_number(kind: Kind) -> bool:
     """Return whether labels are numbers that trees predict themselves, and no classes or levels."""
-    return kind.target.kind in ("regression", "count")
+    return kind.target.kind in NUMBERS
 
 
 def _booster(kind: Kind, mask_D: np.ndarray, seed: int, options: Mapping[str, Any], trees: int) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from apps.data.given import NUMBERS
 from apps.equal_cost.search import Search
 from apps.recsys.kinds import Count, Kind
 from apps.recsys.tables.arrays import TableArrays
@@ -130,7 +131,7 @@ class _LightGBM:
     iterations: int
 
     def decision(self, x: np.ndarray) -> np.ndarray:
-        if self.kind.target.kind in ("regression", "count"):
+        if self.kind.target.kind in NUMBERS:
             return outputs_of(self.kind, np.asarray(self.model.predict(x, num_iteration=self.iterations)))
         raw = np.asarray(self.model.predict(x, num_iteration=self.iterations, raw_score=True))
         return outputs_of(self.kind, raw, np.arange(len(self.kind.target.shares)))
