@@ -11,7 +11,7 @@ from html import escape
 
 import numpy as np
 
-from apps.report.exhibit import Bars, Gates, LayerPart, Part, Patches, Said, Words
+from apps.report.exhibit import Bars, Gates, LayerPart, Part, Patches, Pieces, Said
 from apps.report.page import Table
 from apps.report.plots import expert_colors
 
@@ -35,7 +35,7 @@ def _draw(part: Part | LayerPart) -> str:
         return _said(part)
     if isinstance(part, Patches):
         return _patches(part)
-    if isinstance(part, Words):
+    if isinstance(part, Pieces):
         return _words(part)
     if isinstance(part, Gates):
         return _gates(part)
@@ -124,7 +124,7 @@ def _size(text: str) -> float:
     return min(15.0, 1.5 * _CELL / max(len(text), 1))
 
 
-def _words(part: Words) -> str:
+def _words(part: Pieces) -> str:
     colors, place, words = _Colors(part.names), 0, []
     for word in part.words:
         pieces = []

@@ -56,8 +56,8 @@ class Patches:
 
 
 @dataclass(frozen=True)
-class Words:
-    """Words, each of one or several pieces, and the experts that computed each piece.
+class Pieces:
+    """The pieces of a text, word by word, and the experts that computed each of them.
 
     Attributes:
         title: what the words are.
@@ -101,7 +101,7 @@ class Gates:
 
 Part = Bars | Said | Text | Table
 """Whatever shows an answer."""
-LayerPart = Patches | Words | Gates
+LayerPart = Patches | Pieces | Gates
 """Whatever shows the experts of a layer."""
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from apps.report.exhibit.parts import Words
+from apps.report.exhibit.parts import Pieces
 from apps.report.heatmaps import numbers
 from apps.report.routed import experts_of_token, layer_label
 
@@ -16,7 +16,7 @@ _MOST_EXPERTS = 2
 
 def words_by_layer(
     entries: Iterable[Any], words: Sequence[Sequence[str]], title: str, unit: str = "subwords"
-) -> dict[str, tuple[Words, ...]]:
+) -> dict[str, tuple[Pieces, ...]]:
     """Return the experts of words by layer, in the order of the passes.
 
     A pass of another number of tokens is left out: few tokens enter its block, and have no places among the words.
@@ -29,10 +29,10 @@ def words_by_layer(
     """
     pieces = tuple(tuple(word) for word in words)
     kept = [entry for entry in entries if entry.routing.num_tokens == sum(map(len, pieces))]
-    layers: dict[str, tuple[Words, ...]] = {}
+    layers: dict[str, tuple[Pieces, ...]] = {}
     for name, entry in zip(layer_names([entry.name for entry in kept]), kept, strict=True):
         experts_TK = experts_of_token(entry.routing, _MOST_EXPERTS).cpu().numpy()
-        layers[name] = (Words(title, pieces, experts_TK, expert_names(entry.routing), unit),)
+        layers[name] = (Pieces(title, pieces, experts_TK, expert_names(entry.routing), unit),)
     return layers
 
 

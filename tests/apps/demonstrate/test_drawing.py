@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from apps.demonstrate.drawing import draw_parts, problem
-from apps.report.exhibit import Bars, Gates, Patches, Said, Words
+from apps.report.exhibit import Bars, Gates, Patches, Pieces, Said
 from apps.report.page import Table, Text
 
 EVIL = "<script>alert('1')</script>"
@@ -48,7 +48,7 @@ class Checked(HTMLParser):
         Said(EVIL, EVIL, EVIL),
         Text.of(EVIL),
         Table(EVIL, (EVIL, EVIL), ((EVIL, EVIL),)),
-        Words(EVIL, ((EVIL,),), np.array([[0, 1]]), (EVIL, EVIL)),
+        Pieces(EVIL, ((EVIL,),), np.array([[0, 1]]), (EVIL, EVIL)),
         Patches(np.zeros((2, 2), np.uint8), np.zeros((1, 1, 1), int), (EVIL,)),
         Gates(EVIL, (EVIL,), (EVIL,), np.array([[1.0]])),
     ],
@@ -66,7 +66,7 @@ def test_a_problem_is_read_aloud_and_escaped():
 
 def test_words_have_their_experts_and_a_count():
     # 4 pieces of 2 words; the third is computed by expert 1 alone, the fourth by none of the 3.
-    words = Words("A text", (("ab", "c"), ("d", "e")), np.array([[0, 1], [1, 0], [1, 3], [3, 3]]), ("0", "1", "2"))
+    words = Pieces("A text", (("ab", "c"), ("d", "e")), np.array([[0, 1], [1, 0], [1, 3], [3, 3]]), ("0", "1", "2"))
     html = draw_parts([words])
     pieces = re.findall(r'title="([^"]*)"[^>]*>([^<]*)<small>([^<]*)</small>', html)
     none = ("no expert", "e", "\N{MULTIPLICATION SIGN}")
@@ -103,7 +103,7 @@ def test_gates_show_the_heaviest_experts_and_count_the_others():
 @pytest.mark.parametrize("count", [8, 16, 300])
 def test_an_experts_number_can_be_read_on_its_colour(count):
     ids = np.arange(count)[:, None]
-    html = draw_parts([Words("", tuple((str(i),) for i in range(count)), ids, tuple(map(str, range(count))))])
+    html = draw_parts([Pieces("", tuple((str(i),) for i in range(count)), ids, tuple(map(str, range(count))))])
     styles = set(re.findall(r"background:#(\w{6});color:#(000|fff)", html))
     assert len({background for background, _ in styles}) >= min(count, 200)  # few of very many are equal
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import core
-from apps.report.exhibit import Words, layer_names, words_by_layer
+from apps.report.exhibit import Pieces, layer_names, words_by_layer
 
 
 def test_names_of_layers_differ():
@@ -39,4 +39,4 @@ def test_words_have_the_experts_of_the_largest_logits():
 
 def test_words_and_experts_are_as_many():
     with pytest.raises(ValueError, match="'A text' has 2 pieces, and experts of 1"):
-        Words("A text", (("a", "b"),), np.zeros((1, 1), int), ("0",))
+        Pieces("A text", (("a", "b"),), np.zeros((1, 1), int), ("0",))
