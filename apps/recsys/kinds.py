@@ -230,15 +230,11 @@ class Ordinal(Kind):
         return [None if math.isnan(level) else self.target.levels[int(level)] for level in y_B.tolist()]
 
     def metrics(self, z_Nw: np.ndarray, label_N: np.ndarray, groups_N: np.ndarray | None = None) -> Metrics:
-        z, numbers_N = torch.from_numpy(z_Nw), self._numbers(label_N)
+        z, numbers_N = torch.from_numpy(z_Nw), self.target.numbers_of(label_N)
         return number_metrics(self.value(z).numpy(), numbers_N, self.log_probabilities(z).numpy(), label_N)
 
     def example_values(self, z_Nw: np.ndarray, label_N: np.ndarray) -> np.ndarray:
-        return number_values(self.value(torch.from_numpy(z_Nw)).numpy(), self._numbers(label_N))
-
-    def _numbers(self, label_N: np.ndarray) -> np.ndarray:
-        levels = np.array([*self.target.levels, math.nan])
-        return levels[np.where(np.isnan(label_N), len(levels) - 1, label_N).astype(np.int64)]
+        return number_values(self.value(torch.from_numpy(z_Nw)).numpy(), self.target.numbers_of(label_N))
 
 
 class Multiclass(Kind):

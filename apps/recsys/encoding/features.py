@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 import core
 
 
@@ -90,6 +93,11 @@ class Target:
     def __post_init__(self) -> None:
         for name in ("levels", "classes", "shares"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a list in a checkpoint
+
+    def numbers_of(self, label_N: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the numbers of an ordinal task's labels, float64 (N,); NaN for none."""
+        numbers = np.array([*self.levels, np.nan])
+        return numbers[np.where(np.isnan(label_N), -1, label_N).astype(np.int64)]
 
 
 @core.register_config

@@ -319,9 +319,7 @@ class _Build:
         """Note another task's labels in each split, and those that training lacks."""
         target = self.targets[name]
         if target.kind == "ordinal":
-            label = np.append(np.asarray(target.levels, np.float32), np.float32(np.nan))[
-                np.where(np.isnan(label), -1, label).astype(np.int64)
-            ]
+            label = target.numbers_of(label).astype(np.float32)
         self.findings.labelled[name], means = {}, {}
         for split, mask in self.masks.items():
             in_split = label[mask]
