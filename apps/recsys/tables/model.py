@@ -110,36 +110,33 @@ class InteractionArch(nn.Module):
 _EMBEDDING, _DENSE, _INTERACTION, _HEAD = EmbeddingConfig(), DenseConfig(), InteractionConfig(), HeadConfig()
 
 
-class MultiTaskModel(nn.Module):
-    """A network from a batch of table rows to the outputs of all tasks.
+class TableColumns(nn.Module):
+    """The part of a network that reads a table's columns and makes one vector of each row.
 
-    ``sparse`` (SparseArch), ``dense`` (DenseArch) and ``vectors`` (VectorArch) read the columns, ``interaction``
-    (InteractionArch) makes one vector of them, and the OverArch is ``shared``, the layer that the tasks share in whole
-    or in part, and ``head``.
+    ``sparse`` (SparseArch), ``dense`` (DenseArch) and ``vectors`` (VectorArch) read the columns, and ``interaction``
+    (InteractionArch) joins them.
 
     Args:
-        features: columns and tasks of the data.
-        shared: config of a multi-gate layer or of a bottom.
-        embedding, dense, interaction, head: configs of the parts.
-        dropout: dropout of the shared layer's input.
+        features: columns of the data.
+        embedding, dense, interaction: configs of the parts.
+        dropout: dropout of the vectors.
+        copies: number of separate weights, for models that share nothing.
 
     Attributes:
-        input_dim: width D of the shared layer's input.
+        input_dim: width D of the vectors.
     """
 
     def __init__(
         self,
         features: Features,
-        shared: core.MultiGateConfig,
         embedding: EmbeddingConfig = _EMBEDDING,
         dense: DenseConfig = _DENSE,
         interaction: InteractionConfig = _INTERACTION,
-        head: HeadConfig = _HEAD,
         dropout: float = 0.0,
+        copies: int = 1,
     ) -> None:
         super().__init__()
-        copies = len(features.tasks) if isinstance(shared, SingleTask) else 1
-        self.num_domains, self.dropout, self.copies = features.num_domains, dropout, copies
+        self.dropout, self.copies = dropout, copies
         self.num_continuous = len(features.continuous)
         self.dense = DenseArch(features.continuous, dense, copies)
         self.sparse = SparseArch((*features.categorical, *self.dense.bin_features), embedding, copies)
@@ -147,25 +144,16 @@ class MultiTaskModel(nn.Module):
         dims = (*self.sparse.dims, *(() if self.vectors is None else self.vectors.dims))
         parts = [InteractionArch(interaction, self.dense.out_dim, dims) for _ in range(copies)]
         self.interaction, self.input_dim = nn.ModuleList(parts), parts[0].out_dim
-        dim, num_tasks = self.input_dim, len(features.tasks)
-        self.shared = shared.build(dim, num_tasks, num_domains=features.num_domains)
-        self.head = head.build(shared.out_dim(dim), num_tasks, features.positives, features.targets)
 
-    def forward(self, batch: TableBatch) -> Tensor:
-        """Return the outputs (B, Z), a logit a task where all are binary.
+    def join(self, batch: TableBatch) -> Tensor:
+        """Return the vectors of a batch's rows, (B, D), or (copies, B, D) of several copies.
 
         Raises:
-            ValueError: the columns are not the model's, a row is beyond its table, or the batch names no domain where
-                the model has some.
+            ValueError: the columns are not the model's, or a row is beyond its table.
         """
         dense_BC = batch.dense_BC
         if dense_BC.shape[1] != self.num_continuous:
             raise ValueError(f"the batch has {dense_BC.shape[1]} continuous columns, the model {self.num_continuous}")
-        context = None
-        if self.num_domains:
-            if batch.domain_B is None:
-                raise ValueError(f"the model knows {self.num_domains} domains, and the batch has no domain_B")
-            context = core.RoutingContext(domain_ids_B=batch.domain_B)
         dense = self.dense(dense_BC)
         sparse = self.sparse(batch.sparse, self.dense.bins(dense_BC)) if self.sparse.dims else None
         if self.vectors is not None:
@@ -183,9 +171,52 @@ class MultiTaskModel(nn.Module):
                     for k, part in enumerate(self.interaction)
                 ]
             )
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        return self.head(self.shared(x, context))
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+
+class MultiTaskModel(TableColumns):
+    """A network from a batch of table rows to the outputs of all tasks.
+
+    ``TableColumns`` makes one vector of a row's columns, and the OverArch is ``shared``, the layer that the tasks share
+    in whole or in part, and ``head``.
+
+    Args:
+        features: columns and tasks of the data.
+        shared: config of a multi-gate layer or of a bottom.
+        embedding, dense, interaction, head: configs of the parts.
+        dropout: dropout of the shared layer's input.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        shared: core.MultiGateConfig,
+        embedding: EmbeddingConfig = _EMBEDDING,
+        dense: DenseConfig = _DENSE,
+        interaction: InteractionConfig = _INTERACTION,
+        head: HeadConfig = _HEAD,
+        dropout: float = 0.0,
+    ) -> None:
+        copies = len(features.tasks) if isinstance(shared, SingleTask) else 1
+        super().__init__(features, embedding, dense, interaction, dropout, copies)
+        self.num_domains = features.num_domains
+        dim, num_tasks = self.input_dim, len(features.tasks)
+        self.shared = shared.build(dim, num_tasks, num_domains=features.num_domains)
+        self.head = head.build(shared.out_dim(dim), num_tasks, features.positives, features.targets)
+
+    def forward(self, batch: TableBatch) -> Tensor:
+        """Return the outputs (B, Z), a logit a task where all are binary.
+
+        Raises:
+            ValueError: the columns are not the model's, a row is beyond its table, or the batch names no domain where
+                the model has some.
+        """
+        context = None
+        if self.num_domains:
+            if batch.domain_B is None:
+                raise ValueError(f"the model knows {self.num_domains} domains, and the batch has no domain_B")
+            context = core.RoutingContext(domain_ids_B=batch.domain_B)
+        return self.head(self.shared(self.join(batch), context))
 
 
 class Ensemble(nn.Module):
