@@ -1,6 +1,6 @@
 """moesaic's engine: mixture-of-experts layers on PyTorch."""
 
-from .config import CGC, PLE, DenseFFN, MMoE, MoEConfig, MultiGateConfig, OMoE
+from .config import CGC, PLE, STAR, DenseFFN, HoME, M3oE, MMoE, MoEConfig, MultiGateConfig, OMoE
 from .contract import (
     DenseRouting,
     Entry,
@@ -145,9 +145,11 @@ __all__ = [
     "GeneralFFN",
     "Hash",
     "Hierarchical",
+    "HoME",
     "IA3",
     "LayerStats",
     "LoRA",
+    "M3oE",
     "MLP",
     "MLPExperts",
     "MMoE",
@@ -183,6 +185,7 @@ __all__ = [
     "RoutingStats",
     "RowAdam",
     "Rows",
+    "STAR",
     "SelectedMultiGateMoE",
     "Sentence",
     "Sinkhorn",

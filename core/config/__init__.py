@@ -3,5 +3,18 @@
 from .dense import DenseFFN
 from .moe import LAYERS, MoEConfig
 from .multi_gate import CGC, PLE, MMoE, MultiGateConfig, OMoE
+from .scenarios import STAR, HoME, M3oE
 
-__all__ = ["CGC", "DenseFFN", "LAYERS", "MMoE", "MoEConfig", "MultiGateConfig", "OMoE", "PLE"]
+__all__ = [
+    "CGC",
+    "DenseFFN",
+    "HoME",
+    "LAYERS",
+    "M3oE",
+    "MMoE",
+    "MoEConfig",
+    "MultiGateConfig",
+    "OMoE",
+    "PLE",
+    "STAR",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
@@ -82,6 +82,17 @@ class MultiGateConfig(OpenConfig):
         if self.balance.adaptive:
             raise ValueError("balance.adaptive=True follows the drop rate, which is 0: multi-gate layers are dropless")
         self.balance.check(self.terms, type(self).__name__)
+
+    def check_no_gates(self, *own: str) -> None:
+        """Raise a ``ValueError`` where options of gates are set, in a config that has none.
+
+        Args:
+            own: names of the fields that have a meaning for it.
+        """
+        for f in fields(self):
+            if f.name not in own and getattr(self, f.name) != f.default:
+                option, kind = f"{f.name}={getattr(self, f.name)!r}", type(self).__name__
+                raise ValueError(f"{option} has no meaning for {kind}, which has no gates")
 
     @property
     def terms(self) -> frozenset[str]:
@@ -175,24 +186,39 @@ class MultiGateConfig(OpenConfig):
         """
         groups, total = self.groups(num_tasks, num_domains), 0
         for width, shared_gate in self._levels(dim):
-            experts = (groups.num_dense + groups.num_domain) * self.expert.flops_per_row(width)
-            feature = 4 * width * groups.num_dense * self.feature_gate
+            weights = weights_per_example(groups, shared_gate)
+            total += self._expert_flops(width, groups, groups.num_dense + groups.num_domain)
             # Each weight is a row of the gates' product, and then weights one output.
-            weights = _weights_per_example(groups, shared_gate)
-            total += 2 * weights * (self._gate_width(width) + self.expert.out_dim(width)) + experts + feature
-            total += 2 * (groups.num_tasks + shared_gate) * sum(i * o for i, o in self._gate_layers(width))
+            total += self._gate_flops(width, groups, shared_gate) + 2 * weights * self.expert.out_dim(width)
         return total
 
     def _params(self, dim: int, groups: ExpertGroups, experts: int) -> int:
         """Return the parameters of all levels with this number of experts in each."""
-        total = 0
-        for width, shared_gate in self._levels(dim):
-            weights = _weights_per_example(groups, shared_gate)
-            hidden = sum(i * o + o for i, o in self._gate_layers(width))
-            total += weights * (self._gate_width(width) + self.gate_bias) + (groups.num_tasks + shared_gate) * hidden
-            feature = 2 * groups.num_dense * self.feature_gate
-            total += width * (groups.num_domains + feature) + experts * self.expert.num_params(width)
-        return total
+        return sum(
+            self._gate_params(width, groups, shared_gate) + self._expert_params(width, groups, experts)
+            for width, shared_gate in self._levels(dim)
+        )
+
+    def _gate_params(self, width: int, groups: ExpertGroups, shared_gate: bool = False) -> int:
+        """Return the parameters of a level's gates over inputs of this width."""
+        weights = weights_per_example(groups, shared_gate)
+        hidden = sum(i * o + o for i, o in self._gate_layers(width))
+        total = weights * (self._gate_width(width) + self.gate_bias) + (groups.num_tasks + shared_gate) * hidden
+        return total + width * groups.num_domains
+
+    def _gate_flops(self, width: int, groups: ExpertGroups, shared_gate: bool = False) -> int:
+        """Return the FLOPs of a level's gates, without the sums that they weight."""
+        hidden = sum(i * o for i, o in self._gate_layers(width))
+        weights = weights_per_example(groups, shared_gate)
+        return 2 * weights * self._gate_width(width) + 2 * (groups.num_tasks + shared_gate) * hidden
+
+    def _expert_params(self, width: int, groups: ExpertGroups, experts: int) -> int:
+        """Return the parameters of this number of a level's experts, and of all feature gates."""
+        return 2 * width * groups.num_dense * self.feature_gate + experts * self.expert.num_params(width)
+
+    def _expert_flops(self, width: int, groups: ExpertGroups, experts: int) -> int:
+        """Return the FLOPs of this number of a level's experts, and of all feature gates."""
+        return 4 * width * groups.num_dense * self.feature_gate + experts * self.expert.flops_per_row(width)
 
     def _gate_width(self, width: int) -> int:
         """Return the width of what a gate's last product reads."""
@@ -220,7 +246,8 @@ class MultiGateConfig(OpenConfig):
         return from_plain(values, cls) if "class_path" in values else make(cls, values)
 
 
-def _weights_per_example(groups: ExpertGroups, shared_gate: bool) -> int:
+def weights_per_example(groups: ExpertGroups, shared_gate: bool = False) -> int:
+    """Return how many weights a level's gates have for an example."""
     tasks = sum(groups.per_gate) + groups.num_tasks * groups.num_self
     return tasks + (groups.per_shared_gate if shared_gate else 0)
 

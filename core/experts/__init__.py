@@ -9,8 +9,9 @@ from .ffn import FFN, GEGLU, FFNExperts, SwiGLU
 from .general import GeneralFFN
 from .low_rank import IA3, LoRA
 from .mixed import Mixed
-from .mlp import MLP, MLPExperts
+from .mlp import MLP, MLPExperts, batch_norm_rows
 from .peer import PEER, NeuronExperts
+from .star import StarExperts
 
 __all__ = [
     "AttentionExperts",
@@ -32,7 +33,9 @@ __all__ = [
     "Mixed",
     "NeuronExperts",
     "PEER",
+    "StarExperts",
     "SwiGLU",
     "Zero",
+    "batch_norm_rows",
     "check_merges",
 ]

@@ -134,7 +134,7 @@ class MLPExperts(Experts):
             count = real_T.sum().to(x_TnF.dtype)
             mean = x_TnF.sum(0) / count.clamp_min(1)
             centred = (x_TnF - mean).masked_fill(~real_T[:, None, None], 0.0)
-            used = self._statistics(running, count, mean, centred.square().sum(0))
+            used = _statistics(running, count, mean, centred.square().sum(0))
             return _scaled(_wide(h_TnF), *used, weight, bias).to(h_TnF.dtype)
         # One channel for each expert and feature is what ``nn.BatchNorm1d`` computes.
         moves = self.training and T >= 2
@@ -153,36 +153,11 @@ class MLPExperts(Experts):
         if self.norm is None:
             return h_RF
         weight, bias = self._get("norm_weight", i), self._get("norm_bias", i)
-        E = weight.shape[0]
-        index_R = expert_R.clamp_max(E - 1)
         if self.norm == "layer":
+            index_R = expert_R.clamp_max(weight.shape[0] - 1)
             return _layer_norm(h_RF, weight.index_select(0, index_R), bias.index_select(0, index_R))
-        x_RF = _wide(h_RF)
-        used = running = self._get("running_mean", i), self._get("running_var", i)
-        if self.training:
-
-            def total(value_RF: Tensor) -> Tensor:
-                return value_RF.new_zeros(E + 1, value_RF.shape[1]).index_add(0, expert_R, value_RF)[:E]
-
-            count_E1 = total(x_RF.new_ones(x_RF.shape[0], 1))
-            mean_EF = total(x_RF) / count_E1.clamp_min(1)
-            squares_EF = total((x_RF - mean_EF.index_select(0, index_R)).square())
-            used = self._statistics(running, count_E1, mean_EF, squares_EF)
-        mean, var, weight, bias = (t.index_select(0, index_R) for t in (*used, weight, bias))
-        return _scaled(x_RF, mean, var, weight, bias).to(h_RF.dtype)
-
-    def _statistics(
-        self, running: tuple[Tensor, Tensor], count: Tensor, mean: Tensor, squares: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the mean and variance of a training batch of two tokens or more, and move the running ones."""
-        enough = count >= 2
-        with torch.no_grad():
-            # The running variance is the unbiased one, as in ``nn.BatchNorm1d``.
-            for kept, new in zip(running, (mean, squares / (count - 1).clamp_min(1)), strict=True):
-                kept.copy_(torch.where(enough, kept + MOMENTUM * (new - kept), kept))
-        batch = mean, squares / count.clamp_min(1)
-        before = (r.to(mean.dtype) for r in running)
-        return tuple(torch.where(enough, b, r) for b, r in zip(batch, before, strict=True))  # type: ignore[return-value]
+        running = self._get("running_mean", i), self._get("running_var", i)
+        return batch_norm_rows(h_RF, expert_R, running, weight, bias, self.training)
 
     def extra_repr(self) -> str:
         E, D, _ = self._get("w", 0).shape
@@ -190,6 +165,46 @@ class MLPExperts(Experts):
             f"num_experts={E}, dim={D}, hidden_dims={self.hidden_dims}, activation={self.activation}, "
             f"norm={self.norm}, dropout={self.dropout}, backend={self.backend}"
         )
+
+
+def batch_norm_rows(
+    h_RF: Tensor, expert_R: Tensor, running: tuple[Tensor, Tensor], weight_EF: Tensor, bias_EF: Tensor, training: bool
+) -> Tensor:
+    """Return rows normalised over the rows of their expert, as ``MLPExperts`` with ``norm="batch"`` says.
+
+    Args:
+        h_RF: (R, F) rows.
+        expert_R: int64 (R,), the expert of each row; E for a row of none, whose output may be anything.
+        running: mean and variance (E, F) of evaluation; training moves them.
+        weight_EF, bias_EF: (E, F), scale and shift of each expert.
+        training: whether the statistics are the batch's.
+    """
+    E = weight_EF.shape[0]
+    index_R = expert_R.clamp_max(E - 1)
+    x_RF, used = _wide(h_RF), running
+    if training:
+
+        def total(value_RF: Tensor) -> Tensor:
+            return value_RF.new_zeros(E + 1, value_RF.shape[1]).index_add(0, expert_R, value_RF)[:E]
+
+        count_E1 = total(x_RF.new_ones(x_RF.shape[0], 1))
+        mean_EF = total(x_RF) / count_E1.clamp_min(1)
+        squares_EF = total((x_RF - mean_EF.index_select(0, index_R)).square())
+        used = _statistics(running, count_E1, mean_EF, squares_EF)
+    mean, var, weight, bias = (t.index_select(0, index_R) for t in (*used, weight_EF, bias_EF))
+    return _scaled(x_RF, mean, var, weight, bias).to(h_RF.dtype)
+
+
+def _statistics(running: tuple[Tensor, Tensor], count: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and variance of a training batch of two tokens or more, and move the running ones."""
+    enough = count >= 2
+    with torch.no_grad():
+        # The running variance is the unbiased one, as in ``nn.BatchNorm1d``.
+        for kept, new in zip(running, (mean, squares / (count - 1).clamp_min(1)), strict=True):
+            kept.copy_(torch.where(enough, kept + MOMENTUM * (new - kept), kept))
+    batch = mean, squares / count.clamp_min(1)
+    before = (r.to(mean.dtype) for r in running)
+    return tuple(torch.where(enough, b, r) for b, r in zip(batch, before, strict=True))  # type: ignore[return-value]
 
 
 def _wide(h: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from .moe import AveragedMoE, MergedMoE, MoE, MoELayer, SoftMoE, active_params, 
 from .multi_gate import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
 from .neurons import NeuronMoE
 from .patches import PatchMoE
+from .scenarios import HoMELayer, M3oELayer, STARLayer
 from .shared import SharedGate
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "AuxLosses",
     "AveragedMoE",
     "FeedForward",
+    "HoMELayer",
+    "M3oELayer",
     "MergedMoE",
     "MoE",
     "MoELayer",
@@ -24,6 +27,7 @@ __all__ = [
     "NeuronMoE",
     "PLELayer",
     "PatchMoE",
+    "STARLayer",
     "SelectedMultiGateMoE",
     "SharedGate",
     "SoftMoE",

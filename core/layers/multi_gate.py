@@ -28,7 +28,7 @@ from .moe import MoELayer, check_valid
 
 SHARED = "shared"
 """End of the entries' name for a shared representation's gate."""
-ENDS = re.compile(rf"(level\d+\.)?(task\d+|tasks|selection|{SHARED})")
+ENDS = re.compile(rf"(level\d+\.)?(task\d+|category\d+|tasks|selection|{SHARED})")
 """Ends of the names of a layer's entries."""
 
 
@@ -155,7 +155,30 @@ class FeatureGate(nn.Module):
         return x_nTD * (2 * gate_nTD.sigmoid())
 
 
-class MultiGateMoE(MultiGateLayer):
+class DenseGatesLayer(MultiGateLayer):
+    """Base of the layers whose gates are softmaxes over experts that compute every example.
+
+    Args:
+        num_tasks, num_domains, balance, dim: as in ``MultiGateLayer``.
+        expert_dropout: probability that a gate leaves an expert out in training, example by example.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        num_domains: int = 0,
+        balance: Balance = Balance(),
+        dim: int | None = None,
+        expert_dropout: float = 0.0,
+    ) -> None:
+        super().__init__(num_tasks, num_domains, balance, dim)
+        self.expert_dropout = expert_dropout
+
+    def routers(self) -> dict[str, Router]:
+        return {}  # nothing of theirs moves but by the gradient
+
+
+class MultiGateMoE(DenseGatesLayer):
     """One level of experts under softmax gates (MMoE, OMoE, CGC): ``y_k = sum_e g_k(x)_e f_e(x)``, over the shared
     experts and task k's own, ``+ sum_l s_k(x)_l f_l(x)`` over its self-gate's. Every expert computes every example.
 
@@ -167,7 +190,7 @@ class MultiGateMoE(MultiGateLayer):
         groups: how the experts are shared out among tasks and domains.
         num_tasks: t; ``groups.num_tasks`` is 1 where one gate serves all.
         balance: loss weights, for each gate.
-        expert_dropout: probability that a gate leaves an expert out in training, example by example.
+        expert_dropout: as in ``DenseGatesLayer``.
         feature_gate: inputs of the experts' own.
         dim: as in ``MultiGateLayer``.
     """
@@ -186,23 +209,19 @@ class MultiGateMoE(MultiGateLayer):
         feature_gate: FeatureGate | None = None,
         dim: int | None = None,
     ) -> None:
-        super().__init__(num_tasks, groups.num_domains, balance, dim)
-        self.router, self.experts, self.groups = gates, experts, groups
-        self.expert_dropout, self.feature_gate = expert_dropout, feature_gate
+        super().__init__(num_tasks, groups.num_domains, balance, dim, expert_dropout)
+        self.router, self.experts, self.groups, self.feature_gate = gates, experts, groups, feature_gate
 
     def _compute(self, examples: Examples) -> Tensor:
         x_GTD = examples.x_TD.unsqueeze(0)
-        mixed = _mix(self, self.router, self.experts, self.feature_gate, x_GTD, examples)
+        mixed = mix_level(self, self.router, self.experts, self.feature_gate, x_GTD, examples)
         return mixed.task_tTH.expand(self.num_tasks, -1, -1)
 
-    def routers(self) -> dict[str, Router]:
-        return {}  # nothing of theirs moves but by the gradient
-
     def active_expert_params(self) -> int:
-        return _active_params(self.experts, self.groups)
+        return active_params_of(self.experts, self.groups)
 
 
-class PLELayer(MultiGateLayer):
+class PLELayer(DenseGatesLayer):
     """Progressive layered extraction (PLE, RecSys 2020): levels of shared and task experts. Each task's representation
     and the shared one go on from level to level; the gate of the shared one, which the last level lacks, sees all
     experts.
@@ -228,9 +247,8 @@ class PLELayer(MultiGateLayer):
         feature_gates: list[FeatureGate] | None = None,
         dim: int | None = None,
     ) -> None:
-        super().__init__(groups.num_tasks, groups.num_domains, balance, dim)
+        super().__init__(groups.num_tasks, groups.num_domains, balance, dim, expert_dropout)
         self.router, self.experts, self.groups = GateRouters(list(gates)), nn.ModuleList(experts), groups
-        self.expert_dropout = expert_dropout
         self.feature_gates = None if feature_gates is None else nn.ModuleList(feature_gates)
 
     def _compute(self, examples: Examples) -> Tensor:
@@ -238,16 +256,13 @@ class PLELayer(MultiGateLayer):
         for i, experts in enumerate(self.experts):
             feature_gate = None if self.feature_gates is None else cast(FeatureGate, self.feature_gates[i])
             gates = cast(DenseGates, self.router[i])
-            mixed = _mix(self, gates, cast(Experts, experts), feature_gate, x_GTD, examples, f"level{i}")
+            mixed = mix_level(self, gates, cast(Experts, experts), feature_gate, x_GTD, examples, f"level{i}")
             if mixed.shared_TH is not None:
                 x_GTD = torch.cat((mixed.shared_TH.unsqueeze(0), mixed.task_tTH))
         return mixed.task_tTH
 
-    def routers(self) -> dict[str, Router]:
-        return {}
-
     def active_expert_params(self) -> int:
-        return sum(_active_params(cast(Experts, experts), self.groups) for experts in self.experts)
+        return sum(active_params_of(cast(Experts, experts), self.groups) for experts in self.experts)
 
 
 class SparseMultiGateMoE(MultiGateLayer):
@@ -389,14 +404,14 @@ def _with_domain(examples: Examples, domain: DomainEmbedding | None) -> Tensor:
     return domain(examples.x_TD, examples.domain_T).unflatten(0, examples.x_BSD.shape[:2])
 
 
-def _active_params(experts: Experts, groups: ExpertGroups) -> int:
+def active_params_of(experts: Experts, groups: ExpertGroups) -> int:
     """Return a level's expert parameters that an example touches: all but those of other domains."""
     total = sum(p.numel() for p in experts.parameters())
     return total * (groups.num_dense + groups.num_domain) // groups.num_experts
 
 
-def _mix(
-    layer: MultiGateMoE | PLELayer,
+def mix_level(
+    layer: DenseGatesLayer,
     gates: DenseGates,
     experts: Experts,
     feature_gate: FeatureGate | None,
@@ -407,45 +422,24 @@ def _mix(
     """Compute one level: all experts compute, all gates weight.
 
     Args:
-        layer: the layer, for its groups, its tape and its dropout.
+        layer: the layer, for its tape, its dispatcher and its dropout.
+        gates: the gates, for their groups of experts.
         x_GTD: (1, T, D), one input for all, or (1 + t, T, D): the shared representation, then the tasks'.
         prefix: start of the entries' ends.
     """
-    groups, T = layer.groups, x_GTD.shape[1]
-    t, s = groups.num_tasks, groups.num_shared
+    groups, s = gates.groups, gates.groups.num_shared
     logits = gates(x_GTD, examples.domain_T)
-    h_TnH, h_TdH = _expert_outputs(layer, experts, feature_gate, x_GTD, examples)
+    h_TnH, h_TdH = expert_outputs(layer, groups, experts, feature_gate, x_GTD, examples)
     # Weighted sums in float32 at least: half precision would round each gate.
     dtype = h_TnH.dtype
     h_TnH = h_TnH.to(torch.promote_types(dtype, torch.float32))
 
-    def weights(logits: Tensor, gate_names: list[str]) -> Tensor:
-        """Return the softmax over the last axis of (T, gates, E), and record it."""
-        clean = logits.softmax(-1)
-        real_T = examples.real_T
-        of_real = clean if real_T is None else clean.masked_fill(~real_T[:, None, None], 0.0)
-        for k, name in enumerate(gate_names):
-            names = groups.names(None if name == SHARED else k)
-            routing = DenseRouting(of_real, k, T, logits, real_T, names, examples.x_BSD.shape[0])
-            if name != SHARED and not groups.is_even:
-                gates_T1E, logits_T1E = groups.unpadded(of_real, k), groups.unpadded(logits, k)
-                routing = replace(routing, gates_BtE=gates_T1E, gate=0, logits_BtE=logits_T1E)
-            layer.record_pass(routing, examples.context, end=f"{prefix}.{name}".lstrip("."), router=gates)
-        if not (layer.training and layer.expert_dropout):
-            return clean
-        return logits.masked_fill(dropped_experts(clean, layer.expert_dropout), -torch.inf).softmax(-1)
-
     with kernels.outside_autocast(x_GTD.device):
-        names = [f"task{k}" for k in range(t)] if layer.num_tasks == t else ["tasks"]
-        gates_TtE = weights(logits.task_TtE, names).to(h_TnH.dtype)
+        gates_TtE = gate_weights(layer, gates, logits.task_TtE, examples, prefix).to(h_TnH.dtype)
         y_TtH = torch.bmm(gates_TtE[..., :s], h_TnH[:, :s])
         own_TtL = gates_TtE[..., s : s + groups.most_own]
         if groups.most_own + groups.num_self:
-            self_TtL = None
-            if logits.self_TtL is not None:
-                # One expert is switched, several are mixed.
-                self_TtL = logits.self_TtL.sigmoid() if groups.num_self == 1 else logits.self_TtL.softmax(-1)
-                self_TtL = self_TtL.to(h_TnH.dtype)
+            self_TtL = None if logits.self_TtL is None else self_weights(logits.self_TtL).to(h_TnH.dtype)
             y_TtH = y_TtH + _own_sums(own_TtL, self_TtL, h_TnH[:, s:], groups)
         if h_TdH is not None:
             h_TdH = h_TdH.to(h_TnH.dtype)
@@ -457,9 +451,51 @@ def _mix(
             seen += [h_TlH[:, :n] for h_TlH, n in zip(h_own, groups.num_task, strict=True) if n]
             if h_TdH is not None:
                 seen.append(h_TdH)
-            gates_T1E = weights(logits.shared_TE.unsqueeze(1), [SHARED]).to(h_TnH.dtype)
-            shared_TH = torch.bmm(gates_T1E, torch.cat(seen, 1)).squeeze(1).to(dtype)
+            gates_T1E = gate_weights(layer, gates, logits.shared_TE.unsqueeze(1), examples, prefix, is_shared=True)
+            shared_TH = torch.bmm(gates_T1E.to(h_TnH.dtype), torch.cat(seen, 1)).squeeze(1).to(dtype)
         return LevelOutputs(y_TtH.to(dtype).transpose(0, 1), shared_TH)
+
+
+def gate_weights(
+    layer: DenseGatesLayer,
+    gates: DenseGates,
+    logits_TtE: Tensor,
+    examples: Examples,
+    prefix: str = "",
+    is_shared: bool = False,
+) -> Tensor:
+    """Return the softmax over the last axis, with expert dropout in training, and record what it is without it.
+
+    Args:
+        layer: the layer, for its tape and its dropout.
+        gates: the gates whose logits they are.
+        logits_TtE: (T, t, E), or (T, 1, E) of the shared representation's gate.
+        prefix: start of the entries' ends.
+        is_shared: whether it is the shared representation's gate.
+    """
+    groups, T, real_T = gates.groups, logits_TtE.shape[0], examples.real_T
+    clean = logits_TtE.softmax(-1)
+    of_real = clean if real_T is None else clean.masked_fill(~real_T[:, None, None], 0.0)
+    for k, name in enumerate([SHARED] if is_shared else groups.gate_names(layer.num_tasks)):
+        names = groups.names(None if is_shared else k)
+        routing = DenseRouting(of_real, k, T, logits_TtE, real_T, names, examples.x_BSD.shape[0])
+        if not is_shared and not groups.is_even:
+            gates_T1E, logits_T1E = groups.unpadded(of_real, k), groups.unpadded(logits_TtE, k)
+            routing = replace(routing, gates_BtE=gates_T1E, gate=0, logits_BtE=logits_T1E)
+        layer.record_pass(routing, examples.context, end=f"{prefix}.{name}".lstrip("."), router=gates)
+    return with_dropout(layer, clean, logits_TtE)
+
+
+def with_dropout(layer: DenseGatesLayer, clean: Tensor, logits: Tensor) -> Tensor:
+    """Return the softmax ``clean`` of ``logits``, in training without the experts that expert dropout leaves out."""
+    if not (layer.training and layer.expert_dropout):
+        return clean
+    return logits.masked_fill(dropped_experts(clean, layer.expert_dropout), -torch.inf).softmax(-1)
+
+
+def self_weights(logits_TtL: Tensor) -> Tensor:
+    """Return the weights of self-gates from their logits: one expert is switched, several are mixed."""
+    return logits_TtL.sigmoid() if logits_TtL.shape[-1] == 1 else logits_TtL.softmax(-1)
 
 
 def _own_sums(own_TtL: Tensor, self_TtL: Tensor | None, h_TlH: Tensor, groups: ExpertGroups) -> Tensor:
@@ -482,15 +518,15 @@ def _own_sums(own_TtL: Tensor, self_TtL: Tensor | None, h_TlH: Tensor, groups: E
     return torch.stack(sums, 1)
 
 
-def _expert_outputs(
-    layer: MultiGateMoE | PLELayer,
+def expert_outputs(
+    layer: DenseGatesLayer,
+    groups: ExpertGroups,
     experts: Experts,
     feature_gate: FeatureGate | None,
     x_GTD: Tensor,
     examples: Examples,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (T, n, H) of the experts that compute every example, and (T, d, H) of those of its domain."""
-    groups = layer.groups
     # With one input for all the experts are one group.
     counts = groups.counts if x_GTD.shape[0] > 1 else (groups.num_dense,)
     if feature_gate is None:

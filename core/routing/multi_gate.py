@@ -28,6 +28,7 @@ class ExpertGroups:
         num_self: number of experts of each task outside its softmax (HoME's self-gate).
         num_domain: number of experts of each domain alone.
         num_domains: number of domains; 0: the gates know no domain.
+        owner: what the gates and the experts of one alone are named after: "task", or "category" of tasks.
     """
 
     num_tasks: int
@@ -36,6 +37,7 @@ class ExpertGroups:
     num_self: int = 0
     num_domain: int = 0
     num_domains: int = 0
+    owner: str = "task"
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -90,9 +92,82 @@ class ExpertGroups:
         tasks = range(self.num_tasks) if task is None else (task,)
         return (
             *(f"shared{i}" for i in range(self.num_shared)),
-            *(f"task{k}.{i}" for k in tasks for i in range(self.num_task[k])),
+            *(f"{self.owner}{k}.{i}" for k in tasks for i in range(self.num_task[k])),
             *(f"domain.{i}" for i in range(self.num_domain)),
         )
+
+    def all_names(self) -> tuple[str, ...]:
+        """Return the names of all experts in their order, those of the self-gates and of every domain too."""
+        return (
+            *(f"shared{i}" for i in range(self.num_shared)),
+            *(name for k in range(self.num_tasks) for name in self._own_names(k)),
+            *(f"domain{d}.{i}" for d in range(self.num_domains) for i in range(self.num_domain)),
+        )
+
+    def _own_names(self, task: int) -> tuple[str, ...]:
+        """Return the names of one task's own experts and of its self-gate's."""
+        own = (f"{self.owner}{task}.{i}" for i in range(self.num_task[task]))
+        return (*own, *(f"self{task}.{i}" for i in range(self.num_self)))
+
+    def gate_names(self, num_tasks: int) -> list[str]:
+        """Return the names of the gates of a layer of ``num_tasks`` tasks, all of which may share one gate."""
+        if self.owner == "task" and self.num_tasks < num_tasks:
+            return ["tasks"]
+        return [f"{self.owner}{k}" for k in range(self.num_tasks)]
+
+
+@dataclass(frozen=True)
+class CategoryGroups(ExpertGroups):
+    """The experts of a level whose tasks fall into categories: a task's gate sees the shared ones, those of its
+    category and its own. They stand in this order: the shared ones, then for each category its own and, task by task,
+    the tasks' own and those of their self-gates.
+
+    Attributes:
+        categories: category of each task, from 0.
+        num_category: number of experts that the tasks of one category share.
+    """
+
+    categories: tuple[int, ...] = ()
+    num_category: int = 0
+
+    @property
+    def num_categories(self) -> int:
+        return max(self.categories) + 1
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of experts by input: the shared ones, and those of each category with its tasks."""
+        by_task = super().counts[1:]
+        return (self.num_shared, *(self.num_category + sum(by_task[k] for k in own) for own in self._tasks()))
+
+    @property
+    def per_gate(self) -> tuple[int, ...]:
+        return tuple(self.num_shared + self.num_category + n for n in self.num_task)
+
+    def names(self, task: int | None = None) -> tuple[str, ...]:
+        assert task is not None, "there is no gate of a shared representation"
+        own = [name for name in self._own_names(task) if name.startswith(self.owner)]
+        return (*(f"shared{i}" for i in range(self.num_shared)), *self._category_names(self.categories[task]), *own)
+
+    def all_names(self) -> tuple[str, ...]:
+        names = [f"shared{i}" for i in range(self.num_shared)]
+        for category, tasks in enumerate(self._tasks()):
+            names += self._category_names(category)
+            for task in tasks:
+                names += self._own_names(task)
+        return tuple(names)
+
+    def _category_names(self, category: int) -> tuple[str, ...]:
+        return tuple(f"category{category}.{i}" for i in range(self.num_category))
+
+    def _tasks(self) -> list[list[int]]:
+        """Return the tasks of each category."""
+        return [[k for k, c in enumerate(self.categories) if c == own] for own in range(self.num_categories)]
+
+    def expert_ids(self, task: int) -> list[int]:
+        """Return the places of the experts that a task's gate and its self-gate weight, in the gates' order."""
+        place = {name: i for i, name in enumerate(self.all_names())}
+        return [place[name] for name in (*self.names(task), *(f"self{task}.{i}" for i in range(self.num_self)))]
 
 
 @dataclass(frozen=True)

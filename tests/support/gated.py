@@ -11,8 +11,11 @@ from core import (
     FFN,
     MLP,
     PLE,
+    STAR,
     DSelectK,
     ExpertChoice,
+    HoME,
+    M3oE,
     MMoE,
     MultiGateConfig,
     NullExperts,
@@ -40,12 +43,19 @@ DENSE: dict[str, MultiGateConfig] = {
     "one self gate": CGC(3, MLP((6,)), 0, self_gate=1),
     "ffn": MMoE(4, FFN(12, bias=True)),
     "swiglu ple": PLE(2, SwiGLU(12), 1, 2),
+    "home": HoME(2, MLP((7, 6)), 2, 1, (1, 0, 1), self_gate=0),
+    "gated home": HoME(1, MLP((6,), "silu", "batch"), 1, 2, (0, 1, 1), feature_gate=2, self_gate=2, gate_bias=True),
 }
 DOMAIN: dict[str, MultiGateConfig] = {
     "domain mmoe": MMoE(3, MLP((6,)), num_domain_experts=2),
     "domain ple": PLE(2, MLP((6,), norm="batch"), 1, 2, num_domain_experts=1, self_gate=1),
     "uneven domain ple": PLE(2, MLP((6,)), (1, 0, 2), 2, num_domain_experts=2, self_gate=1, gate_hidden_dims=(5,)),
     "domain gates": CGC(3, MLP((6,)), 1),
+    "domain home": HoME(2, MLP((6,)), categories=(0, 0, 1), gate_hidden_dims=(5,)),
+    "m3oe": M3oE(3, MLP((7, 6))),
+    "star": STAR(1, MLP((7, 6))),
+    "star of batch norms": STAR(1, MLP((6,), norm="batch"), norm=False),
+    "star of layer norms": STAR(1, MLP((6,), norm="layer")),
 }
 SPARSE: dict[str, MultiGateConfig] = {
     "top-k": MMoE(8, MLP((6,)), TokenChoice(2)),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 import core
-
-_OWN = ("num_experts", "expert", "backend")
 
 
 @dataclass(frozen=True)
@@ -28,15 +26,12 @@ class SharedBottom(core.MultiGateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kind = type(self).__name__
         if self.num_experts != 1:
             raise ValueError(
-                f"num_experts={self.num_experts}: {kind} has one network, as wide as its expert; over another layer's "
-                "configuration set --model.shared.init_args.num_experts 1"
+                f"num_experts={self.num_experts}: {type(self).__name__} has one network, as wide as its expert; over "
+                "another layer's configuration set --model.shared.init_args.num_experts 1"
             )
-        for f in fields(self):
-            if f.name not in _OWN and getattr(self, f.name) != f.default:
-                raise ValueError(f"{f.name}={getattr(self, f.name)!r} has no meaning for {kind}, which has no gates")
+        self.check_no_gates("num_experts", "expert", "backend")
 
     def _networks(self, num_tasks: int) -> int:
         return 1

@@ -11,11 +11,15 @@ from gated import ALL, DOMAIN, DOMAINS, TASKS, D, build, context, examples
 
 from core import (
     CGC,
+    FFN,
     MLP,
     PLE,
+    STAR,
     Balance,
     DenseRouting,
     Hash,
+    HoME,
+    M3oE,
     Merge,
     MMoE,
     MultiGateConfig,
@@ -57,6 +61,8 @@ def test_parameters_equal_the_formulas(name, num_tasks):
     config, domains = ALL[name], DOMAINS if name in DOMAIN else 0
     if isinstance(own := getattr(config, "num_task_experts", 0), tuple):
         config = replace(config, num_task_experts=own[-num_tasks:])
+    if getattr(config, "categories", ()) and num_tasks == 1:
+        config = replace(config, categories=(0,))
     layer = config.build(D, num_tasks, domains)
     assert sum(p.numel() for p in layer.parameters()) == config.num_params(D, num_tasks, domains)
     assert active_params(layer) == config.active_params(D, num_tasks, domains)
@@ -147,6 +153,18 @@ def test_many_small_experts_cost_a_part_of_the_dense_layer():
         (lambda: MMoE(4).build(D, 1, -1), "num_domains=-1 is not a finite number >= 0"),
         (lambda: MMoE(4, num_domain_experts=1).build(D, 2), "num_domain_experts=1 needs num_domains"),
         (lambda: MMoE(4, num_domain_experts=1).num_params(D, 2), "num_domain_experts=1 needs num_domains"),
+        (lambda: HoME(categories=(0, 2)), r"categories=\[0, 2\] must count from 0 without a gap"),
+        (lambda: HoME(categories=("a", 0)), "categories='a' is not a whole number"),
+        (lambda: HoME(categories=(0, 1)).build(D, 3), r"categories=\[0, 1\] has 2 numbers for 3 tasks"),
+        (lambda: HoME(num_category_experts=0), "num_category_experts=0 is not at least 1"),
+        (lambda: HoME(num_domain_experts=1), "num_domain_experts=1 has no meaning for HoME"),
+        (lambda: M3oE(self_gate=1), "self_gate=1 has no meaning for M3oE"),
+        (lambda: M3oE().build(D, 2), "M3oE needs num_domains, which is 0"),
+        (lambda: M3oE(balance=Balance(router_z=0.1)), "router_z"),
+        (lambda: STAR().num_params(D, 2), "STAR needs num_domains, which is 0"),
+        (lambda: STAR(3), "num_experts=3: STAR has one network a domain"),
+        (lambda: STAR(expert=FFN(8)), "expert=FFN: STAR multiplies the layers of an MLP"),
+        (lambda: STAR(expert_dropout=0.1), "expert_dropout=0.1 has no meaning for STAR, which has no gates"),
     ],
 )
 def test_bad_options_are_refused(make, message):

@@ -117,6 +117,8 @@ def test_under_autocast_gates_stay_in_float32(name):
     assert y.dtype == torch.bfloat16
     half = len(tape) // 2
     for before, cast in zip(tape.entries[:half], tape.entries[half:], strict=True):
+        if before.routing.evidence.scores_TE is None:  # a domain's expert is no matter of scores
+            continue
         assert cast.routing.evidence.scores_TE.dtype == torch.float32
         if "level1" not in cast.name and "level2" not in cast.name:  # those see inputs in bfloat16
             assert torch.equal(cast.routing.evidence.scores_TE, before.routing.evidence.scores_TE)

@@ -49,6 +49,7 @@ class Net(nn.Module):
             "ple uneven",
             ["level0.task0", "level0.task1", "level0.task2", "level0.shared"] + [f"level1.task{k}" for k in range(3)],
         ),
+        ("home", ["level0.category0", "level0.category1", "level0.shared"] + [f"level1.task{k}" for k in range(3)]),
         ("top-k", ["task0", "task1", "task2"]),
         ("shared top-k", ["selection", "task0", "task1", "task2"]),
     ],
