@@ -1,6 +1,6 @@
 """moesaic's engine: mixture-of-experts layers on PyTorch."""
 
-from .config import CGC, PLE, STAR, DenseFFN, HoME, M3oE, MMoE, MoEConfig, MultiGateConfig, OMoE
+from .config import CGC, PLE, SMES, STAR, DenseFFN, HoME, M3oE, MMoE, MoEConfig, MultiGateConfig, OMoE
 from .contract import (
     DenseRouting,
     Entry,
@@ -65,6 +65,7 @@ from .layers import (
     AttentionMoE,
     AuxLosses,
     AveragedMoE,
+    JointMultiGateMoE,
     MergedMoE,
     MoE,
     MoELayer,
@@ -147,6 +148,7 @@ __all__ = [
     "Hierarchical",
     "HoME",
     "IA3",
+    "JointMultiGateMoE",
     "LayerStats",
     "LoRA",
     "M3oE",
@@ -187,6 +189,7 @@ __all__ = [
     "Rows",
     "STAR",
     "SelectedMultiGateMoE",
+    "SMES",
     "Sentence",
     "Sinkhorn",
     "SlotRouting",

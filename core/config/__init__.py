@@ -4,6 +4,7 @@ from .dense import DenseFFN
 from .moe import LAYERS, MoEConfig
 from .multi_gate import CGC, PLE, MMoE, MultiGateConfig, OMoE
 from .scenarios import STAR, HoME, M3oE
+from .smes import SMES
 
 __all__ = [
     "CGC",
@@ -16,5 +17,6 @@ __all__ = [
     "MultiGateConfig",
     "OMoE",
     "PLE",
+    "SMES",
     "STAR",
 ]

@@ -14,7 +14,7 @@ from ..layers import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMo
 from ..layers.multi_gate import FeatureGate
 from ..registry import OpenConfig
 from ..routing.balance import Balance
-from ..routing.multi_gate import DenseGates, DomainEmbedding, ExpertGroups
+from ..routing.multi_gate import DenseGates, DomainEmbedding, ExpertGroups, expected_experts
 from ..routing.router import RouterConfig
 from ..routing.selection import Capacity
 from ..routing.smooth import DENSE_TERMS
@@ -158,7 +158,7 @@ class MultiGateConfig(OpenConfig):
             hidden_dims=self.gate_hidden_dims,
             bias=self.gate_bias,
             init_scale=self.init_scale,
-            terms=DENSE_GATE_TERMS,
+            terms=self.terms,
         )
 
     def out_dim(self, dim: int) -> int:
@@ -177,6 +177,8 @@ class MultiGateConfig(OpenConfig):
 
     def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
         """Return the forward FLOPs of an example, for all tasks: two a multiply-add; gates and their sums included.
+
+        Where tasks choose among the experts, this is the cost on average if they choose independently.
 
         Args:
             dim: D.
@@ -259,8 +261,8 @@ class MMoE(MultiGateConfig):
 
     With a ``router`` an example is computed by few of many small experts:
 
-    - ``selection="task"``: each task has a router of this config, and an example is computed by the experts that each
-      task chose for it.
+    - ``selection="task"``: each task has a router of this config, and an example is computed by the experts that the
+      tasks chose for it, once by each.
     - ``selection="shared"``: one router selects the experts of an example for all tasks, each computed once, and each
       task has a softmax gate over the selected: ``g_k,e = P p_e exp(w_k,e x) / sum_j p_j exp(w_k,j x)`` with the
       router's gates p and their sum P.
@@ -341,20 +343,22 @@ class MMoE(MultiGateConfig):
         return self._router_params(dim, num_tasks, num_domains) + self.num_experts * self.expert.num_params(dim)
 
     def active_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
-        """Return the parameters that one example touches; with a router, where each task takes experts of its own."""
+        """Return the parameters that one example touches; with a router on average, see ``expected_experts``."""
         if self.router is None:
             return super().active_params(dim, num_tasks, num_domains)
-        pairs = self._choices(num_tasks) * self.router.pairs_per_token(self.num_experts)
-        experts = self.num_experts * self.expert.num_params(dim)
-        taken = round(experts * min(pairs / self.num_experts, 1.0))
-        return self._router_params(dim, num_tasks, num_domains) + taken
+        E = self.num_experts
+        taken = expected_experts(E, self.router.pairs_per_token(E), self._choices(num_tasks)) / E
+        experts = round(E * self.expert.num_params(dim) * taken)
+        return self._router_params(dim, num_tasks, num_domains) + experts
 
     def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
         if self.router is None:
             return super().flops_per_token(dim, num_tasks, num_domains)
         self.groups(num_tasks, num_domains)
         E, choices = self.num_experts, self._choices(num_tasks)
-        rows = choices * self.router.rows_per_token(E, batch_size)
+        rows = self.router.rows_per_token(E, batch_size)
+        is_shared = getattr(self.router, "gates_on", "output") == "output"
+        rows = expected_experts(E, rows, choices) if is_shared else choices * rows
         gates = 2 * dim * E * num_tasks if self.selection == "shared" else 0
         return choices * self.router.flops_per_token(dim, E) + gates + round(rows * self.expert.flops_per_row(dim))
 

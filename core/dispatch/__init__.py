@@ -3,6 +3,6 @@
 from .base import Dispatcher
 from .local import LocalDispatcher
 from .slots import SlotDispatcher
-from .virtual import join_tasks, split_pairs
+from .virtual import join_tasks, split_pairs, unique_pairs
 
-__all__ = ["Dispatcher", "LocalDispatcher", "SlotDispatcher", "join_tasks", "split_pairs"]
+__all__ = ["Dispatcher", "LocalDispatcher", "SlotDispatcher", "join_tasks", "split_pairs", "unique_pairs"]

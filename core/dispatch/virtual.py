@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Evidence, Routing
+from ..kernels import count_experts
 
 
 def join_tasks(routings: Sequence[Routing]) -> Routing:
@@ -51,3 +52,23 @@ def split_pairs(token_index_N: Tensor, expert_ids_N: Tensor, tokens_per_expert_E
         input_index_N=token_index_N,
         evidence=Evidence(),
     )
+
+
+def unique_pairs(joined: Routing, num_tokens: int) -> tuple[Routing, Tensor]:
+    """Return the pairs that compute what several tasks chose, each expert once a token, and each pair's place in them.
+
+    Args:
+        joined: routing of the tasks' virtual tokens, as ``join_tasks`` returns it.
+        num_tokens: T.
+
+    Returns:
+        a routing like that of ``split_pairs``, where only the first pair of a token and an expert is computed; and
+        int64 (N,), the number of that first pair for each pair.
+    """
+    token_N, expert_ids_N, E = joined.input_index_N, joined.expert_ids_N, joined.tokens_per_expert_E.shape[0]
+    assert token_N is not None
+    number_N, key_N = torch.arange(expert_ids_N.shape[0], device=expert_ids_N.device), token_N * (E + 1) + expert_ids_N
+    first_K = number_N.new_zeros(num_tokens * (E + 1))
+    first_N = first_K.scatter_reduce(0, key_N, number_N, "amin", include_self=False).index_select(0, key_N)
+    expert_ids_N = expert_ids_N.masked_fill(first_N != number_N, E)
+    return split_pairs(token_N, expert_ids_N, count_experts(expert_ids_N, E)), first_N

@@ -3,6 +3,7 @@
 from .adapted import AdaptedLinear
 from .attention import AttentionMoE
 from .dense import FeedForward
+from .joint import JointMultiGateMoE
 from .losses import AuxLosses, aux_loss, aux_losses, update_expert_bias
 from .moe import AveragedMoE, MergedMoE, MoE, MoELayer, SoftMoE, active_params, moe_layers, set_capacity_factor
 from .multi_gate import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
@@ -19,6 +20,7 @@ __all__ = [
     "FeedForward",
     "HoMELayer",
     "M3oELayer",
+    "JointMultiGateMoE",
     "MergedMoE",
     "MoE",
     "MoELayer",

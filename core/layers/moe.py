@@ -134,6 +134,7 @@ class MoELayer(nn.Module):
         router: Router | None = None,
         shared_gate: SharedGate | None = None,
         shared_gate_T: Tensor | None = None,
+        terms: frozenset[str] | None = None,
     ) -> None:
         """Put one entry on each tape that listens. A layer calls it once in a forward for each decision of a router.
 
@@ -147,13 +148,15 @@ class MoELayer(nn.Module):
             router: which of them decided; None: ``self.router``.
             shared_gate: the gate on the shared experts, where there is one.
             shared_gate_T: float32 (T,), the gate of each token.
+            terms: names of the balance terms that apply; None: the router's and the layer's own.
         """
         if not self._tapes:
             return
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # an activation checkpoint repeats the forward inside the backward: counted already
         router = self.router if router is None else router
-        terms, pulled = router.terms | self.own_terms, list(router.parameters())
+        terms = router.terms | self.own_terms if terms is None else terms
+        pulled = list(router.parameters())
         if self.balance.contrast and self.own_terms:
             pulled = [*pulled, *self.experts.parameters()]
         if shared_gate is not None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..contract import DenseRouting, RoutingContext
-from ..dispatch import join_tasks, split_pairs
+from ..contract import DenseRouting, Routing, RoutingContext
+from ..dispatch import join_tasks, split_pairs, unique_pairs
 from ..experts import Experts
 from ..experts.products import autocast_together, first_linear, next_linear
 from ..routing.balance import Balance
@@ -21,6 +21,7 @@ from ..routing.multi_gate import (
     ExpertGroups,
     GateRouters,
     dropped_experts,
+    expected_experts,
     selected_softmax,
 )
 from ..routing.router import Router, Tokens
@@ -269,7 +270,7 @@ class SparseMultiGateMoE(MultiGateLayer):
     """A router a task chooses its few experts among the shared ones: ``y_k = sum over its experts of g_k,e f_e(x)``.
 
     What the tasks chose is computed in one dispatch, and nothing else is. An expert that two tasks chose for an example
-    computes it twice: see ``SelectedMultiGateMoE`` for one choice for all.
+    computes it once, but where gates scale the experts' input, which then differs by task.
 
     Args:
         routers: one a task.
@@ -305,18 +306,49 @@ class SparseMultiGateMoE(MultiGateLayer):
         for end, router in self.routers().items():
             routings.append(router(seen_BSD, examples.context))
             self.record_pass(routings[-1], examples.context, end=end, router=router)
-        rows = self.dispatcher.dispatch(examples.x_TD, join_tasks(routings))
         if self.router[0].gates_on == "input":
-            rows = rows.weighted_input()
-        return self.dispatcher.combine(self.experts(rows)).unflatten(0, (self.num_tasks, examples.x_TD.shape[0]))
+            rows = self.dispatcher.dispatch(examples.x_TD, join_tasks(routings)).weighted_input()
+            return self.dispatcher.combine(self.experts(rows)).unflatten(0, (self.num_tasks, examples.x_TD.shape[0]))
+        return each_once(self, examples.x_TD, routings).y_tTH
 
     def routers(self) -> dict[str, Router]:
         return {f"task{k}": self.router[k] for k in range(self.num_tasks)}
 
     def active_expert_params(self) -> int:
-        """Return the most that one example touches, where no two tasks choose the same expert."""
-        taken = self.num_tasks * self.pairs_per_token / self.experts.num_experts
-        return round(self.all_expert_params() * min(taken, 1.0))
+        """Return what one example touches on average; see ``expected_experts``."""
+        E = self.experts.num_experts
+        return round(self.all_expert_params() * expected_experts(E, self.pairs_per_token, self.num_tasks) / E)
+
+
+@dataclass(frozen=True)
+class EachOnce:
+    """The output of experts that compute an example once, whatever the number of tasks that chose them.
+
+    Attributes:
+        y_tTH: (t, T, H), the weighted sum of each task's experts.
+        pairs, first_N: the pairs that were computed, and the number of that of each pair; see ``unique_pairs``.
+    """
+
+    y_tTH: Tensor
+    pairs: Routing
+    first_N: Tensor
+
+
+def each_once(layer: MultiGateLayer, x_TD: Tensor, routings: list[Routing]) -> EachOnce:
+    """Compute what the tasks chose, each expert once an example, and sum each task's part.
+
+    Args:
+        layer: the layer, for its dispatcher and its experts.
+        x_TD: (T, D) examples.
+        routings: one a task.
+    """
+    joined, T = join_tasks(routings), x_TD.shape[0]
+    pairs, first_N = unique_pairs(joined, T)
+    y_NH = layer.dispatcher.combine(layer.experts(layer.dispatcher.dispatch(x_TD, pairs)))
+    sum_dtype = kernels.accumulate_dtype(y_NH.dtype)
+    weighted_NH = joined.gates_N.to(sum_dtype)[:, None] * y_NH.index_select(0, first_N).to(sum_dtype)
+    y_VH = weighted_NH.new_zeros(joined.num_tokens, y_NH.shape[1]).index_add(0, joined.token_index_N, weighted_NH)
+    return EachOnce(y_VH.to(y_NH.dtype).unflatten(0, (len(routings), T)), pairs, first_N)
 
 
 class SelectedMultiGateMoE(MultiGateLayer):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import span
-from ..kernels.eager import check_devices, outside_autocast
+from ..kernels.eager import check_devices, outside_autocast, top_k_ids
 from .gates import init_gate_
 from .router import Router
 from .smooth import DENSE_TERMS
@@ -372,6 +372,26 @@ def dropped_experts(weights: Tensor, rate: float) -> Tensor:
     """
     draw = torch.rand_like(weights).masked_fill(weights <= 0, -1.0)
     return (draw < rate) & (draw < draw.amax(-1, keepdim=True))
+
+
+def joint_choice(gates_TtE: Tensor, shared_top_k: int, private_top_k: int) -> Tensor:
+    """Return the experts of each task, int64 (T, t, shared_top_k + private_top_k): first those with the highest mean
+    gate over the tasks, the same for all, then each task's highest gates among the others.
+
+    Args:
+        gates_TtE: (T, t, E), the tasks' gates, not negative.
+        shared_top_k, private_top_k: numbers of experts; together at most E.
+    """
+    gates_TtE = gates_TtE.detach()
+    shared_TtK = top_k_ids(gates_TtE.mean(1), shared_top_k)[:, None].expand(-1, gates_TtE.shape[1], -1)
+    private_TtK = top_k_ids(gates_TtE.scatter(-1, shared_TtK, -1.0), private_top_k)
+    return torch.cat((shared_TtK, private_TtK), -1)
+
+
+def expected_experts(num_experts: int, per_task: float, num_tasks: int) -> float:
+    """Return how many of E experts at least one task chooses on average, where each of t tasks chooses ``per_task`` of
+    them evenly and independently of the others: ``E (1 - (1 - per_task / E)^t)``. Tasks that agree choose fewer."""
+    return num_experts * (1 - (1 - min(per_task / num_experts, 1.0)) ** num_tasks) if num_experts else 0.0
 
 
 def selected_softmax(

@@ -11,6 +11,7 @@ from core import (
     FFN,
     MLP,
     PLE,
+    SMES,
     STAR,
     DSelectK,
     ExpertChoice,
@@ -20,6 +21,7 @@ from core import (
     MultiGateConfig,
     NullExperts,
     OMoE,
+    ReLURouting,
     RoutingContext,
     SwiGLU,
     Threshold,
@@ -71,6 +73,10 @@ SPARSE: dict[str, MultiGateConfig] = {
     "shared sigmoid": MMoE(8, MLP((6,)), TokenChoice(3, score_func="sigmoid", normalize=False), "shared"),
     "shared expert choice": MMoE(8, MLP((6,)), ExpertChoice(2.0), "shared"),
     "shared dselect-k": MMoE(8, MLP((6,)), DSelectK(2), "shared"),
+    "relu": MMoE(8, MLP((6,)), ReLURouting(2)),
+    "smes": SMES(8, MLP((6,)), 2, 1),
+    "smes of FFN": SMES(8, FFN(12), 0, 2, gate_hidden_dims=(5,), gate_bias=True),
+    "smes without private": SMES(8, MLP((6,), norm="batch"), 3, 0),
 }
 ALL = DENSE | DOMAIN | SPARSE
 

@@ -14,6 +14,7 @@ from core import (
     FFN,
     MLP,
     PLE,
+    SMES,
     STAR,
     Balance,
     DenseRouting,
@@ -31,7 +32,11 @@ from core import (
     record,
 )
 
-FIXED = [n for n in ALL if n not in ("dselect-k", "threshold", "null experts", "shared dselect-k")]  # of a known cost
+LEARNED = [  # their cost depends on how far the tasks' choices agree, or on the scores
+    *("top-k", "top-k of FFN", "top-1, batch norm", "dselect-k", "expert choice", "threshold", "null experts", "relu"),
+    *("shared dselect-k", "smes", "smes of FFN"),
+]
+FIXED = [name for name in ALL if name not in LEARNED]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -75,17 +80,23 @@ def test_counted_flops_equal_the_formula(name):
     assert counted == 16 * config.flops_per_token(D, TASKS, domains, batch_size=16)
 
 
-@pytest.mark.parametrize("name", ["dselect-k", "threshold", "null experts", "shared dselect-k"])
-def test_only_chosen_rows_are_computed_and_counted(name):
+@pytest.mark.parametrize("name", LEARNED)
+def test_each_chosen_row_is_computed_and_counted_once(name):
     config, layer, x = ALL[name], build(name).eval(), examples(16)
     with record(layer) as tape:
         layer(x)
-    routed = [e for e in tape.entries if not isinstance(e.routing, DenseRouting)]
-    rows = sum(int(e.routing.tokens_per_expert_E.sum()) for e in routed)
-    gates = len(routed) * config.router.flops_per_token(D, 8) * 16
-    gates += 2 * D * 8 * TASKS * 16 if config.selection == "shared" else 0
-    assert 0 < rows < 8 * 16 * len(routed)
-    assert count_flops(layer, x) == gates + rows * config.expert.flops_per_row(D)
+    routings = [e.routing for e in tape.entries if not isinstance(e.routing, DenseRouting)]
+    pairs = {p for r in routings for p in zip(r.token_index_N.tolist(), r.expert_ids_N.tolist(), strict=True)}
+    rows = sum(expert < 8 for _, expert in pairs)
+    if name == "smes of FFN":  # a hidden layer of 5
+        gates = 2 * TASKS * (D * 5 + 5 * 8)
+    elif isinstance(config, SMES):
+        gates = 2 * TASKS * D * 8
+    else:
+        gates = len(routings) * config.router.flops_per_token(D, 8)
+        gates += 2 * TASKS * D * 8 if config.selection == "shared" else 0
+    assert 0 < rows <= sum(int(r.tokens_per_expert_E.sum()) for r in routings)
+    assert count_flops(layer, x) == 16 * gates + rows * config.expert.flops_per_row(D)
 
 
 def test_costs_by_hand():
@@ -102,11 +113,19 @@ def test_costs_by_hand():
     uneven = ALL["uneven cgc"]
     assert uneven.num_params(9, 3) == uneven.active_params(9, 3) == 6 * 60 + 12 * 9
     assert uneven.flops_per_token(9, 3) == 2 * (6 * 54 + 12 * 9 + 12 * 6)
-    # Sparse: 8 experts of 60; each of 3 tasks routes (2 * 9 * 8) and computes 2 rows of 2 * 54.
+    # Sparse: 8 experts of 60; each of 3 tasks routes (2 * 9 * 8) and takes 2 experts of 2 * 54. By chance an expert is
+    # missed by all tasks with probability (3/4)^3, so that 4.625 of 8 are taken.
     sparse = ALL["top-k"]
     assert sparse.num_params(9, 3) == 8 * 60 + 3 * 72
-    assert sparse.active_params(9, 3) == 6 * 60 + 3 * 72
-    assert sparse.flops_per_token(9, 3) == 3 * (144 + 2 * 108)
+    assert sparse.active_params(9, 3) == round(4.625 * 60) + 3 * 72
+    assert sparse.flops_per_token(9, 3) == 3 * 144 + round(4.625 * 108)
+    # Gates that scale the input: no row is shared.
+    assert ALL["input gates"].flops_per_token(9, 3) == 3 * (144 + 2 * 108)
+    # SMES: 2 for all, and of 6 others one for each task: 2 + 6 (1 - (5/6)^3) = 4.5278.
+    smes = ALL["smes"]
+    assert smes.num_params(9, 3) == 8 * 60 + 3 * 72
+    assert smes.active_params(9, 3) == round(4.5278 * 60) + 3 * 72
+    assert smes.flops_per_token(9, 3) == 3 * 144 + round(4.5278 * 108)
     # One selection for all: one route, 3 rows, and three gates of 2 * 9 * 8.
     assert ALL["shared top-k"].flops_per_token(9, 3) == 144 + 3 * 108 + 3 * 144
     # Two of each domain's experts (of 4 domains) beside 3: 11 experts held, 5 taken; gates over 5 and 4 vectors.
@@ -119,7 +138,8 @@ def test_many_small_experts_cost_a_part_of_the_dense_layer():
     # E=64 of 16, K=4, D=128: dense 64 rows of 4096 FLOPs; each task 4 rows and a gate of 2 * 128 * 64.
     dense, sparse = MMoE(64), MMoE(64, router=TokenChoice(4))
     assert dense.flops_per_token(128, 2) == 64 * 4096 + 2 * 2 * 64 * (128 + 16)
-    assert sparse.flops_per_token(128, 2) == 2 * (4 * 4096 + 2 * 128 * 64)
+    # Two tasks take 64 (1 - (15/16)^2) = 7.75 experts on average.
+    assert sparse.flops_per_token(128, 2) == 7.75 * 4096 + 2 * 2 * 128 * 64
 
 
 # Bad input.
@@ -148,6 +168,12 @@ def test_many_small_experts_cost_a_part_of_the_dense_layer():
         (lambda: MMoE(4, router=TokenChoice(2, gates_on="input"), selection="shared"), "gates_on='input'"),
         (lambda: MMoE(4, balance=Balance(load_balancing=0.5)), "load_balancing=0.5 does not apply to MMoE"),
         (lambda: MMoE(4, router=TokenChoice(2), balance=Balance(adaptive=True)), "adaptive=True"),
+        (lambda: SMES(4, shared_top_k=3, private_top_k=2), r"shared_top_k \+ private_top_k=5 exceeds num_experts=4"),
+        (lambda: SMES(4, shared_top_k=0, private_top_k=0), r"shared_top_k \+ private_top_k=0 is not at least 1"),
+        (lambda: SMES(4, shared_top_k=-1), "shared_top_k=-1 is not a finite number >= 0"),
+        (lambda: SMES(4, private_top_k=1.5), "private_top_k=1.5"),
+        (lambda: SMES(4, self_gate=1), "self_gate=1 does not apply to SMES"),
+        (lambda: SMES(4, balance=Balance(router_z=0.5)), "router_z=0.5 does not apply to SMES"),
         (lambda: MMoE(4).build(D, 0), "num_tasks=0 is not at least 1"),
         (lambda: MMoE(4).build(0, 1), "dim=0 is not at least 1"),
         (lambda: MMoE(4).build(D, 1, -1), "num_domains=-1 is not a finite number >= 0"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from core import Routing, TokenChoice
-from core.dispatch import LocalDispatcher
+from core.dispatch import LocalDispatcher, join_tasks, unique_pairs
 from core.routing.selection import Capacity
 
 
@@ -92,3 +92,17 @@ def test_half_precision_rows_are_summed_in_float32():
     out = LocalDispatcher().combine(rows.with_output(y))
     assert out.item() == 512
     assert out.dtype == torch.bfloat16
+
+
+def test_a_pair_that_two_tasks_chose_is_computed_once():
+    # Tokens 0 and 1, experts 0 to 2, and 3 for a place without one. Both tasks chose expert 1 for token 0; expert 0 is
+    # for token 1 in one task, and for token 0 in the other.
+    first = routing([0, 0, 1, 1], [1, 2, 0, 3], [0.1, 0.2, 0.3, 0.0], E=3, T=2, K=2)
+    second = routing([0, 0, 1, 1], [0, 1, 3, 2], [0.5, 0.6, 0.0, 0.8], E=3, T=2, K=2)
+    pairs, first_N = unique_pairs(join_tasks([first, second]), 2)
+    assert first_N.tolist() == [0, 1, 2, 3, 4, 0, 3, 7]
+    assert pairs.expert_ids_N.tolist() == [1, 2, 0, 3, 0, 3, 3, 2]
+    assert pairs.tokens_per_expert_E.tolist() == [2, 1, 2]
+    rows = LocalDispatcher().dispatch(torch.tensor([[10.0], [11.0]]), pairs)
+    out = LocalDispatcher().combine(rows.with_output(rows.x))
+    assert out.flatten().tolist() == [10.0, 10.0, 11.0, 0.0, 10.0, 0.0, 0.0, 11.0]

@@ -1,0 +1,82 @@
+"""``SMES``: a multi-task layer whose tasks choose few of many experts together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..contract import check_kinds
+from ..contract.checks import at_least_one, at_most_experts, not_negative
+from ..layers import JointMultiGateMoE, MultiGateLayer
+from ..routing.balance_terms import SCORE_TERMS
+from ..routing.multi_gate import ExpertGroups, expected_experts
+from .multi_gate import MultiGateConfig
+
+
+@dataclass(frozen=True)
+class SMES(MultiGateConfig):
+    """Sparse multi-task experts: ``y_k = sum over S and P_k of g_k,e f_e(x)``, with a few experts S of an example that
+    all tasks use and a few P_k that task k uses besides (SMES, arXiv 2602.09386).
+
+    Each task has a softmax gate over all experts. S holds the ``shared_top_k`` experts with the highest mean gate over
+    the tasks, P_k the ``private_top_k`` ones with task k's highest gates among the others, and ``g_k`` is the softmax
+    of task k's logits over both. An expert that several tasks chose computes an example once, so that an example costs
+    at most ``shared_top_k + t * private_top_k`` experts. The balance losses are one of each for all gates together, of
+    their mean scores and the sum of their choices.
+
+    Without shared experts this is ``MMoE`` with the router ``TokenChoice``, but for the balance losses, which are each
+    gate's own there.
+
+    Attributes:
+        shared_top_k: experts of an example for all tasks.
+        private_top_k: experts of an example for each task besides.
+    """
+
+    num_experts: int = 32
+    shared_top_k: int = 2
+    private_top_k: int = 1
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        for name in ("shared_top_k", "private_top_k"):
+            not_negative(name, getattr(self, name))
+        at_least_one("shared_top_k + private_top_k", self.shared_top_k + self.private_top_k)
+        at_least_one("num_experts", self.num_experts)
+        at_most_experts("shared_top_k + private_top_k", self.shared_top_k + self.private_top_k, self.num_experts)
+        for name in ("feature_gate", "self_gate", "num_domain_experts"):
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} does not apply to SMES, whose experts are all alike")
+        super().__post_init__()
+
+    @property
+    def terms(self) -> frozenset[str]:
+        return SCORE_TERMS
+
+    def experts_per_example(self, num_tasks: int) -> float:
+        """Return how many experts compute an example on average where the tasks choose independently: at most
+        ``shared_top_k + t * private_top_k``, and fewer where tasks agree on a private one."""
+        return self.shared_top_k + expected_experts(self.num_experts - self.shared_top_k, self.private_top_k, num_tasks)
+
+    def _layer(self, dim: int, num_tasks: int, groups: ExpertGroups) -> MultiGateLayer:
+        return JointMultiGateMoE(
+            self._gates(dim, groups),
+            self.expert.build(self.num_experts, dim),
+            groups,
+            shared_top_k=self.shared_top_k,
+            private_top_k=self.private_top_k,
+            balance=self.balance,
+            expert_dropout=self.expert_dropout,
+            dim=dim,
+        )
+
+    def active_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
+        """Return the parameters that one example touches on average; see ``experts_per_example``."""
+        groups = self.groups(num_tasks, num_domains)
+        experts = self.num_experts * self.expert.num_params(dim)
+        return self._params(dim, groups, 0) + round(experts * self.experts_per_example(num_tasks) / self.num_experts)
+
+    def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
+        """Return the forward FLOPs of an example for all tasks, on average; see ``experts_per_example``."""
+        self.groups(num_tasks, num_domains)
+        hidden = sum(i * o for i, o in self._gate_layers(dim))
+        gates = 2 * num_tasks * (self.num_experts * self._gate_width(dim) + hidden)
+        return gates + round(self.experts_per_example(num_tasks) * self.expert.flops_per_row(dim))
