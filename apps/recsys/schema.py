@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from apps.base.checks import check_at_least, check_name
 from apps.data.given import NUMBERS, TargetKind
@@ -102,6 +102,26 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
+class SequenceConfig:
+    """A column of the last items of a row's user, the oldest first.
+
+    Attributes:
+        items: categorical column of such items, whose values and embeddings the sequence shares; values that it lacks
+            are left out. None: the sequence has values and embeddings of its own.
+        length: largest number of values; of a longer sequence the last ones are read.
+
+    Raises:
+        ValueError: a length below 1.
+    """
+
+    items: str | None = None
+    length: int = 50
+
+    def __post_init__(self) -> None:
+        check_at_least(1, length=self.length)
+
+
+@dataclass(frozen=True)
 class TableConfig:
     """The columns of a table by role. A column that has none is not read.
 
@@ -122,6 +142,7 @@ class TableConfig:
         vectors: columns of lists of numbers, of one length each, such as the embeddings of images and titles. A missing
             list is a missing vector. CSV files have none.
         weight: column of the row's weight in the losses of all tasks; None: each row has the weight 1.
+        sequences: columns of a user's last items, by name, written like multi-valued ones, the oldest value first.
 
     Raises:
         ValueError: no task, no feature, a label among the features, a column with two of the roles of a feature, an
@@ -142,6 +163,7 @@ class TableConfig:
     split: SplitConfig = SplitConfig()
     vectors: tuple[str, ...] = ()
     weight: str | None = None
+    sequences: Mapping[str, SequenceConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_roles()
@@ -150,8 +172,8 @@ class TableConfig:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The columns that a model is given: categories, numbers, vectors, in the order of the batches."""
-        return (*self.categorical, *self.multi_valued, *self.continuous, *self.vectors)
+        """The columns that a model is given: categories, numbers, vectors, sequences, in the order of the batches."""
+        return tuple(column for role in _FEATURE_ROLES for column in getattr(self, role))
 
     @property
     def roles(self) -> dict[str, str]:
@@ -178,15 +200,18 @@ class TableConfig:
                 raise ValueError(f"exclude={column!r} is not a feature{nearest(column, self.features)}")
         if not set(self.features) - set(out):
             raise ValueError("exclude leaves no feature")
-        kept = {role: tuple(c for c in getattr(self, role) if c not in out) for role in _FEATURE_ROLES}
-        sizes = {name: {c: n for c, n in getattr(self, name).items() if c not in out} for name in _SIZES}
-        return replace(self, **kept, **sizes)  # type: ignore[arg-type]
+        kept: dict[str, Any] = {}
+        for role in (*_FEATURE_ROLES, *_SIZES):
+            own = getattr(self, role)
+            left = [column for column in own if column not in out]
+            kept[role] = {column: own[column] for column in left} if isinstance(own, Mapping) else tuple(left)
+        return replace(self, **kept)
 
     def _check_roles(self) -> None:
         if not self.tasks:
             raise ValueError("table.tasks names no label")
         if not self.features:
-            raise ValueError("table names no feature: categorical, multi_valued, continuous and vectors are empty")
+            raise ValueError(f"table names no feature: {', '.join(_FEATURE_ROLES)} are empty")
         seen: dict[str, str] = {}
         for role in _FEATURE_ROLES:
             for column in getattr(self, role):
@@ -205,10 +230,18 @@ class TableConfig:
                 raise ValueError(f"{name!r}: a feature or a task needs a name without dot and slash")
 
     def _check_options(self) -> None:
+        for column, sequence in self.sequences.items():
+            if sequence.items is not None and sequence.items not in self.categorical:
+                raise ValueError(
+                    f"sequences[{column!r}].items={sequence.items!r} is no categorical column"
+                    f"{nearest(sequence.items, self.categorical)}"
+                )
+        own_values = (c for c, sequence in self.sequences.items() if sequence.items is None)
+        with_table = (*self.categorical, *self.multi_valued, *own_values)
         for option in _SIZES:
             for column, rows in getattr(self, option).items():
-                if column not in (*self.categorical, *self.multi_valued):
-                    near = nearest(column, (*self.categorical, *self.multi_valued))
+                if column not in with_table:
+                    near = nearest(column, with_table)
                     raise ValueError(f"{option} names {column!r}, which is not a categorical feature{near}")
                 if rows < 2:
                     raise ValueError(f"{option}[{column!r}]={rows} must be at least 2: row 0 is for unseen values")
@@ -231,7 +264,7 @@ class TableConfig:
                 raise ValueError(f"split.stratify={self.split.stratify!r} is a task of numbers: it has no classes")
 
 
-_FEATURE_ROLES = ("categorical", "multi_valued", "continuous", "vectors")
+_FEATURE_ROLES = ("categorical", "multi_valued", "continuous", "vectors", "sequences")
 _SIZES = ("hash_rows", "num_rows")
 
 

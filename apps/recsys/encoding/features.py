@@ -70,6 +70,26 @@ class VectorFeature:
 
 @core.register_config
 @dataclass(frozen=True)
+class SequenceFeature:
+    """One column of sequences, the oldest value first. Values without a row of their own are left out.
+
+    Attributes:
+        name: name of the column.
+        num_rows: rows of the table in which its values are looked up.
+        length: largest number of values.
+        items: categorical column whose table that is; None: the sequence has one of its own.
+        hashed: whether ids are hashed into the rows 1 to num_rows - 1.
+    """
+
+    name: str
+    num_rows: int
+    length: int
+    items: str | None = None
+    hashed: bool = False
+
+
+@core.register_config
+@dataclass(frozen=True)
 class Target:
     """What a task predicts, as the training split has it.
 
@@ -112,6 +132,7 @@ class Features:
         num_domains: number of domains; 0 where the table is not cut into domains.
         targets: what each task predicts; empty where all are binary.
         vectors: columns of vectors, in the order of the batches' columns.
+        sequences: columns of sequences, in the order of the batches' columns.
     """
 
     categorical: tuple[CategoricalFeature, ...] = ()
@@ -121,12 +142,19 @@ class Features:
     num_domains: int = 0
     targets: tuple[Target, ...] = ()
     vectors: tuple[VectorFeature, ...] = ()
+    sequences: tuple[SequenceFeature, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("categorical", "continuous", "tasks", "positives", "targets", "vectors"):
+        for name in ("categorical", "continuous", "tasks", "positives", "targets", "vectors", "sequences"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # a list in a checkpoint
 
     @property
     def target_of_task(self) -> tuple[Target, ...]:
         """What each task predicts, one entry a task."""
         return self.targets or (Target(),) * len(self.tasks)
+
+    @property
+    def several(self) -> tuple[CategoricalFeature, ...]:
+        """The columns with any number of values a row: multi-valued ones, then sequences, whose order is left out."""
+        sequences = (CategoricalFeature(s.name, s.num_rows, True, s.hashed) for s in self.sequences)
+        return (*(f for f in self.categorical if f.multi_valued), *sequences)

@@ -77,6 +77,7 @@ class Encoding:
         roles = {} if self.domain is None else {self.domain: "domain"}
         roles |= {f.name: "multi_valued" if f.multi_valued else "categorical" for f in self.features.categorical}
         roles |= {f.name: "vectors" for f in self.features.vectors}
+        roles |= {f.name: "sequences" for f in self.features.sequences}
         return roles | dict.fromkeys(self.numbers, "continuous")
 
     @property

@@ -42,7 +42,7 @@ class TableArrays:
         features: description of the columns.
         dense_NC: float32 (N, C), the continuous columns; NaN where missing or infinite.
         ids_NF: int64 (N, F), row numbers of the categorical columns of one value, in the order of the features.
-        multi: the other categorical columns, by name.
+        multi: the other categorical columns and the sequences, by name.
         label_Nt: float32 (N, t), as ``TableBatch`` has them; NaN for no label.
         domain_N: int64 (N,), the domain; None where there is one.
         group_N: int64 (N,), the user; None where none is named.
@@ -86,7 +86,7 @@ def join(batches: Iterable[TableBatch], features: Features, split: str = "given"
         ValueError: there are none.
     """
     single = [f.name for f in features.categorical if not f.multi_valued]
-    several = [f.name for f in features.categorical if f.multi_valued]
+    several = [f.name for f in features.several]
     columns: dict[str, list[np.ndarray]] = {}
 
     def add(column: str, value: Any) -> None:
@@ -99,13 +99,13 @@ def join(batches: Iterable[TableBatch], features: Features, split: str = "given"
         for optional in ("domain_B", "group_B", "weight_Bt", "vector_BV"):
             if getattr(batch, optional) is not None:
                 add(optional, getattr(batch, optional))
-        if batch.sparse is not None:
-            by_key = batch.sparse.to_dict()
-            for column in single:
-                add(f"ids {column}", by_key[column].values())
-            for column in several:
-                add(f"values {column}", by_key[column].values())
-                add(f"lengths {column}", by_key[column].lengths())
+        by_key = {} if batch.sparse is None else batch.sparse.to_dict()
+        by_key |= {} if batch.sequences is None else batch.sequences.to_dict()
+        for column in single:
+            add(f"ids {column}", by_key[column].values())
+        for column in several:
+            add(f"values {column}", by_key[column].values())
+            add(f"lengths {column}", by_key[column].lengths())
     if "label" not in columns or not sum(map(len, columns["label"])):
         raise ValueError(f"the {split} split has no rows")
     whole = {column: np.concatenate(parts) for column, parts in columns.items()}

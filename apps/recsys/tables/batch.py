@@ -24,6 +24,7 @@ class TableBatch:
         group_B: int64 (B,), the user, for metrics by user; None where none is named.
         weight_Bt: float32 (B, t), weights of the labels in the losses; None: 1.
         vector_BV: float32 (B, V), the columns of vectors side by side; NaN where one is missing. None: there are none.
+        sequences: row numbers of the columns of sequences, the oldest first, without row 0. None: there are none.
     """
 
     dense_BC: Tensor
@@ -34,6 +35,7 @@ class TableBatch:
     group_B: Tensor | None = None
     weight_Bt: Tensor | None = None
     vector_BV: Tensor | None = None
+    sequences: KeyedJaggedTensor | None = None
 
     def __len__(self) -> int:
         return len(self.label_Bt)

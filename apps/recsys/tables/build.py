@@ -28,7 +28,14 @@ from apps.recsys.encoding.categories import (
     to_known,
     to_vocabulary,
 )
-from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features, Target, VectorFeature
+from apps.recsys.encoding.features import (
+    CategoricalFeature,
+    ContinuousFeature,
+    Features,
+    SequenceFeature,
+    Target,
+    VectorFeature,
+)
 from apps.recsys.encoding.labels import determines
 from apps.recsys.encoding.numbers import (
     Part,
@@ -39,6 +46,7 @@ from apps.recsys.encoding.numbers import (
     to_vectors,
     vector_scale,
 )
+from apps.recsys.encoding.sequences import last_values, without_row_0
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.targets import learn_target, of_mean_one, place_labels, read_labels, to_weights
 from apps.recsys.encoding.vocabulary import Vocabulary
@@ -89,9 +97,12 @@ def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInM
     def parts(column: str) -> list[Part]:
         return [(where, table.column(column))]
 
-    def rows_of(feature: CategoricalFeature, codes: Codes, row: NDArray[np.int64]) -> NDArray[np.int32]:
-        if feature.name in given.vocabularies:
-            return to_known(codes, given.vocabularies[feature.name]).rows
+    def rows_of(
+        feature: CategoricalFeature | SequenceFeature, codes: Codes, row: NDArray[np.int64]
+    ) -> NDArray[np.int32]:
+        items = getattr(feature, "items", None) or feature.name
+        if items in given.vocabularies:
+            return to_known(codes, given.vocabularies[items]).rows
         train = np.zeros(len(codes.codes), dtype=bool)
         if feature.hashed:
             return to_hashed(codes, train, feature.num_rows).rows
@@ -108,6 +119,12 @@ def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInM
         writer.save(f"multi{i}_offsets", offsets)
         row = first_row + np.repeat(np.arange(num_rows), np.diff(offsets))
         writer.save(f"multi{i}_values", rows_of(feature, codes, row))
+    for i, sequence in enumerate(features.sequences):
+        offsets, codes = split_values(parts(sequence.name), sequence.name, given.separator)
+        offsets, position = last_values(offsets, sequence.length)
+        row = first_row + np.repeat(np.arange(num_rows), np.diff(offsets))
+        rows = rows_of(sequence, Codes(codes.codes[position], codes.values), row)
+        _save_sequence(writer, i, offsets, rows)
     dense = writer.create("dense", (num_rows, len(features.continuous)), np.float32)
     for c, column in enumerate(features.continuous):
         numbers = to_numbers(parts(column.name), column.name, first_row=first_row)
@@ -122,6 +139,15 @@ def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInM
         known = to_known(codes, given.domains)
         writer.save("domain", _domains(codes, known.rows, given.domain, first_row))
     writer.finish({"num_rows": num_rows})
+
+
+def _save_sequence(
+    writer: ArrayWriter | ArraysInMemory, number: int, offsets: NDArray[np.int64], rows: NDArray[np.int32]
+) -> None:
+    """Write a column of sequences without the values that have no row."""
+    offsets, rows = without_row_0(offsets, rows)
+    writer.save(f"sequence{number}_offsets", offsets)
+    writer.save(f"sequence{number}_values", rows)
 
 
 def _domains(codes: Codes, rows: NDArray[np.int32], column: str, first_row: int = 0) -> NDArray[np.int32]:
@@ -175,11 +201,13 @@ class _Build:
             name: ~np.isnan(labels.values_N) & np.isnan(self.labels[name]) for name, labels in raw_labels.items()
         }
         self.vocabularies: dict[str, int] = {}
+        self.known: dict[str, Vocabulary] = {}
         self.num_texts = 0
         self.domain_texts: int | None = None
 
     def run(self) -> None:
-        columns = (*self.config.categorical, *self.config.multi_valued, *self.config.continuous)
+        config = self.config
+        columns = (*config.categorical, *config.multi_valued, *config.continuous, *config.sequences)
         with bar("columns of the table", len(columns)) as self._shown:
             self._run()
 
@@ -198,6 +226,7 @@ class _Build:
             categorical=(*self._write_categorical(), *self._write_multi_valued()),
             continuous=self._write_continuous(),
             vectors=self._write_vectors(),
+            sequences=self._write_sequences(),
             tasks=tuple(config.tasks),
             positives=positives,
             num_domains=num_domains,
@@ -232,7 +261,7 @@ class _Build:
         """Refuse a description whose columns are not those of ``given``."""
         config, features = self.config, given.features
         sizes = {**config.hash_rows, **config.num_rows}
-        here = {
+        here: dict[str, Any] = {
             column: (sizes.get(column), column in config.multi_valued, column in config.hash_rows)
             for column in (*config.categorical, *config.multi_valued)
         }
@@ -245,6 +274,11 @@ class _Build:
             *((f"rows of column {c!r}", there[c], here[c]) for c in here if c in there),
             ("continuous columns", list(given.numbers), list(config.continuous)),
             ("columns of vectors", [f.name for f in features.vectors], list(config.vectors)),
+            (
+                "sequences",
+                [(f.name, f.items, f.length) for f in features.sequences],
+                [(column, sequence.items, sequence.length) for column, sequence in config.sequences.items()],
+            ),
             ("tasks", list(features.tasks), list(config.tasks)),
             (
                 "kinds of tasks",
@@ -389,8 +423,33 @@ class _Build:
             features.append(CategoricalFeature(column, encoded.num_rows, multi_valued=True, hashed=hashed))
         return tuple(features)
 
+    def _write_sequences(self) -> tuple[SequenceFeature, ...]:
+        config, features = self.config, []
+        for i, (column, sequence) in enumerate(config.sequences.items()):
+            items = sequence.items or column
+            whole, codes = split_values(self._parts(column), column, config.separator)
+            offsets, position = last_values(whole, sequence.length)
+            codes = Codes(codes.codes[position], codes.values)
+            lengths = np.diff(offsets)
+            row = np.repeat(np.arange(len(lengths)), lengths)
+            encoded = self._encode(codes, items, np.repeat(self.masks["train"], lengths), row)
+            _save_sequence(self.writer, i, offsets, encoded.rows)
+            if longer := int((np.diff(whole) > sequence.length).sum()):
+                self.findings.warnings.append(
+                    f"column {column!r}: {longer:,} of {len(lengths):,} rows have more than length={sequence.length} "
+                    "values; the last ones are read"
+                )
+            self._describe(column, lengths == 0, encoded.unseen, lengths)
+            self._check_leak(column, MultiValued(codes.codes, lengths).sets_N())
+            self._shown.advance()
+            hashed = items in config.hash_rows
+            features.append(SequenceFeature(column, encoded.num_rows, sequence.length, sequence.items, hashed))
+        return tuple(features)
+
     def _encode(self, codes: Codes, column: str, train: NDArray[np.bool_], row: NDArray[np.int64]) -> Rows:
         config = self.config
+        if column in self.known:  # a sequence of a column's items
+            return to_known(codes, self.known[column])
         if column in config.num_rows:
             return to_given(codes, train, config.num_rows[column], column, row)
         if column in config.hash_rows:
@@ -401,7 +460,7 @@ class _Build:
             known = Vocabulary.of(encoded.values)
         else:
             encoded = to_known(codes, known)
-        self.vocabularies[column] = self._write_texts(known)
+        self.vocabularies[column], self.known[column] = self._write_texts(known), known
         return encoded
 
     def _write_texts(self, values: Vocabulary) -> int:

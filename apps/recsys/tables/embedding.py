@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import core
 from apps.base.checks import check_name
-from apps.recsys.encoding.features import CategoricalFeature
+from apps.recsys.encoding.features import CategoricalFeature, SequenceFeature
 
 _FUSED_OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad}
 
@@ -133,8 +133,11 @@ class SparseArch(nn.Module):
         features: the columns in the order of the batches; the bins of continuous columns follow the categorical ones.
         config: widths, kind and start.
         copies: number of separate embeddings of each column, for models that share nothing; a row holds them all.
+        sequences: columns of sequences, whose values are averaged; they follow all others. One with ``items`` reads the
+            table of that column.
 
     Attributes:
+        features: the columns with a table of their own, in the order of the tables.
         dims: width of each column in one copy.
         out_dim: H, the sum of ``dims``.
 
@@ -148,28 +151,39 @@ class SparseArch(nn.Module):
     weight: Any  # a Parameter with "joined"
 
     def __init__(
-        self, features: Sequence[CategoricalFeature], config: EmbeddingConfig = EmbeddingConfig(), copies: int = 1
+        self,
+        features: Sequence[CategoricalFeature],
+        config: EmbeddingConfig = EmbeddingConfig(),
+        copies: int = 1,
+        sequences: Sequence[SequenceFeature] = (),
     ) -> None:
         super().__init__()
-        names = [f.name for f in features]
+        names = [*(f.name for f in features), *(s.name for s in sequences)]
         if len(set(names)) != len(names):
             raise ValueError(f"column {next(n for n in names if names.count(n) > 1)!r} is there twice")
-        unknown = [name for name in config.dims if name not in names]
+        own = (CategoricalFeature(s.name, s.num_rows, True, s.hashed) for s in sequences if s.items is None)
+        self.features, self.config, self.copies = (*features, *own), config, copies
+        with_table = [f.name for f in self.features]
+        unknown = [name for name in config.dims if name not in with_table]
         if unknown:
-            raise ValueError(f"embedding.dims names {unknown[0]!r}, which is no column; there is {', '.join(names)}")
-        self.features, self.config, self.copies = tuple(features), config, copies
-        self.dims = tuple(config.width(f) for f in features)
+            raise ValueError(
+                f"embedding.dims names {unknown[0]!r}, which is no column; there is {', '.join(with_table)}"
+            )
+        self._names, self._num_sequences = names, len(sequences)
+        # The table of each column, as a place among ``features``.
+        self._tables = [*range(len(features)), *(with_table.index(s.items or s.name) for s in sequences)]
+        self.dims = tuple(config.width(self.features[table]) for table in self._tables)
         self.out_dim = sum(self.dims)
-        self._names = names
-        self._ragged = any(f.multi_valued for f in features)
+        self._ragged = bool(sequences) or any(f.multi_valued for f in features)
         self.collection: nn.Module | None = None
-        rows = torch.tensor([f.num_rows for f in features], dtype=torch.int64)
-        self.register_buffer("_rows_F1", rows[:, None], persistent=False)
-        self.register_buffer("_first_row_F1", (rows.cumsum(0) - rows)[:, None], persistent=False)
-        if not features:
+        rows_T = torch.tensor([f.num_rows for f in self.features], dtype=torch.int64)
+        first_row_T = rows_T.cumsum(0) - rows_T
+        self.register_buffer("_rows_F1", rows_T[self._tables, None], persistent=False)
+        self.register_buffer("_first_row_F1", first_row_T[self._tables, None], persistent=False)
+        if not self.features:
             self.register_parameter("weight", None)
         elif config.kind == "joined":
-            self.weight = nn.Parameter(torch.empty(sum(f.num_rows for f in features), copies * config.dim))
+            self.weight = nn.Parameter(torch.empty(sum(f.num_rows for f in self.features), copies * config.dim))
         else:
             self.register_parameter("weight", None)
             with torch.random.fork_rng(devices=[]):  # TorchRec draws a start of its own
@@ -188,12 +202,12 @@ class SparseArch(nn.Module):
         tables = [
             EmbeddingBagConfig(
                 name=name,
-                embedding_dim=self.copies * dim,
+                embedding_dim=self.copies * config.width(f),
                 num_embeddings=f.num_rows,
-                feature_names=[f.name],
+                feature_names=[self._names[column] for column in self._columns_of(table)],
                 pooling=PoolingType.MEAN if config.pooling == "mean" else PoolingType.SUM,
             )
-            for f, name, dim in zip(self.features, table_names(self.features), self.dims, strict=True)
+            for table, (f, name) in enumerate(zip(self.features, table_names(self.features), strict=True))
         ]
         if config.kind == "fused":
             return FusedEmbeddingBagCollection(
@@ -203,6 +217,10 @@ class SparseArch(nn.Module):
                 device=device or torch.device("cpu"),
             )
         return EmbeddingBagCollection(tables=tables, device=torch.device("meta") if config.deferred else device)
+
+    def _columns_of(self, table: int) -> list[int]:
+        """Return the columns that read a table: its own, then sequences of its items."""
+        return [column for column, own in enumerate(self._tables) if own == table]
 
     def reset_parameters(self) -> None:
         """Draw rows from N(0, ``init_std``), table after table, so that all kinds start alike; row 0 starts at 0."""
@@ -232,14 +250,33 @@ class SparseArch(nn.Module):
         if self.weight is None:
             return {}
         parts = self.weight.detach().split([f.num_rows for f in self.features])
-        return dict(zip(self._names, parts, strict=True))
+        return {f.name: part for f, part in zip(self.features, parts, strict=True)}
 
-    def forward(self, sparse: KeyedJaggedTensor | None, bins_CB: Tensor | None = None) -> Tensor:
+    def rows_of(self, column: str, row_N: Tensor) -> Tensor:
+        """Return the embeddings of single rows of a column's table, (N, copies * width).
+
+        Raises:
+            ValueError: the table lacks a row.
+        """
+        c = self._names.index(column)
+        self._check_rows(row_N, self._rows_F1[c].expand_as(row_N), lambda n: c)
+        if self.collection is None:
+            return self.weight.index_select(0, row_N + self._first_row_F1[c])
+        bags: Any = self.collection.embedding_bags
+        return nn.functional.embedding(row_N, bags[table_names(self.features)[self._tables[c]]].weight)
+
+    def forward(
+        self,
+        sparse: KeyedJaggedTensor | None,
+        bins_CB: Tensor | None = None,
+        sequences: KeyedJaggedTensor | None = None,
+    ) -> Tensor:
         """Look up all columns of a batch at once.
 
         Args:
             sparse: rows of the categorical columns, in the order of ``features``.
             bins_CB: int64 (C, B), the bins of the continuous columns that come after them; None: there are none.
+            sequences: rows of the columns of sequences; None: there are none.
 
         Returns:
             (B, H); (copies, B, H) where there are several copies.
@@ -248,7 +285,7 @@ class SparseArch(nn.Module):
             ValueError: the columns are not the model's, or a column's table lacks a row. Away from the CPU such a row
                 is a failed assertion of the device, since an error here would wait for it.
         """
-        values, lengths = self._values(sparse, bins_CB)
+        values, lengths = self._values(sparse, bins_CB, sequences)
         F = len(self._names)
         B = values.numel() // F if lengths is None else lengths.numel() // F
         self._check(values, lengths, B)
@@ -266,17 +303,38 @@ class SparseArch(nn.Module):
             y_BH = self._look_up(values, F, B)
         else:
             y_BH = self._look_up_bags(values, lengths, F, B)
+        if self._num_sequences and self.config.pooling == "sum":
+            assert lengths is not None
+            y_BH = self._averaged(y_BH, lengths.view(F, B)[-self._num_sequences :])
         if self.copies == 1:
             return y_BH
         return y_BH.index_select(1, self._order_H).unflatten(1, (self.copies, self.out_dim)).transpose(0, 1)
+
+    def _averaged(self, y_BH: Tensor, length_SB: Tensor) -> Tensor:
+        """Return the output with the sums of the sequences, its last columns, divided by their numbers of values."""
+        dims = [self.copies * dim for dim in self.dims[-self._num_sequences :]]
+        sums = y_BH[:, y_BH.shape[1] - sum(dims) :].split(dims, dim=1)
+        means = [own / length_B1.clamp_min(1) for own, length_B1 in zip(sums, length_SB.unsqueeze(2), strict=True)]
+        return torch.cat((y_BH[:, : y_BH.shape[1] - sum(dims)], *means), dim=1)
 
     def _look_up_fused(self, values: Tensor, lengths: Tensor | None, F: int, B: int) -> Tensor:
         # The collection's own forward takes the columns apart and joins them again, which takes as long as its kernel.
         # One pooling and one dtype for all columns: there is one kernel, with the tables in our order.
         collection: Any = self.collection
         (kernel,) = collection._emb_modules
+        order = [column for table in range(len(self.features)) for column in self._columns_of(table)]
+        if order != list(range(F)):  # the kernel has a sequence beside the column of its items
+            assert lengths is not None
+            given = KeyedJaggedTensor(keys=self._names, values=values, lengths=lengths).permute(order)
+            y_BH = self._run_kernel(kernel, given.values(), given.lengths(), F * B)
+            parts = y_BH.split([self.copies * self.dims[column] for column in order], dim=1)
+            return torch.cat([parts[order.index(column)] for column in range(F)], dim=1)
+        return self._run_kernel(kernel, values, lengths, F * B)
+
+    @staticmethod
+    def _run_kernel(kernel: Any, values: Tensor, lengths: Tensor | None, num_bags: int) -> Tensor:
         if lengths is None:
-            offsets = torch.arange(F * B + 1, dtype=torch.int32, device=values.device)
+            offsets = torch.arange(num_bags + 1, dtype=torch.int32, device=values.device)
         else:
             offsets = torch.cat((lengths.new_zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)))
         if not torch.is_inference_mode_enabled():
@@ -307,27 +365,32 @@ class SparseArch(nn.Module):
             y = y / length_FB.t().reshape(-1, 1).clamp_min(1)
         return y.view(B, -1)
 
-    def _values(self, sparse: KeyedJaggedTensor | None, bins_CB: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _values(
+        self, sparse: KeyedJaggedTensor | None, bins_CB: Tensor | None, sequences: KeyedJaggedTensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the rows of all columns, column after column, and how many each example has; None: one each."""
-        C = 0 if bins_CB is None else len(bins_CB)
-        names = self._names[: len(self._names) - C]
-        given = [] if sparse is None else sparse.keys()
-        if given != names:
-            missing = [n for n in names if n not in given] or [n for n in given if n not in names] or given
-            raise ValueError(f"the batch has the columns {given}, the model {names}: {missing[0]!r} is not as it was")
-        if sparse is None:
-            assert bins_CB is not None
-            return bins_CB.reshape(-1), None
+        C, S = 0 if bins_CB is None else len(bins_CB), self._num_sequences
+        names = self._names[: len(self._names) - C - S]
+        check_keys(sparse, names, "columns")
+        check_keys(sequences, self._names[len(self._names) - S :], "sequences")
+        parts = [] if sparse is None else [self._values_of(sparse, names)]
+        if bins_CB is not None:
+            parts.append((bins_CB.reshape(-1), bins_CB.new_ones(bins_CB.numel()) if self._ragged else None))
+        if sequences is not None:
+            parts.append((sequences.values(), sequences.lengths()))
+        if len(parts) == 1:
+            return parts[0]
+        values = torch.cat([own.to(parts[0][0].dtype) for own, _ in parts])
+        lengths = [own for _, own in parts if own is not None]
+        return values, torch.cat([own.to(lengths[0].dtype) for own in lengths]) if lengths else None
+
+    def _values_of(self, sparse: KeyedJaggedTensor, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         values, lengths = sparse.values(), sparse.lengths() if self._ragged else None
         if lengths is None and values.numel() != len(names) * sparse.stride():
             raise ValueError(
                 f"{values.numel()} values for {len(names)} columns and {sparse.stride()} examples: "
                 "a column that is not multi_valued has exactly one value an example"
             )
-        if bins_CB is not None:
-            values = torch.cat((values, bins_CB.reshape(-1).to(values.dtype)))
-            if lengths is not None:
-                lengths = torch.cat((lengths, lengths.new_ones(bins_CB.numel())))
         return values, lengths
 
     def _check(self, values: Tensor, lengths: Tensor | None, B: int) -> None:
@@ -335,20 +398,22 @@ class SparseArch(nn.Module):
         if not values.numel():
             return
         if lengths is None:
-            value_FB = values.view(-1, B)
-            bad_N = ((value_FB < 0) | (value_FB >= self._rows_F1)).flatten()
+            self._check_rows(values, self._rows_F1.expand(-1, B).reshape(-1), lambda n: n // B)
         else:
             count_F = lengths.view(-1, B).sum(1)
             rows_N = self._rows_F1[:, 0].repeat_interleave(count_F, output_size=values.numel())
-            bad_N = (values < 0) | (values >= rows_N)
+            self._check_rows(values, rows_N, lambda n: int((count_F.cumsum(0) <= n).sum()))
+
+    def _check_rows(self, values: Tensor, rows_N: Tensor, column_of: Callable[[int], int]) -> None:
+        """Refuse values (N,) that are no rows of tables with so many rows; ``column_of`` is a value's column."""
+        bad_N = (values < 0) | (values >= rows_N)
         if values.device.type != "cpu":
             torch._assert_async(~bad_N.any(), "a row is not in its column's embedding table")
         elif bool(bad_N.any()):
             n = int(bad_N.nonzero()[0])
-            feature = self.features[n // B if lengths is None else int((count_F.cumsum(0) <= n).sum())]
+            column, rows = self._names[column_of(n)], int(rows_N[n])
             raise ValueError(
-                f"column {feature.name!r} has the row {int(values[n])}, and its table {feature.num_rows} rows, "
-                f"0 to {feature.num_rows - 1}"
+                f"column {column!r} has the row {int(values[n])}, and its table {rows} rows, 0 to {rows - 1}"
             )
 
     # ---- the optimizer of "fused"
@@ -424,6 +489,18 @@ class SparseArch(nn.Module):
         super().__setstate__(state)
         if fused is not None:
             self._restore(*fused)
+
+
+def check_keys(given: KeyedJaggedTensor | None, names: Sequence[str], what: str) -> None:
+    """Refuse jagged columns of other names.
+
+    Raises:
+        ValueError: a column is missing, too many, or elsewhere in the order.
+    """
+    keys = [] if given is None else given.keys()
+    if keys != list(names):
+        differing = [n for n in names if n not in keys] or [n for n in keys if n not in names] or keys
+        raise ValueError(f"the batch has the {what} {keys}, the model {list(names)}: {differing[0]!r} is not as it was")
 
 
 def table_names(features: Sequence[CategoricalFeature]) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from apps.base.messages import excerpt, some
-from apps.recsys.encoding.features import CategoricalFeature
+from apps.recsys.encoding.features import CategoricalFeature, SequenceFeature
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.kinds import Kind, Outputs
 from apps.recsys.tables.gating import Gate, GateReader
@@ -77,6 +77,9 @@ def _fields(encoding: Encoding, vocabularies: Mapping[str, Sequence[str]]) -> di
         fields[encoding.domain] = ChoiceField(encoding.domain, domains, domains[0])
     for feature in encoding.features.categorical:
         fields.setdefault(feature.name, _categorical(feature, vocabularies.get(feature.name), encoding.separator))
+    for sequence in encoding.features.sequences:
+        says = f"{sequence.name} (the oldest first, with {encoding.separator} between)"
+        fields[sequence.name] = TextField(says, lines=1, may_be_empty=True)
     for column in encoding.features.continuous:
         middle = column.quantiles[len(column.quantiles) // 2] if column.quantiles else column.mean
         fields[column.name] = NumberField(column.name, middle, may_be_empty=True)
@@ -132,10 +135,11 @@ def _examples(
     places = range(0, len(rows), max(1, len(rows) // most))[:most]
     batch = rows.__getitems__(list(places))
     columns: dict[str, list[str]] = {}
-    for feature in encoding.features.categorical:
-        jagged = batch.sparse[feature.name]
+    features: tuple[CategoricalFeature | SequenceFeature, ...] = encoding.features.categorical
+    for feature in (*features, *encoding.features.sequences):
+        jagged = (batch.sequences if isinstance(feature, SequenceFeature) else batch.sparse)[feature.name]
         ids_by_row = np.split(jagged.values().numpy(), np.cumsum(jagged.lengths().numpy())[:-1])
-        known = None if feature.hashed else vocabularies.get(feature.name)
+        known = None if feature.hashed else vocabularies.get(getattr(feature, "items", None) or feature.name)
         columns[feature.name] = [
             "" if feature.hashed else encoding.separator.join(_value(int(i), known) for i in ids if i)
             for ids in ids_by_row

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.models.dlrm import InteractionArch as DotProducts
 from torchrec.modules.crossnet import CrossNet, LowRankCrossNet
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import core
 from apps.base.checks import check_name
@@ -17,7 +18,8 @@ from apps.recsys.encoding.features import Features
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.bottoms import SingleTask
 from apps.recsys.tables.dense import DenseArch, DenseConfig
-from apps.recsys.tables.embedding import EmbeddingConfig, SparseArch
+from apps.recsys.tables.embedding import EmbeddingConfig, SparseArch, check_keys
+from apps.recsys.tables.history import HistoryArch, HistoryConfig
 from apps.recsys.tables.tasks import HeadConfig
 from apps.recsys.tables.vectors import VectorArch
 from core.kernels import cpu
@@ -108,22 +110,27 @@ class InteractionArch(nn.Module):
 
 
 _EMBEDDING, _DENSE, _INTERACTION, _HEAD = EmbeddingConfig(), DenseConfig(), InteractionConfig(), HeadConfig()
+_HISTORY = HistoryConfig()
 
 
 class TableColumns(nn.Module):
     """The part of a network that reads a table's columns and makes one vector of each row.
 
-    ``sparse`` (SparseArch), ``dense`` (DenseArch) and ``vectors`` (VectorArch) read the columns, and ``interaction``
-    (InteractionArch) joins them.
+    ``sparse`` (SparseArch), ``dense`` (DenseArch), ``vectors`` (VectorArch) and ``history`` (HistoryArch) read the
+    columns, and ``interaction`` (InteractionArch) joins them.
 
     Args:
         features: columns of the data.
         embedding, dense, interaction: configs of the parts.
         dropout: dropout of the vectors.
         copies: number of separate weights, for models that share nothing.
+        history: how sequences become one vector each.
 
     Attributes:
         input_dim: width D of the vectors.
+
+    Raises:
+        ValueError: parts that do not go together, such as target attention without a sequence that names its items.
     """
 
     def __init__(
@@ -134,14 +141,22 @@ class TableColumns(nn.Module):
         interaction: InteractionConfig = _INTERACTION,
         dropout: float = 0.0,
         copies: int = 1,
+        history: HistoryConfig = _HISTORY,
     ) -> None:
         super().__init__()
         self.dropout, self.copies = dropout, copies
         self.num_continuous = len(features.continuous)
         self.dense = DenseArch(features.continuous, dense, copies)
-        self.sparse = SparseArch((*features.categorical, *self.dense.bin_features), embedding, copies)
+        attended = tuple(s for s in features.sequences if history.pooling == "din" and s.items is not None)
+        if history.pooling == "din" and not attended:
+            raise ValueError("history.pooling='din' needs a column of table.sequences that names its items")
+        averaged = tuple(s for s in features.sequences if s not in attended)
+        self.sequence_names, self.averaged = [s.name for s in features.sequences], [s.name for s in averaged]
+        columns = (*features.categorical, *self.dense.bin_features)
+        self.sparse = SparseArch(columns, embedding, copies, averaged)
+        self.history = HistoryArch(attended, self.sparse, history) if attended else None
         self.vectors = VectorArch(features.vectors, embedding.dim, copies) if features.vectors else None
-        dims = (*self.sparse.dims, *(() if self.vectors is None else self.vectors.dims))
+        dims = (*self.sparse.dims, *(d for part in (self.vectors, self.history) if part for d in part.dims))
         parts = [InteractionArch(interaction, self.dense.out_dim, dims) for _ in range(copies)]
         self.interaction, self.input_dim = nn.ModuleList(parts), parts[0].out_dim
 
@@ -155,13 +170,21 @@ class TableColumns(nn.Module):
         if dense_BC.shape[1] != self.num_continuous:
             raise ValueError(f"the batch has {dense_BC.shape[1]} continuous columns, the model {self.num_continuous}")
         dense = self.dense(dense_BC)
-        sparse = self.sparse(batch.sparse, self.dense.bins(dense_BC)) if self.sparse.dims else None
+        averaged, attended = self._sequences(batch)
+        sparse = self.sparse(batch.sparse, self.dense.bins(dense_BC), averaged) if self.sparse.dims else None
+        embedded = [] if sparse is None else [sparse]
         if self.vectors is not None:
             if batch.vector_BV is None or batch.vector_BV.shape[1] != sum(self.vectors.sizes):
                 numbers = 0 if batch.vector_BV is None else batch.vector_BV.shape[1]
                 raise ValueError(f"the batch has vectors of {numbers} numbers, the model {sum(self.vectors.sizes)}")
-            vectors = self.vectors(batch.vector_BV)
-            sparse = vectors if sparse is None else torch.cat((sparse, vectors), dim=-1)
+            embedded.append(self.vectors(batch.vector_BV))
+        if self.history is not None:
+            assert sparse is not None
+            embedded.append(self.history(attended, self.sparse, sparse))
+        if len(embedded) > 1:
+            sparse = torch.cat(embedded, dim=-1)
+        elif embedded:
+            sparse = embedded[0]
         if self.copies == 1:
             x = self.interaction[0](dense, sparse)
         else:
@@ -172,6 +195,17 @@ class TableColumns(nn.Module):
                 ]
             )
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+    def _sequences(self, batch: TableBatch) -> tuple[KeyedJaggedTensor | None, KeyedJaggedTensor | None]:
+        """Return the sequences that are averaged and those that are attended to, None without any."""
+        given = batch.sequences
+        check_keys(given, self.sequence_names, "sequences")
+        if given is None or not self.averaged or self.history is None:
+            return (given, None) if self.history is None else (None, given)
+        keys = given.keys()
+        parts = [[keys.index(name) for name in keys if (name in self.averaged) == own] for own in (True, False)]
+        averaged, attended = (given.permute(part) for part in parts)
+        return averaged, attended
 
 
 class MultiTaskModel(TableColumns):
@@ -185,6 +219,7 @@ class MultiTaskModel(TableColumns):
         shared: config of a multi-gate layer or of a bottom.
         embedding, dense, interaction, head: configs of the parts.
         dropout: dropout of the shared layer's input.
+        history: how sequences become one vector each.
     """
 
     def __init__(
@@ -196,9 +231,10 @@ class MultiTaskModel(TableColumns):
         interaction: InteractionConfig = _INTERACTION,
         head: HeadConfig = _HEAD,
         dropout: float = 0.0,
+        history: HistoryConfig = _HISTORY,
     ) -> None:
         copies = len(features.tasks) if isinstance(shared, SingleTask) else 1
-        super().__init__(features, embedding, dense, interaction, dropout, copies)
+        super().__init__(features, embedding, dense, interaction, dropout, copies, history)
         self.num_domains = features.num_domains
         dim, num_tasks = self.input_dim, len(features.tasks)
         self.shared = shared.build(dim, num_tasks, num_domains=features.num_domains)

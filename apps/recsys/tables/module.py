@@ -25,6 +25,7 @@ from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.dense import DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig, check_rows_are_stepped
+from apps.recsys.tables.history import HistoryConfig
 from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel
 from apps.recsys.tables.report import RecommenderReport, RecommenderReportConfig, TrainingChecks
 from apps.recsys.tables.tasks import HeadConfig
@@ -62,6 +63,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         optimizer: learning rate, weight decay and schedule.
         ema_decay: decay of the moving average of the weights; None: there is no average.
         distil: trained model whose probabilities a training learns beside the labels; None: none.
+        history: how the columns of sequences become one vector each.
 
     Raises:
         ValueError: no features, no task, a value out of its range, or parts that do not go together.
@@ -81,6 +83,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
             "interaction": InteractionConfig(),
             "head": HeadConfig(),
             "weighting": WeightingConfig(),
+            "history": HistoryConfig(),
         }
 
     def __init__(
@@ -99,6 +102,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
         distil: DistilConfig | None = None,
+        history: HistoryConfig | None = None,
     ) -> None:
         features = from_plain(features, Features, "features")
         shared = from_plain(shared, core.MultiGateConfig, "shared")
@@ -110,13 +114,14 @@ class MultiTaskRecommender(SparseModule, Comparable):
         report = from_plain(report, RecommenderReportConfig, "report")
         optimizer = from_plain(optimizer, OptimizerConfig, "optimizer")
         distil = from_plain(distil, DistilConfig, "distil")
+        history = from_plain(history, HistoryConfig, "history")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay, distil=distil)
         if features is None:
             raise ValueError("features=None: the columns and tasks come from the data, such as TableData(...).features")
         if not features.tasks:
             raise ValueError("features.tasks=() names no task: there is nothing to learn")
-        if not (features.categorical or features.continuous or features.vectors):
-            raise ValueError("features has no column: categorical, continuous and vectors are empty")
+        if not (features.categorical or features.continuous or features.vectors or features.sequences):
+            raise ValueError("features has no column: categorical, continuous, vectors and sequences are empty")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must lie in [0, 1)")
         if num_members < 1:
@@ -131,13 +136,20 @@ class MultiTaskRecommender(SparseModule, Comparable):
         self.shared_config = shared or SharedBottom()
         self.embedding, self.dense = embedding or EmbeddingConfig(), dense or DenseConfig()
         self.interaction, self.head = interaction or InteractionConfig(), head or HeadConfig()
-        self.weighting_config = weighting or WeightingConfig()
+        self.weighting_config, self.history = weighting or WeightingConfig(), history or HistoryConfig()
         self.dropout, self.num_members, self.report = dropout, num_members, report
         self.score_bins = score_bins
         self.build_metrics()  # an impossible number is refused here
         members = [
             MultiTaskModel(
-                features, self.shared_config, self.embedding, self.dense, self.interaction, self.head, dropout
+                features,
+                self.shared_config,
+                self.embedding,
+                self.dense,
+                self.interaction,
+                self.head,
+                dropout,
+                self.history,
             )
             for _ in range(num_members)
         ]
@@ -273,6 +285,11 @@ class MultiTaskRecommender(SparseModule, Comparable):
             raise ValueError(
                 "embedding.deferred=True leaves the tables to trainer.strategy=TorchRecStrategy; "
                 "without it set deferred to false"
+            )
+        if self.history.pooling == "din" and getattr(self.trainer.strategy, "shards_tables", False):
+            raise ValueError(
+                "history.pooling='din' reads single rows of the tables, which TorchRecStrategy shards: take pooling "
+                "'mean'"
             )
         if stage == "fit" and self.embedding.kind == "fused":
             check_rows_are_stepped(self.trainer, "embedding.kind='fused'", "; kinds 'joined' and 'collection' allow it")

@@ -31,6 +31,7 @@ class TableRows(Dataset[TableBatch]):
         self._single = [f.name for f in features.categorical if not f.multi_valued]
         self._multi = [f.name for f in features.categorical if f.multi_valued]
         self._keys = [*self._single, *self._multi]
+        self._sequences = [f.name for f in features.sequences]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -54,6 +55,7 @@ class TableRows(Dataset[TableBatch]):
             group_B=columns["group"].index_select(0, index_B) if "group" in columns else None,
             weight_Bt=columns["weight"].index_select(0, index_B) if "weight" in columns else None,
             vector_BV=columns["vectors"].index_select(0, index_B) if "vectors" in columns else None,
+            sequences=self._sequences_of(index_B) if self._sequences else None,
         )
 
     def _sparse(self, index_B: Tensor) -> KeyedJaggedTensor:
@@ -64,15 +66,31 @@ class TableRows(Dataset[TableBatch]):
             single.copy_(self.columns["categorical"].index_select(0, index_B).t())
         values, lengths, length_per_key = [single.view(-1)], [torch.ones(F * B, dtype=torch.int64)], [B] * F
         for i in range(len(self._multi)):
-            offsets = self.columns[f"multi{i}_offsets"]
-            starts = offsets.index_select(0, index_B)
-            length_B = offsets.index_select(0, index_B + 1) - starts
-            ends = length_B.cumsum(0)
-            shift = torch.repeat_interleave(starts - ends + length_B, length_B)
-            position = shift.add_(torch.arange(len(shift)))
-            values.append(self.columns[f"multi{i}_values"].index_select(0, position).long())
+            of_column, length_B = self._ragged(f"multi{i}", index_B)
+            values.append(of_column)
             lengths.append(length_B)
-            length_per_key.append(len(position))
+            length_per_key.append(len(of_column))
         return KeyedJaggedTensor(
             self._keys, torch.cat(values), lengths=torch.cat(lengths), stride=B, length_per_key=length_per_key
         )
+
+    def _sequences_of(self, index_B: Tensor) -> KeyedJaggedTensor:
+        columns = [self._ragged(f"sequence{i}", index_B) for i in range(len(self._sequences))]
+        values, lengths = (torch.cat(parts) for parts in zip(*columns, strict=True))
+        return KeyedJaggedTensor(
+            self._sequences,
+            values,
+            lengths=lengths,
+            stride=len(index_B),
+            length_per_key=[len(of_column) for of_column, _ in columns],
+        )
+
+    def _ragged(self, name: str, index_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values of some rows, one row after the other, and how many each row has, int64."""
+        offsets = self.columns[f"{name}_offsets"]
+        starts = offsets.index_select(0, index_B)
+        length_B = offsets.index_select(0, index_B + 1) - starts
+        ends = length_B.cumsum(0)
+        shift = torch.repeat_interleave(starts - ends + length_B, length_B)
+        position = shift.add_(torch.arange(len(shift)))
+        return self.columns[f"{name}_values"].index_select(0, position).long(), length_B

@@ -307,7 +307,7 @@ class FrequentValues:
     """
 
     def __init__(self, train: TableArrays) -> None:
-        several = [f for f in train.features.categorical if f.multi_valued]
+        several = train.features.several
         self.num_rows = {f.name: f.num_rows for f in several}
         self.by_column = {f.name: _most_frequent(train, f) for f in several}
 

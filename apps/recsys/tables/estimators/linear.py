@@ -136,9 +136,8 @@ def design_matrix(arrays: TableArrays) -> Any:
     if arrays.vector_NV is not None:
         scale_V = np.repeat([f.scale for f in features.vectors], [f.size for f in features.vectors])
         parts.append(sparse.csr_matrix(np.nan_to_num(arrays.vector_NV / scale_V).astype(np.float32)))
-    for feature in features.categorical:
-        if feature.multi_valued:
-            several = arrays.multi[feature.name]
-            shares = np.repeat(1.0 / np.maximum(several.lengths_N, 1), several.lengths_N).astype(np.float32)
-            parts.append(sparse_values(several, feature.num_rows, shares))
+    for feature in features.several:
+        several = arrays.multi[feature.name]
+        shares = np.repeat(1.0 / np.maximum(several.lengths_N, 1), several.lengths_N).astype(np.float32)
+        parts.append(sparse_values(several, feature.num_rows, shares))
     return sparse.hstack(parts, format="csr")
