@@ -34,11 +34,11 @@ def config_for(given: GivenData) -> GivenConfig | None:
     """Return the configuration of a small MMoE with routers for a table; None: the data are of another kind.
 
     The table is a CSV, TSV or Parquet file, or a folder of files of one of these kinds with the same columns. Numbers
-    are continuous columns; text, truth values and whole numbers of few values are categories. Identifiers, whose value
-    is another in nearly every row, are left out. A target of two values is binary, of more texts "multiclass", of whole
-    numbers of few values "ordinal", and of other numbers "regression", unless ``given.kind`` says otherwise. A binary
-    one is made 0 and 1: of two values the larger is 1, of more numbers those from the median on, of more texts the most
-    frequent one. The table as it is read lies below ``given.folder`` then.
+    are continuous columns, and dates and times timestamps; text, truth values and whole numbers of few values are
+    categories. Identifiers, whose value is another in nearly every row, are left out. A target of two values is binary,
+    of more texts "multiclass", of whole numbers of few values "ordinal", and of other numbers "regression", unless
+    ``given.kind`` says otherwise. A binary one is made 0 and 1: of two values the larger is 1, of more numbers those
+    from the median on, of more texts the most frequent one. The table as it is read lies below ``given.folder`` then.
 
     Raises:
         ValueError: no target is named, or the column is not there, has no value, or one value alone; its values are of
@@ -195,7 +195,7 @@ def _binary(
 def _features(table: pa.Table) -> tuple[dict[str, pa.ChunkedArray], dict[str, list[str]], list[str]]:
     """Return the columns to predict from by their names, these names by their role, and the columns left out."""
     columns: dict[str, pa.ChunkedArray] = {}
-    roles: dict[str, list[str]] = {"categorical": [], "continuous": []}
+    roles: dict[str, list[str]] = {"categorical": [], "continuous": [], "timestamps": []}
     left_out = []
     for name, column in zip(table.column_names, table.columns, strict=True):
         role, values = _role(column)
@@ -211,19 +211,18 @@ def _features(table: pa.Table) -> tuple[dict[str, pa.ChunkedArray], dict[str, li
 
 
 def _role(column: pa.ChunkedArray) -> tuple[str | None, pa.ChunkedArray]:
-    """Return whether a column is "categorical" or "continuous" with its values as text or float64; None: neither."""
+    """Return the role of a column, with its values as text, float64 or timestamps; None: it has none."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type
-    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
-        column = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64()).cast(pa.float64())
-        kind = column.type
     if pa.types.is_decimal(kind):
         column, kind = column.cast(pa.float64()), pa.float64()
     known = column.drop_null()
     distinct = len(pc.unique(known)) if not pa.types.is_nested(kind) else 0
     if distinct < 2:
         return None, column
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        return "timestamps", column
     if pa.types.is_floating(kind):
         return "continuous", column.cast(pa.float64())
     if pa.types.is_integer(kind):

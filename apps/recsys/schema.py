@@ -143,6 +143,9 @@ class TableConfig:
             list is a missing vector. CSV files have none.
         weight: column of the row's weight in the losses of all tasks; None: each row has the weight 1.
         sequences: columns of a user's last items, by name, written like multi-valued ones, the oldest value first.
+        timestamps: columns of times. Each is given to a model as ``<column>_hour`` and ``<column>_weekday``,
+            categorical, and ``<column>_days``, the time as a number of days since 1970; all in UTC.
+        left_out: parts of timestamps that are not given to a model, such as "time_days".
 
     Raises:
         ValueError: no task, no feature, a label among the features, a column with two of the roles of a feature, an
@@ -164,6 +167,8 @@ class TableConfig:
     vectors: tuple[str, ...] = ()
     weight: str | None = None
     sequences: Mapping[str, SequenceConfig] = field(default_factory=dict)
+    timestamps: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_roles()
@@ -188,19 +193,36 @@ class TableConfig:
             roles |= dict.fromkeys(getattr(self, role), role)
         return roles
 
+    def with_parts(self) -> TableConfig:
+        """Return this description with the columns that timestamps become in their place."""
+        parts = [timestamp_columns(column) for column in self.timestamps]
+        categorical = [name for hour, weekday, _ in parts for name in (hour, weekday) if name not in self.left_out]
+        continuous = [days for _, _, days in parts if days not in self.left_out]
+        return replace(
+            self,
+            categorical=(*self.categorical, *categorical),
+            continuous=(*self.continuous, *continuous),
+            timestamps=(),
+            left_out=(),
+        )
+
     def without(self, columns: Iterable[str]) -> TableConfig:
-        """Return this description without some features.
+        """Return this description without some features, or parts of timestamps.
 
         Raises:
             ValueError: a column that is no feature, or none would be left.
         """
         out = tuple(columns)
+        part_of = {part: column for column in self.timestamps for part in timestamp_columns(column)}
         for column in out:
-            if column not in self.features:
-                raise ValueError(f"exclude={column!r} is not a feature{nearest(column, self.features)}")
+            if column not in self.features and column not in part_of:
+                raise ValueError(f"exclude={column!r} is not a feature{nearest(column, (*self.features, *part_of))}")
+        left_out = (*self.left_out, *(column for column in out if column in part_of))
+        out += tuple(column for column in self.timestamps if {*timestamp_columns(column)} <= {*left_out})
+        left_out = tuple(part for part in left_out if part_of[part] not in out)
         if not set(self.features) - set(out):
             raise ValueError("exclude leaves no feature")
-        kept: dict[str, Any] = {}
+        kept: dict[str, Any] = {"left_out": left_out}
         for role in (*_FEATURE_ROLES, *_SIZES):
             own = getattr(self, role)
             left = [column for column in own if column not in out]
@@ -236,6 +258,9 @@ class TableConfig:
                     f"sequences[{column!r}].items={sequence.items!r} is no categorical column"
                     f"{nearest(sequence.items, self.categorical)}"
                 )
+        parts = [name for column in self.timestamps for name in timestamp_columns(column)]
+        for name in (n for n in self.left_out if n not in parts):
+            raise ValueError(f"left_out names {name!r}, which is no part of a timestamp{nearest(name, parts)}")
         own_values = (c for c, sequence in self.sequences.items() if sequence.items is None)
         with_table = (*self.categorical, *self.multi_valued, *own_values)
         for option in _SIZES:
@@ -264,8 +289,13 @@ class TableConfig:
                 raise ValueError(f"split.stratify={self.split.stratify!r} is a task of numbers: it has no classes")
 
 
-_FEATURE_ROLES = ("categorical", "multi_valued", "continuous", "vectors", "sequences")
+_FEATURE_ROLES = ("categorical", "multi_valued", "continuous", "vectors", "sequences", "timestamps")
 _SIZES = ("hash_rows", "num_rows")
+
+
+def timestamp_columns(column: str) -> tuple[str, str, str]:
+    """Return the names of what a timestamp becomes: hour, weekday, days."""
+    return f"{column}_hour", f"{column}_weekday", f"{column}_days"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from apps.data.array_files import ArrayFiles
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.vocabulary import Vocabulary
+from apps.recsys.schema import timestamp_columns
 from core.config.plain import from_plain
 
 
@@ -26,6 +27,7 @@ class Encoding:
         domain: column of the domain; None where there is one domain.
         domains: the domains' values, from 0 on.
         separator: text between the values of a multi-valued column.
+        timestamps: columns of times, of which some of the features are parts.
     """
 
     features: Features
@@ -33,6 +35,7 @@ class Encoding:
     domain: str | None = None
     domains: Vocabulary | None = None
     separator: str = "|"
+    timestamps: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, files: ArrayFiles) -> Encoding:
@@ -48,6 +51,7 @@ class Encoding:
             info["domain"]["column"],
             None if info["domain"]["texts"] is None else texts(info["domain"]["texts"]),
             info["separator"],
+            tuple(info["timestamps"]),
         )
 
     def state(self) -> dict[str, Any]:
@@ -58,6 +62,7 @@ class Encoding:
             "domain": self.domain,
             "domains": None if self.domains is None else self.domains.state(),
             "separator": self.separator,
+            "timestamps": list(self.timestamps),
         }
 
     @classmethod
@@ -69,6 +74,7 @@ class Encoding:
             state["domain"],
             None if domains is None else Vocabulary(**domains),
             state["separator"],
+            tuple(state.get("timestamps", ())),
         )
 
     @property
@@ -78,12 +84,18 @@ class Encoding:
         roles |= {f.name: "multi_valued" if f.multi_valued else "categorical" for f in self.features.categorical}
         roles |= {f.name: "vectors" for f in self.features.vectors}
         roles |= {f.name: "sequences" for f in self.features.sequences}
-        return roles | dict.fromkeys(self.numbers, "continuous")
+        roles |= dict.fromkeys(self.timestamps, "timestamps")
+        roles |= dict.fromkeys(self.numbers, "continuous")
+        return {column: role for column, role in roles.items() if column not in self._parts}
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """The columns of numbers."""
-        return tuple(f.name for f in self.features.continuous)
+        """The columns of numbers that rows to predict must have."""
+        return tuple(f.name for f in self.features.continuous if f.name not in self._parts)
+
+    @property
+    def _parts(self) -> set[str]:
+        return {name for column in self.timestamps for name in timestamp_columns(column)}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Encoding) and self.digest == other.digest
@@ -96,5 +108,5 @@ class Encoding:
         """A hash that is equal for encodings that encode every row alike."""
         vocabularies = {column: vocabulary.digest for column, vocabulary in self.vocabularies.items()}
         domains = None if self.domains is None else self.domains.digest
-        plain = [asdict(self.features), vocabularies, self.domain, domains, self.separator]
+        plain = [asdict(self.features), vocabularies, self.domain, domains, self.separator, self.timestamps]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

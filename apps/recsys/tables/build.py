@@ -49,9 +49,10 @@ from apps.recsys.encoding.numbers import (
 from apps.recsys.encoding.sequences import last_values, without_row_0
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.targets import learn_target, of_mean_one, place_labels, read_labels, to_weights
+from apps.recsys.encoding.timestamps import HOURS, WEEKDAYS, with_parts
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.readers.raw import RawTables
-from apps.recsys.schema import TableConfig, nearest
+from apps.recsys.schema import TableConfig, nearest, timestamp_columns
 from apps.recsys.tables.arrays import MultiValued
 from apps.recsys.tables.checks import shared_users
 from apps.recsys.tables.findings import TableFindings
@@ -93,6 +94,7 @@ def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInM
         ValueError: a value has a wrong type, or ``given`` lacks a domain.
     """
     num_rows, where = len(table), "the rows to predict"
+    table = with_parts(table, given.timestamps, where, first_row)
 
     def parts(column: str) -> list[Part]:
         return [(where, table.column(column))]
@@ -173,6 +175,10 @@ class _Build:
         files = {"train": raw.train, "val": raw.val, "test": raw.test}
         self.tables = {name: table for name, table in files.items() if table is not None}
         self._check_columns()
+        self.known: dict[str, Vocabulary] = {}
+        self.fixed: dict[str, Vocabulary] = {}
+        self._read_timestamps()
+        config = self.config
         if given is not None:
             self._check_given(given)
         self.num_rows = sum(len(table) for table in self.tables.values())
@@ -201,7 +207,6 @@ class _Build:
             name: ~np.isnan(labels.values_N) & np.isnan(self.labels[name]) for name, labels in raw_labels.items()
         }
         self.vocabularies: dict[str, int] = {}
-        self.known: dict[str, Vocabulary] = {}
         self.num_texts = 0
         self.domain_texts: int | None = None
 
@@ -241,6 +246,7 @@ class _Build:
                 "vocabularies": self.vocabularies,
                 "domain": {"column": config.domain, "texts": self.domain_texts},
                 "separator": config.separator,
+                "timestamps": self.timestamps,
                 "split_seed": config.split.seed,
             }
         )
@@ -257,6 +263,14 @@ class _Build:
             if not len(table):
                 raise ValueError(f"{_WHERE[split]} has no rows")
 
+    def _read_timestamps(self) -> None:
+        """Put the parts of timestamps into the tables and the description."""
+        self.timestamps = self.config.timestamps
+        self.tables = {s: with_parts(table, self.timestamps, _WHERE[s]) for s, table in self.tables.items()}
+        self.config = self.config.with_parts()
+        for hour, weekday, _ in map(timestamp_columns, self.timestamps):
+            self.fixed |= {hour: Vocabulary.of(pa.array(HOURS)), weekday: Vocabulary.of(pa.array(WEEKDAYS))}
+
     def _check_given(self, given: Encoding) -> None:
         """Refuse a description whose columns are not those of ``given``."""
         config, features = self.config, given.features
@@ -272,7 +286,8 @@ class _Build:
         differing: tuple[tuple[str, Any, Any], ...] = (
             ("categorical columns", list(there), list(here)),
             *((f"rows of column {c!r}", there[c], here[c]) for c in here if c in there),
-            ("continuous columns", list(given.numbers), list(config.continuous)),
+            ("timestamps", list(given.timestamps), list(self.timestamps)),
+            ("continuous columns", [f.name for f in features.continuous], list(config.continuous)),
             ("columns of vectors", [f.name for f in features.vectors], list(config.vectors)),
             (
                 "sequences",
@@ -454,7 +469,7 @@ class _Build:
             return to_given(codes, train, config.num_rows[column], column, row)
         if column in config.hash_rows:
             return to_hashed(codes, train, config.hash_rows[column])
-        known = None if self.given is None else self.given.vocabularies[column]
+        known = self.fixed.get(column) if self.given is None else self.given.vocabularies[column]
         if known is None:
             encoded = to_vocabulary(codes, train, config.min_count)
             known = Vocabulary.of(encoded.values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from apps.base.messages import excerpt, some
 from apps.recsys.encoding.features import CategoricalFeature, SequenceFeature
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.kinds import Kind, Outputs
+from apps.recsys.schema import timestamp_columns
 from apps.recsys.tables.gating import Gate, GateReader
 from apps.recsys.tables.scoring import encoding_of
 from apps.report.exhibit import Answer, Bars, ChoiceField, Example, Exhibit, Field, Gates, NumberField, TextField
@@ -80,6 +82,8 @@ def _fields(encoding: Encoding, vocabularies: Mapping[str, Sequence[str]]) -> di
     for sequence in encoding.features.sequences:
         says = f"{sequence.name} (the oldest first, with {encoding.separator} between)"
         fields[sequence.name] = TextField(says, lines=1, may_be_empty=True)
+    for time in encoding.timestamps:
+        fields[time] = TextField(f"{time} (such as 2024-05-31 12:00, UTC)", lines=1, may_be_empty=True)
     for column in encoding.features.continuous:
         middle = column.quantiles[len(column.quantiles) // 2] if column.quantiles else column.mean
         fields[column.name] = NumberField(column.name, middle, may_be_empty=True)
@@ -146,6 +150,9 @@ def _examples(
         ]
     for column, values_B in zip(encoding.features.continuous, batch.dense_BC.numpy().T, strict=True):
         columns[column.name] = [np.format_float_positional(v, trim="-") if np.isfinite(v) else "" for v in values_B]
+    for time in encoding.timestamps:
+        hours, _, days = (columns.get(part, [""] * len(places)) for part in timestamp_columns(time))
+        columns[time] = [_moment(float(day), hour) if day else "" for day, hour in zip(days, hours, strict=True)]
     if encoding.domain is not None and encoding.domains is not None:
         domains = encoding.domains.texts()
         columns[encoding.domain] = [domains[d] for d in batch.domain_B.tolist()]
@@ -164,6 +171,15 @@ def _label(kind: Kind, label_1: Tensor) -> str:
     if kind.target.kind == "binary":
         return "yes" if value else "no"
     return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def _moment(days: float, hour: str) -> str:
+    """Return days since 1970 as a time of an hour of the day, if it is known; float32 is right to about 3 minutes."""
+    minutes = round(1440 * days)
+    if hour:
+        first = 60 * (24 * round((24 * days - float(hour) - 0.5) / 24) + int(hour))
+        minutes = min(max(minutes, first), first + 59)
+    return (datetime.datetime(1970, 1, 1) + datetime.timedelta(minutes=minutes)).isoformat(" ", "minutes")
 
 
 def _value(row: int, known: Sequence[str] | None) -> str:

@@ -24,6 +24,7 @@ def columns(**changed):
         "grade": rng.integers(0, 4, N).tolist(),
         "name": [f"person {i}" for i in range(N)],
         "same": ["x"] * N,
+        "joined": np.datetime64("2024-05-31T12:00") + rng.integers(0, 9999, N).astype("timedelta64[m]"),
         "bought": ["no", "yes"] * (N // 2),
     }
     return {**made, **changed}
@@ -40,6 +41,7 @@ def test_columns_have_their_roles_and_the_data_read_them(tmp_path):
     arguments = made.config["data"]["init_args"]
     table = arguments["table"]
     assert table["categorical"] == ["city", "grade"]
+    assert table["timestamps"] == ["joined"]
     assert table["continuous"] == ["age_years"]  # a dot has a meaning in the names of modules
     assert made.notes == (
         "The target is 'bought' = 'yes': 50.0% of 80 rows.",

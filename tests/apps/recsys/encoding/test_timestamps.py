@@ -1,0 +1,82 @@
+"""Timestamps of every form as seconds, hours, weekdays and days."""
+
+from __future__ import annotations
+
+import datetime as dt
+from decimal import Decimal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from apps.recsys.encoding.timestamps import to_seconds, with_parts
+
+# 2024-05-31 13:30:15, a Friday.
+SECONDS = 1_717_162_215
+MIDNIGHT = SECONDS - (13 * 3600 + 30 * 60 + 15)
+
+
+def seconds(values, kind=None):
+    return to_seconds(pa.chunked_array([pa.array(values, kind)]), "time", "the training table").tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([SECONDS], pa.int64()),
+        ([float(SECONDS)], pa.float64()),
+        ([Decimal(SECONDS)], None),
+        ([str(SECONDS)], None),
+        ([dt.datetime(2024, 5, 31, 13, 30, 15)], pa.timestamp("s")),
+        ([dt.datetime(2024, 5, 31, 13, 30, 15)], pa.timestamp("ns")),
+        ([dt.datetime(2024, 5, 31, 11, 30, 15, tzinfo=dt.timezone(-dt.timedelta(hours=2)))], None),
+        (["2024-05-31 13:30:15"], None),
+        ([" 2024-05-31T13:30:15Z"], None),
+        (["2024-05-31T15:30:15+02:00"], None),
+        (["2024-05-31 15:30:15.000+0200"], None),
+        (["2024-05-31 15:30:15"], pa.timestamp("us", "Europe/Berlin")),
+    ],
+)
+def test_one_moment_in_many_forms(values, kind):
+    if kind == pa.timestamp("us", "Europe/Berlin"):  # it says 15:30 there at 13:30 UTC
+        values = [dt.datetime(2024, 5, 31, 13, 30, 15, tzinfo=dt.UTC)]
+    assert seconds(values, kind) == [SECONDS]
+
+
+def test_dates_and_mixed_texts():
+    assert seconds([dt.date(2024, 5, 31)], pa.date32()) == [MIDNIGHT]
+    mixed = ["2024-05-31", "", str(SECONDS), None, "2024-05-31 13:30", "2024-05-31T13:30:15.250Z", "2024-05-31"]
+    nan = float("nan")
+    expected = [MIDNIGHT, nan, SECONDS, nan, SECONDS - 15, SECONDS + 0.25, MIDNIGHT]
+    np.testing.assert_array_equal(seconds(mixed), expected)
+    np.testing.assert_array_equal(seconds(pa.array(mixed).dictionary_encode()), expected)
+    assert np.isnan(seconds([None])).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        (
+            ["2024-05-31", "soon", "later"],
+            r"'time' of the training table holds 'soon' in row 1: a timestamp is seconds",
+        ),
+        (["2024-05-31", "1", "2024-13-01", "2024-05-31 25:00Z"], r"holds '2024-13-01' in row 2"),
+        (
+            [SECONDS, 1000 * SECONDS],
+            r"holds 1717162215000 in row 1, outside the years 1 to 9999: .* and not milliseconds",
+        ),
+        ([[1]], r"holds values of type list<item: int64>"),
+    ],
+)
+def test_what_is_no_timestamp_is_named(values, match):
+    with pytest.raises(ValueError, match=match):
+        seconds(values)
+
+
+def test_the_parts_of_a_timestamp():
+    # 1970-01-01 00:00 was a Thursday; a second before it, Wednesday at 23.
+    table = with_parts(pa.table({"t": pa.array([0, -1, SECONDS, None])}), ["t"], "the rows")
+    assert table.column_names == ["t", "t_hour", "t_weekday", "t_days"]
+    assert table["t_hour"].to_pylist() == ["0", "23", "13", None]
+    assert table["t_weekday"].to_pylist() == ["Thursday", "Wednesday", "Friday", None]
+    np.testing.assert_array_equal(table["t_days"].to_numpy(), [0, -1 / 86_400, SECONDS / 86_400, np.nan])

@@ -1,0 +1,88 @@
+"""Columns of timestamps: what a model is given of them, and what a checkpoint keeps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pytest
+import torch
+from torch.testing import assert_close
+
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.tables.data import TableData
+from apps.recsys.tables.module import MultiTaskRecommender
+
+CONFIG = TableConfig(
+    ("city",), tasks={"click": TaskConfig("click")}, split=SplitConfig("time", 0.2, 0.2), time="at", timestamps=("at",)
+)
+
+
+def data_of(tmp_path, **options):
+    rows = {
+        "city": ["Rome", "Oslo"] * 5,
+        "at": [f"2024-06-{day:02} {day:02}:00:00" for day in range(1, 11)],  # the first is a Saturday
+        "click": [0, 1, 1, 0, 0, 1, 1, 0, 1, 0],
+    }
+    pa.csv.write_csv(pa.table(rows), tmp_path / "table.csv")
+    options = {"table": CONFIG, **options}
+    return TableData("table", str(tmp_path), str(tmp_path / "cache"), train_file="table.csv", **options)
+
+
+def test_a_timestamp_is_an_hour_a_weekday_and_a_number(tmp_path):
+    data = data_of(tmp_path)
+    assert [(f.name, f.num_rows) for f in data.features.categorical] == [
+        ("city", 3),
+        ("at_hour", 25),
+        ("at_weekday", 8),
+    ]
+    assert [f.name for f in data.features.continuous] == ["at_days"]
+    # Hours and weekdays have their rows in any table, seen in training or not.
+    assert data.vocabulary("at_hour") == (None, *map(str, range(24)))
+    assert data.vocabulary("at_weekday")[1:3] == ("Monday", "Tuesday")
+    test = data.rows("test")[:]  # the last two days, the 9th, a Sunday, and the 10th
+    assert test.sparse["at_hour"].values().tolist() == [10, 11]
+    assert test.sparse["at_weekday"].values().tolist() == [7, 1]
+    # 1970 to 2024 are 54 years with 13 leap days, and 152 days from there to the 1st of June.
+    first = 54 * 365 + 13 + 152
+    assert_close(test.dense_BC[:, 0], torch.tensor([first + 8 + 9 / 24, first + 9 + 10 / 24]), rtol=1e-6, atol=0)
+    assert data.findings.missing["at_days"]["train"] == 0
+
+
+def test_parts_are_left_out_by_name(tmp_path):
+    data = data_of(tmp_path, exclude=["at_days", "at_hour"])
+    assert [f.name for f in data.features.categorical] == ["city", "at_weekday"]
+    assert data.features.continuous == ()
+    for exclude in (["at"], ["at_days", "at_hour", "at_weekday"]):
+        assert [f.name for f in data_of(tmp_path, exclude=exclude).features.categorical] == ["city"]
+    with pytest.raises(ValueError, match=r"exclude='at_day' is not a feature; did you mean 'at_days'\?"):
+        _ = data_of(tmp_path, exclude=["at_day"]).features
+    with pytest.raises(ValueError, match=r"left_out names 'at_year', which is no part of a timestamp"):
+        TableConfig(("city",), tasks=CONFIG.tasks, timestamps=("at",), left_out=("at_year",))
+
+
+def test_predictions_need_the_timestamp_alone(tmp_path):
+    data = data_of(tmp_path)
+    model = MultiTaskRecommender(data.features)
+    model.adopt_encoding({"encoding": data.encoding_state})
+    with torch.inference_mode():
+        expected = model.eval()(data.rows("test")[:]).sigmoid()[:, 0]
+    texts = {"city": ["Rome", "Oslo"], "at": ["2024-06-09T09:00Z", "2024-06-10T12:00+02:00"]}
+    assert_close(torch.tensor(model.predict(texts)["probability_click"]), expected)
+    times = {**texts, "at": np.array(["2024-06-09T09", "2024-06-10T10"], "datetime64[us]")}
+    assert_close(torch.tensor(model.predict(times)["probability_click"]), expected)
+    with pytest.raises(ValueError, match=r"column 'at' of the rows to predict holds 'noon' in row 1: a timestamp is"):
+        model.predict({**texts, "at": ["2024-06-09", "noon"]})
+    with pytest.raises(ValueError, match=r"column 'at' \(timestamps\) is not in the rows to predict"):
+        model.predict({"city": ["Rome"]})
+
+
+def test_a_page_has_one_field_for_a_timestamp(tmp_path):
+    from apps.recsys.tables.exhibit import exhibit
+
+    data = data_of(tmp_path)
+    model = MultiTaskRecommender(data.features)
+    model.adopt_encoding({"encoding": data.encoding_state})
+    page = exhibit(model, data, 2)
+    assert [field.label.split(" (")[0] for field in page.fields] == ["city", "at"]
+    assert page.examples[0].values == ("Rome", "2024-06-07 07:00")
