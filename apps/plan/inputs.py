@@ -227,14 +227,12 @@ def _table(module: Any, options: Options, dtype: torch.dtype) -> Trial:
 def _network(model: Any, batch: int, dtype: torch.dtype) -> Any:
     """Run a table's network from the pooled embeddings on, which need their gradient."""
     dense = model.dense(torch.empty(batch, model.num_continuous, device="meta", dtype=dtype))
-    width = sum(model.sparse.dims)
+    width = sum(model.sparse_dims)
     pooled = torch.empty(batch, width, device="meta", dtype=dtype, requires_grad=True) if width else None
-    if model.copies == 1:
-        x = model.interaction[0](dense, pooled)
-    else:
-        parts = enumerate(model.interaction)
-        x = torch.stack([part(None if dense is None else dense[k], pooled) for k, part in parts])
-    return model.head(model.shared(x, None))
+    if model.copies > 1 and pooled is not None:
+        pooled = pooled.expand(model.copies, -1, -1)
+    domain = torch.zeros(batch, dtype=torch.int64, device="meta") if model.num_domains else None
+    return model.compute(dense, pooled, domain)
 
 
 _TRIALS: dict[str, Callable[[Any, Options, torch.dtype], Trial]] = {

@@ -106,8 +106,8 @@ class ExpertGroups:
 
     def _own_names(self, task: int) -> tuple[str, ...]:
         """Return the names of one task's own experts and of its self-gate's."""
-        own = (f"{self.owner}{task}.{i}" for i in range(self.num_task[task]))
-        return (*own, *(f"self{task}.{i}" for i in range(self.num_self)))
+        own, start = range(self.num_task[task]), "self" if self.owner == "task" else f"{self.owner}-self"
+        return (*(f"{self.owner}{task}.{i}" for i in own), *(f"{start}{task}.{i}" for i in range(self.num_self)))
 
     def gate_names(self, num_tasks: int) -> list[str]:
         """Return the names of the gates of a layer of ``num_tasks`` tasks, all of which may share one gate."""

@@ -115,5 +115,6 @@ class _BottomTwin:
         if not isinstance(shared, SingleTask):
             return model.twin(shared=shared)
         # Nothing that joins tasks: no head that chains them, no weights learned from each other's losses.
-        head = dataclasses.replace(model.head, kind="plain", steps=model.head.has_steps)
-        return model.twin(shared=shared, head=head, weighting=WeightingConfig(weights=model.weighting_config.weights))
+        head = dataclasses.replace(model.head, kind="plain", steps=model.head.has_steps, personal=(), domain_dim=0)
+        weighting = WeightingConfig(weights=model.weighting_config.weights)
+        return model.twin(shared=shared, head=head, weighting=weighting, gate_embeddings=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -264,6 +265,25 @@ class SparseArch(nn.Module):
             return self.weight.index_select(0, row_N + self._first_row_F1[c])
         bags: Any = self.collection.embedding_bags
         return nn.functional.embedding(row_N, bags[table_names(self.features)[self._tables[c]]].weight)
+
+    def places(self, columns: Sequence[str], option: str) -> Tensor:
+        """Return where the embeddings of some columns stand in a row of the output, int64.
+
+        Args:
+            columns: names of the columns, in the order in which they are wanted.
+            option: name of the option that gives them, for the message.
+
+        Raises:
+            ValueError: a column has no embedding.
+        """
+        ends = list(itertools.accumulate(self.dims))
+        places: list[int] = []
+        for name in columns:
+            if name not in self._names:
+                raise ValueError(f"{option} names {name!r}, which has no embedding; there is {', '.join(self._names)}")
+            i = self._names.index(name)
+            places += range(ends[i] - self.dims[i], ends[i])
+        return torch.tensor(places, dtype=torch.int64)
 
     def forward(
         self,

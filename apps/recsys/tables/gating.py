@@ -46,8 +46,8 @@ class Gate:
 
     Attributes:
         block: layer or level to which it belongs; "" where there is one.
-        end: last part of its entry's name on the tape: "task0", "shared" (for a shared representation), "selection",
-            "tasks" or "".
+        end: last part of its entry's name on the tape: "task0", "category0", "shared" (for a shared representation),
+            "selection", "tasks" or "".
         task: number of its task; None where it serves all.
         experts: names of its E experts: "shared0", "task0.1", "domain.0", or their numbers.
         weights_NE: float32 (N, E), the weight of each expert's output; 0 where it is not computed.
@@ -66,6 +66,8 @@ class Gate:
         """The gate in words: the name of its task, or what it is for."""
         if self.task is not None:
             return self.tasks[self.task]
+        if self.end.startswith("category"):
+            return f"category {self.end.removeprefix('category')}"
         return {"shared": "shared representation", "selection": "selection"}.get(self.end, "all tasks")
 
     @property
@@ -161,8 +163,13 @@ class GateReader:
         sums[1, : len(every)] += every.cpu().numpy()
 
     def _groups(self, entry: str) -> Any:
-        """Return the groups of the experts that a layer tells apart; None where it tells none."""
-        return getattr(core.moe_layers(self.model)[self._layer(entry)], "groups", None)
+        """Return the groups of the experts that a layer, or its level, tells apart; None where it tells none."""
+        layer = self._layer(entry)
+        groups = getattr(core.moe_layers(self.model)[layer], "groups", None)
+        if not isinstance(groups, tuple):
+            return groups
+        level = re.match(r"\.?level(\d+)", entry[len(layer) :])  # groups of their own, level by level
+        return groups[int(level[1])] if level else groups[-1]
 
     def _layer(self, entry: str) -> str:
         """Return the layer of an entry: the longest name that starts the entry's."""
@@ -198,19 +205,10 @@ class GateReader:
         short, shares_by_block = self._blocks(), {}
         for block, (zeros_E, all_E) in self.zeros.items():
             groups = self._groups(block)
-            names = numbers(len(all_E)) if groups is None else _all_names(groups)
+            names = numbers(len(all_E)) if groups is None else groups.all_names()
             shares = np.where(all_E > 0, zeros_E / np.maximum(all_E, 1), np.nan)
             shares_by_block[short.get(block, block)] = dict(zip(names, shares.tolist(), strict=True))
         return shares_by_block
-
-
-def _all_names(groups: Any) -> Iterator[str]:
-    """Yield the names of all experts of a level in their order, those of the self-gates and of every domain too."""
-    yield from (f"shared{i}" for i in range(groups.num_shared))
-    for k in range(groups.num_tasks):
-        yield from (f"task{k}.{i}" for i in range(groups.num_task[k]))
-        yield from (f"self{k}.{i}" for i in range(groups.num_self))
-    yield from (f"domain{d}.{i}" for d in range(groups.num_domains) for i in range(groups.num_domain))
 
 
 def _short(blocks: Sequence[str]) -> list[str]:
@@ -256,7 +254,7 @@ def expert_label(name: str, tasks: Sequence[str]) -> str:
     own = re.fullmatch(r"(task|self)(\d+)\.(.*)", name)
     if own:
         return f"{tasks[int(own[2])]} {'self ' if own[1] == 'self' else ''}{own[3]}"
-    return re.sub(r"^shared(\d+)$", r"shared \1", name).replace(".", " ")
+    return re.sub(r"^(shared|category|category-self)(\d+)", r"\1 \2", name).replace(".", " ")
 
 
 def expert_use(gates: Sequence[Gate], zero_share: Mapping[str, Mapping[str, float]]) -> list[ExpertUse]:

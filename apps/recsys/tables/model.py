@@ -20,6 +20,7 @@ from apps.recsys.tables.bottoms import SingleTask
 from apps.recsys.tables.dense import DenseArch, DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig, SparseArch, check_keys
 from apps.recsys.tables.history import HistoryArch, HistoryConfig
+from apps.recsys.tables.personal import EmbeddingGate, TowerGates, TwoLayers
 from apps.recsys.tables.tasks import HeadConfig
 from apps.recsys.tables.vectors import VectorArch
 from core.kernels import cpu
@@ -156,12 +157,23 @@ class TableColumns(nn.Module):
         self.sparse = SparseArch(columns, embedding, copies, averaged)
         self.history = HistoryArch(attended, self.sparse, history) if attended else None
         self.vectors = VectorArch(features.vectors, embedding.dim, copies) if features.vectors else None
-        dims = (*self.sparse.dims, *(d for part in (self.vectors, self.history) if part for d in part.dims))
-        parts = [InteractionArch(interaction, self.dense.out_dim, dims) for _ in range(copies)]
+        others = (part for part in (self.vectors, self.history) if part is not None)
+        self.sparse_dims = (*self.sparse.dims, *(dim for part in others for dim in part.dims))
+        parts = [InteractionArch(interaction, self.dense.out_dim, self.sparse_dims) for _ in range(copies)]
         self.interaction, self.input_dim = nn.ModuleList(parts), parts[0].out_dim
 
     def join(self, batch: TableBatch) -> Tensor:
         """Return the vectors of a batch's rows, (B, D), or (copies, B, D) of several copies.
+
+        Raises:
+            ValueError: as in ``read``.
+        """
+        return self.dropped(self.cross(*self.read(batch)))
+
+    def read(self, batch: TableBatch) -> tuple[Tensor | None, Tensor | None]:
+        """Return the numbers of a batch's rows, (B, width), and their embeddings, vectors and histories side by side.
+
+        Several copies have (copies, B, width) each. None: there are no such columns.
 
         Raises:
             ValueError: the columns are not the model's, or a row is beyond its table.
@@ -169,31 +181,34 @@ class TableColumns(nn.Module):
         dense_BC = batch.dense_BC
         if dense_BC.shape[1] != self.num_continuous:
             raise ValueError(f"the batch has {dense_BC.shape[1]} continuous columns, the model {self.num_continuous}")
-        dense = self.dense(dense_BC)
         averaged, attended = self._sequences(batch)
-        sparse = self.sparse(batch.sparse, self.dense.bins(dense_BC), averaged) if self.sparse.dims else None
-        embedded = [] if sparse is None else [sparse]
+        embedded = []
+        if self.sparse.dims:
+            embedded.append(self.sparse(batch.sparse, self.dense.bins(dense_BC), averaged))
         if self.vectors is not None:
             if batch.vector_BV is None or batch.vector_BV.shape[1] != sum(self.vectors.sizes):
                 numbers = 0 if batch.vector_BV is None else batch.vector_BV.shape[1]
                 raise ValueError(f"the batch has vectors of {numbers} numbers, the model {sum(self.vectors.sizes)}")
             embedded.append(self.vectors(batch.vector_BV))
         if self.history is not None:
-            assert sparse is not None
-            embedded.append(self.history(attended, self.sparse, sparse))
-        if len(embedded) > 1:
-            sparse = torch.cat(embedded, dim=-1)
-        elif embedded:
-            sparse = embedded[0]
+            embedded.append(self.history(attended, self.sparse, embedded[0]))
+        sparse = torch.cat(embedded, dim=-1) if len(embedded) > 1 else embedded[0] if embedded else None
+        return self.dense(dense_BC), sparse
+
+    def cross(self, dense: Tensor | None, sparse: Tensor | None) -> Tensor:
+        """Return the vectors (B, D), or (copies, B, D), of what ``read`` returns."""
         if self.copies == 1:
-            x = self.interaction[0](dense, sparse)
-        else:
-            x = torch.stack(
-                [
-                    part(None if dense is None else dense[k], None if sparse is None else sparse[k])
-                    for k, part in enumerate(self.interaction)
-                ]
-            )
+            x: Tensor = self.interaction[0](dense, sparse)
+            return x
+        return torch.stack(
+            [
+                part(None if dense is None else dense[k], None if sparse is None else sparse[k])
+                for k, part in enumerate(self.interaction)
+            ]
+        )
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return the vectors with dropout, in training alone."""
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
     def _sequences(self, batch: TableBatch) -> tuple[KeyedJaggedTensor | None, KeyedJaggedTensor | None]:
@@ -220,7 +235,13 @@ class MultiTaskModel(TableColumns):
         embedding, dense, interaction, head: configs of the parts.
         dropout: dropout of the shared layer's input.
         history: how sequences become one vector each.
+        gate_embeddings: width of the hidden layer of a gate of the columns by domain (EPNet); 0: none.
+
+    Raises:
+        ValueError: a gate needs domains or columns that are not there, or stands in models that share nothing.
     """
+
+    _personal_P: Tensor
 
     def __init__(
         self,
@@ -232,13 +253,37 @@ class MultiTaskModel(TableColumns):
         head: HeadConfig = _HEAD,
         dropout: float = 0.0,
         history: HistoryConfig = _HISTORY,
+        gate_embeddings: int = 0,
     ) -> None:
+        _check_gates(features, shared, head, gate_embeddings)
         copies = len(features.tasks) if isinstance(shared, SingleTask) else 1
         super().__init__(features, embedding, dense, interaction, dropout, copies, history)
         self.num_domains = features.num_domains
         dim, num_tasks = self.input_dim, len(features.tasks)
         self.shared = shared.build(dim, num_tasks, num_domains=features.num_domains)
         self.head = head.build(shared.out_dim(dim), num_tasks, features.positives, features.targets)
+        self._make_gates(features, embedding, head, gate_embeddings, shared.out_dim(dim))
+
+    def _make_gates(
+        self, features: Features, embedding: EmbeddingConfig, head: HeadConfig, gate_embeddings: int, tower_dim: int
+    ) -> None:
+        """Make what scales columns and towers by domain and personal columns, and shifts the logits."""
+        uses_domain = gate_embeddings or head.domain_dim or (head.personal and features.num_domains)
+        self.domain = self.embedding_gate = self.tower_gates = self.domain_logits = None
+        if uses_domain:
+            self.domain = nn.Embedding(features.num_domains, embedding.dim)
+            nn.init.normal_(self.domain.weight, 0.0, embedding.init_std)
+        domain_dim, columns = embedding.dim if uses_domain else 0, self.dense.out_dim + sum(self.sparse_dims)
+        if gate_embeddings:
+            self.embedding_gate = EmbeddingGate(domain_dim, columns, gate_embeddings)
+        if head.domain_dim:
+            outputs = sum(kind.width for kind in self.head.outputs.kinds)
+            self.domain_logits = TwoLayers(domain_dim + self.input_dim, head.domain_dim, outputs)
+        places = self.sparse.places(head.personal, "head.personal")
+        self.register_buffer("_personal_P", places, persistent=False)
+        if head.personal:
+            prior_dim, widths = len(places) + domain_dim + self.input_dim, self.head.widths(tower_dim)
+            self.tower_gates = TowerGates(prior_dim, head.gate_dim, widths, len(features.tasks))
 
     def forward(self, batch: TableBatch) -> Tensor:
         """Return the outputs (B, Z), a logit a task where all are binary.
@@ -247,12 +292,47 @@ class MultiTaskModel(TableColumns):
             ValueError: the columns are not the model's, a row is beyond its table, or the batch names no domain where
                 the model has some.
         """
-        context = None
-        if self.num_domains:
-            if batch.domain_B is None:
-                raise ValueError(f"the model knows {self.num_domains} domains, and the batch has no domain_B")
-            context = core.RoutingContext(domain_ids_B=batch.domain_B)
-        return self.head(self.shared(self.join(batch), context))
+        if self.num_domains and batch.domain_B is None:
+            raise ValueError(f"the model knows {self.num_domains} domains, and the batch has no domain_B")
+        return self.compute(*self.read(batch), batch.domain_B)
+
+    def compute(self, dense: Tensor | None, sparse: Tensor | None, domain_B: Tensor | None) -> Tensor:
+        """Return the outputs (B, Z) of encoded columns.
+
+        Args:
+            dense, sparse: as ``read`` returns them.
+            domain_B: int64 (B,); not read where the model knows no domains.
+        """
+        context = core.RoutingContext(domain_ids_B=domain_B) if self.num_domains else None
+        domain_BQ = None if self.domain is None or domain_B is None else self.domain(domain_B)
+        prior = [] if sparse is None or self.tower_gates is None else [sparse.index_select(1, self._personal_P)]
+        if self.embedding_gate is not None and domain_BQ is not None:
+            dense, sparse = self.embedding_gate(domain_BQ, (dense, sparse))
+        x = self.cross(dense, sparse)
+        given = [] if domain_BQ is None else [domain_BQ]
+        gates = () if self.tower_gates is None else self.tower_gates(torch.cat((*prior, *given, x.detach()), dim=1))
+        shift_BZ = None if self.domain_logits is None else self.domain_logits(torch.cat((*given, x), dim=1))
+        return self.head(self.shared(self.dropped(x), context), gates, shift_BZ)
+
+
+def _check_gates(features: Features, shared: core.MultiGateConfig, head: HeadConfig, gate_embeddings: int) -> None:
+    """Refuse gates that have nothing to go by.
+
+    Raises:
+        ValueError: see ``MultiTaskModel``.
+    """
+    if gate_embeddings < 0:
+        raise ValueError(f"gate_embeddings={gate_embeddings} is negative")
+    asked = {
+        "gate_embeddings": gate_embeddings,
+        "head.domain_dim": head.domain_dim,
+        "head.personal": list(head.personal),
+    }
+    for name, value in asked.items():
+        if value and isinstance(shared, SingleTask):
+            raise ValueError(f"{name}={value} joins tasks that SingleTask keeps apart: leave it out")
+        if value and name != "head.personal" and not features.num_domains:
+            raise ValueError(f"{name}={value} goes by the domain, and the table names none: table.domain")
 
 
 class Ensemble(nn.Module):

@@ -48,8 +48,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
     Args:
         features: the columns and tasks; the command line takes them from the data.
-        shared: the layer between the columns and the towers: ``core.MMoE``, ``OMoE``, ``CGC``, ``PLE``, or
-            ``SharedBottom`` or ``SingleTask`` of ``apps.recsys.tables.bottoms``.
+        shared: the layer between the columns and the towers: ``core.MMoE``, ``OMoE``, ``CGC``, ``PLE``, ``HoME``,
+            ``M3oE``, ``STAR``, or ``SharedBottom`` or ``SingleTask`` of ``apps.recsys.tables.bottoms``.
         embedding: embeddings of the categorical columns.
         dense: encoding of the continuous columns.
         interaction: how the columns meet.
@@ -64,6 +64,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
         ema_decay: decay of the moving average of the weights; None: there is no average.
         distil: trained model whose probabilities a training learns beside the labels; None: none.
         history: how the columns of sequences become one vector each.
+        gate_embeddings: width of the hidden layer of a gate that scales the columns by domain (EPNet, arXiv
+            2302.01115); 0: none.
 
     Raises:
         ValueError: no features, no task, a value out of its range, or parts that do not go together.
@@ -103,6 +105,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         ema_decay: float | None = None,
         distil: DistilConfig | None = None,
         history: HistoryConfig | None = None,
+        gate_embeddings: int = 0,
     ) -> None:
         features = from_plain(features, Features, "features")
         shared = from_plain(shared, core.MultiGateConfig, "shared")
@@ -138,7 +141,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         self.interaction, self.head = interaction or InteractionConfig(), head or HeadConfig()
         self.weighting_config, self.history = weighting or WeightingConfig(), history or HistoryConfig()
         self.dropout, self.num_members, self.report = dropout, num_members, report
-        self.score_bins = score_bins
+        self.score_bins, self.gate_embeddings = score_bins, gate_embeddings
         self.build_metrics()  # an impossible number is refused here
         members = [
             MultiTaskModel(
@@ -150,6 +153,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
                 self.head,
                 dropout,
                 self.history,
+                gate_embeddings,
             )
             for _ in range(num_members)
         ]
@@ -428,6 +432,7 @@ def last_weight(shared: torch.nn.Module) -> tuple[Tensor, int]:
     # GradNorm needs the parameter itself, and not ``Experts.weights_of``; a gated FFN's gate follows its ``w_out``.
     weight = stacked.get("w_out", list(stacked.values())[-1])
     groups = getattr(shared, "groups", None)
+    groups = groups[-1] if isinstance(groups, tuple) else groups  # one a level
     if isinstance(weight, DTensor):
         raise ValueError(
             "weighting.kind='gradnorm' needs the gradient of every expert on each process, and they are divided among "

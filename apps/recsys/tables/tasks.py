@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class HeadConfig:
         prior_bias: whether the outputs start at the best constant prediction, such as the share of positives.
         calibrator_weight: weight of AITM's hinge, ``mean of max(p_next - p_before, 0)``; "aitm" alone reads it.
         steps: whether the tasks of "plain" are steps too, whose labels are filled in likewise.
+        personal: embedded columns, such as the user and the item, by which gates scale the input of each layer of the
+            towers (PPNet, arXiv 2302.01115), together with the domain and the shared layer's input; empty: no gates.
+        gate_dim: width of the hidden layer of each of these gates.
+        domain_dim: width of the hidden layer of a small network whose output is added to the logits, from the domain
+            and the shared layer's input (the auxiliary network of STAR, arXiv 2101.11427); 0: none.
 
     Raises:
         ValueError: a value out of its range.
@@ -54,12 +60,22 @@ class HeadConfig:
     prior_bias: bool = True
     calibrator_weight: float = 0.6
     steps: bool = False
+    personal: tuple[str, ...] = ()
+    gate_dim: int = 32
+    domain_dim: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))  # a list in YAML and in a checkpoint
         check_name("head.kind", self.kind, ("plain", "esmm", "aitm"))
         if not self.calibrator_weight >= 0:
             raise ValueError(f"head.calibrator_weight={self.calibrator_weight} is negative")
+        if isinstance(self.personal, str):
+            raise ValueError(f"head.personal={self.personal!r} is not a list of columns")
+        object.__setattr__(self, "personal", tuple(self.personal))
+        if self.gate_dim < 1:
+            raise ValueError(f"head.gate_dim={self.gate_dim} is not at least 1")
+        if self.domain_dim < 0:
+            raise ValueError(f"head.domain_dim={self.domain_dim} is negative")
         if self.hidden_dims:
             try:
                 self.tower()
@@ -119,7 +135,7 @@ class Head(nn.Module):
         super().__init__()
         self.config, self.num_tasks = config, num_tasks
         self.outputs = Outputs(targets or (Target(),) * num_tasks)
-        self.towers = config.tower().build(num_tasks, dim) if config.hidden_dims else None
+        self.towers = self._make_towers(dim)
         widths = [kind.width for kind in self.outputs.kinds]
         # Tasks with fewer outputs than another leave the rest of their columns unused, so that all are one product.
         self.weight, self.bias = linear_init(num_tasks, (dim, *config.hidden_dims)[-1], max(widths))
@@ -128,19 +144,54 @@ class Head(nn.Module):
             with torch.no_grad():
                 for t, (kind, share) in enumerate(zip(self.outputs.kinds, shares, strict=True)):
                     self.bias[t, 0, : kind.width] = torch.tensor(kind.start(share), dtype=torch.float64)
+        self._make_parts(dim)
+
+    def _make_towers(self, dim: int) -> nn.Module | None:
+        """Return the towers, one network a task, or one a task and layer where gates come between the layers."""
+        config = self.config
+        if not config.hidden_dims:
+            return None
+        if not config.personal:
+            return config.tower().build(self.num_tasks, dim)
+        layers = (dataclasses.replace(config.tower(), hidden_dims=(width,)) for width in config.hidden_dims)
+        return nn.ModuleList(
+            layer.build(self.num_tasks, width) for layer, width in zip(layers, self.widths(dim), strict=False)
+        )
+
+    def widths(self, dim: int) -> tuple[int, ...]:
+        """Return the widths of the inputs of the towers' layers, that of the logit last."""
+        return (dim, *self.config.hidden_dims)
+
+    def _make_parts(self, dim: int) -> None:
+        """Make the parts that a kind of head has beside the towers."""
 
     def _prior(self, positives: Sequence[float]) -> list[float]:
         return list(positives)
 
-    def forward(self, x_tBD: Tensor) -> Tensor:
-        """Return the outputs (B, Z) of (t, B, D), a logit a task where all are binary."""
-        if self.towers is not None:
-            x_tBD = self.towers(x_tBD, "each", (1,) * self.num_tasks).transpose(0, 1)
+    def forward(self, x_tBD: Tensor, gates: Sequence[Tensor] = (), shift_BZ: Tensor | None = None) -> Tensor:
+        """Return the outputs (B, Z) of (t, B, D), a logit a task where all are binary.
+
+        Args:
+            x_tBD: the shared layer's output of each task.
+            gates: (t, B, width) factors of the input of each layer of the towers, where ``config.personal`` asks for
+                them.
+            shift_BZ: (B, Z), what the network of ``config.domain_dim`` adds to the logits.
+        """
+        each = (1,) * self.num_tasks
+        if gates:
+            layers = self.towers if isinstance(self.towers, nn.ModuleList) else ()
+            for layer, gate_tBD in zip(layers, gates[:-1], strict=True):
+                x_tBD = layer(x_tBD * gate_tBD, "each", each).transpose(0, 1)
+            x_tBD = x_tBD * gates[-1]
+        elif self.towers is not None:
+            x_tBD = self.towers(x_tBD, "each", each).transpose(0, 1)
         z_tBW = torch.baddbmm(self.bias, x_tBD, self.weight)
         if self.outputs.all_binary:
-            return z_tBW.squeeze(-1).t()
-        parts = zip(z_tBW, self.outputs.kinds, strict=True)
-        return torch.cat([z_BW[:, : kind.width] for z_BW, kind in parts], dim=1)
+            z_BZ = z_tBW.squeeze(-1).t()
+        else:
+            parts = zip(z_tBW, self.outputs.kinds, strict=True)
+            z_BZ = torch.cat([z_BW[:, : kind.width] for z_BW, kind in parts], dim=1)
+        return z_BZ if shift_BZ is None else z_BZ + shift_BZ
 
     def losses(self, logits_Bt: Tensor) -> Mapping[str, Tensor]:
         """Return the head's own weighted losses by name, () each."""
@@ -193,8 +244,8 @@ class ESMM(Head):
         before = [1.0, *positives[:-1]]
         return [p / b if b > 0 else p for p, b in zip(positives, before, strict=True)]
 
-    def forward(self, x_tBD: Tensor) -> Tensor:
-        step_tB = super().forward(x_tBD).t()
+    def forward(self, x_tBD: Tensor, gates: Sequence[Tensor] = (), shift_BZ: Tensor | None = None) -> Tensor:
+        step_tB = super().forward(x_tBD, gates, shift_BZ).t()
         so_far = [step_tB[0]]
         for z_B in step_tB[1:]:
             so_far.append(and_logit(so_far[-1], z_B))
@@ -217,19 +268,12 @@ class AITM(Head):
     sqrt(D))``, where v, k and s are linear; ``z_1 = q_1``. The towers read z.
     """
 
-    def __init__(
-        self,
-        config: HeadConfig,
-        dim: int,
-        num_tasks: int,
-        positives: Sequence[float] = (),
-        targets: Sequence[Target] = (),
-    ) -> None:
-        super().__init__(config, dim, num_tasks, positives, targets)
-        self.transfer_weight, self.transfer_bias = linear_init(num_tasks - 1, dim, dim)
-        self.attention_weight, _ = linear_init(num_tasks - 1, dim, 3 * dim)
+    def _make_parts(self, dim: int) -> None:
+        num_transfers = self.num_tasks - 1
+        self.transfer_weight, self.transfer_bias = linear_init(num_transfers, dim, dim)
+        self.attention_weight, _ = linear_init(num_transfers, dim, 3 * dim)
 
-    def forward(self, x_tBD: Tensor) -> Tensor:
+    def forward(self, x_tBD: Tensor, gates: Sequence[Tensor] = (), shift_BZ: Tensor | None = None) -> Tensor:
         z_BD = x_tBD[0]
         z_tBD = [z_BD]
         for t in range(1, self.num_tasks):
@@ -239,7 +283,7 @@ class AITM(Head):
             w_B2 = ((k * s).sum(-1) / math.sqrt(v.shape[-1])).softmax(-1)
             z_BD = (w_B2.unsqueeze(-1) * v).sum(1)
             z_tBD.append(z_BD)
-        return super().forward(torch.stack(z_tBD))
+        return super().forward(torch.stack(z_tBD), gates, shift_BZ)
 
     def losses(self, logits_Bt: Tensor) -> Mapping[str, Tensor]:
         if not self.config.calibrator_weight:

@@ -111,6 +111,7 @@ SHARED = [
     core.OMoE(3, core.MLP((4,))),
     core.CGC(2, core.MLP((4,)), num_task_experts=1),
     core.PLE(2, core.MLP((4,)), num_task_experts=1),
+    core.HoME(2, core.MLP((4,)), categories=(0, 1)),
     core.MMoE(8, core.MLP((4,)), router=core.TokenChoice(top_k=2)),
     BOTTOM,
     SingleTask(expert=core.MLP((6, 5))),
@@ -171,6 +172,17 @@ def test_domains_reach_the_gates():
     assert (model(rows) != model(moved)).all(dim=1).all()
     with pytest.raises(ValueError, match="the model knows 3 domains, and the batch has no domain_B"):
         model(batch())
+
+
+@pytest.mark.parametrize(
+    "shared", [core.M3oE(2, core.MLP((4,))), core.STAR(expert=core.MLP((4,)))], ids=["M3oE", "STAR"]
+)
+def test_layers_of_domains_train_and_need_domains(shared):
+    model, rows = build(shared, of=features(num_domains=3)), batch(num_domains=3)
+    model(rows).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with pytest.raises(ValueError, match=f"{type(shared).__name__} needs num_domains, which is 0"):
+        build(shared)
 
 
 def test_one_kind_of_columns_is_enough():
