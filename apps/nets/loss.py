@@ -22,7 +22,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h_TD: Tensor, weight_VD: Tensor, target_T: Tensor, smoothing: float, dtype: torch.dtype
+        ctx: Any,
+        h_TD: Tensor,
+        weight_VD: Tensor,
+        target_T: Tensor,
+        smoothing: float,
+        left_out_TX: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
         T, V = len(h_TD), len(weight_VD)
         h_dtype, weight_dtype = h_TD.dtype, weight_VD.dtype
@@ -40,9 +46,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h_tD, target_t1 = h_TD[start : start + rows], target_T[start : start + rows, None]
             logits_tV, p_tV = logits_rV[: len(h_tD)], p_rV[: len(h_tD)]
             mm(h_tD, weight_DV, out=logits_tV)
+            target_logit_t1 = logits_tV.gather(1, target_t1)
+            if left_out_TX is not None:
+                left_out_tX = left_out_TX[start : start + rows]
+                logits_tV.scatter_(1, torch.where(left_out_tX < 0, target_t1, left_out_tX), -torch.inf)
+                logits_tV.scatter_(1, target_t1, target_logit_t1)
             torch.softmax(logits_tV, -1, out=p_tV)  # float32 inside, whatever goes in and out
-            own_t1 = logits_tV.gather(1, target_t1).to(exact)
-            total += (_log_sum(logits_tV, p_tV) - (1 - smoothing) * own_t1).sum()
+            total += (_log_sum(logits_tV, p_tV) - (1 - smoothing) * target_logit_t1.to(exact)).sum()
             if not (wants_h or wants_weight):
                 continue
             d_tV = p_tV.scatter_add_(1, target_t1, torch.full_like(target_t1, smoothing - 1, dtype=dtype))
@@ -66,9 +76,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         scaled = (None if g is None else g * grad.to(g.dtype) for g in ctx.grads)
-        return *scaled, None, None, None  # type: ignore[return-value]
+        return *scaled, None, None, None, None  # type: ignore[return-value]
 
 
 def _log_sum(logits_tV: Tensor, p_tV: Tensor) -> Tensor:
@@ -78,7 +88,13 @@ def _log_sum(logits_tV: Tensor, p_tV: Tensor) -> Tensor:
     return top_t1 - p_top_t1.log()
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def linear_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    label_smoothing: float = 0.0,
+    left_out: Tensor | None = None,
+) -> Tensor:
     """Return the mean over the rows of ``-sum_v q_v log softmax(h W^T)_v``, in chunks of rows; 0 without rows.
 
     q is ``1 - label_smoothing`` at the target, and ``label_smoothing / V`` more everywhere. Under autocast the products
@@ -89,13 +105,16 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, label_smooth
         weight: (V, D).
         target: int64 (T,), in ``range(V)``.
         label_smoothing: share of the target spread evenly over the vocabulary.
+        left_out: int64 (T, X), columns that are no candidates of a row, so that its softmax leaves them out; -1 names
+            none, and a row's target is a candidate always. It goes with ``label_smoothing=0`` alone.
 
     Returns:
         (), float32, or float64 where ``h`` is.
     """
+    assert left_out is None or label_smoothing == 0
     dtype = _dtype_of_products(h, weight)
     with torch.autocast(h.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(h, weight, target, label_smoothing, dtype)
+        return _LinearCrossEntropy.apply(h, weight, target, label_smoothing, left_out, dtype)
 
 
 def _dtype_of_products(h: Tensor, weight: Tensor) -> torch.dtype:

@@ -47,6 +47,24 @@ def test_value_and_gradients_are_those_of_the_plain_loss(elements, smoothing, mo
         assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("elements", [1, 50, 2**21], ids=["row_by_row", "chunks_of_4", "at_once"])
+def test_left_out_columns_are_no_candidates(elements, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
+    h, weight, target = inputs()
+    left_out = torch.randint(-1, 11, (37, 4), generator=torch.Generator().manual_seed(1))
+    left_out[:3] = torch.tensor([[-1] * 4, [int(target[1])] * 4, [0, 0, 5, -1]])  # none; the target alone; one twice
+    hidden = torch.zeros(37, 11, dtype=torch.bool)
+    for row, columns in enumerate(left_out.tolist()):
+        hidden[row, [column for column in columns if column >= 0 and column != int(target[row])]] = True
+    cost = linear_cross_entropy(h, weight, target, left_out=left_out)
+    plain = F.cross_entropy((h @ weight.t()).masked_fill(hidden, -math.inf), target)
+    assert_close(cost, plain, rtol=0, atol=1e-12)
+    for ours, theirs in zip(
+        torch.autograd.grad(cost, (h, weight)), torch.autograd.grad(plain, (h, weight)), strict=True
+    ):
+        assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
 def test_the_gradient_is_that_of_finite_differences():
     h, weight, target = inputs(T=5, D=3, V=4)
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, target, 0.2), (h, weight))
