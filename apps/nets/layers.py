@@ -47,7 +47,7 @@ class Layer(nn.Module):
 
     Args:
         config: the transformer.
-        ffn: FFN or MoE layer.
+        ffn: FFN or MoE layer; None: the layer has none.
         cross: there is a memory.
         mixing: stands in place of self-attention, under its interface; None: self-attention.
         depth_gate: chooses the tokens that enter the layer; None: all of them do.
@@ -56,7 +56,7 @@ class Layer(nn.Module):
     def __init__(
         self,
         config: TransformerConfig,
-        ffn: nn.Module,
+        ffn: nn.Module | None,
         *,
         cross: bool = False,
         mixing: nn.Module | None = None,
@@ -69,7 +69,8 @@ class Layer(nn.Module):
         self.mixing: Any = SelfAttention(config) if mixing is None else mixing
         self.cross_norm = build_norm(config) if cross else None
         self.cross_attn = CrossAttention(config) if cross else None
-        self.ffn_norm, self.ffn = build_norm(config), ffn
+        self.ffn_norm = None if ffn is None else build_norm(config)
+        self.ffn = ffn
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, given: Pass, seen: Tensor | None = None) -> Tensor:
@@ -110,7 +111,9 @@ class Layer(nn.Module):
         return x_BLD + self.dropout(attention(norm(x_BLD), given.memory_BSD, given.memory_mask))
 
     def feed(self, x: Tensor, given: Pass) -> Tensor:
-        """Return x with the FFN or MoE layer added."""
+        """Return x with the FFN or MoE layer added, where there is one."""
+        if self.ffn is None or self.ffn_norm is None:
+            return x
         return x + self.dropout(feed(self.ffn, self.ffn_norm(x), given.context, given.packing))
 
     def cross_weights(self, x_BLD: Tensor, given: Pass) -> Tensor:
@@ -156,6 +159,8 @@ class Layer(nn.Module):
         if cache.memory is not None:
             norm, attention = self._cross()
             x_RD = x_RD + attention.step(norm(x_RD), cache.memory[index], cache.copies, cache.memory_bias)
+        if self.ffn is None or self.ffn_norm is None:
+            return x_RD
         return x_RD + feed(self.ffn, self.ffn_norm(x_RD).unsqueeze(1), given.context).squeeze(1)
 
 

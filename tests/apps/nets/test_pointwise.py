@@ -1,0 +1,119 @@
+"""HSTU's attention: the published equations one position at a time, and what a softmax would not do."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import core
+from apps.nets.attention import Mask, self_mask
+from apps.nets.config import TransformerConfig
+from apps.nets.packing import Packing
+from apps.nets.pair_bias import PairBias
+from apps.nets.pointwise import PointwiseAttention
+
+LENGTHS = (5, 3, 1)
+
+
+def build(dim=6, heads=2, max_length=8):
+    torch.manual_seed(0)
+    config = TransformerConfig(dim=dim, num_heads=heads, positions="none")
+    return PointwiseAttention(config, max_length).double()
+
+
+def packed():
+    valid_BL = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    return Packing.of(valid_BL)[0]
+
+
+def slow(layer, x_SD, bias_HSS):
+    """Equations 1 to 3 of arXiv 2402.17152, a head, a query and a key at a time."""
+    S, D = x_SD.shape
+    d = D // layer.num_heads
+    u, v, q, k = F.silu(x_SD @ layer.uvqk.weight.t() + layer.uvqk.bias).split(D, dim=1)
+    rows = []
+    for t in range(S):
+        heads = []
+        for h in range(layer.num_heads):
+            own, y_d = slice(h * d, h * d + d), torch.zeros(d, dtype=x_SD.dtype)
+            for s in range(t + 1):
+                score = (q[t, own] @ k[s, own]) / math.sqrt(d) + bias_HSS[h, t, s]
+                y_d = y_d + score * torch.sigmoid(score) / layer.max_length * v[s, own]
+            heads.append(y_d)
+        y_D = torch.cat(heads)
+        y_D = (y_D - y_D.mean()) / torch.sqrt(y_D.var(unbiased=False) + layer.norm.eps)
+        rows.append((y_D * layer.norm.weight + layer.norm.bias) * u[t])
+    return torch.stack(rows) @ layer.out.weight.t() + layer.out.bias
+
+
+def test_it_is_the_slow_loop_in_output_and_gradients():
+    layer, bias, packing = build(), PairBias(2, 8, 16).double(), packed()
+    with torch.no_grad():
+        for parameter in (bias.distance_bias, bias.time_bias, layer.norm.weight):
+            parameter.normal_()
+    seconds = torch.tensor([[0, 0, 9, 70, 900], [3, 4, 5, 0, 0], [8, 0, 0, 0, 0]])
+    x_TD = torch.randn(sum(LENGTHS), 6, dtype=torch.float64, requires_grad=True)
+    wanted = (x_TD, *layer.parameters(), *bias.parameters())
+    mask = bias.mask(x_TD.new_empty(3, 5, 0), seconds)
+    y_TD = layer(x_TD, mask, packing=packing)
+    bias_BHLL = mask.bias.unflatten(0, (3, 2))
+    parts = zip(x_TD.split(LENGTHS), bias_BHLL, strict=True)
+    expected = torch.cat([slow(layer, x_SD, bias_HLL[:, : len(x_SD), : len(x_SD)]) for x_SD, bias_HLL in parts])
+    assert_close(y_TD, expected, rtol=1e-10, atol=1e-12)
+    weight = torch.randn_like(y_TD)
+    ours, theirs = (torch.autograd.grad((y * weight).sum(), wanted, retain_graph=True) for y in (y_TD, expected))
+    for name, one, other in zip(range(len(wanted)), ours, theirs, strict=True):
+        assert_close(one, other, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_rows_without_padding_are_those_of_the_packing():
+    layer, packing = build(), packed()
+    x_TD = torch.randn(sum(LENGTHS), 6, dtype=torch.float64)
+    mask = self_mask(x_TD.new_empty(3, 5, 0), 2, valid_BL=None, causal=True, relative_HLL=None)
+    with torch.no_grad():
+        assert_close(packing.pack(layer(packing.pad(x_TD), mask)), layer(x_TD, mask, packing=packing))
+        # What a GPU takes: a mask that says "causal" and holds no bias.
+        assert_close(layer(x_TD, Mask(causal=True), packing=packing), layer(x_TD, mask, packing=packing))
+
+
+def test_two_equal_keys_count_twice():
+    # A softmax would give them half each. Before the norm, a query that sees a key twice has twice its value.
+    layer = build()
+    layer.norm, layer.out = torch.nn.Identity(), torch.nn.Identity()
+    x_1D = torch.randn(1, 6, dtype=torch.float64)
+    with torch.no_grad():
+        y_2D = layer(x_1D.expand(1, 2, 6), Mask(causal=True))[0]
+        once = layer(x_1D.expand(1, 1, 6), Mask(causal=True))[0, 0]
+    assert_close(y_2D, torch.stack((once, 2 * once)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_keys_weigh_nothing(dtype):
+    layer = build().to(dtype)
+    x_BLD = torch.randn(1, 4, 6, dtype=dtype, requires_grad=True)
+    mask = self_mask(x_BLD, 2, valid_BL=None, causal=True, relative_HLL=None)
+    layer(x_BLD, mask)[0, 1].sum().backward()
+    assert x_BLD.grad.isfinite().all()
+    assert not x_BLD.grad[0, 2:].any()
+    assert x_BLD.grad[0, :2].abs().amax(-1).min() > 0
+
+
+def test_flops_by_hand():
+    # 9 tokens: u, v, q, k 2 * 6 * 24 = 288 each and the output 2 * 6 * 6 = 72; scores and sums of 3 padded rows of 5:
+    # 2 * 2 * 3 * 5 * 5 * 6 = 1,800.
+    layer, x_TD = build().float(), torch.randn(9, 6)
+    mask = self_mask(x_TD.new_empty(3, 5, 0), 2, valid_BL=None, causal=True, relative_HLL=None)
+    with torch.no_grad():
+        assert core.count_flops(layer, x_TD, mask, None, packed()) == 9 * (288 + 72) + 1800
+
+
+def test_dropout_of_the_weights_is_of_training_alone():
+    layer = build()
+    layer.dropout = 0.5
+    x_BLD = torch.randn(1, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        assert not torch.equal(layer(x_BLD, Mask(causal=True)), layer(x_BLD, Mask(causal=True)))
+        layer.eval()
+        assert torch.equal(layer(x_BLD, Mask(causal=True)), layer(x_BLD, Mask(causal=True)))
