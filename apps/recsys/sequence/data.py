@@ -48,6 +48,8 @@ class HistoryBatch(NamedTuple):
         user_B: int64 (B,), the user's place in ``HistoryData.user_names``.
         seen_BH: int64 (B, H), all items of the user before the target, also those that ``items_BS`` is too short for,
             padded with 0; None in training. An item may be in it several times.
+        seconds_BS: int64 (B, S), the time of each item of ``items_BS`` in whole seconds; None where the data have no
+            times.
     """
 
     items_BS: Tensor
@@ -55,6 +57,7 @@ class HistoryBatch(NamedTuple):
     index_B: Tensor
     user_B: Tensor
     seen_BH: Tensor | None = None
+    seconds_BS: Tensor | None = None
 
 
 class Examples(Dataset[Any]):
@@ -66,6 +69,7 @@ class Examples(Dataset[Any]):
             item is at ``end``.
         first_X: where the user's history begins, for ``seen_BH``; None in training.
         targets: "all", "last" or "none".
+        second_N: int64, the time of each item of ``item_N``; None: there are no times.
     """
 
     def __init__(
@@ -76,9 +80,10 @@ class Examples(Dataset[Any]):
         end_X: Tensor,
         first_X: Tensor | None,
         targets: Literal["all", "last", "none"],
+        second_N: Tensor | None = None,
     ) -> None:
         self.item_N, self.user_X, self.begin_X, self.end_X = item_N, user_X, begin_X, end_X
-        self.first_X, self.targets = first_X, targets
+        self.first_X, self.targets, self.second_N = first_X, targets, second_N
 
     def __len__(self) -> int:
         return len(self.user_X)
@@ -89,24 +94,26 @@ class Examples(Dataset[Any]):
     def __getitems__(self, positions: Sequence[int] | Tensor) -> HistoryBatch:
         index_B = torch.as_tensor(positions, dtype=torch.int64)
         begin_B, end_B = self.begin_X[index_B], self.end_X[index_B]
-        items_BS = self._cut(begin_B, end_B)
+        items_BS = self._cut(self.item_N, begin_B, end_B)
         if self.targets == "all":
-            targets_BS = self._cut(begin_B + 1, end_B + 1)
+            targets_BS = self._cut(self.item_N, begin_B + 1, end_B + 1)
         else:
             targets_BS = torch.zeros_like(items_BS)
         if self.targets == "last":
             targets_BS[torch.arange(len(index_B)), end_B - begin_B - 1] = self.item_N[end_B].long()
-        seen_BH = None if self.first_X is None else self._cut(self.first_X[index_B], end_B)
-        return HistoryBatch(items_BS, targets_BS, index_B, self.user_X[index_B], seen_BH)
+        seen_BH = None if self.first_X is None else self._cut(self.item_N, self.first_X[index_B], end_B)
+        seconds_BS = None if self.second_N is None else self._cut(self.second_N, begin_B, end_B)
+        return HistoryBatch(items_BS, targets_BS, index_B, self.user_X[index_B], seen_BH, seconds_BS)
 
-    def _cut(self, begin_B: Tensor, end_B: Tensor) -> Tensor:
-        """Return int64 (B, longest), ``item_N[begin:end]`` of each example and zeros after it."""
+    @staticmethod
+    def _cut(value_N: Tensor, begin_B: Tensor, end_B: Tensor) -> Tensor:
+        """Return int64 (B, longest), ``value_N[begin:end]`` of each example and zeros after it."""
         length_B = end_B - begin_B
         place_S = torch.arange(int(length_B.max()))
         inside_BS = place_S < length_B[:, None]
         # places past the end of the array are read at its end, and masked
-        at_BS = (begin_B[:, None] + place_S).clamp_(max=len(self.item_N) - 1)
-        return self.item_N[at_BS].long() * inside_BS
+        at_BS = (begin_B[:, None] + place_S).clamp_(max=len(value_N) - 1)
+        return value_N[at_BS].long() * inside_BS
 
 
 class HistoryData(SuiteData):
@@ -285,7 +292,7 @@ class HistoryData(SuiteData):
         else:
             end_X = end_U[user_X]
         begin_X = torch.maximum(begin_U[user_X], end_X - self.max_length)
-        return Examples(torch.from_numpy(data.item_N), user_X, begin_X, end_X, None, "all")
+        return self._examples(user_X, begin_X, end_X, None, "all")
 
     def _eval_examples(self, held_out: int) -> Examples:
         """Return all users' histories without their last ``held_out`` items, the first of which is the target."""
@@ -296,8 +303,19 @@ class HistoryData(SuiteData):
         first_X = begin_U[user_X]
         end_X = first_X + length_U[user_X] - held_out
         begin_X = torch.maximum(first_X, end_X - self.max_length)
-        item_N = torch.from_numpy(data.item_N)
-        return Examples(item_N, user_X, begin_X, end_X, first_X, "last" if held_out else "none")
+        return self._examples(user_X, begin_X, end_X, first_X, "last" if held_out else "none")
+
+    def _examples(
+        self,
+        user_X: Tensor,
+        begin_X: Tensor,
+        end_X: Tensor,
+        first_X: Tensor | None,
+        targets: Literal["all", "last", "none"],
+    ) -> Examples:
+        item_N, second_N = self.histories.item_N, self.histories.second_N
+        times = None if second_N is None else torch.from_numpy(second_N)
+        return Examples(torch.from_numpy(item_N), user_X, begin_X, end_X, first_X, targets, times)
 
     # ---- reading
 

@@ -69,6 +69,7 @@ class Histories:
         item_genres: the items' genres by id, entry 0 is (); empty where the data knows no genres.
         num_unknown: number of interactions left out because the model does not know their items. A user who has no
             other is kept, without items.
+        second_N: int64, the time of each interaction in whole seconds; None where the data have no times.
     """
 
     item_N: NDArray[np.int32]
@@ -77,6 +78,7 @@ class Histories:
     items: Items
     item_genres: tuple[tuple[str, ...], ...] = ()
     num_unknown: int = 0
+    second_N: NDArray[np.int64] | None = None
 
     @property
     def length_U(self) -> NDArray[np.int64]:
@@ -92,15 +94,28 @@ def write(histories: Histories, writer: ArrayWriter) -> None:
     save_texts(writer, "item_values", histories.items.values)
     save_texts(writer, "item_names", histories.items.names)
     save_texts(writer, "item_genres", map("|".join, histories.item_genres))
-    writer.finish({"num_unknown": histories.num_unknown})
+    if histories.second_N is not None:
+        writer.save("second_N", histories.second_N)
+    writer.finish({"num_unknown": histories.num_unknown, "has_times": histories.second_N is not None})
 
 
 def read(files: ArrayFiles) -> Histories:
-    """Return the histories that ``write`` wrote; the items are mapped into memory."""
+    """Return the histories that ``write`` wrote; items and times are mapped into memory."""
     users, values, names = (tuple(read_texts(files, name)) for name in ("user_names", "item_values", "item_names"))
     genres = tuple(tuple(text.split("|")) if text else () for text in read_texts(files, "item_genres"))
     item_N, offsets = files["item_N"].numpy(), files["offsets"].numpy()
-    return Histories(item_N, offsets, users, Items(values, names), genres, files.info["num_unknown"])
+    second_N = files["second_N"].numpy() if files.info["has_times"] else None
+    return Histories(item_N, offsets, users, Items(values, names), genres, files.info["num_unknown"], second_N)
+
+
+def whole_seconds(order_N: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return times, as ``encoding.numbers.to_order`` gives them, in whole seconds: int64 (N,), rounded down.
+
+    Dates are int64 microseconds there. Numbers are float64 and taken as seconds; those beyond 2^62 become 2^62.
+    """
+    if order_N.dtype == np.int64:
+        return (order_N // 1_000_000).astype(np.int64)
+    return np.floor(order_N).clip(-(2.0**62), 2.0**62).astype(np.int64)
 
 
 def build(
@@ -113,6 +128,7 @@ def build(
     names: Sequence[str],
     min_count: int,
     known: Items | None,
+    second_N: NDArray[np.int64] | None = None,
 ) -> Histories:
     """Order interactions by user and time, and number what is left of users and items.
 
@@ -128,6 +144,7 @@ def build(
         min_count: items with fewer interactions are left out, with these; counted once, after ``keep_N``.
         known: the items that a model knows: they keep their ids and names, and others are left out, but not their
             users; min_count then leaves out nothing.
+        second_N: the times in whole seconds, which the histories keep; None: they have no times.
 
     Raises:
         ValueError: nothing is left.
@@ -154,6 +171,7 @@ def build(
         user_names=tuple(users[u] for u in kept_users.tolist()),
         items=known,
         num_unknown=int((~known_n).sum()),
+        second_N=None if second_N is None else second_N[keep_N][known_n][order],
     )
 
 
@@ -173,7 +191,16 @@ def from_ratings(
     users = [str(user) for user in range(int(ratings.user_N.max()) + 1)]
     films = ["", *map(str, range(1, len(ratings.titles) + 1))]
     histories = build(
-        ratings.user_N, ratings.item_N, ratings.time_N, keep, users, films, ["", *ratings.titles], min_count, known
+        ratings.user_N,
+        ratings.item_N,
+        ratings.time_N,
+        keep,
+        users,
+        films,
+        ["", *ratings.titles],
+        min_count,
+        known,
+        second_N=ratings.time_N,
     )
     genres = dict(zip(films[1:], ratings.genres, strict=True))
     return replace(histories, item_genres=((), *(genres.get(value, ()) for value in histories.items.values[1:])))
@@ -234,7 +261,8 @@ def from_table(
         _, first = np.unique(item_N, return_index=True)
         names = [texts[code] for code in coded.codes[first].tolist()]
     try:
-        return build(user_N, item_N, order, keep, users, items, names, min_count, known)
+        seconds = None if order is None else whole_seconds(order)
+        return build(user_N, item_N, order, keep, users, items, names, min_count, known, seconds)
     except ValueError as error:
         raise ValueError(f"{files[0]}: {error}") from error
 

@@ -96,6 +96,7 @@ def test_batches_are_padded_after_the_last_item(tmp_path: Path) -> None:
     assert batch.seen_BH.tolist() == [[5, 1, 0, 0], [1, 2, 3, 4]]
     assert batch.user_B.tolist() == [0, 2]
     assert batch.index_B.tolist() == [0, 1]
+    assert batch.seconds_BS.tolist() == [[9, 9, 0, 0], [1, 2, 3, 4]]
     assert {t.dtype for t in batch} == {torch.int64}
 
 
@@ -117,6 +118,23 @@ def test_ties_keep_the_order_of_the_file(tmp_path: Path) -> None:
 def test_without_a_time_the_rows_are_in_order(tmp_path: Path) -> None:
     data = ready(write(tmp_path), time_column=None)
     assert by_user(data.predict_dataloader())[2][0] == [3, 1, 2, 4, 5]
+    assert next(iter(data.train_dataloader())).seconds_BS is None
+
+
+def test_times_of_the_items(tmp_path: Path) -> None:
+    # Times are cut as the items are, and follow a filter of interactions. Fractions of a second are rounded down.
+    data = ready(write(tmp_path, time=[t + 0.75 for t in ROWS["time"]]), max_length=2)
+    (batch,) = data.train_dataloader()
+    assert sorted(batch.seconds_BS.tolist()) == [[1, 2], [7, 0]]
+    (batch,) = data.predict_dataloader()
+    assert batch.seconds_BS.tolist() == [[9, 10], [7, 8], [4, 5], [1, 0]]
+    data = ready(write(tmp_path), min_rating=3, rating_column="stars")
+    (batch,) = data.predict_dataloader()
+    assert rows(batch.seconds_BS)[batch.user_B.tolist().index(2)] == [1, 3, 4, 5]
+    dates = [f"2024-05-31 12:00:{t:02}.5" for t in ROWS["time"]]
+    (batch,) = ready(write(tmp_path, time=dates)).predict_dataloader()
+    noon = int(datetime.datetime(2024, 5, 31, 12, tzinfo=datetime.UTC).timestamp())
+    assert (batch.seconds_BS[0, :3] - noon).tolist() == [9, 9, 10]
 
 
 def test_windows_by_hand(tmp_path: Path) -> None:
