@@ -1,9 +1,10 @@
-"""A history transformer for the next item: SASRec, or with two experts for mixing the positions, as in AdaMCT.
+"""A history transformer for the next item: SASRec, HSTU, or two experts for mixing the positions, as in AdaMCT.
 
 SASRec (arXiv 1808.09781) is a causal transformer over the items a user took, whose output is compared with the item
-embeddings. AdaMCT (arXiv 2205.08776) mixes positions by two experts, a local convolution and global attention, weighted
-by a gate in each layer. Both are ``HistoryModel``, made of the layers of ``apps.nets``; a block's FFN may be a mixture
-of experts besides. Histories are packed: only attention and the MoE layers' routers see them padded.
+embeddings. HSTU (arXiv 2402.17152) has pointwise attention with a gate in place of its attention, and no FFN. AdaMCT
+(arXiv 2205.08776) mixes positions by two experts, a local convolution and global attention, weighted by a gate in each
+layer. All are ``HistoryModel``, made of the layers of ``apps.nets``; a block's FFN may be a mixture of experts besides.
+Histories are packed: only attention and the MoE layers' routers see them padded.
 
 AdaMCT predicts the item after the last one alone, and its gate and squeeze-excitation read the whole sequence. Here
 every position predicts its successor, so all is causal: the convolution looks back, each position has its own gate, and
@@ -29,7 +30,9 @@ from apps.nets.config import TransformerConfig
 from apps.nets.layers import Layer, Pass
 from apps.nets.norms import build_norm
 from apps.nets.packing import Packing
+from apps.nets.pair_bias import PairBias
 from apps.nets.place import Place, check_fits
+from apps.nets.pointwise import PointwiseAttention
 from core.kernels import cpu
 
 EXPERTS = ("convolution", "attention")
@@ -48,8 +51,9 @@ class HistoryModelConfig:
         dim: width D of the item embeddings and of the model.
         depth: number of blocks.
         num_heads: attention heads; must divide ``dim``.
-        hidden_dim: FFN hidden dim F of the dense blocks; None: 4 * dim.
-        mixing: "mixture": convolution and attention, weighted by a gate; "attention": attention alone, as SASRec.
+        hidden_dim: FFN hidden dim F of the dense blocks; None: 4 * dim, and with "hstu" no FFN in them, as published.
+        mixing: "mixture": convolution and attention, weighted by a gate; "attention": attention alone, as SASRec;
+            "hstu": pointwise attention with a gate.
         kernel_size: items the convolution sees, the current one and those before it.
         mixing_router: weights the two experts of "mixture" for each position; it must be causal. ``core.Dense``: a
             softmax over both, which is AdaMCT's sigmoid; a router with ``top_k=1`` takes one of the two.
@@ -57,24 +61,31 @@ class HistoryModelConfig:
         embed_dropout: dropout of the embeddings.
         dropout: dropout of what each layer adds to the residual stream.
         attn_dropout: dropout of the attention weights; drawing it for L x L weights slows a CPU down.
+        distance_bias: each head adds a learned bias by the distance of two items to their attention score; None: with
+            "hstu", as published.
+        time_buckets: rows of a table of such biases by the time between two items (``apps.nets.pair_bias``); 0: none.
+            64 tell apart times up to a century, two for each doubling. The data must have times.
     """
 
     dim: int = 64
     depth: int = 2
     num_heads: int = 2
     hidden_dim: int | None = None
-    mixing: Literal["mixture", "attention"] = "mixture"
+    mixing: Literal["mixture", "attention", "hstu"] = "mixture"
     kernel_size: int = 3
     mixing_router: core.RouterConfig = _DENSE
     mixing_balance: core.Balance = _UNBALANCED
     embed_dropout: float = 0.2
     dropout: float = 0.2
     attn_dropout: float = 0.0
+    distance_bias: bool | None = None
+    time_buckets: int = 0
 
     def __post_init__(self) -> None:
         names = ("dim", "depth", "num_heads", "kernel_size", "hidden_dim")
         check_at_least(1, **{name: getattr(self, name) for name in names})
-        check_name("mixing", self.mixing, ("mixture", "attention"))
+        check_at_least(0, time_buckets=self.time_buckets)
+        check_name("mixing", self.mixing, ("mixture", "attention", "hstu"))
         _ = self.transformer  # checks what the transformers have in common
         if self.mixing == "mixture":
             router = self.mixing_router
@@ -99,12 +110,32 @@ class HistoryModelConfig:
             embed_dropout=self.embed_dropout,
         )
 
-    def mixture_flops_per_token(self) -> int:
-        """Return the forward FLOPs a token that "mixture" costs beside attention, two a multiply-add, in one block."""
+    @property
+    def dense_ffn(self) -> core.DenseFFN | None:
+        """The FFN of the dense blocks; None: they have none."""
+        return None if self.mixing == "hstu" and self.hidden_dim is None else self.transformer.dense_ffn
+
+    @property
+    def has_pair_bias(self) -> bool:
+        """Attention scores have biases by distance, or by distance and time."""
+        by_distance = self.mixing == "hstu" if self.distance_bias is None else self.distance_bias
+        return by_distance or self.time_buckets > 0
+
+    def extra_flops_per_token(self) -> int:
+        """Return the forward FLOPs a token that the mixing costs beside attention in a block, two a multiply-add."""
+        if self.mixing == "hstu":
+            return 2 * self.dim**2  # u
+        if self.mixing == "attention":
+            return 0
         return 2 * self.kernel_size * self.dim**2 + self.mixing_router.flops_per_token(self.dim, len(EXPERTS))
 
-    def mixture_params(self) -> int:
-        """Return the parameters that "mixture" has beside attention's in one block: convolution, two norms, gate."""
+    def extra_params(self) -> int:
+        """Return the parameters that the mixing has beside attention's in a block: of HSTU u and a norm, of the
+        mixture convolution, two norms and the gate."""
+        if self.mixing == "hstu":
+            return self.dim**2 + self.dim + 2 * self.dim
+        if self.mixing == "attention":
+            return 0
         conv = self.kernel_size * self.dim**2 + self.dim
         return conv + 4 * self.dim + self.mixing_router.num_params(self.dim, len(EXPERTS))
 
@@ -115,6 +146,13 @@ def self_attention(config: HistoryModelConfig, *, project: bool = True) -> SelfA
     On a CPU fused attention gains nothing at some hundred positions, and loses at some ten.
     """
     return SelfAttention(config.transformer, project=project, fused=False)
+
+
+def build_mixing(config: HistoryModelConfig, max_length: int) -> nn.Module:
+    """Return what mixes the positions in a block."""
+    if config.mixing == "mixture":
+        return TokenMixing(config)
+    return PointwiseAttention(config.transformer, max_length) if config.mixing == "hstu" else self_attention(config)
 
 
 class CausalConvolution(nn.Module):
@@ -232,11 +270,15 @@ class HistoryModel(nn.Module):
         self.item_embed = nn.Embedding(num_items + 1, config.dim, padding_idx=0)
         self.pos_embed = nn.Embedding(max_length, config.dim)
         self.embed_dropout = nn.Dropout(config.embed_dropout)
-        transformer, mix = config.transformer, TokenMixing if config.mixing == "mixture" else self_attention
+        transformer, dense = config.transformer, config.dense_ffn
+        self.pair_bias: PairBias | None = None
+        if config.has_pair_bias:
+            self.pair_bias = PairBias(config.num_heads, max_length, config.time_buckets)
         self.blocks = nn.ModuleList()
-        for chosen in ffn_configs(transformer.dense_ffn, config.depth, ffn, self.moe_blocks):
-            block_ffn = chosen.build(config.dim, causal=True)
-            self.blocks.append(Layer(transformer, block_ffn, mixing=mix(config)))
+        for i, chosen in enumerate(ffn_configs(transformer.dense_ffn, config.depth, ffn, self.moe_blocks)):
+            has_ffn = dense is not None or (ffn is not None and i in self.moe_blocks)
+            block_ffn = chosen.build(config.dim, causal=True) if has_ffn else None
+            self.blocks.append(Layer(transformer, block_ffn, mixing=build_mixing(config, max_length)))
         self.norm = build_norm(transformer)
         self.reset_parameters()
 
@@ -254,22 +296,27 @@ class HistoryModel(nn.Module):
         with torch.no_grad():
             self.item_embed.weight[0] = 0.0
 
-    def encode(self, items_BS: Tensor) -> tuple[Tensor, Packing, Tensor]:
+    def encode(self, items_BS: Tensor, seconds_BS: Tensor | None = None) -> tuple[Tensor, Packing, Tensor]:
         """Return the last layer's output at each real item.
 
         Args:
             items_BS: int64 (B, S) item ids, 0 for padding, which may stand anywhere.
+            seconds_BS: int64 (B, S), their times in whole seconds, ascending, for ``time_buckets``; None: the items of
+                a history were taken at one time.
 
         Returns:
             (T, D) normed output, the packing of the T real items, and their int64 (T,) indices in the flattened
             ``items_BS``.
 
         Raises:
-            ValueError: an id is negative or beyond ``num_items``, or a history is longer than ``max_length``.
+            ValueError: an id is negative or beyond ``num_items``, a history is longer than ``max_length``, or the times
+                have another shape than the items.
         """
         if items_BS.ndim != 2 or items_BS.is_floating_point():
             raise ValueError(f"items are {items_BS.dtype} of shape {tuple(items_BS.shape)}, not integers (B, S)")
         check_ids(items_BS, self.num_items, "item", "padding")
+        if seconds_BS is not None and seconds_BS.shape != items_BS.shape:
+            raise ValueError(f"times of shape {tuple(seconds_BS.shape)} are not of the items {tuple(items_BS.shape)}")
         packing, index_T = Packing.of(items_BS > 0)
         if packing.length > self.max_length:
             raise ValueError(f"a history of {packing.length} items is longer than max_length={self.max_length}")
@@ -279,13 +326,20 @@ class HistoryModel(nn.Module):
         )
         x_TD = self.item_embed(items_T) * math.sqrt(self.config.dim) + self.pos_embed(packing.position_T)
         x_TD = self.embed_dropout(x_TD)
-        # Rows are filled from the left, so the causal mask keeps padding from every real query.
-        like_BL0 = x_TD.new_empty(packing.num_rows, packing.length, 0)
-        mask = self_mask(like_BL0, self.config.num_heads, valid_BL=None, causal=True, relative_HLL=None)
-        given = Pass(mask, context, packing=packing)
+        given = Pass(self._mask(x_TD, packing, index_T, seconds_BS), context, packing=packing)
         for block in self.blocks:
             x_TD = block(x_TD, given)
         return self.norm(x_TD), packing, index_T
+
+    def _mask(self, x_TD: Tensor, packing: Packing, index_T: Tensor, seconds_BS: Tensor | None) -> Mask:
+        """Return the mask of all layers. Rows are filled from the left, so it keeps padding from every real query."""
+        like_BL0 = x_TD.new_empty(packing.num_rows, packing.length, 0)
+        if self.pair_bias is None:
+            return self_mask(like_BL0, self.config.num_heads, valid_BL=None, causal=True, relative_HLL=None)
+        seconds_BL = None
+        if seconds_BS is not None and self.config.time_buckets:
+            seconds_BL = packing.pad(seconds_BS.flatten()[index_T][:, None]).squeeze(-1)
+        return self.pair_bias.mask(like_BL0, seconds_BL)
 
     @property
     def output_weight(self) -> Tensor:
@@ -300,12 +354,12 @@ class HistoryModel(nn.Module):
             logits_BV = cpu.linear(h_BD, self.output_weight.to(h_BD.dtype))
         return F.pad(logits_BV, (1, 0), value=-math.inf)
 
-    def forward(self, items_BS: Tensor) -> Tensor:
+    def forward(self, items_BS: Tensor, seconds_BS: Tensor | None = None) -> Tensor:
         """Map histories (B, S) to scores (B, num_items + 1) of the item after the last one; see ``encode``.
 
         A history without any item scores all items 0.
         """
-        h_TD, packing, _ = self.encode(items_BS)
+        h_TD, packing, _ = self.encode(items_BS, seconds_BS)
         return self.scores(last_of(h_TD, packing))
 
 

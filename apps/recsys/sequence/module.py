@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, Rout
 from apps.equal_cost.twins import DenseTwin, baselines_of, equal_widths
 from apps.nets.blocks import FFNConfig, one_ffn
 from apps.nets.loss import OutputLogits, linear_cross_entropy
+from apps.nets.packing import Packing
 from apps.nets.place import Place, check_fits, check_layers
 from apps.recsys.metrics import CUTOFF, RankingMetrics, target_ranks
 from apps.recsys.sequence import scoring
@@ -77,6 +79,9 @@ class NextItemRecommender(SparseModule, Comparable):
         grow: trained model of fewer experts with whose weights a training begins; None: none.
         distil: trained model whose predictions a training learns beside the next items; None: none.
         report: what a test writes besides the metrics; None: nothing.
+        train_unseen: whether the softmax of the loss leaves out the items that the history has before, at each
+            position, as ``exclude_seen`` does in evaluation. For data whose users take an item once: the model need
+            not learn which items were seen. A target that the history has before stays a candidate.
 
     Raises:
         ValueError: a value is out of its range, or the parts do not fit together.
@@ -106,6 +111,7 @@ class NextItemRecommender(SparseModule, Comparable):
         grow: GrowConfig | None = None,
         distil: DistilConfig | None = None,
         report: NextItemReportConfig | None = _REPORT,
+        train_unseen: bool = False,
     ) -> None:
         sequence = from_plain(sequence, HistoryModelConfig, "sequence")
         moe, dense_ffn = from_plain(moe, core.MoEConfig, "moe"), from_plain(dense_ffn, core.DenseFFN, "dense_ffn")
@@ -116,7 +122,7 @@ class NextItemRecommender(SparseModule, Comparable):
         self.report = from_plain(report, NextItemReportConfig, "report")
         self.sequence, self.moe, self.moe_blocks = sequence or HistoryModelConfig(), moe, moe_blocks
         self.num_items, self.max_length = num_items, max_length
-        self.exclude_seen, self.top_k = exclude_seen, top_k
+        self.exclude_seen, self.top_k, self.train_unseen = exclude_seen, top_k, train_unseen
         self.place = Place(type(self).__name__, ("token_ids_BS",), is_causal=True)
         if moe is not None:
             check_fits(self.place, moe.router, moe.balance)
@@ -129,9 +135,9 @@ class NextItemRecommender(SparseModule, Comparable):
         )
         check_layers(self.place, self.model)
 
-    def forward(self, items: Tensor) -> Tensor:
+    def forward(self, items: Tensor, seconds: Tensor | None = None) -> Tensor:
         """Map item ids (B, S), 0 for padding, to scores (B, num_items + 1) of the next item; see ``HistoryModel``."""
-        return self.model(items)
+        return self.model(items, seconds)
 
     def task_loss(self, batch: Any) -> TaskOutput:
         """Return the mean cross-entropy of the targets, over the positions that have one; padding has none.
@@ -139,13 +145,14 @@ class NextItemRecommender(SparseModule, Comparable):
         In evaluation ``outputs`` are the scores after each history's last item and ``targets`` the item that followed
         it; histories without such an item are left out.
         """
-        h_TD, packing, index_T = self.model.encode(batch.items_BS)
+        h_TD, packing, index_T = self.model.encode(*self.example_inputs(batch))
         target_T = batch.targets_BS.flatten()[index_T]
         check_ids(batch.targets_BS, self.num_items, "target", "none")
         has_T = target_T > 0
         rows = _rows(has_T)
         predicted = OutputLogits(h_TD[rows], self.model.output_weight)
-        loss = linear_cross_entropy(predicted.h_TD, predicted.weight_VD, target_T[rows] - 1)
+        seen = _seen_columns(batch.items_BS, packing, index_T)[rows] if self.train_unseen else None
+        loss = linear_cross_entropy(predicted.h_TD, predicted.weight_VD, target_T[rows] - 1, left_out=seen)
         if self.training:
             return TaskOutput(loss, None, None, len(batch.items_BS), distribution=predicted)
         kept_B = packing.last_B >= 0
@@ -156,8 +163,14 @@ class NextItemRecommender(SparseModule, Comparable):
         return TaskOutput(loss, scores_BI, last_target_B[kept_B], len(batch.items_BS))
 
     def distribution(self, batch: Any) -> OutputLogits:
-        """Return the logits of all items at the positions that have a target."""
-        h_TD, _, index_T = self.model.encode(batch.items_BS)
+        """Return the logits of all items at the positions that have a target.
+
+        Raises:
+            ValueError: with ``train_unseen`` those of seen items mean nothing.
+        """
+        if self.train_unseen:
+            raise ValueError("train_unseen=True leaves logits of seen items untrained: distil with train_unseen=False")
+        h_TD, _, index_T = self.model.encode(*self.example_inputs(batch))
         return OutputLogits(h_TD[_rows(batch.targets_BS.flatten()[index_T] > 0)], self.model.output_weight)
 
     def _candidates(self, scores_BI: Tensor, batch: Any) -> Tensor:
@@ -167,8 +180,21 @@ class NextItemRecommender(SparseModule, Comparable):
         seen_BH = getattr(batch, "seen_BH", None)
         return scores_BI.scatter(1, batch.items_BS if seen_BH is None else seen_BH, -math.inf)
 
-    def example_inputs(self, batch: Any) -> tuple[Tensor]:
-        return (batch.items_BS,)
+    def example_inputs(self, batch: Any) -> tuple[Tensor, ...]:
+        """Return the items of the histories, and their times where the model reads them.
+
+        Raises:
+            ValueError: it does, and the data have none.
+        """
+        if not self.sequence.time_buckets:
+            return (batch.items_BS,)
+        seconds_BS = getattr(batch, "seconds_BS", None)
+        if seconds_BS is None:
+            raise ValueError(
+                f"sequence.time_buckets={self.sequence.time_buckets} needs the times of the items, and the data have "
+                "none: give data.time_column, or time_buckets=0"
+            )
+        return batch.items_BS, seconds_BS
 
     def cost_unit(self, batch: Any) -> str:
         items = int((batch.items_BS > 0).sum()) / len(batch.items_BS)
@@ -240,28 +266,32 @@ class NextItemRecommender(SparseModule, Comparable):
 
     @property
     def moe_block_names(self) -> tuple[str, ...]:
-        """The blocks in which SASRec differs: the mixing of positions in all blocks, and the FFNs of ``moe_blocks``."""
-        mixture = self.sequence.mixing == "mixture"
-        mixings = [f"model.blocks.{i}.mixing" for i in range(self.sequence.depth)] if mixture else []
-        ffns = [f"model.blocks.{i}.ffn" for i in self.model.moe_blocks] if mixture or self.moe else []
-        return (*mixings, *ffns)
+        """The blocks in which a baseline differs: the FFNs of ``moe_blocks`` and, where it is not attention, the mixing
+        of positions in all blocks."""
+        mixing = self.sequence.mixing
+        if self.moe is None and mixing != "mixture":
+            return ()
+        mixings = [] if mixing == "attention" else [f"model.blocks.{i}.mixing" for i in range(self.sequence.depth)]
+        return (*mixings, *(f"model.blocks.{i}.ffn" for i in self.model.moe_blocks))
 
     def baselines(self) -> Mapping[str, Baseline]:
-        """Return SASRec of equal active FLOPs and of equal parameters, with attention alone and dense FFNs.
+        """Return SASRec of equal active FLOPs and of equal parameters, with attention alone and dense FFNs; of HSTU
+        before them HSTU with dense FFNs.
 
-        The FFNs of ``moe_blocks`` are so wide that they make up for the experts and, where there is one, for the
-        convolution with its gate.
+        The FFNs of ``moe_blocks`` are so wide that they make up for the experts and, beside SASRec, for what the mixing
+        costs more than attention. SASRec stands beside HSTU where every block has an FFN.
         """
         if not self.moe_block_names:
             return {}
-        dense, attention = self.sequence.transformer.dense_ffn, dataclasses.replace(self.sequence, mixing="attention")
-
-        def build(width: int) -> DenseTwin:
-            return DenseTwin(self, dataclasses.replace(dense, hidden_dim=width), {"sequence": attention})
-
+        baselines: dict[str, Baseline] = {}
         widths = baseline_widths(self.sequence, self.moe, len(self.model.moe_blocks), self.max_length)
-        says = f"attention and dense FFNs, hidden dim {{width}} in moe_blocks, {dense.hidden_dim} elsewhere"
-        return baselines_of(widths, build, says)
+        for prefix, sequence in dense_sequences(self.sequence, len(self.model.moe_blocks)).items():
+            own = {name: width for name, width in widths.items() if name.startswith(prefix)}
+            elsewhere = "none" if sequence.dense_ffn is None else sequence.dense_ffn.hidden_dim
+            mixing = "pointwise attention" if sequence.mixing == "hstu" else "attention"
+            says = f"{mixing} and dense FFNs, hidden dim {{width}} in moe_blocks, {elsewhere} elsewhere"
+            baselines |= baselines_of(own, partial(_dense_twin, self, sequence), says)
+        return baselines
 
     def routed_layers(self) -> RoutedLayers | None:
         if self.moe is None:
@@ -272,17 +302,42 @@ class NextItemRecommender(SparseModule, Comparable):
         return self.twin(moe=moe, dense_ffn=None)
 
 
+def _seen_columns(items_BS: Tensor, packing: Packing, index_T: Tensor) -> Tensor:
+    """Return int64 (T, L), the columns of the output of each position's items so far, and -1 after them."""
+    items_BL = packing.pad(items_BS.flatten()[index_T][:, None]).squeeze(-1)
+    later_TL = torch.arange(packing.length, device=items_BL.device) > packing.position_T[:, None]
+    return (items_BL - 1)[packing.slot_T // packing.length].masked_fill_(later_TL, -1)
+
+
 def _rows(has_T: Tensor) -> Tensor | slice:
     """Return an index of the marked rows; where all are, a slice, which copies nothing."""
     return slice(None) if bool(has_T.all()) else has_T
 
 
+def _dense_twin(sparse: NextItemRecommender, sequence: HistoryModelConfig, width: int) -> DenseTwin:
+    """Return what makes ``sparse`` with the transformer ``sequence`` and dense FFNs of ``width`` in ``moe_blocks``."""
+    ffn = dataclasses.replace(sequence.transformer.dense_ffn, hidden_dim=width)
+    return DenseTwin(sparse, ffn, {"sequence": sequence})
+
+
+def dense_sequences(config: HistoryModelConfig, num_moe_blocks: int) -> dict[str, HistoryModelConfig]:
+    """Return the transformers of the baselines by the begin of their names: "sasrec", of HSTU "hstu" before it.
+
+    SASRec has the biases of scores that ``config`` has. HSTU whose other blocks have no FFN has no SASRec beside it.
+    """
+    sasrec = dataclasses.replace(config, mixing="attention", distance_bias=config.has_pair_bias)
+    if config.mixing != "hstu":
+        return {"sasrec": sasrec}
+    has_ffns = config.dense_ffn is not None or num_moe_blocks == config.depth
+    return {"hstu": config, "sasrec": sasrec} if has_ffns else {"hstu": config}
+
+
 def baseline_widths(
     config: HistoryModelConfig, moe: core.MoEConfig | None, num_moe_blocks: int, tokens_per_sequence: int | None = None
 ) -> dict[str, SolvedWidth]:
-    """Return the FFN hidden dims with which SASRec costs what ``config`` with ``moe`` does.
+    """Return the FFN hidden dims with which the dense baselines cost what ``config`` with ``moe`` does.
 
-    The FFNs of ``moe_blocks`` also make up for what "mixture" costs beside attention, in all blocks.
+    The FFNs of ``moe_blocks`` also make up for what the mixing costs beside SASRec's attention, in all blocks.
 
     Args:
         config: the model.
@@ -291,13 +346,19 @@ def baseline_widths(
         tokens_per_sequence: length of a sequence, on which some routers' cost depends.
 
     Returns:
-        "sasrec_equal_flops" and "sasrec_equal_params".
+        "sasrec_equal_flops" and "sasrec_equal_params", and of HSTU "hstu_equal_flops" and "hstu_equal_params" before
+        them; see ``dense_sequences``.
     """
     dim, dense = config.dim, config.transformer.dense_ffn
     ffn: FFNConfig = moe or dense
-    flops: float = ffn.flops_per_token(dim, tokens_per_sequence=tokens_per_sequence)
-    params: float = ffn.num_params(dim)
-    if config.mixing == "mixture":
-        flops += config.depth * config.mixture_flops_per_token() / num_moe_blocks
-        params += config.depth * config.mixture_params() / num_moe_blocks
-    return equal_widths("sasrec", dense, dim, flops, params, each=" a block")
+    flops, params = ffn.flops_per_token(dim, tokens_per_sequence=tokens_per_sequence), ffn.num_params(dim)
+    widths: dict[str, SolvedWidth] = {}
+    for prefix, sequence in dense_sequences(config, num_moe_blocks).items():
+        more_flops = config.extra_flops_per_token() - sequence.extra_flops_per_token()
+        more_params = config.extra_params() - sequence.extra_params()
+        share = config.depth / num_moe_blocks
+        own = equal_widths(
+            prefix, dense, dim, flops + share * more_flops, params + share * more_params, each=" a block"
+        )
+        widths |= own
+    return widths

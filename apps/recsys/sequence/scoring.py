@@ -15,7 +15,7 @@ from apps.data.loader import in_order
 from apps.recsys.encoding.categories import MISSING, factorize
 from apps.recsys.encoding.numbers import Part, plain, to_numbers, to_order
 from apps.recsys.sequence.data import Examples
-from apps.recsys.sequence.histories import Items
+from apps.recsys.sequence.histories import Items, whole_seconds
 from apps.recsys.tables.scoring import encoding_of, like, pieces
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def predict(model: NextItemRecommender, histories: Any, top: int, include_seen: 
     columns = {**_COLUMNS, **encoding.get("columns", {})}
     user, item = columns["user"], columns["item"]
     table = _events(histories, columns)
-    code_N, id_N, first_U = _ordered(table, columns, encoding.get("min_rating"), items.ids)
-    user_X, item_X, score_X = _best(model, id_N, code_N, len(first_U), top, include_seen, batch_size)
+    code_N, id_N, first_U, second_N = _ordered(table, columns, encoding.get("min_rating"), items.ids)
+    user_X, item_X, score_X = _best(model, id_N, code_N, len(first_U), top, include_seen, batch_size, second_N)
     result = {
         user: plain(table[user].take(first_U[user_X])),
         item: _like_items([items.values[i] for i in item_X.tolist()], table[item].type),
@@ -67,6 +67,7 @@ def _best(
     top: int,
     include_seen: bool,
     batch_size: int,
+    second_N: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """Return history, item id and score of each recommendation, by history and the best first.
 
@@ -76,6 +77,7 @@ def _best(
         history_N: the history of each, ascending.
         num: number of histories.
         top, include_seen, batch_size: see ``NextItemRecommender.predict``.
+        second_N: the times of the items in whole seconds; None: those of a history were taken at one time.
     """
     known_N = id_N > 0
     length_U = np.bincount(history_N[known_N], minlength=num)
@@ -87,10 +89,12 @@ def _best(
     ends_X = torch.from_numpy(np.cumsum(length_U))[user_X]
     first_X = ends_X - torch.from_numpy(length_U)[user_X]
     begin_X = torch.maximum(first_X, ends_X - model.max_length)
-    examples = Examples(torch.from_numpy(id_N[known_N]), user_X, begin_X, ends_X, first_X, "none")
+    times = None if second_N is None else torch.from_numpy(second_N[known_N])
+    examples = Examples(torch.from_numpy(id_N[known_N]), user_X, begin_X, ends_X, first_X, "none", times)
     parts = [(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0))]
     for batch in in_order(examples, batch_size):
-        scores_BI = model(batch.items_BS.to(model.device))
+        seconds_BS = None if batch.seconds_BS is None else batch.seconds_BS.to(model.device)
+        scores_BI = model(batch.items_BS.to(model.device), seconds_BS)
         if not include_seen:
             scores_BI = scores_BI.scatter(1, batch.seen_BH.to(scores_BI.device), -torch.inf)
         best = scores_BI.topk(min(top, model.num_items), dim=-1)
@@ -152,8 +156,9 @@ def _events(rows: Any, columns: Mapping[str, str | None]) -> pa.Table:
 
 def _ordered(
     table: pa.Table, columns: Mapping[str, str | None], min_rating: float | None, ids: Mapping[str, int]
-) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
-    """Return user and item id of each event, ordered as ``histories.build`` does, and each user's first row.
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64] | None]:
+    """Return user and item id of each event, ordered as ``histories.build`` does, each user's first row, and the time
+    of each event in whole seconds, where there are times.
 
     Users are numbered in the order in which they first occur.
     """
@@ -175,11 +180,13 @@ def _ordered(
     if columns["rating"] is not None and min_rating is not None:
         keep = to_numbers(parts(columns["rating"]), columns["rating"]) >= min_rating  # false for NaN
     by: list[NDArray[Any]] = [user.codes]
+    second_N = None
     if columns["time"] is not None:
         by.insert(0, to_order(parts(columns["time"]), columns["time"]))  # lexsort sorts by its last key first
+        second_N = whole_seconds(by[0])
     order = np.lexsort(by)
     order = order[keep[order]]
-    return user.codes[order], id_V[item.codes[order]], first_U
+    return user.codes[order], id_V[item.codes[order]], first_U, None if second_N is None else second_N[order]
 
 
 def _like_items(texts: list[str], kind: pa.DataType) -> pa.Array:

@@ -28,7 +28,9 @@ def build(mixing="mixture", moe=MOE, dtype=torch.float64, seed=0, num_items=9, m
 
 
 KINDS = pytest.mark.parametrize(
-    ("mixing", "moe"), [("attention", None), ("mixture", None), ("mixture", MOE)], ids=["sasrec", "mixture", "moe"]
+    ("mixing", "moe"),
+    [("attention", None), ("mixture", None), ("mixture", MOE), ("hstu", None), ("hstu", MOE)],
+    ids=["sasrec", "mixture", "moe", "hstu", "hstu_moe"],
 )
 
 
@@ -76,6 +78,58 @@ def test_padding_has_no_gradient(mixing, moe):
     assert not model.pos_embed.weight.grad[5:].any()
 
 
+# ---- times
+
+SECONDS = torch.tensor([[0, 0, 9, 70, 9000], [3, 4, 5, 0, 0], [8, 0, 0, 0, 0]])
+TIMED = pytest.mark.parametrize("mixing", ["attention", "mixture", "hstu"])
+
+
+def timed(mixing):
+    model = build(mixing, None, time_buckets=32)
+    with torch.no_grad():  # as it starts, times say nothing
+        model.pair_bias.time_bias.normal_()
+        model.pair_bias.distance_bias.normal_()
+    return model
+
+
+@TIMED
+def test_the_time_between_items_counts_and_no_other(mixing):
+    model = timed(mixing)
+    with torch.no_grad():
+        scores = model(ITEMS, SECONDS)
+        assert_close(model(ITEMS, SECONDS + 1_764_000_001), scores, rtol=0, atol=1e-12)
+        later = SECONDS.clone()
+        later[0, 4] += 10**6  # the last item of the first history
+        changed = (model(ITEMS, later) - scores)[:, 1:].abs().amax(-1)
+        assert_close(model(ITEMS), model(ITEMS, torch.full_like(SECONDS, 7)), rtol=0, atol=1e-12)
+    assert changed[0] > 1e-4
+    assert not changed[1:].any()
+
+
+@TIMED
+def test_times_of_later_items_and_of_padding_change_nothing(mixing):
+    model = timed(mixing)
+    places = torch.tensor([[0, 2, 3, 5, 6], [1, 3, 5, 0, 0], [2, 0, 0, 0, 0]])
+    items, seconds = torch.zeros(3, 7, dtype=torch.int64), torch.full((3, 7), 12345)
+    for row, length in enumerate((5, 3, 1)):
+        items[row, places[row, :length]], seconds[row, places[row, :length]] = (
+            ITEMS[row, :length],
+            SECONDS[row, :length],
+        )
+    with torch.no_grad():
+        h_TD = model.encode(ITEMS, SECONDS)[0]
+        assert_close(model.encode(items, seconds)[0], h_TD, rtol=0, atol=1e-12)
+        later = SECONDS.clone()
+        later[0, 3:] += 10**6
+        assert_close(model.encode(ITEMS, later)[0][[0, 1, 2, 5, 6, 7, 8]], h_TD[[0, 1, 2, 5, 6, 7, 8]])
+
+
+def test_a_model_that_reads_no_times_is_given_them_in_vain():
+    model = build("hstu", None)
+    with torch.no_grad():
+        assert torch.equal(model(ITEMS, SECONDS), model(ITEMS))
+
+
 # ---- attention and convolution
 
 
@@ -105,6 +159,23 @@ def test_sasrec_is_the_slow_transformer():
                 x = x + block.ffn(block.ffn_norm(x))
             expected.append(model.norm(x))
     assert_close(h_TD, torch.cat(expected), rtol=0, atol=1e-12)
+
+
+def test_hstu_is_its_layers_and_has_no_ffn_but_that_of_moe_blocks():
+    torch.manual_seed(0)
+    config = HistoryModelConfig(**{**SMALL, "mixing": "hstu", "hidden_dim": None})
+    model = HistoryModel(config, num_items=9, max_length=8, ffn=MOE, moe_blocks=[1]).double().eval()
+    with torch.no_grad():
+        model.pair_bias.distance_bias.normal_()
+        x_BLD = model.item_embed(ITEMS[:1]) * math.sqrt(8) + model.pos_embed.weight[:5]
+        mask = model.pair_bias.mask(x_BLD, None)
+        for block in model.blocks:
+            x_BLD = x_BLD + block.mixing(block.mixing_norm(x_BLD), mask)
+        x_BLD = x_BLD + model.blocks[1].ffn(model.blocks[1].ffn_norm(x_BLD), core.RoutingContext())
+        assert_close(model.encode(ITEMS[:1])[0], model.norm(x_BLD)[0], rtol=0, atol=1e-12)
+    assert model.blocks[0].ffn is None
+    dense = HistoryModel(HistoryModelConfig(**SMALL, mixing="hstu"), num_items=9, max_length=8)
+    assert [block.ffn.w_in.out_features for block in dense.blocks] == [16, 16]  # a hidden_dim asks for it
 
 
 def test_convolution_by_hand():
@@ -202,22 +273,26 @@ def numel(module):
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("mixing", ["attention", "mixture"])
-def test_parameters_by_hand(mixing):
+@pytest.mark.parametrize(("mixing", "extra"), [("attention", 0), ("mixture", 248), ("hstu", 88)])
+def test_parameters_by_hand(mixing, extra):
     # Embeddings 10 * 8 items, 8 * 8 positions; final norm 16. A block: norms 32, qkv 8 * 24 + 24 = 216, out 72,
-    # FFN 2 * 8 * 16 + 16 + 8 = 280: 600. The mixture adds 3 * 64 + 8 of the convolution, 32 of norms, 16 of the gate.
+    # FFN 2 * 8 * 16 + 16 + 8 = 280: 600. The mixture adds 3 * 64 + 8 of the convolution, 32 of norms, 16 of the gate;
+    # HSTU 8 * 8 + 8 of u and 16 of a norm, and in all 8 * 2 biases by distance.
     model = build(mixing, None)
-    assert numel(model) == 80 + 64 + 16 + 2 * (600 + (248 if mixing == "mixture" else 0))
-    assert model.config.mixture_params() == 248
+    assert numel(model) == 80 + 64 + 16 + 2 * (600 + extra) + (16 if mixing == "hstu" else 0)
+    assert model.config.extra_params() == extra
+    more = build(mixing, None, time_buckets=5, distance_bias=True)
+    assert numel(more.pair_bias) == 8 * 2 + 5 * 2
 
 
-@pytest.mark.parametrize("mixing", ["attention", "mixture"])
-def test_flops_by_hand(mixing):
+@pytest.mark.parametrize(("mixing", "extra"), [("attention", 0), ("mixture", 384 + 32), ("hstu", 128)])
+def test_flops_by_hand(mixing, extra):
     # 9 real items. Of each: qkv 2 * 8 * 24 = 384, out 128, FFN 2 * 2 * 8 * 16 = 512; the mixture 3 * 128 of the
-    # convolution and 2 * 8 * 2 = 32 of the gate. Attention is over 3 padded rows of 5: 2 * 2 * 3 * 5 * 5 * 8 = 2,400.
-    # The scores are of the 3 last items: 3 * 2 * 8 * 9 = 432.
+    # convolution and 2 * 8 * 2 = 32 of the gate, HSTU's u 2 * 8 * 8 = 128. Attention is over 3 padded rows of 5:
+    # 2 * 2 * 3 * 5 * 5 * 8 = 2,400. The scores are of the 3 last items: 3 * 2 * 8 * 9 = 432.
     model = build(mixing, None, dtype=torch.float32)
-    per_item = 384 + 128 + 512 + (384 + 32 if mixing == "mixture" else 0)
+    per_item = 384 + 128 + 512 + extra
+    assert model.config.extra_flops_per_token() == extra
     with torch.no_grad():
         assert core.count_flops(model, ITEMS) == 2 * (9 * per_item + 2400) + 432
 
@@ -259,6 +334,8 @@ def test_histories_are_checked():
         model(torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"of shape \(2,\), not integers"):
         model(torch.ones(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"times of shape \(2, 2\) are not of the items \(1, 2\)"):
+        model(torch.ones(1, 2).long(), torch.ones(2, 2).long())
     assert model(torch.tensor([[0] * 5 + [1] * 8])).shape == (1, 10)  # padding does not count
 
 
@@ -298,7 +375,8 @@ def test_int32_items_are_taken():
         ({"depth": 0}, r"depth=0 must be at least 1"),
         ({"hidden_dim": 0}, r"hidden_dim=0 must be at least 1"),
         ({"kernel_size": 0}, r"kernel_size=0 must be at least 1"),
-        ({"mixing": "both"}, r"mixing='both' is not one of mixture, attention"),
+        ({"mixing": "both"}, r"mixing='both' is not one of mixture, attention, hstu"),
+        ({"time_buckets": -1}, r"time_buckets=-1 must not be negative"),
         ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),
         ({"mixing_router": core.ExpertChoice()}, r"router ExpertChoice.* lets later tokens change earlier ones"),
         ({"mixing_router": core.TokenChoice(top_k=3)}, r"top_k=3 exceeds num_experts=2"),

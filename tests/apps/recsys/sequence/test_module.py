@@ -1,5 +1,6 @@
 """NextItemRecommender: its loss, its ranks, its baselines, and a run through Lightning."""
 
+import dataclasses
 import math
 import pickle
 
@@ -21,6 +22,7 @@ from apps.train.module import OptimizerConfig, parameter_groups
 
 TINY = HistoryModelConfig(dim=8, depth=2, num_heads=2, hidden_dim=16, dropout=0.0, embed_dropout=0.0)
 SASREC = HistoryModelConfig(dim=8, depth=2, num_heads=2, hidden_dim=16, mixing="attention")
+HSTU = HistoryModelConfig(dim=8, depth=2, num_heads=2, mixing="hstu")
 MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.FFN(hidden_dim=32))
 
 
@@ -29,10 +31,10 @@ def build(moe=MOE, **kwargs):
     return NextItemRecommender(**{"num_items": 9, "max_length": 6, "sequence": TINY, "moe": moe, **kwargs})
 
 
-def batch(items, targets, seen=None):
-    items, targets = torch.tensor(items), torch.tensor(targets)
-    n = torch.arange(len(items))
-    return HistoryBatch(items, targets, n, n + 100, None if seen is None else torch.tensor(seen))
+def batch(items, targets, seen=None, seconds=None):
+    items, targets, n = torch.tensor(items), torch.tensor(targets), torch.arange(len(items))
+    seen, seconds = (None if values is None else torch.tensor(values) for values in (seen, seconds))
+    return HistoryBatch(items, targets, n, n + 100, seen, seconds)
 
 
 TRAIN = batch([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [7, 0, 0, 0, 0]], [[1, 4, 1, 5, 9], [2, 6, 5, 0, 0], [0, 0, 0, 0, 0]])
@@ -52,6 +54,39 @@ def test_the_loss_is_the_mean_over_the_positions_with_a_target():
         expected = F.cross_entropy(logits_TV[:8], torch.tensor([1, 4, 1, 5, 9, 2, 6, 5]) - 1)
     assert_close(out.loss, expected)
     assert out.num_examples == 3
+
+
+def test_a_softmax_over_the_items_that_the_history_has_not():
+    module = build(train_unseen=True)
+    with torch.no_grad():
+        out = module.train().task_loss(TRAIN)
+        h_TD, _, _ = module.model.encode(TRAIN.items_BS)
+        logits_TV = h_TD[:8] @ module.model.item_embed.weight[1:].t()
+        seen = [{3}, {3, 1}, {3, 1, 4}, {3, 1, 4}, {3, 1, 4, 5}, {9}, {9, 2}, {9, 2, 6}]
+        targets = [1, 4, 1, 5, 9, 2, 6, 5]  # the third is an item that the history has before: a candidate all the same
+        for row, own, target in zip(logits_TV, seen, targets, strict=True):
+            row[[item - 1 for item in own - {target}]] = -math.inf
+        expected = F.cross_entropy(logits_TV, torch.tensor(targets) - 1)
+    assert_close(out.loss, expected)
+    left = batch([[0, 3, 1, 4, 1, 5], [0, 0, 0, 9, 2, 6]], [[0, 1, 4, 1, 5, 9], [0, 0, 0, 2, 6, 5]])
+    assert_close(module.task_loss(left).loss.detach(), expected)  # wherever padding stands
+
+
+def test_without_seen_items_there_is_no_distribution_to_distil():
+    with pytest.raises(ValueError, match=r"train_unseen=True leaves logits of seen items untrained"):
+        build(train_unseen=True).distribution(TRAIN)
+
+
+def test_times_reach_the_model_and_must_be_there():
+    module = build(sequence=dataclasses.replace(HSTU, time_buckets=32)).eval()
+    with torch.no_grad():
+        module.model.pair_bias.time_bias.normal_()
+        near, far = (
+            module.task_loss(batch([[3, 1, 4]], [[0, 0, 9]], seconds=[at])).outputs for at in ([1, 2, 3], [1, 2, 9999])
+        )
+    assert not torch.equal(near, far)
+    with pytest.raises(ValueError, match=r"sequence.time_buckets=32 needs the times of the items.*data.time_column"):
+        module.task_loss(EVAL)
 
 
 @torch.no_grad()
@@ -196,6 +231,11 @@ def test_baseline_widths_by_hand():
     # (2080 + 248 - 8) / 17 = 136.5. With one replaced block of two it makes up for both.
     assert baseline_widths(TINY, MOE, 2) == {"sasrec_equal_flops": (79, ""), "sasrec_equal_params": (136, "")}
     assert baseline_widths(TINY, MOE, 1)["sasrec_equal_flops"] == (92, "")
+    # HSTU's own FFNs are as SASRec's before; in SASRec they make up for u, 2*8*8 = 128 FLOPs, 4 of F, and with its norm
+    # 88 parameters: (2080 + 88 - 8) / 17 = 127.1. With one FFN in two blocks there is no SASRec to stand beside it.
+    own = {"hstu_equal_flops": (66, ""), "hstu_equal_params": (122, "")}
+    assert baseline_widths(HSTU, MOE, 2) == {**own, "sasrec_equal_flops": (70, ""), "sasrec_equal_params": (127, "")}
+    assert baseline_widths(HSTU, MOE, 1) == own
     # Without experts: 16 + 13; (280 + 248 - 8) / 17 = 30.6.
     assert baseline_widths(TINY, None, 2) == {"sasrec_equal_flops": (29, ""), "sasrec_equal_params": (31, "")}
 
@@ -205,23 +245,27 @@ SPARSE = {
     "experts_in_one_block": {"moe_blocks": [-1]},
     "experts": {"sequence": SASREC},
     "mixture": {"moe": None},
+    "hstu": {"sequence": HSTU},
+    "hstu_with_experts_in_one_block": {"sequence": HSTU, "moe_blocks": [-1]},
 }
 
 
 @pytest.mark.parametrize(
     "name, full",
     [("mixture_and_experts", True), ("mixture_and_experts", False), ("experts_in_one_block", False),
-     ("experts", True), ("mixture", False)],
+     ("experts", True), ("mixture", False), ("hstu", True), ("hstu_with_experts_in_one_block", False)],
 )  # fmt: skip
 def test_baselines_cost_what_they_say(name, full):
     sparse = build(**SPARSE[name])
     data = batch([[3, 1, 4, 1, 5, 9]] * 3, [[0] * 6] * 3) if full else TRAIN
     systems = {s.name: s for s in find_systems(sparse, data)}
-    assert list(systems) == ["sparse", "sasrec_equal_flops", "sasrec_equal_params"]
-    assert [s.refused for s in systems.values()] == ["", "", ""]
-    assert systems["sasrec_equal_flops"].replaced_ratio == pytest.approx(1, abs=0.03)
-    assert systems["sasrec_equal_flops"].flops_ratio == pytest.approx(1, abs=0.03)
-    assert systems["sasrec_equal_params"].params_ratio == pytest.approx(1, abs=0.03)
+    kinds = {"hstu": ["hstu", "sasrec"], "hstu_with_experts_in_one_block": ["hstu"]}.get(name, ["sasrec"])
+    assert list(systems) == ["sparse", *(f"{kind}_equal_{what}" for kind in kinds for what in ("flops", "params"))]
+    assert not any(s.refused for s in systems.values())
+    for kind in kinds:
+        assert systems[f"{kind}_equal_flops"].replaced_ratio == pytest.approx(1, abs=0.03)
+        assert systems[f"{kind}_equal_flops"].flops_ratio == pytest.approx(1, abs=0.03)
+        assert systems[f"{kind}_equal_params"].params_ratio == pytest.approx(1, abs=0.03)
 
 
 def test_baselines_are_sasrec_and_else_the_same():
@@ -235,6 +279,20 @@ def test_baselines_are_sasrec_and_else_the_same():
         assert dense.sequence.mixing == "attention"
         assert [b.ffn.w_in.out_features for b in dense.model.blocks] == [16, width]
         assert (dense.optimizer_config, dense.top_k, dense.exclude_seen) == (OptimizerConfig(lr=0.02), 5, True)
+
+
+def test_baselines_of_hstu():
+    sparse = build(sequence=dataclasses.replace(HSTU, time_buckets=16), moe_blocks=[1])
+    (hstu, _) = sparse.baselines().values()
+    assert hstu.note == "pointwise attention and dense FFNs, hidden dim 66 in moe_blocks, none elsewhere"
+    dense = pickle.loads(pickle.dumps(hstu.build))()
+    assert (dense.moe_block_names, dense.baselines(), dense.sequence) == ((), {}, sparse.sequence)
+    assert [None if b.ffn is None else b.ffn.w_in.out_features for b in dense.model.blocks] == [None, 66]
+    everywhere = build(sequence=HSTU).baselines()
+    sasrec = everywhere["sasrec_equal_flops"].build()
+    assert sasrec.sequence.mixing == "attention"
+    assert sasrec.model.pair_bias is not None  # the scores of both have biases by distance
+    assert build(None, sequence=HSTU).baselines() == {}
 
 
 def test_other_routers_at_equal_flops():

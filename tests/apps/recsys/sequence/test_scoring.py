@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from apps.recsys.sequence.data import HistoryData
+from apps.recsys.sequence.model import HistoryModelConfig
 from apps.recsys.sequence.module import NextItemRecommender
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -29,12 +30,14 @@ LISTS = [[10, 20, 30, 40, 50], [50, 10, 20], [40], [30, 20]]  # in the order in 
 USERS = ["ann", "bob", "dot", "cy"]
 
 
-def trained(folder: Path, events: dict[str, Any] = EVENTS, **options: Any) -> tuple[Any, dict[str, list[Any]]]:
+def trained(
+    folder: Path, events: dict[str, Any] = EVENTS, sequence: HistoryModelConfig | None = None, **options: Any
+) -> tuple[Any, dict[str, list[Any]]]:
     """The model of a checkpoint whose file is gone, and what it predicted for each user before."""
     pa.csv.write_csv(pa.table(events), folder / "clicks.csv")
     data = HistoryData("table", file=str(folder / "clicks.csv"), max_length=4, **{**COLUMNS, **options})
     torch.manual_seed(0)
-    model = NextItemRecommender(data.num_items, data.max_length, top_k=5)
+    model = NextItemRecommender(data.num_items, data.max_length, sequence, top_k=5)
     trainer = Trainer(default_root_dir=folder, max_epochs=1, enable_checkpointing=False, **QUIET)  # type: ignore[arg-type]
     trainer.fit(model, datamodule=data)
     trainer.save_checkpoint(folder / "it.ckpt")
@@ -86,6 +89,28 @@ def test_events_have_the_same_in_every_form(tmp_path: Path) -> None:
     frame = model.predict(pandas.DataFrame(EVENTS), top=3)
     assert frame["who"].tolist() == list(users)
     assert frame["what"].tolist() == list(items)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_events_have_their_times_and_lists_are_of_one_time(tmp_path: Path) -> None:
+    days = {**EVENTS, "when": [86_400 * time for time in EVENTS["when"]]}
+    config = HistoryModelConfig(dim=8, depth=1, mixing="hstu", time_buckets=64)
+    model, _ = trained(tmp_path, days, config)
+    with torch.no_grad():  # one step has taught it little of times
+        model.model.pair_bias.time_bias.normal_(std=5.0)
+    table = model.predict(pa.table(days), top=5, include_seen=True).to_pylist()
+    place_V = {value: i for i, value in enumerate([0, 10, 20, 30, 40, 50])}
+    for user, history in zip(USERS, LISTS, strict=True):
+        of_user = [(row["what"], row["score"]) for row in table if row["who"] == user]
+        times = sorted(t for t, who in zip(days["when"], days["who"], strict=True) if who == user)
+        with torch.inference_mode():
+            items = torch.tensor([[place_V[item] for item in history]])[:, -4:]
+            scores = model.eval()(items, torch.tensor([times])[:, -4:])[0]
+            once = model(items)[0]
+        np.testing.assert_allclose([s for _, s in of_user], [float(scores[place_V[i]]) for i, _ in of_user], rtol=1e-4)
+        (best,) = model.predict([history], top=5, include_seen=True)
+        np.testing.assert_allclose([s for _, s in best], [float(once[place_V[i]]) for i, _ in best], rtol=1e-4)
+        assert len(history) == 1 or not torch.allclose(scores[1:], once[1:])
 
 
 @pytest.mark.filterwarnings("ignore")
