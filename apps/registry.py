@@ -10,6 +10,7 @@ MODULES = {
     "VisionClassifier": "apps.vision.module",
     "MultiTaskRecommender": "apps.recsys.tables.module",
     "NextItemRecommender": "apps.recsys.sequence.module",
+    "TwoTowerRetriever": "apps.recsys.retrieval.module",
     "Translator": "apps.nlp.translation.module",
     "LanguageModeler": "apps.nlp.language.module",
 }
@@ -19,6 +20,7 @@ DATA = {
     "VisionData": "apps.vision.data",
     "TableData": "apps.recsys.tables.data",
     "HistoryData": "apps.recsys.sequence.data",
+    "RetrievalData": "apps.recsys.retrieval.data",
     "TranslationData": "apps.nlp.translation.data",
     "TextData": "apps.nlp.language.data",
 }

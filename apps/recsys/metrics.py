@@ -274,7 +274,11 @@ class RankingMetrics(_Synced):
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Add a batch: (B, I) scores of all items and int64 (B,) targets; see ``target_ranks``."""
-        rank_B = target_ranks(outputs.detach(), targets).to(self.count.device)
+        self.add(target_ranks(outputs.detach(), targets))
+
+    def add(self, rank_B: Tensor) -> None:
+        """Add the ranks of the targets of a batch, int64 (B,), 1 the best."""
+        rank_B = rank_B.to(self.count.device)
         gain_B = 1.0 / torch.log2(1.0 + rank_B.double())
         within_Bk = rank_B[:, None] <= torch.tensor(self.ks, device=rank_B.device)
         self.hits += within_Bk.sum(0)

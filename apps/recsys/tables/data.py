@@ -297,7 +297,7 @@ class TableData(SuiteData):
             from apps.recsys.readers.user_tables import find_files, read_files
 
             assert self.predict_file is not None
-            files, encoding = find_files(self._folder, self.predict_file, "predict_file"), self.encoding
+            files, encoding = find_files(self._folder, self.predict_file, "predict_file"), self.rows_encoding
 
             def write(writer: ArrayWriter) -> None:
                 from apps.recsys.tables.build import build_rows
@@ -309,6 +309,11 @@ class TableData(SuiteData):
 
             self._rows_to_predict = _STORE.open(self.cache, "predict", identity(files), write, given=encoding.digest)
         return self._rows_to_predict
+
+    @property
+    def rows_encoding(self) -> Encoding:
+        """The encoding of the columns that ``predict_file`` must have."""
+        return self.encoding
 
     @property
     def _folder(self) -> str | None:

@@ -1,0 +1,48 @@
+"""A batch of users, each with an item that the user took, as the data serve it and the two towers take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apps.recsys.tables.batch import TableBatch
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B pairs of a user and an item, with further items as negatives in training; or B users alone.
+
+    Attributes:
+        user: the users' columns.
+        index_B: int64 (B,), the row's number in the table.
+        item: the columns of C items: those of the pairs, then further negatives. None: there are users alone.
+        item_C: int64 (C,), the items' numbers in the catalogue, from 1; 0: one that the catalogue lacks, whose columns
+            are another's. None: users alone.
+        log_q_C: float32 (C,), log of the probability with which a place of a training batch holds each item; None:
+            users alone.
+        seen_BH: int64 (B, H), the items that the user had in training, padded with 0; None: all items may be retrieved.
+    """
+
+    user: TableBatch
+    index_B: Tensor
+    item: TableBatch | None = None
+    item_C: Tensor | None = None
+    log_q_C: Tensor | None = None
+    seen_BH: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.index_B)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
+        """Return the batch on ``device``."""
+        return self._each("to", device, non_blocking=non_blocking)
+
+    def pin_memory(self) -> PairBatch:
+        return self._each("pin_memory")
+
+    def _each(self, method: str, *args: Any, **kwargs: Any) -> PairBatch:
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: getattr(v, method)(*args, **kwargs) for k, v in parts.items() if v is not None})

@@ -1,0 +1,170 @@
+"""The columns of a table that are a user's, and those that are an item's: parts of a description and of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apps.recsys.encoding.features import CategoricalFeature, Features
+from apps.recsys.encoding.table_encoding import Encoding
+from apps.recsys.schema import nearest
+from apps.recsys.tables.batch import TableBatch
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def names_of(features: Features) -> tuple[str, ...]:
+    """Return the names of all columns, in the order of the description."""
+    return tuple(f.name for part in (features.categorical, features.continuous, features.vectors) for f in part)
+
+
+def part_of(features: Features, columns: Collection[str]) -> Features:
+    """Return the description of some columns alone, in the order of the batches, without tasks and domains."""
+    return Features(
+        categorical=tuple(f for f in features.categorical if f.name in columns),
+        continuous=tuple(f for f in features.continuous if f.name in columns),
+        vectors=tuple(f for f in features.vectors if f.name in columns),
+    )
+
+
+def encoding_of_part(encoding: Encoding, columns: Collection[str]) -> Encoding:
+    """Return the encoding of some columns alone, so that rows need have no others."""
+    vocabularies = {column: v for column, v in encoding.vocabularies.items() if column in columns}
+    features = part_of(encoding.features, columns)
+    return replace(encoding, features=features, vocabularies=vocabularies, domain=None, domains=None)
+
+
+def divide(features: Features, user: Sequence[str], item: Sequence[str], item_column: str) -> tuple[Features, Features]:
+    """Return the descriptions of the user's columns and of the item's.
+
+    Args:
+        features: all columns.
+        user: names of the user's columns; none: all others.
+        item: names of the item's columns.
+        item_column: column that tells one item from another. It is among neither where it is not named.
+
+    Raises:
+        ValueError: a name that is no column, a column on both sides, a side without one, or an ``item_column`` that
+            tells no items apart.
+    """
+    names = names_of(features)
+    for option, columns in (("user_columns", user), ("item_columns", item)):
+        for column in columns:
+            if column not in names:
+                raise ValueError(f"{option} names {column!r}, which is no column of the data{nearest(column, names)}")
+    both = [column for column in user if column in item]
+    if both:
+        raise ValueError(f"column {both[0]!r} is among user_columns and item_columns: a tower must not see the other's")
+    id_feature(features, item_column)
+    user = user or [name for name in names if name not in item and name != item_column]
+    if item_column in user:
+        raise ValueError(f"user_columns has {item_column!r}, which is item_column: the user's tower would see the item")
+    for option, columns in (("user_columns", user), ("item_columns", item)):
+        if not columns:
+            raise ValueError(f"{option} names no column")
+    return part_of(features, user), part_of(features, item)
+
+
+def id_feature(features: Features, column: str, option: str = "item_column") -> CategoricalFeature:
+    """Return the column that tells one item, or one user, from another; ``option`` names it in messages.
+
+    Raises:
+        ValueError: it is no categorical column of one value with a row for each value.
+    """
+    feature = next((f for f in features.categorical if f.name == column), None)
+    if feature is None:
+        near = nearest(column, [f.name for f in features.categorical])
+        raise ValueError(f"{option}={column!r} is no categorical column{near}")
+    if feature.multi_valued or feature.hashed:
+        what = "has several values a row" if feature.multi_valued else "is hashed"
+        raise ValueError(f"{option}={column!r} {what}: it must have a row for each value")
+    return feature
+
+
+def take_columns(batch: TableBatch, features: Features, part: Features) -> TableBatch:
+    """Return the columns of ``part`` in a batch of ``features``; labels, users and domains are as they were."""
+    sparse = batch.sparse
+    if sparse is not None:
+        places = [sparse.keys().index(f.name) for f in part.categorical]
+        sparse = sparse.permute(places) if places else None
+    numbers = {f.name for f in part.continuous}
+    dense_BC = batch.dense_BC[:, [c for c, f in enumerate(features.continuous) if f.name in numbers]]
+    vector_BV = batch.vector_BV
+    if vector_BV is not None:
+        kept = {f.name for f in part.vectors}
+        parts = zip(features.vectors, vector_BV.split([f.size for f in features.vectors], dim=1), strict=True)
+        chosen = [x for f, x in parts if f.name in kept]
+        vector_BV = torch.cat(chosen, dim=1) if chosen else None
+    return replace(batch, sparse=sparse, dense_BC=dense_BC, vector_BV=vector_BV)
+
+
+def numbers_of(roles: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the columns whose role is to be numbers."""
+    return tuple(column for column, role in roles.items() if role == "continuous")
+
+
+def column_of(batch: TableBatch, column: str) -> Tensor:
+    """Return the row of a column of one value in its table, int64 (B,)."""
+    assert batch.sparse is not None
+    return batch.sparse[column].values().long()
+
+
+def raw_columns(batch: TableBatch, encoding: Encoding) -> pa.Table:
+    """Return the columns of a batch as they stand in a table; a value that has no row of its own is missing.
+
+    Args:
+        batch: the columns of ``encoding.features``.
+        encoding: meaning of the rows.
+
+    Raises:
+        ValueError: a column is hashed: its values are not kept.
+    """
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {}
+    for feature in encoding.features.categorical:
+        if feature.hashed:
+            raise ValueError(f"column {feature.name!r} is hashed: the model does not keep its values")
+        assert batch.sparse is not None
+        jagged = batch.sparse[feature.name]
+        row_N = pa.array(jagged.values().cpu().numpy())
+        known = encoding.vocabularies.get(feature.name)
+        # Row numbers that a table has itself stand for themselves; 0 is a missing value.
+        texts = pa.array(range(feature.num_rows)) if known is None else pa.array(["", *known.texts()])
+        values = texts.take(pa.array(row_N, mask=np.asarray(row_N) == 0))
+        if feature.multi_valued:
+            ends = jagged.lengths().cpu().long().cumsum(0)
+            values = pa.ListArray.from_arrays(pa.array([0, *ends.tolist()], pa.int32()), values)
+        columns[feature.name] = values
+    for number, values_B in zip(encoding.features.continuous, batch.dense_BC.t().cpu().numpy(), strict=True):
+        columns[number.name] = pa.array(values_B, from_pandas=True)
+    if encoding.features.vectors:
+        assert batch.vector_BV is not None
+        parts = batch.vector_BV.cpu().split([f.size for f in encoding.features.vectors], dim=1)
+        for vector, values_BS in zip(encoding.features.vectors, parts, strict=True):
+            rows = [None if row[0] != row[0] else row for row in values_BS.tolist()]
+            columns[vector.name] = pa.array(rows, pa.list_(pa.float32()))
+    return pa.table(columns)
+
+
+def arrays_of(batch: TableBatch, features: Features) -> dict[str, Tensor]:
+    """Return the columns of a batch as the arrays that ``TableRows`` reads, without labels."""
+    arrays = {"dense": batch.dense_BC, "label": torch.zeros(len(batch), 0)}
+    if batch.vector_BV is not None:
+        arrays["vectors"] = batch.vector_BV
+    if batch.sparse is not None:
+        by_key = batch.sparse.to_dict()
+        single = [by_key[f.name].values().int() for f in features.categorical if not f.multi_valued]
+        if single:
+            arrays["categorical"] = torch.stack(single, dim=1)
+        for i, feature in enumerate(f for f in features.categorical if f.multi_valued):
+            lengths = by_key[feature.name].lengths().long()
+            arrays[f"multi{i}_offsets"] = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+            arrays[f"multi{i}_values"] = by_key[feature.name].values().int()
+    return arrays

@@ -1,0 +1,342 @@
+"""``RetrievalData``: a table of users and the items that they took, in pairs for two towers, with its catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from apps.base.checks import check_at_least, check_name
+from apps.data.splits import SPLITS, Split
+from apps.recsys.encoding.features import Features
+from apps.recsys.encoding.table_encoding import Encoding
+from apps.recsys.retrieval.batch import PairBatch
+from apps.recsys.retrieval.catalogue import Catalogue, Seen, last_rows
+from apps.recsys.retrieval.columns import (
+    arrays_of,
+    column_of,
+    divide,
+    encoding_of_part,
+    id_feature,
+    names_of,
+    numbers_of,
+    raw_columns,
+    take_columns,
+)
+from apps.recsys.retrieval.loss import log_probability
+from apps.recsys.schema import SplitConfig, TableConfig
+from apps.recsys.tables.data import TableData
+from apps.recsys.tables.rows import TableRows
+from apps.recsys.tables.synthetic import SyntheticConfig
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class Pairs(Dataset[PairBatch]):
+    """Rows of a table as pairs of a user and an item, read by whole batches.
+
+    Args:
+        rows: the rows.
+        user: description of the users' columns.
+        items: the catalogue's rows, of which the items' columns come; None: the rows are users alone.
+        item_column: column that tells one item from another.
+        log_q_I: float32 (I,), log of the probability with which a training batch holds each item in a place.
+        num_uniform: further items of a batch, drawn from the whole catalogue by torch's global generator.
+        seen: the items that each user had; None: they may be retrieved again.
+        user_column: column whose row of its table ``seen`` counts by.
+    """
+
+    def __init__(
+        self,
+        rows: TableRows,
+        user: Features,
+        items: TableRows | None = None,
+        item_column: str = "",
+        log_q_I: Tensor | None = None,
+        num_uniform: int = 0,
+        seen: Seen | None = None,
+        user_column: str | None = None,
+    ) -> None:
+        self.rows, self.user, self.items, self.item_column = rows, user, items, item_column
+        self.log_q_I, self.num_uniform = log_q_I, num_uniform
+        self.seen, self.user_column = seen, user_column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> PairBatch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int] | Tensor) -> PairBatch:
+        batch, features = self.rows.__getitems__(positions), self.rows.features
+        seen_BH = None
+        if self.seen is not None and self.user_column is not None:
+            seen_BH = self.seen.by_user(column_of(batch, self.user_column))
+        users = PairBatch(take_columns(batch, features, self.user), batch.index_B, seen_BH=seen_BH)
+        if self.items is None or self.log_q_I is None:
+            return users
+        item_C = column_of(batch, self.item_column)
+        if self.num_uniform:
+            item_C = torch.cat((item_C, torch.randint(1, len(self.items) + 1, (self.num_uniform,))))
+        place_C = item_C.clamp_min(1) - 1
+        return replace(users, item=self.items.__getitems__(place_C), item_C=item_C, log_q_C=self.log_q_I[place_C])
+
+
+class RetrievalData(TableData):
+    """A table whose rows are users with the items that they took, in batches of `PairBatch`.
+
+    Rows with a positive label of ``positive`` are pairs. The catalogue is all items of the training rows, each with its
+    columns as its last training row has them. Pairs of validation and test whose item is not in the catalogue stay, for
+    a retrieval misses them; those of training, whose item was too rare for ``table.min_count``, are left out.
+
+    Args:
+        dataset, root, cache_dir, train_file, val_file, test_file, predict_file, predict_columns, table, split, exclude,
+            synthetic, batch_size, eval_batch_size, drop_last, num_workers, subset, seed: as of ``TableData``. The rows
+            of ``predict_file`` are users: they need the users' columns alone.
+        item_column: column that tells one item from another: categorical, with a row for each value.
+        item_columns: columns that the items' tower reads; ``item_column`` may be among them.
+        user_columns: columns that the users' tower reads; none: all others but ``item_column``.
+        positive: binary task whose positive rows are the pairs; None: all rows are.
+        user_column: column that tells one user from another, of the users' tower: categorical, with a row for each
+            value. Predictions repeat it. None: users have no name.
+        exclude_seen: whether validation, test and prediction leave out the items of all the user's training rows,
+            whatever their label. It needs ``user_column``.
+        num_uniform: further negatives of a training step and process, drawn from the whole catalogue with all items
+            equally likely; the pairs of the batch share them (mixed negative sampling).
+
+    Raises:
+        ValueError: as ``TableData``; a column of neither side, or of both; no such task, or one that is not binary; no
+            pair in training; or ``exclude_seen`` without a column of users.
+    """
+
+    unit = "pairs"
+
+    def __init__(
+        self,
+        dataset: str = "movielens_1m",
+        root: str | None = None,
+        cache_dir: str | None = None,
+        train_file: str | None = None,
+        val_file: str | None = None,
+        test_file: str | None = None,
+        predict_file: str | None = None,
+        predict_columns: Sequence[str] = (),
+        table: TableConfig | None = None,
+        split: SplitConfig | None = None,
+        exclude: Sequence[str] = (),
+        synthetic: SyntheticConfig | None = None,
+        batch_size: int = 1024,
+        eval_batch_size: int = 1024,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        subset: int | None = None,
+        seed: int | None = None,
+        item_column: str = "item",
+        item_columns: Sequence[str] = ("item",),
+        user_columns: Sequence[str] = (),
+        positive: str | None = None,
+        user_column: str | None = None,
+        exclude_seen: bool = False,
+        num_uniform: int = 0,
+    ) -> None:
+        check_at_least(0, num_uniform=num_uniform)
+        self.item_column, self.item_columns, self.user_columns = item_column, tuple(item_columns), tuple(user_columns)
+        self.positive, self.user_column, self.exclude_seen = positive, user_column, exclude_seen
+        self.num_uniform = num_uniform
+        super().__init__(
+            dataset,
+            root,
+            cache_dir,
+            train_file=train_file,
+            val_file=val_file,
+            test_file=test_file,
+            predict_file=predict_file,
+            predict_columns=predict_columns,
+            table=table,
+            split=split,
+            exclude=exclude,
+            synthetic=synthetic,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            subset=subset,
+            seed=seed,
+        )
+        self._given_catalogue: Catalogue | None = None
+        self._own_catalogue: Catalogue | None = None
+        self._users: pa.Table | None = None
+
+    # ---- what a model and a reader of results ask
+
+    @property
+    def user_features(self) -> Features:
+        """The columns that the users' tower reads."""
+        return self._sides[0]
+
+    @property
+    def item_features(self) -> Features:
+        """The columns that the items' tower reads."""
+        return self._sides[1]
+
+    @property
+    def _sides(self) -> tuple[Features, Features]:
+        user, item = divide(self.features, self.user_columns, self.item_columns, self.item_column)
+        if self.user_column is not None:
+            id_feature(user, self.user_column, "user_column")
+        return user, item
+
+    @property
+    def num_items(self) -> int:
+        """The number of items of the catalogue."""
+        return id_feature(self.features, self.item_column).num_rows - 1
+
+    @property
+    def item_values(self) -> tuple[str, ...]:
+        """The items as they stand in the table, by number; entry 0 is ""."""
+        return tuple(value or "" for value in self.vocabulary(self.item_column))
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The items of the checkpoint, or else those of the training rows."""
+        if self._given_catalogue is not None:
+            return self._given_catalogue
+        if self._own_catalogue is None:
+            self._own_catalogue = self._make_catalogue()
+        return self._own_catalogue
+
+    @property
+    def encoding_state(self) -> dict[str, Any]:
+        """The encoding of the columns and the catalogue, as plain values and tensors, for a checkpoint."""
+        sides = {"item_column": self.item_column, "user_column": self.user_column}
+        return {**self.encoding.state(), **sides, "catalogue": self.catalogue.state()}
+
+    def adopt(self, encoding_state: Mapping[str, Any]) -> None:
+        super().adopt(encoding_state)
+        self._given_catalogue = Catalogue.from_state(encoding_state["catalogue"])
+
+    def forget(self) -> None:
+        super().forget()
+        self._own_catalogue = None
+        self._users = None
+
+    # ---- Lightning
+
+    def check(self, stage: str | None) -> None:
+        _ = self._sides
+        super().check(stage)
+
+    def examples(self, split: Split) -> Pairs:  # type: ignore[override]
+        catalogue, is_train = self.catalogue, split == "train"
+        return Pairs(
+            TableRows(self.opened, self.features, self._pairs(split)),
+            self.user_features,
+            catalogue.rows(self.item_features),
+            self.item_column,
+            log_probability(catalogue.count_I, self.batch_size or 1, self.num_uniform),
+            self.num_uniform if is_train else 0,
+            None if is_train else catalogue.seen,
+            self.user_column,
+        )
+
+    def batching(self, examples: Any) -> dict[str, Any]:
+        return {**super().batching(examples), "draws": self.num_uniform > 0}
+
+    def sizes(self) -> dict[Split, int]:
+        return {split: len(self._pairs(split)) for split in SPLITS}
+
+    def describe(self) -> str:
+        return f"{super().describe()}, {self.num_items:,} items"
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the users of ``predict_file``, else those of the test."""
+        if self.predict_file is None:
+            return self.test_dataloader()
+        files = self._open_rows()
+        user = self.user_features
+        rows = TableRows(files, user, torch.arange(files.info["num_rows"]))
+        return self.eval_loader(Pairs(rows, user, seen=self.catalogue.seen, user_column=self.user_column))
+
+    def train_eval_dataloader(self) -> DataLoader[Any]:
+        """Return the training pairs in the table's order."""
+        return self.eval_loader(self.examples("train"))
+
+    # ---- the table
+
+    def users(self, batch: PairBatch, roles: Mapping[str, str]) -> pa.Table:
+        """Return columns of a batch's users as they stand in ``predict_file``, else in the table.
+
+        Args:
+            batch: users of ``predict_dataloader``.
+            roles: role of each column, by column.
+
+        Raises:
+            ValueError: ``predict_file`` lacks a column, or there is none and the users' tower does not read a column.
+        """
+        import pyarrow as pa
+
+        if self.predict_file is None:
+            known = raw_columns(batch.user, self.rows_encoding)
+            for column, role in roles.items():
+                if column not in known.column_names:
+                    raise ValueError(f"column {column!r} ({role}) is not among user_columns: give it in a predict_file")
+            return known
+        if self._users is None or not set(roles) <= set(self._users.column_names):
+            from apps.recsys.readers.user_tables import find_files, read_files
+
+            files = find_files(self._folder, self.predict_file, "predict_file")
+            self._users = read_files(files, roles, numbers_of(roles))
+        return self._users.take(pa.array(batch.index_B.cpu().numpy()))
+
+    @property
+    def rows_encoding(self) -> Encoding:
+        return encoding_of_part(self.encoding, names_of(self.user_features))
+
+    def _pairs(self, split: Split) -> Tensor:
+        """Return the rows of a split that are pairs, int64 (n,)."""
+        index = self.rows(split).index
+        features = self.features
+        if self.positive is not None:
+            check_name("positive", self.positive, list(features.tasks))
+            place = features.tasks.index(self.positive)
+            kind = features.target_of_task[place].kind
+            if kind != "binary":
+                raise ValueError(f"positive={self.positive!r} is a task of kind {kind!r}: it must be 'binary'")
+            index = index[self.opened["label"][:, place].index_select(0, index) == 1]
+        if split == "train":
+            index = index[self._column(self.item_column).index_select(0, index) > 0]
+        return index
+
+    def _column(self, column: str) -> Tensor:
+        """Return the row of each of the table's rows in the table of a column of one value, (N,)."""
+        single = [f for f in self.features.categorical if not f.multi_valued]
+        return self.opened["categorical"][:, single.index(id_feature(self.features, column))]
+
+    def _make_catalogue(self) -> Catalogue:
+        item_features = self.item_features  # it checks the options
+        train = self.opened["train"]
+        item_N = self._column(self.item_column)
+        of_train = item_N.index_select(0, train).long()
+        index = train[last_rows(of_train, self.num_items)]
+        batch = TableRows(self.opened, self.features, index)[:]
+        arrays = arrays_of(take_columns(batch, self.features, item_features), item_features)
+        taken = item_N.index_select(0, self._pairs("train")).long()
+        if not len(taken):
+            raise ValueError(f"positive={self.positive!r} leaves no training row: there is no pair to learn from")
+        count_I = torch.bincount(taken, minlength=self.num_items + 1)[1:]
+        seen = None
+        if self.exclude_seen:
+            assert self.user_column is not None
+            user_N = self._column(self.user_column).index_select(0, train).long()
+            seen = Seen.of(user_N, of_train, id_feature(self.features, self.user_column).num_rows)
+        return Catalogue(arrays, count_I, seen)
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.exclude_seen and self.user_column is None:
+            raise ValueError("exclude_seen=True needs user_column, the column that tells one user from another")

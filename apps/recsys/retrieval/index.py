@@ -1,0 +1,106 @@
+"""``ItemIndex``: the vectors of all items, searched exactly, some rows of scores at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apps.recsys.metrics import target_ranks
+from core.kernels import outside_autocast
+
+CHUNK_ELEMENTS = 2**24
+"""Scores at a time: 64 MB."""
+
+
+class ItemIndex:
+    """The vectors of I items, numbered from 1; number 0 stands for no item.
+
+    Args:
+        values: the items' own values, (I,).
+        vectors_ID: float32 (I, D).
+
+    Attributes:
+        values: the values, as whole numbers where all of them are written as such.
+
+    Raises:
+        ValueError: not as many values as vectors, or none.
+    """
+
+    def __init__(self, values: Sequence[str], vectors_ID: Tensor) -> None:
+        if vectors_ID.ndim != 2 or len(values) != len(vectors_ID) or not len(values):
+            shape = tuple(vectors_ID.shape)
+            raise ValueError(f"an index of {len(values)} items with vectors {shape}: they must be (I, D), I at least 1")
+        self.values = whole_numbers(values)
+        self._vectors_VD = torch.cat((vectors_ID.new_zeros(1, vectors_ID.shape[1]), vectors_ID))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def named(self, item_N: Iterable[int]) -> list[Any]:
+        """Return the values of items, given their numbers."""
+        return [self.values[number - 1] for number in item_N]
+
+    @property
+    def vectors_ID(self) -> Tensor:
+        """The vectors, float32 (I, D)."""
+        return self._vectors_VD[1:]
+
+    def search(self, query_BD: Tensor, k: int, seen_BH: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the k items whose products with each query are largest, by comparing it with all of them.
+
+        Args:
+            query_BD: vectors of users.
+            k: number of items; all of them where there are fewer.
+            seen_BH: numbers of the items that are no candidates, padded with 0; None: all are.
+
+        Returns:
+            The items' numbers, int64 (B, k), and products, float32 (B, k), the best first. Where a user has fewer
+            candidates the last places have the number 0 and the product -inf.
+        """
+        k = min(k, len(self))
+        places, scores = [], []
+        for score_bV, _ in self._scores(query_BD, seen_BH):
+            best = score_bV.topk(k, dim=1)
+            places.append(best.indices.masked_fill(best.values == -math.inf, 0))
+            scores.append(best.values)
+        if not places:
+            return torch.empty(0, k, dtype=torch.int64), torch.empty(0, k)
+        return torch.cat(places), torch.cat(scores)
+
+    def ranks(self, query_BD: Tensor, item_B: Tensor, seen_BH: Tensor | None = None) -> Tensor:
+        """Return the rank of each query's item among all candidates, int64 (B,), 1 the best.
+
+        An item with the same product stands before it, and an item that is no candidate, or none (0), is last of all:
+        its rank is I + 1.
+        """
+        ranks = [item_B.new_empty(0)]
+        for score_bV, rows in self._scores(query_BD, seen_BH):
+            own_b = item_B[rows]
+            is_candidate_b = score_bV.gather(1, own_b[:, None])[:, 0] > -math.inf
+            ranks.append(torch.where(is_candidate_b, target_ranks(score_bV, own_b), len(self) + 1))
+        return torch.cat(ranks)
+
+    def _scores(self, query_BD: Tensor, seen_BH: Tensor | None) -> Iterator[tuple[Tensor, slice]]:
+        """Yield the products of some queries with all items, (b, I + 1), and which queries they are; -inf where an item
+        is no candidate."""
+        vectors_DV = self._vectors_VD.to(query_BD.device).t()
+        rows = max(1, CHUNK_ELEMENTS // (len(self) + 1))
+        for begin in range(0, len(query_BD), rows):
+            chunk = slice(begin, begin + rows)
+            with outside_autocast(query_BD.device):
+                score_bV = query_BD[chunk].float() @ vectors_DV
+            score_bV[:, 0] = -math.inf
+            if seen_BH is not None:
+                score_bV.scatter_(1, seen_BH[chunk], -math.inf)
+            yield score_bV, chunk
+
+
+def whole_numbers(values: Sequence[str]) -> tuple[Any, ...]:
+    """Return texts as whole numbers where all of them are written as such ("7", not "007"), else as they are."""
+    if all(value.removeprefix("-").isdecimal() and str(int(value)) == value for value in values):
+        return tuple(map(int, values))
+    return tuple(values)
