@@ -1,0 +1,133 @@
+"""Pairs of users and items from a table, and the catalogue, by hand."""
+
+import pytest
+import torch
+from made_pairs import FILMS, ROWS, TABLE, made_pairs
+from own_table import by_row
+from torch.testing import assert_close
+
+from apps.recsys.retrieval.catalogue import Catalogue, Seen, last_rows
+from apps.recsys.retrieval.columns import encoding_of_part, names_of, raw_columns, take_columns
+from apps.recsys.tables.rows import TableRows
+
+
+@pytest.fixture
+def data(tmp_path):
+    return made_pairs(tmp_path, user_column="user", exclude_seen=True)
+
+
+def test_liked_rows_are_pairs(data):
+    assert data.describe() == "table: 6 train, 2 val, 3 test pairs, 5 items"
+    assert data.item_values == ("", *FILMS)
+    train = data.examples("train").__getitems__(range(6))
+    films = [data.item_values[i] for i in train.item_C.tolist()]
+    assert films == ["Alien", "Brazil", "Alien", "Dune", "Dune", "Casablanca"]
+    assert train.seen_BH is None
+    assert_close(train.log_q_C.exp(), torch.tensor([2, 1, 2, 2, 2, 1]) / 7)  # Fargo counts as if one liked it
+    assert names_of(data.user_features) == ("user", "age")
+    assert train.user.dense_BC[:, 0].tolist() == [30, 30, 40, 40, 50, 50]
+    assert train.user.sparse.keys() == ["user"]
+
+
+def test_the_catalogue_has_each_item_as_its_last_training_row_has_it(data):
+    catalogue = data.catalogue
+    assert catalogue.count_I.tolist() == [2, 1, 1, 2, 0]
+    (items,) = catalogue.batches(data.item_features)
+    part = encoding_of_part(data.encoding, names_of(data.item_features))
+    assert raw_columns(items, part).to_pydict() == {
+        "film": list(FILMS),
+        "genres": [["sci-fi", "horror"], ["sci-fi"], ["drama"], ["sci-fi"], []],
+        "year": [1979, 1985, 1943, 1984, 1996],
+    }
+    # a pair's item has the catalogue's columns: Casablanca's year of bob's row is another
+    test = data.examples("test").__getitems__([0, 1, 2])
+    assert test.item_C.tolist() == [0, 3, 1]  # training lacks Eraserhead
+    assert test.item.dense_BC[1:, 0].tolist() == [1943, 1979]
+
+
+def test_the_items_of_all_training_rows_are_seen(data):
+    assert data.examples("test").__getitems__([0, 1, 2]).seen_BH.tolist() == [[1, 2, 3], [1, 2, 4], [3, 4, 5]]
+    assert data.examples("val").__getitems__([1]).seen_BH.tolist() == [[3, 4, 5]]  # cy, the second of two
+
+
+def test_a_seen_list_by_hand():
+    # user 1 has items 3 (twice) and 1, user 2 none, user 3 item 2; user or item 0 is unknown
+    seen = Seen.of(torch.tensor([1, 1, 3, 1, 0, 3]), torch.tensor([3, 1, 2, 3, 1, 0]), num_users=4)
+    assert seen.by_user(torch.tensor([3, 0, 1, 2])).tolist() == [[2, 0], [0, 0], [1, 3], [0, 0]]
+    assert seen.by_user(torch.tensor([2])).tolist() == [[0]]
+    assert Seen.of(*torch.zeros(2, 1, dtype=torch.int64), 2).by_user(torch.tensor([1, 0])).tolist() == [[0], [0]]
+
+
+def test_the_last_rows_by_hand():
+    assert last_rows(torch.tensor([2, 0, 1, 2, 1]), 2).tolist() == [4, 3]
+    with pytest.raises(ValueError, match="item 2 of 3 is in no training row"):
+        last_rows(torch.tensor([1, 3]), 3)
+
+
+def test_without_a_task_all_rows_are_pairs(tmp_path):
+    data = made_pairs(tmp_path, positive=None, user_columns=["age"])
+    assert data.sizes() == {"train": 9, "val": 3, "test": 3}
+    assert data.catalogue.count_I.tolist() == [2, 2, 2, 2, 1]
+    assert data.catalogue.seen is None
+    assert data.examples("test").__getitems__([0]).seen_BH is None
+    assert names_of(data.user_features) == ("age",)
+
+
+def test_uniform_negatives_are_drawn_from_the_catalogue_by_the_seed(tmp_path):
+    data = made_pairs(tmp_path, num_uniform=200, seed=3)
+    data.setup("fit")
+    first, again = (next(iter(data.train_dataloader())) for _ in range(2))
+    assert torch.equal(first.item_C, again.item_C)
+    assert len(first.item_C) == 204 == first.item.dense_BC.shape[0]
+    assert first.item_C[4:].unique().tolist() == [1, 2, 3, 4, 5]
+    # 4 pairs and 200 draws: an item's probability is (4 share + 200 / 5) / 204
+    shares = torch.tensor([2, 1, 1, 2, 1]) / 7
+    assert_close(first.log_q_C.exp(), (4 * shares[first.item_C - 1] + 40) / 204)
+    assert len(data.examples("val").__getitems__([0, 1]).item_C) == 2
+
+
+def test_parts_of_a_batch_are_its_columns(data):
+    rows = TableRows(data.opened, data.features, torch.arange(15))
+    whole = by_row(rows[:])
+    for part in (data.user_features, data.item_features):
+        taken = by_row(take_columns(rows[:], data.features, part))
+        for own, of_whole in zip(taken, whole, strict=True):
+            assert {k: own[k] for k in own.keys() - {"dense"}} == {k: of_whole[k] for k in own.keys() - {"dense"}}
+    assert take_columns(rows[:], data.features, data.item_features).dense_BC[:, 0].tolist() == [row[4] for row in ROWS]
+
+
+def test_a_catalogue_is_kept_as_plain_values(data):
+    again = Catalogue.from_state(data.catalogue.state())
+    assert by_row(next(again.batches(data.item_features))) == by_row(next(data.catalogue.batches(data.item_features)))
+    assert again.seen.items.tolist() == data.catalogue.seen.items.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"item_column": "flim"}, "item_column='flim' is no categorical column; did you mean 'film'"),
+        ({"item_column": "genres"}, "item_column='genres' has several values a row"),
+        ({"item_columns": ["film", "yaer"]}, "item_columns names 'yaer', which is no column of the data; did you mean"),
+        ({"item_columns": []}, "item_columns names no column"),
+        ({"user_columns": ["age", "year"]}, "column 'year' is among user_columns and item_columns"),
+        ({"item_columns": ["year"], "user_columns": ["film"]}, "user_columns has 'film', which is item_column"),
+        ({"user_column": "age"}, "user_column='age' is no categorical column"),
+        ({"positive": "like it"}, "positive='like it'"),
+        ({"exclude_seen": True}, "exclude_seen=True needs user_column"),
+        ({"num_uniform": -1}, "num_uniform=-1 must not be negative"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, changed, message):
+    with pytest.raises(ValueError, match=message):
+        made_pairs(tmp_path, **changed).setup("fit")
+
+
+def test_tasks_of_numbers_and_hashed_items_are_refused(tmp_path):
+    stars = {**TABLE, "tasks": {"stars": {"column": "stars", "kind": "ordinal"}}}
+    with pytest.raises(ValueError, match="positive='stars' is a task of kind 'ordinal': it must be 'binary'"):
+        made_pairs(tmp_path, table=stars, positive="stars").setup("fit")
+    with pytest.raises(ValueError, match="item_column='film' is hashed: it must have a row for each value"):
+        made_pairs(tmp_path, table={**TABLE, "hash_rows": {"film": 9}}).setup("fit")
+    rare = made_pairs(tmp_path, table={**TABLE, "min_count": 2})  # Fargo is rated once
+    assert rare.item_values == ("", *FILMS[:4])
+    assert rare.sizes() == {"train": 6, "val": 2, "test": 3}
