@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from apps.base.files import naming, replacing
 from apps.base.progress import bar
 from apps.cli.partial import Partial
+from apps.cli.row_groups import RowGroups
 from apps.train.predicting import Prediction, PredictionStream
 
 _CHUNK = 8192
@@ -34,7 +35,8 @@ class PredictionFile(Callback):
     """A callback that writes predictions to a file, in the order of their ``index`` where all rows have one.
 
     The rows go to a file beside it first, a JSON line each, or lines of text; the file is made of it in the end. So
-    memory holds one batch, and where batches come in another order than their indices, 16 bytes a row.
+    memory holds one batch, and where batches come in another order than their indices, 16 bytes a row. The columns of a
+    Trainer's predictions go to a Parquet file as they are, if they come in their order (``RowGroups``).
 
     Args:
         path: the file, which ends in .jsonl, .csv, .parquet or .txt.
@@ -55,6 +57,8 @@ class PredictionFile(Callback):
         self._last: Any = None
         self._widths: dict[str, int | None] = {}  # length of the longest list by column
         self._schema: Any = None
+        # A run that may go on after a stopped one needs the lines.
+        self._groups = RowGroups(path) if path.suffix == ".parquet" and not partial else None
 
     @contextlib.contextmanager
     def open(self) -> Iterator[PredictionFile]:
@@ -66,7 +70,9 @@ class PredictionFile(Callback):
         """
         with naming(self.path):
             self._partial = Partial(self.path, **self._options)
-        with self._partial:
+        with self._partial, contextlib.ExitStack() as stack:
+            if self._groups is not None:
+                stack.callback(self._groups.delete)
             self.start = self.num_rows = self._partial.start
             if self.start and not self._is_text:
                 for chunk in _chunks(map(json.loads, self._lines())):
@@ -88,10 +94,33 @@ class PredictionFile(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self.add(rows_of(outputs))
+        self.add_columns(columns_of(outputs))
+
+    def add_columns(self, columns: Mapping[str, Any]) -> None:
+        """Write further rows, given as tensors, lists or arrow arrays by column."""
+        if self._groups is not None:
+            with naming(self.path):
+                is_taken = self._groups.add(columns)
+            if is_taken:
+                if len(self.first) < self.preview:
+                    head = {name: values[: self.preview - len(self.first)] for name, values in columns.items()}
+                    self.first += [json.dumps(row, ensure_ascii=False) for row in rows_of(head)]
+                self.num_rows += len(next(iter(columns.values()), ()))
+                return
+        self.add(rows_of(columns))
+
+    def _leave_groups(self, groups: RowGroups) -> None:
+        """Write the rows so far as lines, which may be of any types and in any order."""
+        self._groups, self.num_rows, self.first = None, 0, []
+        with naming(self.path):
+            for table in groups.tables():
+                self.add(rows_of({name: table[name] for name in table.column_names}))
+        groups.delete()
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write further rows of plain values."""
+        if self._groups is not None:
+            self._leave_groups(self._groups)
         rows = list(rows)
         self._look_at(rows)
         for row in rows:
@@ -140,6 +169,8 @@ class PredictionFile(Callback):
             ) from error
 
     def _finish(self) -> None:
+        if self._groups is not None and self._groups.become(self.path):
+            return
         is_whole = self._is_text or (self.path.suffix == ".jsonl" and (self._in_order or not self._indexed))
         if is_whole:
             if not self._is_text:
@@ -220,8 +251,8 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
 
 
-def rows_of(batch: Any) -> Iterator[dict[str, Any]]:
-    """Return the predictions of a batch, an example each, as plain values.
+def columns_of(batch: Any) -> dict[str, Any]:
+    """Return the predictions of a batch by column: tensors, arrow arrays or sequences of one length.
 
     Args:
         batch: return value of ``predict_step``: a dataclass, mapping or named tuple of columns, or one tensor.
@@ -234,9 +265,20 @@ def rows_of(batch: Any) -> Iterator[dict[str, Any]]:
         columns = batch._asdict()
     else:
         columns = {"output": batch}
-    plain = {k: v.tolist() if isinstance(v, Tensor) else list(v) for k, v in columns.items() if v is not None}
+    return {name: values for name, values in columns.items() if values is not None}
+
+
+def rows_of(batch: Any) -> Iterator[dict[str, Any]]:
+    """Return the predictions of a batch, an example each, as plain values; see ``columns_of``."""
+    plain = {name: _plain(values) for name, values in columns_of(batch).items()}
     for values in zip(*plain.values(), strict=True):
         yield dict(zip(plain, values, strict=True))
+
+
+def _plain(values: Any) -> list[Any]:
+    if isinstance(values, Tensor):
+        return values.tolist()
+    return values.to_pylist() if hasattr(values, "to_pylist") else list(values)
 
 
 # ---- streams

@@ -122,6 +122,22 @@ def iter_columns(
         raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
 
 
+def check_columns(file: Path, roles: Mapping[str, str]) -> None:
+    """Refuse a file that lacks a column, or has one twice; no row is read.
+
+    Raises:
+        ValueError: naming the column and its role; or the file cannot be read.
+    """
+    try:
+        if _kind(file) == ".parquet":
+            with _parquet(file, roles):
+                pass
+        else:
+            _layout(file, roles)
+    except _UNREADABLE as error:
+        raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
+
+
 @contextlib.contextmanager
 def _parquet(file: Path, roles: Mapping[str, str]) -> Iterator[pa.parquet.ParquetFile]:
     """Open a Parquet file, and check that it has the columns and holds no more than its size explains."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from apps.recsys.retrieval.columns import (
 )
 from apps.recsys.retrieval.loss import log_probability
 from apps.recsys.schema import SplitConfig, TableConfig
+from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.rows import TableRows
 from apps.recsys.tables.synthetic import SyntheticConfig
@@ -73,11 +75,8 @@ class Pairs(Dataset[PairBatch]):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int] | Tensor) -> PairBatch:
-        batch, features = self.rows.__getitems__(positions), self.rows.features
-        seen_BH = None
-        if self.seen is not None and self.user_column is not None:
-            seen_BH = self.seen.by_user(column_of(batch, self.user_column))
-        users = PairBatch(take_columns(batch, features, self.user), batch.index_B, seen_BH=seen_BH)
+        batch = self.rows.__getitems__(positions)
+        users = users_of(take_columns(batch, self.rows.features, self.user), self.seen, self.user_column)
         if self.items is None or self.log_q_I is None:
             return users
         item_C = column_of(batch, self.item_column)
@@ -85,6 +84,14 @@ class Pairs(Dataset[PairBatch]):
             item_C = torch.cat((item_C, torch.randint(1, len(self.items) + 1, (self.num_uniform,))))
         place_C = item_C.clamp_min(1) - 1
         return replace(users, item=self.items.__getitems__(place_C), item_C=item_C, log_q_C=self.log_q_I[place_C])
+
+
+def users_of(user: TableBatch, seen: Seen | None, user_column: str | None) -> PairBatch:
+    """Return users' rows as a batch without items; see ``Pairs``."""
+    seen_BH = None
+    if seen is not None and user_column is not None:
+        seen_BH = seen.by_user(column_of(user, user_column))
+    return PairBatch(user, user.index_B, seen_BH=seen_BH)
 
 
 class RetrievalData(TableData):
@@ -257,10 +264,8 @@ class RetrievalData(TableData):
         """Return the users of ``predict_file``, else those of the test."""
         if self.predict_file is None:
             return self.test_dataloader()
-        files = self._open_rows()
-        user = self.user_features
-        rows = TableRows(files, user, torch.arange(files.info["num_rows"]))
-        return self.eval_loader(Pairs(rows, user, seen=self.catalogue.seen, user_column=self.user_column))
+        to_users = partial(users_of, seen=self.catalogue.seen, user_column=self.user_column)
+        return DataLoader(self._rows_to_predict(self.predict_file), batch_size=None, collate_fn=to_users)
 
     def train_eval_dataloader(self) -> DataLoader[Any]:
         """Return the training pairs in the table's order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ class TableBatch:
         weight_Bt: float32 (B, t), weights of the labels in the losses; None: 1.
         vector_BV: float32 (B, V), the columns of vectors side by side; NaN where one is missing. None: there are none.
         sequences: row numbers of the columns of sequences, the oldest first, without row 0. None: there are none.
+        kept: arrow arrays (B,) of the columns that predictions repeat, by name; None: there are none.
     """
 
     dense_BC: Tensor
@@ -36,6 +38,7 @@ class TableBatch:
     weight_Bt: Tensor | None = None
     vector_BV: Tensor | None = None
     sequences: KeyedJaggedTensor | None = None
+    kept: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.label_Bt)
@@ -50,5 +53,5 @@ class TableBatch:
         return self._each("pin_memory")
 
     def _each(self, method: str, *args: Any, **kwargs: Any) -> TableBatch:
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kept"}
         return replace(self, **{k: getattr(v, method)(*args, **kwargs) for k, v in parts.items() if v is not None})

@@ -23,6 +23,7 @@ from apps.base.checks import check_at_least, check_name
 from apps.base.messages import unknown_name
 from apps.data.array_files import ArrayFiles, ArrayWriter
 from apps.data.datasets import prepare
+from apps.data.loader import as_it_is
 from apps.data.splits import SPLITS, Split
 from apps.data.store import EncodedStore, identity
 from apps.data.suite_data import SuiteData
@@ -38,6 +39,7 @@ from core.config.plain import from_plain
 if TYPE_CHECKING:
     from apps.recsys.readers.raw import RawTables
     from apps.recsys.tables.rows import TableRows
+    from apps.recsys.tables.streaming import FileRows
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +119,7 @@ class TableData(SuiteData):
         exclude: Sequence[str] = (),
         synthetic: SyntheticConfig | None = None,
         batch_size: int = 1024,
-        eval_batch_size: int = 8192,
+        eval_batch_size: int = 4096,
         drop_last: bool = False,
         num_workers: int = 0,
         subset: int | None = None,
@@ -141,7 +143,6 @@ class TableData(SuiteData):
         self.exclude = tuple(exclude)
         self.synthetic = from_plain(synthetic, SyntheticConfig, "synthetic")
         self.subset = subset
-        self._rows_to_predict: ArrayFiles | None = None
         self._check_options()
 
     # ---- what a model and a reader of results ask
@@ -163,10 +164,6 @@ class TableData(SuiteData):
     @classmethod
     def encoding_of(cls, state: Mapping[str, Any]) -> Encoding:
         return Encoding.from_state(state)
-
-    def forget(self) -> None:
-        super().forget()
-        self._rows_to_predict = None
 
     @property
     def findings(self) -> TableFindings:
@@ -194,17 +191,6 @@ class TableData(SuiteData):
         domains = self.encoding.domains
         return () if domains is None else domains.texts()
 
-    @cached_property
-    def predicted(self) -> dict[str, list[Any]]:
-        """The ``predict_columns`` by name, each in the order of the rows, as values that JSON has."""
-        from apps.recsys.readers.user_tables import find_files, read_files
-
-        if self.predict_file is None or not self.predict_columns:
-            return {}
-        files = find_files(self._folder, self.predict_file, "predict_file")
-        table = read_files(files, dict.fromkeys(self.predict_columns, "predict_columns"))
-        return {column: [_plain(value) for value in table[column].to_pylist()] for column in self.predict_columns}
-
     def rows(self, split: str) -> TableRows:
         """Return the rows of a split in the table's order; ``rows(split)[:]`` is one batch of them all."""
         from apps.recsys.tables.rows import TableRows
@@ -222,9 +208,13 @@ class TableData(SuiteData):
         return self._adopted is not None and self.predict_file is not None
 
     def check(self, stage: str | None) -> None:
-        """Refuse rows to predict that cannot be encoded."""
+        """Refuse files of rows to predict that lack a column."""
         if stage == "predict" and self.predict_file is not None:
-            self._open_rows()
+            from apps.recsys.readers.user_tables import check_columns
+
+            rows = self._rows_to_predict(self.predict_file)
+            for file in rows.files:
+                check_columns(file, rows.roles)
 
     def examples(self, split: Split) -> TableRows:
         return self.rows(split)
@@ -254,10 +244,17 @@ class TableData(SuiteData):
         """Return the batches of ``predict_file``, else those of the test."""
         if self.predict_file is None:
             return self.test_dataloader()
-        from apps.recsys.tables.rows import TableRows
+        rows = self._rows_to_predict(self.predict_file)
+        return DataLoader(rows, batch_size=None, collate_fn=as_it_is)
 
-        files = self._open_rows()
-        return self.eval_loader(TableRows(files, self.features, torch.arange(files.info["num_rows"])))
+    def _rows_to_predict(self, pattern: str) -> FileRows:
+        from apps.recsys.readers.user_tables import find_files
+        from apps.recsys.tables.streaming import FileRows
+
+        assert self.eval_batch_size is not None
+        files = find_files(self._folder, pattern, "predict_file")
+        place = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return FileRows(files, self.rows_encoding, self.eval_batch_size, self.predict_columns, *place)
 
     def train_eval_dataloader(self) -> DataLoader[Any]:
         """Return the training batches in the table's order."""
@@ -291,24 +288,6 @@ class TableData(SuiteData):
             given=None if self._adopted is None else self._adopted.digest,
             digest_of=lambda files: Encoding.of(files).digest,
         )
-
-    def _open_rows(self) -> ArrayFiles:
-        if self._rows_to_predict is None:
-            from apps.recsys.readers.user_tables import find_files, read_files
-
-            assert self.predict_file is not None
-            files, encoding = find_files(self._folder, self.predict_file, "predict_file"), self.rows_encoding
-
-            def write(writer: ArrayWriter) -> None:
-                from apps.recsys.tables.build import build_rows
-
-                table = read_files(files, encoding.roles, encoding.numbers)
-                if not len(table):
-                    raise ValueError("the rows to predict: there are none")
-                build_rows(table, encoding, writer)
-
-            self._rows_to_predict = _STORE.open(self.cache, "predict", identity(files), write, given=encoding.digest)
-        return self._rows_to_predict
 
     @property
     def rows_encoding(self) -> Encoding:
@@ -390,12 +369,3 @@ class TableData(SuiteData):
             raise ValueError(f"synthetic is for dataset='synthetic', not {self.dataset!r}")
         if self.dataset == "synthetic" and self.root is not None:
             raise ValueError(f"root={self.root!r}: dataset='synthetic' has no files")
-
-
-def _plain(value: Any) -> Any:
-    """Return a value that JSON has: times, decimals and the like become text, NaN and infinities None."""
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)

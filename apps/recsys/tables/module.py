@@ -239,21 +239,19 @@ class MultiTaskRecommender(SparseModule, Comparable):
         ``predict_file`` have none.
         """
         data, tasks = self._data(), self.features.tasks
-        predicted: Mapping[str, list[Any]] = getattr(data, "predicted", {})
-        rows = batch.index_B.tolist()
         labels = {}
         if getattr(data, "predict_file", None) is None:
             for task, kind, label_B in zip(tasks, self.outputs.kinds, batch.label_Bt.T, strict=True):
                 labels[f"label_{task}"] = kind.label_values(label_B)
         return {
             "index": batch.index_B,
-            **{column: [values[row] for row in rows] for column, values in predicted.items()},
+            **(batch.kept or {}),
             **self.outputs.columns(tasks, self(batch).float()),
             **labels,
         }
 
     @torch.inference_mode()
-    def predict(self, rows: Any, batch_size: int = 8192) -> Any:
+    def predict(self, rows: Any, batch_size: int = 4096) -> Any:
         """Return the prediction of each task for each row, in the rows' order: what ``moesaic predict`` writes.
 
         Values are encoded by what the checkpoint keeps, as in an evaluation: no training file is needed, and a value
@@ -262,7 +260,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         Args:
             rows: a pandas DataFrame, a pyarrow Table (or what offers itself as one, such as a polars DataFrame), a dict
                 of columns, or a path, or a pattern of paths, of CSV or Parquet files.
-            batch_size: rows a step. Files and frames are read in pieces of eight steps; only the scores are held whole.
+            batch_size: rows a step. Files and frames are read in pieces of sixteen steps; the scores are held whole.
 
         Returns:
             columns ``probability_<task>`` of binary tasks and ``value_<task>`` of the others, float32; a multiclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,29 +23,23 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from apps.recsys.tables.module import MultiTaskRecommender
+    from apps.recsys.tables.rows import TableRows
 
-_BATCHES = 8
+_BATCHES = 16
 """Batches that are encoded at a time."""
 
 
 def predict(model: MultiTaskRecommender, rows: Any, batch_size: int) -> Any:
     """See ``MultiTaskRecommender.predict``."""
-    from apps.data.array_files import ArraysInMemory
-    from apps.recsys.tables.build import build_rows
-    from apps.recsys.tables.rows import TableRows
+    from apps.recsys.tables.streaming import one_ahead
 
     check_at_least(1, batch_size=batch_size)
     encoding = Encoding.from_state(encoding_of(model))
     parts = [torch.empty(0, model.outputs.width)]
-    first = 0
-    for table in pieces(rows, encoding.roles, encoding.numbers, _BATCHES * batch_size):
-        columns = ArraysInMemory()
-        build_rows(table, encoding, columns, first)
-        first += len(table)
-        encoded = TableRows(columns, encoding.features, torch.arange(len(table)))
-        for begin in range(0, len(table), batch_size):
-            batch = encoded[begin : begin + batch_size].to(model.device)
-            parts.append(model(batch).float().cpu())
+    tables = pieces(rows, encoding.roles, encoding.numbers, _BATCHES * batch_size)
+    for _, piece in one_ahead(encoded(tables, encoding)):
+        for begin in range(0, len(piece), batch_size):
+            parts.append(model(piece[begin : begin + batch_size].to(model.device)).float().cpu())
     scores = like(rows, model.outputs.columns(encoding.features.tasks, torch.cat(parts)))
     if is_frame(rows):
         scores.index = rows.index
@@ -67,6 +61,28 @@ def encoding_of(model: Any) -> Mapping[str, Any]:
     return state
 
 
+def encoded(tables: Iterable[pa.Table], encoding: Encoding) -> Iterator[tuple[pa.Table, TableRows]]:
+    """Yield each table with its rows encoded, which are counted from 0 in each.
+
+    Args:
+        tables: the pieces of one table, with the columns of ``encoding.roles``.
+        encoding: encoding of the values.
+
+    Raises:
+        ValueError: a value that cannot be encoded; the message counts its row from the first table's first row.
+    """
+    from apps.data.array_files import ArraysInMemory
+    from apps.recsys.tables.build import build_rows
+    from apps.recsys.tables.rows import TableRows
+
+    first = 0
+    for table in tables:
+        columns = ArraysInMemory()
+        build_rows(table, encoding, columns, first)
+        first += len(table)
+        yield table, TableRows(columns, encoding.features, torch.arange(len(table)))
+
+
 def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: int) -> Iterator[pa.Table]:
     """Yield the columns of ``roles`` as tables of ``size`` rows; the last one may have fewer. Others are ignored.
 
@@ -85,9 +101,7 @@ def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: in
     from apps.recsys.readers import user_tables
 
     if isinstance(rows, (str, Path)):
-        files = user_tables.find_files(None, str(rows), "rows")
-        tables = (user_tables.iter_columns(file, roles, tuple(numbers), size) for file in files)
-        yield from _joined(itertools.chain.from_iterable(tables), size)
+        yield from pieces_of_files(user_tables.find_files(None, str(rows), "rows"), roles, numbers, size)
     elif is_frame(rows):
         _check_columns(list(rows.columns), roles)
         for begin in range(0, len(rows), size):
@@ -111,6 +125,16 @@ def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: in
             f"rows={excerpt(rows)} are none that can be scored: give a DataFrame, an arrow table, a dict of columns, "
             "or a path of CSV or Parquet files"
         )
+
+
+def pieces_of_files(
+    files: Sequence[Path], roles: Mapping[str, str], numbers: Iterable[str], size: int
+) -> Iterator[pa.Table]:
+    """Yield the columns of CSV or Parquet files, one file after the other; see ``pieces``."""
+    from apps.recsys.readers import user_tables
+
+    tables = (user_tables.iter_columns(file, roles, tuple(numbers), size) for file in files)
+    yield from _joined(itertools.chain.from_iterable(tables), size)
 
 
 def like(rows: Any, columns: Mapping[str, Any]) -> Any:

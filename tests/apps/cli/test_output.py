@@ -6,14 +6,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from commands import full_disk
 from pyarrow import parquet
 from tiny_app import TinyModule
 
-from apps.cli import main
-from apps.cli.predictions import PredictionFile, rows_of
+from apps.cli import main, row_groups
+from apps.cli.predictions import PredictionFile, columns_of, rows_of
 from apps.cli.request import Request
 from apps.cli.train import build
 
@@ -79,6 +80,49 @@ def test_parquet_keeps_lists(tmp_path):
     assert parquet.read_table(tmp_path / "p.parquet").to_pylist() == ROWS
 
 
+def scores(*index: int, **others: object) -> dict[str, object]:
+    """Return a batch of predictions, a half and a quarter of the index."""
+    x = torch.tensor(index)
+    return {"index": x, "score": torch.stack([x / 2, x / 4], 1), **others}
+
+
+def test_columns_in_their_order_are_written_to_parquet_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_groups, "_ROWS", 3)
+    keys = pa.chunked_array([["a"], ["b"]])
+    with PredictionFile(tmp_path / "p.parquet", preview=3).open() as file:
+        file.add_columns(scores(0, 1, key=keys))
+        file.add_columns(scores(2, 4, key=pa.array(["c", None])))
+        file.add_columns(scores(5, key=["e"]))
+    assert [p.name for p in tmp_path.iterdir()] == ["p.parquet"]
+    whole = parquet.ParquetFile(tmp_path / "p.parquet")
+    assert [whole.metadata.row_group(i).num_rows for i in range(whole.num_row_groups)] == [4, 1]
+    assert whole.schema_arrow.field("score").type == pa.list_(pa.float32())
+    assert whole.read().to_pydict() == {
+        "index": [0, 1, 2, 4, 5],
+        "score": [[0.0, 0.0], [0.5, 0.25], [1.0, 0.5], [2.0, 1.0], [2.5, 1.25]],
+        "key": ["a", "b", "c", None, "e"],
+    }
+    assert file.num_rows == 5
+    assert [json.loads(line)["key"] for line in file.first] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("batches", "expected"),
+    [
+        ([scores(4, 5), scores(0, 1)], [0, 1, 4, 5]),  # of another order
+        ([scores(0, 4, key=[None, None]), scores(5, key=["e"])], [0, 4, 5]),  # of another type
+    ],
+)
+def test_columns_that_do_not_follow_the_first_are_sorted_in_the_end(tmp_path, batches, expected):
+    with PredictionFile(tmp_path / "p.parquet", preview=1).open() as file:
+        for batch in batches:
+            file.add_columns(batch)
+    assert [p.name for p in tmp_path.iterdir()] == ["p.parquet"]
+    rows = parquet.read_table(tmp_path / "p.parquet").to_pylist()
+    assert [(row["index"], row["score"]) for row in rows] == [(i, [i / 2, i / 4]) for i in expected]
+    assert (file.num_rows, json.loads(file.first[0])["index"]) == (len(expected), expected[0])
+
+
 def test_parquet_refuses_a_column_of_two_kinds(tmp_path):
     refused = pytest.raises(ValueError, match=r"p.parquet cannot hold .*give a file ending in .jsonl")
     with refused, PredictionFile(tmp_path / "p.parquet").open() as file:
@@ -91,7 +135,7 @@ def test_parquet_refuses_a_column_of_two_kinds(tmp_path):
 def test_an_error_half_way_leaves_the_earlier_file(tmp_path, name):
     (tmp_path / name).write_text("earlier")
     with pytest.raises(RuntimeError, match="half-way"), PredictionFile(tmp_path / name).open() as file:
-        file.add(rows_of(BATCHES[0]))
+        file.add_columns(columns_of(BATCHES[0]))
         raise RuntimeError("half-way")
     assert (tmp_path / name).read_text() == "earlier"
     assert len(list(tmp_path.iterdir())) == 1

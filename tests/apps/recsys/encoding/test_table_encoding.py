@@ -191,8 +191,8 @@ def test_rows_to_predict_need_neither_labels_nor_the_training_file(own, tmp_path
     assert same([r["dense"] for r in rows], [[25.0], [NAN], [30.0]])
     assert [r["domain"] for r in rows] == [1, 0, 0]
     assert same([r["label"] for r in rows], [[NAN, NAN]] * 3)
-    assert data.predicted["key"] == ["k0", "k1", "k2"]
-    assert data.predicted["age"] == ["25", None if kind == "csv" else "", "30"]  # as it stands there
+    assert batch.kept["key"].to_pylist() == ["k0", "k1", "k2"]
+    assert batch.kept["age"].to_pylist() == ["25", None if kind == "csv" else "", "30"]  # as it stands there
     # Without a checkpoint the table itself teaches.
     alone = own(predict_file=f"new.{kind}")
     assert same(by_row(next(iter(alone.predict_dataloader()))), rows)
@@ -212,8 +212,9 @@ def test_rows_to_predict_need_neither_labels_nor_the_training_file(own, tmp_path
 def test_rows_that_cannot_be_encoded_are_named(own, tmp_path, columns, message):
     pa.parquet.write_table(pa.table({**NEW, **columns}), tmp_path / "new.parquet")
     data = own(predict_file="new.parquet")
+    data.setup("predict")
     with pytest.raises(ValueError, match=message):
-        data.setup("predict")
+        list(data.predict_dataloader())
 
 
 def test_bad_options_of_a_prediction_are_refused(own, tmp_path):

@@ -55,6 +55,4 @@ def test_probabilities_of_a_place_by_hand():
 def test_shapes_that_do_not_fit_are_refused():
     for logits, items, log_q in (((3, 2), 2, None), ((2, 3), 2, None), ((2, 3), 3, 2)):
         with pytest.raises(ValueError, match=r"they must be \(B, C\), \(C,\) and \(C,\), C at least B"):
-            sampled_softmax(
-                torch.zeros(logits), torch.arange(items), None if log_q is None else torch.zeros(log_q)
-            )
+            sampled_softmax(torch.zeros(logits), torch.arange(items), None if log_q is None else torch.zeros(log_q))
