@@ -23,6 +23,9 @@ import numpy as np
 NO_GROUP = int(np.iinfo(np.int64).min)
 """Stands for the group of an example that has none."""
 
+COLD_USER, COLD_ITEM = 1, 2
+"""Flags of an example whose user, and whose item, has no row in training; their sum stands for both."""
+
 
 def auc(scores_N: np.ndarray, labels_N: np.ndarray, weights_N: np.ndarray | None = None) -> float:
     """Return the area under the ROC curve: the share of (positive, negative) pairs in order, ties half.

@@ -11,14 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from apps.recsys.binary_metrics import NO_GROUP, TaskMetrics, histogram_metrics
+from apps.recsys.binary_metrics import COLD_ITEM, COLD_USER, NO_GROUP, TaskMetrics, histogram_metrics
 from apps.recsys.encoding.features import Target
-from apps.recsys.kinds import Metrics, Outputs
+from apps.recsys.kinds import Kind, Metrics, Outputs
 
 # Logits beyond it share the outermost bins of the streaming form: their probability is within 1.2e-7 of 0 or 1.
 _LIMIT = 16.0
@@ -66,6 +67,9 @@ class MultiTaskMetrics(_Synced):
     there where some tasks have an AUC and others an R^2: the mean over all of whichever a task has.
 
     Predictions are kept in float32 on the CPU until the end, 8 bytes a row and task, and are gathered by every rank.
+    Where some users or items have no row in training, there are ``<part>_rows`` of the parts "warm", "cold_user" and
+    "cold_item", and the main metrics of each, such as ``cold_user_auc`` and ``cold_user_auc_<task>``.
+
     For more rows than that allows, ``score_bins`` keeps counts alone: scores within a bin are ties then, which moves an
     AUC by at most half the share of pairs that fall into one bin; log loss and means stay exact.
 
@@ -77,6 +81,7 @@ class MultiTaskMetrics(_Synced):
 
     Attributes:
         by_task: the metrics of each task, after ``compute``.
+        by_part: the rows of each part of the users and items, and the metrics of their tasks; empty where none is cold.
 
     Raises:
         ValueError: a value out of its range, or ``score_bins`` with ``grouped`` or with a task that is not binary.
@@ -106,9 +111,11 @@ class MultiTaskMetrics(_Synced):
             )
         self.task_names, self.grouped, self.score_bins = names, grouped, score_bins
         self.by_task: dict[str, Metrics] = {}
+        self.by_part: dict[str, tuple[int, dict[str, Metrics]]] = {}
         if score_bins is None:
             self.add_state("scores", [], "cat")
             self.add_state("labels", [], "cat")
+            self.add_state("cold", [], "cat")
             if grouped:
                 self.add_state("groups", [], "cat")
         else:
@@ -120,16 +127,23 @@ class MultiTaskMetrics(_Synced):
     def _empty(self) -> Mapping[str, Tensor]:
         if self.score_bins is not None:
             return {}
-        empty = {"scores": torch.zeros(0, self.outputs.width), "labels": torch.zeros(0, len(self.task_names))}
+        empty = {
+            "scores": torch.zeros(0, self.outputs.width),
+            "labels": torch.zeros(0, len(self.task_names)),
+            "cold": torch.zeros(0, dtype=torch.uint8),
+        }
         return {**empty, "groups": torch.zeros(0, dtype=torch.int64)} if self.grouped else empty
 
-    def update(self, outputs: Tensor, targets: Tensor, groups: Tensor | None = None) -> None:
+    def update(
+        self, outputs: Tensor, targets: Tensor, groups: Tensor | None = None, cold: Tensor | None = None
+    ) -> None:
         """Add a batch.
 
         Args:
             outputs: (B, Z), the tasks' outputs, a logit each where all are binary.
             targets: (B, t), labels as ``TableBatch`` has them; NaN where an example has none.
             groups: int64 (B,), the user of each example; None where users are not known.
+            cold: uint8 (B,), flags of what has no row in training, as ``TableBatch`` has them; None: nothing.
 
         Raises:
             ValueError: shapes that do not fit each other.
@@ -146,6 +160,8 @@ class MultiTaskMetrics(_Synced):
             return
         self.scores.append(outputs.detach().to("cpu", torch.float32))
         self.labels.append(targets.detach().to("cpu", torch.float32))
+        of_warm = torch.zeros(len(outputs), dtype=torch.uint8)
+        self.cold.append(of_warm if cold is None else cold.detach().to("cpu", torch.uint8))
         if self.grouped:
             of_none = torch.full((len(outputs),), NO_GROUP)
             self.groups.append(of_none if groups is None else groups.detach().to("cpu", torch.int64))
@@ -178,15 +194,36 @@ class MultiTaskMetrics(_Synced):
         if self.outputs.main_metric == "score":
             kinds = zip(self.outputs.kinds, of_tasks, strict=True)
             means["score"] = _mean([of_task.values()[kind.main_metric] for kind, of_task in kinds])
+        for part, (num_rows, of_part) in self.by_part.items():
+            values[f"{part}_rows"] = num_rows
+            main = {
+                task: self._main(kind, of_part[task]) for task, kind in zip(of_part, self.outputs.kinds, strict=True)
+            }
+            values |= {f"{part}_{name}_{task}": value for task, (name, value) in main.items()}
+            values[f"{part}_{self.outputs.main_metric}"] = _mean([value for _, value in main.values()])
         return {k: torch.tensor(v, dtype=torch.float64) for k, v in (means | values).items()}
+
+    @staticmethod
+    def _main(kind: Kind, metrics: Metrics) -> tuple[str, float]:
+        return kind.main_metric, metrics.values().get(kind.main_metric, math.nan)
 
     def _exact(self) -> Sequence[Metrics]:
         states = {name: _joined(getattr(self, name), empty).numpy() for name, empty in self._empty().items()}
         groups_N = states.get("groups")
         if groups_N is not None and not (groups_N != NO_GROUP).any():
             groups_N = None
-        scores = self.outputs.split(torch.from_numpy(states["scores"]))
-        parts = zip(self.outputs.kinds, scores, states["labels"].T, strict=True)
+        cold_N = states["cold"]
+        flags = {"warm": cold_N == 0, "cold_user": cold_N & COLD_USER > 0, "cold_item": cold_N & COLD_ITEM > 0}
+        self.by_part = {}
+        for part, is_in_N in flags.items() if cold_N.any() else ():
+            if is_in_N.any():
+                own = self._of_rows(states["scores"][is_in_N], states["labels"][is_in_N], None)
+                self.by_part[part] = int(is_in_N.sum()), dict(zip(self.task_names, own, strict=True))
+        return self._of_rows(states["scores"], states["labels"], groups_N)
+
+    def _of_rows(self, scores_NZ: np.ndarray, label_Nt: np.ndarray, groups_N: np.ndarray | None) -> list[Metrics]:
+        scores = self.outputs.split(torch.from_numpy(scores_NZ))
+        parts = zip(self.outputs.kinds, scores, label_Nt.T, strict=True)
         return [kind.metrics(own.numpy(), label_N, groups_N) for kind, own, label_N in parts]
 
     def _binned(self) -> Sequence[Metrics]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from apps.base.checks import check_at_least, check_name
 from apps.data.given import NUMBERS, TargetKind
 
-SplitKind = Literal["given", "random", "user", "time", "leave_last_out"]
+SplitKind = Literal["given", "random", "user", "group", "time", "leave_last_out"]
 TaskLoss = Literal["squared", "absolute", "weighted_logistic"]
 
 
@@ -71,17 +71,20 @@ class SplitConfig:
     Splits that have files of their own are kept; ``kind`` says how the others are drawn from the training file.
 
     Attributes:
-        kind: "given": as the files have it; "random": rows; "user": all rows of a user fall on one side; "time": the
-            last rows by time; "leave_last_out": of each user the last row tests, the one before validates.
-        val: share of the training rows (of the users with "user") that validates, where the files give no validation.
-            0: no validation.
-        test: share of all rows (of the users with "user") that tests, where the files give no test; "given" and
-            "leave_last_out" take none.
+        kind: "given": as the files have it; "random": rows; "user" and "group": all rows of a user, or of a value of
+            ``column``, fall on one side; "time": the last rows by time; "leave_last_out": of each user the last row
+            tests, the one before validates.
+        val: share of the training rows (of the users with "user", the groups with "group") that validates, where the
+            files give no validation. 0: no validation.
+        test: share of all rows (likewise) that tests, where the files give no test; "given" and "leave_last_out" take
+            none.
         stratify: task whose classes are shared out evenly over validation and training, with "given" and "random".
         seed: seed of the draw. It is not the run's, so that runs of other seeds have the same rows.
+        column: column of the groups, such as a session or a household, with "group".
 
     Raises:
-        ValueError: an unknown kind, a share outside [0, 1), or ``stratify`` with a kind that draws no rows at random.
+        ValueError: an unknown kind, a share outside [0, 1), ``stratify`` with a kind that draws no rows at random, or a
+            ``column`` without "group" or the reverse.
     """
 
     kind: SplitKind = "random"
@@ -89,6 +92,7 @@ class SplitConfig:
     test: float = 0.1
     stratify: str | None = None
     seed: int = 0
+    column: str | None = None
 
     def __post_init__(self) -> None:
         check_name("split.kind", self.kind, get_args(SplitKind))
@@ -97,6 +101,10 @@ class SplitConfig:
                 raise ValueError(f"split.{name}={getattr(self, name)} must be a share, at least 0 and below 1")
         if self.stratify is not None and self.kind not in ("given", "random"):
             raise ValueError(f"split.stratify={self.stratify!r} is for kind 'given' or 'random', not {self.kind!r}")
+        if (self.column is not None) != (self.kind == "group"):
+            raise ValueError(
+                f"split.column={self.column!r} names the groups of kind 'group', and kind is {self.kind!r}"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"split.seed={self.seed} must be 0 to {2**32 - 1}")
 
@@ -131,7 +139,8 @@ class TableConfig:
         continuous: columns of numbers.
         tasks: labels by the name of the task.
         domain: column of the domain; None where there is one domain.
-        user: column whose rows belong together, for a split by user and metrics by user.
+        user: column whose rows belong together, for a split by user and metrics by user. A test reports the rows of
+            users that have no row in training apart.
         time: column by which rows are ordered.
         hash_rows: number of embedding rows by column, for columns whose ids are hashed.
         num_rows: number of embedding rows by column, for columns that hold row numbers already, 0 to num_rows - 1.
@@ -146,6 +155,7 @@ class TableConfig:
         timestamps: columns of times. Each is given to a model as ``<column>_hour`` and ``<column>_weekday``,
             categorical, and ``<column>_days``, the time as a number of days since 1970; all in UTC.
         left_out: parts of timestamps that are not given to a model, such as "time_days".
+        item: column of the items. A test reports the rows of items that have no row in training apart.
 
     Raises:
         ValueError: no task, no feature, a label among the features, a column with two of the roles of a feature, an
@@ -169,6 +179,7 @@ class TableConfig:
     sequences: Mapping[str, SequenceConfig] = field(default_factory=dict)
     timestamps: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    item: str | None = None
 
     def __post_init__(self) -> None:
         self._check_roles()
@@ -183,7 +194,8 @@ class TableConfig:
     @property
     def roles(self) -> dict[str, str]:
         """The role of each column that is read, by column; the feature's role where a column has several."""
-        named = {"domain": self.domain, "user": self.user, "time": self.time}
+        named = {"domain": self.domain, "user": self.user, "item": self.item, "time": self.time}
+        named["split"] = self.split.column
         roles = {column: role for role, column in named.items() if column is not None}
         for name, task in self.tasks.items():
             for column, role in ((self.weight, "weight"), (task.weight, f"weight of task {name}"), (task.mask, "mask")):

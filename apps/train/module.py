@@ -44,6 +44,7 @@ class TaskOutput:
         groups: user of each example, int64 (B,): third argument of the metrics' ``update``; None for no such metrics.
         weight: weight of this batch in an epoch's mean, such as its tokens; None for ``num_examples``.
         distribution: in training, what the model predicts, which a teacher's prediction is compared with.
+        cold: what of each example has no row in training, int (B,): fourth argument of the metrics' ``update``.
     """
 
     loss: Tensor
@@ -54,6 +55,7 @@ class TaskOutput:
     groups: Tensor | None = None
     weight: int | None = None
     distribution: Distribution | None = None
+    cold: Tensor | None = None
 
 
 class TrainingLoss(NamedTuple):
@@ -273,7 +275,8 @@ class SparseModule(BalancedModule, LinkedModule):
         self.count_routing(tape)
         if stage in self._stage_metrics:
             metrics: Any = self._stage_metrics[stage]
-            metrics.update(out.outputs, out.targets, *(() if out.groups is None else (out.groups,)))
+            grouped = () if out.groups is None and out.cold is None else (out.groups,)
+            metrics.update(out.outputs, out.targets, *grouped, *(() if out.cold is None else (out.cold,)))
             if hasattr(metrics, "items"):  # it is a collection of metrics of one value each
                 self.log_dict(metrics, on_epoch=True, **shown)
 

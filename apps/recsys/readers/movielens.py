@@ -186,6 +186,7 @@ def _table(ratings: Ratings, age_is_a_code: bool) -> RawTables:
         tasks={"like": TaskConfig("rating", at_least=4), "watched_next": TaskConfig("watched_next")},
         user="user_id",
         time="timestamp",
+        item="item_id",
         split=SplitConfig("leave_last_out"),
     )
     film = pa.array(ratings.item_N - 1)

@@ -48,6 +48,7 @@ class TableArrays:
         group_N: int64 (N,), the user; None where none is named.
         weight_Nt: float32 (N, t), weights of the labels; None: 1.
         vector_NV: float32 (N, V), the columns of vectors side by side; None where there are none.
+        cold_N: uint8 (N,), flags of what has no row in training; None where all have some.
     """
 
     features: Features
@@ -59,6 +60,7 @@ class TableArrays:
     group_N: np.ndarray | None = None
     weight_Nt: np.ndarray | None = None
     vector_NV: np.ndarray | None = None
+    cold_N: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.label_Nt)
@@ -96,7 +98,7 @@ def join(batches: Iterable[TableBatch], features: Features, split: str = "given"
         add("dense", batch.dense_BC)
         add("label", batch.label_Bt)
         add("index", batch.index_B)
-        for optional in ("domain_B", "group_B", "weight_Bt", "vector_BV"):
+        for optional in ("domain_B", "group_B", "weight_Bt", "vector_BV", "cold_B"):
             if getattr(batch, optional) is not None:
                 add(optional, getattr(batch, optional))
         by_key = {} if batch.sparse is None else batch.sparse.to_dict()
@@ -121,6 +123,7 @@ def join(batches: Iterable[TableBatch], features: Features, split: str = "given"
         group_N=whole["group_B"][order] if "group_B" in whole else None,
         weight_Nt=whole["weight_Bt"][order] if "weight_Bt" in whole else None,
         vector_NV=whole["vector_BV"][order] if "vector_BV" in whole else None,
+        cold_N=whole["cold_B"][order] if "cold_B" in whole else None,
     )
 
 

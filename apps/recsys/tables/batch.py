@@ -27,6 +27,8 @@ class TableBatch:
         vector_BV: float32 (B, V), the columns of vectors side by side; NaN where one is missing. None: there are none.
         sequences: row numbers of the columns of sequences, the oldest first, without row 0. None: there are none.
         kept: arrow arrays (B,) of the columns that predictions repeat, by name; None: there are none.
+        cold_B: uint8 (B,), the sum of ``COLD_USER`` where the user has no row in training, and ``COLD_ITEM`` where the
+            item has none (``apps.recsys.binary_metrics``). None: all have some, or are not named.
     """
 
     dense_BC: Tensor
@@ -39,6 +41,7 @@ class TableBatch:
     vector_BV: Tensor | None = None
     sequences: KeyedJaggedTensor | None = None
     kept: Mapping[str, Any] | None = None
+    cold_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.label_Bt)

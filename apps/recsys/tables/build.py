@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from apps.base.progress import bar
 from apps.data.array_files import ArraysInMemory, ArrayWriter
 from apps.data.splits import SPLITS
+from apps.recsys.binary_metrics import COLD_ITEM, COLD_USER
 from apps.recsys.encoding.categories import (
     MISSING,
     Codes,
@@ -54,7 +55,7 @@ from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.readers.raw import RawTables
 from apps.recsys.schema import TableConfig, nearest, timestamp_columns
 from apps.recsys.tables.arrays import MultiValued
-from apps.recsys.tables.checks import shared_users
+from apps.recsys.tables.checks import shared_groups
 from apps.recsys.tables.findings import TableFindings
 from apps.recsys.tables.splits import Splits, split_rows
 
@@ -188,7 +189,8 @@ class _Build:
             )
             for name, task in config.tasks.items()
         }
-        self.user = None if config.user is None else self._user(config.user)
+        self.user = None if config.user is None else self._groups(config.user, "users")
+        self.group = self.user if config.split.column is None else self._groups(config.split.column, "groups")
         stratify = config.split.stratify
         splits = self._split(None if stratify is None else raw_labels[stratify].values_N)
         self.masks: dict[str, NDArray[np.bool_]] = {}
@@ -223,9 +225,10 @@ class _Build:
         targets = tuple(self.targets.values())
         if self.user is not None:
             self.writer.save("group", self.user)
-            if config.split.kind == "user":
-                users = {name: self.user[mask] for name, mask in self.masks.items()}
-                self.findings.warnings += shared_users(users)
+        if self.group is not None and config.split.kind in ("user", "group"):
+            groups = {name: self.group[mask] for name, mask in self.masks.items()}
+            self.findings.warnings += shared_groups(groups, config.split.kind)
+        self._write_cold()
         num_domains = 0 if config.domain is None else self._write_domain(config.domain)
         features = Features(
             categorical=(*self._write_categorical(), *self._write_multi_valued()),
@@ -309,11 +312,11 @@ class _Build:
     def _parts(self, column: str) -> list[Part]:
         return [(_WHERE[name], table.column(column)) for name, table in self.tables.items()]
 
-    def _user(self, column: str) -> NDArray[np.int64]:
+    def _groups(self, column: str, what: str) -> NDArray[np.int64]:
         codes = factorize(self._parts(column), column).codes
         if (codes == MISSING).any():
             row = int(np.argmax(codes == MISSING))
-            raise ValueError(f"column {column!r} names the users, but has no value in row {row}")
+            raise ValueError(f"column {column!r} names the {what}, but has no value in row {row}")
         return codes
 
     def _split(self, label: NDArray[np.float64] | None) -> Splits:
@@ -328,7 +331,7 @@ class _Build:
             num["train"],
             num.get("val"),
             num.get("test"),
-            user=None if self.user is None else self.user[first],
+            group=None if self.group is None else self.group[first],
             time=time,
             label=None if label is None else label[first],
         )
@@ -398,6 +401,20 @@ class _Build:
             if column is not None:
                 labelled = self.masks["train"] & ~np.isnan(self.labels[name])
                 matrix[:, t] = of_mean_one(to_weights(self._parts(column), column), column, name, labelled)
+
+    def _write_cold(self) -> None:
+        """Write the sum, for each row, of the flags of what has no row in training: its user, its item."""
+        cold_N = np.zeros(self.num_rows, np.uint8)
+        item = self.config.item
+        items = None if item is None else factorize(self._parts(item), item).codes
+        for flag, codes in ((COLD_USER, self.user), (COLD_ITEM, items)):
+            if codes is not None:
+                has_row = np.zeros(codes.max(initial=0) + 2, dtype=bool)
+                has_row[codes[self.masks["train"]]] = True
+                has_row[MISSING] = True  # nobody is no new user
+                cold_N[~has_row[codes]] += flag
+        if cold_N.any():
+            self.writer.save("cold", cold_N)
 
     def _write_domain(self, column: str) -> int:
         codes = factorize(self._parts(column), column)
@@ -533,11 +550,12 @@ class _Build:
         if unseen is not None:
             masks = self.masks if lengths is None else {s: np.repeat(m, lengths) for s, m in self.masks.items()}
             share = self.findings.unseen[column] = {s: _share(unseen[mask]) for s, mask in masks.items()}
-            new_by_design = is_id or (self.config.split.kind == "user" and column == self.config.user)
-            for split in () if new_by_design else ("val", "test"):
-                if share[split] > 0.5 > 2 * share["train"]:
+            split = self.config.split
+            new_by_design = is_id or (split.kind == "user" and column == self.config.user) or column == split.column
+            for part in () if new_by_design else ("val", "test"):
+                if share[part] > 0.5 > 2 * share["train"]:
                     self.findings.warnings.append(
-                        f"column {column!r}: {share[split]:.0%} of the {split} values are not in training: are they "
+                        f"column {column!r}: {share[part]:.0%} of the {part} values are not in training: are they "
                         "written alike there?"
                     )
 

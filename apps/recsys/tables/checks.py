@@ -101,17 +101,20 @@ def category_auc(ids_N: np.ndarray, labels_N: np.ndarray) -> float:
     return binary_metrics.auc(means[code_N[1::2]], labels_N[1::2])
 
 
-def shared_users(users: Mapping[str, np.ndarray]) -> list[str]:
-    """Find users that are in several splits, where the split is by user.
+def shared_groups(groups: Mapping[str, np.ndarray], what: str = "user") -> list[str]:
+    """Find users, or other groups, that are in several splits, where the split is by them.
 
     Args:
-        users: the ids of each split's rows, by the name of the split.
+        groups: the ids of each split's rows, by the name of the split.
+        what: name of one of them in the findings.
     """
     findings = []
-    sets = {split: np.unique(ids) for split, ids in users.items()}
+    sets = {split: np.unique(ids) for split, ids in groups.items()}
     for (first, a), (second, b) in itertools.combinations(sets.items(), 2):
         if both := len(np.intersect1d(a, b, assume_unique=True)):
-            findings.append(f"{both} of {len(b)} users of {second} are in {first} too, although the split is by user")
+            findings.append(
+                f"{both} of {len(b)} {what}s of {second} are in {first} too, although the split is by {what}"
+            )
     return findings
 
 

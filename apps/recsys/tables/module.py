@@ -31,6 +31,7 @@ from apps.recsys.tables.report import RecommenderReport, RecommenderReportConfig
 from apps.recsys.tables.tasks import HeadConfig
 from apps.recsys.tables.weighting import WeightingConfig
 from apps.train import sharded
+from apps.train.balanced import Stage
 from apps.train.distilling import DistilConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
@@ -205,6 +206,9 @@ class MultiTaskRecommender(SparseModule, Comparable):
             terms[name] = value.detach()
         outputs = z if z.ndim == 2 else self.outputs.mean(z)
         return TaskOutput(loss, outputs, label_Bt, len(batch), terms, batch.group_B, distribution=predicted)
+
+    def judged(self, batch: TableBatch, out: TaskOutput, stage: Stage) -> TaskOutput:
+        return dataclasses.replace(out, cold=batch.cold_B) if stage == "test" else out
 
     def distribution(self, batch: TableBatch) -> TaskOutputs:
         """Return the tasks' outputs, and the labels, which say where a task counts."""

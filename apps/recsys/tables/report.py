@@ -90,9 +90,11 @@ class TrainingChecks(Callback):
 
 @dataclass(frozen=True)
 class _Collected:
-    """The metrics of a test, and its first rows with their gates; ``arrays`` is None where no row was read."""
+    """The metrics of a test, of all rows and of those of cold users and items, and its first rows with their gates;
+    ``arrays`` is None where no row was read."""
 
     metrics: Mapping[str, Metrics]
+    parts: Mapping[str, tuple[int, Mapping[str, Metrics]]]
     reader: GateReader
     arrays: TableArrays | None
     data: Any
@@ -101,8 +103,9 @@ class _Collected:
 class RecommenderReport(Report):
     """After a test: the tasks' metrics, the gates and the experts; the checks are printed.
 
-    It writes ``tasks.csv``, ``gates.csv``, ``experts.csv``, ``dependence.csv``, ``calibration.png``,
-    ``gates_by_task.png``, ``gates_by_value.png``, ``utilisation.png``, ``polarisation.png``.
+    It writes ``tasks.csv``, ``cold.csv`` where users or items are cold, ``gates.csv``, ``experts.csv``,
+    ``dependence.csv``, ``calibration.png``, ``gates_by_task.png``, ``gates_by_value.png``, ``utilisation.png``,
+    ``polarisation.png``.
 
     Args:
         config: the options.
@@ -128,10 +131,12 @@ class RecommenderReport(Report):
                 model(*model.example_inputs(on_device))
             batches.append(batch)
         arrays = join(batches, model.features, "test") if batches else None
-        return _Collected(metrics.by_task, reader, arrays, trainer.datamodule)  # type: ignore[attr-defined]
+        return _Collected(metrics.by_task, metrics.by_part, reader, arrays, trainer.datamodule)  # type: ignore[attr-defined]
 
     def write(self, collected: _Collected, folder: Path) -> list[Section]:
         sections = [write_tasks(collected.metrics, folder, self.config.pictures)]
+        if collected.parts:
+            sections.append(write_parts(collected.parts, folder))
         findings = checks.suspicious_metrics(collected.metrics, "test")
         if collected.arrays is not None:
             findings += checks.label_among_features(collected.arrays)
@@ -161,6 +166,28 @@ def write_tasks(by_task: Mapping[str, Metrics], folder: Path, with_pictures: boo
     return Section("Answers", (*tables, *charts))
 
 
+def write_parts(by_part: Mapping[str, tuple[int, Mapping[str, Metrics]]], folder: Path) -> Section:
+    """Write the metrics of users and items with and without rows in training as ``cold.csv``."""
+    rows = [
+        {"part": part, "part_rows": num_rows} | _csv_row(task, f)
+        for part, (num_rows, by_task) in by_part.items()
+        for task, f in by_task.items()
+    ]
+    write_csv(folder / "cold.csv", rows)
+    lines = []
+    for part, (num_rows, by_task) in by_part.items():
+        for task, f in by_task.items():
+            binary = isinstance(f, TaskMetrics)
+            true = 100 * f.base_rate if isinstance(f, TaskMetrics) else f.mean_label
+            pred = (100 if binary else 1) * f.mean_prediction
+            named = {name: value for name, value in f.values().items() if name in _PART_METRICS}
+            words = ", ".join(f"{_NAMES.get(name, name.replace('_', ' '))} {_figure(v)}" for name, v in named.items())
+            lines.append([part.replace("_", " "), f"{num_rows:,}", task, f"{true:.4g}", f"{pred:.4g}", words])
+    columns = ("part", "rows", "task", "true", "pred.", "metrics")
+    title = "Cold users and items have no row in training; true and predicted on average, % of a task of yes and no"
+    return Section("Users and items that training lacks", (_table(title, columns, lines),))
+
+
 def _binary_tables(by_task: Mapping[str, TaskMetrics]) -> list[Table]:
     lines, users = [], []
     for task, f in by_task.items():
@@ -179,6 +206,7 @@ def _binary_tables(by_task: Mapping[str, TaskMetrics]) -> list[Table]:
     return tables
 
 
+_PART_METRICS = ("auc", "log_loss", "r2", "rmse")
 _NAMES = {"r2": "R²", "rmse": "RMSE", "mae": "MAE", "spearman": "Spearman", "pcc": "PCC", "auc": "AUC"}
 
 

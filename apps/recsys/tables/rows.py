@@ -56,6 +56,7 @@ class TableRows(Dataset[TableBatch]):
             weight_Bt=columns["weight"].index_select(0, index_B) if "weight" in columns else None,
             vector_BV=columns["vectors"].index_select(0, index_B) if "vectors" in columns else None,
             sequences=self._sequences_of(index_B) if self._sequences else None,
+            cold_B=columns["cold"].index_select(0, index_B) if "cold" in columns else None,
         )
 
     def _sparse(self, index_B: Tensor) -> KeyedJaggedTensor:

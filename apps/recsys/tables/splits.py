@@ -35,7 +35,7 @@ def split_rows(
     num_val: int | None = None,
     num_test: int | None = None,
     *,
-    user: NDArray[np.int64] | None = None,
+    group: NDArray[np.int64] | None = None,
     time: NDArray[np.int64] | NDArray[np.float64] | None = None,
     label: NDArray[np.float64] | None = None,
 ) -> Splits:
@@ -46,7 +46,7 @@ def split_rows(
         num_train: rows of the first file, from which the splits without a file are drawn.
         num_val: rows of the validation file; None: there is none.
         num_test: rows of the test file; None: there is none.
-        user: (num_train,) users as numbers, for the kinds "user" and "leave_last_out".
+        group: (num_train,) users or other groups as numbers, for the kinds "user", "group" and "leave_last_out".
         time: (num_train,) times for the kinds "time" and "leave_last_out"; None: the order of the rows.
         label: (num_train,) labels of the task to stratify by, NaN where missing.
 
@@ -59,11 +59,11 @@ def split_rows(
     if kind == "leave_last_out":
         if given_val is not None or given_test is not None:
             raise ValueError("split.kind='leave_last_out' draws every split itself: leave out val_file and test_file")
-        assert user is not None
-        drawn = _leave_last_out(config, user, time)
-    elif kind == "user":
-        assert user is not None
-        drawn = _by_user(config, user, given_val is None, given_test is None)
+        assert group is not None
+        drawn = _leave_last_out(config, group, time)
+    elif kind in ("user", "group"):
+        assert group is not None
+        drawn = _by_group(config, group, given_val is None, given_test is None)
     elif kind == "time":
         assert time is not None
         drawn = _cut(config, np.argsort(time, kind="stable"), given_val is None, given_test is None)
@@ -125,10 +125,13 @@ def _cut(config: SplitConfig, order: Rows, draw_val: bool, draw_test: bool) -> t
     return order[: rest - num_val], order[rest - num_val : rest], order[rest:]
 
 
-def _by_user(config: SplitConfig, user: NDArray[np.int64], draw_val: bool, draw_test: bool) -> tuple[Rows, Rows, Rows]:
-    users = np.unique(user)
-    order = np.random.RandomState(config.seed).permutation(len(users))
-    train, val, test = (np.flatnonzero(np.isin(user, users[part])) for part in _cut(config, order, draw_val, draw_test))
+def _by_group(
+    config: SplitConfig, group: NDArray[np.int64], draw_val: bool, draw_test: bool
+) -> tuple[Rows, Rows, Rows]:
+    groups = np.unique(group)
+    order = np.random.RandomState(config.seed).permutation(len(groups))
+    parts = _cut(config, order, draw_val, draw_test)
+    train, val, test = (np.flatnonzero(np.isin(group, groups[part])) for part in parts)
     return train, val, test
 
 

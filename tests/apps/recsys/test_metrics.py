@@ -370,3 +370,23 @@ def test_two_ranks_are_one(tmp_path):
             metric.update(*((_scores(z), users % 2) if name == "ranking" else (z, y, users)))
         want = {k: float(v) for k, v in metric.compute().items()}
         assert first[name] == pytest.approx(want, abs=1e-12), name  # sums in another order
+
+
+def test_rows_of_cold_users_and_items_are_reported_apart():
+    z, y, user = draw(200)
+    cold = torch.zeros(200, dtype=torch.uint8)
+    cold[:50], cold[30:90] = 1, 2
+    cold[30:50] = 3  # both the user and the item
+    metrics = MultiTaskMetrics(("click",), grouped=True)
+    z_Bt, y_Bt = torch.from_numpy(z)[:, None], torch.from_numpy(y)[:, None]
+    metrics.update(z_Bt[:120], y_Bt[:120], torch.from_numpy(user)[:120], cold[:120])
+    metrics.update(z_Bt[120:], y_Bt[120:], torch.from_numpy(user)[120:])  # a batch without flags is warm
+    values = metrics.compute()
+    for part, rows in (("cold_user", slice(0, 50)), ("cold_item", slice(30, 90)), ("warm", slice(90, 200))):
+        assert values[f"{part}_rows"] == rows.stop - rows.start
+        assert values[f"{part}_auc_click"] == values[f"{part}_auc"] == pytest.approx(sk.roc_auc_score(y[rows], z[rows]))
+    assert values["auc_click"] == pytest.approx(sk.roc_auc_score(y, z))
+    metrics.reset()
+    metrics.update(z_Bt, y_Bt, None, torch.zeros(200, dtype=torch.uint8))
+    assert not [name for name in metrics.compute() if "cold" in name or "warm" in name]
+    assert metrics.by_part == {}

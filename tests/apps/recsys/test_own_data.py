@@ -24,7 +24,6 @@ def columns(**changed):
         "grade": rng.integers(0, 4, N).tolist(),
         "name": [f"person {i}" for i in range(N)],
         "same": ["x"] * N,
-        "joined": np.datetime64("2024-05-31T12:00") + rng.integers(0, 9999, N).astype("timedelta64[m]"),
         "bought": ["no", "yes"] * (N // 2),
     }
     return {**made, **changed}
@@ -37,7 +36,8 @@ def given(tmp_path, target="bought", kind=None, **changed):
 
 
 def test_columns_have_their_roles_and_the_data_read_them(tmp_path):
-    made = config_for(given(tmp_path))
+    joined = np.datetime64("2024-05-31T12:00:00") + np.arange(N).astype("timedelta64[h]")
+    made = config_for(given(tmp_path, joined=joined))
     arguments = made.config["data"]["init_args"]
     table = arguments["table"]
     assert table["categorical"] == ["city", "grade"]

@@ -139,7 +139,8 @@ class PerTask:
         outputs = Outputs(arrays.features.target_of_task)
         metrics = MultiTaskMetrics(arrays.features.tasks, grouped=arrays.group_N is not None, outputs=outputs)
         groups = None if arrays.group_N is None else torch.from_numpy(arrays.group_N)
-        metrics.update(torch.from_numpy(z_Nt), self._labels(arrays), groups)
+        cold = None if arrays.cold_N is None or split != "test" else torch.from_numpy(arrays.cold_N)
+        metrics.update(torch.from_numpy(z_Nt), self._labels(arrays), groups, cold)
         return {name: float(value) for name, value in metrics.compute().items()}
 
     def logits(self, arrays: TableArrays) -> np.ndarray:

@@ -275,3 +275,31 @@ def test_names_of_splits_and_columns_are_checked(own):
         data.rows("valid")
     with pytest.raises(ValueError, match="vocabulary of column='user' is not one of"):
         data.vocabulary("user")  # hashed: its rows have no values
+
+
+def test_a_split_by_group_and_rows_of_cold_users_and_items(own, tmp_path):
+    # Sessions s0 to s9 of three rows; a session's user and item are its number modulo 4 and its row.
+    rows = {
+        "session": [f"s{i // 3}" for i in range(30)],
+        "user": [f"u{i // 3 % 4}" for i in range(30)],
+        "item": ["a", "b", ""] * 9 + ["new", "a", "b"],
+        "city": ["Rome", "Oslo"] * 15,
+        "click": [0, 1, 1] * 10,
+    }
+    pa.csv.write_csv(pa.table(rows), tmp_path / "train.csv")
+    split = SplitConfig("group", val=0.25, test=0.2, column="session", seed=1)
+    data = own(config_of(split=split, user="user", item="item"), test_file=None)
+    in_split = {s: data.rows(s)[:].index_B for s in ("train", "val", "test")}
+    sessions = {s: {int(i) // 3 for i in index} for s, index in in_split.items()}
+    assert [len(s) for s in sessions.values()] == [6, 2, 2]
+    assert len(set.union(*sessions.values())) == 10
+    for s, index in in_split.items():
+        cold_B = data.rows(s)[:].cold_B
+        for i, cold in zip(index.tolist(), [0] * len(index) if cold_B is None else cold_B.tolist(), strict=True):
+            known = {column: {rows[column][int(j)] for j in in_split["train"]} for column in ("user", "item")}
+            is_new = {column: rows[column][i] not in known[column] for column in known}
+            assert cold == is_new["user"] + 2 * (is_new["item"] and rows["item"][i] != "")
+    with pytest.raises(ValueError, match=r"split.column=None names the groups of kind 'group', and kind is 'group'"):
+        SplitConfig("group")
+    with pytest.raises(ValueError, match=r"column 'item' names the groups, but has no value in row 2"):
+        _ = own(config_of(split=SplitConfig("group", column="item")), test_file=None).features

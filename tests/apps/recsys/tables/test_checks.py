@@ -11,7 +11,7 @@ from apps.recsys.binary_metrics import task_metrics
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
 from apps.recsys.tables import checks
 from apps.recsys.tables.arrays import MultiValued, TableArrays
-from apps.recsys.tables.checks import label_among_features, shared_users, suspicious_metrics
+from apps.recsys.tables.checks import label_among_features, shared_groups, suspicious_metrics
 
 N = 400
 
@@ -83,8 +83,10 @@ def test_a_column_with_the_name_of_a_task_is_found():
 
 def test_users_of_several_splits_are_counted():
     users = {"train": np.array([1, 1, 2, 3]), "val": np.array([4, 5]), "test": np.array([3, 2, 2, 9])}
-    assert shared_users(users) == ["2 of 3 users of test are in train too, although the split is by user"]
-    assert shared_users({"train": np.array([1, 2]), "val": np.array([3])}) == []
+    assert shared_groups(users) == ["2 of 3 users of test are in train too, although the split is by user"]
+    assert shared_groups({"train": np.array([1, 2]), "val": np.array([3])}) == []
+    shared = {"train": np.array([7]), "val": np.array([7])}
+    assert shared_groups(shared, "group") == ["1 of 1 groups of val are in train too, although the split is by group"]
 
 
 def findings(z: np.ndarray, y: np.ndarray) -> str:

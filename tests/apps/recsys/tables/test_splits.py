@@ -26,28 +26,31 @@ def test_leave_last_out_by_hand():
     time = np.array([3, 1, 4, 2, 4, 0, 1, 9])
     # user 7: rows by time 1, 3, 0: tests 0, validates 3. User 5: 6, 2, 4, 7 (2 and 4 tie, in the order of rows): tests
     # 7, validates 4. User 9 has one row, less than three: it trains.
-    splits = split_rows(SplitConfig("leave_last_out"), 8, user=user, time=time)
+    splits = split_rows(SplitConfig("leave_last_out"), 8, group=user, time=time)
     assert lists(splits) == ([1, 2, 5, 6], [3, 4], [0, 7])
     # Without validation two rows are enough; without times the order of the rows counts.
-    splits = split_rows(SplitConfig("leave_last_out", val=0), 8, user=user)
+    splits = split_rows(SplitConfig("leave_last_out", val=0), 8, group=user)
     assert lists(splits) == ([0, 1, 2, 4, 5, 6], [], [3, 7])
     with pytest.raises(ValueError, match="leave_last_out' draws every split itself"):
-        split_rows(SplitConfig("leave_last_out"), 8, num_test=2, user=user)
+        split_rows(SplitConfig("leave_last_out"), 8, num_test=2, group=user)
 
 
-@pytest.mark.parametrize("kind", ["random", "user"])
+@pytest.mark.parametrize("kind", ["random", "user", "group"])
 def test_a_drawn_split_shares_out_all_rows_and_hangs_on_its_seed_alone(kind):
     user = np.arange(1000) // 4
-    config = SplitConfig(kind, val=0.1, test=0.2, seed=3)
-    splits = split_rows(config, 1000, user=user)
+    column = "session" if kind == "group" else None
+    config = SplitConfig(kind, val=0.1, test=0.2, seed=3, column=column)
+    splits = split_rows(config, 1000, group=user)
     rows = np.concatenate((splits.train, splits.val, splits.test))
     assert np.array_equal(np.sort(rows), np.arange(1000))
     # of 1000 rows (250 users) 200 (50) test; of the other 800 (200) 80 (20) validate
     assert [len(s) for s in (splits.train, splits.val, splits.test)] == [720, 80, 200]
     np.random.seed(0)
-    assert lists(splits) == lists(split_rows(config, 1000, user=user))
-    assert lists(splits) != lists(split_rows(SplitConfig(kind, val=0.1, test=0.2, seed=4), 1000, user=user))
-    if kind == "user":
+    assert lists(splits) == lists(split_rows(config, 1000, group=user))
+    assert lists(splits) != lists(
+        split_rows(SplitConfig(kind, val=0.1, test=0.2, seed=4, column=column), 1000, group=user)
+    )
+    if kind != "random":
         sides = [set(user[s]) for s in (splits.train, splits.val, splits.test)]
         assert sum(map(len, sides)) == len(set.union(*sides))
 
@@ -92,7 +95,7 @@ def test_what_the_files_give_is_kept():
 )
 def test_an_empty_split_is_refused(config, name):
     with pytest.raises(ValueError, match=f"the {name} split is empty"):
-        split_rows(config, 4, user=np.zeros(4, dtype=np.int64))
+        split_rows(config, 4, group=np.zeros(4, dtype=np.int64))
 
 
 def test_no_share_is_no_split():
