@@ -310,6 +310,11 @@ class Outputs:
         """Return each task's outputs (..., width) of all (..., Z)."""
         return z.split([kind.width for kind in self.kinds], dim=-1)
 
+    def shifted(self, z: Tensor, offset_t: Tensor) -> Tensor:
+        """Return outputs (..., Z) with a number added to all outputs of each task."""
+        widths = torch.tensor([kind.width for kind in self.kinds], device=offset_t.device)
+        return z + offset_t.repeat_interleave(widths, output_size=self.width)
+
     def losses(self, z: Tensor, label_Bt: Tensor) -> Tensor:
         """Return the loss of each example and task, (..., B, t); any number where a label is NaN."""
         if self.all_binary:

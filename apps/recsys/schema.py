@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -299,6 +300,30 @@ class TableConfig:
             check_name("split.stratify", self.split.stratify, list(self.tasks))
             if self.tasks[self.split.stratify].kind in NUMBERS:
                 raise ValueError(f"split.stratify={self.split.stratify!r} is a task of numbers: it has no classes")
+
+
+@dataclass(frozen=True)
+class NegativesConfig:
+    """A rule for how many of a task's negative rows train in an epoch. Other rows, without a label too, all train.
+
+    Attributes:
+        per_positive: negative rows for each positive one.
+        task: task of yes and no; None: the table's only task.
+        correct: whether the loss takes the rows that are left out into account. A part r of the negatives makes the
+            odds of the rows that train 1 / r times those of all rows. So the loss of the task is that of its logit
+            minus log r, and the logit itself predicts; a kept negative counts 1 / r times in the losses of other tasks.
+
+    Raises:
+        ValueError: ``per_positive`` is not above 0.
+    """
+
+    per_positive: float = 4.0
+    task: str | None = None
+    correct: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.per_positive < math.inf:
+            raise ValueError(f"negatives.per_positive={self.per_positive} must be above 0 and finite")
 
 
 _FEATURE_ROLES = ("categorical", "multi_valued", "continuous", "vectors", "sequences", "timestamps")

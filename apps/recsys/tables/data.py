@@ -30,7 +30,7 @@ from apps.data.suite_data import SuiteData
 from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
-from apps.recsys.schema import SplitConfig, TableConfig
+from apps.recsys.schema import NegativesConfig, SplitConfig, TableConfig
 from apps.recsys.tables.findings import TableFindings
 from apps.recsys.tables.synthetic import SyntheticConfig, generate
 from apps.report.base import Report
@@ -38,6 +38,7 @@ from core.config.plain import from_plain
 
 if TYPE_CHECKING:
     from apps.recsys.readers.raw import RawTables
+    from apps.recsys.tables.negatives import SampledRows
     from apps.recsys.tables.rows import TableRows
     from apps.recsys.tables.streaming import FileRows
 
@@ -82,6 +83,7 @@ class TableData(SuiteData):
         subset: number of training rows to use, drawn by split.seed. Values with a row, means and the like are still
             learned from all of them.
         seed: seed of the order of the rows; default the seed of the whole run (seed_everything).
+        negatives: how many of a task's negative rows train in an epoch, drawn anew for each; None: all rows train.
 
     Raises:
         ValueError: the dataset is unknown (the message has the nearest name), or an option is out of its range or for
@@ -124,6 +126,7 @@ class TableData(SuiteData):
         num_workers: int = 0,
         subset: int | None = None,
         seed: int | None = None,
+        negatives: NegativesConfig | None = None,
     ) -> None:
         check_name("dataset", dataset, sorted([*RECSYS_DATASETS, "table", "synthetic"]))
         super().__init__(
@@ -143,6 +146,7 @@ class TableData(SuiteData):
         self.exclude = tuple(exclude)
         self.synthetic = from_plain(synthetic, SyntheticConfig, "synthetic")
         self.subset = subset
+        self.negatives = from_plain(negatives, NegativesConfig, "negatives")
         self._check_options()
 
     # ---- what a model and a reader of results ask
@@ -216,8 +220,21 @@ class TableData(SuiteData):
             for file in rows.files:
                 check_columns(file, rows.roles)
 
-    def examples(self, split: Split) -> TableRows:
-        return self.rows(split)
+    def examples(self, split: Split) -> TableRows | SampledRows:
+        if split != "train" or self.negatives is None:
+            return self.rows(split)
+        from apps.recsys.tables.negatives import SampledRows
+
+        return SampledRows(self.rows(split), self.negatives)
+
+    def batching(self, examples: Any) -> dict[str, Any]:
+        if self.negatives is None:
+            return super().batching(examples)
+        from apps.recsys.tables.negatives import SampledPlan
+
+        assert self.batch_size is not None
+        plan = SampledPlan(examples, self.batch_size, self.drop_last)
+        return {"plan": plan, "collate_fn": as_it_is, "draws": False}
 
     def sizes(self) -> dict[Split, int]:
         sizes = {split: len(self.opened[split]) for split in SPLITS}
@@ -227,6 +244,8 @@ class TableData(SuiteData):
         super().announce()
         for line in str(dataclasses.replace(self.findings, warnings=[])).splitlines()[1:]:  # the first one has the rows
             log.info("%s", line)
+        if self.negatives is not None:
+            log.info("%s", self.examples("train"))
         if not self._report_follows():
             for warning in self.findings.warnings:
                 log.warning("%s", warning)

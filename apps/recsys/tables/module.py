@@ -191,7 +191,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
         """
         predicted = self.distribution(batch)
         z, label_Bt = predicted.z, predicted.label_Bt
-        loss_t = labelled_mean(self.outputs.losses(z, label_Bt), label_Bt, predicted.weight_Bt)
+        trained = z if batch.offset_t is None else self.outputs.shifted(z, batch.offset_t)
+        loss_t = labelled_mean(self.outputs.losses(trained, label_Bt), label_Bt, predicted.weight_Bt)
         tasks = self.features.tasks
         terms = {f"loss_{name}": value for name, value in zip(tasks, loss_t.detach().unbind(), strict=True)}
         if not self.training:
