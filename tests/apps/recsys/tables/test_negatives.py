@@ -17,7 +17,6 @@ from apps.recsys.schema import NegativesConfig, SplitConfig, TableConfig, TaskCo
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.module import MultiTaskRecommender
 
-
 THREE = NegativesConfig(3, "click")
 
 
