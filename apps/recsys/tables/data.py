@@ -84,6 +84,7 @@ class TableData(SuiteData):
             learned from all of them.
         seed: seed of the order of the rows; default the seed of the whole run (seed_everything).
         negatives: how many of a task's negative rows train in an epoch, drawn anew for each; None: all rows train.
+        domain: column of the domain, in place of the description's.
 
     Raises:
         ValueError: the dataset is unknown (the message has the nearest name), or an option is out of its range or for
@@ -127,6 +128,7 @@ class TableData(SuiteData):
         subset: int | None = None,
         seed: int | None = None,
         negatives: NegativesConfig | None = None,
+        domain: str | None = None,
     ) -> None:
         check_name("dataset", dataset, sorted([*RECSYS_DATASETS, "table", "synthetic"]))
         super().__init__(
@@ -145,8 +147,8 @@ class TableData(SuiteData):
         self.split = from_plain(split, SplitConfig, "split")
         self.exclude = tuple(exclude)
         self.synthetic = from_plain(synthetic, SyntheticConfig, "synthetic")
-        self.subset = subset
         self.negatives = from_plain(negatives, NegativesConfig, "negatives")
+        self.subset, self.domain = subset, domain
         self._check_options()
 
     # ---- what a model and a reader of results ask
@@ -287,6 +289,7 @@ class TableData(SuiteData):
             "table": None if self.table is None else dataclasses.asdict(self.table),
             "split": None if self.split is None else dataclasses.asdict(self.split),
             "exclude": self.exclude,
+            **({} if self.domain is None else {"domain": self.domain}),  # others keep the names of their files
         }
 
         def write(writer: ArrayWriter) -> None:
@@ -349,8 +352,11 @@ class TableData(SuiteData):
         return {option: identity(paths) for option, paths in files.items()}, read
 
     def _config(self, own: TableConfig) -> TableConfig:
-        """Return the user's description, else the dataset's own, with the user's split and without ``exclude``."""
+        """Return the user's description, else the dataset's own, with the user's split and domain and without
+        ``exclude``."""
         config = self.table or own
+        if self.domain is not None:
+            config = dataclasses.replace(config, domain=self.domain)
         if self.split is not None:
             config = dataclasses.replace(config, split=self.split)
         return config.without(self.exclude) if self.exclude else config

@@ -345,12 +345,14 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
     @property
     def heading(self) -> str:
+        if isinstance(self.shared_config, core.STAR):
+            return "STAR"
         return f"{type(self.shared_config).__name__}, dense gates" if self.note else super().heading
 
     @property
     def note(self) -> str:  # type: ignore[override]
         """Say that the gates are dense, where they are."""
-        if getattr(self.shared_config, "router", None) is not None:
+        if getattr(self.shared_config, "router", None) is not None or isinstance(self.shared_config, core.STAR):
             return ""
         return f"{type(self.shared_config).__name__} with dense gates: every expert computes every example"
 

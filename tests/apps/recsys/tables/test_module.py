@@ -289,12 +289,16 @@ def test_missing_and_infinite_values_train(dense):
         core.PLE(4, core.MLP((16,)), num_task_experts=2),
         core.MMoE(32, core.MLP((8,)), router=core.TokenChoice(top_k=4)),
         core.CGC(4, core.FFN(16), num_task_experts=2),
+        core.HoME(4, core.MLP((16,)), categories=(0, 1)),
+        core.M3oE(4, core.MLP((16,))),
+        core.STAR(expert=core.MLP((64,))),
     ],
-    ids=["mmoe", "deep", "ple", "sparse", "ffn"],
+    ids=["mmoe", "deep", "ple", "sparse", "ffn", "home", "m3oe", "star"],
 )
 def test_baselines_cost_what_the_shared_layer_does(shared):
-    module = build(shared)
-    own_cost = measure_cost(module, batch(64), module.moe_block_names)
+    domains = 3 if isinstance(shared, core.M3oE | core.STAR) else 0
+    module, rows = build(shared, features=features(num_domains=domains)), batch(64, num_domains=domains)
+    own_cost = measure_cost(module, rows, module.moe_block_names)
     by_name = module.baselines()
     assert list(by_name)[:4] == [
         f"{kind}_equal_{what}" for kind in ("shared_bottom", "single_task") for what in ("flops", "params")
@@ -304,7 +308,7 @@ def test_baselines_cost_what_the_shared_layer_does(shared):
             assert "coincides" in by_name[name].note
             continue
         twin = by_name[name].build()
-        its = measure_cost(twin, batch(64), module.moe_block_names)
+        its = measure_cost(twin, rows, module.moe_block_names)
         assert check_equal(name, own_cost, its) == ""
         assert type(twin.shared_config) is (SingleTask if name.startswith("single") else SharedBottom)
         pickle.loads(pickle.dumps(by_name[name]))
@@ -342,6 +346,15 @@ def test_single_task_baselines_have_nothing_that_joins_tasks():
     assert module.baselines()["shared_bottom_equal_flops"].build().head.kind == "aitm"
 
 
+def test_baselines_keep_the_gates_that_single_task_models_cannot_have():
+    head = HeadConfig(personal=("city",), domain_dim=4)
+    module = build(features=features(num_domains=3), head=head, gate_embeddings=5)
+    by_name = module.baselines()
+    bottom_twin, single = (by_name[f"{kind}_equal_flops"].build() for kind in ("shared_bottom", "single_task"))
+    assert (bottom_twin.head, bottom_twin.gate_embeddings) == (head, 5)
+    assert (single.head, single.gate_embeddings) == (HeadConfig(), 0)
+
+
 def test_a_bottom_has_no_baselines():
     assert build(SharedBottom()).baselines() == {}
     assert build(SharedBottom()).moe_block_names == ()
@@ -350,6 +363,8 @@ def test_a_bottom_has_no_baselines():
 def test_a_comparison_says_that_dense_gates_are_not_sparse():
     assert build(core.MMoE(num_experts=2)).note == "MMoE with dense gates: every expert computes every example"
     assert build(core.MMoE(num_experts=2, router=core.TokenChoice(top_k=1))).note == ""
+    star = build(core.STAR(), features=features(num_domains=2))
+    assert (star.note, star.heading) == ("", "STAR")
 
 
 def test_the_estimators_are_there():

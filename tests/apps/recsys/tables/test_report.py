@@ -53,6 +53,25 @@ def test_the_gates_of_mmoe_are_read_over_batches():
     np.testing.assert_allclose(gates[1].weights_NE.sum(1), np.ones(11), atol=1e-6)
 
 
+def test_the_gates_of_home_are_those_of_categories_and_tasks():
+    reader = read(recommender(core.HoME(1, MLP, categories=(0, 1))), batch())
+    gates = reader.gates()
+    assert [g.name for g in gates] == [
+        "level 0: category 0",
+        "level 0: category 1",
+        "level 0: shared representation",
+        "level 1: click",
+        "level 1: buy",
+    ]
+    assert gates[4].expert_labels == ("shared 0", "category 1 0", "buy 0")
+    zeros = reader.zero_share()
+    assert list(zeros["level 0"]) == ["shared0", "category0.0", "category-self0.0", "category1.0", "category-self1.0"]
+    assert list(zeros["level 1"]) == [
+        *("shared0", "category0.0", "task0.0", "self0.0"),
+        *("category1.0", "task1.0", "self1.0"),
+    ]
+
+
 def test_reading_leaves_nothing_behind():
     module = recommender(core.CGC(2, MLP, num_task_experts=1))
     layer = next(iter(core.moe_layers(module).values()))
