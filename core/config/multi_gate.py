@@ -99,6 +99,11 @@ class MultiGateConfig(OpenConfig):
         """Return the names of the balance terms that apply."""
         return DENSE_GATE_TERMS
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether an example is computed by few of the experts, and not by all."""
+        return False
+
     def build(self, dim: int, num_tasks: int, num_domains: int = 0) -> MultiGateLayer:
         """Build the layer for examples of width ``dim``.
 
@@ -307,6 +312,10 @@ class MMoE(MultiGateConfig):
         if self.router is None:
             return DENSE_GATE_TERMS
         return self.router.terms | (DENSE_TERMS if self.selection == "shared" else frozenset())
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.router is not None
 
     def _layer(self, dim: int, num_tasks: int, groups: ExpertGroups) -> MultiGateLayer:
         if self.router is None:

@@ -29,11 +29,15 @@ class SMES(MultiGateConfig):
     Attributes:
         shared_top_k: experts of an example for all tasks.
         private_top_k: experts of an example for each task besides.
+        dense_training: whether in training each example takes, with probability 1/2, all experts under the softmax of
+            all logits. Evaluation takes the chosen ones alone, and costs are those of evaluation. Then the gates see
+            what the experts give that they leave out (after RankMixer, arXiv 2507.15551).
     """
 
     num_experts: int = 32
     shared_top_k: int = 2
     private_top_k: int = 1
+    dense_training: bool = False
 
     def __post_init__(self) -> None:
         check_kinds(self)
@@ -51,6 +55,10 @@ class SMES(MultiGateConfig):
     def terms(self) -> frozenset[str]:
         return SCORE_TERMS
 
+    @property
+    def is_sparse(self) -> bool:
+        return True
+
     def experts_per_example(self, num_tasks: int) -> float:
         """Return how many experts compute an example on average where the tasks choose independently: at most
         ``shared_top_k + t * private_top_k``, and fewer where tasks agree on a private one."""
@@ -63,6 +71,7 @@ class SMES(MultiGateConfig):
             groups,
             shared_top_k=self.shared_top_k,
             private_top_k=self.private_top_k,
+            dense_training=self.dense_training,
             balance=self.balance,
             expert_dropout=self.expert_dropout,
             dim=dim,

@@ -31,6 +31,7 @@ class JointMultiGateMoE(MultiGateLayer):
         groups: E shared ones.
         shared_top_k: number of experts in S.
         private_top_k: number of experts in P_k.
+        dense_training: whether in training half of the examples, drawn by chance, take all experts.
         balance: loss weights.
         expert_dropout: as in ``MultiGateMoE``, among the experts that a task chose.
         dim: as in ``MultiGateLayer``.
@@ -48,20 +49,28 @@ class JointMultiGateMoE(MultiGateLayer):
         *,
         shared_top_k: int,
         private_top_k: int,
+        dense_training: bool = False,
         balance: Balance = Balance(),
         expert_dropout: float = 0.0,
         dim: int | None = None,
     ) -> None:
         super().__init__(groups.num_tasks, groups.num_domains, balance, dim)
         self.router, self.experts, self.groups = gates, experts, groups
-        self.shared_top_k, self.private_top_k, self.expert_dropout = shared_top_k, private_top_k, expert_dropout
+        self.shared_top_k, self.private_top_k, self.dense_training = shared_top_k, private_top_k, dense_training
+        self.expert_dropout = expert_dropout
 
     def _compute(self, examples: Examples) -> Tensor:
         with kernels.outside_autocast(examples.x_TD.device):
             logits_TtE = self.router(examples.x_TD.unsqueeze(0), examples.domain_T).task_TtE
             scores_TtE = logits_TtE.softmax(-1)
-            ids_TtK = joint_choice(scores_TtE, self.shared_top_k, self.private_top_k)
+            E, S, is_dense = self.groups.num_shared, self.shared_top_k, self.training and self.dense_training
+            ids_TtK = joint_choice(scores_TtE, S, E - S if is_dense else self.private_top_k)
             logits_TtK = logits_TtE.gather(-1, ids_TtK)
+            if is_dense:
+                is_beyond_E = torch.arange(E, device=ids_TtK.device) >= S + self.private_top_k
+                is_left_out_T1E = is_beyond_E & (torch.rand_like(scores_TtE[:, :1, :1]) < 0.5)
+                ids_TtK = ids_TtK.masked_fill(is_left_out_T1E, E)
+                logits_TtK = logits_TtK.masked_fill(is_left_out_T1E, -torch.inf)
             gates_TtK = logits_TtK.softmax(-1)
             choices = []
             for k, (ids_TK, gates_TK) in enumerate(zip(ids_TtK.unbind(1), gates_TtK.unbind(1), strict=True)):

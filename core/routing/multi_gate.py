@@ -384,6 +384,8 @@ def joint_choice(gates_TtE: Tensor, shared_top_k: int, private_top_k: int) -> Te
     """
     gates_TtE = gates_TtE.detach()
     shared_TtK = top_k_ids(gates_TtE.mean(1), shared_top_k)[:, None].expand(-1, gates_TtE.shape[1], -1)
+    if not private_top_k:
+        return shared_TtK
     private_TtK = top_k_ids(gates_TtE.scatter(-1, shared_TtK, -1.0), private_top_k)
     return torch.cat((shared_TtK, private_TtK), -1)
 

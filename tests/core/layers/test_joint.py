@@ -136,6 +136,18 @@ def test_expert_dropout_leaves_out_experts_that_a_task_chose():
     torch.testing.assert_close(layer(x), torch.ones(TASKS, 64, 6))
 
 
+def test_dense_training_shows_half_of_the_examples_all_experts():
+    layer, x = build("smes", dense_training=True), examples(2000)
+    sparse = copied(build("smes"), layer.state_dict())
+    dense = copied(MMoE(8, MLP((6,))).build(D, TASKS), layer.state_dict())
+    y, few, every = layer(x), sparse(x), dense(x)
+    is_few_T = torch.isclose(y, few, rtol=1e-4, atol=1e-5).all(-1).all(0)
+    is_every_T = torch.isclose(y, every, rtol=1e-4, atol=1e-5).all(-1).all(0)
+    assert (is_few_T | is_every_T).all()
+    assert 0.44 < is_every_T.double().mean() < 0.56  # 1/2, with a standard deviation of 0.011
+    torch.testing.assert_close(layer.eval()(x), few)
+
+
 def test_the_expected_number_of_experts():
     # 2 of 4 by each of two tasks: a given expert is missed by both with probability 1/4, so 3 of 4 are taken.
     assert expected_experts(4, 2, 2) == 3
