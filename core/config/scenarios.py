@@ -217,6 +217,10 @@ class STAR(MultiGateConfig):
             raise ValueError(f"expert={type(self.expert).__name__}: STAR multiplies the layers of an MLP")
 
     @property
+    def is_sparse(self) -> bool:
+        return True
+
+    @property
     def terms(self) -> frozenset[str]:
         return frozenset()
 

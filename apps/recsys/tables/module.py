@@ -49,8 +49,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
     Args:
         features: the columns and tasks; the command line takes them from the data.
-        shared: the layer between the columns and the towers: ``core.MMoE``, ``OMoE``, ``CGC``, ``PLE``, ``HoME``,
-            ``M3oE``, ``STAR``, or ``SharedBottom`` or ``SingleTask`` of ``apps.recsys.tables.bottoms``.
+        shared: the layer between the columns and the towers: ``core.MMoE``, ``OMoE``, ``CGC``, ``PLE``, ``SMES``,
+            ``HoME``, ``M3oE``, ``STAR``, or ``SharedBottom`` or ``SingleTask`` of ``apps.recsys.tables.bottoms``.
         embedding: embeddings of the categorical columns.
         dense: encoding of the continuous columns.
         interaction: how the columns meet.
@@ -352,7 +352,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
     @property
     def note(self) -> str:  # type: ignore[override]
         """Say that the gates are dense, where they are."""
-        if getattr(self.shared_config, "router", None) is not None or isinstance(self.shared_config, core.STAR):
+        if self.shared_config.is_sparse:
             return ""
         return f"{type(self.shared_config).__name__} with dense gates: every expert computes every example"
 

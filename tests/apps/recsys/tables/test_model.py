@@ -113,6 +113,7 @@ SHARED = [
     core.PLE(2, core.MLP((4,)), num_task_experts=1),
     core.HoME(2, core.MLP((4,)), categories=(0, 1)),
     core.MMoE(8, core.MLP((4,)), router=core.TokenChoice(top_k=2)),
+    core.SMES(8, core.MLP((4,)), 2, 1),
     BOTTOM,
     SingleTask(expert=core.MLP((6, 5))),
 ]

@@ -292,8 +292,9 @@ def test_missing_and_infinite_values_train(dense):
         core.HoME(4, core.MLP((16,)), categories=(0, 1)),
         core.M3oE(4, core.MLP((16,))),
         core.STAR(expert=core.MLP((64,))),
+        core.SMES(8, core.MLP((16, 8)), 2, 0),
     ],
-    ids=["mmoe", "deep", "ple", "sparse", "ffn", "home", "m3oe", "star"],
+    ids=["mmoe", "deep", "ple", "sparse", "ffn", "home", "m3oe", "star", "smes"],
 )
 def test_baselines_cost_what_the_shared_layer_does(shared):
     domains = 3 if isinstance(shared, core.M3oE | core.STAR) else 0
@@ -362,6 +363,7 @@ def test_a_bottom_has_no_baselines():
 
 def test_a_comparison_says_that_dense_gates_are_not_sparse():
     assert build(core.MMoE(num_experts=2)).note == "MMoE with dense gates: every expert computes every example"
+    assert build(core.SMES(8)).note == ""
     assert build(core.MMoE(num_experts=2, router=core.TokenChoice(top_k=1))).note == ""
     star = build(core.STAR(), features=features(num_domains=2))
     assert (star.note, star.heading) == ("", "STAR")

@@ -255,8 +255,9 @@ def run(module: MultiTaskRecommender, tmp_path, data=None) -> Trainer:
         core.MMoE(40, MLP, router=core.TokenChoice(top_k=2)),
         core.MMoE(4, MLP, router=core.TokenChoice(top_k=2), selection="shared"),
         core.OMoE(2, MLP),
+        core.SMES(8, MLP, 2, 1),
     ],
-    ids=["mmoe", "ple", "sparse", "selected", "omoe"],
+    ids=["mmoe", "ple", "sparse", "selected", "omoe", "smes"],
 )
 def test_a_test_writes_its_report(shared, tmp_path, capsys):
     module = recommender(shared)

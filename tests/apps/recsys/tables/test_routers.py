@@ -47,10 +47,11 @@ def test_experts_are_as_wide_as_makes_the_layer_cost_the_same():
     # Dense: 8 experts of 2 (16 D + 16 * 8), and 16 gates that each are a product of D and weight 8 numbers.
     dense = 8 * 2 * (16 * D + 16 * 8) + 2 * 16 * (D + 8)
     assert module.shared_config.flops_per_token(D, 2) == dense
-    # Top-1 of two tasks: 2 experts of 2 (F D + F * F/2) and 2 * 8 gates of D; both layers are wider by one factor.
+    # Top-1 of two tasks: 8 (1 - (7/8)^2) = 1.875 experts of 2 (F D + F * F/2), and 2 * 8 gates of D; both layers are
+    # wider by one factor.
     F = made.expert.hidden_dims[0]
     assert made.expert.hidden_dims == (F, round(F / 2))
-    sparse = 2 * 2 * (F * D + F * round(F / 2)) + 2 * 16 * D
+    sparse = round(1.875 * 2 * (F * D + F * round(F / 2))) + 2 * 16 * D
     assert made.flops_per_token(D, 2) == sparse == pytest.approx(dense, rel=0.02)
     assert (made.num_experts, made.backend, made.selection) == (8, "eager", "task")
 
@@ -113,7 +114,7 @@ def test_what_a_router_lacks_is_said_in_a_line():
     )
 
 
-@pytest.mark.parametrize("shared", [core.OMoE(4), core.CGC(2), core.PLE(2)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("shared", [core.OMoE(4), core.CGC(2), core.PLE(2), core.SMES(4)], ids=lambda s: type(s).__name__)
 def test_gates_that_no_router_replaces_are_refused(shared):
     with pytest.raises(ValueError, match=rf"^--routers top2: {type(shared).__name__} takes no router in place of its"):
         routers.variants(build(shared), ["top2", "hash"])
@@ -148,5 +149,6 @@ def test_a_comparison_has_a_line_for_each_router(tmp_path):
     assert f"hash: left out: router Hash (arXiv 2106.04426) {OTHER_IDS['hash']}." in page
     (_, top2) = json.loads((tmp_path / "out" / "results.json").read_text())["summary"]["rows"]
     assert top2["system"]["note"].startswith("TokenChoice, MLP, expert hidden dim ")
-    assert top2["system"]["replaced_ratio"] == pytest.approx(1, abs=0.05)
+    # Counted, while the width is chosen for tasks that agree by chance alone.
+    assert top2["system"]["replaced_ratio"] == pytest.approx(1, abs=0.1)
     assert 1 <= top2["routing"]["load_imbalance"] <= 8
