@@ -32,7 +32,7 @@ def test_a_layer_and_its_biases_by_distance() -> None:
             own.copy_(torch.cat((u, v, q, k)))
         ours.norm.load_state_dict(peer.norm_attn.state_dict())
         ours.out.load_state_dict(peer.proj2.state_dict())
-        bias.distance_bias.copy_(peer.rab.pos_w[LONGEST - 1 :])  # theirs has rows for keys to come as well
+        bias.distance_bias.copy_(peer.rab.pos_w[:LONGEST].flip(0))  # the rest of theirs is for keys to come
     ours.norm.eps = peer.norm_attn.eps
     valid_BL = torch.arange(7) < torch.tensor([7, 4, 1])[:, None]
     packing, _ = Packing.of(valid_BL)
@@ -46,4 +46,4 @@ def test_a_layer_and_its_biases_by_distance() -> None:
         for y, table in ((y_TD, bias.distance_bias), (theirs, peer.rab.pos_w))
     ]
     assert_close(grads[0][0], grads[1][0], rtol=1e-9, atol=1e-11)
-    assert_close(grads[0][1], grads[1][1][LONGEST - 1 :], rtol=1e-9, atol=1e-11)
+    assert_close(grads[0][1], grads[1][1][:LONGEST].flip(0), rtol=1e-9, atol=1e-11)
