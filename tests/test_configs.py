@@ -22,6 +22,7 @@ from apps.equal_cost import routers
 from apps.nlp.language.data import TextData
 from apps.nlp.translation.data import TranslationData
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
+from apps.recsys.retrieval.data import RetrievalData
 from apps.recsys.sequence.data import HistoryData
 from apps.recsys.tables.data import TableData
 
@@ -61,6 +62,8 @@ def no_data(monkeypatch) -> None:
     )
     monkeypatch.setattr(TableData, "features", made)
     monkeypatch.setattr(HistoryData, "num_items", 50)
+    for name, value in (("user_features", made), ("item_features", made), ("num_items", 200)):
+        monkeypatch.setattr(RetrievalData, name, value)
     subwords = train_subwords(["a dog runs"], ["ein Hund läuft"], SubwordConfig(vocab_size=300))
     monkeypatch.setattr(TranslationData, "subwords", subwords)
     monkeypatch.setattr(TextData, "subwords", subwords)

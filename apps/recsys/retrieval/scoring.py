@@ -226,8 +226,9 @@ def _columns(
     user_N = np.concatenate([np.empty(0, np.int64), *(part.user_N for part in parts)])
     item_N = np.concatenate([np.empty(0, np.int64), *(part.item_N for part in parts)])
     columns: dict[str, Any] = {"row": user_N}
-    if names:
-        name_U = pa.chunked_array([chunk for name in names for chunk in name.chunks])
+    if state["user_column"] is not None:
+        chunks = [chunk for name in names for chunk in name.chunks]
+        name_U = pa.chunked_array(chunks) if chunks else pa.array([], pa.string())
         columns[state["user_column"]] = name_U.take(pa.array(user_N))
     columns[state["item_column"]] = index.named(item_N)
     columns["score"] = np.concatenate([np.empty(0, np.float32), *(part.score_N for part in parts)])

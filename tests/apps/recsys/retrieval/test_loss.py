@@ -21,7 +21,7 @@ def test_the_correction_by_hand():
 
 
 def test_an_item_is_no_negative_of_itself():
-    # Rows 0 and 2 have the item 5, and so has a drawn column. Row 0 is compared with columns 0 and 1 alone: 1 / (1 + 2);
+    # Rows 0 and 2 have the item 5, and so has a drawn column. Row 0 is compared with columns 0 and 1: 1 / (1 + 2);
     # row 1 with columns 0 to 3: 3 / (1 + 3 + 2 + 4), since the others' item may be there several times;
     # row 2 with columns 1 and 2: 6 / (5 + 6).
     logits = torch.tensor([[1.0, 2.0, 9.0, 9.0], [1.0, 3.0, 2.0, 4.0], [9.0, 5.0, 6.0, 9.0]]).log().requires_grad_()

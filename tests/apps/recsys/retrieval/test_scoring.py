@@ -1,0 +1,126 @@
+"""A script asks a model for the items of its own users, and a ranking model for their order."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pytest
+import torch
+from made_pairs import FILMS, TABLE, made_pairs, options, retriever
+
+import core
+from apps.recsys.retrieval.scoring import Ranking, Retrieved
+from apps.recsys.tables.data import TableData
+from apps.recsys.tables.embedding import EmbeddingConfig
+from apps.recsys.tables.module import MultiTaskRecommender
+
+USERS = {"user": ["cy", "ann", "zoe"], "age": [50, 30, 25], "stars": [1, 2, 3]}
+
+
+def ranker(folder, tasks=TABLE["tasks"], **changed):
+    """Return an untrained ranking model of the same table that knows the table's values."""
+    own = options(folder)
+    table = {**TABLE, "tasks": tasks, **changed}
+    data = TableData("table", train_file=own["train_file"], cache_dir=own["cache_dir"], table=table)
+    torch.manual_seed(1)
+    shared = core.MMoE(num_experts=2, expert=core.MLP(hidden_dims=(8,)))
+    module = MultiTaskRecommender(data.features, shared, EmbeddingConfig(dim=4, init_std=1.0))
+    module.adopt_encoding({"encoding": data.encoding_state})
+    return module.eval()
+
+
+@pytest.fixture
+def model(tmp_path):
+    data = made_pairs(tmp_path, user_column="user", exclude_seen=True)
+    module = retriever(data)
+    module.adopt_encoding({"encoding": data.encoding_state})
+    return module.eval()
+
+
+def by_user(predicted, column):
+    return [[v for row, v in zip(predicted["row"], predicted[column], strict=True) if row == user] for user in range(3)]
+
+
+def test_the_items_are_those_of_the_largest_products(model):
+    predicted = model.predict(USERS, top=2, include_seen=True)
+    assert list(predicted) == ["row", "user", "film", "score"]
+    assert [list(x) for x in (predicted["row"], predicted["user"])] == [
+        [0, 0, 1, 1, 2, 2],
+        ["cy", "cy", "ann", "ann", "zoe", "zoe"],
+    ]
+    whole = model.predict(USERS, top=9, include_seen=True)
+    for films, scores, best in zip(
+        *(by_user(whole, c) for c in ("film", "score")), by_user(predicted, "film"), strict=True
+    ):
+        assert sorted(films) == list(FILMS)
+        assert scores == sorted(scores, reverse=True)
+        assert best == films[:2]
+    without = model.predict(USERS, top=9)
+    assert [sorted(films) for films in by_user(without, "film")] == [
+        ["Alien", "Brazil"],
+        ["Dune", "Fargo"],
+        list(FILMS),
+    ]
+
+
+def test_users_come_in_many_kinds(model, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pa.csv.write_csv(pa.table(USERS), tmp_path / "users.csv")
+    frame = model.predict(pandas.DataFrame(USERS, index=[7, 8, 9]), top=3, batch_size=2)
+    want = {name: list(values) for name, values in frame.items()}
+    for users in (USERS, pa.table(USERS), tmp_path / "users.csv"):
+        given = model.predict(users, top=3)
+        got = given.to_pydict() if isinstance(given, pa.Table) else {name: list(v) for name, v in given.items()}
+        assert got.pop("score") == pytest.approx(want["score"], rel=1e-5)
+        assert got == {name: want[name] for name in got}
+    nobody = model.predict({"user": [], "age": []})
+    assert {name: len(values) for name, values in nobody.items()} == {"row": 0, "user": 0, "film": 0, "score": 0}
+
+
+def test_a_ranking_model_orders_what_is_retrieved(model, tmp_path):
+    ranking = ranker(tmp_path)
+    predicted = model.predict(USERS, top=2, include_seen=True, rank=ranking, candidates=3)
+    retrieved = by_user(model.predict(USERS, top=3, include_seen=True), "film")
+    # the slow way: each retrieved pair as a row of a table of its own
+    genres = {"Alien": "sci-fi|horror", "Brazil": "sci-fi", "Casablanca": "drama", "Dune": "sci-fi", "Fargo": ""}
+    years = {"Alien": 1979, "Brazil": 1985, "Casablanca": 1943, "Dune": 1984, "Fargo": 1996}
+    for user, films in enumerate(retrieved):
+        pairs = {
+            "user": [USERS["user"][user]] * 3, "age": [USERS["age"][user]] * 3, "film": films,
+            "genres": [genres[film] for film in films], "year": [years[film] for film in films],
+        }  # fmt: skip
+        like = ranking.predict(pairs)["probability_like"]
+        best = np.argsort(-like)[:2]
+        assert by_user(predicted, "film")[user] == [films[i] for i in best]
+        np.testing.assert_allclose(by_user(predicted, "probability_like")[user], like[best], rtol=1e-6)
+    assert list(predicted) == ["row", "user", "film", "score", "probability_like"]
+
+
+def test_equal_predictions_keep_the_order_of_the_retrieval(model, tmp_path):
+    ranking = ranker(tmp_path)
+    with torch.no_grad():
+        for p in ranking.parameters():
+            p.zero_()
+    plain = model.predict(USERS, top=3, include_seen=True)
+    ranked = model.predict(USERS, top=3, include_seen=True, rank=ranking, candidates=5)
+    assert list(ranked["film"]) == list(plain["film"])
+
+
+def test_values_by_user():
+    retrieved = Retrieved(np.array([0, 0, 2]), np.array([5, 6, 7]), np.zeros(3, np.float32))
+    assert retrieved.by_user(["a", "b", "c"], 4) == [["a", "b"], [], ["c"], []]
+
+
+def test_bad_rankings_are_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="rank is a TwoTowerRetriever: a MultiTaskRecommender ranks pairs"):
+        model.predict(USERS, rank=model)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        model.predict(USERS, rank=tmp_path / "none")
+    with pytest.raises(ValueError, match="rank_task='buy'"):
+        model.predict(USERS, rank=ranker(tmp_path), rank_task="buy")
+    with pytest.raises(ValueError, match="candidates=5 are fewer than the 10 items"):
+        model.predict(USERS, rank=ranker(tmp_path), candidates=5)
+    with pytest.raises(ValueError, match="column 'age' \\(continuous\\) is not in the rows to predict"):
+        model.predict({"user": ["ann"]}, rank=ranker(tmp_path))
+    with pytest.raises(ValueError, match="rank_task='film kind' is of kind 'multiclass'"):
+        kinds = {"film kind": {"column": "genres", "kind": "multiclass"}}
+        Ranking(ranker(tmp_path, tasks=kinds, multi_valued=[]), pa.table({"film": list(FILMS)}))
