@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from apps.base.checks import check_at_least, check_name
+from apps.data.array_files import ArraysInMemory
 from apps.data.splits import SPLITS, Split
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
@@ -30,7 +30,6 @@ from apps.recsys.retrieval.columns import (
 )
 from apps.recsys.retrieval.loss import log_probability
 from apps.recsys.schema import SplitConfig, TableConfig
-from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.rows import TableRows
 from apps.recsys.tables.synthetic import SyntheticConfig
@@ -75,8 +74,11 @@ class Pairs(Dataset[PairBatch]):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int] | Tensor) -> PairBatch:
-        batch = self.rows.__getitems__(positions)
-        users = users_of(take_columns(batch, self.rows.features, self.user), self.seen, self.user_column)
+        batch, features = self.rows.__getitems__(positions), self.rows.features
+        seen_BH = None
+        if self.seen is not None and self.user_column is not None:
+            seen_BH = self.seen.by_user(column_of(batch, self.user_column))
+        users = PairBatch(take_columns(batch, features, self.user), batch.index_B, seen_BH=seen_BH)
         if self.items is None or self.log_q_I is None:
             return users
         item_C = column_of(batch, self.item_column)
@@ -84,14 +86,6 @@ class Pairs(Dataset[PairBatch]):
             item_C = torch.cat((item_C, torch.randint(1, len(self.items) + 1, (self.num_uniform,))))
         place_C = item_C.clamp_min(1) - 1
         return replace(users, item=self.items.__getitems__(place_C), item_C=item_C, log_q_C=self.log_q_I[place_C])
-
-
-def users_of(user: TableBatch, seen: Seen | None, user_column: str | None) -> PairBatch:
-    """Return users' rows as a batch without items; see ``Pairs``."""
-    seen_BH = None
-    if seen is not None and user_column is not None:
-        seen_BH = seen.by_user(column_of(user, user_column))
-    return PairBatch(user, user.index_B, seen_BH=seen_BH)
 
 
 class RetrievalData(TableData):
@@ -177,7 +171,7 @@ class RetrievalData(TableData):
         )
         self._given_catalogue: Catalogue | None = None
         self._own_catalogue: Catalogue | None = None
-        self._users: pa.Table | None = None
+        self._tables: dict[tuple[str, ...], pa.Table] = {}
 
     # ---- what a model and a reader of results ask
 
@@ -230,13 +224,14 @@ class RetrievalData(TableData):
     def forget(self) -> None:
         super().forget()
         self._own_catalogue = None
-        self._users = None
 
     # ---- Lightning
 
     def check(self, stage: str | None) -> None:
+        """Refuse columns that do not go together, and users to predict that cannot be encoded."""
         _ = self._sides
-        super().check(stage)
+        if stage == "predict" and self.predict_file is not None:
+            self._encoded_users()
 
     def examples(self, split: Split) -> Pairs:  # type: ignore[override]
         catalogue, is_train = self.catalogue, split == "train"
@@ -264,8 +259,8 @@ class RetrievalData(TableData):
         """Return the users of ``predict_file``, else those of the test."""
         if self.predict_file is None:
             return self.test_dataloader()
-        to_users = partial(users_of, seen=self.catalogue.seen, user_column=self.user_column)
-        return DataLoader(self._rows_to_predict(self.predict_file), batch_size=None, collate_fn=to_users)
+        rows = self._encoded_users()
+        return self.eval_loader(Pairs(rows, rows.features, seen=self.catalogue.seen, user_column=self.user_column))
 
     def train_eval_dataloader(self) -> DataLoader[Any]:
         """Return the training pairs in the table's order."""
@@ -283,23 +278,42 @@ class RetrievalData(TableData):
         Raises:
             ValueError: ``predict_file`` lacks a column, or there is none and the users' tower does not read a column.
         """
-        import pyarrow as pa
+        if self.predict_file is not None:
+            return self._read_users(roles).take(batch.index_B.cpu().numpy())
+        known = raw_columns(batch.user, self.users_encoding)
+        for column, role in roles.items():
+            if column not in known.column_names:
+                raise ValueError(f"column {column!r} ({role}) is not among user_columns: give it in a predict_file")
+        return known
 
-        if self.predict_file is None:
-            known = raw_columns(batch.user, self.rows_encoding)
-            for column, role in roles.items():
-                if column not in known.column_names:
-                    raise ValueError(f"column {column!r} ({role}) is not among user_columns: give it in a predict_file")
-            return known
-        if self._users is None or not set(roles) <= set(self._users.column_names):
-            from apps.recsys.readers.user_tables import find_files, read_files
+    def _read_users(self, roles: Mapping[str, str]) -> pa.Table:
+        """Return columns of ``predict_file``, which is read once for the same columns."""
+        from apps.recsys.readers.user_tables import find_files, read_files
 
+        if tuple(roles) not in self._tables:
+            assert self.predict_file is not None
             files = find_files(self._folder, self.predict_file, "predict_file")
-            self._users = read_files(files, roles, numbers_of(roles))
-        return self._users.take(pa.array(batch.index_B.cpu().numpy()))
+            self._tables[tuple(roles)] = read_files(files, roles, numbers_of(roles))
+        return self._tables[tuple(roles)]
+
+    def _encoded_users(self) -> TableRows:
+        """Return the rows of ``predict_file``.
+
+        Raises:
+            ValueError: it lacks a column or has no rows, or a value is of a wrong type.
+        """
+        from apps.recsys.tables.build import build_rows
+
+        encoding, columns = self.users_encoding, ArraysInMemory()
+        table = self._read_users(encoding.roles)
+        if not len(table):
+            raise ValueError("the rows to predict: there are none")
+        build_rows(table, encoding, columns)
+        return TableRows(columns, encoding.features, torch.arange(len(table)))
 
     @property
-    def rows_encoding(self) -> Encoding:
+    def users_encoding(self) -> Encoding:
+        """The encoding of the users' columns."""
         return encoding_of_part(self.encoding, names_of(self.user_features))
 
     def _pairs(self, split: Split) -> Tensor:

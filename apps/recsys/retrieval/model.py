@@ -82,7 +82,7 @@ class Tower(TableColumns):
 
     def forward(self, batch: TableBatch) -> Tensor:
         """Return the vectors, float32 (B, dim), of length 1."""
-        x_BD = self.enter(self.join(batch))
+        x_BD = self.enter(self.join(*self.read(batch)))
         for block in self.blocks:
             x_BD = block(x_BD)
         return F.normalize(self.leave(self.norm(x_BD)).float(), dim=-1)

@@ -26,7 +26,7 @@ from apps.recsys.retrieval.index import ItemIndex
 from apps.recsys.retrieval.loss import sampled_softmax
 from apps.recsys.retrieval.metrics import RetrievalMetrics
 from apps.recsys.retrieval.model import Tower, TowerConfig
-from apps.recsys.retrieval.scoring import CANDIDATES, Ranking, check_candidates, retrieve
+from apps.recsys.retrieval.scoring import CANDIDATES, Ranking, as_json, check_candidates, retrieve
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.dense import DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig
@@ -226,15 +226,13 @@ class TwoTowerRetriever(SparseModule, Comparable):
         vectors_BD = self.user_tower(batch.user)
         users = None if self._ranking is None else data.users(batch, self._ranking.user_roles)
         found = retrieve(self, vectors_BD, batch.seen_BH, self.top_k, self._ranking, self.candidates, users)
-        predicted: Mapping[str, list[Any]] = getattr(data, "predicted", {})
-        columns = {column: [values[row] for row in batch.index_B.tolist()] for column, values in predicted.items()}
-        user_column = state["user_column"]
-        if user_column is not None and user_column not in columns:
-            columns[user_column] = data.users(batch, {user_column: "categorical"})[user_column].to_pylist()
+        named = () if state["user_column"] is None else (state["user_column"],)
+        roles = {**dict.fromkeys(data.predict_columns, "predict_columns"), **dict.fromkeys(named, "user_column")}
+        columns = data.users(batch, roles).select(list(roles)).to_pydict() if roles else {}
         lists = {state["item_column"]: self.index().named(found.item_N), "score": found.score_N.tolist()}
         lists |= {name: values_N.tolist() for name, values_N in found.ranked.items()}
         by_user = {name: found.by_user(values_N, len(batch)) for name, values_N in lists.items()}
-        return {"index": batch.index_B, **columns, **by_user}
+        return {"index": batch.index_B, **{name: list(map(as_json, x)) for name, x in columns.items()}, **by_user}
 
     @torch.inference_mode()
     def predict(

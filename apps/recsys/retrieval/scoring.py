@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -164,6 +165,13 @@ def retrieve(
     """
     retrieved = Retrieved.of(model.index(), vectors_BD, top if ranking is None else candidates, seen_BH)
     return retrieved if ranking is None else ranking.order(users, retrieved, top)
+
+
+def as_json(value: Any) -> Any:
+    """Return a value of a table as one that JSON has: others than numbers, text and booleans become text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def check_candidates(top: int, candidates: int) -> None:

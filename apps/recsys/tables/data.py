@@ -275,7 +275,7 @@ class TableData(SuiteData):
         assert self.eval_batch_size is not None
         files = find_files(self._folder, pattern, "predict_file")
         place = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        return FileRows(files, self.rows_encoding, self.eval_batch_size, self.predict_columns, *place)
+        return FileRows(files, self.encoding, self.eval_batch_size, self.predict_columns, *place)
 
     def train_eval_dataloader(self) -> DataLoader[Any]:
         """Return the training batches in the table's order."""
@@ -310,11 +310,6 @@ class TableData(SuiteData):
             given=None if self._adopted is None else self._adopted.digest,
             digest_of=lambda files: Encoding.of(files).digest,
         )
-
-    @property
-    def rows_encoding(self) -> Encoding:
-        """The encoding of the columns that ``predict_file`` must have."""
-        return self.encoding
 
     @property
     def _folder(self) -> str | None:

@@ -162,14 +162,6 @@ class TableColumns(nn.Module):
         parts = [InteractionArch(interaction, self.dense.out_dim, self.sparse_dims) for _ in range(copies)]
         self.interaction, self.input_dim = nn.ModuleList(parts), parts[0].out_dim
 
-    def join(self, batch: TableBatch) -> Tensor:
-        """Return the vectors of a batch's rows, (B, D), or (copies, B, D) of several copies.
-
-        Raises:
-            ValueError: as in ``read``.
-        """
-        return self.dropped(self.cross(*self.read(batch)))
-
     def read(self, batch: TableBatch) -> tuple[Tensor | None, Tensor | None]:
         """Return the numbers of a batch's rows, (B, width), and their embeddings, vectors and histories side by side.
 
@@ -206,6 +198,10 @@ class TableColumns(nn.Module):
                 for k, part in enumerate(self.interaction)
             ]
         )
+
+    def join(self, dense: Tensor | None, sparse: Tensor | None) -> Tensor:
+        """Return the vectors of ``cross`` with dropout, in training alone."""
+        return self.dropped(self.cross(dense, sparse))
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return the vectors with dropout, in training alone."""

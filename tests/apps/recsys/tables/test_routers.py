@@ -114,7 +114,9 @@ def test_what_a_router_lacks_is_said_in_a_line():
     )
 
 
-@pytest.mark.parametrize("shared", [core.OMoE(4), core.CGC(2), core.PLE(2), core.SMES(4)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "shared", [core.OMoE(4), core.CGC(2), core.PLE(2), core.SMES(4)], ids=lambda s: type(s).__name__
+)
 def test_gates_that_no_router_replaces_are_refused(shared):
     with pytest.raises(ValueError, match=rf"^--routers top2: {type(shared).__name__} takes no router in place of its"):
         routers.variants(build(shared), ["top2", "hash"])

@@ -1,0 +1,98 @@
+"""The retriever from the command line: trained, tested, and asked for items of a file of users."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.csv
+import pytest
+import yaml
+from made_pairs import TABLE, options
+
+import apps
+from apps.cli import main
+
+USERS = {"key": [7, 8], "user": ["cy", "zoe"], "age": [50, 25]}
+QUIET = {"accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1}
+MODEL = {"tower": {"dim": 4, "width": 8}, "embedding": {"dim": 4}, "ks": [1, 3], "top_k": 2}
+
+
+def write(folder, name, model, data):
+    """Write a configuration, and return the options that name it and its run."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({"model": model, "data": data, "trainer": QUIET}))
+    return ["--config", str(path), "--run_dir", str(folder / name)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    arguments = options(folder, user_column="user", exclude_seen=True)
+    pairs = {"class_path": "RetrievalData", "init_args": arguments}
+    retrieve = write(folder, "retrieve", {"class_path": "TwoTowerRetriever", "init_args": MODEL}, pairs)
+    files = {name: arguments[name] for name in ("dataset", "train_file", "cache_dir")}
+    rows = {"class_path": "TableData", "init_args": {**files, "table": TABLE}}
+    ranker = {"class_path": "MultiTaskRecommender", "init_args": {"report": None}}
+    for words in (retrieve, write(folder, "rank", ranker, rows)):
+        assert main(["fit", *words]) == 0
+    pa.csv.write_csv(pa.table(USERS), folder / "users.csv")
+    return folder, retrieve
+
+
+def test_a_run_is_tested(runs):
+    folder, where = runs
+    assert main(["test", *where]) == 0
+    metrics = json.loads((folder / "retrieve" / "test.json").read_text())
+    assert {"test/recall_1", "test/recall_3", "test/ndcg_1", "test/mrr", "test/loss"} <= metrics.keys()
+
+
+def predicted(folder, *words):
+    """Return the lines of a prediction of the file of users, made beside nothing but the checkpoint."""
+    given = ["--ckpt_path", str(folder / "retrieve"), "--data.predict_file", str(folder / "users.csv"), *words]
+    assert main(["predict", *given, "--output", str(folder / "out.jsonl"), "--overwrite"]) == 0
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def test_items_of_a_file_of_users_are_those_of_a_script(runs):
+    folder, _ = runs
+    lines = predicted(folder, "--data.predict_columns", "[key]")
+    model = apps.load(folder / "retrieve")
+    script = model.predict(USERS, top=2)
+    assert [list(line) for line in lines] == [["index", "key", "user", "film", "score"]] * 2
+    assert [(line["index"], line["key"], line["user"]) for line in lines] == [(0, "7", "cy"), (1, "8", "zoe")]
+    assert [film for line in lines for film in line["film"]] == list(script["film"])
+    assert [x for line in lines for x in line["score"]] == pytest.approx(list(script["score"]), rel=1e-5)
+    assert {film for film in lines[0]["film"]} == {"Alien", "Brazil"}  # cy has rated the other three
+
+    ranked = predicted(folder, "--model.rank", str(folder / "rank"), "--model.candidates", "4")
+    script = model.predict(USERS, top=2, rank=folder / "rank", candidates=4)
+    assert [list(line) for line in ranked] == [["index", "user", "film", "score", "probability_like"]] * 2
+    assert [film for line in ranked for film in line["film"]] == list(script["film"])
+    likes = [x for line in ranked for x in line["probability_like"]]
+    assert likes == pytest.approx(list(script["probability_like"]), rel=1e-5)
+
+
+def test_without_a_file_the_pairs_of_the_test_are_predicted(runs):
+    folder, where = runs
+    output = folder / "test.jsonl"
+    words = ["--model.rank", str(folder / "rank"), "--model.candidates", "4", "--output", str(output)]
+    assert main(["predict", *where, *words]) == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["user"] for line in lines] == ["ann", "bob", "cy"]
+    assert all(len(line["film"]) == len(line["probability_like"]) == 2 for line in lines)
+
+
+def test_errors_are_one_line(runs, capsys):
+    folder, where = runs
+    predict = ["predict", *where, "--output", str(folder / "none.jsonl")]
+    pa.csv.write_csv(pa.table({"user": ["cy"]}), folder / "bare.csv")
+    for words, message in (
+        (["--model.rank", str(folder / "nothing")], "no checkpoint"),
+        (["--data.predict_file", str(folder / "bare.csv")], "column 'age' (continuous) is not in"),
+    ):
+        capsys.readouterr()
+        assert main([*predict, *words]) == 1
+        *notes, last = capsys.readouterr().err.splitlines()
+        assert last.startswith("error: ")
+        assert message in last
+        assert not any("Traceback" in line for line in notes)
+    assert not (folder / "none.jsonl").exists()
