@@ -15,6 +15,8 @@ import core
 from apps.cli.train import build, quiet
 from apps.compare.experiment import Experiment, arguments
 from apps.compare.options import command_line as command_line_of_compare
+from apps.compare.suite.file import Suite
+from apps.compare.suite.queue import experiment_of
 from apps.compare.systems import SPARSE, candidates
 from apps.data import datasets
 from apps.data.subwords import SubwordConfig, train_subwords
@@ -27,7 +29,8 @@ from apps.recsys.sequence.data import HistoryData
 from apps.recsys.tables.data import TableData
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))
+FILES = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(SUITES))
 ROUTING = sorted((ROOT / "configs" / "routing").glob("*.yaml"))
 OTHERS = [p for p in FILES if p not in ROUTING]
 OVERLAYS = [p for p in OTHERS if "class_path" not in (yaml.safe_load(p.read_text()).get("model") or {})]
@@ -114,6 +117,18 @@ def test_a_routing_overlay_means_the_same_to_every_command(path, monkeypatch, tm
     with quiet():
         cli = build("fit", ["--config", str(BASE), "--config", str(path)])
     assert cli.model.moe == routers.with_router(base_moe, path.stem)
+
+
+@pytest.mark.parametrize("path", SUITES, ids=name)
+def test_a_suite_is_read_and_its_rows_are_built(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    no_data(monkeypatch)
+    entries = [entry for board in Suite.read(path).boards for entry in board.entries]
+    for files, rest in dict.fromkeys((entry.files, entry.rest) for entry in entries):
+        with quiet():
+            model = experiment_of(files, rest).module(SPARSE)
+        wanted = {entry.baseline for entry in entries if (entry.files, entry.rest) == (files, rest)}
+        assert wanted - {None} <= set(candidates(model))
 
 
 def header(path: Path) -> list[str]:

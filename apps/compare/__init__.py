@@ -4,7 +4,7 @@ The modules, from the ground up: ``options`` (the command line), ``stats`` (inte
 JSON), ``systems`` (the models and their costs), ``experiment`` (a configuration, made anew at will), ``training`` and
 ``parallel`` (one unit of work, and several at a time), ``plan`` (all units), ``measure`` (speed and memory),
 ``summary`` and ``table`` (the numbers and how they are shown), ``work`` (all units, in order, shown by ``display``),
-``command`` (the whole).
+``command`` (the whole). ``suite`` is a queue of many comparisons, ``moesaic compare --suite FILE``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str]) -> int:
     """Run ``moesaic compare ARGV``."""
+    if any(word.partition("=")[0] == "--suite" for word in argv):
+        from apps.compare.suite import main as suite
+
+        return suite(argv)
     from apps.base.imports import importing
     from apps.compare.options import Command
 

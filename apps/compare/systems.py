@@ -126,7 +126,7 @@ def find_systems(
     own = {"flops_ratio": 1.0, "replaced_ratio": 1.0, "params_ratio": 1.0}
     systems = [System(SPARSE, sparse.note, cost, **own, heading=sparse.heading)]  # type: ignore[arg-type]
     for name, baseline in baselines.items():
-        systems.append(_measured(name, baseline, batch, cost, replaced, sparse.module.device))
+        systems.append(measured(name, baseline, batch, cost, replaced, sparse.module.device))
         gc.collect()  # frees the model that was counted
     if all(s.refused for s in systems[1:]):
         reasons = "; ".join(f"{s.name}: {s.refused}" for s in systems[1:]) or "the module has no baselines"
@@ -134,10 +134,19 @@ def find_systems(
     return systems
 
 
-def _measured(
+def measured(
     name: str, baseline: Baseline, batch: Any, sparse: Cost, replaced: Sequence[str], device: torch.device
 ) -> System:
-    """Return a baseline with its cost beside that of the sparse model, or with the reason why it is not trained."""
+    """Return a baseline with its cost beside that of the sparse model, or with the reason why it is not trained.
+
+    Args:
+        name: its name.
+        baseline: the baseline.
+        batch: batch of the data.
+        sparse: cost of the sparse model.
+        replaced: names of the sparse model's blocks that the baseline replaces.
+        device: device on which its cost is measured.
+    """
     is_router = name.startswith(routers.PREFIX)
     if baseline.build is None:
         return System(name, baseline.note, refused=baseline.note or "cannot be built")

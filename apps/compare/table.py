@@ -112,11 +112,11 @@ def _compared(title: str, share: bool, pair: Callable[[Row], Pair], own: str = "
 
     def difference(row: Row) -> str:
         value = pair(row)[1]
-        return _interval(value.negated() if value and not own else value, share, signed=True)
+        return shown_interval(value.negated() if value and not own else value, share, signed=True)
 
     percent, points = (", %", ", points") if share else ("", "")
     minus = f"  {own} minus it" if own else "minus the config's"
-    return [(f"{title}{percent}", lambda row: _interval(pair(row)[0], share)), (f"{minus}{points}", difference)]
+    return [(f"{title}{percent}", lambda row: shown_interval(pair(row)[0], share)), (f"{minus}{points}", difference)]
 
 
 def _further(metric: str, summary: Summary, own: str = "") -> list[Line]:
@@ -169,7 +169,7 @@ def _trained_differ(rows: Sequence[Row]) -> bool:
     return any(a is not None and b is not None and abs(b - a) > 0.005 * a for a, b in pairs)
 
 
-def _interval(value: Interval | None, percent: bool, signed: bool = False) -> str:
+def shown_interval(value: Interval | None, percent: bool, signed: bool = False) -> str:
     if value is None:
         return NONE
     shown = number(value.mean, percent, signed, value.half_width)

@@ -11,7 +11,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,8 +165,16 @@ def shortened(options: dict[str, Any], share: float) -> dict[str, Any]:
     return changed
 
 
-def train(experiment: Experiment, unit: Unit, output: Path, progress: Progress = unseen) -> dict[str, Any]:
+def train(
+    experiment: Experiment,
+    unit: Unit,
+    output: Path,
+    progress: Progress = unseen,
+    callbacks: Sequence[Callback] = (),
+) -> dict[str, Any]:
     """Do ``unit``, write its plain result into ``result.json`` of its folder, and return it.
+
+    ``callbacks`` are further ones of the trainer, where the unit has one.
 
     Raises:
         NonFiniteError: a final run diverged; a search run records it.
@@ -180,7 +188,7 @@ def train(experiment: Experiment, unit: Unit, output: Path, progress: Progress =
         module, data = experiment.build(unit.system, unit.rate)
         if isinstance(module, SparseModule | OwnModel):
             try:
-                result |= _fit(experiment, module, data, unit, folder, progress)
+                result |= _fit(experiment, module, data, unit, folder, progress, callbacks)
             except NonFiniteError as error:
                 if unit.final:
                     raise NonFiniteError(f"{unit.name}: {error}") from None
@@ -201,7 +209,15 @@ def train(experiment: Experiment, unit: Unit, output: Path, progress: Progress =
     return result
 
 
-def _fit(experiment: Experiment, model: Any, data: Any, unit: Unit, folder: Path, progress: Progress) -> dict[str, Any]:
+def _fit(
+    experiment: Experiment,
+    model: Any,
+    data: Any,
+    unit: Unit,
+    folder: Path,
+    progress: Progress,
+    further: Sequence[Callback],
+) -> dict[str, Any]:
     module = model.module
     curve = Curve(model.monitor, progress)
     last = folder / CHECKPOINT
@@ -211,7 +227,7 @@ def _fit(experiment: Experiment, model: Any, data: Any, unit: Unit, folder: Path
     checkpoints = BestAndLast(dirpath=str(folder), monitor="-", every_n_minutes=2.0)
     trainer = Trainer(
         **shortened(experiment.trainer_options, unit.share),
-        callbacks=[*experiment.callbacks(), curve, GeneratorState(), checkpoints, PassBar()],
+        callbacks=[*experiment.callbacks(), curve, GeneratorState(), checkpoints, PassBar(), *further],
         plugins=[AtomicCheckpointIO()],
         logger=MetricsCSV(str(folder)) if unit.final else False,
         default_root_dir=str(folder),

@@ -38,7 +38,8 @@ class Estimator(Protocol):
 
     It has no steps, learning rate or FLOPs. It may tune itself in ``fit``, on the validation split. Or its attribute
     ``tunes`` is True, and ``tune(data, seed, search)`` returns plain settings, searched in the time that ``search``, a
-    ``Search``, allows. They are searched once for all seeds, and are then the third argument of ``fit``.
+    ``Search``, allows. They are searched once for all seeds, and are then the third argument of ``fit``. Its attribute
+    ``kind`` says what a leaderboard calls it, such as "trees" or "linear".
     """
 
     def fit(self, data: LightningDataModule, seed: int) -> None:

@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import core
+from apps.data.cache import DataError
 from apps.data.loader import ResumableLoader
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleDifference, RoutedLayers
 from apps.equal_cost.search import Search
@@ -146,6 +147,8 @@ class Dense:
 class Centroids:
     """The class of the nearest mean: a baseline without steps."""
 
+    kind = "means"
+
     def fit(self, data: LightningDataModule, seed: int) -> None:
         x, y = data.points(0, 96)
         self.means = torch.stack([x[y == c].mean(0) for c in range(CLASSES)])
@@ -203,3 +206,10 @@ class TinyData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return DataLoader(TensorDataset(*self.points(2, 48)), batch_size=24)
+
+
+class MissingData(TinyData):
+    """Points that cannot be fetched."""
+
+    def prepare_data(self) -> None:
+        raise DataError("the points cannot be fetched")

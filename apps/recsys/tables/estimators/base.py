@@ -79,6 +79,9 @@ class PerTask:
     tunes: bool = True
     """Whether there are settings to be searched, by ``tune``."""
 
+    kind: str = "trees"
+    """What a leaderboard calls the model."""
+
     def __init__(self, n_threads: int | None = None, steps: bool = False) -> None:
         check_at_least(1, n_threads=n_threads)
         self.n_threads, self.steps = n_threads, steps

@@ -29,6 +29,8 @@ class LogisticRegression(PerTask):
         n_threads, steps: see ``PerTask``.
     """
 
+    kind = "linear"
+
     def __init__(
         self,
         strengths: tuple[float, ...] = (0.01, 0.1, 1.0),

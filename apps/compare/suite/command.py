@@ -1,0 +1,80 @@
+"""The command ``moesaic compare --suite FILE``: it does the runs and writes the leaderboard."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from apps.base.files import holding
+from apps.base.machine import moment
+from apps.base.progress import say
+from apps.cli import stopped
+from apps.compare.command import command_line
+from apps.compare.display import Display
+from apps.compare.files import write_text
+from apps.compare.suite.figures import Figures
+from apps.compare.suite.file import Suite
+from apps.compare.suite.markdown import duration, markdown
+from apps.compare.suite.options import Command
+from apps.compare.suite.page import leaderboard_page
+from apps.compare.suite.queue import Queue
+from apps.compare.suite.standings import standings
+from apps.compare.training import interruptible
+from apps.report.page import FILE, open_page, show_page, write_index, write_page
+
+
+def run(command: Command, argv: Sequence[str]) -> int:
+    """Run ``moesaic compare ARGV``, and return 0, 130 where the user stopped it, or 143 where the system did.
+
+    Raises:
+        ValueError: a refused configuration or row, or a folder with another comparison.
+    """
+    try:
+        run_suite(command)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        return stopped(stop, f"; what is finished is kept. To go on: {command_line(argv)}")
+    return 0
+
+
+@interruptible()
+def run_suite(command: Command, clock: Callable[[], float] = time.monotonic) -> Queue:
+    """Do the runs of a suite that are left, as many as the time allows, and write and show the leaderboard.
+
+    The leaderboard is written as well where a run fails or is stopped, with what is finished.
+    """
+    suite = command.suite
+    figures, runs = Figures(Path(suite.figures)), Path(suite.runs)
+    runs.mkdir(parents=True, exist_ok=True)
+    with holding(runs / ".lock", f"another suite is at work in {runs}"):
+        with Display(suite.title) as display:
+            queue = Queue(suite, figures, command.rounds, display, command.minutes, clock)
+            try:
+                queue.do()
+            finally:
+                _write(suite, figures)
+        left = queue.left()
+        if left:
+            estimate = sum(entry.minutes or 0.0 for _, entry, _ in left)
+            about = f", about {duration(estimate)} by the suite's estimates" if estimate else ""
+            why = "the time is up" if queue.is_over else "the data of some boards cannot be had"
+            say(f"{why}; runs left: {len(left)}{about}. To go on: {shlex.join(suite.command())}")
+    if command.opens:
+        open_page(_page(suite))
+    return queue
+
+
+def _page(suite: Suite) -> Path:
+    return Path(suite.page) if suite.page else Path(suite.runs) / FILE
+
+
+def _write(suite: Suite, figures: Figures) -> None:
+    """Write the leaderboard as Markdown and as a page, and show who leads."""
+    boards = [standings(board, suite, figures) for board in suite.boards]
+    text, path = write_text(Path(suite.leaderboard), markdown(suite, boards)), _page(suite)
+    page = leaderboard_page(suite, boards, moment())
+    show_page(page)
+    say(f"leaderboard: {text}")
+    write_page(page, path)
+    write_index(path.parent.parent)

@@ -1,0 +1,369 @@
+"""The suite file: boards, each with models that are trained on the same data, read and checked before any training.
+
+::
+
+    title: Recommenders
+    seeds: 3
+    boards:
+      - name: Census-Income
+        config: configs/recsys/census_income.yaml
+        metrics: [auc_income, auc_never_married]
+        baselines: [shared_bottom_equal_flops, hist_gradient_boosting]
+        models:
+          - name: MMoE, dense gates
+          - {name: MMoE, 4 experts, values: {model.shared.num_experts: 4}}
+          - {name: PLE, config: configs/recsys/census_ple.yaml}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from apps.base.checks import check_at_least
+from apps.base.messages import excerpt, unknown_name
+from apps.cli import UsageError
+from apps.cli.classes import with_long_names
+from apps.cli.configs import at, differences, merge, read_config, shipped
+
+T = TypeVar("T")
+
+_PLACES = ("root", "cache_dir", "num_workers")
+"""Options of data that say where they lie and how they are read, and change no figure."""
+
+_LOADING = (*_PLACES, "batch_size", "eval_batch_size", "drop_last", "seed", "exclude")
+"""Options of data on which the test examples do not depend."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a board: a configuration, or a baseline of one.
+
+    Attributes:
+        board: name of the board.
+        name: name of the row, which no other of the board has.
+        files: configuration, and the overlays over it.
+        values: values over both, by dotted name.
+        baseline: name of the baseline of that configuration; None: the configuration's own model.
+        baseline_minutes: time in which a baseline without learning rate, such as boosted trees, searches its settings.
+        minutes: estimated minutes of one run; None: no estimate.
+    """
+
+    board: str
+    name: str
+    files: tuple[str, ...]
+    values: Mapping[str, Any] = field(default_factory=dict)
+    baseline: str | None = None
+    baseline_minutes: float = 1.0
+    minutes: float | None = None
+
+    @cached_property
+    def written(self) -> dict[str, Any]:
+        """Return what the files and the values say together, without the defaults that they leave."""
+        config: dict[str, Any] = {}
+        for name in self.files:
+            config = merge(config, with_long_names(read_config(shipped(Path(name)))))
+        for dotted, value in self.values.items():
+            for key in reversed(dotted.split(".")):
+                value = {key: value}
+            config = merge(config, value)
+        return config
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Return what they say of the data: the class and its options."""
+        data = self.written.get("data")
+        data = dict(data) if isinstance(data, Mapping) else {"class_path": data}
+        return {**data, "init_args": data.get("init_args") or {}}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return what the figures of the row depend on, as plain values."""
+        options = {name: value for name, value in self.data["init_args"].items() if name not in _PLACES}
+        config = {**self.written, "data": {**self.data, "init_args": options}}
+        return {"config": json.loads(json.dumps(config, default=str)), "baseline": self.baseline}
+
+    @property
+    def rest(self) -> tuple[str, ...]:
+        """Return the values as words of a command line."""
+        words = (
+            (f"--{key}", value if isinstance(value, str) else json.dumps(value)) for key, value in self.values.items()
+        )
+        return tuple(word for pair in words for word in pair)
+
+    @property
+    def seed(self) -> int:
+        """Return the first seed, by the rule of ``Experiment``."""
+        seed = self.written.get("seed_everything")
+        return seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
+
+    def folder(self, runs: Path) -> Path:
+        """Return the folder of its runs: another configuration under the same name has another one."""
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:8]
+        return runs / slug(self.board) / f"{slug(self.name)}-{digest}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a board, as the suite file has it.
+
+    Attributes:
+        name: its name in the tables.
+        config: its configuration; None: the board's.
+        overlays: configurations over it.
+        values: values over all of these, by dotted name, such as ``{model.optimizer.lr: 0.01}``.
+        baselines: names of baselines of this model that are rows too.
+        minutes: estimated minutes of one run, and of one of each of its baselines.
+    """
+
+    name: str
+    config: str | None = None
+    overlays: tuple[str, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+    baselines: tuple[str, ...] = ()
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes={self.minutes} must be above 0")
+
+
+@dataclass(frozen=True)
+class Board:
+    """Models on the same data, with the same test examples.
+
+    Attributes:
+        name: its heading.
+        config: the configuration that its models begin with.
+        models: the models.
+        about: sentences on data and protocol, which stand above the table.
+        missing: how to get the data, where nothing fetches them.
+        values: values over the configurations of all models, by dotted name.
+        baselines: names of baselines of ``config`` that are rows too.
+        metrics: test metrics, without the split; the first one ranks. Empty: the one that the models monitor.
+        lower_is_better: True where a lower value of the first metric is better.
+        must_agree: further options in which the models must agree, by dotted name, such as ``model.exclude_seen``.
+        may_differ: options of the data in which they may differ, since the test examples do not depend on them.
+        baseline_minutes: time in which a baseline without learning rate searches its settings, once for all seeds.
+        minutes: estimated minutes of one run of a row that has no estimate of its own.
+    """
+
+    name: str
+    config: str
+    models: tuple[Model, ...]
+    about: str = ""
+    missing: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    baselines: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    lower_is_better: bool = False
+    must_agree: tuple[str, ...] = ()
+    may_differ: tuple[str, ...] = ()
+    baseline_minutes: float = 1.0
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError(f"the board {self.name!r} has no models")
+        if not self.baseline_minutes > 0:
+            raise ValueError(f"baseline_minutes={self.baseline_minutes} must be above 0")
+        _check_once([entry.name for entry in self.entries], f"rows of the board {self.name!r}")
+
+    @cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """Return the rows: each model with its own baselines, then those of the board's configuration."""
+        rows = []
+        for model in self.models:
+            files = (model.config or self.config, *model.overlays)
+            values = {**self.values, **model.values}
+            minutes = model.minutes or self.minutes
+            own = Entry(self.name, model.name, files, values, None, self.baseline_minutes, minutes)
+            rows += [own, *(self._baseline(own, name, f"{model.name}: {name}") for name in model.baselines)]
+        whole = Entry(self.name, "", (self.config,), self.values, None, self.baseline_minutes, self.minutes)
+        return (*rows, *(self._baseline(whole, name, name) for name in self.baselines))
+
+    @staticmethod
+    def _baseline(entry: Entry, baseline: str, name: str) -> Entry:
+        return dataclasses.replace(entry, name=name, baseline=baseline)
+
+    def check_protocol(self) -> None:
+        """Read the configurations of all rows, and refuse rows that are not tested alike.
+
+        Raises:
+            UsageError: a configuration is not there, or is none.
+            ValueError: two rows have other data, another split, or differ in what ``must_agree`` names.
+        """
+        first, *others = self.entries
+        free = (*(f"data.{name}" for name in _LOADING), *self.may_differ)
+        for other in others:
+            for where, a, b in differences(first.data, other.data, "data"):
+                if not any(f"{where}.".startswith(f"{name}.") for name in free):
+                    self._refuse(where, first, a, other, b)
+            for where in self.must_agree:
+                a, b = (at(entry.written, where.split(".")) for entry in (first, other))
+                if a != b:
+                    self._refuse(where, first, a, other, b)
+
+    def _refuse(self, where: str, first: Entry, a: Any, other: Entry, b: Any) -> None:
+        raise ValueError(
+            f"board {self.name!r}: {other.name!r} has {where}={excerpt(b)}, and {first.name!r} has {excerpt(a)}: the "
+            "rows of a board share data, split and test examples"
+        )
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite file.
+
+    Attributes:
+        title: heading of the leaderboard.
+        boards: its boards.
+        about: sentences that stand below the heading.
+        seeds: number of runs of each row; seeds count up from the configuration's.
+        runs: folder of the runs.
+        figures: folder of the figures of finished runs, a JSON file a board.
+        leaderboard: Markdown file of the leaderboard.
+        page: HTML file of the leaderboard; None: ``report.html`` in the folder of the runs.
+        path: the suite file, as the command line names it.
+        chosen: names of the boards that are trained; None: all.
+    """
+
+    title: str
+    boards: tuple[Board, ...]
+    about: str = ""
+    seeds: int = 3
+    runs: str = "runs/leaderboard"
+    figures: str = "docs/runs/leaderboard"
+    leaderboard: str = "docs/leaderboard.md"
+    page: str | None = None
+    path: str = ""
+    chosen: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.boards:
+            raise ValueError("a suite needs at least one board")
+        check_at_least(1, seeds=self.seeds)
+        _check_once([slug(board.name) for board in self.boards], "boards")
+
+    @classmethod
+    def read(cls, path: Path) -> Suite:
+        """Read a suite file and the configurations that it names.
+
+        Raises:
+            UsageError: a file that is not there or is no configuration, or an unknown key.
+            ValueError: a value that breaks a rule, two rows of one name, or rows that are not tested alike.
+        """
+        try:
+            suite = dataclasses.replace(_made(cls, read_config(shipped(path)), ""), path=path.as_posix())
+            for board in suite.boards:
+                board.check_protocol()
+        except ValueError as error:  # a UsageError is one
+            raise type(error)(f"{path}: {error}") from None
+        return suite
+
+    def with_boards(self, names: Sequence[str]) -> Suite:
+        """Return the suite, of which the boards ``names`` alone are trained.
+
+        Raises:
+            UsageError: there is no such board.
+        """
+        known = [board.name for board in self.boards]
+        for name in names:
+            if name not in known:
+                raise UsageError(unknown_name("boards", name, known))
+        return dataclasses.replace(self, chosen=tuple(names))
+
+    def is_chosen(self, board: Board) -> bool:
+        return self.chosen is None or board.name in self.chosen
+
+    def command(self, *more: str) -> list[str]:
+        """Return the words of the command that goes on with the suite."""
+        return ["moesaic", "compare", "--suite", self.path, *more]
+
+    def seeds_of(self, entry: Entry) -> tuple[int, ...]:
+        return tuple(range(entry.seed, entry.seed + self.seeds))
+
+
+def slug(name: str) -> str:
+    """Return a name as a part of a path: "MMoE, dense gates" is "mmoe_dense_gates"."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "unnamed"
+
+
+def _check_once(names: Sequence[str], what: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two {what} are called {name!r}: give each a name of its own")
+
+
+_OF_THE_COMMAND = ("path", "chosen")
+"""Fields of a suite that its file does not have."""
+
+_PARTS = {"tuple[Board, ...]": Board, "tuple[Model, ...]": Model}
+
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "str": (str, "a text"),
+    "str | None": (str, "a text"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "float | None": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "Mapping[str, Any]": (Mapping, "a mapping"),
+}
+"""Classes of a value, and their name in messages, by the type hint of its field."""
+
+
+def _made(kind: type[T], given: Any, where: str) -> T:
+    """Return a suite, a board or a model from plain values.
+
+    Args:
+        kind: the class.
+        given: its fields, as they stand in the file.
+        where: dotted name of its place, for messages.
+
+    Raises:
+        UsageError: an unknown key, a missing one, or a value of another kind.
+        ValueError: a value that breaks a rule of the class.
+    """
+    what = f"a {kind.__name__.lower()}"
+    place = f"{where}: " if where else ""
+    if not isinstance(given, Mapping):
+        raise UsageError(f"{where}={excerpt(given)} is not {what}: a mapping of its keys")
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.name not in _OF_THE_COMMAND}  # type: ignore[arg-type]
+    for key in given:
+        if key not in fields:
+            raise UsageError(place + unknown_name(f"key of {what}", str(key), list(fields)))
+    for name, f in fields.items():
+        if name not in given and f.default is f.default_factory is dataclasses.MISSING:
+            raise UsageError(f"{place}{what} needs {name!r}")
+    values = {
+        name: _value(value, str(fields[name].type), f"{where}.{name}" if where else name)
+        for name, value in given.items()
+    }
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise type(error)(f"{place}{error}") from None
+
+
+def _value(value: Any, hint: str, where: str) -> Any:
+    """Return the value of a field with this type hint, lists as tuples."""
+    if hint.startswith("tuple"):
+        if not isinstance(value, list):
+            raise UsageError(f"{where}={excerpt(value)} is not a list")
+        part = _PARTS.get(hint)
+        if part is not None:
+            return tuple(_made(part, item, f"{where}.{i}") for i, item in enumerate(value))
+        return tuple(_value(item, "str", f"{where}.{i}") for i, item in enumerate(value))
+    classes, name = _KINDS[hint]
+    if value is None and hint.endswith("None"):
+        return None
+    if not isinstance(value, classes) or (isinstance(value, bool) and classes is not bool):
+        raise UsageError(f"{where}={excerpt(value)} is not {name}")
+    return value

@@ -1,0 +1,219 @@
+"""The rows of a board with their intervals, the best first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from apps.compare.stats import paired_difference
+from apps.compare.suite.figures import Figures
+from apps.compare.suite.file import Board, Entry, Suite
+from apps.compare.systems import label
+from apps.compare.table import NONE, shown_interval
+from apps.report.intervals import Interval, mean_interval
+from apps.report.tables import is_share
+from apps.train.cost import megaflops
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One row of a board.
+
+    Attributes:
+        entry: what was trained.
+        figures: its saved figures.
+        tests: test metrics over the seeds that are finished; None: it does not report the metric, or was not run.
+        behind: the best row minus this one in the first metric, paired by seed; None for the best and without runs.
+        diverged: number of seeds with which the training diverged.
+    """
+
+    entry: Entry
+    figures: Mapping[str, Any]
+    tests: Mapping[str, Interval | None]
+    behind: Interval | None = None
+    diverged: int = 0
+
+    @property
+    def title(self) -> str:
+        """Return what tables call it; a baseline by the words of its name."""
+        if self.entry.baseline is None:
+            return self.entry.name
+        return self.entry.name.removesuffix(self.entry.baseline) + label(self.entry.baseline)
+
+    @property
+    def num_seeds(self) -> int:
+        """Return the number of seeds with figures."""
+        return len(self.figures["runs"]) - self.diverged
+
+    @property
+    def state(self) -> str:
+        """Return why there are no figures; "" where there are some."""
+        if self.num_seeds:
+            return ""
+        if self.figures.get("refused"):
+            return "left out"
+        return "diverged" if self.diverged else "not run"
+
+    def cost(self, name: str) -> float | None:
+        """Return a figure of its cost, by the name of a field of ``Cost``; None where it has none."""
+        cost = self.figures.get("cost")
+        return None if cost is None else float(cost[name])
+
+    def speed(self, name: str) -> float | None:
+        """Return a measured figure of its speed or memory; None where it was not measured."""
+        speed = self.figures.get("speed")
+        return None if speed is None else float(speed[name])
+
+    @property
+    def train_seconds(self) -> float | None:
+        seconds = [run["train_seconds"] for run in self.figures["runs"].values() if "train_seconds" in run]
+        return sum(seconds) / len(seconds) if seconds else None
+
+
+@dataclass(frozen=True)
+class Standings:
+    """A board with its rows.
+
+    Attributes:
+        board: the board.
+        metrics: names of the test metrics, the first of which ranks.
+        higher_is_better: True where a larger first metric is better.
+        shares: names of the metrics that are shown in percent.
+        rows: the rows with figures, the best first, then the others in the order of the file.
+        num_seeds: number of seeds of a finished row.
+    """
+
+    board: Board
+    metrics: tuple[str, ...]
+    higher_is_better: bool
+    shares: frozenset[str]
+    rows: tuple[Standing, ...]
+    num_seeds: int
+
+    @property
+    def ranked(self) -> list[Standing]:
+        """Return the rows with a figure in the first metric, the best first."""
+        return [row for row in self.rows if row.tests[self.metrics[0]] is not None]
+
+    def heading(self, metric: str) -> str:
+        return f"{metric}, %" if metric in self.shares else metric
+
+    def sentence(self) -> str:
+        """Return who leads, and whether the lead over the next row is shown; "" without figures."""
+        ranked, metric = self.ranked, self.metrics[0]
+        if not ranked:
+            return ""
+        percent = metric in self.shares
+        best = shown_interval(ranked[0].tests[metric], percent)
+        lead = f"{ranked[0].title} leads with {metric} {best}{' %' if percent else ''}"
+        if len(ranked) < 2:
+            return f"{lead}."
+        gap, other = ranked[1].behind, ranked[1].title
+        if gap is None:
+            return f"{lead}; it and {other} have no seed in common."
+        shown = f"{shown_interval(gap, percent, signed=True)}{' points' if percent else ''}"
+        if gap.half_width is None:
+            return f"{lead}; minus {other} {shown}: one seed gives no interval."
+        holds = "excludes 0" if gap.excludes_zero else "holds 0" if gap.half_width else "has no width"
+        return f"{lead}; minus {other} {shown}: the 95 % interval over {gap.count} seeds {holds}."
+
+    def cells(self) -> list[list[str]]:
+        """Return the table: headings, then a line a row."""
+        unit = next((row.figures["cost"]["unit"] for row in self.rows if row.figures.get("cost")), "an example")
+        headings = [
+            "model",
+            "what it is",
+            *map(self.heading, self.metrics),
+            f"best minus it, {'points' if self.metrics[0] in self.shares else self.metrics[0]}",
+            f"MFLOPs {unit}",
+            "parameters",
+            "active parameters",
+            "training, examples/s",
+            "inference, examples/s",
+            "peak memory, MiB",
+            "training time, s",
+            "seeds",
+        ]
+        return [headings, *(self._line(row) for row in self.rows)]
+
+    def _line(self, row: Standing) -> list[str]:
+        tests = [shown_interval(row.tests[metric], metric in self.shares) for metric in self.metrics]
+        if row.state:
+            tests[0] = row.state
+        flops, memory = row.cost("flops_per_example"), row.speed("peak_memory_bytes")
+        return [
+            row.title,
+            row.figures.get("kind") or NONE,
+            *tests,
+            shown_interval(row.behind, self.metrics[0] in self.shares),
+            NONE if flops is None else megaflops(flops),
+            _shown(row.cost("num_params")),
+            _shown(row.cost("active_params")),
+            _shown(row.speed("train_examples_per_second")),
+            _shown(row.speed("inference_examples_per_second")),
+            _shown(None if memory is None else memory / 2**20),
+            _shown(row.train_seconds, ",.1f"),
+            f"{row.num_seeds} of {self.num_seeds}",
+        ]
+
+    def notes(self) -> list[str]:
+        """Return lines on rows without figures, or with fewer than the others."""
+        lines = [f"{row.title}: left out: {row.figures['refused']}." for row in self.rows if row.figures.get("refused")]
+        for row in self.rows:
+            if row.diverged:
+                lines.append(f"{row.title}: diverged with {row.diverged} of {self.num_seeds} seeds.")
+        return lines
+
+    def machines(self) -> list[str]:
+        """Return the machines, versions and days of the runs, each once."""
+        return sorted({run["machine"] for row in self.rows for run in row.figures["runs"].values()})
+
+
+def standings(board: Board, suite: Suite, figures: Figures) -> Standings:
+    """Return a board with what its finished runs have shown."""
+    rows = {entry.name: _of_seeds(figures.row(entry), suite.seeds_of(entry)) for entry in board.entries}
+    known = [row for row in rows.values() if "monitor" in row]
+    metrics = board.metrics or (known[0]["monitor"] if known else "test quality",)
+    higher = not board.lower_is_better
+    if not board.metrics and known:
+        higher = bool(known[0]["higher_is_better"])
+    values = {
+        name: {seed: run["test"] for seed, run in row["runs"].items() if "test" in run} for name, row in rows.items()
+    }
+    first = metrics[0]
+    by_seed = {name: {s: test[first] for s, test in runs.items() if first in test} for name, runs in values.items()}
+    means = {name: sum(own.values()) / len(own) for name, own in by_seed.items() if own}
+    order = sorted(means, key=lambda name: means[name], reverse=higher)
+
+    def made(entry: Entry) -> Standing:
+        tests = {metric: _interval(metric, values[entry.name]) for metric in metrics}
+        behind = None
+        if entry.name in means and entry.name != order[0]:
+            best, own = by_seed[order[0]], by_seed[entry.name]
+            seeds = [seed for seed in best if seed in own]
+            behind = paired_difference([best[s] for s in seeds], [own[s] for s in seeds]) if seeds else None
+        row = rows[entry.name]
+        return Standing(entry, row, tests, behind, sum("diverged" in run for run in row["runs"].values()))
+
+    all_rows = {entry.name: made(entry) for entry in board.entries}
+    shares = frozenset(
+        metric
+        for metric in metrics
+        if is_share(metric, ([test[metric] for test in runs.values() if metric in test] for runs in values.values()))
+    )
+    ranked = [all_rows.pop(name) for name in order]
+    return Standings(board, tuple(metrics), higher, shares, (*ranked, *all_rows.values()), suite.seeds)
+
+
+def _of_seeds(row: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    return {**row, "runs": {seed: run for seed, run in row["runs"].items() if seed in seeds}}
+
+
+def _interval(metric: str, runs: Mapping[int, Mapping[str, float]]) -> Interval | None:
+    values = [test[metric] for test in runs.values() if metric in test]
+    return mean_interval(values) if values and len(values) == len(runs) else None
+
+
+def _shown(value: float | None, form: str = ",.0f") -> str:
+    return NONE if value is None else format(value, form)

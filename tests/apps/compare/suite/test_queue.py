@@ -1,0 +1,282 @@
+"""``moesaic compare --suite`` as a user calls it: what is finished is not done again, and what is not goes on."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from small_suite import asked, read, small_suite
+
+from apps.cli import main as moesaic
+from apps.compare import training
+from apps.compare.suite import command, queue
+from apps.report.page import html
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a finished suite; only to be read."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "has_charts", lambda: False)
+        assert moesaic(asked(small_suite(folder))) == 0
+    return folder
+
+
+@pytest.fixture
+def finished(whole, tmp_path) -> Path:
+    """A copy of ``whole`` to go on in: the path of its suite file."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    return small_suite(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch) -> None:
+    """Commands of one test with the same arguments share an experiment: reading them takes as long as training."""
+    monkeypatch.setattr(queue, "experiment_of", functools.cache(queue.experiment_of))
+
+
+@pytest.fixture
+def done(monkeypatch) -> list[tuple[str, int]]:
+    """The system and the seed of each training from now on."""
+    trained: list[tuple[str, int]] = []
+
+    def train(*args, **kwargs):
+        trained.append((args[1].system, args[1].seed))
+        return training.train(*args, **kwargs)
+
+    monkeypatch.setattr(queue, "train", train)
+    return trained
+
+
+def rows(folder: Path) -> dict:
+    return json.loads((folder / "figures" / "points.json").read_text())["rows"]
+
+
+def measured_by(folder: Path) -> dict:
+    return {name: {seed: run["test"] for seed, run in row["runs"].items()} for name, row in rows(folder).items()}
+
+
+def test_a_suite_that_is_stopped_goes_on_and_trains_each_run_once(whole, tmp_path, monkeypatch, done, capsys):
+    path = small_suite(tmp_path)
+    real = training.Curve.on_train_batch_end
+
+    def interrupted(self, trainer, *args):
+        real(self, trainer, *args)
+        if len(done) == 2 and trainer.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Curve, "on_train_batch_end", interrupted)
+        assert moesaic(asked(path)) == 130
+    assert f"To go on: moesaic compare --suite {path}" in capsys.readouterr().err
+    assert list(measured_by(tmp_path)["two of four"]) == ["0"]
+    assert "Not run: all four, centroids." in (tmp_path / "board.md").read_text()
+    assert moesaic(asked(path)) == 0
+    second = ("sparse", 0)  # was begun twice
+    assert done == [("sparse", 0), second, second, ("centroids", 0), ("sparse", 1), ("sparse", 1), ("centroids", 1)]
+    assert measured_by(tmp_path) == measured_by(whole)
+    moved = (tmp_path / "board.md").read_text().replace(str(tmp_path), str(whole))
+    assert moved.splitlines()[:8] == (whole / "board.md").read_text().splitlines()[:8]
+
+
+def test_the_figures_alone_are_enough(finished, done):
+    before = (finished.parent / "board.md").read_text()
+    shutil.rmtree(finished.parent / "runs")
+    assert moesaic(asked(finished)) == 0
+    assert done == []
+    after = (finished.parent / "board.md").read_text()
+    assert after.partition("## Points")[2] == before.partition("## Points")[2]
+    assert sum(path.stat().st_size for path in (finished.parent / "figures").iterdir()) < 20_000
+
+
+def test_a_run_that_is_finished_in_its_folder_alone_is_not_trained_again(finished, done):
+    expected = measured_by(finished.parent)
+    (finished.parent / "figures" / "points.json").unlink()  # killed between the two
+    assert moesaic(asked(finished)) == 0
+    assert done == []
+    assert measured_by(finished.parent) == expected
+
+
+def test_the_minutes_end_a_run_with_a_checkpoint_from_which_it_goes_on(whole, tmp_path, done):
+    path = small_suite(tmp_path, seeds=1)
+    steps = []
+
+    class Clock:
+        """A second a step, as far as the queue can see."""
+
+        def __call__(self) -> float:
+            return float(len(steps))
+
+    real = queue._StopsInTime.on_train_batch_end
+
+    def step(self, trainer, *args):
+        steps.append(trainer.global_step)
+        real(self, trainer, *args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(queue._StopsInTime, "on_train_batch_end", step)
+        work = command.run_suite(read(path, "--minutes", "0.15"), Clock())  # 9 s: the third step of the second run
+        assert work.is_over
+        assert steps == [*range(1, 7), 1, 2, 3]
+        assert list(rows(tmp_path)["two of four"]["runs"]) == ["0"]
+        assert rows(tmp_path)["all four"]["runs"] == {}
+        steps.clear()
+        command.run_suite(read(path, "--minutes", "0.04"), Clock())  # 2.4 s: its last step, whose epoch is ended
+        assert steps == [4, 5, 6]
+    command.run_suite(read(path))
+    assert done.count(("sparse", 0)) == 4
+    assert measured_by(tmp_path)["all four"]["0"] == measured_by(whole)["all four"]["0"]
+
+
+def test_no_minutes_write_the_leaderboard_alone(tmp_path, done, capsys):
+    path = small_suite(tmp_path, minutes=30, missing="By hand.")
+    assert moesaic(asked(path, "--minutes", "0")) == 0
+    assert done == []
+    page = (tmp_path / "board.md").read_text()
+    again = f"By hand. `moesaic compare --suite {path} --boards Points` (about 4.0 h)"  # 4 rows, 2 seeds of 30 minutes
+    assert f"- Not run: two of four, all four, centroids, none. {again}" in page
+    assert "| two of four | – | not run | – |" in page
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the time is up; runs left: 8, about 4.0 h by the suite's estimates" in said
+    assert "Nothing has been run yet." in said
+
+
+def test_another_configuration_is_trained_anew_and_says_so(finished, done, capsys):
+    values = {"trainer.max_epochs": 1, "model.offers": ["dense_equal_flops"], "model.optimizer.lr": 0.02}
+    small_suite(finished.parent, models=[{"name": "two of four", "values": values}], baselines=[])
+    assert moesaic(asked(finished)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Points: two of four: its configuration is another one" in said
+    assert "lr: 0.01 saved, 0.02 now" in said
+    assert done == [("sparse", 0), ("sparse", 1)]
+    small_suite(finished.parent, models=[{"name": "two of four"}], baselines=[])
+    assert moesaic(asked(finished)) == 0
+    assert done == [("sparse", 0), ("sparse", 1)]  # the first one's folder is still there
+
+
+def test_more_seeds_train_those_alone(finished, done):
+    text = finished.read_text().replace("seeds: 2", "seeds: 3")
+    finished.write_text(text)
+    assert moesaic(asked(finished)) == 0
+    assert done == [("sparse", 2), ("sparse", 2), ("centroids", 2)]
+    assert "| 3 of 3 |" in (finished.parent / "board.md").read_text()
+
+
+def test_data_that_cannot_be_had_leave_out_their_board_alone(tmp_path, done, capsys):
+    path = small_suite(tmp_path, seeds=1, models=[{"name": "two of four"}], baselines=[])
+    board = {"name": "Elsewhere", "config": str(tmp_path / "tiny.yaml"), "models": [{"name": "its model"}]}
+    board["values"] = {"data": "compare_app.MissingData"}
+    suite = yaml.safe_load(path.read_text())
+    suite["boards"].insert(0, board)
+    path.write_text(json.dumps(suite))
+    assert moesaic(asked(path)) == 0
+    assert done == [("sparse", 0)]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Elsewhere is not run: the points cannot be fetched" in said
+    assert "the data of some boards cannot be had; runs left: 1" in said
+    assert "| its model | – | not run | – |" in (tmp_path / "board.md").read_text()
+
+
+def test_a_training_that_diverges_is_a_result_and_the_others_go_on(tmp_path, done):
+    models = [{"name": "wild", "values": {"model.explodes_from": 0.001}}, {"name": "two of four"}]
+    path = small_suite(tmp_path, seeds=1, models=models, baselines=[])
+    for _ in range(2):
+        assert moesaic(asked(path)) == 0
+    assert done == [("sparse", 0)] * 2
+    page = (tmp_path / "board.md").read_text()
+    assert "| wild | sparse | diverged | – |" in page
+    assert "- wild: diverged with 1 of 1 seeds." in page
+
+
+def test_the_speed_is_measured_once_a_row_with_the_first_seeds_weights(finished, done, monkeypatch):
+    asked_for = []
+
+    def measured(jobs, rounds, *_):
+        asked_for.extend(Path(job.checkpoint).parent.name for job in jobs.values())
+        rates = {"train_examples_per_second": 321.0, "inference_examples_per_second": 654.0}
+        return {name: {**rates, "peak_memory_bytes": 3 * 2**20, "base_memory_bytes": 2**20} for name in jobs}
+
+    monkeypatch.setattr(queue, "measure", measured)
+    for _ in range(2):
+        assert moesaic([*asked(finished)[:-2], "--rounds", "1"]) == 0
+    assert done == []
+    assert asked_for == ["final-lr0.01-seed0"] * 2  # centroids have no weights
+    page = (finished.parent / "board.md").read_text()
+    assert page.count("| 321 | 654 | 2 |") == 2
+
+
+def test_rows_of_a_board_have_as_many_test_examples(tmp_path, monkeypatch, capsys):
+    path = small_suite(tmp_path)
+    numbers = iter([48, 47])
+    real = queue._facts
+    monkeypatch.setattr(queue, "_facts", lambda *a: {**real(*a), "test_examples": next(numbers)})
+    assert moesaic(asked(path)) == 1
+    assert "'all four' has 47 test examples, and 'two of four' has 48: the rows of a board" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "board, line",
+    [
+        ({"metrics": ["top1", "top3"]}, "board 'Points': 'two of four' tests no 'top3'; it has"),
+        ({"baselines": ["forest"]}, "Points: forest: baseline 'forest' is unknown: the module has dense_equal_flops"),
+        ({"values": {"model.wide": 3}}, "model.wide"),
+    ],
+    ids=["metric", "baseline", "option"],
+)
+def test_what_only_the_model_knows_is_refused_by_one_line(tmp_path, board, line, capsys):
+    assert moesaic(asked(small_suite(tmp_path, **board))) in (1, 2)
+    (said,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert line in said
+
+
+@pytest.mark.parametrize(
+    "broken, line",
+    [
+        ("figures/points.json", "points.json is not a JSON file"),
+        ("runs/points/*/units/sparse/final-lr0.01-seed0/result.json", "result.json is not a JSON file"),
+    ],
+)
+def test_a_file_that_is_no_json_is_named(finished, broken, line, capsys):
+    (path, *_) = finished.parent.glob(broken)
+    if path.name == "result.json":
+        (finished.parent / "figures" / "points.json").unlink()
+    path.write_text('{"rows": ')
+    assert moesaic(asked(finished)) == 1
+    assert line in capsys.readouterr().err
+
+
+def test_figures_that_are_none_are_named(finished, capsys):
+    (finished.parent / "figures" / "points.json").write_text('{"rows": {"two of four": 3}}')
+    assert moesaic(asked(finished)) == 1
+    assert "points.json holds no figures of a suite: delete it" in capsys.readouterr().err
+
+
+def test_a_half_written_folder_goes_on(finished, done):
+    """A kill leaves a plan without units, and a temporary file beside a checkpoint."""
+    (finished.parent / "figures" / "points.json").unlink()
+    expected = json.loads(
+        next((finished.parent / "runs").glob("points/two_of_four-*/units/sparse/*0/result.json")).read_text()
+    )
+    for folder in (finished.parent / "runs" / "points").iterdir():
+        if folder.name.startswith("two_of_four"):
+            shutil.rmtree(folder / "units" / "sparse" / "final-lr0.01-seed0")
+            (folder / "units" / "sparse" / "final-lr0.01-seed0").mkdir()
+            (folder / "units" / "sparse" / "final-lr0.01-seed0" / ".last.ckpt.tmp").write_bytes(b"half")
+    assert moesaic(asked(finished)) == 0
+    assert done == [("sparse", 0)]
+    assert rows(finished.parent)["two of four"]["runs"]["0"]["test"]["top1"] == pytest.approx(
+        expected["test"]["test/top1"]
+    )
+
+
+def test_another_process_at_work_is_refused(finished, capsys):
+    from filelock import FileLock
+
+    with FileLock(finished.parent / "runs" / ".lock"):
+        assert moesaic(asked(finished)) == 1
+    assert "another suite is at work in" in capsys.readouterr().err

@@ -1,0 +1,132 @@
+"""Rows of a board: their order, intervals and words, from figures that are written by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from small_suite import small_suite
+from torch import nn
+
+import core
+from apps.compare.suite.figures import Figures
+from apps.compare.suite.file import Suite
+from apps.compare.suite.kinds import kind_of
+from apps.compare.suite.markdown import markdown
+from apps.compare.suite.page import leaderboard_page
+from apps.compare.suite.standings import standings
+
+COST = {"num_params": 2000, "active_params": 1000, "flops_per_example": 2.5e6, "unit": "a point"}
+FACTS = {"kind": "sparse", "refused": "", "cost": COST, "monitor": "top1", "higher_is_better": True}
+
+
+def board(folder, runs, seeds=3, **options):
+    """Return the standings of a board whose rows have these values of each seed in the metric "top1", by name."""
+    models = [{"name": name} for name in runs]
+    suite = Suite.read(small_suite(folder, seeds=seeds, models=models, baselines=[], **options))
+    figures = Figures(folder / "figures")
+    for entry in suite.boards[0].entries:
+        values = runs[entry.name]
+        if values is None:
+            continue
+        figures.add(entry, **FACTS)
+        for seed, value in enumerate(values):
+            test = dict.fromkeys(suite.boards[0].metrics or ("top1",), value)
+            run = {"test": test, "train_seconds": 10.0 * (seed + 1), "machine": "a machine, 2026-01-02"}
+            figures.add_run(entry, seed, run)
+    return suite, standings(suite.boards[0], suite, figures)
+
+
+def test_the_best_mean_leads_and_the_others_are_behind_it_seed_by_seed(tmp_path):
+    runs = {"A": [0.80, 0.82, 0.84], "none yet": None, "B": [0.90, 0.91, 0.95], "C": [0.70]}
+    _, found = board(tmp_path, runs, metrics=["top1"])
+    assert [row.title for row in found.rows] == ["B", "A", "C", "none yet"]
+    best, second, third, last = found.rows
+    assert best.behind is None
+    # 0.10, 0.09, 0.11: mean 0.10, deviation 0.01, t(0.975, 2) = 4.3027, / sqrt(3).
+    assert second.behind.mean == pytest.approx(0.10)
+    assert second.behind.half_width == pytest.approx(4.302653 * 0.01 / 3**0.5, rel=1e-5)
+    assert (third.behind.mean, third.behind.half_width) == (pytest.approx(0.20), None)  # seed 0 alone
+    assert (last.tests["top1"], last.state) == (None, "not run")
+    assert second.train_seconds == 20.0
+    lead = "B leads with top1 92.00 ± 6.57 %; minus A +10.00 ± 2.48 points"
+    assert found.sentence() == f"{lead}: the 95 % interval over 3 seeds excludes 0."
+    line = dict(zip(*found.cells()[:2], strict=True))
+    assert line["model"] == "B"
+    assert line["MFLOPs a point"] == "2.50"
+    assert (line["parameters"], line["active parameters"], line["seeds"]) == ("2,000", "1,000", "3 of 3")
+
+
+@pytest.mark.parametrize(
+    "runs, words",
+    [
+        ({"A": [0.5, 0.9]}, "A leads with top1 70.00 ± 254.12 %."),
+        ({"A": [0.5], "B": [0.4]}, "A leads with top1 50.00 %; minus B +10.00 points: one seed gives no interval."),
+        ({"A": [0.5, 0.6], "B": [0.4, 0.7]}, "the 95 % interval over 2 seeds holds 0."),
+        ({"A": [0.5, 0.5], "B": [0.4, 0.4]}, "+10.00 ± 0.00 points: the 95 % interval over 2 seeds has no width."),
+        ({"A": None}, ""),
+    ],
+)
+def test_a_lead_is_shown_by_its_interval_alone(tmp_path, runs, words):
+    _, found = board(tmp_path, runs, seeds=2, metrics=["top1"])
+    assert found.sentence().endswith(words)
+
+
+def test_errors_are_ranked_from_below_and_not_in_percent(tmp_path):
+    _, found = board(tmp_path, {"A": [0.9, 0.8], "B": [0.7, 0.6]}, seeds=2, metrics=["rmse"], lower_is_better=True)
+    assert [row.title for row in found.rows] == ["B", "A"]
+    assert found.cells()[0][2:4] == ["rmse", "best minus it, rmse"]
+    assert found.rows[1].behind.mean == pytest.approx(-0.2)
+    assert "; minus A -0.2 ± 0: " in found.sentence()
+
+
+def test_without_metrics_the_monitored_one_ranks(tmp_path):
+    _, found = board(tmp_path, {"A": [0.9]}, metrics=[])
+    assert found.metrics == ("top1",)
+
+
+def test_seeds_beyond_those_asked_for_are_left_out(tmp_path):
+    _, found = board(tmp_path, {"A": [0.5, 0.5, 0.9]}, seeds=2, metrics=["top1"])
+    assert found.rows[0].tests["top1"].mean == 0.5
+    assert found.rows[0].num_seeds == 2
+
+
+def test_figures_are_kept_to_seven_digits(tmp_path):
+    suite, _ = board(tmp_path, {"A": [1 / 3]})
+    (row,) = json.loads((tmp_path / "figures" / "points.json").read_text())["rows"].values()
+    assert row["runs"]["0"]["test"]["top1"] == 0.3333333
+    assert row["cost"]["num_params"] == 2000
+
+
+def test_the_page_has_every_board_and_the_leaders(tmp_path):
+    suite, found = board(tmp_path, {"A": [0.80, 0.82], "B": [0.90, 0.91], "C": None}, seeds=2, about="Points.")
+    page = leaderboard_page(suite, [found], "2026-01-02T03:04:05")
+    assert page.verdict == (f"Points: {found.sentence()}",)
+    assert page.figures.rows == (("Points", "B", "sparse", "top1, %", "90.50 ± 6.35", "2 of 2"),)
+    first = page.sections[0]
+    assert [type(part).__name__ for part in first.parts] == ["Text", "ScatterChart", "ScatterChart", "Table", "Text"]
+    flops = first.parts[1]
+    assert [(p.label, p.x, p.y) for p in flops.points] == [
+        ("B", 2.5, pytest.approx(90.5)),
+        ("A", 2.5, pytest.approx(81)),
+    ]
+    assert flops.points[0].low == pytest.approx(90.5 - 6.3531, abs=1e-3)
+    assert [entry.name for entry in page.entries] == ["Points: B", "Points: A"]
+    text = markdown(suite, [found])
+    assert "sparse: an example leaves experts out" in text.lower()
+    assert "- Not run: C." in text
+    assert "- Runs: a machine, 2026-01-02." in text
+
+
+def test_what_a_model_is_comes_from_its_layers():
+    class Holder:
+        def __init__(self, config):
+            self.module = nn.Sequential(config.build(8)) if config else nn.Linear(2, 2)
+
+    def moe(router, **options):
+        return Holder(core.MoEConfig(num_experts=4, router=router, expert=core.FFN(hidden_dim=8), **options))
+
+    assert kind_of(moe(core.TokenChoice(top_k=2))) == "sparse"
+    assert kind_of(moe(core.TokenChoice(top_k=4))) == "dense-gated"
+    assert kind_of(moe(core.Dense())) == "dense-gated"
+    assert kind_of(Holder(None)) == "dense"
