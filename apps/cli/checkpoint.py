@@ -20,7 +20,11 @@ from core.config.plain import arguments_from_plain, to_plain
 
 
 def remembered(
-    checkpoint: Mapping[str, Any], config: Mapping[str, Any], model: type | None, path: Path
+    checkpoint: Mapping[str, Any],
+    config: Mapping[str, Any],
+    model: type | None,
+    path: Path,
+    data_may_grow: bool = False,
 ) -> dict[str, Any]:
     """Return the model's arguments that the checkpoint remembers, if it is of the class the configuration names.
 
@@ -29,6 +33,7 @@ def remembered(
         config: the user's configuration, which decides the class where it names one.
         model: the class that it names; None: it names none.
         path: the checkpoint's file, for messages.
+        data_may_grow: whether to leave out the arguments that the data decide, which may have more values now.
 
     Raises:
         ValueError: the checkpoint names a class that is not registered, or holds a text where a config belongs.
@@ -44,7 +49,8 @@ def remembered(
     if model is None or class_path(model) != kind:  # a missing class or another one is reported later
         return {}
     arguments_from_plain(model, hparams, f"{path}: model")
-    return {"model": {"class_path": named, "init_args": dict(hparams)}}
+    decided = getattr(model, "data_arguments", ()) if data_may_grow else ()
+    return {"model": {"class_path": named, "init_args": {k: v for k, v in hparams.items() if k not in decided}}}
 
 
 def import_named(checkpoint: Mapping[str, Any], texts: Collection[str]) -> None:

@@ -146,7 +146,8 @@ class Request:
         begun_with = None if start is None else read_checkpoint(start, shapes_only=True)
         if start is not None and begun_with is not None:
             if weights is not None:
-                config = merge(remembered(begun_with, config, _find_class("model", flags, config), start), config)
+                kind = _find_class("model", flags, config)
+                config = merge(remembered(begun_with, config, kind, start, data_may_grow=True), config)
             config = _with_remembered_data(config, flags, begun_with)
             _check_superseded(config, flags, start)
         for part in ("model", "data"):

@@ -160,7 +160,11 @@ class SparseCLI(LightningCLI):
 
     def _begin_with(self, path: Path) -> None:
         """Load the weights of a checkpoint, with which a training begins anew."""
-        checkpoint = read_checkpoint(path)
+        checkpoint: Mapping[str, Any] = read_checkpoint(path)
+        encoding_state = getattr(self.datamodule, "encoding_state", None)
+        same_class = checkpoint.get("module_class") == class_path(type(self.model))
+        if encoding_state is not None and same_class and hasattr(self.model, "widened"):
+            checkpoint = self.model.widened(checkpoint, encoding_state)
         self._check_fits(checkpoint, path)
         self.model.on_load_checkpoint(checkpoint)
         self.model.load_state_dict(checkpoint["state_dict"])
@@ -171,6 +175,8 @@ class SparseCLI(LightningCLI):
         adopt, checkpoint = getattr(data, "adopt", None), self.request.loaded or self.request.begun_with or {}
         model = self.request.model_class
         own = None if model is None else class_path(model)
+        if self.request.weights is not None:
+            adopt = getattr(data, "extend", adopt)
         if adopt is not None and "encoding" in checkpoint and checkpoint.get("module_class") == own:
             adopt(checkpoint["encoding"])
         return data

@@ -30,6 +30,8 @@ class SuiteData(LightningDataModule):
     - attributes that a model names in ``data_arguments``, such as ``num_classes``: they become arguments of the model;
     - ``encoding_state`` and ``adopt``: a checkpoint keeps the one and hands it to the other before the model is made,
       so that other files are read in the way of the training files;
+    - ``extend``, in place of ``adopt`` where a training begins with a checkpoint's weights: values that the checkpoint
+      lacks get numbers of their own (see ``LinkedModule.widened``);
     - ``from_checkpoint`` and ``superseded``, described below;
     - ``defaults_of_none(arguments)``: the configs that stand in for arguments that are None;
     - ``train_eval_dataloader``: the training examples in their order, without random transforms, for reports and for
@@ -77,6 +79,7 @@ class SuiteData(LightningDataModule):
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.num_workers, self.seed = num_workers, seed
         self._adopted: Any = None
+        self._extended: Any = None
         self._opened: Any = None
         self._described = False
 
@@ -167,6 +170,27 @@ class SuiteData(LightningDataModule):
         if self._opened is not None and encoding != self.encoding:
             self.forget()
         self._adopted = encoding
+
+    def extend(self, encoding_state: Mapping[str, Any]) -> None:
+        """Use the encoding that a checkpoint keeps, and add what the training examples have beyond it.
+
+        A subclass whose encoding can be extended calls ``_extend``; others ``adopt`` it as it is.
+
+        Raises:
+            ValueError: as for ``adopt``.
+        """
+        self.adopt(encoding_state)
+
+    def _extend(self, encoding_state: Mapping[str, Any]) -> None:
+        self.forget()
+        self._extended = self.encoding_of(encoding_state)
+
+    @property
+    def digest_of_given(self) -> str | None:
+        """What tells files that are encoded by a checkpoint's encoding from others; None: there is none."""
+        if self._adopted is not None:
+            return str(self._adopted.digest)
+        return None if self._extended is None else f"{self._extended.digest}, extended"
 
     def _adopt_of_model(self) -> None:
         """Adopt the encoding of the model's checkpoint. Lightning would set the model up after the data."""

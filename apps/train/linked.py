@@ -85,6 +85,20 @@ class LinkedModule(LightningModule):
 
     # ---- the checkpoint
 
+    def widened(self, checkpoint: Mapping[str, Any], encoding_state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a checkpoint with the rows that this model has for values which the checkpoint's data lacked.
+
+        By default it is as it was: a model whose tensors grow with the encoding of its data adds them.
+
+        Args:
+            checkpoint: contents of a checkpoint of such a model.
+            encoding_state: encoding of this model's data, which extends the checkpoint's.
+
+        Raises:
+            ValueError: a tensor that cannot be extended.
+        """
+        return checkpoint
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["module_class"] = class_path(type(self))
         if self.encoding_state is not None:

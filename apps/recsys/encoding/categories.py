@@ -170,6 +170,15 @@ def count(codes: Codes, train: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 def to_vocabulary(codes: Codes, train: NDArray[np.bool_], min_count: int = 1) -> Rows:
     """Give a row to each value that the training rows have at least ``min_count`` times, the most frequent first."""
+    return to_extended(codes, train, Vocabulary.of(pa.array([], pa.string())), min_count)
+
+
+def to_extended(codes: Codes, train: NDArray[np.bool_], known: Vocabulary, min_count: int = 1) -> Rows:
+    """Keep the rows of a vocabulary, and give the next ones to further values as ``to_vocabulary`` does.
+
+    Returns:
+        the rows; ``values`` has the further values alone.
+    """
     counts = count(codes, train)
     order = np.asarray(
         pc.sort_indices(
@@ -178,12 +187,12 @@ def to_vocabulary(codes: Codes, train: NDArray[np.bool_], min_count: int = 1) ->
         ),
         dtype=np.int64,
     )
-    order = order[counts[order] >= max(min_count, 1)]
-    row_of = np.zeros(len(codes.values) + 1, dtype=np.int32)  # the last one is where MISSING points
-    row_of[order] = np.arange(1, len(order) + 1)
+    row_of = np.append(known.find(codes.values) + 1, 0).astype(np.int32)  # the last one is where MISSING points
+    order = order[(counts[order] >= max(min_count, 1)) & (row_of[order] == 0)]
+    row_of[order] = len(known) + np.arange(1, len(order) + 1)
     rows = row_of[codes.codes]
     unseen = (rows == 0) & (codes.codes != MISSING)
-    return Rows(rows, len(order) + 1, codes.values.take(pa.array(order)), unseen)
+    return Rows(rows, len(known) + len(order) + 1, codes.values.take(pa.array(order)), unseen)
 
 
 def to_known(codes: Codes, values: Vocabulary) -> Rows:

@@ -36,6 +36,12 @@ class Vocabulary:
         kept = content[offsets[0] : offsets[-1]]
         return cls(torch.from_numpy(offsets - offsets[0]), torch.from_numpy(kept.copy()))
 
+    def extended(self, values: pa.StringArray) -> Vocabulary:
+        """Return the vocabulary with further texts after its own, which it must lack."""
+        added = Vocabulary.of(values)
+        offsets = torch.cat((self.offsets, self.offsets[-1] + added.offsets[1:]))
+        return Vocabulary(offsets, torch.cat((self.content, added.content)))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

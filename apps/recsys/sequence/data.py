@@ -224,6 +224,10 @@ class HistoryData(SuiteData):
         }
         return {**self.encoding.state(), "columns": columns, "min_rating": self.min_rating}
 
+    def extend(self, encoding_state: Mapping[str, Any]) -> None:
+        """Keep a checkpoint's items and their ids, and give the next ids to further items of these data."""
+        self._extend(encoding_state)
+
     @classmethod
     def encoding_of(cls, state: Mapping[str, Any]) -> Items:
         return Items.from_state(state)
@@ -324,7 +328,8 @@ class HistoryData(SuiteData):
         return self.rating_column if self.min_rating is not None else None
 
     def read(self) -> Histories:
-        known, options = self._adopted, (self.min_rating, self.min_item_count)
+        known, options = self._adopted or self._extended, (self.min_rating, self.min_item_count)
+        extends = known is not None and self._adopted is None
         columns = (self.user_column, self.item_column, self.time_column, self._rating_column, self.name_column)
         if self.dataset == "table":
             assert self.file is not None
@@ -335,18 +340,18 @@ class HistoryData(SuiteData):
 
         def made() -> Histories:
             if self.dataset == "table":
-                return histories.from_table(files, *columns, *options, known)
+                return histories.from_table(files, *columns, *options, known, extends)
             from apps.recsys.readers import movielens  # imports pyarrow
 
             ratings = {"movielens_1m": movielens.read_ratings_1m, "movielens_100k": movielens.read_ratings_100k}
-            return histories.from_ratings(ratings[self.dataset](root), *options, known)
+            return histories.from_ratings(ratings[self.dataset](root), *options, known, extends)
 
         arrays = _STORE.open(
             self.cache,
             self.dataset,
             [identity(files), columns, options],
             lambda writer: histories.write(made(), writer),
-            given=None if known is None else known.digest,
+            given=self.digest_of_given,
         )
         opened = histories.read(arrays)
         if opened.num_unknown and rank_zero_only.rank == 0:

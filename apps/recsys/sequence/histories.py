@@ -46,6 +46,13 @@ class Items:
     def from_state(cls, state: Mapping[str, Any]) -> Items:
         return cls(*(("", *Vocabulary(**state[part]).texts()) for part in ("items", "names")))
 
+    def extended(self, values: Sequence[str], names: Sequence[str], wanted: NDArray[np.bool_]) -> Items:
+        """Return these items, and after them the ``wanted`` ones of ``values`` that are new, with their names."""
+        places = [i for i in np.flatnonzero(wanted).tolist() if values[i] not in self.ids]
+        return Items(
+            *((*own, *(texts[i] for i in places)) for own, texts in ((self.values, values), (self.names, names)))
+        )
+
     @cached_property
     def ids(self) -> dict[str, int]:
         """The items' ids by value."""
@@ -129,6 +136,7 @@ def build(
     min_count: int,
     known: Items | None,
     second_N: NDArray[np.int64] | None = None,
+    extends: bool = False,
 ) -> Histories:
     """Order interactions by user and time, and number what is left of users and items.
 
@@ -145,10 +153,13 @@ def build(
         known: the items that a model knows: they keep their ids and names, and others are left out, but not their
             users; min_count then leaves out nothing.
         second_N: the times in whole seconds, which the histories keep; None: they have no times.
+        extends: whether other items that have ``min_count`` interactions get the ids after those of ``known``.
 
     Raises:
         ValueError: nothing is left.
     """
+    if extends and known is not None:
+        known = known.extended(values, names, np.bincount(item_N[keep_N], minlength=len(values)) >= max(min_count, 1))
     if min_count > 1 and known is None:
         keep_N = keep_N & (np.bincount(item_N[keep_N], minlength=len(values)) >= min_count)[item_N]
     kept_users, user_n = np.unique(user_N[keep_N], return_inverse=True)
@@ -176,13 +187,17 @@ def build(
 
 
 def from_ratings(
-    ratings: Ratings, min_rating: float | None = None, min_count: int = 1, known: Items | None = None
+    ratings: Ratings,
+    min_rating: float | None = None,
+    min_count: int = 1,
+    known: Items | None = None,
+    extends: bool = False,
 ) -> Histories:
     """Return MovieLens as histories; items keep the order of the file of films.
 
     Args:
         ratings: ratings that `readers.movielens` has read.
-        min_rating, min_count, known: see `from_table`.
+        min_rating, min_count, known, extends: see `from_table`.
 
     Raises:
         ValueError: no rating is left.
@@ -190,6 +205,7 @@ def from_ratings(
     keep = np.ones(len(ratings.user_N), bool) if min_rating is None else ratings.rating_N >= min_rating
     users = [str(user) for user in range(int(ratings.user_N.max()) + 1)]
     films = ["", *map(str, range(1, len(ratings.titles) + 1))]
+    titles = ["", *ratings.titles]
     histories = build(
         ratings.user_N,
         ratings.item_N,
@@ -197,10 +213,11 @@ def from_ratings(
         keep,
         users,
         films,
-        ["", *ratings.titles],
+        titles,
         min_count,
         known,
         second_N=ratings.time_N,
+        extends=extends,
     )
     genres = dict(zip(films[1:], ratings.genres, strict=True))
     return replace(histories, item_genres=((), *(genres.get(value, ()) for value in histories.items.values[1:])))
@@ -216,6 +233,7 @@ def from_table(
     min_rating: float | None = None,
     min_count: int = 1,
     known: Items | None = None,
+    extends: bool = False,
 ) -> Histories:
     """Return the histories of CSV (with a header) or Parquet files with one interaction a row.
 
@@ -229,7 +247,7 @@ def from_table(
         rating: column of numbers for ``min_rating``.
         name: column with the item's name, of which an item's first one counts; None: the item itself.
         min_rating: lowest rating of an interaction that counts; interactions without one are left out too.
-        min_count, known: see `build`.
+        min_count, known, extends: see `build`.
 
     Raises:
         ValueError: a file cannot be read or lacks a column; one column has two roles; a user, an item or a time is
@@ -255,14 +273,14 @@ def from_table(
         keep = to_numbers(parts(rating), rating) >= min_rating  # false for NaN
     order = None if time is None else to_order(parts(time), time)
     names = items
-    if known is None and name is not None and name != item:
+    if (known is None or extends) and name is not None and name != item:
         coded = factorize(parts(name), name)
         texts = [*coded.values.to_pylist(), ""]  # the last one is where MISSING points
         _, first = np.unique(item_N, return_index=True)
         names = [texts[code] for code in coded.codes[first].tolist()]
     try:
         seconds = None if order is None else whole_seconds(order)
-        return build(user_N, item_N, order, keep, users, items, names, min_count, known, seconds)
+        return build(user_N, item_N, order, keep, users, items, names, min_count, known, seconds, extends)
     except ValueError as error:
         raise ValueError(f"{files[0]}: {error}") from error
 

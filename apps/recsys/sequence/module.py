@@ -256,6 +256,16 @@ class NextItemRecommender(SparseModule, Comparable):
         with in_evaluation(self):
             return scoring.predict(self, histories, top, include_seen, batch_size)
 
+    def widened(self, checkpoint: Mapping[str, Any], encoding_state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a checkpoint with the embeddings of this model's further items, as the model has drawn them."""
+        key = "model.item_embed.weight"
+        old = checkpoint["state_dict"].get(key)
+        if old is None or len(old) >= len(self.model.item_embed.weight):
+            return checkpoint
+        added = self.model.item_embed.weight.detach()[len(old) :].to(old.dtype)
+        state = {**checkpoint["state_dict"], key: torch.cat((old, added))}
+        return {**checkpoint, "state_dict": state, "encoding": encoding_state}
+
     # ---- comparisons
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:

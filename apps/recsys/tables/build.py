@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from apps.recsys.encoding.categories import (
     Rows,
     factorize,
     split_values,
+    to_extended,
     to_given,
     to_hashed,
     to_known,
@@ -65,7 +66,9 @@ _ID_SHARE, _FEWEST_FOR_ID = 0.95, 100
 _WHERE = {"train": "the training table", "val": "the validation table", "test": "the test table"}
 
 
-def build(raw: RawTables, config: TableConfig, writer: ArrayWriter, given: Encoding | None = None) -> None:
+def build(
+    raw: RawTables, config: TableConfig, writer: ArrayWriter, given: Encoding | None = None, extends: bool = False
+) -> None:
     """Encode ``raw`` by ``config``, which is its own or the user's, and finish ``writer``.
 
     Args:
@@ -73,13 +76,15 @@ def build(raw: RawTables, config: TableConfig, writer: ArrayWriter, given: Encod
         config: roles of the columns, and the split.
         writer: writer of the array files.
         given: encoding of the values; None: it is learned from the training rows of ``raw``.
+        extends: whether values and domains that ``given`` lacks get rows of their own after its rows, as the training
+            rows of ``raw`` teach. All else is as ``given`` has it.
 
     Raises:
         ValueError: a column is missing or holds a value of a wrong type, a split is empty, a task has one class in
             training, training lacks a domain, a user or time is missing where rows are split by them, or the columns
             are not those of ``given``.
     """
-    _Build(raw, config, writer, given).run()
+    _Build(raw, config, writer, given, extends).run()
 
 
 def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInMemory, first_row: int = 0) -> None:
@@ -171,8 +176,10 @@ def _domains(codes: Codes, rows: NDArray[np.int32], column: str, first_row: int 
 class _Build:
     """One run of ``build``: it splits the rows when it is made, and encodes them with ``run``."""
 
-    def __init__(self, raw: RawTables, config: TableConfig, writer: ArrayWriter, given: Encoding | None) -> None:
-        self.config, self.writer, self.given = config, writer, given
+    def __init__(
+        self, raw: RawTables, config: TableConfig, writer: ArrayWriter, given: Encoding | None, extends: bool
+    ) -> None:
+        self.config, self.writer, self.given, self.extends = config, writer, given, extends
         files = {"train": raw.train, "val": raw.val, "test": raw.test}
         self.tables = {name: table for name, table in files.items() if table is not None}
         self._check_columns()
@@ -241,7 +248,8 @@ class _Build:
             targets=() if all(target.kind == "binary" for target in targets) else targets,
         )
         if self.given is not None:
-            features = self.given.features
+            sizes = {"categorical": features.categorical, "num_domains": num_domains} if self.extends else {}
+            features = replace(self.given.features, **sizes)
         self.writer.finish(
             {
                 "features": asdict(features),
@@ -419,9 +427,9 @@ class _Build:
     def _write_domain(self, column: str) -> int:
         codes = factorize(self._parts(column), column)
         known = None if self.given is None else self.given.domains
-        encoded = to_vocabulary(codes, self.masks["train"]) if known is None else to_known(codes, known)
+        encoded, domains = self._encode_by(known, codes, f"domain {column}", self.masks["train"])
         self.writer.save("domain", _domains(codes, encoded.rows, column))
-        self.domain_texts = self._write_texts(Vocabulary.of(encoded.values) if known is None else known)
+        self.domain_texts = self._write_texts(domains)
         return encoded.num_rows - 1
 
     def _write_categorical(self) -> tuple[CategoricalFeature, ...]:
@@ -487,13 +495,23 @@ class _Build:
         if column in config.hash_rows:
             return to_hashed(codes, train, config.hash_rows[column])
         known = self.fixed.get(column) if self.given is None else self.given.vocabularies[column]
-        if known is None:
-            encoded = to_vocabulary(codes, train, config.min_count)
-            known = Vocabulary.of(encoded.values)
-        else:
-            encoded = to_known(codes, known)
-        self.vocabularies[column], self.known[column] = self._write_texts(known), known
+        encoded, vocabulary = self._encode_by(known, codes, f"column {column}", train, config.min_count)
+        self.vocabularies[column], self.known[column] = self._write_texts(vocabulary), vocabulary
         return encoded
+
+    def _encode_by(
+        self, known: Vocabulary | None, codes: Codes, what: str, train: NDArray[np.bool_], min_count: int = 1
+    ) -> tuple[Rows, Vocabulary]:
+        """Return the rows of a column's values and its vocabulary: ``known``, learned, or extended."""
+        if known is None:
+            encoded = to_vocabulary(codes, train, min_count)
+            return encoded, Vocabulary.of(encoded.values)
+        if not self.extends:
+            return to_known(codes, known), known
+        encoded = to_extended(codes, train, known, min_count)
+        if added := encoded.num_rows - 1 - len(known):
+            self.findings.added[what] = added
+        return encoded, known.extended(encoded.values)
 
     def _write_texts(self, values: Vocabulary) -> int:
         """Write the text of each row from 1 on, which is read without arrow, and return the number of its files."""

@@ -171,6 +171,13 @@ class TableData(SuiteData):
     def encoding_of(cls, state: Mapping[str, Any]) -> Encoding:
         return Encoding.from_state(state)
 
+    def extend(self, encoding_state: Mapping[str, Any]) -> None:
+        """Use a checkpoint's encoding, with further rows for the values and domains that the training rows add to it.
+
+        Means, bins, levels and classes stay the checkpoint's.
+        """
+        self._extend(encoding_state)
+
     @property
     def findings(self) -> TableFindings:
         """Counts of the table: rows, missing and unseen values, positive shares, warnings."""
@@ -298,7 +305,8 @@ class TableData(SuiteData):
             from apps.recsys.tables.build import build
 
             raw = read()
-            build(raw, self._config(raw.config), writer, self._adopted)
+            given = self._adopted or self._extended
+            build(raw, self._config(raw.config), writer, given, extends=given is self._extended)
             del raw
             pa.default_memory_pool().release_unused()  # arrow would keep as much as the table took
 
@@ -307,7 +315,7 @@ class TableData(SuiteData):
             self.dataset,
             [source, options],
             write,
-            given=None if self._adopted is None else self._adopted.digest,
+            given=self.digest_of_given,
             digest_of=lambda files: Encoding.of(files).digest,
         )
 

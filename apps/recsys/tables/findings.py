@@ -24,6 +24,8 @@ class TableFindings:
         classes: number of classes, by multiclass task.
         warnings: lines, each on a column that determines a label, a column of ids, users in both splits, or a task with
             one class.
+        added: number of values that got a row after those of the checkpoint, by column, where a training begins with
+            its weights (``TableData.extend``).
     """
 
     rows: dict[str, int] = field(default_factory=dict)
@@ -34,6 +36,7 @@ class TableFindings:
     means: dict[str, _BySplit] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    added: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = ["rows: " + ", ".join(f"{n:,} {split}" for split, n in self.rows.items())]
@@ -47,6 +50,7 @@ class TableFindings:
         for task, count in self.classes.items():
             by_split = (f"{s} {self.labelled[task][s]:,}" for s in SPLITS if self.rows[s])
             lines.append(f"task {task}: {count} classes, labels in " + ", ".join(by_split))
+        lines += [f"{what}: new values: {count:,}" for what, count in self.added.items()]
         for what, shares in (("missing", self.missing), ("unseen", self.unseen)):
             for column, share in shares.items():
                 if any(share.values()):

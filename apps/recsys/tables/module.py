@@ -19,7 +19,7 @@ from apps.nets.place import Place
 from apps.recsys.encoding.features import Features
 from apps.recsys.kinds import Outputs
 from apps.recsys.metrics import MultiTaskMetrics
-from apps.recsys.tables import scoring
+from apps.recsys.tables import growing, scoring
 from apps.recsys.tables.baselines import baselines
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.bottoms import SharedBottom, SingleTask
@@ -340,6 +340,9 @@ class MultiTaskRecommender(SparseModule, Comparable):
         if fitting or self.embedding.kind == "fused":  # a test takes the weights alone, whatever the kind
             for member, state in zip(self.members, checkpoint.get("fused_embeddings", []), strict=False):
                 member.sparse.load_fused_state(state)
+
+    def widened(self, checkpoint: Mapping[str, Any], encoding_state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return growing.widened(self, checkpoint, encoding_state)
 
     # ---- comparisons
 
