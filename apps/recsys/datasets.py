@@ -194,6 +194,14 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
             module="ali_ccp",
         ),
         RecsysDataset(
+            name="criteo",
+            title="Criteo ads, 45.8 million of a week (Kaggle) or 24 days of up to 200 million each, task click",
+            layouts=(("train.txt",), ("day_*",)),
+            licence="CC BY-NC-SA 4.0 (days); Kaggle's terms (week)",
+            note="By hand: train.txt of kaggle.com/c/criteo-display-ad-challenge, or days of Criteo's click logs.",
+            module="criteo",
+        ),
+        RecsysDataset(
             name="kuairand",
             title="KuaiRand-Pure or -1K, short videos, 15 domains, tasks click, long_view and like",
             layouts=tuple(

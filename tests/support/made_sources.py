@@ -135,6 +135,22 @@ def write_aliexpress(folder: Path, train: int = 2, test: int = 1) -> None:
     write(folder / "test.csv", ",".join(ALIEXPRESS), *(aliexpress_row(7, 0, 0) for i in range(test)))
 
 
+def criteo_line(label: int, integers: dict[int, str], categories: dict[int, str]) -> str:
+    """Return a line of Criteo's logs; fields that are not given are empty."""
+    numbers = (integers.get(i, "") for i in range(1, 14))
+    return "\t".join([str(label), *numbers, *(categories.get(i, "") for i in range(1, 27))])
+
+
+def write_criteo(root: Path, name: str = "train.txt", rows: int = 3) -> Path:
+    """Write lines with I1 = the row, I2 = -1, C1 of two values and C26 of a value in every other row."""
+    lines = (
+        criteo_line(i % 2, {1: str(i), 2: "-1"}, {1: f"{i % 2:08x}", 26: "" if i % 2 else "ffffffff"})
+        for i in range(rows)
+    )
+    write(root / name, *lines)
+    return root
+
+
 def features(*triples: tuple[str, str, str]) -> str:
     """Return the number of features and their text, as Ali-CCP writes them."""
     return f"{len(triples)}," + "\x01".join(f"{field}\x02{id}\x03{value}" for field, id, value in triples)

@@ -248,8 +248,9 @@ class _Build:
             targets=() if all(target.kind == "binary" for target in targets) else targets,
         )
         if self.given is not None:
-            sizes = {"categorical": features.categorical, "num_domains": num_domains} if self.extends else {}
-            features = replace(self.given.features, **sizes)
+            own, features = features, self.given.features
+            if self.extends:
+                features = replace(features, categorical=own.categorical, num_domains=num_domains)
         self.writer.finish(
             {
                 "features": asdict(features),

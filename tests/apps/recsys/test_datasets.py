@@ -13,6 +13,7 @@ from made_sources import (
     write_ali_ccp,
     write_aliexpress,
     write_census,
+    write_criteo,
     write_grouplens_1m,
     write_kuairand,
     write_recbole_1m,
@@ -58,6 +59,8 @@ def test_a_folder_in_each_layout_is_taken_as_it_is(tmp_path: Path) -> None:
     write_adult(tmp_path / "adult")
     write_ali_ccp(tmp_path / "ccp")
     write_aliexpress(tmp_path / "ae" / "AliExpress_ES")
+    write_criteo(tmp_path / "criteo")
+    write_criteo(tmp_path / "days", "day_3")
     write_kuairand(tmp_path / "kuairand" / "KuaiRand-1K" / "data", "1k")
     for name, folder in (
         ("census_income", "census"),
@@ -67,6 +70,8 @@ def test_a_folder_in_each_layout_is_taken_as_it_is(tmp_path: Path) -> None:
         ("adult", "adult"),
         ("ali_ccp", "ccp"),
         ("aliexpress", "ae"),
+        ("criteo", "criteo"),
+        ("criteo", "days"),
         ("kuairand", "kuairand"),
     ):
         assert datasets.prepare(name, root=tmp_path / folder) == tmp_path / folder
