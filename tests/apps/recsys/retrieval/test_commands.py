@@ -61,7 +61,7 @@ def test_items_of_a_file_of_users_are_those_of_a_script(runs):
     assert [(line["index"], line["key"], line["user"]) for line in lines] == [(0, "7", "cy"), (1, "8", "zoe")]
     assert [film for line in lines for film in line["film"]] == list(script["film"])
     assert [x for line in lines for x in line["score"]] == pytest.approx(list(script["score"]), rel=1e-5)
-    assert {film for film in lines[0]["film"]} == {"Alien", "Brazil"}  # cy has rated the other three
+    assert set(lines[0]["film"]) == {"Alien", "Brazil"}  # cy has rated the other three
 
     ranked = predicted(folder, "--model.rank", str(folder / "rank"), "--model.candidates", "4")
     script = model.predict(USERS, top=2, rank=folder / "rank", candidates=4)
