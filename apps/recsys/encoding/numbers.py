@@ -191,7 +191,7 @@ def to_vectors(parts: Sequence[Part], column: str, size: int | None = None, firs
             )
         own = np.full((len(data), size or 0), np.nan, np.float32)
         flat = np.asarray(pc.list_flatten(data).cast(pa.float32()).fill_null(np.nan), dtype=np.float32)
-        own[is_there_N] = flat.reshape(int(is_there_N.sum()), -1) if size else 0
+        own[is_there_N] = flat.reshape(-1, size) if size else 0
         bad_N = is_there_N & ~np.isfinite(own).all(1)
         if bad_N.any():
             row = int(np.argmax(bad_N))

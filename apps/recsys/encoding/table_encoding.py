@@ -12,8 +12,21 @@ from typing import Any
 from apps.data.array_files import ArrayFiles
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.vocabulary import Vocabulary
-from apps.recsys.schema import timestamp_columns
+from apps.recsys.schema import TextConfig, timestamp_columns
 from core.config.plain import from_plain
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """The encoder of a column of text, as a checkpoint keeps it.
+
+    Attributes:
+        config: the description's options.
+        digest: hash of the encoder's weights.
+    """
+
+    config: TextConfig
+    digest: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +41,7 @@ class Encoding:
         domains: the domains' values, from 0 on.
         separator: text between the values of a multi-valued column.
         timestamps: columns of times, of which some of the features are parts.
+        texts: the encoders of the columns of vectors that are made from text, by column.
     """
 
     features: Features
@@ -36,6 +50,7 @@ class Encoding:
     domains: Vocabulary | None = None
     separator: str = "|"
     timestamps: tuple[str, ...] = ()
+    texts: Mapping[str, TextEncoding] = field(default_factory=dict)
 
     @classmethod
     def of(cls, files: ArrayFiles) -> Encoding:
@@ -52,6 +67,7 @@ class Encoding:
             None if info["domain"]["texts"] is None else texts(info["domain"]["texts"]),
             info["separator"],
             tuple(info["timestamps"]),
+            _texts(info["texts"]),
         )
 
     def state(self) -> dict[str, Any]:
@@ -63,6 +79,7 @@ class Encoding:
             "domains": None if self.domains is None else self.domains.state(),
             "separator": self.separator,
             "timestamps": list(self.timestamps),
+            "texts": {column: asdict(text) for column, text in self.texts.items()},
         }
 
     @classmethod
@@ -75,6 +92,7 @@ class Encoding:
             None if domains is None else Vocabulary(**domains),
             state["separator"],
             tuple(state.get("timestamps", ())),
+            _texts(state.get("texts", {})),
         )
 
     @property
@@ -84,6 +102,7 @@ class Encoding:
         roles |= {f.name: "multi_valued" if f.multi_valued else "categorical" for f in self.features.categorical}
         roles |= {f.name: "vectors" for f in self.features.vectors}
         roles |= {f.name: "sequences" for f in self.features.sequences}
+        roles |= dict.fromkeys(self.texts, "texts")
         roles |= dict.fromkeys(self.timestamps, "timestamps")
         roles |= dict.fromkeys(self.numbers, "continuous")
         return {column: role for column, role in roles.items() if column not in self._parts}
@@ -109,4 +128,9 @@ class Encoding:
         vocabularies = {column: vocabulary.digest for column, vocabulary in self.vocabularies.items()}
         domains = None if self.domains is None else self.domains.digest
         plain = [asdict(self.features), vocabularies, self.domain, domains, self.separator, self.timestamps]
+        plain.append({column: asdict(text) for column, text in self.texts.items()})
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _texts(state: Mapping[str, Any]) -> dict[str, TextEncoding]:
+    return {column: from_plain(text, TextEncoding, f"texts[{column!r}]") for column, text in state.items()}

@@ -51,6 +51,7 @@ from apps.recsys.encoding.numbers import (
 from apps.recsys.encoding.sequences import last_values, without_row_0
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.targets import learn_target, of_mean_one, place_labels, read_labels, to_weights
+from apps.recsys.encoding.texts import text_encodings, with_vectors
 from apps.recsys.encoding.timestamps import HOURS, WEEKDAYS, with_parts
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.readers.raw import RawTables
@@ -100,7 +101,7 @@ def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInM
         ValueError: a value has a wrong type, or ``given`` lacks a domain.
     """
     num_rows, where = len(table), "the rows to predict"
-    table = with_parts(table, given.timestamps, where, first_row)
+    table = with_vectors(with_parts(table, given.timestamps, where, first_row), given.texts, where)
 
     def parts(column: str) -> list[Part]:
         return [(where, table.column(column))]
@@ -185,7 +186,7 @@ class _Build:
         self._check_columns()
         self.known: dict[str, Vocabulary] = {}
         self.fixed: dict[str, Vocabulary] = {}
-        self._read_timestamps()
+        self._read_parts()
         config = self.config
         if given is not None:
             self._check_given(given)
@@ -259,6 +260,7 @@ class _Build:
                 "domain": {"column": config.domain, "texts": self.domain_texts},
                 "separator": config.separator,
                 "timestamps": self.timestamps,
+                "texts": {column: asdict(text) for column, text in self.texts.items()},
                 "split_seed": config.split.seed,
             }
         )
@@ -275,9 +277,13 @@ class _Build:
             if not len(table):
                 raise ValueError(f"{_WHERE[split]} has no rows")
 
-    def _read_timestamps(self) -> None:
-        """Put the parts of timestamps into the tables and the description."""
-        self.timestamps = self.config.timestamps
+    def _read_parts(self) -> None:
+        """Put the parts of timestamps and the vectors of texts into the tables and the description."""
+        self.timestamps, texts = self.config.timestamps, self.config.texts
+        self.texts = (
+            text_encodings(texts) if self.given is None or {*self.given.texts} != {*texts} else self.given.texts
+        )
+        self.tables = {s: with_vectors(table, self.texts, _WHERE[s]) for s, table in self.tables.items()}
         self.tables = {s: with_parts(table, self.timestamps, _WHERE[s]) for s, table in self.tables.items()}
         self.config = self.config.with_parts()
         for hour, weekday, _ in map(timestamp_columns, self.timestamps):
@@ -299,6 +305,7 @@ class _Build:
             ("categorical columns", list(there), list(here)),
             *((f"rows of column {c!r}", there[c], here[c]) for c in here if c in there),
             ("timestamps", list(given.timestamps), list(self.timestamps)),
+            ("texts", list(given.texts), list(self.texts)),
             ("continuous columns", [f.name for f in features.continuous], list(config.continuous)),
             ("columns of vectors", [f.name for f in features.vectors], list(config.vectors)),
             (

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 _STORE = EncodedStore(
     "tables",
     (
+        "porting/sentences.py",
         "recsys/encoding/*.py",
         "recsys/readers/*.py",
         "recsys/schema.py",
@@ -293,6 +294,7 @@ class TableData(SuiteData):
     def read(self) -> ArrayFiles:
         source, read = self._source()
         options = {
+            "encoders": self._encoders(),
             "table": None if self.table is None else dataclasses.asdict(self.table),
             "split": None if self.split is None else dataclasses.asdict(self.split),
             "exclude": self.exclude,
@@ -318,6 +320,16 @@ class TableData(SuiteData):
             given=self.digest_of_given,
             digest_of=lambda files: Encoding.of(files).digest,
         )
+
+    def _encoders(self) -> list[list[Any]]:
+        """Return plain values that distinguish the sentence encoders from others."""
+        texts = {} if self.table is None else self.table.texts
+        if not texts:
+            return []
+        from apps.recsys.encoding.texts import encoder_folder
+
+        folders = {encoder_folder(text, column) for column, text in texts.items()}
+        return identity(sorted(path for folder in folders for path in folder.iterdir() if path.is_file()))
 
     @property
     def _folder(self) -> str | None:

@@ -30,10 +30,9 @@ def exhibit(model: Any, data: Any, most: int) -> Exhibit:
     Raises:
         ValueError: the model reads columns of vectors, for which a page has no field.
     """
-    if model.features.vectors:
-        names = some([vector.name for vector in model.features.vectors])
-        raise ValueError(f"the model reads columns of vectors ({names}), for which a page has no field")
     encoding = Encoding.from_state(encoding_of(model))
+    if vectors := [vector.name for vector in model.features.vectors if vector.name not in encoding.texts]:
+        raise ValueError(f"the model reads columns of vectors ({some(vectors)}), for which a page has no field")
     columns = list(encoding.roles)
     vocabularies = {column: vocabulary.texts() for column, vocabulary in encoding.vocabularies.items()}
     fields = _fields(encoding, vocabularies)
@@ -82,6 +81,8 @@ def _fields(encoding: Encoding, vocabularies: Mapping[str, Sequence[str]]) -> di
     for sequence in encoding.features.sequences:
         says = f"{sequence.name} (the oldest first, with {encoding.separator} between)"
         fields[sequence.name] = TextField(says, lines=1, may_be_empty=True)
+    for text in encoding.texts:
+        fields[text] = TextField(text, lines=2, may_be_empty=True)
     for time in encoding.timestamps:
         fields[time] = TextField(f"{time} (such as 2024-05-31 12:00, UTC)", lines=1, may_be_empty=True)
     for column in encoding.features.continuous:
@@ -150,6 +151,7 @@ def _examples(
         ]
     for column, values_B in zip(encoding.features.continuous, batch.dense_BC.numpy().T, strict=True):
         columns[column.name] = [np.format_float_positional(v, trim="-") if np.isfinite(v) else "" for v in values_B]
+    columns |= {text: [""] * len(places) for text in encoding.texts}  # a table keeps their vectors alone
     for time in encoding.timestamps:
         hours, _, days = (columns.get(part, [""] * len(places)) for part in timestamp_columns(time))
         columns[time] = [_moment(float(day), hour) if day else "" for day, hour in zip(days, hours, strict=True)]

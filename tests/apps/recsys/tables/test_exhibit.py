@@ -11,6 +11,7 @@ from shown_runs import answered, shown, table_run
 
 import core
 from apps.recsys.encoding.features import Features, VectorFeature
+from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.schema import TableConfig, TaskConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.exhibit import exhibit
@@ -111,5 +112,6 @@ def test_numbers_levels_and_classes_are_a_table(tmp_path):
 def test_vectors_have_no_field():
     features = Features(tasks=("click",), positives=(0.5,), vectors=(VectorFeature("image", 2),))
     model = MultiTaskRecommender(features)
+    model.adopt_encoding({"encoding": Encoding(features).state()})
     with pytest.raises(ValueError, match=r"reads columns of vectors \(image\), for which a page has no field"):
         exhibit(model, None, 1)

