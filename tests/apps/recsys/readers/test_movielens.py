@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from made_sources import FILMS, check_config, write, write_100k, write_grouplens_1m, write_recbole_1m
 
-from apps.recsys.readers.movielens import read_movielens_1m, read_movielens_100k, read_ratings_1m, watched_next
+from apps.recsys.readers.movielens import (
+    last_items,
+    read_movielens_1m,
+    read_movielens_100k,
+    read_ratings_1m,
+    watched_next,
+)
 
 
 @pytest.mark.parametrize("layout", ["grouplens", "grouplens in its folder", "recbole"])
@@ -27,7 +33,8 @@ def test_movielens_1m(tmp_path: Path, layout: str) -> None:
     # last second of 1 January 1970, a Thursday (3): the second of them in the file is the next one.
     assert rows[0] == {
         "user_id": 1, "item_id": 2, "gender": "F", "age": "1", "occupation": "10", "hour": 0, "weekday": 3,
-        "genres": ["Adventure"], "year": 1995.0, "rating": 5.0, "watched_next": 0.0, "timestamp": 100,
+        "genres": ["Adventure"], "year": 1995.0, "last_items": [1], "rating": 5.0, "watched_next": 0.0,
+        "timestamp": 100,
     }  # fmt: skip
     assert [r["item_id"] for r in rows] == [2, 1, 4, 4, 2]
     assert [r["hour"] for r in rows] == [0, 0, 23, 0, 23]
@@ -52,6 +59,14 @@ def test_watched_next_by_hand() -> None:
     soon, known = watched_next(user, time)
     assert known.tolist() == [True, False, False, True, True]
     assert soon[known].tolist() == [False, True, True]
+
+
+def test_the_last_items_are_those_before_a_rating():
+    # User 7 rates 5, 6, 8, 9 in this order, the middle two in one second; user 3 rates 4. Rows are as in the file.
+    user, time, item = np.array([7, 3, 7, 7, 7]), np.array([30, 1, 20, 20, 10]), np.array([9, 4, 6, 8, 5])
+    assert last_items(user, time, item).to_pylist() == [[5, 6, 8], [], [5], [5, 6], []]
+    assert last_items(user, time, item, length=2).to_pylist() == [[6, 8], [], [5], [5, 6], []]
+    assert last_items(user[:0], time[:0], item[:0]).to_pylist() == []
 
 
 def test_watched_next_knows_no_later_row() -> None:
