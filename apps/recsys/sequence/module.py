@@ -81,7 +81,8 @@ class NextItemRecommender(SparseModule, Comparable):
         report: what a test writes besides the metrics; None: nothing.
         train_unseen: whether the softmax of the loss leaves out the items that the history has before, at each
             position, as ``exclude_seen`` does in evaluation. For data whose users take an item once: the model need
-            not learn which items were seen. A target that the history has before stays a candidate.
+            not learn which items were seen. It needs ``exclude_seen``. A target that the history has before stays a
+            candidate.
 
     Raises:
         ValueError: a value is out of its range, or the parts do not fit together.
@@ -119,6 +120,8 @@ class NextItemRecommender(SparseModule, Comparable):
         grow, distil = from_plain(grow, GrowConfig, "grow"), from_plain(distil, DistilConfig, "distil")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay, grow=grow, distil=distil)
         check_at_least(1, top_k=top_k)
+        if train_unseen and not exclude_seen:
+            raise ValueError("train_unseen=True needs exclude_seen=True: it leaves scores of seen items untrained")
         self.report = from_plain(report, NextItemReportConfig, "report")
         self.sequence, self.moe, self.moe_blocks = sequence or HistoryModelConfig(), moe, moe_blocks
         self.num_items, self.max_length = num_items, max_length

@@ -57,7 +57,7 @@ def test_the_loss_is_the_mean_over_the_positions_with_a_target():
 
 
 def test_a_softmax_over_the_items_that_the_history_has_not():
-    module = build(train_unseen=True)
+    module = build(train_unseen=True, exclude_seen=True)
     with torch.no_grad():
         out = module.train().task_loss(TRAIN)
         h_TD, _, _ = module.model.encode(TRAIN.items_BS)
@@ -74,7 +74,7 @@ def test_a_softmax_over_the_items_that_the_history_has_not():
 
 def test_without_seen_items_there_is_no_distribution_to_distil():
     with pytest.raises(ValueError, match=r"train_unseen=True leaves logits of seen items untrained"):
-        build(train_unseen=True).distribution(TRAIN)
+        build(train_unseen=True, exclude_seen=True).distribution(TRAIN)
 
 
 def test_times_reach_the_model_and_must_be_there():
@@ -391,3 +391,5 @@ def test_options_are_checked():
         build(top_k=0)
     with pytest.raises(ValueError, match=r"num_items=0 must be at least 1"):
         build(num_items=0)
+    with pytest.raises(ValueError, match=r"train_unseen=True needs exclude_seen=True"):
+        build(train_unseen=True)
