@@ -15,22 +15,26 @@ from apps.recsys.tables.batch import TableBatch
 class PairBatch:
     """B pairs of a user and an item, with further items as negatives in training; or B users alone.
 
+    All fields of items are None for users alone.
+
     Attributes:
         user: the users' columns.
         index_B: int64 (B,), the row's number in the table.
-        item: the columns of C items: those of the pairs, then further negatives. None: there are users alone.
-        item_C: int64 (C,), the items' numbers in the catalogue, from 1; 0: one that the catalogue lacks, whose columns
-            are another's. None: users alone.
-        log_q_C: float32 (C,), log of the probability with which a place of a training batch holds each item; None:
-            users alone.
+        item: the columns of U different items: those of the pairs, and further negatives.
+        item_B: int64 (B,), the number of each pair's item in the catalogue, from 1; 0: the catalogue lacks it.
+        own_B: int64 (B,), the place of each pair's item among the U; of no meaning where the catalogue lacks it.
+        count_U: int64 (U,), the pairs and further negatives that have each item.
+        log_q_U: float32 (U,), log of the probability with which a place of a training batch holds each item.
         seen_BH: int64 (B, H), the items that the user had in training, padded with 0; None: all items may be retrieved.
     """
 
     user: TableBatch
     index_B: Tensor
     item: TableBatch | None = None
-    item_C: Tensor | None = None
-    log_q_C: Tensor | None = None
+    item_B: Tensor | None = None
+    own_B: Tensor | None = None
+    count_U: Tensor | None = None
+    log_q_U: Tensor | None = None
     seen_BH: Tensor | None = None
 
     def __len__(self) -> int:

@@ -81,11 +81,18 @@ class Pairs(Dataset[PairBatch]):
         users = PairBatch(take_columns(batch, features, self.user), batch.index_B, seen_BH=seen_BH)
         if self.items is None or self.log_q_I is None:
             return users
-        item_C = column_of(batch, self.item_column)
-        if self.num_uniform:
-            item_C = torch.cat((item_C, torch.randint(1, len(self.items) + 1, (self.num_uniform,))))
-        place_C = item_C.clamp_min(1) - 1
-        return replace(users, item=self.items.__getitems__(place_C), item_C=item_C, log_q_C=self.log_q_I[place_C])
+        item_B = column_of(batch, self.item_column)
+        drawn_N = torch.randint(1, len(self.items) + 1, (self.num_uniform,)) if self.num_uniform else item_B[:0]
+        item_C = torch.cat((item_B, drawn_N))
+        item_U, place_C = item_C.clamp_min(1).unique(return_inverse=True)
+        return replace(
+            users,
+            item=self.items.__getitems__(item_U - 1),
+            item_B=item_B,
+            own_B=place_C[: len(item_B)],
+            count_U=place_C[item_C > 0].bincount(minlength=len(item_U)),
+            log_q_U=self.log_q_I[item_U - 1],
+        )
 
 
 class RetrievalData(TableData):

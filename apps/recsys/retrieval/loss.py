@@ -2,51 +2,49 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def sampled_softmax(logits_BC: Tensor, item_C: Tensor, log_q_C: Tensor | None) -> Tensor:
-    """Return the mean cross-entropy of each row's own item among C sampled ones, ().
+def sampled_softmax(logits_BU: Tensor, own_B: Tensor, count_U: Tensor, log_q_U: Tensor | None) -> Tensor:
+    """Return the mean cross-entropy of each row's own item among the items of a sample, ().
 
-    The own item of row b is in column b; further columns are further negatives. ``log_q_C`` is subtracted from all
-    logits, the own one's too, so that frequent items, which are negatives more often, are not pushed down for it
-    (logQ correction: Yi et al., RecSys 2019, https://doi.org/10.1145/3298689.3346996, equation 3). Other columns that
-    hold a row's own item are no negatives of it, and are left out.
+    The sample holds the item u ``count_U[u]`` times: as the own item of so many rows, or as a further negative. It is
+    so many negatives of the other rows, and none of a row whose own item it is. ``log_q_U`` is subtracted from all
+    logits, the own one's too, so that frequent items, which are negatives more often, are not pushed down for it (logQ
+    correction: Yi et al., RecSys 2019, https://doi.org/10.1145/3298689.3346996, equation 3).
 
     Args:
-        logits_BC: (B, C), C at least B.
-        item_C: int64 (C,), the item of each column.
-        log_q_C: log of the probability with which a column holds its item; None: no correction.
+        logits_BU: (B, U), of each different item of the sample.
+        own_B: int64 (B,), the place of each row's own item.
+        count_U: int64 (U,), how often the sample holds each item; 0: it is no negative.
+        log_q_U: log of the probability with which a place of the sample holds each item; None: no correction.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    B, C = logits_BC.shape
-    if C < B or item_C.shape != (C,) or (log_q_C is not None and log_q_C.shape != (C,)):
-        shapes = f"{tuple(item_C.shape)} and {None if log_q_C is None else tuple(log_q_C.shape)}"
-        raise ValueError(f"logits {(B, C)}, items and log_q {shapes}: they must be (B, C), (C,) and (C,), C at least B")
-    if log_q_C is not None:
-        logits_BC = logits_BC - log_q_C
-    own_B = torch.arange(B, device=logits_BC.device)
-    again_BC = item_C[:B, None] == item_C
-    again_BC[own_B, own_B] = False
-    return F.cross_entropy(logits_BC.masked_fill(again_BC, -math.inf), own_B)
+    B, U = logits_BU.shape
+    shapes = [tuple(x.shape) for x in (own_B, count_U, count_U if log_q_U is None else log_q_U)]
+    if shapes != [(B,), (U,), (U,)]:
+        raise ValueError(f"logits {(B, U)} with own, count and log_q {shapes}: they must be (B,), (U,) and (U,)")
+    log_count_U = count_U.to(logits_BU.dtype).log()
+    logits_BU = logits_BU + (log_count_U if log_q_U is None else log_count_U - log_q_U)
+    # Equal terms of a sum are one term times their number: an item that the sample holds often is one column.
+    # The own item is one term, however often the sample holds it.
+    logits_BU.scatter_add_(1, own_B[:, None], -log_count_U[own_B][:, None])
+    return F.cross_entropy(logits_BU, own_B)
 
 
 def log_probability(count_I: Tensor, num_in_batch: int = 1, num_uniform: int = 0) -> Tensor:
-    """Return the log of the probability with which a column of the sampled softmax holds each item, (I,).
+    """Return the log of the probability with which a place of a sample holds each item, (I,).
 
-    A column is one of ``num_in_batch`` pairs of the training, or one of ``num_uniform`` draws in which all items are
+    A place has one of ``num_in_batch`` pairs of the training, or one of ``num_uniform`` draws in which all items are
     equally likely (mixed negative sampling: Yang et al., WWW 2020 companion). An item that no pair has counts as if one
     had it: validation may hold such an item.
 
     Args:
         count_I: int64 (I,), pairs of each item.
-        num_in_batch, num_uniform: columns of each kind.
+        num_in_batch, num_uniform: places of each kind.
     """
     count_I = count_I.clamp_min(1).double()
     share_I = count_I / count_I.sum()

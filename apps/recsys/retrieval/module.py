@@ -170,7 +170,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
         return self.log_temperature.exp().clamp_min(_LEAST_TEMPERATURE)
 
     def forward(self, user: TableBatch, item: TableBatch) -> tuple[Tensor, Tensor]:
-        """Return the vectors of users, float32 (B, dim), and of items, (C, dim), all of length 1."""
+        """Return the vectors of users, float32 (B, dim), and of items, (U, dim), all of length 1."""
         return self.user_tower(user), self.item_tower(item)
 
     def task_loss(self, batch: PairBatch) -> TaskOutput:
@@ -180,17 +180,21 @@ class TwoTowerRetriever(SparseModule, Comparable):
         ``targets`` the items' numbers.
         """
         assert batch.item is not None
-        assert batch.item_C is not None
-        user_BD, item_CD = self(batch.user, batch.item)
-        B, item_C, log_q_C = len(batch), batch.item_C, batch.log_q_C if self.log_q else None
+        assert batch.item_B is not None
+        assert batch.own_B is not None
+        assert batch.count_U is not None
+        user_BD, item_UD = self(batch.user, batch.item)
+        known_B = slice(None) if self.training else batch.item_B > 0
         with outside_autocast(user_BD.device):
-            logits_BC = user_BD @ item_CD.t() / self.temperature
+            logits_BU = (user_BD / self.temperature)[known_B] @ item_UD.t()
+        log_q_U = batch.log_q_U if self.log_q else None
+        if len(logits_BU):
+            loss = sampled_softmax(logits_BU, batch.own_B[known_B], batch.count_U, log_q_U)
+        else:
+            loss = logits_BU.sum()
         if self.training:
-            return TaskOutput(sampled_softmax(logits_BC, item_C, log_q_C), None, None, B)
-        known_C = item_C > 0
-        logits_BC, log_q_C = logits_BC[known_C[:B]][:, known_C], None if log_q_C is None else log_q_C[known_C]
-        loss = sampled_softmax(logits_BC, item_C[known_C], log_q_C) if len(logits_BC) else logits_BC.sum()
-        return TaskOutput(loss, user_BD, item_C[:B], B)
+            return TaskOutput(loss, None, None, len(batch))
+        return TaskOutput(loss, user_BD, batch.item_B, len(batch))
 
     def judged(self, batch: PairBatch, out: TaskOutput, stage: Stage) -> TaskOutput:
         """Return ``out`` with the rank of each pair's item among all candidates, int64 (B,), as ``outputs``."""

@@ -20,10 +20,12 @@ def test_liked_rows_are_pairs(data):
     assert data.describe() == "table: 6 train, 2 val, 3 test pairs, 5 items"
     assert data.item_values == ("", *FILMS)
     train = data.examples("train").__getitems__(range(6))
-    films = [data.item_values[i] for i in train.item_C.tolist()]
+    films = [data.item_values[i] for i in train.item_B.tolist()]
     assert films == ["Alien", "Brazil", "Alien", "Dune", "Dune", "Casablanca"]
     assert train.seen_BH is None
-    assert_close(train.log_q_C.exp(), torch.tensor([2, 1, 2, 2, 2, 1]) / 7)  # Fargo counts as if one liked it
+    assert train.own_B.tolist() == [0, 1, 0, 3, 3, 2]
+    assert train.count_U.tolist() == [2, 1, 1, 2]
+    assert_close(train.log_q_U.exp(), torch.tensor([2, 1, 1, 2]) / 7)  # Fargo counts as if one liked it
     assert names_of(data.user_features) == ("user", "age")
     assert train.user.dense_BC[:, 0].tolist() == [30, 30, 40, 40, 50, 50]
     assert train.user.sparse.keys() == ["user"]
@@ -41,8 +43,9 @@ def test_the_catalogue_has_each_item_as_its_last_training_row_has_it(data):
     }
     # a pair's item has the catalogue's columns: Casablanca's year of bob's row is another
     test = data.examples("test").__getitems__([0, 1, 2])
-    assert test.item_C.tolist() == [0, 3, 1]  # training lacks Eraserhead
-    assert test.item.dense_BC[1:, 0].tolist() == [1943, 1979]
+    assert test.item_B.tolist() == [0, 3, 1]  # training lacks Eraserhead
+    assert test.count_U.tolist() == [1, 1]
+    assert test.item.dense_BC[test.own_B[1:], 0].tolist() == [1943, 1979]
 
 
 def test_the_items_of_all_training_rows_are_seen(data):
@@ -77,13 +80,12 @@ def test_uniform_negatives_are_drawn_from_the_catalogue_by_the_seed(tmp_path):
     data = made_pairs(tmp_path, num_uniform=200, seed=3)
     data.setup("fit")
     first, again = (next(iter(data.train_dataloader())) for _ in range(2))
-    assert torch.equal(first.item_C, again.item_C)
-    assert len(first.item_C) == 204 == first.item.dense_BC.shape[0]
-    assert first.item_C[4:].unique().tolist() == [1, 2, 3, 4, 5]
+    assert torch.equal(first.count_U, again.count_U)
+    assert int(first.count_U.sum()) == 204
+    assert len(first.count_U) == 5 == len(first.item)
     # 4 pairs and 200 draws: an item's probability is (4 share + 200 / 5) / 204
-    shares = torch.tensor([2, 1, 1, 2, 1]) / 7
-    assert_close(first.log_q_C.exp(), (4 * shares[first.item_C - 1] + 40) / 204)
-    assert len(data.examples("val").__getitems__([0, 1]).item_C) == 2
+    assert_close(first.log_q_U.exp(), (4 * torch.tensor([2, 1, 1, 2, 1]) / 7 + 40) / 204)
+    assert int(data.examples("val").__getitems__([0, 1]).count_U.sum()) == 2
 
 
 def test_parts_of_a_batch_are_its_columns(data):
