@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 import core
@@ -26,6 +27,7 @@ from apps.recsys.retrieval.index import ItemIndex
 from apps.recsys.retrieval.loss import sampled_softmax
 from apps.recsys.retrieval.metrics import RetrievalMetrics
 from apps.recsys.retrieval.model import Tower, TowerConfig
+from apps.recsys.retrieval.report import RetrievalReport, RetrievalReportConfig
 from apps.recsys.retrieval.scoring import CANDIDATES, Ranking, as_json, check_candidates, retrieve
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.dense import DenseConfig
@@ -37,6 +39,7 @@ from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
 from core.kernels import outside_autocast
 
+_REPORT = RetrievalReportConfig()
 _LEAST_TEMPERATURE = 0.01
 """Temperature below which a learned one does not fall, as in CLIP."""
 
@@ -67,6 +70,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
             retrieves are ordered; None: they are ordered by the vectors.
         rank_task: the task of that model; None: its first.
         candidates: number of items that are retrieved for it.
+        report: what a test writes besides the metrics; None: nothing.
         optimizer: learning rate, weight decay and schedule.
         ema_decay: decay of the moving average of the weights; None: there is no average.
 
@@ -107,6 +111,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
         rank: str | None = None,
         rank_task: str | None = None,
         candidates: int = CANDIDATES,
+        report: RetrievalReportConfig | None = _REPORT,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
     ) -> None:
@@ -119,6 +124,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
         interaction = from_plain(interaction, InteractionConfig, "interaction")
         optimizer = from_plain(optimizer, OptimizerConfig, "optimizer")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay)
+        self.report = from_plain(report, RetrievalReportConfig, "report")
         if user_features is None or item_features is None:
             raise ValueError("user_features and item_features come from the data, such as RetrievalData(...)")
         if not temperature > 0:
@@ -209,6 +215,9 @@ class TwoTowerRetriever(SparseModule, Comparable):
 
     def build_metrics(self) -> RetrievalMetrics:
         return RetrievalMetrics(self.ks)
+
+    def report_callbacks(self) -> list[Callback]:
+        return [] if self.report is None else [RetrievalReport(self.report)]
 
     @property
     def shown_metrics(self) -> tuple[str, ...]:
