@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ class Experiment:
                     f"{name} is no {needed.__name__}: compare asks a module for its baselines; a LightningModule of "
                     "your own needs the section sparsify (docs/your_model.md)"
                 )
-        self._cli = _Parsed(request)
+        # It trains in folders of its own: that of ``moesaic fit`` may hold anything.
+        self._cli = _Parsed(dataclasses.replace(request, run_dir=Path(os.devnull)))
         self._parser, self._config = self._cli._parser("fit"), self._cli.config["fit"]
         seed = self._config.get("seed_everything")
         self.seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else 0

@@ -53,7 +53,7 @@ def not_run(suite: Suite, standings: Standings) -> list[str]:
     missing = [row.title for row in standings.rows if row.state == "not run"]
     partly = [row.title for row in standings.rows if row.num_seeds and row.num_seeds + row.diverged < suite.seeds]
     parts = [
-        f"{words}: {', '.join(names)}." for words, names in (("Not run", missing), ("Not all seeds", partly)) if names
+        f"{words}: {'; '.join(names)}." for words, names in (("Not run", missing), ("Not all seeds", partly)) if names
     ]
     if not parts:
         return []

@@ -200,7 +200,8 @@ def standings(board: Board, suite: Suite, figures: Figures) -> Standings:
     shares = frozenset(
         metric
         for metric in metrics
-        if is_share(metric, ([test[metric] for test in runs.values() if metric in test] for runs in values.values()))
+        if any(metric in test for runs in values.values() for test in runs.values())
+        and is_share(metric, ([test[metric] for test in runs.values() if metric in test] for runs in values.values()))
     )
     ranked = [all_rows.pop(name) for name in order]
     return Standings(board, tuple(metrics), higher, shares, (*ranked, *all_rows.values()), suite.seeds)

@@ -410,3 +410,11 @@ def test_what_the_command_line_tells_is_refused_before_torch_is_imported(config,
 def test_help(capsys):
     assert moesaic(["compare", "--help"]) == 0
     assert "--learning_rates" in capsys.readouterr().out
+
+
+def test_the_folder_that_fit_would_take_may_hold_anything(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / config.stem
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    assert experiment(config).rate == 0.01

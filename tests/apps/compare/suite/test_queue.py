@@ -75,7 +75,7 @@ def test_a_suite_that_is_stopped_goes_on_and_trains_each_run_once(whole, tmp_pat
         assert moesaic(asked(path)) == 130
     assert f"To go on: moesaic compare --suite {path}" in capsys.readouterr().err
     assert list(measured_by(tmp_path)["two of four"]) == ["0"]
-    assert "Not run: all four, centroids." in (tmp_path / "board.md").read_text()
+    assert "Not run: all four; centroids." in (tmp_path / "board.md").read_text()
     assert moesaic(asked(path)) == 0
     second = ("sparse", 0)  # was begun twice
     assert done == [("sparse", 0), second, second, ("centroids", 0), ("sparse", 1), ("sparse", 1), ("centroids", 1)]
@@ -139,7 +139,7 @@ def test_no_minutes_write_the_leaderboard_alone(tmp_path, done, capsys):
     assert done == []
     page = (tmp_path / "board.md").read_text()
     again = f"By hand. `moesaic compare --suite {path} --boards Points` (about 4.0 h)"  # 4 rows, 2 seeds of 30 minutes
-    assert f"- Not run: two of four, all four, centroids, none. {again}" in page
+    assert f"- Not run: two of four; all four; centroids; none. {again}" in page
     assert "| two of four | – | not run | – |" in page
     said = " ".join(capsys.readouterr().out.split())
     assert "the time is up; runs left: 8, about 4.0 h by the suite's estimates" in said
