@@ -48,6 +48,7 @@ from apps.train.run_folder import RunFolder, check_free, check_own, is_unused, m
 from apps.train.sparsified import SparsifyConfig, sparsified
 from apps.train.stopping import StopsSoon
 from core.config.plain import to_plain
+from core.kernels import cpu
 from core.registry import OpenConfig
 
 TRAINER_DEFAULTS = {
@@ -355,6 +356,8 @@ class SparseCLI(LightningCLI):
     def _predict(self, arguments: dict[str, Any]) -> None:
         """Write the model's predictions, from its ``predict_stream`` where it has one, else from the trainer's loop."""
         path, overwrite = self.request.output, self.request.overwrite
+        if self.trainer.strategy.root_device.type == "cpu":
+            cpu.keep_freed()
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             stream = self._stream()
             if stream is not None and path is None:

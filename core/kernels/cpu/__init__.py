@@ -2,6 +2,7 @@
 
 from ..eager import combine, queue_ranks, sort_pairs, topk_gate
 from .experts import expert_ffn, expert_linear, supports
+from .pages import keep_freed
 from .products import Linear, convert_linear, linear, packed
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "convert_linear",
     "expert_ffn",
     "expert_linear",
+    "keep_freed",
     "linear",
     "packed",
     "queue_ranks",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 import core
 from core.kernels.cpu import pages
@@ -133,3 +137,27 @@ def test_gradients_that_are_kept_are_not_written_over_by_the_next_step(pool) -> 
     assert second in {moe.experts.w_in.grad.data_ptr(), moe.experts.w_out.grad.data_ptr()} or pool.free
     moe(x[0]).sum().backward()  # accumulated
     torch.testing.assert_close(moe.experts.w_in.grad, 2 * copy)
+
+
+_FAULTS = """
+import resource
+import torch
+from core.kernels.cpu import keep_freed
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(4 << 20)  # 16 MB, or 4,096 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.ones(32 << 20)  # glibc then gives all memory that is freed back to the system
+keep_freed()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept():
+    done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(done.stdout) < 100  # and 32,768 pages have been written
