@@ -126,7 +126,10 @@ class Inputs:
         pairs of experts are compared, bool (E, E)."""
         experts, number = self.experts[name]
         if isinstance(experts, Experts):
-            can = not experts.reads_context and type(experts).compute_rows is not Experts.compute_rows
+            can = (
+                not (experts.reads_context or experts.starts_alike)
+                and type(experts).compute_rows is not Experts.compute_rows
+            )
             # Experts without weights, such as ``Zero``, are alike by design.
             learned_E = torch.tensor([bool(experts.weights_of(e)) for e in range(number)])
         else:

@@ -47,6 +47,8 @@ class Experts(nn.Module):
     """``compute_rows`` reads the token of each row by ``row_index_R``; others are given rows that are copies."""
     reads_context: ClassVar[bool] = False
     """``compute_rows`` reads ``rows.of_context(...)``: such experts are for an ``MoE`` alone, whose rows are tokens."""
+    starts_alike: ClassVar[bool] = False
+    """Experts share parameters and start as one by design, so that it is no fault where they put out the same."""
     hidden_axes: ClassVar[Mapping[str, int]] = MappingProxyType({})
     """The axis of hidden units in each stacked tensor that has one, where an expert is a sum over hidden units: several
     experts side by side are then one wider expert. Empty where they are not."""

@@ -29,6 +29,8 @@ class StarExperts(MLPExperts):
         config: the layers.
     """
 
+    starts_alike = True
+
     def __init__(self, num_experts: int, dim: int, config: MLP) -> None:
         super().__init__(
             num_experts,

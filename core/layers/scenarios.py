@@ -250,6 +250,11 @@ class STARLayer(MultiGateLayer):
         y_TH = self.dispatcher.combine(self.experts(rows))
         return y_TH.expand(self.num_tasks, -1, -1)
 
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The names of the experts, which are the domains."""
+        return tuple(f"domain{d}" for d in range(self.num_domains))
+
     def routers(self) -> dict[str, Router]:
         return {}
 

@@ -141,10 +141,7 @@ class GateReader:
         for entry in tape.entries:
             self.weights.setdefault(entry.name, []).append(gate_weights(entry.routing).cpu().numpy())
             names = tuple(getattr(entry.routing, "expert_names", ()))
-            if not names:
-                E, groups = self.weights[entry.name][-1].shape[1], self._groups(entry.name)
-                names = numbers(E) if groups is None else tuple(groups.names())
-            self.experts[entry.name] = names
+            self.experts[entry.name] = names or self._names(entry.name, self.weights[entry.name][-1].shape[1])
 
     def _count(self, block: str, experts: Any, args: tuple[Any, ...], output: Any) -> None:
         """Count the zeros among the outputs of ``experts``, in whichever way they are asked for them."""
@@ -170,6 +167,14 @@ class GateReader:
             return groups
         level = re.match(r"\.?level(\d+)", entry[len(layer) :])  # groups of their own, level by level
         return groups[int(level[1])] if level else groups[-1]
+
+    def _names(self, entry: str, number: int) -> tuple[str, ...]:
+        """Return the names of all experts of a block: their numbers where the layer tells nothing of them."""
+        groups = self._groups(entry)
+        if groups is not None:
+            return tuple(groups.all_names())
+        layer = core.moe_layers(self.model)[self._layer(entry)]
+        return tuple(getattr(layer, "expert_names", numbers(number)))
 
     def _layer(self, entry: str) -> str:
         """Return the layer of an entry: the longest name that starts the entry's."""
@@ -204,8 +209,7 @@ class GateReader:
         """
         short, shares_by_block = self._blocks(), {}
         for block, (zeros_E, all_E) in self.zeros.items():
-            groups = self._groups(block)
-            names = numbers(len(all_E)) if groups is None else groups.all_names()
+            names = self._names(block, len(all_E))
             shares = np.where(all_E > 0, zeros_E / np.maximum(all_E, 1), np.nan)
             shares_by_block[short.get(block, block)] = dict(zip(names, shares.tolist(), strict=True))
         return shares_by_block
@@ -254,7 +258,7 @@ def expert_label(name: str, tasks: Sequence[str]) -> str:
     own = re.fullmatch(r"(task|self)(\d+)\.(.*)", name)
     if own:
         return f"{tasks[int(own[2])]} {'self ' if own[1] == 'self' else ''}{own[3]}"
-    return re.sub(r"^(shared|category|category-self)(\d+)", r"\1 \2", name).replace(".", " ")
+    return re.sub(r"^(shared|category|category-self|domain)(\d+)", r"\1 \2", name).replace(".", " ")
 
 
 def expert_use(gates: Sequence[Gate], zero_share: Mapping[str, Mapping[str, float]]) -> list[ExpertUse]:

@@ -72,6 +72,14 @@ def test_the_gates_of_home_are_those_of_categories_and_tasks():
     ]
 
 
+def test_the_experts_of_star_are_the_domains():
+    module = MultiTaskRecommender(features(num_domains=3), shared=core.STAR(expert=MLP)).eval()
+    (gate,) = (reader := read(module, batch(num_domains=3))).gates()
+    assert (gate.label, gate.expert_labels) == ("all tasks", ("domain 0", "domain 1", "domain 2"))
+    assert gate.entropy == 0
+    assert list(reader.zero_share()[""]) == ["domain0", "domain1", "domain2"]
+
+
 def test_reading_leaves_nothing_behind():
     module = recommender(core.CGC(2, MLP, num_task_experts=1))
     layer = next(iter(core.moe_layers(module).values()))

@@ -1,0 +1,23 @@
+"""Experts compared on the same examples."""
+
+import torch
+from torch import nn
+
+from core import MLP, STAR, MMoE, RoutingContext
+from core.diagnose.alike import Inputs
+
+
+def test_likeness_by_design_is_not_compared():
+    # Two domains of a star start as one network; copies among MMoE's experts have a distance of 0.
+    known = RoutingContext(domain_ids_B=torch.tensor([0, 1, 1, 0]))
+    model = nn.ModuleDict({"star": STAR(expert=MLP((6,))).build(5, 1, 2), "mmoe": MMoE(2, MLP((6,))).build(5, 1)})
+    with torch.no_grad():
+        for parameter in model["mmoe"].experts.parameters():
+            parameter[1] = parameter[0]
+    inputs = Inputs(model)
+    with inputs.listening():
+        model["star"](torch.randn(4, 5), known)
+        model["mmoe"](torch.randn(4, 5))
+    distances = inputs.distances()
+    assert list(distances) == ["mmoe"]
+    assert distances["mmoe"][0, 1] == 0
