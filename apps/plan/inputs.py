@@ -128,6 +128,7 @@ def _features(options: Options) -> Any:
         continuous=tuple(ContinuousFeature(f"number {i}") for i in range(options.numbers)),
         tasks=tuple(f"task {i}" for i in range(options.tasks)),
         positives=(0.5,) * options.tasks,
+        num_domains=options.domains,
     )
 
 

@@ -57,6 +57,7 @@ class Options:
         latency: seconds of one message.
         usable: part of the GPU's memory that tensors may take.
         output: folder of the overlay, the table and the picture; None: no files.
+        domains: domains of a recommender's table; 0: it has none.
     """
 
     config: Mapping[str, Any]
@@ -79,13 +80,14 @@ class Options:
     latency: float = 1e-5
     usable: float = 0.9
     output: Path | None = None
+    domains: int = 0
 
     def __post_init__(self) -> None:
         check_at_least(1, gpus=self.gpus, gpus_per_node=self.per_node, batch=self.batch, tokens_per_gpu=self.tokens)
         check_at_least(
             1, length=self.length, tasks=self.tasks, pooling=self.pooling, tables=min(self.tables, default=1)
         )
-        check_at_least(0, numbers=self.numbers, latency=self.latency)
+        check_at_least(0, numbers=self.numbers, latency=self.latency, domains=self.domains)
         if self.gpus > self.per_node and self.gpus % self.per_node:
             raise ValueError(f"gpus={self.gpus} is no whole number of nodes: gpus_per_node={self.per_node}")
         for name in ("efficiency", "usable"):
@@ -161,6 +163,7 @@ class Options:
             tables=tuple(args.tables),
             numbers=args.numbers,
             tasks=args.tasks,
+            domains=args.domains,
             pooling=args.pooling,
             efficiency=_efficiency(args),
             latency=args.latency,
@@ -249,5 +252,6 @@ def command_line() -> Parser:
     add("--pooling", type=int, default=1, metavar="N", help="ids of a column in an example (default: 1)")
     add("--numbers", type=int, default=0, metavar="N", help="its columns of numbers (default: 0)")
     add("--tasks", type=int, default=1, metavar="N", help="its tasks (default: 1)")
+    add("--domains", type=int, default=0, metavar="N", help="its domains, for layers that know some (default: 0)")
     add("--output", metavar="DIR", help="folder for the overlay, the table as CSV and the picture")
     return parser

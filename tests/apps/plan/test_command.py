@@ -192,6 +192,13 @@ def test_a_billion_rows_are_planned_with_torchrec(capsys):
     assert strategy["init_args"]["sharding"] in ("row_wise", "table_row_wise")
 
 
+def test_a_table_with_domains_is_planned(capsys):
+    star = ("--config", "configs/recsys/movielens_1m_star.yaml", "--gpus", "8", "--gpu", "h100", "--tables", "60", "40")
+    assert main(["plan", *star, "--tasks", "2", "--domains", "7"]) == 0
+    assert "strategy" in capsys.readouterr().out
+    assert "domain_dim=16 goes by the domain" in fails(capsys, 1, "plan", *star)
+
+
 @pytest.mark.parametrize(
     "argv, line",
     [
