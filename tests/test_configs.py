@@ -183,8 +183,8 @@ def test_what_a_header_says_to_type_is_read_and_built(path, words, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     no_data(monkeypatch)
     command, *rest = (str(ROOT / word) if word.startswith("configs/") else word for word in words)
-    if "--ckpt_path" in rest:
-        del rest[rest.index("--ckpt_path") : rest.index("--ckpt_path") + 2]
+    for option in {"--ckpt_path", "--weights"} & {*rest}:
+        del rest[rest.index(option) : rest.index(option) + 2]
     if "DIR" in rest:
         rest[rest.index("DIR")] = str(image_folder(tmp_path / "data"))
     if "INBOX" in rest:

@@ -8,7 +8,7 @@ from ..contract import check_kinds
 from ..contract.checks import at_least_one, at_most_experts, not_negative
 from ..layers import JointMultiGateMoE, MultiGateLayer
 from ..routing.balance_terms import SCORE_TERMS
-from ..routing.multi_gate import ExpertGroups, expected_experts
+from ..routing.multi_gate import ExpertGroups
 from .multi_gate import MultiGateConfig
 
 
@@ -59,10 +59,10 @@ class SMES(MultiGateConfig):
     def is_sparse(self) -> bool:
         return True
 
-    def experts_per_example(self, num_tasks: int) -> float:
-        """Return how many experts compute an example on average where the tasks choose independently: at most
-        ``shared_top_k + t * private_top_k``, and fewer where tasks agree on a private one."""
-        return self.shared_top_k + expected_experts(self.num_experts - self.shared_top_k, self.private_top_k, num_tasks)
+    def most_experts(self, num_tasks: int) -> int:
+        """Return the most experts that compute an example. Tasks seldom agree on a private one, since S has what they
+        agree on, so that the costs are counted with it."""
+        return min(self.shared_top_k + num_tasks * self.private_top_k, self.num_experts)
 
     def _layer(self, dim: int, num_tasks: int, groups: ExpertGroups) -> MultiGateLayer:
         return JointMultiGateMoE(
@@ -78,14 +78,12 @@ class SMES(MultiGateConfig):
         )
 
     def active_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
-        """Return the parameters that one example touches on average; see ``experts_per_example``."""
-        groups = self.groups(num_tasks, num_domains)
-        experts = self.num_experts * self.expert.num_params(dim)
-        return self._params(dim, groups, 0) + round(experts * self.experts_per_example(num_tasks) / self.num_experts)
+        """Return the most parameters that one example touches; see ``most_experts``."""
+        return self._params(dim, self.groups(num_tasks, num_domains), self.most_experts(num_tasks))
 
     def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
-        """Return the forward FLOPs of an example for all tasks, on average; see ``experts_per_example``."""
+        """Return the most forward FLOPs of an example in evaluation, for all tasks; see ``most_experts``."""
         self.groups(num_tasks, num_domains)
         hidden = sum(i * o for i, o in self._gate_layers(dim))
         gates = 2 * num_tasks * (self.num_experts * self._gate_width(dim) + hidden)
-        return gates + round(self.experts_per_example(num_tasks) * self.expert.flops_per_row(dim))
+        return gates + self.most_experts(num_tasks) * self.expert.flops_per_row(dim)

@@ -11,7 +11,7 @@ from .. import kernels
 from ..contract import Evidence, Routing
 from ..experts import Experts
 from ..routing.balance import Balance
-from ..routing.multi_gate import DenseGates, ExpertGroups, dropped_experts, expected_experts, joint_choice
+from ..routing.multi_gate import DenseGates, ExpertGroups, dropped_experts, joint_choice
 from ..routing.router import Router
 from ..routing.selection import Capacity, Choice, select_pairs
 from .multi_gate import EachOnce, Examples, MultiGateLayer, each_once
@@ -121,7 +121,6 @@ class JointMultiGateMoE(MultiGateLayer):
         return {}  # nothing of theirs moves but by the gradient
 
     def active_expert_params(self) -> int:
-        """Return what one example touches on average; see ``expected_experts``."""
-        E, shared = self.groups.num_shared, self.shared_top_k
-        taken = shared + expected_experts(E - shared, self.private_top_k, self.num_tasks)
-        return round(self.all_expert_params() * taken / E)
+        """Return the most that one example touches, where no two tasks take the same private expert."""
+        most = min(self.shared_top_k + self.num_tasks * self.private_top_k, self.groups.num_shared)
+        return self.all_expert_params() * most // self.groups.num_shared

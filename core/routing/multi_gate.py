@@ -393,7 +393,7 @@ def joint_choice(gates_TtE: Tensor, shared_top_k: int, private_top_k: int) -> Te
 def expected_experts(num_experts: int, per_task: float, num_tasks: int) -> float:
     """Return how many of E experts at least one task chooses on average, where each of t tasks chooses ``per_task`` of
     them evenly and independently of the others: ``E (1 - (1 - per_task / E)^t)``. Tasks that agree choose fewer."""
-    return num_experts * (1 - (1 - min(per_task / num_experts, 1.0)) ** num_tasks) if num_experts else 0.0
+    return num_experts * (1 - (1 - min(per_task / num_experts, 1.0)) ** num_tasks)
 
 
 def selected_softmax(

@@ -121,11 +121,12 @@ def test_costs_by_hand():
     assert sparse.flops_per_token(9, 3) == 3 * 144 + round(4.625 * 108)
     # Gates that scale the input: no row is shared.
     assert ALL["input gates"].flops_per_token(9, 3) == 3 * (144 + 2 * 108)
-    # SMES: 2 for all, and of 6 others one for each task: 2 + 6 (1 - (5/6)^3) = 4.5278.
+    # SMES: 2 for all and one for each task, at most 5 of 8.
     smes = ALL["smes"]
     assert smes.num_params(9, 3) == 8 * 60 + 3 * 72
-    assert smes.active_params(9, 3) == round(4.5278 * 60) + 3 * 72
-    assert smes.flops_per_token(9, 3) == 3 * 144 + round(4.5278 * 108)
+    assert smes.active_params(9, 3) == 5 * 60 + 3 * 72
+    assert smes.flops_per_token(9, 3) == 3 * 144 + 5 * 108
+    assert smes.most_experts(9) == 8
     # One selection for all: one route, 3 rows, and three gates of 2 * 9 * 8.
     assert ALL["shared top-k"].flops_per_token(9, 3) == 144 + 3 * 108 + 3 * 144
     # Two of each domain's experts (of 4 domains) beside 3: 11 experts held, 5 taken; gates over 5 and 4 vectors.

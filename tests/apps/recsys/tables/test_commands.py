@@ -150,5 +150,5 @@ def test_a_configuration_trains_a_step(path, monkeypatch, tmp_path):
     out = cli.model.train().task_loss(batch(32))
     out.loss.backward()
     assert out.loss.isfinite()
-    shared = "core.MMoE" if path.stem != "census_ple" else "core.PLE"
+    shared = {"census_ple": "core.PLE", "census_smes": "core.SMES"}.get(path.stem, "core.MMoE")
     assert yaml.safe_load(path.read_text())["model"]["init_args"]["shared"]["class_path"] == shared
