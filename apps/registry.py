@@ -36,6 +36,7 @@ EXHIBITS = {
     "VisionClassifier": "apps.vision.exhibit",
     "MultiTaskRecommender": "apps.recsys.tables.exhibit",
     "NextItemRecommender": "apps.recsys.sequence.exhibit",
+    "TwoTowerRetriever": "apps.recsys.retrieval.exhibit",
     "Translator": "apps.nlp.translation.exhibit",
     "LanguageModeler": "apps.nlp.language.exhibit",
 }

@@ -14,6 +14,8 @@ import torch
 from converted import DIGITS, MOE, classifier, write_run
 from copying import MOE as TEXT_MOE
 from copying import TRANSFORMER, copy_data, translator
+from made_pairs import options as pair_options
+from made_pairs import retriever
 from own_table import CONFIG, write
 
 import core
@@ -72,6 +74,15 @@ def history_run(folder: Path) -> Path:
     return _saved(folder / "run", module, data, options)
 
 
+def retrieval_run(folder: Path) -> Path:
+    """Three users and the five films that they rated; each tower has 4 experts, of which a row takes 2."""
+    from apps.recsys.retrieval.data import RetrievalData
+
+    arguments = pair_options(folder, user_column="user", exclude_seen=True)
+    data = RetrievalData(**arguments)
+    return _saved(folder / "run", retriever(data, top_k=2), data, arguments)
+
+
 def translator_run(folder: Path) -> Path:
     """Sentences of four words into two languages; the last decoder block has 4 experts, of which a subword takes 2."""
     data = copy_data(folder, ("de", "fr"))
@@ -102,6 +113,7 @@ RUNS: dict[str, Callable[[Path], Path]] = {
     "digits": digits_run,
     "table": table_run,
     "history": history_run,
+    "retrieval": retrieval_run,
     "translator": translator_run,
     "language": language_run,
 }

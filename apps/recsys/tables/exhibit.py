@@ -35,12 +35,12 @@ def exhibit(model: Any, data: Any, most: int) -> Exhibit:
         raise ValueError(f"the model reads columns of vectors ({some(vectors)}), for which a page has no field")
     columns = list(encoding.roles)
     vocabularies = {column: vocabulary.texts() for column, vocabulary in encoding.vocabularies.items()}
-    fields = _fields(encoding, vocabularies)
+    fields = fields_of(encoding, vocabularies)
 
     def answer(values: Sequence[Any]) -> Answer:
         row = dict(zip(columns, values, strict=True))
         for column in row.keys() & vocabularies.keys():
-            _check_known(column, row[column], vocabularies[column], encoding.separator)
+            check_known(column, row[column], vocabularies[column], encoding.separator)
         reader = GateReader(model)
         with reader.reading():
             scores = model.predict({column: [value] for column, value in row.items()})
@@ -70,7 +70,7 @@ def _parts(scores: Mapping[str, Any], tasks: Sequence[str]) -> tuple[Bars | Tabl
     return (*bars, *((Table("Predictions", ("task", "value"), tuple(values)),) if values else ()))
 
 
-def _fields(encoding: Encoding, vocabularies: Mapping[str, Sequence[str]]) -> dict[str, Field]:
+def fields_of(encoding: Encoding, vocabularies: Mapping[str, Sequence[str]]) -> dict[str, Field]:
     """Return a field for each column that a row must have; one value of each is filled in."""
     fields: dict[str, Field] = {}
     if encoding.domain is not None and encoding.domains is not None:
@@ -102,7 +102,7 @@ def _categorical(feature: CategoricalFeature, known: Sequence[str] | None, separ
     return NumberField(name, 1, may_be_empty=True, whole=True, least=1, most=feature.num_rows - 1)
 
 
-def _check_known(column: str, value: Any, known: Sequence[str], separator: str) -> None:
+def check_known(column: str, value: Any, known: Sequence[str], separator: str) -> None:
     """Refuse one of several values that the model does not know; a field of one value has looked at it."""
     for own in str(value or "").split(separator) if isinstance(value, str) else ():
         if own and own not in known and value not in known:
