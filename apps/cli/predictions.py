@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import itertools
 import json
 import sys
@@ -15,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -23,6 +21,7 @@ from apps.base.files import naming, replacing
 from apps.base.progress import bar
 from apps.cli.partial import Partial
 from apps.cli.row_groups import RowGroups
+from apps.train.contents import fingerprint
 from apps.train.predicting import Prediction, PredictionStream
 
 _CHUNK = 8192
@@ -305,17 +304,6 @@ def write_stream(model: nn.Module, stream: PredictionStream, path: Path, overwri
     with PredictionFile(path, made_of=made_of, overwrite=overwrite, harmless=stream.harmless).open() as file:
         file.write(stream)
     return file
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Return a digest of the weights, by a thousand numbers of each: trained on, they all change."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        if isinstance(value, Tensor):
-            flat = value.detach().flatten()
-            some = flat[:: max(1, len(flat) // 1024)].to("cpu", torch.float64)
-            digest.update(f"{name} {tuple(value.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def watched(

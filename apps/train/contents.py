@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,14 @@ def unlike(state: Mapping[str, Any], model: nn.Module) -> str:
     foreign = [name for name in there if name not in here]
     parts = (("", resized), ("the checkpoint lacks ", lacking), ("the model lacks ", foreign))
     return "; ".join(f"{what}{some(names)}" for what, names in parts if names)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return a digest of the weights, by a thousand numbers of each: trained on, they all change."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor):
+            flat = value.detach().flatten()
+            some = flat[:: max(1, len(flat) // 1024)].to("cpu", torch.float64)
+            digest.update(f"{name} {tuple(value.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from apps.base.files import replacing
+from apps.base.messages import first_line
+from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.metrics import target_ranks
 from core.kernels import outside_autocast
 
+FILE = "items.safetensors"
+"""Name of the index among the files of a test's report."""
 CHUNK_ELEMENTS = 2**24
 """Scores at a time: 64 MB."""
 
@@ -22,6 +28,7 @@ class ItemIndex:
     Args:
         values: the items' own values, (I,).
         vectors_ID: float32 (I, D).
+        made_by: fingerprint of the model that made the vectors.
 
     Attributes:
         values: the values, as whole numbers where all of them are written as such.
@@ -30,11 +37,11 @@ class ItemIndex:
         ValueError: not as many values as vectors, or none.
     """
 
-    def __init__(self, values: Sequence[str], vectors_ID: Tensor) -> None:
+    def __init__(self, values: Sequence[str], vectors_ID: Tensor, made_by: str = "") -> None:
         if vectors_ID.ndim != 2 or len(values) != len(vectors_ID) or not len(values):
             shape = tuple(vectors_ID.shape)
             raise ValueError(f"an index of {len(values)} items with vectors {shape}: they must be (I, D), I at least 1")
-        self.values = whole_numbers(values)
+        self.values, self.made_by = whole_numbers(values), made_by
         self._vectors_VD = torch.cat((vectors_ID.new_zeros(1, vectors_ID.shape[1]), vectors_ID))
 
     def __len__(self) -> int:
@@ -48,6 +55,36 @@ class ItemIndex:
     def vectors_ID(self) -> Tensor:
         """The vectors, float32 (I, D)."""
         return self._vectors_VD[1:]
+
+    def save(self, path: str | Path) -> None:
+        """Write the index to a file of safetensors, whole or not at all."""
+        import pyarrow as pa
+        from safetensors.torch import save
+
+        texts = Vocabulary.of(pa.array(map(str, self.values), pa.string())).state()
+        tensors = {"vectors": self.vectors_ID.cpu().contiguous(), **texts}
+        with replacing(Path(path), "wb") as file:
+            file.write(save(tensors, metadata={"format": "pt", "made_by": self.made_by}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> ItemIndex:
+        """Read an index that ``save`` has written.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or holds no index.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no item index {path}: a test of the retriever writes report/{FILE} into its run")
+        try:
+            with safe_open(path, framework="pt") as file:
+                parts = {name: file.get_tensor(name) for name in ("vectors", "offsets", "content")}
+                made_by = (file.metadata() or {}).get("made_by", "")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} holds no item index: {first_line(error)}") from error
+        return cls(Vocabulary(parts["offsets"], parts["content"]).texts(), parts["vectors"], made_by)
 
     def search(self, query_BD: Tensor, k: int, seen_BH: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the k items whose products with each query are largest, by comparing it with all of them.

@@ -28,13 +28,14 @@ from apps.recsys.retrieval.loss import sampled_softmax
 from apps.recsys.retrieval.metrics import RetrievalMetrics
 from apps.recsys.retrieval.model import Tower, TowerConfig
 from apps.recsys.retrieval.report import RetrievalReport, RetrievalReportConfig
-from apps.recsys.retrieval.scoring import CANDIDATES, Ranking, as_json, check_candidates, retrieve
+from apps.recsys.retrieval.scoring import CANDIDATES, Ranking, as_json, check_candidates, open_index, retrieve
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.dense import DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.model import InteractionConfig
 from apps.recsys.tables.scoring import encoding_of
 from apps.train.balanced import Stage
+from apps.train.contents import fingerprint
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
 from core.kernels import outside_autocast
@@ -70,6 +71,8 @@ class TwoTowerRetriever(SparseModule, Comparable):
             retrieves are ordered; None: they are ordered by the vectors.
         rank_task: the task of that model; None: its first.
         candidates: number of items that are retrieved for it.
+        index_file: file of the items' vectors that a test of this model wrote, for ``moesaic predict``; None: they are
+            made anew.
         report: what a test writes besides the metrics; None: nothing.
         optimizer: learning rate, weight decay and schedule.
         ema_decay: decay of the moving average of the weights; None: there is no average.
@@ -111,6 +114,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
         rank: str | None = None,
         rank_task: str | None = None,
         candidates: int = CANDIDATES,
+        index_file: str | None = None,
         report: RetrievalReportConfig | None = _REPORT,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
@@ -142,7 +146,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
         self.user_features, self.item_features, self.num_items = user_features, item_features, num_items
         self.tower, self.moe, self.moe_blocks = tower or TowerConfig(), moe, moe_blocks
         self.log_q, self.top_k = log_q, top_k
-        self.rank, self.rank_task, self.candidates = rank, rank_task, candidates
+        self.rank, self.rank_task, self.candidates, self.index_file = rank, rank_task, candidates, index_file
         if rank is not None:
             check_candidates(top_k, candidates)
         self.monitor = f"val/recall_{self.ks[-1]}"
@@ -228,6 +232,8 @@ class TwoTowerRetriever(SparseModule, Comparable):
     def on_predict_start(self) -> None:
         super().on_predict_start()
         self._ranking = None if self.rank is None else Ranking.load(self, self.rank, self.rank_task)
+        if self.index_file is not None:
+            self._index = open_index(self, self.index_file)
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         """Return the ``top_k`` best items of each user: a list of each user's items, and one of their products.
@@ -238,7 +244,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
         data, state = self._data(), encoding_of(self)
         vectors_BD = self.user_tower(batch.user)
         users = None if self._ranking is None else data.users(batch, self._ranking.user_roles)
-        found = retrieve(self, vectors_BD, batch.seen_BH, self.top_k, self._ranking, self.candidates, users)
+        found = retrieve(self.index(), vectors_BD, batch.seen_BH, self.top_k, self._ranking, self.candidates, users)
         named = () if state["user_column"] is None else (state["user_column"],)
         roles = {**dict.fromkeys(data.predict_columns, "predict_columns"), **dict.fromkeys(named, "user_column")}
         columns = data.users(batch, roles).select(list(roles)).to_pydict() if roles else {}
@@ -256,6 +262,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
         rank: Any = None,
         rank_task: str | None = None,
         candidates: int = CANDIDATES,
+        index: Any = None,
         batch_size: int = 1024,
     ) -> Any:
         """Return the best items of each user, retrieved from the whole catalogue, and ordered by a ranking model if one
@@ -274,6 +281,8 @@ class TwoTowerRetriever(SparseModule, Comparable):
                 items of each user. None: the vectors alone do.
             rank_task: the task whose prediction orders them; None: the first.
             candidates: number of items that are retrieved for the ranking model.
+            index: the items' vectors, an ``ItemIndex`` or its file, such as ``report/items.safetensors`` of a test's
+                run; None: they are made anew.
             batch_size: users a step.
 
         Returns:
@@ -283,9 +292,9 @@ class TwoTowerRetriever(SparseModule, Comparable):
             and a dict of numpy arrays for a dict and for files. Items are whole numbers where all of them are.
 
         Raises:
-            FileNotFoundError: there is no checkpoint of ``rank``.
-            ValueError: a column is missing, a value is of a wrong type, a number is out of its range, or the model has
-                neither a checkpoint's encoding nor its data.
+            FileNotFoundError: there is no checkpoint of ``rank``, or no file of the index.
+            ValueError: a column is missing, a value is of a wrong type, a number is out of its range, the index is of
+                another model, or the model has neither a checkpoint's encoding nor its data.
 
         Example::
 
@@ -293,7 +302,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
             best = model.predict(users, top=10, rank="runs/movielens_1m")   # columns score and probability_like
         """
         with in_evaluation(self):
-            return scoring.predict(self, users, top, include_seen, rank, rank_task, candidates, batch_size)
+            return scoring.predict(self, users, top, include_seen, rank, rank_task, candidates, index, batch_size)
 
     # ---- the items' vectors
 
@@ -313,7 +322,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
             with in_evaluation(self), torch.no_grad():
                 batches = catalogue.batches(self.item_features)
                 vectors = [self.item_tower(batch.to(self.device)) for batch in batches]
-            self._index = ItemIndex(values, torch.cat(vectors))
+            self._index = ItemIndex(values, torch.cat(vectors), fingerprint(self))
         return self._index
 
     def train(self, mode: bool = True) -> Self:

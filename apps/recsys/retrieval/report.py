@@ -17,6 +17,7 @@ from apps.data.loader import batches_of_test
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.retrieval.catalogue import Catalogue
 from apps.recsys.retrieval.columns import column_of
+from apps.recsys.retrieval.index import FILE, ItemIndex
 from apps.recsys.sequence.report import POPULARITY, popularity_groups
 from apps.recsys.tables.scoring import encoding_of
 from apps.report.base import Report, ReportConfig, first_batches, is_left_out, spread_places
@@ -61,7 +62,7 @@ class RetrievalUse:
         rank_N: int64 (N,), their ranks.
         best_Nk: int64 (N, k), the best items of each pair's user.
         users: the pairs' users, by name, or by the number of their row.
-        values: the items' own values.
+        index: the items' vectors.
         popularity: the catalogue's items by popularity, (len(POPULARITY), E) for each layer of the items' tower.
         stats: the loads of the users' layers over the pairs, and of the items' layers over the catalogue.
     """
@@ -72,7 +73,7 @@ class RetrievalUse:
     rank_N: NDArray[np.int64]
     best_Nk: NDArray[np.int64]
     users: Sequence[str]
-    values: Sequence[Any]
+    index: ItemIndex
     popularity: Mapping[str, NDArray[np.int64]]
     stats: core.RoutingStats
 
@@ -108,7 +109,7 @@ class RetrievalUse:
                 counts = expert_label_counts(entry.routing, group_B, len(POPULARITY)).cpu().numpy()
                 popularity[tower_label(entry.name)] = popularity.get(tower_label(entry.name), 0) + counts
         item_N, rank_N, best_Nk = (torch.cat(parts).numpy() for parts in (items, ranks, best))
-        return cls(module.ks, group_V, item_N, rank_N, best_Nk, users, index.values, popularity, stats)
+        return cls(module.ks, group_V, item_N, rank_N, best_Nk, users, index, popularity, stats)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the metrics of the pairs by the popularity of their item: a row for each group that has some."""
@@ -127,7 +128,8 @@ class RetrievalReport(Report):
     """After a test in one process: recall by the popularity of the item, the items that each expert computes, and a few
     pairs with what the model retrieves.
 
-    It writes ``popularity.csv``, and of a sparse model ``expert_popularity.png``.
+    It writes ``popularity.csv``, the items' vectors (``items.safetensors``), and of a sparse model
+    ``expert_popularity.png``.
 
     Args:
         config: what to do.
@@ -148,6 +150,7 @@ class RetrievalReport(Report):
 
     def write(self, collected: Any, folder: Path) -> list[Section]:
         use: RetrievalUse = collected
+        use.index.save(folder / FILE)
         sections = [write_ranks(use, folder)]
         if use.popularity:
             sections.append(write_experts(use, folder, draw=self.config.pictures))
@@ -201,7 +204,7 @@ def pairs_table(use: RetrievalUse, places: Sequence[int]) -> Table:
     """Return pairs with the rank of their item, and what the model retrieves for their user."""
 
     def named(number: int) -> str:
-        return str(use.values[number - 1]) if number else "not in the catalogue"
+        return str(use.index.values[number - 1]) if number else "not in the catalogue"
 
     rows = tuple(
         (

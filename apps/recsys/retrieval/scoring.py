@@ -22,6 +22,7 @@ from apps.recsys.retrieval.columns import column_of, encoding_of_part, names_of,
 from apps.recsys.retrieval.index import ItemIndex
 from apps.recsys.tables.rows import TableRows
 from apps.recsys.tables.scoring import encoding_of, like, pieces
+from apps.train.contents import fingerprint
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -143,8 +144,24 @@ class Ranking:
         return Retrieved(retrieved.user_N[order_N], retrieved.item_N[order_N], retrieved.score_N[order_N], ranked)
 
 
+def open_index(model: TwoTowerRetriever, index: Any) -> ItemIndex:
+    """Return an index of a model's items, given itself or as its file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no index, or one that another model has made.
+    """
+    opened = ItemIndex.load(index) if isinstance(index, (str, Path)) else index
+    if opened.made_by != fingerprint(model):
+        raise ValueError(
+            f"index={index if isinstance(index, (str, Path)) else 'given'} was made by another model, or by other "
+            "weights of this one: the vectors of users and items do not fit each other"
+        )
+    return opened
+
+
 def retrieve(
-    model: TwoTowerRetriever,
+    index: ItemIndex,
     vectors_BD: Tensor,
     seen_BH: Tensor | None,
     top: int,
@@ -155,7 +172,7 @@ def retrieve(
     """Return the ``top`` best items of each user by the vectors, or by a ranking of the ``candidates`` best.
 
     Args:
-        model: the retriever.
+        index: the items' vectors.
         vectors_BD: vectors of the users.
         seen_BH: numbers of the items that are no candidates, padded with 0; None: all are.
         top: number of items.
@@ -163,7 +180,7 @@ def retrieve(
         candidates: number of items that it orders.
         users: a row for each user, with the columns of ``ranking.user_roles``; None without a ranking.
     """
-    retrieved = Retrieved.of(model.index(), vectors_BD, top if ranking is None else candidates, seen_BH)
+    retrieved = Retrieved.of(index, vectors_BD, top if ranking is None else candidates, seen_BH)
     return retrieved if ranking is None else ranking.order(users, retrieved, top)
 
 
@@ -192,6 +209,7 @@ def predict(
     rank: Any,
     rank_task: str | None,
     candidates: int,
+    index: Any,
     batch_size: int,
 ) -> Any:
     """See ``TwoTowerRetriever.predict``."""
@@ -204,6 +222,7 @@ def predict(
     if rank is not None:
         check_candidates(top, candidates)
         ranking = Ranking.load(model, rank, rank_task)
+    index = model.index() if index is None else open_index(model, index)
     roles = encoding.roles | ({} if ranking is None else ranking.user_roles)
     seen = None if include_seen else Catalogue.from_state(state["catalogue"]).seen
     names, parts, first = [], [], 0
@@ -217,12 +236,12 @@ def predict(
             if seen is not None:
                 seen_BH = seen.by_user(column_of(batch, state["user_column"])).to(model.device)
             vectors_BD = model.user_tower(batch.to(model.device))
-            retrieved = retrieve(model, vectors_BD, seen_BH, top, ranking, candidates, own)
+            retrieved = retrieve(index, vectors_BD, seen_BH, top, ranking, candidates, own)
             parts.append(replace(retrieved, user_N=retrieved.user_N + first + begin))
         if state["user_column"] is not None:
             names.append(plain(table[state["user_column"]]))
         first += len(table)
-    return like(users, _columns(model.index(), state, parts, names))
+    return like(users, _columns(index, state, parts, names))
 
 
 def _columns(

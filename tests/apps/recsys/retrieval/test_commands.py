@@ -6,10 +6,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 import yaml
-from made_pairs import TABLE, options
+from made_pairs import FILMS, TABLE, options
 
 import apps
 from apps.cli import main
+from apps.recsys.retrieval.index import ItemIndex
 
 USERS = {"key": [7, 8], "user": ["cy", "zoe"], "age": [50, 25]}
 QUIET = {"accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1}
@@ -71,6 +72,18 @@ def test_items_of_a_file_of_users_are_those_of_a_script(runs):
     assert likes == pytest.approx(list(script["probability_like"]), rel=1e-5)
 
 
+def test_an_index_file_stands_for_the_items(runs):
+    folder, _ = runs
+    model = apps.load(folder / "retrieve")
+    index = model.index()
+    for vectors, best in ((index.vectors_ID, max), (-index.vectors_ID, min)):  # negated, the worst come first
+        ItemIndex(FILMS, vectors, index.made_by).save(folder / "items.safetensors")
+        lines = predicted(folder, "--model.index_file", str(folder / "items.safetensors"))
+        whole = model.predict(USERS, top=5)
+        scores = [x for x, user in zip(whole["score"], whole["user"], strict=True) if user == "zoe"]
+        assert abs(lines[1]["score"][0]) == pytest.approx(abs(best(scores)), rel=1e-5)
+
+
 def test_without_a_file_the_pairs_of_the_test_are_predicted(runs):
     folder, where = runs
     output = folder / "test.jsonl"
@@ -87,6 +100,7 @@ def test_errors_are_one_line(runs, capsys):
     pa.csv.write_csv(pa.table({"user": ["cy"]}), folder / "bare.csv")
     for words, message in (
         (["--model.rank", str(folder / "nothing")], "no checkpoint"),
+        (["--model.index_file", str(folder / "nothing")], "no item index"),
         (["--data.predict_file", str(folder / "bare.csv")], "column 'age' (continuous) is not in"),
     ):
         capsys.readouterr()

@@ -82,3 +82,16 @@ def test_values_and_vectors_must_fit():
     for values, shape in (("ab", (3, 2)), ("", (0, 2)), ("ab", (2,))):
         with pytest.raises(ValueError, match=r"they must be \(I, D\), I at least 1"):
             ItemIndex(values, torch.ones(shape))
+
+
+def test_a_file_keeps_an_index(tmp_path):
+    index = ItemIndex(["7", "30", "é"], torch.randn(3, 4), made_by="abc")
+    index.save(tmp_path / "items.safetensors")
+    again = ItemIndex.load(tmp_path / "items.safetensors")
+    assert (again.values, again.made_by) == (("7", "30", "é"), "abc")
+    assert torch.equal(again.vectors_ID, index.vectors_ID)
+    with pytest.raises(FileNotFoundError, match=r"no item index .*none\.safetensors: a test of the retriever writes"):
+        ItemIndex.load(tmp_path / "none.safetensors")
+    (tmp_path / "cut").write_bytes((tmp_path / "items.safetensors").read_bytes()[:40])
+    with pytest.raises(ValueError, match="cut holds no item index"):
+        ItemIndex.load(tmp_path / "cut")

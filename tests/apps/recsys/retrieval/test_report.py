@@ -6,10 +6,12 @@ import csv
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from made_pairs import made_pairs, retriever
 
 import core
+from apps.recsys.retrieval.index import ItemIndex
 from apps.recsys.retrieval.report import RetrievalUse, pairs_table, tower_label, write_ranks
 from apps.report.page import load_sections
 
@@ -21,7 +23,7 @@ def made_use(**changed):
     values = {
         "ks": (2, 5), "group_V": np.array([4, 0, 3]), "item_N": np.array([1, 1, 2, 0]),
         "rank_N": np.array([1, 4, 9, 3]), "best_Nk": np.array([[1, 2], [2, 1], [1, 0], [2, 1]]),
-        "users": ["ann", "bob", "cy", "dot"], "values": ["tea", "rye"], "popularity": {},
+        "users": ["ann", "bob", "cy", "dot"], "index": ItemIndex(["tea", "rye"], torch.ones(2, 1)), "popularity": {},
         "stats": core.RoutingStats({}),
     }  # fmt: skip
     return RetrievalUse(**{**values, **changed})
@@ -56,7 +58,9 @@ def test_a_test_leaves_the_report(tmp_path):
     module = retriever(data)
     run = Trainer(default_root_dir=tmp_path, accelerator="cpu", callbacks=module.report_callbacks(), **QUIET)
     run.test(module, datamodule=data, verbose=False)
-    assert {"popularity.csv", "expert_popularity.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"popularity.csv", "expert_popularity.png", "items.safetensors"} <= {
+        path.name for path in (tmp_path / "report").iterdir()
+    }
     titles = [section.title for section in load_sections(tmp_path / "report")]
     assert titles == ["What is retrieved", "What the experts are used for", "Pairs"]
     use = RetrievalUse.of(module, [data.examples("test").__getitems__([0, 1, 2])])

@@ -105,6 +105,19 @@ def test_equal_predictions_keep_the_order_of_the_retrieval(model, tmp_path):
     assert list(ranked["film"]) == list(plain["film"])
 
 
+def test_an_index_of_the_same_model_stands_for_its_items(model, tmp_path):
+    model.index().save(tmp_path / "items.safetensors")
+    want = model.predict(USERS, top=3)
+    for index in (tmp_path / "items.safetensors", model.index()):
+        assert list(model.predict(USERS, top=3, index=index)["film"]) == list(want["film"])
+    with torch.no_grad():
+        model.item_tower.leave.weight.mul_(1.1)
+    with pytest.raises(ValueError, match=r"items\.safetensors was made by another model, or by other weights"):
+        model.predict(USERS, index=tmp_path / "items.safetensors")
+    with pytest.raises(FileNotFoundError, match="no item index"):
+        model.predict(USERS, index=tmp_path / "none.safetensors")
+
+
 def test_values_by_user():
     retrieved = Retrieved(np.array([0, 0, 2]), np.array([5, 6, 7]), np.zeros(3, np.float32))
     assert retrieved.by_user(["a", "b", "c"], 4) == [["a", "b"], [], ["c"], []]
