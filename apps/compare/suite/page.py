@@ -12,6 +12,7 @@ from apps.compare.suite.markdown import legend, not_run
 from apps.compare.suite.standings import Standing, Standings
 from apps.report.page import (
     MOST_FIGURES,
+    Code,
     Entry,
     Page,
     Part,
@@ -20,7 +21,6 @@ from apps.report.page import (
     Section,
     Table,
     Text,
-    how_to_repeat,
     shown,
 )
 
@@ -34,7 +34,13 @@ def leaderboard_page(suite: Suite, boards: Sequence[Standings], date: str) -> Pa
         sections=(
             *(_section(suite, board) for board in boards),
             Section("How to read it", (Text(tuple(legend(suite, boards))),)),
-            how_to_repeat(shlex.join(suite.command()), shipped(Path(suite.path)).read_text(encoding="utf-8")),
+            Section(
+                "How to repeat it",
+                (
+                    Code("Command", shlex.join(suite.command())),
+                    Code("The suite file", shipped(Path(suite.path)).read_text(encoding="utf-8"), closed=True),
+                ),
+            ),
         ),
         kind="leaderboard",
         date=date,
@@ -63,7 +69,8 @@ def _without_title(board: Standings, row: Standing) -> tuple[list[str], list[str
 def _section(suite: Suite, board: Standings) -> Section:
     headings, *lines = board.cells()
     about = [line for line in (board.board.about.strip(),) if line]
-    below = [*board.notes(), *not_run(suite, board), *(f"Runs: {machine}." for machine in board.machines())]
+    left = [line.replace("`", "") for line in not_run(suite, board)]
+    below = [*board.notes(), *left, *(f"Runs: {machine}." for machine in board.machines())]
     parts: list[Part] = [Text(tuple(about))] if about else []
     parts += _charts(board)
     parts.append(Table("", tuple(headings), tuple(map(tuple, lines)), sortable=True))

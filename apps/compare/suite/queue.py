@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from apps.base.machine import machine_line
+from apps.base.machine import machine_line, source_commit
 from apps.base.messages import message, some
 from apps.base.quiet import quiet
 from apps.cli import UsageError
@@ -204,7 +204,7 @@ class Queue:
         try:
             result = unit.read(folder) or self._train(experiment, unit, folder, name, _minutes(entry))
         except NonFiniteError as error:
-            self.figures.add_run(entry, seed, {"diverged": str(error), "machine": machine_line()})
+            self.figures.add_run(entry, seed, {"diverged": str(error), **_where()})
             self.display.say(f"{name}: diverged ({error})")
             return
         test = {short_name(metric): value for metric, value in result["test"].items()}
@@ -216,7 +216,7 @@ class Queue:
             "test": test,
             "steps": result["steps"],
             "train_seconds": result["train_seconds"],
-            "machine": machine_line(),
+            **_where(),
         }
         self.figures.add_run(entry, seed, run)
         self.display.finished(name, _minutes(entry))
@@ -260,7 +260,7 @@ class Queue:
             "train_examples_per_second": speed["train_examples_per_second"],
             "inference_examples_per_second": speed["inference_examples_per_second"],
             "peak_memory_bytes": speed["peak_memory_bytes"] - speed["base_memory_bytes"],
-            "machine": machine_line(),
+            **_where(),
         }
 
     def _time_is_up(self) -> bool:
@@ -316,6 +316,11 @@ def _facts(experiment: Experiment, entry: Entry) -> dict[str, Any]:
         "monitor": short_name(experiment.test_monitor),
         "higher_is_better": experiment.monitor_mode == "max",
     }
+
+
+def _where() -> dict[str, str]:
+    """Return on what a figure was made: the machine and the day, and the commit of the source."""
+    return {"machine": machine_line(), "commit": source_commit()}
 
 
 def _minutes(entry: Entry) -> float:
