@@ -89,6 +89,7 @@ class Queue:
         self.chosen = [board for board in suite.boards if suite.is_chosen(board)]
         self._clock, self._end = clock, None if minutes is None else clock() + 60 * minutes
         self._experiment = functools.lru_cache(maxsize=2)(experiment_of)
+        self._claimed: set[Path] = set()
         self.missing: dict[str, str] = {}
         self.is_over = False
 
@@ -193,10 +194,7 @@ class Queue:
 
     def _run(self, board: Board, entry: Entry, seed: int, experiment: Experiment) -> None:
         folder, row = entry.folder(self.runs), self.figures.row(entry)
-        rates = () if experiment.rate is None else (experiment.rate,)
-        options = Options(num_seeds=self.suite.seeds, learning_rates=rates, baseline_minutes=entry.baseline_minutes)
-        plan = Plan.make(experiment.plain(), options, experiment.rate, experiment.seed)
-        plan.claim(folder)
+        self._claim(entry, experiment, folder)
         name = f"{_title(entry)}, seed {seed}"
         unit = self._unit(entry, row, seed)
         if unit.search is not None and unit.search.read(folder) is None:
@@ -222,6 +220,15 @@ class Queue:
         self.display.finished(name, _minutes(entry))
         shown = ", ".join(f"{m} {test[m]:.4g}" for m in board.metrics or [row["monitor"]] if m in test)
         self.display.say(f"{name}: test {shown}, {result['train_seconds']:.1f} s")
+
+    def _claim(self, entry: Entry, experiment: Experiment, folder: Path) -> None:
+        """Refuse a folder of runs that an earlier version of the code has begun with other defaults."""
+        if folder in self._claimed:
+            return
+        rates = () if experiment.rate is None else (experiment.rate,)
+        options = Options(num_seeds=self.suite.seeds, learning_rates=rates, baseline_minutes=entry.baseline_minutes)
+        Plan.make(experiment.plain(), options, experiment.rate, experiment.seed).claim(folder)
+        self._claimed.add(folder)
 
     def _train(self, experiment: Experiment, unit: Unit, folder: Path, name: str, work: float) -> dict[str, Any]:
         """Do a unit of work.

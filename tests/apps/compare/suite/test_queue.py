@@ -5,39 +5,53 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from compared import CONFIG
 from small_suite import asked, read, small_suite
 
 from apps.cli import main as moesaic
 from apps.compare import training
+from apps.compare.experiment import Experiment
 from apps.compare.suite import command, queue
 from apps.report.page import html
 
 
+@pytest.fixture(scope="module", autouse=True)
+def read_once() -> Iterator[None]:
+    """Suites with the same configurations share their experiments: reading them takes as long as training."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(queue, "experiment_of", functools.cache(queue.experiment_of))
+        patch.setattr(Experiment, "plain", functools.cache(Experiment.plain))
+        yield
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def suite_in(tmp_path_factory) -> Callable[..., Path]:
+    """The function ``small_suite``, whose configuration is one file for all tests."""
+    config = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    config.write_text(CONFIG)
+    return functools.partial(small_suite, config=str(config))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, suite_in) -> Path:
     """The folder of a finished suite; only to be read."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(html, "has_charts", lambda: False)
-        assert moesaic(asked(small_suite(folder))) == 0
+        assert moesaic(asked(suite_in(folder))) == 0
     return folder
 
 
 @pytest.fixture
-def finished(whole, tmp_path) -> Path:
+def finished(whole, tmp_path, suite_in) -> Path:
     """A copy of ``whole`` to go on in: the path of its suite file."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    return small_suite(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def read_once(monkeypatch) -> None:
-    """Commands of one test with the same arguments share an experiment: reading them takes as long as training."""
-    monkeypatch.setattr(queue, "experiment_of", functools.cache(queue.experiment_of))
+    return suite_in(tmp_path)
 
 
 @pytest.fixture
@@ -61,8 +75,8 @@ def measured_by(folder: Path) -> dict:
     return {name: {seed: run["test"] for seed, run in row["runs"].items()} for name, row in rows(folder).items()}
 
 
-def test_a_suite_that_is_stopped_goes_on_and_trains_each_run_once(whole, tmp_path, monkeypatch, done, capsys):
-    path = small_suite(tmp_path)
+def test_a_suite_that_is_stopped_goes_on_and_trains_each_run_once(whole, tmp_path, monkeypatch, done, capsys, suite_in):
+    path = suite_in(tmp_path)
     real = training.Curve.on_train_batch_end
 
     def interrupted(self, trainer, *args):
@@ -102,8 +116,8 @@ def test_a_run_that_is_finished_in_its_folder_alone_is_not_trained_again(finishe
     assert measured_by(finished.parent) == expected
 
 
-def test_the_minutes_end_a_run_with_a_checkpoint_from_which_it_goes_on(whole, tmp_path, done):
-    path = small_suite(tmp_path, seeds=1)
+def test_the_minutes_end_a_run_with_a_checkpoint_from_which_it_goes_on(whole, tmp_path, done, suite_in):
+    path = suite_in(tmp_path, seeds=1)
     steps = []
 
     class Clock:
@@ -133,8 +147,8 @@ def test_the_minutes_end_a_run_with_a_checkpoint_from_which_it_goes_on(whole, tm
     assert measured_by(tmp_path)["all four"]["0"] == measured_by(whole)["all four"]["0"]
 
 
-def test_no_minutes_write_the_leaderboard_alone(tmp_path, done, capsys):
-    path = small_suite(tmp_path, minutes=30, missing="By hand.")
+def test_no_minutes_write_the_leaderboard_alone(tmp_path, done, capsys, suite_in):
+    path = suite_in(tmp_path, minutes=30, missing="By hand.")
     assert moesaic(asked(path, "--minutes", "0")) == 0
     assert done == []
     page = (tmp_path / "board.md").read_text()
@@ -146,15 +160,15 @@ def test_no_minutes_write_the_leaderboard_alone(tmp_path, done, capsys):
     assert "Nothing has been run yet." in said
 
 
-def test_another_configuration_is_trained_anew_and_says_so(finished, done, capsys):
+def test_another_configuration_is_trained_anew_and_says_so(finished, done, capsys, suite_in):
     values = {"trainer.max_epochs": 1, "model.offers": ["dense_equal_flops"], "model.optimizer.lr": 0.02}
-    small_suite(finished.parent, models=[{"name": "two of four", "values": values}], baselines=[])
+    suite_in(finished.parent, models=[{"name": "two of four", "values": values}], baselines=[])
     assert moesaic(asked(finished)) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "Points: two of four: its configuration is another one" in said
     assert "lr: 0.01 saved, 0.02 now" in said
     assert done == [("sparse", 0), ("sparse", 1)]
-    small_suite(finished.parent, models=[{"name": "two of four"}], baselines=[])
+    suite_in(finished.parent, models=[{"name": "two of four"}], baselines=[])
     assert moesaic(asked(finished)) == 0
     assert done == [("sparse", 0), ("sparse", 1)]  # the first one's folder is still there
 
@@ -167,8 +181,8 @@ def test_more_seeds_train_those_alone(finished, done):
     assert "| 3 of 3 |" in (finished.parent / "board.md").read_text()
 
 
-def test_data_that_cannot_be_had_leave_out_their_board_alone(tmp_path, done, capsys):
-    path = small_suite(tmp_path, seeds=1, models=[{"name": "two of four"}], baselines=[])
+def test_data_that_cannot_be_had_leave_out_their_board_alone(tmp_path, done, capsys, suite_in):
+    path = suite_in(tmp_path, seeds=1, models=[{"name": "two of four"}], baselines=[])
     board = {"name": "Elsewhere", "config": str(tmp_path / "tiny.yaml"), "models": [{"name": "its model"}]}
     board["values"] = {"data": "compare_app.MissingData"}
     suite = yaml.safe_load(path.read_text())
@@ -182,9 +196,9 @@ def test_data_that_cannot_be_had_leave_out_their_board_alone(tmp_path, done, cap
     assert "| its model | – | not run | – |" in (tmp_path / "board.md").read_text()
 
 
-def test_a_training_that_diverges_is_a_result_and_the_others_go_on(tmp_path, done):
+def test_a_training_that_diverges_is_a_result_and_the_others_go_on(tmp_path, done, suite_in):
     models = [{"name": "wild", "values": {"model.explodes_from": 0.001}}, {"name": "two of four"}]
-    path = small_suite(tmp_path, seeds=1, models=models, baselines=[])
+    path = suite_in(tmp_path, seeds=1, models=models, baselines=[])
     for _ in range(2):
         assert moesaic(asked(path)) == 0
     assert done == [("sparse", 0)] * 2
@@ -210,8 +224,8 @@ def test_the_speed_is_measured_once_a_row_with_the_first_seeds_weights(finished,
     assert page.count("| 321 | 654 | 2 |") == 2
 
 
-def test_rows_of_a_board_have_as_many_test_examples(tmp_path, monkeypatch, capsys):
-    path = small_suite(tmp_path)
+def test_rows_of_a_board_have_as_many_test_examples(tmp_path, monkeypatch, capsys, suite_in):
+    path = suite_in(tmp_path)
     numbers = iter([48, 47])
     real = queue._facts
     monkeypatch.setattr(queue, "_facts", lambda *a: {**real(*a), "test_examples": next(numbers)})
@@ -228,8 +242,8 @@ def test_rows_of_a_board_have_as_many_test_examples(tmp_path, monkeypatch, capsy
     ],
     ids=["metric", "baseline", "option"],
 )
-def test_what_only_the_model_knows_is_refused_by_one_line(tmp_path, board, line, capsys):
-    assert moesaic(asked(small_suite(tmp_path, **board))) in (1, 2)
+def test_what_only_the_model_knows_is_refused_by_one_line(tmp_path, board, line, capsys, suite_in):
+    assert moesaic(asked(suite_in(tmp_path, **board))) in (1, 2)
     (said,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
     assert line in said
 
