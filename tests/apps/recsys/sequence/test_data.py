@@ -345,7 +345,13 @@ def test_a_model_knows_its_items_in_another_file(tmp_path: Path, caplog: pytest.
         title=["x" if title == "b" else title for title in ROWS["title"]],
     )
     data = HistoryData("table", file=other, max_length=4, name_column="title")
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     predicted = trainer.predict(
         NextItemRecommender.load_from_checkpoint(path), datamodule=data, return_predictions=True
     )
@@ -375,7 +381,13 @@ def test_a_user_of_unknown_items_alone_has_a_prediction(
     # Users 5 and 9 have new items alone; 9 is the last one.
     new = [item + 5 if user in (5, 9) else item for user, item in zip(ROWS["user"], ROWS["item"], strict=True)]
     data = HistoryData("table", file=write(tmp_path, "new.csv", item=new), max_length=4, eval_batch_size=batch_size)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     model = NextItemRecommender.load_from_checkpoint(path)
     predicted = trainer.predict(model, datamodule=data, return_predictions=True)
     assert "know: 3; users who have no others, and for whom all items score 0: 2, first '5'" in caplog.text
