@@ -296,6 +296,8 @@ class TableConfig:
                     f"{nearest(sequence.items, self.categorical)}"
                 )
         parts = [name for column in self.timestamps for name in timestamp_columns(column)]
+        for name in (n for n in parts if n in self.features):
+            raise ValueError(f"column {name!r} is a part of a timestamp already: leave one of the two out")
         for name in (n for n in self.left_out if n not in parts):
             raise ValueError(f"left_out names {name!r}, which is no part of a timestamp{nearest(name, parts)}")
         own_values = (c for c, sequence in self.sequences.items() if sequence.items is None)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -243,7 +244,8 @@ class TableData(SuiteData):
         from apps.recsys.tables.negatives import SampledPlan
 
         assert self.batch_size is not None
-        plan = SampledPlan(examples, self.batch_size, self.drop_last)
+        num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        plan = SampledPlan(examples, self.batch_size, self.drop_last, num_processes)
         return {"plan": plan, "collate_fn": as_it_is, "draws": False}
 
     def sizes(self) -> dict[Split, int]:

@@ -79,18 +79,31 @@ class SampledRows(Dataset[TableBatch]):
 class SampledPlan:
     """The batches of each epoch of ``SampledRows``; see ``apps.data.loader.BatchPlan``.
 
+    Processes take the batches in turn, and those of a step have one size: some rows are repeated until each process has
+    as many.
+
     Args:
         rows: the rows.
         batch_size: rows of a batch.
-        drop_last: leave out the last batch if it is not full.
+        drop_last: leave out the last batch of each process if it is not full.
+        num_processes: processes that take the batches.
+
+    Raises:
+        ValueError: no full batch with ``drop_last``.
     """
 
-    def __init__(self, rows: SampledRows, batch_size: int, drop_last: bool) -> None:
-        self.rows, self.batch_size, self.drop_last = rows, batch_size, drop_last
+    def __init__(self, rows: SampledRows, batch_size: int, drop_last: bool, num_processes: int = 1) -> None:
+        self.rows, self.batch_size, self.num_processes = rows, batch_size, num_processes
+        num_rows = len(rows.others) + rows.num_kept
+        self.num_each = -(-num_rows // num_processes)
+        self.num_steps = self.num_each // batch_size if drop_last else -(-self.num_each // batch_size)
+        if not self.num_steps:
+            raise ValueError(
+                f"batch_size={batch_size} exceeds the {num_rows} rows of an epoch; drop_last drops them all"
+            )
 
     def __len__(self) -> int:
-        num = len(self.rows.others) + self.rows.num_kept
-        return max(num // self.batch_size, 1) if self.drop_last else -(-num // self.batch_size)
+        return self.num_steps * self.num_processes
 
     def batches(self, seed: int, epoch: int) -> Sequence[Tensor]:
         """Return each batch's positions in the rows, int64."""
@@ -100,4 +113,7 @@ class SampledPlan:
         kept = negatives[torch.randperm(len(negatives), generator=generator)[: self.rows.num_kept]]
         positions = torch.cat((others, kept))
         positions = positions[torch.randperm(len(positions), generator=generator)]
-        return positions.split(self.batch_size)[: len(self)]
+        total = self.num_each * self.num_processes
+        positions = positions.repeat(-(-total // len(positions)))[:total]
+        by_process = [positions[p :: self.num_processes].split(self.batch_size) for p in range(self.num_processes)]
+        return [own[step] for step in range(self.num_steps) for own in by_process]

@@ -16,6 +16,7 @@ from apps.recsys.kinds import Outputs
 from apps.recsys.schema import NegativesConfig, SplitConfig, TableConfig, TaskConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.module import MultiTaskRecommender
+from apps.recsys.tables.negatives import SampledPlan
 
 THREE = NegativesConfig(3, "click")
 
@@ -57,6 +58,20 @@ def test_an_epoch_has_so_many_negatives_and_all_else(tmp_path):
     assert drawn.bincount(minlength=104)[10:100].min() > 2
     dropped = data_of(tmp_path, drop_last=True).train_dataloader()
     assert [len(batch) for batch in epoch_of(dropped)] == [16, 16]
+
+
+def test_processes_share_an_epoch_out_evenly(tmp_path):
+    # 44 rows on 3 processes: 15 each, and one row is repeated; batches of 8 and 7.
+    rows = data_of(tmp_path).examples("train")
+    plan = SampledPlan(rows, 8, drop_last=False, num_processes=3)
+    batches = plan.batches(0, 0)
+    assert len(plan) == 6
+    assert [len(batch) for batch in batches] == [8, 8, 8, 7, 7, 7]
+    alone = torch.cat(list(SampledPlan(rows, 8, drop_last=False).batches(0, 0)))
+    assert torch.equal(torch.cat(list(batches)).unique(), alone.sort().values)
+    assert [len(b) for b in SampledPlan(rows, 8, True, 3).batches(0, 0)] == [8, 8, 8]
+    with pytest.raises(ValueError, match="batch_size=16 exceeds the 44 rows of an epoch; drop_last drops them all"):
+        SampledPlan(rows, 16, True, 3)
 
 
 def test_a_resumed_epoch_goes_on_with_the_same_rows(tmp_path):

@@ -57,6 +57,8 @@ def test_parts_are_left_out_by_name(tmp_path):
         assert [f.name for f in data_of(tmp_path, exclude=exclude).features.categorical] == ["city"]
     with pytest.raises(ValueError, match=r"exclude='at_day' is not a feature; did you mean 'at_days'\?"):
         _ = data_of(tmp_path, exclude=["at_day"]).features
+    with pytest.raises(ValueError, match=r"column 'at_hour' is a part of a timestamp already: leave one of the two"):
+        TableConfig(("at_hour",), tasks=CONFIG.tasks, timestamps=("at",))
     with pytest.raises(ValueError, match=r"left_out names 'at_year', which is no part of a timestamp"):
         TableConfig(("city",), tasks=CONFIG.tasks, timestamps=("at",), left_out=("at_year",))
 
