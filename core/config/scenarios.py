@@ -24,7 +24,7 @@ class HoME(MultiGateConfig):
     of its tasks z_c, and task k of category c has ``y_k = sum_e softmax(W_k [z_s, z_c])_e f_e + self-gate`` over the
     shared experts, its category's and its own.
 
-    The paper's experts are ``MLP(..., activation="silu", norm="batch")``.
+    The default expert is the paper's, with Swish and batch norm; ``feature_gate`` adds its feature-gates.
 
     Attributes:
         num_experts: shared experts of each level.
@@ -57,9 +57,7 @@ class HoME(MultiGateConfig):
         if self.num_domain_experts:
             raise ValueError(f"num_domain_experts={self.num_domain_experts} has no meaning for HoME: see M3oE")
 
-    def groups(self, num_tasks: int, num_domains: int = 0) -> CategoryGroups:
-        """Return how the experts of the second level are shared out among categories and tasks."""
-        super().groups(num_tasks, num_domains)  # refuses numbers out of range
+    def _groups(self, num_tasks: int, num_domains: int) -> CategoryGroups:
         categories = self.categories or (0,) * num_tasks
         if len(categories) != num_tasks:
             raise ValueError(f"categories={list(categories)} has {len(categories)} numbers for {num_tasks} tasks")
@@ -73,23 +71,19 @@ class HoME(MultiGateConfig):
             num_category=self.num_category_experts,
         )
 
-    def _meta_groups(self, groups: CategoryGroups) -> ExpertGroups:
-        """Return how the meta experts are shared out among the categories."""
+    def _meta_groups(self, groups: ExpertGroups) -> ExpertGroups:
+        """Return how the meta experts are shared out among the categories, given the second level's groups."""
+        assert isinstance(groups, CategoryGroups)
         count = groups.num_categories
         own, domains = (self.num_category_experts,) * count, groups.num_domains
         return ExpertGroups(count, self.num_experts, own, self.self_gate, num_domains=domains, owner="category")
 
-    def _widths(self, dim: int) -> tuple[int, int]:
-        """Return the widths of what the experts of the two levels read; the second level's gates read two of them."""
-        return dim, self.expert.out_dim(dim)
-
     def _levels(self, dim: int) -> list[tuple[int, bool]]:
-        meta, width = self._widths(dim)
-        return [(meta, True), (width, False)]
+        return [(dim, True), (self.expert.out_dim(dim), False)]
 
     def _layer(self, dim: int, num_tasks: int, groups: ExpertGroups) -> MultiGateLayer:
         assert isinstance(groups, CategoryGroups)
-        meta, (_, width) = self._meta_groups(groups), self._widths(dim)
+        meta, width = self._meta_groups(groups), self.expert.out_dim(dim)
         feature_gates = None
         if self.feature_gate:
             first = FeatureGate(dim, meta.num_dense, self.feature_gate)
@@ -105,16 +99,11 @@ class HoME(MultiGateConfig):
             dim=dim,
         )
 
-    def num_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
-        groups = self.groups(num_tasks, num_domains)
+    def _params(self, dim: int, groups: ExpertGroups, experts: int) -> int:
         meta, width = self._meta_groups(groups), self.expert.out_dim(dim)
+        # The second level's gates read two representations.
         gates = self._gate_params(dim, meta, shared_gate=True) + self._gate_params(2 * width, groups)
-        experts = self._expert_params(dim, meta, meta.num_dense)
-        return gates + experts + self._expert_params(width, groups, groups.num_dense)
-
-    def active_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
-        """Return the parameters of the layer: every expert computes every example."""
-        return self.num_params(dim, num_tasks, num_domains)
+        return gates + self._expert_params(dim, meta, meta.num_dense) + self._expert_params(width, groups, experts)
 
     def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
         groups = self.groups(num_tasks, num_domains)
@@ -173,14 +162,10 @@ class M3oE(MultiGateConfig):
             dim=dim,
         )
 
-    def num_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
-        groups, fusion = self.groups(num_tasks, num_domains), 4
-        gates = self._gate_params(dim, self._gate_groups(num_tasks, num_domains))
+    def _params(self, dim: int, groups: ExpertGroups, experts: int) -> int:
+        gates, fusion = self._gate_params(dim, self._gate_groups(groups.num_tasks, groups.num_domains)), 4
+        # Those of other domains too: every expert computes every example.
         return gates + fusion + self._expert_params(dim, groups, groups.num_experts)
-
-    def active_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
-        """Return the parameters of the layer: every expert computes every example."""
-        return self.num_params(dim, num_tasks, num_domains)
 
     def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
         groups = self.groups(num_tasks, num_domains)

@@ -219,7 +219,7 @@ class MultiGateMoE(DenseGatesLayer):
         return mixed.task_tTH.expand(self.num_tasks, -1, -1)
 
     def active_expert_params(self) -> int:
-        return active_params_of(self.experts, self.groups)
+        return _active_params(self.experts, self.groups)
 
 
 class PLELayer(DenseGatesLayer):
@@ -263,7 +263,7 @@ class PLELayer(DenseGatesLayer):
         return mixed.task_tTH
 
     def active_expert_params(self) -> int:
-        return sum(active_params_of(cast(Experts, experts), self.groups) for experts in self.experts)
+        return sum(_active_params(cast(Experts, experts), self.groups) for experts in self.experts)
 
 
 class SparseMultiGateMoE(MultiGateLayer):
@@ -436,7 +436,7 @@ def _with_domain(examples: Examples, domain: DomainEmbedding | None) -> Tensor:
     return domain(examples.x_TD, examples.domain_T).unflatten(0, examples.x_BSD.shape[:2])
 
 
-def active_params_of(experts: Experts, groups: ExpertGroups) -> int:
+def _active_params(experts: Experts, groups: ExpertGroups) -> int:
     """Return a level's expert parameters that an example touches: all but those of other domains."""
     total = sum(p.numel() for p in experts.parameters())
     return total * (groups.num_dense + groups.num_domain) // groups.num_experts

@@ -64,9 +64,17 @@ class HoMELayer(DenseGatesLayer):
         self.router, self.experts = GateRouters(list(gates)), nn.ModuleList(experts)
         self.groups = (meta_groups, groups)
         self.feature_gates = None if feature_gates is None else nn.ModuleList(feature_gates)
-        ids_tV = torch.tensor([groups.expert_ids(k) for k in range(groups.num_tasks)])
-        self.register_buffer("_ids_tV", ids_tV, persistent=False)
-        self.register_buffer("_categories_t", torch.tensor(groups.categories), persistent=False)
+        shape = groups.num_tasks, len(groups.expert_ids(0))
+        self.register_buffer("_ids_tV", torch.empty(shape, dtype=torch.int64), persistent=False)
+        self.register_buffer("_categories_t", torch.empty(groups.num_tasks, dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "groups"):  # not there yet while the base class is made
+            groups = self.groups[1]
+            self._ids_tV.copy_(torch.tensor([groups.expert_ids(k) for k in range(groups.num_tasks)], device="cpu"))
+            self._categories_t.copy_(torch.tensor(groups.categories, device="cpu"))
 
     def _compute(self, examples: Examples) -> Tensor:
         feature_gates: Any = self.feature_gates or (None, None)
