@@ -126,7 +126,7 @@ def test_under_autocast_gates_stay_in_float32(name):
     assert (y.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-@pytest.mark.parametrize("name", ["mmoe", "cgc", "home ple", "domain mmoe", "top-k", "shared top-k"])
+@pytest.mark.parametrize("name", ["mmoe", "cgc", "home ple", "domain mmoe", "top-k", "shared top-k", "smes"])
 def test_a_layer_in_bfloat16(name):
     layer = build(name).bfloat16()
     y = layer(examples(6).bfloat16(), context(name, 6))
@@ -156,7 +156,7 @@ def test_copies_pickles_and_states_are_the_same_layer(name):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["home ple", "domain mmoe", "shared top-k"])
+@pytest.mark.parametrize("name", ["home ple", "domain mmoe", "shared top-k", "smes"])
 def test_the_compiled_layer_equals_eager(name):
     layer = build(name)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -167,7 +167,7 @@ def test_the_compiled_layer_equals_eager(name):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["omoe", "home ple", "domain ple", "shared top-k"])
+@pytest.mark.parametrize("name", ["omoe", "home ple", "domain ple", "shared top-k", "smes"])
 def test_the_exported_layer_serves_other_batches(name):
     layer = build(name).eval()
     known = context(name, 6)
