@@ -231,10 +231,11 @@ class NextItemRecommender(SparseModule, Comparable):
         and a warning counts them; a history of no others gets no items.
 
         Args:
-            histories: lists of items, the oldest first: one for each history. Or events, one a row, with the columns
-                that the training file had (user, item and time, where there was one): a pandas DataFrame, a pyarrow
-                Table, a dict of columns, or a path of CSV or Parquet files. Events that the training left out for
-                their rating (``min_rating``) are left out.
+            histories: lists of items, the oldest first: one for each history; a model with ``time_buckets`` takes the
+                items of a list as of one time. Or events, one a row, with the columns that the training file had (user,
+                item and time, where there was one): a pandas DataFrame, a pyarrow Table, a dict of columns, or a path
+                of CSV or Parquet files. Events that the training left out for their rating (``min_rating``) are left
+                out.
             top: items of a history at most.
             include_seen: recommend items of the history too, as ``moesaic predict`` does unless the model has
                 ``exclude_seen``.
