@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from apps.nets.attention import hidden_score
@@ -57,6 +58,14 @@ def test_the_mask_by_hand():
     assert mask.bias[2].tolist() == [[0.0, hidden, hidden], [1.0, 0.0, hidden], [2.0, 1.0, 0.0]]
     # Without times all are of one.
     assert torch.equal(bias.mask(torch.empty(2, 3, 0, dtype=torch.float64), None).bias[:2], mask.bias[2:])
+
+
+def test_pointwise_attention_begins_as_a_sum_of_all_values():
+    # With queries and keys of 0 each weight is silu(1) / N = 0.7311 / N, and a softmax has the same for all.
+    mask = PairBias(num_heads=1, max_length=4).double().mask(torch.empty(1, 4, 0, dtype=torch.float64), None)
+    seen_LL = torch.ones(4, 4, dtype=torch.float64).tril()
+    assert_close(F.silu(mask.bias[0]), seen_LL / (1 + math.exp(-1)))
+    assert_close(mask.bias[0].softmax(-1), seen_LL / seen_LL.sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
