@@ -114,12 +114,8 @@ class ItemIndex:
         An item with the same product stands before it, and an item that is no candidate, or none (0), is last of all:
         its rank is I + 1.
         """
-        ranks = [item_B.new_empty(0)]
-        for score_bV, rows in self._scores(query_BD, seen_BH):
-            own_b = item_B[rows]
-            is_candidate_b = score_bV.gather(1, own_b[:, None])[:, 0] > -math.inf
-            ranks.append(torch.where(is_candidate_b, target_ranks(score_bV, own_b), len(self) + 1))
-        return torch.cat(ranks)
+        ranks = [target_ranks(score_bV, item_B[rows]) for score_bV, rows in self._scores(query_BD, seen_BH)]
+        return torch.cat([item_B.new_empty(0), *ranks])
 
     def _scores(self, query_BD: Tensor, seen_BH: Tensor | None) -> Iterator[tuple[Tensor, slice]]:
         """Yield the products of some queries with all items, (b, I + 1), and which queries they are; -inf where an item
