@@ -158,7 +158,7 @@ class TableConfig:
         categorical: columns of one value a row.
         multi_valued: columns of any number of values a row: lists, or text that ``separator`` cuts.
         continuous: columns of numbers.
-        tasks: labels by the name of the task.
+        tasks: labels by the name of the task; none where all that counts is that a row is there.
         domain: column of the domain; None where there is one domain.
         user: column whose rows belong together, for a split by user and metrics by user. A test reports the rows of
             users that have no row in training apart.
@@ -180,7 +180,7 @@ class TableConfig:
         texts: columns of text, by name, which become vectors.
 
     Raises:
-        ValueError: no task, no feature, a label among the features, a column with two of the roles of a feature, an
+        ValueError: no feature, a label among the features, a column with two of the roles of a feature, an
             option for a column that is no categorical feature, or a split that needs a column which is not named.
     """
 
@@ -267,8 +267,6 @@ class TableConfig:
         return replace(self, **kept)
 
     def _check_roles(self) -> None:
-        if not self.tasks:
-            raise ValueError("table.tasks names no label")
         if not self.features:
             raise ValueError(f"table names no feature: {', '.join(_FEATURE_ROLES)} are empty")
         seen: dict[str, str] = {}

@@ -123,6 +123,7 @@ class RetrievalData(TableData):
     """
 
     unit = "pairs"
+    needs_labels = False
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -102,6 +102,8 @@ class TableData(SuiteData):
     """
 
     unit = "rows"
+    needs_labels: ClassVar[bool] = True
+    """Whether a table without tasks is refused."""
     hold_out = "{split}_file (--data.{split}_file) or a share split.{split} (--data.split.{split}) gives it some"
 
     @classmethod
@@ -392,6 +394,8 @@ class TableData(SuiteData):
 
     def _check_options(self) -> None:
         check_at_least(1, subset=self.subset)
+        if self.needs_labels and self.table is not None and not self.table.tasks:
+            raise ValueError("table.tasks names no label")
         if self.dataset == "table":
             for name in ("train_file", "table"):
                 if getattr(self, name) is None:

@@ -12,7 +12,6 @@ CLICK = {"click": TaskConfig("y")}
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"categorical": ("a",)}, "names no label"),
         ({"tasks": CLICK}, "names no feature"),
         (
             {"categorical": ("a", "y"), "tasks": CLICK},

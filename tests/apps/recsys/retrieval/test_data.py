@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from apps.recsys.retrieval.catalogue import Catalogue, Seen, last_rows
 from apps.recsys.retrieval.columns import encoding_of_part, names_of, raw_columns, take_columns
+from apps.recsys.tables.data import TableData
 from apps.recsys.tables.rows import TableRows
 
 
@@ -74,6 +75,15 @@ def test_without_a_task_all_rows_are_pairs(tmp_path):
     assert data.catalogue.seen is None
     assert data.examples("test").__getitems__([0]).seen_BH is None
     assert names_of(data.user_features) == ("age",)
+
+
+def test_a_table_without_labels_is_enough(tmp_path):
+    data = made_pairs(tmp_path, table={**TABLE, "tasks": {}}, positive=None)
+    assert data.describe() == "table: 9 train, 3 val, 3 test pairs, 5 items"
+    batch = data.examples("train").__getitems__([0, 8])
+    assert [data.item_values[i] for i in batch.item_B.tolist()] == ["Alien", "Fargo"]
+    with pytest.raises(ValueError, match="table.tasks names no label"):
+        TableData("table", train_file="any.csv", table={**TABLE, "tasks": {}})
 
 
 def test_uniform_negatives_are_drawn_from_the_catalogue_by_the_seed(tmp_path):
