@@ -133,14 +133,15 @@ def raw_columns(batch: TableBatch, encoding: Encoding) -> pa.Table:
             raise ValueError(f"column {feature.name!r} is hashed: the model does not keep its values")
         assert batch.sparse is not None
         jagged = batch.sparse[feature.name]
-        row_N = pa.array(jagged.values().cpu().numpy())
+        row_N = jagged.values().cpu().numpy()
         known = encoding.vocabularies.get(feature.name)
         # Row numbers that a table has itself stand for themselves; 0 is a missing value.
-        texts = pa.array(range(feature.num_rows)) if known is None else pa.array(["", *known.texts()])
-        values = texts.take(pa.array(row_N, mask=np.asarray(row_N) == 0))
+        own = pa.array(range(feature.num_rows)) if known is None else pa.array(["", *known.texts()])
+        values = own.take(pa.array(row_N, mask=row_N == 0))
         if feature.multi_valued:
-            ends = jagged.lengths().cpu().long().cumsum(0)
-            values = pa.ListArray.from_arrays(pa.array([0, *ends.tolist()], pa.int32()), values)
+            bag_N = np.repeat(np.arange(len(batch)), jagged.lengths().cpu().numpy())
+            ends = np.bincount(bag_N[row_N > 0], minlength=len(batch)).cumsum()
+            values = pa.ListArray.from_arrays(pa.array([0, *ends], pa.int32()), values.drop_null())
         columns[feature.name] = values
     for number, values_B in zip(encoding.features.continuous, batch.dense_BC.t().cpu().numpy(), strict=True):
         columns[number.name] = pa.array(values_B, from_pandas=True)

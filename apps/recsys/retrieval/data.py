@@ -220,6 +220,19 @@ class RetrievalData(TableData):
         return self._own_catalogue
 
     @property
+    def _seen(self) -> Seen | None:
+        """The items that are no candidates of a user in evaluation; None: all are.
+
+        Raises:
+            ValueError: the checkpoint does not keep them.
+        """
+        if self.exclude_seen and self.catalogue.seen is None:
+            raise ValueError(
+                "exclude_seen=True: the checkpoint does not keep what users had, for it was trained without"
+            )
+        return self.catalogue.seen if self.exclude_seen else None
+
+    @property
     def encoding_state(self) -> dict[str, Any]:
         """The encoding of the columns and the catalogue, as plain values and tensors, for a checkpoint."""
         sides = {"item_column": self.item_column, "user_column": self.user_column}
@@ -250,7 +263,7 @@ class RetrievalData(TableData):
             self.item_column,
             log_probability(catalogue.count_I, self.batch_size or 1, self.num_uniform),
             self.num_uniform if is_train else 0,
-            None if is_train else catalogue.seen,
+            None if is_train else self._seen,
             self.user_column,
         )
 
@@ -268,7 +281,7 @@ class RetrievalData(TableData):
         if self.predict_file is None:
             return self.test_dataloader()
         rows = self._encoded_users()
-        return self.eval_loader(Pairs(rows, rows.features, seen=self.catalogue.seen, user_column=self.user_column))
+        return self.eval_loader(Pairs(rows, rows.features, seen=self._seen, user_column=self.user_column))
 
     def train_eval_dataloader(self) -> DataLoader[Any]:
         """Return the training pairs in the table's order."""

@@ -82,7 +82,7 @@ def test_a_table_without_labels_is_enough(tmp_path):
     assert data.describe() == "table: 9 train, 3 val, 3 test pairs, 5 items"
     batch = data.examples("train").__getitems__([0, 8])
     assert [data.item_values[i] for i in batch.item_B.tolist()] == ["Alien", "Fargo"]
-    with pytest.raises(ValueError, match="table.tasks names no label"):
+    with pytest.raises(ValueError, match=r"table\.tasks names no label"):
         TableData("table", train_file="any.csv", table={**TABLE, "tasks": {}})
 
 
@@ -112,6 +112,26 @@ def test_a_catalogue_is_kept_as_plain_values(data):
     again = Catalogue.from_state(data.catalogue.state())
     assert by_row(next(again.batches(data.item_features))) == by_row(next(data.catalogue.batches(data.item_features)))
     assert again.seen.items.tolist() == data.catalogue.seen.items.tolist()
+
+
+def test_what_users_had_is_the_checkpoint_s(data, tmp_path):
+    state = data.encoding_state
+    for exclude_seen, want in ((True, [[1, 2, 3]]), (False, None)):
+        given = made_pairs(tmp_path, user_column="user", exclude_seen=exclude_seen)
+        given.adopt(state)
+        seen_BH = given.examples("test").__getitems__([0]).seen_BH
+        assert (None if seen_BH is None else seen_BH.tolist()) == want
+    data.adopt({**state, "catalogue": {**state["catalogue"], "seen": None}})
+    with pytest.raises(ValueError, match="exclude_seen=True: the checkpoint does not keep what users had"):
+        data.examples("test")
+
+
+def test_values_without_a_row_are_missing(tmp_path):
+    rare = made_pairs(tmp_path, table={**TABLE, "min_count": 3})  # sci-fi is there six times, Alien twice
+    part = encoding_of_part(rare.encoding, ["film", "genres"])
+    batch = TableRows(rare.opened, rare.features, torch.arange(3))[:]
+    raw = raw_columns(take_columns(batch, rare.features, part.features), part)
+    assert raw.to_pydict() == {"film": [None] * 3, "genres": [["sci-fi"], ["sci-fi"], []]}
 
 
 @pytest.mark.parametrize(
