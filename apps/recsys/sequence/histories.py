@@ -49,9 +49,8 @@ class Items:
     def extended(self, values: Sequence[str], names: Sequence[str], wanted: NDArray[np.bool_]) -> Items:
         """Return these items, and after them the ``wanted`` ones of ``values`` that are new, with their names."""
         places = [i for i in np.flatnonzero(wanted).tolist() if values[i] not in self.ids]
-        return Items(
-            *((*own, *(texts[i] for i in places)) for own, texts in ((self.values, values), (self.names, names)))
-        )
+        new_values, new_names = (tuple(texts[i] for i in places) for texts in (values, names))
+        return Items(self.values + new_values, self.names + new_names)
 
     @cached_property
     def ids(self) -> dict[str, int]:

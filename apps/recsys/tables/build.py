@@ -6,7 +6,7 @@ Beside the arrow tables, one column at a time is in memory; encoded columns go t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -189,7 +189,9 @@ class _Build:
         self._read_parts()
         config = self.config
         if given is not None:
-            self._check_given(given)
+            parts = {"timestamps": self.timestamps, "texts": tuple(self.texts)}
+            if difference := next(_differences(config, given, parts), None):
+                raise ValueError(f"the table does not fit the checkpoint: {difference}")
         self.num_rows = sum(len(table) for table in self.tables.values())
         raw_labels = {
             name: read_labels(
@@ -288,42 +290,6 @@ class _Build:
         self.config = self.config.with_parts()
         for hour, weekday, _ in map(timestamp_columns, self.timestamps):
             self.fixed |= {hour: Vocabulary.of(pa.array(HOURS)), weekday: Vocabulary.of(pa.array(WEEKDAYS))}
-
-    def _check_given(self, given: Encoding) -> None:
-        """Refuse a description whose columns are not those of ``given``."""
-        config, features = self.config, given.features
-        sizes = {**config.hash_rows, **config.num_rows}
-        here: dict[str, Any] = {
-            column: (sizes.get(column), column in config.multi_valued, column in config.hash_rows)
-            for column in (*config.categorical, *config.multi_valued)
-        }
-        there = {
-            f.name: (None if f.name in given.vocabularies else f.num_rows, f.multi_valued, f.hashed)
-            for f in features.categorical
-        }
-        differing: tuple[tuple[str, Any, Any], ...] = (
-            ("categorical columns", list(there), list(here)),
-            *((f"rows of column {c!r}", there[c], here[c]) for c in here if c in there),
-            ("timestamps", list(given.timestamps), list(self.timestamps)),
-            ("texts", list(given.texts), list(self.texts)),
-            ("continuous columns", [f.name for f in features.continuous], list(config.continuous)),
-            ("columns of vectors", [f.name for f in features.vectors], list(config.vectors)),
-            (
-                "sequences",
-                [(f.name, f.items, f.length) for f in features.sequences],
-                [(column, sequence.items, sequence.length) for column, sequence in config.sequences.items()],
-            ),
-            ("tasks", list(features.tasks), list(config.tasks)),
-            (
-                "kinds of tasks",
-                [target.kind for target in features.target_of_task],
-                [task.kind for task in config.tasks.values()],
-            ),
-            ("domain", given.domain, config.domain),
-        )
-        for what, a, b in differing:
-            if a != b:
-                raise ValueError(f"the table does not fit the checkpoint: {what}: {a} there, {b} here")
 
     def _parts(self, column: str) -> list[Part]:
         return [(_WHERE[name], table.column(column)) for name, table in self.tables.items()]
@@ -606,6 +572,57 @@ class _Build:
                     f"column {column!r} determines the label of task {name!r} in every training row: "
                     "is it known before the label is? Else leave it out (exclude)"
                 )
+
+
+def _differences(config: TableConfig, given: Encoding, parts: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """Yield what a description of columns and tasks has otherwise than ``given``.
+
+    Args:
+        config: the description, with the parts of timestamps and texts as columns.
+        given: the encoding.
+        parts: the columns that were taken apart, by role.
+    """
+    features = given.features
+    for role, columns in parts.items():
+        if tuple(getattr(given, role)) != columns:
+            yield f"table.{role} is {list(getattr(given, role))} there and {list(columns)} here"
+    there = {f.name: "multi_valued" if f.multi_valued else "categorical" for f in features.categorical}
+    there |= dict.fromkeys(given.numbers, "continuous") | {f.name: "vectors" for f in features.vectors}
+    there |= {f.name: "sequences" for f in features.sequences}
+    here = {column: config.roles[column] for column in config.features}
+    for column, role in there.items():
+        if column not in here:
+            yield f"column {column!r}, which the model reads, is missing: table.{role} must name it"
+        elif here[column] != role:
+            yield f"column {column!r} is {role} there and {here[column]} here"
+    for column, role in here.items():
+        if column not in there:
+            yield f"column {column!r} ({role}) is none that the model reads: leave it out"
+    for first, second in zip(there, here, strict=False):
+        if first != second:
+            yield f"column {second!r} stands where {first!r} does there: name the columns in the same order"
+    for feature in features.categorical:
+        sizes = {name: getattr(config, name).get(feature.name) for name in ("hash_rows", "num_rows")}
+        kind = None if feature.name in given.vocabularies else "hash_rows" if feature.hashed else "num_rows"
+        for name, size in sizes.items():
+            expected = feature.num_rows if name == kind else None
+            if size != expected:
+                yield f"{name} of column {feature.name!r} is {expected} there and {size} here"
+    for sequence in features.sequences:
+        own = config.sequences[sequence.name]
+        for name in ("items", "length"):
+            if getattr(sequence, name) != getattr(own, name):
+                is_there, is_here = getattr(sequence, name), getattr(own, name)
+                yield f"sequences[{sequence.name!r}].{name} is {is_there!r} there and {is_here!r} here"
+    if list(features.tasks) != list(config.tasks):
+        yield f"the tasks are {', '.join(features.tasks)} there and {', '.join(config.tasks)} here"
+    for name, target in zip(features.tasks, features.target_of_task, strict=True):
+        task = config.tasks[name]
+        for what, a, b in (("kind", target.kind, task.kind), ("loss", target.loss, task.loss or "squared")):
+            if a != b:
+                yield f"{what} of task {name!r} is {a!r} there and {b!r} here"
+    if given.domain != config.domain:
+        yield f"table.domain is {given.domain!r} there and {config.domain!r} here"
 
 
 def _places(vectors: Sequence[VectorFeature]) -> list[slice]:

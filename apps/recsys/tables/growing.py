@@ -47,11 +47,10 @@ def widened(
     for member, (name, arch) in enumerate(sparse):
         before = [replace(f, num_rows=rows_of.get(f.name, f.num_rows)) for f in arch.features]
         _extend_tables(state, f"{name}.", arch, before)
-        if fused:
+        if fused and arch.config.kind == "fused":
             fused[member] = _extend_state(fused[member], arch.features, before)
     for name, module in model.named_modules():
-        if isinstance(module, DomainEmbedding):
-            vectors = state[f"{name}.weight"]
+        if isinstance(module, DomainEmbedding) and (vectors := state.get(f"{name}.weight")) is not None:
             added = len(module.weight) - len(vectors)
             state[f"{name}.weight"] = torch.cat((vectors, vectors.mean(0, keepdim=True).expand(added, -1)))
     _check_domains(state, model, old, new)
@@ -60,17 +59,19 @@ def widened(
 
 
 def _extend_tables(state: dict[str, Any], prefix: str, arch: SparseArch, before: Sequence[CategoricalFeature]) -> None:
-    """Add the rows of new values to the tables of one network, in place."""
+    """Add the rows of new values to the tables of one network, in place; tables of another kind stay as they are."""
     if arch.config.kind == "joined":
-        if arch.features:
-            tables = state[f"{prefix}weight"].split([f.num_rows for f in before])
-            parts = zip(tables, arch.features, strict=True)
-            state[f"{prefix}weight"] = torch.cat([_with_rows(table, f.num_rows) for table, f in parts])
+        key, rows = f"{prefix}weight", [f.num_rows for f in before]
+        if key in state and len(state[key]) == sum(rows):
+            parts = zip(state[key].split(rows), arch.features, strict=True)
+            state[key] = torch.cat([_with_rows(table, f.num_rows) for table, f in parts])
         return
     for feature, name, dim in zip(arch.features, table_names(arch.features), arch.dims, strict=True):
         key = f"{prefix}collection.embedding_bags.{name}.weight"
+        if key not in state:
+            continue
         width = state[key].shape[1] // arch.copies
-        if width != dim:
+        if arch.config.by_cardinality and width != dim:
             raise ValueError(
                 f"column {feature.name!r} has {feature.num_rows} rows now, which would make its embedding {dim} wide "
                 f"by embedding.by_cardinality, and it is {width} wide in the checkpoint: set embedding.dims"

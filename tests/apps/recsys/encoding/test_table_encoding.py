@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,13 +13,14 @@ import pyarrow.parquet
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from own_table import CONFIG, NAN, TEST, by_row, changed, config_of, same, write
+from own_table import CONFIG, NAN, TEST, TRAIN, by_row, changed, same, write
 from places import ROOT
 
 import core
 from apps.cli import main
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.vocabulary import Vocabulary
+from apps.recsys.schema import TaskConfig
 from apps.recsys.tables.module import MultiTaskRecommender
 
 DOCS = ROOT / "docs" / "recommenders.md"
@@ -78,21 +80,38 @@ def test_what_was_encoded_is_used_again_where_it_is_the_same(own, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("changes", "message"),
     [
         (
-            config_of(categorical=("city",), multi_valued=("tags",), continuous=("age",), domain="shop"),
-            r"categorical columns: \['city', 'user', 'tags'\] there, \['city', 'tags'\] here",
+            {"categorical": ("city",), "hash_rows": {}},
+            "column 'user', which the model reads, is missing: table.categorical must",
         ),
-        (CONFIG.without(["age"]), r"continuous columns: \['age'\] there, \[\] here"),
+        ({"continuous": ()}, "column 'age', which the model reads, is missing: table.continuous must name it"),
+        ({"continuous": (), "categorical": ("city", "user", "age")}, "column 'age' is continuous there and categor"),
+        (
+            {"continuous": ("age", "stars2")},
+            r"column 'stars2' \(continuous\) is none that the model reads: leave it out",
+        ),
+        ({"categorical": ("user", "city")}, "column 'user' stands where 'city' does there: name the columns in the"),
+        ({"hash_rows": {"user": 50}}, "hash_rows of column 'user' is 100 there and 50 here"),
+        ({"hash_rows": {}, "num_rows": {"user": 100}}, "hash_rows of column 'user' is 100 there and None here"),
+        ({"num_rows": {"city": 9}}, "num_rows of column 'city' is None there and 9 here"),
+        ({"tasks": {"like": TaskConfig("click")}}, "the tasks are click, like there and like here"),
+        (
+            {"tasks": {**CONFIG.tasks, "like": TaskConfig("stars", kind="count")}},
+            "kind of task 'like' is 'binary' there and 'count' here",
+        ),
+        ({"domain": None}, "table.domain is 'shop' there and None here"),
     ],
 )
-def test_columns_that_the_checkpoint_is_not_of_are_refused(own, config, message):
+def test_a_table_that_the_checkpoint_is_not_of_is_refused(own, tmp_path, changes, message):
     state = own().encoding_state
-    other = own(config)
-    other.adopt(state)
-    with pytest.raises(ValueError, match=f"the table does not fit the checkpoint: {message}"):
-        other.setup("test")
+    write(tmp_path, train={**TRAIN, "stars2": [1] * 6}, test={**TEST, "stars2": [1] * 2})
+    for use in ("adopt", "extend"):
+        other = own(replace(CONFIG, **changes))
+        getattr(other, use)(state)
+        with pytest.raises(ValueError, match=f"^the table does not fit the checkpoint: {message}"):
+            other.setup("fit")
 
 
 def test_a_domain_that_training_lacks_is_named(own, tmp_path):
