@@ -14,6 +14,10 @@ from PIL import Image
 
 import core
 from apps.cli import main
+from apps.compare.suite.figures import Figures
+from apps.compare.suite.file import Suite
+from apps.compare.suite.markdown import markdown
+from apps.compare.suite.standings import standings
 from apps.equal_cost import routers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +84,14 @@ def test_paths_and_dotted_names_exist(page):
     names = re.findall(r"(?<![\w/.-])(?:apps|core)(?:\.[A-Za-z_]\w*)+(?!/)", text)
     missing += [n for n in names if not PLACEHOLDER.search(n) and not n.endswith(".py") and not exists(n)]
     assert missing == []
+
+
+def test_the_leaderboard_is_that_of_its_suite_and_figures(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    suite = Suite.read(Path("configs/suites/recommenders.yaml"))
+    boards = [standings(board, suite, Figures(suite.figures_folder)) for board in suite.boards]
+    again = f"{' '.join(suite.command())} --minutes 0"
+    assert suite.leaderboard_file.read_text(encoding="utf-8") == markdown(suite, boards), f"write it anew: {again}"
 
 
 @pytest.mark.parametrize("top", ["core", "apps"])

@@ -170,6 +170,7 @@ def _trained_differ(rows: Sequence[Row]) -> bool:
 
 
 def shown_interval(value: Interval | None, percent: bool, signed: bool = False) -> str:
+    """Return a mean ± half of its interval as text, to the digits that the interval allows; a dash for none."""
     if value is None:
         return NONE
     shown = number(value.mean, percent, signed, value.half_width)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,20 +31,21 @@ def run(command: Command, argv: Sequence[str]) -> int:
         ValueError: a refused configuration or row, or a folder with another comparison.
     """
     try:
-        run_suite(command)
+        run_suite(command, command_line(argv))
     except (KeyboardInterrupt, SystemExit) as stop:
         return stopped(stop, f"; what is finished is kept. To go on: {command_line(argv)}")
     return 0
 
 
 @interruptible()
-def run_suite(command: Command, clock: Callable[[], float] = time.monotonic) -> Queue:
+def run_suite(command: Command, again: str, clock: Callable[[], float] = time.monotonic) -> Queue:
     """Do the runs of a suite that are left, as many as the time allows, and write and show the leaderboard.
 
-    The leaderboard is written as well where a run fails or is stopped, with what is finished.
+    The leaderboard is written as well where a run fails or is stopped, with what is finished. ``again`` is the command
+    to go on, as the user is told it.
     """
     suite = command.suite
-    figures, runs = Figures(Path(suite.figures)), Path(suite.runs)
+    figures, runs = Figures(suite.figures_folder), suite.runs_folder
     runs.mkdir(parents=True, exist_ok=True)
     with holding(runs / ".lock", f"another suite is at work in {runs}"):
         with Display(suite.title) as display:
@@ -59,22 +59,23 @@ def run_suite(command: Command, clock: Callable[[], float] = time.monotonic) -> 
             estimate = sum(entry.minutes or 0.0 for _, entry, _ in left)
             about = f", about {duration(estimate)} by the suite's estimates" if estimate else ""
             why = "the time is up" if queue.is_over else "the data of some boards cannot be had"
-            say(f"{why}; runs left: {len(left)}{about}. To go on: {shlex.join(suite.command())}")
+            say(f"{why}; runs left: {len(left)}{about}. To go on: {again}")
     if command.opens:
         open_page(_page(suite))
     return queue
 
 
 def _page(suite: Suite) -> Path:
-    return Path(suite.page) if suite.page else Path(suite.runs) / FILE
+    return Path(suite.page) if suite.page else suite.runs_folder / FILE
 
 
 def _write(suite: Suite, figures: Figures) -> None:
     """Write the leaderboard as Markdown and as a page, and show who leads."""
     boards = [standings(board, suite, figures) for board in suite.boards]
-    text, path = write_text(Path(suite.leaderboard), markdown(suite, boards)), _page(suite)
+    text, path = write_text(suite.leaderboard_file, markdown(suite, boards)), _page(suite)
     page = leaderboard_page(suite, boards, moment())
     show_page(page)
     say(f"leaderboard: {text}")
     write_page(page, path)
-    write_index(path.parent.parent)
+    if not suite.page:
+        write_index(path.parent.parent)

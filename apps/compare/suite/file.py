@@ -227,10 +227,10 @@ class Suite:
         boards: its boards.
         about: sentences that stand below the heading.
         seeds: number of runs of each row; seeds count up from the configuration's.
-        runs: folder of the runs.
-        figures: folder of the figures of finished runs, a JSON file a board.
-        leaderboard: Markdown file of the leaderboard.
-        page: HTML file of the leaderboard; None: ``report.html`` in the folder of the runs.
+        runs: folder of the runs; empty: ``runs/suites/<name of the file>``.
+        figures: folder of the figures of finished runs, a JSON file a board; empty: one in that of the runs.
+        leaderboard: Markdown file of the leaderboard; empty: ``leaderboard.md`` in the folder of the runs.
+        page: HTML file of the leaderboard; empty: ``report.html`` in the folder of the runs.
         path: the suite file, as the command line names it.
         chosen: names of the boards that are trained; None: all.
     """
@@ -239,10 +239,10 @@ class Suite:
     boards: tuple[Board, ...]
     about: str = ""
     seeds: int = 3
-    runs: str = "runs/leaderboard"
-    figures: str = "docs/runs/leaderboard"
-    leaderboard: str = "docs/leaderboard.md"
-    page: str | None = None
+    runs: str = ""
+    figures: str = ""
+    leaderboard: str = ""
+    page: str = ""
     path: str = ""
     chosen: tuple[str, ...] | None = None
 
@@ -267,6 +267,18 @@ class Suite:
         except ValueError as error:  # a UsageError is one
             raise type(error)(f"{path}: {error}") from None
         return suite
+
+    @property
+    def runs_folder(self) -> Path:
+        return Path(self.runs) if self.runs else Path("runs") / "suites" / Path(self.path).stem
+
+    @property
+    def figures_folder(self) -> Path:
+        return Path(self.figures) if self.figures else self.runs_folder / "figures"
+
+    @property
+    def leaderboard_file(self) -> Path:
+        return Path(self.leaderboard) if self.leaderboard else self.runs_folder / "leaderboard.md"
 
     def with_boards(self, names: Sequence[str]) -> Suite:
         """Return the suite, of which the boards ``names`` alone are trained.

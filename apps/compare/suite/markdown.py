@@ -52,11 +52,13 @@ def not_run(suite: Suite, standings: Standings) -> list[str]:
     """Return a line with the command that does the runs of a board that are left; none where all are done."""
     missing = [row.title for row in standings.rows if row.state == "not run"]
     partly = [row.title for row in standings.rows if row.num_seeds and row.num_seeds + row.diverged < suite.seeds]
+    if not missing and not partly:
+        return []
     parts = [
         f"{words}: {'; '.join(names)}." for words, names in (("Not run", missing), ("Not all seeds", partly)) if names
     ]
-    if not parts:
-        return []
+    if len(missing) == len(standings.rows):
+        parts = ["Not run."]
     board = standings.board
     command = f"`{shlex.join(suite.command('--boards', board.name))}`"
     how = f" {board.missing.strip()}" if board.missing and missing else ""

@@ -85,7 +85,6 @@ class Queue:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.suite, self.figures, self.rounds, self.display = suite, figures, rounds, display
-        self.runs = Path(suite.runs)
         self.chosen = [board for board in suite.boards if suite.is_chosen(board)]
         self._clock, self._end = clock, None if minutes is None else clock() + 60 * minutes
         self._experiment = functools.lru_cache(maxsize=2)(experiment_of)
@@ -135,13 +134,13 @@ class Queue:
             return False
         return (
             "diverged" not in row["runs"][seed]
-            and self._unit(entry, row, seed).checkpoint(entry.folder(self.runs)).exists()
+            and self._unit(entry, row, seed).checkpoint(entry.folder(self.suite.runs_folder)).exists()
         )
 
     def _describe(self, board: Board, entry: Entry) -> None:
         """Save what a row is and costs, where it is not known; what was left out may be there by now."""
         row = self.figures.row(entry)
-        if ("kind" in row and not row["refused"]) or board.name in self.missing:
+        if ("kind" in row and not row.get("refused")) or board.name in self.missing:
             return
         self._check_time()
         changes = self.figures.changes(entry)
@@ -193,7 +192,7 @@ class Queue:
         gc.collect()
 
     def _run(self, board: Board, entry: Entry, seed: int, experiment: Experiment) -> None:
-        folder, row = entry.folder(self.runs), self.figures.row(entry)
+        folder, row = entry.folder(self.suite.runs_folder), self.figures.row(entry)
         self._claim(entry, experiment, folder)
         name = f"{_title(entry)}, seed {seed}"
         unit = self._unit(entry, row, seed)
@@ -210,13 +209,8 @@ class Queue:
         if lacking and entry.baseline is None:
             logged = ", ".join(sorted(test))
             raise ValueError(f"board {board.name!r}: {entry.name!r} tests no {lacking[0]!r}; it has {logged}")
-        run = {
-            "test": test,
-            "steps": result["steps"],
-            "train_seconds": result["train_seconds"],
-            **_where(),
-        }
-        self.figures.add_run(entry, seed, run)
+        run = {name: result[name] for name in ("steps", "train_seconds")}
+        self.figures.add_run(entry, seed, {"test": test, **run, **_where()})
         self.display.finished(name, _minutes(entry))
         shown = ", ".join(f"{m} {test[m]:.4g}" for m in board.metrics or [row["monitor"]] if m in test)
         self.display.say(f"{name}: test {shown}, {result['train_seconds']:.1f} s")
@@ -258,7 +252,10 @@ class Queue:
 
     def _speed(self, entry: Entry, seed: int, experiment: Experiment) -> dict[str, Any]:
         unit = self._unit(entry, self.figures.row(entry), seed)
-        checkpoint, name = str(unit.checkpoint(entry.folder(self.runs))), f"{_title(entry)}, speed and memory"
+        checkpoint, name = (
+            str(unit.checkpoint(entry.folder(self.suite.runs_folder))),
+            f"{_title(entry)}, speed and memory",
+        )
         job = Job(experiment.arguments, unit.system, checkpoint, experiment.replaced, torch.get_num_threads())
         show = functools.partial(self.display.unit, name, work=0.0)
         speed = measure({name: job}, self.rounds, show, experiment.modules)[name]

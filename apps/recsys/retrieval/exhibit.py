@@ -13,7 +13,7 @@ from apps.recsys.retrieval.columns import encoding_of_part, names_of, raw_column
 from apps.recsys.retrieval.report import tower_label
 from apps.recsys.tables.exhibit import check_known, fields_of
 from apps.recsys.tables.scoring import encoding_of
-from apps.report.exhibit import Answer, Example, Exhibit, Words, expert_names
+from apps.report.exhibit import Answer, Example, Exhibit, Pieces, expert_names
 from apps.report.page import Table
 from apps.report.routed import experts_of_token
 
@@ -65,13 +65,13 @@ def exhibit(model: Any, data: Any, most: int) -> Exhibit:
     return Exhibit(about, "Retrieve", fields, answer, () if data is None else _examples(data, encoding, most))
 
 
-def _layers(tape: core.Tape, tower: str, names: Sequence[str], title: str) -> Mapping[str, tuple[Words, ...]]:
+def _layers(tape: core.Tape, tower: str, names: Sequence[str], title: str) -> Mapping[str, tuple[Pieces, ...]]:
     """Return the experts of rows by layer of a tower, from the pass of these rows."""
     layers = {}
     for entry in tape.entries:
         if entry.routing.num_tokens == len(names):
             experts_TK = experts_of_token(entry.routing, _MOST_EXPERTS).cpu().numpy()
-            words = Words(title, tuple((name,) for name in names), experts_TK, expert_names(entry.routing), "rows")
+            words = Pieces(title, tuple((name,) for name in names), experts_TK, expert_names(entry.routing), "rows")
             layers[tower_label(f"{tower}.{entry.name}")] = (words,)
     return layers
 

@@ -63,6 +63,18 @@ def test_the_command_line_overrides_folders_and_chooses_boards(tmp_path):
     assert (command.suite.figures, command.suite.chosen) == ("f", ("Points",))
 
 
+def test_without_places_all_is_in_a_folder_of_runs(tmp_path):
+    path = small_suite(tmp_path)
+    suite = yaml.safe_load(path.read_text())
+    for name in ("runs", "figures", "leaderboard"):
+        del suite[name]
+    path.write_text(yaml.safe_dump(suite))
+    made = Suite.read(path)
+    assert made.runs_folder.as_posix() == "runs/suites/suite"
+    assert made.figures_folder.as_posix() == "runs/suites/suite/figures"
+    assert made.leaderboard_file.as_posix() == "runs/suites/suite/leaderboard.md"
+
+
 A, B = {"name": "A"}, {"name": "B"}
 
 WRONG = {
