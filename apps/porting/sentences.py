@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -188,14 +186,6 @@ class SentenceEncoder(nn.Module):
             padded = [ids[i] + [self.pieces.ids["[PAD]"]] * (longest - len(ids[i])) for i in places]
             y_ND[places] = self(torch.tensor(padded, device=self.kind.device)).float().cpu()
         return y_ND
-
-    @cached_property
-    def digest(self) -> str:
-        """A hash of the weights."""
-        digest = hashlib.sha256()
-        for value in self.state_dict().values():
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
 
 def _tensor(tensors: files.Tensors, name: str, folder: Path) -> Tensor:

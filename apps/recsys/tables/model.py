@@ -149,8 +149,9 @@ class TableColumns(nn.Module):
         self.num_continuous = len(features.continuous)
         self.dense = DenseArch(features.continuous, dense, copies)
         attended = tuple(s for s in features.sequences if history.pooling == "din" and s.items is not None)
-        if history.pooling == "din" and not attended:
-            raise ValueError("history.pooling='din' needs a column of table.sequences that names its items")
+        if history.pooling == "din" and features.sequences and not attended:
+            names = ", ".join(s.name for s in features.sequences)
+            raise ValueError(f"history.pooling='din' needs a sequence that names its items, and {names} names none")
         averaged = tuple(s for s in features.sequences if s not in attended)
         self.sequence_names, self.averaged = [s.name for s in features.sequences], [s.name for s in averaged]
         columns = (*features.categorical, *self.dense.bin_features)

@@ -177,12 +177,11 @@ def write_parts(by_part: Mapping[str, tuple[int, Mapping[str, Metrics]]], folder
     lines = []
     for part, (num_rows, by_task) in by_part.items():
         for task, f in by_task.items():
-            binary = isinstance(f, TaskMetrics)
-            true = 100 * f.base_rate if isinstance(f, TaskMetrics) else f.mean_label
-            pred = (100 if binary else 1) * f.mean_prediction
+            true, scale = (f.base_rate, 100) if isinstance(f, TaskMetrics) else (f.mean_label, 1)
+            means = [f"{scale * mean:.4g}" for mean in (true, f.mean_prediction)]
             named = {name: value for name, value in f.values().items() if name in _PART_METRICS}
             words = ", ".join(f"{_NAMES.get(name, name.replace('_', ' '))} {_figure(v)}" for name, v in named.items())
-            lines.append([part.replace("_", " "), f"{num_rows:,}", task, f"{true:.4g}", f"{pred:.4g}", words])
+            lines.append([part.replace("_", " "), f"{num_rows:,}", task, *means, words])
     columns = ("part", "rows", "task", "true", "pred.", "metrics")
     title = "Cold users and items have no row in training; true and predicted on average, % of a task of yes and no"
     return Section("Users and items that training lacks", (_table(title, columns, lines),))

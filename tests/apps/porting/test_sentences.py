@@ -76,7 +76,6 @@ def test_a_vector_is_the_mean_of_the_pieces_at_unit_length(tmp_path, prefix):
         assert_close(vector, by_hand(folder, encoder.pieces.encode(text, 16)), rtol=1e-5, atol=1e-6)
     # The first 6 pieces of the third text: [CLS] blue hat , red [SEP].
     assert_close(encoder.encode(texts[2:3], 6), encoder.encode(["blue hat, red"], 64))
-    assert encoder.digest == SentenceEncoder(folder).digest != SentenceEncoder(write_encoder(tmp_path / "b", 1)).digest
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_the_attention_is_among_the_flops():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"sequences": (WORDS,)}, "needs a column of table.sequences that names its items"),
+        ({"sequences": (WORDS,)}, "needs a sequence that names its items, and words names none"),
         ({"sequences": (LAST,), "embedding": EmbeddingConfig("fused")}, "which embedding.kind='fused' cannot"),
     ],
 )
@@ -226,6 +226,11 @@ def test_attention_that_cannot_be_is_refused(options, match):
     sequences = options.pop("sequences")
     with pytest.raises(ValueError, match=match):
         MultiTaskRecommender(features(sequences=sequences), history=HistoryConfig("din"), **options)
+
+
+def test_a_table_without_sequences_has_no_history():
+    model = MultiTaskRecommender(features(), history=HistoryConfig("din"))
+    assert model(batch(None)).shape == (3, 2)
 
 
 def test_options_without_a_meaning_are_refused():

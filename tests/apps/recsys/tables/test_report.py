@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader
 import core
 from apps.recsys.binary_metrics import calibration
 from apps.recsys.encoding.features import CategoricalFeature
+from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables import checks, gating, pictures
 from apps.recsys.tables.arrays import join
 from apps.recsys.tables.gating import Gate, GateReader, dependence, expert_use
 from apps.recsys.tables.module import MultiTaskRecommender
-from apps.recsys.tables.report import RecommenderReport, RecommenderReportConfig
+from apps.recsys.tables.report import RecommenderReport, RecommenderReportConfig, write_parts
 from apps.report.page import load_sections
 
 MLP = core.MLP((4,))
@@ -347,3 +348,24 @@ def test_a_leak_is_reported_in_the_test_and_a_comparison_has_no_report(tmp_path,
     assert any(isinstance(c, RecommenderReport) for c in module.configure_callbacks())
     module.reports = False
     assert not any(isinstance(c, RecommenderReport) for c in module.configure_callbacks())
+
+
+def test_cold_users_have_lines_of_their_own(tmp_path):
+    metrics = MultiTaskMetrics(("click",))
+    # The cold user's three rows are ranked without an error, the four others with one of four pairs.
+    z = torch.tensor([1.0, -1.0, 0.0, 2.0, 1.0, 0.0, -1.0])[:, None]
+    y = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0])[:, None]
+    metrics.update(z, y, None, torch.tensor([1, 1, 1, 0, 0, 0, 0], dtype=torch.uint8))
+    metrics.compute()
+    section = write_parts(metrics.by_part, tmp_path)
+    (table,) = section.parts
+    warm, cold = table.rows
+    assert warm[:4] == ("warm", "4", "click", "50")
+    assert warm[5].startswith("AUC 0.75, ")
+    assert cold[:4] == ("cold user", "3", "click", "33.33")
+    assert cold[5].startswith("AUC 1, ")
+    with open(tmp_path / "cold.csv", newline="") as file:
+        assert [(row["part"], row["part_rows"], row["auc"]) for row in csv.DictReader(file)] == [
+            ("warm", "4", "0.75"),
+            ("cold_user", "3", "1.0"),
+        ]
