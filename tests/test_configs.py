@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,12 +59,16 @@ def image_folder(root: Path) -> Path:
 def no_data(monkeypatch) -> None:
     """Give the data modules what a model asks of tables and texts, which a test may not fetch."""
     made = Features(
-        categorical=(CategoricalFeature("city", 5), CategoricalFeature("tags", 7, multi_valued=True)),
+        categorical=(
+            *(CategoricalFeature(name, 5) for name in ("user_id", "item_id")),
+            CategoricalFeature("tags", 7, multi_valued=True),
+        ),
         continuous=(ContinuousFeature("age", mean=40.0, std=10.0, quantiles=(20.0, 30.0, 50.0)),),
         tasks=("like", "watched_next"),
         positives=(0.5, 0.2),
     )
-    monkeypatch.setattr(TableData, "features", made)
+    with_domains = property(lambda data: replace(made, num_domains=0 if data.domain is None else 3))
+    monkeypatch.setattr(TableData, "features", with_domains)
     monkeypatch.setattr(HistoryData, "num_items", 50)
     for name, value in (("user_features", made), ("item_features", made), ("num_items", 200)):
         monkeypatch.setattr(RetrievalData, name, value)
