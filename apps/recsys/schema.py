@@ -281,6 +281,10 @@ class TableConfig:
                     f"column {task.column!r} is the label of task {name!r} and a {seen[task.column]} feature: "
                     "a model that is given its label learns nothing"
                 )
+        if self.domain is not None and self.domain in {task.column for task in self.tasks.values()}:
+            raise ValueError(
+                f"column {self.domain!r} is a label and the domain: a model that is given its label learns nothing"
+            )
         # Names become keys of torch modules, which take no dot, and of metrics, where a slash has a meaning.
         for name in (*self.features, *self.tasks):
             if not name or "." in name or "/" in name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -259,6 +260,18 @@ def test_a_table_is_encoded_once_and_anew_when_anything_changes(own, tmp_path, m
     assert own().features == before
     assert len(calls) == 5
     assert not list((tmp_path / "cache" / "tables").glob(".*"))
+
+
+def test_a_column_that_is_there_is_the_domain(own):
+    without = dataclasses.replace(CONFIG, domain=None)
+    assert own(without).features.num_domains == 0
+    data = own(without, domain="shop")
+    assert data.features == own().features
+    assert data.domain_values == ("de", "fr")
+    with pytest.raises(ValueError, match=r"column 'shp' \(domain\) is not in .*train.csv'; did you mean 'shop'"):
+        _ = own(without, domain="shp").features
+    with pytest.raises(ValueError, match="column 'click' is a label and the domain"):
+        _ = own(without, domain="click").features
 
 
 def test_a_data_module_goes_to_another_process(own):
