@@ -56,6 +56,10 @@ class StarExperts(MLPExperts):
             elif name.startswith("norm"):
                 nn.init.constant_(parameter, 1.0 if _is_factor(name) else 0.0)
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the experts' own parameters, which do not decay: a factor would go to 0 where it starts at 1."""
+        return {name for name, _ in self.named_parameters(recurse=False)}
+
     def _get(self, name: str, i: int) -> Any:
         own = super()._get(name, i)
         if f"{name}_{i}" not in self.centre:

@@ -221,6 +221,10 @@ class DomainNorm(nn.Module):
         for tensor in (self.bias, self.domain_bias, self.running_mean):
             nn.init.zeros_(tensor)
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters, none of which decays, as those of other norms do not."""
+        return {name for name, _ in self.named_parameters()}
+
     def forward(self, x_RD: Tensor, domain_R: Tensor) -> Tensor:
         """Normalise rows (R, D) of the domains ``domain_R`` (R,)."""
         weight, bias = self.weight * self.domain_weight, self.bias + self.domain_bias

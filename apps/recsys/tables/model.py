@@ -282,6 +282,10 @@ class MultiTaskModel(TableColumns):
             prior_dim, widths = len(places) + domain_dim + self.input_dim, self.head.widths(tower_dim)
             self.tower_gates = TowerGates(prior_dim, head.gate_dim, widths, len(features.tasks))
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that do not decay: the domains' vectors, where those of other columns do not."""
+        return set() if self.domain is None or self.sparse.config.weight_decay else {"domain.weight"}
+
     def forward(self, batch: TableBatch) -> Tensor:
         """Return the outputs (B, Z), a logit a task where all are binary.
 

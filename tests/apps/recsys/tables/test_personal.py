@@ -11,6 +11,8 @@ from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.model import MultiTaskModel
 from apps.recsys.tables.personal import EmbeddingGate, TowerGates
 from apps.recsys.tables.tasks import HeadConfig
+from apps.train.module import OptimizerConfig
+from apps.train.optimizers import parameter_groups
 
 BOTTOM = SharedBottom(expert=core.MLP((6,)))
 PEPNET = {"head": HeadConfig(hidden_dims=(5, 4), personal=("city",), gate_dim=7), "gate_embeddings": 3}
@@ -103,6 +105,16 @@ def test_domains_and_personal_columns_reach_the_logits(head, gate_embeddings):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     object.__setattr__(rows, "domain_B", (rows.domain_B + 1) % 3)
     assert torch.equal(model(rows), z) == (not head and not gate_embeddings)
+
+
+def test_vectors_and_factors_of_domains_do_not_decay():
+    model = build(core.STAR(expert=core.MLP((4,))), gate_embeddings=3)
+    groups = parameter_groups(model, OptimizerConfig(weight_decay=0.1))
+    ids = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    decayed = {name for name, p in model.named_parameters() if id(p) in ids}
+    assert "shared.experts.centre.w_0" in decayed
+    assert "embedding_gate.layers.first.weight" in decayed
+    assert not decayed & {"domain.weight", "shared.experts.w_0", "shared.norm.domain_weight", "sparse.weight"}
 
 
 def test_personal_columns_are_read_where_they_stand():
