@@ -135,6 +135,16 @@ def write_noise(folder: Path, count: int) -> None:
         Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
+def test_the_suite_file_of_the_page_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    written, *_ = blocks((ROOT / "docs" / "command_line.md").read_text(encoding="utf-8"), "yaml")
+    (tmp_path / "ours.yaml").write_text(written)
+    (board,) = Suite.read(tmp_path / "ours.yaml").boards
+    assert [entry.baseline for entry in board.entries if entry.name.startswith("PLE")][
+        1
+    ] == "shared_bottom_equal_params"
+
+
 def test_the_page_of_images_runs(tmp_path, monkeypatch, capsys):
     import timm
     from safetensors.torch import save_file

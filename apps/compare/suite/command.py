@@ -30,10 +30,12 @@ def run(command: Command, argv: Sequence[str]) -> int:
     Raises:
         ValueError: a refused configuration or row, or a folder with another comparison.
     """
+    # The same command goes on, but for --minutes 0, which trains nothing.
+    again = command_line(["--suite", command.suite.path] if command.minutes == 0 else argv)
     try:
-        run_suite(command, command_line(argv))
+        run_suite(command, again)
     except (KeyboardInterrupt, SystemExit) as stop:
-        return stopped(stop, f"; what is finished is kept. To go on: {command_line(argv)}")
+        return stopped(stop, f"; what is finished is kept. To go on: {again}")
     return 0
 
 

@@ -10,6 +10,7 @@ from apps.cli.configs import shipped
 from apps.compare.suite.file import Suite
 from apps.compare.suite.markdown import legend, not_run
 from apps.compare.suite.standings import Standing, Standings
+from apps.compare.table import shown_interval
 from apps.report.page import (
     MOST_FIGURES,
     Code,
@@ -52,18 +53,12 @@ def _leaders(boards: Sequence[Standings]) -> Table | None:
     """Return the best row of each board; None where nothing was run."""
     rows = []
     for board in boards:
-        for row in board.ranked[:1]:
-            cells = dict(zip(*_without_title(board, row), strict=True))
-            metric = board.heading(board.metrics[0])
-            rows.append((board.board.name, row.title, cells["what it is"], metric, cells[metric], cells["seeds"]))
-    columns = ("board", "best", "what it is", "metric", "test", "seeds")
+        metric = board.metrics[0]
+        for best in board.ranked[:1]:
+            test = shown_interval(best.tests[metric], metric in board.shares)
+            rows.append((board.board.name, best.title, board.heading(metric), test, f"{best.num_seeds}"))
+    columns = ("board", "best", "metric", "test", "seeds")
     return Table("", columns, tuple(rows[:MOST_FIGURES])) if rows else None
-
-
-def _without_title(board: Standings, row: Standing) -> tuple[list[str], list[str]]:
-    """Return the headings of a board's table and the cells of a row."""
-    headings, *lines = board.cells()
-    return headings, lines[board.rows.index(row)]
 
 
 def _section(suite: Suite, board: Standings) -> Section:
@@ -83,20 +78,18 @@ def _charts(board: Standings) -> list[ScatterChart]:
     metric = board.metrics[0]
     factor = 100.0 if metric in board.shares else 1.0
     unit = next((row.figures["cost"]["unit"] for row in board.ranked if row.figures.get("cost")), "an example")
-    flops = {row.title: (row.cost("flops_per_example") or 0.0) / 1e6 for row in board.ranked}
-    seconds = {row.title: row.train_seconds or 0.0 for row in board.ranked}
     charts = []
     for name, axis, costs in (
-        ("FLOPs", f"MFLOPs {unit}, forward", flops),
-        ("training time", "training time of a run, s", seconds),
+        ("FLOPs", f"MFLOPs {unit}, forward", [(row.cost("flops_per_example") or 0.0) / 1e6 for row in board.ranked]),
+        ("training time", "training time of a run, s", [row.train_seconds or 0.0 for row in board.ranked]),
     ):
         points = []
-        for row in board.ranked:
+        for row, cost in zip(board.ranked, costs, strict=True):
             test = row.tests[metric]
-            if test is None or not costs[row.title]:
+            if test is None or not cost:
                 continue
             ends = (None, None) if test.half_width is None else (factor * test.low, factor * test.high)
-            points.append(Point(row.title, costs[row.title], factor * test.mean, *ends))
+            points.append(Point(row.title, cost, factor * test.mean, *ends))
         if not points:
             continue
         best = points[0]

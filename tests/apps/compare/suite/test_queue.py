@@ -160,7 +160,10 @@ def test_no_minutes_write_the_leaderboard_alone(tmp_path, done, capsys, suite_in
     assert f"- Not run. {again}" in page
     assert "| two of four | – | not run | – |" in page
     said = " ".join(capsys.readouterr().out.split())
-    assert "the time is up; runs left: 8, about 4.0 h by the suite's estimates" in said
+    assert (
+        "the time is up; runs left: 8, about 4.0 h by the suite's estimates. To go on: moesaic compare --suite" in said
+    )
+    assert "--minutes 0" not in said
     assert "Nothing has been run yet." in said
 
 

@@ -102,7 +102,7 @@ def test_the_page_has_every_board_and_the_leaders(tmp_path):
     suite, found = board(tmp_path, {"A": [0.80, 0.82], "B": [0.90, 0.91], "C": None}, seeds=2, about="Points.")
     page = leaderboard_page(suite, [found], "2026-01-02T03:04:05")
     assert page.verdict == (f"Points: {found.sentence()}",)
-    assert page.figures.rows == (("Points", "B", "sparse", "top1, %", "90.50 ± 6.35", "2 of 2"),)
+    assert page.figures.rows == (("Points", "B", "top1, %", "90.50 ± 6.35", "2"),)
     first = page.sections[0]
     assert [type(part).__name__ for part in first.parts] == ["Text", "ScatterChart", "ScatterChart", "Table", "Text"]
     flops = first.parts[1]
