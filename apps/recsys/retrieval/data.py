@@ -104,7 +104,7 @@ class RetrievalData(TableData):
 
     Args:
         dataset, root, cache_dir, train_file, val_file, test_file, predict_file, predict_columns, table, split, exclude,
-            synthetic, batch_size, eval_batch_size, drop_last, num_workers, subset, seed: as of ``TableData``. The rows
+            synthetic, batch_size, eval_batch_size, drop_last, num_workers, subset, seed: as for ``TableData``. The rows
             of ``predict_file`` are users: they need the users' columns alone.
         item_column: column that tells one item from another: categorical, with a row for each value.
         item_columns: columns that the items' tower reads; ``item_column`` may be among them.
