@@ -15,6 +15,7 @@ from apps.recsys.retrieval.index import ItemIndex
 USERS = {"key": [7, 8], "user": ["cy", "zoe"], "age": [50, 25]}
 QUIET = {"accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1}
 MODEL = {"tower": {"dim": 4, "width": 8}, "embedding": {"dim": 4}, "ks": [1, 3], "top_k": 2}
+REPORT = {"pictures": False}  # another test has them
 
 
 def write(folder, name, model, data):
@@ -29,7 +30,9 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     arguments = options(folder, user_column="user", exclude_seen=True)
     pairs = {"class_path": "RetrievalData", "init_args": arguments}
-    retrieve = write(folder, "retrieve", {"class_path": "TwoTowerRetriever", "init_args": MODEL}, pairs)
+    retrieve = write(
+        folder, "retrieve", {"class_path": "TwoTowerRetriever", "init_args": {**MODEL, "report": REPORT}}, pairs
+    )
     files = {name: arguments[name] for name in ("dataset", "train_file", "cache_dir")}
     rows = {"class_path": "TableData", "init_args": {**files, "table": TABLE}}
     ranker = {"class_path": "MultiTaskRecommender", "init_args": {"report": None}}
