@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from apps.recsys.encoding.features import CategoricalFeature, Features
 from apps.recsys.encoding.table_encoding import Encoding
-from apps.recsys.schema import nearest
+from apps.recsys.encoding.vocabulary import Vocabulary
+from apps.recsys.schema import nearest, timestamp_columns
 from apps.recsys.tables.batch import TableBatch
 
 if TYPE_CHECKING:
@@ -21,23 +23,40 @@ if TYPE_CHECKING:
 
 def names_of(features: Features) -> tuple[str, ...]:
     """Return the names of all columns, in the order of the description."""
-    return tuple(f.name for part in (features.categorical, features.continuous, features.vectors) for f in part)
+    parts = (features.categorical, features.continuous, features.vectors, features.sequences)
+    return tuple(f.name for part in parts for f in part)
 
 
 def part_of(features: Features, columns: Collection[str]) -> Features:
-    """Return the description of some columns alone, in the order of the batches, without tasks and domains."""
+    """Return the description of some columns alone, in the order of the batches, without tasks and domains.
+
+    A sequence of items whose column is not among them has a table of its own.
+    """
     return Features(
         categorical=tuple(f for f in features.categorical if f.name in columns),
         continuous=tuple(f for f in features.continuous if f.name in columns),
         vectors=tuple(f for f in features.vectors if f.name in columns),
+        sequences=tuple(
+            f if f.items in columns else replace(f, items=None) for f in features.sequences if f.name in columns
+        ),
     )
 
 
 def encoding_of_part(encoding: Encoding, columns: Collection[str]) -> Encoding:
     """Return the encoding of some columns alone, so that rows need have no others."""
-    vocabularies = {column: v for column, v in encoding.vocabularies.items() if column in columns}
-    features = part_of(encoding.features, columns)
-    return replace(encoding, features=features, vocabularies=vocabularies, domain=None, domains=None)
+    features, known = part_of(encoding.features, columns), encoding.vocabularies
+    vocabularies = {column: values for column, values in known.items() if column in columns}
+    sequences = (f for f in encoding.features.sequences if f.name in columns)
+    vocabularies |= {f.name: known[f.items] for f in sequences if f.items is not None and f.items in known}
+    return replace(
+        encoding,
+        features=features,
+        vocabularies=vocabularies,
+        domain=None,
+        domains=None,
+        timestamps=tuple(t for t in encoding.timestamps if any(part in columns for part in timestamp_columns(t))),
+        texts={column: text for column, text in encoding.texts.items() if column in columns},
+    )
 
 
 def divide(features: Features, user: Sequence[str], item: Sequence[str], item_column: str) -> tuple[Features, Features]:
@@ -101,7 +120,11 @@ def take_columns(batch: TableBatch, features: Features, part: Features) -> Table
         parts = zip(features.vectors, vector_BV.split([f.size for f in features.vectors], dim=1), strict=True)
         chosen = [x for f, x in parts if f.name in kept]
         vector_BV = torch.cat(chosen, dim=1) if chosen else None
-    return replace(batch, sparse=sparse, dense_BC=dense_BC, vector_BV=vector_BV)
+    sequences = batch.sequences
+    if sequences is not None:
+        places = [sequences.keys().index(f.name) for f in part.sequences]
+        sequences = sequences.permute(places) if places else None
+    return replace(batch, sparse=sparse, dense_BC=dense_BC, vector_BV=vector_BV, sequences=sequences)
 
 
 def numbers_of(roles: Mapping[str, str]) -> tuple[str, ...]:
@@ -118,6 +141,8 @@ def column_of(batch: TableBatch, column: str) -> Tensor:
 def raw_columns(batch: TableBatch, encoding: Encoding) -> pa.Table:
     """Return the columns of a batch as they stand in a table; a value that has no row of its own is missing.
 
+    Texts, whose vectors a batch has, and timestamps, which it has in parts, are not among them.
+
     Args:
         batch: the columns of ``encoding.features``.
         encoding: meaning of the rows.
@@ -133,16 +158,15 @@ def raw_columns(batch: TableBatch, encoding: Encoding) -> pa.Table:
             raise ValueError(f"column {feature.name!r} is hashed: the model does not keep its values")
         assert batch.sparse is not None
         jagged = batch.sparse[feature.name]
-        row_N = jagged.values().cpu().numpy()
-        known = encoding.vocabularies.get(feature.name)
-        # Row numbers that a table has itself stand for themselves; 0 is a missing value.
-        own = pa.array(range(feature.num_rows)) if known is None else pa.array(["", *known.texts()])
-        values = own.take(pa.array(row_N, mask=row_N == 0))
-        if feature.multi_valued:
-            bag_N = np.repeat(np.arange(len(batch)), jagged.lengths().cpu().numpy())
-            ends = np.bincount(bag_N[row_N > 0], minlength=len(batch)).cumsum()
-            values = pa.ListArray.from_arrays(pa.array([0, *ends], pa.int32()), values.drop_null())
-        columns[feature.name] = values
+        values = _values(jagged, encoding.vocabularies.get(feature.name), feature.num_rows)
+        columns[feature.name] = _lists(jagged, values) if feature.multi_valued else values
+    for sequence in encoding.features.sequences:
+        if sequence.hashed:
+            raise ValueError(f"column {sequence.name!r} is hashed: the model does not keep its values")
+        assert batch.sequences is not None
+        jagged = batch.sequences[sequence.name]
+        known = encoding.vocabularies.get(sequence.items or sequence.name)
+        columns[sequence.name] = _lists(jagged, _values(jagged, known, sequence.num_rows))
     for number, values_B in zip(encoding.features.continuous, batch.dense_BC.t().cpu().numpy(), strict=True):
         columns[number.name] = pa.array(values_B, from_pandas=True)
     if encoding.features.vectors:
@@ -151,7 +175,27 @@ def raw_columns(batch: TableBatch, encoding: Encoding) -> pa.Table:
         for vector, values_BS in zip(encoding.features.vectors, parts, strict=True):
             rows = [None if row[0] != row[0] else row for row in values_BS.tolist()]
             columns[vector.name] = pa.array(rows, pa.list_(pa.float32()))
-    return pa.table(columns)
+    made = (*encoding.texts, *(part for column in encoding.timestamps for part in timestamp_columns(column)))
+    return pa.table({column: values for column, values in columns.items() if column not in made})
+
+
+def _values(jagged: JaggedTensor, known: Vocabulary | None, num_rows: int) -> pa.Array:
+    """Return the values of rows, null for row 0. Row numbers that a table has itself stand for themselves."""
+    import pyarrow as pa
+
+    row_N = jagged.values().cpu().numpy()
+    own = pa.array(range(num_rows)) if known is None else pa.array(["", *known.texts()])
+    return own.take(pa.array(row_N, mask=row_N == 0))
+
+
+def _lists(jagged: JaggedTensor, values: pa.Array) -> pa.Array:
+    """Return the values of each example as a list, without nulls."""
+    import pyarrow as pa
+
+    length_B = jagged.lengths().cpu().numpy()
+    example_N = np.repeat(np.arange(len(length_B)), length_B)
+    ends = np.bincount(example_N[jagged.values().cpu().numpy() > 0], minlength=len(length_B)).cumsum()
+    return pa.ListArray.from_arrays(pa.array([0, *ends], pa.int32()), values.drop_null())
 
 
 def arrays_of(batch: TableBatch, features: Features) -> dict[str, Tensor]:
@@ -165,7 +209,14 @@ def arrays_of(batch: TableBatch, features: Features) -> dict[str, Tensor]:
         if single:
             arrays["categorical"] = torch.stack(single, dim=1)
         for i, feature in enumerate(f for f in features.categorical if f.multi_valued):
-            lengths = by_key[feature.name].lengths().long()
-            arrays[f"multi{i}_offsets"] = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-            arrays[f"multi{i}_values"] = by_key[feature.name].values().int()
+            arrays |= _ragged(f"multi{i}", by_key[feature.name])
+    if batch.sequences is not None:
+        for i, sequence in enumerate(features.sequences):
+            arrays |= _ragged(f"sequence{i}", batch.sequences[sequence.name])
     return arrays
+
+
+def _ragged(name: str, jagged: JaggedTensor) -> dict[str, Tensor]:
+    lengths = jagged.lengths().long()
+    offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+    return {f"{name}_offsets": offsets, f"{name}_values": jagged.values().int()}

@@ -1,13 +1,18 @@
 """Pairs of users and items from a table, and the catalogue, by hand."""
 
+import pyarrow as pa
+import pyarrow.csv
 import pytest
 import torch
-from made_pairs import FILMS, ROWS, TABLE, made_pairs
+from made_pairs import FILMS, ROWS, TABLE, made_pairs, retriever
+from made_pairs import columns as made_columns
 from own_table import by_row
 from torch.testing import assert_close
 
+from apps.data.array_files import ArraysInMemory
 from apps.recsys.retrieval.catalogue import Catalogue, Seen, last_rows
-from apps.recsys.retrieval.columns import encoding_of_part, names_of, raw_columns, take_columns
+from apps.recsys.retrieval.columns import arrays_of, encoding_of_part, names_of, raw_columns, take_columns
+from apps.recsys.tables.build import build_rows
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.rows import TableRows
 
@@ -132,6 +137,30 @@ def test_values_without_a_row_are_missing(tmp_path):
     batch = TableRows(rare.opened, rare.features, torch.arange(3))[:]
     raw = raw_columns(take_columns(batch, rare.features, part.features), part)
     assert raw.to_pydict() == {"film": [None] * 3, "genres": [["sci-fi"], ["sci-fi"], []]}
+
+
+def test_a_user_s_last_items_are_columns_of_its_tower(tmp_path):
+    last = ["", "Alien", "Alien|Brazil", "", "", "", "Alien", "Dune|Solaris|Alien", *[""] * 7]
+    table = {**TABLE, "sequences": {"last": {"items": "film", "length": 2}}}
+    pa.csv.write_csv(pa.table({**made_columns(), "last": last}), tmp_path / "last.csv")
+    data = made_pairs(tmp_path, train_file=str(tmp_path / "last.csv"), table=table, user_columns=["age", "last"])
+    assert [(f.name, f.items) for f in data.user_features.sequences] == [("last", None)]
+    assert data.item_features.sequences == ()
+    rows = TableRows(data.opened, data.features, torch.arange(15))[:]
+    taken = take_columns(rows, data.features, data.user_features)
+    assert take_columns(rows, data.features, data.item_features).sequences is None
+    part = encoding_of_part(data.encoding, names_of(data.user_features))
+    raw = raw_columns(taken, part).to_pydict()
+    assert list(raw) == ["last", "age"]
+    assert raw["last"][:8] == [[], ["Alien"], ["Alien", "Brazil"], [], [], [], ["Alien"], ["Alien"]]  # Solaris is none
+    again = TableRows(arrays_of(taken, data.user_features), data.user_features, torch.arange(15))[:]
+    assert raw_columns(again, part).to_pydict() == raw
+    arrays = ArraysInMemory()
+    build_rows(pa.table({"age": [row[1] for row in ROWS], "last": last}), part, arrays)
+    assert raw_columns(TableRows(arrays, part.features, torch.arange(15))[:], part).to_pydict() == raw
+    tower = retriever(data).user_tower.eval()
+    vectors_BD = tower(taken)
+    assert (vectors_BD[0] - vectors_BD[1]).norm() > 1e-3  # ann of 30 without a film, and after Alien
 
 
 @pytest.mark.parametrize(
