@@ -6,11 +6,12 @@ from .dense import FeedForward
 from .joint import JointMultiGateMoE
 from .losses import AuxLosses, aux_loss, aux_losses, update_expert_bias
 from .moe import AveragedMoE, MergedMoE, MoE, MoELayer, SoftMoE, active_params, moe_layers, set_capacity_factor
-from .multi_gate import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
+from .multi_gate import MultiGateLayer, MultiGateMoE, PLELayer
 from .neurons import NeuronMoE
 from .patches import PatchMoE
 from .scenarios import HoMELayer, M3oELayer, STARLayer
 from .shared import SharedGate
+from .task_choice import SelectedMultiGateMoE, SparseMultiGateMoE
 
 __all__ = [
     "AdaptedLinear",

@@ -14,7 +14,8 @@ from ..routing.balance import Balance
 from ..routing.multi_gate import DenseGates, ExpertGroups, dropped_experts, joint_choice
 from ..routing.router import Router
 from ..routing.selection import Capacity, Choice, select_pairs
-from .multi_gate import EachOnce, Examples, MultiGateLayer, each_once
+from .multi_gate import Examples, MultiGateLayer
+from .task_choice import EachOnce, each_once
 
 
 class JointMultiGateMoE(MultiGateLayer):

@@ -323,7 +323,7 @@ class RetrievalData(TableData):
         Raises:
             ValueError: it lacks a column or has no rows, or a value is of a wrong type.
         """
-        from apps.recsys.tables.build import build_rows
+        from apps.recsys.tables.new_rows import build_rows
 
         encoding, columns = self.users_encoding, ArraysInMemory()
         table = self._read_users(encoding.roles)

@@ -213,7 +213,7 @@ def predict(
     batch_size: int,
 ) -> Any:
     """See ``TwoTowerRetriever.predict``."""
-    from apps.recsys.tables.build import build_rows
+    from apps.recsys.tables.new_rows import build_rows
 
     check_at_least(1, top=top, batch_size=batch_size)
     state = encoding_of(model)

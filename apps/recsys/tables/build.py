@@ -6,7 +6,6 @@ Beside the arrow tables, one column at a time is in memory; encoded columns go t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from apps.base.progress import bar
-from apps.data.array_files import ArraysInMemory, ArrayWriter
+from apps.data.array_files import ArrayWriter
 from apps.data.splits import SPLITS
 from apps.recsys.binary_metrics import COLD_ITEM, COLD_USER
 from apps.recsys.encoding.categories import (
@@ -48,7 +47,7 @@ from apps.recsys.encoding.numbers import (
     to_vectors,
     vector_scale,
 )
-from apps.recsys.encoding.sequences import last_values, without_row_0
+from apps.recsys.encoding.sequences import last_values
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.targets import learn_target, of_mean_one, place_labels, read_labels, to_weights
 from apps.recsys.encoding.texts import text_encodings, with_vectors
@@ -59,6 +58,8 @@ from apps.recsys.schema import TableConfig, nearest, timestamp_columns
 from apps.recsys.tables.arrays import MultiValued
 from apps.recsys.tables.checks import shared_groups
 from apps.recsys.tables.findings import TableFindings
+from apps.recsys.tables.fits import differences
+from apps.recsys.tables.new_rows import domain_numbers, save_sequence, vector_places
 from apps.recsys.tables.splits import Splits, split_rows
 
 _ID_SHARE, _FEWEST_FOR_ID = 0.95, 100
@@ -88,92 +89,6 @@ def build(
     _Build(raw, config, writer, given, extends).run()
 
 
-def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInMemory, first_row: int = 0) -> None:
-    """Encode rows that have no label, and are in no split, by ``given``, and finish ``writer``.
-
-    Args:
-        table: the rows, with the columns of ``given.roles``.
-        given: encoding of the values.
-        writer: receiver of the arrays.
-        first_row: number of the first row in messages, where the table is a piece of a longer one.
-
-    Raises:
-        ValueError: a value has a wrong type, or ``given`` lacks a domain.
-    """
-    num_rows, where = len(table), "the rows to predict"
-    table = with_vectors(with_parts(table, given.timestamps, where, first_row), given.texts, where)
-
-    def parts(column: str) -> list[Part]:
-        return [(where, table.column(column))]
-
-    def rows_of(
-        feature: CategoricalFeature | SequenceFeature, codes: Codes, row: NDArray[np.int64]
-    ) -> NDArray[np.int32]:
-        items = getattr(feature, "items", None) or feature.name
-        if items in given.vocabularies:
-            return to_known(codes, given.vocabularies[items]).rows
-        train = np.zeros(len(codes.codes), dtype=bool)
-        if feature.hashed:
-            return to_hashed(codes, train, feature.num_rows).rows
-        return to_given(codes, train, feature.num_rows, feature.name, row).rows
-
-    features = given.features
-    single = [f for f in features.categorical if not f.multi_valued]
-    matrix = writer.create("categorical", (num_rows, len(single)), np.int32)
-    for f, feature in enumerate(single):
-        codes = factorize(parts(feature.name), feature.name)
-        matrix[:, f] = rows_of(feature, codes, first_row + np.arange(num_rows))
-    for i, feature in enumerate(f for f in features.categorical if f.multi_valued):
-        offsets, codes = split_values(parts(feature.name), feature.name, given.separator)
-        writer.save(f"multi{i}_offsets", offsets)
-        row = first_row + np.repeat(np.arange(num_rows), np.diff(offsets))
-        writer.save(f"multi{i}_values", rows_of(feature, codes, row))
-    for i, sequence in enumerate(features.sequences):
-        offsets, codes = split_values(parts(sequence.name), sequence.name, given.separator)
-        offsets, position = last_values(offsets, sequence.length)
-        row = first_row + np.repeat(np.arange(num_rows), np.diff(offsets))
-        rows = rows_of(sequence, Codes(codes.codes[position], codes.values), row)
-        _save_sequence(writer, i, offsets, rows)
-    dense = writer.create("dense", (num_rows, len(features.continuous)), np.float32)
-    for c, column in enumerate(features.continuous):
-        numbers = to_numbers(parts(column.name), column.name, first_row=first_row)
-        dense[:, c] = to_float32(numbers)
-    if features.vectors:
-        matrix = writer.create("vectors", (num_rows, sum(f.size for f in features.vectors)), np.float32)
-        for place, vector in zip(_places(features.vectors), features.vectors, strict=True):
-            matrix[:, place] = to_vectors(parts(vector.name), vector.name, vector.size, first_row)
-    writer.save("label", np.full((num_rows, len(features.tasks)), np.nan, np.float32))
-    if given.domain is not None and given.domains is not None:
-        codes = factorize(parts(given.domain), given.domain)
-        known = to_known(codes, given.domains)
-        writer.save("domain", _domains(codes, known.rows, given.domain, first_row))
-    writer.finish({"num_rows": num_rows})
-
-
-def _save_sequence(
-    writer: ArrayWriter | ArraysInMemory, number: int, offsets: NDArray[np.int64], rows: NDArray[np.int32]
-) -> None:
-    """Write a column of sequences without the values that have no row."""
-    offsets, rows = without_row_0(offsets, rows)
-    writer.save(f"sequence{number}_offsets", offsets)
-    writer.save(f"sequence{number}_values", rows)
-
-
-def _domains(codes: Codes, rows: NDArray[np.int32], column: str, first_row: int = 0) -> NDArray[np.int32]:
-    """Return domains counted from 0, made of ``rows``, in which 0 stands for a value that training lacks.
-
-    Raises:
-        ValueError: there is such a value; the message names the first one and its row.
-    """
-    bad = rows == 0
-    if bad.any():
-        row = int(np.argmax(bad))
-        code = int(codes.codes[row])
-        what = "no value" if code == MISSING else f"{codes.values[code].as_py()!r}, which training lacks,"
-        raise ValueError(f"column {column!r} names the domain, but holds {what} in row {first_row + row}")
-    return rows - 1
-
-
 class _Build:
     """One run of ``build``: it splits the rows when it is made, and encodes them with ``run``."""
 
@@ -190,7 +105,7 @@ class _Build:
         config = self.config
         if given is not None:
             parts = {"timestamps": self.timestamps, "texts": tuple(self.texts)}
-            if difference := next(_differences(config, given, parts), None):
+            if difference := next(differences(config, given, parts), None):
                 raise ValueError(f"the table does not fit the checkpoint: {difference}")
         self.num_rows = sum(len(table) for table in self.tables.values())
         raw_labels = {
@@ -402,7 +317,7 @@ class _Build:
         codes = factorize(self._parts(column), column)
         known = None if self.given is None else self.given.domains
         encoded, domains = self._encode_by(known, codes, f"domain {column}", self.masks["train"])
-        self.writer.save("domain", _domains(codes, encoded.rows, column))
+        self.writer.save("domain", domain_numbers(codes, encoded.rows, column))
         self.domain_texts = self._write_texts(domains)
         return encoded.num_rows - 1
 
@@ -447,7 +362,7 @@ class _Build:
             lengths = np.diff(offsets)
             row = np.repeat(np.arange(len(lengths)), lengths)
             encoded = self._encode(codes, items, np.repeat(self.masks["train"], lengths), row)
-            _save_sequence(self.writer, i, offsets, encoded.rows)
+            save_sequence(self.writer, i, offsets, encoded.rows)
             if longer := int((np.diff(whole) > sequence.length).sum()):
                 self.findings.warnings.append(
                     f"column {column!r}: {longer:,} of {len(lengths):,} rows have more than length={sequence.length} "
@@ -518,7 +433,7 @@ class _Build:
             features.append(VectorFeature(column, vectors.shape[1], vector_scale(vectors[self.masks["train"]])))
             self._describe(column, np.isnan(vectors[:, 0]), None)
         matrix = self.writer.create("vectors", (self.num_rows, sum(f.size for f in features)), np.float32)
-        for place, vectors in zip(_places(features), encoded, strict=True):
+        for place, vectors in zip(vector_places(features), encoded, strict=True):
             matrix[:, place] = vectors
         return tuple(features)
 
@@ -572,63 +487,6 @@ class _Build:
                     f"column {column!r} determines the label of task {name!r} in every training row: "
                     "is it known before the label is? Else leave it out (exclude)"
                 )
-
-
-def _differences(config: TableConfig, given: Encoding, parts: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    """Yield what a description of columns and tasks has otherwise than ``given``.
-
-    Args:
-        config: the description, with the parts of timestamps and texts as columns.
-        given: the encoding.
-        parts: the columns that were taken apart, by role.
-    """
-    features = given.features
-    for role, columns in parts.items():
-        if tuple(getattr(given, role)) != columns:
-            yield f"table.{role} is {list(getattr(given, role))} there and {list(columns)} here"
-    there = {f.name: "multi_valued" if f.multi_valued else "categorical" for f in features.categorical}
-    there |= dict.fromkeys(given.numbers, "continuous") | {f.name: "vectors" for f in features.vectors}
-    there |= {f.name: "sequences" for f in features.sequences}
-    here = {column: config.roles[column] for column in config.features}
-    for column, role in there.items():
-        if column not in here:
-            yield f"column {column!r}, which the model reads, is missing: table.{role} must name it"
-        elif here[column] != role:
-            yield f"column {column!r} is {role} there and {here[column]} here"
-    for column, role in here.items():
-        if column not in there:
-            yield f"column {column!r} ({role}) is none that the model reads: leave it out"
-    for first, second in zip(there, here, strict=False):
-        if first != second:
-            yield f"column {second!r} stands where {first!r} does there: name the columns in the same order"
-    for feature in features.categorical:
-        sizes = {name: getattr(config, name).get(feature.name) for name in ("hash_rows", "num_rows")}
-        kind = None if feature.name in given.vocabularies else "hash_rows" if feature.hashed else "num_rows"
-        for name, size in sizes.items():
-            expected = feature.num_rows if name == kind else None
-            if size != expected:
-                yield f"{name} of column {feature.name!r} is {expected} there and {size} here"
-    for sequence in features.sequences:
-        own = config.sequences[sequence.name]
-        for name in ("items", "length"):
-            if getattr(sequence, name) != getattr(own, name):
-                is_there, is_here = getattr(sequence, name), getattr(own, name)
-                yield f"sequences[{sequence.name!r}].{name} is {is_there!r} there and {is_here!r} here"
-    if list(features.tasks) != list(config.tasks):
-        yield f"the tasks are {', '.join(features.tasks)} there and {', '.join(config.tasks)} here"
-    for name, target in zip(features.tasks, features.target_of_task, strict=True):
-        task = config.tasks[name]
-        for what, a, b in (("kind", target.kind, task.kind), ("loss", target.loss, task.loss or "squared")):
-            if a != b:
-                yield f"{what} of task {name!r} is {a!r} there and {b!r} here"
-    if given.domain != config.domain:
-        yield f"table.domain is {given.domain!r} there and {config.domain!r} here"
-
-
-def _places(vectors: Sequence[VectorFeature]) -> list[slice]:
-    """Return where each column of vectors stands among their numbers side by side."""
-    ends = np.cumsum([f.size for f in vectors]).tolist()
-    return [slice(end - f.size, end) for f, end in zip(vectors, ends, strict=True)]
 
 
 def _share(mask: NDArray[np.bool_]) -> float:

@@ -52,7 +52,7 @@ _STORE = EncodedStore(
         "recsys/encoding/*.py",
         "recsys/readers/*.py",
         "recsys/schema.py",
-        *(f"recsys/tables/{n}.py" for n in ("build", "splits", "synthetic")),
+        *(f"recsys/tables/{n}.py" for n in ("build", "new_rows", "splits", "synthetic")),
     ),
 )
 _FILE_OPTIONS = ("train_file", "val_file", "test_file")

@@ -72,7 +72,7 @@ def encoded(tables: Iterable[pa.Table], encoding: Encoding) -> Iterator[tuple[pa
         ValueError: a value that cannot be encoded; the message counts its row from the first table's first row.
     """
     from apps.data.array_files import ArraysInMemory
-    from apps.recsys.tables.build import build_rows
+    from apps.recsys.tables.new_rows import build_rows
     from apps.recsys.tables.rows import TableRows
 
     first = 0

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from apps.data.array_files import ArraysInMemory
 from apps.recsys.retrieval.catalogue import Catalogue, Seen, last_rows
 from apps.recsys.retrieval.columns import arrays_of, encoding_of_part, names_of, raw_columns, take_columns
-from apps.recsys.tables.build import build_rows
 from apps.recsys.tables.data import TableData
+from apps.recsys.tables.new_rows import build_rows
 from apps.recsys.tables.rows import TableRows
 
 

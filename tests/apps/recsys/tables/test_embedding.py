@@ -9,7 +9,8 @@ from made_table import jagged
 from torch.testing import assert_close
 
 from apps.recsys.encoding.features import CategoricalFeature
-from apps.recsys.tables.embedding import EmbeddingConfig, SparseArch, collection_to_joined, joined_to_collection
+from apps.recsys.tables.embedding import EmbeddingConfig, SparseArch
+from apps.recsys.tables.embedding_layouts import collection_to_joined, joined_to_collection
 
 CITY, TAGS = CategoricalFeature("city", 3), CategoricalFeature("film.tags", 4, multi_valued=True)
 SHOP = CategoricalFeature("shop", 4)

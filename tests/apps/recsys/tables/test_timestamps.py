@@ -79,6 +79,16 @@ def test_predictions_need_the_timestamp_alone(tmp_path):
         model.predict({"city": ["Rome"]})
 
 
+def test_a_checkpoint_s_encoding_reads_the_table_again(tmp_path):
+    data, again, other = data_of(tmp_path), data_of(tmp_path), data_of(tmp_path, exclude=["at"])
+    again.adopt(data.encoding_state)
+    assert again.features == data.features
+    assert_close(again.rows("test")[:].dense_BC, data.rows("test")[:].dense_BC)
+    other.adopt(data.encoding_state)
+    with pytest.raises(ValueError, match=r"does not fit the checkpoint: table.timestamps is \['at'\] there and \[\] here"):
+        other.rows("test")
+
+
 def test_a_page_has_one_field_for_a_timestamp(tmp_path):
     from apps.recsys.tables.exhibit import exhibit
 
