@@ -312,7 +312,9 @@ def test_the_loader_has_the_options_of_the_data(tmp_path: Path) -> None:
 def test_a_model_trains_tests_and_predicts_on_it(tmp_path: Path) -> None:
     data = ready(random_table(tmp_path)[0], max_length=4)
     model = NextItemRecommender(num_items=data.num_items, max_length=data.max_length)
-    trainer = Trainer(fast_dev_run=1, accelerator="cpu", logger=False, enable_progress_bar=False, barebones=False)
+    trainer = Trainer(
+        default_root_dir=tmp_path, fast_dev_run=1, accelerator="cpu", logger=False, enable_progress_bar=False
+    )
     trainer.fit(model, datamodule=data)
     result = trainer.test(model, datamodule=data, verbose=False)[0]
     assert 0 <= result["test/ndcg_10"] <= 1

@@ -244,7 +244,7 @@ def test_importing_the_datasets_is_light():
 def count_builds(monkeypatch):
     calls = []
     original = build_module.build
-    monkeypatch.setattr(build_module, "build", lambda *a: calls.append(a) or original(*a))
+    monkeypatch.setattr(build_module, "build", lambda *a, **k: calls.append(a) or original(*a, **k))
     return calls
 
 

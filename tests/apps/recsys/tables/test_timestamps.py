@@ -85,7 +85,9 @@ def test_a_checkpoint_s_encoding_reads_the_table_again(tmp_path):
     assert again.features == data.features
     assert_close(again.rows("test")[:].dense_BC, data.rows("test")[:].dense_BC)
     other.adopt(data.encoding_state)
-    with pytest.raises(ValueError, match=r"does not fit the checkpoint: table.timestamps is \['at'\] there and \[\] here"):
+    with pytest.raises(
+        ValueError, match=r"does not fit the checkpoint: table.timestamps is \['at'\] there and \[\] here"
+    ):
         other.rows("test")
 
 
