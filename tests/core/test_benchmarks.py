@@ -118,6 +118,7 @@ def check_equal_flops(entries, half_trained):
         assert changed < 1e-6 if begins_equal else changed > 1e-4, name
 
 
+@pytest.mark.slow
 def test_upcycling_trains_each_row_for_equal_flops_and_a_second_run_fills_what_is_missing(tmp_path, capsys):
     path, entries = upcycled("fashion_mnist", tmp_path, "--seeds", "3", "--steps", "5")
     check_equal_flops(entries, ["half_trained"])

@@ -168,6 +168,7 @@ def test_tf32_is_asked_for_by_either_of_torch_s_names():
         matmul.fp32_precision = before
 
 
+@pytest.mark.slow
 def test_experts_compute_the_same_bits_every_time_and_whatever_the_tile(monkeypatch):
     # The interpreter multiplies by NumPy, whose BLAS may add in another order for another shape: here first to last.
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype: (a[:, :, None] * b).astype(dtype).cumsum(1)[:, -1])

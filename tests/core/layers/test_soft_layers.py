@@ -181,7 +181,7 @@ def test_a_bfloat16_layer_runs_and_trains(router):
 
 # The conformance suite compiles and exports every router; here are a backward and a single segment of any size.
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("router", [SoftSlots(2), LORY], ids=str)
+@pytest.mark.parametrize("router", [SoftSlots(2), pytest.param(LORY, marks=pytest.mark.slow)], ids=str)
 def test_a_compiled_layer_trains_as_the_plain_one_at_other_numbers_of_tokens(router):
     layer = build(router)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)

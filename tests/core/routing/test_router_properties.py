@@ -99,7 +99,15 @@ def test_scores_of_a_token_sum_to_one_or_are_brought_to_it(config):
 
 # The conformance suite compiles every gate; sizes of the batch enter these choices.
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["threshold", "null-experts", "hierarchical", "token-rounding", "base"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "threshold",
+        "hierarchical",
+        "base",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("null-experts", "token-rounding")),
+    ],
+)
 def test_compiled_with_dynamic_sizes_equals_eager(name):
     config = CONFIGS[name]
     layer = layer_of(config)

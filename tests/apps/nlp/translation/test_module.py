@@ -441,6 +441,7 @@ def test_a_stopped_run_resumes_exactly(config, tmp_path):
     assert "tok:13a" in json.loads((tmp_path / "broken" / "signatures.json").read_text())["bleu"]
 
 
+@pytest.mark.slow
 def test_compare_says_whether_the_difference_is_significant(config, tmp_path, capsys):
     output = tmp_path / "compared"
     argv = ["compare", config, "--seeds", "1", "--learning_rates", "6e-3", "--rounds", "0", "--output", str(output)]
@@ -567,6 +568,7 @@ def test_it_learns_to_copy(data, tmp_path):
     assert "sacreBLEU nrefs:1|case:mixed|eff:no|tok:13a" in repr(load_sections(tmp_path / "report"))
 
 
+@pytest.mark.slow
 def test_it_learns_two_languages_by_their_tags(two, tmp_path):
     # German copies and French turns round, so the tag decides.
     task = core.MoEConfig(4, router=core.Task(num_tasks=2, top_k=2), expert=core.FFN(hidden_dim=16, activation="relu"))

@@ -467,6 +467,7 @@ trainer: {{accelerator: cpu, devices: 1, max_epochs: 2, log_every_n_steps: 1, en
 """
 
 
+@pytest.mark.slow
 def test_torchrun_fits_as_one_process_and_one_process_tests_the_checkpoint(folder):
     config = folder / "config.yaml"
     config.write_text(CONFIG.format(folder=folder))
