@@ -47,7 +47,7 @@ from apps.train.resume import GeneratorState
 from apps.train.run_folder import RunFolder, check_free, check_own, is_unused, mark
 from apps.train.sparsified import SparsifyConfig, sparsified
 from apps.train.stopping import StopsSoon
-from core.config.plain import to_plain
+from core.config.plain import from_plain, to_plain
 from core.kernels import cpu
 from core.registry import OpenConfig
 
@@ -193,6 +193,10 @@ class SparseCLI(LightningCLI):
             value = given.get(name) if value is None else value
             attribute: Any = getattr(self.datamodule, name, None)
             plain = to_plain(attribute, type(attribute))
+            if isinstance(value, Mapping) and isinstance(plain, Mapping):
+                # A run of an earlier version lacks the fields that have come since; another thing is compared as it is.
+                with contextlib.suppress(ValueError):
+                    value = to_plain(from_plain(value, type(attribute), option), type(attribute))
             differing = None if value is None else next(differences(value, plain, option), None)
             if differing is not None:
                 where, written_value, own = differing

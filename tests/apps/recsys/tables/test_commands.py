@@ -64,6 +64,20 @@ def test_a_run_is_tested_predicted_and_resumed(trained):
     assert main(["fit", *where, "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
 
 
+def test_a_run_of_an_earlier_version_lacks_the_fields_that_have_come_since(trained, tmp_path, capsys):
+    checkpoint = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)
+    features = checkpoint["hyper_parameters"]["features"]
+    for name in ("vectors", "sequences"):
+        assert features.pop(name) == []
+    torch.save(checkpoint, tmp_path / "earlier.ckpt")
+    where = ["--config", str(trained.parent / "table.yaml"), "--run_dir", str(tmp_path / "run")]
+    assert main(["test", *where, "--ckpt_path", str(tmp_path / "earlier.ckpt")]) == 0
+    features["tasks"] = ["click", "sell"]
+    torch.save(checkpoint, tmp_path / "earlier.ckpt")
+    assert main(["test", *where, "--ckpt_path", str(tmp_path / "earlier.ckpt")]) != 0
+    assert "features.tasks.1 is buy" in capsys.readouterr().err
+
+
 def test_constructors_take_what_their_own_configuration_holds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = {"city": ["Rome", "Oslo"] * 50, "age": list(range(100)), "clicked": [1, 0, 0, 1] * 25}
