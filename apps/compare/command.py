@@ -18,7 +18,7 @@ from apps.cli import stopped
 from apps.cli.configs import shipped
 from apps.compare import table
 from apps.compare.display import Display
-from apps.compare.experiment import Experiment, arguments
+from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.files import read_json, write_json, write_text
 from apps.compare.options import Command, Options
 from apps.compare.page import comparison_page
@@ -109,14 +109,10 @@ def _systems(experiment: Experiment, options: Options, output: Path, display: Di
     with quiet(own_notes=False), display.step("counting FLOPs"):
         torch.manual_seed(experiment.seed)
         sparse, data = experiment.build(SPARSE)
-        data.prepare_data()
-        data.setup("fit")
-        loader = data.val_dataloader()
-        if not len(loader):
-            raise ValueError("the data has no validation split, which the learning rates are chosen by (data.val_size)")
+        batch = validation_batch(data, "the learning rates are chosen by")
         if options.rounds and isinstance(sparse, OwnModel):
             sparse.configure_optimizers()  # refused now, and not after the training
-        systems = find_systems(sparse, next(iter(loader)), options.baselines, options.routers)
+        systems = find_systems(sparse, batch, options.baselines, options.routers)
     write_json(output / "systems.json", [asdict(s) for s in systems])
     for system in systems:
         if system.refused:

@@ -175,6 +175,24 @@ class Experiment:
         return model, data
 
 
+def validation_batch(data: Any, need: str) -> Any:
+    """Prepare data for training and return their first validation batch.
+
+    Args:
+        data: the data module.
+        need: end of the sentence that says what validation is for, such as "the learning rates are chosen by".
+
+    Raises:
+        ValueError: there is no validation split.
+    """
+    data.prepare_data()
+    data.setup("fit")
+    loader = data.val_dataloader()
+    if not len(loader):
+        raise ValueError(f"the data has no validation split, which {need} (data.val_size)")
+    return next(iter(loader))
+
+
 def arguments(
     config: str | Path, overlays: Sequence[str], rest: Sequence[str], routers: Sequence[str] = ()
 ) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from apps.base.messages import some
 from apps.base.quiet import quiet
 from apps.cli import stopped
 from apps.compare.display import Display
-from apps.compare.experiment import Experiment, arguments
+from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.files import differences, read_json, write_json
 from apps.compare.systems import SPARSE, System, claim, find_systems, label
 from apps.compare.training import interruptible
@@ -155,12 +155,7 @@ def _systems(experiment: Experiment) -> tuple[Any, System, System]:
     if wanted is None:
         why = "; ".join(own.note for own in baselines.values()) or "it has no such baseline"
         raise ValueError(f"{type(model.module).__name__} has no dense model of equal FLOPs to compare with: {why}")
-    data.prepare_data()
-    data.setup("fit")
-    loader = data.val_dataloader()
-    if not len(loader):
-        raise ValueError("the data has no validation split, which the learning rates are chosen by (data.val_size)")
-    sparse, dense = find_systems(model, next(iter(loader)), [wanted])
+    sparse, dense = find_systems(model, validation_batch(data, "the learning rates are chosen by"), [wanted])
     return model, sparse, dense
 
 

@@ -22,7 +22,7 @@ from apps.base.quiet import quiet
 from apps.cli import UsageError
 from apps.cli.configs import shipped
 from apps.compare.display import Display
-from apps.compare.experiment import Experiment, arguments
+from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.measure import Job, measure
 from apps.compare.options import Options
 from apps.compare.plan import SEARCH_SEED, Plan
@@ -294,12 +294,7 @@ def _facts(experiment: Experiment, entry: Entry) -> dict[str, Any]:
     """
     torch.manual_seed(experiment.seed)
     model, data = experiment.build(SPARSE)
-    data.prepare_data()
-    data.setup("fit")
-    loader = data.val_dataloader()
-    if not len(loader):
-        raise ValueError("the data has no validation split, which every training is followed on (data.val_size)")
-    batch, replaced = next(iter(loader)), list(model.moe_block_names)
+    batch, replaced = validation_batch(data, "every training is followed on"), list(model.moe_block_names)
     data.setup("test")
     examples = getattr(data.test_dataloader(), "dataset", None)
     cost: Cost | None = measure_cost(model, batch, replaced)
