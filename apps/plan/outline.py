@@ -300,8 +300,13 @@ def _attention(
     scale: float | None = None,
     **kwargs: Any,
 ) -> Tensor:
+    if attn_mask is not None and attn_mask.requires_grad:
+        # Of the fused kernels this one alone differentiates a learned mask.
+        attend = torch.ops.aten._scaled_dot_product_efficient_attention
+        y: Tensor = attend(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+        return y
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    y: Tensor = attend(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    y = attend(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return y
 
 
