@@ -1,0 +1,127 @@
+"""The encoding of images and texts that a checkpoint keeps: pixels, pieces of words, and the attributes' classes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+import core
+from apps.base.checks import check_at_least
+from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
+from apps.porting.sentences import WordPieces
+from apps.vision.encoding import evaluation_transform
+from core.config.plain import from_plain, to_plain
+
+
+@core.register_config
+@dataclass(frozen=True)
+class TextEncoding:
+    """How a text becomes ids: by subwords learned from the training captions, or by the pieces of a sentence encoder.
+
+    Attributes:
+        subwords: the subwords; None: ``pieces`` are given.
+        pieces: a sentence encoder's word pieces, in the order of their ids; empty: ``subwords`` are given.
+        lower_case: whether to lower the case and to drop accents, for word pieces.
+        max_tokens: largest number of pieces that a model reads, begin and end among them.
+
+    Raises:
+        ValueError: both vocabularies are given or neither, ``[PAD]`` is not the piece 0, or ``max_tokens`` is below 3.
+    """
+
+    subwords: Subwords | None = None
+    pieces: tuple[str, ...] = ()
+    lower_case: bool = True
+    max_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pieces", tuple(self.pieces))
+        if (self.subwords is None) == (not self.pieces):
+            raise ValueError("a text encoding has either subwords or word pieces")
+        if self.pieces and self.pieces[PAD_ID] != "[PAD]":
+            raise ValueError(f"the word piece {PAD_ID} is {self.pieces[PAD_ID]!r}, not [PAD]")
+        check_at_least(3, max_tokens=self.max_tokens)
+
+    @cached_property
+    def _word_pieces(self) -> WordPieces:
+        return WordPieces(self.pieces, self.lower_case)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the specials included."""
+        return len(self.pieces) if self.subwords is None else self.subwords.size("source")
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits that tell one vocabulary from another."""
+        if self.subwords is not None:
+            return self.subwords.digest
+        return hashlib.sha256("\n".join((*self.pieces, str(self.lower_case))).encode()).hexdigest()[:12]
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a text's first ``max_tokens`` pieces, begin and end among them."""
+        if self.subwords is None:
+            return self._word_pieces.encode(text, self.max_tokens)
+        (ids,) = self.subwords.encode([text], "source")
+        return [BOS_ID, *ids[: self.max_tokens - 2], EOS_ID]
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return the ids of texts, int64 (B, L), padded with 0 to the longest."""
+        return padded([self.ids(text) for text in texts])
+
+    def words(self, ids: Sequence[int]) -> list[str]:
+        """Return the pieces of ids as they are spelled."""
+        if self.subwords is None:
+            return [self.pieces[i] for i in ids]
+        return self.subwords.pieces(ids, "source")
+
+
+def padded(ids: Sequence[Sequence[int]]) -> Tensor:
+    """Return rows of ids as int64 (B, L), padded with 0 to the longest."""
+    text_BL = torch.full((len(ids), max(map(len, ids), default=0)), PAD_ID, dtype=torch.int64)
+    for row, of_text in zip(text_BL, ids, strict=True):
+        row[: len(of_text)] = torch.tensor(of_text, dtype=torch.int64)
+    return text_BL
+
+
+@core.register_config
+@dataclass(frozen=True)
+class PairEncoding:
+    """How images and texts become a model's input, and what its attributes' classes are.
+
+    Attributes:
+        text: the texts.
+        image_size: height and width in pixels.
+        in_chans: 1 or 3.
+        mean, std: constants of each channel, pixels in [0, 1].
+        eval_crop: share of the shorter side that is kept of an image.
+        attributes: names of the classes of each attribute, by its name.
+    """
+
+    text: TextEncoding
+    image_size: int
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    eval_crop: float = 1.0
+    attributes: dict[str, tuple[str, ...]] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Return plain values, for a checkpoint."""
+        return to_plain(self, PairEncoding)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> PairEncoding:
+        """Return the encoding of a checkpoint's ``state()``; a ``ValueError`` says if it has other fields."""
+        return from_plain(state, PairEncoding, "the checkpoint's encoding")
+
+    @property
+    def transform(self) -> v2.Compose:
+        """The ``evaluation_transform`` of decoded images."""
+        return evaluation_transform(self.image_size, self.in_chans, self.eval_crop)
