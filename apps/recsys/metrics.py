@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torchmetrics import Metric
 
 from apps.recsys.binary_metrics import COLD_ITEM, COLD_USER, NO_GROUP, TaskMetrics, histogram_metrics
 from apps.recsys.encoding.features import Target
 from apps.recsys.kinds import Metrics, Outputs
+from apps.train.synced import SyncedMetric, joined
 
 # Logits beyond it share the outermost bins of the streaming form: their probability is within 1.2e-7 of 0 or 1.
 _LIMIT = 16.0
@@ -28,37 +26,7 @@ _LIMIT = 16.0
 # ---- tasks
 
 
-def _gather(tensor: Tensor, group: Any = None) -> list[Tensor]:
-    """Return the tensor of each rank, on this one's device; their first sizes may differ.
-
-    torchmetrics' own function then indexes by a list of slices, whose meaning torch is going to change.
-    """
-    parts = [tensor] * dist.get_world_size(group)
-    dist.all_gather_object(parts, tensor.cpu(), group)
-    return [part.to(tensor.device) for part in parts]
-
-
-class _Synced(Metric):
-    """A metric whose states are gathered also where a rank had no batch, and where they lie on the CPU under NCCL."""
-
-    full_state_update = False
-    is_differentiable = False
-
-    def __init__(self) -> None:
-        super().__init__(dist_sync_fn=_gather)
-
-    def _empty(self) -> Mapping[str, Tensor]:
-        """Return an empty tensor for each list state, by name: all ranks must take part in a gather."""
-        return {}
-
-    def _sync_dist(self, dist_sync_fn: Any = _gather, process_group: Any = None) -> None:
-        for name, empty in self._empty().items():
-            if not getattr(self, name):
-                setattr(self, name, [empty])
-        super()._sync_dist(dist_sync_fn, process_group)
-
-
-class MultiTaskMetrics(_Synced):
+class MultiTaskMetrics(SyncedMetric):
     """AUC, PR-AUC, log loss and calibration error of each binary task, and AUC by user; the metrics of other tasks.
 
     ``compute`` returns ``auc_<task>``, ``pr_auc_<task>``, ``log_loss_<task>``, ``ece_<task>``, where users are known
@@ -204,7 +172,7 @@ class MultiTaskMetrics(_Synced):
         return {k: torch.tensor(v, dtype=torch.float64) for k, v in (means | values).items()}
 
     def _exact(self) -> Sequence[Metrics]:
-        states = {name: _joined(getattr(self, name), empty).numpy() for name, empty in self._empty().items()}
+        states = {name: joined(getattr(self, name), empty).numpy() for name, empty in self._empty().items()}
         groups_N = states.get("groups")
         if groups_N is not None and not (groups_N != NO_GROUP).any():
             groups_N = None
@@ -239,12 +207,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _joined(state: Any, empty: Tensor) -> Tensor:
-    if isinstance(state, Tensor):  # after a gather
-        return state
-    return torch.cat(state) if state else empty
-
-
 def _check_labels(labels: Tensor) -> None:
     wrong = (labels != 0) & (labels != 1)
     if bool(wrong.any()):
@@ -276,7 +238,7 @@ def target_ranks(scores_BI: Tensor, target_B: Tensor) -> Tensor:
     return num_items - (scores_BI < scores_BI.gather(1, target_B[:, None])).sum(1)
 
 
-class RankingMetrics(_Synced):
+class RankingMetrics(SyncedMetric):
     """Hit rate and NDCG at k, and the mean reciprocal rank, of one target a row among *all* items.
 
     torchmetrics' retrieval metrics keep every score of every item until the end, and favour the target in a tie.

@@ -12,7 +12,7 @@ from apps.base.files import replacing
 
 _NOT_SHARES = (
     *("loss", "ece", "error", "mse", "rmse", "mae", "r2", "spearman", "pcc", "score"),
-    *("perplexity", "bits", "bleu", "chrf"),
+    *("perplexity", "bits", "bleu", "chrf", "rank"),
 )
 """Words in the names of metrics that are never shown in percent: a poor BLEU lies in 0..1 as well."""
 

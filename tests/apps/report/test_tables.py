@@ -21,4 +21,5 @@ def test_errors_and_correlations_are_no_shares():
     for metric, is_percent in (("test/top1", True), ("test/auc_click", True), ("test/r2_price", False)):
         assert is_share(metric, [[0.25, 0.5]]) == is_percent, metric
     assert not is_share("test/rmse", [[0.25]])
+    assert not is_share("test/image_to_text_median_rank", [[1.0]])
     assert not is_share("test/top1", [[0.25, 2.0]])
