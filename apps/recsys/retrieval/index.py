@@ -12,14 +12,12 @@ from torch import Tensor
 
 from apps.base.files import replacing
 from apps.base.messages import first_line
+from apps.nets.exact_search import CHUNK_ELEMENTS, best_of, products
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.metrics import target_ranks
-from core.kernels import outside_autocast
 
 FILE = "items.safetensors"
 """Name of the index among the files of a test's report."""
-CHUNK_ELEMENTS = 2**24
-"""Scores at a time: 64 MB."""
 
 
 class ItemIndex:
@@ -98,15 +96,8 @@ class ItemIndex:
             The items' numbers, int64 (B, k), and products, float32 (B, k), the best first. Where a user has fewer
             candidates the last places have the number 0 and the product -inf.
         """
-        k = min(k, len(self))
-        places, scores = [], []
-        for score_bV, _ in self._scores(query_BD, seen_BH):
-            best = score_bV.topk(k, dim=1)
-            places.append(best.indices.masked_fill(best.values == -math.inf, 0))
-            scores.append(best.values)
-        if not places:
-            return torch.empty(0, k, dtype=torch.int64), torch.empty(0, k)
-        return torch.cat(places), torch.cat(scores)
+        best = best_of((score_bV for score_bV, _ in self._scores(query_BD, seen_BH)), min(k, len(self)))
+        return best.place_BK.masked_fill(best.score_BK == -math.inf, 0), best.score_BK
 
     def ranks(self, query_BD: Tensor, item_B: Tensor, seen_BH: Tensor | None = None) -> Tensor:
         """Return the rank of each query's item among all candidates, int64 (B,), 1 the best.
@@ -120,12 +111,7 @@ class ItemIndex:
     def _scores(self, query_BD: Tensor, seen_BH: Tensor | None) -> Iterator[tuple[Tensor, slice]]:
         """Yield the products of some queries with all items, (b, I + 1), and which queries they are; -inf where an item
         is no candidate."""
-        vectors_DV = self._vectors_VD.to(query_BD.device).t()
-        rows = max(1, CHUNK_ELEMENTS // (len(self) + 1))
-        for begin in range(0, len(query_BD), rows):
-            chunk = slice(begin, begin + rows)
-            with outside_autocast(query_BD.device):
-                score_bV = query_BD[chunk].float() @ vectors_DV
+        for score_bV, chunk in products(query_BD, self._vectors_VD, CHUNK_ELEMENTS):
             score_bV[:, 0] = -math.inf
             if seen_BH is not None:
                 score_bV.scatter_(1, seen_BH[chunk], -math.inf)
