@@ -23,10 +23,11 @@ DATA = {
     "RetrievalData": "apps.recsys.retrieval.data",
     "TranslationData": "apps.nlp.translation.data",
     "TextData": "apps.nlp.language.data",
+    "ImageTextData": "apps.multimodal.data",
 }
 """The module of each LightningDataModule."""
 
-DATASETS = ("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datasets")
+DATASETS = ("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datasets", "apps.multimodal.datasets")
 """Modules that register the apps' datasets when they are imported."""
 
 OWN_DATA = ("apps.vision.own_data", "apps.recsys.own_data", "apps.nlp.own_data")

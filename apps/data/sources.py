@@ -164,6 +164,26 @@ class PythonPackage:
                     _check_hash(path, file)
 
 
+@dataclass(frozen=True)
+class Made:
+    """The source of data that are computed and have no files.
+
+    Attributes:
+        file: the Python file that makes them, which stands for the data's own files.
+    """
+
+    file: Path
+
+    def __str__(self) -> str:
+        return f"made by {self.file.name}"
+
+    def installed(self) -> Path:
+        return self.file.parent
+
+    def fetch(self, folder: Path) -> None:
+        raise SourceFailed("it has no files")
+
+
 class _Downloaded:
     """Hands the bytes that pooch has got to a bar; pooch calls it as it would a bar of tqdm."""
 

@@ -28,7 +28,7 @@ class TextEncoding:
     Attributes:
         subwords: the subwords; None: ``pieces`` are given.
         pieces: a sentence encoder's word pieces, in the order of their ids; empty: ``subwords`` are given.
-        lower_case: whether to lower the case and to drop accents, for word pieces.
+        lower_case: whether to lower the case; for word pieces also to drop accents.
         max_tokens: largest number of pieces that a model reads, begin and end among them.
 
     Raises:
@@ -60,15 +60,14 @@ class TextEncoding:
     @property
     def digest(self) -> str:
         """12 hex digits that tell one vocabulary from another."""
-        if self.subwords is not None:
-            return self.subwords.digest
-        return hashlib.sha256("\n".join((*self.pieces, str(self.lower_case))).encode()).hexdigest()[:12]
+        vocabulary = self.pieces if self.subwords is None else (self.subwords.digest,)
+        return hashlib.sha256("\n".join((*vocabulary, str(self.lower_case))).encode()).hexdigest()[:12]
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text's first ``max_tokens`` pieces, begin and end among them."""
         if self.subwords is None:
             return self._word_pieces.encode(text, self.max_tokens)
-        (ids,) = self.subwords.encode([text], "source")
+        (ids,) = self.subwords.encode([text.lower() if self.lower_case else text], "source")
         return [BOS_ID, *ids[: self.max_tokens - 2], EOS_ID]
 
     def encode(self, texts: Sequence[str]) -> Tensor:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from apps.data.cache import SourceFailed
 from apps.data.datasets import Dataset, register
-from apps.data.sources import File, PythonPackage, UrlSource
+from apps.data.sources import File, Made, PythonPackage, UrlSource
 
 if TYPE_CHECKING:
     from apps.recsys.readers.raw import RawTables
@@ -33,20 +32,6 @@ class RecsysDataset(Dataset):
         """Return the tables of a folder with its files."""
         module = importlib.import_module(f"apps.recsys.readers.{self.module}")
         return getattr(module, f"read_{self.name}")(root)
-
-
-@dataclass(frozen=True)
-class _Generated:
-    """The source of a table that is computed and has no files."""
-
-    def __str__(self) -> str:
-        return "made by apps.recsys.tables.synthetic"
-
-    def installed(self) -> Path:
-        return Path(__file__).parent
-
-    def fetch(self, folder: Path) -> None:
-        raise SourceFailed("it has no files")
 
 
 _ALI_CCP_KINDS = ("sample_skeleton", "common_features")
@@ -243,7 +228,7 @@ _OWN = (
         app="recsys",
         title="made tasks of a chosen correlation",
         layouts=(("synthetic.py",),),
-        sources=(_Generated(),),
+        sources=(Made(Path(__file__).parent / "tables" / "synthetic.py"),),
         licence="free",
     ),
 )

@@ -1,0 +1,427 @@
+"""Images with texts for Lightning: drawn shapes, products, COCO and Flickr30k captions, and any folder with a table.
+
+Images are decoded and scaled once, into memory-mapped files in the cache; texts are turned into ids when the data are
+opened. So a batch is cut out by index, and the random transforms work on it as a whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from apps.base.checks import check_at_least, check_name
+from apps.base.messages import some
+from apps.data.datasets import prepare
+from apps.data.loader import in_order
+from apps.data.splits import SPLITS, Split, check_size
+from apps.data.subwords import SubwordConfig
+from apps.data.suite_data import SuiteData
+from apps.multimodal.datasets import PAIR_DATASETS
+from apps.multimodal.encoding import PairEncoding
+from apps.multimodal.images import DecodedPixels, DrawnImages, store_pixels
+from apps.multimodal.labels import classes_of, lacking, numbered
+from apps.multimodal.pairs import SKIP_HINT, OnBadRow, PairCollate, PairSet, RawPairs, ReadOptions
+from apps.multimodal.splits import num_trained, split_images
+from apps.multimodal.texts import EncodedTexts, TextOptions
+from apps.vision.batch import Augment, Collate
+from apps.vision.encoding import evaluation_transform
+from apps.vision.image_files import BadImage
+
+log = logging.getLogger(__name__)
+_note = rank_zero_only(log.warning)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The pairs of the data, their splits, and their encoding.
+
+    Attributes:
+        pairs: the pairs as they were read.
+        read: a function from images' numbers (B,) to uint8 (B, C, S, S).
+        texts: the captions by number.
+        caption_N: int64 (N,), the caption of each pair.
+        label_IA: int64 (I, A), the class of each image's attributes, -1 where it is not known.
+        image_N: int64 (N,), the image of each pair.
+        index: the pairs of each split.
+        encoding: the encoding.
+        encode: a function from captions' numbers (B,) to their ids.
+    """
+
+    pairs: RawPairs
+    read: Callable[[Tensor], Tensor]
+    texts: tuple[str, ...]
+    caption_N: Tensor
+    label_IA: Tensor
+    image_N: Tensor
+    index: dict[Split, Tensor]
+    encoding: PairEncoding
+    encode: EncodedTexts
+
+
+class ImageTextData(SuiteData):
+    """Images with texts, in train, validation and test batches of `PairBatch`.
+
+    An image may have several captions: each is a pair with it. The splits share no image. Where they are drawn, they
+    share no caption either, letter case and spaces aside.
+
+    Args:
+        dataset: shapes, fashion_products, coco_captions, flickr30k or image_captions (your own).
+        root: folder with your own copy, in the dataset's own layout; nothing is downloaded then.
+        cache_dir: folder for downloads and scaled images; default ~/.cache/moesaic.
+        batch_size: training pairs a step and process.
+        eval_batch_size: pairs a step and process in evaluation.
+        table: of image_captions: the .csv, .tsv, .jsonl or .parquet file with a row for each image or caption, below
+            root. Default: the only one in root.
+        image_column: of image_captions: the column that names the image.
+        image_pattern: of image_captions: where the image lies below root, {} being what the column holds, such as
+            images/{}.jpg.
+        caption_column: of image_captions: the column of the caption, or of a list of captions.
+        id_column: of image_captions: a column that tells one image from another; default image_column.
+        split_column: of image_captions: a column that holds train, val or test. Default: the splits are drawn.
+        attributes: columns of labels that are classes of the image. Default: those that the dataset is known to have;
+            image_captions has none.
+        val_size: images held out for validation, as a count (500) or a share (0.1), with all their captions. Default: a
+            tenth, and at most 5,000, where the dataset has no validation images of its own. 0: no validation.
+        test_size: images held out for the test, likewise.
+        split_seed: seed of the held-out images and of the subset, so that runs of other seeds have the same images.
+        subset: use only so many training pairs, drawn by split_seed; the subwords are learned from these alone.
+        tokenizer: how subwords are learned from the training captions; or, by its path, the folder of a sentence
+            encoder, whose word pieces are used unchanged, or a trained sentencepiece model. Default: the checkpoint's,
+            else BPE of at most 2,000 subwords.
+        lower_case: whether letter case counts for nothing. Default: the checkpoint's or the sentence encoder's, else
+            true.
+        max_tokens: pieces of a text that a model reads, begin and end among them; longer texts are cut. Default: the
+            checkpoint's, else 32.
+        image_size: scale images to this height and width; default the checkpoint's, else the dataset's own, 224 for
+            image files.
+        eval_crop: scale images to image_size / eval_crop, keep the centre. Default: the checkpoint's, else 1.
+        mean: mean of each channel, pixels in [0, 1], for normalising; default the checkpoint's, else the dataset's.
+        std: standard deviation of each channel, likewise.
+        crop_padding: pad training images by so many black pixels and cut at random. 0: off.
+        horizontal_flip: mirror training images left to right with probability 1/2. A caption that says "left" is wrong
+            then.
+        random_resized_crop: cut a box of at least this share of the area out of training images and scale it up, in
+            (0, 1]. Default: off.
+        store_images: keep the scaled images in the cache, image_size^2 x 3 bytes each. False: they are decoded in every
+            batch, by num_workers processes, for millions of images.
+        on_bad_row: a row without a caption, or whose image is missing or cannot be read, ends the run with its name
+            ("error"), or is left out and counted ("skip").
+        drop_last: leave out the last training batch of an epoch if it is not full.
+        num_workers: processes that make batches, and threads that decode images for the cache. 0 is enough where the
+            images are stored.
+        seed: seed of the order and the random transforms; default that of the whole run (seed_everything).
+
+    A checkpoint keeps the text encoding, how pixels are scaled, and the names of the attributes' classes. Data that
+    ``adopt`` it use them; a label that it does not know is none.
+
+    Raises:
+        ValueError: an unknown dataset (with the nearest name), an option out of its range; when the data are first
+            needed: a missing or corrupt file, a missing column, a bad row, a split that cannot be drawn.
+
+    Example::
+
+        data = ImageTextData("shapes")
+        batch = next(iter(data.train_dataloader()))
+        batch.image, batch.text_BL, batch.label_BA     # (128, 3, 32, 32), (128, L), (128, 6)
+    """
+
+    unit = "pairs"
+    hold_out = "{split}_size (--data.{split}_size) holds some out"
+
+    def __init__(
+        self,
+        dataset: str = "shapes",
+        root: str | None = None,
+        cache_dir: str | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int = 256,
+        table: str | None = None,
+        image_column: str = "image",
+        image_pattern: str = "{}",
+        caption_column: str = "caption",
+        id_column: str | None = None,
+        split_column: str | None = None,
+        attributes: Sequence[str] | None = None,
+        val_size: int | float | None = None,
+        test_size: int | float | None = None,
+        split_seed: int = 0,
+        subset: int | None = None,
+        tokenizer: SubwordConfig | None = None,
+        lower_case: bool | None = None,
+        max_tokens: int | None = None,
+        image_size: int | None = None,
+        eval_crop: float | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        crop_padding: int = 0,
+        horizontal_flip: bool = False,
+        random_resized_crop: float | None = None,
+        store_images: bool = True,
+        on_bad_row: OnBadRow = "error",
+        drop_last: bool = False,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        check_name("dataset", dataset, sorted(PAIR_DATASETS))
+        super().__init__(
+            dataset,
+            root,
+            cache_dir,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        self._spec = PAIR_DATASETS[dataset]
+        self._columns = self._spec.attributes if attributes is None else tuple(attributes)
+        self._are_named = attributes is not None
+        self._read_options = ReadOptions(
+            self._columns, on_bad_row, table, image_column, image_pattern, caption_column, id_column, split_column
+        )
+        self.val_size, self.test_size, self.split_seed, self.subset = val_size, test_size, split_seed, subset
+        self.on_bad_row, self.store_images = on_bad_row, store_images
+        self._written: dict[str, Any] = {
+            "image_size": image_size,
+            "eval_crop": eval_crop,
+            "mean": None if mean is None else tuple(mean),
+            "std": None if std is None else tuple(std),
+        }
+        self._text_options = TextOptions(tokenizer, lower_case, max_tokens)
+        self._augment = Augment(crop_padding, horizontal_flip, random_resized_crop)
+        self._check_options()
+
+    # ---- what a model and a reader of results ask
+
+    @property
+    def image_size(self) -> int:
+        return int(self._of_image("image_size", self._spec.image_size))
+
+    @property
+    def in_chans(self) -> int:
+        return 3 if self._adopted is None else int(self._adopted.in_chans)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids of the text encoding. The first use reads the data, unless a checkpoint brings it."""
+        return self.encoding.text.vocab_size
+
+    @property
+    def max_tokens(self) -> int:
+        """Largest number of ids of a text."""
+        return self.encoding.text.max_tokens
+
+    @property
+    def class_names(self) -> dict[str, tuple[str, ...]]:
+        """The names of the classes of each attribute."""
+        return dict(self.encoding.attributes or {})
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """The number of classes of each attribute."""
+        return {name: len(classes) for name, classes in self.class_names.items()}
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The captions by their number, which is ``caption_B`` of a batch."""
+        return self.opened.texts
+
+    def image_name(self, number: int) -> str:
+        """Return the name of an image, such as its path, by its number, which is ``image_B`` of a batch."""
+        return self.opened.pairs.images.name(number)
+
+    def pixels(self, image_B: Tensor) -> Tensor:
+        """Return images as a model sees them in evaluation, before they are normalised: uint8 (B, C, S, S)."""
+        return self.opened.read(image_B)
+
+    # ---- the encoding
+
+    @property
+    def encoding(self) -> PairEncoding:
+        return self._adopted if self._adopted is not None else self.opened.encoding
+
+    @classmethod
+    def encoding_of(cls, state: Mapping[str, Any]) -> PairEncoding:
+        return PairEncoding.from_state(state)
+
+    def adopt(self, encoding_state: Mapping[str, Any]) -> None:
+        """Encode texts, scale images and number classes as a checkpoint says that keeps this ``encoding_state``.
+
+        Raises:
+            ValueError: an option that was given says otherwise.
+        """
+        given = self.encoding_of(encoding_state)
+        for name, value in self._written.items():
+            if value is not None and value != getattr(given, name):
+                raise ValueError(
+                    f"data.{name}={value} is not the checkpoint's, whose images have {name}={getattr(given, name)}: "
+                    "leave it out"
+                )
+        self._text_options.check(given.text, self.cache)
+        if self._are_named and self._columns != tuple(given.attributes or {}):
+            raise ValueError(
+                f"data.attributes={list(self._columns)} are not the checkpoint's, which knows "
+                f"{', '.join(given.attributes or {}) or 'none'}: leave them out"
+            )
+        super().adopt(encoding_state)
+
+    def _of_image(self, name: str, default: Any) -> Any:
+        if self._adopted is not None:
+            return getattr(self._adopted, name)
+        return default if self._written[name] is None else self._written[name]
+
+    # ---- the files
+
+    def read(self) -> _Opened:
+        pairs = self._spec.read(self._folder(), self._read_options)
+        if not len(pairs.texts):
+            raise ValueError(f"{self.dataset} has no pair of an image and a caption")
+        read, pairs = self._pixels(pairs)
+        sizes: dict[Split, int | float | None] = {"test": self.test_size, "val": self.val_size}
+        splits = split_images(pairs.split, pairs.image_N, pairs.texts, sizes, self.split_seed)
+        split_N = splits[pairs.image_N]
+        index = {split: torch.from_numpy(np.flatnonzero(split_N == split)) for split in SPLITS}
+        index["train"] = self._subset(index["train"])
+        texts = tuple(dict.fromkeys(pairs.texts))
+        number = {text: i for i, text in enumerate(texts)}
+        caption_N = torch.tensor([number[text] for text in pairs.texts])
+        encoding = self._adopted
+        if encoding is None:
+            in_training = [pairs.texts[i] for i in index["train"].tolist()]
+            encoding = PairEncoding(
+                self._text_options.encoding(in_training, self.cache),
+                self.image_size,
+                self.in_chans,
+                self._of_image("mean", self._spec.mean),
+                self._of_image("std", self._spec.std),
+                self._of_image("eval_crop", 1.0),
+                classes_of(pairs, splits == "train"),
+            )
+        for split in ("val", "test"):
+            if shared := num_trained(pairs.texts, split_N, split):
+                _note(f"{shared:,} of {len(index[split]):,} {split} captions are captions of training images too")
+        labels = numbered(pairs, encoding.attributes or {})
+        encode = EncodedTexts(texts, encoding.text)
+        image_N = torch.from_numpy(pairs.image_N)
+        return _Opened(pairs, read, texts, caption_N, labels, image_N, index, encoding, encode)
+
+    def _folder(self) -> Path:
+        return prepare(self.dataset, self.root, self.cache_dir)
+
+    def _pixels(self, pairs: RawPairs) -> tuple[Callable[[Tensor], Tensor], RawPairs]:
+        """Return the reader of scaled images, and the pairs without those whose image cannot be read."""
+        size, chans, crop = self.image_size, self.in_chans, self._of_image("eval_crop", 1.0)
+        transform = evaluation_transform(size, chans, crop)
+        images = pairs.images
+        if isinstance(images, DrawnImages) and images.pixels.shape[1:] == (chans, size, size) and crop == 1:
+            return images.pixels.__getitem__, pairs
+        if not self.store_images:
+            decoded = DecodedPixels(images, transform)
+            bad = decoded.bad(self.num_workers) if self.on_bad_row == "skip" else {}
+            return decoded, self._without_bad(pairs, bad)
+        stored = store_pixels(
+            images, transform, (chans, size, size), self.cache, self.dataset, [size, chans, crop], self.num_workers
+        )
+        return stored, self._without_bad(pairs, stored.bad)
+
+    def _without_bad(self, pairs: RawPairs, bad: Mapping[int, str]) -> RawPairs:
+        if not bad:
+            return pairs
+        if self.on_bad_row == "error":
+            raise BadImage(f"{next(iter(bad.values()))}; {SKIP_HINT}")
+        _note(f"on_bad_row=skip: {len(bad):,} images cannot be read and are left out: {some(list(bad.values()), 3)}")
+        return pairs.without(list(bad), "an unreadable image")
+
+    def _subset(self, train: Tensor) -> Tensor:
+        if self.subset is None:
+            return train
+        if self.subset > len(train):
+            raise ValueError(f"subset={self.subset} exceeds the {len(train):,} training pairs")
+        chosen = np.random.RandomState(self.split_seed).permutation(len(train))[: self.subset]
+        return train[np.sort(chosen)]
+
+    def check(self, stage: str | None) -> None:
+        """Note what a test does not tell: classes without an image, and captions that training had."""
+        if stage != "test":
+            return
+        opened, encoding = self.opened, self.encoding
+        images = opened.image_N[opened.index["test"]].unique()
+        for name, classes in lacking(opened.label_IA[images], encoding.attributes or {}).items():
+            if len(classes) == len((encoding.attributes or {})[name]):
+                _note(f"the test images have no {name} that is known: there are no figures of it")
+            else:
+                _note(f"the test images have none of {name} {some(classes)}: the figures are of the other classes")
+
+    # ---- examples and batches
+
+    def sizes(self) -> dict[Split, int]:
+        return {split: len(self.opened.index[split]) for split in SPLITS}
+
+    def describe(self) -> str:
+        """Return one line: the pairs of each split, the images, the text encoding, the attributes, what is left out."""
+        opened = self.opened
+        parts = [super().describe(), f"{len(opened.image_N.unique()):,} images", f"{self.vocab_size:,} pieces"]
+        if self.attributes:
+            parts.append("attributes " + ", ".join(f"{name} ({count})" for name, count in self.attributes.items()))
+        if opened.pairs.left_out:
+            parts.append(
+                "left out: " + ", ".join(f"{n:,} with {reason}" for reason, n in opened.pairs.left_out.items())
+            )
+        return "; ".join(parts)
+
+    def examples(self, split: Split) -> PairSet:
+        return self._set(self.opened.index[split])
+
+    def batching(self, examples: PairSet) -> dict[str, Any]:
+        augments = self._augment != Augment()
+        collate = self._collate(self._augment)
+        return {"batch_size": self.batch_size, "drop_last": self.drop_last, "collate_fn": collate, "draws": augments}
+
+    def eval_loader(self, examples: PairSet) -> DataLoader[Any]:
+        # Tables are often sorted. Where tokens compete for experts, each batch must look like the whole.
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))
+        assert self.eval_batch_size is not None
+        mixed = self._set(examples.index[order])
+        return in_order(mixed, self.eval_batch_size, self.num_workers, self._collate(Augment()))
+
+    def train_eval_dataloader(self) -> DataLoader[Any]:
+        """Return the training pairs without random transforms."""
+        return self.eval_loader(self.examples("train"))
+
+    def _set(self, index: Tensor) -> PairSet:
+        opened = self.opened
+        return PairSet(opened.read, opened.encode, opened.image_N, opened.caption_N, opened.label_IA, index)
+
+    def _collate(self, augment: Augment) -> PairCollate:
+        encoding = self.encoding
+        return PairCollate(Collate(encoding.image_size, 1, encoding.mean, encoding.std, augment))
+
+    def _check_options(self) -> None:
+        check_at_least(1, image_size=self._written["image_size"], subset=self.subset)
+        check_at_least(3, max_tokens=self._text_options.max_tokens)
+        check_size("val_size", self.val_size)
+        check_size("test_size", self.test_size)
+        check_name("on_bad_row", self.on_bad_row, get_args(OnBadRow))
+        eval_crop, mean, std = (self._written[name] for name in ("eval_crop", "mean", "std"))
+        if eval_crop is not None and not 0 < eval_crop <= 1:
+            raise ValueError(f"eval_crop={eval_crop} must be above 0 and at most 1")
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and len(values) != 3:
+                raise ValueError(f"{name}={values} has {len(values)} values for 3 channels")
+        if std is not None and min(std) <= 0:
+            raise ValueError(f"std={std} must be positive")
+        if len(set(self._columns)) < len(self._columns):
+            raise ValueError(f"attributes={list(self._columns)} names a column twice")
+        own = asdict(ReadOptions(self._columns, self.on_bad_row))
+        for name, value in asdict(self._read_options).items():
+            if not self._spec.is_table and value != own[name]:
+                raise ValueError(f"{name}={value!r} is for dataset='image_captions'; {self.dataset} has its own layout")

@@ -1,0 +1,211 @@
+"""Images with their captions and labels: as a dataset's reader returns them, and as batches are cut from them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from apps.base.messages import excerpt
+from apps.data.splits import Split
+from apps.data.text_files import clean
+from apps.multimodal.batch import PairBatch
+from apps.multimodal.images import Images
+from apps.vision.batch import Collate
+
+OnBadRow = Literal["error", "skip"]
+"""What becomes of a row without a caption, or whose image is missing or cannot be read."""
+
+SKIP_HINT = "data.on_bad_row=skip leaves such rows out"
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """The options of `ImageTextData` that a reader needs.
+
+    Attributes:
+        attributes: columns that are attributes.
+        on_bad_row: what becomes of a bad row.
+        table, image_column, image_pattern, caption_column, id_column, split_column: as for `ImageTextData`.
+    """
+
+    attributes: tuple[str, ...] = ()
+    on_bad_row: OnBadRow = "error"
+    table: str | None = None
+    image_column: str = "image"
+    image_pattern: str = "{}"
+    caption_column: str = "caption"
+    id_column: str | None = None
+    split_column: str | None = None
+
+
+@dataclass(frozen=True)
+class RawPairs:
+    """Pairs of an image and a caption, before anything is learned from them.
+
+    Attributes:
+        images: the images.
+        image_N: int64 (N,), the image of each pair.
+        texts: the caption of each pair.
+        labels: the value of each attribute for each image, None where it is not known.
+        split: the split of each image; None where it is to be drawn.
+        left_out: number of rows that are not among the pairs, by reason.
+    """
+
+    images: Images
+    image_N: NDArray[np.int64]
+    texts: list[str]
+    labels: dict[str, list[str | None]] | dict[str, list[str]]
+    split: list[Split | None]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def without(self, images: Sequence[int], reason: str) -> RawPairs:
+        """Return the pairs without those of some images; the images keep their numbers."""
+        keep_N = ~np.isin(self.image_N, list(images))
+        texts = [text for text, keep in zip(self.texts, keep_N, strict=True) if keep]
+        left_out = {**self.left_out, reason: int((~keep_N).sum())}
+        return RawPairs(self.images, self.image_N[keep_N], texts, self.labels, self.split, left_out)
+
+
+class PairCollector:
+    """Takes the rows of a dataset's tables, checks them, and numbers images.
+
+    Args:
+        on_bad_row: end with an error for a row without a caption or whose image is missing, or leave it out.
+        attributes: names of the attributes.
+    """
+
+    def __init__(self, on_bad_row: OnBadRow, attributes: Sequence[str]) -> None:
+        self._on_bad_row = on_bad_row
+        self._number: dict[str, int] = {}
+        self._first_row: list[str] = []
+        self._image_N: list[int] = []
+        self._texts: list[str] = []
+        self._labels: dict[str, list[str | None]] = {name: [] for name in attributes}
+        self._split: list[Split | None] = []
+        self._left_out: Counter[str] = Counter()
+        self.keys: list[str] = []
+        """The key of each image, by its number."""
+
+    def add(
+        self,
+        row: str,
+        key: str,
+        texts: Sequence[str],
+        labels: Mapping[str, str | None],
+        split: Split | None = None,
+        path: Path | None = None,
+    ) -> None:
+        """Take one row.
+
+        Args:
+            row: name of the row in messages, such as ``titles.csv, row 7``.
+            key: tells one image from another; rows of one key are captions of one image.
+            texts: captions of the image.
+            labels: the value of each attribute; None or empty: it is not known.
+            split: the image's split; None: it is to be drawn.
+            path: file of the image, which must be there.
+
+        Raises:
+            ValueError: a caption is empty or the image missing, unless such rows are left out; or an earlier row gives
+                the same image another label or split.
+        """
+        cleaned = [clean(text) for text in texts]
+        if not all(cleaned) or not cleaned:
+            self._refuse(f"{row}: the caption of {excerpt(key)} is empty", "an empty caption")
+            cleaned = [text for text in cleaned if text]
+            if not cleaned:
+                return
+        number = self._number.get(key)
+        if number is None:
+            if path is not None and not path.is_file():
+                self._refuse(f"{row}: the image {str(path)!r} is missing", "a missing image")
+                return
+            number = self._number[key] = len(self.keys)
+            self.keys.append(key)
+            self._first_row.append(row)
+            for name, values in self._labels.items():
+                values.append(labels.get(name) or None)
+            self._split.append(split)
+        else:
+            self._compare(row, key, number, labels, split)
+        self._image_N += [number] * len(cleaned)
+        self._texts += cleaned
+
+    def pairs(self, images: Callable[[list[str]], Images]) -> RawPairs:
+        """Return what was taken.
+
+        Args:
+            images: returns the images of keys, in their order.
+        """
+        image_N = np.array(self._image_N, np.int64)
+        return RawPairs(images(self.keys), image_N, self._texts, self._labels, self._split, dict(self._left_out))
+
+    def _refuse(self, complaint: str, reason: str) -> None:
+        if self._on_bad_row == "error":
+            raise ValueError(f"{complaint}; {SKIP_HINT}")
+        self._left_out[reason] += 1
+
+    def _compare(self, row: str, key: str, number: int, labels: Mapping[str, str | None], split: Split | None) -> None:
+        first = self._first_row[number]
+        for name, values in self._labels.items():
+            if (labels.get(name) or None) != values[number]:
+                has = f"{name}={labels.get(name)!r}, and {values[number]!r} in {first}"
+                raise ValueError(f"{row}: the image {excerpt(key)} has {has}")
+        if split != self._split[number]:
+            raise ValueError(f"{row}: the image {excerpt(key)} is in {split}, and in {self._split[number]} by {first}")
+
+
+@dataclass(frozen=True)
+class PairSet(Dataset[PairBatch]):
+    """Pairs that are read by whole batches; the images of ``pairs.__getitems__(positions)`` are uint8 (B, C, S, S).
+
+    Attributes:
+        read: a function from images' numbers (B,) to their pixels.
+        encode: a function from captions' numbers (B,) to their ids.
+        image_N: int64 (N,), the image of each pair of the data.
+        caption_N: int64 (N,), the caption of each pair of the data.
+        label_IA: int64 (I, A), the class of each image's attributes, -1 where it is not known.
+        index: the pairs that the set holds, in its order.
+    """
+
+    read: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor]
+    image_N: Tensor
+    caption_N: Tensor
+    label_IA: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, position: int) -> PairBatch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int] | Tensor) -> PairBatch:
+        index_B = self.index[torch.as_tensor(positions)]
+        image_B, caption_B = self.image_N[index_B], self.caption_N[index_B]
+        pixels, text_BL = self.read(image_B), self.encode(caption_B)
+        return PairBatch(pixels, text_BL, image_B, caption_B, self.label_IA[image_B], index_B)
+
+
+@dataclass(frozen=True)
+class PairCollate:
+    """Transforms and normalises the images of a batch. It is a class so that worker processes can be sent it.
+
+    Attributes:
+        images: the transform of the images.
+    """
+
+    images: Collate
+
+    def __call__(self, raw: PairBatch) -> PairBatch:
+        return raw._replace(image=self.images((raw.image, raw.caption_B, raw.index_B)).image)

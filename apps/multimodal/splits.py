@@ -1,0 +1,121 @@
+"""Splits of images with captions that share neither an image nor a caption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apps.data.splits import Split, count_of
+
+_MOST_HELD_OUT = 5_000
+
+
+def split_images(
+    split_I: Sequence[Split | None],
+    image_N: NDArray[np.int64],
+    texts: Sequence[str],
+    sizes: dict[Split, int | float | None],
+    seed: int,
+) -> NDArray[Any]:
+    """Return the split of each image, by its name: the files' own, else a drawn one; "" of an image without captions.
+
+    Images are drawn from those that are not for validation or test. Two with a caption in common stay together.
+
+    Args:
+        split_I: the split of each image by the files; None: they do not say.
+        image_N: the image of each pair.
+        texts: the caption of each pair.
+        sizes: number or share of the images that "test" and "val" get; None: a tenth, and at most 5,000, where the
+            files have none of their own.
+        seed: the only source of randomness.
+
+    Raises:
+        ValueError: a size beside images of the files, or one that leaves no image to train on, or is too small for
+            images that belong together.
+    """
+    splits = np.array([split or "train" for split in split_I], dtype="<U5")
+    splits[np.setdiff1d(np.arange(len(splits)), image_N)] = ""
+    own, free = set(splits.tolist()), np.flatnonzero(splits == "train")
+    counts: dict[Split, int] = {}
+    for split, size in sizes.items():
+        if split not in own:
+            by_default = min(round(0.1 * len(free)), _MOST_HELD_OUT)
+            counts[split] = by_default if size is None else count_of(size, len(free))
+        elif size is not None:
+            raise ValueError(f"{split}_size={size}: the files have {split} images of their own: leave it out")
+    if not any(counts.values()):
+        return splits
+    asked = " and ".join(f"{split}_size={count:,}" for split, count in counts.items())
+    if sum(counts.values()) >= len(free):
+        raise ValueError(f"{asked} leave none of the {len(free):,} images to train on")
+    group_F = groups_of(image_N, texts, len(splits))[free]
+    for (split, count), at in zip(counts.items(), hold_out(group_F, list(counts.values()), seed), strict=True):
+        splits[free[at]] = split
+        if count and not len(at):
+            most = int(np.bincount(group_F).max())
+            raise ValueError(
+                f"{asked} of {len(free):,} images: none fit into {split}, for images with a caption in common stay "
+                f"together, and up to {most:,} have"
+            )
+    return splits
+
+
+def num_trained(texts: Sequence[str], split_N: NDArray[Any], split: Split) -> int:
+    """Return how many captions of a split are captions of training images too."""
+    trained = {key_of(text) for text, own in zip(texts, split_N, strict=True) if own == "train"}
+    return sum(own == split and key_of(text) in trained for text, own in zip(texts, split_N, strict=True))
+
+
+def key_of(text: str) -> str:
+    """Return what two captions have in common that count as one: letter case and spaces aside."""
+    return " ".join(text.lower().split())
+
+
+def groups_of(image_N: NDArray[np.int64], texts: Sequence[str], num_images: int) -> NDArray[np.int64]:
+    """Number the images so that two of one caption have one number, also where other images link them.
+
+    Args:
+        image_N: the image of each pair.
+        texts: the caption of each pair.
+        num_images: I, the number of images.
+
+    Returns:
+        int64 (I,), numbers from 0 on.
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    _, text_N = np.unique([key_of(text) for text in texts], return_inverse=True)
+    num_texts = int(text_N.max()) + 1 if len(text_N) else 0
+    nodes = num_images + num_texts
+    links = coo_matrix((np.ones(len(image_N)), (image_N, num_images + text_N)), shape=(nodes, nodes))
+    return connected_components(links, directed=False)[1][:num_images].astype(np.int64)
+
+
+def hold_out(group_I: NDArray[np.int64], sizes: Sequence[int], seed: int) -> list[NDArray[np.int64]]:
+    """Draw disjoint sets of images by whole groups.
+
+    The groups are shuffled. Each goes into the first set that has room for all of it, or into none.
+
+    Args:
+        group_I: int64 (I,), the group of each image.
+        sizes: number of images of each set, at most.
+        seed: the only source of randomness.
+
+    Returns:
+        The images of each set, sorted. A set has fewer images than its size where no group fits any more.
+    """
+    groups, group_I = np.unique(group_I, return_inverse=True)
+    count_G = np.bincount(group_I, minlength=len(groups))
+    room, set_G = list(sizes), np.full(len(groups), -1)
+    for group in np.random.RandomState(seed).permutation(len(groups)):
+        for number, left in enumerate(room):
+            if count_G[group] <= left:
+                set_G[group], room[number] = number, left - count_G[group]
+                break
+        if not any(room):
+            break
+    return [np.flatnonzero(set_G[group_I] == number) for number in range(len(sizes))]
