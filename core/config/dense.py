@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..contract import check_kinds
 from ..contract.checks import at_least_one, below_one, one_of
-from ..kernels import ACTIVATIONS
+from ..experts.general import GENERAL_ACTIVATIONS
 from ..layers import FeedForward
 from ..registry import register_config
 
@@ -18,7 +18,7 @@ class DenseFFN:
 
     Attributes:
         hidden_dim: F; None: 4 * dim.
-        activation: "relu", "gelu", "gelu_tanh" (its approximation) or "silu".
+        activation: "relu", "gelu", "gelu_tanh" (its approximation), "silu", or another of ``GeneralFFN``.
         gated: the layer is ``(act(x w_gate) * (x w_in)) w_out``, in place of ``act(x w_in) w_out``: GEGLU, SwiGLU
             (arXiv 2002.05202).
         bias: each product has a bias.
@@ -42,7 +42,7 @@ class DenseFFN:
         check_kinds(self)
         if self.hidden_dim is not None:
             at_least_one("hidden_dim", self.hidden_dim)
-        one_of("activation", self.activation, tuple(ACTIVATIONS))
+        one_of("activation", self.activation, tuple(GENERAL_ACTIVATIONS))
         below_one("dropout", self.dropout)
 
     def hidden(self, dim: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..kernels import ACTIVATIONS, Linear
+from ..experts.general import GENERAL_ACTIVATIONS
+from ..kernels import Linear
 
 
 class FeedForward(nn.Module):
@@ -14,7 +15,7 @@ class FeedForward(nn.Module):
         dim: D.
         hidden_dim: F.
         out_dim: width of the output.
-        activation: a key of ``ACTIVATIONS``.
+        activation: a key of ``GENERAL_ACTIVATIONS``.
         gated, bias: as in ``DenseFFN``.
         dropout: of the hidden layer.
     """
@@ -31,7 +32,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D_out)."""
-        act = ACTIVATIONS[self.activation]
+        act = GENERAL_ACTIVATIONS[self.activation]
         h = act(self.w_in(x)) if self.w_gate is None else act(self.w_gate(x)) * self.w_in(x)
         return self.w_out(self.dropout(h))
 

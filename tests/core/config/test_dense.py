@@ -56,7 +56,7 @@ def test_the_hidden_layer_is_dropped_out_in_training_alone():
     "options, message",
     [
         ({"hidden_dim": 0}, "hidden_dim=0 is not at least 1"),
-        ({"activation": "tanh"}, "activation='tanh' is not one of relu, gelu, silu, gelu_tanh"),
+        ({"activation": "swish"}, "activation='swish' is not one of relu, gelu, silu, gelu_tanh, quick_gelu"),
         ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),
         ({"gated": 1}, "gated=1 is not True or False"),
     ],
@@ -64,3 +64,12 @@ def test_the_hidden_layer_is_dropped_out_in_training_alone():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         core.DenseFFN(**options)
+
+
+def test_quick_gelu_is_clips():
+    # x sigmoid(1.702 x): at 1 it is 1 / (1 + e^-1.702) = 0.845796.
+    layer = core.DenseFFN(1, "quick_gelu", bias=False).build(1)
+    with torch.no_grad():
+        layer.w_in.weight.fill_(1.0)
+        layer.w_out.weight.fill_(1.0)
+    assert layer(torch.ones(1, 1)).item() == pytest.approx(0.845796, rel=1e-5)
