@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import core
+from apps.base.checks import check_at_least
+from apps.nets.blocks import FFNConfig, MoEs, ffn_configs, moe_configs, resolve_blocks
 from apps.porting import files
+from apps.porting.encoder import EncoderLayer, init_encoder
 
 _LONGEST_WORD = 100  # characters; a longer one is unknown, as in BERT's tokenizer
 _BATCH = 64
@@ -91,40 +96,150 @@ def _stands_alone(c: str) -> bool:
     return is_symbol or unicodedata.category(c)[0] == "P" or unicodedata.name(c, "").startswith("CJK ")
 
 
-class _Layer(nn.Module):
-    """One of BERT's layers: attention, then a feed-forward network, each normalised after its residual."""
-
-    def __init__(self, dim: int, hidden_dim: int, num_heads: int, eps: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_1, self.norm_2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
-        self.up, self.down = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
-
-    def forward(self, x_NSD: Tensor, is_real_NS: Tensor) -> Tensor:
-        q, k, v = (
-            part(x_NSD).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-            for part in (self.query, self.key, self.value)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=is_real_NS[:, None, None])
-        x_NSD = self.norm_1(x_NSD + self.out(y.transpose(1, 2).flatten(2)))
-        return self.norm_2(x_NSD + self.down(F.gelu(self.up(x_NSD))))
-
-
 _NAMES = {
     "query": "attention.self.query",
     "key": "attention.self.key",
     "value": "attention.self.value",
     "out": "attention.output.dense",
     "norm_1": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
+    "ffn.w_in": "intermediate.dense",
+    "ffn.w_out": "output.dense",
     "norm_2": "output.LayerNorm",
 }
 
 
-class SentenceEncoder(nn.Module):
-    """BERT's encoder, whose mean over a text's pieces, at unit length, is the text's vector (arXiv 1908.10084).
+@core.register_config
+@dataclass(frozen=True)
+class BertConfig:
+    """The sizes of an encoder of BERT's layout; the defaults are MiniLM-L6's.
+
+    Attributes:
+        dim: D, also the width of a text's vector.
+        hidden_dim: F of the dense feed-forward networks.
+        depth: number of layers.
+        num_heads: heads of the attention; must divide ``dim``.
+        max_positions: largest number of pieces of a text.
+        eps: of the norms.
+        dropout: probability in training, behind the embeddings, the attention and the feed-forward networks.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    dim: int = 384
+    hidden_dim: int = 1536
+    depth: int = 6
+    num_heads: int = 12
+    max_positions: int = 512
+    eps: float = 1e-12
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = {"dim": self.dim, "hidden_dim": self.hidden_dim, "depth": self.depth, "num_heads": self.num_heads}
+        check_at_least(1, **sizes, max_positions=self.max_positions)
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim={self.dim} is not divisible by num_heads={self.num_heads}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
+
+    @property
+    def dense_ffn(self) -> core.DenseFFN:
+        """The feed-forward network of a dense layer."""
+        return core.DenseFFN(self.hidden_dim)
+
+    @classmethod
+    def of(cls, folder: Path) -> BertConfig:
+        """Return the sizes in ``config.json`` of a published folder.
+
+        Raises:
+            ValueError: the file is missing or of another kind of model.
+        """
+        config = files.read_config(folder)
+        if config["model_type"] != "bert" or config.get("hidden_act", "gelu") != "gelu":
+            raise ValueError(
+                f"{folder} holds a model of type {config['model_type']!r} ({config.get('hidden_act')}): a sentence "
+                "encoder is read where it is of type 'bert' with gelu"
+            )
+        return cls(
+            int(config["hidden_size"]),
+            int(config["intermediate_size"]),
+            int(config["num_hidden_layers"]),
+            int(config["num_attention_heads"]),
+            int(config["max_position_embeddings"]),
+            float(config.get("layer_norm_eps", 1e-12)),
+        )
+
+
+class SentenceTower(nn.Module):
+    """BERT's encoder for training, in which the feed-forward networks of chosen layers may be mixtures of experts.
+
+    Args:
+        config: the sizes.
+        vocab_size: number of pieces.
+        ffn: of ``moe_blocks``: an MoE layer, a list with one for each, or another dense network; None: as the others.
+        moe_blocks: which layers; see ``apps.nets.blocks.resolve_blocks``.
+        pad_id: the id of padding.
+
+    Attributes:
+        out_dim: numbers of a text's vector.
+        moes: the different MoE layers' configs.
+        moe_blocks: numbers of the layers whose network is ``ffn``.
+
+    Raises:
+        ValueError: a combination that cannot be built.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        vocab_size: int,
+        ffn: FFNConfig | MoEs | None = None,
+        moe_blocks: str | Sequence[int] = "every2",
+        pad_id: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config, self.pad_id, self.out_dim = config, pad_id, config.dim
+        self.moes = moe_configs(ffn)
+        self.moe_blocks = () if ffn is None else resolve_blocks(moe_blocks, config.depth)
+        self.words = nn.Embedding(vocab_size, config.dim)
+        self.places = nn.Embedding(config.max_positions, config.dim)
+        self.kind = nn.Parameter(torch.zeros(config.dim))
+        self.norm = nn.LayerNorm(config.dim, config.eps)
+        self.layers = nn.ModuleList(
+            EncoderLayer(config.dim, config.num_heads, one, config.eps, norm_first=False, dropout=config.dropout)
+            for one in ffn_configs(config.dense_ffn, config.depth, ffn, self.moe_blocks)
+        )
+        init_encoder(self)
+
+    def tokens(self, ids_BL: Tensor, context: core.RoutingContext | None = None) -> Tensor:
+        """Return the outputs (B, L, D) of the last layer.
+
+        Args:
+            ids_BL: int64, ids of pieces, padded by ``pad_id``.
+            context: for the MoE layers; None: they know padding and ids.
+
+        Raises:
+            ValueError: a text is longer than ``max_positions``.
+        """
+        if ids_BL.shape[1] > self.config.max_positions:
+            raise ValueError(f"a text of {ids_BL.shape[1]} pieces exceeds max_positions={self.config.max_positions}")
+        is_real_BL = ids_BL != self.pad_id
+        if context is None:
+            context = core.RoutingContext(valid_BS=is_real_BL, token_ids_BS=ids_BL)
+        x_BLD = self.norm(self.words(ids_BL) + self.places.weight[: ids_BL.shape[1]] + self.kind)
+        x_BLD = F.dropout(x_BLD, self.config.dropout, self.training)
+        for layer in self.layers:
+            x_BLD = layer(x_BLD, is_real_BL, context)
+        return x_BLD
+
+    def forward(self, ids_BL: Tensor, context: core.RoutingContext | None = None) -> Tensor:
+        """Return the means (B, D) over the pieces of each text; arguments as in ``tokens``."""
+        is_real_BL1 = (ids_BL != self.pad_id)[..., None]
+        return (self.tokens(ids_BL, context) * is_real_BL1).sum(1) / is_real_BL1.sum(1).clamp(min=1)
+
+
+class SentenceEncoder(SentenceTower):
+    """BERT's encoder, frozen, whose mean over a text's pieces, at unit length, is the text's vector (arXiv 1908.10084).
 
     Args:
         folder: ``config.json`` of ``model_type`` "bert", ``vocab.txt`` and weights, as they are published.
@@ -139,33 +254,17 @@ class SentenceEncoder(nn.Module):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        super().__init__()
         folder = Path(folder).expanduser()
-        config = files.read_config(folder)
-        if config["model_type"] != "bert" or config.get("hidden_act", "gelu") != "gelu":
-            raise ValueError(
-                f"{folder} holds a model of type {config['model_type']!r} ({config.get('hidden_act')}): a sentence "
-                "encoder is read where it is of type 'bert' with gelu"
-            )
-        self.pieces, tensors = WordPieces.of(folder), files.Tensors(folder)
-        self.dim, self.most = int(config["hidden_size"]), int(config["max_position_embeddings"])
-        eps = float(config.get("layer_norm_eps", 1e-12))
-        self.words = nn.Embedding(config["vocab_size"], self.dim)
-        self.places = nn.Embedding(self.most, self.dim)
-        self.kind = nn.Parameter(torch.empty(self.dim))
-        self.norm = nn.LayerNorm(self.dim, eps)
-        sizes = (self.dim, int(config["intermediate_size"]), int(config["num_attention_heads"]), eps)
-        self.layers = nn.ModuleList(_Layer(*sizes) for _ in range(config["num_hidden_layers"]))
-        self.load_state_dict({name: _tensor(tensors, name, folder) for name in self.state_dict()})
+        config = BertConfig.of(folder)
+        pieces = WordPieces.of(folder)
+        super().__init__(config, int(files.read_config(folder)["vocab_size"]), pad_id=pieces.ids["[PAD]"])
+        self.pieces, self.dim, self.most = pieces, config.dim, config.max_positions
+        self.load_state_dict(sentence_weights(folder, self.state_dict()))
         self.eval().requires_grad_(False)
 
-    def forward(self, ids_NS: Tensor) -> Tensor:
+    def forward(self, ids_BL: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """Return the vectors (N, dim) of texts as ids of pieces, padded by [PAD]."""
-        is_real_NS = ids_NS != self.pieces.ids["[PAD]"]
-        x_NSD = self.norm(self.words(ids_NS) + self.places.weight[: ids_NS.shape[1]] + self.kind)
-        for layer in self.layers:
-            x_NSD = layer(x_NSD, is_real_NS)
-        return F.normalize((x_NSD * is_real_NS[..., None]).sum(1), dim=1)
+        return F.normalize(super().forward(ids_BL, context), dim=1)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], max_tokens: int) -> Tensor:
@@ -188,11 +287,22 @@ class SentenceEncoder(nn.Module):
         return y_ND
 
 
-def _tensor(tensors: files.Tensors, name: str, folder: Path) -> Tensor:
+def sentence_weights(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the published tensors of a dense ``SentenceTower`` in float32, by its parameters' names.
+
+    Raises:
+        ValueError: a file that is missing or cannot be read, or a tensor that is missing.
+    """
+    tensors = files.Tensors(folder)
+    return {name: _tensor(tensors, name, folder) for name in names}
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str, folder: Path) -> Tensor:
     """Return the published tensor of a parameter."""
     first, _, rest = name.partition(".")
     if first == "layers":
-        number, part, kind = rest.split(".")
+        number, _, inner = rest.partition(".")
+        part, _, kind = inner.rpartition(".")
         theirs = f"encoder.layer.{number}.{_NAMES[part]}.{kind}"
     else:
         theirs = {

@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
-from made_encoder import DIM, PIECES, write_encoder
+from made_encoder import DIM, HIDDEN, PIECES, write_encoder
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from apps.porting.sentences import SentenceEncoder, WordPieces
+import core
+from apps.porting.sentences import BertConfig, SentenceEncoder, SentenceTower, WordPieces, sentence_weights
 
 
 @pytest.mark.parametrize(
@@ -92,3 +93,44 @@ def test_another_model_is_refused(tmp_path, changed, match):
     (folder / "config.json").write_text(json.dumps({**config, **changed}))
     with pytest.raises(ValueError, match=match):
         SentenceEncoder(folder)
+
+
+def test_a_tower_for_training_is_the_frozen_encoder(tmp_path):
+    folder = write_encoder(tmp_path)
+    config = BertConfig.of(folder)
+    assert config == BertConfig(DIM, HIDDEN, depth=2, num_heads=2, max_positions=16)
+    tower = SentenceTower(config, len(PIECES))
+    tower.load_state_dict(sentence_weights(folder, tower.state_dict()))
+    ids_BL = torch.tensor([[2, 4, 5, 6, 3], [2, 8, 3, 0, 0]])  # [CLS] red shoe ##s [SEP]; [CLS] hat [SEP]
+    vectors = torch.nn.functional.normalize(tower(ids_BL), dim=1)
+    assert_close(vectors, SentenceEncoder(folder).encode(["red shoes", "hat"], 16), rtol=1e-6, atol=1e-7)
+    vectors[:, 0].sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tower.layers.parameters() if p.ndim == 2)
+
+
+def test_a_mixture_in_the_tower_routes_no_padding():
+    moe = core.MoEConfig(4, core.TokenChoice(2), core.FFN(HIDDEN, bias=True))
+    tower = SentenceTower(BertConfig(DIM, HIDDEN, 2, 2, 16, dropout=0.5), len(PIECES), moe).eval()
+    assert list(core.moe_layers(tower)) == ["layers.1.ffn"]
+    ids_BL = torch.tensor([[2, 4, 5, 6, 3], [2, 8, 3, 0, 0]])
+    with core.record(tower) as tape:
+        both = tower(ids_BL)
+    (recorded,) = tape.entries
+    assert recorded.routing.tokens_per_expert_E.sum() == 2 * (5 + 3)  # two experts for each of 8 pieces
+    assert_close(both[1:], tower(ids_BL[1:, :3]))
+    assert not torch.equal(tower.train()(ids_BL), both)  # dropout
+    with pytest.raises(ValueError, match="a text of 17 pieces exceeds max_positions=16"):
+        tower(torch.ones(1, 17, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"dim": 10, "num_heads": 4}, "dim=10 is not divisible by num_heads=4"),
+        ({"depth": 0}, "depth=0"),
+        ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),
+    ],
+)
+def test_sizes_out_of_range_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        BertConfig(**options)
