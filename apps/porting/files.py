@@ -51,15 +51,16 @@ class Tensors(Mapping[str, Tensor]):
     """The tensors of a folder by name, each read when it is asked for.
 
     Args:
-        folder: of the first there is: ``model.safetensors``, its shards, ``pytorch_model.bin``, its shards.
+        folder: of the first there is: the safetensors file, its shards, torch's file, its shards.
+        safetensors, torch_file: names of the files.
 
     Raises:
         ValueError: there is none, or a file that is not what its name says.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, safetensors: str = SAFETENSORS, torch_file: str = TORCH) -> None:
         self._files: dict[Path, Mapping[str, Tensor]] = {}
-        for name, open_file in ((SAFETENSORS, _Safetensors), (TORCH, _read_torch)):
+        for name, open_file in ((safetensors, _Safetensors), (torch_file, _read_torch)):
             self._open: Callable[[Path], Mapping[str, Tensor]] = open_file
             if (folder / name).is_file():
                 self._path = dict.fromkeys(self._file(folder / name), folder / name)
@@ -67,7 +68,7 @@ class Tensors(Mapping[str, Tensor]):
             if (folder / (name + INDEX)).is_file():
                 self._path = _shards(folder / (name + INDEX))
                 return
-        raise ValueError(f"{folder} holds no weights: neither {SAFETENSORS} nor {TORCH}, nor an index of shards")
+        raise ValueError(f"{folder} holds no weights: neither {safetensors} nor {torch_file}, nor an index of shards")
 
     def _file(self, path: Path) -> Mapping[str, Tensor]:
         if path not in self._files:
