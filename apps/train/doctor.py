@@ -65,7 +65,7 @@ class RoutingDoctor(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.doctor is None and core.moe_layers(pl_module):
-            self.doctor = core.Doctor(pl_module)
+            self.doctor = core.Doctor(pl_module, modalities=getattr(pl_module, "modality_names", ()))
         if self.doctor is not None and not trainer.sanity_checking:
             self.doctor.start = self._start
             self.doctor.begin()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Doctor:
         start: weights that the training began with; None: not known.
         group: the ranks, each with a part of the data: the evidence is the sum over them, so that all of them call
             ``look_at_step`` and ``findings``, which are the same on each. None: all ranks.
+        modalities: names of the modalities in ``context.modality_BS``, by number; empty: findings have the numbers.
 
     Raises:
         ValueError: the model has no MoE layer.
@@ -47,9 +48,13 @@ class Doctor:
     """
 
     def __init__(
-        self, model: nn.Module, start: TrainingStart | None = None, group: dist.ProcessGroup | None = None
+        self,
+        model: nn.Module,
+        start: TrainingStart | None = None,
+        group: dist.ProcessGroup | None = None,
+        modalities: Sequence[str] = (),
     ) -> None:
-        self.model, self.start, self.group = model, start, group
+        self.model, self.start, self.group, self.modalities = model, start, group, tuple(modalities)
         self._layers = {name: m for name, m in unwrapped_modules(model) if isinstance(m, MoELayer)}
         self._foreign = foreign_routers(model)
         if not self._layers and not self._foreign:
@@ -140,6 +145,7 @@ class Doctor:
         first_levels = self._first_levels_of_ranks()
         for name, figures in self._of_ranks.items():
             every += rules.load_findings(name, figures, self._used(figures))
+            every += rules.modality_findings(name, figures, self.modalities)
             every += rules.logit_findings(name, figures, first_levels.get(name))
             every += rules.gate_findings(name, figures)
             every += rules.padding_findings(name, figures)
@@ -167,6 +173,7 @@ def diagnose(
     real: Callable[[Any], Tensor | None] | None = None,
     start: TrainingStart | None = None,
     group: dist.ProcessGroup | None = None,
+    modalities: Sequence[str] = (),
 ) -> list[Finding]:
     """Return what is wrong with the routing of a model: an empty list where nothing is.
 
@@ -186,6 +193,7 @@ def diagnose(
         start: weights that the training began with; None: not known.
         group: the ranks, all of which call this with batches of their own, as many as they have; the evidence is the
             sum over them, and the result the same on each. None: all ranks.
+        modalities: names of the modalities in ``context.modality_BS``, by number; empty: findings have the numbers.
 
     Raises:
         ValueError: the model has no MoE layer, there is no batch, on one of the ranks, or the loss has no gradient.
@@ -195,7 +203,7 @@ def diagnose(
         for finding in core.diagnose(model, loader, lambda model, batch: model(batch["pixels"])):
             print(finding)
     """
-    doctor = Doctor(model, start, group)
+    doctor = Doctor(model, start, group, modalities)
     real, rest, together = real or _attention_mask, iter(batches), parallel().needs_all_ranks(model)
     first = batch = next(rest, _NONE)
     if not on_every_rank(first is not _NONE, group):

@@ -12,10 +12,13 @@ from .passes import Facts, Pass
 
 PLACES = 64
 """Places of a sequence that are told apart; longer sequences are cut into so many parts."""
+MODALITIES = 8
+"""Modalities that are told apart; those of higher numbers are not looked at."""
 
 
 _TENSORS = (
     *("chosen_E", "computed_E", "place_PE", "num_logits", "logit_M", "square_M", "place_logit_PM", "place_tokens_P"),
+    *("modality_GE", "modality_tokens_G"),
 )
 
 
@@ -34,6 +37,8 @@ class LayerFigures:
         logit_M, square_M: (M,), sums of the logits less their token's mean, and of its square.
         place_logit_PM: (P, M), the first sum by place.
         place_tokens_P: (P,), tokens by place.
+        modality_GE: (G, E), computed pairs by modality and expert.
+        modality_tokens_G: (G,), tokens by modality.
         largest: largest absolute logit.
         not_finite: logits that are NaN or positively infinite.
         level: sum over tokens of ``logsumexp(logits)^2``.
@@ -51,6 +56,8 @@ class LayerFigures:
         self.num_logits, self.logit_M, self.square_M = (torch.zeros(M, dtype=torch.float64) for _ in range(3))
         self.place_logit_PM = torch.zeros(PLACES, M, dtype=torch.float64)
         self.place_tokens_P = torch.zeros(PLACES, dtype=torch.float64)
+        self.modality_GE = torch.zeros(MODALITIES, E, dtype=torch.float64)
+        self.modality_tokens_G = torch.zeros(MODALITIES, dtype=torch.float64)
         self.largest, self.not_finite, self.level = 0.0, 0, 0.0
         self.padding = (0, 0)
 
@@ -86,6 +93,8 @@ class LayerFigures:
             token_N, expert_N = one.token_N[computed_N], one.expert_N[computed_N]
             if place_T is not None:
                 self.place_PE += _table(place_T[token_N], expert_N, PLACES, one.num_experts)
+            if one.modality_T is not None:
+                self._add_modalities(one.modality_T, one.valid_T, token_N, expert_N)
             label_T = _labels_of_tokens(labels, one)
             if label_T is not None:
                 known_N = label_T[token_N] >= 0
@@ -95,6 +104,14 @@ class LayerFigures:
         if one.logits_TE is not None and one.logits_TE.shape[1] == self.logit_M.shape[0]:
             decisions = self._add_logits(one, one.logits_TE, place_T)
         self.decisions += decisions
+
+    def _add_modalities(self, modality_T: Tensor, valid_T: Tensor | None, token_N: Tensor, expert_N: Tensor) -> None:
+        known_T = (modality_T >= 0) & (modality_T < MODALITIES)
+        known_N = known_T[token_N]
+        pairs = _table(modality_T[token_N][known_N], expert_N[known_N], MODALITIES, self.num_experts)
+        self.modality_GE += pairs
+        real_T = known_T if valid_T is None else known_T & valid_T
+        self.modality_tokens_G += torch.bincount(modality_T[real_T], minlength=MODALITIES).double().cpu()
 
     def _add_logits(self, one: Pass, logits_TM: Tensor, place_T: Tensor | None) -> int:
         """Add the logits, and return how many tokens decided by themselves."""
@@ -173,7 +190,11 @@ class LayerFigures:
     @property
     def decided_pairs(self) -> float:
         """Pairs that were decided one by one: those of a sequence count once where it decides as a whole."""
-        return self.pairs_per_token * self.decisions
+        return self.decided(self.pairs_per_token * self.num_tokens)
+
+    def decided(self, pairs: float) -> float:
+        """Return how many of so many pairs were decided one by one."""
+        return pairs * self.decisions / max(self.num_tokens, 1)
 
     @property
     def drop_rate(self) -> float:
@@ -189,10 +210,12 @@ class LayerFigures:
     def experts_in_use(self) -> float:
         """``exp`` of the load's entropy: E at balance. Few pairs look uneven by chance, which Miller and Madow's
         ``(E - 1) / 2N`` is added for."""
-        share_E = self.chosen_E / self.chosen_E.sum().clamp_min(1e-12)
-        entropy = float(torch.special.entr(share_E).sum())
-        chance = (self.num_experts - 1) / (2 * max(self.decided_pairs, 1.0))
-        return min(math.exp(entropy + chance), float(self.num_experts))
+        return _in_use(self.chosen_E, self.decided_pairs)
+
+    def experts_of_modality(self, modality: int) -> float:
+        """Return ``experts_in_use`` of the computed pairs of one modality."""
+        pairs_E = self.modality_GE[modality]
+        return _in_use(pairs_E, self.decided(float(pairs_E.sum())))
 
     @property
     def token_variance(self) -> float:
@@ -230,6 +253,12 @@ class LayerFigures:
     def mean_gates(self) -> Tensor:
         """Return the mean weight of each expert under a dense gate, (E,)."""
         return self.chosen_E / max(self.num_tokens, 1)
+
+
+def _in_use(pairs_E: Tensor, decided: float) -> float:
+    share_E = pairs_E / pairs_E.sum().clamp_min(1e-12)
+    chance = (len(pairs_E) - 1) / (2 * max(decided, 1.0))
+    return min(math.exp(float(torch.special.entr(share_E).sum()) + chance), float(len(pairs_E)))
 
 
 def explained(counts_GE: Tensor) -> float:

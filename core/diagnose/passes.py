@@ -50,6 +50,7 @@ class Pass:
         valid_T: bool (T,), False for padding that the router leaves out; None: it leaves nothing out.
         num_sequences: B, of T / B tokens each; None: not known.
         has_loss: whether a balance loss of the layer counts these tokens.
+        modality_T: int64 (T,), the modality of each token; None: not known.
     """
 
     layer: str
@@ -65,6 +66,7 @@ class Pass:
     valid_T: Tensor | None = None
     num_sequences: int | None = None
     has_loss: bool = False
+    modality_T: Tensor | None = None
 
     @property
     def num_real(self) -> int:
@@ -153,4 +155,11 @@ def of_entry(entry: Entry, facts: Facts) -> Pass:
         valid_T=routing.valid_T,
         num_sequences=routing.num_sequences,
         has_loss=has_loss,
+        modality_T=_modality_of(entry, routing.num_tokens),
     )
+
+
+def _modality_of(entry: Entry, num_tokens: int) -> Tensor | None:
+    """Return the modality of each token that the router saw, int64 (T,); None where its tokens are others."""
+    modality_BS = None if entry.context is None else entry.context.modality_BS
+    return None if modality_BS is None or modality_BS.numel() != num_tokens else modality_BS.flatten()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ COLLAPSED = 0.25
 """Experts in use beyond the K that every token has to take, as a part of those there are beyond K."""
 MOST_TAKEN = 0.5
 """Share of the experts that a token takes, above which loads are not called collapsed."""
+SAME_EXPERTS = 1.1
+"""Experts in use by a modality over those that each of its tokens takes: nearly all of them take the same, as the
+rarer modality's do where losses look at all tokens alone (LIMoE, arXiv 2206.02770)."""
+STARVED = 0.25
+"""Computed pairs a token of a modality over those of any: the others have crowded three quarters of its tokens out."""
 DROPPED = 0.15
 """Dropped pairs beyond chance. Capacity factors of 1.0 to 1.25 drop up to a tenth at balance of real batches, without
 a loss of quality (arXiv 2202.08906, section 4.4)."""
@@ -123,6 +128,52 @@ def load_findings(layer: str, f: LayerFigures, used_E: Tensor | None = None) -> 
                 f"the class decides {by_class:.0%} of which expert computes",
                 "shuffle the batches, and balance within a sequence by balance.sequence_balance",
                 {"explained": by_class},
+            )
+
+
+def modality_findings(layer: str, f: LayerFigures, names: Sequence[str] = ()) -> Iterator[Finding]:
+    """Yield what the loads of each modality say, where there are several.
+
+    Args:
+        layer: the router's name.
+        f: its figures.
+        names: names of the modalities, by number; those without one are called by their number.
+    """
+    modalities = [g for g, tokens in enumerate(f.modality_tokens_G.tolist()) if tokens]
+    if f.kind != "pairs" or len(modalities) < 2:
+        return
+    E, of_all = f.num_experts, float(f.modality_GE.sum() / f.modality_tokens_G.sum())
+    losses = (
+        f"balance.global_entropy and balance.local_entropy of 0.01 with num_modalities={modalities[-1] + 1}; "
+        "entropy_threshold=log(n) asks for n experts a modality"
+    )
+    for g in modalities:
+        name = names[g] if g < len(names) else f"modality {g}"
+        tokens, pairs = float(f.modality_tokens_G[g]), float(f.modality_GE[g].sum())
+        K, in_use = pairs / tokens, f.experts_of_modality(g)
+        if tokens >= ENOUGH and K < STARVED * of_all:
+            yield Finding(
+                "starved_modality",
+                layer,
+                "error",
+                f"{K:.2g} experts compute a token of {name}, and {of_all:.2g} one of any modality",
+                f"give the layer more room (capacity_factor, eval_capacity_factor), and {losses}",
+                {"modality": g, "experts_a_token": K, "of_all": of_all},
+            )
+        # Where all tokens take the same experts, the layer has collapsed, whatever their modality.
+        elif (
+            not f.facts.by_data
+            and K <= MOST_TAKEN * E
+            and f.decided(pairs) >= ENOUGH * E
+            and in_use < SAME_EXPERTS * max(K, 1.0) <= f.experts_in_use
+        ):
+            yield Finding(
+                "collapsed_modality",
+                layer,
+                "warning",
+                f"the tokens of {name} use {in_use:.1f} of {E} experts, and each takes {K:.1f}",
+                f"give the layer {losses}",
+                {"modality": g, "experts_in_use": in_use},
             )
 
 

@@ -15,7 +15,7 @@ import core
 from core.diagnose.alike import _distances, _products
 from core.diagnose.figures import LayerFigures, explained
 from core.diagnose.passes import Facts, Pass
-from core.diagnose.rules import load_findings
+from core.diagnose.rules import load_findings, modality_findings
 
 TOP2 = core.MoEConfig(4, core.TokenChoice(top_k=2), core.FFN(hidden_dim=16))
 
@@ -92,6 +92,68 @@ def test_drops_by_chance():
     one = replace(one, num_sequences=4, facts=Facts(capacity=(1.0, "sequence")))
     assert one.chance_drops() == pytest.approx(16 * math.sqrt(3 / (2 * math.pi)))
     assert replace(one, facts=Facts()).chance_drops() == 0
+
+
+def test_the_experts_of_each_modality():
+    # Tokens 0 to 3 are of modality 0, 4 to 7 of modality 1; the last is padding, and of none.
+    modality = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    valid = torch.arange(8) < 7
+    one = a_pass(modality_T=modality, valid_T=valid, token_N=torch.arange(7), expert_N=torch.tensor([0] * 5 + [1, 2]))
+    figures = figures_of(one)
+    assert figures.modality_GE[:2].tolist() == [[4, 0], [1, 1]]  # expert 2 of 2 stands for a pair that had no room
+    assert figures.modality_tokens_G[:3].tolist() == [4, 3, 0]
+    # Loads of 1/2 each: an entropy of log 2, and (2 - 1) / (2 * 2) more for chance, of at most 2 experts.
+    assert figures.experts_of_modality(1) == 2
+    assert figures.experts_of_modality(0) == pytest.approx(math.exp(1 / 8))
+
+
+def of_modalities(expert_of_1: torch.Tensor, **facts):
+    """Return the findings of 400 tokens of 4 experts, of which every second one is of modality 1."""
+    expert = torch.arange(400) // 2 % 4
+    expert[1::2] = expert_of_1
+    chosen = expert.bincount(minlength=5)[:4]
+    one = Pass(
+        "layer", 4, 400, chosen, chosen, facts=Facts(**facts), token_N=torch.arange(400), expert_N=expert,
+        modality_T=torch.arange(400) % 2,
+    )  # fmt: skip
+    return list(modality_findings("layer", figures_of(one), ("image",)))
+
+
+def test_a_modality_that_uses_one_expert():
+    (finding,) = of_modalities(torch.tensor(3))
+    assert (finding.name, finding.severity) == ("collapsed_modality", "warning")
+    # Without a name it has its number. 1.0 is exp(0 + 3 / 400), for chance.
+    assert finding.evidence == "the tokens of modality 1 use 1.0 of 4 experts, and each takes 1.0"
+    assert "num_modalities=2" in finding.remedy
+    assert of_modalities(torch.arange(200) % 2) == []  # two experts are enough
+    assert of_modalities(torch.tensor(3), by_data=True) == []  # the data decide by design
+
+
+def test_a_modality_that_is_crowded_out():
+    # 20 of its 200 tokens are computed; of all tokens 220 of 400 are.
+    (finding,) = of_modalities(torch.where(torch.arange(200) < 20, 3, 4))
+    assert (finding.name, finding.severity) == ("starved_modality", "error")
+    assert finding.evidence == "0.1 experts compute a token of modality 1, and 0.55 one of any modality"
+    assert of_modalities(torch.where(torch.arange(200) < 160, torch.arange(200) % 4, 4)) == []
+
+
+def test_one_modality_is_no_evidence():
+    figures = figures_of(a_pass(modality_T=torch.zeros(8, dtype=torch.int64)))
+    assert list(modality_findings("layer", figures)) == []
+
+
+def test_a_diagnosis_reads_the_modality_from_the_context():
+    layer = core.MoEConfig(4, core.TokenChoice(top_k=1), core.FFN(8)).build(4)
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(torch.eye(4))
+    x_BSD = torch.eye(4)[torch.arange(4 * 64) % 4].view(4, 64, 4)
+    x_BSD[2:] = torch.eye(4)[3]  # texts
+    modality_BS = (torch.arange(4) >= 2)[:, None].expand(4, 64).long()
+    findings = core.diagnose(
+        layer, [x_BSD], lambda layer, x: layer(x, core.RoutingContext(modality_BS=modality_BS)),
+        modalities=("image", "text"),
+    )  # fmt: skip
+    assert "the tokens of text use 1.0 of 4 experts, and each takes 1.0" in [f.evidence for f in findings]
 
 
 def test_distances_of_outputs():
