@@ -19,12 +19,12 @@ from apps.nlp.specialisation import (
     by_class,
     by_label,
     specialisation,
-    typical_pieces,
 )
 from apps.report.heatmaps import Heatmap, heatmaps, maps_by_label, shares
 from apps.report.page import Section, Table
 from apps.report.page.experts import load_charts, map_charts
 from apps.report.plots import save_picture
+from apps.report.specialised import typical_labels
 from apps.report.tables import write_csv
 
 _MOST_PAIRS = 16  # language pairs up to which each has a row
@@ -46,7 +46,7 @@ def write_use(use: ExpertUse, folder: Path, draw: bool = True) -> Section:
     typical = []
     for layer in use.layers:
         share_E = layer.by_piece.sum(0) / max(layer.num_pairs, 1)
-        for expert, own in enumerate(typical_pieces(layer, pieces[layer.side])):
+        for expert, own in enumerate(typical_labels(layer.by_piece, pieces[layer.side])):
             row = {"layer": layer.name, "expert": expert, "share": share_E[expert], "subwords": " ".join(own)}
             typical.append(row)
     write_csv(folder / "expert_subwords.csv", typical)

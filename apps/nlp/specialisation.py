@@ -28,6 +28,7 @@ import core
 from apps.data.subwords import Side, Subwords
 from apps.report.groups import QUARTERS, quarters
 from apps.report.routed import expert_label_counts, layer_label
+from apps.report.specialised import entropy, mutual_information
 
 CLASSES = (
     "begin of sentence",
@@ -210,18 +211,6 @@ def side_of(layer: str) -> Side:
 # ---- metrics
 
 
-def entropy(counts: np.ndarray) -> float:
-    """Return the entropy of the shares of ``counts``, in bits; 0 without any."""
-    p = counts[counts > 0] / max(counts.sum(), 1)
-    return float(-(p * np.log2(p)).sum()) if len(p) else 0.0
-
-
-def mutual_information(counts_CE: np.ndarray) -> float:
-    """Return I(E; C) in bits, from counts; 0 without any."""
-    bits = entropy(counts_CE.sum(0)) + entropy(counts_CE.sum(1)) - entropy(counts_CE.ravel())
-    return max(bits, 0.0)
-
-
 @dataclass(frozen=True)
 class Specialisation:
     """The mutual information of a layer's experts and a label.
@@ -280,19 +269,3 @@ def _specialisation(layer: LayerUse, about: Label, counts_CE: np.ndarray, by_cha
         bits / most if most > 0 else 0.0,
         by_chance,
     )
-
-
-def typical_pieces(layer: LayerUse, pieces: Sequence[str], most: int = 10) -> list[list[str]]:
-    """Return for each expert the subwords that it takes far more of than by chance, the clearest first.
-
-    In the order of ``p(e, v) log(p(e, v) / (p(e) p(v)))``, what each adds to the mutual information; those that the
-    expert takes less of than by chance are left out.
-    """
-    joint = layer.by_piece / max(layer.num_pairs, 1)
-    expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    gain = joint * np.log(np.divide(joint, expected, out=np.ones_like(joint), where=joint > 0))
-    typical = []
-    for e in range(layer.num_experts):
-        order = np.argsort(-gain[:, e], kind="stable")[:most]
-        typical.append([pieces[v] for v in order if gain[v, e] > 0])
-    return typical

@@ -12,16 +12,13 @@ import core
 from apps.nlp.specialisation import (
     CLASSES,
     ExpertUse,
-    LayerUse,
     by_class,
     by_label,
-    entropy,
-    mutual_information,
     side_of,
     specialisation,
     token_classes,
-    typical_pieces,
 )
+from apps.report.specialised import entropy
 
 # ---- classes
 
@@ -183,26 +180,6 @@ def test_labels_are_numbered_by_their_first_mention():
 # ---- metrics
 
 
-def test_entropy_is_in_bits():
-    assert entropy(np.array([4, 4])) == 1.0
-    assert entropy(np.array([2, 1, 1, 0])) == 1.5
-    assert entropy(np.zeros(3, int)) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("counts", "bits"),
-    [
-        ([[2, 0], [0, 2]], 1.0),
-        ([[1, 2], [2, 4]], 0.0),
-        # H(E) = H(C) = 1; H(E, C) = 2 * 3/8 * log2(8/3) + 2 * 1/8 * log2(8) = 1.8113
-        ([[3, 1], [1, 3]], 2 - 0.75 * np.log2(8 / 3) - 0.75),
-        ([[0, 0], [0, 0]], 0.0),
-    ],
-)
-def test_mutual_information_of_small_tables(counts, bits):
-    assert mutual_information(np.array(counts)) == pytest.approx(bits, abs=1e-12)
-
-
 def two_languages(experts):
     """40 sentences of one token each, every second one into French; ``experts`` of German and of French."""
     batches = [([entry("decoder.layers.0.ffn", [[4]], [[experts[i % 2]]])], [i % 2]) for i in range(40)]
@@ -231,11 +208,3 @@ def test_the_chance_of_token_classes_is_the_bias_of_so_many_pairs():
     assert row.bits == pytest.approx(entropy(np.array([3, 5])))
     assert row.share == pytest.approx(1.0)
     assert row.by_chance == pytest.approx(1 / (16 * np.log(2)))
-
-
-def test_typical_subwords_are_those_that_tell_most_of_their_expert():
-    # Of 20 pairs, 10 each expert. "a" comes 10 times, 5 in each: as by chance. "b" 6 times, 4 of them in expert 0.
-    layer = LayerUse("decoder 0", "target", np.array([[10, 10]]), np.array([[5, 5], [4, 2], [1, 0], [0, 3]]))
-    # b: 0.2 log(0.2 / 0.15) = 0.058; c: 0.05 log(0.05 / 0.025) = 0.035; d: 0.15 log(0.15 / 0.075) = 0.104
-    assert typical_pieces(layer, ["a", "b", "c", "d"]) == [["b", "c"], ["d"]]
-    assert typical_pieces(layer, ["a", "b", "c", "d"], most=1) == [["b"], ["d"]]
