@@ -283,13 +283,22 @@ def _plain(values: Any) -> list[Any]:
 # ---- streams
 
 
-def print_stream(stream: PredictionStream) -> int:
-    """Print the texts of a stream as they come, and nothing else to stdout; returns how many inputs they are of."""
+def print_stream(stream: PredictionStream, path: Path | None = None) -> int:
+    """Print the texts of a stream as they come, and return how many inputs they are of.
+
+    Args:
+        stream: the stream.
+        path: file for its rows, whole or not at all, over an earlier one; None: there is none.
+    """
     hidden, count = not sys.stdout.isatty(), 0
-    for prediction in watched(stream.predict(0), stream.count() if hidden else None, hidden):
-        for text in prediction.texts:
-            print(text, flush=True)
-        count += 1
+    with contextlib.ExitStack() as stack:
+        file = None if path is None else stack.enter_context(PredictionFile(path).open())
+        for prediction in watched(stream.predict(0), stream.count() if hidden else None, hidden):
+            for text in prediction.texts:
+                print(text, flush=True)
+            if file is not None:
+                file.add([prediction.row])
+            count += 1
     return count
 
 

@@ -27,6 +27,9 @@ from apps.cli.flags import NULLS, asks, asks_for_help, given, switch, take, verb
 from apps.registry import subclasses
 from apps.train.checkpoint_paths import NAMES, find_checkpoint
 
+_TEXTS = ("text", "query", "query_image")
+"""Options of the data that are texts, and no YAML."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -83,7 +86,9 @@ class Request:
         usage.check_open(command, opens)
         flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path", "weights", "output"))
         output = Path(options["output"][-1]) if options["output"] else None
-        flags = with_long_flags(verbatim(flags, ("data.text", "data.init_args.text")))
+        flags = with_long_flags(
+            verbatim(flags, [f"data.{part}{name}" for part in ("", "init_args.") for name in _TEXTS])
+        )
         paths = [shipped(Path(p)) for p in options["config"] + options["c"]]
         which = options["ckpt_path"][-1] if options["ckpt_path"] else None
         given_weights = options["weights"][-1] if options["weights"] else None

@@ -364,13 +364,10 @@ class SparseCLI(LightningCLI):
             cpu.keep_freed()
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             stream = self._stream()
-            if stream is not None and path is None:
-                start, count = time.monotonic(), print_stream(stream)
-                print(f"{count:,} prediction{'s' * (count != 1)} in {time.monotonic() - start:.1f} s", file=sys.stderr)
-                return
-            if stream is not None and path is not None:
-                check_new(path, overwrite)
-                self._print_written(write_stream(self.model, stream, path, overwrite))
+            if self.request.opens and (stream is None or stream.page is None):
+                raise UsageError("open shows the page of a search, and this prediction has none: leave it out")
+            if stream is not None:
+                self._predict_stream(stream)
                 return
         path = path or self.run_dir / "predictions.jsonl"
         if path.suffix == ".txt":
@@ -384,6 +381,27 @@ class SparseCLI(LightningCLI):
             self.trainer.callbacks.append(file)
             self.trainer.predict(**arguments)
         self._print_written(file)
+
+    def _predict_stream(self, stream: PredictionStream) -> None:
+        """Print the predictions of a stream, or write them to the file that the user names; then write their page."""
+        path, overwrite = self.request.output, self.request.overwrite
+        if path is not None:
+            check_new(path, overwrite)
+            self._print_written(write_stream(self.model, stream, path, overwrite))
+        else:
+            path = self.run_dir / stream.file if stream.file else None
+            if path is not None and is_unused(self.run_dir):
+                mark(self.run_dir)
+            start, count = time.monotonic(), print_stream(stream, path)
+            also = "" if path is None else f", also in {path}"
+            took = f"in {time.monotonic() - start:.1f} s"
+            print(f"{count:,} prediction{'s' * (count != 1)} {took}{also}", file=sys.stderr)
+        if stream.page is not None and path is not None:
+            page = path.with_suffix(".html")
+            stream.page(page)
+            print(f"page: {page}", file=sys.stderr)
+            if self.request.opens:
+                open_page(page)
 
     def _stream(self) -> PredictionStream | None:
         """Return the predictions of a model that predicts by itself, with weights loaded; None for other models."""

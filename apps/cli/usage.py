@@ -19,7 +19,7 @@ _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 _OF_COMMAND = {"validate": ("verbose",), "test": ("verbose",), "predict": ("return_predictions",)}
 ENDINGS = (".jsonl", ".csv", ".parquet", ".txt")
 """Endings of a file of predictions; each stands for a format."""
-_READ = {"fit": ("root", "file", "train_file", "val_file"), "predict": ("predict_file", "predict_folder")}
+_READ = {"fit": ("root", "file", "train_file", "val_file"), "predict": ("predict_file", "predict_folder", "images")}
 """Options of the apps' data that name files a command needs. (``train_files`` of texts may be a prefix.)"""
 
 
@@ -161,9 +161,9 @@ def check_output(command: str, output: Path | None, overwrite: bool) -> None:
 
 
 def check_open(command: str, opens: bool) -> None:
-    """Raise a ``UsageError`` for a command that writes no report to be shown."""
-    if opens and command != "test":
-        raise UsageError(f"open is an option of test and compare, not of {command}")
+    """Raise a ``UsageError`` for a command that writes no page to be shown."""
+    if opens and command not in ("test", "predict"):
+        raise UsageError(f"open is an option of test, predict and compare, not of {command}")
 
 
 def check_new(path: Path, overwrite: bool) -> None:

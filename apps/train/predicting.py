@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -34,6 +35,9 @@ class PredictionStream:
             they are the same. "input" identifies the inputs; ``["-"]`` is standard input, which cannot be read twice.
         chunk: inputs that are computed together, so that a run may go on after so many with the same result.
         harmless: values of an earlier run that any other may follow, by name.
+        file: name of a file that has the rows, in the run's folder and over an earlier one, where the user names none;
+            "": they are printed alone.
+        page: ``page(path)`` writes a page that shows all predictions, once they are computed; None: there is none.
     """
 
     predict: Callable[[int], Iterator[Prediction]]
@@ -41,3 +45,5 @@ class PredictionStream:
     made_of: Mapping[str, Any]
     chunk: int = 1
     harmless: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""
+    page: Callable[[Path], None] | None = None

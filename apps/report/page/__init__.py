@@ -1,8 +1,9 @@
 """A report as one self-contained HTML file: apps and commands say what it shows, ``write_page`` writes it.
 
 A ``Page`` has a verdict, at most ten lines of figures, and sections; a ``Section`` has parts: ``Text``, ``Table``,
-``Code``, ``Picture``, ``Words``, and the charts ``ScatterChart``, ``LineChart``, ``BarChart``, ``HeatmapChart``. All
-are plain values, so that ``save_sections`` and ``load_sections`` keep them between commands. A page is made so::
+``Code``, ``Picture``, ``Gallery``, ``Words``, and the charts ``ScatterChart``, ``LineChart``, ``BarChart``,
+``HeatmapChart``. All are plain values, so that ``save_sections`` and ``load_sections`` keep them between commands. A
+page is made so::
 
     page = Page(
         title="Sparse and dense on digits",
@@ -25,12 +26,27 @@ No app is named here: an app's test report makes sections of what it computes (`
 
 from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart
 from apps.report.page.index import write_index
-from apps.report.page.parts import MOST_FIGURES, Code, Entry, Page, Part, Picture, Section, Table, Text, Words, shown
+from apps.report.page.parts import (
+    MOST_FIGURES,
+    Code,
+    Entry,
+    Gallery,
+    Page,
+    Part,
+    Picture,
+    Section,
+    Table,
+    Text,
+    Thumbnail,
+    Words,
+    shown,
+)
 from apps.report.page.repeat import how_to_repeat
 from apps.report.page.writing import FILE, SECTIONS, load_sections, open_page, save_sections, show_page, write_page
 
 __all__ = [
-    "Page", "Section", "Part", "Text", "Table", "Code", "Picture", "Words", "Entry", "MOST_FIGURES", "shown",
+    "Page", "Section", "Part", "Text", "Table", "Code", "Picture", "Gallery", "Thumbnail", "Words", "Entry",
+    "MOST_FIGURES", "shown",
     "ScatterChart", "Point", "LineChart", "Line", "BarChart", "HeatmapChart", "how_to_repeat",
     "write_page", "write_index", "open_page", "show_page", "save_sections", "load_sections", "FILE", "SECTIONS",
 ]  # fmt: skip

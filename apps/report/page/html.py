@@ -14,7 +14,7 @@ from typing import Any
 
 from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, ScatterChart, thinned_rows
 from apps.report.page.library import MISSING, has_charts, script
-from apps.report.page.parts import Code, Page, Part, Picture, Section, Table, Text, Words, shown
+from apps.report.page.parts import Code, Gallery, Page, Part, Picture, Section, Table, Text, Words, shown
 from apps.report.page.vega import vega_lite
 from apps.report.plots import expert_colors
 
@@ -166,6 +166,8 @@ def _part(part: Part, writing: _Writing) -> str:
         return f'<p class="label">{_text(part.title)}</p>{code}'
     if isinstance(part, Words):
         return _words(part, writing)
+    if isinstance(part, Gallery):
+        return _gallery(part, writing)
     assert isinstance(part, Picture), part
     writing.pictures.append(part)
     return _MARK
@@ -249,6 +251,23 @@ def _words(words: Words, writing: _Writing) -> str:
     return (
         f'<figure class="panel tokens"><p class="label" id="{own}">{_text(words.title)}</p>'
         f'<ol role="list" aria-labelledby="{own}">{"".join(items)}</ol><figcaption>{_text(note)}</figcaption></figure>'
+    )
+
+
+def _gallery(gallery: Gallery, writing: _Writing) -> str:
+    own = writing.id(gallery.title)
+    items = []
+    for picture in gallery.pictures:
+        width, height = picture.size
+        source, alt = html.escape(picture.source, quote=True), html.escape(picture.alt, quote=True)
+        image = f'<img src="{source}" alt="{alt}" width="{width}" height="{height}">'
+        if picture.link:
+            image = f'<a href="{html.escape(picture.link, quote=True)}">{image}</a>'
+        items.append(f"<li>{image}{''.join(f'<span>{_text(line)}</span>' for line in picture.lines)}</li>")
+    note = f"<figcaption>{_text(gallery.note)}</figcaption>" if gallery.note else ""
+    return (
+        f'<figure class="panel gallery"><p class="label" id="{own}">{_text(gallery.title)}</p>'
+        f'<ol role="list" aria-labelledby="{own}">{"".join(items)}</ol>{note}</figure>'
     )
 
 

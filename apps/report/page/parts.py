@@ -84,6 +84,40 @@ class Picture:
     caption: str = ""
 
 
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small picture in a ``Gallery``.
+
+    Attributes:
+        source: its content as a ``data:`` URI.
+        size: width and height in pixels.
+        alt: what one sees in it, for those who do not.
+        lines: lines below it.
+        link: where a click leads, such as the path of the whole picture from the page; "": nowhere.
+    """
+
+    source: str
+    size: tuple[int, int]
+    alt: str
+    lines: tuple[str, ...] = ()
+    link: str = ""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Small pictures in their order, as many side by side as there is room for.
+
+    Attributes:
+        title: what they are.
+        pictures: the pictures.
+        note: sentence below.
+    """
+
+    title: str
+    pictures: tuple[Thumbnail, ...]
+    note: str = ""
+
+
 START = "\u2581"
 """What sentencepiece writes before a piece that begins a word."""
 
@@ -157,7 +191,7 @@ class Words:
         )
 
 
-Part = Text | Table | Code | Picture | Words | ScatterChart | LineChart | BarChart | HeatmapChart
+Part = Text | Table | Code | Picture | Gallery | Words | ScatterChart | LineChart | BarChart | HeatmapChart
 """Whatever a section may hold."""
 
 

@@ -1,0 +1,246 @@
+"""Search for images by texts or by images, and texts as classes of images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apps.base.checks import check_at_least
+from apps.base.evaluation import in_evaluation
+from apps.base.messages import excerpt
+from apps.base.progress import each
+from apps.data.loader import in_order
+from apps.data.text_files import clean
+from apps.multimodal.encoding import TextEncoding
+from apps.multimodal.image_index import ImageIndex, model_digest, refreshed
+from apps.multimodal.page import Hits, write_search_page
+from apps.multimodal.vectors import (
+    FolderImages,
+    OnBadImage,
+    check_list,
+    encode_images,
+    encode_texts,
+    vectors_of_pixels,
+)
+from apps.nets.exact_search import exact_search
+from apps.train.contents import fingerprint
+from apps.train.predicting import Prediction, PredictionStream
+
+log = logging.getLogger(__name__)
+
+TOP = 10
+"""Images of a query, where nothing else is said."""
+
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """A search among the images of a folder.
+
+    Attributes:
+        images: the folder; images in folders below it count too.
+        query: texts to search by.
+        query_image: image files to search by, in place of texts.
+        top: images of a query at most.
+        index: file of the images' vectors; None: one in the cache.
+        on_bad_image: what an image is that cannot be read.
+        num_workers: processes that read images.
+
+    Raises:
+        ValueError: neither texts nor images to search by or both, an empty text, no folder, or ``top`` below 1.
+    """
+
+    images: str | None
+    query: Sequence[str] | str | None = None
+    query_image: Sequence[str] | str | None = None
+    top: int | None = None
+    index: str | None = None
+    on_bad_image: OnBadImage = "skip"
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("query", "query_image"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+        if self.query and self.query_image:
+            raise ValueError(
+                f"query={excerpt(self.query[0])} and query_image={excerpt(self.query_image[0])}: search by texts or by "
+                "images, not by both"
+            )
+        if not self.query and not self.query_image:
+            raise ValueError("a search needs data.query, a text, or data.query_image, an image file")
+        if self.images is None:
+            raise ValueError(f"{self._kind}={excerpt(self.queries[0])} needs data.images, the folder that is searched")
+        check_at_least(1, top=self.top)
+        for number, text in enumerate(self.queries, 1):
+            if not clean(text):
+                raise ValueError(f"{self._kind} {number} of {len(self.queries)} is empty")
+
+    @property
+    def _kind(self) -> str:
+        return "query" if self.query else "query_image"
+
+    @property
+    def queries(self) -> tuple[str, ...]:
+        """The texts, or the paths of the images."""
+        return tuple(self.query or self.query_image or ())
+
+    @property
+    def folder(self) -> Path:
+        """The folder that is searched."""
+        assert self.images is not None
+        return Path(self.images).expanduser()
+
+
+class ImageSearch:
+    """The search of ``moesaic predict``: nothing is computed before the first result is asked for.
+
+    Args:
+        model: a ``PairModel`` that is a module.
+        options: what is searched.
+        cache: the cache's folder.
+    """
+
+    def __init__(self, model: Any, options: SearchOptions, cache: Path) -> None:
+        self.model, self.options, self.cache = model, options, cache
+
+    def stream(self) -> PredictionStream:
+        """Return the search as predictions, one for each query, with a page."""
+        options = self.options
+        made_of = {
+            "input": [str(options.folder.resolve()), *options.queries],
+            "top": options.top,
+            "by": "text" if options.query else "image",
+        }
+        queries = len(options.queries)
+        return PredictionStream(
+            self.predictions, lambda: queries, made_of, queries, file="search.jsonl", page=self.write_page
+        )
+
+    @cached_property
+    def index(self) -> ImageIndex:
+        """The vectors of the folder's images."""
+        return index_of(self.model, self.options, self.cache)
+
+    @cached_property
+    def hits(self) -> list[Hits]:
+        """The best images of each query."""
+        options = self.options
+        is_image = bool(options.query_image)
+        index = self.index
+        if is_image:
+            query_ND = encode_images(self.model, [Path(path).expanduser() for path in options.queries])
+        else:
+            query_ND = encode_texts(self.model, _fitting(options.queries, self.model.encoding.text))
+        best = exact_search(query_ND, index.vectors_ND, options.top or TOP)
+        paths = [str(options.folder / path) for path in index.paths]
+        return [
+            Hits(query, is_image, tuple(paths[i] for i in place_K), tuple(score_K))
+            for query, place_K, score_K in zip(
+                options.queries, best.place_BK.tolist(), best.score_BK.tolist(), strict=True
+            )
+        ]
+
+    def predictions(self, start: int) -> Iterator[Prediction]:
+        """Yield the best images of each query from number ``start`` on."""
+        several = len(self.options.queries) > 1
+        for number, hits in enumerate(self.hits[start:], start):
+            row = {
+                "index": number,
+                "query_image" if hits.is_image else "query": hits.query,
+                "path": list(hits.paths),
+                "score": [round(score, 6) for score in hits.scores],
+            }
+            before = f"{number + 1}\t" if several else ""
+            texts = [f"{before}{score:.4f}\t{path}" for path, score in zip(hits.paths, hits.scores, strict=True)]
+            yield Prediction(number, row, texts)
+
+    def write_page(self, path: Path) -> None:
+        """Write the page of thumbnails."""
+        count = len(self.index)
+        write_search_page(self.hits, path, f"{count:,} images of {self.options.folder.resolve()} were searched.")
+
+
+def index_of(model: Any, options: SearchOptions, cache: Path) -> ImageIndex:
+    """Return the vectors of a folder's images as they are now; only those of new and changed images are computed."""
+    folder, encoding = options.folder, model.encoding
+
+    def encode(paths: Sequence[str]) -> Iterable[tuple[list[int], Tensor, list[str]]]:
+        images = FolderImages(folder, paths, encoding, options.on_bad_image)
+        loader = in_order(images, _AT_ONCE, options.num_workers)
+        with in_evaluation(model), torch.no_grad():
+            for batch in each(loader, f"encoding {len(paths):,} images"):
+                yield batch.index, vectors_of_pixels(model, batch.pixels), batch.complaints
+
+    path = None if options.index is None else Path(options.index).expanduser()
+    return refreshed(folder, path, cache, model_digest(fingerprint(model), encoding), encode)
+
+
+def _fitting(queries: Sequence[str], encoding: TextEncoding) -> list[str]:
+    """Return the texts cleaned, and say of which ones the model reads the beginning alone."""
+    texts = [clean(query) for query in queries]
+    for number, text in enumerate(texts, 1):
+        length = len(replace(encoding, max_tokens=4 * len(text) + 2).ids(text))
+        if length > encoding.max_tokens:
+            log.warning(
+                "query %d of %d has %s pieces: the model reads the first %d (max_tokens)",
+                *(number, len(texts), f"{length:,}", encoding.max_tokens),
+            )
+    return texts
+
+
+# ---- texts as classes
+
+
+@dataclass(frozen=True)
+class MatchedImage:
+    """The text that fits one image best; ``pandas.DataFrame`` makes a table of a list of them.
+
+    Attributes:
+        path: file of the image; None where the image was given itself.
+        text: the text that fits it best.
+        probability: probability of that text, to 6 places.
+        top: probabilities of the best texts, best first.
+    """
+
+    path: str | None
+    text: str
+    probability: float
+    top: dict[str, float]
+
+
+def match(model: Any, images: Sequence[Any], texts: Sequence[str], top: int) -> list[MatchedImage]:
+    """Return the texts that fit each image best, as classes that no training has seen.
+
+    Args:
+        model: a ``PairModel`` that is a module and has ``probabilities(image_ND, text_CD)``, (N, C).
+        images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.
+        texts: the classes in words, such as "a photo of a red dress".
+        top: number of texts to name for each.
+
+    Raises:
+        ValueError: an image that cannot be read, an empty text, a text twice, or ``top`` below 1.
+    """
+    check_at_least(1, top=top)
+    check_list("texts", texts)
+    twice = next((text for i, text in enumerate(texts) if text in texts[:i]), None)
+    if twice is not None:
+        raise ValueError(f"texts have {excerpt(twice)} twice: give each class once")
+    image_ND, text_CD = encode_images(model, images), encode_texts(model, texts)
+    with torch.no_grad():
+        share_NC = model.probabilities(image_ND.to(model.device), text_CD.to(model.device))
+    best = share_NC.float().cpu().topk(min(top, len(texts)), dim=1)
+    matched = []
+    for image, places, values in zip(images, best.indices.tolist(), best.values.tolist(), strict=True):
+        shares = {texts[c]: round(p, 6) for c, p in zip(places, values, strict=True)}
+        text, share = next(iter(shares.items()))
+        matched.append(MatchedImage(str(image) if isinstance(image, (str, Path)) else None, text, share, shares))
+    return matched
