@@ -27,7 +27,7 @@ from apps.nets.positions import Learned, RelativeBias
 from apps.nets.universal import Universal, UniversalStack
 from core.kernels import cpu
 
-__all__ = ["Cache", "LanguageModel", "Memory", "TranslationModel"]
+__all__ = ["Cache", "LanguageModel", "Memory", "MemoryDecoder", "TranslationModel"]
 
 Blocks = str | Sequence[int]
 SLOTS = 48
@@ -142,7 +142,38 @@ class _Decoding(nn.Module):
             nn.init.normal_(self.output.weight, std=self.config.shape.dim**-0.5)
 
 
-class TranslationModel(_Decoding):
+class MemoryDecoder(_Decoding):
+    """The base of models whose decoder attends to a memory, which their ``encode`` makes of the source."""
+
+    def decode(self, target_BL: Tensor, memory: Memory) -> Tensor:
+        """Map (B, L) ids, ``PAD_ID`` after a sentence's end, to the (B, L, D) normed output, causally."""
+        context = core.RoutingContext(target_BL != PAD_ID, target_BL, memory.task_ids_B, memory.domain_ids_B)
+        return self.decoder(self.embed_target(target_BL), context, memory.x_BSD, memory.valid_BS)
+
+    @torch.no_grad()
+    def start(self, memory: Memory) -> Cache:
+        """Return an empty cache for decoding, with one row a sentence; ``Cache.expand`` makes several of each.
+
+        Raises:
+            ValueError: as ``check_steps``.
+        """
+        self.check_steps()
+        return self._new_cache(
+            len(memory),
+            memory.x_BSD,
+            memory=self.decoder.memory_keys(memory.x_BSD),
+            memory_bias=key_bias(memory.valid_BS, self.config.shape.num_kv_heads, memory.x_BSD),
+            task_ids_R=memory.task_ids_B,
+            domain_ids_R=memory.domain_ids_B,
+        )
+
+    def attention_to(self, memory: Memory, target_BL: Tensor) -> Tensor:
+        """Return how much each decoder layer's head attends to each place of the memory, (layers, B, H, L, S)."""
+        context = core.RoutingContext(target_BL != PAD_ID, target_BL, memory.task_ids_B, memory.domain_ids_B)
+        return self.decoder.cross_attention(self.embed_target(target_BL), context, memory.x_BSD, memory.valid_BS)
+
+
+class TranslationModel(MemoryDecoder):
     """An encoder-decoder that maps source ids to the logits of the target's.
 
     Args:
@@ -177,7 +208,7 @@ class TranslationModel(_Decoding):
         attention_moe: core.MoEConfig | None = None,
     ) -> None:
         super().__init__()
-        _check_moe(config, ffn, attention_moe)
+        check_rows(config, ffn, attention_moe)
         _check(source_vocab=source_vocab, target_vocab=target_vocab)
         if target_vocab is not None and config.tie in ("all", "inputs"):
             raise ValueError(
@@ -204,10 +235,10 @@ class TranslationModel(_Decoding):
         )
         of_encoder, of_decoder = ffns_of(ffn, self.encoder_moe_blocks, self.decoder_moe_blocks)
         self.decoder_moes = tuple(c for c in of_decoder if isinstance(c, core.MoEConfig))
-        self.encoder = _stack(
+        self.encoder = build_stack(
             config, shape.encoder_layers, of_encoder, self.encoder_moe_blocks, attention_moe, causal=False, cross=False
         )
-        self.decoder = _stack(
+        self.decoder = build_stack(
             config, shape.decoder_layers, of_decoder, self.decoder_moe_blocks, attention_moe, causal=True, cross=True
         )
         own_output = config.tie in ("inputs", "none")
@@ -231,11 +262,6 @@ class TranslationModel(_Decoding):
         x_BSD = self.encoder(self.source_embed(source_BS), context)
         return Memory(x_BSD, valid_BS, task_ids_B, domain_ids_B)
 
-    def decode(self, target_BL: Tensor, memory: Memory) -> Tensor:
-        """Map (B, L) ids, ``PAD_ID`` after a sentence's end, to the (B, L, D) normed output, causally."""
-        context = core.RoutingContext(target_BL != PAD_ID, target_BL, memory.task_ids_B, memory.domain_ids_B)
-        return self.decoder(self.embed_target(target_BL), context, memory.x_BSD, memory.valid_BS)
-
     def forward(
         self,
         source_BS: Tensor,
@@ -246,23 +272,6 @@ class TranslationModel(_Decoding):
         """Map (B, S) source and (B, L) target ids to (B, L, V) logits of the token after each; see ``encode``."""
         return self.logits(self.decode(target_BL, self.encode(source_BS, task_ids_B, domain_ids_B)))
 
-    @torch.no_grad()
-    def start(self, memory: Memory) -> Cache:
-        """Return an empty cache for decoding, with one row a sentence; ``Cache.expand`` makes several of each.
-
-        Raises:
-            ValueError: as ``check_steps``.
-        """
-        self.check_steps()
-        return self._new_cache(
-            len(memory),
-            memory.x_BSD,
-            memory=self.decoder.memory_keys(memory.x_BSD),
-            memory_bias=key_bias(memory.valid_BS, self.config.shape.num_kv_heads, memory.x_BSD),
-            task_ids_R=memory.task_ids_B,
-            domain_ids_R=memory.domain_ids_B,
-        )
-
     def cross_attention(
         self,
         source_BS: Tensor,
@@ -271,9 +280,7 @@ class TranslationModel(_Decoding):
         domain_ids_B: Tensor | None = None,
     ) -> Tensor:
         """Return how much each decoder layer's head attends to each source token, (layers, B, H, L, S)."""
-        memory = self.encode(source_BS, task_ids_B, domain_ids_B)
-        context = core.RoutingContext(target_BL != PAD_ID, target_BL, task_ids_B, domain_ids_B)
-        return self.decoder.cross_attention(self.embed_target(target_BL), context, memory.x_BSD, memory.valid_BS)
+        return self.attention_to(self.encode(source_BS, task_ids_B, domain_ids_B), target_BL)
 
 
 class LanguageModel(_Decoding):
@@ -310,7 +317,7 @@ class LanguageModel(_Decoding):
         universal: Universal | None = None,
     ) -> None:
         super().__init__()
-        _check_moe(config, ffn, attention_moe)
+        check_rows(config, ffn, attention_moe)
         _check(vocab=vocab)
         if universal is not None:
             _check_universal(config, depths, ffn, share_experts)
@@ -333,7 +340,7 @@ class LanguageModel(_Decoding):
         (of_decoder,) = ffns_of(ffn, self.moe_blocks)
         self.decoder_moes = tuple(c for c in of_decoder if isinstance(c, core.MoEConfig))
         if universal is None:
-            self.decoder = _stack(
+            self.decoder = build_stack(
                 config, depth, of_decoder, self.moe_blocks, attention_moe, causal=True, cross=False, gates=gates
             )
         else:
@@ -368,7 +375,7 @@ class LanguageModel(_Decoding):
         return self._new_cache(num_rows, self.embed.weight, task_ids_R=task_ids_B, domain_ids_R=domain_ids_B)
 
 
-def _stack(
+def build_stack(
     config: TransformerConfig,
     depth: int,
     ffns: Sequence[FFNConfig],
@@ -379,6 +386,16 @@ def _stack(
     cross: bool,
     gates: Sequence[DepthGate | None] | None = None,
 ) -> Stack:
+    """Return an encoder's or a decoder's layers.
+
+    Args:
+        config: the transformer.
+        depth: number of layers.
+        ffns: FFN of each of ``moe_blocks``; the others have the dense one of ``config``.
+        moe_blocks: which layers those are.
+        attention, causal, cross: as in ``Stack``.
+        gates: its ``depth_gates``.
+    """
     own = dict(zip(moe_blocks, ffns, strict=True))
     configs = [own.get(i, config.dense_ffn) for i in range(depth)]
     built = [c.build(config.shape.dim, causal=causal) for c in configs]
@@ -398,7 +415,14 @@ def _check_universal(
         raise ValueError("share_experts=True has no meaning with universal, whose one layer has the experts already")
 
 
-def _check_moe(config: TransformerConfig, ffn: FFNConfig | MoEs | None, attention: core.MoEConfig | None) -> None:
+def check_rows(
+    config: TransformerConfig, ffn: FFNConfig | MoEs | None, attention: core.MoEConfig | None = None
+) -> None:
+    """Refuse experts that are no FFN, which works row by row, and attention experts that do not fit the transformer.
+
+    Raises:
+        ValueError: naming the experts.
+    """
     check_attention(config, attention)
     for moe in moe_configs(ffn):
         if moe.expert.layer_kind != "rows":

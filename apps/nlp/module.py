@@ -17,11 +17,12 @@ from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, Rout
 from apps.equal_cost.twins import dense_twins
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import TokenGate
-from apps.nets.loss import OutputLogits, TargetScores, linear_cross_entropy, target_scores
+from apps.nets.loss import OutputLogits, TargetScores, target_scores
 from apps.nets.place import Place, check_fits, check_layers
-from apps.nlp.decode import DecodeConfig, in_dtype
-from apps.nlp.foreseen import of_mean_length, per_sentence, ratio_values
-from apps.nlp.predict import Candidate, Line, as_text, identity_of, in_order, num_lines
+from apps.nlp.decode import Candidate, DecodeConfig, in_dtype
+from apps.nlp.predict import Line, as_text, identity_of, in_order, num_lines
+from apps.nlp.text.foreseen import of_mean_length, ratio_values
+from apps.nlp.text.token_loss import token_loss
 from apps.porting import Architecture, config_of, load_pretrained_weights, subwords_of
 from apps.train.distilling import DistilConfig
 from apps.train.growing import GrowConfig
@@ -117,15 +118,7 @@ class TextModule(SparseModule, Comparable):
         In evaluation it has no label smoothing, and ``outputs`` is the ``Foreseen`` of each row.
         """
         h_BLD, ids_BL = self.hidden(batch)
-        target_BL, B = ids_BL[:, 1:], len(ids_BL)
-        real_BL = target_BL != PAD_ID
-        predicted, target_T = self._distribution(h_BLD, ids_BL), target_BL[real_BL]
-        if self.training:
-            loss = linear_cross_entropy(predicted.h_TD, predicted.weight_VD, target_T, self.label_smoothing)
-            return TaskOutput(loss, None, None, B, distribution=predicted)
-        scores = target_scores(predicted.h_TD, predicted.weight_VD, target_T)
-        loss = scores.nll_T.sum() / max(len(target_T), 1)  # without a token 0, as in training
-        return TaskOutput(loss, per_sentence(scores, real_BL), None, B, weight=len(target_T))
+        return token_loss(self._distribution(h_BLD, ids_BL), ids_BL, self.label_smoothing if self.training else None)
 
     @torch.no_grad()
     def token_scores(self, batch: Any) -> tuple[TargetScores, Tensor]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -16,10 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from apps.base.checks import check_name
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
 from apps.data.text_files import clean
-from apps.nlp.decode import DecodeConfig
+from apps.nlp.decode import Candidate
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.text.batches import cut_by_tokens
 
@@ -27,18 +25,6 @@ log = logging.getLogger(__name__)
 
 BadLines = Literal["error", "replace", "skip"]
 """How a line that is not UTF-8 is taken; see ``TranslationData``."""
-
-
-class Candidate(NamedTuple):
-    """A text that a model writes.
-
-    Attributes:
-        text: a translation, or a prompt with what follows it.
-        score: its score in the search, as ``DecodeConfig`` says.
-    """
-
-    text: str
-    score: float
 
 
 class Line(NamedTuple):
@@ -158,28 +144,6 @@ def checked_texts(texts: Sequence[str]) -> list[str]:
         if not isinstance(text, str):
             raise ValueError(f"texts[{i}]={text!r} is a {type(text).__name__}, and not a text")
     return [as_line(text, i) for i, text in enumerate(texts)]
-
-
-def check_one(options: Mapping[str, Any]) -> None:
-    """Refuse to be asked for several candidates of a text where one is returned.
-
-    Raises:
-        ValueError: naming ``num_best``.
-    """
-    if options.get("num_best", 1) != 1:
-        raise ValueError(f"num_best={options['num_best']}: predict returns one text each; candidates has the others")
-
-
-def decoding(config: DecodeConfig, options: Mapping[str, Any]) -> DecodeConfig:
-    """Return ``config`` with some of its fields changed.
-
-    Raises:
-        ValueError: no such field, or a value out of its range.
-    """
-    known = [field.name for field in dataclasses.fields(DecodeConfig)]
-    for name in options:
-        check_name("option", name, known)
-    return dataclasses.replace(config, **options)
 
 
 def as_line(text: str, index: int) -> str:

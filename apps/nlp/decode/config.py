@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import core
 from apps.base.checks import check_at_least, check_name
@@ -78,3 +80,15 @@ class DecodeConfig:
     def score(self, log_prob: float, num_ids: int) -> float:
         """Return the score of a hypothesis of ``num_ids`` ids before its end."""
         return log_prob / (num_ids + 1) ** self.length_penalty
+
+
+def decoding(config: DecodeConfig, options: Mapping[str, Any]) -> DecodeConfig:
+    """Return ``config`` with some of its fields changed.
+
+    Raises:
+        ValueError: no such field, or a value out of its range.
+    """
+    known = [field.name for field in dataclasses.fields(DecodeConfig)]
+    for name in options:
+        check_name("option", name, known)
+    return dataclasses.replace(config, **options)

@@ -1,11 +1,11 @@
-"""Translations and continuations of a model: what other code calls."""
+"""Translations, captions and continuations of a model: what other code calls."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,16 +48,54 @@ def translate_ids(
     Raises:
         ValueError: the model's log-probabilities are not finite.
     """
-    if not len(source_BS):
+    lengths = _lengths(source_BS)
+
+    def encode(model: Any) -> Any:
+        return model.encode(source_BS, task_ids_B, domain_ids_B)
+
+    return _from_memory(model, encode, lengths, config, index_B, source_BS.device)
+
+
+def caption_ids(
+    model: Any, image: Tensor, config: DecodeConfig, length: int, index_B: Tensor | None = None
+) -> Hypotheses:
+    """Return what a model writes about each image of a batch.
+
+    Args:
+        model: has ``encode(image)``, and ``start`` and ``step`` as a ``TranslationModel``; evaluated as by
+            ``translate_ids``.
+        image: (B, C, H, W), in the model's dtype or that of ``config``.
+        config: how to search.
+        length: S in a text's maximal length, for an image has none of its own.
+        index_B: int64 (B,), the images' numbers, which their random draws depend on; None: their places.
+
+    Raises:
+        ValueError: the model's log-probabilities are not finite.
+    """
+
+    def encode(model: Any) -> Any:
+        return model.encode(image if config.dtype is None else image.to(getattr(torch, config.dtype)))
+
+    return _from_memory(model, encode, [length] * len(image), config, index_B, image.device)
+
+
+def _from_memory(
+    model: Any,
+    encode: Callable[[Any], Any],
+    lengths: Sequence[int],
+    config: DecodeConfig,
+    index_B: Tensor | None,
+    device: torch.device,
+) -> Hypotheses:
+    """Search from the begin of a text, over what ``encode`` makes of the batch with the model that is searched."""
+    if not lengths:
         return Hypotheses([], [])
     with _evaluation(model, config.dtype) as model:
-        memory = model.encode(source_BS, task_ids_B, domain_ids_B)
-        cache = model.start(memory)
-        bos_B1 = torch.full_like(source_BS[:, :1], BOS_ID)
-        lengths = _lengths(source_BS)
-        # A translation is about as long as its source.
+        cache = model.start(encode(model))
+        bos_B1 = torch.full((len(lengths), 1), BOS_ID, device=device)
+        # A text is about as long as its source.
         steps = min(max(lengths), config.max_length(max(lengths)))
-        with _steady(model, len(source_BS) * config.width, steps):
+        with _steady(model, len(lengths) * config.width, steps):
             return search(model, cache, bos_B1, lengths, config, index_B)
 
 

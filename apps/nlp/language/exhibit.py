@@ -10,10 +10,10 @@ import torch
 import core
 from apps.base.evaluation import in_evaluation
 from apps.data.subwords import EOS_ID
+from apps.nlp.decode import decoding
 from apps.nlp.decode.run import dropless
-from apps.nlp.exhibit import words_of
 from apps.nlp.language.data import prompt_batches
-from apps.nlp.predict import decoding
+from apps.nlp.text.words import words_of
 from apps.report.exhibit import Answer, Example, Exhibit, Field, NumberField, Said, TextField, words_by_layer
 
 _FIRST, _MOST = 24, 200

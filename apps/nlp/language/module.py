@@ -19,12 +19,12 @@ from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
 from apps.nets.transformer import LanguageModel
 from apps.nets.universal import Universal
-from apps.nlp.decode import DecodeConfig, Hypotheses, generate_ids
-from apps.nlp.foreseen import PieceMetrics, perplexity, read_ids, token_metrics
+from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, check_one, decoding, generate_ids
 from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.language.report import LanguageReport, LanguageReportConfig
 from apps.nlp.module import TextModule, published_network
-from apps.nlp.predict import Candidate, check_one, checked_texts, decoding
+from apps.nlp.predict import checked_texts
+from apps.nlp.text.foreseen import PieceMetrics, perplexity, read_ids, token_metrics
 from apps.train.distilling import DistilConfig
 from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, Stage, TaskOutput

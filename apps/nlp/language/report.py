@@ -16,8 +16,8 @@ from torch import Tensor
 import core
 from apps.data.loader import batches_of_test
 from apps.nlp.expert_use import MOST_LAYERS, write_use
-from apps.nlp.foreseen import perplexity
 from apps.nlp.specialisation import CLASSES, ExpertUse, token_classes
+from apps.nlp.text.foreseen import perplexity
 from apps.report.base import Report, ReportConfig, is_left_out, spread_places
 from apps.report.page import BarChart, Line, LineChart, Section, Table, Words
 from apps.report.page.parts import START

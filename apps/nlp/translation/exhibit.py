@@ -9,9 +9,9 @@ from typing import Any
 from apps.base.evaluation import in_evaluation
 from apps.data.subwords import EOS_ID
 from apps.nlp.decode.run import dropless
-from apps.nlp.exhibit import words_of
 from apps.nlp.predict import source_batches
 from apps.nlp.specialisation import side_of
+from apps.nlp.text.words import words_of
 from apps.nlp.translation.routes import traced
 from apps.report.exhibit import Answer, ChoiceField, Example, Exhibit, Field, Said, TextField, words_by_layer
 from apps.report.page import Table, Text

@@ -1,7 +1,6 @@
 """Metrics of translations as one torchmetrics metric, the same on one process or many.
 
-BLEU and chrF++ are sacrebleu's, of detokenised text against the corpus's own references, over the whole corpus at once:
-neither is a mean over sentences or batches. sacrebleu is imported where it is used.
+BLEU and chrF++ are those of ``apps.nlp.text.scores``, of detokenised text against the corpus's own references.
 """
 
 from __future__ import annotations
@@ -9,15 +8,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
-from apps.base.messages import one_line, warn_once
-from apps.nlp.foreseen import PieceMetrics, token_metrics
+from apps.base.messages import warn_once
+from apps.nlp.text.foreseen import PieceMetrics, token_metrics
+from apps.nlp.text.scores import SCORES, corpus_score, scorer, signature
 
 log = logging.getLogger(__name__)
-
-Score = Literal["bleu", "chrf"]
-SCORES: tuple[Score, ...] = ("bleu", "chrf")
 
 
 class Sentence(NamedTuple):
@@ -42,28 +39,6 @@ class Sentence(NamedTuple):
     nll: float
     right: int
     tokens: int
-
-
-def scorer(score: Score, tokenize: str = "13a") -> Any:
-    """Return sacrebleu's metric of a name: BLEU cased, or chrF++ (chrF with word bigrams).
-
-    Args:
-        score: "bleu" or "chrf".
-        tokenize: of BLEU, a name of sacrebleu's.
-
-    Raises:
-        ValueError: sacrebleu has no such tokenizer, or lacks the package that it needs.
-    """
-    from sacrebleu.metrics import BLEU, CHRF
-
-    if score == "chrf":
-        return CHRF(word_order=2)
-    if tokenize not in BLEU.TOKENIZERS:
-        raise ValueError(f"bleu_tokenize={tokenize!r} is not one of {', '.join(sorted(BLEU.TOKENIZERS))}")
-    try:
-        return BLEU(tokenize=tokenize, force=True)  # else each validation may warn that the corpus is tokenised
-    except RuntimeError as error:  # a package that it needs
-        raise ValueError(f"bleu_tokenize={tokenize!r}: {one_line(str(error))}") from error
 
 
 # sacrebleu's tokenizer for a language, by its code without script and country.
@@ -107,20 +82,6 @@ def _of_target(pair: str) -> str:
         warn_once(log, f"{pair}: BLEU is of characters, not of words: {error}")
         return "char"
     return name
-
-
-def corpus_score(score: Score, hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> float:
-    """Return BLEU or chrF++ of a corpus, in 0..100; NaN without sentences."""
-    if not hypotheses:
-        return math.nan
-    return float(scorer(score, tokenize).corpus_score(list(hypotheses), [list(references)]).score)
-
-
-def signature(score: Score, tokenize: str = "13a") -> str:
-    """Return how a score is made, as sacrebleu writes it."""
-    metric = scorer(score, tokenize)
-    metric.corpus_score(["a"], [["a"]])  # before, it does not know how many references there are
-    return str(metric.get_signature())
 
 
 def signatures(tokenizers: Mapping[str, str]) -> dict[str, str]:

@@ -18,11 +18,11 @@ from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
 from apps.nets.place import Place
 from apps.nets.transformer import TranslationModel
-from apps.nlp.decode import DecodeConfig, Hypotheses, in_dtype, translate_ids
-from apps.nlp.foreseen import Foreseen, read_ids
+from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, check_one, decoding, in_dtype, translate_ids
 from apps.nlp.module import TextModule, published_network
-from apps.nlp.predict import Candidate, check_one, checked_texts, decoding, source_batches
+from apps.nlp.predict import checked_texts, source_batches
 from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.foreseen import Foreseen, read_ids
 from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
 from apps.nlp.translation.report import TranslationReport, TranslationReportConfig, examples, side_by_side
 from apps.train.distilling import DistilConfig

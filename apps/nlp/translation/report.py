@@ -20,7 +20,8 @@ from apps.data.loader import batches_of_test
 from apps.data.text_files import num_words
 from apps.nlp.expert_use import write_use
 from apps.nlp.text.batch import TranslationBatch
-from apps.nlp.translation.metrics import Sentence, TranslationMetrics, corpus_metrics, scorer, signature, signatures
+from apps.nlp.text.scores import scorer, signature
+from apps.nlp.translation.metrics import Sentence, TranslationMetrics, corpus_metrics, signatures
 from apps.nlp.translation.routes import expert_use, usual_sentences, write_sentence
 from apps.report.base import Report, ReportConfig, computed_metrics, report_folder, spread_batches
 from apps.report.curves import learning_curves, read_curves

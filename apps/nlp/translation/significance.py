@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apps.equal_cost.comparable import ExampleDifference
-from apps.nlp.translation.metrics import SCORES, Score, scorer
+from apps.nlp.text.scores import SCORES, Score, scorer
 
 RESAMPLES = 1000
 LABELS: Mapping[Score, str] = {"bleu": "BLEU", "chrf": "chrF++"}

@@ -8,8 +8,8 @@ from shown_runs import answered, best_experts, language_run, shown, translator_r
 
 import core
 from apps.data.subwords import EOS_ID
-from apps.nlp.exhibit import words_of
 from apps.nlp.predict import source_batches
+from apps.nlp.text.words import words_of
 
 
 def test_words_are_made_of_subwords():

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from apps.nlp.decode import DecodeConfig
+from apps.nlp.decode import Candidate, DecodeConfig, decoding
 from apps.nlp.language.data import TextData
-from apps.nlp.predict import Candidate, Line, as_text, checked_texts, decoding, given_lines, in_order, num_lines
+from apps.nlp.predict import Line, as_text, checked_texts, given_lines, in_order, num_lines
 from apps.nlp.translation.data import TranslationData
 
 

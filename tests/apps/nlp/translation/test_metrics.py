@@ -14,15 +14,9 @@ import torch.multiprocessing as mp
 from places import ROOT
 from sacrebleu.tokenizers import tokenizer_ja_mecab, tokenizer_ko_mecab
 
-from apps.nlp.foreseen import perplexity
-from apps.nlp.translation.metrics import (
-    Sentence,
-    TranslationMetrics,
-    bleu_tokenizers,
-    corpus_score,
-    scorer,
-    signatures,
-)
+from apps.nlp.text.foreseen import perplexity
+from apps.nlp.text.scores import corpus_score, scorer
+from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
 
 
 def sentence(index: int, hypothesis: str, reference: str, pair: int = 0, nll: float = 0.0, right: int = 0, tokens=4):

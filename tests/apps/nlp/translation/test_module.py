@@ -28,7 +28,7 @@ from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from apps.nets.config import POSITIONS
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.text.batch import TranslationBatch
-from apps.nlp.translation.metrics import corpus_score
+from apps.nlp.text.scores import corpus_score
 from apps.nlp.translation.module import Translator, task_numbers
 from apps.nlp.translation.report import TranslationReportConfig
 from apps.report.page import load_sections

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from apps.nlp.text.scores import corpus_score, scorer
 from apps.nlp.translation import report
-from apps.nlp.translation.metrics import Sentence, corpus_score, scorer
+from apps.nlp.translation.metrics import Sentence
 from apps.nlp.translation.report import (
     TranslationReport,
     TranslationReportConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from apps.nlp.translation.metrics import corpus_score, scorer
+from apps.nlp.text.scores import corpus_score, scorer
 from apps.nlp.translation.significance import compare_sentences, paired_bootstrap, sentence_statistics
 
 REFERENCES = [

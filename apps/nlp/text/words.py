@@ -1,4 +1,4 @@
-"""What the demo pages of texts share: subwords as the pieces of words."""
+"""Subwords as the pieces of words, to be shown."""
 
 from __future__ import annotations
 

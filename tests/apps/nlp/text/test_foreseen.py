@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
-from apps.nlp.foreseen import ratio_values, read_ids
+from apps.nlp.text.foreseen import ratio_values, read_ids
 
 
 def test_the_decoder_reads_all_but_the_end():

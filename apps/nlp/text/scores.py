@@ -1,0 +1,78 @@
+"""BLEU and chrF++ of written texts, by sacrebleu.
+
+Both are of the whole corpus at once: neither is a mean over texts or batches. sacrebleu is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from apps.base.messages import one_line
+
+Score = Literal["bleu", "chrf"]
+SCORES: tuple[Score, ...] = ("bleu", "chrf")
+
+
+def scorer(score: Score, tokenize: str = "13a") -> Any:
+    """Return sacrebleu's metric of a name: BLEU cased, or chrF++ (chrF with word bigrams).
+
+    Args:
+        score: "bleu" or "chrf".
+        tokenize: of BLEU, a name of sacrebleu's.
+
+    Raises:
+        ValueError: sacrebleu has no such tokenizer, or lacks the package that it needs.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+
+    if score == "chrf":
+        return CHRF(word_order=2)
+    if tokenize not in BLEU.TOKENIZERS:
+        raise ValueError(f"bleu_tokenize={tokenize!r} is not one of {', '.join(sorted(BLEU.TOKENIZERS))}")
+    try:
+        return BLEU(tokenize=tokenize, force=True)  # else each validation may warn that the corpus is tokenised
+    except RuntimeError as error:  # a package that it needs
+        raise ValueError(f"bleu_tokenize={tokenize!r}: {one_line(str(error))}") from error
+
+
+def corpus_score(
+    score: Score, hypotheses: Sequence[str], references: Sequence[str | Sequence[str]], tokenize: str = "13a"
+) -> float:
+    """Return BLEU or chrF++ of a corpus, in 0..100; NaN without texts.
+
+    Args:
+        score: "bleu" or "chrf".
+        hypotheses: N texts that were written.
+        references: N right texts, or for each text its several right ones, of which some may have more than others.
+        tokenize: of BLEU, a name of sacrebleu's.
+
+    Raises:
+        ValueError: a text without a reference, or as ``scorer``.
+    """
+    if not hypotheses:
+        return math.nan
+    return float(scorer(score, tokenize).corpus_score(list(hypotheses), _streams(references)).score)
+
+
+def _streams(references: Sequence[str | Sequence[str]]) -> list[list[str | None]]:
+    """Return sacrebleu's form: the first references of all texts, the second ones, ...; None where there are fewer."""
+    rows = [[own] if isinstance(own, str) else list(own) for own in references]
+    if not all(rows):
+        raise ValueError(f"text {next(i for i, row in enumerate(rows) if not row)} has no reference")
+    return [[row[place] if place < len(row) else None for row in rows] for place in range(max(map(len, rows)))]
+
+
+def signature(score: Score, tokenize: str = "13a", references: int | None = 1) -> str:
+    """Return how a score is made, as sacrebleu writes it.
+
+    Args:
+        score: "bleu" or "chrf".
+        tokenize: of BLEU, a name of sacrebleu's.
+        references: number of references of a text; None where texts have different numbers.
+    """
+    metric = scorer(score, tokenize)
+    # Before it has scored something, it does not know how many references there are.
+    metric.corpus_score(["a", "a"], _streams([["a"], ["a", "a"]] if references is None else [["a"] * references] * 2))
+    return str(metric.get_signature())
