@@ -10,6 +10,7 @@ from apps.data.datasets import Dataset, register
 from apps.data.sources import Made
 from apps.multimodal import shapes
 from apps.multimodal.pairs import RawPairs, ReadOptions
+from apps.multimodal.readers import captions, fashion_products, tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,62 @@ PAIR_DATASETS: dict[str, PairDataset] = {
             std=(0.3, 0.3, 0.3),
             attributes=tuple(shapes.ATTRIBUTES),
             read=lambda folder, options: shapes.read_shapes(options.attributes),
+        ),
+        PairDataset(
+            name="fashion_products",
+            title="photos of 9,583 fashion products, 112x112, with titles and 7 labels; split 8:1:1 by title",
+            layouts=((fashion_products.TABLE, fashion_products.IMAGES),),
+            licence="none stated; research use",
+            note="A subset of Fashion Product Images (Kaggle, Myntra's photos): products.csv and images112.npz.",
+            image_size=64,
+            mean=(0.84, 0.83, 0.82),
+            std=(0.27, 0.28, 0.28),
+            attributes=fashion_products.ATTRIBUTES,
+            read=fashion_products.read_fashion_products,
+        ),
+        PairDataset(
+            name="coco_captions",
+            title="COCO captions 2017: 118,287 train and 5,000 validation images (used as test), 5 captions each",
+            layouts=(
+                (
+                    "annotations/captions_train2017.json",
+                    "annotations/captions_val2017.json",
+                    "train2017/*",
+                    "val2017/*",
+                ),
+                ("dataset_coco.json", "train2014/*", "val2014/*"),
+                (
+                    "annotations/captions_train2014.json",
+                    "annotations/captions_val2014.json",
+                    "train2014/*",
+                    "val2014/*",
+                ),
+            ),
+            licence="captions CC BY 4.0; photos by the terms of Flickr",
+            note="Fetched by hand from cocodataset.org.",
+            read=captions.read_coco,
+        ),
+        PairDataset(
+            name="flickr30k",
+            title="Flickr30k: 31,783 photos, 5 captions each",
+            layouts=(
+                ("results_20130124.token", "flickr30k-images/*"),
+                ("dataset_flickr30k.json", "flickr30k-images/*"),
+                ("results.csv", "flickr30k_images/*"),
+                ("flickr30k_images/results.csv",),
+            ),
+            licence="research and education; photos by the terms of Flickr",
+            note="Asked for at shannon.cs.illinois.edu/DenotationGraph.",
+            read=captions.read_flickr30k,
+        ),
+        PairDataset(
+            name="image_captions",
+            title="your own images, with a table of their captions",
+            layouts=(("*",),),
+            licence="yours",
+            note="--data.table names the .csv, .tsv, .jsonl or .parquet file.",
+            is_table=True,
+            read=tables.read_table,
         ),
     )
 }

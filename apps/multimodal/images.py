@@ -76,13 +76,14 @@ class PackedImages:
     Attributes:
         path: file that the array was read from.
         data: uint8, the bytes of all files.
-        bounds: int64 (N + 1,), where each file begins and ends.
+        begin, end: int64 (N,), the bounds of each file in it.
         names: name of each image.
     """
 
     path: Path
     data: NDArray[np.uint8]
-    bounds: NDArray[np.int64]
+    begin: NDArray[np.int64]
+    end: NDArray[np.int64]
     names: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -92,9 +93,9 @@ class PackedImages:
         return self.names[number]
 
     def decode(self, number: int) -> Tensor:
-        start, end = self.bounds[number : number + 2].tolist()
+        file = self.data[self.begin[number] : self.end[number]]
         try:
-            return decode_image(torch.from_numpy(self.data[start:end].copy()), ImageReadMode.RGB)
+            return decode_image(torch.from_numpy(file.copy()), ImageReadMode.RGB)
         except RuntimeError as error:
             raise BadImage(f"{self.path}: image {self.names[number]!r} is corrupt: {one_line(str(error))}") from error
 

@@ -81,26 +81,33 @@ class PairCollector:
     Args:
         on_bad_row: end with an error for a row without a caption or whose image is missing, or leave it out.
         attributes: names of the attributes.
+        one_caption: whether an image has one caption, and a second one is an error.
+
+    Attributes:
+        keys: what tells each image from the others, by its number.
+        paths: the file of each image that has one.
     """
 
-    def __init__(self, on_bad_row: OnBadRow, attributes: Sequence[str]) -> None:
-        self._on_bad_row = on_bad_row
+    def __init__(self, on_bad_row: OnBadRow, attributes: Sequence[str], one_caption: bool = False) -> None:
+        self._on_bad_row, self._one_caption = on_bad_row, one_caption
         self._number: dict[str, int] = {}
+        self._facts: list[dict[str, object]] = []
         self._first_row: list[str] = []
         self._image_N: list[int] = []
         self._texts: list[str] = []
+        self._seen: set[tuple[int, str]] = set()
         self._labels: dict[str, list[str | None]] = {name: [] for name in attributes}
         self._split: list[Split | None] = []
         self._left_out: Counter[str] = Counter()
         self.keys: list[str] = []
-        """The key of each image, by its number."""
+        self.paths: list[Path] = []
 
     def add(
         self,
         row: str,
         key: str,
         texts: Sequence[str],
-        labels: Mapping[str, str | None],
+        labels: Mapping[str, str],
         split: Split | None = None,
         path: Path | None = None,
     ) -> None:
@@ -109,59 +116,75 @@ class PairCollector:
         Args:
             row: name of the row in messages, such as ``titles.csv, row 7``.
             key: tells one image from another; rows of one key are captions of one image.
-            texts: captions of the image.
-            labels: the value of each attribute; None or empty: it is not known.
+            texts: captions of the image. One that comes again counts once.
+            labels: the value of each attribute; an empty one is not known.
             split: the image's split; None: it is to be drawn.
             path: file of the image, which must be there.
 
         Raises:
-            ValueError: a caption is empty or the image missing, unless such rows are left out; or an earlier row gives
-                the same image another label or split.
+            ValueError: the key or a caption is empty or the image missing, unless such rows are left out; or an earlier
+                row gives the same image another file, label or split.
         """
-        cleaned = [clean(text) for text in texts]
-        if not all(cleaned) or not cleaned:
-            self._refuse(f"{row}: the caption of {excerpt(key)} is empty", "an empty caption")
-            cleaned = [text for text in cleaned if text]
-            if not cleaned:
-                return
+        if not key:
+            self.refuse(f"{row}: the image's id is empty", "no id")
+            return
+        captions = [text for text in map(clean, texts) if text]
+        if len(captions) < max(1, len(texts)):
+            self.refuse(f"{row}: a caption of {excerpt(key)} is empty", "an empty caption")
+        if not captions:
+            return
         number = self._number.get(key)
         if number is None:
             if path is not None and not path.is_file():
-                self._refuse(f"{row}: the image {str(path)!r} is missing", "a missing image")
+                self.refuse(f"{row}: the image {str(path)!r} is missing", "a missing image")
                 return
-            number = self._number[key] = len(self.keys)
-            self.keys.append(key)
-            self._first_row.append(row)
-            for name, values in self._labels.items():
-                values.append(labels.get(name) or None)
-            self._split.append(split)
-        else:
-            self._compare(row, key, number, labels, split)
-        self._image_N += [number] * len(cleaned)
-        self._texts += cleaned
+            number = self._new(row, key, labels, split, path)
+        facts: dict[str, object] = {"the file": path, **labels, "the split": split}
+        if self._one_caption:
+            facts["the caption"] = captions[0]
+        if len(self._facts) == number:
+            self._facts.append(facts)
+        for name, value in facts.items():
+            if value != self._facts[number][name]:
+                first = f"{_written(self._facts[number][name])} in {self._first_row[number]}"
+                raise ValueError(f"{row}: {name} of {excerpt(key)} is {_written(value)}, and {first}")
+        for caption in captions:
+            if (number, caption) in self._seen:
+                self._left_out["a repeated caption"] += 1
+                continue
+            self._seen.add((number, caption))
+            self._image_N.append(number)
+            self._texts.append(caption)
 
-    def pairs(self, images: Callable[[list[str]], Images]) -> RawPairs:
-        """Return what was taken.
+    def refuse(self, complaint: str, reason: str) -> None:
+        """End with an error for a bad row, or count it as left out for this reason.
 
-        Args:
-            images: returns the images of keys, in their order.
+        Raises:
+            ValueError: bad rows are not left out.
         """
-        image_N = np.array(self._image_N, np.int64)
-        return RawPairs(images(self.keys), image_N, self._texts, self._labels, self._split, dict(self._left_out))
-
-    def _refuse(self, complaint: str, reason: str) -> None:
         if self._on_bad_row == "error":
             raise ValueError(f"{complaint}; {SKIP_HINT}")
         self._left_out[reason] += 1
 
-    def _compare(self, row: str, key: str, number: int, labels: Mapping[str, str | None], split: Split | None) -> None:
-        first = self._first_row[number]
+    def pairs(self, images: Images) -> RawPairs:
+        """Return what was taken, with the images of ``keys``."""
+        image_N = np.array(self._image_N, np.int64)
+        return RawPairs(images, image_N, self._texts, self._labels, self._split, dict(self._left_out))
+
+    def _new(self, row: str, key: str, labels: Mapping[str, str], split: Split | None, path: Path | None) -> int:
+        number = self._number[key] = len(self.keys)
+        self.keys.append(key)
+        self._first_row.append(row)
+        if path is not None:
+            self.paths.append(path)
         for name, values in self._labels.items():
-            if (labels.get(name) or None) != values[number]:
-                has = f"{name}={labels.get(name)!r}, and {values[number]!r} in {first}"
-                raise ValueError(f"{row}: the image {excerpt(key)} has {has}")
-        if split != self._split[number]:
-            raise ValueError(f"{row}: the image {excerpt(key)} is in {split}, and in {self._split[number]} by {first}")
+            values.append(labels[name].strip() or None)
+        self._split.append(split)
+        return number
+
+
+def _written(value: object) -> str:
+    return repr(str(value)) if isinstance(value, Path) else excerpt(value)
 
 
 @dataclass(frozen=True)

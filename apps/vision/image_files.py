@@ -27,6 +27,8 @@ class BadImage(ValueError):
 def read_image(path: str) -> Tensor:
     """Return the image as RGB, uint8 (3, H, W), with the upper 8 bits where a channel has 16.
 
+    Of an animation this is the first frame. Transparency is dropped: a pixel keeps the colour that the file gives it.
+
     Raises:
         BadImage: the file is not an image, is cut or too large, or its pixels have 32 bits.
         ValueError: there is no such file, or it cannot be opened.
@@ -35,6 +37,7 @@ def read_image(path: str) -> Tensor:
     with _named(path), Image.open(path) as image:
         with contextlib.suppress(RuntimeError):
             pixels = decode_image(path, ImageReadMode.RGB)  # a third of Pillow's time, but a few formats only
+            pixels = pixels[0] if pixels.ndim == 4 else pixels  # the first frame of an animation
             return pixels if pixels.dtype == torch.uint8 else to_dtype(pixels, torch.uint8, scale=True)
         return _of_pillow(image, path)
 
