@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,9 +27,9 @@ from apps.data.subwords import SubwordConfig
 from apps.data.suite_data import SuiteData
 from apps.multimodal.datasets import PAIR_DATASETS
 from apps.multimodal.encoding import PairEncoding
-from apps.multimodal.images import DecodedPixels, DrawnImages, store_pixels
+from apps.multimodal.images import SKIP_HINT, DecodedPixels, DrawnImages, store_pixels
 from apps.multimodal.labels import classes_of, lacking, numbered
-from apps.multimodal.pairs import SKIP_HINT, OnBadRow, PairCollate, PairSet, RawPairs, ReadOptions
+from apps.multimodal.pairs import OnBadRow, PairCollate, PairSet, RawPairs, ReadOptions
 from apps.multimodal.splits import num_trained, split_images
 from apps.multimodal.texts import EncodedTexts, TextOptions
 from apps.vision.batch import Augment, Collate
@@ -186,7 +186,15 @@ class ImageTextData(SuiteData):
         self._columns = self._spec.attributes if attributes is None else tuple(attributes)
         self._are_named = attributes is not None
         self._read_options = ReadOptions(
-            self._columns, on_bad_row, table, image_column, image_pattern, caption_column, id_column, split_column
+            self._columns,
+            False,
+            on_bad_row,
+            table,
+            image_column,
+            image_pattern,
+            caption_column,
+            id_column,
+            split_column,
         )
         self.val_size, self.test_size, self.split_seed, self.subset = val_size, test_size, split_seed, subset
         self.on_bad_row, self.store_images = on_bad_row, store_images
@@ -282,7 +290,10 @@ class ImageTextData(SuiteData):
     # ---- the files
 
     def read(self) -> _Opened:
-        pairs = self._spec.read(self._folder(), self._read_options)
+        options = self._read_options
+        if self._adopted is not None and not self._are_named:  # the labels that the checkpoint knows, if there are any
+            options = replace(options, attributes=tuple(self._adopted.attributes or {}), optional=True)
+        pairs = self._spec.read(self._folder(), options)
         if not len(pairs.texts):
             raise ValueError(f"{self.dataset} has no pair of an image and a caption")
         read, pairs = self._pixels(pairs)
@@ -421,7 +432,7 @@ class ImageTextData(SuiteData):
             raise ValueError(f"std={std} must be positive")
         if len(set(self._columns)) < len(self._columns):
             raise ValueError(f"attributes={list(self._columns)} names a column twice")
-        own = asdict(ReadOptions(self._columns, self.on_bad_row))
+        own = asdict(ReadOptions(self._columns, on_bad_row=self.on_bad_row))
         for name, value in asdict(self._read_options).items():
             if not self._spec.is_table and value != own[name]:
                 raise ValueError(f"{name}={value!r} is for dataset='image_captions'; {self.dataset} has its own layout")

@@ -34,6 +34,11 @@ class PairDataset(Dataset):
     read: Callable[[Path, ReadOptions], RawPairs]
 
 
+def _read_shapes(folder: Path, options: ReadOptions) -> RawPairs:
+    names = [name for name in options.attributes if name in shapes.ATTRIBUTES or not options.optional]
+    return shapes.read_shapes(names)
+
+
 PAIR_DATASETS: dict[str, PairDataset] = {
     d.name: d
     for d in (
@@ -47,7 +52,7 @@ PAIR_DATASETS: dict[str, PairDataset] = {
             mean=(0.5, 0.5, 0.5),
             std=(0.3, 0.3, 0.3),
             attributes=tuple(shapes.ATTRIBUTES),
-            read=lambda folder, options: shapes.read_shapes(options.attributes),
+            read=_read_shapes,
         ),
         PairDataset(
             name="fashion_products",

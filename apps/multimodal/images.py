@@ -23,6 +23,9 @@ from apps.vision.image_files import BadImage, read_image
 STORE = EncodedStore("images", ("multimodal/images.py", "vision/encoding.py", "vision/image_files.py"))
 """Images that are decoded and scaled."""
 
+SKIP_HINT = "data.on_bad_row=skip leaves such rows out"
+"""Advice that ends the message about a bad row."""
+
 _CHUNK = 1024
 
 
@@ -160,7 +163,10 @@ class DecodedPixels:
     transform: Callable[[Tensor], Tensor]
 
     def __call__(self, index_B: Tensor) -> Tensor:
-        return torch.stack([self.transform(self.images.decode(i)) for i in index_B.tolist()])
+        try:
+            return torch.stack([self.transform(self.images.decode(i)) for i in index_B.tolist()])
+        except BadImage as error:
+            raise BadImage(f"{error}; {SKIP_HINT}") from error
 
     def bad(self, num_threads: int) -> dict[int, str]:
         """Decode all images once; return a complaint about each one that cannot be, by its number."""

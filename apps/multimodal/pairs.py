@@ -18,13 +18,11 @@ from apps.base.messages import excerpt
 from apps.data.splits import Split
 from apps.data.text_files import clean
 from apps.multimodal.batch import PairBatch
-from apps.multimodal.images import Images
+from apps.multimodal.images import SKIP_HINT, Images
 from apps.vision.batch import Collate
 
 OnBadRow = Literal["error", "skip"]
 """What becomes of a row without a caption, or whose image is missing or cannot be read."""
-
-SKIP_HINT = "data.on_bad_row=skip leaves such rows out"
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,13 @@ class ReadOptions:
 
     Attributes:
         attributes: columns that are attributes.
+        optional: whether the data may lack them; their values are not known then.
         on_bad_row: what becomes of a bad row.
         table, image_column, image_pattern, caption_column, id_column, split_column: as for `ImageTextData`.
     """
 
     attributes: tuple[str, ...] = ()
+    optional: bool = False
     on_bad_row: OnBadRow = "error"
     table: str | None = None
     image_column: str = "image"

@@ -34,13 +34,15 @@ def read_fashion_products(root: Path, options: ReadOptions) -> RawPairs:
     if not is_whole or (np.diff(offset) < 0).any():
         raise ValueError(f"{path} is corrupt: offset must bound the {len(ids):,} files in the {len(jpeg):,} bytes")
     place = {str(name): number for number, name in enumerate(ids.tolist())}
-    roles = {"id": "id", "title": "title", **dict.fromkeys(options.attributes, "attributes")}
+    roles = {"id": "id", "title": "title"}
+    if not options.optional:
+        roles |= dict.fromkeys(options.attributes, "attributes")
     collector = PairCollector(options.on_bad_row, options.attributes, one_caption=True)
     for row, values in separated(root / TABLE, roles, ","):
         product = values["id"]
         if product not in place:
             collector.refuse(f"{row}: {path} has no image of {product!r}", "a missing image")
             continue
-        collector.add(row, product, [values["title"]], {name: values[name] for name in options.attributes})
+        collector.add(row, product, [values["title"]], {name: values.get(name, "") for name in options.attributes})
     at = np.array([place[key] for key in collector.keys], np.int64)
     return collector.pairs(PackedImages(path, jpeg, offset[at], offset[at + 1], tuple(collector.keys)))

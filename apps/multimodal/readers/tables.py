@@ -36,10 +36,10 @@ def read_table(root: Path, options: ReadOptions) -> RawPairs:
     for column, role in ((options.id_column, "id_column"), (options.split_column, "split_column")):
         if column is not None:
             roles.setdefault(column, role)
-    for column in options.attributes:
+    for column in () if options.optional else options.attributes:
         roles.setdefault(column, "attributes")
     collector = PairCollector(options.on_bad_row, options.attributes)
-    for row, values in rows_of(find_table(root, options.table), roles):
+    for row, values in rows_of(find_table(root, options.table), roles, options.attributes):
         image = as_text(values[options.image_column], row, options.image_column)
         if not image:
             collector.refuse(f"{row}: column {options.image_column!r} is empty", "no image")
@@ -48,7 +48,7 @@ def read_table(root: Path, options: ReadOptions) -> RawPairs:
             row,
             image if options.id_column is None else as_text(values[options.id_column], row, options.id_column),
             as_texts(values[options.caption_column], row, options.caption_column),
-            {name: as_text(values[name], row, name) for name in options.attributes},
+            {name: as_text(values.get(name), row, name) for name in options.attributes},
             _split(values, row, options.split_column),
             root / options.image_pattern.replace("{}", image),
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from made_captions import write_pictures
 
 from apps.multimodal.pairs import ReadOptions
 from apps.multimodal.readers.captions import read_coco, read_flickr30k
-from tests.support.made_captions import write_pictures
 
 
 def write_coco(folder, year="2017"):

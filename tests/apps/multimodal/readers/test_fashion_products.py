@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from made_captions import picture, write_csv, write_products
 
 from apps.multimodal.pairs import ReadOptions
 from apps.multimodal.readers.fashion_products import read_fashion_products
-from tests.support.made_captions import picture, write_csv, write_products
 
 TITLES = ["Red shirt", "Green shirt", "Blue shoe"]
 KINDS = ["shirt", "shirt", "shoe"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from made_captions import write_csv, write_pictures
 
 from apps.multimodal.pairs import ReadOptions
 from apps.multimodal.readers.tables import read_table
-from tests.support.made_captions import write_csv, write_pictures
 
 
 def rows(*changes, **common):
