@@ -13,6 +13,7 @@ MODULES = {
     "TwoTowerRetriever": "apps.recsys.retrieval.module",
     "Translator": "apps.nlp.translation.module",
     "LanguageModeler": "apps.nlp.language.module",
+    "ImageTextRetriever": "apps.multimodal.module",
 }
 """The module of each LightningModule."""
 

@@ -1,0 +1,222 @@
+"""``ImageTextRetriever``, the module that ``moesaic fit`` trains on pairs of an image and a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+import core
+from apps.base.checks import check_at_least
+from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
+from apps.equal_cost.twins import dense_twins
+from apps.multimodal.batch import PairBatch
+from apps.multimodal.loss import ContrastiveLoss, SoftmaxLoss, attribute_loss
+from apps.multimodal.metrics import Gallery, PairMetrics, PairOutputs, PairTargets
+from apps.multimodal.model import AttributeHead, PairModel
+from apps.multimodal.towers import SingleTower, Sizes, TowerConfig
+from apps.nets.blocks import one_ffn
+from apps.nets.place import Place, check_fits, check_layers
+from apps.train.growing import GrowConfig
+from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
+from core.config.plain import from_plain
+
+_AT = 10
+"""Cut-off of the recall that is monitored and compared."""
+
+
+class PairPrediction(NamedTuple):
+    """Vectors of a batch of pairs.
+
+    Attributes:
+        index: int64 (B,), places of the pairs in the data.
+        image_vector, text_vector: float32 (B, dim), of length 1.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
+    image_vector: Tensor
+    text_vector: Tensor
+
+
+class ImageTextRetriever(SparseModule, Comparable):
+    """A sparse or dense model of images and texts, trained to give both of a pair like vectors, for search both ways.
+
+    Configs may also be given as the mappings that stand for them in a run's ``config.yaml``.
+
+    Args:
+        image_size, in_chans: of the images; the command line takes them from the data.
+        vocab_size, max_tokens: ids of pieces, and pieces of the longest text; from the data too.
+        attributes: number of classes of each attribute of the data, by name; the command line takes it from the data.
+        tower: ``SingleTower``, one transformer for both modalities (LIMoE), or ``TwoTowers``; None: ``SingleTower()``.
+        dim: width of the vectors that are compared.
+        moe: the MoE layer that replaces the FFN of some blocks, or a list with one for each of them; None: a dense
+            model.
+        moe_blocks: which blocks: "lastN" (the last N of every second block), "everyN", "all", or indices.
+        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
+        loss: ``SoftmaxLoss`` (CLIP) or ``SigmoidLoss`` (SigLIP); None: ``SoftmaxLoss()``.
+        attribute_head: predicts the attributes of images too, through a layer of experts with a gate for each of them;
+            None: they are not predicted.
+        grad_checkpointing: recompute the blocks in the backward, to save memory.
+        optimizer: learning rate, weight decay and schedule.
+        ema_decay: decay of the moving average of the weights; None: there is no average.
+        grow: trained model of fewer experts with whose weights a training begins; None: none.
+
+    Raises:
+        ValueError: a value out of its range, or parts that do not fit together.
+    """
+
+    data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "vocab_size", "max_tokens", "attributes")
+    readout: ClassVar[tuple[str, ...]] = ("model.image_proj", "model.text_proj", "model.head.outputs")
+    monitor: str = f"val/recall_{_AT}"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+
+    @classmethod
+    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().defaults_of_none(arguments), "tower": SingleTower(), "loss": SoftmaxLoss()}
+
+    def __init__(
+        self,
+        image_size: int = 64,
+        in_chans: int = 3,
+        vocab_size: int = 4096,
+        max_tokens: int = 32,
+        attributes: dict[str, int] | None = None,
+        tower: TowerConfig | None = None,
+        dim: int = 128,
+        moe: core.MoEConfig | list[core.MoEConfig] | None = None,
+        moe_blocks: str | list[int] = "every2",
+        dense_ffn: core.DenseFFN | None = None,
+        loss: ContrastiveLoss | None = None,
+        attribute_head: AttributeHead | None = None,
+        grad_checkpointing: bool = False,
+        optimizer: OptimizerConfig | None = None,
+        ema_decay: float | None = None,
+        grow: GrowConfig | None = None,
+    ) -> None:
+        tower = from_plain(tower, TowerConfig, "tower")
+        loss = from_plain(loss, ContrastiveLoss, "loss")
+        attribute_head = from_plain(attribute_head, AttributeHead, "attribute_head")
+        optimizer = from_plain(optimizer, OptimizerConfig, "optimizer")
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, grow=grow)
+        check_at_least(1, image_size=image_size, in_chans=in_chans, dim=dim)
+        check_at_least(2, vocab_size=vocab_size)
+        check_at_least(1, max_tokens=max_tokens)
+        self.attributes = dict(attributes or {})
+        if attribute_head is not None and not self.attributes:
+            raise ValueError("attribute_head predicts the attributes of the data, and the data have none")
+        self.image_size, self.in_chans, self.vocab_size, self.max_tokens = image_size, in_chans, vocab_size, max_tokens
+        self.tower, self.dim, self.attribute_head = tower or SingleTower(), dim, attribute_head
+        self.moe, self.moe_blocks, self.dense_ffn = moe, moe_blocks, dense_ffn
+        self.place = Place(type(self).__name__, ("token_ids_BS", "modality_BS"))
+        self.model = PairModel(
+            self.tower,
+            Sizes(image_size, in_chans, vocab_size, max_tokens),
+            dim,
+            one_ffn(moe, dense_ffn),
+            moe_blocks,
+            self.attributes,
+            attribute_head,
+        )
+        for config in self.model.towers.moes:
+            check_fits(self.place, config.router, config.balance)
+        check_layers(self.place, self.model.towers)
+        self.model.towers.grad_checkpointing = grad_checkpointing
+        self.loss = (loss or SoftmaxLoss()).build()
+
+    def forward(self, image: Tensor, text_BL: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Return the vectors of images and texts, float32 (B, dim) of length 1, and the attributes' logits (B, C).
+
+        Args:
+            image: (B, C, H, W), normalised.
+            text_BL: int64 (B, L), ids of pieces, 0 for padding, which stands behind them.
+        """
+        vectors: tuple[Tensor, Tensor, tuple[Tensor, ...]] = self.model(image, text_BL)
+        return vectors
+
+    def image_vectors(self, image: Tensor) -> Tensor:
+        """Return the vectors of normalised images (B, C, H, W), float32 (B, dim), of length 1."""
+        return self.model.image_vectors(image)
+
+    def text_vectors(self, text_BL: Tensor) -> Tensor:
+        """Return the vectors of texts, int64 (B, L) ids, float32 (B, dim), of length 1."""
+        return self.model.text_vectors(text_BL)
+
+    # ---- training
+
+    def task_loss(self, batch: PairBatch) -> TaskOutput:
+        """Return the contrastive loss of the batch's pairs, in training of those of all ranks, and the attributes'."""
+        image_BD, text_BD, logits = self(batch.image, batch.text_BL)
+        loss = self.loss(image_BD, text_BD, batch.image_B, batch.caption_B, gather=self.training)
+        terms = {"temperature": self.loss.temperature.detach()}
+        if self.attribute_head is not None:
+            of_attributes = attribute_loss(logits, batch.label_BA)
+            terms |= {"contrastive_loss": loss, "attribute_loss": of_attributes}
+            loss = loss + self.attribute_head.weight * of_attributes
+        label_BA = None if self.attribute_head is None else batch.label_BA
+        targets = PairTargets(batch.image_B, batch.caption_B, label_BA)
+        return TaskOutput(loss, PairOutputs(image_BD, text_BD, logits), targets, len(image_BD), terms)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.loss.clamp_()
+
+    def example_inputs(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        return batch.image, batch.text_BL
+
+    def cost_unit(self, batch: PairBatch) -> str:
+        return "a pair"
+
+    def build_metrics(self) -> PairMetrics:
+        return PairMetrics(attributes=self.attributes if self.attribute_head is not None else None)
+
+    @property
+    def shown_metrics(self) -> tuple[str, ...]:
+        return ("recall_1", "recall_5", *(("macro_f1",) if self.attribute_head is not None else ()))
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> PairPrediction:
+        """Return the vectors of the images and texts of a batch."""
+        image_BD, text_BD, _ = self(batch.image, batch.text_BL)
+        return PairPrediction(batch.index_B, image_BD, text_BD)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        # Not in the constructor: a trained model does not need the files any more.
+        if self.starts_afresh:
+            self.model.towers.load_start()
+        self.starts_afresh = False
+
+    # ---- comparisons
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """Return dense models of equal active FLOPs and of equal parameters, whose FFNs replace the experts."""
+        return dense_twins(self, self.tower.dense_ffn)
+
+    @property
+    def moe_block_names(self) -> tuple[str, ...]:
+        """Return the MoE layers of the towers: a baseline keeps the head of the attributes."""
+        return tuple(f"model.towers.{name}" for name in core.moe_layers(self.model.towers))
+
+    def routed_layers(self) -> RoutedLayers | None:
+        if self.moe is None:
+            return None
+        arguments = {"tokens_per_sequence": self.model.towers.num_patches}
+        return RoutedLayers(self.moe, self.tower.widths[0], self.place, arguments)
+
+    def with_moe(self, moe: core.MoEConfig) -> ImageTextRetriever:
+        return self.twin(moe=moe, dense_ffn=None)
+
+    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
+        """Return one value a pair whose mean is the recall at 10, the mean of both ways over all images and texts.
+
+        A pair has half of the hit of its image, and half of that of its text, over how many pairs share them.
+        """
+        columns = [(*out.outputs[:2], out.targets.image_B, out.targets.caption_B) for out in outs]
+        gallery = Gallery.of_pairs(*(torch.cat(column) for column in zip(*columns, strict=True)))
+        values_P = torch.zeros(len(gallery.image_P), dtype=torch.float64)
+        for rank_Q, query_P in zip(gallery.ranks(), (gallery.image_P, gallery.text_P), strict=True):
+            pairs_Q = query_P.bincount(minlength=len(rank_Q))
+            share_Q = (rank_Q <= _AT).double() * len(query_P) / len(rank_Q) / pairs_Q
+            values_P += share_Q[query_P].cpu() / 2
+        return ExampleValues(f"recall_{_AT}", values_P)

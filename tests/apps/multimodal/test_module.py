@@ -1,0 +1,189 @@
+"""``ImageTextRetriever``: its training, its attributes, its values for a comparison, and its baselines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+from quiet_trainer import quiet_trainer
+from small_pairs import MOE, pair_batch, retriever
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+
+import core
+from apps.equal_cost.comparable import ExampleValues
+from apps.multimodal.batch import PairBatch
+from apps.multimodal.loss import SigmoidLoss
+from apps.multimodal.metrics import PairOutputs, PairTargets
+from apps.multimodal.model import AttributeHead
+from apps.multimodal.module import ImageTextRetriever
+from apps.train.cost import measure_cost
+from apps.train.module import OptimizerConfig, TaskOutput
+from core.config.plain import to_plain
+
+HEAD = AttributeHead(core.MMoE(num_experts=2, expert=core.MLP((8,))), weight=0.5)
+
+
+class Pairs(LightningDataModule):
+    """Batches of pairs that are the same in all splits."""
+
+    image_size, in_chans, vocab_size, max_tokens = 8, 3, 20, 6
+
+    def __init__(self, size: int = 8, attributes: dict[str, int] | None = None) -> None:
+        super().__init__()
+        self.batch, self.attributes = pair_batch(size), attributes
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([self.batch] * 5, batch_size=None)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader([self.batch], batch_size=None)
+
+    test_dataloader = predict_dataloader = val_dataloader
+
+
+def test_a_training_learns_its_pairs_and_logs_both_ways(tmp_path):
+    module = retriever(optimizer=OptimizerConfig(lr=1e-2, warmup=0.0))
+    trainer = quiet_trainer(tmp_path, max_epochs=15)
+    trainer.fit(module, Pairs())
+    logged = trainer.callback_metrics
+    assert logged["val/recall_1"] == 1.0
+    assert {"val/recall_10", "val/image_to_text_recall_5", "val/text_to_image_median_rank"} <= {*logged}
+    assert logged["val/routing/drop_rate"] == 0.0
+    assert trainer.test(module, Pairs(), verbose=False)[0]["test/recall_1"] == 1.0
+
+
+def test_a_training_goes_on_from_its_checkpoint(tmp_path):
+    data = Pairs(attributes={"a": 3, "b": 2})
+    steady = OptimizerConfig(warmup=0.0, schedule="constant")
+    whole = retriever(attribute_head=HEAD, attributes=data.attributes, loss=SigmoidLoss(), optimizer=steady)
+    first = whole.twin()
+    first.load_state_dict(whole.state_dict())
+    quiet_trainer(tmp_path, max_epochs=4).fit(whole, data)
+    trainer = quiet_trainer(tmp_path, max_epochs=2)
+    trainer.fit(first, data)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    second = ImageTextRetriever.load_from_checkpoint(tmp_path / "half.ckpt")
+    assert second.hparams == first.hparams
+    quiet_trainer(tmp_path, max_epochs=4).fit(second, data, ckpt_path=tmp_path / "half.ckpt")
+    assert_close(second.state_dict(), whole.state_dict())
+    assert float(second.loss.bias) != -10.0
+
+
+def test_the_temperature_s_bound_holds_after_a_step(tmp_path):
+    module = retriever(optimizer=OptimizerConfig(lr=1.0, warmup=0.0, schedule="constant"))
+    module.loss.log_scale.data.fill_(4.6)
+    quiet_trainer(tmp_path, max_epochs=1).fit(module, Pairs())
+    assert float(module.loss.temperature) >= 0.01 - 1e-8
+
+
+def test_the_attributes_loss_is_weighted_and_its_head_sees_the_image_alone():
+    batch = pair_batch(6)
+    module = retriever(attribute_head=HEAD, attributes={"colour": 3, "shape": 2}).eval()
+    out = module.task_loss(batch)
+    assert [tuple(logits.shape) for logits in out.outputs.logits] == [(6, 3), (6, 2)]
+    assert_close(out.loss, out.terms["contrastive_loss"] + 0.5 * out.terms["attribute_loss"])
+    known = batch.label_BA >= 0
+    assert known.sum(0).tolist() == [6, 4]
+    each = [
+        torch.nn.functional.cross_entropy(logits[known[:, a]], batch.label_BA[known[:, a], a])
+        for a, logits in enumerate(out.outputs.logits)
+    ]
+    assert_close(out.terms["attribute_loss"], sum(each) / 2)
+    other = batch._replace(text_BL=batch.text_BL.flip(0))
+    assert_close(module.task_loss(other).outputs.logits, out.outputs.logits)
+    assert_close(module.model.attribute_logits(batch.image), out.outputs.logits)
+
+
+def test_a_batch_of_unknown_classes_counts_nothing(tmp_path):
+    module = retriever(attribute_head=HEAD, attributes={"colour": 3, "shape": 2})
+    data = Pairs(attributes={"colour": 3, "shape": 2})
+    quiet_trainer(tmp_path, max_epochs=1).fit(module, data)
+    batch = data.batch._replace(label_BA=torch.full((8, 2), -1))
+    assert float(module.task_loss(batch).terms["attribute_loss"]) == 0.0
+
+
+def values_of(outputs: PairOutputs, targets: PairTargets) -> ExampleValues:
+    out = TaskOutput(torch.zeros(()), outputs, targets, len(outputs.image_BD))
+    return retriever().example_values([out])
+
+
+def test_the_values_of_pairs_have_the_recall_as_their_mean():
+    # 3 images and 24 texts. Image 0 has the texts 0 and 1, the others one each of the next; 20 texts more are of image
+    # 2. Along one axis: the texts of image 0 are right at rank 1; those of image 1 are the last of all.
+    image_BD = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]] + [[0.6, 0.8]] * 21)
+    text_BD = torch.tensor([[1.0, 0.0], [0.9, 0.1], [-1.0, -1.0]] + [[0.5, 0.9]] * 21)
+    image_B, caption_B = torch.tensor([0, 0, 1] + [2] * 21), torch.arange(24)
+    outputs, targets = PairOutputs(image_BD, text_BD), PairTargets(image_B, caption_B)
+    module = retriever()
+    metrics = module.build_metrics()
+    metrics.update(outputs, targets)
+    expected = metrics.compute()
+    values = values_of(outputs, targets)
+    assert values.name == "recall_10"
+    assert values.values_N.shape == (24,)
+    assert values.mean == pytest.approx(float(expected["recall_10"]), rel=1e-12)
+    # Image 1's text is the 24th of 24, and that text's image is the first of 3, with a product of -1 like image 0's.
+    assert float(expected["image_to_text_recall_10"]) == pytest.approx(2 / 3)
+    assert float(expected["text_to_image_recall_10"]) == 1.0
+    # The pair of image 1: no hit of the image, and its text is one of 24 among 24 pairs.
+    assert float(values.values_N[2]) == 0.5
+    # A pair of image 0: half of its hit, of 3 images over 24 pairs, shared by 2.
+    assert float(values.values_N[0]) == pytest.approx(24 / 3 / 2 / 2 + 0.5)
+
+
+def test_dense_baselines_cost_as_much_as_the_sparse_model():
+    module, batch = retriever(moe_blocks="all"), pair_batch(6)
+    cost = measure_cost(module, batch, module.moe_block_names)
+    twins = {name: baseline.build() for name, baseline in module.baselines().items() if baseline.build}
+    assert twins.keys() == {"dense_equal_flops", "dense_equal_params"}
+    equal_flops = measure_cost(twins["dense_equal_flops"], batch, module.moe_block_names)
+    assert equal_flops.flops_per_example == pytest.approx(cost.flops_per_example, rel=0.03)
+    equal_params = measure_cost(twins["dense_equal_params"], batch, module.moe_block_names)
+    assert equal_params.num_params == pytest.approx(cost.num_params, rel=0.03)
+
+
+def test_a_comparison_replaces_the_towers_layers_and_not_the_head():
+    module = retriever(attribute_head=HEAD, attributes={"a": 3})
+    assert module.moe_block_names == ("model.towers.stack.layers.1.ffn",)
+    assert module.routed_layers().config == MOE
+    assert module.with_moe(core.MoEConfig(2, core.TokenChoice(1), core.FFN(8))).moe.num_experts == 2
+    assert retriever(moe=None).routed_layers() is None
+
+
+def test_configs_may_be_plain():
+    module = retriever(
+        tower={"class_path": "SingleTower", "init_args": {"width": 16, "depth": 2, "num_heads": 2, "patch_size": 4}},
+        loss={"class_path": "SigmoidLoss"},
+        attribute_head=to_plain(HEAD, AttributeHead),
+        attributes={"a": 3},
+    )
+    assert module.loss.config == SigmoidLoss()
+    assert module.attribute_head == HEAD
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="dim=0 must be at least 1"):
+        retriever(dim=0)
+    with pytest.raises(ValueError, match="attribute_head predicts the attributes of the data, and the data have none"):
+        retriever(attribute_head=HEAD)
+    with pytest.raises(ValueError, match=r"attribute_head.weight=0.0 is not a positive number"):
+        AttributeHead(weight=0.0)
+    with pytest.raises(ValueError, match="dense_ffn"):
+        retriever(dense_ffn=core.DenseFFN(8))
+
+
+def test_data_of_another_kind_are_refused(tmp_path):
+    module = retriever()
+    with pytest.raises(ValueError, match=r"model.attributes=\{\} does not fit the data, whose attributes is"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(module, Pairs(attributes={"a": 3}))
+
+
+def test_vectors_are_predicted_in_the_data_s_order(tmp_path):
+    module, data = retriever(), Pairs(4)
+    (prediction,) = quiet_trainer(tmp_path).predict(module, data)
+    assert prediction.index.tolist() == [0, 1, 2, 3]
+    assert_close(prediction.image_vector, module.eval().image_vectors(data.batch.image), rtol=1e-4, atol=1e-5)
+    assert isinstance(data.batch, PairBatch)
