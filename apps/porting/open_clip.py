@@ -102,7 +102,7 @@ class ClipTower(nn.Module):
 
     Args:
         config: the sizes.
-        out_dim: numbers of a vector.
+        out_dim: numbers of a vector; None: it is left at the width of the tokens, without a projection.
         causal: a token sees no later one.
         ffn: of ``moe_blocks``: an MoE layer, a list with one for each, or another dense network; None: as the others.
         moe_blocks: which layers; see ``apps.nets.blocks.resolve_blocks``.
@@ -116,13 +116,13 @@ class ClipTower(nn.Module):
     def __init__(
         self,
         config: ClipConfig,
-        out_dim: int,
+        out_dim: int | None,
         causal: bool,
         ffn: FFNConfig | MoEs | None,
         moe_blocks: str | Sequence[int],
     ) -> None:
         super().__init__()
-        self.out_dim = out_dim
+        self.out_dim = config.dim if out_dim is None else out_dim
         self.moes = moe_configs(ffn)
         self.moe_blocks = () if ffn is None else resolve_blocks(moe_blocks, config.depth)
         self.layers = nn.ModuleList(
@@ -130,7 +130,7 @@ class ClipTower(nn.Module):
             for one in ffn_configs(config.dense_ffn, config.depth, ffn, self.moe_blocks)
         )
         self.norm = nn.LayerNorm(config.dim, _EPS)
-        self.projection = nn.Linear(config.dim, out_dim, bias=False)
+        self.projection = nn.Identity() if out_dim is None else nn.Linear(config.dim, out_dim, bias=False)
 
 
 class ClipImageTower(ClipTower):
@@ -139,7 +139,7 @@ class ClipImageTower(ClipTower):
     Args:
         config: the sizes.
         image_size: height and width of the images in pixels.
-        out_dim: numbers of a vector.
+        out_dim: as in ``ClipTower``.
         in_chans: channels of an image.
         ffn, moe_blocks: as in ``ClipTower``.
 
@@ -151,7 +151,7 @@ class ClipImageTower(ClipTower):
         self,
         config: ClipImageConfig,
         image_size: int,
-        out_dim: int,
+        out_dim: int | None,
         in_chans: int = 3,
         ffn: FFNConfig | MoEs | None = None,
         moe_blocks: str | Sequence[int] = "every2",
@@ -184,7 +184,8 @@ class ClipImageTower(ClipTower):
 
     def forward(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """Return the vectors (B, out_dim) of images; arguments as in ``tokens``."""
-        return self.projection(self.tokens(image, context)[:, 0])
+        vector_BD: Tensor = self.projection(self.tokens(image, context)[:, 0])
+        return vector_BD
 
 
 class ClipTextTower(ClipTower):
@@ -195,7 +196,7 @@ class ClipTextTower(ClipTower):
     Args:
         config: the sizes.
         vocab_size: number of pieces.
-        out_dim: numbers of a vector.
+        out_dim: as in ``ClipTower``.
         ffn, moe_blocks: as in ``ClipTower``.
 
     Raises:
@@ -206,7 +207,7 @@ class ClipTextTower(ClipTower):
         self,
         config: ClipTextConfig,
         vocab_size: int,
-        out_dim: int,
+        out_dim: int | None,
         ffn: FFNConfig | MoEs | None = None,
         moe_blocks: str | Sequence[int] = "every2",
     ) -> None:
@@ -244,7 +245,8 @@ class ClipTextTower(ClipTower):
         """Return the vectors (B, out_dim) of texts; arguments as in ``tokens``."""
         end_B = ids_BL.argmax(1)
         rows_B = torch.arange(len(ids_BL), device=ids_BL.device)
-        return self.projection(self.tokens(ids_BL, context)[rows_B, end_B])
+        vector_BD: Tensor = self.projection(self.tokens(ids_BL, context)[rows_B, end_B])
+        return vector_BD
 
 
 @dataclass(frozen=True)
