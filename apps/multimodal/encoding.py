@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 import core
 from apps.base.checks import check_at_least
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
+from apps.porting.byte_pairs import BytePairs
 from apps.porting.sentences import WordPieces
 from apps.vision.encoding import evaluation_transform
 from core.config.plain import from_plain, to_plain
@@ -23,50 +24,57 @@ from core.config.plain import from_plain, to_plain
 @core.register_config
 @dataclass(frozen=True)
 class TextEncoding:
-    """How a text becomes ids: by subwords learned from the training captions, or by the pieces of a sentence encoder.
+    """How a text becomes ids: by subwords learned from the training captions, or by the pieces of a published encoder.
 
     Attributes:
-        subwords: the subwords; None: ``pieces`` are given.
-        pieces: a sentence encoder's word pieces, in the order of their ids; empty: ``subwords`` are given.
-        lower_case: whether to lower the case; for word pieces also to drop accents.
+        subwords: the subwords, or None.
+        pieces: a sentence encoder's word pieces, in the order of their ids, or none.
+        lower_case: whether to lower the case; for word pieces also to drop accents. CLIP's pieces have no upper case.
         max_tokens: largest number of pieces that a model reads, begin and end among them.
+        merges: the merges of CLIP's tokenizer, the most frequent first, or none.
 
     Raises:
-        ValueError: both vocabularies are given or neither, ``[PAD]`` is not the piece 0, or ``max_tokens`` is below 3.
+        ValueError: not one of the three vocabularies is given but several or none, ``[PAD]`` is not the piece 0, or
+            ``max_tokens`` is below 3.
     """
 
     subwords: Subwords | None = None
     pieces: tuple[str, ...] = ()
     lower_case: bool = True
     max_tokens: int = 32
+    merges: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pieces", tuple(self.pieces))
-        if (self.subwords is None) == (not self.pieces):
-            raise ValueError("a text encoding has either subwords or word pieces")
+        object.__setattr__(self, "merges", tuple(self.merges))
+        if (self.subwords is not None) + bool(self.pieces) + bool(self.merges) != 1:
+            raise ValueError("a text encoding has either subwords, word pieces or merges")
+        if self.merges and not self.lower_case:
+            raise ValueError("lower_case=False does not apply to CLIP's pieces, which have no upper case")
         if self.pieces and self.pieces[PAD_ID] != "[PAD]":
             raise ValueError(f"the word piece {PAD_ID} is {self.pieces[PAD_ID]!r}, not [PAD]")
         check_at_least(3, max_tokens=self.max_tokens)
 
     @cached_property
-    def _word_pieces(self) -> WordPieces:
-        return WordPieces(self.pieces, self.lower_case)
+    def _published(self) -> WordPieces | BytePairs:
+        """The tokenizer of a published encoder; there are no subwords."""
+        return BytePairs(self.merges) if self.merges else WordPieces(self.pieces, self.lower_case)
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, the specials included."""
-        return len(self.pieces) if self.subwords is None else self.subwords.size("source")
+        return len(self._published.pieces) if self.subwords is None else self.subwords.size("source")
 
     @property
     def digest(self) -> str:
         """12 hex digits that tell one vocabulary from another."""
-        vocabulary = self.pieces if self.subwords is None else (self.subwords.digest,)
+        vocabulary = (*self.pieces, *self.merges) if self.subwords is None else (self.subwords.digest,)
         return hashlib.sha256("\n".join((*vocabulary, str(self.lower_case))).encode()).hexdigest()[:12]
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text's first ``max_tokens`` pieces, begin and end among them."""
         if self.subwords is None:
-            return self._word_pieces.encode(text, self.max_tokens)
+            return self._published.encode(text, self.max_tokens)
         (ids,) = self.subwords.encode([text.lower() if self.lower_case else text], "source")
         return [BOS_ID, *ids[: self.max_tokens - 2], EOS_ID]
 
@@ -77,7 +85,7 @@ class TextEncoding:
     def words(self, ids: Sequence[int]) -> list[str]:
         """Return the pieces of ids as they are spelled."""
         if self.subwords is None:
-            return [self.pieces[i] for i in ids]
+            return [self._published.pieces[i] for i in ids]
         return self.subwords.pieces(ids, "source")
 
 

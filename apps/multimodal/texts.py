@@ -13,7 +13,9 @@ from torch import Tensor
 from apps.data.subwords import PAD_ID, SubwordConfig, train_subwords
 from apps.multimodal.encoding import TextEncoding
 from apps.porting import subwords_of
-from apps.porting.sentences import WordPieces
+from apps.porting.byte_pairs import FILE as CLIP_FILE
+from apps.porting.byte_pairs import read_merges
+from apps.porting.sentences import MINILM, WordPieces, encoder_folder
 
 MAX_TOKENS = 32
 """Pieces of a text that are read by default."""
@@ -50,6 +52,10 @@ class TextOptions:
             learned = [caption.lower() for caption in captions] if lowers else captions
             return TextEncoding(train_subwords(learned, (), config, cache=cache), (), lowers, most)
         path = Path(config.path).expanduser()
+        if config.path == MINILM:
+            path = encoder_folder(MINILM, "data.tokenizer.path")
+        if (path / CLIP_FILE).is_file():
+            return TextEncoding(None, (), self.lower_case is not False, most, tuple(read_merges(path)))
         if (path / "vocab.txt").is_file():
             pieces = WordPieces.of(path)
             lowers = pieces.lower_case if self.lower_case is None else self.lower_case
@@ -71,10 +77,10 @@ class TextOptions:
                 raise ValueError(f"data.{name}={value} is not the checkpoint's, {trained}")
         if self.tokenizer is None:
             return
-        pieces = "word pieces of a sentence encoder" if text.subwords is None else "subwords"
+        pieces = "subwords" if text.subwords else "pieces of CLIP" if text.merges else "pieces of a sentence encoder"
         if self.tokenizer.path is not None:
             other = self.encoding((), cache)
-            is_same = (other.pieces, other.subwords) == (text.pieces, text.subwords)
+            is_same = (other.pieces, other.merges, other.subwords) == (text.pieces, text.merges, text.subwords)
             wanted = f"the {other.vocab_size:,} pieces of {self.tokenizer.path}"
         else:
             is_same = text.subwords is not None and text.vocab_size <= self.tokenizer.vocab_size

@@ -291,7 +291,7 @@ class Clip:
                 width,
                 int(vision["layers"]),
                 width // int(vision["head_width"]),
-                int(width * vision["mlp_ratio"]),
+                _hidden(width, vision["mlp_ratio"]),
                 activation,
                 patch_size=int(vision["patch_size"]),
             )
@@ -299,7 +299,7 @@ class Clip:
                 text_width,
                 int(text["layers"]),
                 int(text["heads"]),
-                int(text_width * text["mlp_ratio"]),
+                _hidden(text_width, text["mlp_ratio"]),
                 activation,
                 max_positions=int(text["context_length"]),
             )
@@ -404,6 +404,11 @@ def _known(given: Mapping[str, Any], defaults: Mapping[str, Any], path: Path) ->
     if options.get("pool_type", "argmax") != "argmax":
         raise ValueError(f"{path} says pool_type={options['pool_type']!r}: a text is read at its end, 'argmax'")
     return options
+
+
+def _hidden(width: int, ratio: float) -> int | None:
+    """Return the hidden width as ``ClipConfig`` has it: None where it is four times the width."""
+    return None if ratio == 4 else int(width * ratio)
 
 
 def _norm(rest: dict[str, Tensor], own: str, theirs: str) -> dict[str, Tensor]:

