@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,11 +27,13 @@ from apps.data.subwords import SubwordConfig
 from apps.data.suite_data import SuiteData
 from apps.multimodal.datasets import PAIR_DATASETS
 from apps.multimodal.encoding import PairEncoding
+from apps.multimodal.given import GivenInputs
 from apps.multimodal.images import SKIP_HINT, DecodedPixels, DrawnImages, store_pixels
 from apps.multimodal.labels import classes_of, lacking, numbered
 from apps.multimodal.pairs import OnBadRow, PairCollate, PairSet, RawPairs, ReadOptions
 from apps.multimodal.splits import num_trained, split_images
 from apps.multimodal.texts import EncodedTexts, TextOptions
+from apps.multimodal.vectors import OnBadImage
 from apps.vision.batch import Augment, Collate
 from apps.vision.encoding import evaluation_transform
 from apps.vision.image_files import BadImage
@@ -120,6 +122,16 @@ class ImageTextData(SuiteData):
         num_workers: processes that make batches, and threads that decode images for the cache. 0 is enough where the
             images are stored.
         seed: seed of the order and the random transforms; default that of the whole run (seed_everything).
+        predict_split: the pairs whose vectors ``predict`` writes: train, val, test, or all of them.
+        images: folder of images that ``predict`` writes the vectors of, or searches; those in folders below it count
+            too.
+        predict_file: file of texts that ``predict`` writes the vectors of: a table with caption_column and, if it is
+            named, id_column, or a .txt file with a text a line.
+        query: text by which ``predict`` searches the images, or a list of texts.
+        query_image: image file by which it searches them, or a list of files.
+        top: images of a query at most; default 10.
+        index: file of the images' vectors, which a search reads and refreshes; default one in the cache.
+        on_bad_image: a file in images that cannot be read is left out with a line ("skip"), or ends the run ("error").
 
     A checkpoint keeps the text encoding, how pixels are scaled, and the names of the attributes' classes. Data that
     ``adopt`` it use them; a label that it does not know is none.
@@ -171,6 +183,14 @@ class ImageTextData(SuiteData):
         drop_last: bool = False,
         num_workers: int = 0,
         seed: int | None = None,
+        predict_split: Split | Literal["all"] = "test",
+        images: str | None = None,
+        predict_file: str | None = None,
+        query: list[str] | str | None = None,
+        query_image: list[str] | str | None = None,
+        top: int | None = None,
+        index: str | None = None,
+        on_bad_image: OnBadImage = "skip",
     ) -> None:
         check_name("dataset", dataset, sorted(PAIR_DATASETS))
         super().__init__(
@@ -205,6 +225,10 @@ class ImageTextData(SuiteData):
             "mean": None if mean is None else tuple(mean),
             "std": None if std is None else tuple(std),
         }
+        self.given = GivenInputs(
+            images, predict_file, query, query_image, top, index, on_bad_image, caption_column, id_column
+        )
+        self.predict_split = predict_split
         self._text_options = TextOptions(tokenizer, lower_case, max_tokens)
         self._augment = Augment(crop_padding, horizontal_flip, random_resized_crop)
         self._check_options()
@@ -409,6 +433,23 @@ class ImageTextData(SuiteData):
         """Return the training pairs without random transforms."""
         return self.eval_loader(self.examples("train"))
 
+    @property
+    def needs_no_dataset(self) -> bool:
+        return self._adopted is not None and self.given.replaces_pairs
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return what is given in place of the pairs, else the pairs of ``predict_split``, in their order."""
+        assert self.eval_batch_size is not None
+        if self.given.replaces_pairs:
+            return self.given.loader(self.encoding, self.eval_batch_size, self.num_workers)
+        index = self.opened.index
+        pairs = (
+            torch.cat(list(index.values())).sort().values if self.predict_split == "all" else index[self.predict_split]
+        )
+        if not len(pairs):
+            raise ValueError(f"{self.dataset} has no {self.predict_split} pairs to predict: give another predict_split")
+        return in_order(self._set(pairs), self.eval_batch_size, self.num_workers, self._collate(Augment()))
+
     def _set(self, index: Tensor) -> PairSet:
         opened = self.opened
         return PairSet(opened.read, opened.encode, opened.image_N, opened.caption_N, opened.label_IA, index)
@@ -422,6 +463,7 @@ class ImageTextData(SuiteData):
         check_at_least(3, max_tokens=self._text_options.max_tokens)
         check_size("val_size", self.val_size)
         check_size("test_size", self.test_size)
+        check_name("predict_split", self.predict_split, [*SPLITS, "all"])
         check_name("on_bad_row", self.on_bad_row, get_args(OnBadRow))
         eval_crop, mean, std = (self._written[name] for name in ("eval_crop", "mean", "std"))
         if eval_crop is not None and not 0 < eval_crop <= 1:
@@ -434,6 +476,7 @@ class ImageTextData(SuiteData):
         if len(set(self._columns)) < len(self._columns):
             raise ValueError(f"attributes={list(self._columns)} names a column twice")
         own = asdict(ReadOptions(self._columns, on_bad_row=self.on_bad_row))
+        of_file = () if self.given.predict_file is None else ("caption_column", "id_column")
         for name, value in asdict(self._read_options).items():
-            if not self._spec.is_table and value != own[name]:
+            if not self._spec.is_table and value != own[name] and name not in of_file:
                 raise ValueError(f"{name}={value!r} is for dataset='image_captions'; {self.dataset} has its own layout")

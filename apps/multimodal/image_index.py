@@ -160,7 +160,7 @@ def _refreshed(folder: Path, path: Path, is_named: bool, made_by: str, encode: E
             if known is None or index.files != known.files:
                 with _writing(path):
                     index.save(path)
-    _tell(complaints)
+    tell(complaints)
     if index is None:
         raise ValueError(f"none of the {len(files):,} images of {folder} can be read: {complaints[0]}")
     return index
@@ -234,7 +234,8 @@ def _writing(path: Path) -> Iterator[None]:
         raise ValueError(f"the index of images {path} cannot be written: {reason}") from error
 
 
-def _tell(complaints: Sequence[str]) -> None:
+def tell(complaints: Sequence[str]) -> None:
+    """Log the complaints about images that are left out, a line each; of very many, the first ones and their number."""
     for complaint in complaints[:_MOST_LINES]:
         log.warning("left out: %s", complaint)
     if len(complaints) > _MOST_LINES:

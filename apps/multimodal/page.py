@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from apps.base.machine import moment
 from apps.base.messages import excerpt
-from apps.report.page import Gallery, Page, Part, Section, Table, Text, Thumbnail
+from apps.report.page import Code, Gallery, Page, Part, Section, Table, Text, Thumbnail
 from apps.report.page.html import render
 from apps.report.page.writing import write_html
 from apps.vision.image_files import BadImage, to_pixels
@@ -75,7 +75,7 @@ def _parts(hits: Hits, shown: int, folder: Path) -> list[Part]:
     if hits.is_image:
         parts.append(Gallery("The image of the query", (thumbnail(hits.query, (Path(hits.query).name,), folder),)))
     elif hits.query not in hits.title:
-        parts.append(Text.of(f"The whole query: {hits.query}"))
+        parts.append(Code("The whole query", hits.query, closed=True))
     if shown:
         pictures = [thumbnail(path, (f"{i}. {score}", Path(path).name), folder) for i, score, path in ranked[:shown]]
         parts.append(Gallery("Best first, with their scores", tuple(pictures)))

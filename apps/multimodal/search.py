@@ -19,11 +19,11 @@ from apps.base.progress import each
 from apps.data.loader import in_order
 from apps.data.text_files import clean
 from apps.multimodal.encoding import TextEncoding
+from apps.multimodal.given import TOP, GivenInputs
 from apps.multimodal.image_index import ImageIndex, model_digest, refreshed
 from apps.multimodal.page import Hits, write_search_page
 from apps.multimodal.vectors import (
     FolderImages,
-    OnBadImage,
     check_list,
     encode_images,
     encode_texts,
@@ -35,69 +35,7 @@ from apps.train.predicting import Prediction, PredictionStream
 
 log = logging.getLogger(__name__)
 
-TOP = 10
-"""Images of a query, where nothing else is said."""
-
 _AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """A search among the images of a folder.
-
-    Attributes:
-        images: the folder; images in folders below it count too.
-        query: texts to search by.
-        query_image: image files to search by, in place of texts.
-        top: images of a query at most.
-        index: file of the images' vectors; None: one in the cache.
-        on_bad_image: what an image is that cannot be read.
-        num_workers: processes that read images.
-
-    Raises:
-        ValueError: neither texts nor images to search by or both, an empty text, no folder, or ``top`` below 1.
-    """
-
-    images: str | None
-    query: Sequence[str] | str | None = None
-    query_image: Sequence[str] | str | None = None
-    top: int | None = None
-    index: str | None = None
-    on_bad_image: OnBadImage = "skip"
-    num_workers: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("query", "query_image"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
-        if self.query and self.query_image:
-            raise ValueError(
-                f"query={excerpt(self.query[0])} and query_image={excerpt(self.query_image[0])}: search by texts or by "
-                "images, not by both"
-            )
-        if not self.query and not self.query_image:
-            raise ValueError("a search needs data.query, a text, or data.query_image, an image file")
-        if self.images is None:
-            raise ValueError(f"{self._kind}={excerpt(self.queries[0])} needs data.images, the folder that is searched")
-        check_at_least(1, top=self.top)
-        for number, text in enumerate(self.queries, 1):
-            if not clean(text):
-                raise ValueError(f"{self._kind} {number} of {len(self.queries)} is empty")
-
-    @property
-    def _kind(self) -> str:
-        return "query" if self.query else "query_image"
-
-    @property
-    def queries(self) -> tuple[str, ...]:
-        """The texts, or the paths of the images."""
-        return tuple(self.query or self.query_image or ())
-
-    @property
-    def folder(self) -> Path:
-        """The folder that is searched."""
-        assert self.images is not None
-        return Path(self.images).expanduser()
 
 
 class ImageSearch:
@@ -105,22 +43,23 @@ class ImageSearch:
 
     Args:
         model: a ``PairModel`` that is a module.
-        options: what is searched.
+        given: the images and the queries.
         cache: the cache's folder.
+        num_workers: processes that read images.
     """
 
-    def __init__(self, model: Any, options: SearchOptions, cache: Path) -> None:
-        self.model, self.options, self.cache = model, options, cache
+    def __init__(self, model: Any, given: GivenInputs, cache: Path, num_workers: int = 0) -> None:
+        self.model, self.given, self.cache, self.num_workers = model, given, cache, num_workers
 
     def stream(self) -> PredictionStream:
         """Return the search as predictions, one for each query, with a page."""
-        options = self.options
+        given = self.given
         made_of = {
-            "input": [str(options.folder.resolve()), *options.queries],
-            "top": options.top,
-            "by": "text" if options.query else "image",
+            "input": [str(given.folder.resolve()), *given.queries],
+            "top": given.top,
+            "by": "text" if given.query_image is None else "image",
         }
-        queries = len(options.queries)
+        queries = len(given.queries)
         return PredictionStream(
             self.predictions, lambda: queries, made_of, queries, file="search.jsonl", page=self.write_page
         )
@@ -128,30 +67,30 @@ class ImageSearch:
     @cached_property
     def index(self) -> ImageIndex:
         """The vectors of the folder's images."""
-        return index_of(self.model, self.options, self.cache)
+        return index_of(self.model, self.given, self.cache, self.num_workers)
 
     @cached_property
     def hits(self) -> list[Hits]:
         """The best images of each query."""
-        options = self.options
-        is_image = bool(options.query_image)
+        given = self.given
+        is_image = given.query_image is not None
         index = self.index
         if is_image:
-            query_ND = encode_images(self.model, [Path(path).expanduser() for path in options.queries])
+            query_ND = encode_images(self.model, [Path(path).expanduser() for path in given.queries])
         else:
-            query_ND = encode_texts(self.model, _fitting(options.queries, self.model.encoding.text))
-        best = exact_search(query_ND, index.vectors_ND, options.top or TOP)
-        paths = [str(options.folder / path) for path in index.paths]
+            query_ND = encode_texts(self.model, _fitting(given.queries, self.model.encoding.text))
+        best = exact_search(query_ND, index.vectors_ND, given.top or TOP)
+        paths = [str(given.folder / path) for path in index.paths]
         return [
             Hits(query, is_image, tuple(paths[i] for i in place_K), tuple(score_K))
             for query, place_K, score_K in zip(
-                options.queries, best.place_BK.tolist(), best.score_BK.tolist(), strict=True
+                given.queries, best.place_BK.tolist(), best.score_BK.tolist(), strict=True
             )
         ]
 
     def predictions(self, start: int) -> Iterator[Prediction]:
         """Yield the best images of each query from number ``start`` on."""
-        several = len(self.options.queries) > 1
+        several = len(self.given.queries) > 1
         for number, hits in enumerate(self.hits[start:], start):
             row = {
                 "index": number,
@@ -166,21 +105,21 @@ class ImageSearch:
     def write_page(self, path: Path) -> None:
         """Write the page of thumbnails."""
         count = len(self.index)
-        write_search_page(self.hits, path, f"{count:,} images of {self.options.folder.resolve()} were searched.")
+        write_search_page(self.hits, path, f"{count:,} images of {self.given.folder.resolve()} were searched.")
 
 
-def index_of(model: Any, options: SearchOptions, cache: Path) -> ImageIndex:
+def index_of(model: Any, given: GivenInputs, cache: Path, num_workers: int = 0) -> ImageIndex:
     """Return the vectors of a folder's images as they are now; only those of new and changed images are computed."""
-    folder, encoding = options.folder, model.encoding
+    folder, encoding = given.folder, model.encoding
 
     def encode(paths: Sequence[str]) -> Iterable[tuple[list[int], Tensor, list[str]]]:
-        images = FolderImages(folder, paths, encoding, options.on_bad_image)
-        loader = in_order(images, _AT_ONCE, options.num_workers)
+        images = FolderImages(folder, paths, encoding, given.on_bad_image)
+        loader = in_order(images, _AT_ONCE, num_workers)
         with in_evaluation(model), torch.no_grad():
             for batch in each(loader, f"encoding {len(paths):,} images"):
                 yield batch.index, vectors_of_pixels(model, batch.pixels), batch.complaints
 
-    path = None if options.index is None else Path(options.index).expanduser()
+    path = None if given.index is None else Path(given.index).expanduser()
     return refreshed(folder, path, cache, model_digest(fingerprint(model), encoding), encode)
 
 

@@ -11,7 +11,8 @@ from made_page import Html
 from PIL import Image
 from tinted import COLORS, Tinted, write_tinted
 
-from apps.multimodal.search import ImageSearch, SearchOptions, match
+from apps.multimodal.given import GivenInputs
+from apps.multimodal.search import ImageSearch, match
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def shop(tmp_path: Path) -> Path:
 
 
 def search(shop: Path, **options) -> ImageSearch:
-    return ImageSearch(Tinted(), SearchOptions(images=str(shop), **options), shop.parent / "cache")
+    return ImageSearch(Tinted(), GivenInputs(images=str(shop), **options), shop.parent / "cache")
 
 
 def test_a_text_finds_the_images_with_the_largest_products(shop):
@@ -63,23 +64,6 @@ def test_a_second_search_encodes_no_image_and_a_model_trained_on_all(shop):
     with torch.no_grad():
         third.model.scale[2] = 2.0
     assert (len(third.hits), third.model.num_images) == (1, 4)
-
-
-@pytest.mark.parametrize(
-    "options, rule",
-    [
-        ({"query": "a", "query_image": "b.png"}, "search by texts or by images, not by both"),
-        ({}, "a search needs data.query, a text, or data.query_image, an image file"),
-        ({"query": []}, "a search needs data.query"),
-        ({"query": "a", "images": None}, "query='a' needs data.images, the folder that is searched"),
-        ({"query": ["a", " \t"]}, "query 2 of 2 is empty"),
-        ({"query_image": ""}, "query_image 1 of 1 is empty"),
-        ({"query": "a", "top": 0}, "top=0 must be at least 1"),
-    ],
-)
-def test_searches_that_cannot_be(options, rule):
-    with pytest.raises(ValueError, match=rule):
-        SearchOptions(**{"images": "shop", **options})
 
 
 def test_images_to_search_by_that_cannot_be_read(shop):
