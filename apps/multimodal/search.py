@@ -42,7 +42,7 @@ class ImageSearch:
     """The search of ``moesaic predict``: nothing is computed before the first result is asked for.
 
     Args:
-        model: a ``PairModel`` that is a module.
+        model: a ``PairEncoder`` that is a module.
         given: the images and the queries.
         cache: the cache's folder.
         num_workers: processes that read images.
@@ -160,7 +160,7 @@ def match(model: Any, images: Sequence[Any], texts: Sequence[str], top: int) -> 
     """Return the texts that fit each image best, as classes that no training has seen.
 
     Args:
-        model: a ``PairModel`` that is a module and has ``probabilities(image_ND, text_CD)``, (N, C).
+        model: a ``PairEncoder`` that is a module and has ``probabilities(image_ND, text_CD)``, (N, C).
         images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.
         texts: the classes in words, such as "a photo of a red dress".
         top: number of texts to name for each.

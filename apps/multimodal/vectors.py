@@ -26,7 +26,7 @@ ENDINGS = (*IMG_EXTENSIONS, ".gif")
 _IMAGES_AT_ONCE, _TEXTS_AT_ONCE = 64, 256
 
 
-class PairModel(Protocol):
+class PairEncoder(Protocol):
     """A model of images and texts."""
 
     @property
@@ -48,7 +48,7 @@ def encode_images(model: Any, images: Sequence[Any]) -> Tensor:
     """Return a vector of each image, float32 (N, dim) of length 1, on the CPU.
 
     Args:
-        model: a ``PairModel`` that is a module.
+        model: a ``PairEncoder`` that is a module.
         images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like; at least one.
 
     Raises:
@@ -69,7 +69,7 @@ def encode_texts(model: Any, texts: Sequence[str]) -> Tensor:
     """Return a vector of each text, float32 (N, dim) of length 1, on the CPU; of a long one the first pieces are read.
 
     Args:
-        model: a ``PairModel`` that is a module.
+        model: a ``PairEncoder`` that is a module.
         texts: at least one.
 
     Raises:
@@ -85,7 +85,7 @@ def encode_texts(model: Any, texts: Sequence[str]) -> Tensor:
         return torch.cat([model.text_vectors(part.to(model.device)).float().cpu() for part in parts])
 
 
-def vectors_of_pixels(model: PairModel, pixels: Tensor) -> Tensor:
+def vectors_of_pixels(model: PairEncoder, pixels: Tensor) -> Tensor:
     """Return the vectors of scaled images, uint8 (B, C, S, S): float32 (B, dim) on the CPU."""
     encoding = model.encoding
     image = normalize(pixels, encoding.mean, encoding.std).to(model.device)
