@@ -33,6 +33,9 @@ from core.kernels import cpu
 
 _logger = logging.getLogger(__name__)
 
+_PATCHES = "patch_embed.proj.weight"
+"""The parameter that each vision transformer has once."""
+
 # embed_dim, depth, num_heads. Ti/S/B/L are timm's; nano is ours, for images of about 28x28 on a CPU.
 VARIANTS: Mapping[str, tuple[int, int, int]] = {
     "nano": (96, 6, 3),
@@ -383,7 +386,7 @@ class LoadReport:
         return "; ".join(parts)
 
 
-def load_pretrained_weights(model: VMoE, source: str | Path) -> LoadReport:
+def load_pretrained_weights(model: VMoE, source: str | Path, option: str = "pretrained") -> LoadReport:
     """Load timm's weights into the dense parts of ``model`` and log one line about it.
 
     Patch and position embeddings are resampled to the model's by timm's own functions, and the first layer adapted to
@@ -395,31 +398,32 @@ def load_pretrained_weights(model: VMoE, source: str | Path) -> LoadReport:
         model: changed in place.
         source: a file (safetensors, or torch loaded with ``weights_only``), else the name of a timm model whose
             pretrained weights timm downloads.
+        option: the name of ``source`` in messages.
 
     Raises:
         ValueError: no such file or timm model, the weights cannot be read or fetched, nothing in them fits, or they are
             of another architecture: beside the head, blocks beyond the model's and replaced FFNs, a tensor is missing,
             unexpected or of another shape.
     """
-    weights = _with_prefix_of(model, _read_weights(str(source)))
+    weights = _with_prefix_of(model, _read_weights(str(source), option))
     try:
         weights = checkpoint_filter_fn(weights, model)
     except RuntimeError as error:
         tokens = f"{model.num_prefix_tokens} class and register tokens (vit.pool={model.vit.pool})"
-        raise ValueError(f"pretrained={source} cannot be resampled for {tokens}: {first_line(error)}") from error
+        raise ValueError(f"{option}={source} cannot be resampled for {tokens}: {first_line(error)}") from error
     if not model.has_class_token:
         weights.pop("cls_token", None)
     norm, other = ("fc_norm", "norm") if isinstance(model.norm, nn.Identity) else ("norm", "fc_norm")
     weights = {re.sub(rf"^{other}\.", f"{norm}.", name): w for name, w in weights.items()}
-    conv = "patch_embed.proj.weight"
-    if conv in weights and weights[conv].shape[1] != model.in_chans:
-        if weights[conv].shape[1] != 3:
-            raise ValueError(f"pretrained={source}: {weights[conv].shape[1]} channels do not adapt to {model.in_chans}")
-        weights[conv] = adapt_input_conv(model.in_chans, weights[conv])
+    patches = weights.get(_PATCHES)
+    if patches is not None and patches.shape[1] != model.in_chans:
+        if patches.shape[1] != 3:
+            raise ValueError(f"{option}={source}: {patches.shape[1]} channels do not adapt to {model.in_chans}")
+        weights[_PATCHES] = adapt_input_conv(model.in_chans, patches)
     own = model.state_dict()
     fits = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
     if not fits:
-        raise ValueError(f"pretrained={source}: none of its {len(weights)} tensors fits this model")
+        raise ValueError(f"{option}={source}: none of its {len(weights)} tensors fits this model")
     missing = [n for n in own if n not in weights]
     unexpected = [n for n in weights if n not in own]
     skipped = [n for n in weights if n in own and n not in fits]
@@ -428,7 +432,7 @@ def load_pretrained_weights(model: VMoE, source: str | Path) -> LoadReport:
         if trunk := [n for n in names if _in_trunk(n, model)]:
             differences.append(f"{some(trunk, 3)} {'is' if len(trunk) == 1 else 'are'} {what}")
     if differences:
-        raise ValueError(f"pretrained={source} is of another architecture than model.vit: {', '.join(differences)}")
+        raise ValueError(f"{option}={source} is of another architecture than model.vit: {', '.join(differences)}")
     model.load_state_dict(fits, strict=False)
     sparse = tuple(f"blocks.{i}.mlp." for i in model.moe_blocks) if model.moes else ()
     report = LoadReport(
@@ -472,28 +476,29 @@ def _with_prefix_of(model: VMoE, weights: dict[str, Tensor]) -> dict[str, Tensor
     return {**weights, **moved, "pos_embed": torch.cat((pos.new_zeros(1, wanted, pos.shape[2]), patches), dim=1)}
 
 
-def _read_weights(source: str) -> dict[str, Tensor]:
+def _read_weights(source: str, option: str) -> dict[str, Tensor]:
     if Path(source).is_file():
         from timm.models import load_state_dict
 
         try:
             weights = load_state_dict(source, weights_only=True)
         except Exception as error:  # a corrupt file raises whatever its format's reader raises
-            raise ValueError(f"pretrained={source} cannot be read: {_sentence(error)}") from error
-        # A checkpoint of our own keeps the network under "model.".
-        inner = {n.removeprefix("model."): w for n, w in weights.items() if n.startswith("model.")}
-        return inner or weights
+            raise ValueError(f"{option}={source} cannot be read: {_sentence(error)}") from error
+        # A checkpoint of our own keeps the network under "model.", and a captioner its encoder under "model.encoder.".
+        prefixes = [name.removesuffix(_PATCHES) for name in weights if name.endswith(_PATCHES)]
+        prefix = prefixes[0] if len(prefixes) == 1 else ""
+        return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
     import timm
 
     if not timm.is_model(source.split(".")[0]):
-        raise ValueError(f"pretrained={source!r} is neither a file nor a timm model")
+        raise ValueError(f"{option}={source!r} is neither a file nor a timm model")
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)  # it writes two lines for each of its attempts
     try:
         return timm.create_model(source, pretrained=True).state_dict()
     except Exception as error:  # hub, network and file errors have no common base
-        raise ValueError(f"pretrained={source!r} cannot be fetched: {_sentence(error)}") from error
+        raise ValueError(f"{option}={source!r} cannot be fetched: {_sentence(error)}") from error
     finally:
         hub.setLevel(level)
 
