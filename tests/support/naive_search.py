@@ -52,6 +52,25 @@ def generate_ids(model: Any, prompt_BL: Tensor, config: DecodeConfig, **context_
     return _search(model, prompt_BL, config, begin, **context_B)
 
 
+@torch.no_grad()
+def caption_ids(
+    model: Any, image: Tensor, config: DecodeConfig, length: int, index_B: Tensor | None = None
+) -> Hypotheses:
+    """Do what ``decode.caption_ids`` does; the model must be in evaluation mode, and in the wanted dtype."""
+
+    def begin(row: list[int], context: dict[str, Tensor | None]) -> tuple[NextLogProbs, list[int]]:
+        memory = model.encode(image[row[0] - 1 : row[0]])
+
+        def next_log_probs(ids: list[int]) -> list[float]:
+            return _log_probs(model.logits(model.decode(torch.tensor([ids], device=image.device), memory)[0, -1]))
+
+        return next_log_probs, [BOS_ID]
+
+    # Rows of the images' numbers from 1, as long as an image is for a text's maximal length.
+    rows = torch.arange(1, len(image) + 1)[:, None].expand(-1, length)
+    return _search(model, rows, config, begin, index_B=index_B)
+
+
 def _search(
     model: Any,
     ids_BS: Tensor,

@@ -1,0 +1,405 @@
+"""``ImageCaptioner``: what ``moesaic fit`` trains to write about images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import core
+from apps.base.checks import check_at_least, check_name
+from apps.base.evaluation import in_evaluation
+from apps.data.subwords import PAD_ID, Subwords
+from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
+from apps.equal_cost.twins import dense_twins
+from apps.multimodal.batch import PairBatch
+from apps.multimodal.captions.metrics import CaptionedImage, CaptionMetrics, Pair, num_references, signatures
+from apps.multimodal.captions.model import CaptionModel
+from apps.multimodal.encoding import PairEncoding
+from apps.nets.blocks import one_ffn
+from apps.nets.config import TransformerConfig
+from apps.nets.loss import OutputLogits
+from apps.nets.place import Place, check_fits, check_layers
+from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, caption_ids, check_one, decoding, in_dtype
+from apps.nlp.text.foreseen import Foreseen, of_mean_length, ratio_values, read_ids
+from apps.nlp.text.scores import scorer
+from apps.nlp.text.token_loss import token_loss
+from apps.train.distilling import DistilConfig
+from apps.train.growing import GrowConfig
+from apps.train.module import OptimizerConfig, SparseModule, Stage, TaskOutput, check_one_start
+from apps.vision.encoding import normalize
+from apps.vision.image_files import to_pixels
+from apps.vision.model import ViTConfig, load_pretrained_weights
+
+_DECODE = DecodeConfig(max_length_ratio=1.0, max_length_extra=0)
+_AT_ONCE = 64
+"""Images of a prediction that are captioned together."""
+Trained = Literal["all", "decoder", "connector", "experts"]
+
+
+class ImageCaptioner(SparseModule, Comparable):
+    """An image encoder and a decoder that writes a text about the image, sparse or dense.
+
+    It is trained by the cross-entropy of each token after those before it, with label smoothing, and judged by what it
+    writes itself: BLEU and chrF++ of its captions, by sacrebleu, against all texts of the image.
+
+    Args:
+        vit: the image encoder.
+        transformer: the decoder.
+        moe: the MoE layer that replaces the FFN of some blocks, or a list with one for each of them, the encoder's
+            first; None: a dense model. The decoder's router must be causal and decode step by step: MoE-LLaVA's hard
+            one is ``TokenChoice``, which computes the ``top_k`` best experts; a soft one is ``Dense``, which computes
+            all, weighted.
+        encoder_moe_blocks, decoder_moe_blocks: which blocks: "everyN" (every N-th), "lastN", "all", "none" or indices.
+            Experts in both stacks need stacks of one width.
+        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
+        image_size: height and width of the images in pixels; the command line takes it from the data.
+        in_chans: channels of an image; the command line takes it from the data.
+        vocab_size: ids of the texts' subwords; the command line takes it from the data.
+        max_tokens: ids of the longest text, begin and end among them; the command line takes it from the data.
+        label_smoothing: share of the target spread evenly over the vocabulary, in training.
+        encoder_from: weights of the image encoder's dense parts, with which the first training or test begins that no
+            checkpoint gives its weights: a checkpoint of a model of the suite with such an encoder, a timm model name,
+            or a safetensors or torch file.
+        trained: which parameters a training changes: "all"; "decoder", all but the image encoder's; "connector", the
+            map between both; "experts", those of the MoE layers, as the last stage of MoE-LLaVA.
+        decode: how images of a test and of a prediction are captioned; an image counts as ``max_tokens`` ids in the
+            maximal length.
+        val_decode: how images of a validation are: "greedy", or "as_test".
+        bleu_tokenize: sacrebleu's tokenizer for BLEU, such as "13a", "zh" or "char".
+        optimizer: learning rate, weight decay and schedule.
+        ema_decay: of the moving average of the weights; None: none.
+        average_last: epochs whose weights at their end are averaged at last; None: none.
+        grow: trained model of fewer experts with whose weights a training begins; None: none.
+        distil: trained model whose predictions a training learns beside the texts; None: none.
+
+    Raises:
+        ValueError: a value out of its range, or a combination that cannot be built.
+    """
+
+    data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "vocab_size", "max_tokens")
+    readout: ClassVar[tuple[str, ...]] = ("model.output",)
+    monitor: str = "val/bleu"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+    shown_metrics = ("chrf", "token_accuracy", "perplexity")
+
+    @classmethod
+    def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().defaults_of_none(arguments), "vit": ViTConfig(), "transformer": TransformerConfig()}
+
+    def __init__(
+        self,
+        vit: ViTConfig | None = None,
+        transformer: TransformerConfig | None = None,
+        moe: core.MoEConfig | list[core.MoEConfig] | None = None,
+        encoder_moe_blocks: str | list[int] = "none",
+        decoder_moe_blocks: str | list[int] = "every2",
+        dense_ffn: core.DenseFFN | None = None,
+        image_size: int = 32,
+        in_chans: int = 3,
+        vocab_size: int = 1000,
+        max_tokens: int = 32,
+        label_smoothing: float = 0.1,
+        encoder_from: str | None = None,
+        trained: Trained = "all",
+        decode: DecodeConfig = _DECODE,
+        val_decode: Literal["greedy", "as_test"] = "greedy",
+        bleu_tokenize: str = "13a",
+        optimizer: OptimizerConfig | None = None,
+        ema_decay: float | None = None,
+        average_last: int | None = None,
+        grow: GrowConfig | None = None,
+        distil: DistilConfig | None = None,
+    ) -> None:
+        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last, grow=grow, distil=distil)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
+        check_at_least(3, max_tokens=max_tokens)
+        check_name("val_decode", val_decode, ["greedy", "as_test"])
+        check_name("trained", trained, ["all", "decoder", "connector", "experts"])
+        scorer("bleu", bleu_tokenize)
+        if encoder_from is not None:
+            check_one_start(encoder_from, grow, distil)
+        self.vit, self.transformer, self.moe = vit or ViTConfig(), transformer or TransformerConfig(), moe
+        self.image_size, self.in_chans, self.vocab_size, self.max_tokens = image_size, in_chans, vocab_size, max_tokens
+        self.label_smoothing, self.encoder_from, self.trained = label_smoothing, encoder_from, trained
+        self.decode, self.val_decode, self.bleu_tokenize = decode, val_decode, bleu_tokenize
+        if self.transformer.positions == "learned" and max_tokens > self.transformer.max_length:
+            raise ValueError(
+                f"max_tokens={max_tokens} exceeds model.transformer.max_length={self.transformer.max_length}, the "
+                "positions that positions='learned' knows"
+            )
+        self.model = CaptionModel(
+            self.vit,
+            self.transformer,
+            image_size=image_size,
+            in_chans=in_chans,
+            vocab=vocab_size,
+            ffn=one_ffn(moe, dense_ffn),
+            encoder_moe_blocks=encoder_moe_blocks,
+            decoder_moe_blocks=decoder_moe_blocks,
+        )
+        self._put_in_place()
+        self._hold_still()
+        self._texts: Sequence[str] | None = None
+        # The model in another dtype, for the length of one pass: a list, so that it is no part of the module.
+        self._copies: list[CaptionModel] | None = None
+        self._tested: list[CaptionedImage] = []
+
+    def _put_in_place(self) -> None:
+        """Refuse a router that cannot work where it is put.
+
+        Raises:
+            ValueError: as ``check_fits`` and ``check_layers``.
+        """
+        anywhere = Place(type(self).__name__, ("token_ids_BS",))
+        in_decoder = dataclasses.replace(anywhere, is_causal=True, decodes_stepwise=True)
+        self.place = in_decoder if self.model.decoder_moe_blocks else anywhere
+        for moe in self.model.moes:
+            check_fits(in_decoder if moe in self.model.decoder_moes else anywhere, moe.router, moe.balance)
+        check_layers(anywhere, self.model)
+
+    def _hold_still(self) -> None:
+        """Freeze what a training does not change.
+
+        Raises:
+            ValueError: ``trained="experts"`` of a model that has none.
+        """
+        if self.trained == "all":
+            return
+        parts: Sequence[nn.Module] = {
+            "decoder": [part for name, part in self.model.named_children() if name != "encoder"],
+            "connector": [self.model.connector],
+            "experts": list(core.moe_layers(self.model).values()),
+        }[self.trained]
+        if not parts:
+            raise ValueError("trained='experts' leaves nothing to train: the model has no MoE layers")
+        self.model.requires_grad_(False)
+        for part in parts:
+            part.requires_grad_(True)
+
+    def forward(self, image: Tensor, text_BL: Tensor) -> Tensor:
+        """Map (B, C, H, W) normalised images and (B, L) ids to the (B, L, V) logits of the id after each."""
+        return self.model(image, text_BL)
+
+    # ---- the loss
+
+    def task_loss(self, batch: PairBatch) -> TaskOutput:
+        """Return the loss of the texts; ``judged`` adds the captions."""
+        return token_loss(self.distribution(batch), batch.text_BL, self.label_smoothing if self.training else None)
+
+    def distribution(self, batch: PairBatch) -> OutputLogits:
+        """Return the logits of the tokens after the first, padding left out."""
+        h_BLD = self.model.decode(read_ids(batch.text_BL), self.model.encode(batch.image))
+        h_TD = h_BLD[batch.text_BL[:, 1:] != PAD_ID] * self.transformer.logits_scale
+        return OutputLogits(h_TD, self.model.output_weight)
+
+    def judged(self, batch: PairBatch, out: TaskOutput, stage: Stage) -> TaskOutput:
+        """Return ``out`` with the batch's ``Pair``s as its outputs; each of its images is captioned once."""
+        greedy = stage == "val" and self.val_decode == "greedy"
+        config = dataclasses.replace(self.decode, method="greedy", num_best=1) if greedy else self.decode
+        images = batch.image_B.tolist()
+        places = [place for place, number in enumerate(images) if images.index(number) == place]
+        model = self._model_in(config.dtype)
+        hypotheses = self.hypotheses_of(batch.image[places], config, batch.image_B[places], model)
+        texts = self.subwords.decode(hypotheses.best, "source")
+        written = dict(zip(places, texts, strict=True))
+        scores = {place: own[0] for place, own in zip(places, hypotheses.scores, strict=True)}
+        foreseen: Foreseen = out.outputs
+        rows = zip(
+            batch.index_B.tolist(),
+            images,
+            map(written.get, range(len(images))),
+            self._references_of(batch),
+            (scores.get(place, 0.0) for place in range(len(images))),
+            foreseen.nll_B.tolist(),
+            foreseen.right_B.tolist(),
+            foreseen.tokens_B.tolist(),
+            strict=True,
+        )
+        return dataclasses.replace(out, outputs=[Pair(*row) for row in rows])
+
+    def hypotheses_of(
+        self, image: Tensor, config: DecodeConfig, index_B: Tensor | None = None, model: CaptionModel | None = None
+    ) -> Hypotheses:
+        """Return captions of (B, C, H, W) normalised images in ids; ``model`` may be a copy in another dtype."""
+        # Out of autocast: in bfloat16 an image's logits would depend on its batch mates.
+        with torch.autocast(self.device.type, enabled=False):
+            return caption_ids(model or self.model, image, config, self.max_tokens, index_B)
+
+    def _model_in(self, dtype: str | None) -> CaptionModel:
+        """Return the model in this dtype; within a pass over the data it is copied once."""
+        if dtype is None or self._copies is None:
+            return self.model
+        if not self._copies:
+            self._copies.append(in_dtype(self.model, dtype))  # type: ignore[arg-type]
+        return self._copies[0]
+
+    def _references_of(self, batch: PairBatch) -> list[str]:
+        """Return the pairs' texts as the data have them, in lower case where the model reads no other; where the data
+        do not give them, decode their subwords."""
+        if self._texts is None:
+            return self.subwords.decode(batch.text_BL.tolist(), "source")
+        texts = [self._texts[number] for number in batch.caption_B.tolist()]
+        return [text.lower() for text in texts] if self.encoding.text.lower_case else texts
+
+    def example_inputs(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        return (batch.image, read_ids(batch.text_BL))
+
+    def cost_inputs(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Return ``example_inputs`` with the texts cut or filled up with unknown tokens to their mean length: experts
+        do not compute padding, dense layers do."""
+        image, read_BL = self.example_inputs(batch)
+        return image, of_mean_length(read_BL)
+
+    def cost_unit(self, batch: PairBatch) -> str:
+        _, read_BL = self.cost_inputs(batch)
+        return f"an image and {read_BL.shape[1]} tokens"
+
+    # ---- evaluation
+
+    def build_metrics(self) -> CaptionMetrics:
+        return CaptionMetrics(self.bleu_tokenize)
+
+    @property
+    def metric_signatures(self) -> Mapping[str, str]:
+        return signatures(self.bleu_tokenize, num_references(self._tested))
+
+    def _start_pass(self, stage: Stage) -> None:
+        super()._start_pass(stage)
+        self._copies = []
+        self._texts = getattr(self._data(), "texts", None)
+
+    def on_test_epoch_end(self) -> None:
+        metrics = self.stage_metrics("test")
+        metrics.compute()  # on every rank: it gathers
+        self._tested, self._copies = metrics.images, None
+        super().on_test_epoch_end()
+
+    def on_validation_epoch_end(self) -> None:
+        self._copies = None  # the weights move on
+        super().on_validation_epoch_end()
+
+    # ---- prediction
+
+    def predict(self, images: Sequence[str | Path | Image.Image | np.ndarray], **options: Any) -> list[str]:
+        """Return the caption of each image, by the encoding of the checkpoint.
+
+        Arguments and errors are those of ``candidates``; a ``num_best`` above 1 is an error too.
+
+        Example::
+
+            model.predict(["shirt.jpg"])      # ['Turtle Check Men Navy Blue Shirt']
+        """
+        check_one(options)
+        return [best.text for best, *_ in self.candidates(images, **{**options, "num_best": 1})]
+
+    def candidates(
+        self, images: Sequence[str | Path | Image.Image | np.ndarray], **decode: Any
+    ) -> list[list[Candidate]]:
+        """Return the best captions of each image with their scores, best first: ``num_best`` of them.
+
+        A search may find fewer than it was asked for.
+
+        Args:
+            images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.
+            decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="sample"``,
+                ``beam_size=8`` or ``temperature=0.7``.
+
+        Raises:
+            ValueError: an image that cannot be read, by its name or place; a single image outside a list; an unknown
+                option, or a value out of its range; a model whose checkpoint keeps no encoding.
+        """
+        if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            raise ValueError("images must be a list: write predict([image]) for one image")
+        config, encoding = decoding(self.decode, decode), self.encoding
+        candidates: list[list[Candidate]] = []
+        with in_evaluation(self):
+            model = in_dtype(self.model, config.dtype)
+            for start in range(0, len(images), _AT_ONCE):
+                batch = images[start : start + _AT_ONCE]
+                numbers = torch.arange(start, start + len(batch))
+                normal = self.normalised(batch, encoding, start)
+                hypotheses = self.hypotheses_of(normal, config, numbers, model)  # type: ignore[arg-type]
+                for ids, scores in zip(hypotheses.ids, hypotheses.scores, strict=True):
+                    texts = encoding.text.subwords.decode(ids, "source")  # type: ignore[union-attr]
+                    candidates.append([*map(Candidate, texts, scores)])
+        return candidates
+
+    def normalised(self, images: Sequence[Any], encoding: PairEncoding, start: int = 0) -> Tensor:
+        """Return images as the model reads them, float32 (B, C, H, W).
+
+        Args:
+            images: as in ``candidates``.
+            encoding: of the checkpoint.
+            start: number of the first one, for errors.
+
+        Raises:
+            ValueError: an image that cannot be read.
+        """
+        pixels = [encoding.transform(to_pixels(image, f"images[{i}]")) for i, image in enumerate(images, start)]
+        return normalize(torch.stack(pixels), encoding.mean, encoding.std).to(self.device)
+
+    @property
+    def encoding(self) -> PairEncoding:
+        """The texts' subwords and the scaling of pixels: the checkpoint's, else those of the training data.
+
+        Raises:
+            ValueError: there is neither.
+        """
+        state = self.encoding_state
+        if state is None:
+            raise ValueError(
+                "this model does not know its subwords and the scale of its pixels: load a checkpoint of a training "
+                "with ImageTextData, which keeps them"
+            )
+        return PairEncoding.from_state(state)
+
+    @property
+    def subwords(self) -> Subwords:
+        """The subwords of the texts, with whose ids the captions are spelled."""
+        subwords = self.encoding.text.subwords
+        assert subwords is not None
+        return subwords
+
+    # ---- set-up
+
+    def _check_data(self) -> None:
+        super()._check_data()
+        state = self.encoding_state
+        if state is not None and PairEncoding.from_state(state).text.subwords is None:
+            raise ValueError(
+                "the data's texts are in the word pieces of a sentence encoder, which an ImageCaptioner does not "
+                "write: let the data learn subwords from the training texts"
+            )
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        # Not in the constructor: a trained model does not need the file any more.
+        if self.encoder_from is not None and self.starts_afresh:
+            load_pretrained_weights(self.model.encoder, self.encoder_from, "encoder_from")
+        self.starts_afresh = False
+
+    # ---- comparisons
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """Return dense models of equal active FLOPs and of equal parameters, whose FFNs replace the experts."""
+        return dense_twins(self, self.transformer.dense_ffn)
+
+    def routed_layers(self) -> RoutedLayers | None:
+        return None if self.moe is None else RoutedLayers(self.moe, self.transformer.shape.dim, self.place)
+
+    def with_moe(self, moe: core.MoEConfig) -> ImageCaptioner:
+        return self.twin(moe=moe, dense_ffn=None)
+
+    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
+        """Return the nats a token of the right texts: a text's are weighted by its tokens."""
+        nats_N = torch.cat([out.outputs.nll_B.double() for out in outs]).cpu()
+        tokens_N = torch.cat([out.outputs.tokens_B.double() for out in outs]).cpu()
+        return ExampleValues("nats_per_token", ratio_values(nats_N, tokens_N), higher_is_better=False)
