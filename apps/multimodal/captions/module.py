@@ -173,11 +173,12 @@ class ImageCaptioner(SparseModule, Comparable):
         """
         if self.trained == "all":
             return
-        parts: Sequence[nn.Module] = {
+        by_name: dict[str, list[nn.Module]] = {
             "decoder": [part for name, part in self.model.named_children() if name != "encoder"],
             "connector": [self.model.connector],
             "experts": list(core.moe_layers(self.model).values()),
-        }[self.trained]
+        }
+        parts = by_name[self.trained]
         if not parts:
             raise ValueError("trained='experts' leaves nothing to train: the model has no MoE layers")
         self.model.requires_grad_(False)
