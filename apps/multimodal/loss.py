@@ -109,6 +109,18 @@ class PairLoss(nn.Module):
         return (-self.log_scale).exp()
 
     @torch.no_grad()
+    def begin(self, log_scale: float, bias: float | None) -> None:
+        """Begin with what published weights say, where it is learned.
+
+        Args:
+            log_scale: logarithm of one over the temperature.
+            bias: of ``SigmoidLoss``; None: there is none.
+        """
+        if self.config.learn_temperature:
+            self.log_scale.fill_(log_scale)
+            self.clamp_()
+
+    @torch.no_grad()
     def clamp_(self) -> None:
         """Bring a temperature that a step has moved below its bound back to it."""
         # Clamped in the forward, it would have no gradient beyond the bound, and never come back.
@@ -190,6 +202,12 @@ class _Sigmoid(PairLoss):
     def __init__(self, config: SigmoidLoss) -> None:
         super().__init__(config)
         self.bias = nn.Parameter(torch.tensor(float(config.bias)))
+
+    @torch.no_grad()
+    def begin(self, log_scale: float, bias: float | None) -> None:
+        super().begin(log_scale, bias)
+        if bias is not None:
+            self.bias.fill_(bias)
 
     def _loss(self, own: Any, others: Any, scale: Tensor, own_B: Tensor, equal_BN: Tensor) -> Tensor:
         # A sum over all pairs of an image and a text, of which each rank has its own images.

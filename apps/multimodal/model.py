@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
-from apps.multimodal.towers import Sizes, TowerConfig
+from apps.multimodal.towers import Published, Sizes, TowerConfig
 from apps.nets.blocks import FFNConfig, MoEs
 from core.contract.checks import check_part
 from core.kernels import cpu
@@ -102,6 +103,24 @@ class PairModel(nn.Module):
     def text_vectors(self, text_BL: Tensor) -> Tensor:
         """Return the vectors of texts alone, float32 (B, dim) of length 1."""
         return _unit(self.text_proj(self.towers(None, text_BL)[1]))
+
+    @torch.no_grad()
+    def load_start(self) -> Published | None:
+        """Load published weights, where the towers' config names some.
+
+        Returns:
+            what those of the texts, or else of the images, say of the loss; None: nothing.
+
+        Raises:
+            ValueError: files that are missing or cannot be read, or weights that do not fit.
+        """
+        image, text = self.towers.load_start()
+        for proj, published in ((self.image_proj, image), (self.text_proj, text)):
+            if published is not None:
+                if published.projection.shape != proj.weight.shape:
+                    raise ValueError(f"dim={len(proj.weight)} is not {len(published.projection)}, that of pretrained")
+                proj.weight.copy_(published.projection)
+        return text or image
 
     def attribute_logits(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return the logits (B, C) of each attribute of images; none without a head."""

@@ -17,6 +17,7 @@ from apps.multimodal.loss import ContrastiveLoss, SoftmaxLoss, attribute_loss
 from apps.multimodal.metrics import Gallery, PairMetrics, PairOutputs, PairTargets
 from apps.multimodal.model import AttributeHead, PairModel
 from apps.multimodal.towers import SingleTower, Sizes, TowerConfig
+from apps.multimodal.two_towers import TwoTowers as TwoTowers  # a configuration may name it
 from apps.nets.blocks import one_ffn
 from apps.nets.place import Place, check_fits, check_layers
 from apps.train.growing import GrowConfig
@@ -122,7 +123,7 @@ class ImageTextRetriever(SparseModule, Comparable):
         for config in self.model.towers.moes:
             check_fits(self.place, config.router, config.balance)
         check_layers(self.place, self.model.towers)
-        self.model.towers.grad_checkpointing = grad_checkpointing
+        self.model.towers.set_grad_checkpointing(grad_checkpointing)
         self.loss = (loss or SoftmaxLoss()).build()
 
     def forward(self, image: Tensor, text_BL: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -184,7 +185,9 @@ class ImageTextRetriever(SparseModule, Comparable):
         super().setup(stage)
         # Not in the constructor: a trained model does not need the files any more.
         if self.starts_afresh:
-            self.model.towers.load_start()
+            published = self.model.load_start()
+            if published is not None:
+                self.loss.begin(published.log_scale, published.bias)
         self.starts_afresh = False
 
     # ---- comparisons

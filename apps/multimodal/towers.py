@@ -40,6 +40,20 @@ class Sizes(NamedTuple):
     max_tokens: int
 
 
+class Published(NamedTuple):
+    """What published weights say beside those of a tower.
+
+    Attributes:
+        projection: of the tower's vectors to those that are compared, (D_out, D).
+        log_scale: logarithm of the scale of the products.
+        bias: added to the scaled products; None: there is none.
+    """
+
+    projection: Tensor
+    log_scale: float
+    bias: float | None = None
+
+
 @dataclass(frozen=True)
 class TowerConfig(OpenConfig):
     """Base of the configs of towers: ``SingleTower`` and ``TwoTowers``."""
@@ -108,9 +122,14 @@ class Towers(nn.Module):
         """Return the output at each piece of texts, (B, L, D), with L that of the longest; 0 at padding."""
         raise NotImplementedError
 
-    def load_start(self) -> None:
-        """Load published weights, where the configuration names some. A training or test that no checkpoint gives its
-        weights calls this once."""
+    def load_start(self) -> tuple[Published | None, Published | None]:
+        """Load published weights, where the configuration names some, and return what they say of images and of texts
+        beside the towers. A training or test that no checkpoint gives its weights calls this once."""
+        return None, None
+
+    def set_grad_checkpointing(self, on: bool) -> None:
+        """Compute each block again in the backward, to save memory, or not."""
+        self.grad_checkpointing = on
 
     def check_image(self, image: Tensor) -> None:
         """Raise a ValueError where images are of another shape than the towers are for."""

@@ -3,8 +3,11 @@ network may be a mixture of experts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import core
 from apps.nets.blocks import FFNConfig, feed
@@ -74,6 +77,28 @@ class EncoderLayer(nn.Module):
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
+
+
+def through(
+    layers: Iterable[nn.Module],
+    x_BSD: Tensor,
+    is_real_BS: Tensor | None,
+    context: core.RoutingContext,
+    recompute: bool = False,
+) -> Tensor:
+    """Return the output (B, S, D) of layers, one after the other.
+
+    Args:
+        layers: ``EncoderLayer``s.
+        x_BSD, is_real_BS, context: as ``EncoderLayer.forward`` has them.
+        recompute: compute each layer again in the backward, to save memory.
+    """
+    for layer in layers:
+        if recompute:
+            x_BSD = checkpoint(layer, x_BSD, is_real_BS, context, use_reentrant=False)
+        else:
+            x_BSD = layer(x_BSD, is_real_BS, context)
+    return x_BSD
 
 
 def init_encoder(model: nn.Module) -> None:

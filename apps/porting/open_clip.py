@@ -19,7 +19,7 @@ import core
 from apps.base.checks import check_at_least
 from apps.nets.blocks import FFNConfig, MoEs, ffn_configs, moe_configs, resolve_blocks
 from apps.porting import files
-from apps.porting.encoder import EncoderLayer, init_encoder
+from apps.porting.encoder import EncoderLayer, init_encoder, through
 
 CONFIG, WEIGHTS, TORCH_WEIGHTS = (
     "open_clip_config.json",
@@ -111,7 +111,10 @@ class ClipTower(nn.Module):
         out_dim: numbers of a vector.
         moes: the different MoE layers' configs.
         moe_blocks: numbers of the layers whose network is ``ffn``.
+        grad_checkpointing: compute each layer again in the backward, to save memory.
     """
+
+    grad_checkpointing = False
 
     def __init__(
         self,
@@ -178,9 +181,7 @@ class ClipImageTower(ClipTower):
         x_BSD = self.norm_before(torch.cat((first_B1D, patches_BSD), 1) + self.places.weight)
         ids_BS = torch.arange(x_BSD.shape[1], device=image.device).expand(len(image), -1)
         context = replace(context or core.RoutingContext(), token_ids_BS=ids_BS)
-        for layer in self.layers:
-            x_BSD = layer(x_BSD, None, context)
-        return self.norm(x_BSD)
+        return self.norm(through(self.layers, x_BSD, None, context, self.grad_checkpointing and self.training))
 
     def forward(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """Return the vectors (B, out_dim) of images; arguments as in ``tokens``."""
@@ -237,9 +238,7 @@ class ClipTextTower(ClipTower):
         if context is None:
             context = core.RoutingContext(valid_BS=self.is_real(ids_BL), token_ids_BS=ids_BL)
         x_BLD = self.words(ids_BL) + self.places.weight[: ids_BL.shape[1]]
-        for layer in self.layers:
-            x_BLD = layer(x_BLD, None, context)
-        return self.norm(x_BLD)
+        return self.norm(through(self.layers, x_BLD, None, context, self.grad_checkpointing and self.training))
 
     def forward(self, ids_BL: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """Return the vectors (B, out_dim) of texts; arguments as in ``tokens``."""

