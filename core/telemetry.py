@@ -13,6 +13,8 @@ from .contract import Entry, Loads, Routing, Tape, device_of_ranks, several_rank
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of each sum of a layer."""
+MODALITIES = 8
+"""Modalities that are told apart; tokens of higher numbers are in no figure of a modality."""
 PERCENTILES = (5, 25, 50, 75, 95)
 """Percentiles of the experts' load that a detailed log has."""
 
@@ -29,6 +31,9 @@ class LayerStats:
         gates_per_expert: float (E,), sum of each expert's combine weights; None where they are not known.
         shared_gate_sum: sum over tokens of the gate between the routed path and the shared experts, without dropout;
             None: there is no such gate.
+        pairs_of_modality: int64 (G, E), pairs that each expert computed of the tokens of each modality in
+            ``context.modality_BS``; None: the modalities are not known.
+        tokens_of_modality: int64 (G,), number of real tokens of each modality; None as above.
 
     A dense gate (``DenseRouting``) gives all examples to all experts: there the two counts are float sums of its gates.
     """
@@ -39,6 +44,8 @@ class LayerStats:
     num_tokens: Tensor
     gates_per_expert: Tensor | None = None
     shared_gate_sum: Tensor | None = None
+    pairs_of_modality: Tensor | None = None
+    tokens_of_modality: Tensor | None = None
 
     @property
     def mean_gates(self) -> Tensor:
@@ -118,8 +125,25 @@ class LayerStats:
             raise ValueError("this layer has no gate on its shared experts")
         return float(self.shared_gate_sum / self.num_tokens.clamp_min(1))
 
+    def modality_figures(self) -> dict[str, float]:
+        """Return the figures of the modalities that have tokens, for the modality 1 by the names ``modality1_experts``:
+        experts in use, ``exp`` of the entropy of its computed pairs, and ``modality1_unreached``: experts that computed
+        no token of it. Empty where the modalities are not known.
+        """
+        if self.pairs_of_modality is None or self.tokens_of_modality is None:
+            return {}
+        figures: dict[str, float] = {}
+        for g, tokens in enumerate(self.tokens_of_modality.tolist()):
+            if tokens:
+                pairs_E = self.pairs_of_modality[g]
+                share_E = pairs_E.double() / pairs_E.sum().clamp_min(1)
+                used = torch.special.entr(share_E).sum().exp() * (pairs_E.sum() > 0)
+                figures[f"modality{g}_experts"] = float(used)
+                figures[f"modality{g}_unreached"] = float((pairs_E == 0).sum())
+        return figures
+
     def figures(self, detailed: bool = False) -> dict[str, float]:
-        """Return the scalars by name, for a log; ``shared_gate`` where there is one.
+        """Return the scalars by name, for a log; ``shared_gate`` where there is one, and ``modality_figures``.
 
         Args:
             detailed: with ``max_violation``, ``load_variation`` and percentiles of the experts' load over the mean.
@@ -128,8 +152,9 @@ class LayerStats:
         if self.shared_gate_sum is not None:
             names.append("shared_gate")
         if not detailed:
-            return {name: float(getattr(self, name)) for name in names}
+            return {name: float(getattr(self, name)) for name in names} | self.modality_figures()
         figures = {name: float(getattr(self, name)) for name in (*names, "max_violation", "load_variation")}
+        figures |= self.modality_figures()
         at = torch.tensor([p / 100 for p in PERCENTILES], dtype=torch.float64, device=self.chosen_per_expert.device)
         loads = self.relative_load.quantile(at).tolist()
         return figures | {f"load_p{p}": load for p, load in zip(PERCENTILES, loads, strict=True)}
@@ -147,6 +172,8 @@ class LayerStats:
             # A sum of known and unknown gates is not known.
             _sum_of_known(self.gates_per_expert, other.gates_per_expert),
             _sum_of_known(self.shared_gate_sum, other.shared_gate_sum),
+            _sum_of_known(self.pairs_of_modality, other.pairs_of_modality),
+            _sum_of_known(self.tokens_of_modality, other.tokens_of_modality),
         )
 
 
@@ -237,7 +264,27 @@ def _layer_stats(entry: Entry) -> LayerStats:
         num_tokens,
         _gates_per_expert(routing),
         None if gate_T is None else (gate_T if valid_T is None else gate_T * valid_T).sum(),
+        *_by_modality(entry),
     )
+
+
+def _by_modality(entry: Entry) -> tuple[Tensor | None, Tensor | None]:
+    """Return the computed pairs by modality and expert, and the real tokens by modality; None where not known."""
+    routing, context = entry.routing, entry.context
+    if context is None or context.modality_BS is None or not isinstance(routing, Routing):
+        return None, None
+    modality_T = context.modality_BS.flatten()
+    if len(modality_T) != routing.num_tokens:  # the router saw other tokens than the layer, such as whole patches
+        return None, None
+    # Beyond the known ones there is a further modality, and the expert E of pairs that are not computed: both cut off.
+    modality_T = torch.where((modality_T >= 0) & (modality_T < MODALITIES), modality_T, MODALITIES)
+    columns = len(routing.tokens_per_expert_E) + 1
+    cells_N = modality_T[routing.token_index_N] * columns + routing.expert_ids_N
+    pairs = torch.zeros((MODALITIES + 1) * columns, dtype=torch.int64, device=cells_N.device)
+    pairs.index_add_(0, cells_N, torch.ones_like(cells_N))
+    real_T = torch.ones_like(modality_T) if routing.valid_T is None else routing.valid_T.to(torch.int64)
+    tokens = torch.zeros(MODALITIES + 1, dtype=torch.int64, device=cells_N.device).index_add_(0, modality_T, real_T)
+    return pairs.unflatten(0, (-1, columns))[:-1, :-1], tokens[:-1]
 
 
 def _gates_per_expert(routing: Any) -> Tensor | None:

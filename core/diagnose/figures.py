@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..telemetry import MODALITIES
 from .passes import Facts, Pass
 
 PLACES = 64
 """Places of a sequence that are told apart; longer sequences are cut into so many parts."""
-MODALITIES = 8
-"""Modalities that are told apart; those of higher numbers are not looked at."""
 
 
 _TENSORS = (

@@ -97,6 +97,43 @@ def test_one_expert_has_no_entropy():
     assert (layer_stats.entropy, layer_stats.load_entropy, layer_stats.load_imbalance) == (0.0, 1.0, 1.0)
 
 
+def of_modalities(modality: list[int], valid: list[bool] | None = None, **options):
+    """Return the statistics of four experts that the tokens 0 to 5 choose as 0, 0, 1, 2, 2, 2."""
+    x = [[9.0 * (e == chosen) for e in range(4)] for chosen in (0, 0, 1, 2, 2, 2)]
+    layer = identity_gate(MoEConfig(4, router=TokenChoice(1), **options).build(4))
+    valid_BS = None if valid is None else torch.tensor([valid])
+    with record(layer) as tape:
+        layer(torch.tensor([x]), RoutingContext(valid_BS=valid_BS, modality_BS=torch.tensor([modality])))
+    return RoutingStats.from_tape(tape)
+
+
+def test_the_experts_of_each_modality_by_hand():
+    layer_stats = of_modalities([0, 0, 0, 1, 1, 1]).layers[""]
+    assert layer_stats.tokens_of_modality.tolist() == [3, 3, 0, 0, 0, 0, 0, 0]
+    assert layer_stats.pairs_of_modality[:2].tolist() == [[2, 1, 0, 0], [0, 0, 3, 0]]
+    # Modality 0 uses shares 2/3 and 1/3: exp(2/3 log 1.5 + 1/3 log 3) = 3 / 2 ** (2 / 3) experts.
+    figures = layer_stats.figures()
+    assert figures["modality0_experts"] == pytest.approx(3 / 2 ** (2 / 3))
+    assert (figures["modality0_unreached"], figures["modality1_experts"], figures["modality1_unreached"]) == (2, 1, 3)
+    assert "modality2_experts" not in figures
+
+
+def test_padding_and_dropped_tokens_reach_no_expert_of_their_modality():
+    # Room for ceil(0.25 * 6 / 4) = 1: of the three tokens for expert 2 the first one, of modality 1, is computed.
+    layer_stats = of_modalities([0, 0, 0, 1, 2, 2], capacity_factor=0.25).layers[""]
+    assert layer_stats.pairs_of_modality[:3].tolist() == [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert layer_stats.figures()["modality2_experts"] == 0.0
+    padded = of_modalities([0, 0, 0, 1, 1, 9], [True, True, True, True, False, True]).layers[""]
+    assert padded.tokens_of_modality.tolist() == [3, 1, 0, 0, 0, 0, 0, 0]  # 9 is no modality that is told apart
+
+
+def test_figures_of_modalities_add_up():
+    first, second = of_modalities([0] * 6), of_modalities([1] * 6)
+    both = (first + second).layers[""]
+    assert both.tokens_of_modality[:2].tolist() == [6, 6]
+    assert both.figures()["modality1_unreached"] == 1.0
+
+
 def test_passes_and_batches_of_a_layer_add_up():
     layer = MoEConfig(4, capacity_factor=0.5).build(8)
     x, z = torch.randn(2, 6, 8), torch.randn(3, 4, 8)
