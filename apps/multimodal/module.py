@@ -11,7 +11,7 @@ from torch import Tensor
 import core
 from apps.base.checks import check_at_least
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
-from apps.equal_cost.twins import dense_twins
+from apps.multimodal.baselines import baselines
 from apps.multimodal.batch import PairBatch
 from apps.multimodal.loss import ContrastiveLoss, SoftmaxLoss, attribute_loss
 from apps.multimodal.metrics import Gallery, PairMetrics, PairOutputs, PairTargets
@@ -70,6 +70,8 @@ class ImageTextRetriever(SparseModule, Comparable):
 
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "vocab_size", "max_tokens", "attributes")
     readout: ClassVar[tuple[str, ...]] = ("model.image_proj", "model.text_proj", "model.head.outputs")
+    modality_names: ClassVar[tuple[str, ...]] = ("images", "texts")
+    """Names of the modalities that the routers are told, by number."""
     monitor: str = f"val/recall_{_AT}"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 
@@ -193,8 +195,8 @@ class ImageTextRetriever(SparseModule, Comparable):
     # ---- comparisons
 
     def baselines(self) -> Mapping[str, Baseline]:
-        """Return dense models of equal active FLOPs and of equal parameters, whose FFNs replace the experts."""
-        return dense_twins(self, self.tower.dense_ffn)
+        """Return dense towers of equal cost; see ``apps.multimodal.baselines``."""
+        return baselines(self)
 
     @property
     def moe_block_names(self) -> tuple[str, ...]:

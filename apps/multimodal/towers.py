@@ -279,18 +279,26 @@ class SharedTransformer(Towers):
         config: sizes.
         sizes: of the input.
         ffn, moe_blocks: as ``TowerConfig.build`` has them.
+        modalities: what it reads, ``IMAGE``, ``TEXT`` or both.
     """
 
     def __init__(
-        self, config: SingleTower, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: str | Sequence[int]
+        self,
+        config: SingleTower,
+        sizes: Sizes,
+        ffn: FFNConfig | MoEs | None,
+        moe_blocks: str | Sequence[int],
+        modalities: Sequence[int] = (IMAGE, TEXT),
     ) -> None:
         super().__init__()
         self.sizes, self.image_dim, self.text_dim = sizes, config.width, config.width
         self.moes = moe_configs(ffn)
         self.moe_blocks = () if ffn is None else resolve_blocks(moe_blocks, config.depth)
-        self.patches = PatchEmbedding(sizes, config.patch_size, config.width, config.pos_embed_std)
-        self.pieces = PieceEmbedding(sizes, config.width, config.pos_embed_std)
-        self.num_patches = self.patches.num_patches
+        if IMAGE in modalities:
+            self.patches = PatchEmbedding(sizes, config.patch_size, config.width, config.pos_embed_std)
+            self.num_patches = self.patches.num_patches
+        if TEXT in modalities:
+            self.pieces = PieceEmbedding(sizes, config.width, config.pos_embed_std)
         ffns = ffn_configs(config.dense_ffn, config.depth, ffn, self.moe_blocks)
         self.stack = PartStack(config.transformer, ffns)
 

@@ -27,6 +27,8 @@ class TwoTowers(TowerConfig):
     Attributes:
         image: the tower of the images.
         text: the tower of the texts.
+        text_ffn: FFN of the blocks of the texts in place of experts in a dense model, as in baselines of towers of
+            different widths; None: that of the images'.
 
     Raises:
         ValueError: a part that is none.
@@ -34,6 +36,7 @@ class TwoTowers(TowerConfig):
 
     image: ImagePart = _IMAGES
     text: TextPart = _TEXTS
+    text_ffn: core.DenseFFN | None = None
 
     def __post_init__(self) -> None:
         check_part("tower.image", self.image, ImagePart, "ViTImages()")
@@ -74,6 +77,8 @@ class PairOfTowers(Towers):
             raise ValueError("moe is given, and tower.image and tower.text both have moe_blocks='none'")
         self.sizes, self.moes = sizes, moe_configs(ffn)
         own: list[FFNConfig | MoEs | None] = [ffn if at else None for at in blocks]
+        if isinstance(ffn, core.DenseFFN) and config.text_ffn is not None and blocks[1]:
+            own[1] = config.text_ffn
         if len(self.moes) > 1:
             ffns_of(ffn, *blocks)  # checks their number
             own = [self.moes[: len(blocks[0])] or None, self.moes[len(blocks[0]) :] or None]
