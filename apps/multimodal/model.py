@@ -118,7 +118,9 @@ class PairModel(nn.Module):
         for proj, published in ((self.image_proj, image), (self.text_proj, text)):
             if published is not None:
                 if published.projection.shape != proj.weight.shape:
-                    raise ValueError(f"dim={len(proj.weight)} is not {len(published.projection)}, that of pretrained")
+                    raise ValueError(
+                        f"dim={len(proj.weight)} is not {len(published.projection)}, that of the pretrained vectors"
+                    )
                 proj.weight.copy_(published.projection)
         return text or image
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
 
 import core
 from apps.multimodal.batch import PairBatch
@@ -36,3 +38,21 @@ def pair_batch(size: int = 4, seed: int = 1) -> PairBatch:
         label_BA=label_BA,
         index_B=torch.arange(size),
     )
+
+
+class Pairs(LightningDataModule):
+    """Batches of pairs that are the same in all splits."""
+
+    image_size, in_chans, vocab_size, max_tokens = 8, 3, 20, 6
+
+    def __init__(self, size: int = 8, attributes: dict[str, int] | None = None) -> None:
+        super().__init__()
+        self.batch, self.attributes = pair_batch(size), attributes
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([self.batch] * 5, batch_size=None)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader([self.batch], batch_size=None)
+
+    test_dataloader = predict_dataloader = val_dataloader

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
 from quiet_trainer import quiet_trainer
-from small_pairs import MOE, pair_batch, retriever
+from small_pairs import MOE, Pairs, pair_batch, retriever
 from torch.testing import assert_close
-from torch.utils.data import DataLoader
 
 import core
 from apps.equal_cost.comparable import ExampleValues
@@ -23,24 +19,6 @@ from apps.train.module import OptimizerConfig, TaskOutput
 from core.config.plain import to_plain
 
 HEAD = AttributeHead(core.MMoE(num_experts=2, expert=core.MLP((8,))), weight=0.5)
-
-
-class Pairs(LightningDataModule):
-    """Batches of pairs that are the same in all splits."""
-
-    image_size, in_chans, vocab_size, max_tokens = 8, 3, 20, 6
-
-    def __init__(self, size: int = 8, attributes: dict[str, int] | None = None) -> None:
-        super().__init__()
-        self.batch, self.attributes = pair_batch(size), attributes
-
-    def train_dataloader(self) -> Any:
-        return DataLoader([self.batch] * 5, batch_size=None)
-
-    def val_dataloader(self) -> Any:
-        return DataLoader([self.batch], batch_size=None)
-
-    test_dataloader = predict_dataloader = val_dataloader
 
 
 def test_a_training_learns_its_pairs_and_logs_both_ways(tmp_path):
