@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from apps.multimodal.stack import IMAGE, TEXT
 from apps.multimodal.towers import Published, Sizes
 from apps.nets.blocks import FFNConfig, MoEs, moe_configs, resolve_blocks
 from apps.nets.upcycling import begin_as
-from core.convert import Start
+from core.convert import Start, read_ffn
 from core.convert.starts import start_of
 from core.kernels import cpu
 from core.registry import OpenConfig
@@ -112,8 +112,26 @@ class TextPart(TowerPart):
         raise NotImplementedError
 
 
+def experts_as(dense: core.DenseFFN, dim: int, ffn: FFNConfig | MoEs | None) -> FFNConfig | MoEs | None:
+    """Return MoE layers whose experts, where they are left at their default, have the form of a dense network: its
+    width, biases and activation, as ``core.sparsify`` gives them. Others, and a dense FFN, stay as they are.
+
+    Args:
+        dense: the network.
+        dim: width of its tokens.
+        ffn: the MoE layers, or another FFN.
+    """
+    if not moe_configs(ffn):
+        return ffn
+    with torch.device("meta"):
+        part = read_ffn(dense.build(dim))
+    assert part is not None
+    moes = [replace(one, expert=part.expert) if one.expert == core.FFN() else one for one in moe_configs(ffn)]
+    return moes if isinstance(ffn, Sequence) else moes[0]
+
+
 class OneTower(nn.Module):
-    """Base of the towers of one modality.
+    """Base of the towers of one modality. Experts at their default are as the dense networks of the tower.
 
     Args:
         part: the config.
@@ -131,9 +149,10 @@ class OneTower(nn.Module):
 
     def __init__(self, part: TowerPart, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> None:
         super().__init__()
-        self.part, self.sizes, self.ffn, self.dim = part, sizes, ffn, part.width
-        self.moes, self.moe_blocks = moe_configs(ffn), tuple(moe_blocks)
-        self.network = self.build(ffn)
+        self.part, self.sizes, self.dim = part, sizes, part.width
+        self.ffn = experts_as(part.dense_ffn, part.width, ffn)
+        self.moes, self.moe_blocks = moe_configs(self.ffn), tuple(moe_blocks)
+        self.network = self.build(self.ffn)
         cpu.convert_linear(self)
 
     def build(self, ffn: FFNConfig | MoEs | None) -> Any:

@@ -22,7 +22,8 @@ class TwoTowers(TowerConfig):
     """A tower that reads images and one that reads texts. No expert sees both.
 
     ``moe`` and ``moe_blocks`` count for both: "every2" names every second block of each. A list of MoE layers has those
-    of the images first. An expert without ``hidden_dim`` is as wide as the tower that it is in says.
+    of the images first. Experts at their default, ``core.FFN()``, are as the dense networks of the tower that they are
+    in: of the same width, biases and activation.
 
     Attributes:
         image: the tower of the images.

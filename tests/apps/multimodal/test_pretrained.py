@@ -135,9 +135,24 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch, part, options, matc
 
 
 def test_experts_of_another_form_are_refused(tmp_path):
-    moe = core.MoEConfig(4, core.TokenChoice(2))
+    moe = core.MoEConfig(4, core.TokenChoice(2), core.FFN(HIDDEN))
     with pytest.raises(ValueError, match=r"layer 'layers.1.ffn' has experts FFN\(.*bias=False\), .*set moe.expert"):
         bert(write_encoder(tmp_path), moe).load_start()
+
+
+def test_experts_at_their_default_are_as_the_network(tmp_path):
+    moe = core.MoEConfig(4, core.TokenChoice(2))
+    tower = bert(write_encoder(tmp_path / "bert"), [moe])
+    tower.load_start()
+    assert tower.moes[0].expert == core.FFN(HIDDEN, bias=True)
+    folder = write_clip(tmp_path / "clip", quick_gelu=True)
+    image = ClipImages(str(folder), clip=Clip.of(folder).image).build(sizes(), moe, (0, 1))
+    image.load_start()
+    assert image.moes[0].expert == core.GeneralFFN(4 * IMAGE_DIM, "quick_gelu", bias_out=True)
+    plain = ClipImages(str(folder), clip=Clip.of(folder).image).build(sizes(), None, ())
+    plain.load_start()
+    pixels = torch.randn(2, 3, 8, 8)
+    assert_close(image(pixels), plain(pixels), rtol=1e-5, atol=1e-5)
 
 
 def test_parts_that_cannot_be_built_are_refused():
