@@ -31,8 +31,11 @@ DATA = {
 DATASETS = ("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datasets", "apps.multimodal.datasets")
 """Modules that register the apps' datasets when they are imported."""
 
-OWN_DATA = ("apps.vision.own_data", "apps.recsys.own_data", "apps.nlp.own_data")
-"""Modules with a function ``config_for(given)``, which makes a configuration of data that are of the app's kind."""
+OWN_DATA = ("apps.multimodal.own_data", "apps.vision.own_data", "apps.recsys.own_data", "apps.nlp.own_data")
+"""Modules with a function ``config_for(given)``, which makes a configuration of data that are of the app's kind.
+
+They are asked in this order: a folder of images with a table of titles is also a folder of images, and holds a table.
+"""
 
 EXHIBITS = {
     "VisionClassifier": "apps.vision.exhibit",

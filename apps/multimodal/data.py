@@ -37,6 +37,7 @@ from apps.multimodal.vectors import OnBadImage
 from apps.vision.batch import Augment, Collate
 from apps.vision.encoding import evaluation_transform
 from apps.vision.image_files import BadImage
+from core.config.plain import from_plain
 
 log = logging.getLogger(__name__)
 _note = rank_zero_only(log.warning)
@@ -229,7 +230,7 @@ class ImageTextData(SuiteData):
             images, predict_file, query, query_image, top, index, on_bad_image, caption_column, id_column
         )
         self.predict_split = predict_split
-        self._text_options = TextOptions(tokenizer, lower_case, max_tokens)
+        self._text_options = TextOptions(from_plain(tokenizer, SubwordConfig, "tokenizer"), lower_case, max_tokens)
         self._augment = Augment(crop_padding, horizontal_flip, random_resized_crop)
         self._check_options()
 

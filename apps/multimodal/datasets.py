@@ -21,6 +21,7 @@ class PairDataset(Dataset):
         image_size: height and width that its images are scaled to.
         mean, std: constants of each channel, pixels in [0, 1]; the defaults are ImageNet's.
         attributes: names of the attributes that it has, unless others are asked for.
+        made: whether it is computed, and has no files.
         is_table: whether it is a table of the user's, which options describe.
         read: a function from the prepared folder and the options to the pairs.
     """
@@ -30,6 +31,7 @@ class PairDataset(Dataset):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     attributes: tuple[str, ...] = ()
+    made: bool = False
     is_table: bool = False
     read: Callable[[Path, ReadOptions], RawPairs]
 
@@ -52,6 +54,7 @@ PAIR_DATASETS: dict[str, PairDataset] = {
             mean=(0.5, 0.5, 0.5),
             std=(0.3, 0.3, 0.3),
             attributes=tuple(shapes.ATTRIBUTES),
+            made=True,
             read=_read_shapes,
         ),
         PairDataset(

@@ -36,5 +36,6 @@ def configuration(options: Options) -> tuple[Path, tuple[str, ...]]:
         raise ValueError(f"{options.data[0]} and {options.data[1]} are not two files of text")
     what = "is a folder with neither images nor tables" if options.data[0].is_dir() else "is no table (.csv, .parquet)"
     raise ValueError(
-        f"{options.data[0]} {what}: give a folder of images, a table with --target, two text files, or a configuration"
+        f"{options.data[0]} {what}: give a folder of images, one with a table of their titles, a table with "
+        "--target, two text files, or a configuration"
     )

@@ -37,7 +37,7 @@ def config_for(given: GivenData) -> GivenConfig | None:
     if len(given.paths) != 1 or not given.paths[0].is_dir():
         return None
     root = given.paths[0]
-    if next(_images(root), None) is None:
+    if next(images_in(root), None) is None:
         return None
     train = root / "train" if (root / "train").is_dir() else root
     classes = _classes(train)
@@ -45,16 +45,17 @@ def config_for(given: GivenData) -> GivenConfig | None:
     if train is root or not any((root / split).is_dir() for split in ("test", "val")):
         root = _held_out(classes, given.folder / "images")
         notes = (f"A quarter of the images of each of the {len(classes)} classes is held out for the test.",)
-    return GivenConfig(_config(root, _image_size([path for paths in classes.values() for path in paths])), notes)
+    return GivenConfig(_config(root, size_for([path for paths in classes.values() for path in paths])), notes)
 
 
-def _images(folder: Path) -> Iterator[Path]:
+def images_in(folder: Path) -> Iterator[Path]:
+    """Yield the image files in a folder and below it."""
     return (p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
     """Return the images of each class, sorted."""
-    classes = {p.name: sorted(_images(p)) for p in sorted(folder.iterdir()) if p.is_dir()}
+    classes = {p.name: sorted(images_in(p)) for p in sorted(folder.iterdir()) if p.is_dir()}
     classes = {name: paths for name, paths in classes.items() if paths}
     if len(classes) < 2:
         raise ValueError(
@@ -84,8 +85,12 @@ def _held_out(classes: Mapping[str, Sequence[Path]], folder: Path) -> Path:
     return folder
 
 
-def _image_size(paths: Sequence[Path]) -> int:
-    """Return 32 where the images have at most 40 pixels on their shorter side, and 64 for larger ones."""
+def size_for(paths: Sequence[Path]) -> int:
+    """Return 32 where the images have at most 40 pixels on their shorter side, and 64 for larger ones.
+
+    Raises:
+        ValueError: one of the images that are looked at cannot be read.
+    """
     step = max(1, len(paths) // _LOOKED_AT)
     sides = []
     for path in paths[::step]:

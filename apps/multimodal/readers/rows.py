@@ -52,7 +52,9 @@ def tables_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and kind_of(path) is not None)
 
 
-def rows_of(path: Path, roles: Mapping[str, str], optional: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows_of(
+    path: Path, roles: Mapping[str, str], optional: Sequence[str] | None = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each row's name, such as ``titles.csv, row 7``, and its values by column.
 
     Rows are counted from 1, without the header. In JSON lines a column that a line lacks is None there.
@@ -60,7 +62,7 @@ def rows_of(path: Path, roles: Mapping[str, str], optional: Sequence[str] = ()) 
     Args:
         path: the table.
         roles: role of each column that is needed, for messages.
-        optional: columns that may be missing.
+        optional: columns that may be missing; None: all columns that there are.
 
     Raises:
         ValueError: a column is missing or doubled, a row has too many or too few values, or the file cannot be read.
@@ -112,7 +114,9 @@ def _json_lines(path: Path, roles: Mapping[str, str]) -> Iterator[tuple[str, dic
     _check_columns(path, sorted(names), roles)
 
 
-def _parquet(path: Path, roles: Mapping[str, str], optional: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(
+    path: Path, roles: Mapping[str, str], optional: Sequence[str] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -122,8 +126,9 @@ def _parquet(path: Path, roles: Mapping[str, str], optional: Sequence[str]) -> I
             _check_columns(path, file.schema_arrow.names, roles)
             pages = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
             check_unpacked(path.name, path.stat().st_size, pages, "bytes of pages")
-            has = set(file.schema_arrow.names)
-            columns = list(dict.fromkeys([*roles, *(name for name in optional if name in has)]))
+            has = file.schema_arrow.names
+            also = has if optional is None else [name for name in optional if name in has]
+            columns = list(dict.fromkeys([*roles, *also]))
             for batch in file.iter_batches(4096, columns=columns):
                 for values in batch.to_pylist():
                     number += 1

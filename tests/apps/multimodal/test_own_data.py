@@ -1,0 +1,99 @@
+"""A user's catalogue of images with titles becomes a configuration; what belongs to other apps does not."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from made_captions import write_csv, write_pictures, write_products
+
+from apps import registry
+from apps.data.given import GivenData
+from apps.multimodal.data import ImageTextData
+from apps.multimodal.own_data import config_for
+
+
+def given(path: Path, tmp_path: Path, target: str | None = None) -> GivenData:
+    return GivenData((path,), target, tmp_path / "made")
+
+
+def app_of(path: Path, tmp_path: Path, target: str | None = None) -> str:
+    """Return the data class of the first app that takes the data, as ``moesaic verdict`` asks them."""
+    for name in registry.OWN_DATA:
+        made = importlib.import_module(name).config_for(given(path, tmp_path, target))
+        if made is not None:
+            return made.config["data"]["class_path"]
+    return "none"
+
+
+def titles(count: int, image: str = "{}") -> list[dict[str, str]]:
+    return [{"id": image.format(n), "price": str(n % 7), "title": f"red shoe number {n}"} for n in range(count)]
+
+
+def test_a_catalogue_is_recognised_and_can_be_read(tmp_path):
+    shop = tmp_path / "shop"
+    write_pictures(shop / "photos" / "all", 240)
+    write_csv(shop / "catalogue.csv", titles(240))
+    made = config_for(given(shop, tmp_path))
+    assert made.notes == ("240 rows of images ('id') and texts ('title'); no caption is in two splits.",)
+    arguments = made.config["data"]["init_args"]
+    assert arguments["image_pattern"] == "photos/all/{}.png"
+    assert (arguments["image_size"], made.config["model"]["init_args"]["tower"]["init_args"]["patch_size"]) == (32, 4)
+    data = ImageTextData(**arguments, cache_dir=str(tmp_path / "cache"))
+    assert data.sizes() == {"train": 192, "val": 24, "test": 24}
+    assert config_for(given(shop / "catalogue.csv", tmp_path)).config == made.config
+    assert app_of(shop, tmp_path) == "ImageTextData"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_other_tables_with_paths_lists_and_splits(tmp_path, ending):
+    shop = tmp_path / "shop"
+    write_pictures(shop / "img", 200, side=50)
+    rows = [
+        {"file": f"img/{n}.png", "texts": [f"a cup {n}", "one more"], "split": "test" if n < 9 else "train"}
+        for n in range(200)
+    ]
+    if ending == "jsonl":
+        (shop / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), shop / "t.parquet")
+    made = config_for(given(shop, tmp_path))
+    assert made.notes == ("200 rows of images ('file') and texts ('texts'); column 'split' says the split.",)
+    arguments = made.config["data"]["init_args"]
+    names = ("image_column", "image_pattern", "caption_column", "split_column", "image_size")
+    assert [arguments[name] for name in names] == ["file", "{}", "texts", "split", 64]
+
+
+def test_a_datasets_own_layout_is_recognised(tmp_path):
+    write_products(tmp_path / "products", [f"title {n}" for n in range(20)])
+    made = config_for(given(tmp_path / "products", tmp_path))
+    assert made.config["data"]["init_args"]["dataset"] == "fashion_products"
+
+
+def test_data_of_other_apps_are_left_to_them(tmp_path):
+    classes = tmp_path / "classes"
+    for name in ("cat", "dog"):
+        write_pictures(classes / name, 12)
+    assert app_of(classes, tmp_path) == "VisionData"
+    write_csv(classes / "labels.csv", [{"file": f"cat/{n}.png", "label": "cat"} for n in range(12)])
+    assert app_of(classes, tmp_path) == "VisionData"  # a table without texts
+    (classes / "labels.csv").write_text('a,b\n"x\n')
+    assert app_of(classes, tmp_path) == "VisionData"
+    table = write_csv(tmp_path / "table" / "rows.csv", [{**row, "size": len(row["id"])} for row in titles(100)])
+    assert app_of(table, tmp_path, target="price") == "TableData"
+    shop = tmp_path / "shop"
+    write_pictures(shop, 200)
+    write_csv(shop / "catalogue.csv", titles(200))
+    assert config_for(given(shop, tmp_path, "price")) is None
+    assert config_for(given(tmp_path / "table", tmp_path)) is None
+
+
+def test_too_few_rows_are_refused(tmp_path):
+    write_pictures(tmp_path / "shop", 50)
+    write_csv(tmp_path / "shop" / "t.csv", titles(50))
+    with pytest.raises(ValueError, match=r"t.csv has 50 rows with images: 200 are needed at least"):
+        config_for(given(tmp_path / "shop", tmp_path))
