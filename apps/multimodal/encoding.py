@@ -73,14 +73,19 @@ class TextEncoding:
 
     def ids(self, text: str) -> list[int]:
         """Return the ids of a text's first ``max_tokens`` pieces, begin and end among them."""
+        return self.rows([text])[0]
+
+    def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ``ids`` of each text. Many at once take far less time than one after the other."""
         if self.subwords is None:
-            return self._published.encode(text, self.max_tokens)
-        (ids,) = self.subwords.encode([text.lower() if self.lower_case else text], "source")
-        return [BOS_ID, *ids[: self.max_tokens - 2], EOS_ID]
+            return [self._published.encode(text, self.max_tokens) for text in texts]
+        texts = [text.lower() for text in texts] if self.lower_case else texts
+        most = self.max_tokens - 2
+        return [[BOS_ID, *ids[:most], EOS_ID] for ids in self.subwords.encode(texts, "source")]
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return the ids of texts, int64 (B, L), padded with 0 to the longest."""
-        return padded([self.ids(text) for text in texts])
+        return padded(self.rows(texts))
 
     def words(self, ids: Sequence[int]) -> list[str]:
         """Return the pieces of ids as they are spelled."""

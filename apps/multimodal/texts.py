@@ -100,7 +100,7 @@ class EncodedTexts:
     """
 
     def __init__(self, texts: Sequence[str], encoding: TextEncoding) -> None:
-        rows = [encoding.ids(text) for text in texts]
+        rows = encoding.rows(texts)
         self._bounds = torch.tensor(np.cumsum([0, *map(len, rows)]), dtype=torch.int64)
         self._ids = torch.tensor(np.fromiter((i for row in rows for i in row), np.int32))
 

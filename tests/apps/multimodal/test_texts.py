@@ -42,6 +42,7 @@ def test_rows_of_ids_are_padded_to_the_longest_of_them(tmp_path):
     for numbers in ([0], [1, 3], [2, 0, 0, 3]):
         wanted = text.encode([[*CAPTIONS, ""][n] for n in numbers])
         assert torch.equal(encode(torch.tensor(numbers)), wanted)
+    assert text.rows(CAPTIONS) == [text.ids(caption) for caption in CAPTIONS]
 
 
 def test_a_checkpoints_tokenizer_must_be_the_one_that_is_asked_for(tmp_path):
