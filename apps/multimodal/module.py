@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
@@ -13,9 +14,12 @@ from apps.base.checks import check_at_least
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.multimodal.baselines import baselines
 from apps.multimodal.batch import PairBatch
+from apps.multimodal.encoding import PairEncoding
 from apps.multimodal.loss import ContrastiveLoss, SoftmaxLoss, attribute_loss
 from apps.multimodal.metrics import Gallery, PairMetrics, PairOutputs, PairTargets
 from apps.multimodal.model import AttributeHead, PairModel
+from apps.multimodal.report import PairReport, PairReportConfig
+from apps.multimodal.stack import MODALITIES
 from apps.multimodal.towers import SingleTower, Sizes, TowerConfig
 from apps.multimodal.two_towers import TwoTowers as TwoTowers  # a configuration may name it
 from apps.nets.blocks import one_ffn
@@ -23,6 +27,8 @@ from apps.nets.place import Place, check_fits, check_layers
 from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
+
+_REPORT = PairReportConfig()
 
 _AT = 10
 """Cut-off of the recall that is monitored and compared."""
@@ -63,6 +69,7 @@ class ImageTextRetriever(SparseModule, Comparable):
         optimizer: learning rate, weight decay and schedule.
         ema_decay: decay of the moving average of the weights; None: there is no average.
         grow: trained model of fewer experts with whose weights a training begins; None: none.
+        report: what a test writes besides the metrics; None: nothing.
 
     Raises:
         ValueError: a value out of its range, or parts that do not fit together.
@@ -74,6 +81,8 @@ class ImageTextRetriever(SparseModule, Comparable):
     """Names of the modalities that the routers are told, by number."""
     monitor: str = f"val/recall_{_AT}"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+    modality_names: ClassVar[tuple[str, ...]] = MODALITIES
+    """Names of the modalities in ``context.modality_BS``, for the doctor's findings."""
 
     @classmethod
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,12 +106,14 @@ class ImageTextRetriever(SparseModule, Comparable):
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
         grow: GrowConfig | None = None,
+        report: PairReportConfig | None = _REPORT,
     ) -> None:
         tower = from_plain(tower, TowerConfig, "tower")
         loss = from_plain(loss, ContrastiveLoss, "loss")
         attribute_head = from_plain(attribute_head, AttributeHead, "attribute_head")
         optimizer = from_plain(optimizer, OptimizerConfig, "optimizer")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay, grow=grow)
+        self.report = from_plain(report, PairReportConfig, "report")
         check_at_least(1, image_size=image_size, in_chans=in_chans, dim=dim)
         check_at_least(2, vocab_size=vocab_size)
         check_at_least(1, max_tokens=max_tokens)
@@ -177,6 +188,24 @@ class ImageTextRetriever(SparseModule, Comparable):
     @property
     def shown_metrics(self) -> tuple[str, ...]:
         return ("recall_1", "recall_5", *(("macro_f1",) if self.attribute_head is not None else ()))
+
+    def report_callbacks(self) -> list[Callback]:
+        return [] if self.report is None else [PairReport(self.report)]
+
+    @property
+    def encoding(self) -> PairEncoding:
+        """How images and texts become the model's input: the checkpoint's, else that of the training data.
+
+        Raises:
+            ValueError: there is neither.
+        """
+        state = self.encoding_state
+        if state is None:
+            raise ValueError(
+                "this model does not know its pieces of words and the scale of its pixels: load a checkpoint of a "
+                "training with ImageTextData, which keeps them"
+            )
+        return PairEncoding.from_state(state)
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> PairPrediction:
         """Return the vectors of the images and texts of a batch."""

@@ -20,6 +20,8 @@ from apps.nets.packing import Packing
 
 IMAGE, TEXT = 0, 1
 """Numbers of the modalities in ``context.modality_BS``."""
+MODALITIES = ("image", "text")
+"""Names of the modalities, by number."""
 
 
 class Part(NamedTuple):

@@ -1,0 +1,455 @@
+"""The test report of an image-text model: retrieval both ways, classes by texts, and what the experts are used for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+import core
+from apps.data.loader import batches_of_test
+from apps.multimodal.encoding import PairEncoding
+from apps.multimodal.metrics import Gallery, PairMetrics
+from apps.multimodal.pictures import Retrieved, patch_grid, retrieval_grid
+from apps.multimodal.stack import IMAGE, MODALITIES, TEXT
+from apps.multimodal.use import ExpertUse, Shown, class_information, frequent_pieces, layer_name
+from apps.multimodal.zero_shot import (
+    TEMPLATES,
+    ClassScore,
+    check_templates,
+    class_scores,
+    class_vectors,
+    image_vectors,
+)
+from apps.report.base import Report, ReportConfig, computed_metrics, is_left_out, spread_places
+from apps.report.heatmaps import Heatmap, heatmaps, maps_by_label
+from apps.report.page import BarChart, Part, Picture, Section, Table, Text, Words
+from apps.report.page.experts import load_charts, map_charts
+from apps.report.page.parts import START
+from apps.report.plots import save_picture
+from apps.report.specialised import typical_labels
+from apps.report.tables import write_csv
+from apps.vision.pictures import routing_over_images
+
+_logger = logging.getLogger(__name__)
+
+_RETRIEVED = 6
+"""Images that are shown for a sentence."""
+_MOST_PIECES = 30
+"""Pieces of texts that have a row in a map."""
+_MOST_LAYERS = 4
+"""Layers that are drawn."""
+
+
+@core.register_config
+@dataclass(frozen=True)
+class PairReportConfig(ReportConfig):
+    """Options of the report that ``moesaic test`` adds to the metrics of an image-text model.
+
+    Attributes:
+        routing_examples: test pairs whose routing is read, to the end of a batch; 0 reads none.
+        zero_shot: attributes whose classes are told by their names; None: all of the data; empty: none.
+        templates: texts that name a class, which stands for the braces.
+        attribute_templates: templates of single attributes, by name, in place of ``templates``.
+        probe_images: training images of the linear probe, to the end of a batch; 0 leaves it out.
+        queries: sentences for which the retrieved images are drawn.
+        samples: pairs that are shown with the experts of their patches and pieces.
+
+    Raises:
+        ValueError: a number out of its range, or a template without a place for the class.
+    """
+
+    zero_shot: tuple[str, ...] | None = None
+    templates: tuple[str, ...] = TEMPLATES
+    attribute_templates: dict[str, tuple[str, ...]] | None = None
+    probe_images: int = 10_000
+    queries: int = 6
+    samples: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(probe_images=0, queries=0, samples=0)
+        check_templates("report.templates", self.templates)
+        for name, templates in (self.attribute_templates or {}).items():
+            check_templates(f"report.attribute_templates.{name}", templates)
+
+    def brief(self) -> Self:
+        return replace(self, zero_shot=(), probe_images=0, queries=0, samples=0)
+
+    def templates_of(self, attribute: str) -> tuple[str, ...]:
+        """Return the templates of an attribute."""
+        return tuple((self.attribute_templates or {}).get(attribute, self.templates))
+
+
+@dataclass(frozen=True)
+class PairTest:
+    """What a report has read of a test.
+
+    Attributes:
+        metrics: values of the test's metrics by name.
+        gallery: the vectors of the images and texts.
+        image_I, caption_J: int64, numbers of these images and texts in the data.
+        scores: how well the attributes' classes are told.
+        use: the use of the experts.
+        encoding: how images and texts become the model's input.
+        data: the data module.
+    """
+
+    metrics: Mapping[str, float]
+    gallery: Gallery
+    image_I: Tensor
+    caption_J: Tensor
+    scores: Sequence[ClassScore]
+    use: ExpertUse
+    encoding: PairEncoding
+    data: Any
+
+
+class PairReport(Report):
+    """The report of a test in one process.
+
+    It writes ``retrieval.csv``, ``retrieval.png``, with attributes ``attributes.csv``, and of a sparse model
+    ``expert_modality.png``, ``expert_class.png``, ``expert_piece.png``, ``expert_pieces.csv``, ``patches.png`` and
+    ``routing.png``. It logs ``test/zero_shot_<attribute>`` and ``test/linear_probe_<attribute>``.
+
+    Args:
+        config: what to do.
+    """
+
+    def __init__(self, config: PairReportConfig) -> None:
+        self.config = config
+
+    def collect(self, trainer: Trainer, pl_module: LightningModule) -> PairTest | None:
+        metrics = computed_metrics(pl_module, PairMetrics)
+        if is_left_out(trainer):
+            return None
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if pl_module.encoding_state is None:
+            _logger.info("the report is left out: the data do not say how texts and classes are numbered")
+            return None
+        with trainer.precision_plugin.forward_context(), torch.no_grad():
+            test = self._read(trainer, pl_module, data, {} if metrics is None else metrics.compute())
+        for score in test.scores if test is not None else ():
+            for name, value in (("zero_shot", score.zero_shot), ("linear_probe", score.probe)):
+                if value is not None:
+                    pl_module.log(f"test/{name}_{score.attribute}", value, batch_size=1, rank_zero_only=True)
+        return test
+
+    def _read(self, trainer: Trainer, module: Any, data: Any, values: Mapping[str, Tensor]) -> PairTest | None:
+        """Return what is read of the test's pairs, in one more pass over them; None where there are none."""
+        encoding = module.encoding
+        attributes = encoding.attributes or {}
+        use = ExpertUse(module, [len(classes) for classes in attributes.values()], self.config.samples)
+        columns: list[tuple[Tensor, ...]] = []
+        pairs_read = 0
+        for batch in batches_of_test(trainer):
+            batch = trainer.strategy.batch_to_device(batch, module.device)
+            with core.record(module) as tape:
+                image_BD, text_BD = module(batch.image, batch.text_BL)[:2]
+            if pairs_read < self.config.routing_examples:
+                use.add(tape, batch)
+            pairs_read += len(image_BD)
+            columns.append((image_BD, text_BD, batch.image_B, batch.caption_B, batch.label_BA))
+        if not columns:
+            return None
+        image_PD, text_PD, image_P, caption_P, label_PA = (torch.cat(c).cpu() for c in zip(*columns, strict=True))
+        gallery = Gallery.of_pairs(image_PD.float(), text_PD.float(), image_P, caption_P)
+        label_IA = torch.full((len(gallery.image_ID), len(attributes)), -1)
+        label_IA[gallery.image_P] = label_PA
+        scores = self._scores(module, data, attributes, gallery.image_ID, label_IA)
+        numbers = {name: float(value) for name, value in values.items()}
+        return PairTest(numbers, gallery, image_P.unique(), caption_P.unique(), scores, use, encoding, data)
+
+    def _scores(
+        self, module: Any, data: Any, attributes: Mapping[str, Sequence[str]], image_ID: Tensor, label_IA: Tensor
+    ) -> list[ClassScore]:
+        wanted = tuple(attributes) if self.config.zero_shot is None else self.config.zero_shot
+        for name in wanted:
+            if name not in attributes:
+                known = ", ".join(attributes) or "none"
+                raise ValueError(f"report.zero_shot names {name!r}, which is no attribute of the data ({known})")
+        texts = {name: class_vectors(module, attributes[name], self.config.templates_of(name)) for name in wanted}
+        labelled = None
+        training = getattr(data, "train_eval_dataloader", None)
+        if attributes and self.config.probe_images and training is not None:
+            labelled = image_vectors(module, training(), self.config.probe_images)
+        return class_scores(image_ID, label_IA, attributes, texts, labelled)
+
+    def write(self, collected: PairTest, folder: Path) -> list[Section]:
+        test = collected
+        sections = [write_retrieval(test, folder, self.config.queries if self.config.pictures else 0)]
+        if test.scores:
+            sections.append(write_classes(test, folder))
+        if test.use.layers:
+            sections.append(write_use(test, folder, self.config.pictures))
+        words = [words_of(pair, test) for pair in test.use.shown if pair.pieces]
+        return [*sections, Section("Words in sentences", tuple(words))]
+
+
+# ---- retrieval
+
+
+def write_retrieval(test: PairTest, folder: Path, queries: int) -> Section:
+    """Write ``retrieval.csv``, and with ``queries`` ``retrieval.png``; return what a page shows of them."""
+    images, texts = len(test.gallery.image_ID), len(test.gallery.text_JD)
+    ways = {
+        "an image for a text": ("text_to_image_", texts, images),
+        "a text for an image": ("image_to_text_", images, texts),
+    }
+    ks = sorted(int(name.removeprefix("recall_")) for name in test.metrics if name.startswith("recall_"))
+    rows: list[dict[str, Any]] = []
+    for way, (prefix, of_queries, candidates) in ways.items():
+        recall = {f"recall_{k}": test.metrics[f"{prefix}recall_{k}"] for k in ks}
+        counts = {"queries": of_queries, "candidates": candidates}
+        rows.append({"way": way, **counts, **recall, "median_rank": test.metrics[f"{prefix}median_rank"]})
+    write_csv(folder / "retrieval.csv", rows)
+    table = Table(
+        "Retrieval over the whole test",
+        ("what is sought", "queries", "candidates", *(f"recall@{k}, %" for k in ks), "median rank"),
+        tuple(
+            (
+                row["way"],
+                f"{row['queries']:,}",
+                f"{row['candidates']:,}",
+                *(f"{100 * row[f'recall_{k}']:.2f}" for k in ks),
+                f"{row['median_rank']:,.4g}",
+            )
+            for row in rows
+        ),
+        note=f"By chance recall@k is k over the candidates. recall_{ks[-1]} of the log is the mean of both rows."
+        if ks
+        else "",
+    )
+    parts: list[Part] = [table]
+    if queries and hasattr(test.data, "pixels") and hasattr(test.data, "texts"):
+        shown = retrieved(test, spread_places(texts, queries))
+        save_picture(retrieval_grid(shown, images), folder / "retrieval.png")
+        first = [f"for {one.sentence!r} the right image has rank {one.rank:,}" for one in shown]
+        caption = "The images retrieved for sentences of the test, the best first; the sentence's own is framed."
+        parts.append(Picture("retrieval.png", f"{'; '.join(first)}.".capitalize(), caption))
+    return Section("What is retrieved", tuple(parts))
+
+
+def retrieved(test: PairTest, places: Sequence[int]) -> list[Retrieved]:
+    """Return what is retrieved for the texts at these places of the gallery."""
+    gallery = test.gallery
+    score_QI = gallery.text_JD[list(places)] @ gallery.image_ID.T
+    best_Qk = score_QI.topk(min(_RETRIEVED, score_QI.shape[1]), dim=1).indices
+    rank_J = gallery.ranks().image_J
+    rows = []
+    for place, best_k in zip(places, best_Qk, strict=True):
+        own = set(gallery.image_P[gallery.text_P == place].tolist())
+        pixels = test.data.pixels(test.image_I[best_k]).permute(0, 2, 3, 1).numpy() / 255
+        text = str(test.data.texts[int(test.caption_J[place])])
+        rows.append(Retrieved(text, int(rank_J[place]), pixels, tuple(int(i) in own for i in best_k)))
+    return rows
+
+
+# ---- classes
+
+
+def write_classes(test: PairTest, folder: Path) -> Section:
+    """Write ``attributes.csv``, and return what a page shows of the attributes."""
+    rows = []
+    for score in test.scores:
+        head = {name: test.metrics.get(f"{name}_{score.attribute}") for name in ("accuracy", "macro_f1")}
+        rows.append({**asdict(score), "head_accuracy": head["accuracy"], "head_macro_f1": head["macro_f1"]})
+    write_csv(folder / "attributes.csv", rows)
+    names = {
+        "zero_shot": "by its name",
+        "probe": "linear probe",
+        "head_accuracy": "head",
+        "head_macro_f1": "head, macro-F1",
+        "commonest": "commonest class",
+    }
+    kept = {key: name for key, name in names.items() if any(row[key] is not None for row in rows)}
+    table = Table(
+        "Classes of the test images, accuracy in %",
+        ("attribute", "classes", "images", *kept.values()),
+        tuple(
+            (
+                row["attribute"],
+                f"{row['classes']:,}",
+                f"{row['images']:,}",
+                *("–" if row[key] is None else f"{100 * row[key]:.2f}" for key in kept),
+            )
+            for row in rows
+        ),
+        note="By its name: the nearest class among the vectors of texts that name it, without training for it. The "
+        "linear probe learns from the vectors of training images. The commonest class is one answer for all images.",
+    )
+    series = {
+        name: tuple(float("nan") if row[key] is None else 100 * row[key] for row in rows) for key, name in kept.items()
+    }
+    best, worst = (f(rows, key=lambda row: _gain(row)) for f in (max, min))
+    summary = f"Above the commonest class most is told of {best['attribute']}, least of {worst['attribute']}."
+    groups = tuple(row["attribute"] for row in rows)
+    return Section("Classes", (table, BarChart("Classes by attribute", summary, "attribute", "%", groups, series)))
+
+
+def _gain(row: Mapping[str, Any]) -> float:
+    """Return how far the best accuracy lies above that of the commonest class."""
+    known = [row[key] for key in ("zero_shot", "probe", "head_accuracy") if row[key] is not None]
+    return max(known, default=0.0) - float(row["commonest"])
+
+
+# ---- experts
+
+
+def write_use(test: PairTest, folder: Path, draw: bool) -> Section:
+    """Write the tables and, with ``draw``, the pictures of the experts' use; return what a page shows of it."""
+    use, text = test.use, test.encoding.text
+    layers = {name: use.layers[name] for name in _some_layers(list(use.layers))}
+    alarms = use.alarms()
+    for line in alarms:
+        _logger.warning(line)
+    parts: list[Part] = [Text(tuple(alarms))] if alarms else []
+    maps = {"modality": modality_maps(test)}
+    parts += map_charts(maps["modality"], "Which expert takes a modality", "modality")
+    attributes = test.encoding.attributes or {}
+    if attributes and class_information(layers, len(attributes)):
+        parts.append(_information_table(test))
+        name, maps["class"] = class_maps(test)
+        parts += map_charts(maps["class"], f"Which expert takes the patches of a {name}", name)
+    pieces = frequent_pieces(layers, _MOST_PIECES)
+    if len(pieces):
+        counts = {n: layer.by_piece_VE[pieces].numpy() for n, layer in layers.items() if layer.tokens_M[TEXT]}
+        maps["piece"] = maps_by_label(counts, [_plain(word) for word in text.words(pieces.tolist())])[0]
+        parts += map_charts(maps["piece"], "Which expert takes a frequent piece", "piece")
+        parts.append(_write_pieces(test, folder))
+    if draw:
+        titles = {
+            "modality": "Which expert takes the tokens of a modality (its share of all)",
+            "class": "Which expert takes the patches of a class (its share of all)",
+            "piece": "Which expert takes a frequent piece of the texts (its share of all)",
+        }
+        for name, own in maps.items():
+            save_picture(heatmaps([own], titles[name], "share of the row's tokens, %"), folder / f"expert_{name}.png")
+        parts += _draw_patches(test, folder)
+    loads = {
+        layer_name(name): stats.tokens_per_expert.double().cpu().numpy() for name, stats in use.stats.layers.items()
+    }
+    drops = {layer_name(name): stats.drop_rate for name, stats in use.stats.layers.items()}
+    return Section("What the experts are used for", (*parts, *load_charts(loads, drops)))
+
+
+def _some_layers(names: Sequence[str]) -> list[str]:
+    return [names[i] for i in spread_places(len(names), _MOST_LAYERS)]
+
+
+def modality_maps(test: PairTest) -> list[Heatmap]:
+    """Return the maps of modalities by experts."""
+    counts = {name: use.by_modality_ME.numpy() for name, use in test.use.layers.items()}
+    return maps_by_label({name: counts[name] for name in _some_layers(list(counts))}, MODALITIES)[0]
+
+
+def class_maps(test: PairTest) -> tuple[str, list[Heatmap]]:
+    """Return the attribute of whose classes the experts say most, and the maps of its classes by experts."""
+    attributes = test.encoding.attributes or {}
+    layers = {name: use for name, use in test.use.layers.items() if use.tokens_M[IMAGE]}
+    told = class_information(layers, len(attributes))
+    most = int(np.argmax(np.sum(list(told.values()), axis=0)))
+    name = list(attributes)[most]
+    counts = {layer: layers[layer].by_class[most].numpy() for layer in _some_layers(list(layers))}
+    return name, maps_by_label(counts, attributes[name])[0]
+
+
+def _information_table(test: PairTest) -> Table:
+    attributes = list(test.encoding.attributes or {})
+    told = class_information(test.use.layers, len(attributes))
+    return Table(
+        "What a patch's expert says of the class of its image, % of all that it could",
+        ("layer", *attributes),
+        tuple((layer, *(f"{100 * share:.1f}" for share in shares)) for layer, shares in told.items()),
+        note="The share of the experts' entropy that the classes explain, less what chance explains.",
+    )
+
+
+def _write_pieces(test: PairTest, folder: Path) -> Table:
+    """Write ``expert_pieces.csv``, and return the table of the pieces that are typical of each expert."""
+    text = test.encoding.text
+    names = [_plain(word) for word in text.words(range(text.vocab_size))]
+    rows: list[dict[str, Any]] = []
+    for layer, use in test.use.layers.items():
+        total = max(int(use.by_piece_VE.sum()), 1)
+        for expert, own in enumerate(typical_labels(use.by_piece_VE.numpy(), names)):
+            share = float(use.by_piece_VE[:, expert].sum()) / total
+            rows.append({"layer": layer, "expert": expert, "share": share, "pieces": " ".join(own)})
+    write_csv(folder / "expert_pieces.csv", rows)
+    return Table(
+        "Typical pieces of each expert",
+        ("layer", "expert", "share of the texts, %", "pieces"),
+        tuple((row["layer"], str(row["expert"]), f"{100 * row['share']:.1f}", row["pieces"]) for row in rows),
+        sortable=True,
+    )
+
+
+def _draw_patches(test: PairTest, folder: Path) -> list[Part]:
+    """Write ``patches.png`` and ``routing.png`` where layers see every patch; return what a page shows of them."""
+    parts: list[Part] = []
+    use, encoding = test.use, test.encoding
+    samples = {name: layer.patches for name, layer in use.layers.items() if layer.patches is not None}
+    samples = {name: samples[name] for name in _some_layers(list(samples))}
+    if samples:
+        patches = {
+            name: [
+                displayed(patch_nCHW[gate_n > 0], encoding)
+                for gate_n, patch_nCHW in zip(sample.gate_En, sample.patch_EnCHW, strict=True)
+            ]
+            for name, sample in samples.items()
+        }
+        save_picture(patch_grid(patches), folder / "patches.png")
+        seen = f"For each expert of {', '.join(patches)} up to 8 patches of different test images."
+        parts.append(Picture("patches.png", seen, "The patches to which each expert gives its largest gates."))
+    shown = [pair for pair in use.shown if pair.grids]
+    if shown:
+        layers = _some_layers(list(shown[0].grids))
+        picture = routing_over_images(
+            displayed(torch.stack([pair.image for pair in shown]), encoding),
+            {name: np.stack([pair.grids[name].numpy() for pair in shown]) for name in layers},
+            max(layer.num_experts for layer in use.layers.values()),
+            [str(number) for number in range(1, len(shown) + 1)],
+        )
+        save_picture(picture, folder / "routing.png")
+        texts = "; ".join(f"{number}: {caption_of(pair, test)}" for number, pair in enumerate(shown, 1))
+        seen = f"{len(shown)} test images, and each again with its patches in the colour of their expert. {texts}"
+        parts.append(Picture("routing.png", seen, f"Patches and their experts, a column a layer. {texts}"))
+    return parts
+
+
+def words_of(pair: Shown, test: PairTest) -> Words:
+    """Return a text with the experts of its pieces, as a part of a page."""
+    most = max(layer.num_experts for layer in test.use.layers.values())
+    number = next(i for i, one in enumerate(test.use.shown, 1) if one is pair)
+    layers = _some_layers(list(pair.pieces))
+    return Words.of_pieces(
+        f"Text {number}, with the experts of each piece",
+        test.encoding.text.words(pair.ids),
+        {name: pair.pieces[name] for name in layers},
+        most,
+    )
+
+
+def caption_of(pair: Shown, test: PairTest) -> str:
+    """Return the text of a pair, as the data has it, else as its pieces spell it."""
+    if hasattr(test.data, "texts"):
+        return str(test.data.texts[pair.caption])
+    return _plain("".join(test.encoding.text.words(pair.ids)))
+
+
+def displayed(images: Tensor, encoding: PairEncoding) -> np.ndarray:
+    """Return normalised images (N, C, H, W) as values in 0..1, (N, H, W, C)."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (encoding.mean, encoding.std))
+    return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def _plain(piece: str) -> str:
+    """Return a piece without the mark of a word's begin."""
+    return piece.replace(START, " ").strip() or piece
