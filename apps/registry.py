@@ -42,6 +42,7 @@ EXHIBITS = {
     "MultiTaskRecommender": "apps.recsys.tables.exhibit",
     "NextItemRecommender": "apps.recsys.sequence.exhibit",
     "TwoTowerRetriever": "apps.recsys.retrieval.exhibit",
+    "ImageTextRetriever": "apps.multimodal.exhibit",
     "Translator": "apps.nlp.translation.exhibit",
     "LanguageModeler": "apps.nlp.language.exhibit",
 }

@@ -11,7 +11,7 @@ from html import escape
 
 import numpy as np
 
-from apps.report.exhibit import Bars, Gates, LayerPart, Part, Patches, Pieces, Said
+from apps.report.exhibit import Bars, Gates, Images, LayerPart, Part, Patches, Pieces, Said
 from apps.report.page import Table
 from apps.report.plots import expert_colors
 
@@ -33,6 +33,8 @@ def _draw(part: Part | LayerPart) -> str:
         return _bars(part)
     if isinstance(part, Said):
         return _said(part)
+    if isinstance(part, Images):
+        return _images(part)
     if isinstance(part, Patches):
         return _patches(part)
     if isinstance(part, Pieces):
@@ -64,6 +66,13 @@ def _bars(part: Bars) -> str:
 def _said(part: Said) -> str:
     title = f'<p class="title">{escape(part.title)}</p>'
     return f'{title}<p class="said"><span>{escape(part.given)}</span>{escape(part.text)}</p>'
+
+
+def _images(part: Images) -> str:
+    items = "".join(
+        f'<li><img src="{_png(image)}" alt=""/><span>{escape(text)}</span></li>' for text, image in part.images
+    )
+    return f'<p class="title">{escape(part.title)}</p><ol class="images">{items}</ol>'
 
 
 def _table(part: Table) -> str:

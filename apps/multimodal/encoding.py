@@ -15,10 +15,12 @@ from torchvision.transforms import v2
 import core
 from apps.base.checks import check_at_least
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
-from apps.porting.byte_pairs import BytePairs
+from apps.porting.byte_pairs import WORD_END, BytePairs
 from apps.porting.sentences import WordPieces
 from apps.vision.encoding import evaluation_transform
 from core.config.plain import from_plain, to_plain
+
+_START = "\N{LOWER ONE EIGHTH BLOCK}"  # what sentencepiece writes before a piece that begins a word
 
 
 @core.register_config
@@ -92,6 +94,28 @@ class TextEncoding:
         if self.subwords is None:
             return [self._published.pieces[i] for i in ids]
         return self.subwords.pieces(ids, "source")
+
+    def marked(self, ids: Sequence[int]) -> list[str]:
+        """Return the pieces of ids in sentencepiece's spelling, whatever their own is: with a mark before a piece that
+        begins a word, and brackets round one that is no text, such as ``<CLS>``."""
+        pieces = self.words(ids)
+        if self.subwords is not None:
+            return pieces
+        if self.merges:  # the last piece of a word is marked
+            apart = [True, *(before.endswith(WORD_END) or before.startswith("<") for before in pieces)]
+            texts = [piece.removesuffix(WORD_END) for piece in pieces]
+        else:
+            apart = [not piece.startswith("##") for piece in pieces]
+            texts = [_bracketed(piece.removeprefix("##")) for piece in pieces]
+        return [
+            f"{_START}{text}" if begins and not text.startswith("<") else text
+            for text, begins in zip(texts, apart, strict=False)
+        ]
+
+
+def _bracketed(piece: str) -> str:
+    """Return ``<CLS>`` for ``[CLS]``."""
+    return f"<{piece[1:-1]}>" if len(piece) > 2 and piece[0] == "[" and piece[-1] == "]" else piece
 
 
 def padded(ids: Sequence[Sequence[int]]) -> Tensor:

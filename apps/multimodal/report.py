@@ -321,7 +321,7 @@ def write_use(test: PairTest, folder: Path, draw: bool) -> Section:
     pieces = frequent_pieces(layers, _MOST_PIECES)
     if len(pieces):
         counts = {n: layer.by_piece_VE[pieces].numpy() for n, layer in layers.items() if layer.tokens_M[TEXT]}
-        maps["piece"] = maps_by_label(counts, [_plain(word) for word in text.words(pieces.tolist())])[0]
+        maps["piece"] = maps_by_label(counts, [_plain(word) for word in text.marked(pieces.tolist())])[0]
         parts += map_charts(maps["piece"], "Which expert takes a frequent piece", "piece")
         parts.append(_write_pieces(test, folder))
     if draw:
@@ -375,7 +375,7 @@ def _information_table(test: PairTest) -> Table:
 def _write_pieces(test: PairTest, folder: Path) -> Table:
     """Write ``expert_pieces.csv``, and return the table of the pieces that are typical of each expert."""
     text = test.encoding.text
-    names = [_plain(word) for word in text.words(range(text.vocab_size))]
+    names = [_plain(word) for word in text.marked(range(text.vocab_size))]
     rows: list[dict[str, Any]] = []
     for layer, use in test.use.layers.items():
         total = max(int(use.by_piece_VE.sum()), 1)
@@ -431,7 +431,7 @@ def words_of(pair: Shown, test: PairTest) -> Words:
     layers = _some_layers(list(pair.pieces))
     return Words.of_pieces(
         f"Text {number}, with the experts of each piece",
-        test.encoding.text.words(pair.ids),
+        test.encoding.text.marked(pair.ids),
         {name: pair.pieces[name] for name in layers},
         most,
     )
@@ -441,7 +441,7 @@ def caption_of(pair: Shown, test: PairTest) -> str:
     """Return the text of a pair, as the data has it, else as its pieces spell it."""
     if hasattr(test.data, "texts"):
         return str(test.data.texts[pair.caption])
-    return _plain("".join(test.encoding.text.words(pair.ids)))
+    return _plain("".join(test.encoding.text.marked(pair.ids)))
 
 
 def displayed(images: Tensor, encoding: PairEncoding) -> np.ndarray:

@@ -25,6 +25,60 @@ _MOST_PATCHES = 8
 """Patches of an expert that are kept."""
 
 
+class Rows(NamedTuple):
+    """The layout of a pass: each row is an image or a text.
+
+    Attributes:
+        modality_RL: int64 (R, L), the modality of each token.
+        real_RL: bool (R, L), False for padding.
+        images, texts: int64, the rows of images and of texts, in the order of the batch.
+        tokens_of_image: number of tokens of an image; 0 without images.
+    """
+
+    modality_RL: Tensor
+    real_RL: Tensor
+    images: Tensor
+    texts: Tensor
+    tokens_of_image: int
+
+    @classmethod
+    def of(cls, context: core.RoutingContext) -> Rows:
+        """Return the layout that the context of a pass tells."""
+        modality_RL = context.modality_BS
+        assert modality_RL is not None
+        valid_RL = context.valid_BS
+        real_RL = torch.ones_like(modality_RL, dtype=torch.bool) if valid_RL is None else valid_RL
+        images, texts = ((modality_RL[:, 0] == kind).nonzero().squeeze(1) for kind in (IMAGE, TEXT))
+        count = int(real_RL[images[0]].sum()) if len(images) else 0
+        return cls(modality_RL, real_RL, images, texts, count)
+
+    @classmethod
+    def of_entry(cls, entry: Any) -> Rows | None:
+        """Return the layout of an entry of a tape; None where its layer does not see the tokens of images and texts:
+        the head of the attributes sees whole images, and few tokens enter some blocks."""
+        context = entry.context
+        if context is None or context.modality_BS is None or context.modality_BS.numel() != entry.routing.num_tokens:
+            return None
+        return cls.of(context)
+
+    def patches(self, num_patches: int) -> slice | None:
+        """Return where the patches stand in the rows of images; None where the layer does not see each of them."""
+        has_all = len(self.images) > 0 and self.tokens_of_image >= num_patches
+        return slice(self.tokens_of_image - num_patches, self.tokens_of_image) if has_all else None
+
+    def patch_experts(self, routing: Any, num_patches: int, most: int) -> Tensor | None:
+        """Return the experts of each patch, best first, int64 (B, rows, columns, most); E where there are fewer."""
+        places = self.patches(num_patches)
+        if places is None:
+            return None
+        ids_RLK = experts_of_token(routing, most).unflatten(0, self.modality_RL.shape)
+        return ids_RLK[self.images][:, places].unflatten(1, (math.isqrt(num_patches), -1)).cpu()
+
+    def piece_experts(self, routing: Any, most: int) -> Tensor:
+        """Return the experts of each piece, best first, int64 (U, L, most); E where there are fewer."""
+        return experts_of_token(routing, most).unflatten(0, self.modality_RL.shape)[self.texts].cpu()
+
+
 class PatchSample(NamedTuple):
     """The patches to which an expert gives its largest gates, at most one of an image.
 
@@ -128,22 +182,30 @@ class ExpertUse:
         self.stats = self.stats + core.RoutingStats.from_tape(tape)
         shown = _to_be_shown(batch, self.wanted if not self.shown else 0)
         for entry in tape.entries:
-            context, routing = entry.context, entry.routing
-            # The head of the attributes sees whole images, and few tokens enter some blocks.
-            if context is None or context.modality_BS is None or context.modality_BS.numel() != routing.num_tokens:
+            rows = Rows.of_entry(entry)
+            if rows is None:
                 continue
-            name, rows = layer_name(entry.name), _Rows.of(context)
-            counts = self._counts(routing, rows, context, batch)
-            old = self.layers.get(name)
-            if old is not None:
-                counts = _sum(old, counts)
-            self.layers[name] = counts
-            for place, pair in shown.items():
-                self._show(pair, place, name, rows, routing)
+            name = layer_name(entry.name)
+            counts = self._counts(entry, rows, batch)
+            self.layers[name] = counts if name not in self.layers else _sum(self.layers[name], counts)
+            if shown:
+                grids = rows.patch_experts(entry.routing, self.num_patches, 1)
+                pieces = rows.piece_experts(entry.routing, 2)
+                for place, pair in shown.items():
+                    if grids is not None:
+                        pair.grids[name] = grids[place, ..., 0]
+                    if len(pieces):
+                        pair.pieces[name] = pieces[place, : len(pair.ids)].tolist()
         self.shown += shown.values()
 
-    def _counts(self, routing: Any, rows: _Rows, context: core.RoutingContext, batch: Any) -> LayerUse:
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return int(self.module.model.towers.num_patches)
+
+    def _counts(self, entry: Any, rows: Rows, batch: Any) -> LayerUse:
         """Return the use of one pass."""
+        routing, context = entry.routing, entry.context
         modality_T = rows.modality_RL.flatten()
         real_T = rows.real_RL.flatten()
         label_R = torch.full(rows.modality_RL.shape[:1], -1, device=modality_T.device)
@@ -163,13 +225,8 @@ class ExpertUse:
             self._patches(routing, rows, batch.image),
         )
 
-    def _places(self, rows: _Rows) -> slice | None:
-        """Return where the patches stand in the rows of images; None where the layer does not see each of them."""
-        count, num_patches = rows.tokens_of_image, self.module.model.towers.num_patches
-        return slice(count - num_patches, count) if len(rows.images) and count >= num_patches else None
-
-    def _patches(self, routing: Any, rows: _Rows, image: Tensor) -> PatchSample | None:
-        places = self._places(rows)
+    def _patches(self, routing: Any, rows: Rows, image: Tensor) -> PatchSample | None:
+        places = rows.patches(self.num_patches)
         if places is None:
             return None
         gate_RLE = gate_weights(routing).unflatten(0, rows.modality_RL.shape)
@@ -181,16 +238,6 @@ class ExpertUse:
         own = torch.arange(len(image), device=image.device)[:, None]
         sample = PatchSample(best.values.T.cpu(), patch_BPCHW[own, best.indices].transpose(0, 1).cpu())
         return sample.joined(PatchSample(sample.gate_En[:, :0], sample.patch_EnCHW[:, :0]))
-
-    def _show(self, pair: Shown, place: int, name: str, rows: _Rows, routing: Any) -> None:
-        """Write the experts of a pair's patches and pieces down."""
-        places = self._places(rows)
-        experts_RL2 = experts_of_token(routing, 2).unflatten(0, rows.modality_RL.shape)
-        if places is not None:
-            expert_P = experts_RL2[rows.images[place], places, 0].cpu()
-            pair.grids[name] = expert_P.unflatten(0, (math.isqrt(len(expert_P)), -1))
-        if len(rows.texts):
-            pair.pieces[name] = experts_RL2[rows.texts[place], : len(pair.ids)].tolist()
 
     def alarms(self) -> list[str]:
         """Return a line for each layer and modality of which experts compute nothing, and for what the doctor finds
@@ -207,34 +254,6 @@ class ExpertUse:
                 which = f"{len(experts)} of {use.num_experts} experts ({some(list(map(str, experts)), 8)})"
                 lines.append(f"{name}: {which} computed none of the {use.tokens_M[modality]:,} {TOKENS[modality]}.")
         return lines
-
-
-class _Rows(NamedTuple):
-    """The layout of a pass: each row is an image or a text.
-
-    Attributes:
-        modality_RL: int64 (R, L), the modality of each token.
-        real_RL: bool (R, L), False for padding.
-        images, texts: int64, the rows of images and of texts, in the order of the batch.
-        tokens_of_image: number of tokens of an image; 0 without images.
-    """
-
-    modality_RL: Tensor
-    real_RL: Tensor
-    images: Tensor
-    texts: Tensor
-    tokens_of_image: int
-
-    @classmethod
-    def of(cls, context: core.RoutingContext) -> _Rows:
-        """Return the layout that the context of a pass tells."""
-        modality_RL = context.modality_BS
-        assert modality_RL is not None
-        valid_RL = context.valid_BS
-        real_RL = torch.ones_like(modality_RL, dtype=torch.bool) if valid_RL is None else valid_RL
-        images, texts = ((modality_RL[:, 0] == kind).nonzero().squeeze(1) for kind in (IMAGE, TEXT))
-        count = int(real_RL[images[0]].sum()) if len(images) else 0
-        return cls(modality_RL, real_RL, images, texts, count)
 
 
 def _known_counts(routing: Any, label: Tensor, num_labels: int) -> Tensor:

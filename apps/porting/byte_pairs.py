@@ -16,7 +16,8 @@ from apps.base.messages import first_line
 FILE = "bpe_simple_vocab_16e6.txt.gz"
 BEGIN, END = "<start_of_text>", "<end_of_text>"
 _MERGES = 49152 - 256 - 2  # the file has more; the published models know these
-_SUFFIX = "</w>"
+WORD_END = "</w>"
+"""What a piece ends with that ends a word."""
 _SHORT_FORMS = re.compile("|".join((BEGIN, END, "'s", "'t", "'re", "'ve", "'m", "'ll", "'d")))
 
 
@@ -35,7 +36,7 @@ class BytePairs:
 
     def __init__(self, merges: Sequence[str]) -> None:
         bytes_ = list(_shown_bytes().values())
-        pieces = [*bytes_, *(piece + _SUFFIX for piece in bytes_)]
+        pieces = [*bytes_, *(piece + WORD_END for piece in bytes_)]
         known = set(pieces)
         self._rank: dict[tuple[str, str], int] = {}
         for merge in merges:
@@ -76,7 +77,7 @@ class BytePairs:
             return [self.ids[word]]
         if word not in self._cuts:
             letters = [self._shown[byte] for byte in word.encode()]
-            self._cuts[word] = [self.ids[piece] for piece in self._merged([*letters[:-1], letters[-1] + _SUFFIX])]
+            self._cuts[word] = [self.ids[piece] for piece in self._merged([*letters[:-1], letters[-1] + WORD_END])]
         return self._cuts[word]
 
     def _merged(self, pieces: list[str]) -> list[str]:

@@ -83,6 +83,24 @@ def retrieval_run(folder: Path) -> Path:
     return _saved(folder / "run", retriever(data, top_k=2), data, arguments)
 
 
+def pairs_run(folder: Path) -> Path:
+    """Drawn shapes of 32x32 in 64 patches; the second block has 4 experts, of which a patch or piece takes 2."""
+    from small_pairs import MOE as PAIR_MOE
+    from small_pairs import TOWER
+
+    from apps.multimodal.data import ImageTextData
+    from apps.multimodal.model import AttributeHead
+    from apps.multimodal.module import ImageTextRetriever
+
+    options = {"dataset": "shapes", "cache_dir": str(folder / "cache"), "attributes": ["colour"], "subset": 100}
+    data = ImageTextData(**options)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    sizes = {name: getattr(data, name) for name in ImageTextRetriever.data_arguments}
+    head = AttributeHead(core.MMoE(2, core.MLP((4,))))
+    module = ImageTextRetriever(**sizes, tower=TOWER, dim=8, moe=PAIR_MOE, attribute_head=head)
+    return _saved(folder / "run", module, data, options)
+
+
 def translator_run(folder: Path) -> Path:
     """Sentences of four words into two languages; the last decoder block has 4 experts, of which a subword takes 2."""
     data = copy_data(folder, ("de", "fr"))
@@ -114,6 +132,7 @@ RUNS: dict[str, Callable[[Path], Path]] = {
     "table": table_run,
     "history": history_run,
     "retrieval": retrieval_run,
+    "pairs": pairs_run,
     "translator": translator_run,
     "language": language_run,
 }

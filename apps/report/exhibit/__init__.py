@@ -16,12 +16,24 @@ The fields and the parts are plain values and functions: no library of pages is 
 """
 
 from apps.report.exhibit.fields import ChoiceField, Field, ImageField, ItemsField, NumberField, TextField
-from apps.report.exhibit.parts import Answer, Bars, Example, Exhibit, Gates, LayerPart, Part, Patches, Pieces, Said
+from apps.report.exhibit.parts import (
+    Answer,
+    Bars,
+    Example,
+    Exhibit,
+    Gates,
+    Images,
+    LayerPart,
+    Part,
+    Patches,
+    Pieces,
+    Said,
+)
 from apps.report.exhibit.routes import expert_names, layer_names, words_by_layer
 
 __all__ = [
     "Exhibit", "Example", "Answer",
     "Field", "ImageField", "TextField", "NumberField", "ChoiceField", "ItemsField",
-    "Part", "Bars", "Said", "LayerPart", "Patches", "Pieces", "Gates",
+    "Part", "Bars", "Said", "Images", "LayerPart", "Patches", "Pieces", "Gates",
     "words_by_layer", "layer_names", "expert_names",
 ]  # fmt: skip

@@ -19,12 +19,16 @@ class ImageField:
 
     Attributes:
         label: its name on the page.
+        may_be_empty: whether there may be none, None.
     """
 
     label: str
+    may_be_empty: bool = False
 
-    def read(self, raw: str | None) -> str:
+    def read(self, raw: str | None) -> str | None:
         """Return the path of the file."""
+        if not raw and self.may_be_empty:
+            return None
         if not raw:
             raise ValueError(f"{self.label}: there is none yet; drop one here, or take an example")
         return raw
@@ -40,6 +44,7 @@ class TextField:
         lines: its height.
         may_be_empty: whether an empty text is one.
         longest: most characters.
+        by_line: whether each line is a text of its own.
     """
 
     label: str
@@ -47,10 +52,12 @@ class TextField:
     lines: int = 3
     may_be_empty: bool = False
     longest: int = 2000
+    by_line: bool = False
 
     def read(self, raw: str | None) -> str:
-        """Return the text without spaces around it, on one line."""
-        text = " ".join((raw or "").split())
+        """Return the text on one line, or of several texts each on its own; without spaces around them."""
+        lines = (raw or "").splitlines() if self.by_line else [raw or ""]
+        text = "\n".join(filter(None, (" ".join(line.split()) for line in lines)))
         if not text and not self.may_be_empty:
             raise ValueError(f"{self.label} is empty: type something first")
         if len(text) > self.longest:

@@ -41,6 +41,19 @@ class Said:
 
 
 @dataclass(frozen=True)
+class Images:
+    """Images that a model has chosen, in their order.
+
+    Attributes:
+        title: what they are.
+        images: what is said of each, and the image, uint8 (H, W) or (H, W, 3).
+    """
+
+    title: str
+    images: tuple[tuple[str, np.ndarray], ...]
+
+
+@dataclass(frozen=True)
 class Patches:
     """An image, and the experts that computed each of its patches.
 
@@ -99,7 +112,7 @@ class Gates:
     weights: np.ndarray
 
 
-Part = Bars | Said | Text | Table
+Part = Bars | Said | Images | Text | Table
 """Whatever shows an answer."""
 LayerPart = Patches | Pieces | Gates
 """Whatever shows the experts of a layer."""

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from apps.demonstrate.drawing import draw_parts, problem
-from apps.report.exhibit import Bars, Gates, Patches, Pieces, Said
+from apps.report.exhibit import Bars, Gates, Images, Patches, Pieces, Said
 from apps.report.page import Table, Text
 
 EVIL = "<script>alert('1')</script>"
@@ -46,6 +46,7 @@ class Checked(HTMLParser):
     [
         Bars(EVIL, ((EVIL, 0.25),)),
         Said(EVIL, EVIL, EVIL),
+        Images(EVIL, ((EVIL, np.zeros((2, 2, 3), np.uint8)),)),
         Text.of(EVIL),
         Table(EVIL, (EVIL, EVIL), ((EVIL, EVIL),)),
         Pieces(EVIL, ((EVIL,),), np.array([[0, 1]]), (EVIL, EVIL)),

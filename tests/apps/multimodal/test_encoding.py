@@ -37,6 +37,16 @@ def test_clips_pieces_are_read_from_a_folder(clip_folder, tmp_path):
     of(clip_folder).check(text, tmp_path)
 
 
+def test_pieces_of_any_spelling_are_marked_as_sentencepiece_does():
+    clip = TextEncoding(merges=MERGES)
+    # "redo!" is "r", "e", "d", "o</w>"; the pieces of "red" are merged.
+    ids = clip.ids("red redo!")
+    assert clip.words(ids) == ["<start_of_text>", "red</w>", "r", "e", "d", "o</w>", "!</w>", "<end_of_text>"]
+    assert clip.marked(ids) == ["<start_of_text>", "▁red", "▁r", "e", "d", "o", "▁!", "<end_of_text>"]
+    words = TextEncoding(None, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "shoe", "##s"))
+    assert words.marked([2, 4, 5, 4, 1]) == ["<CLS>", "▁shoe", "s", "▁shoe", "<UNK>"]
+
+
 def test_another_vocabulary_is_refused(clip_folder, tmp_path):
     text = of(write_encoder(tmp_path / "bert")).encoding((), tmp_path)
     assert text.words([4, 5]) == ["red", "shoe"]

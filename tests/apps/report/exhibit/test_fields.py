@@ -17,6 +17,8 @@ ITEMS = ItemsField("History", ("Alien", "Brazil"), ("7", "9"), most=2)
         (ImageField("Image"), "a.png", "a.png"),
         (TextField("Text"), "  two\n lines ", "two lines"),
         (TextField("Text", may_be_empty=True), None, ""),
+        (TextField("Texts", by_line=True), "  two\n\n more   lines ", "two\nmore lines"),
+        (ImageField("Image", may_be_empty=True), None, None),
         (NumberField("age"), " 1.5 ", 1.5),
         (NumberField("age", may_be_empty=True), "", None),
         (NumberField("count", whole=True, least=1, most=3), "3", 3),
