@@ -16,10 +16,10 @@ def columns_of(model: Any, batch: PairBatch | FileBatch | TextBatch, data: Any) 
     """Return the columns of a batch: ``index``, what names the rows, and ``image_vector`` and ``text_vector``.
 
     Args:
-        model: a ``PairEncoder`` that has ``dim``, the width of its vectors.
+        model: a ``PairEncoder`` that has ``dim``, the width of its vectors, and gives a batch's by a call.
         batch: pairs, with the columns ``image``, a name, and ``text``; images of a folder, with ``image``, their path
             in it; or texts, with ``text`` and, where they have one, ``id``. Images that cannot be read have no row.
-        data: names the images and texts of pairs: ``image_name(number)`` and ``texts``.
+        data: names the images and texts of pairs by ``image_name(number)`` and ``texts``; other data name none.
     """
     import pyarrow as pa
 
@@ -34,13 +34,13 @@ def columns_of(model: Any, batch: PairBatch | FileBatch | TextBatch, data: Any) 
         named = {} if batch.id is None else {"id": texts(batch.id)}
         vectors_BD = model.text_vectors(batch.text_BL.to(model.device)).float()
         return {"index": _numbers(batch.index), **named, "text": texts(batch.text), "text_vector": vectors_BD}
-    return {
-        "index": batch.index_B,
-        "image": texts([data.image_name(number) for number in batch.image_B.tolist()]),
-        "text": texts([data.texts[number] for number in batch.caption_B.tolist()]),
-        "image_vector": model.image_vectors(batch.image).float(),
-        "text_vector": model.text_vectors(batch.text_BL).float(),
-    }
+    columns: dict[str, Any] = {"index": batch.index_B}
+    if hasattr(data, "image_name"):
+        columns["image"] = texts([data.image_name(number) for number in batch.image_B.tolist()])
+    if hasattr(data, "texts"):
+        columns["text"] = texts([data.texts[number] for number in batch.caption_B.tolist()])
+    image_BD, text_BD, *_ = model(batch.image, batch.text_BL)
+    return {**columns, "image_vector": image_BD.float(), "text_vector": text_BD.float()}
 
 
 def _numbers(index: list[int]) -> torch.Tensor:

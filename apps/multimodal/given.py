@@ -57,21 +57,18 @@ class GivenInputs:
         check_name("on_bad_image", self.on_bad_image, get_args(OnBadImage))
         if self.images is not None and self.predict_file is not None:
             raise ValueError(f"images={self.images!r} and predict_file={self.predict_file!r}: give one of them")
-        if self.query is not None and self.query_image is not None:
-            raise ValueError(
-                f"query={excerpt(self.query)} and query_image={excerpt(self.query_image)}: search by texts or by "
-                "images, not by both"
-            )
         if not self.is_search:
             for name, value in (("top", self.top), ("index", self.index)):
                 if value is not None:
                     raise ValueError(f"{name}={value} is of a search, which needs data.query or data.query_image")
             return
+        if self.query is not None and self.query_image is not None:
+            raise ValueError("query and query_image are both given: search by texts or by images, not by both")
         name = "query" if self.query_image is None else "query_image"
-        if self.images is None:
-            raise ValueError(f"{name}={excerpt(getattr(self, name))} needs data.images, the folder that is searched")
         if not self.queries:
             raise ValueError(f"{name} is an empty list")
+        if self.images is None:
+            raise ValueError(f"{name}={excerpt(self.queries[0])} needs data.images, the folder that is searched")
         for number, text in enumerate(self.queries, 1):
             if not clean(text):
                 raise ValueError(f"{name} {number} of {len(self.queries)} is empty")

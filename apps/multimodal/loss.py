@@ -126,6 +126,20 @@ class PairLoss(nn.Module):
         # Clamped in the forward, it would have no gradient beyond the bound, and never come back.
         self.log_scale.clamp_(max=-math.log(self.config.least_temperature))
 
+    def probabilities(self, image_ND: Tensor, text_CD: Tensor) -> Tensor:
+        """Return how likely each text is to belong to each image, float32 (N, C).
+
+        Args:
+            image_ND: float32 vectors of length 1.
+            text_CD: those of the texts that an image chooses from.
+        """
+        with outside_autocast(image_ND.device):
+            return self._shares(self.log_scale.exp() * image_ND.float() @ text_CD.float().T)
+
+    @abstractmethod
+    def _shares(self, logits_NC: Tensor) -> Tensor:
+        """Return the probabilities of texts (N, C), given their products over the temperature."""
+
     def forward(
         self, image_BD: Tensor, text_BD: Tensor, image_B: Tensor, caption_B: Tensor, *, gather: bool = False
     ) -> Tensor:
@@ -180,6 +194,9 @@ class PairLoss(nn.Module):
 class _Softmax(PairLoss):
     """The loss of ``SoftmaxLoss``."""
 
+    def _shares(self, logits_NC: Tensor) -> Tensor:
+        return logits_NC.softmax(1)
+
     def _loss(self, own: Any, others: Any, scale: Tensor, own_B: Tensor, equal_BN: Tensor) -> Tensor:
         (images_BD, texts_BD), (images_ND, texts_ND) = own, others
         each = ((images_BD, texts_ND), (texts_BD, images_ND))
@@ -208,6 +225,9 @@ class _Sigmoid(PairLoss):
         super().begin(log_scale, bias)
         if bias is not None:
             self.bias.fill_(bias)
+
+    def _shares(self, logits_NC: Tensor) -> Tensor:
+        return (logits_NC + self.bias).sigmoid()
 
     def _loss(self, own: Any, others: Any, scale: Tensor, own_B: Tensor, equal_BN: Tensor) -> Tensor:
         # A sum over all pairs of an image and a text, of which each rank has its own images.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback
@@ -14,37 +14,29 @@ from apps.base.checks import check_at_least
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.multimodal.baselines import baselines
 from apps.multimodal.batch import PairBatch
+from apps.multimodal.columns import columns_of
 from apps.multimodal.encoding import PairEncoding
+from apps.multimodal.given import GivenInputs, TextBatch
 from apps.multimodal.loss import ContrastiveLoss, SoftmaxLoss, attribute_loss
 from apps.multimodal.metrics import Gallery, PairMetrics, PairOutputs, PairTargets
 from apps.multimodal.model import AttributeHead, PairModel
 from apps.multimodal.report import PairReport, PairReportConfig
+from apps.multimodal.search import ImageSearch, MatchedImage, match
 from apps.multimodal.stack import MODALITIES
 from apps.multimodal.towers import SingleTower, Sizes, TowerConfig
 from apps.multimodal.two_towers import TwoTowers as TwoTowers  # a configuration may name it
+from apps.multimodal.vectors import FileBatch, encode_images, encode_texts
 from apps.nets.blocks import one_ffn
 from apps.nets.place import Place, check_fits, check_layers
 from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
+from apps.train.predicting import PredictionStream
 from core.config.plain import from_plain
 
 _REPORT = PairReportConfig()
 
 _AT = 10
 """Cut-off of the recall that is monitored and compared."""
-
-
-class PairPrediction(NamedTuple):
-    """Vectors of a batch of pairs.
-
-    Attributes:
-        index: int64 (B,), places of the pairs in the data.
-        image_vector, text_vector: float32 (B, dim), of length 1.
-    """
-
-    index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
-    image_vector: Tensor
-    text_vector: Tensor
 
 
 class ImageTextRetriever(SparseModule, Comparable):
@@ -192,6 +184,70 @@ class ImageTextRetriever(SparseModule, Comparable):
     def report_callbacks(self) -> list[Callback]:
         return [] if self.report is None else [PairReport(self.report)]
 
+    # ---- predictions
+
+    def predict_step(self, batch: PairBatch | FileBatch | TextBatch, batch_idx: int) -> dict[str, Any]:
+        """Return the vectors of the pairs, images or texts of a batch, beside what names them; see ``columns_of``."""
+        return columns_of(self, batch, self._data())
+
+    def predict_stream(self, data: Any) -> PredictionStream | None:
+        """Return the search of ``data.query`` or ``data.query_image``; None where the data have neither."""
+        given: GivenInputs | None = getattr(data, "given", None)
+        if given is None or not given.is_search:
+            return None
+        self._encoding = data.encoding_state  # no trainer gives it to a model that predicts by itself
+        return ImageSearch(self, given, data.cache, data.num_workers).stream()
+
+    def encode_image(self, images: Sequence[Any]) -> Tensor:
+        """Return a vector of each image, float32 (N, dim) of length 1, on the CPU.
+
+        Images are decoded, scaled and cut as in the model's evaluation.
+
+        Args:
+            images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.
+
+        Raises:
+            ValueError: an image that cannot be read, by its name or place; one image outside a list, or none; a model
+                whose checkpoint keeps no encoding.
+        """
+        return encode_images(self, images)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Return a vector of each text, float32 (N, dim) of length 1, on the CPU.
+
+        Args:
+            texts: texts; of a long one the first ``max_tokens`` pieces are read.
+
+        Raises:
+            ValueError: an empty text; one text outside a list, or none; a model whose checkpoint keeps no encoding.
+
+        Example::
+
+            model = apps.load("runs/fashion_products")
+            model.encode_image(["a.jpg"]) @ model.encode_text(["red summer dress", "blue jeans"]).T     # (1, 2)
+        """
+        return encode_texts(self, texts)
+
+    def predict(self, images: Sequence[Any], texts: Sequence[str], top: int = 5) -> list[MatchedImage]:
+        """Return the texts that fit each image best: classes in words, which no training need have seen.
+
+        With ``SoftmaxLoss`` the probabilities of an image's texts have the sum 1. With ``SigmoidLoss`` each text is
+        judged by itself.
+
+        Args:
+            images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.
+            texts: the classes, such as "a photo of a red dress".
+            top: number of texts to name for each image.
+
+        Raises:
+            ValueError: as ``encode_image`` and ``encode_text``, a text twice, or ``top`` below 1.
+
+        Example::
+
+            model.predict(["a.jpg"], ["a red dress", "a blue dress"])[0].text     # 'a red dress'
+        """
+        return match(self, images, texts, top)
+
     @property
     def encoding(self) -> PairEncoding:
         """How images and texts become the model's input: the checkpoint's, else that of the training data.
@@ -202,15 +258,10 @@ class ImageTextRetriever(SparseModule, Comparable):
         state = self.encoding_state
         if state is None:
             raise ValueError(
-                "this model does not know its pieces of words and the scale of its pixels: load a checkpoint of a "
-                "training with ImageTextData, which keeps them"
+                "this model does not know how texts and pixels become its input: load a checkpoint of a training with "
+                "ImageTextData, which keeps it"
             )
         return PairEncoding.from_state(state)
-
-    def predict_step(self, batch: PairBatch, batch_idx: int) -> PairPrediction:
-        """Return the vectors of the images and texts of a batch."""
-        image_BD, text_BD, _ = self(batch.image, batch.text_BL)
-        return PairPrediction(batch.index_B, image_BD, text_BD)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

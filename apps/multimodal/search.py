@@ -160,7 +160,7 @@ def match(model: Any, images: Sequence[Any], texts: Sequence[str], top: int) -> 
     """Return the texts that fit each image best, as classes that no training has seen.
 
     Args:
-        model: a ``PairEncoder`` that is a module and has ``probabilities(image_ND, text_CD)``, (N, C).
+        model: a ``PairEncoder`` that is a module, whose ``loss`` has ``probabilities(image_ND, text_CD)``, (N, C).
         images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.
         texts: the classes in words, such as "a photo of a red dress".
         top: number of texts to name for each.
@@ -175,7 +175,7 @@ def match(model: Any, images: Sequence[Any], texts: Sequence[str], top: int) -> 
         raise ValueError(f"texts have {excerpt(twice)} twice: give each class once")
     image_ND, text_CD = encode_images(model, images), encode_texts(model, texts)
     with torch.no_grad():
-        share_NC = model.probabilities(image_ND.to(model.device), text_CD.to(model.device))
+        share_NC = model.loss.probabilities(image_ND.to(model.device), text_CD.to(model.device))
     best = share_NC.float().cpu().topk(min(top, len(texts)), dim=1)
     matched = []
     for image, places, values in zip(images, best.indices.tolist(), best.values.tolist(), strict=True):

@@ -35,6 +35,9 @@ class Tinted(nn.Module):
     def device(self) -> torch.device:
         return self.scale.device
 
+    def forward(self, image: Tensor, text_BL: Tensor) -> tuple[Tensor, Tensor]:
+        return self.image_vectors(image), self.text_vectors(text_BL)
+
     def image_vectors(self, image: Tensor) -> Tensor:
         self.num_images += len(image)
         return nn.functional.normalize(self.scale * image.mean((2, 3)), dim=1)

@@ -24,7 +24,7 @@ from apps.multimodal.given import GivenInputs, read_texts
     [
         ({"query": "a", "query_image": "b.png", "images": "shop"}, "search by texts or by images, not by both"),
         ({"query": "a"}, "query='a' needs data.images, the folder that is searched"),
-        ({"query_image": ["a.png"]}, r"query_image=\['a.png'\] needs data.images"),
+        ({"query_image": ["a.png"]}, "query_image='a.png' needs data.images"),
         ({"query": [], "images": "shop"}, "query is an empty list"),
         ({"query": "", "images": "shop"}, "query 1 of 1 is empty"),
         ({"query": ["a", " \t"], "images": "shop"}, "query 2 of 2 is empty"),

@@ -191,3 +191,12 @@ def test_two_ranks_learn_what_one_process_with_all_pairs_learns(tmp_path):
             for name, gradient in whole.items():
                 scale = gradient.abs().max().clamp_min(1e-3)
                 assert_close(of_rank[kind][name] / scale, gradient / scale, rtol=0, atol=1e-5, msg=f"{kind}: {name}")
+
+
+def test_probabilities_of_texts_for_an_image():
+    image_ND, text_CD = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    # The products 1 and 0 over the temperature 0.5 are 2 and 0.
+    chosen = SoftmaxLoss(temperature=0.5).build().probabilities(image_ND, text_CD)
+    assert chosen[0].tolist() == pytest.approx([math.e**2 / (math.e**2 + 1), 1 / (math.e**2 + 1)])
+    judged = SigmoidLoss(temperature=0.5, bias=-1.0).build().probabilities(image_ND, text_CD)
+    assert judged[0].tolist() == pytest.approx([1 / (1 + math.e**-1), 1 / (1 + math.e**1)])  # of 2 - 1 and 0 - 1

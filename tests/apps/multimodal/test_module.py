@@ -150,6 +150,7 @@ def test_data_of_another_kind_are_refused(tmp_path):
 def test_vectors_are_predicted_in_the_data_s_order(tmp_path):
     module, data = retriever(), Pairs(4)
     (prediction,) = quiet_trainer(tmp_path).predict(module, data)
-    assert prediction.index.tolist() == [0, 1, 2, 3]
-    assert_close(prediction.image_vector, module.eval().image_vectors(data.batch.image), rtol=1e-4, atol=1e-5)
+    assert list(prediction) == ["index", "image_vector", "text_vector"]  # these data name neither images nor texts
+    assert prediction["index"].tolist() == [0, 1, 2, 3]
+    assert_close(prediction["image_vector"], module.eval().image_vectors(data.batch.image), rtol=1e-4, atol=1e-5)
     assert isinstance(data.batch, PairBatch)

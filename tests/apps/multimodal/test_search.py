@@ -12,6 +12,7 @@ from PIL import Image
 from tinted import COLORS, Tinted, write_tinted
 
 from apps.multimodal.given import GivenInputs
+from apps.multimodal.loss import SoftmaxLoss
 from apps.multimodal.search import ImageSearch, match
 
 
@@ -117,7 +118,7 @@ def test_many_pictures_are_named_without(shop, tmp_path, monkeypatch):
 
 def test_texts_are_classes_of_images(shop):
     model = Tinted()
-    model.probabilities = lambda image_ND, text_CD: (image_ND @ text_CD.T * 10).softmax(1)
+    model.loss = SoftmaxLoss(temperature=0.1).build()
     images = [shop / "red.png", Image.open(shop / "purple.png"), str(shop / "green.png")]
     red, purple, green = match(model, images, ["green", "red dress", "blue"], top=2)
     assert (red.path, red.text) == (str(shop / "red.png"), "red dress")
