@@ -14,6 +14,7 @@ MODULES = {
     "Translator": "apps.nlp.translation.module",
     "LanguageModeler": "apps.nlp.language.module",
     "ImageTextRetriever": "apps.multimodal.module",
+    "ImageCaptioner": "apps.multimodal.captions.module",
 }
 """The module of each LightningModule."""
 

@@ -16,7 +16,6 @@ import core
 from apps.multimodal.captions.module import ImageCaptioner
 from apps.multimodal.encoding import PairEncoding, TextEncoding
 from apps.nets.config import TransformerConfig
-from apps.nlp.decode import DecodeConfig
 
 ALL = pairs(*zip(COLOURS, TEXTS, strict=True))
 
@@ -165,7 +164,7 @@ def test_the_encoder_begins_with_that_of_another_model(tmp_path):
 # ---- comparisons
 
 
-def test_the_dense_twin_costs_the_same(flops=None):
+def test_the_dense_twin_costs_the_same():
     module = captioner()
     build = module.baselines()["dense_equal_flops"].build
     twin = build()
