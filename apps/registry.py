@@ -46,6 +46,7 @@ EXHIBITS = {
     "ImageTextRetriever": "apps.multimodal.exhibit",
     "Translator": "apps.nlp.translation.exhibit",
     "LanguageModeler": "apps.nlp.language.exhibit",
+    "ImageCaptioner": "apps.multimodal.captions.exhibit",
 }
 """The module of the function ``exhibit(model, data, most)``, which says what the demo page of a model has."""
 

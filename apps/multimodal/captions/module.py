@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor, nn
 
@@ -21,7 +22,11 @@ from apps.equal_cost.twins import dense_twins
 from apps.multimodal.batch import PairBatch
 from apps.multimodal.captions.metrics import CaptionedImage, CaptionMetrics, Pair, num_references, signatures
 from apps.multimodal.captions.model import CaptionModel
+from apps.multimodal.captions.report import CaptionReport, CaptionReportConfig, image_name
 from apps.multimodal.encoding import PairEncoding
+from apps.multimodal.given import TextBatch
+from apps.multimodal.image_index import tell
+from apps.multimodal.vectors import FileBatch
 from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
 from apps.nets.loss import OutputLogits
@@ -38,9 +43,30 @@ from apps.vision.image_files import to_pixels
 from apps.vision.model import ViTConfig, load_pretrained_weights
 
 _DECODE = DecodeConfig(max_length_ratio=1.0, max_length_extra=0)
+_REPORT = CaptionReportConfig()
 _AT_ONCE = 64
 """Images of a prediction that are captioned together."""
 Trained = Literal["all", "decoder", "connector", "experts"]
+
+
+class Captions(NamedTuple):
+    """Captions of a batch.
+
+    Attributes:
+        index: int64 (B,), places of the images in their folder, or of the pairs in the data.
+        image: names of the images, such as their paths.
+        caption: the best hypothesis.
+        score: float64 (B,), its score in the search.
+        reference: the pairs' own texts; None for a folder of images.
+        alternatives: the further hypotheses, best first; None where ``decode.num_best`` asks for none.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
+    image: list[str]
+    caption: list[str]
+    score: Tensor
+    reference: list[str] | None = None
+    alternatives: list[list[str]] | None = None
 
 
 class ImageCaptioner(SparseModule, Comparable):
@@ -78,6 +104,7 @@ class ImageCaptioner(SparseModule, Comparable):
         average_last: epochs whose weights at their end are averaged at last; None: none.
         grow: trained model of fewer experts with whose weights a training begins; None: none.
         distil: trained model whose predictions a training learns beside the texts; None: none.
+        report: what a test adds to the scores; None: nothing.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -116,6 +143,7 @@ class ImageCaptioner(SparseModule, Comparable):
         average_last: int | None = None,
         grow: GrowConfig | None = None,
         distil: DistilConfig | None = None,
+        report: CaptionReportConfig | None = _REPORT,
     ) -> None:
         super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last, grow=grow, distil=distil)
         if not 0.0 <= label_smoothing < 1.0:
@@ -129,7 +157,7 @@ class ImageCaptioner(SparseModule, Comparable):
         self.vit, self.transformer, self.moe = vit or ViTConfig(), transformer or TransformerConfig(), moe
         self.image_size, self.in_chans, self.vocab_size, self.max_tokens = image_size, in_chans, vocab_size, max_tokens
         self.label_smoothing, self.encoder_from, self.trained = label_smoothing, encoder_from, trained
-        self.decode, self.val_decode, self.bleu_tokenize = decode, val_decode, bleu_tokenize
+        self.decode, self.val_decode, self.bleu_tokenize, self.report = decode, val_decode, bleu_tokenize, report
         if self.transformer.positions == "learned" and max_tokens > self.transformer.max_length:
             raise ValueError(
                 f"max_tokens={max_tokens} exceeds model.transformer.max_length={self.transformer.max_length}, the "
@@ -173,12 +201,12 @@ class ImageCaptioner(SparseModule, Comparable):
         """
         if self.trained == "all":
             return
-        by_name: dict[str, list[nn.Module]] = {
+        of_stage: dict[str, Sequence[nn.Module]] = {
             "decoder": [part for name, part in self.model.named_children() if name != "encoder"],
             "connector": [self.model.connector],
             "experts": list(core.moe_layers(self.model).values()),
         }
-        parts = by_name[self.trained]
+        parts = of_stage[self.trained]
         if not parts:
             raise ValueError("trained='experts' leaves nothing to train: the model has no MoE layers")
         self.model.requires_grad_(False)
@@ -289,6 +317,39 @@ class ImageCaptioner(SparseModule, Comparable):
 
     # ---- prediction
 
+    def on_predict_epoch_start(self) -> None:
+        self._copies = []
+
+    def on_predict_epoch_end(self) -> None:
+        self._copies = None
+
+    def predict_step(self, batch: PairBatch | FileBatch | TextBatch, batch_idx: int) -> Captions:
+        """Return the caption of each image of a folder that can be read, or of each pair's.
+
+        Raises:
+            ValueError: texts are given.
+        """
+        if isinstance(batch, TextBatch):
+            raise ValueError("data.predict_file holds texts, and an ImageCaptioner reads images: give data.images")
+        if isinstance(batch, FileBatch):
+            tell(batch.complaints)
+            encoding = self.encoding
+            image = normalize(batch.pixels, encoding.mean, encoding.std).to(self.device)
+            index_B, names, references = torch.tensor(batch.index, dtype=torch.int64), batch.path, None
+        else:
+            image, index_B, references = batch.image, batch.index_B, self._references_of(batch)
+            names = [image_name(self._data(), number) for number in batch.image_B.tolist()]
+        hypotheses = self.hypotheses_of(image, self.decode, index_B, self._model_in(self.decode.dtype))
+        texts = [self.subwords.decode(ids, "source") for ids in hypotheses.ids]
+        return Captions(
+            index_B,
+            names,
+            [best for best, *_ in texts],
+            torch.tensor([own[0] for own in hypotheses.scores], dtype=torch.float64),
+            references,
+            None if self.decode.num_best == 1 else [further for _, *further in texts],
+        )
+
     def predict(self, images: Sequence[str | Path | Image.Image | np.ndarray], **options: Any) -> list[str]:
         """Return the caption of each image, by the encoding of the checkpoint.
 
@@ -386,6 +447,9 @@ class ImageCaptioner(SparseModule, Comparable):
         if self.encoder_from is not None and self.starts_afresh:
             load_pretrained_weights(self.model.encoder, self.encoder_from, "encoder_from")
         self.starts_afresh = False
+
+    def report_callbacks(self) -> list[Callback]:
+        return [] if self.report is None else [CaptionReport(self.report)]
 
     # ---- comparisons
 

@@ -1,0 +1,304 @@
+"""The test report of a captioner: scores, captioned images, the words that experts take, and where words look."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+
+import core
+from apps.base.files import replacing
+from apps.data.loader import batches_of_test
+from apps.data.text_files import num_words
+from apps.multimodal.batch import PairBatch
+from apps.multimodal.captions.metrics import CaptionedImage, CaptionMetrics, num_references, signatures
+from apps.multimodal.captions.pictures import looks_at
+from apps.multimodal.captions.traced import Traced, traced
+from apps.nlp.text.foreseen import read_ids
+from apps.nlp.text.scores import scorer
+from apps.report.base import Report, ReportConfig, computed_metrics, report_folder, spread_batches, spread_places
+from apps.report.curves import learning_curves, read_curves
+from apps.report.page import Gallery, Part, Picture, Section, Table, Thumbnail, Words
+from apps.report.page.experts import load_charts
+from apps.report.plots import save_picture
+from apps.report.routed import expert_label_counts, experts_of_token, layer_label
+from apps.report.specialised import typical_labels
+from apps.report.tables import write_csv
+from core.parallel import needs_all_ranks
+
+_logger = logging.getLogger(__name__)
+
+_COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}
+_MOST_EXPERTS = 2
+"""Experts of a subword that are written."""
+_THUMBNAIL = 96
+"""Least height and width of a picture in the gallery, in pixels."""
+
+
+@core.register_config
+@dataclass(frozen=True)
+class CaptionReportConfig(ReportConfig):
+    """Options of what ``moesaic test`` adds to the scores of a captioner.
+
+    Attributes:
+        samples: captioned images shown, at equal steps through the test set.
+        images: images of which it is drawn where each word looks, and which experts took it; 0 draws none.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    routing_examples: int = 2000
+    samples: int = 12
+    images: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(samples=0, images=0)
+
+    def brief(self) -> Self:
+        return dataclasses.replace(self, samples=0)  # a comparison shows them of all models
+
+
+@dataclass(frozen=True)
+class _Collected:
+    """The metrics of a test, and its batches; none where processes share the model."""
+
+    metrics: CaptionMetrics
+    values: dict[str, float]
+    module: Any
+    data: Any
+    batches: Sequence[PairBatch]
+    run: Path
+
+
+class CaptionReport(Report):
+    """After a test: the scores with sacrebleu's signatures, captioned images, and the words that each expert takes.
+
+    It writes ``captions.jsonl`` (name, caption, references, sentence chrF++ and search score of each image),
+    ``signatures.txt``, ``expert_subwords.csv``, ``image_1_words.png``, ...; and, after a training too,
+    ``learning_curves.png`` of the run's ``metrics.csv``.
+
+    Args:
+        config: what to do.
+    """
+
+    def __init__(self, config: CaptionReportConfig) -> None:
+        self.config = config
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self.config.pictures:
+            with report_folder(trainer) as folder:
+                write_curves(Path(trainer.default_root_dir), folder)
+
+    def collect(self, trainer: Trainer, pl_module: LightningModule) -> _Collected | None:
+        metrics = computed_metrics(pl_module, CaptionMetrics)
+        if metrics is None or not metrics.images:
+            return None
+        together = needs_all_ranks(pl_module)
+        if together and trainer.is_global_zero:
+            _logger.info(
+                "captioned images and the use of experts are left out, since processes share the model: test with "
+                "--trainer.devices 1 for them"
+            )
+        batches = list(batches_of_test(trainer)) if trainer.is_global_zero and not together else []
+        values = {name: float(value) for name, value in metrics.compute().items()}
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        return _Collected(metrics, values, pl_module, data, batches, Path(trainer.default_root_dir))
+
+    def write(self, collected: _Collected, folder: Path) -> list[Section]:
+        config, module, metrics = self.config, collected.module, collected.metrics
+        sections = [write_scores(metrics, collected.values, collected.data, folder)]
+        pictures = _Pictures(collected.batches, collected.data)
+        chosen = [metrics.images[place] for place in spread_places(len(metrics.images), config.samples)]
+        if gallery := pictures.gallery(chosen):
+            sections[0] = dataclasses.replace(sections[0], parts=(*sections[0].parts, gallery))
+        if core.moe_layers(module.model) and (some := spread_batches(collected.batches, config.routing_examples)):
+            sections.append(write_use(module, some, folder))
+        if config.pictures:
+            shown: list[Part] = []
+            drawn = [metrics.images[place] for place in spread_places(len(metrics.images), config.images)]
+            for number, captioned in enumerate(drawn, 1):
+                shown += pictures.write_words(module, captioned, number, folder)
+            if shown:
+                sections.append(Section("Words and where they look", tuple(shown)))
+            write_curves(collected.run, folder)
+        return sections
+
+
+def write_curves(run: Path, folder: Path) -> None:
+    """Draw the curves that the run's ``metrics.csv`` has as ``learning_curves.png``; nothing where it has none."""
+    panels = {
+        "loss": {"train": "train/loss", "validation": "val/loss"},
+        "validation captions": {"BLEU": "val/bleu", "chrF++": "val/chrf"},
+        "most loaded expert over the mean": {
+            "train": "routing/load_imbalance",
+            "validation": "val/routing/load_imbalance",
+        },
+    }
+    curves = read_curves(run / "metrics.csv", panels)
+    if curves:
+        save_picture(learning_curves(curves, "Learning curves", best="BLEU"), folder / "learning_curves.png")
+
+
+def write_scores(metrics: CaptionMetrics, values: dict[str, float], data: Any, folder: Path) -> Section:
+    """Write ``captions.jsonl`` and ``signatures.txt``; return the table of the scores.
+
+    Args:
+        metrics: of the test.
+        values: what they compute.
+        data: names the images, where it can.
+        folder: where the files go.
+    """
+    images = metrics.images
+    signed = signatures(metrics.tokenize, num_references(images))
+    with replacing(folder / "signatures.txt") as file:
+        file.writelines(f"{name} {text}\n" for name, text in signed.items())
+    write_captions(folder / "captions.jsonl", images, data)
+    words = [num_words(image.caption) for image in images]
+    of_texts = [num_words(text) for image in images for text in image.references]
+    row = (
+        f"{len(images):,}",
+        *(f"{100 * values[name] if name == 'token_accuracy' else values[name]:.2f}" for name in _COLUMNS),
+        f"{np.mean(words):.1f}",
+        f"{np.mean(of_texts):.1f}",
+        f"{len({image.caption for image in images}):,}",
+    )
+    header = ("images", *_COLUMNS.values(), "words a caption", "words a text", "different captions")
+    signatures_line = "; ".join(f"{_COLUMNS[name]} {text}" for name, text in signed.items())
+    return Section("Captions", (Table(signatures_line, header, (row,)),))
+
+
+def write_captions(path: Path, images: Sequence[CaptionedImage], data: Any) -> None:
+    """Write one JSON object a line for each image."""
+    chrf = scorer("chrf")
+    with replacing(path) as file:
+        for image in images:
+            score = round(chrf.sentence_score(image.caption, list(image.references)).score, 2)
+            row = {"image": image_name(data, image.image), "caption": image.caption, "references": image.references}
+            file.write(json.dumps({**row, "chrf": score, "search_score": image.log_prob}, ensure_ascii=False) + "\n")
+
+
+def image_name(data: Any, number: int) -> str:
+    """Return the name that the data give an image, else its number."""
+    name = getattr(data, "image_name", None)
+    return f"image {number}" if name is None else str(name(number))
+
+
+# ---- single images
+
+
+class _Pictures:
+    """The images of a test's batches, by number."""
+
+    def __init__(self, batches: Sequence[PairBatch], data: Any) -> None:
+        self.data = data
+        self._images = {
+            number: batch.image[row] for batch in batches for row, number in enumerate(batch.image_B.tolist())
+        }
+
+    def pixels(self, number: int) -> np.ndarray:
+        """Return an image as it is seen, float (H, W) or (H, W, 3) in 0..1."""
+        image = self._images[number].float().permute(1, 2, 0).cpu().numpy()
+        mean, std = self.data.encoding.mean, self.data.encoding.std
+        return np.clip(image * np.asarray(std) + np.asarray(mean), 0.0, 1.0).squeeze()
+
+    def gallery(self, chosen: Sequence[CaptionedImage]) -> Gallery | None:
+        """Return the captioned images as small pictures; None where there are none."""
+        pictures = tuple(
+            thumbnail(self.pixels(captioned.image), captioned, image_name(self.data, captioned.image))
+            for captioned in chosen
+            if captioned.image in self._images
+        )
+        note = "Below each image: what the model wrote, and in brackets what the data say of it."
+        return Gallery("Captioned images, at equal steps through the test", pictures, note) if pictures else None
+
+    def write_words(self, module: Any, captioned: CaptionedImage, number: int, folder: Path) -> list[Part]:
+        """Caption an image and draw ``image_<number>_words.png``; return what a page shows of it."""
+        if captioned.image not in self._images:
+            return []
+        image: Tensor = self._images[captioned.image][None].to(module.device)
+        index = torch.tensor([captioned.image], device=module.device)
+        trace = traced(module, image, module.hypotheses_of(image, module.decode, index).best[0])
+        words, looks = trace.looks()
+        name = f"image_{number}_words.png"
+        heading = image_name(self.data, captioned.image)
+        picture = looks_at(self.pixels(captioned.image), words, looks, f"{heading}: where each word looks")
+        save_picture(picture, folder / name)
+        seen = f"{heading}, and for each word of {captioned.caption!r} the patches that the decoder attends to"
+        caption = f"{heading}: attention of the decoder, word by word."
+        return [*_words_of(trace, heading), Picture(name, seen, caption)]
+
+
+def _words_of(trace: Traced, heading: str) -> list[Words]:
+    """Return the subwords of a caption with the experts of the decoder; nothing for a dense decoder."""
+    entries = trace.of_decoder
+    if not entries:
+        return []
+    num_experts = max(len(entry.routing.tokens_per_expert_E) for entry in entries)
+    experts = {layer_label(e.name): experts_of_token(e.routing, _MOST_EXPERTS).tolist() for e in entries}
+    title = f"{heading}: experts of each subword as it is read, by falling gate"
+    return [Words.of_pieces(title, trace.read, experts, num_experts)]
+
+
+def thumbnail(pixels: np.ndarray, captioned: CaptionedImage, name: str) -> Thumbnail:
+    """Return a small picture of an image, float (H, W) or (H, W, 3), above its caption and its texts."""
+    image = Image.fromarray((255 * pixels).round().astype(np.uint8))
+    times = -(-_THUMBNAIL // min(image.size))
+    size = (image.width * times, image.height * times)
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.NEAREST).save(buffer, "PNG")
+    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Thumbnail(source, size, name, (captioned.caption, *(f"[{text}]" for text in captioned.references)))
+
+
+# ---- all words
+
+
+@torch.no_grad()
+def write_use(module: Any, batches: Sequence[PairBatch], folder: Path) -> Section:
+    """Read the experts of texts that the model is given, write ``expert_subwords.csv``, and return what a page shows.
+
+    Args:
+        module: an ``ImageCaptioner`` in evaluation.
+        batches: of the test.
+        folder: where the file goes.
+    """
+    vocab = module.vocab_size
+    by_piece: dict[str, np.ndarray] = {}
+    loads: dict[str, np.ndarray] = {}
+    for batch in batches:
+        read_BL = read_ids(batch.text_BL).to(module.device)
+        with core.record(module.model) as tape:
+            module(batch.image.to(module.device), read_BL)
+        for entry in tape.entries:
+            label = layer_label(entry.name)
+            loads[label] = loads.get(label, 0) + entry.routing.tokens_per_expert_E.cpu().numpy()
+            if entry.name.startswith("decoder."):
+                counts = expert_label_counts(entry.routing, read_BL.flatten(), vocab).cpu().numpy()
+                by_piece[label] = by_piece.get(label, 0) + counts
+    pieces = module.subwords.pieces(range(vocab), "source")
+    rows = []
+    for label, counts_VE in by_piece.items():
+        share_E = counts_VE.sum(0) / max(int(counts_VE.sum()), 1)
+        for expert, own in enumerate(typical_labels(counts_VE, pieces)):
+            rows.append({"layer": label, "expert": expert, "share": share_E[expert], "subwords": " ".join(own)})
+    parts: list[Part] = [*load_charts(loads)]
+    if rows:
+        write_csv(folder / "expert_subwords.csv", rows)
+        lines = tuple((r["layer"], str(r["expert"]), f"{100 * r['share']:.1f}", r["subwords"]) for r in rows)
+        header = ("layer", "expert", "share, %", "subwords")
+        parts.append(Table("Typical subwords of each expert of the decoder", header, lines, sortable=True))
+    return Section("What the experts are used for", tuple(parts))
