@@ -69,8 +69,6 @@ class ImageTextRetriever(SparseModule, Comparable):
 
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "vocab_size", "max_tokens", "attributes")
     readout: ClassVar[tuple[str, ...]] = ("model.image_proj", "model.text_proj", "model.head.outputs")
-    modality_names: ClassVar[tuple[str, ...]] = ("images", "texts")
-    """Names of the modalities that the routers are told, by number."""
     monitor: str = f"val/recall_{_AT}"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
     modality_names: ClassVar[tuple[str, ...]] = MODALITIES
