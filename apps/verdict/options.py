@@ -22,10 +22,10 @@ Train a small sparse model and a dense one of equal FLOPs on your data, as often
 sparse pays: at equal FLOPs, and at equal time on this machine."""
 
 _EPILOG = """\
-DATA is a folder of images (a folder a class, or train/ and test/ with such folders), a CSV, TSV or Parquet file or a
-folder of them with --target, two text files of which line i of one translates line i of the other, or a configuration.
-Values of the configuration may follow, as for moesaic fit: --data.batch_size 32. Stopped at any moment, the same
-command goes on."""
+DATA is a folder of images (a folder a class, or train/ and test/ with such folders), a folder of images with a table of
+their titles, a CSV, TSV or Parquet file or a folder of them with --target, two text files of which line i of one
+translates line i of the other, or a configuration. Values of the configuration may follow, as for moesaic fit:
+--data.batch_size 32. Stopped at any moment, the same command goes on."""
 
 
 @dataclass(frozen=True)
