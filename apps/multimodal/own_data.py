@@ -163,9 +163,15 @@ def _config(data: Mapping[str, Any], size: int, num_rows: int) -> dict[str, Any]
                     "num_experts": 8,
                     "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 2}},
                     "expert": {"class_path": "core.FFN", "init_args": {"hidden_dim": 192}},
+                    "balance": {
+                        "num_modalities": 2,
+                        "local_entropy": 0.01,
+                        "local_entropy_modality": 1,
+                        "global_entropy": 0.02,
+                    },
                 },
                 "moe_blocks": "every2",
-                "optimizer": {"lr": 1.0e-3, "weight_decay": 0.05, "warmup": 0.1},
+                "optimizer": {"name": "muon", "lr": 5.0e-3, "weight_decay": 0.05, "warmup": 0.1},
             },
         },
         "data": {

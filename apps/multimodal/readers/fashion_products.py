@@ -34,6 +34,8 @@ def read_fashion_products(root: Path, options: ReadOptions) -> RawPairs:
     if not is_whole or (np.diff(offset) < 0).any():
         raise ValueError(f"{path} is corrupt: offset must bound the {len(ids):,} files in the {len(jpeg):,} bytes")
     place = {str(name): number for number, name in enumerate(ids.tolist())}
+    if len(place) < len(ids):
+        raise ValueError(f"{path} is corrupt: {len(ids):,} images have {len(place):,} different ids")
     roles = {"id": "id", "title": "title"}
     if not options.optional:
         roles |= dict.fromkeys(options.attributes, "attributes")

@@ -54,3 +54,6 @@ def test_an_array_of_another_layout_is_refused(tmp_path):
     np.savez(path, jpeg=np.zeros(9, np.uint8), offset=np.array([0, 5, 8]), id=np.array([1, 2]))
     with pytest.raises(ValueError, match=r"images112.npz is corrupt: offset must bound the 2 files in the 9 bytes"):
         read_fashion_products(tmp_path, ReadOptions())
+    np.savez(path, jpeg=np.zeros(9, np.uint8), offset=np.array([0, 5, 9]), id=np.array([1, 1]))
+    with pytest.raises(ValueError, match=r"images112.npz is corrupt: 2 images have 1 different ids"):
+        read_fashion_products(tmp_path, ReadOptions())
