@@ -118,7 +118,8 @@ class ImageTextData(SuiteData):
         store_images: keep the scaled images in the cache, image_size^2 x 3 bytes each. False: they are decoded in every
             batch, by num_workers processes, for millions of images.
         on_bad_row: a row without a caption, or whose image is missing or cannot be read, ends the run with its name
-            ("error"), or is left out and counted ("skip").
+            ("error"), or is left out and counted ("skip"). Without store_images, "skip" decodes every image once before
+            the training.
         drop_last: leave out the last training batch of an epoch if it is not full.
         num_workers: processes that make batches, and threads that decode images for the cache. 0 is enough where the
             images are stored.
@@ -374,7 +375,7 @@ class ImageTextData(SuiteData):
         if not bad:
             return pairs
         if self.on_bad_row == "error":
-            raise BadImage(f"{next(iter(bad.values()))}; {SKIP_HINT}")
+            raise BadImage(f"{some(list(bad.values()), 1)}; {SKIP_HINT}")
         _note(f"on_bad_row=skip: {len(bad):,} images cannot be read and are left out: {some(list(bad.values()), 3)}")
         return pairs.without(list(bad), "an unreadable image")
 
@@ -387,7 +388,7 @@ class ImageTextData(SuiteData):
         return train[np.sort(chosen)]
 
     def check(self, stage: str | None) -> None:
-        """Note what a test does not tell: classes without an image, and captions that training had."""
+        """Note the classes that a test says nothing of, since no image has them."""
         if stage != "test":
             return
         opened, encoding = self.opened, self.encoding
@@ -474,6 +475,11 @@ class ImageTextData(SuiteData):
                 raise ValueError(f"{name}={values} has {len(values)} values for 3 channels")
         if std is not None and min(std) <= 0:
             raise ValueError(f"std={std} must be positive")
+        if "{}" not in self._read_options.image_pattern:
+            raise ValueError(
+                f"image_pattern={self._read_options.image_pattern!r} has no {{}}, which stands for what "
+                f"{self._read_options.image_column!r} holds"
+            )
         if len(set(self._columns)) < len(self._columns):
             raise ValueError(f"attributes={list(self._columns)} names a column twice")
         own = asdict(ReadOptions(self._columns, on_bad_row=self.on_bad_row))

@@ -63,7 +63,7 @@ class RawPairs:
     images: Images
     image_N: NDArray[np.int64]
     texts: list[str]
-    labels: dict[str, list[str | None]] | dict[str, list[str]]
+    labels: Mapping[str, Sequence[str | None]]
     split: list[Split | None]
     left_out: Mapping[str, int] = field(default_factory=dict)
 

@@ -88,9 +88,9 @@ def groups_of(image_N: NDArray[np.int64], texts: Sequence[str], num_images: int)
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    _, text_N = np.unique([key_of(text) for text in texts], return_inverse=True)
-    num_texts = int(text_N.max()) + 1 if len(text_N) else 0
-    nodes = num_images + num_texts
+    number: dict[str, int] = {}
+    text_N = np.array([number.setdefault(key_of(text), len(number)) for text in texts], np.int64)
+    nodes = num_images + len(number)
     links = coo_matrix((np.ones(len(image_N)), (image_N, num_images + text_N)), shape=(nodes, nodes))
     return connected_components(links, directed=False)[1][:num_images].astype(np.int64)
 

@@ -12,7 +12,6 @@ from apps.data.splits import Split
 from apps.data.text_files import text_lines
 from apps.multimodal.images import ImageFiles
 from apps.multimodal.pairs import PairCollector, RawPairs, ReadOptions
-from apps.multimodal.readers.rows import separated
 
 _KARPATHY: dict[str, Split] = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
@@ -58,21 +57,20 @@ def read_flickr30k(root: Path, options: ReadOptions) -> RawPairs:
     if karpathy.is_file():
         return _read_karpathy(karpathy, lambda image: images, options)
     collector = PairCollector(options.on_bad_row, ())
-    if token.is_file():
-        for number, line in enumerate(text_lines(token), 1):
-            image, tab, caption = line.partition("\t")
-            row = f"{token}, row {number}"
-            if not tab:
-                raise ValueError(f"{row} has no tab between image and caption")
-            name = image.partition("#")[0]
-            collector.add(row, name, [caption], {}, None, images / name)
-    else:
-        path = next(
-            (f / "results.csv" for f in (root, *folders) if (f / "results.csv").is_file()), root / "results.csv"
-        )
-        for row, values in separated(path, {"image_name": "image", "comment": "caption"}, "|"):
-            name = values["image_name"].strip()
-            collector.add(row, name, [values["comment"]], {}, None, images / name)
+    table = token
+    if not token.is_file():
+        table = next((f / "results.csv" for f in (root, *folders) if (f / "results.csv").is_file()), token)
+    separator, parts = ("\t", 2) if table == token else ("|", 3)
+    lines = text_lines(table)
+    if table != token:
+        next(lines)  # the header
+    for number, line in enumerate(lines, 1):
+        values = line.split(separator, parts - 1)
+        name, row = values[0].partition("#")[0].strip(), f"{table}, row {number}"
+        if len(values) < parts:
+            collector.refuse(f"{row} has {len(values)} of {parts} values between {separator!r}", "no caption")
+            continue
+        collector.add(row, name, [values[-1]], {}, None, images / name)
     return collector.pairs(ImageFiles(tuple(collector.paths)))
 
 

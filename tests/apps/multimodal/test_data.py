@@ -135,6 +135,16 @@ def test_training_images_alone_are_changed_at_random():
     assert 40 < int(is_mirrored_B.sum()) < 90  # of 128
 
 
+def test_a_caption_of_ten_thousand_words_is_cut(shop):
+    table = [{"image": f"{n}.png", "caption": f"picture {n} " + "very " * (10_000 * (n == 7))} for n in range(30)]
+    write_csv(shop / "titles.csv", table)
+    data = data_of(shop, max_tokens=12)
+    widths = [batch.text_BL.shape[1] for batch in (*data.train_eval_dataloader(), *data.val_dataloader())]
+    widths += [batch.text_BL.shape[1] for batch in data.test_dataloader()]
+    assert max(widths) == 12
+    assert len(data.texts[7]) > 50_000  # the text itself is kept
+
+
 def test_a_subset_trains_on_fewer_pairs_and_tests_on_all(shop):
     data = data_of(shop, subset=10, attributes=["colour"])
     assert data.sizes() == {"train": 10, "val": 3, "test": 3}
@@ -197,6 +207,7 @@ def test_an_option_that_is_not_the_checkpoints_is_refused(shop, options, message
     "options, message",
     [
         ({"dataset": "shape"}, "dataset='shape' is not one of .*; did you mean 'shapes'"),
+        ({"image_pattern": "a.jpg"}, "image_pattern='a.jpg' has no {}, which stands for what 'image' holds"),
         ({"table": "t.csv"}, "table='t.csv' is for dataset='image_captions'; shapes has its own layout"),
         ({"attributes": ["shape", "shape"]}, "names a column twice"),
         ({"attributes": ["sizes"]}, "attributes='sizes' is not one of .*did you mean 'size'"),

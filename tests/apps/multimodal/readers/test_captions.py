@@ -55,8 +55,12 @@ def test_flickr30k_as_a_token_file_and_as_a_csv(tmp_path):
     (tmp_path / "results_20130124.token").unlink()
     header = "image_name| comment_number| comment"
     rows = [f"{n}.png| {i}| saying {i} of {n}" for n in range(2) for i in range(2)]
-    (tmp_path / "results.csv").write_text("\n".join([header, *rows]))
-    of_csv = read_flickr30k(tmp_path, ReadOptions())
+    # the published file has a row without its second bar
+    (tmp_path / "results.csv").write_text("\n".join([header, *rows, "1.png| 4   A dog runs"]))
+    with pytest.raises(ValueError, match=r"results.csv, row 5 has 2 of 3 values between '\|'; data.on_bad_row=skip"):
+        read_flickr30k(tmp_path, ReadOptions())
+    of_csv = read_flickr30k(tmp_path, ReadOptions(on_bad_row="skip"))
+    assert of_csv.left_out == {"no caption": 1}
     for pairs in (of_token, of_csv):
         assert pairs.texts == ["saying 0 of 0", "saying 1 of 0", "saying 0 of 1", "saying 1 of 1"]
         assert pairs.image_N.tolist() == [0, 0, 1, 1]
@@ -76,5 +80,5 @@ def test_files_of_another_layout_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"captions_val2017.json is corrupt: it is no JSON"):
         read_coco(tmp_path, ReadOptions())
     (tmp_path / "results_20130124.token").write_text("0.png saying\n")
-    with pytest.raises(ValueError, match=r"results_20130124.token, row 1 has no tab between image and caption"):
+    with pytest.raises(ValueError, match=r"results_20130124.token, row 1 has 1 of 2 values between '\\t'; data.on_bad"):
         read_flickr30k(tmp_path, ReadOptions())

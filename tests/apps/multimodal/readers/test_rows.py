@@ -35,6 +35,13 @@ def test_every_kind_of_table_gives_the_same_rows(tmp_path):
         assert list(rows_of(table, ROLES)) == [(f"{table}, row {n}", row) for n, row in enumerate(ROWS, 1)]
 
 
+def test_a_mark_of_byte_order_and_line_ends_of_windows_are_no_text(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbfimage,caption\r\na.png,one\r\n")
+    (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"image": "a.png", "caption": "one"}\r\n')
+    for name in ("t.csv", "t.jsonl"):
+        assert [row for _, row in rows_of(tmp_path / name, ROLES)] == [{"image": "a.png", "caption": "one"}]
+
+
 def test_a_caption_may_go_over_lines_and_a_list_has_several(tmp_path):
     table = write(tmp_path / "t.csv", 'image,caption\na.png,"one\ntwo"\n')
     ((_, row),) = rows_of(table, ROLES)
