@@ -87,6 +87,8 @@ def data_arguments(kind: str, given: Mapping[str, Any], options: Options) -> dic
         return {**texts, "pairs": tuple(pairs)} if pairs is not None else texts
     if kind == "VisionClassifier":
         return _image_arguments(given, at(data, ("dataset",)), at(data, ("image_size",)))
+    if kind == "ImageTextRetriever":
+        return _pair_arguments(given, data)
     if kind == "MultiTaskRecommender" and "features" not in given:
         return {"features": _features(options)}
     if kind == "NextItemRecommender":
@@ -112,6 +114,24 @@ def _image_arguments(given: Mapping[str, Any], dataset: Any, image_size: Any) ->
     if missing:
         raise UsageError(f"{missing[0]} comes from the data, which are not read: give --model.{missing[0]} N")
     return {name: value for name, value in known.items() if given.get(name) is None}
+
+
+def _pair_arguments(given: Mapping[str, Any], data: Any) -> dict[str, Any]:
+    """Return the sizes of images and texts that the data are told, or that their dataset has."""
+    from apps.data.datasets import find
+    from apps.registry import import_datasets
+
+    import_datasets()
+    spec: Any = find(str(at(data, ("dataset",)) or "shapes"))
+    names = at(data, ("attributes",)) or spec.attributes
+    known = {
+        "image_size": at(data, ("image_size",)) or spec.image_size,
+        "max_tokens": at(data, ("max_tokens",)),
+        "vocab_size": at(data, ("tokenizer", "vocab_size")),
+        # Their classes are not known without the data, and cost next to nothing.
+        "attributes": dict.fromkeys(names, 1) or None,
+    }
+    return {name: value for name, value in known.items() if value is not None and given.get(name) is None}
 
 
 def _features(options: Options) -> Any:
@@ -208,6 +228,16 @@ def _images(module: Any, options: Options, dtype: torch.dtype) -> Trial:
     return Trial(lambda: module.model(image), batch, batch, unit="images")
 
 
+def _pairs(module: Any, options: Options, dtype: torch.dtype) -> Trial:
+    length = min(options.length or module.max_tokens, module.max_tokens)
+    per_pair = module.model.towers.num_patches + length
+    batch = _batch(options, per_pair)
+    size = module.image_size
+    image = torch.empty(batch, module.in_chans, size, size, device="meta", dtype=dtype)
+    loss = Loss(working=4.0 * 4 * batch**2, flops=2.0 * 2 * batch**2 * module.dim)
+    return Trial(lambda: module.model(image, _ids(batch, length)), batch, batch * per_pair, loss, "patches and pieces")
+
+
 def _histories(module: Any, options: Options, dtype: torch.dtype) -> Trial:
     length = min(options.length or module.max_length, module.max_length)
     batch = _batch(options, length)
@@ -240,6 +270,7 @@ _TRIALS: dict[str, Callable[[Any, Options, torch.dtype], Trial]] = {
     "LanguageModeler": _language,
     "Translator": _translation,
     "VisionClassifier": _images,
+    "ImageTextRetriever": _pairs,
     "NextItemRecommender": _histories,
     "MultiTaskRecommender": _table,
 }

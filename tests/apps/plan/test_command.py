@@ -192,6 +192,15 @@ def test_a_billion_rows_are_planned_with_torchrec(capsys):
     assert strategy["init_args"]["sharding"] in ("row_wise", "table_row_wise")
 
 
+def test_images_with_texts_are_planned():
+    # 64 pairs of 16 patches and 20 pieces.
+    shapes = ("--config", "configs/multimodal/shapes.yaml", "--gpu", "h100", "--gpus", "4")
+    outline = outlined(options(*shapes, "--batch", "64", "--length", "20", "--data.tokenizer.vocab_size", "500"))
+    assert outline.trial.examples == 64
+    assert outline.trial.tokens == 64 * 36
+    assert outlined(options(*shapes, "--tokens_per_gpu", "2304", "--length", "20")).trial.examples == 64
+
+
 def test_a_table_with_domains_is_planned(capsys):
     star = ("--config", "configs/recsys/movielens_1m_star.yaml", "--gpus", "8", "--gpu", "h100", "--tables", "60", "40")
     assert main(["plan", *star, "--tasks", "2", "--domains", "7"]) == 0
