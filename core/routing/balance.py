@@ -70,7 +70,8 @@ class Balance(BalanceWeights):
         num_tasks: number of tasks in ``context.task_ids_B`` for ``mutual_information``; 0: it is of tokens.
         num_modalities: number of modalities in ``context.modality_BS`` for the entropies; 1: all tokens are of one.
         local_entropy_modality: the only modality whose local entropy counts (LIMoE: text); None: all.
-        entropy_threshold: entropy in nats; ``log(n)`` asks for about n experts a modality; None: ``log(E)``.
+        entropy_threshold: entropy in nats, for all modalities or one for each (LIMoE); ``log(n)`` asks for about n
+            experts a modality; None: ``log(E)``.
         budget: share of the routed path that ``gate_budget`` asks for, in [0, 1].
         localized_delta: delta of ``localized``, in (-1, 1). The loss is 0 where experts of a sequence's type have
             ``(1 - delta) / (1 + delta)`` times the importance of the others: by a negative delta they have more.
@@ -94,7 +95,7 @@ class Balance(BalanceWeights):
     num_tasks: int = 0
     num_modalities: int = 1
     local_entropy_modality: int | None = None
-    entropy_threshold: float | None = None
+    entropy_threshold: float | tuple[float, ...] | None = None
     budget: float = 0.8
     localized_delta: float = 0.1
     expert_types: tuple[int, ...] = ()
@@ -118,9 +119,9 @@ class Balance(BalanceWeights):
                 f"balance.local_entropy_modality={only} is not below num_modalities={self.num_modalities}, or negative"
             )
         at_least_one("balance.contrast_rows", self.contrast_rows)
-        for name in ("adaptive_scale", "adaptive_max", "entropy_threshold", "contrast_temperature"):
-            if getattr(self, name) is not None:
-                positive(f"balance.{name}", getattr(self, name))
+        for name in ("adaptive_scale", "adaptive_max", "contrast_temperature"):
+            positive(f"balance.{name}", getattr(self, name))
+        self._check_thresholds()
         below_one("balance.adaptive_momentum", self.adaptive_momentum)
         if not 0 <= self.budget <= 1:
             raise ValueError(f"balance.budget={self.budget} is not in [0, 1]")
@@ -135,6 +136,15 @@ class Balance(BalanceWeights):
         one_of("balance.scope", self.scope, ("global", "rank"))
         if self.adaptive and self.load_balancing == 0:
             raise ValueError("balance.adaptive=True moves load_balancing, which is 0: its term would be left out")
+
+    def _check_thresholds(self) -> None:
+        given = self.entropy_threshold
+        if isinstance(given, tuple) and len(given) != self.num_modalities:
+            raise ValueError(
+                f"balance.entropy_threshold={given} has {len(given)} numbers for num_modalities={self.num_modalities}"
+            )
+        for threshold in given if isinstance(given, tuple) else () if given is None else (given,):
+            positive("balance.entropy_threshold", threshold)
 
     @property
     def num_types(self) -> int:

@@ -69,14 +69,14 @@ def local_entropy_loss(entropy_sum_G: Tensor, tokens_G: Tensor) -> Tensor:
     return (entropy_sum_G / tokens_G.clamp_min(1)).sum()
 
 
-def global_entropy_loss(score_sum_GE: Tensor, tokens_G: Tensor, threshold: float) -> Tensor:
+def global_entropy_loss(score_sum_GE: Tensor, tokens_G: Tensor, threshold: Tensor | float) -> Tensor:
     """Return the sum over modalities that have tokens of ``max(0, threshold - H(mean scores))`` (LIMoE): 0 where each
     modality uses about ``exp(threshold)`` experts or more.
 
     Args:
         score_sum_GE: (G, E), sums of the scores of each modality's tokens.
         tokens_G: (G,), number of its real tokens.
-        threshold: entropy in nats.
+        threshold: entropy in nats, one for all modalities or (G,).
     """
     return ((threshold - entropy_of_means(score_sum_GE, tokens_G)).relu() * (tokens_G > 0)).sum()
 

@@ -144,8 +144,12 @@ def _modality_scores(one: Pass) -> dict[str, Tensor]:
 
 
 def _global_entropy(sums: dict[str, Tensor], balance: Balance) -> Tensor:
-    score_GE, threshold = sums["modality_score"], balance.entropy_threshold
-    threshold = math.log(score_GE.shape[-1]) if threshold is None else threshold
+    score_GE, given = sums["modality_score"], balance.entropy_threshold
+    threshold: Tensor | float
+    if isinstance(given, tuple):
+        threshold = torch.tensor(given, device=score_GE.device)
+    else:
+        threshold = math.log(score_GE.shape[-1]) if given is None else given
     return global_entropy_loss(score_GE, sums["modality_tokens"], threshold)
 
 

@@ -157,6 +157,16 @@ def test_global_entropy_is_zero_above_its_threshold_and_without_tokens():
     assert loss.item() == pytest.approx(0.130812, abs=1e-6)
 
 
+def test_each_modality_may_have_a_threshold_of_its_own():
+    # Modality 0 has an entropy of log 2, above 0.5; modality 1 one of 0.562335, 0.1 below its threshold.
+    scores = [[0.5, 0.5], [0.75, 0.25]]
+    context = RoutingContext(modality_BS=torch.tensor([[0, 1]]))
+    loss = term("global_entropy", routing(scores), context, num_modalities=2, entropy_threshold=(0.5, 0.662335))
+    assert loss.item() == pytest.approx(0.1, abs=1e-6)
+    plain = MoEConfig(4, balance=Balance(num_modalities=2, entropy_threshold=(1.0, 0.5))).to_dict()
+    assert MoEConfig.from_dict(plain).balance.entropy_threshold == (1.0, 0.5)
+
+
 def test_sequence_balance_by_hand():
     # Sequence 0: tokens (0.9, 0.1), (0.6, 0.4), both choose expert 0: f = (1, 0), P = (0.75, 0.25); 2 * 0.75 = 1.5.
     # Sequence 1: (0.8, 0.2), (0.3, 0.7): f = (1/2, 1/2), P = (0.55, 0.45): 2 * (0.275 + 0.225) = 1. Mean 1.25.
@@ -392,6 +402,8 @@ def test_a_term_of_the_scores_is_refused_where_the_router_has_none(name):
         ({"num_modalities": 0}, r"balance.num_modalities=0 is not at least 1"),
         ({"local_entropy_modality": 2, "num_modalities": 2}, r"local_entropy_modality=2 is not below num_modalities=2"),
         ({"entropy_threshold": 0.0}, r"balance.entropy_threshold=0.0 is not a positive number"),
+        ({"entropy_threshold": (1.0, -1.0), "num_modalities": 2}, r"entropy_threshold=-1.0 is not a positive number"),
+        ({"entropy_threshold": (1.0,), "num_modalities": 2}, r"\(1.0,\) has 1 numbers for num_modalities=2"),
         ({"adaptive_scale": -1.0}, r"balance.adaptive_scale=-1.0 is not a positive number"),
         ({"adaptive_momentum": 1.0}, r"balance.adaptive_momentum=1.0 is not in \[0, 1\)"),
         ({"localized": 1.0}, r"balance.localized=1.0 needs expert_types, the type of each expert"),
