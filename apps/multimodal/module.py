@@ -18,7 +18,7 @@ from apps.multimodal.columns import columns_of
 from apps.multimodal.encoding import PairEncoding
 from apps.multimodal.given import GivenInputs, TextBatch
 from apps.multimodal.loss import ContrastiveLoss, SoftmaxLoss, attribute_loss
-from apps.multimodal.metrics import Gallery, PairMetrics, PairOutputs, PairTargets
+from apps.multimodal.metrics import KS, Gallery, PairMetrics, PairOutputs, PairTargets
 from apps.multimodal.model import AttributeHead, PairModel
 from apps.multimodal.report import PairReport, PairReportConfig
 from apps.multimodal.search import ImageSearch, MatchedImage, match
@@ -34,9 +34,6 @@ from apps.train.predicting import PredictionStream
 from core.config.plain import from_plain
 
 _REPORT = PairReportConfig()
-
-_AT = 10
-"""Cut-off of the recall that is monitored and compared."""
 
 
 class ImageTextRetriever(SparseModule, Comparable):
@@ -57,6 +54,7 @@ class ImageTextRetriever(SparseModule, Comparable):
         loss: ``SoftmaxLoss`` (CLIP) or ``SigmoidLoss`` (SigLIP); None: ``SoftmaxLoss()``.
         attribute_head: predicts the attributes of images too, through a layer of experts with a gate for each of them;
             None: they are not predicted.
+        recall_at: cut-off of the recall by which the best checkpoint is chosen and models are compared: 1, 5 or 10.
         grad_checkpointing: recompute the blocks in the backward, to save memory.
         optimizer: learning rate, weight decay and schedule.
         ema_decay: decay of the moving average of the weights; None: there is no average.
@@ -69,7 +67,6 @@ class ImageTextRetriever(SparseModule, Comparable):
 
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "vocab_size", "max_tokens", "attributes")
     readout: ClassVar[tuple[str, ...]] = ("model.image_proj", "model.text_proj", "model.head.outputs")
-    monitor: str = f"val/recall_{_AT}"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
     modality_names: ClassVar[tuple[str, ...]] = MODALITIES
     """Names of the modalities in ``context.modality_BS``, for the doctor's findings."""
@@ -92,6 +89,7 @@ class ImageTextRetriever(SparseModule, Comparable):
         dense_ffn: core.DenseFFN | None = None,
         loss: ContrastiveLoss | None = None,
         attribute_head: AttributeHead | None = None,
+        recall_at: int = 10,
         grad_checkpointing: bool = False,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
@@ -107,6 +105,9 @@ class ImageTextRetriever(SparseModule, Comparable):
         check_at_least(1, image_size=image_size, in_chans=in_chans, dim=dim)
         check_at_least(2, vocab_size=vocab_size)
         check_at_least(1, max_tokens=max_tokens)
+        if recall_at not in KS:
+            raise ValueError(f"recall_at={recall_at} is none of {', '.join(map(str, KS))}")
+        self.recall_at, self.monitor = recall_at, f"val/recall_{recall_at}"
         self.attributes = dict(attributes or {})
         if attribute_head is not None and not self.attributes:
             raise ValueError("attribute_head predicts the attributes of the data, and the data have none")
@@ -177,7 +178,8 @@ class ImageTextRetriever(SparseModule, Comparable):
 
     @property
     def shown_metrics(self) -> tuple[str, ...]:
-        return ("recall_1", "recall_5", *(("macro_f1",) if self.attribute_head is not None else ()))
+        others = [f"recall_{k}" for k in KS if k != self.recall_at]
+        return (*others, *(("macro_f1",) if self.attribute_head is not None else ()))
 
     def report_callbacks(self) -> list[Callback]:
         return [] if self.report is None else [PairReport(self.report)]
@@ -291,7 +293,8 @@ class ImageTextRetriever(SparseModule, Comparable):
         return self.twin(moe=moe, dense_ffn=None)
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return one value a pair whose mean is the recall at 10, the mean of both ways over all images and texts.
+        """Return one value a pair, whose mean is the recall at ``recall_at``: that of both ways, over all images and
+        texts.
 
         A pair has half of the hit of its image, and half of that of its text, over how many pairs share them.
         """
@@ -300,6 +303,6 @@ class ImageTextRetriever(SparseModule, Comparable):
         values_P = torch.zeros(len(gallery.image_P), dtype=torch.float64)
         for rank_Q, query_P in zip(gallery.ranks(), (gallery.image_P, gallery.text_P), strict=True):
             pairs_Q = query_P.bincount(minlength=len(rank_Q))
-            share_Q = (rank_Q <= _AT).double() * len(query_P) / len(rank_Q) / pairs_Q
+            share_Q = (rank_Q <= self.recall_at).double() * len(query_P) / len(rank_Q) / pairs_Q
             values_P += share_Q[query_P].cpu() / 2
-        return ExampleValues(f"recall_{_AT}", values_P)
+        return ExampleValues(f"recall_{self.recall_at}", values_P)

@@ -46,14 +46,14 @@ def test_a_training_goes_on_from_its_checkpoint(tmp_path):
     assert second.hparams == first.hparams
     quiet_trainer(tmp_path, max_epochs=4).fit(second, data, ckpt_path=tmp_path / "half.ckpt")
     assert_close(second.state_dict(), whole.state_dict())
-    assert float(second.loss.bias) != -10.0
+    assert second.loss.bias.item() != -10.0
 
 
 def test_the_temperature_s_bound_holds_after_a_step(tmp_path):
     module = retriever(optimizer=OptimizerConfig(lr=1.0, warmup=0.0, schedule="constant"))
     module.loss.log_scale.data.fill_(4.6)
     quiet_trainer(tmp_path, max_epochs=1).fit(module, Pairs())
-    assert float(module.loss.temperature) >= 0.01 - 1e-8
+    assert module.loss.temperature.item() >= 0.01 - 1e-8
 
 
 def test_the_attributes_loss_is_weighted_and_its_head_sees_the_image_alone():
@@ -109,6 +109,22 @@ def test_the_values_of_pairs_have_the_recall_as_their_mean():
     assert float(values.values_N[2]) == 0.5
     # A pair of image 0: half of its hit, of 3 images over 24 pairs, shared by 2.
     assert float(values.values_N[0]) == pytest.approx(24 / 3 / 2 / 2 + 0.5)
+
+
+def test_the_recall_that_counts_may_be_another():
+    module = retriever(recall_at=1)
+    assert (module.monitor, module.shown_metrics) == ("val/recall_1", ("recall_5", "recall_10"))
+    assert retriever().monitor == "val/recall_10"
+    batch = pair_batch(6)
+    with torch.no_grad():
+        out = module.eval().task_loss(batch)
+    metrics = module.build_metrics()
+    metrics.update(out.outputs, out.targets)
+    values = module.example_values([out])
+    assert values.name == "recall_1"
+    assert values.mean == pytest.approx(float(metrics.compute()["recall_1"]))
+    with pytest.raises(ValueError, match="recall_at=3 is none of 1, 5, 10"):
+        retriever(recall_at=3)
 
 
 def test_a_comparison_replaces_the_towers_layers_and_not_the_head():
