@@ -26,6 +26,7 @@ _SIZES = {"parameters": "num_params", "active parameters": "active_params", "MFL
 def test_page(
     metrics: Mapping[str, float],
     monitored: str | None,
+    shown_metrics: Sequence[str],
     run: Path,
     checkpoint: Path | None,
     command: str,
@@ -37,6 +38,7 @@ def test_page(
     Args:
         metrics: logged metrics by name, such as "test/top1" and "test/routing/model.blocks.1.mlp/entropy".
         monitored: name of the metric that the training monitors, which comes first; None: the first one.
+        shown_metrics: names, without the split, of those that come next.
         run: the run's folder.
         checkpoint: what was tested; None: an untrained model.
         command: shell command of the test.
@@ -45,7 +47,7 @@ def test_page(
     """
     own = {k.removeprefix("test/"): v for k, v in metrics.items() if not k.startswith("test/routing/")}
     first = (monitored or "").partition("/")[2]
-    order = sorted(own, key=lambda name: name != first)
+    order = sorted(own, key=lambda name: (name != first, name not in shown_metrics))
     rows = tuple(_line(name, own[name]) for name in order)
     sizes = _sizes(run / METRICS)
     rows += tuple((name, shown(value, 6)) for name, value in sizes.items())

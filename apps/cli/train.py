@@ -342,7 +342,9 @@ class SparseCLI(LightningCLI):
         """Show the verdict and the figures of a test, and write its report and the index of the runs beside it."""
         config = self._plain_config()
         monitored = getattr(self.model, "test_monitor", None)
-        page = test_page(metrics, monitored, self.run_dir, self.ckpt_path, self.request.command_line, config, sections)
+        shown_metrics = getattr(self.model, "shown_metrics", ())
+        command = self.request.command_line
+        page = test_page(metrics, monitored, shown_metrics, self.run_dir, self.ckpt_path, command, config, sections)
         show_page(page)
         write_page(page, self.run_dir / FILE)
         write_index(self.run_dir.parent)
