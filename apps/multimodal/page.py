@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from apps.base.machine import moment
-from apps.base.messages import excerpt
+from apps.base.messages import one_line
 from apps.report.page import Code, Gallery, Page, Part, Section, Table, Text, Thumbnail
 from apps.report.page.html import render
 from apps.report.page.writing import write_html
@@ -23,6 +23,9 @@ _SIDE = 176
 """Pixels of the longer side of a small picture: two beside each other fill a telephone."""
 _MOST_PICTURES = 500
 """Pictures of a page; with more it would grow beyond 5 MB, and the others are named without."""
+
+_LONGEST = 60
+"""Characters of a query in a heading."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,18 @@ class Hits:
 
     @property
     def title(self) -> str:
-        """The query, cut, in a sentence."""
-        return f"Images like {excerpt(Path(self.query).name)}" if self.is_image else f"Images for {excerpt(self.query)}"
+        """The query, cut, as a heading."""
+        return f"Images {'like' if self.is_image else 'for'} “{self._short}”"
+
+    @property
+    def _short(self) -> str:
+        text = one_line(Path(self.query).name if self.is_image else self.query)
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the heading has not all of the text."""
+        return not self.is_image and self._short.endswith("…")
 
 
 def write_search_page(hits: Sequence[Hits], path: Path, searched: str) -> None:
@@ -74,7 +87,7 @@ def _parts(hits: Hits, shown: int, folder: Path) -> list[Part]:
     parts: list[Part] = []
     if hits.is_image:
         parts.append(Gallery("The image of the query", (thumbnail(hits.query, (Path(hits.query).name,), folder),)))
-    elif hits.query not in hits.title:
+    elif hits.is_cut:
         parts.append(Code("The whole query", hits.query, closed=True))
     if shown:
         pictures = [thumbnail(path, (f"{i}. {score}", Path(path).name), folder) for i, score, path in ranked[:shown]]

@@ -93,7 +93,7 @@ def test_the_page_shows_small_pictures_and_loads_nothing(shop, tmp_path):
     made.write_page(tmp_path / "search.html")
     page = Html((tmp_path / "search.html").read_text())
     assert page.headings == [1, 2, 2, 2]
-    assert "Images for 'red'" in page.text
+    assert "Images for “red”" in page.text
     assert "red <b>.png" in page.text
     assert "5 images of" in page.text
     sources = page.attributes("src")
