@@ -127,6 +127,23 @@ def language_run(folder: Path) -> Path:
     return _saved(folder / "run", module, data, options)
 
 
+def captioner_run(folder: Path) -> Path:
+    """Pictures of three colours with sentences; the encoder's and the decoder's last block have 4 experts each."""
+    from captioned import DECODER, MOE, VIT
+    from made_captions import write_shop
+
+    from apps.multimodal.captions.module import ImageCaptioner
+    from apps.multimodal.data import ImageTextData
+
+    options = {"dataset": "image_captions", "root": str(write_shop(folder / "shop")), "image_size": 8, "val_size": 6}
+    options |= {"cache_dir": str(folder / "cache"), "test_size": 6}
+    data = ImageTextData(**options, tokenizer=SubwordConfig(vocab_size=300))
+    torch.manual_seed(0)
+    sizes = {"image_size": 8, "vocab_size": data.vocab_size, "max_tokens": data.max_tokens}
+    module = ImageCaptioner(VIT, DECODER, MOE, encoder_moe_blocks="last1", **sizes)
+    return _saved(folder / "run", module, data, options)
+
+
 RUNS: dict[str, Callable[[Path], Path]] = {
     "digits": digits_run,
     "table": table_run,
@@ -135,6 +152,7 @@ RUNS: dict[str, Callable[[Path], Path]] = {
     "pairs": pairs_run,
     "translator": translator_run,
     "language": language_run,
+    "captioner": captioner_run,
 }
 
 

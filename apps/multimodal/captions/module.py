@@ -24,7 +24,6 @@ from apps.multimodal.captions.metrics import CaptionedImage, CaptionMetrics, Pai
 from apps.multimodal.captions.model import CaptionModel
 from apps.multimodal.captions.report import CaptionReport, CaptionReportConfig, image_name
 from apps.multimodal.encoding import PairEncoding
-from apps.multimodal.given import TextBatch
 from apps.multimodal.image_index import tell
 from apps.multimodal.vectors import FileBatch
 from apps.nets.blocks import one_ffn
@@ -323,14 +322,8 @@ class ImageCaptioner(SparseModule, Comparable):
     def on_predict_epoch_end(self) -> None:
         self._copies = None
 
-    def predict_step(self, batch: PairBatch | FileBatch | TextBatch, batch_idx: int) -> Captions:
-        """Return the caption of each image of a folder that can be read, or of each pair's.
-
-        Raises:
-            ValueError: texts are given.
-        """
-        if isinstance(batch, TextBatch):
-            raise ValueError("data.predict_file holds texts, and an ImageCaptioner reads images: give data.images")
+    def predict_step(self, batch: PairBatch | FileBatch, batch_idx: int) -> Captions:
+        """Return the caption of each image of a folder that can be read, or of each pair's."""
         if isinstance(batch, FileBatch):
             tell(batch.complaints)
             encoding = self.encoding
@@ -443,10 +436,24 @@ class ImageCaptioner(SparseModule, Comparable):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if stage == "predict":
+            self._check_given()
         # Not in the constructor: a trained model does not need the file any more.
         if self.encoder_from is not None and self.starts_afresh:
             load_pretrained_weights(self.model.encoder, self.encoder_from, "encoder_from")
         self.starts_afresh = False
+
+    def _check_given(self) -> None:
+        """Refuse to predict of anything but images.
+
+        Raises:
+            ValueError: the data are given texts, or a search.
+        """
+        given = getattr(self._data(), "given", None)
+        if given is not None and given.is_search:
+            raise ValueError("data.query searches images, and an ImageCaptioner describes them: give data.images alone")
+        if given is not None and given.predict_file is not None:
+            raise ValueError("data.predict_file holds texts, and an ImageCaptioner reads images: give data.images")
 
     def report_callbacks(self) -> list[Callback]:
         return [] if self.report is None else [CaptionReport(self.report)]

@@ -1,0 +1,91 @@
+"""Captions from data to files: a training with its test and report, and predictions of folders and of pairs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from lightning.pytorch import Trainer
+from made_captions import picture, write_csv, write_pictures
+from quiet_trainer import quiet_trainer
+from shown_runs import captioner_run
+
+from apps.cli import main
+from apps.data.subwords import SubwordConfig
+from apps.multimodal.captions.module import ImageCaptioner
+from apps.multimodal.data import ImageTextData
+from apps.nlp.decode import DecodeConfig
+from apps.train.loading import load
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return captioner_run(tmp_path_factory.mktemp("captioner"))
+
+
+def predicted(run, folder, *options):
+    assert main(["predict", "--ckpt_path", str(run), "--output", str(folder / "out.jsonl"), *options]) == 0
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def test_a_folder_of_images_is_captioned_and_what_cannot_be_read_is_left_out(run, tmp_path, capsys):
+    shop = tmp_path / "new"
+    write_pictures(shop, 3)
+    picture(1).convert("L").save(shop / "grey.gif")
+    (shop / "1.png").write_bytes(b"no image")
+    rows = predicted(run, tmp_path, "--data.images", str(shop))
+    assert [(row["index"], row["image"]) for row in rows] == [(0, "0.png"), (2, "2.png"), (3, "grey.gif")]
+    model = load(run)
+    names = ("0.png", "2.png", "grey.gif")
+    assert [row["caption"] for row in rows] == model.predict([shop / name for name in names])
+    assert all(set(row) == {"index", "image", "caption", "score"} for row in rows)
+    assert "1.png is corrupt" in capsys.readouterr().err
+
+
+def test_pairs_are_captioned_beside_their_own_texts(run, tmp_path):
+    rows = predicted(run, tmp_path, "--model.decode.num_best", "2")
+    assert len(rows) == 6  # the test's
+    for row in rows:
+        number = row["image"].split("/")[-1].removesuffix(".png")
+        assert row["reference"].startswith(f"picture {number} in ")
+        assert len(row["alternatives"]) == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"predict_file": "texts.txt"}, "reads images: give data.images"),
+        ({"images": "shop", "query": "a red picture"}, "give data.images alone"),
+    ],
+)
+def test_only_images_are_captioned(run, options, message):
+    model, data = load(run), ImageTextData(**options)
+    trainer = quiet_trainer(run)
+    with pytest.raises(ValueError, match=message):
+        trainer.predict(model, data)
+
+
+def test_a_training_is_tested_with_all_texts_of_an_image(tmp_path):
+    names = write_pictures(tmp_path / "shop", 12)
+    rows = [{"image": name, "caption": f"{what} {n}"} for n, name in enumerate(names) for what in ("a", "one")]
+    write_csv(tmp_path / "shop" / "titles.csv", rows)
+    files = {"dataset": "image_captions", "root": str(tmp_path / "shop"), "cache_dir": str(tmp_path / "cache")}
+    subwords = SubwordConfig(vocab_size=300)
+    data = ImageTextData(**files, tokenizer=subwords, image_size=8, val_size=3, test_size=3, split_seed=1)
+    sizes = {"image_size": 8, "vocab_size": data.vocab_size, "max_tokens": data.max_tokens}
+    from captioned import DECODER, MOE, VIT
+
+    decode = DecodeConfig("greedy", max_length_ratio=0.2, max_length_extra=0)
+    module = ImageCaptioner(VIT, DECODER, MOE, decode=decode, **sizes)
+    trainer: Trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, data)
+    assert 0 <= float(trainer.callback_metrics["val/bleu"]) <= 100
+    (values,) = trainer.test(module, data, verbose=False)
+    assert {"test/bleu", "test/chrf", "test/token_accuracy", "test/perplexity", "test/loss"} <= set(values)
+    # Three images with two texts each.
+    assert module.metric_signatures["bleu"].startswith("nrefs:2|")
+    report = tmp_path / "report"
+    captions = [json.loads(line) for line in (report / "captions.jsonl").read_text().splitlines()]
+    assert len(captions) == 3
+    assert all(len(row["references"]) == 2 and row["image"].endswith(".png") for row in captions)
+    assert {"signatures.txt", "expert_subwords.csv", "image_1_words.png"} <= {p.name for p in report.iterdir()}

@@ -1,0 +1,131 @@
+"""The files of a captioner's report, where its words look, and which experts take them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from captioned import DECODER, captioner, encoding, images, pairs
+
+import core
+from apps.multimodal.captions.metrics import CaptionMetrics, Pair
+from apps.multimodal.captions.pictures import looks_at
+from apps.multimodal.captions.report import CaptionReportConfig, thumbnail, write_captions, write_scores, write_use
+from apps.multimodal.captions.traced import Traced, traced
+from apps.nets.config import TransformerConfig
+
+NAMED = SimpleNamespace(image_name=lambda number: f"shop/{number}.png")
+
+
+@pytest.fixture
+def metrics():
+    metrics = CaptionMetrics()
+    metrics.update([Pair(0, 5, "a red hat", "a red hat", -0.5, 1.0, 2, 4), Pair(1, 5, None, "a hat", 0.0, 1.0, 2, 3)])
+    metrics.update([Pair(2, 7, "a red hat", "two blue shoes", -0.7, 1.0, 1, 4)])
+    metrics.compute()
+    return metrics
+
+
+def test_the_captions_are_written_with_their_texts_and_names(metrics, tmp_path):
+    write_captions(tmp_path / "captions.jsonl", metrics.images, NAMED)
+    first, second = map(json.loads, (tmp_path / "captions.jsonl").read_text().splitlines())
+    assert first == {
+        **{"image": "shop/5.png", "caption": "a red hat", "references": ["a red hat", "a hat"]},
+        **{"chrf": 100.0, "search_score": -0.5},
+    }
+    assert second["references"] == ["two blue shoes"]
+    assert second["chrf"] < 20
+
+
+def test_the_table_counts_words_and_different_captions(metrics, tmp_path):
+    values = {name: float(value) for name, value in metrics.compute().items()}
+    (table,) = write_scores(metrics, values, NAMED, tmp_path).parts
+    (row,) = table.rows
+    # Two images of three words each, texts of 3, 2 and 3 words; both captions are the same. 5 of 11 tokens came first.
+    assert row[0] == "2"
+    assert row[3] == "45.45"
+    assert row[-3:] == ("3.0", "2.7", "1")
+    # One image has two texts and one has one.
+    assert "BLEU nrefs:var|" in table.title
+    assert (tmp_path / "signatures.txt").read_text().startswith("bleu nrefs:var|")
+
+
+def test_words_look_where_their_subwords_look_on_average():
+    # A grid of 1 x 2 patches, one head; the two layers but one is the first. "a" is one subword, "red" two.
+    attention = torch.tensor([[[[0.9, 0.1]], [[0.2, 0.6]], [[0.4, 0.2]], [[0.5, 0.5]]]] * 2)[:, None]
+    attention[1] = 0.0
+    trace = Traced(("<s>", "\u2581a", "\u2581r", "ed"), ("\u2581a", "\u2581r", "ed", "</s>"), attention, core.Tape())
+    words, looks = trace.looks()
+    assert words == ["a", "red"]
+    assert looks[:, 0].ravel().tolist() == pytest.approx([0.9, 0.1, 0.3, 0.4])
+
+
+def test_an_image_is_traced_through_encoder_and_decoder():
+    module = captioner(encoder_moe_blocks="last1").eval()
+    trace = traced(module, images("red"), [5, 6])
+    assert len(trace.read) == len(trace.written) == 3
+    assert (trace.read[0], trace.written[-1]) == ("<s>", "</s>")
+    assert trace.attention.shape == (2, 2, 3, 2, 2)  # layers, heads, subwords, rows and columns of patches
+    assert [entry.name for entry in trace.of_encoder] == ["encoder.blocks.1.mlp"]
+    assert [entry.name for entry in trace.of_decoder] == ["decoder.layers.1.ffn"]
+
+
+def test_an_empty_caption_looks_nowhere():
+    words, looks = traced(captioner(moe=None).eval(), images("red"), []).looks()
+    assert words == []
+    assert looks.shape == (0, 2, 2)
+    assert len(looks_at(np.zeros((8, 8, 3)), words, looks, "nothing").axes) == 1
+
+
+def test_a_picture_has_the_image_and_a_map_for_each_word():
+    figure = looks_at(np.ones((8, 8)), ["a", "$red$", "hat"], np.ones((3, 2, 2)), "where")
+    assert [axis.get_title() for axis in figure.axes] == ["the image", "a", "$red$", "hat"]
+    with pytest.raises(ValueError, match="1 words and 2 maps"):
+        looks_at(np.ones((8, 8)), ["a"], np.ones((2, 2, 2)), "where")
+
+
+def test_the_use_of_experts_is_counted_by_subword(tmp_path):
+    # A hash router of one expert a subword: each subword has one expert, and each expert its own subwords.
+    moe = core.MoEConfig(3, core.Hash(vocab_size=encoding().text.vocab_size), core.FFN(8))
+    module = captioner(moe=moe).eval()
+    batch = pairs(("red", "a red picture"), ("blue", "a blue picture"))
+    section = write_use(module, [batch], tmp_path)
+    rows = list(csv.DictReader((tmp_path / "expert_subwords.csv").open()))
+    assert [row["layer"] for row in rows] == ["decoder 1"] * 3
+    assert sum(float(row["share"]) for row in rows) == pytest.approx(1)
+    read = {p for ids in batch.text_BL[:, :-1] for p in module.subwords.pieces(ids[ids > 0].tolist(), "source")}
+    typical = [piece for row in rows for piece in row["subwords"].split()]
+    assert len(typical) == len(set(typical))  # no subword is typical of two
+    assert set(typical) <= read
+    assert section.title == "What the experts are used for"
+
+
+def test_a_small_picture_is_scaled_up():
+    (image, *_) = _images()
+    small = thumbnail(np.zeros((8, 10, 3)), image, "a hat")
+    assert small.size == (120, 96)
+    assert small.lines == ("a red hat", "[a red hat]", "[a hat]")
+
+
+def _images():
+    metrics = CaptionMetrics()
+    metrics.update([Pair(0, 5, "a red hat", "a red hat", -0.5, 1.0, 2, 4), Pair(1, 5, None, "a hat", 0.0, 1.0, 2, 3)])
+    metrics.compute()
+    return metrics.images
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match=r"report\.samples=-1 must be at least 0"):
+        CaptionReportConfig(samples=-1)
+    assert CaptionReportConfig().brief().samples == 0
+
+
+def test_the_last_layer_but_one_of_a_single_layer_is_that_layer():
+    config = TransformerConfig("nano", dim=16, hidden_dim=16, num_heads=2, decoder_layers=1)
+    assert DECODER.shape.decoder_layers == 2
+    trace = traced(captioner(transformer=config, moe=None).eval(), images("red"), [5])
+    assert trace.looks()[1].shape == (1, 2, 2)
