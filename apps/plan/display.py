@@ -94,6 +94,7 @@ def header(outline: Outline, options: Options) -> list[str]:
         + (", parameters gathered in bfloat16" if options.param_dtype else "")
         + (", activation checkpointing" if options.checkpointing else ""),
     ]
+    lines += [trial.remark] if trial.remark else []
     if outline.undivided is not None:
         lines.append(f"experts stay whole: {outline.undivided}")
     elif not layers:

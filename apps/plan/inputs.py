@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class Trial:
         tokens: tokens of it, which routers see: of a translation those of a side, of a table its rows.
         loss: what the loss adds, which is not run.
         unit: name of the tokens.
+        remark: what else a plan says of the model; empty for nothing.
     """
 
     run: Callable[[], Any]
@@ -64,6 +66,7 @@ class Trial:
     tokens: int
     loss: Loss = Loss()
     unit: str = "tokens"
+    remark: str = ""
 
 
 def data_arguments(kind: str, given: Mapping[str, Any], options: Options) -> dict[str, Any]:
@@ -77,6 +80,7 @@ def data_arguments(kind: str, given: Mapping[str, Any], options: Options) -> dic
     Raises:
         UsageError: something is missing; the message names the option.
     """
+    _check_columns(kind, options)
     data = options.config.get("data")
     if kind in _TEXTS:
         size = at(data, ("tokenizer", "vocab_size"))
@@ -90,10 +94,12 @@ def data_arguments(kind: str, given: Mapping[str, Any], options: Options) -> dic
     if kind == "ImageTextRetriever":
         return _pair_arguments(given, data)
     if kind == "MultiTaskRecommender" and "features" not in given:
-        return {"features": _features(options)}
+        return {"features": _features(options, given)}
+    if kind in ("NextItemRecommender", "TwoTowerRetriever") and "num_items" not in given:
+        raise UsageError("the number of items comes from the data: give --model.num_items N")
+    if kind == "TwoTowerRetriever":
+        return _sides(given, options)
     if kind == "NextItemRecommender":
-        if "num_items" not in given:
-            raise UsageError("the number of items comes from the data: give --model.num_items N")
         return {"max_length": at(data, ("max_length",)) or 200} if "max_length" not in given else {}
     return {}
 
@@ -134,21 +140,65 @@ def _pair_arguments(given: Mapping[str, Any], data: Any) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value is not None and given.get(name) is None}
 
 
-def _features(options: Options) -> Any:
-    """Return the columns of a table by their numbers alone."""
-    from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
+def _check_columns(kind: str, options: Options) -> None:
+    """Refuse options of columns that such a model does not have.
 
+    Raises:
+        UsageError: the message names the option.
+    """
+    tower = ("TwoTowerRetriever",)
+    for name in ("tables", "numbers", "histories", "item_tables", "item_numbers"):
+        kinds = tower if name.startswith("item_") else ("MultiTaskRecommender", *tower)
+        if getattr(options, name) and kind not in kinds:
+            raise UsageError(f"--{name} describes columns of {' and '.join(kinds)}, not of {kind}")
+
+
+def _features(options: Options, given: Mapping[str, Any]) -> Any:
+    """Return the columns of a table by their numbers alone."""
     if not options.tables and not options.numbers:
         raise UsageError("a table's columns come from the data: give --tables ROWS ..., and --numbers N")
-    return Features(
-        categorical=tuple(
-            CategoricalFeature(f"column {i}", rows, multi_valued=options.pooling > 1, hashed=True)
-            for i, rows in enumerate(options.tables)
-        ),
-        continuous=tuple(ContinuousFeature(f"number {i}") for i in range(options.numbers)),
+    if at(given.get("history"), ("pooling",)) == "din" and not options.histories:
+        raise UsageError(
+            "the histories that history.pooling='din' reads come from the data: give --histories ITEMS ..."
+        )
+    return replace(
+        _columns(options.tables, options.numbers, options, options.histories),
         tasks=tuple(f"task {i}" for i in range(options.tasks)),
         positives=(0.5,) * options.tasks,
         num_domains=options.domains,
+    )
+
+
+def _sides(given: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """Return the columns of both towers, but for those that are given."""
+    sides = {
+        "user_features": (options.tables, options.numbers, "--tables ROWS ..., and --numbers N"),
+        "item_features": (options.item_tables, options.item_numbers, "--item_tables ROWS ..., and --item_numbers N"),
+    }
+    arguments = {}
+    for name, (tables, numbers, flags) in sides.items():
+        if name in given:
+            continue
+        if not tables and not numbers:
+            raise UsageError(f"the columns of the {name[:4]}s' tower come from the data: give {flags}")
+        arguments[name] = _columns(tables, numbers, options, options.histories if name == "user_features" else ())
+    return arguments
+
+
+def _columns(tables: Sequence[int], numbers: int, options: Options, histories: Sequence[int] = ()) -> Any:
+    """Return columns of a table, without tasks: ids with so many rows each, numbers, and histories of these ids."""
+    from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features, SequenceFeature
+
+    return Features(
+        categorical=tuple(
+            CategoricalFeature(f"column {i}", rows, multi_valued=options.pooling > 1, hashed=True)
+            for i, rows in enumerate(tables)
+        ),
+        continuous=tuple(ContinuousFeature(f"number {i}") for i in range(numbers)),
+        sequences=tuple(
+            SequenceFeature(f"history {i}", tables[i], length, f"column {i}", hashed=True)
+            for i, length in enumerate(histories)
+        ),
     )
 
 
@@ -228,7 +278,7 @@ def _images(module: Any, options: Options, dtype: torch.dtype) -> Trial:
     return Trial(lambda: module.model(image), batch, batch, unit="images")
 
 
-def _pairs(module: Any, options: Options, dtype: torch.dtype) -> Trial:
+def _captioned(module: Any, options: Options, dtype: torch.dtype) -> Trial:
     length = min(options.length or module.max_tokens, module.max_tokens)
     per_pair = module.model.towers.num_patches + length
     batch = _batch(options, per_pair)
@@ -250,27 +300,93 @@ def _table(module: Any, options: Options, dtype: torch.dtype) -> Trial:
     batch = _batch(options, 1)
 
     def run() -> Any:
-        return [_network(member, batch, dtype) for member in module.members]
+        return [_network(member, module.features, batch, dtype) for member in module.members]
 
     return Trial(run, batch, batch, unit="rows")
 
 
-def _network(model: Any, batch: int, dtype: torch.dtype) -> Any:
-    """Run a table's network from the pooled embeddings on, which need their gradient."""
-    dense = model.dense(torch.empty(batch, model.num_continuous, device="meta", dtype=dtype))
-    width = sum(model.sparse_dims)
-    pooled = torch.empty(batch, width, device="meta", dtype=dtype, requires_grad=True) if width else None
-    if model.copies > 1 and pooled is not None:
-        pooled = pooled.expand(model.copies, -1, -1)
+def _network(model: Any, features: Any, batch: int, dtype: torch.dtype) -> Any:
+    """Run a table's network from the pooled embeddings on."""
     domain = torch.zeros(batch, dtype=torch.int64, device="meta") if model.num_domains else None
-    return model.compute(dense, pooled, domain)
+    return model.compute(*_read(model, features, batch, dtype), domain)
+
+
+def _read(model: Any, features: Any, batch: int, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return what ``TableColumns.read`` returns of a batch, from the pooled embeddings on, which need their gradient.
+
+    Histories are full.
+
+    Raises:
+        UsageError: there are histories beside tables that TorchRec shards.
+    """
+    if features.sequences and model.sparse.collection is not None:
+        kind = model.sparse.config.kind
+        raise UsageError(
+            f"histories are planned with embedding.kind='joined', not {kind!r}: what TorchRec exchanges for them is "
+            "not counted"
+        )
+    parts = []
+    if model.sparse.dims:
+        pooled = torch.empty(batch, sum(model.sparse.dims), device="meta", dtype=dtype, requires_grad=True)
+        parts.append(pooled.expand(model.copies, -1, -1) if model.copies > 1 else pooled)
+    if model.vectors is not None:
+        parts.append(model.vectors(torch.empty(batch, sum(model.vectors.sizes), device="meta", dtype=dtype)))
+    if model.history is not None:
+        lengths = {s.name: s.length for s in features.sequences}
+        items = _jagged({name: lengths[name] for name in model.history.names}, batch)
+        parts.append(model.history(items, model.sparse, parts[0]))
+    dense = model.dense(torch.empty(batch, model.num_continuous, device="meta", dtype=dtype))
+    return dense, torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0] if parts else None
+
+
+def _jagged(lengths: Mapping[str, int], batch: int) -> Any:
+    """Return rows of items, so many of an example in each column, without values: offsets are given in their place."""
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+    sizes = [batch * length for length in lengths.values()]
+    return KeyedJaggedTensor(
+        keys=list(lengths),
+        values=_ids(sum(sizes)),
+        lengths=_ids(len(lengths) * batch),
+        stride=batch,
+        length_per_key=sizes,
+        offset_per_key=[0, *itertools.accumulate(sizes)],
+    )
+
+
+def _pairs(module: Any, options: Options, dtype: torch.dtype) -> Trial:
+    """Return a forward of both towers, of as many items as pairs, all of them different, and of further negatives.
+
+    The tables' exchange counts as many rows of items as of users.
+    """
+    batch = _batch(options, 1)
+    items, dim = batch + int(at(options.config.get("data"), ("num_uniform",)) or 0), module.tower.dim
+    sides = ((module.user_tower, module.user_features, batch), (module.item_tower, module.item_features, items))
+
+    def run() -> Any:
+        return [tower.compute(*_read(tower, features, rows, dtype)) for tower, features, rows in sides]
+
+    numbers = (module.num_items + 1) * dim  # the first vector stands for no item
+    remark = f"exact search among {module.num_items:,} items: {4e-9 * numbers:.3g} GB, {2 * numbers:.3g} FLOPs a user"
+    return Trial(run, batch, batch, _sampled_loss(batch, items, dim), "pairs", remark)
+
+
+def _sampled_loss(batch: int, items: int, dim: int) -> Loss:
+    """Return what the softmax over the items of a batch costs, in float32 whatever the precision.
+
+    It keeps its logarithms and both factors of the products. Beside them are the logits, before and after their
+    correction, or in the backward two gradients of their size.
+    """
+    scores = batch * items
+    return Loss(4.0 * (scores + (batch + items) * dim), 2 * 4.0 * scores, 2.0 * scores * dim)
 
 
 _TRIALS: dict[str, Callable[[Any, Options, torch.dtype], Trial]] = {
     "LanguageModeler": _language,
     "Translator": _translation,
     "VisionClassifier": _images,
-    "ImageTextRetriever": _pairs,
+    "ImageTextRetriever": _captioned,
     "NextItemRecommender": _histories,
     "MultiTaskRecommender": _table,
+    "TwoTowerRetriever": _pairs,
 }

@@ -28,8 +28,8 @@ the best expert-parallel degree, and where it breaks. No data are read and nothi
 _EPILOG = """\
 Any value of the model's or the data's configuration may be given as well: --model.moe.num_experts 64,
 --data.block_size 4096. What the data would tell is given in the same way, such as --model.num_classes 1000. The columns
-of a table: --tables 1000000000 --pooling 20. A step's time counts evenly loaded experts; docs/parallelism.md has the
-formulas."""
+of a table: --tables 1000000000 --pooling 20, and with --histories 50 the last 50 items of a row. A step's time counts
+evenly loaded experts; docs/parallelism.md has the formulas."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Options:
         usable: part of the GPU's memory that tensors may take.
         output: folder of the overlay, the table and the picture; None: no files.
         domains: domains of a recommender's table; 0: it has none.
+        histories: items of each history in an example; the first one has the ids of the first table, and so on.
+        item_tables, item_numbers: as ``tables`` and ``numbers``, of the items' tower of a retriever.
     """
 
     config: Mapping[str, Any]
@@ -81,13 +83,21 @@ class Options:
     usable: float = 0.9
     output: Path | None = None
     domains: int = 0
+    histories: tuple[int, ...] = ()
+    item_tables: tuple[int, ...] = ()
+    item_numbers: int = 0
 
     def __post_init__(self) -> None:
         check_at_least(1, gpus=self.gpus, gpus_per_node=self.per_node, batch=self.batch, tokens_per_gpu=self.tokens)
-        check_at_least(
-            1, length=self.length, tasks=self.tasks, pooling=self.pooling, tables=min(self.tables, default=1)
-        )
+        check_at_least(1, length=self.length, tasks=self.tasks, pooling=self.pooling)
+        check_at_least(1, **{n: min(getattr(self, n), default=1) for n in ("tables", "item_tables", "histories")})
         check_at_least(0, numbers=self.numbers, latency=self.latency, domains=self.domains)
+        check_at_least(0, item_numbers=self.item_numbers)
+        if len(self.histories) > len(self.tables):
+            raise ValueError(
+                f"histories={list(self.histories)} has the ids of as many tables, and there is {len(self.tables)} "
+                "(tables)"
+            )
         if self.gpus > self.per_node and self.gpus % self.per_node:
             raise ValueError(f"gpus={self.gpus} is no whole number of nodes: gpus_per_node={self.per_node}")
         for name in ("efficiency", "usable"):
@@ -162,6 +172,9 @@ class Options:
             length=args.length,
             tables=tuple(args.tables),
             numbers=args.numbers,
+            histories=tuple(args.histories),
+            item_tables=tuple(args.item_tables),
+            item_numbers=args.item_numbers,
             tasks=args.tasks,
             domains=args.domains,
             pooling=args.pooling,
@@ -253,5 +266,9 @@ def command_line() -> Parser:
     add("--numbers", type=int, default=0, metavar="N", help="its columns of numbers (default: 0)")
     add("--tasks", type=int, default=1, metavar="N", help="its tasks (default: 1)")
     add("--domains", type=int, default=0, metavar="N", help="its domains, for layers that know some (default: 0)")
+    histories = "items of an example in each of its histories, of the ids of the first table and on (default: none)"
+    add("--histories", type=int, nargs="+", default=[], metavar="ITEMS", help=histories)
+    add("--item_tables", type=int, nargs="+", default=[], metavar="ROWS", help="tables of a retriever's tower of items")
+    add("--item_numbers", type=int, default=0, metavar="N", help="its columns of numbers (default: 0)")
     add("--output", metavar="DIR", help="folder for the overlay, the table as CSV and the picture")
     return parser

@@ -27,6 +27,7 @@ from core.parallel import blocks_of, layers_of_experts, refusal
 _PRODUCTS = {
     *(F.linear, F.conv2d, F.conv1d, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
     *(Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm),
+    F.prelu,  # no product, but autocast takes it in bfloat16 as well
 }
 _STARTS = ("pretrained", "grow", "distil")
 

@@ -82,7 +82,11 @@ class Tower(TableColumns):
 
     def forward(self, batch: TableBatch) -> Tensor:
         """Return the vectors, float32 (B, dim), of length 1."""
-        x_BD = self.enter(self.join(*self.read(batch)))
+        return self.compute(*self.read(batch))
+
+    def compute(self, dense: Tensor | None, sparse: Tensor | None) -> Tensor:
+        """Return the vectors of encoded columns, as ``read`` returns them."""
+        x_BD = self.enter(self.join(dense, sparse))
         for block in self.blocks:
             x_BD = block(x_BD)
         return F.normalize(self.leave(self.norm(x_BD)).float(), dim=-1)

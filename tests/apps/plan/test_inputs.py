@@ -1,0 +1,175 @@
+"""A plan counts the FLOPs of a model that a comparison counts on a real batch of the same size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from commands import fails
+from made_pairs import made_pairs, retriever
+from made_table import jagged
+
+import core
+from apps.plan.inputs import trial
+from apps.plan.options import Options
+from apps.plan.outline import measured, outlined
+from apps.recsys.encoding.features import (
+    CategoricalFeature,
+    ContinuousFeature,
+    Features,
+    SequenceFeature,
+    VectorFeature,
+)
+from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.bottoms import SingleTask
+from apps.recsys.tables.embedding import EmbeddingConfig
+from apps.recsys.tables.history import HistoryConfig
+from apps.recsys.tables.module import MultiTaskRecommender
+from apps.train.cost import measure_cost
+
+RETRIEVER = ("--config", "configs/recsys/movielens_1m_retrieval.yaml", "--gpu", "h100", "--gpus", "8")
+HISTORIES = ("--config", "configs/recsys/movielens_1m_din.yaml", "--gpu", "h100", "--gpus", "8")
+TOWERS = ("--tables", "50", "3", "--item_tables", "200", "19", "--item_numbers", "1", "--model.num_items", "200")
+
+
+# ---- two towers
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    data = made_pairs(tmp_path_factory.mktemp("pairs"))
+    data.setup("fit")
+    return data
+
+
+def test_two_towers_cost_what_a_comparison_counts(pairs):
+    batch = pairs.examples("train").__getitems__([1, 2, 3, 5])
+    assert len(batch.item) == 4  # Brazil, Alien, Dune and Casablanca
+    counted = measure_cost(retriever(pairs), batch, as_evaluated=True)
+    with torch.device("meta"):
+        module = retriever(pairs)
+    outline = measured(module, Options.read([*RETRIEVER, "--batch", "4"]))
+    assert outline.num_params == counted.num_params
+    assert outline.trial.loss.flops == 2 * 4 * 4 * 4  # products of 4 users and 4 films, each with 4 numbers
+    assert outline.flops - outline.trial.loss.flops == 4 * counted.flops_per_example
+    assert [layer.rows for layer in outline.layers.values()] == [8, 8]  # two of four experts for each row
+
+
+def test_the_softmax_over_a_batch_keeps_what_the_plan_counts(pairs):
+    batch = pairs.examples("train").__getitems__([1, 2, 3, 5])
+    module = retriever(pairs).train()
+    module.forward = lambda user, item: (torch.ones(4, 4, requires_grad=True), torch.ones(4, 4, requires_grad=True))
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = module.task_loss(batch)
+    assert out.loss.requires_grad
+    # Beside them are the numbers of the pairs' items, 8 bytes each, and two numbers, of 4 bytes each.
+    loss = trial(module, Options.read([*RETRIEVER, "--batch", "4"]), torch.float32).loss
+    assert loss.kept == 4 * (4 * 4 + 2 * 4 * 4)
+    assert sum(kept.values()) == loss.kept + 4 * 8 + 2 * 4
+
+
+def test_further_negatives_are_more_rows_of_the_items_tower():
+    given = Options.read([*RETRIEVER, *TOWERS, "--batch", "64", "--data.num_uniform", "36"])
+    outline = outlined(given)
+    assert outline.trial.loss.flops == 2 * 64 * 100 * 64
+    assert [layer.rows for layer in outline.layers.values()] == [2 * 64, 2 * 100]
+    # 201 vectors, of which one stands for no item, have 64 numbers each.
+    assert outline.trial.remark == "exact search among 200 items: 5.15e-05 GB, 2.57e+04 FLOPs a user"
+
+
+# ---- histories
+
+
+def features(length=3):
+    return Features(
+        categorical=(CategoricalFeature("item", 9), CategoricalFeature("user", 5)),
+        continuous=(ContinuousFeature("age"),),
+        tasks=("click", "buy"),
+        positives=(0.5, 0.5),
+        vectors=(VectorFeature("title", 6),),
+        sequences=(SequenceFeature("last", 9, length, "item"), SequenceFeature("words", 7, 2)),
+    )
+
+
+def full_batch(size, length=3):
+    """Return rows whose histories are full."""
+    one = {"item": [[i % 9] for i in range(size)], "user": [[i % 5] for i in range(size)]}
+    more = {"last": [[1 + i % 8] * length for i in range(size)], "words": [[1, 2]] * size}
+    numbers = {"dense_BC": torch.ones(size, 1), "vector_BV": torch.ones(size, 6), "label_Bt": torch.ones(size, 2)}
+    return TableBatch(**numbers, sparse=jagged(one), index_B=torch.arange(size), sequences=jagged(more))
+
+
+@pytest.mark.parametrize(
+    "shared, history",
+    [
+        (core.MMoE(num_experts=4, expert=core.MLP((8,))), HistoryConfig("din", (5, 4))),
+        (core.MMoE(num_experts=4, expert=core.MLP((8,))), HistoryConfig("din", (5,), "dice", normalize=True)),
+        (core.MMoE(num_experts=4, expert=core.MLP((8,))), HistoryConfig()),
+        (SingleTask(expert=core.MLP((8,))), HistoryConfig("din", (5,))),
+    ],
+)
+def test_histories_cost_what_a_comparison_counts(shared, history):
+    def model():
+        return MultiTaskRecommender(features(), shared, embedding=EmbeddingConfig(dim=4), history=history)
+
+    counted = measure_cost(model(), full_batch(6), as_evaluated=True)
+    with torch.device("meta"):
+        module = model()
+    outline = measured(module, Options.read([*HISTORIES, "--batch", "6"]))
+    assert outline.num_params == counted.num_params
+    assert outline.flops == 6 * counted.flops_per_example
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_longer_histories_cost_their_attention(precision):
+    tables = ("--tables", "100", "40", "--tasks", "2", "--batch", "8", "--precision", precision)
+    outlines = [outlined(Options.read([*HISTORIES, *tables, "--histories", n])) for n in ("10", "30")]
+    # Weights of 4 x 16 to 36 and of 36 to 1 numbers, two FLOPs each, for 20 items more of 8 rows.
+    assert outlines[1].flops - outlines[0].flops == 2 * (64 * 36 + 36) * 20 * 8
+    assert outlines[1].root.kept > outlines[0].root.kept
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        ((*RETRIEVER, *TOWERS[:-2]), "the number of items comes from the data: give --model.num_items N"),
+        ((*RETRIEVER, *TOWERS[3:]), "the columns of the users' tower come from the data: give --tables ROWS ..."),
+        ((*RETRIEVER, *TOWERS[:3], *TOWERS[-2:]), "the columns of the items' tower come from the data: give --item"),
+        ((*HISTORIES, "--tables", "50"), "history.pooling='din' reads come from the data: give --histories ITEMS ..."),
+        (
+            (*HISTORIES, "--tables", "50", "--histories", "5", "--model.embedding.kind", "collection"),
+            "histories are planned with embedding.kind='joined', not 'collection'",
+        ),
+        (
+            (*HISTORIES, "--tables", "50", "--histories", "5", "--item_tables", "7"),
+            "--item_tables describes columns of TwoTowerRetriever, not of MultiTaskRecommender",
+        ),
+        (
+            ("--config", "configs/vision/digits.yaml", *RETRIEVER[2:], "--histories", "5", "--tables", "9"),
+            "--tables describes columns of MultiTaskRecommender and TwoTowerRetriever, not of VisionClassifier",
+        ),
+    ],
+)
+def test_wrong_columns_are_one_line(argv, line, capsys):
+    assert line in fails(capsys, 2, "plan", *argv)
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        ((*HISTORIES, "--tables", "50", "--histories", "5", "0"), "histories=0 must be at least 1"),
+        ((*HISTORIES, "--tables", "50", "--histories", "5", "6"), "histories=[5, 6] has the ids of as many tables"),
+        ((*RETRIEVER, *TOWERS, "--item_numbers", "-1"), "item_numbers=-1 must not be negative"),
+        ((*RETRIEVER, *TOWERS[:-1], "90"), "the last must be below the 90 items"),
+    ],
+)
+def test_a_wrong_value_is_one_line(argv, line, capsys):
+    assert line in fails(capsys, 1, "plan", *argv)
