@@ -9,9 +9,10 @@ import ast
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,22 @@ def parameters(path: str) -> list[str] | None:
             given = [*method.args.posonlyargs, *method.args.args, *method.args.kwonlyargs]
             return [argument.arg for argument in given[1:]]
     return None
+
+
+def constructor_parameters(kind: type[Any]) -> Iterator[tuple[type[Any], inspect.Parameter]]:
+    """Yield the constructor's parameters, each with the class that has it.
+
+    ``**kwargs`` stands for the parameters of the next class.
+    """
+    seen: set[str] = set()
+    for owner in kind.__mro__:
+        if "__init__" not in vars(owner):
+            continue
+        parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]  # type: ignore[misc]
+        for parameter in parameters:
+            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or parameter.name in seen:
+                continue
+            seen.add(parameter.name)
+            yield owner, parameter
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return

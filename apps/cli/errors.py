@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from apps import registry
 from apps.base.messages import message, one_line
 from apps.cli import UsageError
-from apps.cli.classes import app_classes, load_class
+from apps.cli.classes import app_classes, constructor_parameters, load_class
 
 _NOISE = re.compile(
     r"^(Does not validate against any|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|"
@@ -178,9 +178,7 @@ def unknown_option(
 
 def _parameters(class_path: str | None) -> list[str]:
     kind = load_class(class_path)
-    if kind is None:
-        return []
-    return [p for p in inspect.signature(kind).parameters if p not in ("self", "args", "kwargs")]
+    return [parameter.name for _, parameter in constructor_parameters(kind)] if isinstance(kind, type) else []
 
 
 def _class_names(owner: str | None, parameter: str, kinds: str = "") -> list[str]:

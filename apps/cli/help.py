@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import docstring_parser
 
 from apps.cli import RUN_OPTIONS, UsageError
-from apps.cli.classes import app_classes, load_class, long_name, short
+from apps.cli.classes import app_classes, constructor_parameters, load_class, long_name, short
 from apps.cli.errors import unknown_option
 from apps.cli.flags import given
 from apps.cli.request import Request
@@ -128,8 +128,8 @@ def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None 
         defaults: values that stand in for the constructor's.
     """
     meanings, linked = _meanings(kind), getattr(kind, "data_arguments", ())
-    for parameter, hint in _parameters(kind):
-        name = parameter.name
+    for owner, parameter in constructor_parameters(kind):
+        name, hint = parameter.name, _hints(owner).get(parameter.name, Any)
         if name in linked:
             continue
         default = (defaults or {}).get(name, parameter.default)
@@ -144,21 +144,9 @@ def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None 
             yield from options_of(nested if own is None else type(own), f"{prefix}.{name}", values)
 
 
-def _parameters(kind: type[Any]) -> Iterator[tuple[inspect.Parameter, Any]]:
-    """Yield the constructor's parameters with their types; ``**kwargs`` stands for those of the next class."""
-    seen: set[str] = set()
-    for owner in kind.__mro__:
-        if "__init__" not in vars(owner):
-            continue
-        hints = typing.get_type_hints(owner if dataclasses.is_dataclass(owner) else owner.__init__)  # type: ignore[misc]
-        parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]  # type: ignore[misc]
-        for parameter in parameters:
-            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or parameter.name in seen:
-                continue
-            seen.add(parameter.name)
-            yield parameter, hints.get(parameter.name, Any)
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return
+def _hints(owner: type[Any]) -> dict[str, Any]:
+    """Return the types of a constructor's parameters, by name."""
+    return typing.get_type_hints(owner if dataclasses.is_dataclass(owner) else owner.__init__)  # type: ignore[misc]
 
 
 def _meanings(kind: type[Any]) -> dict[str, str]:

@@ -29,10 +29,8 @@ from apps.recsys.retrieval.columns import (
     take_columns,
 )
 from apps.recsys.retrieval.loss import log_probability
-from apps.recsys.schema import SplitConfig, TableConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.rows import TableRows
-from apps.recsys.tables.synthetic import SyntheticConfig
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -103,9 +101,6 @@ class RetrievalData(TableData):
     a retrieval misses them; those of training, whose item was too rare for ``table.min_count``, are left out.
 
     Args:
-        dataset, root, cache_dir, train_file, val_file, test_file, predict_file, predict_columns, table, split, exclude,
-            synthetic, batch_size, eval_batch_size, drop_last, num_workers, subset, seed: as for ``TableData``. The rows
-            of ``predict_file`` are users: they need the users' columns alone.
         item_column: column that tells one item from another: categorical, with a row for each value.
         item_columns: columns that the items' tower reads; ``item_column`` may be among them.
         user_columns: columns that the users' tower reads; none: all others but ``item_column``.
@@ -116,6 +111,8 @@ class RetrievalData(TableData):
             whatever their label. It needs ``user_column``.
         num_uniform: further negatives of a training step and process, drawn from the whole catalogue with all items
             equally likely; the pairs of the batch share them (mixed negative sampling).
+        kwargs: further options, as for ``TableData``, but for ``negatives``. The rows of ``predict_file`` are users:
+            they need the users' columns alone.
 
     Raises:
         ValueError: as ``TableData``; a column of neither side, or of both; no such task, or one that is not binary; no
@@ -128,23 +125,6 @@ class RetrievalData(TableData):
     def __init__(
         self,
         dataset: str = "movielens_1m",
-        root: str | None = None,
-        cache_dir: str | None = None,
-        train_file: str | None = None,
-        val_file: str | None = None,
-        test_file: str | None = None,
-        predict_file: str | None = None,
-        predict_columns: Sequence[str] = (),
-        table: TableConfig | None = None,
-        split: SplitConfig | None = None,
-        exclude: Sequence[str] = (),
-        synthetic: SyntheticConfig | None = None,
-        batch_size: int = 1024,
-        eval_batch_size: int = 1024,
-        drop_last: bool = False,
-        num_workers: int = 0,
-        subset: int | None = None,
-        seed: int | None = None,
         item_column: str = "item",
         item_columns: Sequence[str] = ("item",),
         user_columns: Sequence[str] = (),
@@ -152,31 +132,14 @@ class RetrievalData(TableData):
         user_column: str | None = None,
         exclude_seen: bool = False,
         num_uniform: int = 0,
+        eval_batch_size: int = 1024,
+        **kwargs: Any,
     ) -> None:
         check_at_least(0, num_uniform=num_uniform)
         self.item_column, self.item_columns, self.user_columns = item_column, tuple(item_columns), tuple(user_columns)
         self.positive, self.user_column, self.exclude_seen = positive, user_column, exclude_seen
         self.num_uniform = num_uniform
-        super().__init__(
-            dataset,
-            root,
-            cache_dir,
-            train_file=train_file,
-            val_file=val_file,
-            test_file=test_file,
-            predict_file=predict_file,
-            predict_columns=predict_columns,
-            table=table,
-            split=split,
-            exclude=exclude,
-            synthetic=synthetic,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            drop_last=drop_last,
-            num_workers=num_workers,
-            subset=subset,
-            seed=seed,
-        )
+        super().__init__(dataset, eval_batch_size=eval_batch_size, **kwargs)
         self._given_catalogue: Catalogue | None = None
         self._own_catalogue: Catalogue | None = None
         self._tables: dict[tuple[str, ...], pa.Table] = {}
@@ -378,5 +341,7 @@ class RetrievalData(TableData):
 
     def _check_options(self) -> None:
         super()._check_options()
+        if self.negatives is not None:
+            raise ValueError(f"negatives={self.negatives} are of TableData: num_uniform gives a retriever further ones")
         if self.exclude_seen and self.user_column is None:
             raise ValueError("exclude_seen=True needs user_column, the column that tells one user from another")

@@ -7,7 +7,15 @@ import json
 import pytest
 
 from apps import registry
-from apps.cli.classes import app_classes, load_class, long_name, parameters, with_long_flags, with_long_names
+from apps.cli.classes import (
+    app_classes,
+    constructor_parameters,
+    load_class,
+    long_name,
+    parameters,
+    with_long_flags,
+    with_long_names,
+)
 from apps.cli.request import Request
 
 
@@ -23,6 +31,24 @@ def test_the_apps_classes_need_no_import():
     assert long_name("data", "mine.TextData") == "mine.TextData"
     assert parameters("tiny_app.TinyData") == ["num_classes", "n", "batch_size", "num_workers"]
     assert parameters("tiny_app.NamingModule") is None  # it passes **kwargs on
+
+
+def test_further_options_are_those_of_the_next_class():
+    class Base:
+        def __init__(self, size=1, seed=0):
+            pass
+
+    class Own(Base):
+        def __init__(self, seed=5, *args, **kwargs):
+            super().__init__(seed=seed, **kwargs)
+
+    class Last(Own):
+        pass
+
+    assert [(owner, p.name, p.default) for owner, p in constructor_parameters(Last)] == [
+        (Own, "seed", 5),
+        (Base, "size", 1),
+    ]
 
 
 @pytest.mark.parametrize(

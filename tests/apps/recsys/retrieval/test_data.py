@@ -176,6 +176,7 @@ def test_a_user_s_last_items_are_columns_of_its_tower(tmp_path):
         ({"positive": "like it"}, "positive='like it'"),
         ({"exclude_seen": True}, "exclude_seen=True needs user_column"),
         ({"num_uniform": -1}, "num_uniform=-1 must not be negative"),
+        ({"negatives": {"per_positive": 4}}, "num_uniform gives a retriever further ones"),
     ],
 )
 def test_bad_options_are_refused(tmp_path, changed, message):
