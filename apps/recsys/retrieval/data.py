@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from apps.base.checks import check_at_least, check_name
-from apps.data.array_files import ArraysInMemory
+from apps.data.loader import as_it_is
 from apps.data.splits import SPLITS, Split
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
@@ -24,7 +24,6 @@ from apps.recsys.retrieval.columns import (
     encoding_of_part,
     id_feature,
     names_of,
-    numbers_of,
     raw_columns,
     take_columns,
 )
@@ -35,6 +34,8 @@ from apps.recsys.tables.rows import TableRows
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from apps.recsys.tables.streaming import FileRows
+
 
 class Pairs(Dataset[PairBatch]):
     """Rows of a table as pairs of a user and an item, read by whole batches.
@@ -42,7 +43,7 @@ class Pairs(Dataset[PairBatch]):
     Args:
         rows: the rows.
         user: description of the users' columns.
-        items: the catalogue's rows, of which the items' columns come; None: the rows are users alone.
+        items: the catalogue's rows, of which the items' columns come.
         item_column: column that tells one item from another.
         log_q_I: float32 (I,), log of the probability with which a training batch holds each item in a place.
         num_uniform: further items of a batch, drawn from the whole catalogue by torch's global generator.
@@ -54,9 +55,9 @@ class Pairs(Dataset[PairBatch]):
         self,
         rows: TableRows,
         user: Features,
-        items: TableRows | None = None,
-        item_column: str = "",
-        log_q_I: Tensor | None = None,
+        items: TableRows,
+        item_column: str,
+        log_q_I: Tensor,
         num_uniform: int = 0,
         seen: Seen | None = None,
         user_column: str | None = None,
@@ -76,21 +77,40 @@ class Pairs(Dataset[PairBatch]):
         seen_BH = None
         if self.seen is not None and self.user_column is not None:
             seen_BH = self.seen.by_user(column_of(batch, self.user_column))
-        users = PairBatch(take_columns(batch, features, self.user), batch.index_B, seen_BH=seen_BH)
-        if self.items is None or self.log_q_I is None:
-            return users
         item_B = column_of(batch, self.item_column)
         drawn_N = torch.randint(1, len(self.items) + 1, (self.num_uniform,)) if self.num_uniform else item_B[:0]
         item_C = torch.cat((item_B, drawn_N))
         item_U, place_C = item_C.clamp_min(1).unique(return_inverse=True)
-        return replace(
-            users,
+        return PairBatch(
+            take_columns(batch, features, self.user),
+            batch.index_B,
             item=self.items.__getitems__(item_U - 1),
             item_B=item_B,
             own_B=place_C[: len(item_B)],
             count_U=place_C[item_C > 0].bincount(minlength=len(item_U)),
             log_q_U=self.log_q_I[item_U - 1],
+            seen_BH=seen_BH,
         )
+
+
+class FileUsers(IterableDataset[PairBatch]):
+    """The users of files, in batches: a retriever's form of ``FileRows``.
+
+    Args:
+        rows: the files' rows, encoded by the users' columns alone.
+        seen: the items that each user had; None: they may be retrieved again.
+        user_column: column whose row of its table ``seen`` counts by.
+    """
+
+    def __init__(self, rows: FileRows, seen: Seen | None = None, user_column: str | None = None) -> None:
+        self.rows, self.seen, self.user_column = rows, seen, user_column
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        for batch in self.rows:
+            seen_BH = None
+            if self.seen is not None and self.user_column is not None:
+                seen_BH = self.seen.by_user(column_of(batch, self.user_column))
+            yield PairBatch(batch, batch.index_B, seen_BH=seen_BH)
 
 
 class RetrievalData(TableData):
@@ -142,7 +162,6 @@ class RetrievalData(TableData):
         super().__init__(dataset, eval_batch_size=eval_batch_size, **kwargs)
         self._given_catalogue: Catalogue | None = None
         self._own_catalogue: Catalogue | None = None
-        self._tables: dict[tuple[str, ...], pa.Table] = {}
 
     # ---- what a model and a reader of results ask
 
@@ -212,10 +231,10 @@ class RetrievalData(TableData):
     # ---- Lightning
 
     def check(self, stage: str | None) -> None:
-        """Refuse columns that do not go together, and users to predict that cannot be encoded."""
+        """Refuse columns that do not go together, and files of users that lack one."""
         _ = self._sides
         if stage == "predict" and self.predict_file is not None:
-            self._encoded_users()
+            self._users_to_predict(self.predict_file).check()
 
     def examples(self, split: Split) -> Pairs:  # type: ignore[override]
         catalogue, is_train = self.catalogue, split == "train"
@@ -243,8 +262,16 @@ class RetrievalData(TableData):
         """Return the users of ``predict_file``, else those of the test."""
         if self.predict_file is None:
             return self.test_dataloader()
-        rows = self._encoded_users()
-        return self.eval_loader(Pairs(rows, rows.features, seen=self._seen, user_column=self.user_column))
+        model = None if self.trainer is None else self.trainer.lightning_module
+        rows = self._users_to_predict(self.predict_file, getattr(model, "user_roles", {}))
+        rows.check()
+        users = FileUsers(rows, self._seen, self.user_column)
+        return DataLoader(users, batch_size=None, collate_fn=as_it_is)
+
+    def _users_to_predict(self, pattern: str, further: Mapping[str, str] = MappingProxyType({})) -> FileRows:
+        """Return the users of the files of a pattern, which carry along their names and ``further`` columns."""
+        named = {} if self.user_column is None else {self.user_column: "user_column"}
+        return self._rows_to_predict(pattern, self.users_encoding, {**further, **named})
 
     def train_eval_dataloader(self) -> DataLoader[Any]:
         """Return the training pairs in the table's order."""
@@ -257,43 +284,20 @@ class RetrievalData(TableData):
 
         Args:
             batch: users of ``predict_dataloader``.
-            roles: role of each column, by column.
+            roles: role of each column, by column; of a file those that its batches carry along.
 
         Raises:
-            ValueError: ``predict_file`` lacks a column, or there is none and the users' tower does not read a column.
+            ValueError: there is no ``predict_file``, and the users' tower does not read a column.
         """
-        if self.predict_file is not None:
-            return self._read_users(roles).take(batch.index_B.cpu().numpy())
+        import pyarrow as pa
+
+        if batch.user.kept is not None:
+            return pa.table({column: batch.user.kept[column] for column in roles})
         known = raw_columns(batch.user, self.users_encoding)
         for column, role in roles.items():
             if column not in known.column_names:
                 raise ValueError(f"column {column!r} ({role}) is not among user_columns: give it in a predict_file")
         return known
-
-    def _read_users(self, roles: Mapping[str, str]) -> pa.Table:
-        """Return columns of ``predict_file``, which is read once for the same columns."""
-        from apps.recsys.readers.user_tables import find_files, read_files
-
-        if tuple(roles) not in self._tables:
-            assert self.predict_file is not None
-            files = find_files(self._folder, self.predict_file, "predict_file")
-            self._tables[tuple(roles)] = read_files(files, roles, numbers_of(roles))
-        return self._tables[tuple(roles)]
-
-    def _encoded_users(self) -> TableRows:
-        """Return the rows of ``predict_file``.
-
-        Raises:
-            ValueError: it lacks a column or has no rows, or a value is of a wrong type.
-        """
-        from apps.recsys.tables.new_rows import build_rows
-
-        encoding, columns = self.users_encoding, ArraysInMemory()
-        table = self._read_users(encoding.roles)
-        if not len(table):
-            raise ValueError("the rows to predict: there are none")
-        build_rows(table, encoding, columns)
-        return TableRows(columns, encoding.features, torch.arange(len(table)))
 
     @property
     def users_encoding(self) -> Encoding:

@@ -229,11 +229,26 @@ class TwoTowerRetriever(SparseModule, Comparable):
 
     # ---- predictions
 
+    @property
+    def ranking(self) -> Ranking | None:
+        """The model that orders what a Trainer's predictions retrieve; it is loaded once for all batches."""
+        if self.rank is not None and self._ranking is None:
+            self._ranking = Ranking.load(self, self.rank, self.rank_task)
+        return self._ranking
+
+    @property
+    def user_roles(self) -> dict[str, str]:
+        """The role of each of the users' columns that the ranking model reads, by column; empty without one."""
+        return {} if self.ranking is None else self.ranking.user_roles
+
     def on_predict_start(self) -> None:
         super().on_predict_start()
-        self._ranking = None if self.rank is None else Ranking.load(self, self.rank, self.rank_task)
         if self.index_file is not None:
             self._index = open_index(self, self.index_file)
+
+    def on_predict_end(self) -> None:
+        super().on_predict_end()
+        self._ranking = None
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
         """Return the ``top_k`` best items of each user: a list of each user's items, and one of their products.
@@ -242,9 +257,9 @@ class TwoTowerRetriever(SparseModule, Comparable):
         ``rank`` the ranking model's predictions, as lists too.
         """
         data, state = self._data(), encoding_of(self)
-        vectors_BD = self.user_tower(batch.user)
-        users = None if self._ranking is None else data.users(batch, self._ranking.user_roles)
-        found = retrieve(self.index(), vectors_BD, batch.seen_BH, self.top_k, self._ranking, self.candidates, users)
+        vectors_BD, ranking = self.user_tower(batch.user), self.ranking
+        users = None if ranking is None else data.users(batch, ranking.user_roles)
+        found = retrieve(self.index(), vectors_BD, batch.seen_BH, self.top_k, ranking, self.candidates, users)
         named = () if state["user_column"] is None else (state["user_column"],)
         roles = {**dict.fromkeys(data.predict_columns, "predict_columns"), **dict.fromkeys(named, "user_column")}
         columns = data.users(batch, roles).select(list(roles)).to_pydict() if roles else {}

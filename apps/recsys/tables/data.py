@@ -11,6 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -227,11 +228,7 @@ class TableData(SuiteData):
     def check(self, stage: str | None) -> None:
         """Refuse files of rows to predict that lack a column."""
         if stage == "predict" and self.predict_file is not None:
-            from apps.recsys.readers.user_tables import check_columns
-
-            rows = self._rows_to_predict(self.predict_file)
-            for file in rows.files:
-                check_columns(file, rows.roles)
+            self._rows_to_predict(self.predict_file, self.encoding).check()
 
     def examples(self, split: Split) -> TableRows | SampledRows:
         if split != "train" or self.negatives is None:
@@ -277,17 +274,21 @@ class TableData(SuiteData):
         """Return the batches of ``predict_file``, else those of the test."""
         if self.predict_file is None:
             return self.test_dataloader()
-        rows = self._rows_to_predict(self.predict_file)
+        rows = self._rows_to_predict(self.predict_file, self.encoding)
         return DataLoader(rows, batch_size=None, collate_fn=as_it_is)
 
-    def _rows_to_predict(self, pattern: str) -> FileRows:
+    def _rows_to_predict(
+        self, pattern: str, encoding: Encoding, further: Mapping[str, str] = MappingProxyType({})
+    ) -> FileRows:
+        """Return the rows of the files of a pattern, which carry ``predict_columns`` along, and ``further`` columns."""
         from apps.recsys.readers.user_tables import find_files
         from apps.recsys.tables.streaming import FileRows
 
         assert self.eval_batch_size is not None
         files = find_files(self._folder, pattern, "predict_file")
         place = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        return FileRows(files, self.encoding, self.eval_batch_size, self.predict_columns, *place)
+        kept = {**further, **dict.fromkeys(self.predict_columns, "predict_columns")}
+        return FileRows(files, encoding, self.eval_batch_size, kept, *place)
 
     def train_eval_dataloader(self) -> DataLoader[Any]:
         """Return the training batches in the table's order."""

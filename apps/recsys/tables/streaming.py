@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -34,7 +35,8 @@ class FileRows(IterableDataset[TableBatch]):
         files: the files, one after the other.
         encoding: encoding of the values.
         batch_size: rows of a batch.
-        kept_columns: columns of the files that the batches carry along as they stand there.
+        kept_columns: columns of the files that the batches carry along as they stand there, with their roles, which
+            messages name.
         rank: number of this process, which takes every ``num_processes``-th batch.
         num_processes: number of processes.
 
@@ -48,17 +50,28 @@ class FileRows(IterableDataset[TableBatch]):
         files: Sequence[Path],
         encoding: Encoding,
         batch_size: int,
-        kept_columns: Sequence[str] = (),
+        kept_columns: Mapping[str, str] = MappingProxyType({}),
         rank: int = 0,
         num_processes: int = 1,
     ) -> None:
         self.files, self.encoding, self.batch_size = files, encoding, batch_size
-        self.kept_columns, self.rank, self.num_processes = tuple(kept_columns), rank, num_processes
+        self.kept_columns, self.rank, self.num_processes = kept_columns, rank, num_processes
 
     @property
     def roles(self) -> dict[str, str]:
         """The role of each column that the files need, by column."""
-        return {**dict.fromkeys(self.kept_columns, "predict_columns"), **self.encoding.roles}
+        return {**self.kept_columns, **self.encoding.roles}
+
+    def check(self) -> None:
+        """Refuse files that lack a column.
+
+        Raises:
+            ValueError: naming the column, its role and the file.
+        """
+        from apps.recsys.readers.user_tables import check_columns
+
+        for file in self.files:
+            check_columns(file, self.roles)
 
     def __iter__(self) -> Iterator[TableBatch]:
         return itertools.islice(self._batches(), self.rank, None, self.num_processes)

@@ -1,16 +1,22 @@
 """The retriever from the command line: trained, tested, and asked for items of a file of users."""
 
+import itertools
 import json
 
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet
 import pytest
+import torch
 import yaml
+from lightning.pytorch import Trainer
 from made_pairs import FILMS, TABLE, options
 
 import apps
 from apps.cli import main
+from apps.recsys.retrieval.data import RetrievalData
 from apps.recsys.retrieval.index import ItemIndex
+from apps.recsys.tables import streaming
 
 USERS = {"key": [7, 8], "user": ["cy", "zoe"], "age": [50, 25]}
 QUIET = {"accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1}
@@ -75,6 +81,45 @@ def test_items_of_a_file_of_users_are_those_of_a_script(runs):
     assert likes == pytest.approx(list(script["probability_like"]), rel=1e-5)
 
 
+def flat(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_users_are_read_piece_by_piece(runs, monkeypatch, kind):
+    folder, _ = runs
+    table = pa.table({"key": range(5), "user": ["cy", "zoe", "ann", "bob", "cy"], "age": [50, 25, 31, 40, 51]})
+    for number, part in enumerate((table.slice(0, 3), table.slice(3))):
+        path = folder / f"many-{number}.{kind}"
+        pa.csv.write_csv(part, path) if kind == "csv" else pa.parquet.write_table(part, path)
+    model = apps.load(folder / "retrieve")
+    model.rank, model.candidates, model.top_k = str(folder / "rank"), 4, 3
+
+    def lines(**changed):
+        """Return what a Trainer predicts: for each batch its columns."""
+        files = {"predict_file": str(folder / f"many-*.{kind}"), "predict_columns": ["key", "age"]}
+        data = RetrievalData(**{**options(folder, user_column="user", exclude_seen=True), **files, **changed})
+        data.adopt(model.encoding_state)
+        return Trainer(**QUIET, logger=False, enable_progress_bar=False).predict(model, datamodule=data)
+
+    (whole,) = lines()
+    read = []
+    monkeypatch.setattr(streaming, "_PIECE_ROWS", 2)
+    monkeypatch.setattr(streaming, "one_ahead", lambda items: (read.append(item[0]) or item for item in items))
+    batches = lines(eval_batch_size=2)
+    sizes = [len(piece) for piece in read if "key" in piece.column_names]  # the others are the ranking model's
+    assert sizes == [len(batch["index"]) for batch in batches] == [2, 2, 1]  # the second piece has a row of each file
+    assert torch.cat([batch["index"] for batch in batches]).tolist() == whole["index"].tolist() == list(range(5))
+    for name in ("key", "user", "age", "film"):
+        assert [value for batch in batches for value in batch[name]] == whole[name]
+    for name in ("score", "probability_like"):
+        assert flat(value for batch in batches for value in batch[name]) == pytest.approx(flat(whole[name]))
+    assert whole["age"] == [str(age) if kind == "csv" else age for age in table["age"].to_pylist()]
+    script = model.predict(table, top=3, rank=folder / "rank", candidates=4)
+    assert flat(whole["film"]) == script["film"].to_pylist()
+    assert flat(whole["probability_like"]) == pytest.approx(script["probability_like"].to_pylist())
+
+
 def test_an_index_file_stands_for_the_items(runs):
     folder, _ = runs
     model = apps.load(folder / "retrieve")
@@ -101,10 +146,12 @@ def test_errors_are_one_line(runs, capsys):
     folder, where = runs
     predict = ["predict", *where, "--output", str(folder / "none.jsonl")]
     pa.csv.write_csv(pa.table({"user": ["cy"]}), folder / "bare.csv")
+    (folder / "empty.csv").write_text("user,age\n")
     for words, message in (
         (["--model.rank", str(folder / "nothing")], "no checkpoint"),
         (["--model.index_file", str(folder / "nothing")], "no item index"),
         (["--data.predict_file", str(folder / "bare.csv")], "column 'age' (continuous) is not in"),
+        (["--data.predict_file", str(folder / "empty.csv")], "the rows to predict: there are none"),
     ):
         capsys.readouterr()
         assert main([*predict, *words]) == 1

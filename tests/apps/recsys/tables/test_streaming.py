@@ -54,7 +54,7 @@ def test_each_process_takes_its_batches(own, tmp_path):
     pa.parquet.write_table(pa.table(ROWS), tmp_path / "new.parquet")
     encoding = own().encoding
     parts = [
-        [batch.index_B.tolist() for batch in FileRows([tmp_path / "new.parquet"], encoding, 2, (), rank, 3)]
+        [batch.index_B.tolist() for batch in FileRows([tmp_path / "new.parquet"], encoding, 2, {}, rank, 3)]
         for rank in range(3)
     ]
     assert parts == [[[0, 1], [6]], [[2, 3]], [[4, 5]]]
