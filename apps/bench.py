@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UsageError: no such benchmark, or no source tree beside this package.
     """
-    names = sorted(p.stem for p in FOLDER.glob("*.py"))
+    names = sorted(p.stem for p in FOLDER.glob("[!_]*.py"))
     if not names:
         raise UsageError(f"no benchmarks in {FOLDER}: they are in the source tree, install it with pip install -e .")
     if not argv or argv[0] in ("-h", "--help"):

@@ -11,8 +11,8 @@ over our model and, with ``--peers``, over torch-rechub's of the same widths, on
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.base.machine import machine_line
+from apps.bench import load
 from apps.recsys.sequence.data import HistoryBatch, HistoryData
 from apps.recsys.sequence.model import HistoryModelConfig
 from apps.recsys.sequence.module import NextItemRecommender
+
+rounds = load("_rounds")
 
 PEER = "torch-rechub"
 WIDTH, BLOCKS, HEADS, BUCKETS = 64, 2, 2, 64
@@ -99,11 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     data.prepare_data()
     data.setup()
-    batches = []
-    for batch in data.train_dataloader():
-        batches.append(batch)
-        if len(batches) == args.steps:
-            break
+    batches = list(itertools.islice(data.train_dataloader(), args.steps))
     makers = {"moesaic": ours, PEER: rechub} if args.peers else {"moesaic": ours}
     loops = {}
     for name, make in makers.items():
@@ -111,21 +110,11 @@ def main(argv: list[str] | None = None) -> int:
             loops[name] = bare_loop(*make(data), batches, getattr(torch, args.dtype))
         except ImportError as error:
             print(f"{name} is left out: {error}")
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for round_number in range(args.rounds + 1):
-        for name, loop in loops.items():
-            spent = loop()
-            if round_number:  # the first warms up
-                seconds[name].append(spent)
-    items = sum(int((batch.items_BS > 0).sum()) for batch in batches)
+    thousands = sum(int((batch.items_BS > 0).sum()) for batch in batches) / 1e3
     print(machine_line())
     print("| system | thousand items a processor second (quartiles) | over torch-rechub |\n|---|---|---|")
-    for name, times in seconds.items():
-        rates = [items / s / 1e3 for s in times]
-        low, mid, high = statistics.quantiles(rates, n=4) if len(rates) > 1 else [rates[0]] * 3
-        shown = ""
-        if PEER in seconds:
-            shown = f"{statistics.median(p / s for p, s in zip(seconds[PEER], times, strict=True)):.2f}x"
+    for name, (low, mid, high), ratio in rounds.rates(rounds.in_turn(loops, args.rounds), thousands, PEER):
+        shown = "" if ratio is None else f"{ratio:.2f}x"
         print(f"| {name} | {mid:.1f} ({low:.1f}-{high:.1f}) | {shown} |")
     return 0
 

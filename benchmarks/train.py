@@ -11,9 +11,9 @@ Lightning's loop.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import core
 from apps.base.machine import machine_line
 from apps.base.quiet import quiet
+from apps.bench import load
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.dense import DenseConfig
@@ -37,6 +38,8 @@ from apps.recsys.tables.tasks import HeadConfig
 from apps.train.logs import MetricsCSV
 from apps.train.module import OptimizerConfig
 from apps.train.resume import GeneratorState
+
+rounds = load("_rounds")
 
 PEER = "torch-rechub, bare loop"
 
@@ -162,11 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     data = TableData("census_income", root=args.root, batch_size=args.batch_size, drop_last=True, seed=0)
     data.prepare_data()
     data.setup()
-    batches = []
-    for batch in data.train_dataloader():
-        batches.append(batch)
-        if len(batches) == args.steps:
-            break
+    batches = list(itertools.islice(data.train_dataloader(), args.steps))
     loops = {
         "moesaic, bare loop": bare_loop(build(data, args.norm, args.embedding), batches),
         "moesaic fit": lightning_loop(build(data, args.norm, args.embedding), data, len(batches)),
@@ -176,22 +175,11 @@ def main(argv: list[str] | None = None) -> int:
             loops[PEER] = rechub_loop(data, batches)
         except ImportError as error:
             print(f"torch-rechub is left out: {error}")
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for round_number in range(args.rounds + 1):
-        for name, loop in loops.items():
-            spent = loop()
-            if round_number:  # the first warms up
-                seconds[name].append(spent)
-    examples = len(batches) * args.batch_size
+    thousands = len(batches) * args.batch_size / 1e3
     print(machine_line())
     print("| system | thousand rows/s (quartiles) | over torch-rechub |\n|---|---|---|")
     rows = []
-    for name, times in seconds.items():
-        rates = [examples / s / 1e3 for s in times]
-        low, mid, high = statistics.quantiles(rates, n=4) if len(rates) > 1 else [rates[0]] * 3
-        ratio = None
-        if PEER in seconds:
-            ratio = statistics.median(p / s for p, s in zip(seconds[PEER], times, strict=True))
+    for name, (low, mid, high), ratio in rounds.rates(rounds.in_turn(loops, args.rounds), thousands, PEER):
         shown = "" if ratio is None else f"{ratio:.2f}x"
         print(f"| {name} | {mid:.0f} ({low:.0f}-{high:.0f}) | {shown} |")
         rows.append({"system": name, "thousand_rows_per_second": mid, "quartiles": [low, high], "ratio": ratio})

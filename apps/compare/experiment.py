@@ -188,9 +188,18 @@ def validation_batch(data: Any, need: str) -> Any:
     data.prepare_data()
     data.setup("fit")
     loader = data.val_dataloader()
-    if not len(loader):
-        raise ValueError(f"the data has no validation split, which {need} (data.val_size)")
+    check_validation(len(loader), need)
     return next(iter(loader))
+
+
+def check_validation(num_batches: float, need: str) -> None:
+    """Refuse data without a validation batch; ``need`` is as for ``validation_batch``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not num_batches:
+        raise ValueError(f"the data has no validation split, which {need} (data.val_size)")
 
 
 def arguments(

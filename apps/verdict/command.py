@@ -32,7 +32,7 @@ from apps.verdict.reasons import Facts, causes, changes
 from apps.verdict.result import NUMBERS, PAGE, Verdict, lines, write
 from apps.verdict.schedule import FACTORS, Schedule, Speed, make_schedule
 from apps.verdict.source import configuration
-from apps.verdict.training import measure_speed
+from apps.verdict.training import VALIDATION_NEED, measure_speed
 from apps.verdict.work import Plan, Work, answers
 
 EVALUATION_SHARE = 0.01
@@ -155,7 +155,7 @@ def _systems(experiment: Experiment) -> tuple[Any, System, System]:
     if wanted is None:
         why = "; ".join(own.note for own in baselines.values()) or "it has no such baseline"
         raise ValueError(f"{type(model.module).__name__} has no dense model of equal FLOPs to compare with: {why}")
-    sparse, dense = find_systems(model, validation_batch(data, "the learning rates are chosen by"), [wanted])
+    sparse, dense = find_systems(model, validation_batch(data, VALIDATION_NEED), [wanted])
     return model, sparse, dense
 
 

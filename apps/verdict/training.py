@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 
 from apps.base.files import replacing
 from apps.base.quiet import quiet
-from apps.compare.experiment import Experiment
+from apps.compare.experiment import Experiment, check_validation
 from apps.compare.files import read_json, write_json
 from apps.compare.training import Progress, interruptible, unseen
 from apps.train.cost import num_examples
@@ -32,6 +32,9 @@ from apps.verdict.schedule import Speed
 # Trainer options that a verdict sets itself, beside those that every comparison sets.
 _OWN = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "limit_val_batches", "limit_test_batches",
         "limit_predict_batches", "val_check_interval", "check_val_every_n_epoch", "overfit_batches")  # fmt: skip
+
+VALIDATION_NEED = "the learning rates are chosen by"
+"""What a verdict needs a validation split for, as messages say it."""
 
 _TRIAL_STEPS, _LEAST_TRIAL_STEPS, _TRIAL_SHARE, _TRIAL_SECONDS = 25, 3, 0.01, 3.0
 _MOST_SAMPLE = 2000
@@ -278,8 +281,7 @@ def measure_speed(
         data.setup("test")
         loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}
         counts = {f"{name}_batches": _length(loader) for name, loader in loaders.items()}
-        if not counts["val_batches"]:
-            raise ValueError("the data has no validation split, which the learning rates are chosen by (data.val_size)")
+        check_validation(counts["val_batches"], VALIDATION_NEED)
         seconds = {}
         for stage in ("val", "test"):
             batches = min(2, int(min(counts[f"{stage}_batches"], 2)))

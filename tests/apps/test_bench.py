@@ -23,6 +23,7 @@ def test_bench_runs_the_file_with_its_options(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
     assert moesaic(["bench", "layer", "--rounds", "1"]) == 0
     assert capsys.readouterr().out == "ran ['--rounds', '1']\n"
+    (tmp_path / "_parts.py").write_text("")  # no benchmark: others take their parts from it
     assert moesaic(["bench", "larye"]) == 2
     assert "'larye' is no benchmark; there is layer" in capsys.readouterr().err
     monkeypatch.setattr(bench, "FOLDER", tmp_path / "none")
@@ -45,3 +46,19 @@ def test_bench_routing_reads_the_overlays(capsys):
 def test_bench_routing_names_an_unknown_router(capsys):
     assert moesaic(["bench", "routing", "--routers", "swich"]) == 2
     assert "router 'swich' is neither a file nor one of" in capsys.readouterr().err
+
+
+def test_systems_take_turns_and_the_first_round_warms_up():
+    rounds, calls = bench.load("_rounds"), []
+
+    def loop(name, seconds):
+        return lambda: calls.append(name) or seconds[calls.count(name) - 1]
+
+    seconds = rounds.in_turn({"ours": loop("ours", [9.0, 2.0, 1.0]), "theirs": loop("theirs", [9.0, 4.0, 4.0])}, 2)
+    assert seconds == {"ours": [2.0, 1.0], "theirs": [4.0, 4.0]}
+    assert calls == ["ours", "theirs"] * 3
+    (ours, theirs) = rounds.rates(seconds, 12.0, "theirs")
+    # 6 and 12 a second: the quartiles of two values lie a quarter of their distance beyond them.
+    assert ours == ("ours", [4.5, 9.0, 13.5], 3.0)  # twice and four times as fast
+    assert theirs == ("theirs", [3.0, 3.0, 3.0], 1.0)
+    assert list(rounds.rates({"ours": [2.0]}, 12.0, "theirs")) == [("ours", [6.0, 6.0, 6.0], None)]
