@@ -170,9 +170,10 @@ def to_vectors(parts: Sequence[Part], column: str, size: int | None = None, firs
     """
     vectors = []
     for where, data in parts:
-        kind = data.type
+        kind = plain(data).type
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-            raise ValueError(f"column {column!r} of {where} holds values of type {kind}, not lists of numbers")
+            advice = " (a CSV file has no lists: take Parquet)" if is_text(kind) else ""
+            raise ValueError(f"column {column!r} of {where} holds values of type {kind}, not lists of numbers{advice}")
         item = kind.value_type
         if not (pa.types.is_integer(item) or pa.types.is_floating(item)):
             raise ValueError(f"column {column!r} of {where} holds lists of {item}, not of numbers")

@@ -145,7 +145,7 @@ def to_weights(parts: Sequence[Part], column: str) -> NDArray[np.float64]:
     if bad_N.any():
         row = int(np.argmax(bad_N))
         odd = "none" if np.isnan(weight_N[row]) else f"{weight_N[row]:g}"
-        raise ValueError(f"column {column!r} must hold weights of at least 0, but row {row} holds {odd}")
+        raise ValueError(f"column {column!r} must hold finite weights of at least 0, but row {row} holds {odd}")
     return weight_N
 
 

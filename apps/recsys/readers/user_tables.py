@@ -269,7 +269,7 @@ def _check_size(metadata: pa.parquet.FileMetaData, file: Path) -> None:
 def _check(names: list[str], roles: Mapping[str, str], file: Path) -> None:
     for column, role in roles.items():
         if column not in names:
-            near = nearest(column, names)
+            near = nearest(column, [name for name in names if name not in roles])
             if len(names) == 1 and _kind(file) in _SEPARATORS:
                 near = f", whose one column is {names[0]!r}: is it separated by {_SEPARATORS[_kind(file)]!r}?"
             raise ValueError(f"column {column!r} ({role}) is not in {str(file)!r}{near}")

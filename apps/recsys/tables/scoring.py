@@ -159,7 +159,7 @@ def is_frame(rows: Any) -> bool:
 def _check_columns(names: list[Any], roles: Mapping[str, str]) -> None:
     for column, role in roles.items():
         if column not in names:
-            near = nearest(column, [name for name in names if isinstance(name, str)])
+            near = nearest(column, [name for name in names if isinstance(name, str) and name not in roles])
             raise ValueError(f"column {column!r} ({role}) is not in the rows to predict{near}")
         if names.count(column) > 1:
             raise ValueError(f"the rows to predict have two columns {column!r}")

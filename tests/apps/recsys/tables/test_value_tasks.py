@@ -145,7 +145,9 @@ def test_training_lowers_every_loss_and_predictions_have_their_columns(tmp_path)
         ({"price": TaskConfig("price", kind="regression", mask="stars")}, ROWS, {}, "mask column 'stars' must hold "
          "0 and 1, but row 1 holds 3"),
         ({"clicked": TaskConfig("clicked")}, [*ROWS, ("a", 0.0, 0, 4.5, 1, 0, 1, "red", -1.0)], {"weight": "weight"},
-         r"'weight' must hold weights of at least 0, but row 4 holds -1"),
+         r"'weight' must hold finite weights of at least 0, but row 4 holds -1"),
+        ({"clicked": TaskConfig("clicked")}, [*ROWS, ("a", 0.0, 0, 4.5, 1, 0, 1, "red", float("inf"))],
+         {"weight": "weight"}, r"'weight' must hold finite weights of at least 0, but row 4 holds inf"),
         ({"clicked": TaskConfig("clicked")}, [(*row[:-1], 0.0) for row in ROWS], {"weight": "weight"},
          r"'weight' sum to 0 over the training rows of task 'clicked'"),
     ],

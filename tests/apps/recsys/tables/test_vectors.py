@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,6 +40,7 @@ def test_a_missing_vector_is_nan():
     [
         ((["a"],), "'title' of the training table holds lists of string, not of numbers"),
         ((1.5,), "'title' of the training table holds values of type double, not lists of numbers"),
+        (("1 2",), "holds values of type string, not lists of numbers (a CSV file has no lists: take Parquet)"),
         (([1.0, 2.0], [1.0]), "the vector in row 1 has 1 numbers, and must have 2, as the others have"),
         (([1.0, None],), "the vector in row 0 holds a number that is missing or not finite"),
         (([1.0], [np.inf]), "the vector in row 1 holds a number that is missing or not finite"),
@@ -45,8 +48,14 @@ def test_a_missing_vector_is_nan():
     ],
 )
 def test_refused(values, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=re.escape(match)):
         to_vectors(column(*values), "title")
+
+
+def test_repeated_text_is_refused_by_its_own_type():
+    (part,) = column("1 2", "1 2")
+    with pytest.raises(ValueError, match="holds values of type string, not lists of numbers"):
+        to_vectors([(part[0], part[1].dictionary_encode())], "title")
 
 
 def test_a_vector_is_mapped_as_it_is_scaled():
