@@ -93,6 +93,8 @@ def data_arguments(kind: str, given: Mapping[str, Any], options: Options) -> dic
         return _image_arguments(given, at(data, ("dataset",)), at(data, ("image_size",)))
     if kind == "ImageTextRetriever":
         return _pair_arguments(given, data)
+    if kind == "ImageCaptioner":
+        return _caption_arguments(given, data)
     if kind == "MultiTaskRecommender" and "features" not in given:
         return {"features": _features(options, given)}
     if kind in ("NextItemRecommender", "TwoTowerRetriever") and "num_items" not in given:
@@ -138,6 +140,14 @@ def _pair_arguments(given: Mapping[str, Any], data: Any) -> dict[str, Any]:
         "attributes": dict.fromkeys(names, 1) or None,
     }
     return {name: value for name, value in known.items() if value is not None and given.get(name) is None}
+
+
+def _caption_arguments(given: Mapping[str, Any], data: Any) -> dict[str, Any]:
+    """Return the sizes of images and texts, whose vocabulary must be told: the output has a row for each of its ids."""
+    known = _pair_arguments(given, data)
+    if "vocab_size" not in {**given, **known}:
+        raise UsageError("the vocabulary's size comes from the data: give --data.tokenizer.vocab_size N")
+    return {name: value for name, value in known.items() if name != "attributes"}
 
 
 def _check_columns(kind: str, options: Options) -> None:
@@ -288,6 +298,16 @@ def _captioned(module: Any, options: Options, dtype: torch.dtype) -> Trial:
     return Trial(lambda: module.model(image, _ids(batch, length)), batch, batch * per_pair, loss, "patches and pieces")
 
 
+def _captions(module: Any, options: Options, dtype: torch.dtype) -> Trial:
+    length = min(options.length or module.max_tokens, module.max_tokens)
+    batch = _batch(options, length)
+    tokens = batch * length
+    size = module.image_size
+    image = torch.empty(batch, module.in_chans, size, size, device="meta", dtype=dtype)
+    loss = _vocabulary_loss(tokens, module.model.output_weight, dtype)
+    return Trial(lambda: module.model.decode(_ids(batch, length), module.model.encode(image)), batch, tokens, loss)
+
+
 def _histories(module: Any, options: Options, dtype: torch.dtype) -> Trial:
     length = min(options.length or module.max_length, module.max_length)
     batch = _batch(options, length)
@@ -386,6 +406,7 @@ _TRIALS: dict[str, Callable[[Any, Options, torch.dtype], Trial]] = {
     "Translator": _translation,
     "VisionClassifier": _images,
     "ImageTextRetriever": _captioned,
+    "ImageCaptioner": _captions,
     "NextItemRecommender": _histories,
     "MultiTaskRecommender": _table,
     "TwoTowerRetriever": _pairs,

@@ -253,3 +253,14 @@ def test_gates_before_blocks_leave_experts_divisible():
     outline = outlined(options(*histories, "--gpu", "h100", "--gpus", "8"))
     assert outline.undivided is None
     assert [layer.num_experts for layer in outline.layers.values()] == [8, 8]
+
+
+def test_a_captioner_is_planned_by_the_length_of_its_texts():
+    # Its data give the vocabulary; 64 images of the configuration, with 10 ids each.
+    argv = ("--config", "configs/multimodal/shapes_captions.yaml", "--gpus", "2", "--gpu", "h100", "--length", "10")
+    given = options(*argv, "--data.tokenizer.vocab_size", "629")
+    outline = outlined(given)
+    assert outline.kind == "ImageCaptioner"
+    assert list(outline.layers) == ["model.decoder.layers.1.ffn"]
+    assert (outline.trial.examples, outline.trial.tokens) == (64, 640)
+    assert outline.trial.loss.flops == 2 * 640 * 629 * 64  # the output product, width 64
