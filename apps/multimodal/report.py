@@ -81,7 +81,7 @@ class PairReportConfig(ReportConfig):
             check_templates(f"report.attribute_templates.{name}", templates)
 
     def brief(self) -> Self:
-        return replace(self, zero_shot=(), probe_images=0, queries=0, samples=0)
+        return replace(self, probe_images=0)
 
     def templates_of(self, attribute: str) -> tuple[str, ...]:
         """Return the templates of an attribute."""

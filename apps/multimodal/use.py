@@ -263,7 +263,7 @@ def _known_counts(routing: Any, label: Tensor, num_labels: int) -> Tensor:
 
 
 def _sum(a: LayerUse, b: LayerUse) -> LayerUse:
-    patches = a.patches or b.patches
+    patches = b.patches if a.patches is None else a.patches
     if a.patches is not None and b.patches is not None:
         patches = a.patches.joined(b.patches)
     return LayerUse(

@@ -73,7 +73,9 @@ def test_report_writes_tables_and_pictures(tmp_path, data):
 
 
 def test_a_dense_model_and_options_that_leave_parts_out(tmp_path, data):
-    module = model(data, moe=None, report=PairReportConfig(pictures=False).brief())
+    report = PairReportConfig(pictures=False, zero_shot=()).brief()
+    assert report.probe_images == 0
+    module = model(data, moe=None, report=report)
     (metrics,) = quiet_trainer(tmp_path).test(module, datamodule=data, verbose=False)
     assert not [name for name in metrics if "zero_shot" in name or "probe" in name]
     # What is left of the classes is how many images are of the commonest.

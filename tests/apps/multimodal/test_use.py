@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from small_pairs import MOE, pair_batch, retriever
+from small_pairs import MOE, TOWER, pair_batch, retriever
 
 import core
+from apps.multimodal.drawn import PatchImages, PieceTexts
+from apps.multimodal.pretrained import BertTexts, ViTImages
+from apps.multimodal.two_towers import TwoTowers
 from apps.multimodal.use import ExpertUse, class_information, frequent_pieces, layer_name
+from apps.porting.sentences import BertConfig
+from apps.vision.model import ViTConfig
 
 
 def used(module, batches, wanted=0):
@@ -130,8 +136,6 @@ def only(expert: int):
         expert_N = torch.where(modality_T[routing.token_index_N] == 1, expert, routing.token_index_N % 2)
         expert_N = torch.where(routing.expert_ids_N == 2, 2, expert_N)
         counts_E = torch.bincount(expert_N, minlength=3)[:2]
-        from dataclasses import replace
-
         return replace(routing, expert_ids_N=expert_N, tokens_per_expert_E=counts_E, chosen_per_expert_E=counts_E)
 
     layer.router.register_forward_hook(decide, with_kwargs=True)
@@ -172,3 +176,31 @@ def test_names_of_layers():
     assert layer_name("model.towers.image_tower.blocks.3.mlp") == "image block 3"
     assert layer_name("model.towers.text.layers.0.ffn") == "text block 0"
     assert layer_name("model.head.experts.task0") == "head.experts.task0"
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [
+        TwoTowers(PatchImages(blocks_as=TOWER), PieceTexts(blocks_as=TOWER)),
+        TwoTowers(
+            ViTImages(vit=ViTConfig(patch_size=4, embed_dim=16, depth=2, num_heads=2)),
+            BertTexts(bert=BertConfig(16, 32, depth=2, num_heads=2, max_positions=16)),
+        ),
+    ],
+    ids=["from_scratch", "as_published"],
+)
+def test_a_tower_for_each_modality(tower):
+    use, _ = used(retriever(tower=tower), [pair_batch(6)], wanted=2)
+    image, text = use.layers["image block 1"], use.layers["text block 1"]
+    assert len(use.layers) == 2
+    assert text.tokens_M.tolist() == [0, 2 + 3 + 4 + 5 + 6 + 2]
+    assert image.tokens_M[1] == 0
+    assert image.tokens_M[0] >= 6 * 4  # a class token may stand before the patches
+    assert text.patches is None
+    assert image.patches.patch_EnCHW.shape[2:] == (3, 4, 4)
+    assert not image.by_piece_VE.any()
+    assert int(text.by_piece_VE.sum()) == 2 * int(text.tokens_M[1])
+    for pair in use.shown:
+        assert pair.grids["image block 1"].shape == (2, 2)
+        assert len(pair.pieces["text block 1"]) == len(pair.ids)
+    assert not [line for line in use.alarms() if "Remedy" in line]
