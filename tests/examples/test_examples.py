@@ -1,4 +1,4 @@
-"""The worked examples of ``core.sparsify``, on small networks: they begin as they were, and learn."""
+"""The worked examples, on small networks: those of ``core.sparsify`` begin as they were, and learn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from examples import graph_network, timm_vit
+from examples import graph_network, pictures_for_recommenders, timm_vit
 
 
 def figures(printed: str) -> dict[str, tuple[float, float]]:
@@ -67,3 +67,14 @@ def test_a_sentence_encoder(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("2 of 2 feed-forward networks are sparse")
     check_begins_and_learns(printed, above=99.0)  # both of the titles held out
+
+
+def test_pictures_tell_a_recommender_which_new_items_are_clicked(capsys):
+    assert pictures_for_recommenders.main(["--epochs", "2", "--users", "200"]) == 0
+    printed = capsys.readouterr().out
+    aucs = {kind: float(auc) for kind, auc in re.findall(r"^(with\w*) vectors: AUC (\S+),", printed, re.MULTILINE)}
+    assert aucs["without"] == pytest.approx(0.5, abs=0.05)  # nothing else tells new items apart
+    assert aucs["with"] > 0.6
+    low = re.search(r"^with minus without: (\S+) to", printed, re.MULTILINE)
+    assert low is not None
+    assert float(low[1]) > 0.05
