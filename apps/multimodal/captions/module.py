@@ -17,12 +17,12 @@ import core
 from apps.base.checks import check_at_least, check_name
 from apps.base.evaluation import in_evaluation
 from apps.data.subwords import PAD_ID, Subwords
-from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
+from apps.equal_cost.comparable import Baseline, Comparable, ExampleDifference, ExampleValues, RoutedLayers
 from apps.equal_cost.twins import dense_twins
 from apps.multimodal.batch import PairBatch
 from apps.multimodal.captions.metrics import CaptionedImage, CaptionMetrics, Pair, num_references, signatures
 from apps.multimodal.captions.model import CaptionModel
-from apps.multimodal.captions.report import CaptionReport, CaptionReportConfig, image_name
+from apps.multimodal.captions.report import CaptionReport, CaptionReportConfig, image_name, side_by_side
 from apps.multimodal.encoding import PairEncoding
 from apps.multimodal.image_index import tell
 from apps.multimodal.vectors import FileBatch
@@ -475,3 +475,32 @@ class ImageCaptioner(SparseModule, Comparable):
         nats_N = torch.cat([out.outputs.nll_B.double() for out in outs]).cpu()
         tokens_N = torch.cat([out.outputs.tokens_B.double() for out in outs]).cpu()
         return ExampleValues("nats_per_token", ratio_values(nats_N, tokens_N), higher_is_better=False)
+
+    def examples_of_test(self) -> list[dict[str, Any]]:
+        """Return each image of the last test, with its caption and its texts."""
+        data = self._data()
+        return [
+            {
+                "index": image.image,
+                "image": image_name(data, image.image),
+                "references": list(image.references),
+                "caption": image.caption,
+            }
+            for image in self._tested
+        ]
+
+    def compare_examples(
+        self, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+    ) -> list[ExampleDifference]:
+        """Return BLEU and chrF++ differences by paired bootstrap resampling of the images."""
+        from apps.nlp.text.significance import text_differences
+
+        if [(e["index"], e["references"]) for e in first] != [(e["index"], e["references"]) for e in second]:
+            raise ValueError("the two tests are not of the same images")
+        captions, others = ([e["caption"] for e in examples] for examples in (first, second))
+        references = [e["references"] for e in first]
+        return text_differences(captions, others, references, self.bleu_tokenize, over="test images")
+
+    def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+        """Return images at equal steps through the test set, with each system's caption."""
+        return side_by_side(systems, 0 if self.report is None else self.report.samples)

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -195,6 +195,22 @@ def image_name(data: Any, number: int) -> str:
     """Return the name that the data give an image, else its number."""
     name = getattr(data, "image_name", None)
     return f"image {number}" if name is None else str(name(number))
+
+
+def side_by_side(systems: Mapping[str, Sequence[Mapping[str, Any]]], count: int) -> str:
+    """Return ``count`` test images, at equal steps, with their first text and each system's caption.
+
+    Args:
+        systems: ``ImageCaptioner.examples_of_test`` of each system, by its heading; all are of the same images.
+        count: how many images.
+    """
+    first = next(iter(systems.values()), ())
+    width = max((len(name) for name in (*systems, "text")), default=0) + 2
+    lines: list[str] = []
+    for place in spread_places(len(first), count):
+        lines += ["", str(first[place]["image"]), f"  {'text':<{width}}{first[place]['references'][0]}"]
+        lines += [f"  {name:<{width}}{own[place]['caption']}" for name, own in systems.items()]
+    return "\n".join(lines[1:])
 
 
 # ---- single images

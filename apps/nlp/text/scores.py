@@ -13,6 +13,8 @@ from apps.base.messages import one_line
 
 Score = Literal["bleu", "chrf"]
 SCORES: tuple[Score, ...] = ("bleu", "chrf")
+References = Sequence[str] | Sequence[Sequence[str]]
+"""The right text of each text, or its several right ones."""
 
 
 def scorer(score: Score, tokenize: str = "13a") -> Any:
@@ -37,9 +39,7 @@ def scorer(score: Score, tokenize: str = "13a") -> Any:
         raise ValueError(f"bleu_tokenize={tokenize!r}: {one_line(str(error))}") from error
 
 
-def corpus_score(
-    score: Score, hypotheses: Sequence[str], references: Sequence[str | Sequence[str]], tokenize: str = "13a"
-) -> float:
+def corpus_score(score: Score, hypotheses: Sequence[str], references: References, tokenize: str = "13a") -> float:
     """Return BLEU or chrF++ of a corpus, in 0..100; NaN without texts.
 
     Args:
@@ -53,11 +53,15 @@ def corpus_score(
     """
     if not hypotheses:
         return math.nan
-    return float(scorer(score, tokenize).corpus_score(list(hypotheses), _streams(references)).score)
+    return float(scorer(score, tokenize).corpus_score(list(hypotheses), streams(references)).score)
 
 
-def _streams(references: Sequence[str | Sequence[str]]) -> list[list[str | None]]:
-    """Return sacrebleu's form: the first references of all texts, the second ones, ...; None where there are fewer."""
+def streams(references: References) -> list[list[str | None]]:
+    """Return sacrebleu's form: the first references of all texts, the second ones, ...; None where there are fewer.
+
+    Raises:
+        ValueError: a text has none.
+    """
     rows = [[own] if isinstance(own, str) else list(own) for own in references]
     if not all(rows):
         raise ValueError(f"text {next(i for i, row in enumerate(rows) if not row)} has no reference")
@@ -74,5 +78,5 @@ def signature(score: Score, tokenize: str = "13a", references: int | None = 1) -
     """
     metric = scorer(score, tokenize)
     # Before it has scored something, it does not know how many references there are.
-    metric.corpus_score(["a", "a"], _streams([["a"], ["a", "a"]] if references is None else [["a"] * references] * 2))
+    metric.corpus_score(["a", "a"], streams([["a"], ["a", "a"]] if references is None else [["a"] * references] * 2))
     return str(metric.get_signature())

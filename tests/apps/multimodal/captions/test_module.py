@@ -16,6 +16,7 @@ import core
 from apps.multimodal.captions.module import ImageCaptioner
 from apps.multimodal.encoding import PairEncoding, TextEncoding
 from apps.nets.config import TransformerConfig
+from apps.nlp.text.scores import corpus_score
 
 ALL = pairs(*zip(COLOURS, TEXTS, strict=True))
 
@@ -184,6 +185,24 @@ def test_the_value_of_a_comparison_is_the_nats_a_token():
     values = module.example_values([out])
     assert (values.name, values.higher_is_better) == ("nats_per_token", False)
     assert values.mean == pytest.approx(float(out.loss))
+
+
+def test_two_tests_are_compared_by_their_captions(trained):
+    texts = [["a red hat", "a hat in red"], ["two blue shoes"], ["a green bag"]]
+
+    def examples(*captions):
+        rows = enumerate(zip(captions, texts, strict=True))
+        return [{"index": i, "image": f"{i}.png", "caption": c, "references": own} for i, (c, own) in rows]
+
+    good, bad = examples("a hat in red", "two blue shoes", "a green bag"), examples("hat", "one shoe", "bag of green")
+    bleu, chrf = trained.compare_examples(good, bad)
+    assert (bleu.name, chrf.name, bleu.over) == ("BLEU", "chrF++", "test images")
+    assert chrf.difference == pytest.approx(100 - corpus_score("chrf", [e["caption"] for e in bad], texts))
+    with pytest.raises(ValueError, match="not of the same images"):
+        trained.compare_examples(good, bad[:2])
+    lines = trained.side_by_side({"sparse": good, "dense": bad}).splitlines()
+    assert lines[:4] == ["0.png", "  text    a red hat", "  sparse  a hat in red", "  dense   hat"]
+    assert len(lines) == 3 * 4 + 2  # an empty line between images
 
 
 # ---- bad input

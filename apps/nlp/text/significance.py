@@ -1,4 +1,4 @@
-"""A test of whether two systems' translations differ by more than the choice of sentences explains (Koehn 2004).
+"""A test of whether the texts of two systems differ by more than the choice of sentences explains (Koehn 2004).
 
 Paired bootstrap resampling: test sets of the same size are drawn with replacement from the sentences, and both systems
 are scored on each. BLEU and chrF++ are functions of sums over sentences, so draws are a product of counts and sums.
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apps.equal_cost.comparable import ExampleDifference
-from apps.nlp.text.scores import SCORES, Score, scorer
+from apps.nlp.text.scores import SCORES, References, Score, scorer, streams
 
 RESAMPLES = 1000
 LABELS: Mapping[Score, str] = {"bleu": "BLEU", "chrf": "chrF++"}
@@ -50,7 +50,7 @@ class PairedBootstrap:
 def paired_bootstrap(
     hypotheses_a: Sequence[str],
     hypotheses_b: Sequence[str],
-    references: Sequence[str],
+    references: References,
     score: Score = "bleu",
     tokenize: str | Mapping[Any, str] = "13a",
     resamples: int = RESAMPLES,
@@ -60,8 +60,8 @@ def paired_bootstrap(
     """Return the difference of two systems in BLEU or chrF++, and how it varies over other test sets.
 
     Args:
-        hypotheses_a, hypotheses_b: the two systems' translations, one a sentence.
-        references: the same sentences' references.
+        hypotheses_a, hypotheses_b: the two systems' texts, one a sentence.
+        references: the same sentences' references, one or several each.
         score: "bleu" or "chrf".
         tokenize: BLEU's tokenizer, a name of sacrebleu's, or the tokenizer of each stratum.
         resamples: test sets drawn.
@@ -106,55 +106,42 @@ def paired_bootstrap(
     return PairedBootstrap(a, b, a - b, float(low), float(high), p)
 
 
-def sentence_statistics(metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> Array:
+def sentence_statistics(metric: Any, hypotheses: Sequence[str], references: References) -> Array:
     """Return (N, K), the counts of each sentence whose sums make a corpus's score.
 
     sacrebleu has no public name for them; its own significance tests take them from here.
     """
-    return np.array(metric._extract_corpus_statistics(list(hypotheses), [list(references)]), dtype=np.float64)
+    return np.array(metric._extract_corpus_statistics(list(hypotheses), streams(references)), dtype=np.float64)
 
 
 def _score(metric: Any, sums_K: Array) -> float:
     return float(metric._compute_score_from_stats(sums_K.tolist()).score)
 
 
-def compare_sentences(
-    first: Sequence[Mapping[str, Any]],
-    second: Sequence[Mapping[str, Any]],
-    tokenizers: Mapping[str, str],
+def text_differences(
+    first: Sequence[str],
+    second: Sequence[str],
+    references: References,
+    tokenize: str | Mapping[Any, str],
+    strata: Sequence[Any] | None = None,
+    *,
+    of: str = "",
+    is_part: bool = False,
+    over: str = "test sentences",
 ) -> list[ExampleDifference]:
-    """Return the paired bootstrap of two tests as ``Translator.examples_of_test`` saves them: BLEU, then chrF++.
-
-    With several pairs the mean over the pairs comes first, then each pair.
+    """Return the paired bootstrap of two systems' texts: BLEU, then chrF++.
 
     Args:
-        first, second: the examples of each test.
-        tokenizers: BLEU's tokenizer for each language pair.
-
-    Raises:
-        ValueError: they are not of the same sentences.
+        first, second: texts of both systems.
+        references: as in ``paired_bootstrap``.
+        tokenize, strata: likewise.
+        of: what the figures' names end in.
+        is_part, over: as in ``ExampleDifference``.
     """
-    if [(e["index"], e["reference"]) for e in first] != [(e["index"], e["reference"]) for e in second]:
-        raise ValueError("the two tests are not of the same sentences")
-    names = [pair for pair in tokenizers if any(e["pair"] == pair for e in first)]
+    method = f"paired bootstrap, {RESAMPLES:,} draws"
     differences = []
     for score in SCORES:
-        for name in (None, *(names if len(names) > 1 else ())):
-            own = [i for i, e in enumerate(first) if name in (None, e["pair"])]
-            result = paired_bootstrap(
-                [first[i]["hypothesis"] for i in own],
-                [second[i]["hypothesis"] for i in own],
-                [first[i]["reference"] for i in own],
-                score,
-                tokenizers,
-                strata=[first[i]["pair"] for i in own],
-            )
-            of = "" if len(names) < 2 else ", mean of the pairs" if name is None else f" {name}"
-            label = f"{LABELS[score]}{of}"
-            method = f"paired bootstrap, {RESAMPLES:,} draws"
-            differences.append(
-                ExampleDifference(
-                    label, result.difference, result.low, result.high, result.p, method, bool(name), "test sentences"
-                )
-            )
+        r = paired_bootstrap(first, second, references, score, tokenize, strata=strata)
+        name = f"{LABELS[score]}{of}"
+        differences.append(ExampleDifference(name, r.difference, r.low, r.high, r.p, method, is_part, over))
     return differences

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from apps.nlp.text.scores import corpus_score, scorer
-from apps.nlp.translation.significance import compare_sentences, paired_bootstrap, sentence_statistics
+from apps.nlp.text.significance import paired_bootstrap, sentence_statistics, text_differences
 
 REFERENCES = [
     "the old man sat on the green bench",
@@ -91,26 +91,13 @@ def test_pairs_are_drawn_from_apart_and_their_scores_averaged():
     assert mean.low < mean.difference < mean.high
 
 
-def examples(hypotheses, pairs=("en-de",) * 6):
-    rows = zip(range(6), pairs, REFERENCES, hypotheses, strict=True)
-    return [{"index": i, "pair": p, "reference": r, "hypothesis": h} for i, p, r, h in rows]
-
-
-def test_saved_tests_are_compared_in_bleu_and_chrf():
-    differences = compare_sentences(examples(BETTER), examples(WORSE), {"en-de": "13a"})
-    assert [d.name for d in differences] == ["BLEU", "chrF++"]
-    assert differences[0].difference == pytest.approx(paired_bootstrap(BETTER, WORSE, REFERENCES).difference)
-    assert differences[0].method == "paired bootstrap, 1,000 draws"
-
-
-def test_several_pairs_have_their_mean_first_and_then_each():
-    pairs = ["en-de"] * 4 + ["en-fr"] * 2
-    differences = compare_sentences(
-        examples(BETTER, pairs), examples(WORSE, pairs), dict.fromkeys(["en-de", "de-en", "en-fr"], "13a")
-    )
-    assert [d.name for d in differences[:3]] == ["BLEU, mean of the pairs", "BLEU en-de", "BLEU en-fr"]
-    assert [d.is_part for d in differences] == [False, True, True] * 2
-    assert differences[0].difference == pytest.approx((differences[1].difference + differences[2].difference) / 2)
+def test_both_scores_are_compared_with_several_references():
+    several = [[reference, "another text"] for reference in REFERENCES]
+    bleu, chrf = text_differences(BETTER, WORSE, several, "13a", of=" here", over="test images")
+    assert (bleu.name, chrf.name, bleu.over) == ("BLEU here", "chrF++ here", "test images")
+    expected = [corpus_score("bleu", texts, several) for texts in (BETTER, WORSE)]
+    assert bleu.difference == pytest.approx(expected[0] - expected[1])
+    assert bleu.method == "paired bootstrap, 1,000 draws"
 
 
 def test_what_is_not_paired_is_refused():
@@ -120,5 +107,3 @@ def test_what_is_not_paired_is_refused():
         paired_bootstrap([], [], [])
     with pytest.raises(ValueError, match="resamples=0 must be at least 1"):
         paired_bootstrap(BETTER, WORSE, REFERENCES, resamples=0)
-    with pytest.raises(ValueError, match="not of the same sentences"):
-        compare_sentences(examples(BETTER), examples(WORSE)[:5], {"en-de": "13a"})
