@@ -310,10 +310,10 @@ class Outputs:
         """Return each task's outputs (..., width) of all (..., Z)."""
         return z.split([kind.width for kind in self.kinds], dim=-1)
 
-    def shifted(self, z: Tensor, offset_t: Tensor) -> Tensor:
-        """Return outputs (..., Z) with a number added to all outputs of each task."""
-        widths = torch.tensor([kind.width for kind in self.kinds], device=offset_t.device)
-        return z + offset_t.repeat_interleave(widths, output_size=self.width)
+    def shifted(self, z: Tensor, offset_Bt: Tensor) -> Tensor:
+        """Return outputs (..., B, Z) with a number added to all outputs of each example and task."""
+        widths = torch.tensor([kind.width for kind in self.kinds], device=offset_Bt.device)
+        return z + offset_Bt.repeat_interleave(widths, dim=-1, output_size=self.width)
 
     def losses(self, z: Tensor, label_Bt: Tensor) -> Tensor:
         """Return the loss of each example and task, (..., B, t); any number where a label is NaN."""

@@ -29,8 +29,8 @@ class TableBatch:
         kept: arrow arrays (B,) of the columns that predictions repeat, by name; None: there are none.
         cold_B: uint8 (B,), the sum of ``COLD_USER`` where the user has no row in training, and ``COLD_ITEM`` where the
             item has none (``apps.recsys.binary_metrics``). None: all have some, or are not named.
-        offset_t: float32 (t,), what the losses of binary tasks add to their logits, since some negative rows are left
-            out (``apps.recsys.tables.negatives``). None: nothing.
+        offset_Bt: float32 (B, t), what the losses of binary tasks add to their logits, since negative rows are left out
+            (``apps.recsys.tables.negatives``) or drawn (``drawn_items``); metrics add it too. None: nothing.
     """
 
     dense_BC: Tensor
@@ -44,7 +44,7 @@ class TableBatch:
     sequences: KeyedJaggedTensor | None = None
     kept: Mapping[str, Any] | None = None
     cold_B: Tensor | None = None
-    offset_t: Tensor | None = None
+    offset_Bt: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.label_Bt)

@@ -191,7 +191,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         """
         predicted = self.distribution(batch)
         z, label_Bt = predicted.z, predicted.label_Bt
-        trained = z if batch.offset_t is None else self.outputs.shifted(z, batch.offset_t)
+        trained = z if batch.offset_Bt is None else self.outputs.shifted(z, batch.offset_Bt)
         loss_t = labelled_mean(self.outputs.losses(trained, label_Bt), label_Bt, predicted.weight_Bt)
         tasks = self.features.tasks
         terms = {f"loss_{name}": value for name, value in zip(tasks, loss_t.detach().unbind(), strict=True)}
@@ -206,6 +206,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
             loss = loss + value
             terms[name] = value.detach()
         outputs = z if z.ndim == 2 else self.outputs.mean(z)
+        if batch.offset_Bt is not None and not self.training:  # metrics are of the rows as they are drawn
+            outputs = self.outputs.shifted(outputs, batch.offset_Bt)
         return TaskOutput(loss, outputs, label_Bt, len(batch), terms, batch.group_B, distribution=predicted)
 
     def judged(self, batch: TableBatch, out: TaskOutput, stage: Stage) -> TaskOutput:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -69,15 +70,34 @@ class SampledRows(Dataset[TableBatch]):
         weight_Bt = self._weight_2t[(batch.label_Bt[:, self._t] == 0).long()]
         if batch.weight_Bt is not None:
             weight_Bt = weight_Bt * batch.weight_Bt
-        return replace(batch, weight_Bt=weight_Bt, offset_t=self._offset_t)
+        return replace(batch, weight_Bt=weight_Bt, offset_Bt=self._offset_t.expand(len(batch), -1))
+
+    @property
+    def num_in_epoch(self) -> int:
+        """The number of rows of an epoch."""
+        return len(self.others) + self.num_kept
+
+    def epoch(self, generator: torch.Generator) -> Tensor:
+        """Return the positions of an epoch's rows, int64, not yet in a random order."""
+        kept = self.negatives[torch.randperm(len(self.negatives), generator=generator)[: self.num_kept]]
+        return torch.cat((self.others, kept))
 
     def __str__(self) -> str:
         words = f"negatives of task {self.task}: {self.num_kept:,} of {len(self.negatives):,} train in an epoch"
         return words if self.num_kept < len(self.negatives) else f"{words}, all that there are"
 
 
+class RowsOfEpoch(Protocol):
+    """Rows of which each epoch has others, drawn by a generator."""
+
+    @property
+    def num_in_epoch(self) -> int: ...
+
+    def epoch(self, generator: torch.Generator) -> Tensor: ...
+
+
 class SampledPlan:
-    """The batches of each epoch of ``SampledRows``; see ``apps.data.loader.BatchPlan``.
+    """The batches of each epoch of such rows as ``SampledRows``; see ``apps.data.loader.BatchPlan``.
 
     Processes take the batches in turn, and those of a step have one size: some rows are repeated until each process has
     as many.
@@ -92,9 +112,9 @@ class SampledPlan:
         ValueError: no full batch with ``drop_last``.
     """
 
-    def __init__(self, rows: SampledRows, batch_size: int, drop_last: bool, num_processes: int = 1) -> None:
+    def __init__(self, rows: RowsOfEpoch, batch_size: int, drop_last: bool, num_processes: int = 1) -> None:
         self.rows, self.batch_size, self.num_processes = rows, batch_size, num_processes
-        num_rows = len(rows.others) + rows.num_kept
+        num_rows = rows.num_in_epoch
         self.num_each = -(-num_rows // num_processes)
         self.num_steps = self.num_each // batch_size if drop_last else -(-self.num_each // batch_size)
         if not self.num_steps:
@@ -109,9 +129,7 @@ class SampledPlan:
         """Return each batch's positions in the rows, int64."""
         (drawn,) = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(drawn >> np.uint64(1)))
-        negatives, others = self.rows.negatives, self.rows.others
-        kept = negatives[torch.randperm(len(negatives), generator=generator)[: self.rows.num_kept]]
-        positions = torch.cat((others, kept))
+        positions = self.rows.epoch(generator)
         positions = positions[torch.randperm(len(positions), generator=generator)]
         total = self.num_each * self.num_processes
         positions = positions.repeat(-(-total // len(positions)))[:total]

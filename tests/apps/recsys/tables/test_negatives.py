@@ -88,9 +88,9 @@ def test_the_logit_that_fits_an_epoch_is_that_of_all_rows(tmp_path):
     for correct, rate in ((True, 0.1), (False, 0.25)):
         batches = epoch_of(data_of(tmp_path, NegativesConfig(3, "click", correct)).train_dataloader())
         label_B = torch.cat([batch.label_Bt[:, 0] for batch in batches])
-        offset_t = batches[0].offset_t
+        offset_Bt = batches[0].offset_Bt
         z = torch.tensor([math.log(rate / (1 - rate)), 0.0]).expand(len(label_B), 2).clone().requires_grad_()
-        shifted = z if offset_t is None else outputs.shifted(z, offset_t[:2])
+        shifted = z if offset_Bt is None else outputs.shifted(z, offset_Bt[:1, :2])
         known_B = ~label_B.isnan()
         F.binary_cross_entropy_with_logits(shifted[known_B, 0], label_B[known_B], reduction="sum").backward()
         assert_close(z.grad.sum(), torch.tensor(0.0), rtol=0, atol=1e-5)
@@ -123,7 +123,7 @@ def test_a_model_learns_the_rate_of_all_rows(tmp_path):
     # Evaluation reads all rows as they are.
     (evaluated,) = data.train_eval_dataloader()
     assert len(evaluated) == 104
-    assert (evaluated.offset_t, evaluated.weight_Bt) == (None, None)
+    assert (evaluated.offset_Bt, evaluated.weight_Bt) == (None, None)
 
 
 def test_all_negatives_train_where_there_are_no_more(tmp_path, caplog):
@@ -133,7 +133,7 @@ def test_all_negatives_train_where_there_are_no_more(tmp_path, caplog):
     assert "negatives of task click: 90 of 90 train in an epoch, all that there are" in caplog.text
     batches = epoch_of(data.train_dataloader())
     assert sum(map(len, batches)) == 104
-    assert batches[0].offset_t.tolist() == [0, 0, 0]
+    assert batches[0].offset_Bt.unique().tolist() == [0]
     assert batches[0].weight_Bt.unique().tolist() == [1]
 
 
