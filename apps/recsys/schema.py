@@ -13,6 +13,8 @@ from apps.data.given import NUMBERS, TargetKind
 
 SplitKind = Literal["given", "random", "user", "group", "time", "leave_last_out"]
 TaskLoss = Literal["squared", "absolute", "weighted_logistic"]
+NegativesKind = Literal["rows", "items"]
+ItemDistribution = Literal["uniform", "frequency"]
 
 
 @dataclass(frozen=True)
@@ -332,26 +334,70 @@ class TableConfig:
 
 @dataclass(frozen=True)
 class NegativesConfig:
-    """A rule for how many of a task's negative rows train in an epoch. Other rows, without a label too, all train.
+    """A rule for the negative rows that train in an epoch, drawn anew for each.
+
+    - "rows": some of a task's negative rows of the table. Other rows, without a label too, all train.
+    - "items": for a table of positives alone, each row once more with other items, which are labelled 0.
 
     Attributes:
-        per_positive: negative rows for each positive one.
-        task: task of yes and no; None: the table's only task.
-        correct: whether the loss takes the rows that are left out into account. A part r of the negatives makes the
-            odds of the rows that train 1 / r times those of all rows. So the loss of the task is that of its logit
-            minus log r, and the logit itself predicts; a kept negative counts 1 / r times in the losses of other tasks.
+        per_positive: negative rows for each positive one; a whole number for "items".
+        task: task of yes and no; None: the table's only task. For "items" the name of the task whose positives all rows
+            are, where the table has no task; None: "positive".
+        correct: whether the loss takes the draw into account, so that the logit itself predicts. "rows": a part r of
+            the negatives makes the odds of the rows that train 1 / r times those of all rows; so the loss of the task
+            is that of its logit minus log r, and a kept negative counts 1 / r times in the losses of other tasks.
+            "items": the logit predicts as if each item that may be drawn for a row had been drawn for it once, as
+            ``apps.recsys.tables.drawn_items`` explains.
+        kind: "rows" or "items".
+        column: categorical column of the items. This and what follows are for "items".
+        moves_with: columns that belong to the item, such as its kind and price; a drawn row has those of its item.
+        distribution: "uniform": the items of the training rows are equally likely; "frequency": as likely as they are
+            frequent in these rows.
+        exclude_seen: whether the items that the row's user (``table.user``) has in training are never drawn; else only
+            the row's own item is not.
+        eval_per_positive: items drawn for each row of validation and test, once, all items equally likely.
 
     Raises:
-        ValueError: ``per_positive`` is not above 0.
+        ValueError: a number or name that the kind does not have, or an option of the other kind.
     """
 
     per_positive: float = 4.0
     task: str | None = None
     correct: bool = True
+    kind: NegativesKind = "rows"
+    column: str | None = None
+    moves_with: tuple[str, ...] = ()
+    distribution: ItemDistribution = "uniform"
+    exclude_seen: bool = False
+    eval_per_positive: int = 4
 
     def __post_init__(self) -> None:
-        if not 0 < self.per_positive < math.inf:
-            raise ValueError(f"negatives.per_positive={self.per_positive} must be above 0 and finite")
+        check_name("negatives.kind", self.kind, get_args(NegativesKind))
+        check_name("negatives.distribution", self.distribution, get_args(ItemDistribution))
+        if self.kind == "rows":
+            if not 0 < self.per_positive < math.inf:
+                raise ValueError(f"negatives.per_positive={self.per_positive} must be above 0 and finite")
+            for option in ("column", "moves_with", "distribution", "exclude_seen", "eval_per_positive"):
+                if (value := getattr(self, option)) != getattr(type(self), option):
+                    raise ValueError(f"negatives.{option}={value!r} is for kind 'items', not 'rows'")
+            return
+        if self.column is None:
+            raise ValueError("negatives.kind='items' needs negatives.column, the column of the items to draw")
+        if not (self.per_positive >= 1 and float(self.per_positive).is_integer()):
+            raise ValueError(
+                f"negatives.per_positive={self.per_positive:g} must be a whole number of at least 1 with kind 'items'"
+            )
+        check_at_least(1, **{"negatives.eval_per_positive": self.eval_per_positive})
+        if self.column in self.moves_with:
+            raise ValueError(f"negatives.moves_with names {self.column!r}, which is negatives.column itself")
+
+    def start(self, num_items: int) -> float:
+        """Return the share of positives that a network with items as negatives starts from: that of what it predicts.
+
+        Args:
+            num_items: items of the training rows.
+        """
+        return 1 / (num_items if self.correct else 1 + self.per_positive)
 
 
 _FEATURE_ROLES = ("categorical", "multi_valued", "continuous", "vectors", "sequences", "timestamps", "texts")

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from apps.base.checks import check_name
 from apps.base.progress import bar
 from apps.data.array_files import ArrayWriter
 from apps.data.splits import SPLITS
@@ -54,7 +55,7 @@ from apps.recsys.encoding.texts import text_encodings, with_vectors
 from apps.recsys.encoding.timestamps import HOURS, WEEKDAYS, with_parts
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.readers.raw import RawTables
-from apps.recsys.schema import TableConfig, nearest, timestamp_columns
+from apps.recsys.schema import NegativesConfig, TableConfig, TaskConfig, nearest, timestamp_columns
 from apps.recsys.tables.arrays import MultiValued
 from apps.recsys.tables.checks import shared_groups
 from apps.recsys.tables.findings import TableFindings
@@ -65,11 +66,19 @@ from apps.recsys.tables.splits import Splits, split_rows
 _ID_SHARE, _FEWEST_FOR_ID = 0.95, 100
 """A column is taken for an id of the rows from this share of distinct values on, in at least this many rows."""
 
+_ALL_ROWS = "(all rows)"
+"""Column of ones, the label of a table whose rows are all positive."""
+
 _WHERE = {"train": "the training table", "val": "the validation table", "test": "the test table"}
 
 
 def build(
-    raw: RawTables, config: TableConfig, writer: ArrayWriter, given: Encoding | None = None, extends: bool = False
+    raw: RawTables,
+    config: TableConfig,
+    writer: ArrayWriter,
+    given: Encoding | None = None,
+    extends: bool = False,
+    drawn: NegativesConfig | None = None,
 ) -> None:
     """Encode ``raw`` by ``config``, which is its own or the user's, and finish ``writer``.
 
@@ -80,22 +89,31 @@ def build(
         given: encoding of the values; None: it is learned from the training rows of ``raw``.
         extends: whether values and domains that ``given`` lacks get rows of their own after its rows, as the training
             rows of ``raw`` teach. All else is as ``given`` has it.
+        drawn: rule of the items that training draws as negatives, where all rows are positives.
 
     Raises:
         ValueError: a column is missing or holds a value of a wrong type, a split is empty, a task has one class in
             training, training lacks a domain, a user or time is missing where rows are split by them, or the columns
-            are not those of ``given``.
+            are not those of ``given``. With ``drawn``: a task that is not binary, a label of 0, or no such column.
     """
-    _Build(raw, config, writer, given, extends).run()
+    if drawn is not None:
+        raw, config = _of_positives(raw, config, drawn)
+    _Build(raw, config, writer, given, extends, drawn).run()
 
 
 class _Build:
     """One run of ``build``: it splits the rows when it is made, and encodes them with ``run``."""
 
     def __init__(
-        self, raw: RawTables, config: TableConfig, writer: ArrayWriter, given: Encoding | None, extends: bool
+        self,
+        raw: RawTables,
+        config: TableConfig,
+        writer: ArrayWriter,
+        given: Encoding | None,
+        extends: bool,
+        drawn: NegativesConfig | None,
     ) -> None:
-        self.config, self.writer, self.given, self.extends = config, writer, given, extends
+        self.config, self.writer, self.given, self.extends, self.drawn = config, writer, given, extends, drawn
         files = {"train": raw.train, "val": raw.val, "test": raw.test}
         self.tables = {name: table for name, table in files.items() if table is not None}
         self._check_columns()
@@ -155,8 +173,12 @@ class _Build:
             self.findings.warnings += shared_groups(groups, config.split.kind)
         self._write_cold()
         num_domains = 0 if config.domain is None else self._write_domain(config.domain)
+        categorical = (*self._write_categorical(), *self._write_multi_valued())
+        if self.drawn is not None:
+            (num_items,) = (f.num_rows - 1 for f in categorical if f.name == self.drawn.column)
+            positives = (self.drawn.start(num_items),) * len(positives)
         features = Features(
-            categorical=(*self._write_categorical(), *self._write_multi_valued()),
+            categorical=categorical,
             continuous=self._write_continuous(),
             vectors=self._write_vectors(),
             sequences=self._write_sequences(),
@@ -257,7 +279,14 @@ class _Build:
             in_split = in_split[~np.isnan(in_split)]
             num, share = len(in_split), float(in_split.mean(dtype=np.float64)) if len(in_split) else 0.0
             self.findings.labelled[name][split], self.findings.positives[name][split] = num, share
-            if mask.any() and share in (0.0, 1.0):
+            if self.drawn is not None and num:
+                if share < 1:
+                    row = int(np.argmax((label == 0) & mask))
+                    raise ValueError(
+                        f"negatives.kind='items' is for tables of positives alone, and task {name!r} is 0 in row "
+                        f"{row}: leave such rows out, or take kind 'rows', which trains on them"
+                    )
+            elif mask.any() and share in (0.0, 1.0):
                 which = "no label" if not num else "positive labels alone" if share else "no positive label"
                 message = f"task {name!r} has {which} in the {split} split"
                 if split == "train":
@@ -487,6 +516,39 @@ class _Build:
                     f"column {column!r} determines the label of task {name!r} in every training row: "
                     "is it known before the label is? Else leave it out (exclude)"
                 )
+
+
+def _of_positives(raw: RawTables, config: TableConfig, drawn: NegativesConfig) -> tuple[RawTables, TableConfig]:
+    """Return a table of positives alone with its description; one without a task gets the task that all rows are.
+
+    Raises:
+        ValueError: a task that is not of yes and no, a name for the task of a table that has tasks, or the items'
+            column is no categorical one with a row for each value.
+    """
+    column = drawn.column or ""
+    check_name("negatives.column", column, config.categorical)
+    for option in ("hash_rows", "num_rows"):
+        if column in getattr(config, option):
+            raise ValueError(f"negatives.column={column!r} is in {option}: each item must have a row of its own")
+    for name, task in config.tasks.items():
+        if task.kind != "binary":
+            raise ValueError(
+                f"negatives.kind='items' needs tasks of yes and no, and task {name!r} is of kind {task.kind!r}"
+            )
+    if config.tasks:
+        if drawn.task is not None:
+            raise ValueError(
+                f"negatives.task={drawn.task!r} names the task of a table without one, and this has "
+                f"{', '.join(config.tasks)}: items are drawn for all"
+            )
+        return raw, config
+
+    def labelled(table: pa.Table) -> pa.Table:
+        return table.append_column(_ALL_ROWS, pa.array(np.ones(len(table), np.int8)))
+
+    val, test = (None if table is None else labelled(table) for table in (raw.val, raw.test))
+    config = replace(config, tasks={drawn.task or "positive": TaskConfig(_ALL_ROWS)})
+    return RawTables(labelled(raw.train), val, test, config), config
 
 
 def _share(mask: NDArray[np.bool_]) -> float:

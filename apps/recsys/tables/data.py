@@ -40,6 +40,7 @@ from core.config.plain import from_plain
 
 if TYPE_CHECKING:
     from apps.recsys.readers.raw import RawTables
+    from apps.recsys.tables.drawn_items import DrawnRows, FixedDraws, Items
     from apps.recsys.tables.negatives import SampledRows
     from apps.recsys.tables.rows import TableRows
     from apps.recsys.tables.streaming import FileRows
@@ -86,7 +87,8 @@ class TableData(SuiteData):
         subset: number of training rows to use, drawn by split.seed. Values with a row, means and the like are still
             learned from all of them.
         seed: seed of the order of the rows; default the seed of the whole run (seed_everything).
-        negatives: how many of a task's negative rows train in an epoch, drawn anew for each; None: all rows train.
+        negatives: how many of a task's negative rows train in an epoch, drawn anew for each; or, for a table of
+            positives alone, how many other items are drawn for each row. None: all rows train as they are.
         domain: column of the domain, in place of the description's.
 
     Raises:
@@ -154,6 +156,7 @@ class TableData(SuiteData):
         self.synthetic = from_plain(synthetic, SyntheticConfig, "synthetic")
         self.negatives = from_plain(negatives, NegativesConfig, "negatives")
         self.subset, self.domain = subset, domain
+        self._items: Items | None = None
         self._check_options()
 
     # ---- what a model and a reader of results ask
@@ -230,12 +233,45 @@ class TableData(SuiteData):
         if stage == "predict" and self.predict_file is not None:
             self._rows_to_predict(self.predict_file, self.encoding).check()
 
-    def examples(self, split: Split) -> TableRows | SampledRows:
+    def examples(self, split: Split) -> TableRows | SampledRows | DrawnRows | FixedDraws:
+        rows = self.rows(split)
+        if self._drawn is not None:
+            from apps.recsys.tables.drawn_items import DrawnRows
+
+            return DrawnRows(rows, self.items) if split == "train" else self._fixed_draws(split)
         if split != "train" or self.negatives is None:
-            return self.rows(split)
+            return rows
         from apps.recsys.tables.negatives import SampledRows
 
-        return SampledRows(self.rows(split), self.negatives)
+        return SampledRows(rows, self.negatives)
+
+    @property
+    def _drawn(self) -> NegativesConfig | None:
+        """The rule of the items that are drawn as negatives; None: there are none."""
+        return self.negatives if self.negatives is not None and self.negatives.kind == "items" else None
+
+    @property
+    def items(self) -> Items:
+        """The items that are drawn as negatives.
+
+        Raises:
+            ValueError: see ``Items``.
+        """
+        from apps.recsys.tables.drawn_items import Items
+
+        assert self._drawn is not None
+        if self._items is None:
+            self._items = Items(self.opened, self.encoding, self._drawn)
+        return self._items
+
+    def _fixed_draws(self, split: Split) -> FixedDraws:
+        from apps.recsys.tables.drawn_items import FixedDraws
+
+        return FixedDraws(self.rows(split), self.items, split, self.opened.info["split_seed"])
+
+    def forget(self) -> None:
+        super().forget()
+        self._items = None
 
     def batching(self, examples: Any) -> dict[str, Any]:
         if self.negatives is None:
@@ -257,9 +293,27 @@ class TableData(SuiteData):
             log.info("%s", line)
         if self.negatives is not None:
             log.info("%s", self.examples("train"))
+        for line in self.notes.values():
+            log.info("%s", line)
+        if self._drawn is not None:
+            for column in self.items.kept_by_positives():
+                log.warning(
+                    "column %r has one value for each %s and is not in negatives.moves_with: a drawn row keeps the "
+                    "positive's, which gives it away",
+                    column,
+                    self._drawn.column,
+                )
         if not self._report_follows():
             for warning in self.findings.warnings:
                 log.warning("%s", warning)
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """A line on the rows that judge a model, by split, where these are not the table's own."""
+        if self._drawn is None:
+            return {}
+        drawn = {split: self._fixed_draws(split) for split in ("val", "test")}
+        return {split: f"{split}: {rows}" for split, rows in drawn.items() if len(rows)}
 
     def _report_follows(self) -> bool:
         """Tell whether a test is to print a report, whose checks repeat the warnings."""
@@ -271,8 +325,10 @@ class TableData(SuiteData):
         )
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the batches of ``predict_file``, else those of the test."""
+        """Return the batches of ``predict_file``, else those of the test, without items drawn for them."""
         if self.predict_file is None:
+            if self._drawn is not None and len(self.rows("test")):
+                return self.eval_loader(self.rows("test"))
             return self.test_dataloader()
         rows = self._rows_to_predict(self.predict_file, self.encoding)
         return DataLoader(rows, batch_size=None, collate_fn=as_it_is)
@@ -291,20 +347,24 @@ class TableData(SuiteData):
         return FileRows(files, encoding, self.eval_batch_size, kept, *place)
 
     def train_eval_dataloader(self) -> DataLoader[Any]:
-        """Return the training batches in the table's order."""
-        return self.eval_loader(self.rows("train"))
+        """Return the training batches in the table's order, with drawn items as an evaluation has them."""
+        return self.eval_loader(self.rows("train") if self._drawn is None else self._fixed_draws("train"))
 
     # ---- the encoded table
 
     def read(self) -> ArrayFiles:
         source, read = self._source()
-        options = {
+        drawn = self._drawn
+        options: dict[str, Any] = {
             "encoders": self._encoders(),
             "table": None if self.table is None else dataclasses.asdict(self.table),
             "split": None if self.split is None else dataclasses.asdict(self.split),
             "exclude": self.exclude,
-            **({} if self.domain is None else {"domain": self.domain}),  # others keep the names of their files
+            # others keep the names of their files
+            **({} if self.domain is None else {"domain": self.domain}),
         }
+        if drawn is not None:  # the rest of the rule is no part of the encoding
+            options["drawn"] = [drawn.column, drawn.task, None if drawn.correct else drawn.per_positive]
 
         def write(writer: ArrayWriter) -> None:
             import pyarrow as pa
@@ -313,7 +373,7 @@ class TableData(SuiteData):
 
             raw = read()
             given = self._adopted or self._extended
-            build(raw, self._config(raw.config), writer, given, extends=given is self._extended)
+            build(raw, self._config(raw.config), writer, given, given is self._extended, drawn)
             del raw
             pa.default_memory_pool().release_unused()  # arrow would keep as much as the table took
 
@@ -388,6 +448,8 @@ class TableData(SuiteData):
         chosen = np.sort(np.random.RandomState(seed).permutation(len(index))[:size])
         index = index[torch.from_numpy(chosen)]
         label = self.opened["label"].index_select(0, index)
+        if self._drawn is not None:  # all labels are positive
+            return index
         for task, of_task in zip(self.features.tasks, label.T, strict=True):
             if len(of_task[~of_task.isnan()].unique()) < 2:
                 raise ValueError(f"subset={size} leaves task {task!r} one class in the training split")
@@ -395,8 +457,10 @@ class TableData(SuiteData):
 
     def _check_options(self) -> None:
         check_at_least(1, subset=self.subset)
-        if self.needs_labels and self.table is not None and not self.table.tasks:
-            raise ValueError("table.tasks names no label")
+        if self.needs_labels and self._drawn is None and self.table is not None and not self.table.tasks:
+            raise ValueError(
+                "table.tasks names no label; where all rows are positives, negatives.kind 'items' draws others"
+            )
         if self.dataset == "table":
             for name in ("train_file", "table"):
                 if getattr(self, name) is None:

@@ -91,9 +91,11 @@ class RowsOfEpoch(Protocol):
     """Rows of which each epoch has others, drawn by a generator."""
 
     @property
-    def num_in_epoch(self) -> int: ...
+    def num_in_epoch(self) -> int:
+        """The number of rows of an epoch, the same in every epoch."""
 
-    def epoch(self, generator: torch.Generator) -> Tensor: ...
+    def epoch(self, generator: torch.Generator) -> Tensor:
+        """Return the positions of an epoch's rows, int64, not yet in a random order."""
 
 
 class SampledPlan:

@@ -69,7 +69,7 @@ class TrainingChecks(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero or not hasattr(data, "rows"):
             return
-        rows = data.rows("val")
+        rows = data.examples("val")
         if len(rows):
             arrays = join([rows[: max(self.rows, 1)]], data.features, "val")
             self._print(checks.label_among_features(arrays), "checks of the columns")
@@ -135,6 +135,8 @@ class RecommenderReport(Report):
 
     def write(self, collected: _Collected, folder: Path) -> list[Section]:
         sections = [write_tasks(collected.metrics, folder, self.config.pictures)]
+        if note := getattr(collected.data, "notes", {}).get("test"):
+            sections.append(Section("Drawn negatives", (Text.of(note),)))
         if collected.parts:
             sections.append(write_parts(collected.parts, folder))
         findings = checks.suspicious_metrics(collected.metrics, "test")

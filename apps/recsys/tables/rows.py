@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,10 +25,20 @@ class TableRows(Dataset[TableBatch]):
         columns: arrays of the table.
         features: description of its columns.
         index: int64 (n,), the table's row of each position.
+        moved: names of columns that ``batch`` can take from other rows.
+        domain_moves: whether it takes the domain from them too.
     """
 
-    def __init__(self, columns: ArrayFiles | ArraysInMemory, features: Features, index: Tensor) -> None:
+    def __init__(
+        self,
+        columns: ArrayFiles | ArraysInMemory,
+        features: Features,
+        index: Tensor,
+        moved: Collection[str] = (),
+        domain_moves: bool = False,
+    ) -> None:
         self.columns, self.features, self.index = columns, features, index
+        self.moved, self.domain_moves = frozenset(moved), domain_moves
         self._single = [f.name for f in features.categorical if not f.multi_valued]
         self._multi = [f.name for f in features.categorical if f.multi_valued]
         self._keys = [*self._single, *self._multi]
@@ -38,36 +49,60 @@ class TableRows(Dataset[TableBatch]):
 
     def __getitem__(self, position: int | slice) -> TableBatch:
         if isinstance(position, slice):
-            return self._batch(self.index[position])
-        return self._batch(self.index[position].reshape(1))
+            return self.batch(self.index[position])
+        return self.batch(self.index[position].reshape(1))
 
     def __getitems__(self, positions: Sequence[int] | Tensor) -> TableBatch:
-        return self._batch(self.index[torch.as_tensor(positions, dtype=torch.int64)])
+        return self.batch(self.index[torch.as_tensor(positions, dtype=torch.int64)])
 
-    def _batch(self, index_B: Tensor) -> TableBatch:
+    def batch(self, index_B: Tensor, source_B: Tensor | None = None) -> TableBatch:
+        """Return rows of the table.
+
+        Args:
+            index_B: int64 (B,), the rows.
+            source_B: int64 (B,), the rows from which the columns of ``moved`` come; None: the same.
+        """
         columns = self.columns
+        domain_B = index_B if source_B is None or not self.domain_moves else source_B
+        dense_BC = columns["dense"].index_select(0, index_B)
+        vector_BV = columns["vectors"].index_select(0, index_B) if "vectors" in columns else None
+        if source_B is not None:
+            for own, name in ((dense_BC, "dense"), (vector_BV, "vectors")):
+                if own is not None and (places := self._moved_places[name]):
+                    own[:, places] = columns[name].index_select(0, source_B)[:, places]
         return TableBatch(
-            dense_BC=columns["dense"].index_select(0, index_B),
-            sparse=self._sparse(index_B) if self._keys else None,
+            dense_BC=dense_BC,
+            sparse=self._sparse(index_B, source_B) if self._keys else None,
             label_Bt=columns["label"].index_select(0, index_B),
             index_B=index_B,
-            domain_B=columns["domain"].index_select(0, index_B).long() if "domain" in columns else None,
+            domain_B=columns["domain"].index_select(0, domain_B).long() if "domain" in columns else None,
             group_B=columns["group"].index_select(0, index_B) if "group" in columns else None,
             weight_Bt=columns["weight"].index_select(0, index_B) if "weight" in columns else None,
-            vector_BV=columns["vectors"].index_select(0, index_B) if "vectors" in columns else None,
+            vector_BV=vector_BV,
             sequences=self._sequences_of(index_B) if self._sequences else None,
             cold_B=columns["cold"].index_select(0, index_B) if "cold" in columns else None,
         )
 
-    def _sparse(self, index_B: Tensor) -> KeyedJaggedTensor:
+    @cached_property
+    def _moved_places(self) -> dict[str, list[int]]:
+        """The columns of ``moved`` in each matrix of the table, by the matrix."""
+        features = self.features
+        in_vectors = [f.name for f in features.vectors for _ in range(f.size)]
+        names = {"dense": [f.name for f in features.continuous], "vectors": in_vectors, "categorical": self._single}
+        return {of: [place for place, name in enumerate(own) if name in self.moved] for of, own in names.items()}
+
+    def _sparse(self, index_B: Tensor, source_B: Tensor | None) -> KeyedJaggedTensor:
         B, F = len(index_B), len(self._single)
         # Feature by feature, as a KeyedJaggedTensor has it; the copy turns the rows and widens them at once.
         single = torch.empty(F, B, dtype=torch.int64)
         if F:
             single.copy_(self.columns["categorical"].index_select(0, index_B).t())
+        if source_B is not None and (places := self._moved_places["categorical"]):
+            single[places] = self.columns["categorical"].index_select(0, source_B)[:, places].t().long()
         values, lengths, length_per_key = [single.view(-1)], [torch.ones(F * B, dtype=torch.int64)], [B] * F
-        for i in range(len(self._multi)):
-            of_column, length_B = self._ragged(f"multi{i}", index_B)
+        for i, name in enumerate(self._multi):
+            own_B = source_B if source_B is not None and name in self.moved else index_B
+            of_column, length_B = ragged(self.columns, f"multi{i}", own_B)
             values.append(of_column)
             lengths.append(length_B)
             length_per_key.append(len(of_column))
@@ -76,7 +111,7 @@ class TableRows(Dataset[TableBatch]):
         )
 
     def _sequences_of(self, index_B: Tensor) -> KeyedJaggedTensor:
-        columns = [self._ragged(f"sequence{i}", index_B) for i in range(len(self._sequences))]
+        columns = [ragged(self.columns, f"sequence{i}", index_B) for i in range(len(self._sequences))]
         values, lengths = (torch.cat(parts) for parts in zip(*columns, strict=True))
         return KeyedJaggedTensor(
             self._sequences,
@@ -86,12 +121,13 @@ class TableRows(Dataset[TableBatch]):
             length_per_key=[len(of_column) for of_column, _ in columns],
         )
 
-    def _ragged(self, name: str, index_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the values of some rows, one row after the other, and how many each row has, int64."""
-        offsets = self.columns[f"{name}_offsets"]
-        starts = offsets.index_select(0, index_B)
-        length_B = offsets.index_select(0, index_B + 1) - starts
-        ends = length_B.cumsum(0)
-        shift = torch.repeat_interleave(starts - ends + length_B, length_B)
-        position = shift.add_(torch.arange(len(shift)))
-        return self.columns[f"{name}_values"].index_select(0, position).long(), length_B
+
+def ragged(columns: ArrayFiles | ArraysInMemory, name: str, index_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values of some rows, one row after the other, and how many each row has, int64."""
+    offsets = columns[f"{name}_offsets"]
+    starts = offsets.index_select(0, index_B)
+    length_B = offsets.index_select(0, index_B + 1) - starts
+    ends = length_B.cumsum(0)
+    shift = torch.repeat_interleave(starts - ends + length_B, length_B)
+    position = shift.add_(torch.arange(len(shift)))
+    return columns[f"{name}_values"].index_select(0, position).long(), length_B
