@@ -125,9 +125,9 @@ PARTS = (
         name="shapes",
         config="multimodal/shapes.yaml",
         dataset="shapes",
-        says="2,000 drawn shapes and as many sentences, learned in {amount} epochs: which of 250 new images does a new\n"
-        "sentence describe? One transformer reads both, with 8 experts, 2 for each patch or piece of a word, in one of\n"
-        "its two blocks; and the dense one of equal FLOPs.",
+        says="2,000 drawn shapes and as many sentences, learned in {amount} epochs: which of 250 new images does\n"
+        "a new sentence describe? One transformer reads both, with 8 experts, 2 for each patch or piece of a word, in\n"
+        "one of its two blocks; and the dense one of equal FLOPs.",
         title="Sparse and dense on images with sentences",
         arguments="--seeds 1 --rounds 1 --baselines dense_equal_flops --learning_rates 0.005",
         scaled=("--trainer.max_epochs", 5, 2),
