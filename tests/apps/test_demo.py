@@ -88,9 +88,9 @@ def test_a_slow_machine_trains_less_so_that_all_parts_fit(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(demo.time, "monotonic", lambda: now[0])
     parts = [part(20.0, 80.0), part(10.0, 40.0)]  # 30 s whatever the training, 120 s of it
-    # Of 285 s 10 have passed. Twice as slow, 137.5 of the planned seconds are left: 107.5 of 120 for training.
+    # Of 290 s 10 have passed. Twice as slow, 140 of the planned seconds are left: 110 of 120 for training.
     now[0] += 10.0
-    assert demo.Pace(1000.0, 2.0).share(parts) == pytest.approx(107.5 / 120)
+    assert demo.Pace(1000.0, 2.0).share(parts) == pytest.approx(110 / 120)
     assert demo.Pace(1000.0, 1.0).share(parts) == 1
     pace = demo.Pace(1000.0, 20.0)
     assert pace.share(parts) == demo.LEAST_SHARE
@@ -99,7 +99,7 @@ def test_a_slow_machine_trains_less_so_that_all_parts_fit(monkeypatch):
     pace.took(parts[0], 0.5, 180.0)
     now[0] += 180.0
     assert pace.slow == 3
-    assert pace.share(parts[1:]) == pytest.approx(((285 - 190) / 3 - 10) / 40)
+    assert pace.share(parts[1:]) == pytest.approx(((290 - 190) / 3 - 10) / 40)
 
 
 def test_all_parts_fit_into_the_time_where_they_were_measured():
