@@ -172,7 +172,7 @@ def to_vectors(parts: Sequence[Part], column: str, size: int | None = None, firs
     for where, data in parts:
         kind = plain(data).type
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-            advice = " (a CSV file has no lists: take Parquet)" if is_text(kind) else ""
+            advice = ": a vector is a list, which a CSV file cannot hold" if is_text(kind) else ""
             raise ValueError(f"column {column!r} of {where} holds values of type {kind}, not lists of numbers{advice}")
         item = kind.value_type
         if not (pa.types.is_integer(item) or pa.types.is_floating(item)):

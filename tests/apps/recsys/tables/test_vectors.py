@@ -40,7 +40,7 @@ def test_a_missing_vector_is_nan():
     [
         ((["a"],), "'title' of the training table holds lists of string, not of numbers"),
         ((1.5,), "'title' of the training table holds values of type double, not lists of numbers"),
-        (("1 2",), "holds values of type string, not lists of numbers (a CSV file has no lists: take Parquet)"),
+        (("1 2",), "holds values of type string, not lists of numbers: a vector is a list, which"),
         (([1.0, 2.0], [1.0]), "the vector in row 1 has 1 numbers, and must have 2, as the others have"),
         (([1.0, None],), "the vector in row 0 holds a number that is missing or not finite"),
         (([1.0], [np.inf]), "the vector in row 1 holds a number that is missing or not finite"),
