@@ -40,7 +40,8 @@ WHOLE = [p for p in OTHERS if p not in OVERLAYS]
 BASE = ROOT / "configs" / "vision" / "digits.yaml"
 TEXT_BASE = ROOT / "configs" / "nlp" / "text_mixtral_like.yaml"  # for overlays with options of a text model
 TABLE_BASE = ROOT / "configs" / "recsys" / "synthetic.yaml"  # for overlays with options of a recommender
-SPECIAL_BASES = {"embedding:": TABLE_BASE, "attention_moe:": TEXT_BASE}
+PAIR_BASE = ROOT / "configs" / "multimodal" / "shapes.yaml"  # for overlays with options of images and texts
+SPECIAL_BASES = {"embedding:": TABLE_BASE, "attention_moe:": TEXT_BASE, "num_modalities:": PAIR_BASE}
 
 
 def name(path: Path) -> str:
@@ -104,7 +105,7 @@ def test_a_configuration_builds(path, monkeypatch, tmp_path):
 def test_an_overlay_builds_over_a_configuration(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     base = next((b for word, b in SPECIAL_BASES.items() if word in path.read_text()), BASE)
-    if base is TEXT_BASE:
+    if base in (TEXT_BASE, PAIR_BASE):
         no_data(monkeypatch)
     with quiet():
         cli = build("fit", ["--config", str(base), "--config", str(path)])
