@@ -161,6 +161,8 @@ def _refreshed(folder: Path, path: Path, is_named: bool, made_by: str, encode: E
                 with _writing(path):
                     index.save(path)
     tell(complaints)
+    if new and kept:
+        log.info("%s of %s images are new or changed, and were encoded", f"{len(new):,}", f"{len(files):,}")
     if index is None:
         raise ValueError(f"none of the {len(files):,} images of {folder} can be read: {complaints[0]}")
     return index

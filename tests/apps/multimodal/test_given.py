@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from pyarrow import parquet
 from tinted import Tinted, write_tinted
 from torch.testing import assert_close
@@ -74,6 +75,13 @@ def test_vectors_of_a_folder_are_columns_of_float32_and_bad_images_have_none(tmp
     assert [r.getMessage().partition("/shop/")[2] for r in caplog.records] == [
         f"{name}.png is corrupt: it is no image" for name in "12"
     ]
+
+
+def test_of_an_animated_image_the_first_frame_is_read(tmp_path):
+    red, green = (Image.new("RGB", (6, 6), color) for color in ("red", "lime"))
+    red.save(tmp_path / "a.gif", save_all=True, append_images=[green])
+    (batch,) = GivenInputs(images=str(tmp_path)).loader(Tinted().encoding, 2, 0)
+    assert batch.pixels[0, :, 0, 0].tolist() == [255, 0, 0]
 
 
 def test_vectors_of_a_table_of_texts(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from tinted import COLORS, Tinted, write_tinted
 
 from apps.multimodal.given import GivenInputs
 from apps.multimodal.loss import SoftmaxLoss
+from apps.multimodal.page import thumbnail
 from apps.multimodal.search import ImageSearch, match
 
 
@@ -106,6 +109,21 @@ def test_the_page_shows_small_pictures_and_loads_nothing(shop, tmp_path):
     (tmp_path / "own.html").write_text("<p>a page of the user's</p>")
     with pytest.raises(ValueError, match="is no report of moesaic's"):
         made.write_page(tmp_path / "own.html")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_images_of_every_mode_have_a_small_picture_of_their_colour(tmp_path, mode):
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    white = Image.new("RGB", (400, 100), "white")
+    (Image.new(mode, white.size, 65535) if mode == "I;16" else white.convert(mode)).save(path)
+    picture = thumbnail(str(path), ("1.",), tmp_path)
+    assert (picture.size, picture.lines, picture.link) == ((176, 44), ("1.",), path.name)
+    with Image.open(io.BytesIO(base64.b64decode(picture.source.partition(",")[2]))) as small:
+        assert min(low for low, _ in small.getextrema()) > 250
+
+
+def test_a_picture_that_has_gone_since_says_so(tmp_path):
+    assert thumbnail(str(tmp_path / "gone.png"), ("1.",), tmp_path).lines == ("1.", "cannot be read any more")
 
 
 def test_many_pictures_are_named_without(shop, tmp_path, monkeypatch):
