@@ -174,7 +174,6 @@ class ImageCaptioner(SparseModule, Comparable):
         )
         self._put_in_place()
         self._hold_still()
-        self._texts: Sequence[str] | None = None
         # The model in another dtype, for the length of one pass: a list, so that it is no part of the module.
         self._copies: list[CaptionModel] | None = None
         self._tested: list[CaptionedImage] = []
@@ -272,9 +271,10 @@ class ImageCaptioner(SparseModule, Comparable):
     def _references_of(self, batch: PairBatch) -> list[str]:
         """Return the pairs' texts as the data have them, in lower case where the model reads no other; where the data
         do not give them, decode their subwords."""
-        if self._texts is None:
+        known = getattr(self._data(), "texts", None)
+        if known is None:
             return self.subwords.decode(batch.text_BL.tolist(), "source")
-        texts = [self._texts[number] for number in batch.caption_B.tolist()]
+        texts = [known[number] for number in batch.caption_B.tolist()]
         return [text.lower() for text in texts] if self.encoding.text.lower_case else texts
 
     def example_inputs(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
@@ -302,7 +302,6 @@ class ImageCaptioner(SparseModule, Comparable):
     def _start_pass(self, stage: Stage) -> None:
         super()._start_pass(stage)
         self._copies = []
-        self._texts = getattr(self._data(), "texts", None)
 
     def on_test_epoch_end(self) -> None:
         metrics = self.stage_metrics("test")

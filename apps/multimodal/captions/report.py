@@ -26,6 +26,7 @@ from apps.multimodal.batch import PairBatch
 from apps.multimodal.captions.metrics import CaptionedImage, CaptionMetrics, num_references, signatures
 from apps.multimodal.captions.pictures import looks_at
 from apps.multimodal.captions.traced import Traced, traced
+from apps.multimodal.report import displayed
 from apps.nlp.text.foreseen import read_ids
 from apps.nlp.text.scores import scorer
 from apps.report.base import Report, ReportConfig, computed_metrics, report_folder, spread_batches, spread_places
@@ -227,9 +228,8 @@ class _Pictures:
 
     def pixels(self, number: int) -> np.ndarray:
         """Return an image as it is seen, float (H, W) or (H, W, 3) in 0..1."""
-        image = self._images[number].float().permute(1, 2, 0).cpu().numpy()
-        mean, std = self.data.encoding.mean, self.data.encoding.std
-        return np.clip(image * np.asarray(std) + np.asarray(mean), 0.0, 1.0).squeeze()
+        (pixels,) = displayed(self._images[number][None].float().cpu(), self.data.encoding)
+        return pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels
 
     def gallery(self, chosen: Sequence[CaptionedImage]) -> Gallery | None:
         """Return the captioned images as small pictures; None where there are none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,14 +121,15 @@ def test_an_image_of_several_texts_is_captioned_once(trained):
     assert [image.references for image in metrics.images] == [("a red picture", "a picture of red"), ("blue",)]
 
 
-def test_references_are_the_datas_own_texts(trained):
-    trained._texts = ["A Red Picture", "Blue"]
+def test_references_are_the_datas_own_texts(trained, monkeypatch):
+    data = SimpleNamespace(texts=["A Red Picture", "Blue"], encoding_state=encoding().state())
+    monkeypatch.setattr(trained, "_data", lambda: data)
     batch = pairs(("red", "a red picture"), ("blue", "a blue picture"))
-    try:
-        # The model reads no capitals, so the references have none either.
-        assert trained._references_of(batch) == ["a red picture", "blue"]
-    finally:
-        trained._texts = None
+    # The model reads no capitals, so the references have none either.
+    assert [p.reference for p in trained.judged(batch, trained.task_loss(batch), "test").outputs] == [
+        "a red picture",
+        "blue",
+    ]
 
 
 # ---- what is trained
