@@ -313,11 +313,11 @@ def write_use(test: PairTest, folder: Path, draw: bool) -> Section:
     parts: list[Part] = [Text(tuple(alarms))] if alarms else []
     maps = {"modality": modality_maps(test)}
     parts += map_charts(maps["modality"], "Which expert takes a modality", "modality")
-    attributes = test.encoding.attributes or {}
+    attributes, by_class = test.encoding.attributes or {}, ""
     if attributes and class_information(layers, len(attributes)):
         parts.append(_information_table(test))
-        name, maps["class"] = class_maps(test)
-        parts += map_charts(maps["class"], f"Which expert takes the patches of a {name}", name)
+        by_class, maps["class"] = class_maps(test)
+        parts += map_charts(maps["class"], f"Which expert takes the patches, by {by_class}", "class")
     pieces = frequent_pieces(layers, _MOST_PIECES)
     if len(pieces):
         counts = {n: layer.by_piece_VE[pieces].numpy() for n, layer in layers.items() if layer.tokens_M[TEXT]}
@@ -327,7 +327,7 @@ def write_use(test: PairTest, folder: Path, draw: bool) -> Section:
     if draw:
         titles = {
             "modality": "Which expert takes the tokens of a modality (its share of all)",
-            "class": "Which expert takes the patches of a class (its share of all)",
+            "class": f"Which expert takes the patches, by {by_class} (its share of all)",
             "piece": "Which expert takes a frequent piece of the texts (its share of all)",
         }
         for name, own in maps.items():
@@ -351,14 +351,16 @@ def modality_maps(test: PairTest) -> list[Heatmap]:
 
 
 def class_maps(test: PairTest) -> tuple[str, list[Heatmap]]:
-    """Return the attribute of whose classes the experts say most, and the maps of its classes by experts."""
+    """Return the attribute of whose classes the experts say most, and the maps of its classes by experts; of many
+    classes the name says that they are the most specialised."""
     attributes = test.encoding.attributes or {}
     layers = {name: use for name, use in test.use.layers.items() if use.tokens_M[IMAGE]}
     told = class_information(layers, len(attributes))
     most = int(np.argmax(np.sum(list(told.values()), axis=0)))
     name = list(attributes)[most]
     counts = {layer: layers[layer].by_class[most].numpy() for layer in _some_layers(list(layers))}
-    return name, maps_by_label(counts, attributes[name])[0]
+    maps, too_many = maps_by_label(counts, attributes[name])
+    return f"{name}: the most specialised of {len(attributes[name])}" if too_many else name, maps
 
 
 def _information_table(test: PairTest) -> Table:
