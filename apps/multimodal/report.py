@@ -128,14 +128,14 @@ class PairReport(Report):
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> PairTest | None:
         metrics = computed_metrics(pl_module, PairMetrics)
-        if is_left_out(trainer):
+        if metrics is None or is_left_out(trainer):
             return None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if pl_module.encoding_state is None:
             _logger.info("the report is left out: the data do not say how texts and classes are numbered")
             return None
         with trainer.precision_plugin.forward_context(), torch.no_grad():
-            test = self._read(trainer, pl_module, data, {} if metrics is None else metrics.compute())
+            test = self._read(trainer, pl_module, data, metrics.compute())
         for score in test.scores if test is not None else ():
             for name, value in (("zero_shot", score.zero_shot), ("linear_probe", score.probe)):
                 if value is not None:
@@ -223,17 +223,15 @@ def write_retrieval(test: PairTest, folder: Path, queries: int) -> Section:
             )
             for row in rows
         ),
-        note=f"By chance recall@k is k over the candidates. recall_{ks[-1]} of the log is the mean of both rows."
-        if ks
-        else "",
+        note="By chance recall@k is k over the candidates. recall_k of the log is the mean of both rows.",
     )
     parts: list[Part] = [table]
     if queries and hasattr(test.data, "pixels") and hasattr(test.data, "texts"):
         shown = retrieved(test, spread_places(texts, queries))
         save_picture(retrieval_grid(shown, images), folder / "retrieval.png")
-        first = [f"for {one.sentence!r} the right image has rank {one.rank:,}" for one in shown]
+        seen = "; ".join(f"for {one.sentence!r} the right image has rank {one.rank:,}" for one in shown)
         caption = "The images retrieved for sentences of the test, the best first; the sentence's own is framed."
-        parts.append(Picture("retrieval.png", f"{'; '.join(first)}.".capitalize(), caption))
+        parts.append(Picture("retrieval.png", f"Images for sentences: {seen}.", caption))
     return Section("What is retrieved", tuple(parts))
 
 
