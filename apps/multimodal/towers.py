@@ -155,7 +155,8 @@ class SingleTower(TowerConfig):
         hidden_dim: FFN hidden dim of the dense blocks; None: 4 * width.
         patch_size: height and width of a patch in pixels; must divide the image's.
         dropout: of what each block adds, and of the embeddings.
-        pos_embed_std: standard deviation of the initial position embeddings. Those of pieces have 1, as patches about.
+        pos_embed_std: standard deviation of the initial vectors of places. Those of pieces start at 1, and a patch is
+            mapped to about as much.
 
     Raises:
         ValueError: a value out of its range.
@@ -170,7 +171,8 @@ class SingleTower(TowerConfig):
     pos_embed_std: float = 0.2
 
     def __post_init__(self) -> None:
-        check_at_least(1, patch_size=self.patch_size, depth=self.depth)
+        sizes = ("patch_size", "width", "depth", "num_heads", "hidden_dim")
+        check_at_least(1, **{name: getattr(self, name) for name in sizes})
         if not 0.0 < self.pos_embed_std < float("inf"):
             raise ValueError(f"pos_embed_std={self.pos_embed_std} is not a positive number")
         self.transformer  # noqa: B018  # it checks the other fields
@@ -178,7 +180,16 @@ class SingleTower(TowerConfig):
     @property
     def transformer(self) -> TransformerConfig:
         """The config of the blocks. The network adds positions itself."""
-        return block_config(self.width, self.depth, self.num_heads, self.hidden_dim, self.dropout)
+        return TransformerConfig(
+            dim=self.width,
+            hidden_dim=4 * self.width if self.hidden_dim is None else self.hidden_dim,
+            num_heads=self.num_heads,
+            encoder_layers=self.depth,
+            positions="none",
+            activation="gelu",
+            scale_embeddings=False,
+            dropout=self.dropout,
+        )
 
     @property
     def dense_ffn(self) -> core.DenseFFN:
@@ -190,21 +201,6 @@ class SingleTower(TowerConfig):
 
     def build(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: str | Sequence[int]) -> SharedTransformer:
         return SharedTransformer(self, sizes, ffn, moe_blocks)
-
-
-def block_config(width: int, depth: int, num_heads: int, hidden_dim: int | None, dropout: float) -> TransformerConfig:
-    """Return the config of blocks of ``apps.nets`` as vision transformers have them."""
-    check_at_least(1, width=width, num_heads=num_heads, hidden_dim=hidden_dim)
-    return TransformerConfig(
-        dim=width,
-        hidden_dim=4 * width if hidden_dim is None else hidden_dim,
-        num_heads=num_heads,
-        encoder_layers=depth,
-        positions="none",
-        activation="gelu",
-        scale_embeddings=False,
-        dropout=dropout,
-    )
 
 
 class PatchEmbedding(nn.Module):
