@@ -392,8 +392,10 @@ class SparseCLI(LightningCLI):
             self._print_written(write_stream(self.model, stream, path, overwrite))
         else:
             path = self.run_dir / stream.file if stream.file else None
-            if path is not None and is_unused(self.run_dir):
-                mark(self.run_dir)
+            if path is not None:
+                check_own(path)
+                if is_unused(self.run_dir):
+                    mark(self.run_dir)
             start, count = time.monotonic(), print_stream(stream, path)
             also = "" if path is None else f", also in {path}"
             took = f"in {time.monotonic() - start:.1f} s"

@@ -81,6 +81,14 @@ def test_a_search_writes_the_file_that_is_named_and_its_page(predict, capsys, tm
     assert f"2 predictions in {tmp_path / 'best.parquet'}" in capsys.readouterr().out
 
 
+def test_a_file_of_the_user_s_is_not_replaced(predict, capsys, tmp_path):
+    (tmp_path / "search.jsonl").write_text("my own")
+    argv = [*predict, "--data.images", "shop", "--data.query", "red", "--run_dir", str(tmp_path)]
+    assert main(argv) == 1
+    assert "search.jsonl is no run's: it stays as it is" in capsys.readouterr().err
+    assert (tmp_path / "search.jsonl").read_text() == "my own"
+
+
 def test_an_image_finds_itself(predict, capsys):
     assert main([*predict, "--data.images", "shop", "--data.query_image", "shop/green.png", "--data.top=1"]) == 0
     assert capsys.readouterr().out == "1.0000\tshop/green.png\n"

@@ -8,7 +8,18 @@ import re
 import pytest
 from made_page import PNG, Html, made_page
 
-from apps.report.page import MOST_FIGURES, Page, Picture, Section, Table, Words, html, library
+from apps.report.page import (
+    MOST_FIGURES,
+    Gallery,
+    Page,
+    Picture,
+    Section,
+    Table,
+    Thumbnail,
+    Words,
+    html,
+    library,
+)
 from apps.report.page.saved import from_json, to_json
 
 
@@ -41,6 +52,19 @@ def test_a_page_has_everything_and_loads_nothing(tmp_path, short_library):
     assert {value[1:] for value in page.attributes("href")} <= set(ids)
     assert set(page.attributes("aria-labelledby")) <= set(ids)
     assert page.attributes("alt") == ["a black point"]
+
+
+def test_a_gallery_has_its_pictures_in_order_with_words_for_those_who_see_none(short_library):
+    source = "data:image/jpeg;base64,AAAA"
+    pictures = (Thumbnail(source, (4, 2), "a <cat>", ("1. 0.9", "cat.jpg"), "cat.jpg"), Thumbnail(source, (2, 2), "b"))
+    gallery = Gallery("Best first", pictures, note="Two of them.")
+    assert from_json(json.loads(json.dumps(to_json(gallery)))) == gallery
+    page = Html(html.render(Page("Found", (), None, (Section("Images", (gallery,)),))))
+    assert page.attributes("alt") == ["a <cat>", "b"]
+    assert page.attributes("width") == ["4", "2"]
+    assert [link for link in page.attributes("href") if not link.startswith("#")] == ["cat.jpg"]
+    assert set(page.attributes("aria-labelledby")) <= set(page.attributes("id"))
+    assert page.text.index("1. 0.9") < page.text.index("cat.jpg") < page.text.index("Two of them.")
 
 
 def test_words_stand_with_their_labels_as_text(tmp_path, short_library):
