@@ -9,7 +9,7 @@ import torch
 from apps.multimodal.batch import PairBatch
 from apps.multimodal.given import TextBatch
 from apps.multimodal.image_index import tell
-from apps.multimodal.vectors import FileBatch, vectors_of_pixels
+from apps.multimodal.vectors import FileBatch, readable, vectors_of_pixels
 
 
 def columns_of(model: Any, batch: PairBatch | FileBatch | TextBatch, data: Any) -> dict[str, Any]:
@@ -29,7 +29,11 @@ def columns_of(model: Any, batch: PairBatch | FileBatch | TextBatch, data: Any) 
     if isinstance(batch, FileBatch):
         tell(batch.complaints)
         vectors_BD = vectors_of_pixels(model, batch.pixels) if batch.index else torch.empty(0, model.dim)
-        return {"index": _numbers(batch.index), "image": texts(batch.path), "image_vector": vectors_BD}
+        return {
+            "index": _numbers(batch.index),
+            "image": texts(list(map(readable, batch.path))),
+            "image_vector": vectors_BD,
+        }
     if isinstance(batch, TextBatch):
         named = {} if batch.id is None else {"id": texts(batch.id)}
         vectors_BD = model.text_vectors(batch.text_BL.to(model.device)).float()

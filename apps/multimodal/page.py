@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from apps.base.machine import moment
 from apps.base.messages import one_line
+from apps.multimodal.vectors import readable
 from apps.report.page import Code, Gallery, Page, Part, Section, Table, Text, Thumbnail
 from apps.report.page.html import render
 from apps.report.page.writing import write_html
@@ -90,10 +91,12 @@ def _parts(hits: Hits, shown: int, folder: Path) -> list[Part]:
     elif hits.is_cut:
         parts.append(Code("The whole query", hits.query, closed=True))
     if shown:
-        pictures = [thumbnail(path, (f"{i}. {score}", Path(path).name), folder) for i, score, path in ranked[:shown]]
+        pictures = [
+            thumbnail(path, (f"{i}. {score}", readable(Path(path).name)), folder) for i, score, path in ranked[:shown]
+        ]
         parts.append(Gallery("Best first, with their scores", tuple(pictures)))
     if shown < len(ranked):
-        rows = tuple((str(i), score, path) for i, score, path in ranked[shown:])
+        rows = tuple((str(i), score, readable(path)) for i, score, path in ranked[shown:])
         parts.append(Table("Further images", ("place", "score", "file"), rows))
     return parts
 
@@ -124,4 +127,4 @@ def thumbnail(path: str, lines: tuple[str, ...], folder: Path) -> Thumbnail:
     small.save(content, "JPEG", quality=80)
     source = f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
     link = urllib.parse.quote(os.fsencode(os.path.relpath(path, folder).replace(os.sep, "/")))
-    return Thumbnail(source, small.size, Path(path).name, lines, link)
+    return Thumbnail(source, small.size, readable(Path(path).name), lines, link)

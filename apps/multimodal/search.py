@@ -27,6 +27,7 @@ from apps.multimodal.vectors import (
     check_list,
     encode_images,
     encode_texts,
+    readable,
     vectors_of_pixels,
 )
 from apps.nets.exact_search import exact_search
@@ -75,31 +76,32 @@ class ImageSearch:
         given = self.given
         is_image = given.query_image is not None
         index = self.index
+        queries = given.queries
         if is_image:
-            query_ND = encode_images(self.model, [Path(path).expanduser() for path in given.queries])
+            queries = tuple(str(Path(path).expanduser()) for path in queries)
+            query_ND = encode_images(self.model, queries)
         else:
-            query_ND = encode_texts(self.model, _fitting(given.queries, self.model.encoding.text))
+            query_ND = encode_texts(self.model, _fitting(queries, self.model.encoding.text))
         best = exact_search(query_ND, index.vectors_ND, given.top or TOP)
         paths = [str(given.folder / path) for path in index.paths]
         return [
             Hits(query, is_image, tuple(paths[i] for i in place_K), tuple(score_K))
-            for query, place_K, score_K in zip(
-                given.queries, best.place_BK.tolist(), best.score_BK.tolist(), strict=True
-            )
+            for query, place_K, score_K in zip(queries, best.place_BK.tolist(), best.score_BK.tolist(), strict=True)
         ]
 
     def predictions(self, start: int) -> Iterator[Prediction]:
         """Yield the best images of each query from number ``start`` on."""
         several = len(self.given.queries) > 1
         for number, hits in enumerate(self.hits[start:], start):
+            paths = [readable(path) for path in hits.paths]
             row = {
                 "index": number,
                 "query_image" if hits.is_image else "query": hits.query,
-                "path": list(hits.paths),
+                "path": paths,
                 "score": [round(score, 6) for score in hits.scores],
             }
             before = f"{number + 1}\t" if several else ""
-            texts = [f"{before}{score:.4f}\t{path}" for path, score in zip(hits.paths, hits.scores, strict=True)]
+            texts = [f"{before}{score:.4f}\t{path}" for path, score in zip(paths, hits.scores, strict=True)]
             yield Prediction(number, row, texts)
 
     def write_page(self, path: Path) -> None:

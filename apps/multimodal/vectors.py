@@ -172,6 +172,11 @@ def list_images(folder: Path) -> list[str]:
     return paths
 
 
+def readable(path: str) -> str:
+    """Return a path as text that can be printed and written: bytes of its name that are no UTF-8 become U+FFFD."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def _below(folder: Path, prefix: str) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:

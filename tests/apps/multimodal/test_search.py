@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,17 @@ def test_predictions_are_rows_and_lines(shop):
     (only,) = search(shop, query_image=str(shop / "red.png")).stream().predict(0)
     assert only.row["query_image"] == str(shop / "red.png")
     assert json.dumps(only.row)
+
+
+def test_names_that_are_no_text_are_shown_and_linked(shop, tmp_path):
+    (shop / "green.png").rename(shop / os.fsdecode(b"green\xff.png"))
+    made = search(shop, query="green", top=1)
+    (only,) = made.predictions(0)
+    assert only.texts == [f"1.0000\t{shop}/green\ufffd.png"]
+    made.write_page(tmp_path / "search.html")
+    page = Html((tmp_path / "search.html").read_text())
+    assert "green\ufffd.png" in page.text
+    assert "shop/green%FF.png" in page.attributes("href")
 
 
 def test_a_second_search_encodes_no_image_and_a_model_trained_on_all(shop):
