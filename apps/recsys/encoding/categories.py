@@ -67,7 +67,8 @@ def factorize(parts: Sequence[Part], column: str) -> Codes:
     local = []
     for where, data in parts:
         if pa.types.is_nested(data.type):
-            what = "list it under multi_valued, if it is a feature" if _is_list(data.type) else "not single values"
+            advice = "; a feature of lists stands under multi_valued" if _is_list(data.type) else ""
+            what = f"it must have one value a row{advice}"
             raise ValueError(f"column {column!r} of {where} holds values of type {data.type}: {what}")
         if not pa.types.is_dictionary(data.type):
             data = data.dictionary_encode()

@@ -69,7 +69,7 @@ def test_a_number_and_its_text_are_one_value_across_tables_and_chunks():
 
 
 def test_lists_are_refused_where_one_value_is_expected():
-    with pytest.raises(ValueError, match=r"column 'c' .* type list<.*list it under multi_valued, if it is a feature"):
+    with pytest.raises(ValueError, match=r"'c' .* type list<.*it must have one value a row; a feature of lists"):
         factorize([part([[1]])], "c")
 
 
