@@ -209,8 +209,9 @@ def _plan(
 
 
 def _num_experts(model: Any) -> int:
-    """Return the number of experts of the layer that has most."""
-    return max((m.num_experts for m in model.module.modules() if isinstance(m, core.Experts)), default=0)
+    """Return the number of experts of the MoE layer that has most."""
+    layers = core.moe_layers(model.module).values()
+    return max((m.num_experts for layer in layers for m in layer.modules() if isinstance(m, core.Experts)), default=0)
 
 
 def _configured_steps(experiment: Experiment, train_batches: float) -> int:

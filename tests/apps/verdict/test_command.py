@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from own_net import CONFIG as OWN
 from own_net import SPARSIFY
 from PIL import Image
 
+import core
 from apps.cli import main as moesaic
+from apps.recsys.encoding.features import CategoricalFeature, Features
+from apps.recsys.tables.module import MultiTaskRecommender
 from apps.verdict import command, schedule, training, work
 from apps.verdict.command import give_verdict
 from apps.verdict.options import Options
@@ -141,3 +145,10 @@ def test_wrong_input_is_one_line(tmp_path, monkeypatch, capsys, words, message):
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_towers_of_tasks_are_no_experts():
+    tasks = tuple(f"task {i}" for i in range(5))
+    columns = Features((CategoricalFeature("city", 5),), tasks=tasks, positives=(0.5,) * 5)
+    module = MultiTaskRecommender(columns, core.MMoE(num_experts=4, expert=core.MLP((8,))))
+    assert command._num_experts(SimpleNamespace(module=module)) == 4
