@@ -75,15 +75,14 @@ class ImageSearch:
         """The best images of each query."""
         given = self.given
         is_image = given.query_image is not None
-        index = self.index
-        queries = given.queries
+        queries = given.queries  # first: a query that cannot be read is refused before a folder is encoded
         if is_image:
             queries = tuple(str(Path(path).expanduser()) for path in queries)
             query_ND = encode_images(self.model, queries)
         else:
             query_ND = encode_texts(self.model, _fitting(queries, self.model.encoding.text))
-        best = exact_search(query_ND, index.vectors_ND, given.top or TOP)
-        paths = [str(given.folder / path) for path in index.paths]
+        best = exact_search(query_ND, self.index.vectors_ND, given.top or TOP)
+        paths = [str(given.folder / path) for path in self.index.paths]
         return [
             Hits(query, is_image, tuple(paths[i] for i in place_K), tuple(score_K))
             for query, place_K, score_K in zip(queries, best.place_BK.tolist(), best.score_BK.tolist(), strict=True)
