@@ -44,6 +44,11 @@ def whole(name: str, value: int) -> None:
         raise ValueError(f"{name}={value!r} is not a whole number")
 
 
+def number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}={value!r} is not a number")
+
+
 def sequence(name: str, value: object) -> None:
     """Raise a ``ValueError`` where ``value`` is neither a tuple nor a list."""
     if not isinstance(value, (tuple, list)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..contract import check_kinds
-from ..contract.checks import at_least_one, below_one, not_negative, one_of, positive, sequence, whole
+from ..contract.checks import at_least_one, below_one, not_negative, number, one_of, positive, sequence, whole
 from ..registry import register_config
 
 
@@ -144,6 +144,7 @@ class Balance(BalanceWeights):
                 f"balance.entropy_threshold={given} has {len(given)} numbers for num_modalities={self.num_modalities}"
             )
         for threshold in given if isinstance(given, tuple) else () if given is None else (given,):
+            number("balance.entropy_threshold", threshold)
             positive("balance.entropy_threshold", threshold)
 
     @property
