@@ -160,8 +160,10 @@ def commands(path: Path) -> list[list[str]]:
 
 
 def is_built_above(path: Path, words: list[str]) -> bool:
-    """Return whether another test builds the same."""
+    """Return whether another test builds the same: a test or prediction builds what its training does."""
     own = str(path.relative_to(ROOT))
+    if words[0] in ("test", "validate", "predict") and words[3:4] == ["--ckpt_path"] and len(words) == 5:
+        words = ["fit", *words[1:3]]
     return words in (["fit", "--config", own], ["fit", "--config", str(BASE.relative_to(ROOT)), "--config", own])
 
 

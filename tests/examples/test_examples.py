@@ -69,6 +69,7 @@ def test_a_sentence_encoder(capsys):
     check_begins_and_learns(printed, above=99.0)  # both of the titles held out
 
 
+@pytest.mark.slow
 def test_pictures_tell_a_recommender_which_new_items_are_clicked(capsys):
     assert pictures_for_recommenders.main(["--epochs", "2", "--users", "200"]) == 0
     printed = capsys.readouterr().out
