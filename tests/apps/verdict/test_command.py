@@ -107,7 +107,7 @@ def write_table(folder: Path) -> Path:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["empty"], "empty is a folder with neither images nor tables: give a folder of images, a table"),
+        (["empty"], "empty is a folder with neither images nor tables: give a folder of images, one with a table of"),
         (["nowhere.csv"], "no file or folder nowhere.csv"),
         (["note.txt"], "note.txt is no table"),
         (["note.txt", "t.csv"], "note.txt and t.csv have 1 and 61 lines"),
