@@ -2,7 +2,7 @@
 PYTHON   ?= auto#  interpreter for .venv; auto: the first on PATH that fits
 PARTS     = auto#  cpu or cuda; auto: cuda where nvidia-smi lists a GPU
 PIP_ARGS ?=#       options for pip, such as the index of CPU wheels
-WORKERS   = 2#     processes that share the tests, each with one thread of torch's
+WORKERS   = 3#     processes that share the tests, each with one thread of torch's; one waits at times
 ARGS      =#       options for the command behind demo, test or bench
 
 BIN   := .venv/bin

@@ -119,6 +119,7 @@ def base_moe(tmp_path_factory):
         return build("fit", ["--config", str(BASE)]).model.moe
 
 
+@pytest.mark.slow  # each is built from its parts in tests/apps/vision/test_routers.py
 @pytest.mark.parametrize("path", ROUTING, ids=name)
 def test_a_routing_overlay_means_the_same_to_every_command(path, monkeypatch, tmp_path, base_moe):
     # The command line keeps values of the router before that the new one has too; compare and bench do not.

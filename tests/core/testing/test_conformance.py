@@ -106,9 +106,12 @@ def with_defaults(kind: type[RouterConfig]) -> dict[str, RouterConfig]:
 def cases() -> list[object]:
     params = []
     for kind in routers_of_core():
-        for name, config in (VARIANTS.get(kind) or with_defaults(kind)).items():
+        for place, (name, config) in enumerate((VARIANTS.get(kind) or with_defaults(kind)).items()):
             sizes = {"num_experts": 9} if kind is ProductKeys else {}  # E is a square
-            params += [pytest.param(prop, id=f"{name}: {prop}") for prop in properties(config, **sizes)]
+            for prop in properties(config, **sizes):
+                # A compiler takes a second; every second variant of a kind is enough for each run.
+                marks = [pytest.mark.slow] if place % 2 and prop.name.startswith("torch.") else []
+                params.append(pytest.param(prop, id=f"{name}: {prop}", marks=marks))
     return params
 
 
