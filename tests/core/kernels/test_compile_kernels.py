@@ -39,12 +39,15 @@ SIMPLE = ("column_sums", "gate_grad", "sum_of_k", "sum_grad")
 REPORTS = {
     "bfloat16": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "whole"],
     "newer cards": ["--arch", "90", "100", "--dtypes", "bfloat16", "--widths", "whole", "--kernels", "hidden_grad"],
-    "float32": ["--arch", "80", "--dtypes", "float32", "--widths", "whole", "--kernels", "linear", "sum_of_any"],
-    "eights": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "eights", "--kernels", "linear", *SIMPLE],
-    "odd": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "odd", "--kernels", "linear", *SIMPLE],
     "without products": ["--arch", "90", "--dtypes", "float32", "--widths", "whole", "--kernels", *WITHOUT_PRODUCTS],
 }
 """Options of ``compile_kernels``, by the name of its report."""
+FURTHER_REPORTS = {
+    "float32": ["--arch", "80", "--dtypes", "float32", "--widths", "whole", "--kernels", "linear", "sum_of_any"],
+    "eights": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "eights", "--kernels", "linear", *SIMPLE],
+    "odd": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "odd", "--kernels", "linear", *SIMPLE],
+}
+"""Those of slow tests."""
 SCRIPT = """
 import json, sys, torch
 from benchmarks import compile_kernels
@@ -72,8 +75,17 @@ for dtype in compile_kernels.PRODUCTS:
 @pytest.fixture(scope="module")
 def reports() -> dict[str, list]:
     """Return the lines of each of ``REPORTS``, and what ``SCRIPT`` prints of the launches, all from one process."""
+    return reported(REPORTS)
+
+
+@pytest.fixture(scope="module")
+def further_reports() -> dict[str, list]:
+    return reported(FURTHER_REPORTS)
+
+
+def reported(options: dict[str, list[str]]) -> dict[str, list]:
     lines: dict[str, list] = {}
-    for line in map(json.loads, python("-c", SCRIPT, json.dumps(REPORTS)).splitlines()):
+    for line in map(json.loads, python("-c", SCRIPT, json.dumps(options)).splitlines()):
         if isinstance(line, list) and line[0] == "report":
             name = line[1]
             lines[name] = []
@@ -127,16 +139,18 @@ def test_products_run_on_the_tensor_cores_of_newer_cards(reports):
     assert {r["arch"] for r in rows if r["tensor_cores"]} == {90, 100}
 
 
-def test_products_in_float32_run_on_no_tensor_core(reports):
-    rows = reports["float32"]
+@pytest.mark.slow
+def test_products_in_float32_run_on_no_tensor_core(further_reports):
+    rows = further_reports["float32"]
     check(rows, "float32")
     check_tiles(rows, {"linear": tuning.FULL_TILES["linear"]}, (80,))
 
 
-def test_no_tile_spills_where_rows_are_not_of_whole_tiles(reports):
+@pytest.mark.slow
+def test_no_tile_spills_where_rows_are_not_of_whole_tiles(further_reports):
     # 2040 numbers are read 16 bytes at a time, as 2048 are; 2041 one by one.
     for widths, tuned in (("eights", tuning.UNEVEN_TILES), ("odd", tuning.RAGGED_TILES)):
-        rows = reports[widths]
+        rows = further_reports[widths]
         check(rows, "bfloat16")
         check_tiles(rows, {"linear": tuned["linear"]}, (80,))
         widest = {row["kernel"].split(".")[1]: row["widest"] for row in rows}
