@@ -35,7 +35,7 @@ from apps.multimodal.splits import num_trained, split_images
 from apps.multimodal.texts import EncodedTexts, TextOptions
 from apps.multimodal.vectors import OnBadImage
 from apps.vision.batch import Augment, Collate
-from apps.vision.encoding import evaluation_transform
+from apps.vision.encoding import check_images, evaluation_transform
 from apps.vision.image_files import BadImage
 from core.config.plain import from_plain
 
@@ -295,12 +295,7 @@ class ImageTextData(SuiteData):
             ValueError: an option that was given says otherwise.
         """
         given = self.encoding_of(encoding_state)
-        for name, value in self._written.items():
-            if value is not None and value != getattr(given, name):
-                raise ValueError(
-                    f"data.{name}={value} is not the checkpoint's, whose images have {name}={getattr(given, name)}: "
-                    "leave it out"
-                )
+        check_images(self._written, given)
         self._text_options.check(given.text, self.cache)
         if self._are_named and self._columns != tuple(given.attributes or {}):
             raise ValueError(

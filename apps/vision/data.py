@@ -27,7 +27,7 @@ from apps.data.splits import SPLITS, Split, check_size, count_of
 from apps.data.suite_data import SuiteData
 from apps.vision.batch import Augment, Collate
 from apps.vision.datasets import VISION_DATASETS
-from apps.vision.encoding import ImageEncoding, evaluation_transform, file_transform, middle_of_strip
+from apps.vision.encoding import ImageEncoding, check_images, evaluation_transform, file_transform, middle_of_strip
 from apps.vision.image_files import FromFiles, without_bad_images
 from apps.vision.image_folders import check_classes, class_folders, read_image_folder, read_unlabelled
 from apps.vision.image_set import ImageSet, Splits, stratified_split
@@ -194,12 +194,7 @@ class VisionData(SuiteData):
             ValueError: an option that was given says otherwise.
         """
         given = self.encoding_of(encoding_state)
-        for name, value in self._written.items():
-            if value is not None and value != getattr(given, name):
-                raise ValueError(
-                    f"data.{name}={value} is not the checkpoint's, whose images have {name}={getattr(given, name)}: "
-                    "leave it out"
-                )
+        check_images(self._written, given)
         if given == self._adopted:
             return
         super().adopt(encoding_state)

@@ -49,6 +49,24 @@ class ImageEncoding:
         return evaluation_transform(self.image_size, self.in_chans, self.eval_crop)
 
 
+def check_images(written: Mapping[str, Any], known: Any) -> None:
+    """Refuse options of the data that contradict a checkpoint.
+
+    Args:
+        written: options by name; None where nothing was said.
+        known: the checkpoint's encoding, with these names as attributes.
+
+    Raises:
+        ValueError: an option has another value.
+    """
+    for name, value in written.items():
+        if value is not None and value != getattr(known, name):
+            raise ValueError(
+                f"data.{name}={value} is not the checkpoint's, whose images have {name}={getattr(known, name)}: "
+                "leave it out"
+            )
+
+
 def evaluation_transform(image_size: int, in_chans: int, eval_crop: float) -> v2.Compose:
     """Scale a decoded image, uint8 (3, H, W), to a model's size, keep the centre: uint8 (in_chans, S, S)."""
     cut = [v2.Lambda(middle_of_strip), v2.Resize(round(image_size / eval_crop)), v2.CenterCrop(image_size)]
