@@ -31,12 +31,13 @@ from apps.nets.config import TransformerConfig
 from apps.nets.loss import OutputLogits
 from apps.nets.place import Place, check_fits, check_layers
 from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, caption_ids, check_one, decoding, in_dtype
+from apps.nlp.decode.writing import WritingModule
 from apps.nlp.text.foreseen import Foreseen, of_mean_length, ratio_values, read_ids
 from apps.nlp.text.scores import scorer
 from apps.nlp.text.token_loss import token_loss
 from apps.train.distilling import DistilConfig
 from apps.train.growing import GrowConfig
-from apps.train.module import OptimizerConfig, SparseModule, Stage, TaskOutput, check_one_start
+from apps.train.module import OptimizerConfig, Stage, TaskOutput, check_one_start
 from apps.vision.encoding import normalize
 from apps.vision.image_files import to_pixels
 from apps.vision.model import ViTConfig, load_pretrained_weights
@@ -68,7 +69,7 @@ class Captions(NamedTuple):
     alternatives: list[list[str]] | None = None
 
 
-class ImageCaptioner(SparseModule, Comparable):
+class ImageCaptioner(WritingModule, Comparable):
     """An image encoder and a decoder that writes a text about the image, sparse or dense.
 
     It is trained by the cross-entropy of each token after those before it, with label smoothing, and judged by what it
@@ -174,8 +175,6 @@ class ImageCaptioner(SparseModule, Comparable):
         )
         self._put_in_place()
         self._hold_still()
-        # The model in another dtype, for the length of one pass: a list, so that it is no part of the module.
-        self._copies: list[CaptionModel] | None = None
         self._tested: list[CaptionedImage] = []
 
     def _put_in_place(self) -> None:
@@ -233,7 +232,7 @@ class ImageCaptioner(SparseModule, Comparable):
         config = dataclasses.replace(self.decode, method="greedy", num_best=1) if greedy else self.decode
         images = batch.image_B.tolist()
         places = [place for place, number in enumerate(images) if images.index(number) == place]
-        model = self._model_in(config.dtype)
+        model = self.model_in(config.dtype)
         hypotheses = self.hypotheses_of(batch.image[places], config, batch.image_B[places], model)
         texts = self.subwords.decode(hypotheses.best, "source")
         written = dict(zip(places, texts, strict=True))
@@ -259,14 +258,6 @@ class ImageCaptioner(SparseModule, Comparable):
         # Out of autocast: in bfloat16 an image's logits would depend on its batch mates.
         with torch.autocast(self.device.type, enabled=False):
             return caption_ids(model or self.model, image, config, self.max_tokens, index_B)
-
-    def _model_in(self, dtype: str | None) -> CaptionModel:
-        """Return the model in this dtype; within a pass over the data it is copied once."""
-        if dtype is None or self._copies is None:
-            return self.model
-        if not self._copies:
-            self._copies.append(in_dtype(self.model, dtype))  # type: ignore[arg-type]
-        return self._copies[0]
 
     def _references_of(self, batch: PairBatch) -> list[str]:
         """Return the pairs' texts as the data have them, in lower case where the model reads no other; where the data
@@ -299,27 +290,13 @@ class ImageCaptioner(SparseModule, Comparable):
     def metric_signatures(self) -> Mapping[str, str]:
         return signatures(self.bleu_tokenize, num_references(self._tested))
 
-    def _start_pass(self, stage: Stage) -> None:
-        super()._start_pass(stage)
-        self._copies = []
-
     def on_test_epoch_end(self) -> None:
         metrics = self.stage_metrics("test")
         metrics.compute()  # on every rank: it gathers
-        self._tested, self._copies = metrics.images, None
+        self._tested = metrics.images
         super().on_test_epoch_end()
 
-    def on_validation_epoch_end(self) -> None:
-        self._copies = None  # the weights move on
-        super().on_validation_epoch_end()
-
     # ---- prediction
-
-    def on_predict_epoch_start(self) -> None:
-        self._copies = []
-
-    def on_predict_epoch_end(self) -> None:
-        self._copies = None
 
     def predict_step(self, batch: PairBatch | FileBatch, batch_idx: int) -> Captions:
         """Return the caption of each image of a folder that can be read, or of each pair's."""
@@ -331,7 +308,7 @@ class ImageCaptioner(SparseModule, Comparable):
         else:
             image, index_B, references = batch.image, batch.index_B, self._references_of(batch)
             names = [image_name(self._data(), number) for number in batch.image_B.tolist()]
-        hypotheses = self.hypotheses_of(image, self.decode, index_B, self._model_in(self.decode.dtype))
+        hypotheses = self.hypotheses_of(image, self.decode, index_B, self.model_in(self.decode.dtype))
         texts = [self.subwords.decode(ids, "source") for ids in hypotheses.ids]
         return Captions(
             index_B,

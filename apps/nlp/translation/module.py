@@ -18,7 +18,8 @@ from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
 from apps.nets.place import Place
 from apps.nets.transformer import TranslationModel
-from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, check_one, decoding, in_dtype, translate_ids
+from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, check_one, decoding, translate_ids
+from apps.nlp.decode.writing import WritingModule
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import checked_texts, source_batches
 from apps.nlp.text.batch import TranslationBatch
@@ -60,7 +61,7 @@ class Translations(NamedTuple):
     alternatives: list[list[str]]
 
 
-class Translator(TextModule):
+class Translator(WritingModule, TextModule):
     """A transformer from one language to another, or from many to many, sparse or dense.
 
     It is trained by the cross-entropy of each target token after those before it, with label smoothing, and judged by
@@ -178,8 +179,6 @@ class Translator(TextModule):
             decodes_stepwise=True,
         )
         self._references: list[str] | None = None
-        # The model in another dtype, for the length of one pass: a list, so that it is no part of the module.
-        self._copies: list[TranslationModel] | None = None
         self._tested: list[Sentence] = []
 
     def forward(
@@ -227,16 +226,8 @@ class Translator(TextModule):
         """Return translations of the batch's sources, in ids; ``model`` may be a copy in another dtype."""
         # Out of autocast: in bfloat16 a sentence's logits would depend on its batch mates.
         with torch.autocast(self.device.type, enabled=False):
-            ids, model = self._ids(batch), model or self._model_in(config.dtype)
+            ids, model = self._ids(batch), model or self.model_in(config.dtype)
             return translate_ids(model, batch.source_BS, config, *ids, index_B=batch.index_B)
-
-    def _model_in(self, dtype: str | None) -> TranslationModel:
-        """Return the model in this dtype; within a pass over the data it is copied once."""
-        if dtype is None or self._copies is None:
-            return self.model
-        if not self._copies:
-            self._copies.append(in_dtype(self.model, dtype))  # type: ignore[arg-type]
-        return self._copies[0]
 
     def _ids(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
         """Return the tasks and the domains, int64 (B,) each."""
@@ -278,25 +269,14 @@ class Translator(TextModule):
 
     def _start_pass(self, stage: Stage) -> None:
         super()._start_pass(stage)
-        self._copies = []
         references = getattr(self._data(), "references", None)
         self._references = None if references is None else references(stage)
 
     def on_test_epoch_end(self) -> None:
         metrics = self.stage_metrics("test")
         metrics.compute()  # on every rank: it gathers
-        self._tested, self._copies = metrics.sentences, None
+        self._tested = metrics.sentences
         super().on_test_epoch_end()
-
-    def on_validation_epoch_end(self) -> None:
-        self._copies = None  # the weights move on
-        super().on_validation_epoch_end()
-
-    def on_predict_epoch_start(self) -> None:
-        self._copies = []
-
-    def on_predict_epoch_end(self) -> None:
-        self._copies = None
 
     # ---- prediction
 

@@ -26,7 +26,7 @@ from apps.cli.train import build, quiet
 from apps.compare.systems import find_systems
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from apps.nets.config import POSITIONS
-from apps.nlp.decode import DecodeConfig
+from apps.nlp.decode import DecodeConfig, writing
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.text.scores import corpus_score
 from apps.nlp.translation.module import Translator, task_numbers
@@ -357,8 +357,8 @@ def test_bfloat16_weights_are_copied_once_a_pass_and_follow_the_training(data, t
         seen.append(model.source_embed.weight.detach().clone())
         return original(model, dtype)
 
-    original = module_file.in_dtype
-    monkeypatch.setattr(module_file, "in_dtype", copied)
+    original = writing.in_dtype
+    monkeypatch.setattr(writing, "in_dtype", copied)
     made = trainer(tmp_path, max_epochs=2, limit_train_batches=1, limit_val_batches=3)
     made.fit(module, data)
     assert len(seen) == 2
