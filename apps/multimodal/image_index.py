@@ -114,7 +114,8 @@ class ImageIndex:
 
 
 Encode = Callable[[Sequence[str]], Iterable[tuple[list[int], Tensor, list[str]]]]
-"""Of relative paths: yields places of some of them, their vectors (b, dim), and complaints about unreadable ones."""
+"""A function of relative paths that yields places of some of them, their vectors (b, dim), and complaints about
+unreadable ones."""
 
 
 def refreshed(folder: Path, path: Path | None, cache: Path, made_by: str, encode: Encode) -> ImageIndex:
