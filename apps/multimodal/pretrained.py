@@ -143,17 +143,10 @@ class _BertTower(TextTower):
         dense.load_state_dict(weights)
 
 
-@core.register_config
-@dataclass(frozen=True)
-class ClipImages(ImagePart):
-    """CLIP's image tower.
+class _ClipSizes:
+    """What both of CLIP's towers read off their ``clip``."""
 
-    Attributes:
-        pretrained: folder of an open_clip checkpoint. Images of another size and number of channels are adapted to.
-        clip: the sizes; the defaults are those of ViT-B/32.
-    """
-
-    clip: ClipImageConfig = _CLIP_IMAGES
+    clip: ClipImageConfig | ClipTextConfig
 
     @property
     def dense_ffn(self) -> core.DenseFFN:
@@ -166,6 +159,19 @@ class ClipImages(ImagePart):
     @property
     def depth(self) -> int:
         return self.clip.depth
+
+
+@core.register_config
+@dataclass(frozen=True)
+class ClipImages(_ClipSizes, ImagePart):
+    """CLIP's image tower.
+
+    Attributes:
+        pretrained: folder of an open_clip checkpoint. Images of another size and number of channels are adapted to.
+        clip: the sizes; the defaults are those of ViT-B/32.
+    """
+
+    clip: ClipImageConfig = _CLIP_IMAGES
 
     def build(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> ImageTower:
         return _ClipImages(self, sizes, ffn, moe_blocks)
@@ -206,7 +212,7 @@ class _ClipImages(ImageTower):
 
 @core.register_config
 @dataclass(frozen=True)
-class ClipTexts(TextPart):
+class ClipTexts(_ClipSizes, TextPart):
     """CLIP's text tower, which is causal.
 
     Attributes:
@@ -216,18 +222,6 @@ class ClipTexts(TextPart):
     """
 
     clip: ClipTextConfig = _CLIP_TEXTS
-
-    @property
-    def dense_ffn(self) -> core.DenseFFN:
-        return self.clip.dense_ffn
-
-    @property
-    def width(self) -> int:
-        return self.clip.dim
-
-    @property
-    def depth(self) -> int:
-        return self.clip.depth
 
     def build(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> TextTower:
         return _ClipTexts(self, sizes, ffn, moe_blocks)
