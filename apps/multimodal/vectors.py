@@ -16,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from apps.base.evaluation import in_evaluation
 from apps.multimodal.encoding import PairEncoding
 from apps.vision.encoding import normalize
-from apps.vision.image_files import BadImage, read_image, to_pixels
+from apps.vision.image_files import BadImage, read_image, scaled
 
 OnBadImage = Literal["error", "skip"]
 """What an image is that cannot be read: the end of the run, or left out with a line."""
@@ -59,7 +59,7 @@ def encode_images(model: Any, images: Sequence[Any]) -> Tensor:
 
     def pixels(start: int) -> Tensor:
         some = images[start : start + _IMAGES_AT_ONCE]
-        return torch.stack([transform(to_pixels(image, f"images[{i}]")) for i, image in enumerate(some, start)])
+        return scaled(some, transform, start)
 
     with in_evaluation(model), torch.no_grad():
         return torch.cat([vectors_of_pixels(model, pixels(i)) for i in range(0, len(images), _IMAGES_AT_ONCE)])

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
 import core
 from apps.report.exhibit import Answer, Bars, Example, Exhibit, ImageField, Patches, expert_names, layer_names
-from apps.vision.image_files import to_pixels
+from apps.vision.image_files import to_array, to_pixels
 from apps.vision.report import patch_experts
 
 _MOST_EXPERTS = 2
@@ -34,8 +31,8 @@ def exhibit(model: Any, data: Any, most: int) -> Exhibit:
         (path,) = values
         pixels = to_pixels(path, "the image")
         with core.record(model.model) as tape:
-            (classified,) = model.predict([_array(pixels)])
-        image = _array(encoding.transform(pixels))
+            (classified,) = model.predict([to_array(pixels)])
+        image = to_array(encoding.transform(pixels))
         patches = [(entry, patch_experts(model.model, entry, 1, _MOST_EXPERTS)) for entry in tape.entries]
         placed = [(entry, ids_1HWK[0].cpu().numpy()) for entry, ids_1HWK in patches if ids_1HWK is not None]
         names = layer_names([entry.name for entry, _ in placed])
@@ -53,11 +50,6 @@ def exhibit(model: Any, data: Any, most: int) -> Exhibit:
     return Exhibit(about, "Classify", (ImageField("Image"),), answer, examples)
 
 
-def _array(pixels: torch.Tensor) -> np.ndarray:
-    """Return pixels (C, H, W) as an array (H, W) or (H, W, 3)."""
-    return np.ascontiguousarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
-
-
 def _examples(data: Any, most: int) -> tuple[Example, ...]:
     """Return validation images, or test images where there are none, of different classes as far as may be."""
     splits = data.opened
@@ -69,4 +61,6 @@ def _examples(data: Any, most: int) -> tuple[Example, ...]:
     places = [*first.values(), *(place for place in range(len(labels)) if place not in set(first.values()))][:most]
     pixels, label_B, _ = images.__getitems__(places)
     names = data.class_names
-    return tuple(Example(names[label], (_array(image),)) for image, label in zip(pixels, label_B.tolist(), strict=True))
+    return tuple(
+        Example(names[label], (to_array(image),)) for image, label in zip(pixels, label_B.tolist(), strict=True)
+    )

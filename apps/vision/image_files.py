@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,25 @@ def to_pixels(image: Any, name: str) -> Tensor:
         raise ValueError(f"{name} is {image.dtype} {image.shape}: an array must be uint8, (H, W) or (H, W, 3)")
     pixels = torch.from_numpy(image.reshape(*image.shape[:2], *channels).copy()).permute(2, 0, 1)
     return pixels.expand(3, -1, -1) if len(pixels) == 1 else pixels[:3]
+
+
+def scaled(images: Sequence[Any], transform: Callable[[Tensor], Tensor], start: int = 0) -> Tensor:
+    """Return images as a model's ``transform`` scales and cuts them, uint8 (B, C, S, S).
+
+    Args:
+        images: as ``to_pixels`` takes them; at least one.
+        transform: from uint8 (3, H, W) to (C, S, S).
+        start: number of the first one, for errors.
+
+    Raises:
+        ValueError: an image that cannot be read.
+    """
+    return torch.stack([transform(to_pixels(image, f"images[{i}]")) for i, image in enumerate(images, start)])
+
+
+def to_array(pixels: Tensor) -> np.ndarray:
+    """Return pixels (C, H, W) as an array (H, W) or (H, W, 3)."""
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
 
 
 @contextlib.contextmanager

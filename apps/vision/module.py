@@ -28,7 +28,7 @@ from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput, check_one_start
 from apps.vision.encoding import ImageEncoding, normalize
 from apps.vision.few_shot import hard_labels
-from apps.vision.image_files import to_pixels
+from apps.vision.image_files import scaled
 from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
 from apps.vision.report import VisionReport, VisionReportConfig
 
@@ -235,8 +235,7 @@ class VisionClassifier(SparseModule, Comparable):
     def _classified(
         self, batch: Sequence[Any], start: int, encoding: ImageEncoding, top: int
     ) -> Iterator[ClassifiedImage]:
-        transform = encoding.transform
-        pixels = torch.stack([transform(to_pixels(image, f"images[{i}]")) for i, image in enumerate(batch, start)])
+        pixels = scaled(batch, encoding.transform, start)
         normalized = normalize(pixels, encoding.mean, encoding.std).to(self.device)
         best = self(normalized).float().softmax(-1).topk(min(top, self.num_classes), dim=-1)
         for image, labels, values in zip(batch, best.indices.tolist(), best.values.tolist(), strict=True):

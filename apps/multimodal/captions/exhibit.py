@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from apps.base.evaluation import in_evaluation
 from apps.multimodal.captions.traced import Traced, traced
@@ -25,7 +24,7 @@ from apps.report.exhibit import (
     words_by_layer,
 )
 from apps.report.page import Table
-from apps.vision.image_files import to_pixels
+from apps.vision.image_files import to_array, to_pixels
 from apps.vision.report import patch_experts
 
 _CANDIDATES = 3
@@ -52,7 +51,7 @@ def exhibit(model: Any, data: Any, most: int) -> Exhibit:
         pixels = to_pixels(path, "the image")
         config = dataclasses.replace(model.decode, num_best=min(_CANDIDATES, model.decode.width))
         with in_evaluation(model):
-            image = model.normalised([_array(pixels)], encoding)
+            image = model.normalised([to_array(pixels)], encoding)
             hypotheses = model.hypotheses_of(image, config)
             trace = traced(model, image, hypotheses.ids[0][0])
         texts, scores = model.subwords.decode(hypotheses.ids[0], "source"), hypotheses.scores[0]
@@ -60,7 +59,7 @@ def exhibit(model: Any, data: Any, most: int) -> Exhibit:
         if len(texts) > 1:
             rows = tuple((text, f"{score:.3f}") for text, score in zip(texts[1:], scores[1:], strict=True))
             parts.append(Table(f"Further candidates (the score of the best: {scores[0]:.3f})", ("text", "score"), rows))
-        layers = _patches(model, trace, _array(encoding.transform(pixels)))
+        layers = _patches(model, trace, to_array(encoding.transform(pixels)))
         layers |= words_by_layer(trace.of_decoder, words_of(trace.read), "Subwords of the caption, as they are read")
         return Answer(tuple(parts), layers)
 
@@ -80,11 +79,6 @@ def _patches(model: Any, trace: Traced, image: np.ndarray) -> dict[str, tuple[La
     return layers
 
 
-def _array(pixels: torch.Tensor) -> np.ndarray:
-    """Return pixels (C, H, W) as an array (H, W) or (H, W, 3)."""
-    return np.ascontiguousarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
-
-
 def _examples(data: Any, most: int) -> tuple[Example, ...]:
     """Return validation images, at equal steps, with their texts as labels."""
     batches = iter(data.val_dataloader())
@@ -97,4 +91,4 @@ def _examples(data: Any, most: int) -> tuple[Example, ...]:
     rows = list(first.values())[:most]
     pixels = data.pixels(batch.image_B[rows])
     texts = [data.texts[number] for number in batch.caption_B[rows].tolist()]
-    return tuple(Example(text, (_array(image),)) for text, image in zip(texts, pixels, strict=True))
+    return tuple(Example(text, (to_array(image),)) for text, image in zip(texts, pixels, strict=True))

@@ -39,7 +39,7 @@ from apps.train.distilling import DistilConfig
 from apps.train.growing import GrowConfig
 from apps.train.module import OptimizerConfig, Stage, TaskOutput, check_one_start
 from apps.vision.encoding import normalize
-from apps.vision.image_files import to_pixels
+from apps.vision.image_files import scaled
 from apps.vision.model import ViTConfig, load_pretrained_weights
 
 _DECODE = DecodeConfig(max_length_ratio=1.0, max_length_extra=0)
@@ -374,8 +374,7 @@ class ImageCaptioner(WritingModule, Comparable):
         Raises:
             ValueError: an image that cannot be read.
         """
-        pixels = [encoding.transform(to_pixels(image, f"images[{i}]")) for i, image in enumerate(images, start)]
-        return normalize(torch.stack(pixels), encoding.mean, encoding.std).to(self.device)
+        return normalize(scaled(images, encoding.transform, start), encoding.mean, encoding.std).to(self.device)
 
     @property
     def encoding(self) -> PairEncoding:
