@@ -50,6 +50,12 @@ EXHIBITS = {
 }
 """The module of the function ``exhibit(model, data, most)``, which says what the demo page of a model has."""
 
+EXPORTS: dict[str, str] = {}
+"""The module of the function ``export(model)`` of each LightningModule: its graphs for ``moesaic export``."""
+
+SERVICES: dict[str, str] = {}
+"""The module of the function ``service(model)`` of each LightningModule: its inputs and answers, for ``serve``."""
+
 TRAINER = {
     "BestAndLast": "apps.train.checkpoints",
     "ExpertAveraging": "apps.train.schedules",

@@ -1,0 +1,1 @@
+"""``moesaic serve``: a trained model answers requests over HTTP."""
