@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -42,6 +42,9 @@ class OptimizerConfig:
             n-th step (arXiv 1706.03762, section 5.3), which does not depend on the length of the run where ``warmup``
             is in steps; or "constant".
         min_lr_ratio: least learning rate, as a part of the peak.
+        lr_scales: factors on the learning rate of parts of the model, by the beginning of their parameters' names:
+            ``{"text_tower": 0.05}`` lets a pretrained tower move slowly beside one that is drawn. Of several that fit,
+            the longest counts; it multiplies the factors of routers and experts.
 
     Raises:
         ValueError: a value outside its range.
@@ -61,6 +64,7 @@ class OptimizerConfig:
     warmup: float = 0.05
     schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
     min_lr_ratio: float = 0.0
+    lr_scales: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # a list in YAML and in a checkpoint
@@ -73,6 +77,8 @@ class OptimizerConfig:
         if not self.lr > 0:
             raise ValueError(f"optimizer.lr={self.lr} must be positive")
         scales = [f"{part}_{of}_scale" for part in ("router", "expert") for of in ("lr", "weight_decay")]
+        for part, scale in self.lr_scales.items():
+            check_at_least(0, **{f"optimizer.lr_scales.{part}": scale})
         names = ("weight_decay", "eps", "warmup", *scales)
         check_at_least(0, **{f"optimizer.{name}": getattr(self, name) for name in names})
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
@@ -131,6 +137,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     submodule names in ``no_weight_decay()`` as timm's models do. Muon's matrices have groups of their own: the weights
     of experts, shared ones too, and of ``nn.Linear`` outside the modules that ``model.readout`` names. A group has the
     keys ``name``, ``params``, ``lr``, ``weight_decay`` and, under Muon, ``muon``; empty groups are left out.
+
+    Raises:
+        ValueError: no trainable parameter has a name that begins as a key of ``config.lr_scales`` says.
     """
     kind: dict[int, str] = {}
     for layer in core.moe_layers(model).values():
@@ -145,6 +154,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         "rest": (1.0, 1.0),
     }
     groups: dict[str, dict[str, Any]] = {}
+    parts = sorted(config.lr_scales, key=len, reverse=True)
+    unused = set(parts)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or hasattr(parameter, "_in_backward_optimizers"):
             continue  # the backward has stepped the rows of a fused embedding already
@@ -154,6 +165,10 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         matrix = decays and (which == "experts" or (which == "rest" and id(parameter) in linear))
         key = which if decays else f"{which}_no_decay"
         lr_scale, decay_scale = scales[which]
+        part = next((part for part in parts if f"{name}.".startswith(f"{part}.")), None)
+        if part is not None:
+            unused.discard(part)
+            key, lr_scale = f"{part}_{key}", lr_scale * config.lr_scales[part]
         group: dict[str, Any] = {
             "name": key,
             "params": [],
@@ -163,6 +178,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         if config.name == "muon":
             group |= {"name": f"{key}_matrices" if matrix else key, "muon": matrix}
         groups.setdefault(group["name"], group)["params"].append(parameter)
+    if unused:
+        own = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
+        raise ValueError(f"optimizer.lr_scales has {min(unused)!r}, which is no part of the model: its parts are {own}")
     return list(groups.values())
 
 

@@ -79,6 +79,27 @@ def test_groups_hold_each_parameter_once_and_spare_biases_and_norms():
     }
 
 
+def test_parts_of_a_model_have_learning_rates_of_their_own():
+    config = OptimizerConfig(lr=1.0, expert_lr_scale=2.0, lr_scales={"net.3": 0.5, "net.3.router": 0.25, "net.4": 0.0})
+    rates = {g["name"]: g["lr"] for g in parameter_groups(TinyModule(3, moe=MOE), config)}
+    assert rates == {
+        "net.3.router_router": 0.25,  # the longer beginning counts
+        "net.3_experts": 1.0,  # 0.5 times the experts' 2
+        "net.3_experts_no_decay": 1.0,
+        "net.4_rest": 0.0,
+        "net.4_rest_no_decay": 0.0,
+        "rest": 1.0,
+        "rest_no_decay": 1.0,
+    }
+
+
+def test_a_part_that_the_model_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"lr_scales has 'tower', which is no part of the model: its parts are \['net'\]"):
+        parameter_groups(TinyModule(3), OptimizerConfig(lr_scales={"tower": 0.1}))
+    with pytest.raises(ValueError, match=r"optimizer\.lr_scales\.net=-1"):
+        OptimizerConfig(lr_scales={"net": -1.0})
+
+
 def test_a_frozen_parameter_and_a_model_s_own_exemptions_are_honoured():
     module = TinyModule(3)
     module.net[0].weight.requires_grad = False
