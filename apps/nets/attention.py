@@ -12,6 +12,7 @@ from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Step
 from apps.nets.norms import RMSNorm
 from apps.nets.packing import Packing
+from apps.nets.past import Past
 from apps.nets.positions import rotate
 from core.kernels import cpu, outside_autocast
 
@@ -41,7 +42,7 @@ class Mask:
             return self  # a causal query sees none of what stands after it
         B = len(index_BC)
         query, key = index_BC[:, None, :, None], index_BC[:, None, None, :]
-        if len(self.bias) == 1:
+        if self.bias.shape[0] == 1:
             bias_BHCC = self.bias[0][query, key]
         else:
             bias_BHLL = self.bias.unflatten(0, (B, num_heads))
@@ -51,6 +52,12 @@ class Mask:
         if real_BC is not None:
             bias_BHCC = bias_BHCC.masked_fill(~real_BC[:, None, None], hidden_score(bias_BHCC.dtype))
         return Mask(bias_BHCC.expand(B, num_heads, -1, -1).flatten(0, 1))
+
+    def hiding(self, hidden_BS: Tensor, num_heads: int) -> Mask:
+        """Return the mask that hides some keys as well, bool (B, S), from all queries of ``num_heads`` heads."""
+        assert self.bias is not None
+        hidden_N1S = hidden_BS.repeat_interleave(num_heads, 0).unsqueeze(1)
+        return Mask(self.bias.masked_fill(hidden_N1S, hidden_score(self.bias.dtype)))
 
 
 def hidden_score(dtype: torch.dtype) -> float:
@@ -75,27 +82,34 @@ def padding_mask(valid_BS: Tensor, num_heads: int, like: Tensor) -> Mask:
 
 
 def self_mask(
-    like_BLD: Tensor, num_heads: int, *, valid_BL: Tensor | None, causal: bool, relative_HLL: Tensor | None
+    like_BLD: Tensor,
+    num_heads: int,
+    *,
+    valid_BL: Tensor | None,
+    causal: bool,
+    relative_HLL: Tensor | None,
+    past: int | None = None,
 ) -> Mask:
-    """Return the mask of a stack's self-attention.
+    """Return the mask of a stack's self-attention, (L, S) for L queries and S keys.
 
     Args:
         like_BLD: the stack's input.
         num_heads: H.
         valid_BL: bool, False for keys that no query may see; None: all may be seen.
         causal: a query sees the keys up to its own position.
-        relative_HLL: biases by distance.
+        relative_HLL: biases by distance, (H, L, S).
+        past: keys that stand before those of the input, of which there are L more; None: there are none.
     """
     B, L, _ = like_BLD.shape
     if relative_HLL is None and not causal:
         return Mask() if valid_BL is None else padding_mask(valid_BL, num_heads, like_BLD)
-    if relative_HLL is None and valid_BL is None and (like_BLD.is_cuda or like_BLD.is_meta):
+    if relative_HLL is None and valid_BL is None and past is None and (like_BLD.is_cuda or like_BLD.is_meta):
         return Mask(causal=True)
     dtype = product_dtype(like_BLD)
     bias = like_BLD.new_zeros(1, 1, 1, 1, dtype=dtype) if relative_HLL is None else relative_HLL.to(dtype)[None]
     if causal:
-        later_LL = torch.ones(L, L, dtype=torch.bool, device=like_BLD.device).triu(1)
-        bias = bias.masked_fill(later_LL, hidden_score(dtype))
+        place_S = torch.arange(L + (past or 0), device=like_BLD.device)
+        bias = bias.masked_fill(place_S > place_S[past or 0 :, None], hidden_score(dtype))
     if valid_BL is not None:
         bias = bias.masked_fill(~valid_BL[:, None, None], hidden_score(dtype))
     if bias.shape[:2] != (1, 1):
@@ -122,9 +136,9 @@ float32 0.41; at L=64 they take 1.5 ms, by float32 30."""
 def attention_weights(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Tensor:
     """Return ``softmax(scale q k^T + bias)`` of (N, L, d) queries and (N, S, d) keys: (N, L, S)."""
     scores = attention_scores(q, k, mask, scale)
-    if scores.shape[-1] > _FEW_KEYS:
+    if scores.dtype in (torch.float32, torch.float64) or scores.shape[-1] > _FEW_KEYS:
         return scores.softmax(-1)
-    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
 
 
 def attend(
@@ -139,13 +153,15 @@ def attend(
         if q.is_cuda or q.is_meta or (fused and _is_fused(q, k, mask, dropout)):
             bias = mask.bias
             if bias is not None:
-                bias = bias.unsqueeze(0) if len(bias) == 1 else bias.unflatten(0, (B, H))
+                bias = bias.unsqueeze(0) if bias.shape[0] == 1 else bias.unflatten(0, (B, H))
                 bias = bias.expand(B, H, L, k.shape[2])
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=mask.causal, scale=scale
             )
         q, k, v = (x.reshape(B * H, x.shape[2], d) for x in (q, k, v))
-        weights = F.dropout(attention_weights(q, k, mask, scale), dropout)
+        weights = attention_weights(q, k, mask, scale)
+        if dropout:
+            weights = F.dropout(weights, dropout)
         return torch.bmm(weights, v).view(B, H, L, d)
 
 
@@ -191,9 +207,8 @@ class _Attention(nn.Module):
         """Return the (H * d, D) parts of the weights for queries, keys, values."""
         raise NotImplementedError
 
-    def _for_queries(self, x_BSHd: Tensor) -> Tensor:
+    def _for_queries(self, x_BHSd: Tensor) -> Tensor:
         """Return keys or values by head, (B, H, S, d), each repeated for the queries that share it."""
-        x_BHSd = x_BSHd.transpose(1, 2)
         return x_BHSd if self.group == 1 else x_BHSd.repeat_interleave(self.group, 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -275,6 +290,7 @@ class SelfAttention(_Attention):
         rotations: Tensor | None = None,
         packing: Packing | None = None,
         seen: Tensor | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         """Map (B, L, D) to (B, L, D), or with ``packing`` (T, D) to (T, D).
 
@@ -284,9 +300,12 @@ class SelfAttention(_Attention):
             rotations: those of ``positions.rotations``.
             packing: where the T tokens lie.
             seen: shaped as ``x``, what keys and values are made of; None: ``x``.
+            past: has the keys and values of earlier positions, and is given those of these; None: there are none.
         """
-        q, k, v = self._heads(x, rotations, packing, seen)
-        y_BLC = self._attend(q.transpose(1, 2), self._for_queries(k), self._for_queries(v), mask)
+        q, k, v = (heads.transpose(1, 2) for heads in self._heads(x, rotations, packing, seen))
+        if past is not None:
+            k, v = past.join(k, v)
+        y_BLC = self._attend(q, self._for_queries(k), self._for_queries(v), mask)
         return self.out(y_BLC if packing is None else packing.pack(y_BLC))
 
     def step(self, x_RD: Tensor, layer: int, given: Step, seen_RD: Tensor | None = None) -> Tensor:
@@ -325,24 +344,27 @@ class CrossAttention(_Attention):
     def _projections(self) -> list[Tensor]:
         return [self.q.weight, *self.kv.weight.chunk(2)]
 
-    def _heads(self, x_BLD: Tensor, memory_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_BLHd = self.q(x_BLD).unflatten(-1, (self.num_heads, self.head_dim))
-        k_BSHd, v_BSHd = self.kv(memory_BSD).unflatten(-1, (2, self.num_kv_heads, self.head_dim)).unbind(2)
-        return q_BLHd.transpose(1, 2), self._for_queries(k_BSHd), v_BSHd
+    def _queries(self, x_BLD: Tensor) -> Tensor:
+        """Return queries by head, (B, H, L, d)."""
+        return self.q(x_BLD).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def forward(self, x_BLD: Tensor, memory_BSD: Tensor, mask: Mask) -> Tensor:
         """Map (B, L, D) tokens and a (B, S, D) memory to (B, L, D)."""
-        q, k, v_BSHd = self._heads(x_BLD, memory_BSD)
-        return self.out(self._attend(q, k, self._for_queries(v_BSHd), mask))
+        keys, values = self.keys_and_values(memory_BSD)
+        return self.look(x_BLD, keys, values, mask)
+
+    def look(self, x_BLD: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, mask: Mask) -> Tensor:
+        """Map (B, L, D) tokens to (B, L, D), by the ``keys_and_values`` of a memory."""
+        return self.out(self._attend(self._queries(x_BLD), self._for_queries(k_BHSd), self._for_queries(v_BHSd), mask))
 
     def weights(self, x_BLD: Tensor, memory_BSD: Tensor, mask: Mask) -> Tensor:
         """Return how each head spreads each query over the memory, (B, H, L, S)."""
-        q, k, _ = self._heads(x_BLD, memory_BSD)
+        q, k = self._queries(x_BLD), self._for_queries(self.keys_and_values(memory_BSD)[0])
         weights = attention_weights(q.flatten(0, 1), k.flatten(0, 1), mask, self.scale)
         return weights.unflatten(0, q.shape[:2])
 
     def keys_and_values(self, memory_BSD: Tensor) -> Tensor:
-        """Return the keys and values that ``step`` reads, (2, B, Hkv, S, d)."""
+        """Return the keys and values that ``look`` and ``step`` read, (2, B, Hkv, S, d)."""
         heads = self.kv(memory_BSD).unflatten(-1, (2, self.num_kv_heads, self.head_dim))
         return heads.permute(2, 0, 3, 1, 4)
 

@@ -218,11 +218,8 @@ class DepthGate(TokenGate):
 
     def forward(self, x: Tensor, context: core.RoutingContext) -> Entered:
         """Choose among (B, S, D) tokens."""
-        self._check_width(x)
-        routing = self.router(x, context)
-        self.record_pass(routing, context)
-        B, S, _ = x.shape
-        enters_BS = (routing.expert_ids_N == 0).view(B, S)
+        enters_BS, gate_BS = self.choose(x, context)
+        S = x.shape[1]
         C, may_fill = self.router.most(S), context.valid_BS is not None
         if self.router.predicts:
             # Elsewhere, and in a compiled graph, nobody waits for the number: the rest of the rows fills up.
@@ -234,7 +231,14 @@ class DepthGate(TokenGate):
         taken = {f.name: getattr(context, f.name) for f in fields(context)}
         of_tokens = {k: v.gather(1, index_BC) for k, v in taken.items() if v is not None and k.endswith("_BS")}
         own = replace(context, **{**of_tokens, "valid_BS": real_BC})
-        return Entered(enters_BS, index_BC, real_BC, routing.gates_N.view(B, S).gather(1, index_BC), own)
+        return Entered(enters_BS, index_BC, real_BC, gate_BS.gather(1, index_BC), own)
+
+    def choose(self, x: Tensor, context: core.RoutingContext) -> tuple[Tensor, Tensor]:
+        """Return which of (B, S, D) tokens enter, bool (B, S), and r of each, (B, S)."""
+        self._check_width(x)
+        routing = self.router(x, context)
+        self.record_pass(routing, context)
+        return (routing.expert_ids_N == 0).view(x.shape[:2]), routing.gates_N.view(x.shape[:2])
 
     def enter(self, x: Tensor, context: core.RoutingContext, block: Callable[[Tensor, Entered], Tensor]) -> Tensor:
         """Return (B, S, D) tokens after the block that some of them enter.

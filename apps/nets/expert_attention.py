@@ -9,6 +9,7 @@ import core
 from apps.nets.attention import Mask, attend, attention_weights
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Step
+from apps.nets.past import Past
 from apps.nets.positions import rotate
 
 
@@ -72,6 +73,7 @@ class ExpertAttention(nn.Module):
         rotations: Tensor | None,
         context: core.RoutingContext,
         seen_BLD: Tensor | None = None,
+        past: Past | None = None,
     ) -> Tensor:
         """Map (B, L, D) to (B, L, D).
 
@@ -81,16 +83,20 @@ class ExpertAttention(nn.Module):
             rotations: those of ``positions.rotations``.
             context: what the router may know of the tokens.
             seen_BLD: what keys and values are made of; None: the tokens.
+            past: as in ``SelfAttention.forward``.
         """
 
         def attended(q_BLPhd: Tensor, k_BLhd: Tensor, v_BLhd: Tensor) -> Tensor:
             q_BLPhd, k_BLhd = _rotated(q_BLPhd, k_BLhd, rotations)
             P, h = q_BLPhd.shape[2:4]
             own = mask
-            if mask.bias is not None and len(mask.bias) > 1:
+            if mask.bias is not None and mask.bias.shape[0] > 1:
                 own = Mask(mask.bias.repeat_interleave(P * h, 0), mask.causal)
             q = q_BLPhd.permute(0, 3, 2, 1, 4).flatten(1, 2)
-            k, v = (t_BLhd.transpose(1, 2).repeat_interleave(P, 1) for t_BLhd in (k_BLhd, v_BLhd))
+            k, v = k_BLhd.transpose(1, 2), v_BLhd.transpose(1, 2)
+            if past is not None:
+                k, v = past.join(k, v)
+            k, v = k.repeat_interleave(P, 1), v.repeat_interleave(P, 1)
             y = attend(q, k, v, own, self.scale, self.dropout if self.training else 0.0)
             return y.unflatten(1, (h, P)).permute(0, 3, 2, 1, 4)
 

@@ -18,6 +18,7 @@ from apps.nets.depths import DepthGate, Entered
 from apps.nets.expert_attention import ExpertAttention, attention_experts
 from apps.nets.norms import build_norm
 from apps.nets.packing import Packing
+from apps.nets.past import Past
 from apps.nets.positions import RelativeBias, added_positions, rotations
 
 
@@ -32,6 +33,7 @@ class Pass:
         packing: where the tokens lie in the (B, L) layout, if the input is (T, D) and has no padding.
         memory_BSD: what the cross-attention reads, where there is one.
         memory_mask: of the cross-attention.
+        past: of the positions before these, with the memory's keys and values; None: these are the first.
     """
 
     mask: Mask
@@ -40,6 +42,7 @@ class Pass:
     packing: Packing | None = None
     memory_BSD: Tensor | None = None
     memory_mask: Mask | None = None
+    past: Past | None = None
 
 
 class Layer(nn.Module):
@@ -81,6 +84,8 @@ class Layer(nn.Module):
             given: what all layers share.
             seen: shaped as ``x``, what self-attention looks at, where no token passes by; None: ``x``.
         """
+        if self.depth_gate is not None and given.past is not None:
+            return self._all_of(x, self.depth_gate, given)
         if self.depth_gate is not None:
             return self.depth_gate.enter(x, given.context, lambda x_BCD, own: self._whole(x_BCD, self._of(given, own)))
         return self._whole(x, given, seen)
@@ -91,10 +96,19 @@ class Layer(nn.Module):
         turns = None if given.rotations is None else given.rotations[:, entered.index_BC]
         return Pass(mask, entered.context, turns)
 
+    def _all_of(self, x_BLD: Tensor, gate: DepthGate, given: Pass) -> Tensor:
+        """Map all tokens, of which those that do not enter come out as they were, and hide their keys from others."""
+        assert given.past is not None
+        enters_BL, gate_BL = gate.choose(x_BLD, given.context)
+        mask = given.mask.hiding(given.past.hide(~enters_BL), self.num_heads)
+        own = replace(given, mask=mask, context=replace(given.context, valid_BS=enters_BL))
+        added_BLD = (self._whole(x_BLD, own) - x_BLD) * gate_BL[..., None]
+        return x_BLD + added_BLD.masked_fill(~enters_BL[..., None], 0.0).to(x_BLD.dtype)
+
     def _whole(self, x: Tensor, given: Pass, seen: Tensor | None = None) -> Tensor:
         """Map the tokens that enter the layer."""
         x = self.mix(x, given, seen)
-        if given.memory_BSD is not None:
+        if given.memory_mask is not None:
             x = self.look(x, given)
         return self.feed(x, given)
 
@@ -103,12 +117,17 @@ class Layer(nn.Module):
         # Experts need to know the tokens beside the packing that others ask for.
         known = given.context if isinstance(self.mixing, ExpertAttention) else given.packing
         keys = () if seen is None else (self.mixing_norm(seen),)
-        return x + self.dropout(self.mixing(self.mixing_norm(x), given.mask, given.rotations, known, *keys))
+        past = {} if given.past is None else {"past": given.past}
+        return x + self.dropout(self.mixing(self.mixing_norm(x), given.mask, given.rotations, known, *keys, **past))
 
     def look(self, x_BLD: Tensor, given: Pass) -> Tensor:
         """Return x with the cross-attention added."""
+        assert given.memory_mask is not None
         norm, attention = self._cross()
-        return x_BLD + self.dropout(attention(norm(x_BLD), given.memory_BSD, given.memory_mask))
+        if given.past is None:
+            return x_BLD + self.dropout(attention(norm(x_BLD), given.memory_BSD, given.memory_mask))
+        keys, values = given.past.of_memory()
+        return x_BLD + self.dropout(attention.look(norm(x_BLD), keys, values, given.memory_mask))
 
     def feed(self, x: Tensor, given: Pass) -> Tensor:
         """Return x with the FFN or MoE layer added, where there is one."""
@@ -212,9 +231,13 @@ class Stack(nn.Module):
         context: core.RoutingContext,
         memory_BSD: Tensor | None = None,
         memory_valid_BS: Tensor | None = None,
+        past: Past | None = None,
     ) -> Tensor:
-        """Map (B, L, D) embeddings to the (B, L, D) normed output. ``context.valid_BS`` marks the real tokens."""
-        x_BLD, given = self._prepare(x_BLD, context, memory_BSD, memory_valid_BS)
+        """Map (B, L, D) embeddings to the (B, L, D) normed output. ``context.valid_BS`` marks the real tokens.
+
+        With a ``past`` they stand after its positions, and it has the keys and values of the memory.
+        """
+        x_BLD, given = self._prepare(x_BLD, context, memory_BSD, memory_valid_BS, past)
         return self.norm(self._through(x_BLD, given))
 
     def _through(self, x_BLD: Tensor, given: Pass) -> Tensor:
@@ -245,20 +268,22 @@ class Stack(nn.Module):
         context: core.RoutingContext,
         memory_BSD: Tensor | None,
         memory_valid_BS: Tensor | None,
+        past: Past | None = None,
     ) -> tuple[Tensor, Pass]:
-        L = x_BLD.shape[1]
-        x_BLD = self.embed_dropout(self._placed(x_BLD, 0, L))
+        L, start = x_BLD.shape[1], 0 if past is None else past.length
+        x_BLD = self.embed_dropout(self._placed(x_BLD, start, L))
         # Padding comes after the real tokens, so a causal mask hides it from them already.
         mask = self_mask(
             x_BLD,
             self.masked_heads,
             valid_BL=None if self.causal else context.valid_BS,
             causal=self.causal,
-            relative_HLL=None if self.relative is None else self.relative(L),
+            relative_HLL=None if self.relative is None else self.relative(L, start),
+            past=None if past is None else start,
         )
         memory_mask = None if memory_valid_BS is None else padding_mask(memory_valid_BS, self.num_heads, x_BLD)
-        rotations = self._rotations(0, L, x_BLD)
-        return x_BLD, Pass(mask, context, rotations, memory_BSD=memory_BSD, memory_mask=memory_mask)
+        turns = self._rotations(start, L, x_BLD)
+        return x_BLD, Pass(mask, context, turns, memory_BSD=memory_BSD, memory_mask=memory_mask, past=past)
 
     def _placed(self, x: Tensor, start: int, length: int) -> Tensor:
         """Return embeddings (..., L, D), scaled and with positions added."""

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from apps.nets.config import TransformerConfig
 
 
-def sinusoids(num_positions: int, dim: int, device: torch.device | None = None) -> Tensor:
+def sinusoids(num_positions: int, dim: int, device: torch.device | None = None, start: int = 0) -> Tensor:
     """Return float32 (P, D): sines of D/2 frequencies, then their cosines, as in tensor2tensor and fairseq.
+
+    The first row is that of position ``start``.
 
     Frequency i is ``10000 ** (-i / (D/2 - 1))``; arXiv 1706.03762, section 3.5, interleaves both instead.
     """
     half = dim // 2
     rate_H = torch.exp(torch.arange(half, device=device).float() * -(math.log(10000) / (half - 1)))
-    angle_PH = torch.arange(num_positions, device=device).float()[:, None] * rate_H
+    angle_PH = torch.arange(start, start + num_positions, device=device).float()[:, None] * rate_H
     return torch.cat((angle_PH.sin(), angle_PH.cos()), dim=1)
 
 
@@ -35,8 +37,9 @@ class Sinusoidal(nn.Module):
     def forward(self, start: int, length: int) -> Tensor:
         """Return the (L, D) rows of the positions from ``start`` on."""
         begin, end = start + self.offset, start + self.offset + length
-        if end > len(self.table):
-            return sinusoids(end, self.table.shape[1], self.table.device)[begin:].to(self.table.dtype)
+        # An exported graph takes any length, so it must not ask whether the table has it.
+        if torch.compiler.is_exporting() or end > len(self.table):
+            return sinusoids(length, self.table.shape[1], self.table.device, begin).to(self.table.dtype)
         return self.table[begin:end]
 
 
@@ -54,7 +57,8 @@ class Learned(nn.Module):
         Raises:
             ValueError: beyond ``max_length``.
         """
-        if start + length > self.max_length:
+        # In an exported graph the look-up itself refuses what is beyond the table.
+        if not torch.compiler.is_exporting() and start + length > self.max_length:
             raise ValueError(f"a sequence of {start + length} tokens is longer than max_length={self.max_length}")
         begin = start + self.offset
         # Looked up: without gradients a slice of a parameter still says that it has one, which a FLOP counter refuses.
@@ -116,10 +120,10 @@ class RelativeBias(nn.Module):
         self.max_distance, self.causal = config.relative_max_distance, causal
         self.weight = nn.Parameter(torch.empty(config.relative_buckets, config.shape.num_heads))
 
-    def forward(self, length: int) -> Tensor:
-        """Return the biases of L queries and the same keys, (H, L, L)."""
-        position_L = torch.arange(length, device=self.weight.device)
-        return self._of(position_L - position_L[:, None]).permute(2, 0, 1)
+    def forward(self, length: int, past: int = 0) -> Tensor:
+        """Return the biases of L queries and S = past + L keys, those of the queries last, (H, L, S)."""
+        position_S = torch.arange(past + length, device=self.weight.device)
+        return self._of(position_S - position_S[past:, None]).permute(2, 0, 1)
 
     def last(self, length: int) -> Tensor:
         """Return the biases of the last query alone, (H, L)."""

@@ -22,6 +22,7 @@ from apps.nets.decode_cache import Cache, Memory
 from apps.nets.depths import DepthGate, MixtureOfDepths, depth_gates
 from apps.nets.expert_attention import ExpertAttention, attention_experts, check_attention
 from apps.nets.layers import Stack
+from apps.nets.past import Past
 from apps.nets.place import Place, check_fits
 from apps.nets.positions import Learned, RelativeBias
 from apps.nets.universal import Universal, UniversalStack
@@ -84,14 +85,42 @@ class _Decoding(nn.Module):
         if self.attention_moe is not None:
             check_fits(place, self.attention_moe.router)
 
-    def _new_cache(self, num_sentences: int, like: Tensor, **kept: Tensor | None) -> Cache:
-        shape = self.config.shape
-        heads, group, width = shape.num_kv_heads, shape.group, shape.head_dim
+    @property
+    def kept_heads(self) -> tuple[int, int]:
+        """The number and the width of the heads of keys and values that are kept of a position in each layer."""
         if self.attention_moe is not None:  # one set of keys and values, whichever experts read them
             expert = attention_experts(self.attention_moe)
-            heads, group, width = expert.heads_per_expert, 1, expert.head_dim
+            return expert.heads_per_expert, expert.head_dim
+        return self.config.shape.num_kv_heads, self.config.shape.head_dim
+
+    def _new_cache(self, num_sentences: int, like: Tensor, **kept: Tensor | None) -> Cache:
+        (heads, width), shape = self.kept_heads, self.config.shape
+        group = shape.group if self.attention_moe is None else 1
         size = (shape.decoder_layers, 2, num_sentences * heads, SLOTS, width)
         return Cache(like.new_empty(size, dtype=product_dtype(like)), heads, group, **kept)
+
+    def go_on(
+        self,
+        tokens_BL: Tensor,
+        past: Past,
+        task_ids_B: Tensor | None = None,
+        domain_ids_B: Tensor | None = None,
+        memory_valid_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Map (B, L) ids that follow those of a past to the (B, L, V) logits of the token after each.
+
+        Tokens at ``PAD_ID`` are not routed, but later ones of their row see them: only rows that are at an end may
+        have any.
+
+        Args:
+            tokens_BL: int64.
+            past: takes in these positions.
+            task_ids_B, domain_ids_B: int64 (B,), for routers that ask for them.
+            memory_valid_BS: bool, True for the real tokens of the memory; None in a language model.
+        """
+        context = core.RoutingContext(tokens_BL != PAD_ID, tokens_BL, task_ids_B, domain_ids_B)
+        x_BLD = self.embed_target(tokens_BL)
+        return self.logits(self.decoder(x_BLD, context, None, memory_valid_BS, past))
 
     @torch.no_grad()
     def step(self, token_R: Tensor, cache: Cache) -> Tensor:

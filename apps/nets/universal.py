@@ -163,7 +163,8 @@ class UniversalStack(Stack):
         h_BLD = s_BLD = layer(x_BLD, given)
         for _ in range(self.steps - 1):
             sticks = self.halting(h_BLD, sticks, given.context)
-            if not self.training and _all_halted(sticks):
+            # Later positions see the keys of a token that has halted: those of a past are of all steps.
+            if not self.training and given.past is None and _all_halted(sticks):
                 break
             own = given
             if not self.training:
