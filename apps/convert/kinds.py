@@ -19,6 +19,7 @@ from apps.cli.configs import read_config, shipped
 from apps.convert.conversion import Conversion, Request, Tensors
 from apps.convert.runs import Run, model_section
 from apps.nets.blocks import moe_configs
+from apps.registry import name_of
 from core.convert import FeedForwardPart, SparseFFN, read_ffn
 from core.convert.parts import layers_with_experts
 from core.convert.prune import number_to_keep
@@ -46,17 +47,21 @@ def check_runs(kind: str, options: argparse.Namespace, runs: Sequence[Run]) -> N
 
 
 def sparse_layers(request: Request) -> dict[str, core.MoE]:
-    """Return the MoE layers of a model whose arguments have ``moe``, by name.
+    """Return the MoE layers that the argument ``moe`` makes, by name; a head of several gates is none of them.
 
     Raises:
         ValueError: there are none, they share experts, are of several gates, or replace attention.
     """
+    run, arguments = request.run, request.run.arguments()
+    dense = {**arguments, "moe": None} if "moe" in arguments else arguments
+    stay = core.moe_layers(run.outline(dense))
     layers: dict[str, core.MoE] = {}
     for name, layer in layers_with_experts(request.module).items():
+        if name in stay:
+            continue
         if not isinstance(layer, core.MoE):
             raise ValueError(f"layer {name!r} is a {type(layer).__name__}: core.MoE and its subclasses are converted")
         layers[name] = layer
-    run, arguments = request.run, request.run.arguments()
     if arguments.get("attention_moe") is not None:
         raise ValueError(f"{run.file} has attention_moe, whose experts no conversion changes")
     if arguments.get("moe") is None:
@@ -317,6 +322,8 @@ def _sparse(
 ) -> Conversion:
     """Return a model with an MoE layer for each network in whose place the arguments put one.
 
+    MoE layers that the dense run has as well, such as a head of several gates, stay as they are.
+
     Args:
         request: of a dense run.
         arguments: of the sparse model, whose experts are not the network's yet.
@@ -327,7 +334,8 @@ def _sparse(
         ValueError: what stands there is no feed-forward network, or two networks differ.
     """
     configs: list[core.MoEConfig] = []
-    names = list(core.moe_layers(request.run.outline(arguments)))
+    present = core.moe_layers(request.module)
+    names = [name for name in core.moe_layers(request.run.outline(arguments)) if name not in present]
     if arguments.get("share_experts"):
         raise ValueError("share_experts=True has one set of experts for networks that differ")
     for name in names:
@@ -345,7 +353,9 @@ def _sparse(
 def _check_alike(first: Run, other: Run) -> None:
     """Raise a ``ValueError`` where two runs are of other models, or read their data otherwise."""
     if first.kind is not other.kind:
-        raise ValueError(f"{other.file} is of a {other.kind.__name__}, and {first.file} of a {first.kind.__name__}")
+        raise ValueError(
+            f"{other.file} holds {name_of(other.kind)}, and {first.file} {name_of(first.kind)}: runs of one class are merged"
+        )
     here, there = first.state, other.state
     name = next((n for n in {**here, **there} if n not in here or n not in there), None)
     if name is not None:
