@@ -107,18 +107,15 @@ def _columns(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> _Colum
     names = list(dict.fromkeys(name for row in rows for name in row))
     values = {name: [text for row in rows for text in _texts(row.get(name))] for name in names}
     patterns = {name: _pattern(texts, files) for name, texts in values.items()}
-    image = next((name for name, pattern in patterns.items() if pattern is not None), None)
+    image = max(patterns, key=lambda name: patterns[name][1], default=None)
     words = {name: statistics.mean(len(text.split()) for text in texts) for name, texts in values.items() if texts}
     captions = [name for name in words if name != image and words[name] >= 2]
-    if image is None or not captions:
+    if image is None or patterns[image][1] == 0 or not captions:
         return None
     named = [name for name in _NAMES if name in captions]
     caption = named[0] if named else max(captions, key=words.__getitem__)
-    pattern = patterns[image]
-    assert pattern is not None
-    return _Columns(
-        image, pattern, caption, next((n for n in names if n not in (image, caption) and _splits(n, values)), None)
-    )
+    split = next((name for name in names if name not in (image, caption) and _splits(name, values)), None)
+    return _Columns(image, patterns[image][0], caption, split)
 
 
 def _texts(value: Any) -> list[str]:
@@ -134,17 +131,21 @@ def _splits(name: str, values: Mapping[str, Sequence[str]]) -> bool:
     )
 
 
-def _pattern(values: Sequence[str], files: Sequence[Path]) -> str | None:
-    """Return how values name files, such as ``images/{}.jpg``; None where nine tenths of them do not."""
+def _pattern(values: Sequence[str], files: Sequence[Path]) -> tuple[str, int]:
+    """Return how values name files, such as ``images/{}.jpg``, and how many files they name so.
+
+    The pattern is that of most files; where it finds no file for a tenth of the values, the number is 0.
+    """
     places = Counter((file.parent.as_posix(), file.suffix) for file in files)
     known = {file.as_posix() for file in files}
+    best = ("{}", 0)
     for (folder, suffix), _ in [((".", ""), 0), *places.most_common(20)]:
         for ending in dict.fromkeys(("", suffix)):
             pattern = "{}" + ending if folder == "." else f"{folder}/{{}}{ending}"
-            hits = sum(pattern.replace("{}", value) in known for value in values)
-            if values and hits >= 0.9 * len(values):
-                return pattern
-    return None
+            named = [file for value in values if (file := pattern.replace("{}", value)) in known]
+            if len(named) >= 0.9 * len(values) and len(set(named)) > best[1]:
+                best = (pattern, len(set(named)))
+    return best
 
 
 def _config(data: Mapping[str, Any], size: int, num_rows: int) -> dict[str, Any]:

@@ -68,6 +68,16 @@ def test_other_tables_with_paths_lists_and_splits(tmp_path, ending):
     assert [arguments[name] for name in names] == ["file", "{}", "texts", "split", 64]
 
 
+def test_the_column_that_names_most_files_is_that_of_the_images(tmp_path):
+    shop = tmp_path / "shop"
+    write_pictures(shop / "photos", 240)
+    # A product has two photos, and the first of them has its number for a name.
+    rows = [{"sku": f"{n - n % 2}", "photo": f"{n}.png", "title": f"red shoe {n}"} for n in range(240)]
+    write_csv(shop / "t.csv", rows)
+    arguments = config_for(given(shop, tmp_path)).config["data"]["init_args"]
+    assert (arguments["image_column"], arguments["image_pattern"]) == ("photo", "photos/{}")
+
+
 def test_a_datasets_own_layout_is_recognised(tmp_path):
     write_products(tmp_path / "products", [f"title {n}" for n in range(20)])
     made = config_for(given(tmp_path / "products", tmp_path))
