@@ -34,6 +34,11 @@ def some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 image" or "2,000 images"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def one_line(text: str) -> str:
     """Return ``text`` with each run of blanks and line ends as one blank."""
     return " ".join(text.split())

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from apps.base.checks import check_at_least, check_name
-from apps.base.messages import some
+from apps.base.messages import counted, some
 from apps.data.datasets import prepare
 from apps.data.loader import in_order
 from apps.data.splits import SPLITS, Split, check_size
@@ -28,7 +28,7 @@ from apps.data.suite_data import SuiteData
 from apps.multimodal.datasets import PAIR_DATASETS
 from apps.multimodal.encoding import PairEncoding
 from apps.multimodal.given import GivenInputs
-from apps.multimodal.images import SKIP_HINT, DecodedPixels, DrawnImages, store_pixels
+from apps.multimodal.images import SKIP_HINT, DecodedPixels, DrawnImages, store_pixels, with_row
 from apps.multimodal.labels import classes_of, lacking, numbered
 from apps.multimodal.pairs import OnBadRow, PairCollate, PairSet, RawPairs, ReadOptions
 from apps.multimodal.splits import num_trained, split_images
@@ -358,7 +358,7 @@ class ImageTextData(SuiteData):
         if isinstance(images, DrawnImages) and images.pixels.shape[1:] == (chans, size, size) and crop == 1:
             return images.pixels.__getitem__, pairs
         if not self.store_images:
-            decoded = DecodedPixels(images, transform)
+            decoded = DecodedPixels(images, transform, pairs.rows)
             bad = decoded.bad(self.num_workers) if self.on_bad_row == "skip" else {}
             return decoded, self._without_bad(pairs, bad)
         stored = store_pixels(
@@ -369,9 +369,10 @@ class ImageTextData(SuiteData):
     def _without_bad(self, pairs: RawPairs, bad: Mapping[int, str]) -> RawPairs:
         if not bad:
             return pairs
+        complaints = [with_row(pairs.rows, number, complaint) for number, complaint in bad.items()]
         if self.on_bad_row == "error":
-            raise BadImage(f"{some(list(bad.values()), 1)}; {SKIP_HINT}")
-        _note(f"on_bad_row=skip: {len(bad):,} images cannot be read and are left out: {some(list(bad.values()), 3)}")
+            raise BadImage(f"{some(complaints, 1)}; {SKIP_HINT}")
+        _note(f"on_bad_row=skip leaves out {counted(len(bad), 'unreadable image')}: {some(complaints, 3)}")
         return pairs.without(list(bad), "an unreadable image")
 
     def _subset(self, train: Tensor) -> Tensor:

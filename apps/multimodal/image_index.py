@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from apps.base.files import naming, os_error, replacing
-from apps.base.messages import first_line
+from apps.base.messages import counted, first_line
 from apps.data.cache import locked
 from apps.multimodal.vectors import list_images
 from core.config.plain import to_plain
@@ -242,7 +242,7 @@ def tell(complaints: Sequence[str]) -> None:
     for complaint in complaints[:_MOST_LINES]:
         log.warning("left out: %s", complaint)
     if len(complaints) > _MOST_LINES:
-        log.warning("%s more images are left out, which cannot be read", f"{len(complaints) - _MOST_LINES:,}")
+        log.warning("left out: %s that cannot be read", counted(len(complaints) - _MOST_LINES, "more image"))
 
 
 def model_digest(weights: str, encoding: Any) -> str:

@@ -157,20 +157,30 @@ class DecodedPixels:
     Attributes:
         images: the images.
         transform: from a decoded image to its scaled pixels.
+        rows: name of the row of each image, for messages; empty where no table names them.
     """
 
     images: Images
     transform: Callable[[Tensor], Tensor]
+    rows: Sequence[str] = ()
 
     def __call__(self, index_B: Tensor) -> Tensor:
+        return torch.stack([self._one(number) for number in index_B.tolist()])
+
+    def _one(self, number: int) -> Tensor:
         try:
-            return torch.stack([self.transform(self.images.decode(i)) for i in index_B.tolist()])
+            return self.transform(self.images.decode(number))
         except BadImage as error:
-            raise BadImage(f"{error}; {SKIP_HINT}") from error
+            raise BadImage(f"{with_row(self.rows, number, str(error))}; {SKIP_HINT}") from error
 
     def bad(self, num_threads: int) -> dict[int, str]:
         """Decode all images once; return a complaint about each one that cannot be, by its number."""
         return _each_image(self.images, lambda number: self.images.decode(number) is None, num_threads)
+
+
+def with_row(rows: Sequence[str], number: int, complaint: str) -> str:
+    """Return a complaint about an image with the name of its row, where there are rows."""
+    return f"{rows[number]}: {complaint}" if rows else complaint
 
 
 def store_pixels(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ class RawPairs:
         labels: the value of each attribute for each image, None where it is not known.
         split: the split of each image; None where it is to be drawn.
         left_out: number of rows that are not among the pairs, by reason.
+        rows: name of the first row of each image, such as ``titles.csv, row 7``; empty where no table names them.
     """
 
     images: Images
@@ -66,13 +67,14 @@ class RawPairs:
     labels: Mapping[str, Sequence[str | None]]
     split: list[Split | None]
     left_out: Mapping[str, int] = field(default_factory=dict)
+    rows: Sequence[str] = ()
 
     def without(self, images: Sequence[int], reason: str) -> RawPairs:
         """Return the pairs without those of some images; the images keep their numbers."""
         keep_N = ~np.isin(self.image_N, list(images))
         texts = [text for text, keep in zip(self.texts, keep_N, strict=True) if keep]
         left_out = {**self.left_out, reason: int((~keep_N).sum())}
-        return RawPairs(self.images, self.image_N[keep_N], texts, self.labels, self.split, left_out)
+        return replace(self, image_N=self.image_N[keep_N], texts=texts, left_out=left_out)
 
 
 class PairCollector:
@@ -91,12 +93,12 @@ class PairCollector:
     def __init__(self, on_bad_row: OnBadRow, attributes: Sequence[str], one_caption: bool = False) -> None:
         self._on_bad_row, self._one_caption = on_bad_row, one_caption
         self._number: dict[str, int] = {}
-        self._facts: list[dict[str, object]] = []
+        self._attributes = tuple(attributes)
+        self._facts: list[dict[str, tuple[Any, str]]] = []  # by image and name: a value and the first row that gives it
         self._first_row: list[str] = []
         self._image_N: list[int] = []
         self._texts: list[str] = []
         self._seen: set[tuple[int, str]] = set()
-        self._labels: dict[str, list[str | None]] = {name: [] for name in attributes}
         self._split: list[Split | None] = []
         self._left_out: Counter[str] = Counter()
         self.keys: list[str] = []
@@ -117,7 +119,7 @@ class PairCollector:
             row: name of the row in messages, such as ``titles.csv, row 7``.
             key: tells one image from another; rows of one key are captions of one image.
             texts: captions of the image. One that comes again counts once.
-            labels: the value of each attribute; an empty one is not known.
+            labels: the value of each attribute; an empty one says nothing, and another row of the image may know it.
             split: the image's split; None: it is to be drawn.
             path: file of the image, which must be there.
 
@@ -138,16 +140,17 @@ class PairCollector:
             if path is not None and not path.is_file():
                 self.refuse(f"{row}: the image {str(path)!r} is missing", "a missing image")
                 return
-            number = self._new(row, key, labels, split, path)
-        facts: dict[str, object] = {"the file": path, **labels, "the split": split}
+            number = self._new(row, key, split, path)
+        given = {name: label for name in self._attributes if (label := labels[name].strip())}
+        facts: dict[str, object] = {"the file": path, **given, "the split": split}
         if self._one_caption:
             facts["the caption"] = captions[0]
-        if len(self._facts) == number:
-            self._facts.append(facts)
         for name, value in facts.items():
-            if value != self._facts[number][name]:
-                first = f"{_written(self._facts[number][name])} in {self._first_row[number]}"
-                raise ValueError(f"{row}: {name} of {excerpt(key)} is {_written(value)}, and {first}")
+            first, first_row = self._facts[number].setdefault(name, (value, row))
+            if value != first:
+                raise ValueError(
+                    f"{row}: {name} of {excerpt(key)} is {_written(value)}, and {_written(first)} in {first_row}"
+                )
         for caption in captions:
             if (number, caption) in self._seen:
                 self._left_out["a repeated caption"] += 1
@@ -169,16 +172,17 @@ class PairCollector:
     def pairs(self, images: Images) -> RawPairs:
         """Return what was taken, with the images of ``keys``."""
         image_N = np.array(self._image_N, np.int64)
-        return RawPairs(images, image_N, self._texts, self._labels, self._split, dict(self._left_out))
+        unknown = (None, "")
+        labels = {name: [facts.get(name, unknown)[0] for facts in self._facts] for name in self._attributes}
+        return RawPairs(images, image_N, self._texts, labels, self._split, dict(self._left_out), self._first_row)
 
-    def _new(self, row: str, key: str, labels: Mapping[str, str], split: Split | None, path: Path | None) -> int:
+    def _new(self, row: str, key: str, split: Split | None, path: Path | None) -> int:
         number = self._number[key] = len(self.keys)
         self.keys.append(key)
         self._first_row.append(row)
         if path is not None:
             self.paths.append(path)
-        for name, values in self._labels.items():
-            values.append(labels[name].strip() or None)
+        self._facts.append({})
         self._split.append(split)
         return number
 

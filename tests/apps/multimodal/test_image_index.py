@@ -117,7 +117,7 @@ def test_many_unreadable_images_are_counted(refresh, folder, caplog):
         (folder / f"{i}.png").write_text("no image")
     refresh()
     assert len(caplog.records) == 21
-    assert caplog.records[-1].getMessage() == "3 more images are left out, which cannot be read"
+    assert caplog.records[-1].getMessage() == "left out: 3 more images that cannot be read"
 
 
 def test_folders_without_an_image_that_can_be_read(tmp_path):

@@ -86,7 +86,9 @@ def write_bad(folder: Path) -> Path:
 def test_an_unreadable_image_is_named(tmp_path, store):
     data = data_of(write_bad(tmp_path / "shop"), store_images=store)
     more = " and 1 more" if store else ""
-    with pytest.raises(BadImage, match=rf"3.png is corrupt: it is no image{more}; data.on_bad_row=skip") as error:
+    with pytest.raises(
+        BadImage, match=rf"titles.csv, row 4: .*3.png is corrupt: it is no image{more}; data.on"
+    ) as error:
         list(data.train_eval_dataloader()), list(data.test_dataloader()), list(data.val_dataloader())
     assert "\n" not in str(error.value)
 
@@ -95,7 +97,8 @@ def test_an_unreadable_image_is_named(tmp_path, store):
 def test_unreadable_images_are_left_out_and_counted(tmp_path, store, caplog):
     data = data_of(write_bad(tmp_path / "shop"), store_images=store, on_bad_row="skip")
     assert sum(data.sizes().values()) == 28
-    assert "2 images cannot be read and are left out: " in caplog.text
+    assert "on_bad_row=skip leaves out 2 unreadable images: " in caplog.text
+    assert "titles.csv, row 6: " in caplog.text
     assert data.describe().endswith("left out: 2 with an unreadable image")
     numbers = [i for split in ("train", "val", "test") for i in data.examples(split).__getitems__(range(2)).image_B]
     assert not {3, 5} & {int(i) for i in numbers}
@@ -111,7 +114,9 @@ def test_a_product_whose_file_is_corrupt_is_named(tmp_path):
     content["jpeg"][content["offset"][7] : content["offset"][8]] = 0
     np.savez(path, **content)
     data = data_of(tmp_path / "products", "fashion_products", attributes=[])
-    with pytest.raises(BadImage, match=r"images112.npz: image '107' is corrupt: .*; data.on_bad_row=skip"):
+    with pytest.raises(
+        BadImage, match=r"products.csv, row 8: .*images112.npz: image '107' is corrupt: .*; data.on_bad_row=skip"
+    ):
         data.sizes()
 
 

@@ -53,6 +53,12 @@ def test_labels_splits_and_places_are_as_the_columns_say(tmp_path):
     assert pairs.split == ["train", "val"]
 
 
+def test_a_label_is_that_of_the_rows_that_give_one(tmp_path):
+    kinds = [("0.png", ""), ("0.png", " blue "), ("0.png", "blue"), ("0.png", " "), ("1.png", "red"), ("1.png", "")]
+    table = [{"image": image, "caption": f"text {n}", "kind": kind} for n, (image, kind) in enumerate(kinds)]
+    assert read(tmp_path, table, attributes=("kind",)).labels == {"kind": ["blue", "red"]}
+
+
 @pytest.mark.parametrize(
     "table, options, message",
     [
@@ -63,6 +69,11 @@ def test_labels_splits_and_places_are_as_the_columns_say(tmp_path):
             rows({"kind": "a"}, {"image": "0.png", "kind": "b"}),
             {"attributes": ("kind",)},
             "row 2: kind of '0.png' is 'b', and 'a' in .*row 1",
+        ),
+        (
+            rows({"kind": ""}, {"image": "0.png", "kind": "a"}, {"image": "0.png", "kind": "b"}),
+            {"attributes": ("kind",)},
+            "row 3: kind of '0.png' is 'b', and 'a' in .*row 2",
         ),
         (rows({"id": "7"}, {"id": "7"}), {"id_column": "id"}, "row 2: the file of '7' is '.*1.png', and '.*0.png' in"),
         (rows({"id": "7"}, {"id": ""}), {"id_column": "id"}, "row 2: the image's id is empty"),
