@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from apps.base.files import CONFIGS, replacing
+from apps.base.messages import counted
 from apps.base.progress import Bar, bar, say
 from apps.cli import failed, stopped
 from apps.cli.flags import take
@@ -277,7 +278,7 @@ def _page(pages: Mapping[str, Page]) -> Page:
         about = Text((" ".join(says.split()),))
         sections.append(Section(page.title, (about, Text(page.verdict), *figures), page.sections))
     count = len(pages)
-    first = f"Sparse and dense models of equal cost, in {count} comparison{'s' if count > 1 else ''} on real data."
+    first = f"Sparse and dense models of equal cost, in {counted(count, 'comparison')} on real data."
     verdict = (first, *(f"{page.title}. {page.verdict[0]}" for page in pages.values() if page.verdict))
     entries = tuple(entry for page in pages.values() for entry in page.entries)
     return Page("moesaic demo", verdict, None, tuple(sections), "demo", moment(), entries)

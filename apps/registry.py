@@ -104,6 +104,12 @@ def class_path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def name_of(kind: type | str) -> str:
+    """Return a class, given by itself or its path, as users write it: a public one by its short name, else the path."""
+    path = kind if isinstance(kind, str) else class_path(kind)
+    return path.rpartition(".")[2] if full_path(path) == path else path
+
+
 def subclasses(kind: type[Any]) -> list[type[Any]]:
     """Return ``kind`` and the classes below it that have been imported."""
     return [kind, *(sub for direct in kind.__subclasses__() for sub in subclasses(direct))]

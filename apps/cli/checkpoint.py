@@ -13,7 +13,7 @@ from apps.cli.classes import load_class
 from apps.cli.configs import differences
 from apps.cli.usage import named_class_path
 from apps.registry import class_path
-from apps.train.contents import unlike
+from apps.train.contents import check_class, unlike
 from apps.train.loading import module_class
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, check_sparsified
 from core.config.plain import arguments_from_plain, to_plain
@@ -78,10 +78,7 @@ def _class_paths(value: Any) -> Iterator[Any]:
 
 def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path) -> None:
     """Raise a ``ValueError`` that names the options that differ where a checkpoint's tensors are not the model's."""
-    kind = class_path(type(model))
-    other = checkpoint.get("module_class", kind)
-    if other != kind:
-        raise ValueError(f"{path} is of a {other}, and this run's model is a {kind}")
+    check_class(checkpoint, model, str(path))
     check_sparsified(checkpoint, model, path)
     detail = unlike(checkpoint["state_dict"], model)
     if not detail:

@@ -24,6 +24,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 import core
 from apps.base.files import replacing
+from apps.base.messages import counted
 from apps.base.quiet import quiet
 from apps.cli import UsageError
 from apps.cli.checkpoint import check_fits
@@ -399,7 +400,7 @@ class SparseCLI(LightningCLI):
             start, count = time.monotonic(), print_stream(stream, path)
             also = "" if path is None else f", also in {path}"
             took = f"in {time.monotonic() - start:.1f} s"
-            print(f"{count:,} prediction{'s' * (count != 1)} {took}{also}", file=sys.stderr)
+            print(f"{counted(count, 'prediction')} {took}{also}", file=sys.stderr)
         if stream.page is not None and path is not None:
             page = path.with_suffix(".html")
             stream.page(page)
@@ -422,7 +423,7 @@ class SparseCLI(LightningCLI):
         for line in file.first:
             print(line)
         earlier = f", {file.start:,} of them by an earlier run" if file.start else ""
-        print(f"{file.num_rows:,} prediction{'s' * (file.num_rows != 1)} in {file.path}{earlier}")
+        print(f"{counted(file.num_rows, 'prediction')} in {file.path}{earlier}")
 
 
 def print_metrics(metrics: Mapping[str, float], stage: str, title: str) -> None:

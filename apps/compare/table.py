@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from apps.base.messages import counted
 from apps.compare.summary import Row, Summary, flops, flops_trained, flops_unit, notes, number, short_name
 from apps.report import plots
 from apps.report.intervals import Interval
@@ -188,7 +189,7 @@ def legend(summary: Summary) -> list[str]:
     """Return sentences that say how each line was measured."""
     n = len(summary.seeds)
     lines = [
-        f"Means of {n} seed{'s' if n > 1 else ''}, ± half a 95 % interval (Student's t); differences are paired by "
+        f"Means of {counted(n, 'seed')}, ± half a 95 % interval (Student's t); differences are paired by "
         f"seed. Test data was read once a seed, with the weights {summary.weights}.",
         f"FLOPs: of one forward of {flops_unit(summary)} (moesaic fit gives the same figure, for models of the suite), "
         "in the first batch of the validation, without padding, products alone, two a multiply-add, counted by "

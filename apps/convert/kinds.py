@@ -353,9 +353,8 @@ def _sparse(
 def _check_alike(first: Run, other: Run) -> None:
     """Raise a ``ValueError`` where two runs are of other models, or read their data otherwise."""
     if first.kind is not other.kind:
-        raise ValueError(
-            f"{other.file} holds {name_of(other.kind)}, and {first.file} {name_of(first.kind)}: runs of one class are merged"
-        )
+        kinds = f"{other.file} holds {name_of(other.kind)}, and {first.file} {name_of(first.kind)}"
+        raise ValueError(f"{kinds}: runs of one class are merged")
     here, there = first.state, other.state
     name = next((n for n in {**here, **there} if n not in here or n not in there), None)
     if name is not None:

@@ -52,7 +52,7 @@ def exhibit_of(model: Any) -> Any:
     known = next((kind for kind in kinds if kind in registry.EXHIBITS), None)
     if known is None:
         raise ValueError(
-            f"there is no demo of a {type(model).__name__}: there is of {', '.join(registry.EXHIBITS)}, and of models "
-            "whose class is below one of these"
+            f"there is no demo of {registry.name_of(type(model))}: there is of {', '.join(registry.EXHIBITS)}, and of "
+            "models whose class is below one of these"
         )
     return importlib.import_module(registry.EXHIBITS[known]).exhibit

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import core
+from apps.base.messages import counted
 from apps.base.quiet import quiet
 from apps.doctor.log import log_findings
 from apps.doctor.options import Options
@@ -38,7 +39,7 @@ def run(options: Options) -> int:
             ablation = trial.ablation() if options.ablate else None
         # The model itself knows more than its log.
         findings |= {(f.name, f.layer): f for f in of_model}
-        routers = f"{len(trial.layers)} router{'s'[: len(trial.layers) != 1]}"
+        routers = f"{counted(len(trial.layers), 'router')}"
         looked_at.append(f"{routers} on at most {options.batches} validation batches of {checkpoint}")
     if note:
         print(note)

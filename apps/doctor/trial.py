@@ -11,6 +11,7 @@ import core
 from apps.base.progress import bar
 from apps.cli.trial import build_trial
 from apps.doctor.options import Options
+from apps.registry import name_of
 from apps.train.doctor import RoutingDoctor
 from apps.train.module import SparseModule
 from core.diagnose.alike import experts_of
@@ -50,9 +51,8 @@ class Trial:
         self._cli = build_trial(checkpoint, options.config, options.batches, further)
         self._model: Any = self._cli.model
         if not core.moe_layers(self._model):
-            raise ValueError(
-                f"{checkpoint} is of a {type(self._model).__name__} without MoE layers: no routing to look at"
-            )
+            name = name_of(type(self._model))
+            raise ValueError(f"{checkpoint}: its {name} has no MoE layers, and so no routing to look at")
         # The seed of the configuration has made the weights that the training began with. Where it began with others,
         # all weights are far from these, and no rule speaks.
         start = core.TrainingStart(self._model)

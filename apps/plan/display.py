@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from apps.base.messages import counted
 from apps.plan.layout import Cost, hidden_units
 from apps.plan.options import Options
 from apps.plan.outline import Outline
@@ -86,7 +87,7 @@ def header(outline: Outline, options: Options) -> list[str]:
         experts += f" with {' and '.join(map(str, units))} hidden units" if units[0] > 1 else ""
     lines = [
         f"{outline.kind}: {outline.num_params:,} parameters{experts}",
-        f"a GPU's batch: {trial.examples:,} example{'s' * (trial.examples != 1)}, {trial.tokens:,} {trial.unit}, "
+        f"a GPU's batch: {counted(trial.examples, 'example')}, {trial.tokens:,} {trial.unit}, "
         f"{outline.flops:.3g} FLOPs forward",
         f"{options.gpus} x {options.gpu_name}: {gpu.memory / 1e9:.0f} GB, {_short(gpu.within / 1e9)} and "
         f"{_short(gpu.between / 1e9)} GB/s within and between nodes of {options.per_node}, {options.efficiency:.0%} of "

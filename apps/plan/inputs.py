@@ -226,7 +226,7 @@ def trial(module: Any, options: Options, dtype: torch.dtype) -> Trial:
     kind = type(module).__name__
     make = _TRIALS.get(kind)
     if make is None:
-        raise UsageError(f"moesaic plan knows no batches of a {kind}: there is {', '.join(_TRIALS)}")
+        raise UsageError(f"moesaic plan knows no batches of {kind}: there is {', '.join(_TRIALS)}")
     made: Trial = make(module, options, dtype)
     return made
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.base.messages import some
+from apps.registry import class_path, name_of
 from apps.train import sharded
 
 
@@ -34,6 +35,20 @@ def read_checkpoint(path: Path | str, shapes_only: bool = False) -> dict[str, An
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of a training run: it has no state_dict")
     return checkpoint
+
+
+def check_class(checkpoint: Mapping[str, Any], model: nn.Module, where: str) -> None:
+    """Raise a ``ValueError`` where a checkpoint is of another class of model.
+
+    Args:
+        checkpoint: its contents; one that names no class passes.
+        model: the model that is to have its weights.
+        where: the option and the path that name the checkpoint, for the message.
+    """
+    here = class_path(type(model))
+    there = checkpoint.get("module_class", here)
+    if there != here:
+        raise ValueError(f"{where} holds a model of class {name_of(there)}, and this run's is of class {name_of(here)}")
 
 
 def unlike(state: Mapping[str, Any], model: nn.Module) -> str:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 import core
 from apps.base.messages import excerpt
-from apps.registry import class_path
 from apps.train.checkpoint_paths import find_checkpoint
-from apps.train.contents import read_checkpoint
+from apps.train.contents import check_class, read_checkpoint
 from apps.train.linked import LinkedModule
 
 _logger = logging.getLogger(__name__)
@@ -97,9 +96,7 @@ class Teacher:
     def __init__(self, module: LinkedModule, config: DistilConfig) -> None:
         file = find_checkpoint(config.teacher)
         path, checkpoint = str(file), read_checkpoint(file)
-        kind, other = class_path(type(module)), checkpoint.get("module_class")
-        if other != kind:
-            raise ValueError(f"model.distil.teacher={path} is of a {other}, and this run's model is a {kind}")
+        check_class(checkpoint, module, f"model.distil.teacher={path}")
         model: Any = type(module).restored(checkpoint, path)
         for name in module.data_arguments:
             if getattr(model, name) != getattr(module, name):

@@ -13,9 +13,8 @@ from torch import Tensor
 
 import core
 from apps.base.checks import check_name
-from apps.registry import class_path
 from apps.train.checkpoint_paths import find_checkpoint
-from apps.train.contents import read_checkpoint
+from apps.train.contents import check_class, read_checkpoint
 from apps.train.linked import LinkedModule
 
 _logger = logging.getLogger(__name__)
@@ -66,9 +65,7 @@ def grow_from(module: LinkedModule, config: GrowConfig, batches: Any) -> dict[st
     """
     file = find_checkpoint(config.checkpoint)
     checkpoint = read_checkpoint(file)
-    kind, other = class_path(type(module)), checkpoint.get("module_class")
-    if other != kind:
-        raise ValueError(f"model.grow.checkpoint={file} is of a {other}, and this run's model is a {kind}")
+    check_class(checkpoint, module, f"model.grow.checkpoint={file}")
     trained = type(module).restored(checkpoint, str(file)).eval()
     old, new = core.moe_layers(trained), core.moe_layers(module)
     added = _added(old, new, str(file))

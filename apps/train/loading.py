@@ -68,8 +68,8 @@ def module_class(checkpoint: Mapping[str, Any], path: Path) -> type[SparseModule
     short = name.rpartition(".")[2]
     moved = f"; the apps have a {registry.full_path(short)}" if short in registry.MODULES else ""
     raise ValueError(
-        f"{path} is of a {name}, which no app has and nothing has imported: a checkpoint imports nothing. If you trust "
-        f"the class, import its module first, or name it in --config{moved}"
+        f"{path} holds a model of class {name}, which no app has and nothing has imported: a checkpoint imports "
+        f"nothing. If you trust the class, import its module first, or name it in --config{moved}"
     )
 
 

@@ -131,9 +131,7 @@ class SparseModule(BalancedModule, LinkedModule):
             raise ValueError(f"average_last={average_last} with ema_decay={ema_decay}: the weights have one average")
         self.optimizer_config = optimizer or OptimizerConfig()
         if distil is not None and type(self).distribution is SparseModule.distribution:
-            raise ValueError(
-                f"distil={distil}: a {type(self).__name__} has no method distribution(batch) to compare by"
-            )
+            raise ValueError(f"distil={distil}: {type(self).__name__} has no method distribution(batch) to compare by")
         if distil is not None and distil.copy and grow is not None:
             raise ValueError("distil.copy=True with grow: a training begins with the weights of one model")
         self.ema_decay, self.average_last, self.grow, self.distil = ema_decay, average_last, grow, distil
@@ -180,7 +178,7 @@ class SparseModule(BalancedModule, LinkedModule):
         Raises:
             ValueError: there is none of this name, or the model knows no parts.
         """
-        raise ValueError(f"a {type(self).__name__} knows no parts of its data by name, such as {name!r}")
+        raise ValueError(f"{type(self).__name__} knows no parts of its data by name, such as {name!r}")
 
     def example_inputs(self, batch: Any) -> tuple[Any, ...]:
         """Return the arguments of ``forward`` in a batch, for predictions and for counting FLOPs."""

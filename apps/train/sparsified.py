@@ -17,7 +17,7 @@ from torch import Tensor
 
 import core
 from apps.base.checks import check_name
-from apps.registry import class_path
+from apps.registry import name_of
 from apps.train.balanced import BalancedModule
 from core.config.plain import to_plain
 from core.convert import Start
@@ -204,9 +204,9 @@ def check_sparsified(checkpoint: Mapping[str, Any], module: LightningModule, pat
     """Raise a ``ValueError`` where a checkpoint is of a module made sparse, and this one is not, or the other way."""
     there, here = "sparsify" in checkpoint, isinstance(module, SparsifiedModule)
     if there and not here:
-        raise ValueError(f"{path} is of a model made sparse: give the section sparsify of its configuration")
+        raise ValueError(f"{path} holds a model that was made sparse: give the section sparsify of its configuration")
     if here and not there:
-        raise ValueError(f"{path} is of a {class_path(type(module))} that was not made sparse: leave sparsify out")
+        raise ValueError(f"{path}: its {name_of(type(module))} was not made sparse: leave sparsify out")
 
 
 def _added_names() -> Iterator[str]:

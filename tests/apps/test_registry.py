@@ -16,6 +16,8 @@ def test_a_short_name_and_the_class_path_mean_one_class(name):
     path = registry.class_path(kind)
     assert path == registry.full_path(name) == registry.full_path(path)
     assert registry.full_path(f"apps.gone.{name}") is None
+    assert registry.name_of(kind) == registry.name_of(path) == name
+    assert registry.name_of(f"apps.gone.{name}") == f"apps.gone.{name}"
 
 
 def test_a_name_stands_for_one_class():

@@ -99,8 +99,8 @@ def test_a_checkpoint_of_a_class_that_is_gone_is_one_line_that_names_it(trained,
     torch.save({**checkpoint, "module_class": name}, tmp_path / "old.ckpt")
     flags = ["--ckpt_path", str(tmp_path / "old.ckpt")]
     line = fails(capsys, 1, "test", "--config", str(trained / "config.yaml"), *flags)
-    assert line == f"{flags[1]} is of a {name}, and this run's model is a tiny_app.TinyModule"
-    with pytest.raises(ValueError, match=f"is of a {name}, which no app has .*; the apps have a apps"):
+    assert line == f"{flags[1]} holds a model of class {name}, and this run's is of class tiny_app.TinyModule"
+    with pytest.raises(ValueError, match=f"holds a model of class {name}, which no app has .*; the apps have a apps"):
         apps.load(tmp_path / "old.ckpt")
 
 

@@ -83,9 +83,9 @@ def test_a_flag_overrides_the_section(folder) -> None:
 def test_a_checkpoint_that_is_not_of_this_section_is_refused(folder, capsys) -> None:
     dense = ("--config", str(folder / "own.yaml"))
     line = fails(capsys, 1, "test", *dense, "--run_dir", str(folder / "sparse"))
-    assert "is of a model made sparse: give the section sparsify" in line
+    assert "holds a model that was made sparse: give the section sparsify" in line
     line = fails(capsys, 1, "test", *sparse(folder, "dense"))
-    assert "is of a own_net.Net that was not made sparse: leave sparsify out" in line
+    assert "its own_net.Net was not made sparse: leave sparsify out" in line
     line = fails(capsys, 1, "test", *sparse(folder), "--sparsify.moe.num_experts", "8")
     assert "sparsify.moe.num_experts=4 in the checkpoint, 8 here" in line
 

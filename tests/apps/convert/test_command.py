@@ -184,7 +184,7 @@ def test_one_expert_as_a_dense_run(runs, tmp_path):
         (["upcycle", "--moe", "missing.yaml"], 2, "no configuration missing.yaml"),
         (["specialise"], 1, "one of --task, --domain, --expert, --pair and --keep"),
         (["specialise", "--task", "0"], 1, "does not decide by the task alone"),
-        (["specialise", "--pair", "en-de"], 1, "a VisionClassifier knows no parts of its data by name"),
+        (["specialise", "--pair", "en-de"], 1, "VisionClassifier knows no parts of its data by name"),
         (["merge"], 2, "is one run: merge takes two or more"),
         (["melt"], 2, "invalid choice: 'melt'"),
     ],

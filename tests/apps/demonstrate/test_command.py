@@ -73,7 +73,9 @@ def test_without_gradio(digits, capsys, monkeypatch):
 
 
 def test_a_model_without_a_page():
-    with pytest.raises(ValueError, match=r"^there is no demo of a Linear: there is of VisionClassifier, "):
+    with pytest.raises(
+        ValueError, match=r"^there is no demo of torch.nn.modules.linear.Linear: there is of VisionClassifier, "
+    ):
         exhibit_of(torch.nn.Linear(1, 1))
 
 

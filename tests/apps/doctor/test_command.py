@@ -82,7 +82,7 @@ def test_bad_input(runs, tmp_path, capsys):
     assert "holds no checkpoint" in refused(1, "--ckpt_path", tmp_path / "half")
     assert "it has no rows" in refused(1, "--ckpt_path", tmp_path / "half", "--batches", "0")
     dense = refused(1, "--ckpt_path", runs / "dense")
-    assert dense.endswith("is of a VisionClassifier without MoE layers: no routing to look at")
+    assert dense.endswith("its VisionClassifier has no MoE layers, and so no routing to look at")
     cut = tmp_path / "cut"
     shutil.copytree(runs / "healthy", cut)
     file = cut / "checkpoints" / "best.ckpt"
@@ -93,4 +93,4 @@ def test_bad_input(runs, tmp_path, capsys):
     assert "batches=-1" in refused(1, "--ckpt_path", cut, "--batches", "-1")
     other = Path(__file__).parents[3] / "configs" / "recsys" / "adult.yaml"
     error = refused(1, "--ckpt_path", runs / "healthy", "--config", other)
-    assert "is of a apps.vision.module.VisionClassifier, and this run's model is a apps.recsys.tables" in error
+    assert "holds a model of class VisionClassifier, and this run's is of class MultiTaskRecommender" in error

@@ -151,7 +151,9 @@ def test_teachers_that_do_not_fit_are_refused(trained, tmp_path):
 
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         taught(student(tmp_path / "gone"))
-    with pytest.raises(ValueError, match=r"is of a tiny_app\.TinyModule, and this run's model is a .*OtherModule"):
+    with pytest.raises(
+        ValueError, match=r"holds a model of class tiny_app\.TinyModule, and this run's is of class .*OtherModule"
+    ):
         taught(OtherModule(3, distil=DistilConfig(str(trained[0]))))
     four = saved(TinyModule(4), tmp_path / "four.ckpt")
     with pytest.raises(ValueError, match=r"predicts other targets: its num_classes is 4, and this run's is 3"):

@@ -122,7 +122,9 @@ def test_another_kind_of_model_and_a_fixed_table_are_refused(trained, tmp_path):
     class OtherModule(TinyModule):
         pass
 
-    with pytest.raises(ValueError, match=r"is of a tiny_app\.TinyModule, and this run's model is a .*OtherModule"):
+    with pytest.raises(
+        ValueError, match=r"holds a model of class tiny_app\.TinyModule, and this run's is of class .*OtherModule"
+    ):
         grow_from(OtherModule(3, moe=MOE), GrowConfig(str(trained[0])), None)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         grow_from(grown(tmp_path / "gone"), GrowConfig(str(tmp_path / "gone")), None)
