@@ -1,0 +1,143 @@
+"""ONNX files of a network, for onnxruntime: in standard operators, or with onnxruntime's own for MoE layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from apps.train.exporting import Graph
+
+from .operators import computes_all
+from .programs import capture
+from .standard import expand, translations
+
+Form = Literal["standard", "contrib", "fastest"]
+LARGEST = 2_000_000_000
+"""Bytes of weights from which they go into a file beside the graph: protobuf holds no more than 2 GB."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """An ONNX file.
+
+    Attributes:
+        path: the file.
+        form: "standard" or "contrib", as in the file's metadata ``moesaic.form``.
+        computes: "chosen" experts or "all", as in ``moesaic.computes``.
+    """
+
+    path: Path
+    form: str
+    computes: str
+
+
+def to_onnx(
+    graph: Graph,
+    path: Path,
+    form: Form = "fastest",
+    metadata: Mapping[str, str] | None = None,
+    opset: int | None = None,
+) -> Written:
+    """Write a network as an ONNX file, whose inputs and outputs have the graph's names.
+
+    Args:
+        graph: the network with its example inputs.
+        path: the file, ``*.onnx``. Weights of 2 GB and more go into ``*.onnx.data`` beside it.
+        form: "standard": ONNX's operators alone; "contrib": onnxruntime's for the MoE layers that they fit; "fastest":
+            the one that is faster on onnxruntime (docs/serving.md).
+        metadata: texts that go into the file's metadata, beside ``moesaic.form`` and ``moesaic.computes``.
+        opset: version of ONNX's operators; None: torch's default.
+
+    Raises:
+        ValueError: onnx or onnxscript is missing; an operator of the network has no form in ONNX, named with its layer;
+            or as in ``capture``.
+    """
+    _check_installed()
+    program = capture(graph)
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            opset_version=opset,
+            custom_translation_table=translations(),
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise ValueError(_refusal(graph, program, error)) from error
+    assert exported is not None
+    model = exported.model
+    expand(model)
+    _name_axes(model, graph)
+    written = Written(path, "standard", "all" if computes_all(graph.network) else "chosen")
+    model.producer_name, model.graph.name = "moesaic", graph.name
+    model.metadata_props.update(metadata or {})
+    model.metadata_props.update({"moesaic.form": written.form, "moesaic.computes": written.computes})
+    size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+    exported.save(str(path), external_data=size >= LARGEST)
+    return written
+
+
+def _check_installed() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"format onnx needs {error.name}: pip install moesaic[export]") from error
+
+
+def _refusal(graph: Graph, program: torch.export.ExportedProgram, error: BaseException) -> str:
+    """Return one line that names the operator without a form in ONNX, and the layer that has it."""
+    texts = [str(e) for e in _causes(error)]
+    operator = next((m.group(1) for text in texts if (m := re.search(r"OpOverload\(op='([^']+)'", text))), None)
+    if operator is None:
+        return f"graph {graph.name!r} cannot be written as ONNX: {texts[-1].splitlines()[0]}"
+    name, _, overload = operator.partition(",")
+    for node in program.graph.nodes:
+        if node.op == "call_function" and str(node.target).startswith(name):
+            return f"operator {node.target} of {layer_of(node)} has no form in ONNX"
+    return f"operator {name} of graph {graph.name!r} has no form in ONNX"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def layer_of(node: torch.fx.Node) -> str:
+    """Return the dotted name of the module that a node of an exported program belongs to, and its class."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return "the network"
+    name, kind = list(stack.values())[-1]
+    label = kind if isinstance(kind, str) else kind.__name__
+    return f"layer {name or 'the network'!r} ({label.rpartition('.')[-1]})"
+
+
+def _name_axes(model: Any, graph: Graph) -> None:
+    """Give the axes of any length the names that the graph has for them, in inputs and outputs."""
+    import onnx_ir as ir
+
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for axis, meaning in graph.dynamic.get(value.name, {}).items():
+            symbol = value.shape[axis]
+            if isinstance(symbol, ir.SymbolicDim) and symbol.value is not None:
+                names[str(symbol.value)] = meaning
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is None:
+            continue
+        sizes = [
+            re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m.group(), m.group()), str(d.value))
+            if isinstance(d, ir.SymbolicDim) and d.value is not None
+            else d
+            for d in value.shape
+        ]
+        value.shape = ir.Shape(sizes)
