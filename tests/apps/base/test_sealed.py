@@ -1,0 +1,43 @@
+"""Files that end in a digest of what stands before it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from apps.base.sealed import KEY, check_seal, seal
+
+
+def test_a_sealed_file_is_still_a_model_whose_last_metadata_are_the_digest(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    from onnx import helper
+
+    path = tmp_path / "a.onnx"
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [], [])
+    model = helper.make_model(graph)
+    helper.set_model_props(model, {"first": "1"})
+    path.write_bytes(model.SerializeToString())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    seal(path)
+    assert check_seal(path) == digest
+    props = [(entry.key, entry.value) for entry in onnx.load(path).metadata_props]
+    assert props == [("first", "1"), (KEY, digest)]
+
+
+def test_a_file_that_is_cut_or_changed_is_refused(tmp_path):
+    path = tmp_path / "a.onnx"
+    path.write_bytes(bytes(range(200)))
+    seal(path)
+    whole = path.read_bytes()
+    for damaged, message in (
+        (whole[:-1], "is cut, or moesaic export has not written it"),
+        (bytes(200), "is cut, or moesaic export has not written it"),
+        (b"", "is cut, or moesaic export has not written it"),
+        (whole[:7] + b"\xff" + whole[8:], "is damaged"),
+        (whole[:-1] + b"x", "is damaged"),
+        (whole[100:], "is damaged"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            check_seal(path)
