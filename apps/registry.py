@@ -50,8 +50,10 @@ EXHIBITS = {
 }
 """The module of the function ``exhibit(model, data, most)``, which says what the demo page of a model has."""
 
-EXPORTS: dict[str, str] = {}
-"""The module of the function ``export(model)`` of each LightningModule: its graphs for ``moesaic export``."""
+EXPORTS = {
+    "VisionClassifier": "apps.vision.export",
+}
+"""The module of ``export``, ``attach`` and ``encoding_state`` of each LightningModule; see ``apps.train.exporting``."""
 
 SERVICES: dict[str, str] = {}
 """The module of the function ``service(model)`` of each LightningModule: its inputs and answers, for ``serve``."""

@@ -24,6 +24,7 @@ _OTHERS = {
     "verdict": ("apps.verdict", "does sparse pay on your data? an answer within a number of minutes"),
     "convert": ("apps.convert", "make a trained run sparse, dense, smaller, or several runs one"),
     "doctor": ("apps.doctor", "what is wrong with a run's routing, with the evidence and a remedy"),
+    "export": ("apps.serve.export", "write a trained model as a graph for onnxruntime, torch.export or AOTInductor"),
     "demo": ("apps.demonstrate", "try a trained model out on a page on this machine, with its experts at work"),
     "plan": ("apps.plan", "memory, traffic and time of a training on many GPUs, from its configuration alone"),
     "bench": ("apps.bench", "measure the speed of a layer on this machine"),
@@ -51,6 +52,7 @@ RUN_OPTIONS = (
 _PREDICT_OPTIONS = (
     ("output FILE", "predictions.jsonl in the run's folder", ".jsonl, .csv, .parquet, or .txt for lines of text"),
     ("overwrite", "", "replace an earlier FILE"),
+    ("onnx PATH", "", "an ONNX file or folder of moesaic export in place of --ckpt_path"),
 )
 _TEST_OPTIONS = (("open", "", "show the report in the browser"),)
 

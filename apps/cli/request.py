@@ -15,7 +15,7 @@ import tempfile
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -26,6 +26,9 @@ from apps.cli.configs import at, merge, read_config, shipped, texts
 from apps.cli.flags import NULLS, asks, asks_for_help, given, switch, take, verbatim, with_flags, with_nulls
 from apps.registry import subclasses
 from apps.train.checkpoint_paths import NAMES, find_checkpoint
+
+if TYPE_CHECKING:
+    from apps.train.exported import ExportedModel
 
 _TEXTS = ("text", "query", "query_image")
 """Options of the data that are texts, and no YAML."""
@@ -50,6 +53,7 @@ class Request:
             weights and loads no other; or None.
         opens: whether the report of a test is shown in the browser.
         words: the command line as it was given, after the command.
+        exported: the model of ``--onnx``, which runs in place of a checkpoint's weights, or None.
     """
 
     command: str
@@ -65,6 +69,7 @@ class Request:
     begun_with: Mapping[str, Any] | None = None
     opens: bool = False
     words: tuple[str, ...] = ()
+    exported: ExportedModel | None = None
 
     @classmethod
     def read(cls, command: str, argv: list[str], announce: Callable[[str], None] | None = None) -> Request:
@@ -84,7 +89,7 @@ class Request:
         argv, overwrite = switch(argv, "overwrite")
         argv, opens = switch(argv, "open")
         usage.check_open(command, opens)
-        flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path", "weights", "output"))
+        flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path", "weights", "output", "onnx"))
         output = Path(options["output"][-1]) if options["output"] else None
         flags = with_long_flags(
             verbatim(flags, [f"data.{part}{name}" for part in ("", "init_args.") for name in _TEXTS])
@@ -93,6 +98,9 @@ class Request:
         which = options["ckpt_path"][-1] if options["ckpt_path"] else None
         given_weights = options["weights"][-1] if options["weights"] else None
         usage.check_weights(command, given_weights, bool(options["run_dir"]))
+        onnx = Path(options["onnx"][-1]) if options["onnx"] else None
+        usage.check_onnx(command, onnx, which)
+        exported = None if onnx is None else _opened(onnx)
         beside = None if paths else _config_beside(which if which not in (None, *NAMES) else given_weights)
         config: dict[str, Any] = {}
         for path in paths:
@@ -101,20 +109,24 @@ class Request:
             config = merge(config, with_long_names(layer))
         if beside is not None:  # ``check_beside`` looks at all of it, below
             paths, config = [beside], with_long_names(read_config(beside))
+        if exported is not None and exported.description.data is not None:
+            config = merge({"data": dict(exported.description.data)}, config)
         as_it_lay = dict(config)
         written = config.pop("run_dir", None)  # of a run that was put aside, where it was
         run_dir = options["run_dir"][-1] if options["run_dir"] else beside.parent if beside is not None else written
         config, flags = with_nulls(config, flags)
         which = which or config.get("ckpt_path")
         config.pop("ckpt_path", None)
-        run_dir = Path(run_dir) if run_dir else Path("runs") / ("-".join(p.stem for p in paths) or "unnamed")
+        stems = [path.stem for path in ([*paths] if onnx is None else [onnx])]
+        run_dir = Path(run_dir) if run_dir else Path("runs") / ("-".join(stems) or "unnamed")
         usage.check_options(command, flags, {} if beside is not None else config)
-        usage.check_complete(command, which or given_weights, flags, config)
+        usage.check_complete(command, which or given_weights or (None if onnx is None else str(onnx)), flags, config)
         usage.check_run_dir(run_dir)
         if not asks(flags):
             usage.check_output(command, output, overwrite)
         try:
-            checkpoint = None if asks_for_help(flags) else usage.find_checkpoint(command, which, run_dir)
+            no_checkpoint = asks_for_help(flags) or onnx is not None
+            checkpoint = None if no_checkpoint else usage.find_checkpoint(command, which, run_dir)
         except FileNotFoundError:
             if which is not None or not asks(flags):
                 raise
@@ -122,7 +134,7 @@ class Request:
         if not asks(flags):
             usage.check_data_files(command, flags, config)
             if announce is not None:
-                read = " + ".join(map(str, paths)) or (which if which not in (None, *NAMES) else "")
+                read = str(onnx or "") or " + ".join(map(str, paths)) or (which if which not in (None, *NAMES) else "")
                 written_to = output if command == "predict" else run_dir
                 announce(" ".join(filter(None, (command, read, f"-> {written_to}" if written_to else ""))))
             if which in NAMES and checkpoint is None:
@@ -136,13 +148,14 @@ class Request:
             check_beside(as_it_lay, beside)
             print(f"configuration: {beside}, which lies beside the checkpoint", file=sys.stderr)
         loaded = None
-        if checkpoint is not None:
-            loaded = read_checkpoint(checkpoint, shapes_only=True)
-            if beside is None:
+        source = onnx or checkpoint
+        if source is not None:
+            loaded = exported.checkpoint if exported is not None else read_checkpoint(source, shapes_only=True)
+            if beside is None and exported is None:
                 import_named(loaded, {*texts(config), *(part for flag in flags for part in flag.split("=", 1))})
-            config = merge(remembered(loaded, config, _find_class("model", flags, config), checkpoint), config)
+            config = merge(remembered(loaded, config, _find_class("model", flags, config), source), config)
             config = _with_remembered_data(config, flags, loaded)
-            _check_superseded(config, flags, checkpoint)
+            _check_superseded(config, flags, source)
         if command == "fit" and loaded is not None and "converted" in loaded:
             raise UsageError(f"{checkpoint} is converted and has no optimizer to go on with: begin anew, --weights")
         # A run that goes on has its weights from its own checkpoint.
@@ -174,6 +187,7 @@ class Request:
             begun_with,
             opens,
             words,
+            exported,
         )
 
     @property
@@ -197,6 +211,13 @@ class Request:
             with naming(path):
                 path.write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
             yield str(path)
+
+
+def _opened(path: Path) -> ExportedModel:
+    """Return the exported model at ``path``."""
+    from apps.train.exported import ExportedModel
+
+    return ExportedModel.read(path)
 
 
 def _config_beside(which: str | None) -> Path | None:

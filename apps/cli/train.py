@@ -140,7 +140,7 @@ class SparseCLI(LightningCLI):
         """Do nothing: ``execute`` runs the command."""
 
     def instantiate_classes(self) -> None:
-        created = [(self._create_data, LightningDataModule, True)]
+        created = [(self._create_data, LightningDataModule, True), (self._create_model, LightningModule, True)]
         self.config_init = self.parser.instantiate(self.config, instantiators=created)
         self.datamodule, self.model = (self._get(self.config_init, part) for part in ("data", "model"))
         section = self._get(self.config_init, "sparsify")
@@ -148,7 +148,9 @@ class SparseCLI(LightningCLI):
             self.model = sparsified(self.model, section)
         self.trainer = self.instantiate_trainer()
         self._check_links()
-        if self.ckpt_path is not None and self.request.loaded is not None:
+        if self.request.exported is not None:
+            self.request.exported.attach(self.model)
+        elif self.ckpt_path is not None and self.request.loaded is not None:
             self._check_fits(self.request.loaded, self.ckpt_path)
             self.model.starts_afresh = False  # Lightning loads the checkpoint only after the model's setup
         elif self.request.weights is not None:
@@ -182,6 +184,11 @@ class SparseCLI(LightningCLI):
         if adopt is not None and "encoding" in checkpoint and checkpoint.get("module_class") == own:
             adopt(checkpoint["encoding"])
         return data
+
+    def _create_model(self, kind: type[LightningModule], *args: Any, **kwargs: Any) -> LightningModule:
+        """Make the model, without weights where a graph runs in their place."""
+        with torch.device("meta") if self.request.exported is not None else contextlib.nullcontext():
+            return kind(*args, **kwargs)
 
     def _check_links(self) -> None:
         """Raise a ``UsageError`` where the configuration has another value for an argument that the data decides."""

@@ -143,6 +143,16 @@ def check_weights(command: str, weights: str | None, has_run_dir: bool) -> None:
     find_in_run(Path(weights))
 
 
+def check_onnx(command: str, path: Path | None, which: str | None) -> None:
+    """Raise a ``UsageError`` for ``--onnx`` of another command than predict, or beside a checkpoint."""
+    if path is None:
+        return
+    if command != "predict":
+        raise UsageError(f"onnx is an option of predict, not of {command}")
+    if which is not None:
+        raise UsageError(f"onnx={path} runs in place of a checkpoint: leave --ckpt_path {which} out")
+
+
 def check_output(command: str, output: Path | None, overwrite: bool) -> None:
     """Raise a ``UsageError`` for a file of predictions that cannot be written, or would replace an earlier one."""
     if command != "predict":

@@ -1,0 +1,143 @@
+"""The whole of ``moesaic export``: load a model, write its graphs, compare them with it, and say what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apps.base.quiet import quiet
+from apps.base.sealed import seal
+from apps.cli.configs import read_config
+from apps.registry import class_path
+from apps.serve.export.files import check_output, write
+from apps.serve.export.options import Options
+from apps.train.checkpoint_paths import find_checkpoint
+from apps.train.exported import DESCRIPTION, Description, OnnxGraph
+from apps.train.exporting import Exported, Graph, exporter
+from apps.train.loading import check_beside, load
+from apps.train.module import SparseModule
+
+TOLERANCE = 1e-4
+"""Largest difference of a graph's outputs from the model's, relative to the largest of them."""
+_FOR_TRAINING = ("optimizer", "ema_decay", "average_last", "grow", "distil", "report", "pretrained")
+"""Arguments of a model that a prediction does not read, and that may name files of the training's machine."""
+_PATHS = ("root", "cache_dir", "file", "images", "index", "predict_folder", "table")
+"""Options of the apps' data that are paths, beside those that end in _file and _files."""
+
+
+def run(options: Options) -> int:
+    """Export the model and print what was written."""
+    with quiet():
+        model = load(options.run)
+        exported = exporter(type(model)).export(model)
+        check_output(options.output, exported)
+        files = export(model, exported, options)
+    for path in files:
+        print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
+    for graph in exported.graphs:
+        inputs = ", ".join(
+            f"{name} {_shape(value, graph.dynamic.get(name, {}))}" for name, value in graph.inputs.items()
+        )
+        print(f"{graph.name}: {inputs} -> {', '.join(graph.outputs)}")
+    if options.format == "onnx":
+        print(f"moesaic predict --onnx {options.output} runs it; docs/serving.md has a script without this suite")
+    return 0
+
+
+def export(model: SparseModule, exported: Exported, options: Options) -> list[Path]:
+    """Write a model, and return its files.
+
+    Raises:
+        OSError: the output cannot be written.
+        ValueError: an operator has no export, or a graph's outputs are not the model's. Nothing is written.
+    """
+    description = Description(
+        exported.app,
+        class_path(type(model)),
+        {name: None if name in _FOR_TRAINING else value for name, value in dict(model.hparams).items()},
+        exported.preprocessing,
+        data_section(options.run),
+        options.format,
+    )
+
+    def write_graph(graph: Graph, path: Path, text: str) -> None:
+        from apps.serve.export.onnx import to_onnx
+        from apps.serve.export.programs import to_aoti, to_torch_export
+
+        if options.format == "onnx":
+            to_onnx(graph, path, form=options.form, metadata={"moesaic.app": exported.app, DESCRIPTION: text})
+            seal(path)
+            compare(graph, OnnxGraph(path))
+        elif options.format == "torch_export":
+            to_torch_export(graph, path)
+        else:
+            to_aoti(graph, path)
+
+    with torch.inference_mode(False), torch.no_grad():
+        return write(options.output, exported, description, write_graph)
+
+
+def compare(graph: Graph, exported: OnnxGraph) -> None:
+    """Run a graph on its example, and on the first row of it, beside the network.
+
+    Raises:
+        ValueError: the outputs differ.
+    """
+    whole = dict(graph.inputs)
+    batch = {name: axes[0] for name, axes in graph.dynamic.items() if 0 in axes}
+    one = {name: value[:1] if name in batch else value for name, value in whole.items()}
+    for inputs in (whole, one):
+        expected = graph.network(*inputs.values())
+        expected = (expected,) if isinstance(expected, Tensor) else tuple(expected)
+        for name, own, other in zip(graph.outputs, exported(inputs), expected, strict=True):
+            difference = _difference(own, other)
+            if not difference <= TOLERANCE:
+                raise ValueError(
+                    f"the graph {graph.name} gives another {name} than the model: they differ by {difference:.2g} of "
+                    f"the largest, and may by {TOLERANCE}"
+                )
+
+
+def _difference(own: Tensor, other: Tensor) -> float:
+    """Return the largest difference of two outputs relative to the largest finite number; inf where shapes differ."""
+    if own.shape != other.shape:
+        return float("inf")
+    own, other = own.double(), other.double()
+    finite = other.isfinite()
+    if not torch.equal(own[~finite], other[~finite]):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = max(float(other[finite].abs().max()), 1e-6)
+    return float((own - other)[finite].abs().max()) / scale
+
+
+def data_section(run: Path) -> dict[str, Any] | None:
+    """Return the section "data" of the configuration that lies beside a checkpoint, without paths of its machine.
+
+    Raises:
+        ValueError: the configuration names classes that are not registered.
+    """
+    path = find_checkpoint(run).parent.parent / "config.yaml"
+    if not path.is_file():
+        return None
+    config = read_config(path)
+    check_beside(config, path)
+    data = config.get("data")
+    if not isinstance(data, Mapping):
+        return None
+    arguments = {name: value for name, value in (data.get("init_args") or {}).items() if not _is_path(name, value)}
+    return {"class_path": data["class_path"], "init_args": arguments}
+
+
+def _is_path(name: str, value: Any) -> bool:
+    return isinstance(value, str) and (name in _PATHS or name.endswith(("_file", "_files")))
+
+
+def _shape(value: Tensor, dynamic: Mapping[int, str]) -> str:
+    sizes = ", ".join(dynamic.get(axis, str(size)) for axis, size in enumerate(value.shape))
+    return f"{str(value.dtype).removeprefix('torch.')} ({sizes})"

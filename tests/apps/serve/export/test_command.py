@@ -1,0 +1,166 @@
+"""``moesaic export`` and ``moesaic predict --onnx`` of an image classifier."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from commands import fails
+from converted import DIGITS, MOE, classifier, write_run
+
+from apps.cli import main
+from apps.serve.export.command import compare, data_section
+from apps.train.exported import Description, ExportedModel
+from apps.train.exporting import Graph, exporter
+from apps.train.loading import load
+from apps.vision.data import VisionData
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a sparse classifier of digits, and its export ``digits.onnx`` in the same folder."""
+    folder = tmp_path_factory.mktemp("exported") / "run"
+    module = classifier(MOE)
+    module._encoding = VisionData("digits").encoding_state
+    write_run(folder, module, {**DIGITS, "init_args": {**DIGITS["init_args"], "root": "/a/b", "val_size": 9}})
+    assert main(["export", "--ckpt_path", str(folder), "--output", str(folder / "digits.onnx")]) == 0
+    return folder
+
+
+@pytest.fixture
+def copies(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an export copy the graph of ``run``, which takes no time."""
+
+    def to_onnx(graph: Graph, path: Path, form: str, metadata: dict[str, str]) -> None:
+        model = onnx.load(run / "digits.onnx")
+        onnx.helper.set_model_props(model, metadata)
+        onnx.save(model, path)
+
+    monkeypatch.setattr("apps.serve.export.onnx.to_onnx", to_onnx)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_rows_of_predict_are_those_of_the_checkpoint(run, tmp_path, capsys):
+    config = tmp_path / "digits.yaml"  # the run's configuration has another root, which does not travel
+    config.write_text(json.dumps({"data": DIGITS}))
+    capsys.readouterr()
+    written = {}
+    for name, source in (("ckpt", ["--ckpt_path", str(run), "--config", str(config)]), ("onnx", [])):
+        source = source or ["--onnx", str(run / "digits.onnx")]
+        assert main(["predict", *source, "--output", str(tmp_path / f"{name}.jsonl")]) == 0
+        written[name] = rows(tmp_path / f"{name}.jsonl")
+    assert "359 predictions in" in capsys.readouterr().out
+    for own, expected in zip(written["onnx"], written["ckpt"], strict=True):
+        assert own.pop("probability") == pytest.approx(expected.pop("probability"), abs=1e-6)
+        assert own == expected
+
+
+def test_the_file_alone_makes_the_module_and_its_answers(run):
+    exported = ExportedModel.read(run / "digits.onnx")
+    assert exported.description.data == {
+        "class_path": "VisionData", "init_args": {"dataset": "digits", "batch_size": 32, "eval_batch_size": 32,
+                                                  "val_size": 9},
+    }  # fmt: skip
+    model, trained = exported.load(), load(run)
+    images = [(torch.rand(8, 8) * 255).byte().numpy() for _ in range(3)]
+    for own, expected in zip(model.predict(images), trained.predict(images), strict=True):
+        assert own.class_name == expected.class_name
+        assert own.top == pytest.approx(expected.top, abs=2e-6)
+    assert not list(model.parameters())
+    assert not model.training
+
+
+def test_an_output_that_exists_stays_and_overwrite_replaces_it(run, copies, tmp_path, capsys):
+    path = tmp_path / "m.onnx"
+    path.write_text("mine")
+    argv = ["export", "--ckpt_path", str(run), "--output", str(path)]
+    assert "exists: --overwrite replaces it" in fails(capsys, 2, *argv)
+    assert path.read_text() == "mine"
+    assert main([*argv, "--overwrite"]) == 0
+    assert ExportedModel.read(path).description.app == "vision"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx"]
+
+
+def test_a_folder_has_the_graph_and_what_it_says(run, copies, tmp_path, capsys):
+    folder = tmp_path / "model"
+    assert main(["export", "--ckpt_path", str(run), "--output", str(folder)]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["export.json", "model.onnx"]
+    assert ExportedModel.read(folder).load().predict([torch.zeros(8, 8).byte().numpy()])
+    assert "give the folder" in fails(capsys, 1, "predict", "--onnx", str(folder / "model.onnx"))
+    (folder / "other").write_text("x")
+    assert main(["export", "--ckpt_path", str(run), "--output", str(folder), "--overwrite"]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["export.json", "model.onnx"]
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "mine").write_text("x")
+    argv = ["export", "--ckpt_path", str(run), "--output", str(foreign), "--overwrite"]
+    assert "is a folder without export.json" in fails(capsys, 2, *argv)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_wrong_options_are_refused_in_a_line(run, tmp_path, capsys):
+    export = ["export", "--ckpt_path", str(run), "--output"]
+    assert "must end in .onnx" in fails(capsys, 2, *export, "a.pt2")
+    assert "must end in .pt2" in fails(capsys, 2, *export, "a.onnx", "--format", "aoti")
+    assert "--form contrib is of --format onnx" in fails(
+        capsys, 2, *export, "a.pt2", "--format", "aoti", "--form", "contrib"
+    )
+    onnx = str(run / "digits.onnx")
+    assert "onnx is an option of predict, not of test" in fails(capsys, 2, "test", "--onnx", onnx)
+    assert "leave --ckpt_path" in fails(capsys, 2, "predict", "--onnx", onnx, "--ckpt_path", str(run))
+    assert "no exported model" in fails(capsys, 1, "predict", "--onnx", str(tmp_path / "none.onnx"))
+
+
+def test_files_of_others_and_damaged_ones_are_refused(run, tmp_path, capsys):
+    bad = tmp_path / "bad.onnx"
+    whole = (run / "digits.onnx").read_bytes()
+    for content, message in ((whole[:-9], "is cut"), (b"", "is cut"), (whole[:900] + b"\0" + whole[901:], "damaged")):
+        bad.write_bytes(content)
+        assert message in fails(capsys, 1, "predict", "--onnx", str(bad))
+    (tmp_path / "folder").mkdir()
+    assert "holds no export.json" in fails(capsys, 1, "predict", "--onnx", str(tmp_path / "folder"))
+    manifest = tmp_path / "folder" / "export.json"
+    for text in ("{", "[]", '{"app": "vision"}', '{"app": 1, "module": 2, "arguments": {}, "preprocessing": {}}'):
+        manifest.write_text(text)
+        assert "is not a model that moesaic export has written" in fails(
+            capsys, 1, "predict", "--onnx", str(tmp_path / "folder")
+        )
+
+
+def test_a_file_imports_nothing_and_reads_nothing_elsewhere(run, tmp_path, capsys):
+    description = ExportedModel.read(run / "digits.onnx").description
+    manifest = tmp_path / "export.json"
+
+    def refusal(**changed: object) -> str:
+        manifest.write_text(Description(**{**vars(description), **changed}).to_json())
+        return fails(capsys, 1, "predict", "--onnx", str(tmp_path))
+
+    assert "a checkpoint imports nothing" in refusal(module="antigravity.Model")
+    assert "names '../digits.onnx', which is no file beside it" in refusal(graphs={"model": "../digits.onnx"})
+    assert "names '/etc/passwd'" in refusal(files=["/etc/passwd"])
+    assert "data='os.system' is neither" in refusal(data={"class_path": "os.system", "init_args": {}})
+
+
+def test_a_graph_that_differs_is_no_export():
+    class Twice(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    graph = Graph("model", Twice(), {"x": torch.ones(2, 3)}, ("y",), {"x": {0: "batch"}})
+    compare(graph, lambda inputs: (2 * inputs["x"],))
+    with pytest.raises(ValueError, match="gives another y than the model"):
+        compare(graph, lambda inputs: (2.001 * inputs["x"],))
+    with pytest.raises(ValueError, match="gives another y than the model"):
+        compare(graph, lambda inputs: (2 * torch.ones(2, 3),))  # the batch is not dynamic
+
+
+def test_paths_of_the_training_do_not_travel(run):
+    assert "root" not in data_section(run)["init_args"]
+    with pytest.raises(ValueError, match="a Linear has no export"):
+        exporter(torch.nn.Linear)
