@@ -1,7 +1,8 @@
-"""Graphs of models that write: an encoder, and a decoder that goes on from the keys and values of what it has read."""
+"""Models that write as graphs for ``moesaic export``: an encoder, and a decoder that goes on from what it has read."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,39 +10,44 @@ import torch
 from torch import Tensor, nn
 
 import core
+from apps.base.evaluation import in_evaluation
+from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Subwords
 from apps.nets.past import Past
+from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.run import dropless
+from apps.nlp.decode.search import max_positions
 from apps.train.exporting import Graph
+from core.config.plain import to_plain
 
 _BATCH, _LENGTH, _PAST = 2, 3, 5
 """Sizes of the example that a graph is traced with."""
+_IDS = ("task_ids", "domain_ids")
+"""Inputs that routers may ask for, int64 (B,)."""
 
 
 class EncoderNetwork(nn.Module):
-    """An encoder, and the keys and values of its output that the decoder's layers read.
+    """An encoder, and the keys and values that the decoder's layers make of its output.
 
     Args:
         model: a ``MemoryDecoder`` with its ``encode``.
+        ids: those of "task_ids" and "domain_ids" that it is given beside the source.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, ids: Sequence[str] = ()) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.ids = model, tuple(ids)
 
-    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Return the memory (B, S, D), its mask, bool (B, S), and each decoder layer's keys and values of it.
-
-        Args:
-            given: the arguments of ``model.encode``.
-        """
+    def forward(self, source: Tensor, *ids: Tensor) -> tuple[Tensor, ...]:
+        """Return the memory (B, S, D), its mask, bool (B, S), and keys and values of each layer, (B, H, S, d)."""
+        named = {f"{name}_B": ids_B for name, ids_B in zip(self.ids, ids, strict=True)}
         with dropless(self.model):
-            memory = self.model.encode(*given)
-        pairs = (layer.keys_and_values(memory.x_BSD) for layer in self.model.decoder.layers)
+            memory = self.model.encode(source, **named)
+        pairs = [layer.keys_and_values(memory.x_BSD) for layer in self.model.decoder.layers]
         return memory.x_BSD, memory.valid_BS, *(part for pair in pairs for part in pair)
 
 
 class DecoderNetwork(nn.Module):
-    """A decoder that reads the next ids of its rows: its inputs and outputs are tensors alone.
+    """A decoder that reads the next ids of its rows. It takes and returns what it keeps, and has no state.
 
     Args:
         model: a language model, or a ``MemoryDecoder``.
@@ -67,36 +73,51 @@ class DecoderNetwork(nn.Module):
         return logits_BLV, *(part for pair in past.joined for part in pair), *past.joined_hidden
 
 
-def encoder_graph(model: Any, inputs: Mapping[str, Tensor], dynamic: Mapping[str, Mapping[int, str]]) -> Graph:
-    """Return the graph "encoder" of a model with a memory.
+def graphs_with_memory(
+    model: Any, name: str, source: Tensor, dynamic: Mapping[int, str], length: str | None
+) -> tuple[Graph, Graph]:
+    """Return the graphs "encoder" and "decoder" of a model that writes of a source.
 
-    Its outputs are "memory", "memory_mask", and "memory_key_i" and "memory_value_i" of each decoder layer i.
+    The encoder's outputs are "memory", "memory_mask", and "memory_key_i" and "memory_value_i" of each decoder layer i;
+    all but the first are inputs of the decoder, which ``decoder_graph`` describes.
 
     Args:
-        model: as in ``EncoderNetwork``.
-        inputs, dynamic: as in ``Graph``.
+        model: a ``MemoryDecoder`` with its ``encode``.
+        name: of the source among the inputs.
+        source: an example of it, of a batch of 2.
+        dynamic: its axes that may have another length; see ``Graph``.
+        length: the axis of the memory's length; None: it is fixed.
+
+    Raises:
+        ValueError: as ``decoder_graph``.
     """
+    ids = _asked_for(model.encoder)
+    inputs = {name: source, **{field: source.new_zeros(_BATCH, dtype=torch.int64) for field in ids}}
+    network = EncoderNetwork(model, ids)
+    with in_evaluation(model), torch.no_grad():
+        _, *memory = network(*inputs.values())
     layers = range(len(model.decoder.layers))
     outputs = ("memory", "memory_mask", *_named(layers, "memory_key", "memory_value"))
-    return Graph("encoder", EncoderNetwork(model), inputs, outputs, dynamic)
+    axes = {name: dynamic, **{field: {0: "batch"} for field in ids}}
+    encoder = Graph("encoder", network, inputs, outputs, axes)
+    return encoder, decoder_graph(model, "decoder", dict(zip(outputs[1:], memory, strict=True)), length)
 
 
 def decoder_graph(
-    model: Any, name: str, ids: Sequence[str] = (), memory: Sequence[Tensor] = (), source: str | None = None
+    model: Any, name: str, memory: Mapping[str, Tensor] | None = None, length: str | None = None
 ) -> Graph:
-    """Return the graph of a decoder; without past positions it reads the begin of a text, or a whole prompt.
+    """Return the graph of a decoder, which begins a text, or reads a whole prompt, where it has no past positions.
 
-    Its inputs are "tokens" (B, L); "task_ids" and "domain_ids" (B,), where routers ask for them; "memory_mask" and the
-    other outputs of the encoder; "past_key_i" and "past_value_i" (B, H, P, d) of layer i, and "past_hidden_i" (B, P) of
-    each layer that few tokens enter. Its outputs are "logits" (B, L, V), and "key_i", "value_i" and "hidden_i" of P + L
-    positions, which are the past of the next call.
+    Its inputs are "tokens" (B, L); "task_ids" and "domain_ids" (B,), where routers ask for them; what the encoder has
+    made; "past_key_i" and "past_value_i" (B, H, P, d) of layer i, and "past_hidden_i" (B, P) of each layer that few
+    tokens enter. Its outputs are "logits" (B, L, V), and "key_i", "value_i" and "hidden_i" of P + L positions, which
+    are the past of the next call.
 
     Args:
-        model: as in ``DecoderNetwork``.
+        model: a language model, or a ``MemoryDecoder``.
         name: of the graph.
-        ids: those of "task_ids" and "domain_ids" that are inputs.
-        memory: the mask, and keys and values of each layer, of B = 2 source sentences; none in a language model.
-        source: the name of their dynamic length; None: it is fixed.
+        memory: an encoder's outputs for a batch of 2, by their names; None: there is no encoder.
+        length: as in ``graphs_with_memory``.
 
     Raises:
         ValueError: a router of the decoder cannot decide step by step.
@@ -104,30 +125,29 @@ def decoder_graph(
     model.check_steps()
     weight, (heads, width) = model.target_embedding.weight, model.kept_heads
     layers = range(model.config.shape.decoder_layers)
-    gated = range(sum(getattr(layer, "depth_gate", None) is not None for layer in model.decoder.layers))
-    tokens_BL = torch.randint(4, len(weight), (_BATCH, _LENGTH), device=weight.device)
-    inputs: dict[str, Tensor] = {"tokens": tokens_BL}
+    gated = range(sum(layer.depth_gate is not None for layer in model.decoder.layers))
+    inputs: dict[str, Tensor] = {"tokens": torch.randint(EOS_ID + 1, len(weight), (_BATCH, _LENGTH))}
     dynamic: dict[str, dict[int, str]] = {"tokens": {0: "batch", 1: "length"}}
-    for field in ids:
-        inputs[field], dynamic[field] = weight.new_zeros(_BATCH, dtype=torch.int64), {0: "batch"}
-    if memory:
-        own = ("memory_mask", *_named(range((len(memory) - 1) // 2), "memory_key", "memory_value"))
-        for field, tensor in zip(own, memory, strict=True):
-            inputs[field] = tensor
-            dynamic[field] = {0: "batch"} | ({} if source is None else {1 if tensor.ndim == 2 else 2: source})
+    for field in _asked_for(model.decoder):
+        inputs[field], dynamic[field] = torch.zeros(_BATCH, dtype=torch.int64), {0: "batch"}
+    for field, tensor in (memory or {}).items():
+        inputs[field], dynamic[field] = tensor, {0: "batch"}
+        if length is not None:
+            dynamic[field][1 if field == "memory_mask" else 2] = length
     for field in _named(layers, "past_key", "past_value"):
         inputs[field], dynamic[field] = weight.new_zeros(_BATCH, heads, _PAST, width), {0: "batch", 2: "past"}
     for field in _named(gated, "past_hidden"):
-        inputs[field] = weight.new_zeros(_BATCH, _PAST, dtype=torch.bool)
+        inputs[field] = torch.zeros(_BATCH, _PAST, dtype=torch.bool)
         dynamic[field] = {0: "batch", 1: "past"}
+    inputs = {field: tensor.detach().to(weight.device) for field, tensor in inputs.items()}
     outputs = ("logits", *_named(layers, "key", "value"), *_named(gated, "hidden"))
     return Graph(name, DecoderNetwork(model, list(inputs)), inputs, outputs, dynamic)
 
 
-def ids_of(*stacks: nn.Module) -> tuple[str, ...]:
-    """Return which of "task_ids" and "domain_ids" the routers of a model's parts ask for."""
-    needs = {need for stack in stacks for layer in core.moe_layers(stack).values() for need in layer.router.needs}
-    return tuple(name for name in ("task_ids", "domain_ids") if f"{name}_B" in needs)
+def _asked_for(stack: nn.Module) -> tuple[str, ...]:
+    """Return which of "task_ids" and "domain_ids" the routers of a stack ask for."""
+    needs = {need for layer in core.moe_layers(stack).values() for need in layer.router.needs}
+    return tuple(name for name in _IDS if f"{name}_B" in needs)
 
 
 def _named(numbers: Iterable[int], *names: str) -> tuple[str, ...]:
@@ -135,8 +155,24 @@ def _named(numbers: Iterable[int], *names: str) -> tuple[str, ...]:
 
 
 def _numbered(inputs: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    return [tensor for key, tensor in inputs.items() if key.rpartition("_")[0] == name]
+    return [tensor for field, tensor in inputs.items() if field.rpartition("_")[0] == name]
 
 
 def _pairs(inputs: Mapping[str, Tensor], first: str, second: str) -> list[tuple[Tensor, Tensor]]:
     return list(zip(_numbered(inputs, first), _numbered(inputs, second), strict=True))
+
+
+# ---- beside the graphs
+
+
+def spelling(subwords: Subwords) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return the names of the subword models' files by side, with the special ids; and the files."""
+    names = ("subwords.model",) if subwords.is_joint else ("source.model", "target.model")
+    files = {name: base64.b64decode(model) for name, model in zip(names, subwords.models, strict=True)}
+    special = {"pad": PAD_ID, "unk": UNK_ID, "bos": BOS_ID, "eos": EOS_ID}
+    return {"subwords": {"source": names[0], "target": names[-1]}, "ids": special}, files
+
+
+def writing(model: Any, decode: DecodeConfig) -> dict[str, Any]:
+    """Return how texts are written: the search, and the positions that the decoder knows; None: any number."""
+    return {"decode": to_plain(decode, DecodeConfig), "max_positions": max_positions(model)}
