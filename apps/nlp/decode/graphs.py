@@ -35,10 +35,15 @@ class EncoderNetwork(nn.Module):
 
     def __init__(self, model: Any, ids: Sequence[str] = ()) -> None:
         super().__init__()
-        self.model, self.ids = model, tuple(ids)
+        self.model, self.ids, self.training = model, tuple(ids), model.training
 
-    def forward(self, source: Tensor, *ids: Tensor) -> tuple[Tensor, ...]:
-        """Return the memory (B, S, D), its mask, bool (B, S), and keys and values of each layer, (B, H, S, d)."""
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """Return the memory (B, S, D), its mask, bool (B, S), and keys and values of each layer, (B, H, S, d).
+
+        Args:
+            given: the source, and the ids.
+        """
+        source, *ids = given
         named = {f"{name}_B": ids_B for name, ids_B in zip(self.ids, ids, strict=True)}
         with dropless(self.model):
             memory = self.model.encode(source, **named)
@@ -56,7 +61,7 @@ class DecoderNetwork(nn.Module):
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
         super().__init__()
-        self.model, self.names = model, tuple(names)
+        self.model, self.names, self.training = model, tuple(names), model.training
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         """Return the logits (B, L, V) of the id after each, and keys, values and hidden keys of P + L positions."""
