@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apps.base.checks import check_at_least
+from apps.base.ports import check_port
 from apps.cli.parser import Parser
 from apps.demonstrate.library import check_library
-from apps.demonstrate.serving import PORT, check_port
+from apps.demonstrate.serving import PORT
 from apps.train.checkpoint_paths import find_checkpoint
 
 _DESCRIPTION = """\

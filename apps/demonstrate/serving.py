@@ -4,45 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import webbrowser
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-HOST, PORT = "127.0.0.1", 7860
-_NAMES = [HOST, "localhost"]
+from apps.base.ports import LOCAL, bound, url_of
+
+PORT = 7860
+_NAMES = [LOCAL, "localhost"]
 
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; frame-ancestors 'none'"
 """The content security policy of the page: the browser loads nothing from elsewhere, whatever a library asks for."""
-
-
-def check_port(port: int) -> None:
-    """Raise a ValueError for a port that is none, or is in use."""
-    bound(port).close()
-
-
-def bound(port: int) -> socket.socket:
-    """Return a socket that listens on a port of this machine; 0 takes a free one.
-
-    Raises:
-        ValueError: the port is out of range, in use, or the system's.
-    """
-    if not 0 <= port <= 65535:
-        raise ValueError(f"port={port} must be 0 to 65535")
-    listening = socket.socket()
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((HOST, port))
-        listening.listen(128)
-    except OSError as error:
-        listening.close()
-        raise ValueError(f"port={port} cannot be used ({error.strerror}): give another --port, or 0 for any") from None
-    return listening
-
-
-def url_of(listening: socket.socket) -> str:
-    """Return the address of the page at a socket."""
-    return f"http://{HOST}:{listening.getsockname()[1]}"
 
 
 def serve(app: Any, port: int, opens: bool) -> None:
@@ -93,7 +65,7 @@ def local_app(blocks: Any, **appearance: Any) -> Any:
         app,
         blocks,
         path="/",
-        server_name=HOST,
+        server_name=LOCAL,
         footer_links=[],
         run_history=False,
         show_error=True,

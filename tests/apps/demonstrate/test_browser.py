@@ -55,8 +55,9 @@ def served(tmp_path_factory, reached) -> Iterator[Callable[[str], str]]:
     """Serves the page of a run by its name, and returns its address."""
     from shown_runs import RUNS, shown
 
+    from apps.base.ports import bound, url_of
     from apps.demonstrate.page import appearance, build_page
-    from apps.demonstrate.serving import bound, local_app, server_of, url_of
+    from apps.demonstrate.serving import local_app, server_of
 
     servers: list[tuple[Any, threading.Thread]] = []
 

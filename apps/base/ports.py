@@ -1,0 +1,66 @@
+"""Sockets that a server of ours listens on. What cannot be used is one line that names it."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from typing import Any
+
+LOCAL = "127.0.0.1"
+"""The address that this machine alone can reach."""
+
+
+def check_port(port: int, host: str = LOCAL) -> None:
+    """Raise a ValueError for a host that is none of this machine, or a port that is none or in use."""
+    bound(port, host).close()
+
+
+def bound(port: int, host: str = LOCAL) -> socket.socket:
+    """Return a socket that listens on a port.
+
+    Args:
+        port: its number; 0 takes a free one.
+        host: an address or a name of this machine; "0.0.0.0" and "::" are all its addresses.
+
+    Raises:
+        ValueError: the host is unknown or none of this machine, or the port is out of range, in use, or the system's.
+    """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port={port} must be 0 to 65535")
+    family, address = _addresses(host, port)[0]
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(address)
+        listening.listen(128)
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ValueError(f"host={host} is no address of this machine") from None
+        raise ValueError(f"port={port} cannot be used ({error.strerror}): give another --port, or 0 for any") from None
+    return listening
+
+
+def is_local(host: str) -> bool:
+    """Tell whether this machine alone can reach a host.
+
+    Raises:
+        ValueError: the host is unknown.
+    """
+    return all(ipaddress.ip_address(address[0].partition("%")[0]).is_loopback for _, address in _addresses(host, 0))
+
+
+def url_of(listening: socket.socket) -> str:
+    """Return the address of a page at a socket."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
+    """Return what the system knows of a host as family and address, IPv4 first."""
+    try:
+        known = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # UnicodeError: a part of a name that is empty or too long
+        raise ValueError(f"host={host} is not known: give an address of this machine, such as {LOCAL}") from None
+    return sorted(((family, address) for family, *_, address in known), key=lambda own: own[0] != socket.AF_INET)
