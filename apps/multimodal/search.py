@@ -175,12 +175,26 @@ def match(model: Any, images: Sequence[Any], texts: Sequence[str], top: int) -> 
     if twice is not None:
         raise ValueError(f"texts have {excerpt(twice)} twice: give each class once")
     image_ND, text_CD = encode_images(model, images), encode_texts(model, texts)
-    with torch.no_grad():
-        share_NC = model.loss.probabilities(image_ND.to(model.device), text_CD.to(model.device))
-    best = share_NC.float().cpu().topk(min(top, len(texts)), dim=1)
     matched = []
-    for image, places, values in zip(images, best.indices.tolist(), best.values.tolist(), strict=True):
-        shares = {texts[c]: round(p, 6) for c, p in zip(places, values, strict=True)}
+    for image, shares in zip(images, shares_of(model, image_ND, text_CD, texts, top), strict=True):
         text, share = next(iter(shares.items()))
         matched.append(MatchedImage(str(image) if isinstance(image, (str, Path)) else None, text, share, shares))
     return matched
+
+
+def shares_of(model: Any, image_ND: Tensor, text_CD: Tensor, texts: Sequence[str], top: int) -> list[dict[str, float]]:
+    """Return the probabilities of the texts that fit each image best, to 6 places, by text and best first.
+
+    Args:
+        model: as in ``match``.
+        image_ND, text_CD: vectors of the images and of the texts.
+        texts: the texts.
+        top: number of texts to name for each.
+    """
+    with torch.no_grad():
+        share_NC = model.loss.probabilities(image_ND.to(model.device), text_CD.to(model.device))
+    best = share_NC.float().cpu().topk(min(top, len(texts)), dim=1)
+    return [
+        {texts[c]: round(p, 6) for c, p in zip(places, values, strict=True)}
+        for places, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -226,22 +226,30 @@ class VisionClassifier(SparseModule, Comparable):
             raise ValueError(f"top={top} must be at least 1")
         encoding = self.encoding
         classified: list[ClassifiedImage] = []
-        with in_evaluation(self):
-            for start in range(0, len(images), _PREDICTED_AT_ONCE):
-                batch = images[start : start + _PREDICTED_AT_ONCE]
-                classified += self._classified(batch, start, encoding, top)
+        for start in range(0, len(images), _PREDICTED_AT_ONCE):
+            batch = images[start : start + _PREDICTED_AT_ONCE]
+            for image, shares in zip(batch, self.classify(scaled(batch, encoding.transform, start), top), strict=True):
+                name, share = next(iter(shares.items()))
+                path = str(image) if isinstance(image, (str, Path)) else None
+                classified.append(ClassifiedImage(path, name, share, shares))
         return classified
 
-    def _classified(
-        self, batch: Sequence[Any], start: int, encoding: ImageEncoding, top: int
-    ) -> Iterator[ClassifiedImage]:
-        pixels = scaled(batch, encoding.transform, start)
-        normalized = normalize(pixels, encoding.mean, encoding.std).to(self.device)
-        best = self(normalized).float().softmax(-1).topk(min(top, self.num_classes), dim=-1)
-        for image, labels, values in zip(batch, best.indices.tolist(), best.values.tolist(), strict=True):
-            shares = {encoding.class_names[c]: round(p, 6) for c, p in zip(labels, values, strict=True)}
-            name, share = next(iter(shares.items()))
-            yield ClassifiedImage(str(image) if isinstance(image, (str, Path)) else None, name, share, shares)
+    @torch.no_grad()
+    def classify(self, pixels: Tensor, top: int) -> list[dict[str, float]]:
+        """Return the probabilities of each image's likeliest classes, to 6 places, by name and best first.
+
+        Args:
+            pixels: images that ``encoding.transform`` has scaled, uint8 (B, C, S, S).
+            top: number of classes.
+        """
+        encoding = self.encoding
+        with in_evaluation(self):
+            normalized = normalize(pixels, encoding.mean, encoding.std).to(self.device)
+            best = self(normalized).float().softmax(-1).topk(min(top, self.num_classes), dim=-1)
+        return [
+            {encoding.class_names[c]: round(p, 6) for c, p in zip(labels, values, strict=True)}
+            for labels, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
 
     @property
     def encoding(self) -> ImageEncoding:

@@ -351,17 +351,27 @@ class ImageCaptioner(WritingModule, Comparable):
             raise ValueError("images must be a list: write predict([image]) for one image")
         config, encoding = decoding(self.decode, decode), self.encoding
         candidates: list[list[Candidate]] = []
-        with in_evaluation(self):
-            model = in_dtype(self.model, config.dtype)
-            for start in range(0, len(images), _AT_ONCE):
-                batch = images[start : start + _AT_ONCE]
-                numbers = torch.arange(start, start + len(batch))
-                normal = self.normalised(batch, encoding, start)
-                hypotheses = self.hypotheses_of(normal, config, numbers, model)  # type: ignore[arg-type]
-                for ids, scores in zip(hypotheses.ids, hypotheses.scores, strict=True):
-                    texts = encoding.text.subwords.decode(ids, "source")  # type: ignore[union-attr]
-                    candidates.append([*map(Candidate, texts, scores)])
+        for start in range(0, len(images), _AT_ONCE):
+            batch = images[start : start + _AT_ONCE]
+            candidates += self.captions_of(scaled(batch, encoding.transform, start), config, start)
         return candidates
+
+    def captions_of(self, pixels: Tensor, config: DecodeConfig, start: int = 0) -> list[list[Candidate]]:
+        """Return the best captions of each image with their scores, best first.
+
+        Args:
+            pixels: images that ``encoding.transform`` has scaled, uint8 (B, C, S, S).
+            config: how to search.
+            start: number of the first one, which its random draws depend on.
+        """
+        encoding = self.encoding
+        numbers = torch.arange(start, start + len(pixels))
+        with in_evaluation(self):
+            image = normalize(pixels, encoding.mean, encoding.std).to(self.device)
+            model = in_dtype(self.model, config.dtype)
+            hypotheses = self.hypotheses_of(image, config, numbers, model)  # type: ignore[arg-type]
+        texts = [encoding.text.subwords.decode(ids, "source") for ids in hypotheses.ids]  # type: ignore[union-attr]
+        return [[*map(Candidate, *own)] for own in zip(texts, hypotheses.scores, strict=True)]
 
     def normalised(self, images: Sequence[Any], encoding: PairEncoding, start: int = 0) -> Tensor:
         """Return images as the model reads them, float32 (B, C, H, W).
