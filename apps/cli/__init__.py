@@ -26,6 +26,7 @@ _OTHERS = {
     "doctor": ("apps.doctor", "what is wrong with a run's routing, with the evidence and a remedy"),
     "export": ("apps.serve.export", "write a trained model as a graph for onnxruntime, torch.export or AOTInductor"),
     "demo": ("apps.demonstrate", "try a trained model out on a page on this machine, with its experts at work"),
+    "serve": ("apps.serve.service", "a trained model behind a URL: HTTP, batches, metrics, OpenAPI"),
     "plan": ("apps.plan", "memory, traffic and time of a training on many GPUs, from its configuration alone"),
     "bench": ("apps.bench", "measure the speed of a layer on this machine"),
     "data": ("apps.cli.data", "list the datasets, or fetch one"),

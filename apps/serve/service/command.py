@@ -1,0 +1,193 @@
+"""The whole of ``moesaic serve``: load the model once, make its service, and answer until a signal ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import core
+from apps import registry
+from apps.base.ports import bound, url_of
+from apps.base.quiet import quiet
+from apps.serve.service.application import application
+from apps.serve.service.batching import Batcher
+from apps.serve.service.interface import body_schema, document
+from apps.serve.service.metrics import Metrics
+from apps.serve.service.options import Options
+from apps.serve.service.reading import Reader
+from apps.train.answering import Service
+from apps.train.loading import load
+
+_LOOKED_AT = 16
+"""One of so many batches is looked at for the use of the experts, which costs some time."""
+
+
+def run(options: Options) -> int:
+    """Serve a run's model until SIGTERM or SIGINT; a second SIGINT does not wait for what is at work.
+
+    Returns:
+        0; 1 where the model has broken down.
+
+    Raises:
+        ValueError: the checkpoint is damaged, of a model that no app has or whose app has no service; the device is
+            none; or the port was taken meanwhile.
+    """
+    with quiet(own_notes=False):
+        model = load(options.checkpoint, device_of(options.device))
+        service = service_of(model)(model)
+    with bound(options.port, options.host) as listening, _errors_alone():
+        served = Served(model, service, options)
+        print(f"serve: {name_of(options.checkpoint)} ({type(model).__name__}) at {url_of(listening)}", flush=True)
+        served.until_stopped(listening)
+    print(f"serve: ended; answered requests: {served.metrics.num_answered:,}", flush=True)
+    return 1 if served.batcher.broken else 0
+
+
+class Served:
+    """A service with its batches and counters.
+
+    Args:
+        model: the model, whose experts are counted.
+        service: what its app says of it.
+        options: of the command.
+    """
+
+    def __init__(self, model: Any, service: Service, options: Options) -> None:
+        self._server: Any = None
+        name, limits = name_of(options.checkpoint), options.limits
+        about = {"run": name, "model": type(model).__name__, "version": own_version()}
+        self.batcher = Batcher(
+            watched(
+                model, service.predict, lambda layer, pairs_E, dropped: self.metrics.routed(layer, pairs_E, dropped)
+            ),
+            options.max_batch,
+            options.max_wait,
+            is_fatal=lambda error: isinstance(error, torch.AcceleratorError),
+            on_broken=self._end,
+            watch=lambda size, seconds: self.metrics.computed(size, seconds),
+        )
+        self.metrics = Metrics(about, lambda: len(self.batcher))
+        interface = document(service, limits, name, own_version(), options.token is not None)
+        reader = Reader(body_schema(service, limits), service.read)
+        names = {"localhost", "127.0.0.1", "[::1]", options.host} if options.token is None else None
+        self.app = application(reader, self.batcher, interface, limits, self.metrics, options.token, names)
+
+    def until_stopped(self, listening: socket.socket) -> None:
+        """Answer at a socket until a signal, or until the model has broken down; then finish what was taken."""
+        import uvicorn
+
+        config = uvicorn.Config(
+            self.app, log_level="error", access_log=False, ws="none", server_header=False, lifespan="on"
+        )
+        self._server = uvicorn.Server(config)
+        # uvicorn ends at these signals, and raises them again when it has: then they are to do nothing.
+        handlers = {number: signal.signal(number, _nothing) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._server.run(sockets=[listening])
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _end(self) -> None:
+        if self._server is not None:
+            self._server.should_exit = True
+
+
+@contextlib.contextmanager
+def _errors_alone() -> Iterator[None]:
+    """Log no warnings of ours, of which each request could bring one."""
+    own = logging.getLogger("apps")
+    level = own.level
+    own.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        own.setLevel(level)
+
+
+def _nothing(number: int, frame: Any) -> None:
+    """Do nothing at a signal."""
+
+
+def service_of(model: Any) -> Callable[[Any], Service]:
+    """Return the function ``service`` of the app that a model is of.
+
+    Raises:
+        ValueError: no app has a service for such a model.
+    """
+    kinds = [kind.__name__ for kind in type(model).__mro__ if registry.full_path(kind.__name__) is not None]
+    known = next((kind for kind in kinds if kind in registry.SERVICES), None)
+    if known is None:
+        raise ValueError(
+            f"there is no service of a {type(model).__name__}: there is of {', '.join(registry.SERVICES)}, and of "
+            "models whose class is below one of these"
+        )
+    return importlib.import_module(registry.SERVICES[known]).service
+
+
+def watched(
+    model: Any, predict: Callable[[Sequence[Any]], Sequence[Any]], count: Callable[[str, list[int], int], None]
+) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Return ``predict``, which counts the use of the experts in the first of each 16 batches.
+
+    Args:
+        model: the model behind it.
+        predict: answers inputs.
+        count: called for each layer of such a batch with its name, the pairs that each expert computed, and the number
+            of those that no expert had room for.
+    """
+    number = 0
+
+    def answer(inputs: Sequence[Any]) -> Sequence[Any]:
+        nonlocal number
+        looks = number % _LOOKED_AT == 0
+        number += 1
+        if not looks:
+            return predict(inputs)
+        with core.record(model) as tape:
+            outputs = predict(inputs)
+        for layer, stats in core.RoutingStats.from_tape(tape).layers.items():
+            computed_E = stats.tokens_per_expert
+            count(layer, computed_E.tolist(), int(stats.chosen_per_expert.sum()) - int(computed_E.sum()))
+        return outputs
+
+    return answer
+
+
+def device_of(name: str | None) -> torch.device:
+    """Return a device by its name; None: a GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device={name} is none of this machine") from None
+    return device
+
+
+def name_of(checkpoint: Path) -> str:
+    """Return the name of the run that a checkpoint is of, else that of the file."""
+    folder = checkpoint.parent
+    return folder.resolve().parent.name if folder.name == "checkpoints" else checkpoint.stem
+
+
+def own_version() -> str:
+    """Return the version of this suite; "0" where it runs uninstalled."""
+    try:
+        return version("moesaic")
+    except PackageNotFoundError:
+        return "0"

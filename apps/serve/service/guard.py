@@ -1,0 +1,132 @@
+"""What every request passes: who may ask, from where, how many at once; and how an answer leaves that came early."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import time
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from typing import Any
+
+from apps.serve.service.limits import Limits
+from apps.serve.service.metrics import Metrics
+from apps.serve.service.reading import Refused
+
+HEALTH = "/healthz"
+"""The path that asks for no token: it says nothing but that the service is at work."""
+_LINGER = 2.0
+"""Seconds in which what is still on its way is thrown away, before a connection is closed."""
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Guard:
+    """An ASGI application around another one.
+
+    It refuses a request with a wrong token, one that is addressed to another name, and one too many. It counts all.
+    Where an answer comes before the body has been read, such as "413", the rest of the body is thrown away for a
+    moment and the connection is closed: a client that is still sending gets the answer, and nobody reads the whole.
+
+    Args:
+        app: the application inside.
+        token: what a request must bring; None: nothing.
+        names: names by which it may be asked; None: any. Without a token a page of another site could otherwise reach
+            the service by a name of its own for 127.0.0.1.
+        limits: of the service.
+        metrics: that count.
+        paths: the paths that are counted apart.
+        refusal: makes the application that answers a ``Refused``.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        token: str | None,
+        names: Collection[str] | None,
+        limits: Limits,
+        metrics: Metrics,
+        paths: Collection[str],
+        refusal: Callable[[Refused], Any],
+    ) -> None:
+        self._app, self._token, self._names = app, None if token is None else token.encode(), names
+        self._limits, self._metrics, self._paths, self._refusal = limits, metrics, paths, refusal
+        self._open = 0
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin, path = time.perf_counter(), scope["path"] if scope["path"] in self._paths else "other"
+        exchange = _Exchange(scope, receive, send, self._limits.body)
+        self._open += 1
+        self._metrics.open.set(self._open)
+        try:
+            try:
+                self._check(scope)
+                app = self._app
+            except Refused as refused:
+                app = self._refusal(refused)
+            await app(scope, exchange.receive, exchange.send)
+        finally:
+            self._open -= 1
+            self._metrics.open.set(self._open)
+            self._metrics.answered(path, exchange.status, time.perf_counter() - begin)
+
+    def _check(self, scope: Message) -> None:
+        headers = {name: value for name, value in scope["headers"] if name in (b"host", b"authorization")}
+        if self._names is not None and _name_of(headers.get(b"host", b"")) not in self._names:
+            raise Refused(400, "host is none of this service's names: " + ", ".join(sorted(self._names)))
+        if scope["path"] == HEALTH:
+            return
+        if self._token is not None:
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
+                what = "a wrong token" if scheme else "no token"
+                raise Refused(
+                    401, f"the request has {what}: send Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"}
+                )
+        if self._open > self._limits.requests:
+            rule = f"{self._limits.requests} requests are answered at the same time: try again later"
+            raise Refused(503, rule, {"retry-after": "1"})
+
+
+def _name_of(host: bytes) -> str:
+    """Return the host of a header, without its port."""
+    name = host.decode("latin-1").lower()
+    return name.partition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, scope: Message, receive: Receive, send: Send, most: int) -> None:
+        self.status = 0
+        self._receive, self._send, self._left = receive, send, most
+        headers = dict(scope["headers"])
+        self._unread = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            self._unread = False
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            if self._unread:
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+        elif self._unread and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._throw_away()
+            message = {"type": "http.response.body"}
+        await self._send(message)
+
+    async def _throw_away(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER):
+                while self._unread and self._left > 0:
+                    self._left -= len((await self.receive()).get("body", b""))

@@ -1,0 +1,148 @@
+"""The body of a request, bytes to inputs. What is wrong with it is a ``Refused`` with its HTTP status and one line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from apps.base.messages import excerpt, first_line, one_line
+from apps.serve.service.limits import Limits
+
+_LONGEST = 300
+"""Characters of a complaint at most: the value that it names may be a whole image."""
+_SHOWN = 60
+"""Characters of the value."""
+_SURROGATE = re.compile(r"\\[uU][dD][89a-fA-F]")
+
+
+class Refused(Exception):
+    """A request that is not answered.
+
+    Attributes:
+        status: of HTTP.
+        line: why, in one line.
+        headers: of the answer.
+    """
+
+    def __init__(self, status: int, line: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(line)
+        self.status, self.line, self.headers = status, _cut(one_line(line)), dict(headers or {})
+
+
+async def read_body(request: Any, limits: Limits) -> bytes:
+    """Return the body of a Starlette request.
+
+    Raises:
+        Refused: 413 before more than ``limits.body`` is in memory, 415 for another type than JSON, 408 for a slow one.
+    """
+    from starlette.requests import ClientDisconnect
+
+    kind = request.headers.get("content-type", "")
+    if kind.split(";")[0].strip().lower() != "application/json":
+        raise Refused(415, f"content-type={excerpt(kind)} is not application/json")
+    if (coding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise Refused(415, f"content-encoding={excerpt(coding)} is not read: send the JSON as it is")
+    length = request.headers.get("content-length")
+    if length is not None and (not length.isdecimal() or int(length) > limits.body):
+        raise _too_large(length, limits)
+    chunks, size = [], 0
+    try:
+        async with asyncio.timeout(limits.seconds):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limits.body:
+                    raise _too_large(f"{size} and more", limits)
+                chunks.append(chunk)
+    except TimeoutError:
+        raise Refused(408, f"the body did not arrive within {limits.seconds:g} seconds") from None
+    except ClientDisconnect:
+        raise Refused(400, "the connection was closed before the body was whole") from None
+    return b"".join(chunks)
+
+
+def _too_large(length: str, limits: Limits) -> Refused:
+    return Refused(413, f"the body has {length} bytes: at most {limits.body} are read")
+
+
+class Reader:
+    """Turns a body into the inputs of a model.
+
+    Args:
+        schema: JSON schema of the body, of which "inputs" is a list.
+        read: turns one of them into what the model takes; raises a ValueError where it cannot.
+    """
+
+    def __init__(self, schema: Mapping[str, Any], read: Callable[[Any], Any]) -> None:
+        import jsonschema_rs
+
+        self._validator = jsonschema_rs.Draft202012Validator(dict(schema), mask="")
+        self._read = read
+
+    def inputs(self, body: bytes) -> list[Any]:
+        """Return the inputs.
+
+        Raises:
+            Refused: 400 for what is no JSON, 422 for what breaks the schema or cannot be read; the line names the place
+                of the value.
+        """
+        value = parse(body)
+        for error in self._validator.iter_errors(value):
+            raise Refused(422, _complaint(error))
+        inputs = []
+        for place, item in enumerate(value["inputs"]):
+            try:
+                inputs.append(self._read(item))
+            except ValueError as error:
+                raise Refused(422, f"inputs[{place}]: {first_line(error)}") from error
+        return inputs
+
+
+def parse(body: bytes) -> Any:
+    """Return the value of a JSON text in UTF-8.
+
+    Raises:
+        Refused: 400; NaN, infinite numbers and halves of surrogate pairs are no JSON either.
+    """
+    try:
+        text = body.decode("utf-8")
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        if _SURROGATE.search(text):  # a pair is a character, and a half of one is no text
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise Refused(400, "the body is no JSON: half a surrogate pair is no character") from None
+    except UnicodeDecodeError as error:
+        raise Refused(400, f"the body is no JSON in UTF-8: byte {error.start} is 0x{body[error.start]:02x}") from None
+    except RecursionError:
+        raise Refused(400, "the body is no JSON that can be read: it is too deep") from None
+    except ValueError as error:  # also a whole number of more digits than Python reads
+        raise Refused(400, f"the body is no JSON: {first_line(error)}") from None
+    return value
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"{_cut(digits)} is too large for a number")
+    return number
+
+
+def _complaint(error: Any) -> str:
+    """Return the place of a value that breaks the schema, the value where it is a short one, and the rule."""
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.instance_path).lstrip(".")
+    if isinstance(error.instance, dict | list):
+        return f"{where or 'the body'}: {one_line(error.message)}"
+    value = error.instance[:_LONGEST] if isinstance(error.instance, str) else error.instance
+    written = json.dumps(value, ensure_ascii=False)
+    written = written if len(written) <= _SHOWN else written[: _SHOWN - 3] + "..."
+    return f"{where or 'the body'}={written} {one_line(error.message)}"
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."

@@ -1,0 +1,200 @@
+"""The service over HTTP: answers, refusals with one line each, the token, the limits, the counters."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import threading
+
+import pytest
+from served import LIMITS, TOKEN, served_numbers
+from starlette.testclient import TestClient
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def client():
+    app, _ = served_numbers()
+    with TestClient(app) as client:
+        yield client
+
+
+def refusal(response, status):
+    """Return the line of a refusal."""
+    assert response.status_code == status
+    assert list(response.json()) == ["error"]
+    assert "\n" not in response.json()["error"]
+    return response.json()["error"]
+
+
+def test_inputs_are_answered_in_their_order(client):
+    response = client.post("/predict", json={"inputs": [2, 8, 4]})
+    assert response.status_code == 200
+    assert response.json() == {"outputs": [4, 16, 8]}
+
+
+@pytest.mark.parametrize(
+    "body, status, line",
+    [
+        (b"", 400, "the body is no JSON: Expecting value: line 1 column 1 (char 0)"),
+        (b'{"inputs": [2}', 400, "the body is no JSON: Expecting ',' delimiter: line 1 column 14 (char 13)"),
+        (b'{"inputs": [NaN]}', 400, "the body is no JSON: NaN is no number of JSON"),
+        (b'{"inputs": [1e999]}', 400, "the body is no JSON: 1e999 is too large for a number"),
+        (b'"\\ud83d"', 400, "the body is no JSON: half a surrogate pair is no character"),
+        (b'"\xff"', 400, "the body is no JSON in UTF-8: byte 1 is 0xff"),
+        (b"[" * 999, 400, "the body is no JSON that can be read: it is too deep"),
+        (b"[]", 422, 'the body: is not of type "object"'),
+        (b"null", 422, 'the body=null is not of type "object"'),
+        (b'"\\ud83d\\ude00"', 422, 'the body="\U0001f600" is not of type "object"'),
+        (b"{}", 422, 'the body: "inputs" is a required property'),
+        (b'{"inputs": []}', 422, "inputs: has less than 1 item"),
+        (b'{"inputs": [0, 2, 4, 6, 8]}', 422, "inputs: has more than 4 items"),
+        (b'{"inputs": [2, "x"]}', 422, 'inputs[1]="x" is not of type "integer"'),
+        (b'{"inputs": [2], "top": 1}', 422, "the body: Additional properties are not allowed ('top' was unexpected)"),
+        (b'{"inputs": [102]}', 422, "inputs[0]=102 is greater than the maximum of 100"),
+        (b'{"inputs": [2, 3]}', 422, "inputs[1]: 3 is odd"),
+    ],
+)
+def test_what_is_wrong_with_a_body_is_one_line(client, body, status, line):
+    if body.startswith(b"[[") and client.post("/predict", content=body, headers=JSON).status_code == 422:
+        pytest.skip("this Python reads JSON of this depth")
+    assert refusal(client.post("/predict", content=body, headers=JSON), status) == line
+
+
+def test_other_types_and_codings_are_not_read(client):
+    body = b'{"inputs": [2]}'
+    line = refusal(client.post("/predict", content=body, headers={"content-type": "text/plain"}), 415)
+    assert line == "content-type='text/plain' is not application/json"
+    packed = {**JSON, "content-encoding": "gzip"}
+    assert "gzip" in refusal(client.post("/predict", content=gzip.compress(body), headers=packed), 415)
+
+
+def test_a_body_that_is_too_large(client):
+    line = refusal(client.post("/predict", content=b" " * 1_001, headers=JSON), 413)
+    assert line == "the body has 1001 bytes: at most 1000 are read"
+    in_pieces = client.post("/predict", content=iter([b" " * 600] * 3), headers=JSON)  # without content-length
+    assert "at most 1000 are read" in refusal(in_pieces, 413)
+
+
+def test_paths_and_methods_that_are_none(client):
+    assert refusal(client.get("/nothing"), 404) == "there is no /nothing"
+    assert refusal(client.post("/predict/", json={"inputs": [2]}), 404) == "there is no /predict/"
+    response = client.delete("/predict")
+    assert refusal(response, 405) == "DELETE is not for /predict"
+    assert response.headers["allow"] == "POST"
+
+
+def test_a_name_of_another_site_is_refused(client):
+    line = refusal(client.get("/docs", headers={"host": "attacker.example:80"}), 400)
+    assert line == "host is none of this service's names: testserver"
+
+
+def test_the_interface(client):
+    document = client.get("/openapi.json").json()
+    request = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]
+    assert request["schema"]["properties"]["inputs"]["maxItems"] == LIMITS.inputs
+    assert client.post("/predict", json=request["example"]).json() == {"outputs": [4, 8]}
+    page = client.get("/docs")
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    assert '"maximum": 100' in page.text.replace("&quot;", '"')
+    assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_the_token():
+    app, _ = served_numbers(token=TOKEN)
+    with TestClient(app) as client:
+        assert client.get("/healthz").status_code == 200
+        response = client.post("/predict", json={"inputs": [2]})
+        assert refusal(response, 401) == "the request has no token: send Authorization: Bearer TOKEN"
+        assert response.headers["www-authenticate"] == "Bearer"
+        for wrong in (f"Bearer {TOKEN}x", "Bearer", "Bearer \xff", f"Basic {TOKEN}", TOKEN):
+            for path in ("/metrics", "/docs", "/openapi.json", "/nothing"):
+                response = client.get(path, headers={"authorization": wrong.encode("latin-1")})
+                assert refusal(response, 401).startswith("the request has a wrong token")
+                assert TOKEN not in response.text
+        client.headers["authorization"] = f"bearer {TOKEN}"
+        assert client.post("/predict", json={"inputs": [2]}).json() == {"outputs": [4]}
+        assert client.get("/openapi.json").json()["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
+
+
+def test_a_request_too_many_is_503():
+    go_on, at_work = threading.Event(), threading.Semaphore(0)
+
+    def waits(inputs):
+        at_work.release()
+        go_on.wait(5)
+        return list(inputs)
+
+    app, _ = served_numbers(waits)
+    with TestClient(app) as client:
+        answers = []
+
+        def ask():
+            answers.append(client.post("/predict", json={"inputs": [2]}).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(LIMITS.requests)]
+        for thread in threads:
+            thread.start()
+        at_work.acquire(timeout=5)
+        while True:
+            response = client.post("/predict", json={"inputs": [2, 2, 2, 2, 2]})  # 422 until all others are there
+            if response.status_code == 503:
+                break
+        assert refusal(response, 503) == "3 requests are answered at the same time: try again later"
+        assert response.headers["retry-after"] == "1"
+        assert client.get("/healthz").status_code == 200
+        go_on.set()
+        for thread in threads:
+            thread.join(5)
+        assert answers == [200] * LIMITS.requests
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (KeyError("secret"), 500, "the model failed on an input (KeyError)"),
+        (MemoryError(), 503, "the machine has too little memory for an input of this size"),
+    ],
+)
+def test_a_model_that_fails_shows_nothing_of_itself(error, status, line):
+    def fails(inputs):
+        raise error
+
+    app, _ = served_numbers(fails)
+    with TestClient(app) as client:
+        assert refusal(client.post("/predict", json={"inputs": [2]}), status) == line
+        assert client.get("/healthz").status_code == 200
+
+
+def test_an_answer_that_is_no_number_is_no_answer():
+    app, _ = served_numbers(lambda inputs: [math.nan for _ in inputs])
+    with TestClient(app, raise_server_exceptions=False) as client:
+        assert refusal(client.post("/predict", json={"inputs": [2]}), 500) == "the service failed"
+
+
+def test_a_model_that_has_broken_down_is_503():
+    def breaks(inputs):
+        raise SystemExit
+
+    app, batcher = served_numbers(breaks)
+    with TestClient(app) as client:
+        assert refusal(client.post("/predict", json={"inputs": [2]}), 503) == "the model has broken down"
+        assert client.get("/healthz").json() == {"status": "broken"}
+        assert refusal(client.post("/predict", json={"inputs": [2]}), 503) == "the model is not at work any more"
+    assert batcher.broken
+
+
+def test_the_counters():
+    app, _ = served_numbers()
+    with TestClient(app) as client:
+        client.post("/predict", json={"inputs": [2, 4]})
+        client.post("/predict", json={"inputs": ["x"]})
+        client.get("/nothing")
+        lines = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#")
+    assert lines['moesaic_requests_total{path="/predict",status="200"}'] == "1.0"
+    assert lines['moesaic_requests_total{path="/predict",status="422"}'] == "1.0"
+    assert lines['moesaic_requests_total{path="other",status="404"}'] == "1.0"
+    assert lines['moesaic_request_seconds_count{path="/predict"}'] == "2.0"
+    assert lines['moesaic_service{run="numbers"}'] == "1.0"
+    assert lines["moesaic_requests_open"] == "1.0"  # this one

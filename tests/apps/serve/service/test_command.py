@@ -1,0 +1,151 @@
+"""``moesaic serve``: wrong options are one line, and a signal ends it after what it has taken."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+from commands import fails
+from shown_runs import digits_run
+
+from apps.cli import main
+from apps.serve.service import options
+from apps.serve.service.command import device_of, service_of
+from apps.serve.service.options import Options
+
+TOKEN = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return digits_run(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(autouse=True)
+def without_a_token(monkeypatch):
+    monkeypatch.delenv("MOESAIC_TOKEN", raising=False)
+
+
+def test_help_names_the_options(capsys):
+    assert main(["serve", "--help"]) == 0
+    out = capsys.readouterr().out
+    names = ("ckpt_path RUN", "host", "port N", "token_file FILE", "max_batch N", "max_wait_ms T", "max_inputs N")
+    assert all(f"--{name}" in out for name in (*names, "max_body MIB", "max_requests N", "device D"))
+
+
+def test_wrong_options_are_one_line(digits, tmp_path, capsys):
+    serve = ("serve", "--ckpt_path", str(digits), "--port", "0")
+    assert fails(capsys, 1, "serve", "--ckpt_path", str(tmp_path / "none")) == f"no checkpoint {tmp_path}/none"
+    assert fails(capsys, 1, *serve, "--max_batch", "0") == "max_batch=0 must be at least 1"
+    assert fails(capsys, 1, *serve, "--max_wait_ms", "nan") == "max_wait_ms=nan must not be negative"
+    assert fails(capsys, 2, *serve, "--token", TOKEN) == f"unrecognized arguments: --token {TOKEN}"
+    line = fails(capsys, 1, *serve, "--host", "0.0.0.0")
+    assert line.startswith("host=0.0.0.0 is for other machines too, and needs a token: give --token_file FILE")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = fails(capsys, 1, *serve[:3], "--port", str(port))
+        assert line == f"port={port} cannot be used (Address already in use): give another --port, or 0 for any"
+
+
+def test_a_library_that_is_missing(digits, capsys, monkeypatch):
+    monkeypatch.setattr(options, "LIBRARIES", ("starlette_that_is_missing",))
+    line = fails(capsys, 1, "serve", "--ckpt_path", str(digits), "--port", "0")
+    assert line == 'moesaic serve needs starlette_that_is_missing, which is not installed: pip install "moesaic[serve]"'
+
+
+@pytest.mark.parametrize(
+    "text, rule",
+    [
+        ("short", "has a token of 5 characters: it must have at least 16"),
+        ("", "has a token of 0 characters: it must have at least 16"),
+        ("two words of a token", "must hold one token of visible ASCII characters"),
+        ("caf\u00e9 0123456789abcdef", "must hold one token of visible ASCII characters"),
+    ],
+)
+def test_tokens_that_are_none_are_not_shown(digits, tmp_path, capsys, text, rule):
+    file = tmp_path / "token"
+    file.write_text(text + "\n")
+    line = fails(capsys, 1, "serve", "--ckpt_path", str(digits), "--port", "0", "--token_file", str(file))
+    assert line == f"token_file={file} {rule}"
+
+
+def test_a_token_comes_from_a_file_or_the_environment(digits, tmp_path, monkeypatch):
+    argv = ["--ckpt_path", str(digits), "--port", "0", "--host", "0.0.0.0"]
+    monkeypatch.setenv("MOESAIC_TOKEN", TOKEN)
+    assert Options.read(argv).token == TOKEN
+    (tmp_path / "token").write_text(f"{TOKEN}-of-the-file\n")
+    read = Options.read([*argv, "--token_file", str(tmp_path / "token")])
+    assert read.token == f"{TOKEN}-of-the-file"
+    assert TOKEN not in repr(read)
+
+
+def test_a_device_or_a_model_that_is_none():
+    with pytest.raises(ValueError, match=r"^device=tpu is none of this machine$"):
+        device_of("tpu")
+    with pytest.raises(ValueError, match=r"^there is no service of a Linear: there is of VisionClassifier, "):
+        service_of(torch.nn.Linear(1, 1))
+
+
+def serving(argv, lines):
+    """Run ``moesaic serve`` in a process of its own; its stdout goes to the pipe ``lines``."""
+    os.dup2(lines.fileno(), 1)
+    sys.stdout = os.fdopen(1, "w")
+    sys.exit(main(["serve", *argv]))
+
+
+def listens(address):
+    """Tell whether somebody listens there; one who ends just now may reset the connection."""
+    try:
+        socket.create_connection(address, timeout=30).close()
+    except ConnectionResetError:
+        return True
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def test_a_service_from_its_first_line_to_its_last(digits):
+    fork = multiprocessing.get_context("fork")  # the libraries are there already
+    receiving, sending = fork.Pipe(duplex=False)
+    argv = ["--ckpt_path", str(digits), "--port", "0"]
+    server = fork.Process(target=serving, args=(argv, sending))
+    server.start()
+    sending.close()
+    try:
+        with os.fdopen(os.dup(receiving.fileno())) as lines:
+            first = lines.readline()
+            match = re.fullmatch(rf"serve: {digits.name} \(VisionClassifier\) at http://127\.0\.0\.1:(\d+)\n", first)
+            assert match is not None, first
+            address = ("127.0.0.1", int(match[1]))
+            url = f"http://localhost:{match[1]}"
+            document = json.load(urllib.request.urlopen(f"{url}/openapi.json", timeout=30))
+            example = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]["example"]
+            body = json.dumps(example).encode()
+            head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+            with socket.create_connection(address, timeout=30) as asking:
+                asking.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body[:10])
+                with urllib.request.urlopen(f"{url}/healthz", timeout=30) as health:  # by now the other is taken
+                    assert health.status == 200
+                os.kill(server.pid, signal.SIGTERM)
+                while listens(address):
+                    time.sleep(0.01)
+                asking.sendall(body[10:])
+                answer = b"".join(iter(lambda: asking.recv(65536), b""))
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert list(json.loads(answer.partition(b"\r\n\r\n")[2])) == ["outputs"]
+            assert lines.read() == "serve: ended; answered requests: 3\n"
+        server.join(30)
+        assert server.exitcode == 0
+    finally:
+        server.kill()

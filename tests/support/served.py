@@ -1,0 +1,49 @@
+"""A service of numbers that doubles them, for tests of HTTP without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from apps.serve.service.application import application
+from apps.serve.service.batching import Batcher
+from apps.serve.service.interface import body_schema, document
+from apps.serve.service.limits import Limits
+from apps.serve.service.metrics import Metrics
+from apps.serve.service.reading import Reader
+from apps.train.answering import Service
+
+TOKEN = "a-token-of-the-tests"
+LIMITS = Limits(body=1_000, inputs=4, requests=3, seconds=0.2)
+
+
+def odd_is_refused(item: int) -> int:
+    if item % 2:
+        raise ValueError(f"{item} is odd")
+    return item
+
+
+def doubled(inputs: Sequence[int]) -> list[int]:
+    return [2 * x for x in inputs]
+
+
+def number_service(predict: Callable[[Sequence[int]], Sequence[Any]] = doubled) -> Service:
+    """Even numbers up to 100; odd ones break a rule that the schema does not have."""
+    item = {"title": "Number", "type": "integer", "minimum": 0, "maximum": 100, "examples": [2, 4]}
+    return Service(item, {"type": "integer"}, odd_is_refused, predict)
+
+
+def served_numbers(
+    predict: Callable[[Sequence[int]], Sequence[Any]] = doubled,
+    token: str | None = None,
+    limits: Limits = LIMITS,
+    **options: Any,
+) -> tuple[Any, Batcher]:
+    """Return the application of a ``number_service``, and its batcher."""
+    service = number_service(predict)
+    batcher = Batcher(service.predict, 4, 0.001, **options)
+    metrics = Metrics({"run": "numbers"}, lambda: len(batcher))
+    names = {"testserver"} if token is None else None
+    interface = document(service, limits, "numbers", "1", token is not None)
+    reader = Reader(body_schema(service, limits), service.read)
+    return application(reader, batcher, interface, limits, metrics, token, names), batcher
