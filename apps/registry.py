@@ -55,7 +55,16 @@ EXPORTS = {
 }
 """The module of ``export``, ``attach`` and ``encoding_state`` of each LightningModule; see ``apps.train.exporting``."""
 
-SERVICES: dict[str, str] = {}
+SERVICES = {
+    "VisionClassifier": "apps.vision.service",
+    "MultiTaskRecommender": "apps.recsys.tables.service",
+    "NextItemRecommender": "apps.recsys.sequence.service",
+    "TwoTowerRetriever": "apps.recsys.retrieval.service",
+    "ImageTextRetriever": "apps.multimodal.service",
+    "Translator": "apps.nlp.translation.service",
+    "LanguageModeler": "apps.nlp.language.service",
+    "ImageCaptioner": "apps.multimodal.captions.service",
+}
 """The module of the function ``service(model)`` of each LightningModule: its inputs and answers, for ``serve``."""
 
 TRAINER = {

@@ -1,0 +1,77 @@
+"""What each app serves is what its model predicts, and its schemas say what it takes and gives."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import jsonschema_rs
+import pytest
+from shown_runs import RUNS
+
+from apps import registry
+from apps.serve.service.command import service_of
+from apps.train.loading import load
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def served(request, tmp_path_factory):
+    """The name of a run, its model, and its service."""
+    model = load(RUNS[request.param](tmp_path_factory.mktemp(request.param)))
+    return request.param, model, service_of(model)(model)
+
+
+def file_of(item, tmp_path):
+    file = tmp_path / "sent.png"
+    file.write_bytes(base64.b64decode(item["image"]))
+    return str(file)
+
+
+def predicted(name, model, item, tmp_path):
+    """Return what a script gets for an input."""
+    if name == "digits":
+        (own,) = model.predict([file_of(item, tmp_path)])
+        return {"class_name": own.class_name, "probability": own.probability, "top": own.top}
+    if name == "table":
+        return {column: own.tolist()[0] for column, own in model.predict({c: [v] for c, v in item.items()}).items()}
+    if name == "history":
+        (best,) = model.predict([item["history"]], top=item.get("top", 10))
+        return {"items": [(own, score) for own, score in best], "unknown": 0}
+    if name == "retrieval":
+        best = model.predict({column: [value] for column, value in item.items()})
+        (item_column,) = set(best) - {"row", "user", "score"}
+        return {"items": list(zip(best[item_column].tolist(), best["score"].tolist(), strict=True))}
+    if name == "pairs":
+        if "text" in item:
+            return {"vector": model.encode_text([item["text"]])[0].tolist()}
+        if "texts" not in item:
+            return {"vector": model.encode_image([file_of(item, tmp_path)])[0].tolist()}
+        (own,) = model.predict([file_of(item, tmp_path)], item["texts"])
+        return {"text": own.text, "probability": own.probability, "top": own.top}
+    if name == "translator":
+        return {"text": model.predict([item["text"]], item["pair"])[0]}
+    if name == "language":
+        limits = {"max_length_ratio": 0.0, "max_length_extra": item["subwords"]}
+        return {"text": model.predict([item["text"]], **limits)[0]}
+    return {"text": model.predict([file_of(item, tmp_path)])[0]}
+
+
+def plain(answer):
+    """Return an answer without the names of items that a retrieval does not repeat."""
+    if "items" in answer:
+        return {**answer, "items": [(row["item"], row["score"]) for row in answer["items"]]}
+    return answer
+
+
+def test_the_examples_are_answered_as_by_predict(served, tmp_path):
+    name, model, service = served
+    assert service.item["examples"]
+    for item in service.item["examples"]:
+        jsonschema_rs.validate(dict(service.item), item)
+        (answer,) = service.predict([service.read(item)])
+        jsonschema_rs.validate(dict(service.answer), json.loads(json.dumps(answer, allow_nan=False)))
+        assert plain(answer) == predicted(name, model, item, tmp_path)
+
+
+def test_every_app_has_a_service():
+    assert set(registry.SERVICES) == set(registry.MODULES)
