@@ -156,8 +156,8 @@ class Request:
             config = merge(remembered(loaded, config, _find_class("model", flags, config), source), config)
             config = _with_remembered_data(config, flags, loaded)
             _check_superseded(config, flags, source)
-        if command == "fit" and loaded is not None and "converted" in loaded:
-            raise UsageError(f"{checkpoint} is converted and has no optimizer to go on with: begin anew, --weights")
+        if command == "fit" and loaded is not None and "optimizer_states" not in loaded:
+            raise UsageError(f"{checkpoint} has no optimizer's state to go on with: begin anew, --weights")
         # A run that goes on has its weights from its own checkpoint.
         weights = find_checkpoint(given_weights) if given_weights is not None and loaded is None else None
         start = weights or (_grown_from(config, flags) if command == "fit" and loaded is None else None)

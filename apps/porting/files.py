@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -60,7 +60,7 @@ class Tensors(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, safetensors: str = SAFETENSORS, torch_file: str = TORCH) -> None:
         self._files: dict[Path, Mapping[str, Tensor]] = {}
-        for name, open_file in ((safetensors, _Safetensors), (torch_file, _read_torch)):
+        for name, open_file in ((safetensors, Safetensors), (torch_file, _read_torch)):
             self._open: Callable[[Path], Mapping[str, Tensor]] = open_file
             if (folder / name).is_file():
                 self._path = dict.fromkeys(self._file(folder / name), folder / name)
@@ -102,7 +102,13 @@ def _shards(index: Path) -> dict[str, Path]:
     return {tensor: index.parent / name for tensor, name in names.items()}
 
 
-class _Safetensors(Mapping[str, Tensor]):
+class Safetensors(Mapping[str, Tensor]):
+    """The tensors of one file by name, each mapped when it is asked for.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
@@ -139,17 +145,20 @@ def _read_torch(path: Path) -> Mapping[str, Tensor]:
 
 def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write ``model.safetensors``, then ``config.json``, each whole or not at all."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / SAFETENSORS
-    temporary = temporary_path(path)
-    try:
-        whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(whole, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_safetensors(folder / SAFETENSORS, {name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     with replacing(folder / CONFIG) as file:
         json.dump(config, file, indent=2, sort_keys=True)
         file.write("\n")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, which are contiguous and share no memory, as one file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    temporary = temporary_path(path)
+    try:
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

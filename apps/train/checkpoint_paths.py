@@ -8,6 +8,8 @@ NAMES = ("last", "best", "average")
 """Words for the checkpoints in a run's folder."""
 SHARDED_PART = "checkpoint.pt"
 """The file that makes a folder a sharded checkpoint; see ``apps/train/sharded.py``."""
+PRETRAINED = "config.json"
+"""The file that makes a folder a pretrained one; see ``apps/train/pretrained.py``."""
 
 
 def is_sharded(path: Path | str) -> bool:
@@ -15,8 +17,15 @@ def is_sharded(path: Path | str) -> bool:
     return Path(path, SHARDED_PART).is_file()
 
 
+def is_pretrained(path: Path | str) -> bool:
+    """Return whether ``path`` is a folder of ``save_pretrained``, or of another program with the same layout."""
+    return Path(path, PRETRAINED).is_file()
+
+
 def find_checkpoint(path: Path | str) -> Path:
     """Return the checkpoint that a path means: itself, or the best one of a run's folder, else its last.
+
+    A pretrained folder is a checkpoint itself.
 
     Raises:
         FileNotFoundError: there is none.
@@ -29,6 +38,8 @@ def find_checkpoint(path: Path | str) -> Path:
             file = folder / f"{name}.ckpt"
             if file.is_file() or is_sharded(file):
                 return file
+    if is_pretrained(path):
+        return path
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}")
     raise FileNotFoundError(f"{path} holds no checkpoint: a run has checkpoints/best.ckpt or checkpoints/last.ckpt")

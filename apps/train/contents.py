@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from apps.base.messages import some
 from apps.registry import class_path, name_of
-from apps.train import sharded
+from apps.train import pretrained, sharded
+from apps.train.checkpoint_paths import is_pretrained
 
 
 def read_checkpoint(path: Path | str, shapes_only: bool = False) -> dict[str, Any]:
     """Return a checkpoint's contents on the CPU. Tensors of a file are mapped, and read where they are used.
 
     Args:
-        path: a file, or the folder of a sharded checkpoint.
+        path: a file, or the folder of a sharded checkpoint or of a pretrained model.
         shapes_only: of sharded tensors give the shapes alone, on the meta device.
 
     Raises:
@@ -28,6 +29,8 @@ def read_checkpoint(path: Path | str, shapes_only: bool = False) -> dict[str, An
     """
     if sharded.is_sharded(path):
         return sharded.read(path, device="meta" if shapes_only else "cpu")
+    if is_pretrained(path):
+        return pretrained.read(Path(path))
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     with sharded.readable(path):

@@ -233,6 +233,6 @@ def test_a_checkpoint_without_a_configuration_has_no_batches(runs, tmp_path, cap
 def test_a_converted_checkpoint_is_not_gone_on_with(runs, tmp_path, capsys):
     convert("densify", runs / "sparse", output=tmp_path / "new")
     assert main(["fit", "--ckpt_path", str(tmp_path / "new"), "--run_dir", str(tmp_path / "on")]) == 2
-    assert "is converted and has no optimizer to go on with: begin anew, --weights" in capsys.readouterr().err
+    assert "has no optimizer's state to go on with: begin anew, --weights" in capsys.readouterr().err
     assert "is an option of fit" in fails(capsys, 2, "test", "--weights", str(tmp_path / "new"))
     assert "give --run_dir" in fails(capsys, 2, "fit", "--weights", str(tmp_path / "new"))
