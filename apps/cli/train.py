@@ -24,6 +24,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 import core
 from apps.base.files import replacing
+from apps.base.machine import machine_facts, moment
 from apps.base.messages import counted
 from apps.base.quiet import quiet
 from apps.cli import UsageError
@@ -336,7 +337,9 @@ class SparseCLI(LightningCLI):
         signatures = self._signatures()
         signed = {"signatures": signatures} if signatures else {}
         with replacing(path) as file:
-            file.write(json.dumps({"checkpoint": str(self.ckpt_path), **metrics, **signed}, indent=2) + "\n")
+            about = {"command": self.request.command_line, "date": moment(), **machine_facts()}
+            values = {"checkpoint": str(self.ckpt_path), **metrics, **signed, "measured": about}
+            file.write(json.dumps(values, indent=2) + "\n")
         if command == "test":
             # An earlier test's report may be there, of another model.
             is_own = kept.exists() and kept.stat().st_mtime_ns != earlier

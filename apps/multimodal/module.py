@@ -29,6 +29,7 @@ from apps.multimodal.vectors import FileBatch, encode_images, encode_texts
 from apps.nets.blocks import one_ffn
 from apps.nets.place import Place, check_fits, check_layers
 from apps.train.growing import GrowConfig
+from apps.train.model_card import ModelKind
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from apps.train.predicting import PredictionStream
 from core.config.plain import from_plain
@@ -65,6 +66,11 @@ class ImageTextRetriever(SparseModule, Comparable):
         ValueError: a value out of its range, or parts that do not fit together.
     """
 
+    model_kind = ModelKind(
+        "a model of images with texts",
+        'model.predict(["image.png"], ["a text", "another text"])',
+        "zero-shot-image-classification",
+    )
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "vocab_size", "max_tokens", "attributes")
     readout: ClassVar[tuple[str, ...]] = ("model.image_proj", "model.text_proj", "model.head.outputs")
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from lightning.pytorch import LightningModule
@@ -25,6 +26,9 @@ class LinkedModule(LightningModule):
 
     starts_afresh: bool = True
     """The weights are still those it was made with. Who is to load a checkpoint says so by False."""
+
+    loaded_from: Path | None = None
+    """The checkpoint that the module was made from; None: it was made from none."""
 
     _encoding: Mapping[str, Any] | None = None
     """Encoding of the data that the checkpoint keeps; None where it keeps none."""
@@ -149,4 +153,5 @@ class LinkedModule(LightningModule):
         if problem:
             raise ValueError(f"{path} does not fit a {cls.__name__} of its arguments: {problem}")
         module.load_state_dict(checkpoint["state_dict"])
+        module.loaded_from = Path(path)
         return module

@@ -23,7 +23,7 @@ from apps.train.balanced import BalancedModule, Stage
 from apps.train.distilling import DistilConfig, Distribution, Teacher
 from apps.train.finite import check_loss
 from apps.train.growing import GrowConfig, freeze, grow_from, hold
-from apps.train.linked import LinkedModule
+from apps.train.hub import HubModule
 from apps.train.measures import ModelSize, Throughput
 from apps.train.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from apps.train.parts import DataPart
@@ -74,7 +74,7 @@ class TrainingLoss(NamedTuple):
     tape: core.Tape
 
 
-class SparseModule(BalancedModule, LinkedModule):
+class SparseModule(BalancedModule, HubModule):
     """A LightningModule for a network that may have MoE layers, and its training.
 
     A subclass brings ``forward``, ``task_loss`` and ``example_inputs``, and may bring ``build_metrics`` and, to be

@@ -25,6 +25,7 @@ from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
 from apps.train.distilling import ClassLogits, DistilConfig
 from apps.train.growing import GrowConfig
+from apps.train.model_card import ModelKind
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput, check_one_start
 from apps.vision.encoding import ImageEncoding, normalize
 from apps.vision.few_shot import hard_labels
@@ -106,6 +107,7 @@ class VisionClassifier(SparseModule, Comparable):
         ValueError: a value out of its range, a combination that cannot be built, or weights that do not load.
     """
 
+    model_kind = ModelKind("an image classifier", 'model.predict(["image.png"])', "image-classification")
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "num_classes")
     readout: ClassVar[tuple[str, ...]] = ("model.head",)
 

@@ -37,6 +37,7 @@ from apps.nlp.text.scores import scorer
 from apps.nlp.text.token_loss import token_loss
 from apps.train.distilling import DistilConfig
 from apps.train.growing import GrowConfig
+from apps.train.model_card import ModelKind
 from apps.train.module import OptimizerConfig, Stage, TaskOutput, check_one_start
 from apps.vision.encoding import normalize
 from apps.vision.image_files import scaled
@@ -110,6 +111,7 @@ class ImageCaptioner(WritingModule, Comparable):
         ValueError: a value out of its range, or a combination that cannot be built.
     """
 
+    model_kind = ModelKind("a captioner of images", 'model.predict(["image.png"])', "image-to-text")
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "vocab_size", "max_tokens")
     readout: ClassVar[tuple[str, ...]] = ("model.output",)
     monitor: str = "val/bleu"

@@ -27,6 +27,7 @@ from apps.nlp.predict import checked_texts
 from apps.nlp.text.foreseen import PieceMetrics, perplexity, read_ids, token_metrics
 from apps.train.distilling import DistilConfig
 from apps.train.growing import GrowConfig
+from apps.train.model_card import ModelKind
 from apps.train.module import OptimizerConfig, Stage, TaskOutput
 
 _LAYERS = "all"
@@ -127,6 +128,7 @@ class LanguageModeler(TextModule):
         ValueError: a value out of its range, or a combination that cannot be built.
     """
 
+    model_kind = ModelKind("a language model", 'model.predict(["the beginning"])', "text-generation")
     data_arguments: ClassVar[tuple[str, ...]] = ("subwords",)
     monitor: str = "val/perplexity"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"

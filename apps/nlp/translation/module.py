@@ -28,6 +28,7 @@ from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_toke
 from apps.nlp.translation.report import TranslationReport, TranslationReportConfig, examples, side_by_side
 from apps.train.distilling import DistilConfig
 from apps.train.growing import GrowConfig
+from apps.train.model_card import ModelKind
 from apps.train.module import OptimizerConfig, Stage, TaskOutput
 from apps.train.parts import DataPart
 
@@ -99,6 +100,7 @@ class Translator(WritingModule, TextModule):
         ValueError: a value out of its range, or a combination that cannot be built.
     """
 
+    model_kind = ModelKind("a translation model", 'model.predict(["a sentence"])', "translation")
     data_arguments: ClassVar[tuple[str, ...]] = ("subwords", "pairs")
     monitor: str = "val/bleu"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"

@@ -36,6 +36,7 @@ from apps.recsys.tables.model import InteractionConfig
 from apps.recsys.tables.scoring import encoding_of
 from apps.train.balanced import Stage
 from apps.train.contents import fingerprint
+from apps.train.model_card import ModelKind
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
 from core.kernels import outside_autocast
@@ -81,6 +82,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
         ValueError: a value is out of its range, or the parts do not fit together.
     """
 
+    model_kind = ModelKind("a retriever of items for users", 'model.predict("users.csv")', tags=("recommendation",))
     data_arguments: ClassVar[tuple[str, ...]] = ("user_features", "item_features", "num_items")
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 

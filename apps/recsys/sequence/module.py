@@ -27,6 +27,7 @@ from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, check_i
 from apps.recsys.sequence.report import NextItemReport, NextItemReportConfig
 from apps.train.distilling import DistilConfig
 from apps.train.growing import GrowConfig
+from apps.train.model_card import ModelKind
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
 from core.convert import SolvedWidth
@@ -88,6 +89,11 @@ class NextItemRecommender(SparseModule, Comparable):
         ValueError: a value is out of its range, or the parts do not fit together.
     """
 
+    model_kind = ModelKind(
+        "a recommender of the next item of a history",
+        'model.predict([["first item", "second item"]])',
+        tags=("recommendation",),
+    )
     data_arguments: ClassVar[tuple[str, ...]] = ("num_items", "max_length")
     monitor: str = f"val/ndcg_{CUTOFF}"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"

@@ -33,6 +33,7 @@ from apps.recsys.tables.weighting import WeightingConfig
 from apps.train import sharded
 from apps.train.balanced import Stage
 from apps.train.distilling import DistilConfig
+from apps.train.model_card import ModelKind
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
 
@@ -72,6 +73,9 @@ class MultiTaskRecommender(SparseModule, Comparable):
         ValueError: no features, no task, a value out of its range, or parts that do not go together.
     """
 
+    model_kind = ModelKind(
+        "a multi-task model of table rows", 'model.predict("rows.csv")', tags=("recommendation", "tabular")
+    )
     data_arguments: ClassVar[tuple[str, ...]] = ("features",)
     monitor: str = "val/auc"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"

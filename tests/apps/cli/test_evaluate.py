@@ -32,6 +32,24 @@ def test_test_prints_the_figures_and_writes_a_report(trained, capsys, monkeypatc
     assert 0 <= written["test/top1"] <= 1
 
 
+def test_a_pretrained_folder_is_tested_and_carries_the_figures_of_its_run(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(html, "has_charts", lambda: False)
+    config = str(trained / "config.yaml")
+    assert main(["test", "--config", config]) == 0
+    apps.load(trained).save_pretrained(tmp_path / "folder")
+    card = (tmp_path / "folder" / "README.md").read_text()
+    own = json.loads((trained / "test.json").read_text())
+    assert f"| top1 | {own['test/top1']:.6g} |" in card
+    assert f"| command | moesaic test --config {config} |" in card
+    assert f"| torch | {torch.__version__} |" in card
+    argv = ["--config", config, "--ckpt_path", str(tmp_path / "folder"), "--run_dir", str(tmp_path / "other")]
+    assert main(["test", *argv]) == 0
+    assert json.loads((tmp_path / "other" / "test.json").read_text())["test/loss"] == own["test/loss"]
+    assert fails(capsys, 2, "fit", *argv).endswith(
+        "folder has no optimizer's state to go on with: begin anew, --weights"
+    )
+
+
 def test_the_report_is_shown_in_the_browser_when_asked(trained, capsys, monkeypatch):
     monkeypatch.setattr(html, "has_charts", lambda: False)
     shown = []
