@@ -11,6 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable
+from typing import Any
 
 from apps import registry
 from apps.base.messages import message, one_line
@@ -105,6 +106,11 @@ def reduce_message(text: str, options: Iterable[str] = ()) -> str:
         if not first.startswith("-"):
             return f"unexpected argument {first!r}: options are written --key value"
         first = first.lstrip("-")
+        if key and owner:  # a field of one of the class's arguments, such as model.decode.beam_sise
+            argument, _, field = first.rpartition(".")
+            kind = next(iter(_hinted(owner, argument)), None)
+            home = registry.class_path(kind) if isinstance(kind, type) else None
+            return unknown_option(f"{key}.{first}", _parameters(home), field, home)
         return unknown_option(first, options)
     if match := re.match(r"^the following arguments are required: (.*)$", complaint):
         missing = re.sub(r"\b(fit|validate|test|predict)\.", "", match[1])
@@ -193,14 +199,19 @@ def _class_names(owner: str | None, parameter: str, kinds: str = "") -> list[str
         return list(app_classes(parameter))
     bases = [load_class(one or other) for one, other in _BASE.findall(kinds)]
     if owner is not None and not bases:
-        kind = load_class(owner)
-        try:
-            hint = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__).get(parameter)
-        except (NameError, TypeError, AttributeError):
-            return []
-        bases = list(typing.get_args(hint)) if isinstance(hint, types.UnionType) else [hint]
+        bases = _hinted(owner, parameter)
     known = (k for base in bases if isinstance(base, type) for k in registry.subclasses(base))
     return [k.__name__ for k in known if not inspect.isabstract(k)]
+
+
+def _hinted(owner: str, parameter: str) -> list[Any]:
+    """Return the types that a parameter of the class at a path is hinted to be; none where there is no such hint."""
+    kind = load_class(owner)
+    try:
+        hint = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__).get(parameter)
+    except (NameError, TypeError, AttributeError):
+        return []
+    return list(typing.get_args(hint)) if isinstance(hint, types.UnionType) else [hint]
 
 
 def _classes_of(module: str) -> list[str]:

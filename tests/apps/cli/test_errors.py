@@ -171,6 +171,14 @@ def test_an_interrupt_is_one_line(config, capsys, monkeypatch):
     assert capsys.readouterr().err.strip().startswith("interrupted")
 
 
+def test_a_wrong_field_of_an_argument_has_its_whole_name():
+    text = """Parser key "model":
+  Errors:
+    - Problem with given class_path 'apps.multimodal.captions.module.ImageCaptioner':
+        unrecognized arguments: --decode.beam_sise=3"""
+    assert reduce_message(text) == "model.decode.beam_sise does not exist; did you mean 'beam_size'?"
+
+
 def test_jsonargparse_s_fifteen_lines_become_one():
     text = """Parser key "model":
   Does not validate against any of the Union subtypes
