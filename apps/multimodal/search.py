@@ -167,10 +167,12 @@ def match(model: Any, images: Sequence[Any], texts: Sequence[str], top: int) -> 
         top: number of texts to name for each.
 
     Raises:
-        ValueError: an image that cannot be read, an empty text, a text twice, or ``top`` below 1.
+        ValueError: an image that cannot be read, no text, an empty one, a text twice, or ``top`` below 1.
     """
     check_at_least(1, top=top)
     check_list("texts", texts)
+    if not texts:
+        raise ValueError("texts is empty: give at least one text, such as 'a photo of a red dress'")
     twice = next((text for i, text in enumerate(texts) if text in texts[:i]), None)
     if twice is not None:
         raise ValueError(f"texts have {excerpt(twice)} twice: give each class once")

@@ -27,7 +27,13 @@ _IMAGES_AT_ONCE, _TEXTS_AT_ONCE = 64, 256
 
 
 class PairEncoder(Protocol):
-    """A model of images and texts."""
+    """A model of images and texts.
+
+    Attributes:
+        dim: width of the vectors.
+    """
+
+    dim: int
 
     @property
     def encoding(self) -> PairEncoding:
@@ -49,10 +55,10 @@ def encode_images(model: Any, images: Sequence[Any]) -> Tensor:
 
     Args:
         model: a ``PairEncoder`` that is a module.
-        images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like; at least one.
+        images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.
 
     Raises:
-        ValueError: an image that cannot be read, by its name or place; a single image outside a list; none at all.
+        ValueError: an image that cannot be read, by its name or place; a single image outside a list.
     """
     check_list("images", images)
     transform = model.encoding.transform
@@ -62,7 +68,8 @@ def encode_images(model: Any, images: Sequence[Any]) -> Tensor:
         return scaled(some, transform, start)
 
     with in_evaluation(model), torch.no_grad():
-        return torch.cat([vectors_of_pixels(model, pixels(i)) for i in range(0, len(images), _IMAGES_AT_ONCE)])
+        parts = [vectors_of_pixels(model, pixels(i)) for i in range(0, len(images), _IMAGES_AT_ONCE)]
+    return torch.cat([torch.empty(0, model.dim), *parts])
 
 
 def encode_texts(model: Any, texts: Sequence[str]) -> Tensor:
@@ -70,10 +77,10 @@ def encode_texts(model: Any, texts: Sequence[str]) -> Tensor:
 
     Args:
         model: a ``PairEncoder`` that is a module.
-        texts: at least one.
+        texts: texts of one word or more.
 
     Raises:
-        ValueError: a text that is none, or is empty; one text in place of a list; none at all.
+        ValueError: a text that is none, or is empty; one text in place of a list.
     """
     check_list("texts", texts)
     for i, text in enumerate(texts):
@@ -81,8 +88,9 @@ def encode_texts(model: Any, texts: Sequence[str]) -> Tensor:
             raise ValueError(f"texts[{i}]={text!r} is no text, or is empty")
     encoding = model.encoding.text
     with in_evaluation(model), torch.no_grad():
-        parts = (encoding.encode(texts[i : i + _TEXTS_AT_ONCE]) for i in range(0, len(texts), _TEXTS_AT_ONCE))
-        return torch.cat([model.text_vectors(part.to(model.device)).float().cpu() for part in parts])
+        ids = (encoding.encode(texts[i : i + _TEXTS_AT_ONCE]) for i in range(0, len(texts), _TEXTS_AT_ONCE))
+        parts = [model.text_vectors(part_BL.to(model.device)).float().cpu() for part_BL in ids]
+    return torch.cat([torch.empty(0, model.dim), *parts])
 
 
 def vectors_of_pixels(model: PairEncoder, pixels: Tensor) -> Tensor:
@@ -93,15 +101,13 @@ def vectors_of_pixels(model: PairEncoder, pixels: Tensor) -> Tensor:
 
 
 def check_list(name: str, items: Any) -> None:
-    """Refuse one thing in place of a list of them, and an empty list.
+    """Refuse one thing in place of a list of them.
 
     Raises:
         ValueError: naming the argument.
     """
     if isinstance(items, (str, bytes, os.PathLike)) or not hasattr(items, "__len__") or hasattr(items, "ndim"):
         raise ValueError(f"{name} must be a list: write [{name[:-1]}] for one {name[:-1]}")
-    if not len(items):
-        raise ValueError(f"{name} is empty: give at least one {name[:-1]}")
 
 
 # ---- folders of images

@@ -18,6 +18,7 @@ from apps.multimodal.given import GivenInputs
 from apps.multimodal.loss import SoftmaxLoss
 from apps.multimodal.page import thumbnail
 from apps.multimodal.search import ImageSearch, match
+from apps.multimodal.vectors import encode_images, encode_texts
 
 
 @pytest.fixture
@@ -156,13 +157,15 @@ def test_texts_are_classes_of_images(shop):
     assert (purple.path, list(purple.top)) == (None, ["red dress", "blue"])  # products 0, 0.8, 0.6
     assert purple.top["red dress"] / purple.top["blue"] == pytest.approx(2.718281828**2, rel=1e-4)
     assert green.text == "green"
+    assert match(model, [], ["red"], top=1) == []
+    assert encode_images(model, []).shape == encode_texts(model, []).shape == (0, 3)
     for arguments, rule in {
         (("a.png",), ("red",)): "cannot be read",
         ("a.png", ("red",)): r"images must be a list: write \[image\] for one image",
         ((shop / "red.png",), "red"): r"texts must be a list: write \[text\] for one text",
         ((shop / "red.png",), ("red", " ")): r"texts\[1\]=' ' is no text, or is empty",
         ((shop / "red.png",), ("red", "red")): "texts have 'red' twice",
-        ((), ("red",)): "images is empty",
+        ((shop / "red.png",), ()): "texts is empty: give at least one text",
     }.items():
         with pytest.raises(ValueError, match=rule):
             match(model, *arguments, top=1)
