@@ -10,7 +10,7 @@ from apps.compare.summary import Row, Summary, flops, flops_trained, flops_unit,
 from apps.report import plots
 from apps.report.intervals import Interval
 from apps.report.page import MOST_FIGURES, Table
-from apps.report.tables import print_table
+from apps.report.tables import print_in_parts, print_table
 from apps.train.cost import megaflops
 
 NONE = "–"
@@ -248,31 +248,11 @@ def show(title: str, summary: Summary) -> None:
     shown = figures(summary)
     if shown is None:
         return
-    rows = [shown.columns, *shown.rows]
-    whole = [list(range(len(shown.columns)))]
-    for part in whole if shown.columns[0] == "router" else _parts(rows, console.width):
-        columns = [shown.columns[index].replace(", ", ",\n") for index in part]
-        lines = [[row[index] for index in part] for row in shown.rows]
-        print_table("", columns, [line for line in lines if any(cell != NONE for cell in line[1:])])
-
-
-def _parts(rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
-    """Return the columns of each of several tables that fit ``width`` characters; all begin with the first column."""
-
-    def needed(index: int) -> int:
-        words = rows[0][index].replace(",", ", ").split()
-        return 3 + max(map(len, [*words, *(row[index] for row in rows[1:])]), default=0)
-
-    first = 4 + max(len(row[0]) for row in rows)
-    parts: list[list[int]] = []
-    room = 0
-    for index in range(1, len(rows[0])):
-        if not parts or needed(index) > room:
-            parts.append([0])
-            room = width - first
-        parts[-1].append(index)
-        room -= needed(index)
-    return parts
+    if shown.columns[0] == "router":
+        named = [row for row in shown.rows if any(cell != NONE for cell in row[1:])]
+        print_table("", [column.replace(", ", ",\n") for column in shown.columns], named)
+    else:
+        print_in_parts(shown.columns, shown.rows, empty=NONE)
 
 
 def picture(title: str, summary: Summary, path: Path) -> Path | None:

@@ -51,3 +51,38 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*map(escape, row))
     Console().print(table)
+
+
+def print_in_parts(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str = "") -> None:
+    """Print a table in parts that fit the terminal, one below the other; each begins with the first column.
+
+    Args:
+        columns: headings.
+        rows: the cells.
+        empty: what an empty cell holds; a row of them is left out of its part.
+    """
+    from rich.console import Console
+
+    for part in parts_that_fit([columns, *rows], Console().width):
+        lines = [[row[index] for index in part] for row in rows]
+        headings = [columns[index].replace(", ", ",\n") for index in part]
+        print_table("", headings, [line for line in lines if any(cell != empty for cell in line[1:])])
+
+
+def parts_that_fit(rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """Return the columns of each of several tables that fit ``width`` characters; all begin with the first column."""
+
+    def needed(index: int) -> int:
+        words = rows[0][index].replace(",", ", ").split()
+        return 3 + max(map(len, [*words, *(row[index] for row in rows[1:])]), default=0)
+
+    first = 4 + max(len(row[0]) for row in rows)
+    parts: list[list[int]] = []
+    room = 0
+    for index in range(1, len(rows[0])):
+        if not parts or needed(index) > room:
+            parts.append([0])
+            room = width - first
+        parts[-1].append(index)
+        room -= needed(index)
+    return parts

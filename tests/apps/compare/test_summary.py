@@ -8,7 +8,7 @@ import pytest
 
 from apps.compare.summary import ExamplePair, Results, summarize
 from apps.compare.systems import System
-from apps.compare.table import _parts, cells, markdown
+from apps.compare.table import cells, markdown
 from apps.equal_cost.comparable import ExampleDifference
 from apps.train.cost import Cost
 
@@ -105,14 +105,6 @@ def test_further_metrics_have_a_line_each_with_the_paired_difference():
     # A loss is shown as it is; only the sparse model reports it here.
     assert table[titles.index("test log_loss_a")][1:] == ["0.5 ± 1.3", "–", "–"]
     assert not any("auc_b" in title for title in titles)  # nobody reports it
-
-
-def test_a_wide_table_is_shown_in_parts_that_fit():
-    rows = [["", "sparse", "dense, equal FLOPs", "trees"], ["test top1, %", "94.00 ± 12.71", "92.00 ± 0.00", "–"]]
-    # First column 4 + 12; then 3 + 13, 3 + 12, 3 + 5.
-    assert _parts(rows, 55) == [[0, 1, 2, 3]]
-    assert _parts(rows, 54) == [[0, 1, 2], [0, 3]]
-    assert _parts(rows, 10) == [[0, 1], [0, 2], [0, 3]]
 
 
 def test_sentences_say_what_the_interval_allows():
