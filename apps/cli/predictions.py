@@ -250,6 +250,22 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
 
 
+def shortened(line: str, longest: int = 16) -> str:
+    """Return a row of JSON for people: of a list of more than ``longest`` values, such as a vector, the first four."""
+    row = json.loads(line)
+    long = {name for name, value in row.items() if isinstance(value, list) and len(value) > longest}
+    if not long:
+        return line
+
+    def written(name: str, value: Any) -> str:
+        if name not in long:
+            return json.dumps(value, ensure_ascii=False)
+        first = json.dumps(value[:4], ensure_ascii=False)
+        return f"{first[:-1]}, ... {len(value) - 4:,} more]"
+
+    return "{" + ", ".join(f"{json.dumps(name)}: {written(name, value)}" for name, value in row.items()) + "}"
+
+
 def columns_of(batch: Any) -> dict[str, Any]:
     """Return the predictions of a batch by column: tensors, arrow arrays or sequences of one length.
 

@@ -34,12 +34,13 @@ from apps.cli.errors import reduce_message
 from apps.cli.flags import asks, take
 from apps.cli.numbers import read_whole_numbers_first
 from apps.cli.page import test_page
-from apps.cli.predictions import PredictionFile, print_stream, write_stream
+from apps.cli.predictions import PredictionFile, print_stream, shortened, write_stream
 from apps.cli.request import Request
 from apps.cli.usage import check_new
 from apps.registry import class_path
 from apps.report.base import FOLDER
 from apps.report.page import FILE, SECTIONS, Section, load_sections, open_page, show_page, write_index, write_page
+from apps.report.tables import print_in_parts
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.contents import read_checkpoint
 from apps.train.logs import EventLog, MetricsCSV, profiler
@@ -431,7 +432,7 @@ class SparseCLI(LightningCLI):
     @staticmethod
     def _print_written(file: PredictionFile) -> None:
         for line in file.first:
-            print(line)
+            print(shortened(line))
         earlier = f", {file.start:,} of them by an earlier run" if file.start else ""
         print(f"{counted(file.num_rows, 'prediction')} in {file.path}{earlier}")
 
@@ -456,12 +457,10 @@ def print_metrics(metrics: Mapping[str, float], stage: str, title: str) -> None:
     console.print(table)
     if layers:
         figures = list(dict.fromkeys(f for values in layers.values() for f in values))
-        routing = Table()
-        routing.add_column("layer", no_wrap=True)
-        for figure in figures:
-            routing.add_column(figure.replace("_", " "))
         if len(layers) == 2:  # one layer is its own mean
             layers.pop("mean", None)
-        for layer, values in layers.items():
-            routing.add_row(layer, *(f"{values[f]:.3f}" if f in values else "" for f in figures))
-        console.print(routing)
+        cells = {
+            layer: [f"{values[f]:.3f}" if f in values else "" for f in figures] for layer, values in layers.items()
+        }
+        headings = ["layer", *(figure.replace("_", " ") for figure in figures)]
+        print_in_parts(headings, [[layer, *values] for layer, values in cells.items()])

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from tiny_app import TinyModule
 
 from apps.cli import main, row_groups
-from apps.cli.predictions import PredictionFile, columns_of, rows_of
+from apps.cli.predictions import PredictionFile, columns_of, rows_of, shortened
 from apps.cli.request import Request
 from apps.cli.train import build
 
@@ -55,6 +55,15 @@ def test_json_lines_are_in_the_order_of_their_index(tmp_path):
     assert [json.loads(line) for line in lines] == ROWS
     assert file.first == lines
     assert file.num_rows == 3
+
+
+def test_a_vector_is_shown_by_its_first_numbers():
+    row = json.dumps({"index": 0, "vector": [0.5] * 64, "labels": list(range(16)), "name": "ä, b"}, ensure_ascii=False)
+    shown = shortened(row)
+    labels = "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]"
+    assert shown == f'{{"index": 0, "vector": [0.5, 0.5, 0.5, 0.5, ... 60 more], "labels": {labels}, "name": "ä, b"}}'
+    short = shown.replace("[0.5, 0.5, 0.5, 0.5, ... 60 more]", "[]")
+    assert shortened(short) == short
 
 
 def test_without_an_index_rows_stay_in_their_order(tmp_path):
