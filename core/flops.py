@@ -45,6 +45,8 @@ def register_formulas() -> None:
     register_flop_formula(experts, get_raw=True)(_expert_ffn)
     register_flop_formula(backwards, get_raw=True)(_expert_ffn_backward)
     register_flop_formula([ops.grouped_mm, ops.triton_linear], get_raw=True)(_grouped)
+    register_flop_formula([ops.quantized_mm, ops.triton_quantized_linear], get_raw=True)(_quantized)
+    register_flop_formula(ops.triton_quantized_ffn, get_raw=True)(_quantized_ffn)
     register_flop_formula([ops.grouped_mm_dw, ops.triton_linear_dw], get_raw=True)(_grouped_dw)
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # torch may be built without oneDNN
         register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_linear)
@@ -77,6 +79,17 @@ def _linear(x_shape, weight_shape, *args, out_shape=None, **kwargs):
 
 def _grouped(x_R, w, offsets_E, *args, out_val=None, **kwargs):
     return 2 * _rows(offsets_E, x_R.shape[0]) * w.shape[1] * w.shape[2]
+
+
+def _quantized(x_R, values, scales, fan_in, offsets_E, *args, out_val=None, **kwargs):
+    return 2 * _rows(offsets_E, x_R.shape[0]) * fan_in * scales.shape[2]
+
+
+def _quantized_ffn(
+    x, row_index_R, offsets_E, gates_R, in_values, in_scales, out_values, out_scales, gate_values, *args, **kwargs
+):
+    D, F, N = x.shape[1], in_scales.shape[2], out_scales.shape[2]
+    return 2 * _rows(offsets_E, gates_R.shape[0]) * F * (D * (1 if gate_values is None else 2) + N)
 
 
 def _grouped_dw(x_R, dy_R, offsets_E, wants=(True, False), *, out_val=None, **kwargs):

@@ -12,6 +12,9 @@ Two more are the same on every backend but ``eager``, which copies all that it p
     neurons(x_TD, u, v, ids_TK, ...)     experts of one neuron, picked out of two tables
     best_keys(q_RQ, keys_nQ, K)          the keys with the largest products
 
+The weights of ``expert_ffn`` and ``expert_linear`` may be quantised (``quantized.py``): a matrix is then made of whole
+numbers and scales where it is multiplied, and nowhere kept.
+
 ``eager`` is the oracle and reads like the equations. ``cpu``, ``grouped`` and ``triton`` are held to it in output and
 gradients. The functions here take a backend's name, resolve it and hand on; ``triton`` leaves what is beyond its limits
 to ``grouped`` or ``eager``. Experts, dispatchers and layers use these functions, and the few helpers that are exported
@@ -42,7 +45,8 @@ from .eager import (
     outside_autocast,
 )
 from .fallback import warn_once
-from .grouped import expert_of_rows
+from .grouped import expert_of_rows, refuse_gradient
+from .quantized import QuantizedWeight, Weight, dequantize, quantize
 from .transforms import is_transformed
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager, "cpu": cpu, "grouped": grouped, "triton": triton_ops}
@@ -136,7 +140,7 @@ def expert_ffn(
 
 
 def expert_linear(
-    x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None, *, backend: str = "auto"
+    x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
     """Run the backend's ``expert_linear``; see ``eager.expert_linear``."""
     kernels = BACKENDS[resolve_backend(backend, x_RD.device, x_RD.dtype)]
@@ -179,21 +183,26 @@ __all__ = [
     "BACKENDS",
     "FFNWeights",
     "Linear",
+    "QuantizedWeight",
     "SCORE_FUNCS",
     "RowIndex",
+    "Weight",
     "accumulate_dtype",
     "best_keys",
     "check_backend",
     "check_devices",
     "combine",
     "count_experts",
+    "dequantize",
     "expert_ffn",
     "expert_linear",
     "expert_of_rows",
     "linear",
     "neurons",
     "outside_autocast",
+    "quantize",
     "queue_ranks",
+    "refuse_gradient",
     "resolve_backend",
     "sort_pairs",
     "topk_gate",

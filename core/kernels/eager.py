@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .quantized import Weight
 from .transforms import check_not_mapped
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -294,7 +295,7 @@ class RowIndex(NamedTuple):
 
 
 class FFNWeights(NamedTuple):
-    """The weights of E feed-forward experts.
+    """The weights of E feed-forward experts. Either all matrices are quantised or none is.
 
     Attributes:
         w_in, w_gate: (E, D, F).
@@ -303,11 +304,11 @@ class FFNWeights(NamedTuple):
         b_out: (E, D_out).
     """
 
-    w_in: Tensor
-    w_out: Tensor
+    w_in: Weight
+    w_out: Weight
     b_in: Tensor | None = None
     b_out: Tensor | None = None
-    w_gate: Tensor | None = None
+    w_gate: Weight | None = None
 
 
 def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str) -> Tensor:
@@ -344,7 +345,7 @@ def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, 
     return y.to(x.dtype)
 
 
-def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
+def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
     """``y_r = x_r w_e + b_e``, with ``e`` the expert of row ``r``; zero in the rows past the last offset.
 
     Args:

@@ -15,12 +15,14 @@ from .eager import (
     FFNWeights,
     RowIndex,
     accumulate_dtype,
+    check_shapes,
     check_width,
     combine,
     queue_ranks,
     sort_pairs,
     topk_gate,
 )
+from .quantized import QuantizedWeight, Weight
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
@@ -110,6 +112,56 @@ def _dw_backward(ctx, ddw):
 grouped_mm_dw.register_autograd(_dw_backward, setup_context=_setup)
 
 
+@torch.library.custom_op("moesaic::quantized_mm", mutates_args=())
+def quantized_mm(x_R: Tensor, values: Tensor, scales: Tensor, fan_in: int, offsets_E: Tensor) -> Tensor:
+    """``y_r = x_r w_e`` by the quantised matrix of expert ``e``; zero past the last offset.
+
+    On a CPU the matrices of those experts alone that have rows are dequantised, one at a time. Elsewhere all are, so
+    that the host need not wait for the counts.
+
+    Args:
+        x_R: (R, K) rows sorted by expert.
+        values, scales, fan_in: as in ``QuantizedWeight``.
+        offsets_E: int32 (E,), inclusive.
+
+    Raises:
+        ValueError: rows are not ``fan_in`` wide, or scales or offsets are of another number of experts.
+    """
+    w = QuantizedWeight(values, scales, fan_in, x_R.dtype)
+    check_width(x_R, fan_in)
+    check_shapes(offsets_E=(offsets_E, values.shape[:1]), scales=(scales, (len(values), *scales.shape[1:])))
+    if x_R.device.type != "cpu":
+        return grouped_mm(x_R, w.dequantized(), offsets_E)
+    y_R, start = x_R.new_zeros(x_R.shape[0], w.shape[2]), 0
+    for e, end in enumerate(offsets_E.tolist()):
+        if start < end:
+            y_R[start:end] = x_R[start:end] @ w[e]
+        start = end
+    return y_R
+
+
+@quantized_mm.register_fake
+def _(x_R, values, scales, fan_in, offsets_E):
+    return x_R.new_empty(x_R.shape[0], scales.shape[2])
+
+
+def refuse_gradient(ctx, *grads):
+    """Raise the error of a backward through quantised experts, whichever kernel computed them."""
+    raise RuntimeError("quantised experts have no gradients: train the model before core.quantize_experts")
+
+
+quantized_mm.register_autograd(refuse_gradient)
+
+
+def product(x_R: Tensor, w: Weight, offsets_E: Tensor) -> Tensor:
+    """``y_r = x_r w_e`` for the rows of expert ``e``, by its quantised matrix where they are; zero past the last."""
+    if isinstance(w, QuantizedWeight):
+        y_R: Tensor = quantized_mm(x_R, w.values, w.scales, w.fan_in, offsets_E)
+    else:
+        y_R = grouped_mm(x_R, w, offsets_E)
+    return y_R
+
+
 def _bias_rows(bias: Tensor, expert_R: Tensor) -> Tensor:
     """Return the bias of each row, (R, F). Its gradient is a sum over rows, which is kept in float32."""
     return bias.to(accumulate_dtype(bias.dtype)).index_select(0, expert_R).to(bias.dtype)
@@ -120,9 +172,9 @@ def expert_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
     return torch.bucketize(torch.arange(rows.shape[0], device=rows.device), offsets_E, right=True)
 
 
-def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
+def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
     """Compute ``eager.expert_linear`` in one grouped product."""
-    y_RF = grouped_mm(x_RD, w, offsets_E)
+    y_RF = product(x_RD, w, offsets_E)
     if b is None:
         return y_RF
     expert_R = expert_of_rows(x_RD, offsets_E)
@@ -138,11 +190,11 @@ def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, 
     live_R = torch.arange(x_R.shape[0], device=x.device) < offsets_E[-1]
     gates = torch.where(live_R, gates_R, 0).to(x.dtype)[:, None]
     expert_R = expert_of_rows(x_R, offsets_E).clamp_max(w_in.shape[0] - 1)
-    h = grouped_mm(x_R, w_in, offsets_E)
+    h = product(x_R, w_in, offsets_E)
     if b_in is not None:
         h = h + _bias_rows(b_in, expert_R)
-    h = act(h) if w_gate is None else act(grouped_mm(x_R, w_gate, offsets_E)) * h
-    y_R = grouped_mm(h * gates, w_out, offsets_E)
+    h = act(h) if w_gate is None else act(product(x_R, w_gate, offsets_E)) * h
+    y_R = product(h * gates, w_out, offsets_E)
     if b_out is not None:
         y_R = y_R + _bias_rows(b_out, expert_R) * gates
     if index_R is None:

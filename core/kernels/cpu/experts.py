@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 
 from .. import eager, grouped
-from ..eager import ALL_ACTIVATIONS, FFNWeights, RowIndex, accumulate_dtype
+from ..eager import ALL_ACTIVATIONS, FFNWeights, RowIndex, accumulate_dtype, check_width
+from ..quantized import QuantizedWeight, Weight
 from ..transforms import is_watched
 from .pages import new_empty
-from .products import addmm_, is_served_badly, mm
+from .products import addmm_, expert_mm, is_served_badly, mm
 
 BLOCK = 512
 TILE = 32
@@ -161,12 +162,26 @@ def _expert_ffn(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    weights = FFNWeights(w_in, w_out, b_in, b_out, w_gate)
+    return _computed(x, row_index_R, offsets_E, gates_R, weights, activation, keep)
+
+
+def _computed(
+    x: Tensor,
+    row_index_R: Tensor | None,
+    offsets_E: Tensor,
+    gates_R: Tensor,
+    weights: FFNWeights,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tokens after their experts, and with ``keep`` the pre-activations of both halves."""
+    w_in, w_out, b_in, b_out, w_gate = weights
     R, width, D_out = gates_R.shape[0], w_in.shape[-1], w_out.shape[-1]
     act, tile = ALL_ACTIVATIONS[activation], _tile(x.dtype)
     ends = offsets_E.tolist()
     # Padding is among the pairs, but is no row.
     if not keep and not _is_half(x.dtype) and (not ends or ends[-1] * max(width, x.shape[-1]) <= FEW):
-        weights = FFNWeights(w_in, w_out, b_in, b_out, w_gate)
         y = _few_rows(x, row_index_R, ends, gates_R, weights, activation)
         return y, x.new_empty(0, width), x.new_empty(0, width)
     index_R = None if row_index_R is None else _past_the_end(row_index_R, tile)
@@ -181,15 +196,15 @@ def _expert_ffn(
     for e, start, end, stop, *_ in blocks:
         x_b = x_full[start:stop] if index_R is None else x.index_select(0, index_R[start:stop])
         # Blocks run in the order of their rows, so what a tile writes past its end is written over by the next.
-        a = mm(x_b, w_in[e], out=pre[start:stop] if keep else None)
+        a = expert_mm(x_b, w_in, e, out=pre[start:stop] if keep else None)
         if b_in is not None:
             a.add_(b_in[e])
         if w_gate is None:
             h = act(a)
         else:
-            u = mm(x_b, w_gate[e], out=pre_gate[start:stop] if keep else None)
+            u = expert_mm(x_b, w_gate, e, out=pre_gate[start:stop] if keep else None)
             h = act(u).mul_(a)
-        y_b = mm(h, w_out[e], bias=None if b_out is None else b_out[e])
+        y_b = expert_mm(h, w_out, e, bias=None if b_out is None else b_out[e])
         total.add(index_R, start, end, y_b[: end - start], gates[start:end])
     return total.result(), pre, pre_gate
 
@@ -209,11 +224,11 @@ def _few_rows(
     w_in, w_out, b_in, b_out, w_gate = weights
     act, r = ALL_ACTIVATIONS[activation], ends[-1] if ends else 0
 
-    def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(rows: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         out = rows.new_empty(r, weight.shape[-1])
         for e, (start, end) in enumerate(itertools.pairwise((0, *ends))):
             if start < end:
-                mm(rows[start:end], weight[e], bias=None if bias is None else bias[e], out=out[start:end])
+                expert_mm(rows[start:end], weight, e, bias=None if bias is None else bias[e], out=out[start:end])
         return out
 
     rows = x[:r] if row_index_R is None else x.index_select(0, row_index_R[:r])
@@ -397,19 +412,42 @@ _cpu_expert_ffn_backward.register_autograd(_second_backward, setup_context=_setu
 
 def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str) -> Tensor:
     """Compute ``eager.expert_ffn``. The backward keeps ``x`` and (R, F) pre-activations."""
-    inputs = (x, gates_R, *weights)
+    if isinstance(weights.w_in, QuantizedWeight):
+        if _is_seen(x, gates_R, weights.b_in, weights.b_out):
+            return grouped.expert_ffn(x, rows, gates_R, weights, activation)
+        return _computed(x, rows.row_index_R, rows.offsets_E, gates_R, weights, activation, False)[0]
+    plain: tuple[Any, ...] = weights
+    w_in, w_out, b_in, b_out, w_gate = plain
+    inputs = (x, gates_R, *plain)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     # Without a gradient and nobody to see the op, its start of 10 to 20 us is saved.
     run = _cpu_expert_ffn if keep or x.is_meta or is_watched(*inputs) else _expert_ffn
-    return run(x, rows.row_index_R, rows.offsets_E, gates_R, *weights, activation, keep)[0]
+    index_R, offsets_E = rows.row_index_R, rows.offsets_E
+    return run(x, index_R, offsets_E, gates_R, w_in, w_out, b_in, b_out, w_gate, activation, keep)[0]
 
 
-def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
+def _is_seen(*inputs: Tensor | None) -> bool:
+    """Return whether a custom op has to be seen: by a compiler, a counter, the meta device, or a gradient."""
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    return wants_grad or is_watched(*inputs) or any(t is not None and t.is_meta for t in inputs)
+
+
+def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
     """Compute ``eager.expert_linear``.
 
     One grouped product loops over the experts in C++: with hundreds of experts a few numbers wide a loop in Python
     weighs as much as the products. Rows padded to equal counts in one ``bmm`` are E times the work where one expert
     takes all.
     """
+    if isinstance(w, QuantizedWeight):
+        if _is_seen(x_RD, b):
+            return grouped.expert_linear(x_RD, w, offsets_E, b)
+        check_width(x_RD, w.fan_in)
+        y_RF, start = x_RD.new_zeros(x_RD.shape[0], w.shape[-1]), 0
+        for e, end in enumerate(offsets_E.tolist()):
+            if start < end:
+                expert_mm(x_RD[start:end], w, e, bias=None if b is None else b[e], out=y_RF[start:end])
+            start = end
+        return y_RF
     can_group = x_RD.is_meta or grouped.supports(x_RD.device, x_RD.dtype)
     return (grouped if can_group else eager).expert_linear(x_RD, w, offsets_E, b)

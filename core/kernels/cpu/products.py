@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..quantized import Weight
 from ..transforms import is_traced
 
 LEAST = 2**20
@@ -97,6 +98,17 @@ def mm(a: Tensor, b: Tensor, *, bias: Tensor | None = None, out: Tensor | None =
         y = _onednn(a, b.t(), bias)
         return y if out is None else out.copy_(y)
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def expert_mm(a: Tensor, w: Weight, e: int, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``a @ w[e] + bias``, without a gradient as in ``mm``.
+
+    The rows are scaled in place of a quantised matrix that has one scale a channel: they are fewer in decoding.
+    """
+    if isinstance(w, Tensor) or not w.is_by_channel:
+        return mm(a, w[e], bias=bias, out=out)
+    y = mm(a, w.whole_numbers(e), out=out).mul_(w.scales[e])
+    return y if bias is None else y.add_(bias)
 
 
 def addmm_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
     environment.py  what can run here
     launch.py       one way to start a kernel
     tuning.py       tiles, and the choice among them
-    gate.py sort.py products.py experts.py sums.py     custom ops and their launches
+    gate.py sort.py products.py experts.py quantized.py sums.py     custom ops and their launches
 
 Nothing synchronises with the host: counts stay on the device, and a launch covers the most tiles there can be. Sums
 have one order and no atomics, so results are equal bit by bit from run to run.

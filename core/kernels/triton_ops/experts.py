@@ -11,13 +11,16 @@ the product scatters them, and its stores are whole lines.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import grouped
 from ..eager import ALL_ACTIVATIONS, FFNWeights, RowIndex, check_shapes, check_width
 from ..fallback import warn_once
-from . import products
+from ..quantized import QuantizedWeight, Weight
+from . import products, quantized
 from .environment import MAX_EXPERTS
 from .launch import dense
 from .sums import rows_by_token, sum_rows
@@ -172,7 +175,10 @@ def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, 
         ValueError: tokens and weights are not of one dtype, tokens not as wide as the weights take them, other shapes
             that do not go together, or an unknown activation.
     """
-    w_in, w_out, b_in, b_out, w_gate = weights
+    if isinstance(weights.w_in, QuantizedWeight):
+        return quantized.expert_ffn(x, rows, gates_R, weights, activation)
+    plain: tuple[Any, ...] = weights
+    w_in, w_out, b_in, b_out, w_gate = plain
     index_R, offsets_E, inverse_N, top_k = rows
     (E, D, F), N = w_in.shape, w_out.shape[-1]
     check_shapes(
@@ -185,15 +191,15 @@ def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, 
     )
     if activation not in ALL_ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(ALL_ACTIVATIONS)}")
-    if _beyond(*weights, dtype=x.dtype):
+    if _beyond(*plain, dtype=x.dtype):
         return grouped.expert_ffn(x, rows, gates_R, weights, activation)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gates_R, *weights))
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gates_R, *plain))
     order, starts, k = inverse_N, None, top_k or 0
     if index_R is not None and (inverse_N is None or top_k is None):
         (order, starts), k = rows_by_token(index_R, offsets_E, x.shape[0]), 0
     if index_R is None or k == 1:
         order = starts = None
-    return _expert_ffn(x, index_R, offsets_E, gates_R, *weights, order, starts, k, activation, keep)[0]
+    return _expert_ffn(x, index_R, offsets_E, gates_R, *plain, order, starts, k, activation, keep)[0]
 
 
 @torch.library.custom_op("moesaic::triton_linear", mutates_args=())
@@ -249,13 +255,15 @@ def _linear_backward(ctx, dy_RN):
 _linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
-def expert_linear(x_RD: Tensor, w: Tensor, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
+def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
     """Compute ``eager.expert_linear``.
 
     Raises:
         ValueError: rows and weights are not of one dtype, rows not as wide as the weights take them, a bias not of the
             weights' shape, or offsets of another number of experts.
     """
+    if isinstance(w, QuantizedWeight):
+        return quantized.expert_linear(x_RD, w, offsets_E, b)
     check_shapes(b=(b, (w.shape[0], w.shape[2])), offsets_E=(offsets_E, (w.shape[0],)))
     if _beyond(w, b, dtype=x_RD.dtype):
         return grouped.expert_linear(x_RD, w, offsets_E, b)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..quantized import QuantizedWeight
 from .environment import interpreted, upcast
 from .launch import Launch, power_of_two, programs
 from .tuning import Tile, block_k, tiles
@@ -50,9 +51,13 @@ def up(
         "KEEP": keep,
     }
     pointers = (x, _or(row_index_R, offsets_E), offsets_E, w, _or(w_gate, w), _or(bias, w), pre, pre_gate, hidden)
-    tuned_as = "up" if w_gate is None else "up_geglu" if activation == "gelu" else "up_swiglu"
-    _by_rows("up", tuned_as, pointers, constants, (E, D, F), rows, x)
+    _by_rows("products.up", _up_tuned_as(w_gate is not None, activation), pointers, constants, (E, D, F), rows, x)
     return hidden, pre, pre_gate
+
+
+def _up_tuned_as(gated: bool, activation: str) -> str:
+    """Return the name under which ``tuning`` has the tiles of ``up``."""
+    return "up" if not gated else "up_geglu" if activation == "gelu" else "up_swiglu"
 
 
 def linear(
@@ -86,7 +91,60 @@ def linear(
         "CLEAR": clear,
     }
     pointers = (x, x2, w, w2, _or(bias, w), _or(gates_R, x), _or(row_index_R, offsets_E), offsets_E, out)
-    _by_rows("linear", "linear", pointers, constants, (E, D, N), x.shape[0], x)
+    _by_rows("products.linear", "linear", pointers, constants, (E, D, N), x.shape[0], x)
+
+
+def quantized_up(
+    x: Tensor,
+    row_index_R: Tensor | None,
+    offsets_E: Tensor,
+    w: QuantizedWeight,
+    w_gate: QuantizedWeight | None,
+    bias: Tensor | None,
+    activation: str,
+    rows: int,
+) -> Tensor:
+    """Return ``hidden`` (R, F) by quantised matrices."""
+    hidden, gate = x.new_empty(rows, w.shape[2]), w_gate or w
+    constants = {
+        **_stored_as(w),
+        "ACT": activation,
+        "GATHER": row_index_R is not None,
+        "GATED": w_gate is not None,
+        "BIAS": bias is not None,
+    }
+    matrices = (w.values, w.scales, gate.values, gate.scales)
+    pointers = (x, _or(row_index_R, offsets_E), offsets_E, *matrices, _or(bias, x), hidden)
+    _by_rows("quantized.up", _up_tuned_as(w_gate is not None, activation), pointers, constants, w.shape, rows, x)
+    return hidden
+
+
+def quantized_linear(
+    x: Tensor,
+    w: QuantizedWeight,
+    offsets_E: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    gates_R: Tensor | None = None,
+    row_index_R: Tensor | None = None,
+    clear: bool = False,
+) -> None:
+    """Compute ``out = g (x w + b)`` by quantised matrices, with options as in ``linear``."""
+    constants = {
+        **_stored_as(w),
+        "BIAS": bias is not None,
+        "WEIGHTED": gates_R is not None,
+        "SCATTER": row_index_R is not None,
+        "CLEAR": clear,
+    }
+    pointers = (x, w.values, w.scales, _or(bias, x), _or(gates_R, x), _or(row_index_R, offsets_E), offsets_E, out)
+    _by_rows("quantized.linear", "linear", pointers, constants, w.shape, x.shape[0], x)
+
+
+def _stored_as(w: QuantizedWeight) -> dict[str, object]:
+    """Return the constants that say how a kernel reads quantised matrices."""
+    return {"KIND": f"int{w.bits}", "SIZE": 0 if w.is_by_channel else w.group_size}
 
 
 def hidden_grad(
@@ -110,7 +168,7 @@ def hidden_grad(
     parts = -(-F // tile.n)
     partial = dy.new_empty(R, parts, dtype=torch.float32)
     pointers = (dy, index, offsets_E, w_out, gates_R, pre, _or(pre_gate, pre), dpre, dpre_gate, weighted, partial)
-    _by_rows("hidden_grad", "hidden_grad", pointers, constants, (E, N, F), R, dy)
+    _by_rows("products.hidden_grad", "hidden_grad", pointers, constants, (E, N, F), R, dy)
     dgates_R = torch.zeros_like(gates_R)
     height = 16 if interpreted() else 32
     Launch(
@@ -199,7 +257,7 @@ def _by_rows(
 
     by_shape = {"EVEN_K": summed % block_k(like.dtype) == 0, "E_POW2": power_of_two(E), **_flags(like)}
     tile = (tuned_as, shape, like.dtype, rows / max(E, 1))
-    Launch(f"products.{kernel}", (*pointers, summed, width, E, rows), {**constants, **by_shape}, grid, tile).run()
+    Launch(kernel, (*pointers, summed, width, E, rows), {**constants, **by_shape}, grid, tile).run()
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
