@@ -57,6 +57,9 @@ from .experts import (
     NeuronExperts,
     SwiGLU,
     Zero,
+    expert_bytes,
+    num_params,
+    quantize_experts,
 )
 from .flops import count_flops
 from .kernels import expert_linear, resolve_backend
@@ -222,6 +225,7 @@ __all__ = [
     "densify",
     "diagnose",
     "domain_posterior",
+    "expert_bytes",
     "expert_linear",
     "expert_statistics",
     "freeze_experts",
@@ -233,7 +237,9 @@ __all__ = [
     "merge_experts",
     "mix_models",
     "moe_layers",
+    "num_params",
     "prune_experts",
+    "quantize_experts",
     "record",
     "register_config",
     "registered_config",

@@ -12,7 +12,7 @@ from ..experts.low_rank import IA3Experts, LoRAExperts
 from ..layers import AdaptedLinear, AveragedMoE, MoE
 from ..routing.router import RouterConfig
 from .merge import OneExpert, average_experts, joined
-from .parts import replace_modules
+from .parts import check_all_here, replace_modules
 
 
 @torch.no_grad()
@@ -58,6 +58,8 @@ def _merged(adapted: AdaptedLinear) -> nn.Linear:
         raise ValueError("a shared_gate weights the updates token by token")
     linear: nn.Linear = copy.deepcopy(adapted.base)
     parts = [part for part in (one.expert, one.shared_experts) if part is not None]
+    for part in parts:
+        check_all_here(part, "updates are merged")
     wide = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
     if adapted.after:
         scale_D = torch.stack([_scale(part, wide) for part in parts]).sum(0)

@@ -133,8 +133,8 @@ def average_experts(layer: MoE, weights_E: Tensor | Sequence[float] | None = Non
     """
     if not isinstance(layer, MoE):
         raise ValueError(f"a {type(layer).__name__} has no experts to average: core.MoE and its subclasses do")
-    check_merges(layer.experts)
     check_all_here(layer.experts, "a layer is averaged")
+    check_merges(layer.experts)
 
     def mean(stacked: Tensor) -> Tensor:
         if weights_E is None:

@@ -37,8 +37,10 @@ class SparseFFN(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The first tensor of the experts: models ask a linear layer's weight for its dtype and device."""
-        return next(self.moe.experts.parameters())
+        """A tensor of the experts' dtype and device, for which models ask a linear layer: the first that there is."""
+        experts = self.moe.experts
+        tensors = (*experts.parameters(), *experts.buffers())
+        return next(t for t in tensors if t.is_floating_point())
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Run the layer.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..experts import ExpertConfig
+from ..experts import ExpertConfig, expert_bytes, num_params
 from ..flops import count_flops
 from ..layers import MoE, active_params
 from .feed_forward import evaluating
@@ -48,6 +48,7 @@ class Summary:
         recognised: number of the model's feed-forward networks, sparse and dense.
         params_before, params_after: parameters of the model.
         active_params: parameters that a token touches at most.
+        expert_bytes: memory of the experts' parameters and buffers.
         flops_before, flops_after: forward FLOPs of the whole on the inputs that were given; None without inputs.
     """
 
@@ -56,6 +57,7 @@ class Summary:
     params_before: int
     params_after: int
     active_params: int
+    expert_bytes: int
     flops_before: int | None = None
     flops_after: int | None = None
 
@@ -72,6 +74,7 @@ class Summary:
             f"parameters {self.params_before:,} -> {self.params_after:,}, of which a token touches "
             f"{self.active_params:,}"
         )
+        lines.append(f"bytes of the experts {self.expert_bytes:,}")
         if self.flops_before is not None:
             lines.append(f"FLOPs of these inputs {self.flops_before:,} -> {self.flops_after:,}")
         return "\n".join(lines)
@@ -96,8 +99,8 @@ def summary(model: nn.Module, *inputs: Any) -> Summary:
     if not layers:
         some = ", ".join(dense[:4]) + (", ..." if len(dense) > 4 else "") if dense else "none"
         raise ValueError(f"no network of the model was made sparse; its feed-forward networks are {some}")
-    after = sum(p.numel() for p in model.parameters())
-    added = sum(sum(p.numel() for p in layer.moe.parameters()) - layer.dense_params for layer in layers.values())
+    after = num_params(model)
+    added = sum(num_params(layer.moe) - layer.dense_params for layer in layers.values())
     flops = _flops(model, inputs, layers) if inputs else (None, None)
     return Summary(
         tuple(_replaced(name, layer) for name, layer in layers.items()),
@@ -105,6 +108,7 @@ def summary(model: nn.Module, *inputs: Any) -> Summary:
         after - added,
         after,
         active_params(model),
+        expert_bytes(model),
         *flops,
     )
 

@@ -1,7 +1,7 @@
 """Experts with stacked parameters: one tensor holds a weight of all E experts. A config lies beside what it builds."""
 
 from .attention import AttentionExperts
-from .base import ExpertConfig, Experts, check_merges
+from .base import ExpertConfig, Experts, check_merges, num_params
 from .clamped import ClampedSwiGLU
 from .convolution import Convolution, ConvolutionExperts
 from .costless import Constant, Copy, Zero
@@ -11,6 +11,7 @@ from .low_rank import IA3, LoRA
 from .mixed import Mixed
 from .mlp import MLP, MLPExperts, batch_norm_rows
 from .peer import PEER, NeuronExperts
+from .quant import expert_bytes, quantize_experts
 from .star import StarExperts
 
 __all__ = [
@@ -38,4 +39,7 @@ __all__ = [
     "Zero",
     "batch_norm_rows",
     "check_merges",
+    "expert_bytes",
+    "num_params",
+    "quantize_experts",
 ]

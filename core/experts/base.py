@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Rows, span
-from ..kernels import check_devices
+from ..kernels import check_devices, refuse_gradient
 from ..registry import OpenConfig
+from .matrices import QuantizedMatrices
 
 HIDDEN = "hidden"
 """Name of the axis of a mesh along which the hidden units of each expert are divided."""
@@ -68,6 +69,8 @@ class Experts(nn.Module):
         tokens = x.x if of_rows else x
         for tensors in (self._parameters, self._buffers):
             check_devices(tokens, type(self).__name__, tensors)
+        for name, matrices in self._quantized().items():
+            check_devices(tokens, f"{type(self).__name__}.{name}", matrices._buffers)
         if of_rows and x.offsets_E.shape[0] != local:
             raise ValueError(f"rows are sorted by {x.offsets_E.shape[0]} experts, and {local} are here")
         if not of_rows and local != self.num_experts:
@@ -78,7 +81,14 @@ class Experts(nn.Module):
             )
         if of_rows and not self.takes_index:
             x = x.materialized()
-        return getattr(self, f"compute_{way}")(x, *args)
+        compute = getattr(self, f"compute_{way}")
+        if not self.is_quantized or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return compute(x, *args)
+        with torch.no_grad():
+            y = compute(x, *args)
+        if not isinstance(y, Rows):
+            return _Refusal.apply(y, tokens, *(a for a in args if isinstance(a, Tensor)))
+        return replace(y, x=_Refusal.apply(y.x, tokens, x.gates_R))
 
     def compute_rows(self, rows: Rows) -> Rows:
         """Return the rows computed.
@@ -96,7 +106,18 @@ class Experts(nn.Module):
         Under FSDP2 it is the shard's between the calls, and all of them inside one.
         """
         first = next((p for p in self._parameters.values() if p is not None), None)
-        return self.num_experts if first is None else local_tensor(first).shape[0]
+        if first is not None:
+            return local_tensor(first).shape[0]
+        return next((matrices.shape[0] for matrices in self._quantized().values()), self.num_experts)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether ``core.quantize_experts`` has made whole numbers of the matrices: then they do not train."""
+        return bool(self._quantized())
+
+    def _quantized(self) -> dict[str, QuantizedMatrices]:
+        """Return the quantised matrices by the names that their parameters had."""
+        return {name: m for name, m in self._modules.items() if isinstance(m, QuantizedMatrices)}
 
     def weights_of(self, e: int) -> dict[str, Tensor]:
         """Return the parameters and buffers of local expert ``e`` by name, as views: writing to one changes the expert.
@@ -123,7 +144,12 @@ class Experts(nn.Module):
             for module in model.modules():  # routed and shared experts, layer by layer
                 if isinstance(module, core.Experts):
                     module.init_each(nn.init.xavier_uniform_)
+
+        Raises:
+            ValueError: the experts are quantised.
         """
+        if self.is_quantized:
+            raise ValueError(f"{type(self).__name__} that are quantised do not start anew: fill them before")
         with torch.no_grad():
             for parameter in self.parameters():
                 if parameter.ndim >= 3:
@@ -278,6 +304,13 @@ class ExpertConfig(OpenConfig):
         return 0.0
 
 
+def num_params(module: nn.Module) -> int:
+    """Return the parameters of a module. A ``DTensor`` counts as whole, a quantised matrix as the numbers it stands
+    for."""
+    matrices = (m for m in module.modules() if isinstance(m, QuantizedMatrices))
+    return sum(p.numel() for p in module.parameters()) + sum(m.numel() for m in matrices)
+
+
 def check_merges(experts: Experts) -> None:
     """Raise a ``ValueError`` where there is no expert of the mean parameters: no ``compute_merged``, or statistics."""
     name = type(experts).__name__
@@ -287,13 +320,27 @@ def check_merges(experts: Experts) -> None:
         raise ValueError(f"{name} with statistics of its tokens cannot be merged: a mean has none")
 
 
-def local_tensor(t: Tensor) -> Tensor:
+class _Refusal(torch.autograd.Function):
+    """Hands on an output of quantised experts, and refuses the gradient of what it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *inputs: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    backward = staticmethod(refuse_gradient)
+
+
+def local_tensor(t: Any) -> Any:
     """Return the part of a stacked tensor that this process holds: of a ``DTensor`` its shard, else the whole.
+
+    ``QuantizedMatrices`` give what the kernels take.
 
     Raises:
         ValueError: the shard is cut along another axis than that of the experts, so that no expert is whole; but for a
             mesh that divides hidden units.
     """
+    if isinstance(t, QuantizedMatrices):
+        return t.weight
     if not hasattr(t, "to_local"):
         return t
     placements, mesh = getattr(t, "placements", ()), getattr(t, "device_mesh", None)
@@ -302,5 +349,4 @@ def local_tensor(t: Tensor) -> Tensor:
     axes = [p.dim for p, is_meant in zip(placements, meant, strict=True) if p.is_shard() and not is_meant]
     if any(axes):
         raise ValueError(f"a tensor of experts of shape {tuple(t.shape)} is sharded along axis {max(axes)}, not 0")
-    local: Tensor = t.to_local()
-    return local
+    return t.to_local()

@@ -13,7 +13,7 @@ from ..contract import Rows, check_kinds
 from ..contract.checks import at_least_one, below_one, positive
 from ..kernels import FFNWeights, RowIndex, combine, expert_ffn, expert_of_rows, outside_autocast
 from .base import ExpertConfig, Experts, local_tensor
-from .products import autocast_together, first_linear, init_linear_, next_linear, weighted_sum
+from .products import autocast_together, first_linear, floats, init_linear_, next_linear, weighted_sum
 
 
 class LoRAExperts(Experts):
@@ -58,7 +58,7 @@ class LoRAExperts(Experts):
         return rows.with_output(y, weighted=True, combined=not rows.gathered)
 
     def compute_dense(self, x: Tensor) -> Tensor:
-        x, w_a, w_b = autocast_together(self._dropped(x), self.w_a, self.w_b)
+        x, w_a, w_b = autocast_together(self._dropped(x), floats(self.w_a), floats(self.w_b))
         # Experts side by side are one of E times the rank.
         h: Tensor = x @ w_a.transpose(0, 1).flatten(1)
         return h * self.scale @ w_b.flatten(0, 1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import linear
+from ..kernels import QuantizedWeight, Weight, linear
 from .base import local_tensor
 
 
@@ -21,17 +21,24 @@ def init_linear_(weight: Tensor, bias: Tensor | None = None) -> None:
         nn.init.uniform_(bias, -bound, bound)
 
 
-def first_linear(x_GTD: Tensor, w: Tensor, b: Tensor | None, counts: tuple[int, ...]) -> Tensor:
+def floats(w: Any) -> Any:
+    """Return a stacked tensor as it is, and quantised matrices dequantised, for products that take all of them."""
+    w = local_tensor(w)
+    return w.dequantized() if isinstance(w, QuantizedWeight) else w
+
+
+def first_linear(x_GTD: Tensor, stacked: Weight, b: Tensor | None, counts: tuple[int, ...]) -> Tensor:
     """``x_g w_e + b_e`` of every token and expert, each with its group's input: one product where the inputs allow it.
 
     Args:
         x_GTD: (G, T, D) inputs.
-        w: (n, D, F); b: (n, F).
+        stacked: (n, D, F); b: (n, F).
         counts: experts of each input, n in all.
 
     Returns:
         (T, n, F).
     """
+    w: Tensor = floats(stacked)
     if len(set(counts)) > 1:
         weights, biases = w.split(counts), [None] * len(counts) if b is None else b.split(counts)
         parts = zip(x_GTD.split(1), weights, biases, counts, strict=True)
@@ -45,8 +52,9 @@ def first_linear(x_GTD: Tensor, w: Tensor, b: Tensor | None, counts: tuple[int, 
     return y_GTF.unflatten(2, (count, F_)).transpose(0, 1).flatten(1, 2)
 
 
-def next_linear(h_TnF: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def next_linear(h_TnF: Tensor, stacked: Weight, b: Tensor | None) -> Tensor:
     """``h_e w_e + b_e`` of every token and expert, (T, n, F) to (T, n, F')."""
+    w: Tensor = floats(stacked)
     h_nTF = h_TnF.transpose(0, 1)
     y_nTF = torch.bmm(h_nTF, w) if b is None else torch.baddbmm(b.unsqueeze(1), h_nTF, w)
     return y_nTF.transpose(0, 1)
@@ -59,12 +67,13 @@ def merged_linear(x_GSD: Tensor, w_GDF: Tensor, b_GF: Tensor | None) -> Tensor:
 
 def weighted_sum(weights_GE: Tensor, w: Tensor | None) -> Tensor | None:
     """Return the weighted sums of the experts' tensors (E, ...), in their own dtype: (G, ...)."""
+    w = floats(w)
     return None if w is None else (weights_GE.to(w.dtype) @ w.flatten(1)).unflatten(1, w.shape[1:])
 
 
 def autocast_together(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
     """Return tokens and this process's part of the weights in the products' dtype: autocast knows no custom ops."""
-    weights = tuple(None if w is None else local_tensor(w) for w in weights)
+    weights = tuple(local_tensor(w) for w in weights)
     kind = x.device.type
     is_on = kind != "meta" and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if is_on else None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .base import local_tensor
 from .mlp import MLP, MLPExperts
-from .products import init_linear_
+from .products import floats, init_linear_
 
 
 class StarExperts(MLPExperts):
@@ -64,6 +64,7 @@ class StarExperts(MLPExperts):
         own = super()._get(name, i)
         if f"{name}_{i}" not in self.centre:
             return own
+        own = floats(own)
         centre = self.centre[f"{name}_{i}"]
         return own * centre if _is_factor(name) else own + centre
 

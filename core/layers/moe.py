@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..contract import Decision, Entry, MergeRouting, Routing, RoutingContext, Rows, SlotRouting, Tape
 from ..contract.checks import check_tensor
 from ..dispatch import Dispatcher, LocalDispatcher, SlotDispatcher
-from ..experts import Experts, check_merges
+from ..experts import Experts, check_merges, num_params
 from ..flops import register_formulas
 from ..kernels import check_backend, expert_of_rows, outside_autocast
 from ..routing.balance import Balance
@@ -200,7 +200,7 @@ class MoELayer(nn.Module):
 
     def all_expert_params(self) -> int:
         """Return the parameters of the routed experts, of all ranks: a ``DTensor`` counts as whole."""
-        return sum(p.numel() for p in self.experts.parameters())
+        return num_params(self.experts)
 
 
 def check_valid(valid: Tensor, shapes: tuple[torch.Size, ...], noun: str) -> None:
@@ -443,7 +443,7 @@ def active_params(model: nn.Module) -> int:
         # Experts that several layers share are there once, and a token may take others of them in each.
         before = idle.get(id(layer.experts), layer.all_expert_params())
         idle[id(layer.experts)] = max(before - layer.active_expert_params(), 0)
-    return sum(p.numel() for p in model.parameters()) - sum(idle.values())
+    return num_params(model) - sum(idle.values())
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..contract import DenseRouting, RoutingContext
 from ..dispatch import split_pairs
-from ..experts import Experts
+from ..experts import Experts, num_params
 from ..experts.products import autocast_together, first_linear, next_linear
 from ..routing.balance import Balance
 from ..routing.multi_gate import (
@@ -265,7 +265,7 @@ class PLELayer(DenseGatesLayer):
 
 def _active_params(experts: Experts, groups: ExpertGroups) -> int:
     """Return a level's expert parameters that an example touches: all but those of other domains."""
-    total = sum(p.numel() for p in experts.parameters())
+    total = num_params(experts)
     return total * (groups.num_dense + groups.num_domain) // groups.num_experts
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..contract import DenseRouting
-from ..experts import Experts, StarExperts, batch_norm_rows
+from ..experts import Experts, StarExperts, batch_norm_rows, num_params
 from ..kernels import expert_of_rows
 from ..routing.balance import Balance
 from ..routing.multi_gate import CategoryGroups, DenseGates, ExpertGroups, GateRouters
@@ -274,5 +274,5 @@ class STARLayer(MultiGateLayer):
         return not end
 
     def active_expert_params(self) -> int:
-        own = sum(p.numel() for p in self.experts.parameters(recurse=False))
+        own = num_params(self.experts) - num_params(self.experts.centre)
         return self.all_expert_params() - own + own // self.experts.num_experts
