@@ -50,12 +50,18 @@ RUN_OPTIONS = (
     ("traceback", "", "in case of an error, show where in the code"),
 )
 """Options of the training commands: their names without the dashes, their defaults, what they mean."""
+_QUANTIZE = (
+    "quantize int8|int4[:GROUP]",
+    "",
+    "quantise the experts; GROUP inputs share a scale, else all",
+)
 _PREDICT_OPTIONS = (
     ("output FILE", "predictions.jsonl in the run's folder", ".jsonl, .csv, .parquet, or .txt for lines of text"),
     ("overwrite", "", "replace an earlier FILE"),
     ("onnx PATH", "", "an ONNX file or folder of moesaic export in place of --ckpt_path"),
+    _QUANTIZE,
 )
-_TEST_OPTIONS = (("open", "", "show the report in the browser"),)
+_TEST_OPTIONS = (("open", "", "show the report in the browser"), _QUANTIZE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ def test_page(
     command: str,
     config: str,
     sections: Sequence[Section],
+    notes: Sequence[str],
 ) -> Page:
     """Return the report of a test.
 
@@ -44,6 +45,7 @@ def test_page(
         command: shell command of the test.
         config: the configuration in force, as YAML.
         sections: those of the app's report.
+        notes: what else the verdict says of what was tested, such as how its experts are quantised.
     """
     own = {k.removeprefix("test/"): v for k, v in metrics.items() if not k.startswith("test/routing/")}
     first = (monitored or "").partition("/")[2]
@@ -58,7 +60,7 @@ def test_page(
     every = Table("Metrics of the test", ("metric", "value"), rows)
     return Page(
         title=f"Test of {run.name}",
-        verdict=(verdict,),
+        verdict=(verdict, *notes),
         figures=Table("", ("metric", "value"), rows[:MOST_FIGURES]),
         sections=(
             *sections,

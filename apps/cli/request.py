@@ -52,6 +52,7 @@ class Request:
         begun_with: contents of the checkpoint that ``--weights`` or ``model.grow`` names, where the run begins with its
             weights and loads no other; or None.
         opens: whether the report of a test is shown in the browser.
+        quantize: how the experts are quantised, such as "int4:64", or None.
         words: the command line as it was given, after the command.
         exported: the model of ``--onnx``, which runs in place of a checkpoint's weights, or None.
     """
@@ -68,6 +69,7 @@ class Request:
     weights: Path | None = None
     begun_with: Mapping[str, Any] | None = None
     opens: bool = False
+    quantize: str | None = None
     words: tuple[str, ...] = ()
     exported: ExportedModel | None = None
 
@@ -89,7 +91,10 @@ class Request:
         argv, overwrite = switch(argv, "overwrite")
         argv, opens = switch(argv, "open")
         usage.check_open(command, opens)
-        flags, options = take(argv, ("config", "c", "run_dir", "ckpt_path", "weights", "output", "onnx"))
+        names = ("config", "c", "run_dir", "ckpt_path", "weights", "output", "onnx", "quantize")
+        flags, options = take(argv, names)
+        quantize = options["quantize"][-1] if options["quantize"] else None
+        usage.check_quantize(command, quantize, next(iter(options["onnx"]), None))
         output = Path(options["output"][-1]) if options["output"] else None
         flags = with_long_flags(
             verbatim(flags, [f"data.{part}{name}" for part in ("", "init_args.") for name in _TEXTS])
@@ -186,6 +191,7 @@ class Request:
             weights,
             begun_with,
             opens,
+            quantize,
             words,
             exported,
         )

@@ -35,6 +35,7 @@ from apps.cli.flags import asks, take
 from apps.cli.numbers import read_whole_numbers_first
 from apps.cli.page import test_page
 from apps.cli.predictions import PredictionFile, print_stream, shortened, write_stream
+from apps.cli.quantised import QuantisesExperts
 from apps.cli.request import Request
 from apps.cli.usage import check_new
 from apps.registry import class_path
@@ -46,6 +47,7 @@ from apps.train.contents import read_checkpoint
 from apps.train.logs import EventLog, MetricsCSV, profiler
 from apps.train.predicting import PredictionStream
 from apps.train.progress import progress
+from apps.train.quantising import Quantised
 from apps.train.resume import GeneratorState
 from apps.train.run_folder import RunFolder, check_free, check_own, is_unused, mark
 from apps.train.sparsified import SparsifyConfig, sparsified
@@ -88,6 +90,7 @@ class SparseCLI(LightningCLI):
         self.request = request
         self.run_dir = request.run_dir
         self.ckpt_path = request.checkpoint
+        self.quantises = None if request.quantize is None else QuantisesExperts(request.quantize)
         if request.command == "fit":  # before anything slow
             check_free(self.run_dir)
         self.subcommands = lambda: {request.command: LightningCLI.subcommands()[request.command]}  # type: ignore[method-assign]
@@ -230,6 +233,8 @@ class SparseCLI(LightningCLI):
         kwargs["default_root_dir"] = str(self.run_dir)
         callbacks = given.get("callbacks") or []
         defaults: list[Callback] = [GeneratorState()]
+        if self.quantises is not None:
+            defaults.append(self.quantises)
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             defaults.append(progress(self.request.command))
             kwargs["enable_progress_bar"] = isinstance(defaults[-1], ProgressBar)
@@ -336,7 +341,10 @@ class SparseCLI(LightningCLI):
         if is_new:
             mark(self.run_dir)
         signatures = self._signatures()
-        signed = {"signatures": signatures} if signatures else {}
+        signed: dict[str, Any] = {"signatures": signatures} if signatures else {}
+        quantised = self._quantised()
+        if quantised is not None:
+            signed["quantized"] = quantised.record()
         with replacing(path) as file:
             about = {"command": self.request.command_line, "date": moment(), **machine_facts()}
             values = {"checkpoint": str(self.ckpt_path), **metrics, **signed, "measured": about}
@@ -356,12 +364,20 @@ class SparseCLI(LightningCLI):
         monitored = getattr(self.model, "test_monitor", None)
         shown_metrics = getattr(self.model, "shown_metrics", ())
         command = self.request.command_line
-        page = test_page(metrics, monitored, shown_metrics, self.run_dir, self.ckpt_path, command, config, sections)
+        quantised = self._quantised()
+        notes = () if quantised is None else (str(quantised),)
+        page = test_page(
+            metrics, monitored, shown_metrics, self.run_dir, self.ckpt_path, command, config, sections, notes
+        )
         show_page(page)
         write_page(page, self.run_dir / FILE)
         write_index(self.run_dir.parent)
         if self.request.opens:
             open_page(self.run_dir / FILE)
+
+    def _quantised(self) -> Quantised | None:
+        """Return what ``--quantize`` has quantised; None without it."""
+        return None if self.quantises is None else self.quantises.done
 
     def _signatures(self) -> dict[str, str]:
         """Return how the model's metrics are made; see ``SparseModule.metric_signatures``."""
@@ -426,6 +442,8 @@ class SparseCLI(LightningCLI):
         if stream is not None:
             if self.ckpt_path is not None:
                 self.model.load_state_dict(read_checkpoint(self.ckpt_path)["state_dict"])
+            if self.quantises is not None:
+                self.quantises.apply(self.model)
             self.model.to(self.trainer.strategy.root_device).eval()
         return stream
 

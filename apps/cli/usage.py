@@ -14,6 +14,7 @@ from apps.cli.errors import unknown_option
 from apps.cli.flags import ASKING, SECTIONS, asks, given
 from apps.train.checkpoint_paths import NAMES, named_checkpoint
 from apps.train.checkpoint_paths import find_checkpoint as find_in_run
+from apps.train.quantising import read_form
 
 _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 _OF_COMMAND = {"validate": ("verbose",), "test": ("verbose",), "predict": ("return_predictions",)}
@@ -174,6 +175,21 @@ def check_open(command: str, opens: bool) -> None:
     """Raise a ``UsageError`` for a command that writes no page to be shown."""
     if opens and command not in ("test", "predict"):
         raise UsageError(f"open is an option of test, predict and compare, not of {command}")
+
+
+def check_quantize(command: str, how: str | None, onnx: str | None) -> None:
+    """Raise a ``UsageError`` for ``--quantize`` of a command that does not take it, with another word, or of a file
+    that is exported already."""
+    if how is None:
+        return
+    if onnx is not None:
+        raise UsageError(f"quantize={how} is for a checkpoint, and onnx={onnx} is exported: give it to moesaic export")
+    if command not in ("test", "predict"):
+        raise UsageError(f"quantize is an option of test and predict, not of {command}")
+    try:
+        read_form(how)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def check_new(path: Path, overwrite: bool) -> None:

@@ -94,7 +94,7 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
         for hook in hooks:
             hook.remove()
     return Cost(
-        num_params=sum(p.numel() for p in module.parameters()),
+        num_params=core.num_params(module),
         active_params=core.active_params(module),
         flops_per_example=total / examples,
         replaced_flops_per_example=inside / examples if replaced else None,

@@ -227,7 +227,7 @@ class TokenMixing(core.MoELayer):
         )
 
     def active_expert_params(self) -> int:
-        return sum(p.numel() for p in self.experts.parameters())
+        return self.all_expert_params()
 
 
 def dense_gates(routing: core.Routing, num_experts: int) -> Tensor:
