@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 import torch
 
+import core
 from apps.train.exporting import Graph
 
+from .contrib import replaced
 from .operators import computes_all
 from .programs import capture
 from .standard import expand, translations
@@ -58,7 +60,15 @@ def to_onnx(
             or as in ``capture``.
     """
     _check_installed()
-    program = capture(graph)
+    written = Written(path, "standard" if form == "fastest" else form, _computes(graph))
+    if written.form == "contrib":
+        with replaced(graph.network) as misfits:
+            if len(misfits) == len(core.moe_layers(graph.network)):
+                reasons = "; ".join(f"layer {name!r}: {reason}" for name, reason in misfits.items())
+                raise ValueError(f"form contrib fits no layer of graph {graph.name!r}: {reasons or 'it has none'}")
+            program = capture(graph)
+    else:
+        program = capture(graph)
     try:
         exported = torch.onnx.export(
             program,
@@ -75,13 +85,16 @@ def to_onnx(
     model = exported.model
     expand(model)
     _name_axes(model, graph)
-    written = Written(path, "standard", "all" if computes_all(graph.network) else "chosen")
     model.producer_name, model.graph.name = "moesaic", graph.name
     model.metadata_props.update(metadata or {})
     model.metadata_props.update({"moesaic.form": written.form, "moesaic.computes": written.computes})
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     exported.save(str(path), external_data=size >= LARGEST)
     return written
+
+
+def _computes(graph: Graph) -> str:
+    return "all" if computes_all(graph.network) else "chosen"
 
 
 def _check_installed() -> None:

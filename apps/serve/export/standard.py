@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,14 @@ def translations() -> dict[Any, Callable[..., Any]]:
         passed = op.GreaterOrEqual(values, boundaries) if right else op.Greater(values, boundaries)
         return op.ReduceSum(op.Cast(passed, to=6 if out_int32 else 7), last, keepdims=False)
 
+    def floordiv(self: Any, other: Any) -> Any:
+        # ONNX divides whole numbers towards zero, which is too high for a quotient below it.
+        quotient = op.Div(self, other)
+        rest = op.Sub(self, op.Mul(quotient, other))
+        zero = op.CastLike(op.Constant(value_int=0), rest)
+        is_high = op.And(op.Not(op.Equal(rest, zero)), op.Xor(op.Less(rest, zero), op.Less(other, zero)))
+        return op.Sub(quotient, op.CastLike(is_high, quotient))
+
     def sort(self: Any, dim: int = -1, descending: bool = False, stable: bool = True) -> Any:
         # TopK takes the lower place of equal values first, which is what stable means.
         axis = op.Constant(value_ints=[dim])
@@ -49,13 +58,14 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def index_copy(self: Any, dim: int, index: Any, source: Any) -> Any:
         return op.ScatterND(self, rows("index_copy", dim, index), source)
 
-    def rows(operator: str, dim: int, index: Any) -> Any:
+    def rows(name: str, dim: int, index: Any) -> Any:
         if dim != 0:
-            raise NotImplementedError(f"{operator} has an ONNX form along axis 0 alone, not {dim}")
+            raise NotImplementedError(f"{name} has an ONNX form along axis 0 alone, not {dim}")
         return op.Unsqueeze(index, op.Constant(value_ints=[-1]))
 
     return {
         torch.ops.moesaic.grouped_mm.default: by_expert,
+        operator.floordiv: floordiv,
         torch.ops.aten.bucketize.Tensor: bucketize,
         torch.ops.aten.sort.stable: sort,
         torch.ops.aten.index_add.default: index_add,
