@@ -52,6 +52,9 @@ EXHIBITS = {
 
 EXPORTS = {
     "VisionClassifier": "apps.vision.export",
+    "Translator": "apps.nlp.translation.export",
+    "LanguageModeler": "apps.nlp.language.export",
+    "ImageCaptioner": "apps.multimodal.captions.export",
 }
 """The module of ``export``, ``attach`` and ``encoding_state`` of each LightningModule; see ``apps.train.exporting``."""
 

@@ -212,20 +212,20 @@ class ExportedModel:
     @property
     def checkpoint(self) -> dict[str, Any]:
         """What a checkpoint of the model has beside its weights: class, arguments and encoding."""
-        module = exporter(self.kind)
+        encoding = exporter(self.kind).encoding_state(self)
         return {
             "module_class": self.description.module,
             "hyper_parameters": dict(self.description.arguments),
-            "encoding": module.encoding_state(self),
+            **({} if encoding is None else {"encoding": encoding}),
             "state_dict": {},
         }
 
     def attach(self, model: SparseModule) -> None:
         """Let ``model``, made on the meta device, run the graphs in place of its weights, in evaluation mode."""
         checkpoint = self.checkpoint
-        exporter(self.kind).attach(model, self.graphs)
-        # What is left, such as weights of losses, is not read; ``to`` tells Lightning where the module is.
+        # What ``attach`` leaves, such as weights of losses, is not read; ``to`` tells Lightning where the module is.
         model.to_empty(device="cpu").to("cpu")
+        exporter(self.kind).attach(model, self.graphs)
         model.starts_afresh = False
         model.adopt_encoding(checkpoint)
         model.eval()
