@@ -87,6 +87,7 @@ from .layers import (
     set_capacity_factor,
     update_expert_bias,
 )
+from .offload import OffloadedExperts, OffloadStatistics, offload_experts
 from .optim import RowAdam
 from .registry import is_registered, register_config, registered_config
 from .routing.adaptive import DynamicThreshold, NullExperts, Threshold, TokenRounding
@@ -173,6 +174,8 @@ __all__ = [
     "NeuronMoE",
     "NullExperts",
     "OMoE",
+    "OffloadStatistics",
+    "OffloadedExperts",
     "OneExpert",
     "PEER",
     "PLE",
@@ -238,6 +241,7 @@ __all__ = [
     "mix_models",
     "moe_layers",
     "num_params",
+    "offload_experts",
     "prune_experts",
     "quantize_experts",
     "record",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,19 @@ from .matrices import QuantizedMatrices
 HIDDEN = "hidden"
 """Name of the axis of a mesh along which the hidden units of each expert are divided."""
 Way = Literal["rows", "dense", "each", "merged", "queries", "outputs"]
+
+
+class ExpertCache(Protocol):
+    """What stands between experts and their parameters where these are kept elsewhere, as on a disk."""
+
+    def compute(self, experts: Experts, x: Any, way: Way, args: tuple[Any, ...]) -> Any:
+        """Compute as ``Experts.forward`` does."""
+
+    def check(self, experts: Experts) -> None:
+        """Raise a ``ValueError`` where the parameters are not those that were stored."""
+
+    def apply(self, experts: Experts, fn: Callable[[Tensor], Tensor]) -> None:
+        """Do what ``nn.Module._apply`` would do to the parameters."""
 
 
 class Experts(nn.Module):
@@ -40,10 +53,13 @@ class Experts(nn.Module):
     Attributes:
         num_experts: E, of all ranks.
         backend: kernels that compute; a layer sets it (``MoELayer.backend``).
+        cache: computes in place of the experts, where their parameters are kept elsewhere (``core.offload_experts``);
+            None: they compute by themselves. A copy or pickle of the experts has none.
     """
 
     num_experts: int
     backend: str = "auto"
+    cache: ExpertCache | None = None
     takes_index: ClassVar[bool] = False
     """``compute_rows`` reads the token of each row by ``row_index_R``; others are given rows that are copies."""
     reads_context: ClassVar[bool] = False
@@ -67,10 +83,11 @@ class Experts(nn.Module):
         """
         of_rows, local = isinstance(x, Rows), self.num_local_experts
         tokens = x.x if of_rows else x
-        for tensors in (self._parameters, self._buffers):
-            check_devices(tokens, type(self).__name__, tensors)
-        for name, matrices in self._quantized().items():
-            check_devices(tokens, f"{type(self).__name__}.{name}", matrices._buffers)
+        if self.cache is None:
+            for tensors in (self._parameters, self._buffers):
+                check_devices(tokens, type(self).__name__, tensors)
+            for name, matrices in self._quantized().items():
+                check_devices(tokens, f"{type(self).__name__}.{name}", matrices._buffers)
         if of_rows and x.offsets_E.shape[0] != local:
             raise ValueError(f"rows are sorted by {x.offsets_E.shape[0]} experts, and {local} are here")
         if not of_rows and local != self.num_experts:
@@ -79,6 +96,8 @@ class Experts(nn.Module):
             raise ValueError(
                 f"{type(self).__name__} reads the context of each token, which this layer does not hand on"
             )
+        if self.cache is not None:
+            return self.cache.compute(self, x, way, args)
         if of_rows and not self.takes_index:
             x = x.materialized()
         compute = getattr(self, f"compute_{way}")
@@ -89,6 +108,28 @@ class Experts(nn.Module):
         if not isinstance(y, Rows):
             return _Refusal.apply(y, tokens, *(a for a in args if isinstance(a, Tensor)))
         return replace(y, x=_Refusal.apply(y.x, tokens, x.gates_R))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        if self.cache is None:
+            super()._apply(fn, recurse)
+            return self
+        self.cache.apply(self, fn)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.cache is not None:
+            self.cache.check(self)
+        return {**self.__dict__, "cache": None}
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        if self.cache is not None:
+            self.cache.check(self)
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self.cache is not None:
+            raise ValueError("offloaded experts take no other weights: load them before core.offload_experts")
+        super()._load_from_state_dict(*args)
 
     def compute_rows(self, rows: Rows) -> Rows:
         """Return the rows computed.

@@ -1,0 +1,186 @@
+"""``offload_experts``: the experts of a model leave the device, and come back through a few slots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..contract.checks import one_of
+from ..experts import Experts
+from ..experts.mixed import MixedExperts
+from ..layers import MoELayer, NeuronMoE, SoftMoE, moe_layers
+from ..routing.gates import LinearGate
+from .offloaded import Offloaded, OffloadedExperts, stacked
+from .prediction import Forecast, Scores
+from .slots import POLICIES, SlotPool
+from .stores import ExpertFile, FileStore, HostStore, Store
+
+GLANCED = 64
+"""Tokens of a call, at most, that a prediction looks at."""
+
+
+def offload_experts(
+    model: nn.Module,
+    budget_bytes: int,
+    path: str | Path | None = None,
+    policy: Literal["lfru", "lru"] = "lfru",
+    prefetch: bool = True,
+    device: torch.device | str | None = None,
+) -> OffloadedExperts:
+    """Keep the routed experts of a trained model off the device, in place, and fetch those that a call needs.
+
+    Experts of equal shapes share a pool of slots, whatever their layers. Which expert gives way is the ``policy``'s
+    choice, and while a layer computes the experts of the next one are predicted and fetched by a thread, on a stream of
+    its own on CUDA. The output is that of the resident model; see ``OffloadedExperts``.
+
+    The state dict stays complete, and a copy or pickle of the model is one with all experts in memory. ``model.to`` of
+    another device moves the slots. Experts of layers in which every token takes all of them (dense gates, merged
+    experts) stay as they are, and so do shared experts.
+
+    Args:
+        model: any module with MoE layers, in evaluation.
+        budget_bytes: bytes of the slots: that much of the experts is on the device.
+        path: a file of safetensors, written anew, that keeps the experts; it has to stay as it is as long as the model
+            is used. None: host memory, pinned where the device is a GPU.
+        policy: "lfru": the expert of the fewest uses gives way, where a use counts less the longer it is ago; "lru":
+            the one whose last use is longest ago.
+        prefetch: whether experts are fetched ahead.
+        device: where the slots are; None: where the experts are.
+
+    Returns:
+        What counts hits, misses and bytes. The model keeps it.
+
+    Raises:
+        ValueError: there are no experts to offload, they are offloaded already or split over ranks, or the budget is
+            below one expert of each shape.
+        OSError: the file cannot be written.
+
+    Example::
+
+        model = apps.load("runs/translation").eval()
+        offloaded = core.offload_experts(model, budget_bytes=64 * 2**20, path="/tmp/experts.safetensors")
+        model.predict(["Guten Morgen"])
+        offloaded.statistics.hit_rate
+    """
+    one_of("policy", policy, POLICIES)
+    if type(budget_bytes) is not int:
+        raise ValueError(f"budget_bytes={budget_bytes!r} is not a whole number of bytes")
+    places, left = _places(model)
+    for name, (experts, _) in places.items():
+        if experts.cache is not None:
+            raise ValueError(f"the experts {name} are offloaded already")
+        if any(hasattr(t, "to_local") for t in (*experts.parameters(), *experts.buffers())):
+            raise ValueError(f"the experts {name} are split over ranks: each rank holds few of them as it is")
+    tensors = {name: stacked(experts) for name, (experts, _) in places.items()}
+    if not places:
+        raise ValueError(f"a {type(model).__name__} has no routed experts to offload")
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, own in tensors.items():
+        shape = tuple((key, t.shape[1:], t.dtype) for key, t in sorted(own.items()))
+        groups.setdefault(shape, []).append(name)
+    counts = _slots(groups, tensors, budget_bytes)
+    first = next(iter(next(iter(tensors.values())).values()))
+    on = first.device if device is None else torch.empty(0, device=device).device
+    stores = _stores(tensors, None if path is None else Path(path), pinned=on.type == "cuda")
+    members = []
+    for name, (experts, gate) in places.items():
+        for key, t in stores[name].tensors.items():
+            _replace(experts, key, t)
+        members.append(Offloaded(name, experts, stores[name], gate))
+    numbers = {member.name: i for i, member in enumerate(members)}
+    pools = []
+    for names, count in zip(groups.values(), counts, strict=True):
+        shapes = {key: (t.shape[1:], t.dtype) for key, t in stores[names[0]].tensors.items()}
+        pools.append(SlotPool(shapes, count, on, policy, {numbers[name]: stores[name] for name in names}))
+        for name in names:
+            members[numbers[name]].join(pools[-1])
+    sizes = [member.experts.num_experts for member in members]
+    is_foreseen = prefetch and not any(isinstance(layer, NeuronMoE) for layer in moe_layers(model).values())
+    forecast = Forecast(sizes, [member.gate for member in members]) if is_foreseen else None
+    return OffloadedExperts(members, pools, forecast, left)
+
+
+def offloadable_bytes(model: nn.Module) -> int:
+    """Return the bytes of the experts that ``offload_experts`` would offload; 0 where there are none."""
+    return sum(t.nbytes for experts, _ in _places(model)[0].values() for t in stacked(experts).values())
+
+
+def _places(model: nn.Module) -> tuple[dict[str, tuple[Experts, Scores | None]], list[str]]:
+    """Return the modules of experts to be offloaded with their gates, by name, and the names of those that stay."""
+    places: dict[str, tuple[Experts, Scores | None]] = {}
+    left, known = [], set()
+    for path, layer in moe_layers(model).items():
+        name = f"{path}.experts".lstrip(".")
+        if not (layer.splits_experts or isinstance(layer, (NeuronMoE, SoftMoE))):
+            left.append(name)
+            continue
+        if id(layer.experts) in known:
+            continue  # layers may share their experts
+        known.add(id(layer.experts))
+        first = 0
+        parts = layer.experts.parts if isinstance(layer.experts, MixedExperts) else [layer.experts]
+        for i, part in enumerate(parts):
+            assert isinstance(part, Experts)
+            if stacked(part):
+                whole = part is layer.experts
+                places[name if whole else f"{name}.parts.{i}"] = part, _scores(layer, first, part.num_experts)
+            first += part.num_experts
+    return places, left
+
+
+def _scores(layer: MoELayer, first: int, count: int) -> Scores | None:
+    """Return the scores of ``count`` experts from ``first`` on by the layer's linear gate; None where it has none."""
+    gate = getattr(layer.router, "gate", None)
+    if not isinstance(gate, LinearGate) or gate.weight.shape[0] < first + count:
+        return None
+
+    def scores(x_TD: Tensor) -> Tensor | None:
+        if x_TD.shape[1] != gate.weight.shape[1]:
+            return None
+        some_TD = x_TD[:: -(-x_TD.shape[0] // GLANCED) or 1]
+        logits_TE = gate(some_TD.to(gate.weight.dtype))
+        return logits_TE.softmax(-1).nan_to_num(0.0).sum(0)[first : first + count]
+
+    return scores
+
+
+def _slots(
+    groups: Mapping[tuple[object, ...], list[str]], tensors: Mapping[str, Mapping[str, Tensor]], budget: int
+) -> list[int]:
+    """Return the number of slots of each group of modules of equal shapes, in proportion to the bytes of its experts.
+
+    Raises:
+        ValueError: the budget is below one expert of each.
+    """
+    totals = [sum(t.nbytes for name in names for t in tensors[name].values()) for names in groups.values()]
+    experts = [sum(len(next(iter(tensors[name].values()))) for name in names) for names in groups.values()]
+    sizes = [total // count for total, count in zip(totals, experts, strict=True)]
+    if budget < sum(sizes):
+        what = "one expert" if len(sizes) == 1 else f"one expert of each of {len(sizes)} shapes"
+        raise ValueError(f"budget_bytes={budget} is below the {sum(sizes)} bytes of {what}")
+    spare = budget - sum(sizes)  # one slot each, and the rest by their sizes
+    return [
+        min(count, 1 + int(spare * total / sum(totals)) // size)
+        for count, total, size in zip(experts, totals, sizes, strict=True)
+    ]
+
+
+def _stores(tensors: Mapping[str, Mapping[str, Tensor]], path: Path | None, pinned: bool) -> dict[str, Store]:
+    if path is None:
+        return {name: HostStore(own, pinned) for name, own in tensors.items()}
+    file = ExpertFile(path, {f"{name}.{key}": t for name, own in tensors.items() for key, t in own.items()})
+    return {name: FileStore(file, f"{name}.", [*own]) for name, own in tensors.items()}
+
+
+def _replace(experts: Experts, name: str, t: Tensor) -> None:
+    """Put a tensor in the place of a stacked one, without a gradient."""
+    path, _, last = name.rpartition(".")
+    module = experts.get_submodule(path)
+    if last in module._parameters:
+        module._parameters[last] = nn.Parameter(t, requires_grad=False)
+    else:
+        module._buffers[last] = t

@@ -1,0 +1,424 @@
+"""Offloaded experts: the same output from a few slots, what is counted, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import core
+from core import (
+    FFN,
+    GEGLU,
+    IA3,
+    MLP,
+    PEER,
+    AttentionExperts,
+    ClampedSwiGLU,
+    Constant,
+    Convolution,
+    Copy,
+    ExpertConfig,
+    GeneralFFN,
+    LoRA,
+    Mixed,
+    MoEConfig,
+    ProductKeys,
+    SoftSlots,
+    SwiGLU,
+    TokenChoice,
+    Zero,
+)
+from core.offload.models import offloadable_bytes
+from core.offload.slots import SlotPool
+from core.offload.statistics import OffloadStatistics
+from core.offload.stores import HostStore
+
+E, D, F = 8, 64, 64
+"""Widths that are multiples of 64: torch computes the end of a tensor by other instructions, with other roundings, and
+with other widths a row's place decides whether it has a part of that end."""
+
+EXACT: dict[str, ExpertConfig] = {
+    "FFN": FFN(F),
+    "FFN with bias": FFN(F, "relu", bias=True),
+    "SwiGLU": SwiGLU(F),
+    "GEGLU with bias": GEGLU(F, bias=True),
+    "clamped": ClampedSwiGLU(F, bias=True, limit=1.0, alpha=1.702, shift=1.0),
+    "general": GeneralFFN(F, "quick_gelu", gated=True, bias_gate=True, bias_out=False, dropout=0.2),
+    "MLP, layer norm": MLP((F,), norm="layer"),
+    "MLP, batch norm": MLP((F, F), norm="batch"),
+    "LoRA": LoRA(4),
+    "constant": Constant(mix=True),
+    "convolution": Convolution(64, columns=2, bias=True),
+    "attention": AttentionExperts(16, 2),
+    "mixed": Mixed((FFN(F), Zero(), SwiGLU(32), Copy()), (4, 1, 2, 1)),
+}
+ROUNDED: dict[str, ExpertConfig] = {
+    "LoRA, scaled": LoRA(4, alpha=6.0),
+    "IA3": IA3(),
+    "PEER": PEER(),
+    "mixed, low rank": Mixed((LoRA(2, alpha=3.0), IA3()), (4, 4)),
+}
+"""Kinds that sum gates before they compute: their rows by themselves round differently."""
+
+
+def layer_of(expert: ExpertConfig | None = None, top_k: int = 3, seed: int = 0, **options: object) -> core.MoELayer:
+    torch.manual_seed(seed)
+    layer = MoEConfig(E, TokenChoice(top_k), expert or FFN(F), **options).build(D).eval()  # type: ignore[arg-type]
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        nn.init.uniform_(tensor, 0.1, 1.0) if tensor.ndim < 3 else nn.init.normal_(tensor, std=D**-0.5)
+    return layer.requires_grad_(False)
+
+
+def one_expert(layer: nn.Module) -> int:
+    return offloadable_bytes(layer) // E
+
+
+def passes(layer: nn.Module, count: int = 3) -> list[Tensor]:
+    """Return the outputs for tokens of which each pass has others, so that slots change hands."""
+    torch.manual_seed(1)
+    return [layer(torch.randn(2, 4, D)) for _ in range(count)]
+
+
+# ---- the same output
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize("name", [*EXACT, *ROUNDED])
+def test_the_output_is_that_of_resident_experts(name: str, in_file: bool, tmp_path: Path):
+    layer = layer_of({**EXACT, **ROUNDED}[name])
+    expected = passes(layer)
+    # Mixed kinds have a pool a shape, and half of the bytes is enough for a slot of each.
+    path = tmp_path / "experts.safetensors" if in_file else None
+    offloaded = core.offload_experts(layer, offloadable_bytes(layer) // 2, path)
+    assert 0 < offloaded.num_slots < offloaded.num_experts
+    for y, wanted in zip(passes(layer), expected, strict=True):
+        if name in EXACT:
+            assert torch.equal(y, wanted)
+        torch.testing.assert_close(y, wanted, rtol=2e-6, atol=2e-6)
+    assert offloaded.statistics.misses > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("backend", ["cpu", "eager", "grouped"])
+def test_one_slot_is_enough_on_every_backend_and_in_every_dtype(backend: str, dtype: torch.dtype):
+    layer = layer_of(SwiGLU(F)).to(dtype)
+    layer.backend = backend
+    x = torch.randn(2, 4, D, dtype=dtype)
+    expected = layer(x)
+    offloaded = core.offload_experts(layer, one_expert(layer))
+    assert offloaded.num_slots == 1
+    if backend == "grouped":  # it sums in another order
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)
+    else:
+        assert torch.equal(layer(x), expected)
+
+
+def test_experts_that_need_no_more_than_the_slots_are_computed_at_once():
+    layer = layer_of()
+    x = torch.randn(1, 1, D)
+    expected = layer(x)
+    offloaded = core.offload_experts(layer, 3 * one_expert(layer))
+    assert torch.equal(layer(x), expected)
+    assert (offloaded.statistics.hits, offloaded.statistics.misses) == (0, 3)
+    assert torch.equal(layer(x), expected)
+    assert (offloaded.statistics.hits, offloaded.statistics.misses) == (3, 3)
+
+
+def test_padding_and_a_batch_of_nothing_but_padding():
+    layer = layer_of()
+    x, valid_BS = torch.randn(2, 4, D), torch.tensor([[True, True, False, False], [False] * 4])
+    x[~valid_BS] = float("nan")
+    contexts = [core.RoutingContext(valid_BS), core.RoutingContext(torch.zeros_like(valid_BS))]
+    expected = [layer(x, context) for context in contexts]
+    core.offload_experts(layer, 2 * one_expert(layer))
+    for context, wanted in zip(contexts, expected, strict=True):
+        assert torch.equal(layer(x, context), wanted)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MoEConfig(E, SoftSlots(slots_per_expert=2), FFN(F)),
+        MoEConfig(E, core.ExpertChoice(capacity_factor=2.0), FFN(F), num_shared_experts=1),
+        MoEConfig(E, TokenChoice(2, gates_on="input"), FFN(F)),
+        MoEConfig(E, core.Hash(100), FFN(F)),
+        MoEConfig(16, ProductKeys(top_k=2, heads=2), PEER()),
+        core.MMoE(),
+    ],
+    ids=["soft slots", "expert choice", "gates on the input", "hash", "product keys", "multi-gate"],
+)
+def test_other_routers(config: object):
+    torch.manual_seed(0)
+    if isinstance(config, core.MMoE):
+        with pytest.raises(ValueError, match="no routed experts to offload"):
+            core.offload_experts(config.build(D, 2), 1 << 20)
+        return
+    layer = config.build(D).eval().requires_grad_(False)  # type: ignore[attr-defined]
+    x = torch.randn(2, 4, D)
+    ids = core.RoutingContext(token_ids_BS=torch.arange(8).view(2, 4))
+    expected = layer(x, ids)
+    core.offload_experts(layer, offloadable_bytes(layer) // 2)
+    torch.testing.assert_close(layer(x, ids), expected, rtol=1e-6, atol=1e-6)
+
+
+def two_layers() -> nn.Sequential:
+    return nn.Sequential(layer_of(top_k=1), nn.Tanh(), layer_of(top_k=1, seed=5))
+
+
+def test_layers_of_equal_shapes_share_a_pool_and_every_layer_its_part():
+    model = two_layers()
+    x = torch.randn(1, 4, D)
+    expected = model(x)
+    offloaded = core.offload_experts(model, 5 * one_expert(model[0]), prefetch=False)
+    assert torch.equal(model(x), expected)
+    assert (offloaded.num_slots, offloaded.num_experts) == (5, 16)
+    assert offloaded.slot_bytes == 5 * one_expert(model[0])
+    assert [*offloaded.by_module()] == ["0.experts", "2.experts"]
+    total = offloaded.statistics
+    assert total.needed == sum(part.needed for part in offloaded.by_module().values())
+    assert total.bytes_moved == total.misses * one_expert(model[0])
+
+
+def test_layers_that_take_all_experts_stay_as_they_are():
+    model = nn.Sequential(MoEConfig(4, core.Merge(), FFN(F)).build(D), layer_of()).eval().requires_grad_(False)
+    offloaded = core.offload_experts(model, one_expert(model[1]))
+    assert offloaded.left == ["0.experts"]
+    assert [*offloaded.by_module()] == ["1.experts"]
+
+
+def test_calls_from_several_threads():
+    layer = layer_of()
+    inputs = [torch.randn(1, 4, D) for _ in range(8)]
+    expected = [layer(x) for x in inputs]
+    core.offload_experts(layer, 2 * one_expert(layer))
+    same: list[bool] = []
+
+    def run(i: int) -> None:
+        same.append(all(torch.equal(layer(inputs[i]), expected[i]) for _ in range(5)))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same == [True] * 8
+
+
+# ---- which experts are there
+
+
+def pool_of(policy: str, slots: int, num_experts: int = 4) -> tuple[SlotPool, OffloadStatistics]:
+    store = HostStore({"w": torch.arange(1.0, num_experts + 1)[:, None]}, pinned=False)
+    shapes = {"w": (torch.Size([1]), torch.float32)}
+    return SlotPool(shapes, slots, torch.device("cpu"), policy, {0: store}), OffloadStatistics()
+
+
+def test_a_slot_holds_the_expert_that_was_asked_for():
+    pool, counted = pool_of("lru", 2)
+    for numbers in ([0, 1], [2], [3, 0], [1]):
+        slots = pool.require(0, numbers, counted)
+        assert [pool.tensors["w"][slot].item() for slot in slots] == [number + 1 for number in numbers]
+
+
+def test_lru_gives_up_the_expert_that_was_used_longest_ago():
+    pool, counted = pool_of("lru", 2)
+    for number in (0, 0, 0, 1, 2):  # 2 takes the slot of 0
+        pool.require(0, [number], counted)
+    assert {expert.number for expert in pool.resident} == {1, 2}
+
+
+def test_lfru_gives_up_the_expert_of_the_fewest_uses():
+    pool, counted = pool_of("lfru", 2)
+    for number in (0, 0, 0, 1, 2):  # 2 takes the slot of 1
+        pool.require(0, [number], counted)
+    assert {expert.number for expert in pool.resident} == {0, 2}
+    assert (counted.hits, counted.misses, counted.bytes_moved) == (2, 3, 3 * 4)
+
+
+def test_uses_fade():
+    pool, counted = pool_of("lfru", 2)
+    for number in (0, 0, *[1] * 40, 2):  # two uses 40 calls ago are worth less than one of now
+        pool.require(0, [number], counted)
+    assert {expert.number for expert in pool.resident} == {1, 2}
+    # With half a use left after 16 calls: 2 uses at the calls 1 and 2 are 2^(-40/16) + 2^(-41/16) at call 42.
+    pool, counted = pool_of("lfru", 2)
+    for number in (0, 0, *[1] * 40):
+        pool.require(0, [number], counted)
+    (value, _) = pool._value(next(expert for expert in pool.resident if expert.number == 0))
+    assert value == pytest.approx(2 ** (-40 / 16) + 2 ** (-41 / 16))
+
+
+def alternating(prefetch: bool) -> OffloadStatistics:
+    """Return what is counted where two layers take turns, each with an expert that depends on the token, in 4 slots."""
+    model = two_layers()
+    offloaded = core.offload_experts(model, 4 * one_expert(model[0]), prefetch=prefetch)
+    torch.manual_seed(3)
+    tokens = torch.randn(6, 1, 1, D)
+    for i in torch.randint(6, (60,)).tolist():
+        model(tokens[i])
+        offloaded._worker.submit(int).result()  # the prefetches before it are done
+    return offloaded.statistics
+
+
+def test_prefetching_raises_the_hit_rate():
+    without, ahead = alternating(False), alternating(True)
+    assert without.needed == ahead.needed == 120
+    assert without.prefetched == without.unused == without.late == 0
+    assert ahead.prefetched > 0
+    assert ahead.hit_rate > without.hit_rate + 0.1
+    size = 2 * D * F * 4
+    assert without.bytes_moved == without.misses * size
+    assert ahead.bytes_moved == (ahead.misses - ahead.late + ahead.prefetched) * size
+
+
+# ---- the model as a whole
+
+
+def test_the_state_dict_is_complete_and_loads_elsewhere(tmp_path: Path):
+    layer = layer_of(FFN(F, bias=True))
+    expected = {name: value.clone() for name, value in layer.state_dict().items()}
+    core.offload_experts(layer, one_expert(layer), tmp_path / "experts.safetensors")
+    state = layer.state_dict()
+    assert [*state] == [*expected]
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert core.active_params(layer) == core.active_params(layer_of(FFN(F, bias=True)))
+    with pytest.raises(ValueError, match="take no other weights"):
+        layer.load_state_dict(state)
+
+
+def test_a_copy_and_a_pickle_have_all_experts_in_memory(tmp_path: Path):
+    layer = layer_of()
+    expected = passes(layer)
+    offloaded = core.offload_experts(layer, one_expert(layer), tmp_path / "experts.safetensors")
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert all(torch.equal(y, wanted) for y, wanted in zip(passes(other), expected, strict=True))
+    assert offloaded.statistics.needed == 0
+
+
+def test_the_slots_follow_the_model_and_the_dtype_stays():
+    layer = layer_of()
+    core.offload_experts(layer, one_expert(layer))
+    x = torch.randn(1, 2, D)
+    expected = layer(x)
+    assert torch.equal(layer.to("cpu")(x), expected)
+    with pytest.raises(ValueError, match=r"stay torch.float32: convert the model before"):
+        layer.half()
+
+
+def test_a_file_that_other_programs_read(tmp_path: Path):
+    layer = layer_of(FFN(F, bias=True))
+    weights = {name: t.clone() for name, t in layer.experts.named_parameters()}
+    path = tmp_path / "experts.safetensors"
+    core.offload_experts(layer, one_expert(layer), path)
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    assert {name: entry["shape"] for name, entry in header.items()} == {
+        f"experts.{name}": [*t.shape] for name, t in weights.items()
+    }
+    begin, end = header["experts.b_in"]["data_offsets"]
+    values = torch.frombuffer(bytearray(data[8 + length + begin : 8 + length + end]), dtype=torch.float32)
+    assert torch.equal(values.view(E, F), weights["b_in"])
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+# ---- bad input
+
+
+def test_a_budget_below_one_expert():
+    layer = layer_of()
+    with pytest.raises(ValueError, match=r"budget_bytes=32767 is below the 32768 bytes of one expert$"):
+        core.offload_experts(layer, 2 * D * F * 4 - 1)
+    mixed = layer_of(Mixed((FFN(F), SwiGLU(F)), (4, 4)))
+    with pytest.raises(ValueError, match="budget_bytes=81919 is below the 81920 bytes of one expert of each of 2"):
+        core.offload_experts(mixed, (2 + 3) * D * F * 4 - 1)
+
+
+def test_what_cannot_be_offloaded():
+    layer = layer_of()
+    with pytest.raises(ValueError, match="a Linear has no routed experts to offload"):
+        core.offload_experts(nn.Linear(2, 2), 1)
+    with pytest.raises(ValueError, match="policy='fifo' is not one of"):
+        core.offload_experts(layer, 1 << 20, policy="fifo")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"budget_bytes=0\.5 is not a whole number"):
+        core.offload_experts(layer, 0.5)  # type: ignore[arg-type]
+    core.offload_experts(layer, 1 << 20)
+    with pytest.raises(ValueError, match="the experts experts are offloaded already"):
+        core.offload_experts(layer, 1 << 20)
+
+
+def test_training_is_refused():
+    layer = layer_of()
+    core.offload_experts(layer, one_expert(layer))
+    x = torch.randn(1, 2, D)
+    with pytest.raises(ValueError, match="do not train"):
+        layer.train()(x)
+    with pytest.raises(ValueError, match="have no gradients"):
+        layer.eval()(x.requires_grad_())
+
+
+def test_a_token_that_picks_more_than_the_slots():
+    layer = MoEConfig(16, ProductKeys(top_k=2, heads=2), PEER()).build(D).eval().requires_grad_(False)
+    core.offload_experts(layer, offloadable_bytes(layer) // 16)
+    with pytest.raises(ValueError, match=r"a token picks \d experts, and the budget holds 1"):
+        layer(torch.randn(1, 2, D))
+
+
+def in_file(tmp_path: Path) -> tuple[core.MoELayer, Tensor, Path]:
+    layer, path = layer_of(), tmp_path / "experts.safetensors"
+    core.offload_experts(layer, one_expert(layer), path, prefetch=False)
+    x = torch.randn(1, 8, D)
+    layer(x)
+    return layer, x, path
+
+
+def test_a_file_that_is_cut_under_the_cache(tmp_path: Path):
+    layer, x, path = in_file(tmp_path)
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(size - 4)
+    for use in (lambda: layer(x), layer.state_dict, lambda: copy.deepcopy(layer)):
+        with pytest.raises(ValueError, match=f"has {size - 4} bytes and had {size}: it was cut under the cache"):
+            use()
+
+
+def test_a_file_that_is_changed_under_the_cache(tmp_path: Path):
+    layer, x, path = in_file(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 0x80  # the sign of the last number of the last expert
+    with open(path, "r+b") as file:
+        file.write(data)
+    wanted = r"was changed under the cache: expert 7 of experts\.w_out is not what was written there"
+    with pytest.raises(ValueError, match=wanted):
+        [layer(x) for _ in range(2)]
+    with pytest.raises(ValueError, match=wanted):
+        layer.state_dict()
+
+
+def test_a_file_that_is_touched_or_replaced_is_still_read(tmp_path: Path):
+    layer, x, path = in_file(tmp_path)
+    expected = layer(x)
+    path.touch()
+    assert torch.equal(layer(x), expected)
+    path.unlink()
+    path.write_bytes(b"another")
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path):
+    layer = layer_of()
+    with pytest.raises(FileNotFoundError):
+        core.offload_experts(layer, one_expert(layer), tmp_path / "none" / "experts.safetensors")
+    assert layer.experts.cache is None
