@@ -118,7 +118,6 @@ class OffloadedExperts:
 
     # ---- what ``Experts`` asks
 
-    @torch.compiler.disable
     def compute(self, experts: Experts, x: Any, way: str, args: tuple[Any, ...]) -> Any:
         """Compute as the experts would; see ``Experts.forward``.
 

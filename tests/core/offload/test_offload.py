@@ -116,7 +116,7 @@ def test_one_slot_is_enough_on_every_backend_and_in_every_dtype(backend: str, dt
     offloaded = core.offload_experts(layer, one_expert(layer))
     assert offloaded.num_slots == 1
     if backend == "grouped":  # it sums in another order
-        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=4e-3 if dtype == torch.bfloat16 else 1e-6)
     else:
         assert torch.equal(layer(x), expected)
 
