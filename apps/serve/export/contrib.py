@@ -7,8 +7,6 @@ their sum, by which the output is multiplied. What it does not weight it does no
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,21 +120,9 @@ def _curve(experts: FFNExperts | ClampedSwiGLUExperts) -> dict[str, float]:
     return curve if experts.limit is None else {**curve, "swiglu_limit": float(experts.limit)}
 
 
-@contextlib.contextmanager
-def replaced(network: nn.Module) -> Iterator[Mapping[str, str]]:
-    """Let the layers that fit be onnxruntime's operator inside the ``with`` block, in a network that is exported.
-
-    Yields:
-        why each of the other layers does not fit, by its name.
-    """
-    layers = core.moe_layers(network)
-    reasons = {name: reason for name, layer in layers.items() if (reason := misfit(layer)) is not None}
-    before = [(layers[name], layers[name].experts, layers[name].dispatcher) for name in layers if name not in reasons]
-    try:
-        for layer, experts, _ in before:
-            layer.experts = _Operator(experts)  # type: ignore[assignment, arg-type]
-            layer.dispatcher = _Gates(experts.num_experts)
-        yield reasons
-    finally:
-        for layer, experts, dispatcher in before:
-            layer.experts, layer.dispatcher = experts, dispatcher
+def operator_of(layer: core.MoE) -> tuple[nn.Module, Dispatcher] | None:
+    """Return the parts that make a layer onnxruntime's operator; None where it does not fit."""
+    if misfit(layer) is not None:
+        return None
+    assert isinstance(layer.experts, (FFNExperts, ClampedSwiGLUExperts))
+    return _Operator(layer.experts), _Gates(layer.num_experts)

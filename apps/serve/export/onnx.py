@@ -13,14 +13,16 @@ import torch
 import core
 from apps.train.exporting import Graph
 
-from .contrib import replaced
-from .operators import computes_all
+from .contrib import misfit, operator_of
+from .operators import computes_all, swapped
 from .programs import capture
-from .standard import expand, translations
+from .standard import chain_of, expand, translations
 
 Form = Literal["standard", "contrib", "fastest"]
 LARGEST = 2_000_000_000
 """Bytes of weights from which they go into a file beside the graph: protobuf holds no more than 2 GB."""
+
+LEAST_OPSET = 20
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,19 @@ def to_onnx(
         form: "standard": ONNX's operators alone; "contrib": onnxruntime's for the MoE layers that they fit; "fastest":
             the one that is faster on onnxruntime (docs/serving.md).
         metadata: texts that go into the file's metadata, beside ``moesaic.form`` and ``moesaic.computes``.
-        opset: version of ONNX's operators; None: torch's default.
+        opset: version of ONNX's operators, 20 or later; None: torch's default.
 
     Raises:
         ValueError: onnx or onnxscript is missing; an operator of the network has no form in ONNX, named with its layer;
             or as in ``capture``.
     """
     _check_installed()
+    if opset is not None and opset < LEAST_OPSET:
+        raise ValueError(f"opset={opset} is below {LEAST_OPSET}, the first that has GELU")
     written = Written(path, "standard" if form == "fastest" else form, _computes(graph))
     if written.form == "contrib":
-        with replaced(graph.network) as misfits:
-            if len(misfits) == len(core.moe_layers(graph.network)):
-                reasons = "; ".join(f"layer {name!r}: {reason}" for name, reason in misfits.items())
-                raise ValueError(f"form contrib fits no layer of graph {graph.name!r}: {reasons or 'it has none'}")
-            program = capture(graph)
-    else:
+        _check_fits(graph)
+    with swapped(graph.network, operator_of if written.form == "contrib" else chain_of):
         program = capture(graph)
     try:
         exported = torch.onnx.export(
@@ -95,6 +95,14 @@ def to_onnx(
 
 def _computes(graph: Graph) -> str:
     return "all" if computes_all(graph.network) else "chosen"
+
+
+def _check_fits(graph: Graph) -> None:
+    """Raise a ``ValueError`` where onnxruntime's operator fits none of the layers, with the reason of each."""
+    reasons = {name: misfit(layer) for name, layer in core.moe_layers(graph.network).items()}
+    if None not in reasons.values():
+        listed = "; ".join(f"layer {name!r}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f"form contrib fits no layer of graph {graph.name!r}: {listed or 'it has no MoE layer'}")
 
 
 def _check_installed() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import core
+from core.dispatch import Dispatcher
 
 
 @contextlib.contextmanager
@@ -30,6 +31,28 @@ def prepared(network: nn.Module) -> Iterator[None]:
         network.train(training)
         for layer, backend in zip(layers, backends, strict=True):
             layer.backend = backend
+
+
+@contextlib.contextmanager
+def swapped(network: nn.Module, parts: Callable[[core.MoE], tuple[nn.Module, Dispatcher] | None]) -> Iterator[None]:
+    """Let plain MoE layers have other experts and another dispatcher inside the ``with`` block.
+
+    Args:
+        network: a network that is exported.
+        parts: returns them for a layer; None: the layer keeps its own.
+    """
+    before: list[tuple[core.MoE, core.Experts, Dispatcher]] = []
+    try:
+        plain = [m for m in core.moe_layers(network).values() if isinstance(m, core.MoE) and type(m) is core.MoE]
+        for layer in plain:
+            new = parts(layer)
+            if new is not None:
+                before.append((layer, layer.experts, layer.dispatcher))
+                layer.experts, layer.dispatcher = new  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, experts, dispatcher in before:
+            layer.experts, layer.dispatcher = experts, dispatcher
 
 
 def computes_all(network: nn.Module) -> bool:

@@ -13,6 +13,9 @@ from apps.train.exporting import Graph
 
 from .operators import plain, prepared
 
+UNBOUNDED = 2**48
+"""A bound on a length from which it is none."""
+
 
 def capture(graph: Graph, table: Mapping[Any, Callable[..., Any]] | None = None) -> torch.export.ExportedProgram:
     """Return a network as a program of ``torch.export``.
@@ -40,7 +43,25 @@ def capture(graph: Graph, table: Mapping[Any, Callable[..., Any]] | None = None)
             program = torch.export.export(graph.network, examples, dynamic_shapes=shapes)
         except Exception as error:
             raise ValueError(f"graph {graph.name!r} has no static form: {_first_line(error)}") from error
+        _check_lengths(graph, program)
         return program if table is None else program.run_decompositions(dict(table))
+
+
+def _check_lengths(graph: Graph, program: torch.export.ExportedProgram) -> None:
+    """Raise a ``ValueError`` where an axis of any length may in truth not be longer than some bound.
+
+    torch takes a number that is 1 in the example for a constant, such as the capacity of an expert of few tokens.
+    """
+    nodes = {node.name: node for node in program.graph.nodes}
+    for name, user_input in zip(graph.inputs, program.graph_signature.user_inputs, strict=True):
+        for axis, meaning in graph.dynamic.get(name, {}).items():
+            size = nodes[str(user_input)].meta["val"].shape[axis]
+            most = program.range_constraints[size.node.expr].upper if isinstance(size, torch.SymInt) else size
+            if most < UNBOUNDED:
+                raise ValueError(
+                    f"graph {graph.name!r} is right up to {meaning} {most} alone, by input {name!r}: torch took a "
+                    f"number that is 1 in the example for a constant; give an example of more than {most}"
+                )
 
 
 def _by_parameter(graph: Graph, values: list[Any]) -> tuple[Any, ...]:
