@@ -52,6 +52,10 @@ EXHIBITS = {
 
 EXPORTS = {
     "VisionClassifier": "apps.vision.export",
+    "MultiTaskRecommender": "apps.recsys.tables.export",
+    "NextItemRecommender": "apps.recsys.sequence.export",
+    "TwoTowerRetriever": "apps.recsys.retrieval.export",
+    "ImageTextRetriever": "apps.multimodal.export",
     "Translator": "apps.nlp.translation.export",
     "LanguageModeler": "apps.nlp.language.export",
     "ImageCaptioner": "apps.multimodal.captions.export",

@@ -365,7 +365,8 @@ class HistoryModel(nn.Module):
 
 def check_ids(ids: Tensor, num_items: int, kind: str, zero: str) -> None:
     """Raise a ValueError that names an id which is not in 0 to ``num_items``, its ``kind`` and the meaning of 0."""
-    for value in map(int, ids.aminmax()) if ids.numel() and not ids.is_meta else ():
+    is_known = ids.numel() and not ids.is_meta and not torch.compiler.is_exporting()
+    for value in map(int, ids.aminmax()) if is_known else ():
         if not 0 <= value <= num_items:
             raise ValueError(f"{kind} id {value} is not in 0 to num_items={num_items} (0 is {zero})")
 

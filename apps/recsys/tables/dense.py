@@ -107,7 +107,7 @@ class DenseArch(nn.Module):
         if not self.bin_features:
             return None
         x_CB = dense_BC.t().contiguous()
-        bin_CB = torch.searchsorted(self._edges_CM, x_CB)  # the number of boundaries below x
+        bin_CB = num_below(self._edges_CM, x_CB)
         return torch.where(x_CB.isfinite(), bin_CB + 1, 0)
 
     def forward(self, dense_BC: Tensor) -> Tensor | None:
@@ -172,8 +172,8 @@ class _Bins(nn.Module):
     def tails(self, dense_BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return how far values lie below the first and above the last boundary, and 1 where missing: (B, C) each."""
         # The boundaries of a constant column are NaN, and both distances 0.
-        below = ((self._first_C - dense_BC) * self._scale_C).nan_to_num(0.0, 0.0, 0.0).clamp(0, _CLIP).log1p()
-        above = ((dense_BC - self._last_C) * self._scale_C).nan_to_num(0.0, 0.0, 0.0).clamp(0, _CLIP).log1p()
+        below = ((self._first_C - dense_BC) * self._scale_C).nan_to_num(0.0, 0.0, 0.0).clamp(0.0, _CLIP).log1p()
+        above = ((dense_BC - self._last_C) * self._scale_C).nan_to_num(0.0, 0.0, 0.0).clamp(0.0, _CLIP).log1p()
         return below, above, (~dense_BC.isfinite()).to(dense_BC.dtype)
 
 
@@ -201,7 +201,7 @@ class PiecewiseLinear(_Bins):
 
     def forward(self, dense_BC: Tensor) -> Tensor:
         ramp_BR = (dense_BC.index_select(1, self._column_R) - self._left_R) * self._slope_R
-        ramp_BR = torch.where(dense_BC.isfinite().index_select(1, self._column_R), ramp_BR, 0.0).clamp(0, 1)
+        ramp_BR = torch.where(dense_BC.isfinite().index_select(1, self._column_R), ramp_BR, 0.0).clamp(0.0, 1.0)
         below, above, missing = self.tails(dense_BC)
         return torch.cat(
             (
@@ -256,9 +256,9 @@ class PiecewiseLinearEmbedding(_Bins):
         B, C = dense_BC.shape
         # Below every boundary where missing: the encoding is 0 there.
         x_CB = torch.where(dense_BC.isfinite(), dense_BC, -math.inf).t().contiguous()
-        bin_CB = (torch.searchsorted(self._edges_CM, x_CB) - 1).clamp_min(0).minimum(self._last_bin_C1)
+        bin_CB = (num_below(self._edges_CM, x_CB) - 1).clamp_min(0).minimum(self._last_bin_C1)
         share_CB = ((x_CB - self._left_CM.gather(1, bin_CB)) * self._slope_CM.gather(1, bin_CB)).nan_to_num(0.0)
-        share_BC1 = share_CB.clamp(0, 1).t().unsqueeze(-1)
+        share_BC1 = share_CB.clamp(0.0, 1.0).t().unsqueeze(-1)
         weights = torch.cat((self.weight.new_zeros(1, self.dim), self.weight))
         node_Nd = weights.index_select(0, self._index_CM.reshape(-1)).view(C, -1, self.dim).cumsum(1).flatten(0, 1)
         node_BC = (bin_CB + self._node_C1).t().reshape(-1)
@@ -281,6 +281,13 @@ def thin(quantiles: Sequence[float], num_bins: int | None) -> tuple[float, ...]:
         steps = max(num_bins - 2, 1)
         kept = tuple(kept[i * (len(kept) - 1) // steps] for i in range(num_bins - 1))
     return tuple(dict.fromkeys(torch.tensor(kept, dtype=torch.float32, device="cpu").tolist()))
+
+
+def num_below(edges_CM: Tensor, x_CB: Tensor) -> Tensor:
+    """Return how many of its column's boundaries, ascending, lie below each value, int64 (C, B)."""
+    if torch.compiler.is_exporting():  # other runtimes have no search
+        return (edges_CM.unsqueeze(1) < x_CB.unsqueeze(2)).sum(2)
+    return torch.searchsorted(edges_CM, x_CB)
 
 
 def _padded(edges: Sequence[tuple[float, ...]]) -> Tensor:

@@ -1,0 +1,173 @@
+"""Recommenders of tables for ``moesaic export``: one graph from encoded columns to the tasks' outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from apps.recsys.encoding.features import Features
+from apps.recsys.encoding.table_encoding import Encoding
+from apps.recsys.encoding.vocabulary import Vocabulary
+from apps.recsys.kinds import Outputs
+from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.model import MultiTaskModel
+from apps.recsys.tables.plain_columns import PlainColumns, dynamic_axes, example_inputs, plain_inputs
+from apps.recsys.tables.scoring import encoding_of
+from apps.train.exporting import Exported, Graph
+
+if TYPE_CHECKING:
+    from apps.recsys.tables.module import MultiTaskRecommender
+    from apps.train.exported import ExportedModel, OnnxGraph
+
+
+def export(model: MultiTaskRecommender) -> Exported:
+    """Return the graph, and what a script needs to encode a row and to read the outputs.
+
+    Raises:
+        ValueError: the model's checkpoint keeps no encoding.
+    """
+    inputs = example_inputs(model.features)
+    network = PlainTables(model.members, model.outputs, model.features, tuple(inputs)).train(model.training)
+    graph = Graph("model", network, inputs, ("logits",), dynamic_axes(inputs))
+    encoding = Encoding.from_state(encoding_of(model))
+    return Exported("tables", (graph,), {**described_columns(encoding), "tasks": described_tasks(model)})
+
+
+def attach(model: MultiTaskRecommender, graphs: Mapping[str, OnnxGraph]) -> None:
+    """Let the recommender run an exported graph."""
+    model.model = _Recommender(graphs["model"], model.features)  # type: ignore[assignment]
+    model.embedding = dataclasses.replace(model.embedding, deferred=False)  # no table is left to be sharded
+
+
+def encoding_state(exported: ExportedModel) -> dict[str, Any]:
+    """Return the encoding of a checkpoint."""
+    features = exported.description.arguments["features"]
+    return state_of_columns(exported.description.preprocessing, features)
+
+
+class PlainTables(nn.Module):
+    """A recommender from plain tensors to its tasks' outputs, by the weights of its networks.
+
+    Args:
+        members: the networks, one where there is no ensemble.
+        outputs: the tasks' outputs.
+        features: the columns.
+        names: names of the inputs, in the order of the arguments of ``forward``.
+    """
+
+    def __init__(
+        self, members: list[MultiTaskModel], outputs: Outputs, features: Features, names: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.columns = nn.ModuleList(PlainColumns(member, features) for member in members)
+        self.outputs, self.names, self.num_domains = outputs, names, features.num_domains
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        """Return the outputs (B, Z), a logit a task where all are binary."""
+        inputs = dict(zip(self.names, tensors, strict=True))
+        domain_B = inputs.get("domain")
+        if domain_B is not None:  # beyond the last domain a runtime stops; below the first it would count from the end
+            domain_B = torch.where(domain_B < 0, self.num_domains, domain_B)
+        z = [
+            member.compute(*columns(inputs), domain_B)  # type: ignore[operator]
+            for member, columns in zip(self.members, self.columns, strict=True)
+        ]
+        return (z[0] if len(z) == 1 else self.outputs.mean(torch.stack(z))).float()
+
+
+class _Recommender(nn.Module):
+    """A graph under the interface of ``MultiTaskModel``."""
+
+    def __init__(self, graph: OnnxGraph, features: Features) -> None:
+        super().__init__()
+        self.graph, self.features = graph, features
+
+    def forward(self, batch: TableBatch) -> Tensor:
+        """Map a batch of rows to the outputs of all tasks."""
+        return self.graph(plain_inputs(batch, self.features))[0]
+
+
+# ---- the encoding as JSON
+
+
+def described_columns(encoding: Encoding) -> dict[str, Any]:
+    """Return how a row's values become the inputs of a graph, in their order, as plain values.
+
+    The value number i of ``values`` has the row i + 1, and a value that is not there the row 0. Without ``values`` a
+    column's values are row numbers, or hashed. ``length`` of a list is that of its last values which are read, without
+    those that have no row; None: all are read.
+    """
+    features = encoding.features
+
+    def column(name: str, feature: Any, items: str) -> dict[str, Any]:
+        vocabulary = encoding.vocabularies.get(items)
+        values = None if vocabulary is None else list(vocabulary.texts())
+        return {"column": name, "num_rows": feature.num_rows, "hashed": feature.hashed, "values": values}
+
+    single = [column(f.name, f, f.name) for f in features.categorical if not f.multi_valued]
+    lists = [{**column(f.name, f, f.name), "length": None} for f in features.categorical if f.multi_valued]
+    lists += [{**column(s.name, s, s.items or s.name), "length": s.length} for s in features.sequences]
+    domains = None if encoding.domains is None else list(encoding.domains.texts())
+    return {
+        "dense": [f.name for f in features.continuous],
+        "categorical": single,
+        "lists": lists,
+        "separator": encoding.separator,
+        "vectors": [{"column": f.name, "size": f.size} for f in features.vectors],
+        "domain": None if encoding.domain is None else {"column": encoding.domain, "values": domains},
+        "timestamps": list(encoding.timestamps),
+        "texts": {name: dataclasses.asdict(text) for name, text in encoding.texts.items()},
+    }
+
+
+def state_of_columns(described: Mapping[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of an encoding from what ``described_columns`` says of it.
+
+    Args:
+        described: its return value.
+        features: the columns as plain values.
+    """
+    import pyarrow as pa
+
+    def vocabulary(values: list[str]) -> dict[str, Tensor]:
+        return Vocabulary.of(pa.array(values, pa.string())).state()
+
+    own = {f["name"] for f in features["categorical"]} | {s["name"] for s in features["sequences"] if not s["items"]}
+    columns = [*described["categorical"], *described["lists"]]
+    domain = described["domain"]
+    return {
+        "features": dict(features),
+        "vocabularies": {
+            one["column"]: vocabulary(one["values"])
+            for one in columns
+            if one["values"] is not None and one["column"] in own
+        },
+        "domain": None if domain is None else domain["column"],
+        "domains": None if domain is None else vocabulary(domain["values"]),
+        "separator": described["separator"],
+        "timestamps": list(described["timestamps"]),
+        "texts": dict(described["texts"]),
+    }
+
+
+def described_tasks(model: MultiTaskRecommender) -> list[dict[str, Any]]:
+    """Return each task's name and kind, how many outputs it has, and what they stand for."""
+    tasks = zip(model.features.tasks, model.features.target_of_task, model.outputs.kinds, strict=True)
+    return [
+        {
+            "name": name,
+            "kind": target.kind,
+            "loss": target.loss,
+            "outputs": kind.width,
+            "mean": target.mean,
+            "std": target.std,
+            "levels": list(target.levels),
+            "classes": list(target.classes),
+        }
+        for name, target, kind in tasks
+    ]
