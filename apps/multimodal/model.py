@@ -100,6 +100,11 @@ class PairModel(nn.Module):
         """Return the vectors of images alone, float32 (B, dim) of length 1."""
         return _unit(self.image_proj(self.towers(image, None)[0]))
 
+    def image_outputs(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return the vectors of images alone, and the logits (B, C) of each attribute, where there is a head."""
+        image_BD, _ = self.towers(image, None)
+        return _unit(self.image_proj(image_BD)), *(() if self.head is None else self.head(image_BD))
+
     def text_vectors(self, text_BL: Tensor) -> Tensor:
         """Return the vectors of texts alone, float32 (B, dim) of length 1."""
         return _unit(self.text_proj(self.towers(None, text_BL)[1]))

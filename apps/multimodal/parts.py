@@ -227,7 +227,7 @@ class ImageTower(OneTower):
     def context(self, image: Tensor, num_tokens: int) -> core.RoutingContext:
         """Return what the routers know of images beside positions."""
         return core.RoutingContext(
-            modality_BS=torch.full((len(image), num_tokens), IMAGE, device=image.device, dtype=torch.int64)
+            modality_BS=torch.full((image.shape[0], num_tokens), IMAGE, device=image.device, dtype=torch.int64)
         )
 
 

@@ -64,7 +64,7 @@ class PartPacking(Packing):
 
     @classmethod
     def join(cls, parts: Sequence[Packing], masks: Sequence[Mask]) -> PartPacking:
-        """Return the packing of the rows of all parts."""
+        """Return the packing of the rows of all parts, which keeps padding where the only part does."""
         length, rows, tokens = max(p.length for p in parts), 0, 0
         joined: dict[str, list[Tensor]] = {"slot_T": [], "position_T": [], "last_B": []}
         for part in parts:
@@ -72,9 +72,10 @@ class PartPacking(Packing):
             joined["slot_T"].append(row_T * length + part.position_T)
             joined["position_T"].append(part.position_T)
             joined["last_B"].append(torch.where(part.last_B < 0, -1, part.last_B + tokens))
-            rows, tokens = rows + part.num_rows, tokens + len(part.slot_T)
+            rows, tokens = rows + part.num_rows, tokens + part.slot_T.shape[0]
         whole = {name: torch.cat(tensors) for name, tensors in joined.items()}
-        return cls(**whole, num_rows=rows, length=length, parts=tuple(parts), masks=tuple(masks))
+        kept_BL = parts[0].kept_BL if len(parts) == 1 else None
+        return cls(**whole, num_rows=rows, length=length, kept_BL=kept_BL, parts=tuple(parts), masks=tuple(masks))
 
 
 class PartAttention(SelfAttention):
@@ -86,7 +87,7 @@ class PartAttention(SelfAttention):
 
     def forward(self, x_TD: Tensor, mask: Mask, rotations: Any = None, packing: Any = None, seen: Any = None) -> Tensor:
         """Map (T, D) to (T, D), under the interface of ``SelfAttention``; ``packing`` is a ``PartPacking``."""
-        pieces = x_TD.split([len(part.slot_T) for part in packing.parts])
+        pieces = x_TD.split([part.slot_T.shape[0] for part in packing.parts])
         each = zip(pieces, packing.masks, packing.parts, strict=True)
         return torch.cat([super(PartAttention, self).forward(x, own, None, part) for x, own, part in each])
 
@@ -137,7 +138,7 @@ class PartStack(nn.Module):
         x_TD = self.dropout(torch.cat([part.x_TD for part in parts]))
         for layer in self.layers:
             x_TD = checkpoint(layer, x_TD, given, use_reentrant=False) if checkpointed else layer(x_TD, given)
-        pieces = self.norm(x_TD).split([len(part.x_TD) for part in parts])
+        pieces = self.norm(x_TD).split([part.x_TD.shape[0] for part in parts])
         return tuple(part._replace(x_TD=piece_TD) for part, piece_TD in zip(parts, pieces, strict=True))
 
     def _mask(self, part: Part) -> Mask:

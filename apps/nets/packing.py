@@ -18,6 +18,8 @@ class Packing:
         last_B: int64 (B,), the place in T of each row's last token; -1 where it has none.
         num_rows: B.
         length: L, real tokens of the longest row; 1 where there is none at all.
+        kept_BL: bool (B, L), True for real tokens, where padding stays in its place behind them: in a program for other
+            runtimes, whose shapes cannot depend on values. Attention and routers leave it out. None: it is taken out.
     """
 
     slot_T: Tensor
@@ -25,14 +27,17 @@ class Packing:
     last_B: Tensor
     num_rows: int
     length: int
+    kept_BL: Tensor | None = None
 
     @classmethod
     def of(cls, valid_BS: Tensor) -> tuple[Packing, Tensor]:
         """Return the packing, and int64 (T,) indices of the real tokens in the flattened ``valid_BS``.
 
-        On the meta device, where nobody knows which they are, all tokens count as real.
+        On the meta device, where nobody knows which they are, all tokens count as real. ``torch.export`` keeps them all.
         """
         B, S = valid_BS.shape
+        if torch.compiler.is_exporting():
+            return cls._of_all(valid_BS)
         if valid_BS.is_meta:
             index_T = torch.empty(B * S, dtype=torch.int64, device="meta")
             return cls(index_T, index_T, index_T[:B], B, S), index_T
@@ -44,17 +49,38 @@ class Packing:
         last_B = torch.where(count_B > 0, count_B.cumsum(0) - 1, -1)
         return cls(row_T * length + position_T, position_T, last_B, B, length), index_T
 
+    @classmethod
+    def _of_all(cls, valid_BS: Tensor) -> tuple[Packing, Tensor]:
+        """Return the packing that keeps padding, and int64 (B * S,) indices: each row's real tokens come first."""
+        B, S = valid_BS.shape
+        place_S = torch.arange(S, device=valid_BS.device)
+        begin_B1 = torch.arange(B, device=valid_BS.device)[:, None] * S
+        order_BS = torch.where(valid_BS, place_S, place_S + S).argsort(1)  # no two tokens of a row sort alike
+        count_B1 = valid_BS.sum(1, keepdim=True)
+        last_B = torch.where(count_B1 > 0, begin_B1 + count_B1 - 1, -1).squeeze(1)
+        slot_T, position_T = (begin_B1 + place_S).flatten(), place_S.expand(B, S).flatten()
+        return cls(slot_T, position_T, last_B, B, S, place_S < count_B1), (begin_B1 + order_BS).flatten()
+
+    @classmethod
+    def full(cls, num_rows: int, length: int, device: torch.device) -> Packing:
+        """Return the packing of rows without padding."""
+        slot_T = torch.arange(num_rows * length, device=device)
+        position_T = torch.arange(length, device=device).expand(num_rows, length).flatten()
+        last_B = torch.arange(1, num_rows + 1, device=device) * length - 1
+        return cls(slot_T, position_T, last_B, num_rows, length)
+
     @property
     def is_full(self) -> bool:
-        """No row is shorter than L."""
-        return len(self.slot_T) == self.num_rows * self.length
+        """No row is shorter than L, or padding is kept."""
+        return self.kept_BL is not None or self.slot_T.shape[0] == self.num_rows * self.length
 
     def pad(self, x_TC: Tensor) -> Tensor:
         """Map (T, C) to (B, L, C), each row's tokens first and zeros after them."""
         if not self.is_full:
             flat = x_TC.new_zeros(self.num_rows * self.length, x_TC.shape[-1])
             x_TC = flat.index_copy(0, self.slot_T, x_TC)
-        return x_TC.view(self.num_rows, self.length, x_TC.shape[-1])
+        x_BLC = x_TC.view(self.num_rows, self.length, x_TC.shape[-1])
+        return x_BLC if self.kept_BL is None else x_BLC.masked_fill(~self.kept_BL.unsqueeze(-1), 0)
 
     def pack(self, x_BLC: Tensor) -> Tensor:
         """Map (B, L, C) to (T, C)."""
@@ -63,6 +89,8 @@ class Packing:
 
     def valid_BL(self) -> Tensor | None:
         """Return bool (B, L), True for real tokens; None where all are."""
+        if self.kept_BL is not None:
+            return self.kept_BL
         if self.is_full:
             return None
         flat = torch.zeros(self.num_rows * self.length, dtype=torch.bool, device=self.slot_T.device)
