@@ -33,7 +33,7 @@ class Packing:
     def of(cls, valid_BS: Tensor) -> tuple[Packing, Tensor]:
         """Return the packing, and int64 (T,) indices of the real tokens in the flattened ``valid_BS``.
 
-        On the meta device, where nobody knows which they are, all tokens count as real. ``torch.export`` keeps them all.
+        On the meta device, where nobody knows which they are, all tokens count as real; ``torch.export`` keeps all.
         """
         B, S = valid_BS.shape
         if torch.compiler.is_exporting():

@@ -42,6 +42,7 @@ class Description:
         format: "onnx", "torch_export" or "aoti".
         graphs: file of each graph, by its name; in a folder alone.
         files: further files; in a folder alone.
+        scalars: the model's parameters and buffers of one number, by name, such as a loss's temperature.
     """
 
     app: str
@@ -52,6 +53,7 @@ class Description:
     format: str = "onnx"
     graphs: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    scalars: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self, indent: int | None = None) -> str:
         """Return the description as JSON."""
@@ -69,7 +71,7 @@ class Description:
             described = cls(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a model that moesaic export has written: {first_line(error)}") from None
-        plain = (described.arguments, described.preprocessing, described.graphs)
+        plain = (described.arguments, described.preprocessing, described.graphs, described.scalars)
         if not isinstance(described.module, str) or not all(isinstance(part, Mapping) for part in plain):
             raise ValueError(f"{path} is not a model that moesaic export has written: its fields are of other types")
         return described
@@ -223,9 +225,10 @@ class ExportedModel:
     def attach(self, model: SparseModule) -> None:
         """Let ``model``, made on the meta device, run the graphs in place of its weights, in evaluation mode."""
         checkpoint = self.checkpoint
-        # What ``attach`` leaves, such as weights of losses, is not read; ``to`` tells Lightning where the module is.
-        model.to_empty(device="cpu").to("cpu")
         exporter(self.kind).attach(model, self.graphs)
+        for part, module in model.named_modules():
+            _fill(module, f"{part}." if part else "", self.description.scalars)
+        model.to("cpu")  # tells Lightning where the module is
         model.starts_afresh = False
         model.adopt_encoding(checkpoint)
         model.eval()
@@ -237,6 +240,16 @@ class ExportedModel:
             model = self.kind(**arguments)
         self.attach(model)
         return model
+
+
+def _fill(module: nn.Module, prefix: str, scalars: Mapping[str, float]) -> None:
+    """Give what a module of its own has on the meta device its number, or NaN: what no graph replaces is not read."""
+    for named in (module._parameters, module._buffers):
+        for name, value in named.items():
+            if value is not None and value.is_meta:
+                number = scalars.get(prefix + name, float("nan") if value.is_floating_point() else 0)
+                filled = torch.full_like(value, number, device="cpu")
+                named[name] = nn.Parameter(filled, requires_grad=False) if isinstance(value, nn.Parameter) else filled
 
 
 def onnxruntime() -> Any:

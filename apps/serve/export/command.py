@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apps.base.quiet import quiet
 from apps.base.sealed import seal
@@ -23,8 +23,10 @@ from apps.train.module import SparseModule
 
 TOLERANCE = 1e-4
 """Largest difference of a graph's outputs from the model's, relative to the largest of them."""
-_FOR_TRAINING = ("optimizer", "ema_decay", "average_last", "grow", "distil", "report", "pretrained")
-"""Arguments of a model that a prediction does not read, and that may name files of the training's machine."""
+_FOR_TRAINING = (
+    "optimizer", "ema_decay", "average_last", "grow", "distil", "report", "pretrained", "rank", "index_file",
+)  # fmt: skip
+"""Arguments of a model that a prediction does not need, or that name files of the training's machine."""
 _PATHS = ("root", "cache_dir", "file", "images", "index", "predict_folder", "table")
 """Options of the apps' data that are paths, beside those that end in _file and _files."""
 
@@ -62,6 +64,7 @@ def export(model: SparseModule, exported: Exported, options: Options) -> list[Pa
         exported.preprocessing,
         data_section(options.run),
         options.format,
+        scalars={name: value.item() for name, value in _tensors(model) if value.numel() == 1},
     )
 
     def write_graph(graph: Graph, path: Path, text: str) -> None:
@@ -79,6 +82,11 @@ def export(model: SparseModule, exported: Exported, options: Options) -> list[Pa
 
     with torch.inference_mode(False), torch.no_grad():
         return write(options.output, exported, description, write_graph)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def compare(graph: Graph, exported: OnnxGraph) -> None:
