@@ -15,7 +15,8 @@ from typing import Any
 
 from apps.base.inflate import Inflated, naming_errors
 
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+"""What ``clean`` takes for a space: control characters and odd line ends."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Rows:
 
 def clean(line: str) -> str:
     """Return a line without control characters (tabs, odd line ends) and without spaces around it."""
-    return _CONTROL.sub(" ", line).strip()
+    return CONTROL.sub(" ", line).strip()
 
 
 # Chinese and Japanese, Thai, Lao, Tibetan, Burmese and Khmer are written without spaces between words.

@@ -116,7 +116,9 @@ class HubModule(LinkedModule):
 
         model = load(folder, device)
         if not isinstance(model, cls):
-            raise ValueError(f"{folder} holds a model of class {type(model).__name__}, and {cls.__name__} was asked for")
+            raise ValueError(
+                f"{folder} holds a model of class {type(model).__name__}, and {cls.__name__} was asked for"
+            )
         return model
 
     @property

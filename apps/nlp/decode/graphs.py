@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import core
 from apps.base.evaluation import in_evaluation
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Subwords
+from apps.data.text_files import CONTROL
 from apps.nets.past import Past
 from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.run import dropless
@@ -171,11 +172,16 @@ def _pairs(inputs: Mapping[str, Tensor], first: str, second: str) -> list[tuple[
 
 
 def spelling(subwords: Subwords) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return the names of the subword models' files by side, with the special ids; and the files."""
+    """Return how texts are spelled, and the subword models' files.
+
+    "subwords" are the files by side, "ids" the special ids, and "control" is a regular expression: what it matches in
+    a text is a space, of those that are read and those that are written.
+    """
     names = ("subwords.model",) if subwords.is_joint else ("source.model", "target.model")
     files = {name: base64.b64decode(model) for name, model in zip(names, subwords.models, strict=True)}
     special = {"pad": PAD_ID, "unk": UNK_ID, "bos": BOS_ID, "eos": EOS_ID}
-    return {"subwords": {"source": names[0], "target": names[-1]}, "ids": special}, files
+    sides = {"source": names[0], "target": names[-1]}
+    return {"subwords": sides, "ids": special, "control": CONTROL.pattern}, files
 
 
 def writing(model: Any, decode: DecodeConfig) -> dict[str, Any]:

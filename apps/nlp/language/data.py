@@ -326,7 +326,7 @@ class TextData(SuiteData):
     def _check_options(self) -> None:
         check_name("dataset", self.dataset, sorted(["text", *NLP_DATASETS]))
         if self.dataset == "text":
-            if self.train_files is None:
+            if self.train_files is None and not self.needs_no_dataset:
                 raise ValueError("dataset='text' needs train_files (--data.train_files)")
             if self.language is not None:
                 raise ValueError(f"language={self.language!r} is of a parallel corpus, not of dataset='text'")

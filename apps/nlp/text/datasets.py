@@ -263,14 +263,18 @@ OWN: dict[str, Callable[[Path, Sequence[str], Corpus], tuple[list[Path], Read]]]
 }
 
 
-def check_corpus(corpus: Corpus) -> None:
+def check_corpus(corpus: Corpus, is_read: bool = True) -> None:
     """Refuse options that the corpus does not have.
+
+    Args:
+        corpus: what is asked for.
+        is_read: False where a trained model predicts of given text alone, which needs no files.
 
     Raises:
         ValueError: an unknown dataset, files that are not named, or options of another dataset.
     """
     check_name("dataset", corpus.dataset, sorted([*NLP_DATASETS, *OWN]))
-    if corpus.dataset in OWN and corpus.train_files is None:
+    if is_read and corpus.dataset in OWN and corpus.train_files is None:
         raise ValueError(f"dataset={corpus.dataset!r} needs train_files (--data.train_files)")
     known = NLP_DATASETS.get(corpus.dataset)
     for name in ("train_files", "val_files", "test_files", "columns"):

@@ -354,7 +354,7 @@ class TranslationData(SuiteData):
 
     def _check_options(self) -> None:
         for corpus in self.corpora:
-            check_corpus(corpus)
+            check_corpus(corpus, is_read=not self.needs_no_dataset)
         parse_pairs(self.pairs)
         if all(corpus.dataset in NLP_DATASETS for corpus in self.corpora):
             known = dict.fromkeys(lang for corpus in self.corpora for lang in NLP_DATASETS[corpus.dataset].languages)

@@ -78,7 +78,9 @@ def test_from_pretrained_takes_a_folder(digits, tmp_path, kind):
 
 def test_a_folder_of_another_model_is_refused_by_name(digits, tmp_path):
     digits.save_pretrained(tmp_path / "folder")
-    with pytest.raises(ValueError, match="folder holds a model of class VisionClassifier, and TinyModule was asked for"):
+    with pytest.raises(
+        ValueError, match="folder holds a model of class VisionClassifier, and TinyModule was asked for"
+    ):
         TinyModule.from_pretrained(tmp_path / "folder")
     with pytest.raises(ValueError, match=r"run is no folder of save_pretrained: it has no config\.json"):
         VisionClassifier.from_pretrained(tmp_path / "run")

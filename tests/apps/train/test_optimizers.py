@@ -94,7 +94,9 @@ def test_parts_of_a_model_have_learning_rates_of_their_own():
 
 
 def test_a_part_that_the_model_lacks_is_refused():
-    with pytest.raises(ValueError, match=r"lr_scales has 'tower', which is no part of the model: its parts are \['net'\]"):
+    with pytest.raises(
+        ValueError, match=r"lr_scales has 'tower', which is no part of the model: its parts are \['net'\]"
+    ):
         parameter_groups(TinyModule(3), OptimizerConfig(lr_scales={"tower": 0.1}))
     with pytest.raises(ValueError, match=r"optimizer\.lr_scales\.net=-1"):
         OptimizerConfig(lr_scales={"net": -1.0})
