@@ -61,7 +61,13 @@ _PREDICT_OPTIONS = (
     ("onnx PATH", "", "an ONNX file or folder of moesaic export in place of --ckpt_path"),
     _QUANTIZE,
 )
-_TEST_OPTIONS = (("open", "", "show the report in the browser"), _QUANTIZE)
+_TEST_OPTIONS = (
+    ("open", "", "show the report in the browser"),
+    ("sweep", "", "test cheaper forms of the model as well: quality against latency and memory"),
+    ("rounds N", "11", "rounds in which --sweep times a form and the trained model in turn"),
+    ("batches N", "8", "validation batches in which --sweep counts the use of the experts"),
+    _QUANTIZE,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

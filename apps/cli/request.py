@@ -30,6 +30,9 @@ from apps.train.checkpoint_paths import NAMES, find_checkpoint
 if TYPE_CHECKING:
     from apps.train.exported import ExportedModel
 
+SWEEP = tuple(field.name for field in dataclasses.fields(usage.SweepOptions))
+"""Options of ``--sweep``."""
+
 _TEXTS = ("text", "query", "query_image")
 """Options of the data that are texts, and no YAML."""
 
@@ -53,6 +56,7 @@ class Request:
             weights and loads no other; or None.
         opens: whether the report of a test is shown in the browser.
         quantize: how the experts are quantised, such as "int4:64", or None.
+        sweep: options of ``--sweep``, which tests cheaper forms of the model as well; None: it is not asked for.
         words: the command line as it was given, after the command.
         exported: the model of ``--onnx``, which runs in place of a checkpoint's weights, or None.
     """
@@ -70,6 +74,7 @@ class Request:
     begun_with: Mapping[str, Any] | None = None
     opens: bool = False
     quantize: str | None = None
+    sweep: usage.SweepOptions | None = None
     words: tuple[str, ...] = ()
     exported: ExportedModel | None = None
 
@@ -91,10 +96,12 @@ class Request:
         argv, overwrite = switch(argv, "overwrite")
         argv, opens = switch(argv, "open")
         usage.check_open(command, opens)
-        names = ("config", "c", "run_dir", "ckpt_path", "weights", "output", "onnx", "quantize")
+        argv, sweeps = switch(argv, "sweep")
+        names = ("config", "c", "run_dir", "ckpt_path", "weights", "output", "onnx", "quantize", *SWEEP)
         flags, options = take(argv, names)
         quantize = options["quantize"][-1] if options["quantize"] else None
         usage.check_quantize(command, quantize, next(iter(options["onnx"]), None))
+        sweep = usage.read_sweep(command, sweeps, {name: options[name] for name in SWEEP}, quantize)
         output = Path(options["output"][-1]) if options["output"] else None
         flags = with_long_flags(
             verbatim(flags, [f"data.{part}{name}" for part in ("", "init_args.") for name in _TEXTS])
@@ -192,6 +199,7 @@ class Request:
             begun_with,
             opens,
             quantize,
+            sweep,
             words,
             exported,
         )

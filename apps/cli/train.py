@@ -37,6 +37,7 @@ from apps.cli.page import test_page
 from apps.cli.predictions import PredictionFile, print_stream, shortened, write_stream
 from apps.cli.quantised import QuantisesExperts
 from apps.cli.request import Request
+from apps.cli.sweep import Sweep
 from apps.cli.usage import check_new
 from apps.registry import class_path
 from apps.report.base import FOLDER
@@ -333,6 +334,7 @@ class SparseCLI(LightningCLI):
         is_new = is_unused(self.run_dir)  # before a test's report is in it
         kept = self.run_dir / FOLDER / SECTIONS
         earlier = kept.stat().st_mtime_ns if kept.exists() else None
+        sweep = None if self.request.sweep is None else Sweep(self, self.request.sweep)
         results = getattr(self.trainer, command)(**arguments)
         if not self.trainer.is_global_zero:
             return
@@ -352,7 +354,8 @@ class SparseCLI(LightningCLI):
         if command == "test":
             # An earlier test's report may be there, of another model.
             is_own = kept.exists() and kept.stat().st_mtime_ns != earlier
-            self._report(metrics, load_sections(kept.parent) if is_own else ())
+            sections = load_sections(kept.parent) if is_own else ()
+            self._report(metrics, sections if sweep is None else (*sections, sweep.run(metrics)))
         else:
             print_metrics(metrics, "val", f"{command} of {self.ckpt_path or 'an untrained model'}")
         self._print_signatures()

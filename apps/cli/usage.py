@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,59 @@ def check_quantize(command: str, how: str | None, onnx: str | None) -> None:
         read_form(how)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """Options of ``moesaic test --sweep``.
+
+    Attributes:
+        rounds: rounds in which a form of the model and the trained model take turns.
+        batches: validation batches from which the use of the experts is counted.
+
+    Raises:
+        UsageError: a number below 1.
+    """
+
+    rounds: int = 11
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in (("rounds", self.rounds), ("batches", self.batches)):
+            if value < 1:
+                raise UsageError(f"{name}={value} must be at least 1")
+
+
+def read_sweep(
+    command: str, sweeps: bool, given: Mapping[str, Sequence[str]], quantize: str | None
+) -> SweepOptions | None:
+    """Return the options of ``--sweep``; None: it is not given.
+
+    Args:
+        command: fit, validate, test or predict.
+        sweeps: whether ``--sweep`` is given.
+        given: texts of its options, by name; the last one counts.
+        quantize: value of ``--quantize``.
+
+    Raises:
+        UsageError: another command than test, an option without ``--sweep``, one that is no whole number, or a model
+            that is to be quantised before.
+    """
+    texts = {name: values[-1] for name, values in given.items() if values}
+    if sweeps and command != "test":
+        raise UsageError(f"sweep is an option of test, not of {command}")
+    if sweeps and quantize is not None:
+        raise UsageError(f"quantize={quantize} with sweep, which quantises the model by itself: leave it out")
+    if not sweeps:
+        for name, text in texts.items():
+            raise UsageError(f"{name}={text} is an option of moesaic test --sweep")
+        return None
+    numbers = {}
+    for name, text in texts.items():
+        if not text.isdecimal():
+            raise UsageError(f"{name}={text} must be a whole number of at least 1")
+        numbers[name] = int(text)
+    return SweepOptions(**numbers)
 
 
 def check_new(path: Path, overwrite: bool) -> None:

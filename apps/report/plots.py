@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito, "Color Universal Design" (2008), the pale ones last; black is kept for lines.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-_MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*"
 
 MOST_NUMBERED = 16
 """Columns up to which each one has its name, and each cell its number."""
@@ -129,7 +129,7 @@ def quality_against_flops(
             yerr=None if s.interval is None else factor * np.asarray(s.interval, dtype=np.float64),
             label=s.label,
             color=PALETTE[index % len(PALETTE)],
-            marker=_MARKERS[index % len(_MARKERS)],
+            marker=MARKERS[index % len(MARKERS)],
             linestyle="-" if s.connected else "none",
             markersize=6,
             linewidth=1.5,

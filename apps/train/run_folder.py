@@ -72,7 +72,8 @@ class RunFolder(Callback):
 
     # The checkpoints are moved last, at once: a kill half-way loses none. The curves have names of their own.
     names = ("metrics.csv", "config.yaml", "signatures.json", "test.json", "validate.json", "predictions.jsonl",
-             "search.jsonl", "search.html", "report.html", "report.json", "report", "checkpoints")  # fmt: skip
+             "search.jsonl", "search.html", "sweep.json", "sweep.png",
+             "report.html", "report.json", "report", "checkpoints")  # fmt: skip
 
     def __init__(self, folder: Path, descriptions: Mapping[str, str]) -> None:
         self.folder, self.descriptions = folder, dict(descriptions)

@@ -300,6 +300,9 @@ class ImageCaptioner(WritingModule, Comparable):
 
     # ---- prediction
 
+    def infer(self, batch: PairBatch) -> Hypotheses:
+        return self.hypotheses_of(batch.image, self.decode, batch.index_B)
+
     def predict_step(self, batch: PairBatch | FileBatch, batch_idx: int) -> Captions:
         """Return the caption of each image of a folder that can be read, or of each pair's."""
         if isinstance(batch, FileBatch):

@@ -282,6 +282,9 @@ class Translator(WritingModule, TextModule):
 
     # ---- prediction
 
+    def infer(self, batch: TranslationBatch) -> Hypotheses:
+        return self.translate(batch, self.decode)
+
     def predict_step(self, batch: TranslationBatch, batch_idx: int) -> Translations:
         """Return the translation of each source; an empty line stays one."""
         rows = self.candidates_of(batch, self.decode)

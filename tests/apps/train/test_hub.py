@@ -89,7 +89,9 @@ def test_a_folder_of_another_model_is_refused_by_name(digits, tmp_path):
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     config["model"]["module_class"] = "os.system"
     (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"is of a os\.system, which no app has and nothing has imported"):
+    with pytest.raises(
+        ValueError, match=r"holds a model of class os\.system, which no app has and nothing has imported"
+    ):
         apps.load(tmp_path / "folder")
 
 

@@ -1,0 +1,344 @@
+"""``moesaic test --sweep``: what cheaper forms of a trained model cost in quality, and what they save.
+
+Each form is tested as the model is. Its speed is measured in rounds that it and the trained model take in turn, so that
+a machine that slows down slows both; a form's latency is the median of the ratios times the trained model's latency.
+Every finished form is written into ``sweep.json``, and a sweep that was stopped goes on after the last of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import core
+from apps.base.files import replacing
+from apps.base.machine import machine_line
+from apps.base.messages import first_line
+from apps.base.progress import say
+from apps.cli import UsageError
+from apps.cli.usage import SweepOptions
+from apps.report.page import Picture, Section, Table, Text, shown
+from apps.report.pareto import Weighed, front, quality_against_costs
+from apps.report.plots import save_picture
+from apps.report.tables import is_share
+from apps.train.cheaper import TRAINED, Cheaper, cheaper_forms
+from apps.train.contents import fingerprint, read_checkpoint
+from apps.train.cost import num_examples
+from apps.train.footprint import Seconds, in_rounds, peak_bytes, resident_bytes
+from apps.train.run_folder import check_own
+
+if TYPE_CHECKING:
+    from apps.cli.train import SparseCLI
+
+RECORD, PICTURE = "sweep.json", "sweep.png"
+SINGLE_EXAMPLES = 8
+"""Examples that are passed one by one in a round, whose mean is the latency of batch 1."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A form that was measured.
+
+    Attributes:
+        kind, name, short: as in ``Cheaper``.
+        metrics: metrics of its test, by name.
+        seconds: seconds of a pass beside the trained model's, by the number of examples of a pass.
+        resident: bytes of its parameters and buffers.
+        peak: bytes that a pass of the largest batch takes besides, at most.
+    """
+
+    kind: str
+    name: str
+    short: str
+    metrics: Mapping[str, float]
+    seconds: Mapping[int, Seconds]
+    resident: int
+    peak: int
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Measured:
+        """Return the form of ``asdict`` of one, as JSON has it."""
+        seconds = {
+            int(size): Seconds(tuple(own["own"]), tuple(own["trained"])) for size, own in values["seconds"].items()
+        }
+        return cls(**{**values, "seconds": seconds})
+
+
+class Sweep:
+    """The sweep of a run: made before its test, run after it.
+
+    Args:
+        cli: the command, whose model has not been tested yet.
+        options: options.
+
+    Raises:
+        ValueError: there is no trained model, it has no experts or no metric to judge it by, or several processes.
+    """
+
+    def __init__(self, cli: SparseCLI, options: SweepOptions) -> None:
+        self.cli, self.options = cli, options
+        model, name = cli.model, type(cli.model).__name__
+        if cli.ckpt_path is None:
+            raise UsageError("sweep measures a trained model: give --ckpt_path")
+        if not hasattr(model, "test_monitor"):
+            raise UsageError(f"sweep asks for a model of the apps, and {name} names no metric to judge it by")
+        if cli.trainer.world_size > 1:
+            raise UsageError(f"sweep runs in one process, not in {cli.trainer.world_size}: give --trainer.devices 1")
+        for file in (RECORD, PICTURE):
+            check_own(cli.run_dir / file)
+        model.load_state_dict(read_checkpoint(cli.ckpt_path)["state_dict"])
+        cheaper_forms(model, "")  # refuses a model without experts before its test
+        # The tested model is tied to its trainer; this one is copied for each form.
+        self.trained: Any = copy.deepcopy(model).eval()
+        self.trained.reports = False
+        self._callbacks = list(cli.trainer.callbacks)
+
+    def run(self, metrics: Mapping[str, float]) -> Section:
+        """Measure the forms that are not measured yet, write record and picture, and return the report's section.
+
+        Args:
+            metrics: those of the test of the trained model, by name.
+        """
+        device = self.cli.trainer.strategy.root_device
+        self.trained.to(device)
+        self._batches = self._timed_batches()
+        record = _Record(self.cli.run_dir / RECORD, self._identity())
+        forms = cheaper_forms(self.trained, self._statistics())
+        if TRAINED not in record.measured:
+            record.add(self._measured(Cheaper(TRAINED, TRAINED, "", lambda model: None), metrics))
+        for number, form in enumerate(forms, 1):
+            if form.name in record.measured:
+                continue
+            try:
+                own = self._measured(form)
+            except ValueError as error:
+                record.leave_out(form.name, first_line(error))
+                say(f"sweep {number} of {len(forms)}: {form.name} is left out: {first_line(error)}")
+                continue
+            record.add(own)
+            value = own.metrics.get(self.trained.test_monitor, math.nan)
+            say(f"sweep {number} of {len(forms)}: {form.name}: {self.trained.test_monitor} {value:.4g}")
+        order = [TRAINED, *(form.name for form in forms)]
+        measured = [record.measured[name] for name in order if name in record.measured]
+        left_out = {name: record.left_out[name] for name in order if name in record.left_out}
+        return self._section(measured, left_out)
+
+    # ---- measuring
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what has to be the same for a sweep to go on with an earlier one's forms."""
+        limit = self.cli.trainer.limit_test_batches
+        return {
+            "checkpoint": str(self.cli.ckpt_path),
+            "weights": fingerprint(self.trained),
+            "limit_test_batches": limit,
+            **asdict(self.options),
+            "machine": machine_line().rpartition(",")[0],  # without the date
+        }
+
+    def _timed_batches(self) -> dict[int, list[Any]]:
+        """Return batches of the test by their number of examples: single ones where the data give them, and the first
+        two of the configuration."""
+        data = self.cli.datamodule
+        single = copy.copy(data)
+        sizes = {name: 1 for name in ("eval_batch_size", "eval_tokens_per_batch") if hasattr(single, name)}
+        for name, value in sizes.items():
+            setattr(single, name, value)
+        of_one = list(islice(single.test_dataloader(), SINGLE_EXAMPLES)) if sizes else []
+        whole = list(islice(data.test_dataloader(), 2))
+        if not whole:
+            raise ValueError("sweep: the data have no test batch")
+        batches: dict[int, list[Any]] = {}
+        for own in (of_one, whole):
+            moved = [self.cli.trainer.strategy.batch_to_device(batch) for batch in own]
+            if moved:
+                size = num_examples(self.trained.example_inputs(moved[0]))
+                batches[size] = moved
+        return batches
+
+    def _statistics(self) -> Mapping[str, core.ExpertStatistics] | str:
+        """Return the use of the experts in validation batches, or why it is not known."""
+        batches = list(islice(iter(self.cli.datamodule.val_dataloader()), self.options.batches))
+        if not batches:
+            return "there are no validation batches, in which the use of the experts is counted"
+        moved = [self.cli.trainer.strategy.batch_to_device(batch) for batch in batches]
+
+        def run(model: Any, batch: Any) -> None:
+            model(*model.example_inputs(batch))
+
+        try:
+            with self._forward():
+                return core.expert_statistics(self.trained, moved, run)
+        except ValueError as error:
+            return first_line(error)
+
+    def _forward(self) -> Any:
+        return self.cli.trainer.precision_plugin.forward_context()
+
+    def _measured(self, form: Cheaper, metrics: Mapping[str, float] | None = None) -> Measured:
+        """Test and time a form.
+
+        Raises:
+            ValueError: the model cannot be made such a form.
+        """
+        model: Any = copy.deepcopy(self.trained)
+        form.change(model)
+        model.eval()
+        device = self.cli.trainer.strategy.root_device
+
+        def run(one: Any, batches: Sequence[Any]) -> None:
+            for batch in batches:
+                one.infer(batch)
+
+        with torch.inference_mode(), self._forward():
+            seconds = {}
+            for size, batches in self._batches.items():
+                taken = in_rounds(
+                    lambda batches=batches: run(model, batches),  # type: ignore[misc]
+                    lambda batches=batches: run(self.trained, batches),  # type: ignore[misc]
+                    self.options.rounds,
+                    device,
+                )
+                each = len(batches)
+                seconds[size] = Seconds(tuple(s / each for s in taken.own), tuple(s / each for s in taken.trained))
+            largest = self._batches[max(self._batches)][0]
+            peak = peak_bytes(lambda: model.infer(largest), device)
+        resident = resident_bytes(model)
+        if metrics is None:
+            metrics = self._tested(model)
+        own = {name: value for name, value in metrics.items() if not name.startswith("test/routing/")}
+        return Measured(form.kind, form.name, form.short, own, seconds, resident, peak)
+
+    def _tested(self, model: Any) -> dict[str, float]:
+        trainer = self.cli.trainer
+        trainer.callbacks = list(self._callbacks)  # the test of the trained model has added those of its report
+        results = trainer.test(model, datamodule=self.cli.datamodule, verbose=False, ckpt_path=None)
+        return {name: float(value) for result in results for name, value in result.items()}
+
+    # ---- showing
+
+    def _section(self, measured: Sequence[Measured], left_out: Mapping[str, str]) -> Section:
+        """Write the picture, and return it with the table."""
+        model = self.trained
+        metric = model.test_monitor
+        sizes = sorted(measured[0].seconds)
+        quality = [m.metrics[metric] for m in measured]
+        percent = is_share(metric, [quality])
+        higher = model.monitor_mode == "max"
+        factor = 100.0 if percent else 1.0
+        title = metric.replace("/", " ")
+        base = {size: _latency_of_trained(measured, size) for size in sizes}
+        points = [_weighed(m, base, factor * q) for m, q in zip(measured, quality, strict=True)]
+        names = [*(f"latency of batch {size}, ms" for size in sizes), "memory, MB"]
+        fig = quality_against_costs(
+            points, names, f"{title}, %" if percent else title, higher, f"{self.cli.run_dir.name}: quality and cost"
+        )
+        path = save_picture(fig, self.cli.run_dir / PICTURE)
+        fronts = [front([p.quality for p in points], [p.costs[i] for p in points], higher) for i in range(len(names))]
+        table = Table(
+            "Cheaper forms of the model",
+            ("", f"{title}, %" if percent else title, *_columns(sizes), "weights, MB", "+ a pass, MB", "on the front"),
+            tuple(
+                (
+                    m.name,
+                    f"{points[i].quality:.2f}" if percent else shown(points[i].quality),
+                    *_latencies(m, base),
+                    f"{m.resident / 1e6:.2f}",
+                    f"{m.peak / 1e6:.2f}",
+                    ", ".join(_short(name) for name, on in zip(names, fronts, strict=True) if i in on) or "–",
+                )
+                for i, m in enumerate(measured)
+            ),
+            sortable=True,
+            note=(
+                f"A latency is the median over {self.options.rounds} rounds, in which the form and the trained model "
+                "take turns; x is the ratio to the trained model, with a 95 % interval of the median."
+            ),
+        )
+        alt = f"{title} over {', '.join(names)}, for {len(points)} forms of the model, with the Pareto front of each"
+        parts: list[Any] = [Picture(str(path), alt, f"Measured on {machine_line()}."), table]
+        if left_out:
+            parts.append(Text(tuple(f"{name} is left out: {reason}." for name, reason in left_out.items())))
+        say(f"sweep: {path}")
+        return Section("Cheaper forms: quality against latency and memory", tuple(parts))
+
+
+def _latency_of_trained(measured: Sequence[Measured], size: int) -> float:
+    """Return the median milliseconds of the trained model over the rounds of all forms."""
+    return 1e3 * statistics.median(s for m in measured for s in m.seconds[size].trained)
+
+
+def _weighed(own: Measured, base: Mapping[int, float], quality: float) -> Weighed:
+    """Return a form as a point of the picture.
+
+    Args:
+        own: the form.
+        base: milliseconds of the trained model, by the number of examples of a pass.
+        quality: its quality, as it is drawn.
+    """
+    costs: list[float | None] = []
+    intervals: list[tuple[float, float] | None] = []
+    for size, trained in base.items():
+        low, high = own.seconds[size].interval
+        costs.append(trained * (1.0 if own.kind == TRAINED else own.seconds[size].ratio))
+        intervals.append(None if own.kind == TRAINED else (trained * low, trained * high))
+    return Weighed(own.kind, own.short, quality, (*costs, (own.resident + own.peak) / 1e6), (*intervals, None))
+
+
+def _columns(sizes: Sequence[int]) -> Iterator[str]:
+    for size in sizes:
+        yield f"ms, batch {size}"
+        yield f"x, batch {size}"
+
+
+def _latencies(own: Measured, base: Mapping[int, float]) -> Iterator[str]:
+    for size, trained in base.items():
+        seconds = own.seconds[size]
+        low, high = seconds.interval
+        is_trained = own.kind == TRAINED
+        yield shown(trained if is_trained else trained * seconds.ratio)
+        yield "1" if is_trained else f"{seconds.ratio:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _short(name: str) -> str:
+    return name.partition(",")[0].removeprefix("latency of ")
+
+
+class _Record:
+    """The file of the forms that are measured, which a later sweep of the same model goes on with."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path, self.identity = path, dict(identity)
+        self.measured: dict[str, Measured] = {}
+        self.left_out: dict[str, str] = {}
+        if path.is_file():
+            try:
+                values = json.loads(path.read_text(encoding="utf-8"))
+                if values["of"] == self.identity:
+                    self.measured = {own["name"]: Measured.read(own) for own in values["forms"]}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                say(f"{path} cannot be read: the sweep begins anew")
+        if self.measured:
+            say(f"sweep: {len(self.measured)} forms are in {path} already")
+
+    def add(self, own: Measured) -> None:
+        self.measured[own.name] = own
+        self._write()
+
+    def leave_out(self, name: str, reason: str) -> None:
+        self.left_out[name] = reason
+        self._write()
+
+    def _write(self) -> None:
+        values = {"of": self.identity, "forms": [asdict(m) for m in self.measured.values()], "left_out": self.left_out}
+        with replacing(self.path) as file:
+            file.write(json.dumps(values, indent=1) + "\n")

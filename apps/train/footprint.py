@@ -1,0 +1,129 @@
+"""What a model takes of a machine: bytes that stay, bytes of a pass, and seconds beside another model's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Return the bytes of the parameters and buffers of a model; those that share memory count once."""
+    memories = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    return sum(memories.values())
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Return the bytes that torch allocates at most while ``run`` runs, beyond those that are there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Leave out what is written to the process's stderr, where torch's profiler says that it starts and stops."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds of two models in the same rounds.
+
+    Attributes:
+        own: seconds of a pass in each round.
+        trained: those of the trained model.
+    """
+
+    own: tuple[float, ...]
+    trained: tuple[float, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        """Return the own seconds as a share of the trained model's, by round: what slows a machine slows both."""
+        return [a / b for a, b in zip(self.own, self.trained, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Return the least interval of two ratios that holds the median of all such rounds with 95 %, or all there are.
+
+        It takes the number of ratios below the median, which is binomial with p = 1/2, whatever their distribution.
+        """
+        ratios = sorted(self.ratios)
+        cut = outside_median(len(ratios))
+        return ratios[cut], ratios[-1 - cut]
+
+
+def outside_median(count: int) -> int:
+    """Return how many of ``count`` sorted values may be left out at each end of a 95 % interval of their median.
+
+    Example::
+
+        outside_median(9)    # 1: 2 * P(Binomial(9, 1/2) <= 1) = 2 * 10 / 512 = 0.039; with 2 it would be 0.180
+    """
+    left, tail, ways = 0, 0, 1
+    for below in range(count // 2):
+        tail += ways
+        if 2 * tail > 0.05 * 2**count:
+            break
+        left = below
+        ways = ways * (count - below) // (below + 1)
+    return left
+
+
+def in_rounds(own: Callable[[], Any], trained: Callable[[], Any], rounds: int, device: torch.device) -> Seconds:
+    """Time two passes in turn: one round that warms up, then ``rounds``, each of which another one begins."""
+
+    def timed(run: Callable[[], Any]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds + 1):
+        order: Sequence[int] = (0, 1) if number % 2 else (1, 0)
+        spent = {place: timed((own, trained)[place]) for place in order}
+        if number:
+            for place in (0, 1):
+                seconds[place].append(spent[place])
+    return Seconds(tuple(seconds[0]), tuple(seconds[1]))
