@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.kernels.quantized import QuantizedWeight
 from core.kernels.triton_ops import gate, products, sort, sums
 from core.kernels.triton_ops.environment import MAX_EXPERTS, interpreted
 from core.kernels.triton_ops.launch import Launch, jit_function, written_down
@@ -56,6 +57,7 @@ _TYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.uint8: "u8",
+    torch.int8: "i8",
 }
 
 
@@ -126,6 +128,16 @@ def launches(
         products.linear(hidden_R, w_out, offsets_E, x, gates_R=gates_R, row_index_R=index_R)
         products.linear(hidden_R, w, offsets_E, x_R, transposed=True, clear=True)
         products.linear(hidden_R, w, offsets_E, x_R, transposed=True, second=(hidden_R, w))
+        for bits, size in ((8, None), (4, None), (8, 64), (4, 64)):
+            into, out = (_quantised(of, E, *shape, bits, size) for shape in ((D, F), (F, D)))
+            if into is None or out is None:
+                continue  # 64 does not divide the widths
+            products.quantized_up(x, index_R, offsets_E, into, None, b_in, "gelu", R)
+            products.quantized_up(x, index_R, offsets_E, into, into, None, "silu", R)
+            products.quantized_up(x_R, None, offsets_E, into, into, b_in, "gelu", R)
+            products.quantized_linear(hidden_R, out, offsets_E, x_R, bias=b_out, gates_R=gates_R)
+            products.quantized_linear(hidden_R, out, offsets_E, x, gates_R=gates_R, row_index_R=index_R)
+            products.quantized_linear(hidden_R, out, offsets_E, x_R, clear=True)
         products.hidden_grad(x, index_R, offsets_E, gates_R, w_out, b_out, hidden_R, None, "gelu")
         products.hidden_grad(x, index_R, offsets_E, gates_R, w_out, None, hidden_R, hidden_R, "silu")
         products.hidden_grad(x, index_R, offsets_E, gates_R, w_out, None, hidden_R, hidden_R, "gelu")
@@ -162,6 +174,17 @@ def launches(
                 for dscores_TE, valid_T in ((None, None), (logits_TE, None), (logits_TE, real_T)):
                     gate.choose_grad(dscores_TE, *grads, logits_TE, logits_TE, ids_TK, valid_T, softmax, normalize, 1.0)
     return starts
+
+
+def _quantised(
+    of: Callable[..., Tensor], E: int, K: int, N: int, bits: int, group_size: int | None
+) -> QuantizedWeight | None:
+    """Return matrices on the meta device; None where the groups do not divide them."""
+    if group_size is not None and K % group_size:
+        return None
+    rows, kind = (K, torch.int8) if bits == 8 else (-(-K // 2), torch.uint8)
+    groups = 1 if group_size is None else K // group_size
+    return QuantizedWeight(of(E, rows, N, kind=kind), of(E, groups, N), K, of(0).dtype)
 
 
 def compile_launch(launch: Launch, tile: Tile | None, arch: int, dtype: str) -> Compiled:
@@ -255,7 +278,8 @@ def compile_all(
         kernels: names, such as "up"; None: all.
         widths: some of ``WIDTHS``; kernels that see no width of rows are compiled for the first alone.
         all_flags: compile every combination of flags in ``launches``, and the first tile for the fewest and the most
-            experts that there can be; otherwise compile the first combination of each kernel.
+            experts that there can be; otherwise compile the first combination of each kernel, or of each way in which
+            its matrices are stored.
     """
     for dtype in dtypes:
         seen: set[object] = set()
@@ -274,7 +298,8 @@ def compile_all(
                 if dtype == "tf32" and "PRECISION" not in launch.constants:
                     continue  # it is the float32 one
                 for tile in launch.tiles() if num_experts == 64 else launch.tiles()[:1]:
-                    flags = repr(sorted(launch.constants.items())) if all_flags else ""
+                    stored = f"{launch.constants.get('KIND')} {launch.constants.get('SIZE')}"
+                    flags = repr(sorted(launch.constants.items())) if all_flags else stored
                     width = (launch.tile and (launch.tile[0], pair)) or launch.constants.get("UNIT")
                     what = (launch.kernel, width, tile, flags)
                     if what in seen:
@@ -309,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
     failed = 0
     if not args.json:
-        heads = f"{'kernel':24}{'widths':12}{'dtype':10}{'tile':18}{'card':8}"
+        heads = f"{'kernel':28}{'widths':12}{'dtype':10}{'tile':18}{'card':8}"
         print(f"{heads}{'registers':>10}{'spill':>7}{'shared':>8}{'in flight':>11}{'widest':>8}  tensor cores")
     for made in compile_all(args.arch, args.dtypes, args.kernels, args.widths, all_flags=not args.first):
         wrong = made.wrong()
@@ -319,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         cores, waiting = "yes" if made.tensor_cores else "-", "-" if made.in_flight is None else made.in_flight
         print(
-            f"{made.kernel:24}{made.widths:12}{made.dtype:10}{made.tile:18}sm_{made.arch:<5}{made.registers:>10}{made.spill:>7}"
+            f"{made.kernel:28}{made.widths:12}{made.dtype:10}{made.tile:18}sm_{made.arch:<5}{made.registers:>10}{made.spill:>7}"
             f"{made.shared:>8}{waiting:>11}{made.widest:>8}  {cores}{'' if wrong is None else '  ' + wrong}",
             flush=True,
         )

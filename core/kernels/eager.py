@@ -49,7 +49,7 @@ def check_width(x: Tensor, width: int) -> None:
         raise ValueError(f"rows have width {x.shape[1]}, the experts' matrices take {width}")
 
 
-def check_shapes(**tensors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+def check_shapes(**tensors: tuple[Weight | None, tuple[int, ...]]) -> None:
     """Raise a ``ValueError`` where a tensor has another shape than the one given beside it.
 
     For kernels that read without bounds.

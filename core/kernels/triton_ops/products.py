@@ -115,7 +115,9 @@ def quantized_up(
     }
     matrices = (w.values, w.scales, gate.values, gate.scales)
     pointers = (x, _or(row_index_R, offsets_E), offsets_E, *matrices, _or(bias, x), hidden)
-    _by_rows("quantized.up", _up_tuned_as(w_gate is not None, activation), pointers, constants, w.shape, rows, x)
+    _by_rows(
+        "quantized.up_quantized", _up_tuned_as(w_gate is not None, activation), pointers, constants, w.shape, rows, x
+    )
     return hidden
 
 
@@ -139,7 +141,7 @@ def quantized_linear(
         "CLEAR": clear,
     }
     pointers = (x, w.values, w.scales, _or(bias, x), _or(gates_R, x), _or(row_index_R, offsets_E), offsets_E, out)
-    _by_rows("quantized.linear", "linear", pointers, constants, w.shape, x.shape[0], x)
+    _by_rows("quantized.linear_quantized", "linear", pointers, constants, w.shape, x.shape[0], x)
 
 
 def _stored_as(w: QuantizedWeight) -> dict[str, object]:

@@ -106,10 +106,10 @@ def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, 
     (E, D, F), N = w_in.shape, w_out.shape[-1]
     check_width(x, D)
     check_shapes(
-        w_out=(w_out.scales, (E, F // w_out.group_size, N)),
+        w_out=(w_out, (E, F, N)),
         b_in=(weights.b_in, (E, F)),
         b_out=(weights.b_out, (E, N)),
-        w_gate=(None if w_gate is None else w_gate.scales, tuple(w_in.scales.shape)),
+        w_gate=(w_gate, (E, D, F)),
         offsets_E=(offsets_E, (E,)),
         gates_R=(gates_R, (x if index_R is None else index_R).shape[:1]),
     )

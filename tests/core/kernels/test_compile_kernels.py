@@ -34,10 +34,12 @@ def python(*arguments: str) -> str:
     return done.stdout
 
 
+FLOATING = (*KERNELS["products"], *KERNELS["sums"])
+QUANTISED = ("up_quantized", "linear_quantized")
 WITHOUT_PRODUCTS = (*KERNELS["sort"], *KERNELS["gate"])
 SIMPLE = ("column_sums", "gate_grad", "sum_of_k", "sum_grad")
 REPORTS = {
-    "bfloat16": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "whole"],
+    "bfloat16": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "whole", "--kernels", *FLOATING],
     "newer cards": ["--arch", "90", "100", "--dtypes", "bfloat16", "--widths", "whole", "--kernels", "hidden_grad"],
     "without products": ["--arch", "90", "--dtypes", "float32", "--widths", "whole", "--kernels", *WITHOUT_PRODUCTS],
 }
@@ -45,6 +47,7 @@ REPORTS = {
 FURTHER_REPORTS = {
     "float32": ["--arch", "80", "--dtypes", "float32", "--widths", "whole", "--kernels", "linear", "sum_of_any"],
     "eights": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "eights", "--kernels", "linear", *SIMPLE],
+    "quantised": ["--arch", "90", "--dtypes", "bfloat16", "--widths", "whole", "--kernels", *QUANTISED],
     "odd": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "odd", "--kernels", "linear", *SIMPLE],
 }
 """Those of slow tests."""
@@ -105,7 +108,8 @@ def check(rows: list[dict], dtype: str) -> None:
         assert row["arch"] in compile_kernels.ARCHS
         assert row["spill"] <= compile_kernels.MAX_SPILL
         assert row["shared"] <= compile_kernels.SHARED_MEMORY[row["arch"]]
-        multiplies = row["kernel"] in {f"products.{k}" for k in ("up", "linear", "hidden_grad", "weight_grad")}
+        floating = {f"products.{k}" for k in ("up", "linear", "hidden_grad", "weight_grad")}
+        multiplies = row["kernel"] in floating | {f"quantized.{k}" for k in QUANTISED}
         assert row["products"] == multiplies
         if multiplies and row["in_flight"] is not None:
             assert row["in_flight"] > 0, names(row)
@@ -156,6 +160,16 @@ def test_no_tile_spills_where_rows_are_not_of_whole_tiles(further_reports):
         widest = {row["kernel"].split(".")[1]: row["widest"] for row in rows}
         for kernel in SIMPLE:
             assert (widest[kernel] == 16) == (widths == "eights"), kernel
+
+
+@pytest.mark.slow
+def test_products_by_quantised_matrices_build_however_they_are_stored(further_reports):
+    rows = further_reports["quantised"]
+    check(rows, "bfloat16")
+    most = {kernel: sum(row["kernel"] == f"quantized.{kernel}" for row in rows) for kernel in QUANTISED}
+    # int8 and int4, by channel and by group.
+    assert most["linear_quantized"] >= 4 * len(tuning.HALF_TILES["linear"])
+    assert most["up_quantized"] >= 4 * len(tuning.HALF_TILES["up"])
 
 
 def test_kernels_are_not_compiled_anew_for_another_number_of_tokens(reports):

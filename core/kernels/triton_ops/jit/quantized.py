@@ -46,7 +46,7 @@ def matrix_tile(
 
 
 @triton.jit(do_not_specialize=["R"])
-def up(
+def up_quantized(
     X,
     Rows,
     Offsets,
@@ -157,7 +157,7 @@ def up(
 
 
 @triton.jit(do_not_specialize=["R"])
-def linear(
+def linear_quantized(
     X,
     Values,
     Scales,

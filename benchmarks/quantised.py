@@ -1,0 +1,147 @@
+"""What quantised experts cost a trained translation model: BLEU, bytes, and the time of greedy decoding.
+
+BLEU is that of ``moesaic test --quantize FORM`` on all test sentences, in float32 otherwise. Times are those of a model
+that is loaded once, of 32 sentences of the test: one at a time, and all at once. Every round times each form once, in
+turn, and ratios to float32 are taken within a round.
+
+    python -m benchmarks.quantised --ckpt_path runs/bible
+    python -m benchmarks.quantised --ckpt_path runs/bible --forms int8 int4:32 --tests /tmp/tests --json rows.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import apps
+import core
+from apps.base.machine import machine_line
+from apps.base.quiet import quiet
+from apps.cli.request import Request
+from apps.cli.train import SparseCLI, build
+from apps.nlp.text.batch import TranslationBatch
+from apps.train.quantising import quantise, read_form
+from benchmarks._rounds import in_turn
+
+FLOAT = "float32"
+SENTENCES = 32
+
+
+def tested(run: str, form: str, folder: Path, options: Sequence[str]) -> dict[str, Any]:
+    """Return the record of a test with experts in this form; one that ``folder`` has already is read."""
+    own = folder / form.replace(":", "-")
+    if not (own / "test.json").exists():
+        words = ["--ckpt_path", run, "--run_dir", str(own), "--trainer.precision", "32-true", *options]
+        words += [] if form == FLOAT else ["--quantize", form]
+        with quiet():
+            SparseCLI(Request.read("test", words)).execute()
+    record: dict[str, Any] = json.loads((own / "test.json").read_text())
+    return record
+
+
+def sentences(run: str) -> TranslationBatch:
+    """Return the first ``SENTENCES`` of a batch of the test."""
+    with quiet():
+        data = build("test", ["--ckpt_path", run]).datamodule
+        data.prepare_data()
+        data.setup("test")
+        batch = next(batch for batch in data.test_dataloader() if len(batch.index_B) >= SENTENCES)
+    return TranslationBatch(*(rows[:SENTENCES] for rows in batch))
+
+
+def decoding(model: Any, batches: Sequence[TranslationBatch]) -> Callable[[], float]:
+    """Return a function that translates the batches greedily, and returns the seconds of it."""
+    config = dataclasses.replace(model.decode, method="greedy", num_best=1)
+
+    def run() -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for batch in batches:
+                model.translate(batch, config)
+        return time.perf_counter() - start
+
+    return run
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Return the lower quartile, the median and the upper quartile."""
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else list(values) * 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="quantised", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--ckpt_path", required=True, help="the run of a translation model")
+    parser.add_argument("--forms", nargs="+", default=["int8", "int4", "int4:64"], help="as --quantize takes them")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds, after one warm-up")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the decoding")
+    parser.add_argument("--tests", type=Path, help="folder of the tests' records, where those that are there are read")
+    parser.add_argument("--json", type=Path, help="write all rows to this file too")
+    args, options = parser.parse_known_args(argv)
+    if args.rounds < 1 or args.threads < 1:
+        parser.error(f"--rounds {args.rounds} and --threads {args.threads} must be at least 1")
+    try:
+        for form in args.forms:
+            read_form(form)
+    except ValueError as error:
+        parser.error(str(error))
+    torch.set_num_threads(args.threads)
+    forms = [FLOAT, *args.forms]
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) if args.tests is None else args.tests
+        records = {form: tested(args.ckpt_path, form, folder, options) for form in forms}
+
+    model = apps.load(args.ckpt_path)
+    models = {form: model if form == FLOAT else quantise(copy.deepcopy(model), form) for form in forms}
+    batch = sentences(args.ckpt_path)
+    each = [TranslationBatch(*(rows[i : i + 1] for rows in batch)) for i in range(SENTENCES)]
+    seconds = {
+        size: in_turn({form: decoding(m, batches) for form, m in models.items()}, args.rounds)
+        for size, batches in (("1", each), (str(SENTENCES), [batch]))
+    }
+    rows = []
+    before = core.expert_bytes(model)
+    for form in forms:
+        num_bytes = core.expert_bytes(models[form])
+        row = {"experts": form, "bleu": records[form]["test/bleu"], "chrf": records[form]["test/chrf"]}
+        row |= {"bytes": num_bytes, "times_fewer": before / num_bytes}
+        for size, of_forms in seconds.items():
+            pairs = zip(of_forms[form], of_forms[FLOAT], strict=True)
+            row |= {
+                f"ms_a_sentence_at_batch_{size}": [1e3 / SENTENCES * s for s in quartiles(of_forms[form])],
+                f"time_over_float32_at_batch_{size}": quartiles([own / plain for own, plain in pairs]),
+            }
+        rows.append(row)
+    print(f"{machine_line()}\n")
+    print(
+        "| experts | BLEU | chrF++ | bytes | of float32 | ms a sentence, batch 1 | of float32 | batch 32 | of float32 |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [row["experts"], f"{row['bleu']:.2f}", f"{row['chrf']:.2f}", f"{row['bytes']:,}"]
+        cells.append(f"1/{row['times_fewer']:.2f}")
+        for size in seconds:
+            low, median, high = row[f"ms_a_sentence_at_batch_{size}"]
+            over = row[f"time_over_float32_at_batch_{size}"][1]
+            cells += [f"{median:.1f} ({low:.1f}-{high:.1f})", f"{over:.2f}x"]
+        print(f"| {' | '.join(cells)} |")
+    if args.json:
+        command = " ".join(["python -m benchmarks.quantised", *(sys.argv[1:] if argv is None else argv)])
+        made = {"machine": machine_line(), "command": command, "rounds": args.rounds, "rows": rows}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(made, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
