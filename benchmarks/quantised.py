@@ -137,9 +137,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"| {' | '.join(cells)} |")
     if args.json:
         command = " ".join(["python -m benchmarks.quantised", *(sys.argv[1:] if argv is None else argv)])
-        made = {"machine": machine_line(), "command": command, "rounds": args.rounds, "rows": rows}
+        table = {"machine": machine_line(), "command": command, "rounds": args.rounds, "rows": rows}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made, indent=1) + "\n")
+        args.json.write_text(json.dumps(table, indent=1) + "\n")
     return 0
 
 
