@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -98,9 +99,8 @@ def offload_experts(
         pools.append(SlotPool(shapes, count, on, policy, {numbers[name]: stores[name] for name in names}))
         for name in names:
             members[numbers[name]].join(pools[-1])
-    sizes = [member.experts.num_experts for member in members]
     is_foreseen = prefetch and not any(isinstance(layer, NeuronMoE) for layer in moe_layers(model).values())
-    forecast = Forecast(sizes, [member.gate for member in members]) if is_foreseen else None
+    forecast = Forecast([member.gate for member in members]) if is_foreseen else None
     return OffloadedExperts(members, pools, forecast, left)
 
 
@@ -138,12 +138,14 @@ def _scores(layer: MoELayer, first: int, count: int) -> Scores | None:
     if not isinstance(gate, LinearGate) or gate.weight.shape[0] < first + count:
         return None
 
-    def scores(x_TD: Tensor) -> Tensor | None:
-        if x_TD.shape[1] != gate.weight.shape[1]:
-            return None
-        some_TD = x_TD[:: -(-x_TD.shape[0] // GLANCED) or 1]
-        logits_TE = gate(some_TD.to(gate.weight.dtype))
-        return logits_TE.softmax(-1).nan_to_num(0.0).sum(0)[first : first + count]
+    def scores(x_TD: Tensor) -> list[float] | None:
+        T, D = x_TD.shape
+        if gate.weight.shape[1] != D:
+            return None  # rows of something else, such as attended values
+        some_TD = x_TD if T <= GLANCED else x_TD[:: -(-T // GLANCED)]
+        share_E = gate(some_TD.to(gate.weight.dtype)).softmax(-1).mean(0)
+        shares: list[float] = share_E[first : first + count].tolist()
+        return shares if math.isfinite(sum(shares)) else None  # padding may hold NaN
 
     return scores
 

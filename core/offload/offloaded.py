@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..contract import Rows
 from ..experts import Experts
+from ..kernels import accumulate_dtype
 from .prediction import Forecast, Scores
 from .slots import Expert, SlotPool
 from .statistics import OffloadStatistics
@@ -187,7 +188,9 @@ class OffloadedExperts:
             for e in chunk:
                 load[slots[e]] = sizes[e]
             own.put(by_slot, member.inner(own.take(by_slot, load), way).x)
-        return rows.with_output(own.result())
+        if rows.gathered:
+            return rows.with_output(own.result())
+        return rows.with_output(own.summed(), weighted=True, combined=True)
 
     def _picked(self, member: Offloaded, x: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """Return as ``NeuronExperts.compute_picked`` does; tokens are divided where they pick more than fit."""
@@ -246,8 +249,7 @@ class _Pieces:
     def __init__(self, rows: Rows, sizes: dict[int, int]) -> None:
         self.rows, self.sizes, self.live = rows, sizes, sum(sizes.values())
         self.order = [*sizes]
-        self._x = dict(zip(sizes, rows.x[: self.live].split([*sizes.values()]), strict=True))
-        self._index = dict(zip(sizes, rows.row_index_R[: self.live].split([*sizes.values()]), strict=True))
+        self._x, self._index = rows.x[: self.live], rows.row_index_R[: self.live]
         self._y: dict[int, Tensor] = {}
         self._whole: Tensor | None = None
 
@@ -258,9 +260,9 @@ class _Pieces:
             experts: their numbers, in the order of their slots.
             load: the number of rows of each slot.
         """
-        device, in_order = self.rows.x.device, experts == self.order
-        x_rD = self.rows.x[: self.live] if in_order else torch.cat([self._x[e] for e in experts])
-        index_r = self.rows.row_index_R[: self.live] if in_order else torch.cat([self._index[e] for e in experts])
+        x_rD, index_r, device = self._x, self._index, self._x.device
+        if experts != self.order:
+            x_rD, index_r = self._picked(x_rD, experts), self._picked(index_r, experts)
         return replace(
             self.rows,
             x=x_rD,
@@ -269,6 +271,10 @@ class _Pieces:
             gates_R=torch.ones(len(index_r), dtype=self.rows.gates_R.dtype, device=device),
             plan=None,
         )
+
+    def _picked(self, t: Tensor, experts: list[int]) -> Tensor:
+        parts = dict(zip(self.order, t.split([*self.sizes.values()]), strict=True))
+        return torch.cat([parts[e] for e in experts])
 
     def put(self, experts: list[int], y_rD: Tensor) -> None:
         """Keep the output of rows that ``take`` returned."""
@@ -279,6 +285,16 @@ class _Pieces:
 
     def result(self) -> Tensor:
         """Return the output of all rows, (R, D_out) in their order; zero for those that no expert computes."""
-        y_rD = torch.cat([self._y[e] for e in self.order]) if self._whole is None else self._whole
-        lacking = self.rows.x.shape[0] - self.live
+        y_rD, lacking = self._joined(), self.rows.x.shape[0] - self.live
         return y_rD if lacking == 0 else torch.cat((y_rD, y_rD.new_zeros(lacking, y_rD.shape[1])))
+
+    def summed(self) -> Tensor:
+        """Return the sum of each token's rows, weighted by their gates: (T, D_out)."""
+        y_rD = self._joined()
+        sum_dtype = accumulate_dtype(y_rD.dtype)
+        weighted_rD = y_rD.to(sum_dtype) * self.rows.gates_R[: self.live, None]
+        y_TD = weighted_rD.new_zeros(self.rows.num_tokens, y_rD.shape[1])
+        return y_TD.index_add_(0, self._index, weighted_rD).to(y_rD.dtype)
+
+    def _joined(self) -> Tensor:
+        return torch.cat([self._y[e] for e in self.order]) if self._whole is None else self._whole

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-Scores = Callable[[Tensor], Tensor | None]
-"""Maps (T, D) tokens to the shares (E,) of a module's experts in what the tokens would choose there; None where it
+Scores = Callable[[Tensor], list[float] | None]
+"""Maps (T, D) tokens to the share of each of a module's E experts in what the tokens would choose there; None where it
 cannot say."""
-FADING = 0.999
-"""What is left of a count of the history after each use of its expert."""
 AHEAD = 3
 """Experts that are fetched ahead for each that the next module needed last."""
 
@@ -27,15 +25,14 @@ class Forecast:
     often so far.
 
     Args:
-        sizes: E of each module.
         gates: the scores of each module by the gate of its layer; None: its router has no gate that could say.
     """
 
-    def __init__(self, sizes: Sequence[int], gates: Sequence[Scores | None]) -> None:
-        self.sizes, self.gates = sizes, gates
-        self._followers: list[Counter[int]] = [Counter() for _ in sizes]
-        self._history: dict[tuple[int, int], Tensor] = {}
-        self._width = [0] * len(sizes)
+    def __init__(self, gates: Sequence[Scores | None]) -> None:
+        self.gates = gates
+        self._followers: list[Counter[int]] = [Counter() for _ in gates]
+        self._history: dict[tuple[int, int, int], Counter[int]] = {}
+        self._width = [0] * len(gates)
         self._before: tuple[int, list[int]] | None = None
 
     def note(self, module: int, numbers: list[int]) -> None:
@@ -44,13 +41,8 @@ class Forecast:
         if self._before is not None:
             earlier, used = self._before
             self._followers[earlier][module] += 1
-            edge = earlier, module
-            if edge not in self._history:
-                self._history[edge] = torch.zeros(self.sizes[earlier], self.sizes[module])
-            counts = self._history[edge]
-            seen = torch.zeros(self.sizes[module])
-            seen[numbers] = 1.0
-            counts[used] = counts[used] * FADING + seen
+            for e in used:
+                self._history.setdefault((earlier, e, module), Counter()).update(numbers)
         self._before = module, numbers
 
     def next(self, x_TD: Tensor) -> tuple[int, list[int]] | None:
@@ -59,18 +51,16 @@ class Forecast:
         Args:
             x_TD: (T, D), the hidden state of the call that was noted last.
         """
-        if self._before is None:
+        if self._before is None or not self._followers[self._before[0]]:
             return None
         module, used = self._before
-        if not self._followers[module]:
-            return None
         following = max(self._followers[module], key=self._followers[module].__getitem__)
-        counts_E = self._history[module, following][used].sum(0)
-        scores_E = counts_E / counts_E.sum().clamp_min(1e-9)
+        seen: Counter[int] = Counter()
+        for e in used:
+            seen.update(self._history.get((module, e, following), {}))
+        total = sum(seen.values())
+        scores = {e: count / total for e, count in seen.items()}
         gate = self.gates[following]
-        gate_E = None if gate is None else gate(x_TD)
-        if gate_E is not None:
-            scores_E = scores_E + (gate_E / gate_E.sum().clamp_min(1e-9)).cpu()
-        count = min(AHEAD * self._width[following], self.sizes[following])
-        best = scores_E.topk(count).indices.tolist()
-        return following, best
+        for e, share in enumerate((gate(x_TD) if gate is not None else None) or ()):
+            scores[e] = scores.get(e, 0.0) + share
+        return following, heapq.nlargest(AHEAD * self._width[following], scores, key=scores.__getitem__)

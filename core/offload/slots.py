@@ -94,6 +94,7 @@ class SlotPool:
         self.device = device
         self.resident: dict[Expert, Resident] = {}
         self.free = list(range(self.count))[::-1]
+        self._coming: list[Expert] = []
         with torch.inference_mode(False):  # tensors of inference mode could not be written outside of it
             for name, (shape, dtype) in self.shapes.items():
                 # Zeros: what a slot holds before its first expert is read by none, and is finite nevertheless.
@@ -182,25 +183,38 @@ class SlotPool:
         for expert in wanted:
             self._touch(expert, self._clock + 0.5, 0.0)
         safe = {*wanted, *kept}
-        written = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+        jobs = []
         for expert in wanted:
             if expert in self.resident:
                 continue
             slot = self._take_slot(safe, statistics, at_once=True)
             if slot is None:
-                return
-            self.resident[expert] = Resident(slot, worker.submit(self._load_aside, expert, slot, written))
+                break
+            loading: Future[None] = Future()
+            self.resident[expert] = Resident(slot, loading)
+            self._coming.append(expert)
+            jobs.append((expert, slot, loading))
             statistics.prefetched += 1
             statistics.bytes_moved += self.bytes_per_expert
+        if jobs:  # one message to the thread: each costs it and this one a change of hands
+            written = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+            worker.submit(self._load_aside, jobs, written)
 
     def _drop_late(self, wanted: set[Expert], statistics: OffloadStatistics) -> None:
         """Give up earlier prefetches that have not begun and are not wanted any more."""
-        for expert, held in list(self.resident.items()):
-            if held.loading is not None and expert not in wanted and held.loading.cancel():
+        coming = []
+        for expert in self._coming:
+            held = self.resident.get(expert)
+            if held is None or held.loading is None or held.loading.done():
+                continue
+            if expert not in wanted and held.loading.cancel():
                 del self.resident[expert]
                 self.free.append(held.slot)
                 statistics.prefetched -= 1
                 statistics.bytes_moved -= self.bytes_per_expert
+            else:
+                coming.append(expert)
+        self._coming = coming
 
     def _touch(self, expert: Expert, time: float, uses: float) -> None:
         """Add uses of an expert at a time that is counted in calls."""
@@ -263,15 +277,22 @@ class SlotPool:
             raise
 
     @torch.no_grad()
-    def _load_aside(self, expert: Expert, slot: int, written: torch.cuda.Event | None) -> None:
+    def _load_aside(self, jobs: list[tuple[Expert, int, Future[None]]], written: torch.cuda.Event | None) -> None:
         """Load on the worker's thread; on CUDA on a stream beside that which computes, after what it reads there."""
-        into = {name: rows.data[slot] for name, rows in self.tensors.items()}
-        if written is None:
-            self.stores[expert.module].load(expert.number, into)
-            return
-        if self._stream is None:
+        if written is not None and self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(written)
-            self.stores[expert.module].load(expert.number, into)
-            self._stream.synchronize()
+        for expert, slot, loading in jobs:
+            if not loading.set_running_or_notify_cancel():
+                continue
+            into = {name: rows.data[slot] for name, rows in self.tensors.items()}
+            try:
+                with torch.cuda.stream(self._stream):  # nothing where there is none
+                    if self._stream is not None and written is not None:
+                        self._stream.wait_event(written)
+                    self.stores[expert.module].load(expert.number, into)
+                    if self._stream is not None:
+                        self._stream.synchronize()
+            except BaseException as error:  # for the call that needs the expert
+                loading.set_exception(error)
+            else:
+                loading.set_result(None)

@@ -116,7 +116,7 @@ def test_one_slot_is_enough_on_every_backend_and_in_every_dtype(backend: str, dt
     offloaded = core.offload_experts(layer, one_expert(layer))
     assert offloaded.num_slots == 1
     if backend == "grouped":  # it sums in another order
-        torch.testing.assert_close(layer(x), expected, rtol=0, atol=4e-3 if dtype == torch.bfloat16 else 1e-6)
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-6)
     else:
         assert torch.equal(layer(x), expected)
 
@@ -130,6 +130,15 @@ def test_experts_that_need_no_more_than_the_slots_are_computed_at_once():
     assert (offloaded.statistics.hits, offloaded.statistics.misses) == (0, 3)
     assert torch.equal(layer(x), expected)
     assert (offloaded.statistics.hits, offloaded.statistics.misses) == (3, 3)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_experts(bits: int, tmp_path: Path):
+    layer = core.quantize_experts(layer_of(SwiGLU(F)), bits, group_size=32)
+    expected = passes(layer)
+    offloaded = core.offload_experts(layer, one_expert(layer) * 4, tmp_path / "experts.safetensors")
+    assert offloaded.num_slots == 4
+    assert all(torch.equal(y, wanted) for y, wanted in zip(passes(layer), expected, strict=True))
 
 
 def test_padding_and_a_batch_of_nothing_but_padding():
