@@ -1,0 +1,90 @@
+"""Every overlay of routers and of experts as an ONNX file computes on onnxruntime what it computes in eager mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from apps.serve.export.onnx import to_onnx
+from apps.train.exporting import Graph
+from tests.support.overlays import (
+    CONFIGS,
+    LENGTH,
+    OVERLAYS,
+    Layers,
+    example,
+    graph_of_layers,
+    layers_of,
+    model_of,
+    spread,
+)
+
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+REFUSED: dict[str, str] = {}
+"""The overlays that have no form in ONNX, and the error of each."""
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(CONFIGS).with_suffix(""))
+
+
+def graph_of(paths: list[Path]) -> Graph:
+    torch.manual_seed(0)
+    graph = model_of(paths[0]) if len(paths) == 1 else None
+    if graph is None:
+        graph = graph_of_layers(Layers([layer for path in paths for layer in layers_of(path)]))
+    spread(graph.network)
+    graph.network.eval()
+    return graph
+
+
+def sized(graph: Graph, B: int, S: int) -> dict[str, torch.Tensor]:
+    """Return inputs of another size, where the graph takes them."""
+    if isinstance(graph.network, Layers):
+        return example(graph.network, B, S if "length" in graph.dynamic["x"].values() else LENGTH)
+    (given,) = graph.inputs.values()
+    few = given[:1].expand(B, *given.shape[1:])
+    if given.ndim == 2:  # tokens
+        few = few[:, torch.arange(S) % LENGTH]
+    return dict.fromkeys(graph.inputs, few if given.ndim == 2 else torch.randn(few.shape))
+
+
+def check(graph: Graph, path: Path) -> None:
+    """Compare the file with eager mode to 1e-5 of the largest output, for other sizes than the example's."""
+    to_onnx(graph, path, "standard")
+    session = onnxruntime.InferenceSession(str(path))
+    taken = {value.name for value in session.get_inputs()}
+    for B, S in ((3, LENGTH), (1, 7), (5, 21)):
+        inputs = sized(graph, B, S)
+        with torch.no_grad():
+            expected = graph.network(*inputs.values())
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        outputs = session.run(None, {n: value.numpy() for n, value in inputs.items() if n in taken})
+        for y, y_eager in zip(outputs, expected, strict=True):
+            error = (torch.from_numpy(y) - y_eager).abs().max() / y_eager.abs().max()
+            assert error < 1e-5, f"{float(error)} for {B} sequences of {S}"
+
+
+def test_routers_of_each_kind_are_computed_as_in_eager_mode(tmp_path):
+    kinds = ("deepseek_v3", "expert_choice", "hash_gates", "soft_slots", "mixture_of_tokens")
+    check(graph_of([CONFIGS / "routing" / f"{kind}.yaml" for kind in kinds]), tmp_path / "routers.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", OVERLAYS, ids=name)
+def test_an_overlay_is_computed_as_in_eager_mode_or_refused_by_name(path, tmp_path):
+    graph = graph_of([path])
+    if name(path) in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name(path)]):
+            to_onnx(graph, tmp_path / "overlay.onnx", "standard")
+    else:
+        check(graph, tmp_path / "overlay.onnx")
+
+
+def test_thirty_routers_and_more_are_not_refused():
+    routers = [name(path) for path in OVERLAYS if path.parent.name == "routing"]
+    assert len(set(routers) - set(REFUSED)) >= 30
