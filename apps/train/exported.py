@@ -244,12 +244,17 @@ class ExportedModel:
 
 def _fill(module: nn.Module, prefix: str, scalars: Mapping[str, float]) -> None:
     """Give what a module of its own has on the meta device its number, or NaN: what no graph replaces is not read."""
-    for named in (module._parameters, module._buffers):
-        for name, value in named.items():
-            if value is not None and value.is_meta:
-                number = scalars.get(prefix + name, float("nan") if value.is_floating_point() else 0)
-                filled = torch.full_like(value, number, device="cpu")
-                named[name] = nn.Parameter(filled, requires_grad=False) if isinstance(value, nn.Parameter) else filled
+
+    def filled(name: str, like: Tensor) -> Tensor:
+        number = scalars.get(prefix + name, float("nan") if like.is_floating_point() else 0)
+        return torch.full_like(like, number, device="cpu")
+
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.is_meta:
+            module._parameters[name] = nn.Parameter(filled(name, parameter), requires_grad=False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.is_meta:
+            module._buffers[name] = filled(name, buffer)
 
 
 def onnxruntime() -> Any:

@@ -15,6 +15,7 @@ A row that a table lacks counts as row 0, the row of values that training lacked
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -205,7 +206,8 @@ class PlainHistory(nn.Module):
 
     def __init__(self, history: HistoryArch) -> None:
         super().__init__()
-        self.units, self.starts, self.dims = history.units, history.starts, history.dims
+        self.units: Any = history.units
+        self.starts, self.dims = history.starts, history.dims
         self.copies, self.normalize = history.copies, history.normalize
 
     def forward(self, histories: Sequence[tuple[Tensor, Tensor]], embedded: Tensor) -> Tensor:
@@ -221,7 +223,7 @@ class PlainHistory(nn.Module):
             self.units, self.starts, self.dims, histories, strict=True
         ):
             own = []
-            for k, unit in enumerate(units):  # type: ignore[arg-type]
+            for k, unit in enumerate(units):
                 key_BLd = key_BLD[:, :, k * dim : (k + 1) * dim]
                 query_BLd = embedded_KBH[k, :, None, start : start + dim].expand_as(key_BLd)
                 weight_BL = unit(query_BLd.flatten(0, 1), key_BLd.flatten(0, 1)).view_as(is_there_BL)

@@ -6,13 +6,15 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from apps.cli import UsageError
 from apps.cli.parser import Parser
 
 ENDINGS = {"onnx": ".onnx", "torch_export": ".pt2", "aoti": ".pt2"}
 """The ending of a file, by format."""
-FORMS = ("fastest", "standard", "contrib")
+Form = Literal["fastest", "standard", "contrib"]
+FORMS: tuple[Form, ...] = get_args(Form)
 """How an ONNX graph computes MoE layers; see ``onnx.to_onnx``."""
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 """What the format "onnx" needs."""
@@ -38,7 +40,7 @@ class Options:
     run: Path
     output: Path
     format: str
-    form: str
+    form: Form
     overwrite: bool
 
     @classmethod
