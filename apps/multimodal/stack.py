@@ -85,7 +85,15 @@ class PartAttention(SelfAttention):
     core of an AMD EPYC in bfloat16, padded to one length 52; in float32 76 and 100 ms.
     """
 
-    def forward(self, x_TD: Tensor, mask: Mask, rotations: Any = None, packing: Any = None, seen: Any = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        mask: Mask,
+        rotations: Any = None,
+        packing: Any = None,
+        seen: Any = None,
+        past: Any = None,
+    ) -> Tensor:
         """Map (T, D) to (T, D), under the interface of ``SelfAttention``; ``packing`` is a ``PartPacking``."""
         pieces = x_TD.split([part.slot_T.shape[0] for part in packing.parts])
         each = zip(pieces, packing.masks, packing.parts, strict=True)
