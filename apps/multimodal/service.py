@@ -64,7 +64,7 @@ def _vectors(model: Any, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _item(image_size: int) -> dict[str, Any]:
-    text = {"type": "string", "minLength": 1, "maxLength": _LONGEST}
+    text = {"type": "string", "maxLength": _LONGEST, "pattern": r"\S"}
     texts = {"type": "array", "items": text, "minItems": 1, "maxItems": _MOST_TEXTS, "uniqueItems": True}
     image, example = image_schema(), example_image(image_size)
 

@@ -31,7 +31,7 @@ def service(model: Any) -> Service:
             rows = [{"item": item, "score": score} for item, score in best[:top]]
             if has_names:
                 rows = [{**row, "name": items.names[items.ids[row["item"]]]} for row in rows]
-            answers.append({"items": rows, "unknown": sum(item not in items.ids for item in history)})
+            answers.append({"items": rows, "unknown": sum(item.strip() not in items.ids for item in history)})
         return answers
 
     def read(item: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -40,7 +40,7 @@ def service(model: Any) -> Service:
                 raise ValueError(f"history[{place}] is empty")
         return item
 
-    value = {"type": ["string", "integer"], "minLength": 1, "maxLength": 1_000}
+    value = {"type": ["string", "integer"], "maxLength": 1_000, "pattern": r"\S"}
     history = {"type": "array", "items": value, "minItems": 1, "maxItems": _MOST_ITEMS}
     known = f"The oldest first. The model knows {model.num_items:,} items, and leaves others out."
     item = {

@@ -74,8 +74,10 @@ def table_of(rows: Sequence[Mapping[str, Any]], encoding: Encoding) -> pa.Table:
 
 def _plain(value: Any, role: str) -> Any:
     """Return a value as its column's type has it: a category and its text are the same to an encoding."""
-    if value is None or role in ("continuous", "vectors"):
-        return value
+    if value is None:
+        return None
+    if role in ("continuous", "vectors"):  # a whole number may be larger than an int64
+        return [float(own) for own in value] if isinstance(value, list) else float(value)
     if isinstance(value, list):
         return [str(own) for own in value]
     return str(value)

@@ -35,15 +35,21 @@ def run(options: Options) -> int:
     """Serve a run's model until SIGTERM or SIGINT; a second SIGINT does not wait for what is at work.
 
     Returns:
-        0; 1 where the model has broken down.
+        0; 1 where the model has broken down; 143 and 130 where the signal came before the service was ready.
 
     Raises:
         ValueError: the checkpoint is damaged, of a model that no app has or whose app has no service; the device is
             none; or the port was taken meanwhile.
     """
-    with quiet(own_notes=False):
-        model = load(options.checkpoint, device_of(options.device))
-        service = service_of(model)(model)
+    before = signal.signal(signal.SIGTERM, _leave)  # the first process of a container heeds no signal by default
+    try:
+        with quiet(own_notes=False):
+            model = load(options.checkpoint, device_of(options.device))
+            service = service_of(model)(model)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     with bound(options.port, options.host) as listening, _errors_alone():
         served = Served(model, service, options)
         print(f"serve: {name_of(options.checkpoint)} ({type(model).__name__}) at {url_of(listening)}", flush=True)
@@ -112,6 +118,11 @@ def _errors_alone() -> Iterator[None]:
         yield
     finally:
         own.setLevel(level)
+
+
+def _leave(number: int, frame: Any) -> None:
+    """End the process at a signal."""
+    raise SystemExit(128 + number)
 
 
 def _nothing(number: int, frame: Any) -> None:

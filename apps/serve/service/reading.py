@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,8 @@ _LONGEST = 300
 """Characters of a complaint at most: the value that it names may be a whole image."""
 _SHOWN = 60
 """Characters of the value."""
+_EXACT = 2**53
+"""Floats below hold every whole number."""
 _SURROGATE = re.compile(r"\\[uU][dD][89a-fA-F]")
 
 
@@ -108,7 +111,7 @@ def parse(body: bytes) -> Any:
     """
     try:
         text = body.decode("utf-8")
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(text, parse_constant=_refuse, parse_float=_number)
         if _SURROGATE.search(text):  # a pair is a character, and a half of one is no text
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -126,11 +129,12 @@ def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _finite(digits: str) -> float:
+def _number(digits: str) -> float:
+    """Return a number that has a point or an exponent: 2.0 and 2e0 are whole to a schema, and so they are 2 here."""
     number = float(digits)
-    if number in (float("inf"), float("-inf")):
+    if math.isinf(number):
         raise ValueError(f"{_cut(digits)} is too large for a number")
-    return number
+    return int(number) if number.is_integer() and abs(number) < _EXACT else number
 
 
 def _complaint(error: Any) -> str:

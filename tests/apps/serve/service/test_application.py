@@ -29,7 +29,7 @@ def refusal(response, status):
 
 
 def test_inputs_are_answered_in_their_order(client):
-    response = client.post("/predict", json={"inputs": [2, 8, 4]})
+    response = client.post("/predict", content=b'{"inputs": [2, 8.0, 0.4e1]}', headers=JSON)  # all of them whole
     assert response.status_code == 200
     assert response.json() == {"outputs": [4, 16, 8]}
 
