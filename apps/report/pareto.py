@@ -142,6 +142,7 @@ def _write_labels(axis: Axes, points: Sequence[Weighed], panel: int) -> None:
         text = axis.annotate(
             point.label,
             (cost, point.quality),
+            xytext=(0, 0),
             textcoords="offset points",
             ha="center",
             va="center",
@@ -151,7 +152,7 @@ def _write_labels(axis: Axes, points: Sequence[Weighed], panel: int) -> None:
         text.set_in_layout(False)
         size = text.get_window_extent()
         best = None
-        for far, (right, up) in itertools.product((4, 13, 23), _DIRECTIONS):
+        for far, (right, up) in itertools.product((7, 14, 22), _DIRECTIONS):
             # The nearest edge of the label, not its middle, is so far away.
             across, above = far * pixels * right + size.width / 2 * right, far * pixels * up + size.height / 2 * up
             box = Bbox.from_bounds(x + across - size.width / 2, y + above - size.height / 2, size.width, size.height)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 import sys
@@ -42,6 +43,10 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         now += event.nbytes()
         most = max(most, now)
     return most
+
+
+ROUND_SECONDS = 0.2
+"""Least duration of a model's turn, which is one pass or more."""
 
 
 @contextlib.contextmanager
@@ -108,22 +113,27 @@ def outside_median(count: int) -> int:
 
 
 def in_rounds(own: Callable[[], Any], trained: Callable[[], Any], rounds: int, device: torch.device) -> Seconds:
-    """Time two passes in turn: one round that warms up, then ``rounds``, each of which another one begins."""
+    """Time the passes of two models in turn, and return the seconds of a pass in each of ``rounds``.
 
-    def timed(run: Callable[[], Any]) -> float:
+    A turn is as many passes as ``ROUND_SECONDS`` take, the same number for both. Each model begins every other round. A
+    pass of each comes before them and counts nowhere.
+    """
+
+    def timed(run: Callable[[], Any], times: int) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
-        run()
+        for _ in range(times):
+            run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / times
 
+    first = min(timed(own, 1), timed(trained, 1))
+    times = math.ceil(ROUND_SECONDS / first) if first else 1
     seconds: tuple[list[float], list[float]] = ([], [])
-    for number in range(rounds + 1):
-        order: Sequence[int] = (0, 1) if number % 2 else (1, 0)
-        spent = {place: timed((own, trained)[place]) for place in order}
-        if number:
-            for place in (0, 1):
-                seconds[place].append(spent[place])
+    for number in range(rounds):
+        order: Sequence[int] = (1, 0) if number % 2 else (0, 1)
+        for place in order:
+            seconds[place].append(timed((own, trained)[place], max(times, 1)))
     return Seconds(tuple(seconds[0]), tuple(seconds[1]))

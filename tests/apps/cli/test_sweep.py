@@ -14,7 +14,7 @@ from apps.cli import main, sweep
 from apps.cli.train import build
 from apps.cli.usage import SweepOptions
 from apps.report.page import html
-from apps.train import cheaper
+from apps.train import cheaper, footprint
 from apps.train.run_folder import mark
 
 FAST = ["--rounds", "2", "--batches", "1"]
@@ -23,6 +23,7 @@ FAST = ["--rounds", "2", "--batches", "1"]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(html, "has_charts", lambda: False)
+    monkeypatch.setattr(footprint, "ROUND_SECONDS", 0.0)
     monkeypatch.setattr(cheaper, "CAPACITIES", (0.5,))
     monkeypatch.setattr(cheaper, "SHARES", (0.5, 0.25))
 
@@ -51,8 +52,8 @@ def test_every_form_is_tested_and_shown(trained, capsys):
 
 
 def test_a_sweep_that_was_stopped_goes_on_and_another_one_begins_anew(trained, tmp_path, capsys, monkeypatch):
-    cli = build("test", ["--config", str(trained / "config.yaml"), "--run_dir", str(tmp_path)])
-    cli.ckpt_path = trained / "checkpoints" / "best.ckpt"
+    config = str(trained / "config.yaml")
+    cli = build("test", ["--config", config, "--run_dir", str(tmp_path), "--ckpt_path", str(trained)])
     tested = []
     result = {"test/top1": 0.5, "test/loss": 1.0}
     monkeypatch.setattr(sweep.Sweep, "_tested", lambda self, model: tested.append(model) or result)
@@ -94,6 +95,8 @@ def test_what_cannot_be_swept_is_one_line(tmp_path, trained, capsys):
     assert line == "rounds=0 must be at least 1"
     line = fails(capsys, 2, "test", "--config", config, "--sweep", "--batches", "few")
     assert line == "batches=few must be a whole number of at least 1"
+    line = fails(capsys, 2, "test", "--config", config, "--sweep", "--quantize", "int8")
+    assert line == "quantize=int8 with sweep, which quantises the model by itself: leave it out"
     line = fails(capsys, 2, "test", "--config", config, "--ckpt_path", "none", "--sweep")
     assert line == "sweep measures a trained model: give --ckpt_path"
     dense = ["--config", config, "--model.moe", "null", "--run_dir", str(tmp_path / "dense")]

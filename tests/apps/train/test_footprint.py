@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -53,9 +52,19 @@ def test_ratios_and_their_interval():
 
 
 def test_passes_take_turns_and_begin_in_turn(monkeypatch):
-    calls = []
-    clock = itertools.accumulate(itertools.cycle([0.0, 1.0]))
-    monkeypatch.setattr(footprint.time, "perf_counter", lambda: next(clock))
-    seconds = in_rounds(lambda: calls.append("own"), lambda: calls.append("trained"), 3, CPU)
-    assert calls == ["trained", "own", "own", "trained", "trained", "own", "own", "trained"]
-    assert seconds == Seconds((1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
+    calls, now = [], [0.0]
+    monkeypatch.setattr(footprint.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(footprint, "ROUND_SECONDS", 3.0)
+
+    def takes(name, seconds):
+        def run():
+            calls.append(name)
+            now[0] += seconds
+
+        return run
+
+    seconds = in_rounds(takes("own", 2.0), takes("trained", 4.0), 3, CPU)
+    # A pass of each, then turns of ceil(3 / 2) = 2 passes: one's, the other's; the other's, one's; ...
+    own, trained = ["own"] * 2, ["trained"] * 2
+    assert calls == ["own", "trained", *own, *trained, *trained, *own, *own, *trained]
+    assert seconds == Seconds((2.0, 2.0, 2.0), (4.0, 4.0, 4.0))
