@@ -163,9 +163,9 @@ class SparseCLI(LightningCLI):
             self._begin_with(self.request.weights)
 
     def _check_fits(self, checkpoint: Mapping[str, Any], path: Path) -> None:
-        """Give the model the updates that its checkpoint has, and refuse a checkpoint that does not fit it."""
-        if hasattr(self.model, "adapt_linears"):
-            self.model.adapt_linears(checkpoint)
+        """Give the model the parts that its checkpoint has, and refuse a checkpoint that does not fit it."""
+        if hasattr(self.model, "take_form"):
+            self.model.take_form(checkpoint)
         check_fits(checkpoint, self.model, path)
 
     def _begin_with(self, path: Path) -> None:

@@ -17,6 +17,7 @@ from apps.base.messages import one_line
 from apps.nets.depths import TokenGate
 from apps.train.contents import read_checkpoint
 from apps.train.kinds import MEANINGS, kind_of_network
+from apps.train.quantising import form_of
 
 MOST_LAYERS = 16
 """Layers up to which the table of the routing has each; of more it has the mean alone."""
@@ -74,6 +75,9 @@ def measured(run: Path | None, state: Mapping[str, Any]) -> Measured | str:
     # The path in the file is as it was given, and the folder may have moved since.
     places = (checkpoint, run / "checkpoints" / checkpoint.name)
     tested = next((place for place in places if place.exists()), None)
+    if "quantized" in values:
+        how = values["quantized"].get("experts") if isinstance(values["quantized"], Mapping) else values["quantized"]
+        return f"the test in the run's folder is of experts in {how}, quantised for it alone"
     if tested is None or not _same(read_checkpoint(tested)["state_dict"], state):
         return f"the test in the run's folder is of other weights ({checkpoint.name})"
     figures = {k.removeprefix("test/"): float(v) for k, v in values.items() if isinstance(v, (int, float))}
@@ -159,8 +163,10 @@ def card(name: str, module: Any, figures: Measured | str) -> str:
 
 def _network(module: Any) -> list[str]:
     """Return the lines on parameters and MoE layers."""
-    params, active = sum(p.numel() for p in module.parameters()), core.active_params(module)
+    params, active = core.num_params(module), core.active_params(module)
     lines = [f"- parameters: {params:,}, of which one token or example touches at most {active:,}"]
+    if (form := form_of(module)) is not None:
+        lines.append(f"- the matrices of the experts are quantised, as `--quantize {form}` does it")
     for layer_name, layer in core.moe_layers(module).items():
         if isinstance(layer, TokenGate):
             continue

@@ -27,6 +27,7 @@ from apps.train.hub import HubModule
 from apps.train.measures import ModelSize, Throughput
 from apps.train.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from apps.train.parts import DataPart
+from apps.train.quantising import form_of, quantise
 from apps.train.row_gradients import check_processes, clip_with_rows
 from core.config.plain import from_plain
 
@@ -380,8 +381,21 @@ class SparseModule(BalancedModule, HubModule):
         super().on_save_checkpoint(checkpoint)
         if self._adapted is not None:
             checkpoint["adapted"] = dict(self._adapted)
+        if (form := form_of(self)) is not None:
+            checkpoint["quantized"] = form
         if self._frozen:
             checkpoint["frozen_experts"] = {name: list(experts) for name, experts in self._frozen.items()}
+
+    def take_form(self, checkpoint: Mapping[str, Any]) -> None:
+        """Make the parts that a checkpoint's tensors are of: updates beside linear layers, and quantised experts.
+
+        Raises:
+            ValueError: as ``adapt_linears``, and as ``quantise``.
+        """
+        self.adapt_linears(checkpoint)
+        form = checkpoint.get("quantized")
+        if form is not None and form_of(self) is None:
+            quantise(self, str(form))
 
     def adapt_linears(self, checkpoint: Mapping[str, Any]) -> None:
         """Freeze the model and put the updates beside its linear layers that a checkpoint's ``adapted`` names.
@@ -403,7 +417,7 @@ class SparseModule(BalancedModule, HubModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.adapt_linears(checkpoint)
+        self.take_form(checkpoint)
         self._freeze(checkpoint.get("frozen_experts", {}))
 
     def configure_callbacks(self) -> list[Callback]:

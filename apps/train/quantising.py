@@ -64,3 +64,18 @@ def quantise(model: M, how: str) -> M:
     bits, group_size = read_form(how)
     core.quantize_experts(model, bits, group_size)
     return model
+
+
+def form_of(model: nn.Module) -> str | None:
+    """Return how the experts of a model are quantised, as the word for ``quantise``; None: they are not.
+
+    Where every channel has one scale, a group size that is as long as a channel is not told from none.
+    """
+    from core.experts.matrices import QuantizedMatrices
+
+    matrices = [m for m in model.modules() if isinstance(m, QuantizedMatrices)]
+    if not matrices:
+        return None
+    bits = 8 if matrices[0].values.element_size() == 1 and matrices[0].values.is_signed() else 4
+    sizes = {m.fan_in // m.scales.shape[1] for m in matrices if m.scales.shape[1] > 1}
+    return f"int{bits}" + (f":{sizes.pop()}" if sizes else "")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import apps
 from apps.train.module import SparseModule
+from apps.train.quantising import form_of, quantise
 from apps.vision.module import VisionClassifier
 
 
@@ -104,6 +105,17 @@ def test_an_adapted_model_returns_with_its_updates(digits, tmp_path):
     again = apps.load(tmp_path / "folder")
     assert same(dict(again.state_dict()), dict(digits.state_dict()))
     assert any("lora" in name or "experts" in name for name in again.state_dict() if "blocks.0" in name)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4:4"])
+def test_a_quantised_model_returns_as_it_was(digits, tmp_path, form):
+    quantise(digits, form)
+    digits.save_pretrained(tmp_path / "folder")
+    again = apps.load(tmp_path / "folder")
+    assert form_of(again) == form
+    assert same(dict(again.state_dict()), dict(digits.state_dict()))
+    assert torch.equal(again(IMAGES), digits(IMAGES))
+    assert f"`--quantize {form}`" in (tmp_path / "folder" / "README.md").read_text()
 
 
 class Hub:
