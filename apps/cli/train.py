@@ -48,7 +48,7 @@ from apps.train.contents import read_checkpoint
 from apps.train.logs import EventLog, MetricsCSV, profiler
 from apps.train.predicting import PredictionStream
 from apps.train.progress import progress
-from apps.train.quantising import Quantised
+from apps.train.quantising import Quantised, form_of
 from apps.train.resume import GeneratorState
 from apps.train.run_folder import RunFolder, check_free, check_own, is_unused, mark
 from apps.train.sparsified import SparsifyConfig, sparsified
@@ -176,6 +176,9 @@ class SparseCLI(LightningCLI):
         if encoding_state is not None and same_class and hasattr(self.model, "widened"):
             checkpoint = self.model.widened(checkpoint, encoding_state)
         self._check_fits(checkpoint, path)
+        form = form_of(self.model)
+        if form is not None:
+            raise UsageError(f"weights={path} has experts in {form}, which do not train: give those of its run")
         self.model.on_load_checkpoint(checkpoint)
         self.model.load_state_dict(checkpoint["state_dict"])
 

@@ -30,7 +30,9 @@ class Quantised:
 
     def __str__(self) -> str:
         fewer = self.bytes_before / self.bytes_after
-        return f"experts in {self.experts}: {self.bytes_after:,} bytes in place of {self.bytes_before:,}, 1/{fewer:.2f}"
+        return (
+            f"experts in {self.experts}: {self.bytes_after:,} bytes in place of {self.bytes_before:,}, or 1/{fewer:.2f}"
+        )
 
     def record(self) -> dict[str, Any]:
         """Return plain values for the record of a test."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..kernels import quantize
+from ..kernels import QuantizedWeight, quantize
 from .base import Experts
 from .matrices import QuantizedMatrices
 
@@ -32,8 +32,8 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
 
     Raises:
         ValueError: other bits; there are no experts with matrices; a group size that does not divide the inputs of one
-            of them; experts that are quantised already or split over ranks; weights that are not finite. The model is
-            left as it was but for the last.
+            of them; experts that are quantised already, offloaded or split over ranks; weights that are not finite. The
+            model is left as it was but for the last.
 
     Example::
 
@@ -49,6 +49,9 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
     already = next((name for name, module in experts.items() if module.is_quantized), None)
     if already is not None:
         raise ValueError(f"the experts {already or 'of the model'} are quantised already")
+    offloaded = next((name for name, module in experts.items() if module.cache is not None), None)
+    if offloaded is not None:
+        raise ValueError(f"the experts {offloaded or 'of the model'} are offloaded: they are quantised before")
     if not matrices:
         raise ValueError(f"a {type(model).__name__} has no experts with matrices to quantise")
     for name, (_, _, parameter) in matrices.items():
@@ -59,13 +62,15 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
         except ValueError as error:
             raise ValueError(f"{name} cannot be quantised: {error}") from None
     for module, name, parameter in matrices.values():
-        made = QuantizedMatrices(quantize(parameter, bits, group_size))
-        delattr(module, name)  # a parameter gives its name to no module
-        module.register_module(name, made)
-    for module in experts.values():
-        if module.is_quantized:
-            module.requires_grad_(False)
+        _put(module, name, quantize(parameter, bits, group_size))
     return model
+
+
+def _put(experts: Experts, name: str, weight: QuantizedWeight) -> None:
+    """Put quantised matrices in the place of a parameter. The experts' other parameters train no more either."""
+    delattr(experts, name)  # a parameter gives its name to no module
+    experts.register_module(name, QuantizedMatrices(weight))
+    experts.requires_grad_(False)
 
 
 def expert_bytes(model: nn.Module) -> int:

@@ -152,6 +152,16 @@ def test_saved_loaded_copied_and_pickled_it_puts_out_the_same():
         layer_of(SwiGLU(24)).load_state_dict(first.state_dict())
 
 
+def test_offloaded_it_puts_out_the_same():
+    layer = core.quantize_experts(layer_of(FFN(24, bias=True)), 4, group_size=6)
+    x = torch.randn(2, 8, 12)
+    with torch.no_grad():
+        expected = layer(x)
+        offloaded = core.offload_experts(layer, core.expert_bytes(layer) // 2)
+        torch.testing.assert_close(layer(x), expected)
+    assert offloaded.statistics.misses
+
+
 def test_cast_to_half_precision_it_computes_in_it():
     layer = core.quantize_experts(layer_of(FFN(24)), 8)
     x = torch.randn(2, 8, 12).bfloat16()
@@ -226,6 +236,10 @@ def test_what_is_refused():
     layer = core.quantize_experts(layer_of(FFN(24)))
     with pytest.raises(ValueError, match="the experts experts are quantised already"):
         core.quantize_experts(layer)
+    offloaded = layer_of(FFN(24))
+    _kept = core.offload_experts(offloaded, 2 * core.expert_bytes(offloaded) // 4)
+    with pytest.raises(ValueError, match="the experts experts are offloaded: they are quantised before"):
+        core.quantize_experts(offloaded)
     with pytest.raises(ValueError, match="quantised do not start anew"):
         layer.experts.init_each(torch.nn.init.xavier_uniform_)
     if torch.accelerator.is_available():
