@@ -67,10 +67,9 @@ def _check_lengths(graph: Graph, program: torch.export.ExportedProgram) -> None:
 def _by_parameter(graph: Graph, values: list[Any]) -> tuple[Any, ...]:
     """Return one value for each input as torch.export takes them: those of ``*args`` are a tuple."""
     kinds = [p.kind for p in inspect.signature(graph.network.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL not in kinds:
-        return tuple(values)
-    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-    return (*values[:named], tuple(values[named:]))
+    rest = inspect.Parameter.VAR_POSITIONAL
+    named = kinds.index(rest) if rest in kinds else len(values)
+    return tuple(values) if named >= len(values) else (*values[:named], tuple(values[named:]))
 
 
 def _first_line(error: BaseException) -> str:
