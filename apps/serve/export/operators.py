@@ -65,7 +65,9 @@ def computes_all(network: nn.Module) -> bool:
 
 def _computes_all(layer: core.MoELayer) -> bool:
     if not isinstance(layer, core.MoE):
-        return layer.experts.num_experts > 1 and layer.active_expert_params() >= layer.all_expert_params()
+        experts: Any = layer.experts  # or a list of several, as in a layer of shared experts and each task's own
+        several = experts.num_experts > 1 if isinstance(experts, core.Experts) else len(experts) > 1
+        return several and layer.active_expert_params() >= layer.all_expert_params()
     return isinstance(layer, (core.SoftMoE, core.MergedMoE)) or layer.pairs_per_token >= layer.num_experts
 
 
