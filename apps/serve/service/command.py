@@ -26,6 +26,7 @@ from apps.serve.service.options import Options
 from apps.serve.service.reading import Reader
 from apps.train.answering import Service
 from apps.train.loading import load
+from apps.train.quantising import quantise
 
 _LOOKED_AT = 16
 """One of so many batches is looked at for the use of the experts, which costs some time."""
@@ -44,7 +45,7 @@ def run(options: Options) -> int:
     before = signal.signal(signal.SIGTERM, _leave)  # the first process of a container heeds no signal by default
     try:
         with quiet(own_notes=False):
-            model = load(options.checkpoint, device_of(options.device))
+            model, offloaded = prepared(options)
             service = service_of(model)(model)
     except KeyboardInterrupt:
         return 130
@@ -52,10 +53,29 @@ def run(options: Options) -> int:
         signal.signal(signal.SIGTERM, before)
     with bound(options.port, options.host) as listening, _errors_alone():
         served = Served(model, service, options)
+        if offloaded is not None:
+            served.metrics.follow_offload(offloaded)
         print(f"serve: {name_of(options.checkpoint)} ({type(model).__name__}) at {url_of(listening)}", flush=True)
         served.until_stopped(listening)
     print(f"serve: ended; answered requests: {served.metrics.num_answered:,}", flush=True)
     return 1 if served.batcher.broken else 0
+
+
+def prepared(options: Options) -> tuple[Any, core.OffloadedExperts | None]:
+    """Return the model, in the form and on the device that the options ask for, and its offloaded experts.
+
+    Raises:
+        ValueError: as ``load`` and ``device_of``, or experts that cannot be quantised or offloaded.
+    """
+    device = device_of(options.device)
+    in_host = options.quantize is not None or options.offload is not None
+    model = load(options.checkpoint, "cpu" if in_host else device)  # a device may have no room for all experts
+    if options.quantize is not None:
+        quantise(model, options.quantize)
+    offloaded = None
+    if options.offload is not None:
+        offloaded = core.offload_experts(model, options.offload, device=device)
+    return model.to(device), offloaded
 
 
 class Served:

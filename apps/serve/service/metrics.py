@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import core
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -22,6 +26,7 @@ class Metrics:
 
         self._registry = CollectorRegistry()
         given: dict[str, Any] = {"namespace": "moesaic", "registry": self._registry}
+        self._given = given
         Gauge("service", "What is served.", list(about), **given).labels(**about).set(1)
         Gauge("inputs_waiting", "Inputs that wait for the model.", **given).set_function(waiting)
         self.open = Gauge("requests_open", "Requests that have come and are not answered.", **given)
@@ -57,6 +62,19 @@ class Metrics:
             self._pairs.labels(layer, str(expert)).inc(pairs)
         self._dropped.labels(layer).inc(dropped)
 
+    def follow_offload(self, offloaded: core.OffloadedExperts) -> None:
+        """Show what a model counts whose experts are offloaded."""
+        from prometheus_client import Gauge
+
+        for name, about in (
+            ("hits", "Experts that were on the device when they were needed."),
+            ("misses", "Experts that were not."),
+            ("stall_seconds", "Time that the model waited for them."),
+            ("bytes_moved", "Bytes that were copied to the device."),
+        ):
+            read = partial(_figure, offloaded, name)
+            Gauge(f"offload_{name}", about, **self._given).set_function(read)
+
     @property
     def num_answered(self) -> int:
         """The number of requests that were answered."""
@@ -67,3 +85,7 @@ class Metrics:
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
+
+
+def _figure(offloaded: core.OffloadedExperts, name: str) -> float:
+    return float(getattr(offloaded.statistics, name))

@@ -14,6 +14,7 @@ from apps.cli.parser import Parser
 from apps.serve.service.limits import MIB, Limits
 from apps.serve.service.token import VARIABLE, read_token
 from apps.train.checkpoint_paths import find_checkpoint
+from apps.train.quantising import read_form
 
 PORT = 8000
 LIBRARIES = ("starlette", "uvicorn", "jsonschema_rs", "prometheus_client")
@@ -39,6 +40,8 @@ class Options:
         max_wait: seconds that an input waits for others at most.
         limits: what the service takes.
         device: where the model is; None: a GPU where there is one.
+        quantize: the word for the experts' whole numbers, such as "int4"; None: as they are.
+        offload: bytes of the experts that are on the device; None: all are.
     """
 
     checkpoint: Path
@@ -49,6 +52,8 @@ class Options:
     max_wait: float
     limits: Limits
     device: str | None
+    quantize: str | None = None
+    offload: int | None = None
 
     @classmethod
     def read(cls, argv: Sequence[str]) -> Options:
@@ -62,7 +67,9 @@ class Options:
         """
         values = command_line().parse_args(list(argv))
         sizes = {name: getattr(values, name) for name in ("max_batch", "max_inputs", "max_body", "max_requests")}
-        check_at_least(1, **sizes)
+        check_at_least(1, **sizes, offload=values.offload)
+        if values.quantize is not None:
+            read_form(values.quantize)
         check_at_least(0, max_wait_ms=values.max_wait_ms)
         checkpoint = find_checkpoint(values.ckpt_path)
         token = read_token(values.token_file)
@@ -75,7 +82,9 @@ class Options:
         check_libraries()
         limits = Limits(values.max_body * MIB, values.max_inputs, values.max_requests)
         wait = values.max_wait_ms / 1000
-        return cls(checkpoint, values.host, values.port, token, values.max_batch, wait, limits, values.device)
+        place = (checkpoint, values.host, values.port, token)
+        offload = None if values.offload is None else values.offload * MIB
+        return cls(*place, values.max_batch, wait, limits, values.device, values.quantize, offload)
 
 
 def check_libraries() -> None:
@@ -107,4 +116,6 @@ def command_line() -> Parser:
     add("--max_body", type=int, default=8, metavar="MIB", help="size of a request, at most (default: 8)")
     add("--max_requests", type=int, default=128, metavar="N", help="requests at the same time, at most (default: 128)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
+    add("--quantize", metavar="FORM", help="experts in int8, int4, or in groups of a size, such as int4:64")
+    add("--offload", type=int, metavar="MIB", help="experts on the device, at most; the others in the host's memory")
     return parser

@@ -17,9 +17,10 @@ import torch
 from commands import fails
 from shown_runs import digits_run
 
+import core
 from apps.cli import main
 from apps.serve.service import options
-from apps.serve.service.command import device_of, service_of
+from apps.serve.service.command import device_of, prepared, service_of
 from apps.serve.service.options import Options
 
 TOKEN = "0123456789abcdef"
@@ -38,8 +39,9 @@ def without_a_token(monkeypatch):
 def test_help_names_the_options(capsys):
     assert main(["serve", "--help"]) == 0
     out = capsys.readouterr().out
-    names = ("ckpt_path RUN", "host", "port N", "token_file FILE", "max_batch N", "max_wait_ms T", "max_inputs N")
-    assert all(f"--{name}" in out for name in (*names, "max_body MIB", "max_requests N", "device D"))
+    names = ["ckpt_path RUN", "host", "port N", "token_file FILE", "max_batch N", "max_wait_ms T", "max_inputs N"]
+    names += ["max_body MIB", "max_requests N", "device D", "quantize FORM", "offload MIB"]
+    assert all(f"--{name}" in out for name in names)
 
 
 def test_wrong_options_are_one_line(digits, tmp_path, capsys):
@@ -48,6 +50,8 @@ def test_wrong_options_are_one_line(digits, tmp_path, capsys):
     assert fails(capsys, 1, *serve, "--max_batch", "0") == "max_batch=0 must be at least 1"
     assert fails(capsys, 1, *serve, "--max_wait_ms", "nan") == "max_wait_ms=nan must not be negative"
     assert fails(capsys, 2, *serve, "--token", TOKEN) == f"unrecognized arguments: --token {TOKEN}"
+    assert fails(capsys, 1, *serve, "--offload", "0") == "offload=0 must be at least 1"
+    assert fails(capsys, 1, *serve, "--quantize", "int3").startswith("quantize=int3 is not one of int8, int4")
     line = fails(capsys, 1, *serve, "--host", "0.0.0.0")
     assert line.startswith("host=0.0.0.0 is for other machines too, and needs a token: give --token_file FILE")
     with socket.socket() as taken:
@@ -88,6 +92,20 @@ def test_a_token_comes_from_a_file_or_the_environment(digits, tmp_path, monkeypa
     read = Options.read([*argv, "--token_file", str(tmp_path / "token")])
     assert read.token == f"{TOKEN}-of-the-file"
     assert TOKEN not in repr(read)
+
+
+@pytest.mark.parametrize("form", [("--quantize", "int4"), ("--offload", "1"), ("--quantize", "int8", "--offload", "1")])
+def test_cheaper_forms_of_the_experts_answer_alike(digits, form):
+    def answers(*argv):
+        model, offloaded = prepared(Options.read(["--ckpt_path", str(digits), "--port", "0", *argv]))
+        service = service_of(model)(model)
+        (answer,) = service.predict([service.read(item) for item in service.item["examples"]])
+        assert (offloaded is not None and offloaded.statistics.needed > 0) == ("--offload" in argv)
+        return core.expert_bytes(model), answer
+
+    (bytes_before, resident), (bytes_after, cheaper) = answers(), answers(*form)
+    assert (bytes_after < bytes_before) == ("--quantize" in form)
+    assert cheaper["top"] == pytest.approx(resident["top"], abs=0 if form == ("--offload", "1") else 0.05)
 
 
 def test_a_device_or_a_model_that_is_none():
