@@ -1,8 +1,9 @@
 """What quantised experts cost a trained translation model: BLEU, bytes, and the time of greedy decoding.
 
-BLEU is that of ``moesaic test --quantize FORM`` on all test sentences, in float32 otherwise. Times are those of a model
-that is loaded once, of 32 sentences of the test: one at a time, and all at once. Every round times each form once, in
-turn, and ratios to float32 are taken within a round.
+BLEU is that of ``moesaic test --quantize FORM`` on all test sentences, in float32 otherwise. Times are those of 32
+sentences of the test, one at a time and all at once, and of an MoE layer of D=512, F=2048, whose experts are too large
+for a processor's cache. They are seconds of the process on one thread, which programs beside it disturb little. Every
+round times each form once, in turn, and ratios to float32 are taken within a round.
 
     python -m benchmarks.quantised --ckpt_path runs/bible
     python -m benchmarks.quantised --ckpt_path runs/bible --forms int8 int4:32 --tests /tmp/tests --json rows.json
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import apps
 import core
@@ -36,6 +38,8 @@ from benchmarks._rounds import in_turn
 
 FLOAT = "float32"
 SENTENCES = 32
+LAYER = core.MoEConfig(64, core.TokenChoice(2), core.FFN(2048))
+LAYER_DIM, CALLS = 512, 20
 
 
 def tested(run: str, form: str, folder: Path, options: Sequence[str]) -> dict[str, Any]:
@@ -65,11 +69,25 @@ def decoding(model: Any, batches: Sequence[TranslationBatch]) -> Callable[[], fl
     config = dataclasses.replace(model.decode, method="greedy", num_best=1)
 
     def run() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         with torch.inference_mode():
             for batch in batches:
                 model.translate(batch, config)
-        return time.perf_counter() - start
+        return time.process_time() - start
+
+    return run
+
+
+def layer_calls(layer: nn.Module, num_tokens: int) -> Callable[[], float]:
+    """Return a function that calls a layer ``CALLS`` times with other tokens, and returns the seconds of a call."""
+    x_C1SD = torch.randn(CALLS, 1, num_tokens, LAYER_DIM, generator=torch.Generator().manual_seed(0))
+
+    def run() -> float:
+        start = time.process_time()
+        with torch.inference_mode():
+            for x_1SD in x_C1SD:
+                layer(x_1SD)
+        return (time.process_time() - start) / CALLS
 
     return run
 
@@ -84,23 +102,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ckpt_path", required=True, help="the run of a translation model")
     parser.add_argument("--forms", nargs="+", default=["int8", "int4", "int4:64"], help="as --quantize takes them")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds, after one warm-up")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the decoding")
     parser.add_argument("--tests", type=Path, help="folder of the tests' records, where those that are there are read")
     parser.add_argument("--json", type=Path, help="write all rows to this file too")
     args, options = parser.parse_known_args(argv)
-    if args.rounds < 1 or args.threads < 1:
-        parser.error(f"--rounds {args.rounds} and --threads {args.threads} must be at least 1")
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds} must be at least 1")
     try:
         for form in args.forms:
             read_form(form)
     except ValueError as error:
         parser.error(str(error))
-    torch.set_num_threads(args.threads)
     forms = [FLOAT, *args.forms]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) if args.tests is None else args.tests
         records = {form: tested(args.ckpt_path, form, folder, options) for form in forms}
 
+    torch.set_num_threads(1)
     model = apps.load(args.ckpt_path)
     models = {form: model if form == FLOAT else quantise(copy.deepcopy(model), form) for form in forms}
     batch = sentences(args.ckpt_path)
@@ -108,6 +125,13 @@ def main(argv: list[str] | None = None) -> int:
     seconds = {
         size: in_turn({form: decoding(m, batches) for form, m in models.items()}, args.rounds)
         for size, batches in (("1", each), (str(SENTENCES), [batch]))
+    }
+    torch.manual_seed(0)
+    layer = LAYER.build(LAYER_DIM).eval()
+    layers = {form: layer if form == FLOAT else quantise(copy.deepcopy(layer), form) for form in forms}
+    of_layer = {
+        tokens: in_turn({form: layer_calls(own, tokens) for form, own in layers.items()}, args.rounds)
+        for tokens in (1, SENTENCES)
     }
     rows = []
     before = core.expert_bytes(model)
@@ -120,6 +144,12 @@ def main(argv: list[str] | None = None) -> int:
             row |= {
                 f"ms_a_sentence_at_batch_{size}": [1e3 / SENTENCES * s for s in quartiles(of_forms[form])],
                 f"time_over_float32_at_batch_{size}": quartiles([own / plain for own, plain in pairs]),
+            }
+        for tokens, of_forms in of_layer.items():
+            pairs = zip(of_forms[form], of_forms[FLOAT], strict=True)
+            row |= {
+                f"layer_ms_of_{tokens}_tokens": [1e3 * s for s in quartiles(of_forms[form])],
+                f"layer_time_over_float32_of_{tokens}_tokens": quartiles([own / plain for own, plain in pairs]),
             }
         rows.append(row)
     print(f"{machine_line()}\n")
@@ -134,6 +164,15 @@ def main(argv: list[str] | None = None) -> int:
             low, median, high = row[f"ms_a_sentence_at_batch_{size}"]
             over = row[f"time_over_float32_at_batch_{size}"][1]
             cells += [f"{median:.1f} ({low:.1f}-{high:.1f})", f"{over:.2f}x"]
+        print(f"| {' | '.join(cells)} |")
+    print(f"\nA layer of {LAYER.num_experts} experts, D={LAYER_DIM}, F=2048, 2 of them a token:\n")
+    print("| experts | ms of a token | of float32 | ms of 32 tokens | of float32 |\n|---|---|---|---|---|")
+    for row in rows:
+        cells = [row["experts"]]
+        for tokens in of_layer:
+            low, median, high = row[f"layer_ms_of_{tokens}_tokens"]
+            over = row[f"layer_time_over_float32_of_{tokens}_tokens"][1]
+            cells += [f"{median:.2f} ({low:.2f}-{high:.2f})", f"{over:.2f}x"]
         print(f"| {' | '.join(cells)} |")
     if args.json:
         command = " ".join(["python -m benchmarks.quantised", *(sys.argv[1:] if argv is None else argv)])

@@ -68,8 +68,8 @@ class QuantizedWeight:
         return dequantize(values, scales, self.fan_in, self.dtype)
 
     def whole_numbers(self, e: int) -> Tensor:
-        """Return the matrix of expert ``e`` before it is scaled, (K, N) in ``dtype``."""
-        return whole_numbers(self.values[e], self.fan_in).to(self.dtype)
+        """Return the matrix of expert ``e`` before it is scaled, int8 (K, N)."""
+        return whole_numbers(self.values[e], self.fan_in)
 
     def dequantized(self) -> Tensor:
         """Return all matrices in ``dtype``, (E, K, N)."""
@@ -137,10 +137,12 @@ def whole_numbers(values: Tensor, fan_in: int) -> Tensor:
 
 def dequantize(values: Tensor, scales: Tensor, fan_in: int, dtype: torch.dtype) -> Tensor:
     """Return matrices in floating point, (..., K, N): multiplied in float32 at least, and rounded once."""
-    wide = torch.promote_types(scales.dtype, torch.float32)
-    q = whole_numbers(values, fan_in).to(wide)
+    w = whole_numbers(values, fan_in).to(torch.promote_types(scales.dtype, torch.float32))
+    return scale_(w, scales).to(dtype)
+
+
+def scale_(w: Tensor, scales: Tensor) -> Tensor:
+    """Multiply whole numbers (..., K, N) by their scales (..., groups, N), in place."""
     groups = scales.shape[-2]
-    if groups == 1:
-        return (q * scales).to(dtype)
-    w = q.unflatten(-2, (groups, fan_in // groups)) * scales.unsqueeze(-2)
-    return w.flatten(-3, -2).to(dtype)
+    w.unflatten(-2, (groups, w.shape[-2] // groups)).mul_(scales.unsqueeze(-2))
+    return w

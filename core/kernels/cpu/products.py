@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantized import Weight
+from ..quantized import Weight, scale_
 from ..transforms import is_traced
+from .pages import new_empty
 
 LEAST = 2**20
 """Multiplications of the smallest product that oneDNN is faster at: at 0.66 million both take as long."""
@@ -103,11 +104,15 @@ def mm(a: Tensor, b: Tensor, *, bias: Tensor | None = None, out: Tensor | None =
 def expert_mm(a: Tensor, w: Weight, e: int, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """``a @ w[e] + bias``, without a gradient as in ``mm``.
 
-    The rows are scaled in place of a quantised matrix that has one scale a channel: they are fewer in decoding.
+    A quantised matrix is made in memory that is kept for the next. Where it has one scale a channel the rows are scaled
+    in its place, for they are fewer in decoding.
     """
-    if isinstance(w, Tensor) or not w.is_by_channel:
+    if isinstance(w, Tensor):
         return mm(a, w[e], bias=bias, out=out)
-    y = mm(a, w.whole_numbers(e), out=out).mul_(w.scales[e])
+    matrix = new_empty(a, w.shape[1:]).copy_(w.whole_numbers(e))
+    if not w.is_by_channel:
+        return mm(a, scale_(matrix, w.scales[e]), bias=bias, out=out)
+    y = mm(a, matrix, out=out).mul_(w.scales[e])
     return y if bias is None else y.add_(bias)
 
 
