@@ -31,6 +31,8 @@ def misfit(layer: core.MoELayer) -> str | None:
         return "its gates scale the experts' input"
     if not isinstance(experts, (FFNExperts, ClampedSwiGLUExperts)):
         return f"its experts are {name}"
+    if experts.is_quantized:
+        return "its experts are quantised"
     if experts.w_in.shape[1] != experts.w_out.shape[2]:
         return f"its output is {experts.w_out.shape[2]} wide, its input {experts.w_in.shape[1]}"
     if isinstance(experts, FFNExperts):

@@ -23,6 +23,7 @@ LARGEST = 2_000_000_000
 """Bytes of weights from which they go into a file beside the graph: protobuf holds no more than 2 GB."""
 
 LEAST_OPSET = 20
+"""The first version of ONNX's operators that has GELU."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,17 @@ def to_onnx(
         form: "standard": ONNX's operators alone; "contrib": onnxruntime's for the MoE layers that they fit; "fastest":
             the one that is faster on onnxruntime (docs/serving.md).
         metadata: texts that go into the file's metadata, beside ``moesaic.form`` and ``moesaic.computes``.
-        opset: version of ONNX's operators, 20 or later; None: torch's default.
+        opset: version of ONNX's operators; None: 20, and 21 for quantised experts, the first that will do.
 
     Raises:
         ValueError: onnx or onnxscript is missing; an operator of the network has no form in ONNX, named with its layer;
             or as in ``capture``.
     """
     _check_installed()
-    if opset is not None and opset < LEAST_OPSET:
-        raise ValueError(f"opset={opset} is below {LEAST_OPSET}, the first that has GELU")
+    least = 21 if any(isinstance(m, core.Experts) and m.is_quantized for m in graph.network.modules()) else LEAST_OPSET
+    if opset is not None and opset < least:
+        raise ValueError(f"opset={opset} is below {least}, the first that has GELU, and 21 whole numbers of 4 bits")
+    opset = least if opset is None else opset
     written = Written(path, "standard" if form == "fastest" else form, _computes(graph))
     if written.form == "contrib":
         _check_fits(graph)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import core
 from core.dispatch import Dispatcher
+from core.kernels import QuantizedWeight, Weight
 
 
 @contextlib.contextmanager
@@ -71,7 +72,7 @@ def _computes_all(layer: core.MoELayer) -> bool:
     return isinstance(layer, (core.SoftMoE, core.MergedMoE)) or layer.pairs_per_token >= layer.num_experts
 
 
-def grouped_mm(x_RD: Tensor, w: Tensor, offsets_E: Tensor) -> Tensor:
+def grouped_mm(x_RD: Tensor, w: Weight, offsets_E: Tensor) -> Tensor:
     """Compute ``core.kernels.grouped.grouped_mm`` by torch's operators alone: a product for each expert's rows."""
     rows, start, parts = x_RD.shape[0], 0, []
     for e, end in enumerate(offsets_E.tolist()):
@@ -84,8 +85,14 @@ def grouped_mm(x_RD: Tensor, w: Tensor, offsets_E: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def quantized_mm(x_RD: Tensor, values: Tensor, scales: Tensor, fan_in: int, offsets_E: Tensor) -> Tensor:
+    """Compute ``core.kernels.grouped.quantized_mm`` as ``grouped_mm`` does, from matrices dequantised one by one."""
+    return grouped_mm(x_RD, QuantizedWeight(values, scales, fan_in, x_RD.dtype), offsets_E)
+
+
 def plain() -> dict[Any, Callable[..., Any]]:
     """Return the table of decompositions that leaves none of the suite's operators in an exported program."""
     table = torch.export.default_decompositions()
     table[torch.ops.moesaic.grouped_mm.default] = grouped_mm
+    table[torch.ops.moesaic.quantized_mm.default] = quantized_mm
     return table

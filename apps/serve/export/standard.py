@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import core
 from core.dispatch import Dispatcher
 from core.experts.ffn import FFNExperts
+from core.kernels.quantized import whole_numbers
 
 DOMAIN = "moesaic"
 """Domain of the operators that stand in an ONNX graph for a while, until ``expand`` writes them out."""
@@ -26,19 +27,26 @@ def translations() -> dict[Any, Callable[..., Any]]:
     from onnxscript import opset18 as op
     from onnxscript.values import Op, Opset
 
-    inputs = [OpSchema.FormalParameter(name, "T") for name in ("x", "w")]
-    schema = OpSchema(
-        "GroupedMatMul",
-        DOMAIN,
-        1,
-        inputs=[*inputs, OpSchema.FormalParameter("offsets", "tensor(int32)")],
-        outputs=[OpSchema.FormalParameter("y", "T")],
-        type_constraints=[("T", ["tensor(float)", "tensor(double)", "tensor(float16)", "tensor(bfloat16)"], "")],
-    )
-    grouped = Op(Opset(DOMAIN, 1), "GroupedMatMul", schema)
+    def operator_of(name: str, *inputs: str) -> Op:
+        kinds = {"T": ["tensor(float)", "tensor(double)", "tensor(float16)", "tensor(bfloat16)"]}
+        kinds |= {"Q": ["tensor(int8)", "tensor(uint8)"], "I": ["tensor(int32)"]}
+        schema = OpSchema(
+            name,
+            DOMAIN,
+            1,
+            inputs=[OpSchema.FormalParameter(f"input_{i}", kind) for i, kind in enumerate(inputs)],
+            outputs=[OpSchema.FormalParameter("y", "T")],
+            type_constraints=[(kind, kinds[kind], "") for kind in dict.fromkeys(inputs)],
+        )
+        return Op(Opset(DOMAIN, 1), name, schema)
+
+    grouped, quantized = operator_of("GroupedMatMul", "T", "T", "I"), operator_of("QuantizedMatMul", "T", "Q", "T", "I")
 
     def by_expert(x_R: Any, w: Any, offsets_E: Any) -> Any:
         return grouped(x_R, w, offsets_E)
+
+    def by_quantized(x_R: Any, values: Any, scales: Any, fan_in: int, offsets_E: Any) -> Any:
+        return quantized(x_R, values, scales, offsets_E)
 
     def bucketize(self: Any, boundaries: Any, out_int32: bool = False, right: bool = False) -> Any:
         last = op.Constant(value_ints=[-1])
@@ -73,6 +81,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     return {
         torch.ops.moesaic.grouped_mm.default: by_expert,
+        torch.ops.moesaic.quantized_mm.default: by_quantized,
         operator.floordiv: floordiv,
         torch.ops.aten.bucketize.Tensor: bucketize,
         torch.ops.aten.sort.stable: sort,
@@ -140,7 +149,7 @@ class _Chain(nn.Module):
 
 def chain_of(layer: core.MoE) -> tuple[nn.Module, Dispatcher] | None:
     """Return the parts that make a layer one operator of this module; None where its experts are of another kind."""
-    if type(layer.experts) is not FFNExperts or layer.router.gates_on == "input":
+    if type(layer.experts) is not FFNExperts or layer.experts.is_quantized or layer.router.gates_on == "input":
         return None
     return _Chain(layer.experts), _AllPairs()
 
@@ -152,7 +161,7 @@ def expand(model: Any) -> None:
     out of a stacked tensor in each call would be copied.
     """
     graph = model.graph
-    writers = {"GroupedMatMul": _Products, "Experts": _Chains}
+    writers = {"GroupedMatMul": _Products, "QuantizedMatMul": _QuantizedProducts, "Experts": _Chains}
     cut: dict[tuple[str, int], Any] = {}
     for node in list(graph):
         if node.domain == DOMAIN:
@@ -254,17 +263,55 @@ class _Products(_Writer):
     def output(self) -> Any:
         import onnx_ir as ir
 
-        x, w, offsets = self.node.inputs
-        E, F = w.shape[0], w.shape[-1]
+        x, *w, offsets = self.node.inputs
+        E, F = w[0].shape[0], w[-1].shape[-1]
         ends = self.add("Cast", offsets, to=ir.DataType.INT64)
         ends = self.add("Concat", ends, self.add("Shape", x, start=0, end=1), axis=0)
         starts = self.add("Concat", self.ints(0), self.add("Slice", ends, *map(self.ints, (0, -1, 0))), axis=0)
         # What is left past the last expert are rows that no expert computes.
         *parts, rest = self.split(x, self.add("Sub", ends, starts), E + 1)
-        products = [self.add("MatMul", part, self.cut_out(w, e)) for e, part in enumerate(parts)]
+        products = [self.add("MatMul", part, self.matrix(e, *w)) for e, part in enumerate(parts)]
         shape = self.add("Concat", self.add("Shape", rest, start=0, end=1), self.ints(F), axis=0)
         zeros = self.add("ConstantOfShape", shape, value=ir.tensor([0.0], dtype=x.dtype))
         return self.add("Concat", *products, zeros, axis=0)
+
+    def matrix(self, e: int, *w: Any) -> Any:
+        """Return the matrix of expert ``e``."""
+        return self.cut_out(w[0], e)
+
+
+class _QuantizedProducts(_Products):
+    """Writes out ``moesaic::quantized_mm``: values and scales are in the file, and onnxruntime dequantises them."""
+
+    def matrix(self, e: int, *w: Any) -> Any:
+        values, scales = w
+        x = self.node.inputs[0]
+        numbers = scales.const_value.numpy()[e], values.const_value.numpy()[e]
+        scale, value = (torch.from_numpy(n.copy()) for n in numbers)
+        bits, fan_in = 4 if value.dtype == torch.uint8 else 8, x.shape[-1]
+        q = self.whole(f"{values.name}.{e}", whole_numbers(value, fan_in)[None], bits)
+        name, groups = f"{scales.name}.{e}", scale.shape[0]
+        if groups == 1:
+            w = self.add("DequantizeLinear", q, self.constant(name, scale[0]), axis=2)
+        else:
+            w = self.add("DequantizeLinear", q, self.constant(name, scale[None]), axis=1, block_size=fan_in // groups)
+        # The first axis keeps onnxruntime from a product of its own, which rounds the tokens to 8 bits: 1 % off.
+        return self.add("Squeeze", w, self.ints(0))
+
+    def whole(self, name: str, q: Tensor, bits: int) -> Any:
+        """Return whole numbers as an initializer of int8 or int4."""
+        import ml_dtypes
+
+        return self.constant(name, q.numpy() if bits == 8 else q.numpy().astype(ml_dtypes.int4))
+
+    def constant(self, name: str, value: Any) -> Any:
+        """Return an initializer, the one of this name where there is one."""
+        import onnx_ir as ir
+
+        if name not in self.graph.initializers:
+            array = value.numpy() if isinstance(value, Tensor) else value
+            self.graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
+        return self.graph.initializers[name]
 
 
 class _Chains(_Writer):
