@@ -6,6 +6,8 @@ WORKERS   = 3#     processes that share the tests, each with one thread of torch
 ARGS      =#       options for the command behind demo, test or bench
 
 BIN   := .venv/bin
+# Bytecode is kept, whatever the machine says: the tests start many processes, each of which would compile all sources.
+TESTED = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
@@ -24,11 +26,11 @@ demo: $(READY) ## train sparse and dense models on real images, compare them, sh
 	$(BIN)/python -m apps.demo $(ARGS)
 
 test: $(READY) ## run the tests, without those marked slow or gpu
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 $(ARGS)
+	$(TESTED) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 5 $(ARGS)
 
 peers: $(READY) ## install transformers and other peers, and run the tests of equality with them
 	$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check $(PIP_ARGS) -e ".[peers]"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/peers tests/examples $(ARGS)
+	$(TESTED) $(BIN)/python -m pytest -n $(WORKERS) tests/peers tests/examples $(ARGS)
 
 lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

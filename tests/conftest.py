@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -36,5 +37,5 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # for what Python frees at its end
+# For what Python frees at its end. Pytest's own collections before that would walk through all of it, for seconds.
+atexit.register(gc.unfreeze)
