@@ -14,20 +14,26 @@ import torch.multiprocessing as mp
 WORLD = 2
 
 
-def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
-    """Return what ``work(rank)`` returns on each rank; ``folder`` is empty."""
-    return on_ranks(work, folder, WORLD)
+def on_two_ranks(work: Callable[[int], Any], folder: Path, preload: Sequence[str] = ()) -> list[Any]:
+    """Return what ``work(rank)`` returns on each rank; see ``on_ranks``."""
+    return on_ranks(work, folder, WORLD, preload)
 
 
 def on_ranks(work: Callable[[int], Any], folder: Path, world: int, preload: Sequence[str] = ()) -> list[Any]:
-    """Return what ``work(rank)`` returns on each of ``world`` ranks; ``folder`` is empty.
+    """Return what ``work(rank)`` returns on each of ``world`` ranks, with the ``preload`` of ``fork``; ``folder`` is
+    empty."""
+    fork(_worker, (work, str(folder), world), world, preload)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def fork(work: Callable[..., Any], arguments: tuple[Any, ...], count: int, preload: Sequence[str] = ()) -> None:
+    """Run ``work(rank, *arguments)`` in ``count`` processes, and wait for them.
 
     The first call of a process decides which modules are imported once for all ranks; ``preload`` has further ones.
     """
     # The processes are forks of one that has imported this: an import of torch takes longer than most of the work.
     multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "core.parallel", *preload])
-    mp.start_processes(_worker, args=(work, str(folder), world), nprocs=world, start_method="forkserver")
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+    mp.start_processes(work, args=arguments, nprocs=count, start_method="forkserver")
 
 
 def _worker(rank: int, work: Callable[[int], Any], folder: str, world: int) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import math
 import pickle
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
+from two_ranks import on_two_ranks
 
 from apps.recsys import binary_metrics
 from apps.recsys.metrics import MultiTaskMetrics, RankingMetrics, target_ranks
@@ -328,10 +327,7 @@ def test_a_target_that_is_no_item():
 # ---- over ranks
 
 
-def _rank(offset: int, rank: int, folder: str) -> None:
-    rank += offset
-    meet, patience = f"file://{folder}/meet", datetime.timedelta(seconds=120)
-    torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2, timeout=patience)
+def _rank(rank: int) -> dict[str, dict[str, float]]:
     by_name = {}
     for name, metric in _metrics().items():
         parts = batches()
@@ -342,8 +338,7 @@ def _rank(offset: int, rank: int, folder: str) -> None:
         if not own:
             metric._update_count = 1  # without: a warning that nothing was updated
         by_name[name] = {k: float(v) for k, v in metric.compute().items()}
-    torch.save(by_name, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return by_name
 
 
 def _metrics() -> dict:
@@ -360,10 +355,7 @@ def _scores(z: torch.Tensor) -> torch.Tensor:
 
 
 def test_two_ranks_are_one(tmp_path):
-    other = mp.spawn(_rank, (1, str(tmp_path)), nprocs=1, join=False)  # its offset is 0, its rank 1
-    _rank(0, 0, str(tmp_path))
-    other.join()
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = on_two_ranks(_rank, tmp_path, ["apps.recsys.metrics"])
     assert first == second
     for name, metric in _metrics().items():
         for z, y, users in batches():

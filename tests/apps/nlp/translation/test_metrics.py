@@ -8,11 +8,9 @@ import sys
 
 import pytest
 import sacrebleu
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from places import ROOT
 from sacrebleu.tokenizers import tokenizer_ja_mecab, tokenizer_ko_mecab
+from two_ranks import on_two_ranks
 
 from apps.nlp.text.foreseen import perplexity
 from apps.nlp.text.scores import corpus_score, scorer
@@ -128,23 +126,20 @@ def test_a_sentence_that_comes_twice_counts_once_and_the_order_is_that_of_the_li
     assert metrics.sentences == [first]
 
 
-def _of_rank(rank: int, init: str, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+def _of_rank(rank: int) -> tuple[dict[str, float], int]:
     metrics = TranslationMetrics(("en-de",))
     metrics.update([sentence(i, f"a b c d {i}", "a b c d 0", nll=float(i)) for i in range(rank, 5, 2)])
     if rank == 1:
         metrics.update([sentence(0, "a b c d 0", "a b c d 0")])  # fills up the round
-    torch.save(({k: float(v) for k, v in metrics.compute().items()}, len(metrics.sentences)), f"{folder}/{rank}")
-    dist.destroy_process_group()
+    return {k: float(v) for k, v in metrics.compute().items()}, len(metrics.sentences)
 
 
 def test_every_rank_has_the_metrics_of_all(tmp_path):
-    mp.spawn(_of_rank, (f"file://{tmp_path}/init", str(tmp_path)), nprocs=2)
+    ranks = on_two_ranks(_of_rank, tmp_path, ["apps.nlp.translation.metrics"])
     alone = TranslationMetrics(("en-de",))
     alone.update([sentence(i, f"a b c d {i}", "a b c d 0", nll=float(i)) for i in range(5)])
     expected = {k: float(v) for k, v in alone.compute().items()}
-    for rank in range(2):
-        values, count = torch.load(tmp_path / str(rank))
+    for values, count in ranks:
         assert count == 5
         assert values == pytest.approx(expected)
 

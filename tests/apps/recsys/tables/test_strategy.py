@@ -19,13 +19,13 @@ from unittest import mock
 import pytest
 import sharded_runs as runs
 import torch
-import torch.multiprocessing as mp
 from places import ROOT, environment
 from sharded_neurons import batch, layer, train_on_whole_batches
 from sharded_runs import COPIES, EXPERTS, SHARDINGS, WORLD, losses, module, train, weights
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from two_ranks import fork
 
 from apps.cli.train import build, quiet
 from apps.recsys.tables import sharding
@@ -55,7 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(root, f"one {name}", module(root, "fused", **options))
     for name, (shared, options) in EXPERTS.items():
         train(root, f"one {name}", module(root, "fused", shared=shared), callbacks=[runs.Norms()], **options)
-    mp.spawn(runs.worker, args=(str(root), runs.free_port()), nprocs=WORLD)
+    fork(
+        runs.worker, (str(root), runs.free_port()), WORLD, ["apps.recsys.tables.strategy", "apps.recsys.tables.module"]
+    )
     return root
 
 
