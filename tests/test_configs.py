@@ -48,6 +48,11 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT / "configs"))
 
 
+def base_of(overlay: Path) -> Path:
+    """Return the configuration that an overlay is laid over here."""
+    return next((base for word, base in SPECIAL_BASES.items() if word in overlay.read_text()), BASE)
+
+
 def image_folder(root: Path) -> Path:
     """Write images in place of data that only the user can bring."""
     for split in ("train", "val"):
@@ -104,7 +109,7 @@ def test_a_configuration_builds(path, monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", OVERLAYS, ids=name)
 def test_an_overlay_builds_over_a_configuration(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    base = next((b for word, b in SPECIAL_BASES.items() if word in path.read_text()), BASE)
+    base = base_of(path)
     if base in (TEXT_BASE, PAIR_BASE):
         no_data(monkeypatch)
     with quiet():
@@ -160,15 +165,32 @@ def commands(path: Path) -> list[list[str]]:
     return typed + [[*typed[0], *words] for words in options]
 
 
-def is_built_above(path: Path, words: list[str]) -> bool:
-    """Return whether another test builds the same: a test or prediction builds what its training does."""
-    own = str(path.relative_to(ROOT))
-    if words[0] in ("test", "validate", "predict") and words[3:4] == ["--ckpt_path"] and len(words) == 5:
-        words = ["fit", *words[1:3]]
-    return words in (["fit", "--config", own], ["fit", "--config", str(BASE.relative_to(ROOT)), "--config", own])
+def build_of(words: list[str]) -> tuple[str, ...]:
+    """Return what a command builds: a test or prediction builds what its training does, wherever the files lie."""
+    command, *rest = words
+    for option in {"--ckpt_path", "--weights"} & {*rest}:
+        del rest[rest.index(option) : rest.index(option) + 2]
+    if "--data.root DIR" in " ".join(rest):
+        del rest[rest.index("--data.root") : rest.index("--data.root") + 2]
+    return ("fit" if command in ("test", "validate", "predict") else command, *rest)
 
 
-COMMANDS = [(path, words) for path in FILES for words in commands(path) if not is_built_above(path, words)]
+def built_above() -> set[tuple[str, ...]]:
+    """Return what the other tests build: configurations alone, overlays over their bases, and rows of suites."""
+    configs = {path: ("--config", str(path.relative_to(ROOT))) for path in FILES}
+    built = {("fit", *configs[path]) for path in WHOLE}
+    built |= {("fit", *configs[base_of(path)], *configs[path]) for path in OVERLAYS}
+    built |= {("fit", *configs[BASE], *configs[path]) for path in ROUTING}
+    entries = [entry for path in SUITES for board in Suite.read(path).boards for entry in board.entries]
+    return built | {("compare", *entry.files, *entry.rest) for entry in entries}
+
+
+BUILT = built_above()
+COMMANDS = {}
+for file in FILES:
+    for typed in commands(file):
+        if build_of(typed) not in BUILT:
+            COMMANDS.setdefault(build_of(typed), (file, typed))
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -188,7 +210,9 @@ def test_a_header_s_commands_are_found(tmp_path):
     assert commands(path) == [fit, [*fit, "--data.n", "a b", "--m.k", "2"], [*fit, "--data.root", "DIR"]]
 
 
-@pytest.mark.parametrize(("path", "words"), COMMANDS, ids=[f"{name(p)}: {' '.join(words)}" for p, words in COMMANDS])
+@pytest.mark.parametrize(
+    ("path", "words"), COMMANDS.values(), ids=[f"{name(p)}: {' '.join(words)}" for p, words in COMMANDS.values()]
+)
 def test_what_a_header_says_to_type_is_read_and_built(path, words, monkeypatch, tmp_path):
     if any("apps.recsys.tables.strategy" in (ROOT / word).read_text() for word in words if word.endswith(".yaml")):
         pytest.importorskip("torchrec")
