@@ -156,7 +156,9 @@ def test_copies_pickles_and_states_are_the_same_layer(name):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["home ple", "domain mmoe", "shared top-k", "smes"])
+@pytest.mark.parametrize(
+    "name", ["home ple", "smes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("domain mmoe", "shared top-k"))]
+)
 def test_the_compiled_layer_equals_eager(name):
     layer = build(name)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -167,7 +169,10 @@ def test_the_compiled_layer_equals_eager(name):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["omoe", "home ple", "domain ple", "shared top-k", "smes"])
+@pytest.mark.parametrize(
+    "name",
+    ["domain ple", "smes", *(pytest.param(n, marks=pytest.mark.slow) for n in ("omoe", "home ple", "shared top-k"))],
+)
 def test_the_exported_layer_serves_other_batches(name):
     layer = build(name).eval()
     known = context(name, 6)

@@ -229,7 +229,7 @@ def test_costs_equal_numel_and_the_counter(backend):
 
 # The conformance suite compiles and exports the layer with its default group, with padding.
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("group", ["sequence", "batch", 5])
+@pytest.mark.parametrize("group", ["sequence", *(pytest.param(g, marks=pytest.mark.slow) for g in ("batch", 5))])
 def test_a_compiled_layer_trains_as_the_plain_one_at_other_numbers_of_tokens(group):
     layer = MoEConfig(4, ExpertChoice(1.5), FFN(12), group=group).build(8)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)

@@ -109,8 +109,8 @@ def cases() -> list[object]:
         for place, (name, config) in enumerate((VARIANTS.get(kind) or with_defaults(kind)).items()):
             sizes = {"num_experts": 9} if kind is ProductKeys else {}  # E is a square
             for prop in properties(config, **sizes):
-                # A compiler takes a second; every second variant of a kind is enough for each run.
-                marks = [pytest.mark.slow] if place % 2 and prop.name.startswith("torch.") else []
+                # A compiler takes a second; every fourth variant of a kind is enough for each run.
+                marks = [pytest.mark.slow] if place % 4 and prop.name.startswith("torch.") else []
                 params.append(pytest.param(prop, id=f"{name}: {prop}", marks=marks))
     return params
 

@@ -63,11 +63,14 @@ CASES: dict[str, ExpertConfig] = {
 
 
 def cases() -> list[object]:
-    return [
-        pytest.param(prop, id=f"{name}: {prop}")
-        for name, config in CASES.items()
-        for prop in properties(config, num_experts=4)
-    ]
+    params, seen = [], set()
+    for name, config in CASES.items():
+        for prop in properties(config, num_experts=4):
+            # A compiler takes a second; the first variant of a kind is enough for each run.
+            marks = [pytest.mark.slow] if type(config) in seen and prop.name.startswith("torch.") else []
+            params.append(pytest.param(prop, id=f"{name}: {prop}", marks=marks))
+        seen.add(type(config))
+    return params
 
 
 @pytest.mark.parametrize("prop", cases())
