@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import io
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from torch import Tensor
 
 import core
 from apps.base.files import replacing
-from apps.data.loader import batches_of_test
 from apps.data.text_files import num_words
 from apps.multimodal.batch import PairBatch
 from apps.multimodal.captions.metrics import CaptionedImage, CaptionMetrics, num_references, signatures
@@ -28,18 +26,15 @@ from apps.multimodal.captions.pictures import looks_at
 from apps.multimodal.captions.traced import Traced, traced
 from apps.multimodal.report import displayed
 from apps.nlp.text.foreseen import read_ids
+from apps.nlp.text.report import WrittenReport
 from apps.nlp.text.scores import scorer
-from apps.report.base import Report, ReportConfig, computed_metrics, report_folder, spread_batches, spread_places
-from apps.report.curves import learning_curves, read_curves
+from apps.report.base import ReportConfig, computed_metrics, spread_batches, spread_places
 from apps.report.page import Gallery, Part, Picture, Section, Table, Thumbnail, Words
 from apps.report.page.experts import load_charts
 from apps.report.plots import save_picture
 from apps.report.routed import expert_label_counts, experts_of_token, layer_label
 from apps.report.specialised import typical_labels
 from apps.report.tables import write_csv
-from core.parallel import needs_all_ranks
-
-_logger = logging.getLogger(__name__)
 
 _COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}
 _MOST_EXPERTS = 2
@@ -85,7 +80,7 @@ class _Collected:
     run: Path
 
 
-class CaptionReport(Report):
+class CaptionReport(WrittenReport):
     """After a test: the scores with sacrebleu's signatures, captioned images, and the words that each expert takes.
 
     It writes ``captions.jsonl`` (name, caption, references, sentence chrF++ and search score of each image),
@@ -96,27 +91,19 @@ class CaptionReport(Report):
         config: what to do.
     """
 
+    config: CaptionReportConfig
+    written, of_batches = "captions", "captioned images and the use of experts"
+
     def __init__(self, config: CaptionReportConfig) -> None:
         self.config = config
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and self.config.pictures:
-            with report_folder(trainer) as folder:
-                write_curves(Path(trainer.default_root_dir), folder)
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> _Collected | None:
         metrics = computed_metrics(pl_module, CaptionMetrics)
         if metrics is None or not metrics.images:
             return None
-        together = needs_all_ranks(pl_module)
-        if together and trainer.is_global_zero:
-            _logger.info(
-                "captioned images and the use of experts are left out, since processes share the model: test with "
-                "--trainer.devices 1 for them"
-            )
-        batches = list(batches_of_test(trainer)) if trainer.is_global_zero and not together else []
         values = {name: float(value) for name, value in metrics.compute().items()}
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        batches = self.batches(trainer, pl_module)
         return _Collected(metrics, values, pl_module, data, batches, Path(trainer.default_root_dir))
 
     def write(self, collected: _Collected, folder: Path) -> list[Section]:
@@ -135,23 +122,8 @@ class CaptionReport(Report):
                 shown += pictures.write_words(module, captioned, number, folder)
             if shown:
                 sections.append(Section("Words and where they look", tuple(shown)))
-            write_curves(collected.run, folder)
+            self.write_curves(module, collected.run, folder)
         return sections
-
-
-def write_curves(run: Path, folder: Path) -> None:
-    """Draw the curves that the run's ``metrics.csv`` has as ``learning_curves.png``; nothing where it has none."""
-    panels = {
-        "loss": {"train": "train/loss", "validation": "val/loss"},
-        "validation captions": {"BLEU": "val/bleu", "chrF++": "val/chrf"},
-        "most loaded expert over the mean": {
-            "train": "routing/load_imbalance",
-            "validation": "val/routing/load_imbalance",
-        },
-    }
-    curves = read_curves(run / "metrics.csv", panels)
-    if curves:
-        save_picture(learning_curves(curves, "Learning curves", best="BLEU"), folder / "learning_curves.png")
 
 
 def write_scores(metrics: CaptionMetrics, values: dict[str, float], data: Any, folder: Path) -> Section:

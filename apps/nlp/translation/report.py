@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,22 +15,17 @@ from lightning.pytorch import LightningModule, Trainer
 
 import core
 from apps.base.files import replacing
-from apps.data.loader import batches_of_test
 from apps.data.text_files import num_words
 from apps.nlp.expert_use import write_use
 from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.report import WrittenReport
 from apps.nlp.text.scores import scorer, signature
 from apps.nlp.translation.metrics import Sentence, TranslationMetrics, corpus_metrics, signatures
 from apps.nlp.translation.routes import expert_use, usual_sentences, write_sentence
-from apps.report.base import Report, ReportConfig, computed_metrics, report_folder, spread_batches
-from apps.report.curves import learning_curves, read_curves
+from apps.report.base import ReportConfig, computed_metrics, spread_batches
 from apps.report.groups import check_bounds, range_names, ranges_of
 from apps.report.page import Code, Part, Section, Table
-from apps.report.plots import save_picture
 from apps.report.tables import write_csv
-from core.parallel import needs_all_ranks
-
-_logger = logging.getLogger(__name__)
 
 _COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}
 
@@ -77,7 +71,7 @@ class _Collected:
     run: Path
 
 
-class TranslationReport(Report):
+class TranslationReport(WrittenReport):
     """After a test: the scores by language pair and by length with sacrebleu's signatures, translations, and of a
     sparse model how far its experts are specialised.
 
@@ -90,13 +84,11 @@ class TranslationReport(Report):
         config: what to do.
     """
 
+    config: TranslationReportConfig
+    written, of_batches = "translations", "the use of experts and the pictures of sentences"
+
     def __init__(self, config: TranslationReportConfig) -> None:
         self.config = config
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and self.config.pictures:
-            with report_folder(trainer) as folder:
-                write_curves(pl_module, Path(trainer.default_root_dir), folder)
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> _Collected | None:
         metrics = computed_metrics(pl_module, TranslationMetrics)
@@ -104,14 +96,7 @@ class TranslationReport(Report):
             return None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         sources = data.sources("test") if hasattr(data, "sources") else None
-        together = needs_all_ranks(pl_module)
-        if together and trainer.is_global_zero:
-            _logger.info(
-                "the use of experts and the pictures of sentences are left out, since processes share the model: "
-                "test with --trainer.devices 1 for them"
-            )
-        batches = list(batches_of_test(trainer)) if trainer.is_global_zero and not together else []
-        return _Collected(metrics, pl_module, batches, sources, Path(trainer.default_root_dir))
+        return _Collected(metrics, pl_module, self.batches(trainer, pl_module), sources, Path(trainer.default_root_dir))
 
     def write(self, collected: _Collected, folder: Path) -> list[Section]:
         module, pictures = collected.module, self.config.pictures
@@ -126,25 +111,8 @@ class TranslationReport(Report):
                 shown += write_sentence(module, sentence, number, folder)
             if shown:
                 sections.append(Section("Words in sentences", tuple(shown)))
-            write_curves(module, collected.run, folder)
+            self.write_curves(module, collected.run, folder)
         return [*sections, scores]
-
-
-def write_curves(module: Any, run: Path, folder: Path) -> None:
-    """Draw the curves that the run's ``metrics.csv`` has as ``learning_curves.png``; nothing where it has none."""
-    smoothing = float(getattr(module, "label_smoothing", 0.0))
-    smoothed = f" (label smoothing {smoothing:g})" if smoothing else ""
-    panels = {
-        "loss": {f"train{smoothed}": "train/loss", "validation": "val/loss"},
-        "validation translations": {"BLEU": "val/bleu", "chrF++": "val/chrf"},
-        "most loaded expert over the mean": {
-            "train": "routing/load_imbalance",
-            "validation": "val/routing/load_imbalance",
-        },
-    }
-    curves = read_curves(run / "metrics.csv", panels)
-    if curves:
-        save_picture(learning_curves(curves, "Learning curves", best="BLEU"), folder / "learning_curves.png")
 
 
 def write_scores(

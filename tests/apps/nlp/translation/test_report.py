@@ -167,7 +167,7 @@ def test_translations_stand_side_by_side_line_by_line():
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_model_that_needs_all_ranks_is_not_run_by_the_first_one_alone(monkeypatch, caplog, tmp_path, together):
-    monkeypatch.setattr(report, "needs_all_ranks", lambda module: together)
+    monkeypatch.setattr("apps.nlp.text.report.needs_all_ranks", lambda module: together)
     monkeypatch.setattr(report, "computed_metrics", lambda module, kind: SimpleNamespace(sentences=SENTENCES))
     trainer = SimpleNamespace(
         is_global_zero=True,
