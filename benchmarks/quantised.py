@@ -113,10 +113,6 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     forms = [FLOAT, *args.forms]
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made) if args.tests is None else args.tests
-        records = {form: tested(args.ckpt_path, form, folder, options) for form in forms}
-
     torch.set_num_threads(1)
     model = apps.load(args.ckpt_path)
     models = {form: model if form == FLOAT else quantise(copy.deepcopy(model), form) for form in forms}
@@ -133,6 +129,9 @@ def main(argv: list[str] | None = None) -> int:
         tokens: in_turn({form: layer_calls(own, tokens) for form, own in layers.items()}, args.rounds)
         for tokens in (1, SENTENCES)
     }
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) if args.tests is None else args.tests
+        records = {form: tested(args.ckpt_path, form, folder, options) for form in forms}
     rows = []
     before = core.expert_bytes(model)
     for form in forms:

@@ -51,10 +51,6 @@ class QuantizedMatrices(nn.Module):
         E, K, N = self.shape
         return E * K * N
 
-    def num_bytes(self) -> int:
-        """Return the bytes of the whole numbers and of their scales."""
-        return self.values.nbytes + self.scales.nbytes
-
     def __getitem__(self, experts: int | slice) -> Any:
         return self.weight[experts]
 

@@ -33,7 +33,7 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
     Raises:
         ValueError: other bits; there are no experts with matrices; a group size that does not divide the inputs of one
             of them; experts that are quantised already, offloaded or split over ranks; weights that are not finite. The
-            model is left as it was but for the last.
+            model is left as it was.
 
     Example::
 
@@ -61,6 +61,8 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
             quantize(parameter[:1, :, :0], bits, group_size)
         except ValueError as error:
             raise ValueError(f"{name} cannot be quantised: {error}") from None
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"{name} has weights that are not finite: they have no scale")
     for module, name, parameter in matrices.values():
         _put(module, name, quantize(parameter, bits, group_size))
     return model

@@ -231,6 +231,11 @@ def test_what_is_refused():
         with pytest.raises(ValueError, match=rule):
             core.quantize_experts(layer, bits, group_size)
         assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    layer = layer_of(FFN(24))
+    layer.experts.w_out.data[1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"experts.w_out has weights that are not finite"):
+        core.quantize_experts(layer)
+    assert not layer.experts.is_quantized
     with pytest.raises(ValueError, match="a Linear has no experts with matrices to quantise"):
         core.quantize_experts(torch.nn.Linear(2, 2))
     layer = core.quantize_experts(layer_of(FFN(24)))
