@@ -109,7 +109,8 @@ def expert_mm(a: Tensor, w: Weight, e: int, *, bias: Tensor | None = None, out: 
     """
     if isinstance(w, Tensor):
         return mm(a, w[e], bias=bias, out=out)
-    matrix = new_empty(a, w.shape[1:]).copy_(w.whole_numbers(e))
+    matrix = new_empty(a, w.shape[1:])
+    w.write_whole_numbers(e, matrix)
     if not w.is_by_channel:
         return mm(a, scale_(matrix, w.scales[e]), bias=bias, out=out)
     y = mm(a, matrix, out=out).mul_(w.scales[e])
