@@ -55,11 +55,17 @@ _QUANTIZE = (
     "",
     "quantise the experts; GROUP inputs share a scale, else all",
 )
+_OFFLOAD = (
+    "offload SIZE[:FILE]",
+    "",
+    "keep the experts in memory or FILE, and SIZE of them on the device: 64MB, or a share such as 0.5",
+)
 _PREDICT_OPTIONS = (
     ("output FILE", "predictions.jsonl in the run's folder", ".jsonl, .csv, .parquet, or .txt for lines of text"),
     ("overwrite", "", "replace an earlier FILE"),
     ("onnx PATH", "", "an ONNX file or folder of moesaic export in place of --ckpt_path"),
     _QUANTIZE,
+    _OFFLOAD,
 )
 _TEST_OPTIONS = (
     ("open", "", "show the report in the browser"),
@@ -67,6 +73,7 @@ _TEST_OPTIONS = (
     ("rounds N", "11", "rounds in which --sweep times a form and the trained model in turn"),
     ("batches N", "8", "validation batches in which --sweep counts the use of the experts"),
     _QUANTIZE,
+    _OFFLOAD,
 )
 
 

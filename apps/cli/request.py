@@ -56,6 +56,7 @@ class Request:
             weights and loads no other; or None.
         opens: whether the report of a test is shown in the browser.
         quantize: how the experts are quantised, such as "int4:64", or None.
+        offload: how the experts are offloaded, such as "64MB", or None.
         sweep: options of ``--sweep``, which tests cheaper forms of the model as well; None: it is not asked for.
         words: the command line as it was given, after the command.
         exported: the model of ``--onnx``, which runs in place of a checkpoint's weights, or None.
@@ -74,6 +75,7 @@ class Request:
     begun_with: Mapping[str, Any] | None = None
     opens: bool = False
     quantize: str | None = None
+    offload: str | None = None
     sweep: usage.SweepOptions | None = None
     words: tuple[str, ...] = ()
     exported: ExportedModel | None = None
@@ -97,10 +99,12 @@ class Request:
         argv, opens = switch(argv, "open")
         usage.check_open(command, opens)
         argv, sweeps = switch(argv, "sweep")
-        names = ("config", "c", "run_dir", "ckpt_path", "weights", "output", "onnx", "quantize", *SWEEP)
+        names = ("config", "c", "run_dir", "ckpt_path", "weights", "output", "onnx", "quantize", "offload", *SWEEP)
         flags, options = take(argv, names)
         quantize = options["quantize"][-1] if options["quantize"] else None
         usage.check_quantize(command, quantize, next(iter(options["onnx"]), None))
+        offload = options["offload"][-1] if options["offload"] else None
+        usage.check_offload(command, offload, next(iter(options["onnx"]), None), sweeps)
         sweep = usage.read_sweep(command, sweeps, {name: options[name] for name in SWEEP}, quantize)
         output = Path(options["output"][-1]) if options["output"] else None
         flags = with_long_flags(
@@ -199,6 +203,7 @@ class Request:
             begun_with,
             opens,
             quantize,
+            offload,
             sweep,
             words,
             exported,

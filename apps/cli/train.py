@@ -33,6 +33,7 @@ from apps.cli.configs import differences
 from apps.cli.errors import reduce_message
 from apps.cli.flags import asks, take
 from apps.cli.numbers import read_whole_numbers_first
+from apps.cli.offloaded import OffloadsExperts
 from apps.cli.page import test_page
 from apps.cli.predictions import PredictionFile, print_stream, shortened, write_stream
 from apps.cli.quantised import QuantisesExperts
@@ -46,6 +47,7 @@ from apps.report.tables import print_in_parts
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.contents import read_checkpoint
 from apps.train.logs import EventLog, MetricsCSV, profiler
+from apps.train.offloading import described, record
 from apps.train.predicting import PredictionStream
 from apps.train.progress import progress
 from apps.train.quantising import Quantised, form_of
@@ -92,6 +94,7 @@ class SparseCLI(LightningCLI):
         self.run_dir = request.run_dir
         self.ckpt_path = request.checkpoint
         self.quantises = None if request.quantize is None else QuantisesExperts(request.quantize)
+        self.offloads = None if request.offload is None else OffloadsExperts(request.offload)
         if request.command == "fit":  # before anything slow
             check_free(self.run_dir)
         self.subcommands = lambda: {request.command: LightningCLI.subcommands()[request.command]}  # type: ignore[method-assign]
@@ -239,6 +242,8 @@ class SparseCLI(LightningCLI):
         defaults: list[Callback] = [GeneratorState()]
         if self.quantises is not None:
             defaults.append(self.quantises)
+        if self.offloads is not None:  # after the quantisation
+            defaults.append(self.offloads)
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             defaults.append(progress(self.request.command))
             kwargs["enable_progress_bar"] = isinstance(defaults[-1], ProgressBar)
@@ -350,6 +355,8 @@ class SparseCLI(LightningCLI):
         quantised = self._quantised()
         if quantised is not None:
             signed["quantized"] = quantised.record()
+        if self.offloads is not None and self.offloads.done is not None:
+            signed["offloaded"] = record(self.offloads.how, self.offloads.done)
         with replacing(path) as file:
             about = {"command": self.request.command_line, "date": moment(), **machine_facts()}
             values = {"checkpoint": str(self.ckpt_path), **metrics, **signed, "measured": about}
@@ -371,7 +378,9 @@ class SparseCLI(LightningCLI):
         shown_metrics = getattr(self.model, "shown_metrics", ())
         command = self.request.command_line
         quantised = self._quantised()
-        notes = () if quantised is None else (str(quantised),)
+        notes = [] if quantised is None else [str(quantised)]
+        if self.offloads is not None and self.offloads.done is not None:
+            notes.append(described(self.offloads.done))
         page = test_page(
             metrics, monitored, shown_metrics, self.run_dir, self.ckpt_path, command, config, sections, notes
         )
@@ -404,6 +413,7 @@ class SparseCLI(LightningCLI):
                 raise UsageError("open shows the page of a search, and this prediction has none: leave it out")
             if stream is not None:
                 self._predict_stream(stream)
+                self._print_offloaded()
                 return
         path = path or self.run_dir / "predictions.jsonl"
         if path.suffix == ".txt":
@@ -417,6 +427,7 @@ class SparseCLI(LightningCLI):
             self.trainer.callbacks.append(file)
             self.trainer.predict(**arguments)
         self._print_written(file)
+        self._print_offloaded()
 
     def _predict_stream(self, stream: PredictionStream) -> None:
         """Print the predictions of a stream, or write them to the file that the user names; then write their page."""
@@ -441,6 +452,10 @@ class SparseCLI(LightningCLI):
             if self.request.opens:
                 open_page(page)
 
+    def _print_offloaded(self) -> None:
+        if self.offloads is not None and self.offloads.done is not None:
+            print(described(self.offloads.done), file=sys.stderr)
+
     def _stream(self) -> PredictionStream | None:
         """Return the predictions of a model that predicts by itself, with weights loaded; None for other models."""
         predict_stream = getattr(self.model, "predict_stream", None)
@@ -450,6 +465,8 @@ class SparseCLI(LightningCLI):
                 self.model.load_state_dict(read_checkpoint(self.ckpt_path)["state_dict"])
             if self.quantises is not None:
                 self.quantises.apply(self.model)
+            if self.offloads is not None:
+                self.offloads.apply(self.model, self.trainer.strategy.root_device)
             self.model.to(self.trainer.strategy.root_device).eval()
         return stream
 

@@ -15,6 +15,7 @@ from apps.cli.errors import unknown_option
 from apps.cli.flags import ASKING, SECTIONS, asks, given
 from apps.train.checkpoint_paths import NAMES, named_checkpoint
 from apps.train.checkpoint_paths import find_checkpoint as find_in_run
+from apps.train.offloading import read_budget
 from apps.train.quantising import read_form
 
 _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
@@ -189,6 +190,23 @@ def check_quantize(command: str, how: str | None, onnx: str | None) -> None:
         raise UsageError(f"quantize is an option of test and predict, not of {command}")
     try:
         read_form(how)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def check_offload(command: str, how: str | None, onnx: str | None, sweeps: bool) -> None:
+    """Raise a ``UsageError`` for ``--offload`` of a command that does not take it, with another text, or together with
+    ``--onnx`` or ``--sweep``."""
+    if how is None:
+        return
+    if command not in ("test", "predict"):
+        raise UsageError(f"offload is an option of test and predict, not of {command}")
+    if onnx is not None:
+        raise UsageError(f"offload={how} is for a checkpoint, and onnx={onnx} runs in onnxruntime: leave one out")
+    if sweeps:
+        raise UsageError(f"offload={how} with sweep, which makes other models of the experts: leave it out")
+    try:
+        read_budget(how)
     except ValueError as error:
         raise UsageError(str(error)) from None
 

@@ -18,7 +18,7 @@ from ..routing.gates import LinearGate
 from .offloaded import Offloaded, OffloadedExperts, stacked
 from .prediction import Forecast, Scores
 from .slots import POLICIES, SlotPool
-from .stores import ExpertFile, FileStore, HostStore, Store
+from .stores import ExpertFile, FileStore, HostStore
 
 GLANCED = 64
 """Tokens of a call, at most, that a prediction looks at."""
@@ -84,19 +84,24 @@ def offload_experts(
         shape = tuple((key, t.shape[1:], t.dtype) for key, t in sorted(own.items()))
         groups.setdefault(shape, []).append(name)
     counts = _slots(groups, tensors, budget_bytes)
-    first = next(iter(next(iter(tensors.values())).values()))
-    on = first.device if device is None else torch.empty(0, device=device).device
-    stores = _stores(tensors, None if path is None else Path(path), pinned=on.type == "cuda")
+    here = next(iter(next(iter(tensors.values())).values())).device
+    on = here if device is None else torch.empty(0, device=device).device
+    file = None
+    if path is not None:
+        file = ExpertFile(Path(path), {f"{name}.{key}": t for name, own in tensors.items() for key, t in own.items()})
     members = []
-    for name, (experts, gate) in places.items():
-        for key, t in stores[name].tensors.items():
+    for name, (experts, gate) in places.items():  # one after the other: its own memory is free before the next is made
+        own = tensors.pop(name)
+        store = HostStore(own, on.type == "cuda") if file is None else FileStore(file, f"{name}.", [*own])
+        for key, t in store.tensors.items():
             _replace(experts, key, t)
-        members.append(Offloaded(name, experts, stores[name], gate))
+        members.append(Offloaded(name, experts, store, gate))
     numbers = {member.name: i for i, member in enumerate(members)}
     pools = []
     for names, count in zip(groups.values(), counts, strict=True):
-        shapes = {key: (t.shape[1:], t.dtype) for key, t in stores[names[0]].tensors.items()}
-        pools.append(SlotPool(shapes, count, on, policy, {numbers[name]: stores[name] for name in names}))
+        stores = {numbers[name]: members[numbers[name]].store for name in names}
+        shapes = {key: (t.shape[1:], t.dtype) for key, t in stores[numbers[names[0]]].tensors.items()}
+        pools.append(SlotPool(shapes, count, on, policy, stores))
         for name in names:
             members[numbers[name]].join(pools[-1])
     is_foreseen = prefetch and not any(isinstance(layer, NeuronMoE) for layer in moe_layers(model).values())
@@ -169,13 +174,6 @@ def _slots(
         min(count, 1 + int(spare * total / sum(totals)) // size)
         for count, total, size in zip(experts, totals, sizes, strict=True)
     ]
-
-
-def _stores(tensors: Mapping[str, Mapping[str, Tensor]], path: Path | None, pinned: bool) -> dict[str, Store]:
-    if path is None:
-        return {name: HostStore(own, pinned) for name, own in tensors.items()}
-    file = ExpertFile(path, {f"{name}.{key}": t for name, own in tensors.items() for key, t in own.items()})
-    return {name: FileStore(file, f"{name}.", [*own]) for name, own in tensors.items()}
 
 
 def _replace(experts: Experts, name: str, t: Tensor) -> None:

@@ -56,9 +56,12 @@ class HostStore:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], pinned: bool) -> None:
-        self.tensors: dict[str, Tensor] = {name: t.detach().cpu() for name, t in tensors.items()}
-        if pinned:
-            self.tensors = {name: t.pin_memory() for name, t in self.tensors.items()}
+        self.tensors: dict[str, Tensor] = {}
+        for name, t in tensors.items():
+            if pinned:
+                self.tensors[name] = torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t.detach())
+            else:
+                self.tensors[name] = t.detach().cpu()
 
     def load(self, e: int, into: Mapping[str, Tensor]) -> None:
         for name, row in into.items():

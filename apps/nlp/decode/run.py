@@ -139,10 +139,15 @@ def in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
     """Return a copy of the model with its weights in ``dtype``; the model itself where they are, or it is None.
 
     The functions here do it by themselves; with many batches, do it once before them.
+
+    Raises:
+        ValueError: the model's experts are offloaded: a copy would have them all in memory.
     """
     weight = next(iter(model.parameters()), None)
     if dtype is None or weight is None or weight.dtype == getattr(torch, dtype):
         return model
+    if any(module.cache is not None for module in model.modules() if isinstance(module, core.Experts)):
+        raise ValueError(f"decode.dtype={dtype} makes a copy of a model whose experts are offloaded: leave one out")
     return copy.deepcopy(model).to(getattr(torch, dtype))
 
 
