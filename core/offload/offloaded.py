@@ -49,7 +49,7 @@ class Offloaded:
         # A copy with the pool's tensors in the place of the stacked ones. What all experts share it shares too.
         own = {id(t): t for t in (*self.experts.parameters(), *self.experts.buffers())}
         own |= {id(t): pool.tensors[name] for name, t in stacked(self.experts).items()}
-        self.inner = copy.deepcopy(self.experts, own)
+        self.inner = copy.deepcopy(self.experts, own).eval()
         self.inner.num_experts = pool.count
         self.inner._forward_pre_hooks.clear()
         self.inner._forward_hooks.clear()

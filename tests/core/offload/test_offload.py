@@ -377,11 +377,13 @@ def test_what_cannot_be_offloaded():
 
 
 def test_training_is_refused():
-    layer = layer_of()
-    core.offload_experts(layer, one_expert(layer))
+    layer = layer_of(GeneralFFN(F, dropout=0.9))
     x = torch.randn(1, 2, D)
+    expected = layer(x)
+    core.offload_experts(layer.train(), one_expert(layer))
     with pytest.raises(ValueError, match="do not train"):
-        layer.train()(x)
+        layer(x)
+    assert torch.equal(layer.eval()(x), expected)
     with pytest.raises(ValueError, match="have no gradients"):
         layer.eval()(x.requires_grad_())
 
