@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import core
 from core.dispatch import Dispatcher
 from core.kernels import QuantizedWeight, Weight
+from core.layers.multi_gate import DenseGatesLayer
 
 
 @contextlib.contextmanager
@@ -65,11 +66,9 @@ def computes_all(network: nn.Module) -> bool:
 
 
 def _computes_all(layer: core.MoELayer) -> bool:
-    if not isinstance(layer, core.MoE):
-        experts: Any = layer.experts  # or a list of several, as in a layer of shared experts and each task's own
-        several = experts.num_experts > 1 if isinstance(experts, core.Experts) else len(experts) > 1
-        return several and layer.active_expert_params() >= layer.all_expert_params()
-    return isinstance(layer, (core.SoftMoE, core.MergedMoE)) or layer.pairs_per_token >= layer.num_experts
+    if isinstance(layer, (core.SoftMoE, core.MergedMoE, DenseGatesLayer)):
+        return True
+    return isinstance(layer, core.MoE) and layer.pairs_per_token >= layer.num_experts
 
 
 def grouped_mm(x_RD: Tensor, w: Weight, offsets_E: Tensor) -> Tensor:

@@ -63,6 +63,13 @@ def translations() -> dict[Any, Callable[..., Any]]:
         is_high = op.And(op.Not(op.Equal(rest, zero)), op.Xor(op.Less(rest, zero), op.Less(other, zero)))
         return op.Sub(quotient, op.CastLike(is_high, quotient))
 
+    def remainder(self: Any, other: Any) -> Any:
+        # Of a size, which torch's own form takes for a number that is known.
+        other = op.CastLike(other, self)
+        if self.dtype.is_integer():
+            return op.Mod(self, other)
+        return op.Sub(self, op.Mul(op.Floor(op.Div(self, other)), other))
+
     def sort(self: Any, dim: int = -1, descending: bool = False, stable: bool = True) -> Any:
         # TopK takes the lower place of equal values first, which is what stable means.
         axis = op.Constant(value_ints=[dim])
@@ -84,6 +91,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         torch.ops.moesaic.quantized_mm.default: by_quantized,
         operator.floordiv: floordiv,
         torch.ops.aten.bucketize.Tensor: bucketize,
+        torch.ops.aten.remainder.Scalar: remainder,
         torch.ops.aten.sort.stable: sort,
         torch.ops.aten.index_add.default: index_add,
         torch.ops.aten.index_copy.default: index_copy,
@@ -185,6 +193,8 @@ def _shorten_sorts(graph: Any) -> None:
             k = readers[0].inputs[2]
             graph.sort()  # what says k may stand behind the sort
             node.replace_input_with(1, k)
+            for value, like in zip(node.outputs, (None, readers[0].outputs[0]), strict=True):
+                value.shape = None if like is None else like.shape
             for reader in readers:
                 reader.outputs[0].replace_all_uses_with(node.outputs[1], replace_graph_outputs=True)
                 graph.remove(reader, safe=True)
