@@ -1,12 +1,15 @@
-"""An MoE layer as an ONNX file computes on onnxruntime what it computes in eager mode."""
+"""MoE layers as ONNX files compute on onnxruntime what they compute in eager mode, in both forms."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import core
+from apps.serve.export.contrib import misfit
 from apps.serve.export.onnx import to_onnx
 from apps.train.exporting import Graph
 
@@ -14,42 +17,93 @@ pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
-def graph_of(network: nn.Module, dim: int = 8) -> Graph:
-    return Graph("model", network, {"x": torch.randn(3, 6, dim)}, ("y",), {"x": {0: "batch", 1: "length"}})
+class SideBySide(nn.Module):
+    """Layers that get the same tokens, with an output each."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer in self.layers)
 
 
-@pytest.fixture(scope="module")
-def layer() -> core.MoE:
-    torch.manual_seed(0)
-    config = core.MoEConfig(
-        num_experts=4,
-        router=core.TokenChoice(top_k=2),
-        expert=core.FFN(hidden_dim=16, bias=True),
-        capacity_factor=0.75,
-    )
-    return config.build(8)
+def layer(expert: core.ExpertConfig, router: core.RouterConfig = core.TokenChoice(top_k=2), **options) -> core.MoE:
+    return core.MoEConfig(num_experts=4, router=router, expert=expert, **options).build(8)
 
 
-@pytest.fixture(scope="module")
-def session(layer, tmp_path_factory):
-    path = tmp_path_factory.mktemp("onnx") / "layer.onnx"
-    written = to_onnx(graph_of(layer), path, "standard", {"app": "none"})
-    assert (written.form, written.computes, layer.training, layer.backend) == ("standard", "chosen", True, "auto")
-    return onnxruntime.InferenceSession(str(path))
+def graph_of(network: nn.Module, length: int = 6) -> Graph:
+    outputs = tuple(f"y_{i}" for i in range(len(network.layers))) if isinstance(network, SideBySide) else ("y",)
+    return Graph("model", network, {"x": torch.randn(3, length, 8)}, outputs, {"x": {0: "batch", 1: "length"}})
 
 
-@pytest.mark.parametrize("shape", [(3, 6), (1, 1), (2, 7), (1, 33)])
-def test_a_layer_computes_on_onnxruntime_what_it_computes_here(layer, session, shape):
-    x = torch.randn(*shape, 8)
-    with torch.no_grad():
-        expected = layer.eval()(x)
-    torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), expected)
-
-
-def test_a_file_says_what_it_is(session):
+def check(network: SideBySide, path: Path, form: str) -> None:
+    """Write a network and compare it with eager mode in sizes of which none is the example's."""
+    written = to_onnx(graph_of(network), path, form, {"app": "none"})
+    assert (written.form, written.computes) == (form, "chosen")
+    assert network.training  # as it was
+    assert {part.backend for part in network.layers} == {"auto"}
+    session = onnxruntime.InferenceSession(str(path))
     assert session.get_modelmeta().custom_metadata_map == {
         "app": "none",
-        "moesaic.form": "standard",
+        "moesaic.form": form,
         "moesaic.computes": "chosen",
     }
     assert session.get_inputs()[0].shape == session.get_outputs()[0].shape == ["batch", "length", 8]
+    for shape in ((1, 1), (2, 7), (1, 33)):
+        x = torch.randn(*shape, 8)
+        with torch.no_grad():
+            expected = network.eval()(x)
+        for y, y_eager in zip(session.run(None, {"x": x.numpy()}), expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(y), y_eager)
+
+
+def test_the_standard_form_computes_as_eager_mode_quantised_experts_too(tmp_path):
+    torch.manual_seed(0)
+    whole = layer(core.FFN(hidden_dim=16, bias=True), capacity_factor=0.75)  # some pairs are not computed
+    by_group = core.quantize_experts(layer(core.SwiGLU(hidden_dim=16)), 4, 4)
+    by_channel = core.quantize_experts(layer(core.FFN(hidden_dim=16)), 8)
+    check(SideBySide(whole, by_group, by_channel), tmp_path / "standard.onnx", "standard")
+
+
+def test_onnxruntimes_operator_computes_as_eager_mode_whatever_the_gate(tmp_path):
+    torch.manual_seed(0)
+    sigmoid = core.TokenChoice(top_k=2, score_func="sigmoid", scale=1.5)
+    clamped = core.ClampedSwiGLU(hidden_dim=16, bias=True, limit=0.5, alpha=1.702, shift=1.0)
+    dropped = layer(core.FFN(hidden_dim=16, activation="relu", bias=True), capacity_factor=0.75)
+    kept = layer(core.FFN(hidden_dim=16))  # GELU stays as it is
+    check(SideBySide(dropped, layer(clamped, sigmoid), kept), tmp_path / "contrib.onnx", "contrib")
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (layer(core.FFN()), "onnxruntime has no activation 'gelu'"),
+        (layer(core.GEGLU()), "its experts are gated by gelu, not silu"),
+        (layer(core.LoRA(rank=2)), "its experts are LoRAExperts"),
+        (layer(core.SwiGLU(), core.SoftSlots()), "SoftMoE is no plain MoE layer"),
+        (layer(core.SwiGLU(), core.TokenChoice(gates_on="input")), "its gates scale the experts' input"),
+        (core.quantize_experts(layer(core.SwiGLU()), 8), "its experts are quantised"),
+        (layer(core.SwiGLU()), None),
+    ],
+)
+def test_a_layer_that_does_not_fit_onnxruntimes_operator_has_a_reason(made, reason):
+    assert misfit(made) == reason
+
+
+def test_a_form_that_fits_no_layer_names_each_with_its_reason(tmp_path):
+    graph = graph_of(SideBySide(layer(core.FFN()), layer(core.LoRA(rank=2))))
+    message = "layer 'layers.0': onnxruntime has no activation 'gelu'; layer 'layers.1': its experts are LoRAExperts"
+    with pytest.raises(ValueError, match=message):
+        to_onnx(graph, tmp_path / "no.onnx", "contrib")
+
+
+def test_an_example_of_one_element_along_a_free_axis_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has length 1 along axis 1 \(length\)"):
+        to_onnx(graph_of(layer(core.FFN()), length=1), tmp_path / "no.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_opset_without_gelu_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="opset=18 is below 20"):
+        to_onnx(graph_of(layer(core.FFN())), tmp_path / "no.onnx", opset=18)
