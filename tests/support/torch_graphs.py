@@ -37,8 +37,12 @@ class TorchGraph(nn.Module):
 class TorchSession:
     """The network of a graph under the interface of ``onnxruntime.InferenceSession``."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, exported: Exported | None = None) -> None:
+        self.graph, self.exported = graph, exported
+
+    def get_modelmeta(self) -> SimpleNamespace:
+        preprocessing = None if self.exported is None else self.exported.preprocessing
+        return SimpleNamespace(custom_metadata_map={"moesaic.model": json.dumps({"preprocessing": preprocessing})})
 
     def get_inputs(self) -> list[SimpleNamespace]:
         return [self._value(name) for name in self.graph.inputs]
@@ -52,6 +56,7 @@ class TorchSession:
         for name, example in self.graph.inputs.items():
             assert torch.from_numpy(inputs[name]).dtype == example.dtype, name
         outputs = self.graph.network(*(torch.from_numpy(inputs[name]) for name in self.graph.inputs))
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         assert len(outputs) == len(self.graph.outputs)
         return [output.numpy() for output in outputs]
 
@@ -73,7 +78,7 @@ def folder_of(exported: Exported, folder: Path) -> Path:
 
 def output_in_torch(code: str, exported: Exported, *arguments: str) -> str:
     """Return what a script of the documentation prints, where torch runs the graphs of ``exported``."""
-    sessions = {f"{graph.name}.onnx": TorchSession(graph) for graph in exported.graphs}
+    sessions = {f"{graph.name}.onnx": TorchSession(graph, exported) for graph in exported.graphs}
     runtime = SimpleNamespace(InferenceSession=lambda path: sessions[Path(path).name])
     text, argv = io.StringIO(), ["script.py", *arguments]
     with (

@@ -18,6 +18,7 @@ from apps.recsys.tables.model import MultiTaskModel
 from apps.recsys.tables.plain_columns import PlainColumns, dynamic_axes, example_inputs, plain_inputs
 from apps.recsys.tables.scoring import encoding_of
 from apps.train.exporting import Exported, Graph
+from core.config.plain import from_plain
 
 if TYPE_CHECKING:
     from apps.recsys.tables.module import MultiTaskRecommender
@@ -137,11 +138,12 @@ def state_of_columns(described: Mapping[str, Any], features: Mapping[str, Any]) 
     def vocabulary(values: list[str]) -> dict[str, Tensor]:
         return Vocabulary.of(pa.array(values, pa.string())).state()
 
-    own = {f["name"] for f in features["categorical"]} | {s["name"] for s in features["sequences"] if not s["items"]}
+    known = from_plain(features, Features, "features")
+    own = {f.name for f in known.categorical} | {s.name for s in known.sequences if s.items is None}
     columns = [*described["categorical"], *described["lists"]]
     domain = described["domain"]
     return {
-        "features": dict(features),
+        "features": dataclasses.asdict(known),
         "vocabularies": {
             one["column"]: vocabulary(one["values"])
             for one in columns

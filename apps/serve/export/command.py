@@ -20,6 +20,7 @@ from apps.train.exported import DESCRIPTION, Description, OnnxGraph
 from apps.train.exporting import Exported, Graph, exporter
 from apps.train.loading import check_beside, load
 from apps.train.module import SparseModule
+from apps.train.quantising import quantise
 
 TOLERANCE = 1e-4
 """Largest difference of a graph's outputs from the model's, relative to the largest of them."""
@@ -35,6 +36,8 @@ def run(options: Options) -> int:
     """Export the model and print what was written."""
     with quiet():
         model = load(options.run)
+        if options.quantize is not None:
+            quantise(model, options.quantize)
         exported = exporter(type(model)).export(model)
         check_output(options.output, exported)
         files = export(model, exported, options)
@@ -57,15 +60,7 @@ def export(model: SparseModule, exported: Exported, options: Options) -> list[Pa
         OSError: the output cannot be written.
         ValueError: an operator has no export, or a graph's outputs are not the model's. Nothing is written.
     """
-    description = Description(
-        exported.app,
-        class_path(type(model)),
-        {name: None if name in _FOR_TRAINING else value for name, value in dict(model.hparams).items()},
-        exported.preprocessing,
-        data_section(options.run),
-        options.format,
-        scalars={name: value.item() for name, value in _tensors(model) if value.numel() == 1},
-    )
+    description = describe(model, exported, data_section(options.run), options.format)
 
     def write_graph(graph: Graph, path: Path, text: str) -> None:
         from apps.serve.export.onnx import to_onnx
@@ -82,6 +77,16 @@ def export(model: SparseModule, exported: Exported, options: Options) -> list[Pa
 
     with torch.inference_mode(False), torch.no_grad():
         return write(options.output, exported, description, write_graph)
+
+
+def describe(
+    model: SparseModule, exported: Exported, data: Mapping[str, Any] | None = None, format: str = "onnx"
+) -> Description:
+    """Return what the file of a model says, without its graphs and files."""
+    arguments = {name: None if name in _FOR_TRAINING else value for name, value in dict(model.hparams).items()}
+    scalars = {name: value.item() for name, value in _tensors(model) if value.numel() == 1}
+    kind = class_path(type(model))
+    return Description(exported.app, kind, arguments, exported.preprocessing, data, format, scalars=scalars)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

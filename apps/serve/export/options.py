@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from apps.cli import UsageError
 from apps.cli.parser import Parser
+from apps.train.quantising import read_form
 
 ENDINGS = {"onnx": ".onnx", "torch_export": ".pt2", "aoti": ".pt2"}
 """The ending of a file, by format."""
@@ -35,6 +36,7 @@ class Options:
         format: a key of ``ENDINGS``.
         form: one of ``FORMS``.
         overwrite: whether an earlier export is replaced.
+        quantize: how the experts are quantised first, such as "int4:64"; None: they are not.
     """
 
     run: Path
@@ -42,6 +44,7 @@ class Options:
     format: str
     form: Form
     overwrite: bool
+    quantize: str | None = None
 
     @classmethod
     def read(cls, argv: Sequence[str]) -> Options:
@@ -49,6 +52,7 @@ class Options:
 
         Raises:
             UsageError: an unknown option, an output that exists or has another ending, or a library that is missing.
+            ValueError: a word of ``--quantize`` that is none.
         """
         values = command_line().parse_args(list(argv))
         output = Path(values.output)
@@ -64,7 +68,9 @@ class Options:
         missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
         if values.format == "onnx" and missing:
             raise UsageError(f'--format onnx needs {missing[0]}, which is not installed: pip install "moesaic[export]"')
-        return cls(Path(values.ckpt_path), output, values.format, values.form, values.overwrite)
+        if values.quantize is not None:
+            read_form(values.quantize)
+        return cls(Path(values.ckpt_path), output, values.format, values.form, values.overwrite, values.quantize)
 
 
 def command_line() -> Parser:
@@ -76,5 +82,6 @@ def command_line() -> Parser:
     add("--format", choices=tuple(ENDINGS), default="onnx", help="what is written (default: onnx)")
     form = "MoE layers of an ONNX graph: standard operators, those of onnxruntime, or the faster of both (the default)"
     add("--form", choices=FORMS, default=FORMS[0], help=form)
+    add("--quantize", metavar="int8|int4[:GROUP]", help="experts in whole numbers, with a scale a channel or a group")
     add("--overwrite", action="store_true", help="replace an earlier export at PATH")
     return parser

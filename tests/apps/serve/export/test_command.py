@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from commands import fails
 from converted import DIGITS, MOE, classifier, write_run
+from doc_scripts import output, script
+from PIL import Image
 
 from apps.cli import main
 from apps.serve.export.command import compare, data_section
@@ -76,6 +79,16 @@ def test_the_file_alone_makes_the_module_and_its_answers(run):
     assert not model.training
 
 
+def test_the_documented_script_says_what_the_checkpoint_says(run, tmp_path):
+    path = tmp_path / "three.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    printed = output(script("docs/serving.md", "classify.py"), str(run / "digits.onnx"), str(path))
+    (expected,) = load(run).predict([path])
+    lines = [line.split() for line in printed.splitlines()]
+    assert [label for label, _ in lines] == list(expected.top)
+    assert [float(share) for _, share in lines] == pytest.approx(list(expected.top.values()), abs=2e-6)
+
+
 def test_an_output_that_exists_stays_and_overwrite_replaces_it(run, copies, tmp_path, capsys):
     path = tmp_path / "m.onnx"
     path.write_text("mine")
@@ -111,6 +124,7 @@ def test_wrong_options_are_refused_in_a_line(run, tmp_path, capsys):
     assert "--form contrib is of --format onnx" in fails(
         capsys, 2, *export, "a.pt2", "--format", "aoti", "--form", "contrib"
     )
+    assert "quantize=int5 is not one of int8" in fails(capsys, 1, *export, "a.onnx", "--quantize", "int5")
     onnx = str(run / "digits.onnx")
     assert "onnx is an option of predict, not of test" in fails(capsys, 2, "test", "--onnx", onnx)
     assert "leave --ckpt_path" in fails(capsys, 2, "predict", "--onnx", onnx, "--ckpt_path", str(run))
