@@ -43,7 +43,10 @@ def test_the_scores_of_a_script_and_of_the_model_are_those_of_the_weights(model,
     assert exported.encoding_state.keys() == model.encoding_state.keys()
 
     columns = list(ROWS)
-    lines = [",".join(columns), *(",".join("" if v is None else str(v) for v in row) for row in zip(*ROWS.values(), strict=True))]
+    lines = [
+        ",".join(columns),
+        *(",".join("" if v is None else str(v) for v in row) for row in zip(*ROWS.values(), strict=True)),
+    ]
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
     printed = output_in_torch(script("docs/serving.md", "score.py"), export, "model.onnx", str(tmp_path / "rows.csv"))
     expected_lines = [
