@@ -2,10 +2,10 @@
 
     moesaic bench exported_texts RUN --texts FILE [--pair en-de] [--forms standard contrib] [--method beam]
 
-Both go the way of ``predict``, from a line of text to a line of text, with one search. RUN is a translator or a language
-model. FILE has a text a line, or is a test's ``report/sentences.jsonl``, of which the sources are taken. Each round
-times each system once, over all texts in turn, and ratios are taken within a round. The processor's time stands beside
-the clock's, for a busy machine stretches the latter. One thread, unless ``--threads`` says otherwise.
+Both go the way of ``predict``, from a line of text to a line of text, with one search. RUN is a translator or a
+language model. FILE has a text a line, or is a test's ``report/sentences.jsonl``, of which the sources are taken. Each
+round times each system once, over all texts in turn, and ratios are taken within a round. The processor's time stands
+beside the clock's, for a busy machine stretches the latter. One thread, unless ``--threads`` says otherwise.
 """
 
 from __future__ import annotations
