@@ -47,16 +47,15 @@ def run(options: Options) -> int:
         with quiet(own_notes=False):
             model, offloaded = prepared(options)
             service = service_of(model)(model)
+        with bound(options.port, options.host) as listening, _errors_alone():
+            served = Served(model, service, options)
+            if offloaded is not None:
+                served.metrics.follow_offload(offloaded)
+            served.until_stopped(listening)
     except KeyboardInterrupt:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    with bound(options.port, options.host) as listening, _errors_alone():
-        served = Served(model, service, options)
-        if offloaded is not None:
-            served.metrics.follow_offload(offloaded)
-        print(f"serve: {name_of(options.checkpoint)} ({type(model).__name__}) at {url_of(listening)}", flush=True)
-        served.until_stopped(listening)
     print(f"serve: ended; answered requests: {served.metrics.num_answered:,}", flush=True)
     return 1 if served.batcher.broken else 0
 
@@ -90,6 +89,7 @@ class Served:
     def __init__(self, model: Any, service: Service, options: Options) -> None:
         self._server: Any = None
         name, limits = name_of(options.checkpoint), options.limits
+        self._title = f"{name} ({type(model).__name__})"
         about = {"run": name, "model": type(model).__name__, "version": own_version()}
         self.batcher = Batcher(
             watched(
@@ -98,7 +98,7 @@ class Served:
             options.max_batch,
             options.max_wait,
             is_fatal=lambda error: isinstance(error, torch.AcceleratorError),
-            on_broken=self._end,
+            on_broken=self._stop,
             watch=lambda size, seconds: self.metrics.computed(size, seconds),
         )
         self.metrics = Metrics(about, lambda: len(self.batcher))
@@ -108,24 +108,27 @@ class Served:
         self.app = application(reader, self.batcher, interface, limits, self.metrics, options.token, names)
 
     def until_stopped(self, listening: socket.socket) -> None:
-        """Answer at a socket until a signal, or until the model has broken down; then finish what was taken."""
+        """Answer at a socket until a signal, or until the model has broken down; then finish what was taken.
+
+        The address is printed, at which requests are taken from then on.
+        """
         import uvicorn
 
         config = uvicorn.Config(
             self.app, log_level="error", access_log=False, ws="none", server_header=False, lifespan="on"
         )
         self._server = uvicorn.Server(config)
-        # uvicorn ends at these signals, and raises them again when it has: then they are to do nothing.
-        handlers = {number: signal.signal(number, _nothing) for number in (signal.SIGTERM, signal.SIGINT)}
+        # uvicorn ends at these signals too, once it runs, and raises them again when it has ended.
+        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            print(f"serve: {self._title} at {url_of(listening)}", flush=True)
             self._server.run(sockets=[listening])
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _end(self) -> None:
-        if self._server is not None:
-            self._server.should_exit = True
+    def _stop(self, *signal_and_frame: Any) -> None:
+        self._server.should_exit = True
 
 
 @contextlib.contextmanager
@@ -143,10 +146,6 @@ def _errors_alone() -> Iterator[None]:
 def _leave(number: int, frame: Any) -> None:
     """End the process at a signal."""
     raise SystemExit(128 + number)
-
-
-def _nothing(number: int, frame: Any) -> None:
-    """Do nothing at a signal."""
 
 
 def service_of(model: Any) -> Callable[[Any], Service]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import pytest
@@ -22,6 +24,7 @@ from apps.cli import main
 from apps.serve.service import options
 from apps.serve.service.command import device_of, prepared, service_of
 from apps.serve.service.options import Options
+from apps.vision.module import VisionClassifier
 
 TOKEN = "0123456789abcdef"
 
@@ -115,17 +118,43 @@ def test_a_device_or_a_model_that_is_none():
         service_of(torch.nn.Linear(1, 1))
 
 
-def serving(argv, lines):
-    """Run ``moesaic serve`` in a process of its own; its stdout goes to the pipe ``lines``."""
+def run_command(argv, lines):
+    """Run ``moesaic serve``; its stdout goes to the pipe ``lines``."""
     os.dup2(lines.fileno(), 1)
     sys.stdout = os.fdopen(1, "w")
     sys.exit(main(["serve", *argv]))
 
 
-def listens(address):
+@contextlib.contextmanager
+def serving(run):
+    """Serve a run in a process of its own: yields the process, its port and its further lines."""
+    fork = multiprocessing.get_context("fork")  # the libraries are there already
+    receiving, sending = fork.Pipe(duplex=False)
+    server = fork.Process(target=run_command, args=(["--ckpt_path", str(run), "--port", "0"], sending))
+    server.start()
+    sending.close()
+    try:
+        with os.fdopen(os.dup(receiving.fileno())) as lines:
+            first = lines.readline()
+            match = re.fullmatch(rf"serve: {run.name} \(VisionClassifier\) at http://127\.0\.0\.1:(\d+)\n", first)
+            assert match is not None, first
+            yield server, int(match[1]), lines
+    finally:
+        server.kill()
+        server.join()
+
+
+def example_of(port):
+    """Return the body of the example of a service's document."""
+    with urllib.request.urlopen(f"http://localhost:{port}/openapi.json", timeout=60) as answer:
+        request = json.load(answer)["paths"]["/predict"]["post"]["requestBody"]
+    return json.dumps(request["content"]["application/json"]["example"]).encode()
+
+
+def listens(port):
     """Tell whether somebody listens there; one who ends just now may reset the connection."""
     try:
-        socket.create_connection(address, timeout=30).close()
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
     except ConnectionResetError:
         return True
     except ConnectionRefusedError:
@@ -133,37 +162,46 @@ def listens(address):
     return True
 
 
-def test_a_service_from_its_first_line_to_its_last(digits):
-    fork = multiprocessing.get_context("fork")  # the libraries are there already
-    receiving, sending = fork.Pipe(duplex=False)
-    argv = ["--ckpt_path", str(digits), "--port", "0"]
-    server = fork.Process(target=serving, args=(argv, sending))
-    server.start()
-    sending.close()
-    try:
-        with os.fdopen(os.dup(receiving.fileno())) as lines:
-            first = lines.readline()
-            match = re.fullmatch(rf"serve: {digits.name} \(VisionClassifier\) at http://127\.0\.0\.1:(\d+)\n", first)
-            assert match is not None, first
-            address = ("127.0.0.1", int(match[1]))
-            url = f"http://localhost:{match[1]}"
-            document = json.load(urllib.request.urlopen(f"{url}/openapi.json", timeout=30))
-            example = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]["example"]
-            body = json.dumps(example).encode()
-            head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
-            with socket.create_connection(address, timeout=30) as asking:
-                asking.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body[:10])
-                with urllib.request.urlopen(f"{url}/healthz", timeout=30) as health:  # by now the other is taken
-                    assert health.status == 200
-                os.kill(server.pid, signal.SIGTERM)
-                while listens(address):
-                    time.sleep(0.01)
-                asking.sendall(body[10:])
-                answer = b"".join(iter(lambda: asking.recv(65536), b""))
-            assert answer.startswith(b"HTTP/1.1 200 ")
-            assert list(json.loads(answer.partition(b"\r\n\r\n")[2])) == ["outputs"]
-            assert lines.read() == "serve: ended; answered requests: 3\n"
-        server.join(30)
+def test_at_sigterm_what_was_taken_is_answered(digits):
+    with serving(digits) as (server, port, lines):
+        body = example_of(port)
+        head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as asking:
+            asking.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body[:10])
+            with urllib.request.urlopen(f"http://localhost:{port}/healthz", timeout=60) as health:
+                assert health.status == 200  # by now the other request has been taken
+            os.kill(server.pid, signal.SIGTERM)
+            while listens(port):
+                time.sleep(0.01)
+            asking.sendall(body[10:])
+            answer = b"".join(iter(lambda: asking.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert list(json.loads(answer.partition(b"\r\n\r\n")[2])) == ["outputs"]
+        assert lines.read() == "serve: ended; answered requests: 3\n"
+        server.join(60)
         assert server.exitcode == 0
-    finally:
-        server.kill()
+
+
+def test_a_signal_that_comes_with_the_first_line_ends_it(digits):
+    with serving(digits) as (server, _, lines):
+        os.kill(server.pid, signal.SIGTERM)
+        assert lines.read() == "serve: ended; answered requests: 0\n"
+        server.join(60)
+        assert server.exitcode == 0
+
+
+def test_a_model_that_breaks_down_ends_the_service(digits, monkeypatch):
+    def breaks(*arguments):
+        raise SystemExit
+
+    monkeypatch.setattr(VisionClassifier, "classify", breaks)
+    with serving(digits) as (server, port, lines):
+        request = urllib.request.Request(f"http://localhost:{port}/predict", example_of(port))
+        request.add_header("content-type", "application/json")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=60)
+        assert refused.value.code == 503
+        assert json.load(refused.value) == {"error": "the model has broken down"}
+        assert lines.read() == "serve: ended; answered requests: 2\n"
+        server.join(60)
+        assert server.exitcode == 1
