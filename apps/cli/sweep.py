@@ -8,8 +8,8 @@ Every finished form is written into ``sweep.json``, and a sweep that was stopped
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -107,26 +107,34 @@ class Sweep:
 
         Args:
             metrics: those of the test of the trained model, by name.
+
+        Raises:
+            ValueError: the test has no such metric as the training monitors, or the data have no test batch.
         """
-        device = self.cli.trainer.strategy.root_device
-        self.trained.to(device)
+        metric = self.trained.test_monitor
+        if metric not in metrics:
+            raise ValueError(f"sweep judges by {metric}, and the test has {', '.join(metrics)}")
+        self.trained = self.cli.trainer.precision_plugin.convert_module(self.trained)
+        self.trained.to(self.cli.trainer.strategy.root_device)
         self._batches = self._timed_batches()
         record = _Record(self.cli.run_dir / RECORD, self._identity())
         forms = cheaper_forms(self.trained, self._statistics())
         if TRAINED not in record.measured:
-            record.add(self._measured(Cheaper(TRAINED, TRAINED, "", lambda model: None), metrics))
+            form = Cheaper(TRAINED, TRAINED, "", lambda model: None)
+            record.add(self._measured(form, copy.deepcopy(self.trained), metrics))
         for number, form in enumerate(forms, 1):
             if form.name in record.measured:
                 continue
+            model = copy.deepcopy(self.trained)
             try:
-                own = self._measured(form)
+                form.change(model)
             except ValueError as error:
                 record.leave_out(form.name, first_line(error))
                 say(f"sweep {number} of {len(forms)}: {form.name} is left out: {first_line(error)}")
                 continue
+            own = self._measured(form, model.eval())
             record.add(own)
-            value = own.metrics.get(self.trained.test_monitor, math.nan)
-            say(f"sweep {number} of {len(forms)}: {form.name}: {self.trained.test_monitor} {value:.4g}")
+            say(f"sweep {number} of {len(forms)}: {form.name}: {metric} {own.metrics[metric]:.4g}")
         order = [TRAINED, *(form.name for form in forms)]
         measured = [record.measured[name] for name in order if name in record.measured]
         left_out = {name: record.left_out[name] for name in order if name in record.left_out}
@@ -136,11 +144,9 @@ class Sweep:
 
     def _identity(self) -> dict[str, Any]:
         """Return what has to be the same for a sweep to go on with an earlier one's forms."""
-        limit = self.cli.trainer.limit_test_batches
         return {
-            "checkpoint": str(self.cli.ckpt_path),
             "weights": fingerprint(self.trained),
-            "limit_test_batches": limit,
+            "config": hashlib.sha256(self.cli.plain_config().encode()).hexdigest()[:16],
             **asdict(self.options),
             "machine": machine_line().rpartition(",")[0],  # without the date
         }
@@ -159,7 +165,7 @@ class Sweep:
             raise ValueError("sweep: the data have no test batch")
         batches: dict[int, list[Any]] = {}
         for own in (of_one, whole):
-            moved = [self.cli.trainer.strategy.batch_to_device(batch) for batch in own]
+            moved = [*map(self._moved, own)]
             if moved:
                 size = num_examples(self.trained.example_inputs(moved[0]))
                 batches[size] = moved
@@ -170,7 +176,7 @@ class Sweep:
         batches = list(islice(iter(self.cli.datamodule.val_dataloader()), self.options.batches))
         if not batches:
             return "there are no validation batches, in which the use of the experts is counted"
-        moved = [self.cli.trainer.strategy.batch_to_device(batch) for batch in batches]
+        moved = [*map(self._moved, batches)]
 
         def run(model: Any, batch: Any) -> None:
             model(*model.example_inputs(batch))
@@ -181,18 +187,16 @@ class Sweep:
         except ValueError as error:
             return first_line(error)
 
+    def _moved(self, batch: Any) -> Any:
+        """Return a batch as the trainer gives it to a model."""
+        trainer = self.cli.trainer
+        return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+
     def _forward(self) -> Any:
         return self.cli.trainer.precision_plugin.forward_context()
 
-    def _measured(self, form: Cheaper, metrics: Mapping[str, float] | None = None) -> Measured:
-        """Test and time a form.
-
-        Raises:
-            ValueError: the model cannot be made such a form.
-        """
-        model: Any = copy.deepcopy(self.trained)
-        form.change(model)
-        model.eval()
+    def _measured(self, form: Cheaper, model: Any, metrics: Mapping[str, float] | None = None) -> Measured:
+        """Time a model of a form, and test it unless its ``metrics`` are known."""
         device = self.cli.trainer.strategy.root_device
 
         def run(one: Any, batches: Sequence[Any]) -> None:

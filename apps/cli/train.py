@@ -326,9 +326,9 @@ class SparseCLI(LightningCLI):
         """Return the files that describe a training beside its log, by name: its configuration and its signatures."""
         signatures = self._signatures()
         signed = {"signatures.json": json.dumps(signatures, indent=2) + "\n"} if signatures else {}
-        return {"config.yaml": self._plain_config(), **signed}
+        return {"config.yaml": self.plain_config(), **signed}
 
-    def _plain_config(self) -> str:
+    def plain_config(self) -> str:
         """Return the configuration in force as YAML."""
         command = self.request.command
         config = yaml.safe_load(self._parser(command).dump(self.config[command], skip_unset=False))
@@ -373,7 +373,7 @@ class SparseCLI(LightningCLI):
 
     def _report(self, metrics: Mapping[str, float], sections: Sequence[Section]) -> None:
         """Show the verdict and the figures of a test, and write its report and the index of the runs beside it."""
-        config = self._plain_config()
+        config = self.plain_config()
         monitored = getattr(self.model, "test_monitor", None)
         shown_metrics = getattr(self.model, "shown_metrics", ())
         command = self.request.command_line

@@ -15,6 +15,7 @@ from typing import Any
 
 import core
 from apps.train.kinds import DENSE, kind_of_network
+from apps.train.module import SparseModule
 from apps.train.quantising import quantise
 from core.routing.top_k import TopKConfig
 
@@ -76,9 +77,14 @@ def _routers(model: Any) -> list[Any]:
     return [router for layer in core.moe_layers(model).values() for router in layer.routers().values()]
 
 
+def _takers(model: Any) -> list[Any]:
+    """Return the routers whose tokens take the best ``top_k`` of their logits."""
+    return [router for router in _routers(model) if isinstance(getattr(router, "config", None), TopKConfig)]
+
+
 def _smaller_k(model: Any) -> list[int]:
     """Return the numbers of experts below the largest that a token takes: all, or up to ``MOST_K`` at equal ratios."""
-    largest = max((r.config.top_k for r in _routers(model) if isinstance(r.config, TopKConfig)), default=1)
+    largest = max((router.config.top_k for router in _takers(model)), default=1)
     if largest - 1 <= MOST_K:
         return list(range(1, largest))
     return sorted({round(largest ** (i / MOST_K)) for i in range(MOST_K)})
@@ -90,7 +96,7 @@ def take_fewer(model: Any, top_k: int) -> None:
     Raises:
         ValueError: an option of a router needs more of them. The model is left as it was.
     """
-    routers = [r for r in _routers(model) if isinstance(r.config, TopKConfig) and r.config.top_k > top_k]
+    routers = [router for router in _takers(model) if router.config.top_k > top_k]
     changed = []
     for router in routers:
         # One gate that is divided by itself is 1.
@@ -105,7 +111,8 @@ def take_fewer(model: Any, top_k: int) -> None:
 
 def _limited(model: Any) -> list[Any]:
     """Return the routers whose experts may have a limited load."""
-    return [r for r in _routers(model) if "capacity_factor" in getattr(r.config, "layer_options", ())]
+    configs = ((router, getattr(router, "config", None)) for router in _routers(model))
+    return [router for router, config in configs if "capacity_factor" in getattr(config, "layer_options", ())]
 
 
 def _smaller_capacities(model: Any) -> list[float]:
@@ -152,7 +159,8 @@ def _quantise(model: Any, name: str) -> None:
 
 
 def _prunes_batches(model: Any) -> bool:
-    return bool(getattr(getattr(model, "decode", None), "prune", False))
+    searches = type(model).infer is not SparseModule.infer
+    return searches and bool(getattr(getattr(model, "decode", None), "prune", False))
 
 
 def _keep_finished(model: Any) -> None:
