@@ -122,11 +122,13 @@ def _refusal(graph: Graph, program: torch.export.ExportedProgram, error: BaseExc
     operator = next((m.group(1) for text in texts if (m := re.search(r"OpOverload\(op='([^']+)'", text))), None)
     if operator is None:
         return f"graph {graph.name!r} cannot be written as ONNX: {texts[-1].splitlines()[0]}"
-    name, _, overload = operator.partition(",")
-    for node in program.graph.nodes:
-        if node.op == "call_function" and str(node.target).startswith(name):
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    # torch may have broken an operator up on its way: aten.special_bessel_j0 becomes prims.bessel_j0.
+    for part in (operator, operator.partition(".")[2]):
+        node = next((node for node in calls if part in str(node.target)), None)
+        if node is not None:
             return f"operator {node.target} of {layer_of(node)} has no form in ONNX"
-    return f"operator {name} of graph {graph.name!r} has no form in ONNX"
+    return f"operator {operator} of graph {graph.name!r} has no form in ONNX"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -107,3 +107,15 @@ def test_an_example_of_one_element_along_a_free_axis_is_refused(tmp_path):
 def test_an_opset_without_gelu_is_refused(tmp_path):
     with pytest.raises(ValueError, match="opset=18 is below 20"):
         to_onnx(graph_of(layer(core.FFN())), tmp_path / "no.onnx", opset=18)
+
+
+class Bessel(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.bessel_j0(x)
+
+
+def test_an_operator_without_a_form_in_onnx_is_named_with_its_layer(tmp_path):
+    message = r"operator aten.special_bessel_j0.default of layer 'layers.0' \(Bessel\) has no form in ONNX"
+    with pytest.raises(ValueError, match=message):
+        to_onnx(graph_of(SideBySide(Bessel())), tmp_path / "no.onnx")
+    assert not list(tmp_path.iterdir())
