@@ -56,7 +56,8 @@ def digits(tmp_path):
 
 
 @pytest.mark.slow  # it imports torch and Lightning anew
-def test_the_three_lines_of_the_card_predict_in_a_fresh_process(digits, tmp_path):
+def test_the_three_lines_of_the_card_predict_in_a_fresh_process(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     digits.save_pretrained(tmp_path / "folder")
     from PIL import Image
 
@@ -67,7 +68,7 @@ def test_the_three_lines_of_the_card_predict_in_a_fresh_process(digits, tmp_path
         [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(digits.predict([tmp_path / "image.png"]))
+    assert done.stdout.strip() == str(digits.predict(["image.png"]))
 
 
 @pytest.mark.parametrize("kind", [SparseModule, VisionClassifier])
