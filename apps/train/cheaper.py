@@ -1,4 +1,4 @@
-"""Cheaper forms of a trained model: fewer experts a token, less capacity, fewer experts, whole numbers for weights.
+"""Cheaper forms of a trained model: fewer experts a token, less capacity, fewer experts, quantised ones.
 
 Each is a change of the trained model in place, without training. ``moesaic test --sweep`` measures what they cost and
 gain.
@@ -21,7 +21,7 @@ from core.routing.top_k import TopKConfig
 
 TRAINED = "as trained"
 FEWER_A_TOKEN, CAPACITY, PRUNED = "fewer experts a token", "less capacity", "fewer experts"
-QUANTISED, UNPRUNED_BATCH = "whole numbers", "no batch pruning"
+QUANTISED, UNPRUNED_BATCH = "quantised experts", "no batch pruning"
 
 CAPACITIES = (2.0, 1.25, 1.0, 0.75, 0.5)
 SHARES = (0.75, 0.5, 0.25)

@@ -37,7 +37,7 @@ def test_every_form_is_tested_and_shown(trained, capsys):
     first, *others = record["forms"]
     assert first["name"] == "as trained"
     assert first["metrics"] == {k: own[k] for k in ("test/loss", "test/top1")}
-    names = [form["name"] for form in others if form["kind"] != "whole numbers"]
+    names = [form["name"] for form in others if form["kind"] != cheaper.QUANTISED]
     assert names == ["top_k=1", "capacity 0.5", "50 % of the experts"]  # a quarter is less than a token takes
     assert record["left_out"] == {"25 % of the experts": "top_k=2 exceeds num_experts=1"}
     assert "25 % of the experts is left out: top_k=2 exceeds num_experts=1" in printed
