@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import core
 from apps.serve.export.contrib import misfit
-from apps.serve.export.onnx import to_onnx
+from apps.serve.export.onnx import _fastest, to_onnx
 from apps.train.exporting import Graph
 
 pytest.importorskip("onnxscript")
@@ -119,3 +119,10 @@ def test_an_operator_without_a_form_in_onnx_is_named_with_its_layer(tmp_path):
     with pytest.raises(ValueError, match=message):
         to_onnx(graph_of(SideBySide(Bessel())), tmp_path / "no.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_fastest_form_is_onnxruntimes_operator_where_a_graph_goes_step_by_step():
+    x, axes = torch.randn(3, 6, 8), {"x": {0: "batch", 1: "past"}}
+    fits, other = layer(core.SwiGLU()), layer(core.FFN())
+    made = [Graph("model", network, {"x": x}, ("y",), axes) for network in (fits, other)]
+    assert [_fastest(graph) for graph in (*made, graph_of(fits))] == ["contrib", "standard", "standard"]
