@@ -176,6 +176,8 @@ class ExportedModel:
             raise FileNotFoundError(f"no exported model {path}")
         if (path.parent / MANIFEST).is_file():
             raise ValueError(f"{path} is one graph of several: give the folder {path.parent}")
+        if path.suffix == ".pt2":
+            raise ValueError(f"{path} is of torch's format: moesaic predict runs that of onnx")
         graph = OnnxGraph(path)
         description = Description.from_json(graph.metadata.get(DESCRIPTION, ""), path)
         return cls(path, description, {"model": graph})

@@ -137,6 +137,9 @@ def test_files_of_others_and_damaged_ones_are_refused(run, tmp_path, capsys):
     for content, message in ((whole[:-9], "is cut"), (b"", "is cut"), (whole[:900] + b"\0" + whole[901:], "damaged")):
         bad.write_bytes(content)
         assert message in fails(capsys, 1, "predict", "--onnx", str(bad))
+    torch_file = bad.with_suffix(".pt2")
+    torch_file.write_bytes(whole)
+    assert "runs that of onnx" in fails(capsys, 1, "predict", "--onnx", str(torch_file))
     (tmp_path / "folder").mkdir()
     assert "holds no export.json" in fails(capsys, 1, "predict", "--onnx", str(tmp_path / "folder"))
     manifest = tmp_path / "folder" / "export.json"
