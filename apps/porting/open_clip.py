@@ -177,9 +177,9 @@ class ClipImageTower(ClipTower):
             context: for the MoE layers; positions are filled in.
         """
         patches_BSD = self.patches(image).flatten(2).transpose(1, 2)
-        first_B1D = self.class_token.expand(len(image), 1, -1)
+        first_B1D = self.class_token.expand(image.shape[0], 1, -1)
         x_BSD = self.norm_before(torch.cat((first_B1D, patches_BSD), 1) + self.places.weight)
-        ids_BS = torch.arange(x_BSD.shape[1], device=image.device).expand(len(image), -1)
+        ids_BS = torch.arange(x_BSD.shape[1], device=image.device).expand(image.shape[0], -1)
         context = replace(context or core.RoutingContext(), token_ids_BS=ids_BS)
         return self.norm(through(self.layers, x_BSD, None, context, self.grad_checkpointing and self.training))
 
@@ -243,7 +243,7 @@ class ClipTextTower(ClipTower):
     def forward(self, ids_BL: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """Return the vectors (B, out_dim) of texts; arguments as in ``tokens``."""
         end_B = ids_BL.argmax(1)
-        rows_B = torch.arange(len(ids_BL), device=ids_BL.device)
+        rows_B = torch.arange(ids_BL.shape[0], device=ids_BL.device)
         vector_BD: Tensor = self.projection(self.tokens(ids_BL, context)[rows_B, end_B])
         return vector_BD
 

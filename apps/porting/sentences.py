@@ -229,7 +229,7 @@ class SentenceTower(nn.Module):
         Raises:
             ValueError: a text is longer than ``max_positions``.
         """
-        if ids_BL.shape[1] > self.config.max_positions:
+        if not torch.compiler.is_exporting() and ids_BL.shape[1] > self.config.max_positions:
             raise ValueError(f"a text of {ids_BL.shape[1]} pieces exceeds max_positions={self.config.max_positions}")
         is_real_BL = ids_BL != self.pad_id
         if context is None:
