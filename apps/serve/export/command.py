@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,9 @@ def export(model: SparseModule, exported: Exported, options: Options) -> list[Pa
             seal(path)
             compare(graph, OnnxGraph(path))
         elif options.format == "torch_export":
-            to_torch_export(graph, path)
+            compare(graph, _by_position(torch.export.load(to_torch_export(graph, path)).module()))
         else:
-            to_aoti(graph, path)
+            compare(graph, _by_position(torch._inductor.aoti_load_package(str(to_aoti(graph, path)))))
 
     with torch.inference_mode(False), torch.no_grad():
         return write(options.output, exported, description, write_graph)
@@ -94,7 +94,17 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def compare(graph: Graph, exported: OnnxGraph) -> None:
+def _by_position(run: Callable[..., Any]) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
+    """Return a program that takes its inputs by name and always returns several outputs."""
+
+    def named(inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        outputs = run(*inputs.values())
+        return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+    return named
+
+
+def compare(graph: Graph, exported: Callable[[Mapping[str, Tensor]], Sequence[Tensor]]) -> None:
     """Run a graph on its example, and on the first row of it, beside the network.
 
     Raises:

@@ -15,7 +15,7 @@ from doc_scripts import output, script
 from PIL import Image
 
 from apps.cli import main
-from apps.serve.export.command import compare, data_section
+from apps.serve.export.command import _by_position, compare, data_section
 from apps.train.exported import Description, ExportedModel
 from apps.train.exporting import Graph, exporter
 from apps.train.loading import load
@@ -181,3 +181,10 @@ def test_paths_of_the_training_do_not_travel(run):
     assert "root" not in data_section(run)["init_args"]
     with pytest.raises(ValueError, match="a Linear has no export"):
         exporter(torch.nn.Linear)
+
+
+def test_a_program_that_differs_is_no_export():
+    graph = Graph("model", torch.nn.Identity(), {"x": torch.ones(2, 3)}, ("y",), {"x": {0: "batch"}})
+    compare(graph, _by_position(lambda x: x))
+    with pytest.raises(ValueError, match="gives another y than the model"):
+        compare(graph, _by_position(lambda x: (1.001 * x,)))
