@@ -70,7 +70,7 @@ def check(graph: Graph, path: Path) -> None:
 
 
 def test_routers_of_each_kind_are_computed_as_in_eager_mode(tmp_path):
-    kinds = ("deepseek_v3", "expert_choice", "hash_gates", "soft_slots", "mixture_of_tokens")
+    kinds = ("deepseek_v3", "expert_choice", "soft_slots")
     check(graph_of([CONFIGS / "routing" / f"{kind}.yaml" for kind in kinds]), tmp_path / "routers.onnx")
 
 
