@@ -233,11 +233,11 @@ class ClipTextTower(ClipTower):
         Raises:
             ValueError: a text is longer than ``max_positions``.
         """
-        if ids_BL.shape[1] > self.config.max_positions:
+        if not torch.compiler.is_exporting() and ids_BL.shape[1] > self.config.max_positions:
             raise ValueError(f"a text of {ids_BL.shape[1]} pieces exceeds max_positions={self.config.max_positions}")
         if context is None:
             context = core.RoutingContext(valid_BS=self.is_real(ids_BL), token_ids_BS=ids_BL)
-        x_BLD = self.words(ids_BL) + self.places.weight[: ids_BL.shape[1]]
+        x_BLD = self.words(ids_BL) + self.places(torch.arange(ids_BL.shape[1], device=ids_BL.device))
         return self.norm(through(self.layers, x_BLD, None, context, self.grad_checkpointing and self.training))
 
     def forward(self, ids_BL: Tensor, context: core.RoutingContext | None = None) -> Tensor:

@@ -234,7 +234,8 @@ class SentenceTower(nn.Module):
         is_real_BL = ids_BL != self.pad_id
         if context is None:
             context = core.RoutingContext(valid_BS=is_real_BL, token_ids_BS=ids_BL)
-        x_BLD = self.norm(self.words(ids_BL) + self.places.weight[: ids_BL.shape[1]] + self.kind)
+        place_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+        x_BLD = self.norm(self.words(ids_BL) + self.places(place_L) + self.kind)
         x_BLD = F.dropout(x_BLD, self.config.dropout, self.training)
         return through(self.layers, x_BLD, is_real_BL, context, self.grad_checkpointing and self.training)
 
