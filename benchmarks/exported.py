@@ -1,6 +1,6 @@
 """Print the time of exported models beside that of eager mode, at batch 1 and 32.
 
-    python -m benchmarks.exported RUN [RUN ...] [--formats standard contrib torch_export aoti] [--output FILE]
+    python -m benchmarks.exported RUN [RUN ...] [--formats standard contrib torch_export aoti] [--json FILE]
     python -m benchmarks.exported --layers          # both forms of ONNX for single layers
 
 A RUN is a checkpoint or the folder of a run: each of its graphs has a table. Inputs are normal numbers for float
@@ -16,7 +16,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -168,7 +168,7 @@ def graphs(runs: list[str]) -> Iterator[tuple[str, Graph]]:
             yield f"{type(model).__name__} {graph.name}", graph
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="checkpoints, or folders of runs")
     parser.add_argument("--layers", action="store_true", help="measure single layers too")
@@ -176,8 +176,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.02, help="of the processor, for a system in a round")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="write the rows as JSON")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write all rows to this file too")
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     print(f"{machine_line()}, onnxruntime {onnxruntime.__version__}")
     every: list[Row] = []
@@ -192,10 +192,10 @@ def main() -> int:
                         f"  batch {row.batch:3}  {row.system:12} {row.milliseconds:9.3f} ms  processor "
                         f"{row.processor:8.3f} ms  {row.of_eager:5.2f} of eager  error {row.error:.0e}  {row.computes}"
                     )
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         facts = {**machine_facts(), "onnxruntime": version("onnxruntime"), "threads": args.threads}
-        args.output.write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in every]}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in every]}, indent=1) + "\n")
     return 0
 
 

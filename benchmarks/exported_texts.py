@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=30, help="texts")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="write the rows as JSON")
+    parser.add_argument("--json", type=Path, help="write all rows to this file too")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     print(f"{machine_line()}, onnxruntime {version('onnxruntime')}, {args.method}, {args.threads} threads")
@@ -124,11 +124,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row.system:10} {row.milliseconds:8.1f} ms a text, processor {row.processor:8.1f} ms, "
             f"{row.of_eager:.2f} of eager, {row.same:.0%} of {len(texts)} texts the same"
         )
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         facts = {**machine_facts(), "onnxruntime": version("onnxruntime"), "threads": args.threads}
         result = {"machine": facts, "method": args.method, "texts": len(texts), "rows": [asdict(row) for row in rows]}
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

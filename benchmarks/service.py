@@ -1,6 +1,6 @@
 """Print what a service of ``moesaic serve`` gives: its throughput beside the bare model's, and how it takes a load.
 
-    python -m benchmarks.service RUN [RUN ...] [--rounds 5] [--seconds 3] [--requests 10000] [--output FILE]
+    python -m benchmarks.service RUN [RUN ...] [--rounds 5] [--seconds 3] [--requests 10000] [--json FILE]
 
 Throughput: the bare model answers batches of 32 inputs that have been read, and batches that it reads first (images are
 decoded and scaled); the service gets requests of 32 inputs from 4 connections, and of one input from 64. Each round
@@ -395,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--json", type=Path, help="write all figures to this file too")
     args = parser.parse_args(argv)
     print(machine_line())
     figures: dict[str, Any] = {"machine": machine_line(), "throughput": {}, "load": {}}
@@ -404,9 +404,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     endings: dict[str, signal.Signals | None] = {"all": None, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
     for name, ending in endings.items() if args.requests else ():
         figures["load"][name] = _print_load(name, load(args.runs[0], args.requests, ending))
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(figures, indent=1) + "\n")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
