@@ -22,7 +22,7 @@ from apps.multimodal.zero_shot import (
 class Alphabet(nn.Module):
     """A model whose vector of a text is (1, 0), or (0, 1) for one that ends in a full stop."""
 
-    device = torch.device("cpu")
+    device, dim = torch.device("cpu"), 2
 
     def __init__(self) -> None:
         super().__init__()

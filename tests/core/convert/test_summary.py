@@ -42,6 +42,7 @@ def test_numbers_by_hand():
         "1 of 2 feed-forward networks are sparse",
         f"  0: {experts} for a Sequential, start='copy'; FLOPs a token 96 -> 216",
         "parameters 131 -> 259, of which a token touches 201",
+        "bytes of the experts 696",  # 3 * 58 numbers of 4 bytes
         "FLOPs of these inputs 1,080 -> 1,680",
     ]
 

@@ -21,6 +21,7 @@ KERNELS = {
     "sums": {"sum_of_k", "sum_of_any", "sum_grad"},
     "sort": {"count", "place"},
     "gate": {"choose", "totals", "choose_grad"},
+    "quantized": {"up_quantized", "linear_quantized"},
 }
 
 
@@ -35,7 +36,7 @@ def python(*arguments: str) -> str:
 
 
 FLOATING = (*KERNELS["products"], *KERNELS["sums"])
-QUANTISED = ("up_quantized", "linear_quantized")
+QUANTISED = (*KERNELS["quantized"],)
 WITHOUT_PRODUCTS = (*KERNELS["sort"], *KERNELS["gate"])
 SIMPLE = ("column_sums", "gate_grad", "sum_of_k", "sum_grad")
 REPORTS = {

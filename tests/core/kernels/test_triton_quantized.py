@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import core
-from core.kernels import FFNWeights, QuantizedWeight, RowIndex, eager, expert_linear, quantize, triton_ops
+from core.kernels import FFNWeights, QuantizedWeight, RowIndex, eager, expert_linear, fallback, quantize, triton_ops
 from core.kernels.triton_ops import quantized
 
 pytest.importorskip("triton")
@@ -74,6 +74,7 @@ def test_no_matrix_is_dequantised_as_a_whole(monkeypatch):
 
 def test_beyond_the_kernels_limits_grouped_computes(monkeypatch):
     monkeypatch.setattr(quantized, "MAX_EXPERTS", 3)
+    fallback._warn.cache_clear()  # another test may have had the warning
     weights, x = weights_of(False, False, 8, None), torch.randn(5, 18)
     rows = RowIndex(None, torch.tensor([1, 2, 4, 5], dtype=torch.int32))
     with pytest.warns(UserWarning, match="takes at most 3 experts, not 4"):
