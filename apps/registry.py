@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 MODULES = {
@@ -126,6 +127,28 @@ def name_of(kind: type | str) -> str:
     """Return a class, given by itself or its path, as users write it: a public one by its short name, else the path."""
     path = kind if isinstance(kind, str) else class_path(kind)
     return path.rpartition(".")[2] if full_path(path) == path else path
+
+
+def app_function(kind: type, homes: Mapping[str, str], name: str, what: str) -> Any:
+    """Import and return the function ``name`` of the app that a model's class, or one above it, is of.
+
+    Args:
+        kind: the class.
+        homes: the modules of such functions, by short names: ``EXHIBITS`` or ``SERVICES``.
+        name: of the function.
+        what: what it makes, for the message: "demo".
+
+    Raises:
+        ValueError: no app has one for such a model.
+    """
+    kinds = [base.__name__ for base in kind.__mro__ if full_path(base.__name__) is not None]
+    known = next((base for base in kinds if base in homes), None)
+    if known is None:
+        raise ValueError(
+            f"there is no {what} of {name_of(kind)}: there is of {', '.join(homes)}, and of models whose class is "
+            "below one of these"
+        )
+    return getattr(importlib.import_module(homes[known]), name)
 
 
 def subclasses(kind: type[Any]) -> list[type[Any]]:

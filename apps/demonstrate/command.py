@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -48,11 +47,4 @@ def exhibit_of(model: Any) -> Any:
     Raises:
         ValueError: no app has a page for such a model.
     """
-    kinds = [kind.__name__ for kind in type(model).__mro__ if registry.full_path(kind.__name__) is not None]
-    known = next((kind for kind in kinds if kind in registry.EXHIBITS), None)
-    if known is None:
-        raise ValueError(
-            f"there is no demo of {registry.name_of(type(model))}: there is of {', '.join(registry.EXHIBITS)}, and of "
-            "models whose class is below one of these"
-        )
-    return importlib.import_module(registry.EXHIBITS[known]).exhibit
+    return registry.app_function(type(model), registry.EXHIBITS, "exhibit", "demo")

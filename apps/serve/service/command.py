@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import signal
 import socket
@@ -26,6 +25,7 @@ from apps.serve.service.options import Options
 from apps.serve.service.reading import Reader
 from apps.train.answering import Service
 from apps.train.loading import load
+from apps.train.offloading import offload
 from apps.train.quantising import quantise
 
 _LOOKED_AT = 16
@@ -73,7 +73,7 @@ def prepared(options: Options) -> tuple[Any, core.OffloadedExperts | None]:
         quantise(model, options.quantize)
     offloaded = None
     if options.offload is not None:
-        offloaded = core.offload_experts(model, options.offload, device=device)
+        offloaded = offload(model, options.offload, device)
     return model.to(device), offloaded
 
 
@@ -154,14 +154,8 @@ def service_of(model: Any) -> Callable[[Any], Service]:
     Raises:
         ValueError: no app has a service for such a model.
     """
-    kinds = [kind.__name__ for kind in type(model).__mro__ if registry.full_path(kind.__name__) is not None]
-    known = next((kind for kind in kinds if kind in registry.SERVICES), None)
-    if known is None:
-        raise ValueError(
-            f"there is no service of a {type(model).__name__}: there is of {', '.join(registry.SERVICES)}, and of "
-            "models whose class is below one of these"
-        )
-    return importlib.import_module(registry.SERVICES[known]).service
+    function: Callable[[Any], Service] = registry.app_function(type(model), registry.SERVICES, "service", "service")
+    return function
 
 
 def watched(

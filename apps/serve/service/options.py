@@ -14,6 +14,7 @@ from apps.cli.parser import Parser
 from apps.serve.service.limits import MIB, Limits
 from apps.serve.service.token import VARIABLE, read_token
 from apps.train.checkpoint_paths import find_checkpoint
+from apps.train.offloading import read_budget
 from apps.train.quantising import read_form
 
 PORT = 8000
@@ -41,7 +42,7 @@ class Options:
         limits: what the service takes.
         device: where the model is; None: a GPU where there is one.
         quantize: the word for the experts' whole numbers, such as "int4"; None: as they are.
-        offload: bytes of the experts that are on the device; None: all are.
+        offload: the words for how much of the experts is on the device, such as "64MB"; None: all are.
     """
 
     checkpoint: Path
@@ -53,7 +54,7 @@ class Options:
     limits: Limits
     device: str | None
     quantize: str | None = None
-    offload: int | None = None
+    offload: str | None = None
 
     @classmethod
     def read(cls, argv: Sequence[str]) -> Options:
@@ -67,9 +68,11 @@ class Options:
         """
         values = command_line().parse_args(list(argv))
         sizes = {name: getattr(values, name) for name in ("max_batch", "max_inputs", "max_body", "max_requests")}
-        check_at_least(1, **sizes, offload=values.offload)
+        check_at_least(1, **sizes)
         if values.quantize is not None:
             read_form(values.quantize)
+        if values.offload is not None:
+            read_budget(values.offload)
         check_at_least(0, max_wait_ms=values.max_wait_ms)
         checkpoint = find_checkpoint(values.ckpt_path)
         token = read_token(values.token_file)
@@ -83,8 +86,7 @@ class Options:
         limits = Limits(values.max_body * MIB, values.max_inputs, values.max_requests)
         wait = values.max_wait_ms / 1000
         place = (checkpoint, values.host, values.port, token)
-        offload = None if values.offload is None else values.offload * MIB
-        return cls(*place, values.max_batch, wait, limits, values.device, values.quantize, offload)
+        return cls(*place, values.max_batch, wait, limits, values.device, values.quantize, values.offload)
 
 
 def check_libraries() -> None:
@@ -117,5 +119,6 @@ def command_line() -> Parser:
     add("--max_requests", type=int, default=128, metavar="N", help="requests at the same time, at most (default: 128)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
     add("--quantize", metavar="FORM", help="experts in int8, int4, or in groups of a size, such as int4:64")
-    add("--offload", type=int, metavar="MIB", help="experts on the device, at most; the others in the host's memory")
+    slots = "experts on the device: a share, such as 0.5, or a size, such as 64MB; :FILE keeps the others in a file"
+    add("--offload", metavar="SIZE[:FILE]", help=slots)
     return parser
