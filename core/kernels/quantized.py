@@ -144,7 +144,9 @@ def whole_numbers(values: Tensor, fan_in: int) -> Tensor:
 def dequantize(values: Tensor, scales: Tensor, fan_in: int, dtype: torch.dtype) -> Tensor:
     """Return matrices in floating point, (..., K, N): multiplied in float32 at least, and rounded once."""
     w = whole_numbers(values, fan_in).to(torch.promote_types(scales.dtype, torch.float32))
-    return scale_(w, scales).to(dtype)
+    groups = scales.shape[-2]  # not in place: an exported program has no operator that writes to its input
+    scaled = w.unflatten(-2, (groups, w.shape[-2] // groups)) * scales.unsqueeze(-2)
+    return scaled.flatten(-3, -2).to(dtype)
 
 
 def scale_(w: Tensor, scales: Tensor) -> Tensor:
