@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apps.base.messages import some
 from apps.base.quiet import quiet
 from apps.base.sealed import seal
 from apps.cli.configs import read_config
@@ -44,10 +45,8 @@ def run(options: Options) -> int:
     for path in files:
         print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     for graph in exported.graphs:
-        inputs = ", ".join(
-            f"{name} {_shape(value, graph.dynamic.get(name, {}))}" for name, value in graph.inputs.items()
-        )
-        print(f"{graph.name}: {inputs} -> {', '.join(graph.outputs)}")
+        inputs = [f"{name} {_shape(value, graph.dynamic.get(name, {}))}" for name, value in graph.inputs.items()]
+        print(f"{graph.name}: {some(inputs)} -> {some(graph.outputs)}")
     if options.format == "onnx":
         print(f"moesaic predict --onnx {options.output} runs it; docs/serving.md has a script without this suite")
     return 0
