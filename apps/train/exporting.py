@@ -30,7 +30,8 @@ class Graph:
         network: its ``forward`` takes the tensors of ``inputs`` by position, and returns a tensor or a tuple of them;
             the first one is the raw logits, or the vectors of a tower.
         inputs: tensors of an example by their names in the graph, in the order of ``forward``'s arguments. Normalised:
-            what the module's own forward takes.
+            what the module's own forward takes. They are made contiguous, as a user's are: machine code of AOTInductor
+            takes its inputs to lie in memory as the example's do, and does not look.
         outputs: names of the outputs.
         dynamic: the axes that may have another length, by input: ``{"image": {0: "batch"}}``. Axes of the same name
             have the same length.
@@ -41,6 +42,10 @@ class Graph:
     inputs: Mapping[str, Tensor]
     outputs: tuple[str, ...]
     dynamic: Mapping[str, Mapping[int, str]]
+
+    def __post_init__(self) -> None:
+        inputs = {name: tensor.contiguous() for name, tensor in self.inputs.items()}
+        object.__setattr__(self, "inputs", inputs)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ class EncoderNetwork(nn.Module):
         with dropless(self.model):
             memory = self.model.encode(source, **named)
         pairs = [layer.keys_and_values(memory.x_BSD) for layer in self.model.decoder.layers]
-        return memory.x_BSD, memory.valid_BS, *(part for pair in pairs for part in pair)
+        # Inputs of the decoder's graph, which are contiguous.
+        return memory.x_BSD, memory.valid_BS, *(part.contiguous() for pair in pairs for part in pair)
 
 
 class DecoderNetwork(nn.Module):
@@ -76,7 +77,9 @@ class DecoderNetwork(nn.Module):
             logits_BLV = self.model.go_on(
                 inputs["tokens"], past, inputs.get("task_ids"), inputs.get("domain_ids"), inputs.get("memory_mask")
             )
-        return logits_BLV, *(part for pair in past.joined for part in pair), *past.joined_hidden
+        # Inputs of the next call, which are contiguous.
+        kept = [*(part for pair in past.joined for part in pair), *past.joined_hidden]
+        return logits_BLV, *(part.contiguous() for part in kept)
 
 
 def graphs_with_memory(

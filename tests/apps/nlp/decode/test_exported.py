@@ -50,6 +50,10 @@ def translator(moe, ids=()):
     encoder, decoder = graphs_with_memory(model, "source", SOURCE[:2], {0: "batch", 1: "source"}, "source")
     assert [name for name in decoder.inputs if name.endswith("_ids")] == list(ids)
     assert list(encoder.inputs) == ["source"]
+    with torch.no_grad():
+        made, kept = encoder.network(SOURCE), decoder.network(*decoder.inputs.values())
+    # A package of AOTInductor reads its inputs as if they were contiguous, and these go into the decoder.
+    assert all(tensor.is_contiguous() for tensor in (*made[1:], *kept[1:]))
     return model, ExportedTranslator(TorchGraph(encoder), TorchGraph(decoder), CONFIG)
 
 
