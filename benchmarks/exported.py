@@ -29,6 +29,7 @@ from torch import Tensor
 
 import core
 from apps.base.machine import machine_facts, machine_line
+from apps.serve.export.command import difference
 from apps.serve.export.onnx import to_onnx
 from apps.serve.export.programs import to_aoti, to_torch_export
 from apps.train.exporting import Graph, exporter
@@ -50,7 +51,7 @@ class Row:
         computes: "chosen" experts or "all".
         milliseconds, processor: medians over rounds of a call's time, by the clock and by the processor.
         of_eager: median of the ratio to eager mode's processor time, within a round.
-        error: largest difference from eager mode, over the largest output.
+        error: largest difference from eager mode, over the largest finite output; inf where infinities differ.
     """
 
     graph: str
@@ -137,7 +138,7 @@ def rows(label: str, graph: Graph, made: Mapping[str, Callable[..., Any]], args:
         times = measured({n: partial(f, inputs) for n, f in made.items()}, args.rounds, args.seconds)
         for name, spent in times.items():
             ratios = [own[1] / eager[1] for own, eager in zip(spent, times["eager"], strict=True)]
-            error = float((first(made[name](inputs)) - expected).abs().max() / expected.abs().max())
+            error = difference(first(made[name](inputs)), expected)
             clock, processor = (1e3 * statistics.median(column) for column in zip(*spent, strict=True))
             yield Row(label, batch, name, computes, clock, processor, statistics.median(ratios), error)
 

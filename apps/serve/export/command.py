@@ -116,15 +116,15 @@ def compare(graph: Graph, exported: Callable[[Mapping[str, Tensor]], Sequence[Te
         expected = graph.network(*inputs.values())
         expected = (expected,) if isinstance(expected, Tensor) else tuple(expected)
         for name, own, other in zip(graph.outputs, exported(inputs), expected, strict=True):
-            difference = _difference(own, other)
-            if not difference <= TOLERANCE:
+            distance = difference(own, other)
+            if not distance <= TOLERANCE:
                 raise ValueError(
-                    f"the graph {graph.name} gives another {name} than the model: they differ by {difference:.2g} of "
+                    f"the graph {graph.name} gives another {name} than the model: they differ by {distance:.2g} of "
                     f"the largest, and may by {TOLERANCE}"
                 )
 
 
-def _difference(own: Tensor, other: Tensor) -> float:
+def difference(own: Tensor, other: Tensor) -> float:
     """Return the largest difference of two outputs relative to the largest finite number; inf where shapes differ."""
     if own.shape != other.shape:
         return float("inf")
