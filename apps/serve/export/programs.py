@@ -94,6 +94,9 @@ def to_torch_export(graph: Graph, path: Path) -> Path:
 def to_aoti(graph: Graph, path: Path) -> Path:
     """Write a package of machine code that ``torch._inductor.aoti_load_package`` runs, also from C++.
 
+    It takes contiguous inputs, and does not look: others give wrong numbers, or an error where the environment has
+    ``AOTI_RUNTIME_CHECK_INPUTS=1``.
+
     Args:
         graph: the network with its example inputs.
         path: the file, ``*.pt2``.
