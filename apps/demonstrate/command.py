@@ -13,6 +13,7 @@ from apps.demonstrate.examples import with_examples
 from apps.demonstrate.options import Options
 from apps.demonstrate.page import appearance, build_page
 from apps.demonstrate.serving import local_app, serve
+from apps.train.checkpoint_paths import run_name
 from apps.train.loading import load
 
 
@@ -26,7 +27,7 @@ def run(options: Options) -> int:
         with quiet(own_notes=False):
             model = load(options.checkpoint)
             exhibit, note = with_examples(exhibit_of(model), model, options.checkpoint, options.examples)
-            app = local_app(build_page(exhibit, _title(options), Path(folder)), **appearance())
+            app = local_app(build_page(exhibit, run_name(options.checkpoint), Path(folder)), **appearance())
         if note:
             print(f"no examples: {one_line(note)}")
         try:
@@ -34,11 +35,6 @@ def run(options: Options) -> int:
         except KeyboardInterrupt:
             print("\ndemo: ended")
     return 0
-
-
-def _title(options: Options) -> str:
-    folder = options.checkpoint.parent
-    return folder.parent.name if folder.name == "checkpoints" else options.checkpoint.stem
 
 
 def exhibit_of(model: Any) -> Any:

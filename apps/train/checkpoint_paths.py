@@ -45,6 +45,12 @@ def find_checkpoint(path: Path | str) -> Path:
     raise FileNotFoundError(f"{path} holds no checkpoint: a run has checkpoints/best.ckpt or checkpoints/last.ckpt")
 
 
+def run_name(checkpoint: Path) -> str:
+    """Return the name of the run that a checkpoint is of, else that of the file."""
+    folder = checkpoint.parent
+    return folder.resolve().parent.name if folder.name == "checkpoints" else checkpoint.stem
+
+
 def named_checkpoint(which: str, run_dir: Path) -> Path:
     """Return the checkpoint that ``--ckpt_path WHICH`` means: one of ``NAMES`` in the run's folder, or any path.
 

@@ -8,7 +8,6 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from apps.serve.service.metrics import Metrics
 from apps.serve.service.options import Options
 from apps.serve.service.reading import Reader
 from apps.train.answering import Service
+from apps.train.checkpoint_paths import run_name
 from apps.train.loading import load
 from apps.train.offloading import offload
 from apps.train.quantising import quantise
@@ -88,7 +88,7 @@ class Served:
 
     def __init__(self, model: Any, service: Service, options: Options) -> None:
         self._server: Any = None
-        name, limits = name_of(options.checkpoint), options.limits
+        name, limits = run_name(options.checkpoint), options.limits
         self._title = f"{name} ({type(model).__name__})"
         about = {"run": name, "model": type(model).__name__, "version": own_version()}
         self.batcher = Batcher(
@@ -201,12 +201,6 @@ def device_of(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError):
         raise ValueError(f"device={name} is none of this machine") from None
     return device
-
-
-def name_of(checkpoint: Path) -> str:
-    """Return the name of the run that a checkpoint is of, else that of the file."""
-    folder = checkpoint.parent
-    return folder.resolve().parent.name if folder.name == "checkpoints" else checkpoint.stem
 
 
 def own_version() -> str:
