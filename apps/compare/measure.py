@@ -42,14 +42,14 @@ class Job:
     Attributes:
         arguments: arguments of the ``Experiment``.
         system: name of the system.
-        checkpoint: path of its trained weights.
+        checkpoint: path of its trained weights; None: it is measured as it is drawn.
         replaced: names of the blocks that baselines replace, whose FLOPs are counted.
         threads: number of torch's threads on the CPU.
     """
 
     arguments: tuple[str, ...]
     system: str
-    checkpoint: str
+    checkpoint: str | None
     replaced: tuple[str, ...]
     threads: int
 
@@ -158,9 +158,10 @@ class _Bench:
         base = _memory(self.device, peak=False)
         self.model: Any = experiment.module(job.system)
         module = self.model.module
-        state = torch.load(job.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-        module.load_state_dict({k: v for k, v in state.items() if k in module.state_dict()})
-        del state
+        if job.checkpoint is not None:
+            state = torch.load(job.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+            module.load_state_dict({k: v for k, v in state.items() if k in module.state_dict()})
+            del state
         self.module: Any = self.precision.convert_module(module.to(self.device))
         self.optimizer = _optimizer(self.model)
         self.facts: dict[str, Any] = {"base_memory_bytes": base}

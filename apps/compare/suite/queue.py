@@ -129,13 +129,10 @@ class Queue:
         return seed in row["runs"] and not self._lacks_speed(entry, row, seed)
 
     def _lacks_speed(self, entry: Entry, row: Mapping[str, Any], seed: int) -> bool:
-        """Return whether the speed is still to be measured: once a row, with the trained weights of its first seed."""
+        """Return whether the speed is still to be measured: once a row, after the training of its first seed."""
         if not self.rounds or row.get("cost") is None or "speed" in row or seed != self.suite.seeds_of(entry)[0]:
             return False
-        return (
-            "diverged" not in row["runs"][seed]
-            and self._unit(entry, row, seed).checkpoint(entry.folder(self.suite.runs_folder)).exists()
-        )
+        return "diverged" not in row["runs"][seed]
 
     def _describe(self, board: Board, entry: Entry) -> None:
         """Save what a row is and costs, where it is not known; what was left out may be there by now."""
@@ -251,11 +248,10 @@ class Queue:
         return Unit(system, None, seed, final=True, minutes=entry.baseline_minutes, tuned_by=entry.seed + SEARCH_SEED)
 
     def _speed(self, entry: Entry, seed: int, experiment: Experiment) -> dict[str, Any]:
-        unit = self._unit(entry, self.figures.row(entry), seed)
-        checkpoint, name = (
-            str(unit.checkpoint(entry.folder(self.suite.runs_folder))),
-            f"{_title(entry)}, speed and memory",
-        )
+        unit, name = self._unit(entry, self.figures.row(entry), seed), f"{_title(entry)}, speed and memory"
+        trained = unit.checkpoint(entry.folder(self.suite.runs_folder))
+        # The runs of figures that were made elsewhere may be gone: speed needs the model, and trained weights little.
+        checkpoint = str(trained) if trained.exists() else None
         job = Job(experiment.arguments, unit.system, checkpoint, experiment.replaced, torch.get_num_threads())
         show = functools.partial(self.display.unit, name, work=0.0)
         speed = measure({name: job}, self.rounds, show, experiment.modules)[name]
@@ -264,6 +260,7 @@ class Queue:
             "train_examples_per_second": speed["train_examples_per_second"],
             "inference_examples_per_second": speed["inference_examples_per_second"],
             "peak_memory_bytes": speed["peak_memory_bytes"] - speed["base_memory_bytes"],
+            "trained": checkpoint is not None,
             **_where(),
         }
 

@@ -214,11 +214,16 @@ def test_a_training_that_diverges_is_a_result_and_the_others_go_on(tmp_path, don
     assert "- wild: diverged with 1 of 1 seeds." in page
 
 
-def test_the_speed_is_measured_once_a_row_with_the_first_seeds_weights(finished, done, monkeypatch):
+@pytest.mark.parametrize("kept", [True, False], ids=["trained", "drawn"])
+def test_the_speed_is_measured_once_a_row_with_the_first_seeds_weights_where_they_are(
+    kept, finished, done, monkeypatch
+):
     asked_for = []
+    if not kept:
+        shutil.rmtree(finished.parent / "runs" / "points")
 
     def measured(jobs, rounds, *_):
-        asked_for.extend(Path(job.checkpoint).parent.name for job in jobs.values())
+        asked_for.extend(job.checkpoint and Path(job.checkpoint).parent.name for job in jobs.values())
         rates = {"train_examples_per_second": 321.0, "inference_examples_per_second": 654.0}
         return {name: {**rates, "peak_memory_bytes": 3 * 2**20, "base_memory_bytes": 2**20} for name in jobs}
 
@@ -226,7 +231,8 @@ def test_the_speed_is_measured_once_a_row_with_the_first_seeds_weights(finished,
     for _ in range(2):
         assert moesaic([*asked(finished)[:-2], "--rounds", "1"]) == 0
     assert done == []
-    assert asked_for == ["final-lr0.01-seed0"] * 2  # centroids have no weights
+    assert asked_for == ["final-lr0.01-seed0" if kept else None] * 2  # centroids are no network
+    assert [row["speed"]["trained"] for row in rows(finished.parent).values() if "speed" in row] == [kept] * 2
     page = (finished.parent / "board.md").read_text()
     assert page.count("| 321 | 654 | 2 |") == 2
 
