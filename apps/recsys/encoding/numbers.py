@@ -82,6 +82,11 @@ def first_failing(data: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:
     return low
 
 
+def with_iso_dates(text: Any) -> Any:
+    """Return an array of text in which dates at the start such as 2024/05/31 have hyphens, as Arrow reads them."""
+    return pc.replace_substring_regex(text, r"^(\d{4})/(\d\d)/(\d\d)", r"\1-\2-\3")
+
+
 def to_float32(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
     """Return numbers as float32, with NaN for infinities and for numbers that float32 cannot hold."""
     with np.errstate(over="ignore"):
@@ -119,7 +124,7 @@ def _dates(data: pa.ChunkedArray) -> pa.ChunkedArray:
     data = plain(data)
     for zone in (None, "UTC") if is_text(data.type) else ():
         with contextlib.suppress(pa.ArrowInvalid):
-            return data.cast(pa.timestamp("us", zone))
+            return with_iso_dates(data).cast(pa.timestamp("us", zone))
     return data
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from apps.recsys.encoding.numbers import first_failing, is_text, plain
+from apps.recsys.encoding.numbers import first_failing, is_text, plain, with_iso_dates
 from apps.recsys.schema import timestamp_columns
 
 HOURS = tuple(map(str, range(24)))
@@ -54,8 +54,8 @@ def to_seconds(data: pa.ChunkedArray, column: str, where: str, first_row: int = 
     """Return timestamps as seconds since 1970, UTC, (N,), NaN where missing.
 
     Args:
-        data: dates, times with a date, numbers of seconds, or text of numbers or of ISO 8601, where a time without a
-            zone is UTC.
+        data: dates, times with a date, numbers of seconds, or text of numbers or of ISO 8601, also with the date
+            as 2024/05/31, where a time without a zone is UTC.
         column, where: names of the column and the table in messages.
         first_row: number of the first row in messages.
 
@@ -88,12 +88,13 @@ def _of_text(data: pa.ChunkedArray, column: str, where: str, first_row: int) -> 
     text = pc.utf8_trim_whitespace(data)
     distinct = pc.unique(pc.if_else(pc.equal(text, ""), pa.scalar(None, text.type), text)).drop_null()
     # The seconds of distinct texts, each in the way that its form asks for.
-    has_zone = pc.match_substring_regex(distinct, _HAS_ZONE)
-    is_number = pc.match_substring_regex(distinct, r"^[+-]?\d+(?:\.\d*)?$")
+    iso = with_iso_dates(distinct)
+    has_zone = pc.match_substring_regex(iso, _HAS_ZONE)
+    is_number = pc.match_substring_regex(iso, r"^[+-]?\d+(?:\.\d*)?$")
     seconds_D = np.full(len(distinct), np.nan)
     failed = []
     for chosen, zone in ((is_number, None), (has_zone, "UTC"), (pc.invert(pc.or_(is_number, has_zone)), None)):
-        own, place_d = distinct.filter(chosen), np.flatnonzero(chosen)
+        own, place_d = iso.filter(chosen), np.flatnonzero(chosen)
         type_ = pa.float64() if chosen is is_number else pa.timestamp("us", zone)
         try:
             values = own.cast(type_)

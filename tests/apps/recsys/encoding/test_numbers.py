@@ -82,6 +82,7 @@ def test_times_and_dates_sort_as_they_should():
     for zone in ("", "Z"):  # as text they would sort alike, as numbers they are none
         times = [f"2024-05-02T00:00:01{zone}", f"2024-05-02T00:00:00{zone}"]
         assert np.diff(to_order([part(times)], "t")).tolist() == [-1_000_000]
+    assert np.diff(to_order([part(["2024/05/02 00:00:01", "2024/05/01"])], "t")).tolist() == [-86_401_000_000]
     with pytest.raises(ValueError, match="column 't' orders the rows, but has no value in row 1"):
         to_order([part([*days[:1], None])], "t")
     with pytest.raises(ValueError, match="row 0 holds 'May'; times are numbers, or dates"):

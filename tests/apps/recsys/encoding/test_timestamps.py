@@ -31,6 +31,7 @@ def seconds(values, kind=None):
         ([dt.datetime(2024, 5, 31, 13, 30, 15)], pa.timestamp("ns")),
         ([dt.datetime(2024, 5, 31, 11, 30, 15, tzinfo=dt.timezone(-dt.timedelta(hours=2)))], None),
         (["2024-05-31 13:30:15"], None),
+        (["2024/05/31 13:30:15"], None),
         ([" 2024-05-31T13:30:15Z"], None),
         (["2024-05-31T15:30:15+02:00"], None),
         (["2024-05-31 15:30:15.000+0200"], None),
@@ -61,6 +62,7 @@ def test_dates_and_mixed_texts():
             r"'time' of the training table holds 'soon' in row 1: a timestamp is seconds",
         ),
         (["2024-05-31", "1", "2024-13-01", "2024-05-31 25:00Z"], r"holds '2024-13-01' in row 2"),
+        (["2024/05/31", "05/06/2024"], r"holds '05/06/2024' in row 1"),
         (
             [SECONDS, 1000 * SECONDS],
             r"holds 1717162215000 in row 1, outside the years 1 to 9999: .* and not milliseconds",
