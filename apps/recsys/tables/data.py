@@ -416,6 +416,7 @@ class TableData(SuiteData):
         from apps.recsys.readers.raw import RawTables
         from apps.recsys.readers.user_tables import find_files, read_files
 
+        self._check_given("train_file")
         assert self.table is not None
         config = self._config(self.table)
         named = {option: getattr(self, option) for option in _FILE_OPTIONS}
@@ -455,6 +456,10 @@ class TableData(SuiteData):
                 raise ValueError(f"subset={size} leaves task {task!r} one class in the training split")
         return index
 
+    def _check_given(self, name: str) -> None:
+        if getattr(self, name) is None:
+            raise ValueError(f"dataset='table' needs {name} (--data.{name})")
+
     def _check_options(self) -> None:
         check_at_least(1, subset=self.subset)
         if self.needs_labels and self._drawn is None and self.table is not None and not self.table.tasks:
@@ -462,9 +467,10 @@ class TableData(SuiteData):
                 "table.tasks names no label; where all rows are positives, negatives.kind 'items' draws others"
             )
         if self.dataset == "table":
-            for name in ("train_file", "table"):
-                if getattr(self, name) is None:
-                    raise ValueError(f"dataset='table' needs {name} (--data.{name})")
+            # A trained model scores predict_file alone; what else is asked of the data needs train_file.
+            needed = ("train_file", "table") if self.predict_file is None else ("table",)
+            for name in needed:
+                self._check_given(name)
         else:
             for name in _FILE_OPTIONS:
                 if getattr(self, name) is not None:

@@ -186,8 +186,8 @@ def test_test_rows_have_their_labels_beside_their_predictions(own, tmp_path):
 # ---- rows to predict
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_rows_to_predict_need_neither_labels_nor_the_training_file(own, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "train_file"), [("csv", "gone.csv"), ("parquet", None)])
+def test_rows_to_predict_need_neither_labels_nor_the_training_file(own, tmp_path, kind, train_file):
     learned = own()
     user_1 = int(learned.rows("train")[:].sparse["user"].values()[0])
     table = pa.table(NEW)
@@ -195,7 +195,7 @@ def test_rows_to_predict_need_neither_labels_nor_the_training_file(own, tmp_path
         pa.csv.write_csv(table, tmp_path / "new.csv")
     else:
         pa.parquet.write_table(table, tmp_path / "new.parquet")
-    data = own(train_file="gone.csv", test_file=None, predict_file=f"new.{kind}", predict_columns=["key", "age"])
+    data = own(train_file=train_file, test_file=None, predict_file=f"new.{kind}", predict_columns=["key", "age"])
     data.adopt(learned.encoding_state)
     data.prepare_data()
     data.setup("predict")
@@ -215,6 +215,9 @@ def test_rows_to_predict_need_neither_labels_nor_the_training_file(own, tmp_path
     # Without a checkpoint the table itself teaches.
     alone = own(predict_file=f"new.{kind}")
     assert same(by_row(next(iter(alone.predict_dataloader()))), rows)
+    missing = r"needs train_file \(--data.train_file\)" if train_file is None else "gone.csv"
+    with pytest.raises(ValueError, match=missing):
+        data.setup("fit")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from reexported import assert_alike, reexported
 from torch_graphs import output_in_torch
 
 import core
+from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.tables.data import TableData
 from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
 
@@ -53,3 +55,24 @@ def test_the_scores_of_a_script_and_of_the_model_are_those_of_the_weights(model,
         " ".join(f"{name}={values[i]:.6f}" for name, values in expected.items()) for i in range(len(ROWS["city"]))
     ]
     assert_alike(printed, expected_lines)
+
+
+def test_the_script_reads_times_and_writes_numbers(tmp_path):
+    (tmp_path / "visits.csv").write_text(
+        "when,price,visits,clicked\n2024/05/31,2.5,0,1\n2024-05-30T23:00:00+02:00,4.0,3,0\n"
+    )
+    tasks = {
+        "price": TaskConfig("price", kind="regression"),
+        "visits": TaskConfig("visits", kind="count"),
+        "clicked": TaskConfig("clicked"),
+    }
+    table = TableConfig(timestamps=("when",), tasks=tasks, split=SplitConfig("given", val=0.0))
+    rows = str(tmp_path / "visits.csv")
+    data = TableData("table", cache_dir=str(tmp_path), train_file=rows, test_file=rows, table=table)
+    embedding = EmbeddingConfig(dim=4, init_std=1.0)
+    module = MultiTaskRecommender(data.features, core.MMoE(2, core.MLP((4,))), embedding, report=None)
+    module.adopt_encoding({"encoding": data.encoding_state})
+    _, export = reexported(module.eval(), tmp_path)
+    expected = module.predict(rows)
+    printed = output_in_torch(script("docs/serving.md", "score.py"), export, "model.onnx", rows)
+    assert_alike(printed, [" ".join(f"{name}={values[i]:.6f}" for name, values in expected.items()) for i in range(2)])
