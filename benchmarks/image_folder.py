@@ -1,0 +1,58 @@
+"""Write the images of a model of images and texts as a folder a class, with the model's own splits and sizes.
+
+    moesaic fit --config configs/multimodal/fashion_products.yaml --data.root DIR
+    python benchmarks/image_folder.py runs/fashion_products masterCategory photos
+    moesaic fit --config configs/vision/photos.yaml --data.root photos --data.image_size 56
+
+So a classifier that is trained on the classes stands beside ``test/zero_shot_masterCategory`` of the run, which knows
+them by their names alone. Images without a class in the attribute are left out, and so are the images of validation and
+test whose class training lacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.io import write_png
+
+import apps
+from apps.data.splits import SPLITS
+from apps.demonstrate.examples import data_of
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run of an ImageTextRetriever or an ImageCaptioner")
+    parser.add_argument("attribute")
+    parser.add_argument("folder", type=Path, help="a folder that is not there yet")
+    args = parser.parse_args(argv)
+    model = apps.load(args.run)
+    data: Any = data_of(args.run / "config.yaml", model)
+    if args.attribute not in data.class_names:
+        parser.error(f"{args.attribute!r} is none of the run's attributes: {', '.join(data.class_names)}")
+    if args.folder.exists():
+        parser.error(f"{args.folder} is there already")
+    names = [re.sub(r"[^\w-]+", "_", name) for name in data.class_names[args.attribute]]
+    place, trained = list(data.class_names).index(args.attribute), set()
+    for split in SPLITS:
+        pairs = data.examples(split)
+        image_N = pairs.image_N[pairs.index].unique()
+        label_N = pairs.label_IA[image_N, place]
+        trained |= set(label_N.tolist()) if split == "train" else set()
+        written = 0
+        for image, label in zip(image_N.tolist(), label_N.tolist(), strict=True):
+            if label >= 0 and label in trained:
+                path = args.folder / split / names[label] / f"{image}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_png(data.pixels(torch.tensor([image]))[0], str(path))
+                written += 1
+        print(f"{split}: {written:,} of {len(image_N):,} images")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
