@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import torch
 import core
 from apps.train.exporting import Graph
 
-from .contrib import misfit, operator_of
+from .contrib import by_blocks, goes_by_blocks, misfit, parts_of
 from .operators import computes_all, swapped
 from .programs import capture
 from .standard import chain_of, expand, translations
@@ -53,8 +54,8 @@ def to_onnx(
     Args:
         graph: the network with its example inputs.
         path: the file, ``*.onnx``. Weights of 2 GB and more go into ``*.onnx.data`` beside it.
-        form: "standard": ONNX's operators alone; "contrib": onnxruntime's for the MoE layers that they fit; "fastest":
-            the one that is faster on onnxruntime (docs/serving.md).
+        form: "standard": ONNX's operators alone; "contrib": onnxruntime's for the MoE layers that they fit, and for
+            products with matrices of 4 bits; "fastest": the one that is faster on onnxruntime (docs/serving.md).
         metadata: texts that go into the file's metadata, beside ``moesaic.form`` and ``moesaic.computes``.
         opset: version of ONNX's operators; None: 20, and 21 for quantised experts, the first that will do.
 
@@ -70,7 +71,8 @@ def to_onnx(
     written = Written(path, _fastest(graph) if form == "fastest" else form, _computes(graph))
     if written.form == "contrib":
         _check_fits(graph)
-    with swapped(graph.network, operator_of if written.form == "contrib" else chain_of):
+    by_onnxruntime = written.form == "contrib"
+    with swapped(graph.network, partial(parts_of, by_step=_goes_by_step(graph)) if by_onnxruntime else chain_of):
         program = capture(graph)
     try:
         exported = torch.onnx.export(
@@ -86,7 +88,7 @@ def to_onnx(
         raise ValueError(_refusal(graph, program, error)) from error
     assert exported is not None
     model = exported.model
-    expand(model)
+    expand(model, by_blocks if by_onnxruntime else None)
     _name_axes(model, graph)
     model.producer_name, model.graph.name = "moesaic", graph.name
     model.metadata_props.update(metadata or {})
@@ -103,16 +105,22 @@ def _computes(graph: Graph) -> str:
 def _fastest(graph: Graph) -> str:
     """Return the form that is faster on a processor, by the figures of docs/serving.md.
 
-    onnxruntime's operator starts faster, which counts in a step of decoding. It packs no matrix and computes GELU and
-    SiLU number by number, which is up to 2 times as slow as the standard form with 49 tokens a call and more.
+    onnxruntime's operators of a layer start faster, which counts in a step of decoding. They pack no matrix and compute
+    GELU and SiLU number by number, which is up to 2 times as slow as the standard form with 49 tokens a call and more.
+    Its product with a matrix of 4 bits is faster than one that dequantises the matrix, whatever the number of tokens.
     """
-    fits = any(misfit(layer) is None for layer in core.moe_layers(graph.network).values())
-    steps = any("past" in axes.values() for axes in graph.dynamic.values())
-    return "contrib" if fits and steps else "standard"
+    layers = core.moe_layers(graph.network).values()
+    fits = any(misfit(layer) is None for layer in layers) if _goes_by_step(graph) else any(map(goes_by_blocks, layers))
+    return "contrib" if fits else "standard"
+
+
+def _goes_by_step(graph: Graph) -> bool:
+    """Return whether a graph goes on from a past step by step, as decoders do."""
+    return any("past" in axes.values() for axes in graph.dynamic.values())
 
 
 def _check_fits(graph: Graph) -> None:
-    """Raise a ``ValueError`` where onnxruntime's operator fits none of the layers, with the reason of each."""
+    """Raise a ``ValueError`` where onnxruntime's operators fit none of the layers, with the reason of each."""
     reasons = {name: misfit(layer) for name, layer in core.moe_layers(graph.network).items()}
     if None not in reasons.values():
         listed = "; ".join(f"layer {name!r}: {reason}" for name, reason in reasons.items())

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 import core
 from core.dispatch import Dispatcher
 from core.experts.ffn import FFNExperts
+from core.experts.matrices import QuantizedMatrices
+from core.kernels import QuantizedWeight
 from core.kernels.quantized import whole_numbers
 
 DOMAIN = "moesaic"
 """Domain of the operators that stand in an ONNX graph for a while, until ``expand`` writes them out."""
 MOST_TABLED = 16
 """Experts up to which pairs are ordered by a table of experts and pairs, and not by sorting."""
+ByBlocks = Callable[..., Any]
+"""Writes ``x w + b`` with a quantised matrix by one operator. It gets a writer, the name of w, x, w as the
+``QuantizedWeight`` of one expert, and b where there is one; it returns None where the operator does not take w."""
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
@@ -132,7 +137,8 @@ class _Chain(nn.Module):
         self.b_in, self.b_out = experts.b_in, experts.b_out
 
     def forward(self, rows: core.Rows) -> core.Rows:
-        pairs = rows.plan
+        pairs, matrices = rows.plan, (self.w_in, self.w_out, self.w_gate)
+        quantized = [w if isinstance(w, QuantizedMatrices) else None for w in matrices]
         y_TD = torch.onnx.ops.symbolic(
             f"{DOMAIN}::Experts",
             (
@@ -141,11 +147,10 @@ class _Chain(nn.Module):
                 pairs.expert_ids_N,
                 pairs.gates_N.to(rows.x.dtype),
                 rows.offsets_E,
-                self.w_in,
-                self.w_out,
                 self.b_in,
                 self.b_out,
-                self.w_gate,
+                *(w if q is None else q.values for w, q in zip(matrices, quantized, strict=True)),
+                *(None if q is None else q.scales for q in quantized),
             ),
             {"activation": self.activation},
             dtype=rows.x.dtype,
@@ -157,23 +162,27 @@ class _Chain(nn.Module):
 
 def chain_of(layer: core.MoE) -> tuple[nn.Module, Dispatcher] | None:
     """Return the parts that make a layer one operator of this module; None where its experts are of another kind."""
-    if type(layer.experts) is not FFNExperts or layer.experts.is_quantized or layer.router.gates_on == "input":
+    if type(layer.experts) is not FFNExperts or layer.router.gates_on == "input":
         return None
     return _Chain(layer.experts), _AllPairs()
 
 
-def expand(model: Any) -> None:
+def expand(model: Any, by_blocks: ByBlocks | None = None) -> None:
     """Write out the operators of this module in an ONNX graph.
 
     An expert's matrix is an initializer of its own: onnxruntime packs it once, when the file is loaded. One that is cut
     out of a stacked tensor in each call would be copied.
+
+    Args:
+        model: the graph.
+        by_blocks: writes a product with a quantised matrix as one operator; None: it is dequantised before.
     """
     graph = model.graph
-    writers = {"GroupedMatMul": _Products, "QuantizedMatMul": _QuantizedProducts, "Experts": _Chains}
+    writers = {"GroupedMatMul": _Products, "QuantizedMatMul": _Products, "Experts": _Chains}
     cut: dict[tuple[str, int], Any] = {}
     for node in list(graph):
         if node.domain == DOMAIN:
-            writers[node.op_type](graph, node, cut).write()
+            writers[node.op_type](graph, node, cut, by_blocks).write()
     _shorten_sorts(graph)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
@@ -211,17 +220,20 @@ def _first_of(reader: Any, axis: int, rank: int) -> int | None:
     return None
 
 
-class _Writer:
+class Writer:
     """Puts nodes in the place of one node.
 
     Args:
         graph: the ONNX graph.
         node: the node.
         cut: the experts' tensors that are initializers already, by the stacked tensor's name and the expert's number.
+        by_blocks: as in ``expand``.
     """
 
-    def __init__(self, graph: Any, node: Any, cut: dict[tuple[str, int], Any]) -> None:
-        self.graph, self.node, self.cut = graph, node, cut
+    def __init__(
+        self, graph: Any, node: Any, cut: dict[tuple[str, int], Any], by_blocks: ByBlocks | None = None
+    ) -> None:
+        self.graph, self.node, self.cut, self.by_blocks = graph, node, cut, by_blocks
         self.nodes: list[Any] = []
 
     def write(self) -> None:
@@ -236,10 +248,10 @@ class _Writer:
         """Add the nodes and return what the last one puts out."""
         raise NotImplementedError
 
-    def add(self, operator: str, *inputs: Any, **attributes: Any) -> Any:
+    def add(self, operator: str, *inputs: Any, domain: str = "", **attributes: Any) -> Any:
         import onnx_ir as ir
 
-        self.nodes.append(ir.node(operator, inputs, attributes))
+        self.nodes.append(ir.node(operator, inputs, attributes, domain=domain))
         return self.nodes[-1].outputs[0]
 
     def split(self, x: Any, sizes: Any, count: int) -> Any:
@@ -266,53 +278,37 @@ class _Writer:
             self.cut[w.name, e] = value
         return self.cut[w.name, e]
 
+    def linear(self, e: int, x: Any, w: Any, scales: Any, fan_in: int, b: Any = None) -> Any:
+        """Return ``x w_e + b_e``.
 
-class _Products(_Writer):
-    """Writes out ``moesaic::grouped_mm`` of x (R, D), w (E, D, F) and offsets (E,)."""
+        Args:
+            e: number of the expert.
+            x: (rows, K).
+            w: the stacked matrices (E, K, N), or the values of quantised ones.
+            scales: of quantised matrices; None: they are not.
+            fan_in: K.
+            b: (E, N), or None.
+        """
+        bias = () if b is None else (self.cut_out(b, e),)
+        if scales is None:
+            return self.add("Gemm" if bias else "MatMul", x, self.cut_out(w, e), *bias)
+        numbers = [torch.from_numpy(t.const_value.numpy()[e : e + 1].copy()) for t in (w, scales)]
+        weight = QuantizedWeight(numbers[0], numbers[1], fan_in, numbers[1].dtype)
+        name = f"{w.name}.{e}"
+        y = None if self.by_blocks is None else self.by_blocks(self, name, x, weight, *bias)
+        return self.add("Gemm" if bias else "MatMul", x, self._dequantized(name, weight), *bias) if y is None else y
 
-    def output(self) -> Any:
-        import onnx_ir as ir
-
-        x, *w, offsets = self.node.inputs
-        E, F = w[0].shape[0], w[-1].shape[-1]
-        ends = self.add("Cast", offsets, to=ir.DataType.INT64)
-        ends = self.add("Concat", ends, self.add("Shape", x, start=0, end=1), axis=0)
-        starts = self.add("Concat", self.ints(0), self.add("Slice", ends, *map(self.ints, (0, -1, 0))), axis=0)
-        # What is left past the last expert are rows that no expert computes.
-        *parts, rest = self.split(x, self.add("Sub", ends, starts), E + 1)
-        products = [self.add("MatMul", part, self.matrix(e, *w)) for e, part in enumerate(parts)]
-        shape = self.add("Concat", self.add("Shape", rest, start=0, end=1), self.ints(F), axis=0)
-        zeros = self.add("ConstantOfShape", shape, value=ir.tensor([0.0], dtype=x.dtype))
-        return self.add("Concat", *products, zeros, axis=0)
-
-    def matrix(self, e: int, *w: Any) -> Any:
-        """Return the matrix of expert ``e``."""
-        return self.cut_out(w[0], e)
-
-
-class _QuantizedProducts(_Products):
-    """Writes out ``moesaic::quantized_mm``: values and scales are in the file, and onnxruntime dequantises them."""
-
-    def matrix(self, e: int, *w: Any) -> Any:
-        values, scales = w
-        x = self.node.inputs[0]
-        numbers = scales.const_value.numpy()[e], values.const_value.numpy()[e]
-        scale, value = (torch.from_numpy(n.copy()) for n in numbers)
-        bits, fan_in = 4 if value.dtype == torch.uint8 else 8, x.shape[-1]
-        q = self.whole(f"{values.name}.{e}", whole_numbers(value, fan_in)[None], bits)
-        name, groups = f"{scales.name}.{e}", scale.shape[0]
-        if groups == 1:
-            w = self.add("DequantizeLinear", q, self.constant(name, scale[0]), axis=2)
-        else:
-            w = self.add("DequantizeLinear", q, self.constant(name, scale[None]), axis=1, block_size=fan_in // groups)
-        # The first axis keeps onnxruntime from a product of its own, which rounds the tokens to 8 bits: 1 % off.
-        return self.add("Squeeze", w, self.ints(0))
-
-    def whole(self, name: str, q: Tensor, bits: int) -> Any:
-        """Return whole numbers as an initializer of int8 or int4."""
+    def _dequantized(self, name: str, weight: QuantizedWeight) -> Any:
+        """Return a matrix (K, N) whose values and scales are in the file, and which onnxruntime dequantises."""
         import ml_dtypes
 
-        return self.constant(name, q.numpy() if bits == 8 else q.numpy().astype(ml_dtypes.int4))
+        q = whole_numbers(weight.values, weight.fan_in).numpy()
+        values = self.constant(name, q if weight.bits == 8 else q.astype(ml_dtypes.int4))
+        # One scale a channel is one block too: along the last axis onnxruntime 1.32 takes up to 10 times as long.
+        scales = self.constant(f"{name}.scales", weight.scales)
+        w = self.add("DequantizeLinear", values, scales, axis=1, block_size=weight.group_size)
+        # The first axis keeps onnxruntime from a product of its own, which rounds the tokens to 8 bits: 1 % off.
+        return self.add("Squeeze", w, self.ints(0))
 
     def constant(self, name: str, value: Any) -> Any:
         """Return an initializer, the one of this name where there is one."""
@@ -324,19 +320,46 @@ class _QuantizedProducts(_Products):
         return self.graph.initializers[name]
 
 
-class _Chains(_Writer):
+class _Products(Writer):
+    """Writes out ``moesaic::grouped_mm`` of x (R, D), w (E, D, F) and offsets (E,), or ``moesaic::quantized_mm``."""
+
+    def output(self) -> Any:
+        import onnx_ir as ir
+
+        x, w, *scales, offsets = self.node.inputs
+        scales = scales[0] if scales else None
+        E, F = w.shape[0], w.shape[-1]
+        ends = self.add("Cast", offsets, to=ir.DataType.INT64)
+        ends = self.add("Concat", ends, self.add("Shape", x, start=0, end=1), axis=0)
+        starts = self.add("Concat", self.ints(0), self.add("Slice", ends, *map(self.ints, (0, -1, 0))), axis=0)
+        # What is left past the last expert are rows that no expert computes.
+        *parts, rest = self.split(x, self.add("Sub", ends, starts), E + 1)
+        products = [self.linear(e, part, w, scales, x.shape[-1]) for e, part in enumerate(parts)]
+        shape = self.add("Concat", self.add("Shape", rest, start=0, end=1), self.ints(F), axis=0)
+        zeros = self.add("ConstantOfShape", shape, value=ir.tensor([0.0], dtype=x.dtype))
+        return self.add("Concat", *products, zeros, axis=0)
+
+
+class _Chains(Writer):
     """Writes out the experts of a layer: sort the pairs, run each expert on its rows, and add them to their tokens."""
 
     def output(self) -> Any:
         x, token_index, expert_ids, gates, counts, *weights = self.node.inputs
-        weights += [None] * (5 - len(weights))
-        w_out, E = weights[1], weights[0].shape[0]
+        b_in, b_out, w_in, w_out, w_gate, s_in, s_out, s_gate = weights + [None] * (8 - len(weights))
+        D, F, E = x.shape[-1], w_in.shape[-1], w_in.shape[0]
         order = self._order(expert_ids, E)
         tokens, gates = self.add("Gather", token_index, order), self.add("Gather", gates, order)
         last = self.ints(-1)
         rows = self.split(self.add("Gather", x, tokens), counts, E)
         gates = self.split(self.add("Unsqueeze", gates, last), counts, E)
-        parts = [self._expert(e, rows[e], gates[e], weights) for e in range(E)]
+        parts = []
+        for e, x_e in enumerate(rows):  # gate * f_e(x)
+            h = self.linear(e, x_e, w_in, s_in, D, b_in)
+            if w_gate is None:
+                h = self._activation(h)
+            else:
+                h = self.add("Mul", self._activation(self.linear(e, x_e, w_gate, s_gate, D)), h)
+            parts.append(self.add("Mul", self.linear(e, h, w_out, s_out, F, b_out), gates[e]))
         import onnx_ir as ir
 
         shape = self.add("Concat", self.add("Shape", x, start=0, end=1), self.ints(w_out.shape[-1]), axis=0)
@@ -362,21 +385,6 @@ class _Chains(_Writer):
         order = self.nodes[-1].outputs[1]
         computed = self.add("Cast", self.add("Less", expert_ids, self.ints(E)), to=ir.DataType.INT64)
         return self.add("Slice", order, self.ints(0), self.add("ReduceSum", computed, self.ints(0)), self.ints(0))
-
-    def _expert(self, e: int, x: Any, gate: Any, weights: Any) -> Any:
-        """Return ``gate * f_e(x)``."""
-        w_in, w_out, b_in, b_out, w_gate = weights
-        h = self._linear(e, x, w_in, b_in)
-        if w_gate is None:
-            h = self._activation(h)
-        else:
-            h = self.add("Mul", self._activation(self._linear(e, x, w_gate, None)), h)
-        return self.add("Mul", self._linear(e, h, w_out, b_out), gate)
-
-    def _linear(self, e: int, x: Any, w: Any, b: Any) -> Any:
-        if b is None:
-            return self.add("MatMul", x, self.cut_out(w, e))
-        return self.add("Gemm", x, self.cut_out(w, e), self.cut_out(b, e))
 
     def _activation(self, h: Any) -> Any:
         name = self.node.attributes["activation"].as_string()

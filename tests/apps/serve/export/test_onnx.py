@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from apps.train.exporting import Graph
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
+DIM = 16
 
 
 class SideBySide(nn.Module):
@@ -29,17 +32,17 @@ class SideBySide(nn.Module):
 
 
 def layer(expert: core.ExpertConfig, router: core.RouterConfig = core.TokenChoice(top_k=2), **options) -> core.MoE:
-    return core.MoEConfig(num_experts=4, router=router, expert=expert, **options).build(8)
+    return core.MoEConfig(num_experts=4, router=router, expert=expert, **options).build(DIM)
 
 
-def graph_of(network: nn.Module, length: int = 6) -> Graph:
+def graph_of(network: nn.Module, length: int = 6, axis: str = "length") -> Graph:
     outputs = tuple(f"y_{i}" for i in range(len(network.layers))) if isinstance(network, SideBySide) else ("y",)
-    return Graph("model", network, {"x": torch.randn(3, length, 8)}, outputs, {"x": {0: "batch", 1: "length"}})
+    return Graph("model", network, {"x": torch.randn(3, length, DIM)}, outputs, {"x": {0: "batch", 1: axis}})
 
 
-def check(network: SideBySide, path: Path, form: str) -> None:
-    """Write a network and compare it with eager mode in sizes of which none is the example's."""
-    written = to_onnx(graph_of(network), path, form, {"app": "none"})
+def check(network: SideBySide, path: Path, form: str, axis: str = "length") -> Counter[str]:
+    """Write a network, compare it with eager mode in sizes of which none is the example's, and count its operators."""
+    written = to_onnx(graph_of(network, axis=axis), path, form, {"app": "none"})
     assert (written.form, written.computes) == (form, "chosen")
     assert network.training  # as it was
     assert {part.backend for part in network.layers} == {"auto"}
@@ -49,13 +52,14 @@ def check(network: SideBySide, path: Path, form: str) -> None:
         "moesaic.form": form,
         "moesaic.computes": "chosen",
     }
-    assert session.get_inputs()[0].shape == session.get_outputs()[0].shape == ["batch", "length", 8]
+    assert session.get_inputs()[0].shape == session.get_outputs()[0].shape == ["batch", axis, DIM]
     for shape in ((1, 1), (2, 7), (1, 33)):
-        x = torch.randn(*shape, 8)
+        x = torch.randn(*shape, DIM)
         with torch.no_grad():
             expected = network.eval()(x)
         for y, y_eager in zip(session.run(None, {"x": x.numpy()}), expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(y), y_eager)
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
 def test_the_standard_form_computes_as_eager_mode_quantised_experts_too(tmp_path):
@@ -72,7 +76,19 @@ def test_onnxruntimes_operator_computes_as_eager_mode_whatever_the_gate(tmp_path
     clamped = core.ClampedSwiGLU(hidden_dim=16, bias=True, limit=0.5, alpha=1.702, shift=1.0)
     dropped = layer(core.FFN(hidden_dim=16, activation="relu", bias=True), capacity_factor=0.75)
     kept = layer(core.FFN(hidden_dim=16))  # GELU stays as it is
-    check(SideBySide(dropped, layer(clamped, sigmoid), kept), tmp_path / "contrib.onnx", "contrib")
+    int8 = core.quantize_experts(layer(core.FFN(hidden_dim=16, activation="relu", bias=True), sigmoid), 8)
+    int4 = core.quantize_experts(layer(core.FFN(hidden_dim=24, bias=True)), 4)  # a block of 16 and half of one
+    layers = SideBySide(dropped, layer(clamped, sigmoid), kept, int8, int4)
+    written = check(layers, tmp_path / "contrib.onnx", "contrib")
+    assert (written["MoE"], written["QMoE"], written["MatMulNBits"]) == (2, 1, 4 * 2)
+
+
+def test_a_step_of_decoding_has_one_operator_a_layer_of_4_bits(tmp_path):
+    torch.manual_seed(0)
+    blocks = core.quantize_experts(layer(core.SwiGLU(hidden_dim=32)), 4, 16)
+    channels = core.quantize_experts(layer(core.FFN(hidden_dim=24, activation="silu", bias=True)), 4)
+    written = check(SideBySide(blocks, channels), tmp_path / "contrib.onnx", "contrib", "past")
+    assert (written["QMoE"], written["MatMulNBits"]) == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +99,16 @@ def test_onnxruntimes_operator_computes_as_eager_mode_whatever_the_gate(tmp_path
         (layer(core.LoRA(rank=2)), "its experts are LoRAExperts"),
         (layer(core.SwiGLU(), core.SoftSlots()), "SoftMoE is no plain MoE layer"),
         (layer(core.SwiGLU(), core.TokenChoice(gates_on="input")), "its gates scale the experts' input"),
-        (core.quantize_experts(layer(core.SwiGLU()), 8), "its experts are quantised"),
+        (
+            core.quantize_experts(layer(core.SwiGLU()), 8, 16),
+            "its experts have 8 bits and several scales a channel: onnxruntime would round the tokens too",
+        ),
+        (
+            core.quantize_experts(layer(core.SwiGLU(hidden_dim=16)), 4, 8),
+            "its experts share scales among 8 inputs, which is no multiple of 16",
+        ),
+        (core.quantize_experts(layer(core.FFN()), 8), "onnxruntime has no activation 'gelu'"),
+        (core.quantize_experts(layer(core.FFN()), 4), None),
         (layer(core.SwiGLU()), None),
     ],
 )
@@ -121,8 +146,9 @@ def test_an_operator_without_a_form_in_onnx_is_named_with_its_layer(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_fastest_form_is_onnxruntimes_operator_where_a_graph_goes_step_by_step():
-    x, axes = torch.randn(3, 6, 8), {"x": {0: "batch", 1: "past"}}
-    fits, other = layer(core.SwiGLU()), layer(core.FFN())
-    made = [Graph("model", network, {"x": x}, ("y",), axes) for network in (fits, other)]
-    assert [_fastest(graph) for graph in (*made, graph_of(fits))] == ["contrib", "standard", "standard"]
+def test_the_fastest_form_is_onnxruntimes_for_4_bits_and_where_a_graph_goes_step_by_step():
+    fits, other, int8 = layer(core.SwiGLU()), layer(core.FFN()), core.quantize_experts(layer(core.SwiGLU()), 8)
+    by_step = [_fastest(graph_of(network, axis="past")) for network in (fits, other, int8)]
+    assert by_step == ["contrib", "standard", "contrib"]
+    int4 = core.quantize_experts(layer(core.FFN()), 4)
+    assert [_fastest(graph_of(network)) for network in (fits, int8, int4)] == ["standard", "standard", "contrib"]
