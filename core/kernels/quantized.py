@@ -138,7 +138,7 @@ def whole_numbers(values: Tensor, fan_in: int) -> Tensor:
     if values.dtype == torch.int8:
         return values
     half = torch.stack((values & 15, values >> 4), -2).flatten(-3, -2)
-    return half[..., :fan_in, :].view(torch.int8) - ZERO
+    return half[..., :fan_in, :].to(torch.int8) - ZERO  # no view: ONNX has no form of one in another dtype
 
 
 def dequantize(values: Tensor, scales: Tensor, fan_in: int, dtype: torch.dtype) -> Tensor:

@@ -75,6 +75,12 @@ def translations() -> dict[Any, Callable[..., Any]]:
             return op.Mod(self, other)
         return op.Sub(self, op.Mul(op.Floor(op.Div(self, other)), other))
 
+    def rshift(self: Any, other: int) -> Any:
+        # torch's own form is one of signed numbers, which gives bytes another type.
+        if self.dtype.is_signed():
+            return floordiv(self, op.CastLike(op.Constant(value_int=2**other), self))
+        return op.BitShift(self, op.CastLike(op.Constant(value_int=other), self), direction="RIGHT")
+
     def sort(self: Any, dim: int = -1, descending: bool = False, stable: bool = True) -> Any:
         # TopK takes the lower place of equal values first, which is what stable means.
         axis = op.Constant(value_ints=[dim])
@@ -95,6 +101,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         torch.ops.moesaic.grouped_mm.default: by_expert,
         torch.ops.moesaic.quantized_mm.default: by_quantized,
         operator.floordiv: floordiv,
+        torch.ops.aten.__rshift__.Scalar: rshift,
         torch.ops.aten.bucketize.Tensor: bucketize,
         torch.ops.aten.remainder.Scalar: remainder,
         torch.ops.aten.sort.stable: sort,

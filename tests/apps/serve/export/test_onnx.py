@@ -65,9 +65,11 @@ def check(network: SideBySide, path: Path, form: str, axis: str = "length") -> C
 def test_the_standard_form_computes_as_eager_mode_quantised_experts_too(tmp_path):
     torch.manual_seed(0)
     whole = layer(core.FFN(hidden_dim=16, bias=True), capacity_factor=0.75)  # some pairs are not computed
-    by_group = core.quantize_experts(layer(core.SwiGLU(hidden_dim=16)), 4, 4)
+    # Of a shared expert as large as this the whole numbers are unpacked in the graph, not before.
+    by_group = core.quantize_experts(layer(core.SwiGLU(hidden_dim=2048), num_shared_experts=1), 4, 4)
     by_channel = core.quantize_experts(layer(core.FFN(hidden_dim=16)), 8)
-    check(SideBySide(whole, by_group, by_channel), tmp_path / "standard.onnx", "standard")
+    written = check(SideBySide(whole, by_group, by_channel), tmp_path / "standard.onnx", "standard")
+    assert (written["DequantizeLinear"], written["BitShift"]) == (4 * 3 + 4 * 2, 3)
 
 
 def test_onnxruntimes_operator_computes_as_eager_mode_whatever_the_gate(tmp_path):
