@@ -1,9 +1,15 @@
-"""Rounds of the benchmarks that train systems in turn, and the figures of their tables."""
+"""Rounds of the benchmarks that run systems in turn, the figures of their tables, and the files of their rows."""
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from apps.base.machine import machine_facts
 
 
 def in_turn(loops: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -33,3 +39,19 @@ def rates(
         of_peer = seconds.get(peer)
         ratio = None if of_peer is None else statistics.median(p / s for p, s in zip(of_peer, times, strict=True))
         yield name, quartiles, ratio
+
+
+def write_rows(path: Path | None, rows: Sequence[Any], machine: Mapping[str, Any], **facts: Any) -> None:
+    """Write rows, which are dataclasses, to a file of JSON with the machine, its folder too; None: nothing is written.
+
+    Args:
+        path: the file.
+        rows: of the table.
+        machine: what is said of the machine beside its own facts, such as versions and threads.
+        facts: what else the file says of the measurement.
+    """
+    if path is None:
+        return
+    result = {"machine": {**machine_facts(), **machine}, **facts, "rows": [asdict(row) for row in rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
     python -m benchmarks.exported RUN [RUN ...] [--formats standard contrib torch_export aoti] [--json FILE]
     python -m benchmarks.exported --layers          # both forms of ONNX for single layers
+    python -m benchmarks.exported RUN --quantize int4 --formats standard contrib
 
 A RUN is a checkpoint or the folder of a run: each of its graphs has a table. Inputs are normal numbers for float
 tensors, and the rows of the graph's example for others. Each round runs each system once for some milliseconds, in
@@ -12,32 +13,34 @@ machine stretches the latter. One thread, unless ``--threads`` says otherwise.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnxruntime
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import core
-from apps.base.machine import machine_facts, machine_line
+from apps.base.machine import machine_line
 from apps.serve.export.command import difference
 from apps.serve.export.onnx import to_onnx
 from apps.serve.export.programs import to_aoti, to_torch_export
 from apps.train.exporting import Graph, exporter
 from apps.train.loading import load
+from apps.train.quantising import quantise
+from benchmarks._rounds import write_rows
 
 BATCHES = (1, 32)
 FORMATS = ("standard", "contrib", "torch_export")
 Call = Callable[[], Any]
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def first(outputs: Any) -> Tensor:
     return outputs if isinstance(outputs, Tensor) else outputs[0]
 
 
-def layers() -> Iterator[tuple[str, Graph]]:
+def layers(quantize: str | None) -> Iterator[tuple[str, Graph]]:
     """Yield MoE layers with experts that onnxruntime's operator knows: 49 tokens an example, 8 experts, 2 a token."""
     kinds = {
         "relu": core.FFN(hidden_dim=256, activation="relu"),
@@ -158,13 +161,21 @@ def layers() -> Iterator[tuple[str, Graph]]:
     for name, expert in kinds.items():
         torch.manual_seed(0)
         layer = core.MoEConfig(num_experts=8, router=core.TokenChoice(top_k=2), expert=expert).build(128).eval()
-        yield name, Graph("layer", layer, {"x": torch.randn(2, 49, 128)}, ("y",), {"x": {0: "batch"}})
+        yield (
+            name,
+            Graph("layer", quantised(layer, quantize), {"x": torch.randn(2, 49, 128)}, ("y",), {"x": {0: "batch"}}),
+        )
 
 
-def graphs(runs: list[str]) -> Iterator[tuple[str, Graph]]:
+def quantised(model: M, how: str | None) -> M:
+    """Return a model whose experts are quantised as the words of ``moesaic export`` say it; None: they stay."""
+    return model if how is None else quantise(model, how)
+
+
+def graphs(runs: list[str], quantize: str | None) -> Iterator[tuple[str, Graph]]:
     """Yield the graphs of trained models."""
     for run in runs:
-        model = load(Path(run)).eval()
+        model = quantised(load(Path(run)), quantize).eval()
         for graph in exporter(type(model)).export(model).graphs:
             yield f"{type(model).__name__} {graph.name}", graph
 
@@ -174,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="*", help="checkpoints, or folders of runs")
     parser.add_argument("--layers", action="store_true", help="measure single layers too")
     parser.add_argument("--formats", nargs="+", default=FORMATS, choices=[*FORMATS, "aoti"])
+    parser.add_argument("--quantize", metavar="int8|int4[:GROUP]", help="experts in whole numbers, in eager mode too")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.02, help="of the processor, for a system in a round")
     parser.add_argument("--threads", type=int, default=1)
@@ -182,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     print(f"{machine_line()}, onnxruntime {onnxruntime.__version__}")
     every: list[Row] = []
-    for label, graph in (*graphs(args.runs), *(layers() if args.layers else ())):
+    for label, graph in (*graphs(args.runs, args.quantize), *(layers(args.quantize) if args.layers else ())):
         print(label)
         with tempfile.TemporaryDirectory() as folder:
             made = systems(graph, tuple(args.formats), args.threads, Path(folder))
@@ -193,10 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         f"  batch {row.batch:3}  {row.system:12} {row.milliseconds:9.3f} ms  processor "
                         f"{row.processor:8.3f} ms  {row.of_eager:5.2f} of eager  error {row.error:.0e}  {row.computes}"
                     )
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        facts = {**machine_facts(), "onnxruntime": version("onnxruntime"), "threads": args.threads}
-        args.json.write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in every]}, indent=1) + "\n")
+    machine = {"onnxruntime": version("onnxruntime"), "threads": args.threads}
+    write_rows(args.json, every, machine, quantize=args.quantize)
     return 0
 
 

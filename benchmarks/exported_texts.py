@@ -17,19 +17,20 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from apps.base.machine import machine_facts, machine_line
+from apps.base.machine import machine_line
 from apps.base.sealed import seal
 from apps.serve.export.onnx import to_onnx
 from apps.train.exported import OnnxGraph
 from apps.train.exporting import exporter
 from apps.train.loading import load
+from benchmarks._rounds import write_rows
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row.system:10} {row.milliseconds:8.1f} ms a text, processor {row.processor:8.1f} ms, "
             f"{row.of_eager:.2f} of eager, {row.same:.0%} of {len(texts)} texts the same"
         )
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        facts = {**machine_facts(), "onnxruntime": version("onnxruntime"), "threads": args.threads}
-        result = {"machine": facts, "method": args.method, "texts": len(texts), "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    machine = {"onnxruntime": version("onnxruntime"), "threads": args.threads}
+    write_rows(args.json, rows, machine, method=args.method, texts=len(texts))
     return 0
 
 
