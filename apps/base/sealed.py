@@ -1,4 +1,7 @@
-"""ONNX files that end in a digest of all that stands before it, so that a damaged one is refused."""
+"""ONNX files that end in a digest of all that stands before it, so that a damaged one is refused.
+
+Weights that lie in a file beside it, ``NAME.onnx.data``, have a digest too, which stands before that of the file.
+"""
 
 from __future__ import annotations
 
@@ -6,43 +9,72 @@ import hashlib
 from pathlib import Path
 
 KEY = "moesaic.sha256"
-"""The entry of a file's metadata that holds the digest."""
+"""The entry of a file's metadata that holds its digest, the last one of the file."""
+DATA_KEY = "moesaic.data.sha256"
+"""The entry before it, which holds the digest of the file of weights; only where there is one."""
 _DIGITS = 64
-_ENTRY = b"\x0a" + bytes([len(KEY)]) + KEY.encode() + b"\x12" + bytes([_DIGITS])
-_HEAD = b"\x72" + bytes([len(_ENTRY) + _DIGITS]) + _ENTRY
-"""What stands before the digits: field 14 of ONNX's ModelProto is an entry of the metadata, a key and a value."""
 _CHUNK = 1 << 20
 
 
+def _head(key: str) -> bytes:
+    """Return what stands before the digits: field 14 of ONNX's ModelProto is an entry of the metadata."""
+    entry = b"\x0a" + bytes([len(key)]) + key.encode() + b"\x12" + bytes([_DIGITS])
+    return b"\x72" + bytes([len(entry) + _DIGITS]) + entry
+
+
+def data_of(path: Path) -> Path:
+    """Return where the weights of an ONNX file lie, if they are too large for it."""
+    return path.with_name(f"{path.name}.data")
+
+
 def seal(path: Path) -> None:
-    """Append the digest of an ONNX file to it, as the last entry of its metadata.
+    """Append the digest of an ONNX file to it, after that of the weights beside it where there are any.
 
     The fields of a protocol buffer may come in any order, so that every reader takes the file as it did before.
     """
-    digest = _digest(path, path.stat().st_size)
+    if data_of(path).is_file():
+        _append(path, DATA_KEY, data_of(path))
+    _append(path, KEY, path)
+
+
+def _append(path: Path, key: str, of: Path) -> None:
+    digest = _digest(of, of.stat().st_size)
     with path.open("ab") as file:
-        file.write(_HEAD + digest.encode())
+        file.write(_head(key) + digest.encode())
 
 
 def check_seal(path: Path) -> str:
-    """Return the digest that an ONNX file ends in.
+    """Return the digest that an ONNX file ends in, which covers the weights beside it.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it has none, or another one than its content.
+        OSError: a file cannot be read.
+        ValueError: it has none, or it or that of the weights is another one than the file's content.
     """
-    size = path.stat().st_size - len(_HEAD) - _DIGITS
-    tail = b""
-    if size >= 0:
-        with path.open("rb") as file:
-            file.seek(size)
-            tail = file.read()
-    if not tail.startswith(_HEAD):
+    size = path.stat().st_size
+    own = _entry(path, KEY, size)
+    if own is None:
         raise ValueError(f"{path} is cut, or moesaic export has not written it: it does not end in a digest")
-    digest = _digest(path, size)
-    if tail[len(_HEAD) :] != digest.encode():
+    size -= len(_head(KEY)) + _DIGITS
+    if own != _digest(path, size):
         raise ValueError(f"{path} is damaged: it is not as moesaic export has written it")
-    return digest
+    weights, data = _entry(path, DATA_KEY, size), data_of(path)
+    if weights is not None and not data.is_file():
+        raise ValueError(f"{path} has its weights in {data.name} beside it, and that file is not there")
+    if weights is not None and weights != _digest(data, data.stat().st_size):
+        raise ValueError(f"{data} is cut or damaged: it is not as moesaic export has written it")
+    return own
+
+
+def _entry(path: Path, key: str, end: int) -> str | None:
+    """Return the digest of an entry that ends at a byte of a file; None where another thing stands there."""
+    head = _head(key)
+    begin = end - len(head) - _DIGITS
+    if begin < 0:
+        return None
+    with path.open("rb") as file:
+        file.seek(begin)
+        entry = file.read(end - begin)
+    return entry[len(head) :].decode("ascii", "replace") if entry.startswith(head) else None
 
 
 def _digest(path: Path, size: int) -> str:
