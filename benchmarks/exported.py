@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import core
 from apps.base.machine import machine_line
@@ -40,7 +40,6 @@ from benchmarks._rounds import write_rows
 BATCHES = (1, 32)
 FORMATS = ("standard", "contrib", "torch_export")
 Call = Callable[[], Any]
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -161,21 +160,17 @@ def layers(quantize: str | None) -> Iterator[tuple[str, Graph]]:
     for name, expert in kinds.items():
         torch.manual_seed(0)
         layer = core.MoEConfig(num_experts=8, router=core.TokenChoice(top_k=2), expert=expert).build(128).eval()
-        yield (
-            name,
-            Graph("layer", quantised(layer, quantize), {"x": torch.randn(2, 49, 128)}, ("y",), {"x": {0: "batch"}}),
-        )
-
-
-def quantised(model: M, how: str | None) -> M:
-    """Return a model whose experts are quantised as the words of ``moesaic export`` say it; None: they stay."""
-    return model if how is None else quantise(model, how)
+        if quantize is not None:
+            quantise(layer, quantize)
+        yield name, Graph("layer", layer, {"x": torch.randn(2, 49, 128)}, ("y",), {"x": {0: "batch"}})
 
 
 def graphs(runs: list[str], quantize: str | None) -> Iterator[tuple[str, Graph]]:
     """Yield the graphs of trained models."""
     for run in runs:
-        model = quantised(load(Path(run)), quantize).eval()
+        model = load(Path(run)).eval()
+        if quantize is not None:
+            quantise(model, quantize)
         for graph in exporter(type(model)).export(model).graphs:
             yield f"{type(model).__name__} {graph.name}", graph
 

@@ -1,6 +1,7 @@
 """Time of a sentence by itself, greedily: by a checkpoint in eager mode, and by its export in onnxruntime.
 
     moesaic bench exported_texts RUN --texts FILE [--pair en-de] [--forms standard contrib] [--method beam]
+    moesaic bench exported_texts RUN --texts FILE --quantize int4
 
 Both go the way of ``predict``, from a line of text to a line of text, with one search. RUN is a translator or a
 language model. FILE has a text a line, or is a test's ``report/sentences.jsonl``, of which the sources are taken. Each
@@ -30,6 +31,7 @@ from apps.serve.export.onnx import to_onnx
 from apps.train.exported import OnnxGraph
 from apps.train.exporting import exporter
 from apps.train.loading import load
+from apps.train.quantising import quantise
 from benchmarks._rounds import write_rows
 
 
@@ -103,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--pair", help="of a translator of several")
     parser.add_argument("--forms", nargs="+", default=["standard"], choices=["standard", "contrib"])
+    parser.add_argument("--quantize", metavar="int8|int4[:GROUP]", help="experts in whole numbers, in eager mode too")
     parser.add_argument("--method", default="greedy", choices=["greedy", "beam"])
     parser.add_argument("--count", type=int, default=30, help="texts")
     parser.add_argument("--rounds", type=int, default=7)
@@ -112,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     print(f"{machine_line()}, onnxruntime {version('onnxruntime')}, {args.method}, {args.threads} threads")
     model = load(args.run).eval()
+    if args.quantize is not None:
+        quantise(model, args.quantize)
     options: dict[str, Any] = {"method": args.method, **({"pair": args.pair} if args.pair else {})}
     texts = texts_of(args.texts, args.count, args.pair)
     models = {"eager": model}
@@ -126,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row.of_eager:.2f} of eager, {row.same:.0%} of {len(texts)} texts the same"
         )
     machine = {"onnxruntime": version("onnxruntime"), "threads": args.threads}
-    write_rows(args.json, rows, machine, method=args.method, texts=len(texts))
+    write_rows(args.json, rows, machine, method=args.method, texts=len(texts), quantize=args.quantize)
     return 0
 
 

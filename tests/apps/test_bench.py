@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 from apps import bench
+from apps.base.machine import machine_facts
 from apps.cli import main as moesaic
 
 _SCRIPT = """
@@ -62,3 +66,15 @@ def test_systems_take_turns_and_the_first_round_warms_up():
     assert ours == ("ours", [4.5, 9.0, 13.5], 3.0)  # twice and four times as fast
     assert theirs == ("theirs", [3.0, 3.0, 3.0], 1.0)
     assert list(rounds.rates({"ours": [2.0]}, 12.0, "theirs")) == [("ours", [6.0, 6.0, 6.0], None)]
+
+
+def test_rows_are_written_with_the_machine_and_what_the_benchmark_says(tmp_path):
+    write_rows, row = (
+        bench.load("_rounds").write_rows,
+        dataclasses.make_dataclass("Row", ["system", "ms"])("eager", 1.5),
+    )
+    write_rows(None, [row], {})
+    write_rows(tmp_path / "new" / "rows.json", [row], {"threads": 1}, texts=3)
+    written = json.loads((tmp_path / "new" / "rows.json").read_text())
+    assert written.pop("machine") == {**machine_facts(), "threads": 1}
+    assert written == {"texts": 3, "rows": [{"system": "eager", "ms": 1.5}]}
