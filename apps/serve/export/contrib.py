@@ -39,11 +39,10 @@ def misfit(layer: core.MoELayer) -> str | None:
 
 
 def goes_by_blocks(layer: core.MoELayer) -> bool:
-    """Return whether ``MatMulNBits`` computes each product of a layer's experts."""
-    experts = layer.experts
-    if type(layer) is not core.MoE or not isinstance(experts, (FFNExperts, ClampedSwiGLUExperts)):
-        return False
-    return experts.is_quantized and all(w.bits == 4 and _block(w) is not None for w in _matrices(experts))
+    """Return whether ``MatMulNBits`` takes the matrices of a plain MoE layer's experts, of whatever kind they are."""
+    matrices = [m.weight for m in layer.experts.modules() if isinstance(m, QuantizedMatrices)]
+    fits = bool(matrices) and all(w.bits == 4 and _block(w) is not None for w in matrices)
+    return fits and type(layer) is core.MoE
 
 
 def _operator_misfit(layer: core.MoELayer) -> str | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from apps.serve.export.onnx import to_onnx
+import core
+from apps.serve.export.onnx import Form, to_onnx
 from apps.train.exporting import Graph
 from tests.support.overlays import (
     CONFIGS,
@@ -26,6 +27,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 REFUSED: dict[str, str] = {}
 """The overlays that have no form in ONNX, and the error of each."""
+QUANTISED = [path for path in OVERLAYS if path.parent.name == "experts" and not path.stem.startswith("peer")]
+"""Overlays of experts with matrices: those of PEER are tables."""
 
 
 def name(path: Path) -> str:
@@ -53,9 +56,9 @@ def sized(graph: Graph, B: int, S: int) -> dict[str, torch.Tensor]:
     return dict.fromkeys(graph.inputs, few if given.ndim == 2 else torch.randn(few.shape))
 
 
-def check(graph: Graph, path: Path) -> None:
+def check(graph: Graph, path: Path, form: Form = "standard") -> None:
     """Compare the file with eager mode to 1e-5 of the largest output, for other sizes than the example's."""
-    to_onnx(graph, path, "standard")
+    to_onnx(graph, path, form)
     session = onnxruntime.InferenceSession(str(path))
     taken = {value.name for value in session.get_inputs()}
     for B, S in ((3, LENGTH), (1, 7), (5, 21)):
@@ -83,6 +86,15 @@ def test_an_overlay_is_computed_as_in_eager_mode_or_refused_by_name(path, tmp_pa
             to_onnx(graph, tmp_path / "overlay.onnx", "standard")
     else:
         check(graph, tmp_path / "overlay.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("path", QUANTISED, ids=name)
+def test_quantised_experts_of_an_overlay_are_computed_as_in_eager_mode(path, bits, tmp_path):
+    graph = graph_of([path])
+    core.quantize_experts(graph.network, bits)
+    check(graph, tmp_path / "overlay.onnx", "fastest")
 
 
 def test_thirty_routers_and_more_are_not_refused():
