@@ -174,8 +174,9 @@ class _Operator(nn.Module):
             self.fc1, self.fc2 = _of_channels(experts.w_in, gate), _of_channels(experts.w_out)
             return
         bits, block = matrices[0].bits, None
-        if bits == 4 and all(_block(w) is not None and w.fan_in % LEAST_BLOCK == 0 for w in matrices):
-            block = min(_block(w) or 0 for w in matrices)
+        blocks = [b for w in matrices if (b := _block(w)) is not None and w.fan_in % b == 0]
+        if bits == 4 and len(blocks) == len(matrices):
+            block = min(blocks)
             self.attributes["block_size"] = block
         self.attributes["expert_weight_bits"] = bits
 
