@@ -46,8 +46,9 @@ from apps.report.page import FILE, SECTIONS, Section, load_sections, open_page, 
 from apps.report.tables import print_in_parts
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.contents import read_checkpoint
+from apps.train.linked import LinkedModule
 from apps.train.logs import EventLog, MetricsCSV, profiler
-from apps.train.offloading import described, record
+from apps.train.offloading import described, record, room_for_experts
 from apps.train.predicting import PredictionStream
 from apps.train.progress import progress
 from apps.train.quantising import Quantised, form_of
@@ -198,8 +199,12 @@ class SparseCLI(LightningCLI):
         return data
 
     def _create_model(self, kind: type[LightningModule], *args: Any, **kwargs: Any) -> LightningModule:
-        """Make the model, without weights where a graph runs in their place."""
-        with torch.device("meta") if self.request.exported is not None else contextlib.nullcontext():
+        """Make the model, without weights where a graph runs in their place, or a checkpoint's go to a file."""
+        if self.request.exported is not None:
+            with torch.device("meta"):
+                return kind(*args, **kwargs)
+        is_filled = self.ckpt_path is not None and issubclass(kind, LinkedModule)
+        with room_for_experts(self.request.offload if is_filled else None):
             return kind(*args, **kwargs)
 
     def _check_links(self) -> None:
@@ -259,7 +264,7 @@ class SparseCLI(LightningCLI):
         plugins = given.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
         if not any(isinstance(p, CheckpointIO) for p in plugins):
-            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO(mapped=self.request.command != "fit")]
         return super().instantiate_trainer(**kwargs)
 
     def _loggers(self, given: Any) -> Any:

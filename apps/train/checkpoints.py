@@ -15,8 +15,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from apps.base.checks import check_at_least
 from apps.base.files import delete, os_error, replacing, temporary_path
-from apps.train import pretrained, sharded
+from apps.train import sharded
 from apps.train.checkpoint_paths import is_pretrained
+from apps.train.contents import read_checkpoint
 from apps.train.finite import check_weights
 from apps.train.logs import MetricsCSV
 from apps.train.run_folder import put_aside
@@ -24,14 +25,20 @@ from apps.train.stopping import StopsSoon
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there: a kill or a full disk leaves the old file as it was."""
+    """Writes a checkpoint beside its place and moves it there: a kill or a full disk leaves the old file as it was.
+
+    Args:
+        mapped: read a file where its tensors are used, for a test that needs few of them and keeps none.
+    """
+
+    def __init__(self, mapped: bool = False) -> None:
+        super().__init__()
+        self.mapped = mapped
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
         """Return a checkpoint's contents; those of a folder are put together."""
-        if sharded.is_sharded(path):
-            return sharded.read(path)
-        if is_pretrained(path):
-            return pretrained.read(Path(path))
+        if self.mapped or sharded.is_sharded(path) or is_pretrained(path):
+            return read_checkpoint(path)
         return super().load_checkpoint(path, map_location, weights_only)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:

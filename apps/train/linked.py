@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from apps.registry import class_path
 from apps.train.contents import read_checkpoint, unlike
 from core.config.plain import arguments_from_plain, arguments_to_plain
+from core.offload import loading_experts
 
 
 class LinkedModule(LightningModule):
@@ -50,9 +51,12 @@ class LinkedModule(LightningModule):
         """Return the module anew, untrained, with other values of the arguments in ``changed``."""
         return type(self)(**{**self._arguments, **changed})
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         self.starts_afresh = False
-        return super().load_state_dict(*args, **kwargs)
+        if assign:
+            return super().load_state_dict(state_dict, strict, assign)
+        with loading_experts(self, state_dict) as rest:
+            return super().load_state_dict(rest, strict)
 
     # ---- the data
 

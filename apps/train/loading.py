@@ -18,10 +18,19 @@ from apps.base.messages import excerpt
 from apps.train.checkpoint_paths import find_checkpoint
 from apps.train.contents import read_checkpoint
 from apps.train.module import SparseModule
+from apps.train.offloading import offload as offload_experts
+from apps.train.offloading import room_for_experts
+from apps.train.quantising import quantise
 from core.config.plain import arguments_from_plain
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
+def load(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    quantize: str | None = None,
+    offload: str | None = None,
+) -> Any:
     """Return the trained model of a run, of any app, ready to predict.
 
     Every app's model has ``predict``, which takes what its users have: a table or a path of one (recommenders), image
@@ -30,6 +39,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
     Args:
         path: the folder of a run, whose best checkpoint is taken, else its last; or a checkpoint.
         device: where the weights go.
+        quantize: how experts are quantised, such as "int8" or "int4:64"; None: they stay as they are.
+        offload: how much of the experts is on the device, such as "0.5" or "64MB:experts.safetensors"; see
+            ``core.offload_experts`` and ``core.OffloadedExperts.of(model)``. None: all of them. What goes to a file is
+            never in memory as a whole.
 
     Returns:
         The ``SparseModule`` in evaluation mode. It knows what its checkpoint keeps of the data (classes, columns,
@@ -37,7 +50,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: the file is damaged, or of a model whose class has not been imported.
+        ValueError: the file is damaged, or of a model whose class has not been imported; or its experts cannot be
+            quantised or offloaded.
 
     Example::
 
@@ -46,7 +60,13 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
     """
     file = find_checkpoint(path)
     checkpoint = read_checkpoint(file)
-    return module_class(checkpoint, file).restored(checkpoint, str(file)).to(device).eval()
+    with room_for_experts(offload):
+        model = module_class(checkpoint, file).restored(checkpoint, str(file)).eval()
+    if quantize is not None:
+        quantise(model, quantize)
+    if offload is not None:
+        offload_experts(model, offload, device)
+    return model.to(device)
 
 
 def module_class(checkpoint: Mapping[str, Any], path: Path) -> type[SparseModule]:

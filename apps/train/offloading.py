@@ -5,6 +5,7 @@ A command line is checked before torch is imported, which this file therefore do
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,19 @@ def offload(model: nn.Module, how: str, device: str | torch.device | None = None
 
     budget = read_budget(how)
     return core.offload_experts(model, budget.bytes_of(offloadable_bytes(model)), budget.path, device=device)
+
+
+def room_for_experts(how: str | None) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which a model is made that is to be offloaded: without memory for experts that go to a
+    file, so that a checkpoint's values go there and nowhere else. They keep the checkpoint's memory until then.
+
+    Args:
+        how: as ``offload`` takes it; None: the experts stay on the device.
+    """
+    from core.offload import unloaded_experts
+
+    to_file = how is not None and read_budget(how).path is not None
+    return unloaded_experts() if to_file else contextlib.nullcontext()
 
 
 def described(offloaded: OffloadedExperts) -> str:

@@ -10,6 +10,7 @@ from ..contract import check_kinds, check_part
 from ..contract.checks import at_least_one, below_one, not_negative, one_of
 from ..dispatch import Dispatcher
 from ..experts import FFN, ExpertConfig
+from ..experts.unloaded import device_of_experts
 from ..kernels import check_backend
 from ..layers import AttentionMoE, AveragedMoE, MergedMoE, MoE, NeuronMoE, PatchMoE, SharedGate, SoftMoE
 from ..layers.shared import KINDS
@@ -222,9 +223,12 @@ class MoEConfig:
             return self.split(dim).build(dim, out_dim)
         shared, has_gate = self.num_shared_experts, self.shared_gate != "none"
         width = self.expert.out_dim(dim) if out_dim is None else out_dim
+        router = self.router.build(self.expert.row_dim(dim), self.num_experts, self.capacity())
+        with device_of_experts():
+            experts = self.expert.build(self.num_experts, dim, out_dim)
         layer = self.layer_class()(
-            self.router.build(self.expert.row_dim(dim), self.num_experts, self.capacity()),
-            self.expert.build(self.num_experts, dim, out_dim),
+            router,
+            experts,
             self.balance,
             self.make_dispatcher(),
             shared_experts=(self.shared_expert or self.expert).build(shared, dim, out_dim) if shared else None,

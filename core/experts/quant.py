@@ -61,7 +61,7 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
             quantize(parameter[:1, :, :0], bits, group_size)
         except ValueError as error:
             raise ValueError(f"{name} cannot be quantised: {error}") from None
-        if not bool(parameter.isfinite().all()):
+        if not (parameter.is_meta or bool(parameter.isfinite().all())):
             raise ValueError(f"{name} has weights that are not finite: they have no scale")
     for module, name, parameter in matrices.values():
         _put(module, name, quantize(parameter, bits, group_size))

@@ -114,7 +114,7 @@ def quantize(w: Tensor, bits: int, group_size: int | None = None) -> QuantizedWe
         w_gKN = w[e].to(wide).unflatten(0, (K // size, size))
         scales[e] = w_gKN.abs().amax(1) / LARGEST[bits]
         scale = scales[e].to(wide)  # as it is stored
-        if not bool(scale.isfinite().all()):
+        if not (scale.is_meta or bool(scale.isfinite().all())):
             raise ValueError(f"expert {e} has weights that are not finite: they have no scale")
         q = (w_gKN / scale.masked_fill(scale == 0, 1.0)[:, None]).round_().clamp_(-LARGEST[bits], LARGEST[bits])
         q_KN = q.flatten(0, 1).to(torch.int8)

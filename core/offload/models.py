@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +116,55 @@ def offloadable_bytes(model: nn.Module) -> int:
     return sum(t.nbytes for experts, _ in _places(model)[0].values() for t in stacked(experts).values())
 
 
+@contextlib.contextmanager
+def loading_experts(model: nn.Module, state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Give experts that ``unloaded_experts`` has left without memory the values of a state dict.
+
+    Experts that ``offload_experts`` would offload take the state's own tensors: where those are mapped from a file, the
+    file has to stay as it is until the experts are offloaded, and no copy is made before. Others get copies. They have
+    no gradients.
+
+    Args:
+        model: the model, of which nothing but experts is given values here.
+        state: values by the names of the model's ``state_dict``.
+
+    Yields:
+        what ``model.load_state_dict`` is to be given inside the block: the state, without those values.
+
+    Raises:
+        ValueError: the state has no values for a tensor without memory, or values of another shape.
+
+    Example::
+
+        with core.offload.unloaded_experts():
+            model = Net()
+        state = torch.load("net.pt", mmap=True, weights_only=True)
+        with core.offload.loading_experts(model, state) as rest:
+            model.load_state_dict(rest)
+        core.offload_experts(model.eval(), budget_bytes=64 * 2**20, path="/tmp/experts.safetensors")
+    """
+    empty = {
+        f"{path}.{name}".lstrip("."): t
+        for path, experts in model.named_modules(remove_duplicate=False)
+        if isinstance(experts, Experts)
+        for name, t in (*experts.named_parameters(), *experts.named_buffers())
+        if t.is_meta
+    }
+    if not empty:
+        yield state
+        return
+    taken = {name: t for name, t in empty.items() if name in state and state[name].shape == t.shape}
+    rest: Any = copy.copy(state)
+    rest.update(taken)  # a tensor without memory is "copied" to itself
+    yield rest
+    moving = {id(t) for experts, _ in _places(model)[0].values() for t in stacked(experts).values()}
+    for name, t in empty.items():
+        if name not in taken:
+            raise ValueError(f"{name} of shape {tuple(t.shape)} has no memory, and the state has no such values for it")
+        values = state[name].detach().to(t.dtype)
+        _replace(model, name, values if id(t) in moving else values.clone())
+
+
 def _places(model: nn.Module) -> tuple[dict[str, tuple[Experts, Scores | None]], list[str]]:
     """Return the modules of experts to be offloaded with their gates, by name, and the names of those that stay."""
     places: dict[str, tuple[Experts, Scores | None]] = {}
@@ -176,10 +227,10 @@ def _slots(
     ]
 
 
-def _replace(experts: Experts, name: str, t: Tensor) -> None:
-    """Put a tensor in the place of a stacked one, without a gradient."""
+def _replace(model: nn.Module, name: str, t: Tensor) -> None:
+    """Put a tensor in the place of another, without a gradient."""
     path, _, last = name.rpartition(".")
-    module = experts.get_submodule(path)
+    module = model.get_submodule(path)
     if last in module._parameters:
         module._parameters[last] = nn.Parameter(t, requires_grad=False)
     else:

@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..contract import Rows
 from ..experts import Experts
@@ -83,6 +83,12 @@ class OffloadedExperts:
             member.experts.cache = self
 
     # ---- what a user asks
+
+    @classmethod
+    def of(cls, model: nn.Module) -> OffloadedExperts | None:
+        """Return what ``offload_experts`` returned for a model; None where its experts are not offloaded."""
+        caches = (module.cache for module in model.modules() if isinstance(module, Experts))
+        return next((cache for cache in caches if isinstance(cache, cls)), None)
 
     @property
     def statistics(self) -> OffloadStatistics:

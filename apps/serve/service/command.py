@@ -25,8 +25,6 @@ from apps.serve.service.reading import Reader
 from apps.train.answering import Service
 from apps.train.checkpoint_paths import run_name
 from apps.train.loading import load
-from apps.train.offloading import offload
-from apps.train.quantising import quantise
 
 _LOOKED_AT = 16
 """One of so many batches is looked at for the use of the experts, which costs some time."""
@@ -67,14 +65,8 @@ def prepared(options: Options) -> tuple[Any, core.OffloadedExperts | None]:
         ValueError: as ``load`` and ``device_of``, or experts that cannot be quantised or offloaded.
     """
     device = device_of(options.device)
-    in_host = options.quantize is not None or options.offload is not None
-    model = load(options.checkpoint, "cpu" if in_host else device)  # a device may have no room for all experts
-    if options.quantize is not None:
-        quantise(model, options.quantize)
-    offloaded = None
-    if options.offload is not None:
-        offloaded = offload(model, options.offload, device)
-    return model.to(device), offloaded
+    model = load(options.checkpoint, device, quantize=options.quantize, offload=options.offload)
+    return model, core.OffloadedExperts.of(model)
 
 
 class Served:

@@ -74,11 +74,17 @@ def test_a_group_that_does_not_divide_is_named(trained, tmp_path, capsys):
     assert "experts.w_in cannot be quantised: group_size=5 does not divide the 8 inputs" in line
 
 
-def test_a_quantised_model_is_tested_and_not_trained(trained, tmp_path, capsys):
+def test_a_quantised_model_is_tested_and_not_trained(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(html, "has_charts", lambda: False)
     folder = tmp_path / "small"
     quantise(apps.load(trained), "int4").save_pretrained(folder)
     argv = ["--config", str(trained / "config.yaml"), "--run_dir", str(tmp_path / "run")]
-    assert main(["test", *argv, "--ckpt_path", str(folder)]) == 0
+    own = {}
+    for how in ([], ["--offload", f"0.5:{tmp_path / 'experts.safetensors'}"]):
+        assert main(["test", *argv, "--ckpt_path", str(folder), *how]) == 0
+        own = {**own, len(how): json.loads((tmp_path / "run" / "test.json").read_text())}
+    assert own[2]["test/loss"] == pytest.approx(own[0]["test/loss"], rel=1e-6)
+    assert (own[2]["offloaded"]["slots"], own[2]["offloaded"]["experts"]) == (2, 4)
     line = fails(capsys, 2, "fit", *argv, "--weights", str(folder))
     assert "has experts in int4, which do not train" in line
     line = fails(capsys, 1, "test", *argv, "--ckpt_path", str(folder), "--quantize", "int8")

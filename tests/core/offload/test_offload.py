@@ -7,7 +7,8 @@ import io
 import json
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ from core import (
     TokenChoice,
     Zero,
 )
-from core.offload.models import offloadable_bytes
+from core.offload import loading_experts, offloadable_bytes, unloaded_experts
 from core.offload.slots import SlotPool
 from core.offload.statistics import OffloadStatistics
 from core.offload.stores import HostStore
@@ -78,6 +79,15 @@ def layer_of(expert: ExpertConfig | None = None, top_k: int = 3, seed: int = 0, 
     return layer.requires_grad_(False)
 
 
+def loaded(config: MoEConfig, state: Mapping[str, Tensor]) -> core.MoELayer:
+    """Return a layer with the values of a state dict, whose experts had no memory before."""
+    with unloaded_experts():
+        layer = config.build(D).eval()
+    with loading_experts(layer, state) as rest:
+        layer.load_state_dict(rest)
+    return layer.requires_grad_(False)
+
+
 def one_expert(layer: nn.Module) -> int:
     return offloadable_bytes(layer) // E
 
@@ -94,8 +104,11 @@ def passes(layer: nn.Module, count: int = 3) -> list[Tensor]:
 @pytest.mark.parametrize("in_file", [False, True])
 @pytest.mark.parametrize("name", [*EXACT, *ROUNDED])
 def test_the_output_is_that_of_resident_experts(name: str, in_file: bool, tmp_path: Path):
-    layer = layer_of({**EXACT, **ROUNDED}[name])
+    expert = {**EXACT, **ROUNDED}[name]
+    layer = layer_of(expert)
     expected = passes(layer)
+    if in_file:
+        layer = loaded(MoEConfig(E, TokenChoice(3), expert), layer.state_dict())
     # Mixed kinds have a pool a shape, and half of the bytes is enough for a slot of each.
     path = tmp_path / "experts.safetensors" if in_file else None
     offloaded = core.offload_experts(layer, offloadable_bytes(layer) // 2, path)
@@ -220,6 +233,59 @@ def test_calls_from_several_threads():
     for thread in threads:
         thread.join()
     assert same == [True] * 8
+
+
+# ---- experts that are loaded where they are kept
+
+
+def test_experts_without_memory_take_the_tensors_of_the_state():
+    state = layer_of(FFN(F, bias=True)).state_dict()
+    layer = loaded(MoEConfig(E, TokenChoice(3), FFN(F, bias=True)), state)
+    own = layer.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in state.items())
+    same = {name for name, value in state.items() if own[name].data_ptr() == value.data_ptr()}
+    assert same == {f"experts.{name}" for name in ("w_in", "w_out", "b_in", "b_out")}
+    # A layer that merges its experts is not offloaded: nothing of it stays in the state's memory.
+    merging = MoEConfig(E, core.Merge(), FFN(F))
+    state = merging.build(D).state_dict()
+    own = loaded(merging, state).state_dict()
+    assert all(torch.equal(own[name], v) and own[name].data_ptr() != v.data_ptr() for name, v in state.items())
+
+
+def test_a_checkpoint_in_another_dtype_is_loaded_in_the_dtype_of_the_layer():
+    config, state = MoEConfig(E, TokenChoice(3), FFN(F)), layer_of().state_dict()
+    layer = loaded(config, {name: value.double() for name, value in state.items()})
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+class Remembering(core.experts.FFNExperts):
+    """Has numbers that no checkpoint keeps."""
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(num_experts, dim, hidden_dim, activation="relu")
+        self.register_buffer("memory", torch.ones(num_experts), persistent=False)
+
+
+@dataclass(frozen=True)
+class RememberingFFN(FFN):
+    def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> Remembering:
+        return Remembering(num_experts, dim, self.hidden_dim)
+
+
+def test_values_that_the_checkpoint_lacks_are_named():
+    config, state = MoEConfig(E, TokenChoice(3), FFN(F)), layer_of().state_dict()
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "experts.w_in"'):
+        loaded(config, {name: value for name, value in state.items() if name != "experts.w_in"})
+    with pytest.raises(RuntimeError, match=r"size mismatch for experts.w_in: .*\[4, 64, 64\]"):
+        loaded(config, {**state, "experts.w_in": state["experts.w_in"][:4]})
+    with unloaded_experts():
+        layer = config.build(D)
+    some = {"experts.w_in": state["experts.w_in"]}
+    lacking = r"^experts.w_out of shape \(8, 64, 64\) has no memory, and the state has no"
+    with pytest.raises(ValueError, match=lacking), loading_experts(layer, some) as rest:
+        layer.load_state_dict(rest, strict=False)
+    with pytest.raises(ValueError, match=r"^experts.memory of shape \(8,\) has no memory"):
+        loaded(MoEConfig(E, TokenChoice(3), RememberingFFN(F)), state)
 
 
 # ---- which experts are there
