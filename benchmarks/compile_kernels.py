@@ -1,7 +1,7 @@
 """Compile every kernel for cards that are not there, and print what each needs.
 
     python -m benchmarks.compile_kernels                      # every kernel and tile, for sm_80, sm_90 and sm_100
-    python -m benchmarks.compile_kernels --arch 90 --dtypes bfloat16 --kernels up linear
+    python -m benchmarks.compile_kernels --arch 90 --dtypes bfloat16 --kernels up linear --matrices int8 int4
 
 Each kernel, tile and card has a line: registers, bytes of spilled registers, shared memory, how many loads are on the
 way when the pipeline first waits, bytes of the widest load, and whether the products run on tensor cores. It needs
@@ -50,6 +50,7 @@ PRODUCTS = {
     "tf32": torch.float32,
 }
 """The dtypes of products; "tf32" is float32 with the tensor cores' own precision."""
+MATRICES = ("float", "int8", "int4")
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -67,6 +68,7 @@ class Compiled:
 
     Attributes:
         kernel, widths, arch, dtype, tile: what was compiled.
+        matrices: one of ``MATRICES``, how the experts' are stored.
         registers: registers of a thread.
         spill: bytes of registers that a thread keeps in memory.
         shared: bytes of shared memory of a program.
@@ -81,6 +83,7 @@ class Compiled:
     arch: int
     dtype: str
     tile: str
+    matrices: str
     registers: int
     spill: int
     shared: int
@@ -132,12 +135,12 @@ def launches(
             into, out = (_quantised(of, E, *shape, bits, size) for shape in ((D, F), (F, D)))
             if into is None or out is None:
                 continue  # 64 does not divide the widths
-            products.quantized_up(x, index_R, offsets_E, into, None, b_in, "gelu", R)
-            products.quantized_up(x, index_R, offsets_E, into, into, None, "silu", R)
-            products.quantized_up(x_R, None, offsets_E, into, into, b_in, "gelu", R)
-            products.quantized_linear(hidden_R, out, offsets_E, x_R, bias=b_out, gates_R=gates_R)
-            products.quantized_linear(hidden_R, out, offsets_E, x, gates_R=gates_R, row_index_R=index_R)
-            products.quantized_linear(hidden_R, out, offsets_E, x_R, clear=True)
+            products.up(x, index_R, offsets_E, into, None, b_in, "gelu", R, False)
+            products.up(x, index_R, offsets_E, into, into, None, "silu", R, False)
+            products.up(x_R, None, offsets_E, into, into, b_in, "gelu", R, False)
+            products.linear(hidden_R, out, offsets_E, x_R, bias=b_out, gates_R=gates_R)
+            products.linear(hidden_R, out, offsets_E, x, gates_R=gates_R, row_index_R=index_R)
+            products.linear(hidden_R, out, offsets_E, x_R, clear=True)
         products.hidden_grad(x, index_R, offsets_E, gates_R, w_out, b_out, hidden_R, None, "gelu")
         products.hidden_grad(x, index_R, offsets_E, gates_R, w_out, None, hidden_R, hidden_R, "silu")
         products.hidden_grad(x, index_R, offsets_E, gates_R, w_out, None, hidden_R, hidden_R, "gelu")
@@ -206,6 +209,7 @@ def compile_launch(launch: Launch, tile: Tile | None, arch: int, dtype: str) -> 
         arch=arch,
         dtype=dtype,
         tile="-" if tile is None else f"{tile.m}x{tile.n} w{tile.warps} s{tile.stages}",
+        matrices=_matrices(launch),
         registers=registers,
         spill=spill,
         shared=made.metadata.shared,
@@ -242,6 +246,10 @@ def specialized(
     return signature, constants, aligned
 
 
+def _matrices(launch: Launch) -> str:
+    return str(launch.constants.get("KIND") or "float")
+
+
 def _widest_load(ptx: str) -> int:
     vectors = [int(count or 1) * int(bits) // 8 for count, bits in LOAD.findall(ptx)]
     return max((*vectors, *(int(size, 0) for size in ASYNC_LOAD.findall(ptx))), default=0)
@@ -267,6 +275,7 @@ def compile_all(
     dtypes: Sequence[str],
     kernels: Sequence[str] | None = None,
     widths: Sequence[str] = tuple(WIDTHS),
+    matrices: Sequence[str] = MATRICES,
     *,
     all_flags: bool = True,
 ) -> Iterator[Compiled]:
@@ -277,6 +286,7 @@ def compile_all(
         dtypes: some of ``PRODUCTS``.
         kernels: names, such as "up"; None: all.
         widths: some of ``WIDTHS``; kernels that see no width of rows are compiled for the first alone.
+        matrices: some of ``MATRICES``; kernels that read no matrices of experts have the first.
         all_flags: compile every combination of flags in ``launches``, and the first tile for the fewest and the most
             experts that there can be; otherwise compile the first combination of each kernel, or of each way in which
             its matrices are stored.
@@ -293,7 +303,7 @@ def compile_all(
                 starts = launches(PRODUCTS[dtype], WIDTHS[pair], **shape)
             for launch in starts:
                 name = launch.kernel.split(".")[1]
-                if kernels is not None and name not in kernels:
+                if (kernels is not None and name not in kernels) or _matrices(launch) not in matrices:
                     continue
                 if dtype == "tf32" and "PRECISION" not in launch.constants:
                     continue  # it is the float32 one
@@ -327,6 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=names, default=names, help="dtypes of the products")
     parser.add_argument("--widths", nargs="+", choices=list(WIDTHS), default=list(WIDTHS), help="D and F")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="such as up, linear or weight_grad (default: all)")
+    parser.add_argument("--matrices", nargs="+", choices=MATRICES, default=list(MATRICES), help="as they are stored")
     parser.add_argument("--first", action="store_true", help="each kernel with one set of flags")
     parser.add_argument("--json", action="store_true", help="one object a line")
     args = parser.parse_args(argv)
@@ -334,9 +345,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 replaces the compiler: unset it")
     failed = 0
     if not args.json:
-        heads = f"{'kernel':28}{'widths':12}{'dtype':10}{'tile':18}{'card':8}"
+        heads = f"{'kernel':28}{'matrices':10}{'widths':12}{'dtype':10}{'tile':18}{'card':8}"
         print(f"{heads}{'registers':>10}{'spill':>7}{'shared':>8}{'in flight':>11}{'widest':>8}  tensor cores")
-    for made in compile_all(args.arch, args.dtypes, args.kernels, args.widths, all_flags=not args.first):
+    for made in compile_all(args.arch, args.dtypes, args.kernels, args.widths, args.matrices, all_flags=not args.first):
         wrong = made.wrong()
         failed += wrong is not None
         if args.json:
@@ -344,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         cores, waiting = "yes" if made.tensor_cores else "-", "-" if made.in_flight is None else made.in_flight
         print(
-            f"{made.kernel:28}{made.widths:12}{made.dtype:10}{made.tile:18}sm_{made.arch:<5}{made.registers:>10}{made.spill:>7}"
+            f"{made.kernel:28}{made.matrices:10}{made.widths:12}{made.dtype:10}{made.tile:18}sm_{made.arch:<5}{made.registers:>10}{made.spill:>7}"
             f"{made.shared:>8}{waiting:>11}{made.widest:>8}  {cores}{'' if wrong is None else '  ' + wrong}",
             flush=True,
         )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..quantized import QuantizedWeight
+from ..quantized import Weight
 from .environment import interpreted, upcast
 from .launch import Launch, power_of_two, programs
 from .tuning import Tile, block_k, tiles
@@ -31,26 +31,30 @@ def up(
     x: Tensor,
     row_index_R: Tensor | None,
     offsets_E: Tensor,
-    w: Tensor,
-    w_gate: Tensor | None,
+    w: Weight,
+    w_gate: Weight | None,
     bias: Tensor | None,
     activation: str,
     rows: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``hidden`` (R, F), and the pre-activations of ``w`` and ``w_gate``, empty without ``keep``."""
+    kind, values, scales = _stored_as(w)
+    _, gate, gate_scales = _stored_as(w if w_gate is None else w_gate)
     E, D, F = w.shape
     hidden = x.new_empty(rows, F)
     pre = x.new_empty(rows if keep else 0, F)
     pre_gate = x.new_empty(rows if keep and w_gate is not None else 0, F)
     constants = {
+        **kind,
         "ACT": activation,
         "GATHER": row_index_R is not None,
         "GATED": w_gate is not None,
         "BIAS": bias is not None,
         "KEEP": keep,
     }
-    pointers = (x, _or(row_index_R, offsets_E), offsets_E, w, _or(w_gate, w), _or(bias, w), pre, pre_gate, hidden)
+    matrices = (values, scales, gate, gate_scales)
+    pointers = (x, _or(row_index_R, offsets_E), offsets_E, *matrices, _or(bias, x), pre, pre_gate, hidden)
     _by_rows("products.up", _up_tuned_as(w_gate is not None, activation), pointers, constants, (E, D, F), rows, x)
     return hidden, pre, pre_gate
 
@@ -62,7 +66,7 @@ def _up_tuned_as(gated: bool, activation: str) -> str:
 
 def linear(
     x: Tensor,
-    w: Tensor,
+    w: Weight,
     offsets_E: Tensor,
     out: Tensor,
     *,
@@ -76,13 +80,15 @@ def linear(
     """Compute ``out = g (x w + x2 w2 + b)``; rows go to ``row_index_R`` of ``out`` where it is given.
 
     Args:
-        x: (R, D); w: (E, D, N), or ``transposed`` (E, N, D).
+        x: (R, D); w: (E, D, N), or ``transposed`` (E, N, D). Quantised ones are neither transposed nor two.
         second: x2 and w2, of the same shapes.
         clear: set rows past the last offset to zero; not with ``row_index_R``.
     """
     E, D, N = w.shape if not transposed else (w.shape[0], w.shape[2], w.shape[1])
-    x2, w2 = second or (x, w)
+    kind, values, scales = _stored_as(w)
+    x2, w2 = second or (x, values)
     constants = {
+        **kind,
         "TRANSPOSED": transposed,
         "SECOND": second is not None,
         "BIAS": bias is not None,
@@ -90,63 +96,16 @@ def linear(
         "SCATTER": row_index_R is not None,
         "CLEAR": clear,
     }
-    pointers = (x, x2, w, w2, _or(bias, w), _or(gates_R, x), _or(row_index_R, offsets_E), offsets_E, out)
+    rows = (_or(gates_R, x), _or(row_index_R, offsets_E), offsets_E)
+    pointers = (x, x2, values, w2, scales, _or(bias, x), *rows, out)
     _by_rows("products.linear", "linear", pointers, constants, (E, D, N), x.shape[0], x)
 
 
-def quantized_up(
-    x: Tensor,
-    row_index_R: Tensor | None,
-    offsets_E: Tensor,
-    w: QuantizedWeight,
-    w_gate: QuantizedWeight | None,
-    bias: Tensor | None,
-    activation: str,
-    rows: int,
-) -> Tensor:
-    """Return ``hidden`` (R, F) by quantised matrices."""
-    hidden, gate = x.new_empty(rows, w.shape[2]), w_gate or w
-    constants = {
-        **_stored_as(w),
-        "ACT": activation,
-        "GATHER": row_index_R is not None,
-        "GATED": w_gate is not None,
-        "BIAS": bias is not None,
-    }
-    matrices = (w.values, w.scales, gate.values, gate.scales)
-    pointers = (x, _or(row_index_R, offsets_E), offsets_E, *matrices, _or(bias, x), hidden)
-    _by_rows(
-        "quantized.up_quantized", _up_tuned_as(w_gate is not None, activation), pointers, constants, w.shape, rows, x
-    )
-    return hidden
-
-
-def quantized_linear(
-    x: Tensor,
-    w: QuantizedWeight,
-    offsets_E: Tensor,
-    out: Tensor,
-    *,
-    bias: Tensor | None = None,
-    gates_R: Tensor | None = None,
-    row_index_R: Tensor | None = None,
-    clear: bool = False,
-) -> None:
-    """Compute ``out = g (x w + b)`` by quantised matrices, with options as in ``linear``."""
-    constants = {
-        **_stored_as(w),
-        "BIAS": bias is not None,
-        "WEIGHTED": gates_R is not None,
-        "SCATTER": row_index_R is not None,
-        "CLEAR": clear,
-    }
-    pointers = (x, w.values, w.scales, _or(bias, x), _or(gates_R, x), _or(row_index_R, offsets_E), offsets_E, out)
-    _by_rows("quantized.linear_quantized", "linear", pointers, constants, w.shape, x.shape[0], x)
-
-
-def _stored_as(w: QuantizedWeight) -> dict[str, object]:
-    """Return the constants that say how a kernel reads quantised matrices."""
-    return {"KIND": f"int{w.bits}", "SIZE": 0 if w.is_by_channel else w.group_size}
+def _stored_as(w: Weight) -> tuple[dict[str, object], Tensor, Tensor]:
+    """Return the constants that say how a kernel reads matrices, their numbers, and their scales if they have any."""
+    if isinstance(w, Tensor):
+        return {"KIND": None, "SIZE": 0}, w, w
+    return {"KIND": f"int{w.bits}", "SIZE": 0 if w.is_by_channel else w.group_size}, w.values, w.scales
 
 
 def hidden_grad(

@@ -52,11 +52,11 @@ def _quantized_ffn(
     R, N = gates_R.shape[0], out_scales.shape[2]
     if R == 0:
         return x.new_zeros(x.shape[0], N)
-    hidden = products.quantized_up(x, row_index_R, offsets_E, w_in, w_gate, b_in, activation, R)
+    hidden, _, _ = products.up(x, row_index_R, offsets_E, w_in, w_gate, b_in, activation, R, keep=False)
     direct = row_index_R is None or top_k == 1
     # Rows and tokens that no expert computes are zero.
     y = x.new_zeros(x.shape[0], N) if direct else x.new_empty(R, N)
-    products.quantized_linear(
+    products.linear(
         hidden, w_out, offsets_E, y, bias=b_out, gates_R=gates_R, row_index_R=row_index_R if direct else None
     )
     if direct:
@@ -82,7 +82,7 @@ def _quantized_linear(
     if y.numel():
         x_RD, values, scales, offsets_E, b = dense(x_RD, values, scales, offsets_E, b)
         w = QuantizedWeight(values, scales, fan_in, x_RD.dtype)
-        products.quantized_linear(x_RD, w, offsets_E, y, bias=b, clear=True)
+        products.linear(x_RD, w, offsets_E, y, bias=b, clear=True)
     return y
 
 

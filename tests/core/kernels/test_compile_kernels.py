@@ -21,7 +21,6 @@ KERNELS = {
     "sums": {"sum_of_k", "sum_of_any", "sum_grad"},
     "sort": {"count", "place"},
     "gate": {"choose", "totals", "choose_grad"},
-    "quantized": {"up_quantized", "linear_quantized"},
 }
 
 
@@ -36,20 +35,21 @@ def python(*arguments: str) -> str:
 
 
 FLOATING = (*KERNELS["products"], *KERNELS["sums"])
-QUANTISED = (*KERNELS["quantized"],)
+QUANTISED = ("up", "linear")
 WITHOUT_PRODUCTS = (*KERNELS["sort"], *KERNELS["gate"])
 SIMPLE = ("column_sums", "gate_grad", "sum_of_k", "sum_grad")
+FLOATS = ["--dtypes", "bfloat16", "--matrices", "float", "--arch"]
 REPORTS = {
-    "bfloat16": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "whole", "--kernels", *FLOATING],
-    "newer cards": ["--arch", "90", "100", "--dtypes", "bfloat16", "--widths", "whole", "--kernels", "hidden_grad"],
+    "bfloat16": [*FLOATS, "80", "--widths", "whole", "--kernels", *FLOATING],
+    "newer cards": [*FLOATS, "90", "100", "--widths", "whole", "--kernels", "hidden_grad"],
     "without products": ["--arch", "90", "--dtypes", "float32", "--widths", "whole", "--kernels", *WITHOUT_PRODUCTS],
 }
 """Options of ``compile_kernels``, by the name of its report."""
 FURTHER_REPORTS = {
-    "float32": ["--arch", "80", "--dtypes", "float32", "--widths", "whole", "--kernels", "linear", "sum_of_any"],
-    "eights": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "eights", "--kernels", "linear", *SIMPLE],
-    "quantised": ["--arch", "90", "--dtypes", "bfloat16", "--widths", "whole", "--kernels", *QUANTISED],
-    "odd": ["--arch", "80", "--dtypes", "bfloat16", "--widths", "odd", "--kernels", "linear", *SIMPLE],
+    "float32": [*FLOATS, "80", "--dtypes", "float32", "--widths", "whole", "--kernels", "linear", "sum_of_any"],
+    "eights": [*FLOATS, "80", "--widths", "eights", "--kernels", "linear", *SIMPLE],
+    "quantised": [*FLOATS, "90", "--widths", "whole", "--kernels", *QUANTISED, "--matrices", "int8", "int4"],
+    "odd": [*FLOATS, "80", "--widths", "odd", "--kernels", "linear", *SIMPLE],
 }
 """Those of slow tests."""
 SCRIPT = """
@@ -109,8 +109,7 @@ def check(rows: list[dict], dtype: str) -> None:
         assert row["arch"] in compile_kernels.ARCHS
         assert row["spill"] <= compile_kernels.MAX_SPILL
         assert row["shared"] <= compile_kernels.SHARED_MEMORY[row["arch"]]
-        floating = {f"products.{k}" for k in ("up", "linear", "hidden_grad", "weight_grad")}
-        multiplies = row["kernel"] in floating | {f"quantized.{k}" for k in QUANTISED}
+        multiplies = row["kernel"] in {f"products.{k}" for k in ("up", "linear", "hidden_grad", "weight_grad")}
         assert row["products"] == multiplies
         if multiplies and row["in_flight"] is not None:
             assert row["in_flight"] > 0, names(row)
@@ -167,10 +166,11 @@ def test_no_tile_spills_where_rows_are_not_of_whole_tiles(further_reports):
 def test_products_by_quantised_matrices_build_however_they_are_stored(further_reports):
     rows = further_reports["quantised"]
     check(rows, "bfloat16")
-    most = {kernel: sum(row["kernel"] == f"quantized.{kernel}" for row in rows) for kernel in QUANTISED}
+    assert {row["matrices"] for row in rows} == {"int8", "int4"}
+    most = {kernel: sum(row["kernel"] == f"products.{kernel}" for row in rows) for kernel in QUANTISED}
     # int8 and int4, by channel and by group.
-    assert most["linear_quantized"] >= 4 * len(tuning.HALF_TILES["linear"])
-    assert most["up_quantized"] >= 4 * len(tuning.HALF_TILES["up"])
+    assert most["linear"] >= 4 * len(tuning.HALF_TILES["linear"])
+    assert most["up"] >= 4 * len(tuning.HALF_TILES["up"])
 
 
 def test_kernels_are_not_compiled_anew_for_another_number_of_tokens(reports):
@@ -219,6 +219,7 @@ def test_what_does_not_fit_is_said():
         "widths": "-",
         "dtype": "bfloat16",
         "tile": "-",
+        "matrices": "float",
         "registers": 255,
         "products": True,
         "arch": 80,

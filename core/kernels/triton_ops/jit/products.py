@@ -1,5 +1,7 @@
 """Grouped products: the rows of each expert times its matrix, with gather, bias, activation and gate inside.
 
+Matrices of forward products may be quantised: they become floating point in registers, tile by tile.
+
 Rows are sorted by expert, ``Offsets`` are inclusive counts. A tile holds rows of one expert; the last tile of an expert
 is padded by masks, never in memory. The number of tiles is known on the device alone: a launch covers the most there
 can be, ``ceil(R / BLOCK_M) + min(E, R)``, and the tiles that are not there end at once. One launch of as many programs
@@ -17,7 +19,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import activation, activation_grad, expert_tile, in_groups, in_units, load, product, rounded
+from .tiles import (
+    activation,
+    activation_grad,
+    begin_of_matrix,
+    by_channel,
+    expert_tile,
+    in_groups,
+    in_units,
+    load,
+    matrix_tile,
+    product,
+    rounded,
+)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -26,7 +40,9 @@ def up(
     Rows,
     Offsets,
     W,
+    Scales,
     WGate,
+    GateScales,
     Bias,
     Pre,
     PreGate,
@@ -35,6 +51,8 @@ def up(
     F,
     E,
     R,
+    KIND: tl.constexpr,
+    SIZE: tl.constexpr,
     ACT: tl.constexpr,
     GATHER: tl.constexpr,
     GATED: tl.constexpr,
@@ -54,10 +72,13 @@ def up(
 ):
     """``Hidden = act(X W + b)`` or ``act(X WGate) * (X W + b)``; ``Pre`` and ``PreGate`` are what the backward needs.
 
-    X (T, D) with ``GATHER``, else (R, D); W, WGate (E, D, F); Bias (E, F); Pre, PreGate, Hidden (R, F).
+    X (T, D) with ``GATHER``, else (R, D); W, WGate (E, D, F), with their scales as ``matrix_tile`` has them; Bias
+    (E, F); Pre, PreGate, Hidden (R, F).
     """
     D = in_units(D, UNIT_K)
     F = in_units(F, UNIT_N)
+    kind: tl.constexpr = X.dtype.element_ty
+    WHOLE: tl.constexpr = EVEN_K and EVEN_N
     tiles_m = tl.cdiv(R, BLOCK_M) + tl.minimum(R, E)
     tiles_n = tl.cdiv(F, BLOCK_N)
     for pid in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -72,18 +93,22 @@ def up(
             column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
             k = tl.arange(0, BLOCK_K)
             x_row = X + token * D
-            w_expert = W + expert.to(tl.int64) * D * F
-            gate_expert = WGate + expert.to(tl.int64) * D * F
+            of_w, of_scales = begin_of_matrix(expert, D, F, KIND, SIZE)
+            w_1, scales_1 = W + of_w, Scales + of_scales
+            w_2, scales_2 = WGate + of_w, GateScales + of_scales
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             acc_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for begin in range(0, D, BLOCK_K):
                 x = load(x_row[:, None] + (begin + k)[None, :], (begin + k)[None, :] < D, EVEN_K)
-                w_at = (begin + k)[:, None] * F + column[None, :]
-                w_mask = ((begin + k)[:, None] < D) & (column[None, :] < F)
-                acc = product(x, load(w_expert + w_at, w_mask, EVEN_K and EVEN_N), acc, PRECISION, UPCAST)
+                mask = ((begin + k)[:, None] < D) & (column[None, :] < F)
+                w = matrix_tile(w_1, scales_1, begin + k, column, F, 1, mask, kind, KIND, SIZE, WHOLE, UPCAST)
+                acc = product(x, w, acc, PRECISION, UPCAST)
                 if GATED:
-                    w_gate = load(gate_expert + w_at, w_mask, EVEN_K and EVEN_N)
-                    acc_gate = product(x, w_gate, acc_gate, PRECISION, UPCAST)
+                    w = matrix_tile(w_2, scales_2, begin + k, column, F, 1, mask, kind, KIND, SIZE, WHOLE, UPCAST)
+                    acc_gate = product(x, w, acc_gate, PRECISION, UPCAST)
+            acc = by_channel(acc, scales_1, column, F, KIND, SIZE)
+            if GATED:
+                acc_gate = by_channel(acc_gate, scales_2, column, F, KIND, SIZE)
             if BIAS:
                 bias = tl.load(Bias + expert * F + column, mask=column < F, other=0.0)
                 acc += bias.to(tl.float32)[None, :]
@@ -91,9 +116,9 @@ def up(
             out_at = row[:, None] * F + column[None, :]
             out_mask = (row[:, None] < end - start) & (column[None, :] < F)
             # The backward sees rounded pre-activations: so does the forward.
-            pre = rounded(acc, Hidden.dtype.element_ty, UPCAST)
+            pre = rounded(acc, kind, UPCAST)
             if GATED:
-                pre_gate = rounded(acc_gate, Hidden.dtype.element_ty, UPCAST)
+                pre_gate = rounded(acc_gate, kind, UPCAST)
                 h = activation(pre_gate.to(tl.float32), ACT) * pre.to(tl.float32)
             else:
                 h = activation(pre.to(tl.float32), ACT)
@@ -101,7 +126,7 @@ def up(
                 tl.store(Pre + tile_at + out_at, pre, mask=out_mask)
                 if GATED:
                     tl.store(PreGate + tile_at + out_at, pre_gate, mask=out_mask)
-            tl.store(Hidden + tile_at + out_at, rounded(h, Hidden.dtype.element_ty, UPCAST), mask=out_mask)
+            tl.store(Hidden + tile_at + out_at, rounded(h, kind, UPCAST), mask=out_mask)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -110,6 +135,7 @@ def linear(
     X2,
     W,
     W2,
+    Scales,
     Bias,
     Gates,
     Rows,
@@ -119,6 +145,8 @@ def linear(
     N,
     E,
     R,
+    KIND: tl.constexpr,
+    SIZE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SECOND: tl.constexpr,
     BIAS: tl.constexpr,
@@ -139,11 +167,14 @@ def linear(
 ):
     """``Out = g (X W + b)``, with ``SECOND`` ``g (X W + X2 W2 + b)``, to the rows' own places or to their tokens'.
 
-    X, X2 (R, D); W, W2 (E, D, N), ``TRANSPOSED`` (E, N, D); Bias (E, N); Gates (R,); Out (R, N), or (T, N) with
-    ``SCATTER``, where a token has one row at most. ``CLEAR``, without ``SCATTER``: rows past the last offset are zero.
+    X, X2 (R, D); W, W2 (E, D, N), ``TRANSPOSED`` (E, N, D), or W quantised as ``matrix_tile`` has it, alone and not
+    transposed; Bias (E, N); Gates (R,); Out (R, N), or (T, N) with ``SCATTER``, where a token has one row at most.
+    ``CLEAR``, without ``SCATTER``: rows past the last offset are zero.
     """
     D = in_units(D, UNIT_K)
     N = in_units(N, UNIT_N)
+    kind: tl.constexpr = X.dtype.element_ty
+    WHOLE: tl.constexpr = EVEN_K and EVEN_N
     stride_k = 1 if TRANSPOSED else N
     stride_n = D if TRANSPOSED else 1
     tiles_m = tl.cdiv(R, BLOCK_M) + tl.minimum(R, E)
@@ -157,19 +188,25 @@ def linear(
             column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
             k = tl.arange(0, BLOCK_K)
             x_row = inside.to(tl.int64) * D
-            w_expert = expert.to(tl.int64) * D * N
+            of_w, of_scales = begin_of_matrix(expert, D, N, KIND, SIZE)
+            w_1, w_2, scales = W + of_w, W2 + of_w, Scales + of_scales
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for begin in range(0, D, BLOCK_K):
                 x = load((X + x_row)[:, None] + (begin + k)[None, :], (begin + k)[None, :] < D, EVEN_K)
-                w_at = (begin + k)[:, None] * stride_k + column[None, :] * stride_n
-                w_mask = ((begin + k)[:, None] < D) & (column[None, :] < N)
-                acc = product(x, load(W + w_expert + w_at, w_mask, EVEN_K and EVEN_N), acc, PRECISION, UPCAST)
+                mask = ((begin + k)[:, None] < D) & (column[None, :] < N)
+                w = matrix_tile(
+                    w_1, scales, begin + k, column, stride_k, stride_n, mask, kind, KIND, SIZE, WHOLE, UPCAST
+                )
+                acc = product(x, w, acc, PRECISION, UPCAST)
             if SECOND:
                 for begin in range(0, D, BLOCK_K):
                     x = load((X2 + x_row)[:, None] + (begin + k)[None, :], (begin + k)[None, :] < D, EVEN_K)
-                    w_at = (begin + k)[:, None] * stride_k + column[None, :] * stride_n
-                    w_mask = ((begin + k)[:, None] < D) & (column[None, :] < N)
-                    acc = product(x, load(W2 + w_expert + w_at, w_mask, EVEN_K and EVEN_N), acc, PRECISION, UPCAST)
+                    mask = ((begin + k)[:, None] < D) & (column[None, :] < N)
+                    w = matrix_tile(
+                        w_2, scales, begin + k, column, stride_k, stride_n, mask, kind, KIND, SIZE, WHOLE, UPCAST
+                    )
+                    acc = product(x, w, acc, PRECISION, UPCAST)
+            acc = by_channel(acc, scales, column, N, KIND, SIZE)
             if BIAS:
                 bias = tl.load(Bias + expert * N + column, mask=column < N, other=0.0)
                 acc += bias.to(tl.float32)[None, :]

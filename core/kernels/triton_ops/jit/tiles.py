@@ -1,4 +1,5 @@
-"""Functions that the kernels share: the expert of a tile of rows, the order of tiles, activations."""
+"""Functions that the kernels share: the expert of a tile of rows, the order of tiles, matrices as they are stored,
+activations."""
 
 from __future__ import annotations
 
@@ -69,6 +70,64 @@ def rounded(x, kind: tl.constexpr, UPCAST: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).to(tl.float32, bitcast=True)
     return x.to(kind)
+
+
+@triton.jit
+def matrix_tile(
+    W,
+    Scales,
+    k,
+    column,
+    stride_k,
+    stride_n,
+    mask,
+    kind: tl.constexpr,
+    KIND: tl.constexpr,
+    SIZE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Numbers of one expert's matrix at rows ``k`` and columns ``column``, in ``kind``; zero outside the mask.
+
+    W (K, N), for "int4" (ceil(K / 2), N) with two numbers a byte; Scales (K / SIZE, N). ``KIND`` None: floating point,
+    without scales. ``SIZE`` 0: a channel has one scale, by which ``by_channel`` multiplies the sums, for half precision
+    holds whole numbers exactly.
+    """
+    if KIND == "int4":
+        at = W + ((k // 2)[:, None] * stride_k + column[None, :] * stride_n)
+        if WHOLE:
+            pair = tl.load(at)
+        else:
+            pair = tl.load(at, mask=mask, other=136)  # two zeros
+        q = ((pair.to(tl.int32) >> ((k % 2) * 4)[:, None]) & 15) - 8
+    else:
+        q = load(W + (k[:, None] * stride_k + column[None, :] * stride_n), mask, WHOLE)
+    if KIND is None:
+        return q
+    if SIZE == 0:
+        return rounded(q.to(tl.float32), kind, UPCAST)
+    scale = load(Scales + ((k // SIZE)[:, None] * stride_k + column[None, :] * stride_n), mask, WHOLE)
+    return rounded(q.to(tl.float32) * scale.to(tl.float32), kind, UPCAST)
+
+
+@triton.jit
+def begin_of_matrix(expert, K, N, KIND: tl.constexpr, SIZE: tl.constexpr):
+    """Where the matrix (K, N) of an expert begins among the numbers as they are stored, and among the scales."""
+    stored = K
+    if KIND == "int4":
+        stored = tl.cdiv(K, 2)
+    groups = 1
+    if SIZE > 0:
+        groups = K // SIZE
+    return expert.to(tl.int64) * stored * N, expert.to(tl.int64) * groups * N
+
+
+@triton.jit
+def by_channel(acc, Scales, column, N, KIND: tl.constexpr, SIZE: tl.constexpr):
+    """Sums times the scales of their channels, where a channel has one."""
+    if KIND is not None and SIZE == 0:
+        acc = acc * tl.load(Scales + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    return acc
 
 
 @triton.jit
