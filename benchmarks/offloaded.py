@@ -3,7 +3,8 @@
 Greedy translation of the test sentences of a run, which ``moesaic test`` has left in its report. Each sentence is
 translated by the resident model and by each setting in turn, so that ratios of times are of the same moment. The first
 sentences fill the slots and are not counted. An expert counts as hit where it was in a slot when a layer needed it,
-once a layer and step; of the encoder, which needs nearly all experts of a layer at once, and of the decoder.
+once a layer and step; of the encoder, which needs nearly all experts of a layer at once, and of the decoder. Experts
+that were on their way are misses, of which there are more where the fetching thread waits for a processor.
 
     moesaic bench offloaded --run runs/bible
     moesaic bench offloaded --run runs/bible --sentences 200 --json docs/runs/serving/offloaded.json
@@ -41,6 +42,7 @@ COLUMNS = (
     "prefetch",
     "same output",
     "hit rate",
+    "there or on their way",
     "decoder's",
     "stall, ms a sentence",
     "MB moved",
@@ -120,6 +122,7 @@ def row_of(setting: Setting, resident: list[float], resident_steps: list[float],
         "in_file": setting.in_file,
         "same_output": same,
         "hit_rate": every.hit_rate,
+        "foreseen_rate": every.foreseen_rate,
         "decoder_hit_rate": decoder.hit_rate,
         "stall_ms_per_sentence": 1000 * every.stall_seconds / count,
         "mb_moved_per_sentence": every.bytes_moved / count / 2**20,
@@ -198,6 +201,7 @@ def measured(model: Any, settings: list[Setting], lines: list[tuple[str, str]]) 
             "yes" if row["prefetch"] else "no",
             "yes" if row["same_output"] else "no",
             f"{row['hit_rate']:.3f}",
+            f"{row['foreseen_rate']:.3f}",
             f"{row['decoder_hit_rate']:.3f}",
             f"{row['stall_ms_per_sentence']:.1f}",
             f"{row['mb_moved_per_sentence']:.1f}",

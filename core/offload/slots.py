@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -103,6 +104,8 @@ class SlotPool:
                     self.tensors[name].data = rows  # the modules that compute keep their parameter
                 else:
                     self.tensors[name] = nn.Parameter(rows, requires_grad=False)
+            # Made once: to make them took a fifth of the fetching thread's time for an expert of 128 kB in memory.
+            self._rows = [{name: t.data[slot] for name, t in self.tensors.items()} for slot in range(self.count)]
 
     def move(self, device: torch.device) -> None:
         """Go on with empty slots on another device."""
@@ -268,9 +271,7 @@ class SlotPool:
 
     def _load(self, expert: Expert, slot: int) -> None:
         try:
-            self.stores[expert.module].load(
-                expert.number, {name: rows.data[slot] for name, rows in self.tensors.items()}
-            )
+            self.stores[expert.module].load(expert.number, self._rows[slot])
         except BaseException:
             self.resident.pop(expert, None)
             self.free.append(slot)
@@ -281,18 +282,17 @@ class SlotPool:
         """Load on the worker's thread; on CUDA on a stream beside that which computes, after what it reads there."""
         if written is not None and self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
-        for expert, slot, loading in jobs:
-            if not loading.set_running_or_notify_cancel():
-                continue
-            into = {name: rows.data[slot] for name, rows in self.tensors.items()}
-            try:
-                with torch.cuda.stream(self._stream):  # nothing where there is none
+        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            for expert, slot, loading in jobs:
+                if not loading.set_running_or_notify_cancel():
+                    continue
+                try:
                     if self._stream is not None and written is not None:
                         self._stream.wait_event(written)
-                    self.stores[expert.module].load(expert.number, into)
+                    self.stores[expert.module].load(expert.number, self._rows[slot])
                     if self._stream is not None:
                         self._stream.synchronize()
-            except BaseException as error:  # for the call that needs the expert
-                loading.set_exception(error)
-            else:
-                loading.set_result(None)
+                except BaseException as error:  # for the call that needs the expert
+                    loading.set_exception(error)
+                else:
+                    loading.set_result(None)

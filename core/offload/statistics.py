@@ -37,6 +37,14 @@ class OffloadStatistics:
         """The share of the needed experts that were there; NaN before the first call."""
         return self.hits / self.needed if self.needed else float("nan")
 
+    @property
+    def foreseen_rate(self) -> float:
+        """The share of the needed experts that were there or on their way; NaN before the first call.
+
+        Unlike ``hit_rate`` it does not depend on how soon the fetching thread is given a processor.
+        """
+        return (self.hits + self.late) / self.needed if self.needed else float("nan")
+
     def __add__(self, other: OffloadStatistics) -> OffloadStatistics:
         names = [field.name for field in fields(self)]
         return OffloadStatistics(**{name: getattr(self, name) + getattr(other, name) for name in names})

@@ -142,28 +142,32 @@ class ExpertFile:
             raise ValueError(f"{self.path} has {state.st_size} bytes and had {self.size}: it was cut under the cache")
         return state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
-    def read(self, name: str, e: int, into: Tensor) -> None:
-        """Read one expert's part of a tensor into a contiguous tensor on the CPU.
+    def read(self, e: int, into: Mapping[str, Tensor]) -> None:
+        """Read one expert's part of some tensors into contiguous tensors on the CPU.
 
         Raises:
             ValueError: the file was cut or changed.
         """
-        data = _bytes_of(into)
-        done = os.preadv(self._fd, [data], self._begin[name] + e * len(data)) if len(data) else 0
-        # The state after the read: a change meanwhile shows in it.
+        parts = {name: _bytes_of(row) for name, row in into.items()}
+        done = {
+            name: os.preadv(self._fd, [data], self._begin[name] + e * len(data)) if len(data) else 0
+            for name, data in parts.items()
+        }
+        # The state after the reads: a change meanwhile shows in it.
         state = self._look()
         with self._lock:
             if state != self._state:
                 self._verified.clear()
                 self._state = state
-            if (name, e) in self._verified:
-                return
-        if done != len(data) or zlib.crc32(data) != self._checksums[name][e]:
-            raise ValueError(
-                f"{self.path} was changed under the cache: expert {e} of {name} is not what was written there"
-            )
-        with self._lock:
-            self._verified.add((name, e))
+            new = [name for name in parts if (name, e) not in self._verified]
+        for name in new:
+            if done[name] != len(parts[name]) or zlib.crc32(parts[name]) != self._checksums[name][e]:
+                raise ValueError(
+                    f"{self.path} was changed under the cache: expert {e} of {name} is not what was written there"
+                )
+        if new:
+            with self._lock:
+                self._verified.update((name, e) for name in new)
 
     def check(self, names: list[str]) -> None:
         """Raise a ``ValueError`` where a tensor is not what was written. An unchanged file is not read."""
@@ -171,7 +175,7 @@ class ExpertFile:
             for name in names:
                 row = torch.empty_like(self.tensors[name][0])
                 for e in range(len(self.tensors[name])):
-                    self.read(name, e, row)
+                    self.read(e, {name: row})
 
 
 class FileStore:
@@ -188,12 +192,14 @@ class FileStore:
         self.tensors = {name: file.tensors[prefix + name] for name in names}
 
     def load(self, e: int, into: Mapping[str, Tensor]) -> None:
+        read = {
+            name: row if row.is_cpu else torch.empty_like(row, device="cpu", pin_memory=row.is_cuda)
+            for name, row in into.items()
+        }
+        self.file.read(e, {self.prefix + name: row for name, row in read.items()})
         for name, row in into.items():
-            on_cpu = row.device.type == "cpu"
-            read = row if on_cpu else torch.empty(row.shape, dtype=row.dtype, pin_memory=row.device.type == "cuda")
-            self.file.read(self.prefix + name, e, read)
-            if not on_cpu:
-                row.copy_(read)
+            if not row.is_cpu:
+                row.copy_(read[name])
 
     def check(self) -> None:
         self.file.check([self.prefix + name for name in self.tensors])

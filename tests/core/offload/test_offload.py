@@ -39,7 +39,7 @@ from core import (
     Zero,
 )
 from core.offload import loading_experts, offloadable_bytes, unloaded_experts
-from core.offload.slots import SlotPool
+from core.offload.slots import Expert, SlotPool
 from core.offload.statistics import OffloadStatistics
 from core.offload.stores import HostStore
 
@@ -337,6 +337,24 @@ class AtOnce:
 
     def submit(self, fn: Callable[..., None], *args: object) -> None:
         fn(*args)
+
+
+class Never:
+    """A worker that is not given a processor."""
+
+    def submit(self, fn: Callable[..., None], *args: object) -> None:
+        pass
+
+
+def test_an_expert_on_its_way_is_a_miss_that_was_foreseen():
+    pool, counted = pool_of("lfru", 3)
+    pool.require(0, [0], counted)
+    pool.prefetch([Expert(0, 1)], [], Never(), counted)  # type: ignore[arg-type]
+    slots = pool.require(0, [0, 1, 2], counted)
+    assert [pool.tensors["w"][slot].item() for slot in slots] == [1, 2, 3]
+    # Of four needed experts 0 was there once, and 1 was on its way.
+    assert (counted.hits, counted.misses, counted.late) == (1, 3, 1)
+    assert (counted.hit_rate, counted.foreseen_rate) == (0.25, 0.5)
 
 
 def alternating(prefetch: bool) -> OffloadStatistics:
