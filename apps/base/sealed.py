@@ -22,7 +22,7 @@ def _head(key: str) -> bytes:
     return b"\x72" + bytes([len(entry) + _DIGITS]) + entry
 
 
-def data_of(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
     """Return where the weights of an ONNX file lie, if they are too large for it."""
     return path.with_name(f"{path.name}.data")
 
@@ -32,8 +32,8 @@ def seal(path: Path) -> None:
 
     The fields of a protocol buffer may come in any order, so that every reader takes the file as it did before.
     """
-    if data_of(path).is_file():
-        _append(path, DATA_KEY, data_of(path))
+    if weights_file(path).is_file():
+        _append(path, DATA_KEY, weights_file(path))
     _append(path, KEY, path)
 
 
@@ -57,12 +57,19 @@ def check_seal(path: Path) -> str:
     size -= len(_head(KEY)) + _DIGITS
     if own != _digest(path, size):
         raise ValueError(f"{path} is damaged: it is not as moesaic export has written it")
-    weights, data = _entry(path, DATA_KEY, size), data_of(path)
+    weights, data = _entry(path, DATA_KEY, size), weights_file(path)
     if weights is not None and not data.is_file():
         raise ValueError(f"{path} has its weights in {data.name} beside it, and that file is not there")
     if weights is not None and weights != _digest(data, data.stat().st_size):
         raise ValueError(f"{data} is cut or damaged: it is not as moesaic export has written it")
     return own
+
+
+def weights_beside(path: Path) -> Path | None:
+    """Return the file of weights that a sealed file speaks of; None where it speaks of none, or is none."""
+    before = path.stat().st_size - len(_head(KEY)) - _DIGITS
+    is_own = _entry(path, KEY, path.stat().st_size) is not None and _entry(path, DATA_KEY, before) is not None
+    return weights_file(path) if is_own else None
 
 
 def _entry(path: Path, key: str, end: int) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from apps.base.files import delete, naming, temporary_path
+from apps.base.sealed import weights_beside
 from apps.cli import UsageError
 from apps.serve.export.options import ENDINGS
 from apps.train.exported import MANIFEST, Description
@@ -52,7 +53,7 @@ def write(output: Path, exported: Exported, description: Description, write_grap
     ending = ENDINGS[description.format]
     with naming(output), _beside(output) as folder:
         if output.suffix:
-            text = description.to_json()
+            text, replaced = description.to_json(), weights_beside(output) if output.is_file() else None
             write_graph(exported.graphs[0], folder / output.name, text)
             if description.format != "onnx":
                 (folder / f"{output.name}.json").write_text(text, encoding="utf-8")
@@ -60,6 +61,8 @@ def write(output: Path, exported: Exported, description: Description, write_grap
             # The file itself is the last one: where it is new, the others are there.
             for name in sorted(names, key=lambda name: name == output.name):
                 os.replace(folder / name, output.parent / name)
+            if replaced is not None and replaced.name not in names:
+                delete(replaced)
             return [output.parent / name for name in names]
         graphs = {graph.name: f"{graph.name}{ending}" for graph in exported.graphs}
         description = replace(description, graphs=graphs, files=tuple(exported.files))

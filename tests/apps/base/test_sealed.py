@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from apps.base.sealed import DATA_KEY, KEY, check_seal, data_of, seal
+from apps.base.sealed import DATA_KEY, KEY, check_seal, seal, weights_beside, weights_file
 
 
 def test_a_sealed_file_is_still_a_model_whose_last_metadata_are_the_digests(tmp_path):
@@ -21,14 +21,16 @@ def test_a_sealed_file_is_still_a_model_whose_last_metadata_are_the_digests(tmp_
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     seal(path)
     assert check_seal(path) == digest
+    assert weights_beside(path) is None
     props = [(entry.key, entry.value) for entry in onnx.load(path).metadata_props]
     assert props == [("first", "1"), (KEY, digest)]
     path.write_bytes(model.SerializeToString())
-    data_of(path).write_bytes(b"abc")
+    weights_file(path).write_bytes(b"abc")
     seal(path)
     props = [(entry.key, entry.value) for entry in onnx.load(path, load_external_data=False).metadata_props]
     of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert props == [("first", "1"), (DATA_KEY, of_abc), (KEY, check_seal(path))]
+    assert weights_beside(path) == weights_file(path)
 
 
 def test_a_file_that_is_cut_or_changed_is_refused(tmp_path):
