@@ -64,7 +64,7 @@ def offload_experts(
 
     Example::
 
-        model = apps.load("runs/translation").eval()
+        model = apps.load("runs/translation")
         offloaded = core.offload_experts(model, budget_bytes=64 * 2**20, path="/tmp/experts.safetensors")
         model.predict(["Guten Morgen"])
         offloaded.statistics.hit_rate
