@@ -203,7 +203,9 @@ class SparseCLI(LightningCLI):
         if self.request.exported is not None:
             with torch.device("meta"):
                 return kind(*args, **kwargs)
-        is_filled = self.ckpt_path is not None and issubclass(kind, LinkedModule)
+        # Other strategies move or divide a model before its checkpoint is read.
+        loads_first = self._get(self.config, "trainer").get("strategy") in ("auto", "ddp")
+        is_filled = self.ckpt_path is not None and issubclass(kind, LinkedModule) and loads_first
         with room_for_experts(self.request.offload if is_filled else None):
             return kind(*args, **kwargs)
 
