@@ -105,7 +105,7 @@ def quantize(w: Tensor, bits: int, group_size: int | None = None) -> QuantizedWe
     E, K, N = w.shape
     size = K if group_size is None else group_size
     if size < 1 or K % size:
-        raise ValueError(f"group_size={group_size} does not divide the {K} inputs of a matrix of shape {(K, N)}")
+        raise ValueError(f"group_size={group_size} does not divide the {K} inputs of the matrices")
     wide = torch.promote_types(w.dtype, torch.float32)
     rows = K if bits == 8 else -(-K // 2)
     values = w.new_empty(E, rows, N, dtype=torch.int8 if bits == 8 else torch.uint8)
