@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{args.attribute!r} is none of the run's attributes: {', '.join(data.class_names)}")
     if args.folder.exists():
         parser.error(f"{args.folder} is there already")
-    names = [re.sub(r"[^\w-]+", "_", name) for name in data.class_names[args.attribute]]
+    # Numbers keep apart two classes whose names differ in other signs alone.
+    classes = enumerate(data.class_names[args.attribute])
+    names = [f"{i:03}_" + re.sub(r"[^\w-]+", "_", name) for i, name in classes]
     place, trained = list(data.class_names).index(args.attribute), set()
     for split in SPLITS:
         pairs = data.examples(split)

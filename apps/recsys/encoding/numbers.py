@@ -122,9 +122,11 @@ def to_order(parts: Sequence[Part], column: str) -> NDArray[np.int64] | NDArray[
 def _dates(data: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return text that reads as dates or times as timestamps, and other columns as they are."""
     data = plain(data)
-    for zone in (None, "UTC") if is_text(data.type) else ():
-        with contextlib.suppress(pa.ArrowInvalid):
-            return with_iso_dates(data).cast(pa.timestamp("us", zone))
+    if is_text(data.type):
+        text = with_iso_dates(data)
+        for zone in (None, "UTC"):
+            with contextlib.suppress(pa.ArrowInvalid):
+                return text.cast(pa.timestamp("us", zone))
     return data
 
 
