@@ -129,7 +129,7 @@ def quality_against_flops(
             yerr=None if s.interval is None else factor * np.asarray(s.interval, dtype=np.float64),
             label=s.label,
             color=PALETTE[index % len(PALETTE)],
-            marker=MARKERS[index % len(MARKERS)],
+            marker=MARKERS[(index + index // len(PALETTE)) % len(MARKERS)],  # beyond the colours, another one a colour
             linestyle="-" if s.connected else "none",
             markersize=6,
             linewidth=1.5,

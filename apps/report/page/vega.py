@@ -18,6 +18,9 @@ MOST_POINTS = 200
 MOST_SLANTED = 20
 """Bars up to which long names all stand below them."""
 
+_SHAPES = (
+    "circle", "square", "triangle-up", "diamond", "cross", "triangle-right", "triangle-down", "triangle-left",
+)  # fmt: skip
 _HEIGHT = 260
 _NEUTRAL = "#8a8a8a"  # is seen on light and on dark ground
 
@@ -46,7 +49,7 @@ def _scatter(chart: ScatterChart) -> alt.LayerChart:
     bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q"), y2="high:Q")
     points = base.mark_point(filled=True, size=110).encode(
         y=alt.Y("y:Q", title=chart.y_title, scale=alt.Scale(zero=False)),
-        shape=alt.Shape("label:N", title=None, scale=alt.Scale(domain=labels)),
+        shape=alt.Shape("label:N", title=None, scale=_shapes(labels)),
         tooltip=[
             alt.Tooltip("label:N", title="model"),
             alt.Tooltip("x:Q", title=chart.x_title, format=".4~g"),
@@ -193,6 +196,14 @@ def _colors(labels: Sequence[str]) -> alt.Scale:
     import altair as alt
 
     return alt.Scale(domain=list(labels), range=[PALETTE[i % len(PALETTE)] for i in range(len(labels))])
+
+
+def _shapes(labels: Sequence[str]) -> alt.Scale:
+    """Return a shape for each label, so that two of one colour have two shapes."""
+    import altair as alt
+
+    places = [(i + i // len(PALETTE)) % len(_SHAPES) for i in range(len(labels))]
+    return alt.Scale(domain=list(labels), range=[_SHAPES[place] for place in places])
 
 
 _DRAW: Mapping[type, Callable[[Any], Any]] = {

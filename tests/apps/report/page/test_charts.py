@@ -89,3 +89,10 @@ def test_rows_are_thinned_from_the_first_to_the_last():
 def test_parts_that_do_not_fit_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_many_points_have_a_colour_or_a_shape_of_their_own():
+    points = tuple(Point(f"m{i}", float(i), 1.0) for i in range(20))
+    encoding = vega_lite(ScatterChart("t", "s", "x", "y", points))["layer"][1]["encoding"]
+    looks = zip(encoding["color"]["scale"]["range"], encoding["shape"]["scale"]["range"], strict=True)
+    assert len(set(looks)) == 20
