@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from apps.base.messages import counted
 from apps.compare import table
 from apps.compare.summary import Results, Row, Summary, flops, flops_trained, flops_unit, notes, short_name
 from apps.compare.systems import label
@@ -166,7 +167,7 @@ def _best_router(summary: Summary) -> list[str]:
     value = 100 * best.test.mean if summary.percent else best.test.mean
     return [
         f"Best router at equal active FLOPs: {label(best.system.name)}, {_quality(summary)} {value:.4g}{spread} over "
-        f"{len(summary.seeds)} seeds."
+        f"{counted(len(summary.seeds), 'seed')}."
     ]
 
 

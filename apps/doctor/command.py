@@ -30,7 +30,7 @@ def run(options: Options) -> int:
     rows = read_rows(folder / LOG)
     checkpoint, note = _checkpoint(options, folder, has_log=bool(rows))
     findings: dict[tuple[str, str], core.Finding] = {(f.name, f.layer): f for f in log_findings(rows)}
-    looked_at = [f"{len(rows)} rows of {folder / LOG}"] if rows else []
+    looked_at = [f"{counted(len(rows), 'row')} of {folder / LOG}"] if rows else []
     ablation = None
     if checkpoint is not None:
         with quiet(own_notes=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import yaml
 
+from apps.base.messages import counted
 from apps.report.intervals import Interval, mean_interval
 from apps.report.page import BarChart, Entry, Page, Point, ScatterChart, Section, Table, Text, how_to_repeat, shown
 from apps.verdict.result import Verdict, how, in_words
@@ -76,7 +77,7 @@ def _charts(verdict: Verdict) -> tuple[ScatterChart, BarChart]:
     )
     by_seed = BarChart(
         "Quality of each seed",
-        f"The {quality} of {len(verdict.seeds)} seeds of each model; the seeds share the order of the data.",
+        f"The {quality} of {counted(len(verdict.seeds), 'seed')} of each model; the seeds share the order of the data.",
         "seed",
         quality,
         tuple(map(str, verdict.seeds)),

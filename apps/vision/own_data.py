@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from apps.base.files import delete, temporary_path
-from apps.base.messages import one_line
+from apps.base.messages import counted, one_line
 from apps.data.given import GivenConfig, GivenData
 
 LEAST_IMAGES = 8
@@ -64,7 +64,9 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
         )
     for name, paths in classes.items():
         if len(paths) < LEAST_IMAGES:
-            raise ValueError(f"{folder / name} holds {len(paths)} images: a class needs {LEAST_IMAGES} at least")
+            raise ValueError(
+                f"{folder / name} holds {counted(len(paths), 'image')}: a class needs {LEAST_IMAGES} at least"
+            )
     return classes
 
 

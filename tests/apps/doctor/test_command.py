@@ -67,7 +67,7 @@ def test_a_run_without_its_configuration_has_its_log(runs, tmp_path, capsys):
     (run / "metrics.csv").write_text(LOG + "10,0.99,1.1\n")
     note, line = doctor(capsys, 0, "--ckpt_path", run)
     assert note == f"no config.yaml lies beside {run}/checkpoints/best.ckpt: metrics.csv alone was read"
-    assert line == f"healthy: 1 rows of {run}/metrics.csv"
+    assert line == f"healthy: 1 row of {run}/metrics.csv"
 
 
 def test_bad_input(runs, tmp_path, capsys):
