@@ -4,7 +4,7 @@ routers, experts and the rest."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +45,8 @@ class OptimizerConfig:
         lr_scales: factors on the learning rate of parts of the model, by the beginning of their parameters' names:
             ``{"text_tower": 0.05}`` lets a pretrained tower move slowly beside one that is drawn. Of several that fit,
             the longest counts; it multiplies the factors of routers and experts.
+        adamw_parts: parts that AdamW moves under Muon too, by the beginning of their parameters' names: those that
+            begin with weights from elsewhere, which Adam has mostly trained. Large matrices also cost Muon time.
 
     Raises:
         ValueError: a value outside its range.
@@ -65,13 +67,17 @@ class OptimizerConfig:
     schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
     min_lr_ratio: float = 0.0
     lr_scales: dict[str, float] = field(default_factory=dict)
+    adamw_parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))  # a list in YAML and in a checkpoint
+        for name in ("betas", "adamw_parts"):  # a list in YAML and in a checkpoint
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         check_name("optimizer.name", self.name, ("adamw", "muon", "row_adam"))
         check_name("optimizer.schedule", self.schedule, ("cosine", "inverse_sqrt", "constant"))
         if self.name != "adamw" and self.fused:
             raise ValueError(f"optimizer.fused=True is a kernel of AdamW's; optimizer.name={self.name!r} has none")
+        if self.name != "muon" and self.adamw_parts:
+            raise ValueError(f"optimizer.adamw_parts={list(self.adamw_parts)} are for Muon; the name is {self.name!r}")
         if not 0 <= self.muon_momentum < 1:
             raise ValueError(f"optimizer.muon_momentum={self.muon_momentum} must lie in [0, 1)")
         if not self.lr > 0:
@@ -139,7 +145,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     keys ``name``, ``params``, ``lr``, ``weight_decay`` and, under Muon, ``muon``; empty groups are left out.
 
     Raises:
-        ValueError: no trainable parameter has a name that begins as a key of ``config.lr_scales`` says.
+        ValueError: no trainable parameter has a name that begins as ``config.lr_scales`` or ``adamw_parts`` says.
     """
     kind: dict[int, str] = {}
     for layer in core.moe_layers(model).values():
@@ -155,7 +161,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     }
     groups: dict[str, dict[str, Any]] = {}
     parts = sorted(config.lr_scales, key=len, reverse=True)
-    unused = set(parts)
+    unused = {*(("lr_scales", part) for part in parts), *(("adamw_parts", part) for part in config.adamw_parts)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or hasattr(parameter, "_in_backward_optimizers"):
             continue  # the backward has stepped the rows of a fused embedding already
@@ -165,9 +171,11 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         matrix = decays and (which == "experts" or (which == "rest" and id(parameter) in linear))
         key = which if decays else f"{which}_no_decay"
         lr_scale, decay_scale = scales[which]
-        part = next((part for part in parts if f"{name}.".startswith(f"{part}.")), None)
+        by_adamw = _fitting(name, config.adamw_parts)
+        unused -= {("adamw_parts", part) for part in by_adamw}
+        part = next(iter(_fitting(name, parts)), None)
         if part is not None:
-            unused.discard(part)
+            unused.discard(("lr_scales", part))
             key, lr_scale = f"{part}_{key}", lr_scale * config.lr_scales[part]
         group: dict[str, Any] = {
             "name": key,
@@ -176,12 +184,19 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
             "weight_decay": config.weight_decay * decay_scale if decays else 0.0,
         }
         if config.name == "muon":
+            matrix = matrix and not by_adamw
             group |= {"name": f"{key}_matrices" if matrix else key, "muon": matrix}
         groups.setdefault(group["name"], group)["params"].append(parameter)
     if unused:
         own = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
-        raise ValueError(f"optimizer.lr_scales has {min(unused)!r}, which is no part of the model: its parts are {own}")
+        option, part = min(unused)
+        raise ValueError(f"optimizer.{option} has {part!r}, which is no part of the model: its parts are {own}")
     return list(groups.values())
+
+
+def _fitting(name: str, parts: Sequence[str]) -> list[str]:
+    """Return those of the parts in which the parameter ``name`` is, in their order."""
+    return [part for part in parts if f"{name}.".startswith(f"{part}.")]
 
 
 def _reads(model: nn.Module, name: str) -> bool:

@@ -100,6 +100,22 @@ def test_a_part_that_the_model_lacks_is_refused():
         parameter_groups(TinyModule(3), OptimizerConfig(lr_scales={"tower": 0.1}))
     with pytest.raises(ValueError, match=r"optimizer\.lr_scales\.net=-1"):
         OptimizerConfig(lr_scales={"net": -1.0})
+    with pytest.raises(ValueError, match=r"adamw_parts has 'tower', which is no part of the model"):
+        parameter_groups(TinyModule(3), OptimizerConfig("muon", adamw_parts=["tower"]))
+    with pytest.raises(ValueError, match=r"adamw_parts=\['net'\] are for Muon; the name is 'adamw'"):
+        OptimizerConfig(adamw_parts=["net"])
+
+
+def test_adamw_moves_the_parts_that_are_named_under_muon():
+    config = OptimizerConfig("muon", adamw_parts=["net.3", "net.3.experts"])
+    groups = {g["name"]: g["muon"] for g in parameter_groups(TinyModule(3, moe=MOE), config)}
+    assert groups == {
+        "rest_matrices": True,
+        "rest_no_decay": False,
+        "router": False,
+        "experts": False,  # without adamw_parts experts_matrices, True
+        "experts_no_decay": False,
+    }
 
 
 def test_a_frozen_parameter_and_a_model_s_own_exemptions_are_honoured():
