@@ -378,6 +378,8 @@ def _write_pieces(test: PairTest, folder: Path) -> Table:
     names = [_plain(word) for word in text.marked(range(text.vocab_size))]
     rows: list[dict[str, Any]] = []
     for layer, use in test.use.layers.items():
+        if not use.tokens_M[TEXT]:
+            continue  # a layer of the image tower reads no pieces
         total = max(int(use.by_piece_VE.sum()), 1)
         for expert, own in enumerate(typical_labels(use.by_piece_VE.numpy(), names)):
             share = float(use.by_piece_VE[:, expert].sum()) / total

@@ -13,10 +13,12 @@ from small_pairs import MOE, TOWER
 
 import core
 from apps.multimodal.data import ImageTextData
+from apps.multimodal.drawn import PatchImages, PieceTexts
 from apps.multimodal.metrics import best_ranks
 from apps.multimodal.model import AttributeHead
 from apps.multimodal.module import ImageTextRetriever
 from apps.multimodal.report import PairReport, PairReportConfig, displayed
+from apps.multimodal.two_towers import TwoTowers
 from apps.report.page import Picture, Table, Words, load_sections
 
 
@@ -80,6 +82,14 @@ def test_a_dense_model_and_options_that_leave_parts_out(tmp_path, data):
     assert not [name for name in metrics if "zero_shot" in name or "probe" in name]
     # What is left of the classes is how many images are of the commonest.
     assert {p.name for p in (tmp_path / "report").iterdir()} == {"retrieval.csv", "attributes.csv", "sections.json"}
+
+
+def test_experts_of_an_image_tower_have_no_typical_pieces(tmp_path, data):
+    tower = TwoTowers(PatchImages(blocks_as=TOWER), PieceTexts(blocks_as=TOWER))
+    module = model(data, tower=tower, report=PairReportConfig(pictures=False, zero_shot=(), probe_images=0))
+    quiet_trainer(tmp_path).test(module, datamodule=data, verbose=False)
+    pieces = rows_of(tmp_path / "report" / "expert_pieces.csv")
+    assert [(row["layer"], row["expert"]) for row in pieces] == [("text block 1", str(e)) for e in range(4)]
 
 
 def test_the_images_of_a_sentence(tmp_path, data):
