@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,7 +89,9 @@ def heatmaps(
             axis.set_yticks(range(len(m.rows)), m.rows if axis is row[0] else [""] * len(m.rows), fontsize=8)
     shrink = min(0.95, 4.0 / fig.get_figheight())
     extend = "max" if largest > top else "neither"
-    fig.colorbar(image, ax=axes, label=label, pad=0.02, shrink=shrink, aspect=25 * shrink + 3, extend=extend)
+    bar = fig.colorbar(image, ax=axes, pad=0.02, shrink=shrink, aspect=25 * shrink + 3, extend=extend)
+    bar.set_label(fill(label, max(12, int(fig.get_figheight() / 0.075))), fontsize=8)  # as high as the picture at most
+    bar.ax.tick_params(labelsize=8)
     fig.suptitle(title, fontsize=11)
     return fig
 
