@@ -37,5 +37,7 @@ def load(name: str) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
+    if str(FOLDER.parent) not in sys.path:
+        sys.path.append(str(FOLDER.parent))  # benchmarks share modules, wherever the command was typed
     spec.loader.exec_module(module)
     return module

@@ -5,8 +5,8 @@
     moesaic fit --config configs/vision/photos.yaml --data.root photos --data.image_size 56
 
 So a classifier that is trained on the classes stands beside ``test/zero_shot_masterCategory`` of the run, which knows
-them by their names alone. Images without a class in the attribute are left out, and so are the images of validation and
-test whose class training lacks.
+them by their names alone. Images without a class in the attribute are left out, and so are the classes that one of the
+splits lacks: every split of a classifier's folder has the same.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ from apps.data.splits import SPLITS
 from apps.demonstrate.examples import data_of
 
 
+def _labels(pairs: Any, place: int) -> dict[int, int]:
+    """Return the class of each image of a split, by the image's number."""
+    image_N = pairs.image_N[pairs.index].unique()
+    return dict(zip(image_N.tolist(), pairs.label_IA[image_N, place].tolist(), strict=True))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run of an ImageTextRetriever or an ImageCaptioner")
@@ -39,20 +45,17 @@ def main(argv: list[str] | None = None) -> int:
     # Numbers keep apart two classes whose names differ in other signs alone.
     classes = enumerate(data.class_names[args.attribute])
     names = [f"{i:03}_" + re.sub(r"[^\w-]+", "_", name) for i, name in classes]
-    place, trained = list(data.class_names).index(args.attribute), set()
-    for split in SPLITS:
-        pairs = data.examples(split)
-        image_N = pairs.image_N[pairs.index].unique()
-        label_N = pairs.label_IA[image_N, place]
-        trained |= set(label_N.tolist()) if split == "train" else set()
-        written = 0
-        for image, label in zip(image_N.tolist(), label_N.tolist(), strict=True):
-            if label >= 0 and label in trained:
-                path = args.folder / split / names[label] / f"{image}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_png(data.pixels(torch.tensor([image]))[0], str(path))
-                written += 1
-        print(f"{split}: {written:,} of {len(image_N):,} images")
+    place = list(data.class_names).index(args.attribute)
+    labels = {split: _labels(data.examples(split), place) for split in SPLITS}
+    kept = set.intersection(*({label for label in own.values() if label >= 0} for own in labels.values()))
+    print(f"{len(kept)} of {len(names)} classes are in every split")
+    for split, own in labels.items():
+        chosen = {image: label for image, label in own.items() if label in kept}
+        for image, label in chosen.items():
+            path = args.folder / split / names[label] / f"{image}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_png(data.pixels(torch.tensor([image]))[0], str(path))
+        print(f"{split}: {len(chosen):,} of {len(own):,} images")
     return 0
 
 
