@@ -76,8 +76,6 @@ class OptimizerConfig:
         check_name("optimizer.schedule", self.schedule, ("cosine", "inverse_sqrt", "constant"))
         if self.name != "adamw" and self.fused:
             raise ValueError(f"optimizer.fused=True is a kernel of AdamW's; optimizer.name={self.name!r} has none")
-        if self.name != "muon" and self.adamw_parts:
-            raise ValueError(f"optimizer.adamw_parts={list(self.adamw_parts)} are for Muon; the name is {self.name!r}")
         if not 0 <= self.muon_momentum < 1:
             raise ValueError(f"optimizer.muon_momentum={self.muon_momentum} must lie in [0, 1)")
         if not self.lr > 0:
