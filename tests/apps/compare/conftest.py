@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,12 @@ KEPT = (*offers("dense_equal_flops", "centroids", "tuned_centroids"), "--model.k
 def without_charts(monkeypatch) -> None:
     """Write reports with tables alone, which is quicker; that of ``whole`` has its charts."""
     monkeypatch.setattr(html, "has_charts", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def without_collections(monkeypatch) -> None:
+    """Skip the collection after each run, which walks through all that earlier tests have left, a second each."""
+    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 @pytest.fixture
