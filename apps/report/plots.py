@@ -129,7 +129,7 @@ def quality_against_flops(
             yerr=None if s.interval is None else factor * np.asarray(s.interval, dtype=np.float64),
             label=s.label,
             color=PALETTE[index % len(PALETTE)],
-            marker=MARKERS[(index + index // len(PALETTE)) % len(MARKERS)],  # beyond the colours, another one a colour
+            marker=shape_of(index, MARKERS),
             linestyle="-" if s.connected else "none",
             markersize=6,
             linewidth=1.5,
@@ -173,6 +173,11 @@ def save_picture(fig: Figure, path: Path) -> Path:
     with replacing(path, "wb") as file:
         fig.savefig(file, format="png", dpi=150, facecolor="white")
     return path
+
+
+def shape_of(place: int, shapes: Sequence[str]) -> str:
+    """Return the shape of the points at a place among several, so that two of one colour of ``PALETTE`` have two."""
+    return shapes[(place + place // len(PALETTE)) % len(shapes)]
 
 
 def new_picture(width: float, height: float) -> Figure:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, ScatterChart
-from apps.report.plots import PALETTE
+from apps.report.plots import PALETTE, shape_of
 
 if TYPE_CHECKING:
     import altair as alt
@@ -202,8 +202,7 @@ def _shapes(labels: Sequence[str]) -> alt.Scale:
     """Return a shape for each label, so that two of one colour have two shapes."""
     import altair as alt
 
-    places = [(i + i // len(PALETTE)) % len(_SHAPES) for i in range(len(labels))]
-    return alt.Scale(domain=list(labels), range=[_SHAPES[place] for place in places])
+    return alt.Scale(domain=list(labels), range=[shape_of(i, _SHAPES) for i in range(len(labels))])
 
 
 _DRAW: Mapping[type, Callable[[Any], Any]] = {
