@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from pathlib import Path
 
 import pytest
+from collections_left_out import without_collections as without_collections
 from compared import CONFIG, asked, offers
 
 from apps.cli import main as moesaic
@@ -20,12 +20,6 @@ KEPT = (*offers("dense_equal_flops", "centroids", "tuned_centroids"), "--model.k
 def without_charts(monkeypatch) -> None:
     """Write reports with tables alone, which is quicker; that of ``whole`` has its charts."""
     monkeypatch.setattr(html, "has_charts", lambda: False)
-
-
-@pytest.fixture(autouse=True)
-def without_collections(monkeypatch) -> None:
-    """Skip the collection after each run, which walks through all that earlier tests have left, a second each."""
-    monkeypatch.setattr(gc, "collect", lambda: 0)
 
 
 @pytest.fixture

@@ -1,13 +1,3 @@
 """Verdicts on data that are as small as can be."""
 
-from __future__ import annotations
-
-import gc
-
-import pytest
-
-
-@pytest.fixture(autouse=True)
-def without_collections(monkeypatch) -> None:
-    """Skip the collection after each run, which walks through all that earlier tests have left, a second each."""
-    monkeypatch.setattr(gc, "collect", lambda: 0)
+from collections_left_out import without_collections as without_collections
