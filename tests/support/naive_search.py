@@ -140,7 +140,11 @@ def greedy(
 def beam(
     next_log_probs: NextLogProbs, prompt: list[int], limit: int, config: DecodeConfig
 ) -> list[tuple[list[int], float]]:
-    """Extend the k best hypotheses step by step; return the finished ones once there are k, or none is open."""
+    """Extend the k best hypotheses step by step, and return the finished ones.
+
+    ``early_stopping="never"`` continues to the maximal length; True ends at k finished ones; False ends when the best
+    open one, at its present length, scores no better than the k-th best of the finished ones.
+    """
     k = config.beam_size
     hypotheses: list[tuple[list[int], float]] = [([], 0.0)]
     finished: list[tuple[list[int], float]] = []
@@ -154,8 +158,13 @@ def beam(
             (ids, total / (num_ids + 1) ** config.length_penalty) for total, ids, i in proposals[:k] if i == EOS_ID
         ]
         hypotheses = [([*ids, i], total) for total, ids, i in proposals if i != EOS_ID][:k]
-        if len(finished) >= k or not hypotheses:
+        if not hypotheses:
             break
+        if len(finished) >= k and config.early_stopping != "never":
+            worst = sorted(score for _, score in finished)[-k]
+            best_open = max(total for _, total in hypotheses) / (num_ids + 1) ** config.length_penalty
+            if config.early_stopping or best_open <= worst:
+                break
     return finished
 
 

@@ -6,13 +6,13 @@ A hypothesis is a list of ids that ends in ``EOS_ID``; ``PAD_ID`` and ``BOS_ID``
 
 where ``log p`` is the model's, over its whole vocabulary and at temperature 1; the sum and ``length`` count the EOS_ID.
 A hypothesis of as many ids as its sentence may have is closed by the EOS_ID that would then follow, with its log p, and
-is scored as any other.
+is scored like any other.
 
-Beam search keeps ``k = beam_size`` open hypotheses a sentence. Each step, all that may follow them are ranked by their
-sum of log p. What ends in EOS_ID among the first k is finished; the first k of the others stay open. A sentence is done
-when k hypotheses are finished, whatever its batch mates do. It is done earlier where no open one could still be among
-its best ``num_best``: a sum of log p never rises, so divided by the largest length possible it bounds all that may come
-of it. That saves steps and changes no output.
+Beam search keeps ``k = beam_size`` open hypotheses per sentence. Each step ranks every continuation of them by its sum
+of log p. Those among the first k that end in EOS_ID are finished; the first k of the others stay open. A sentence ends,
+whatever its batch mates do, when no open hypothesis can still be among its ``num_best`` best. A sum of log p never
+rises, so the sum divided by the largest possible length bounds the score of all that may follow. ``early_stopping`` has
+two rules that end sooner and may miss the best text.
 
 Among equal sums the better hypothesis's goes first, then the lower id. ``tests/support/naive_search.py`` does all of it
 in plain loops.

@@ -21,6 +21,10 @@ class DecodeConfig:
         method: "greedy": the best id each step; "beam"; "sample": each id is drawn.
         beam_size: open hypotheses a sentence of "beam".
         num_best: hypotheses a sentence that are returned, best first; of "sample", how many are drawn.
+        early_stopping: when "beam" ends a sentence, as in transformers. "never": when no open hypothesis can still be
+            among the ``num_best`` best, so that the search misses none. False: when none would be among the
+            ``beam_size`` best if it ended at its present length, which is often right. True: when ``beam_size`` are
+            finished.
         length_penalty: the score of a hypothesis is its sum of log p / length ** length_penalty; 0: the sum.
         max_length_ratio, max_length_extra: a hypothesis has at most ``ratio * S + extra`` ids before its end, rounded
             down; S are the source's or the prompt's ids with what marks its begin, its end and its language.
@@ -40,6 +44,7 @@ class DecodeConfig:
     method: Literal["greedy", "beam", "sample"] = "beam"
     beam_size: int = 5
     num_best: int = 1
+    early_stopping: bool | Literal["never"] = "never"
     length_penalty: float = 1.0
     max_length_ratio: float = 2.0
     max_length_extra: int = 10
@@ -55,6 +60,8 @@ class DecodeConfig:
         check_name("method", self.method, ["greedy", "beam", "sample"])
         check_at_least(1, beam_size=self.beam_size, num_best=self.num_best)
         check_at_least(0, min_length=self.min_length, top_k=self.top_k, seed=self.seed)
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(f"early_stopping={self.early_stopping!r} is not one of True, False, 'never'")
         for name in ("length_penalty", "max_length_ratio", "max_length_extra"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
@@ -80,6 +87,24 @@ class DecodeConfig:
     def score(self, log_prob: float, num_ids: int) -> float:
         """Return the score of a hypothesis of ``num_ids`` ids before its end."""
         return log_prob / (num_ids + 1) ** self.length_penalty
+
+    @property
+    def num_kept(self) -> int:
+        """Finished hypotheses per sentence that open ones are measured against."""
+        return self.num_best if self.method == "beam" and self.early_stopping == "never" else self.width
+
+    def attainable(self, log_prob: float, num_ids: int, limit: int) -> float:
+        """Return the best score that an open hypothesis is given credit for, as ``early_stopping`` says.
+
+        Args:
+            log_prob: its sum of log p.
+            num_ids: its ids so far.
+            limit: ids that it may have before its end.
+        """
+        if self.method != "beam" or self.early_stopping is True:
+            return -math.inf
+        # No sum of log p rises, so the largest length gives the best score.
+        return self.score(log_prob, limit if self.early_stopping == "never" else num_ids - 1)
 
 
 def decoding(config: DecodeConfig, options: Mapping[str, Any]) -> DecodeConfig:

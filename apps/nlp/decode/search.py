@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +46,7 @@ class Sentence:
         prompt: ids that its hypotheses begin with.
         limit: ids it may have before its end.
         steps: of each step from the first choice on, what was chosen, and the sentence's place in it.
-        finished: scores and ids of its finished hypotheses, in the order they were.
+        finished: scores and ids of its best finished hypotheses, best first; of equal scores the one that ended first.
         done: nothing more is asked of it.
     """
 
@@ -74,18 +75,16 @@ class Sentence:
         if report.ends[place]:
             closed = zip(report.closed_score[place].tolist(), report.closed_parent[place].tolist(), strict=True)
             for log_prob, parent in closed:
-                if log_prob > -math.inf:
-                    self.finished.append((config.score(log_prob, num_ids), self.ids(int(parent))))
+                score = config.score(log_prob, num_ids)
+                is_kept = len(self.finished) < config.num_kept or score > self.finished[-1][0]
+                if log_prob > -math.inf and is_kept:
+                    insort(self.finished, (score, self.ids(int(parent))), key=lambda hypothesis: -hypothesis[0])
+                    del self.finished[config.num_kept :]
         self.steps.append((report, place))
         best_open = report.best[place]
-        self.done = len(self.finished) >= config.width or num_ids >= self.limit or not best_open > -math.inf
-        if not self.done and len(self.finished) >= config.num_best:
-            worst = sorted((score for score, _ in self.finished), reverse=True)[config.num_best - 1]
-            self.done = config.score(best_open, self.limit) <= worst
-
-    def best(self, num_best: int) -> list[tuple[float, list[int]]]:
-        """Return the best finished hypotheses; of equal scores the one that was finished first."""
-        return sorted(self.finished, key=lambda hypothesis: -hypothesis[0])[:num_best]
+        self.done = num_ids >= self.limit or not best_open > -math.inf
+        if not self.done and len(self.finished) == config.num_kept:
+            self.done = config.attainable(best_open, num_ids + 1, self.limit) <= self.finished[-1][0]
 
 
 def search(
@@ -156,7 +155,7 @@ def search(
             cache = cache.select(row_bk.flatten())
     while ranks.go_on(False):
         model.step(torch.full_like(token_R, PAD_ID), cache)
-    best = [s.best(config.num_best) for s in sentences]
+    best = [s.finished[: config.num_best] for s in sentences]
     for i, own in enumerate(best):
         if not own:
             raise ValueError(f"sentence {i} of the batch has no end with a finite log-probability")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -178,6 +179,39 @@ def test_a_sentence_is_done_when_no_open_hypothesis_can_win():
         assert model.steps == [1, 2, 2][:steps]  # one row until the first choice
 
 
+def test_a_better_hypothesis_that_is_still_open_is_waited_for():
+    """The end has .02 after begin, .01 after a, .97 after b. With a beam of 2 the ends of 0 and 1 ids are finished
+    first, at log .02 and log(.98 * .01) / 2 = -2.31; the best is a-b-end at log(.98 * .99 * .97) / 3 = -0.02."""
+    probs = {BOS_ID: {A: 0.98, EOS_ID: 0.02}, A: {B: 0.99, EOS_ID: 0.01}, B: {A: 0.03, EOS_ID: 0.97}}
+    options = {"beam_size": 2, "min_length": 0, "max_length_extra": 5}
+    best = [[A, B]], [pytest.approx(math.log(0.98 * 0.99 * 0.97) / 3)]
+    assert decoded(Table(probs), **options) == best
+    # At its 2 ids a-b has log(.98 * .99) / 2, more than the worst one kept.
+    assert decoded(Table(probs), **options, early_stopping=False) == best
+    too_early = [[A]], [pytest.approx(math.log(0.98 * 0.01) / 2)]
+    assert decoded(Table(probs), **options, early_stopping=True) == too_early
+
+
+def test_a_beam_scores_at_least_as_much_as_greedy_search_that_is_sure():
+    """If greedy search's ids have more than half of all probability, they lead the beam in every step, so that only a
+    search that ends too early can miss them. Sharp random models, whose end is often likely or unlikely, have many."""
+    num_sure = lost_by_ending_early = 0
+    for seed in range(12):
+        model, batch = Recurrent(seed=seed, sharpness=20.0), sources([3, 7, 5, 9, 4, 6, 8, 2], seed=seed)
+        model.out.data[:, EOS_ID] *= 3
+        greedy = translate_ids(model, batch, DecodeConfig(method="greedy", min_length=0))
+        is_sure = [math.exp(s * (len(i) + 1)) > 0.5 for (s,), (i,) in zip(greedy.scores, greedy.ids, strict=True)]
+        num_sure += sum(is_sure)
+        for beam_size, early_stopping in itertools.product((2, 5, 10), ("never", True)):
+            config = DecodeConfig(beam_size=beam_size, min_length=0, early_stopping=early_stopping)
+            scores = zip(translate_ids(model, batch, config).scores, greedy.scores, is_sure, strict=True)
+            loses = [beam < best and sure for beam, best, sure in scores]
+            assert early_stopping is True or not any(loses)
+            lost_by_ending_early += sum(loses)
+    assert num_sure == 70
+    assert lost_by_ending_early == 3
+
+
 def test_an_end_before_the_minimal_length_is_not_allowed():
     assert decoded(Table({BOS_ID: {A: 0.2, EOS_ID: 0.8}, A: {A: 0.1, EOS_ID: 0.9}}), method="greedy")[0] == [[A]]
     ids = decoded(Table({BOS_ID: {A: 0.2, EOS_ID: 0.8}, A: {A: 0.1, EOS_ID: 0.9}}), method="greedy", min_length=0)[0]
@@ -238,6 +272,7 @@ def test_no_sentences_and_no_finite_end():
         ({"beam_size": 0}, "beam_size=0 must be at least 1"),
         ({"num_best": 6}, "num_best=6 exceeds the 5 hypotheses of method=beam"),
         ({"num_best": 2, "method": "greedy"}, "num_best=2 exceeds the 1 hypotheses of method=greedy"),
+        ({"early_stopping": "always"}, "early_stopping='always' is not one of True, False, 'never'"),
         ({"length_penalty": -1.0}, "length_penalty=-1.0 must not be negative"),
         ({"max_length_ratio": math.inf}, "max_length_ratio=inf"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
@@ -311,9 +346,11 @@ def test_every_id_is_that_of_the_plain_loops(method, penalty):
             config = DecodeConfig(
                 **search, length_penalty=penalty, num_best=min(search.get("beam_size", 1), 3), min_length=seed, **more
             )
-            fast = translate_ids(model, batch, config)
-            close(fast, naive.translate_ids(model, batch, config))
-            close(translate_ids(model, batch, replace(config, prune=False)), fast)
+            for early_stopping in ("never", False, True) if search.get("beam_size", 1) > 1 else ("never",):
+                config = replace(config, early_stopping=early_stopping)
+                fast = translate_ids(model, batch, config)
+                close(fast, naive.translate_ids(model, batch, config))
+                close(translate_ids(model, batch, replace(config, prune=False)), fast)
 
 
 def test_sampled_ids_are_those_of_the_plain_loops():
