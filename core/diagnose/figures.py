@@ -118,7 +118,8 @@ class LayerFigures:
         per_sequence = False
         if 1 < of_sequences < one.num_tokens and one.num_tokens % of_sequences == 0 and one.valid_T is None:
             l_BSM = logits_TM.unflatten(0, (of_sequences, -1))
-            per_sequence = bool((l_BSM == l_BSM[:, :1]).all())
+            # Where the sequences do not differ either, the router is constant and decides for no sequence.
+            per_sequence = bool((l_BSM == l_BSM[:, :1]).all()) and not bool((l_BSM == l_BSM[:1]).all())
         if one.valid_T is not None:
             logits_TM = logits_TM[one.valid_T]
             place_T = None if place_T is None else place_T[one.valid_T]
@@ -215,6 +216,11 @@ class LayerFigures:
         """Return ``experts_in_use`` of the computed pairs of one modality."""
         pairs_E = self.modality_GE[modality]
         return _in_use(pairs_E, self.decided(float(pairs_E.sum())))
+
+    @property
+    def spread(self) -> float:
+        """The root mean square of a token's logits less their mean."""
+        return math.sqrt(float(self.square_M.sum() / self.num_logits.sum().clamp_min(1)))
 
     @property
     def token_variance(self) -> float:

@@ -37,6 +37,9 @@ LARGE_LOGIT = 64.0
 """Bfloat16 numbers of 64 and more lie 0.5 apart, a factor of 1.6 in a gate (arXiv 2202.08906, section 3.3)."""
 DRIFT, HIGH_LEVEL = 3.0, 16.0
 """Growth of ``logsumexp`` since the first look, and the level from which it counts; it starts at log E, 2 to 5."""
+FLAT = 1e-5
+"""Spread of a token's logits, relative to the largest or to 1: a hundred roundings of float32, so that the order of the
+experts is chance and the probabilities are equal."""
 BLIND = 0.01
 """Share of the logits' variance that is the tokens': below it fixed preferences are ten times as large as what a token
 can add."""
@@ -193,10 +196,24 @@ def logit_findings(layer: str, f: LayerFigures, first_level: float | None = None
         )
     elif first_level is not None and f.rms_level > max(HIGH_LEVEL, DRIFT * first_level):
         yield drift_finding(layer, first_level, f.rms_level)
-    if f.decisions < ENOUGH or f.facts.by_data:
+    # With one expert in reach a token has no choice, and its logit less the mean is 0.
+    if f.facts.by_data or f.num_logits.sum() <= f.num_tokens:
+        return
+    if f.spread < FLAT * max(f.largest, 1.0):
+        yield Finding(
+            "flat_logits",
+            layer,
+            "error",
+            f"a token's logits differ by {f.spread:.1g} (standard deviation), so the router prefers none of the "
+            f"{f.num_experts} experts and rounding or ties choose",
+            "look at the gate's weights and input: both must differ from 0 by more than rounding; start the gate again",
+            {"spread": f.spread},
+        )
+        return
+    if f.decisions < ENOUGH:
         return
     of_tokens, of_experts = f.token_variance, f.expert_variance
-    share = of_tokens / max(of_tokens + of_experts, 1e-30)
+    share = of_tokens / (of_tokens + of_experts)
     by_place = None if f.facts.reads_position else f.place_share
     # One expert that is out of play makes a large variance too, but leaves tokens a choice among the others.
     is_constant = f.kind == "pairs" and f.experts_in_use < 1.05 * max(f.pairs_per_token, 1.0)

@@ -146,6 +146,30 @@ def test_a_router_that_is_given_no_tokens():
     assert "token_blind" in names(Training(TOP2, plant=plant).findings())
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-6])
+def test_a_router_whose_logits_do_not_differ(scale):
+    # Ties go to the first experts, and logits of 1e-6 to even loads: the fault is the same. 8 sequences of equal logits
+    # are one constant router and not 8 decisions.
+    layer = core.MoEConfig(8, core.TokenChoice(top_k=2), FFN).build(16).eval()
+    with torch.no_grad():
+        layer.router.gate.weight.mul_(scale)
+    findings = core.diagnose(layer, [torch.randn(8, 32, 16)])
+    assert names(findings) == ({"flat_logits", "collapsed_load"} if scale == 0 else {"flat_logits"})
+    assert next(f for f in findings if f.name == "flat_logits").figures["spread"] <= 1e-6
+
+
+def test_a_constant_router_in_few_sequences():
+    # The input is constant, as after a norm of weight 0: the variance is that of the experts' preferences.
+    layer = core.MoEConfig(8, core.TokenChoice(top_k=2), FFN).build(16).eval()
+    findings = core.diagnose(layer, [torch.ones(8, 32, 16)])
+    (finding,) = (f for f in findings if f.name == "token_blind")
+    assert finding.figures["token_share"] < 1e-9
+
+
+def test_a_router_of_one_expert_has_no_fault():
+    assert core.diagnose(core.MoEConfig(1, core.TokenChoice(top_k=1), FFN).build(16), [torch.randn(8, 32, 16)]) == []
+
+
 def test_a_router_that_is_given_the_place_alone():
     def plant(net: Patient) -> None:
         net.moe.router.register_forward_pre_hook(lambda m, args: (net.place.expand_as(args[0]), *args[1:]))
