@@ -19,7 +19,7 @@ from ..kernels import accumulate_dtype
 from .prediction import Forecast, Scores
 from .slots import Expert, SlotPool
 from .statistics import OffloadStatistics
-from .stores import Store
+from .stores import FileStore, Store
 
 
 @dataclass
@@ -53,6 +53,28 @@ class Offloaded:
         self.inner.num_experts = pool.count
         self.inner._forward_pre_hooks.clear()
         self.inner._forward_hooks.clear()
+        self._tensors = [*stacked(self.experts).values()]
+        self._state = self._look()
+
+    def _look(self) -> list[tuple[int, int]]:
+        """Return what a change of the stacked tensors changes; tensors of inference mode count no changes."""
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors]
+
+    def renew(self, number: int) -> None:
+        """Empty the slots of this module, number ``number`` of the pool, if its tensors were changed in place.
+
+        Raises:
+            ValueError: the tensors were replaced, or changed in memory while a file keeps them.
+        """
+        state = self._look()
+        if state == self._state:
+            return
+        if isinstance(self.store, FileStore) or any(a[0] != b[0] for a, b in zip(state, self._state, strict=True)):
+            raise ValueError(
+                f"the experts {self.name} were changed after they were stored: change them before core.offload_experts"
+            )
+        self.pool.forget(number)
+        self._state = state
 
 
 class OffloadedExperts:
@@ -67,7 +89,8 @@ class OffloadedExperts:
     ``IA3``, ``PEER``) and for hidden widths that are no multiple of 32 numbers, or 64 in half precision: torch computes
     the end of a tensor by other instructions, which round differently. Elsewhere it is equal to rounding.
 
-    Calls from several threads wait for each other.
+    Calls from several threads wait for each other. Experts in host memory that are changed in place, between calls and
+    not through ``.data``, are fetched again; experts in a file are not to be changed.
 
     Attributes:
         left: names of the layers' experts that stay as they are, since every token takes all of them.
@@ -129,8 +152,8 @@ class OffloadedExperts:
         """Compute as the experts would; see ``Experts.forward``.
 
         Raises:
-            ValueError: the experts are trained, a gradient would be wanted, a way that takes all experts at once, or a
-                file that was changed under the cache.
+            ValueError: the experts are trained, a gradient would be wanted, a way that takes all experts at once, a
+                file that was changed under the cache, or tensors that were replaced or, with a file, changed.
         """
         member = self._members[self._number[id(experts)]]
         tokens = x.x if isinstance(x, Rows) else x
@@ -142,6 +165,7 @@ class OffloadedExperts:
             raise ValueError(f"x is on {tokens.device}, the slots of offloaded experts on {member.pool.device}")
         member.inner.backend = experts.backend
         with self._lock, torch.no_grad():
+            member.renew(self._number[id(experts)])
             if isinstance(x, Rows):
                 return self._rows(member, x, way)
             if way == "picked":

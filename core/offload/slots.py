@@ -113,6 +113,14 @@ class SlotPool:
             wait([r.loading for r in self.resident.values() if r.loading is not None])
             self._fill(device)
 
+    def forget(self, module: int) -> None:
+        """Empty the slots that hold experts of a module."""
+        for expert in [expert for expert in self.resident if expert.module == module]:
+            held = self.resident.pop(expert)
+            if held.loading is not None and not held.loading.cancel():
+                wait([held.loading])
+            self.free.append(held.slot)
+
     @property
     def holds_all(self) -> bool:
         """True where every expert is in a slot, so that nothing is left to be fetched."""

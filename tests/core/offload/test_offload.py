@@ -435,7 +435,31 @@ def test_a_file_that_other_programs_read(tmp_path: Path):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+def test_experts_that_are_changed_in_place_are_fetched_again():
+    model = two_layers()
+    x = torch.randn(1, 4, D)
+    core.offload_experts(model, offloadable_bytes(model) // 2)
+    model(x)
+    with torch.no_grad():
+        model[0].experts.w_in.mul_(2)
+        model[2].experts.weights_of(3)["w_out"].add_(1)
+    assert torch.equal(model(x), copy.deepcopy(model)(x))
+
+
 # ---- bad input
+
+
+def test_experts_that_are_changed_beside_their_store_are_rejected(tmp_path: Path):
+    for change, path in (
+        (lambda experts: experts.w_in.mul_(2), tmp_path / "experts.safetensors"),
+        (lambda experts: setattr(experts.w_in, "data", torch.zeros(E, D, F)), None),
+    ):
+        layer = layer_of()
+        core.offload_experts(layer, one_expert(layer), path)
+        with torch.no_grad():
+            change(layer.experts)
+        with pytest.raises(ValueError, match=r"^the experts experts were changed after they were stored: change them"):
+            layer(torch.randn(1, 4, D))
 
 
 def test_a_budget_below_one_expert():
