@@ -43,7 +43,8 @@ class Experts(nn.Module):
         experts(rows, "queries"), "outputs"     the products before and after attention: ``AttentionHeads`` alone
 
     A subclass sets ``num_experts`` and writes ``compute_rows``; the base class does "dense" by "each" and "each" by
-    rows, where a subclass may do better, and cannot do "merged" for it. See ``FFNExperts``.
+    rows, where a subclass may do better, and cannot do "merged" for it. See ``FFNExperts``. A class that overrides
+    ``forward`` is a ``ValueError``.
 
     Every parameter and buffer is *stacked*: its first axis counts the experts. One that is split over ranks is a
     ``DTensor`` sharded along that axis; its local experts are the rows that this process holds, numbered from 0. Who
@@ -71,6 +72,14 @@ class Experts(nn.Module):
     experts side by side are then one wider expert. Empty where they are not."""
     linear_in: ClassVar[frozenset[str]] = frozenset()
     """The stacked tensors in which, taken together, the output is linear: scaled by a gate, they scale the output."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.forward is not Experts.forward:
+            raise ValueError(
+                f"{cls.__name__} overrides forward, which has the checks of all experts: write compute_rows instead, "
+                "or the compute_... method of another way"
+            )
 
     @span("moe.experts")
     def forward(self, x: Any, way: Way = "rows", *args: Any) -> Any:

@@ -117,6 +117,11 @@ def test_experts_of_a_users_own_are_shared_experts_too():
     assert layer(x)[0, 0, 0].item() == pytest.approx(math.log(3) * (0.4583333 + 1.0833333), rel=1e-6)
 
 
+def test_a_forward_of_ones_own_would_skip_the_checks():
+    with pytest.raises(ValueError, match=r"^Own overrides forward, which has the checks .*: write compute_rows instead"):
+        type("Own", (Experts,), {"forward": lambda self, rows: rows})
+
+
 @pytest.mark.parametrize("router, experts", [(8, 4), (8, 16), (4, 8)])
 def test_parts_for_different_numbers_of_experts_are_refused(router, experts):
     with pytest.raises(ValueError, match=f"^the router chooses among {router} experts, and there are {experts}$"):
