@@ -164,7 +164,8 @@ class TokenChoice(TopKConfig, LinearGateConfig):
         normalize: True: the gates of a token sum to 1 (softmax after the selection). False: its scores over all E
             experts (softmax before). None: True for K > 1, False for K = 1, where it would cut the router's gradient.
             "kept": those scores, divided by their sum over the experts of the token that compute it, so that the gates
-            sum to 1 after a capacity dropped some of them (NLLB-MoE). "unit": every gate is 1, with the gradient of the
+            sum to 1 after a capacity dropped some of them (NLLB-MoE). True and "kept" need K > 1: of one expert the
+            gate is always 1. "unit": every gate is 1, with the gradient of the
             score, which goes straight through: the output is the sum of the chosen experts.
         noise: normal noise on the logits in training: None, "fixed" (V-MoE) or "learned" (Shazeer).
         noise_std: standard deviation of the fixed noise, times E: the noise has ``noise_std / E``.
