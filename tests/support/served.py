@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from apps.base.ports import bound
 from apps.serve.service.application import application
 from apps.serve.service.batching import Batcher
 from apps.serve.service.interface import body_schema, document
@@ -43,7 +46,23 @@ def served_numbers(
     service = number_service(predict)
     batcher = Batcher(service.predict, 4, 0.001, **options)
     metrics = Metrics({"run": "numbers"}, lambda: len(batcher))
-    names = {"testserver"} if token is None else None
+    names = {"testserver", "127.0.0.1", "[::1]"} if token is None else None
     interface = document(service, limits, "numbers", "1", token is not None)
     reader = Reader(body_schema(service, limits), service.read)
     return application(reader, batcher, interface, limits, metrics, token, names), batcher
+
+
+@contextlib.contextmanager
+def listening(app: Any, limits: Limits = LIMITS) -> Iterator[int]:
+    """Serve an application as ``moesaic serve`` does, on a thread; yields its port."""
+    from apps.serve.service.protocol import server_of
+
+    server = server_of(app, limits)
+    with bound(0) as socket:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
+        thread.start()
+        try:
+            yield socket.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -2,7 +2,8 @@
 
 The modules, from the ground up: ``options`` (the command line), ``token``, ``limits``, ``reading`` (a body's bytes to
 inputs), ``batching`` (inputs of several requests to one batch), ``metrics``, ``guard`` (who may ask, and how much),
-``interface`` (OpenAPI, and a page), ``application`` (the paths), ``command`` (the whole, with its server).
+``interface`` (OpenAPI, and a page), ``application`` (the paths), ``protocol`` (connections, and the server),
+``command`` (the whole).
 """
 
 from __future__ import annotations

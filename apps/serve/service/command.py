@@ -79,7 +79,8 @@ class Served:
     """
 
     def __init__(self, model: Any, service: Service, options: Options) -> None:
-        self._server: Any = None
+        from apps.serve.service.protocol import server_of
+
         name, limits = run_name(options.checkpoint), options.limits
         self._title = f"{name} ({type(model).__name__})"
         about = {"run": name, "model": type(model).__name__, "version": own_version()}
@@ -97,19 +98,14 @@ class Served:
         interface = document(service, limits, name, own_version(), options.token is not None)
         reader = Reader(body_schema(service, limits), service.read)
         names = {"localhost", "127.0.0.1", "[::1]", options.host} if options.token is None else None
-        self.app = application(reader, self.batcher, interface, limits, self.metrics, options.token, names)
+        app = application(reader, self.batcher, interface, limits, self.metrics, options.token, names)
+        self._server = server_of(app, limits)
 
     def until_stopped(self, listening: socket.socket) -> None:
         """Answer at a socket until a signal, or until the model has broken down; then finish what was taken.
 
         The address is printed, at which requests are taken from then on.
         """
-        import uvicorn
-
-        config = uvicorn.Config(
-            self.app, log_level="error", access_log=False, ws="none", server_header=False, lifespan="on"
-        )
-        self._server = uvicorn.Server(config)
         # uvicorn ends at these signals too, once it runs, and raises them again when it has ended.
         handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from itertools import chain
 from typing import Any
 
 from apps.serve.service.limits import Limits
@@ -76,6 +77,9 @@ class Guard:
             self._metrics.answered(path, exchange.status, time.perf_counter() - begin)
 
     def _check(self, scope: Message) -> None:
+        head = len(scope["raw_path"]) + len(scope["query_string"]) + sum(map(len, chain(*scope["headers"])))
+        if head > self._limits.head:
+            raise Refused(431, f"the head of a request has at most {self._limits.head} bytes")
         headers = {name: value for name, value in scope["headers"] if name in (b"host", b"authorization")}
         if self._names is not None and _name_of(headers.get(b"host", b"")) not in self._names:
             raise Refused(400, "host is none of this service's names: " + ", ".join(sorted(self._names)))

@@ -18,7 +18,7 @@ from apps.train.offloading import read_budget
 from apps.train.quantising import read_form
 
 PORT = 8000
-LIBRARIES = ("starlette", "uvicorn", "jsonschema_rs", "prometheus_client")
+LIBRARIES = ("starlette", "uvicorn", "httptools", "jsonschema_rs", "prometheus_client")
 """The packages that a service needs."""
 _DESCRIPTION = f"""\
 Serve a trained model of any app over HTTP: POST /predict with {{"inputs": [...]}} gives {{"outputs": [...]}}. The

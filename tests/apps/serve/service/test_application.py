@@ -92,7 +92,7 @@ def test_paths_and_methods_that_are_none(client):
 
 def test_a_name_of_another_site_is_refused(client):
     line = refusal(client.get("/docs", headers={"host": "attacker.example:80"}), 400)
-    assert line == "host is none of this service's names: testserver"
+    assert line == "host is none of this service's names: 127.0.0.1, [::1], testserver"
 
 
 def test_the_interface(client):

@@ -83,3 +83,8 @@ def test_a_client_that_goes_away_leaves_nothing_behind():
 def test_a_length_that_is_none(length):
     status, _ = Client([b" "], [JSON, (b"content-length", length)], more=False).ask(LIMITS)
     assert status == 413
+
+
+def test_a_head_that_is_too_large_and_whole_at_once():
+    status, _ = Client([], [JSON, (b"x", b"x" * LIMITS.head)], more=False).ask(LIMITS)
+    assert status == 431

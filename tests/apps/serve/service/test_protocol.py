@@ -1,0 +1,104 @@
+"""Raw connections to a service: what a client that has shown nothing yet can take of it is bounded."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+
+import pytest
+from served import listening, served_numbers
+
+from apps.serve.service.limits import Limits
+
+LIMITS = Limits(body=1_000, inputs=4, requests=3, head_seconds=0.3)
+PATIENT = Limits(body=1_000, inputs=4, requests=3, waiting=20)
+GET = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+POST = b"POST /predict HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def port():
+    with listening(served_numbers(limits=LIMITS)[0], LIMITS) as port:
+        yield port
+
+
+def connect(port):
+    return socket.create_connection(("127.0.0.1", port), timeout=10)
+
+
+def rest(connection):
+    """Return what still comes on a connection until the service closes it."""
+    answer = b""
+    with contextlib.suppress(ConnectionResetError):
+        while some := connection.recv(65536):
+            answer += some
+    return answer
+
+
+def ask(port, request):
+    """Send a request, and return its answer; the service may close the connection before all is sent."""
+    with connect(port) as connection:
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            connection.sendall(request)
+        return rest(connection)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        GET + b"x: " + b"x" * 2**20,  # never complete
+        GET + b"x: " + b"x" * 2**17 + b"\r\n\r\n",  # complete
+        GET + b"x: y\r\n" * 2**15 + b"\r\n",
+        b"GET /" + b"x" * 2**17 + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\nx: " + b"x" * 2**20,  # what may follow a body
+    ],
+    ids=["line", "header", "headers", "path", "trailer"],
+)
+def test_a_head_that_is_too_large(port, request_):
+    answer = ask(port, request_)
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert answer.endswith(b'{"error": "the head of a request has at most 65536 bytes"}')
+
+
+@pytest.mark.parametrize("begin", [b"", GET, GET + b"\r\n" + GET])
+def test_a_head_that_does_not_come_ends_the_connection(port, begin):
+    with connect(port) as connection:
+        connection.sendall(begin)
+        answer = rest(connection)
+    assert answer.count(b"HTTP/1.1 200 ") == begin.count(b"\r\n\r\n")
+
+
+def test_a_body_and_an_answer_may_take_longer_than_a_head():
+    came, go_on = threading.Event(), threading.Event()
+
+    def waits(inputs):
+        came.set()
+        go_on.wait()
+        return list(inputs)
+
+    with listening(served_numbers(waits, limits=LIMITS)[0], LIMITS) as port, connect(port) as slow:
+        slow.sendall(POST + b"Content-Length: 15\r\n\r\n")
+        assert ask(port, b"") == b""  # this one came later, and its time is over
+        slow.sendall(b'{"inputs": [2]}')
+        came.wait()
+        assert ask(port, b"") == b""
+        go_on.set()
+        assert slow.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_of_too_many_connections_the_one_that_has_waited_longest_is_closed():
+    with listening(served_numbers(limits=PATIENT)[0], PATIENT) as port, contextlib.ExitStack() as stack:
+        first = stack.enter_context(connect(port))
+        assert ask(port, GET + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200 ")  # the first has been taken
+        time.sleep(0.01)  # the loop's clock counts milliseconds
+        others = [stack.enter_context(connect(port)) for _ in range(PATIENT.requests + PATIENT.waiting)]
+        assert rest(first) == b""
+        for connection in others:
+            connection.sendall(GET + b"\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_what_is_no_http_is_one_line(port):
+    assert ask(port, b"no HTTP\r\n\r\n").endswith(b'\r\n\r\n{"error": "Invalid HTTP request received."}')
