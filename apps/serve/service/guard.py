@@ -27,9 +27,11 @@ Send = Callable[[Message], Awaitable[None]]
 class Guard:
     """An ASGI application around another one.
 
-    It refuses a request with a wrong token, one that is addressed to another name, and one too many. It counts all.
+    It refuses a request with a wrong token, one that is addressed to another name, and one too many. It counts all,
+    but a refused one takes no place among the requests at the same time.
     Where an answer comes before the body has been read, such as "413", the rest of the body is thrown away for a
     moment and the connection is closed: a client that is still sending gets the answer, and nobody reads the whole.
+    Who has shown no token gets one answer at once, with the end of the connection; the body is not read at all.
 
     Args:
         app: the application inside.
@@ -61,22 +63,27 @@ class Guard:
             await self._app(scope, receive, send)
             return
         begin, path = time.perf_counter(), scope["path"] if scope["path"] in self._paths else "other"
-        exchange = _Exchange(scope, receive, send, self._limits.body)
-        self._open += 1
+        app, known = self._app, False
+        try:
+            known = self._knows(scope)
+            if known and self._open >= self._limits.requests:
+                rule = f"{self._limits.requests} requests are answered at the same time: try again later"
+                raise Refused(503, rule, {"retry-after": "1"})
+        except Refused as refused:
+            app = self._refusal(refused)
+        exchange = _Exchange(scope, receive, send, self._limits.body if known else 0)
+        counted = known and app is self._app
+        self._open += counted
         self._metrics.open.set(self._open)
         try:
-            try:
-                self._check(scope)
-                app = self._app
-            except Refused as refused:
-                app = self._refusal(refused)
             await app(scope, exchange.receive, exchange.send)
         finally:
-            self._open -= 1
+            self._open -= counted
             self._metrics.open.set(self._open)
             self._metrics.answered(path, exchange.status, time.perf_counter() - begin)
 
-    def _check(self, scope: Message) -> None:
+    def _knows(self, scope: Message) -> bool:
+        """Tell whether a request has shown that it may ask for more than ``HEALTH``; if it may not: ``Refused``."""
         head = len(scope["raw_path"]) + len(scope["query_string"]) + sum(map(len, chain(*scope["headers"])))
         if head > self._limits.head:
             raise Refused(431, f"the head of a request has at most {self._limits.head} bytes")
@@ -84,7 +91,7 @@ class Guard:
         if self._names is not None and _name_of(headers.get(b"host", b"")) not in self._names:
             raise Refused(400, "host is none of this service's names: " + ", ".join(sorted(self._names)))
         if scope["path"] == HEALTH:
-            return
+            return False
         if self._token is not None:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
@@ -92,9 +99,7 @@ class Guard:
                 raise Refused(
                     401, f"the request has {what}: send Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"}
                 )
-        if self._open > self._limits.requests:
-            rule = f"{self._limits.requests} requests are answered at the same time: try again later"
-            raise Refused(503, rule, {"retry-after": "1"})
+        return True
 
 
 def _name_of(host: bytes) -> str:
@@ -104,10 +109,10 @@ def _name_of(host: bytes) -> str:
 
 
 class _Exchange:
-    """One request and its answer."""
+    """One request and its answer, after which ``most`` bytes are thrown away; with 0 the connection is closed."""
 
     def __init__(self, scope: Message, receive: Receive, send: Send, most: int) -> None:
-        self.status = 0
+        self.status, self._closes = 0, not most
         self._receive, self._send, self._left = receive, send, most
         headers = dict(scope["headers"])
         self._unread = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
@@ -121,7 +126,7 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if self._unread:
+            if self._unread or self._closes:
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
         elif self._unread and not message.get("more_body", False):
             await self._send({**message, "more_body": True})

@@ -29,7 +29,7 @@ class Metrics:
         self._given = given
         Gauge("service", "What is served.", list(about), **given).labels(**about).set(1)
         Gauge("inputs_waiting", "Inputs that wait for the model.", **given).set_function(waiting)
-        self.open = Gauge("requests_open", "Requests that have come and are not answered.", **given)
+        self.open = Gauge("requests_open", "Requests that were let in and are not answered.", **given)
         self._requests = Counter("requests", "Requests that were answered.", ["path", "status"], **given)
         self._seconds = Histogram(
             "request_seconds", "Time from a request to its whole answer.", ["path"], buckets=_SECONDS, **given

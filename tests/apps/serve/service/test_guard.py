@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from served import served_numbers
+from served import TOKEN, served_numbers
 
 from apps.serve.service.limits import Limits
 
@@ -36,8 +36,8 @@ class Client:
     async def send(self, message):
         self.sent.append(message)
 
-    def ask(self, limits):
-        app, _ = served_numbers(limits=limits)
+    def ask(self, limits, token=None):
+        app, _ = served_numbers(token=token, limits=limits)
         asyncio.run(app(self.scope, self.receive, self.send))
         return self.sent[0]["status"], dict(self.sent[0]["headers"])
 
@@ -53,6 +53,14 @@ def test_a_hundred_megabytes_are_refused_by_their_length_and_not_read():
     assert headers[b"connection"] == b"close"
     assert client.received == 1_000  # thrown away, so that a client that is still sending gets the answer
     assert [message.get("more_body", False) for message in client.sent[1:]] == [True, False]
+
+
+def test_nothing_of_a_stranger_is_read_and_the_connection_is_closed():
+    client = Client([b" " * 100] * 10, [JSON, (b"content-length", b"1000")])
+    status, headers = client.ask(LIMITS, TOKEN)
+    assert status == 401
+    assert headers[b"connection"] == b"close"
+    assert client.received == 0
 
 
 def test_a_body_without_a_length_is_read_up_to_the_limit():

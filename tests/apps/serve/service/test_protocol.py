@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from served import listening, served_numbers
+from served import TOKEN, listening, served_numbers
 
 from apps.serve.service.limits import Limits
 
@@ -102,3 +102,14 @@ def test_of_too_many_connections_the_one_that_has_waited_longest_is_closed():
 
 def test_what_is_no_http_is_one_line(port):
     assert ask(port, b"no HTTP\r\n\r\n").endswith(b'\r\n\r\n{"error": "Invalid HTTP request received."}')
+
+
+def test_strangers_lock_nobody_out():
+    app, _ = served_numbers(token=TOKEN, limits=PATIENT)
+    with listening(app, PATIENT) as port, contextlib.ExitStack() as stack:
+        for path in [b"/predict", b"/healthz"] * PATIENT.requests:
+            stranger = stack.enter_context(connect(port))
+            stranger.sendall(POST.replace(b"/predict", path) + b"Content-Length: 900\r\n\r\n")
+            assert stranger.recv(65536).startswith(b"HTTP/1.1 4")
+        known = f"Authorization: Bearer {TOKEN}\r\nConnection: close\r\nContent-Length: 15\r\n\r\n".encode()
+        assert ask(port, POST + known + b'{"inputs": [2]}').endswith(b'{"outputs":[4]}')
