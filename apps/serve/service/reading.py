@@ -70,6 +70,10 @@ def _too_large(length: str, limits: Limits) -> Refused:
     return Refused(413, f"the body has {length} bytes: at most {limits.body} are read")
 
 
+def _too_deep() -> Refused:
+    return Refused(400, "the body is no JSON that can be read: it is too deep")
+
+
 class Reader:
     """Turns a body into the inputs of a model.
 
@@ -92,8 +96,11 @@ class Reader:
                 of the value.
         """
         value = parse(body)
-        for error in self._validator.iter_errors(value):
-            raise Refused(422, _complaint(error))
+        try:
+            for error in self._validator.iter_errors(value):
+                raise Refused(422, _complaint(error))
+        except ValueError:  # the validator reads fewer levels than Python
+            raise _too_deep() from None
         inputs = []
         for place, item in enumerate(value["inputs"]):
             try:
@@ -119,7 +126,7 @@ def parse(body: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise Refused(400, f"the body is no JSON in UTF-8: byte {error.start} is 0x{body[error.start]:02x}") from None
     except RecursionError:
-        raise Refused(400, "the body is no JSON that can be read: it is too deep") from None
+        raise _too_deep() from None
     except ValueError as error:  # also a whole number of more digits than Python reads
         raise Refused(400, f"the body is no JSON: {first_line(error)}") from None
     return value

@@ -11,6 +11,7 @@ import pytest
 from served import LIMITS, TOKEN, served_numbers
 from starlette.testclient import TestClient
 
+from apps.serve.service.limits import Limits
 from apps.serve.service.reading import Refused, parse
 
 JSON = {"content-type": "application/json"}
@@ -65,6 +66,16 @@ def test_what_is_wrong_with_a_body_is_one_line(client, body, status, line):
 def test_json_that_is_too_deep_for_python_is_one_line():
     with pytest.raises(Refused, match="the body is no JSON that can be read: it is too deep"):
         parse(b"[" * 500_000)
+
+
+@pytest.mark.parametrize("depth", [300, 900])  # Python reads 990 levels, the schema's library 255
+@pytest.mark.parametrize("opens, closes", [(b"[", b"]"), (b'{"a":', b"}")])
+def test_json_that_is_too_deep_for_the_schema_is_one_line(depth, opens, closes):
+    app, _ = served_numbers(limits=Limits(body=10_000))
+    body = b'{"inputs": ' + opens * depth + b"1" + closes * depth + b"}"
+    with TestClient(app) as client:
+        line = refusal(client.post("/predict", content=body, headers=JSON), 400)
+    assert line == "the body is no JSON that can be read: it is too deep"
 
 
 def test_other_types_and_codings_are_not_read(client):
