@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import re
 import socket
+from collections.abc import Iterable
 from typing import Any
 
 LOCAL = "127.0.0.1"
 """The address that this machine alone can reach."""
+_HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{0,5})?")
 
 
 def check_port(port: int, host: str = LOCAL) -> None:
@@ -55,6 +58,21 @@ def url_of(listening: socket.socket) -> str:
     """Return the address of a page at a socket."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def host_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """Return the host that a request is addressed to, in lower case and without its port.
+
+    Args:
+        headers: of the request, their names in lower case.
+
+    Returns:
+        A name, an IPv4 address, or an IPv6 address in brackets; None: the request has no Host header, several, or one
+        that is not a host with an optional port.
+    """
+    hosts = [value.decode("latin-1").lower() for name, value in headers if name == b"host"]
+    match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+    return match and match[1]
 
 
 def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:

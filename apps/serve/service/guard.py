@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from itertools import chain
 from typing import Any
 
+from apps.base.ports import host_of
 from apps.serve.service.limits import Limits
 from apps.serve.service.metrics import Metrics
 from apps.serve.service.reading import Refused
@@ -87,25 +88,21 @@ class Guard:
         head = len(scope["raw_path"]) + len(scope["query_string"]) + sum(map(len, chain(*scope["headers"])))
         if head > self._limits.head:
             raise Refused(431, f"the head of a request has at most {self._limits.head} bytes")
-        headers = {name: value for name, value in scope["headers"] if name in (b"host", b"authorization")}
-        if self._names is not None and _name_of(headers.get(b"host", b"")) not in self._names:
+        host = host_of(scope["headers"])
+        if host is None:
+            raise Refused(400, "a request has one Host header, which is NAME or NAME:PORT")
+        if self._names is not None and host not in self._names:
             raise Refused(400, "host is none of this service's names: " + ", ".join(sorted(self._names)))
         if scope["path"] == HEALTH:
             return False
         if self._token is not None:
-            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
                 what = "a wrong token" if scheme else "no token"
                 raise Refused(
                     401, f"the request has {what}: send Authorization: Bearer TOKEN", {"www-authenticate": "Bearer"}
                 )
         return True
-
-
-def _name_of(host: bytes) -> str:
-    """Return the host of a header, without its port."""
-    name = host.decode("latin-1").lower()
-    return name.partition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
 
 
 class _Exchange:

@@ -76,7 +76,7 @@ def document(service: Service, limits: Limits, title: str, version: str, has_tok
     }
     for path, operations in paths.items():
         for operation in operations.values():
-            head = {400: "The request is addressed to another host.", 431: "Its line and headers are too large."}
+            head = {400: "The request does not name this host.", 431: "Its line and headers are too large."}
             operation["responses"] |= _refusals(head)
             if has_token and path != "/healthz":
                 operation["responses"] |= _refusals({401: "There is no token, or a wrong one."})

@@ -96,3 +96,33 @@ def test_a_length_that_is_none(length):
 def test_a_head_that_is_too_large_and_whole_at_once():
     status, _ = Client([], [JSON, (b"x", b"x" * LIMITS.head)], more=False).ask(LIMITS)
     assert status == 431
+
+
+@pytest.mark.parametrize(
+    "hosts, status",
+    [
+        (["127.0.0.1"], 415),  # who may ask is asked for JSON
+        (["127.0.0.1:8000"], 415),
+        (["[::1]:8000"], 415),
+        (["TESTSERVER"], 415),
+        ([], 400),
+        (["testserver", "testserver"], 400),
+        (["evil.example", "testserver"], 400),
+        (["testserver", "evil.example"], 400),
+        (["[::1]evil.example"], 400),
+        (["[::1].evil.example:80"], 400),
+        (["127.0.0.1:80:80"], 400),
+        (["127.0.0.1:evil.example"], 400),
+        (["127.0.0.1:123456"], 400),
+        (["testserver@evil.example"], 400),
+        (["evil.example"], 400),
+        (["testserver "], 400),
+        (["\u0661.0.0.1"], 400),
+    ],
+)
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_a_request_names_its_host_once(hosts, status, token):
+    client = Client([], [(b"authorization", b"Bearer " + TOKEN.encode())], more=False)
+    client.scope["headers"] = [*client.scope["headers"][1:], *((b"host", name.encode()) for name in hosts)]
+    # With a token any name will do.
+    assert client.ask(LIMITS, token)[0] == (415 if token and hosts == ["evil.example"] else status)
