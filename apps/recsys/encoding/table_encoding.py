@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -40,7 +40,8 @@ class Encoding:
         domain: column of the domain; None where there is one domain.
         domains: the domains' values, from 0 on.
         separator: text between the values of a multi-valued column.
-        timestamps: columns of times, of which some of the features are parts.
+        timestamps: columns of times, of which some of the features are parts, with the earliest and the latest time of
+            the training rows in days since 1970; None: not known.
         texts: the encoders of the columns of vectors that are made from text, by column.
     """
 
@@ -49,7 +50,7 @@ class Encoding:
     domain: str | None = None
     domains: Vocabulary | None = None
     separator: str = "|"
-    timestamps: tuple[str, ...] = ()
+    timestamps: Mapping[str, Sequence[float] | None] = field(default_factory=dict)
     texts: Mapping[str, TextEncoding] = field(default_factory=dict)
 
     @classmethod
@@ -66,7 +67,7 @@ class Encoding:
             info["domain"]["column"],
             None if info["domain"]["texts"] is None else texts(info["domain"]["texts"]),
             info["separator"],
-            tuple(info["timestamps"]),
+            info["timestamps"],
             _texts(info["texts"]),
         )
 
@@ -78,20 +79,20 @@ class Encoding:
             "domain": self.domain,
             "domains": None if self.domains is None else self.domains.state(),
             "separator": self.separator,
-            "timestamps": list(self.timestamps),
+            "timestamps": dict(self.timestamps),
             "texts": {column: asdict(text) for column, text in self.texts.items()},
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Encoding:
-        domains = state["domains"]
+        domains, timestamps = state["domains"], state.get("timestamps", {})
         return cls(
             from_plain(state["features"], Features, "features"),
             {column: Vocabulary(**tensors) for column, tensors in state["vocabularies"].items()},
             state["domain"],
             None if domains is None else Vocabulary(**domains),
             state["separator"],
-            tuple(state.get("timestamps", ())),
+            timestamps if isinstance(timestamps, Mapping) else dict.fromkeys(timestamps),  # names in an earlier version
             _texts(state.get("texts", {})),
         )
 

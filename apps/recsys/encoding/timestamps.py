@@ -5,7 +5,8 @@ All are in UTC. The derived columns are encoded as any others; hours and weekday
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,48 +20,57 @@ HOURS = tuple(map(str, range(24)))
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 _FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 and 9999
+_FIRST_DAY, _LAST_DAY = -7_305, 47_847  # of the years 1950 and 2101
+_DAY = 86_400
 _HAS_ZONE = r":\d\d(?:\.\d+)?\s*(?:[Zz]|[+-]\d\d(?::?\d\d)?)$"
-_RULE = "a timestamp is seconds since 1970, a date, or text such as 2024-05-31 12:00:00"
+_RULE = "a timestamp is seconds since 1970, a date, or text such as 2024-05-31 12:00:00 or 20240531"
 
 
-def with_parts(table: pa.Table, timestamps: Sequence[str], where: str, first_row: int = 0) -> pa.Table:
+def with_parts(
+    table: pa.Table, timestamps: Mapping[str, Sequence[float] | None], where: str, first_row: int = 0
+) -> pa.Table:
     """Return a table with the columns that each column of ``timestamps`` becomes beside its own.
 
     Args:
         table: the rows.
-        timestamps: names of columns.
+        timestamps: the columns, with ``known`` of ``to_seconds``.
         where: what to call the table in messages.
         first_row: number of the table's first row in messages, where it is a piece of a longer one.
 
     Raises:
-        ValueError: a value is no timestamp; the message names the first one and its row.
+        ValueError: as for ``to_seconds``.
     """
-    for column in timestamps:
-        seconds_N = to_seconds(table.column(column), column, where, first_row)
+    for column, known in timestamps.items():
+        seconds_N = to_seconds(table.column(column), column, where, first_row, known)
         is_missing_N = np.isnan(seconds_N)
         whole_N = np.floor(np.where(is_missing_N, 0, seconds_N)).astype(np.int64)
         hour, weekday, days = timestamp_columns(column)
         for name, place_N, texts in (
             (hour, whole_N // 3600 % 24, HOURS),
-            (weekday, (whole_N // 86_400 + 3) % 7, WEEKDAYS),  # 1970 began on a Thursday
+            (weekday, (whole_N // _DAY + 3) % 7, WEEKDAYS),  # 1970 began on a Thursday
         ):
             places = pa.array(place_N.astype(np.int8), mask=is_missing_N)
             table = table.append_column(name, pa.DictionaryArray.from_arrays(places, pa.array(texts)))
-        table = table.append_column(days, pa.array(seconds_N / 86_400))
+        table = table.append_column(days, pa.array(seconds_N / _DAY))
     return table
 
 
-def to_seconds(data: pa.ChunkedArray, column: str, where: str, first_row: int = 0) -> NDArray[np.float64]:
+def to_seconds(
+    data: pa.ChunkedArray, column: str, where: str, first_row: int = 0, known: Sequence[float] | None = None
+) -> NDArray[np.float64]:
     """Return timestamps as seconds since 1970, UTC, (N,), NaN where missing.
 
     Args:
-        data: dates, times with a date, numbers of seconds, or text of numbers or of ISO 8601, also with the date
-            as 2024/05/31, where a time without a zone is UTC.
+        data: dates, times with a date, numbers as for ``seconds_of_numbers``, or text of numbers or of ISO 8601, also
+            with the date as 2024/05/31, where a time without a zone is UTC.
         column, where: names of the column and the table in messages.
         first_row: number of the first row in messages.
+        known: earliest and latest time of training, in days since 1970; None: they are not known.
 
     Raises:
         ValueError: another type, or a value that is no timestamp of the years 1 to 9999; the message names the first.
+            Or most times are before 1950, after 2100 or within the first day of 1970, as years and Excel's numbers of
+            days are, and are far from ``known``.
     """
     data = plain(data)
     kind = data.type
@@ -68,23 +78,58 @@ def to_seconds(data: pa.ChunkedArray, column: str, where: str, first_row: int = 
         zone = kind.tz if pa.types.is_timestamp(kind) else None
         numbers = pc.divide(data.cast(pa.timestamp("us", zone), safe=False).cast(pa.int64()).cast(pa.float64()), 1e6)
     elif is_text(kind):
-        numbers = _of_text(data, column, where, first_row)
+        numbers = _of_text(data, column, where, first_row, known)
     elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind):
-        numbers = data.cast(pa.float64(), safe=False)
+        numbers = pa.array(seconds_of_numbers(data.cast(pa.float64(), safe=False), known))
     else:
         raise ValueError(f"column {column!r} of {where} holds values of type {kind}: {_RULE}")
     seconds_N = np.asarray(numbers.fill_null(np.nan), dtype=np.float64)
-    bad_N = (seconds_N < _FIRST_SECOND) | (seconds_N > _LAST_SECOND)
+    days_N = seconds_N / _DAY
+    bad_N, what = (seconds_N < _FIRST_SECOND) | (seconds_N > _LAST_SECOND), "outside the years 1 to 9999"
+    odd_N = (days_N < _FIRST_DAY) | (days_N >= _LAST_DAY) | ((np.abs(days_N) < 1) & (days_N != 0))
+    odd_N &= is_far(days_N, known)
+    if not bad_N.any() and 2 * odd_N.sum() > (~np.isnan(days_N)).sum():
+        moment = np.datetime64(int(seconds_N[np.argmax(odd_N)]), "s")
+        bad_N, what = odd_N, f"which is read as {moment}, and most of its times are not from 1950 to 2100"
     if bad_N.any():
         row = int(np.argmax(bad_N))
         raise ValueError(
-            f"column {column!r} of {where} holds {data[row].as_py()} in row {first_row + row}, outside the years 1 to "
-            f"9999: {_RULE}, and not milliseconds"
+            f"column {column!r} of {where} holds {data[row].as_py()} in row {first_row + row}, {what}: {_RULE}, and not"
+            " milliseconds, days or years"
         )
     return seconds_N
 
 
-def _of_text(data: pa.ChunkedArray, column: str, where: str, first_row: int) -> pa.ChunkedArray:
+def is_far(days_N: NDArray[np.float64], known: Sequence[float] | None) -> NDArray[np.bool_]:
+    """Return which times are outside the range of training by more than its length; all where it is not known."""
+    first, last = known or (np.inf, -np.inf)
+    return (days_N < 2 * first - last) | (days_N > 2 * last - first)
+
+
+def seconds_of_numbers(numbers: Any, known: Sequence[float] | None = None) -> NDArray[np.float64]:
+    """Return numbers (N,) as seconds since 1970, NaN where missing.
+
+    They are dates where all of them can be, such as 20240531, and else seconds. Numbers that can be both are seconds
+    where these are near the times of training, and the dates are not.
+
+    Args:
+        numbers: array of NumPy or Arrow.
+        known: as for ``to_seconds``.
+    """
+    number_N = np.asarray(numbers, dtype=np.float64)
+    try:
+        text = pa.array(number_N, from_pandas=True).cast(pa.int64()).cast(pa.string())
+        iso = pc.replace_substring_regex(text, r"^(19[5-9]\d|20\d\d|2100)(\d\d)(\d\d)$", r"\1-\2-\3")
+        date_N = np.asarray(iso.cast(pa.timestamp("s")).cast(pa.int64()), dtype=np.float64)
+    except pa.ArrowInvalid:  # a fraction, or a number that is no date
+        return number_N
+    is_near_as_number = not is_far(number_N / _DAY, known).any()
+    return number_N if is_near_as_number and is_far(date_N / _DAY, known).all() else date_N
+
+
+def _of_text(
+    data: pa.ChunkedArray, column: str, where: str, first_row: int, known: Sequence[float] | None
+) -> pa.ChunkedArray:
     text = pc.utf8_trim_whitespace(data)
     distinct = pc.unique(pc.if_else(pc.equal(text, ""), pa.scalar(None, text.type), text)).drop_null()
     # The seconds of distinct texts, each in the way that its form asks for.
@@ -101,7 +146,8 @@ def _of_text(data: pa.ChunkedArray, column: str, where: str, first_row: int) -> 
         except pa.ArrowInvalid:
             failed.append(int(place_d[first_failing(own, type_)]))
             continue
-        seconds_D[place_d] = values if chosen is is_number else np.asarray(values.cast(pa.int64())) / 1e6
+        is_seconds = chosen is is_number
+        seconds_D[place_d] = seconds_of_numbers(values, known) if is_seconds else np.asarray(values.cast("int64")) / 1e6
     if failed:
         odd = distinct[min(failed)]
         row = pc.index(text, odd).as_py()

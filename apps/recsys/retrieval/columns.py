@@ -54,7 +54,7 @@ def encoding_of_part(encoding: Encoding, columns: Collection[str]) -> Encoding:
         vocabularies=vocabularies,
         domain=None,
         domains=None,
-        timestamps=tuple(t for t in encoding.timestamps if any(part in columns for part in timestamp_columns(t))),
+        timestamps={t: known for t, known in encoding.timestamps.items() if {*timestamp_columns(t)} & {*columns}},
         texts={column: text for column, text in encoding.texts.items() if column in columns},
     )
 

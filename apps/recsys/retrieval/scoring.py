@@ -9,19 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from apps.base.checks import check_at_least, check_name
-from apps.data.array_files import ArraysInMemory
 from apps.recsys.encoding.numbers import plain
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.retrieval.catalogue import Catalogue
 from apps.recsys.retrieval.columns import column_of, encoding_of_part, names_of, numbers_of, raw_columns
 from apps.recsys.retrieval.index import ItemIndex
-from apps.recsys.tables.rows import TableRows
-from apps.recsys.tables.scoring import encoding_of, like, pieces
+from apps.recsys.tables.scoring import encoded, encoding_of, like, pieces
 from apps.train.contents import fingerprint
 
 if TYPE_CHECKING:
@@ -213,8 +210,6 @@ def predict(
     batch_size: int,
 ) -> Any:
     """See ``TwoTowerRetriever.predict``."""
-    from apps.recsys.tables.new_rows import build_rows
-
     check_at_least(1, top=top, batch_size=batch_size)
     state = encoding_of(model)
     encoding = encoding_of_part(Encoding.from_state(state), names_of(model.user_features))
@@ -226,10 +221,8 @@ def predict(
     roles = encoding.roles | ({} if ranking is None else ranking.user_roles)
     seen = None if include_seen else Catalogue.from_state(state["catalogue"]).seen
     names, parts, first = [], [], 0
-    for table in pieces(users, roles, numbers_of(roles), _BATCHES * batch_size):
-        columns = ArraysInMemory()
-        build_rows(table, encoding, columns, first)
-        rows = TableRows(columns, encoding.features, torch.arange(len(table)))
+    tables = pieces(users, roles, numbers_of(roles), _BATCHES * batch_size)
+    for table, rows in encoded(tables, encoding):
         for begin in range(0, len(table), batch_size):
             batch, own = rows[begin : begin + batch_size], table.slice(begin, batch_size)
             seen_BH = None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from apps.data.array_files import ArrayFiles, ArrayWriter, read_texts, save_texts
 from apps.recsys.encoding.categories import MISSING, Codes, factorize
 from apps.recsys.encoding.numbers import Part, to_numbers, to_order
+from apps.recsys.encoding.timestamps import seconds_of_numbers
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.readers import user_tables
 
@@ -117,11 +118,12 @@ def read(files: ArrayFiles) -> Histories:
 def whole_seconds(order_N: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.int64]:
     """Return times, as ``encoding.numbers.to_order`` gives them, in whole seconds: int64 (N,), rounded down.
 
-    Dates are int64 microseconds there. Numbers are float64 and taken as seconds; those beyond 2^62 become 2^62.
+    Dates are int64 microseconds there. Numbers are float64, and dates or seconds as for ``seconds_of_numbers``; those
+    beyond 2^62 become 2^62.
     """
     if order_N.dtype == np.int64:
         return (order_N // 1_000_000).astype(np.int64)
-    return np.floor(order_N).clip(-(2.0**62), 2.0**62).astype(np.int64)
+    return np.floor(seconds_of_numbers(order_N)).clip(-(2.0**62), 2.0**62).astype(np.int64)
 
 
 def build(

@@ -6,6 +6,7 @@ Beside the arrow tables, one column at a time is in memory; encoded columns go t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -198,7 +199,7 @@ class _Build:
                 "vocabularies": self.vocabularies,
                 "domain": {"column": config.domain, "texts": self.domain_texts},
                 "separator": config.separator,
-                "timestamps": self.timestamps,
+                "timestamps": self._times(),
                 "texts": {column: asdict(text) for column, text in self.texts.items()},
                 "split_seed": config.split.seed,
             }
@@ -219,11 +220,13 @@ class _Build:
     def _read_parts(self) -> None:
         """Put the parts of timestamps and the vectors of texts into the tables and the description."""
         self.timestamps, texts = self.config.timestamps, self.config.texts
+        self.times = {} if self.given is None else self.given.timestamps
         self.texts = (
             text_encodings(texts) if self.given is None or {*self.given.texts} != {*texts} else self.given.texts
         )
         self.tables = {s: with_vectors(table, self.texts, _WHERE[s]) for s, table in self.tables.items()}
-        self.tables = {s: with_parts(table, self.timestamps, _WHERE[s]) for s, table in self.tables.items()}
+        times = {column: self.times.get(column) for column in self.timestamps}
+        self.tables = {s: with_parts(table, times, _WHERE[s]) for s, table in self.tables.items()}
         self.config = self.config.with_parts()
         for hour, weekday, _ in map(timestamp_columns, self.timestamps):
             self.fixed |= {hour: Vocabulary.of(pa.array(HOURS)), weekday: Vocabulary.of(pa.array(WEEKDAYS))}
@@ -315,6 +318,17 @@ class _Build:
             self.findings.classes[name] = len(target.classes)
         else:
             self.findings.means[name] = means
+
+    def _times(self) -> Mapping[str, Sequence[float] | None]:
+        """Return the earliest and the latest time of the training rows by column, in days since 1970."""
+        if self.given is not None and not self.extends:
+            return self.times
+        times: dict[str, Sequence[float] | None] = {}
+        for column in self.timestamps:
+            days_N = to_numbers(self._parts(timestamp_columns(column)[2]), column)[self.masks["train"]]
+            days_n = np.append(self.times.get(column) or [], days_N[~np.isnan(days_N)])
+            times[column] = [float(days_n.min()), float(days_n.max())] if len(days_n) else None
+        return times
 
     def _write_weights(self) -> None:
         """Write the weights of the rows by task, of mean 1 over a task's labelled training rows."""

@@ -121,7 +121,7 @@ def described_columns(encoding: Encoding) -> dict[str, Any]:
         "separator": encoding.separator,
         "vectors": [{"column": f.name, "size": f.size} for f in features.vectors],
         "domain": None if encoding.domain is None else {"column": encoding.domain, "values": domains},
-        "timestamps": list(encoding.timestamps),
+        "timestamps": dict(encoding.timestamps),
         "texts": {name: dataclasses.asdict(text) for name, text in encoding.texts.items()},
     }
 
@@ -152,7 +152,7 @@ def state_of_columns(described: Mapping[str, Any], features: Mapping[str, Any]) 
         "domain": None if domain is None else domain["column"],
         "domains": None if domain is None else vocabulary(domain["values"]),
         "separator": described["separator"],
-        "timestamps": list(described["timestamps"]),
+        "timestamps": described["timestamps"],
         "texts": dict(described["texts"]),
     }
 

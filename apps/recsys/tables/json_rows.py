@@ -48,9 +48,10 @@ def row_reader(encoding: Encoding) -> Callable[[Mapping[str, Any]], dict[str, An
         import pyarrow as pa
 
         values = {column: _plain(row[column], role) for column, role in roles.items()}
-        for column in encoding.timestamps:
+        for column, known in encoding.timestamps.items():
             try:
-                to_seconds(pa.chunked_array([pa.array([values[column]], pa.string())]), column, "the inputs")
+                data = pa.chunked_array([pa.array([values[column]], pa.string())])
+                to_seconds(data, column, "the inputs", known=known)
             except ValueError as error:
                 raise ValueError(f"{column}={values[column]!r}: {first_line(error).rpartition(': ')[2]}") from None
         return values
@@ -110,7 +111,7 @@ class _Column:
         elif role == "texts":
             self.schema, self.example = {"type": ["string", "null"], "maxLength": _LONGEST}, "a text"
         elif role == "timestamps":
-            says = "Seconds since 1970, or a text such as 2024-05-31 12:00; UTC where it names no zone."
+            says = "Seconds since 1970, 20240531, or a text such as 2024-05-31 12:00; UTC where it names no zone."
             self.schema = {"type": ["string", "number", "null"], "maxLength": 64, "description": says}
             self.example = "2024-05-31 12:00"
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,10 +33,13 @@ from apps.recsys.encoding.numbers import (
 from apps.recsys.encoding.sequences import last_values, without_row_0
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.texts import with_vectors
-from apps.recsys.encoding.timestamps import with_parts
+from apps.recsys.encoding.timestamps import is_far, with_parts
+from apps.recsys.schema import timestamp_columns
 
 
-def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInMemory, first_row: int = 0) -> None:
+def build_rows(
+    table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInMemory, first_row: int = 0
+) -> dict[str, NDArray[Any]]:
     """Encode rows that have no label, and are in no split, by ``given``, and finish ``writer``.
 
     Args:
@@ -44,11 +48,21 @@ def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInM
         writer: receiver of the arrays.
         first_row: number of the first row in messages, where the table is a piece of a longer one.
 
+    Returns:
+        for each warning that the rows may need, how many values are unlike those of training, and how many may be.
+
     Raises:
         ValueError: a value has a wrong type, or ``given`` lacks a domain.
     """
+    unlike: dict[str, NDArray[Any]] = {}
     num_rows, where = len(table), "the rows to predict"
     table = with_vectors(with_parts(table, given.timestamps, where, first_row), given.texts, where)
+
+    for name, known in given.timestamps.items():
+        if known is not None:
+            begin, end = np.array(known).astype("datetime64[D]")
+            what = f"column {name!r}: times outside those of training, {begin} to {end}, by more than their length: %s"
+            unlike[what] = np.array([is_far(table[timestamp_columns(name)[2]].to_numpy(), known).sum(), 0])
 
     def parts(column: str) -> list[Part]:
         return [(where, table.column(column))]
@@ -95,6 +109,7 @@ def build_rows(table: pa.Table, given: Encoding, writer: ArrayWriter | ArraysInM
         known = to_known(codes, given.domains)
         writer.save("domain", domain_numbers(codes, known.rows, given.domain, first_row))
     writer.finish({"num_rows": num_rows})
+    return unlike
 
 
 def save_sequence(

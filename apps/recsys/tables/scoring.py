@@ -7,6 +7,7 @@ its own, and is no dependency; pyarrow is imported where it is used.
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from apps.recsys.tables.module import MultiTaskRecommender
     from apps.recsys.tables.rows import TableRows
+
+log = logging.getLogger(__name__)
 
 _BATCHES = 16
 """Batches that are encoded at a time."""
@@ -62,7 +65,7 @@ def encoding_of(model: Any) -> Mapping[str, Any]:
 
 
 def encoded(tables: Iterable[pa.Table], encoding: Encoding) -> Iterator[tuple[pa.Table, TableRows]]:
-    """Yield each table with its rows encoded, which are counted from 0 in each.
+    """Yield each table with its rows encoded, which are counted from 0 in each; warn of rows unlike those of training.
 
     Args:
         tables: the pieces of one table, with the columns of ``encoding.roles``.
@@ -75,12 +78,16 @@ def encoded(tables: Iterable[pa.Table], encoding: Encoding) -> Iterator[tuple[pa
     from apps.recsys.tables.new_rows import build_rows
     from apps.recsys.tables.rows import TableRows
 
-    first = 0
+    first, unlike = 0, dict[str, Any]()
     for table in tables:
         columns = ArraysInMemory()
-        build_rows(table, encoding, columns, first)
+        for what, counts in build_rows(table, encoding, columns, first).items():
+            unlike[what] = unlike.get(what, 0) + counts
         first += len(table)
         yield table, TableRows(columns, encoding.features, torch.arange(len(table)))
+    for what, (count, may_be) in unlike.items():
+        if count > may_be:
+            log.warning(what, f"{int(count):,}")
 
 
 def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: int) -> Iterator[pa.Table]:

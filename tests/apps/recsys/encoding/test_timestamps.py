@@ -16,8 +16,9 @@ SECONDS = 1_717_162_215
 MIDNIGHT = SECONDS - (13 * 3600 + 30 * 60 + 15)
 
 
-def seconds(values, kind=None):
-    return to_seconds(pa.chunked_array([pa.array(values, kind)]), "time", "the training table").tolist()
+def seconds(values, kind=None, known=None):
+    column = pa.chunked_array([pa.array(values, kind)])
+    return to_seconds(column, "time", "the training table", known=known).tolist()
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,11 @@ def test_dates_and_mixed_texts():
             r"holds 1717162215000 in row 1, outside the years 1 to 9999: .* and not milliseconds",
         ),
         ([[1]], r"holds values of type list<item: int64>"),
+        # Excel's day number of 1997-05-31, a year, 1997-05-31 12:00 without spaces, and a year of two digits.
+        ([35581, 35582], r"holds 35581 in row 0, which is read as 1970-01-01T09:53:01, and most .*: .* or 20240531"),
+        ([SECONDS, 1997, 1998], r"holds 1997 in row 1, which is read as 1970-01-01T00:33:17, and most"),
+        ([199705311200], r"holds 199705311200 in row 0, which is read as 8298-"),
+        (["0097-05-31"], r"holds 0097-05-31 in row 0, which is read as 0097-05-31T00:00:00, and most"),
     ],
 )
 def test_what_is_no_timestamp_is_named(values, match):
@@ -77,8 +83,27 @@ def test_what_is_no_timestamp_is_named(values, match):
 
 def test_the_parts_of_a_timestamp():
     # 1970-01-01 00:00 was a Thursday; a second before it, Wednesday at 23.
-    table = with_parts(pa.table({"t": pa.array([0, -1, SECONDS, None])}), ["t"], "the rows")
+    table = with_parts(pa.table({"t": pa.array([0, -1, SECONDS, None])}), {"t": None}, "the rows")
     assert table.column_names == ["t", "t_hour", "t_weekday", "t_days"]
     assert table["t_hour"].to_pylist() == ["0", "23", "13", None]
     assert table["t_weekday"].to_pylist() == ["Thursday", "Wednesday", "Friday", None]
     np.testing.assert_array_equal(table["t_days"].to_numpy(), [0, -1 / 86_400, SECONDS / 86_400, np.nan])
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.float64(), pa.string()])
+def test_numbers_are_dates_where_all_of_them_can_be(kind):
+    dates = pa.array([20240531, None, 20231231]).cast(kind)  # 2023-12-31 is 152 days before 2024-05-31
+    np.testing.assert_array_equal(seconds(dates), [MIDNIGHT, np.nan, MIDNIGHT - 152 * 86_400])
+    for odd in (20230230, 20231301, 19491231, 21010101):
+        assert seconds(pa.array([20240531, odd]).cast(kind)) == [20240531, odd]
+
+
+def test_training_says_how_numbers_are_read():
+    # The first half year from a start of 0, as in a log that counts its seconds: the dates would be in 2024.
+    assert seconds([20240531], known=(0, 182)) == [20240531]
+    assert seconds([20240531], known=(9_800, 9_900)) == [MIDNIGHT]  # 1996 and 1997: neither is near
+    born = [-1_000_000_000, -1_100_000_000]  # 1938, 1935
+    with pytest.raises(ValueError, match=r"which is read as 1938-"):
+        seconds(born)
+    assert seconds(born, known=(-20_000, 10_000)) == born
+    assert seconds([SECONDS, SECONDS, *born]) == [SECONDS, SECONDS, *born]  # half is not most

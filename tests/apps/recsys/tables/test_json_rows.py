@@ -31,7 +31,7 @@ FEATURES = Features(
     sequences=(SequenceFeature("visited", 3, 5, items="city"),),
 )
 CITIES = Vocabulary.of(pa.array(["Oslo", "Rome"]))
-ENCODING = Encoding(FEATURES, {"city": CITIES}, "shop", Vocabulary.of(pa.array(["de", "fr"])), timestamps=("at",))
+ENCODING = Encoding(FEATURES, {"city": CITIES}, "shop", Vocabulary.of(pa.array(["de", "fr"])), timestamps={"at": None})
 SCHEMA = row_schema(ENCODING, "Row", "A row.")
 ROW = {
     "shop": "fr",

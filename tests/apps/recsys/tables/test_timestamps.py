@@ -100,3 +100,42 @@ def test_a_page_has_one_field_for_a_timestamp(tmp_path):
     page = exhibit(model, data, 2)
     assert [field.label.split(" (")[0] for field in page.fields] == ["city", "at"]
     assert page.examples[0].values == ("Rome", "2024-06-07 07:00")
+
+
+def test_dates_as_numbers_are_dates_in_training_predictions_and_the_service(tmp_path, caplog):
+    """The 9th of June is 20240609 in a file of numbers, and the service is sent a number or a text."""
+    from apps.recsys.tables.service import service
+
+    options = {"exclude": ["at_hour"]}
+    data = data_of(tmp_path, **options)
+    rows = pa.csv.read_csv(tmp_path / "table.csv")
+    days = [f"202406{day:02}" for day in range(1, 11)]
+    pa.csv.write_csv(rows.set_column(1, "at", pa.array(days).cast(pa.int64())), tmp_path / "days.csv")
+    numbers = TableData("table", str(tmp_path), str(tmp_path / "cache"), train_file="days.csv", table=CONFIG, **options)
+    weekdays = [d.rows("test")[:].sparse["at_weekday"].values().tolist() for d in (data, numbers)]
+    assert weekdays == [[7, 1], [7, 1]]
+    first = 54 * 365 + 13 + 152
+    assert numbers.encoding.timestamps == {"at": [first, first + 5]}  # the training rows: the 1st to the 6th
+    assert type(numbers.encoding).from_state(numbers.encoding_state) == numbers.encoding
+
+    model = MultiTaskRecommender(numbers.features)
+    model.adopt_encoding({"encoding": numbers.encoding_state})
+    sunday = model.predict({"city": ["Rome"], "at": ["2024-06-09"]})["probability_click"]
+    answers = service(model)
+    for at in (20240609, "20240609"):
+        assert_close(model.predict({"city": ["Rome"], "at": [at]})["probability_click"], sunday)
+        (answer,) = answers.predict([answers.read({"city": "Rome", "at": at})])
+        assert answer["probability_click"] == pytest.approx(sunday[0])
+    assert "column 'at'" not in caplog.text
+    # The range of training is 5 days long: the 11th is 5 days after it, and the 12th further.
+    model.predict({"city": ["Rome"], "at": [20240611]})
+    assert "column 'at'" not in caplog.text
+    model.predict({"city": ["Rome"] * 2, "at": ["2024-06-12", "2024-06-03"]})
+    assert (
+        "column 'at': times outside those of training, 2024-06-01 to 2024-06-06, by more than their length: 1"
+        in caplog.text
+    )
+    with pytest.raises(ValueError, match=r"holds 45444 in row 0, which is read as 1970-01-01T12:37:24"):
+        model.predict({"city": ["Rome"], "at": [45444]})  # Excel's number of 2024-06-01
+    with pytest.raises(ValueError, match=r"^at='45444': a timestamp is seconds since 1970, a date, .* days or years"):
+        answers.read({"city": "Rome", "at": 45444})
