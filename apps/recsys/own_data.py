@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 from apps.base.files import replacing
 from apps.base.messages import excerpt, one_line, some
 from apps.data.given import NUMBERS, GivenConfig, GivenData
+from apps.recsys.encoding.categories import as_list, is_list
+from apps.recsys.encoding.numbers import is_text
 from apps.recsys.readers.user_tables import find_files
 from apps.recsys.schema import nearest
 
@@ -35,10 +37,11 @@ def config_for(given: GivenData) -> GivenConfig | None:
 
     The table is a CSV, TSV or Parquet file, or a folder of files of one of these kinds with the same columns. Numbers
     are continuous columns, and dates and times timestamps; text, truth values and whole numbers of few values are
-    categories. Identifiers, whose value is another in nearly every row, are left out. A target of two values is binary,
-    of more texts "multiclass", of whole numbers of few values "ordinal", and of other numbers "regression", unless
-    ``given.kind`` says otherwise. A binary one is made 0 and 1: of two values the larger is 1, of more numbers those
-    from the median on, of more texts the most frequent one. The table as it is read lies below ``given.folder`` then.
+    categories, and lists of these, also as text, multi-valued columns. Identifiers, whose value is another in nearly
+    every row, are left out. A target of two values is binary, of more texts "multiclass", of whole numbers of few
+    values "ordinal", and of other numbers "regression", unless ``given.kind`` says otherwise. A binary one is made 0
+    and 1: of two values the larger is 1, of more numbers those from the median on, of more texts the most frequent
+    one. The table as it is read lies below ``given.folder`` then.
 
     Raises:
         ValueError: no target is named, or the column is not there, has no value, or one value alone; its values are of
@@ -195,7 +198,7 @@ def _binary(
 def _features(table: pa.Table) -> tuple[dict[str, pa.ChunkedArray], dict[str, list[str]], list[str]]:
     """Return the columns to predict from by their names, these names by their role, and the columns left out."""
     columns: dict[str, pa.ChunkedArray] = {}
-    roles: dict[str, list[str]] = {"categorical": [], "continuous": [], "timestamps": []}
+    roles: dict[str, list[str]] = {"categorical": [], "multi_valued": [], "continuous": [], "timestamps": []}
     left_out = []
     for name, column in zip(table.column_names, table.columns, strict=True):
         role, values = _role(column)
@@ -211,8 +214,10 @@ def _features(table: pa.Table) -> tuple[dict[str, pa.ChunkedArray], dict[str, li
 
 
 def _role(column: pa.ChunkedArray) -> tuple[str | None, pa.ChunkedArray]:
-    """Return the role of a column, with its values as text, float64 or timestamps; None: it has none."""
+    """Return the role of a column, with its values as text, lists, float64 or timestamps; None: it has none."""
     kind = column.type
+    if _are_lists(column):
+        return "multi_valued", column
     if pa.types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type
     if pa.types.is_decimal(kind):
@@ -236,6 +241,16 @@ def _role(column: pa.ChunkedArray) -> tuple[str | None, pa.ChunkedArray]:
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return ("categorical" if distinct <= len(known) / 2 else None), column.cast(pa.string())
     return None, column
+
+
+def _are_lists(column: pa.ChunkedArray) -> bool:
+    """Return whether a column holds lists, or text that is mostly lists, whose values recur as those of categories."""
+    kind, values = column.type, column.drop_null().to_pylist() if is_text(column.type) or is_list(column.type) else []
+    if is_list(kind) and pa.types.is_nested(kind.value_type):
+        return False
+    lists = [own for own in (map(as_list, values) if is_text(kind) else values) if own is not None]
+    flat = [value for own in lists for value in own]
+    return 2 * len(lists) > len(values) and 2 * len(set(flat)) <= len(flat)
 
 
 def _config(path: Path, roles: dict[str, list[str]], kind: str, num_rows: int) -> dict[str, Any]:

@@ -132,3 +132,21 @@ def test_a_damaged_file_is_named(tmp_path):
     path.write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"t.parquet' cannot be read: "):
         config_for(GivenData((path,), "x", tmp_path / "made"))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_lists_are_multi_valued_columns(tmp_path, suffix):
+    tags = [["a", "b"], ["b"]] * (N // 2)
+    made = columns(
+        tags=tags if suffix == "parquet" else [str(own) for own in tags], place=[[i + 0.25, i + 0.5] for i in range(N)]
+    )
+    if suffix == "csv":
+        made["place"] = [str(own) for own in made["place"]]
+        pa.csv.write_csv(pa.table(made), tmp_path / "t.csv")
+    else:
+        pq.write_table(pa.table(made), tmp_path / "t.parquet")
+    config = config_for(GivenData((tmp_path / f"t.{suffix}",), "bought", tmp_path / "made")).config
+    arguments = config["data"]["init_args"]
+    assert arguments["table"]["multi_valued"] == ["tags"]
+    data = TableData(**arguments, cache_dir=str(tmp_path / "cache"))
+    assert data.vocabulary("tags") == (None, "b", "a")

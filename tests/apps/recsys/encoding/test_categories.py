@@ -144,6 +144,8 @@ def test_given_row_numbers_are_taken_as_they_are_and_checked():
     "parts",
     [
         [part(["a|b", None, "", " b || c ", "a|b"])],
+        [part(["['a', 'b']", None, "[]", '["b", "c"]', "a|b"])],  # as Python and JSON write lists
+        [part(["['a' 'b']", "", " [ ] ", "['b'\n 'c']", "['a','b']"])],  # as NumPy prints them
         [part([["a", "b"], None, [], ["b", "c"], ["a", "b"]])],
         [part([["a", "b"], None]), part([[], ["b", "c"], ["a", "b"]], pa.large_list(pa.string()))],
     ],
@@ -152,6 +154,26 @@ def test_multi_valued_columns_as_text_and_as_lists(parts):
     offsets, codes = split_values(parts, "g", "|")
     assert offsets.tolist() == [0, 2, 2, 2, 4, 6]
     assert decoded(codes) == ["a", "b", "b", "c", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("""["it's", 'b', None, True, 5.0]""", ["it's", "b", None, "true", "5"]),
+        (r"""['say "no"', 'a\'b', 'x|y']""", ['say "no"', "a'b", "x|y"]),
+        ('["New York", "b", null, true, 5.0]', ["New York", "b", None, "true", "5"]),
+        ("[ 12  -3\n 4.]", ["12", "-3", "4"]),
+        ("['New York' 'Area 51']", ["New York", "Area 51"]),
+        ("[deleted]", ["[deleted]"]),
+        ("[1]|[x]", ["[1]", "[x]"]),
+        ("[{'id': 1}]", ["[{'id': 1}]"]),
+        ("[" * 100_000 + "]", ["[" * 100_000 + "]"]),
+    ],
+)
+def test_text_is_a_list_where_python_or_json_would_read_one(text, expected):
+    offsets, codes = split_values([part([text, "z"])], "g", "|")
+    assert decoded(codes) == [*expected, "z"]
+    assert offsets.tolist() == [0, len(expected), len(expected) + 1]
 
 
 def test_a_missing_element_of_a_list_is_a_missing_value():
