@@ -64,6 +64,28 @@ def test_the_last_known_items_are_read(tmp_path, lists):
     assert data.findings.unseen["last"] == {"train": 1 / 8, "val": 0.0, "test": 1 / 3}
 
 
+def test_sequences_of_unknown_values_are_named(tmp_path, monkeypatch, caplog):
+    """Items in capitals are no items of the training rows, neither in validation nor in rows to predict."""
+    files = {"TRAIN": TRAIN, "TEST": TEST}
+    for name, rows in files.items():
+        monkeypatch.setitem(globals(), name, {**rows, "last": [text.upper() for text in rows["last"]]})
+    (warning,) = [w for w in data_of(tmp_path).findings.warnings if "alike" in w]
+    assert warning == "column 'last': 100% of the test values are not in training: are they written alike there?"
+
+    monkeypatch.undo()
+    data = data_of(tmp_path)
+    assert not any("alike" in warning for warning in data.findings.warnings)
+    model = MultiTaskRecommender(data.features)
+    model.adopt_encoding({"encoding": data.encoding_state})
+    model.predict({"item": ["tea", "rye"], "last": ["fig", "rye"]})  # half is not over half
+    assert "alike" not in caplog.text
+    model.predict({"item": ["tea"] * 5, "last": ["rye", "TEA|RYE", "fig", "", "OAT"]}, batch_size=1)
+    assert (
+        "column 'last': over half of the values of the rows to predict, 4, are not in training: are they written alike"
+        in caplog.text
+    )
+
+
 def test_a_sequence_may_have_values_of_its_own(tmp_path):
     config = TableConfig(
         tasks=CONFIG.tasks, split=CONFIG.split, sequences={"words": SequenceConfig(length=9)}, separator=" "
