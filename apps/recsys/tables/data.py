@@ -75,7 +75,7 @@ class TableData(SuiteData):
         test_file: file of test rows, likewise.
         predict_file: file of rows to predict in place of the test rows, with the columns of the features alone. They
             are encoded as the checkpoint says, and no other file is read.
-        predict_columns: columns of ``predict_file`` that each prediction repeats, such as a row's key.
+        predict_columns: columns of ``predict_file``, or else of the table, that each prediction repeats, such as a key.
         table: columns, tasks and split of your table, or of a standard dataset in place of its own description.
         split: rule for which rows train, validate and test, in place of the description's.
         exclude: features to leave out.
@@ -327,11 +327,27 @@ class TableData(SuiteData):
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the batches of ``predict_file``, else those of the test, without items drawn for them."""
         if self.predict_file is None:
-            if self._drawn is not None and len(self.rows("test")):
-                return self.eval_loader(self.rows("test"))
-            return self.test_dataloader()
+            rows = self.rows("test")
+            if not len(rows):
+                return self.test_dataloader()
+            rows.kept = self._kept() if self.predict_columns else None
+            return self.eval_loader(rows)
         rows = self._rows_to_predict(self.predict_file, self.encoding)
         return DataLoader(rows, batch_size=None, collate_fn=as_it_is)
+
+    def _kept(self) -> dict[str, Any]:
+        """Return ``predict_columns`` of all rows of the table as arrow arrays."""
+        import pyarrow as pa
+
+        from apps.recsys.tables.streaming import as_json_has_it
+
+        raw = self._source()[1]()
+        tables = [table for table in (raw.train, raw.val, raw.test) if table is not None]
+        for column in self.predict_columns:
+            check_name("predict_columns", column, tables[0].column_names)
+        parts = [pa.table({c: as_json_has_it(table[c]) for c in self.predict_columns}) for table in tables]
+        whole = pa.concat_tables(parts, promote_options="permissive")
+        return {column: whole[column].combine_chunks() for column in self.predict_columns}
 
     def _rows_to_predict(
         self, pattern: str, encoding: Encoding, further: Mapping[str, str] = MappingProxyType({})
@@ -422,10 +438,13 @@ class TableData(SuiteData):
         named = {option: getattr(self, option) for option in _FILE_OPTIONS}
         files = {o: find_files(self.root, name, o) for o, name in named.items() if name is not None}
 
+        kept = self.predict_columns if self.predict_file is None else ()  # they are read as they stand in the file
+        roles = {**dict.fromkeys(kept, "predict_columns"), **config.roles}
+        numbers, time = {*config.continuous} - {*kept}, None if config.time in kept else config.time
+
         def read() -> RawTables:
             train, val, test = (
-                read_files(files[o], config.roles, config.continuous, config.time) if o in files else None
-                for o in _FILE_OPTIONS
+                read_files(files[o], roles, numbers, time) if o in files else None for o in _FILE_OPTIONS
             )
             assert train is not None
             return RawTables(train, val, test, config)
@@ -475,12 +494,9 @@ class TableData(SuiteData):
             for name in _FILE_OPTIONS:
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}={getattr(self, name)!r} is for dataset='table', not {self.dataset!r}")
-        if self.predict_columns and self.predict_file is None:
-            raise ValueError(
-                f"predict_columns={list(self.predict_columns)} are columns of predict_file, which is not set"
-            )
+        own = ("probability_", "value_", *(() if self.predict_file is not None else ("label_",)))
         for column in self.predict_columns:
-            if column == "index" or column.startswith(("probability_", "value_")):
+            if column == "index" or column.startswith(own):
                 raise ValueError(f"predict_columns names {column!r}, which each prediction has of its own")
         if self.dataset != "synthetic" and self.synthetic is not None:
             raise ValueError(f"synthetic is for dataset='synthetic', not {self.dataset!r}")

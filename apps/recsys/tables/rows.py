@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class TableRows(Dataset[TableBatch]):
         index: int64 (n,), the table's row of each position.
         moved: names of columns that ``batch`` can take from other rows.
         domain_moves: whether it takes the domain from them too.
+
+    Attributes:
+        kept: arrow arrays of further columns of all rows of the table, which batches carry along; None: there are none.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class TableRows(Dataset[TableBatch]):
         self._multi = [f.name for f in features.categorical if f.multi_valued]
         self._keys = [*self._single, *self._multi]
         self._sequences = [f.name for f in features.sequences]
+        self.kept: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -81,6 +86,7 @@ class TableRows(Dataset[TableBatch]):
             vector_BV=vector_BV,
             sequences=self._sequences_of(index_B) if self._sequences else None,
             cold_B=columns["cold"].index_select(0, index_B) if "cold" in columns else None,
+            kept=self.kept and {name: values.take(index_B.numpy()) for name, values in self.kept.items()},
         )
 
     @cached_property

@@ -20,7 +20,8 @@ import core
 from apps.cli import main
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.vocabulary import Vocabulary
-from apps.recsys.schema import TaskConfig
+from apps.recsys.schema import SplitConfig, TaskConfig
+from apps.recsys.tables.data import TableData
 from apps.recsys.tables.module import MultiTaskRecommender
 
 DOCS = ROOT / "docs" / "recommenders.md"
@@ -239,9 +240,34 @@ def test_rows_that_cannot_be_encoded_are_named(own, tmp_path, columns, message):
         list(data.predict_dataloader())
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_test_rows_carry_columns_as_they_stand_in_their_file(own, tmp_path, kind):
+    """Rows 6 and 7, of the test file; a random split has rows of the training file."""
+    write(tmp_path, kind, test={**TEST, "age": ["30.0", "4"]})
+    data = own(kind=kind, predict_columns=["other", "age", "user"], eval_batch_size=1)
+    batches = list(data.predict_dataloader())
+    kept = [{column: values.to_pylist() for column, values in batch.kept.items()} for batch in batches]
+    other = None if kind == "csv" else ""
+    assert kept == [
+        {"other": [other], "age": ["30.0"], "user": ["1" if kind == "csv" else 1]},
+        {"other": [other], "age": ["4"], "user": ["9" if kind == "csv" else 9]},
+    ]
+    assert [r["index"] for batch in batches for r in by_row(batch)] == [6, 7]
+    drawn = replace(CONFIG, split=SplitConfig("random", val=0, test=0.5))
+    data = own(drawn, kind=kind, test_file=None, predict_columns=["other"])
+    (batch,) = data.predict_dataloader()
+    assert batch.kept["other"].to_pylist() == [TRAIN["other"][i] for i in batch.index_B.tolist()]
+    assert next(iter(data.test_dataloader())).kept is None
+
+
 def test_bad_options_of_a_prediction_are_refused(own, tmp_path):
-    with pytest.raises(ValueError, match=r"predict_columns=\['key'\] are columns of predict_file, which is not set"):
-        own(predict_columns=["key"])
+    with pytest.raises(ValueError, match=r"column 'key' \(predict_columns\) is not in '.*train\.csv'"):
+        own(predict_columns=["key"]).predict_dataloader()
+    with pytest.raises(ValueError, match="predict_columns names 'label_click', which each prediction has of its own"):
+        own(predict_columns=["label_click"])
+    synthetic = TableData("synthetic", cache_dir=str(tmp_path), predict_columns=["key"], synthetic={"num_rows": 400})
+    with pytest.raises(ValueError, match=r"predict_columns='key' is not one of x0, x1, .*, label_2"):
+        synthetic.predict_dataloader()
     with pytest.raises(ValueError, match="predict_columns names 'index', which each prediction has of its own"):
         own(predict_file="new.csv", predict_columns=["index"])
     pa.csv.write_csv(pa.table({k: v for k, v in NEW.items() if k != "city"}), tmp_path / "new.csv")
