@@ -18,7 +18,7 @@ from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.retrieval.catalogue import Catalogue
 from apps.recsys.retrieval.columns import column_of, encoding_of_part, names_of, numbers_of, raw_columns
 from apps.recsys.retrieval.index import ItemIndex
-from apps.recsys.tables.scoring import encoded, encoding_of, like, pieces
+from apps.recsys.tables.scoring import encoded, encoding_of, framed, like, pieces
 from apps.train.contents import fingerprint
 
 if TYPE_CHECKING:
@@ -221,6 +221,7 @@ def predict(
     roles = encoding.roles | ({} if ranking is None else ranking.user_roles)
     seen = None if include_seen else Catalogue.from_state(state["catalogue"]).seen
     names, parts, first = [], [], 0
+    users = framed(users, roles)
     tables = pieces(users, roles, numbers_of(roles), _BATCHES * batch_size)
     for table, rows in encoded(tables, encoding):
         for begin in range(0, len(table), batch_size):

@@ -34,6 +34,7 @@ def predict(model: NextItemRecommender, histories: Any, top: int, include_seen: 
     check_at_least(1, top=top, batch_size=batch_size)
     encoding = encoding_of(model)
     items = Items.from_state(encoding)
+    histories = histories.to_list() if hasattr(histories, "to_list") else histories  # a pandas Series of lists
     if _are_lists(histories):
         texts, lengths = _flat(histories)
         id_N = np.array([items.ids.get(text, 0) for text in texts], np.int32)

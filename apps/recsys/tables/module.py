@@ -269,14 +269,14 @@ class MultiTaskRecommender(SparseModule, Comparable):
         that training lacked has row 0. Columns that the model does not know are ignored, labels too.
 
         Args:
-            rows: a pandas DataFrame, a pyarrow Table (or what offers itself as one, such as a polars DataFrame), a dict
-                of columns, or a path, or a pattern of paths, of CSV or Parquet files.
+            rows: a pandas DataFrame, or a row of one, a pyarrow Table (or what offers itself as one, such as a polars
+                DataFrame), a dict of columns, or a path, or a pattern of paths, of CSV or Parquet files.
             batch_size: rows a step. Files and frames are read in pieces of sixteen steps; the scores are held whole.
 
         Returns:
             columns ``probability_<task>`` of binary tasks and ``value_<task>`` of the others, float32; a multiclass
             task has the likeliest class as text, and its probability. They are a DataFrame with the index of ``rows``
-            for a DataFrame, a ``pyarrow.Table`` for a table, and a dict of numpy arrays (N,) for a dict and for files.
+            for pandas, a ``pyarrow.Table`` for a table, and a dict of numpy arrays (N,) for a dict and for files.
 
         Raises:
             ValueError: a column is missing or doubled, a value is of a wrong type, a domain that training lacked, a

@@ -39,6 +39,7 @@ def predict(model: MultiTaskRecommender, rows: Any, batch_size: int) -> Any:
     check_at_least(1, batch_size=batch_size)
     encoding = Encoding.from_state(encoding_of(model))
     parts = [torch.empty(0, model.outputs.width)]
+    rows = framed(rows, encoding.roles)
     tables = pieces(rows, encoding.roles, encoding.numbers, _BATCHES * batch_size)
     for _, piece in one_ahead(encoded(tables, encoding)):
         for begin in range(0, len(piece), batch_size):
@@ -155,6 +156,13 @@ def like(rows: Any, columns: Mapping[str, Any]) -> Any:
     if isinstance(rows, (str, Path, Mapping)):
         return {name: table[name].to_numpy() for name in table.column_names}
     return table
+
+
+def framed(rows: Any, roles: Mapping[str, str]) -> Any:
+    """Return a pandas Series as a DataFrame: the one column that is read, or else a row. Others stay as they are."""
+    if not hasattr(rows, "to_frame"):
+        return rows
+    return rows.to_frame() if rows.name in roles else rows.to_frame().T
 
 
 def is_frame(rows: Any) -> bool:

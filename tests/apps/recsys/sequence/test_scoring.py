@@ -65,6 +65,8 @@ def test_lists_have_the_items_that_the_command_line_predicts(tmp_path: Path) -> 
         unseen = [(item, score) for item, score in written[user] if int(item) not in history]
         assert_same(best, unseen[:2])  # ann has seen all five, the first too, which the model does not look at
         assert all(isinstance(item, int) for item, _ in best)
+    pandas = pytest.importorskip("pandas")
+    assert model.predict(pandas.Series(LISTS, index=USERS), top=2) == model.predict(LISTS, top=2)
     texts = [[str(item) for item in history] for history in LISTS]
     assert [item for item, _ in model.predict(texts)[2]] == [str(item) for item, _ in model.predict(LISTS)[2]]
 

@@ -97,6 +97,17 @@ def test_a_frame_keeps_its_index(loaded):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_series_is_a_row_or_the_one_column(loaded):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(NEW, index=["v", "w", "x", "y", "z"])
+    one = loaded.predict(frame.loc["x"])
+    pandas.testing.assert_frame_equal(one, loaded.predict(frame).loc[["x"]])
+    column = pandas.Series(["Oslo", "Rome"], [7, 3], name="city")
+    pandas.testing.assert_frame_equal(scoring.framed(column, {"city": "categorical"}), column.to_frame())
+    with pytest.raises(ValueError, match=r"column 'shop' \(domain\) is not in the rows to predict"):
+        loaded.predict(frame["key"])
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
