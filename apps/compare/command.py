@@ -113,7 +113,10 @@ def _systems(experiment: Experiment, options: Options, output: Path, display: Di
         if options.rounds and isinstance(sparse, OwnModel):
             sparse.configure_optimizers()  # refused now, and not after the training
         systems = find_systems(sparse, batch, options.baselines, options.routers)
+        warnings = getattr(data, "warnings", list)()
     write_json(output / "systems.json", [asdict(s) for s in systems])
+    for warning in warnings:
+        display.say(f"check: {warning}")
     for system in systems:
         if system.refused:
             display.say(f"{system.title} is left out: {system.refused}")

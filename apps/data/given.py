@@ -23,12 +23,18 @@ class GivenData:
         target: column that is to be predicted; None where none is named.
         folder: folder for files that are made of the data; it may not exist yet.
         kind: kind of the target, such as "regression"; None: as its values are.
+        exclude: columns of a table that are no features.
+        time: column of a table by which rows are split: the last ones test; None: not by time.
+        user: column of a table by which rows are split: all rows of a value fall on one side; None: not by it.
     """
 
     paths: tuple[Path, ...]
     target: str | None
     folder: Path
     kind: TargetKind | None = None
+    exclude: tuple[str, ...] = ()
+    time: str | None = None
+    user: str | None = None
 
 
 @dataclass(frozen=True)

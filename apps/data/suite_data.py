@@ -100,6 +100,10 @@ class SuiteData(LightningDataModule):
     def check(self, stage: str | None) -> None:
         """Refuse data that do not serve one of Lightning's stages, with a ``ValueError``."""
 
+    def warnings(self) -> list[str]:
+        """Return lines on what may make a training on these data worthless, such as a feature that is the label."""
+        return []
+
     def sizes(self) -> dict[Split, int]:
         """Return the size of each split, in ``unit``."""
         return {split: len(self.examples(split)) for split in SPLITS}

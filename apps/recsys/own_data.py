@@ -57,18 +57,23 @@ def config_for(given: GivenData) -> GivenConfig | None:
     name = str(given.paths[0])
     if target is None:
         raise ValueError(f"{name} is a table and needs --target, the column to predict: {some(table.column_names, 20)}")
-    if target not in table.column_names:
-        near = nearest(target, table.column_names)
+    asked = (("target", target), ("time", given.time), ("user", given.user), *(("exclude", c) for c in given.exclude))
+    for option, column in asked:
+        if column is None or column in table.column_names:
+            continue
+        near = nearest(column, table.column_names)
         if len(table.column_names) == 1 and files[0].suffix.lower() != ".parquet":
             near = (
                 f", whose one column is {excerpt(table.column_names[0])}: is it separated by commas, or .tsv by tabs?"
             )
-        raise ValueError(f"--target {target!r} is not a column of {name}{near}")
+        raise ValueError(f"--{option} {column!r} is not a column of {name}{near}")
+    if doubled := next((option for option, column in asked[1:] if column == target), None):
+        raise ValueError(f"--{doubled} {target!r} is the target")
     label, kind, meaning = _labels(table.column(target), target, given.kind)
     num_rows = len(table)
     table, label = table.filter(pc.is_valid(label)), label.drop_null()
-    columns, roles, left_out = _features(table.drop_columns([target]))
-    if not columns:
+    columns, roles, split, left_out = _features(table.drop_columns([target]), given)
+    if not any(roles.values()):
         raise ValueError(f"{name} has no column to predict {target!r} from: {some(left_out)} left out")
     path = given.folder / "table.parquet"
     if not path.exists():
@@ -78,9 +83,12 @@ def config_for(given: GivenData) -> GivenConfig | None:
     notes = [f"The target is {meaning} of {len(label):,} rows."]
     if missing := num_rows - len(label):
         notes.append(f"{missing:,} rows without a target are left out.")
-    if left_out:
-        notes.append(f"Columns that are left out: {some(left_out)}.")
-    return GivenConfig(_config(path, roles, kind, len(label)), tuple(notes))
+    names = {"categorical": "categories", "continuous": "numbers", "timestamps": "times"}
+    used = [f"{', '.join(own)} ({names[role]})" for role, own in roles.items() if own]
+    used += [f"left out: {', '.join(left_out)}"] if left_out else []
+    notes.append(f"Columns: {'; '.join(used)}.")
+    notes += [f"Rows are split by {kind}: {column}." for kind, column in split.items()]
+    return GivenConfig(_config(path, roles, split, kind, len(label)), tuple(notes))
 
 
 def _files(path: Path) -> list[Path]:
@@ -195,22 +203,34 @@ def _binary(
     return positive.cast(pa.int8()), "binary", f"{meaning}: {num_positive / num_rows:.1%}"
 
 
-def _features(table: pa.Table) -> tuple[dict[str, pa.ChunkedArray], dict[str, list[str]], list[str]]:
-    """Return the columns to predict from by their names, these names by their role, and the columns left out."""
+def _features(
+    table: pa.Table, given: GivenData
+) -> tuple[dict[str, pa.ChunkedArray], dict[str, list[str]], dict[str, str], list[str]]:
+    """Return the columns that are read by their names, the names of those to predict from by their role, that of the
+    column by which rows are split by "time" or "user", and the columns that are not predicted from."""
     columns: dict[str, pa.ChunkedArray] = {}
+    split: dict[str, str] = {}
     roles: dict[str, list[str]] = {"categorical": [], "multi_valued": [], "continuous": [], "timestamps": []}
     left_out = []
     for name, column in zip(table.column_names, table.columns, strict=True):
         role, values = _role(column)
+        own_split = next((kind for kind in ("time", "user") if name == getattr(given, kind)), None)
+        # A user or a number of the time is another in each split; of a timestamp hour and weekday are not.
+        if name in given.exclude or (own_split and role != "timestamps"):
+            role = None
         if role is None:
             left_out.append(name)
-            continue
+            if own_split is None:
+                continue
         plain = name.replace(".", "_").replace("/", "_") or "column"  # names become keys of modules and metrics
         while plain in columns or plain == TARGET:
             plain += "_"
         columns[plain] = values
-        roles[role].append(plain)
-    return columns, roles, left_out
+        if role is not None:
+            roles[role].append(plain)
+        if own_split is not None:
+            split[own_split] = plain
+    return columns, roles, split, left_out
 
 
 def _role(column: pa.ChunkedArray) -> tuple[str | None, pa.ChunkedArray]:
@@ -253,11 +273,13 @@ def _are_lists(column: pa.ChunkedArray) -> bool:
     return 2 * len(lists) > len(values) and 2 * len(set(flat)) <= len(flat)
 
 
-def _config(path: Path, roles: dict[str, list[str]], kind: str, num_rows: int) -> dict[str, Any]:
+def _config(path: Path, roles: dict[str, list[str]], split: dict[str, str], kind: str, num_rows: int) -> dict[str, Any]:
     """Return 8 experts of width 32, of which a row takes 2, and as many epochs as give 1,500 steps, within limits."""
     num_train = round(num_rows * 0.75 * 0.85)
     batch_size = 2 ** min(max(math.floor(math.log2(max(num_train / 16, 1))), 5), 9)
     steps = math.ceil(num_train / batch_size)
+    by = next(iter(split), "random")
+    stratify = None if split or kind in NUMBERS else TARGET
     return {
         "model": {
             "class_path": "MultiTaskRecommender",
@@ -284,8 +306,10 @@ def _config(path: Path, roles: dict[str, list[str]], kind: str, num_rows: int) -
                 "train_file": str(path),
                 "table": {
                     **roles,
+                    **split,
+                    "left_out": [f"{column}_days" for column in split.values() if column in roles["timestamps"]],
                     "tasks": {TARGET: {"column": TARGET, "kind": kind}},
-                    "split": {"val": 0.15, "test": 0.25, "stratify": None if kind in NUMBERS else TARGET},
+                    "split": {"kind": by, "val": 0.15, "test": 0.25, "stratify": stratify},
                 },
                 "batch_size": batch_size,
             },

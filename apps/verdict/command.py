@@ -85,7 +85,12 @@ def give_verdict(
             experiment = Experiment(arguments(path, [], options.rest))
         with Display("verdict") as display:
             with quiet(own_notes=False), display.step("making the two models"):
-                model, sparse, dense = _systems(experiment)
+                model, sparse, dense, warnings = _systems(experiment)
+            if warnings:
+                how = "--exclude COLUMN" if options.target is not None else "--data.exclude=[COLUMN]"
+                warnings = [*warnings, f"{how} leaves a column out."]
+            for line in (*notes, *(f"check: {warning}" for warning in warnings)):
+                display.say(line)
             if saved is not None:
                 plan = _read(saved)
             else:
@@ -97,7 +102,7 @@ def give_verdict(
             work.do()
         if work.num_done:  # a finished verdict that is shown again takes none of its time
             budget.keep()
-        verdict = _verdict(options, work, sparse, dense, notes, command)
+        verdict = _verdict(options, work, sparse, dense, notes, warnings, command)
         write(verdict, output)
         write_page(verdict_page(verdict), output / FILE)
         write_index(output.parent)
@@ -134,14 +139,15 @@ def _identity(options: Options) -> dict[str, Any]:
         "data": [str(path.resolve()) for path in options.data],
         "target": options.target,
         "kind": options.kind,
+        **{name: getattr(options, name) for name in ("exclude", "time", "user") if getattr(options, name)},
         "minutes": options.minutes,
         "seed": options.seed,
         "rest": list(options.rest),
     }
 
 
-def _systems(experiment: Experiment) -> tuple[Any, System, System]:
-    """Return the sparse model, its system and the dense one of equal FLOPs, with their costs.
+def _systems(experiment: Experiment) -> tuple[Any, System, System, Sequence[str]]:
+    """Return the sparse model, its system and the dense one of equal FLOPs, with their costs, and warnings of the data.
 
     Raises:
         ValueError: the model has no MoE layer, no dense one of equal FLOPs, or the data no validation split.
@@ -156,7 +162,7 @@ def _systems(experiment: Experiment) -> tuple[Any, System, System]:
         why = "; ".join(own.note for own in baselines.values()) or "it has no such baseline"
         raise ValueError(f"{type(model.module).__name__} has no dense model of equal FLOPs to compare with: {why}")
     sparse, dense = find_systems(model, validation_batch(data, VALIDATION_NEED), [wanted])
-    return model, sparse, dense
+    return model, sparse, dense, getattr(data, "warnings", list)()
 
 
 def _plan(
@@ -236,7 +242,13 @@ def _read(saved: Mapping[str, Any]) -> Plan:
 
 
 def _verdict(
-    options: Options, work: Work, sparse: System, dense: System, notes: Sequence[str], command: str
+    options: Options,
+    work: Work,
+    sparse: System,
+    dense: System,
+    notes: Sequence[str],
+    checks: Sequence[str],
+    command: str,
 ) -> Verdict:
     """Return what the finished runs show."""
     plan, finished = work.plan, work.finished
@@ -269,6 +281,7 @@ def _verdict(
         reasons=tuple(reasons),
         changes=tuple(changes(both, reasons, options.minutes, plan.schedule.steps / plan.configured_steps)),
         notes=(*notes, *made),
+        checks=tuple(checks),
         facts={
             "minutes": options.minutes,
             "spent_seconds": work.budget.kept,

@@ -39,6 +39,8 @@ class Options:
         seed: first seed of the final runs, which count up from it.
         target: column that is to be predicted.
         kind: kind of the target; None: as its values are.
+        exclude: columns of the table that are no features.
+        time, user: column of the table by which rows are split; None: not by it.
         opens: whether the page is opened in the end.
         rest: values of the configuration, ``--KEY.SUBKEY VALUE``.
 
@@ -52,6 +54,9 @@ class Options:
     seed: int = 0
     target: str | None = None
     kind: TargetKind | None = None
+    exclude: tuple[str, ...] = ()
+    time: str | None = None
+    user: str | None = None
     opens: bool = False
     rest: tuple[str, ...] = ()
 
@@ -61,6 +66,11 @@ class Options:
         check_at_least(0, seed=self.seed)
         if len(self.data) > 2:
             raise ValueError(f"DATA is one path, or two text files: got {len(self.data)}")
+        if self.time is not None and self.user is not None:
+            raise ValueError(f"--time {self.time} and --user {self.user}: rows are split by one of the two")
+        for option, column in (("exclude", next(iter(self.exclude), None)), ("time", self.time), ("user", self.user)):
+            if column is not None and self.target is None:
+                raise ValueError(f"--{option} {column} names a column of a table: name its target with --target")
 
     @property
     def is_config(self) -> bool:
@@ -82,7 +92,8 @@ class Options:
         data = tuple(shipped(Path(path)) for path in args.data)
         name = "-".join(dict.fromkeys(path.stem or path.name for path in data))
         output = Path(args.output) if args.output else Path("runs") / "verdict" / name
-        options = cls(data, output, args.minutes, args.seed, args.target, args.kind, args.open, tuple(rest))
+        columns = (args.target, args.kind, tuple(args.exclude), args.time, args.user)
+        options = cls(data, output, args.minutes, args.seed, *columns, args.open, tuple(rest))
         if options.is_config:
             read_config(data[0])
             if options.target is not None:
@@ -109,6 +120,9 @@ def command_line() -> Parser:
     add("data", nargs="+", metavar="DATA", help="a folder, a table, two text files, or a configuration")
     add("--target", metavar="COLUMN", help="column of the table to predict")
     add("--kind", choices=get_args(TargetKind), help="kind of the target (default: as its values are)")
+    add("--exclude", nargs="+", action="extend", default=[], metavar="COLUMN", help="columns of the table to leave out")
+    add("--time", metavar="COLUMN", help="split the rows by this column: the last ones test")
+    add("--user", metavar="COLUMN", help="split the rows by this column: each of its values is in one split")
     add("--minutes", type=float, default=30.0, metavar="N", help="time it may take (default: 30)")
     add("--output", metavar="DIR", help="folder of the verdict (default: runs/verdict/<name of the data>)")
     add("--seed", type=int, default=0, metavar="N", help="first seed of the final runs (default: 0)")

@@ -19,6 +19,7 @@ def verdict_page(verdict: Verdict) -> Page:
         verdict=(verdict.last_line, *(in_words(answer, quality) for answer in verdict.answers)),
         figures=_figures(verdict) if verdict.systems else None,
         sections=(
+            Section("Checks", (Text(verdict.checks),) if verdict.checks else ()),
             Section("Why", (Text(verdict.reasons),) if verdict.reasons else ()),
             Section("What would change it", (Text(verdict.changes),) if verdict.changes else ()),
             Section("The answers", (_answers(verdict),)),

@@ -27,6 +27,7 @@ class Verdict:
         reasons: why sparse lost.
         changes: what would change the answers.
         notes: how the data were read, and what the two systems are.
+        checks: what may make the answers worthless, such as a column that gives the label away.
         facts: budget, machine, versions, schedule, configuration and command, in plain values.
     """
 
@@ -39,6 +40,7 @@ class Verdict:
     reasons: tuple[str, ...]
     changes: tuple[str, ...]
     notes: tuple[str, ...]
+    checks: tuple[str, ...]
     facts: Mapping[str, Any]
 
     @property
@@ -72,6 +74,7 @@ def lines(verdict: Verdict) -> list[str]:
     shown = [in_words(answer, verdict.quality) for answer in verdict.answers]
     shown += [f"why: {reason}" for reason in verdict.reasons]
     shown += [f"what would change it: {change}" for change in verdict.changes]
+    shown += [f"check: {check}" for check in verdict.checks]
     return [*shown, verdict.last_line]
 
 
@@ -87,7 +90,8 @@ def markdown(verdict: Verdict) -> str:
         cells = ["–" if own["rate"] is None else f"{own['rate']:g}", str(own["steps"])]
         cells += [f"{1000 * own['seconds_per_step']:.3g}", f"{own['quality']:.4f}", f"{own['train_quality']:.4f}"]
         page.append(f"| {name} | {' | '.join(cells)} |")
-    for heading, part in (("Why", verdict.reasons), ("What would change it", verdict.changes)):
+    parts = (("Checks", verdict.checks), ("Why", verdict.reasons), ("What would change it", verdict.changes))
+    for heading, part in parts:
         if part:
             page += ["", f"## {heading}", "", *(f"- {line}" for line in part)]
     page += ["", "## How it was found", "", *(f"- {line}" for line in (*verdict.notes, *how(verdict)))]

@@ -24,7 +24,8 @@ def configuration(options: Options) -> tuple[Path, tuple[str, ...]]:
     """
     if options.is_config:
         return options.data[0], ()
-    given = GivenData(options.data, options.target, options.output / "data", options.kind)
+    columns = {"exclude": options.exclude, "time": options.time, "user": options.user}
+    given = GivenData(options.data, options.target, options.output / "data", options.kind, **columns)
     for name in registry.OWN_DATA:
         made = importlib.import_module(name).config_for(given)
         if made is not None:

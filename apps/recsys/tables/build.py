@@ -529,7 +529,7 @@ class _Build:
             if determines(codes[train], label[train]):
                 self.findings.warnings.append(
                     f"column {column!r} determines the label of task {name!r} in every training row: "
-                    "is it known before the label is? Else leave it out (exclude)"
+                    f"is it known before the label is? Else leave it out (exclude: [{column}])"
                 )
 
 

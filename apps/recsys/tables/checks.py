@@ -20,6 +20,9 @@ from apps.recsys.value_metrics import ValueMetrics, correlation
 SUSPICIOUS_AUC = 0.9999
 """Above it an AUC is more likely a leak than a success."""
 
+LEAK_AUC = 0.99
+"""Above it the AUC of a single column is: a copy of the label may differ from it in a few rows."""
+
 EVERY_CHECK = (
     "a label among the features",
     "users in both splits",
@@ -36,12 +39,14 @@ def label_among_features(arrays: TableArrays) -> list[str]:
 
     A column of numbers is judged by its own AUC, in either direction; a categorical one by the AUC, in every second
     row, of its values' mean label in the others, so that a column of ids is not taken for a label. All values of a row
-    together are one value of a multi-valued column.
+    together are one value of a multi-valued column. For a task of numbers, a column of numbers is judged by its rank
+    correlation with the labels, and one of two values by the AUC of the labels as a score for it.
     """
     features = arrays.features
     numbers = {f.name: values_N for f, values_N in zip(features.continuous, arrays.dense_NC.T, strict=True)}
     single = [f.name for f in features.categorical if not f.multi_valued]
     categories = dict(zip(single, arrays.ids_NF.T, strict=True))
+    ordered = numbers | {name: np.where(ids_N > 0, ids_N, np.nan) for name, ids_N in categories.items()}
     categories |= {name: column.sets_N() for name, column in arrays.multi.items()}
     names = [*(f.name for f in features.categorical), *numbers]
     findings = [
@@ -54,34 +59,42 @@ def label_among_features(arrays: TableArrays) -> list[str]:
         y_N = label_N[kept_N]
         if target.kind != "binary":
             if target.kind != "multiclass":
-                findings += _numbers_like(task, y_N, {name: values_N[kept_N] for name, values_N in numbers.items()})
+                findings += _numbers_like(task, y_N, {name: values_N[kept_N] for name, values_N in ordered.items()})
             continue
         aucs = {name: column_auc(values_N[kept_N], y_N) for name, values_N in numbers.items()}
         aucs |= {name: category_auc(ids_N[kept_N], y_N) for name, ids_N in categories.items()}
         findings += [
-            f"column {name!r} alone predicts task {task!r} with AUC {auc:.5f}: is it known before the label is?"
+            f"column {name!r} alone predicts task {task!r} with AUC {auc:.5f}: {_advice(name)}"
             for name, auc in aucs.items()
-            if auc > SUSPICIOUS_AUC and name not in features.tasks
+            if auc > LEAK_AUC and name not in features.tasks
         ]
     return findings
 
 
 def _numbers_like(task: str, y_N: np.ndarray, numbers: Mapping[str, np.ndarray]) -> list[str]:
-    """Find columns of numbers whose ranks are those of a task's labels, in either direction."""
+    """Find columns whose ranks are those of a task's labels, in either direction, or whose two values are."""
     from scipy.stats import rankdata
 
     findings = []
     for name, values_N in numbers.items():
         both_N = ~np.isnan(values_N)
-        if 2 * both_N.sum() < len(y_N) or len(y_N) < 3:
+        if 2 * both_N.sum() < len(y_N) or len(y_N) < 3 or name == task:
             continue
-        rank = abs(correlation(rankdata(values_N[both_N]), rankdata(y_N[both_N])))
-        if rank > SUSPICIOUS_AUC and name != task:
+        value_n, y_n = values_N[both_N], y_N[both_N]
+        rank = abs(correlation(rankdata(value_n), rankdata(y_n)))
+        auc = column_auc(y_n, value_n == value_n.max()) if len(np.unique(value_n)) == 2 else 0.0
+        if auc > LEAK_AUC:
+            how = f"alone tells small labels of task {task!r} from large ones, AUC {auc:.5f}"
+            findings.append(f"column {name!r} {how}: {_advice(name)}")
+        elif rank > SUSPICIOUS_AUC:
             findings.append(
-                f"column {name!r} has the order of task {task!r}, rank correlation {rank:.5f}: is it known before the "
-                "label is?"
+                f"column {name!r} has the order of task {task!r}, rank correlation {rank:.5f}: {_advice(name)}"
             )
     return findings
+
+
+def _advice(column: str) -> str:
+    return f"is it known before the label is? Else leave it out (exclude: [{column}])"
 
 
 def column_auc(values_N: np.ndarray, labels_N: np.ndarray) -> float:

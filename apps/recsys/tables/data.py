@@ -212,6 +212,18 @@ class TableData(SuiteData):
         domains = self.encoding.domains
         return () if domains is None else domains.texts()
 
+    def leaks(self, most: int = 20_000) -> list[str]:
+        """Return findings on columns that may give a label away, in about ``most`` rows from all over the training."""
+        from apps.recsys.tables.arrays import join
+        from apps.recsys.tables.checks import label_among_features
+
+        # Training rows of a table of positives have one label; those of validation have drawn negatives.
+        rows = self.rows("train") if self._drawn is None else self.examples("val")
+        return label_among_features(join([rows[:: -(-len(rows) // most)]], self.features)) if len(rows) else []
+
+    def warnings(self) -> list[str]:
+        return [*self.findings.warnings, *self.leaks()]
+
     def rows(self, split: str) -> TableRows:
         """Return the rows of a split in the table's order; ``rows(split)[:]`` is one batch of them all."""
         from apps.recsys.tables.rows import TableRows

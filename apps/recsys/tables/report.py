@@ -54,7 +54,7 @@ class RecommenderReportConfig(ReportConfig):
 
 
 class TrainingChecks(Callback):
-    """Prints the checks of the validation split: of its columns before a training, of its metrics after it.
+    """Prints the checks of the columns before a training, and of the validation's metrics after it.
 
     Args:
         rows: number of rows whose columns are checked.
@@ -67,12 +67,8 @@ class TrainingChecks(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validated = False
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not trainer.is_global_zero or not hasattr(data, "rows"):
-            return
-        rows = data.examples("val")
-        if len(rows):
-            arrays = join([rows[: max(self.rows, 1)]], data.features, "val")
-            self._print(checks.label_among_features(arrays), "checks of the columns")
+        if trainer.is_global_zero and hasattr(data, "leaks"):
+            self._print(data.leaks(max(self.rows, 1)), "checks of the columns")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The validation before the first step is of an untrained network.

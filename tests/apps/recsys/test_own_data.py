@@ -29,10 +29,10 @@ def columns(**changed):
     return {**made, **changed}
 
 
-def given(tmp_path, target="bought", kind=None, **changed):
+def given(tmp_path, target="bought", kind=None, options=None, **changed):
     path = tmp_path / "t.csv"
     pa.csv.write_csv(pa.table(columns(**changed)), path)
-    return GivenData((path,), target, tmp_path / "made", kind)
+    return GivenData((path,), target, tmp_path / "made", kind, **(options or {}))
 
 
 def test_columns_have_their_roles_and_the_data_read_them(tmp_path):
@@ -45,11 +45,35 @@ def test_columns_have_their_roles_and_the_data_read_them(tmp_path):
     assert table["continuous"] == ["age_years"]  # a dot has a meaning in the names of modules
     assert made.notes == (
         "The target is 'bought' = 'yes': 50.0% of 80 rows.",
-        "Columns that are left out: id, name, same.",
+        "Columns: city, grade (categories); age_years (numbers); joined (times); left out: id, name, same.",
     )
     data = TableData(**arguments, cache_dir=str(tmp_path / "cache"))
     # A quarter of 80 tests, 15 % of the other 60 validates.
     assert data.sizes() == {"train": 51, "val": 9, "test": 20}
+
+
+def test_columns_are_left_out_and_rows_split_as_asked(tmp_path):
+    joined = np.datetime64("2024-05-31T12:00:00") + np.arange(N)[::-1].astype("timedelta64[h]")
+    by_time = config_for(given(tmp_path, options={"exclude": ("grade",), "time": "joined"}, joined=joined))
+    assert by_time.notes[1:] == (
+        "Columns: city (categories); age_years (numbers); joined (times); left out: id, grade, name, same.",
+        "Rows are split by time: joined.",
+    )
+    arguments = by_time.config["data"]["init_args"]
+    data = TableData(**arguments, cache_dir=str(tmp_path / "cache"))
+    # A time split tests the last rows, which the table has first; days that training lacks are no feature.
+    assert data.rows("test")[:].index_B.tolist() == list(range(20))
+    assert [f.name for f in data.features.continuous] == ["age_years"]
+    by_number = config_for(given(tmp_path, options={"time": "age.years"}))
+    assert by_number.config["data"]["init_args"]["table"]["continuous"] == []
+
+
+def test_a_user_s_rows_fall_on_one_side(tmp_path):
+    made = config_for(given(tmp_path, options={"user": "who.is"}, **{"who.is": [f"u{i % 20}" for i in range(N)]}))
+    data = TableData(**made.config["data"]["init_args"], cache_dir=str(tmp_path / "cache"))
+    users = [set((data.rows(split)[:].index_B % 20).tolist()) for split in ("train", "val", "test")]
+    assert sum(map(len, users)) == 20
+    assert "who_is" not in [f.name for f in data.features.categorical]
 
 
 @pytest.mark.parametrize(
@@ -98,6 +122,13 @@ def test_rows_without_a_target_are_left_out(tmp_path):
     [
         (None, {}, "is a table and needs --target, the column to predict: id, age.years, city"),
         ("bougt", {}, r"--target 'bougt' is not a column of .*t.csv; did you mean 'bought'\?"),
+        (
+            "bought",
+            {"options": {"exclude": ("city", "grad")}},
+            "--exclude 'grad' is not a column of .*; did you mean 'grade'",
+        ),
+        ("bought", {"options": {"user": "users"}}, "--user 'users' is not a column of"),
+        ("bought", {"options": {"time": "bought"}}, "--time 'bought' is the target"),
         ("same", {}, "--target 'same' is 'x' in every row that has one: there is nothing to learn"),
         ("bought", {"bought": [None] * N}, "--target 'bought' has no value in any of 80 rows: there is nothing"),
         ("bought", {"bought": ["yes"] * 5 + ["no"] * 75}, "5 rows are positive .*, and each class needs 20"),

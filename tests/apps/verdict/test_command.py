@@ -20,6 +20,7 @@ from apps.recsys.tables.module import MultiTaskRecommender
 from apps.verdict import command, schedule, training, work
 from apps.verdict.command import give_verdict
 from apps.verdict.options import Options
+from apps.verdict.result import lines
 
 
 class Ticks:
@@ -82,6 +83,28 @@ def test_a_whole_verdict_and_the_same_again(tmp_path, monkeypatch):
         give_verdict(asked(tmp_path, CONFIG, minutes=9.0), "", clock=Ticks())
 
 
+def test_a_second_label_among_the_columns_is_named_before_the_training_and_in_the_end(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    bought = rng.integers(0, 2, 240)
+    spent = np.where(bought, rng.exponential(30, 240).round(2) + 1, 0.0)
+    spent[np.argmax(bought)] = 0.0  # one order was free
+    path = tmp_path / "shop.csv"
+    rows = zip(rng.normal(size=240), spent, bought, strict=True)
+    path.write_text("age,spend,bought\n" + "".join(f"{a:.3f},{s},{b}\n" for a, s, b in rows))
+    options = Options((path,), tmp_path / "out", target="bought", minutes=0.4)
+    verdict = give_verdict(options, "", clock=Ticks())
+    said = capsys.readouterr().out
+    leak = "column 'spend' alone predicts task 'target' with AUC 0.99"
+    assert "Columns: age, spend (numbers)." in said
+    assert leak in said
+    assert said.index(leak) < said.index("search")
+    *_, found, advice, last = lines(verdict)
+    assert found.startswith(f"check: {leak}")
+    assert (advice, last) == ("check: --exclude COLUMN leaves a column out.", verdict.last_line)
+    assert leak in (tmp_path / "out" / "verdict.md").read_text()
+    assert leak in (tmp_path / "out" / "report.html").read_text().replace("&#39;", "'")
+
+
 def test_a_module_of_the_user_s_own(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "FACTORS", (1.0,))
     verdict = give_verdict(asked(tmp_path, OWN + SPARSIFY), "", clock=Ticks())
@@ -122,6 +145,12 @@ def write_table(folder: Path) -> Path:
             ["t.csv", "--target", "b", "--output", "half"],
             "half is half-written: it holds plan.json and no options.json",
         ),
+        (["t.csv", "--target", "b", "--exclude", "a", "c"], "--exclude 'c' is not a column of t.csv"),
+        (
+            ["t.csv", "--target", "b", "--time", "a", "--user", "same"],
+            "--time a and --user same: rows are split by one",
+        ),
+        (["photos", "--user", "a"], "--user a names a column of a table: name its target with --target"),
         (["photos"], "photos holds images in 1 folders of classes"),
         (["a", "b", "c"], "DATA is one path, or two text files: got 3"),
         (["tiny.yaml", "--target", "b"], "--target b: tiny.yaml is a configuration, which names its targets"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from apps.recsys.binary_metrics import task_metrics
-from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
+from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features, Target
 from apps.recsys.tables import checks
 from apps.recsys.tables.arrays import MultiValued, TableArrays
 from apps.recsys.tables.checks import label_among_features, shared_groups, suspicious_metrics
@@ -43,6 +44,30 @@ def test_a_number_that_orders_the_label_is_found_in_either_direction():
         dense_NC[plain.label_Nt[:, 1] == (sign < 0)] = np.nan  # missing is a value like others
         (finding,) = label_among_features(arrays(dense_NC=dense_NC))
         assert finding.startswith("column 'age' alone predicts task 'buy' with AUC 1.00000")
+
+
+def test_a_copy_of_the_label_with_a_few_other_rows_is_found():
+    # 0 of a negative and a sum of a positive, but for 1 of 120 positives: a half of its pairs are ties, 1 - 0.5 / 120.
+    plain = arrays()
+    dense_NC = np.where(plain.label_Nt[:, 1:] == 1, np.exp(plain.dense_NC), 0).astype(np.float32)
+    dense_NC[np.argmax(plain.label_Nt[:, 1])] = 0
+    (finding,) = label_among_features(arrays(dense_NC=dense_NC))
+    assert finding.startswith("column 'age' alone predicts task 'buy' with AUC 0.99")
+    assert finding.endswith("Else leave it out (exclude: [age])")
+
+
+@pytest.mark.parametrize("of_numbers", [True, False])
+def test_a_yes_or_no_that_a_number_is_made_of_is_found(of_numbers):
+    plain = arrays()
+    bought_N1 = plain.label_Nt[:, 1:]
+    spent_N1 = np.where(bought_N1 == 1, np.exp(plain.dense_NC), 0).astype(np.float32)
+    features = replace(plain.features, tasks=("spend",), targets=(Target("regression"),))
+    ids_NF = plain.ids_NF.copy()
+    ids_NF[:, 0] = 1 + bought_N1[:, 0]
+    changed = {"dense_NC": bought_N1} if of_numbers else {"ids_NF": ids_NF}
+    (finding,) = label_among_features(arrays(features=features, label_Nt=spent_N1, **changed))
+    name = "age" if of_numbers else "kind"
+    assert finding.startswith(f"column {name!r} alone tells small labels of task 'spend' from large ones, AUC 1.00000")
 
 
 def test_a_category_that_holds_the_label_is_found():
