@@ -153,6 +153,7 @@ def _report(
         metric=experiment.test_monitor,
         higher_is_better=experiment.monitor_mode == "max",
         further=experiment.shown_metrics,
+        tasks=experiment.task_metrics,
         average_last=experiment.average_last,
         examples=_example_pairs(module, results, plan.seeds),
     )

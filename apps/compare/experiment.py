@@ -91,7 +91,9 @@ class Experiment:
         self.monitor, self.monitor_mode = model.monitor, model.monitor_mode
         self.test_monitor = model.test_monitor
         self.rate: float | None = self._configured_rate(model)
-        self.shown_metrics = tuple(model.shown_metrics)
+        monitored = self.monitor.partition("/")[2]
+        self.shown_metrics = tuple(name for name in model.shown_metrics if name != monitored)
+        self.task_metrics: tuple[str, ...] = tuple(getattr(model, "task_metrics", ()))
         self.average_last: int | None = model.average_last
         self.replaced = tuple(model.moe_block_names)
         self.modules = (type(model.module).__module__, type(data).__module__)

@@ -11,7 +11,7 @@ import yaml
 
 from apps.base.messages import counted
 from apps.compare import table
-from apps.compare.summary import Results, Row, Summary, flops, flops_trained, flops_unit, notes, short_name
+from apps.compare.summary import Results, Row, Summary, flops, flops_trained, flops_unit, notes
 from apps.compare.systems import label
 from apps.report.page import (
     Code,
@@ -102,7 +102,7 @@ def cost_charts(summary: Summary) -> list[ScatterChart]:
 def learning_curves(summary: Summary, results: Results) -> list[LineChart]:
     """Return validation quality over steps and over seconds of training, a line a seed."""
     factor = 100.0 if summary.percent else 1.0
-    quality = f"validation {short_name(summary.metric)}{', %' if summary.percent else ''}"
+    quality = f"validation {summary.quality}{', %' if summary.percent else ''}"
     lines: dict[str, list[Line]] = {"step": [], "s": []}
     for row in summary.rows:
         if row.system.cost is None:
@@ -137,7 +137,7 @@ def _searches(summary: Summary, results: Results) -> list[Part]:
             lines.append(Line(row.system.title, rates, tuple(factor * v for v in values)))
     if not lines:
         return []
-    quality = f"validation {short_name(summary.metric)}{', %' if summary.percent else ''}"
+    quality = f"validation {summary.quality}{', %' if summary.percent else ''}"
     seen = "; ".join(f"{r.system.title} takes {r.rate:g}" for r in summary.rows if r.rate is not None)
     return [LineChart("Quality by learning rate", f"{seen}.", "learning rate", quality, tuple(lines), log_x=True)]
 
@@ -191,7 +191,7 @@ def _point(row: Row, x: float, percent: bool) -> Point:
 
 
 def _quality(summary: Summary) -> str:
-    return f"test {short_name(summary.metric)}{', %' if summary.percent else ''}"
+    return f"test {summary.quality}{', %' if summary.percent else ''}"
 
 
 def _latency(row: Row) -> float | None:

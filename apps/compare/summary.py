@@ -80,6 +80,7 @@ class Summary:
         equal_seconds: training time at which systems are compared, for each seed.
         clock: "steps" where time is steps times their measured seconds, or "recorded" where it is that of each run.
         shares: names of the further metrics that are shown in percent.
+        tasks: the metric of each task, where there are several.
         weights: description of the weights in the test.
         examples: comparisons of single seeds, example by example.
     """
@@ -93,8 +94,15 @@ class Summary:
     equal_seconds: tuple[float, ...]
     clock: Literal["steps", "recorded"]
     shares: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     weights: str = "of the last step"
     examples: tuple[ExamplePair, ...] = ()
+
+    @property
+    def quality(self) -> str:
+        """Return the name of the test quality without the split."""
+        name = short_name(self.metric)
+        return f"mean {name}" if self.tasks and name not in self.tasks else name
 
     def systems(self) -> list[Row]:
         """Return the rows of the sparse model and of other kinds of models."""
@@ -106,14 +114,19 @@ class Summary:
         return sorted(rows, key=lambda row: row.test.mean, reverse=self.higher_is_better)
 
     def sentences(self) -> list[str]:
-        """Return what the intervals say of the test at equal steps and of validation at equal time."""
+        """Return what the intervals say of the test at equal steps, task by task, and of validation at equal time."""
         lines = []
         for row in self.systems():
-            if row.difference is not None:
-                lines.append(sentence(row, row.difference, self, "at this budget"))
+            for task in self.tasks or (self.quality,):
+                difference = row.further[task][1] if task in row.further else row.difference
+                if difference is not None:
+                    where = f"in {task} at this budget" if self.tasks else "at this budget"
+                    percent = task in self.shares if task in row.further else self.percent
+                    lines.append(sentence(row, difference, self, where, percent))
             if row.equal_time_difference is not None:
                 where = "at equal training time, on validation data"
-                lines.append(sentence(row, row.equal_time_difference, self, where))
+                where = f"in {self.quality} {where}" if self.tasks else where
+                lines.append(sentence(row, row.equal_time_difference, self, where, self.percent))
         return lines
 
     def two_intervals(self) -> str:
@@ -166,6 +179,7 @@ def summarize(
     metric: str,
     higher_is_better: bool,
     further: Sequence[str] = (),
+    tasks: Sequence[str] = (),
     average_last: int | None = None,
     examples: Sequence[ExamplePair] = (),
 ) -> Summary:
@@ -184,6 +198,7 @@ def summarize(
         metric: name of the test quality.
         higher_is_better: True where a larger quality is better.
         further: names, without the split, of more test metrics to show.
+        tasks: those of each task, where there are several; the tested one may be among them.
         average_last: number of epochs whose weights each run averaged; None for none.
         examples: comparisons of each system and seed, where the module compares examples.
     """
@@ -241,6 +256,7 @@ def summarize(
         equal_seconds=tuple(equal),
         clock=clock,
         shares=tuple(name for name in further if is_share(name, (_values(name, r) or () for r in finals.values()))),
+        tasks=tuple(tasks),
         weights="of the last step" if average_last is None else f"averaged over the last {average_last} epochs' ends",
         examples=tuple(examples),
     )
@@ -268,19 +284,19 @@ def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(own[name] for own in figures) / len(figures) for name in names}
 
 
-def sentence(row: Row, difference: Interval, summary: Summary, where: str) -> str:
+def sentence(row: Row, difference: Interval, summary: Summary, where: str, percent: bool) -> str:
     """Return in words what a difference to one baseline shows."""
-    against, unit = f"Against {row.system.title}", " points" if summary.percent else ""
+    against, unit = f"Against {row.system.title}", " points" if percent else ""
     other = "dense" if row.system.name.startswith("dense") else "it"
     own = summary.rows[0].system.title
-    shown = f"{own} minus {other} {number(difference.mean, summary.percent, True, difference.half_width)}{unit}"
+    shown = f"{own} minus {other} {number(difference.mean, percent, True, difference.half_width)}{unit}"
     n, half = difference.count, difference.half_width
     if half is None:
         why = f"{shown}; one seed gives no interval"
     elif half == 0:
         why = f"{shown} with each of {n} seeds, which do not tell how far others would spread"
     else:
-        low, high = (number(end, summary.percent, True, half) for end in (difference.low, difference.high))
+        low, high = (number(end, percent, True, half) for end in (difference.low, difference.high))
         holds = "excludes" if difference.excludes_zero else "holds"
         why = f"{shown}; 95 % interval over {n} seeds {low} to {high}{unit}, which {holds} 0"
     outcome = verdict(difference, summary.higher_is_better)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from apps.base.messages import counted
-from apps.compare.summary import Row, Summary, flops, flops_trained, flops_unit, notes, number, short_name
+from apps.compare.summary import Row, Summary, flops, flops_trained, flops_unit, notes, number
 from apps.report import plots
 from apps.report.intervals import Interval
 from apps.report.page import MOST_FIGURES, Table
@@ -32,7 +32,7 @@ _CLOCKS = {
 
 def cells(summary: Summary) -> list[list[str]]:
     """Return the table: a heading line, then a line a quantity, systems in columns."""
-    rows, name, share = summary.systems(), _metric(summary), summary.percent
+    rows, name, share = summary.systems(), summary.quality, summary.percent
     own = rows[0].system.title
     lines: list[Line] = [
         *_compared(f"test {name}", share, lambda r: (r.test, r.difference), own),
@@ -61,7 +61,7 @@ def router_cells(summary: Summary) -> list[list[str]]:
     rows = [*summary.systems()[:1], *summary.routers()]
     lines: list[Line] = [
         ("router", lambda r: "the config's" if r.difference is None else r.system.title),
-        *_compared(f"test {_metric(summary)}", summary.percent, lambda r: (r.test, r.difference)),
+        *_compared(f"test {summary.quality}", summary.percent, lambda r: (r.test, r.difference)),
         ("learning rate", _rate),
         ("load imbalance", lambda r: _shown(r.routing.get("load_imbalance"), ".2f")),
         ("dropped, %", lambda r: f"{100 * r.routing['drop_rate']:.1f}" if "drop_rate" in r.routing else NONE),
@@ -76,7 +76,7 @@ def router_cells(summary: Summary) -> list[list[str]]:
 
 def figures(summary: Summary) -> Table | None:
     """Return at most ten lines of figures: systems in columns, or the best routers; None without another model."""
-    rows, name, share = summary.systems(), _metric(summary), summary.percent
+    rows, name, share = summary.systems(), summary.quality, summary.percent
     if len(rows) < 2:
         routers = [[line[i] for i in _ON_SCREEN] for line in router_cells(summary)[: 1 + MOST_FIGURES]]
         return Table("", tuple(routers[0]), tuple(map(tuple, routers[1:]))) if routers else None
@@ -101,10 +101,6 @@ def _columns(
     table = [(title, *(show(row) for row in rows)) for title, show in lines]
     shown = [line for line in table if any(cell != NONE for cell in line[1:])]
     return ("", *(row.system.title for row in rows)), tuple(shown[:most])
-
-
-def _metric(summary: Summary) -> str:
-    return short_name(summary.metric)
 
 
 def _compared(title: str, share: bool, pair: Callable[[Row], Pair], own: str = "") -> list[Line]:
@@ -139,7 +135,7 @@ def _rate(row: Row) -> str:
 
 
 def _at_time(summary: Summary) -> str:
-    return f"val. {_metric(summary)} at {_seconds(summary.equal_seconds)}"
+    return f"val. {summary.quality} at {_seconds(summary.equal_seconds)}"
 
 
 def _training_time(row: Row) -> str:
@@ -265,6 +261,6 @@ def picture(title: str, summary: Summary, path: Path) -> Path | None:
             series.append(plots.Series(row.system.title, [cost], [row.test.mean], None if half is None else [half]))
     if not series:
         return None
-    metric = f"test {_metric(summary)}"
+    metric = f"test {summary.quality}"
     drawn = plots.quality_against_flops(series, metric, title, percent=summary.percent, unit=flops_unit(summary))
     return plots.save_picture(drawn, path)

@@ -151,9 +151,12 @@ class Comparable:
 
     Attributes:
         note: remark of a comparison on the model; mostly empty.
+        task_metrics: the metric of each task, without the split, where a model has several: a verdict goes task by
+            task, since a mean may be of different units.
     """
 
     note: str = ""
+    task_metrics: tuple[str, ...] = ()
 
     @property
     def heading(self) -> str:

@@ -31,7 +31,7 @@ class Kind:
 
     Attributes:
         width: number of outputs.
-        main_metric: name of the metric that stands for the task in the mean over tasks.
+        main_metric: name of the metric that stands for the task.
     """
 
     width = 1
@@ -296,7 +296,7 @@ class Outputs:
         kinds: the kind of each task.
         width: number Z of all outputs.
         all_binary: whether the outputs are one logit a task.
-        main_metric: the metric whose mean over the tasks stands for all: "auc", "r2", or "score" where they differ.
+        main_metric: the metric that all tasks share, "auc" or "r2"; None where they differ.
     """
 
     def __init__(self, targets: Sequence[Target]) -> None:
@@ -304,7 +304,7 @@ class Outputs:
         self.width = sum(kind.width for kind in self.kinds)
         self.all_binary = all(target.kind == "binary" for target in targets)
         names = {kind.main_metric for kind in self.kinds}
-        self.main_metric = names.pop() if len(names) == 1 else "score"
+        self.main_metric = names.pop() if len(names) == 1 else None
 
     def split(self, z: Tensor) -> tuple[Tensor, ...]:
         """Return each task's outputs (..., width) of all (..., Z)."""

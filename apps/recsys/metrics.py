@@ -31,8 +31,7 @@ class MultiTaskMetrics(SyncedMetric):
 
     ``compute`` returns ``auc_<task>``, ``pr_auc_<task>``, ``log_loss_<task>``, ``ece_<task>``, where users are known
     ``gauc_<task>``, and ``auc`` (and ``gauc``), the mean over the tasks that have one. Tasks that are not binary have
-    those of ``ValueMetrics``, such as ``rmse_<task>``, and ``r2`` is the mean over those that have one. ``score`` is
-    there where some tasks have an AUC and others an R^2: the mean over all of whichever a task has.
+    those of ``ValueMetrics``, such as ``rmse_<task>``, and ``r2`` is the mean over those that have one.
 
     Predictions are kept in float32 on the CPU until the end, 8 bytes a row and task, and are gathered by every rank.
     Where some users or items have no row in training, there are ``<part>_rows`` of the parts "warm", "cold_user" and
@@ -159,16 +158,15 @@ class MultiTaskMetrics(SyncedMetric):
                 values[f"{name}_{task}"] = value
                 by_metric.setdefault(name, []).append(value)
         means: dict[str, float] = {name: _mean(by_metric[name]) for name in ("auc", "gauc", "r2") if name in by_metric}
-        if self.outputs.main_metric == "score":
-            kinds = zip(self.outputs.kinds, of_tasks, strict=True)
-            means["score"] = _mean([of_task.values()[kind.main_metric] for kind, of_task in kinds])
         for part, (num_rows, of_part) in self.by_part.items():
             values[f"{part}_rows"] = num_rows
             names = [kind.main_metric for kind in self.outputs.kinds]
             main = [of_task.values().get(name, math.nan) for name, of_task in zip(names, of_part.values(), strict=True)]
+            by_metric = {name: [] for name in names}
             for task, name, value in zip(of_part, names, main, strict=True):
                 values[f"{part}_{name}_{task}"] = value
-            values[f"{part}_{self.outputs.main_metric}"] = _mean(main)
+                by_metric[name].append(value)
+            values |= {f"{part}_{name}": _mean(of_tasks) for name, of_tasks in by_metric.items()}
         return {k: torch.tensor(v, dtype=torch.float64) for k, v in (means | values).items()}
 
     def _exact(self) -> Sequence[Metrics]:

@@ -86,7 +86,7 @@ def number_metrics(
         mean = float(y_n.mean()) if len(y_n) else math.nan
         return ValueMetrics(len(y_n), mean, invalid=invalid, by_name=dict.fromkeys(names, math.nan))
     error_n = y_n - v_n
-    spread = float(np.square(y_n - y_n.mean()).sum())
+    spread = float(np.square(y_n - y_n.mean()).sum()) if np.ptp(y_n) else 0.0  # the mean of equal labels is rounded
     by_name = {
         "r2": 1 - float(np.square(error_n).sum()) / spread if spread else math.nan,
         "rmse": math.sqrt(float(np.square(error_n).mean())),
@@ -125,10 +125,10 @@ def number_values(value_N: np.ndarray, label_N: np.ndarray) -> np.ndarray:
 
     The value of an example is ``1 - (y - value)^2 / variance of y``, that of one without a label the ``r2`` itself.
     """
-    y_n, variance = label_N[~np.isnan(label_N)], float(np.nanvar(label_N)) if (~np.isnan(label_N)).any() else 0.0
-    if not len(y_n) or not variance:
+    y_n = label_N[~np.isnan(label_N)]
+    if not len(y_n) or not np.ptp(y_n):
         return np.full(len(label_N), math.nan)
-    values_N = 1 - np.square(label_N - value_N) / variance
+    values_N = 1 - np.square(label_N - value_N) / y_n.var()
     return np.where(np.isnan(label_N), np.nanmean(values_N), values_N)
 
 
@@ -154,9 +154,10 @@ def bins(value_N: np.ndarray, label_N: np.ndarray) -> Bins:
 
 def correlation(a_N: np.ndarray, b_N: np.ndarray) -> float:
     """Return Pearson's correlation; NaN where one side is constant."""
+    if not np.ptp(a_N) or not np.ptp(b_N):
+        return math.nan
     a_N, b_N = a_N - a_N.mean(), b_N - b_N.mean()
-    norm = math.sqrt(float(a_N @ a_N)) * math.sqrt(float(b_N @ b_N))
-    return float(a_N @ b_N) / norm if norm else math.nan
+    return float(a_N @ b_N) / (math.sqrt(float(a_N @ a_N)) * math.sqrt(float(b_N @ b_N)))
 
 
 def _of_probabilities(log_p_NC: np.ndarray, place_N: np.ndarray) -> dict[str, float]:

@@ -43,8 +43,8 @@ _REPORT = RecommenderReportConfig()
 class MultiTaskRecommender(SparseModule, Comparable):
     """A recommender of several tasks: clicks, purchases, watch times, ratings.
 
-    What is compared and kept as best is the mean AUC of the tasks, or their mean R^2 where all are of numbers; "score"
-    where some are and others are not, see ``MultiTaskMetrics``.
+    The metric that is compared, and by which the best weights are kept, is the mean AUC of the tasks, or their mean R^2
+    if all are of numbers; if some are and others are not, it is that of the first task.
 
     Configs may also be given as the mappings that stand for them in a run's ``config.yaml``.
 
@@ -140,7 +140,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
             raise ValueError("weighting.kind='gradnorm' needs a shared layer, and SingleTask shares nothing")
         self.features = features
         self.outputs = Outputs(features.target_of_task)
-        self.monitor = f"val/{self.outputs.main_metric}"
+        self.monitor = f"val/{self.outputs.main_metric or self.shown_metrics[0]}"
         self.shared_config = shared or SharedBottom()
         self.embedding, self.dense = embedding or EmbeddingConfig(), dense or DenseConfig()
         self.interaction, self.head = interaction or InteractionConfig(), head or HeadConfig()
@@ -241,6 +241,10 @@ class MultiTaskRecommender(SparseModule, Comparable):
     def shown_metrics(self) -> tuple[str, ...]:
         kinds = zip(self.features.tasks, self.outputs.kinds, strict=True)
         return tuple(f"{kind.main_metric}_{name}" for name, kind in kinds)
+
+    @property
+    def task_metrics(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.shown_metrics if len(self.features.tasks) > 1 else ()
 
     def predict_step(self, batch: TableBatch, batch_idx: int) -> dict[str, Any]:
         """Return the rows' numbers in the table, the data's ``predict_columns`` and each task's prediction.
@@ -376,12 +380,14 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return baselines(self)
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return the mean over the tasks of what ``monitor`` is the mean of, by row; NaN where a split cannot tell."""
+        """Return the values by row whose mean is ``monitor``; NaN where a split cannot tell."""
         z_NZ = torch.cat([out.outputs for out in outs]).double().cpu()
         y_Nt = torch.cat([out.targets for out in outs]).double().cpu().numpy()
         parts = zip(self.outputs.kinds, self.outputs.split(z_NZ), y_Nt.T, strict=True)
         values_tN = [kind.example_values(own.numpy(), y_N) for kind, own, y_N in parts]
-        return ExampleValues(self.monitor.removeprefix("val/"), torch.from_numpy(np.mean(values_tN, axis=0)))
+        values_tN = values_tN if self.outputs.main_metric else values_tN[:1]
+        name = self.monitor.replace("val/", "mean " if len(values_tN) > 1 else "")
+        return ExampleValues(name, torch.from_numpy(np.mean(values_tN, axis=0)))
 
     def routed_layers(self) -> RoutedLayers | None:
         if isinstance(self.shared_config, SharedBottom):

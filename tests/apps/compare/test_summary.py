@@ -26,7 +26,13 @@ def finished(test: float, curve: list[tuple[int, float, float]], **further: floa
     }
 
 
-def summary(speeds: dict | None = None, others: dict | None = None, further: tuple[str, ...] = ()):
+def summary(
+    speeds: dict | None = None,
+    others: dict | None = None,
+    further: tuple[str, ...] = (),
+    tasks: tuple[str, ...] = (),
+    metric: str = "test/top1",
+):
     systems = [System("sparse", ""), System("dense_equal_flops", "wide"), System("trees", "", refused="no library")]
     finals = {
         "sparse": [
@@ -43,7 +49,7 @@ def summary(speeds: dict | None = None, others: dict | None = None, further: tup
         systems.append(System("forest", "no steps"))
         finals |= others
     results = Results(finals, rates, speeds=speeds or {})
-    return summarize(systems, results, (0, 1), metric="test/top1", higher_is_better=True, further=further)
+    return summarize(systems, results, (0, 1), metric=metric, higher_is_better=True, further=further, tasks=tasks)
 
 
 def test_equal_time_ends_when_the_fastest_ends():
@@ -117,6 +123,20 @@ def test_sentences_say_what_the_interval_allows():
     assert second.startswith(
         "Against dense, equal FLOPs: no difference shown at equal training time, on validation data"
     )
+
+
+def test_sentences_go_task_by_task():
+    # Tasks auc_a, differences 0.03 and 0.01, and top1, the monitored one: 0.2 and 0.1; see above.
+    *by_task, at_time = summary(further=("auc_a", "log_loss_a"), tasks=("top1", "auc_a")).sentences()
+    assert [line.partition("; ")[0] for line in by_task] == [
+        "Against dense, equal FLOPs: no difference shown in top1 at this budget (sparse minus dense +15.00 points",
+        "Against dense, equal FLOPs: no difference shown in auc_a at this budget (sparse minus dense +2.00 points",
+    ]
+    assert "no difference shown in top1 at equal training time, on validation data" in at_time
+    # What is no task's own metric is a mean over the tasks, and is called one.
+    mean = summary(further=("auc_a",), tasks=("auc_a",), metric="test/auc")
+    assert "in mean auc at equal training time" in mean.sentences()[-1]
+    assert cells(mean)[1][0] == "test mean auc, %"
 
 
 def test_intervals_over_seeds_and_over_examples_are_told_apart():

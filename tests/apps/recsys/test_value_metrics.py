@@ -53,6 +53,15 @@ def test_values_by_example_have_the_metric_as_mean():
     assert class_values(z_NC, place).mean() == pytest.approx(class_metrics(z_NC, place).values()["auc"])
 
 
+def test_the_r2_of_equal_labels_is_nan_also_where_their_mean_is_rounded():
+    label, value = np.full(7, 0.1), np.arange(7.0)
+    assert label.mean() != 0.1
+    values = number_metrics(value, label).values()
+    assert [name for name in ("r2", "spearman", "pcc") if not math.isnan(values[name])] == []
+    assert math.isnan(number_metrics(label, value).values()["pcc"])
+    assert np.isnan(number_values(value, label)).all()
+
+
 def test_what_cannot_be_told_is_nan():
     equal = number_metrics(np.array([1.0, 2.0]), np.array([3.0, 3.0])).values()
     assert math.isnan(equal["r2"])

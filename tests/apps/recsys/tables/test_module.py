@@ -53,6 +53,7 @@ def test_the_values_by_example_are_the_mean_auc():
         metric.update(out.outputs, out.targets, out.groups)
     values = module.example_values(outs)
     assert values.values_N.shape == (40,)
+    assert values.name == "mean auc"
     assert values.mean == pytest.approx(float(metric.compute()["auc"]), rel=1e-6)
 
 

@@ -10,6 +10,9 @@ import torch
 from lightning import Trainer
 from torch.testing import assert_close
 
+from apps.recsys.encoding.features import Target
+from apps.recsys.kinds import Outputs
+from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.module import MultiTaskRecommender
@@ -126,10 +129,24 @@ def test_training_lowers_every_loss_and_predictions_have_their_columns(tmp_path)
         out = model.task_loss(batch)
     metrics.update(out.outputs, out.targets)
     computed = metrics.compute()
-    mains = [computed[name] for name in ("auc_clicked", "r2_price", "r2_visits", "r2_stars", "auc_colour")]
-    assert_close(computed["score"], torch.stack(mains).mean())
-    assert model.monitor == "val/score"
-    assert_close(model.example_values([out]).values_N.mean(), computed["score"], rtol=1e-6, atol=0)
+    assert_close(computed["auc"], (computed["auc_clicked"] + computed["auc_colour"]) / 2)
+    # The tasks differ in unit: the first one stands for all, and none is averaged with another.
+    assert model.monitor == "val/auc_clicked"
+    assert model.task_metrics == ("auc_clicked", "r2_price", "r2_visits", "r2_stars", "auc_colour")
+    values = model.example_values([out])
+    assert values.name == "auc_clicked"
+    assert_close(values.values_N.mean(), computed["auc_clicked"], rtol=1e-6, atol=0)
+
+
+def test_rows_of_cold_users_have_no_mean_over_tasks_of_two_units():
+    outputs = Outputs((Target(), Target("regression"), Target("regression")))
+    metrics = MultiTaskMetrics(("click", "price", "time"), outputs=outputs)
+    y_Bt = torch.tensor([[0.0, 1, 2], [1, 2, 4], [0, 3, 3], [1, 4, 1]])
+    metrics.update(torch.randn(4, 3), y_Bt, None, torch.tensor([1, 1, 1, 0], dtype=torch.uint8))
+    values = metrics.compute()
+    assert_close(values["cold_user_r2"], (values["cold_user_r2_price"] + values["cold_user_r2_time"]) / 2)
+    assert_close(values["cold_user_auc"], values["cold_user_auc_click"])
+    assert not [name for name in values if "score" in name]
 
 
 @pytest.mark.parametrize(
