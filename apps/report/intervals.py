@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -86,15 +87,17 @@ class CrossedInterval(Interval):
         """Return the half width to be expected of another number of seeds, from 2 on, and of examples."""
         ms_seed = num_examples * self.seed_variance + self.rest_variance
         ms_example = num_seeds * self.example_variance + self.rest_variance
-        return _half_width(ms_seed, ms_example, self.rest_variance, num_seeds, num_examples)
+        return float(_half_width(ms_seed, ms_example, self.rest_variance, num_seeds, num_examples))
 
 
 def crossed_interval(values_SN: np.ndarray) -> CrossedInterval:
     """Return the mean and interval of ``values_SN``, the value of each seed (S) on each example (N).
 
     With the mean squares of seeds, examples and rest the variance of the mean is (MS_s + MS_e - MS_r) / (S N), and no
-    less than either of the first two alone; the degrees of freedom are Satterthwaite's. So few seeds widen the interval
-    as Student's t does where the seeds differ, and count little where the examples are what varies.
+    less than either of the first two alone. The degrees of freedom are Satterthwaite's, and at most S - 1 unless the
+    seeds differ by no more than the rest explains (MS_s <= MS_r); likewise N - 1. Two seeds cannot show that they do
+    not differ, and have one degree. So few seeds widen the interval as Student's t does, and count little only if the
+    examples are all that varies. Without the limit the interval of two seeds would hold the mean 88 times of 100.
 
     Raises:
         ValueError: no value.
@@ -103,7 +106,7 @@ def crossed_interval(values_SN: np.ndarray) -> CrossedInterval:
 
         crossed_interval(np.array([[0.0, 2.0], [2.0, 4.0]]))
         # mean 2; seed means 1 and 3, example means 1 and 3: MS_s = MS_e = 4, MS_r = 0, variance (4 + 4) / 4 = 2,
-        # 2^2 / (1^2 / 1 + 1^2 / 1) = 2 degrees of freedom: 2 +- 4.3027 * sqrt(2) = 2 +- 6.0849
+        # 2^2 / (1^2 / 1 + 1^2 / 1) = 2 degrees of freedom, at most 1: 2 +- 12.706 * sqrt(2) = 2 +- 17.969
     """
     values_SN = np.asarray(values_SN, np.float64)
     if values_SN.ndim != 2 or not values_SN.size:
@@ -119,7 +122,7 @@ def crossed_interval(values_SN: np.ndarray) -> CrossedInterval:
         ms_seed = ms_example = ms_rest = 0.0
     return CrossedInterval(
         mean=mean,
-        half_width=_half_width(ms_seed, ms_example, ms_rest, S, N) if S > 1 else None,
+        half_width=float(_half_width(ms_seed, ms_example, ms_rest, S, N)) if S > 1 else None,
         count=S,
         num_examples=N,
         seed_variance=max(ms_seed - ms_rest, 0.0) / N,
@@ -128,12 +131,14 @@ def crossed_interval(values_SN: np.ndarray) -> CrossedInterval:
     )
 
 
-def _half_width(ms_seed: float, ms_example: float, ms_rest: float, S: int, N: int) -> float:
+def _half_width(ms_seed: Any, ms_example: Any, ms_rest: Any, S: int, N: int) -> Any:
+    """Return half the width of the interval of mean squares, numbers or arrays of them."""
     from scipy.stats import t
 
     of_seeds, of_examples = ms_seed / (S * N), ms_example / (S * N)
-    variance = max(of_seeds + of_examples - ms_rest / (S * N), of_seeds, of_examples)
-    if variance <= 0:
-        return 0.0
-    freedom = variance**2 / (of_seeds**2 / (S - 1) + (of_examples**2 / (N - 1) if N > 1 else 0.0))
-    return float(t.ppf(0.975, freedom)) * math.sqrt(variance)
+    variance = np.maximum(of_seeds + of_examples - ms_rest / (S * N), np.maximum(of_seeds, of_examples))
+    spread = of_seeds**2 / (S - 1) + of_examples**2 / max(N - 1, 1)
+    freedom = np.maximum(variance**2 / np.maximum(spread, np.finfo(float).tiny), 1)
+    for ms, n in ((ms_seed, S), (ms_example, N)):
+        freedom = np.where((ms > ms_rest) | (n == 2), np.minimum(freedom, n - 1), freedom)
+    return t.ppf(0.975, freedom) * np.sqrt(variance)

@@ -171,7 +171,7 @@ def _plan(
     """Measure the speed of both systems and return what fits into the seconds that are left.
 
     Raises:
-        ValueError: two seeds do not fit, or not even the measurement.
+        ValueError: three seeds do not fit, or not even the measurement.
     """
     speeds: dict[str, Speed] = {}
     counts: dict[str, float] = {}

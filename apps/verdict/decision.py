@@ -9,6 +9,9 @@ from apps.report.intervals import CrossedInterval
 
 Outcome = Literal["pays", "does not pay", "undecided"]
 
+LEAST_SEEDS = 3
+"""Seeds that decide: two cannot tell how far others would spread."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -27,8 +30,8 @@ class Answer:
 
 
 def decide(gain: CrossedInterval | None) -> Outcome:
-    """Return what the interval of sparse's gain shows; one that reaches 0, or no interval, decides nothing."""
-    if gain is None or not gain.half_width:
+    """Return what the interval of sparse's gain shows; one that reaches 0, or of few seeds, decides nothing."""
+    if gain is None or not gain.half_width or gain.count < LEAST_SEEDS:
         return "undecided"
     if gain.low > 0:
         return "pays"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from apps.report.intervals import CrossedInterval
-from apps.verdict.decision import Answer
+from apps.verdict.decision import LEAST_SEEDS, Answer
 from apps.verdict.schedule import SAME_TIME
 
 SKEWED, DROPPING, MANY_EPOCHS = 2.0, 0.05, 10.0
@@ -153,7 +153,7 @@ def _to_decide(gain: CrossedInterval | None, minutes: float) -> str:
 
 def seeds_to_decide(gain: CrossedInterval) -> int | None:
     """Return the fewest seeds whose interval would exclude 0 if mean and spread stay; None: up to 1,000 do not."""
-    low, high = 2, _MOST_SEEDS
+    low, high = LEAST_SEEDS, _MOST_SEEDS
     if not gain.half_width_at(high, gain.num_examples) < abs(gain.mean):
         return None
     while low < high:

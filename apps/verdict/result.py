@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.compare.files import write_json, write_text
-from apps.verdict.decision import Answer, last_line
+from apps.verdict.decision import LEAST_SEEDS, Answer, last_line
 
 PAGE, NUMBERS = "verdict.md", "verdict.json"
 
@@ -66,7 +66,9 @@ def in_words(answer: Answer, quality: str) -> str:
     if gain.half_width == 0:
         return f"{text} over {over}, which show no spread."
     holds = "excludes" if gain.excludes_zero else "holds"
-    return f"{text}; the 95 % interval of the gain, over {over}, is {gain.low:+.4g} to {gain.high:+.4g} and {holds} 0."
+    few = "" if gain.count >= LEAST_SEEDS else f" Fewer than {LEAST_SEEDS} seeds decide nothing."
+    ends = f"{gain.low:+.4g} to {gain.high:+.4g}"
+    return f"{text}; the 95 % interval of the gain, over {over}, is {ends} and {holds} 0.{few}"
 
 
 def lines(verdict: Verdict) -> list[str]:
@@ -106,8 +108,8 @@ def how(verdict: Verdict) -> Sequence[str]:
     return [
         f"Seeds {', '.join(map(str, verdict.seeds)) or 'none'}; both models have the same steps, seeds, order of the "
         "data and search of learning rates on validation data. Intervals count seeds and test examples (crossed random "
-        "effects, Satterthwaite's degrees of freedom). At equal time sparse is trained for the steps that it makes in "
-        "dense's time, with a schedule of its own.",
+        "effects, Satterthwaite's degrees of freedom, at most one less than the seeds if these differ). At equal time "
+        "sparse is trained for the steps that it makes in dense's time, with a schedule of its own.",
         f"{facts['spent_seconds'] / 60:.1f} of {facts['minutes']:g} minutes, on {machine['device']} "
         f"({machine['threads']} threads), torch {machine['torch']}, Python {machine['python']}, {facts['date']}.",
     ]

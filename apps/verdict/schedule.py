@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from apps.compare.systems import SPARSE
+from apps.verdict.decision import LEAST_SEEDS
 
 FACTORS = (1 / 3, 1.0, 3.0)
 """Learning rates of the search, as multiples of the configured one."""
@@ -20,9 +21,8 @@ FIRST_RUNG = 0.25
 LEAST_STEPS = 20
 """Fewer steps than this say nothing about a training."""
 
-SEEDS, LEAST_SEEDS, MOST_SEEDS = (5, 4, 3), 2, 10
-"""Seeds of a final run, the most that leave half of the configured steps; fewest for an interval; most, where time is
-left."""
+SEEDS, MOST_SEEDS = (5, 4, LEAST_SEEDS), 10
+"""Seeds of a final run, the most that leave half of the configured steps; most, where time is left."""
 
 SAME_TIME = 0.03
 """Relative difference of two systems' seconds a step up to which equal steps are taken for equal time."""
@@ -114,7 +114,7 @@ def make_schedule(
 
     ``SEEDS`` are tried in turn: the first that leaves at least half of ``most_steps`` is taken, with as many steps as
     fit, up to ``most_steps``; where these fit, there may be more seeds. A budget too small for that has the last of
-    ``SEEDS``, or ``LEAST_SEEDS``, with at least ``LEAST_STEPS``.
+    ``SEEDS``, with at least ``LEAST_STEPS``.
 
     Args:
         seconds: seconds for search and final runs.
@@ -124,7 +124,7 @@ def make_schedule(
         minutes: the whole budget, for the message.
 
     Raises:
-        ValueError: not even two seeds of the least steps fit.
+        ValueError: the fewest seeds of the least steps do not fit.
     """
 
     def needed(seeds: int, steps: int) -> float:
@@ -133,7 +133,7 @@ def make_schedule(
 
     least = min(LEAST_STEPS, most_steps)
     enough = max(least, math.ceil(most_steps / 2))
-    for seeds, fewest in (*((seeds, enough) for seeds in SEEDS), (SEEDS[-1], least), (LEAST_SEEDS, least)):
+    for seeds, fewest in (*((seeds, enough) for seeds in SEEDS), (SEEDS[-1], least)):
         if needed(seeds, fewest) > seconds:
             continue
         low, high = fewest, most_steps
@@ -143,8 +143,8 @@ def make_schedule(
         while low == most_steps and seeds < MOST_SEEDS and needed(seeds + 1, low) <= seconds:
             seeds += 1
         return Schedule(seeds, low, tuple(rates))
-    lacking = needed(LEAST_SEEDS, least) - seconds
+    lacking = needed(SEEDS[-1], least) - seconds
     raise ValueError(
-        f"minutes={minutes:g} fits no comparison: {LEAST_SEEDS} seeds of {least} steps, with the search of "
+        f"minutes={minutes:g} fits no comparison: {SEEDS[-1]} seeds of {least} steps, with the search of "
         f"{len(rates)} learning rates, need about {minutes + lacking / 60:.2g} minutes on this machine"
     )

@@ -71,6 +71,8 @@ def test_a_whole_verdict_and_the_same_again(tmp_path, monkeypatch):
     page = (tmp_path / "out" / "verdict.md").read_text()
     assert f"**{verdict.last_line}**" in page
     assert "| dense, equal FLOPs |" in page
+    assert "Fewer than 3 seeds decide nothing." in page
+    assert verdict.last_line == "verdict: undecided (equal FLOPs); undecided (equal time)"
     report = (tmp_path / "out" / "report.html").read_text()
     assert verdict.last_line in report
     assert "Quality of each seed" in report

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -28,6 +30,10 @@ def gain(mean: float, half_width: float | None) -> CrossedInterval:
 )
 def test_only_an_interval_without_zero_decides(mean, half_width, outcome):
     assert decide(gain(mean, half_width)) == outcome
+
+
+def test_two_seeds_decide_nothing():
+    assert decide(replace(gain(0.02, 0.01), count=2)) == "undecided"
 
 
 def test_no_runs_decide_nothing():
