@@ -183,7 +183,7 @@ def _opened(path: Path, is_named: bool) -> ImageIndex | None:
 
 
 def _listed(folder: Path) -> list[ImageFile]:
-    stats = ((path, (folder / path).stat()) for path in list_images(folder))
+    stats = ((path, (folder / path).stat(follow_symlinks=(folder / path).exists())) for path in list_images(folder))
     return [ImageFile(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
@@ -199,6 +199,9 @@ def _split(
         place = place_of.get((file.path, file.size, file.mtime_ns))
         if place is not None:
             kept.append((known_files[place], place))
+            continue
+        if not (folder / file.path).exists():  # a link to nothing: reading it says so
+            rest.append(file)
             continue
         with open(folder / file.path, "rb") as content:
             file = replace(file, digest=hashlib.file_digest(content, "sha256").hexdigest())
@@ -248,7 +251,8 @@ def tell(complaints: Sequence[str]) -> None:
 def model_digest(weights: str, encoding: Any) -> str:
     """Return what tells a model's image vectors from those of others: its weights and how images become its input."""
     plain = {k: v for k, v in to_plain(encoding, type(encoding)).items() if k not in ("text", "attributes")}
-    return hashlib.sha256(json.dumps([weights, plain], sort_keys=True).encode()).hexdigest()[:16]
+    made_from = [weights, plain, "turned by EXIF"]  # vectors of images that were read without are others
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _bytes(content: bytes) -> Tensor:

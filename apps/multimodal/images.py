@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
-from apps.base.messages import one_line
 from apps.base.progress import each
 from apps.data.array_files import ArrayFiles, ArrayWriter
 from apps.data.store import EncodedStore, identity
-from apps.vision.image_files import BadImage, read_image
+from apps.vision.image_files import BadImage, image_of, read_image
 
 STORE = EncodedStore("images", ("multimodal/images.py", "vision/encoding.py", "vision/image_files.py"))
 """Images that are decoded and scaled."""
@@ -96,11 +94,8 @@ class PackedImages:
         return self.names[number]
 
     def decode(self, number: int) -> Tensor:
-        file = self.data[self.begin[number] : self.end[number]]
-        try:
-            return decode_image(torch.from_numpy(file.copy()), ImageReadMode.RGB)
-        except RuntimeError as error:
-            raise BadImage(f"{self.path}: image {self.names[number]!r} is corrupt: {one_line(str(error))}") from error
+        file = self.data[self.begin[number] : self.end[number]].tobytes()
+        return image_of(file, f"{self.path}: image {self.names[number]!r}")
 
     def identity(self) -> list[Any]:
         return [identity([self.path]), list(self.names)]

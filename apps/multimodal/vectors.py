@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -11,17 +11,15 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from apps.base.evaluation import in_evaluation
 from apps.multimodal.encoding import PairEncoding
 from apps.vision.encoding import normalize
-from apps.vision.image_files import BadImage, read_image, scaled
+from apps.vision.image_files import ENDINGS, BadImage, read_image, scaled
+from apps.vision.image_folders import images_below
 
 OnBadImage = Literal["error", "skip"]
 """What an image is that cannot be read: the end of the run, or left out with a line."""
-ENDINGS = (*IMG_EXTENSIONS, ".gif")
-"""Endings of image files."""
 
 _IMAGES_AT_ONCE, _TEXTS_AT_ONCE = 64, 256
 
@@ -172,7 +170,7 @@ def list_images(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise ValueError(f"images={str(folder)!r} is no folder")
-    paths = sorted(_below(folder, ""))
+    paths = sorted(os.path.relpath(path, folder) for path in images_below(folder))
     if not paths:
         raise ValueError(f"images={str(folder)!r} holds no image; images end in {', '.join(ENDINGS)}")
     return paths
@@ -181,14 +179,3 @@ def list_images(folder: Path) -> list[str]:
 def readable(path: str) -> str:
     """Return a path as text that can be printed and written: bytes of its name that are no UTF-8 become U+FFFD."""
     return os.fsencode(path).decode("utf-8", "replace")
-
-
-def _below(folder: Path, prefix: str) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _below(Path(entry.path), f"{prefix}{entry.name}/")
-            elif entry.name.lower().endswith(ENDINGS) and entry.is_file():
-                yield prefix + entry.name

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,40 +14,47 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import to_dtype
 
 from apps.base.messages import one_line
 from apps.vision.image_set import ImageSet
 
+ENDINGS = (*IMG_EXTENSIONS, ".gif")
+"""Endings of image files."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""Pillow's names of the formats that are read from a request; bytes from a stranger are not tried as any other."""
+
 
 class BadImage(ValueError):
-    """A file that holds no image, or one that is cut, damaged, too large or of 32 bits."""
+    """A file that is not there or holds no image, or an image that is cut, damaged, too large or of 32 bits."""
 
 
 def read_image(path: str) -> Tensor:
-    """Return the image as RGB, uint8 (3, H, W), with the upper 8 bits where a channel has 16.
+    """Return the image as RGB, uint8 (3, H, W), turned as its EXIF orientation says.
 
-    Of an animation this is the first frame. Transparency is dropped: a pixel keeps the colour that the file gives it.
+    A channel of 16 bits gives its upper 8 bits, and an animation its first frame. Transparency is dropped: a pixel
+    keeps the colour that the file gives it.
 
     Raises:
-        BadImage: the file is not an image, is cut or too large, or its pixels have 32 bits.
-        ValueError: there is no such file, or it cannot be opened.
+        BadImage: there is no such file, it is not an image, is cut or too large, or its pixels have 32 bits.
+        ValueError: the file cannot be opened.
     """
     # Pillow reads the header, for 0.03 to 0.08 ms: it refuses a small file that unpacks to too much.
     with _named(path), Image.open(path) as image:
         return _decoded(path, image, path)
 
 
-def image_of(file: bytes, name: str, formats: Sequence[str], most_pixels: int) -> Tensor:
+def image_of(file: bytes, name: str, formats: Sequence[str] = FORMATS, most_pixels: float = math.inf) -> Tensor:
     """Return the image of a file's bytes as ``read_image`` does of a path.
 
     Args:
         file: the bytes.
         name: name in errors.
-        formats: Pillow's names of the formats that are read; bytes from a stranger are not tried as any other.
+        formats: Pillow's names of the formats that are read.
         most_pixels: pixels of an image at most; a larger one is not decoded.
 
     Raises:
@@ -59,8 +68,11 @@ def image_of(file: bytes, name: str, formats: Sequence[str], most_pixels: int) -
 
 def _decoded(file: str | Tensor, image: Image.Image, name: str) -> Tensor:
     """Return the pixels of a file, given by its path or its bytes, which Pillow has opened."""
+    if image.format == "WEBP" and ExifTags.Base.Orientation in image.getexif():
+        return _of_pillow(image, name)  # torchvision turns JPEG and PNG only
     with contextlib.suppress(RuntimeError):
-        pixels = decode_image(file, ImageReadMode.RGB)  # a third of Pillow's time, but a few formats only
+        # This takes a third of Pillow's time, but reads a few formats only.
+        pixels = decode_image(file, ImageReadMode.RGB, apply_exif_orientation=True)
         pixels = pixels[0] if pixels.ndim == 4 else pixels  # the first frame of an animation
         return pixels if pixels.dtype == torch.uint8 else to_dtype(pixels, torch.uint8, scale=True)
     return _of_pillow(image, name)
@@ -120,21 +132,23 @@ def _named(name: str) -> Iterator[None]:
         raise BadImage(f"{name} is too large: {error}") from error
     except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
         if isinstance(error, OSError) and error.errno is not None:  # the system's, not the content's
-            raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+            kind = BadImage if error.errno in (errno.ENOENT, errno.ELOOP) else ValueError  # a link to nothing
+            raise kind(f"{name} cannot be read: {error.strerror}") from error
         reason = "it is no image" if isinstance(error, UnidentifiedImageError) else one_line(str(error))
         raise BadImage(f"{name} is corrupt: {reason}") from error
 
 
 def _of_pillow(image: Image.Image, name: str) -> Tensor:
+    turned = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        return _upper_bits(image, name).expand(3, -1, -1)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        return _upper_bits(turned, image.format, name).expand(3, -1, -1)
+    return torch.from_numpy(np.array(turned.convert("RGB"))).permute(2, 0, 1)
 
 
-def _upper_bits(image: Image.Image, path: str) -> Tensor:
+def _upper_bits(image: Image.Image, file_format: str | None, path: str) -> Tensor:
     """Turn grey pixels of 16 bits into uint8 (1, H, W). Pillow's ``convert`` would cut all above 255 off."""
     # For PNG and PPM files some versions of Pillow give 16 bits as mode I, which otherwise means 32 bits.
-    if not (image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))):
+    if not (image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM"))):
         raise BadImage(f"{path} has pixels of 32 bits (mode {image.mode}) and no rule for their range: save it with 16")
     return torch.from_numpy((np.array(image) >> 8).astype(np.uint8))[None]
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from apps.base.messages import one_line, some
+from apps.base.messages import some
 from apps.base.progress import each
-from apps.vision.image_files import FromFiles, read_image
+from apps.vision.image_files import ENDINGS, FromFiles, read_image
 from apps.vision.image_set import ImageSet, Splits, in_memory
 
 
@@ -33,9 +33,9 @@ def read_image_folder(
             there may be no ``train``. Else they are those of ``train``, and every split has the same.
 
     Raises:
-        ValueError: a split has another class, or no image.
+        ValueError: a split has another class, or no image; or a file is in two classes or splits.
     """
-    samples = {}
+    samples, known = {}, dict[str, str]()
     for name in ("train", "val", "test"):
         if not (root / name).is_dir():
             continue
@@ -44,7 +44,7 @@ def read_image_folder(
             check_classes(str(root / name), folders, class_names)
         elif odd := sorted(set(folders) ^ set(class_names)):
             raise ValueError(f"{root / name}: its classes are not those of train; they differ in {', '.join(odd[:5])}")
-        samples[name] = _list_images(root / name, class_names, allow_empty=of_checkpoint)
+        samples[name] = _list_images(root / name, class_names, known, allow_empty=of_checkpoint)
 
     def split(name: str, transform: Callable[..., Tensor]) -> ImageSet:
         paths, labels = zip(*samples[name], strict=True)
@@ -61,7 +61,7 @@ def read_small_images(folder: Path, class_names: Sequence[str], side: int) -> Im
         rule = f"its folders are not the {len(class_names)} classes"
         raise ValueError(f"{folder}: {rule}; they differ in {', '.join(odd[:5])}")
 
-    samples = _list_images(folder, class_names)
+    samples = _list_images(folder, class_names, {})
     images = np.empty((len(samples), 3, side, side), np.uint8)
     for i, (path, _) in enumerate(each(samples, "reading images")):
         pixels = read_image(path)
@@ -77,10 +77,10 @@ def read_unlabelled(folder: Path, transform: Callable[[Tensor], Tensor]) -> Imag
     Raises:
         ValueError: there is none.
     """
-    paths = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+    paths = sorted(images_below(folder)) if folder.is_dir() else []
     if not paths:
         what = "holds no image" if folder.is_dir() else "is no folder"
-        raise ValueError(f"predict_folder={folder} {what}; images end in {', '.join(IMG_EXTENSIONS)}")
+        raise ValueError(f"predict_folder={folder} {what}; images end in {', '.join(ENDINGS)}")
     return ImageSet(FromFiles(tuple(paths), transform), torch.full((len(paths),), -1))
 
 
@@ -96,21 +96,70 @@ def check_classes(where: str, classes: Sequence[str], known: Sequence[str]) -> N
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Return the names of the folders in ``folder``, sorted."""
-    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+    """Return the names of the folders in ``folder``, sorted; hidden ones are no classes."""
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
 
 
-def _list_images(folder: Path, class_names: Sequence[str], allow_empty: bool = False) -> list[tuple[str, int]]:
-    """Return the images below ``folder/CLASS`` with their labels, by class and path.
+def images_below(folder: Path | str) -> dict[str, str]:
+    """Return the image files in a folder and below it, each with its real path; hidden ones are left out.
+
+    A link to a folder is followed, but no real folder is visited twice, and none that ``folder`` lies in. A link that
+    leads nowhere counts as a file.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    visited = {str(parent) for parent in Path(folder).resolve().parents}
+    found, folders, links = {}, [str(folder)], list[str]()
+    while folders or links:
+        here = folders.pop() if folders else links.pop(0)  # a folder keeps its own path if links lead to it as well
+        real = os.path.realpath(here)
+        if real in visited:
+            continue
+        visited.add(real)
+        for entry in os.scandir(here):
+            path, is_link = entry.path, entry.is_symlink()
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(path) if is_link else entry.is_dir():
+                (links if is_link else folders).append(path)
+            elif entry.name.lower().endswith(ENDINGS) and (os.path.isfile(path) or not os.path.exists(path)):
+                found[path] = os.path.realpath(path) if is_link else os.path.join(real, entry.name)
+    return found
+
+
+def class_images(folder: Path, known: dict[str, str]) -> list[str]:
+    """Return the paths of a class's images, each file once.
+
+    Args:
+        folder: the folder of the class.
+        known: paths of the images of other classes and splits by their real paths. It takes the new ones.
+
+    Raises:
+        ValueError: a file is known already.
+    """
+    own: dict[str, str] = {}
+    for path, real in sorted(images_below(folder).items(), key=lambda item: os.path.split(item[0])):
+        if real in known:
+            raise ValueError(f"{path} and {known[real]} are one file: an image belongs to one class and one split")
+        own.setdefault(real, path)
+    known.update(own)
+    return list(own.values())
+
+
+def _list_images(
+    folder: Path, class_names: Sequence[str], known: dict[str, str], allow_empty: bool = False
+) -> list[tuple[str, int]]:
+    """Return the images below ``folder/CLASS`` with their labels, by class and path; see ``class_images``.
 
     Raises:
         ValueError: there is none; or, unless ``allow_empty``, none of one class.
     """
-    numbers = {name: label for label, name in enumerate(class_names)}
-    try:
-        samples = make_dataset(str(folder), numbers, extensions=IMG_EXTENSIONS, allow_empty=allow_empty)
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} is no image folder: {one_line(str(error))}") from error
-    if not samples:
-        raise ValueError(f"{folder} holds no image; images end in {', '.join(IMG_EXTENSIONS)}")
+    images = {name: class_images(folder / name, known) if (folder / name).is_dir() else [] for name in class_names}
+    samples = [(path, label) for label, name in enumerate(class_names) for path in images[name]]
+    lacking = [name for name in class_names if not images[name]]
+    if not samples or (lacking and not allow_empty):
+        raise ValueError(
+            f"{folder} is no image folder: there is no image of {some(lacking)}; images end in {', '.join(ENDINGS)}"
+        )
     return samples

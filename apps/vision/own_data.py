@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from apps.base.files import delete, temporary_path
 from apps.base.messages import counted, one_line
 from apps.data.given import GivenConfig, GivenData
+from apps.vision.image_folders import class_folders, class_images, images_below
 
 LEAST_IMAGES = 8
 """Least number of images of a class: a quarter of them are two to test on, and one of the rest validates."""
@@ -50,13 +50,14 @@ def config_for(given: GivenData) -> GivenConfig | None:
 
 def images_in(folder: Path) -> Iterator[Path]:
     """Yield the image files in a folder and below it."""
-    return (p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+    return (p for p in map(Path, images_below(folder)) if p.is_file())
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
     """Return the images of each class, sorted."""
-    classes = {p.name: sorted(images_in(p)) for p in sorted(folder.iterdir()) if p.is_dir()}
-    classes = {name: paths for name, paths in classes.items() if paths}
+    known: dict[str, str] = {}
+    images = {name: map(Path, class_images(folder / name, known)) for name in class_folders(folder)}
+    classes = {name: paths for name, of_class in images.items() if (paths := [p for p in of_class if p.is_file()])}
     if len(classes) < 2:
         raise ValueError(
             f"{folder} holds images in {len(classes)} folders of classes: put the images of each class into a folder "

@@ -12,9 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from apps.base.messages import excerpt
-from apps.vision.image_files import image_of
+from apps.vision.image_files import FORMATS, image_of
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _MOST_PIXELS = 2**24
 """Pixels of an image: one of 4,096 x 4,096 takes 50 MB while it is scaled."""
 
@@ -40,7 +39,7 @@ def sent_pixels(text: str, name: str = "image") -> Tensor:
         file = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise ValueError(f"{name}={excerpt(text[:100])} is not base64") from None
-    return image_of(file, name, FORMATS, _MOST_PIXELS)
+    return image_of(file, name, most_pixels=_MOST_PIXELS)
 
 
 def example_image(size: int) -> str:

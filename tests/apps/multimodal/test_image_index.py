@@ -159,3 +159,16 @@ def test_names_need_not_be_utf_8(refresh, folder):
     assert name in refresh().paths
     assert name in refresh().paths
     assert refresh.encoded == []
+
+
+def test_a_link_that_leads_nowhere_is_left_out_with_a_line_and_a_cycle_is_walked_once(refresh, folder, caplog):
+    (folder / "a" / "up").symlink_to(folder)
+    (folder / "a" / "gone.png").symlink_to(folder / "nowhere.png")
+    with caplog.at_level(logging.WARNING, "apps"):
+        assert refresh().paths == ["a/red.png", "b/green.png", "blue.png"]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"left out: {folder}/a/gone.png cannot be read: No such file or directory"
+    ]
+    refresh.options = {"on_bad_image": "error"}
+    with pytest.raises(ValueError, match=r"gone\.png cannot be read: .*; data\.on_bad_image=skip leaves such images"):
+        refresh()

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from made_images import idx, ready, write_images, write_mnist
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torchvision.transforms import v2
 
 from apps.vision.data import VisionData
-from apps.vision.image_files import read_image
+from apps.vision.image_files import image_of, read_image, to_pixels
 from apps.vision.readers import read_idx
 
 
@@ -74,7 +74,7 @@ def test_other_corrupt_files(tmp_path: Path) -> None:
         ready("image_folder", tmp_path)
     write_images(tmp_path, "test", 1)
     (tmp_path / "test/b/0.png").unlink()
-    with pytest.raises(ValueError, match=r"is no image folder: Found no valid file for the classes b"):
+    with pytest.raises(ValueError, match=r"is no image folder: there is no image of b"):
         ready("image_folder", tmp_path)
 
 
@@ -96,6 +96,70 @@ def test_sixteen_bits_become_the_upper_eight(tmp_path: Path, name: str) -> None:
     read = read_image(str(path))
     assert (read.dtype, read.shape) == (torch.uint8, (3, 1, 3))
     assert read[:, 0].tolist() == [[18, 255, 0]] * 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_an_image_is_turned_as_its_camera_was_held(tmp_path: Path, form: str, orientation: int) -> None:
+    # Quarters of 16 x 16 pixels are one color each, so that JPEG keeps them. Pillow says how each orientation is read.
+    quarters = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[0, 0, 0], [255, 255, 255], [255, 255, 0]]])
+    image = Image.fromarray(quarters.astype(np.uint8).repeat(16, 0).repeat(16, 1))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(tmp_path / "x", form, exif=exif, **({"lossless": True} if form == "WEBP" else {}))
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    expected = np.array(ImageOps.exif_transpose(image)).transpose(2, 0, 1)
+    file = (tmp_path / "x").read_bytes()
+    with Image.open(tmp_path / "x") as opened:
+        ways = [read_image(str(tmp_path / "x")), to_pixels(opened, "x"), image_of(file, "x", [form], 10_000)]
+    for pixels in ways:
+        assert pixels.shape == expected.shape
+        middles = (pixels[:, 8::16, 8::16].int() - torch.from_numpy(expected)[:, 8::16, 8::16].int()).abs()
+        assert middles.max() < 16
+
+
+def listed(data: VisionData, split: str) -> list[str]:
+    images = data.examples(split)
+    return [images.read.paths[i] for i in images.index.tolist()]
+
+
+def test_links_in_a_folder_of_images_are_followed_once(tmp_path: Path) -> None:
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for split in ("train", "test"):
+        write_images(photos, split, 3)
+    write_images(tmp_path, "elsewhere", 2, classes=("more",))
+    (photos / "train/a/.git").mkdir()
+    (photos / "train/.ipynb_checkpoints").mkdir()
+    for hidden in ("train/a/.git/x.png", "train/a/._0.png", "train/.ipynb_checkpoints/0.png"):
+        (photos / hidden).write_bytes(b"none of the images")
+    Image.new("RGB", (8, 8)).save(photos / "train/b/3.gif")
+    (elsewhere / "more/back").symlink_to(elsewhere)  # a cycle outside, and three to folders above the class
+    for name, target in (("up", photos), ("self", photos / "train/a"), ("split", photos / "train"), ("out", elsewhere)):
+        (photos / "train/a" / name).symlink_to(target)
+    (photos / "train/a/again.png").symlink_to(photos / "train/a/0.png")
+    (photos / "train/b/gone.png").symlink_to(tmp_path / "nowhere.png")
+    (photos / "train/b/round.png").symlink_to(photos / "train/b/round.png")
+
+    data = ready("image_folder", photos, image_size=8, val_size=0, on_bad_image="skip")
+    assert data.class_names == ("a", "b")
+    train = [str(Path(path).relative_to(photos / "train")) for path in listed(data, "train")]
+    assert train == [
+        *("a/0.png", "a/1.png", "a/2.png", "a/out/more/0.png", "a/out/more/1.png"),
+        *("b/0.png", "b/1.png", "b/2.png", "b/3.gif"),
+    ]
+    with pytest.raises(ValueError, match=r"cannot be read: (No such|Too many) .*on_bad_image=skip leaves"):
+        list(ready("image_folder", photos, image_size=8, val_size=0).train_dataloader())
+    data = VisionData("digits", predict_folder=str(photos / "train"), on_bad_image="skip")
+    assert len(data.predict_dataloader().dataset) == 10  # the link again.png has a row of its own
+
+
+@pytest.mark.parametrize("link", ["train/b/same.png", "test/a/same.png", "val/a/same.png"])
+def test_a_file_in_two_classes_or_splits_is_named(tmp_path: Path, link: str) -> None:
+    for split in ("train", "test", "val"):
+        write_images(tmp_path, split, 3)
+    (tmp_path / link).symlink_to(tmp_path / "train/a/1.png")
+    with pytest.raises(ValueError, match=rf"/{link} and .*/train/a/1\.png are one file: .* one class and one split"):
+        ready("image_folder", tmp_path)
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
