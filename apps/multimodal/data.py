@@ -320,7 +320,8 @@ class ImageTextData(SuiteData):
             raise ValueError(f"{self.dataset} has no pair of an image and a caption")
         read, pairs = self._pixels(pairs)
         sizes: dict[Split, int | float | None] = {"test": self.test_size, "val": self.val_size}
-        splits = split_images(pairs.split, pairs.image_N, pairs.texts, sizes, self.split_seed)
+        files = getattr(pairs.images, "paths", ())
+        splits = split_images(pairs.split, pairs.image_N, pairs.texts, sizes, self.split_seed, files)
         split_N = splits[pairs.image_N]
         index = {split: torch.from_numpy(np.flatnonzero(split_N == split)) for split in SPLITS}
         index["train"] = self._subset(index["train"])

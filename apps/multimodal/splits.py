@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,10 +20,12 @@ def split_images(
     texts: Sequence[str],
     sizes: dict[Split, int | float | None],
     seed: int,
+    files: Sequence[str | os.PathLike[str]] = (),
 ) -> NDArray[Any]:
     """Return the split of each image, by its name: the files' own, else a drawn one; "" of an image without captions.
 
-    Images are drawn from those that are not for validation or test. Two with a caption in common stay together.
+    Images are drawn from those that are not for validation or test. Two with a caption or a file in common stay
+    together.
 
     Args:
         split_I: the split of each image by the files; None: they do not say.
@@ -31,6 +34,7 @@ def split_images(
         sizes: number or share of the images that "test" and "val" get; None: a tenth, and at most 5,000, where the
             files have none of their own.
         seed: the only source of randomness.
+        files: the file of each image; none: they have none of their own.
 
     Raises:
         ValueError: a size beside images of the files, or one that leaves no image to train on, or is too small for
@@ -51,14 +55,15 @@ def split_images(
     asked = " and ".join(f"{split}_size={count:,}" for split, count in counts.items())
     if sum(counts.values()) >= len(free):
         raise ValueError(f"{asked} leave none of the {len(free):,} images to train on")
-    group_F = groups_of(image_N, texts, len(splits))[free]
+    shared_N = np.concatenate([image_N, np.arange(len(files))])
+    group_F = groups_of(shared_N, [*texts, *map(os.path.realpath, files)], len(splits))[free]
     for (split, count), at in zip(counts.items(), hold_out(group_F, list(counts.values()), seed), strict=True):
         splits[free[at]] = split
         if count and not len(at):
             most = int(np.bincount(group_F).max())
             raise ValueError(
-                f"{asked} of {len(free):,} images: none fit into {split}, for images with a caption in common stay "
-                f"together, and up to {most:,} have"
+                f"{asked} of {len(free):,} images: none fit into {split}, for images with a caption or a file in "
+                f"common stay together, and up to {most:,} have"
             )
     return splits
 

@@ -41,6 +41,16 @@ def test_eight_tenths_train_and_no_caption_is_in_two_splits():
     assert (splits != again).any()
 
 
+def test_images_of_one_file_stay_together(tmp_path):
+    (tmp_path / "0.png").touch()
+    (tmp_path / "1.png").symlink_to(tmp_path / "0.png")
+    files, texts = [tmp_path / f"{i % 2}.png" for i in range(6)], [f"title {i}" for i in range(14)]
+    files += [tmp_path / f"other {i}.png" for i in range(8)]
+    for seed in range(5):
+        splits = split_images([None] * 14, np.arange(14), texts, {"test": 3, "val": 0}, seed, files)
+        assert len(set(splits[:6])) == 1
+
+
 def test_the_files_own_splits_stay_and_an_image_without_captions_is_in_none():
     # image 2 has no caption; what the files do not give is held out of their training images
     splits = split_images(["train", "test", "train", "train"], np.array([0, 1, 3]), ["a", "a", "b"], {
