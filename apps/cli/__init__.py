@@ -13,6 +13,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from apps.train.checkpoint_paths import MEANING, NAMES
+
 _TRAINING = {
     "fit": "train a model; --ckpt_path last goes on where a run was stopped",
     "validate": "the metrics of a checkpoint on the validation data",
@@ -36,7 +38,7 @@ RUN_OPTIONS = (
     ("config FILE", "", "a configuration; may be given again: a later file overrides an earlier one"),
     ("KEY.SUBKEY VALUE", "", "any value in it, such as --data.batch_size 64 or --model.moe.num_experts 4"),
     ("run_dir DIR", "runs/<config name>", "where logs, checkpoints and the configuration go"),
-    ("ckpt_path WHICH", "", "last, best, a file, or a run's folder (its best); fit goes on from it"),
+    ("ckpt_path WHICH", "", f"{', '.join(NAMES)}, or {MEANING}; fit goes on from it"),
     ("weights RUN", "", "fit begins anew with the weights of another run; --run_dir is the new one's"),
     ("seed_everything N", "0", "seed of weights, order and transforms"),
     ("trainer.max_epochs N", "", "and whatever else Lightning's Trainer takes"),

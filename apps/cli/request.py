@@ -153,6 +153,8 @@ class Request:
                 read = str(onnx or "") or " + ".join(map(str, paths)) or (which if which not in (None, *NAMES) else "")
                 written_to = output if command == "predict" else run_dir
                 announce(" ".join(filter(None, (command, read, f"-> {written_to}" if written_to else ""))))
+                if command == "predict" and checkpoint is not None:  # the others name it beside their figures
+                    announce(f"checkpoint: {checkpoint}")
             if which in NAMES and checkpoint is None:
                 print(f"no {run_dir / 'checkpoints' / which}.ckpt yet: starting from the beginning")
 

@@ -13,6 +13,7 @@ from apps.cli import UsageError
 from apps.cli.configs import read_config, shipped
 from apps.cli.flags import check_data_options
 from apps.cli.parser import Parser
+from apps.train.checkpoint_paths import MEANING
 
 KINDS = {
     "upcycle": "a dense run made sparse: its feed-forward networks become the experts' start",
@@ -101,9 +102,7 @@ def command_line() -> Parser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         several: dict[str, Any] = {"nargs": "+"} if kind == "merge" else {}
-        one.add_argument(
-            "--ckpt_path", required=True, metavar="RUN", help="a run's folder (its best) or a checkpoint", **several
-        )
+        one.add_argument("--ckpt_path", required=True, metavar="RUN", help=MEANING, **several)
         one.add_argument("--output", required=True, metavar="DIR", help="folder of the new run, which must not exist")
         _OPTIONS[kind](one)
         batches = "validation batches for the score and for statistics; 0: neither (default: 8)"

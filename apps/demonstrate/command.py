@@ -28,6 +28,7 @@ def run(options: Options) -> int:
             model = load(options.checkpoint)
             exhibit, note = with_examples(exhibit_of(model), model, options.checkpoint, options.examples)
             app = local_app(build_page(exhibit, run_name(options.checkpoint), Path(folder)), **appearance())
+        print(f"checkpoint: {options.checkpoint}")
         if note:
             print(f"no examples: {one_line(note)}")
         try:

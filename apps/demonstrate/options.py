@@ -12,7 +12,7 @@ from apps.base.ports import check_port
 from apps.cli.parser import Parser
 from apps.demonstrate.library import check_library
 from apps.demonstrate.serving import PORT
-from apps.train.checkpoint_paths import find_checkpoint
+from apps.train.checkpoint_paths import MEANING, find_checkpoint
 
 _DESCRIPTION = """\
 Open a page on this machine on which a trained model is tried out: an image and its classes, a sentence and its
@@ -62,7 +62,7 @@ def command_line() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--ckpt_path", required=True, metavar="RUN", help="a run's folder (its best) or a checkpoint")
+    add("--ckpt_path", required=True, metavar="RUN", help=MEANING)
     add("--port", type=int, default=PORT, metavar="N", help=f"port of the page; 0: a free one (default: {PORT})")
     add("--open", action="store_true", help="show the page in the browser")
     add("--examples", type=int, default=6, metavar="N", help="examples of the run's data; 0: none (default: 6)")

@@ -45,8 +45,8 @@ def run(options: Options) -> int:
         print(note)
     for finding in findings.values():
         print(finding)
-    if not findings:
-        print(f"healthy: {', '.join(looked_at)}")
+    if checkpoint is not None or not findings:
+        print(f"{counted(len(findings), 'finding') if findings else 'healthy'}: {', '.join(looked_at)}")
     if ablation is not None:
         for line in ablation_lines(ablation):
             print(line)

@@ -12,6 +12,7 @@ from apps.cli import UsageError
 from apps.cli.configs import read_config, shipped
 from apps.cli.flags import check_data_options
 from apps.cli.parser import Parser
+from apps.train.checkpoint_paths import MEANING
 
 _DESCRIPTION = """\
 Name what is wrong with the routing of a run, with the evidence and a remedy: from its log, metrics.csv, and from a pass
@@ -69,7 +70,7 @@ def command_line() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--ckpt_path", required=True, metavar="RUN", help="a run's folder (its best) or a checkpoint")
+    add("--ckpt_path", required=True, metavar="RUN", help=MEANING)
     add("--batches", type=int, default=8, metavar="N", help="validation batches; 0: the log alone (default: 8)")
     add("--ablate", action="store_true", help="also show the score without each expert, a validation for each")
     add("--config", metavar="FILE", help="configuration of the run, where none lies beside its checkpoint")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-NAMES = ("last", "best", "average")
-"""Words for the checkpoints in a run's folder."""
+NAMES = ("average", "best", "last")
+"""Words for the checkpoints in a run's folder. The folder by itself means the first of them that is there."""
+MEANING = "a run's folder (its average, else its best, else its last checkpoint) or a checkpoint"
+"""What every command takes as a checkpoint, for its help."""
 SHARDED_PART = "checkpoint.pt"
 """The file that makes a folder a sharded checkpoint; see ``apps/train/sharded.py``."""
 PRETRAINED = "config.json"
@@ -23,9 +25,10 @@ def is_pretrained(path: Path | str) -> bool:
 
 
 def find_checkpoint(path: Path | str) -> Path:
-    """Return the checkpoint that a path means: itself, or the best one of a run's folder, else its last.
+    """Return the checkpoint that a path means: itself, or that of a run's folder which the run's own test takes.
 
-    A pretrained folder is a checkpoint itself.
+    That is the average of the last epochs if the run keeps one (``average_last``), else the best checkpoint, else the
+    last. A pretrained folder is a checkpoint itself.
 
     Raises:
         FileNotFoundError: there is none.
@@ -34,7 +37,7 @@ def find_checkpoint(path: Path | str) -> Path:
     if path.is_file() or is_sharded(path):
         return path
     for folder in (path / "checkpoints", path):
-        for name in ("best", "last"):
+        for name in NAMES:
             file = folder / f"{name}.ckpt"
             if file.is_file() or is_sharded(file):
                 return file

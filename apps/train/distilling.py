@@ -28,7 +28,7 @@ class DistilConfig:
     ``softmax(logits / T)``. Validation and test have the labels' loss alone.
 
     Attributes:
-        teacher: a run's folder, whose best checkpoint is taken, or a checkpoint, of a model of the same class. A
+        teacher: a run's folder or a checkpoint, as ``find_checkpoint`` takes it, of a model of the same class. A
             training that is resumed needs it too; a test does not.
         weight: the teacher's share of the loss, in [0, 1]; the labels have the rest. Switch has 0.25.
         temperature: T; above 1 the teacher's small probabilities count more. ``T^2`` keeps the size of the gradient

@@ -29,7 +29,7 @@ class GrowConfig:
     """The trained model of fewer experts with which a run begins. The run's own ``num_experts`` is the new number.
 
     Attributes:
-        checkpoint: a run's folder, whose best checkpoint is taken, or a checkpoint. It is read when a training starts
+        checkpoint: a run's folder or a checkpoint, as ``find_checkpoint`` takes it. It is read when a training starts
             that resumes none.
         freeze: the old experts and their rows of the gate stay as they are, under weight decay too.
         start: what the new experts begin as: "fresh", as the model makes experts; "copy", copies of the experts that

@@ -37,7 +37,7 @@ def load(
     files (vision), strings (translation and language models).
 
     Args:
-        path: the folder of a run, whose best checkpoint is taken, else its last; or a checkpoint.
+        path: a run's folder or a checkpoint, as ``find_checkpoint`` takes it.
         device: where the weights go.
         quantize: how experts are quantised, such as "int8" or "int4:64"; None: they stay as they are.
         offload: how much of the experts is on the device, such as "0.5" or "64MB:experts.safetensors"; see

@@ -36,12 +36,14 @@ _PATHS = ("root", "cache_dir", "file", "images", "index", "predict_folder", "tab
 def run(options: Options) -> int:
     """Export the model and print what was written."""
     with quiet():
-        model = load(options.run)
+        checkpoint = find_checkpoint(options.run)
+        model = load(checkpoint)
         if options.quantize is not None:
             quantise(model, options.quantize)
         exported = exporter(type(model)).export(model)
         check_output(options.output, exported)
         files = export(model, exported, options)
+    print(f"checkpoint: {checkpoint}")
     for path in files:
         print(f"{path}  {path.stat().st_size / 1e6:,.1f} MB")
     for graph in exported.graphs:

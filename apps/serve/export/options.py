@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from apps.cli import UsageError
 from apps.cli.parser import Parser
+from apps.train.checkpoint_paths import MEANING
 from apps.train.quantising import read_form
 
 ENDINGS = {"onnx": ".onnx", "torch_export": ".pt2", "aoti": ".pt2"}
@@ -77,7 +78,7 @@ def command_line() -> Parser:
     """Return the parser of the command."""
     parser = Parser(prog="moesaic export", allow_abbrev=False, description=_DESCRIPTION, epilog=_EPILOG)
     add = parser.add_argument
-    add("--ckpt_path", required=True, metavar="RUN", help="a run's folder (its best) or a checkpoint")
+    add("--ckpt_path", required=True, metavar="RUN", help=MEANING)
     add("--output", required=True, metavar="PATH", help="file that ends in .onnx or .pt2, or a folder")
     add("--format", choices=tuple(ENDINGS), default="onnx", help="what is written (default: onnx)")
     form = "MoE layers of an ONNX graph: standard operators, those of onnxruntime, or the faster of both (the default)"

@@ -82,7 +82,7 @@ class Served:
         from apps.serve.service.protocol import server_of
 
         name, limits = run_name(options.checkpoint), options.limits
-        self._title = f"{name} ({type(model).__name__})"
+        self._title = f"{name} ({type(model).__name__}, {options.checkpoint})"
         about = {"run": name, "model": type(model).__name__, "version": own_version()}
         self.batcher = Batcher(
             watched(

@@ -13,7 +13,7 @@ from apps.base.ports import LOCAL, check_port, is_local
 from apps.cli.parser import Parser
 from apps.serve.service.limits import MIB, Limits
 from apps.serve.service.token import VARIABLE, read_token
-from apps.train.checkpoint_paths import find_checkpoint
+from apps.train.checkpoint_paths import MEANING, find_checkpoint
 from apps.train.offloading import read_budget
 from apps.train.quantising import read_form
 
@@ -105,7 +105,7 @@ def command_line() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--ckpt_path", required=True, metavar="RUN", help="a run's folder (its best) or a checkpoint")
+    add("--ckpt_path", required=True, metavar="RUN", help=MEANING)
     add(
         "--host", default=LOCAL, help=f"address to listen on; other than this machine's own: a token (default: {LOCAL})"
     )

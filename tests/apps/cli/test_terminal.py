@@ -117,4 +117,6 @@ def test_a_training_leaves_no_bar_and_no_line_glued_to_one(terminal):
         shown = terminal(command, "--config", "tiny.yaml")
         assert shown[0] == f"{command} tiny.yaml -> runs/tiny"
         assert re.fullmatch(title, shown[1])
-    assert terminal("predict", "--config", "tiny.yaml")[1].startswith('{"output": [')
+    _, checkpoint, first, *_ = terminal("predict", "--config", "tiny.yaml")
+    assert checkpoint == "checkpoint: runs/tiny/checkpoints/best.ckpt"
+    assert first.startswith('{"output": [')

@@ -47,9 +47,11 @@ def test_equal_experts_and_the_score_without_each(runs, capsys):
     lines = doctor(capsys, 1, "--ckpt_path", runs / "same", "--batches", 2, "--ablate")
     assert lines[0].startswith(f"error: {LAYER}: same experts: 6 of 6 pairs of experts put out the same")
     assert "Remedy: start the experts apart" in lines[0]
-    assert "what it loses without an expert" in lines[1]
-    assert lines[2].startswith(f"{LAYER}: expert ")
-    assert lines[2].count("expert ") == 4
+    assert lines[1].startswith("1 finding: 1 router on at most 2 validation batches of ")
+    assert lines[1].endswith("/same/checkpoints/best.ckpt")
+    assert "what it loses without an expert" in lines[2]
+    assert lines[3].startswith(f"{LAYER}: expert ")
+    assert lines[3].count("expert ") == 4
 
 
 def test_a_log_alone(runs, capsys):

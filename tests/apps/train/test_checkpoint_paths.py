@@ -16,8 +16,11 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_a_run_s_folder_means_its_best_checkpoint_else_its_last(run):
-    best, last = run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"
+def test_a_run_s_folder_means_its_average_else_its_best_checkpoint_else_its_last(run):
+    average, best, last = (run / "checkpoints" / f"{name}.ckpt" for name in ("average", "best", "last"))
+    average.touch()
+    assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == named_checkpoint(str(run), run) == average
+    average.unlink()
     assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == find_checkpoint(best) == best
     best.unlink()
     assert is_sharded(last)

@@ -148,7 +148,9 @@ def serving(run):
     try:
         with os.fdopen(os.dup(receiving.fileno())) as lines:
             first = lines.readline()
-            match = re.fullmatch(rf"serve: {run.name} \(VisionClassifier\) at http://127\.0\.0\.1:(\d+)\n", first)
+            match = re.fullmatch(
+                rf"serve: {run.name} \(VisionClassifier, .*/best\.ckpt\) at http://127\.0\.0\.1:(\d+)\n", first
+            )
             assert match is not None, first
             yield server, int(match[1]), lines
     finally:
