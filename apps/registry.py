@@ -87,16 +87,6 @@ TRAINER = {
 }
 """The module of each callback and strategy of the trainer."""
 
-LIGHTNING = frozenset(
-    {
-        "lightning.pytorch.callbacks.EarlyStopping",
-        "lightning.pytorch.callbacks.LearningRateMonitor",
-        "lightning.pytorch.callbacks.early_stopping.EarlyStopping",
-        "lightning.pytorch.callbacks.lr_monitor.LearningRateMonitor",
-    }
-)
-"""Class paths of Lightning that a configuration beside a checkpoint may name."""
-
 
 def full_path(name: str) -> str | None:
     """Return the class path of a public class, given by that or by its short name; None where there is none."""

@@ -127,7 +127,6 @@ class Request:
             paths, config = [beside], with_long_names(read_config(beside))
         if exported is not None and exported.description.data is not None:
             config = merge({"data": dict(exported.description.data)}, config)
-        as_it_lay = dict(config)
         written = config.pop("run_dir", None)  # of a run that was put aside, where it was
         run_dir = options["run_dir"][-1] if options["run_dir"] else beside.parent if beside is not None else written
         config, flags = with_nulls(config, flags)
@@ -163,8 +162,8 @@ class Request:
         from apps.train.loading import check_beside
 
         if beside is not None:
-            check_beside(as_it_lay, beside)
-            print(f"configuration: {beside}, which lies beside the checkpoint", file=sys.stderr)
+            config, note = check_beside(config, beside)
+            print(f"configuration: {beside}, which lies beside the checkpoint{note}", file=sys.stderr)
         loaded = None
         source = onnx or checkpoint
         if source is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from apps.convert.streaming import write_checkpoint
 from apps.registry import class_path
 from apps.train.checkpoint_paths import find_checkpoint
 from apps.train.contents import read_checkpoint, unlike
-from apps.train.loading import module_class
+from apps.train.loading import check_beside, module_class
 from apps.train.module import SparseModule
 from apps.train.run_folder import mark
 from core.config.plain import arguments_from_plain, arguments_to_plain
@@ -68,8 +69,12 @@ class Run:
                 "core.prune_experts and their like"
             )
         beside = file.parent.parent / CONFIG
-        named = config or (beside if beside.is_file() else None)
-        return cls(file, checkpoint, module_class(checkpoint, file), None if named is None else read_config(named))
+        values = read_config(config) if config is not None else read_config(beside) if beside.is_file() else None
+        if config is None and values is not None:
+            values, note = check_beside(values, beside)
+            if note:
+                print(f"configuration: {beside}{note}", file=sys.stderr)
+        return cls(file, checkpoint, module_class(checkpoint, file), values)
 
     @property
     def is_adapted(self) -> bool:

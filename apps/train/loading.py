@@ -6,12 +6,14 @@ apps and those that the program has imported: nothing is imported because a file
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 
 from apps import registry
 from apps.base.messages import excerpt
@@ -96,12 +98,22 @@ def module_class(checkpoint: Mapping[str, Any], path: Path) -> type[SparseModule
 # ---- the configuration beside a checkpoint
 
 
-def check_beside(config: Mapping[str, Any], path: Path) -> None:
-    """Refuse a configuration that lies beside a checkpoint and names more than registered classes.
+_WORDS = ("accelerator", "deterministic", "devices", "gradient_clip_algorithm", "max_time", "precision", "strategy")
+"""Options of the trainer that a configuration beside a checkpoint may set to a word; it sets the others to numbers."""
+
+
+def check_beside(config: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], str]:
+    """Return what a configuration that lies beside a checkpoint decides, and a note on what it does not.
+
+    It decides the model and the data, of registered classes, the seed, and plain values of the trainer.
 
     Args:
         config: its contents.
         path: its file, for messages.
+
+    Returns:
+        The part of the contents that no parser takes for a class, and the names of the trainer's options that are left
+        out, with the remedy; "": there are none.
 
     Raises:
         ValueError: naming the key, what it names, and that ``--config`` trusts the file.
@@ -110,9 +122,14 @@ def check_beside(config: Mapping[str, Any], path: Path) -> None:
         _check_beside(config)
     except ValueError as error:
         raise ValueError(
-            f"{path} lies beside the checkpoint, and such a file may name registered classes alone: {error}; if you "
+            f"{path} lies beside the checkpoint, and such a file may name registered classes only: {error}; if you "
             f"trust it, give --config {path}"
         ) from None
+    trainer = config.get("trainer") or {}
+    plain = {name: value for name, value in trainer.items() if _is_plain(name, value)}
+    left_out = ", ".join(f"trainer.{name}" for name in trainer if name not in plain)
+    kept = {key: config[key] for key in ("seed_everything", "model", "data") if key in config}
+    return {**kept, "trainer": plain}, left_out and f"; left out: {left_out} (--config {path} takes all of it)"
 
 
 def _check_beside(config: Mapping[str, Any]) -> None:
@@ -126,9 +143,9 @@ def _check_beside(config: Mapping[str, Any]) -> None:
                 if extra := set(value) - {"class_path", "init_args"}:
                     raise ValueError(f"{key} has {sorted(map(str, extra))[0]!r} beside class_path and init_args")
                 arguments_from_plain(kind, value.get("init_args") or {}, key)
-        elif key == "trainer":
-            _check_trainer(value, "trainer")
-        elif value is not None and key not in ("seed_everything", "run_dir", "ckpt_path"):
+        elif key == "trainer" and value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"trainer={excerpt(value)} is not a mapping of the trainer's options")
+        elif value is not None and key not in ("seed_everything", "trainer", "run_dir", "ckpt_path"):
             raise ValueError(f"{key} is no part of a run's configuration")
 
 
@@ -142,23 +159,11 @@ def _public_class(name: Any, base: type) -> Any:
     return next((k for k in registry.subclasses(base)[1:] if name == registry.class_path(k)), None)
 
 
-def _check_trainer(value: Any, where: str) -> None:
-    if isinstance(value, Mapping):
-        path = value.get("class_path")
-        if "class_path" in value and not _is_trainer_part(path):
-            raise ValueError(f"{where} names {excerpt(path)}")
-        for name, inner in value.items():
-            if name not in ("class_path", "default_root_dir"):
-                _check_trainer(inner, f"{where}.{name}")
-    elif isinstance(value, (list, tuple)):
-        for i, inner in enumerate(value):
-            _check_trainer(inner, f"{where}.{i}")
-    elif isinstance(value, str) and ("." in value or Path(value).exists()):  # a class, or the path of another file
-        raise ValueError(f"{where}={excerpt(value)}")
-
-
-def _is_trainer_part(path: Any) -> bool:
-    if not isinstance(path, str):
-        return False
-    own = path.rpartition(".")[2] in registry.TRAINER and registry.full_path(path) is not None
-    return own or path in registry.LIGHTNING
+def _is_plain(name: Any, value: Any) -> bool:
+    """Return whether a value of an option of the trainer is a number or a word, which names no class and no file."""
+    if isinstance(value, str):
+        is_word = re.fullmatch(r"-?[a-z0-9_]+([-:,][a-z0-9_]+)*", value) is not None
+        return name in _WORDS and is_word and not Path(value).exists()
+    numbers = value if isinstance(value, list) else () if value is None else (value,)
+    known = name in inspect.signature(Trainer).parameters
+    return known and all(isinstance(number, (bool, int, float)) for number in numbers)

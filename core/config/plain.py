@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..registry import OpenConfig, is_registered, registered_config
+
+_NESTED = re.compile(r"[\[{]|:\s")
+"""What every YAML text of a mapping or a list has."""
 
 
 def to_plain(value: Any, hint: Any = Any) -> Any:
@@ -77,7 +81,7 @@ def from_plain(value: Any, hint: Any = Any, where: str = "") -> Any:
         _check_text(value, hint, where)
     elif configs and value is not None and not isinstance(value, configs) and set(kinds) <= {*configs, type(None)}:
         raise ValueError(f"{where}={_short(value)} is neither a {configs[0].__name__} nor a mapping of its options")
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, set, frozenset)):
         items = [from_plain(item, _of_item(hint, i), _dotted(where, str(i))) for i, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) or _sequence(kinds) is tuple else items
     return value
@@ -114,6 +118,8 @@ def arguments_from_plain(kind: type, arguments: Any, where: str) -> dict[str, An
     parameters = inspect.signature(kind).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         _check_names(kind, arguments, list(parameters), where)
+    elif odd := [name for name in arguments if not str(name).isidentifier()]:  # a parser splits "a.b", and extends "a+"
+        raise ValueError(f"{where} has {odd[0]!r}, which is no argument's name")
     hints = _constructor_hints(kind)
     return {name: from_plain(value, hints.get(name, Any), _dotted(where, name)) for name, value in arguments.items()}
 
@@ -177,16 +183,22 @@ def _kinds(hint: Any) -> Iterator[Any]:
 
 
 def _check_text(text: str, hint: Any, where: str) -> None:
-    """Refuse a text in the place of a config: a parser takes it for a class to import, or for a file to read.
+    """Reject a text that a parser takes for a class to import, or for a file to read.
 
     Raises:
-        ValueError: the hint has no text, and it or a part of it is a class, or a function.
+        ValueError: the hint has no text, and it or a part of it is a class, or a function; or it has both, and the text
+            is no plain word; or it is of anything, and the text is YAML of nested values.
     """
-    if any(k in (str, Any, object) or typing.get_origin(k) is typing.Literal for k in _kinds(hint)):
-        return
+    takes_text = any(k in (str, Any, object) or typing.get_origin(k) is typing.Literal for k in _kinds(hint))
     for kind in _classes(hint):
-        if not issubclass(kind, (str, int, float, PurePath, types.NoneType, types.UnionType, Iterable)):
+        if issubclass(kind, (str, int, float, PurePath, types.NoneType, types.UnionType, Iterable)):
+            continue
+        if not takes_text:
             raise ValueError(f"{where}={_short(text)} is a text in place of a {kind.__name__}")
+        if kind in (Any, object) and _NESTED.search(text):
+            raise ValueError(f"{where}={_short(text)} is a text of nested values: give the values")
+        if kind not in (Any, object) and (not re.fullmatch(r"[\w-]*", text) or Path(text).exists()):
+            raise ValueError(f"{where}={_short(text)} is neither a {kind.__name__} nor a word, or a file has that name")
 
 
 def _classes(hint: Any) -> Iterator[type]:

@@ -98,6 +98,27 @@ class TinyModule(SparseModule):
         return MetricCollection({"top1": MulticlassAccuracy(self.num_classes, average="micro")})
 
 
+class LooseModule(TinyModule):
+    """A model with arguments in whose place a text may stand for a class.
+
+    Args:
+        num_classes: classes of the data.
+        start, starts: classes of the engine, of which the first may be a word.
+        note: anything.
+        kwargs: arguments of ``TinyModule``.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        start: str | core.convert.Start = "copy",
+        starts: tuple[core.convert.Start, ...] = (),
+        note: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_classes, **kwargs)
+
+
 class NoisyPoints(Dataset):
     """Points around ``num_classes`` centres on a circle, moved at random each time they are read."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from commands import fails, full_disk
-from converted import IMAGES
+from converted import IMAGES, TRAINER
 from torch.testing import assert_close
 
 import apps
@@ -52,6 +53,20 @@ def test_a_pruned_run_is_shown_beside_the_old_one_and_tested_as_any_other(runs, 
     config = yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())
     assert config["run_dir"] == str(tmp_path / "new")
     assert config["model"]["init_args"]["moe"]["num_experts"] == 2
+
+
+def test_a_strangers_callbacks_do_not_come_along(runs, tmp_path, capsys):
+    shutil.copytree(runs / "sparse", tmp_path / "got")
+    beside = tmp_path / "got" / "config.yaml"
+    config = yaml.safe_load(beside.read_text())
+    config["trainer"] |= {
+        "callbacks": r'[{"class_path": "planted\u002eModule"}]',
+        "logger": {"class_path": "planted.It"},
+    }
+    beside.write_text(yaml.safe_dump(config))
+    convert("densify", tmp_path / "got", output=tmp_path / "new", batches=1)
+    assert "left out: trainer.callbacks, trainer.logger (--config" in capsys.readouterr().err
+    assert yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())["trainer"] == TRAINER
 
 
 def test_a_dense_run_has_the_mean_of_the_experts(runs, tmp_path):

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 import apps
 import core
 from apps.cli import main
+from apps.cli.train import build
 from apps.nlp.translation.module import Translator
 from apps.train import sharded
 from apps.train.loading import check_beside
@@ -168,14 +169,15 @@ def test_a_class_that_the_users_own_configuration_names_is_made(trained, folder,
         ("model", {"class_path": "planted.Module"}),
         ("model", "planted.Module"),
         ("data", {"class_path": "planted.Module"}),
-        ("trainer", {"callbacks": [{"class_path": "planted.Module"}]}),
-        ("trainer", {"logger": "planted.Module"}),
-        ("trainer", {"callbacks": ["other.yaml"]}),
+        ("data", "other.yaml"),
+        ("data", {"class_path": "tiny_app.TinyData", "init_args": {}, "dict_kwargs": {"n": 1}}),
+        ("trainer", "other.yaml"),
         ("optimizer", {"class_path": "planted.Module"}),
         ("config", "other.yaml"),
+        ("trainer.callbacks", [{"class_path": "planted.Module"}]),
     ],
 )
-def test_a_configuration_beside_a_checkpoint_names_registered_classes_alone(trained, folder, capsys, section, key):
+def test_a_configuration_beside_a_checkpoint_names_registered_classes_only(trained, folder, capsys, section, key):
     (folder / "other.yaml").write_text("class_path: planted.Module\n")
     path = tampered(trained, folder, lambda checkpoint: None)
     beside = path.parent.parent / "config.yaml"
@@ -188,14 +190,101 @@ def test_a_configuration_beside_a_checkpoint_names_registered_classes_alone(trai
     assert "planted" not in sys.modules
 
 
-@pytest.mark.parametrize("name", ["BestAndLast", "apps.train.checkpoints.BestAndLast", "EarlyStopping", "BestAndLst"])
-def test_parts_of_the_trainer_that_a_configuration_beside_a_checkpoint_may_name(name):
-    config = {"trainer": {"callbacks": [{"class_path": name, "init_args": {}}]}}
-    if name.endswith("BestAndLast"):
-        check_beside(config, Path("config.yaml"))
-    else:  # Lightning's own are named in full
-        with pytest.raises(ValueError, match=rf"trainer\.callbacks\.0 names '{name}'"):
-            check_beside(config, Path("config.yaml"))
+PROFILER = (
+    r'{"class_path": "lightning\u002epytorch\u002eprofilers\u002eSimpleProfiler", "init_args": {"dirpath": "ran"}}'
+)
+LAMBDA = (
+    r'[{"class_path": "lightning\u002epytorch\u002ecallbacks\u002eLambdaCallback", '
+    r'"init_args": {"setup": "planted\u002eModule"}}]'
+)
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("callbacks", r'[{"class_path": "planted\u002eModule"}]'),
+        ("callbacks", "[other]"),
+        ("callbacks", LAMBDA),
+        (
+            "callbacks",
+            [{"class_path": "BestAndLast", "init_args": {"monitor": r'{"class_path": "planted\u002eModule"}'}}],
+        ),
+        ("callbacks+", {"class_path": "planted.Module"}),
+        ("logger", r'{"class_path": "planted\u002eModule"}'),
+        ("logger", {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "ran"}}),
+        ("profiler", PROFILER),
+        ("plugins", ["planted.Module"]),
+        ("strategy", r'{"class_path": "planted\u002eModule"}'),
+        ("strategy", "class_path:\n  planted.Module"),
+        ("strategy", "other"),
+        ("strategy.class_path", "planted.Module"),
+        ("accelerator", {"class_path": "planted.Module"}),
+        ("devices", ["{class_path: planted.Module}"]),
+        ("default_root_dir", "ran"),
+    ],
+)
+def test_parts_of_the_trainer_beside_a_checkpoint_are_left_out_by_name(trained, folder, capsys, option, value):
+    (folder / "other").write_text("class_path: planted.Module\n")
+    path = tampered(trained, folder, lambda checkpoint: None)
+    config = yaml.safe_load(CONFIG)
+    config["trainer"][option] = value
+    (path.parent.parent / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["test", "--ckpt_path", str(path)]) == 0, capsys.readouterr().err
+    assert f"; left out: trainer.{option} (--config" in capsys.readouterr().err
+    assert not (folder / "ran").exists()
+    assert "planted" not in sys.modules
+
+
+def test_plain_values_of_the_trainer_beside_a_checkpoint_hold(trained, folder, capsys):
+    path = tampered(trained, folder, lambda checkpoint: None)
+    config = yaml.safe_load(CONFIG)
+    config["trainer"] |= {"strategy": "auto", "precision": "64-true", "limit_test_batches": 2, "logger": False}
+    (path.parent.parent / "config.yaml").write_text(yaml.safe_dump(config))
+    cli = build("test", ["--ckpt_path", str(path)])
+    assert (cli.trainer.precision, cli.trainer.limit_test_batches) == ("64-true", 2)
+    assert "left out" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("start", "planted.Router"),
+        ("start", "other"),
+        ("start", r'{"class_path": "planted\u002eRouter"}'),
+        ("note", r'{"class_path": "planted\u002eModule"}'),
+        ("note", "class_path: planted.Module"),
+        ("note", [{"deep": r'{"class_path": "planted\u002eModule"}'}]),
+        ("starts", {"planted.Router"}),
+        ("moe.router", "planted.Router"),
+        ("moe+", "planted.Router"),
+        ("other", r'{"class_path": "planted\u002eModule"}'),
+    ],
+)
+def test_a_text_that_the_parser_takes_for_a_class_is_rejected(trained, folder, capsys, name, value):
+    (folder / "other").write_text("class_path: planted.Router\n")
+    path = tampered(trained, folder, lambda checkpoint: checkpoint["hyper_parameters"].update({name: value}))
+    config = yaml.safe_load(CONFIG)
+    config["model"] = {"class_path": "tiny_app.LooseModule"}
+    config["data"] = {"class_path": "tiny_app.TinyData"}
+    Path("own.yaml").write_text(yaml.safe_dump(config))
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({**checkpoint, "module_class": "tiny_app.LooseModule"}, path)
+    assert main(["test", "--config", "own.yaml", "--ckpt_path", str(path)]) != 0
+    assert name in capsys.readouterr().err
+    assert not (folder / "ran").exists()
+    assert "planted" not in sys.modules
+    section = {"class_path": "tiny_app.LooseModule", "init_args": {**checkpoint["hyper_parameters"]}}
+    with pytest.raises(ValueError, match="lies beside the checkpoint"):
+        check_beside({"model": section}, path)
+
+
+def test_a_text_that_names_no_class_is_taken(trained, folder, capsys):
+    given = {"start": "copy", "note": "val/loss, of 0.5"}
+    path = tampered(trained, folder, lambda checkpoint: checkpoint["hyper_parameters"].update(given))
+    Path("own.yaml").write_text("data: tiny_app.TinyData\nmodel: tiny_app.LooseModule\n")
+    torch.save({**torch.load(path, weights_only=True), "module_class": "tiny_app.LooseModule"}, path)
+    assert main(["test", "--config", "own.yaml", "--ckpt_path", str(path)]) == 0, capsys.readouterr().err
+    assert not (folder / "ran").exists()
 
 
 def test_an_adopted_configuration_is_said(trained, capsys):
