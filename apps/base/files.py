@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +19,32 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the path at which a file is written before it is moved to ``path``.
+    """Return the path at which a folder is written before it is moved to ``path``.
 
     The name is always the same, so the next run finds and removes what a kill has left.
     """
     return path.with_name(f".{path.name}.tmp")
+
+
+def new_file(path: Path) -> Path:
+    """Make an empty file beside ``path``, to be written and then moved there, and return its path.
+
+    Its name is random, and no link that lies there is followed: the folder may be a stranger's.
+    """
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    open(new, "xb").close()
+    return new
+
+
+def delete_leftovers(path: Path) -> None:
+    """Delete what killed runs have left beside ``path``, which no other process writes now."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
+        delete(leftover)
+
+
+def without_links(path: str, flags: int) -> int:
+    """Open a file as ``open`` does by its ``opener``, or raise an OSError where it is a link."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 @contextlib.contextmanager
@@ -31,9 +54,9 @@ def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[Any]:
     A kill or a full disk leaves the old file as it was, and an ``OSError`` names it. ``options`` are those of ``open``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
     if "b" not in mode:
         options.setdefault("encoding", "utf-8")
+    temporary = new_file(path)
     try:
         with open(temporary, mode, **options) as file:
             yield file

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apps.base.files import holding, replacing
+from apps.base.files import holding, new_file, replacing, without_links
 from apps.cli.configs import differences
 
 log = logging.getLogger(__name__)
@@ -47,17 +47,17 @@ class Partial:
         harmless: Mapping[str, Any] | None = None,
     ) -> None:
         self.made_of, self.harmless, self.start = made_of, harmless or {}, 0
-        # A file that no run can go on with is hidden.
-        self.path = path.with_name(f".{path.name}.rows.tmp" if made_of is None else f"{path.name}.partial")
         self.state = path.with_name(f"{path.name}.partial.json")
         self._whole = {"inputs": 0, "bytes": 0}
         self._saved = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
+        # A file that no run can go on with is hidden.
+        self.path = new_file(path) if made_of is None else path.with_name(f"{path.name}.partial")
         with contextlib.ExitStack() as held:
             if made_of is not None:
                 held.enter_context(_held(self.path))
             is_new = made_of is None or not self.path.exists()
-            self.file = held.enter_context(open(self.path, "w+b" if made_of is None else "a+b"))
+            self.file = held.enter_context(open(self.path, "a+b", opener=without_links))
             if made_of is not None:
                 self._go_on(self._known(), is_new, overwrite)
             self._stack = held.pop_all()

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from apps.base.files import naming, replacing
+from apps.base.files import delete_leftovers, naming, replacing
 from apps.base.progress import bar
 from apps.cli.partial import Partial
 from apps.cli.row_groups import RowGroups
@@ -67,6 +67,7 @@ class PredictionFile(Callback):
             OSError: it cannot be written.
             ValueError: values that Parquet has no type for; see ``Partial``.
         """
+        delete_leftovers(self.path)
         with naming(self.path):
             self._partial = Partial(self.path, **self._options)
         with self._partial, contextlib.ExitStack() as stack:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apps.base.files import new_file
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -30,7 +32,7 @@ class RowGroups:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.with_name(f".{path.name}.groups.tmp")
+        self._output = path
         self._writer: Any = None
         self._waiting: list[pa.Table] = []
         self._last: int | None = None
@@ -76,7 +78,8 @@ class RowGroups:
         table = pa.concat_tables(self._waiting)
         self._waiting.clear()
         if self._writer is None:
-            self._writer = parquet.ParquetWriter(self.path, table.schema)
+            self._path = new_file(self._output)
+            self._writer = parquet.ParquetWriter(self._path, table.schema)
         self._writer.write_table(table)
 
     def _close(self) -> None:
@@ -92,7 +95,7 @@ class RowGroups:
 
         self._close()
         if self._writer is not None:
-            with parquet.ParquetFile(self.path) as file:
+            with parquet.ParquetFile(self._path) as file:
                 for batch in file.iter_batches():
                     yield pa.Table.from_batches([batch])
 
@@ -101,9 +104,9 @@ class RowGroups:
         self._close()
         if self._writer is None:
             return False
-        with open(self.path, "rb") as file:
+        with open(self._path, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(self.path, path)
+        os.replace(self._path, path)
         return True
 
     def delete(self) -> None:
@@ -111,7 +114,7 @@ class RowGroups:
         if self._writer is not None:
             with contextlib.suppress(OSError):  # a full disk raises once more
                 self._writer.close()
-        self.path.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
 
 
 def _table(columns: Mapping[str, Any]) -> pa.Table | None:

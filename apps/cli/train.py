@@ -53,7 +53,7 @@ from apps.train.predicting import PredictionStream
 from apps.train.progress import progress
 from apps.train.quantising import Quantised, form_of
 from apps.train.resume import GeneratorState
-from apps.train.run_folder import RunFolder, check_free, check_own, is_unused, mark
+from apps.train.run_folder import RunFolder, check_free, check_own, check_unlinked, is_unused, mark
 from apps.train.sparsified import SparsifyConfig, sparsified
 from apps.train.stopping import StopsSoon
 from core.config.plain import from_plain, to_plain
@@ -98,6 +98,9 @@ class SparseCLI(LightningCLI):
         self.offloads = None if request.offload is None else OffloadsExperts(request.offload)
         if request.command == "fit":  # before anything slow
             check_free(self.run_dir)
+            check_unlinked(self.run_dir.glob("*"))
+        else:
+            check_unlinked((self.run_dir / FOLDER, self.run_dir / "profile"))
         self.subcommands = lambda: {request.command: LightningCLI.subcommands()[request.command]}  # type: ignore[method-assign]
         read_whole_numbers_first()
         # A dataclass field is a fixed group to jsonargparse unless its class is listed here.

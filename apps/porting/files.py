@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.base.files import replacing, temporary_path
+from apps.base.files import new_file, replacing
 from apps.base.messages import first_line
 
 CONFIG = "config.json"
@@ -156,7 +156,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, which are contiguous and share no memory, as one file, whole or not at all."""
     from safetensors.torch import save_file
 
-    temporary = temporary_path(path)
+    temporary = new_file(path)
     try:
         save_file(dict(tensors), temporary, metadata={"format": "pt"})
         os.replace(temporary, path)

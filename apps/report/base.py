@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from apps.base.files import temporary_path
+from apps.base.files import delete, temporary_path
 from apps.report.page import SECTIONS, Section, save_sections
 
 _logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def report_folder(trainer: Trainer) -> Iterator[Path]:
     """
     folder = Path(trainer.default_root_dir) / FOLDER
     new = temporary_path(folder)
-    shutil.rmtree(new, ignore_errors=True)  # a kill may have left it
+    delete(new)  # a kill may have left it
     new.mkdir(parents=True)
     try:
         yield new

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from apps.base.checks import check_at_least
-from apps.base.files import delete, os_error, replacing, temporary_path
+from apps.base.files import delete, delete_leftovers, os_error, replacing
 from apps.train import sharded
 from apps.train.checkpoint_paths import is_pretrained
 from apps.train.contents import read_checkpoint
@@ -106,7 +106,7 @@ class BestAndLast(Checkpoint):
         self.mode = self.mode or getattr(pl_module, "monitor_mode", "min")
         if stage == "fit" and trainer.is_global_zero:
             for name in ("best.ckpt", "last.ckpt"):  # a run that was killed while it wrote has left them
-                delete(temporary_path(Path(self.dirpath, name)))
+                delete_leftovers(Path(self.dirpath, name))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step

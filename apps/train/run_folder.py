@@ -16,6 +16,8 @@ MARKER = ".moesaic-run"
 
 _CURVES = ("events.out.tfevents.*", "hparams.yaml")
 """The files that TensorBoard's writer leaves."""
+_LIBRARIES = ("profile", "tensorboard")
+"""Folders whose files other libraries open, which follow links."""
 
 
 def is_unused(folder: Path) -> bool:
@@ -42,6 +44,16 @@ def check_own(path: Path) -> None:
     """Raise a ValueError where a file that is to be replaced exists in a folder that is no run's."""
     if path.exists() and not (path.parent / MARKER).exists():
         raise ValueError(f"{path} is no run's: it stays as it is; give another --run_dir")
+
+
+def check_unlinked(folders: Iterable[Path]) -> None:
+    """Raise a ValueError where one of the folders that a run writes to is a link, or holds one: it leads elsewhere.
+
+    Files that the run replaces may be links. The folder of the run and those above it are not looked at.
+    """
+    for path in (path for folder in folders for path in (folder, *folder.rglob("*"))):
+        if path.is_symlink() and (path.is_dir() or path.parent.name in _LIBRARIES):
+            raise ValueError(f"{path} leads to {path.resolve()}, and a run writes in its own folder: remove the link")
 
 
 def put_aside(folder: Path, paths: Iterable[Path], names: Iterable[str]) -> Path:
@@ -133,7 +145,7 @@ class RunFolder(Callback):
         if any((self.folder / "checkpoints").glob("*.ckpt")):
             curves = (f"tensorboard/{path.name}" for path in (self.folder / "earlier" / "tensorboard").glob("*"))
             own = [name for name in curves if any(Path(name).match(pattern) for pattern in _CURVES)]
-            earlier = put_aside(self.folder, self._earlier, [*own, *self.names])
+            earlier = put_aside(self.folder, self._earlier, [*own, *self.names, MARKER])
             (earlier / MARKER).touch()
             print(
                 f"{self.folder} held an earlier run: it is in {earlier} now, where one earlier run is kept "

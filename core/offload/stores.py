@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import secrets
 import struct
 import threading
 import weakref
@@ -103,9 +104,9 @@ class ExpertFile:
         text += b" " * (-(8 + len(text)) % _ALIGNED)
         self._begin = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in names}  # type: ignore[index]
         self.size = 8 + len(text) + end
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "xb") as file:
                 file.write(struct.pack("<Q", len(text)) + text)
                 for name in names:
                     self._checksums[name] = [self._write(file, expert) for expert in tensors[name].detach()]
