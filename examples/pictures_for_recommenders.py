@@ -51,7 +51,7 @@ CLICKS = {
     },
     "trainer": {"max_epochs": 3},
 }
-QUIET = {"trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false", "trainer.logger": "false"}
+QUIET = {"trainer.enable_progress_bar": "false", "trainer.logger": "false"}
 
 
 def fit(folder: Path, name: str, config: str, **options: object) -> Path:

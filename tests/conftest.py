@@ -23,7 +23,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     # workers have the choice of the process that started them.
     if "PYTEST_XDIST_WORKER" not in os.environ:
         chosen = parser.parse_known_args(sys.argv[1:]).markexpr or ""
-        os.environ["TRITON_INTERPRET"] = "0" if "gpu" in chosen and "not gpu" not in chosen else "1"
+        on_gpu = "gpu" in chosen and "not gpu" not in chosen
+        os.environ["TRITON_INTERPRET"] = "0" if on_gpu else "1"
+        if not on_gpu:  # a run takes a GPU that it sees, in the processes that a test starts too
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(wrapper=True)

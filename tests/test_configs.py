@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -29,6 +30,7 @@ from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature,
 from apps.recsys.retrieval.data import RetrievalData
 from apps.recsys.sequence.data import HistoryData
 from apps.recsys.tables.data import TableData
+from apps.train.device import device_options
 
 ROOT = Path(__file__).parents[1]
 SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))
@@ -90,7 +92,7 @@ def no_data(monkeypatch) -> None:
 def test_a_configuration_builds(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     no_data(monkeypatch)
-    flags = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32-true"]
+    flags = []
     dataset = yaml.safe_load(path.read_text())["data"]["init_args"].get("dataset")
     if dataset is not None and datasets.find(dataset).app == "vision" and not datasets.find(dataset).sources:
         flags += ["--data.root", str(image_folder(tmp_path / "data"))]
@@ -104,6 +106,13 @@ def test_a_configuration_builds(path, monkeypatch, tmp_path):
             expected = getattr(core, written["class_path"].removeprefix("core."))(**written.get("init_args", {}))
             assert getattr(cli.model.moe, part) == expected
     assert cli.trainer.max_epochs or cli.trainer.max_steps > 0
+    named = yaml.safe_load(path.read_text())["trainer"]
+    assert not {"accelerator", "devices"} & named.keys()  # they are the user's
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    asked = {**cli.config["fit"]["trainer"], **device_options(cli.config["fit"]["trainer"])}
+    wanted = ("cuda", 1, named.get("precision", "bf16-mixed"))
+    assert (asked["accelerator"], asked["devices"], asked["precision"]) == wanted
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=name)
@@ -236,8 +245,7 @@ def test_what_a_header_says_to_type_is_read_and_built(path, words, monkeypatch, 
         known = candidates(experiment.module(SPARSE), args.routers)
         assert set(args.baselines or ()) <= set(known)
         return
-    # One process, whatever the command asks for.
-    rest += ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32-true"]
+    rest += ["--trainer.devices", "1"]  # one process, whatever the command asks for
     rest += [] if command == "fit" else ["--ckpt_path", "none"]  # nothing is trained here
     with quiet():
         cli = build(command, rest)

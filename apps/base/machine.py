@@ -16,10 +16,10 @@ import torch
 from core.kernels.cpu.products import cpu_field
 
 
-def device_name() -> str:
-    """Return the name of the GPU, or of the processor where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def device_name(device: torch.device | None = None) -> str:
+    """Return the name of a device; None: of the GPU, or of the processor where there is none."""
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return cpu_field("model name") or platform.processor() or platform.machine()
 
 

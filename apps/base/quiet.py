@@ -21,7 +21,6 @@ _UNHELPFUL_WARNINGS = (
     ".*LeafSpec.*is deprecated.*",
     ".*litlogger.*",
     ".*litmodels.*",
-    ".*GPU available but not used.*",
     ".*`isinstance\\(treespec.*",
     ".*no logger configured.*",
     ".*Trying to infer the `batch_size`.*",

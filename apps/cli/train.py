@@ -46,6 +46,7 @@ from apps.report.page import FILE, SECTIONS, Section, load_sections, open_page, 
 from apps.report.tables import print_in_parts
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.contents import read_checkpoint
+from apps.train.device import device_line, device_options
 from apps.train.linked import LinkedModule
 from apps.train.logs import EventLog, MetricsCSV, profiler
 from apps.train.offloading import described, record, room_for_experts
@@ -61,6 +62,7 @@ from core.kernels import cpu
 from core.registry import OpenConfig
 
 TRAINER_DEFAULTS = {
+    "devices": 1,  # what divides a training, as configs/parallel does, names more
     "log_every_n_steps": 10,
     "num_sanity_val_steps": 1,
     "enable_model_summary": False,  # SparseModule logs the size, with the active parameters
@@ -247,7 +249,7 @@ class SparseCLI(LightningCLI):
                 f"trainer.default_root_dir={given['default_root_dir']} would split the run: give --run_dir, which is "
                 "the one folder of its files"
             )
-        kwargs["default_root_dir"] = str(self.run_dir)
+        kwargs |= {"default_root_dir": str(self.run_dir), **device_options(given)}
         callbacks = given.get("callbacks") or []
         defaults: list[Callback] = [GeneratorState()]
         if self.quantises is not None:
@@ -293,6 +295,8 @@ class SparseCLI(LightningCLI):
         arguments = self._prepare_subcommand_kwargs(command)
         arguments["ckpt_path"] = None if self.ckpt_path is None else str(self.ckpt_path)
         arguments["weights_only"] = True
+        if self.trainer.is_global_zero:  # the stdout of predict is for what it predicts
+            print(device_line(self.trainer, self.model), file=sys.stderr if command == "predict" else None, flush=True)
         if command == "fit":
             self._fit(arguments)
         elif command == "predict":

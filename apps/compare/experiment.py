@@ -19,6 +19,7 @@ from apps.cli.train import Request, SparseCLI
 from apps.compare.systems import SPARSE, candidates
 from apps.equal_cost.comparable import Comparable
 from apps.equal_cost.own_model import OwnModel, own_model
+from apps.train.device import device_options
 from apps.train.module import OptimizerConfig, SparseModule
 from core.config.plain import to_plain
 
@@ -74,7 +75,8 @@ class Experiment:
         self._rate_name = self._find_rate()
         made = self._make()
         model, data = made["model"], made["data"]
-        self.trainer_options = {k: v for k, v in made["trainer"].items() if k not in _OWN} | {"devices": 1}
+        options = {k: v for k, v in made["trainer"].items() if k not in _OWN}
+        self.trainer_options = {**options, **device_options(options), "devices": 1}
         if made["trainer"].get("fast_dev_run"):
             raise UsageError(
                 "trainer.fast_dev_run: a comparison needs whole runs; use few steps, as configs/debug.yaml"
@@ -137,6 +139,7 @@ class Experiment:
         """Return model, data, trainer and seed as plain values, without options that a comparison sets itself."""
         values = yaml.safe_load(self._parser.dump(self._config, skip_unset=False))
         trainer = {k: v for k, v in values["trainer"].items() if k not in _OWN or k == "callbacks"}
+        trainer |= device_options(trainer)  # a comparison goes on where it began
         own = {"sparsify": values["sparsify"]} if values.get("sparsify") is not None else {}
         return {"model": values["model"], "data": values["data"], **own, "trainer": trainer, "seed": self.seed}
 

@@ -187,7 +187,6 @@ def _config(data: Mapping[str, Any], size: int, num_rows: int) -> dict[str, Any]
         },
         "trainer": {
             "max_epochs": min(max(math.ceil(_STEPS / steps), 10), 60),
-            "accelerator": "auto",
             "gradient_clip_val": 1.0,
         },
     }

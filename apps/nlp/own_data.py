@@ -86,5 +86,5 @@ def _config(folder: Path, pair: str, num_lines: int) -> dict[str, Any]:
                 "tokens_per_batch": 1024,
             },
         },
-        "trainer": {"max_epochs": _EPOCHS, "accelerator": "auto", "precision": "32-true", "gradient_clip_val": 1.0},
+        "trainer": {"max_epochs": _EPOCHS, "gradient_clip_val": 1.0},
     }

@@ -314,5 +314,5 @@ def _config(path: Path, roles: dict[str, list[str]], split: dict[str, str], kind
                 "batch_size": batch_size,
             },
         },
-        "trainer": {"max_epochs": min(max(math.ceil(_STEPS / steps), 5), 40), "accelerator": "auto"},
+        "trainer": {"max_epochs": min(max(math.ceil(_STEPS / steps), 5), 40)},
     }

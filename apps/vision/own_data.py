@@ -142,5 +142,5 @@ def _config(root: Path, size: int) -> dict[str, Any]:
                 "random_resized_crop": 0.6,
             },
         },
-        "trainer": {"max_epochs": _EPOCHS, "accelerator": "auto", "gradient_clip_val": 1.0},
+        "trainer": {"max_epochs": _EPOCHS, "gradient_clip_val": 1.0},
     }

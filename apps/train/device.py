@@ -1,0 +1,47 @@
+"""The device of a trainer and its precision, where a configuration leaves them open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+import core
+from apps.base.machine import device_name
+
+
+def device_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a trainer that choose its device and its precision.
+
+    "auto" is a CUDA GPU where there is one, else the processor. (Lightning would take Apple's GPU as well, which has no
+    float64.) A GPU with bfloat16 trains in bf16-mixed where no precision is named; without one Lightning takes 32-true.
+
+    Args:
+        given: options of the trainer.
+    """
+    kind = given.get("accelerator") or "auto"
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    # A plugin may be the precision, and Lightning rejects both.
+    is_open = given.get("precision") is None and not given.get("plugins")
+    on_cuda = kind in ("cuda", "gpu") and torch.cuda.is_available()
+    if is_open and on_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+        return {"accelerator": kind, "precision": "bf16-mixed"}
+    return {"accelerator": kind}
+
+
+def device_line(trainer: Trainer, module: LightningModule) -> str:
+    """Return in one line what a run runs on: device, precision, threads, and the kernels that compute its experts."""
+    device = trainer.strategy.root_device
+    with trainer.precision_plugin.forward_context():
+        mixed = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if mixed else torch.get_default_dtype()
+    layers = core.moe_layers(module).values()
+    backends = ", ".join(sorted({core.resolve_backend(layer.backend, device, dtype) for layer in layers}))
+    number = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
+    return (
+        f"device {number}{device.type} ({device_name(device)}): precision {trainer.precision}, threads "
+        f"{torch.get_num_threads()}, experts by {backends or 'none'}"
+    )

@@ -1,0 +1,46 @@
+"""The device and the precision of a training where its configuration leaves them open."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from quiet_trainer import quiet_trainer
+from tiny_app import TinyModule
+
+import core
+from apps.train.device import device_line, device_options
+
+
+def gpu(monkeypatch, has_bfloat16: bool = True) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bfloat16)
+
+
+def test_without_a_gpu_the_processor_trains_in_float32():
+    # No precision: Lightning's default is 32-true.
+    assert device_options({"accelerator": "auto", "precision": None}) == {"accelerator": "cpu"}
+
+
+def test_a_gpu_is_taken_with_the_precision_that_it_has(monkeypatch):
+    gpu(monkeypatch)
+    assert device_options({}) == {"accelerator": "cuda", "precision": "bf16-mixed"}
+    assert device_options({"accelerator": "gpu"}) == {"accelerator": "gpu", "precision": "bf16-mixed"}
+    gpu(monkeypatch, has_bfloat16=False)
+    assert device_options({}) == {"accelerator": "cuda"}
+
+
+def test_what_is_named_is_kept(monkeypatch):
+    gpu(monkeypatch)
+    assert device_options({"accelerator": "cpu"}) == {"accelerator": "cpu"}
+    assert device_options({"precision": "32-true"}) == {"accelerator": "cuda"}
+    # Lightning takes a plugin or a name, not both.
+    assert device_options({"plugins": [MixedPrecision("bf16-mixed", "cpu")]}) == {"accelerator": "cuda"}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_run_says_in_one_line_what_it_runs_on(tmp_path, precision):
+    line = device_line(quiet_trainer(tmp_path, precision=precision), TinyModule(3, moe=core.MoEConfig(4)))
+    device, own = line.rsplit(": ", 1)
+    assert device.startswith("device cpu ")
+    assert own == f"precision {precision}, threads {torch.get_num_threads()}, experts by cpu"
