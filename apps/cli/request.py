@@ -117,14 +117,16 @@ class Request:
         onnx = Path(options["onnx"][-1]) if options["onnx"] else None
         usage.check_onnx(command, onnx, which)
         exported = None if onnx is None else _opened(onnx)
-        beside = None if paths else _config_beside(which if which not in (None, *NAMES) else given_weights)
+        has_run = options["run_dir"] and onnx is None and (which in NAMES or command != "fit")
+        named = which if which not in (None, *NAMES) else given_weights
+        beside = None if paths else _config_beside(named, options["run_dir"][-1] if has_run else None)
         config: dict[str, Any] = {}
         for path in paths:
             layer = read_config(path)
             usage.check_sections(layer, path)
             config = merge(config, with_long_names(layer))
         if beside is not None:  # ``check_beside`` looks at all of it, below
-            paths, config = [beside], with_long_names(read_config(beside))
+            paths, config = [beside], _of_any_machine(command, with_long_names(read_config(beside)))
         if exported is not None and exported.description.data is not None:
             config = merge({"data": dict(exported.description.data)}, config)
         written = config.pop("run_dir", None)  # of a run that was put aside, where it was
@@ -163,6 +165,8 @@ class Request:
 
         if beside is not None:
             config, note = check_beside(config, beside)
+            if note and command == "fit":
+                raise UsageError(f"{beside} lies beside the checkpoint, and the training would lack what is {note[2:]}")
             print(f"configuration: {beside}, which lies beside the checkpoint{note}", file=sys.stderr)
         loaded = None
         source = onnx or checkpoint
@@ -240,15 +244,27 @@ def _opened(path: Path) -> ExportedModel:
     return ExportedModel.read(path)
 
 
-def _config_beside(which: str | None) -> Path | None:
-    """Return the configuration in the folder of the run that a checkpoint lies in; None: there is none."""
-    if which in (None, *NAMES, "null", "none"):
+def _config_beside(which: str | None, run: str | None) -> Path | None:
+    """Return the configuration in the folder of the run that a checkpoint lies in, else in ``run``; None: neither."""
+    if which in ("null", "none") or (which is None and run is None):
         return None
     try:
-        path = find_checkpoint(str(which)).parent.parent / "config.yaml"
+        path = Path(str(run)) if which is None else find_checkpoint(which).parent.parent
     except FileNotFoundError:  # reported below, after the checks of the options
         return None
-    return path if path.is_file() else None
+    return path / "config.yaml" if (path / "config.yaml").is_file() else None
+
+
+def _of_any_machine(command: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration beside a checkpoint without the device of its training.
+
+    An evaluation takes one device; a training that goes on is divided as it was, on any kind of device.
+    """
+    left_out = ("accelerator",) if command == "fit" else ("accelerator", "devices", "num_nodes", "strategy")
+    trainer = config.get("trainer")
+    if not isinstance(trainer, Mapping):
+        return dict(config)
+    return {**config, "trainer": {name: value for name, value in trainer.items() if name not in left_out}}
 
 
 def _grown_from(config: Mapping[str, Any], flags: list[str]) -> Path | None:

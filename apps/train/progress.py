@@ -19,6 +19,7 @@ from apps.train.balanced import BalancedModule, routing_metrics
 _ROUTING = {"routing/load_imbalance": "imbalance", "routing/drop_rate": "dropped"}
 
 _DRAWN_EVERY = 0.25
+_LINE_EVERY = 60.0
 
 WIDE = 140
 """Columns of a terminal on which the bar with the use of the experts and its end fits one line; a bar of two lines is
@@ -45,15 +46,16 @@ class EpochLines(Callback):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._started = time.monotonic()  # a resumed run may begin at an epoch's end
-        self._first = (time.time(), 0)
+        self._first = self._last = (time.time(), 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._first = (time.time(), trainer.global_step)
+        self._first = self._last = (time.time(), trainer.global_step)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
         self._started = time.monotonic()
+        self._last = (time.time(), trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
@@ -61,13 +63,37 @@ class EpochLines(Callback):
             return
         shown = {k: v for k, v in trainer.progress_bar_metrics.items() if k != "v_num"}
         values = "  ".join(f"{k} {float(v):.4g}" for k, v in shown.items())
-        total = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
+        total = _of_epochs(trainer)
         seconds = f"{time.monotonic() - self._started:.1f} s"
         end = end_time(self._first, (time.time(), trainer.global_step), last_step(trainer))
         self._print(f"epoch {trainer.current_epoch + 1}{total}  {values}  ({seconds}{end and f'; ends {end}'})")
 
     def _print(self, line: str) -> None:
         print(line, flush=True)
+
+
+class LogLines(EpochLines):
+    """Prints a line a minute as well, in a log that would be silent until a long epoch ends."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        seconds, step = time.time() - self._last[0], trainer.global_step
+        if seconds < _LINE_EVERY or not trainer.is_global_zero:
+            return
+        total, last = _of_epochs(trainer), last_step(trainer)
+        parts = [
+            f"epoch {trainer.current_epoch + 1}{total}",
+            f"step {step:,}{'' if math.isinf(last) else f'/{last:,.0f}'}",
+        ]
+        if outputs and outputs.get("loss") is not None:
+            parts.append(f"loss {float(outputs['loss']) * trainer.accumulate_grad_batches:.4g}")
+        parts.append(f"{(step - self._last[1]) / seconds:.3g} steps/s")
+        self._last = (time.time(), step)
+        end = end_time(self._first, self._last, last)
+        self._print("  ".join([*parts, f"ends {end}"] if end else parts))
+
+
+def _of_epochs(trainer: Trainer) -> str:
+    return f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
 
 
 class ProgressBar(EpochLines, RichProgressBar):
@@ -95,8 +121,7 @@ class ProgressBar(EpochLines, RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         """Return the epoch counted from 1, as in the lines."""
-        total = self.trainer.max_epochs
-        return f"epoch {current_epoch + 1}" + (f"/{total}" if total and total > 0 else "")
+        return f"epoch {current_epoch + 1}{_of_epochs(self.trainer)}"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the running values; the line of an epoch has the others."""
@@ -189,7 +214,7 @@ class PassBar(Callback):
 
 
 def progress(command: str) -> Callback:
-    """Return what shows the progress of a command: bars on a terminal, else only the lines of a training's epochs."""
+    """Return what shows the progress of a command: bars on a terminal, else lines of a training."""
     if command == "fit":
-        return ProgressBar() if sys.stdout.isatty() else EpochLines()
+        return ProgressBar() if sys.stdout.isatty() else LogLines()
     return PassBar()

@@ -11,7 +11,7 @@ from trainings import MOE, TinyData, fit
 
 from apps.base.progress import Bar, bar
 from apps.train import progress
-from apps.train.progress import EpochLines, PassBar, last_step
+from apps.train.progress import EpochLines, LogLines, PassBar, last_step
 
 
 def test_the_progress_says_what_was_reached(tmp_path, capsys):
@@ -29,6 +29,19 @@ def test_the_last_step_is_that_of_the_epochs_or_of_the_steps(tmp_path, capsys):
     assert re.search(r" s; ends \d\d:\d\d", first)
     assert "ends" not in last
     assert last_step(fit(TinyModule(3), tmp_path / "steps", max_epochs=2, max_steps=3)) == 3
+
+
+def test_a_log_has_a_line_a_minute(tmp_path, capsys, monkeypatch):
+    fit(TinyModule(3), tmp_path, LogLines(), max_epochs=1)
+    assert len(capsys.readouterr().out.splitlines()) == 1  # within a minute there is the epoch's alone
+    monkeypatch.setattr(progress, "_LINE_EVERY", 1e-9)
+    made = fit(TinyModule(3), tmp_path, LogLines(), max_epochs=2, accumulate_grad_batches=2, log_every_n_steps=2)
+    lines = capsys.readouterr().out.splitlines()
+    loss = made.progress_bar_metrics["train/loss"]
+    steps = made.global_step
+    assert re.fullmatch(rf"epoch 1/2  step 0/{steps}  loss [\d.]+  0 steps/s", lines[0])  # a batch of two
+    assert re.fullmatch(rf"epoch 2/2  step {steps}/{steps}  loss {loss:.4g}  [\d.]+ steps/s", lines[-2])
+    assert re.fullmatch(r"epoch 1/2  step 1/\d+  loss [\d.]+  [\d.]+ steps/s  ends \d\d:\d\d", lines[1])
 
 
 def test_a_pass_shows_its_batches_and_the_use_of_the_experts(tmp_path, monkeypatch):
