@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,26 +17,34 @@ from apps.demonstrate.page import appearance, build_page
 from apps.demonstrate.serving import local_app, serve
 from apps.train.checkpoint_paths import run_name
 from apps.train.loading import load
+from apps.train.stopping import on_sigterm
 
 
 def run(options: Options) -> int:
-    """Serve the page of a run's model until the process is interrupted.
+    """Serve the page of a run's model until SIGTERM or SIGINT; no file of it is left then.
+
+    Returns:
+        0; at SIGTERM it exits with 143.
 
     Raises:
         ValueError: the checkpoint is damaged, or of a model that no app has or whose app has no page.
     """
-    with tempfile.TemporaryDirectory(prefix="moesaic-demo-") as folder:
-        with quiet(own_notes=False):
-            model = load(options.checkpoint)
-            exhibit, note = with_examples(exhibit_of(model), model, options.checkpoint, options.examples)
-            app = local_app(build_page(exhibit, run_name(options.checkpoint), Path(folder)), **appearance())
-        print(f"checkpoint: {options.checkpoint}")
-        if note:
-            print(f"no examples: {one_line(note)}")
+    with on_sigterm(lambda *_: sys.exit(143)), tempfile.TemporaryDirectory(prefix="moesaic-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # else Gradio's own folder stays
         try:
-            serve(app, options.port, options.opens)
-        except KeyboardInterrupt:
-            print("\ndemo: ended")
+            with quiet(own_notes=False):
+                model = load(options.checkpoint)
+                exhibit, note = with_examples(exhibit_of(model), model, options.checkpoint, options.examples)
+                app = local_app(build_page(exhibit, run_name(options.checkpoint), Path(folder)), **appearance())
+            print(f"checkpoint: {options.checkpoint}")
+            if note:
+                print(f"no examples: {one_line(note)}")
+            try:
+                serve(app, options.port, options.opens)
+            except KeyboardInterrupt:
+                print("\ndemo: ended")
+        finally:
+            del os.environ["GRADIO_TEMP_DIR"]
     return 0
 
 

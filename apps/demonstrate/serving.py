@@ -8,7 +8,7 @@ import webbrowser
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from apps.base.ports import LOCAL, bound, url_of
+from apps.base.ports import LOCAL, bound, host_of, url_of
 
 PORT = 7860
 _NAMES = [LOCAL, "localhost"]
@@ -36,7 +36,7 @@ def server_of(app: Any) -> Any:
     """Return the uvicorn server of ``app``, which prints nothing but errors."""
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_level="error", access_log=False, ws="none", timeout_graceful_shutdown=1)
     logging.getLogger("uvicorn.error").addFilter(_is_no_farewell)  # after the Config, which sets up the log
     return uvicorn.Server(config)
 
@@ -58,7 +58,6 @@ def local_app(blocks: Any, **appearance: Any) -> Any:
     """
     import gradio
     from fastapi import FastAPI
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     app = FastAPI(openapi_url=None)
     gradio.mount_gradio_app(
@@ -76,17 +75,19 @@ def local_app(blocks: Any, **appearance: Any) -> Any:
         mcp_server=False,
         **appearance,
     )
-    # A page of another site could otherwise reach this one by a name of its own for 127.0.0.1.
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=_NAMES)
-    return _with_policy(app)
+    return _guarded(app)
 
 
 Message = MutableMapping[str, Any]
 Channel = Callable[..., Awaitable[Any]]
 
 
-def _with_policy(app: Any) -> Any:
-    """Return ``app`` with ``POLICY`` in the head of each answer."""
+def _guarded(app: Any) -> Any:
+    """Return ``app`` with ``POLICY`` in the head of each answer; it answers only requests of this page or of no page.
+
+    A page of another site could otherwise read answers by a name of its own for 127.0.0.1, and upload and call by any.
+    """
+    from starlette.responses import PlainTextResponse
 
     async def answered(scope: Message, receive: Channel, send: Channel) -> None:
         async def with_policy(message: Message) -> None:
@@ -94,6 +95,11 @@ def _with_policy(app: Any) -> Any:
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
             await send(message)
 
-        await app(scope, receive, with_policy)
+        answering, headers = app, dict(scope.get("headers", ()))
+        if scope["type"] == "http" and host_of(scope["headers"]) not in _NAMES:
+            answering = PlainTextResponse("host is none of this page's names: " + ", ".join(_NAMES), 400)
+        elif headers.get(b"origin") not in (None, b"http://" + headers.get(b"host", b"")):
+            answering = PlainTextResponse("the page of another origin has sent this request", 403)
+        await answering(scope, receive, with_policy)
 
     return answered

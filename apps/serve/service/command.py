@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -25,6 +26,7 @@ from apps.serve.service.reading import Reader
 from apps.train.answering import Service
 from apps.train.checkpoint_paths import run_name
 from apps.train.loading import load
+from apps.train.stopping import on_sigterm
 
 _LOOKED_AT = 16
 """One of so many batches is looked at for the use of the experts, which costs some time."""
@@ -40,20 +42,18 @@ def run(options: Options) -> int:
         ValueError: the checkpoint is damaged, of a model that no app has or whose app has no service; the device is
             none; or the port was taken meanwhile.
     """
-    before = signal.signal(signal.SIGTERM, _leave)  # the first process of a container heeds no signal by default
     try:
-        with quiet(own_notes=False):
-            model, offloaded = prepared(options)
-            service = service_of(model)(model)
-        with bound(options.port, options.host) as listening, _errors_alone():
-            served = Served(model, service, options)
-            if offloaded is not None:
-                served.metrics.follow_offload(offloaded)
-            served.until_stopped(listening)
+        with on_sigterm(lambda *_: sys.exit(143)):  # the first process of a container heeds no signal by default
+            with quiet(own_notes=False):
+                model, offloaded = prepared(options)
+                service = service_of(model)(model)
+            with bound(options.port, options.host) as listening, _errors_alone():
+                served = Served(model, service, options)
+                if offloaded is not None:
+                    served.metrics.follow_offload(offloaded)
+                served.until_stopped(listening)
     except KeyboardInterrupt:
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     print(f"serve: ended; answered requests: {served.metrics.num_answered:,}", flush=True)
     return 1 if served.batcher.broken else 0
 
@@ -129,11 +129,6 @@ def _errors_alone() -> Iterator[None]:
         yield
     finally:
         own.setLevel(level)
-
-
-def _leave(number: int, frame: Any) -> None:
-    """End the process at a signal."""
-    raise SystemExit(128 + number)
 
 
 def service_of(model: Any) -> Callable[[Any], Service]:

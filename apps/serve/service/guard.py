@@ -29,10 +29,11 @@ class Guard:
     """An ASGI application around another one.
 
     It refuses a request with a wrong token, one that is addressed to another name, and one too many. It counts all,
-    but a refused one takes no place among the requests at the same time.
+    but only admitted requests count towards those that are answered at the same time.
+
     Where an answer comes before the body has been read, such as "413", the rest of the body is thrown away for a
     moment and the connection is closed: a client that is still sending gets the answer, and nobody reads the whole.
-    Who has shown no token gets one answer at once, with the end of the connection; the body is not read at all.
+    A client that has shown no token gets one answer, its body is not read, and its connection is closed at once.
 
     Args:
         app: the application inside.
