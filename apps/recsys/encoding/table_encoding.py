@@ -7,13 +7,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from apps.data.array_files import ArrayFiles
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.schema import TextConfig, timestamp_columns
 from core.config.plain import from_plain
+
+TimeRange: TypeAlias = Sequence[float] | None
+"""The earliest and the latest time of the training rows in days since 1970; None: there is none, or it is not known."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,7 @@ class Encoding:
         domain: column of the domain; None where there is one domain.
         domains: the domains' values, from 0 on.
         separator: text between the values of a multi-valued column.
-        timestamps: columns of times, of which some of the features are parts, with the earliest and the latest time of
-            the training rows in days since 1970; None: not known.
+        timestamps: columns of times, of which some of the features are parts, with the range of the training rows.
         texts: the encoders of the columns of vectors that are made from text, by column.
     """
 
@@ -50,7 +52,7 @@ class Encoding:
     domain: str | None = None
     domains: Vocabulary | None = None
     separator: str = "|"
-    timestamps: Mapping[str, Sequence[float] | None] = field(default_factory=dict)
+    timestamps: Mapping[str, TimeRange] = field(default_factory=dict)
     texts: Mapping[str, TextEncoding] = field(default_factory=dict)
 
     @classmethod

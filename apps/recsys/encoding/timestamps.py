@@ -5,7 +5,7 @@ All are in UTC. The derived columns are encoded as any others; hours and weekday
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from apps.recsys.encoding.numbers import first_failing, is_text, plain, with_iso_dates
+from apps.recsys.encoding.table_encoding import TimeRange
 from apps.recsys.schema import timestamp_columns
 
 HOURS = tuple(map(str, range(24)))
@@ -26,9 +27,7 @@ _HAS_ZONE = r":\d\d(?:\.\d+)?\s*(?:[Zz]|[+-]\d\d(?::?\d\d)?)$"
 _RULE = "a timestamp is seconds since 1970, a date, or text such as 2024-05-31 12:00:00 or 20240531"
 
 
-def with_parts(
-    table: pa.Table, timestamps: Mapping[str, Sequence[float] | None], where: str, first_row: int = 0
-) -> pa.Table:
+def with_parts(table: pa.Table, timestamps: Mapping[str, TimeRange], where: str, first_row: int = 0) -> pa.Table:
     """Return a table with the columns that each column of ``timestamps`` becomes beside its own.
 
     Args:
@@ -56,7 +55,7 @@ def with_parts(
 
 
 def to_seconds(
-    data: pa.ChunkedArray, column: str, where: str, first_row: int = 0, known: Sequence[float] | None = None
+    data: pa.ChunkedArray, column: str, where: str, first_row: int = 0, known: TimeRange = None
 ) -> NDArray[np.float64]:
     """Return timestamps as seconds since 1970, UTC, (N,), NaN where missing.
 
@@ -65,7 +64,7 @@ def to_seconds(
             with the date as 2024/05/31, where a time without a zone is UTC.
         column, where: names of the column and the table in messages.
         first_row: number of the first row in messages.
-        known: earliest and latest time of training, in days since 1970; None: they are not known.
+        known: the times of training.
 
     Raises:
         ValueError: another type, or a value that is no timestamp of the years 1 to 9999; the message names the first.
@@ -100,13 +99,13 @@ def to_seconds(
     return seconds_N
 
 
-def is_far(days_N: NDArray[np.float64], known: Sequence[float] | None) -> NDArray[np.bool_]:
+def is_far(days_N: NDArray[np.float64], known: TimeRange) -> NDArray[np.bool_]:
     """Return which times are outside the range of training by more than its length; all where it is not known."""
     first, last = known or (np.inf, -np.inf)
     return (days_N < 2 * first - last) | (days_N > 2 * last - first)
 
 
-def seconds_of_numbers(numbers: Any, known: Sequence[float] | None = None) -> NDArray[np.float64]:
+def seconds_of_numbers(numbers: Any, known: TimeRange = None) -> NDArray[np.float64]:
     """Return numbers (N,) as seconds since 1970, NaN where missing.
 
     They are dates where all of them can be, such as 20240531, and else seconds. Numbers that can be both are seconds
@@ -127,9 +126,7 @@ def seconds_of_numbers(numbers: Any, known: Sequence[float] | None = None) -> ND
     return number_N if is_near_as_number and is_far(date_N / _DAY, known).all() else date_N
 
 
-def _of_text(
-    data: pa.ChunkedArray, column: str, where: str, first_row: int, known: Sequence[float] | None
-) -> pa.ChunkedArray:
+def _of_text(data: pa.ChunkedArray, column: str, where: str, first_row: int, known: TimeRange) -> pa.ChunkedArray:
     text = pc.utf8_trim_whitespace(data)
     distinct = pc.unique(pc.if_else(pc.equal(text, ""), pa.scalar(None, text.type), text)).drop_null()
     # The seconds of distinct texts, each in the way that its form asks for.

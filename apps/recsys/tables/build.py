@@ -6,7 +6,7 @@ Beside the arrow tables, one column at a time is in memory; encoded columns go t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -50,7 +50,7 @@ from apps.recsys.encoding.numbers import (
     vector_scale,
 )
 from apps.recsys.encoding.sequences import last_values
-from apps.recsys.encoding.table_encoding import Encoding
+from apps.recsys.encoding.table_encoding import Encoding, TimeRange
 from apps.recsys.encoding.targets import learn_target, of_mean_one, place_labels, read_labels, to_weights
 from apps.recsys.encoding.texts import text_encodings, with_vectors
 from apps.recsys.encoding.timestamps import HOURS, WEEKDAYS, with_parts
@@ -319,11 +319,11 @@ class _Build:
         else:
             self.findings.means[name] = means
 
-    def _times(self) -> Mapping[str, Sequence[float] | None]:
+    def _times(self) -> Mapping[str, TimeRange]:
         """Return the earliest and the latest time of the training rows by column, in days since 1970."""
         if self.given is not None and not self.extends:
             return self.times
-        times: dict[str, Sequence[float] | None] = {}
+        times: dict[str, TimeRange] = {}
         for column in self.timestamps:
             days_N = to_numbers(self._parts(timestamp_columns(column)[2]), column)[self.masks["train"]]
             days_n = np.append(self.times.get(column) or [], days_N[~np.isnan(days_N)])

@@ -50,8 +50,7 @@ def row_reader(encoding: Encoding) -> Callable[[Mapping[str, Any]], dict[str, An
         values = {column: _plain(row[column], role) for column, role in roles.items()}
         for column, known in encoding.timestamps.items():
             try:
-                data = pa.chunked_array([pa.array([values[column]], pa.string())])
-                to_seconds(data, column, "the inputs", known=known)
+                to_seconds(pa.chunked_array([[values[column]]], pa.string()), column, "the inputs", known=known)
             except ValueError as error:
                 raise ValueError(f"{column}={values[column]!r}: {first_line(error).rpartition(': ')[2]}") from None
         return values
