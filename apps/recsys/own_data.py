@@ -19,7 +19,7 @@ from apps.base.messages import excerpt, one_line, some
 from apps.data.given import NUMBERS, GivenConfig, GivenData
 from apps.recsys.encoding.categories import as_list, is_list
 from apps.recsys.encoding.numbers import is_text
-from apps.recsys.readers.user_tables import find_files
+from apps.recsys.readers.user_tables import find_files, opened
 from apps.recsys.schema import nearest
 
 LEAST_ROWS = 20
@@ -124,7 +124,8 @@ def _read_one(file: Path) -> pa.Table:
         return pq.read_table(file)
     delimiter = "\t" if ".tsv" in [s.lower() for s in file.suffixes] else ","
     parse = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    return pa.csv.read_csv(file, parse_options=parse)
+    with opened(file) as source:
+        return pa.csv.read_csv(source, parse_options=parse)
 
 
 def _labels(column: pa.ChunkedArray, name: str, kind: str | None) -> tuple[pa.ChunkedArray, str, str]:

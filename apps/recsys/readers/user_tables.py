@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import glob
 import io
 import itertools
 import logging
-import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,7 @@ def _iter_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str]) ->
 def _layout(file: Path, roles: Mapping[str, str]) -> pa.csv.ParseOptions:
     """Return how a file of text is parsed, after a check that it has the columns."""
     parse = pa.csv.ParseOptions(delimiter=_SEPARATORS[_kind(file)], newlines_in_values=True)
-    with _opened(file) as source, pa.csv.open_csv(source, _SERIAL, parse_options=parse) as reader:
+    with opened(file) as source, pa.csv.open_csv(source, _SERIAL, parse_options=parse) as reader:
         _check(reader.schema.names, roles, file)
     return parse
 
@@ -194,8 +194,8 @@ def _check_end(file: Path) -> None:
     if file.suffix.lower() in _COMPRESSED or rank_zero_only.rank != 0:  # compressed text shows that it was cut
         return
     with open(file, "rb") as content:
-        content.seek(-1, os.SEEK_END)
-        if content.read() not in (b"\n", b"\r"):
+        content.seek(max(0, file.stat().st_size - 2))
+        if content.read().strip(b"\0")[-1:] not in (b"\n", b"\r"):  # UTF-16 has two bytes a character
             log.warning("%r does not end in a line end: its last row may be cut", str(file))
 
 
@@ -226,28 +226,30 @@ def _options(types: dict[str, Any], columns: list[str]) -> pa.csv.ConvertOptions
 def _stream(
     file: Path, parse: pa.csv.ParseOptions, types: dict[str, Any], columns: list[str]
 ) -> Iterator[pa.RecordBatch]:
-    with _opened(file) as source:
+    with opened(file) as source:
         yield from pa.csv.open_csv(source, _SERIAL, parse_options=parse, convert_options=_options(types, columns))
 
 
 def _convert(file: Path, parse: pa.csv.ParseOptions, types: dict[str, Any], columns: list[str]) -> pa.Table:
     options = _options(types, columns)
     try:
-        with _opened(file) as source:
+        with opened(file) as source:
             return pa.csv.read_csv(source, parse_options=parse, convert_options=options)
     except pa.ArrowInvalid as error:
         if "parse error" not in str(error):
             raise
-        with _opened(file) as source:
+        with opened(file) as source:
             return pa.csv.read_csv(source, _SERIAL, parse_options=parse, convert_options=options)
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """Yield a file of text as pyarrow takes it: its path, or for a compressed file a stream that has a limit."""
+def opened(file: Path) -> Iterator[Any]:
+    """Yield a file of text as pyarrow takes it: its path, or a stream of UTF-16 text or of a compressed file's."""
     codec = _COMPRESSED.get(file.suffix.lower())
     if codec is None:
-        yield file
+        with open(file, "rb") as content:
+            is_utf_16 = content.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        yield pa.transcoding_input_stream(pa.OSFile(str(file)), "utf-16", "utf-8") if is_utf_16 else file
         return
     with (
         pa.OSFile(str(file)) as packed,

@@ -165,6 +165,14 @@ def test_a_damaged_file_is_named(tmp_path):
         config_for(GivenData((path,), "x", tmp_path / "made"))
 
 
+def test_a_file_of_utf_16_is_read(tmp_path):
+    plain = given(tmp_path)
+    (file,) = plain.paths
+    config = config_for(plain).config
+    file.write_bytes(file.read_text().encode("utf-16"))
+    assert config_for(GivenData((file,), "bought", tmp_path / "made")).config == config
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_lists_are_multi_valued_columns(tmp_path, suffix):
     tags = [["a", "b"], ["b"]] * (N // 2)

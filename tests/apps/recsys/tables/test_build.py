@@ -221,6 +221,22 @@ def test_text_of_another_encoding_is_named_with_its_row(tmp_path, numbers):
         user_tables.read_columns(tmp_path / "t.csv", {"user": "categorical"})
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be"])
+def test_text_with_a_byte_order_mark_is_utf_8_or_utf_16(tmp_path, caplog, encoding):
+    mark = "" if encoding == "utf-8-sig" else "\ufeff"
+    file, roles = tmp_path / "t.csv", {"straße": "categorical", "age": "continuous"}
+    file.write_bytes(f"{mark}straße,age\r\nä,1\r\n".encode(encoding))
+    read = user_tables.read_columns(file, roles, ("age",))
+    assert read.to_pylist() == [{"straße": "ä", "age": 1.0}]
+    assert [piece.to_pylist() for piece in user_tables.iter_columns(file, roles, ("age",))] == [read.to_pylist()]
+    with pytest.raises(ValueError, match=r"column 'Straße' \(user\) is not in .*; did you mean 'straße'\?"):
+        user_tables.check_columns(file, {"Straße": "user"})
+    assert not caplog.messages
+    file.write_bytes(f"{mark}straße,age\nä,1".encode(encoding))
+    assert user_tables.read_columns(file, roles).num_rows == 1
+    assert "does not end in a line end" in caplog.text
+
+
 def test_a_file_cut_within_its_last_field_is_read_with_a_warning(tmp_path, caplog):
     def ages(name: str, content: bytes) -> list[float]:
         (tmp_path / name).write_bytes(content)
