@@ -65,6 +65,7 @@ _OFFLOAD = (
 _PREDICT_OPTIONS = (
     ("output FILE", "predictions.jsonl in the run's folder", ".jsonl, .csv, .parquet, or .txt for lines of text"),
     ("overwrite", "", "replace an earlier FILE"),
+    ("raw_csv", "", "write no apostrophe before text that a spreadsheet would compute, such as =1+1"),
     ("onnx PATH", "", "an ONNX file or folder of moesaic export in place of --ckpt_path"),
     _QUANTIZE,
     _OFFLOAD,

@@ -21,6 +21,7 @@ from apps.base.files import delete_leftovers, naming, replacing
 from apps.base.progress import bar
 from apps.cli.partial import Partial
 from apps.cli.row_groups import RowGroups
+from apps.report.tables import csv_cell
 from apps.train.contents import fingerprint
 from apps.train.predicting import Prediction, PredictionStream
 
@@ -40,6 +41,7 @@ class PredictionFile(Callback):
     Args:
         path: the file, which ends in .jsonl, .csv, .parquet or .txt.
         preview: number of rows that are kept to be shown.
+        raw_csv: whether a CSV file has texts as they are, and not as ``csv_cell`` makes them.
         partial: options of ``Partial``, where a run can go on after a stopped one.
 
     Attributes:
@@ -48,8 +50,8 @@ class PredictionFile(Callback):
         start: number of those that an earlier run has left.
     """
 
-    def __init__(self, path: Path, preview: int = 3, **partial: Any) -> None:
-        self.path, self.preview, self._options = path, preview, partial
+    def __init__(self, path: Path, preview: int = 3, raw_csv: bool = False, **partial: Any) -> None:
+        self.path, self.preview, self.raw_csv, self._options = path, preview, raw_csv, partial
         self.num_rows = self.start = 0
         self.first: list[str] = []
         self._indexed = self._in_order = True
@@ -220,7 +222,8 @@ class PredictionFile(Callback):
             names = list(group)
             header += names if width is None else [f"{name}_{i + 1}" for i in range(width) for name in names]
         writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
-        writer.writeheader()
+        quoted = (lambda value: value) if self.raw_csv else csv_cell
+        writer.writerow({name: quoted(name) for name in header})
         for row in self._rows():
             cells: dict[str, Any] = {}
             for name, value in row.items():
@@ -230,7 +233,7 @@ class PredictionFile(Callback):
                     cells[name] = _cell(value)
                 elif value is not None:
                     cells[f"{name}_1"] = _cell(value)
-            writer.writerow(cells)
+            writer.writerow({name: quoted(value) for name, value in cells.items()})
 
     def _write_parquet(self, file: Any) -> None:
         import pyarrow as pa
@@ -319,15 +322,21 @@ def print_stream(stream: PredictionStream, path: Path | None = None) -> int:
     return count
 
 
-def write_stream(model: nn.Module, stream: PredictionStream, path: Path, overwrite: bool = False) -> PredictionFile:
+def write_stream(model: nn.Module, stream: PredictionStream, path: Path, **options: Any) -> PredictionFile:
     """Write a stream to a file, and go on where a run of the same model, inputs and options was stopped.
+
+    Args:
+        model: the model that predicts.
+        stream: its predictions.
+        path: the file.
+        options: ``overwrite`` and ``raw_csv`` of ``PredictionFile``.
 
     Raises:
         OSError: the file cannot be written.
         ValueError: lines of another run, or a run that writes them now.
     """
     made_of = {"weights": fingerprint(model), **stream.made_of}
-    with PredictionFile(path, made_of=made_of, overwrite=overwrite, harmless=stream.harmless).open() as file:
+    with PredictionFile(path, made_of=made_of, harmless=stream.harmless, **options).open() as file:
         file.write(stream)
     return file
 

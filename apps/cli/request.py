@@ -51,6 +51,7 @@ class Request:
         model_class: the model's class, where it is named.
         output: the file of the predictions; None: the run's own.
         overwrite: whether an earlier file of predictions is replaced.
+        raw_csv: whether a CSV file of predictions has texts that a spreadsheet would compute as they are.
         weights: the checkpoint of ``--weights``, with whose weights a training begins anew, or None.
         begun_with: contents of the checkpoint that ``--weights`` or ``model.grow`` names, where the run begins with its
             weights and loads no other; or None.
@@ -71,6 +72,7 @@ class Request:
     model_class: type | None
     output: Path | None = None
     overwrite: bool = False
+    raw_csv: bool = False
     weights: Path | None = None
     begun_with: Mapping[str, Any] | None = None
     opens: bool = False
@@ -96,6 +98,7 @@ class Request:
         """
         words = tuple(argv)
         argv, overwrite = switch(argv, "overwrite")
+        argv, raw_csv = switch(argv, "raw_csv")
         argv, opens = switch(argv, "open")
         usage.check_open(command, opens)
         argv, sweeps = switch(argv, "sweep")
@@ -140,7 +143,7 @@ class Request:
         usage.check_complete(command, which or given_weights or (None if onnx is None else str(onnx)), flags, config)
         usage.check_run_dir(run_dir)
         if not asks(flags):
-            usage.check_output(command, output, overwrite)
+            usage.check_output(command, output, overwrite, raw_csv)
         try:
             no_checkpoint = asks_for_help(flags) or onnx is not None
             checkpoint = None if no_checkpoint else usage.find_checkpoint(command, which, run_dir)
@@ -204,6 +207,7 @@ class Request:
             model_class,
             output,
             overwrite,
+            raw_csv,
             weights,
             begun_with,
             opens,

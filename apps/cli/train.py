@@ -437,7 +437,7 @@ class SparseCLI(LightningCLI):
         check_new(path, overwrite)
         if self.request.output is None and is_unused(self.run_dir):
             mark(self.run_dir)
-        with PredictionFile(path).open() as file:
+        with PredictionFile(path, raw_csv=self.request.raw_csv).open() as file:
             self.trainer.callbacks.append(file)
             self.trainer.predict(**arguments)
         self._print_written(file)
@@ -445,10 +445,10 @@ class SparseCLI(LightningCLI):
 
     def _predict_stream(self, stream: PredictionStream) -> None:
         """Print the predictions of a stream, or write them to the file that the user names; then write their page."""
-        path, overwrite = self.request.output, self.request.overwrite
+        path, overwrite, raw_csv = self.request.output, self.request.overwrite, self.request.raw_csv
         if path is not None:
             check_new(path, overwrite)
-            self._print_written(write_stream(self.model, stream, path, overwrite))
+            self._print_written(write_stream(self.model, stream, path, overwrite=overwrite, raw_csv=raw_csv))
         else:
             path = self.run_dir / stream.file if stream.file else None
             if path is not None:

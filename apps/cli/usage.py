@@ -156,14 +156,15 @@ def check_onnx(command: str, path: Path | None, which: str | None) -> None:
         raise UsageError(f"onnx={path} runs in place of a checkpoint: leave --ckpt_path {which} out")
 
 
-def check_output(command: str, output: Path | None, overwrite: bool) -> None:
+def check_output(command: str, output: Path | None, overwrite: bool, raw_csv: bool) -> None:
     """Raise a ``UsageError`` for a file of predictions that cannot be written, or would replace an earlier one."""
     if command != "predict":
-        if output is not None or overwrite:
-            raise UsageError(
-                f"{'output' if output is not None else 'overwrite'} is an option of predict, not of {command}"
-            )
+        given = {"output": output is not None, "overwrite": overwrite, "raw_csv": raw_csv}
+        for name in (name for name, is_given in given.items() if is_given):
+            raise UsageError(f"{name} is an option of predict, not of {command}")
         return
+    if raw_csv and (output is None or output.suffix != ".csv"):
+        raise UsageError("raw_csv is for predictions in CSV: give --output FILE.csv")
     if output is None:
         return
     if output.suffix not in ENDINGS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ _NOT_SHARES = (
     *("perplexity", "bits", "bleu", "chrf", "rank"),
 )
 """Words in the names of metrics that are never shown in percent: a poor BLEU lies in 0..1 as well."""
+_COMPUTED = re.compile(r"^[=@]|^[+-](?!(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$)|[\x00-\x1f\x7f-\x9f]", re.IGNORECASE)
 
 
 def is_share(metric: str, values: Iterable[Iterable[float]]) -> bool:
@@ -29,13 +31,19 @@ def is_share(metric: str, values: Iterable[Iterable[float]]) -> bool:
     return all(0 <= v <= 1 or math.isnan(v) for of_system in values for v in of_system)
 
 
+def csv_cell(value: Any) -> Any:
+    """Return a value of a CSV file, where a text that a spreadsheet would compute, or that holds control characters,
+    has an apostrophe before it. Numbers, also as text, stay as they are."""
+    return f"'{value}" if isinstance(value, str) and _COMPUTED.search(value) else value
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write ``rows`` under all their keys, whole or not at all."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     with replacing(path, newline="") as file:
         writer = csv.DictWriter(file, keys)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
     return path
 
 

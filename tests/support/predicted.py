@@ -15,5 +15,5 @@ def printed(module: Any, data: Any) -> list[str]:
 
 def written(module: Any, data: Any, path: Path, overwrite: bool = False) -> tuple[int, int]:
     """Write the predictions to ``path``; return how many there are, and how many an earlier run had left."""
-    file = write_stream(module, module.predict_stream(data), path, overwrite)
+    file = write_stream(module, module.predict_stream(data), path, overwrite=overwrite)
     return file.num_rows, file.start

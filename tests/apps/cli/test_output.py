@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,28 @@ def test_a_file_of_predictions_is_never_replaced_unasked(untrained, capsys, monk
     assert "output=p.txt is for lines of text, and this model predicts rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("raw", [False, True])
+def test_text_that_a_spreadsheet_would_compute_is_quoted_in_csv(tmp_path, raw):
+    texts = ["=1+1", "+49 1", "-a", "@x", "a\tb", "a\nb", "\x1b[2J", "-1.5", "+2", "-1e-3", ".5", "a=b", "", "'", "-"]
+    is_quoted = [True] * 7 + [False] * 7 + [True]
+    with PredictionFile(tmp_path / "p.csv", raw_csv=raw).open() as file:
+        file.add({"@": text, "number": -1.5, "list": [text, -2]} for text in texts)
+    with open(tmp_path / "p.csv", newline="") as content:
+        header, *rows = csv.reader(content)
+    mark = "" if raw else "'"
+    assert header == [f"{mark}@", "number", "list_1", "list_2"]
+    expected = [f"{mark}{text}" if quoted else text for text, quoted in zip(texts, is_quoted, strict=True)]
+    assert rows == [[text, "-1.5", text, "-2"] for text in expected]
+
+
+def test_raw_csv_is_for_predictions_in_csv(untrained, capsys):
+    assert Request.read("predict", [*untrained[1:], "--output=a.csv", "--raw_csv"]).raw_csv
+    assert main([*untrained, "--output", "a.jsonl", "--raw_csv"]) == 2
+    assert "raw_csv is for predictions in CSV: give --output FILE.csv" in capsys.readouterr().err
+    assert main(["test", *untrained[1:], "--raw_csv"]) == 2
+    assert "raw_csv is an option of predict, not of test" in capsys.readouterr().err
+
+
 def test_rows_are_not_kept_in_memory(untrained, monkeypatch):
     """The trainer gathers no predictions: it would hold them all."""
     cli = build("predict", untrained[1:])
@@ -195,4 +218,4 @@ def test_rows_are_not_kept_in_memory(untrained, monkeypatch):
 
 def test_the_request_has_the_output(untrained):
     request = Request.read("predict", [*untrained[1:], "--output=a.csv", "--overwrite"])
-    assert (request.output, request.overwrite) == (Path("a.csv"), True)
+    assert (request.output, request.overwrite, request.raw_csv) == (Path("a.csv"), True, False)
