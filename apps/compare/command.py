@@ -20,7 +20,7 @@ from apps.compare import table
 from apps.compare.display import Display
 from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.files import read_json, write_json, write_text
-from apps.compare.options import Command, Options
+from apps.compare.options import Command
 from apps.compare.page import comparison_page
 from apps.compare.plan import Plan
 from apps.compare.summary import ExamplePair, Results, Summary, summarize
@@ -91,7 +91,7 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
     with holding(output / ".lock", f"another comparison is running in {output}"):
         plan.claim(output)
         with Display(title or "comparison") as display:
-            systems = _systems(experiment, options, output, display)
+            systems = _systems(experiment, asked, display)
             _tell_left_out(systems, output, display)
             results = Work(experiment, plan, systems, output, display, asked.jobs).do()
             with display.step("what the experts are used for"):
@@ -104,8 +104,13 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
     return outcome
 
 
-def _systems(experiment: Experiment, options: Options, output: Path, display: Display) -> list[System]:
-    """Return the systems with their costs, which take a forward of each and are counted every time."""
+def _systems(experiment: Experiment, asked: Command, display: Display) -> list[System]:
+    """Return the systems with their costs, which take a forward of each and are counted every time.
+
+    Raises:
+        ValueError: a system that is asked for by name cannot be compared.
+    """
+    options = asked.options
     with quiet(own_notes=False), display.step("counting FLOPs"):
         torch.manual_seed(experiment.seed)
         sparse, data = experiment.build(SPARSE)
@@ -114,10 +119,12 @@ def _systems(experiment: Experiment, options: Options, output: Path, display: Di
             sparse.configure_optimizers()  # refused now, and not after the training
         systems = find_systems(sparse, batch, options.baselines, options.routers)
         warnings = getattr(data, "warnings", list)()
-    write_json(output / "systems.json", [asdict(s) for s in systems])
+    write_json(asked.output / "systems.json", [asdict(s) for s in systems])
     for warning in warnings:
         display.say(f"check: {warning}")
     for system in systems:
+        if system.refused and system.name in asked.named:
+            raise ValueError(f"{system.title} cannot be compared: {system.refused}")
         if system.refused:
             display.say(f"{system.title} is left out: {system.refused}")
     return systems

@@ -96,6 +96,7 @@ class Command:
         output: folder of the comparison.
         name: name of the comparison, made of the names of the files.
         jobs: number of runs at a time.
+        named: systems that are asked for by name, which must not be left out.
         opens: the report is shown in the browser.
     """
 
@@ -105,6 +106,7 @@ class Command:
     output: Path
     name: str
     jobs: int
+    named: frozenset[str] = frozenset()
     opens: bool = False
 
     @classmethod
@@ -140,7 +142,9 @@ class Command:
         output = Path(args.output) if args.output else Path("runs") / "compare" / name
         if output.exists() and not output.is_dir():
             raise UsageError(f"--output {output} is a file, not a folder")
-        return cls(files, tuple(rest), options, output, name, args.jobs, args.open)
+        own = routers.by_system(router for router in names if router in args.routers)
+        named = frozenset((*(args.baselines or ()), *own))
+        return cls(files, tuple(rest), options, output, name, args.jobs, named, args.open)
 
 
 def command_line() -> Parser:

@@ -8,6 +8,7 @@ is made.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,11 @@ def layer_fields(name: str) -> dict[str, Any]:
     for part in sorted(values.keys() & {"router", "expert"}):
         if not isinstance(values[part], dict) or "class_path" not in values[part]:
             raise ValueError(f"its model.init_args.moe.{part} has no class_path")
+        class_path = str(values[part]["class_path"])
+        try:  # a class is registered when its module is imported
+            importlib.import_module(class_path.rpartition(".")[0] or "core")
+        except ImportError as error:
+            raise ValueError(f"{class_path}: {error}") from None
     return values
 
 

@@ -326,16 +326,47 @@ def test_compare_digits(tmp_path, capsys):
     assert "lightning" not in capsys.readouterr().err.lower()
 
 
-def test_routers_are_compared_at_equal_active_flops(config, finished, tmp_path):
-    switch = overlay(tmp_path / "switch.yaml", top_k=1)
+OWN_ROUTER = """
+from dataclasses import dataclass
+
+import core
+
+class Loudest(core.PairRouter):
+    def choose(self, tokens):
+        loudest_T1 = tokens.x_TD.abs().argmax(-1, keepdim=True) % self.num_experts
+        return core.Choice(loudest_T1, gates_TK=loudest_T1.new_ones(loudest_T1.shape).to(tokens.x_TD))
+
+@dataclass(frozen=True)
+class LoudestConfig(core.RouterConfig):
+    router_class = Loudest
+
+    def pairs_per_token(self, num_experts):
+        return 1.0
+"""
+
+
+def test_routers_are_compared_at_equal_active_flops(config, finished, tmp_path, monkeypatch):
+    """A router of the user's own that can be imported, and with ``all`` those of the folder that fit."""
+    (tmp_path / "own_routers_of_a_user.py").write_text(OWN_ROUTER)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = tmp_path / "own.yaml"
+    own.write_text("model: {init_args: {moe: {router: {class_path: own_routers_of_a_user.LoudestConfig}}}}")
+    folder = tmp_path / "routing"
+    folder.mkdir()
+    switch = overlay(folder / "switch.yaml", top_k=1)
     # One expert a token where the config has two: 576 = 64 + 4 * 8 * F, so F = 16 in place of 8.
     made = routers.Variant(experiment(config).module("sparse"), switch).config()
     assert (made.router.top_k, made.expert.hidden_dim, made.flops_per_token(8)) == (1, 16, 576)
-    too_many = overlay(tmp_path / "too_many.yaml", top_k=5)
-    task = overlay(tmp_path / "task.yaml", "Task", num_tasks=2, top_k=2)
-    domain = overlay(tmp_path / "domain.yaml", "Domain", num_domains=4)
+    overlay(folder / "too_many.yaml", top_k=5)
+    overlay(folder / "task.yaml", "Task", num_tasks=2, top_k=2)
+    overlay(folder / "domain.yaml", "Domain", num_domains=4)
     output, argv = finished
-    assert moesaic([*argv, "--jobs", "2", "--routers", switch, too_many, task, domain]) == 0
+    assert moesaic([*argv, "--jobs", "2", "--routers", switch, str(own)]) == 0
+    rows = json.loads((output / "results.json").read_text())["summary"]["rows"]
+    assert [row["system"]["name"] for row in rows] == ["sparse", "router_switch", "router_own"]
+    assert rows[2]["routing"]["load_imbalance"] >= 1
+    monkeypatch.setattr(routers, "FOLDER", folder)
+    assert moesaic([*argv, "--routers", "all"]) == 0
     page = (output / "table.md").read_text()
     assert [line.split(" |")[0] for line in page.splitlines() if line.startswith("| ")] == [
         *("| router", "| ---"),
@@ -353,6 +384,25 @@ def test_routers_are_compared_at_equal_active_flops(config, finished, tmp_path):
     assert rows[1]["system"]["replaced_ratio"] == 1.0
     assert 1 <= rows[1]["routing"]["load_imbalance"] <= 4
     assert rows[1]["routing"]["drop_rate"] == 0
+
+
+def test_what_is_asked_for_by_name_is_compared_or_the_command_ends(config, finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "Work", lambda *_: pytest.fail("trained"))
+    nowhere = tmp_path / "nowhere.yaml"
+    nowhere.write_text("model: {init_args: {moe: {router: {class_path: no_such_file.Loudest}}}}")
+    for words, message in (
+        (
+            ["switch", overlay(tmp_path / "many.yaml", top_k=5)],
+            "many cannot be compared: top_k=5 exceeds num_experts=4",
+        ),
+        (["switch", str(nowhere)], "nowhere cannot be compared: no_such_file.Loudest: No module named 'no_such_file'"),
+    ):
+        capsys.readouterr()
+        assert moesaic([*finished[1], "--routers", *words]) == 1
+        assert capsys.readouterr().err == f"error: {message}\n"
+    argv = asked(config, tmp_path / "o", *offers("dense_equal_flops", "dense_double_equal_flops"))
+    assert moesaic([*argv, "--baselines", "dense_equal_flops", "dense_double_equal_flops"]) == 1
+    assert "dense double, equal FLOPs cannot be compared: not called equal" in capsys.readouterr().err
 
 
 def test_two_routers_may_not_share_a_name(config, tmp_path, capsys):
