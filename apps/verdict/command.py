@@ -25,7 +25,7 @@ from apps.compare.files import differences, read_json, write_json
 from apps.compare.systems import SPARSE, System, claim, find_systems, label
 from apps.compare.training import interruptible
 from apps.report.page import FILE, open_page, write_index, write_page
-from apps.verdict.budget import Budget, BudgetOver
+from apps.verdict.budget import Budget
 from apps.verdict.options import Options
 from apps.verdict.page import verdict_page
 from apps.verdict.reasons import Facts, causes, changes
@@ -171,20 +171,17 @@ def _plan(
     """Measure the speed of both systems and return what fits into the seconds that are left.
 
     Raises:
-        ValueError: three seeds do not fit, or not even the measurement.
+        ValueError: three seeds do not fit.
     """
     speeds: dict[str, Speed] = {}
     counts: dict[str, float] = {}
-    try:
-        for _ in range(2):  # the first round warms up
-            for name in (SPARSE, dense):
-                with display.step(f"measuring the speed of {label(name)}"):
-                    speeds[name], counts = measure_speed(experiment, name, budget)
-    except BudgetOver:
-        raise ValueError(
-            f"minutes={options.minutes:g} fits no run: they were over while the data were read and the speed was "
-            "measured"
-        ) from None
+    endless = Budget(math.inf, budget.path, budget.clock)  # too small a budget is told what would do
+    for _ in range(2):  # the first round warms up
+        if speeds and budget.left <= 0:
+            break
+        for name in (SPARSE, dense):
+            with display.step(f"measuring the speed of {label(name)}"):
+                speeds[name], counts = measure_speed(experiment, name, endless, budget.seconds)
     seconds_per_batch = max(max(speed.validation, speed.test) for speed in speeds.values())
     batches = max(counts["val_batches"], counts["test_batches"])
     fits = max(1, math.floor(EVALUATION_SHARE * budget.seconds / seconds_per_batch))
@@ -259,8 +256,7 @@ def _verdict(
     systems: dict[str, dict[str, Any]] = {}
     if finished:
         facts = {name: _facts([f.results[name] for f in finished]) for name in plan.systems}
-        steps = plan.schedule.steps
-        passes = steps / plan.train_batches if plan.train_batches else 0.0
+        passes = work.steps / plan.train_batches if plan.train_batches else 0.0
         reasons = causes(both, facts[SPARSE], facts[plan.dense], plan.num_experts, passes)
         systems = {
             "sparse": _figures([f.results[SPARSE] for f in finished], work.rates[SPARSE]),
@@ -279,7 +275,7 @@ def _verdict(
         systems=systems,
         seeds=tuple(f.seed for f in finished),
         reasons=tuple(reasons),
-        changes=tuple(changes(both, reasons, options.minutes, plan.schedule.steps / plan.configured_steps)),
+        changes=tuple(changes(both, reasons, options.minutes, work.steps / plan.configured_steps)),
         notes=(*notes, *made),
         checks=tuple(checks),
         facts={

@@ -255,9 +255,16 @@ def _fit(
 
 
 def measure_speed(
-    experiment: Experiment, system: str, budget: Budget, progress: Progress = unseen
+    experiment: Experiment, system: str, budget: Budget, seconds: float, progress: Progress = unseen
 ) -> tuple[Speed, dict[str, float]]:
     """Train ``system`` for a few steps and evaluate a few batches; return its speed and what else that tells.
+
+    Args:
+        experiment: the configuration.
+        system: what is trained.
+        budget: the seconds that are left for it.
+        seconds: those of the whole verdict.
+        progress: is called with the steps.
 
     Returns:
         The speed, whose ``validation`` and ``test`` are seconds of a *batch* there, and the numbers of batches:
@@ -267,11 +274,11 @@ def measure_speed(
         BudgetOver: the time is up.
         ValueError: a split has no batch.
     """
-    limit = min(_TRIAL_SHARE * budget.seconds, _TRIAL_SECONDS)
+    limit = min(_TRIAL_SHARE * seconds, _TRIAL_SECONDS)
     with quiet(own_notes=False):
 
-        def until(steps: int, seconds: float) -> bool:
-            return steps >= _TRIAL_STEPS or (steps >= _LEAST_TRIAL_STEPS and seconds >= limit)
+        def until(steps: int, passed: float) -> bool:
+            return steps >= _TRIAL_STEPS or (steps >= _LEAST_TRIAL_STEPS and passed >= limit)
 
         began = budget.clock()
         model, data, trainer, pace = _fit(
@@ -282,13 +289,13 @@ def measure_speed(
         loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}
         counts = {f"{name}_batches": _length(loader) for name, loader in loaders.items()}
         check_validation(counts["val_batches"], VALIDATION_NEED)
-        seconds = {}
+        of_batch = {}
         for stage in ("val", "test"):
             batches = min(2, int(min(counts[f"{stage}_batches"], 2)))
             at = budget.clock()
             evaluate(model, trainer, loaders[stage], batches, budget, stage)
-            seconds[stage] = (budget.clock() - at) / batches
-    return Speed(pace.seconds_per_step, max(start, 0.0), seconds["val"], seconds["test"]), counts
+            of_batch[stage] = (budget.clock() - at) / batches
+    return Speed(pace.seconds_per_step, max(start, 0.0), of_batch["val"], of_batch["test"]), counts
 
 
 def _length(loader: Any) -> float:

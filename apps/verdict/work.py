@@ -15,13 +15,13 @@ import numpy as np
 
 from apps.compare.display import Display
 from apps.compare.experiment import Experiment
-from apps.compare.files import read_json
+from apps.compare.files import read_json, write_json
 from apps.compare.stats import nearest_first
 from apps.compare.systems import SPARSE
 from apps.report.intervals import crossed_interval
 from apps.verdict.budget import Budget, BudgetOver
-from apps.verdict.decision import Answer, decide
-from apps.verdict.schedule import MOST_SEEDS, Schedule, equal_time_steps
+from apps.verdict.decision import LEAST_SEEDS, Answer, decide
+from apps.verdict.schedule import LEAST_STEPS, MOST_SEEDS, Schedule, equal_time_steps
 from apps.verdict.training import Run, do
 
 _ROUNDING = 1e-12
@@ -104,14 +104,19 @@ class Work:
         self.experiment, self.plan, self.seed, self.output = experiment, plan, seed, output
         self.budget, self.display = budget, display
         budget.hold_back(3 * plan.start_seconds)  # writing the result takes about as long as beginning a run
-        self.rates: dict[str, float | None] = {}
+        self.steps = plan.schedule.steps
+        default = min(plan.schedule.rates, key=lambda rate: abs(math.log(rate / experiment.rate)), default=None)
+        self.rates: dict[str, float | None] = dict.fromkeys(plan.systems, default)
         self.finished: list[Finished] = []
         self.is_over = False
         self.num_done = 0
 
     def do(self) -> None:
-        """Do all runs that the budget allows; ``rates`` and ``finished`` hold what came of them, ``num_done`` is the
-        number of those that were not finished before.
+        """Do all runs that the budget allows.
+
+        ``rates``, ``steps`` and ``finished`` hold the result, ``num_done`` the number of runs that are new.
+
+        What the search chose is kept in ``chosen.json``: all seeds have it, also those of a resumed verdict.
 
         Raises:
             ValueError: training diverged at every rate.
@@ -119,14 +124,32 @@ class Work:
         """
         self.display.start(self.plan.search_seconds + self.plan.schedule.seeds * self.plan.seed_seconds)
         try:
-            self._search()
+            chosen = read_json(self.output / "chosen.json")
+            if chosen is None:
+                self._search()
+                chosen = {"rates": self.rates, "steps": self._affordable_steps()}
+                write_json(self.output / "chosen.json", chosen)
+            self.rates, self.steps = chosen["rates"], chosen["steps"]
             self._finals()
         except BudgetOver:
             self.is_over = True
             self.display.say("the time is up; what is finished is judged")
 
     def _search(self) -> None:
-        """Halve the rates of both systems rung by rung; the systems take turns, so that a slow moment hits both."""
+        """Halve the rates of both systems rung by rung; the systems take turns, so that a slow moment hits both.
+
+        Half of the time is kept for the final runs: a search that comes to it ends with the rates of its last rung.
+        """
+        reserve = self.budget.reserve
+        self.budget.reserve += max(self.budget.left, 0) / 2
+        try:
+            self._rungs()
+        except BudgetOver:
+            self.display.say("the search of learning rates takes longer than planned, and ends here")
+        finally:
+            self.budget.reserve = reserve
+
+    def _rungs(self) -> None:
         schedule, systems = self.plan.schedule, self.plan.systems
         left: dict[str, list[float]] = {name: list(schedule.rates) for name in systems}
         for rung, (_, steps) in enumerate(schedule.rungs):
@@ -139,7 +162,17 @@ class Work:
             for name in systems:
                 values = [self._gains(run) for run in runs[name]]
                 left[name] = better_half(left[name], values, self.experiment.rate)
-        self.rates = {name: (rates[0] if rates else None) for name, rates in left.items()}
+            self.rates = {name: rates[0] for name, rates in left.items()}
+
+    def _affordable_steps(self) -> int:
+        """Return the steps of a final run: as planned, or fewer, of which the fewest seeds fit at the search's pace."""
+        runs = [read_json(path) for path in (self.output / "runs").glob("*/search-*/result.json")]
+        if any((self.output / "runs").glob("*/final-*")):  # of a version that did not keep what was chosen
+            return self.steps
+        planned = sum(self.plan.seconds(run["run"]["system"], run["run"]["steps"]) for run in runs)
+        slower = sum(run["wall_seconds"] for run in runs) / planned if runs else 1.0
+        share = self.budget.left / (LEAST_SEEDS * slower * self.plan.seed_seconds)
+        return max(min(self.steps, LEAST_STEPS), math.floor(min(share, 1.0) * self.steps))
 
     def _gains(self, run: Run) -> np.ndarray:
         """Return the values of a run of the search, a larger one being better; none where it diverged."""
@@ -149,22 +182,23 @@ class Work:
         return values_N if result.get("higher_is_better", True) else -values_N
 
     def _finals(self) -> None:
-        dense, steps = self.plan.dense, self.plan.schedule.steps
+        dense, steps = self.plan.dense, self.steps
         timed_steps = equal_time_steps(steps, self._step_seconds(SPARSE), self._step_seconds(dense))
         seconds: list[float] = []
         for number in range(MOST_SEEDS):
             is_planned = number < self.plan.schedule.seeds
+            seed = self.seed + number
+            runs = {name: Run(name, self.rates[name], steps, seed, "final") for name in self.plan.systems}
+            timed = Run(SPARSE, self.rates[SPARSE], timed_steps, seed, "timed")
+            timed = runs[SPARSE] if timed_steps == steps else timed
+            is_new = any(run.read(self.output) is None for run in (*runs.values(), timed))
             # Whether a seed is begun depends on the time that is left, and on nothing that the others gave.
-            if seconds and self.budget.left < (0.9 * min(seconds) if is_planned else 1.1 * max(seconds)):
+            if is_new and seconds and self.budget.left < (0.9 * min(seconds) if is_planned else 1.1 * max(seconds)):
                 if is_planned:
                     raise BudgetOver
                 return
             if not is_planned:
                 self.display.grow(self.plan.seed_seconds)
-            seed = self.seed + number
-            runs = {name: Run(name, self.rates[name], steps, seed, "final") for name in self.plan.systems}
-            timed = Run(SPARSE, self.rates[SPARSE], timed_steps, seed, "timed")
-            timed = runs[SPARSE] if timed_steps == steps else timed
             results = {name: self._run(run) for name, run in runs.items()}
             of_time = results[SPARSE] if timed == runs[SPARSE] else self._run(timed)
             sparse_N, dense_N, timed_N = (run.values(self.output) for run in (runs[SPARSE], runs[dense], timed))

@@ -63,8 +63,9 @@ def test_three_seeds_of_few_steps():
 
 
 def test_a_budget_that_fits_no_comparison_says_what_would():
-    # Three seeds of 20 steps: 42 + .1725 * 20 = 45.45 s, 25.45 more than there are: 0.42 minutes.
-    with pytest.raises(ValueError, match=r"minutes=0\.5 fits no comparison: 3 seeds of 20 steps.*about 0\.92 minutes"):
+    # Three seeds of 20 steps: 42 + .1725 * 20 = 45.45 s, 25.45 more than there are: 0.42 minutes more, and a tenth for
+    # the reserve: 1.1 * 0.92 = 1.02, rounded up.
+    with pytest.raises(ValueError, match=r"minutes=0\.5 fits no comparison: 3 seeds of 20 steps.*about 1\.1 minutes"):
         make_schedule(20.0, 400, RATES, SPEEDS, 0.5)
 
 

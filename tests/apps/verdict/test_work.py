@@ -28,25 +28,29 @@ class Machine:
     Attributes:
         now: its clock.
         done: names of the runs.
+        pace: seconds of a step, of which a run then has that many; None: 10 s a run.
     """
 
     def __init__(self) -> None:
-        self.now, self.done = 0.0, []
+        self.now, self.done, self.pace = 0.0, [], None
 
     def __call__(self) -> float:
         return self.now
 
     def do(self, experiment, run, output, budget, most_batches, progress):
-        self.now += 10.0
-        if budget.left <= 0:
+        seconds = 10.0 if self.pace is None else self.pace * run.steps
+        if budget.left <= seconds:
+            self.now += max(budget.left, 0)
             raise BudgetOver
+        self.now += seconds
         self.done.append(run.name)
         rng = np.random.default_rng((run.seed, run.steps, run.system == "sparse"))
         ahead = {"search": run.rate, "final": 0.1, "timed": -0.1}[run.kind] if run.system == "sparse" else 0.0
         values = ahead + 0.01 * rng.normal() + 0.1 * np.sin(np.arange(40))
         seconds = 0.02 if run.system == "sparse" else 0.01
         result = {"quality": float(values.mean()), "higher_is_better": True, "seconds_per_step": seconds}
-        result["wall_seconds"] = 10.0
+        result["run"] = {"system": run.system, "steps": run.steps}
+        result["wall_seconds"] = 10.0 if self.pace is None else self.pace * run.steps
         folder = run.folder(output)
         folder.mkdir(parents=True)
         np.save(folder / "values.npy", values)
@@ -111,6 +115,29 @@ def test_the_end_of_the_budget_drops_an_unfinished_seed(machine, tmp_path):
     assert len(machine.done) == 2
     assert [a.outcome for a in answers(made.finished)] == ["undecided", "undecided"]
     assert answers(made.finished)[0].gain is None
+
+
+def test_a_machine_that_turned_slow_trains_three_seeds_for_fewer_steps(machine, tmp_path):
+    # The search has 175 steps a system, planned at 0.02 and 0.01 s, 5.25 s in all. A step takes 0.2 s now.
+    machine.pace = 0.2
+    made = worked(machine, tmp_path, 160.0)
+    assert len([name for name in machine.done if "search" in name]) == 10  # 70 s
+    # 13.3 times as long as planned: three seeds of 100 steps, planned at 4 s, would take 160 s, and 85.2 are left.
+    assert made.steps == 53
+    assert len(made.finished) == 3
+    again = worked(machine, tmp_path, 1.0)  # with no time left, the same again
+    assert (again.steps, again.rates, answers(again.finished)) == (made.steps, made.rates, answers(made.finished))
+
+
+def test_a_search_that_takes_too_long_leaves_time_for_a_pair(machine, tmp_path):
+    machine.pace = 0.5  # the first rung takes 75 s, the second 100
+    made = worked(machine, tmp_path, 200.0)
+    assert [name for name in machine.done if "search" in name][6:] == []
+    assert made.rates == {"sparse": 0.9, DENSE: 0.3}  # those of the first rung
+    assert len(made.finished) >= 1
+    first = worked(machine, tmp_path / "first", 100.0)
+    assert first.rates == {"sparse": 0.3, DENSE: 0.3}  # not even the first rung: the configured one
+    assert len(first.finished) >= 1
 
 
 def test_what_is_finished_is_not_done_again(machine, tmp_path):
