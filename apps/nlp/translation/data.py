@@ -36,6 +36,11 @@ from apps.porting import subwords_of
 log = logging.getLogger(__name__)
 
 _MUCH_PADDING = 0.05
+_MANY_LEFT_OUT = 0.25
+_NO_LOSS = ("(val)", "(test)", "of validation or test (train)")
+"""Endings of reasons for which no training pair is lost."""
+_LEAST_PAIRS = 100
+"""Least number of training pairs that may remain where others are left out."""
 _MANY_IDENTICAL = 0.01
 """Share of copied sources in training that harms a translator (Khayrallah and Koehn 2018; Ott et al. 2018)."""
 
@@ -278,12 +283,9 @@ class TranslationData(SuiteData):
 
     def describe(self) -> str:
         """Return one line: the pairs of each split, what was left out, and how much of an epoch is padding."""
-        train, left_out = self.examples("train"), self.opened.info["left_out"]
-        out = [f"{count:,} {reason}" for reason, count in left_out.items()]
-        if long := len(self._pairs("train")) - len(train):
-            out.append(f"{long:,} of more than {self.max_length} tokens (train)")
+        train = self.examples("train")
         padding = self._plan(train).padding()
-        parts = [super().describe(), f"left out: {', '.join(out) or 'none'}"]
+        parts = [super().describe(), f"left out: {self._left_out() or 'none'}"]
         parts.append(f"padding of an epoch: {100 * padding:.1f} %")
         if padding > _MUCH_PADDING:
             parts[-1] += f", less with tokens_per_batch (--data.tokens_per_batch) below {self.tokens_per_batch}"
@@ -296,8 +298,11 @@ class TranslationData(SuiteData):
         return "; ".join(parts)
 
     def announce(self) -> None:
-        """Log the description, and warn of a corpus that teaches to copy."""
+        """Log the description, and warn of a corpus that teaches to copy, or of which much is left out."""
         super().announce()
+        kept, lost, complaint = self._losses()
+        if lost > _MANY_LEFT_OUT * (kept + lost):
+            log.warning("%s", complaint)
         identical, total = (self.opened.info[name] for name in ("identical", "train_pairs"))
         if identical and identical >= _MANY_IDENTICAL * total:
             log.warning(
@@ -305,6 +310,33 @@ class TranslationData(SuiteData):
                 "them; drop_identical (--data.drop_identical true) leaves them out",
                 self.dataset, f"{identical:,}", f"{total:,}", 100 * identical / total,
             )  # fmt: skip
+
+    def check(self, stage: str | None) -> None:
+        """Refuse to train on few pairs where it is for the others that are left out."""
+        if stage == "fit":
+            kept, lost, complaint = self._losses()
+            if kept < _LEAST_PAIRS and (kept + lost >= _LEAST_PAIRS or lost > _MANY_LEFT_OUT * (kept + lost)):
+                raise ValueError(complaint)
+
+    def _losses(self) -> tuple[int, int, str]:
+        """Return how many training pairs remain, how many are left out, and a line that says so and what to do."""
+        kept, (source_N, target_N) = len(self.examples("train")), self._pairs("train").lengths()
+        reasons = self.opened.info["left_out"].items() if self.subset is None else ()  # a subset is of what is left
+        filtered = sum(count for reason, count in reasons if not reason.endswith(_NO_LOSS))
+        lost = filtered + len(source_N) - kept
+        advice = "loosen min_words, max_words, max_ratio or without"
+        if lost > 2 * filtered:
+            most = np.quantile(torch.maximum(source_N, target_N - 1).numpy(), 0.9, method="higher")
+            advice = f"raise max_length (--data.max_length): 90 % of the pairs have at most {most} tokens"
+        share = f"{lost:,} of {kept + lost:,} training pairs ({100 * lost / max(1, kept + lost):.0f} %)"
+        return kept, lost, f"{self.title}: {share} are left out, and {kept:,} remain: {self._left_out()}; {advice}"
+
+    def _left_out(self) -> str:
+        """Return how many pairs are left out, by reason and split."""
+        out = [f"{count:,} {reason}" for reason, count in self.opened.info["left_out"].items()]
+        if long := len(self._pairs("train")) - len(self.examples("train")):
+            out.append(f"{long:,} of more than {self.max_length} tokens (train)")
+        return ", ".join(out)
 
     def read(self) -> ArrayFiles:
         files = [find_corpus(corpus, self.pairs, self.cache_dir) for corpus in self.corpora]

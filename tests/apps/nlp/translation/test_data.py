@@ -313,6 +313,50 @@ def test_long_pairs_do_not_train_and_are_counted(root, caplog):
         make(root, max_length=4).train_dataloader()
 
 
+def write_long(root, short: int, long: int) -> None:
+    for language in ("en", "de"):
+        extra = [f"{line}{' and so on' * 20}" for line in lines(language, 300, long)]
+        write(root / f"train.{language}", [*lines(language, 0, short), *extra])
+
+
+def test_many_pairs_left_out_are_told_with_the_option(root, caplog):
+    write_long(root, short=157, long=51)  # 8 of them validate
+    data = make(root, max_length=30)
+    with caplog.at_level(logging.WARNING):
+        data.setup("fit")
+        data.setup("fit")  # told once
+    (warning,) = [r.message for r in caplog.records]
+    assert warning.startswith(
+        "moses en-de: 51 of 200 training pairs (26 %) are left out, and 149 remain: 8 of validation or test (train), "
+        "51 of more than 30 tokens (train); raise max_length (--data.max_length): 90 % of the pairs have at most "
+    )
+    caplog.clear()
+    write_long(root, short=158, long=50)  # a quarter
+    make(root, max_length=30).setup("fit")
+    assert not caplog.records
+    make(root, subset=90, min_words=5).setup("fit")  # no other number was asked for
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "short, long, options", [(99, 1, {}), (60, 1501, {}), (61, 30, {}), (150, 0, {"min_words": 5})]
+)
+def test_too_few_pairs_that_remain_are_refused(root, short, long, options):
+    write_long(root, short, long)
+    data = make(root, max_length=30, **options)
+    advice = "loosen min_words, max_words, max_ratio or without" if options else "raise max_length"
+    with pytest.raises(ValueError, match=rf"^moses en-de: .* training pairs .* are left out, .*; {advice}") as caught:
+        data.setup("fit")
+    assert "\n" not in str(caught.value)
+    data.setup("test")  # of a model that was trained on others
+
+
+@pytest.mark.parametrize("short, long", [(60, 0), (99, 0), (70, 10)])
+def test_a_tiny_corpus_that_loses_little_trains(root, short, long):
+    write_long(root, short, long)
+    make(root, max_length=30).setup("fit")
+
+
 def test_pairs_of_the_same_text_on_both_sides_are_counted_and_can_be_left_out(root, caplog):
     # 4 of 64 training pairs are copies: 6 %. One of a thousand is no news: a name is the same in both languages.
     write(root / "train.en", [*lines("en", 0, 60), "Berlin", "Paris", "Rome", "Oslo"])
