@@ -58,11 +58,11 @@ def build_rows(
     num_rows, where = len(table), "the rows to predict"
     table = with_vectors(with_parts(table, given.timestamps, where, first_row), given.texts, where)
 
-    for name, known in given.timestamps.items():
-        if known is not None:
-            begin, end = np.array(known).astype("datetime64[D]")
+    for name, times in given.timestamps.items():
+        if times is not None:
+            begin, end = np.array(times).astype("datetime64[D]")
             what = f"column {name!r}: times outside those of training, {begin} to {end}, by more than their length: %s"
-            unlike[what] = np.array([is_far(table[timestamp_columns(name)[2]].to_numpy(), known).sum(), 0])
+            unlike[what] = np.array([is_far(table[timestamp_columns(name)[2]].to_numpy(), times).sum(), 0])
 
     def parts(column: str) -> list[Part]:
         return [(where, table.column(column))]
