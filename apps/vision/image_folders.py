@@ -124,7 +124,8 @@ def images_below(folder: Path | str) -> dict[str, str]:
             if os.path.isdir(path) if is_link else entry.is_dir():
                 (links if is_link else folders).append(path)
             elif entry.name.lower().endswith(ENDINGS) and (os.path.isfile(path) or not os.path.exists(path)):
-                found[path] = os.path.realpath(path) if is_link else os.path.join(real, entry.name)
+                leads = is_link and os.path.exists(path)
+                found[path] = os.path.realpath(path) if leads else os.path.join(real, entry.name)
     return found
 
 

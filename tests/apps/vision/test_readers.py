@@ -137,7 +137,8 @@ def test_links_in_a_folder_of_images_are_followed_once(tmp_path: Path) -> None:
     for name, target in (("up", photos), ("self", photos / "train/a"), ("split", photos / "train"), ("out", elsewhere)):
         (photos / "train/a" / name).symlink_to(target)
     (photos / "train/a/again.png").symlink_to(photos / "train/a/0.png")
-    (photos / "train/b/gone.png").symlink_to(tmp_path / "nowhere.png")
+    for name in "ab":
+        (photos / f"train/{name}/gone.png").symlink_to(tmp_path / "nowhere.png")
     (photos / "train/b/round.png").symlink_to(photos / "train/b/round.png")
 
     data = ready("image_folder", photos, image_size=8, val_size=0, on_bad_image="skip")
