@@ -110,7 +110,7 @@ class Experts(nn.Module):
         if of_rows and not self.takes_index:
             x = x.materialized()
         compute = getattr(self, f"compute_{way}")
-        if not self.is_quantized or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_quantized:
             return compute(x, *args)
         with torch.no_grad():
             y = compute(x, *args)
@@ -389,6 +389,8 @@ def local_tensor(t: Any) -> Any:
         ValueError: the shard is cut along another axis than that of the experts, so that no expert is whole; but for a
             mesh that divides hidden units.
     """
+    if t is None or type(t) is nn.Parameter:
+        return t
     if isinstance(t, QuantizedMatrices):
         return t.weight
     if not hasattr(t, "to_local"):

@@ -78,7 +78,9 @@ def check_devices(x: Tensor, owner: str, parameters: Mapping[str, Tensor | None]
 
 def outside_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Return a context without autocast, which does not know the meta device."""
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    # An exported program keeps the context, for it may run under autocast later.
+    is_off = device.type == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type))
+    return contextlib.nullcontext() if is_off else torch.autocast(device.type, enabled=False)
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:

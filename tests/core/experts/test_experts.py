@@ -118,7 +118,9 @@ def test_experts_of_a_users_own_are_shared_experts_too():
 
 
 def test_a_forward_of_ones_own_would_skip_the_checks():
-    with pytest.raises(ValueError, match=r"^Own overrides forward, which has the checks .*: write compute_rows instead"):
+    with pytest.raises(
+        ValueError, match=r"^Own overrides forward, which has the checks .*: write compute_rows instead"
+    ):
         type("Own", (Experts,), {"forward": lambda self, rows: rows})
 
 
