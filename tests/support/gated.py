@@ -104,10 +104,28 @@ def examples(B: int, seed: int = 5) -> Tensor:
 
 
 def expert(layer_experts, e: int, x: Tensor) -> Tensor:
-    """Compute expert e of plain MLP experts, layer by layer."""
+    """Compute expert e of MLP experts, without a norm or with a training's batch norm, layer by layer."""
+    act = {"relu": torch.relu, "silu": lambda h: h * h.sigmoid()}[layer_experts.activation]
     for i in range(len(layer_experts.hidden_dims)):
-        x = (x @ getattr(layer_experts, f"w_{i}")[e] + getattr(layer_experts, f"b_{i}")[e]).relu()
+        x = x @ getattr(layer_experts, f"w_{i}")[e]
+        if layer_experts.norm == "batch":
+            x = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
+            x = x * getattr(layer_experts, f"norm_weight_{i}")[e] + getattr(layer_experts, f"norm_bias_{i}")[e]
+        else:
+            x = x + getattr(layer_experts, f"b_{i}")[e]
+        x = act(x)
     return x
+
+
+def assert_same_with_gradients(layer: nn.Module, x: Tensor, y: Tensor, expected: Tensor) -> None:
+    """The output of a layer for ``x``, and the gradients of ``x`` and all parameters, are those of a loop over them."""
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    leaves = {"x": x, **dict(layer.named_parameters())}
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    of_layer, of_loop = (torch.autograd.grad((out * weight).sum(), [*leaves.values()]) for out in (y, expected))
+    for name, grad, wanted in zip(leaves, of_layer, of_loop, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert wanted.any(), name
 
 
 def copied(to: nn.Module, source: dict[str, Tensor]) -> nn.Module:

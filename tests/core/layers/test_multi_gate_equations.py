@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gated import ALL, SPARSE, TASKS, D, build, copied, examples, expert
+from gated import ALL, SPARSE, TASKS, D, assert_same_with_gradients, build, copied, examples, expert
 from stepped import assert_same, step
 from torch import nn
 
@@ -65,7 +65,7 @@ def test_cgc_equals_its_equation(name):
 
 @pytest.mark.parametrize("name", ["ple", "uneven ple"])
 def test_ple_equals_its_equations(name):
-    layer, x, own = build(name), examples(5), own_experts(ALL[name])
+    layer, x, own = build(name), examples(5).requires_grad_(), own_experts(ALL[name])
     y = layer(x)
     # Two shared experts, and each task's own. Level by level: inputs of the tasks and of the shared ones.
     tasks, shared = [x] * TASKS, x
@@ -87,7 +87,7 @@ def test_ple_equals_its_equations(name):
         else:
             assert gates.shared_weight is None
         tasks = new
-    torch.testing.assert_close(y, torch.stack(tasks), rtol=1e-5, atol=1e-5)
+    assert_same_with_gradients(layer, x, y, torch.stack(tasks))
 
 
 def test_a_list_of_equal_numbers_is_that_number():

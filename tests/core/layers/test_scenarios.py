@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gated import ALL, DOMAINS, TASKS, D, build, context, examples, expert
+from gated import ALL, DOMAINS, TASKS, D, assert_same_with_gradients, build, context, examples, expert
 from torch import Tensor, nn
 
 from core import MLP, STAR, HoME, M3oE, RoutingContext, record
@@ -14,40 +14,60 @@ from core.layers.scenarios import DomainNorm, shared_out
 # HoME.
 
 
-def mixed(x: Tensor, weight: Tensor, outputs: list[Tensor]) -> Tensor:
-    """Return the sum of the outputs under a softmax gate."""
-    gates = (x @ weight.T).softmax(-1)
-    return sum(gates[:, [i]] * output for i, output in enumerate(outputs))
+def mixed(weights: Tensor, outputs: list[Tensor]) -> Tensor:
+    return sum(weights[:, [i]] * output for i, output in enumerate(outputs))
 
 
-def switched(x: Tensor, weight: Tensor, outputs: list[Tensor]) -> Tensor:
-    """Return the output of a self-gate."""
-    return (x @ weight[0]).sigmoid()[:, None] * outputs[0]
+def self_gated(logits: Tensor, outputs: list[Tensor]) -> Tensor:
+    """Return the output of a self-gate: a sigmoid of one expert, a softmax of several."""
+    return mixed(logits.sigmoid() if len(outputs) == 1 else logits.softmax(-1), outputs)
 
 
-def test_home_equals_its_equations():
-    # Tasks 0 and 2 are of category 1, task 1 of category 0. Two shared experts; a category's and a task's own: one.
-    config = HoME(2, MLP((7, 6)), 1, 1, (1, 0, 1))
+@pytest.mark.parametrize(
+    "config",
+    [
+        HoME(2, MLP((7, 6)), 1, 1, (1, 0, 1)),
+        HoME(2, num_category_experts=2, num_task_experts=2, categories=(1, 0, 1), self_gate=2, feature_gate=3),
+    ],
+    ids=["plain", "the paper's experts and feature gates"],
+)
+def test_home_equals_its_equations(config):
+    # Tasks 0 and 2 are of category 1, task 1 of category 0.
     torch.manual_seed(0)
-    layer, x = config.build(D, TASKS), examples(5)
+    layer, x = config.build(D, TASKS), examples(7).requires_grad_()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    S, C, K, L = config.num_experts, config.num_category_experts, config.num_task_experts, config.self_gate
+
+    def outputs(level: int, first: int, count: int, v: Tensor) -> list[Tensor]:
+        """Return what some experts of a level make of v, each after its feature gate."""
+        seen = [v] * count
+        if layer.feature_gates is not None:
+            down, up = layer.feature_gates[level].down, layer.feature_gates[level].up
+            seen = [v * 2 * (v @ down[e] @ up[e]).sigmoid() for e in range(first, first + count)]
+        return [expert(layer.experts[level], first + i, h) for i, h in enumerate(seen)]
+
+    # Meta experts: the shared ones, then of each category its own and those of its self-gate.
     meta, gates = layer.router[0], layer.router[1]
-    # First level: shared 0 and 1; category 0: one and its self-gate's; category 1: likewise.
-    e = [expert(layer.experts[0], i, x) for i in range(6)]
-    z = [mixed(x, meta.weight[c], [e[0], e[1], e[2 + 2 * c]]) for c in range(2)]
-    z = [z[c] + switched(x, meta.self_weight[c], [e[3 + 2 * c]]) for c in range(2)]
-    shared = mixed(x, meta.shared_weight, [e[0], e[1], e[2], e[4]])
-    # Second level: shared 0 and 1; category 0 (2), task 1 (3), its self-gate (4); category 1 (5), task 0 (6, 7),
-    # task 2 (8, 9).
-    assert layer.groups[1].counts == (2, 3, 5)
-    common = [expert(layer.experts[1], i, shared) for i in (0, 1)]
-    of_category = {0: expert(layer.experts[1], 2, z[0]), 1: expert(layer.experts[1], 5, z[1])}
-    y = layer(x)
-    for k, category, own in ((0, 1, 6), (1, 0, 3), (2, 1, 8)):
-        seen = torch.cat((shared, z[category]), -1)
-        outputs = [*common, of_category[category], expert(layer.experts[1], own, z[category])]
-        expected = mixed(seen, gates.weight[k], outputs)
-        expected = expected + switched(seen, gates.self_weight[k], [expert(layer.experts[1], own + 1, z[category])])
-        torch.testing.assert_close(y[k], expected, rtol=1e-5, atol=1e-6)
+    common = outputs(0, 0, S, x)
+    own = [outputs(0, S + c * (C + L), C + L, x) for c in range(2)]
+    z = [
+        mixed((x @ meta.weight[c].T).softmax(-1), common + own[c][:C])
+        + self_gated(x @ meta.self_weight[c].T, own[c][C:])
+        for c in range(2)
+    ]
+    shared = mixed((x @ meta.shared_weight.T).softmax(-1), common + own[0][:C] + own[1][:C])
+    # Second level: shared; category 0, task 1; category 1, task 0, task 2; a task's own come before its self-gate's.
+    common = outputs(1, 0, S, shared)
+    of_category = [outputs(1, S, C, z[0]), outputs(1, S + C + K + L, C, z[1])]
+    first = {1: S + C, 0: S + 2 * C + K + L, 2: S + 2 * C + 2 * (K + L)}
+    expected = []
+    for k, c in enumerate(config.categories):
+        seen, own_k = torch.cat((shared, z[c]), -1), outputs(1, first[k], K + L, z[c])
+        y_k = mixed((seen @ gates.weight[k].T).softmax(-1), common + of_category[c] + own_k[:K])
+        expected.append(y_k + self_gated(seen @ gates.self_weight[k].T, own_k[K:]))
+    assert_same_with_gradients(layer, x, layer(x), torch.stack(expected))
 
 
 def test_a_task_trains_no_expert_of_another_category():
