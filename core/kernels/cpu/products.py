@@ -7,11 +7,11 @@ its products of half precision, uses it wherever it is. One core of an AMD EPYC 
     160 x 128 x 128       74   115          its gradient of the input       58   131
      20 x 128 x 256       56    45          its gradient of the weight      51   105
 
-So products of ``LEAST`` multiplications and more go to oneDNN there. It compiles a kernel for each new shape (0.5 ms)
-and keeps a thousand. At each product it copies the weight to a layout of its own, which ``packed`` does once for many:
-5 x 512 x 10000 takes 0.13 ms in place of 0.52, on two cores, and 160 x 128 x 8000 0.69 in place of 0.78.
-``torch.backends.mkldnn.flags(enabled=False)`` turns it off, as for all of torch. Both sum in float32; they differ by
-rounding.
+So products of ``LEAST`` multiplications and ``FEWEST_ROWS`` rows or more go to oneDNN there. It compiles a kernel for
+each new shape (0.5 ms) and keeps a thousand. At each product it copies the weight to a layout of its own, which
+``packed`` does once for many: 5 x 512 x 10000 takes 0.13 ms in place of 0.52, on two cores, and
+160 x 128 x 8000 0.69 in place of 0.78. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off, as for all of
+torch. Both sum in float32; they differ by rounding.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ from .pages import new_empty
 
 LEAST = 2**20
 """Multiplications of the smallest product that oneDNN is faster at: at 0.66 million both take as long."""
+FEWEST_ROWS = 4
+"""Rows of the smallest product that oneDNN is faster at with a weight that is not packed: below, its copy of the weight
+takes longer than MKL's product, which reads the weight once (1 x 1024 x 2048 on one Intel core: 1.3 and 0.5 ms)."""
 LEAST_PACKED = 2**18
 """Multiplications of the smallest product that oneDNN is faster at with a packed weight."""
 LEAST_WEIGHT = 2**18
@@ -74,9 +77,12 @@ def cpu_field(name: str) -> str:
 
 def _is_for_onednn(x: Tensor, weight: Tensor, width: int) -> bool:
     """Return whether oneDNN is to multiply ``x`` by a weight that leads to ``width`` numbers."""
+    if not is_served_badly():
+        return False
+    is_packed = id(weight) in _packed
     return (
-        is_served_badly()
-        and x.numel() * width >= (LEAST_PACKED if id(weight) in _packed else LEAST)
+        x.numel() * width >= (LEAST_PACKED if is_packed else LEAST)
+        and (is_packed or x.numel() >= FEWEST_ROWS * x.shape[-1])
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and torch._C._get_mkldnn_enabled()

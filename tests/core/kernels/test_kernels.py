@@ -65,6 +65,7 @@ def library(request, monkeypatch) -> str:
     monkeypatch.setattr(products, "is_served_badly", lambda: request.param == "onednn")
     monkeypatch.setattr(experts, "is_served_badly", lambda: request.param == "onednn")
     monkeypatch.setattr(products, "LEAST", 1)
+    monkeypatch.setattr(products, "FEWEST_ROWS", 1)
     return request.param
 
 

@@ -40,6 +40,7 @@ def badly_served(monkeypatch) -> None:
 @pytest.fixture
 def of_every_size(badly_served, monkeypatch) -> None:
     monkeypatch.setattr(products, "LEAST", 1)
+    monkeypatch.setattr(products, "FEWEST_ROWS", 1)
 
 
 def count(fn) -> int:
@@ -111,6 +112,18 @@ def test_small_products_stay_with_torch(badly_served):
     x, weight = torch.randn(128, 64), torch.randn(128, 64)  # 2 ** 20 multiplications
     assert count(lambda: cpu.linear(x, weight)) == count(lambda: products.mm(x, weight.t())) == 1
     assert count(lambda: cpu.linear(x[:-1], weight)) == count(lambda: products.mm(x[:-1], weight.t())) == 0
+
+
+@needs_onednn
+def test_products_of_few_rows_do_not_copy_the_weight(badly_served):
+    # oneDNN copies 1024 x 1024 numbers to its own layout before it reads them for one row.
+    x, weight = torch.randn(4, 1024), torch.randn(1024, 1024)
+    assert count(lambda: cpu.linear(x, weight)) == 1
+    assert count(lambda: cpu.linear(x[:3], weight)) == 0
+    layer = core.MoEConfig(2, core.TokenChoice(1), core.FFN(1024)).build(1024).requires_grad_(False)
+    assert count(lambda: layer(x[None, :1])) == 0
+    with torch.no_grad(), cpu.packed(weight):
+        assert count(lambda: cpu.linear(x[:1], weight)) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
