@@ -39,6 +39,8 @@ _MUCH_PADDING = 0.05
 _MANY_LEFT_OUT = 0.25
 _NO_LOSS = ("(val)", "(test)", "of validation or test (train)")
 """Endings of reasons for which no training pair is lost."""
+_FILTERS = ("that hold ", "of fewer than ", "of more than ", "of a length ratio ", "of the same text ")
+"""Beginnings of reasons that the configuration names as filters."""
 _LEAST_PAIRS = 100
 """Least number of training pairs that may remain where others are left out."""
 _MANY_IDENTICAL = 0.01
@@ -298,10 +300,11 @@ class TranslationData(SuiteData):
         return "; ".join(parts)
 
     def announce(self) -> None:
-        """Log the description, and warn of a corpus that teaches to copy, or of which much is left out."""
+        """Log the description, and warn of a corpus that teaches to copy, or of which much is left out unasked."""
         super().announce()
         kept, lost, complaint = self._losses()
-        if lost > _MANY_LEFT_OUT * (kept + lost):
+        asked = sum(count for reason, count in self.opened.info["left_out"].items() if reason.startswith(_FILTERS))
+        if lost - asked > _MANY_LEFT_OUT * (kept + lost):
             log.warning("%s", complaint)
         identical, total = (self.opened.info[name] for name in ("identical", "train_pairs"))
         if identical and identical >= _MANY_IDENTICAL * total:
