@@ -81,7 +81,7 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
     """
     architecture, tensors = _open(Path(folder))
     model = architecture.build().to(dtype or torch.get_default_dtype())
-    model.load_state_dict(_weights(architecture, tensors))
+    model.load_state_dict(_weights_in(Path(folder), architecture, tensors))
     return model
 
 
@@ -96,7 +96,7 @@ def load_pretrained_weights(model: Model, folder: str | Path) -> None:
     if own.is_language_model != architecture.is_language_model:
         raise ValueError(f"a {type(model).__name__} is not what {folder} holds: {architecture.model_type}")
     _compare(_essence(own, model), architecture.essence(), f"of the model is, in {folder},")
-    model.load_state_dict(_weights(architecture, tensors))
+    model.load_state_dict(_weights_in(Path(folder), architecture, tensors))
 
 
 def save_pretrained(
@@ -137,6 +137,7 @@ def from_published(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     Raises:
         ValueError: as ``load_pretrained``.
     """
+    files.check_config(config, Path(files.CONFIG))
     architecture = _read(config, tensors)
     return architecture, _weights(architecture, tensors)
 
@@ -208,6 +209,15 @@ def _read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architect
         raise ValueError(
             f"config.json of a {model_type} holds a value of another kind than it should: {error}"
         ) from error
+
+
+def _weights_in(folder: Path, architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return our weights of the tensors in a folder, which errors name."""
+    try:
+        return _weights(architecture, tensors)
+    except ValueError as error:
+        named = str(error) if str(folder) in str(error) else f"{folder}: {error}"
+        raise ValueError(named) from error
 
 
 def _weights(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,12 +27,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: it is missing, or not a JSON object with a ``model_type`` and a ``vocab_size``.
     """
     config = read_json(folder / CONFIG)
-    for name, kind, kind_name in (("model_type", str, "name"), ("vocab_size", int, "whole number")):
-        if config.get(name) is None:
-            raise ValueError(f"{folder / CONFIG} says no {name}")
-        if type(config[name]) is not kind:
-            raise ValueError(f"{folder / CONFIG} says {name}={config[name]!r}, which is no {kind_name}")
+    check_config(config, folder / CONFIG)
     return config
+
+
+def check_config(config: Mapping[str, Any], path: Path, *sizes: str) -> None:
+    """Raise a ``ValueError`` where a configuration lacks ``model_type``, ``vocab_size`` or one of ``sizes``."""
+    kinds: dict[str, tuple[type, str]] = {"model_type": (str, "name")}
+    for name, (kind, kind_name) in (kinds | dict.fromkeys(("vocab_size", *sizes), (int, "whole number"))).items():
+        if config.get(name) is None:
+            raise ValueError(f"{path} says no {name}")
+        if type(config[name]) is not kind:
+            raise ValueError(f"{path} says {name}={config[name]!r}, which is no {kind_name}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

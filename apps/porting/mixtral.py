@@ -316,24 +316,33 @@ _OTHERS = ("mlp.shared_expert_gate.weight", "mlp.shared_experts.up_proj.weight",
 
 
 def published(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return tensors by their published names; transformers 5 holds a layer's experts in two tensors."""
+    """Return tensors by their published names; transformers 5 holds a layer's experts in two tensors.
+
+    Raises:
+        ValueError: one of the tensors that belong to these two is missing, or they are of other numbers of experts.
+    """
     fused = "mlp.experts.gate_up_proj"
     layers = [name.removesuffix(fused) for name in tensors if name.endswith(fused)]
     if not layers:
         return tensors
     renamed = dict(tensors)
     for layer in layers:
+        down, router = f"{layer}mlp.experts.down_proj", f"{layer}mlp.gate.weight"
+        if missing := [name for name in (down, router) if name not in renamed]:
+            raise ValueError(f"tensors that are missing: {', '.join(missing)}")
+        gates, outs = renamed.pop(f"{layer}{fused}"), renamed.pop(down)
+        if gates.ndim != 3 or gates.shape[:1] != outs.shape[:1]:
+            shapes = f"{tuple(gates.shape)} and {down} of {tuple(outs.shape)}"
+            raise ValueError(f"{layer}{fused} of shape {shapes} do not have the same number of experts")
         is_mixtral = not any(f"{layer}{name}" in renamed for name in _OTHERS)
         block, (gate_name, in_name, out_name) = _names(is_mixtral)
         block = f"{layer}{block}"
-        gates = renamed.pop(f"{layer}{fused}")
-        outs = renamed.pop(f"{layer}mlp.experts.down_proj")
         for e, (w, out) in enumerate(zip(gates, outs, strict=True)):
             gate, up = w.chunk(2)
             renamed[f"{block}.experts.{e}.{gate_name}.weight"] = gate
             renamed[f"{block}.experts.{e}.{in_name}.weight"] = up
             renamed[f"{block}.experts.{e}.{out_name}.weight"] = out
-        renamed[f"{block}.gate.weight"] = renamed.pop(f"{layer}mlp.gate.weight")
+        renamed[f"{block}.gate.weight"] = renamed.pop(router)
     return renamed
 
 

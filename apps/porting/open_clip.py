@@ -303,7 +303,9 @@ class Clip:
                 max_positions=int(text["context_length"]),
             )
             sizes = int(model["embed_dim"]), int(vision["image_size"]), int(text["vocab_size"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except KeyError as error:
+            raise ValueError(f"{path} says no {error.args[0]}") from None
+        except (TypeError, AttributeError) as error:
             raise ValueError(f"{path} is of no CLIP of two transformers: {error!r}") from error
         pixels = whole.get("preprocess_cfg") or {}
         mean, std = (tuple(map(float, pixels.get(name) or getattr(cls, name))) for name in ("mean", "std"))

@@ -113,6 +113,10 @@ _NAMES = {
 }
 
 
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+"""Theirs of ``BertConfig``, in its order."""
+
+
 @core.register_config
 @dataclass(frozen=True)
 class BertConfig:
@@ -165,14 +169,8 @@ class BertConfig:
                 f"{folder} holds a model of type {config['model_type']!r} ({config.get('hidden_act')}): a sentence "
                 "encoder is read where it is of type 'bert' with gelu"
             )
-        return cls(
-            int(config["hidden_size"]),
-            int(config["intermediate_size"]),
-            int(config["num_hidden_layers"]),
-            int(config["num_attention_heads"]),
-            int(config["max_position_embeddings"]),
-            float(config.get("layer_norm_eps", 1e-12)),
-        )
+        files.check_config(config, folder / files.CONFIG, *_SIZES)
+        return cls(*(config[name] for name in _SIZES), eps=float(config.get("layer_norm_eps", 1e-12)))
 
 
 class SentenceTower(nn.Module):

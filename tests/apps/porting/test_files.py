@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from typing import Any
 
 import pytest
 import torch
-from published_models import checkpoint, same_weights, switch_model
+from made_encoder import write_encoder
+from published_models import MODELS, checkpoint, same_weights, switch_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from apps.porting import (
-    load_pretrained,
-    to_published,
-)
+from apps.porting import from_published, load_pretrained, to_published
+from apps.porting.sentences import SentenceEncoder
 
 
 def test_shards_and_torch_files_are_read(tmp_path):
@@ -53,7 +53,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
         save_file(changed, tmp_path / "model.safetensors")
         with pytest.raises(ValueError) as error:
             load_pretrained(tmp_path)
-        return str(error.value)
+        assert str(error.value).startswith(f"{tmp_path}: ")
+        return str(error.value).removeprefix(f"{tmp_path}: ")
 
     expert = "encoder.block.1.layer.1.mlp.experts.expert_2.wi.weight"
     left = {name: tensor for name, tensor in tensors.items() if name != expert}
@@ -104,6 +105,42 @@ def test_files_that_cannot_be_read(tmp_path):
     )
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
     assert message(**known, d_kv=4).startswith("F/model.safetensors cannot be read: ")
+
+
+def test_keys_that_are_missing_are_named_with_their_file(tmp_path):
+    config, tensors = to_published(switch_model())
+    for name in ("model_type", "vocab_size"):
+        with pytest.raises(ValueError, match=f"^config.json says no {name}$"):
+            from_published({key: value for key, value in config.items() if key != name}, tensors)
+    # transformers 5 holds the experts of a layer in two tensors.
+    config, tensors = to_published(MODELS["olmoe"]())
+    layer = "model.layers.1.mlp"
+    fused = {
+        f"{layer}.experts.gate_up_proj": torch.zeros(4, 48, 64),
+        f"{layer}.experts.down_proj": torch.zeros(3, 64, 24),
+    }
+    left = {name: t for name, t in tensors.items() if f"{layer}.experts." not in name} | fused
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def message(*missing: str) -> str:
+        save_file(
+            {name: t.contiguous() for name, t in left.items() if name not in missing}, tmp_path / "model.safetensors"
+        )
+        with pytest.raises(ValueError) as error:
+            load_pretrained(tmp_path)
+        return str(error.value).replace(str(tmp_path), "F")
+
+    for name in (f"{layer}.experts.down_proj", f"{layer}.gate.weight"):
+        assert message(name) == f"F: tensors that are missing: {name}"
+    assert message().endswith("down_proj of (3, 64, 24) do not have the same number of experts")
+
+
+def test_sizes_that_a_sentence_encoder_lacks_are_named(tmp_path):
+    path = write_encoder(tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "hidden_size"}))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} says no hidden_size$"):
+        SentenceEncoder(tmp_path)
 
 
 class Sly:

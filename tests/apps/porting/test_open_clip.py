@@ -134,6 +134,12 @@ def test_another_layout_is_refused(tmp_path, changed, match):
 
 def test_a_file_that_does_not_fit_is_refused(tmp_path):
     folder = write_clip(tmp_path)
+    config = folder / "open_clip_config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"vision_cfg"', '"text_cfg"'))
+    with pytest.raises(ValueError, match=r"open_clip_config.json says no vision_cfg$"):
+        Clip.of(folder)
+    config.write_text(text)
     path = folder / "open_clip_model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "visual.more": torch.zeros(1)}, path)
