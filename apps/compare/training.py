@@ -31,7 +31,7 @@ from apps.train.logs import MetricsCSV
 from apps.train.module import SparseModule
 from apps.train.progress import PassBar, routing_figures
 from apps.train.resume import GeneratorState
-from apps.train.stopping import on_sigterm
+from apps.train.stopping import on_signal
 
 CHECKPOINT = "last.ckpt"
 TRIED = "tried.json"
@@ -331,16 +331,12 @@ def interruptible(trainer: Trainer | None = None) -> Iterator[None]:
         if trainer is None or not trainer.received_sigterm:  # Lightning's handler, where it is set, was called first
             raise SIGTERMException
 
-    handler = signal.getsignal(signal.SIGINT)
-    with on_sigterm(stop):
+    with on_signal(signal.SIGTERM, stop), on_signal(signal.SIGINT, signal.default_int_handler):
         try:
             yield
         except SystemExit as stopped:
             if isinstance(stopped.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from None
             raise
-        finally:
-            with contextlib.suppress(ValueError):  # only the main thread has handlers
-                signal.signal(signal.SIGINT, handler)
     if trainer is not None and trainer.received_sigterm:
         raise SIGTERMException

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -96,6 +97,7 @@ class ResumableLoader(DataLoader):
             _SeededDataset(dataset, collate_fn or torch.utils.data.default_collate),
             batch_sampler=self._batches,  # type: ignore[arg-type]  # a batch may be a tensor
             collate_fn=as_it_is,
+            worker_init_fn=ignore_interrupt,
             # The base seed of an epoch's workers must not move the model's generator.
             generator=torch.Generator().manual_seed(seed),
             **loader_kwargs,
@@ -263,9 +265,15 @@ def in_order(
         batch_size=batch_size,
         collate_fn=collate_fn or as_it_is,
         num_workers=num_workers,
+        worker_init_fn=ignore_interrupt,
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # starting a pass must not move the model's generator
     )
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Let a worker process go on at Ctrl-C, which the terminal sends to it as well: a training ends after its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def as_it_is(batch: Any) -> Any:

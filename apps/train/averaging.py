@@ -34,7 +34,7 @@ class WeightEMA(Callback):
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self.average: dict[str, Tensor] = {}
-        self._step = 0
+        self._step, self._is_swapped = 0, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state = _floating(pl_module)
@@ -61,6 +61,10 @@ class WeightEMA(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._is_swapped:  # a validation was cut, and a checkpoint may follow
+            self._swap(pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The module keeps the average, so that a test in the same program gives what a later one gives.
         self._swap(pl_module)
@@ -74,6 +78,7 @@ class WeightEMA(Callback):
                 trained = value.detach().clone()
                 value.copy_(self.average[name])
                 self.average[name].copy_(trained)
+        self._is_swapped = not self._is_swapped
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self.average:

@@ -60,8 +60,8 @@ class BestAndLast(Checkpoint):
     """Keeps ``best.ckpt`` and ``last.ckpt`` in a folder.
 
     Both are written at the end of an epoch, after its validation; ``last.ckpt`` also between two steps of an epoch,
-    every ``every_n_minutes`` or ``every_n_steps``, and when SIGTERM has come. A model with a weight that is not finite
-    is never written.
+    every ``every_n_minutes`` or ``every_n_steps``, and when SIGTERM or Ctrl-C has come, in a validation too. A model
+    with a weight that is not finite is never written.
 
     Args:
         dirpath: the folder; None takes ``checkpoints`` in the trainer's ``default_root_dir``.
@@ -165,6 +165,15 @@ class BestAndLast(Checkpoint):
                 self._save(trainer, pl_module, "best.ckpt")
         # The last one remembers the score of the best.
         self._save(trainer, pl_module, "last.ckpt")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if (stops := StopsSoon.of(trainer)) is not None and stops.validates:
+            # Lightning begins a validation again that was in a batch; the weights and generators are those before it.
+            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.reset()
+            progress.increment_ready()
+            progress.increment_started()
+            self._save(trainer, pl_module, "last.ckpt")
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         check_weights(pl_module, trainer.global_step)

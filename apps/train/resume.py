@@ -9,6 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
+
+
+class _ResumedLoop(_FitLoop):
+    """Lightning's loop over epochs, which with ``max_steps`` goes on as with ``max_epochs``."""
+
+    def _iteration_based_training(self) -> bool:
+        # Lightning would restart *inside* an epoch that the checkpoint has finished, count it twice and leave out a
+        # batch.
+        return False
+
+    @property
+    def done(self) -> bool:
+        # Lightning would not begin a validation again that was cut after the last step.
+        batches = self.epoch_loop.val_loop.batch_progress.current
+        return batches.started == batches.processed and super().done
 
 
 class GeneratorState(Callback):
@@ -20,20 +36,19 @@ class GeneratorState(Callback):
 
     def __init__(self) -> None:
         self._to_restore: Mapping[str, Any] | None = None
+        self._before_validation: Mapping[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        states: list[Any] = [generator_state()]
+        states: list[Any] = [self._before_validation or generator_state()]
         if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, generator_state())
+            own, states = states, [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, own[0])
         checkpoint["generators"] = states
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
-        # With max_steps, Lightning restarts *inside* an epoch that the checkpoint has finished: it would count the
-        # epoch twice and leave out a batch. So it goes on with the next one, as with max_epochs.
-        trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+        trainer.fit_loop.__class__ = _ResumedLoop
         states = checkpoint.get("generators", [])
         self._to_restore = states[trainer.global_rank] if len(states) == trainer.world_size else None
 
@@ -42,6 +57,15 @@ class GeneratorState(Callback):
         if self._to_restore is not None:
             restore_generators(self._to_restore)
             self._to_restore = None
+        self._before_validation = generator_state()  # a resumed run may begin with one
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        # The loader of a validation draws before any hook of the validation.
+        follows = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        self._before_validation = generator_state() if follows else None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before_validation = None
 
 
 def generator_state() -> dict[str, Any]:

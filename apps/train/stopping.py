@@ -1,9 +1,11 @@
-"""SIGTERM, which pre-emption and ``timeout`` send, ends a training after at most one step and a checkpoint."""
+"""SIGTERM, which pre-emption and ``timeout`` send, or Ctrl-C ends a training soon and leaves a checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,33 +14,39 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 @contextlib.contextmanager
-def on_sigterm(handler: Callable[..., Any]) -> Iterator[None]:
-    """Call ``handler`` at SIGTERM inside. In other threads than the main one, which have no handlers, do nothing."""
-    try:
-        before = signal.signal(signal.SIGTERM, handler)
-    except ValueError:  # not the main thread
+def on_signal(number: signal.Signals, handler: Callable[..., Any]) -> Iterator[None]:
+    """Call ``handler`` at a signal inside. An ignored signal stays ignored, as Ctrl-C is for a job in the background.
+
+    In other threads than the main one, which have no handlers, do nothing.
+    """
+    before = signal.getsignal(number)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
         yield
         return
+    signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
 class StopsSoon(Callback):
-    """Ends a training of one process at SIGTERM: after the optimizer step with a checkpoint, in a validation at once.
+    """Ends a training of one process at SIGTERM or Ctrl-C: after the optimizer step, or in a validation at once.
 
-    Lightning alone waits for the end of the step or of the validation batch, which may be a decoded batch of half a
-    minute, and writes nothing. Several processes stop as Lightning has them, by a message from the first one.
+    Either leaves a checkpoint; that of a validation is the state before it, and resuming validates again. A second
+    signal does not wait. Lightning alone waits for the end of the validation batch, which may be a decoded batch of
+    half a minute, and writes nothing. Several processes stop as Lightning has them, by a message from the first one.
 
     Attributes:
-        asked: True once SIGTERM has come, while the training goes on until a checkpoint can be written.
+        asked: True once a signal has come, while the training goes on until a checkpoint can be written.
+        validates: whether a batch of a validation is at work; True after one that was cut.
         first_step: optimizer step at which the training began or was resumed.
     """
 
     def __init__(self) -> None:
-        self.asked, self.first_step = False, 0
+        self.asked, self.validates, self.first_step = False, False, 0
         self._trainer: Trainer | None = None
+        self._error: type[BaseException] | None = None
 
     @staticmethod
     def of(trainer: Trainer) -> StopsSoon | None:
@@ -46,18 +54,32 @@ class StopsSoon(Callback):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         return next((c for c in callbacks if isinstance(c, StopsSoon) and c.asked), None)
 
-    def handling(self) -> contextlib.AbstractContextManager[None]:
-        """Handle SIGTERM inside; Lightning's handler, which is set later, calls this one."""
-        return on_sigterm(self._stop)
+    @contextlib.contextmanager
+    def handling(self) -> Iterator[None]:
+        """Handle the signals inside; Lightning's handler of SIGTERM, which is set later, calls this one.
 
-    def _stop(self, *_: Any) -> None:
-        trainer = self._trainer
-        if trainer is not None and (trainer.world_size > 1 or not _writes(trainer)):
+        Raises:
+            SIGTERMException, KeyboardInterrupt: the training has been stopped, by which signal.
+        """
+        with on_signal(signal.SIGTERM, self._stop), on_signal(signal.SIGINT, self._stop):
+            try:
+                yield
+            except SIGTERMException:
+                raise (self._error or SIGTERMException) from None
+
+    def _stop(self, number: int, *_: Any) -> None:
+        trainer, self._error = self._trainer, KeyboardInterrupt if number == signal.SIGINT else SIGTERMException
+        waits = trainer is not None and trainer.world_size == 1 and _writes(trainer)
+        if trainer is not None and not waits and self._error is SIGTERMException:
             return  # Lightning ends the training after the step
-        if trainer is None or not trainer.training or self.asked:  # a second one does not wait
-            raise SIGTERMException
+        if trainer is None or not waits or self.asked:
+            self.asked = False
+            raise self._error
         self.asked = True
         trainer._signal_connector.received_sigterm = False  # it would stop before a checkpoint is written
+        os.write(2, b"\nstopping with a checkpoint; the same signal once more does not wait for it\n")
+        if self.validates:
+            raise SIGTERMException
 
     def written(self, trainer: Trainer) -> None:
         """Let Lightning log the step and end the training, whose checkpoint is written."""
@@ -70,9 +92,14 @@ class StopsSoon(Callback):
         if self.asked:  # the checkpoint of the epoch's end comes next
             self.written(trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.asked:
+    # Between the batches other callbacks may be changing weights, as an average does: there nothing is cut.
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.validates = True
+        if self.asked and self._error is not None:
             raise SIGTERMException
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.validates = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = None

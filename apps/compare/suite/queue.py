@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from apps.base.machine import machine_line, source_commit
@@ -54,9 +54,6 @@ class _StopsInTime(StopsSoon):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         self.asked = self.asked or self.is_over()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pass  # the checkpoint of the epoch comes after it
 
 
 class Queue:

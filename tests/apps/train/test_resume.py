@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,9 @@ import torch
 from places import environment
 from resuming import CONFIG, Stop, assert_same, checkpoint, differences, fit, log
 
+from apps.base.quiet import quiet
+from apps.cli import stopped
+from apps.cli.train import build
 from apps.train.resume import generator_state, restore_generators
 
 
@@ -72,6 +77,7 @@ def fit_and_signal(config: str, run_dir: Path, number: signal.Signals, step: int
         [*command, "--model.seconds", "0.05"],
         env=environment(OMP_NUM_THREADS=str(torch.get_num_threads())),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
@@ -96,7 +102,10 @@ def test_a_killed_process_resumes_exactly(config, tmp_path, unbroken):
     assert not list(broken.rglob("*.tmp"))
 
 
-def test_a_terminated_process_saves_its_last_step_is_no_success_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "ending", "how"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_stopped_process_saves_its_last_step_is_no_success_and_says_how_to_go_on(tmp_path, number, ending, how):
     config = tmp_path / "config.yaml"  # without another checkpoint before the first epoch's end, at step 9
     config.write_text(
         CONFIG.replace("every_n_steps: 2}", "every_n_steps: 1000}").replace(
@@ -104,18 +113,66 @@ def test_a_terminated_process_saves_its_last_step_is_no_success_and_says_how_to_
         )
     )
     fit(str(config), tmp_path / "unbroken")
-    code, stderr = fit_and_signal(str(config), tmp_path / "run", signal.SIGTERM, step=3)
-    assert code == 143
+    code, stderr = fit_and_signal(str(config), tmp_path / "run", number, step=3)
+    assert code == ending
     step = checkpoint(tmp_path / "run")["global_step"]
     assert 4 <= step < 27
     # The log holds the steps before it, and one row of the model's size at step 0.
     assert {int(row["step"]) for row in log(tmp_path / "run")} == set(range(step))
     last = stderr.strip().splitlines()[-1]
-    assert last == "terminated; --ckpt_path last goes on from the last checkpoint, if there is one"
+    assert last == f"{how}; --ckpt_path last goes on from the last checkpoint, if there is one"
     assert "Traceback" not in stderr
     last = str(tmp_path / "run" / "checkpoints" / "last.ckpt")
     fit(str(config), tmp_path / "run", "--ckpt_path", last, "--model.seconds", "0.0")
     assert_same(tmp_path / "unbroken", tmp_path / "run")
+
+
+def fit_and_signal_at(config: str, run_dir: Path, *flags: str, numbers: list[int], validates: bool, batch: int) -> None:
+    """Train in this process, which sends itself signals in a batch of the training or validation, from 0."""
+    with quiet():
+        cli = build("fit", ["--config", config, "--run_dir", str(run_dir), *flags])
+        batches, original = iter(range(batch + 1)), cli.model.task_loss
+
+        def task_loss(data: Any) -> Any:
+            if cli.model.training != validates and not cli.trainer.sanity_checking and next(batches, None) == batch:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return original(data)
+
+        cli.model.task_loss = task_loss
+        with pytest.raises((KeyboardInterrupt, SystemExit)) as stop:
+            cli.execute()
+    assert stopped(stop.value, "") == (130 if numbers[-1] == signal.SIGINT else 143)
+
+
+# An epoch has 9 batches of training and 3 of validation.
+@pytest.mark.parametrize(
+    ("number", "validates", "batches", "step", "flags"),
+    [
+        (signal.SIGTERM, True, (4, 1), 18, ()),
+        (signal.SIGINT, True, (0, 0), 9, ("--model.ema_decay", "null", "--data.num_workers", "1")),
+        (signal.SIGTERM, True, (4,), 8, ("--trainer.val_check_interval", "4")),
+        (signal.SIGINT, True, (8,), 27, ("--trainer.max_epochs", "-1", "--trainer.max_steps", "27")),
+        (signal.SIGTERM, False, (8,), 9, ()),
+        (signal.SIGINT, False, (3,), 4, ()),
+    ],
+)
+def test_a_run_that_a_signal_stops_resumes_exactly(tmp_path, number, validates, batches, step, flags):
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.replace("every_n_steps: 2}", "every_n_steps: 1000}"))
+    fit(str(config), tmp_path / "unbroken", *flags)
+    for batch in batches:
+        where = {"numbers": [number], "validates": validates, "batch": batch}
+        fit_and_signal_at(str(config), tmp_path / "run", *flags, "--ckpt_path", "last", **where)
+        assert checkpoint(tmp_path / "run")["global_step"] == step
+    fit(str(config), tmp_path / "run", *flags, "--ckpt_path", "last")
+    assert_same(tmp_path / "unbroken", tmp_path / "run")
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGINT], [signal.SIGINT, signal.SIGTERM]])
+def test_a_second_signal_does_not_wait(config, tmp_path, numbers):
+    fit_and_signal_at(config, tmp_path / "run", numbers=numbers, validates=False, batch=0)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_finished_run_is_left_as_it_is_and_can_be_made_longer(config, tmp_path):
