@@ -6,7 +6,6 @@ import contextlib
 import glob
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ def new_file(path: Path) -> Path:
 
     Its name is random, and no link that lies there is followed: the folder may be a stranger's.
     """
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    new = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     open(new, "xb").close()
     return new
 
@@ -40,11 +39,6 @@ def delete_leftovers(path: Path) -> None:
     """Delete what killed runs have left beside ``path``, which no other process writes now."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
         delete(leftover)
-
-
-def without_links(path: str, flags: int) -> int:
-    """Open a file as ``open`` does by its ``opener``, or raise an OSError where it is a link."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 @contextlib.contextmanager

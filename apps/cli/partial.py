@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apps.base.files import holding, new_file, replacing, without_links
+from apps.base.files import holding, new_file, replacing
 from apps.cli.configs import differences
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,9 @@ class Partial:
             if made_of is not None:
                 held.enter_context(_held(self.path))
             is_new = made_of is None or not self.path.exists()
-            self.file = held.enter_context(open(self.path, "a+b", opener=without_links))
+            if self.path.is_symlink():
+                raise ValueError(f"{self.path} is a link, and its lines would go elsewhere: take it away")
+            self.file = held.enter_context(open(self.path, "a+b"))
             if made_of is not None:
                 self._go_on(self._known(), is_new, overwrite)
             self._stack = held.pop_all()

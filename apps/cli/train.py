@@ -100,9 +100,7 @@ class SparseCLI(LightningCLI):
         self.offloads = None if request.offload is None else OffloadsExperts(request.offload)
         if request.command == "fit":  # before anything slow
             check_free(self.run_dir)
-            check_unlinked(self.run_dir.glob("*"))
-        else:
-            check_unlinked((self.run_dir / FOLDER, self.run_dir / "profile"))
+        check_unlinked(p for p in self.run_dir.glob("*") if request.command == "fit" or p.name in (FOLDER, "profile"))
         self.subcommands = lambda: {request.command: LightningCLI.subcommands()[request.command]}  # type: ignore[method-assign]
         read_whole_numbers_first()
         # A dataclass field is a fixed group to jsonargparse unless its class is listed here.

@@ -162,8 +162,7 @@ def _public_class(name: Any, base: type) -> Any:
 def _is_plain(name: Any, value: Any) -> bool:
     """Return whether a value of an option of the trainer is a number or a word, which names no class and no file."""
     if isinstance(value, str):
-        is_word = re.fullmatch(r"-?[a-z0-9_]+([-:,][a-z0-9_]+)*", value) is not None
+        is_word = bool(re.fullmatch(r"-?[a-z0-9_]+([-:,][a-z0-9_]+)*", value))
         return name in _WORDS and is_word and not Path(value).exists()
     numbers = value if isinstance(value, list) else () if value is None else (value,)
-    known = name in inspect.signature(Trainer).parameters
-    return known and all(isinstance(number, (bool, int, float)) for number in numbers)
+    return name in inspect.signature(Trainer).parameters and all(isinstance(n, (int, float)) for n in numbers)

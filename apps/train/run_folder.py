@@ -16,8 +16,6 @@ MARKER = ".moesaic-run"
 
 _CURVES = ("events.out.tfevents.*", "hparams.yaml")
 """The files that TensorBoard's writer leaves."""
-_LIBRARIES = ("profile", "tensorboard")
-"""Folders whose files other libraries open, which follow links."""
 
 
 def is_unused(folder: Path) -> bool:
@@ -49,10 +47,11 @@ def check_own(path: Path) -> None:
 def check_unlinked(folders: Iterable[Path]) -> None:
     """Raise a ValueError where one of the folders that a run writes to is a link, or holds one: it leads elsewhere.
 
-    Files that the run replaces may be links. The folder of the run and those above it are not looked at.
+    Files that the run replaces may be links, and those in the folders of other libraries may not: these follow them.
+    The folder of the run and those above it are not looked at.
     """
     for path in (path for folder in folders for path in (folder, *folder.rglob("*"))):
-        if path.is_symlink() and (path.is_dir() or path.parent.name in _LIBRARIES):
+        if path.is_symlink() and (path.is_dir() or path.parent.name in ("profile", "tensorboard")):
             raise ValueError(f"{path} leads to {path.resolve()}, and a run writes in its own folder: remove the link")
 
 

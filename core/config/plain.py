@@ -19,9 +19,6 @@ from typing import Any
 
 from ..registry import OpenConfig, is_registered, registered_config
 
-_NESTED = re.compile(r"[\[{]|:\s")
-"""What every YAML text of a mapping or a list has."""
-
 
 def to_plain(value: Any, hint: Any = Any) -> Any:
     """Return a value as plain dicts, lists, numbers and texts.
@@ -191,14 +188,16 @@ def _check_text(text: str, hint: Any, where: str) -> None:
     """
     takes_text = any(k in (str, Any, object) or typing.get_origin(k) is typing.Literal for k in _kinds(hint))
     for kind in _classes(hint):
-        if issubclass(kind, (str, int, float, PurePath, types.NoneType, types.UnionType, Iterable)):
+        # A list has no class to import beside those of its items; a Tensor iterates as well, and is a class.
+        holds = issubclass(kind, Iterable) and kind.__module__ in ("builtins", "collections.abc")
+        if holds or issubclass(kind, (str, int, float, PurePath, types.NoneType, types.UnionType)):
             continue
         if not takes_text:
             raise ValueError(f"{where}={_short(text)} is a text in place of a {kind.__name__}")
-        if kind in (Any, object) and _NESTED.search(text):
-            raise ValueError(f"{where}={_short(text)} is a text of nested values: give the values")
-        if kind not in (Any, object) and (not re.fullmatch(r"[\w-]*", text) or Path(text).exists()):
-            raise ValueError(f"{where}={_short(text)} is neither a {kind.__name__} nor a word, or a file has that name")
+        is_word = re.fullmatch(r"[\w-]*", text) and not Path(text).is_file()
+        # Every YAML text of a mapping or a list has one of these characters.
+        if not is_word and (kind not in (Any, object) or re.search(r"[\[{]|:\s", text)):
+            raise ValueError(f"{where}={_short(text)} may stand for a class or a file: it must be a plain word")
 
 
 def _classes(hint: Any) -> Iterator[type]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import secrets
 import struct
 import threading
 import weakref
@@ -104,7 +103,7 @@ class ExpertFile:
         text += b" " * (-(8 + len(text)) % _ALIGNED)
         self._begin = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in names}  # type: ignore[index]
         self.size = 8 + len(text) + end
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
         try:
             with open(temporary, "xb") as file:
                 file.write(struct.pack("<Q", len(text)) + text)

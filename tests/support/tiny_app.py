@@ -104,6 +104,7 @@ class LooseModule(TinyModule):
     Args:
         num_classes: classes of the data.
         start, starts: classes of the engine, of which the first may be a word.
+        weights: a tensor.
         note: anything.
         kwargs: arguments of ``TinyModule``.
     """
@@ -113,6 +114,7 @@ class LooseModule(TinyModule):
         num_classes: int,
         start: str | core.convert.Start = "copy",
         starts: tuple[core.convert.Start, ...] = (),
+        weights: Tensor | None = None,
         note: Any = None,
         **kwargs: Any,
     ) -> None:

@@ -255,6 +255,7 @@ def test_plain_values_of_the_trainer_beside_a_checkpoint_hold(trained, folder, c
         ("note", "class_path: planted.Module"),
         ("note", [{"deep": r'{"class_path": "planted\u002eModule"}'}]),
         ("starts", {"planted.Router"}),
+        ("weights", "planted.Router"),
         ("moe.router", "planted.Router"),
         ("moe+", "planted.Router"),
         ("other", r'{"class_path": "planted\u002eModule"}'),
