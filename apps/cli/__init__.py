@@ -173,6 +173,11 @@ def _dispatch(args: list[str]) -> int:
 
         return run(request)
     if command in _OTHERS:
+        from apps.cli.classes import load_class
+        from apps.cli.configs import own_classes
+
+        for path in own_classes(rest):
+            load_class(path)
         return int(importlib.import_module(_OTHERS[command][0]).main(rest))
     names = [*_TRAINING, *_OTHERS]
     near = difflib.get_close_matches(command, names, n=1)

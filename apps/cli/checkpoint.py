@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
 
 from apps.base.messages import excerpt
-from apps.cli.classes import load_class
 from apps.cli.configs import differences
 from apps.cli.usage import named_class_path
 from apps.registry import class_path
@@ -53,29 +52,6 @@ def remembered(
     return {"model": {"class_path": named, "init_args": {k: v for k, v in hparams.items() if k not in decided}}}
 
 
-def import_named(checkpoint: Mapping[str, Any], texts: Collection[str]) -> None:
-    """Import the classes that a checkpoint names and the user's own command or configuration names as well.
-
-    Args:
-        checkpoint: contents of the checkpoint.
-        texts: the user's own words: the values of flags and of the configurations that ``--config`` named.
-    """
-    for path in {*_class_paths(checkpoint.get("hyper_parameters")), checkpoint.get("module_class")}:
-        if isinstance(path, str) and path in texts:
-            load_class(path)  # a missing one is reported where it is looked up
-
-
-def _class_paths(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        if "class_path" in value:
-            yield value["class_path"]
-        for inner in value.values():
-            yield from _class_paths(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _class_paths(inner)
-
-
 def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path) -> None:
     """Raise a ``ValueError`` that names the options that differ where a checkpoint's tensors are not the model's."""
     check_class(checkpoint, model, str(path))
@@ -83,7 +59,8 @@ def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path
     detail = unlike(checkpoint["state_dict"], model)
     if not detail:
         return
-    there, here = checkpoint.get("hyper_parameters", {}), getattr(model, "hparams", {})
+    own = getattr(model, "sparsify_arguments", None)
+    there, here = checkpoint.get("hyper_parameters", {}), getattr(model, "hparams", {}) if own is None else own
     shapeless = tuple(
         f"model.{name}" for name in ("optimizer", "ema_decay", "average_last", "grow", "distil", "report")
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+import importlib.util
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +118,39 @@ def at(values: Any, keys: Iterable[str]) -> Any:
     return values
 
 
-def texts(value: Any) -> Iterator[str]:
-    """Yield every text of nested plain values."""
-    if isinstance(value, str):
+def texts(value: Any, keys: Collection[str], key: str = "") -> Iterator[str]:
+    """Yield every text at one of ``keys`` in nested plain values."""
+    if isinstance(value, str) and key in keys:
         yield value
-    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
-        yield from texts(inner)
+    for name, inner in value.items() if isinstance(value, Mapping) else ():
+        yield from texts(inner, keys, str(name))
+    for inner in value if isinstance(value, list) else ():
+        yield from texts(inner, keys, key)
+
+
+_NAMES_CLASS = re.compile(r"--(data|data\.class_path|(model|sparsify|trainer)\b.*)")
+
+
+def own_classes(words: Iterable[str]) -> list[str]:
+    """Return the class paths outside the suite that a command line and its configurations name.
+
+    Where the working folder has such a module, and it is found nowhere else, the folder comes last on ``sys.path``. So
+    what a checkpoint names, or a library tries to import, is not looked for there.
+    """
+    named: list[str] = []
+    parts = [part for word in words for part in word.split("=", 1)]
+    for flag, word in zip(["", *parts], parts, strict=False):
+        if _NAMES_CLASS.fullmatch(flag):
+            named.append(word)
+        if word.endswith((".yaml", ".yml")) and Path(word).is_file():
+            named += texts(read_config(Path(word)), ("class_path", "model", "data"))
+    paths = [path for text in named for path in re.findall(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", text)]
+    paths = [path for path in paths if not path.startswith(("core.", "apps."))]
+    for top in {path.partition(".")[0] for path in paths} - sys.modules.keys():
+        lies_here = Path(f"{top}.py").is_file() or Path(top, "__init__.py").is_file()
+        if lies_here and importlib.util.find_spec(top) is None:
+            sys.path.append(str(Path.cwd()))
+    return paths
 
 
 def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

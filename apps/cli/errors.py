@@ -124,7 +124,8 @@ def reduce_message(text: str, options: Iterable[str] = ()) -> str:
         return unknown_option(f"{key}={owner}", _classes_of(match[1]), owner, listed=False)
     if owner and _NO_MODULE.match(complaint):
         near = difflib.get_close_matches(owner.rpartition(".")[2], _class_names(outer, name, kinds), n=1)
-        return f"{key}={owner} does not exist: {one_line(complaint)}" + (f"; did you mean {near[0]!r}?" if near else "")
+        where = f"{one_line(complaint)}, neither installed, nor on PYTHONPATH, nor in the working folder"
+        return f"{key}={owner} does not exist: {where}" + (f"; did you mean {near[0]!r}?" if near else "")
     if match := _NAME.search(text, text.index(complaint)):  # a name that may be a class's, among other kinds
         near = difflib.get_close_matches(match[1], _class_names(owner, name, kinds), n=1)
         if near:

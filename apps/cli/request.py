@@ -22,7 +22,7 @@ import yaml
 from apps.base.files import naming
 from apps.cli import UsageError, usage
 from apps.cli.classes import load_class, with_long_flags, with_long_names
-from apps.cli.configs import at, merge, read_config, shipped, texts
+from apps.cli.configs import at, merge, own_classes, read_config, shipped
 from apps.cli.flags import NULLS, asks, asks_for_help, given, switch, take, verbatim, with_flags, with_nulls
 from apps.registry import subclasses
 from apps.train.checkpoint_paths import NAMES, find_checkpoint
@@ -122,6 +122,7 @@ class Request:
         exported = None if onnx is None else _opened(onnx)
         has_run = options["run_dir"] and onnx is None and (which in NAMES or command != "fit")
         named = which if which not in (None, *NAMES) else given_weights
+        own = own_classes([*map(str, paths), *flags])
         beside = None if paths else _config_beside(named, options["run_dir"][-1] if has_run else None)
         config: dict[str, Any] = {}
         for path in paths:
@@ -162,21 +163,21 @@ class Request:
             if which in NAMES and checkpoint is None:
                 print(f"no {run_dir / 'checkpoints' / which}.ckpt yet: starting from the beginning")
 
-        from apps.cli.checkpoint import import_named, remembered
+        from apps.cli.checkpoint import remembered
         from apps.train.contents import read_checkpoint
         from apps.train.loading import check_beside
 
+        source = onnx or checkpoint
+        for name in own if source or beside or given_weights else ():  # a checkpoint may name them then
+            load_class(name)  # a missing one is reported where it is looked up
         if beside is not None:
             config, note = check_beside(config, beside)
             if note and command == "fit":
                 raise UsageError(f"{beside} lies beside the checkpoint, and the training would lack what is {note[2:]}")
             print(f"configuration: {beside}, which lies beside the checkpoint{note}", file=sys.stderr)
         loaded = None
-        source = onnx or checkpoint
         if source is not None:
             loaded = exported.checkpoint if exported is not None else read_checkpoint(source, shapes_only=True)
-            if beside is None and exported is None:
-                import_named(loaded, {*texts(config), *(part for flag in flags for part in flag.split("=", 1))})
             config = merge(remembered(loaded, config, _find_class("model", flags, config), source), config)
             config = _with_remembered_data(config, flags, loaded)
             _check_superseded(config, flags, source)

@@ -159,6 +159,7 @@ class SparseCLI(LightningCLI):
         section = self._get(self.config_init, "sparsify")
         if section is not None:
             self.model = sparsified(self.model, section)
+            self.model.sparsify_arguments = yaml.safe_load(self.plain_config())["model"].get("init_args") or {}
         self.trainer = self.instantiate_trainer()
         self._check_links()
         if self.request.exported is not None:

@@ -63,10 +63,10 @@ class Run:
         """
         file = find_checkpoint(path)
         checkpoint = read_checkpoint(file, shapes_only)
-        if "module_class" not in checkpoint:
+        if "module_class" not in checkpoint or "sparsify" in checkpoint:
             raise ValueError(
-                f"{file} names no model of the suite: convert a model of your own by core.sparsify, core.densify, "
-                "core.prune_experts and their like"
+                f"{file} is of no model of the suite: convert a model of your own in a script, by apps.load and "
+                "core.sparsify, core.densify, core.prune_experts and their like (docs/your_model.md)"
             )
         beside = file.parent.parent / CONFIG
         values = read_config(config) if config is not None else read_config(beside) if beside.is_file() else None

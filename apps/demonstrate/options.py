@@ -63,6 +63,7 @@ def command_line() -> Parser:
     )
     add = parser.add_argument
     add("--ckpt_path", required=True, metavar="RUN", help=MEANING)
+    add("--config", metavar="FILE", help="configuration that names classes of your own, such as that of the run")
     add("--port", type=int, default=PORT, metavar="N", help=f"port of the page; 0: a free one (default: {PORT})")
     add("--open", action="store_true", help="show the page in the browser")
     add("--examples", type=int, default=6, metavar="N", help="examples of the run's data; 0: none (default: 6)")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from apps import registry
 from apps.base.messages import excerpt
@@ -23,7 +23,8 @@ from apps.train.module import SparseModule
 from apps.train.offloading import offload as offload_experts
 from apps.train.offloading import room_for_experts
 from apps.train.quantising import quantise
-from core.config.plain import arguments_from_plain
+from apps.train.sparsified import SparsifiedModule, SparsifyConfig, restored
+from core.config.plain import arguments_from_plain, from_plain
 
 
 def load(
@@ -63,7 +64,9 @@ def load(
     file = find_checkpoint(path)
     checkpoint = read_checkpoint(file)
     with room_for_experts(offload):
-        model = module_class(checkpoint, file).restored(checkpoint, str(file)).eval()
+        kind = module_class(checkpoint, file)
+        model = restored(kind, checkpoint, file) if "sparsify" in checkpoint else kind.restored(checkpoint, str(file))
+        model.eval()
     if quantize is not None:
         quantise(model, quantize)
     if offload is not None:
@@ -71,7 +74,7 @@ def load(
     return model.to(device)
 
 
-def module_class(checkpoint: Mapping[str, Any], path: Path) -> type[SparseModule]:
+def module_class(checkpoint: Mapping[str, Any], path: Path) -> Any:
     """Return the class of the model that a checkpoint is of: an app's, or one that the program has imported.
 
     Args:
@@ -84,7 +87,7 @@ def module_class(checkpoint: Mapping[str, Any], path: Path) -> type[SparseModule
     name = checkpoint.get("module_class")
     if not isinstance(name, str):
         raise ValueError(f"{path} does not say which model it is of: load it by load_from_checkpoint of its class")
-    kind = _public_class(name, SparseModule)
+    kind = _public_class(name, LightningModule if "sparsify" in checkpoint else SparseModule)
     if kind is not None:
         return kind
     short = name.rpartition(".")[2]
@@ -128,7 +131,7 @@ def check_beside(config: Mapping[str, Any], path: Path) -> tuple[dict[str, Any],
     trainer = config.get("trainer") or {}
     plain = {name: value for name, value in trainer.items() if _is_plain(name, value)}
     left_out = ", ".join(f"trainer.{name}" for name in trainer if name not in plain)
-    kept = {key: config[key] for key in ("seed_everything", "model", "data") if key in config}
+    kept = {key: config[key] for key in ("seed_everything", "model", "data", "sparsify") if key in config}
     return {**kept, "trainer": plain}, left_out and f"; left out: {left_out} (--config {path} takes all of it)"
 
 
@@ -136,13 +139,15 @@ def _check_beside(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if key in ("model", "data"):
             name = value if isinstance(value, str) else value.get("class_path") if isinstance(value, Mapping) else None
-            kind = _public_class(name, LightningDataModule if key == "data" else SparseModule)
+            kind = _public_class(name, LightningDataModule if key == "data" else LightningModule)
             if kind is None:
                 raise ValueError(f"{key}={excerpt(name)} is neither a class of the apps nor one that is imported")
             if isinstance(value, Mapping):
                 if extra := set(value) - {"class_path", "init_args"}:
                     raise ValueError(f"{key} has {sorted(map(str, extra))[0]!r} beside class_path and init_args")
                 arguments_from_plain(kind, value.get("init_args") or {}, key)
+        elif key == "sparsify" and value is not None:
+            from_plain(value, SparsifyConfig, key)
         elif key == "trainer" and value is not None and not isinstance(value, Mapping):
             raise ValueError(f"trainer={excerpt(value)} is not a mapping of the trainer's options")
         elif value is not None and key not in ("seed_everything", "trainer", "run_dir", "ckpt_path"):
@@ -156,7 +161,8 @@ def _public_class(name: Any, base: type) -> Any:
     if registry.full_path(name) is not None:
         kind = registry.resolve(name)
         return kind if issubclass(kind, base) else None
-    return next((k for k in registry.subclasses(base)[1:] if name == registry.class_path(k)), None)
+    kinds = registry.subclasses(base)[1:]  # a class that was made sparse has the name of the user's
+    return next((k for k in kinds if name == registry.class_path(k) and not issubclass(k, SparsifiedModule)), None)
 
 
 def _is_plain(name: Any, value: Any) -> bool:

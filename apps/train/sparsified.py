@@ -17,9 +17,10 @@ from torch import Tensor
 
 import core
 from apps.base.checks import check_name
-from apps.registry import name_of
+from apps.registry import class_path, name_of
 from apps.train.balanced import BalancedModule
-from core.config.plain import to_plain
+from apps.train.contents import unlike
+from core.config.plain import arguments_from_plain, from_plain, to_plain
 from core.convert import Start
 from core.convert.starts import start_of
 
@@ -80,9 +81,12 @@ class SparsifiedModule(BalancedModule):
 
     Attributes:
         sparsify_config: the section of the configuration.
+        sparsify_arguments: plain arguments of the user's constructor, which a checkpoint keeps; None: the ``hparams``
+            that the user's module saves.
     """
 
     sparsify_config: SparsifyConfig
+    sparsify_arguments: Mapping[str, Any] | None = None
 
     def balanced(self, result: Any, tape: core.Tape) -> Any:
         """Return what a training step has returned, with the balance losses added to its loss.
@@ -134,6 +138,9 @@ class SparsifiedModule(BalancedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["sparsify"] = to_plain(self.sparsify_config, SparsifyConfig)
+        checkpoint["module_class"] = class_path(type(self))
+        if self.sparsify_arguments is not None:
+            checkpoint["hyper_parameters"] = dict(self.sparsify_arguments)
 
 
 def sparsified(module: LightningModule, config: SparsifyConfig) -> SparsifiedModule:
@@ -170,6 +177,21 @@ def sparsified(module: LightningModule, config: SparsifyConfig) -> SparsifiedMod
     if not isinstance(sparse, LightningModule):
         raise ValueError(f"sparsify.modules={config.modules!r} names the whole model: name a part of it")
     return adopt(sparse, config)
+
+
+def restored(kind: type[LightningModule], checkpoint: Mapping[str, Any], path: Any) -> SparsifiedModule:
+    """Return the trained module of a user's class that a checkpoint of a module made sparse holds.
+
+    Raises:
+        ValueError: an argument or the section is not the class's, or the tensors are another model's.
+    """
+    arguments = arguments_from_plain(kind, checkpoint.get("hyper_parameters") or {}, f"{path}: model")
+    module = sparsified(kind(**arguments), from_plain(checkpoint["sparsify"], SparsifyConfig, f"{path}: sparsify"))
+    if detail := unlike(checkpoint["state_dict"], module):
+        raise ValueError(f"{path} does not fit a {kind.__name__} of its arguments: {detail}")
+    module.on_load_checkpoint(dict(checkpoint))
+    module.load_state_dict(checkpoint["state_dict"])
+    return module
 
 
 def adopt(module: LightningModule, config: SparsifyConfig) -> SparsifiedModule:

@@ -79,6 +79,7 @@ def command_line() -> Parser:
     parser = Parser(prog="moesaic export", allow_abbrev=False, description=_DESCRIPTION, epilog=_EPILOG)
     add = parser.add_argument
     add("--ckpt_path", required=True, metavar="RUN", help=MEANING)
+    add("--config", metavar="FILE", help="configuration that names classes of your own, such as that of the run")
     add("--output", required=True, metavar="PATH", help="file that ends in .onnx or .pt2, or a folder")
     add("--format", choices=tuple(ENDINGS), default="onnx", help="what is written (default: onnx)")
     form = "MoE layers of an ONNX graph: standard operators, those of onnxruntime, or the faster of both (the default)"

@@ -106,6 +106,7 @@ def command_line() -> Parser:
     )
     add = parser.add_argument
     add("--ckpt_path", required=True, metavar="RUN", help=MEANING)
+    add("--config", metavar="FILE", help="configuration that names classes of your own, such as that of the run")
     add(
         "--host", default=LOCAL, help=f"address to listen on; other than this machine's own: a token (default: {LOCAL})"
     )

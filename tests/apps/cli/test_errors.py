@@ -25,7 +25,10 @@ from apps.cli.errors import reduce_message
         (["--model.moe.router", "TokenChoic"], "router=TokenChoic does not exist; did you mean 'TokenChoice'?"),
         (["--model.moe.router", "core.TokenChoic"], "core.TokenChoic does not exist; did you mean 'core.TokenChoice'?"),
         (["--model.moe.expert", "core.FNN"], "model.moe.expert=core.FNN does not exist; did you mean 'core.FFN'?"),
-        (["--model.moe.router", "coer.Hash"], "router=coer.Hash does not exist: No module named 'coer'; did you mean"),
+        (
+            ["--model.moe.router", "coer.Hash"],
+            "router=coer.Hash does not exist: No module named 'coer', neither installed",
+        ),
         (["--trainer.logger", "CSVLoger"], "trainer.logger=CSVLoger does not exist; did you mean 'CSVLogger'?"),
         (["--trainer.callbacks", "ModelChekpoint"], "callbacks=ModelChekpoint does not exist; did you mean 'ModelC"),
         (["--model.moe.router.topk", "1"], "model.moe.router.topk does not exist; did you mean 'top_k'?"),

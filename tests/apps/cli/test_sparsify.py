@@ -65,12 +65,6 @@ def test_a_test_makes_the_sparse_model_again(folder, capsys) -> None:
     assert main(["test", *beside, "--run_dir", str(folder / "tested")]) == 0
 
 
-def test_the_configuration_beside_a_checkpoint_names_no_class_of_ones_own(folder, capsys) -> None:
-    line = fails(capsys, 1, "test", "--ckpt_path", str(folder / "sparse"))
-    assert "model='own_net.Net' is neither a class of the apps" in line
-    assert line.endswith(f"if you trust it, give --config {folder / 'sparse' / 'config.yaml'}")
-
-
 def test_a_flag_overrides_the_section(folder) -> None:
     flags = ["--sparsify.moe.num_experts", "2", "--sparsify.moe.router", "core.ExpertChoice"]
     flags += ["--sparsify.moe.balance.load_balancing", "0", "--sparsify.exact=false"]
@@ -104,5 +98,5 @@ def test_a_wrong_section_is_refused_in_one_line(folder, capsys) -> None:
     line = fails(
         capsys, 1, "convert", "densify", "--ckpt_path", str(folder / "sparse"), "--output", str(folder / "new")
     )
-    assert "names no model of the suite: convert a model of your own by core.sparsify" in line
+    assert "is of no model of the suite: convert a model of your own in a script" in line
     assert not (folder / "new").exists()
