@@ -94,9 +94,8 @@ def build_rows(
         offsets, position = last_values(offsets, sequence.length)
         row = first_row + np.repeat(np.arange(num_rows), np.diff(offsets))
         rows = rows_of(sequence, Codes(codes.codes[position], codes.values), row)
-        which = f"column {sequence.name!r}: over half of the values of the rows to predict, %s, are not in training"
-        unseen = (rows == 0) & (codes.codes[position] != MISSING)
-        unlike[f"{which}: are they written alike there?"] = np.array([unseen.sum(), len(rows) / 2])
+        what = f"column {sequence.name!r}: most values, %s, are not in training: are they written alike there?"
+        unlike[what] = np.array([((rows == 0) & (codes.codes[position] != MISSING)).sum(), len(rows) / 2])
         save_sequence(writer, i, offsets, rows)
     dense = writer.create("dense", (num_rows, len(features.continuous)), np.float32)
     for c, column in enumerate(features.continuous):
