@@ -118,7 +118,7 @@ def _systems(experiment: Experiment, asked: Command, display: Display) -> list[S
         if options.rounds and isinstance(sparse, OwnModel):
             sparse.configure_optimizers()  # refused now, and not after the training
         systems = find_systems(sparse, batch, options.baselines, options.routers)
-        warnings = getattr(data, "warnings", list)()
+        warnings: Sequence[str] = getattr(data, "warnings", list)()
     write_json(asked.output / "systems.json", [asdict(s) for s in systems])
     for warning in warnings:
         display.say(f"check: {warning}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from apps.demonstrate.page import appearance, build_page
 from apps.demonstrate.serving import local_app, serve
 from apps.train.checkpoint_paths import run_name
 from apps.train.loading import load
-from apps.train.stopping import on_sigterm
+from apps.train.stopping import on_signal
 
 
 def run(options: Options) -> int:
@@ -29,7 +30,7 @@ def run(options: Options) -> int:
     Raises:
         ValueError: the checkpoint is damaged, or of a model that no app has or whose app has no page.
     """
-    with on_sigterm(lambda *_: sys.exit(143)), tempfile.TemporaryDirectory(prefix="moesaic-demo-") as folder:
+    with on_signal(signal.SIGTERM, lambda *_: sys.exit(143)), tempfile.TemporaryDirectory(prefix="moesaic-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # else Gradio's own folder stays
         try:
             with quiet(own_notes=False):

@@ -170,7 +170,9 @@ class BertConfig:
                 "encoder is read where it is of type 'bert' with gelu"
             )
         files.check_config(config, folder / files.CONFIG, *_SIZES)
-        return cls(*(config[name] for name in _SIZES), eps=float(config.get("layer_norm_eps", 1e-12)))
+        dim, hidden_dim, depth, num_heads, max_positions = (config[name] for name in _SIZES)
+        eps = float(config.get("layer_norm_eps", 1e-12))
+        return cls(dim, hidden_dim, depth, num_heads, max_positions, eps)
 
 
 class SentenceTower(nn.Module):

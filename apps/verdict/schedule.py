@@ -144,8 +144,8 @@ def make_schedule(
             seeds += 1
         return Schedule(seeds, low, tuple(rates))
     lacking = needed(SEEDS[-1], least) - seconds
-    enough = math.ceil(11 * (minutes + lacking / 60)) / 10  # a tenth more for the reserve, rounded up
+    with_reserve = math.ceil(11 * (minutes + lacking / 60)) / 10  # a tenth more, rounded up
     raise ValueError(
         f"minutes={minutes:g} fits no comparison: {SEEDS[-1]} seeds of {least} steps, with the search of "
-        f"{len(rates)} learning rates, need about {enough:g} minutes on this machine"
+        f"{len(rates)} learning rates, need about {with_reserve:g} minutes on this machine"
     )

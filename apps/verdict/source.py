@@ -24,8 +24,10 @@ def configuration(options: Options) -> tuple[Path, tuple[str, ...]]:
     """
     if options.is_config:
         return options.data[0], ()
-    columns = {"exclude": options.exclude, "time": options.time, "user": options.user}
-    given = GivenData(options.data, options.target, options.output / "data", options.kind, **columns)
+    folder = options.output / "data"
+    given = GivenData(
+        options.data, options.target, folder, options.kind, options.exclude, options.time, options.user
+    )
     for name in registry.OWN_DATA:
         made = importlib.import_module(name).config_for(given)
         if made is not None:

@@ -105,7 +105,8 @@ class Work:
         self.budget, self.display = budget, display
         budget.hold_back(3 * plan.start_seconds)  # writing the result takes about as long as beginning a run
         self.steps = plan.schedule.steps
-        default = min(plan.schedule.rates, key=lambda rate: abs(math.log(rate / experiment.rate)), default=None)
+        configured = experiment.rate or 1.0  # without one there are no rates to choose from
+        default = min(plan.schedule.rates, key=lambda rate: abs(math.log(rate / configured)), default=None)
         self.rates: dict[str, float | None] = dict.fromkeys(plan.systems, default)
         self.finished: list[Finished] = []
         self.is_over = False

@@ -344,8 +344,8 @@ class TableData(SuiteData):
                 return self.test_dataloader()
             rows.kept = self._kept() if self.predict_columns else None
             return self.eval_loader(rows)
-        rows = self._rows_to_predict(self.predict_file, self.encoding)
-        return DataLoader(rows, batch_size=None, collate_fn=as_it_is)
+        new_rows = self._rows_to_predict(self.predict_file, self.encoding)
+        return DataLoader(new_rows, batch_size=None, collate_fn=as_it_is)
 
     def _kept(self) -> dict[str, Any]:
         """Return ``predict_columns`` of all rows of the table as arrow arrays."""

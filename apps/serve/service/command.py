@@ -26,7 +26,7 @@ from apps.serve.service.reading import Reader
 from apps.train.answering import Service
 from apps.train.checkpoint_paths import run_name
 from apps.train.loading import load
-from apps.train.stopping import on_sigterm
+from apps.train.stopping import on_signal
 
 _LOOKED_AT = 16
 """One of so many batches is looked at for the use of the experts, which costs some time."""
@@ -43,7 +43,7 @@ def run(options: Options) -> int:
             none; or the port was taken meanwhile.
     """
     try:
-        with on_sigterm(lambda *_: sys.exit(143)):  # the first process of a container heeds no signal by default
+        with on_signal(signal.SIGTERM, lambda *_: sys.exit(143)):  # the first process of a container heeds no signal by default
             with quiet(own_notes=False):
                 model, offloaded = prepared(options)
                 service = service_of(model)(model)
