@@ -30,7 +30,8 @@ def run(options: Options) -> int:
     Raises:
         ValueError: the checkpoint is damaged, or of a model that no app has or whose app has no page.
     """
-    with on_signal(signal.SIGTERM, lambda *_: sys.exit(143)), tempfile.TemporaryDirectory(prefix="moesaic-demo-") as folder:
+    ends = on_signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with ends, tempfile.TemporaryDirectory(prefix="moesaic-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # else Gradio's own folder stays
         try:
             with quiet(own_notes=False):

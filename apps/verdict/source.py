@@ -24,10 +24,8 @@ def configuration(options: Options) -> tuple[Path, tuple[str, ...]]:
     """
     if options.is_config:
         return options.data[0], ()
-    folder = options.output / "data"
-    given = GivenData(
-        options.data, options.target, folder, options.kind, options.exclude, options.time, options.user
-    )
+    columns = (options.exclude, options.time, options.user)
+    given = GivenData(options.data, options.target, options.output / "data", options.kind, *columns)
     for name in registry.OWN_DATA:
         made = importlib.import_module(name).config_for(given)
         if made is not None:

@@ -226,8 +226,9 @@ class Work:
             gc.collect()
         self.num_done += 1
         self.display.finished(run.name, seconds)
+        left = self.budget.seconds - self.budget.spent
         quality = "diverged" if result["quality"] is None else f"{result['quality']:.4g}"
-        self.display.say(f"{run.name}: {quality}, {result['wall_seconds']:.1f} s; {self.budget.left:.0f} s left")
+        self.display.say(f"{run.name}: {quality}, {result['wall_seconds']:.1f} s; {left:.0f} s left")
         return result
 
     def _step_seconds(self, system: str) -> float:

@@ -43,7 +43,8 @@ def run(options: Options) -> int:
             none; or the port was taken meanwhile.
     """
     try:
-        with on_signal(signal.SIGTERM, lambda *_: sys.exit(143)):  # the first process of a container heeds no signal by default
+        # The first process of a container heeds no signal by default.
+        with on_signal(signal.SIGTERM, lambda *_: sys.exit(143)):
             with quiet(own_notes=False):
                 model, offloaded = prepared(options)
                 service = service_of(model)(model)
