@@ -223,6 +223,7 @@ def weighted_rows(weights_nE: Tensor) -> Callable[[Tensor], Tensor]:
     def rows(stacked: Tensor) -> Tensor:
         dtype = torch.float64 if stacked.dtype == torch.float64 else torch.float32
         weights = weights_nE.to(stacked.device, dtype)
-        return (weights @ stacked.to(dtype).flatten(1)).unflatten(1, stacked.shape[1:]).to(stacked.dtype)
+        summed = weights @ stacked.to(dtype).reshape(len(stacked), -1)  # a vector has no second axis
+        return summed.reshape(-1, *stacked.shape[1:]).to(stacked.dtype)
 
     return rows
