@@ -18,7 +18,7 @@ from apps.base.checks import check_name
 from apps.data.subwords import Subwords
 from apps.nets.transformer import LanguageModel
 from apps.porting import files, mixtral, nllb, switch
-from apps.porting.architecture import Architecture, Family, Model
+from apps.porting.architecture import Architecture, Family, Model, as_it_is
 from apps.porting.parts import Parts, to_ours, to_theirs
 from apps.porting.subwords import read_file, read_subwords, write_subwords
 from apps.porting.vocabulary import Vocabulary, special_id
@@ -157,14 +157,14 @@ def to_published(
 def _publish(
     model: Model, like: Mapping[str, Any] | None, model_type: str | None
 ) -> tuple[dict[str, Any], Parts, dict[str, Tensor]]:
-    like = dict(like or {})
+    like, (model, given) = dict(like or {}), as_it_is(model)
     model_type = model_type or like.get("model_type") or _model_type(model)
     family = _family(model_type)
     defaults = family.defaults[model_type]
     like = {**defaults, **_start(model, defaults), **like, "model_type": model_type}
     our_size = _vocab_sizes(model)[-1]
     vocabulary = family.vocabulary({**like, "vocab_size": our_size})[0].resized(our_size)
-    own, weights = family.fit(Architecture.of(model, model_type, vocabulary), dict(model.state_dict()))
+    own, weights = family.fit(Architecture.of(model, model_type, vocabulary), given)
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     written = family.write(own)
     for name in ("eos_token_id", "bos_token_id"):
@@ -176,6 +176,8 @@ def _publish(
     read = _read(config, {})
     _compare(_essence(own, model), read.essence(), f"cannot be said in {model_type}, which has", besides=("tie",))
     for name, shape in read.shapes().items():
+        if name not in weights:
+            raise ValueError(f"the model has no {name}, which a {model_type} has")
         if weights[name].shape != shape:
             raise ValueError(f"{name} of shape {tuple(weights[name].shape)} is {tuple(shape)} in {model_type}")
     table = family.parts(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from apps.nets.config import TransformerConfig
 from apps.nets.transformer import LanguageModel, TranslationModel
 from apps.porting.parts import Parts
 from apps.porting.vocabulary import Vocabulary
+from core.layers import FeedForward
 
 Model = TranslationModel | LanguageModel
 
@@ -130,6 +132,42 @@ class Architecture:
         return {**values, **_essence_of_moe(self.moe, shape.dim), "vocab_size": self.vocabulary.our_size}
 
 
+def as_it_is(model: Model) -> tuple[Model, dict[str, Tensor]]:
+    """Return a model whose configuration says what its layers are now, and its weights. They share the model's modules.
+
+    ``core.prune_experts``, ``core.densify`` and their like change the layers of a model, not its configuration.
+
+    Raises:
+        ValueError: layers differ in their number of experts, dense ones in their activation or gate, or no dense FFN
+            computes what a layer of one expert does.
+    """
+    now, weights = copy.copy(model), dict(model.state_dict())
+    counts = sorted({layer.num_experts for layer in model.modules() if isinstance(layer, core.MoE)})
+    ones = {name: one.feed_forward() for name, one in model.named_modules() if isinstance(one, core.OneExpert)}
+    if len(model.moes) != 1 or model.attention_moe is not None:  # Architecture.of rejects them
+        return now, weights
+    if len(counts) > 1:
+        raise ValueError(f"the MoE layers have {counts} experts: published models have one number for all")
+    moe = model.moes[0].split(model.config.shape.dim)
+    now.moes = tuple(replace(moe, num_experts=count) for count in counts)
+    for name, ffn in ones.items():
+        weights = {key: weight for key, weight in weights.items() if not key.startswith(f"{name}.")}
+        weights |= {f"{name}.{key}": weight for key, weight in ffn.state_dict().items()}
+    if ones:
+        dense: list[Any] = [*ones.values(), *(ffn for ffn in model.modules() if isinstance(ffn, FeedForward))]
+        (activation, gated), *others = sorted({(ffn.activation, ffn.w_gate is not None) for ffn in dense})
+        if others:
+            raise ValueError(f"dense layers have {activation!r}, gated={gated}, and others: published models have one")
+        widest = max(ffn.w_in.out_features for ffn in dense)
+        now.config = replace(now.config, hidden_dim=widest, activation=activation, gated=gated)
+    for blocks in ("encoder_moe_blocks", "decoder_moe_blocks", "moe_blocks"):
+        stack = "encoder" if blocks.startswith("encoder") else "decoder"
+        if hasattr(model, blocks):
+            sparse = (i for i in getattr(model, blocks) if f"{stack}.layers.{i}.ffn" not in ones)
+            setattr(now, blocks, tuple(sparse))
+    return now, weights
+
+
 def _essence_of_moe(moe: core.MoEConfig | None, dim: int) -> dict[str, Any]:
     if moe is None:
         return {}
@@ -187,7 +225,8 @@ class Family:
 def one_width(
     architecture: Architecture, weights: dict[str, Tensor], *, bias: bool
 ) -> tuple[Architecture, dict[str, Tensor]]:
-    """Make plain experts and dense FFNs as wide as the wider ones by hidden units that are zero: the logits stay.
+    """Make plain experts and dense FFNs as wide as the wider ones by hidden units that are zero: the logits stay. Of a
+    dense model the widest FFN is ``hidden_dim`` wide.
 
     Args:
         architecture: of a model of ours.
@@ -195,10 +234,11 @@ def one_width(
         bias: experts without biases get such of zero.
     """
     moe, shape = architecture.moe, architecture.transformer.shape
-    if moe is None or type(moe.expert) is not core.FFN:
+    expert: Any = None if moe is None else moe.expert
+    if expert is not None and type(expert) is not core.FFN:
         return architecture, weights
     num_sparse = len(architecture.encoder_moe_blocks) + len(architecture.decoder_moe_blocks)
-    own = moe.expert.hidden(shape.dim)
+    own = 0 if expert is None else expert.hidden(shape.dim)
     width = own if num_sparse == shape.encoder_layers + shape.decoder_layers else max(own, shape.hidden_dim)
     out = {}
     for name, weight in weights.items():
@@ -209,6 +249,7 @@ def one_width(
                 "experts.b_in": 1,
                 "experts.w_out": 1,  # (E, F, D)
                 "w_in.weight": 0,  # (F, D)
+                "w_gate.weight": 0,
                 "w_in.bias": 0,
                 "w_out.weight": 1,  # (D, F)
             }.get(name.rpartition(".ffn.")[2])
@@ -217,11 +258,11 @@ def one_width(
             lacking[hidden_dim] = width - weight.shape[hidden_dim]
             weight = torch.cat((weight, weight.new_zeros(lacking)), hidden_dim)
         out[name] = weight
-        if bias and not moe.expert.bias and name.endswith((".experts.w_in", ".experts.w_out")):
+        if bias and expert is not None and not expert.bias and name.endswith((".experts.w_in", ".experts.w_out")):
             out[name.replace(".w_", ".b_")] = weight.new_zeros(len(weight), weight.shape[2])
-    expert = replace(moe.expert, hidden_dim=width, bias=bias or moe.expert.bias)
-    transformer = replace(architecture.transformer, hidden_dim=width)
-    return replace(architecture, transformer=transformer, moe=replace(moe, expert=expert)), out
+    if moe is not None:
+        moe = replace(moe, expert=replace(expert, hidden_dim=width, bias=bias or expert.bias))
+    return replace(architecture, transformer=replace(architecture.transformer, hidden_dim=width), moe=moe), out
 
 
 def needed(config: Mapping[str, Any], name: str) -> Any:

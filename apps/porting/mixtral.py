@@ -4,6 +4,7 @@ DeepSeek-V3's."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from apps.porting.architecture import (
     Family,
     activation,
     needed,
+    one_width,
     sparse_parts,
 )
 from apps.porting.parts import Part, Parts, cut, embedding, linear, same, self_attention, stacked
@@ -353,5 +355,6 @@ FAMILY = Family(
     write=write,
     parts=parts,
     published=published,
+    fit=functools.partial(one_width, bias=False),
     computed=("rotary_emb.inv_freq",),
 )

@@ -113,8 +113,13 @@ _NAMES = {
 }
 
 
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-"""Theirs of ``BertConfig``, in its order."""
+_SIZES = {
+    "dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "max_positions": "max_position_embeddings",
+}
 
 
 @core.register_config
@@ -169,10 +174,9 @@ class BertConfig:
                 f"{folder} holds a model of type {config['model_type']!r} ({config.get('hidden_act')}): a sentence "
                 "encoder is read where it is of type 'bert' with gelu"
             )
-        files.check_config(config, folder / files.CONFIG, *_SIZES)
-        dim, hidden_dim, depth, num_heads, max_positions = (config[name] for name in _SIZES)
-        eps = float(config.get("layer_norm_eps", 1e-12))
-        return cls(dim, hidden_dim, depth, num_heads, max_positions, eps)
+        files.check_config(config, folder / files.CONFIG, *_SIZES.values())
+        sizes = {ours: config[theirs] for ours, theirs in _SIZES.items()}
+        return cls(**sizes, eps=float(config.get("layer_norm_eps", 1e-12)))
 
 
 class SentenceTower(nn.Module):

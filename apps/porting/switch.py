@@ -142,7 +142,8 @@ def write(architecture: Architecture) -> dict[str, Any]:
             "feed_forward_proj": gated if config.gated else act,
             "scale_decoder_outputs": config.logits_scale != 1.0,
         }
-    assert moe is not None
+    if moe is None:
+        raise ValueError(f"a dense model cannot be said in {SPARSE}: model_type='t5' has no experts")
     router, expert = sparse_parts(moe, SPARSE)
     for side, depth, indices in sides(architecture):
         written[f"num_sparse_{side}_layers"] = len(indices)

@@ -139,8 +139,8 @@ def test_another_vocabulary_is_refused(tmp_path):
             "attention_moe cannot be said in mistral, whose heads are fixed",
         ),
         (
-            lambda: TranslationModel(T5, source_vocab=VOCAB, ffn=core.DenseFFN(64)),
-            "encoder.layers.1.ffn.w_in.weight of shape (64, 64) is (128, 64) in t5",
+            lambda: TranslationModel(T5, source_vocab=VOCAB, ffn=core.DenseFFN(256)),
+            "encoder.layers.1.ffn.w_in.weight of shape (256, 64) is (128, 64) in t5",
         ),
         (
             lambda: LanguageModel(replace(MIXTRAL, norm="layer"), vocab=VOCAB),
@@ -182,6 +182,20 @@ def test_what_our_models_lack_is_named(name, changes, message):
     config, tensors = to_published(MODELS[name]())
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         from_published({**config, **changes}, tensors)
+
+
+def test_what_a_conversion_makes_and_published_models_lack_is_named():
+    model = MODELS["mixtral"]()
+    statistics = core.expert_statistics(model, [torch.randint(4, VOCAB, (2, 9))])
+    core.convert.keep_experts(core.moe_layers(model)["decoder.layers.0.ffn"], [0, 1])
+    with pytest.raises(ValueError, match=r"^the MoE layers have \[2, 4\] experts: published models have one"):
+        to_published(model)
+    model = MODELS["mixtral"]()
+    core.prune_experts(model, statistics, 2, constants=True)
+    with pytest.raises(ValueError, match=r"^the model has no decoder.layers.0.ffn.experts.w_in, which a mixtral has$"):
+        to_published(model)
+    with pytest.raises(ValueError, match=r"^a dense model cannot be said in switch_transformers: model_type='t5' has"):
+        to_published(core.densify(switch_model()), model_type="switch_transformers")
 
 
 def test_layers_that_few_tokens_enter_are_no_part_of_a_published_model():

@@ -51,6 +51,23 @@ def test_a_model_saved_and_loaded_is_the_same(name, tmp_path):
         assert torch.equal(weights[name][EOS_ID:], loaded[name][EOS_ID:])
 
 
+@pytest.mark.parametrize("conversion", ["prune", "merge", "densify"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", "switch_transformers", "nllb-moe"])
+def test_a_model_that_was_converted_in_memory_is_saved_as_it_is(name, conversion, tmp_path):
+    model, ids = MODELS[name]().eval(), torch.randint(EOS_ID, VOCAB, (3, 9))
+    inputs = (ids, ids) if isinstance(model, TranslationModel) else (ids,)
+    statistics = core.expert_statistics(model, [inputs], run=lambda model, inputs: model(*inputs), every_token=True)
+    if conversion == "densify":  # Qwen's and GLM's first layer is dense, of another width
+        core.densify(model, "use", {layer: s.loads_E for layer, s in statistics.items()})
+    else:
+        (core.prune_experts if conversion == "prune" else core.merge_experts)(model, statistics, 3)
+    save_pretrained(model, tmp_path)
+    loaded = load_pretrained(tmp_path).eval()
+    assert [moe.num_experts for moe in loaded.moes] == ([] if conversion == "densify" else [3])
+    with torch.no_grad():
+        assert_close(loaded(*inputs)[..., EOS_ID:], model(*inputs)[..., EOS_ID:], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_model_of_each_configuration_is_saved_in_a_published_layout_with_equal_logits(path, tmp_path, monkeypatch):
     texts, tags = (
