@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib.util
 import os
 import sys
 from collections.abc import Generator
@@ -15,6 +16,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Imports leave hardly any garbage, and looking for it is a quarter of their time. Collection is on again for the tests.
 gc.disable()
+
+
+if importlib.util.find_spec("torchrec") is None:  # it is for Linux on x86-64
+    collect_ignore_glob = [
+        *("apps/recsys/tables/*", "apps/recsys/retrieval/*", "apps/recsys/encoding/test_table_encoding.py"),
+        *("apps/plan/test_inputs.py", "apps/serve/service/test_app*.py", "apps/train/test_healthy_runs.py"),
+        *("apps/verdict/test_command.py", "test_configs.py"),
+    ]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

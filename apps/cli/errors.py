@@ -42,6 +42,8 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, UsageError):
         return one_line(str(error)), 2
     root = _root(error)
+    if isinstance(root, ModuleNotFoundError) and root.name in ("torchrec", "fbgemm_gpu"):
+        return f"tables and retrieval need {root.name}, which is not installed: it is for Linux on x86-64", 1
     if type(root).__name__ == "OutOfMemoryError" or isinstance(root, MemoryError):
         return "out of memory: try a smaller data.batch_size, or trainer.precision=bf16-mixed", 1
     if isinstance(root, OSError):

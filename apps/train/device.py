@@ -21,12 +21,11 @@ def device_options(given: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         given: options of the trainer.
     """
-    kind = given.get("accelerator") or "auto"
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = best if given.get("accelerator", "auto") == "auto" else given["accelerator"]
     # A plugin may be the precision, and Lightning rejects both.
     is_open = given.get("precision") is None and not given.get("plugins")
-    on_cuda = kind in ("cuda", "gpu") and torch.cuda.is_available()
+    on_cuda = best == "cuda" and kind in ("cuda", "gpu")
     if is_open and on_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
         return {"accelerator": kind, "precision": "bf16-mixed"}
     return {"accelerator": kind}

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_app import TinyModule
 
 from apps.cli import main
-from apps.cli.errors import reduce_message
+from apps.cli.errors import describe, reduce_message
 
 
 @pytest.mark.parametrize(
@@ -201,3 +201,10 @@ def test_jsonargparse_s_fifteen_lines_become_one():
   Given value type: <class 'dict'>
   Given value: {'class_path': 'tiny_app.TinyModule'}"""
     assert reduce_message(text) == "model.moe.num_expert does not exist; did you mean 'num_experts'?"
+
+
+def test_a_platform_without_torchrec_is_told_what_is_missing():
+    for name in ("torchrec", "fbgemm_gpu"):
+        line, code = describe(ModuleNotFoundError(f"No module named {name!r}", name=name))
+        assert line == f"tables and retrieval need {name}, which is not installed: it is for Linux on x86-64"
+        assert code == 1

@@ -20,7 +20,8 @@ from apps.report.page import html
 def test_test_prints_the_figures_and_writes_a_report(trained, capsys, monkeypatch):
     monkeypatch.setattr(html, "has_charts", lambda: False)
     assert main(["test", "--config", str(trained / "config.yaml")]) == 0
-    first, *_, last = capsys.readouterr().out.splitlines()[1:]
+    device, first, *_, last = capsys.readouterr().out.splitlines()[1:]
+    assert device.startswith("device cpu ")
     assert first.startswith("test loss ")  # which the training monitors
     assert last == f"also in {trained / 'test.json'}"
     page = Html((trained / "report.html").read_text())

@@ -103,6 +103,7 @@ def test_a_training_leaves_no_bar_and_no_line_glued_to_one(terminal):
     shown = terminal("fit", "--config", "tiny.yaml", "--trainer.max_epochs", "2")
     expected = [
         "fit tiny.yaml -> runs/tiny",
+        "device cpu .*: precision 32-true, threads [0-9]+, experts by cpu",
         "TinyModule: [0-9,]+ parameters, [0-9,]+ active, [0-9.]+ MFLOPs an example .forward.",
         "epoch 1/2  train/loss .*",
         "epoch 2/2  train/loss .*",
@@ -116,7 +117,8 @@ def test_a_training_leaves_no_bar_and_no_line_glued_to_one(terminal):
     for command, title in (("test", verdict), ("validate", "validate of .*")):
         shown = terminal(command, "--config", "tiny.yaml")
         assert shown[0] == f"{command} tiny.yaml -> runs/tiny"
-        assert re.fullmatch(title, shown[1])
-    _, checkpoint, first, *_ = terminal("predict", "--config", "tiny.yaml")
+        assert re.fullmatch(title, shown[2])
+    _, checkpoint, device, first, *_ = terminal("predict", "--config", "tiny.yaml")
     assert checkpoint == "checkpoint: runs/tiny/checkpoints/best.ckpt"
+    assert device.startswith("device cpu")
     assert first.startswith('{"output": [')
