@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -94,6 +96,8 @@ def test_every_backend_takes_the_same_experts_of_logits_with_many_ties(E, k):
     logits = (1 + torch.rand(100, E)).bfloat16()
     expected = lowest_first(logits.float(), k)
     for name, kernels in BACKENDS.items():
+        if name == "triton" and importlib.util.find_spec("triton") is None:
+            continue
         for score_func in ("softmax", "sigmoid"):
             actual = kernels.topk_gate(logits.float(), k, score_func=score_func, normalize=k > 1)
             assert actual.expert_ids_TK.tolist() == expected, name
