@@ -45,10 +45,6 @@ class Evidence:
     counts: Tensor | None = None
 
 
-NO_EVIDENCE = Evidence()
-"""The default of a routing that is written by hand. A router says ``Evidence()``: a graph cannot make a default."""
-
-
 def detached(value: Any) -> Any:
     """Return ``value`` without its graph: a tensor, or a dataclass or mapping of them, to any depth."""
     if isinstance(value, Tensor):

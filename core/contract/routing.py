@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .evidence import NO_EVIDENCE, Evidence
+from .evidence import Evidence
 from .groups import TokenGroups
 
 
@@ -93,7 +93,7 @@ class Routing:
     input_index_N: Tensor | None = None
     valid_T: Tensor | None = None
     num_sequences: int | None = None
-    evidence: Evidence = NO_EVIDENCE
+    evidence: Evidence = field(default_factory=Evidence)
     most_per_expert: int | None = None
 
 
