@@ -89,9 +89,10 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
     plan = Plan.make(experiment.plain(), options, experiment.rate, experiment.seed)
     output.mkdir(parents=True, exist_ok=True)
     with holding(output / ".lock", f"another comparison is running in {output}"):
-        plan.claim(output)
         with Display(title or "comparison") as display:
             systems = _systems(experiment, asked, display)
+            plan.claim(output)  # after what may be wrong with the systems, which can then be asked for again
+            write_json(output / "systems.json", [asdict(s) for s in systems])
             _tell_left_out(systems, output, display)
             results = Work(experiment, plan, systems, output, display, asked.jobs).do()
             with display.step("what the experts are used for"):
@@ -119,7 +120,6 @@ def _systems(experiment: Experiment, asked: Command, display: Display) -> list[S
             sparse.configure_optimizers()  # refused now, and not after the training
         systems = find_systems(sparse, batch, options.baselines, options.routers)
         warnings: Sequence[str] = getattr(data, "warnings", list)()
-    write_json(asked.output / "systems.json", [asdict(s) for s in systems])
     for warning in warnings:
         display.say(f"check: {warning}")
     for system in systems:

@@ -83,7 +83,7 @@ def config_for(given: GivenData) -> GivenConfig | None:
     notes = [f"The target is {meaning} of {len(label):,} rows."]
     if missing := num_rows - len(label):
         notes.append(f"{missing:,} rows without a target are left out.")
-    names = {"categorical": "categories", "continuous": "numbers", "timestamps": "times"}
+    names = {"categorical": "categories", "multi_valued": "lists", "continuous": "numbers", "timestamps": "times"}
     used = [f"{', '.join(own)} ({names[role]})" for role, own in roles.items() if own]
     used += [f"left out: {', '.join(left_out)}"] if left_out else []
     notes.append(f"Columns: {'; '.join(used)}.")

@@ -137,6 +137,8 @@ def check_beside(config: Mapping[str, Any], path: Path) -> tuple[dict[str, Any],
 
 def _check_beside(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
+        if not value:  # it names nothing
+            continue
         if key in ("model", "data"):
             name = value if isinstance(value, str) else value.get("class_path") if isinstance(value, Mapping) else None
             kind = _public_class(name, LightningDataModule if key == "data" else LightningModule)
@@ -146,11 +148,12 @@ def _check_beside(config: Mapping[str, Any]) -> None:
                 if extra := set(value) - {"class_path", "init_args"}:
                     raise ValueError(f"{key} has {sorted(map(str, extra))[0]!r} beside class_path and init_args")
                 arguments_from_plain(kind, value.get("init_args") or {}, key)
-        elif key == "sparsify" and value is not None:
+        elif key == "sparsify":
             from_plain(value, SparsifyConfig, key)
-        elif key == "trainer" and value is not None and not isinstance(value, Mapping):
-            raise ValueError(f"trainer={excerpt(value)} is not a mapping of the trainer's options")
-        elif value is not None and key not in ("seed_everything", "trainer", "run_dir", "ckpt_path"):
+        elif key == "trainer":
+            if not isinstance(value, Mapping):
+                raise ValueError(f"trainer={excerpt(value)} is not a mapping of the trainer's options")
+        elif key not in ("seed_everything", "run_dir", "ckpt_path"):
             raise ValueError(f"{key} is no part of a run's configuration")
 
 

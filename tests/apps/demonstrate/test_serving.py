@@ -66,6 +66,7 @@ def run_command(argv, folder, lines):
     os.dup2(lines.fileno(), 1)
     sys.stdout = os.fdopen(1, "w")
     tempfile.tempdir = str(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     sys.exit(main(["demo", *argv]))
 
 
@@ -81,7 +82,7 @@ def test_a_signal_ends_it_and_no_folder_is_left(ending, code, tmp_path):
     sending.close()
     try:
         with os.fdopen(os.dup(receiving.fileno())) as lines:
-            url = lines.readline().split()[1]
+            _, url = (lines.readline().split()[1] for _ in ("checkpoint", "demo"))
         (uploaded,) = httpx.post(url + UPLOAD, files=FILES, timeout=60).json()
         assert uploaded.startswith(str(left))
         os.kill(demo.pid, ending)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,14 @@ def test_a_stopped_process_saves_its_last_step_is_no_success_and_says_how_to_go_
     assert_same(tmp_path / "unbroken", tmp_path / "run")
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C is heeded, as it is not in a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def fit_and_signal_at(config: str, run_dir: Path, *flags: str, numbers: list[int], validates: bool, batch: int) -> None:
     """Train in this process, which sends itself signals in a batch of the training or validation, from 0."""
     with quiet():
@@ -157,7 +166,7 @@ def fit_and_signal_at(config: str, run_dir: Path, *flags: str, numbers: list[int
         (signal.SIGINT, False, (3,), 4, ()),
     ],
 )
-def test_a_run_that_a_signal_stops_resumes_exactly(tmp_path, number, validates, batches, step, flags):
+def test_a_run_that_a_signal_stops_resumes_exactly(ctrl_c, tmp_path, number, validates, batches, step, flags):
     config = tmp_path / "config.yaml"
     config.write_text(CONFIG.replace("every_n_steps: 2}", "every_n_steps: 1000}"))
     fit(str(config), tmp_path / "unbroken", *flags)
@@ -170,7 +179,7 @@ def test_a_run_that_a_signal_stops_resumes_exactly(tmp_path, number, validates, 
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGINT], [signal.SIGINT, signal.SIGTERM]])
-def test_a_second_signal_does_not_wait(config, tmp_path, numbers):
+def test_a_second_signal_does_not_wait(ctrl_c, config, tmp_path, numbers):
     fit_and_signal_at(config, tmp_path / "run", numbers=numbers, validates=False, batch=0)
     assert not (tmp_path / "run" / "checkpoints").exists()
 

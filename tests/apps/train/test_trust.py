@@ -230,7 +230,9 @@ def test_parts_of_the_trainer_beside_a_checkpoint_are_left_out_by_name(trained, 
     config["trainer"][option] = value
     (path.parent.parent / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["test", "--ckpt_path", str(path)]) == 0, capsys.readouterr().err
-    assert f"; left out: trainer.{option} (--config" in capsys.readouterr().err
+    # A test chooses its own device, whatever the file says.
+    is_device = option in ("strategy", "accelerator", "devices")
+    assert (f"; left out: trainer.{option} (--config" in capsys.readouterr().err) != is_device
     assert not (folder / "ran").exists()
     assert "planted" not in sys.modules
 

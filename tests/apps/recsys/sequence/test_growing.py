@@ -45,7 +45,8 @@ def test_new_items_get_the_ids_after_the_old_ones_and_no_score_changes(tmp_path,
     wide = after.widened(checkpoint, data.encoding_state)
     after.load_state_dict(wide["state_dict"])
     items_BS = torch.tensor([[1, 2, 3], [3, 0, 0]])
-    assert torch.equal(after(items_BS)[:, :4], before(items_BS))
+    # Not always to the bit: a product with more items may be summed in another order.
+    torch.testing.assert_close(after(items_BS)[:, :4], before(items_BS), rtol=1e-5, atol=0)
     assert torch.equal(after.model.item_embed.weight[4:], fresh)  # as the model draws them
     assert Items.from_state(wide["encoding"]) == data.encoding
     # The grown items are adopted as any others.
