@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from apps.base.quiet import quiet
+from apps.convert import own
 from apps.convert.consolidate import consolidated
 from apps.convert.conversion import Request
 from apps.convert.figures import Figures, Trial, counted, table, weight_bytes
 from apps.convert.kinds import BY_LOAD, KINDS, check_runs
 from apps.convert.options import Options
 from apps.convert.runs import CONFIG, Run, new_run, write_run
+from apps.train.sparsified import restored
 
 
 def run(options: Options) -> int:
@@ -22,7 +26,8 @@ def run(options: Options) -> int:
     with quiet():
         before, after = convert(options)
     print(table(before, after))
-    print(f"{options.output}: moesaic fit --weights {options.output} --run_dir NEW trains it on")
+    config = "" if options.config is None else f" --config {options.output / CONFIG}"
+    print(f"{options.output}: moesaic fit --weights {options.output}{config} --run_dir NEW trains it on")
     return 0
 
 
@@ -41,6 +46,8 @@ def convert(options: Options) -> tuple[Figures, Figures]:
             f"no config.yaml lies beside {first.file}, and the batches come from its data: give --config FILE, or "
             "--batches 0"
         )
+    if first.is_own:
+        return convert_own(options, first)
     num_bytes = weight_bytes(first.state)
     statistics = None
     module = first.mapped()
@@ -75,6 +82,27 @@ def convert(options: Options) -> tuple[Figures, Figures]:
             after = Trial(file, folder / CONFIG, options.data, options.batches).figures(new_bytes)
         else:
             after = counted(outline, new_bytes)
+    return before, after
+
+
+def convert_own(options: Options, run: Run) -> tuple[Figures, Figures]:
+    """Write the converted run of a user's own module, and return the figures before and after; as ``convert``."""
+    module = restored(run.kind, run.checkpoint, run.file)
+    metric, statistics = getattr(module, "monitor", None), None
+    before = counted(module, weight_bytes(run.state))
+    if options.batches:
+        trial = Trial(run.file, options.config, options.data, options.batches)
+        before = own.figures(trial, before.bytes, metric)
+        if _needs_statistics(options):
+            statistics = own.statistics(trial, bool(getattr(options.values, "merge", False)))
+    new, section = own.converted(options.kind, Request(run, module, options.values, statistics))
+    with new_run(options.output) as folder:
+        layout = {name: value for name, value in new.state_dict().items() if isinstance(value, Tensor)}
+        extra = {**section, "converted": options.kind}
+        file = write_run(folder, run, None, layout, layout.items(), data={}, extra=extra, run_dir=options.output)
+        after = counted(new, weight_bytes(layout))
+        if options.batches:
+            after = own.figures(Trial(file, folder / CONFIG, options.data, options.batches), after.bytes, metric)
     return before, after
 
 

@@ -93,14 +93,14 @@ class Request:
 
     Attributes:
         run: the run.
-        module: its model, with tensors that are mapped.
+        module: its model, with tensors that are mapped; a user's own is in memory.
         options: those of the kind, by name.
         statistics: of the experts, by layer; None: no batches were asked for, or the kind reads none.
         others: further runs, to be merged.
     """
 
     run: Run
-    module: SparseModule
+    module: Any
     options: argparse.Namespace
     statistics: Statistics | None = None
     others: tuple[Run, ...] = ()

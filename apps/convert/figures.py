@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import core
 from apps.base.progress import bar
 from apps.cli.trial import build_trial
 from apps.train.balanced import routing_metrics
 from apps.train.cost import measure_cost, megaflops
-from apps.train.module import SparseModule
 from apps.train.progress import routing_figures
 
 
@@ -59,11 +59,16 @@ class Trial:
         self.cli = build_trial(checkpoint, config, batches, data)
         self.model: Any = self.cli.model
 
+    def validated(self, checkpoint: str | None) -> Mapping[str, Any]:
+        """Return what the validation logs, with the weights of a checkpoint, or with those that the model has."""
+        arguments: dict[str, Any] = {"datamodule": self.cli.datamodule, "ckpt_path": checkpoint}
+        (metrics,) = self.cli.trainer.validate(self.model, **arguments, verbose=False, weights_only=True)
+        return metrics
+
     @torch.no_grad()
     def figures(self, num_bytes: int) -> Figures:
         """Return the run's figures; its model is loaded with them."""
-        arguments: dict[str, Any] = {"datamodule": self.cli.datamodule, "ckpt_path": str(self.cli.ckpt_path)}
-        (metrics,) = self.cli.trainer.validate(self.model, **arguments, verbose=False, weights_only=True)
+        metrics = self.validated(str(self.cli.ckpt_path))
         cost = measure_cost(self.model, next(self._batches()))
         metric = self.model.monitor
         score = metrics.get(metric)
@@ -102,7 +107,7 @@ class Trial:
         return islice(iter(self.cli.datamodule.val_dataloader()), self.batches)
 
 
-def counted(outline: SparseModule, num_bytes: int) -> Figures:
+def counted(outline: nn.Module, num_bytes: int) -> Figures:
     """Return the figures of a model without a pass over data."""
     return Figures(num_bytes, sum(p.numel() for p in outline.parameters()), core.active_params(outline))
 

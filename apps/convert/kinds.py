@@ -25,6 +25,9 @@ from core.convert.parts import layers_with_experts
 from core.convert.prune import number_to_keep
 from core.convert.starts import start_of
 
+OneLayer = Callable[[str, core.MoE], Any]
+"""Returns the ``OneExpert`` that takes the place of a layer, by the layer's name."""
+
 
 def check_runs(kind: str, options: argparse.Namespace, runs: Sequence[Run]) -> None:
     """Check that a kind of conversion takes these runs, before anything is computed.
@@ -69,9 +72,8 @@ def sparse_layers(request: Request) -> dict[str, core.MoE]:
     return layers
 
 
-def densified(request: Request) -> Conversion:
-    """Return one feed-forward network in the place of each MoE layer, made of all its experts; of a run with updates,
-    one update in the place of each mixture of them, as a part of its linear layer."""
+def one_for_all(request: Request) -> OneLayer:
+    """Return the function that makes one expert of all those of a layer, as ``--how`` says."""
     how, statistics = request.options.how, request.statistics
     if how in BY_LOAD and statistics is None:
         raise ValueError(f"--batches 0 leaves out the loads that --how {how} needs")
@@ -79,6 +81,13 @@ def densified(request: Request) -> Conversion:
     def one(name: str, layer: core.MoE) -> nn.Module:
         return core.densify(layer, how, statistics[name].loads_E if statistics and how in BY_LOAD else None)
 
+    return one
+
+
+def densified(request: Request) -> Conversion:
+    """Return one feed-forward network in the place of each MoE layer, made of all its experts; of a run with updates,
+    one update in the place of each mixture of them, as a part of its linear layer."""
+    how, statistics, one = request.options.how, request.statistics, one_for_all(request)
     if not request.run.is_adapted:
         return _dense(request, one)
 
@@ -90,10 +99,9 @@ def densified(request: Request) -> Conversion:
     return _with_updates_merged(request, of_one_update)
 
 
-def pruned(request: Request) -> Conversion:
-    """Return fewer experts in each layer: those of the highest scores, or clusters of like ones."""
-    options, layers = request.options, sparse_layers(request)
-    statistics = request.statistics
+def fewer_experts(request: Request) -> Callable[[str, core.MoE], Tensors]:
+    """Return the function that leaves a layer fewer experts, in place, as the options say."""
+    options, statistics = request.options, request.statistics
     constants, merged = bool(getattr(options, "constants", False)), bool(getattr(options, "merge", False))
     if statistics is None:
         raise ValueError("--batches 0 leaves out the statistics that say which experts stay")
@@ -107,12 +115,18 @@ def pruned(request: Request) -> Conversion:
             core.prune_experts(layer, statistics[name], options.keep, options.by, constants=constants)
         return layer.state_dict()
 
+    return fewer
+
+
+def pruned(request: Request) -> Conversion:
+    """Return fewer experts in each layer: those of the highest scores, or clusters of like ones."""
+    options, layers, fewer = request.options, sparse_layers(request), fewer_experts(request)
     arguments = request.run.arguments()
-    given = arguments["moe"]
+    given, constants = arguments["moe"], bool(getattr(options, "constants", False))
     configs = moe_configs(given)
     each = configs if len(configs) > 1 else configs * len(layers)
     smaller = [
-        _with_fewer(config, layer, options.keep, constants) for config, layer in zip(each, layers.values(), strict=True)
+        with_fewer(config, layer, options.keep, constants) for config, layer in zip(each, layers.values(), strict=True)
     ]
     arguments["moe"] = smaller if isinstance(given, list) else smaller[0]
     return Conversion(arguments, {name: partial(fewer, name, layer) for name, layer in layers.items()})
@@ -202,26 +216,27 @@ def _with_updates_merged(
     return Conversion(request.run.arguments(), {name: partial(linear, name) for name in layers})
 
 
+def one_of_many(request: Request, **named: Any) -> OneLayer:
+    """Return the function that cuts one network out of a layer, as the options or ``named`` say."""
+    options = request.options
+    named |= {w: getattr(options, w) for w in ("task", "domain", "expert") if getattr(options, w) is not None}
+    if len(named) != 1 or (options.pair is not None and options.task is not None):
+        raise ValueError("one of --task, --domain, --expert, --pair and --keep says what the model is for")
+    return lambda name, layer: core.cut_out(layer, **named)
+
+
 def specialised(request: Request) -> Conversion:
     """Return the network of one part of the data, or the experts that it uses most."""
     options = request.options
-    named = {w: getattr(options, w) for w in ("task", "domain", "expert") if getattr(options, w) is not None}
     if options.keep is not None:
-        if named:
-            raise ValueError(f"--keep {options.keep} with --{next(iter(named))}: experts are cut out or pruned by use")
+        named = next((w for w in ("task", "domain", "expert") if getattr(options, w) is not None), None)
+        if named is not None:
+            raise ValueError(f"--keep {options.keep} with --{named}: experts are cut out or pruned by use")
         return pruned(request)
-    if options.pair is not None:
-        named["task"] = request.module.part(options.pair).task
-    if len(named) != 1 or (options.pair is not None and options.task is not None):
-        raise ValueError("one of --task, --domain, --expert, --pair and --keep says what the model is for")
-
-    def one(name: str, layer: core.MoE) -> nn.Module:
-        return core.cut_out(layer, **named)
-
     if options.pair is None:
-        return _dense(request, one)
+        return _dense(request, one_of_many(request))
     part = request.module.part(options.pair)
-    return replace(_dense(request, one, **part.arguments), data=part.data)
+    return replace(_dense(request, one_of_many(request, task=part.task), **part.arguments), data=part.data)
 
 
 KINDS: dict[str, Callable[[Request], Conversion]] = {
@@ -235,7 +250,7 @@ KINDS: dict[str, Callable[[Request], Conversion]] = {
 BY_LOAD = ("use", "most_used")
 
 
-def _dense(request: Request, one: Callable[[str, core.MoE], Any], **changed: Any) -> Conversion:
+def _dense(request: Request, one: OneLayer, **changed: Any) -> Conversion:
     """Return a model with a dense network for each MoE layer.
 
     Args:
@@ -291,7 +306,7 @@ def _filled(outline: nn.Module, dtype: torch.dtype, name: str, network: nn.Modul
     return own.state_dict()
 
 
-def _with_fewer(config: core.MoEConfig, layer: core.MoE, keep: int | float, constants: bool) -> core.MoEConfig:
+def with_fewer(config: core.MoEConfig, layer: core.MoE, keep: int | float, constants: bool) -> core.MoEConfig:
     """Return the config of a layer with fewer experts, or with constants for some."""
     E, config = layer.num_experts, config.split(layer.row_dim) if layer.row_dim is not None else config
     kept = number_to_keep(keep, E)

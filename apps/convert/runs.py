@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,18 +63,23 @@ class Run:
         """
         file = find_checkpoint(path)
         checkpoint = read_checkpoint(file, shapes_only)
-        if "module_class" not in checkpoint or "sparsify" in checkpoint:
+        if "module_class" not in checkpoint:
             raise ValueError(
-                f"{file} is of no model of the suite: convert a model of your own in a script, by apps.load and "
-                "core.sparsify, core.densify, core.prune_experts and their like (docs/your_model.md)"
+                f"{file} is of no model of the suite: convert a model of your own in a script, by core.sparsify, "
+                "core.average_states and their like (docs/your_model.md)"
             )
         beside = file.parent.parent / CONFIG
         values = read_config(config) if config is not None else read_config(beside) if beside.is_file() else None
         if config is None and values is not None:
-            values, note = check_beside(values, beside)
-            if note:
-                print(f"configuration: {beside}{note}", file=sys.stderr)
+            values, left_out = check_beside(values, beside)
+            if left_out:
+                print(f"configuration: {beside}; left out: {', '.join(left_out)} (--config takes all)", file=sys.stderr)
         return cls(file, checkpoint, module_class(checkpoint, file), values)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the model is a user's own, which the section ``sparsify`` made sparse."""
+        return "sparsify" in self.checkpoint
 
     @property
     def is_adapted(self) -> bool:
@@ -159,9 +164,9 @@ def new_run(output: Path) -> Iterator[Path]:
 def write_run(
     folder: Path,
     run: Run,
-    arguments: Mapping[str, Any],
+    arguments: Mapping[str, Any] | None,
     layout: Mapping[str, Tensor],
-    values: Iterator[tuple[str, Tensor]],
+    values: Iterable[tuple[str, Tensor]],
     *,
     data: Mapping[str, Any],
     extra: Mapping[str, Any],
@@ -172,26 +177,31 @@ def write_run(
     Args:
         folder: the new run's folder.
         run: the run that was converted.
-        arguments: those of the converted model.
+        arguments: those of the converted model; None: they stay, and so does the model of the configuration.
         layout, values: as in ``write_checkpoint``.
         data: arguments of the data that change in the configuration.
-        extra: further entries of the checkpoint; ``converted`` says what made it.
+        extra: further entries of the checkpoint; ``converted`` says what made it, and ``sparsify`` is the section of
+            the configuration too.
         run_dir: where the folder will be.
 
     Raises:
         OSError: it cannot be written.
     """
-    plain = run.written_arguments(arguments)
+    stays = run.checkpoint.get("hyper_parameters") or {}
+    plain = stays if arguments is None else run.written_arguments(arguments)
     kept = {name: run.checkpoint[name] for name in KEPT if name in run.checkpoint}
+    if run.is_own and "sparsify" not in extra:
+        kept.pop("module_class", None)
     rest = {**kept, "epoch": 0, "global_step": 0, "hyper_parameters": plain, **extra}
     file = folder / WEIGHTS
     write_checkpoint(file, rest, layout, values)
     if run.config is not None:
-        config = dict(run.config)
-        config["model"] = {"class_path": class_path(run.kind), "init_args": plain}
+        config = {name: value for name, value in run.config.items() if name not in ("ckpt_path", "sparsify")}
+        config |= {"sparsify": extra["sparsify"]} if "sparsify" in extra else {}
+        if arguments is not None:
+            config["model"] = {"class_path": class_path(run.kind), "init_args": plain}
         if data and isinstance(config.get("data"), Mapping):
             config["data"] = merge(config["data"], {"init_args": dict(data)})
-        config.pop("ckpt_path", None)
         config["run_dir"] = str(run_dir)
         (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
     return file

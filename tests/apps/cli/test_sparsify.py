@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import own_net
 import pytest
 import torch
 import yaml
 from commands import fails
 from own_net import CONFIG, SPARSIFY
 
+import apps
+import core
+from apps.base.files import CONFIGS
 from apps.cli import main
 
 
@@ -95,8 +99,70 @@ def test_a_wrong_section_is_refused_in_one_line(folder, capsys) -> None:
     assert line.startswith("sparsify.metric='val_accuracy' is not what validation logs, which is ")
     assert "val_acc" in line.partition("which is ")[2].split(", ")
     assert "routing/" not in line
-    line = fails(
-        capsys, 1, "convert", "densify", "--ckpt_path", str(folder / "sparse"), "--output", str(folder / "new")
+
+
+def convert(folder: Path, kind: str, *options: str) -> list[str]:
+    config = str(folder / "sparse" / "config.yaml")
+    new = str(folder / "-".join(("converted", kind, *options)).replace("--", ""))
+    return ["convert", kind, "--ckpt_path", str(folder / "sparse"), "--config", config, "--output", new, *options]
+
+
+def converted(folder: Path, kind: str, *options: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Convert the sparse run, test the new one, and return the tensors of both."""
+    argv = convert(folder, kind, *options)
+    assert main(argv) == 0
+    new = Path(argv[7])
+    assert (
+        main(["test", "--ckpt_path", str(new), "--config", str(new / "config.yaml"), "--run_dir", f"{new}_test"]) == 0
     )
-    assert "is of no model of the suite: convert a model of your own in a script" in line
-    assert not (folder / "new").exists()
+    return tuple(weights(path / "checkpoints" / "best.ckpt") for path in (folder / "sparse", new))
+
+
+@pytest.mark.parametrize("options", [("densify",), ("densify", "--how", "use"), ("specialise", "--expert", "1")])
+def test_a_run_made_sparse_becomes_the_users_dense_module(folder, options) -> None:
+    old, new = converted(folder, *options)
+    w_in_EDF = old["blocks.0.moe.experts.w_in"]
+    if options == ("densify",):
+        assert torch.allclose(new["blocks.0.0.weight"], w_in_EDF.mean(0).t(), rtol=1e-6, atol=0)
+    elif options[0] == "specialise":
+        assert torch.equal(new["blocks.0.0.weight"], w_in_EDF[1].t())
+        assert torch.equal(new["blocks.0.2.bias"], old["blocks.0.moe.experts.b_out"][1])
+    assert new.keys() == own_net.Net().state_dict().keys()
+    assert all(torch.equal(new[name], old[name]) for name in new if not name.startswith("blocks"))
+
+
+def test_a_run_made_sparse_keeps_the_experts_that_are_used_most(folder) -> None:
+    old, new = converted(folder, "prune", "--keep", "3", "--by", "use")
+    w_in_EDF, kept_EDF = (state["blocks.0.moe.experts.w_in"] for state in (old, new))
+    place = [next(e for e in range(4) if torch.equal(w_in_EDF[e], kept_DF)) for kept_DF in kept_EDF]
+    assert place == sorted(set(place))
+    gate = "blocks.0.moe.router.gate.weight"
+    assert torch.equal(new[gate], old[gate][place])
+    points = torch.cat([batch[0] for batch in own_net.Points().val_dataloader()])
+    loaded = apps.load(folder / "sparse")
+    with torch.no_grad(), core.record(loaded) as tape:
+        loaded(points)
+    chosen_E = tape.entries[0].routing.chosen_per_expert_E
+    (gone,) = {*range(4)} - {*place}
+    assert int(chosen_E[gone]) == int(chosen_E.min())
+
+
+def test_a_conversion_that_is_not_for_a_users_module_writes_nothing(folder, capsys) -> None:
+    lora = str(CONFIGS / "experts" / "lora.yaml")
+    argv = convert(folder, "adapt", "--moe", lora, "--modules", "head")
+    line = fails(capsys, 1, *argv)
+    assert "is of a model of your own, which densify, prune and specialise take, not adapt" in line
+    assert not Path(argv[7]).exists()
+    narrow = [
+        "--sparsify.start",
+        "split",
+        "--sparsify.exact=false",
+        "--sparsify.moe.router.init_args.expert_bias=false",
+    ]
+    assert main(["fit", *sparse(folder, "narrow"), *narrow, "--trainer.max_epochs", "1"]) == 0
+    argv = convert(folder, "densify")
+    argv[3], argv[5], argv[7] = (str(folder / name) for name in ("narrow", "narrow/config.yaml", "wide"))
+    line = fails(capsys, 1, *argv)
+    assert "hidden_dim=16" in line
+    assert "hidden_dim=4" in line
+    assert not (folder / "wide").exists()
