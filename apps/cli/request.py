@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 SWEEP = tuple(field.name for field in dataclasses.fields(usage.SweepOptions))
 """Options of ``--sweep``."""
 
+_DEVICE = ("accelerator", "devices", "num_nodes", "strategy")
+"""Options of the trainer that are of the machine of a training."""
+
 _TEXTS = ("text", "query", "query_image")
 """Options of the data that are texts, and no YAML."""
 
@@ -130,7 +133,7 @@ class Request:
             usage.check_sections(layer, path)
             config = merge(config, with_long_names(layer))
         if beside is not None:  # ``check_beside`` looks at all of it, below
-            paths, config = [beside], _of_any_machine(command, with_long_names(read_config(beside)))
+            paths, config = [beside], with_long_names(read_config(beside))
         if exported is not None and exported.description.data is not None:
             config = merge({"data": dict(exported.description.data)}, config)
         written = config.pop("run_dir", None)  # of a run that was put aside, where it was
@@ -171,9 +174,12 @@ class Request:
         for name in own if source or beside or given_weights else ():  # a checkpoint may name them then
             load_class(name)  # a missing one is reported where it is looked up
         if beside is not None:
-            config, note = check_beside(config, beside)
-            if note and command == "fit":
-                raise UsageError(f"{beside} lies beside the checkpoint, and the training would lack what is {note[2:]}")
+            # An evaluation takes one device; a training that goes on is divided as it was, on any kind of device.
+            config, left_out = check_beside(config, beside, _DEVICE[:1] if command == "fit" else _DEVICE)
+            lost = f"{', '.join(left_out)} (--config {beside} takes all of it)"
+            if left_out and command == "fit":
+                raise UsageError(f"{beside} lies beside the checkpoint, and the training would be without {lost}")
+            note = f"; left out: {lost}" if left_out else ""
             print(f"configuration: {beside}, which lies beside the checkpoint{note}", file=sys.stderr)
         loaded = None
         if source is not None:
@@ -258,18 +264,6 @@ def _config_beside(which: str | None, run: str | None) -> Path | None:
     except FileNotFoundError:  # reported below, after the checks of the options
         return None
     return path / "config.yaml" if (path / "config.yaml").is_file() else None
-
-
-def _of_any_machine(command: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration beside a checkpoint without the device of its training.
-
-    An evaluation takes one device; a training that goes on is divided as it was, on any kind of device.
-    """
-    left_out = ("accelerator",) if command == "fit" else ("accelerator", "devices", "num_nodes", "strategy")
-    trainer = config.get("trainer")
-    if not isinstance(trainer, Mapping):
-        return dict(config)
-    return {**config, "trainer": {name: value for name, value in trainer.items() if name not in left_out}}
 
 
 def _grown_from(config: Mapping[str, Any], flags: list[str]) -> Path | None:

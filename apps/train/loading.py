@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,18 +105,21 @@ _WORDS = ("accelerator", "deterministic", "devices", "gradient_clip_algorithm", 
 """Options of the trainer that a configuration beside a checkpoint may set to a word; it sets the others to numbers."""
 
 
-def check_beside(config: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], str]:
-    """Return what a configuration that lies beside a checkpoint decides, and a note on what it does not.
+def check_beside(
+    config: Mapping[str, Any], path: Path, without: Collection[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what a configuration that lies beside a checkpoint decides, and what of the trainer it does not.
 
     It decides the model and the data, of registered classes, the seed, and plain values of the trainer.
 
     Args:
         config: its contents.
         path: its file, for messages.
+        without: options of the trainer that the command decides by itself.
 
     Returns:
         The part of the contents that no parser takes for a class, and the names of the trainer's options that are left
-        out, with the remedy; "": there are none.
+        out though no command decides them.
 
     Raises:
         ValueError: naming the key, what it names, and that ``--config`` trusts the file.
@@ -128,11 +131,10 @@ def check_beside(config: Mapping[str, Any], path: Path) -> tuple[dict[str, Any],
             f"{path} lies beside the checkpoint, and such a file may name registered classes only: {error}; if you "
             f"trust it, give --config {path}"
         ) from None
-    trainer = config.get("trainer") or {}
+    trainer = {name: value for name, value in (config.get("trainer") or {}).items() if name not in without}
     plain = {name: value for name, value in trainer.items() if _is_plain(name, value)}
-    left_out = ", ".join(f"trainer.{name}" for name in trainer if name not in plain)
     kept = {key: config[key] for key in ("seed_everything", "model", "data", "sparsify") if key in config}
-    return {**kept, "trainer": plain}, left_out and f"; left out: {left_out} (--config {path} takes all of it)"
+    return {**kept, "trainer": plain}, [f"trainer.{name}" for name in trainer if name not in plain]
 
 
 def _check_beside(config: Mapping[str, Any]) -> None:
