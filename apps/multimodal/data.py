@@ -120,10 +120,6 @@ class ImageTextData(SuiteData):
         on_bad_row: a row without a caption, or whose image is missing or cannot be read, ends the run with its name
             ("error"), or is left out and counted ("skip"). Without store_images, "skip" decodes every image once before
             the training.
-        drop_last: leave out the last training batch of an epoch if it is not full.
-        num_workers: processes that make batches, and threads that decode images for the cache. 0 is enough where the
-            images are stored.
-        seed: seed of the order and the random transforms; default that of the whole run (seed_everything).
         predict_split: the pairs whose vectors ``predict`` writes: train, val, test, or all of them.
         images: folder of images that ``predict`` writes the vectors of, or searches; those in folders below it count
             too.
@@ -134,6 +130,8 @@ class ImageTextData(SuiteData):
         top: images of a query at most; default 10.
         index: file of the images' vectors, which a search reads and refreshes; default one in the cache.
         on_bad_image: a file in images that cannot be read is left out with a line ("skip"), or ends the run ("error").
+        kwargs: ``drop_last``, ``num_workers`` and ``seed`` of ``SuiteData``. ``num_workers`` also counts the
+            threads that decode images for the cache; 0 is enough where the images are stored.
 
     A checkpoint keeps the text encoding, how pixels are scaled, and the names of the attributes' classes. Data that
     ``adopt`` it use them; a label that it does not know is none.
@@ -182,9 +180,6 @@ class ImageTextData(SuiteData):
         random_resized_crop: float | None = None,
         store_images: bool = True,
         on_bad_row: OnBadRow = "error",
-        drop_last: bool = False,
-        num_workers: int = 0,
-        seed: int | None = None,
         predict_split: Split | Literal["all"] = "test",
         images: str | None = None,
         predict_file: str | None = None,
@@ -193,18 +188,10 @@ class ImageTextData(SuiteData):
         top: int | None = None,
         index: str | None = None,
         on_bad_image: OnBadImage = "skip",
+        **kwargs: Any,
     ) -> None:
         check_name("dataset", dataset, sorted(PAIR_DATASETS))
-        super().__init__(
-            dataset,
-            root,
-            cache_dir,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            drop_last=drop_last,
-            num_workers=num_workers,
-            seed=seed,
-        )
+        super().__init__(dataset, root, cache_dir, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
         self._spec = PAIR_DATASETS[dataset]
         self._columns = self._spec.attributes if attributes is None else tuple(attributes)
         self._are_named = attributes is not None

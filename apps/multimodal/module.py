@@ -28,9 +28,8 @@ from apps.multimodal.two_towers import TwoTowers as TwoTowers  # a configuration
 from apps.multimodal.vectors import FileBatch, encode_images, encode_texts
 from apps.nets.blocks import one_ffn
 from apps.nets.place import Place, check_fits, check_layers
-from apps.train.growing import GrowConfig
 from apps.train.model_card import ModelKind
-from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
+from apps.train.module import SparseModule, TaskOutput
 from apps.train.predicting import PredictionStream
 from core.config.plain import from_plain
 
@@ -57,10 +56,8 @@ class ImageTextRetriever(SparseModule, Comparable):
             None: they are not predicted.
         recall_at: cut-off of the recall by which the best checkpoint is chosen and models are compared: 1, 5 or 10.
         grad_checkpointing: recompute the blocks in the backward, to save memory.
-        optimizer: learning rate, weight decay and schedule.
-        ema_decay: decay of the moving average of the weights; None: there is no average.
-        grow: trained model of fewer experts with whose weights a training begins; None: none.
         report: what a test writes besides the metrics; None: nothing.
+        kwargs: ``optimizer``, ``ema_decay``, ``average_last`` and ``grow`` of ``SparseModule``.
 
     Raises:
         ValueError: a value out of its range, or parts that do not fit together.
@@ -97,16 +94,13 @@ class ImageTextRetriever(SparseModule, Comparable):
         attribute_head: AttributeHead | None = None,
         recall_at: int = 10,
         grad_checkpointing: bool = False,
-        optimizer: OptimizerConfig | None = None,
-        ema_decay: float | None = None,
-        grow: GrowConfig | None = None,
         report: PairReportConfig | None = _REPORT,
+        **kwargs: Any,
     ) -> None:
         tower = from_plain(tower, TowerConfig, "tower")
         loss = from_plain(loss, ContrastiveLoss, "loss")
         attribute_head = from_plain(attribute_head, AttributeHead, "attribute_head")
-        optimizer = from_plain(optimizer, OptimizerConfig, "optimizer")
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, grow=grow)
+        super().__init__(**kwargs)
         self.report = from_plain(report, PairReportConfig, "report")
         check_at_least(1, image_size=image_size, in_chans=in_chans, dim=dim)
         check_at_least(2, vocab_size=vocab_size)

@@ -24,9 +24,7 @@ from apps.nlp.predict import Line, as_text, identity_of, in_order, num_lines
 from apps.nlp.text.foreseen import of_mean_length, ratio_values
 from apps.nlp.text.token_loss import token_loss
 from apps.porting import Architecture, config_of, load_pretrained_weights, subwords_of
-from apps.train.distilling import DistilConfig
-from apps.train.growing import GrowConfig
-from apps.train.module import OptimizerConfig, SparseModule, TaskOutput, check_one_start
+from apps.train.module import SparseModule, TaskOutput, check_one_start
 from apps.train.predicting import Prediction, PredictionStream
 from core.config.plain import to_plain
 
@@ -58,20 +56,16 @@ class TextModule(SparseModule, Comparable):
         *,
         label_smoothing: float,
         decode: DecodeConfig,
-        optimizer: OptimizerConfig | None,
-        ema_decay: float | None,
-        average_last: int | None,
-        grow: GrowConfig | None,
-        distil: DistilConfig | None,
         pretrained: str | None,
         attention_moe: core.MoEConfig | None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last, grow=grow, distil=distil)
+        super().__init__(**kwargs)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         if subwords is None:
             raise ValueError("subwords=None: they come from the data (data.subwords)")
-        check_one_start(pretrained, grow, distil)
+        check_one_start(pretrained, self.grow, self.distil)
         if pretrained is not None and attention_moe is not None:
             raise ValueError(f"pretrained={pretrained!r} has no weights for the heads of attention_moe")
         self.subwords, self.transformer, self.moe = subwords, transformer or TransformerConfig(), moe

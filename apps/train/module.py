@@ -130,7 +130,8 @@ class SparseModule(BalancedModule, HubModule):
         check_at_least(1, average_last=average_last)
         if ema_decay is not None and average_last is not None:
             raise ValueError(f"average_last={average_last} with ema_decay={ema_decay}: the weights have one average")
-        self.optimizer_config = optimizer or OptimizerConfig()
+        self.optimizer_config = from_plain(optimizer, OptimizerConfig, "optimizer") or OptimizerConfig()
+        grow, distil = from_plain(grow, GrowConfig, "grow"), from_plain(distil, DistilConfig, "distil")
         if distil is not None and type(self).distribution is SparseModule.distribution:
             raise ValueError(f"distil={distil}: {type(self).__name__} has no method distribution(batch) to compare by")
         if distil is not None and distil.copy and grow is not None:

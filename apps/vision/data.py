@@ -68,16 +68,15 @@ class VisionData(SuiteData):
         mean: mean of each channel, pixels in [0, 1], for normalising; default the checkpoint's, else the dataset's,
             ImageNet's for folders.
         std: standard deviation of each channel, likewise.
-        drop_last: leave out the last training batch of an epoch if it is not full.
-        num_workers: processes that read images. 0 is best for the small datasets, which are in memory.
         subset: use only so many training images, chosen after validation is held out, stratified by class.
-        seed: seed of the order and the random transforms; default that of the whole run (seed_everything).
         split_seed: seed of the held-out images and of the subset, so that runs of other seeds have the same images.
         predict_folder: ``predict`` reads all images in this folder and those below it, which need no labels. Default:
             the test images.
         on_bad_image: a file in a folder that cannot be read ends the run with its name ("error"), or is left out of
             training and of all figures ("skip"), with a note of how many there were. For "skip" every image is decoded
             once before the first pass over it, by ``num_workers`` threads.
+        kwargs: ``drop_last``, ``num_workers`` and ``seed`` of ``SuiteData``. ``num_workers`` of 0 is best for the small
+            datasets, which are in memory.
 
     A checkpoint keeps the names of the classes and how pixels are scaled in evaluation. Data that ``adopt`` it number
     the classes of a folder by these names.
@@ -116,25 +115,14 @@ class VisionData(SuiteData):
         eval_crop: float | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
-        drop_last: bool = False,
-        num_workers: int = 0,
         subset: int | None = None,
-        seed: int | None = None,
         split_seed: int = 0,
         predict_folder: str | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
+        **kwargs: Any,
     ) -> None:
         check_name("dataset", dataset, sorted(VISION_DATASETS))
-        super().__init__(
-            dataset,
-            root,
-            cache_dir,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            drop_last=drop_last,
-            num_workers=num_workers,
-            seed=seed,
-        )
+        super().__init__(dataset, root, cache_dir, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
         spec = VISION_DATASETS[dataset]
         self.val_size, self.subset, self.split_seed = val_size, subset, split_seed
         self.predict_folder, self.on_bad_image = predict_folder, on_bad_image

@@ -23,10 +23,9 @@ from apps.equal_cost.twins import dense_twins
 from apps.nets.blocks import one_ffn
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
-from apps.train.distilling import ClassLogits, DistilConfig
-from apps.train.growing import GrowConfig
+from apps.train.distilling import ClassLogits
 from apps.train.model_card import ModelKind
-from apps.train.module import OptimizerConfig, SparseModule, TaskOutput, check_one_start
+from apps.train.module import SparseModule, TaskOutput, check_one_start
 from apps.vision.encoding import ImageEncoding, normalize
 from apps.vision.few_shot import hard_labels
 from apps.vision.image_files import scaled
@@ -97,11 +96,8 @@ class VisionClassifier(SparseModule, Comparable):
         pretrained: weights for the dense parts, with which the first training or test begins that no checkpoint gives
             its weights: a timm model name, or a safetensors or torch file.
         grad_checkpointing: recompute the blocks in the backward, to save memory.
-        optimizer: learning rate, weight decay and schedule.
-        ema_decay: decay of the moving average of the weights; None: none.
-        grow: trained model of fewer experts with whose weights a training begins; None: none.
-        distil: trained model whose predictions a training learns beside the labels; None: none.
         report: the report that a test adds to the accuracy; None: nothing.
+        kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
 
     Raises:
         ValueError: a value out of its range, a combination that cannot be built, or weights that do not load.
@@ -133,14 +129,11 @@ class VisionClassifier(SparseModule, Comparable):
         label_smoothing: float = 0.0,
         pretrained: str | None = None,
         grad_checkpointing: bool = False,
-        optimizer: OptimizerConfig | None = None,
-        ema_decay: float | None = None,
-        grow: GrowConfig | None = None,
-        distil: DistilConfig | None = None,
         report: VisionReportConfig | None = _REPORT,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, grow=grow, distil=distil)
-        check_one_start(pretrained, grow, distil)
+        super().__init__(**kwargs)
+        check_one_start(pretrained, self.grow, self.distil)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         if num_classes < 2:

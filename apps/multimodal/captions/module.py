@@ -35,10 +35,8 @@ from apps.nlp.decode.writing import WritingModule
 from apps.nlp.text.foreseen import Foreseen, of_mean_length, ratio_values, read_ids
 from apps.nlp.text.scores import scorer
 from apps.nlp.text.token_loss import token_loss
-from apps.train.distilling import DistilConfig
-from apps.train.growing import GrowConfig
 from apps.train.model_card import ModelKind
-from apps.train.module import OptimizerConfig, Stage, TaskOutput, check_one_start
+from apps.train.module import Stage, TaskOutput, check_one_start
 from apps.vision.encoding import normalize
 from apps.vision.image_files import scaled
 from apps.vision.model import ViTConfig, load_pretrained_weights
@@ -100,12 +98,8 @@ class ImageCaptioner(WritingModule, Comparable):
             maximal length.
         val_decode: how images of a validation are: "greedy", or "as_test".
         bleu_tokenize: sacrebleu's tokenizer for BLEU, such as "13a", "zh" or "char".
-        optimizer: learning rate, weight decay and schedule.
-        ema_decay: of the moving average of the weights; None: none.
-        average_last: epochs whose weights at their end are averaged at last; None: none.
-        grow: trained model of fewer experts with whose weights a training begins; None: none.
-        distil: trained model whose predictions a training learns beside the texts; None: none.
         report: what a test adds to the scores; None: nothing.
+        kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -140,14 +134,10 @@ class ImageCaptioner(WritingModule, Comparable):
         decode: DecodeConfig = _DECODE,
         val_decode: Literal["greedy", "as_test"] = "greedy",
         bleu_tokenize: str = "13a",
-        optimizer: OptimizerConfig | None = None,
-        ema_decay: float | None = None,
-        average_last: int | None = None,
-        grow: GrowConfig | None = None,
-        distil: DistilConfig | None = None,
         report: CaptionReportConfig | None = _REPORT,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, average_last=average_last, grow=grow, distil=distil)
+        super().__init__(**kwargs)
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         check_at_least(3, max_tokens=max_tokens)
@@ -155,7 +145,7 @@ class ImageCaptioner(WritingModule, Comparable):
         check_name("trained", trained, ["all", "decoder", "connector", "experts"])
         scorer("bleu", bleu_tokenize)
         if encoder_from is not None:
-            check_one_start(encoder_from, grow, distil)
+            check_one_start(encoder_from, self.grow, self.distil)
         self.vit, self.transformer, self.moe = vit or ViTConfig(), transformer or TransformerConfig(), moe
         self.image_size, self.in_chans, self.vocab_size, self.max_tokens = image_size, in_chans, vocab_size, max_tokens
         self.label_smoothing, self.encoder_from, self.trained = label_smoothing, encoder_from, trained

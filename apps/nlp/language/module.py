@@ -25,10 +25,8 @@ from apps.nlp.language.report import LanguageReport, LanguageReportConfig
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import checked_texts
 from apps.nlp.text.foreseen import PieceMetrics, perplexity, read_ids, token_metrics
-from apps.train.distilling import DistilConfig
-from apps.train.growing import GrowConfig
 from apps.train.model_card import ModelKind
-from apps.train.module import OptimizerConfig, Stage, TaskOutput
+from apps.train.module import Stage, TaskOutput
 
 _LAYERS = "all"
 _REPORT = LanguageReportConfig()
@@ -114,15 +112,11 @@ class LanguageModeler(TextModule):
             Transformer); it is the only block that ``moe_blocks`` can name. None: a layer for each.
         label_smoothing: share of the target spread evenly over the vocabulary, in training.
         decode: how a prompt is continued in a prediction.
-        optimizer: learning rate, weight decay and schedule.
-        ema_decay: of the moving average of the weights; None: none.
-        average_last: epochs whose weights at their end are averaged at last; None: none.
-        grow: trained model of fewer experts with whose weights a training begins; None: none.
-        distil: trained model whose predictions a training learns beside the labels; None: none.
         pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which
             the first training or test begins that no checkpoint gives its own; ``data.tokenizer.path`` takes its
             subwords. Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
         report: what a test writes besides the metrics; None: nothing.
+        kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -146,15 +140,11 @@ class LanguageModeler(TextModule):
         share_experts: bool = False,
         label_smoothing: float = 0.0,
         decode: DecodeConfig = _DECODE,
-        optimizer: OptimizerConfig | None = None,
-        ema_decay: float | None = None,
-        average_last: int | None = None,
-        grow: GrowConfig | None = None,
-        distil: DistilConfig | None = None,
         pretrained: str | None = None,
         attention_moe: core.MoEConfig | None = None,
         universal: Universal | None = None,
         report: LanguageReportConfig | None = _REPORT,
+        **kwargs: Any,
     ) -> None:
         published = published_network(pretrained, transformer, dense_ffn, is_language_model=True)
         if published is not None:  # kept for the checkpoint, which is read without the folder
@@ -167,13 +157,9 @@ class LanguageModeler(TextModule):
             moe,
             label_smoothing=label_smoothing,
             decode=decode,
-            optimizer=optimizer,
-            ema_decay=ema_decay,
-            average_last=average_last,
-            grow=grow,
-            distil=distil,
             pretrained=pretrained,
             attention_moe=attention_moe,
+            **kwargs,
         )
         self.moe_blocks, self.report = moe_blocks, report
         self.model = LanguageModel(

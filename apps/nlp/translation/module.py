@@ -26,10 +26,8 @@ from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.text.foreseen import Foreseen, read_ids
 from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
 from apps.nlp.translation.report import TranslationReport, TranslationReportConfig, examples, side_by_side
-from apps.train.distilling import DistilConfig
-from apps.train.growing import GrowConfig
 from apps.train.model_card import ModelKind
-from apps.train.module import OptimizerConfig, Stage, TaskOutput
+from apps.train.module import Stage, TaskOutput
 from apps.train.parts import DataPart
 
 _DECODE = DecodeConfig()
@@ -86,15 +84,11 @@ class Translator(WritingModule, TextModule):
         val_decode: how validation sentences are: "greedy", or "as_test".
         bleu_tokenize: sacrebleu's tokenizer for BLEU, "13a", "zh", "char", ..., of all pairs, or of some pairs theirs;
             None: by target language, as `bleu_tokenizers` says.
-        optimizer: learning rate, weight decay and schedule.
-        ema_decay: of the moving average of the weights; None: none.
-        average_last: epochs whose weights at their end are averaged at last; None: none.
-        grow: trained model of fewer experts with whose weights a training begins; None: none.
-        distil: trained model whose predictions a training learns beside the labels; None: none.
         pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which
             the first training or test begins that no checkpoint gives its own; ``data.tokenizer.path`` takes its
             subwords. Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
         report: what a test adds to the scores; None: nothing.
+        kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -121,14 +115,10 @@ class Translator(WritingModule, TextModule):
         decode: DecodeConfig = _DECODE,
         val_decode: Literal["greedy", "as_test"] = "greedy",
         bleu_tokenize: str | dict[str, str] | None = None,
-        optimizer: OptimizerConfig | None = None,
-        ema_decay: float | None = None,
-        average_last: int | None = None,
-        grow: GrowConfig | None = None,
-        distil: DistilConfig | None = None,
         pretrained: str | None = None,
         report: TranslationReportConfig | None = _REPORT,
         attention_moe: core.MoEConfig | None = None,
+        **kwargs: Any,
     ) -> None:
         published = published_network(pretrained, transformer, dense_ffn, is_language_model=False)
         if published is not None:  # kept for the checkpoint, which is read without the folder
@@ -143,13 +133,9 @@ class Translator(WritingModule, TextModule):
             moe,
             label_smoothing=label_smoothing,
             decode=decode,
-            optimizer=optimizer,
-            ema_decay=ema_decay,
-            average_last=average_last,
-            grow=grow,
-            distil=distil,
             pretrained=pretrained,
             attention_moe=attention_moe,
+            **kwargs,
         )
         check_name("val_decode", val_decode, ["greedy", "as_test"])
         self.bleu_tokenizers = bleu_tokenizers(pairs, bleu_tokenize)

@@ -128,7 +128,6 @@ class TwoTowerRetriever(SparseModule, Comparable):
         embedding = from_plain(embedding, EmbeddingConfig, "embedding")
         dense = from_plain(dense, DenseConfig, "dense")
         interaction = from_plain(interaction, InteractionConfig, "interaction")
-        optimizer = from_plain(optimizer, OptimizerConfig, "optimizer")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay)
         self.report = from_plain(report, RetrievalReportConfig, "report")
         if user_features is None or item_features is None:

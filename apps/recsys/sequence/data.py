@@ -142,9 +142,7 @@ class HistoryData(SuiteData):
             it is cut from its end into pieces, so that each of its items but the first is a target once an epoch.
         batch_size: histories a training batch and process.
         eval_batch_size: histories a batch and process in validation, testing and prediction.
-        drop_last: whether to leave out a last training batch that is not full.
-        num_workers: processes that cut batches; 0 is enough.
-        seed: seed of the order of training; None: the run's.
+        kwargs: ``drop_last``, ``num_workers`` and ``seed`` of ``SuiteData``. ``num_workers`` of 0 is enough.
 
     Raises:
         ValueError: the dataset is unknown, a value is out of its range, an option of "table" is given for another
@@ -175,20 +173,9 @@ class HistoryData(SuiteData):
         train_windows: Literal["last", "all"] = "last",
         batch_size: int = 128,
         eval_batch_size: int = 256,
-        drop_last: bool = False,
-        num_workers: int = 0,
-        seed: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            dataset,
-            root,
-            cache_dir,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            drop_last=drop_last,
-            num_workers=num_workers,
-            seed=seed,
-        )
+        super().__init__(dataset, root, cache_dir, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
         self.file, self.name_column = file, name_column
         self.user_column, self.item_column, self.time_column = user_column, item_column, time_column
         self.rating_column = rating_column

@@ -25,10 +25,8 @@ from apps.recsys.metrics import CUTOFF, RankingMetrics, target_ranks
 from apps.recsys.sequence import scoring
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, check_ids, last_of
 from apps.recsys.sequence.report import NextItemReport, NextItemReportConfig
-from apps.train.distilling import DistilConfig
-from apps.train.growing import GrowConfig
 from apps.train.model_card import ModelKind
-from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
+from apps.train.module import SparseModule, TaskOutput
 from core.config.plain import from_plain
 from core.convert import SolvedWidth
 
@@ -75,11 +73,8 @@ class NextItemRecommender(SparseModule, Comparable):
             where the batch names them (``seen_BH``), else those in the history. For data whose users take an item
             once; a target that the user had before then ranks last.
         top_k: number of items that a prediction names.
-        optimizer: learning rate, weight decay and schedule.
-        ema_decay: decay of the moving average of the weights; None: there is no average.
-        grow: trained model of fewer experts with whose weights a training begins; None: none.
-        distil: trained model whose predictions a training learns beside the next items; None: none.
         report: what a test writes besides the metrics; None: nothing.
+        kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
         train_unseen: whether the softmax of the loss leaves out the items that the history has before, at each
             position, as ``exclude_seen`` does in evaluation. For data whose users take an item once: the model need
             not learn which items were seen. It needs ``exclude_seen``. A target that the history has before stays a
@@ -113,18 +108,13 @@ class NextItemRecommender(SparseModule, Comparable):
         dense_ffn: core.DenseFFN | None = None,
         exclude_seen: bool = False,
         top_k: int = 10,
-        optimizer: OptimizerConfig | None = None,
-        ema_decay: float | None = None,
-        grow: GrowConfig | None = None,
-        distil: DistilConfig | None = None,
         report: NextItemReportConfig | None = _REPORT,
         train_unseen: bool = False,
+        **kwargs: Any,
     ) -> None:
         sequence = from_plain(sequence, HistoryModelConfig, "sequence")
         moe, dense_ffn = from_plain(moe, core.MoEConfig, "moe"), from_plain(dense_ffn, core.DenseFFN, "dense_ffn")
-        optimizer = from_plain(optimizer, OptimizerConfig, "optimizer")
-        grow, distil = from_plain(grow, GrowConfig, "grow"), from_plain(distil, DistilConfig, "distil")
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, grow=grow, distil=distil)
+        super().__init__(**kwargs)
         check_at_least(1, top_k=top_k)
         if train_unseen and not exclude_seen:
             raise ValueError("train_unseen=True needs exclude_seen=True: it leaves scores of seen items untrained")

@@ -82,14 +82,13 @@ class TableData(SuiteData):
         synthetic: sizes and distributions of the made tasks.
         batch_size: training rows a step and process.
         eval_batch_size: rows a step and process in validation and test.
-        drop_last: whether to leave out the last training batch of an epoch if it is not full.
-        num_workers: processes that build batches. 0 is best: a batch takes a fraction of a millisecond.
         subset: number of training rows to use, drawn by split.seed. Values with a row, means and the like are still
             learned from all of them.
-        seed: seed of the order of the rows; default the seed of the whole run (seed_everything).
         negatives: how many of a task's negative rows train in an epoch, drawn anew for each; or, for a table of
             positives alone, how many other items are drawn for each row. None: all rows train as they are.
         domain: column of the domain, in place of the description's.
+        kwargs: ``drop_last``, ``num_workers`` and ``seed`` of ``SuiteData``. ``num_workers`` of 0 is best: a batch
+            takes a fraction of a millisecond.
 
     Raises:
         ValueError: the dataset is unknown (the message has the nearest name), or an option is out of its range or for
@@ -130,24 +129,13 @@ class TableData(SuiteData):
         synthetic: SyntheticConfig | None = None,
         batch_size: int = 1024,
         eval_batch_size: int = 4096,
-        drop_last: bool = False,
-        num_workers: int = 0,
         subset: int | None = None,
-        seed: int | None = None,
         negatives: NegativesConfig | None = None,
         domain: str | None = None,
+        **kwargs: Any,
     ) -> None:
         check_name("dataset", dataset, sorted([*RECSYS_DATASETS, "table", "synthetic"]))
-        super().__init__(
-            dataset,
-            root,
-            cache_dir,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            drop_last=drop_last,
-            num_workers=num_workers,
-            seed=seed,
-        )
+        super().__init__(dataset, root, cache_dir, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
         self.train_file, self.val_file, self.test_file = train_file, val_file, test_file
         self.predict_file, self.predict_columns = predict_file, tuple(predict_columns)
         self.table = from_plain(table, TableConfig, "table")

@@ -120,8 +120,6 @@ class MultiTaskRecommender(SparseModule, Comparable):
         head = from_plain(head, HeadConfig, "head")
         weighting = from_plain(weighting, WeightingConfig, "weighting")
         report = from_plain(report, RecommenderReportConfig, "report")
-        optimizer = from_plain(optimizer, OptimizerConfig, "optimizer")
-        distil = from_plain(distil, DistilConfig, "distil")
         history = from_plain(history, HistoryConfig, "history")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay, distil=distil)
         if features is None:
