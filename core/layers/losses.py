@@ -51,10 +51,15 @@ def aux_losses(tape: Tape, group: dist.ProcessGroup | None = None) -> AuxLosses:
 
     Raises:
         ValueError: a pass had no context field that one of its terms reads, or one of another form; or the tape has
-            the loads alone.
+            the loads alone; or ``tape`` is no tape.
         RuntimeError: a pass ran without gradients although its router trains, as under reentrant checkpointing; or the
             ranks recorded passes of different layers, which all of them raise.
     """
+    if not isinstance(tape, Tape):
+        raise ValueError(
+            f"aux_loss takes the tape of a forward, not a {type(tape).__name__}: write `with core.record(model) as "
+            "tape: loss = ...`, then `(loss + core.aux_loss(tape)).backward()`"
+        )
     entries: list[tuple[Entry, frozenset[str]]] = []
     sums: list[dict[str, Tensor]] = []
     for entry in tape.entries:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -27,6 +29,12 @@ from .shared import SharedGate
 
 def nothing(module: nn.Module, args: Any) -> None:
     """Do nothing before a layer's forward, but be a hook on it."""
+
+
+UNRECORDED_PASSES = 50
+"""Training passes without a tape after which a layer with balance losses warns."""
+_warned: list[weakref.ref[MoELayer]] = []
+"""The layer that has warned last."""
 
 
 class MoELayer(nn.Module):
@@ -65,6 +73,7 @@ class MoELayer(nn.Module):
         self.dim = dim
         self.dispatcher = self.default_dispatcher() if dispatcher is None else dispatcher
         self._tapes: tuple[tuple[str, Tape], ...] = ()
+        self._unrecorded = 0
         self.balance = balance
         weight = torch.empty((), dtype=torch.float32) if balance.adaptive else None
         self.register_buffer("load_balancing_weight", weight)
@@ -89,7 +98,7 @@ class MoELayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or pickle taken inside ``record`` is not recorded.
-        return {**self.__dict__, "_tapes": ()}
+        return {**self.__dict__, "_tapes": (), "_unrecorded": 0}
 
     def _check_width(self, x: Tensor) -> None:
         """Raise a ``ValueError`` where tokens are not ``dim`` wide: not every gate and product would notice."""
@@ -151,6 +160,8 @@ class MoELayer(nn.Module):
             terms: names of the balance terms that apply; None: the router's and the layer's own.
         """
         if not self._tapes:
+            if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._count_unrecorded()
             return
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # an activation checkpoint repeats the forward inside the backward: counted already
@@ -179,13 +190,36 @@ class MoELayer(nn.Module):
             )
             tape.append(entry)
 
-    def shares_sums(self) -> torch.device | None:
-        """Return the layer's device if its balance losses depend on the tokens of all ranks, else None."""
-        if self.balance.scope != "global":
-            return None
+    def balance_weights(self) -> dict[str, float]:
+        """Return the weights above 0 of the balance losses that apply to the layer, by name."""
         parts = [m for m in self.modules() if isinstance(m, (Router, SharedGate))]
         given = {**self.balance.weights(), **{k: v for m in parts for k, v in getattr(m, "extra_weights", {}).items()}}
-        if not any(given.get(term, 0.0) > 0 for terms in (self.own_terms, *(m.terms for m in parts)) for term in terms):
+        terms = self.own_terms.union(*(m.terms for m in parts))
+        return {name: weight for name, weight in given.items() if name in terms and weight > 0}
+
+    def _count_unrecorded(self) -> None:
+        """Count a training pass that no tape records, and warn once for a model whose balance losses are lost so."""
+        self._unrecorded += 1
+        if self._unrecorded != UNRECORDED_PASSES:
+            return
+        # Where the layer that warned has not run since, this one is of the same model, in the same step.
+        warned = _warned[0]() if _warned else None
+        if warned is not None and warned._unrecorded == UNRECORDED_PASSES:
+            return
+        weights = self.balance_weights()
+        if weights and any(p.requires_grad for router in self.routers().values() for p in router.parameters()):
+            _warned[:] = [weakref.ref(self)]
+            warnings.warn(
+                f"MoE layers have trained for {UNRECORDED_PASSES} steps without their balance losses "
+                f"({', '.join(f'{name}={weight:g}' for name, weight in weights.items())}), so that a few experts may "
+                "take all tokens. Write `with core.record(model) as tape: loss = ...`, then "
+                "`(loss + core.aux_loss(tape)).backward()`; or set the weights of Balance to 0",
+                stacklevel=2,
+            )
+
+    def shares_sums(self) -> torch.device | None:
+        """Return the layer's device if its balance losses depend on the tokens of all ranks, else None."""
+        if self.balance.scope != "global" or not self.balance_weights():
             return None
         tensors = (*self.parameters(), *self.buffers())
         return tensors[0].device if tensors else torch.device("cpu")
@@ -232,11 +266,12 @@ class MoE(MoELayer):
         expert_output_masking: probability in training that a pair's output is left out; the others are divided by
             1 minus it.
         bias_dim: width of a bias that is added to every token's output; None: there is none.
-        pairs_per_token: experts a token takes, for ``active_params``.
+        pairs_per_token: experts a token takes, for ``active_params``; None: as the router's config says.
 
     Raises:
-        ValueError: the router chooses among another number of experts than there are, those of other ranks included;
-            or ``balance.contrast`` with experts that gather statistics, since it computes some rows twice.
+        ValueError: a part is no router or no experts; the router chooses among another number of experts than there
+            are, those of other ranks included; or ``balance.contrast`` with experts that gather statistics, since it
+            computes some rows twice.
     """
 
     own_terms = frozenset({"contrast"})
@@ -253,14 +288,25 @@ class MoE(MoELayer):
         shared_gate: SharedGate | None = None,
         expert_output_masking: float = 0.0,
         bias_dim: int | None = None,
-        pairs_per_token: float,
+        pairs_per_token: float | None = None,
         dim: int | None = None,
     ) -> None:
+        if not isinstance(router, Router) or not isinstance(experts, Experts):
+            raise ValueError(
+                f"MoE({router!r}, {experts!r}) is made of a router and experts: a layer of 8 experts for tokens of "
+                "width 64 is core.MoEConfig(num_experts=8, router=core.TokenChoice(top_k=2)).build(64)"
+            )
         super().__init__(balance, dim, dispatcher)
         self.router, self.experts = router, experts
         self.shared_experts, self.shared_gate = shared_experts, shared_gate
         self.expert_output_masking = expert_output_masking
-        self.num_experts, self.pairs_per_token = experts.num_experts, pairs_per_token
+        self.num_experts = experts.num_experts
+        config: Any = getattr(router, "config", None)  # a router of the user's own may have none
+        if pairs_per_token is None:
+            if config is None:
+                raise ValueError(f"pairs_per_token=None: {type(router).__name__} has no config that says it")
+            pairs_per_token = config.pairs_per_token(self.num_experts)
+        self.pairs_per_token = pairs_per_token
         chosen_among = getattr(router, "num_experts", self.num_experts)
         if chosen_among != self.num_experts:
             raise ValueError(f"the router chooses among {chosen_among} experts, and there are {self.num_experts}")
