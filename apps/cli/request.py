@@ -344,7 +344,9 @@ def _with_own_defaults(config: Mapping[str, Any], flags: list[str]) -> tuple[dic
     def is_taken(merged: Mapping[str, Any], names: list[str], value: str) -> bool:
         model = merged.get("model")
         inside = names[0] == "model" and len(names) > 1 and isinstance(model, Mapping) and "class_path" in model
-        return names[0] == "sparsify" or (inside and _config_class(value) is not None)
+        # A null of a class that an earlier flag names, as ``with_nulls`` takes one of a class in a file.
+        is_null = value in NULLS and isinstance(at(merged, names[:-1]), Mapping)
+        return names[0] == "sparsify" or (inside and (is_null or _config_class(value) is not None))
 
     def plain(value: str) -> Any:
         return yaml.safe_load(value) if _config_class(value) is None else {"class_path": value}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compared
 import pytest
 
 from apps.cli import UsageError
@@ -26,6 +27,13 @@ def test_a_nested_null_is_taken(config):
     flags = ["--model.moe.capacity_factor", "1.5", "--model.moe.eval_capacity_factor", "null"]
     moe = build("fit", ["--config", config, *flags]).model.hparams["moe"]
     assert (moe["capacity_factor"], moe["eval_capacity_factor"]) == (1.5, None)
+
+
+def test_a_null_of_a_class_that_an_earlier_flag_names_is_taken(tmp_path):
+    (tmp_path / "no_router.yaml").write_text(compared.CONFIG)
+    flags = ["--model.moe.router", "core.TokenChoice", "--model.moe.router.noise", "null"]
+    model = build("fit", ["--config", str(tmp_path / "no_router.yaml"), *flags]).model
+    assert model.hparams["moe"]["router"]["init_args"]["noise"] is None
 
 
 def test_a_switch_may_have_a_value():
