@@ -183,6 +183,15 @@ def test_the_page_of_images_runs(tmp_path, monkeypatch, capsys):
     assert "path='b.png', class_name='" in capsys.readouterr().out
 
 
+def test_the_page_of_scripts_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # a path that begins with configs/ is found beside the packages
+    (source,) = blocks((ROOT / "docs" / "scripts.md").read_text(encoding="utf-8"), "python")
+    made: dict[str, object] = {}
+    exec(compile(source.replace('"trainer.max_epochs": 2', '"trainer.max_epochs": 1'), "scripts.md", "exec"), made)
+    assert (tmp_path / "runs" / "digits" / "report.html").exists()
+    assert made["tested"].run_dir == made["fitted"].run_dir
+
+
 def test_the_page_of_your_model_runs(capsys):
     page = (ROOT / "docs" / "your_model.md").read_text(encoding="utf-8")
     exec(compile("\n".join(blocks(page, "python")), "your_model.md", "exec"), {})

@@ -36,6 +36,8 @@ APP_ROWS = (
 )
 APP_ROW_OF = {room: row for row, rooms in enumerate(APP_ROWS) for room in rooms}
 APPS = APP_ROWS[4]
+# Rooms of apps that `moesaic` may use: those of the commands that it has as functions. Nothing imports `moesaic`.
+COMMANDS = ("base", "train", "cli", "compare", "verdict")
 # Rooms of other apps that an app may use.
 MAY_USE: dict[str, tuple[str, ...]] = {"multimodal": ("apps.vision", "apps.nlp.text", "apps.nlp.decode")}
 
@@ -125,6 +127,8 @@ def core_rule(module: str, imported: Import) -> str | None:
 def app_rule(module: str, imported: Import) -> str | None:
     """Return why a module of apps may not have this import, or None."""
     here, there = part_of(module), part_of(imported.target)
+    if imported.target.split(".")[0] == "moesaic":
+        return "nothing imports moesaic: imports run one way"
     if imported.target.split(".")[0] != "apps" or here in (there, ""):
         return None
     if there not in APP_ROW_OF:  # a public name of the package
@@ -143,6 +147,16 @@ def app_rule(module: str, imported: Import) -> str | None:
     return f"apps.{here} may not use apps.{there}: imports run one way"
 
 
+def moesaic_rule(module: str, imported: Import) -> str | None:
+    """Return why a module of moesaic may not have this import, or None."""
+    room = part_of(imported.target)
+    if module == "moesaic" and not imported.lazy and imported.target.split(".")[0] not in sys.stdlib_module_names:
+        return "an import of moesaic imports nothing but the standard library"
+    if imported.target.split(".")[0] == "apps" and room in APP_ROW_OF and room not in COMMANDS:
+        return f"moesaic may not use apps.{room}: it calls the commands"
+    return None
+
+
 def names_of_apps(path: str, source: str) -> list[str]:
     """Return a line for each string of a shared room that begins with a dotted path into an app."""
     if part_of(module_name(path)) in (*APPS, "registry", "compare", "demo", "cli"):
@@ -158,13 +172,14 @@ def names_of_apps(path: str, source: str) -> list[str]:
 def violations(path: str, source: str) -> list[str]:
     """Return a line for each import in a file that breaks a rule."""
     module = module_name(path)
-    rule = core_rule if module.split(".")[0] == "core" else app_rule
+    top = module.split(".")[0]
+    rule = {"core": core_rule, "apps": app_rule, "moesaic": moesaic_rule}[top]
     broken = ((imported, rule(module, imported)) for imported in imports(path, source))
     return [f"{path}:{imported.line}: imports {imported.target}: {why}" for imported, why in broken if why]
 
 
 def tree() -> dict[str, str]:
-    files = (path for top in ("core", "apps") for path in sorted((ROOT / top).rglob("*.py")))
+    files = (path for top in ("core", "apps", "moesaic") for path in sorted((ROOT / top).rglob("*.py")))
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}
 
 
@@ -178,7 +193,7 @@ def test_the_tree_keeps_the_rules():
     assert not broken, "\n".join(broken)
 
 
-@pytest.mark.parametrize("top", ["core", "apps"])
+@pytest.mark.parametrize("top", ["core", "apps", "moesaic"])
 def test_modules_import_each_other_without_a_cycle(top):
     # In apps, imports inside functions and for type checkers are left out: a cycle of those does not stop an import.
     sources = {module_name(path): (path, source) for path, source in tree().items() if path.startswith(f"{top}/")}
@@ -209,6 +224,8 @@ def test_modules_import_each_other_without_a_cycle(top):
         ),
         ("apps/multimodal/model.py", "from apps.vision.model import VMoE\nfrom apps.nlp import decode"),
         ("apps/demo.py", "from apps.vision.data import VisionData"),
+        ("moesaic/commands.py", "import core\nfrom apps import load\nfrom apps.cli.train import SparseCLI"),
+        ("moesaic/__init__.py", "import sys\ndef f():\n    import core"),
     ],
 )
 def test_allowed(path, source):
@@ -244,6 +261,9 @@ def test_allowed(path, source):
         ("apps/nets/layers.py", "from apps.train import cost", "apps.nets may not use apps.train"),
         ("apps/multimodal/model.py", "from apps.nlp.translation.module import T", "an app never imports another"),
         ("apps/vision/data.py", "from apps.cli import main", "apps.vision may not use apps.cli"),
+        ("apps/cli/__init__.py", "def f():\n    import moesaic", "nothing imports moesaic"),
+        ("moesaic/__init__.py", "import core", "imports nothing but the standard library"),
+        ("moesaic/commands.py", "from apps.vision.module import V", "moesaic may not use apps.vision"),
         ("apps/brand_new/a.py", "from apps.base import files", "no place in the import order"),
     ],
 )

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_traceback = "--traceback" in args
     args = [a for a in args if a != "--traceback"]
     try:
-        _check_core()
+        check_core()
         return _dispatch(args)
     except (KeyboardInterrupt, SystemExit) as stop:
         advice = "; --ckpt_path last goes on from the last checkpoint, if there is one"
@@ -131,7 +131,7 @@ class UsageError(ValueError):
     """The command line or a configuration is wrong."""
 
 
-def _check_core() -> None:
+def check_core() -> None:
     """Raise a ``UsageError`` where another package named ``core`` on PYTHONPATH comes before the engine."""
     spec = importlib.util.find_spec("core")
     folders = [os.path.realpath(p) for p in (spec and spec.submodule_search_locations) or ()]
@@ -162,7 +162,7 @@ def _dispatch(args: list[str]) -> int:
             from apps.cli.request import Request
 
             with quiet():  # libraries talk when a model's class is imported
-                request = Request.read(command, rest, announce=lambda line: _announce(command, line))
+                request = Request.read(command, rest, announce=lambda line: announce(command, line))
         if "--help_all" in rest or any(".help" in flag for flag in rest):
             from apps.cli.help import show
             from apps.cli.train import TRAINER_DEFAULTS
@@ -194,7 +194,7 @@ def _training_help(command: str) -> str:
     return "\n".join(lines)
 
 
-def _announce(command: str, line: str) -> None:
+def announce(command: str, line: str) -> None:
     """Say what starts, before the seconds that torch takes. The stdout of predict is for what it predicts."""
     ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     if all(rank == "0" for rank in ranks):  # the processes of a distributed run have one command line

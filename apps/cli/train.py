@@ -96,6 +96,8 @@ class SparseCLI(LightningCLI):
         self.request = request
         self.run_dir = request.run_dir
         self.ckpt_path = request.checkpoint
+        self.metrics: dict[str, float] = {}  # of a test
+        self.written: PredictionFile | None = None
         self.quantises = None if request.quantize is None else QuantisesExperts(request.quantize)
         self.offloads = None if request.offload is None else OffloadsExperts(request.offload)
         if request.command == "fit":  # before anything slow
@@ -357,9 +359,9 @@ class SparseCLI(LightningCLI):
         earlier = kept.stat().st_mtime_ns if kept.exists() else None
         sweep = None if self.request.sweep is None else Sweep(self, self.request.sweep)
         results = getattr(self.trainer, command)(**arguments)
+        self.metrics = metrics = {k: float(v) for result in results for k, v in result.items()}
         if not self.trainer.is_global_zero:
             return
-        metrics = {k: float(v) for result in results for k, v in result.items()}
         path = self.run_dir / f"{command}.json"
         if is_new:
             mark(self.run_dir)
@@ -483,8 +485,8 @@ class SparseCLI(LightningCLI):
             self.model.to(self.trainer.strategy.root_device).eval()
         return stream
 
-    @staticmethod
-    def _print_written(file: PredictionFile) -> None:
+    def _print_written(self, file: PredictionFile) -> None:
+        self.written = file
         for line in file.first:
             print(shortened(line))
         earlier = f", {file.start:,} of them by an earlier run" if file.start else ""

@@ -1,0 +1,41 @@
+"""What scripts import: the engine's names, and the commands as functions. Nothing is imported before a name is used."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import core
+    from core import *
+    from moesaic.commands import Predictions, Result, compare, fit, load, predict, test, verdict
+
+    __all__ = ["Predictions", "Result", "compare", "fit", "load", "predict", "test", "verdict"]
+    __all__ += core.__all__
+
+_COMMANDS = ("Predictions", "Result", "compare", "fit", "load", "predict", "test", "verdict")
+
+
+def __getattr__(name: str) -> object:
+    """Return a public name; the first one imports torch, and a command also Lightning."""
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from apps.cli import check_core
+    except ImportError as error:
+        found = sys.modules.get("apps", error)
+        raise ImportError(f"moesaic needs its own package apps, and Python finds {found}: take that off") from error
+    check_core()
+    if name in _COMMANDS:
+        return getattr(importlib.import_module("moesaic.commands"), name)
+    engine = importlib.import_module("core")
+    if name == "__all__":
+        return [*_COMMANDS, *engine.__all__]
+    if name in engine.__all__:
+        return getattr(engine, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*_COMMANDS, *importlib.import_module("core").__all__]
