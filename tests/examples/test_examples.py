@@ -7,6 +7,7 @@ import re
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -67,6 +68,19 @@ def test_a_sentence_encoder(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("2 of 2 feed-forward networks are sparse")
     check_begins_and_learns(printed, above=99.0)  # both of the titles held out
+
+
+def test_optuna_searches_and_each_trial_is_a_run(tmp_path):
+    pytest.importorskip("optuna")
+    from examples import optuna_search
+
+    configs = ["configs/vision/digits.yaml", "configs/debug.yaml"]
+    study = optuna_search.main(["--config", *configs, "--trials", "2", "--output", str(tmp_path)])
+    for trial in study.trials:
+        run = yaml.safe_load((tmp_path / str(trial.number) / "config.yaml").read_text())["model"]["init_args"]
+        assert trial.params == {"lr": run["optimizer"]["lr"], "num_experts": run["moe"]["num_experts"]}
+        assert 0 <= trial.value <= 1
+    assert study.best_value == max(trial.value for trial in study.trials)
 
 
 @pytest.mark.slow
