@@ -36,11 +36,11 @@ from core.config.plain import to_plain
 
 __all__ = ["Predictions", "Result", "compare", "fit", "load", "predict", "test", "verdict"]
 
-Part = str | Path | Mapping[str, Any]
+Part = str | Path | Mapping[str, object]
 """A configuration: a file's path, or what such a file holds."""
 Config = Part | Sequence[Part]
 """One configuration, or several, of which a later one is laid over an earlier one."""
-Overrides = Mapping[str, Any]
+Overrides = Mapping[str, object]
 """Values by dotted option, such as ``{"model.optimizer.lr": 1e-3}``; configs such as ``core.TokenChoice(2)`` too."""
 
 

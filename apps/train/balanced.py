@@ -31,6 +31,9 @@ class BalancedModule(LightningModule):
     """Called with the prefix of the logged names and the statistics of all ranks, on every rank: after a training step
     that is logged, and after each pass of validation or test."""
 
+    predict: Callable[..., Any]
+    """Answers what a user has, such as image files; each app's model has its own, a user's module may have none."""
+
     _moe_tape: core.Tape | None = None
     _moe_stats: core.RoutingStats | None = None
 

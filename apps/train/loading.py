@@ -17,6 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from apps import registry
 from apps.base.messages import excerpt
+from apps.train.balanced import BalancedModule
 from apps.train.checkpoint_paths import find_checkpoint
 from apps.train.contents import read_checkpoint
 from apps.train.module import SparseModule
@@ -33,7 +34,7 @@ def load(
     *,
     quantize: str | None = None,
     offload: str | None = None,
-) -> Any:
+) -> BalancedModule:
     """Return the trained model of a run, of any app, ready to predict.
 
     Every app's model has ``predict``, which takes what its users have: a table or a path of one (recommenders), image
@@ -48,8 +49,8 @@ def load(
             never in memory as a whole.
 
     Returns:
-        The ``SparseModule`` in evaluation mode. It knows what its checkpoint keeps of the data (classes, columns,
-        subwords), so that no training data are needed.
+        The module in evaluation mode: a ``SparseModule``, or a user's module that was made sparse. It knows what its
+        checkpoint keeps of the data (classes, columns, subwords), so that no training data are needed.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
