@@ -46,6 +46,6 @@ bench: $(READY) ## time the sparse layer against a dense one of equal active FLO
 
 clean: ## remove .venv, caches and build files; runs/ stays
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache
-	rm -rf packaging/fbgemm-gpu-cpu/build
+	rm -rf packaging/*/build
 	find . -name '*.egg-info' -prune -exec rm -rf {} +
 	find . -name __pycache__ -prune -exec rm -rf {} +
