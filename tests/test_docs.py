@@ -210,7 +210,7 @@ def test_the_lightning_module_of_ones_own_is_trained_tested_and_compared(tmp_pat
     Path("my_model.yaml").write_text(config)
     few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.accelerator", "cpu"]
     commands = [shlex.split(line) for block in blocks(page, "sh") for line in block.splitlines()]
-    assert [words[1] for words in commands] == ["fit", "test", "compare", "doctor", "export"]
+    assert [words[1] for words in commands] == ["fit", "test", "compare", "doctor", "export", *["convert"] * 3, "fit"]
     for _, command, *rest in commands:
         alone = ["--seeds", "1", "--rounds", "0", "--learning_rates", "0.003"] if command == "compare" else []
         few = few if command in ("fit", "test", "compare") else []
@@ -220,7 +220,8 @@ def test_the_lightning_module_of_ones_own_is_trained_tested_and_compared(tmp_pat
         )  # which exits with 1 where it finds much
     (script,), made = blocks(page, "text"), {}
     exec(compile(script, "your_model.md", "exec"), made)
-    assert not core.moe_layers(made["model"])
+    adapted = [name for name, module in made["model"].named_modules() if isinstance(module, core.AdaptedLinear)]
+    assert adapted == ["head"]
     shown = capsys.readouterr().out
     assert "blocks.0: 4 FFN" in shown
     assert "2 of 2 feed-forward networks are sparse" in shown
