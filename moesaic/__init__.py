@@ -24,17 +24,16 @@ def __getattr__(name: str) -> object:
     try:
         from apps.cli import check_core
     except ImportError as error:
-        found = sys.modules.get("apps", error)
-        raise ImportError(f"moesaic needs its own package apps, and Python finds {found}: take that off") from error
+        found = f"{sys.modules.get('apps', error)}: take that one off sys.path"
+        raise ImportError(f"moesaic needs its own package apps, and Python finds {found}") from error
     check_core()
-    if name in _COMMANDS:
-        return getattr(importlib.import_module("moesaic.commands"), name)
-    engine = importlib.import_module("core")
+    source = importlib.import_module("moesaic.commands" if name in _COMMANDS else "core")
     if name == "__all__":
-        return [*_COMMANDS, *engine.__all__]
-    if name in engine.__all__:
-        return getattr(engine, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return [*_COMMANDS, *source.__all__]
+    if name not in source.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(source, name)
+    return value
 
 
 def __dir__() -> list[str]:
