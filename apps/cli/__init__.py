@@ -70,6 +70,7 @@ _PREDICT_OPTIONS = (
     _QUANTIZE,
     _OFFLOAD,
 )
+_FIT_OPTIONS = (("overwrite", "", "remove the run in the folder, which else moves to a numbered folder in earlier"),)
 _TEST_OPTIONS = (
     ("open", "", "show the report in the browser"),
     ("sweep", "", "test cheaper forms of the model as well: quality against latency and memory"),
@@ -186,7 +187,7 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _training_help(command: str) -> str:
-    own = {"predict": _PREDICT_OPTIONS, "test": _TEST_OPTIONS}.get(command, ())
+    own = {"fit": _FIT_OPTIONS, "predict": _PREDICT_OPTIONS, "test": _TEST_OPTIONS}.get(command, ())
     rows = [*RUN_OPTIONS[:4], *own, *RUN_OPTIONS[4:]]
     lines = [f"usage: moesaic {command} --config FILE [options]", "", _TRAINING[command], "", "options:"]
     for name, default, meaning in rows:

@@ -18,6 +18,7 @@ from apps.report.page import (
 from apps.report.page.training import training_section
 from apps.report.routed import layer_label
 from apps.report.tables import is_share
+from apps.train.checkpoint_paths import run_title
 from apps.train.logs import METRICS, read_rows
 
 _SIZES = {"parameters": "num_params", "active parameters": "active_params", "MFLOPs": "flops_per_example"}
@@ -59,7 +60,7 @@ def test_page(
     figures = {name: float(_percent(name, value)) for name, value in own.items()}
     every = Table("Metrics of the test", ("metric", "value"), rows)
     return Page(
-        title=f"Test of {run.name}",
+        title=f"Test of {run_title(run)}",
         verdict=(verdict, *notes),
         figures=Table("", ("metric", "value"), rows[:MOST_FIGURES]),
         sections=(

@@ -53,7 +53,7 @@ class Request:
         loaded: the checkpoint's contents, with the shapes alone of sharded tensors, or None.
         model_class: the model's class, where it is named.
         output: the file of the predictions; None: the run's own.
-        overwrite: whether an earlier file of predictions is replaced.
+        overwrite: whether an earlier file of predictions is replaced, or the run in the folder of a training removed.
         raw_csv: whether a CSV file of predictions has texts that a spreadsheet would compute as they are.
         weights: the checkpoint of ``--weights``, with whose weights a training begins anew, or None.
         begun_with: contents of the checkpoint that ``--weights`` or ``model.grow`` names, where the run begins with its

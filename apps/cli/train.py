@@ -320,7 +320,7 @@ class SparseCLI(LightningCLI):
             self.trainer.callbacks.insert(0, stops)
             stack.enter_context(stops.handling())
             if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-                folder = RunFolder(self.run_dir, self._descriptions())
+                folder = RunFolder(self.run_dir, self._descriptions(), self.request.overwrite)
                 self.trainer.callbacks.insert(0, folder)
                 stack.enter_context(folder.held())
             self.trainer.fit(**arguments)

@@ -159,9 +159,10 @@ def check_onnx(command: str, path: Path | None, which: str | None) -> None:
 def check_output(command: str, output: Path | None, overwrite: bool, raw_csv: bool) -> None:
     """Raise a ``UsageError`` for a file of predictions that cannot be written, or would replace an earlier one."""
     if command != "predict":
-        given = {"output": output is not None, "overwrite": overwrite, "raw_csv": raw_csv}
+        given = {"output": output is not None, "overwrite": overwrite and command != "fit", "raw_csv": raw_csv}
         for name in (name for name, is_given in given.items() if is_given):
-            raise UsageError(f"{name} is an option of predict, not of {command}")
+            also = "fit and " if name == "overwrite" else ""
+            raise UsageError(f"{name} is an option of {also}predict, not of {command}")
         return
     if raw_csv and (output is None or output.suffix != ".csv"):
         raise UsageError("raw_csv is for predictions in CSV: give --output FILE.csv")

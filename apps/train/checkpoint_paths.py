@@ -51,7 +51,13 @@ def find_checkpoint(path: Path | str) -> Path:
 def run_name(checkpoint: Path) -> str:
     """Return the name of the run that a checkpoint is of, else that of the file."""
     folder = checkpoint.parent
-    return folder.resolve().parent.name if folder.name == "checkpoints" else checkpoint.stem
+    return run_title(folder.resolve().parent) if folder.name == "checkpoints" else checkpoint.stem
+
+
+def run_title(folder: Path) -> str:
+    """Return the name of a run's folder; that of an earlier run is, for example, "digits/earlier/2"."""
+    parts = folder.resolve().parts
+    return "/".join(parts[-3:]) if parts[-2:-1] == ("earlier",) else parts[-1]
 
 
 def named_checkpoint(which: str, run_dir: Path) -> Path:

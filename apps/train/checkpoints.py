@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from apps.base.checks import check_at_least
 from apps.base.files import delete, delete_leftovers, os_error, replacing
 from apps.train import sharded
-from apps.train.checkpoint_paths import is_pretrained
+from apps.train.checkpoint_paths import NAMES, is_pretrained
 from apps.train.contents import read_checkpoint
 from apps.train.finite import check_weights
 from apps.train.logs import MetricsCSV
@@ -112,10 +112,10 @@ class BestAndLast(Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         if trainer.is_global_zero and not trainer.ckpt_path and not trainer.fast_dev_run:
             # "last" must not mean an earlier run's checkpoint.
-            folder, names = Path(self.dirpath or ""), ("best.ckpt", "last.ckpt", "average.ckpt")
-            earlier = [path for path in (folder / name for name in names) if path.exists()]
+            folder = Path(self.dirpath or "")
+            earlier = [path for path in (folder / f"{name}.ckpt" for name in NAMES) if path.exists()]
             if earlier:
-                put_aside(folder, earlier, names)
+                print(f"{folder} held checkpoints of an earlier run: they are in {put_aside(folder, earlier)} now")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -10,9 +10,13 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from apps.base.files import delete, holding, naming, replacing
+from apps.train.logs import METRICS, read_rows
 
 MARKER = ".moesaic-run"
 """This file marks the folder of a run. A training holds a lock on it."""
+
+OF_USERS = "ModelCheckpoint"
+"""The folder of the checkpoints that a user's own callbacks write, beside ``checkpoints``."""
 
 _CURVES = ("events.out.tfevents.*", "hparams.yaml")
 """The files that TensorBoard's writer leaves."""
@@ -55,42 +59,44 @@ def check_unlinked(folders: Iterable[Path]) -> None:
             raise ValueError(f"{path} leads to {path.resolve()}, and a run writes in its own folder: remove the link")
 
 
-def put_aside(folder: Path, paths: Iterable[Path], names: Iterable[str]) -> Path:
-    """Move ``paths`` from ``folder`` into its subfolder ``earlier``, and return that.
+def put_aside(folder: Path, paths: Iterable[Path]) -> Path:
+    """Move ``paths`` from ``folder``, in their order, to a new numbered subfolder of ``earlier``, and return that.
 
-    Before that, the files and folders ``names`` of ``earlier`` are deleted, which an earlier run has left there.
+    The newest run has the highest number. What a kill has left half moved is completed in its own subfolder.
     """
-    earlier = folder / "earlier"
-    for name in names:
-        delete(earlier / name)
+    paths = list(paths)
+    number = max((int(p.name) for p in (folder / "earlier").glob("*") if p.name.isdecimal()), default=0)
+    target = folder / "earlier" / str(number)
+    if not number or any((target / path).exists() for path in (MARKER, *(p.relative_to(folder) for p in paths))):
+        target = target.with_name(str(number + 1))
     for path in paths:
-        target = earlier / path.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-    return earlier
+        (target / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target / path.relative_to(folder))
+    mark(target)
+    return target
 
 
 class RunFolder(Callback):
     """Prepares the folder of a run at the start of its training; until then an earlier run there stays whole.
 
-    All files of that run are moved to ``earlier``, where one run is kept, if it has left a checkpoint. A resumed run
-    moves nothing. Files that no run writes are not touched.
+    All files of an earlier run that has logged a step or left a checkpoint are moved to a numbered folder in
+    ``earlier``. A run that resumes from its own checkpoint moves nothing. Files that no run writes are not touched.
 
     Args:
         folder: folder of the run.
         descriptions: texts to write there, by the name of the file.
+        overwrite: remove the earlier run instead; those in ``earlier`` stay.
     """
 
-    # The checkpoints are moved last, at once: a kill half-way loses none. The curves have names of their own.
-    names = ("metrics.csv", "config.yaml", "signatures.json", "test.json", "validate.json", "predictions.jsonl",
-             "search.jsonl", "search.html", "sweep.json", "sweep.png",
-             "report.html", "report.json", "report", "checkpoints")  # fmt: skip
+    # The log and the checkpoints are moved last: a kill half-way loses none. The curves have names of their own.
+    names = ("config.yaml", "signatures.json", "test.json", "validate.json", "predictions.jsonl",
+             "search.jsonl", "search.html", "sweep.json", "sweep.png", "report.html", "report.json", "report",
+             "profile", METRICS, OF_USERS, "checkpoints")  # fmt: skip
 
-    def __init__(self, folder: Path, descriptions: Mapping[str, str]) -> None:
-        self.folder, self.descriptions = folder, dict(descriptions)
-        # TensorBoard begins this run's file before the training starts.
-        self._curves = self._list_curves()
-        self._earlier = [*self._curves, *(p for p in (folder / name for name in self.names) if p.exists())]
+    def __init__(self, folder: Path, descriptions: Mapping[str, str], overwrite: bool = False) -> None:
+        self.folder, self.descriptions, self.overwrite = folder, dict(descriptions), overwrite
+        self._curves: list[Path] = []
+        self._earlier: list[Path] = []
         self._started = False
 
     def _list_curves(self) -> list[Path]:
@@ -107,6 +113,9 @@ class RunFolder(Callback):
                 if new:
                     stack.callback(self._remove_unused)
                 stack.enter_context(holding(self.folder / MARKER, refusal))
+            # TensorBoard begins this run's file before the training starts.
+            self._curves = self._list_curves()
+            self._earlier = [*self._curves, *(p for p in (self.folder / name for name in self.names) if p.exists())]
             yield
 
     def _remove_unused(self) -> None:
@@ -127,6 +136,11 @@ class RunFolder(Callback):
         if curves.is_dir() and not any(curves.iterdir()):
             curves.rmdir()
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A run that goes on from another folder writes here before its training starts, such as its kept epochs.
+        if trainer.is_global_zero and trainer.ckpt_path and not self._is_own(Path(trainer.ckpt_path)):
+            self._clear()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             if trainer.ckpt_path:
@@ -134,22 +148,28 @@ class RunFolder(Callback):
                     f"going on from {trainer.ckpt_path}: step {trainer.global_step}, epoch {trainer.current_epoch + 1}"
                 )
             else:
-                self._put_aside()
+                self._clear()
             for name, text in self.descriptions.items():
                 with naming(self.folder / name), replacing(self.folder / name) as file:
                     file.write(text)
         self._started = True
 
-    def _put_aside(self) -> None:
-        if any((self.folder / "checkpoints").glob("*.ckpt")):
-            curves = (f"tensorboard/{path.name}" for path in (self.folder / "earlier" / "tensorboard").glob("*"))
-            own = [name for name in curves if any(Path(name).match(pattern) for pattern in _CURVES)]
-            earlier = put_aside(self.folder, self._earlier, [*own, *self.names, MARKER])
-            (earlier / MARKER).touch()
-            print(
-                f"{self.folder} held an earlier run: it is in {earlier} now, where one earlier run is kept "
-                f"(--ckpt_path {earlier / 'checkpoints' / 'last.ckpt'} goes on from it)"
-            )
-            return
-        for path in self._curves:  # TensorBoard would draw them over this run's
-            path.unlink()
+    def _is_own(self, checkpoint: Path) -> bool:
+        """Return whether a checkpoint is of the run in the folder, and of none that was put aside there."""
+        path, folder = checkpoint.resolve(), self.folder.resolve()
+        return path.is_relative_to(folder) and not path.is_relative_to(folder / "earlier")
+
+    def _clear(self) -> None:
+        """Put the run in the folder aside, or remove it."""
+        has_checkpoint = any(path for name in (OF_USERS, "checkpoints") for path in (self.folder / name).glob("*.ckpt"))
+        if not has_checkpoint and not any(int(row["step"]) for row in read_rows(self.folder / METRICS)):
+            for path in self._curves:  # TensorBoard would draw them over this run's
+                path.unlink()
+        elif self.overwrite:
+            for path in self._earlier:
+                delete(path)
+            what = ", ".join(path.relative_to(self.folder).as_posix() for path in self._earlier)
+            print(f"--overwrite has removed the earlier run in {self.folder}: {what}")
+        else:
+            target = put_aside(self.folder, self._earlier)
+            print(f"{self.folder} held an earlier run: it is in {target} now (--ckpt_path {target} tests it)")

@@ -24,8 +24,9 @@ FEWEST = 2
 def write_index(folder: Path) -> Path | None:
     """Write or refresh ``index.html`` of a folder of runs, print its path, and return it.
 
-    The runs are those subfolders, or subfolders of these, that have a report. With fewer than ``FEWEST``, or where
-    another ``index.html`` is there that no report has written, nothing is written and None is returned.
+    The runs are the subfolders, their subfolders, and their earlier runs that have a report. With fewer than
+    ``FEWEST``, or where another ``index.html`` is there that no report has written, nothing is written and None is
+    returned.
     """
     path = folder / INDEX
     pages = read_reports(folder)
@@ -43,7 +44,7 @@ def read_reports(folder: Path) -> dict[str, Page]:
     One whose ``report.json`` is damaged or of an earlier version is named and left out.
     """
     pages = {}
-    for path in sorted((*folder.glob(f"*/{FILE}"), *folder.glob(f"*/*/{FILE}"))):
+    for path in sorted(path for place in ("*", "*/*", "*/earlier/*") for path in folder.glob(f"{place}/{FILE}")):
         about = path.with_suffix(".json")
         if about.is_file() and is_report(path):
             try:

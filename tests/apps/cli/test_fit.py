@@ -43,8 +43,8 @@ def test_the_run_is_named_after_its_configurations_and_a_new_one_puts_all_of_it_
     before = content(run)
     assert {"test.json", "checkpoints/last.ckpt", "config.yaml", "metrics.csv"} < set(before)
     assert main(["fit", *argv, "--data.num_classes", "5"]) == 0
-    assert "runs/tiny-small held an earlier run: it is in runs/tiny-small/earlier now" in capsys.readouterr().out
-    assert content(run / "earlier") == before
+    assert "runs/tiny-small held an earlier run: it is in runs/tiny-small/earlier/1 now" in capsys.readouterr().out
+    assert content(run / "earlier" / "1") == before
     names = {name for name in content(run) if "events" not in name}
     of_the_test = {"test.json", "report/load.png", "report.html", "report.json"}
     assert names == {name for name in before if "events" not in name} - of_the_test
@@ -54,10 +54,11 @@ def test_the_run_is_named_after_its_configurations_and_a_new_one_puts_all_of_it_
     # A resumed run moves nothing, and the earlier run can be tested and gone on with where it is.
     now = content(run)
     assert main(["fit", *argv, "--ckpt_path", "last", "--data.num_classes", "5", "--trainer.max_epochs", "2"]) == 0
-    assert content(run / "earlier") == before
+    assert content(run / "earlier" / "1") == before
     assert content(run).keys() > now.keys()
-    assert main(["test", "--ckpt_path", str(run / "earlier" / "checkpoints" / "best.ckpt")]) == 0
-    assert json.loads((run / "earlier" / "test.json").read_text())["checkpoint"].startswith("runs/tiny-small/earlier/")
+    assert main(["test", "--ckpt_path", str(run / "earlier" / "1" / "checkpoints" / "best.ckpt")]) == 0
+    tested = json.loads((run / "earlier" / "1" / "test.json").read_text())
+    assert tested["checkpoint"].startswith("runs/tiny-small/earlier/1/")
     assert "test.json" not in content(run)
 
 
@@ -74,11 +75,12 @@ def test_a_fit_that_fails_before_its_first_step_leaves_the_earlier_run_whole(con
         assert "no data today" in fails(capsys, 1, "fit", "--config", config, "--run_dir", "runs/new")
     assert content(run) == before
     assert not Path("runs/new").exists()
-    # One that fails after it is put aside with nothing, for it left no checkpoint: the run before stays.
+    # One that fails at its first step has nothing to keep.
     assert "loss is nan" in fails(capsys, 1, "fit", "--config", config, "--model.explode_at", "0")
     assert "loss is nan" in fails(capsys, 1, "fit", "--config", config, "--model.explode_at", "0")
-    kept = content(run / "earlier")
+    kept = content(run / "earlier" / "1")
     assert {name: kept[name] for name in before} == before
+    assert not (run / "earlier" / "2").exists()
     assert len(list((run / "tensorboard").glob("events*"))) == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from apps.train.checkpoint_paths import find_checkpoint, is_sharded, named_checkpoint
+from apps.train.checkpoint_paths import find_checkpoint, is_sharded, named_checkpoint, run_name
 
 
 @pytest.fixture
@@ -43,3 +43,9 @@ def test_what_is_not_there_is_named(run):
     (run / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"empty holds no checkpoint: a run has checkpoints/best\.ckpt or"):
         find_checkpoint(run / "empty")
+
+
+def test_the_name_of_an_earlier_run_has_that_of_the_run_before_it(tmp_path):
+    checkpoint = tmp_path / "digits" / "checkpoints" / "best.ckpt"
+    assert run_name(checkpoint) == "digits"
+    assert run_name(tmp_path / "digits" / "earlier" / "2" / "checkpoints" / "best.ckpt") == "digits/earlier/2"

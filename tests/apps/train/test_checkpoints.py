@@ -31,8 +31,8 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path, mon
 
 
 def test_checkpoints_of_an_earlier_run_are_put_aside_before_the_first_step(tmp_path):
-    for _ in range(2):
-        fit(TinyModule(3), tmp_path, max_epochs=2)
+    for epochs in (1, 2):
+        fit(TinyModule(3), tmp_path, max_epochs=epochs)
     (tmp_path / "average.ckpt").write_bytes(b"of the earlier run")
 
     class Killed(Callback):
@@ -42,8 +42,8 @@ def test_checkpoints_of_an_earlier_run_are_put_aside_before_the_first_step(tmp_p
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(TinyModule(3), tmp_path, Killed())
     assert not list(tmp_path.glob("*.ckpt"))
-    assert {p.name for p in (tmp_path / "earlier").iterdir()} == {"best.ckpt", "last.ckpt", "average.ckpt"}
-    assert load(tmp_path / "earlier" / "last.ckpt")["epoch"] == 1
+    assert {p.name for p in (tmp_path / "earlier" / "2").glob("*.ckpt")} == {"best.ckpt", "last.ckpt", "average.ckpt"}
+    assert [load(tmp_path / "earlier" / number / "last.ckpt")["epoch"] for number in ("1", "2")] == [0, 1]
 
 
 def fit_with_scores(folder: Path, scores: list[float]) -> Trainer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -47,11 +48,79 @@ def test_files_of_others_in_a_runs_folder_stay_there(config, capsys):
     for _ in range(2):  # the second time, earlier holds a run
         assert main(["fit", "--config", config, "--run_dir", "run"]) == 0
         assert [Path("run", name).read_text() for name in foreign] == foreign
-    assert Path("run/earlier/checkpoints/last.ckpt").is_file()
-    assert len(list(Path("run/earlier/tensorboard").glob("events*"))) == 1
+    assert Path("run/earlier/2/checkpoints/last.ckpt").is_file()
+    assert len(list(Path("run/earlier/2/tensorboard").glob("events*"))) == 1
 
 
-def test_a_run_without_a_checkpoint_is_written_over_and_nothing_else(config):
+def run_of(folder):
+    """Return a run's files but for those of earlier runs and the marker."""
+    return {k: v for k, v in content(folder).items() if not k.startswith("earlier/") and k != MARKER}
+
+
+def test_no_run_removes_an_earlier_one_but_with_overwrite(config, capsys):
+    runs, argv = [], ["fit", "--config", config, "--run_dir", "run"]
+    # As an earlier version has left it.
+    Path("run/earlier/checkpoints").mkdir(parents=True)
+    Path("run/earlier/checkpoints/last.ckpt").write_bytes(b"old")
+    Path("run", MARKER).touch()
+    for seed in ("1", "2", "3"):
+        assert main([*argv, "--seed_everything", seed]) == 0
+        runs.append(run_of(Path("run")))
+    assert [run_of(Path("run/earlier", number)) for number in ("1", "2")] == runs[:2]
+    assert "run held an earlier run: it is in run/earlier/2 now (--ckpt_path run/earlier/2 tests it)" in (
+        capsys.readouterr().out
+    )
+    assert main([*argv, "--overwrite"]) == 0
+    removed = "--overwrite has removed the earlier run in run: tensorboard/events"
+    assert removed in (printed := capsys.readouterr().out)
+    assert "config.yaml, metrics.csv, checkpoints\n" in printed
+    assert {p.name for p in Path("run/earlier").iterdir()} == {"1", "2", "checkpoints"}
+    assert run_of(Path("run/earlier/2")) == runs[1]
+    assert Path("run/earlier/checkpoints/last.ckpt").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("left", range(5))
+def test_a_kill_while_a_run_is_moved_loses_none_and_splits_none(config, monkeypatch, left):
+    argv = ["fit", "--config", config, "--run_dir", "run"]
+    assert main(argv) == 0
+    before, moves, replace = run_of(Path("run")), iter(range(left)), os.replace
+
+    def killed(source, target):
+        if "earlier" in str(target) and next(moves, None) is None:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        assert main(argv) == 130
+    assert main(argv) == 0
+    assert run_of(Path("run/earlier/1")) == before
+    assert not Path("run/earlier/2").exists()
+
+
+def test_going_on_from_elsewhere_puts_the_run_in_the_folder_aside(config):
+    argv = ["fit", "--config", config, "--run_dir", "run", "--model.average_last", "2"]
+    for _ in range(2):
+        assert main(argv) == 0
+    first, second = run_of(Path("run/earlier/1")), run_of(Path("run"))
+    last = "run/earlier/1/checkpoints/last.ckpt"
+    assert main([*argv, "--ckpt_path", last, "--trainer.max_epochs", "2"]) == 0
+    assert run_of(Path("run/earlier/1")) == first
+    assert run_of(Path("run/earlier/2")) == second
+    assert Path("run/checkpoints/average.ckpt").is_file()
+    assert main([*argv, "--ckpt_path", "last", "--trainer.max_epochs", "3"]) == 0
+    assert not Path("run/earlier/3").exists()
+
+
+def test_a_run_that_logged_and_left_no_checkpoint_is_kept(config):
+    argv = ["fit", "--config", config, "--run_dir", "run", "--trainer.enable_checkpointing", "false"]
+    assert main(argv) == 0
+    before = run_of(Path("run"))
+    assert main(argv) == 0
+    assert run_of(Path("run/earlier/1")) == before
+
+
+def test_a_run_that_did_nothing_is_written_over_and_nothing_else(config):
     Path("run/tensorboard/mine").mkdir(parents=True)
     Path("run", MARKER).touch()
     Path("run/tensorboard/mine/data").write_text("x")

@@ -103,7 +103,10 @@ def test_the_index_lists_the_newest_first_and_leaves_other_files(tmp_path, capsy
     assert left_out.startswith(f"left out of the index: {runs / 'damaged' / 'report.json'} holds no part of a report")
     assert last == f"index of 3 runs: {path}"
     shutil.rmtree(runs / "damaged")
-    assert list(read_reports(runs)) == ["new/report.html", "old/report.html", "suite/deep/report.html"]
+    earlier = "new/earlier/2/report.html"
+    shutil.copytree(runs / "old", (runs / earlier).parent)
+    names = ["new/report.html", earlier, "old/report.html", "suite/deep/report.html"]
+    assert list(read_reports(runs)) == names
     page = Html(path.read_text())
     assert page.text.index("\nnew\n") < page.text.index("\nold\n")
     links = [href for href in page.attributes("href") if href.endswith(FILE)]
