@@ -18,7 +18,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 
@@ -49,6 +49,8 @@ from apps.train.contents import read_checkpoint
 from apps.train.device import device_line, device_options
 from apps.train.linked import LinkedModule
 from apps.train.logs import EventLog, MetricsCSV, profiler
+from apps.train.measures import TrainingMeasures
+from apps.train.module import SparseModule
 from apps.train.offloading import described, record, room_for_experts
 from apps.train.predicting import PredictionStream
 from apps.train.progress import progress
@@ -265,8 +267,13 @@ class SparseCLI(LightningCLI):
                 defaults.append(BestAndLast(str(self.run_dir / "checkpoints")))
         else:
             kwargs["enable_checkpointing"] = False
-        self.trainer_defaults["callbacks"] = defaults
         kwargs["logger"] = self._loggers(given.get("logger"))
+        if self.request.command == "fit":
+            if kwargs["logger"] and not any(isinstance(c, LearningRateMonitor) for c in callbacks):
+                defaults.append(LearningRateMonitor(logging_interval="step"))
+            if not isinstance(self.model, SparseModule):  # it brings its own
+                defaults.append(TrainingMeasures())
+        self.trainer_defaults["callbacks"] = defaults
         if isinstance(given.get("profiler"), str):
             kwargs["profiler"] = profiler(given["profiler"], self.run_dir / "profile")
         plugins = given.get("plugins") or []
@@ -282,7 +289,8 @@ class SparseCLI(LightningCLI):
         if given in (None, True):
             if self.request.command != "fit":  # a test must not touch the log of the training
                 return False
-            given = [EventLog(str(self.run_dir), name="tensorboard", version="", default_hp_metric=False)]
+            names = {"name": "tensorboard", "version": "", "monitor": getattr(self.model, "monitor", "val/loss")}
+            given = [EventLog(str(self.run_dir), default_hp_metric=False, **names)]
         loggers = list(given) if isinstance(given, (list, tuple)) else [given]
         if self.request.command != "fit" or any(isinstance(logger, MetricsCSV) for logger in loggers):
             return loggers
@@ -320,7 +328,9 @@ class SparseCLI(LightningCLI):
             self.trainer.callbacks.insert(0, stops)
             stack.enter_context(stops.handling())
             if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-                folder = RunFolder(self.run_dir, self._descriptions(), self.request.overwrite)
+                descriptions = self._descriptions()
+                self._give_to_loggers(yaml.safe_load(descriptions["config.yaml"]))
+                folder = RunFolder(self.run_dir, descriptions, self.request.overwrite)
                 self.trainer.callbacks.insert(0, folder)
                 stack.enter_context(folder.held())
             self.trainer.fit(**arguments)
@@ -336,6 +346,12 @@ class SparseCLI(LightningCLI):
         if self.trainer.profiler.dirpath is not None:
             print(f"profile: {self.trainer.profiler.dirpath}")
         self._print_signatures()
+
+    def _give_to_loggers(self, config: Mapping[str, Any]) -> None:
+        """Have Lightning log the whole configuration as the hyper-parameters of the training."""
+        own = {} if isinstance(self.model, LinkedModule) else self.model.hparams_initial
+        self.model._hparams_initial = {**own, **config}
+        self.model._log_hyperparams = True
 
     def _descriptions(self) -> dict[str, str]:
         """Return the files that describe a training beside its log, by name: its configuration and its signatures."""

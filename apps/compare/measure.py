@@ -9,9 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +27,7 @@ from apps.compare.experiment import Experiment
 from apps.compare.parallel import answering, start, worker_context
 from apps.equal_cost.own_model import OwnModel
 from apps.train.cost import measure_cost, num_examples
+from apps.train.footprint import used_memory
 from apps.train.module import SparseModule
 
 ROUND_SECONDS = 0.3
@@ -155,7 +154,7 @@ class _Bench:
         self.train_batches = move_data_to_device(batches, self.device)
         self.eval_batch: Any = move_data_to_device(next(iter(data.val_dataloader())), self.device)
         _release()
-        base = _memory(self.device, peak=False)
+        base = used_memory(self.device, peak=False)
         self.model: Any = experiment.module(job.system)
         module = self.model.module
         if job.checkpoint is not None:
@@ -207,7 +206,7 @@ class _Bench:
 
     def memory(self) -> int:
         """Return the peak bytes since the set-up."""
-        return _memory(self.device, peak=True)
+        return used_memory(self.device, peak=True)
 
     def _round(self, step: Callable[[], int], times: int = 1) -> float:
         examples, began = 0, time.perf_counter()
@@ -238,17 +237,6 @@ def _release() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _memory(device: torch.device, peak: bool) -> int:
-    """Return the bytes in use now, or at most since ``_reset_peak``."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
-    with suppress(OSError):  # Linux has a status, and a ru_maxrss that starts at the parent's size
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:" if peak else "VmRSS:"):
-                return 1024 * int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _reset_peak(device: torch.device) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,19 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         now += event.nbytes()
         most = max(most, now)
     return most
+
+
+def used_memory(device: torch.device, peak: bool) -> int:
+    """Return the bytes that this process uses now, or at most until now: of a GPU's memory, else of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError):  # Linux has a status, and a ru_maxrss that starts at the parent's size
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:" if peak else "VmRSS:"):
+                return 1024 * int(line.split()[1])
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 ROUND_SECONDS = 0.2

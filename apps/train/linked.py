@@ -37,7 +37,7 @@ class LinkedModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         # Lightning gathers the arguments of the subclasses' constructors from here.
-        self.save_hyperparameters(logger=False)
+        self.save_hyperparameters()
         taken = inspect.signature(type(self).__init__).parameters
         every = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         # Without those of a base class's constructor alone, which the subclass could not be made anew with.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.logger import _flatten_dict
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
@@ -44,7 +45,7 @@ def read_rows(metrics: Path) -> list[dict[str, Any]]:
 
 
 class MetricsCSV(Logger):
-    """Writes ``metrics.csv`` in a folder, a row a step, at once.
+    """Writes ``metrics.csv`` in a folder, a row for each set of values, at once.
 
     Resuming drops the rows of steps that the checkpoint had not reached, so that the file of a killed and resumed run
     is that of an unbroken one. (Lightning's CSVLogger deletes the file on resuming.)
@@ -95,7 +96,25 @@ class EventLog(TensorBoardLogger):
     """Writes TensorBoard's curves, and names the folder in an error of writing them.
 
     (TensorBoard writes in a thread of its own, whose error comes up at a later call as one of an unsupported value.)
+
+    Args:
+        monitor: the value that TensorBoard's table of hyper-parameters shows for each run.
+        options: those of ``TensorBoardLogger``.
     """
+
+    def __init__(self, *args: Any, monitor: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.monitor = monitor
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        super().log_hyperparams(params, metrics, step)
+        if metrics is None:  # Lightning would log the value as a point of the curve
+            with naming(self.log_dir):
+                for summary in hparams(self._sanitize_params(_flatten_dict(params)), {self.monitor: math.nan}):
+                    self.experiment._get_file_writer().add_summary(summary)
 
     @property
     @rank_zero_experiment

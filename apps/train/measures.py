@@ -1,17 +1,25 @@
-"""Callbacks that log the size of the model, once, and the speed of the training."""
+"""Callbacks that log the size of the model, once, and the speed, gradients and memory of the training."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from apps.train.cost import measure_cost, megaflops
+from apps.train.footprint import used_memory
+from core.optim import coalesced
+from core.parallel import total_norm
 
 _logger = logging.getLogger(__name__)
 
@@ -60,11 +68,16 @@ def _validation_batch(trainer: Trainer) -> Any:
     return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 
-class Throughput(Callback):
-    """Logs ``train/examples_per_second`` of all processes together, without the time of validations.
+class TrainingMeasures(Callback):
+    """Logs the speed of a training, the norm of its gradients and its peak memory, at the steps that are logged.
 
-    It reads the module's ``num_trained``, the number of examples that this process has trained on.
+    ``train/examples_per_second`` is that of all processes together, without the time of validations; it needs the
+    module's ``num_trained``, the number of examples that this process has trained on. ``train/grad_norm`` is the norm
+    before clipping, of the parameters that the last optimizer updates; ``train/peak_memory_mib`` is of this process
+    since its start, on the GPU where there is one.
     """
+
+    _norm: Tensor | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart(pl_module)
@@ -83,14 +96,46 @@ class Throughput(Callback):
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._since += time.perf_counter() - self._paused
 
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        # FSDP1's gradients are parts of flat tensors, whose norm no process knows.
+        if (trainer.global_step + 1) % trainer.log_every_n_steps or isinstance(trainer.strategy, FSDPStrategy):
+            return
+        self._norm = gradient_norm(p for group in optimizer.param_groups for p in group["params"])
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if self._norm is not None and scaler is not None and _optimizer_handles_unscaling(optimizer):
+            self._norm = self._norm / scaler.get_scale()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        examples = pl_module.num_trained - self._counted
-        if examples and trainer.global_step % trainer.log_every_n_steps == 0:
-            rate = examples / (time.perf_counter() - self._since) * trainer.world_size
-            pl_module.log("train/examples_per_second", rate, batch_size=1)
+        if trainer.global_step % trainer.log_every_n_steps:
+            return
+        measured: dict[str, Any] = {"train/peak_memory_mib": used_memory(pl_module.device, peak=True) / 2**20}
+        if self._norm is not None:
+            measured["train/grad_norm"], self._norm = self._norm, None
+        if examples := _num_trained(pl_module) - self._counted:
+            seconds = time.perf_counter() - self._since
+            measured["train/examples_per_second"] = examples / seconds * trainer.world_size
             self._restart(pl_module)
+        pl_module.log_dict(measured, batch_size=1)
 
     def _restart(self, module: LightningModule) -> None:
-        self._since, self._counted = time.perf_counter(), module.num_trained
+        self._since, self._counted = time.perf_counter(), _num_trained(module)
+
+
+def _num_trained(module: LightningModule) -> int:
+    return getattr(module, "num_trained", 0)
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor | None:
+    """Return the norm of all gradients together, (), on their device; None where there is none.
+
+    Where parameters are divided among processes, each of them calls it.
+    """
+    parameters = list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if any(isinstance(p, DTensor) for p in parameters):
+        return total_norm(grads)
+    return get_total_norm([coalesced(g)._values() if g.is_sparse else g for g in grads]) if grads else None

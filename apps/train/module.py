@@ -24,7 +24,7 @@ from apps.train.distilling import DistilConfig, Distribution, Teacher
 from apps.train.finite import check_loss
 from apps.train.growing import GrowConfig, freeze, grow_from, hold
 from apps.train.hub import HubModule
-from apps.train.measures import ModelSize, Throughput
+from apps.train.measures import ModelSize, TrainingMeasures
 from apps.train.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from apps.train.parts import DataPart
 from apps.train.quantising import form_of, quantise
@@ -106,7 +106,7 @@ class SparseModule(BalancedModule, HubModule):
     """Dotted names of the modules that make the outputs of the last hidden state; Muon leaves them to AdamW."""
 
     reports: bool = True
-    """Whether size, speed and the reports of ``report_callbacks`` are made; a comparison sets it to False."""
+    """Whether size, speed and the like are logged and the reports of ``report_callbacks`` made; not in a comparison."""
 
     @classmethod
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -427,7 +427,7 @@ class SparseModule(BalancedModule, HubModule):
             callbacks.append(WeightAverage(self.average_last))
         if self.ema_decay is not None:
             callbacks.append(WeightEMA(self.ema_decay))
-        return [*callbacks, ModelSize(), Throughput(), *self.report_callbacks()] if self.reports else callbacks
+        return [*callbacks, ModelSize(), TrainingMeasures(), *self.report_callbacks()] if self.reports else callbacks
 
     def on_validation_epoch_start(self) -> None:
         self._start_pass("val")

@@ -147,6 +147,8 @@ class RunFolder(Callback):
                 print(
                     f"going on from {trainer.ckpt_path}: step {trainer.global_step}, epoch {trainer.current_epoch + 1}"
                 )
+                # TensorBoard's writer leaves a file that is there as it is.
+                (self.folder / "tensorboard" / "hparams.yaml").unlink(missing_ok=True)
             else:
                 self._clear()
             for name, text in self.descriptions.items():

@@ -123,7 +123,9 @@ class SparsifiedModule(BalancedModule):
         metric, trainer = self.sparsify_config.metric, self.trainer
         if metric is not None and not trainer.sanity_checking and metric not in trainer.callback_metrics:
             # Otherwise no checkpoint would ever be the best, without a word.
-            own = sorted(n for n in trainer.callback_metrics if "routing/" not in n and not n.startswith("train/"))
+            own = sorted(
+                n for n in trainer.callback_metrics if "routing/" not in n and not n.startswith(("train/", "lr-"))
+            )
             logged = ", ".join(own) or "nothing"
             raise ValueError(f"sparsify.metric={metric!r} is not what validation logs, which is {logged}")
 

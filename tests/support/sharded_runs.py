@@ -131,7 +131,8 @@ def losses(run: Path) -> dict[str, list[float]]:
     """Return the columns of the run's log that do not depend on the number of processes."""
     with open(run / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    names = [n for n in rows[0] if n.startswith(("train/", "val/")) and "routing" not in n and "per_second" not in n]
+    measured = ("train/examples_per_second", "train/peak_memory_mib")
+    names = [n for n in rows[0] if n.startswith(("train/", "val/")) and "routing" not in n and n not in measured]
     return {name: [float(row[name]) for row in rows if row[name]] for name in names}
 
 

@@ -7,8 +7,12 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from commands import fails
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_app import TinyData
 
 from apps.cli import main
@@ -130,3 +134,55 @@ def test_metrics_are_written_beside_a_logger_of_the_user_s(config):
     assert Path("run/metrics.csv").is_file()
     assert list(Path("own").rglob("metrics.csv"))
     assert not Path("run/tensorboard").exists()
+
+
+def test_loggers_get_the_whole_configuration_once(config, monkeypatch):
+    calls, keep = [], CSVLogger.log_hyperparams
+    monkeypatch.setattr(CSVLogger, "log_hyperparams", lambda self, params: calls.append(params) or keep(self, params))
+    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "own"]
+    assert main(["fit", "--config", config, "--run_dir", "run", *logger]) == 0
+    assert calls == [yaml.safe_load(Path("run/config.yaml").read_text())]
+    assert calls[0]["model"]["init_args"]["moe"]["num_experts"] == 4
+
+
+def test_the_hyperparameters_of_a_run_are_in_tensorboard(config):
+    argv = ["fit", "--config", config, "--run_dir", "run"]
+    assert main(argv) == 0
+    assert main([*argv, "--model.width", "12"]) == 0
+    # A resumed run has its own values, in a file that is there already.
+    assert main([*argv, "--model.width", "12", "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
+    saved = yaml.safe_load(Path("run/tensorboard/hparams.yaml").read_text())
+    assert saved == yaml.safe_load(Path("run/config.yaml").read_text())
+    assert saved["trainer"]["max_epochs"] == 2
+    events = EventAccumulator("run/tensorboard").Reload()
+    start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"model/init_args/moe/num_experts" in start
+    assert b"val/loss" in events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    assert "hp_metric" not in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("more", [[], ["--trainer.callbacks+=LearningRateMonitor"]])
+def test_the_learning_rate_of_each_group_is_logged_once(config, more):
+    cli = build("fit", ["--config", config, "--run_dir", "run", *more])
+    assert sum(isinstance(c, LearningRateMonitor) for c in cli.trainer.callbacks) == 1
+    if not more:
+        none = ["--ckpt_path", "none"]
+        tester = build("test", ["--config", config, *none]).trainer
+        assert not any(isinstance(c, LearningRateMonitor) for c in tester.callbacks)
+
+
+def test_rates_norm_speed_and_memory_are_in_the_log_by_default(trained):
+    with open(trained / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {f"lr-AdamW/{group}" for group in ("router", "experts", "rest", "rest_no_decay")} < set(rows[0])
+    for name in ("lr-AdamW/rest", "train/grad_norm", "train/examples_per_second", "train/peak_memory_mib"):
+        assert [row["step"] for row in rows if row[name]] == ["0", "1", "2"], name
+
+
+def test_a_module_of_the_user_s_own_logs_its_norm_and_its_memory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--model", "lightning.pytorch.demos.boring_classes.BoringModel", "--trainer.log_every_n_steps", "1"]
+    data = ["--data", "lightning.pytorch.demos.boring_classes.BoringDataModule", "--trainer.max_steps", "2"]
+    assert main(["fit", *argv, *data, "--run_dir", "run", "--trainer.accelerator", "cpu"]) == 0
+    header = Path("run/metrics.csv").read_text().partition("\n")[0].split(",")
+    assert {"lr-SGD", "train/grad_norm", "train/peak_memory_mib"} < set(header)

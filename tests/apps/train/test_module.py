@@ -15,7 +15,7 @@ from trainings import MOE, fit, rows
 import core
 from apps.train.averaging import WeightEMA
 from apps.train.balanced import routing_metrics
-from apps.train.measures import ModelSize, Throughput
+from apps.train.measures import ModelSize, TrainingMeasures
 from apps.train.optimizers import OptimizerConfig
 
 BIAS_ROUTER = core.TokenChoice(top_k=2, expert_bias=True)
@@ -55,7 +55,7 @@ class Reporting(TinyModule):
 
 def test_reports_can_be_left_out_and_the_average_not():
     module = Reporting(3, ema_decay=0.9)
-    assert [type(c) for c in module.configure_callbacks()] == [WeightEMA, ModelSize, Throughput, Callback]
+    assert [type(c) for c in module.configure_callbacks()] == [WeightEMA, ModelSize, TrainingMeasures, Callback]
     module.reports = False
     assert [type(c) for c in module.configure_callbacks()] == [WeightEMA]
 
