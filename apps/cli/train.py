@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 
@@ -56,7 +57,7 @@ from apps.train.predicting import PredictionStream
 from apps.train.progress import progress
 from apps.train.quantising import Quantised, form_of
 from apps.train.resume import GeneratorState
-from apps.train.run_folder import RunFolder, check_free, check_own, check_unlinked, is_unused, mark
+from apps.train.run_folder import OF_USERS, RunFolder, check_free, check_own, check_unlinked, is_unused, mark
 from apps.train.sparsified import SparsifyConfig, sparsified
 from apps.train.stopping import StopsSoon
 from core.config.plain import from_plain, to_plain
@@ -253,7 +254,7 @@ class SparseCLI(LightningCLI):
                 "the one folder of its files"
             )
         kwargs |= {"default_root_dir": str(self.run_dir), **device_options(given)}
-        callbacks = given.get("callbacks") or []
+        callbacks = kwargs["callbacks"] = self._callbacks(given.get("callbacks") or [])
         defaults: list[Callback] = [GeneratorState()]
         if self.quantises is not None:
             defaults.append(self.quantises)
@@ -263,9 +264,9 @@ class SparseCLI(LightningCLI):
             defaults.append(progress(self.request.command))
             kwargs["enable_progress_bar"] = isinstance(defaults[-1], ProgressBar)
         if given.get("enable_checkpointing") is not False and not given.get("fast_dev_run"):
-            if not any(isinstance(c, Checkpoint) for c in callbacks):
+            if not any(isinstance(c, BestAndLast) for c in callbacks):
                 defaults.append(BestAndLast(str(self.run_dir / "checkpoints")))
-        else:
+        elif not (given.get("fast_dev_run") and any(isinstance(c, Checkpoint) for c in callbacks)):
             kwargs["enable_checkpointing"] = False
         kwargs["logger"] = self._loggers(given.get("logger"))
         if self.request.command == "fit":
@@ -281,6 +282,19 @@ class SparseCLI(LightningCLI):
         if not any(isinstance(p, CheckpointIO) for p in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO(mapped=self.request.command != "fit")]
         return super().instantiate_trainer(**kwargs)
+
+    def _callbacks(self, given: Any) -> list[Callback]:
+        """Return the user's callbacks; ``ModelCheckpoint`` has a folder of its own in the run's."""
+        callbacks = list(given) if isinstance(given, (list, tuple)) else [given]
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback.dirpath = callback.dirpath or os.path.realpath(self.run_dir / OF_USERS)
+                if callback.dirpath == os.path.realpath(self.run_dir / "checkpoints"):
+                    raise UsageError(
+                        f"trainer.callbacks: dirpath={callback.dirpath} of {type(callback).__name__} is the folder of "
+                        "the run's own best.ckpt and last.ckpt: give another, or leave it out"
+                    )
+        return sorted(callbacks, key=lambda c: isinstance(c, BestAndLast))  # last.ckpt keeps the state of the others
 
     def _loggers(self, given: Any) -> Any:
         """Return the trainer's loggers: ``metrics.csv``, which reports read, and TensorBoard's or those of the user."""
@@ -343,6 +357,8 @@ class SparseCLI(LightningCLI):
             if isinstance(callback, BestAndLast):
                 best = "" if callback.best_score is None else f"; best {callback.monitor} {callback.best_score:.4g}"
                 print(f"checkpoints: {self.run_dir / 'checkpoints'}{best}")
+            elif isinstance(callback, ModelCheckpoint):
+                print(f"{type(callback).__name__}: {callback.dirpath}")
         if self.trainer.profiler.dirpath is not None:
             print(f"profile: {self.trainer.profiler.dirpath}")
         self._print_signatures()

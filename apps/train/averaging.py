@@ -188,7 +188,8 @@ class WeightAverage(Callback):
 
     def _folder(self, trainer: Trainer) -> Path | None:
         """Return the folder of the epochs' weights; None where the run has no checkpoints."""
-        dirpath = getattr(trainer.checkpoint_callback, "dirpath", None)
+        saves = trainer.checkpoint_callbacks[-1:]  # the run's own comes after the user's
+        dirpath = getattr(saves[0], "dirpath", None) if saves else None
         return None if trainer.fast_dev_run or not dirpath else Path(dirpath) / FOLDER
 
     def state_dict(self) -> dict[str, Any]:

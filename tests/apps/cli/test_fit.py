@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import fails
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_app import TinyData
 
 from apps.cli import main
 from apps.cli.train import build
+from apps.train.checkpoints import BestAndLast
 
 
 def test_fit_leaves_logs_checkpoints_and_its_configuration(trained):
@@ -186,3 +187,41 @@ def test_a_module_of_the_user_s_own_logs_its_norm_and_its_memory(tmp_path, monke
     assert main(["fit", *argv, *data, "--run_dir", "run", "--trainer.accelerator", "cpu"]) == 0
     header = Path("run/metrics.csv").read_text().partition("\n")[0].split(",")
     assert {"lr-SGD", "train/grad_norm", "train/peak_memory_mib"} < set(header)
+
+
+OWN = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/top1", "--trainer.callbacks.mode=max"]
+"""A checkpoint callback that is named on the command line."""
+
+
+def test_callbacks_of_the_user_s_add_to_the_run_s(config, capsys):
+    Path("more.yaml").write_text("trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/loss}}]}")
+    argv = ["--config", config, "--config", "more.yaml", "--run_dir", "run", *OWN]
+    trainer = build("fit", argv).trainer
+    assert [type(c) for c in trainer.checkpoint_callbacks] == [ModelCheckpoint, BestAndLast]
+    assert [type(c) for c in trainer.early_stopping_callbacks] == [EarlyStopping]
+    # The average is kept beside the last epoch's weights, and is what the run's folder means.
+    assert main(["fit", *argv, "--model.average_last", "1"]) == 0
+    assert f"ModelCheckpoint: {Path('run/ModelCheckpoint').resolve()}" in capsys.readouterr().out
+    assert {p.name for p in Path("run/checkpoints").glob("*.ckpt")} == {"best.ckpt", "last.ckpt", "average.ckpt"}
+    (own,) = Path("run/ModelCheckpoint").iterdir()
+    assert main(["test", "--ckpt_path", str(own)]) == 0
+    # They go aside with the run.
+    assert main(["fit", *argv]) == 0
+    assert Path("run/earlier/1/ModelCheckpoint", own.name).is_file()
+    assert main(["fit", *argv, "--trainer.fast_dev_run", "true"]) == 0
+    assert not Path("run/earlier/2").exists()
+
+
+def test_a_single_callback_and_one_that_replaces_best_and_last(config):
+    stopping = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss"]
+    assert len(build("fit", ["--config", config, *stopping]).trainer.early_stopping_callbacks) == 1
+    more = ["--trainer.callbacks+=BestAndLast", "--trainer.callbacks.every_n_steps=2", *OWN]
+    kept = build("fit", ["--config", config, *more]).trainer.checkpoint_callbacks
+    assert [type(c) for c in kept] == [ModelCheckpoint, BestAndLast]
+    assert kept[1].every_n_steps == 2
+
+
+def test_a_checkpoint_callback_in_the_folder_of_best_and_last_is_an_error(config, capsys):
+    argv = ["fit", "--config", config, "--run_dir", "run", *OWN, "--trainer.callbacks.dirpath=run/checkpoints"]
+    message = "is the folder of the run's own best.ckpt and last.ckpt: give another, or leave it out"
+    assert message in fails(capsys, 2, *argv)

@@ -71,6 +71,34 @@ def test_a_stopped_run_resumes_exactly(config, tmp_path, stops, flags):
     assert_same(tmp_path / "unbroken", tmp_path / "broken")
 
 
+OF_THE_USER = """    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {monitor: val/loss, save_top_k: 2, save_last: true, filename: "{epoch}"}
+"""
+
+
+def test_a_run_with_a_model_checkpoint_of_the_user_s_resumes_exactly(config, tmp_path, unbroken):
+    Path(config).write_text(CONFIG + OF_THE_USER)
+    fit(config, tmp_path / "whole")
+    for stop in (5, 12):
+        with pytest.raises(Stop):
+            fit(config, tmp_path / "broken", "--ckpt_path", "last", stop_at=stop)
+    fit(config, tmp_path / "broken", "--ckpt_path", "last")
+    kept, saved = {}, {}
+    for name in ("whole", "broken"):
+        saved[name] = checkpoint(tmp_path / name)
+        state = next(saved[name]["callbacks"].pop(k) for k in list(saved[name]["callbacks"]) if "ModelCheck" in k)
+        kept[name] = {Path(k).name: float(v) for k, v in state["best_k_models"].items()}
+    assert differences(saved["whole"], saved["broken"]) == []
+    assert log(tmp_path / "whole") == log(tmp_path / "broken") == log(unbroken)
+    assert len(kept["whole"]) == 2
+    assert kept["whole"] == kept["broken"]
+    for name in (*kept["whole"], "last.ckpt"):
+        one, other = (torch.load(tmp_path / run / "ModelCheckpoint" / name) for run in ("whole", "broken"))
+        assert differences(one["state_dict"], other["state_dict"]) == []
+    assert {p.name for p in (tmp_path / "broken" / "ModelCheckpoint").iterdir()} == {*kept["whole"], "last.ckpt"}
+    assert {p.name for p in (tmp_path / "broken" / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
 def fit_and_signal(config: str, run_dir: Path, number: signal.Signals, step: int) -> tuple[int, str]:
     """A process that trains and is sent a signal once ``step`` is in its log: how it ended, and its stderr."""
     command = [sys.executable, "-m", "apps.cli", "fit", "--config", config, "--run_dir", str(run_dir)]
