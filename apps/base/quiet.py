@@ -23,6 +23,7 @@ _UNHELPFUL_WARNINGS = (
     ".*litmodels.*",
     ".*`isinstance\\(treespec.*",
     ".*no logger configured.*",
+    "Checkpoint directory .* exists and is not empty.*",  # of a run that resumes
     ".*Trying to infer the `batch_size`.*",
     "`?torch.distributed.* is deprecated.*",  # TorchRec's calls
 )

@@ -51,3 +51,22 @@ def test_a_run_that_has_no_checkpoint_yet_begins_by_its_own_configuration(run, c
     (run / "checkpoints" / "last.ckpt").unlink()
     assert Request.read("fit", ["--ckpt_path", "last", "--run_dir", "run"]).checkpoint is None
     assert main(["fit", "--run_dir", "run"]) == 2  # a new training names its own
+
+
+LOGGER = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir"]
+
+
+def test_commands_leave_the_logger_beside_a_checkpoint_out_and_take_a_named_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(CONFIG)
+    Path("moe.yaml").write_text("num_experts: 2\nexpert: {class_path: FFN, init_args: {hidden_dim: 8}}")
+    assert main(["fit", "--config", "tiny.yaml", "--run_dir", "run", *LOGGER, "logs"]) == 0
+    left_out, before = "left out: trainer.logger (--config run/config.yaml", list(Path("logs").rglob("*"))
+    for command in ("test", "predict", "doctor"):
+        assert main([command, "--ckpt_path", "run"]) == 0
+        assert capsys.readouterr().err.count(left_out) == 1, command
+    assert list(Path("logs").rglob("*")) == before
+    assert main(["test", "--ckpt_path", "run", *LOGGER, "named"]) == 0
+    assert list(Path("named").rglob("events*"))
+    assert main(["test", "--config", "run/config.yaml", "--ckpt_path", "run"]) == 0
+    assert len(list(Path("logs").rglob("events*"))) == 2
