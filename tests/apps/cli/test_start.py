@@ -45,7 +45,6 @@ WRONG = [
     (("fit", "--config", "broken.yaml"), 2, "broken.yaml, line 1: not valid YAML"),
     (("fit", "--config", "modl.yaml"), 2, "modl.yaml: modl does not exist; did you mean 'model'?"),
     (("fit", "configs/x.yaml"), 2, "'configs/x.yaml': a configuration is given as --config configs/x.yaml"),
-    (("fit", *DIGITS, "--model.ema_decy", "0.9"), 2, "model.ema_decy does not exist; did you mean 'ema_decay'?"),
     (("fit", *DIGITS, "--trainer.max_epoch", "1"), 2, "did you mean 'trainer.max_epochs'?"),
     (("fit", *DIGITS, "--modle.moe", "null"), 2, "modle.moe does not exist; did you mean 'model'?"),
     (("fit", *DIGITS, "--data", "VisionDat"), 2, "data=VisionDat does not exist; did you mean 'VisionData'?"),
