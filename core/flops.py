@@ -27,7 +27,8 @@ def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     fused = torch.backends.mha.get_fastpath_enabled()  # torch's fused encoder layers count no FLOPs
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter:
+        # Under a counter compiled code would run op by op, each compiled by itself.
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             fn(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

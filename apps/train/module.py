@@ -245,7 +245,14 @@ class SparseModule(BalancedModule, HubModule):
         return replace(out, loss=(1 - share) * out.loss + share * divergence, terms=terms)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss, out, aux, tape = self.training_loss(batch)
+        computed = self.training_loss(batch)
+        self._log_step(computed)
+        return computed.total
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # numbers that change each step would recompile it
+    def _log_step(self, computed: TrainingLoss) -> None:
+        """Check and log the loss of a training step, and keep the experts' loads."""
+        loss, out, aux, tape = computed
         terms = {"task loss": out.loss, **out.terms, **aux.terms}
         check_loss(loss, terms, self.global_step + 1, self.optimizer_config.lr)
         self.keep_loads(tape)
@@ -262,7 +269,6 @@ class SparseModule(BalancedModule, HubModule):
             terms = {**{f"train/{name}": v for name, v in own.items()}, **self.balance_values(tape, aux)}
             self.log_dict({k: v.detach() for k, v in terms.items()}, batch_size=1)
         self.num_trained += out.num_examples
-        return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -276,6 +282,10 @@ class SparseModule(BalancedModule, HubModule):
     def _evaluate(self, batch: Any, stage: Stage) -> None:
         with core.record(self) as tape:
             out = self.task_loss(batch)
+        self._log_evaluation(batch, out, tape, stage)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _log_evaluation(self, batch: Any, out: TaskOutput, tape: core.Tape, stage: Stage) -> None:
         out = self.judged(batch, out, stage)
         shown = {"prog_bar": stage == "val", "batch_size": out.weight or out.num_examples}
         self.log(f"{stage}/loss", out.loss, on_epoch=True, sync_dist=True, **shown)

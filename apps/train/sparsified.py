@@ -88,6 +88,7 @@ class SparsifiedModule(BalancedModule):
     sparsify_config: SparsifyConfig
     sparsify_arguments: Mapping[str, Any] | None = None
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # numbers that change each step would recompile it
     def balanced(self, result: Any, tape: core.Tape) -> Any:
         """Return what a training step has returned, with the balance losses added to its loss.
 
