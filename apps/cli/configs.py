@@ -128,7 +128,7 @@ def texts(value: Any, keys: Collection[str], key: str = "") -> Iterator[str]:
         yield from texts(inner, keys, key)
 
 
-_NAMES_CLASS = re.compile(r"--(data|data\.class_path|(model|sparsify|trainer)\b.*)")
+_NAMES_CLASS = re.compile(r"--(data|data\.class_path|(model|sparsify|trainer|optimizer|lr_scheduler)\b.*)")
 
 
 def own_classes(words: Iterable[str]) -> list[str]:

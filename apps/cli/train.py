@@ -13,14 +13,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.plugins.io import CheckpointIO
 
 import core
@@ -46,6 +46,9 @@ from apps.report.base import FOLDER
 from apps.report.page import FILE, SECTIONS, Section, load_sections, open_page, show_page, write_index, write_page
 from apps.report.tables import print_in_parts
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
+from apps.train.chosen import SECTIONS as SECTIONS_OF_OPTIMIZER
+from apps.train.chosen import Chosen
+from apps.train.compiling import CompileConfig, compile_networks
 from apps.train.contents import read_checkpoint
 from apps.train.device import device_line, device_options
 from apps.train.linked import LinkedModule
@@ -141,6 +144,10 @@ class SparseCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         if self.request.sparsifies:
             parser.add_argument("--sparsify", type=SparsifyConfig | None, default=None)
+        parser.add_optimizer_args((torch.optim.Optimizer,))
+        parser.add_lr_scheduler_args(LRSchedulerTypeTuple)
+        parser.add_argument("--lr_scheduler_interval", type=Literal["epoch", "step"] | None, default=None)
+        parser.add_argument("--compile", type=bool | CompileConfig | None, default=None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         if asks(self.request.flags):  # the parser above the commands prints what is in force
@@ -165,6 +172,7 @@ class SparseCLI(LightningCLI):
         if section is not None:
             self.model = sparsified(self.model, section)
             self.model.sparsify_arguments = yaml.safe_load(self.plain_config())["model"].get("init_args") or {}
+        self.compiled = train_as_given(self.model, self.config_init[self.request.command])
         self.trainer = self.instantiate_trainer()
         self._check_links()
         if self.request.exported is not None:
@@ -254,7 +262,9 @@ class SparseCLI(LightningCLI):
                 "the one folder of its files"
             )
         kwargs |= {"default_root_dir": str(self.run_dir), **device_options(given)}
-        callbacks = kwargs["callbacks"] = self._callbacks(given.get("callbacks") or [])
+        callbacks = given.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        callbacks = kwargs["callbacks"] = self._callbacks(callbacks)
         defaults: list[Callback] = [GeneratorState()]
         if self.quantises is not None:
             defaults.append(self.quantises)
@@ -319,7 +329,8 @@ class SparseCLI(LightningCLI):
         arguments["ckpt_path"] = None if self.ckpt_path is None else str(self.ckpt_path)
         arguments["weights_only"] = True
         if self.trainer.is_global_zero:  # the stdout of predict is for what it predicts
-            print(device_line(self.trainer, self.model), file=sys.stderr if command == "predict" else None, flush=True)
+            for line in filter(None, (device_line(self.trainer, self.model), self.compiled)):
+                print(line, file=sys.stderr if command == "predict" else None, flush=True)
         if command == "fit":
             self._fit(arguments)
         elif command == "predict":
@@ -379,7 +390,8 @@ class SparseCLI(LightningCLI):
         """Return the configuration in force as YAML."""
         command = self.request.command
         config = yaml.safe_load(self._parser(command).dump(self.config[command], skip_unset=False))
-        no_part = ("config", "ckpt_path", "weights_only", "verbose")
+        no_part = {"config", "ckpt_path", "weights_only", "verbose"}
+        no_part |= {name for name in (*SECTIONS_OF_OPTIMIZER, "compile") if config.get(name) is None}
         config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in no_part}}
         return yaml.safe_dump(config, sort_keys=False)
 
@@ -523,6 +535,18 @@ class SparseCLI(LightningCLI):
             print(shortened(line))
         earlier = f", {file.start:,} of them by an earlier run" if file.start else ""
         print(f"{counted(file.num_rows, 'prediction')} in {file.path}{earlier}")
+
+
+def train_as_given(module: LightningModule, sections: Mapping[str, Any]) -> str | None:
+    """Give a module the optimizer that parsed sections name, compile its networks, and return the line of the latter.
+
+    Raises:
+        ValueError: as ``Chosen.take_place_in``, or the interval of no scheduler.
+    """
+    chosen = Chosen.of(sections)
+    if chosen is not None:
+        chosen.take_place_in(module)
+    return compile_networks(module, sections.get("compile"))
 
 
 def print_metrics(metrics: Mapping[str, float], stage: str, title: str) -> None:

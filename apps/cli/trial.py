@@ -13,6 +13,7 @@ _QUIET = (
     "--trainer.num_nodes=1",
     "--trainer.strategy=auto",
     "--trainer.logger=false",
+    "--compile=false",
 )
 
 

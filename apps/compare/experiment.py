@@ -15,13 +15,13 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
 
 from apps.cli import UsageError
-from apps.cli.train import Request, SparseCLI
+from apps.cli.train import Request, SparseCLI, train_as_given
 from apps.compare.systems import SPARSE, candidates
 from apps.equal_cost.comparable import Comparable
 from apps.equal_cost.own_model import OwnModel, own_model
+from apps.train.chosen import SECTIONS
 from apps.train.device import device_options
-from apps.train.module import OptimizerConfig, SparseModule
-from core.config.plain import to_plain
+from apps.train.module import SparseModule
 
 # Trainer options that a comparison sets itself.
 _OWN = ("callbacks", "logger", "default_root_dir", "plugins", "enable_progress_bar", "enable_model_summary",
@@ -113,11 +113,14 @@ class Experiment:
         return made
 
     def _find_rate(self) -> str | None:
-        """Return the option of a user's own model that is its learning rate; None: it has none, or is of the suite.
+        """Return the option that is the learning rate: of the section optimizer, else of a user's own model; None: it
+        has none, or is of the suite.
 
         Raises:
             ValueError: the section names one that the model does not have.
         """
+        if isinstance(self._config.get("optimizer.init_args.lr"), (int, float)):
+            return "optimizer.init_args.lr"
         section = self._config.get("sparsify")
         if section is None:
             return None
@@ -131,16 +134,16 @@ class Experiment:
         return None
 
     def _configured_rate(self, model: Any) -> float | None:
-        if isinstance(model, OwnModel):
+        if isinstance(model, OwnModel) or self._rate_name is not None:
             return None if self._rate_name is None else float(self._config[self._rate_name])
-        return float(model.optimizer_config.lr)
+        return float(model.lr)
 
     def plain(self) -> dict[str, Any]:
         """Return model, data, trainer and seed as plain values, without options that a comparison sets itself."""
         values = yaml.safe_load(self._parser.dump(self._config, skip_unset=False))
         trainer = {k: v for k, v in values["trainer"].items() if k not in _OWN or k == "callbacks"}
         trainer |= device_options(trainer)  # a comparison goes on where it began
-        own = {"sparsify": values["sparsify"]} if values.get("sparsify") is not None else {}
+        own = {name: values[name] for name in ("sparsify", *SECTIONS) if values.get(name) is not None}
         return {"model": values["model"], "data": values["data"], **own, "trainer": trainer, "seed": self.seed}
 
     def data(self) -> LightningDataModule:
@@ -165,18 +168,18 @@ class Experiment:
         """
         state = torch.get_rng_state()
         made = self._make(rate)
-        model, data = made["model"], made["data"]
+        model, data = made.pop("model"), made["data"]
         if system != SPARSE:
             build = candidates(model, self.routers)[system].build
             assert build is not None, system
             torch.set_rng_state(state)
             model = build()
-            del made, build
+            del build
             gc.collect()
+        if isinstance(model, SparseModule | OwnModel):
+            train_as_given(model.module, made)
         if rate is not None and isinstance(model, SparseModule):
-            model.optimizer_config = dataclasses.replace(model.optimizer_config, lr=rate)
-            if "optimizer" in model.hparams:
-                model.hparams["optimizer"] = to_plain(model.optimizer_config, OptimizerConfig)
+            model.lr = rate
         return model, data
 
 

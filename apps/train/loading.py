@@ -19,6 +19,8 @@ from apps import registry
 from apps.base.messages import excerpt
 from apps.train.balanced import BalancedModule
 from apps.train.checkpoint_paths import find_checkpoint
+from apps.train.chosen import SECTIONS, is_torchs
+from apps.train.compiling import CompileConfig
 from apps.train.contents import read_checkpoint
 from apps.train.module import SparseModule
 from apps.train.offloading import offload as offload_experts
@@ -111,7 +113,8 @@ def check_beside(
 ) -> tuple[dict[str, Any], list[str]]:
     """Return what a configuration that lies beside a checkpoint decides, and what of the trainer it does not.
 
-    It decides the model and the data, of registered classes, the seed, and plain values of the trainer.
+    It decides the model and the data, of registered classes, the seed, plain values of the trainer, an optimizer and a
+    scheduler of torch's, and whether the model is compiled.
 
     Args:
         config: its contents.
@@ -119,8 +122,8 @@ def check_beside(
         without: options of the trainer that the command decides by itself.
 
     Returns:
-        The part of the contents that no parser takes for a class, and the names of the trainer's options that are left
-        out though no command decides them.
+        The part of the contents that no parser takes for a class, and the names of what is left out though no command
+        decides it: options of the trainer, and optimizers that are not torch's.
 
     Raises:
         ValueError: naming the key, what it names, and that ``--config`` trusts the file.
@@ -134,8 +137,11 @@ def check_beside(
         ) from None
     trainer = {name: value for name, value in (config.get("trainer") or {}).items() if name not in without}
     plain = {name: value for name, value in trainer.items() if _is_plain(name, value)}
-    kept = {key: config[key] for key in ("seed_everything", "model", "data", "sparsify") if key in config}
-    return {**kept, "trainer": plain}, [f"trainer.{name}" for name in trainer if name not in plain]
+    others = {key: config[key] for key in SECTIONS if key in config}
+    trusted = {key: value for key, value in others.items() if is_torchs(key, value)}
+    kept = {key: config[key] for key in ("seed_everything", "model", "data", "sparsify", "compile") if key in config}
+    left_out = [*(f"trainer.{name}" for name in trainer if name not in plain), *(others.keys() - trusted.keys())]
+    return {**kept, **trusted, "trainer": plain}, left_out
 
 
 def _check_beside(config: Mapping[str, Any]) -> None:
@@ -156,7 +162,10 @@ def _check_beside(config: Mapping[str, Any]) -> None:
         elif key == "trainer":
             if not isinstance(value, Mapping):
                 raise ValueError(f"trainer={excerpt(value)} is not a mapping of the trainer's options")
-        elif key not in ("seed_everything", "run_dir", "ckpt_path"):
+        elif key == "compile":
+            if value is not True:
+                from_plain(value, CompileConfig, key)
+        elif key not in (*SECTIONS, "seed_everything", "run_dir", "ckpt_path"):
             raise ValueError(f"{key} is no part of a run's configuration")
 
 

@@ -5,6 +5,7 @@ An app subclasses ``SparseModule`` and brings a network, a task loss and metrics
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ import core
 from apps.base.checks import check_at_least
 from apps.train.averaging import WeightAverage, WeightEMA
 from apps.train.balanced import BalancedModule, Stage
+from apps.train.chosen import Chosen
 from apps.train.distilling import DistilConfig, Distribution, Teacher
 from apps.train.finite import check_loss
 from apps.train.growing import GrowConfig, freeze, grow_from, hold
@@ -29,7 +31,9 @@ from apps.train.optimizers import OptimizerConfig, build_optimizer, parameter_gr
 from apps.train.parts import DataPart
 from apps.train.quantising import form_of, quantise
 from apps.train.row_gradients import check_processes, clip_with_rows
-from core.config.plain import from_plain
+from core.config.plain import from_plain, to_plain
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,12 @@ class SparseModule(BalancedModule, HubModule):
     readout: ClassVar[tuple[str, ...]] = ()
     """Dotted names of the modules that make the outputs of the last hidden state; Muon leaves them to AdamW."""
 
+    chosen: Chosen | None = None
+    """Optimizer and scheduler that a configuration names by class, in place of the module's own."""
+
+    compiled_networks: ClassVar[tuple[str, ...]] = ("model",)
+    """Dotted names of the networks, or lists of networks, that ``compile`` compiles: those that every step calls."""
+
     reports: bool = True
     """Whether size, speed and the like are logged and the reports of ``report_callbacks`` made; not in a comparison."""
 
@@ -147,6 +157,18 @@ class SparseModule(BalancedModule, HubModule):
     def twin(self, **changed: Any) -> Self:
         without = [name for name in ("grow", "distil") if name in self._arguments]  # a twin has other layers
         return super().twin(**{**dict.fromkeys(without), **changed})
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate. (Lightning's ``LearningRateFinder`` sets it.)"""
+        return self.optimizer_config.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.optimizer_config = replace(self.optimizer_config, lr=value)
+        _logger.info("learning rate set to %g", value)
+        if "optimizer" in self.hparams:
+            self.hparams["optimizer"] = to_plain(self.optimizer_config, OptimizerConfig)
 
     @property
     def test_monitor(self) -> str:
@@ -317,11 +339,14 @@ class SparseModule(BalancedModule, HubModule):
     # ---- optimizer
 
     def configure_optimizers(self) -> dict[str, Any]:
-        config = self.optimizer_config
+        config, chosen = self.optimizer_config, self.chosen
         if self._trainer is not None:
             check_processes(self, self._trainer.world_size)
-        optimizer = build_optimizer(self, config)
+        builds = None if chosen is None or chosen.optimizer is None else chosen.build
+        optimizer = build_optimizer(self, config, builds)
         hold(optimizer, self, self._frozen)
+        if chosen is not None:
+            return chosen.scheduled(optimizer, config.lr)
         # The state of a LambdaLR holds no plain function, so a resumed run follows its own flags.
         scheduler = LambdaLR(optimizer, lambda step: config.factor(step, self._total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -350,20 +375,21 @@ class SparseModule(BalancedModule, HubModule):
                 self.trainer.should_stop = True
 
     def _restore_own_rates(self) -> None:
-        """Set this run's rates for the next step, since resuming loads the old run's with the optimizer."""
+        """Set this run's rates for the next step, since resuming loads the old run's with the optimizer.
+
+        The rates of a scheduler of torch's follow from its state, and stay.
+        """
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         if not isinstance(optimizer, torch.optim.Optimizer) or not isinstance(scheduler, LambdaLR):
             return
         wanted = {g["name"]: g for g in parameter_groups(self, self.optimizer_config)}
-        config = self.optimizer_config
-        for group in optimizer.param_groups:
+        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
             own = wanted.get(group.get("name"))
             if own is None:
                 continue
-            group.update(initial_lr=own["lr"], weight_decay=own["weight_decay"], betas=config.betas, eps=config.eps)
-            if "momentum" in group:
-                group["momentum"] = config.muon_momentum
-            group["lr"] = own["lr"] * scheduler.lr_lambdas[0](scheduler.last_epoch)
+            own = {**optimizer.defaults, "lr": own["lr"], "weight_decay": own["weight_decay"]}
+            group.update({name: own[name] for name in optimizer.defaults}, initial_lr=own["lr"])
+            group["lr"] = own["lr"] * factor(scheduler.last_epoch)
         scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
 
     # ---- set-up and passes
@@ -390,6 +416,8 @@ class SparseModule(BalancedModule, HubModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        if self.chosen is not None:
+            checkpoint["chosen_optimizer"] = self.chosen.name
         if self._adapted is not None:
             checkpoint["adapted"] = dict(self._adapted)
         if (form := form_of(self)) is not None:
@@ -428,6 +456,11 @@ class SparseModule(BalancedModule, HubModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            there, here = checkpoint.get("chosen_optimizer"), None if self.chosen is None else self.chosen.name
+            if there != here:
+                own = "model.optimizer"
+                raise ValueError(f"the checkpoint was trained by {there or own}, not by {here or own}: give that one")
         self.take_form(checkpoint)
         self._freeze(checkpoint.get("frozen_experts", {}))
 

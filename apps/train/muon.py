@@ -57,6 +57,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     def __init__(self, params: Any, momentum: float = 0.95, **options: Any) -> None:
         super().__init__(params, **options)
+        self.defaults["momentum"] = momentum
         for group in self.param_groups:
             group.setdefault("muon", False)
             group.setdefault("momentum", momentum)

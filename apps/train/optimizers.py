@@ -4,7 +4,7 @@ routers, experts and the rest."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -111,8 +111,17 @@ class OptimizerConfig:
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    config: OptimizerConfig,
+    builds: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+) -> torch.optim.Optimizer:
     """Return the optimizer of ``parameter_groups(model, config)``.
+
+    Args:
+        model: the network.
+        config: rates and options.
+        builds: makes another optimizer of the groups; None: the one that ``config`` names.
 
     Raises:
         ValueError: an optimizer other than ``RowAdam`` would get sparse gradients of rows.
@@ -124,6 +133,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
             "'row_adam', or the experts' row_sparse to false"
         )
     groups = parameter_groups(model, config)
+    if builds is not None:
+        return builds(groups)
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
     if config.fused:
         options["fused"] = True

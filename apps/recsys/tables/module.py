@@ -327,7 +327,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         if self.embedding.kind == "fused":
-            factor = self.optimizer_config.factor(self.global_step, self._total_steps)
+            first: Any = self.trainer.optimizers[0].param_groups[0]
+            factor = first["lr"] / first["initial_lr"]
             for member in self.members:
                 member.sparse.set_fused_lr(factor)
 
