@@ -69,6 +69,7 @@ class ImageTextRetriever(SparseModule, Comparable):
         "zero-shot-image-classification",
     )
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "vocab_size", "max_tokens", "attributes")
+    compiled_networks = ("model.towers",)
     readout: ClassVar[tuple[str, ...]] = ("model.image_proj", "model.text_proj", "model.head.outputs")
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
     modality_names: ClassVar[tuple[str, ...]] = MODALITIES

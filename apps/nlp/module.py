@@ -64,7 +64,7 @@ class TextModule(SparseModule, Comparable):
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         if subwords is None:
-            raise ValueError("subwords=None: they come from the data (data.subwords)")
+            return self.wait_for_data("subwords")
         check_one_start(pretrained, self.grow, self.distil)
         if pretrained is not None and attention_moe is not None:
             raise ValueError(f"pretrained={pretrained!r} has no weights for the heads of attention_moe")

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 
 from apps.registry import class_path
 from apps.train.contents import read_checkpoint, unlike
 from core.config.plain import arguments_from_plain, arguments_to_plain
 from core.offload import loading_experts
 
+_logger = logging.getLogger(__name__)
+
 
 class LinkedModule(LightningModule):
     """A LightningModule that keeps its arguments and its data's encoding in the checkpoint.
 
+    When a trainer begins, arguments of ``data_arguments`` that were not given are taken from its data module.
     Arguments are kept as plain values, or a checkpoint could not be loaded with ``weights_only``. Data that have
     ``encoding_state`` (what their numbers stand for) and ``adopt`` are given the state that the checkpoint keeps.
     """
@@ -31,8 +35,20 @@ class LinkedModule(LightningModule):
     loaded_from: Path | None = None
     """The checkpoint that the module was made from; None: it was made from none."""
 
+    _given: dict[str, Any]
+    """Arguments that the constructor was given, by name."""
+
+    _lacks: str | None = None
+    """Arguments without which there is no network yet; None: it is there."""
+
     _encoding: Mapping[str, Any] | None = None
     """Encoding of the data that the checkpoint keeps; None where it keeps none."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        module = super().__new__(cls)
+        names = [*inspect.signature(cls.__init__).parameters][1:]
+        vars(module)["_given"] = dict(zip(names, args, strict=False)) | kwargs
+        return module
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,6 +85,37 @@ class LinkedModule(LightningModule):
         """Return the encoding of the data, or else the one in the checkpoint; None where neither has any."""
         own: Mapping[str, Any] | None = getattr(self._data(), "encoding_state", None)
         return self._encoding if own is None else own
+
+    def wait_for_data(self, lacks: str) -> None:
+        """Leave the rest of the constructor to the time when a trainer brings data; ``lacks`` names arguments."""
+        self._lacks = lacks
+        self.register_forward_pre_hook(lambda module, _: module.check_whole())
+
+    def check_whole(self) -> None:
+        """Raise a ``ValueError`` where the module has no network, since it lacks arguments."""
+        if self._lacks is not None:
+            raise ValueError(
+                f"{type(self).__name__} lacks {self._lacks}, which the data know: give them, or fit with a datamodule"
+            )
+
+    def configure_callbacks(self) -> list[Callback]:
+        # Lightning asks for these first, before a callback or a strategy sees the networks.
+        unknown = [name for name in self.data_arguments if self._given.get(name) is None] if self.starts_afresh else []
+        found = {name: getattr(self._data(), name, None) for name in unknown}
+        found = {name: value for name, value in found.items() if value is not None}
+        if any(value != getattr(self, name, None) for name, value in found.items()):
+            self._make_again(found)
+        self._given |= found  # other data later do not change it
+        self.check_whole()
+        return []
+
+    def _make_again(self, found: Mapping[str, Any]) -> None:
+        """Call the constructor once more, with arguments that the data have."""
+        connected = {name: vars(self)[name] for name in ("_trainer", "_fabric")}
+        vars(self).pop("_lacks", None)
+        self.__init__(**{**self._given, **found})  # type: ignore[misc]
+        vars(self).update(connected)
+        _logger.info("%s takes from the data: %s", type(self).__name__, ", ".join(found))
 
     def setup(self, stage: str) -> None:
         self._link()

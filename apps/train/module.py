@@ -465,7 +465,7 @@ class SparseModule(BalancedModule, HubModule):
         self._freeze(checkpoint.get("frozen_experts", {}))
 
     def configure_callbacks(self) -> list[Callback]:
-        callbacks: list[Callback] = []
+        callbacks = super().configure_callbacks()
         if self.average_last is not None:
             callbacks.append(WeightAverage(self.average_last))
         if self.ema_decay is not None:

@@ -107,6 +107,7 @@ class ImageCaptioner(WritingModule, Comparable):
 
     model_kind = ModelKind("a captioner of images", 'model.predict(["image.png"])', "image-to-text")
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "vocab_size", "max_tokens")
+    compiled_networks = ("model.encoder.blocks", "model.decoder")
     readout: ClassVar[tuple[str, ...]] = ("model.output",)
     monitor: str = "val/bleu"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"

@@ -124,6 +124,7 @@ class LanguageModeler(TextModule):
 
     model_kind = ModelKind("a language model", 'model.predict(["the beginning"])', "text-generation")
     data_arguments: ClassVar[tuple[str, ...]] = ("subwords",)
+    compiled_networks = ("model.decoder",)
     monitor: str = "val/perplexity"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
     shown_metrics = ("word_perplexity", "bits_per_byte", "token_accuracy")
@@ -161,6 +162,8 @@ class LanguageModeler(TextModule):
             attention_moe=attention_moe,
             **kwargs,
         )
+        if subwords is None:
+            return
         self.moe_blocks, self.report = moe_blocks, report
         self.model = LanguageModel(
             self.transformer,

@@ -96,6 +96,7 @@ class Translator(WritingModule, TextModule):
 
     model_kind = ModelKind("a translation model", 'model.predict(["a sentence"])', "translation")
     data_arguments: ClassVar[tuple[str, ...]] = ("subwords", "pairs")
+    compiled_networks = ("model.encoder", "model.decoder")
     monitor: str = "val/bleu"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
     shown_metrics = ("chrf", "token_accuracy", "perplexity")
@@ -138,6 +139,8 @@ class Translator(WritingModule, TextModule):
             **kwargs,
         )
         check_name("val_decode", val_decode, ["greedy", "as_test"])
+        if subwords is None:
+            return
         self.bleu_tokenizers = bleu_tokenizers(pairs, bleu_tokenize)
         self.pairs, self.tasks = tuple(pairs), tasks
         self.encoder_moe_blocks, self.decoder_moe_blocks = encoder_moe_blocks, decoder_moe_blocks

@@ -84,6 +84,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
 
     model_kind = ModelKind("a retriever of items for users", 'model.predict("users.csv")', tags=("recommendation",))
     data_arguments: ClassVar[tuple[str, ...]] = ("user_features", "item_features", "num_items")
+    compiled_networks = ("user_tower", "item_tower")
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 
     @classmethod
@@ -131,7 +132,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
         super().__init__(optimizer=optimizer, ema_decay=ema_decay)
         self.report = from_plain(report, RetrievalReportConfig, "report")
         if user_features is None or item_features is None:
-            raise ValueError("user_features and item_features come from the data, such as RetrievalData(...)")
+            return self.wait_for_data("user_features and item_features")
         if not temperature > 0:
             raise ValueError(f"temperature={temperature} must be positive")
         if learn_temperature and temperature < _LEAST_TEMPERATURE:

@@ -90,6 +90,7 @@ class NextItemRecommender(SparseModule, Comparable):
         tags=("recommendation",),
     )
     data_arguments: ClassVar[tuple[str, ...]] = ("num_items", "max_length")
+    compiled_networks = ("model.blocks",)
     monitor: str = f"val/ndcg_{CUTOFF}"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
     shown_metrics = (f"hr_{CUTOFF}", "mrr")
@@ -100,7 +101,7 @@ class NextItemRecommender(SparseModule, Comparable):
 
     def __init__(
         self,
-        num_items: int,
+        num_items: int | None = None,
         max_length: int = 200,
         sequence: HistoryModelConfig | None = None,
         moe: core.MoEConfig | None = None,
@@ -115,6 +116,8 @@ class NextItemRecommender(SparseModule, Comparable):
         sequence = from_plain(sequence, HistoryModelConfig, "sequence")
         moe, dense_ffn = from_plain(moe, core.MoEConfig, "moe"), from_plain(dense_ffn, core.DenseFFN, "dense_ffn")
         super().__init__(**kwargs)
+        if num_items is None:
+            return self.wait_for_data("num_items")
         check_at_least(1, top_k=top_k)
         if train_unseen and not exclude_seen:
             raise ValueError("train_unseen=True needs exclude_seen=True: it leaves scores of seen items untrained")

@@ -123,7 +123,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         history = from_plain(history, HistoryConfig, "history")
         super().__init__(optimizer=optimizer, ema_decay=ema_decay, distil=distil)
         if features is None:
-            raise ValueError("features=None: the columns and tasks come from the data, such as TableData(...).features")
+            return self.wait_for_data("features")
         if not features.tasks:
             raise ValueError("features.tasks=() names no task: there is nothing to learn")
         if not (features.categorical or features.continuous or features.vectors or features.sequences):

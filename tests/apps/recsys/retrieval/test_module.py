@@ -174,7 +174,6 @@ def test_it_learns_what_each_user_likes_and_survives_a_checkpoint(tmp_path):
         ({"dense_ffn": core.DenseFFN(8)}, "is for a dense model"),
         ({"moe_blocks": [3]}, "moe_blocks index 3 is out of range for depth=1"),
         ({"moe": core.MoEConfig(4, core.Hash(vocab_size=9), MOE.expert)}, "needs context.token_ids_BS"),
-        ({"user_features": None}, "come from the data"),
     ],
 )
 def test_bad_options_are_refused(data, changed, message):

@@ -246,7 +246,6 @@ def test_an_ensemble_is_its_members():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"features": None}, "features=None: the columns and tasks come from the data"),
         ({"features": Features(features().categorical)}, r"features.tasks=\(\) names no task"),
         ({"features": Features(tasks=("click",))}, "features has no column"),
         ({"dropout": 1.0}, r"dropout=1.0 must lie in \[0, 1\)"),
