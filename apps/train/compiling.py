@@ -29,7 +29,8 @@ def compile_networks(module: nn.Module, how: bool | CompileConfig | None) -> str
     """Compile the networks that ``module.compiled_networks`` names, in place, when they first run.
 
     Args:
-        module: a ``SparseModule``; or a module of the user's own, whose ``model`` is compiled, or else its ``forward``.
+        module: a LightningModule; one of the user's own names nothing: its ``model`` is compiled, or else its
+            ``forward``.
         how: True: by torch's defaults; False or None: not at all.
 
     Returns:
@@ -38,8 +39,8 @@ def compile_networks(module: nn.Module, how: bool | CompileConfig | None) -> str
     if not how:
         return None
     options = asdict(CompileConfig() if how is True else how)
-    has_model = isinstance(getattr(module, "model", None), nn.Module)
-    names = getattr(module, "compiled_networks", ("model",) if has_model else ("",))
+    own = "model" if isinstance(getattr(module, "model", None), nn.Module) else ""
+    names = getattr(module, "compiled_networks", ()) or (own,)
     for part in map(module.get_submodule, names):
         for network in part if isinstance(part, nn.ModuleList) else [part]:  # a list is never called itself
             network.compile(**options)

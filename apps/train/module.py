@@ -112,8 +112,9 @@ class SparseModule(BalancedModule, HubModule):
     chosen: Chosen | None = None
     """Optimizer and scheduler that a configuration names by class, in place of the module's own."""
 
-    compiled_networks: ClassVar[tuple[str, ...]] = ("model",)
-    """Dotted names of the networks, or lists of networks, that ``compile`` compiles: those that every step calls."""
+    compiled_networks: ClassVar[tuple[str, ...]] = ()
+    """Dotted names of the networks, or lists of networks, that every step calls and ``compile`` compiles; empty:
+    ``model`` if there is one, else the module."""
 
     reports: bool = True
     """Whether size, speed and the like are logged and the reports of ``report_callbacks`` made; not in a comparison."""

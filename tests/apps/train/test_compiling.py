@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from compared import CONFIG as COMPARED
 from lightning.pytorch import Callback
 from own_net import Net
-from tiny_app import TinyData, TinyModule
+from tiny_app import CONFIG, TinyData, TinyModule
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from trainings import MOE, fit
 
 import core
+from apps.cli import main
+from apps.cli.train import build
+from apps.compare.experiment import Experiment
 from apps.train.module import TaskOutput
 from apps.train.sparsified import SparsifyConfig, sparsified
 
@@ -61,3 +66,28 @@ def test_a_compiled_module_is_not_compiled_again_at_each_step(module, graphs, tm
     assert len(graphs.after) == 12
     assert graphs.after[0] > 0
     assert set(graphs.after[1:]) == {graphs.after[1]}
+
+
+def test_a_configuration_compiles_the_networks_and_changes_nothing_else(graphs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(CONFIG)
+    words = ["fit", "--config", "tiny.yaml", "--trainer.max_epochs", "2"]
+    assert main([*words, "--run_dir", "plain"]) == 0
+    Path("eager.yaml").write_text("compile: {backend: eager}")
+    cli = build(*words[:1], [*words[1:], "--config", "eager.yaml", "--run_dir", "compiled"])
+    stats, seen = torch._dynamo.utils.counters["stats"], []
+    graphs.on_train_batch_end = lambda *_: seen.append(stats["unique_graphs"])
+    cli.trainer.callbacks.append(graphs)
+    cli.execute()
+    assert seen[0] > 0
+    assert len(set(seen[2:])) == 1  # six steps, with a validation between them
+    assert "compiled: TinyModule (backend=eager)" in capsys.readouterr().out
+    plain, compiled = (torch.load(f"{r}/checkpoints/last.ckpt", weights_only=True) for r in ("plain", "compiled"))
+    assert plain["state_dict"].keys() == compiled["state_dict"].keys()
+    for name, value in plain["state_dict"].items():
+        torch.testing.assert_close(compiled["state_dict"][name], value)
+    assert build("test", ["--run_dir", "compiled"]).compiled is not None  # as the run's own configuration says
+    assert build("predict", ["--run_dir", "compiled", "--compile", "false"]).compiled is None
+    Path("compared.yaml").write_text(COMPARED)
+    module = Experiment(["--config", "compared.yaml", "--compile", "true"]).module("dense_equal_flops")
+    assert any(m._compiled_call_impl is not None for m in module.modules())
