@@ -143,7 +143,9 @@ class RunFolder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            if trainer.ckpt_path:
+            # Lightning's finders restore a hidden checkpoint of the start.
+            found = not trainer.global_step and Path(trainer.ckpt_path or "").name.startswith(".")
+            if trainer.ckpt_path and not found:
                 print(
                     f"going on from {trainer.ckpt_path}: step {trainer.global_step}, epoch {trainer.current_epoch + 1}"
                 )

@@ -114,7 +114,7 @@ def test_a_comparison_trains_all_systems_by_the_given_optimizer(config):
 
 
 @pytest.mark.parametrize("finder", ["LearningRateFinder", "BatchSizeFinder"])
-def test_lightnings_finders_find(finder, config, caplog):
+def test_lightnings_finders_find(finder, config, capsys):
     few = {"LearningRateFinder": ("num_training_steps", "8"), "BatchSizeFinder": ("max_trials", "2")}[finder]
     words = [
         "--config",
@@ -126,8 +126,11 @@ def test_lightnings_finders_find(finder, config, caplog):
         f"--trainer.callbacks.{few[0]}",
         few[1],
     ]
+    assert main(["fit", "--config", config, "--run_dir", "run"]) == 0
+    capsys.readouterr()
     cli = build("fit", words)
-    cli.trainer.fit(cli.model, cli.datamodule)
+    cli.execute()
+    assert "run held an earlier run" in capsys.readouterr().out  # the search has not resumed it
     if finder == "BatchSizeFinder":
         assert cli.datamodule.batch_size in (4, 8)
         return
