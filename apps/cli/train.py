@@ -262,9 +262,7 @@ class SparseCLI(LightningCLI):
                 "the one folder of its files"
             )
         kwargs |= {"default_root_dir": str(self.run_dir), **device_options(given)}
-        callbacks = given.get("callbacks") or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        callbacks = kwargs["callbacks"] = self._callbacks(callbacks)
+        callbacks = kwargs["callbacks"] = self._callbacks(given.get("callbacks") or [])
         defaults: list[Callback] = [GeneratorState()]
         if self.quantises is not None:
             defaults.append(self.quantises)
