@@ -150,9 +150,9 @@ class _Bench:
         data = experiment.data()
         data.prepare_data()
         data.setup("fit")
-        batches = list(itertools.islice(data.train_dataloader(), 8))
-        self.train_batches = move_data_to_device(batches, self.device)
-        self.eval_batch: Any = move_data_to_device(next(iter(data.val_dataloader())), self.device)
+        batches = [*itertools.islice(data.train_dataloader(), 8), next(iter(data.val_dataloader()))]
+        moved: list[Any] = [data.on_after_batch_transfer(b, 0) for b in move_data_to_device(batches, self.device)]
+        *self.train_batches, self.eval_batch = moved
         _release()
         base = used_memory(self.device, peak=False)
         self.model: Any = experiment.module(job.system)

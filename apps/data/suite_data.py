@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -17,6 +17,8 @@ from apps.base.checks import check_at_least
 from apps.data.cache import cache_root
 from apps.data.loader import ResumableLoader, as_it_is, in_order
 from apps.data.splits import SPLITS, Split
+
+L = TypeVar("L", bound=DataLoader[Any])
 
 
 class SuiteData(LightningDataModule):
@@ -220,6 +222,10 @@ class SuiteData(LightningDataModule):
 
     # ---- Lightning
 
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Return the batch that a model reads, of one that travels smaller, such as images as uint8."""
+        return batch.finished() if hasattr(batch, "finished") else batch
+
     def prepare_data(self) -> None:
         self._adopt_of_model()
         if not self.needs_no_dataset:
@@ -237,7 +243,7 @@ class SuiteData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         self.check("fit")
         examples = self.examples("train")
-        return ResumableLoader(
+        loader = ResumableLoader(
             examples,
             seed=self.seed,
             # With overfit_batches Lightning repeats the same few batches each epoch.
@@ -246,6 +252,7 @@ class SuiteData(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             **self.batching(examples),
         )
+        return self._pinned(loader)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the validation batches; an empty list where training has none to look at."""
@@ -262,7 +269,13 @@ class SuiteData(LightningDataModule):
     def _loader_of(self, split: Split, needed: bool) -> DataLoader[Any] | list[Any]:
         examples = self.examples(split)
         if examples is not None and len(examples):
-            return self.eval_loader(examples)
+            return self._pinned(self.eval_loader(examples))
         if needed:
             raise ValueError(f"{self.dataset} has no {split} {self.unit}: {self.hold_out.format(split=split)}")
         return []
+
+    def _pinned(self, loader: L) -> L:
+        """Return ``loader``; for a GPU its batches lie in pinned memory, so that the host does not wait for a copy."""
+        strategy = None if self.trainer is None else self.trainer.strategy
+        loader.pin_memory = strategy is not None and strategy.root_device.type == "cuda"
+        return loader

@@ -157,7 +157,7 @@ def _layers(model: Any, pixels: Tensor | None, texts: Sequence[str]) -> Mapping[
 
 def _normalized(model: Any, pixels: Tensor) -> Tensor:
     encoding = model.encoding
-    return normalize(pixels[None], encoding.mean, encoding.std).to(model.device)
+    return normalize(pixels[None].to(model.device), encoding.mean, encoding.std)
 
 
 def array_of(pixels: Tensor) -> np.ndarray:

@@ -19,7 +19,7 @@ from apps.data.splits import Split
 from apps.data.text_files import clean
 from apps.multimodal.batch import PairBatch
 from apps.multimodal.images import SKIP_HINT, Images
-from apps.vision.batch import Collate
+from apps.vision.batch import Collate, PixelBatch
 
 OnBadRow = Literal["error", "skip"]
 """What becomes of a row without a caption, or whose image is missing or cannot be read."""
@@ -226,7 +226,9 @@ class PairSet(Dataset[PairBatch]):
 
 @dataclass(frozen=True)
 class PairCollate:
-    """Transforms and normalises the images of a batch. It is a class so that worker processes can be sent it.
+    """Transforms the images of a batch, which are normalised on the device.
+
+    It is a class so that worker processes can be sent it.
 
     Attributes:
         images: the transform of the images.
@@ -234,5 +236,7 @@ class PairCollate:
 
     images: Collate
 
-    def __call__(self, raw: PairBatch) -> PairBatch:
-        return raw._replace(image=self.images((raw.image, raw.caption_B, raw.index_B)).image)
+    def __call__(self, raw: PairBatch) -> PixelBatch:
+        pixels = self.images((raw.image, raw.caption_B, raw.index_B))
+        pixels.batch = raw._replace(image=pixels.batch.image)
+        return pixels

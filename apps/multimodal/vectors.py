@@ -94,7 +94,7 @@ def encode_texts(model: Any, texts: Sequence[str]) -> Tensor:
 def vectors_of_pixels(model: PairEncoder, pixels: Tensor) -> Tensor:
     """Return the vectors of scaled images, uint8 (B, C, S, S): float32 (B, dim) on the CPU."""
     encoding = model.encoding
-    image = normalize(pixels, encoding.mean, encoding.std).to(model.device)
+    image = normalize(pixels.to(model.device), encoding.mean, encoding.std)
     return model.image_vectors(image).float().cpu()
 
 

@@ -2,13 +2,14 @@
 
 Cropping an image of 28x28 takes microseconds and calling a transform for it fifty: a loop over images would cost more
 than a small model. All draws are torch's global ones, as in torchvision; the loader seeds them for each batch
-(`apps.data.loader.seeded`). Images are uint8 (B, C, H, W) until `random_erase` and `mix`, which take normalised
-float32.
+(`apps.data.loader.seeded`). Images are uint8 (B, C, H, W) while they are cut and colored. Erasing and mixing need
+normalised float32: here they are drawn (`draw_boxes`, `draw_mix`), and `erase` and `mix` compute them on the device.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,45 +92,76 @@ class BatchRandAugment(v2.RandAugment):
         return images
 
 
-def random_erase(images: Tensor, probability: float) -> Tensor:
-    """Set a box of 2 to 33 % of the area to 0, the mean colour, with ``probability`` in each image (Zhong et al. 2020).
+def draw_boxes(images: Tensor, probability: float) -> Tensor:
+    """Draw a box of 2 to 33 % of the area with ``probability`` for each image (Zhong et al. 2020).
 
     A box that is higher or wider than the image is cut to it (torchvision draws again).
 
     Args:
-        images: float32 (B, C, H, W), normalised.
-        probability: chance of an image to be changed, in [0, 1].
+        images: (B, C, H, W).
+        probability: chance of an image to have one, in [0, 1].
+
+    Returns:
+        int32 (B, 4), first row, first column, height and width; height 0 where there is no box.
     """
     batch, _, height, width = images.shape
     area = torch.empty(batch).uniform_(0.02, 1 / 3) * height * width
     ratio = torch.empty(batch).uniform_(math.log(0.3), math.log(3.3)).exp()
     box_h = (area * ratio).sqrt().round().clamp(1, height)
     box_w = (area / ratio).sqrt().round().clamp(1, width)
-    top = (torch.rand(batch) * (height - box_h + 1)).floor()[:, None]
-    left = (torch.rand(batch) * (width - box_w + 1)).floor()[:, None]
-    y, x = torch.arange(height), torch.arange(width)
-    in_rows = (y >= top) & (y < top + box_h[:, None])
-    in_cols = (x >= left) & (x < left + box_w[:, None])
-    erased = in_rows[:, :, None] & in_cols[:, None, :] & (torch.rand(batch) < probability)[:, None, None]
-    return images.masked_fill(erased[:, None], 0.0)
+    top = (torch.rand(batch) * (height - box_h + 1)).floor()
+    left = (torch.rand(batch) * (width - box_w + 1)).floor()
+    box_h = box_h * (torch.rand(batch) < probability)
+    return torch.stack((top, left, box_h, box_w), 1).int()
 
 
-def mix(
-    images: Tensor, labels: Tensor, num_classes: int, mixup_alpha: float, cutmix_alpha: float
-) -> tuple[Tensor, Tensor]:
-    """Mix each image with its neighbour in the batch by mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019).
+def erase(images: Tensor, box_B4: Tensor) -> Tensor:
+    """Set the boxes of ``draw_boxes`` to 0, the mean colour of normalised images (B, C, H, W)."""
+    top, left, box_h, box_w = box_B4[:, :, None].unbind(1)
+    y, x = (torch.arange(size, device=images.device) for size in images.shape[-2:])
+    in_rows, in_cols = (y >= top) & (y < top + box_h), (x >= left) & (x < left + box_w)
+    return images.masked_fill((in_rows[:, :, None] & in_cols[:, None, :])[:, None], 0.0)
+
+
+class Mix(NamedTuple):
+    """How each image of a batch is mixed with its neighbour.
+
+    Attributes:
+        share: lambda, the image's own share.
+        box: the neighbour's part (CutMix), as first column, first row and the ends of both; None: a weighted sum
+            (mixup).
+    """
+
+    share: float
+    box: tuple[int, int, int, int] | None = None
+
+
+def draw_mix(images: Tensor, mixup_alpha: float, cutmix_alpha: float) -> Mix:
+    """Draw mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) for a batch.
 
     One share lambda ~ Beta(alpha, alpha) for the batch; with both alphas positive each batch takes one of them, 1:1.
 
     Args:
-        images: float32 (B, C, H, W).
-        labels: int64 (B,).
-        num_classes: width of the soft labels.
+        images: (B, C, H, W).
         mixup_alpha, cutmix_alpha: parameters of each method, 0 switches it off; at least one is positive.
-
-    Returns:
-        images and soft labels, float32 (B, num_classes), whose rows sum to 1.
     """
     methods = [(m, alpha) for m, alpha in ((v2.MixUp, mixup_alpha), (v2.CutMix, cutmix_alpha)) if alpha > 0]
     method, alpha = methods[int(torch.randint(len(methods), ()))]
-    return method(alpha=alpha, num_classes=num_classes)(images, labels)
+    drawn = method(alpha=alpha).make_params([images])
+    return Mix(drawn["lam"]) if "lam" in drawn else Mix(drawn["lam_adjusted"], drawn["box"])
+
+
+def mix(images: Tensor, drawn: Mix) -> Tensor:
+    """Return float32 (B, C, H, W), each image mixed with the one before it."""
+    other = images.roll(1, 0)
+    if drawn.box is None:
+        return other.mul_(1 - drawn.share).add_(images * drawn.share)
+    left, top, right, bottom = drawn.box
+    mixed = images.clone()
+    mixed[..., top:bottom, left:right] = other[..., top:bottom, left:right]
+    return mixed
+
+
+def mix_labels(labels: Tensor, num_classes: int, share: float) -> Tensor:
+    """Return the soft labels of mixed images, float32 (B, num_classes), of int64 (B,); rows sum to 1."""
+    return mix(F.one_hot(labels, num_classes).float(), Mix(share))

@@ -43,6 +43,8 @@ _note = rank_zero_only(log.warning)
 class VisionData(SuiteData):
     """Images with labels, in train, validation and test batches of `ImageBatch`.
 
+    A loader gives `PixelBatch`, which has the same attributes, and whose images are normalised where they are read.
+
     Args:
         dataset: digits, mnist5k, mnist, fashion_mnist, cifar10, cifar100, imagenet or image_folder (your own).
         root: folder with your own copy, in the dataset's own layout; nothing is downloaded then.

@@ -80,8 +80,12 @@ def file_transform(cut: Sequence[Any], in_chans: int) -> v2.Compose:
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return uint8 (B, C, H, W) as float32 of mean 0 and deviation 1, by those of pixels in [0, 1]."""
-    centre, scale = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
-    return images.float().mul_(1 / (255 * scale)).sub_(centre / scale)
+    centre, scale = (torch.tensor(v, dtype=torch.float32) for v in (mean, std))
+    factors, shifts = (1 / (255 * scale)).tolist(), (centre / scale).tolist()
+    out = images.to(torch.float32, copy=True)
+    for channel, factor, shift in zip(out.unbind(1), factors, shifts, strict=True):
+        channel.mul_(factor).sub_(shift)  # numbers, not tensors: a copy to the device would make the host wait
+    return out
 
 
 def middle_of_strip(image: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ class VisionClassifier(SparseModule, Comparable):
         """
         encoding = self.encoding
         with in_evaluation(self):
-            normalized = normalize(pixels, encoding.mean, encoding.std).to(self.device)
+            normalized = normalize(pixels.to(self.device), encoding.mean, encoding.std)
             best = self(normalized).float().softmax(-1).topk(min(top, self.num_classes), dim=-1)
         return [
             {encoding.class_names[c]: round(p, 6) for c, p in zip(labels, values, strict=True)}

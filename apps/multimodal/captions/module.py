@@ -299,7 +299,7 @@ class ImageCaptioner(WritingModule, Comparable):
         if isinstance(batch, FileBatch):
             tell(batch.complaints)
             encoding = self.encoding
-            image = normalize(batch.pixels, encoding.mean, encoding.std).to(self.device)
+            image = normalize(batch.pixels.to(self.device), encoding.mean, encoding.std)
             index_B, names, references = torch.tensor(batch.index, dtype=torch.int64), batch.path, None
         else:
             image, index_B, references = batch.image, batch.index_B, self._references_of(batch)
@@ -363,7 +363,7 @@ class ImageCaptioner(WritingModule, Comparable):
         encoding = self.encoding
         numbers = torch.arange(start, start + len(pixels))
         with in_evaluation(self):
-            image = normalize(pixels, encoding.mean, encoding.std).to(self.device)
+            image = normalize(pixels.to(self.device), encoding.mean, encoding.std)
             model = in_dtype(self.model, config.dtype)
             hypotheses = self.hypotheses_of(image, config, numbers, model)  # type: ignore[arg-type]
         texts = [encoding.text.subwords.decode(ids, "source") for ids in hypotheses.ids]  # type: ignore[union-attr]
@@ -380,7 +380,7 @@ class ImageCaptioner(WritingModule, Comparable):
         Raises:
             ValueError: an image that cannot be read.
         """
-        return normalize(scaled(images, encoding.transform, start), encoding.mean, encoding.std).to(self.device)
+        return normalize(scaled(images, encoding.transform, start).to(self.device), encoding.mean, encoding.std)
 
     @property
     def encoding(self) -> PairEncoding:

@@ -41,8 +41,8 @@ class PairBatch:
         return len(self.index_B)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
-        """Return the batch on ``device``."""
-        return self._each("to", device, non_blocking=non_blocking)
+        """Return the batch on ``device``; Lightning names no ``non_blocking``, which CUDA can always do."""
+        return self._each("to", device, non_blocking=non_blocking or torch.device(device).type == "cuda")
 
     def pin_memory(self) -> PairBatch:
         return self._each("pin_memory")

@@ -50,10 +50,13 @@ class TableBatch:
         return len(self.label_Bt)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TableBatch:
-        """Return the batch on ``device``, itself where it is there already."""
+        """Return the batch on ``device``, itself where it is there already.
+
+        Lightning names no ``non_blocking``, which CUDA can always do.
+        """
         if self.dense_BC.device == torch.device(device):
             return self  # a jagged tensor would be built anew
-        return self._each("to", device, non_blocking=non_blocking)
+        return self._each("to", device, non_blocking=non_blocking or torch.device(device).type == "cuda")
 
     def pin_memory(self) -> TableBatch:
         return self._each("pin_memory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,3 +150,15 @@ def test_data_without_an_encoding_take_over_none():
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         Lengths(**options)
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False)])
+def test_batches_for_a_gpu_lie_in_pinned_memory(device: str, pinned: bool) -> None:
+    data = Lengths()
+    data.trainer = SimpleNamespace(  # type: ignore[assignment]  # there is no GPU here
+        strategy=SimpleNamespace(root_device=torch.device(device)),
+        lightning_module=None,
+        state=SimpleNamespace(fn="fit"),
+        overfit_batches=0,
+    )
+    assert data.train_dataloader().pin_memory == data.test_dataloader().pin_memory == pinned  # type: ignore[union-attr]

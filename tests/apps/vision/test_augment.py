@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import move_data_to_device
 from made_images import EVERY_TRANSFORM, ready, write_mnist
 from torchvision.transforms import v2
 
-from apps.vision.augment import BatchRandAugment, crop_and_flip, mix, random_erase, random_resized_crop
+from apps.vision.augment import (
+    BatchRandAugment,
+    crop_and_flip,
+    draw_boxes,
+    draw_mix,
+    erase,
+    mix,
+    mix_labels,
+    random_resized_crop,
+)
+from apps.vision.batch import ImageBatch
 
 
 def test_a_crop_is_a_window_of_the_padded_image() -> None:
@@ -28,7 +40,8 @@ def test_a_crop_is_a_window_of_the_padded_image() -> None:
 def test_channels_stay_together() -> None:
     grey = torch.randint(0, 255, (16, 1, 6, 6), dtype=torch.uint8)
     rgb = torch.cat([grey, grey, grey], 1)
-    for out in (crop_and_flip(rgb, 2, True), random_resized_crop(rgb, 0.3), random_erase(rgb.float(), 1.0)):
+    erased = erase(rgb.float(), draw_boxes(rgb, 1.0))
+    for out in (crop_and_flip(rgb, 2, True), random_resized_crop(rgb, 0.3), erased):
         assert out.shape == rgb.shape
         assert torch.equal(out[:, 0], out[:, 2])
 
@@ -47,7 +60,7 @@ def test_a_resized_crop_magnifies_a_part() -> None:
 def test_erasing_is_a_box_of_zeros() -> None:
     torch.manual_seed(0)
     images = torch.ones(64, 2, 16, 16)
-    erased = random_erase(images, 0.5)
+    erased = erase(images, draw_boxes(images, 0.5))
     share = (erased == 0).float().mean((1, 2, 3))
     hit = share > 0
     assert 20 < hit.sum() < 44
@@ -56,7 +69,7 @@ def test_erasing_is_a_box_of_zeros() -> None:
     for image in erased[hit][:, 0]:
         rows, cols = (image == 0).nonzero(as_tuple=True)
         assert (image == 0).sum() == (rows.max() - rows.min() + 1) * (cols.max() - cols.min() + 1)
-    assert torch.equal(random_erase(images, 0.0), images)
+    assert torch.equal(erase(images, draw_boxes(images, 0.0)), images)
 
 
 def test_mixing_is_the_same_for_image_and_label() -> None:
@@ -65,11 +78,24 @@ def test_mixing_is_the_same_for_image_and_label() -> None:
     images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 8, 8).clone()  # image n is n everywhere
     for alphas in ((0.8, 0.0), (0.0, 1.0), (0.8, 1.0)):
         for _ in range(10):
-            mixed, soft = mix(images, labels, 5, *alphas)
+            drawn = draw_mix(images, *alphas)
+            mixed, soft = mix(images, drawn), mix_labels(labels, 5, drawn.share)
             assert soft.shape == (4, 5)
             torch.testing.assert_close(soft.sum(1), torch.ones(4))
             # the mean pixel is lambda * n + (1 - lambda) * neighbour, and so is the mean label
             torch.testing.assert_close(mixed.mean((1, 2, 3)), soft @ torch.arange(5.0))
+
+
+def test_mixing_is_torchvision_s() -> None:
+    images, labels = torch.randn(6, 3, 9, 7), torch.arange(6) % 4
+    for method, alphas in ((v2.MixUp, (0.4, 0.0)), (v2.CutMix, (0.0, 1.0))):
+        torch.manual_seed(3)
+        torch.randint(1, ())  # of the two methods
+        expected, soft = method(alpha=max(alphas), num_classes=4)(images, labels)
+        torch.manual_seed(3)
+        drawn = draw_mix(images, *alphas)
+        assert torch.equal(mix(images, drawn), expected)
+        assert torch.equal(mix_labels(labels, 4, drawn.share), soft)
 
 
 def test_randaugment_draws_for_each_image() -> None:
@@ -85,6 +111,26 @@ def test_randaugment_draws_for_each_image() -> None:
     assert out.shape == noise.shape
     assert out.dtype == torch.uint8
     assert len({tuple(o.flatten().tolist()) for o in BatchRandAugment(1, 9, 31)(noise[:1].expand(64, -1, -1, -1))}) > 10
+
+
+def test_images_travel_as_uint8_and_are_finished_where_they_arrive(tmp_path: Path) -> None:
+    options = {"mean": (0.5,), "std": (0.25,), "random_erasing": 0.5, "mixup_alpha": 0.2}
+    data = ready("fashion_mnist", write_mnist(tmp_path), batch_size=16, **options)
+    sent = pickle.loads(pickle.dumps(next(iter(data.train_dataloader()))))  # as a worker process sends it
+    assert sent.batch.image.dtype == torch.uint8
+    got = data.on_after_batch_transfer(move_data_to_device(sent, torch.device("cpu")), 0)
+    assert type(got) is ImageBatch
+    # pixel / 255 of mean 0.5 and deviation 0.25: erased, then mixed
+    image = erase((sent.batch.image / 255.0 - 0.5) / 0.25, sent.box_B4)
+    torch.testing.assert_close(got.image, mix(image, sent.drawn), atol=1e-5, rtol=0)
+    for own, other in zip(got, sent, strict=True):
+        assert torch.equal(own, other)  # also unpacked, or read from a loader without a trainer
+    assert sent.to("meta").image.is_meta  # constants are numbers: no tensor is copied to the pixels' device
+    try:
+        torch.set_default_dtype(torch.bfloat16)  # Lightning under bf16-true
+        assert torch.equal(sent.image, got.image.bfloat16())
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_every_option_together(tmp_path: Path) -> None:
