@@ -67,3 +67,8 @@ def source_commit() -> str:
 def moment() -> str:
     """Return the present moment in ISO format."""
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def host_waits_for(device: torch.device) -> bool:
+    """Return whether reading a value of a device, or a shape made of values, makes the host wait for all its work."""
+    return device.type != "cpu"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from apps.base.machine import host_waits_for
 from core.kernels.cpu.products import mm
 
 CHUNK_ELEMENTS = 2**21
@@ -28,6 +29,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target_T: Tensor,
         smoothing: float,
         left_out_TX: Tensor | None,
+        real_T: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
         T, V = len(h_TD), len(weight_VD)
@@ -52,7 +54,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits_tV.scatter_(1, torch.where(left_out_tX < 0, target_t1, left_out_tX), -torch.inf)
                 logits_tV.scatter_(1, target_t1, target_logit_t1)
             torch.softmax(logits_tV, -1, out=p_tV)  # float32 inside, whatever goes in and out
-            total += (_log_sum(logits_tV, p_tV) - (1 - smoothing) * target_logit_t1.to(exact)).sum()
+            loss_t1 = _log_sum(logits_tV, p_tV) - (1 - smoothing) * target_logit_t1.to(exact)
+            if real_T is not None:
+                loss_t1 = loss_t1.masked_fill(~real_T[start : start + rows, None], 0)
+            total += loss_t1.sum()
             if not (wants_h or wants_weight):
                 continue
             d_tV = p_tV.scatter_add_(1, target_t1, torch.full_like(target_t1, smoothing - 1, dtype=dtype))
@@ -65,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total -= smoothing * sum_D.dot(mean_D)
             dh_TD = None if dh_TD is None else dh_TD - smoothing * mean_D
             dweight_VD = None if dweight_VD is None else dweight_VD.sub_(smoothing / V * sum_D)
-        count = max(T, 1)
+        count = _count(T, real_T)
         # The mean's denominator comes last: shares of 1 / T would lose digits in bfloat16.
         if dh_TD is not None:
             dh_TD = (dh_TD / count).to(h_dtype)
@@ -76,9 +81,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         scaled = (None if g is None else g * grad.to(g.dtype) for g in ctx.grads)
-        return *scaled, None, None, None, None  # type: ignore[return-value]
+        return *scaled, None, None, None, None, None  # type: ignore[return-value]
+
+
+def _count(num_rows: int, real_T: Tensor | None) -> int | Tensor:
+    """Return the number of rows that count, at least 1."""
+    return max(num_rows, 1) if real_T is None else real_T.sum().clamp_min(1)
 
 
 def _log_sum(logits_tV: Tensor, p_tV: Tensor) -> Tensor:
@@ -94,6 +104,7 @@ def linear_cross_entropy(
     target: Tensor,
     label_smoothing: float = 0.0,
     left_out: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> Tensor:
     """Return the mean over the rows of ``-sum_v q_v log softmax(h W^T)_v``, in chunks of rows; 0 without rows.
 
@@ -107,6 +118,7 @@ def linear_cross_entropy(
         label_smoothing: share of the target spread evenly over the vocabulary.
         left_out: int64 (T, X), columns that are no candidates of a row, so that its softmax leaves them out; -1 names
             none, and a row's target is a candidate always. It goes with ``label_smoothing=0`` alone.
+        real: bool (T,), the rows that count; those of ``h`` that do not are 0. None: all rows.
 
     Returns:
         (), float32, or float64 where ``h`` is.
@@ -114,7 +126,7 @@ def linear_cross_entropy(
     assert left_out is None or label_smoothing == 0
     dtype = _dtype_of_products(h, weight)
     with torch.autocast(h.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(h, weight, target, label_smoothing, left_out, dtype)
+        return _LinearCrossEntropy.apply(h, weight, target, label_smoothing, left_out, real, dtype)
 
 
 def _dtype_of_products(h: Tensor, weight: Tensor) -> torch.dtype:
@@ -138,7 +150,7 @@ class _LinearDivergence(torch.autograd.Function):
         dh_TD = torch.empty_like(h_TD) if wants_h else None
         dweight_VD = torch.zeros_like(weight, dtype=exact) if wants_weight else None
         total = torch.zeros((), dtype=exact, device=h_TD.device)
-        count, rows = max(T, 1), max(1, CHUNK_ELEMENTS // max(V, 1))
+        count, rows = _count(T, teacher.real_T), max(1, CHUNK_ELEMENTS // max(V, 1))
         for start in range(0, T, rows):
             part = slice(start, start + rows)
             log_q_tV = (mm(h[part], weight_DV).to(exact) / temperature).log_softmax(-1)
@@ -169,10 +181,23 @@ class OutputLogits:
     Attributes:
         h_TD: (T, D).
         weight_VD: (V, D).
+        real_T: bool (T,), False for rows that are 0 and no targets, as they stay in padded texts; None: all are.
     """
 
     h_TD: Tensor
     weight_VD: Tensor
+    real_T: Tensor | None = None
+
+    @classmethod
+    def of_real(cls, h_BLD: Tensor, real_BL: Tensor, weight_VD: Tensor, packed: bool = False) -> OutputLogits:
+        """Return the logits of the tokens where ``real_BL``, bool (B, L), is True.
+
+        The others are left out where ``packed``, and on a CPU. Elsewhere the host would wait for their number, so they
+        stay as rows of 0.
+        """
+        if packed or not host_waits_for(h_BLD.device):
+            return cls(h_BLD[real_BL], weight_VD)
+        return cls(h_BLD.masked_fill(~real_BL[..., None], 0).flatten(0, 1), weight_VD, real_BL.flatten())
 
     def divergence(self, teacher: OutputLogits, temperature: float) -> Tensor:
         """Return the mean over the T targets of ``KL(teacher || self)``, (), in chunks of rows; 0 without rows.

@@ -102,9 +102,9 @@ class TextModule(SparseModule, Comparable):
         """Return the logits of the tokens after the first, padding left out."""
         return self._distribution(*self.hidden(batch))
 
-    def _distribution(self, h_BLD: Tensor, ids_BL: Tensor) -> OutputLogits:
-        h_TD = h_BLD[ids_BL[:, 1:] != PAD_ID] * self.transformer.logits_scale
-        return OutputLogits(h_TD, self.model.output_weight)
+    def _distribution(self, h_BLD: Tensor, ids_BL: Tensor, packed: bool = False) -> OutputLogits:
+        h_BLD = h_BLD * self.transformer.logits_scale
+        return OutputLogits.of_real(h_BLD, ids_BL[:, 1:] != PAD_ID, self.model.output_weight, packed)
 
     def token_loss(self, batch: Any) -> TaskOutput:
         """Return the mean cross-entropy of the tokens after the first, padding left out.
@@ -112,13 +112,14 @@ class TextModule(SparseModule, Comparable):
         In evaluation it has no label smoothing, and ``outputs`` is the ``Foreseen`` of each row.
         """
         h_BLD, ids_BL = self.hidden(batch)
-        return token_loss(self._distribution(h_BLD, ids_BL), ids_BL, self.label_smoothing if self.training else None)
+        predicted = self._distribution(h_BLD, ids_BL, packed=not self.training)
+        return token_loss(predicted, ids_BL, self.label_smoothing if self.training else None)
 
     @torch.no_grad()
     def token_scores(self, batch: Any) -> tuple[TargetScores, Tensor]:
         """Return the scores of the T tokens after the first, padding left out, and where they are, bool (B, L - 1)."""
         h_BLD, ids_BL = self.hidden(batch)
-        predicted, real_BL = self._distribution(h_BLD, ids_BL), ids_BL[:, 1:] != PAD_ID
+        predicted, real_BL = self._distribution(h_BLD, ids_BL, packed=True), ids_BL[:, 1:] != PAD_ID
         return target_scores(predicted.h_TD, predicted.weight_VD, ids_BL[:, 1:][real_BL]), real_BL
 
     def cost_inputs(self, batch: Any) -> tuple[Tensor, ...]:

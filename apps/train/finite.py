@@ -15,8 +15,8 @@ class NonFiniteError(RuntimeError):
 def check_loss(loss: Tensor, terms: Mapping[str, Tensor], step: int, lr: float) -> None:
     """Raise a NonFiniteError where ``loss``, (), of optimizer step ``step`` is NaN or infinite.
 
-    The message has the ``terms`` of the loss, each (), and the peak learning rate. The check waits for the device each
-    step, which takes a few percent on a GPU, and gives an error at the step that caused it.
+    The message has the ``terms`` of the loss, each (), and the peak learning rate. The check waits for the device. On a
+    CPU it is made each step; on a GPU at steps that are logged, of the sum of the losses since the last one.
     """
     if bool(torch.isfinite(loss)):
         return

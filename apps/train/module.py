@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import core
 from apps.base.checks import check_at_least
+from apps.base.machine import host_waits_for
 from apps.train.averaging import WeightAverage, WeightEMA
 from apps.train.balanced import BalancedModule, Stage
 from apps.train.chosen import Chosen
@@ -154,6 +155,7 @@ class SparseModule(BalancedModule, HubModule):
         self._stage_metrics = nn.ModuleDict()
         self._total_steps = math.inf
         self.num_trained = 0
+        self._loss_sum: Tensor | float = 0.0
 
     def twin(self, **changed: Any) -> Self:
         without = [name for name in ("grow", "distil") if name in self._arguments]  # a twin has other layers
@@ -277,12 +279,15 @@ class SparseModule(BalancedModule, HubModule):
         """Check and log the loss of a training step, and keep the experts' loads."""
         loss, out, aux, tape = computed
         terms = {"task loss": out.loss, **out.terms, **aux.terms}
-        check_loss(loss, terms, self.global_step + 1, self.optimizer_config.lr)
+        # Most steps log nothing: a call of log() costs as much as a tenth of a recommender's step.
+        shown = self.logs_this_step() or self.trainer.is_last_batch
+        self._loss_sum = self._loss_sum + loss.detach()  # reading it would make the host wait for a GPU
+        if shown or not host_waits_for(loss.device):
+            check_loss(self._loss_sum, terms, self.global_step + 1, self.optimizer_config.lr)
+            self._loss_sum = 0.0
         self.keep_loads(tape)
         # Values are logged by step: Lightning does not save the running mean of an unfinished epoch.
         own = {"loss": out.loss.detach(), **{name: value.detach() for name, value in out.terms.items()}}
-        # Most steps log nothing: a call of log() costs as much as a tenth of a recommender's step.
-        shown = self.logs_this_step() or self.trainer.is_last_batch
         if shown:
             own = self._mean_over_processes(own)
         task_loss = own.pop("loss")

@@ -211,13 +211,14 @@ class ImageCaptioner(WritingModule, Comparable):
 
     def task_loss(self, batch: PairBatch) -> TaskOutput:
         """Return the loss of the texts; ``judged`` adds the captions."""
-        return token_loss(self.distribution(batch), batch.text_BL, self.label_smoothing if self.training else None)
+        predicted = self.distribution(batch, packed=not self.training)
+        return token_loss(predicted, batch.text_BL, self.label_smoothing if self.training else None)
 
-    def distribution(self, batch: PairBatch) -> OutputLogits:
+    def distribution(self, batch: PairBatch, packed: bool = False) -> OutputLogits:
         """Return the logits of the tokens after the first, padding left out."""
         h_BLD = self.model.decode(read_ids(batch.text_BL), self.model.encode(batch.image))
-        h_TD = h_BLD[batch.text_BL[:, 1:] != PAD_ID] * self.transformer.logits_scale
-        return OutputLogits(h_TD, self.model.output_weight)
+        h_BLD = h_BLD * self.transformer.logits_scale
+        return OutputLogits.of_real(h_BLD, batch.text_BL[:, 1:] != PAD_ID, self.model.output_weight, packed)
 
     def judged(self, batch: PairBatch, out: TaskOutput, stage: Stage) -> TaskOutput:
         """Return ``out`` with the batch's ``Pair``s as its outputs; each of its images is captioned once."""

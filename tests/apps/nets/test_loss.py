@@ -180,3 +180,31 @@ def test_a_divergence_under_autocast_is_near_the_exact_one():
     cost.backward()
     assert {cost.dtype, h.grad.dtype, weight.grad.dtype} == {torch.float32}
     assert float(cost.detach()) == pytest.approx(float(plain_divergence(h, weight, given, 1.0).detach()), rel=0.02)
+
+
+# ---- padded rows, where the host would wait for the number of real ones
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_padding_that_stays_changes_neither_losses_nor_gradients(smoothing, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 50)  # chunks of 4 rows
+    g = torch.Generator().manual_seed(3)
+    h = torch.randn(5, 6, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    real_BL = torch.arange(6) < torch.tensor([6, 1, 0, 4, 3])[:, None]
+    target_BL = torch.randint(1, 11, (5, 6), generator=g) * real_BL
+    teacher_h = torch.randn(5, 6, 3, generator=g, dtype=torch.float64)
+    teacher_weight = torch.randn(11, 3, generator=g, dtype=torch.float64)
+
+    def costs(waits, target):
+        monkeypatch.setattr(loss, "host_waits_for", lambda device: waits)
+        own = OutputLogits.of_real(h, real_BL, weight)
+        given = OutputLogits.of_real(teacher_h, real_BL, teacher_weight)
+        label = linear_cross_entropy(own.h_TD, own.weight_VD, target, smoothing, real=own.real_T)
+        return label, own.divergence(given, 2.0)
+
+    packed, padded = costs(False, target_BL[real_BL]), costs(True, target_BL.flatten())
+    for a, b in zip(packed, padded, strict=True):
+        assert_close(a, b, rtol=0, atol=1e-12)
+        for own, other in zip(*(torch.autograd.grad(x, (h, weight), retain_graph=True) for x in (a, b)), strict=True):
+            assert_close(own, other, rtol=0, atol=1e-12)
