@@ -112,19 +112,32 @@ def _card_name(device: torch.device) -> str:
 
 
 @cache
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _multiprocessors(index: int) -> tuple[int, int]:
+    """Return the number of multiprocessors of a card and the bytes of shared memory of each."""
+    known = torch.cuda.get_device_properties(index)
+    return known.multi_processor_count, known.shared_memory_per_multiprocessor
 
 
-def programs(total: int, like: Tensor) -> int:
+def programs(total: int, like: Tensor, tile: Tile, matrices: int = 1) -> int:
     """Return how many programs walk ``total`` tiles.
 
-    On Hopper and later it is two for each multiprocessor, which saves starts; on older cards one for each tile.
+    On Hopper and later it is as many as lie on the card at a time, which saves starts; on older cards one for each
+    tile. Each stage of a program's loads takes shared memory for a part of the rows and of the weights, and CUDA keeps
+    1 KB more: 128 x 256 in 3 stages of 64 half-precision numbers takes 3 * (128 + 256) * 64 * 2 = 147,456 bytes, and one
+    such program has room in Hopper's 233,472. Beyond two the accumulators would have no room in the registers.
+
+    Args:
+        total: number of tiles.
+        like: tensor of the products' dtype and device.
+        tile: way in which the launch is cut up.
+        matrices: weights that a program multiplies with at a time.
     """
     if like.device.type != "cuda" or card(like.device) < (9, 0):
         return total
     index = torch.cuda.current_device() if like.device.index is None else like.device.index
-    return min(total, 2 * _multiprocessors(index))
+    number, memory = _multiprocessors(index)
+    own = tile.stages * (tile.m + matrices * tile.n) * block_k(like.dtype) * like.dtype.itemsize + 1024
+    return min(total, min(max(memory // own, 1), 2) * number)
 
 
 def power_of_two(n: int) -> int:

@@ -214,7 +214,8 @@ def _by_rows(
 
     def grid(tile: Tile | None) -> int:
         assert tile is not None
-        return programs(_tiles_m(rows, E, tile.m) * -(-width // tile.n), like)
+        total = _tiles_m(rows, E, tile.m) * -(-width // tile.n)
+        return programs(total, like, tile, 2 if tuned_as in ("up_geglu", "up_swiglu") else 1)
 
     by_shape = {"EVEN_K": summed % block_k(like.dtype) == 0, "E_POW2": power_of_two(E), **_flags(like)}
     tile = (tuned_as, shape, like.dtype, rows / max(E, 1))

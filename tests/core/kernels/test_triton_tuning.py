@@ -93,13 +93,27 @@ def test_products_and_sums_are_fused_whatever_triton_s_default_is():
     assert all(start.options(tile)["enable_fp_fusion"] is True for start in starts for tile in start.tiles())
 
 
-def test_programs_walk_the_tiles_two_by_two_on_hopper_and_one_has_one_before(monkeypatch):
+@pytest.mark.parametrize(
+    ("tile", "matrices", "resident"),
+    [
+        # 3 stages of (128 + 256) * 64 half-precision numbers are 147,456 bytes, and 1,024 beside them: 1 in 233,472.
+        (Tile(128, 256, 8, 3), 1, 1),
+        (Tile(128, 128, 8, 3), 1, 2),  # 3 * 256 * 64 * 2 + 1,024 = 99,328
+        (Tile(64, 128, 4, 4), 1, 2),  # 4 * 192 * 64 * 2 + 1,024 = 99,328
+        (Tile(128, 64, 8, 4), 2, 1),  # gated, two weights: 4 * 256 * 64 * 2 + 1,024 = 132,096
+        (Tile(128, 64, 8, 4), 1, 2),  # 4 * 192 * 64 * 2 + 1,024 = 99,328
+        (Tile(16, 64, 4, 4), 1, 2),  # five have room, and two are enough
+    ],
+)
+def test_as_many_programs_start_on_hopper_as_have_room_and_before_it_one_a_tile(tile, matrices, resident, monkeypatch):
+    monkeypatch.setattr(tuning, "interpreted", lambda: False)
     monkeypatch.setattr(launch, "card", lambda device: [(9, 0), (8, 0)][device.index])
-    monkeypatch.setattr(launch, "_multiprocessors", lambda index: 132)
-    hopper, before = (SimpleNamespace(device=torch.device("cuda", index)) for index in (0, 1))
-    assert launch.programs(10_000, hopper) == 2 * 132
-    assert launch.programs(100, hopper) == 100
-    assert launch.programs(10_000, before) == launch.programs(10_000, torch.empty(0)) == 10_000
+    monkeypatch.setattr(launch, "_multiprocessors", lambda index: (132, 233_472))
+    hopper, before = (SimpleNamespace(device=torch.device("cuda", i), dtype=torch.bfloat16) for i in (0, 1))
+    assert launch.programs(10_000, hopper, tile, matrices) == resident * 132
+    assert launch.programs(100, hopper, tile, matrices) == 100
+    on_cpu = torch.empty(0, dtype=torch.bfloat16)
+    assert launch.programs(10_000, before, tile) == launch.programs(10_000, on_cpu, tile) == 10_000
 
 
 def half_tiles(kernel: str, rows: float) -> list[tuple[int, int]]:
