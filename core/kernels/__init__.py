@@ -23,11 +23,13 @@ beside them, and know no backend by name.
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import cpu, eager, grouped, table_rows, triton_ops
 from .cpu.products import Linear, linear
@@ -69,7 +71,8 @@ def check_backend(name: str) -> None:
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """Return the backend that will run: ``name`` itself where it can, else the next best with one warning.
 
-    "auto" is ``cpu`` on a CPU; on CUDA ``triton``, else ``grouped`` for the same dtypes, else ``eager``. Under a
+    "auto" is ``cpu`` on a CPU; on CUDA ``triton``, else ``grouped`` for the same dtypes, else ``eager``. (Where it is
+    ``triton``, experts' products run on the fastest of the three, measured where a shape is first met.) Under a
     transform of ``torch.func`` and in forward-mode differentiation it is ``eager``, whatever the name: custom ops know
     neither. On the meta device it is ``cpu``, whatever the name.
 
@@ -109,6 +112,46 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
     return "eager"
 
 
+def _fastest(
+    kernel: str, backend: str, x: Tensor, num_rows: int, weights: tuple[Any, ...], flags: tuple[str, ...], call: Any
+) -> ModuleType:
+    """Return the backend of an expert's product: on a card under "auto" the one that was measured to be the fastest.
+
+    Nothing is measured in a compiled graph, nor under a dispatch mode, which would see the measurement: Triton it is.
+
+    Args:
+        kernel, backend: the function's name, and the name that its caller gives.
+        x: the tokens or rows.
+        num_rows: rows of all experts.
+        weights: the first has the experts along its first axis.
+        flags: what else tells calls apart.
+        call: computes the product, given a backend, ``x`` and ``weights``.
+    """
+    name = resolve_backend(backend, x.device, x.dtype)
+    if backend != "auto" or name != "triton" or not _may_measure(x):
+        return BACKENDS[name]
+    inputs = (x, *weights)
+    learns = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+
+    def run(name: str) -> None:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # not those of a checkpoint around it
+            own = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in inputs]
+            y = call(BACKENDS[name], *own)
+            if learns:
+                torch.autograd.grad(y, [t for t in own if isinstance(t, Tensor) and t.requires_grad], y.detach())
+
+    kinds = (None if w is None else "float" if isinstance(w, Tensor) else type(w).__name__ for w in weights)
+    shapes = (*(s for w in weights if w is not None for s in w.shape), *kinds)
+    flags = (*flags, "training" if learns else "inference")
+    key = triton_ops.key_of(kernel, shapes, flags, x.dtype, num_rows / max(weights[0].shape[0], 1))
+    names = ("triton", *(n for n in ("grouped", "eager") if BACKENDS[n].supports(x.device, x.dtype)))
+    return BACKENDS[triton_ops.fastest(key, x.device, {n: partial(run, n) for n in names})]
+
+
+def _may_measure(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and x.is_cuda and type(x) is Tensor and not is_in_torch_dispatch_mode()
+
+
 def topk_gate(logits_TE: Tensor, top_k: int, *, backend: str = "auto", **options: Any) -> TopK:
     """Run the backend's ``topk_gate``; see ``eager.topk_gate``."""
     kernels = BACKENDS[resolve_backend(backend, logits_TE.device, logits_TE.dtype)]
@@ -134,18 +177,25 @@ def expert_ffn(
     x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str, *, backend: str = "auto"
 ) -> Tensor:
     """Run the backend's ``expert_ffn``; see ``eager.expert_ffn``."""
-    kernels = BACKENDS[resolve_backend(backend, x.device, x.dtype)]
-    y: Tensor = kernels.expert_ffn(x, rows, gates_R, weights, activation)
-    return y
+
+    def call(kernels: ModuleType, x: Tensor, *own: Any) -> Tensor:
+        y: Tensor = kernels.expert_ffn(x, rows, own[-1], FFNWeights(*own[:-1]), activation)
+        return y
+
+    inputs = (*weights, gates_R)
+    return call(_fastest("expert_ffn", backend, x, len(gates_R), inputs, (activation,), call), x, *inputs)
 
 
 def expert_linear(
     x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
     """Run the backend's ``expert_linear``; see ``eager.expert_linear``."""
-    kernels = BACKENDS[resolve_backend(backend, x_RD.device, x_RD.dtype)]
-    y_RF: Tensor = kernels.expert_linear(x_RD, w, offsets_E, b)
-    return y_RF
+
+    def call(kernels: ModuleType, x_RD: Tensor, w: Weight, b: Tensor | None) -> Tensor:
+        y_RF: Tensor = kernels.expert_linear(x_RD, w, offsets_E, b)
+        return y_RF
+
+    return call(_fastest("expert_linear", backend, x_RD, len(x_RD), (w, b), (), call), x_RD, w, b)
 
 
 def combine(y_RD: Tensor, rows: RowIndex, gates_R: Tensor | None, num_tokens: int, *, backend: str = "auto") -> Tensor:

@@ -17,8 +17,10 @@ import torch
 from .environment import MAX_EXPERTS, missing
 from .experts import expert_ffn, expert_linear
 from .gate import topk_gate
+from .launch import fastest
 from .sort import queue_ranks, sort_pairs
 from .sums import combine
+from .tuning import key_of
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:
@@ -30,6 +32,8 @@ __all__ = [
     "combine",
     "expert_ffn",
     "expert_linear",
+    "fastest",
+    "key_of",
     "missing",
     "queue_ranks",
     "sort_pairs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -82,6 +82,15 @@ class Launch:
                 self.start(tuner(_card_name(device)).choose(kernel, shape, self.flags(), dtype, rows, self.start))
 
 
+def fastest(key: str, device: torch.device, runs: Mapping[str, Callable[[], Any]]) -> str:
+    """Return the name of the fastest of ``runs`` on a card, measured once and kept as the tiles are.
+
+    The first is the default, where nothing can be measured.
+    """
+    with torch.cuda.device(device):
+        return tuner(_card_name(device)).pick(key, tuple(runs), lambda name: runs[name]())
+
+
 _WRITTEN_DOWN: list[Launch] | None = None
 
 
@@ -123,8 +132,8 @@ def programs(total: int, like: Tensor, tile: Tile, matrices: int = 1) -> int:
 
     On Hopper and later it is as many as lie on the card at a time, which saves starts; on older cards one for each
     tile. Each stage of a program's loads takes shared memory for a part of the rows and of the weights, and CUDA keeps
-    1 KB more: 128 x 256 in 3 stages of 64 half-precision numbers takes 3 * (128 + 256) * 64 * 2 = 147,456 bytes, and one
-    such program has room in Hopper's 233,472. Beyond two the accumulators would have no room in the registers.
+    1 KB more: 128 x 256 in 3 stages of 64 half-precision numbers takes 3 * (128 + 256) * 64 * 2 = 147,456 bytes, and
+    one such program has room in Hopper's 233,472. Two are enough.
 
     Args:
         total: number of tiles.

@@ -4,6 +4,8 @@ Nothing here changes a bit of a result: tiles differ in rows, columns, warps and
 ``BLOCK_K`` numbers at a time from first to last. ``hidden_grad`` sums along a row inside its tile, so its tile is not
 tuned: shapes alone decide it.
 
+So may backends be measured (``launch.fastest``), whose results differ in rounding.
+
 The best tile of a shape is measured when it is first met, and written to a file of the card and the versions
 (``MOESAIC_TUNING_CACHE``; ``~/.cache/moesaic/tuning``). Shapes differ by powers of two of the rows an expert
 has and by the widths; more than ``MAX_SHAPES`` of them take the default. ``MOESAIC_TUNE=0`` measures nothing, and
@@ -20,12 +22,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .environment import interpreted
 
+C = TypeVar("C", "Tile", str)
 MAX_SHAPES = 256
 log = logging.getLogger(__name__)
 
@@ -150,12 +153,18 @@ def tiles(kernel: str, widths: Sequence[int], dtype: torch.dtype, rows_per_exper
     return tuple(t for t in fitting if t.m >= min(tallest, 64))
 
 
+def key_of(kernel: str, shape: Sequence[Any], flags: Sequence[str], dtype: torch.dtype, rows_per_expert: float) -> str:
+    """Return what tells measurements apart; rows count by powers of two."""
+    height = max(int(rows_per_expert), 1).bit_length()
+    return "/".join(map(str, (kernel, str(dtype).removeprefix("torch."), height, *shape, *flags)))
+
+
 class Tuner:
-    """Measures tiles on the kind of card that is named ``card``, and remembers the best of each shape."""
+    """Measures tiles and backends on the kind of card that is named ``card``, and remembers the best of each shape."""
 
     def __init__(self, card: str) -> None:
         self.card = card
-        self.best: dict[str, Tile] = {}
+        self.best: dict[str, Tile | str] = {}
         self.file: Path | None = None
         self.loaded = self.full = False
 
@@ -177,14 +186,17 @@ class Tuner:
             run: launches the kernel with a tile, into the buffers of the real launch.
         """
         candidates = tiles(kernel, shape[1:], dtype, rows_per_expert)
+        return self.pick(key_of(kernel, shape, flags, dtype, rows_per_expert), candidates, run)
+
+    def pick(self, key: str, candidates: Sequence[C], run: Callable[[C], Any]) -> C:
+        """Return the fastest of tiles, or of names of backends, for what ``key`` names; the first is the default."""
         if len(candidates) == 1 or os.environ.get("MOESAIC_TUNE", "1") == "0":
             return candidates[0]
         if not self.loaded:
             self._load()
-        height = max(int(rows_per_expert), 1).bit_length()
-        key = "/".join(map(str, (kernel, str(dtype).removeprefix("torch."), height, *shape, *flags)))
-        if self.best.get(key) in candidates:  # a file may be of an older list of tiles
-            return self.best[key]
+        known = self.best.get(key)
+        if known in candidates:  # a file may be of an older list of tiles
+            return candidates[candidates.index(known)]
         if len(self.best) >= MAX_SHAPES:
             if not self.full:
                 log.warning("%d shapes are measured on %s: others take the default tile", MAX_SHAPES, self.card)
@@ -193,11 +205,13 @@ class Tuner:
         if torch.cuda.is_current_stream_capturing():
             return candidates[0]
         fastest = _fastest(candidates, run)
-        if fastest is None:
+        if fastest is None and isinstance(candidates[0], Tile):
             return candidates[0]
-        self.best[key] = fastest
+        # A backend stays the default then: a checkpoint's second pass has to save what the first one saved.
+        best = candidates[0] if fastest is None else fastest
+        self.best[key] = best
         self._save()
-        return fastest
+        return best
 
     def _load(self) -> None:
         import triton
@@ -218,8 +232,9 @@ class Tuner:
                 self.best = {**_read(self.file), **self.best}
                 # Another process may be reading: the file is written beside its place and then moved.
                 new = self.file.with_suffix(f".{os.getpid()}.tmp")
+                plain = {key: best if isinstance(best, str) else asdict(best) for key, best in self.best.items()}
                 try:
-                    new.write_text(json.dumps({key: asdict(tile) for key, tile in self.best.items()}, indent=1))
+                    new.write_text(json.dumps(plain, indent=1))
                     new.replace(self.file)
                 finally:
                     new.unlink(missing_ok=True)
@@ -228,12 +243,12 @@ class Tuner:
             self.file = None
 
 
-def _read(file: Path) -> dict[str, Tile]:
-    """Return the tiles of a file, without those of an older list. Where it cannot be read there are none."""
+def _read(file: Path) -> dict[str, Tile | str]:
+    """Return what a file keeps, without tiles of an older list. Where it cannot be read there is nothing."""
     known = {tile for table in TABLES for listed in table.values() for tile in listed}
     try:
-        kept = {key: Tile(**values) for key, values in json.loads(file.read_text()).items()}
-        return {key: tile for key, tile in kept.items() if tile in known}
+        kept = {k: v if isinstance(v, str) else Tile(**v) for k, v in json.loads(file.read_text()).items()}
+        return {key: best for key, best in kept.items() if isinstance(best, str) or best in known}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -254,12 +269,12 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _fastest(candidates: Sequence[Tile], run: Callable[[Tile], Any]) -> Tile | None:
-    """Return the fastest tile, or None where there is no room for the timer's own memory in the middle of a step."""
+def _fastest(candidates: Sequence[C], run: Callable[[C], Any]) -> C | None:
+    """Return the fastest one, or None where there is no room for the timer's own memory in the middle of a step."""
     from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
-    seconds: dict[Tile, float] = {}
+    seconds: dict[C, float] = {}
     for tile in candidates:
         try:
             seconds[tile] = do_bench(lambda tile=tile: run(tile), warmup=5, rep=20, return_mode="median")

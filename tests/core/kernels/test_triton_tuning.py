@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import core
+from core import kernels
 from core.kernels import resolve_backend
 from core.kernels.triton_ops import environment, launch, products, tuning
 from core.kernels.triton_ops.tuning import Tile
@@ -252,3 +255,83 @@ def test_tiles_that_need_more_than_the_card_has_are_passed_over(monkeypatch):
 
     monkeypatch.setattr("triton.testing.do_bench", full)
     assert tuning._fastest(tiles, run) is None, "the timer's own memory is not there"
+
+
+class Clock:
+    """A timer in place of ``do_bench``: it runs once what it is given, and says how long each backend takes."""
+
+    def __init__(self, monkeypatch, folder, **seconds: float) -> None:
+        self.seconds, self.asked = seconds, []
+        monkeypatch.setenv("MOESAIC_TUNING_CACHE", str(folder))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(launch, "_card_name", lambda device: f"A card of {folder}")
+        monkeypatch.setattr(kernels, "resolve_backend", lambda name, *_: "triton" if name == "auto" else name)
+        monkeypatch.setattr(kernels, "_may_measure", lambda x: True)
+        monkeypatch.setattr("triton.testing.do_bench", self.time)
+
+    def time(self, fn, **_):
+        fn()
+        (name,) = fn.__defaults__
+        self.asked.append(name)
+        return self.seconds[name]
+
+
+def _problem(learns: bool = True):
+    torch.manual_seed(0)
+    x, weights = torch.randn(8, 16), (torch.randn(2, 16, 16), torch.randn(2, 16, 16))
+    weights = kernels.FFNWeights(*(w.requires_grad_(learns) for w in weights))
+    rows = kernels.RowIndex(torch.arange(8), torch.tensor([3, 8], dtype=torch.int32), None, None)
+    return x, rows, torch.rand(8), weights, "relu"
+
+
+@pytest.mark.parametrize("fastest", ["triton", "grouped", "eager"])
+def test_auto_runs_the_backend_that_was_fastest_where_a_shape_was_first_met(fastest, monkeypatch, tmp_path):
+    seconds = {"triton": 2.0, "grouped": 3.0, "eager": 4.0} | {fastest: 1.0}
+    clock, ran = Clock(monkeypatch, tmp_path, **seconds), []
+    for name in seconds:
+        own = kernels.BACKENDS[name].expert_ffn
+        monkeypatch.setattr(
+            kernels.BACKENDS[name], "expert_ffn", lambda *a, own=own, name=name: (ran.append(name), own(*a))[1]
+        )
+    y = kernels.expert_ffn(*_problem())
+    assert clock.asked == ["triton", "grouped", "eager"]
+    assert ran[-1] == fastest
+    torch.testing.assert_close(y, kernels.expert_ffn(*_problem(), backend="eager"))
+    kernels.expert_ffn(*_problem())
+    assert len(clock.asked) == 3, "it is measured once"
+    kernels.expert_ffn(*_problem(learns=False))
+    assert len(clock.asked) == 6, "without a backward another one may be the fastest"
+    assert set(tuning._read(next(tmp_path.glob("*.json"))).values()) == {fastest}
+    assert kernels.expert_linear(torch.randn(8, 16), torch.randn(2, 16, 16), torch.tensor([3, 8]).int()).shape == (
+        8,
+        16,
+    )
+    assert len(clock.asked) == 9
+    monkeypatch.setenv("MOESAIC_TUNE", "0")
+    kernels.expert_ffn(*_problem())
+    assert ran[-1] == "triton"
+
+
+def test_measuring_in_a_checkpoint_leaves_its_saved_tensors_alone(monkeypatch, tmp_path):
+    Clock(monkeypatch, tmp_path, triton=2.0, grouped=1.0, eager=3.0)
+    x, rows, gates_R, weights, activation = _problem()
+
+    def block(x):
+        return kernels.expert_ffn(x, rows, gates_R, weights, activation)
+
+    checkpoint(block, x.requires_grad_(), use_reentrant=False).sum().backward()
+    got = x.grad.clone(), weights.w_in.grad.clone()
+    x.grad = weights.w_in.grad = None
+    block(x).sum().backward()
+    torch.testing.assert_close(got, (x.grad, weights.w_in.grad))
+
+
+def test_a_backend_that_could_not_be_measured_stays_the_default(monkeypatch, tmp_path):
+    clock = Clock(monkeypatch, tmp_path, triton=2.0, grouped=1.0, eager=3.0)
+    monkeypatch.setattr(tuning, "_fastest", lambda *_: None)  # there is no memory for the timer
+    args = ("key", torch.device("cpu"), dict.fromkeys(("triton", "grouped"), lambda: None))
+    assert launch.fastest(*args) == "triton"
+    monkeypatch.setattr(tuning, "_fastest", lambda *_: pytest.fail("measured again"))
+    assert launch.fastest(*args) == "triton"
+    assert not clock.asked
