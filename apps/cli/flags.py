@@ -14,7 +14,7 @@ from apps.cli.configs import at, merge
 from apps.cli.errors import unknown_option
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "sparsify", "optimizer", "lr_scheduler",
-            "lr_scheduler_interval", "compile", "ckpt_path", "weights_only")  # fmt: skip
+            "lr_scheduler_interval", "compile", "float32_matmul_precision", "ckpt_path", "weights_only")  # fmt: skip
 """The parts of a configuration, which are the first words of options."""
 ASKING = ("print_config", "help", "h", "help_all")
 """Options that ask for a text and run nothing."""

@@ -50,7 +50,7 @@ from apps.train.chosen import SECTIONS as SECTIONS_OF_OPTIMIZER
 from apps.train.chosen import Chosen
 from apps.train.compiling import CompileConfig, compile_networks
 from apps.train.contents import read_checkpoint
-from apps.train.device import device_line, device_options
+from apps.train.device import device_line, device_options, set_matmul_precision
 from apps.train.linked import LinkedModule
 from apps.train.logs import EventLog, MetricsCSV, profiler
 from apps.train.measures import TrainingMeasures
@@ -142,6 +142,12 @@ class SparseCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in getattr(self.request.model_class, "data_arguments", ()):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        parser.add_argument(
+            "--float32_matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="high",
+            help="products of float32 numbers on a CUDA GPU; high and medium round their inputs (TF32, bfloat16)",
+        )
         if self.request.sparsifies:
             parser.add_argument("--sparsify", type=SparsifyConfig | None, default=None)
         parser.add_optimizer_args((torch.optim.Optimizer,))
@@ -262,6 +268,7 @@ class SparseCLI(LightningCLI):
                 "the one folder of its files"
             )
         kwargs |= {"default_root_dir": str(self.run_dir), **device_options(given)}
+        set_matmul_precision(kwargs, self._get(self.config_init, "float32_matmul_precision"))
         callbacks = kwargs["callbacks"] = self._callbacks(given.get("callbacks") or [])
         defaults: list[Callback] = [GeneratorState()]
         if self.quantises is not None:

@@ -20,7 +20,7 @@ from apps.compare.systems import SPARSE, candidates
 from apps.equal_cost.comparable import Comparable
 from apps.equal_cost.own_model import OwnModel, own_model
 from apps.train.chosen import SECTIONS
-from apps.train.device import device_options
+from apps.train.device import device_options, set_matmul_precision
 from apps.train.module import SparseModule
 
 # Trainer options that a comparison sets itself.
@@ -77,6 +77,7 @@ class Experiment:
         model, data = made["model"], made["data"]
         options = {k: v for k, v in made["trainer"].items() if k not in _OWN}
         self.trainer_options = {**options, **device_options(options), "devices": 1}
+        set_matmul_precision(self.trainer_options, self._config["float32_matmul_precision"])
         if made["trainer"].get("fast_dev_run"):
             raise UsageError(
                 "trainer.fast_dev_run: a comparison needs whole runs; use few steps, as configs/debug.yaml"
@@ -144,6 +145,8 @@ class Experiment:
         trainer = {k: v for k, v in values["trainer"].items() if k not in _OWN or k == "callbacks"}
         trainer |= device_options(trainer)  # a comparison goes on where it began
         own = {name: values[name] for name in ("sparsify", *SECTIONS) if values.get(name) is not None}
+        if (precision := values["float32_matmul_precision"]) != "high":
+            own["float32_matmul_precision"] = precision
         return {"model": values["model"], "data": values["data"], **own, "trainer": trainer, "seed": self.seed}
 
     def data(self) -> LightningDataModule:

@@ -139,7 +139,8 @@ def check_beside(
     plain = {name: value for name, value in trainer.items() if _is_plain(name, value)}
     others = {key: config[key] for key in SECTIONS if key in config}
     trusted = {key: value for key, value in others.items() if is_torchs(key, value)}
-    kept = {key: config[key] for key in ("seed_everything", "model", "data", "sparsify", "compile") if key in config}
+    names = ("seed_everything", "model", "data", "sparsify", "compile", "float32_matmul_precision")
+    kept = {key: config[key] for key in names if key in config}
     left_out = [*(f"trainer.{name}" for name in trainer if name not in plain), *(others.keys() - trusted.keys())]
     return {**kept, **trusted, "trainer": plain}, left_out
 
@@ -165,7 +166,7 @@ def _check_beside(config: Mapping[str, Any]) -> None:
         elif key == "compile":
             if value is not True:
                 from_plain(value, CompileConfig, key)
-        elif key not in (*SECTIONS, "seed_everything", "run_dir", "ckpt_path"):
+        elif key not in (*SECTIONS, "seed_everything", "run_dir", "ckpt_path", "float32_matmul_precision"):
             raise ValueError(f"{key} is no part of a run's configuration")
 
 

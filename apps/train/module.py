@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -348,8 +349,13 @@ class SparseModule(BalancedModule, HubModule):
         config, chosen = self.optimizer_config, self.chosen
         if self._trainer is not None:
             check_processes(self, self._trainer.world_size)
+        precision = None if self._trainer is None else self._trainer.precision_plugin
+        scales = isinstance(precision, MixedPrecision) and precision.scaler is not None
         builds = None if chosen is None or chosen.optimizer is None else chosen.build
-        optimizer = build_optimizer(self, config, builds)
+        optimizer = build_optimizer(self, config, builds, fuses=not (scales and self.trainer.gradient_clip_val))
+        if isinstance(precision, MixedPrecision) and not scales:
+            # Under bf16-mixed a fused step has no gradients to unscale, which is why Lightning refuses to clip them.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         hold(optimizer, self, self._frozen)
         if chosen is not None:
             return chosen.scheduled(optimizer, config.lr)

@@ -32,7 +32,8 @@ class OptimizerConfig:
         betas: decay rates of Adam's two moments.
         eps: added to the root of the second moment.
         muon_momentum: decay of Muon's running mean of the gradients.
-        fused: AdamW's step in one kernel. With gradient clipping Lightning refuses it under mixed precision.
+        fused: AdamW's step in one kernel; None: on a CUDA GPU, but not with gradient clipping under 16-mixed, which
+            Lightning does not allow.
         router_lr_scale: the routers' learning rate is ``lr`` times this.
         router_weight_decay_scale: the routers' weight decay is ``weight_decay`` times this.
         expert_lr_scale: the experts' learning rate is ``lr`` times this.
@@ -58,7 +59,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     muon_momentum: float = 0.95
-    fused: bool = False
+    fused: bool | None = None
     router_lr_scale: float = 1.0
     router_weight_decay_scale: float = 1.0
     expert_lr_scale: float = 1.0
@@ -115,6 +116,7 @@ def build_optimizer(
     model: nn.Module,
     config: OptimizerConfig,
     builds: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+    fuses: bool = True,
 ) -> torch.optim.Optimizer:
     """Return the optimizer of ``parameter_groups(model, config)``.
 
@@ -122,6 +124,7 @@ def build_optimizer(
         model: the network.
         config: rates and options.
         builds: makes another optimizer of the groups; None: the one that ``config`` names.
+        fuses: whether ``config.fused=None`` may mean True.
 
     Raises:
         ValueError: an optimizer other than ``RowAdam`` would get sparse gradients of rows.
@@ -136,13 +139,18 @@ def build_optimizer(
     if builds is not None:
         return builds(groups)
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
-    if config.fused:
+    tensors = [p for group in groups for p in group["params"]]
+    if config.fused or (config.fused is None and fuses and config.name == "adamw" and _on_cuda(tensors)):
         options["fused"] = True
     if config.name == "muon":
         return MuonAdamW(groups, momentum=config.muon_momentum, **options)
     if config.name == "row_adam":
         return core.RowAdam(groups, **options)
     return torch.optim.AdamW(groups, **options)
+
+
+def _on_cuda(tensors: Sequence[torch.Tensor]) -> bool:
+    return all(t.is_cuda for t in tensors)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

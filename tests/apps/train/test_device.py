@@ -9,7 +9,7 @@ from quiet_trainer import quiet_trainer
 from tiny_app import TinyModule
 
 import core
-from apps.train.device import device_line, device_options
+from apps.train.device import device_line, device_options, set_matmul_precision
 
 
 def gpu(monkeypatch, has_bfloat16: bool = True) -> None:
@@ -44,3 +44,14 @@ def test_a_run_says_in_one_line_what_it_runs_on(tmp_path, precision):
     device, own = line.rsplit(": ", 1)
     assert device.startswith("device cpu ")
     assert own == f"precision {precision}, threads {torch.get_num_threads()}, experts by cpu"
+
+
+def test_a_gpu_multiplies_float32_on_tensor_cores_unless_told_otherwise(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    set_matmul_precision({"accelerator": "cuda"}, "high")
+    assert not said, "there is no GPU"
+    gpu(monkeypatch)
+    for accelerator, precision in (("cpu", "high"), ("cuda", "high"), ("gpu", "highest")):
+        set_matmul_precision({"accelerator": accelerator}, precision)
+    assert said == ["high", "highest"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.plugins import MixedPrecision
 from tiny_app import TinyModule
-from trainings import MOE
+from trainings import MOE, fit
 
+from apps.train import optimizers
 from apps.train.optimizers import OptimizerConfig, parameter_groups
 
 
@@ -122,3 +125,29 @@ def test_a_frozen_parameter_and_a_model_s_own_exemptions_are_honoured():
     module.net.no_weight_decay = lambda: {"3.weight"}
     groups = {g["name"]: len(g["params"]) for g in parameter_groups(module, OptimizerConfig())}
     assert groups == {"rest_no_decay": 5}
+
+
+@pytest.mark.parametrize(
+    ("precision", "clip", "fused", "on_cuda", "expected"),
+    [
+        ("bf16-mixed", 1.0, None, True, True),
+        ("bf16-mixed", None, None, True, True),
+        ("bf16-mixed", 1.0, None, False, None),
+        ("bf16-mixed", 1.0, False, True, None),
+        ("16-mixed", None, None, True, True),
+        ("16-mixed", 1.0, None, True, None),  # Lightning: the fused step unscales, and clipping would come too early
+    ],
+)
+def test_adamw_is_fused_on_a_gpu_where_lightning_allows_it(precision, clip, fused, on_cuda, expected, monkeypatch):
+    monkeypatch.setattr(optimizers, "_on_cuda", lambda tensors: on_cuda)
+    module = TinyModule(3, optimizer=OptimizerConfig(fused=fused))
+    plugin = MixedPrecision("bf16-mixed", "cpu")  # a CPU has no 16-mixed
+    plugin.scaler = object() if precision == "16-mixed" else None
+    module._trainer = SimpleNamespace(precision_plugin=plugin, gradient_clip_val=clip, world_size=1)
+    assert module.configure_optimizers()["optimizer"].defaults["fused"] is expected
+
+
+def test_a_fused_step_and_clipping_go_together_under_bf16_mixed(tmp_path):
+    module = TinyModule(3, optimizer=OptimizerConfig(fused=True))
+    fit(module, tmp_path, precision="bf16-mixed", gradient_clip_val=1.0)
+    assert module.trainer.global_step == 9
