@@ -11,7 +11,7 @@ TESTED = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test peers lint format bench clean
+.PHONY: help setup demo test peers lint format bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,9 @@ format: $(READY) ## let ruff mend what it can
 
 bench: $(READY) ## time the sparse layer against a dense one of equal active FLOPs
 	$(BIN)/python benchmarks/layer.py $(ARGS)
+
+gpu: $(READY) ## run all that needs a GPU, and write docs/runs/gpu.json and gpu.md to commit
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean: ## remove .venv, caches and build files; runs/ stays
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache

@@ -348,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=DEFAULTS[device.type])
     dtypes = ["float32", "bfloat16", "float16"]
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes[1:2] if on_gpu else dtypes[:2])
-    default = ["auto", "grouped", "eager"] if on_gpu else ["auto"]
+    default = ["auto", "triton", "grouped", "eager"] if on_gpu else ["auto"]
     parser.add_argument("--backends", nargs="+", default=default, choices=["auto", *BACKENDS])
     parser.add_argument("--experts", choices=["gelu", "swiglu"], default="gelu", help="two or three matrices")
     parser.add_argument("--rounds", type=int, default=11, help="timed rounds of each system, after one warm-up")

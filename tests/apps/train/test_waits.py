@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from copying import copy_data, translator
 from healthy_runs import write_text
+from lightning.pytorch import Callback, Trainer
 from quiet_trainer import quiet_trainer
 from tiny_app import TinyData, TinyModule
 from waits import Waits
@@ -91,3 +93,24 @@ def test_a_loss_that_is_nan_ends_a_training_on_a_gpu_at_the_next_logged_step(
     with pytest.raises(NonFiniteError, match="nan at step 4 "):
         trainer.fit(TinyModule(3, explode_at=1), TinyData())  # the second step of 9
     assert trainer.global_step == 3
+
+
+class _Strict(Callback):
+    """Makes torch raise an error where a training step waits for the GPU."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        torch.cuda.set_sync_debug_mode("error" if batch_idx else "default")  # the first step measures tiles
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("make", [images, tables])
+def test_steps_between_logged_ones_wait_for_nothing_on_a_card(make: Any, tmp_path: Path) -> None:
+    module, data = make(tmp_path)
+    options: dict[str, Any] = {"max_steps": 5, "limit_val_batches": 0, "gradient_clip_val": 1.0, "accelerator": "cuda"}
+    trainer = Trainer(default_root_dir=tmp_path, callbacks=[_Strict()], logger=False, devices=1, **options)
+    trainer.fit(module, data)
+    assert trainer.global_step == 5
