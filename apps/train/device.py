@@ -48,8 +48,11 @@ def device_line(trainer: Trainer, module: LightningModule) -> str:
     with trainer.precision_plugin.forward_context():
         mixed = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if mixed else torch.get_default_dtype()
-    layers = core.moe_layers(module).values()
-    backends = ", ".join(sorted({core.resolve_backend(layer.backend, device, dtype) for layer in layers}))
+    given = {layer.backend for layer in core.moe_layers(module).values()}
+    resolved = {name: core.resolve_backend(name, device, dtype) for name in given}
+    if resolved.get("auto") == "triton":
+        resolved["auto"] = "the fastest of triton, grouped and eager"
+    backends = ", ".join(sorted(set(resolved.values())))
     number = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
     tf32 = f", float32 products {torch.get_float32_matmul_precision()}" if device.type == "cuda" else ""
     return (

@@ -60,6 +60,19 @@ def test_resumed_in_mid_epoch_it_serves_the_rest_and_then_whole_epochs(points, w
     assert same(batches(ResumableLoader(points, 4, seed=1), 3), batches(resumed, epoch=3))
 
 
+def test_workers_that_persist_forget_an_epoch_that_was_cut_and_resume_another(points):
+    expected = [batches(ResumableLoader(points, 4, seed=1), epoch) for epoch in range(3)]
+    loader = ResumableLoader(points, 4, seed=1, num_workers=2, persistent_workers=True)
+    loader.batch_sampler.sampler.set_epoch(0)
+    iterator = iter(loader)
+    assert torch.equal(next(iterator)[0], expected[0][0])  # the workers have read further than this
+    assert loader.state_dict()["served"] == 1
+    assert same(expected[1], batches(loader, 1))
+    loader.load_state_dict({"epoch": 2, "served": 2, "seed": 1})
+    assert same(expected[2][2:], batches(loader, 2))
+    assert same(expected[0], batches(loader, 0))
+
+
 class ByBatch:
     """Positions, as a tensor where no random numbers are drawn."""
 

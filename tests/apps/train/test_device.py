@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from quiet_trainer import quiet_trainer
 from tiny_app import TinyModule
 
 import core
+from apps.train import device as device_file
 from apps.train.device import device_line, device_options, set_matmul_precision
 
 
@@ -55,3 +58,20 @@ def test_a_gpu_multiplies_float32_on_tensor_cores_unless_told_otherwise(monkeypa
     for accelerator, precision in (("cpu", "high"), ("cuda", "high"), ("gpu", "highest")):
         set_matmul_precision({"accelerator": accelerator}, precision)
     assert said == ["high", "highest"]
+
+
+def test_a_run_on_a_gpu_says_its_float32_products_and_that_backends_are_measured(monkeypatch):
+    monkeypatch.setattr(core, "resolve_backend", lambda name, *_: "triton" if name == "auto" else name)
+    monkeypatch.setattr(device_file, "device_name", lambda device: "A card")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("cuda", 0)),
+        precision_plugin=Precision(),
+        precision="32-true",
+        world_size=2,
+    )
+    line = device_line(trainer, TinyModule(3, moe=core.MoEConfig(4)))
+    assert line == (
+        f"device 2 x cuda (A card): precision 32-true, float32 products high, threads {torch.get_num_threads()}, "
+        "experts by the fastest of triton, grouped and eager"
+    )
