@@ -20,7 +20,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -277,7 +277,7 @@ def _fastest(candidates: Sequence[C], run: Callable[[C], Any]) -> C | None:
     seconds: dict[C, float] = {}
     for tile in candidates:
         try:
-            seconds[tile] = do_bench(lambda tile=tile: run(tile), warmup=5, rep=20, return_mode="median")
+            seconds[tile] = do_bench(partial(run, tile), warmup=5, rep=20, return_mode="median")
         except (OutOfResources, PTXASError):  # of a smaller card
             continue
         except torch.OutOfMemoryError:
