@@ -183,7 +183,7 @@ def expert_ffn(
         return y
 
     inputs = (*weights, gates_R)
-    return call(_fastest("expert_ffn", backend, x, len(gates_R), inputs, (activation,), call), x, *inputs)
+    return call(_fastest("expert_ffn", backend, x, gates_R.shape[0], inputs, (activation,), call), x, *inputs)
 
 
 def expert_linear(
@@ -195,7 +195,7 @@ def expert_linear(
         y_RF: Tensor = kernels.expert_linear(x_RD, w, offsets_E, b)
         return y_RF
 
-    return call(_fastest("expert_linear", backend, x_RD, len(x_RD), (w, b), (), call), x_RD, w, b)
+    return call(_fastest("expert_linear", backend, x_RD, x_RD.shape[0], (w, b), (), call), x_RD, w, b)
 
 
 def combine(y_RD: Tensor, rows: RowIndex, gates_R: Tensor | None, num_tokens: int, *, backend: str = "auto") -> Tensor:
