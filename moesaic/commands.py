@@ -305,8 +305,8 @@ def _flags(overrides: Overrides | None) -> list[str]:
     """
     flags = [(key, item) for name, value in (overrides or {}).items() for key, item in _flat(name, _plain(value))]
     for key, _ in flags:
-        if key.partition(".")[0] not in SECTIONS[:5] or asks([f"--{key}"]):
-            raise UsageError(f"overrides: {key} is no option of {', '.join(SECTIONS[:5])}")
+        if key.partition(".")[0] not in SECTIONS[:-2] or asks([f"--{key}"]):
+            raise UsageError(f"overrides: {key} is no option of {', '.join(SECTIONS[:-2])}")
     return [f"--{key}={value if isinstance(value, str) else _yaml(value)}" for key, value in flags]
 
 

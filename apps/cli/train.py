@@ -19,7 +19,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.plugins.io import CheckpointIO
 
@@ -283,13 +283,10 @@ class SparseCLI(LightningCLI):
                 defaults.append(BestAndLast(str(self.run_dir / "checkpoints")))
         elif not (given.get("fast_dev_run") and any(isinstance(c, Checkpoint) for c in callbacks)):
             kwargs["enable_checkpointing"] = False
-        kwargs["logger"] = self._loggers(given.get("logger"))
-        if self.request.command == "fit":
-            if kwargs["logger"] and not any(isinstance(c, LearningRateMonitor) for c in callbacks):
-                defaults.append(LearningRateMonitor(logging_interval="step"))
-            if not isinstance(self.model, SparseModule):  # it brings its own
-                defaults.append(TrainingMeasures())
+        if self.request.command == "fit" and not isinstance(self.model, SparseModule):  # it brings its own
+            defaults.append(TrainingMeasures())
         self.trainer_defaults["callbacks"] = defaults
+        kwargs["logger"] = self._loggers(given.get("logger"))
         if isinstance(given.get("profiler"), str):
             kwargs["profiler"] = profiler(given["profiler"], self.run_dir / "profile")
         plugins = given.get("plugins") or []

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -69,8 +70,9 @@ def _validation_batch(trainer: Trainer) -> Any:
 
 
 class TrainingMeasures(Callback):
-    """Logs the speed of a training, the norm of its gradients and its peak memory, at the steps that are logged.
+    """Logs speed, learning rates, norm of the gradients and peak memory of a training, at the steps that are logged.
 
+    ``lr-*`` are Lightning's ``LearningRateMonitor``'s, unless the trainer has one itself.
     ``train/examples_per_second`` is that of all processes together, without the time of validations; it needs the
     module's ``num_trained``, the number of examples that this process has trained on. ``train/grad_norm`` is the norm
     before clipping, of the parameters that the last optimizer updates; ``train/peak_memory_mib`` is of this process
@@ -78,9 +80,14 @@ class TrainingMeasures(Callback):
     """
 
     _norm: Tensor | None = None
+    _rates: LearningRateMonitor | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart(pl_module)
+        if trainer.loggers and not any(isinstance(c, LearningRateMonitor) for c in trainer.callbacks):
+            # As a callback of the trainer it would cost each step 0.07 ms: Lightning calls every hook of each callback.
+            self._rates = LearningRateMonitor("step")
+            self._rates.on_train_start(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart(pl_module)
@@ -88,6 +95,8 @@ class TrainingMeasures(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not trainer.global_step and not batch_idx:  # ``ModelSize`` has just counted
             self._restart(pl_module)
+        if self._rates is not None:
+            self._rates.on_train_batch_start(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused = time.perf_counter()

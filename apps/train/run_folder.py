@@ -67,7 +67,7 @@ def put_aside(folder: Path, paths: Iterable[Path]) -> Path:
     paths = list(paths)
     number = max((int(p.name) for p in (folder / "earlier").glob("*") if p.name.isdecimal()), default=0)
     target = folder / "earlier" / str(number)
-    if not number or any((target / path).exists() for path in (MARKER, *(p.relative_to(folder) for p in paths))):
+    if not number or any((target / path).exists() for path in (Path(MARKER), *(p.relative_to(folder) for p in paths))):
         target = target.with_name(str(number + 1))
     for path in paths:
         (target / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)

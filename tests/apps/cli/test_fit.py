@@ -7,10 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 from commands import fails
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_app import TinyData
@@ -162,14 +161,13 @@ def test_the_hyperparameters_of_a_run_are_in_tensorboard(config):
     assert "hp_metric" not in events.Tags()["scalars"]
 
 
-@pytest.mark.parametrize("more", [[], ["--trainer.callbacks+=LearningRateMonitor"]])
-def test_the_learning_rate_of_each_group_is_logged_once(config, more):
-    cli = build("fit", ["--config", config, "--run_dir", "run", *more])
-    assert sum(isinstance(c, LearningRateMonitor) for c in cli.trainer.callbacks) == 1
-    if not more:
-        none = ["--ckpt_path", "none"]
-        tester = build("test", ["--config", config, *none]).trainer
-        assert not any(isinstance(c, LearningRateMonitor) for c in tester.callbacks)
+def test_a_learning_rate_monitor_of_the_user_s_replaces_the_run_s(config):
+    own = ["--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.log_momentum=true"]
+    assert main(["fit", "--config", config, "--run_dir", "run", *own]) == 0
+    with open("run/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("lr-AdamW/rest", "lr-AdamW/rest-momentum"):
+        assert [row["step"] for row in rows if row[name]] == ["0", "1", "2"]
 
 
 def test_rates_norm_speed_and_memory_are_in_the_log_by_default(trained):

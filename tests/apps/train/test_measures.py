@@ -28,7 +28,7 @@ def test_routing_size_and_speed_are_logged(tmp_path):
 def test_the_speed_leaves_the_validation_out(monkeypatch):
     now = 0.0
     monkeypatch.setattr(measures.time, "perf_counter", lambda: now)
-    trainer = SimpleNamespace(global_step=10, log_every_n_steps=10, world_size=2, sanity_checking=False)
+    trainer = SimpleNamespace(global_step=10, log_every_n_steps=10, world_size=2, sanity_checking=False, loggers=[])
     trainer.state = SimpleNamespace(fn="fit")
     logged = []
     log_dict = lambda values, **_: logged.append(values["train/examples_per_second"])  # noqa: E731
