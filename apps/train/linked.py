@@ -111,10 +111,10 @@ class LinkedModule(LightningModule):
 
     def _make_again(self, found: Mapping[str, Any]) -> None:
         """Call the constructor once more, with arguments that the data have."""
-        connected = {name: vars(self)[name] for name in ("_trainer", "_fabric")}
-        vars(self).pop("_lacks", None)
+        connected = {name: self.__dict__[name] for name in ("_trainer", "_fabric")}
+        self.__dict__.pop("_lacks", None)
         self.__init__(**{**self._given, **found})  # type: ignore[misc]
-        vars(self).update(connected)
+        self.__dict__.update(connected)
         _logger.info("%s takes from the data: %s", type(self).__name__, ", ".join(found))
 
     def setup(self, stage: str) -> None:
