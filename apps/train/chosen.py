@@ -59,9 +59,7 @@ class Chosen:
             return
         kind = type(module).__name__
         if self.optimizer is None:
-            raise ValueError(
-                f"lr_scheduler is for the optimizer of a configuration: {kind} has its own, give optimizer"
-            )
+            raise ValueError(f"lr_scheduler is for a given optimizer, and {kind} has its own: give optimizer too")
         if is_overridden("configure_optimizers", module):
             _logger.warning("%s replaces configure_optimizers of %s", self.optimizer["class_path"], kind)
         module.configure_optimizers = MethodType(  # type: ignore[method-assign]
@@ -151,11 +149,7 @@ def _plain(section: Any) -> dict[str, Any] | None:
     if not section:
         return None
     plain = section.as_dict() if hasattr(section, "as_dict") else dict(section)
-    return {
-        "class_path": plain["class_path"],
-        "init_args": plain.get("init_args") or {},
-        **plain.get("dict_kwargs", {}),
-    }
+    return {"class_path": plain["class_path"], "init_args": plain.get("init_args") or {}}
 
 
 def _made(first: Any, section: Mapping[str, Any], name: str) -> Any:

@@ -53,7 +53,7 @@ class LinkedModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         # Lightning gathers the arguments of the subclasses' constructors from here.
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)
         taken = inspect.signature(type(self).__init__).parameters
         every = any(p.kind is p.VAR_KEYWORD for p in taken.values())
         # Without those of a base class's constructor alone, which the subclass could not be made anew with.
@@ -111,10 +111,9 @@ class LinkedModule(LightningModule):
 
     def _make_again(self, found: Mapping[str, Any]) -> None:
         """Call the constructor once more, with arguments that the data have."""
-        connected = {name: self.__dict__[name] for name in ("_trainer", "_fabric")}
-        self.__dict__.pop("_lacks", None)
+        trainer, self._lacks = self._trainer, None
         self.__init__(**{**self._given, **found})  # type: ignore[misc]
-        self.__dict__.update(connected)
+        self._trainer = trainer
         _logger.info("%s takes from the data: %s", type(self).__name__, ", ".join(found))
 
     def setup(self, stage: str) -> None:

@@ -172,7 +172,8 @@ def test_a_class_that_the_users_own_configuration_names_is_made(trained, folder,
         ("data", "other.yaml"),
         ("data", {"class_path": "tiny_app.TinyData", "init_args": {}, "dict_kwargs": {"n": 1}}),
         ("trainer", "other.yaml"),
-        ("optimizer", {"class_path": "planted.Module"}),
+        ("compile", "other.yaml"),
+        ("compile", {"class_path": "planted.Module"}),
         ("config", "other.yaml"),
         ("trainer.callbacks", [{"class_path": "planted.Module"}]),
     ],
@@ -187,6 +188,15 @@ def test_a_configuration_beside_a_checkpoint_names_registered_classes_only(train
     assert "config.yaml lies beside the checkpoint" in error
     assert "--config" in error
     assert not (folder / "ran").exists()
+    assert "planted" not in sys.modules
+
+
+@pytest.mark.parametrize("section", ["optimizer", "lr_scheduler"])
+def test_an_optimizer_beside_a_checkpoint_is_left_out_of_a_test(trained, folder, section):
+    path = tampered(trained, folder, lambda checkpoint: None)
+    beside = path.parent.parent / "config.yaml"
+    beside.write_text(yaml.safe_dump({**yaml.safe_load(CONFIG), section: {"class_path": "planted.Module"}}))
+    assert main(["test", "--ckpt_path", str(path)]) == 0
     assert "planted" not in sys.modules
 
 
