@@ -111,7 +111,8 @@ class LinkedModule(LightningModule):
 
     def _make_again(self, found: Mapping[str, Any]) -> None:
         """Call the constructor once more, with arguments that the data have."""
-        trainer, self._lacks = self._trainer, None
+        trainer = vars(self)["_trainer"]
+        self._lacks = None
         self.__init__(**{**self._given, **found})  # type: ignore[misc]
         self._trainer = trainer
         _logger.info("%s takes from the data: %s", type(self).__name__, ", ".join(found))
