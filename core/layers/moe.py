@@ -132,7 +132,7 @@ class MoELayer(nn.Module):
     @property
     def is_recorded(self) -> bool:
         """True while a tape listens. Without one, what is made for it alone can be left out."""
-        return bool(self._tapes)
+        return len(self._tapes) > 0  # of a tuple, which torch 2.10 does not trace as bool
 
     def record_pass(
         self,
