@@ -158,7 +158,7 @@ def test_bad_arguments():
 
 
 def test_data_of_another_kind_are_refused(tmp_path):
-    module = retriever()
+    module = retriever(attributes={})
     with pytest.raises(ValueError, match=r"model.attributes=\{\} does not fit the data, whose attributes is"):
         quiet_trainer(tmp_path, max_epochs=1).fit(module, Pairs(attributes={"a": 3}))
 
