@@ -35,14 +35,22 @@ def app_classes(part: str) -> dict[str, str]:
 
 
 def long_name(part: str, name: str) -> str:
-    """Return the class path of the app's model or data module with this short name; any other name as it is."""
-    return app_classes(part).get(name, name)
+    """Return the class path of a short name: an app's model or data module, or torch's optimizer or scheduler.
+
+    torchrec has optimizers of the same names. Any other name is returned as it is.
+    """
+    if part in ("model", "data"):
+        return app_classes(part).get(name, name)
+    if name == "ReduceLROnPlateau":  # Lightning's names the metric that it monitors
+        return f"lightning.pytorch.cli.{name}"
+    home = {"optimizer": "torch.optim", "lr_scheduler": "torch.optim.lr_scheduler"}[part]
+    return f"{home}.{name}" if name.isidentifier() and name not in ("null", "none", "None") else name
 
 
 def with_long_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with the class paths of public classes in place of their short names."""
     out = dict(config)
-    for part in ("model", "data"):
+    for part in ("model", "data", "optimizer", "lr_scheduler"):
         written = config.get(part)
         if isinstance(written, str):
             out[part] = long_name(part, written)
@@ -66,7 +74,9 @@ def _with_long_parts(value: Any) -> Any:
     return {**{key: _with_long_parts(item) for key, item in value.items() if key != "class_path" or not long}, **long}
 
 
-_NAMES_CLASS = re.compile(r"--(model|data|trainer)(\.class_path|\.help|\.\w+\+?|\.\w+\.class_path)?")
+_NAMES_CLASS = re.compile(
+    r"--(model|data|trainer|optimizer|lr_scheduler)(\.class_path|\.help|\.\w+\+?|\.\w+\.class_path)?"
+)
 
 
 def with_long_flags(flags: Sequence[str]) -> list[str]:

@@ -276,6 +276,6 @@ class SuiteData(LightningDataModule):
 
     def _pinned(self, loader: L) -> L:
         """Return ``loader``; for a GPU its batches lie in pinned memory, so that the host does not wait for a copy."""
-        strategy = None if self.trainer is None else self.trainer.strategy
+        strategy = getattr(self.trainer, "strategy", None)
         loader.pin_memory = strategy is not None and strategy.root_device.type == "cuda"
         return loader

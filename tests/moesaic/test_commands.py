@@ -89,6 +89,11 @@ def test_a_training_and_a_test_are_those_of_the_commands(tmp_path, capsys):
     ):
         assert own.equal(other)
 
+    other_ways = {"trainer.max_epochs": 1, "optimizer": "SGD", "optimizer.lr": 0.5}
+    assert moesaic.fit(config, other_ways, run_dir=tmp_path / "again", overwrite=True).metrics
+    assert "--overwrite has removed the earlier run" in capsys.readouterr().out
+    assert not (tmp_path / "again" / "earlier").exists()
+
 
 def test_predictions_are_a_file_that_is_not_replaced_unasked(tmp_path):
     few = {"trainer.limit_predict_batches": 1}  # an evaluation has batches of 256

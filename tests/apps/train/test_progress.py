@@ -35,7 +35,9 @@ def test_a_log_has_a_line_a_minute(tmp_path, capsys, monkeypatch):
     fit(TinyModule(3), tmp_path, LogLines(), max_epochs=1)
     assert len(capsys.readouterr().out.splitlines()) == 1  # within a minute there is the epoch's alone
     monkeypatch.setattr(progress, "_LINE_EVERY", 1e-9)
-    made = fit(TinyModule(3), tmp_path, LogLines(), max_epochs=2, accumulate_grad_batches=2, log_every_n_steps=2)
+    made = fit(
+        TinyModule(3), tmp_path / "two", LogLines(), max_epochs=2, accumulate_grad_batches=2, log_every_n_steps=2
+    )
     lines = capsys.readouterr().out.splitlines()
     loss = made.progress_bar_metrics["train/loss"]
     steps = made.global_step
