@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
+import importlib.util
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ def __getattr__(name: str) -> object:
     """Return a public name; the first one imports torch, and a command also Lightning."""
     if name.startswith("_") and name != "__all__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        from apps.cli import check_core
-    except ImportError as error:
-        found = f"{sys.modules.get('apps', error)}: take that one off sys.path"
-        raise ImportError(f"moesaic needs its own package apps, and Python finds {found}") from error
-    check_core()
+    spec = importlib.util.find_spec("apps")
+    own = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    if spec is None or os.path.dirname(os.path.dirname(os.path.realpath(spec.origin or ""))) != own:
+        found = "none" if spec is None else spec.origin or list(spec.submodule_search_locations or ())
+        raise ImportError(f"moesaic needs its own package apps, and Python finds {found}: take that one off sys.path")
+    importlib.import_module("apps.cli").check_core()
     source = importlib.import_module("moesaic.commands" if name in _COMMANDS else "core")
     if name == "__all__":
         return [*_COMMANDS, *source.__all__]
