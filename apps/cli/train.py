@@ -19,7 +19,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeTuple
 from lightning.pytorch.plugins.io import CheckpointIO
 
@@ -306,6 +306,12 @@ class SparseCLI(LightningCLI):
                         f"trainer.callbacks: dirpath={callback.dirpath} of {type(callback).__name__} is the folder of "
                         "the run's own best.ckpt and last.ckpt: give another, or leave it out"
                     )
+            if isinstance(callback, BatchSizeFinder) and getattr(self.datamodule, "batch_size", 0) is None:
+                kind = type(self.datamodule).__name__
+                raise UsageError(
+                    f"trainer.callbacks: BatchSizeFinder tries batch sizes, and {kind} counts a batch in tokens: give "
+                    "data.tokens_per_batch"
+                )
         return sorted(callbacks, key=lambda c: isinstance(c, BestAndLast))  # last.ckpt keeps the state of the others
 
     def _loggers(self, given: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 import yaml
 from commands import fails
 from compared import CONFIG as COMPARED
+from lightning.pytorch.callbacks import BatchSizeFinder
 from own_net import CONFIG as OWN
 
 from apps.cli import main
@@ -137,3 +138,10 @@ def test_lightnings_finders_find(finder, config, capsys):
     found = next(c for c in cli.trainer.callbacks if type(c).__name__ == finder).optimal_lr
     assert len(found.results["lr"]) > 2
     assert cli.model.lr == (found.suggestion() or 1e-3)
+
+
+def test_batches_that_are_counted_in_tokens_have_no_size_to_find(config):
+    cli = build("fit", ["--config", config])
+    cli.datamodule.batch_size = None
+    with pytest.raises(ValueError, match="counts a batch in tokens: give data.tokens_per_batch"):
+        cli._callbacks([BatchSizeFinder()])
