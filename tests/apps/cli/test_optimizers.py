@@ -143,5 +143,5 @@ def test_lightnings_finders_find(finder, config, capsys):
 def test_batches_that_are_counted_in_tokens_have_no_size_to_find(config):
     cli = build("fit", ["--config", config])
     cli.datamodule.batch_size = None
-    with pytest.raises(ValueError, match="counts a batch in tokens: give data.tokens_per_batch"):
+    with pytest.raises(ValueError, match="counts a batch in tokens: give data"):
         cli._callbacks([BatchSizeFinder()])
