@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping
 from typing import Any
 
-MODULES = {
-    "VisionClassifier": "apps.vision.module",
-    "MultiTaskRecommender": "apps.recsys.tables.module",
-    "NextItemRecommender": "apps.recsys.sequence.module",
-    "TwoTowerRetriever": "apps.recsys.retrieval.module",
-    "Translator": "apps.nlp.translation.module",
-    "LanguageModeler": "apps.nlp.language.module",
-    "ImageTextRetriever": "apps.multimodal.module",
-    "ImageCaptioner": "apps.multimodal.captions.module",
+MODELS = {
+    "VisionClassifier": "apps.vision",
+    "MultiTaskRecommender": "apps.recsys.tables",
+    "NextItemRecommender": "apps.recsys.sequence",
+    "TwoTowerRetriever": "apps.recsys.retrieval",
+    "Translator": "apps.nlp.translation",
+    "LanguageModeler": "apps.nlp.language",
+    "ImageTextRetriever": "apps.multimodal",
+    "ImageCaptioner": "apps.multimodal.captions",
 }
+"""The room of each LightningModule: its module ``module`` has the class, and ``task`` says how it is used."""
+
+MODULES = {name: f"{room}.module" for name, room in MODELS.items()}
 """The module of each LightningModule."""
 
 DATA = {
@@ -33,47 +35,11 @@ DATA = {
 DATASETS = ("apps.vision.datasets", "apps.recsys.datasets", "apps.nlp.text.datasets", "apps.multimodal.datasets")
 """Modules that register the apps' datasets when they are imported."""
 
-OWN_DATA = ("apps.multimodal.own_data", "apps.vision.own_data", "apps.recsys.own_data", "apps.nlp.own_data")
-"""Modules with a function ``config_for(given)``, which makes a configuration of data that are of the app's kind.
+OWN_DATA = ("ImageTextRetriever", "VisionClassifier", "MultiTaskRecommender", "Translator")
+"""Models for data of a user's own, in the order in which they are asked.
 
-They are asked in this order: a folder of images with a table of titles is also a folder of images, and holds a table.
+A folder of images with a table of titles is also a folder of images, and holds a table.
 """
-
-EXHIBITS = {
-    "VisionClassifier": "apps.vision.exhibit",
-    "MultiTaskRecommender": "apps.recsys.tables.exhibit",
-    "NextItemRecommender": "apps.recsys.sequence.exhibit",
-    "TwoTowerRetriever": "apps.recsys.retrieval.exhibit",
-    "ImageTextRetriever": "apps.multimodal.exhibit",
-    "Translator": "apps.nlp.translation.exhibit",
-    "LanguageModeler": "apps.nlp.language.exhibit",
-    "ImageCaptioner": "apps.multimodal.captions.exhibit",
-}
-"""The module of the function ``exhibit(model, data, most)``, which says what the demo page of a model has."""
-
-EXPORTS = {
-    "VisionClassifier": "apps.vision.export",
-    "MultiTaskRecommender": "apps.recsys.tables.export",
-    "NextItemRecommender": "apps.recsys.sequence.export",
-    "TwoTowerRetriever": "apps.recsys.retrieval.export",
-    "ImageTextRetriever": "apps.multimodal.export",
-    "Translator": "apps.nlp.translation.export",
-    "LanguageModeler": "apps.nlp.language.export",
-    "ImageCaptioner": "apps.multimodal.captions.export",
-}
-"""The module of ``export``, ``attach`` and ``encoding_state`` of each LightningModule; see ``apps.train.exporting``."""
-
-SERVICES = {
-    "VisionClassifier": "apps.vision.service",
-    "MultiTaskRecommender": "apps.recsys.tables.service",
-    "NextItemRecommender": "apps.recsys.sequence.service",
-    "TwoTowerRetriever": "apps.recsys.retrieval.service",
-    "ImageTextRetriever": "apps.multimodal.service",
-    "Translator": "apps.nlp.translation.service",
-    "LanguageModeler": "apps.nlp.language.service",
-    "ImageCaptioner": "apps.multimodal.captions.service",
-}
-"""The module of the function ``service(model)`` of each LightningModule: its inputs and answers, for ``serve``."""
 
 TRAINER = {
     "BestAndLast": "apps.train.checkpoints",
@@ -119,26 +85,41 @@ def name_of(kind: type | str) -> str:
     return path.rpartition(".")[2] if full_path(path) == path else path
 
 
-def app_function(kind: type, homes: Mapping[str, str], name: str, what: str) -> Any:
-    """Import and return the function ``name`` of the app that a model's class, or one above it, is of.
+def task_named(name: str) -> Any:
+    """Import and return the task of a model, an ``apps.task.Task``, by the model's short name."""
+    return importlib.import_module(f"{MODELS[name]}.task").TASK
+
+
+def task_of(kind: type, what: str) -> Any:
+    """Return the task of a model's class, or of the first class above it that an app has.
 
     Args:
         kind: the class.
-        homes: the modules of such functions, by short names: ``EXHIBITS`` or ``SERVICES``.
-        name: of the function.
-        what: what it makes, for the message: "demo".
+        what: what it is asked for, for the message: "demo".
 
     Raises:
-        ValueError: no app has one for such a model.
+        ValueError: no app has one.
     """
-    kinds = [base.__name__ for base in kind.__mro__ if full_path(base.__name__) is not None]
-    known = next((base for base in kinds if base in homes), None)
-    if known is None:
+    name = next((n for n in (b.__name__ for b in kind.__mro__) if n in MODELS), None)
+    if name is None:
         raise ValueError(
-            f"there is no {what} of {name_of(kind)}: there is of {', '.join(homes)}, and of models whose class is "
+            f"there is no {what} of {name_of(kind)}: there is of {', '.join(MODELS)}, and of models whose class is "
             "below one of these"
         )
-    return getattr(importlib.import_module(homes[known]), name)
+    return task_named(name)
+
+
+def exported_task(kind: type) -> Any:
+    """Return the task of a public class, or of a user's own that was made sparse: it has an export.
+
+    Raises:
+        ValueError: the class is neither.
+    """
+    if any(base.__name__ == "SparsifiedModule" for base in kind.__mro__):
+        return importlib.import_module("apps.train.own_export").OwnTask
+    if full_path(class_path(kind)) is None:
+        raise ValueError(f"a {kind.__name__} has no export: moesaic export takes {', '.join(MODELS)}")
+    return task_of(kind, "export")
 
 
 def subclasses(kind: type[Any]) -> list[type[Any]]:

@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 import core
+from apps import registry
 from apps.base.machine import machine_line
 from apps.serve.export.command import difference
 from apps.serve.export.onnx import to_onnx
 from apps.serve.export.programs import to_aoti, to_torch_export
-from apps.train.exporting import Graph, exporter
+from apps.train.exporting import Graph
 from apps.train.loading import load
 from apps.train.quantising import quantise
 from benchmarks._rounds import write_rows
@@ -171,7 +172,7 @@ def graphs(runs: list[str], quantize: str | None) -> Iterator[tuple[str, Graph]]
         model = load(Path(run)).eval()
         if quantize is not None:
             quantise(model, quantize)
-        for graph in exporter(type(model)).export(model).graphs:
+        for graph in registry.exported_task(type(model))(model).exported().graphs:
             yield f"{type(model).__name__} {graph.name}", graph
 
 

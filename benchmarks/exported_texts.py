@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
+from apps import registry
 from apps.base.machine import machine_line
 from apps.base.sealed import seal
 from apps.serve.export.onnx import to_onnx
 from apps.train.exported import OnnxGraph
-from apps.train.exporting import exporter
 from apps.train.loading import load
 from apps.train.quantising import quantise
 from benchmarks._rounds import write_rows
@@ -66,15 +66,15 @@ def texts_of(path: Path, count: int, pair: str | None) -> list[str]:
 
 def exported(model: Any, form: Any, folder: Path) -> Any:
     """Return a copy of a model whose graphs run in onnxruntime."""
-    home, graphs = exporter(type(model)), {}
-    for graph in home.export(model).graphs:
+    task, graphs = registry.exported_task(type(model)), {}
+    for graph in task(model).exported().graphs:
         path = folder / f"{graph.name}.onnx"
         with torch.no_grad():
             to_onnx(graph, path, form)
         seal(path)
         graphs[graph.name] = OnnxGraph(path)
     other = copy.deepcopy(model)
-    home.attach(other, graphs)
+    task.attach(other, graphs)
     return other
 
 

@@ -31,8 +31,8 @@ import core
 from apps.nets.config import TransformerConfig
 from apps.nlp.language.data import TextBatch
 from apps.nlp.language.module import LanguageModeler
+from apps.nlp.sizes import Vocabulary
 from apps.plan.gpus import GPUS
-from apps.plan.inputs import Vocabulary
 from apps.plan.layout import Layout, cost
 from apps.plan.options import Options
 from apps.plan.outline import measured

@@ -34,7 +34,7 @@ from typing import Any
 import apps
 from apps.base.machine import machine_line
 from apps.serve.service.command import service_of
-from apps.train.answering import Service
+from apps.task import Service
 
 BATCH, CONNECTIONS = 32, 64
 _HEAD = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

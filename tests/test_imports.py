@@ -28,7 +28,7 @@ LAST_ROW = len(ROWS) - 1
 APP_ROWS = (
     ("base", "registry"),
     ("data",),
-    ("nets", "porting", "train", "report"),
+    ("nets", "porting", "train", "report", "task"),
     ("equal_cost",),
     ("vision", "recsys", "nlp", "multimodal"),
     ("cli",),

@@ -10,8 +10,8 @@ import torch
 from apps.base.evaluation import in_evaluation
 from apps.multimodal.search import shares_of
 from apps.multimodal.vectors import encode_texts, vectors_of_pixels
-from apps.train.answering import Service
-from apps.vision.sent_images import example_image, image_schema, sent_pixels
+from apps.task import Service
+from apps.vision.image_input import image_input
 
 _MOST_TEXTS, _LONGEST = 100, 2_000
 _TOP = 5
@@ -25,14 +25,14 @@ def service(model: Any) -> Service:
         ValueError: the model's checkpoint keeps no encoding.
     """
     encoding = model.encoding
-    transform = encoding.transform
+    sent = image_input(encoding)
 
     def read(item: Mapping[str, Any]) -> dict[str, Any]:
         texts = [*item.get("texts", ()), *([item["text"]] if "text" in item else ())]
         for text in texts:
             if not text.strip():
                 raise ValueError("a text is empty")
-        pixels = transform(sent_pixels(item["image"])) if "image" in item else None
+        pixels = sent.from_json(item["image"], "image") if "image" in item else None
         return {"pixels": pixels, "texts": texts}
 
     def predict(inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ def service(model: Any) -> Service:
                 answers.append({"text": next(iter(top)), "probability": next(iter(top.values())), "top": top})
         return answers
 
-    return Service(_item(encoding.image_size), _answer(), read, predict)
+    return Service(_item(sent), _answer(), read, predict)
 
 
 def _vectors(model: Any, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -63,10 +63,10 @@ def _vectors(model: Any, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
         return vectors_of_pixels(model, torch.stack(list(pixels)))
 
 
-def _item(image_size: int) -> dict[str, Any]:
+def _item(sent: Any) -> dict[str, Any]:
     text = {"type": "string", "maxLength": _LONGEST, "pattern": r"\S"}
     texts = {"type": "array", "items": text, "minItems": 1, "maxItems": _MOST_TEXTS, "uniqueItems": True}
-    image, example = image_schema(), example_image(image_size)
+    image, example = sent.schema, sent.example
 
     def kind(title: str, **properties: Any) -> dict[str, Any]:
         given = {"type": "object", "required": list(properties), "properties": properties}

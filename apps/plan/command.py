@@ -6,20 +6,25 @@ import os
 
 from apps.base.files import replacing
 from apps.base.quiet import quiet
+from apps.cli import UsageError
 from apps.plan.display import COLUMNS, MESH, details, header, overlay, picture, rows, shown
 from apps.plan.options import Options
 from apps.plan.outline import Outline, outlined
 from apps.plan.sweep import Sweep, over_gpus, sweep
 from apps.report.plots import save_picture
 from apps.report.tables import print_table, write_csv
+from apps.task.sizes import Missing
 
 
 def run(options: Options) -> int:
     """Print the plan, and write its files where a folder is named; of torchrun's ranks the first one does."""
     if os.environ.get("RANK", "0") != "0":
         return 0
-    with quiet():
-        outline = outlined(options)
+    try:
+        with quiet():
+            outline = outlined(options)
+    except Missing as missing:
+        raise UsageError(str(missing)) from None
     plan = sweep(outline, options)
     for line in header(outline, options):
         print(line)

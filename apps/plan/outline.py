@@ -18,8 +18,9 @@ from apps import registry
 from apps.cli import UsageError
 from apps.cli.classes import short
 from apps.cli.configs import at
-from apps.plan.inputs import Trial, data_arguments, trial
+from apps.plan.inputs import data_arguments, trial
 from apps.plan.options import Options
+from apps.task import Trial
 from apps.train.optimizers import parameter_groups
 from core.config.plain import arguments_from_plain
 from core.parallel import blocks_of, layers_of_experts, refusal
@@ -162,8 +163,9 @@ def outlined(options: Options) -> Outline:
     kind = registry.resolve(path)
     given = {k: v for k, v in (at(options.config, ("model", "init_args")) or {}).items() if k not in _STARTS}
     arguments = arguments_from_plain(kind, given, "model")
+    arguments |= data_arguments(name, given, options)  # imports tasks, and no module is imported on the meta device
     with torch.device("meta"):
-        module = kind(**{**arguments, **data_arguments(name, given, options)})
+        module = kind(**arguments)
     return measured(module, options)
 
 

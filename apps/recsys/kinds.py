@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,10 @@ from apps.recsys.encoding.features import Target
 from apps.recsys.value_metrics import ValueMetrics, class_metrics, class_values, number_metrics, number_values
 
 Metrics = TaskMetrics | ValueMetrics
+
+
+_SHARE = {"type": "number", "minimum": 0, "maximum": 1}
+"""JSON schema of a probability."""
 
 
 class Kind:
@@ -75,6 +79,14 @@ class Kind:
     def columns(self, name: str, z_Bw: Tensor) -> dict[str, Tensor | list[str]]:
         """Return the prediction of a task by column, B values each."""
         return {f"probability_{name}": self.value(z_Bw)}
+
+    def schemas(self, name: str) -> dict[str, Any]:
+        """Return the JSON schema of each column of ``columns``."""
+        return {f"probability_{name}": _SHARE}
+
+    def shown(self, name: str, row: Mapping[str, Any]) -> float | str:
+        """Return a row of ``columns`` as a page shows it: a probability as a number, anything else as text."""
+        return float(row[f"probability_{name}"])
 
     def label_values(self, y_B: Tensor) -> list[Any]:
         """Return labels as a table has them, B values; None for no label."""
@@ -132,6 +144,12 @@ class Regression(Kind):
 
     def columns(self, name: str, z_Bw: Tensor) -> dict[str, Tensor | list[str]]:
         return {f"value_{name}": self.value(z_Bw)}
+
+    def schemas(self, name: str) -> dict[str, Any]:
+        return {f"value_{name}": {"type": "number"}}
+
+    def shown(self, name: str, row: Mapping[str, Any]) -> float | str:
+        return f"{float(row[f'value_{name}']):.4g}"
 
 
 class Count(Regression):
@@ -226,6 +244,8 @@ class Ordinal(Kind):
     def columns(self, name: str, z_Bw: Tensor) -> dict[str, Tensor | list[str]]:
         return {f"value_{name}": self.value(z_Bw)}
 
+    schemas, shown = Regression.schemas, Regression.shown  # type: ignore[assignment]
+
     def label_values(self, y_B: Tensor) -> list[Any]:
         return [None if math.isnan(level) else self.target.levels[int(level)] for level in y_B.tolist()]
 
@@ -267,6 +287,12 @@ class Multiclass(Kind):
         """Return the likeliest class and its probability."""
         likeliest = [self.target.classes[place] for place in z_Bw.argmax(-1).tolist()]
         return {f"value_{name}": likeliest, f"probability_{name}": z_Bw.softmax(-1).amax(-1)}
+
+    def schemas(self, name: str) -> dict[str, Any]:
+        return {f"value_{name}": {"enum": list(self.target.classes)}, f"probability_{name}": _SHARE}
+
+    def shown(self, name: str, row: Mapping[str, Any]) -> float | str:
+        return f"{row[f'value_{name}']} ({100 * float(row[f'probability_{name}']):.1f} %)"
 
     def metrics(self, z_Nw: np.ndarray, label_N: np.ndarray, groups_N: np.ndarray | None = None) -> Metrics:
         return class_metrics(z_Nw, label_N)

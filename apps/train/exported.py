@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from apps import registry
 from apps.base.messages import first_line
 from apps.base.sealed import check_seal
-from apps.train.exporting import exporter
 from apps.train.loading import check_beside, module_class
 from apps.train.module import SparseModule
 from core.config.plain import arguments_from_plain
@@ -163,7 +163,7 @@ class ExportedModel:
         """
         path = Path(path)
         opened = cls._of_folder(path) if (path / MANIFEST).is_file() else cls._of_file(path)
-        exporter(opened.kind)
+        opened.task  # noqa: B018 - a class without one is refused here
         if opened.description.data is not None:
             check_beside({"data": opened.description.data}, path)
         return opened
@@ -214,9 +214,14 @@ class ExportedModel:
         return module_class({"module_class": self.description.module}, self.path)
 
     @property
+    def task(self) -> Any:
+        """The task of the model's class."""
+        return registry.exported_task(self.kind)
+
+    @property
     def checkpoint(self) -> dict[str, Any]:
         """What a checkpoint of the model has beside its weights: class, arguments and encoding."""
-        encoding = exporter(self.kind).encoding_state(self)
+        encoding = self.task.encoding_state(self)
         return {
             "module_class": self.description.module,
             "hyper_parameters": dict(self.description.arguments),
@@ -227,7 +232,7 @@ class ExportedModel:
     def attach(self, model: SparseModule) -> None:
         """Let ``model``, made on the meta device, run the graphs in place of its weights, in evaluation mode."""
         checkpoint = self.checkpoint
-        exporter(self.kind).attach(model, self.graphs)
+        self.task.attach(model, self.graphs)
         for part, module in model.named_modules():
             _fill(module, f"{part}." if part else "", self.description.scalars)
         model.to("cpu")  # tells Lightning where the module is

@@ -1,25 +1,15 @@
 """What an app hands to ``moesaic export``: its networks as graphs of tensors, and how raw inputs become those tensors.
 
-An app says it in the module that ``apps.registry.EXPORTS`` names, which has three functions:
-
-- ``export(model) -> Exported``;
-- ``attach(model, graphs)`` lets a model without weights run graphs, ``apps.train.exported.OnnxGraph`` by name, in place
-  of its networks: ``predict --onnx`` then reads, predicts and writes by the model's own code;
-- ``encoding_state(exported)`` returns the encoding of a checkpoint from an ``apps.train.exported.ExportedModel``: from
-  its preprocessing and the files beside it; None where the model has none.
+The ``Task`` of a model says it (``apps.task``).
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-
-from apps import registry
-from apps.train.sparsified import SparsifiedModule
 
 
 @dataclass(frozen=True)
@@ -65,17 +55,3 @@ class Exported:
     graphs: tuple[Graph, ...]
     preprocessing: Mapping[str, Any]
     files: Mapping[str, bytes] = field(default_factory=dict)
-
-
-def exporter(kind: type) -> Any:
-    """Return the module with the functions that export a model of this class.
-
-    Raises:
-        ValueError: there is none.
-    """
-    home = registry.EXPORTS.get(kind.__name__) if registry.full_path(registry.class_path(kind)) else None
-    home = "apps.train.own_export" if issubclass(kind, SparsifiedModule) else home
-    if home is None:
-        names = ", ".join(registry.EXPORTS)
-        raise ValueError(f"a {kind.__name__} has no export: moesaic export takes {names}")
-    return importlib.import_module(home)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import core
+from apps import registry
 from apps.base.checks import check_at_least
 from apps.base.machine import host_waits_for
 from apps.train.averaging import WeightAverage, WeightEMA
@@ -183,6 +184,11 @@ class SparseModule(BalancedModule, HubModule):
     def module(self) -> Self:
         """Return what a trainer trains; a model of the user's own is asked by an object around it."""
         return self
+
+    @property
+    def task(self) -> Any:
+        """The trained model in use, an ``apps.task.Task``: what goes in and what comes out."""
+        return registry.task_of(type(self), "use")(self)
 
     # ---- what a subclass brings
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 import yaml
@@ -27,7 +26,7 @@ def configuration(options: Options) -> tuple[Path, tuple[str, ...]]:
     columns = (options.exclude, options.time, options.user)
     given = GivenData(options.data, options.target, options.output / "data", options.kind, *columns)
     for name in registry.OWN_DATA:
-        made = importlib.import_module(name).config_for(given)
+        made = registry.task_named(name).own_data(given)
         if made is not None:
             path = options.output / "config.yaml"
             with replacing(path) as file:

@@ -17,16 +17,16 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import core
-from apps.base.evaluation import in_evaluation
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.equal_cost.twins import dense_twins
 from apps.nets.blocks import one_ffn
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
+from apps.task.outputs import likeliest
 from apps.train.distilling import ClassLogits
 from apps.train.model_card import ModelKind
 from apps.train.module import SparseModule, TaskOutput, check_one_start
-from apps.vision.encoding import ImageEncoding, normalize
+from apps.vision.encoding import ImageEncoding
 from apps.vision.few_shot import hard_labels
 from apps.vision.image_files import scaled
 from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
@@ -186,7 +186,7 @@ class VisionClassifier(SparseModule, Comparable):
 
     def predict_step(self, batch: Any, batch_idx: int) -> ImagePrediction:
         """Return the 5 likeliest classes of each image, with its file, its own class and the classes' names."""
-        best = self(batch.image).float().softmax(-1).topk(min(5, self.num_classes), dim=-1)
+        best = likeliest(self(batch.image), 5)
         data = self._data()
         known = getattr(data, "class_names", None)
         names = [[str(known[c]) for c in row] for row in best.indices.tolist()] if known else None
@@ -219,32 +219,16 @@ class VisionClassifier(SparseModule, Comparable):
             raise ValueError("images must be a list: write predict([image]) for one image")
         if top < 1:
             raise ValueError(f"top={top} must be at least 1")
-        encoding = self.encoding
+        task, encoding = self.task, self.encoding
         classified: list[ClassifiedImage] = []
         for start in range(0, len(images), _PREDICTED_AT_ONCE):
             batch = images[start : start + _PREDICTED_AT_ONCE]
-            for image, shares in zip(batch, self.classify(scaled(batch, encoding.transform, start), top), strict=True):
+            pixels = scaled(batch, encoding.transform, start)
+            for image, shares in zip(batch, task.classify(pixels, top), strict=True):
                 name, share = next(iter(shares.items()))
                 path = str(image) if isinstance(image, (str, Path)) else None
                 classified.append(ClassifiedImage(path, name, share, shares))
         return classified
-
-    @torch.no_grad()
-    def classify(self, pixels: Tensor, top: int) -> list[dict[str, float]]:
-        """Return the probabilities of each image's likeliest classes, to 6 places, by name and best first.
-
-        Args:
-            pixels: images that ``encoding.transform`` has scaled, uint8 (B, C, S, S).
-            top: number of classes.
-        """
-        encoding = self.encoding
-        with in_evaluation(self):
-            normalized = normalize(pixels.to(self.device), encoding.mean, encoding.std)
-            best = self(normalized).float().softmax(-1).topk(min(top, self.num_classes), dim=-1)
-        return [
-            {encoding.class_names[c]: round(p, 6) for c, p in zip(labels, values, strict=True)}
-            for labels, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
 
     @property
     def encoding(self) -> ImageEncoding:

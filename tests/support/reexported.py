@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from torch_graphs import TorchGraph, folder_of
 
+from apps import registry
 from apps.serve.export.command import describe
 from apps.train.exported import Description, ExportedModel
-from apps.train.exporting import Exported, exporter
+from apps.train.exporting import Exported
 from apps.train.module import SparseModule
 
 
 def reexported(model: SparseModule, folder: Path) -> tuple[Any, Exported]:
     """Return the model that is made of an export alone, and the export; torch runs the graphs."""
-    exported = exporter(type(model)).export(model)
+    exported = registry.exported_task(type(model))(model).exported()
     folder_of(exported, folder)
     said = replace(describe(model, exported), files=tuple(exported.files))
     graphs: Any = {graph.name: TorchGraph(graph) for graph in exported.graphs}

@@ -14,7 +14,7 @@ from apps.serve.service.interface import body_schema, document
 from apps.serve.service.limits import Limits
 from apps.serve.service.metrics import Metrics
 from apps.serve.service.reading import Reader
-from apps.train.answering import Service
+from apps.task import Service
 
 TOKEN = "a-token-of-the-tests"
 LIMITS = Limits(body=1_000, inputs=4, requests=3, seconds=0.2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apps.train.answering import Service
+from apps.task import Service
 
 _LONGEST = 10_000
 """Characters of a beginning at most; what the model reads is counted in subwords."""

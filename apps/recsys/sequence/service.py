@@ -7,7 +7,7 @@ from typing import Any
 
 from apps.recsys.sequence.histories import Items
 from apps.recsys.tables.scoring import encoding_of
-from apps.train.answering import Service
+from apps.task import Service
 
 _TOP, _MOST_TOP = 10, 100
 _MOST_ITEMS = 1_000

@@ -1,4 +1,4 @@
-"""Recommenders of tables for ``moesaic export``: one graph from encoded columns to the tasks' outputs."""
+"""The graph of a recommender of tables, and what of its encoding JSON holds: what ``moesaic export`` writes."""
 
 from __future__ import annotations
 
@@ -13,41 +13,12 @@ from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.kinds import Outputs
-from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.model import MultiTaskModel
-from apps.recsys.tables.plain_columns import PlainColumns, dynamic_axes, example_inputs, plain_inputs
-from apps.recsys.tables.scoring import encoding_of
-from apps.train.exporting import Exported, Graph
+from apps.recsys.tables.plain_columns import PlainColumns
 from core.config.plain import from_plain
 
 if TYPE_CHECKING:
     from apps.recsys.tables.module import MultiTaskRecommender
-    from apps.train.exported import ExportedModel, OnnxGraph
-
-
-def export(model: MultiTaskRecommender) -> Exported:
-    """Return the graph, and what a script needs to encode a row and to read the outputs.
-
-    Raises:
-        ValueError: the model's checkpoint keeps no encoding.
-    """
-    inputs = example_inputs(model.features)
-    network = PlainTables(model.members, model.outputs, model.features, tuple(inputs)).train(model.training)
-    graph = Graph("model", network, inputs, ("logits",), dynamic_axes(inputs))
-    encoding = Encoding.from_state(encoding_of(model))
-    return Exported("tables", (graph,), {**described_columns(encoding), "tasks": described_tasks(model)})
-
-
-def attach(model: MultiTaskRecommender, graphs: Mapping[str, OnnxGraph]) -> None:
-    """Let the recommender run an exported graph."""
-    model.model = _Recommender(graphs["model"], model.features)  # type: ignore[assignment]
-    model.embedding = dataclasses.replace(model.embedding, deferred=False)  # no table is left to be sharded
-
-
-def encoding_state(exported: ExportedModel) -> dict[str, Any]:
-    """Return the encoding of a checkpoint."""
-    features = exported.description.arguments["features"]
-    return state_of_columns(exported.description.preprocessing, features)
 
 
 class PlainTables(nn.Module):
@@ -79,18 +50,6 @@ class PlainTables(nn.Module):
             for member, columns in zip(self.members, self.columns, strict=True)
         ]
         return (z[0] if len(z) == 1 else self.outputs.mean(torch.stack(z))).float()
-
-
-class _Recommender(nn.Module):
-    """A graph under the interface of ``MultiTaskModel``."""
-
-    def __init__(self, graph: OnnxGraph, features: Features) -> None:
-        super().__init__()
-        self.graph, self.features = graph, features
-
-    def forward(self, batch: TableBatch) -> Tensor:
-        """Map a batch of rows to the outputs of all tasks."""
-        return self.graph(plain_inputs(batch, self.features))[0]
 
 
 # ---- the encoding as JSON

@@ -138,6 +138,10 @@ class GateReader:
                     block = f"{name}.level{i}" if isinstance(layer.experts, nn.ModuleList) else name
                     stack.enter_context(experts.register_forward_hook(functools.partial(self._count, block)))
             yield
+        self.add(tape)
+
+    def add(self, tape: core.Tape) -> None:
+        """Read what is on a tape of the model."""
         for entry in tape.entries:
             self.weights.setdefault(entry.name, []).append(gate_weights(entry.routing).cpu().numpy())
             names = tuple(getattr(entry.routing, "expert_names", ()))

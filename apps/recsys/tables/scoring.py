@@ -34,17 +34,10 @@ _BATCHES = 16
 
 def predict(model: MultiTaskRecommender, rows: Any, batch_size: int) -> Any:
     """See ``MultiTaskRecommender.predict``."""
-    from apps.recsys.tables.streaming import one_ahead
-
     check_at_least(1, batch_size=batch_size)
-    encoding = Encoding.from_state(encoding_of(model))
-    parts = [torch.empty(0, model.outputs.width)]
-    rows = framed(rows, encoding.roles)
-    tables = pieces(rows, encoding.roles, encoding.numbers, _BATCHES * batch_size)
-    for _, piece in one_ahead(encoded(tables, encoding)):
-        for begin in range(0, len(piece), batch_size):
-            parts.append(model(piece[begin : begin + batch_size].to(model.device)).float().cpu())
-    scores = like(rows, model.outputs.columns(encoding.features.tasks, torch.cat(parts)))
+    task = model.task
+    encoding = task.encoding
+    scores = like(rows, task.scores(pieces(rows, encoding.roles, encoding.numbers, _BATCHES * batch_size), batch_size))
     if is_frame(rows):
         scores.index = rows.index
     return scores

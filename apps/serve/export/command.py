@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apps import registry
 from apps.base.messages import some
 from apps.base.quiet import quiet
 from apps.base.sealed import seal
@@ -18,7 +19,7 @@ from apps.serve.export.files import check_output, write
 from apps.serve.export.options import Options
 from apps.train.checkpoint_paths import find_checkpoint
 from apps.train.exported import DESCRIPTION, Description, OnnxGraph
-from apps.train.exporting import Exported, Graph, exporter
+from apps.train.exporting import Exported, Graph
 from apps.train.loading import check_beside, load
 from apps.train.module import SparseModule
 from apps.train.quantising import quantise
@@ -40,7 +41,7 @@ def run(options: Options) -> int:
         model = load(checkpoint)
         if options.quantize is not None:
             quantise(model, options.quantize)
-        exported = exporter(type(model)).export(model)
+        exported = registry.exported_task(type(model))(model).exported()
         check_output(options.output, exported)
         files = export(model, exported, options)
     print(f"checkpoint: {checkpoint}")

@@ -23,7 +23,7 @@ from apps.serve.service.interface import body_schema, document
 from apps.serve.service.metrics import Metrics
 from apps.serve.service.options import Options
 from apps.serve.service.reading import Reader
-from apps.train.answering import Service
+from apps.task import Service
 from apps.train.checkpoint_paths import run_name
 from apps.train.loading import load
 from apps.train.stopping import on_signal
@@ -138,8 +138,8 @@ def service_of(model: Any) -> Callable[[Any], Service]:
     Raises:
         ValueError: no app has a service for such a model.
     """
-    function: Callable[[Any], Service] = registry.app_function(type(model), registry.SERVICES, "service", "service")
-    return function
+    kind = registry.task_of(type(model), "service")
+    return lambda own: kind(own).service()
 
 
 def watched(

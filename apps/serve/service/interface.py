@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from apps.serve.service.limits import Limits
-from apps.train.answering import Service
+from apps.task import Service
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """The content security policy of the page, which is text alone."""

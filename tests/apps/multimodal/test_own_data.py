@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def given(path: Path, tmp_path: Path, target: str | None = None) -> GivenData:
 def app_of(path: Path, tmp_path: Path, target: str | None = None) -> str:
     """Return the data class of the first app that takes the data, as ``moesaic verdict`` asks them."""
     for name in registry.OWN_DATA:
-        made = importlib.import_module(name).config_for(given(path, tmp_path, target))
+        made = registry.task_named(name).own_data(given(path, tmp_path, target))
         if made is not None:
             return made.config["data"]["class_path"]
     return "none"

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from apps.nlp.translation.export import export as export_translation
 from converted import write_run
 from copying import copy_data, translator
 from doc_scripts import output, script
@@ -18,7 +19,6 @@ from apps.nets.depths import MixtureOfDepths
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.language.export import export as export_language
 from apps.nlp.language.module import LanguageModeler
-from apps.nlp.translation.export import export as export_translation
 from apps.train.exported import ExportedModel
 
 TRANSLATE = script("docs/serving.md", "python translate.py")

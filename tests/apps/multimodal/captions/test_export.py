@@ -14,7 +14,7 @@ from PIL import Image
 from torch_graphs import folder_of, output_in_torch
 
 from apps.cli import main
-from apps.multimodal.captions.export import export
+from apps.multimodal.captions.task import TASK
 from apps.nlp.decode import DecodeConfig
 
 CAPTION = script("docs/serving.md", "python caption.py")
@@ -43,7 +43,7 @@ def pictures(tmp_path):
 
 
 def test_the_script_writes_what_the_model_does(module, pictures, tmp_path):
-    exported = export(module)
+    exported = TASK(module).exported()
     folder = str(folder_of(exported, tmp_path))
     captions = [output_in_torch(CAPTION, exported, folder, picture) for picture in pictures]
     assert captions == module.predict(pictures)

@@ -14,8 +14,8 @@ from apps.recsys.encoding.features import Features, VectorFeature
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.schema import TableConfig, TaskConfig
 from apps.recsys.tables.data import TableData
-from apps.recsys.tables.exhibit import exhibit
 from apps.recsys.tables.module import MultiTaskRecommender
+from apps.recsys.tables.task import TASK
 from apps.report.routed import gate_weights
 
 
@@ -93,7 +93,7 @@ def test_numbers_levels_and_classes_are_a_table(tmp_path):
         max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     ).fit(model, data)  # fmt: skip
-    page = exhibit(model, data, 1)
+    page = TASK(model).exhibit(data, 1)
     probability, values = page.answer([0.5]).parts
     scores = model.predict({"age": [0.5]})
     assert dict(probability.rows) == {"bought": float(scores["probability_bought"][0])}
@@ -114,4 +114,4 @@ def test_vectors_have_no_field():
     model = MultiTaskRecommender(features)
     model.adopt_encoding({"encoding": Encoding(features).state()})
     with pytest.raises(ValueError, match=r"reads columns of vectors \(image\), for which a page has no field"):
-        exhibit(model, None, 1)
+        TASK(model).exhibit(None, 1)

@@ -303,12 +303,12 @@ def test_a_checkpoint_keeps_how_sequences_are_read(tmp_path):
 
 
 def test_a_page_has_a_field_for_a_sequence(tmp_path):
-    from apps.recsys.tables.exhibit import exhibit
+    from apps.recsys.tables.task import TASK
 
     data = made(tmp_path)
     model = MultiTaskRecommender(data.features, history=HistoryConfig("din"), shared=core.MMoE(num_experts=2))
     model.adopt_encoding({"encoding": data.encoding_state})
-    page = exhibit(model, data, 3)
+    page = TASK(model).exhibit(data, 3)
     assert [field.label for field in page.fields] == ["item", "last (the oldest first, with | between)"]
     item, last = page.examples[2].values
     row = data.rows("val").__getitems__([2 * (len(data.rows("val")) // 3)])

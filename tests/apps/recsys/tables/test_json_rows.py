@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jsonschema_rs
 import pyarrow as pa
 import pytest
@@ -16,7 +18,8 @@ from apps.recsys.encoding.features import (
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.timestamps import to_seconds
 from apps.recsys.encoding.vocabulary import Vocabulary
-from apps.recsys.tables.json_rows import row_reader, row_schema, table_of
+from apps.recsys.row import Row
+from apps.task.task import item_of, read_item
 
 FEATURES = Features(
     categorical=(
@@ -32,7 +35,8 @@ FEATURES = Features(
 )
 CITIES = Vocabulary.of(pa.array(["Oslo", "Rome"]))
 ENCODING = Encoding(FEATURES, {"city": CITIES}, "shop", Vocabulary.of(pa.array(["de", "fr"])), timestamps={"at": None})
-SCHEMA = row_schema(ENCODING, "Row", "A row.")
+ROWS = Row.of(ENCODING)
+SCHEMA = item_of(ROWS.columns, "Row", "A row.", takes_others=True)
 ROW = {
     "shop": "fr",
     "city": "Rome",
@@ -79,8 +83,8 @@ def test_rows_become_a_table_whatever_the_types_of_their_values():
         {**ROW, "city": 5, "tags": ["x", 2, True], "at": 0, "age": 10**30},
         {**dict.fromkeys(ROW), "shop": "de", "city": False, "visited": []},
     ]
-    read = row_reader(ENCODING)
-    table = table_of([read(row) for row in rows], ENCODING)
+    read = partial(read_item, ROWS.columns)
+    table = ROWS.table([read(row) for row in rows])
     assert table.column_names == list(ENCODING.roles)
     assert table["city"].to_pylist() == ["5", "False"]  # to an encoding a category and its text are the same
     assert table["tags"].to_pylist() == [["x", "2", "True"], None]
@@ -91,4 +95,4 @@ def test_rows_become_a_table_whatever_the_types_of_their_values():
 
 def test_a_time_that_is_none():
     with pytest.raises(ValueError, match=r"^at='noon': a timestamp is seconds since 1970, a date, or text such as"):
-        row_reader(ENCODING)({**ROW, "at": "noon"})
+        read_item(ROWS.columns, {**ROW, "at": "noon"})

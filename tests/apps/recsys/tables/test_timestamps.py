@@ -92,12 +92,12 @@ def test_a_checkpoint_s_encoding_reads_the_table_again(tmp_path):
 
 
 def test_a_page_has_one_field_for_a_timestamp(tmp_path):
-    from apps.recsys.tables.exhibit import exhibit
+    from apps.recsys.tables.task import TASK
 
     data = data_of(tmp_path)
     model = MultiTaskRecommender(data.features)
     model.adopt_encoding({"encoding": data.encoding_state})
-    page = exhibit(model, data, 2)
+    page = TASK(model).exhibit(data, 2)
     assert [field.label.split(" (")[0] for field in page.fields] == ["city", "at"]
     assert page.examples[0].values == ("Rome", "2024-06-07 07:00")
 

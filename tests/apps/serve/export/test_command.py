@@ -14,10 +14,11 @@ from converted import DIGITS, MOE, classifier, write_run
 from doc_scripts import output, script
 from PIL import Image
 
+from apps import registry
 from apps.cli import main
 from apps.serve.export.command import _by_position, compare, data_section
 from apps.train.exported import Description, ExportedModel
-from apps.train.exporting import Graph, exporter
+from apps.train.exporting import Graph
 from apps.train.loading import load
 from apps.vision.data import VisionData
 
@@ -180,7 +181,7 @@ def test_a_graph_that_differs_is_no_export():
 def test_paths_of_the_training_do_not_travel(run):
     assert "root" not in data_section(run)["init_args"]
     with pytest.raises(ValueError, match="a Linear has no export"):
-        exporter(torch.nn.Linear)
+        registry.exported_task(torch.nn.Linear)
 
 
 def test_a_program_that_differs_is_no_export():

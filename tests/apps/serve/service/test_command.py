@@ -24,7 +24,7 @@ from apps.cli import main
 from apps.serve.service import options
 from apps.serve.service.command import device_of, prepared, service_of
 from apps.serve.service.options import Options
-from apps.vision.module import VisionClassifier
+from apps.vision.task import ImageClassification
 
 TOKEN = "0123456789abcdef"
 
@@ -208,7 +208,7 @@ def test_a_model_that_breaks_down_ends_the_service(digits, monkeypatch):
     def breaks(*arguments):
         raise SystemExit
 
-    monkeypatch.setattr(VisionClassifier, "classify", breaks)
+    monkeypatch.setattr(ImageClassification, "classify", breaks)
     with serving(digits) as (server, port, lines):
         request = urllib.request.Request(f"http://localhost:{port}/predict", example_of(port))
         request.add_header("content-type", "application/json")

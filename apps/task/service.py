@@ -1,7 +1,4 @@
-"""What an app hands to ``moesaic serve``: the JSON of one input, and the answers to a batch of them.
-
-An app says it in one function, ``service(model) -> Service``, of the module that ``apps.registry.SERVICES`` names.
-"""
+"""A trained model behind a URL: the JSON of one input, and the answers to a batch of them."""
 
 from __future__ import annotations
 

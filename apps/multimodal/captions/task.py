@@ -1,0 +1,121 @@
+"""A captioner in use: an image in, what it shows in words and the experts of patches and subwords out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import core
+from apps.base.evaluation import in_evaluation
+from apps.multimodal.captions.traced import traced
+from apps.multimodal.sizes import caption_arguments
+from apps.nlp.decode.exported import ExportedCaptioner
+from apps.nlp.decode.graphs import graphs_with_memory, spelling, writing
+from apps.nlp.text.words import words_of
+from apps.report.exhibit.parts import Example, LayerPart
+from apps.task import Sizes, Task, Trial, ids_on_meta, patches_by_layer, vocabulary_loss, words_by_layer
+from apps.task.outputs import Written, texts
+from apps.train.exporting import Exported
+from apps.vision.encoding import normalize
+from apps.vision.image_files import to_array
+from apps.vision.image_input import image_input, images_on_meta
+from apps.vision.task import placed
+
+
+class Captioning(Task):
+    """The use of an ``ImageCaptioner``."""
+
+    app, noun, verb, alternatives = "captions", "Image", "Describe", 3
+    asks = "An image: the answer is what it shows, in words."
+    invites = "Drop an image: the model writes what it sees, and shows which experts took each subword of that."
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.encoding = model.encoding
+        self.inputs = {"image": image_input(self.encoding)}
+        self.output = texts("Caption", "The caption.", "Caption")
+
+    @torch.no_grad()
+    def answers(self, examples: Sequence[Mapping[str, Tensor]], most: int = 1) -> list[Written]:
+        model = self.model
+        config = dataclasses.replace(model.decode, num_best=min(most, model.decode.width))
+        pixels = torch.stack([example["image"] for example in examples])
+        # Draws depend on an image's number, and it is the first of its request whatever others are beside it.
+        parts = pixels.split(1) if config.method == "sample" else (pixels,)
+        written = []
+        with in_evaluation(model):
+            for part in parts:
+                found = model.hypotheses_of(
+                    self._normalised(part), config, torch.arange(len(part)), model.model_in(config.dtype)
+                )
+                written += [
+                    Written(model.subwords.decode(ids, "source"), scores, ids[0])
+                    for ids, scores in zip(found.ids, found.scores, strict=True)
+                ]
+        return written
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return normalize(pixels.to(self.model.device), self.encoding.mean, self.encoding.std)
+
+    def layers(self, tape: core.Tape, example: Any, answer: Written) -> Mapping[str, tuple[LayerPart, ...]]:
+        with in_evaluation(self.model):
+            trace = traced(self.model, self._normalised(example["image"][None]), answer.ids)
+        patches = placed(self.model.model.encoder, trace.of_encoder, "encoder.")
+        title = "Subwords of the caption, as they are read"
+        return {
+            **patches_by_layer(patches, to_array(example["image"])),
+            **words_by_layer(trace.of_decoder, words_of(trace.read), title),
+        }
+
+    def examples(self, data: Any, most: int) -> tuple[Example, ...]:
+        """Return validation images, at equal steps, with their texts as labels."""
+        batch = next(iter(data.val_dataloader()), None)
+        if batch is None:
+            return ()
+        first: dict[int, int] = {}
+        for row, number in enumerate(batch.image_B.tolist()):
+            first.setdefault(number, row)
+        rows = list(first.values())[:most]
+        pixels = data.pixels(batch.image_B[rows])
+        labels = [data.texts[number] for number in batch.caption_B[rows].tolist()]
+        return tuple(Example(text, (to_array(image),)) for text, image in zip(labels, pixels, strict=True))
+
+    def exported(self) -> Exported:
+        """Return the graphs, the encoding of images, and what spells the ids of texts; an image counts as
+        ``max_tokens`` ids in the maximal length of a text."""
+        model = self.model
+        image = torch.randn(2, model.in_chans, model.image_size, model.image_size, device=model.device)
+        graphs = graphs_with_memory(model.model, "image", image, {0: "batch"}, None)
+        spelled, files = spelling(model.subwords)
+        how = {"encoding": self.encoding.state(), "max_tokens": model.max_tokens, **writing(model.model, model.decode)}
+        return Exported(self.app, graphs, {**spelled, **how}, files)
+
+    # ---- without a trained model
+
+    @classmethod
+    def attach(cls, model: Any, graphs: Mapping[str, Any]) -> None:
+        model.model = ExportedCaptioner(graphs["encoder"], graphs["decoder"], model.transformer)
+
+    @classmethod
+    def encoding_state(cls, exported: Any) -> dict[str, Any]:
+        return dict(exported.description.preprocessing["encoding"])
+
+    @classmethod
+    def data_arguments(cls, given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+        return caption_arguments(given, sizes)
+
+    @classmethod
+    def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:
+        length = min(sizes.length or model.max_tokens, model.max_tokens)
+        batch = sizes.examples(length)
+        image, tokens = images_on_meta(model, batch, dtype), batch * length
+        loss = vocabulary_loss(tokens, model.model.output_weight, dtype)
+        run = lambda: model.model.decode(ids_on_meta(batch, length), model.model.encode(image))  # noqa: E731
+        return Trial(run, batch, tokens, loss)
+
+
+TASK = Captioning

@@ -1,0 +1,5 @@
+"""The task of this room's model, by its modules ``service``, ``exhibit`` and ``export``."""
+
+from apps.task.legacy import room_task
+
+TASK = room_task("apps.multimodal", "apps.multimodal.own_data")

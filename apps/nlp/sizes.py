@@ -1,0 +1,33 @@
+"""What the data tell models of texts, without the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import core
+from apps.data.subwords import Subwords
+from apps.task import Missing, Sizes
+
+
+@core.register_config
+@dataclass(frozen=True)
+class Vocabulary(Subwords):
+    """Subwords of which the number alone is known."""
+
+    models: tuple[str, ...] = ("",)
+    num_ids: int = 0
+
+    def size(self, side: Any) -> int:
+        return self.num_ids
+
+
+def text_arguments(given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """Return subwords of a number that is given, and pairs of languages where they are given."""
+    size = sizes.option("tokenizer", "vocab_size")
+    if size is None:
+        raise Missing("the vocabulary's size comes from the data: give --data.tokenizer.vocab_size N")
+    texts: dict[str, Any] = {"subwords": Vocabulary(num_ids=int(size))}
+    pairs = sizes.option("pairs") or given.get("pairs")
+    return {**texts, "pairs": tuple(pairs)} if pairs is not None else texts

@@ -1,0 +1,192 @@
+"""A trained model in use: what it takes, what it answers, and what its experts are used for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+import core
+from apps.data.given import GivenConfig, GivenData
+from apps.report.exhibit.parts import Answer, Example, Exhibit, LayerPart
+from apps.task.inputs import Input
+from apps.task.outputs import Output
+from apps.task.service import Service
+from apps.task.sizes import Sizes, Trial
+from apps.train.exporting import Exported
+
+Values = Mapping[str, Any]
+"""The values of one example, by the names of the inputs."""
+
+
+class Task(ABC):
+    """A trained model in use. Each model of an app has a subclass, ``TASK`` of its room's module ``task``.
+
+    A subclass says what goes in (``inputs``), what comes out (``output``), how a batch of the one becomes the other
+    (``answers``), and which names the tokens of a tape have (``layers``). A service and a page follow from these. What
+    is asked where there is no trained model, such as by a plan, are class methods.
+
+    Args:
+        model: the trained model, in evaluation.
+
+    Attributes:
+        inputs: what a user gives, by name, in the order of a page's fields.
+        output: what the user gets.
+
+    Raises:
+        ValueError: the model's checkpoint keeps too little of its data to be used.
+    """
+
+    app: ClassVar[str]
+    """Name of the script in the docs that reads an export."""
+    noun: ClassVar[str]
+    """Title of a request: "Image"."""
+    verb: ClassVar[str]
+    """Word on a page's button: "Classify"."""
+    alternatives: ClassVar[int] = 1
+    """Alternatives that a page shows, where a search finds so many."""
+    takes_others: ClassVar[bool] = False
+    """Whether a request may have further properties, which are left out."""
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Options of ``Sizes.columns`` that say something of such a model's data."""
+
+    inputs: Mapping[str, Input]
+    output: Output
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    # ---- what a subclass says of a trained model
+
+    @property
+    @abstractmethod
+    def asks(self) -> str:
+        """What a request has and what its answer is, in a sentence or two."""
+
+    @property
+    @abstractmethod
+    def invites(self) -> str:
+        """What to do on a page, and what comes of it, in a sentence or two."""
+
+    @abstractmethod
+    def answers(self, examples: Sequence[Values], most: int = 1) -> Sequence[Any]:
+        """Return the answer to each example, computed together.
+
+        Args:
+            examples: their values.
+            most: alternatives that an answer has at most, of a search that finds several.
+        """
+
+    def layers(self, tape: core.Tape, example: Values, answer: Any) -> Mapping[str, tuple[LayerPart, ...]]:
+        """Return the experts that computed an example, by layer; ``tape`` has the passes of its answer alone."""
+        return {}
+
+    def examples(self, data: Any, most: int) -> tuple[Example, ...]:
+        """Return at most so many examples of a run's data, as they stand in a page's fields."""
+        return ()
+
+    @abstractmethod
+    def exported(self) -> Exported:
+        """Return the networks as graphs of tensors, and how raw inputs become those tensors."""
+
+    # ---- what a subclass says without one
+
+    @classmethod
+    @abstractmethod
+    def attach(cls, model: Any, graphs: Mapping[str, Any]) -> None:
+        """Let a model without weights run exported graphs in place of its networks."""
+
+    @classmethod
+    @abstractmethod
+    def encoding_state(cls, exported: Any) -> dict[str, Any] | None:
+        """Return the encoding of a checkpoint from an ``ExportedModel``; None where the model has none."""
+
+    @classmethod
+    @abstractmethod
+    def data_arguments(cls, given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+        """Return the arguments of the model's constructor that its data would tell.
+
+        Raises:
+            Missing: nothing says a size; the message names the option.
+        """
+
+    @classmethod
+    @abstractmethod
+    def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:
+        """Return a forward of a model that is on the meta device."""
+
+    @classmethod
+    def own_data(cls, given: GivenData) -> GivenConfig | None:
+        """Return the configuration of a small model of a user's own data; None: the data are of another kind.
+
+        Raises:
+            ValueError: they are of this kind, and cannot be used.
+        """
+        return None
+
+    # ---- what follows
+
+    def item(self) -> dict[str, Any]:
+        """Return the JSON schema of a request's input."""
+        return item_of(self.inputs, self.noun, self.asks, self.takes_others)
+
+    def read(self, item: Mapping[str, Any]) -> Values:
+        """Return the values of an input that has passed the schema."""
+        return read_item(self.inputs, item)
+
+    def service(self) -> Service:
+        """Return the model behind a URL."""
+
+        def predict(examples: Sequence[Values]) -> list[Any]:
+            return [self.output.to_json(answer) for answer in self.answers(examples)]
+
+        return Service(self.item(), self.output.schema, self.read, predict)
+
+    def exhibit(self, data: Any, most: int) -> Exhibit:
+        """Return the model at work, for a page.
+
+        Args:
+            data: data for examples; None: there are none.
+            most: number of examples at most.
+
+        Raises:
+            ValueError: a page has no field for an input.
+        """
+        fields = {name: own.field for name, own in self.inputs.items() if own.field is not None}
+        left_out = {name: own.default for name, own in self.inputs.items() if name not in fields}
+
+        def answer(read: Sequence[Any]) -> Answer:
+            typed = zip(fields, read, strict=True)
+            example = {**left_out, **{name: self.inputs[name].from_page(one) for name, one in typed}}
+            with core.record(self.model) as tape:
+                (one,) = self.answers([example], self.alternatives)
+            return Answer(self.output.to_parts(one), self.layers(tape, example, one))
+
+        examples = () if data is None else self.examples(data, most)
+        return Exhibit(self.invites, self.verb, tuple(fields.values()), answer, examples)
+
+
+def item_of(inputs: Mapping[str, Input], title: str, says: str, takes_others: bool = False) -> dict[str, Any]:
+    """Return the JSON schema of an object of inputs, with an example.
+
+    Args:
+        inputs: by their names.
+        title, says: what the object is.
+        takes_others: whether it may have further properties, which are left out.
+    """
+    return {
+        "title": title,
+        "description": says,
+        "type": "object",
+        "required": [name for name, own in inputs.items() if own.is_required],
+        "properties": {name: own.schema for name, own in inputs.items()},
+        **({} if takes_others else {"additionalProperties": False}),
+        "examples": [{name: own.example for name, own in inputs.items() if own.is_shown}],
+    }
+
+
+def read_item(inputs: Mapping[str, Input], item: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of an object that has passed its schema."""
+    return {name: own.from_json(item[name], name) if name in item else own.default for name, own in inputs.items()}
