@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import core
 from apps.equal_cost.comparable import Baseline, RoutedLayers
@@ -14,11 +14,8 @@ from apps.multimodal.towers import SingleTower
 from apps.multimodal.two_towers import PairOfTowers, TwoTowers
 from core.convert import same_width
 
-if TYPE_CHECKING:
-    from apps.multimodal.module import ImageTextRetriever
 
-
-def baselines(sparse: ImageTextRetriever) -> dict[str, Baseline]:
+def baselines(sparse: Any) -> dict[str, Baseline]:
     """Return dense models whose FFNs replace the experts: of equal active FLOPs, and of equal parameters.
 
     A single tower has a third one, "two_towers": a tower of the same sizes for each modality, of which each token goes
@@ -38,7 +35,7 @@ def baselines(sparse: ImageTextRetriever) -> dict[str, Baseline]:
     return twins
 
 
-def _of_two_towers(sparse: ImageTextRetriever, tower: TwoTowers) -> dict[str, Baseline]:
+def _of_two_towers(sparse: Any, tower: TwoTowers) -> dict[str, Baseline]:
     """Return the baselines of two towers, whose FFNs are solved for by themselves: widths may differ."""
     towers = sparse.model.towers
     assert isinstance(towers, PairOfTowers)

@@ -129,10 +129,6 @@ class PairModel(nn.Module):
                 proj.weight.copy_(published.projection)
         return text or image
 
-    def attribute_logits(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Return the logits (B, C) of each attribute of images; none without a head."""
-        return () if self.head is None else self.head(self.towers(image, None)[0])
-
 
 def _unit(x_BD: Tensor) -> Tensor:
     return F.normalize(x_BD.float(), dim=-1)

@@ -10,7 +10,7 @@ import torch
 from apps import registry
 from apps.cli import UsageError
 from apps.plan.options import Options
-from apps.task import Loss, Sizes, Trial, ids_on_meta, vocabulary_loss
+from apps.task import Sizes, Trial, ids_on_meta, vocabulary_loss
 
 COLUMNS = ("tables", "numbers", "histories", "item_tables", "item_numbers")
 """Options that describe columns, each of some models' data."""
@@ -35,13 +35,9 @@ def data_arguments(kind: str, given: Mapping[str, Any], options: Options) -> dic
             raise UsageError(f"--{name} describes columns of {' and '.join(kinds)}, not of {kind}")
     if hasattr(task, "data_arguments"):
         return task.data_arguments(given, sizes_of(options))
-    if kind == "LanguageModeler":  # no task yet
-        from apps.nlp.sizes import text_arguments
+    from apps.nlp.sizes import text_arguments  # a language model has no task yet
 
-        return text_arguments(given, sizes_of(options))
-    from apps.multimodal.sizes import pair_arguments
-
-    return pair_arguments(given, sizes_of(options))
+    return text_arguments(given, sizes_of(options))
 
 
 def sizes_of(options: Options) -> Sizes:
@@ -64,7 +60,7 @@ def trial(module: Any, options: Options, dtype: torch.dtype) -> Trial:
     task, sizes = registry.task_of(type(module), "plan"), sizes_of(options)
     if hasattr(task, "trial"):
         return task.trial(module, sizes, dtype)
-    return (_language if hasattr(module, "subwords") else _captioned)(module, sizes, dtype)
+    return _language(module, sizes, dtype)
 
 
 def _language(module: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:
@@ -72,14 +68,3 @@ def _language(module: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:
     batch = sizes.examples(length)
     loss = vocabulary_loss(batch * length, module.model.output_weight, dtype)
     return Trial(lambda: module.model.hidden(ids_on_meta(batch, length)), batch, batch * length, loss)
-
-
-def _captioned(module: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:
-    length = min(sizes.length or module.max_tokens, module.max_tokens)
-    per_pair = module.model.towers.num_patches + length
-    batch = sizes.examples(per_pair)
-    size = module.image_size
-    image = torch.empty(batch, module.in_chans, size, size, device="meta", dtype=dtype)
-    loss = Loss(working=4.0 * 4 * batch**2, flops=2.0 * 2 * batch**2 * module.dim)
-    run = lambda: module.model(image, ids_on_meta(batch, length))  # noqa: E731
-    return Trial(run, batch, batch * per_pair, loss, "patches and pieces")

@@ -49,6 +49,8 @@ class Task(ABC):
     """Alternatives that a page shows, where a search finds so many."""
     takes_others: ClassVar[bool] = False
     """Whether a request may have further properties, which are left out."""
+    combinations: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Inputs that a request has together, by the title of each combination; empty: a request may have all of them."""
     columns: ClassVar[tuple[str, ...]] = ()
     """Options of ``Sizes.columns`` that say something of such a model's data."""
 
@@ -130,7 +132,14 @@ class Task(ABC):
 
     def item(self) -> dict[str, Any]:
         """Return the JSON schema of a request's input."""
-        return item_of(self.inputs, self.noun, self.asks, self.takes_others)
+        if not self.combinations:
+            return item_of(self.inputs, self.noun, self.asks, self.takes_others)
+        kinds = [
+            item_of({name: self.inputs[name] for name in names}, title, takes_others=self.takes_others)
+            for title, names in self.combinations.items()
+        ]
+        examples = [example for kind in kinds for example in kind.pop("examples")]
+        return {"title": self.noun, "description": self.asks, "oneOf": kinds, "examples": examples}
 
     def read(self, item: Mapping[str, Any]) -> Values:
         """Return the values of an input that has passed the schema."""
@@ -168,7 +177,7 @@ class Task(ABC):
         return Exhibit(self.invites, self.verb, tuple(fields.values()), answer, examples)
 
 
-def item_of(inputs: Mapping[str, Input], title: str, says: str, takes_others: bool = False) -> dict[str, Any]:
+def item_of(inputs: Mapping[str, Input], title: str, says: str = "", takes_others: bool = False) -> dict[str, Any]:
     """Return the JSON schema of an object of inputs, with an example.
 
     Args:
@@ -178,7 +187,7 @@ def item_of(inputs: Mapping[str, Input], title: str, says: str, takes_others: bo
     """
     return {
         "title": title,
-        "description": says,
+        **({"description": says} if says else {}),
         "type": "object",
         "required": [name for name, own in inputs.items() if own.is_required],
         "properties": {name: own.schema for name, own in inputs.items()},

@@ -12,12 +12,12 @@ from torch import Tensor
 import core
 from apps.base.evaluation import in_evaluation
 from apps.multimodal.captions.traced import traced
-from apps.multimodal.sizes import caption_arguments
+from apps.multimodal.task import ImageTextMatching
 from apps.nlp.decode.exported import ExportedCaptioner
 from apps.nlp.decode.graphs import graphs_with_memory, spelling, writing
 from apps.nlp.text.words import words_of
 from apps.report.exhibit.parts import Example, LayerPart
-from apps.task import Sizes, Task, Trial, ids_on_meta, patches_by_layer, vocabulary_loss, words_by_layer
+from apps.task import Missing, Sizes, Task, Trial, ids_on_meta, patches_by_layer, vocabulary_loss, words_by_layer
 from apps.task.outputs import Written, texts
 from apps.train.exporting import Exported
 from apps.vision.encoding import normalize
@@ -106,7 +106,11 @@ class Captioning(Task):
 
     @classmethod
     def data_arguments(cls, given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-        return caption_arguments(given, sizes)
+        """Return the sizes of images and texts. The vocabulary's must be given: the output has a row for each id."""
+        known = ImageTextMatching.data_arguments(given, sizes)
+        if "vocab_size" not in {**given, **known}:
+            raise Missing("the vocabulary's size comes from the data: give --data.tokenizer.vocab_size N")
+        return {name: value for name, value in known.items() if name != "attributes"}
 
     @classmethod
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:

@@ -71,7 +71,7 @@ def test_the_attributes_loss_is_weighted_and_its_head_sees_the_image_alone():
     assert_close(out.terms["attribute_loss"], sum(each) / 2)
     other = batch._replace(text_BL=batch.text_BL.flip(0))
     assert_close(module.task_loss(other).outputs.logits, out.outputs.logits)
-    assert_close(module.model.attribute_logits(batch.image), out.outputs.logits)
+    assert_close(module.model.image_outputs(batch.image)[1:], out.outputs.logits)
 
 
 def test_a_batch_of_unknown_classes_counts_nothing(tmp_path):

@@ -1,7 +1,12 @@
-"""The page of an image-text model has the model's own answers, and the experts of its own pass."""
+"""An image-text model in use: its page has the model's own answers and the experts of its own pass, and requests have
+an image, a text, or an image and texts."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
+import jsonschema_rs
 import numpy as np
 import pytest
 import torch
@@ -40,12 +45,19 @@ def test_the_answer_is_the_models(made, file):
         image = normalize(read_image(file)[None], encoding.mean, encoding.std)
         ((colour, answer, _),) = attributes.rows
         assert colour == "colour"
-        (logits,) = model.model.attribute_logits(image)
+        _, logits = model.model.image_outputs(image)
         assert answer == encoding.attributes["colour"][int(logits.argmax())]
     assert best.title.startswith("The best of 200 images for 'a red circle'")
     products = [float(text) for text, _ in best.images]
     assert len(products) == 6
     assert products == sorted(products, reverse=True)
+
+
+def test_an_image_is_scaled_and_cut_once(made, file):
+    model = copy.deepcopy(made[0])
+    model.adopt_encoding({"encoding": replace(model.encoding, eval_crop=0.5).state()})
+    (matched,) = match(model, [file], READ, 3)
+    assert dict(answered(model.task.exhibit(None, 3), file, TEXTS).parts[0].rows) == matched.top
 
 
 def test_the_experts_are_of_one_pass(made, file):
@@ -87,11 +99,10 @@ def test_examples_are_pairs_of_the_validation(made):
 
 
 def test_without_data_there_must_be_an_image(made, file):
-    from apps.multimodal.exhibit import exhibit as make
-
     model, _ = made
-    alone = make(model, None, 3)
+    alone = model.task.exhibit(None, 3)
     assert alone.examples == ()
+    assert alone.about.endswith("took each patch and each piece.")
     assert len(answered(alone, file, TEXTS).parts) == 2
     with pytest.raises(ValueError, match="Image: there is none yet"):
         answered(alone, None, TEXTS)
@@ -106,3 +117,22 @@ def test_what_is_refused(made, file, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ValueError, match=r"text\.png is corrupt"):
         answered(exhibit, str(tmp_path / "text.png"), "a text")
+
+
+def test_what_a_request_has_together(made):
+    service = made[0].task.service()
+    (both, image, text) = service.item["examples"]
+    assert [list(one) for one in (both, image, text)] == [["image", "texts"], ["image"], ["text"]]
+    for wrong in ({}, {"texts": ["a hat"]}, {**image, **text}, {**both, **text}, {**image, "texts": []}, {"text": " "}):
+        assert not jsonschema_rs.is_valid(dict(service.item), wrong), wrong
+    with pytest.raises(ValueError, match="a text is empty"):
+        service.read({**image, "texts": ["a hat", "\x1c"]})  # a space for Python, and none for the schema
+
+
+def test_a_request_names_five_texts_and_a_page_all(made, file):
+    model, exhibit = made
+    texts = [f"a hat of size {n}" for n in range(7)]
+    item = {**model.task.item()["examples"][1], "texts": texts}
+    (answer,) = model.task.service().predict([model.task.read(item)])
+    assert len(answer["top"]) == 5
+    assert len(answered(exhibit, file, "\n".join(texts)).parts[0].rows) == 7
