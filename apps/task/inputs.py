@@ -47,7 +47,7 @@ class Input:
 
 def text(label: str, sample: str, longest: int = 10_000, may_be_empty: bool = False, **more: Any) -> Input:
     """Return a text of at most so many characters."""
-    field = TextField(label, may_be_empty=may_be_empty)
+    field = TextField(label, may_be_empty=may_be_empty, longest=longest)
     return Input({"type": "string", "maxLength": longest}, sample, field=field, **more)
 
 

@@ -51,7 +51,7 @@ class TextField:
     value: str = ""
     lines: int = 3
     may_be_empty: bool = False
-    longest: int = 2000
+    longest: int = 10_000
     by_line: bool = False
 
     def read(self, raw: str | None) -> str:

@@ -10,8 +10,12 @@ import pytest
 from shown_runs import RUNS
 
 from apps import registry
+from apps.report.exhibit.fields import ChoiceField, TextField
 from apps.serve.service.command import service_of
 from apps.train.loading import load
+
+ONLY_SENT = {"pairs": ["text"]}
+"""Inputs of a request that the page of a model leaves out: the vector of a text by itself is nothing to look at."""
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -71,6 +75,17 @@ def test_the_examples_are_answered_as_by_predict(served, tmp_path):
         (answer,) = service.predict([service.read(item)])
         jsonschema_rs.validate(dict(service.answer), json.loads(json.dumps(answer, allow_nan=False)))
         assert plain(answer) == predicted(name, model, item, tmp_path)
+
+
+def test_a_page_takes_what_a_request_may_have(served):
+    name, model, _ = served
+    inputs = getattr(model.task, "inputs", {})
+    assert [own for own in inputs if inputs[own].field is None] == ONLY_SENT.get(name, [])
+    for own in inputs.values():
+        if isinstance(own.field, ChoiceField) and "enum" in own.schema:
+            assert list(own.field.choices) == own.schema["enum"]
+        if isinstance(own.field, TextField):
+            assert own.field.longest >= own.schema.get("maxLength", 0)
 
 
 def test_every_app_has_a_service():
