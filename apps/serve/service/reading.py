@@ -146,6 +146,8 @@ def _number(digits: str) -> float:
 
 def _complaint(error: Any) -> str:
     """Return the place of a value that breaks the schema, the value where it is a short one, and the rule."""
+    if branches := getattr(error.kind, "context", None):  # of "oneOf": the branch that fits best says more
+        return _complaint(min(branches, key=lambda errors: (len(errors), -len(errors[0].instance_path)))[0])
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.instance_path).lstrip(".")
     if isinstance(error.instance, dict | list):
         return f"{where or 'the body'}: {one_line(error.message)}"

@@ -4,6 +4,7 @@ an image, a text, or an image and texts."""
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 
 import jsonschema_rs
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from served import LIMITS
 from shown_runs import answered, best_experts, pairs_run, shown
 
 import core
 from apps.multimodal.search import match
+from apps.serve.service.interface import body_schema
+from apps.serve.service.reading import Reader, Refused
 from apps.vision.encoding import normalize
 from apps.vision.image_files import read_image
 
@@ -127,6 +131,24 @@ def test_what_a_request_has_together(made):
         assert not jsonschema_rs.is_valid(dict(service.item), wrong), wrong
     with pytest.raises(ValueError, match="a text is empty"):
         service.read({**image, "texts": ["a hat", "\x1c"]})  # a space for Python, and none for the schema
+
+
+@pytest.mark.parametrize(
+    "item, complaint",
+    [
+        ({}, 'inputs[0]: "image" is a required property'),
+        ({"texts": ["a hat"]}, 'inputs[0]: "image" is a required property'),
+        ({"text": " "}, 'inputs[0].text=" " does not match "\\S"'),
+        ({"image": "abcd", "texts": []}, "inputs[0].texts: has less than 1 item"),
+        ({"image": "abcd", "hat": 1}, "inputs[0]: Additional properties are not allowed ('hat' was unexpected)"),
+    ],
+)
+def test_a_wrong_request_is_told_what_is_wrong(made, item, complaint):
+    service = made[0].task.service()
+    reader = Reader(body_schema(service, LIMITS), service.read)
+    with pytest.raises(Refused) as refused:
+        reader.inputs(json.dumps({"inputs": [item]}).encode())
+    assert refused.value.line == complaint
 
 
 def test_a_request_names_five_texts_and_a_page_all(made, file):
