@@ -10,7 +10,7 @@ import torch
 from apps import registry
 from apps.cli import UsageError
 from apps.plan.options import Options
-from apps.task import Sizes, Trial, ids_on_meta, vocabulary_loss
+from apps.task import Sizes, Trial
 
 COLUMNS = ("tables", "numbers", "histories", "item_tables", "item_numbers")
 """Options that describe columns, each of some models' data."""
@@ -33,11 +33,7 @@ def data_arguments(kind: str, given: Mapping[str, Any], options: Options) -> dic
         if getattr(options, name) and name not in task.columns:
             kinds = [model for model in registry.MODELS if name in registry.task_named(model).columns]
             raise UsageError(f"--{name} describes columns of {' and '.join(kinds)}, not of {kind}")
-    if hasattr(task, "data_arguments"):
-        return task.data_arguments(given, sizes_of(options))
-    from apps.nlp.sizes import text_arguments  # a language model has no task yet
-
-    return text_arguments(given, sizes_of(options))
+    return task.data_arguments(given, sizes_of(options))
 
 
 def sizes_of(options: Options) -> Sizes:
@@ -57,14 +53,4 @@ def trial(module: Any, options: Options, dtype: torch.dtype) -> Trial:
     Raises:
         Missing: the batch's size is missing.
     """
-    task, sizes = registry.task_of(type(module), "plan"), sizes_of(options)
-    if hasattr(task, "trial"):
-        return task.trial(module, sizes, dtype)
-    return _language(module, sizes, dtype)
-
-
-def _language(module: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:
-    length = sizes.length or sizes.option("block_size") or 128
-    batch = sizes.examples(length)
-    loss = vocabulary_loss(batch * length, module.model.output_weight, dtype)
-    return Trial(lambda: module.model.hidden(ids_on_meta(batch, length)), batch, batch * length, loss)
+    return registry.task_of(type(module), "plan").trial(module, sizes_of(options), dtype)

@@ -1,13 +1,11 @@
-"""The pages of a translator and a language model have the models' own texts, and the experts of each subword."""
+"""The page of a translator has the model's own texts, and the experts of each subword."""
 
 from __future__ import annotations
 
 import pytest
-import torch
-from shown_runs import answered, best_experts, language_run, shown, translator_run
+from shown_runs import answered, best_experts, shown, translator_run
 
 import core
-from apps.data.subwords import EOS_ID
 from apps.nlp.predict import source_batches
 from apps.nlp.text.words import words_of
 
@@ -58,19 +56,3 @@ def test_an_unknown_pair_and_an_empty_sentence(translator):
         answered(exhibit, "red", "en-es")
     with pytest.raises(ValueError, match=r"^Sentence is empty"):
         answered(exhibit, "", "en-de")
-
-
-def test_a_text_goes_on_as_the_model_writes_it(tmp_path):
-    model, exhibit = shown(language_run(tmp_path))
-    assert [example.label for example in exhibit.examples] == ["the red fox runs over the", "a blue bird sings in the"]
-    answer = answered(exhibit, "the red fox", "5")
-    (said,) = answer.parts
-    (whole,) = model.predict(["the red fox"], max_length_ratio=0.0, max_length_extra=5)
-    assert (said.given + said.text).replace(" (the text ends here)", "") == whole
-    ((words,),) = answer.layers.values()
-    ids = [EOS_ID, *model.subwords.encode(["the red fox"], "target")[0]]
-    with core.record(model.model) as tape:
-        model.model.hidden(torch.tensor([ids]))
-    # Routers are causal: what follows changes no expert of the prompt.
-    assert words.experts[: len(ids)].tolist() == best_experts(tape.entries[0].routing)
-    assert answered(exhibit, "", "3").parts[0].given == ""  # a text may begin with nothing

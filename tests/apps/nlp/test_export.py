@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from apps.nlp.translation.export import export as export_translation
 from converted import write_run
 from copying import copy_data, translator
 from doc_scripts import output, script
@@ -17,8 +16,9 @@ from apps.cli import main
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import MixtureOfDepths
 from apps.nlp.decode import DecodeConfig
-from apps.nlp.language.export import export as export_language
 from apps.nlp.language.module import LanguageModeler
+from apps.nlp.language.task import Continuation
+from apps.nlp.translation.task import Translation
 from apps.train.exported import ExportedModel
 
 TRANSLATE = script("docs/serving.md", "python translate.py")
@@ -58,7 +58,7 @@ def lines(capsys, *argv):
 
 def test_the_script_translates_as_the_model_does_greedily(data, tmp_path):
     module = sparse_translator(data)
-    exported = export_translation(module)
+    exported = Translation(module).exported()
     assert exported.preprocessing["pairs"]["en-fr"] == {
         "prefix": [module.subwords.tag_id("fr")], "task_ids": 1, "domain_ids": 1
     }  # fmt: skip
@@ -79,7 +79,7 @@ def test_the_script_goes_on_as_the_model_does_greedily(positions, data, tmp_path
     config = TransformerConfig("nano", dim=16, hidden_dim=16, positions=positions, max_length=20)
     search = DecodeConfig("greedy", max_length_ratio=0.5, max_length_extra=12, min_length=3)
     module = LanguageModeler(data.subwords, config, depths=MixtureOfDepths(0.5, predictor=True), decode=search)
-    exported = export_language(strong(module))
+    exported = Continuation(strong(module)).exported()
     assert exported.preprocessing["max_positions"] == (20 if positions == "learned" else None)
     folder = str(folder_of(exported, tmp_path))
     assert [output_in_torch(CONTINUE, exported, folder, text) for text in TEXTS] == module.predict(TEXTS)
