@@ -72,6 +72,11 @@ class Task(ABC):
     def invites(self) -> str:
         """What to do on a page, and what comes of it, in a sentence or two."""
 
+    @property
+    def on_page(self) -> Mapping[str, Any]:
+        """Values that an example has on a page beside its fields, where they are not the inputs' defaults."""
+        return {}
+
     @abstractmethod
     def answers(self, examples: Sequence[Values], most: int = 1) -> Sequence[Any]:
         """Return the answer to each example, computed together.
@@ -164,7 +169,7 @@ class Task(ABC):
             ValueError: a page has no field for an input.
         """
         fields = {name: own.field for name, own in self.inputs.items() if own.field is not None}
-        left_out = {name: own.default for name, own in self.inputs.items() if name not in fields}
+        left_out = {name: own.default for name, own in self.inputs.items() if name not in fields} | dict(self.on_page)
 
         def answer(read: Sequence[Any]) -> Answer:
             typed = zip(fields, read, strict=True)

@@ -1,4 +1,4 @@
-"""The page of a next-item model has the model's own items, and the experts of the history's items."""
+"""The page and the service of a next-item model have its own items, and the experts of the history's items."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from shown_runs import answered, best_experts, history_run, shown
 
 import core
-from apps.recsys.sequence.exhibit import _different
 from apps.recsys.sequence.histories import Items
+from apps.recsys.sequence.task import NextItem, different_names
 
 
 def test_the_items_are_the_models_and_the_experts_are_of_its_pass(tmp_path):
@@ -37,6 +37,22 @@ def test_the_items_are_the_models_and_the_experts_are_of_its_pass(tmp_path):
         answered(exhibit, [])
 
 
+def test_a_page_shows_as_many_items_as_predict_and_a_request_none_of_its_history(tmp_path):
+    model, page = shown(history_run(tmp_path))
+    assert page.fields[0].value == page.examples[0].values[0] == ("Alien", "Brazil", "Casablanca")
+    for exclude_seen, items in ((False, 3), (True, 2)):
+        model.exclude_seen = exclude_seen
+        task = NextItem(model)
+        assert len(answered(task.exhibit(None, 0), ["Alien", "Brazil", "Dune"]).parts[0].rows) == items
+        service = task.service()
+        asked = [{"history": [0, " 1 ", "99"]}, {"history": ["0", "1", "3"], "top": 1}]
+        first, second = service.predict([service.read(one) for one in asked])
+        assert {row["name"] for row in first["items"]} == {"Casablanca", "Dune", "Eraserhead"}
+        assert (first["unknown"], second["unknown"], len(second["items"])) == (1, 0, 1)
+    with pytest.raises(ValueError, match=r"^history\[1\] is empty$"):
+        task.read({"history": ["0", " "]})
+
+
 def test_items_of_one_name_have_their_values_beside_it():
     items = Items(("", "1", "2", "3"), ("", "Emma", "Persuasion", "Emma"))
-    assert _different(items) == ("Emma (1)", "Persuasion", "Emma (3)")
+    assert different_names(items) == ("Emma (1)", "Persuasion", "Emma (3)")
