@@ -24,8 +24,6 @@ from apps.train.contents import fingerprint
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from apps.recsys.retrieval.module import TwoTowerRetriever
-
 CANDIDATES = 100
 """Items that are retrieved for a ranking model to order."""
 _BATCHES = 8
@@ -90,7 +88,7 @@ class Ranking:
         self.key = f"probability_{task}" if kind == "binary" else f"value_{task}"
 
     @classmethod
-    def load(cls, retriever: TwoTowerRetriever, rank: Any, task: str | None = None) -> Ranking:
+    def load(cls, retriever: Any, rank: Any, task: str | None = None) -> Ranking:
         """Return the ranking of a retriever's items by a model.
 
         Args:
@@ -141,7 +139,7 @@ class Ranking:
         return Retrieved(retrieved.user_N[order_N], retrieved.item_N[order_N], retrieved.score_N[order_N], ranked)
 
 
-def open_index(model: TwoTowerRetriever, index: Any) -> ItemIndex:
+def open_index(model: Any, index: Any) -> ItemIndex:
     """Return an index of a model's items, given itself or as its file.
 
     Raises:
@@ -199,7 +197,7 @@ def check_candidates(top: int, candidates: int) -> None:
 
 
 def predict(
-    model: TwoTowerRetriever,
+    model: Any,
     users: Any,
     top: int,
     include_seen: bool,

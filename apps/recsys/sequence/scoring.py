@@ -21,15 +21,13 @@ from apps.recsys.tables.scoring import encoding_of, like, pieces
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from apps.recsys.sequence.module import NextItemRecommender
-
 log = logging.getLogger(__name__)
 
 _COLUMNS = {"user": "user", "item": "item", "time": "time", "rating": None}
 """Names of the columns of events by default; a checkpoint may have others."""
 
 
-def predict(model: NextItemRecommender, histories: Any, top: int, include_seen: bool, batch_size: int) -> Any:
+def predict(model: Any, histories: Any, top: int, include_seen: bool, batch_size: int) -> Any:
     """See ``NextItemRecommender.predict``."""
     check_at_least(1, top=top, batch_size=batch_size)
     encoding = encoding_of(model)
@@ -61,7 +59,7 @@ def predict(model: NextItemRecommender, histories: Any, top: int, include_seen: 
 
 
 def _best(
-    model: NextItemRecommender,
+    model: Any,
     id_N: NDArray[np.int32],
     history_N: NDArray[np.int64],
     num: int,
