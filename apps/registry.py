@@ -18,6 +18,9 @@ MODELS = {
 }
 """The room of each LightningModule: its module ``module`` has the class, and ``task`` says how it is used."""
 
+OWN_EXPORT = "apps.train.own_export"
+"""The module of the task of a user's model that was made sparse."""
+
 MODULES = {name: f"{room}.module" for name, room in MODELS.items()}
 """The module of each LightningModule."""
 
@@ -116,7 +119,7 @@ def exported_task(kind: type) -> Any:
         ValueError: the class is neither.
     """
     if any(base.__name__ == "SparsifiedModule" for base in kind.__mro__):
-        return importlib.import_module("apps.train.own_export").OwnTask
+        return importlib.import_module(OWN_EXPORT).OwnTask
     if full_path(class_path(kind)) is None:
         raise ValueError(f"a {kind.__name__} has no export: moesaic export takes {', '.join(MODELS)}")
     return task_of(kind, "export")
