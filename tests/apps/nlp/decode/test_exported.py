@@ -8,7 +8,7 @@ from torch_graphs import TorchGraph
 
 import core
 from apps.data.subwords import EOS_ID, PAD_ID
-from apps.multimodal.captions import export as captions
+from apps.multimodal.captions.task import Captioning
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.transformer import LanguageModel, TranslationModel
@@ -83,7 +83,7 @@ def test_continuations(search):
 def test_captions():
     module = captioner(transformer=CONFIG)
     strong(module.model)
-    encoder, decoder = captions.export(module).graphs
+    encoder, decoder = Captioning(module).exported().graphs
     assert encoder.outputs[:2] == ("memory", "memory_mask")
     assert 1 not in decoder.dynamic["memory_mask"]  # all images have as many tokens
     exported = ExportedCaptioner(TorchGraph(encoder), TorchGraph(decoder), CONFIG)
