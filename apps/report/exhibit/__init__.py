@@ -1,16 +1,7 @@
 """A trained model at work, as plain parts: what a user gives it, what it answers, and which experts computed that.
 
-``moesaic demo`` makes a page of it. An app says what its page has in one function, ``exhibit(model, data, most)``: an
-``Exhibit`` with at most ``most`` examples of the run's data, which are None where they are not on this machine.
-``apps/registry.py`` lists the modules of these functions. One looks so::
-
-    def exhibit(model, data, most):
-        def answer(values):
-            (text,) = values
-            ...
-            return Answer((Bars("Classes", rows),), words_by_layer(tape.entries, words, "The text"))
-
-        return Exhibit("Type a text.", "Classify", (TextField("Text"),), answer, examples)
+``moesaic demo`` makes a page of it. ``apps.task.Task.exhibit`` returns the ``Exhibit`` of a model: its fields, a
+function that answers what they read, and examples of the run's data, which are left out where there are none.
 
 The fields and the parts are plain values and functions: no library of pages is imported here or in an app.
 """
