@@ -37,6 +37,7 @@ def predict(model: MultiTaskRecommender, rows: Any, batch_size: int) -> Any:
     check_at_least(1, batch_size=batch_size)
     task = model.task
     encoding = task.encoding
+    rows = framed(rows, encoding.roles)
     scores = like(rows, task.scores(pieces(rows, encoding.roles, encoding.numbers, _BATCHES * batch_size), batch_size))
     if is_frame(rows):
         scores.index = rows.index

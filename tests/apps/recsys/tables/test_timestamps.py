@@ -104,8 +104,6 @@ def test_a_page_has_one_field_for_a_timestamp(tmp_path):
 
 def test_dates_as_numbers_are_dates_in_training_predictions_and_the_service(tmp_path, caplog):
     """The 9th of June is 20240609 in a file of numbers, and the service is sent a number or a text."""
-    from apps.recsys.tables.service import service
-
     options = {"exclude": ["at_hour"]}
     data = data_of(tmp_path, **options)
     rows = pa.csv.read_csv(tmp_path / "table.csv")
@@ -121,7 +119,7 @@ def test_dates_as_numbers_are_dates_in_training_predictions_and_the_service(tmp_
     model = MultiTaskRecommender(numbers.features)
     model.adopt_encoding({"encoding": numbers.encoding_state})
     sunday = model.predict({"city": ["Rome"], "at": ["2024-06-09"]})["probability_click"]
-    answers = service(model)
+    answers = model.task.service()
     for at in (20240609, "20240609"):
         assert_close(model.predict({"city": ["Rome"], "at": [at]})["probability_click"], sunday)
         (answer,) = answers.predict([answers.read({"city": "Rome", "at": at})])

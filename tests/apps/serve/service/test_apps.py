@@ -14,8 +14,9 @@ from apps.report.exhibit.fields import ChoiceField, TextField
 from apps.serve.service.command import service_of
 from apps.train.loading import load
 
-ONLY_SENT = {"pairs": ["text"]}
-"""Inputs of a request that the page of a model leaves out: the vector of a text by itself is nothing to look at."""
+ONLY_SENT = {"pairs": ["text"], "history": ["top"]}
+"""Inputs of a request that the page of a model leaves out: the vector of a text by itself is nothing to look at, and a
+page shows as many items as the model's ``top_k`` says."""
 
 
 @pytest.fixture(scope="module", params=RUNS)
