@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature,
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.schema import timestamp_columns
 from apps.report.exhibit.fields import ChoiceField, Field, NumberField, TextField
-from apps.task import Input
+from apps.task import Input, Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -240,3 +241,27 @@ def _moment(days: float, hour: str) -> str:
         first = 60 * (24 * round((24 * days - float(hour) - 0.5) / 24) + int(hour))
         minutes = min(max(minutes, first), first + 59)
     return (datetime.datetime(1970, 1, 1) + datetime.timedelta(minutes=minutes)).isoformat(" ", "minutes")
+
+
+class RowTask(Task):
+    """Base of the tasks whose request is a row of a table.
+
+    Attributes:
+        encoding: encoding of the row's values.
+    """
+
+    takes_others = True
+    encoding: Encoding
+
+    @cached_property
+    def row(self) -> Row:
+        """The columns, with all the texts that they know: a script's rows are scored without these."""
+        return Row.of(self.encoding)
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:  # type: ignore[override]
+        return self.row.columns
+
+    def exhibit(self, data: Any, most: int) -> Any:
+        self.row.check_page()
+        return super().exhibit(data, most)

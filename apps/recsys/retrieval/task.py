@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,14 +13,14 @@ from apps.recsys.retrieval import export
 from apps.recsys.retrieval.catalogue import Catalogue
 from apps.recsys.retrieval.columns import encoding_of_part, names_of
 from apps.recsys.retrieval.report import tower_label
-from apps.recsys.row import Row
+from apps.recsys.row import RowTask
 from apps.recsys.tables.scoring import encoding_of
 from apps.recsys.tables.sizes import columns_of, read_on_meta
 from apps.report.exhibit.parts import Example, LayerPart, Part, Pieces
 from apps.report.exhibit.routes import expert_names
 from apps.report.page import Table
 from apps.report.routed import experts_of_token
-from apps.task import MOST_EXPERTS, Input, Loss, Missing, Output, Sizes, Task, Trial
+from apps.task import MOST_EXPERTS, Loss, Missing, Output, Sizes, Trial
 from apps.task.outputs import properties
 from apps.train.exporting import Exported
 
@@ -51,10 +50,10 @@ def retrieved(shown: int) -> Output:
     )
 
 
-class Retrieval(Task):
+class Retrieval(RowTask):
     """The use of a ``TwoTowerRetriever``; the items' vectors are made once, with the task."""
 
-    app, noun, verb, takes_others = "retrieval", "User", "Retrieve", True
+    app, noun, verb = "retrieval", "User", "Retrieve"
     columns = ("tables", "numbers", "histories", "item_tables", "item_numbers")
 
     def __init__(self, model: Any) -> None:
@@ -63,15 +62,6 @@ class Retrieval(Task):
         self.whole = Encoding.from_state(self.state)
         self.encoding = encoding_of_part(self.whole, names_of(model.user_features))
         self.catalogue, self.output = Catalogue.from_state(self.state["catalogue"]), retrieved(model.top_k)
-
-    @cached_property
-    def row(self) -> Row:
-        """The users' columns."""
-        return Row.of(self.encoding)
-
-    @property
-    def inputs(self) -> Mapping[str, Input]:  # type: ignore[override]
-        return self.row.columns
 
     @property
     def asks(self) -> str:
@@ -96,7 +86,6 @@ class Retrieval(Task):
         return answers
 
     def exhibit(self, data: Any, most: int) -> Any:
-        self.row.check_page()
         self.model.index()  # its passes are no part of an answer's
         return super().exhibit(data, most)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from apps.data.given import GivenConfig, GivenData
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.kinds import Kind, Outputs
-from apps.recsys.row import Row
+from apps.recsys.row import RowTask
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.export import PlainTables, described_columns, described_tasks, state_of_columns
 from apps.recsys.tables.gating import GateReader
@@ -25,7 +24,7 @@ from apps.recsys.tables.scoring import encoded, encoding_of
 from apps.recsys.tables.sizes import columns_of, read_on_meta, refuse_without_columns
 from apps.report.exhibit.parts import Bars, Example, LayerPart, Part
 from apps.report.page import Table
-from apps.task import Input, Output, Sizes, Task, Trial, gates_by_layer
+from apps.task import Output, Sizes, Trial, gates_by_layer
 from apps.task.outputs import properties
 from apps.train.exporting import Exported, Graph
 
@@ -54,10 +53,10 @@ def predictions(tasks: Sequence[str], outputs: Outputs) -> Output:
     return Output(properties("Predictions", **schemas), dict, to_parts)
 
 
-class TablePrediction(Task):
+class TablePrediction(RowTask):
     """The use of a ``MultiTaskRecommender``."""
 
-    app, noun, verb, takes_others = "tables", "Row", "Predict", True
+    app, noun, verb = "tables", "Row", "Predict"
     columns = ("tables", "numbers", "histories")
 
     def __init__(self, model: Any) -> None:
@@ -65,15 +64,6 @@ class TablePrediction(Task):
         self.encoding = Encoding.from_state(encoding_of(model))
         self.tasks = self.encoding.features.tasks
         self.output = predictions(self.tasks, model.outputs)
-
-    @cached_property
-    def row(self) -> Row:
-        """The columns, with all the texts that they know: a script's rows are scored without these."""
-        return Row.of(self.encoding)
-
-    @property
-    def inputs(self) -> Mapping[str, Input]:  # type: ignore[override]
-        return self.row.columns
 
     @property
     def asks(self) -> str:
@@ -116,10 +106,6 @@ class TablePrediction(Task):
         reader.add(tape)
         gates = [(g.block or "gates", g.label, g.expert_labels, g.weights_NE[0]) for g in reader.gates()]
         return gates_by_layer(gates, "Weight of each expert in each task's gate")
-
-    def exhibit(self, data: Any, most: int) -> Any:
-        self.row.check_page()
-        return super().exhibit(data, most)
 
     def examples(self, data: Any, most: int) -> tuple[Example, ...]:
         """Return validation rows, or test rows where there are none, at equal steps, as they stand in the table."""
