@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .kernels import cpu, grouped, triton_ops  # noqa: F401  their custom ops are registered on import
+from .torch_internals import FakeTensor, fused_attention, onednn
 
 
 def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -40,7 +40,7 @@ def register_formulas() -> None:
     """Tell torch's FLOP counter of these operations, once. Counters that are made later know them."""
     from torch.utils.flop_counter import register_flop_formula
 
-    ops, aten = torch.ops.moesaic, torch.ops.aten
+    ops = torch.ops.moesaic
     experts = [ops.cpu_expert_ffn, ops.triton_expert_ffn]
     backwards = [ops.cpu_expert_ffn_backward, ops.triton_expert_ffn_backward]
     register_flop_formula(experts, get_raw=True)(_expert_ffn)
@@ -49,10 +49,10 @@ def register_formulas() -> None:
     register_flop_formula([ops.quantized_mm, ops.triton_quantized_linear], get_raw=True)(_quantized)
     register_flop_formula(ops.triton_quantized_ffn, get_raw=True)(_quantized_ffn)
     register_flop_formula([ops.grouped_mm_dw, ops.triton_linear_dw], get_raw=True)(_grouped_dw)
-    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # torch may be built without oneDNN
-        register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_linear)
-    register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)(_attention)
-    register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)(_attention_backward)
+    if (fused_linear := onednn("linear_pointwise")) is not None:
+        register_flop_formula(fused_linear)(_linear)
+    register_flop_formula(fused_attention("flash_attention_for_cpu"))(_attention)
+    register_flop_formula(fused_attention("flash_attention_for_cpu_backward"))(_attention_backward)
 
 
 def _rows(offsets_E: Tensor, upper: int) -> int:

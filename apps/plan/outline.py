@@ -24,6 +24,7 @@ from apps.task import Trial
 from apps.train.optimizers import parameter_groups
 from core.config.plain import arguments_from_plain
 from core.parallel import blocks_of, layers_of_experts, refusal
+from core.torch_internals import fused_attention, storage_id
 
 _PRODUCTS = {
     *(F.linear, F.conv2d, F.conv1d, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
@@ -305,11 +306,10 @@ def _attention(
 ) -> Tensor:
     if attn_mask is not None and attn_mask.requires_grad:
         # Of the fused kernels this one alone differentiates a learned mask.
-        attend = torch.ops.aten._scaled_dot_product_efficient_attention
+        attend = fused_attention("efficient_attention")
         y: Tensor = attend(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
         return y
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    y = attend(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    y = fused_attention("flash_attention_for_cpu")(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return y
 
 
@@ -384,10 +384,10 @@ class _Watch:
 
     def _note(self, tensor: Tensor) -> float:
         """Return the bytes of a tensor's memory where it is seen for the first time, else 0."""
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.kept:
+        storage, number = tensor.untyped_storage(), storage_id(tensor)
+        if number in self.kept:
             return 0.0
-        self.kept[storage._cdata] = storage  # alive, so that no other gets its number
+        self.kept[number] = storage  # alive, so that no other gets its number
         return float(storage.nbytes())
 
     def _pack(self, tensor: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.profiler import record_function
 
+from ..torch_internals import is_profiled
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -22,7 +24,7 @@ def span(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+            if torch.compiler.is_compiling() or not is_profiled():
                 return function(*args, **kwargs)
             with record_function(name):
                 return function(*args, **kwargs)

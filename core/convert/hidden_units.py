@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..experts import MLP
+from ..torch_internals import storage_id
 from .feed_forward import FeedForwardPart, affine, is_linear, set_affine
 
 
@@ -226,5 +227,5 @@ def _norm_of(module: nn.Module, weight: Tensor | None) -> str:
 
 def _is_same_view(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors are the same numbers in memory. ``Tensor.is_set_to`` refuses the meta device."""
-    same_storage = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    same_storage = storage_id(a) == storage_id(b)
     return same_storage and (a.storage_offset(), a.shape, a.stride()) == (b.storage_offset(), b.shape, b.stride())

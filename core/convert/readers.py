@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..experts import MLP
 from ..kernels import ACTIVATIONS
 from ..layers import FeedForward, MoELayer
+from ..torch_internals import feed_forward
 from .feed_forward import (
     FeedForwardPart,
     activation_name,
@@ -269,10 +270,6 @@ def _read_torch_layer(module: nn.TransformerEncoderLayer | nn.TransformerDecoder
     """Read a block of torch's transformer. The dropout of the hidden layer goes into the experts, the others stay."""
     fused = {"activation_relu_or_gelu": 0} if hasattr(module, "activation_relu_or_gelu") else {}
 
-    def dense(x: Tensor) -> Tensor:
-        y: Tensor = module._ff_block(x)
-        return y
-
     return feed_forward_part(
         affine(module.linear1),
         affine(module.linear2),
@@ -282,7 +279,7 @@ def _read_torch_layer(module: nn.TransformerEncoderLayer | nn.TransformerDecoder
         emptied=("activation", "dropout", "linear2"),
         settings=fused,  # torch's fused block reads the weights in place of calling the layers
         layout="tokens" if module.self_attn.batch_first else "sequence_first",
-        dense=dense,
+        dense=lambda x: feed_forward(module, x),
     )
 
 

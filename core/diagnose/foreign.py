@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..contract import unwrapped_modules
 from ..layers import MoELayer
+from ..torch_internals import in_backward
 from .passes import Facts, Pass
 
 LOGITS = "router_logits"
@@ -123,7 +124,7 @@ def foreign_passes(
 
     def hook_of(router: ForeignRouter) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if torch._C._current_graph_task_id() == -1:  # else an activation checkpoint repeats the forward
+            if not in_backward():  # else an activation checkpoint repeats the forward
                 passes.append(_pass_of(router, output, shape, real_BS))
 
         return hook

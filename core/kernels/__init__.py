@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ..torch_internals import is_in_torch_dispatch_mode, is_transformed
 from . import cpu, eager, grouped, table_rows, triton_ops
 from .cpu.products import Linear, linear
 from .eager import (
@@ -49,7 +49,6 @@ from .eager import (
 from .fallback import warn_once
 from .grouped import expert_of_rows, refuse_gradient
 from .quantized import QuantizedWeight, Weight, dequantize, quantize
-from .transforms import is_transformed
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager, "cpu": cpu, "grouped": grouped, "triton": triton_ops}
 

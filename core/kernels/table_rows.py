@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..torch_internals import is_watched
 from .eager import ACTIVATIONS, outside_autocast
-from .transforms import is_watched
 
 CHUNK_BYTES = 1 << 22
 """Size of the buffer of a chunk of tokens: some megabytes stay in the cache."""

@@ -24,6 +24,7 @@ from ..routing.balance import Balance
 from ..routing.balance_losses import contrast_losses
 from ..routing.router import Router
 from ..routing.soft import in_segments
+from ..torch_internals import in_backward
 from .shared import SharedGate
 
 
@@ -163,7 +164,7 @@ class MoELayer(nn.Module):
             if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._count_unrecorded()
             return
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if not torch.compiler.is_compiling() and in_backward():
             return  # an activation checkpoint repeats the forward inside the backward: counted already
         router = self.router if router is None else router
         terms = router.terms | self.own_terms if terms is None else terms

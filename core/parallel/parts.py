@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ..torch_internals import local_place
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
@@ -84,8 +85,7 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor):
         return whole
-    shape, offset = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
-    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+    return whole[local_place(whole.shape, like.device_mesh, like.placements)]
 
 
 def whole_of(tensor: Tensor) -> Tensor:

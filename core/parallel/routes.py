@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..torch_internals import all_to_all, one_axis
 from .mesh import hidden_ranks
 
 
@@ -48,8 +48,7 @@ class Hop:
         return y_S.new_zeros(self.num_rows, *y_S.shape[1:]).index_add(0, self.index_S, y_S)
 
     def _exchange(self, rows: Tensor, sent: list[int] | None, received: list[int] | None) -> Tensor:
-        exchanged: Tensor = all_to_all_single_autograd(rows.contiguous(), received, sent, self.group)
-        return exchanged
+        return all_to_all(rows.contiguous(), received, sent, self.group)
 
 
 class Routes:
@@ -65,11 +64,11 @@ class Routes:
     def __init__(self, mesh: DeviceMesh) -> None:
         names = mesh.mesh_dim_names or ()
         self.copies = hidden_ranks(mesh)
-        self.group = mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
+        self.group = mesh.get_group() if mesh.ndim == 1 else one_axis(mesh).get_group()
         self.levels: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
         if "node" in names:
             inner = tuple(name for name in names if name != "node")
-            within = mesh[inner] if len(inner) == 1 else mesh[inner]._flatten()
+            within = mesh[inner] if len(inner) == 1 else one_axis(mesh[inner])
             self.levels = (mesh["node"].get_group(), within.get_group())
 
     @property

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..experts import Experts
 from ..experts.base import HIDDEN
 from ..layers import MoELayer, moe_layers
+from ..torch_internals import local_place
 from .all_to_all import AllToAllDispatcher
 from .mesh import hidden_ranks
 
@@ -57,8 +57,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -
                     continue
                 axis = part.hidden_axes.get(key, 0)
                 placements = [Shard(axis if is_hidden else 0) for is_hidden in _hidden_axes(mesh, hidden)]
-                shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, placements)
-                local = whole.detach()[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))].clone()
+                local = whole.detach()[local_place(whole.shape, mesh, placements)].clone()
                 sharded = DTensor.from_local(local, mesh, placements, run_check=False)
                 setattr(part, key, nn.Parameter(sharded, whole.requires_grad))
         total, units = layer.experts.num_experts, "" if hidden == 1 else f", 1/{hidden} of their hidden units"

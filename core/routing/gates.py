@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.eager import check_devices
-from ..kernels.transforms import is_transformed
+from ..torch_internals import is_transformed
 
 
 def init_gate_(weight: Tensor, init_scale: float) -> None:

@@ -15,14 +15,14 @@ CHECKS: Checks[RouterCase] = Checks()
 @CHECKS.keeps("torch.compile goes through without a graph break, to the same step")
 def _(case: RouterCase) -> None:
     for training in (True, False):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         layer = case.layer(training=training, balance=case.balance())
         x, context = case.padded()
         expected = step(layer, x, context)
         try:
             same_step(step(layer, x, context, run=torch.compile(layer, backend="eager", fullgraph=True)), expected)
         finally:
-            torch._dynamo.reset()
+            torch.compiler.reset()
 
 
 @CHECKS.keeps("torch.export goes through, for any number of tokens")

@@ -281,14 +281,14 @@ def _(case: ExpertCase) -> None:
 @CHECKS.keeps("torch.compile goes through without a graph break, to the same step")
 def _(case: ExpertCase) -> None:
     for training in (True, False):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         layer = case.layer(training=training)
         expected = step(layer, case.batch(), case.padding())
         try:
             compiled = torch.compile(layer, backend="eager", fullgraph=True)
             same_step(step(layer, case.batch(), case.padding(), run=compiled), expected)
         finally:
-            torch._dynamo.reset()
+            torch.compiler.reset()
 
 
 @CHECKS.keeps("torch.export goes through, for any number of tokens")

@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...torch_internals import is_watched
 from .. import eager, grouped
 from ..eager import ALL_ACTIVATIONS, FFNWeights, RowIndex, accumulate_dtype, check_width
 from ..quantized import QuantizedWeight, Weight
-from ..transforms import is_watched
 from .pages import new_empty
 from .products import addmm_, expert_mm, is_served_badly, mm
 

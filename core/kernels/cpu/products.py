@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...torch_internals import is_traced, onednn
 from ..quantized import Weight, scale_
-from ..transforms import is_traced
 from .pages import new_empty
 
 LEAST = 2**20
@@ -63,7 +63,7 @@ def is_served_badly() -> bool:
     """Return whether MKL leaves the AVX-512 of this processor unused, and torch has the other way."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
-    return cpu_field("vendor_id") == "AuthenticAMD" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return cpu_field("vendor_id") == "AuthenticAMD" and onednn("linear_pointwise") is not None
 
 
 def cpu_field(name: str) -> str:
@@ -85,7 +85,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor, width: int) -> bool:
         and (is_packed or x.numel() >= FEWEST_ROWS * x.shape[-1])
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
-        and torch._C._get_mkldnn_enabled()
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
@@ -95,7 +95,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     entry = _packed.get(id(weight))
     weight = weight if entry is None else entry.copy
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    y: Tensor = onednn("linear_pointwise")(x, weight, bias, "none", [], "")
     return y
 
 
@@ -177,7 +177,7 @@ def packed(*weights: Tensor) -> Iterator[None]:
         for number, weight in wanted.items():
             if number not in _packed and weight.numel() <= room:
                 room -= weight.numel()
-                _packed[number] = _Packed(weight, torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
+                _packed[number] = _Packed(weight, onednn("reorder_linear_weight")(weight.detach()))
             if number in _packed:
                 _packed[number].users += 1
                 held.append(number)

@@ -9,6 +9,8 @@ from functools import cache
 
 import torch
 
+from ...torch_internals import mark_constant
+
 OLDEST_TRITON = (3, 6)
 OLDEST_CARD = (8, 0)
 MAX_EXPERTS = 1024
@@ -73,6 +75,4 @@ def missing(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-# Versions and cards do not change under a compiled graph. This is all that ``torch.compiler.assume_constant_result``
-# does, which imports the compiler: that would double the time of ``import core``.
-missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+mark_constant(missing)  # versions and cards do not change under a compiled graph

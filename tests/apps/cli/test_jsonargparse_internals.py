@@ -1,0 +1,22 @@
+"""A whole number is read as one, in whichever order a type names its kinds."""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from apps.cli.jsonargparse_internals import read_whole_numbers_first
+
+
+@pytest.mark.parametrize("kind", [Union[float, int], Union[int, float], Optional[Union[float, str, int]]])  # noqa: UP007, UP045
+def test_a_whole_number_stays_whole(kind):
+    read_whole_numbers_first()
+    read_whole_numbers_first()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--size", type=kind)
+    for text, value in (("1", 1), ("0.5", 0.5), ("600", 600)):
+        read = parser.parse_args(["--size", text]).size
+        assert read == value
+        assert type(read) is type(value)
