@@ -33,7 +33,7 @@ from apps.cli.checkpoint import check_fits
 from apps.cli.configs import differences
 from apps.cli.errors import reduce_message
 from apps.cli.flags import asks, take
-from apps.cli.numbers import read_whole_numbers_first
+from apps.cli.jsonargparse_internals import options_of, read_whole_numbers_first
 from apps.cli.offloaded import OffloadsExperts
 from apps.cli.page import test_page
 from apps.cli.predictions import PredictionFile, print_stream, shortened, write_stream
@@ -51,6 +51,7 @@ from apps.train.chosen import Chosen
 from apps.train.compiling import CompileConfig, compile_networks
 from apps.train.contents import read_checkpoint
 from apps.train.device import device_line, device_options, set_matmul_precision
+from apps.train.lightning_internals import WaitingCLI, set_initial_hparams
 from apps.train.linked import LinkedModule
 from apps.train.logs import EventLog, MetricsCSV, profiler
 from apps.train.measures import TrainingMeasures
@@ -95,7 +96,7 @@ def build(command: str, argv: list[str]) -> SparseCLI:
     return SparseCLI(Request.read(command, argv))
 
 
-class SparseCLI(LightningCLI):
+class SparseCLI(WaitingCLI, LightningCLI):
     """LightningCLI for one command, which is run by ``execute`` and not by the constructor."""
 
     def __init__(self, request: Request) -> None:
@@ -131,11 +132,8 @@ class SparseCLI(LightningCLI):
                     load_from_checkpoint_support=False,
                 )
             except ArgumentError as error:
-                raise UsageError(reduce_message(str(error), self.options())) from error
-
-    def options(self) -> list[str]:
-        """Return the dotted options of the command."""
-        return [a.dest for a in self._subcommand_parsers[self.request.command]._actions]
+                options = options_of(self.command_parser(request.command))
+                raise UsageError(reduce_message(str(error), options)) from error
 
     # ---- what LightningCLI calls
 
@@ -161,24 +159,19 @@ class SparseCLI(LightningCLI):
             return
         # It would read all that the command's own parser has read once more, which is as long again.
         command, *rest = args
-        config = self._subcommand_parsers[command].parse_args(rest)
+        config = self.command_parser(command).parse_args(rest)
         self.config = Namespace({"subcommand": command, command: config})
-
-    def _parse_ckpt_path(self) -> None:
-        """Do nothing: ``Request`` has merged the two, and Lightning would let the checkpoint win over the flags."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Do nothing: ``execute`` runs the command."""
 
     def instantiate_classes(self) -> None:
         created = [(self._create_data, LightningDataModule, True), (self._create_model, LightningModule, True)]
         self.config_init = self.parser.instantiate(self.config, instantiators=created)
-        self.datamodule, self.model = (self._get(self.config_init, part) for part in ("data", "model"))
-        section = self._get(self.config_init, "sparsify")
+        values = self.config_init[self.request.command]
+        self.datamodule, self.model = (values.get(part) for part in ("data", "model"))
+        section = values.get("sparsify")
         if section is not None:
             self.model = sparsified(self.model, section)
             self.model.sparsify_arguments = yaml.safe_load(self.plain_config())["model"].get("init_args") or {}
-        self.compiled = train_as_given(self.model, self.config_init[self.request.command])
+        self.compiled = train_as_given(self.model, values)
         self.trainer = self.instantiate_trainer()
         self._check_links()
         if self.request.exported is not None:
@@ -227,7 +220,7 @@ class SparseCLI(LightningCLI):
             with torch.device("meta"):
                 return kind(*args, **kwargs)
         # Other strategies move or divide a model before its checkpoint is read.
-        loads_first = self._get(self.config, "trainer").get("strategy") in ("auto", "ddp")
+        loads_first = self.config[self.request.command].trainer.get("strategy") in ("auto", "ddp")
         is_filled = self.ckpt_path is not None and issubclass(kind, LinkedModule) and loads_first
         with room_for_experts(self.request.offload if is_filled else None):
             return kind(*args, **kwargs)
@@ -261,14 +254,14 @@ class SparseCLI(LightningCLI):
                 raise UsageError(f"{where}={written_value} does not fit the data, whose {what} is {own}: leave it out")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        given = self._get(self.config_init, "trainer")
+        given = self.config_init[self.request.command]["trainer"]
         if given.get("default_root_dir") is not None:
             raise UsageError(
                 f"trainer.default_root_dir={given['default_root_dir']} would split the run: give --run_dir, which is "
                 "the one folder of its files"
             )
         kwargs |= {"default_root_dir": str(self.run_dir), **device_options(given)}
-        set_matmul_precision(kwargs, self._get(self.config_init, "float32_matmul_precision"))
+        set_matmul_precision(kwargs, self.config_init[self.request.command]["float32_matmul_precision"])
         callbacks = kwargs["callbacks"] = self._callbacks(given.get("callbacks") or [])
         defaults: list[Callback] = [GeneratorState()]
         if self.quantises is not None:
@@ -333,9 +326,8 @@ class SparseCLI(LightningCLI):
     def execute(self) -> None:
         """Run the command and print its results."""
         command = self.request.command
-        arguments = self._prepare_subcommand_kwargs(command)
-        arguments["ckpt_path"] = None if self.ckpt_path is None else str(self.ckpt_path)
-        arguments["weights_only"] = True
+        path = None if self.ckpt_path is None else str(self.ckpt_path)
+        arguments = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": path, "weights_only": True}
         if self.trainer.is_global_zero:  # the stdout of predict is for what it predicts
             for line in filter(None, (device_line(self.trainer, self.model), self.compiled)):
                 print(line, file=sys.stderr if command == "predict" else None, flush=True)
@@ -349,8 +341,7 @@ class SparseCLI(LightningCLI):
                 )
             self._predict({**arguments, "return_predictions": False})
         else:
-            arguments["verbose"] = False
-            self._evaluate(command, arguments)
+            self._evaluate(command, {**arguments, "verbose": False})
 
     def _fit(self, arguments: dict[str, Any]) -> None:
         start = time.monotonic()
@@ -385,8 +376,7 @@ class SparseCLI(LightningCLI):
     def _give_to_loggers(self, config: Mapping[str, Any]) -> None:
         """Have Lightning log the whole configuration as the hyper-parameters of the training."""
         own = {} if isinstance(self.model, LinkedModule) else self.model.hparams_initial
-        self.model._hparams_initial = {**own, **config}
-        self.model._log_hyperparams = True
+        set_initial_hparams(self.model, {**own, **config}, logs=True)
 
     def _descriptions(self) -> dict[str, str]:
         """Return the files that describe a training beside its log, by name: its configuration and its signatures."""
@@ -397,7 +387,7 @@ class SparseCLI(LightningCLI):
     def plain_config(self) -> str:
         """Return the configuration in force as YAML."""
         command = self.request.command
-        config = yaml.safe_load(self._parser(command).dump(self.config[command], skip_unset=False))
+        config = yaml.safe_load(self.command_parser(command).dump(self.config[command], skip_unset=False))
         no_part = {"config", "ckpt_path", "weights_only", "verbose"}
         no_part |= {name for name in (*SECTIONS_OF_OPTIMIZER, "compile") if config.get(name) is None}
         config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in no_part}}

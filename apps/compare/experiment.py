@@ -69,7 +69,7 @@ class Experiment:
                 )
         # It trains in folders of its own: that of ``moesaic fit`` may hold anything.
         self._cli = _Parsed(dataclasses.replace(request, run_dir=Path(os.devnull)))
-        self._parser, self._config = self._cli._parser("fit"), self._cli.config["fit"]
+        self._fit_parser, self._config = self._cli.command_parser("fit"), self._cli.config["fit"]
         seed = self._config.get("seed_everything")
         self.seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
         self._rate_name = self._find_rate()
@@ -107,7 +107,7 @@ class Experiment:
         if self._rate_name is not None and rate is not None:
             config = config.clone()
             config[self._rate_name] = rate
-        made = self._parser.instantiate(config)
+        made = self._fit_parser.instantiate(config)
         section = made.get("sparsify")
         if section is not None:
             made["model"] = own_model(made["model"], section)
@@ -141,7 +141,7 @@ class Experiment:
 
     def plain(self) -> dict[str, Any]:
         """Return model, data, trainer and seed as plain values, without options that a comparison sets itself."""
-        values = yaml.safe_load(self._parser.dump(self._config, skip_unset=False))
+        values = yaml.safe_load(self._fit_parser.dump(self._config, skip_unset=False))
         trainer = {k: v for k, v in values["trainer"].items() if k not in _OWN or k == "callbacks"}
         trainer |= device_options(trainer)  # a comparison goes on where it began
         own = {name: values[name] for name in ("sparsify", *SECTIONS) if values.get(name) is not None}

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 import core
 from apps.equal_cost.comparable import Baseline, Comparable, heading_of
+from apps.train.lightning_internals import is_param_in_hook_signature, trainer_of
 from apps.train.module import TaskOutput, TrainingLoss
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, adopt, sparsified
 from core.convert import SparseFFN, matching_parts, same_width, twin_widths
@@ -116,7 +116,7 @@ class OwnModel(Comparable):
                 warnings.filterwarnings("ignore", ".*self.log().*|.*self.trainer.*")
                 return step(self.module, batch, *((0,) if takes_index else ()))
         except (AttributeError, RuntimeError) as error:
-            if self.module._trainer is None and "rainer" in str(error):
+            if trainer_of(self.module) is None and "rainer" in str(error):
                 raise ValueError(
                     f"{name} of {type(self.module).__name__} needs a trainer, and a comparison counts FLOPs and "
                     f"measures speed without one: {error}"

@@ -19,6 +19,7 @@ from apps.train import sharded
 from apps.train.checkpoint_paths import NAMES, is_pretrained
 from apps.train.contents import read_checkpoint
 from apps.train.finite import check_weights
+from apps.train.lightning_internals import is_accumulating, rewind_validation, validates_next
 from apps.train.logs import MetricsCSV
 from apps.train.run_folder import put_aside
 from apps.train.stopping import StopsSoon
@@ -122,16 +123,15 @@ class BestAndLast(Checkpoint):
     ) -> None:
         if not self._due(trainer):
             return
-        loop = trainer.fit_loop.epoch_loop
         # A checkpoint within an accumulation would lose its gradients; before a validation or an epoch's end, Lightning
         # would resume after them.
-        if loop._should_accumulate():
+        if is_accumulating(trainer):
             return
         if trainer.global_step == self._saved_step:
             if (stops := StopsSoon.of(trainer)) is not None:
                 stops.written(trainer)
             return
-        if loop.batch_progress.is_last_batch or loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        if trainer.is_last_batch or validates_next(trainer):
             return
         # A step's values reach the log after this hook: with a checkpoint here, a kill in between would lose them.
         logs = trainer.log_every_n_steps
@@ -157,7 +157,8 @@ class BestAndLast(Checkpoint):
             return
         assert self.monitor is not None
         value = trainer.callback_metrics.get(self.monitor)
-        if value is not None and trainer.fit_loop.epoch_loop._should_check_val_epoch():
+        every = trainer.check_val_every_n_epoch or 1
+        if value is not None and trainer.enable_validation and not (trainer.current_epoch + 1) % every:
             score = float(value)
             sign = 1 if self.mode == "max" else -1
             if math.isfinite(score) and (self.best_score is None or sign * score > sign * self.best_score):
@@ -169,10 +170,7 @@ class BestAndLast(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if (stops := StopsSoon.of(trainer)) is not None and stops.validates:
             # Lightning begins a validation again that was in a batch; the weights and generators are those before it.
-            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-            progress.reset()
-            progress.increment_ready()
-            progress.increment_started()
+            rewind_validation(trainer)
             self._save(trainer, pl_module, "last.ckpt")
 
     def _save(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:

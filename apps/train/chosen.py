@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ReduceLROnPlateau, instantiate_class
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from apps.train.lightning_internals import is_overridden
 
 SECTIONS = ("optimizer", "lr_scheduler", "lr_scheduler_interval")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -37,7 +36,7 @@ Target = Callable[[list[Any], tuple[int, ...]], DTensor | None]
 class DividedStrategy(ParallelStrategy):
     """The base of strategies whose processes hold different parameters; a strategy of Lightning runs them."""
 
-    _timeout: timedelta | None
+    timeout: timedelta | None
     _loss: BaseException | None = None
 
     @property
@@ -85,7 +84,7 @@ class DividedStrategy(ParallelStrategy):
         super().teardown()
         loss, self._loss = self._loss, None
         if loss is not None:
-            timeout = "" if self._timeout is None else f" of {self._timeout}"
+            timeout = "" if self.timeout is None else f" of {self.timeout}"
             raise LostProcessError(
                 f"process {self.global_rank} has lost another one, which ended or did not answer within the "
                 f"timeout{timeout}; its own output says why ({one_line(str(loss))[:200]})"
@@ -118,19 +117,6 @@ def divide_experts(module: LightningModule, part: DeviceMesh, *, static: bool = 
     if dist.get_rank() == 0:
         for line in dict.fromkeys(where.values()):
             print(f"{', '.join(name for name in where if where[name] == line)}: {line}")
-
-
-def prepare_for_fsdp(trainer: Trainer) -> None:
-    """Make a trainer evaluate under ``no_grad``, since FSDP2 fails in torch's inference mode, and quieten FSDP2."""
-    for loop in (
-        trainer.fit_loop.epoch_loop.val_loop,
-        trainer.validate_loop,
-        trainer.test_loop,
-        trainer.predict_loop,
-    ):
-        loop.inference_mode = False
-    # Nothing here changes an output of a module in place.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
 def step_one_by_one(optimizers: Iterable[Optimizer]) -> None:

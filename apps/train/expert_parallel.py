@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import nn
-from torch.distributed._composable import checkpoint as checkpointed
+from torch.distributed.distributed_c10d import default_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from apps.base.checks import check_at_least, check_name
@@ -27,10 +26,11 @@ from apps.train.divided import (
     check_grows_whole,
     check_ranks_alike,
     divide_experts,
-    prepare_for_fsdp,
     step_one_by_one,
 )
-from apps.train.processes import join_again, limit_waiting
+from apps.train.lightning_internals import begin_processes, prepare_for_fsdp, step_by_call
+from apps.train.processes import join_again
+from apps.train.torch_internals import checkpoint_activations, limit_waiting
 from core.parallel import (
     blocks_of,
     broadcast_parameters,
@@ -105,6 +105,7 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        self.timeout = timeout
         sizes = {"shards": shards, "nodes": nodes, "hidden": hidden}
         check_at_least(1, **sizes, **({} if experts == "auto" else {"experts": experts}))
         check_name("rest", rest, ["replicate", "shard"])
@@ -128,15 +129,11 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def setup_environment(self) -> None:
-        join_again(self._get_process_group_backend(), self._timeout)
-        self._setup_distributed()
+        join_again(self.process_group_backend or dist.get_default_backend_for_device(self.root_device), self.timeout)
         experts = max(self.num_processes // self.hidden, 1) if self.experts == "auto" else self.experts
-        self._device_mesh = expert_mesh(
-            experts, self.shards, nodes=self.nodes, hidden=self.hidden, device_type=self.root_device.type
-        )
-        assert self.lightning_module is not None
-        self.lightning_module._device_mesh = self._device_mesh
-        limit_waiting(self._timeout)
+        options: dict[str, Any] = {"nodes": self.nodes, "hidden": self.hidden, "device_type": self.root_device.type}
+        begin_processes(self, lambda: expert_mesh(experts, self.shards, **options))
+        limit_waiting(self.timeout)
 
     def setup(self, trainer: Trainer) -> None:
         module, fitting = self.lightning_module, trainer.state.fn == TrainerFn.FITTING
@@ -157,8 +154,6 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
             self.setup_optimizers(trainer)
             step_one_by_one(self.optimizers)
         self.setup_precision_plugin()
-        if fitting:
-            _optimizers_to_device(self.optimizers, self.root_device)
 
     def _shard(self, module: LightningModule) -> None:
         mesh = self.device_mesh
@@ -170,7 +165,7 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
             divide_experts(module, part, static=self.static_exchange)
         if self.activation_checkpointing:
             for block in blocks_of(module):
-                checkpointed(block)
+                checkpoint_activations(block)
         options: dict[str, Any] = {"reshard_after_forward": self.reshard_after_forward}
         if self.param_dtype is not None:
             options["mp_policy"] = MixedPrecisionPolicy(DTYPES[self.param_dtype], torch.float32)
@@ -179,7 +174,7 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         shard_data(module, mesh, shard=self.rest == "shard", **options)
         make_root(module)
-        limit_waiting(self._timeout)  # of the groups that FSDP2 has made
+        limit_waiting(self.timeout)  # of the groups that FSDP2 has made
         # FSDP2 has made a class of this one; checkpoints and messages know the model by its own.
         type(module).__name__, type(module).__qualname__ = kind.__name__, kind.__qualname__
         type(module).__module__ = kind.__module__
@@ -189,11 +184,8 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
     # ---- steps
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.model is not None
-        assert self.lightning_module is not None
-        # By the module's call, so that the hooks of FSDP2 run.
         with self.precision_plugin.train_step_context():
-            return self._forward_redirection(self.model, self.lightning_module, "training_step", *args, **kwargs)
+            return step_by_call(self, "training_step", *args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         with self._gathered():
@@ -239,7 +231,7 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        return dict(getattr(optimizer, "_optimizer", optimizer).state_dict())
+        return dict(getattr(optimizer, "optimizer", optimizer).state_dict())
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write the folder of a sharded checkpoint; all processes take part."""

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule
 
 from apps.registry import class_path
 from apps.train.contents import read_checkpoint, unlike
+from apps.train.lightning_internals import set_initial_hparams, trainer_of
 from core.config.plain import arguments_from_plain, arguments_to_plain
 from core.offload import loading_experts
 
@@ -60,8 +61,8 @@ class LinkedModule(LightningModule):
         self._arguments = {k: v for k, v in self.hparams.items() if every or k in taken}
         plain = arguments_to_plain(type(self), self._arguments)
         self.hparams.clear()
-        self._set_hparams(plain)
-        self._hparams_initial = dict(plain)
+        self.hparams.update(plain)
+        set_initial_hparams(self, plain, logs=False)
 
     def twin(self, **changed: Any) -> Self:
         """Return the module anew, untrained, with other values of the arguments in ``changed``."""
@@ -78,7 +79,7 @@ class LinkedModule(LightningModule):
 
     def _data(self) -> Any:
         """Return the trainer's data module; None without one."""
-        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+        return getattr(trainer_of(self), "datamodule", None)
 
     @property
     def encoding_state(self) -> Mapping[str, Any] | None:
@@ -111,10 +112,10 @@ class LinkedModule(LightningModule):
 
     def _make_again(self, found: Mapping[str, Any]) -> None:
         """Call the constructor once more, with arguments that the data have."""
-        trainer = vars(self)["_trainer"]
+        trainer = trainer_of(self)
         self._lacks = None
         self.__init__(**{**self._given, **found})  # type: ignore[misc]
-        self._trainer = trainer
+        self.trainer = trainer
         _logger.info("%s takes from the data: %s", type(self).__name__, ", ".join(found))
 
     def setup(self, stage: str) -> None:

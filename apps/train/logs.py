@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.logger import _flatten_dict
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
@@ -104,17 +103,12 @@ class EventLog(TensorBoardLogger):
 
     def __init__(self, *args: Any, monitor: str, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.monitor = monitor
+        self._unknown = {monitor: math.nan}
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:
-        from torch.utils.tensorboard.summary import hparams
-
-        super().log_hyperparams(params, metrics, step)
-        if metrics is None:  # Lightning would log the value as a point of the curve
-            with naming(self.log_dir):
-                for summary in hparams(self._sanitize_params(_flatten_dict(params)), {self.monitor: math.nan}):
-                    self.experiment._get_file_writer().add_summary(summary)
+        with naming(self.log_dir):
+            super().log_hyperparams(params, self._unknown if metrics is None else metrics, step)
 
     @property
     @rank_zero_experiment
@@ -124,8 +118,9 @@ class EventLog(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        with naming(self.log_dir):
-            super().log_metrics(metrics, step)
+        if metrics is not self._unknown:  # Lightning would log it as a point of the curve
+            with naming(self.log_dir):
+                super().log_metrics(metrics, step)
 
     @rank_zero_only
     def save(self) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.strategies import FSDPStrategy
@@ -19,6 +18,7 @@ from torch.nn.utils import get_total_norm
 
 from apps.train.cost import measure_cost, megaflops
 from apps.train.footprint import used_memory
+from apps.train.lightning_internals import handles_unscaling
 from core.optim import coalesced
 from core.parallel import total_norm
 
@@ -113,7 +113,7 @@ class TrainingMeasures(Callback):
             return
         self._norm = gradient_norm(p for group in optimizer.param_groups for p in group["params"])
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if self._norm is not None and scaler is not None and _optimizer_handles_unscaling(optimizer):
+        if self._norm is not None and scaler is not None and handles_unscaling(optimizer):
             self._norm = self._norm / scaler.get_scale()
 
     def on_train_batch_end(

@@ -29,6 +29,7 @@ from apps.train.distilling import DistilConfig, Distribution, Teacher
 from apps.train.finite import check_loss
 from apps.train.growing import GrowConfig, freeze, grow_from, hold
 from apps.train.hub import HubModule
+from apps.train.lightning_internals import needs_no_unscaling, trainer_of
 from apps.train.measures import ModelSize, TrainingMeasures
 from apps.train.optimizers import OptimizerConfig, build_optimizer, parameter_groups
 from apps.train.parts import DataPart
@@ -353,15 +354,15 @@ class SparseModule(BalancedModule, HubModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         config, chosen = self.optimizer_config, self.chosen
-        if self._trainer is not None:
-            check_processes(self, self._trainer.world_size)
-        precision = None if self._trainer is None else self._trainer.precision_plugin
+        if (trainer := trainer_of(self)) is not None:
+            check_processes(self, trainer.world_size)
+        precision = None if trainer is None else trainer.precision_plugin
         scales = isinstance(precision, MixedPrecision) and precision.scaler is not None
         builds = None if chosen is None or chosen.optimizer is None else chosen.build
         optimizer = build_optimizer(self, config, builds, fuses=not (scales and self.trainer.gradient_clip_val))
         if isinstance(precision, MixedPrecision) and not scales:
             # Under bf16-mixed a fused step has no gradients to unscale, which is why Lightning refuses to clip them.
-            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+            needs_no_unscaling(optimizer)
         hold(optimizer, self, self._frozen)
         if chosen is not None:
             return chosen.scheduled(optimizer, config.lr)
@@ -474,7 +475,7 @@ class SparseModule(BalancedModule, HubModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if self._trainer is not None and self._trainer.state.fn == "fit":
+        if (trainer := trainer_of(self)) is not None and trainer.state.fn == "fit":
             there, here = checkpoint.get("chosen_optimizer"), None if self.chosen is None else self.chosen.name
             if there != here:
                 own = "model.optimizer"

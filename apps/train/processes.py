@@ -45,13 +45,6 @@ def join_again(backend: str, timeout: timedelta | None) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
-def limit_waiting(timeout: timedelta | None) -> None:
-    """Give every group of this process a timeout: torch makes those of a mesh with its own, of half an hour."""
-    if timeout is not None:
-        for group in list(dist.distributed_c10d._world.pg_map):
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
-
-
 def check_started(local_rank: int, devices: int) -> None:
     """Refuse a process of torchrun beyond those that ``trainer.devices`` names.
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 
 import core
 from apps.base.progress import Bar, bar, end_time
 from apps.train.balanced import BalancedModule, routing_metrics
+from apps.train.lightning_internals import ErasedProgressBar, of_epochs
 
 _ROUTING = {"routing/load_imbalance": "imbalance", "routing/drop_rate": "dropped"}
 
@@ -63,7 +63,7 @@ class EpochLines(Callback):
             return
         shown = {k: v for k, v in trainer.progress_bar_metrics.items() if k != "v_num"}
         values = "  ".join(f"{k} {float(v):.4g}" for k, v in shown.items())
-        total = _of_epochs(trainer)
+        total = of_epochs(trainer)
         seconds = f"{time.monotonic() - self._started:.1f} s"
         end = end_time(self._first, (time.time(), trainer.global_step), last_step(trainer))
         self._print(f"epoch {trainer.current_epoch + 1}{total}  {values}  ({seconds}{end and f'; ends {end}'})")
@@ -79,7 +79,7 @@ class LogLines(EpochLines):
         seconds, step = time.time() - self._last[0], trainer.global_step
         if seconds < _LINE_EVERY or not trainer.is_global_zero:
             return
-        total, last = _of_epochs(trainer), last_step(trainer)
+        total, last = of_epochs(trainer), last_step(trainer)
         parts = [
             f"epoch {trainer.current_epoch + 1}{total}",
             f"step {step:,}{'' if math.isinf(last) else f'/{last:,.0f}'}",
@@ -92,11 +92,7 @@ class LogLines(EpochLines):
         self._print("  ".join([*parts, f"ends {end}"] if end else parts))
 
 
-def _of_epochs(trainer: Trainer) -> str:
-    return f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-
-
-class ProgressBar(EpochLines, RichProgressBar):
+class ProgressBar(EpochLines, ErasedProgressBar):
     """Shows a rich bar for the running epoch of a training, and prints a line for each finished one.
 
     The bar is erased at the end, before results are printed.
@@ -105,23 +101,11 @@ class ProgressBar(EpochLines, RichProgressBar):
     def __init__(self) -> None:
         super().__init__(leave=False)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_progress()
-
-    def _init_progress(self, trainer: Trainer) -> None:
-        super()._init_progress(trainer)
-        if self.progress is not None:
-            self.progress.live.transient = True
-
     def _print(self, line: str) -> None:
         if self.progress is None:
             print(line, flush=True)
         else:
             self.progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        """Return the epoch counted from 1, as in the lines."""
-        return f"epoch {current_epoch + 1}{_of_epochs(self.trainer)}"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the running values; the line of an epoch has the others."""

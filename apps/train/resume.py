@@ -9,22 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loops.fit_loop import _FitLoop
 
-
-class _ResumedLoop(_FitLoop):
-    """Lightning's loop over epochs, which with ``max_steps`` goes on as with ``max_epochs``."""
-
-    def _iteration_based_training(self) -> bool:
-        # Lightning would restart *inside* an epoch that the checkpoint has finished, count it twice and leave out a
-        # batch.
-        return False
-
-    @property
-    def done(self) -> bool:
-        # Lightning would not begin a validation again that was cut after the last step.
-        batches = self.epoch_loop.val_loop.batch_progress.current
-        return batches.started == batches.processed and super().done
+from apps.train.lightning_internals import ResumedLoop, validates_next
 
 
 class GeneratorState(Callback):
@@ -48,7 +34,7 @@ class GeneratorState(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
-        trainer.fit_loop.__class__ = _ResumedLoop
+        trainer.fit_loop.__class__ = ResumedLoop
         states = checkpoint.get("generators", [])
         self._to_restore = states[trainer.global_rank] if len(states) == trainer.world_size else None
 
@@ -61,8 +47,7 @@ class GeneratorState(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         # The loader of a validation draws before any hook of the validation.
-        follows = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
-        self._before_validation = generator_state() if follows else None
+        self._before_validation = generator_state() if validates_next(trainer) else None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before_validation = None

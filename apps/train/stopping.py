@@ -12,6 +12,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from apps.train.lightning_internals import set_received_sigterm
+
 
 @contextlib.contextmanager
 def on_signal(number: signal.Signals, handler: Callable[..., Any]) -> Iterator[None]:
@@ -45,7 +47,7 @@ class StopsSoon(Callback):
 
     def __init__(self) -> None:
         self.asked, self.validates, self.first_step = False, False, 0
-        self._trainer: Trainer | None = None
+        self._training: Trainer | None = None
         self._error: type[BaseException] | None = None
 
     @staticmethod
@@ -68,7 +70,7 @@ class StopsSoon(Callback):
                 raise (self._error or SIGTERMException) from None
 
     def _stop(self, number: int, *_: Any) -> None:
-        trainer, self._error = self._trainer, KeyboardInterrupt if number == signal.SIGINT else SIGTERMException
+        trainer, self._error = self._training, KeyboardInterrupt if number == signal.SIGINT else SIGTERMException
         waits = trainer is not None and trainer.world_size == 1 and _writes(trainer)
         if trainer is not None and not waits and self._error is SIGTERMException:
             return  # Lightning ends the training after the step
@@ -76,17 +78,17 @@ class StopsSoon(Callback):
             self.asked = False
             raise self._error
         self.asked = True
-        trainer._signal_connector.received_sigterm = False  # it would stop before a checkpoint is written
+        set_received_sigterm(trainer, False)  # it would stop before a checkpoint is written
         os.write(2, b"\nstopping with a checkpoint; the same signal once more does not wait for it\n")
         if self.validates:
             raise SIGTERMException
 
     def written(self, trainer: Trainer) -> None:
         """Let Lightning log the step and end the training, whose checkpoint is written."""
-        trainer._signal_connector.received_sigterm = True
+        set_received_sigterm(trainer, True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._trainer, self.first_step = trainer, trainer.global_step
+        self._training, self.first_step = trainer, trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.asked:  # the checkpoint of the epoch's end comes next
@@ -102,7 +104,7 @@ class StopsSoon(Callback):
         self.validates = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._trainer = None
+        self._training = None
 
 
 def _writes(trainer: Trainer) -> bool:

@@ -19,6 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 import core
 from apps.base.checks import check_name
 from apps.recsys.encoding.features import CategoricalFeature, SequenceFeature
+from apps.train.torch_internals import assert_on_device
 
 _FUSED_OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad}
 
@@ -428,7 +429,7 @@ class SparseArch(nn.Module):
         """Refuse values (N,) that are no rows of tables with so many rows; ``column_of`` is a value's column."""
         bad_N = (values < 0) | (values >= rows_N)
         if values.device.type != "cpu":
-            torch._assert_async(~bad_N.any(), "a row is not in its column's embedding table")
+            assert_on_device(~bad_N.any(), "a row is not in its column's embedding table")
         elif bool(bad_N.any()):
             n = int(bad_N.nonzero()[0])
             column, rows = self._names[column_of(n)], int(rows_N[n])

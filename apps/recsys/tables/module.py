@@ -33,6 +33,7 @@ from apps.recsys.tables.weighting import WeightingConfig
 from apps.train import sharded
 from apps.train.balanced import Stage
 from apps.train.distilling import DistilConfig
+from apps.train.lightning_internals import trainer_of
 from apps.train.model_card import ModelKind
 from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
@@ -339,8 +340,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
-        shards_tables = getattr(self._trainer and self.trainer.strategy, "shards_tables", False)
+        fitting = (trainer := trainer_of(self)) is not None and trainer.state.fn == "fit"
+        shards_tables = getattr(trainer and trainer.strategy, "shards_tables", False)
         if fitting and not shards_tables and sharded.has_tables(checkpoint):
             raise ValueError(
                 "the checkpoint's tables are sharded: training goes on from it with trainer.strategy=TorchRecStrategy; "

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed.distributed_c10d import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
@@ -41,10 +41,11 @@ from apps.train.divided import (
     check_grows_whole,
     check_ranks_alike,
     divide_experts,
-    prepare_for_fsdp,
     step_one_by_one,
 )
-from apps.train.processes import join_again, limit_waiting
+from apps.train.lightning_internals import prepare_for_fsdp, set_module
+from apps.train.processes import join_again
+from apps.train.torch_internals import limit_waiting
 from apps.train.torchrec_rows import OPTIMIZERS, copy_rows, is_split
 from core.parallel import average_experts, broadcast_parameters, expert_mesh, experts_part
 
@@ -104,6 +105,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
+        self.timeout = timeout
         self.config = ShardingConfig(sharding, table_sharding or {}, compute_kernel, memory_gib)
         if experts != "auto":
             check_at_least(1, experts=experts)
@@ -125,7 +127,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
         return True
 
     def setup_distributed(self) -> None:
-        join_again(self._get_process_group_backend(), self._timeout)
+        join_again(self.process_group_backend or dist.get_default_backend_for_device(self.root_device), self.timeout)
         super().setup_distributed()
 
     def setup(self, trainer: Trainer) -> None:
@@ -144,8 +146,6 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
             self._check_optimizers(module)
             step_one_by_one(self.optimizers)
         self.setup_precision_plugin()
-        if fitting:
-            _optimizers_to_device(self.optimizers, self.root_device)
 
     def _check(self, trainer: Trainer, module: LightningModule, fitting: bool) -> None:
         if not sharding.collections(module) and not sharding.sharded_collections(module):
@@ -219,7 +219,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
                 broadcast_parameters(layer.to(self.root_device))
             divide_experts(module, part)
             average_experts(module, mesh)
-        limit_waiting(self._timeout)
+        limit_waiting(self.timeout)
         if self.is_global_zero:
             assert self.plan is not None
             for line in sharding.described(self.plan, self.world_size):
@@ -256,11 +256,11 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
         # Lightning moves the module to the CPU, which a sharded table on a GPU cannot be.
         module = self.lightning_module
         if self.root_device.type != "cpu":
-            self._lightning_module = None
+            set_module(self, None)
         try:
             super().teardown()
         finally:
-            self._lightning_module = module
+            set_module(self, module)
 
     # ---- checkpoints
 

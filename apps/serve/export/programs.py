@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from apps.train.exporting import Graph
+from apps.train.torch_internals import find_cpp_compiler
 
 from .operators import plain, prepared
 
@@ -105,10 +106,9 @@ def to_aoti(graph: Graph, path: Path) -> Path:
         ValueError: there is no C++ compiler; or as in ``capture``.
     """
     from torch._inductor import aoti_compile_and_package
-    from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
-        get_cpp_compiler()
+        find_cpp_compiler()
     except Exception as error:
         raise ValueError(f"format aoti needs a C++ compiler such as g++, and there is none: {error}") from error
     aoti_compile_and_package(capture(graph, plain()), package_path=str(path))

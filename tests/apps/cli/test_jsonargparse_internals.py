@@ -7,7 +7,7 @@ from typing import Optional, Union
 import pytest
 from jsonargparse import ArgumentParser
 
-from apps.cli.jsonargparse_internals import read_whole_numbers_first
+from apps.cli.jsonargparse_internals import options_of, read_whole_numbers_first
 
 
 @pytest.mark.parametrize("kind", [Union[float, int], Union[int, float], Optional[Union[float, str, int]]])  # noqa: UP007, UP045
@@ -20,3 +20,10 @@ def test_a_whole_number_stays_whole(kind):
         read = parser.parse_args(["--size", text]).size
         assert read == value
         assert type(read) is type(value)
+
+
+def test_the_options_of_a_parser_are_its_dotted_names():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--model.size", type=int)
+    parser.add_argument("--seed", type=int)
+    assert [name for name in options_of(parser) if name != "help"] == ["model.size", "seed"]

@@ -8,7 +8,8 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from apps.train.processes import is_loss, join_again, limit_waiting
+from apps.train.processes import is_loss, join_again
+from apps.train.torch_internals import limit_waiting
 
 STALE = "default_pg/0//cpu//0/rank_0"
 
