@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each part of core imports from the rows above its own. Only the parts of the last row may also import each other
 # (convert needs config), without a cycle. `core/__init__.py` is above them all: nothing inside core imports it.
 ROWS = (
+    ("torch_internals",),
     ("contract", "kernels", "registry"),
     ("routing", "experts", "dispatch", "flops", "optim"),
     ("layers",),
@@ -44,6 +46,39 @@ MAY_USE: dict[str, tuple[str, ...]] = {"multimodal": ("apps.vision", "apps.nlp.t
 # Parts of core that compute by the functions of ``core.kernels`` alone: a backend is no business of theirs.
 BEHIND_THE_SEAM = ("experts", "dispatch", "layers", "config")
 
+# The only files that use what these libraries do not document; each function there has a test of what it relies on.
+INTERNALS = (
+    "core/torch_internals.py",
+    "apps/train/torch_internals.py",
+    "apps/train/lightning_internals.py",
+    "apps/cli/jsonargparse_internals.py",
+)
+LIBRARIES = ("torch", "lightning", "jsonargparse")
+# Names with an underscore that torch documents, or has for who subclasses its modules or looks at them.
+OPEN = {
+    *("_apply", "_save_to_state_dict", "_load_from_state_dict", "_parameters", "_buffers", "_modules"),
+    *("_forward_hooks", "_forward_pre_hooks", "_values", "_indices", "_version", "_check", "_init_group"),
+    *("_foreach_lerp_", "_foreach_mul_", "_foreach_clamp_min_", "_foreach_clamp_max_"),
+    *("_inductor", "_in_backward_optimizers"),
+}
+OPEN_IMPORTS = ("torch._inductor.aoti_compile_and_package",)
+# Names with an underscore of others: named tuples, pickle, NLTK, sacreBLEU, TorchRec, torchvision, timm, transformers.
+OTHERS = {
+    *("_asdict", "_replace", "_catalog", "_extract_corpus_statistics", "_compute_score_from_stats", "_emb_modules"),
+    *("_AUGMENTATION_SPACE", "_apply_image_or_video_transform", "_can_record_outputs", "_pos_embed", "_Unpickler"),
+}
+# Modules of Lightning that its documentation names, and what it does not document though the name has no underscore.
+LIGHTNING = "lightning.pytorch"
+DOCUMENTED = {
+    *(LIGHTNING, f"{LIGHTNING}.callbacks", f"{LIGHTNING}.callbacks.early_stopping", f"{LIGHTNING}.cli"),
+    *(f"{LIGHTNING}.loggers", f"{LIGHTNING}.loggers.logger", f"{LIGHTNING}.plugins", f"{LIGHTNING}.plugins.io"),
+    *(f"{LIGHTNING}.profilers", f"{LIGHTNING}.strategies", f"{LIGHTNING}.trainer.states", f"{LIGHTNING}.utilities"),
+    f"{LIGHTNING}.utilities.exceptions",
+}
+LOOPS = {"epoch_loop", "val_loop", "validate_loop", "test_loop", "predict_loop"}
+# Whose private attributes are never our own, whatever their names.
+FOREIGN = ("trainer", "loop", "connector", "optimizer", "scheduler", "parser", "logger")
+
 TRITON_OPS = "core.kernels.triton_ops"
 TRITON_JIT = f"{TRITON_OPS}.jit"
 
@@ -55,6 +90,9 @@ class Import:
     line: int
     target: str
     lazy: bool
+
+
+parsed = functools.cache(ast.parse)
 
 
 def module_name(path: str) -> str:
@@ -83,7 +121,7 @@ def imports(path: str, source: str) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             yield from visit(child, inside)
 
-    yield from visit(ast.parse(source, path), False)
+    yield from visit(parsed(source), False)
 
 
 def part_of(module: str) -> str:
@@ -161,7 +199,7 @@ def names_of_apps(path: str, source: str) -> list[str]:
     """Return a line for each string of a shared room that begins with a dotted path into an app."""
     if part_of(module_name(path)) in (*APPS, "registry", "compare", "demo", "cli"):
         return []
-    texts = (node for node in ast.walk(ast.parse(source, path)) if isinstance(node, ast.Constant))
+    texts = (node for node in ast.walk(parsed(source)) if isinstance(node, ast.Constant))
     return [
         f"{path}:{text.lineno}: names an app in {text.value!r}: apps/registry.py alone knows the apps"
         for text in texts
@@ -178,6 +216,76 @@ def violations(path: str, source: str) -> list[str]:
     return [f"{path}:{imported.line}: imports {imported.target}: {why}" for imported, why in broken if why]
 
 
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name != "_"
+
+
+def attribute(node: ast.AST) -> tuple[ast.expr, str] | None:
+    """Return object and name of an attribute that a node reads or sets, also by ``getattr``; else None."""
+    match node:
+        case ast.Attribute(value=value, attr=name):
+            return value, name
+        case ast.Call(
+            func=ast.Name(id="getattr" | "hasattr" | "setattr" | "delattr"),
+            args=[value, ast.Constant(value=str(name)), *_],
+        ):
+            return value, name
+    return None
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+def private_names(sources: dict[str, str]) -> set[str]:
+    """Return the private names that files define: functions, classes, variables, and attributes of ``self``."""
+    names: set[str] = set()
+    for node in (node for path, source in sources.items() for node in ast.walk(parsed(source))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+            names.add(node.attr)
+    return {name for name in names if is_private(name)}
+
+
+def used_privately(sources: dict[str, str]) -> set[str]:
+    """Return the private names that ``INTERNALS`` use, which are the libraries'."""
+    nodes = (node for path in INTERNALS for node in ast.walk(parsed(sources[path])))
+    return {found[1] for node in nodes if (found := attribute(node)) and is_private(found[1])} - OPEN
+
+
+def reaches(path: str, source: str, own: set[str], theirs: set[str]) -> list[str]:
+    """Return a line for each use in a file of what torch, Lightning and jsonargparse do not document.
+
+    Args:
+        path: the file.
+        source: its text.
+        own: private names that the tree defines.
+        theirs: private names that are the libraries', though the tree may define one too.
+    """
+    found = []
+    for target in imports(path, source):
+        top, *rest = target.target.split(".")
+        hidden = any(is_private(part) for part in rest) and target.target not in OPEN_IMPORTS
+        if top in LIBRARIES and (hidden or (top == "lightning" and rest and parent(target.target) not in DOCUMENTED)):
+            found.append(f"{path}:{target.line}: imports {target.target}")
+    for node in ast.walk(parsed(source)):
+        if isinstance(node, ast.FunctionDef) and node.name in theirs:
+            found.append(f"{path}:{node.lineno}: overrides {node.name}")
+        value, name = attribute(node) or (None, "")
+        if value is None or not (name in LOOPS or is_private(name)) or name in OPEN | OTHERS:
+            continue
+        if name not in own or name in theirs or ast.unparse(value).lower().endswith(FOREIGN):
+            found.append(f"{path}:{value.lineno}: uses {ast.unparse(value)}.{name}")
+    return [f"{line}, which its library does not document: put it into one of {INTERNALS}" for line in found]
+
+
+def parent(target: str) -> str:
+    return target.rpartition(".")[0]
+
+
 def tree() -> dict[str, str]:
     files = (path for top in ("core", "apps", "moesaic") for path in sorted((ROOT / top).rglob("*.py")))
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}
@@ -191,6 +299,46 @@ def test_the_tree_keeps_the_rules():
         line for path, source in sources.items() if path.startswith("apps") for line in names_of_apps(path, source)
     ]
     assert not broken, "\n".join(broken)
+
+
+def test_only_the_files_for_it_use_what_a_library_does_not_document():
+    sources = tree()
+    others = {path: source for path, source in sources.items() if path not in INTERNALS}
+    assert len(others) == len(sources) - len(INTERNALS)
+    own, theirs = private_names(others), used_privately(sources)
+    assert {"_trainer", "_device_mesh", "_hparams_initial", "_cdata"} <= theirs
+    found = [line for path, source in others.items() for line in reaches(path, source, own, theirs)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from lightning.fabric.utilities.logger import _flatten_dict",
+        "from lightning.pytorch.utilities.model_helpers import is_overridden",
+        "def f():\n    from jsonargparse import _typehints",
+        "import torch._dynamo",
+        "from torch.distributed._composable import checkpoint",
+        "trainer._signal_connector.received_sigterm = True",
+        "self._trainer.world_size",  # where a class of ours has an attribute of this name, too
+        "trainer._own",
+        "trainer.fit_loop.epoch_loop.batch_progress",
+        "hasattr(module, '_hparams_initial')",
+        "optimizer._step_supports_amp_scaling = False",
+        "torch._C._functorch.is_batchedtensor(x)",
+        "class Bar:\n    def _init_progress(self, trainer): ...",
+    ],
+)
+def test_a_reach_into_a_library_is_found(source):
+    assert reaches("apps/train/a.py", source, {"_own", "_trainer"}, {"_trainer", "_init_progress"})
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["self._own = part._own", "super()._apply(f)", "batch._replace(x=1)", "from lightning.pytorch import Trainer"],
+)
+def test_a_private_name_of_our_own_is_no_reach(source):
+    assert reaches("apps/train/a.py", source, {"_own"}, {"_trainer"}) == []
 
 
 @pytest.mark.parametrize("top", ["core", "apps", "moesaic"])
