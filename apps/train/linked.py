@@ -112,7 +112,7 @@ class LinkedModule(LightningModule):
 
     def _make_again(self, found: Mapping[str, Any]) -> None:
         """Call the constructor once more, with arguments that the data have."""
-        trainer = trainer_of(self)
+        trainer: Any = trainer_of(self)
         self._lacks = None
         self.__init__(**{**self._given, **found})  # type: ignore[misc]
         self.trainer = trainer
