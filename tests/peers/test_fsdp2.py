@@ -24,7 +24,7 @@ def layer() -> nn.Linear:
 
 
 def test_inference_mode_fails(one_rank):
-    # ``apps.train.divided.prepare_for_fsdp`` leaves it out.
+    # ``apps.train.lightning_internals.prepare_for_fsdp`` leaves it out.
     with torch.inference_mode(), pytest.raises(RuntimeError, match="Inference tensors do not track version counter"):
         layer()(torch.ones(1, 2))
 

@@ -119,7 +119,7 @@ def test_the_traffic_is_that_of_the_exchange_as_it_is_built(monkeypatch, tmp_pat
         sent["counts"] += count_W.nbytes
         return count_W
 
-    monkeypatch.setattr(routes, "all_to_all_single_autograd", lambda rows, *_: Exchanged.apply(rows))
+    monkeypatch.setattr(routes, "all_to_all", lambda rows, *_: Exchanged.apply(rows))
     monkeypatch.setattr(routes, "_exchanged", exchanged)
     E, K, T, D = 4, 2, 10, 8
     dist.init_process_group(
