@@ -15,6 +15,7 @@ from apps.task.inputs import Input
 from apps.task.outputs import Output
 from apps.task.service import Service
 from apps.task.sizes import Sizes, Trial
+from apps.train.exported import ExportedNetwork
 from apps.train.exporting import Exported
 
 Values = Mapping[str, Any]
@@ -101,23 +102,23 @@ class Task(ABC):
     # ---- what a subclass says without one
 
     @classmethod
-    @abstractmethod
     def attach(cls, model: Any, graphs: Mapping[str, Any]) -> None:
-        """Let a model without weights run exported graphs in place of its networks."""
+        """Let a model without weights run exported graphs in place of its networks: ``model.model`` is the only one."""
+        model.model = ExportedNetwork(graphs["model"])
 
     @classmethod
-    @abstractmethod
     def encoding_state(cls, exported: Any) -> dict[str, Any] | None:
         """Return the encoding of a checkpoint from an ``ExportedModel``; None where the model has none."""
+        return None
 
     @classmethod
-    @abstractmethod
     def data_arguments(cls, given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
         """Return the arguments of the model's constructor that its data would tell.
 
         Raises:
             Missing: nothing says a size; the message names the option.
         """
+        return {}
 
     @classmethod
     @abstractmethod

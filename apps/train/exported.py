@@ -138,6 +138,20 @@ class OnnxGraph(nn.Module):
         return tuple(torch.from_numpy(output) for output in outputs)
 
 
+class ExportedNetwork(nn.Module):
+    """A graph that is called as the network was that it is made of: by position. It returns the first output.
+
+    Options, such as a context for routers, are part of the graph and are not read.
+    """
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, *inputs: Tensor, **options: Any) -> Tensor:
+        return self.graph(dict(zip(self.graph.inputs, inputs, strict=True)))[0]
+
+
 @dataclass(frozen=True)
 class ExportedModel:
     """An exported ONNX model.

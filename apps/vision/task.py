@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import core
 from apps.base.evaluation import in_evaluation
@@ -83,10 +83,6 @@ class ImageClassification(Task):
     # ---- without a trained model
 
     @classmethod
-    def attach(cls, model: Any, graphs: Mapping[str, Any]) -> None:
-        model.model = _Classifier(graphs["model"])
-
-    @classmethod
     def encoding_state(cls, exported: Any) -> dict[str, Any]:
         return dict(exported.description.preprocessing)
 
@@ -132,18 +128,6 @@ def placed(network: Any, entries: Iterable[Any], prefix: str = "") -> list[tuple
     """
     inside = [replace(e, name=e.name.removeprefix(prefix)) for e in entries if e.name.startswith(prefix)]
     return [(entry, patch_experts(network, entry, 1, MOST_EXPERTS)) for entry in inside]
-
-
-class _Classifier(nn.Module):
-    """A graph under the interface of ``VMoE``."""
-
-    def __init__(self, graph: Any) -> None:
-        super().__init__()
-        self.graph = graph
-
-    def forward(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
-        """Map normalised images to logits."""
-        return self.graph({"image": image})[0]
 
 
 TASK = ImageClassification

@@ -140,10 +140,6 @@ class Continuation(Task):
         model.model = ExportedLanguageModel(graphs["model"], model.transformer)
 
     @classmethod
-    def encoding_state(cls, exported: Any) -> None:
-        """Return None: the subwords are among the model's arguments."""
-
-    @classmethod
     def data_arguments(cls, given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
         return text_arguments(given, sizes)
 

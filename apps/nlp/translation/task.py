@@ -12,6 +12,7 @@ import core
 from apps.base.evaluation import in_evaluation
 from apps.data.given import GivenConfig, GivenData
 from apps.data.subwords import EOS_ID
+from apps.nlp import own_data
 from apps.nlp.decode.exported import ExportedTranslator
 from apps.nlp.decode.graphs import graphs_with_memory, spelling, writing
 from apps.nlp.decode.run import dropless
@@ -19,6 +20,7 @@ from apps.nlp.predict import source_batches
 from apps.nlp.sizes import text_arguments
 from apps.nlp.specialisation import side_of
 from apps.nlp.text.words import words_of
+from apps.nlp.translation.module import task_numbers
 from apps.nlp.translation.routes import traced
 from apps.report.exhibit.parts import Example, LayerPart
 from apps.task import Sizes, Task, Trial, choice, ids_on_meta, text, vocabulary_loss, words_by_layer
@@ -132,8 +134,6 @@ class Translation(Task):
         A pair's "prefix" are ids that stand before a source's own, such as the tag of the target language; ``EOS_ID``
         stands after them, and ``max_source_length`` counts all.
         """
-        from apps.nlp.translation.module import task_numbers
-
         model = self.model
         source_BS = torch.randint(EOS_ID + 1, model.model.source_vocab, (2, 4), device=model.device)
         graphs = graphs_with_memory(model.model, "source", source_BS, {0: "batch", 1: "source"}, "source")
@@ -153,15 +153,9 @@ class Translation(Task):
 
     @classmethod
     def attach(cls, model: Any, graphs: Mapping[str, Any]) -> None:
-        from apps.nlp.translation.module import task_numbers
-
         model.model = ExportedTranslator(graphs["encoder"], graphs["decoder"], model.transformer)
         tasks, domains = task_numbers(model.pairs, model.tasks)
         model.task_P, model.domain_P = torch.tensor(tasks), torch.tensor(domains)
-
-    @classmethod
-    def encoding_state(cls, exported: Any) -> None:
-        """Return None: the subwords are among the model's arguments."""
 
     @classmethod
     def data_arguments(cls, given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
@@ -184,8 +178,6 @@ class Translation(Task):
 
     @classmethod
     def own_data(cls, given: GivenData) -> GivenConfig | None:
-        from apps.nlp import own_data
-
         return own_data.config_for(given)
 
 
