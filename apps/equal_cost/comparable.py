@@ -181,8 +181,8 @@ class Comparable:
         return None
 
     def with_moe(self, moe: Any) -> Any:
-        """Return the model anew, untrained, with MoE layers of another configuration of the same class."""
-        raise NotImplementedError(f"{type(self).__name__} must define with_moe(moe) for a comparison of routers")
+        """Return an untrained copy of the model, with MoE layers of another configuration of the same class."""
+        return self.twin(moe=moe, dense_ffn=None)  # type: ignore[attr-defined]  # of the ``SparseModule`` beside it
 
     def examples_of_test(self) -> list[dict[str, Any]]:
         """Return plain values for each example of the last test, which a comparison keeps; empty for none."""

@@ -290,9 +290,6 @@ class ImageTextRetriever(SparseModule, Comparable):
         arguments = {"tokens_per_sequence": self.model.towers.num_patches}
         return RoutedLayers(self.moe, self.tower.widths[0], self.place, arguments)
 
-    def with_moe(self, moe: core.MoEConfig) -> ImageTextRetriever:
-        return self.twin(moe=moe, dense_ffn=None)
-
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
         """Return one value a pair, whose mean is the recall at ``recall_at``: that of both ways, over all images and
         texts.

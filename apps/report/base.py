@@ -106,7 +106,8 @@ def report_folder(trainer: Trainer) -> Iterator[Path]:
             folder.mkdir(exist_ok=True)
             for name in names:
                 os.replace(new / name, folder / name)
-            _logger.info(f"{folder}: {', '.join(name for name in names if name != SECTIONS)}")
+        if shown := [name for name in names if name != SECTIONS]:
+            _logger.info(f"{folder}: {', '.join(shown)}")
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -274,9 +274,6 @@ class VisionClassifier(SparseModule, Comparable):
         sharing = len(self.model.moe_blocks) if self.model.shares_experts else 1
         return None if self.moe is None else RoutedLayers(self.moe, self.vit.dim, place, arguments, sharing)
 
-    def with_moe(self, moe: core.MoEConfig) -> VisionClassifier:
-        return self.twin(moe=moe, dense_ffn=None)
-
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
         """Return the top-1 accuracy: 1 for an image whose likeliest class is its own, else 0."""
         right = [(out.outputs.argmax(-1) == out.targets).double() for out in outs]

@@ -449,9 +449,6 @@ class ImageCaptioner(WritingModule, Comparable):
     def routed_layers(self) -> RoutedLayers | None:
         return None if self.moe is None else RoutedLayers(self.moe, self.transformer.shape.dim, self.place)
 
-    def with_moe(self, moe: core.MoEConfig) -> ImageCaptioner:
-        return self.twin(moe=moe, dense_ffn=None)
-
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
         """Return the nats a token of the right texts: a text's are weighted by its tokens."""
         nats_N = torch.cat([out.outputs.nll_B.double() for out in outs]).cpu()

@@ -360,6 +360,3 @@ class TwoTowerRetriever(SparseModule, Comparable):
         if self.moe is None:
             return None
         return RoutedLayers(self.moe, self.tower.width, self.place, {"tokens_per_sequence": 1})
-
-    def with_moe(self, moe: core.MoEConfig) -> TwoTowerRetriever:
-        return self.twin(moe=moe, dense_ffn=None)

@@ -311,9 +311,6 @@ class NextItemRecommender(SparseModule, Comparable):
             return None
         return RoutedLayers(self.moe, self.sequence.dim, self.place, {"tokens_per_sequence": self.max_length})
 
-    def with_moe(self, moe: core.MoEConfig) -> NextItemRecommender:
-        return self.twin(moe=moe, dense_ffn=None)
-
 
 def _seen_columns(items_BS: Tensor, packing: Packing, index_T: Tensor) -> Tensor:
     """Return int64 (T, L), the columns of the output of each position's items so far, and -1 after them."""

@@ -28,8 +28,6 @@ def test_every_question_has_an_answer():
     assert routers.variants(module, []) == {}
     with pytest.raises(ValueError, match="--routers hash: Silent has no layer to put it into"):
         routers.variants(module, ["hash"])
-    with pytest.raises(NotImplementedError, match=r"Silent must define with_moe\(moe\)"):
-        module.with_moe(MOE)
 
 
 class Routed(Silent):

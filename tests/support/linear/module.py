@@ -1,0 +1,57 @@
+"""``LinearClassifier``, the module that ``moesaic fit`` trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+import core
+from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
+from apps.equal_cost.twins import dense_twins
+from apps.nets.blocks import one_ffn
+from apps.nets.place import Place
+from apps.train.module import SparseModule, TaskOutput
+from linear.model import linear
+from linear.report import LinearReport
+
+
+class LinearClassifier(SparseModule, Comparable):
+    monitor, monitor_mode = "val/top1", "max"
+
+    def __init__(
+        self, moe: core.MoEConfig | None = None, dense_ffn: core.DenseFFN | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.moe = moe
+        self.model = linear(one_ffn(moe, dense_ffn))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image)
+
+    def task_loss(self, batch: Any) -> TaskOutput:
+        logits = self(batch.image)
+        return TaskOutput(F.cross_entropy(logits, batch.label), logits, batch.label, len(logits))
+
+    def example_inputs(self, batch: Any) -> tuple[Tensor]:
+        return (batch.image,)
+
+    def build_metrics(self) -> MetricCollection:
+        return MetricCollection({"top1": MulticlassAccuracy(10, average="micro")})
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        probability, label = self(batch.image).softmax(-1).max(-1)
+        return {"label": label, "probability": probability}
+
+    def report_callbacks(self) -> list[LinearReport]:
+        return [LinearReport()]
+
+    def routed_layers(self) -> RoutedLayers | None:
+        return None if self.moe is None else RoutedLayers(self.moe, 64, Place(type(self).__name__))
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        return dense_twins(self, core.DenseFFN())
