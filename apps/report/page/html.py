@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import itertools
 import json
 import math
@@ -12,9 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
+from apps.base.templates import template
 from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, ScatterChart, thinned_rows
 from apps.report.page.library import MISSING, has_charts, script
-from apps.report.page.parts import Code, Gallery, Page, Part, Picture, Section, Table, Text, Words, shown
+from apps.report.page.parts import Page, Part, Picture, Table, Words, shown
 from apps.report.page.vega import vega_lite
 from apps.report.plots import expert_colors
 
@@ -34,20 +36,55 @@ _OF_INDEX = ("runs", "list", "search", "only", "count", "side-by-side", "points"
 _MARK = "<!--picture-->"
 
 
+def is_report(path: Path) -> bool:
+    """Return whether a file is a page that ``render`` made."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return GENERATOR in file.read(2000)
+
+
+def render(page: Page, before: Markup | str = "", code: str = "") -> str:
+    """Return a page as HTML.
+
+    Args:
+        page: the page.
+        before: HTML before its sections.
+        code: JavaScript that runs after the page's own.
+    """
+    written = _Written(code)
+    sections = [section for section in page.sections if not section.is_empty]
+    text = template(_HERE / "page.html").render(
+        page=page,
+        before=Markup(before),
+        sections=[(section, written.id(section.title)) for section in sections],
+        policy=_POLICY,
+        generator=Markup(GENERATOR),
+        draws=has_charts(),
+        missing=MISSING[0].upper() + MISSING[1:],
+        css=Markup(page_file("page.css")),
+        wordy=_wordy,
+        marked=_marked,
+        numbers=_numbers,
+        runs=lambda parts: [(own, list(run)) for own, run in itertools.groupby(parts, _is_chart)],
+        id=written.id,
+        draw=written.draw,
+        picture=written.picture,
+        scripts=written.scripts,
+    )
+    return written.with_pictures(text)
+
+
 @dataclass
-class _Writing:
-    """The state of a page that is being written.
+class _Written:
+    """What a page has when it is written to its end.
 
     Attributes:
-        draws: charts are drawn, and not only tabled.
-        lacks: a chart is only tabled.
+        code: JavaScript that runs after the page's own.
         specs: Vega-Lite specifications by the id of their place.
         pictures: pictures, in the order of their marks in the text.
         ids: ids given so far.
     """
 
-    draws: bool
-    lacks: bool = False
+    code: str
     specs: dict[str, Any] = field(default_factory=dict)
     pictures: list[Picture] = field(default_factory=list)
     ids: set[str] = field(default_factory=lambda: {"report", "verdict", "charts", *_OF_INDEX})
@@ -63,148 +100,55 @@ class _Writing:
         self.ids.add(name)
         return name
 
+    def draw(self, chart: Chart, place: str) -> bool:
+        """Keep a chart for its place; return whether it can be drawn, and not only tabled."""
+        if has_charts():
+            self.specs[place] = vega_lite(chart)
+        return place in self.specs
 
-def is_report(path: Path) -> bool:
-    """Return whether a file is a page that ``render`` made."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return GENERATOR in file.read(2000)
+    def picture(self, part: Picture) -> Markup:
+        """Return a mark in the place of a picture, since its size must be known first."""
+        self.pictures.append(part)
+        return Markup(_MARK)
 
+    def scripts(self) -> Markup:
+        """Return the page's JavaScript, with the charts drawn so far."""
+        library = f"<script>{_inside_script(script())}</script>\n" if self.specs else ""
+        charts = f'<script type="application/json" id="charts">{as_json(self.specs)}</script>\n'
+        own = "".join(f"<script>\n{code}</script>\n" for code in (page_file("page.js"), self.code) if code)
+        return Markup(library + charts + own)
 
-def render(page: Page, before: str = "", code: str = "") -> str:
-    """Return a page as HTML.
-
-    Args:
-        page: the page.
-        before: HTML that stands before its sections.
-        code: JavaScript that runs after the page's own.
-    """
-    writing = _Writing(has_charts())
-    sections = [s for s in page.sections if not s.is_empty]
-    ids = [writing.id(section.title) for section in sections]
-    body = [_section(section, writing, 2, own) for section, own in zip(sections, ids, strict=True)]
-    links = "".join(f'<li><a href="#{own}">{_text(s.title)}</a></li>' for s, own in zip(sections, ids, strict=True))
-    about = " · ".join(_text(word) for word in (page.kind, page.date.replace("T", " ")) if word)
-    first, *rest = page.verdict or ("",)
-    verdict = "".join(
-        [
-            f'<p class="verdict">{_text(first)}</p>' if first else "",
-            _lines(rest),
-            "" if page.figures is None else _table(page.figures),
-        ]
-    )
-    text = "".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
-            f'<meta name="color-scheme" content="light dark">\n{GENERATOR}\n',
-            f"<title>{_text(page.title)}</title>\n<style>\n{page_file('page.css')}</style>\n</head>\n<body>\n",
-            '<a class="skip" href="#report">Skip to the report</a>\n',
-            f'<header><p class="about">{about}</p><h1>{_text(page.title)}</h1></header>\n',
-            f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n' if links else "",
-            '<main id="report">\n',
-            f'<section aria-labelledby="verdict"><h2 id="verdict">Verdict</h2>{verdict}</section>\n' if verdict else "",
-            f"<p>{_text(MISSING[0].upper() + MISSING[1:])}.</p>\n" if writing.lacks else "",
-            before,
-            *body,
-            "</main>\n<footer><p>Written by moesaic. The file has all that it shows and loads nothing.</p></footer>\n",
-            f"<script>{_inside_script(script())}</script>\n" if writing.specs else "",
-            f'<script type="application/json" id="charts">{as_json(writing.specs)}</script>\n',
-            f"<script>\n{page_file('page.js')}</script>\n",
-            f"<script>\n{code}</script>\n" if code else "",
-            "</body>\n</html>\n",
-        ]
-    )
-    return _with_pictures(text, writing.pictures)
+    def with_pictures(self, text: str) -> str:
+        """Return a page with its pictures in the place of their marks, as far as it stays below ``MOST_BYTES``."""
+        room = MOST_BYTES - len(text.encode())
+        before, *rest = text.split(_MARK)
+        whole = [before]
+        for picture, after in zip(self.pictures, rest, strict=True):
+            shown = _picture(picture)
+            if len(shown) > room:
+                left_out = "{}: {} is left out, to keep this file below 5 MB."
+                shown = Markup(f"<p>{left_out}</p>").format(picture.alt, Path(picture.path).name)
+            room -= len(shown)
+            whole += [shown, after]
+        return "".join(whole)
 
 
-def _with_pictures(text: str, pictures: Sequence[Picture]) -> str:
-    """Return a page with its pictures in the place of their marks, as far as it stays below ``MOST_BYTES``."""
-    room = MOST_BYTES - len(text.encode())
-    before, *rest = text.split(_MARK)
-    whole = [before]
-    for picture, after in zip(pictures, rest, strict=True):
-        shown = _picture(picture)
-        if len(shown) > room:
-            name = Path(picture.path).name
-            shown = f"<p>{_text(picture.alt)}: {_text(name)} is left out, to keep this file below 5 MB.</p>"
-        room -= len(shown)
-        whole += [shown, after]
-    return "".join(whole)
+def _is_chart(part: Part) -> bool:
+    return isinstance(part, _CHARTS)
 
 
-def _section(section: Section, writing: _Writing, level: int, own: str) -> str:
-    heading = f"h{min(level, 6)}"
-    parts = "".join(_runs(section.parts, writing, level + 1))
-    below = "".join(_section(s, writing, level + 1, writing.id(s.title)) for s in section.sections if not s.is_empty)
-    return (
-        f'<section aria-labelledby="{own}"><{heading} id="{own}">{_text(section.title)}</{heading}>{parts}{below}'
-        "</section>\n"
-    )
+def _numbers(chart: Chart) -> Table:
+    """Return the table of a chart's numbers."""
+    rows = chart.cells()
+    kept = thinned_rows(rows)
+    note = f"{len(kept)} of {len(rows)} rows, at equal steps." if len(kept) < len(rows) else ""
+    return Table(f"Numbers: {chart.title}", chart.headings(), tuple(kept), note=note)
 
 
-def _runs(parts: Sequence[Part], writing: _Writing, level: int) -> Iterator[str]:
-    """Yield the parts, charts that follow each other side by side where there is room."""
-    for are_charts, run in itertools.groupby(parts, lambda part: isinstance(part, _CHARTS)):
-        if are_charts:
-            charts = "".join(_chart(part, writing, level) for part in run)  # type: ignore[arg-type]
-            yield f'<div class="charts">{charts}</div>'
-        else:
-            yield from (_part(part, writing) for part in run)
-
-
-def _part(part: Part, writing: _Writing) -> str:
-    if isinstance(part, Text):
-        return f"<p>{_text(part.lines[0])}</p>" if len(part.lines) == 1 else _lines(part.lines)
-    if isinstance(part, Table):
-        return _table(part)
-    if isinstance(part, Code):
-        label = html.escape(part.title, quote=True)
-        code = f'<pre tabindex="0" role="group" aria-label="{label}"><code>{_text(part.text)}</code></pre>'
-        if part.closed:
-            return f"<details><summary>{_text(part.title)}</summary>{code}</details>"
-        return f'<p class="label">{_text(part.title)}</p>{code}'
-    if isinstance(part, Words):
-        return _words(part, writing)
-    if isinstance(part, Gallery):
-        return _gallery(part, writing)
-    assert isinstance(part, Picture), part
-    writing.pictures.append(part)
-    return _MARK
-
-
-def _lines(lines: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>" if lines else ""
-
-
-def _table(table: Table) -> str:
-    headings = []
-    words = [any(not _is_number(cell) for cell in column) for column in zip(*table.rows, strict=True)]
-    for column, is_words in zip(table.columns, words or [False] * len(table.columns), strict=True):
-        inside = _text(column) if column else '<span class="hidden">name</span>'
-        if table.sortable:
-            inside = f'<button type="button" class="sort">{inside}</button>'
-        headings.append(f'<th scope="col"{_WORDS if is_words else ""}>{inside}</th>')
-    rows = "".join(
-        f'<tr><th scope="row">{_text(row[0])}</th>'
-        + "".join(
-            f"<td{_WORDS if is_words else ''}>{_text(cell)}</td>"
-            for cell, is_words in zip(row[1:], words[1:], strict=True)
-        )
-        + "</tr>"
-        for row in table.rows
-    )
-    label = html.escape(table.title or "table", quote=True)
-    caption = f"<caption>{_text(table.title)}</caption>" if table.title else ""
-    kind = ' class="sortable"' if table.sortable else ""
-    note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
-    return (
-        f'<div class="wide" tabindex="0" role="group" aria-label="{label}"><table{kind}>{caption}'
-        f"<thead><tr>{''.join(headings)}</tr></thead><tbody>{rows}</tbody></table></div>{note}"
-    )
-
-
-_WORDS = ' class="words"'
+def _wordy(table: Table) -> list[Markup]:
+    """Return the class of each column: one of words, or none of numbers, which stand to the right."""
+    columns = list(zip(*table.rows, strict=True)) or [()] * len(table.columns)
+    return [Markup(' class="words"' * any(not _is_number(cell) for cell in column)) for column in columns]
 
 
 def _is_number(cell: str) -> bool:
@@ -212,68 +156,18 @@ def _is_number(cell: str) -> bool:
     return not cell or cell[0].isdigit() or (cell[0] in "+-−–<" and not cell[1:2].isalpha())
 
 
-def _chart(chart: Chart, writing: _Writing, level: int) -> str:
-    own = writing.id(f"chart {chart.title}")
-    heading = f"h{min(level, 6)}"
-    rows = chart.cells()
-    kept = thinned_rows(rows)
-    note = f"{len(kept)} of {len(rows)} rows, at equal steps." if len(kept) < len(rows) else ""
-    table = _table(Table(f"Numbers: {chart.title}", chart.headings(), tuple(kept), note=note))
-    place, is_open = "", " open"
-    writing.lacks |= not writing.draws
-    if writing.draws:
-        writing.specs[own] = vega_lite(chart)
-        place, is_open = f'<div class="chart" id="{own}"></div>', ""
-    wide = " broad" if isinstance(chart, HeatmapChart) and len(chart.columns) > 16 else ""
-    return (
-        f'<figure class="panel{wide}"><{heading}>{_text(chart.title)}</{heading}>{place}'
-        f"<figcaption>{_text(chart.summary)}</figcaption>"
-        f'<details{is_open}><summary>Numbers<span class="hidden"> of {_text(chart.title)}</span></summary>{table}'
-        "</details></figure>"
-    )
-
-
-def _words(words: Words, writing: _Writing) -> str:
-    own, colors = writing.id(words.title), expert_colors(words.num_colors)
+def _marked(words: Words) -> Iterator[tuple[str, bool, list[tuple[str, str, str]]]]:
+    """Yield each word, whether it belongs to the one before, and its marks: name, text and style."""
+    colors = expert_colors(words.num_colors)
     joined = words.joined or (False,) * len(words.words)
     largest = {name: max((v for v in row if v > 0), default=1.0) for name, row in words.values.items()}
-    items = []
     for i, word in enumerate(words.words):
-        marks = [_mark(name, row[i] or "–", _color(row[i], colors)) for name, row in words.labels.items()]
+        marks = [(name, row[i] or "–", _color(row[i], colors)) for name, row in words.labels.items()]
         for name, row in words.values.items():
             share = 0 if math.isnan(row[i]) else round(40 * max(row[i], 0.0) / largest[name])
             shade = f"background:color-mix(in srgb,var(--link) {share}%,transparent)"
-            marks.append(_mark(name, shown(row[i], 2), shade))
-        kind = ' class="joined"' if joined[i] else ""
-        items.append(f'<li{kind}><span dir="auto">{_text(word)}</span>{"".join(marks)}</li>')
-    rows = ", ".join((*words.labels, *words.values))
-    note = " ".join(filter(None, (f"Below each word: {rows}." if rows else "", words.note)))
-    return (
-        f'<figure class="panel tokens"><p class="label" id="{own}">{_text(words.title)}</p>'
-        f'<ol role="list" aria-labelledby="{own}">{"".join(items)}</ol><figcaption>{_text(note)}</figcaption></figure>'
-    )
-
-
-def _gallery(gallery: Gallery, writing: _Writing) -> str:
-    own = writing.id(gallery.title)
-    items = []
-    for picture in gallery.pictures:
-        width, height = picture.size
-        source, alt = html.escape(picture.source, quote=True), html.escape(picture.alt, quote=True)
-        image = f'<img src="{source}" alt="{alt}" width="{width}" height="{height}">'
-        if picture.link:
-            image = f'<a href="{html.escape(picture.link, quote=True)}">{image}</a>'
-        items.append(f"<li>{image}{''.join(f'<span>{_text(line)}</span>' for line in picture.lines)}</li>")
-    note = f"<figcaption>{_text(gallery.note)}</figcaption>" if gallery.note else ""
-    return (
-        f'<figure class="panel gallery"><p class="label" id="{own}">{_text(gallery.title)}</p>'
-        f'<ol role="list" aria-labelledby="{own}">{"".join(items)}</ol>{note}</figure>'
-    )
-
-
-def _mark(name: str, text: str, style: str) -> str:
-    style = f' style="{style}"' if style else ""
-    return f'<span class="mark"{style}><span class="hidden">{_text(name)}: </span>{_text(text)}</span>'
+            marks.append((name, shown(row[i], 2), shade))
+        yield word, joined[i], marks
 
 
 def _color(label: str, colors: Sequence[str]) -> str:
@@ -291,18 +185,14 @@ def _rgb(color: str) -> list[float]:
     return [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
 
 
-def _picture(picture: Picture) -> str:
+def _picture(picture: Picture) -> Markup:
     path = Path(picture.path)
     if not path.is_file():
-        return f"<p>{_text(picture.alt)}: {_text(path.name)} is not there any more.</p>"
+        return Markup("<p>{}: {} is not there any more.</p>").format(picture.alt, path.name)
     data = base64.b64encode(path.read_bytes()).decode()
-    alt = html.escape(picture.alt, quote=True)
-    caption = f"<figcaption>{_text(picture.caption)}</figcaption>" if picture.caption else ""
-    return f'<figure class="picture"><img src="data:image/png;base64,{data}" alt="{alt}">{caption}</figure>'
-
-
-def _text(text: str) -> str:
-    return html.escape(text, quote=False)
+    caption = Markup("<figcaption>{}</figcaption>").format(picture.caption) if picture.caption else ""
+    image = Markup('<img src="data:image/png;base64,{}" alt="{}">').format(data, picture.alt)
+    return Markup('<figure class="picture">{}{}</figure>').format(image, caption)
 
 
 def as_json(value: Any) -> str:

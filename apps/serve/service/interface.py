@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from html import escape
+from pathlib import Path
 from typing import Any
 
+from apps.base.templates import template
 from apps.serve.service.limits import Limits
 from apps.task import Service
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """The content security policy of the page, which is text alone."""
-_STYLE = "body{font:16px/1.5 system-ui,sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}\
-pre{background:#f4f4f4;padding:.75rem;overflow-x:auto}h2{margin-top:2rem}"
 
 
 def body_schema(service: Service, limits: Limits) -> dict[str, Any]:
@@ -123,28 +122,15 @@ def page(document: Mapping[str, Any], url: str) -> str:
     curl = f"curl {url}/predict{token} \\\n  -H 'Content-Type: application/json' \\\n  -d '{body}'"
     schema = request["schema"]["properties"]["inputs"]
     answer = predict["responses"]["200"]["content"]["application/json"]["schema"]["properties"]["outputs"]
-    parts = [
-        f"<h1>{escape(info['title'])}</h1><p>{escape(info['description'])}</p>",
-        f"<h2>POST /predict</h2><p>{escape(predict['description'])}</p>{_pre(curl)}",
-        f"<h3>An input</h3><p>A request has 1 to {schema['maxItems']} of them.</p>{_pre(_pretty(schema['items']))}",
-        f"<h3>Its answer</h3>{_pre(_pretty(answer['items']))}",
-        '<h3>Refusals</h3><p>They are <code>{"error": "one line"}</code>.</p><ul>'
-        + "".join(f"<li>{k}: {escape(v['description'])}</li>" for k, v in sorted(predict["responses"].items()))
-        + "</ul>",
-        "<h2>Others</h2><ul>"
-        + "".join(
-            f"<li>GET {path}: {escape(operations['get']['summary'])}</li>"
-            for path, operations in document["paths"].items()
-            if "get" in operations
-        )
-        + "</ul>",
-    ]
-    head = f'<meta charset="utf-8"><title>{escape(info["title"])}</title><style>{_STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>'
-
-
-def _pre(text: str) -> str:
-    return f"<pre>{escape(text)}</pre>"
+    return template(Path(__file__).with_name("interface.html")).render(
+        info=info,
+        predict=predict,
+        curl=curl,
+        most=schema["maxItems"],
+        item=_pretty(schema["items"]),
+        answer=_pretty(answer["items"]),
+        reads={path: own["get"]["summary"] for path, own in document["paths"].items() if "get" in own},
+    )
 
 
 def _pretty(value: Any) -> str:
