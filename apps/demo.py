@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from apps.base.files import CONFIGS, replacing
 from apps.base.messages import counted
 from apps.base.progress import Bar, bar, say
-from apps.cli import failed, stopped
+from apps.cli.errors import failed, stopped
 from apps.cli.flags import take
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule
 
 from apps import load
 from apps.base.quiet import quiet
-from apps.cli import UsageError, announce
+from apps.cli.errors import UsageError
 from apps.cli.flags import SECTIONS, asks
 from apps.cli.request import Request
 from apps.cli.train import SparseCLI
@@ -267,7 +267,7 @@ def _made(command: str, config: Config, overrides: Overrides | None, options: Ma
     """Yield what runs a command, with Lightning's advice left out, and signals as exceptions."""
     with _files(config) as paths, quiet(), interruptible():
         words = [*(f"--config={path}" for path in paths), *_words(options), *_flags(overrides)]
-        yield SparseCLI(Request.read(command, words, announce=lambda line: announce(command, line)))
+        yield SparseCLI(Request.read(command, words, announces=True))
 
 
 @contextlib.contextmanager

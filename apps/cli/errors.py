@@ -8,6 +8,8 @@ import difflib
 import importlib
 import inspect
 import re
+import sys
+import traceback
 import types
 import typing
 from collections.abc import Iterable
@@ -15,7 +17,6 @@ from typing import Any
 
 from apps import registry
 from apps.base.messages import message, one_line
-from apps.cli import UsageError
 from apps.cli.classes import app_classes, constructor_parameters, load_class
 
 _NOISE = re.compile(
@@ -35,6 +36,32 @@ _KIND = re.compile(
 )
 
 
+class UsageError(ValueError):
+    """The command line or a configuration is wrong."""
+
+
+def stopped(stop: BaseException, advice: str) -> int:
+    """Return the exit code of a command that a signal or an exit has ended; a signal is named, with ``advice``."""
+    if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+        how, code = "interrupted", 130  # Lightning turns an interrupt into exit(1)
+    elif type(stop).__name__ == "SIGTERMException":  # Lightning's; pre-emption and ``timeout`` send SIGTERM
+        how, code = "terminated", 143
+    else:
+        code = getattr(stop, "code", 1)
+        return code if isinstance(code, int) else 0 if code is None else 1
+    print(f"\n{how}{advice}", file=sys.stderr)
+    return code
+
+
+def failed(error: Exception, show_traceback: bool) -> int:
+    """Print what went wrong as one line, and return the exit code."""
+    if show_traceback:
+        traceback.print_exception(error)
+    line, code = describe(error)
+    print(f"error: {line}", file=sys.stderr)
+    return code
+
+
 def describe(error: BaseException) -> tuple[str, int]:
     """Return one line for people, and the exit code: 2 for wrong usage, 1 for anything else."""
     if type(error).__name__ == "ArgumentError":
@@ -43,7 +70,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         return one_line(str(error)), 2
     root = _root(error)
     if isinstance(root, ModuleNotFoundError) and root.name in ("torchrec", "fbgemm_gpu"):
-        return f"tables and retrieval need {root.name}, which is not installed: it is for Linux on x86-64", 1
+        return f"embedding tables need {root.name}, which is not installed: it is for Linux on x86-64", 1
     if type(root).__name__ == "OutOfMemoryError" or isinstance(root, MemoryError):
         return "out of memory: try a smaller data.batch_size, or trainer.precision=bf16-mixed", 1
     if isinstance(root, OSError):

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apps.cli import UsageError
 from apps.cli.configs import at, merge
-from apps.cli.errors import unknown_option
+from apps.cli.errors import UsageError, unknown_option
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "sparsify", "optimizer", "lr_scheduler",
             "lr_scheduler_interval", "compile", "float32_matmul_precision", "ckpt_path", "weights_only")  # fmt: skip

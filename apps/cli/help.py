@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import docstring_parser
 
-from apps.cli import RUN_OPTIONS, UsageError
 from apps.cli.classes import app_classes, constructor_parameters, load_class, long_name, short
-from apps.cli.errors import unknown_option
+from apps.cli.errors import UsageError, unknown_option
 from apps.cli.flags import given
+from apps.cli.options import RUN_OPTIONS
 from apps.cli.request import Request
 from apps.cli.usage import named_class_path
 from apps.registry import class_path, subclasses

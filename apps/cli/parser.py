@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from apps.cli import UsageError
+from apps.cli.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,21 +8,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 import re
 import shlex
 import sys
 import tempfile
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from apps.base.files import naming
-from apps.cli import UsageError, usage
+from apps.cli import usage
 from apps.cli.classes import load_class, with_long_flags, with_long_names
 from apps.cli.configs import at, merge, own_classes, read_config, shipped
+from apps.cli.errors import UsageError
 from apps.cli.flags import NULLS, asks, asks_for_help, given, switch, take, verbatim, with_flags, with_nulls
 from apps.registry import subclasses
 from apps.train.checkpoint_paths import NAMES, find_checkpoint
@@ -86,13 +88,13 @@ class Request:
     exported: ExportedModel | None = None
 
     @classmethod
-    def read(cls, command: str, argv: list[str], announce: Callable[[str], None] | None = None) -> Request:
+    def read(cls, command: str, argv: list[str], announces: bool = False) -> Request:
         """Read ``moesaic COMMAND ARGV``.
 
         Args:
             command: fit, validate, test or predict.
             argv: the words after it.
-            announce: function that takes a line on what starts, once the command line has passed the quick checks.
+            announces: whether to print what starts, once the command line has passed the quick checks.
 
         Raises:
             UsageError: an option or a configuration is wrong.
@@ -157,12 +159,12 @@ class Request:
             checkpoint = None  # a configuration can be printed without one
         if not asks(flags):
             usage.check_data_files(command, flags, config)
-            if announce is not None:
+            if announces:
                 read = str(onnx or "") or " + ".join(map(str, paths)) or (which if which not in (None, *NAMES) else "")
                 written_to = output if command == "predict" else run_dir
-                announce(" ".join(filter(None, (command, read, f"-> {written_to}" if written_to else ""))))
+                _announce(command, " ".join(filter(None, (command, read, f"-> {written_to}" if written_to else ""))))
                 if command == "predict" and checkpoint is not None:  # the others name it beside their figures
-                    announce(f"checkpoint: {checkpoint}")
+                    _announce(command, f"checkpoint: {checkpoint}")
             if which in NAMES and checkpoint is None:
                 print(f"no {run_dir / 'checkpoints' / which}.ckpt yet: starting from the beginning")
 
@@ -246,6 +248,13 @@ class Request:
             with naming(path):
                 path.write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
             yield str(path)
+
+
+def _announce(command: str, line: str) -> None:
+    """Say what starts, before the seconds that torch takes. The stdout of predict is for what it predicts."""
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    if all(rank == "0" for rank in ranks):  # the processes of a distributed run have one command line
+        print(line, file=sys.stderr if command == "predict" else None, flush=True)
 
 
 def _opened(path: Path) -> ExportedModel:

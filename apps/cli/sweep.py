@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,7 +24,8 @@ from apps.base.files import replacing
 from apps.base.machine import machine_line
 from apps.base.messages import first_line
 from apps.base.progress import say
-from apps.cli import UsageError
+from apps.cli.errors import UsageError
+from apps.cli.setup import RunSetup
 from apps.cli.usage import SweepOptions
 from apps.report.page import Picture, Section, Table, Text, shown
 from apps.report.pareto import Weighed, front, quality_against_costs
@@ -35,9 +36,6 @@ from apps.train.contents import fingerprint, read_checkpoint
 from apps.train.cost import num_examples
 from apps.train.footprint import Seconds, in_rounds, peak_bytes, resident_bytes
 from apps.train.run_folder import check_own
-
-if TYPE_CHECKING:
-    from apps.cli.train import SparseCLI
 
 RECORD, PICTURE = "sweep.json", "sweep.png"
 SINGLE_EXAMPLES = 8
@@ -84,7 +82,7 @@ class Sweep:
         ValueError: there is no trained model, it has no experts or no metric to judge it by, or several processes.
     """
 
-    def __init__(self, cli: SparseCLI, options: SweepOptions) -> None:
+    def __init__(self, cli: RunSetup, options: SweepOptions) -> None:
         self.cli, self.options = cli, options
         model, name = cli.model, type(cli.model).__name__
         if cli.ckpt_path is None:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apps.cli import UsageError
 from apps.cli.classes import app_classes, defined, parameters, source
-from apps.cli.errors import unknown_option
+from apps.cli.errors import UsageError, unknown_option
 from apps.cli.flags import ASKING, SECTIONS, asks, given
 from apps.train.checkpoint_paths import NAMES, named_checkpoint
 from apps.train.checkpoint_paths import find_checkpoint as find_in_run

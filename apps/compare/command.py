@@ -14,8 +14,8 @@ from apps.base.files import holding
 from apps.base.machine import machine_facts, moment
 from apps.base.progress import say, set_aside
 from apps.base.quiet import quiet
-from apps.cli import stopped
 from apps.cli.configs import shipped
+from apps.cli.errors import stopped
 from apps.compare import table
 from apps.compare.display import Display
 from apps.compare.experiment import Experiment, arguments, validation_batch

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import core
-from apps.cli import UsageError
 from apps.cli.configs import read_config, shipped
+from apps.cli.errors import UsageError
 from apps.convert.conversion import Conversion, Request, Tensors
 from apps.convert.runs import Run, model_section
 from apps.nets.blocks import moe_configs

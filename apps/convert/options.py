@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from apps.base.checks import check_at_least
-from apps.cli import UsageError
 from apps.cli.configs import read_config, shipped
+from apps.cli.errors import UsageError
 from apps.cli.flags import check_data_options
 from apps.cli.parser import Parser
 from apps.train.checkpoint_paths import MEANING

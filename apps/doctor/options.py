@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apps.base.checks import check_at_least
-from apps.cli import UsageError
 from apps.cli.configs import read_config, shipped
+from apps.cli.errors import UsageError
 from apps.cli.flags import check_data_options
 from apps.cli.parser import Parser
 from apps.train.checkpoint_paths import MEANING

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from apps import registry
-from apps.cli import UsageError
+from apps.cli.errors import UsageError
 from apps.plan.options import Options
 from apps.task import Sizes, Trial
 

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from apps.base.checks import check_at_least, check_name
-from apps.cli import UsageError
 from apps.cli.classes import with_long_names
 from apps.cli.configs import at, merge, read_config, shipped
+from apps.cli.errors import UsageError
 from apps.cli.flags import with_flags
 from apps.cli.parser import Parser
 from apps.plan.gpus import GPUS, MEASURED, Gpu

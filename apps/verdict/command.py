@@ -18,7 +18,7 @@ from apps.base.files import delete, holding
 from apps.base.machine import machine_facts, moment
 from apps.base.messages import some
 from apps.base.quiet import quiet
-from apps.cli import stopped
+from apps.cli.errors import stopped
 from apps.compare.display import Display
 from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.files import differences, read_json, write_json

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import get_args
 
 from apps.base.checks import check_at_least
-from apps.cli import UsageError
 from apps.cli.configs import read_config, shipped
+from apps.cli.errors import UsageError
 from apps.cli.parser import Parser
 from apps.data.given import TargetKind
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from apps.base.files import holding
 from apps.base.machine import moment
 from apps.base.progress import say
-from apps.cli import stopped
+from apps.cli.errors import stopped
 from apps.compare.command import command_line
 from apps.compare.display import Display
 from apps.compare.files import write_text

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from apps.cli import UsageError
+from apps.cli.errors import UsageError
 from apps.cli.parser import Parser
 from apps.compare.suite.file import Suite
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from apps.cli import UsageError
+from apps.cli.errors import UsageError
 from apps.cli.parser import Parser
 from apps.train.checkpoint_paths import MEANING
 from apps.train.quantising import read_form

@@ -206,5 +206,5 @@ def test_jsonargparse_s_fifteen_lines_become_one():
 def test_a_platform_without_torchrec_is_told_what_is_missing():
     for name in ("torchrec", "fbgemm_gpu"):
         line, code = describe(ModuleNotFoundError(f"No module named {name!r}", name=name))
-        assert line == f"tables and retrieval need {name}, which is not installed: it is for Linux on x86-64"
+        assert line == f"embedding tables need {name}, which is not installed: it is for Linux on x86-64"
         assert code == 1

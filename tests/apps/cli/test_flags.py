@@ -5,7 +5,7 @@ from __future__ import annotations
 import compared
 import pytest
 
-from apps.cli import UsageError
+from apps.cli.errors import UsageError
 from apps.cli.flags import switch, with_nulls
 from apps.cli.train import build
 

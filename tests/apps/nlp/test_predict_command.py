@@ -20,8 +20,9 @@ from copying import copy_data, write_copies
 from places import environment
 from predicted import written
 
-from apps.cli import UsageError, main
+from apps.cli import main
 from apps.cli import partial as partial_file
+from apps.cli.errors import UsageError
 from apps.cli.partial import Partial
 from apps.cli.request import Request
 from apps.cli.train import build
