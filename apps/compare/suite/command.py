@@ -62,7 +62,7 @@ def run_suite(command: Command, again: str, clock: Callable[[], float] = time.mo
             about = f", about {duration(estimate)} by the suite's estimates" if estimate else ""
             why = "the time is up" if queue.is_over else "the data of some boards cannot be had"
             say(f"{why}; runs left: {len(left)}{about}. To go on: {again}")
-    if command.opens:
+    if command.open:
         open_page(_page(suite))
     return queue
 
