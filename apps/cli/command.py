@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from apps.cli.errors import UsageError, failed, stopped
-from apps.cli.options import TRAINING, training_help
+from apps.cli.options import COMMANDS
 
 _OTHERS = {
     "compare": ("apps.compare", "train sparse and dense models of equal cost, and compare them"),
@@ -72,10 +72,7 @@ def _dispatch(args: list[str]) -> int:
 
         print(f"moesaic {version('moesaic')}")
         return 0
-    if command in TRAINING:
-        if rest in (["-h"], ["--help"]):
-            print(training_help(command))
-            return 0
+    if command in COMMANDS:
         from apps.base.imports import importing
 
         with importing():
@@ -100,7 +97,7 @@ def _dispatch(args: list[str]) -> int:
         for path in own_classes(rest):
             load_class(path)
         return int(importlib.import_module(_OTHERS[command][0]).main(rest))
-    names = [*TRAINING, *_OTHERS]
+    names = [*COMMANDS, *_OTHERS]
     near = difflib.get_close_matches(command, names, n=1)
     suggestion = f"; did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"{command!r} is not one of {', '.join(names)}{suggestion}")
@@ -108,8 +105,9 @@ def _dispatch(args: list[str]) -> int:
 
 def _help() -> str:
     lines = ["usage: moesaic COMMAND [options]", "", "Mixture-of-experts models on PyTorch.", "", "commands:"]
-    others = {name: text for name, (_, text) in _OTHERS.items()}
-    lines += [f"  {name:<10}{text}" for name, text in {**TRAINING, **others}.items()]
+    meanings = {name: (kind.__doc__ or "").partition("\n")[0].rstrip(".") for name, kind in COMMANDS.items()}
+    meanings |= {name: text for name, (_, text) in _OTHERS.items()}
+    lines += [f"  {name:<10}{text[0].lower()}{text[1:]}" for name, text in meanings.items()]
     lines += ["", "`moesaic COMMAND --help` tells more. To begin:", ""]
     lines += ["  moesaic fit --config configs/vision/digits.yaml", "  moesaic test --config configs/vision/digits.yaml"]
     return "\n".join(lines)

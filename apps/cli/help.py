@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 
 import docstring_parser
 
-from apps.cli.classes import app_classes, constructor_parameters, load_class, long_name, short
+from apps.cli.classes import app_classes, constructor_parameters, load_class, long_name, named_class_path, short
 from apps.cli.errors import UsageError, unknown_option
 from apps.cli.flags import given
-from apps.cli.options import RUN_OPTIONS
 from apps.cli.request import Request
-from apps.cli.usage import named_class_path
 from apps.registry import class_path, subclasses
 from core.registry import OpenConfig
 
@@ -59,12 +57,12 @@ def show(request: Request, trainer_defaults: Mapping[str, Any]) -> bool:
             if value not in (None, *SECTIONS):
                 raise UsageError(unknown_option(f"help_all={value}", SECTIONS, value))
             for section in SECTIONS if value is None else (value,):
-                path = named_class_path(section, options, request.config)
+                path = named_class_path(section, request.config)
                 _print(_title(section, path), _section(section, request, options, trainer_defaults))
             return True
         part = name.partition(".")[0]
         if name in ("model.help", "data.help"):
-            path = long_name(part, value) if value else named_class_path(part, options, request.config)
+            path = long_name(part, value) if value else named_class_path(part, request.config)
             _print(_title(part, path), _classes(part) if path is None else _of_class(path, part))
             return True
         if part in ("model", "data") and name.endswith(".help") and value:
@@ -83,12 +81,13 @@ def _section(
     section: str, request: Request, options: list[tuple[str, str | None]], trainer_defaults: Mapping[str, Any]
 ) -> Iterable[Option]:
     if section == "run":
-        return [Option(*row) for row in RUN_OPTIONS if not row[0].startswith("trainer.")]
+        own = request.options.described()
+        return [Option(name, _plain(value) if value else "", meaning) for name, value, meaning in own]
     if section == "trainer":
         from lightning.pytorch import Trainer
 
         return options_of(Trainer, "trainer", trainer_defaults)
-    path = named_class_path(section, options, request.config)
+    path = named_class_path(section, request.config)
     return _classes(section) if path is None else _of_class(path, section)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -57,16 +57,19 @@ def config_file(path: Path) -> Path:
     return shipped(path)
 
 
-def _folder(path: Path) -> Path:
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path} is a file, not a folder")
+def folder(path: Path) -> Path:
+    """Return the path of a folder that is there or can be made."""
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            where = "" if part == path else f", below which {path} would be"
+            raise UsageError(f"{part} is a file, not a folder{where}")
     return path
 
 
 Run = Annotated[Path, Shown("RUN", MEANING)]
 Config = Annotated[Path, Shown("FILE", read=config_file)]
 Configs = Annotated[tuple[Path, ...], Shown("FILE", words=("--config", "-c"), read=config_file, one_each=True)]
-Folder = Annotated[Path, Shown("DIR", read=_folder)]
+Folder = Annotated[Path, Shown("DIR", read=folder)]
 
 
 @dataclass(frozen=True)
@@ -138,22 +141,37 @@ class CommandLine:
             parser.add_argument(*words, default=None if many else default, **settings)
 
     @classmethod
+    def described(cls) -> Iterator[tuple[str, Any, str]]:
+        """Yield the name, the default and the meaning of each option."""
+        meanings = _texts(cls)[2]
+        for name, field, _, shown, _ in cls._fields():
+            yield name, field.default, meanings.get(name, shown.meaning)
+
+    @classmethod
+    def unknown(cls, name: str) -> str:
+        """Return the line on an option that does not exist."""
+        words = (word for field in cls._fields() for word in field[3].words or (field[0],))
+        return unknown_option(name, [*(word.lstrip("-") for word in words), *cls.sections])
+
+    @classmethod
     def _fields(cls) -> list[tuple[str, dataclasses.Field[Any], list[Any], Shown, bool]]:
         hints = typing.get_type_hints(cls, include_extras=True)
         return [(f.name, f, *_taken(hints[f.name])) for f in dataclasses.fields(cls) if f.name != "rest"]
 
     @classmethod
     def _of(cls, values: argparse.Namespace, rest: list[str]) -> Self:
-        fields = cls._fields()
         for name, _ in given(rest):
             if name.partition(".")[0] not in cls.sections:
-                raise UsageError(unknown_option(name, [*(f"--{own[0]}" for own in fields), *cls.sections], f"--{name}"))
+                raise UsageError(cls.unknown(name))
         read: dict[str, Any] = {}
-        for name, _, _, shown, many in fields:
+        for name, _, _, shown, many in cls._fields():
             value = getattr(values, name)
             if value is not None:
                 keep = shown.read or (lambda value: value)
-                read[name] = tuple(map(keep, value)) if many else keep(value)
+                try:
+                    read[name] = tuple(map(keep, value)) if many else keep(value)
+                except ValueError as error:
+                    raise UsageError(str(error)) from error
         return cls(**read, rest=tuple(rest))
 
 

@@ -24,7 +24,7 @@ from apps.cli.checkpoint import check_fits
 from apps.cli.configs import differences
 from apps.cli.errors import UsageError, reduce_message
 from apps.cli.experts import ChangesExperts
-from apps.cli.flags import asks, take
+from apps.cli.flags import asks, given
 from apps.cli.jsonargparse_internals import options_of, read_whole_numbers_first
 from apps.cli.request import Request
 from apps.registry import class_path
@@ -70,7 +70,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         self.request = request
         self.run_dir = request.run_dir
         self.ckpt_path = request.checkpoint
-        self.experts = ChangesExperts(request.quantize, request.offload)
+        self.experts = ChangesExperts(*(getattr(request.options, name, None) for name in ("quantize", "offload")))
         if request.command == "fit":  # before anything slow
             check_free(self.run_dir)
         check_unlinked(p for p in self.run_dir.glob("*") if request.command == "fit" or p.name in (FOLDER, "profile"))
@@ -186,18 +186,18 @@ class RunSetup(WaitingCLI, LightningCLI):
         # Other strategies move or divide a model before its checkpoint is read.
         loads_first = self.config[self.request.command].trainer.get("strategy") in ("auto", "ddp")
         is_filled = self.ckpt_path is not None and issubclass(kind, LinkedModule) and loads_first
-        with room_for_experts(self.request.offload if is_filled else None):
+        with room_for_experts(self.experts.offload if is_filled else None):
             return kind(*args, **kwargs)
 
     def _check_links(self) -> None:
         """Raise a ``UsageError`` where the configuration has another value for an argument that the data decides."""
         written = self.request.config.get("model")
-        given = dict(written.get("init_args", {})) if isinstance(written, Mapping) else {}
+        of_file = dict(written.get("init_args", {})) if isinstance(written, Mapping) else {}
+        flags = given(self.request.flags)
         for name in getattr(self.request.model_class, "data_arguments", ()):
             option = f"model.{name}"
-            flags = take(list(self.request.flags), (option, f"model.init_args.{name}"))[1]
-            value = yaml.safe_load((flags[option] + flags[f"model.init_args.{name}"] or ["null"])[-1])
-            value = given.get(name) if value is None else value
+            value = yaml.safe_load(dict(flags).get(option) or "null")
+            value = of_file.get(name) if value is None else value
             attribute: Any = getattr(self.datamodule, name, None)
             plain = to_plain(attribute, type(attribute))
             if isinstance(value, Mapping) and isinstance(plain, Mapping):

@@ -26,7 +26,6 @@ from apps.base.messages import first_line
 from apps.base.progress import say
 from apps.cli.errors import UsageError
 from apps.cli.setup import RunSetup
-from apps.cli.usage import SweepOptions
 from apps.report.page import Picture, Section, Table, Text, shown
 from apps.report.pareto import Weighed, front, quality_against_costs
 from apps.report.plots import save_picture
@@ -76,14 +75,15 @@ class Sweep:
 
     Args:
         cli: the command, whose model has not been tested yet.
-        options: options.
+        rounds: rounds in which a form of the model and the trained model take turns.
+        batches: validation batches from which the use of the experts is counted.
 
     Raises:
         ValueError: there is no trained model, it has no experts or no metric to judge it by, or several processes.
     """
 
-    def __init__(self, cli: RunSetup, options: SweepOptions) -> None:
-        self.cli, self.options = cli, options
+    def __init__(self, cli: RunSetup, rounds: int, batches: int) -> None:
+        self.cli, self.rounds, self.batches = cli, rounds, batches
         model, name = cli.model, type(cli.model).__name__
         if cli.ckpt_path is None:
             raise UsageError("sweep measures a trained model: give --ckpt_path")
@@ -145,7 +145,8 @@ class Sweep:
         return {
             "weights": fingerprint(self.trained),
             "config": hashlib.sha256(self.cli.plain_config().encode()).hexdigest()[:16],
-            **asdict(self.options),
+            "rounds": self.rounds,
+            "batches": self.batches,
             "machine": machine_line().rpartition(",")[0],  # without the date
         }
 
@@ -171,7 +172,7 @@ class Sweep:
 
     def _statistics(self) -> Mapping[str, core.ExpertStatistics] | str:
         """Return the use of the experts in validation batches, or why it is not known."""
-        batches = list(islice(iter(self.cli.datamodule.val_dataloader()), self.options.batches))
+        batches = list(islice(iter(self.cli.datamodule.val_dataloader()), self.batches))
         if not batches:
             return "there are no validation batches, in which the use of the experts is counted"
         moved = [*map(self._moved, batches)]
@@ -207,7 +208,7 @@ class Sweep:
                 taken = in_rounds(
                     lambda batches=batches: run(model, batches),  # type: ignore[misc]
                     lambda batches=batches: run(self.trained, batches),  # type: ignore[misc]
-                    self.options.rounds,
+                    self.rounds,
                     device,
                 )
                 each = len(batches)
@@ -262,7 +263,7 @@ class Sweep:
             ),
             sortable=True,
             note=(
-                f"A latency is the median over {self.options.rounds} rounds, in which the form and the trained model "
+                f"A latency is the median over {self.rounds} rounds, in which the form and the trained model "
                 "take turns; x is the ratio to the trained model, with a 95 % interval of the median."
             ),
         )

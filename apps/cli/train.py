@@ -19,12 +19,12 @@ from apps.base.machine import machine_facts, moment
 from apps.base.messages import counted
 from apps.base.quiet import quiet
 from apps.cli.errors import UsageError
+from apps.cli.options import Test, check_new
 from apps.cli.page import test_page
 from apps.cli.predictions import PredictionFile, print_stream, shortened, write_stream
 from apps.cli.request import Request
 from apps.cli.setup import RunSetup
 from apps.cli.sweep import Sweep
-from apps.cli.usage import check_new
 from apps.report.base import FOLDER
 from apps.report.page import FILE, SECTIONS, Section, load_sections, open_page, show_page, write_index, write_page
 from apps.report.tables import print_in_parts
@@ -88,6 +88,7 @@ class SparseCLI(RunSetup):
             self._evaluate(command, {**arguments, "verbose": False})
 
     def _fit(self, arguments: dict[str, Any]) -> None:
+        options: Any = self.request.options
         start = time.monotonic()
         if self.request.sparsifies and self.trainer.is_global_zero:
             print(core.summary(self.model))
@@ -98,7 +99,7 @@ class SparseCLI(RunSetup):
             if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
                 descriptions = self._descriptions()
                 self._give_to_loggers(yaml.safe_load(descriptions["config.yaml"]))
-                folder = RunFolder(self.run_dir, descriptions, self.request.overwrite)
+                folder = RunFolder(self.run_dir, descriptions, options.overwrite)
                 self.trainer.callbacks.insert(0, folder)
                 stack.enter_context(folder.held())
             self.trainer.fit(**arguments)
@@ -134,7 +135,9 @@ class SparseCLI(RunSetup):
         is_new = is_unused(self.run_dir)  # before a test's report is in it
         kept = self.run_dir / FOLDER / SECTIONS
         earlier = kept.stat().st_mtime_ns if kept.exists() else None
-        sweep = None if self.request.sweep is None else Sweep(self, self.request.sweep)
+        options = self.request.options
+        sweeps = isinstance(options, Test) and options.sweep
+        sweep = Sweep(self, options.rounds or 11, options.batches or 8) if sweeps else None
         results = getattr(self.trainer, command)(**arguments)
         self.metrics = metrics = {k: float(v) for result in results for k, v in result.items()}
         if not self.trainer.is_global_zero:
@@ -171,7 +174,7 @@ class SparseCLI(RunSetup):
         show_page(page)
         write_page(page, self.run_dir / FILE)
         write_index(self.run_dir.parent)
-        if self.request.opens:
+        if isinstance(self.request.options, Test) and self.request.options.open:
             open_page(self.run_dir / FILE)
 
     def _signatures(self) -> dict[str, str]:
@@ -184,26 +187,26 @@ class SparseCLI(RunSetup):
 
     def _predict(self, arguments: dict[str, Any]) -> None:
         """Write the model's predictions, from its ``predict_stream`` where it has one, else from the trainer's loop."""
-        path, overwrite = self.request.output, self.request.overwrite
+        options: Any = self.request.options
         if self.trainer.strategy.root_device.type == "cpu":
             cpu.keep_freed()
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             stream = self._stream()
-            if self.request.opens and (stream is None or stream.page is None):
+            if options.open and (stream is None or stream.page is None):
                 raise UsageError("open shows the page of a search, and this prediction has none: leave it out")
             if stream is not None:
                 self._predict_stream(stream)
                 self._print_offloaded()
                 return
-        path = path or self.run_dir / "predictions.jsonl"
+        path = options.output or self.run_dir / "predictions.jsonl"
         if path.suffix == ".txt":
             raise UsageError(
                 f"output={path} is for lines of text, and this model predicts rows: give .jsonl, .csv or .parquet"
             )
-        check_new(path, overwrite)
-        if self.request.output is None and is_unused(self.run_dir):
+        check_new(path, options.overwrite)
+        if options.output is None and is_unused(self.run_dir):
             mark(self.run_dir)
-        with PredictionFile(path, raw_csv=self.request.raw_csv).open() as file:
+        with PredictionFile(path, raw_csv=options.raw_csv).open() as file:
             self.trainer.callbacks.append(file)
             self.trainer.predict(**arguments)
         self._print_written(file)
@@ -211,10 +214,12 @@ class SparseCLI(RunSetup):
 
     def _predict_stream(self, stream: PredictionStream) -> None:
         """Print the predictions of a stream, or write them to the file that the user names; then write their page."""
-        path, overwrite, raw_csv = self.request.output, self.request.overwrite, self.request.raw_csv
+        options: Any = self.request.options
+        path = options.output
         if path is not None:
-            check_new(path, overwrite)
-            self._print_written(write_stream(self.model, stream, path, overwrite=overwrite, raw_csv=raw_csv))
+            check_new(path, options.overwrite)
+            how = {"overwrite": options.overwrite, "raw_csv": options.raw_csv}
+            self._print_written(write_stream(self.model, stream, path, **how))
         else:
             path = self.run_dir / stream.file if stream.file else None
             if path is not None:
@@ -229,7 +234,7 @@ class SparseCLI(RunSetup):
             page = path.with_suffix(".html")
             stream.page(page)
             print(f"page: {page}", file=sys.stderr)
-            if self.request.opens:
+            if options.open:
                 open_page(page)
 
     def _print_offloaded(self) -> None:

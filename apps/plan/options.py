@@ -103,7 +103,7 @@ class Options(CommandLine):
 
     def __post_init__(self) -> None:
         model = self.config.get("model")
-        if not (isinstance(model, str) or (isinstance(model, Mapping) and "class_path" in model)):
+        if self.files and not (isinstance(model, str) or (isinstance(model, Mapping) and "class_path" in model)):
             files = " + ".join(map(str, self.files))
             raise UsageError(f"{files} names no model (model.class_path): there is nothing to plan")
         check_name("precision", self.precision, PRECISIONS)

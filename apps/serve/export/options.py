@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from apps.cli.errors import UsageError
-from apps.cli.parser import CommandLine, Config, Run, Shown
-from apps.train.quantising import read_form
+from apps.cli.options import Quantize
+from apps.cli.parser import CommandLine, Config, Run
 
 ENDINGS = {"onnx": ".onnx", "torch_export": ".pt2", "aoti": ".pt2"}
 """The ending of a file, by format."""
@@ -32,12 +32,10 @@ class Options(CommandLine):
         output: file that ends in .onnx or .pt2, or a folder
         format: what is written
         form: MoE layers of an ONNX graph: standard operators, those of onnxruntime, or the faster of both
-        quantize: experts in whole numbers, with a scale a channel or a group
         overwrite: replace an earlier export at PATH
 
     Raises:
         UsageError: an output that exists or has another ending, or a library that is missing.
-        ValueError: a word of ``--quantize`` that is none.
     """
 
     prog: ClassVar[str] = "moesaic export"
@@ -47,7 +45,7 @@ class Options(CommandLine):
     config: Config | None = None
     format: Literal["onnx", "torch_export", "aoti"] = "onnx"
     form: Form = FORMS[0]
-    quantize: Annotated[str, Shown("int8|int4[:GROUP]")] | None = None
+    quantize: Quantize | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -63,5 +61,3 @@ class Options(CommandLine):
         missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
         if self.format == "onnx" and missing:
             raise UsageError(f'--format onnx needs {missing[0]}, which is not installed: pip install "moesaic[export]"')
-        if self.quantize is not None:
-            read_form(self.quantize)

@@ -6,16 +6,15 @@ import functools
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 from apps.base.checks import check_at_least
 from apps.base.ports import LOCAL, check_port, is_local
-from apps.cli.parser import CommandLine, Config, Run, Shown
+from apps.cli.options import Offload, Quantize
+from apps.cli.parser import CommandLine, Config, Run
 from apps.serve.service.limits import MIB, Limits
 from apps.serve.service.token import VARIABLE, read_token
 from apps.train.checkpoint_paths import find_checkpoint
-from apps.train.offloading import read_budget
-from apps.train.quantising import read_form
 
 LIBRARIES = ("starlette", "uvicorn", "httptools", "jsonschema_rs", "prometheus_client")
 """The packages that a service needs."""
@@ -40,8 +39,6 @@ class Options(CommandLine):
         max_body: size of a request in MiB, at most
         max_requests: requests at the same time, at most
         device: cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)
-        quantize: experts in int8, int4, or in groups of a size, such as int4:64
-        offload: experts on the device: a share, such as 0.5, or a size, such as 64MB; :FILE keeps the others in a file
 
     Raises:
         ValueError: a value out of its range, a host or port that cannot be had, a host that others can reach without a
@@ -62,17 +59,13 @@ class Options(CommandLine):
     max_body: int = 8
     max_requests: int = 128
     device: str | None = None
-    quantize: Annotated[str, Shown("FORM")] | None = None
-    offload: Annotated[str, Shown("SIZE[:FILE]")] | None = None
+    quantize: Quantize | None = None
+    offload: Offload | None = None
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in ("max_batch", "max_inputs", "max_body", "max_requests")}
         check_at_least(1, **sizes)
         check_at_least(0, max_wait_ms=self.max_wait_ms)
-        if self.quantize is not None:
-            read_form(self.quantize)
-        if self.offload is not None:
-            read_budget(self.offload)
         find_checkpoint(self.ckpt_path)
         if self.token is None and not is_local(self.host):
             raise ValueError(

@@ -442,7 +442,7 @@ def test_all_routers_of_an_installation_without_any_are_refused(config, tmp_path
         (["tiny.yaml", "--config", "configs/debgu.yaml"], "no configuration configs/debgu.yaml"),
         (["tiny.yaml", "--routers", "swich"], "router 'swich' is neither a file nor one of"),
         (["tiny.yaml", "--seeds", "0"], "seeds=0 must be at least 1"),
-        (["tiny.yaml", "--sedes", "1"], "sedes does not exist; did you mean '--seeds'?"),
+        (["tiny.yaml", "--sedes", "1"], "sedes does not exist; did you mean 'seeds'?"),
         (["tiny.yaml", "--output", "tiny.yaml"], "tiny.yaml is a file, not a folder"),
     ],
 )

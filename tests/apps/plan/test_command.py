@@ -212,7 +212,7 @@ def test_a_table_with_domains_is_planned(capsys):
     "argv, line",
     [
         ((*DIGITS[:2], "--gpus", "8", "--memory", "80"), "or give --tflops, --node_bandwidth, --network_bandwidth too"),
-        ((*DIGITS, "--gpus", "8", "--speed", "2"), "--speed is no option of moesaic plan"),
+        ((*DIGITS, "--gpus", "8", "--speed", "2"), "speed does not exist"),
         (("--config", "configs/debug.yaml", "--gpus", "8", "--gpu", "h100"), "names no model"),
         ((*TABLE, "--gpus", "8", "--gpu", "h100"), "give --tables ROWS ..., and --numbers N"),
         ((*TEXT, "--gpus", "8", "--static_exchange"), "give --model.moe.capacity_factor N"),
