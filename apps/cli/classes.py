@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from apps import registry
@@ -100,22 +99,3 @@ def find_class(part: str, config: Mapping[str, Any]) -> type | None:
 
     base = LightningDataModule if part == "data" else LightningModule
     return next((k for k in registry.subclasses(base) if k.__name__ == path), None)
-
-
-def constructor_parameters(kind: type[Any]) -> Iterator[tuple[type[Any], inspect.Parameter]]:
-    """Yield the constructor's parameters, each with the class that has it.
-
-    ``**kwargs`` stands for the parameters of the next class.
-    """
-    seen: set[str] = set()
-    for owner in kind.__mro__:
-        if "__init__" not in vars(owner):
-            continue
-        parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]  # type: ignore[misc]
-        for parameter in parameters:
-            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL) or parameter.name in seen:
-                continue
-            seen.add(parameter.name)
-            yield owner, parameter
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return

@@ -7,12 +7,12 @@ import inspect
 import re
 import sys
 import traceback
-import typing
 from collections.abc import Iterable
+from typing import Any
 
 from apps import registry
 from apps.base.messages import message, one_line
-from apps.cli.classes import constructor_parameters, load_class
+from apps.cli.classes import load_class
 
 _NOISE = re.compile(
     r"^(Does not validate against any|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|"
@@ -116,7 +116,8 @@ def reduce_message(text: str, options: Iterable[str] = ()) -> str:
         name, (argument, _, field) = match[2], match[2].rpartition(".")
         if not (key and owner):
             return unknown_option(f"{match[1]}.{name}" if match[1] else name, options)
-        home = _class_of(owner, argument) if argument else owner
+        hint = _parameters(owner).get(argument)
+        home = registry.class_path(hint) if isinstance(hint, type) else None if argument else owner
         return unknown_option(f"{key}.{name}", _parameters(home), field, home)
     if match := _MISSING.match(complaint):
         return f"{key or 'the configuration'} needs {match[1]}, which has no default"
@@ -156,9 +157,12 @@ def unknown_option(
     return f"{shown} does not exist" + (f"; there is {', '.join(valid)}" if listed and 0 < len(valid) <= 12 else "")
 
 
-def _parameters(class_path: str | None) -> list[str]:
+def _parameters(class_path: str | None) -> dict[str, Any]:
+    """Return the types of a class's parameters, by name."""
+    from apps.cli.jsonargparse_internals import parameters_of
+
     kind = load_class(class_path)
-    return [parameter.name for _, parameter in constructor_parameters(kind)] if isinstance(kind, type) else []
+    return {p.name: p.annotation for p in parameters_of(kind)} if isinstance(kind, type) else {}
 
 
 def _class_names() -> list[str]:
@@ -171,10 +175,3 @@ def _class_names() -> list[str]:
     known = (kind for base in (OpenConfig, Callback, Logger) for kind in registry.subclasses(base))
     names = (kind.__name__ for kind in known if not inspect.isabstract(kind))
     return [*registry.MODELS, *registry.DATA, *registry.TRAINER, *names]
-
-
-def _class_of(owner: str, argument: str) -> str | None:
-    """Return the path of the class of an argument of the class at a path; None where it has none."""
-    kind = load_class(owner)
-    hint = typing.get_type_hints(kind.__init__).get(argument) if isinstance(kind, type) else None
-    return registry.class_path(hint) if isinstance(hint, type) else None

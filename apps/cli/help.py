@@ -13,11 +13,10 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import docstring_parser
-
-from apps.cli.classes import app_classes, constructor_parameters, load_class, long_name, named_class_path, short
+from apps.cli.classes import app_classes, load_class, long_name, named_class_path, short
 from apps.cli.errors import UsageError, unknown_option
 from apps.cli.flags import given
+from apps.cli.jsonargparse_internals import parameters_of
 from apps.cli.request import Request
 from apps.registry import class_path, subclasses
 from core.registry import OpenConfig
@@ -126,39 +125,20 @@ def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None 
         prefix: first words of their names.
         defaults: values that stand in for the constructor's.
     """
-    meanings, linked = _meanings(kind), getattr(kind, "data_arguments", ())
-    for owner, parameter in constructor_parameters(kind):
-        name, hint = parameter.name, _hints(owner).get(parameter.name, Any)
+    linked = getattr(kind, "data_arguments", ())
+    for parameter in parameters_of(kind):
+        name, hint = parameter.name, parameter.annotation
         if name in linked:
             continue
         default = (defaults or {}).get(name, parameter.default)
         nested = _config_of(hint)
-        meaning = meanings.get(name, "")
-        yield Option(f"{prefix}.{name}", _default(default, hint, nested), meaning)
+        yield Option(f"{prefix}.{name}", _default(default, hint, nested), _first(parameter.doc or ""))
         if nested is None:
             continue
         own = default if dataclasses.is_dataclass(default) and not isinstance(default, type) else None
         if own is not None or not issubclass(nested, OpenConfig):
             values = {f.name: getattr(own, f.name) for f in dataclasses.fields(own) if f.init} if own else None
             yield from options_of(nested if own is None else type(own), f"{prefix}.{name}", values)
-
-
-def _hints(owner: type[Any]) -> dict[str, Any]:
-    """Return the types of a constructor's parameters, by name."""
-    return typing.get_type_hints(owner if dataclasses.is_dataclass(owner) else owner.__init__)  # type: ignore[misc]
-
-
-def _meanings(kind: type[Any]) -> dict[str, str]:
-    meanings: dict[str, str] = {}
-    for owner in reversed(kind.__mro__[:-1]):
-        for text in (vars(owner).get("__doc__"), getattr(vars(owner).get("__init__"), "__doc__", None)):
-            for item in docstring_parser.parse(text or "").params:
-                for name in item.arg_name.split(","):
-                    meanings[name.strip()] = _first(item.description or "")
-        if dataclasses.is_dataclass(owner):  # its fields may have docstrings of their own
-            for item in docstring_parser.parse_from_object(owner).params:
-                meanings.setdefault(item.arg_name, _first(item.description or ""))
-    return meanings
 
 
 def _first(text: str) -> str:

@@ -7,7 +7,6 @@ import pytest
 from apps import registry
 from apps.cli.classes import (
     app_classes,
-    constructor_parameters,
     load_class,
     long_name,
     with_long_names,
@@ -26,24 +25,6 @@ def test_the_apps_classes_need_no_import():
     }  # fmt: skip
     assert long_name("data", "TextData") == "apps.nlp.language.data.TextData"
     assert long_name("data", "mine.TextData") == "mine.TextData"
-
-
-def test_further_options_are_those_of_the_next_class():
-    class Base:
-        def __init__(self, size=1, seed=0):
-            pass
-
-    class Own(Base):
-        def __init__(self, seed=5, *args, **kwargs):
-            super().__init__(seed=seed, **kwargs)
-
-    class Last(Own):
-        pass
-
-    assert [(owner, p.name, p.default) for owner, p in constructor_parameters(Last)] == [
-        (Own, "seed", 5),
-        (Base, "size", 1),
-    ]
 
 
 @pytest.mark.parametrize(
