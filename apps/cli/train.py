@@ -20,11 +20,11 @@ from apps.base.messages import counted
 from apps.base.quiet import quiet
 from apps.cli.errors import UsageError
 from apps.cli.options import Test, check_new
-from apps.cli.page import test_page
-from apps.cli.predictions import PredictionFile, print_stream, shortened, write_stream
 from apps.cli.request import Request
 from apps.cli.setup import RunSetup
 from apps.cli.sweep import Sweep
+from apps.cli.write.page import test_page
+from apps.cli.write.predictions import PredictionFile, print_stream, shortened, write_stream
 from apps.report.base import FOLDER
 from apps.report.page import FILE, SECTIONS, Section, load_sections, open_page, show_page, write_index, write_page
 from apps.report.tables import print_in_parts

@@ -14,10 +14,11 @@ from commands import full_disk
 from pyarrow import parquet
 from tiny_app import TinyModule
 
-from apps.cli import main, row_groups
-from apps.cli.predictions import PredictionFile, columns_of, rows_of, shortened
+from apps.cli import main
 from apps.cli.request import Request
 from apps.cli.train import build
+from apps.cli.write import row_groups
+from apps.cli.write.predictions import PredictionFile, columns_of, rows_of, shortened
 
 
 @dataclass(frozen=True)
