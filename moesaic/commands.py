@@ -169,7 +169,8 @@ def predict(
     run = {"run_dir": run_dir, "ckpt_path": ckpt_path, "quantize": quantize, "offload": offload}
     with _made("predict", config, overrides, {**run, "output": output, "overwrite": overwrite}) as cli:
         if output is None:
-            own: Any = dataclasses.replace(cli.request.options, output=cli.run_dir / "predictions.jsonl")
+            own: Any = cli.request.options
+            own = dataclasses.replace(own, output=cli.run_dir / "predictions.jsonl")
             cli.request = dataclasses.replace(cli.request, options=own)
             if is_unused(cli.run_dir):
                 mark(cli.run_dir)

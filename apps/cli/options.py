@@ -192,5 +192,5 @@ class Predict(RunOptions):
         check_new(output, self.overwrite)
 
 
-COMMANDS = {"fit": Fit, "validate": Validate, "test": Test, "predict": Predict}
+COMMANDS: dict[str, type[RunOptions]] = {"fit": Fit, "validate": Validate, "test": Test, "predict": Predict}
 """The options of the commands that train and use a model."""

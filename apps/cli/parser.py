@@ -42,6 +42,7 @@ class Shown:
         words: its words; none: the field's name behind two dashes. A word without dashes is no option but an argument.
         read: function of a value that returns the one to keep, or raises an error.
         one_each: several values are given one by one, each behind the option's word.
+        adds: an option that is given again adds its values to those before, in place of replacing them.
     """
 
     metavar: str = ""
@@ -49,6 +50,7 @@ class Shown:
     words: tuple[str, ...] = ()
     read: Callable[[Any], Any] | None = None
     one_each: bool = False
+    adds: bool = False
 
 
 def config_file(path: Path) -> Path:
@@ -137,7 +139,8 @@ class CommandLine:
             else:
                 settings |= {"type": _number_or_share if len(kinds) > 1 else kinds[0], "metavar": shown.metavar}
             if many:
-                settings |= {"action": "append"} if shown.one_each else {"action": "extend", "nargs": "+"}
+                settings |= {"action": "append"} if shown.one_each else {"nargs": "+"}
+                settings |= {"action": "extend"} if shown.adds else {}
             parser.add_argument(*words, default=None if many else default, **settings)
 
     @classmethod

@@ -264,13 +264,11 @@ def _find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | N
 
 def _config_beside(which: str | None, run: Path | None) -> Path | None:
     """Return the configuration in the folder of the run that a checkpoint lies in, else in ``run``; None: neither."""
-    if which in ("null", "none") or (which is None and run is None):
-        return None
     try:
-        path = run if which is None else find_checkpoint(which).parent.parent
+        path = run if which is None else None if which in ("null", "none") else find_checkpoint(which).parent.parent
     except FileNotFoundError:  # reported below, after the checks of the options
         return None
-    return path / "config.yaml" if (path / "config.yaml").is_file() else None
+    return path / "config.yaml" if path is not None and (path / "config.yaml").is_file() else None
 
 
 def _grown_from(config: Mapping[str, Any], flags: list[str]) -> Path | None:

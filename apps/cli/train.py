@@ -136,8 +136,9 @@ class SparseCLI(RunSetup):
         kept = self.run_dir / FOLDER / SECTIONS
         earlier = kept.stat().st_mtime_ns if kept.exists() else None
         options = self.request.options
-        sweeps = isinstance(options, Test) and options.sweep
-        sweep = Sweep(self, options.rounds or 11, options.batches or 8) if sweeps else None
+        sweep = None
+        if isinstance(options, Test) and options.sweep:
+            sweep = Sweep(self, options.rounds or 11, options.batches or 8)
         results = getattr(self.trainer, command)(**arguments)
         self.metrics = metrics = {k: float(v) for result in results for k, v in result.items()}
         if not self.trainer.is_global_zero:

@@ -18,13 +18,6 @@ MOST_MINUTES = 7 * 24 * 60.0
 _Column = Annotated[str, Shown("COLUMN")]
 
 
-def _data(path: Path) -> Path:
-    path = shipped(path)
-    if not path.exists():
-        raise UsageError(f"no file or folder {path}")
-    return path
-
-
 @dataclass(frozen=True)
 class Options(CommandLine):
     """Train a small sparse model and a dense one of equal FLOPs on your data, as often as the minutes allow, and say
@@ -55,13 +48,13 @@ class Options(CommandLine):
     prog: ClassVar[str] = "moesaic verdict"
     sections: ClassVar[tuple[str, ...]] = SECTIONS
 
-    data: Annotated[tuple[Path, ...], Shown("DATA", words=("data",), read=_data)]
+    data: Annotated[tuple[Path, ...], Shown("DATA", words=("data",), read=shipped)]
     output: Folder | None = None
     minutes: float = 30.0
     seed: int = 0
     target: _Column | None = None
     kind: TargetKind | None = None
-    exclude: tuple[_Column, ...] = ()
+    exclude: Annotated[tuple[str, ...], Shown("COLUMN", adds=True)] = ()
     time: _Column | None = None
     user: _Column | None = None
     open: bool = False
@@ -83,6 +76,9 @@ class Options(CommandLine):
                 raise UsageError(f"--target {self.target}: {self.data[0]} is a configuration, which names its targets")
         if self.kind is not None and self.target is None:
             raise UsageError(f"--kind {self.kind} is the kind of a table's target: name it with --target")
+        for path in self.data:
+            if not path.exists():
+                raise UsageError(f"no file or folder {path}")
 
     @property
     def is_config(self) -> bool:

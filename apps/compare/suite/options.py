@@ -58,5 +58,4 @@ class Command(CommandLine):
         """The suite, with the folders and boards that the command line gives."""
         suite = Suite.read(self.file)
         suite = suite.with_boards(self.boards) if self.boards else suite
-        given = {"runs": self.output, "figures": self.figures}
-        return replace(suite, **{name: str(folder) for name, folder in given.items() if folder is not None})
+        return replace(suite, runs=str(self.output or suite.runs), figures=str(self.figures or suite.figures))

@@ -294,7 +294,7 @@ def test_a_workers_error_is_the_commands(config, tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["extra"], "extra is no option"),
+        (["extra"], "unexpected argument 'extra'"),
         (["--jobs", "0"], "--jobs 0 must be at least 1"),
         (["--baselines", "boosted"], "baseline 'boosted' is unknown: the module has dense_equal_flops"),
         (["--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'"),
