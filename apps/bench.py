@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from apps.cli import UsageError
+from apps.cli.errors import UsageError
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 

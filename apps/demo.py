@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 from apps.base.files import CONFIGS, replacing
 from apps.base.messages import counted
 from apps.base.progress import Bar, bar, say
-from apps.cli import failed, stopped
-from apps.cli.flags import take
+from apps.cli.errors import failed, stopped
+from apps.cli.parser import Parser
 
 if TYPE_CHECKING:
     from apps.report.page import Page
@@ -148,14 +148,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 for what goes wrong, 130 for an interrupt, 143 for a termination, each with one line on stderr.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    if args[:1] in (["-h"], ["--help"]):
-        print("usage: python -m apps.demo [--output DIR] [options of moesaic compare]")
-        return 0
+    parser = Parser(prog="python -m apps.demo", epilog="Further options are those of moesaic compare.")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder (default: runs/demo)"
+    )
     show_traceback = "--traceback" in args
     args = [a for a in args if a != "--traceback"]
     try:
-        rest, options = take(args, ("output",))
-        return _run(Path((options["output"] or ["runs/demo"])[-1]), rest)
+        options, rest = parser.parse_known_args(args)
+        return _run(options.output, rest)
     except (KeyboardInterrupt, SystemExit) as stop:
         return stopped(stop, "; make demo goes on from here")
     except Exception as error:

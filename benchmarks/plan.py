@@ -32,7 +32,6 @@ from apps.nets.config import TransformerConfig
 from apps.nlp.language.data import TextBatch
 from apps.nlp.language.module import LanguageModeler
 from apps.nlp.sizes import Vocabulary
-from apps.plan.gpus import GPUS
 from apps.plan.layout import Layout, cost
 from apps.plan.options import Options
 from apps.plan.outline import measured
@@ -127,14 +126,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(args: argparse.Namespace, world: int, peaks: list[float], baseline: float) -> None:
     options = Options(
-        config={},
+        files=(),
         gpus=world,
-        per_node=world,
-        gpu=GPUS["h100"],
-        gpu_name="cpu",
-        precision="32-true",
-        param_dtype=None,
-        checkpointing=args.checkpointing,
+        gpus_per_node=world,
+        kind="h100",
+        given_precision="32-true",
+        activation_checkpointing=args.checkpointing,
         batch=args.batch,
         length=args.length,
     )

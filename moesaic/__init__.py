@@ -26,7 +26,7 @@ def __getattr__(name: str) -> object:
     if spec is None or os.path.dirname(os.path.dirname(os.path.realpath(spec.origin or ""))) != own:
         found = "none" if spec is None else spec.origin or list(spec.submodule_search_locations or ())
         raise ImportError(f"moesaic needs its own package apps, and Python finds {found}: take that one off sys.path")
-    importlib.import_module("apps.cli").check_core()
+    importlib.import_module("apps.cli.command").check_core()
     source = importlib.import_module("moesaic.commands" if name in _COMMANDS else "core")
     if name == "__all__":
         return [*_COMMANDS, *source.__all__]

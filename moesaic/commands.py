@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule
 
 from apps import load
 from apps.base.quiet import quiet
-from apps.cli import UsageError, announce
+from apps.cli.errors import UsageError
 from apps.cli.flags import SECTIONS, asks
 from apps.cli.request import Request
 from apps.cli.train import SparseCLI
@@ -169,7 +169,9 @@ def predict(
     run = {"run_dir": run_dir, "ckpt_path": ckpt_path, "quantize": quantize, "offload": offload}
     with _made("predict", config, overrides, {**run, "output": output, "overwrite": overwrite}) as cli:
         if output is None:
-            cli.request = dataclasses.replace(cli.request, output=cli.run_dir / "predictions.jsonl")
+            own: Any = cli.request.options
+            own = dataclasses.replace(own, output=cli.run_dir / "predictions.jsonl")
+            cli.request = dataclasses.replace(cli.request, options=own)
             if is_unused(cli.run_dir):
                 mark(cli.run_dir)
         cli.execute()
@@ -267,7 +269,7 @@ def _made(command: str, config: Config, overrides: Overrides | None, options: Ma
     """Yield what runs a command, with Lightning's advice left out, and signals as exceptions."""
     with _files(config) as paths, quiet(), interruptible():
         words = [*(f"--config={path}" for path in paths), *_words(options), *_flags(overrides)]
-        yield SparseCLI(Request.read(command, words, announce=lambda line: announce(command, line)))
+        yield SparseCLI(Request.read(command, words, announces=True))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from PIL import Image
 import core
 from apps.cli.train import build, quiet
 from apps.compare.experiment import Experiment, arguments
-from apps.compare.options import command_line as command_line_of_compare
+from apps.compare.options import Command
 from apps.compare.suite.file import Suite
 from apps.compare.suite.queue import experiment_of
 from apps.compare.systems import SPARSE, candidates
@@ -240,10 +240,10 @@ def test_what_a_header_says_to_type_is_read_and_built(path, words, monkeypatch, 
         rest[rest.index("INBOX")] = str(image_folder(tmp_path / "inbox"))
         rest += ["--data.root", str(tmp_path / "inbox")]  # an untrained model learns its classes from there
     if command == "compare":
-        args, flags = command_line_of_compare().parse_known_args(rest)
-        experiment = Experiment(arguments(args.config, args.overlays, flags, args.routers))
-        known = candidates(experiment.module(SPARSE), args.routers)
-        assert set(args.baselines or ()) <= set(known)
+        asked = Command.read(rest)
+        experiment = Experiment(arguments(str(asked.config), [*map(str, asked.overlays)], asked.rest, asked.routers))
+        known = candidates(experiment.module(SPARSE), asked.routers)
+        assert set(asked.baselines or ()) <= set(known)
         return
     rest += ["--trainer.devices", "1"]  # one process, whatever the command asks for
     rest += [] if command == "fit" else ["--ckpt_path", "none"]  # nothing is trained here

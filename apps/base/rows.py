@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TimeElapsedColumn
 from rich.table import Column
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from apps.base.progress import Bar
 
 _NARROW = 100
 """Columns of a terminal below which a row has a short bar, and no time since its start, to stay on one line."""
@@ -22,11 +19,11 @@ class TextOf(ProgressColumn):
     """Shows a text of each row on one line.
 
     Args:
-        text: returns the text of a row.
+        text: returns the text of a row, given its ``Bar``.
         is_cut: the text is cut where the line is too long.
     """
 
-    def __init__(self, text: Callable[[Bar], str], is_cut: bool = False) -> None:
+    def __init__(self, text: Callable[[Any], str], is_cut: bool = False) -> None:
         super().__init__(Column(no_wrap=not is_cut))
         self._text = text
 

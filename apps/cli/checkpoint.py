@@ -1,16 +1,20 @@
-"""A checkpoint on the command line: the arguments that it remembers, and whether it fits the model."""
+"""A checkpoint on the command line: the arguments that it remembers, of model and data, and whether it fits them."""
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import LightningModule
 
 from apps.base.messages import excerpt
-from apps.cli.configs import differences
-from apps.cli.usage import named_class_path
+from apps.cli.classes import find_class, named_class_path
+from apps.cli.configs import at, differences, merge, read_config
+from apps.cli.errors import UsageError
 from apps.registry import class_path
 from apps.train.contents import check_class, unlike
 from apps.train.loading import module_class
@@ -42,7 +46,7 @@ def remembered(
         return {}
     if not isinstance(kind, str) or not isinstance(hparams, Mapping):
         raise ValueError(f"{path} is damaged: its module_class or hyper_parameters are of the wrong type")
-    named = named_class_path("model", (), config)
+    named = named_class_path("model", config)
     if named is None:
         model, named = module_class(checkpoint, path), kind
     if model is None or class_path(model) != kind:  # a missing class or another one is reported later
@@ -72,3 +76,54 @@ def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path
         clash = "; ".join(f"{k}={excerpt(a)} in the checkpoint, {excerpt(b)} here" for k, a, b in differing[:3])
         raise ValueError(f"{path} does not fit this model: {clash} ({detail})")
     raise ValueError(f"{path} does not fit this model: {detail}")
+
+
+def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config`` with the arguments of the data that the data's class names in ``from_checkpoint``.
+
+    They come from the checkpoint's model, which has arguments of the same names, unless they are written by hand.
+    """
+    kind = find_class("data", config)
+    names = getattr(kind, "from_checkpoint", ())
+    written = config.get("data")
+    written = written if isinstance(written, Mapping) else {}
+    arguments = written["init_args"] or {} if "init_args" in written else written
+    hparams = checkpoint.get("hyper_parameters") or {}
+    filled = {}
+    for name in names:
+        option = re.compile(rf"--data\.(init_args\.)?{name}([.=+].*)?", re.DOTALL)
+        by_hand = any(option.fullmatch(flag) for flag in flags)
+        if not by_hand and arguments.get(name) is None and hparams.get(name) is not None:
+            filled[name] = hparams[name]
+    if not filled or kind is None:
+        return dict(config)
+    arguments_from_plain(kind, filled, "the checkpoint: data")
+    path = named_class_path("data", config)
+    arguments = {k: v for k, v in arguments.items() if k != "class_path"}
+    return {**config, "data": {"class_path": path, "init_args": {**arguments, **filled}}}
+
+
+def check_superseded(config: Mapping[str, Any], flags: list[str], checkpoint: Path) -> None:
+    """Refuse flags that have no effect beside what the checkpoint remembers: ``superseded`` of the data's class.
+
+    Flags that the checkpoint's run was given too may stay.
+
+    Raises:
+        UsageError: a flag has no effect; the message names it.
+    """
+    kind = find_class("data", config)
+    for name, by in getattr(kind, "superseded", {}).items():
+        if at(config, ("data", "init_args", by)) is None:
+            continue
+        beside = checkpoint.parent.parent / "config.yaml"
+        of_run = at(read_config(beside), ("data", "init_args")) if beside.is_file() else None
+        option = re.compile(rf"--data\.(?:init_args\.)?({name}(?:\.\w+)*)(?:=(.*))?", re.DOTALL)
+        for flag, following in itertools.pairwise([*flags, ""]):
+            if not (match := option.fullmatch(flag)):
+                continue
+            value, known = yaml.safe_load(match[2] or following), at(of_run, match[1].split("."))
+            both = isinstance(value, Mapping) and isinstance(known, Mapping)
+            if known != (merge(known, value) if both else value):
+                raise UsageError(
+                    f"data.{match[1]}={value} has no effect: {checkpoint} brings its {by} along; leave it out"
+                )

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from apps.base.files import CONFIGS
-from apps.cli import UsageError
 from apps.cli.classes import short
+from apps.cli.errors import UsageError
 
 _MOST_BYTES, _MOST_VALUES = 16 << 20, 1_000_000
 """Limits of a configuration: its size, and its values with aliases written out."""

@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
-from apps.cli.parser import Parser
+from apps.cli.parser import CommandLine, Shown
 from apps.data import datasets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandLine):
+    """List the datasets, or fetch one into the cache.
+
+    Attributes:
+        cache_dir: where downloads are kept (default: ~/.cache/moesaic)
+    """
+
+    prog = "moesaic data"
+    cache_dir: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class List(Options):
+    """Every dataset, and whether it is on this machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare(Options):
+    """Fetch a dataset, unless it is here already.
+
+    Attributes:
+        name: name of the dataset
+        root: a folder with your own copy: check it, fetch nothing
+    """
+
+    name: Annotated[str, Shown("NAME", words=("name",))]
+    root: str | None = None
 
 
 def main(argv: Sequence[str]) -> int:
     """Run ``moesaic data ARGV``."""
-    parser = Parser(prog="moesaic data", description="List the datasets, or fetch one into the cache.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="list|prepare")
-    listing = commands.add_parser("list", help="every dataset, and whether it is on this machine")
-    prepare = commands.add_parser("prepare", help="fetch a dataset, unless it is here already")
-    prepare.add_argument("name")
-    prepare.add_argument("--root", help="a folder with your own copy: check it, fetch nothing")
-    for sub in (listing, prepare):
-        sub.add_argument("--cache_dir", help="where downloads are kept (default: ~/.cache/moesaic)")
-    args = parser.parse_args(argv)
-    if args.command == "prepare":
-        print(datasets.prepare(args.name, root=args.root, cache_dir=args.cache_dir))
+    options = Options.read_one_of({"list": List, "prepare": Prepare}, argv)
+    if isinstance(options, Prepare):
+        print(datasets.prepare(options.name, root=options.root, cache_dir=options.cache_dir))
     else:
-        _list(args.cache_dir)
+        _list(options.cache_dir)
     return 0
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import difflib
-import importlib
 import inspect
 import re
-import types
-import typing
+import sys
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
 from apps import registry
 from apps.base.messages import message, one_line
-from apps.cli import UsageError
-from apps.cli.classes import app_classes, constructor_parameters, load_class
+from apps.cli.classes import load_class
 
 _NOISE = re.compile(
     r"^(Does not validate against any|Subtypes: |Errors:|Given value|Expected a <class 'NoneType'>|"
@@ -24,15 +20,40 @@ _NOISE = re.compile(
 )
 _KEY = re.compile(r'^Parser key "([^"]+)":\s*(.*)$')
 _CLASS = re.compile(r"^Problem with given class_path '([^']+)':\s*(.*)$")
-_OPTION = re.compile(r"^Option '([^']+)' is not accepted")
-_NO_OPTION = re.compile(r"^Subcommand '\w+' does not accept option '([^']+)'")
-_NAME = re.compile(r"Expected a dot import path string: (.+)$", re.MULTILINE)
-_NO_CLASS = re.compile(r"^module '([\w.]+)' has no attribute '\w+'$")
-_NO_MODULE = re.compile(r"^No module named '")
-_BASE = re.compile(r"<class '([\w.]+)'>|\[([\w.]+)\]")
-_KIND = re.compile(
-    r"\s*(?:<class '(?:\w+\.)*(\w+)'>|(?:typing\.)?Literal(\[[^\[\]]*\])|((?:[^\[\],]|\[(?:[^\[\]]|\[[^\]]*\])*\])+))"
+_NO_OPTION = re.compile(
+    r"^(?:(?:Group '(\w+)'|Subcommand '\w+') does not accept option|Option|unrecognized arguments:) '?-*([^'=\s]+)"
 )
+_MISSING = re.compile(r"^the following arguments are required: (.*)$")
+_NAME = re.compile(r"Expected a dot import path string: (.+)$", re.MULTILINE)
+_NO_CLASS = re.compile(r"^(?:module '[\w.]+' has no attribute|No module named) ")
+_KIND = re.compile(r"<class '(?:\w+\.)*(\w+)'>|(?:typing\.)?Literal\[([^\]]*)\]")
+_VALUE = re.compile(r"(?:Got value|Given value): (.*)")
+
+
+class UsageError(ValueError):
+    """The command line or a configuration is wrong."""
+
+
+def stopped(stop: BaseException, advice: str) -> int:
+    """Return the exit code of a command that a signal or an exit has ended; a signal is named, with ``advice``."""
+    if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+        how, code = "interrupted", 130  # Lightning turns an interrupt into exit(1)
+    elif type(stop).__name__ == "SIGTERMException":  # Lightning's; pre-emption and ``timeout`` send SIGTERM
+        how, code = "terminated", 143
+    else:
+        code = getattr(stop, "code", 1)
+        return code if isinstance(code, int) else 0 if code is None else 1
+    print(f"\n{how}{advice}", file=sys.stderr)
+    return code
+
+
+def failed(error: Exception, show_traceback: bool) -> int:
+    """Print what went wrong as one line, and return the exit code."""
+    if show_traceback:
+        traceback.print_exception(error)
+    line, code = describe(error)
+    print(f"error: {line}", file=sys.stderr)
+    return code
 
 
 def describe(error: BaseException) -> tuple[str, int]:
@@ -43,7 +64,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         return one_line(str(error)), 2
     root = _root(error)
     if isinstance(root, ModuleNotFoundError) and root.name in ("torchrec", "fbgemm_gpu"):
-        return f"tables and retrieval need {root.name}, which is not installed: it is for Linux on x86-64", 1
+        return f"embedding tables need {root.name}, which is not installed: it is for Linux on x86-64", 1
     if type(root).__name__ == "OutOfMemoryError" or isinstance(root, MemoryError):
         return "out of memory: try a smaller data.batch_size, or trainer.precision=bf16-mixed", 1
     if isinstance(root, OSError):
@@ -75,93 +96,44 @@ def reduce_message(text: str, options: Iterable[str] = ()) -> str:
     """
     path: list[str] = []
     owner: str | None = None
-    outer: str | None = None
     complaint = kinds = ""
     for raw in text.splitlines():
         line = raw.strip().removeprefix("- ").strip()
-        while line:
-            if match := _KEY.match(line):
+        while match := _KEY.match(line) or _CLASS.match(line):
+            if match.re is _KEY:
                 path.append(match[1])
-                line, kinds = match[2].strip(), ""
-            elif match := _CLASS.match(line):
-                outer, owner = owner, match[1]
-                line, kinds = match[2].strip(), ""
-            elif _NOISE.match(line):
-                if line.startswith("Subtypes: "):
-                    kinds = line.removeprefix("Subtypes: [").removesuffix("]")
-                line = ""
             else:
-                complaint = line
-                break
-        if complaint:
+                owner = match[1]
+            line, kinds = match[2].strip(), ""
+        if line.startswith("Subtypes: "):
+            kinds = line.removeprefix("Subtypes: [").removesuffix("]")
+        if line and not _NOISE.match(line):
+            complaint = line
             break
     key = ".".join(path)
-    if not complaint:
-        value = re.search(r"Given value: (.*)", text)
-        return f"{key}={value[1]} is not valid" if value else one_line(text)
-    if match := _OPTION.match(complaint):
-        return unknown_option(f"{key}.{match[1]}" if key else match[1], _parameters(owner), match[1], owner)
+    value = _VALUE.search(text, text.index(complaint))
     if match := _NO_OPTION.match(complaint):
-        return unknown_option(match[1], options)
-    if match := re.match(r"^unrecognized arguments: (.*)$", complaint):
-        first = match[1].split()[0].split("=")[0]
-        if not first.startswith("-"):
-            return f"unexpected argument {first!r}: options are written --key value"
-        first = first.lstrip("-")
-        if key and owner:  # a field of one of the class's arguments, such as model.decode.beam_sise
-            argument, _, field = first.rpartition(".")
-            kind = next(iter(_hinted(owner, argument)), None)
-            home = registry.class_path(kind) if isinstance(kind, type) else None
-            return unknown_option(f"{key}.{first}", _parameters(home), field, home)
-        return unknown_option(first, options)
-    if match := re.match(r"^the following arguments are required: (.*)$", complaint):
-        missing = re.sub(r"\b(fit|validate|test|predict)\.", "", match[1])
-        if not {"model", "data"}.issuperset(missing.split(", ")):
-            return f"{key or owner or 'the configuration'} needs {missing}, which has no default"
-        return f"{missing} missing: give a configuration, such as --config configs/vision/digits.yaml"
-    name = path[-1] if path else ""
-    if match := _NAME.match(complaint):
-        return unknown_option(f"{key}={match[1]}", _class_names(owner, name, kinds), match[1])
-    if owner and (match := _NO_CLASS.match(complaint)):
-        return unknown_option(f"{key}={owner}", _classes_of(match[1]), owner, listed=False)
-    if owner and _NO_MODULE.match(complaint):
-        near = difflib.get_close_matches(owner.rpartition(".")[2], _class_names(outer, name, kinds), n=1)
-        where = f"{one_line(complaint)}, neither installed, nor on PYTHONPATH, nor in the working folder"
-        return f"{key}={owner} does not exist: {where}" + (f"; did you mean {near[0]!r}?" if near else "")
-    if match := _NAME.search(text, text.index(complaint)):  # a name that may be a class's, among other kinds
-        near = difflib.get_close_matches(match[1], _class_names(owner, name, kinds), n=1)
-        if near:
-            return f"{key}={match[1]} does not exist; did you mean {near[0]!r}?"
-    wanted = re.match(r"^Expected an? (<class '[\w.]+'>|(?:typing\.)?Literal\[[^\]]*\])", complaint)
-    value = re.search(r"(?:Got value|Given value): (.*)", text[text.index(complaint) :])
-    if wanted and value:
-        if (written := _class_path_in(value[1])) and load_class(written) is None:
-            known = [*_class_names(owner, name, kinds), *registry.TRAINER]
-            return unknown_option(f"{key}={written}", known, written.rpartition(".")[2], listed=False)
-        return f"{key}={value[1].strip()} is not {_one_of(kinds or wanted[1])}"
-    if key == "config":
-        return one_line(complaint)
-    return one_line(f"{key}: {complaint}" if key else complaint)
-
-
-def _class_path_in(value: str) -> str | None:
-    """Return the class path of a mapping that a message shows; None where it shows another value."""
-    try:
-        shown = ast.literal_eval(value.strip())
-    except (SyntaxError, ValueError):
-        return None
-    return shown.get("class_path") if isinstance(shown, dict) else None
-
-
-def _one_of(kinds: str) -> str:
-    """Put jsonargparse's list of an option's types in words: "of type int", or "one of" types and choices."""
-    names: list[str] = []
-    for name, choices, other in _KIND.findall(kinds):
-        kind = map(str, ast.literal_eval(choices)) if choices else [name or other.removeprefix("typing.")]
-        names += [n for n in kind if n and n != "NoneType" and n not in names]
-    if len(names) == 1 and "Literal" not in kinds:
-        return f"of type {names[0]}"
-    return f"one of {', '.join(names)}"
+        name, (argument, _, field) = match[2], match[2].rpartition(".")
+        if not (key and owner):
+            return unknown_option(f"{match[1]}.{name}" if match[1] else name, options)
+        hint = _parameters(owner).get(argument)
+        home = registry.class_path(hint) if isinstance(hint, type) else None if argument else owner
+        return unknown_option(f"{key}.{name}", _parameters(home), field, home)
+    if match := _MISSING.match(complaint):
+        return f"{key or 'the configuration'} needs {match[1]}, which has no default"
+    match = _NAME.search(text, text.index(complaint))
+    written = match[1] if match else owner if _NO_CLASS.match(complaint) else None
+    near = difflib.get_close_matches((written or "").rpartition(".")[2], _class_names(), n=1) if written else []
+    if written and (near or not value or not complaint.startswith("Expected a <")):
+        why = f": {one_line(complaint)}" if _NO_CLASS.match(complaint) else ""
+        if complaint.startswith("No module"):
+            why += ", neither installed, nor on PYTHONPATH, nor in the working folder"
+        return f"{key}={written} does not exist{why}" + (f"; did you mean {near[0]!r}?" if near else "")
+    if value and (complaint.startswith("Expected") or not complaint):
+        wanted = _KIND.sub(lambda m: m[1] or m[2].replace("'", ""), kinds or complaint.partition(". ")[0])
+        wanted = ", ".join(dict.fromkeys(re.sub(r"^Expected an? |, NoneType\b", "", wanted).split(", ")))
+        return f"{key}={value[1].strip()} is not {'one of' if ',' in wanted else 'of type'} {wanted}"
+    return one_line(f"{key}: {complaint}" if key not in ("", "config") else complaint or text)
 
 
 def unknown_option(
@@ -185,39 +157,21 @@ def unknown_option(
     return f"{shown} does not exist" + (f"; there is {', '.join(valid)}" if listed and 0 < len(valid) <= 12 else "")
 
 
-def _parameters(class_path: str | None) -> list[str]:
+def _parameters(class_path: str | None) -> dict[str, Any]:
+    """Return the types of a class's parameters, by name."""
+    from apps.cli.jsonargparse_internals import parameters_of
+
     kind = load_class(class_path)
-    return [parameter.name for _, parameter in constructor_parameters(kind)] if isinstance(kind, type) else []
+    return {p.name: p.annotation for p in parameters_of(kind)} if isinstance(kind, type) else {}
 
 
-def _class_names(owner: str | None, parameter: str, kinds: str = "") -> list[str]:
-    """Return the names of the classes that a parameter of ``owner`` may be.
+def _class_names() -> list[str]:
+    """Return the names of the classes that a configuration may name, of ours and of Lightning."""
+    from lightning.pytorch import Callback
+    from lightning.pytorch.loggers import Logger
 
-    Args:
-        owner: a class path; None: the parameter is one of the command line's own, such as "model".
-        parameter: its name.
-        kinds: jsonargparse's list of its types, if there is one.
-    """
-    if owner is None and parameter in ("model", "data"):
-        return list(app_classes(parameter))
-    bases = [load_class(one or other) for one, other in _BASE.findall(kinds)]
-    if owner is not None and not bases:
-        bases = _hinted(owner, parameter)
-    known = (k for base in bases if isinstance(base, type) for k in registry.subclasses(base))
-    return [k.__name__ for k in known if not inspect.isabstract(k)]
+    from core.registry import OpenConfig
 
-
-def _hinted(owner: str, parameter: str) -> list[Any]:
-    """Return the types that a parameter of the class at a path is hinted to be; none where there is no such hint."""
-    kind = load_class(owner)
-    try:
-        hint = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__).get(parameter)
-    except (NameError, TypeError, AttributeError):
-        return []
-    return list(typing.get_args(hint)) if isinstance(hint, types.UnionType) else [hint]
-
-
-def _classes_of(module: str) -> list[str]:
-    """Return the class paths of the public classes of an imported module."""
-    values = vars(importlib.import_module(module)).items()
-    return [f"{module}.{name}" for name, value in values if isinstance(value, type) and not name.startswith("_")]
+    known = (kind for base in (OpenConfig, Callback, Logger) for kind in registry.subclasses(base))
+    names = (kind.__name__ for kind in known if not inspect.isabstract(kind))
+    return [*registry.MODELS, *registry.DATA, *registry.TRAINER, *names]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apps.cli import UsageError
+import yaml
+
 from apps.cli.configs import at, merge
-from apps.cli.errors import unknown_option
+from apps.cli.errors import UsageError
+from apps.registry import TRAINER
 
 SECTIONS = ("seed_everything", "trainer", "model", "data", "sparsify", "optimizer", "lr_scheduler",
             "lr_scheduler_interval", "compile", "float32_matmul_precision", "ckpt_path", "weights_only")  # fmt: skip
 """The parts of a configuration, which are the first words of options."""
-ASKING = ("print_config", "help", "h", "help_all")
+OF_LIGHTNING = ("verbose", "return_predictions")
+"""Options of commands that Lightning's own parser has."""
+ASKING = ("print_config", "help_all")
 """Options that ask for a text and run nothing."""
+_CLASSES = (["model"], ["data"], ["optimizer"], ["lr_scheduler"])
 NULLS = ("null", "Null", "NULL", "~")
 
 _QUOTED_LIST = re.compile(
@@ -34,92 +38,42 @@ def given(flags: Sequence[str]) -> list[tuple[str, str | None]]:
         UsageError: a word that belongs to no flag, or a flag without its value.
     """
     options: list[tuple[str, str | None]] = []
-    words = iter(range(len(flags)))
-    for i in words:
-        flag = flags[i]
-        if not flag.startswith("--"):
-            if flag.startswith("-") and flag != "-h":
-                raise UsageError(unknown_option(flag.lstrip("-").split("=")[0], SECTIONS))
-            if flag != "-h":
-                raise UsageError(_stray(flag))
-            options.append(("h", None))
-            continue
-        key, equals, value = flag[2:].partition("=")
-        name = ".".join(part for part in key.rstrip("+").split(".") if part != "init_args")
-        if not equals and i + 1 < len(flags) and not flags[i + 1].startswith("--") and name not in ASKING[:3]:
-            value, equals = flags[next(words)], "="
-        if not equals and not _is_asking(name) and name.partition(".")[0] in SECTIONS:
-            raise UsageError(f"--{key} needs a value")
-        options.append((name, value if equals else None))
+    for key, value, _ in _pairs(flags):
+        if not key.startswith("--"):
+            is_file = key.endswith((".yaml", ".yml")) or Path(key).is_file()
+            how = f"a configuration is given as --config {key}" if is_file else "options are written --key value"
+            raise UsageError(f"unexpected argument {key!r}: {how}")
+        name = ".".join(part for part in key[2:].rstrip("+").split(".") if part != "init_args")
+        if value is None and not _is_asking(name) and name.partition(".")[0] in SECTIONS:
+            raise UsageError(f"{key} needs a value")
+        options.append((name, value))
     return options
 
 
-def _stray(word: str) -> str:
-    if word.endswith((".yaml", ".yml")) or Path(word).is_file():
-        return f"unexpected argument {word!r}: a configuration is given as --config {word}"
-    return f"unexpected argument {word!r}: options are written --key value"
+def _pairs(flags: Sequence[str]) -> Iterator[tuple[str, str | None, Sequence[str]]]:
+    """Yield each flag's key, its value if it has one, and the words that it is made of."""
+    begin = 0
+    while begin < len(flags):
+        key, equals, value = flags[begin].partition("=")
+        end = begin + 1
+        if not equals and key.startswith("--") and key != "--print_config":
+            end += end < len(flags) and not flags[end].startswith("--")
+        yield key, value if equals else flags[end - 1] if end > begin + 1 else None, flags[begin:end]
+        begin = end
 
 
-def asks(flags: Iterable[str], names: Sequence[str] = ASKING) -> bool:
+def asks(flags: Iterable[str]) -> bool:
     """Return whether the flags ask for the configuration or for help, and not for a run."""
-    keys = (flag.lstrip("-").partition("=")[0] for flag in flags if flag.startswith("-"))
-    return any(_is_asking(key, names) for key in keys)
+    return any(_is_asking(flag[2:].partition("=")[0]) for flag in flags if flag.startswith("--"))
 
 
 def asks_for_help(flags: Iterable[str]) -> bool:
     """Return whether the flags ask for help, for which no checkpoint is needed."""
-    return asks(flags, ASKING[1:])
+    return asks(flag for flag in flags if not flag.startswith("--print_config"))
 
 
-def _is_asking(name: str, names: Sequence[str] = ASKING) -> bool:
-    return name in names or name.endswith(".help")
-
-
-def check_data_options(words: Sequence[str], command: str) -> None:
-    """Raise a ``UsageError`` where the words that a command's own options leave are not ``--data.KEY VALUE`` alone."""
-    for number, word in enumerate(words):
-        is_value = bool(number) and not word.startswith("--") and "=" not in words[number - 1]
-        if not (is_value or word.startswith("--data.")):
-            raise UsageError(f"{word} is no option of moesaic {command} (--help lists them)")
-
-
-def switch(argv: list[str], name: str) -> tuple[list[str], bool]:
-    """Return ``argv`` without the switch called ``name``, and whether it is on; a value may follow, true or false."""
-    rest: list[str] = []
-    on = False
-    items = iter(enumerate(argv))
-    for i, item in items:
-        key, equals, value = item.partition("=")
-        if key != f"--{name}":
-            rest.append(item)
-            continue
-        if not equals:
-            value = "true"
-            if argv[i + 1 : i + 2] in (["true"], ["false"]):
-                value = next(items)[1]
-        if value not in ("true", "false"):
-            raise UsageError(f"{name}={value} is not one of true, false")
-        on = value == "true"
-    return rest, on
-
-
-def take(argv: Sequence[str], names: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Return ``argv`` without the options called ``names``, and their values."""
-    rest: list[str] = []
-    taken: dict[str, list[str]] = {name: [] for name in names}
-    items = iter(argv)
-    for item in items:
-        key, equals, value = item.partition("=")
-        name = key.lstrip("-")
-        if not (key.startswith("-") and name in names and (len(name) == 1) == (not key.startswith("--"))):
-            rest.append(item)
-            continue
-        if not equals:
-            value = next(items, "")
-        if not value or (not equals and value.startswith("--")):
-            raise UsageError(f"{key} needs a value")
-        taken[name].append(value)
-    return rest, taken
+def _is_asking(name: str) -> bool:
+    return name in ASKING or name.endswith(".help")
 
 
 def verbatim(flags: list[str], names: Sequence[str]) -> list[str]:
@@ -152,26 +106,28 @@ def verbatim(flags: list[str], names: Sequence[str]) -> list[str]:
     return out
 
 
-def with_nulls(config: Mapping[str, Any], flags: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return ``config`` with what the flags set to null two levels and more below a section, and the other flags.
+def with_classes_and_nulls(config: Mapping[str, Any], flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Lay over ``config`` the public classes that flags name, and nulls below a class; return it and the other flags.
 
-    (jsonargparse passes such a null on as the text "None".) One that another flag sets too has that one's value.
+    A strategy may be a text to jsonargparse, and torchrec has optimizers of the names that torch's have; so classes are
+    named in a mapping. jsonargparse passes a null two levels and more below a section on as the text "None".
 
     Example::
 
-        with_nulls({"model": {"moe": {"top": 1}}}, ["--model.moe.top", "null"])
+        with_classes_and_nulls({"model": {"moe": {"top": 1}}}, ["--model.moe.top", "null"])
         # {"model": {"moe": {"top": None}}}, []
     """
 
-    def is_null(merged: Mapping[str, Any], names: list[str], value: str) -> bool:
-        return len(names) > 2 and value in NULLS and isinstance(at(merged, names[:-1]), Mapping)
+    def is_taken(merged: Mapping[str, Any], names: list[str], value: str) -> bool:
+        is_class = names in _CLASSES or (value in TRAINER and names[0] == "trainer" and not names[-1].endswith("+"))
+        return is_class or (len(names) > 2 and value in NULLS and isinstance(at(merged, names[:-1]), Mapping))
 
-    return with_flags(config, flags, is_null, lambda value: None)
+    return with_flags(config, flags, is_taken, yaml.safe_load)
 
 
 def with_flags(
     config: Mapping[str, Any],
-    flags: list[str],
+    flags: Sequence[str],
     takes: Callable[[Mapping[str, Any], list[str], str], bool],
     plain: Callable[[str], Any],
 ) -> tuple[dict[str, Any], list[str]]:
@@ -187,13 +143,9 @@ def with_flags(
         The mappings, and the other flags.
     """
     merged, out = dict(config), list[str]()
-    items = iter(flags)
-    for item in items:
-        key, equals, value = item.partition("=")
-        words = [item, *([] if equals else itertools.islice(items, 1))] if key.startswith("--") else [item]
-        value = value if equals else words[-1]
+    for key, value, words in _pairs(flags):
         names = [name for name in key.removeprefix("--").split(".") if name not in ("init_args", "class_path")]
-        if not takes(merged, names, value):
+        if value is None or not takes(merged, names, value):
             out += words
             continue
         over = plain(value)

@@ -13,14 +13,11 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import docstring_parser
-
-from apps.cli import RUN_OPTIONS, UsageError
-from apps.cli.classes import app_classes, constructor_parameters, load_class, long_name, short
-from apps.cli.errors import unknown_option
+from apps.cli.classes import app_classes, load_class, long_name, named_class_path, short
+from apps.cli.errors import UsageError, unknown_option
 from apps.cli.flags import given
+from apps.cli.jsonargparse_internals import parameters_of
 from apps.cli.request import Request
-from apps.cli.usage import named_class_path
 from apps.registry import class_path, subclasses
 from core.registry import OpenConfig
 
@@ -59,12 +56,12 @@ def show(request: Request, trainer_defaults: Mapping[str, Any]) -> bool:
             if value not in (None, *SECTIONS):
                 raise UsageError(unknown_option(f"help_all={value}", SECTIONS, value))
             for section in SECTIONS if value is None else (value,):
-                path = named_class_path(section, options, request.config)
+                path = named_class_path(section, request.config)
                 _print(_title(section, path), _section(section, request, options, trainer_defaults))
             return True
         part = name.partition(".")[0]
         if name in ("model.help", "data.help"):
-            path = long_name(part, value) if value else named_class_path(part, options, request.config)
+            path = long_name(part, value) if value else named_class_path(part, request.config)
             _print(_title(part, path), _classes(part) if path is None else _of_class(path, part))
             return True
         if part in ("model", "data") and name.endswith(".help") and value:
@@ -83,12 +80,13 @@ def _section(
     section: str, request: Request, options: list[tuple[str, str | None]], trainer_defaults: Mapping[str, Any]
 ) -> Iterable[Option]:
     if section == "run":
-        return [Option(*row) for row in RUN_OPTIONS if not row[0].startswith("trainer.")]
+        own = request.options.described()
+        return [Option(name, _plain(value) if value else "", meaning) for name, value, meaning in own]
     if section == "trainer":
         from lightning.pytorch import Trainer
 
         return options_of(Trainer, "trainer", trainer_defaults)
-    path = named_class_path(section, options, request.config)
+    path = named_class_path(section, request.config)
     return _classes(section) if path is None else _of_class(path, section)
 
 
@@ -127,39 +125,20 @@ def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None 
         prefix: first words of their names.
         defaults: values that stand in for the constructor's.
     """
-    meanings, linked = _meanings(kind), getattr(kind, "data_arguments", ())
-    for owner, parameter in constructor_parameters(kind):
-        name, hint = parameter.name, _hints(owner).get(parameter.name, Any)
+    linked = getattr(kind, "data_arguments", ())
+    for parameter in parameters_of(kind):
+        name, hint = parameter.name, parameter.annotation
         if name in linked:
             continue
         default = (defaults or {}).get(name, parameter.default)
         nested = _config_of(hint)
-        meaning = meanings.get(name, "")
-        yield Option(f"{prefix}.{name}", _default(default, hint, nested), meaning)
+        yield Option(f"{prefix}.{name}", _default(default, hint, nested), _first(parameter.doc or ""))
         if nested is None:
             continue
         own = default if dataclasses.is_dataclass(default) and not isinstance(default, type) else None
         if own is not None or not issubclass(nested, OpenConfig):
             values = {f.name: getattr(own, f.name) for f in dataclasses.fields(own) if f.init} if own else None
             yield from options_of(nested if own is None else type(own), f"{prefix}.{name}", values)
-
-
-def _hints(owner: type[Any]) -> dict[str, Any]:
-    """Return the types of a constructor's parameters, by name."""
-    return typing.get_type_hints(owner if dataclasses.is_dataclass(owner) else owner.__init__)  # type: ignore[misc]
-
-
-def _meanings(kind: type[Any]) -> dict[str, str]:
-    meanings: dict[str, str] = {}
-    for owner in reversed(kind.__mro__[:-1]):
-        for text in (vars(owner).get("__doc__"), getattr(vars(owner).get("__init__"), "__doc__", None)):
-            for item in docstring_parser.parse(text or "").params:
-                for name in item.arg_name.split(","):
-                    meanings[name.strip()] = _first(item.description or "")
-        if dataclasses.is_dataclass(owner):  # its fields may have docstrings of their own
-            for item in docstring_parser.parse_from_object(owner).params:
-                meanings.setdefault(item.arg_name, _first(item.description or ""))
-    return meanings
 
 
 def _first(text: str) -> str:

@@ -1,6 +1,6 @@
 """What the command line uses of jsonargparse that jsonargparse does not document: no other file does.
 
-Both functions hold for jsonargparse 4.53; tests/apps/cli/test_jsonargparse_internals.py fails where a new version
+These functions hold for jsonargparse 4.53; tests/apps/cli/test_jsonargparse_internals.py fails where a new version
 changes it.
 """
 
@@ -9,12 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jsonargparse import ArgumentParser, _typehints
+from jsonargparse import ArgumentParser, _parameter_resolvers, _typehints
 
 
 def options_of(parser: ArgumentParser) -> list[str]:
     """Return the dotted options of a parser, which it lists in its help only."""
     return [action.dest for action in parser._actions]
+
+
+def parameters_of(kind: type[Any]) -> list[Any]:
+    """Return the parameters of a constructor and of those that its ``**kwargs`` go to.
+
+    Each has ``name``, ``annotation``, ``default``, and ``doc``, what a docstring says of it.
+    """
+    return list(_parameter_resolvers.get_signature_parameters(kind, None))
 
 
 def read_whole_numbers_first() -> None:

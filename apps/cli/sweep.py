@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,8 +24,8 @@ from apps.base.files import replacing
 from apps.base.machine import machine_line
 from apps.base.messages import first_line
 from apps.base.progress import say
-from apps.cli import UsageError
-from apps.cli.usage import SweepOptions
+from apps.cli.errors import UsageError
+from apps.cli.setup import RunSetup
 from apps.report.page import Picture, Section, Table, Text, shown
 from apps.report.pareto import Weighed, front, quality_against_costs
 from apps.report.plots import save_picture
@@ -35,9 +35,6 @@ from apps.train.contents import fingerprint, read_checkpoint
 from apps.train.cost import num_examples
 from apps.train.footprint import Seconds, in_rounds, peak_bytes, resident_bytes
 from apps.train.run_folder import check_own
-
-if TYPE_CHECKING:
-    from apps.cli.train import SparseCLI
 
 RECORD, PICTURE = "sweep.json", "sweep.png"
 SINGLE_EXAMPLES = 8
@@ -78,14 +75,15 @@ class Sweep:
 
     Args:
         cli: the command, whose model has not been tested yet.
-        options: options.
+        rounds: rounds in which a form of the model and the trained model take turns.
+        batches: validation batches from which the use of the experts is counted.
 
     Raises:
         ValueError: there is no trained model, it has no experts or no metric to judge it by, or several processes.
     """
 
-    def __init__(self, cli: SparseCLI, options: SweepOptions) -> None:
-        self.cli, self.options = cli, options
+    def __init__(self, cli: RunSetup, rounds: int, batches: int) -> None:
+        self.cli, self.rounds, self.batches = cli, rounds, batches
         model, name = cli.model, type(cli.model).__name__
         if cli.ckpt_path is None:
             raise UsageError("sweep measures a trained model: give --ckpt_path")
@@ -147,7 +145,8 @@ class Sweep:
         return {
             "weights": fingerprint(self.trained),
             "config": hashlib.sha256(self.cli.plain_config().encode()).hexdigest()[:16],
-            **asdict(self.options),
+            "rounds": self.rounds,
+            "batches": self.batches,
             "machine": machine_line().rpartition(",")[0],  # without the date
         }
 
@@ -173,7 +172,7 @@ class Sweep:
 
     def _statistics(self) -> Mapping[str, core.ExpertStatistics] | str:
         """Return the use of the experts in validation batches, or why it is not known."""
-        batches = list(islice(iter(self.cli.datamodule.val_dataloader()), self.options.batches))
+        batches = list(islice(iter(self.cli.datamodule.val_dataloader()), self.batches))
         if not batches:
             return "there are no validation batches, in which the use of the experts is counted"
         moved = [*map(self._moved, batches)]
@@ -209,7 +208,7 @@ class Sweep:
                 taken = in_rounds(
                     lambda batches=batches: run(model, batches),  # type: ignore[misc]
                     lambda batches=batches: run(self.trained, batches),  # type: ignore[misc]
-                    self.options.rounds,
+                    self.rounds,
                     device,
                 )
                 each = len(batches)
@@ -264,7 +263,7 @@ class Sweep:
             ),
             sortable=True,
             note=(
-                f"A latency is the median over {self.options.rounds} rounds, in which the form and the trained model "
+                f"A latency is the median over {self.rounds} rounds, in which the form and the trained model "
                 "take turns; x is the ratio to the trained model, with a 95 % interval of the median."
             ),
         )

@@ -14,8 +14,7 @@ from apps.base.files import holding
 from apps.base.machine import machine_facts, moment
 from apps.base.progress import say, set_aside
 from apps.base.quiet import quiet
-from apps.cli import stopped
-from apps.cli.configs import shipped
+from apps.cli.errors import stopped
 from apps.compare import table
 from apps.compare.display import Display
 from apps.compare.experiment import Experiment, arguments, validation_batch
@@ -82,8 +81,8 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
         NonFiniteError: a final run diverged.
     """
     asked = Command.read(argv)
-    options, output = asked.options, asked.output
-    config, *overlays = (str(shipped(path)) for path in asked.files)
+    options, output = asked.options, asked.folder
+    config, overlays = str(asked.config), [*map(str, asked.overlays)]
     with quiet(own_notes=False):
         experiment = Experiment(arguments(config, overlays, asked.rest, options.routers))
     plan = Plan.make(experiment.plain(), options, experiment.rate, experiment.seed)
@@ -100,7 +99,7 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
         title = title or f"{'Routers' if options.routers else 'Sparse and dense'}: {asked.name}"
         outcome = _report(experiment, plan, systems, results, use, output, title, command_line(argv), asked.jobs)
     write_index(output.parent)
-    if asked.opens:
+    if asked.open:
         open_page(output / FILE)
     return outcome
 

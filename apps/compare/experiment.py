@@ -14,8 +14,9 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
 
-from apps.cli import UsageError
-from apps.cli.train import Request, SparseCLI, train_as_given
+from apps.cli.errors import UsageError
+from apps.cli.request import Request
+from apps.cli.setup import RunSetup, train_as_given
 from apps.compare.systems import SPARSE, candidates
 from apps.equal_cost.comparable import Comparable
 from apps.equal_cost.own_model import OwnModel, own_model
@@ -29,7 +30,7 @@ _OWN = ("callbacks", "logger", "default_root_dir", "plugins", "enable_progress_b
 _ROUTERS = "--routers="
 
 
-class _Parsed(SparseCLI):
+class _Parsed(RunSetup):
     """Reads and checks the command line of ``moesaic fit``, and makes nothing of it yet."""
 
     def instantiate_classes(self) -> None:

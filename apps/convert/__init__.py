@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str]) -> int:
     """Run ``moesaic convert ARGV``."""
-    from apps.convert.options import Options
+    from apps.convert.options import read
 
-    options = Options.read(argv)  # a wrong one ends here, before torch is imported
+    options = read(argv)  # a wrong one ends here, before torch is imported
 
     from apps.convert.command import run
 

@@ -40,7 +40,7 @@ def convert(options: Options) -> tuple[Figures, Figures]:
         OSError: the new run cannot be written; nothing of it is left.
     """
     first, *others = (Run.read(path, options.config) for path in options.runs)
-    check_runs(options.kind, options.values, (first, *others))
+    check_runs(options.kind, options, (first, *others))
     if options.batches and first.config is None:
         raise ValueError(
             f"no config.yaml lies beside {first.file}, and the batches come from its data: give --config FILE, or "
@@ -52,16 +52,16 @@ def convert(options: Options) -> tuple[Figures, Figures]:
     statistics = None
     module = first.mapped()
     if options.batches:
-        trial = Trial(first.file, options.config, options.data, options.batches)
+        trial = Trial(first.file, options.config, options.rest, options.batches)
         before = trial.figures(num_bytes)
         if _needs_statistics(options):
-            pair = getattr(options.values, "pair", None)
-            merges = bool(getattr(options.values, "merge", False))
+            pair = getattr(options, "pair", None)
+            merges = bool(getattr(options, "merge", False))
             statistics = trial.statistics(None if pair is None else module.part(pair).select, merges)
         del trial
     else:
         before = counted(first.outline(first.arguments(), first.checkpoint), num_bytes)
-    request = Request(first, module, options.values, statistics, tuple(others))
+    request = Request(first, module, options, statistics, tuple(others))
     conversion = KINDS[options.kind](request)
     outline = first.outline(conversion.arguments, conversion.extra)
     layout = conversion.layout(first, outline)
@@ -79,7 +79,7 @@ def convert(options: Options) -> tuple[Figures, Figures]:
         # It is read as any other run before it has its name.
         new_bytes = weight_bytes(layout)
         if options.batches:
-            after = Trial(file, folder / CONFIG, options.data, options.batches).figures(new_bytes)
+            after = Trial(file, folder / CONFIG, options.rest, options.batches).figures(new_bytes)
         else:
             after = counted(outline, new_bytes)
     return before, after
@@ -91,23 +91,22 @@ def convert_own(options: Options, run: Run) -> tuple[Figures, Figures]:
     metric, statistics = getattr(module, "monitor", None), None
     before = counted(module, weight_bytes(run.state))
     if options.batches:
-        trial = Trial(run.file, options.config, options.data, options.batches)
+        trial = Trial(run.file, options.config, options.rest, options.batches)
         before = own.figures(trial, before.bytes, metric)
         if _needs_statistics(options):
-            statistics = own.statistics(trial, bool(getattr(options.values, "merge", False)))
-    new, section = own.converted(options.kind, Request(run, module, options.values, statistics))
+            statistics = own.statistics(trial, bool(getattr(options, "merge", False)))
+    new, section = own.converted(options.kind, Request(run, module, options, statistics))
     with new_run(options.output) as folder:
         layout = {name: value for name, value in new.state_dict().items() if isinstance(value, Tensor)}
         extra = {**section, "converted": options.kind}
         file = write_run(folder, run, None, layout, layout.items(), data={}, extra=extra, run_dir=options.output)
         after = counted(new, weight_bytes(layout))
         if options.batches:
-            after = own.figures(Trial(file, folder / CONFIG, options.data, options.batches), after.bytes, metric)
+            after = own.figures(Trial(file, folder / CONFIG, options.rest, options.batches), after.bytes, metric)
     return before, after
 
 
 def _needs_statistics(options: Options) -> bool:
     """Return whether a conversion reads how the experts are used."""
-    values = options.values
-    by_use = options.kind == "densify" and values.how in BY_LOAD
-    return by_use or options.kind == "prune" or (options.kind == "specialise" and values.keep is not None)
+    by_use = getattr(options, "how", None) in BY_LOAD
+    return by_use or getattr(options, "keep", None) is not None

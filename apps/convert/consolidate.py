@@ -93,7 +93,7 @@ def write_whole(file: Path, source: Path) -> None:
 def _figures(run: Run, options: Options, file: Path, config: Path | None) -> Figures:
     size = _num_bytes(run.checkpoint["state_dict"])
     if options.batches:
-        return Trial(file, config, options.data, options.batches).figures(size)
+        return Trial(file, config, options.rest, options.batches).figures(size)
     outline = run.outline(run.arguments())
     outline.adapt_linears(run.checkpoint)
     return counted(outline, size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,13 +93,13 @@ class Request:
     Attributes:
         run: the run.
         module: its model, with tensors that are mapped; a user's own is in memory.
-        options: those of the kind, by name.
+        options: the command line, with the options of the kind.
         statistics: of the experts, by layer; None: no batches were asked for, or the kind reads none.
         others: further runs, to be merged.
     """
 
     run: Run
     module: Any
-    options: argparse.Namespace
+    options: Any
     statistics: Statistics | None = None
     others: tuple[Run, ...] = ()

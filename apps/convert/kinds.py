@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import core
-from apps.cli import UsageError
-from apps.cli.configs import read_config, shipped
+from apps.cli.configs import read_config
+from apps.cli.errors import UsageError
 from apps.convert.conversion import Conversion, Request, Tensors
 from apps.convert.runs import Run, model_section
 from apps.nets.blocks import moe_configs
@@ -29,7 +27,7 @@ OneLayer = Callable[[str, core.MoE], Any]
 """Returns the ``OneExpert`` that takes the place of a layer, by the layer's name."""
 
 
-def check_runs(kind: str, options: argparse.Namespace, runs: Sequence[Run]) -> None:
+def check_runs(kind: str, options: Any, runs: Sequence[Run]) -> None:
     """Check that a kind of conversion takes these runs, before anything is computed.
 
     Raises:
@@ -182,7 +180,7 @@ def merged(request: Request) -> Conversion:
 def adapted(request: Request) -> Conversion:
     """Return the frozen model with trainable updates beside linear layers of it."""
     options, run = request.options, request.run
-    plain = model_section(read_config(shipped(Path(options.moe)))).get("moe")
+    plain = model_section(read_config(options.moe)).get("moe")
     if plain is None:
         raise ValueError(f"{options.moe} has no model.moe, which says what the updates are")
     if plain.get("expert") is None:
@@ -322,7 +320,7 @@ def _with_moe(request: Request) -> tuple[dict[str, Any], core.MoEConfig]:
         raise ValueError("--moe FILE is needed: an overlay that says what the MoE layers are")
     if run.arguments().get("moe") is not None:
         raise ValueError(f"{run.file} is sparse already: its moe is set")
-    arguments = run.arguments(read_config(shipped(Path(file))))
+    arguments = run.arguments(read_config(file))
     moe = arguments.get("moe")
     if not isinstance(moe, core.MoEConfig):
         raise ValueError(f"{file} has no model.moe of one config, which all networks become")

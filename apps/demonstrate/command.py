@@ -42,7 +42,7 @@ def run(options: Options) -> int:
             if note:
                 print(f"no examples: {one_line(note)}")
             try:
-                serve(app, options.port, options.opens)
+                serve(app, options.port, options.open)
             except KeyboardInterrupt:
                 print("\ndemo: ended")
         finally:

@@ -26,7 +26,7 @@ def run(options: Options) -> int:
         FileNotFoundError: there is neither a checkpoint nor a log.
         ValueError: the checkpoint is damaged, of another model than the configuration's, or of a dense one.
     """
-    folder = options.run if options.run.is_dir() else options.run.parent.parent
+    folder = options.ckpt_path if options.ckpt_path.is_dir() else options.ckpt_path.parent.parent
     rows = read_rows(folder / LOG)
     checkpoint, note = _checkpoint(options, folder, has_log=bool(rows))
     findings: dict[tuple[str, str], core.Finding] = {(f.name, f.layer): f for f in log_findings(rows)}
@@ -65,11 +65,11 @@ def _checkpoint(options: Options, folder: Path, has_log: bool) -> tuple[Path | N
             raise FileNotFoundError(f"--batches 0 reads {folder / LOG} alone, and it has no rows")
         return None, ""
     try:
-        checkpoint = find_checkpoint(options.run)
+        checkpoint = find_checkpoint(options.ckpt_path)
     except FileNotFoundError:
         if not has_log:
             raise
-        return None, f"{options.run} holds no checkpoint yet: {LOG} alone was read"
+        return None, f"{options.ckpt_path} holds no checkpoint yet: {LOG} alone was read"
     if options.config is None and not (checkpoint.parent.parent / CONFIG).is_file():
         if not has_log:
             raise ValueError(

@@ -47,7 +47,7 @@ class Trial:
 
     def __init__(self, checkpoint: Path, options: Options) -> None:
         # The trainer's callbacks belong to the training.
-        further = ["--trainer.callbacks=null", *options.data]
+        further = ["--trainer.callbacks=null", *options.rest]
         self._cli = build_trial(checkpoint, options.config, options.batches, further)
         self._model: Any = self._cli.model
         if not core.moe_layers(self._model):

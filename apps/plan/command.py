@@ -6,7 +6,7 @@ import os
 
 from apps.base.files import replacing
 from apps.base.quiet import quiet
-from apps.cli import UsageError
+from apps.cli.errors import UsageError
 from apps.plan.display import COLUMNS, MESH, details, header, overlay, picture, rows, shown
 from apps.plan.options import Options
 from apps.plan.outline import Outline, outlined

@@ -90,8 +90,8 @@ def header(outline: Outline, options: Options) -> list[str]:
         f"a GPU's batch: {counted(trial.examples, 'example')}, {trial.tokens:,} {trial.unit}, "
         f"{outline.flops:.3g} FLOPs forward",
         f"{options.gpus} x {options.gpu_name}: {gpu.memory / 1e9:.0f} GB, {_short(gpu.within / 1e9)} and "
-        f"{_short(gpu.between / 1e9)} GB/s within and between nodes of {options.per_node}, {options.efficiency:.0%} of "
-        f"{_short(options.rate / 1e12)} TFLOP/s, {options.precision}"
+        f"{_short(gpu.between / 1e9)} GB/s within and between nodes of {options.gpus_per_node}, "
+        f"{options.efficiency:.0%} of {_short(options.rate / 1e12)} TFLOP/s, {options.precision}"
         + (", parameters gathered in bfloat16" if options.param_dtype else "")
         + (", activation checkpointing" if options.checkpointing else ""),
     ]

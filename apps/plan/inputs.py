@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from apps import registry
-from apps.cli import UsageError
+from apps.cli.errors import UsageError
 from apps.plan.options import Options
 from apps.task import Sizes, Trial
 
@@ -39,7 +39,7 @@ def data_arguments(kind: str, given: Mapping[str, Any], options: Options) -> dic
 def sizes_of(options: Options) -> Sizes:
     """Return what a command says of data."""
     columns = {name: getattr(options, name) for name in (*COLUMNS, "tasks", "domains", "pooling")}
-    return Sizes(options.config.get("data"), options.batch, options.tokens, options.length, columns)
+    return Sizes(options.config.get("data"), options.batch, options.tokens_per_gpu, options.length, columns)
 
 
 def trial(module: Any, options: Options, dtype: torch.dtype) -> Trial:

@@ -142,7 +142,7 @@ def cost(outline: Outline, options: Options, layout: Layout, sharding: str | Non
         exchange=exchange,
         data=data,
         seconds=step_seconds(compute, exchange, data),
-        fits=memory.total <= options.usable * gpu.memory,
+        fits=memory.total <= options.usable_memory * gpu.memory,
         sharding=sharding,
     )
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apps.cli import UsageError
+from apps.cli.errors import UsageError
 from apps.plan.gpus import Gpu
 from core.kernels.cpu import Linear
 

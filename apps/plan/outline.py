@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 import core
 from apps import registry
-from apps.cli import UsageError
 from apps.cli.classes import short
 from apps.cli.configs import at
+from apps.cli.errors import UsageError
 from apps.plan.inputs import data_arguments, trial
 from apps.plan.options import Options
 from apps.task import Trial

@@ -106,8 +106,8 @@ def over_gpus(outline: Outline, options: Options) -> list[tuple[int, Cost]]:
 
 
 def _doubling(options: Options) -> Iterator[int]:
-    n = options.per_node if options.gpus >= options.per_node else 1
+    n = options.gpus_per_node if options.gpus >= options.gpus_per_node else 1
     while n <= 4 * options.gpus:
-        if n <= options.per_node or n % options.per_node == 0:
+        if n <= options.gpus_per_node or n % options.gpus_per_node == 0:
             yield n
         n *= 2

@@ -22,7 +22,7 @@ from apps.train.checkpoint_paths import find_checkpoint
 from apps.train.chosen import SECTIONS, is_torchs
 from apps.train.compiling import CompileConfig
 from apps.train.contents import read_checkpoint
-from apps.train.module import SparseModule
+from apps.train.linked import LinkedModule
 from apps.train.offloading import offload as offload_experts
 from apps.train.offloading import room_for_experts
 from apps.train.quantising import quantise
@@ -90,7 +90,7 @@ def module_class(checkpoint: Mapping[str, Any], path: Path) -> Any:
     name = checkpoint.get("module_class")
     if not isinstance(name, str):
         raise ValueError(f"{path} does not say which model it is of: load it by load_from_checkpoint of its class")
-    kind = _public_class(name, LightningModule if "sparsify" in checkpoint else SparseModule)
+    kind = _public_class(name, LightningModule if "sparsify" in checkpoint else LinkedModule)
     if kind is not None:
         return kind
     short = name.rpartition(".")[2]

@@ -18,7 +18,7 @@ from apps.base.files import delete, holding
 from apps.base.machine import machine_facts, moment
 from apps.base.messages import some
 from apps.base.quiet import quiet
-from apps.cli import stopped
+from apps.cli.errors import stopped
 from apps.compare.display import Display
 from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.files import differences, read_json, write_json
@@ -55,9 +55,9 @@ def run(options: Options, argv: Sequence[str], began: float) -> int:
         verdict = give_verdict(options, command, began)
     except (KeyboardInterrupt, SystemExit) as stop:
         return stopped(stop, f"; what is finished is kept. To go on: {command}")
-    if options.opens:
-        open_page(options.output / FILE)
-    print("\n".join([f"written: {options.output / PAGE}, {options.output / NUMBERS}", *lines(verdict)]))
+    if options.open:
+        open_page(options.folder / FILE)
+    print("\n".join([f"written: {options.folder / PAGE}, {options.folder / NUMBERS}", *lines(verdict)]))
     return 0
 
 
@@ -71,7 +71,7 @@ def give_verdict(
         ValueError: as ``run``, or a folder with another verdict.
         NonFiniteError: a final run diverged.
     """
-    output = options.output
+    output = options.folder
     check_folder(options)
     output.mkdir(parents=True, exist_ok=True)
     with holding(output / ".lock", f"another verdict is at work in {output}"):
@@ -118,7 +118,7 @@ def check_folder(options: Options) -> None:
     Raises:
         ValueError: the folder holds another verdict, half of one, or files that are none.
     """
-    output = options.output
+    output = options.folder
     saved = read_json(output / "options.json")
     has_plan = (output / "plan.json").exists()
     if saved is None and has_plan:

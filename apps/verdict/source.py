@@ -24,11 +24,11 @@ def configuration(options: Options) -> tuple[Path, tuple[str, ...]]:
     if options.is_config:
         return options.data[0], ()
     columns = (options.exclude, options.time, options.user)
-    given = GivenData(options.data, options.target, options.output / "data", options.kind, *columns)
+    given = GivenData(options.data, options.target, options.folder / "data", options.kind, *columns)
     for name in registry.OWN_DATA:
         made = registry.task_named(name).own_data(given)
         if made is not None:
-            path = options.output / "config.yaml"
+            path = options.folder / "config.yaml"
             with replacing(path) as file:
                 yaml.safe_dump(dict(made.config), file, sort_keys=False)
             return path, tuple(made.notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from apps.cli.predictions import write_stream
+from apps.cli.write.predictions import write_stream
 
 
 def printed(module: Any, data: Any) -> list[str]:

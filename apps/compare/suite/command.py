@@ -9,7 +9,7 @@ from pathlib import Path
 from apps.base.files import holding
 from apps.base.machine import moment
 from apps.base.progress import say
-from apps.cli import stopped
+from apps.cli.errors import stopped
 from apps.compare.command import command_line
 from apps.compare.display import Display
 from apps.compare.files import write_text
@@ -62,7 +62,7 @@ def run_suite(command: Command, again: str, clock: Callable[[], float] = time.mo
             about = f", about {duration(estimate)} by the suite's estimates" if estimate else ""
             why = "the time is up" if queue.is_over else "the data of some boards cannot be had"
             say(f"{why}; runs left: {len(left)}{about}. To go on: {again}")
-    if command.opens:
+    if command.open:
         open_page(_page(suite))
     return queue
 

@@ -29,9 +29,9 @@ from typing import Any, TypeVar
 
 from apps.base.checks import check_at_least
 from apps.base.messages import excerpt, unknown_name
-from apps.cli import UsageError
 from apps.cli.classes import with_long_names
 from apps.cli.configs import at, differences, merge, read_config, shipped
+from apps.cli.errors import UsageError
 
 T = TypeVar("T")
 

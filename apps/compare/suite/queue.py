@@ -19,8 +19,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from apps.base.machine import machine_line, source_commit
 from apps.base.messages import message, some
 from apps.base.quiet import quiet
-from apps.cli import UsageError
 from apps.cli.configs import shipped
+from apps.cli.errors import UsageError
 from apps.compare.display import Display
 from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.measure import Job, measure

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.encoding.table_encoding import Encoding
@@ -15,13 +15,8 @@ from apps.recsys.tables.embedding import SparseArch, table_names
 from apps.train.contents import unlike
 from core.routing.multi_gate import DomainEmbedding
 
-if TYPE_CHECKING:
-    from apps.recsys.tables.module import MultiTaskRecommender
 
-
-def widened(
-    model: MultiTaskRecommender, checkpoint: Mapping[str, Any], encoding_state: Mapping[str, Any]
-) -> Mapping[str, Any]:
+def widened(model: nn.Module, checkpoint: Mapping[str, Any], encoding_state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a checkpoint with the tensors of ``model``, whose data have further values.
 
     The row of a new value begins as row 0, by which the value was scored so far, and the vector of a new domain as the
@@ -98,7 +93,7 @@ def _extend_state(
     return extended
 
 
-def _check_domains(state: Mapping[str, Any], model: MultiTaskRecommender, old: Encoding, new: Encoding) -> None:
+def _check_domains(state: Mapping[str, Any], model: nn.Module, old: Encoding, new: Encoding) -> None:
     """Refuse new domains where a tensor has a part for each that cannot be added."""
     if old.domains is None or new.domains is None or len(old.domains) == len(new.domains):
         return

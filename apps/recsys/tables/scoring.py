@@ -23,7 +23,6 @@ from apps.recsys.schema import nearest
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from apps.recsys.tables.module import MultiTaskRecommender
     from apps.recsys.tables.rows import TableRows
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ _BATCHES = 16
 """Batches that are encoded at a time."""
 
 
-def predict(model: MultiTaskRecommender, rows: Any, batch_size: int) -> Any:
+def predict(model: Any, rows: Any, batch_size: int) -> Any:
     """See ``MultiTaskRecommender.predict``."""
     check_at_least(1, batch_size=batch_size)
     task = model.task

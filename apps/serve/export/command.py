@@ -37,7 +37,7 @@ _PATHS = ("root", "cache_dir", "file", "images", "index", "predict_folder", "tab
 def run(options: Options) -> int:
     """Export the model and print what was written."""
     with quiet():
-        checkpoint = find_checkpoint(options.run)
+        checkpoint = find_checkpoint(options.ckpt_path)
         model = load(checkpoint)
         if options.quantize is not None:
             quantise(model, options.quantize)
@@ -62,7 +62,7 @@ def export(model: SparseModule, exported: Exported, options: Options) -> list[Pa
         OSError: the output cannot be written.
         ValueError: an operator has no export, or a graph's outputs are not the model's. Nothing is written.
     """
-    description = describe(model, exported, data_section(options.run), options.format)
+    description = describe(model, exported, data_section(options.ckpt_path), options.format)
 
     def write_graph(graph: Graph, path: Path, text: str) -> None:
         from apps.serve.export.onnx import to_onnx

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from apps.base.files import delete, naming, temporary_path
 from apps.base.sealed import weights_beside
-from apps.cli import UsageError
+from apps.cli.errors import UsageError
 from apps.serve.export.options import ENDINGS
 from apps.train.exported import MANIFEST, Description
 from apps.train.exporting import Exported, Graph

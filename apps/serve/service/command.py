@@ -90,7 +90,7 @@ class Served:
                 model, service.predict, lambda layer, pairs_E, dropped: self.metrics.routed(layer, pairs_E, dropped)
             ),
             options.max_batch,
-            options.max_wait,
+            options.max_wait_ms / 1000,
             is_fatal=lambda error: isinstance(error, torch.AcceleratorError),
             on_broken=self._stop,
             watch=lambda size, seconds: self.metrics.computed(size, seconds),

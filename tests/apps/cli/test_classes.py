@@ -1,21 +1,17 @@
-"""Classes by name: short names of public classes in configurations and flags, and what their source tells."""
+"""Classes by name: short names of public classes in configurations and flags."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 
 from apps import registry
 from apps.cli.classes import (
     app_classes,
-    constructor_parameters,
     load_class,
     long_name,
-    parameters,
-    with_long_flags,
     with_long_names,
 )
+from apps.cli.flags import with_classes_and_nulls
 from apps.cli.request import Request
 
 
@@ -29,26 +25,6 @@ def test_the_apps_classes_need_no_import():
     }  # fmt: skip
     assert long_name("data", "TextData") == "apps.nlp.language.data.TextData"
     assert long_name("data", "mine.TextData") == "mine.TextData"
-    assert parameters("tiny_app.TinyData") == ["num_classes", "n", "batch_size", "num_workers"]
-    assert parameters("tiny_app.NamingModule") is None  # it passes **kwargs on
-
-
-def test_further_options_are_those_of_the_next_class():
-    class Base:
-        def __init__(self, size=1, seed=0):
-            pass
-
-    class Own(Base):
-        def __init__(self, seed=5, *args, **kwargs):
-            super().__init__(seed=seed, **kwargs)
-
-    class Last(Own):
-        pass
-
-    assert [(owner, p.name, p.default) for owner, p in constructor_parameters(Last)] == [
-        (Own, "seed", 5),
-        (Base, "size", 1),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -58,10 +34,10 @@ def test_every_model_and_data_is_named_shortly_in_yaml_and_by_flags(part, name):
     path = registry.full_path(name)
     assert with_long_names({part: name, "n": 1}) == {part: path, "n": 1}
     assert with_long_names({part: {"class_path": name}}) == {part: {"class_path": path}}
-    for flags in ([f"--{part}", name], [f"--{part}.class_path", name], [f"--{part}.help", name]):
-        assert with_long_flags(flags) == [flags[0], path]
-        assert with_long_flags(["=".join(flags)]) == [f"{flags[0]}={path}"]
-    assert with_long_flags([f"--{part}.init_args.text", name]) == [f"--{part}.init_args.text", name]
+    for flags in ([f"--{part}", name], [f"--{part}.class_path", name]):
+        assert with_classes_and_nulls({}, flags) == with_classes_and_nulls({}, ["=".join(flags)]) == ({part: name}, [])
+    text = [f"--{part}.init_args.text", name]
+    assert with_classes_and_nulls({}, text) == ({}, text)
 
 
 @pytest.mark.parametrize("name", registry.TRAINER)
@@ -75,9 +51,8 @@ def test_every_part_of_the_trainer_is_named_shortly_in_yaml_and_by_flags(name):
     assert with_long_names({"trainer": {"callbacks": [name, "x"]}}) == {
         "trainer": {"callbacks": [{"class_path": path}, "x"]}
     }
-    assert with_long_flags(["--trainer.strategy", name]) == ["--trainer.strategy", json.dumps({"class_path": path})]
-    assert with_long_flags([f"--trainer.strategy.class_path={name}"]) == [f"--trainer.strategy.class_path={path}"]
-    assert with_long_flags(["--trainer.callbacks+", name])[1] == json.dumps({"class_path": path})
+    for flags in (["--trainer.strategy", name], [f"--trainer.strategy.class_path={name}"]):
+        assert with_classes_and_nulls({}, flags) == ({"trainer": {"strategy": name}}, [])
 
 
 def test_a_request_has_class_paths(tmp_path):

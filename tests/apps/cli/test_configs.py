@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import core
-from apps.cli import UsageError
 from apps.cli.configs import differences, merge
+from apps.cli.errors import UsageError
 from apps.cli.request import Request
 from apps.cli.train import build
 

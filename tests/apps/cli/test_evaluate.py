@@ -58,9 +58,7 @@ def test_the_report_is_shown_in_the_browser_when_asked(trained, capsys, monkeypa
     argv = ["--config", str(trained / "config.yaml"), "--open"]
     assert main(["test", *argv]) == 0
     assert shown == [(trained / "report.html").resolve().as_uri()]
-    assert fails(capsys, 2, "validate", *argv).endswith(
-        "open is an option of test, predict and compare, not of validate"
-    )
+    assert fails(capsys, 2, "validate", *argv).endswith("open is an option of test and predict, not of validate")
 
 
 def test_a_checkpoint_alone_is_enough(trained, capsys):

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import compared
-import pytest
 
-from apps.cli import UsageError
-from apps.cli.flags import switch, with_nulls
+from apps.cli.flags import with_classes_and_nulls
 from apps.cli.train import build
 
 
 def test_null_reaches_any_depth():
     config = {"model": {"class_path": "V", "init_args": {"moe": {"capacity_factor": 1.0, "router": "TokenChoice"}}}}
     argv = ["--trainer.logger", "false", "--model.moe.capacity_factor", "null", "--model.moe=null", "--print_config"]
-    merged, rest = with_nulls(config, argv)
+    merged, rest = with_classes_and_nulls(config, argv)
     assert merged["model"]["init_args"]["moe"] == {"capacity_factor": None, "router": "TokenChoice"}
     assert rest == ["--trainer.logger", "false", "--model.moe=null", "--print_config"]
     # Where there is nothing to set it in, the flag stays, to be refused by name.
     for flag in ("--model.mo.capacity_factor=null", "--model.init_args.moe.router.mood=~"):
-        assert with_nulls(config, [flag]) == (config, [flag])
-    deep = with_nulls(config, ["--model.init_args.moe.capacity_factor=~"])
+        assert with_classes_and_nulls(config, [flag]) == (config, [flag])
+    deep = with_classes_and_nulls(config, ["--model.init_args.moe.capacity_factor=~"])
     assert deep == (merged, [])
 
 
@@ -34,11 +32,3 @@ def test_a_null_of_a_class_that_an_earlier_flag_names_is_taken(tmp_path):
     flags = ["--model.moe.router", "core.TokenChoice", "--model.moe.router.noise", "null"]
     model = build("fit", ["--config", str(tmp_path / "no_router.yaml"), *flags]).model
     assert model.hparams["moe"]["router"]["init_args"]["noise"] is None
-
-
-def test_a_switch_may_have_a_value():
-    assert switch(["--overwrite", "--x", "1"], "overwrite") == (["--x", "1"], True)
-    assert switch(["--overwrite", "false"], "overwrite") == ([], False)
-    assert switch(["--x", "--overwrite=true"], "overwrite") == (["--x"], True)
-    with pytest.raises(UsageError, match="overwrite=yes is not one of true, false"):
-        switch(["--overwrite=yes"], "overwrite")

@@ -9,7 +9,7 @@ import pytest
 from commands import fails
 
 from apps.cli import main
-from apps.cli.partial import Partial
+from apps.cli.write.partial import Partial
 from apps.report.page import html
 
 

@@ -14,10 +14,11 @@ from commands import full_disk
 from pyarrow import parquet
 from tiny_app import TinyModule
 
-from apps.cli import main, row_groups
-from apps.cli.predictions import PredictionFile, columns_of, rows_of, shortened
+from apps.cli import main
 from apps.cli.request import Request
 from apps.cli.train import build
+from apps.cli.write import row_groups
+from apps.cli.write.predictions import PredictionFile, columns_of, rows_of, shortened
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def test_text_that_a_spreadsheet_would_compute_is_quoted_in_csv(tmp_path, raw):
 
 
 def test_raw_csv_is_for_predictions_in_csv(untrained, capsys):
-    assert Request.read("predict", [*untrained[1:], "--output=a.csv", "--raw_csv"]).raw_csv
+    assert Request.read("predict", [*untrained[1:], "--output=a.csv", "--raw_csv"]).options.raw_csv
     assert main([*untrained, "--output", "a.jsonl", "--raw_csv"]) == 2
     assert "raw_csv is for predictions in CSV: give --output FILE.csv" in capsys.readouterr().err
     assert main(["test", *untrained[1:], "--raw_csv"]) == 2
@@ -217,5 +218,5 @@ def test_rows_are_not_kept_in_memory(untrained, monkeypatch):
 
 
 def test_the_request_has_the_output(untrained):
-    request = Request.read("predict", [*untrained[1:], "--output=a.csv", "--overwrite"])
-    assert (request.output, request.overwrite, request.raw_csv) == (Path("a.csv"), True, False)
+    options = Request.read("predict", [*untrained[1:], "--output=a.csv", "--overwrite"]).options
+    assert (options.output, options.overwrite, options.raw_csv) == (Path("a.csv"), True, False)

@@ -294,7 +294,7 @@ def test_a_workers_error_is_the_commands(config, tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["extra"], "extra is no option"),
+        (["extra"], "unexpected argument 'extra'"),
         (["--jobs", "0"], "--jobs 0 must be at least 1"),
         (["--baselines", "boosted"], "baseline 'boosted' is unknown: the module has dense_equal_flops"),
         (["--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'"),
@@ -442,8 +442,8 @@ def test_all_routers_of_an_installation_without_any_are_refused(config, tmp_path
         (["tiny.yaml", "--config", "configs/debgu.yaml"], "no configuration configs/debgu.yaml"),
         (["tiny.yaml", "--routers", "swich"], "router 'swich' is neither a file nor one of"),
         (["tiny.yaml", "--seeds", "0"], "seeds=0 must be at least 1"),
-        (["tiny.yaml", "--sedes", "1"], "--sedes is no option of moesaic compare"),
-        (["tiny.yaml", "--output", "tiny.yaml"], "--output tiny.yaml is a file, not a folder"),
+        (["tiny.yaml", "--sedes", "1"], "sedes does not exist; did you mean 'seeds'?"),
+        (["tiny.yaml", "--output", "tiny.yaml"], "tiny.yaml is a file, not a folder"),
     ],
 )
 def test_what_the_command_line_tells_is_refused_before_torch_is_imported(config, argv, message):

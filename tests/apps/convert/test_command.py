@@ -187,7 +187,7 @@ def test_one_expert_as_a_dense_run(runs, tmp_path):
     [
         (["prune", "--keep", "two"], 2, "'two' is neither a whole number nor a share such as 0.5"),
         (["prune", "--keep", "2"], 1, "--batches 0 leaves out the statistics"),
-        (["prune", "--keep", "2", "--kept", "3"], 2, "--kept is no option of moesaic convert prune"),
+        (["prune", "--keep", "2", "--kept", "3"], 2, "kept does not exist; did you mean 'keep'?"),
         (["densify", "--how", "mean"], 1, "how='mean' is not one of average, use"),
         (["densify", "--how", "use"], 1, "--batches 0 leaves out the loads that --how use needs"),
         (["upcycle", "--moe", "moe.yaml"], 1, "is sparse already"),

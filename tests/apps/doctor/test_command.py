@@ -91,7 +91,7 @@ def test_bad_input(runs, tmp_path, capsys):
     file.write_bytes(file.read_bytes()[:1000])
     assert str(file) in refused(1, "--ckpt_path", cut)
     assert "--ablate scores the run" in refused(2, "--ckpt_path", cut, "--ablate", "--batches", "0")
-    assert "no option of moesaic doctor" in refused(2, "--ckpt_path", cut, "--seeds", "3")
+    assert "seeds does not exist" in refused(2, "--ckpt_path", cut, "--seeds", "3")
     assert "batches=-1" in refused(1, "--ckpt_path", cut, "--batches", "-1")
     other = Path(__file__).parents[3] / "configs" / "recsys" / "adult.yaml"
     error = refused(1, "--ckpt_path", runs / "healthy", "--config", other)

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from tinted import Tinted, write_tinted
 from torch.testing import assert_close
 
-from apps.cli.predictions import PredictionFile
+from apps.cli.write.predictions import PredictionFile
 from apps.multimodal.batch import PairBatch
 from apps.multimodal.columns import columns_of
 from apps.multimodal.given import GivenInputs, read_texts

@@ -20,11 +20,12 @@ from copying import copy_data, write_copies
 from places import environment
 from predicted import written
 
-from apps.cli import UsageError, main
-from apps.cli import partial as partial_file
-from apps.cli.partial import Partial
+from apps.cli import main
+from apps.cli.errors import UsageError
 from apps.cli.request import Request
 from apps.cli.train import build
+from apps.cli.write import partial as partial_file
+from apps.cli.write.partial import Partial
 from apps.data.subwords import SubwordConfig
 from apps.nlp.translation.data import TranslationData
 from apps.nlp.translation.module import Translations, Translator

@@ -168,7 +168,7 @@ def test_layouts_fill_the_gpus_and_the_best_one_is_the_fastest_that_fits(text):
     assert plan.breaks()[0] == "memory fits everywhere"
     least = min(cost(outline, given, layout).memory.total for layout in found)
     for limit, fits in ((1.001 * least, True), (0.999 * least, False)):
-        tight = dataclasses.replace(given, gpu=dataclasses.replace(given.gpu, memory=limit), usable=1.0)
+        tight = dataclasses.replace(given, memory=limit / 1e9, usable_memory=1.0)
         plan = sweep(outline, tight)
         assert plan.best.memory.total == pytest.approx(least, rel=1e-3)
         assert plan.best.fits == fits
@@ -212,7 +212,7 @@ def test_a_table_with_domains_is_planned(capsys):
     "argv, line",
     [
         ((*DIGITS[:2], "--gpus", "8", "--memory", "80"), "or give --tflops, --node_bandwidth, --network_bandwidth too"),
-        ((*DIGITS, "--gpus", "8", "--speed", "2"), "--speed is no option of moesaic plan"),
+        ((*DIGITS, "--gpus", "8", "--speed", "2"), "speed does not exist"),
         (("--config", "configs/debug.yaml", "--gpus", "8", "--gpu", "h100"), "names no model"),
         ((*TABLE, "--gpus", "8", "--gpu", "h100"), "give --tables ROWS ..., and --numbers N"),
         ((*TEXT, "--gpus", "8", "--static_exchange"), "give --model.moe.capacity_factor N"),

@@ -19,7 +19,7 @@ from places import environment
 from resuming import CONFIG, Stop, assert_same, checkpoint, differences, fit, log
 
 from apps.base.quiet import quiet
-from apps.cli import stopped
+from apps.cli.errors import stopped
 from apps.cli.train import build
 from apps.train.resume import generator_state, restore_generators
 

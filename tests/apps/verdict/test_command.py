@@ -140,8 +140,8 @@ def write_table(folder: Path) -> Path:
         (["t.csv", "--target", "c"], "--target 'c' is not a column of t.csv"),
         (["t.csv", "--target", "same"], "--target 'same' is 7 in every row that has one: there is nothing to learn"),
         (["t.csv", "--target", "b", "--minutes", "0"], "minutes=0 must be above 0"),
-        (["t.csv", "--target", "b", "--minute", "3"], "--minute is no option of moesaic verdict"),
-        (["t.csv", "--target", "b", "--output", "note.txt"], "--output note.txt is a file, not a folder"),
+        (["t.csv", "--target", "b", "--minute", "3"], "minute does not exist; did you mean 'minutes'?"),
+        (["t.csv", "--target", "b", "--output", "note.txt"], "note.txt is a file, not a folder"),
         (["t.csv", "--target", "b", "--output", "photos"], "photos holds cat and no verdict: give another --output"),
         (
             ["t.csv", "--target", "b", "--output", "half"],

@@ -125,7 +125,7 @@ def test_wrong_options_are_refused_in_a_line(run, tmp_path, capsys):
     assert "--form contrib is of --format onnx" in fails(
         capsys, 2, *export, "a.pt2", "--format", "aoti", "--form", "contrib"
     )
-    assert "quantize=int5 is not one of int8" in fails(capsys, 1, *export, "a.onnx", "--quantize", "int5")
+    assert "quantize=int5 is not one of int8" in fails(capsys, 2, *export, "a.onnx", "--quantize", "int5")
     onnx = str(run / "digits.onnx")
     assert "onnx is an option of predict, not of test" in fails(capsys, 2, "test", "--onnx", onnx)
     assert "leave --ckpt_path" in fails(capsys, 2, "predict", "--onnx", onnx, "--ckpt_path", str(run))

@@ -42,8 +42,8 @@ def without_a_token(monkeypatch):
 def test_help_names_the_options(capsys):
     assert main(["serve", "--help"]) == 0
     out = capsys.readouterr().out
-    names = ["ckpt_path RUN", "host", "port N", "token_file FILE", "max_batch N", "max_wait_ms T", "max_inputs N"]
-    names += ["max_body MIB", "max_requests N", "device D", "quantize FORM", "offload SIZE[:FILE]"]
+    names = ["ckpt_path RUN", "host", "port N", "token_file PATH", "max_batch N", "max_wait_ms X", "max_inputs N"]
+    names += ["max_body N", "max_requests N", "device NAME", "quantize int8|int4[:GROUP]", "offload SIZE[:FILE]"]
     assert all(f"--{name}" in out for name in names)
 
 
@@ -52,9 +52,9 @@ def test_wrong_options_are_one_line(digits, tmp_path, capsys):
     assert fails(capsys, 1, "serve", "--ckpt_path", str(tmp_path / "none")) == f"no checkpoint {tmp_path}/none"
     assert fails(capsys, 1, *serve, "--max_batch", "0") == "max_batch=0 must be at least 1"
     assert fails(capsys, 1, *serve, "--max_wait_ms", "nan") == "max_wait_ms=nan must not be negative"
-    assert fails(capsys, 2, *serve, "--token", TOKEN) == f"unrecognized arguments: --token {TOKEN}"
-    assert fails(capsys, 1, *serve, "--offload", "0") == "offload=0 leaves no expert on the device"
-    assert fails(capsys, 1, *serve, "--quantize", "int3").startswith("quantize=int3 is not one of int8, int4")
+    assert fails(capsys, 2, *serve, "--token", TOKEN) == "token does not exist; did you mean 'token_file'?"
+    assert fails(capsys, 2, *serve, "--offload", "0") == "offload=0 leaves no expert on the device"
+    assert fails(capsys, 2, *serve, "--quantize", "int3").startswith("quantize=int3 is not one of int8, int4")
     line = fails(capsys, 1, *serve, "--host", "0.0.0.0")
     assert line.startswith("host=0.0.0.0 is for other machines too, and needs a token: give --token_file FILE")
     with socket.socket() as taken:

@@ -3,7 +3,7 @@
 import io
 import itertools
 
-from apps.cli import predictions
+from apps.cli.write import predictions
 from apps.train.predicting import Prediction
 
 

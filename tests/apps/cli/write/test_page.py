@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apps.cli import page
+from apps.cli.write import page
 
 
 def test_the_monitored_metric_and_those_that_the_model_shows_come_first(tmp_path):

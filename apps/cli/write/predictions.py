@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from apps.base.files import delete_leftovers, naming, replacing
 from apps.base.progress import bar
-from apps.cli.partial import Partial
-from apps.cli.row_groups import RowGroups
+from apps.cli.write.partial import Partial
+from apps.cli.write.row_groups import RowGroups
 from apps.report.tables import csv_cell
 from apps.train.contents import fingerprint
 from apps.train.predicting import Prediction, PredictionStream

@@ -1,0 +1,53 @@
+"""``--quantize`` and ``--offload``: the experts change between the load of a checkpoint and the first batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+import core
+from apps.train.offloading import described, offload, record
+from apps.train.quantising import Quantised, quantise
+
+
+class ChangesExperts(Callback):
+    """Quantizes the experts of a model, then offloads them, before a test or a prediction begins.
+
+    Args:
+        quantize: as ``quantise`` takes it; None: they stay as they are.
+        offload: as ``offload`` takes it; None: they stay on the device.
+    """
+
+    def __init__(self, quantize: str | None, offload: str | None) -> None:
+        self.quantize, self.offload = quantize, offload
+        self._quantised: Quantised | None = None
+        self._offloaded: core.OffloadedExperts | None = None
+
+    def apply(self, model: nn.Module, device: torch.device) -> None:
+        """Change the model's experts, once."""
+        if self.quantize is not None and self._quantised is None:
+            before = core.expert_bytes(model)
+            quantise(model, self.quantize)
+            self._quantised = Quantised(self.quantize, before, core.expert_bytes(model))
+        if self.offload is not None and self._offloaded is None:
+            self._offloaded = offload(model, self.offload, device)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.apply(pl_module, pl_module.device)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.apply(pl_module, pl_module.device)
+
+    def records(self) -> dict[str, Any]:
+        """Return what was done, as plain values for the record of a test."""
+        quantised = {} if self._quantised is None else {"quantized": self._quantised.record()}
+        offloaded = {} if self._offloaded is None else {"offloaded": record(str(self.offload), self._offloaded)}
+        return {**quantised, **offloaded}
+
+    def notes(self) -> dict[str, str]:
+        """Return what was done, as lines by the name of the option."""
+        quantised = {} if self._quantised is None else {"quantize": str(self._quantised)}
+        return quantised if self._offloaded is None else {**quantised, "offload": described(self._offloaded)}
