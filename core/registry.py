@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any, TypeVar
 
+from .fields import Checked
+
 _REGISTERED: dict[str, type] = {}
 
 T = TypeVar("T", bound=type)
@@ -27,7 +29,7 @@ def register_config(kind: T) -> T:
     return kind
 
 
-class OpenConfig:
+class OpenConfig(Checked):
     """Base of the configs that may be of several classes, a user's own among them.
 
     A subclass registers itself when it is defined, and its plain form names its class.
