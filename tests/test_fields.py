@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
@@ -15,15 +17,36 @@ import core
 from core import registry
 from core.fields import Bounds, Checked, Count, Length, OneOf, Positive, check_values
 
-KINDS = [kind for path, kind in registry._REGISTERED.items() if path.startswith("core.")]
+ROOT = Path(__file__).resolve().parents[1]
+for path in sorted((ROOT / "apps").rglob("*.py")):
+    if "register_config" in path.read_text(encoding="utf-8"):
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
+def below(kind: type) -> Iterator[type]:
+    """Yield the subclasses of a class that the packages define."""
+    for part in kind.__subclasses__():
+        if part.__module__.startswith(("core.", "apps.")):
+            yield part
+        yield from below(part)
+
+
+KINDS = list(
+    dict.fromkeys((*below(Checked), *(k for k in registry._REGISTERED.values() if not k.__module__.startswith("test"))))
+)
 
 # Arguments of the configs that cannot be made without any.
 NEEDED: dict[str, dict[str, Any]] = {
+    "DistilConfig": {"teacher": "runs/large"},
     "Domain": {"num_domains": 8},
     "DomainRandom": {"num_domains": 4, "vocab_size": 7},
+    "FeedForwardPart": {"expert": core.FFN(), "weights": {}, "dim": 8, "out_dim": 8},
+    "GrowConfig": {"checkpoint": "runs/small"},
     "Hash": {"vocab_size": 7},
     "Mixed": {"experts": (core.FFN(), core.Zero()), "counts": (7, 1)},
     "MoEConfig": {"num_experts": 8},
+    "PatchGrid": {"patch_size": 2},
+    "SparsifyConfig": {"modules": "mlp", "moe": core.MoEConfig(8)},
     "Stable": {"vocab_size": 7},
     "Task": {"num_tasks": 3},
 }

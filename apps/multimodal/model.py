@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,8 @@ class AttributeHead(Checked):
     Raises:
         ValueError: a weight that is not positive.
     """
+
+    prefix: ClassVar[str] = "attribute_head."
 
     experts: core.MultiGateConfig = _EXPERTS
     weight: Positive = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,6 +34,8 @@ class TwoTowers(TowerConfig):
     Raises:
         ValueError: a part that is none.
     """
+
+    prefix: ClassVar[str] = "tower."
 
     image: ImagePart = _IMAGES
     text: TextPart = _TEXTS

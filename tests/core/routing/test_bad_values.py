@@ -11,12 +11,6 @@ import core
 from core import CGC, MLP, PLE, Balance, MMoE, MoEConfig, RoutingContext, aux_loss, record
 
 
-@pytest.mark.parametrize("f", ["capacity_factor", "eval_capacity_factor"])
-def test_a_factor_in_quotes_is_named(f):
-    with pytest.raises(ValueError, match=f"^{f}='1.25' is not a number or None$"):
-        MoEConfig(8, **{f: "1.25"})
-
-
 @pytest.mark.parametrize("config", [MoEConfig(8), MMoE(4), PLE(2), MMoE(4, router=core.TokenChoice(2))], ids=str)
 @pytest.mark.parametrize(
     "dim, message", [(8.0, "dim=8.0 is not a whole"), ("8", "dim='8' is not a whole"), (0, "dim=0 is not at least 1")]
