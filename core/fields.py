@@ -85,6 +85,7 @@ PositiveShare = Annotated[float, Bounds(0, 1, "(]")]
 ShareBelowOne = Annotated[float, Bounds(0, 1)]
 
 
+@dataclass(frozen=True)  # jsonargparse takes no other base for a dataclass whose class is not chosen
 class Checked:
     """Base of the config dataclasses, whose values are checked against the types of their fields.
 
@@ -95,11 +96,21 @@ class Checked:
     """Text before a field's name in messages, such as "balance."."""
 
     def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
-            value = getattr(self, name)
-            check_values(hint, **{f"{self.prefix}{name}": value})
-            if isinstance(value, list) and any(_origin(part) is tuple for part in _parts(hint)):
-                object.__setattr__(self, name, tuple(value))  # a list from YAML or a checkpoint
+        check_fields(self, self.prefix)
+
+
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Raise a ``ValueError`` where a field of a config is not what its type says; lists become tuples where it says so.
+
+    Args:
+        config: a dataclass.
+        prefix: text before the name of the field in the message.
+    """
+    for name, hint in _hints(type(config)).items():  # type: ignore[arg-type]  # a class is hashable
+        value = getattr(config, name)
+        check_values(hint, **{f"{prefix}{name}": value})
+        if isinstance(value, list) and any(_origin(part) is tuple for part in _parts(hint)):
+            object.__setattr__(config, name, tuple(value))  # a list from YAML or a checkpoint
 
 
 def check_values(hint: Any, **values: Any) -> None:
@@ -154,7 +165,7 @@ def _kind(hint: Any) -> tuple[str, Callable[[Any], bool]]:
     if kind is Literal:
         names = typing.get_args(hint)
         return str(OneOf(*names)), lambda value: any(type(value) is type(name) for name in names)
-    if isinstance(kind, type) and (issubclass(kind, Checked) or is_dataclass(kind)):
+    if isinstance(kind, type) and is_dataclass(kind):
         return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}", lambda value: isinstance(value, kind)
     return _KINDS.get(kind, ("", lambda value: True))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from .fields import Checked
+from .fields import check_fields
 
 _REGISTERED: dict[str, type] = {}
 
@@ -29,16 +29,22 @@ def register_config(kind: T) -> T:
     return kind
 
 
-class OpenConfig(Checked):
+class OpenConfig:
     """Base of the configs that may be of several classes, a user's own among them.
 
     A subclass registers itself when it is defined, and its plain form names its class.
     """
 
+    prefix: ClassVar[str] = ""
+    """Text before a field's name in messages, such as "tower."."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if OpenConfig not in cls.__bases__:  # RouterConfig and its like are bases themselves
             register_config(cls)
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.prefix)
 
 
 def is_registered(kind: type) -> bool:

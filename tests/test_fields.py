@@ -31,9 +31,8 @@ def below(kind: type) -> Iterator[type]:
         yield from below(part)
 
 
-KINDS = list(
-    dict.fromkeys((*below(Checked), *(k for k in registry._REGISTERED.values() if not k.__module__.startswith("test"))))
-)
+REGISTERED = (kind for kind in registry._REGISTERED.values() if kind.__module__.startswith(("core.", "apps.")))
+KINDS = list(dict.fromkeys((*REGISTERED, *below(Checked), *below(registry.OpenConfig))))
 
 # Arguments of the configs that cannot be made without any.
 NEEDED: dict[str, dict[str, Any]] = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Any, Literal
 
 from ..experts import MLP, ExpertConfig, Mixed
-from ..fields import Count, CountOrZero, OneOf, Positive, ShareBelowOne, check_values
+from ..fields import Count, CountOrZero, Positive, ShareBelowOne, check_values
 from ..kernels import Backend
 from ..layers import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
 from ..layers.multi_gate import FeatureGate
@@ -269,7 +269,7 @@ class MMoE(MultiGateConfig):
     """
 
     router: RouterConfig | None = None
-    selection: Annotated[str, OneOf("task", "shared")] = "task"
+    selection: Literal["task", "shared"] = "task"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,14 +9,14 @@ and adds noise.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..config import MoEConfig
 from ..experts import FFN
-from ..fields import CountOrZero, OneOf, Share
+from ..fields import CountOrZero, Share
 from ..layers import MoE
 from ..registry import OpenConfig
 from ..routing.gates import LinearGate
@@ -190,7 +190,7 @@ class SplitStart(Start):
     name = "split"
     even_gates = True
 
-    by: Annotated[str, OneOf("clusters", "coactivation", "importance", "random")] = "clusters"
+    by: Literal["clusters", "coactivation", "importance", "random"] = "clusters"
     shared: CountOrZero = 0
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..contract import Evidence, Routing, RoutingContext, span
 from ..contract.checks import at_most_experts
-from ..fields import Bounds, Count, NotNegative, OneOf, Positive, PositiveShare
+from ..fields import Bounds, Count, NotNegative, Positive, PositiveShare
 from ..kernels import topk_gate
 from ..kernels.eager import capacity_ranks, check_devices, count_experts, outside_autocast, top_k_ids
 from .balance_terms import CHOICE_TERMS, SCORE_TERMS
@@ -61,8 +61,8 @@ class Threshold(LinearGateConfig):
     terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
 
     threshold: PositiveShare = 0.2
-    second: Annotated[str, OneOf("random", "threshold")] = "random"
-    eval_second: Annotated[str, OneOf("threshold", "always")] = "threshold"
+    second: Literal["random", "threshold"] = "random"
+    eval_second: Literal["threshold", "always"] = "threshold"
     init_scale: Positive = 0.1
 
     def check(self, num_experts: int) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Literal
 
 from torch import Tensor
 
 from ..contract import Evidence
-from ..fields import Count, OneOf, Positive
+from ..fields import Count, Positive
 from ..kernels.assign import balanced_assignment
 from ..kernels.eager import top_k_ids
 from .router import FixedKConfig, LinearGateConfig, PairRouter, Tokens
@@ -130,7 +130,7 @@ class Sinkhorn(FixedKConfig, LinearGateConfig):
     top_k: Count = 1
     iterations: Count = 16
     temperature: Positive = 1.0
-    score_func: Annotated[str, OneOf("sigmoid", "softmax")] | None = None
+    score_func: Literal["sigmoid", "softmax"] | None = None
     init_scale: Positive = 0.1
 
     @property

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..fields import Bounds, Checked, Count, CountOrZero, NotNegative, OneOf, Positive, Share, ShareBelowOne
+from ..fields import Bounds, Checked, Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne
 from ..registry import register_config
 
 
@@ -103,7 +103,7 @@ class Balance(BalanceWeights):
     expert_types: tuple[CountOrZero, ...] = ()
     contrast_temperature: Positive = 0.1
     contrast_rows: Count = 256
-    scope: Annotated[str, OneOf("global", "rank")] = "global"
+    scope: Literal["global", "rank"] = "global"
     adaptive: bool = False
     adaptive_scale: Positive = 0.2
     adaptive_max: Positive = 0.01

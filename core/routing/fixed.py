@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -275,8 +275,8 @@ class Random(FixedKConfig):
     can_grow = False
 
     top_k: Count = 1
-    per: Annotated[str, OneOf("token", "sequence", "batch")] = "token"
-    evaluation: Annotated[str, OneOf("fixed", "average", "merged")] = "fixed"
+    per: Literal["token", "sequence", "batch"] = "token"
+    evaluation: Literal["fixed", "average", "merged"] = "fixed"
 
     @property
     def reads_position(self) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Evidence
-from ..fields import Count, OneOf
+from ..fields import Count
 from ..kernels import best_keys
 from ..kernels.eager import check_devices
 from .router import FixedKConfig, PairRouter, Tokens
@@ -148,7 +148,7 @@ class ProductKeys(FixedKConfig):
     top_k: Count = 16
     heads: Count = 8
     query_dim: Count | None = None
-    query_norm: Annotated[str, OneOf("none", "batch")] = "none"
+    query_norm: Literal["none", "batch"] = "none"
     shared_keys: bool = True
 
     def __post_init__(self) -> None:

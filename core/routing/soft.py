@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import MergeRouting, RoutingContext, SlotRouting, span
-from ..fields import Count, OneOf, Positive, ShareBelowOne
+from ..fields import Count, Positive, ShareBelowOne
 from ..kernels import topk_gate
 from ..kernels.eager import check_devices, outside_autocast
 from .gates import LinearGate, read_scalar
@@ -241,11 +241,11 @@ class Merge(RouterConfig):
     default_group = "sequence"
     depends_on = "sequence"
 
-    kind: Annotated[str, OneOf("smear", "lory", "meo")] = "smear"
+    kind: Literal["smear", "lory", "meo"] = "smear"
     top_k: Count | None = None
     normalize: bool | None = None
     segment_length: Count | None = None
-    first: Annotated[str, OneOf("uniform", "own")] = "uniform"
+    first: Literal["uniform", "own"] = "uniform"
     expert_dropout: ShareBelowOne = 0.0
     init_scale: Positive = 0.1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -193,18 +193,18 @@ class TokenChoice(TopKConfig, LinearGateConfig):
 
     top_k: Count = 2
     score_func: Annotated[str, OneOf(*SCORE_FUNCS)] = "softmax"
-    normalize: bool | Annotated[str, OneOf("kept", "unit")] | None = None
-    noise: Annotated[str, OneOf("fixed", "learned")] | None = None
+    normalize: bool | Literal["kept", "unit"] | None = None
+    noise: Literal["fixed", "learned"] | None = None
     noise_std: Positive = 1.0
     jitter_eps: ShareBelowOne = 0.0
-    second: Annotated[str, OneOf("always", "random")] = "always"
+    second: Literal["always", "random"] = "always"
     expert_bias: bool = False
     bias_update_rate: Positive = 1e-3
     num_groups: Count = 1
     limited_groups: Count = 1
-    group_score: Annotated[str, OneOf("top2", "max")] = "top2"
+    group_score: Literal["top2", "max"] = "top2"
     scale: Positive = 1.0
-    gates_on: Annotated[str, OneOf("output", "input")] = "output"
+    gates_on: Literal["output", "input"] = "output"
     gate_bias: bool = False
     init_scale: Positive = 0.1
     logit_norm: Positive | None = None
