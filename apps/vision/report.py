@@ -1,4 +1,4 @@
-"""The test report of an image classifier: few-shot accuracy, a capacity sweep, and which expert takes what."""
+"""The test report of an image classifier: few-shot accuracy, and which expert takes what."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +26,6 @@ from apps.report.page import Part, Picture, Section, Table
 from apps.report.page.experts import load_charts, map_charts
 from apps.report.routed import expert_label_counts, experts_of_token, layer_label
 from apps.report.tables import write_csv
-from apps.vision.capacity_sweep import CapacityPoint, capacity_sweep, sweep_chart, sweep_picture
 from apps.vision.few_shot import extract_features, few_shot, hard_labels
 from apps.vision.pictures import routing_over_images
 
@@ -42,28 +41,22 @@ class VisionReportConfig(ReportConfig):
         routing_examples: test images whose routing is drawn, to the end of a batch; 0 draws none.
         few_shot: shots a class of the linear evaluation on frozen features; empty leaves it out.
         few_shot_seeds: number of draws of labelled images.
-        capacity_factors: factors of the capacity sweep, to which dropless is added; empty leaves it out.
-        sweep_images: test images that each point of the sweep sees, the same for all, to the end of a batch.
         images: images drawn with the experts of their patches; 0 draws none.
     """
 
     routing_examples: int = 50_000
     few_shot: tuple[int, ...] = (5, 10)
     few_shot_seeds: int = 5
-    capacity_factors: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-    sweep_images: int = 2000
     images: int = 6
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if any(k < 1 for k in self.few_shot):
             raise ValueError(f"report.few_shot={tuple(self.few_shot)} must be numbers of at least 1")
-        if any(not 0 < f < float("inf") for f in self.capacity_factors):
-            raise ValueError(f"report.capacity_factors={tuple(self.capacity_factors)} must be positive numbers")
-        self._check_least(few_shot_seeds=1, sweep_images=1, images=0)
+        self._check_least(few_shot_seeds=1, images=0)
 
     def brief(self) -> Self:
-        return dataclasses.replace(self, few_shot=(), capacity_factors=())
+        return dataclasses.replace(self, few_shot=())
 
 
 @dataclass
@@ -179,10 +172,9 @@ def _first_of_each_class(label_B: Tensor, taken: Sequence[int], wanted: int, num
 
 
 class VisionReport(Report):
-    """The report of a test in one process: few-shot accuracy, the capacity sweep and the pictures of the routing.
+    """The report of a test in one process: few-shot accuracy and the pictures of the routing.
 
-    It writes ``few_shot.csv``, ``capacity_sweep.csv`` and ``.png``, ``routing.png``, ``expert_class.png``,
-    ``load.png``, and logs ``test/few_shot_<k>``.
+    It writes ``few_shot.csv``, ``routing.png``, ``expert_class.png``, ``load.png``, and logs ``test/few_shot_<k>``.
     """
 
     def __init__(self, config: VisionReportConfig) -> None:
@@ -196,39 +188,21 @@ class VisionReport(Report):
         for shots, accuracy in results.items():
             pl_module.log(f"test/few_shot_{shots}", accuracy.mean, batch_size=1, rank_zero_only=True)
         routing, answers = PatchRouting(), Answers(model.num_classes)
-        points: tuple[CapacityPoint, ...] = ()
         if self.config.pictures:
-            for batch in self._first(trainer, self.config.routing_examples):
+            for batch in first_batches(batches_of_test(trainer), self.config.routing_examples, lambda b: len(b.image)):
                 logits_BC = routing.add(model, batch, pl_module.device, self.config.images)
                 answers.add(logits_BC, hard_labels(batch.label))
-        if core.moe_layers(model):
-            # Expert choice has a capacity of its own; soft slots and merged experts have none.
-            has_capacity = bool(model.moes) and all("capacity_factor" in moe.router.layer_options for moe in model.moes)
-            if self.config.capacity_factors and has_capacity:
-                points = capacity_sweep(
-                    model,
-                    lambda: self._first(trainer, self.config.sweep_images),
-                    (*self.config.capacity_factors, None),
-                    device=pl_module.device,
-                )
-        return trainer, results, routing, answers, points
+        return trainer, results, routing, answers
 
     def write(self, collected: Any, folder: Path) -> list[Section]:
-        trainer, results, routing, answers, points = collected
+        trainer, results, routing, answers = collected
         names = class_names(trainer, len(answers.counts_CC))
         sections = [Section("Answers", tuple(answers.parts(names)))]
         if routing.stats is not None:
             sections.append(routing.draw(trainer, folder, names))
-        if points:
-            sections.append(_write_sweep(points, folder))
-            if self.config.pictures:
-                plots.save_picture(sweep_picture(points), folder / "capacity_sweep.png")
         if results:
             sections.append(_write_few_shot(results, folder))
         return sections
-
-    def _first(self, trainer: Trainer, images: int) -> Iterable[Any]:
-        return first_batches(batches_of_test(trainer), images, lambda batch: len(batch.image))
 
     def _few_shot(self, trainer: Trainer, pl_module: LightningModule) -> dict[int, Interval]:
         if not self.config.few_shot:
@@ -261,26 +235,6 @@ def _write_few_shot(results: Mapping[int, Interval], folder: Path) -> Section:
     rows = [{"shots": k, "accuracy": a.mean, "interval": a.half_width, "seeds": seeds} for k, a in results.items()]
     write_csv(folder / "few_shot.csv", rows)
     return Section("Few labelled images", (table,))
-
-
-def _write_sweep(points: Sequence[CapacityPoint], folder: Path) -> Section:
-    half = len(points) // 2  # the same factors by position, then by score
-    table = Table(
-        f"Capacity sweep at inference, {points[0].images:,} test images",
-        ("capacity", "dropped, %", "MFLOPs/image", "top-1, %", "with batch priority, %"),
-        tuple(
-            (
-                "dropless" if plain.capacity_factor is None else f"{plain.capacity_factor:g}",
-                f"{100 * plain.drop_rate:.1f}",
-                f"{plain.flops_per_image / 1e6:.2f}",
-                f"{100 * plain.accuracy:.2f}",
-                f"{100 * score.accuracy:.2f}",
-            )
-            for plain, score in zip(points[:half], points[half:], strict=True)
-        ),
-    )
-    write_csv(folder / "capacity_sweep.csv", [asdict(p) for p in points])
-    return Section("Less capacity at inference", (sweep_chart(points), table))
 
 
 def support_batches(trainer: Trainer) -> Iterable[Any] | None:

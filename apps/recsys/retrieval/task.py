@@ -61,7 +61,7 @@ class Retrieval(RowTask):
         self.state = encoding_of(model)
         self.whole = Encoding.from_state(self.state)
         self.encoding = encoding_of_part(self.whole, names_of(model.user_features))
-        self.catalogue, self.output = Catalogue.from_state(self.state["catalogue"]), retrieved(model.top_k)
+        self.catalogue, self.output = Catalogue.from_state(self.state["catalogue"]), retrieved(_TOP)
 
     @property
     def asks(self) -> str:
@@ -91,7 +91,7 @@ class Retrieval(RowTask):
 
     @torch.no_grad()
     def layers(self, tape: core.Tape, example: Any, answer: Best) -> Mapping[str, tuple[LayerPart, ...]]:
-        names = [str(item) for item, _ in answer[: self.model.top_k]]
+        names = [str(item) for item, _ in answer]
         values = self.whole.vocabularies[self.state["item_column"]].texts()
         rows = self.catalogue.rows(self.model.item_features)
         with core.record(self.model) as of_items:
