@@ -20,12 +20,11 @@ from apps.data.loader import batches_of_test
 from apps.report import plots
 from apps.report.base import Report, ReportConfig, first_batches, is_left_out
 from apps.report.classified import Answers
-from apps.report.heatmaps import heatmaps, maps_by_label
 from apps.report.intervals import Interval
 from apps.report.page import Part, Picture, Section, Table
-from apps.report.page.experts import load_charts, map_charts
-from apps.report.routed import expert_label_counts, experts_of_token, layer_label
+from apps.report.routed import experts_of_token, layer_label
 from apps.report.tables import write_csv
+from apps.report.use import ExpertUse, Labels, load_parts, map_parts, tokens_of
 from apps.vision.few_shot import extract_features, few_shot, hard_labels
 from apps.vision.pictures import routing_over_images
 
@@ -60,80 +59,45 @@ class VisionReportConfig(ReportConfig):
 
 
 @dataclass
-class PatchRouting:
-    """The experts that computed the patches of a test's images.
+class Shown:
+    """Images that are drawn with the experts of their patches.
 
     Attributes:
-        counts: computed pairs by class of the image, (num_classes, E) for each layer.
-        stats: the layers' loads; None before the first batch.
-        images: the images to be drawn, (H, W, C) each, as the model sees them.
+        images: the images, (H, W, C) each, as the model sees them.
         labels: classes of these images.
-        experts: the expert of each of their patches, (grid height, grid width) an image, for each layer.
+        experts: the expert of each of their patches, (grid height, grid width) an image, by layer.
     """
 
-    counts: dict[str, Tensor] = field(default_factory=dict)
-    stats: core.RoutingStats | None = None
     images: list[np.ndarray] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     experts: dict[str, list[np.ndarray]] = field(default_factory=dict)
 
-    @torch.no_grad()
-    def add(self, model: Any, batch: Any, device: torch.device, wanted: int) -> Tensor:
-        """Read a batch, and keep images to draw until there are ``wanted``, classes that have none first.
-
-        Returns:
-            The logits of the images, (B, num_classes).
-        """
-        with core.record(model) as tape:
-            logits: Tensor = model(batch.image.to(device))
-        if not len(tape):
-            return logits
-        stats = core.RoutingStats.from_tape(tape)
-        self.stats = stats if self.stats is None else self.stats + stats
+    def add(self, model: Any, tape: core.Tape, batch: Any, wanted: int) -> None:
+        """Keep images of a batch until there are ``wanted``, classes that have none first."""
         label_B = hard_labels(batch.label)
         picks = _first_of_each_class(label_B, self.labels, wanted, model.num_classes)
-        for entry in tape.entries:
-            name = layer_label(entry.name)
-            counts = expert_label_counts(entry.routing, label_B, model.num_classes)
-            self.counts[name] = self.counts.get(name, 0) + counts
+        for entry in tape.entries if picks else ():
             ids_BHW1 = patch_experts(model, entry, len(label_B))
-            if ids_BHW1 is None:
-                continue  # few tokens enter the block: they have no places in a picture
-            self.experts.setdefault(name, []).extend(ids_BHW1[picks].squeeze(-1).cpu().numpy())
+            if ids_BHW1 is not None:  # few tokens enter some blocks: they have no places in a picture
+                own = self.experts.setdefault(layer_label(entry.name), [])
+                own += list(ids_BHW1[picks].squeeze(-1).cpu().numpy())
         self.images += list(batch.image[picks].permute(0, 2, 3, 1).float().cpu().numpy())
         self.labels += label_B[picks].tolist()
-        return logits
 
-    def draw(self, trainer: Trainer, folder: Path, names: Sequence[str]) -> Section:
-        """Write ``routing.png``, ``expert_class.png`` and ``load.png``; return what a page shows of them."""
-        assert self.stats is not None
-        parts: list[Part] = []
-        if self.images:
-            order = np.argsort(self.labels, kind="stable")
-            picture = routing_over_images(
-                displayed(np.stack(self.images), trainer)[order],
-                {name: np.stack(own)[order] for name, own in self.experts.items()},
-                max(counts.shape[1] for counts in self.counts.values()),
-                [names[self.labels[i]] for i in order],
-            )
-            plots.save_picture(picture, folder / "routing.png")
-            classes = ", ".join(dict.fromkeys(names[self.labels[i]] for i in order))
-            seen = (
-                f"{len(self.images)} test images ({classes}), and each again with its patches in the colour of their "
-            )
-            seen += f"expert{', in ' if self.experts else ''}{', '.join(self.experts)}"
-            parts.append(Picture("routing.png", seen, "Patches and their experts, a column for each layer."))
-        maps, too_many = maps_by_label({name: counts.cpu().numpy() for name, counts in self.counts.items()}, names)
-        title = "Which expert takes the tokens of a class (its share of all)"
-        title += f": the most specialised of {len(names)} classes" if too_many else ""
-        picture = heatmaps([maps], title, "share of the class's tokens, %")
-        plots.save_picture(picture, folder / "expert_class.png")
-        layers = {layer_label(name): stats for name, stats in self.stats.layers.items()}
-        loads = {name: stats.tokens_per_expert.cpu().numpy() for name, stats in layers.items()}
-        drops = {name: stats.drop_rate for name, stats in layers.items()}
-        plots.save_picture(plots.load_bars(loads, drops), folder / "load.png")
-        parts = [*map_charts(maps, "Which expert takes a class", "class"), *load_charts(loads, drops), *parts]
-        return Section("What the experts are used for", tuple(parts))
+    def draw(self, trainer: Trainer, path: Path, names: Sequence[str], num_experts: int) -> Picture:
+        """Write the images, by class, and return what a page shows of them."""
+        order = np.argsort(self.labels, kind="stable")
+        titles = [names[self.labels[i]] for i in order]
+        picture = routing_over_images(
+            displayed(np.stack(self.images), trainer)[order],
+            {name: np.stack(own)[order] for name, own in self.experts.items()},
+            num_experts,
+            titles,
+        )
+        plots.save_picture(picture, path)
+        seen = f"{len(order)} test images ({', '.join(dict.fromkeys(titles))}), and each again with its patches in the "
+        seen += f"color of their expert{', in ' if self.experts else ''}{', '.join(self.experts)}"
+        return Picture(path.name, seen, "Patches and their experts, a column for each layer.")
 
 
 def patch_experts(model: Any, entry: Any, num_images: int, most: int = 1) -> Tensor | None:
@@ -187,19 +151,30 @@ class VisionReport(Report):
         results = self._few_shot(trainer, pl_module)
         for shots, accuracy in results.items():
             pl_module.log(f"test/few_shot_{shots}", accuracy.mean, batch_size=1, rank_zero_only=True)
-        routing, answers = PatchRouting(), Answers(model.num_classes)
+        use = ExpertUse(tokens_of(pl_module), {"class": Labels("class", model.num_classes)})
+        shown, answers = Shown(), Answers(model.num_classes)
         if self.config.pictures:
             for batch in first_batches(batches_of_test(trainer), self.config.routing_examples, lambda b: len(b.image)):
-                logits_BC = routing.add(model, batch, pl_module.device, self.config.images)
+                with torch.no_grad(), core.record(model) as tape:
+                    logits_BC = model(batch.image.to(pl_module.device))
+                use.add(tape, batch)
+                if len(tape):
+                    shown.add(model, tape, batch, self.config.images)
                 answers.add(logits_BC, hard_labels(batch.label))
-        return trainer, results, routing, answers
+        return trainer, results, use, shown, answers
 
     def write(self, collected: Any, folder: Path) -> list[Section]:
-        trainer, results, routing, answers = collected
+        trainer, results, use, shown, answers = collected
         names = class_names(trainer, len(answers.counts_CC))
         sections = [Section("Answers", tuple(answers.parts(names)))]
-        if routing.stats is not None:
-            sections.append(routing.draw(trainer, folder, names))
+        if use.stats.layers:
+            counts = use.counts["class"]
+            parts: list[Part] = [*map_parts([(counts, names)], "a class", "class", folder / "expert_class.png")]
+            parts += load_parts(use.stats, folder / "load.png")
+            if shown.images:
+                most = max(counts_CE.shape[1] for counts_CE in counts.values())
+                parts.append(shown.draw(trainer, folder / "routing.png", names, most))
+            sections.append(Section("What the experts are used for", tuple(parts)))
         if results:
             sections.append(_write_few_shot(results, folder))
         return sections

@@ -12,25 +12,25 @@ import torch
 
 import core
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Side
-from apps.nlp.specialisation import ExpertUse, side_of
+from apps.nlp.specialisation import TextUse, side_of
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation import pictures
 from apps.nlp.translation.pictures import Routes
 from apps.report.page import Part, Picture, Words
 from apps.report.plots import save_picture
-from apps.report.routed import experts_of_token, layer_label
+from apps.report.routed import MOST_EXPERTS, experts_of_token, largest_number, layer_label
+from apps.report.use import tokens_of
 
 _USUAL_LENGTH = 14  # source subwords of a sentence that is drawn, about
-_MOST_EXPERTS = 2  # of a subword, written in its cell
 
 
 # ---- all sentences
 
 
 @torch.no_grad()
-def expert_use(module: Any, batches: Iterable[TranslationBatch]) -> ExpertUse:
+def expert_use(module: Any, batches: Iterable[TranslationBatch]) -> TextUse:
     """Read the experts of ``batches`` under the references; ``module`` is a ``Translator`` in evaluation."""
-    use = ExpertUse(module.subwords, module.pairs)
+    use = TextUse(tokens_of(module), module.subwords, module.pairs)
     for batch in batches:
         source_BS, read_BL, *ids = module.example_inputs(_on(module, batch))
         with core.record(module.model) as tape:
@@ -128,13 +128,13 @@ def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder:
         return shown
     experts: dict[Side, dict[str, np.ndarray]] = {"source": {}, "target": {}}
     for entry in trace.tape.entries:
-        chosen = experts_of_token(entry.routing, _MOST_EXPERTS).cpu().numpy()
+        chosen = experts_of_token(entry.routing, MOST_EXPERTS).cpu().numpy()
         experts[side_of(entry.name)][layer_label(entry.name)] = chosen
     sides = [
         Routes("encoder layer", trace.source, experts["source"]),
         Routes("decoder layer", trace.read, experts["target"]),
     ]
-    num_experts = max(len(entry.routing.tokens_per_expert_E) for entry in trace.tape.entries)
+    num_experts = largest_number(trace.tape.entries)
     several = any((ids[:, 1:] < num_experts).any() for side in sides for ids in side.experts.values())
     what = "experts of each subword, by falling gate" if several else "expert of each subword"
     picture = pictures.sentence_routes(sides, num_experts, f"{heading}: {what}")

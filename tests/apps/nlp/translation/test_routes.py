@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 import core
 from apps.data.subwords import PAD_ID
 from apps.nlp.decode import DecodeConfig
-from apps.nlp.expert_use import class_picture, language_picture, write_use
+from apps.nlp.expert_use import language_counts, write_use
 from apps.nlp.specialisation import specialisation
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.report import TranslationReportConfig
@@ -100,17 +100,19 @@ def test_the_report_has_a_row_a_layer_and_label_and_one_an_expert(module, batche
     assert len(words.rows) == 8
 
 
-def test_language_maps_are_by_pair_with_its_share_and_the_load(module, batches):
-    encoder, decoder, _ = (a for a in language_picture(expert_use(module, batches)).axes if a.get_visible())
-    # Sources differ in the tag alone, so the pairs have as many tokens.
-    assert [t.get_text() for t in encoder.get_yticklabels()] == ["en-de (50 %)", "en-fr (50 %)", "all"]
-    assert encoder.images[0].get_array().tolist() == [[0, 100, 0, 0], [0, 0, 0, 100], [0, 50, 0, 50]]
-    assert decoder.get_title() == "decoder 0"
+def test_language_maps_are_by_pair_with_its_share_and_the_load(module, batches, tmp_path):
+    section = write_use(expert_use(module, batches), tmp_path)
+    encoder, decoder = (part for part in section.parts if getattr(part, "row_title", "") == "language")
+    # Sources differ in the tag only, so the pairs have as many tokens.
+    assert encoder.rows == ("en-de (50 %)", "en-fr (50 %)", "all")
+    assert encoder.values == ((0, 100, 0, 0), (0, 0, 0, 100), (0, 50, 0, 50))
+    assert decoder.title == "Which expert takes a language, decoder 0"
 
 
-def test_class_maps_leave_out_classes_without_a_token(module, batches):
-    encoder, decoder, _ = (a for a in class_picture(expert_use(module, batches)).axes if a.get_visible())
-    of_encoder, of_decoder = ([t.get_text().split(" (")[0] for t in a.get_yticklabels()] for a in (encoder, decoder))
+def test_class_maps_leave_out_classes_without_a_token(module, batches, tmp_path):
+    section = write_use(expert_use(module, batches), tmp_path)
+    maps = [part for part in section.parts if getattr(part, "row_title", "") == "class"]
+    of_encoder, of_decoder = ([name.split(" (")[0] for name in part.rows] for part in maps)
     assert of_encoder[:2] == ["end of sentence", "language tag"]
     assert of_decoder[0] == "begin of sentence"
     assert not {"digits", "punctuation"} & {*of_encoder, *of_decoder}
@@ -119,10 +121,8 @@ def test_class_maps_leave_out_classes_without_a_token(module, batches):
 
 def test_of_many_pairs_a_side_is_mapped_by_its_own_language(module, batches, monkeypatch):
     monkeypatch.setattr("apps.nlp.expert_use._MOST_PAIRS", 1)
-    encoder, decoder, _ = (a for a in language_picture(expert_use(module, batches)).axes if a.get_visible())
     # There is one source language, which says nothing: the encoder's tokens are put by the target's.
-    for axis in (encoder, decoder):
-        assert [t.get_text().split()[0] for t in axis.get_yticklabels()] == ["de", "fr", "all"]
+    assert [names for _, names in language_counts(expert_use(module, batches))] == [("de", "fr")] * 2
 
 
 # ---- sentences
