@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 import core
 from apps.data.loader import batches_of_test
 from apps.recsys.encoding.table_encoding import Encoding
+from apps.recsys.ranks import POPULARITY, QUARTERS, popularity_groups, rank_parts
 from apps.recsys.retrieval.catalogue import Catalogue
 from apps.recsys.retrieval.columns import column_of
 from apps.recsys.retrieval.index import FILE, ItemIndex
-from apps.recsys.sequence.report import POPULARITY, popularity_groups
 from apps.recsys.tables.scoring import encoding_of
 from apps.report.base import Report, ReportConfig, first_batches, is_left_out, spread_places
-from apps.report.page import BarChart, Section, Table
-from apps.report.tables import write_csv
+from apps.report.page import Section, Table
 from apps.report.use import ExpertUse, Labels, load_parts, map_parts, tokens_of
 
 _BEST_SHOWN = 5
@@ -102,18 +101,6 @@ class RetrievalUse:
         item_N, rank_N, best_Nk = (torch.cat(parts).numpy() for parts in (items, ranks, best))
         return cls(module.ks, group_V, item_N, rank_N, best_Nk, users, index, use)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the metrics of the pairs by the popularity of their item: a row for each group that has some."""
-        rows = []
-        group_N = self.group_V[self.item_N]  # number 0, of an item that the catalogue lacks, is not in training
-        for place, name in enumerate(POPULARITY):
-            rank_N = self.rank_N[group_N == place]
-            if len(rank_N):
-                recall = {f"recall_{k}": float((rank_N <= k).mean()) for k in self.ks}
-                middle = {"mrr": float((1 / rank_N).mean()), "median_rank": float(np.median(rank_N))}
-                rows.append({"popularity": name, "pairs": len(rank_N), **recall, **middle})
-        return rows
-
 
 class RetrievalReport(Report):
     """After a test in one process: recall by the popularity of the item, the items that each expert computes, and a few
@@ -153,31 +140,11 @@ class RetrievalReport(Report):
 
 def write_ranks(use: RetrievalUse, folder: Path) -> Section:
     """Write ``popularity.csv``, and return what a page shows of it."""
-    rows = use.rows()
-    write_csv(folder / "popularity.csv", rows)
-    names = [f"recall_{k}" for k in use.ks]
-    titles = [f"recall@{k}, %" for k in use.ks]
-    lines = tuple(
-        (
-            row["popularity"],
-            f"{row['pairs']:,}",
-            *(f"{100 * row[name]:.2f}" for name in (*names, "mrr")),
-            f"{row['median_rank']:,.0f}",
-        )
-        for row in rows
-    )
-    columns = ("popularity", "pairs", *titles, "MRR, %", "median rank")
-    note = "Quarters of the training's pairs: few popular items make up the first one."
-    series = {title: tuple(100 * row[name] for row in rows) for title, name in zip(titles, names, strict=True)}
-    last = series[titles[-1]]
-    best, worst = (f(range(len(rows)), key=last.__getitem__) for f in (max, min))
-    summary = (
-        f"Recall@{use.ks[-1]} is highest for {rows[best]['popularity']}, {last[best]:.1f} %, and lowest for "
-        f"{rows[worst]['popularity']}, {last[worst]:.1f} %."
-    )
-    groups = tuple(row["popularity"] for row in rows)
-    chart = BarChart("Recall by popularity of the item", summary, "popularity of the item", "%", groups, series)
-    return Section("What is retrieved", (Table("By the popularity of the item", columns, lines, note=note), chart))
+    group_N = use.group_V[use.item_N]  # number 0, of an item that the catalogue lacks, is not in training
+    named = {"what": "popularity", "about": "popularity of the item", "unit": "pairs", "note": QUARTERS}
+    path = folder / "popularity.csv"
+    parts = rank_parts(use.rank_N, group_N, POPULARITY, path, recall_at=use.ks, **named)
+    return Section("What is retrieved", tuple(parts))
 
 
 def pairs_table(use: RetrievalUse, places: Sequence[int]) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,12 @@ from lightning.pytorch import LightningModule, Trainer
 import core
 from apps.data.loader import batches_of_test
 from apps.recsys.metrics import CUTOFF, target_ranks
+from apps.recsys.ranks import POPULARITY, QUARTERS, popularity_groups, rank_parts
 from apps.report.base import Report, ReportConfig, first_batches, is_left_out, spread_places
-from apps.report.groups import check_bounds, quarters, range_names, ranges_of
-from apps.report.page import BarChart, Part, Section, Table
-from apps.report.tables import write_csv
+from apps.report.groups import check_bounds, range_names, ranges_of
+from apps.report.page import Part, Section, Table
 from apps.report.use import ExpertUse, Labels, load_parts, map_parts, tokens_of
 
-POPULARITY = ("most popular", "2nd quarter", "3rd quarter", "least popular", "not in training")
-"""The groups of items: quarters of the training's interactions, from the most popular items on."""
 BACK = (1, 5, 20, 50)
 """Bounds of the places of items in a history, counted from its end: 1 is the last item."""
 PLACE = "place in the history"
@@ -107,26 +105,6 @@ class NextItemUse:
         assert self.use is not None
         self.use.add(tape, batch)
 
-    def rows(self, what: str, names: Sequence[str], group_N: np.ndarray) -> list[dict[str, Any]]:
-        """Return the metrics of each group of users that has one: a row each, with its name as ``what``."""
-        rank_N = np.array([user.rank for user in self.users], dtype=np.float64)
-        rows = []
-        for place, name in enumerate(names):
-            own_N = rank_N[group_N == place]
-            if len(own_N):
-                hit_N = own_N <= CUTOFF
-                rows.append(
-                    {
-                        what: name,
-                        "users": len(own_N),
-                        f"recall_{CUTOFF}": hit_N.mean(),
-                        f"ndcg_{CUTOFF}": (hit_N / np.log2(1 + own_N)).mean(),
-                        "mrr": (1 / own_N).mean(),
-                        "median_rank": float(np.median(own_N)),
-                    }
-                )
-        return rows
-
 
 class NextItemReport(Report):
     """After a test in one process: the ranks by the popularity of the next item and by the length of the history, the
@@ -162,49 +140,17 @@ class NextItemReport(Report):
         return [*sections, Section("Users", (users_table(shown, data),))] if shown else sections
 
 
-def popularity_groups(counts_V: np.ndarray) -> np.ndarray:
-    """Return the place of each item in ``POPULARITY``, given how often it trains, both by id; id 0 is padding."""
-    return np.where(counts_V > 0, quarters(counts_V), len(POPULARITY) - 1)
-
-
 def write_ranks(use: NextItemUse, lengths: Sequence[int], folder: Path) -> Section:
     """Write ``popularity.csv`` and ``lengths.csv``, and return what a page shows of them."""
-    parts: list[Part] = []
+    rank_N, parts, at = [user.rank for user in use.users], list[Part](), {"recall_at": (CUTOFF,), "ndcg_at": (CUTOFF,)}
     if use.group_V is not None:
-        group_N = use.group_V[[user.target for user in use.users]]
-        rows = use.rows("popularity", POPULARITY, group_N)
-        write_csv(folder / "popularity.csv", rows)
-        note = "Quarters of the training's interactions: few popular items make up the first one."
-        parts += [_table("By the popularity of the next item", "popularity", rows, note), _bars(rows, "popularity")]
-    rows = use.rows("items", range_names(lengths), ranges_of(np.array(use.length_N), lengths))
-    write_csv(folder / "lengths.csv", rows)
-    parts += [_table("By the items of the history", "items", rows), _bars(rows, "items")]
+        group_N, path = use.group_V[[user.target for user in use.users]], folder / "popularity.csv"
+        named = {"what": "popularity", "about": "popularity of the next item", "unit": "users", "note": QUARTERS}
+        parts += rank_parts(rank_N, group_N, POPULARITY, path, **named, **at)
+    group_N, path = ranges_of(np.array(use.length_N), lengths), folder / "lengths.csv"
+    named = {"what": "items", "about": "items of the history", "unit": "users"}
+    parts += rank_parts(rank_N, group_N, range_names(lengths), path, **named, **at)
     return Section("Ranks of the next items", tuple(parts))
-
-
-def _table(title: str, what: str, rows: Sequence[Mapping[str, Any]], note: str = "") -> Table:
-    names = [f"recall_{CUTOFF}", f"ndcg_{CUTOFF}", "mrr"]
-    lines = tuple(
-        (row[what], f"{row['users']:,}", *(f"{100 * row[name]:.2f}" for name in names), f"{row['median_rank']:,.0f}")
-        for row in rows
-    )
-    return Table(title, (what, "users", *_titles(), "MRR, %", "median rank"), lines, note=note)
-
-
-def _titles() -> tuple[str, str]:
-    return f"recall@{CUTOFF}, %", f"NDCG@{CUTOFF}, %"
-
-
-def _bars(rows: Sequence[Mapping[str, Any]], what: str) -> BarChart:
-    recall, ndcg = (tuple(100 * float(row[name]) for row in rows) for name in (f"recall_{CUTOFF}", f"ndcg_{CUTOFF}"))
-    best, worst = (f(range(len(rows)), key=lambda i: recall[i]) for f in (max, min))
-    about = {"popularity": "popularity of the next item", "items": "items of the history"}[what]
-    summary = (
-        f"Recall@{CUTOFF} is highest for {rows[best][what]}, {recall[best]:.1f} %, and lowest for {rows[worst][what]}, "
-        f"{recall[worst]:.1f} %."
-    )
-    names = tuple(row[what] for row in rows)
-    return BarChart(f"Ranks by {about}", summary, about, "%", names, dict(zip(_titles(), (recall, ndcg), strict=True)))
 
 
 def write_experts(use: ExpertUse, folder: Path, draw: bool = True) -> Section:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 
 import core
+from apps.recsys.ranks import popularity_groups
 from apps.recsys.sequence.data import HistoryBatch, HistoryData
 from apps.recsys.sequence.model import HistoryModelConfig
 from apps.recsys.sequence.module import NextItemRecommender
@@ -20,7 +21,6 @@ from apps.recsys.sequence.report import (
     NextItemReportConfig,
     NextItemUse,
     User,
-    popularity_groups,
     users_table,
     write_ranks,
 )
