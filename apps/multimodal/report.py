@@ -17,7 +17,6 @@ import core
 from apps.data.loader import batches_of_test
 from apps.multimodal.encoding import PairEncoding
 from apps.multimodal.metrics import Gallery, PairMetrics
-from apps.multimodal.pictures import Retrieved, patch_grid, retrieval_grid
 from apps.multimodal.stack import MODALITIES
 from apps.multimodal.use import PairUse, Shown
 from apps.multimodal.zero_shot import (
@@ -29,12 +28,12 @@ from apps.multimodal.zero_shot import (
     image_vectors,
 )
 from apps.report.base import Report, ReportConfig, computed_metrics, is_left_out, spread_places
+from apps.report.images import Tile, save_images
 from apps.report.page import BarChart, Part, Picture, Section, Table, Text, Words
 from apps.report.page.parts import START
-from apps.report.plots import save_picture
 from apps.report.tables import write_csv
 from apps.report.use import load_parts, map_parts, some_layers, typical_parts
-from apps.vision.pictures import routing_over_images
+from apps.vision.report import patch_rows
 
 _logger = logging.getLogger(__name__)
 
@@ -106,6 +105,23 @@ class PairTest:
     use: PairUse
     encoding: PairEncoding
     data: Any
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """What is retrieved for one sentence.
+
+    Attributes:
+        sentence: the text.
+        rank: rank of the best of its own images among all.
+        images: (n, H, W, C) or (n, H, W), values in 0..1, the best first.
+        is_right: whether each of them is the sentence's own.
+    """
+
+    sentence: str
+    rank: int
+    images: np.ndarray
+    is_right: tuple[bool, ...]
 
 
 class PairReport(Report):
@@ -224,7 +240,13 @@ def write_retrieval(test: PairTest, folder: Path, queries: int) -> Section:
     parts: list[Part] = [table]
     if queries and hasattr(test.data, "pixels") and hasattr(test.data, "texts"):
         shown = retrieved(test, spread_places(texts, queries))
-        save_picture(retrieval_grid(shown, images), folder / "retrieval.png")
+        rows = [
+            [Tile(image, is_framed=right) for image, right in zip(one.images, one.is_right, strict=True)]
+            for one in shown
+        ]
+        names = [f"{one.sentence} (rank {one.rank:,})" for one in shown]
+        title = f"The best of {images:,} images for a sentence; its own is framed"
+        save_images(rows, folder / "retrieval.png", title, names, side=1.05)
         seen = "; ".join(f"for {one.sentence!r} the right image has rank {one.rank:,}" for one in shown)
         caption = "The images retrieved for sentences of the test, the best first; the sentence's own is framed."
         parts.append(Picture("retrieval.png", f"Images for sentences: {seen}.", caption))
@@ -347,26 +369,28 @@ def _draw_patches(test: PairTest, folder: Path) -> list[Part]:
     use, encoding = test.use, test.encoding
     samples = _of_some_layers(use.patches)
     if samples:
-        patches = {
-            name: [
-                displayed(patch_nCHW[gate_n > 0], encoding)
-                for gate_n, patch_nCHW in zip(sample.gate_En, sample.patch_EnCHW, strict=True)
-            ]
-            for name, sample in samples.items()
-        }
-        save_picture(patch_grid(patches), folder / "patches.png")
-        seen = f"For each expert of {', '.join(patches)} up to 8 patches of different test images."
+        most = max(len(sample.gate_En) for sample in samples.values())
+        rows: list[list[Tile | None]] = [[] for _ in range(most)]
+        for layer, (gate_En, patch_EnCHW) in samples.items():
+            for expert, row in enumerate(rows):
+                row += [None] * bool(row)  # a gap between two layers
+                kept = patch_EnCHW[expert][gate_En[expert] > 0] if expert < len(gate_En) else patch_EnCHW[0, :0]
+                own = [
+                    Tile(patch, layer if n == expert == 0 else "") for n, patch in enumerate(displayed(kept, encoding))
+                ]
+                row += [*own, *[None] * (patch_EnCHW.shape[1] - len(own))]
+        title = "Patches of each expert, those of its largest gates"
+        save_images(rows, folder / "patches.png", title, list(map(str, range(most))), side=0.42)
+        seen = f"For each expert of {', '.join(samples)} up to 8 patches of different test images."
         parts.append(Picture("patches.png", seen, "The patches to which each expert gives its largest gates."))
     shown = [pair for pair in use.shown if pair.grids]
     if shown:
         layers = some_layers(list(shown[0].grids))
-        picture = routing_over_images(
-            displayed(torch.stack([pair.image for pair in shown]), encoding),
-            {name: np.stack([pair.grids[name].numpy() for pair in shown]) for name in layers},
-            _most_experts(use),
-            [str(number) for number in range(1, len(shown) + 1)],
-        )
-        save_picture(picture, folder / "routing.png")
+        images = displayed(torch.stack([pair.image for pair in shown]), encoding)
+        grids = [{name: pair.grids[name].numpy() for name in layers} for pair in shown]
+        rows = patch_rows(list(zip(images, grids, strict=True)), _most_experts(use))
+        names = [str(number) for number in range(1, len(shown) + 1)]
+        save_images(rows, folder / "routing.png", "Expert of each patch", names, _most_experts(use))
         texts = "; ".join(f"{number}: {caption_of(pair, test)}" for number, pair in enumerate(shown, 1))
         seen = f"{len(shown)} test images, and each again with its patches in the color of their expert. {texts}"
         parts.append(Picture("routing.png", seen, f"Patches and their experts, a column a layer. {texts}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ from torch import Tensor
 import core
 from apps import registry
 from apps.report.base import spread_places
-from apps.report.heatmaps import heatmaps, maps_by_label
-from apps.report.page import BarChart, HeatmapChart, Table
-from apps.report.page.experts import load_charts, map_charts
-from apps.report.plots import load_bars, save_picture
+from apps.report.heatmaps import maps_by_label
+from apps.report.page import BarChart, HeatmapChart, Table, save_charts
+from apps.report.page.experts import load_charts
 from apps.report.routed import expert_label_counts, layer_label
 from apps.report.specialised import typical_labels
 from apps.report.tables import write_csv
@@ -117,12 +116,13 @@ def map_parts(
         path: the PNG file of all charts; None: none is written.
         top: share at which the colors end; None: the largest.
     """
-    bands = [maps_by_label(of_layers, names) for of_layers, names in counts if of_layers]
-    title = f"Which expert takes {what}{': the most specialised ones' if any(many for _, many in bands) else ''}"
-    if path is not None:
-        maps = [own for own, _ in bands]
-        save_picture(heatmaps(maps, f"{title} (its share of all)", f"share of the {row}'s tokens, %", top), path)
-    return [chart for own, _ in bands for chart in map_charts(own, title, row)]
+    title = f"Which expert takes {what}"
+    charts = [chart for own, names in counts if own for chart in maps_by_label(own, names, title, row)]
+    if top is not None:
+        charts = [replace(chart, top=100 * top) for chart in charts]
+    if path is not None and charts:
+        save_charts(charts, path, f"{charts[0].title.rpartition(', ')[0]} (its share of all)")
+    return charts
 
 
 def load_parts(stats: core.RoutingStats, path: Path | None = None) -> list[BarChart]:
@@ -130,9 +130,10 @@ def load_parts(stats: core.RoutingStats, path: Path | None = None) -> list[BarCh
     layers = {layer_label(name): layer for name, layer in stats.layers.items()}
     loads = {name: layer.tokens_per_expert.double().cpu().numpy() for name, layer in layers.items()}
     drops = {name: layer.drop_rate for name, layer in layers.items()}
+    charts = load_charts(loads, drops)
     if path is not None:
-        save_picture(load_bars(loads, drops), path)
-    return load_charts(loads, drops)
+        save_charts(charts, path, "Load of the experts")
+    return charts
 
 
 def typical_parts(counts: Mapping[str, np.ndarray], names: Mapping[str, Sequence[str]], what: str, path: Path) -> Table:

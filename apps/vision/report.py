@@ -17,16 +17,15 @@ from torch import Tensor
 
 import core
 from apps.data.loader import batches_of_test
-from apps.report import plots
 from apps.report.base import Report, ReportConfig, first_batches, is_left_out
 from apps.report.classified import Answers
+from apps.report.images import Tile, save_images, tinted
 from apps.report.intervals import Interval
 from apps.report.page import Part, Picture, Section, Table
 from apps.report.routed import experts_of_token, layer_label
 from apps.report.tables import write_csv
 from apps.report.use import ExpertUse, Labels, load_parts, map_parts, tokens_of
 from apps.vision.few_shot import extract_features, few_shot, hard_labels
-from apps.vision.pictures import routing_over_images
 
 _logger = logging.getLogger(__name__)
 
@@ -88,16 +87,28 @@ class Shown:
         """Write the images, by class, and return what a page shows of them."""
         order = np.argsort(self.labels, kind="stable")
         titles = [names[self.labels[i]] for i in order]
-        picture = routing_over_images(
-            displayed(np.stack(self.images), trainer)[order],
-            {name: np.stack(own)[order] for name, own in self.experts.items()},
-            num_experts,
-            titles,
-        )
-        plots.save_picture(picture, path)
+        images = displayed(np.stack(self.images), trainer)
+        rows = patch_rows([(images[i], {n: own[i] for n, own in self.experts.items()}) for i in order], num_experts)
+        save_images(rows, path, "Expert of each patch", titles, num_experts)
         seen = f"{len(order)} test images ({', '.join(dict.fromkeys(titles))}), and each again with its patches in the "
         seen += f"color of their expert{', in ' if self.experts else ''}{', '.join(self.experts)}"
         return Picture(path.name, seen, "Patches and their experts, a column for each layer.")
+
+
+def patch_rows(images: Sequence[tuple[np.ndarray, Mapping[str, np.ndarray]]], num_experts: int) -> list[list[Tile]]:
+    """Return a row for each image: the image, and for each layer the image with the experts of its patches.
+
+    Args:
+        images: each as in ``Tile``, with the experts of its patches by layer.
+        num_experts: E.
+    """
+    return [
+        [
+            Tile(image, "" if row else "image"),
+            *(tinted(image, ids, num_experts, "" if row else name) for name, ids in experts.items()),
+        ]
+        for row, (image, experts) in enumerate(images)
+    ]
 
 
 def patch_experts(model: Any, entry: Any, num_images: int, most: int = 1) -> Tensor | None:

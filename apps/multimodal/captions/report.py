@@ -22,19 +22,20 @@ from apps.base.files import replacing
 from apps.data.text_files import num_words
 from apps.multimodal.batch import PairBatch
 from apps.multimodal.captions.metrics import CaptionedImage, CaptionMetrics, num_references, signatures
-from apps.multimodal.captions.pictures import looks_at
 from apps.multimodal.captions.traced import Traced, traced
 from apps.multimodal.report import displayed
 from apps.nlp.text.foreseen import read_ids
 from apps.nlp.text.report import WrittenReport
 from apps.nlp.text.scores import scorer
 from apps.report.base import ReportConfig, computed_metrics, spread_batches, spread_places
+from apps.report.images import Tile, heated, save_images
 from apps.report.page import Gallery, Part, Picture, Section, Table, Thumbnail, Words
-from apps.report.plots import save_picture
 from apps.report.routed import experts_by_layer, largest_number
 from apps.report.use import ExpertUse, Labels, load_parts, tokens_of, typical_parts
 
 _COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}
+_SIDE_BY_SIDE = 6
+"""Images side by side that show where words look."""
 _THUMBNAIL = 96
 """Least height and width of a picture in the gallery, in pixels."""
 
@@ -88,7 +89,7 @@ class CaptionReport(WrittenReport):
     """
 
     config: CaptionReportConfig
-    written, of_batches = "captions", "captioned images and the use of experts"
+    of_batches = "captioned images and the use of experts"
 
     def __init__(self, config: CaptionReportConfig) -> None:
         self.config = config
@@ -118,7 +119,7 @@ class CaptionReport(WrittenReport):
                 shown += pictures.write_words(module, captioned, number, folder)
             if shown:
                 sections.append(Section("Words and where they look", tuple(shown)))
-            self.write_curves(module, collected.run, folder)
+            self.write_curves(collected.run, folder)
         return sections
 
 
@@ -213,14 +214,16 @@ class _Pictures:
         """Caption an image and draw ``image_<number>_words.png``; return what a page shows of it."""
         if captioned.image not in self._images:
             return []
-        image: Tensor = self._images[captioned.image][None].to(module.device)
+        batch: Tensor = self._images[captioned.image][None].to(module.device)
         index = torch.tensor([captioned.image], device=module.device)
-        trace = traced(module, image, module.hypotheses_of(image, module.decode, index).best[0])
+        trace = traced(module, batch, module.hypotheses_of(batch, module.decode, index).best[0])
         words, looks = trace.looks()
         name = f"image_{number}_words.png"
         heading = image_name(self.data, captioned.image)
-        picture = looks_at(self.pixels(captioned.image), words, looks, f"{heading}: where each word looks")
-        save_picture(picture, folder / name)
+        image = self.pixels(captioned.image)
+        tiles = [Tile(image, "the image"), *(heated(image, own, word) for word, own in zip(words, looks, strict=True))]
+        rows = [tiles[first : first + _SIDE_BY_SIDE] for first in range(0, len(tiles), _SIDE_BY_SIDE)]
+        save_images(rows, folder / name, f"{heading}: where each word looks")
         seen = f"{heading}, and for each word of {captioned.caption!r} the patches that the decoder attends to"
         caption = f"{heading}: attention of the decoder, word by word."
         return [*_words_of(trace, heading), Picture(name, seen, caption)]

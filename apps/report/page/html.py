@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from apps.report.colors import color_of, expert_colors, ink_on
 from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, ScatterChart, thinned_rows
-from apps.report.page.library import MISSING, has_charts, script
 from apps.report.page.parts import Code, Gallery, Page, Part, Picture, Section, Table, Text, Words, shown
-from apps.report.page.vega import vega_lite
-from apps.report.plots import expert_colors
+from apps.report.page.vega import script, vega_lite
 
 GENERATOR = '<meta name="generator" content="moesaic">'
 """Marks a file that a page may replace."""
@@ -39,15 +38,11 @@ class _Writing:
     """The state of a page that is being written.
 
     Attributes:
-        draws: charts are drawn, and not only tabled.
-        lacks: a chart is only tabled.
         specs: Vega-Lite specifications by the id of their place.
         pictures: pictures, in the order of their marks in the text.
         ids: ids given so far.
     """
 
-    draws: bool
-    lacks: bool = False
     specs: dict[str, Any] = field(default_factory=dict)
     pictures: list[Picture] = field(default_factory=list)
     ids: set[str] = field(default_factory=lambda: {"report", "verdict", "charts", *_OF_INDEX})
@@ -78,7 +73,7 @@ def render(page: Page, before: str = "", code: str = "") -> str:
         before: HTML that stands before its sections.
         code: JavaScript that runs after the page's own.
     """
-    writing = _Writing(has_charts())
+    writing = _Writing()
     sections = [s for s in page.sections if not s.is_empty]
     ids = [writing.id(section.title) for section in sections]
     body = [_section(section, writing, 2, own) for section, own in zip(sections, ids, strict=True)]
@@ -104,7 +99,6 @@ def render(page: Page, before: str = "", code: str = "") -> str:
             f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n' if links else "",
             '<main id="report">\n',
             f'<section aria-labelledby="verdict"><h2 id="verdict">Verdict</h2>{verdict}</section>\n' if verdict else "",
-            f"<p>{_text(MISSING[0].upper() + MISSING[1:])}.</p>\n" if writing.lacks else "",
             before,
             *body,
             "</main>\n<footer><p>Written by moesaic. The file has all that it shows and loads nothing.</p></footer>\n",
@@ -219,16 +213,12 @@ def _chart(chart: Chart, writing: _Writing, level: int) -> str:
     kept = thinned_rows(rows)
     note = f"{len(kept)} of {len(rows)} rows, at equal steps." if len(kept) < len(rows) else ""
     table = _table(Table(f"Numbers: {chart.title}", chart.headings(), tuple(kept), note=note))
-    place, is_open = "", " open"
-    writing.lacks |= not writing.draws
-    if writing.draws:
-        writing.specs[own] = vega_lite(chart)
-        place, is_open = f'<div class="chart" id="{own}"></div>', ""
+    writing.specs[own] = vega_lite(chart)
     wide = " broad" if isinstance(chart, HeatmapChart) and len(chart.columns) > 16 else ""
     return (
-        f'<figure class="panel{wide}"><{heading}>{_text(chart.title)}</{heading}>{place}'
+        f'<figure class="panel{wide}"><{heading}>{_text(chart.title)}</{heading}><div class="chart" id="{own}"></div>'
         f"<figcaption>{_text(chart.summary)}</figcaption>"
-        f'<details{is_open}><summary>Numbers<span class="hidden"> of {_text(chart.title)}</span></summary>{table}'
+        f'<details><summary>Numbers<span class="hidden"> of {_text(chart.title)}</span></summary>{table}'
         "</details></figure>"
     )
 
@@ -277,18 +267,9 @@ def _mark(name: str, text: str, style: str) -> str:
 
 
 def _color(label: str, colors: Sequence[str]) -> str:
-    """Return the style of a label that begins with a number, its letters black or white, whichever is clearer."""
-    number = label.split()[0] if label else ""
-    if not number.isdecimal() or int(number) >= len(colors):
-        return ""
-    color = colors[int(number)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in _rgb(color)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]  # WCAG 2.2
-    return f"background:{color};color:{'#000' if luminance > 0.179 else '#fff'}"
-
-
-def _rgb(color: str) -> list[float]:
-    return [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    """Return the style of a label that begins with a number."""
+    color = color_of(label, colors)
+    return "" if color is None else f"background:{color};color:{ink_on(color)}"
 
 
 def _picture(picture: Picture) -> str:
