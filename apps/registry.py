@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 MODELS = {
@@ -55,6 +57,12 @@ TRAINER = {
     "TorchRecStrategy": "apps.recsys.tables.strategy",
 }
 """The module of each callback and strategy of the trainer."""
+
+DROPPED = {
+    "VisionClassifier": {"report": ("capacity_factors", "sweep_images")},
+    "TwoTowerRetriever": {"": ("top_k", "rank", "rank_task", "candidates", "index_file")},  # of RetrievalData now
+}
+"""Options of models that only earlier versions had, by the section that they are in."""
 
 
 def full_path(name: str) -> str | None:
@@ -123,6 +131,30 @@ def exported_task(kind: type) -> Any:
     if full_path(class_path(kind)) is None:
         raise ValueError(f"a {kind.__name__} has no export: moesaic export takes {', '.join(MODELS)}")
     return task_of(kind, "export")
+
+
+def without_dropped(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's arguments, as a checkpoint or a configuration has them, without those of ``DROPPED``.
+
+    Args:
+        name: name of the model's class, with or without its module.
+        arguments: plain values.
+    """
+    kept, short = dict(arguments), name.rpartition(".")[2]
+    for section, names in DROPPED.get(short, {}).items():
+        own = kept.get(section) if section else kept
+        if isinstance(own, Mapping) and (old := [option for option in names if option in own]):
+            rest = {option: value for option, value in own.items() if option not in old}
+            kept = {**kept, section: rest} if section else rest
+            dotted = (f"{section}.{option}" if section else option for option in old)
+            _tell(f"options of {short} in earlier versions are ignored: {', '.join(dotted)}")
+    return kept
+
+
+@cache
+def _tell(text: str) -> None:
+    """Log a line once."""
+    logging.getLogger(__name__).info(text)
 
 
 def subclasses(kind: type[Any]) -> list[type[Any]]:

@@ -207,8 +207,7 @@ def gates(config: core.MoEConfig, shape: Shape, training: bool) -> Tensor:
 
 def draw(names: list[str], folder: Path) -> None:
     """Draw for each router which expert computes which token, in two sequences of 16 tokens of up to 16 clusters."""
-    from apps.report.heatmaps import Heatmap, heatmaps, numbers
-    from apps.report.plots import save_picture
+    from apps.report.page import HeatmapChart, save_charts
 
     shape = Shape(B=2, S=16, D=32, E=8, F=8)
     for name in names:
@@ -218,11 +217,10 @@ def draw(names: list[str], folder: Path) -> None:
             "evaluation": gates(config, shape, False).cpu().numpy(),
         }
         experts = tuple(f"expert {e}" for e in range(shape.E))
-        maps = [Heatmap(mode, experts, numbers(len(weights)), weights.T) for mode, weights in shown.items()]
-        picture = heatmaps([maps], f"{Path(name).stem}, untrained", "weight, %", across="token")
-        for axis in picture.axes[: len(maps)]:
-            axis.axvline(shape.S - 0.5, color="white", linewidth=1.5)  # parts the two sequences
-        print(save_picture(picture, folder / f"{Path(name).stem}.png"))
+        title = f"{Path(name).stem}, untrained"
+        how = {"row_title": "expert", "column_title": "token", "value_title": "weight, %"}
+        maps = [HeatmapChart.of(w.T, experts, title=f"{title}, {mode}", **how) for mode, w in shown.items()]
+        print(save_charts(maps, folder / f"{Path(name).stem}.png", title))
 
 
 HEAD = (

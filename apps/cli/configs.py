@@ -15,6 +15,7 @@ import yaml
 from apps.base.files import CONFIGS
 from apps.cli.classes import short
 from apps.cli.errors import UsageError
+from apps.registry import without_dropped
 
 _MOST_BYTES, _MOST_VALUES = 16 << 20, 1_000_000
 """Limits of a configuration: its size, and its values with aliases written out."""
@@ -38,7 +39,7 @@ def _nearest(path: Path) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the contents of a configuration.
+    """Return the contents of a configuration, without options of the model that only earlier versions had.
 
     Raises:
         UsageError: there is no such file, or it is no configuration.
@@ -67,6 +68,9 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(config, dict):
         raise UsageError(f"{path} is not a configuration: it holds a {type(config).__name__}, not keys with values")
+    model = config.get("model")
+    if isinstance(model, dict) and isinstance(model.get("init_args"), dict):
+        config["model"] = {**model, "init_args": without_dropped(str(model.get("class_path")), model["init_args"])}
     return config
 
 

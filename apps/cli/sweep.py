@@ -26,9 +26,8 @@ from apps.base.messages import first_line
 from apps.base.progress import say
 from apps.cli.errors import UsageError
 from apps.cli.setup import RunSetup
-from apps.report.page import Picture, Section, Table, Text, shown
-from apps.report.pareto import Weighed, front, quality_against_costs
-from apps.report.plots import save_picture
+from apps.report.page import Point, ScatterChart, Section, Table, Text, save_charts, shown
+from apps.report.pareto import front
 from apps.report.tables import is_share
 from apps.train.cheaper import TRAINED, Cheaper, cheaper_forms
 from apps.train.contents import fingerprint, read_checkpoint
@@ -240,20 +239,26 @@ class Sweep:
         factor = 100.0 if percent else 1.0
         title = metric.replace("/", " ")
         base = {size: _latency_of_trained(measured, size) for size in sizes}
-        points = [_weighed(m, base, factor * q) for m, q in zip(measured, quality, strict=True)]
+        forms = [_points(m, base, factor * q) for m, q in zip(measured, quality, strict=True)]
         names = [*(f"latency of batch {size}, ms" for size in sizes), "memory, MB"]
-        fig = quality_against_costs(
-            points, names, f"{title}, %" if percent else title, higher, f"{self.cli.run_dir.name}: quality and cost"
-        )
-        path = save_picture(fig, self.cli.run_dir / PICTURE)
-        fronts = [front([p.quality for p in points], [p.costs[i] for p in points], higher) for i in range(len(names))]
+        fronts, charts = [], []
+        for name, points in zip(names, zip(*forms, strict=True), strict=True):
+            on = front([p.y for p in points], [p.x for p in points], higher)
+            seen = f"{len(points)} forms of the model and the Pareto front, measured on {machine_line()}."
+            log_x = max(p.x for p in points) > 10 * min(p.x for p in points) > 0
+            steps = tuple((points[i].x, points[i].y) for i in on)
+            y_title = f"{title}, %" if percent else title
+            heading = f"{title} against {name.rpartition(',')[0]}"
+            charts.append(ScatterChart(heading, seen, name, y_title, points, log_x, not higher, steps))
+            fronts.append(on)
+        path = save_charts(charts, self.cli.run_dir / PICTURE, f"{self.cli.run_dir.name}: quality and cost")
         table = Table(
             "Cheaper forms of the model",
             ("", f"{title}, %" if percent else title, *_columns(sizes), "weights, MB", "+ a pass, MB", "on the front"),
             tuple(
                 (
                     m.name,
-                    f"{points[i].quality:.2f}" if percent else shown(points[i].quality),
+                    f"{forms[i][0].y:.2f}" if percent else shown(forms[i][0].y),
                     *_latencies(m, base),
                     f"{m.resident / 1e6:.2f}",
                     f"{m.peak / 1e6:.2f}",
@@ -267,8 +272,7 @@ class Sweep:
                 "take turns; x is the ratio to the trained model, with a 95 % interval of the median."
             ),
         )
-        alt = f"{title} over {', '.join(names)}, for {len(points)} forms of the model, with the Pareto front of each"
-        parts: list[Any] = [Picture(str(path), alt, f"Measured on {machine_line()}."), table]
+        parts: list[Any] = [*charts, table]
         if left_out:
             parts.append(Text(tuple(f"{name} is left out: {reason}." for name, reason in left_out.items())))
         say(f"sweep: {path}")
@@ -280,21 +284,23 @@ def _latency_of_trained(measured: Sequence[Measured], size: int) -> float:
     return 1e3 * statistics.median(s for m in measured for s in m.seconds[size].trained)
 
 
-def _weighed(own: Measured, base: Mapping[int, float], quality: float) -> Weighed:
-    """Return a form as a point of the picture.
+def _points(own: Measured, base: Mapping[int, float], quality: float) -> list[Point]:
+    """Return a form as a point of each chart: over the latencies, and over the memory.
 
     Args:
         own: the form.
         base: milliseconds of the trained model, by the number of examples of a pass.
         quality: its quality, as it is drawn.
     """
-    costs: list[float | None] = []
-    intervals: list[tuple[float, float] | None] = []
+    points = []
     for size, trained in base.items():
-        low, high = own.seconds[size].interval
-        costs.append(trained * (1.0 if own.kind == TRAINED else own.seconds[size].ratio))
-        intervals.append(None if own.kind == TRAINED else (trained * low, trained * high))
-    return Weighed(own.kind, own.short, quality, (*costs, (own.resident + own.peak) / 1e6), (*intervals, None))
+        if own.kind == TRAINED:
+            points.append(Point(own.kind, trained, quality, note=own.short))
+        else:
+            left, right = (trained * end for end in own.seconds[size].interval)
+            cost = trained * own.seconds[size].ratio
+            points.append(Point(own.kind, cost, quality, left=left, right=right, note=own.short))
+    return [*points, Point(own.kind, (own.resident + own.peak) / 1e6, quality, note=own.short)]
 
 
 def _columns(sizes: Sequence[int]) -> Iterator[str]:

@@ -20,7 +20,7 @@ from apps.compare.display import Display
 from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.files import read_json, write_json, write_text
 from apps.compare.options import Command
-from apps.compare.page import comparison_page
+from apps.compare.page import comparison_page, cost_charts
 from apps.compare.plan import Plan
 from apps.compare.summary import ExamplePair, Results, Summary, summarize
 from apps.compare.systems import SPARSE, System, find_systems, label
@@ -29,7 +29,7 @@ from apps.compare.use import sections_of_use
 from apps.compare.work import Work, result_files
 from apps.equal_cost import routers
 from apps.equal_cost.own_model import OwnModel
-from apps.report.page import FILE, Page, Section, open_page, write_index, write_page
+from apps.report.page import FILE, Page, Section, open_page, save_charts, write_index, write_page
 from apps.train.logs import METRICS
 
 
@@ -182,7 +182,6 @@ def _report(
         "speed": results.speeds,
     }
     write_json(path, numbers)
-    picture = table.picture(title, summary, output / "quality_against_flops.png")
     first_seed = {label(name): of_seeds[0] for name, of_seeds in results.examples.items() if of_seeds and of_seeds[0]}
     examples = module.side_by_side(first_seed) if SPARSE in first_seed else ""
     facts = _facts(plan, numbers)
@@ -191,6 +190,8 @@ def _report(
     page = comparison_page(title, summary, results, numbers, facts, examples, logs, use)
     with set_aside():
         table.show(title, summary)
+    by_flops = cost_charts(summary)[:1]
+    picture = save_charts(by_flops, output / "quality_against_flops.png", title) if by_flops else None
     files = tuple(filter(None, (markdown, path, picture)))
     say(f"as text, numbers and a picture: {', '.join(map(str, files))}")
     write_page(page, output / FILE)

@@ -1,13 +1,11 @@
-"""A comparison as a table: on the screen, as Markdown, and as a picture of quality against FLOPs."""
+"""A comparison as a table: on the screen, and as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from apps.base.messages import counted
 from apps.compare.summary import Row, Summary, flops, flops_trained, flops_unit, notes, number
-from apps.report import plots
 from apps.report.intervals import Interval
 from apps.report.page import MOST_FIGURES, Table
 from apps.report.tables import print_in_parts, print_table
@@ -249,18 +247,3 @@ def show(title: str, summary: Summary) -> None:
         print_table("", [column.replace(", ", ",\n") for column in shown.columns], named)
     else:
         print_in_parts(shown.columns, shown.rows, empty=NONE)
-
-
-def picture(title: str, summary: Summary, path: Path) -> Path | None:
-    """Draw quality against FLOPs, one point a system with its interval; None where no system has FLOPs."""
-    series = []
-    for row in summary.systems():
-        cost = flops_trained(row) if _trained_differ([row]) else flops(row)
-        if cost is not None:
-            half = row.test.half_width
-            series.append(plots.Series(row.system.title, [cost], [row.test.mean], None if half is None else [half]))
-    if not series:
-        return None
-    metric = f"test {summary.quality}"
-    drawn = plots.quality_against_flops(series, metric, title, percent=summary.percent, unit=flops_unit(summary))
-    return plots.save_picture(drawn, path)

@@ -11,9 +11,9 @@ from html import escape
 
 import numpy as np
 
+from apps.report.colors import expert_colors
 from apps.report.exhibit import Bars, Gates, Images, LayerPart, Part, Patches, Pieces, Said
 from apps.report.page import Table
-from apps.report.plots import expert_colors
 
 NONE = "\N{MULTIPLICATION SIGN}"
 """What stands for the expert of a token that none computed."""

@@ -17,9 +17,8 @@ import core
 from apps.data.loader import batches_of_test
 from apps.multimodal.encoding import PairEncoding
 from apps.multimodal.metrics import Gallery, PairMetrics
-from apps.multimodal.pictures import Retrieved, patch_grid, retrieval_grid
-from apps.multimodal.stack import IMAGE, MODALITIES, TEXT
-from apps.multimodal.use import ExpertUse, Shown, class_information, frequent_pieces, layer_name
+from apps.multimodal.stack import MODALITIES
+from apps.multimodal.use import PairUse, Shown
 from apps.multimodal.zero_shot import (
     TEMPLATES,
     ClassScore,
@@ -29,14 +28,12 @@ from apps.multimodal.zero_shot import (
     image_vectors,
 )
 from apps.report.base import Report, ReportConfig, computed_metrics, is_left_out, spread_places
-from apps.report.heatmaps import Heatmap, heatmaps, maps_by_label
+from apps.report.images import Tile, save_images
 from apps.report.page import BarChart, Part, Picture, Section, Table, Text, Words
-from apps.report.page.experts import load_charts, map_charts
 from apps.report.page.parts import START
-from apps.report.plots import save_picture
-from apps.report.specialised import typical_labels
 from apps.report.tables import write_csv
-from apps.vision.pictures import routing_over_images
+from apps.report.use import load_parts, map_parts, some_layers, typical_parts
+from apps.vision.report import patch_rows
 from core.fields import CountOrZero
 
 _logger = logging.getLogger(__name__)
@@ -45,8 +42,6 @@ _RETRIEVED = 6
 """Images that are shown for a sentence."""
 _MOST_PIECES = 30
 """Pieces of texts that have a row in a map."""
-_MOST_LAYERS = 4
-"""Layers that are drawn."""
 
 
 @core.register_config
@@ -107,9 +102,26 @@ class PairTest:
     image_I: Tensor
     caption_J: Tensor
     scores: Sequence[ClassScore]
-    use: ExpertUse
+    use: PairUse
     encoding: PairEncoding
     data: Any
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """What is retrieved for one sentence.
+
+    Attributes:
+        sentence: the text.
+        rank: rank of the best of its own images among all.
+        images: (n, H, W, C) or (n, H, W), values in 0..1, the best first.
+        is_right: whether each of them is the sentence's own.
+    """
+
+    sentence: str
+    rank: int
+    images: np.ndarray
+    is_right: tuple[bool, ...]
 
 
 class PairReport(Report):
@@ -146,7 +158,7 @@ class PairReport(Report):
         """Return what is read of the test's pairs, in one more pass over them; None where there are none."""
         encoding = module.encoding
         attributes = encoding.attributes or {}
-        use = ExpertUse(module, [len(classes) for classes in attributes.values()], self.config.samples)
+        use = PairUse(module, {name: len(own) for name, own in attributes.items()}, self.config.samples)
         columns: list[tuple[Tensor, ...]] = []
         pairs_read = 0
         for batch in batches_of_test(trainer):
@@ -187,7 +199,7 @@ class PairReport(Report):
         sections = [write_retrieval(test, folder, self.config.queries if self.config.pictures else 0)]
         if test.scores:
             sections.append(write_classes(test, folder))
-        if test.use.layers:
+        if test.use.counts["modality"]:
             sections.append(write_use(test, folder, self.config.pictures))
         words = [words_of(pair, test) for pair in test.use.shown if pair.pieces]
         return [*sections, Section("Words in sentences", tuple(words))]
@@ -228,7 +240,13 @@ def write_retrieval(test: PairTest, folder: Path, queries: int) -> Section:
     parts: list[Part] = [table]
     if queries and hasattr(test.data, "pixels") and hasattr(test.data, "texts"):
         shown = retrieved(test, spread_places(texts, queries))
-        save_picture(retrieval_grid(shown, images), folder / "retrieval.png")
+        rows = [
+            [Tile(image, is_framed=right) for image, right in zip(one.images, one.is_right, strict=True)]
+            for one in shown
+        ]
+        names = [f"{one.sentence} (rank {one.rank:,})" for one in shown]
+        title = f"The best of {images:,} images for a sentence; its own is framed"
+        save_images(rows, folder / "retrieval.png", title, names, side=1.05)
         seen = "; ".join(f"for {one.sentence!r} the right image has rank {one.rank:,}" for one in shown)
         caption = "The images retrieved for sentences of the test, the best first; the sentence's own is framed."
         parts.append(Picture("retrieval.png", f"Images for sentences: {seen}.", caption))
@@ -304,66 +322,39 @@ def _gain(row: Mapping[str, Any]) -> float:
 def write_use(test: PairTest, folder: Path, draw: bool) -> Section:
     """Write the tables and, with ``draw``, the pictures of the experts' use; return what a page shows of it."""
     use, text = test.use, test.encoding.text
-    layers = {name: use.layers[name] for name in _some_layers(list(use.layers))}
     alarms = use.alarms()
     for line in alarms:
         _logger.warning(line)
+
+    def path(name: str) -> Path | None:
+        return folder / f"expert_{name}.png" if draw else None
+
     parts: list[Part] = [Text(tuple(alarms))] if alarms else []
-    maps = {"modality": modality_maps(test)}
-    parts += map_charts(maps["modality"], "Which expert takes a modality", "modality")
-    attributes, by_class = test.encoding.attributes or {}, ""
-    if attributes and class_information(layers, len(attributes)):
-        parts.append(_information_table(test))
-        by_class, maps["class"] = class_maps(test)
-        parts += map_charts(maps["class"], f"Which expert takes the patches, by {by_class}", "class")
-    pieces = frequent_pieces(layers, _MOST_PIECES)
+    by_modality = _of_some_layers(use.counts["modality"])
+    parts += map_parts([(by_modality, MODALITIES)], "a modality", "modality", path("modality"))
+    if told := use.class_information():
+        parts.append(_information_table(told, use.attributes))
+        attribute = use.attributes[int(np.argmax(np.sum(list(told.values()), axis=0)))]
+        classes = (_of_some_layers(use.counts[attribute]), (test.encoding.attributes or {})[attribute])
+        parts += map_parts([classes], f"the patches, by {attribute}", "class", path("class"))
+    pieces = use.frequent_pieces(list(by_modality), _MOST_PIECES)
     if len(pieces):
-        counts = {n: layer.by_piece_VE[pieces].numpy() for n, layer in layers.items() if layer.tokens_M[TEXT]}
-        maps["piece"] = maps_by_label(counts, [_plain(word) for word in text.marked(pieces.tolist())])[0]
-        parts += map_charts(maps["piece"], "Which expert takes a frequent piece", "piece")
-        parts.append(_write_pieces(test, folder))
+        counts = {name: own[pieces] for name, own in use.counts["piece"].items() if name in by_modality}
+        names = [_plain(word) for word in text.marked(pieces.tolist())]
+        parts += map_parts([(counts, names)], "a frequent piece of the texts", "piece", path("piece"))
+        names = [_plain(word) for word in text.marked(range(text.vocab_size))]
+        by_piece = use.counts["piece"]
+        parts.append(typical_parts(by_piece, dict.fromkeys(by_piece, names), "pieces", folder / "expert_pieces.csv"))
     if draw:
-        titles = {
-            "modality": "Which expert takes the tokens of a modality (its share of all)",
-            "class": f"Which expert takes the patches, by {by_class} (its share of all)",
-            "piece": "Which expert takes a frequent piece of the texts (its share of all)",
-        }
-        for name, own in maps.items():
-            save_picture(heatmaps([own], titles[name], "share of the row's tokens, %"), folder / f"expert_{name}.png")
         parts += _draw_patches(test, folder)
-    loads = {
-        layer_name(name): stats.tokens_per_expert.double().cpu().numpy() for name, stats in use.stats.layers.items()
-    }
-    drops = {layer_name(name): stats.drop_rate for name, stats in use.stats.layers.items()}
-    return Section("What the experts are used for", (*parts, *load_charts(loads, drops)))
+    return Section("What the experts are used for", (*parts, *load_parts(use.stats)))
 
 
-def _some_layers(names: Sequence[str]) -> list[str]:
-    return [names[i] for i in spread_places(len(names), _MOST_LAYERS)]
+def _of_some_layers(of_layers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: of_layers[name] for name in some_layers(list(of_layers))}
 
 
-def modality_maps(test: PairTest) -> list[Heatmap]:
-    """Return the maps of modalities by experts."""
-    counts = {name: use.by_modality_ME.numpy() for name, use in test.use.layers.items()}
-    return maps_by_label({name: counts[name] for name in _some_layers(list(counts))}, MODALITIES)[0]
-
-
-def class_maps(test: PairTest) -> tuple[str, list[Heatmap]]:
-    """Return the attribute of whose classes the experts say most, and the maps of its classes by experts; of many
-    classes the name says that they are the most specialised."""
-    attributes = test.encoding.attributes or {}
-    layers = {name: use for name, use in test.use.layers.items() if use.tokens_M[IMAGE]}
-    told = class_information(layers, len(attributes))
-    most = int(np.argmax(np.sum(list(told.values()), axis=0)))
-    name = list(attributes)[most]
-    counts = {layer: layers[layer].by_class[most].numpy() for layer in _some_layers(list(layers))}
-    maps, too_many = maps_by_label(counts, attributes[name])
-    return f"{name}: the most specialised of {len(attributes[name])}" if too_many else name, maps
-
-
-def _information_table(test: PairTest) -> Table:
-    attributes = list(test.encoding.attributes or {})
-    told = class_information(test.use.layers, len(attributes))
+def _information_table(told: Mapping[str, Sequence[float]], attributes: Sequence[str]) -> Table:
     return Table(
         "What a patch's expert says of the class of its image, % of all that it could",
         ("layer", *attributes),
@@ -372,71 +363,53 @@ def _information_table(test: PairTest) -> Table:
     )
 
 
-def _write_pieces(test: PairTest, folder: Path) -> Table:
-    """Write ``expert_pieces.csv``, and return the table of the pieces that are typical of each expert."""
-    text = test.encoding.text
-    names = [_plain(word) for word in text.marked(range(text.vocab_size))]
-    rows: list[dict[str, Any]] = []
-    for layer, use in test.use.layers.items():
-        if not use.tokens_M[TEXT]:
-            continue  # a layer of the image tower reads no pieces
-        total = max(int(use.by_piece_VE.sum()), 1)
-        for expert, own in enumerate(typical_labels(use.by_piece_VE.numpy(), names)):
-            share = float(use.by_piece_VE[:, expert].sum()) / total
-            rows.append({"layer": layer, "expert": expert, "share": share, "pieces": " ".join(own)})
-    write_csv(folder / "expert_pieces.csv", rows)
-    return Table(
-        "Typical pieces of each expert",
-        ("layer", "expert", "share of the texts, %", "pieces"),
-        tuple((row["layer"], str(row["expert"]), f"{100 * row['share']:.1f}", row["pieces"]) for row in rows),
-        sortable=True,
-    )
-
-
 def _draw_patches(test: PairTest, folder: Path) -> list[Part]:
     """Write ``patches.png`` and ``routing.png`` where layers see every patch; return what a page shows of them."""
     parts: list[Part] = []
     use, encoding = test.use, test.encoding
-    samples = {name: layer.patches for name, layer in use.layers.items() if layer.patches is not None}
-    samples = {name: samples[name] for name in _some_layers(list(samples))}
+    samples = _of_some_layers(use.patches)
     if samples:
-        patches = {
-            name: [
-                displayed(patch_nCHW[gate_n > 0], encoding)
-                for gate_n, patch_nCHW in zip(sample.gate_En, sample.patch_EnCHW, strict=True)
-            ]
-            for name, sample in samples.items()
-        }
-        save_picture(patch_grid(patches), folder / "patches.png")
-        seen = f"For each expert of {', '.join(patches)} up to 8 patches of different test images."
+        most = max(len(sample.gate_En) for sample in samples.values())
+        rows: list[list[Tile | None]] = [[] for _ in range(most)]
+        for layer, (gate_En, patch_EnCHW) in samples.items():
+            for expert, row in enumerate(rows):
+                row += [None] * bool(row)  # a gap between two layers
+                kept = patch_EnCHW[expert][gate_En[expert] > 0] if expert < len(gate_En) else patch_EnCHW[0, :0]
+                own = [
+                    Tile(patch, layer if n == expert == 0 else "") for n, patch in enumerate(displayed(kept, encoding))
+                ]
+                row += [*own, *[None] * (patch_EnCHW.shape[1] - len(own))]
+        title = "Patches of each expert, those of its largest gates"
+        save_images(rows, folder / "patches.png", title, list(map(str, range(most))), side=0.42)
+        seen = f"For each expert of {', '.join(samples)} up to 8 patches of different test images."
         parts.append(Picture("patches.png", seen, "The patches to which each expert gives its largest gates."))
     shown = [pair for pair in use.shown if pair.grids]
     if shown:
-        layers = _some_layers(list(shown[0].grids))
-        picture = routing_over_images(
-            displayed(torch.stack([pair.image for pair in shown]), encoding),
-            {name: np.stack([pair.grids[name].numpy() for pair in shown]) for name in layers},
-            max(layer.num_experts for layer in use.layers.values()),
-            [str(number) for number in range(1, len(shown) + 1)],
-        )
-        save_picture(picture, folder / "routing.png")
+        layers = some_layers(list(shown[0].grids))
+        images = displayed(torch.stack([pair.image for pair in shown]), encoding)
+        grids = [{name: pair.grids[name].numpy() for name in layers} for pair in shown]
+        rows = patch_rows(list(zip(images, grids, strict=True)), _most_experts(use))
+        names = [str(number) for number in range(1, len(shown) + 1)]
+        save_images(rows, folder / "routing.png", "Expert of each patch", names, _most_experts(use))
         texts = "; ".join(f"{number}: {caption_of(pair, test)}" for number, pair in enumerate(shown, 1))
-        seen = f"{len(shown)} test images, and each again with its patches in the colour of their expert. {texts}"
+        seen = f"{len(shown)} test images, and each again with its patches in the color of their expert. {texts}"
         parts.append(Picture("routing.png", seen, f"Patches and their experts, a column a layer. {texts}"))
     return parts
 
 
 def words_of(pair: Shown, test: PairTest) -> Words:
     """Return a text with the experts of its pieces, as a part of a page."""
-    most = max(layer.num_experts for layer in test.use.layers.values())
     number = next(i for i, one in enumerate(test.use.shown, 1) if one is pair)
-    layers = _some_layers(list(pair.pieces))
     return Words.of_pieces(
         f"Text {number}, with the experts of each piece",
         test.encoding.text.marked(pair.ids),
-        {name: pair.pieces[name] for name in layers},
-        most,
+        _of_some_layers(pair.pieces),
+        _most_experts(test.use),
     )
+
+
+def _most_experts(use: PairUse) -> int:
+    return max(own.shape[1] for own in use.counts["modality"].values())
 
 
 def caption_of(pair: Shown, test: PairTest) -> str:

@@ -17,13 +17,14 @@ from apps.data.given import GivenConfig, GivenData
 from apps.data.subwords import EOS_ID, PAD_ID
 from apps.multimodal import own_data
 from apps.multimodal.search import shares_of
-from apps.multimodal.use import Rows, layer_name
+from apps.multimodal.use import Rows, tokens
 from apps.multimodal.vectors import encode_texts, vectors_of_pixels
 from apps.nlp.text.words import words_of
 from apps.report.exhibit.fields import ImageField, TextField
 from apps.report.exhibit.parts import Bars, Example, Exhibit, Images, LayerPart, Part, Patches, Pieces
 from apps.report.exhibit.routes import expert_names
 from apps.report.page import Table
+from apps.report.routed import layer_label
 from apps.task import MOST_EXPERTS, Input, Loss, Output, Sizes, Task, Trial, ids_on_meta
 from apps.task.outputs import SHARE
 from apps.train.exporting import Exported, Graph
@@ -184,7 +185,7 @@ class ImageTextMatching(Task):
                 words = tuple(words_of(text.marked(own)))
                 title = " ".join("".join(word) for word in words[1:-1])
                 parts.append(Pieces(title, words, experts_LK[: len(own)].numpy(), names, "pieces"))
-            name = layer_name(entry.name)
+            name = layer_label(entry.name)
             layers[name] = (*layers.get(name, ()), *parts)
         return {name: parts for name, parts in layers.items() if parts}
 
@@ -268,6 +269,11 @@ class ImageTextMatching(Task):
             "attributes": dict.fromkeys(names, 1) or None,
         }
         return {name: value for name, value in known.items() if value is not None and given.get(name) is None}
+
+    @classmethod
+    def tokens(cls, model: Any, entry: Any, batch: Any) -> Mapping[str, Tensor]:
+        """Return modalities, pieces of texts and classes of images."""
+        return tokens(entry, batch)
 
     @classmethod
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:

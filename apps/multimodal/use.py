@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +14,8 @@ from torch import Tensor
 import core
 from apps.base.messages import some
 from apps.multimodal.stack import IMAGE, MODALITIES, TEXT
-from apps.report.routed import expert_label_counts, experts_of_token, gate_weights
+from apps.report.routed import experts_of_token, gate_weights, layer_label
+from apps.report.use import ExpertUse, Labels, tokens_of
 from core.diagnose.figures import explained
 
 TOKENS = ("patches", "pieces of texts")
@@ -99,36 +99,6 @@ class PatchSample(NamedTuple):
         return PatchSample(best.values, patch_ENCHW.gather(1, index))
 
 
-@dataclass
-class LayerUse:
-    """The computed pairs of a layer over an evaluation.
-
-    Attributes:
-        tokens_M: int64 (2,), real tokens of each modality.
-        by_modality_ME: int64 (2, E).
-        by_class: int64 (C, E), those of images' tokens by the class of the image, for each attribute.
-        by_piece_VE: int64 (V, E), those of texts.
-        patches: a sample of the patches that each expert computes; None: the layer sees none.
-    """
-
-    tokens_M: Tensor
-    by_modality_ME: Tensor
-    by_class: list[Tensor]
-    by_piece_VE: Tensor
-    patches: PatchSample | None = None
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.by_modality_ME.shape[1]
-
-    def unreached(self, modality: int) -> list[int]:
-        """Return the experts that computed no token of a modality; none where the layer saw none."""
-        if not self.tokens_M[modality]:
-            return []
-        return (self.by_modality_ME[modality] == 0).nonzero().squeeze(1).tolist()
-
-
 @dataclass(frozen=True)
 class Shown:
     """A pair that is shown with its experts.
@@ -148,30 +118,29 @@ class Shown:
     pieces: dict[str, list[list[int]]]
 
 
-@dataclass
-class ExpertUse:
-    """Adds up, batch by batch, what each expert computes.
+class PairUse(ExpertUse):
+    """Adds up, batch by batch, what each expert computes: tokens by modality, by class of the image and by piece.
 
     Args:
         module: the ``ImageTextRetriever``, in evaluation.
-        num_classes: number of classes of each attribute of the data.
+        attributes: number of classes of each attribute of the data, by its name.
         wanted: number of pairs to be shown.
 
     Attributes:
-        layers: the use of each layer whose tokens have a modality, by its name in words.
-        stats: the loads of all layers.
+        counts: as in ``ExpertUse``, by "modality", "piece" and, of the images' tokens, the names of the attributes.
+        patches: a sample of the patches that each expert computes, by the layer's name in words.
         shown: the pairs to be shown, of different images.
     """
 
-    module: Any
-    num_classes: Sequence[int]
-    wanted: int = 0
-    layers: dict[str, LayerUse] = field(default_factory=dict)
-    stats: core.RoutingStats = field(default_factory=lambda: core.RoutingStats({}))
-    shown: list[Shown] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._doctor = core.Doctor(self.module, modalities=MODALITIES) if core.moe_layers(self.module) else None
+    def __init__(self, module: Any, attributes: Mapping[str, int], wanted: int = 0) -> None:
+        classes = {name: Labels(f"class {a}", count) for a, (name, count) in enumerate(attributes.items())}
+        labels = {"modality": Labels("modality", len(MODALITIES)), "piece": Labels("piece", module.vocab_size)}
+        super().__init__(tokens_of(module), {**labels, **classes})
+        self.attributes, self.wanted = tuple(attributes), wanted
+        self.num_patches = int(module.model.towers.num_patches)
+        self.patches: dict[str, PatchSample] = {}
+        self.shown: list[Shown] = []
+        self._doctor = core.Doctor(module, modalities=MODALITIES) if core.moe_layers(module) else None
 
     @torch.no_grad()
     def add(self, tape: core.Tape, batch: Any) -> None:
@@ -179,15 +148,16 @@ class ExpertUse:
         if self._doctor is None:
             return
         self._doctor.add(tape)
-        self.stats = self.stats + core.RoutingStats.from_tape(tape)
+        super().add(tape, batch)
         shown = _to_be_shown(batch, self.wanted if not self.shown else 0)
         for entry in tape.entries:
             rows = Rows.of_entry(entry)
             if rows is None:
                 continue
-            name = layer_name(entry.name)
-            counts = self._counts(entry, rows, batch)
-            self.layers[name] = counts if name not in self.layers else _sum(self.layers[name], counts)
+            name = layer_label(entry.name)
+            sample = self._patches(entry.routing, rows, batch.image)
+            if sample is not None:
+                self.patches[name] = self.patches[name].joined(sample) if name in self.patches else sample
             if shown:
                 grids = rows.patch_experts(entry.routing, self.num_patches, 1)
                 pieces = rows.piece_experts(entry.routing, 2)
@@ -197,33 +167,6 @@ class ExpertUse:
                     if len(pieces):
                         pair.pieces[name] = pieces[place, : len(pair.ids)].tolist()
         self.shown += shown.values()
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of an image."""
-        return int(self.module.model.towers.num_patches)
-
-    def _counts(self, entry: Any, rows: Rows, batch: Any) -> LayerUse:
-        """Return the use of one pass."""
-        routing, context = entry.routing, entry.context
-        modality_T = rows.modality_RL.flatten()
-        real_T = rows.real_RL.flatten()
-        label_R = torch.full(rows.modality_RL.shape[:1], -1, device=modality_T.device)
-        by_class = []
-        for a, count in enumerate(self.num_classes):
-            label_R[rows.images] = batch.label_BA[:, a].to(label_R.device)[: len(rows.images)]
-            by_class.append(_known_counts(routing, label_R, count))
-        vocab_size = self.module.vocab_size
-        ids_T = torch.full_like(modality_T, -1)
-        if context.token_ids_BS is not None:
-            ids_T = torch.where(modality_T == TEXT, context.token_ids_BS.flatten(), ids_T)
-        return LayerUse(
-            torch.bincount(modality_T[real_T], minlength=len(MODALITIES)).cpu(),
-            _known_counts(routing, modality_T, len(MODALITIES)),
-            by_class,
-            _known_counts(routing, ids_T, vocab_size),
-            self._patches(routing, rows, batch.image),
-        )
 
     def _patches(self, routing: Any, rows: Rows, image: Tensor) -> PatchSample | None:
         places = rows.patches(self.num_patches)
@@ -245,34 +188,47 @@ class ExpertUse:
         lines = []
         for finding in self._doctor.findings() if self._doctor is not None else ():
             if "modality" in finding.name:
-                lines.append(f"{layer_name(finding.layer)}: {finding.evidence}. Remedy: {finding.remedy}.")
-        for name, use in self.layers.items():
+                lines.append(f"{layer_label(finding.layer)}: {finding.evidence}. Remedy: {finding.remedy}.")
+        for layer, stats in self.stats.layers.items():
+            if stats.tokens_of_modality is None or stats.pairs_of_modality is None:
+                continue
             for modality in (IMAGE, TEXT):
-                experts = use.unreached(modality)
-                if not experts:
-                    continue
-                which = f"{len(experts)} of {use.num_experts} experts ({some(list(map(str, experts)), 8)})"
-                lines.append(f"{name}: {which} computed none of the {use.tokens_M[modality]:,} {TOKENS[modality]}.")
+                count, pairs_E = int(stats.tokens_of_modality[modality]), stats.pairs_of_modality[modality]
+                experts = (pairs_E == 0).nonzero().squeeze(1).tolist() if count else []
+                if experts:
+                    which = f"{len(experts)} of {len(pairs_E)} experts ({some(list(map(str, experts)), 8)})"
+                    lines.append(f"{layer_label(layer)}: {which} computed none of the {count:,} {TOKENS[modality]}.")
         return lines
 
+    def class_information(self) -> dict[str, list[float]]:
+        """Return, by layer, what a patch's expert says of each attribute's class of its image: the share of the
+        experts' entropy that the classes explain, from 0 to 1."""
+        by_attribute = [self.counts[name] for name in self.attributes]
+        layers = by_attribute[0] if by_attribute else ()
+        return {name: [explained(torch.from_numpy(own[name]).double()) for own in by_attribute] for name in layers}
 
-def _known_counts(routing: Any, label: Tensor, num_labels: int) -> Tensor:
-    """Return ``expert_label_counts`` of the tokens or sequences whose label is not negative, on the CPU."""
-    label = torch.where(label < 0, num_labels, label)
-    return expert_label_counts(routing, label, num_labels + 1)[:num_labels].cpu()
+    def frequent_pieces(self, layers: Sequence[str], most: int) -> np.ndarray:
+        """Return the ids of the commonest pieces that these layers saw, int64, the commonest first."""
+        count_V = sum((own.sum(1) for name, own in self.counts["piece"].items() if name in layers), np.zeros(1, int))
+        order = np.argsort(-count_V, kind="stable")[:most]
+        return order[count_V[order] > 0]
 
 
-def _sum(a: LayerUse, b: LayerUse) -> LayerUse:
-    patches = b.patches if a.patches is None else a.patches
-    if a.patches is not None and b.patches is not None:
-        patches = a.patches.joined(b.patches)
-    return LayerUse(
-        a.tokens_M + b.tokens_M,
-        a.by_modality_ME + b.by_modality_ME,
-        [x + y for x, y in zip(a.by_class, b.by_class, strict=True)],
-        a.by_piece_VE + b.by_piece_VE,
-        patches,
-    )
+def tokens(entry: Any, batch: Any) -> dict[str, Tensor]:
+    """Return the modality of each token of a pass over a batch of pairs, the piece of each token of a text, and the
+    class of each attribute of each image."""
+    rows = Rows.of_entry(entry)
+    if rows is None:
+        return {}
+    modality_T = rows.modality_RL.flatten()
+    numbers = {"modality": modality_T}
+    if len(rows.texts) and entry.context.token_ids_BS is not None:
+        numbers["piece"] = torch.where(modality_T == TEXT, entry.context.token_ids_BS.flatten(), -1)
+    for a in range(batch.label_BA.shape[1] if len(rows.images) else 0):
+        label_R = torch.full(rows.modality_RL.shape[:1], -1, device=modality_T.device)
+        label_R[rows.images] = batch.label_BA[:, a].to(label_R.device)[: len(rows.images)]
+        numbers[f"class {a}"] = label_R
+    return numbers
 
 
 def _to_be_shown(batch: Any, wanted: int) -> dict[int, Shown]:
@@ -288,35 +244,3 @@ def _to_be_shown(batch: Any, wanted: int) -> dict[int, Shown]:
         ids = [i for i in batch.text_BL[place].tolist() if i]
         chosen[place] = Shown(batch.image[place].float().cpu(), caption, ids, {}, {})
     return chosen
-
-
-def layer_name(layer: str) -> str:
-    """Return a layer's name in words.
-
-    Example::
-
-        layer_name("model.towers.stack.layers.1.ffn")         # "block 1"
-        layer_name("model.towers.image.blocks.1.mlp")         # "image block 1"
-    """
-    match = re.search(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.", layer)
-    if match is None:
-        return layer.removeprefix("model.")
-    tower = next((name for name in MODALITIES if name in re.split(r"[._]", layer[: match.start()])), None)
-    return f"{tower} block {match[1]}" if tower else f"block {match[1]}"
-
-
-def class_information(layers: Mapping[str, LayerUse], num_attributes: int) -> dict[str, list[float]]:
-    """Return, by layer, what a patch's expert says of each attribute's class of its image: the share of the experts'
-    entropy that the classes explain, from 0 to 1."""
-    return {
-        name: [explained(use.by_class[a].double()) for a in range(num_attributes)]
-        for name, use in layers.items()
-        if use.tokens_M[IMAGE]
-    }
-
-
-def frequent_pieces(layers: Mapping[str, LayerUse], most: int) -> np.ndarray:
-    """Return the ids of the commonest pieces that the layers saw, int64, the commonest first."""
-    count_V = sum((use.by_piece_VE.sum(1) for use in layers.values()), torch.zeros(1, dtype=torch.int64)).numpy()
-    order = np.argsort(-count_V, kind="stable")[:most]
-    return order[count_V[order] > 0]

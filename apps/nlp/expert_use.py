@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from apps.data.subwords import Side
 from apps.nlp.specialisation import (
     CLASSES,
+    SIDES,
     SPECIAL,
-    ExpertUse,
     LayerUse,
     Specialisation,
+    TextUse,
     by_class,
     by_label,
     specialisation,
 )
-from apps.report.heatmaps import Heatmap, heatmaps, maps_by_label, shares
+from apps.report.heatmaps import shares
 from apps.report.page import Section, Table
-from apps.report.page.experts import load_charts, map_charts
-from apps.report.plots import save_picture
-from apps.report.specialised import typical_labels
 from apps.report.tables import write_csv
+from apps.report.use import load_parts, map_parts, some_layers, typical_parts
 
 _MOST_PAIRS = 16  # language pairs up to which each has a row
-MOST_LAYERS = 4
-"""Layers of a side that are drawn; the CSV files have all."""
 
 
-def write_use(use: ExpertUse, folder: Path, draw: bool = True) -> Section:
+def write_use(use: TextUse, folder: Path, draw: bool = True) -> Section:
     """Write how specialised the layers are: ``specialisation.csv``, ``expert_subwords.csv`` and, with
     ``draw``, ``expert_language.png`` where there are several pairs, and ``expert_class.png``.
 
@@ -40,35 +36,18 @@ def write_use(use: ExpertUse, folder: Path, draw: bool = True) -> Section:
         What a page shows of it.
     """
     rows = specialisation(use)
-    table = _table(rows)
     write_csv(folder / "specialisation.csv", [asdict(row) for row in rows])
-    pieces = {side: use.subwords.pieces(range(use.subwords.size(side)), side) for side in _sides(use.layers)}
-    typical = []
-    for layer in use.layers:
-        share_E = layer.by_piece.sum(0) / max(layer.num_pairs, 1)
-        for expert, own in enumerate(typical_labels(layer.by_piece, pieces[layer.side])):
-            row = {"layer": layer.name, "expert": expert, "share": share_E[expert], "subwords": " ".join(own)}
-            typical.append(row)
-    write_csv(folder / "expert_subwords.csv", typical)
-    maps = map_charts(_flat(class_maps(use)), "Which expert takes a class of subwords", "class")
+    by_piece = {layer.name: layer.by_piece for layer in use.layers}
+    pieces = {side: use.pieces(side) for side in SIDES}
+    words = {layer.name: pieces[layer.side] for layer in use.layers}
+    typical = typical_parts(by_piece, words, "subwords", folder / "expert_subwords.csv")
+    classes = class_counts(use)
+    path = folder / "expert_class.png" if draw else None
+    maps = map_parts([(of, CLASSES) for of in classes], "a class of subwords", "class", path, _usual(classes))
     if len(use.pairs) > 1:
-        maps += map_charts(_flat(language_maps(use)), "Which expert takes a language", "language")
-    if draw and len(use.pairs) > 1:
-        save_picture(language_picture(use), folder / "expert_language.png")
-    if draw:
-        save_picture(class_picture(use), folder / "expert_class.png")
-    words = Table(
-        "Typical subwords of each expert",
-        ("layer", "expert", "share, %", "subwords"),
-        tuple((r["layer"], str(r["expert"]), f"{100 * r['share']:.1f}", r["subwords"]) for r in typical),
-        sortable=True,
-    )
-    counts = {layer.name: layer.by_piece.sum(0) for layer in use.layers}
-    return Section("What the experts are used for", (table, *maps, *load_charts(counts), words))
-
-
-def _flat(bands: Sequence[Sequence[Heatmap]]) -> list[Heatmap]:
-    return [m for band in bands for m in band]
+        path = folder / "expert_language.png" if draw else None
+        maps += map_parts(language_counts(use), "a language", "language", path)
+    return Section("What the experts are used for", (_table(rows), *maps, *load_parts(use.stats), typical))
 
 
 def _table(rows: Sequence[Specialisation]) -> Table:
@@ -84,60 +63,38 @@ def _table(rows: Sequence[Specialisation]) -> Table:
     )
 
 
-def language_maps(use: ExpertUse) -> list[list[Heatmap]]:
-    """Return maps of language pairs by experts, a side each; of many pairs, of the language whose tokens it sees."""
-    bands = []
-    for side, layers in _sides(use.layers).items():
+def language_counts(use: TextUse) -> list[tuple[dict[str, np.ndarray], Sequence[str]]]:
+    """Return routed pairs of language pairs by experts, a side each; of many pairs, of the language whose tokens it
+    sees."""
+    sides: list[tuple[dict[str, np.ndarray], Sequence[str]]] = []
+    for side, layers in _sides(use):
         label_B, names = use.pair_B, use.pairs
         if len(use.pairs) > _MOST_PAIRS:
             labels = use.labels()
             own = labels.get("source language" if side == "source" else "target language")
             # Where all sentences share it, the other end.
             label_B, names = own or next(iter(labels.values()))
-        bands.append(_maps({layer.name: by_label(layer, label_B, len(names)) for layer in layers}, names))
-    return bands
+        sides.append(({layer.name: by_label(layer, label_B, len(names)) for layer in layers}, names))
+    return sides
 
 
-def language_picture(use: ExpertUse) -> Any:
-    """Draw ``language_maps``."""
-    title = "Which expert takes the tokens of a language pair (its share of all)"
-    return heatmaps(language_maps(use), title, "share of the pair's tokens, %")
+def class_counts(use: TextUse) -> list[dict[str, np.ndarray]]:
+    """Return routed pairs of ``CLASSES`` by experts, a side each."""
+    return [{layer.name: by_class(layer, use.classes_of(side)) for layer in layers} for side, layers in _sides(use)]
 
 
-def class_maps(use: ExpertUse) -> list[list[Heatmap]]:
-    """Return maps of ``CLASSES`` by experts, a side each."""
-    return [_maps(_class_counts(use, side, layers), CLASSES) for side, layers in _sides(use.layers).items()]
-
-
-def _class_counts(use: ExpertUse, side: Side, layers: Sequence[LayerUse]) -> dict[str, np.ndarray]:
-    class_V = use.classes_of(side)
-    return {layer.name: by_class(layer, class_V) for layer in layers}
-
-
-def class_picture(use: ExpertUse) -> Any:
-    """Draw ``class_maps``; the colours end where few shares of the text itself are larger."""
+def _usual(classes: Sequence[Mapping[str, np.ndarray]]) -> float:
+    """Return the share that few shares of the text itself exceed."""
     usual = [np.zeros(1)]
-    for side, layers in _sides(use.layers).items():
-        counts = _class_counts(use, side, layers)
+    for of_layers in classes:
         # Classes of less than a hundredth are all on a few experts by chance.
-        usual += [shares(c[SPECIAL:][c[SPECIAL:].sum(1) * 100 >= c.sum()]).ravel() for c in counts.values()]
-    title, top = (
-        "Which expert takes the subwords of a class (its share of all)",
-        np.quantile(np.concatenate(usual), 0.97),
-    )
-    return heatmaps(class_maps(use), title, "share of the class's tokens, %", top=float(top))
+        usual += [shares(c[SPECIAL:][c[SPECIAL:].sum(1) * 100 >= c.sum()]).ravel() for c in of_layers.values()]
+    return float(np.quantile(np.concatenate(usual), 0.97))
 
 
-def _sides(layers: Sequence[LayerUse]) -> dict[Side, list[LayerUse]]:
-    by_side: dict[Side, list[LayerUse]] = {}
-    for layer in layers:
-        by_side.setdefault(layer.side, []).append(layer)
-    return by_side
-
-
-def _maps(counts: dict[str, np.ndarray], names: Sequence[str]) -> list[Heatmap]:
-    """Return the maps of a side; of many layers some, end to end."""
-    if len(counts) > MOST_LAYERS:
-        kept = {round(i) for i in np.linspace(0, len(counts) - 1, MOST_LAYERS)}
-        counts = {name: c for i, (name, c) in enumerate(counts.items()) if i in kept}
-    return maps_by_label(counts, names)[0]
+def _sides(use: TextUse) -> Iterator[tuple[Side, list[LayerUse]]]:
+    """Yield the layers of each side; of many some, at equal steps."""
+    for side in SIDES:
+        layers = {layer.name: layer for layer in use.layers if layer.side == side}
+        if layers:
+            yield side, [layers[name] for name in some_layers(list(layers))]

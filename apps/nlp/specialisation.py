@@ -18,7 +18,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ from torch import Tensor
 import core
 from apps.data.subwords import Side, Subwords
 from apps.report.groups import QUARTERS, quarters
-from apps.report.routed import expert_label_counts, layer_label
 from apps.report.specialised import entropy, mutual_information
+from apps.report.use import ExpertUse, Labels, Tokens
 
 CLASSES = (
     "begin of sentence",
@@ -48,6 +48,7 @@ _DIGITS, _PUNCTUATION, _FUNCTION, _START = 4, 5, 6, 7
 _MARKED = {"<s>": 0, "</s>": 1, "<unk>": 3, "<pad>": 3}
 _SHORT = 4
 
+SIDES: tuple[Side, ...] = ("source", "target")
 Label = Literal["source language", "target language", "pair", "token class"]
 
 
@@ -122,10 +123,11 @@ class LayerUse:
         return int(self.by_sentence.sum())
 
 
-class ExpertUse:
-    """Adds up, batch by batch, which sentences and which subwords each expert was used for.
+class TextUse(ExpertUse):
+    """Adds up, batch by batch, which sentences and which subwords each expert is used for.
 
     Args:
+        tokens: says what the tokens are.
         subwords: of the ids.
         pairs: language pairs, in the order of their numbers; one of any name for plain text.
 
@@ -136,35 +138,23 @@ class ExpertUse:
         use.add(tape, pair_B)
     """
 
-    def __init__(self, subwords: Subwords, pairs: Sequence[str]) -> None:
+    def __init__(self, tokens: Tokens, subwords: Subwords, pairs: Sequence[str]) -> None:
         self.subwords, self.pairs = subwords, tuple(pairs)
         self.pair_B = np.zeros(0, np.int64)
-        self._by_sentence: dict[str, list[np.ndarray]] = {}
-        self._by_piece: dict[str, np.ndarray] = {}
+        sides = {side: Labels(side, subwords.size(side)) for side in SIDES}
+        super().__init__(tokens, {"sentence": Labels("sentence", None), **sides})
 
-    def add(self, tape: core.Tape, pair_B: Tensor) -> None:
-        """Add the passes of one batch, whose sentences have the language pairs ``pair_B``."""
-        B = len(pair_B)
-        of_batch: dict[str, np.ndarray] = {}
-        for entry in tape.entries:
-            name, side = layer_label(entry.name), side_of(entry.name)
-            if entry.context is None or entry.context.token_ids_BS is None:
-                raise ValueError(f"layer {entry.name!r} was not given the ids of its tokens")
-            ids_T = entry.context.token_ids_BS.flatten()
-            by_sentence = expert_label_counts(entry.routing, torch.arange(B), B).cpu().numpy()
-            by_piece = expert_label_counts(entry.routing, ids_T, self.subwords.size(side)).cpu().numpy()
-            of_batch[name] = of_batch.get(name, 0) + by_sentence  # a layer used twice counts twice
-            self._by_piece[name] = self._by_piece.get(name, 0) + by_piece
-        for name, counts in of_batch.items():
-            self._by_sentence.setdefault(name, []).append(counts)
-        self.pair_B = np.concatenate([self.pair_B, pair_B.cpu().numpy()])
+    def add(self, tape: core.Tape, batch: Tensor) -> None:
+        """Add the passes of one batch, given the language pairs of its sentences, (B,)."""
+        super().add(tape, batch)
+        self.pair_B = np.concatenate([self.pair_B, batch.cpu().numpy()])
 
     @property
     def layers(self) -> list[LayerUse]:
         """The use of each layer, in the order of the passes."""
         return [
-            LayerUse(name, side_of(name), np.concatenate(parts), self._by_piece[name])
-            for name, parts in self._by_sentence.items()
+            LayerUse(name, side_of(name), by_sentence, self.counts[side_of(name)][name])
+            for name, by_sentence in self.counts["sentence"].items()
         ]
 
     def labels(self) -> dict[Label, tuple[np.ndarray, tuple[str, ...]]]:
@@ -186,9 +176,20 @@ class ExpertUse:
 
     def classes_of(self, side: Side) -> np.ndarray:
         """Return ``token_classes`` by the tokens that the first layer of a side saw, int64 (V,)."""
-        pieces = self.subwords.pieces(range(self.subwords.size(side)), side)
-        counts = next((use.sum(1) for name, use in self._by_piece.items() if side_of(name) == side), None)
+        counts = next((own.sum(1) for own in self.counts[side].values()), None)
+        pieces = self.pieces(side)
         return token_classes(pieces, np.zeros(len(pieces), np.int64) if counts is None else counts)
+
+    def pieces(self, side: Side) -> Sequence[str]:
+        """Return all subwords of a side."""
+        return self.subwords.pieces(range(self.subwords.size(side)), side)
+
+
+def tokens(entry: Any, pair_B: Tensor) -> dict[str, Tensor]:
+    """Return the subword of each token of a pass, as "source" or "target", and the number of each sentence."""
+    if entry.context is None or entry.context.token_ids_BS is None:
+        raise ValueError(f"layer {entry.name!r} was not given the ids of its tokens")
+    return {side_of(entry.name): entry.context.token_ids_BS.flatten(), "sentence": torch.arange(len(pair_B))}
 
 
 def by_label(layer: LayerUse, label_B: np.ndarray, num_labels: int) -> np.ndarray:
@@ -238,7 +239,7 @@ class Specialisation:
     by_chance: float
 
 
-def specialisation(use: ExpertUse, shuffles: int = 20) -> list[Specialisation]:
+def specialisation(use: TextUse, shuffles: int = 20) -> list[Specialisation]:
     """Return how specialised each layer is: in the languages, where there are several, then in the token classes."""
     draw = np.random.RandomState(0)
     classes = {side: use.classes_of(side) for side in {layer.side for layer in use.layers}}

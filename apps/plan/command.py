@@ -7,11 +7,11 @@ import os
 from apps.base.files import replacing
 from apps.base.quiet import quiet
 from apps.cli.errors import UsageError
-from apps.plan.display import COLUMNS, MESH, details, header, overlay, picture, rows, shown
+from apps.plan.display import COLUMNS, MESH, chart, details, header, overlay, rows, shown
 from apps.plan.options import Options
 from apps.plan.outline import Outline, outlined
 from apps.plan.sweep import Sweep, over_gpus, sweep
-from apps.report.plots import save_picture
+from apps.report.page import save_charts
 from apps.report.tables import print_table, write_csv
 from apps.task.sizes import Missing
 
@@ -52,5 +52,5 @@ def _write(outline: Outline, plan: Sweep, options: Options) -> None:
         file.write(overlay(plan.best, options))
     write_csv(options.output / "plan.csv", rows(plan))
     title = f"{outline.kind}, {outline.num_params:,} parameters"
-    save_picture(picture(over_gpus(outline, options), title), options.output / "gpus.png")
+    save_charts([chart(over_gpus(outline, options))], options.output / "gpus.png", title)
     print(f"{options.output}: overlay.yaml, plan.csv, gpus.png")

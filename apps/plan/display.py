@@ -1,9 +1,9 @@
-"""How a plan is shown: a table, lines, an overlay to paste, and a picture."""
+"""How a plan is shown: a table, lines, an overlay to paste, and a chart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -12,9 +12,7 @@ from apps.plan.layout import Cost, hidden_units
 from apps.plan.options import Options
 from apps.plan.outline import Outline
 from apps.plan.sweep import Sweep
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from apps.report.page import Line, LineChart
 
 
 def rows(sweep: Sweep) -> list[dict[str, Any]]:
@@ -144,42 +142,24 @@ def overlay(one: Cost, options: Options) -> str:
     return yaml.safe_dump({"trainer": trainer}, sort_keys=False)
 
 
-def picture(costs: Sequence[tuple[int, Cost]], title: str) -> Figure:
-    """Draw the time of a step and its parts over the number of GPUs, and the degree of each best layout.
+def chart(costs: Sequence[tuple[int, Cost]]) -> LineChart:
+    """Return the time of a step and its parts over the number of GPUs, with the degree of each best layout.
 
     Args:
         costs: numbers of GPUs, ascending, with their best layouts.
-        title: of the picture.
     """
-    from apps.report.plots import PALETTE, clean_axis, new_picture
-
-    fig = new_picture(6.4, 4.0)
-    axis = fig.subplots()
-    gpus = [n for n, _ in costs]
-    lines = {
+    gpus = tuple(float(n) for n, _ in costs)
+    degrees = tuple(f"{c.layout.degree}{'' if c.fits else '!'}" for _, c in costs)
+    seconds = {
         "step": [c.seconds for _, c in costs],
         "compute": [c.compute for _, c in costs],
         "exchange": [c.exchange for _, c in costs],
         "sharding: parameters and gradients": [c.data for _, c in costs],
     }
-    for i, (name, seconds) in enumerate(lines.items()):
-        color, width = ("black", 2.0) if name == "step" else (PALETTE[i - 1], 1.5)
-        axis.plot(gpus, [1e3 * s for s in seconds], color=color, linewidth=width, marker="o", markersize=4, label=name)
-    for n, c in costs:
-        place = (n, 1e3 * c.seconds)
-        axis.annotate(str(c.layout.degree), place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
-    missing = [(n, 1e3 * c.seconds) for n, c in costs if not c.fits]
-    if missing:
-        x, y = zip(*missing, strict=True)
-        axis.scatter(x, y, s=36, c="white", edgecolors="black", zorder=3, label="memory does not fit")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(gpus, [str(n) for n in gpus])
-    axis.minorticks_off()
-    axis.set_ylim(0, 1.2 * 1e3 * max(c.seconds for _, c in costs))
-    axis.set_xlabel("GPUs, each with the same batch; above a step: its expert-parallel degree")
-    axis.set_ylabel("ms a step")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=8, frameon=False)
-    clean_axis(axis)
-    fig.suptitle(title, fontsize=11)
-    return fig
+    lines = tuple(
+        Line(name, gpus, tuple(1e3 * s for s in own), notes=degrees if name == "step" else ())
+        for name, own in seconds.items()
+    )
+    summary = "Each GPU has the same batch. Above a step: its expert-parallel degree; ! does not fit into memory."
+    x_title = "GPUs; above a step: its degree, ! does not fit"
+    return LineChart("Time of a step", summary, x_title, "ms", lines, log_x=True)

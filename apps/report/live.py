@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,11 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 import core
-from apps.report.heatmaps import Heatmap, heatmaps, numbers
+from apps.report.page import HeatmapChart, png_of
 from apps.train.balanced import BalancedModule
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 
 class RoutingDetail(Callback):
@@ -53,24 +54,27 @@ def show_loads(loggers: list[Logger], stats: core.RoutingStats, step: int) -> No
     able = [logger for logger in loggers if isinstance(logger, (TensorBoardLogger, WandbLogger, MLFlowLogger))]
     if not able:
         return
-    figure = load_map(loads)
+    from PIL import Image
+
+    chart = load_map(loads)
+    image = Image.open(io.BytesIO(png_of([chart], chart.title))).convert("RGB")
     for logger in able:
         for name, load_E in loads.items():
             _log_histogram(logger, f"val/routing/{name}/load", load_E, step)
-        _log_figure(logger, "val/routing/loads", figure, step)
+        _log_image(logger, "val/routing/loads", image, step)
 
 
-def load_map(loads: dict[str, np.ndarray]) -> Figure:
-    """Draw the share of the pairs that each expert takes, a row a layer.
+def load_map(loads: dict[str, np.ndarray]) -> HeatmapChart:
+    """Return the share of the pairs that each expert takes, a row a layer.
 
     Args:
         loads: layer name to (E,) loads over the mean; E may differ.
     """
-    most = max(len(load_E) for load_E in loads.values())
-    values = np.full((len(loads), most), np.nan)
+    values = np.full((len(loads), max(map(len, loads.values()))), np.nan)
     for row, load_E in zip(values, loads.values(), strict=True):
         row[: len(load_E)] = load_E / len(load_E)
-    return heatmaps([[Heatmap("", tuple(loads), numbers(most), values)]], "Load of the experts", "share of pairs, %")
+    title, share = "Load of the experts", "share of pairs, %"
+    return HeatmapChart.of(values, list(loads), title=title, row_title="layer", value_title=share)
 
 
 def _log_histogram(logger: Logger, name: str, values: np.ndarray, step: int) -> None:
@@ -84,12 +88,12 @@ def _log_histogram(logger: Logger, name: str, values: np.ndarray, step: int) -> 
     # MLflow has no histograms; the percentiles are among its figures.
 
 
-def _log_figure(logger: Logger, name: str, figure: Figure, step: int) -> None:
+def _log_image(logger: Logger, name: str, image: Image, step: int) -> None:
     if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_figure(name, figure, step, close=False)
+        logger.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")
     elif isinstance(logger, WandbLogger):
         import wandb
 
-        logger.log_metrics({name: wandb.Image(figure)}, step)  # type: ignore[dict-item]
+        logger.log_metrics({name: wandb.Image(image)}, step)  # type: ignore[dict-item]
     elif isinstance(logger, MLFlowLogger):
-        logger.experiment.log_figure(logger.run_id, figure, f"{name}/{step:08d}.png")
+        logger.experiment.log_image(logger.run_id, image, f"{name}/{step:08d}.png")

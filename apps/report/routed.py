@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import core
+
+MOST_EXPERTS = 2
+"""Experts of a token that are written."""
+_TOWERS = ("image", "text", "user", "item")
 
 
 def experts_of_token(routing: Any, most: int) -> Tensor:
@@ -73,9 +78,30 @@ def gate_weights(routing: Any) -> Tensor:
     return weights_TE.index_put(place, routing.gates_N.detach().float(), accumulate=True)[:, :E]
 
 
+def experts_by_layer(entries: Iterable[Any], most: int = MOST_EXPERTS) -> dict[str, list[list[int]]]:
+    """Return the first of ``experts_of_token`` for each entry of a tape, by its layer in words."""
+    return {layer_label(entry.name): experts_of_token(entry.routing, most).tolist() for entry in entries}
+
+
+def largest_number(entries: Iterable[Any]) -> int:
+    """Return the number of experts of the entry of a tape that has most; 0 without entries."""
+    return max((len(entry.routing.tokens_per_expert_E) for entry in entries), default=0)
+
+
 def layer_label(layer: str) -> str:
-    """Return "block 3" for ``blocks.3.mlp``, "decoder 3" for ``decoder.layers.3.ffn`` and "decoder 3 attention" for
-    ``decoder.layers.3.mixing.heads``; other names as they are."""
-    match = re.search(r"(?:^|\.)(?:blocks|(encoder|decoder)\.layers)\.(\d+)\.", layer)
+    """Return a layer's name in words; one that is none of a stack stays, without "model.".
+
+    Example::
+
+        layer_label("blocks.3.mlp")                           # "block 3"
+        layer_label("decoder.layers.3.ffn")                   # "decoder 3"
+        layer_label("decoder.layers.3.mixing.heads")          # "decoder 3 attention"
+        layer_label("model.towers.image.blocks.1.mlp")        # "image block 1"
+    """
+    match = re.search(r"(?:^|\.)(?:(encoder|decoder)\.layers|blocks|layers)\.(\d+)\.", layer)
+    if match is None:
+        return layer.removeprefix("model.")
+    words = re.split(r"[._]", layer[: match.start()])
+    tower = "".join(f"{name} " for name in _TOWERS if name in words)
     part = " attention" if layer.endswith(".mixing.heads") else ""
-    return f"{match[1] or 'block'} {match[2]}{part}" if match else layer
+    return f"{match[1] or f'{tower}block'} {match[2]}{part}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 import core
 from apps.data.given import GivenConfig, GivenData
@@ -26,8 +27,9 @@ class Task(ABC):
     """A trained model in use. Each model of an app has a subclass, ``TASK`` of its room's module ``task``.
 
     A subclass says what goes in (``inputs``), what comes out (``output``), how a batch of the one becomes the other
-    (``answers``), and which names the tokens of a tape have (``layers``). A service and a page follow from these. What
-    is asked where there is no trained model, such as by a plan, are class methods.
+    (``answers``), and which names the tokens of a tape have (``layers`` of an example, ``tokens`` of a test's batch). A
+    service and a page follow from these. What is asked where there is no trained model, such as by a plan, are class
+    methods.
 
     Args:
         model: the trained model, in evaluation.
@@ -124,6 +126,21 @@ class Task(ABC):
     @abstractmethod
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:
         """Return a forward of a model that is on the meta device."""
+
+    @classmethod
+    def tokens(cls, model: Any, entry: Any, batch: Any) -> Mapping[str, Tensor]:
+        """Return what the tokens of a recorded pass are, for the counts of a test's report.
+
+        Args:
+            model: the trained model.
+            entry: the pass, an entry of a tape.
+            batch: what the model was given.
+
+        Returns:
+            By what is said, such as "item" or "class": the number of each token, int64 (T,), or of each sequence, (B,);
+            a negative one is of no such thing.
+        """
+        return {}
 
     @classmethod
     def own_data(cls, given: GivenData) -> GivenConfig | None:

@@ -10,11 +10,9 @@ import numpy as np
 
 from apps.report.exhibit.parts import Gates, LayerPart, Patches
 from apps.report.exhibit.routes import expert_names, layer_names, words_by_layer
+from apps.report.routed import MOST_EXPERTS
 
 __all__ = ["MOST_EXPERTS", "gates_by_layer", "patches_by_layer", "words_by_layer"]
-
-MOST_EXPERTS = 2
-"""Experts of a token that are written."""
 
 
 def patches_by_layer(placed: Iterable[tuple[Any, Any]], image: np.ndarray) -> dict[str, tuple[LayerPart, ...]]:

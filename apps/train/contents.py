@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from apps.base.messages import some
-from apps.registry import class_path, name_of
+from apps.registry import class_path, name_of, without_dropped
 from apps.train import pretrained, sharded
 from apps.train.checkpoint_paths import is_pretrained
 
 
 def read_checkpoint(path: Path | str, shapes_only: bool = False) -> dict[str, Any]:
     """Return a checkpoint's contents on the CPU. Tensors of a file are mapped, and read where they are used.
+
+    Options of the model that only earlier versions had are left out.
 
     Args:
         path: a file, or the folder of a sharded checkpoint or of a pretrained model.
@@ -27,6 +29,13 @@ def read_checkpoint(path: Path | str, shapes_only: bool = False) -> dict[str, An
         FileNotFoundError: no such file.
         ValueError: the file is damaged, or is no checkpoint.
     """
+    checkpoint = _read(path, shapes_only)
+    if isinstance(arguments := checkpoint.get("hyper_parameters"), Mapping):
+        checkpoint["hyper_parameters"] = without_dropped(str(checkpoint.get("module_class")), arguments)
+    return checkpoint
+
+
+def _read(path: Path | str, shapes_only: bool) -> dict[str, Any]:
     if sharded.is_sharded(path):
         return sharded.read(path, device="meta" if shapes_only else "cpu")
     if is_pretrained(path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class Description:
         plain = (described.arguments, described.preprocessing, described.graphs, described.scalars)
         if not isinstance(described.module, str) or not all(isinstance(part, Mapping) for part in plain):
             raise ValueError(f"{path} is not a model that moesaic export has written: its fields are of other types")
-        return described
+        return replace(described, arguments=registry.without_dropped(described.module, described.arguments))
 
 
 class OnnxGraph(nn.Module):

@@ -18,6 +18,7 @@ from apps.task.outputs import classes, top_classes
 from apps.train.exporting import Exported, Graph
 from apps.vision import own_data
 from apps.vision.encoding import normalize
+from apps.vision.few_shot import hard_labels
 from apps.vision.image_files import to_array
 from apps.vision.image_input import drawn_images, image_input, images_on_meta
 from apps.vision.report import patch_experts
@@ -112,6 +113,11 @@ class ImageClassification(Task):
         batch = sizes.examples()
         image = images_on_meta(model, batch, dtype)
         return Trial(lambda: model.model(image), batch, batch, unit="images")
+
+    @classmethod
+    def tokens(cls, model: Any, entry: Any, batch: Any) -> Mapping[str, Tensor]:
+        """Return the class of each image."""
+        return {"class": hard_labels(batch.label)}
 
     @classmethod
     def own_data(cls, given: GivenData) -> GivenConfig | None:

@@ -23,7 +23,7 @@ def digits(monkeypatch) -> None:
 
 
 def test_demo_ends_with_the_path_of_one_report_and_is_quick_again(tmp_path, monkeypatch, capsys, digits):
-    monkeypatch.setattr(html, "has_charts", lambda: False)
+    monkeypatch.setattr(html, "script", lambda: "")
     argv = ["--output", str(tmp_path), *FEW]
     assert demo.main(argv) == 0
     out = capsys.readouterr().out

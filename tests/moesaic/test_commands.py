@@ -23,7 +23,7 @@ from apps.verdict import command, schedule, training, work
 @pytest.fixture(autouse=True)
 def without_charts(monkeypatch) -> None:
     """Write reports with tables alone, which is quicker."""
-    monkeypatch.setattr(html, "has_charts", lambda: False)
+    monkeypatch.setattr(html, "script", lambda: "")
 
 
 def run(script: str, *folders: object) -> subprocess.CompletedProcess[str]:

@@ -80,7 +80,7 @@ def retrieval_run(folder: Path) -> Path:
 
     arguments = pair_options(folder, user_column="user", exclude_seen=True)
     data = RetrievalData(**arguments)
-    return _saved(folder / "run", retriever(data, top_k=2), data, arguments)
+    return _saved(folder / "run", retriever(data), data, arguments)
 
 
 def pairs_run(folder: Path) -> Path:

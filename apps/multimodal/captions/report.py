@@ -22,24 +22,21 @@ from apps.base.files import replacing
 from apps.data.text_files import num_words
 from apps.multimodal.batch import PairBatch
 from apps.multimodal.captions.metrics import CaptionedImage, CaptionMetrics, num_references, signatures
-from apps.multimodal.captions.pictures import looks_at
 from apps.multimodal.captions.traced import Traced, traced
 from apps.multimodal.report import displayed
 from apps.nlp.text.foreseen import read_ids
 from apps.nlp.text.report import WrittenReport
 from apps.nlp.text.scores import scorer
 from apps.report.base import ReportConfig, computed_metrics, spread_batches, spread_places
+from apps.report.images import Tile, heated, save_images
 from apps.report.page import Gallery, Part, Picture, Section, Table, Thumbnail, Words
-from apps.report.page.experts import load_charts
-from apps.report.plots import save_picture
-from apps.report.routed import expert_label_counts, experts_of_token, layer_label
-from apps.report.specialised import typical_labels
-from apps.report.tables import write_csv
+from apps.report.routed import experts_by_layer, largest_number
+from apps.report.use import ExpertUse, Labels, load_parts, tokens_of, typical_parts
 from core.fields import CountOrZero
 
 _COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}
-_MOST_EXPERTS = 2
-"""Experts of a subword that are written."""
+_SIDE_BY_SIDE = 6
+"""Images side by side that show where words look."""
 _THUMBNAIL = 96
 """Least height and width of a picture in the gallery, in pixels."""
 
@@ -89,7 +86,7 @@ class CaptionReport(WrittenReport):
     """
 
     config: CaptionReportConfig
-    written, of_batches = "captions", "captioned images and the use of experts"
+    of_batches = "captioned images and the use of experts"
 
     def __init__(self, config: CaptionReportConfig) -> None:
         self.config = config
@@ -119,7 +116,7 @@ class CaptionReport(WrittenReport):
                 shown += pictures.write_words(module, captioned, number, folder)
             if shown:
                 sections.append(Section("Words and where they look", tuple(shown)))
-            self.write_curves(module, collected.run, folder)
+            self.write_curves(collected.run, folder)
         return sections
 
 
@@ -214,14 +211,16 @@ class _Pictures:
         """Caption an image and draw ``image_<number>_words.png``; return what a page shows of it."""
         if captioned.image not in self._images:
             return []
-        image: Tensor = self._images[captioned.image][None].to(module.device)
+        batch: Tensor = self._images[captioned.image][None].to(module.device)
         index = torch.tensor([captioned.image], device=module.device)
-        trace = traced(module, image, module.hypotheses_of(image, module.decode, index).best[0])
+        trace = traced(module, batch, module.hypotheses_of(batch, module.decode, index).best[0])
         words, looks = trace.looks()
         name = f"image_{number}_words.png"
         heading = image_name(self.data, captioned.image)
-        picture = looks_at(self.pixels(captioned.image), words, looks, f"{heading}: where each word looks")
-        save_picture(picture, folder / name)
+        image = self.pixels(captioned.image)
+        tiles = [Tile(image, "the image"), *(heated(image, own, word) for word, own in zip(words, looks, strict=True))]
+        rows = [tiles[first : first + _SIDE_BY_SIDE] for first in range(0, len(tiles), _SIDE_BY_SIDE)]
+        save_images(rows, folder / name, f"{heading}: where each word looks")
         seen = f"{heading}, and for each word of {captioned.caption!r} the patches that the decoder attends to"
         caption = f"{heading}: attention of the decoder, word by word."
         return [*_words_of(trace, heading), Picture(name, seen, caption)]
@@ -232,10 +231,8 @@ def _words_of(trace: Traced, heading: str) -> list[Words]:
     entries = trace.of_decoder
     if not entries:
         return []
-    num_experts = max(len(entry.routing.tokens_per_expert_E) for entry in entries)
-    experts = {layer_label(e.name): experts_of_token(e.routing, _MOST_EXPERTS).tolist() for e in entries}
     title = f"{heading}: experts of each subword as it is read, by falling gate"
-    return [Words.of_pieces(title, trace.read, experts, num_experts)]
+    return [Words.of_pieces(title, trace.read, experts_by_layer(entries), largest_number(entries))]
 
 
 def thumbnail(pixels: np.ndarray, captioned: CaptionedImage, name: str) -> Thumbnail:
@@ -262,28 +259,14 @@ def write_use(module: Any, batches: Sequence[PairBatch], folder: Path) -> Sectio
         folder: where the file goes.
     """
     vocab = module.vocab_size
-    by_piece: dict[str, np.ndarray] = {}
-    loads: dict[str, np.ndarray] = {}
+    use = ExpertUse(tokens_of(module), {"subword": Labels("subword", vocab)})
     for batch in batches:
         read_BL = read_ids(batch.text_BL).to(module.device)
         with core.record(module.model) as tape:
             module(batch.image.to(module.device), read_BL)
-        for entry in tape.entries:
-            label = layer_label(entry.name)
-            loads[label] = loads.get(label, 0) + entry.routing.tokens_per_expert_E.cpu().numpy()
-            if entry.name.startswith("decoder."):
-                counts = expert_label_counts(entry.routing, read_BL.flatten(), vocab).cpu().numpy()
-                by_piece[label] = by_piece.get(label, 0) + counts
-    pieces = module.subwords.pieces(range(vocab), "source")
-    rows = []
-    for label, counts_VE in by_piece.items():
-        share_E = counts_VE.sum(0) / max(int(counts_VE.sum()), 1)
-        for expert, own in enumerate(typical_labels(counts_VE, pieces)):
-            rows.append({"layer": label, "expert": expert, "share": share_E[expert], "subwords": " ".join(own)})
-    parts: list[Part] = [*load_charts(loads)]
-    if rows:
-        write_csv(folder / "expert_subwords.csv", rows)
-        lines = tuple((r["layer"], str(r["expert"]), f"{100 * r['share']:.1f}", r["subwords"]) for r in rows)
-        header = ("layer", "expert", "share, %", "subwords")
-        parts.append(Table("Typical subwords of each expert of the decoder", header, lines, sortable=True))
+        use.add(tape, read_BL)
+    parts: list[Part] = [*load_parts(use.stats)]
+    if counts := use.counts["subword"]:
+        names = dict.fromkeys(counts, module.subwords.pieces(range(vocab), "source"))
+        parts.append(typical_parts(counts, names, "subwords", folder / "expert_subwords.csv"))
     return Section("What the experts are used for", tuple(parts))

@@ -113,6 +113,11 @@ class Captioning(Task):
         return {name: value for name, value in known.items() if name != "attributes"}
 
     @classmethod
+    def tokens(cls, model: Any, entry: Any, batch: Any) -> Mapping[str, Tensor]:
+        """Return the subwords of the decoder's passes; the batch are those that it reads, (B, L)."""
+        return {"subword": batch.flatten()} if entry.name.startswith("decoder.") else {}
+
+    @classmethod
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:
         length = min(sizes.length or model.max_tokens, model.max_tokens)
         batch = sizes.examples(length)

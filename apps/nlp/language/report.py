@@ -15,18 +15,18 @@ from torch import Tensor
 
 import core
 from apps.data.loader import batches_of_test
-from apps.nlp.expert_use import MOST_LAYERS, write_use
-from apps.nlp.specialisation import CLASSES, ExpertUse, token_classes
+from apps.nlp.expert_use import write_use
+from apps.nlp.specialisation import CLASSES, TextUse, token_classes
 from apps.nlp.text.foreseen import perplexity
 from apps.report.base import Report, ReportConfig, is_left_out, spread_places
 from apps.report.page import BarChart, Line, LineChart, Section, Table, Words
 from apps.report.page.parts import START
-from apps.report.routed import experts_of_token, layer_label
+from apps.report.routed import experts_by_layer, largest_number
 from apps.report.tables import write_csv
+from apps.report.use import some_layers, tokens_of
 from core.fields import CountOrZero
 
 _SHOWN = 48  # subwords of a piece of text
-_MOST_EXPERTS = 2  # of a subword
 _SEEN = 0.01  # share of the tokens from which a class is called the hardest
 _PLACES = 64  # parts of a block whose losses are told apart
 _NAMES = tuple(name.replace("of sentence", "of document") for name in CLASSES)
@@ -148,7 +148,7 @@ class Excerpt:
 @dataclass(frozen=True)
 class _Collected:
     losses: TokenLosses
-    use: ExpertUse
+    use: TextUse
     excerpts: list[Excerpt]
     pieces: Sequence[str]
 
@@ -172,7 +172,8 @@ class LanguageReport(Report):
             return None
         module: Any = pl_module
         pieces = module.subwords.pieces(range(module.subwords.size("target")), "target")
-        losses, use, excerpts = TokenLosses(len(pieces)), ExpertUse(module.subwords, ("text",)), []
+        losses, excerpts = TokenLosses(len(pieces)), []
+        use = TextUse(tokens_of(module), module.subwords, ("text",))
         count = int(trainer.num_test_batches[0])
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         wanted = -(-self.config.routing_examples // max(int(getattr(data, "eval_batch_size", 1)), 1))
@@ -223,14 +224,10 @@ def excerpt(ids: Sequence[int], nll: Sequence[float], tape: core.Tape, pieces: S
     after = [i for i in real if i >= len(ids) // 3 and pieces[ids[i]].startswith(START)]
     first = (after or real or [1])[0]
     kept = [i for i in real if first <= i < first + _SHOWN]
-    experts: dict[str, list[list[int]]] = {}
-    for entry in tape.entries:
-        row_L = experts_of_token(entry.routing, _MOST_EXPERTS)[: len(ids) - 1]
-        experts[layer_label(entry.name)] = row_L[kept].tolist()
-    layers = list(experts)
-    experts = {layers[i]: experts[layers[i]] for i in spread_places(len(layers), MOST_LAYERS)}
-    most = max((len(entry.routing.tokens_per_expert_E) for entry in tape.entries), default=0)
-    return Excerpt(tuple(pieces[ids[i]] for i in kept), tuple(nll[i - 1] for i in kept), experts, most)
+    experts = experts_by_layer(tape.entries)  # the block's tokens are the batch's first
+    shown = {layer: [experts[layer][i] for i in kept] for layer in some_layers(list(experts))}
+    words = tuple(pieces[ids[i]] for i in kept)
+    return Excerpt(words, tuple(nll[i - 1] for i in kept), shown, largest_number(tape.entries))
 
 
 def write_losses(losses: TokenLosses, pieces: Sequence[str], folder: Path) -> Section:

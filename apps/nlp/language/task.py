@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import core
 from apps.base.evaluation import in_evaluation
@@ -17,6 +18,7 @@ from apps.nlp.decode.run import dropless
 from apps.nlp.language.data import prompt_batches
 from apps.nlp.predict import checked_texts
 from apps.nlp.sizes import text_arguments
+from apps.nlp.specialisation import tokens
 from apps.nlp.text.words import words_of
 from apps.report.exhibit.fields import NumberField
 from apps.report.exhibit.parts import Example, LayerPart, Said
@@ -142,6 +144,11 @@ class Continuation(Task):
     @classmethod
     def data_arguments(cls, given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
         return text_arguments(given, sizes)
+
+    @classmethod
+    def tokens(cls, model: Any, entry: Any, batch: Any) -> Mapping[str, Tensor]:
+        """Return the subwords and the sentences; the batch is the language pair of each sentence."""
+        return tokens(entry, batch)
 
     @classmethod
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from apps.data.loader import batches_of_test
 from apps.report.base import Report, ReportConfig, report_folder
-from apps.report.curves import learning_curves, read_curves
-from apps.report.plots import save_picture
+from apps.report.page import LineChart, save_charts
+from apps.report.page.training import training_section
 from core.parallel import needs_all_ranks
 
 _logger = logging.getLogger(__name__)
@@ -22,18 +22,16 @@ class WrittenReport(Report):
 
     Attributes:
         config: what to do.
-        written: what the model writes, such as "translations".
         of_batches: what of the report needs the test's batches once more.
     """
 
     config: ReportConfig
-    written: ClassVar[str]
     of_batches: ClassVar[str]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.config.pictures:
             with report_folder(trainer) as folder:
-                self.write_curves(pl_module, Path(trainer.default_root_dir), folder)
+                self.write_curves(Path(trainer.default_root_dir), folder)
 
     def batches(self, trainer: Trainer, pl_module: LightningModule) -> list[Any]:
         """Return the test's batches on the first process; none where processes share the model, as the log says."""
@@ -47,18 +45,8 @@ class WrittenReport(Report):
             return []
         return list(batches_of_test(trainer))
 
-    def write_curves(self, module: Any, run: Path, folder: Path) -> None:
-        """Draw the curves of a run's ``metrics.csv`` as ``learning_curves.png``; nothing where it has none."""
-        smoothing = float(getattr(module, "label_smoothing", 0.0))
-        smoothed = f" (label smoothing {smoothing:g})" if smoothing else ""
-        panels = {
-            "loss": {f"train{smoothed}": "train/loss", "validation": "val/loss"},
-            f"validation {self.written}": {"BLEU": "val/bleu", "chrF++": "val/chrf"},
-            "most loaded expert over the mean": {
-                "train": "routing/load_imbalance",
-                "validation": "val/routing/load_imbalance",
-            },
-        }
-        curves = read_curves(run / "metrics.csv", panels)
-        if curves:
-            save_picture(learning_curves(curves, "Learning curves", best="BLEU"), folder / "learning_curves.png")
+    def write_curves(self, run: Path, folder: Path) -> None:
+        """Draw the course of a run's training as ``learning_curves.png``; nothing where it has none."""
+        charts = [part for part in training_section(run / "metrics.csv").parts if isinstance(part, LineChart)]
+        if charts:
+            save_charts(charts, folder / "learning_curves.png", "Learning curves")

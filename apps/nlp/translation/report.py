@@ -84,7 +84,7 @@ class TranslationReport(WrittenReport):
     """
 
     config: TranslationReportConfig
-    written, of_batches = "translations", "the use of experts and the pictures of sentences"
+    of_batches = "the use of experts and the pictures of sentences"
 
     def __init__(self, config: TranslationReportConfig) -> None:
         self.config = config
@@ -110,7 +110,7 @@ class TranslationReport(WrittenReport):
                 shown += write_sentence(module, sentence, number, folder)
             if shown:
                 sections.append(Section("Words in sentences", tuple(shown)))
-            self.write_curves(module, collected.run, folder)
+            self.write_curves(collected.run, folder)
         return [*sections, scores]
 
 

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import core
-from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Side
-from apps.nlp.specialisation import ExpertUse, side_of
+from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
+from apps.nlp.specialisation import TextUse, side_of
 from apps.nlp.text.batch import TranslationBatch
-from apps.nlp.translation import pictures
-from apps.nlp.translation.pictures import Routes
-from apps.report.page import Part, Picture, Words
-from apps.report.plots import save_picture
-from apps.report.routed import experts_of_token, layer_label
+from apps.report.page import HeatmapChart, Part, Words, save_charts
+from apps.report.routed import experts_by_layer, experts_of_token, largest_number
+from apps.report.use import tokens_of
 
 _USUAL_LENGTH = 14  # source subwords of a sentence that is drawn, about
-_MOST_EXPERTS = 2  # of a subword, written in its cell
 
 
 # ---- all sentences
 
 
 @torch.no_grad()
-def expert_use(module: Any, batches: Iterable[TranslationBatch]) -> ExpertUse:
+def expert_use(module: Any, batches: Iterable[TranslationBatch]) -> TextUse:
     """Read the experts of ``batches`` under the references; ``module`` is a ``Translator`` in evaluation."""
-    use = ExpertUse(module.subwords, module.pairs)
+    use = TextUse(tokens_of(module), module.subwords, module.pairs)
     for batch in batches:
         source_BS, read_BL, *ids = module.example_inputs(_on(module, batch))
         with core.record(module.model) as tape:
@@ -112,39 +108,32 @@ def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder:
     one = _on(module, sentence._replace(source_BS=source[None]))
     trace = traced(module, one, [*module.translate(one, module.decode).best[0], EOS_ID])
     heading = f"{module.pairs[int(sentence.pair_B)]}, sentence {int(sentence.index_B) + 1}"
-    weights = trace.attention
-    layer, heads = max(len(weights) - 2, 0), weights.shape[1]
-    picture = pictures.attention_map(
-        weights[layer].mean(0).cpu().numpy(),
-        trace.source,
+    layer, heads = max(len(trace.attention) - 2, 0), trace.attention.shape[1]
+    title = f"{heading}: attention of decoder layer {layer}, mean of {heads} heads"
+    attention = HeatmapChart.of(
+        trace.attention[layer].mean(0).cpu().numpy(),
         trace.written,
-        f"{heading}: attention of decoder layer {layer}, mean of {heads} heads",
+        trace.source,
+        title=title,
+        row_title="written",
+        column_title="source",
+        value_title="attention, %",
     )
-    name = f"sentence_{number}_attention.png"
-    save_picture(picture, folder / name)
-    seen = f"which of the {len(trace.source)} source subwords each of the {len(trace.written)} written ones attends to"
-    shown: list[Part] = [Picture(name, f"{heading}: {seen}", f"{heading}: attention of the decoder.")]
+    save_charts([attention], folder / f"sentence_{number}_attention.png", title)
     if not len(trace.tape):
-        return shown
-    experts: dict[Side, dict[str, np.ndarray]] = {"source": {}, "target": {}}
-    for entry in trace.tape.entries:
-        chosen = experts_of_token(entry.routing, _MOST_EXPERTS).cpu().numpy()
-        experts[side_of(entry.name)][layer_label(entry.name)] = chosen
-    sides = [
-        Routes("encoder layer", trace.source, experts["source"]),
-        Routes("decoder layer", trace.read, experts["target"]),
-    ]
-    num_experts = max(len(entry.routing.tokens_per_expert_E) for entry in trace.tape.entries)
-    several = any((ids[:, 1:] < num_experts).any() for side in sides for ids in side.experts.values())
+        return [attention]
+    num_experts = largest_number(trace.tape.entries)
+    several = any((experts_of_token(entry.routing, 2)[:, 1] < num_experts).any() for entry in trace.tape.entries)
     what = "experts of each subword, by falling gate" if several else "expert of each subword"
-    picture = pictures.sentence_routes(sides, num_experts, f"{heading}: {what}")
-    save_picture(picture, folder / f"sentence_{number}_experts.png")
-    words = []
-    for side_name, side in zip(("source", "translation as it is read"), sides, strict=True):
-        if side.experts:
-            of_layers = {layer: ids_TK.tolist() for layer, ids_TK in side.experts.items()}
-            words.append(Words.of_pieces(f"{heading}, {side_name}: {what}", side.pieces, of_layers, num_experts))
-    return [*words, *shown]
+    sides = {"source": ("source", trace.source), "target": ("translation as it is read", trace.read)}
+    words, panels = [], []
+    for side, (name, pieces) in sides.items():
+        experts = experts_by_layer(entry for entry in trace.tape.entries if side_of(entry.name) == side)
+        if experts:
+            words.append(Words.of_pieces(f"{heading}, {name}: {what}", pieces, experts, num_experts))
+            panels.append(replace(words[-1], title=name))
+    save_charts(panels, folder / f"sentence_{number}_experts.png", f"{heading}: {what}")
+    return [*words, attention]
 
 
 def _on(module: Any, batch: TranslationBatch) -> TranslationBatch:

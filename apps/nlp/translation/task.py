@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import core
 from apps.base.evaluation import in_evaluation
@@ -18,7 +19,7 @@ from apps.nlp.decode.graphs import graphs_with_memory, spelling, writing
 from apps.nlp.decode.run import dropless
 from apps.nlp.predict import source_batches
 from apps.nlp.sizes import text_arguments
-from apps.nlp.specialisation import side_of
+from apps.nlp.specialisation import side_of, tokens
 from apps.nlp.text.words import words_of
 from apps.nlp.translation.module import task_numbers
 from apps.nlp.translation.routes import traced
@@ -160,6 +161,11 @@ class Translation(Task):
     @classmethod
     def data_arguments(cls, given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
         return text_arguments(given, sizes)
+
+    @classmethod
+    def tokens(cls, model: Any, entry: Any, batch: Any) -> Mapping[str, Tensor]:
+        """Return the subwords and the sentences; the batch is the language pair of each sentence."""
+        return tokens(entry, batch)
 
     @classmethod
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:

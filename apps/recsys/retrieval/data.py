@@ -28,6 +28,7 @@ from apps.recsys.retrieval.columns import (
     take_columns,
 )
 from apps.recsys.retrieval.loss import log_probability
+from apps.recsys.retrieval.scoring import CANDIDATES, check_candidates
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.rows import TableRows
 
@@ -131,12 +132,19 @@ class RetrievalData(TableData):
             whatever their label. It needs ``user_column``.
         num_uniform: further negatives of a training step and process, drawn from the whole catalogue with all items
             equally likely; the pairs of the batch share them (mixed negative sampling).
+        top_k: items of a user that ``moesaic predict`` names.
+        rank: run or checkpoint of a ``MultiTaskRecommender``, whose prediction orders the items that ``moesaic
+            predict`` retrieves; None: they are ordered by the vectors.
+        rank_task: the task of that model; None: its first.
+        candidates: number of items that are retrieved for it.
+        index_file: file of the items' vectors that a test of the model wrote, for ``moesaic predict``; None: they are
+            computed again.
         kwargs: further options, as for ``TableData``, but for ``negatives``. The rows of ``predict_file`` are users:
             they need the users' columns alone.
 
     Raises:
         ValueError: as ``TableData``; a column of neither side, or of both; no such task, or one that is not binary; no
-            pair in training; or ``exclude_seen`` without a column of users.
+            pair in training; ``exclude_seen`` without a column of users; or fewer ``candidates`` than ``top_k``.
     """
 
     unit = "pairs"
@@ -152,10 +160,20 @@ class RetrievalData(TableData):
         user_column: str | None = None,
         exclude_seen: bool = False,
         num_uniform: int = 0,
+        top_k: int = 10,
+        rank: str | None = None,
+        rank_task: str | None = None,
+        candidates: int = CANDIDATES,
+        index_file: str | None = None,
         eval_batch_size: int = 1024,
         **kwargs: Any,
     ) -> None:
         check_at_least(0, num_uniform=num_uniform)
+        check_at_least(1, top_k=top_k)
+        if rank is not None:
+            check_candidates(top_k, candidates)
+        self.top_k, self.rank, self.rank_task, self.candidates = top_k, rank, rank_task, candidates
+        self.index_file = index_file
         self.item_column, self.item_columns, self.user_columns = item_column, tuple(item_columns), tuple(user_columns)
         self.positive, self.user_column, self.exclude_seen = positive, user_column, exclude_seen
         self.num_uniform = num_uniform

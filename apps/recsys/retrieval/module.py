@@ -28,7 +28,7 @@ from apps.recsys.retrieval.loss import sampled_softmax
 from apps.recsys.retrieval.metrics import RetrievalMetrics
 from apps.recsys.retrieval.model import Tower, TowerConfig
 from apps.recsys.retrieval.report import RetrievalReport, RetrievalReportConfig
-from apps.recsys.retrieval.scoring import CANDIDATES, Ranking, as_json, check_candidates, open_index, retrieve
+from apps.recsys.retrieval.scoring import CANDIDATES, Ranking, as_json, open_index, retrieve
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.dense import DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig
@@ -67,13 +67,6 @@ class TwoTowerRetriever(SparseModule, Comparable):
         learn_temperature: whether training moves the temperature, which then begins there and stays above 0.01.
         log_q: whether the softmax is corrected for how often each item is in a batch.
         ks: numbers of best items at which recall is measured, ascending; NDCG is measured at the first.
-        top_k: number of items that a prediction names.
-        rank: run or checkpoint of a ``MultiTaskRecommender``, by whose prediction the items that ``moesaic predict``
-            retrieves are ordered; None: they are ordered by the vectors.
-        rank_task: the task of that model; None: its first.
-        candidates: number of items that are retrieved for it.
-        index_file: file of the items' vectors that a test of this model wrote, for ``moesaic predict``; None: they are
-            made anew.
         report: what a test writes besides the metrics; None: nothing.
         optimizer: learning rate, weight decay and schedule.
         ema_decay: decay of the moving average of the weights; None: there is no average.
@@ -113,11 +106,6 @@ class TwoTowerRetriever(SparseModule, Comparable):
         learn_temperature: bool = False,
         log_q: bool = True,
         ks: Sequence[int] = (10, 50, 100),
-        top_k: int = 10,
-        rank: str | None = None,
-        rank_task: str | None = None,
-        candidates: int = CANDIDATES,
-        index_file: str | None = None,
         report: RetrievalReportConfig | None = _REPORT,
         optimizer: OptimizerConfig | None = None,
         ema_decay: float | None = None,
@@ -139,7 +127,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
             raise ValueError(
                 f"temperature={temperature} is below {_LEAST_TEMPERATURE}, where a learned one stays above"
             )
-        check_at_least(1, num_items=num_items, top_k=top_k)
+        check_at_least(1, num_items=num_items)
         self.ks = tuple(ks)
         if not self.ks or list(self.ks) != sorted(set(self.ks)) or self.ks[0] < 1:
             raise ValueError(f"ks={list(ks)} must be ascending numbers of at least 1")
@@ -147,10 +135,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
             raise ValueError(f"ks={list(ks)}: the last must be below the {num_items} items, or recall is always 1")
         self.user_features, self.item_features, self.num_items = user_features, item_features, num_items
         self.tower, self.moe, self.moe_blocks = tower or TowerConfig(), moe, moe_blocks
-        self.log_q, self.top_k = log_q, top_k
-        self.rank, self.rank_task, self.candidates, self.index_file = rank, rank_task, candidates, index_file
-        if rank is not None:
-            check_candidates(top_k, candidates)
+        self.log_q = log_q
         self.monitor = f"val/recall_{self.ks[-1]}"
         self.place = Place(type(self).__name__, ())
         if moe is not None:
@@ -234,8 +219,9 @@ class TwoTowerRetriever(SparseModule, Comparable):
     @property
     def ranking(self) -> Ranking | None:
         """The model that orders what a Trainer's predictions retrieve; it is loaded once for all batches."""
-        if self.rank is not None and self._ranking is None:
-            self._ranking = Ranking.load(self, self.rank, self.rank_task)
+        data = self._data()
+        if data.rank is not None and self._ranking is None:
+            self._ranking = Ranking.load(self, data.rank, data.rank_task)
         return self._ranking
 
     @property
@@ -245,23 +231,23 @@ class TwoTowerRetriever(SparseModule, Comparable):
 
     def on_predict_start(self) -> None:
         super().on_predict_start()
-        if self.index_file is not None:
-            self._index = open_index(self, self.index_file)
+        if self._data().index_file is not None:
+            self._index = open_index(self, self._data().index_file)
 
     def on_predict_end(self) -> None:
         super().on_predict_end()
         self._ranking = None
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
-        """Return the ``top_k`` best items of each user: a list of each user's items, and one of their products.
+        """Return the data's ``top_k`` best items of each user: a list of each user's items, and one of their products.
 
-        The keys are ``index``, the data's ``predict_columns``, the columns of user and item, ``score``, and with
+        The keys are ``index``, the data's ``predict_columns``, the columns of user and item, ``score``, and with its
         ``rank`` the ranking model's predictions, as lists too.
         """
         data, state = self._data(), encoding_of(self)
         vectors_BD, ranking = self.user_tower(batch.user), self.ranking
         users = None if ranking is None else data.users(batch, ranking.user_roles)
-        found = retrieve(self.index(), vectors_BD, batch.seen_BH, self.top_k, ranking, self.candidates, users)
+        found = retrieve(self.index(), vectors_BD, batch.seen_BH, data.top_k, ranking, data.candidates, users)
         named = () if state["user_column"] is None else (state["user_column"],)
         roles = {**dict.fromkeys(data.predict_columns, "predict_columns"), **dict.fromkeys(named, "user_column")}
         columns = data.users(batch, roles).select(list(roles)).to_pydict() if roles else {}

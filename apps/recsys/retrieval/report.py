@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,14 @@ from numpy.typing import NDArray
 import core
 from apps.data.loader import batches_of_test
 from apps.recsys.encoding.table_encoding import Encoding
+from apps.recsys.ranks import POPULARITY, QUARTERS, popularity_groups, rank_parts
 from apps.recsys.retrieval.catalogue import Catalogue
 from apps.recsys.retrieval.columns import column_of
 from apps.recsys.retrieval.index import FILE, ItemIndex
-from apps.recsys.sequence.report import POPULARITY, popularity_groups
 from apps.recsys.tables.scoring import encoding_of
 from apps.report.base import Report, ReportConfig, first_batches, is_left_out, spread_places
-from apps.report.heatmaps import heatmaps, maps_by_label
-from apps.report.page import BarChart, Part, Section, Table
-from apps.report.page.experts import load_charts, map_charts
-from apps.report.plots import save_picture
-from apps.report.routed import expert_label_counts
-from apps.report.tables import write_csv
+from apps.report.page import Section, Table
+from apps.report.use import ExpertUse, Labels, load_parts, map_parts, tokens_of
 from core.fields import CountOrZero
 
 _BEST_SHOWN = 5
@@ -60,8 +56,7 @@ class RetrievalUse:
         best_Nk: int64 (N, k), the best items of each pair's user.
         users: the pairs' users, by name, or by the number of their row.
         index: the items' vectors.
-        popularity: the catalogue's items by popularity, (len(POPULARITY), E) for each layer of the items' tower.
-        stats: the loads of the users' layers over the pairs, and of the items' layers over the catalogue.
+        use: the experts of the users over the pairs, and of the items over the catalogue, those by "popularity".
     """
 
     ks: Sequence[int]
@@ -71,8 +66,7 @@ class RetrievalUse:
     best_Nk: NDArray[np.int64]
     users: Sequence[str]
     index: ItemIndex
-    popularity: Mapping[str, NDArray[np.int64]]
-    stats: core.RoutingStats
+    use: ExpertUse
 
     @classmethod
     @torch.no_grad()
@@ -82,11 +76,12 @@ class RetrievalUse:
         group_V = popularity_groups(np.concatenate(([0], catalogue.count_I.numpy())))
         column = encoding_of(module)["user_column"]
         known = () if column is None else Encoding.from_state(encoding_of(module)).vocabularies[column].texts()
-        items, ranks, best, users, stats = [], [], [], [], core.RoutingStats({})
+        use = ExpertUse(tokens_of(module), {"popularity": Labels("item", len(POPULARITY), group_V)})
+        items, ranks, best, users = [], [], [], []
         for batch in batches:
             with core.record(module) as tape:
                 vectors_BD = module.user_tower(batch.user)
-            stats = stats + core.RoutingStats.from_tape(tape)
+            use.add(tape, batch)
             items.append(batch.item_B.cpu())
             if column is None:
                 users += [f"row {row}" for row in batch.index_B.tolist()]
@@ -94,31 +89,14 @@ class RetrievalUse:
                 users += [known[row - 1] if row else "unknown" for row in column_of(batch.user, column).tolist()]
             ranks.append(index.ranks(vectors_BD, batch.item_B, batch.seen_BH).cpu())
             best.append(index.search(vectors_BD, _BEST_SHOWN, batch.seen_BH)[0].cpu())
-        popularity: dict[str, NDArray[np.int64]] = {}
         first = 1
         for rows in catalogue.batches(module.item_features):
-            group_B = torch.from_numpy(group_V[first : first + len(rows)])
-            first += len(rows)
             with core.record(module) as tape:
                 module.item_tower(rows.to(module.device))
-            stats = stats + core.RoutingStats.from_tape(tape)
-            for entry in tape.entries:
-                counts = expert_label_counts(entry.routing, group_B, len(POPULARITY)).cpu().numpy()
-                popularity[tower_label(entry.name)] = popularity.get(tower_label(entry.name), 0) + counts
+            use.add(tape, torch.arange(first, first + len(rows)))
+            first += len(rows)
         item_N, rank_N, best_Nk = (torch.cat(parts).numpy() for parts in (items, ranks, best))
-        return cls(module.ks, group_V, item_N, rank_N, best_Nk, users, index, popularity, stats)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return the metrics of the pairs by the popularity of their item: a row for each group that has some."""
-        rows = []
-        group_N = self.group_V[self.item_N]  # number 0, of an item that the catalogue lacks, is not in training
-        for place, name in enumerate(POPULARITY):
-            rank_N = self.rank_N[group_N == place]
-            if len(rank_N):
-                recall = {f"recall_{k}": float((rank_N <= k).mean()) for k in self.ks}
-                middle = {"mrr": float((1 / rank_N).mean()), "median_rank": float(np.median(rank_N))}
-                rows.append({"popularity": name, "pairs": len(rank_N), **recall, **middle})
-        return rows
+        return cls(module.ks, group_V, item_N, rank_N, best_Nk, users, index, use)
 
 
 class RetrievalReport(Report):
@@ -149,52 +127,21 @@ class RetrievalReport(Report):
         use: RetrievalUse = collected
         use.index.save(folder / FILE)
         sections = [write_ranks(use, folder)]
-        if use.popularity:
-            sections.append(write_experts(use, folder, draw=self.config.pictures))
+        if counts := use.use.counts["popularity"]:
+            path = folder / "expert_popularity.png" if self.config.pictures else None
+            parts = [*map_parts([(counts, POPULARITY)], "items by popularity", "popularity", path)]
+            sections.append(Section("What the experts are used for", (*parts, *load_parts(use.use.stats))))
         shown = spread_places(len(use.rank_N), self.config.samples)
         return [*sections, Section("Pairs", (pairs_table(use, shown),))] if shown else sections
 
 
 def write_ranks(use: RetrievalUse, folder: Path) -> Section:
     """Write ``popularity.csv``, and return what a page shows of it."""
-    rows = use.rows()
-    write_csv(folder / "popularity.csv", rows)
-    names = [f"recall_{k}" for k in use.ks]
-    titles = [f"recall@{k}, %" for k in use.ks]
-    lines = tuple(
-        (
-            row["popularity"],
-            f"{row['pairs']:,}",
-            *(f"{100 * row[name]:.2f}" for name in (*names, "mrr")),
-            f"{row['median_rank']:,.0f}",
-        )
-        for row in rows
-    )
-    columns = ("popularity", "pairs", *titles, "MRR, %", "median rank")
-    note = "Quarters of the training's pairs: few popular items make up the first one."
-    series = {title: tuple(100 * row[name] for row in rows) for title, name in zip(titles, names, strict=True)}
-    last = series[titles[-1]]
-    best, worst = (f(range(len(rows)), key=last.__getitem__) for f in (max, min))
-    summary = (
-        f"Recall@{use.ks[-1]} is highest for {rows[best]['popularity']}, {last[best]:.1f} %, and lowest for "
-        f"{rows[worst]['popularity']}, {last[worst]:.1f} %."
-    )
-    groups = tuple(row["popularity"] for row in rows)
-    chart = BarChart("Recall by popularity of the item", summary, "popularity of the item", "%", groups, series)
-    return Section("What is retrieved", (Table("By the popularity of the item", columns, lines, note=note), chart))
-
-
-def write_experts(use: RetrievalUse, folder: Path, draw: bool = True) -> Section:
-    """Write, with ``draw``, ``expert_popularity.png``, and return what a page shows of the experts."""
-    maps = maps_by_label(use.popularity, POPULARITY)[0]
-    parts: list[Part] = [*map_charts(maps, "Which expert takes items by popularity", "popularity")]
-    if draw:
-        title = "Which expert takes items by popularity (its share of all)"
-        save_picture(heatmaps([maps], title, "share of the items, %"), folder / "expert_popularity.png")
-    layers = {tower_label(name): stats for name, stats in use.stats.layers.items()}
-    loads = {name: stats.tokens_per_expert.double().cpu().numpy() for name, stats in layers.items()}
-    parts += load_charts(loads, {name: stats.drop_rate for name, stats in layers.items()})
-    return Section("What the experts are used for", tuple(parts))
+    group_N = use.group_V[use.item_N]  # number 0, of an item that the catalogue lacks, is not in training
+    named = {"what": "popularity", "about": "popularity of the item", "unit": "pairs", "note": QUARTERS}
+    path = folder / "popularity.csv"
+    parts = rank_parts(use.rank_N, group_N, POPULARITY, path, recall_at=use.ks, **named)
+    return Section("What is retrieved", tuple(parts))
 
 
 def pairs_table(use: RetrievalUse, places: Sequence[int]) -> Table:
@@ -215,9 +162,3 @@ def pairs_table(use: RetrievalUse, places: Sequence[int]) -> Table:
     return Table(
         "Pairs of the test, with what is retrieved", ("user", "item", "its rank", "retrieved, best first"), rows
     )
-
-
-def tower_label(layer: str) -> str:
-    """Return "items, block 0" for ``item_tower.blocks.0.ffn``."""
-    tower, _, rest = layer.partition("_tower.blocks.")
-    return f"{tower}s, block {rest.partition('.')[0]}"

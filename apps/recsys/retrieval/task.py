@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import core
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.retrieval import export
 from apps.recsys.retrieval.catalogue import Catalogue
 from apps.recsys.retrieval.columns import encoding_of_part, names_of
-from apps.recsys.retrieval.report import tower_label
 from apps.recsys.row import RowTask
 from apps.recsys.tables.scoring import encoding_of
 from apps.recsys.tables.sizes import columns_of, read_on_meta
 from apps.report.exhibit.parts import Example, LayerPart, Part, Pieces
 from apps.report.exhibit.routes import expert_names
 from apps.report.page import Table
-from apps.report.routed import experts_of_token
+from apps.report.routed import experts_of_token, layer_label
 from apps.task import MOST_EXPERTS, Loss, Missing, Output, Sizes, Trial
 from apps.task.outputs import properties
 from apps.train.exporting import Exported
@@ -61,7 +61,7 @@ class Retrieval(RowTask):
         self.state = encoding_of(model)
         self.whole = Encoding.from_state(self.state)
         self.encoding = encoding_of_part(self.whole, names_of(model.user_features))
-        self.catalogue, self.output = Catalogue.from_state(self.state["catalogue"]), retrieved(model.top_k)
+        self.catalogue, self.output = Catalogue.from_state(self.state["catalogue"]), retrieved(_TOP)
 
     @property
     def asks(self) -> str:
@@ -91,7 +91,7 @@ class Retrieval(RowTask):
 
     @torch.no_grad()
     def layers(self, tape: core.Tape, example: Any, answer: Best) -> Mapping[str, tuple[LayerPart, ...]]:
-        names = [str(item) for item, _ in answer[: self.model.top_k]]
+        names = [str(item) for item, _ in answer]
         values = self.whole.vocabularies[self.state["item_column"]].texts()
         rows = self.catalogue.rows(self.model.item_features)
         with core.record(self.model) as of_items:
@@ -141,6 +141,11 @@ class Retrieval(RowTask):
         return arguments
 
     @classmethod
+    def tokens(cls, model: Any, entry: Any, batch: Any) -> Mapping[str, Tensor]:
+        """Return the number of each row of the items' tower, whose batch are the numbers of the items."""
+        return {"item": batch} if entry.name.startswith("item_tower") else {}
+
+    @classmethod
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:
         """Return a forward of both towers, of as many items as pairs, all of them different, and further negatives.
 
@@ -167,7 +172,7 @@ def _layers(tape: core.Tape, names: Sequence[str], title: str) -> Mapping[str, t
         if entry.routing.num_tokens == len(names):
             experts_TK = experts_of_token(entry.routing, MOST_EXPERTS).cpu().numpy()
             words = Pieces(title, tuple((name,) for name in names), experts_TK, expert_names(entry.routing), "rows")
-            layers[tower_label(entry.name)] = (words,)
+            layers[layer_label(entry.name)] = (words,)
     return layers
 
 

@@ -169,6 +169,15 @@ class NextItem(Task):
         return {} if "max_length" in given else {"max_length": sizes.option("max_length") or 200}
 
     @classmethod
+    def tokens(cls, model: Any, entry: Any, batch: Any) -> Mapping[str, Tensor]:
+        """Return the item of each place of a history, and the place counted from the end, 1 for the last item."""
+        ids_BS = None if entry.context is None else entry.context.token_ids_BS
+        if ids_BS is None or ids_BS.numel() != entry.routing.num_tokens:
+            return {}
+        back_BS = (ids_BS > 0).sum(1, keepdim=True) - torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        return {"item": ids_BS.flatten(), "place from the end": back_BS.clamp(0, model.max_length).flatten()}
+
+    @classmethod
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:
         length = min(sizes.length or model.max_length, model.max_length)
         batch = sizes.examples(length)

@@ -18,15 +18,15 @@ from apps.recsys.binary_metrics import Calibration, TaskMetrics
 from apps.recsys.encoding.features import Features
 from apps.recsys.kinds import Metrics
 from apps.recsys.metrics import MultiTaskMetrics
-from apps.recsys.tables import checks, gating, pictures
+from apps.recsys.tables import checks, gating
 from apps.recsys.tables.arrays import TableArrays, join
-from apps.recsys.tables.gating import ExpertUse, Gate, GateReader
+from apps.recsys.tables.gating import COLLAPSED, ExpertUse, Gate, GateReader
 from apps.recsys.value_metrics import Bins, ValueMetrics
 from apps.report.base import Report, ReportConfig, computed_metrics, first_batches
-from apps.report.heatmaps import Heatmap, heatmaps, row_names
-from apps.report.page import Line, LineChart, Part, Picture, Section, Table, Text
-from apps.report.page.experts import load_charts, map_charts
-from apps.report.plots import load_bars, save_picture
+from apps.report.heatmaps import row_names
+from apps.report.page import BarChart, HeatmapChart, Line, LineChart, Section, Table, Text, save_charts
+from apps.report.page.charts import Chart
+from apps.report.page.experts import load_charts
 from apps.report.tables import write_csv
 from core.fields import Count
 
@@ -153,10 +153,9 @@ def write_tasks(by_task: Mapping[str, Metrics], folder: Path, with_pictures: boo
     values = {task: f for task, f in by_task.items() if isinstance(f, ValueMetrics)}
     tables = [*_binary_tables(binary), *_value_tables(values)]
     write_csv(folder / "tasks.csv", [_csv_row(task, f) for task, f in by_task.items()])
-    curves = {task: f.calibration for task, f in binary.items() if len(f.calibration.counts)}
-    if with_pictures and curves:
-        save_picture(pictures.calibration_curves(curves), folder / "calibration.png")
-    charts = [_calibration_chart(task, bins) for task, bins in curves.items()]
+    charts = [calibration_chart(task, f.calibration) for task, f in binary.items() if len(f.calibration.counts)]
+    if with_pictures and charts:
+        save_charts(charts, folder / "calibration.png", "Calibration")
     charts += [_value_chart(task, f.bins) for task, f in values.items() if f.bins is not None and not f.constant]
     return Section("Answers", (*tables, *charts))
 
@@ -239,10 +238,13 @@ def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -
     return Table(title, tuple(columns), tuple(map(tuple, lines)))
 
 
-def _calibration_chart(task: str, bins: Calibration) -> LineChart:
+def calibration_chart(task: str, bins: Calibration) -> LineChart:
     line = Line("test", tuple(100 * bins.prediction), tuple(100 * bins.positives))
     summary = f"Positive labels by the mean prediction, in {len(bins.counts)} bins; ECE {100 * bins.error:.2f} %."
-    return LineChart(f"Calibration, {task}", summary, "mean prediction, %", "positive, %", (line,), diagonal=True)
+    title, axes = f"Calibration, {task}", ("mean prediction, %", "positive, %")
+    # Where most predictions are small, what matters would lie in one corner.
+    rare = bool(np.average(bins.prediction < 0.05, weights=bins.counts) > 0.5 and bins.prediction.min() > 0)
+    return LineChart(title, summary, *axes, (line,), diagonal=True, log_x=rare, log_y=rare)
 
 
 def _value_chart(task: str, bins: Bins) -> LineChart:
@@ -271,30 +273,26 @@ def write_gates(
     if depends:
         tables.append(_dependence_table(depends, arrays.features, gates, folder))
     blocks = list(dict.fromkeys(g.block for g in gates))
-    by_task = [[_by_task(block, use, gates)] for block in blocks]
-    charts: list[Part] = [*map_charts([m for band in by_task for m in band], "Gate weights by task", "gate")]
-    charts += load_charts(**_utilisation(gates))
-    by_value: list[Heatmap] = []
+    files: dict[str, tuple[str, Sequence[Chart]]] = {
+        "gates_by_task.png": ("Gate weights by task", [_by_task(block, use, gates) for block in blocks]),
+        "utilisation.png": ("Expert utilisation", load_charts(**_utilisation(gates))),
+    }
     if config.gate_feature is not None or depends:
         column = config.gate_feature or max(depends, key=lambda c: sum(depends[c].values()))
         by_value = _by_value(column, gates, arrays, data, config.gate_values)
-        charts += map_charts(by_value, f"Gate weights by {column}", column)
-    if config.pictures:
-        save_picture(heatmaps(by_task, "Mean gate weights by task and expert", _WEIGHT), folder / "gates_by_task.png")
-        if by_value:
-            block = f", {gates[-1].block}" if gates[-1].block else ""
-            title = f"Mean gate weights by {column}{block} (share of the rows)"
-            save_picture(heatmaps([by_value], title, _WEIGHT), folder / "gates_by_value.png")
-        save_picture(load_bars(**_utilisation(gates), title="Expert utilisation"), folder / "utilisation.png")
-        save_picture(pictures.polarisation(use, gates), folder / "polarisation.png")
-        seen = "zero outputs of each expert, the weight of each gate on it, and the entropy of the gates"
-        charts.append(Picture("polarisation.png", f"Expert polarisation: {seen}", "Expert polarisation."))
-    return Section("What the experts are used for", (*charts, *tables))
+        title = f"Gate weights by {column}{f', {gates[-1].block}' if gates[-1].block else ''} (share of the rows)"
+        files["gates_by_value.png"] = (title, by_value)
+    polarised = [chart for block in blocks for chart in polarisation(block, use, gates)]
+    files["polarisation.png"] = ("Expert polarisation", polarised)
+    for name, (title, charts) in files.items() if config.pictures else ():
+        save_charts(charts, folder / name, title)
+    shown = [chart for _, charts in files.values() for chart in charts]
+    return Section("What the experts are used for", (*shown, *tables))
 
 
 def _utilisation(gates: Sequence[Gate]) -> dict[str, Any]:
     """Return for each gate the examples that each expert computes where some are left out, else its weight, as
-    arguments of ``load_bars`` and ``load_charts``."""
+    arguments of ``load_charts``."""
     sparse = any((g.weights_NE == 0).any() for g in gates)
     return {
         "tokens_per_expert": {g.name: ((g.weights_NE > 0) if sparse else g.weights_NE).sum(0) for g in gates},
@@ -379,15 +377,42 @@ def _percent(value: float, digits: int = 0) -> str:
     return "–" if math.isnan(value) else f"{100 * value:.{digits}f}"
 
 
-def _by_task(block: str, use: Sequence[ExpertUse], gates: Sequence[Gate]) -> Heatmap:
+def _of_block(title: str, block: str) -> str:
+    return f"{title}, {block}" if block else title
+
+
+def polarisation(block: str, use: Sequence[ExpertUse], gates: Sequence[Gate]) -> list[BarChart]:
+    """Return a block's zero outputs by expert, the gates' weights by expert, and how decided the gates are."""
+    own, of_gates = [u for u in use if u.block == block], [g for g in gates if g.block == block]
+    experts, names = tuple(u.label for u in own), tuple(g.label for g in of_gates)
+    weights = {name: tuple(100 * float(np.nan_to_num(u.weights[name])) for u in own) for name in names}
+    entropies = {
+        "of an example": tuple(g.entropy for g in of_gates),
+        "of the mean weights": tuple(g.mean_entropy for g in of_gates),
+    }
+    zeros = tuple(100 * u.zero_share for u in own)
+    bars = []
+    if not all(map(math.isnan, zeros)):
+        seen, line = f"An expert above the line, {100 * COLLAPSED:.0f} %, has collapsed.", 100 * COLLAPSED
+        title = _of_block("Outputs that are zero", block)
+        bars.append(BarChart(title, seen, "expert", "zero, %", experts, {"zero": zeros}, line))
+    seen = "How much weight each gate gives each expert."
+    bars.append(BarChart(_of_block("Weight of the gates", block), seen, "expert", "weight, %", experts, weights))
+    seen = "0: one expert has all weight; 1: all are alike."
+    title = _of_block("Entropy of the gates", block)
+    return [*bars, BarChart(title, seen, "gate", "entropy / log E", names, entropies)]
+
+
+def _by_task(block: str, use: Sequence[ExpertUse], gates: Sequence[Gate]) -> HeatmapChart:
     """Return the mean weights of a block, gates by experts, with nothing where a gate does not reach."""
     labels = tuple(g.label for g in gates if g.block == block)
     reached = [u for u in use if u.block == block and not all(map(math.isnan, u.weights.values()))]
     values = np.array([[u.weights[label] for u in reached] for label in labels])
-    return Heatmap(block, labels, tuple(u.label for u in reached), values)
+    columns, title = [u.label for u in reached], _of_block("Gate weights by task", block)
+    return HeatmapChart.of(values, labels, columns, title=title, row_title="gate", value_title=_WEIGHT)
 
 
-def _by_value(column: str, gates: Sequence[Gate], arrays: TableArrays, data: Any, most: int) -> list[Heatmap]:
+def _by_value(column: str, gates: Sequence[Gate], arrays: TableArrays, data: Any, most: int) -> list[HeatmapChart]:
     """Return the weights by the ``most`` frequent values of a column and over all rows, for the last block's gates."""
     codes_N, words = {name: (codes, words) for name, codes, words in gating.coded_columns(arrays)}[column]
     if column == gating.domain_column(arrays.features):
@@ -399,7 +424,10 @@ def _by_value(column: str, gates: Sequence[Gate], arrays: TableArrays, data: Any
     maps = []
     for gate in last[:4]:
         by_value = [gate.weights_NE[codes_N == v].mean(0, dtype=np.float64) for v in values]
-        maps.append(Heatmap(gate.label, rows, gate.expert_labels, np.stack([*by_value, gate.mean_E])))
+        shares, how = np.stack([*by_value, gate.mean_E]), {"row_title": column, "value_title": _WEIGHT}
+        maps.append(
+            HeatmapChart.of(shares, rows, gate.expert_labels, title=f"Gate weights by {column}, {gate.label}", **how)
+        )
     return maps
 
 

@@ -8,10 +8,7 @@ from typing import Any
 
 from apps.report.exhibit.parts import Pieces
 from apps.report.heatmaps import numbers
-from apps.report.routed import experts_of_token, layer_label
-
-_MOST_EXPERTS = 2
-"""Experts of a piece that are written."""
+from apps.report.routed import MOST_EXPERTS, experts_of_token, layer_label
 
 
 def words_by_layer(
@@ -31,7 +28,7 @@ def words_by_layer(
     kept = [entry for entry in entries if entry.routing.num_tokens == sum(map(len, pieces))]
     layers: dict[str, tuple[Pieces, ...]] = {}
     for name, entry in zip(layer_names([entry.name for entry in kept]), kept, strict=True):
-        experts_TK = experts_of_token(entry.routing, _MOST_EXPERTS).cpu().numpy()
+        experts_TK = experts_of_token(entry.routing, MOST_EXPERTS).cpu().numpy()
         layers[name] = (Pieces(title, pieces, experts_TK, expert_names(entry.routing), unit),)
     return layers
 

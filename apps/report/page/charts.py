@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from apps.report.heatmaps import Heatmap
+import numpy as np
 
 MOST_ROWS = 60
 """Rows of the table below a chart; a longer one keeps rows at equal steps."""
@@ -24,6 +24,8 @@ class Point:
         label: name of its series, shown in the legend.
         x, y: its place.
         low, high: ends of the interval of ``y``; None draws none.
+        left, right: ends of the interval of ``x``; None draws none.
+        note: what is written beside it.
     """
 
     label: str
@@ -31,6 +33,9 @@ class Point:
     y: float
     low: float | None = None
     high: float | None = None
+    left: float | None = None
+    right: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class ScatterChart:
         x_title, y_title: names of the axes, with units.
         points: the points, at least one.
         log_x: the horizontal axis is logarithmic; all x are above 0.
+        is_reversed: less is better, and stands above.
+        front: points of a line of steps behind the points, by rising x.
     """
 
     title: str
@@ -50,6 +57,8 @@ class ScatterChart:
     y_title: str
     points: tuple[Point, ...]
     log_x: bool = False
+    is_reversed: bool = False
+    front: tuple[tuple[float, float], ...] = ()
 
     def headings(self) -> tuple[str, ...]:
         return ("", self.x_title, self.y_title, "95 % interval")
@@ -57,7 +66,12 @@ class ScatterChart:
     def cells(self) -> list[tuple[str, ...]]:
         """Return the numbers, a row a point."""
         return [
-            (p.label, _number(p.x), _number(p.y), "–" if p.low is None else f"{_number(p.low)} to {_number(p.high)}")
+            (
+                f"{p.label}, {p.note}" if p.note else p.label,
+                _number(p.x),
+                _number(p.y),
+                "–" if p.low is None else f"{_number(p.low)} to {_number(p.high)}",
+            )
             for p in self.points
         ]
 
@@ -70,6 +84,7 @@ class Line:
         label: name of the line in the legend; lines of one label have one colour.
         x, y: its points, of one length, by rising x; NaN in ``y`` leaves a gap.
         part: tells lines of one label apart, such as "seed 1"; empty for a single one.
+        notes: what is written above each point.
 
     Raises:
         ValueError: x and y differ in length.
@@ -79,6 +94,7 @@ class Line:
     x: tuple[float, ...]
     y: tuple[float, ...]
     part: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
@@ -107,7 +123,7 @@ class LineChart:
         x_title, y_title: names of the axes, with units.
         lines: the lines, at least one.
         diagonal: draw where y equals x as well, as in a calibration curve.
-        log_x: the horizontal axis is logarithmic; all x are above 0.
+        log_x, log_y: the axis is logarithmic; all its values are above 0.
     """
 
     title: str
@@ -117,6 +133,7 @@ class LineChart:
     lines: tuple[Line, ...]
     diagonal: bool = False
     log_x: bool = False
+    log_y: bool = False
 
     def headings(self) -> tuple[str, ...]:
         return (self.x_title, *(line.name for line in self.lines))
@@ -173,7 +190,8 @@ class HeatmapChart:
         row_title, column_title: meaning of rows and columns.
         rows, columns: their names.
         values: percent, a tuple for each row; NaN where there is nothing to show.
-        value_title: meaning of the colour.
+        value_title: meaning of the color.
+        top: value at which the colors end; None: the largest.
 
     Raises:
         ValueError: values of another shape.
@@ -187,6 +205,7 @@ class HeatmapChart:
     columns: tuple[str, ...]
     values: tuple[tuple[float, ...], ...]
     value_title: str = "share, %"
+    top: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.values) != len(self.rows) or any(len(row) != len(self.columns) for row in self.values):
@@ -197,16 +216,33 @@ class HeatmapChart:
 
     @classmethod
     def of(
-        cls, m: Heatmap, title: str, row_title: str, column_title: str = "expert", value_title: str = "share, %"
+        cls,
+        shares: np.ndarray,
+        rows: Sequence[str],
+        columns: Sequence[str] | None = None,
+        *,
+        title: str,
+        row_title: str,
+        column_title: str = "expert",
+        value_title: str = "share, %",
     ) -> HeatmapChart:
-        """Return the chart of a map of shares in 0..1; the summary names the largest share."""
-        values = tuple(tuple(100 * float(v) for v in row) for row in m.values)
-        cells = [(v, r, c) for r, row in zip(m.rows, values, strict=True) for c, v in zip(m.columns, row, strict=True)]
-        cells = [cell for cell in cells if math.isfinite(cell[0])]
-        top = max(cells, default=None)
-        peak = f"; the largest is {top[0]:.0f} %, {row_title} {top[1]} and {column_title} {top[2]}" if top else ""
-        summary = f"{value_title} by {row_title} ({len(m.rows)}) and {column_title} ({len(m.columns)}){peak}."
-        return cls(title, summary, row_title, column_title, m.rows, m.columns, values, value_title)
+        """Return the map of shares in 0..1, (rows, columns); the summary names the largest.
+
+        Without names of ``columns`` they are numbers.
+        """
+        columns = tuple(map(str, range(shares.shape[1]))) if columns is None else tuple(columns)
+        peak = ""
+        if np.isfinite(shares).any():
+            r, c = divmod(int(np.nanargmax(shares)), shares.shape[1])
+            peak = f"; the largest is {100 * shares[r, c]:.0f} %, {row_title} {rows[r]} and {column_title} {columns[c]}"
+        summary = f"{value_title} by {row_title} ({len(rows)}) and {column_title} ({len(columns)}){peak}."
+        values = tuple(tuple(100 * float(v) for v in row) for row in shares)
+        return cls(title, summary, row_title, column_title, tuple(rows), columns, values, value_title)
+
+    @property
+    def shown_top(self) -> float:
+        """The value at which the colors end."""
+        return self.top or max((v for row in self.values for v in row if math.isfinite(v)), default=0.0) or 1.0
 
     def headings(self) -> tuple[str, ...]:
         return (self.row_title, *self.columns)

@@ -1,4 +1,4 @@
-"""Charts of what experts compute: their loads, and the maps of which expert takes which tokens."""
+"""Charts of what experts compute: their loads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from apps.report.heatmaps import Heatmap
-from apps.report.page.charts import BarChart, HeatmapChart
+from apps.report.page.charts import BarChart
 
 
 def load_charts(
@@ -39,13 +38,3 @@ def load_charts(
         title = f"Load, {layer}" if layer else "Load"
         charts.append(BarChart(title, f"{seen}.", "expert", f"share of {share_of}, %", own, series, line=even))
     return charts
-
-
-def map_charts(
-    maps: Sequence[Heatmap], title: str, row_title: str, column_title: str = "expert", value_title: str = "share, %"
-) -> list[HeatmapChart]:
-    """Return a chart for each map of shares, under ``title`` and the map's own."""
-    return [
-        HeatmapChart.of(m, f"{title}, {m.title}" if m.title else title, row_title, column_title, value_title)
-        for m in maps
-    ]

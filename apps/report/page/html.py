@@ -14,11 +14,10 @@ from typing import Any
 from markupsafe import Markup
 
 from apps.base.templates import template
+from apps.report.colors import color_of, expert_colors, ink_on
 from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, ScatterChart, thinned_rows
-from apps.report.page.library import MISSING, has_charts, script
 from apps.report.page.parts import Page, Part, Picture, Table, Words, shown
-from apps.report.page.vega import vega_lite
-from apps.report.plots import expert_colors
+from apps.report.page.vega import script, vega_lite
 
 GENERATOR = '<meta name="generator" content="moesaic">'
 """Marks a file that a page may replace."""
@@ -58,8 +57,6 @@ def render(page: Page, before: Markup | str = "", code: str = "") -> str:
         sections=[(section, written.id(section.title)) for section in sections],
         policy=_POLICY,
         generator=Markup(GENERATOR),
-        draws=has_charts(),
-        missing=MISSING[0].upper() + MISSING[1:],
         css=Markup(page_file("page.css")),
         wordy=_wordy,
         marked=_marked,
@@ -100,11 +97,11 @@ class _Written:
         self.ids.add(name)
         return name
 
-    def draw(self, chart: Chart, place: str) -> bool:
-        """Keep a chart for its place; return whether it can be drawn, and not only tabled."""
-        if has_charts():
-            self.specs[place] = vega_lite(chart)
-        return place in self.specs
+    def draw(self, chart: Chart) -> str:
+        """Keep a chart, and return the id of its place."""
+        place = self.id(f"chart {chart.title}")
+        self.specs[place] = vega_lite(chart)
+        return place
 
     def picture(self, part: Picture) -> Markup:
         """Return a mark in the place of a picture, since its size must be known first."""
@@ -171,18 +168,9 @@ def _marked(words: Words) -> Iterator[tuple[str, bool, list[tuple[str, str, str]
 
 
 def _color(label: str, colors: Sequence[str]) -> str:
-    """Return the style of a label that begins with a number, its letters black or white, whichever is clearer."""
-    number = label.split()[0] if label else ""
-    if not number.isdecimal() or int(number) >= len(colors):
-        return ""
-    color = colors[int(number)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in _rgb(color)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]  # WCAG 2.2
-    return f"background:{color};color:{'#000' if luminance > 0.179 else '#fff'}"
-
-
-def _rgb(color: str) -> list[float]:
-    return [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    """Return the style of a label that begins with a number."""
+    color = color_of(label, colors)
+    return "" if color is None else f"background:{color};color:{ink_on(color)}"
 
 
 def _picture(picture: Picture) -> Markup:

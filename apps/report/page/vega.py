@@ -1,13 +1,22 @@
-"""The charts of a page, drawn by Vega-Lite through Altair: its specification of each."""
+"""The charts of a report, drawn by Vega-Lite through Altair: live on a page, still in a PNG file."""
 
 from __future__ import annotations
 
+import functools
+import io
 import math
+import textwrap
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, ScatterChart
-from apps.report.plots import PALETTE, shape_of
+from apps.base.files import replacing
+from apps.report.colors import PALETTE, color_of, expert_colors, ink_on, shape_of
+from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, Point, ScatterChart
+from apps.report.page.notes import placed
+from apps.report.page.parts import Words
 
 if TYPE_CHECKING:
     import altair as alt
@@ -18,89 +27,246 @@ MOST_POINTS = 200
 MOST_SLANTED = 20
 """Bars up to which long names all stand below them."""
 
+MOST_NUMBERED = 16
+"""Columns of a map up to which each cell has its number."""
+
 _SHAPES = (
     "circle", "square", "triangle-up", "diamond", "cross", "triangle-right", "triangle-down", "triangle-left",
 )  # fmt: skip
 _HEIGHT = 260
+_WIDEST = 1300
+"""Pixels of charts side by side in a file."""
 _NEUTRAL = "#8a8a8a"  # is seen on light and on dark ground
 
 
 def vega_lite(chart: Chart) -> dict[str, Any]:
     """Return the Vega-Lite specification of a chart, without a title: the page has it as a heading."""
-    drawn = _DRAW[type(chart)](chart)
+    drawn = _DRAW[type(chart)](chart, False).properties(width="container")
     return {**drawn.properties(description=f"{chart.title}. {chart.summary}").to_dict(), "config": _CONFIG}
 
 
-def _scatter(chart: ScatterChart) -> alt.LayerChart:
+def save_charts(charts: Sequence[Chart | Words], path: Path, title: str) -> Path:
+    """Write charts as one PNG file, whole or not at all, and make its folder; return the path."""
+    with replacing(path, "wb") as file:
+        file.write(png_of(charts, title))
+    return path
+
+
+@functools.cache
+def script() -> str:
+    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed, as ``window.vegaEmbed``: 0.9 MB, made once a process.
+
+    It takes about 2 s.
+    """
+    import vl_convert
+
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+
+
+def png_of(charts: Sequence[Chart | Words], title: str) -> bytes:
+    """Return charts as a PNG file, side by side as far as there is room; maps on one scale of color."""
+    import vl_convert
+    from PIL import Image
+
+    drawn = Image.open(io.BytesIO(vl_convert.vegalite_to_png(still(charts, title), scale=2.0)))
+    small = io.BytesIO()
+    drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+        small, "PNG", optimize=True
+    )  # a fifth of the size
+    return small.getvalue()
+
+
+def still(charts: Sequence[Chart | Words], title: str) -> dict[str, Any]:
+    """Return the Vega-Lite specification of a file of charts; see ``png_of``."""
     import altair as alt
 
-    rows = [
-        {"label": p.label, "x": _finite(p.x), "y": _finite(p.y), "low": _finite(p.low), "high": _finite(p.high)}
-        for p in chart.points
-    ]
-    labels = list(dict.fromkeys(p.label for p in chart.points))
+    maps = [chart for chart in charts if isinstance(chart, HeatmapChart)]
+    top = max((chart.shown_top for chart in maps), default=1.0)
+    charts = [replace(c, top=top) if isinstance(c, HeatmapChart) else c for c in charts]
+    # What the titles of several charts begin with is said once, by the title of the file.
+    heads = {chart.title.rpartition(", ")[0] for chart in charts}
+    common = f"{heads.pop()}, " if len(heads) == 1 and (len(charts) > 1 or maps) else ""
+    lines: list[list[Any]] = []
+    room = 0
+    for before, chart, after in zip((None, *charts), charts, (*charts[1:], None), strict=False):
+        width, names = _width(chart), _names(chart)
+        continues = isinstance(chart, HeatmapChart) and names == _names(before) and room >= width + 30
+        needed = width + (30 if continues else 7 * max(map(len, names), default=5) + 60)
+        if room < needed:
+            lines.append([])
+            room, continues = _WIDEST, False
+        room -= needed
+        drawn = _DRAW[type(chart)](chart, True)
+        if _series(chart) == _series(after):  # one legend serves both
+            _drop_legends(drawn)
+        if continues:
+            for layer in drawn.layer:
+                layer.encoding.y.axis = None
+        heading = "" if chart.title == title else chart.title.removeprefix(common)
+        note = textwrap.wrap(chart.summary, max(width // 5, 24)) if isinstance(chart, BarChart) else []
+        head = {"title": alt.Title(heading, subtitle=note)} if heading or note else {}
+        lines[-1].append(drawn.properties(width=width, **head))
+    own: dict[str, Any] = {"color": "independent", "shape": "independent"}
+    heights = {chart.y_title if isinstance(chart, BarChart) else None for chart in charts}
+    of_line = {**own, **({"y": "shared"} if len(heights) == 1 and None not in heights else {})}
+    rows = [alt.hconcat(*line, spacing=24).resolve_scale(**of_line) for line in lines]
+    whole = alt.vconcat(*rows, spacing=24).resolve_scale(**own)
+    return {**whole.properties(title=alt.Title(title, fontSize=14, offset=14)).to_dict(), "config": _STILL}
+
+
+def _width(chart: Chart | Words) -> int:
+    """Return the width of a chart in a file, in pixels."""
+    if isinstance(chart, HeatmapChart):
+        count = len(chart.columns)
+        return max(90, (30 if count <= MOST_NUMBERED else 18 if count <= 32 else 10) * count)
+    if isinstance(chart, Words):
+        return 44 * len(chart.labels)
+    if isinstance(chart, BarChart):
+        return min(max(150, 22 * len(chart.names) * len(chart.series)), _WIDEST - 100)
+    return 300
+
+
+def _names(chart: Chart | Words | None) -> tuple[str, ...]:
+    """Return the names to the left of a chart."""
+    return chart.rows if isinstance(chart, HeatmapChart) else chart.words if isinstance(chart, Words) else ()
+
+
+def _series(chart: Chart | Words | None) -> tuple[str, ...]:
+    """Return what the legend of a chart tells apart."""
+    if isinstance(chart, HeatmapChart):
+        return (chart.value_title,)
+    series = chart.points if isinstance(chart, ScatterChart) else chart.lines if isinstance(chart, LineChart) else ()
+    return tuple(dict.fromkeys(own.label for own in series)) or (type(chart).__name__, repr(chart))
+
+
+def _drop_legends(drawn: alt.LayerChart) -> None:
+    import altair as alt
+
+    for layer in drawn.layer:
+        for channel in ("color", "shape"):
+            own = getattr(layer.encoding, channel)
+            if isinstance(own, (alt.Color, alt.Shape)):
+                own.legend = None
+
+
+def _fading(is_still: bool, high: float, low: float) -> tuple[list[Any], Any]:
+    """Return parameters and an opacity that fades all but the series that was chosen in the legend."""
+    import altair as alt
+
+    if is_still:
+        return [], alt.value(high)
     chosen = alt.selection_point(fields=["label"], bind="legend", name="chosen")
-    faded = alt.condition(chosen, alt.value(1.0), alt.value(0.15))
+    return [chosen], alt.condition(chosen, alt.value(high), alt.value(low))
+
+
+def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
+    import altair as alt
+
+    points = placed(chart, 300, _HEIGHT) if is_still else [(0.0, 0.0)] * len(chart.points)
+    rows = [
+        {"label": p.label, "x": _finite(p.x), "y": _finite(p.y), "low": _finite(p.low), "high": _finite(p.high),
+         "left": _finite(p.left), "right": _finite(p.right), "note": p.note, "dx": dx, "dy": dy,
+         "beside": 9 * _among_equals(chart.points, p)}
+        for p, (dx, dy) in zip(chart.points, points, strict=True)
+    ]  # fmt: skip
+    labels = list(dict.fromkeys(p.label for p in chart.points))
+    params, faded = _fading(is_still, 1.0, 0.15)
     large = max(abs(p.x) for p in chart.points) >= 10_000
     x = alt.X("x:Q", title=chart.x_title, scale=_across(chart.log_x, padding=24))
     x = x.axis(format="~s" if large else "~g", labelOverlap=True)
-    color = alt.Color("label:N", title=None, scale=_colors(labels))
+    y = alt.Y("y:Q", title=chart.y_title, scale=alt.Scale(zero=False, reverse=chart.is_reversed, padding=16))
+    color = alt.Color("label:N", title=None, scale=_colors(labels)).legend(_legend(labels))
     base = alt.Chart(alt.Data(values=rows)).encode(x=x, color=color, opacity=faded)
-    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q"), y2="high:Q")
-    points = base.mark_point(filled=True, size=110).encode(
-        y=alt.Y("y:Q", title=chart.y_title, scale=alt.Scale(zero=False)),
-        shape=alt.Shape("label:N", title=None, scale=_shapes(labels)),
+    beside = alt.expr("datum.beside")  # intervals of equal x would cover each other
+    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2, xOffset=beside)
+    bars = bars.encode(y=alt.Y("low:Q"), y2="high:Q")
+    points_of = base.mark_point(filled=True, size=110, xOffset=beside).encode(
+        y=y,
+        shape=alt.Shape("label:N", title=None, scale=_shapes(labels)).legend(_legend(labels)),
         tooltip=[
             alt.Tooltip("label:N", title="model"),
+            *([alt.Tooltip("note:N", title="form")] if any(p.note for p in chart.points) else []),
             alt.Tooltip("x:Q", title=chart.x_title, format=".4~g"),
             alt.Tooltip("y:Q", title=chart.y_title, format=".4~g"),
             alt.Tooltip("low:Q", title="interval from", format=".4~g"),
             alt.Tooltip("high:Q", title="to", format=".4~g"),
         ],
     )
-    return alt.layer(bars, points.add_params(chosen)).properties(width="container", height=_HEIGHT)
+    layers: list[Any] = [bars, points_of.add_params(*params)]
+    if any(p.left is not None for p in chart.points):
+        across = base.transform_filter("isValid(datum.left)").mark_rule(strokeWidth=1.5)
+        layers.insert(1, across.encode(x=alt.X("left:Q"), x2="right:Q", y=y))
+    if chart.front:
+        steps = [{"x": _finite(x), "y": _finite(y)} for x, y in chart.front]
+        line = alt.Chart(alt.Data(values=steps)).mark_line(interpolate="step-after", strokeWidth=5, opacity=0.35)
+        layers.insert(0, line.encode(x=x, y=y, color=alt.value(_NEUTRAL)))
+    if is_still and any(p.note for p in chart.points):
+        where = {"dx": alt.expr("datum.dx"), "dy": alt.expr("datum.dy")}
+        layers.append(base.mark_text(fontSize=9, **where).encode(y=y, text="note:N", color=alt.value("#333")))
+    return alt.layer(*layers).properties(height=_HEIGHT)
 
 
-def _lines(chart: LineChart) -> alt.LayerChart:
+def _among_equals(points: Sequence[Point], own: Point) -> float:
+    """Return the place of a point with an interval among those of the same x: 0 in the middle, steps of 1."""
+    if own.low is None:
+        return 0.0
+    equals = [p for p in points if p.low is not None and abs(p.x - own.x) <= 0.01 * abs(own.x)]
+    return next(i for i, p in enumerate(equals) if p is own) - (len(equals) - 1) / 2
+
+
+def _lines(chart: LineChart, is_still: bool) -> alt.LayerChart:
     import altair as alt
 
     rows = [
-        {"label": line.label, "name": line.name, "x": _finite(x), "y": _finite(y)}
+        {"label": line.label, "name": line.name, "x": _finite(x), "y": _finite(y if y > 0 or not chart.log_y else None)}
         for line in (line.thinned(MOST_POINTS) for line in chart.lines)
         for x, y in zip(line.x, line.y, strict=True)
     ]
     labels = list(dict.fromkeys(line.label for line in chart.lines))
-    chosen = alt.selection_point(fields=["label"], bind="legend", name="chosen")
-    # The wheel alone scrolls the page.
-    zoom = alt.selection_interval(bind="scales", encodings=["x"], name="zoom", zoom="wheel![event.shiftKey]")
+    params, faded = _fading(is_still, 0.9, 0.1)
+    if not is_still:  # the wheel without a key scrolls the page
+        zoom = alt.selection_interval(bind="scales", encodings=["x"], name="zoom", zoom="wheel![event.shiftKey]")
+        params.append(zoom)
     few = max(len(line.x) for line in chart.lines) <= 30
+    x, y = alt.X("x:Q", title=chart.x_title, scale=_across(chart.log_x)), alt.Y("y:Q", title=chart.y_title)
+    y = y.scale(alt.Scale(type="log") if chart.log_y else alt.Scale(zero=False))
     lines = (
         alt.Chart(alt.Data(values=rows))
         .mark_line(point=alt.OverlayMarkDef(size=28, filled=True) if few else False, strokeWidth=1.8, clip=True)
         .encode(
-            x=alt.X("x:Q", title=chart.x_title, scale=_across(chart.log_x)),
-            y=alt.Y("y:Q", title=chart.y_title, scale=alt.Scale(zero=False)),
+            x=x,
+            y=y,
             color=alt.Color("label:N", title=None, scale=_colors(labels)).legend(_legend(labels)),
             detail="name:N",
-            opacity=alt.condition(chosen, alt.value(0.9), alt.value(0.1)),
+            opacity=faded,
             tooltip=[
                 alt.Tooltip("name:N", title="line"),
                 alt.Tooltip("x:Q", title=chart.x_title, format=".4~g"),
                 alt.Tooltip("y:Q", title=chart.y_title, format=".4~g"),
             ],
         )
-        .add_params(chosen, zoom)
+        .add_params(*params)
     )
     layers: list[Any] = [lines]
     if chart.diagonal:
-        values = [v for line in chart.lines for v in (*line.x, *line.y) if math.isfinite(v)]
+        values = [
+            v for line in chart.lines for v in (*line.x, *line.y) if math.isfinite(v) and (v > 0 or not chart.log_y)
+        ]
         ends = [{"x": v, "y": v} for v in (min(values, default=0.0), max(values, default=1.0))]
         diagonal = alt.Chart(alt.Data(values=ends)).mark_line(strokeDash=[5, 4], color=_NEUTRAL)
         layers.insert(0, diagonal.encode(x="x:Q", y="y:Q"))
-    return alt.layer(*layers).properties(width="container", height=_HEIGHT)
+    notes = [
+        {"x": _finite(x), "y": _finite(y), "note": note}
+        for line in chart.lines
+        for x, y, note in zip(line.x, line.y, line.notes, strict=False)
+    ]
+    if notes:
+        texts = alt.Chart(alt.Data(values=notes)).mark_text(dy=-10, fontSize=10, color=_NEUTRAL)
+        layers.append(texts.encode(x="x:Q", y="y:Q", text="note:N"))
+    return alt.layer(*layers).properties(height=_HEIGHT)
 
 
-def _bars(chart: BarChart) -> alt.LayerChart:
+def _bars(chart: BarChart, is_still: bool) -> alt.LayerChart:
     import altair as alt
 
     labels = list(chart.series)
@@ -110,16 +276,17 @@ def _bars(chart: BarChart) -> alt.LayerChart:
         for i, name in enumerate(chart.names)
     ]
     several = len(labels) > 1
-    chosen = alt.selection_point(fields=["label"], bind="legend", name="chosen")
+    params, faded = _fading(is_still or not several, 1.0, 0.15)
     # Names that are too long to stand side by side are slanted, so that none is left out.
     is_long = sum(map(len, chart.names)) > 60 and len(chart.names) <= MOST_SLANTED
+    is_long |= is_still and max(map(len, chart.names)) > 4
     axis = alt.Axis(labelAngle=-45 if is_long else 0, labelOverlap=not is_long, labelLimit=140)
     bars = alt.Chart(alt.Data(values=rows)).mark_bar()
     bars = bars.encode(
         x=alt.X("name:N", title=chart.x_title, sort=list(chart.names), axis=axis),
         y=alt.Y("y:Q", title=chart.y_title),
         color=alt.Color("label:N", title=None, scale=_colors(labels)) if several else alt.value(PALETTE[0]),
-        opacity=alt.condition(chosen, alt.value(1.0), alt.value(0.15)),
+        opacity=faded,
         tooltip=[
             alt.Tooltip("name:N", title=chart.x_title),
             alt.Tooltip("label:N", title="series"),
@@ -128,49 +295,75 @@ def _bars(chart: BarChart) -> alt.LayerChart:
     )
     if several:
         bars = bars.encode(xOffset=alt.XOffset("label:N", sort=labels))
-        bars = bars.add_params(chosen)
-    else:
-        bars = bars.encode(opacity=alt.value(1.0))
-    layers: list[Any] = [bars]
+    layers: list[Any] = [bars.add_params(*params)]
     if chart.line is not None:
         rule = alt.Chart(alt.Data(values=[{"y": chart.line}])).mark_rule(strokeDash=[5, 4], color=_NEUTRAL)
         layers.append(rule.encode(y="y:Q"))
-    return alt.layer(*layers).properties(width="container", height=_HEIGHT)
+    return alt.layer(*layers).properties(height=_HEIGHT)
 
 
-def _heatmap(chart: HeatmapChart) -> alt.LayerChart:
+def _heatmap(chart: HeatmapChart, is_still: bool) -> alt.LayerChart:
     import altair as alt
 
+    names, columns = _different(chart.rows), _different(chart.columns)
     rows: list[dict[str, Any]] = [
         {"row": r, "column": c, "value": float(f"{v:.4g}")}
-        for r, own in zip(chart.rows, chart.values, strict=True)
-        for c, v in zip(chart.columns, own, strict=True)
+        for r, own in zip(names, chart.values, strict=True)
+        for c, v in zip(columns, own, strict=True)
         if math.isfinite(v)
     ]
-    top = max((r["value"] for r in rows), default=1.0) or 1.0
-    x = alt.X("column:N", title=chart.column_title, sort=list(chart.columns))
-    x = x.axis(labelOverlap=True, labelAngle=0 if max(map(len, chart.columns)) <= 4 else -45)
-    y = alt.Y("row:N", title=None, sort=list(chart.rows)).axis(labelLimit=140)
+    longest = max(map(len, chart.columns))
+    angle = 0 if longest <= 4 else -90 if len(columns) > MOST_NUMBERED else -45
+    limit = 260 if is_still else 140
+    x = alt.X("column:N", title=chart.column_title, sort=columns)
+    x = x.axis(labelOverlap=angle == 0, labelAngle=angle, labelLimit=limit)
+    y = alt.Y("row:N", title=None, sort=names).axis(labelLimit=limit)
     base = alt.Chart(alt.Data(values=rows)).encode(x=x, y=y)
     tooltip = [
         alt.Tooltip("row:N", title=chart.row_title),
         alt.Tooltip("column:N", title=chart.column_title),
         alt.Tooltip("value:Q", title=chart.value_title, format=".1f"),
     ]
-    cells = base.mark_rect().encode(
-        color=alt.Color("value:Q", title=chart.value_title, scale=alt.Scale(scheme="cividis", domain=[0, top])),
-        tooltip=tooltip,
-    )
+    scale = alt.Scale(scheme="cividis", domain=[0, chart.shown_top], clamp=True)
+    cells = base.mark_rect().encode(color=alt.Color("value:Q", title=chart.value_title, scale=scale), tooltip=tooltip)
     layers: list[Any] = [cells]
-    if len(chart.columns) <= 16:
-        bright = f"datum.value > {0.6 * top}"
+    if len(columns) <= MOST_NUMBERED:
+        bright = f"datum.value > {0.6 * chart.shown_top}"
         layers.append(
             base.mark_text(fontSize=10, aria=False).encode(
                 text=alt.Text("value:Q", format=".0f"),
                 color=alt.condition(bright, alt.value("black"), alt.value("white")),
             )
         )
-    return alt.layer(*layers).properties(width="container", height=20 * len(chart.rows))
+    return alt.layer(*layers).properties(height=20 * len(names))
+
+
+def _words(words: Words, is_still: bool) -> alt.LayerChart:
+    """Draw the labels of words, a row a word and a column a layer; a page shows them as text."""
+    import altair as alt
+
+    names, colors = _different(words.words), expert_colors(words.num_colors)
+    rows = []
+    for layer, labels in words.labels.items():
+        for name, label in zip(names, labels, strict=True):
+            color = color_of(label, colors) or "#ffffff"
+            cell = {"word": name, "layer": layer, "label": label or "\N{MULTIPLICATION SIGN}"}
+            rows.append({**cell, "color": color, "ink": ink_on(color)})
+    x = alt.X("layer:N", title=None, sort=list(words.labels)).axis(orient="top", labelAngle=-45)
+    base = alt.Chart(alt.Data(values=rows)).encode(x=x, y=alt.Y("word:N", title=None, sort=names).axis(labelLimit=260))
+    cells = base.mark_rect(stroke="white").encode(color=alt.Color("color:N", scale=None))
+    texts = base.mark_text(fontSize=10).encode(text="label:N", color=alt.Color("ink:N", scale=None))
+    return alt.layer(cells, texts).properties(height=20 * len(names))
+
+
+def _different(names: Sequence[str]) -> list[str]:
+    """Return names that look the same, and are all different."""
+    seen: Counter[str] = Counter()
+    different = []
+    for name in names:
+        different.append(name + "\N{ZERO WIDTH SPACE}" * seen[name])
+        seen[name] += 1
+    return different
 
 
 def _finite(value: float | None) -> float | None:
@@ -199,20 +392,21 @@ def _colors(labels: Sequence[str]) -> alt.Scale:
 
 
 def _shapes(labels: Sequence[str]) -> alt.Scale:
-    """Return a shape for each label, so that two of one colour have two shapes."""
+    """Return a shape for each label, so that two of one color have two shapes."""
     import altair as alt
 
     return alt.Scale(domain=list(labels), range=[shape_of(i, _SHAPES) for i in range(len(labels))])
 
 
-_DRAW: Mapping[type, Callable[[Any], Any]] = {
+_DRAW: Mapping[type, Callable[[Any, bool], Any]] = {
     ScatterChart: _scatter,
     LineChart: _lines,
     BarChart: _bars,
     HeatmapChart: _heatmap,
+    Words: _words,
 }
 
-# Texts and lines have the colour of the page around them, light or dark.
+# Texts and lines have the color of the page around them, light or dark.
 _TEXT = {"labelColor": "currentColor", "titleColor": "currentColor"}
 _CONFIG: Mapping[str, Any] = {
     "background": "transparent",
@@ -220,5 +414,15 @@ _CONFIG: Mapping[str, Any] = {
     "view": {"stroke": None},
     "axis": {**_TEXT, "domainColor": "currentColor", "tickColor": "currentColor", "gridColor": "currentColor",
              "gridOpacity": 0.12, "domainOpacity": 0.4, "tickOpacity": 0.4, "titleFontWeight": "normal"},
-    "legend": {**_TEXT, "orient": "bottom", "columns": 2, "labelLimit": 240, "titleFontWeight": "normal"},
+    "legend": {**_TEXT, "orient": "bottom", "columns": 2, "labelLimit": 240, "titleFontWeight": "normal",
+               "titleLimit": 320},
 }  # fmt: skip
+_STILL: Mapping[str, Any] = {
+    "background": "white",
+    "padding": 12,
+    "font": "DejaVu Sans, Noto Sans, Noto Sans CJK SC, sans-serif",
+    "view": {"stroke": None},
+    "title": {"fontSize": 12, "fontWeight": "normal", "subtitleColor": "#555", "subtitleFontSize": 10},
+    "axis": {"gridOpacity": 0.4, "titleFontWeight": "normal"},
+    "legend": {"titleFontWeight": "normal", "titleLimit": 320, "labelLimit": 320},
+}

@@ -12,7 +12,6 @@ from typing import Any
 from apps.base.files import replacing
 from apps.base.progress import say
 from apps.report.page.html import is_report, render
-from apps.report.page.library import MISSING, has_charts
 from apps.report.page.parts import Page, Section
 from apps.report.page.saved import from_json, to_json
 from apps.report.tables import print_table
@@ -27,8 +26,7 @@ SECTIONS = "sections.json"
 def write_page(page: Page, path: Path) -> Path:
     """Write ``page`` as one HTML file, whole or not at all, and print its path.
 
-    The file beside it that ends in ``.json`` has the page without its sections, for the index of runs. Where the chart
-    library is not installed the page has tables in place of charts, and a line says so.
+    The file beside it that ends in ``.json`` has the page without its sections, for the index of runs.
 
     Raises:
         ValueError: a file is there that no report has written.
@@ -36,8 +34,6 @@ def write_page(page: Page, path: Path) -> Path:
     write_html(render(page), path)
     with replacing(path.with_suffix(".json")) as file:
         json.dump(to_json(dataclasses.replace(page, sections=())), file, indent=1)
-    if not has_charts():
-        say(MISSING)
     say(f"report: {path}")
     return path
 

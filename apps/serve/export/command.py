@@ -27,10 +27,10 @@ from apps.train.quantising import quantise
 TOLERANCE = 1e-4
 """Largest difference of a graph's outputs from the model's, relative to the largest of them."""
 _FOR_TRAINING = (
-    "optimizer", "ema_decay", "average_last", "grow", "distil", "report", "pretrained", "rank", "index_file",
+    "optimizer", "ema_decay", "average_last", "grow", "distil", "report", "pretrained",
 )  # fmt: skip
 """Arguments of a model that a prediction does not need, or that name files of the training's machine."""
-_PATHS = ("root", "cache_dir", "file", "images", "index", "predict_folder", "table")
+_PATHS = ("root", "cache_dir", "file", "images", "index", "predict_folder", "rank", "table")
 """Options of the apps' data that are paths, beside those that end in _file and _files."""
 
 

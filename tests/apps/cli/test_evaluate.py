@@ -18,7 +18,7 @@ from apps.report.page import html
 
 
 def test_test_prints_the_figures_and_writes_a_report(trained, capsys, monkeypatch):
-    monkeypatch.setattr(html, "has_charts", lambda: False)
+    monkeypatch.setattr(html, "script", lambda: "")
     assert main(["test", "--config", str(trained / "config.yaml")]) == 0
     device, first, *_, last = capsys.readouterr().out.splitlines()[1:]
     assert device.startswith("device cpu ")
@@ -34,7 +34,7 @@ def test_test_prints_the_figures_and_writes_a_report(trained, capsys, monkeypatc
 
 
 def test_a_pretrained_folder_is_tested_and_carries_the_figures_of_its_run(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(html, "has_charts", lambda: False)
+    monkeypatch.setattr(html, "script", lambda: "")
     config = str(trained / "config.yaml")
     assert main(["test", "--config", config]) == 0
     apps.load(trained).save_pretrained(tmp_path / "folder")
@@ -52,7 +52,7 @@ def test_a_pretrained_folder_is_tested_and_carries_the_figures_of_its_run(traine
 
 
 def test_the_report_is_shown_in_the_browser_when_asked(trained, capsys, monkeypatch):
-    monkeypatch.setattr(html, "has_charts", lambda: False)
+    monkeypatch.setattr(html, "script", lambda: "")
     shown = []
     monkeypatch.setattr("webbrowser.open", shown.append)
     argv = ["--config", str(trained / "config.yaml"), "--open"]

@@ -17,7 +17,7 @@ from apps.report.page import html
 def got(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run's folder, and beside it the file ``mine`` and the folder ``own``, which no run may touch."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(html, "has_charts", lambda: False)
+    monkeypatch.setattr(html, "script", lambda: "")
     shutil.copytree(trained, tmp_path / "got")
     Path("mine").write_text("as it was")
     Path("own").mkdir()

@@ -24,7 +24,7 @@ def test_a_word_is_read():
 
 
 def test_a_test_of_quantised_experts_says_so(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(html, "has_charts", lambda: False)
+    monkeypatch.setattr(html, "script", lambda: "")
     argv = ["--config", str(trained / "config.yaml"), "--ckpt_path", str(trained)]
     assert main(["test", *argv, "--run_dir", str(tmp_path / "plain")]) == 0
     assert main(["test", *argv, "--run_dir", str(tmp_path / "own"), "--quantize", "int4:4"]) == 0
@@ -75,7 +75,7 @@ def test_a_group_that_does_not_divide_is_named(trained, tmp_path, capsys):
 
 
 def test_a_quantised_model_is_tested_and_not_trained(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(html, "has_charts", lambda: False)
+    monkeypatch.setattr(html, "script", lambda: "")
     folder = tmp_path / "small"
     quantise(apps.load(trained), "int4").save_pretrained(folder)
     argv = ["--config", str(trained / "config.yaml"), "--run_dir", str(tmp_path / "run")]

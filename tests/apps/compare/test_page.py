@@ -7,8 +7,6 @@ import json
 import pytest
 from made_page import Html
 
-from apps.report.page import library
-
 
 def test_the_report_says_everything_and_begins_with_the_verdict(whole):
     results = json.loads((whole / "results.json").read_text())
@@ -35,7 +33,6 @@ def test_the_report_says_everything_and_begins_with_the_verdict(whole):
     assert "MFLOPs" not in about["entries"][2]["figures"]
 
 
-@pytest.mark.skipif(not library.has_charts(), reason="needs the chart library")
 def test_quality_is_drawn_against_each_cost_that_is_known(whole):
     source = (whole / "report.html").read_text()
     specs = json.loads(source.partition('id="charts">')[2].partition("</script>")[0])

@@ -7,19 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_pairs import MOE, TOWER, pair_batch, retriever
+from small_pairs import TOWER, pair_batch, retriever
 
 import core
 from apps.multimodal.drawn import PatchImages, PieceTexts
 from apps.multimodal.pretrained import BertTexts, ViTImages
 from apps.multimodal.two_towers import TwoTowers
-from apps.multimodal.use import ExpertUse, class_information, frequent_pieces, layer_name
+from apps.multimodal.use import PairUse
 from apps.porting.sentences import BertConfig
 from apps.vision.model import ViTConfig
 
 
 def used(module, batches, wanted=0):
-    use = ExpertUse(module.eval(), (3, 2), wanted)
+    use = PairUse(module.eval(), {"color": 3, "size": 2}, wanted)
     tapes = []
     for batch in batches:
         with torch.no_grad(), core.record(module) as tape:
@@ -33,8 +33,7 @@ def test_counts_are_those_of_a_loop():
     module = retriever()
     batches = [pair_batch(4), pair_batch(5, seed=2)]
     use, tapes = used(module, batches)
-    (name,) = use.layers
-    assert name == "block 1"
+    assert list(use.counts["modality"]) == ["block 1"]
     by_modality, by_class, by_piece = Counter(), Counter(), Counter()
     for batch, tape in zip(batches, tapes, strict=True):
         (entry,) = tape.entries
@@ -50,39 +49,35 @@ def test_counts_are_those_of_a_loop():
                     by_class[a, int(batch.label_BA[row, a]), e] += 1
             else:
                 by_piece[int(batch.text_BL[row - B, place]), e] += 1
-    layer = use.layers[name]
+    counts = {what: of_layers["block 1"] for what, of_layers in use.counts.items()}
     # 2 experts for each of 4 patches of 9 images, and for the pieces of texts of 2, 3, 4, 5 and of 2, 3, 4, 5, 6.
-    assert layer.tokens_M.tolist() == [36, 34]
-    assert int(layer.by_modality_ME.sum()) == 2 * (36 + 34)
+    assert counts["modality"].sum(1).tolist() == [2 * 36, 2 * 34]
     for (m, e), count in by_modality.items():
-        assert layer.by_modality_ME[m, e] == count
-    for a, classes in enumerate((3, 2)):
+        assert counts["modality"][m, e] == count
+    for a, (attribute, classes) in enumerate({"color": 3, "size": 2}.items()):
         want = [[by_class[a, c, e] for e in range(4)] for c in range(classes)]  # -1 is no class
-        assert layer.by_class[a].tolist() == want
+        assert counts[attribute].tolist() == want
     assert {(v, e): int(n) for (v, e), n in by_piece.items()} == {
-        (int(v), int(e)): int(layer.by_piece_VE[v, e]) for v, e in layer.by_piece_VE.nonzero()
+        (int(v), int(e)): int(counts["piece"][v, e]) for v, e in zip(*counts["piece"].nonzero(), strict=True)
     }
-    commonest = frequent_pieces(use.layers, 3)
-    counts = layer.by_piece_VE.sum(1)
-    assert counts[commonest[0]] == counts.max()
-    assert len(frequent_pieces(use.layers, 1000)) == int((counts > 0).sum())
+    commonest = use.frequent_pieces(["block 1"], 3)
+    count_V = counts["piece"].sum(1)
+    assert count_V[commonest[0]] == count_V.max()
+    assert len(use.frequent_pieces(["block 1"], 1000)) == int((count_V > 0).sum())
 
 
 def test_modalities_in_passes_of_their_own_count_as_in_one():
     module, batch = retriever().eval(), pair_batch(6)
     together, _ = used(module, [batch])
-    apart = ExpertUse(module, (3, 2))
+    apart = PairUse(module, {"color": 3, "size": 2})
     with torch.no_grad(), core.record(module) as tape:
         module.image_vectors(batch.image)
         module.text_vectors(batch.text_BL)
     assert len(tape.entries) == 2
     apart.add(tape, batch)
-    a, b = together.layers["block 1"], apart.layers["block 1"]
-    assert torch.equal(a.tokens_M, b.tokens_M)
-    assert torch.equal(a.by_modality_ME, b.by_modality_ME)
-    assert all(torch.equal(x, y) for x, y in zip(a.by_class, b.by_class, strict=True))
-    assert torch.equal(a.by_piece_VE, b.by_piece_VE)
-    assert torch.equal(a.patches.gate_En, b.patches.gate_En)
+    for what, of_layers in together.counts.items():
+        assert of_layers["block 1"].tolist() == apart.counts[what]["block 1"].tolist()
+    assert torch.equal(together.patches["block 1"].gate_En, apart.patches["block 1"].gate_En)
 
 
 def test_the_patches_of_an_expert_are_those_of_its_largest_gates():
@@ -90,7 +85,7 @@ def test_the_patches_of_an_expert_are_those_of_its_largest_gates():
     use, (tape,) = used(module, [batch])
     routing = tape.entries[0].routing
     length = routing.num_tokens // 10
-    sample = use.layers["block 1"].patches
+    sample = use.patches["block 1"]
     best: dict[tuple[int, int], tuple[float, int]] = {}
     pairs = (x.tolist() for x in (routing.token_index_N, routing.expert_ids_N, routing.gates_N))
     for t, e, gate in zip(*pairs, strict=True):
@@ -158,24 +153,16 @@ def test_a_healthy_model_raises_no_alarm():
 
 def test_what_experts_say_of_classes():
     use, _ = used(retriever(), [pair_batch(30)])
-    ((name, shares),) = class_information(use.layers, 2).items()
+    ((name, shares),) = use.class_information().items()
     assert name == "block 1"
     assert all(0 <= share < 0.2 for share in shares)  # noise says nothing
 
 
 def test_a_dense_model_has_no_use():
     use, _ = used(retriever(moe=None), [pair_batch(4)], wanted=2)
-    assert not use.layers
+    assert not use.counts["modality"]
     assert not use.shown
     assert use.alarms() == []
-
-
-def test_names_of_layers():
-    assert MOE.num_experts == 4
-    assert layer_name("model.towers.stack.layers.1.ffn") == "block 1"
-    assert layer_name("model.towers.image_tower.blocks.3.mlp") == "image block 3"
-    assert layer_name("model.towers.text.layers.0.ffn") == "text block 0"
-    assert layer_name("model.head.experts.task0") == "head.experts.task0"
 
 
 @pytest.mark.parametrize(
@@ -191,15 +178,16 @@ def test_names_of_layers():
 )
 def test_a_tower_for_each_modality(tower):
     use, _ = used(retriever(tower=tower), [pair_batch(6)], wanted=2)
-    image, text = use.layers["image block 1"], use.layers["text block 1"]
-    assert len(use.layers) == 2
-    assert text.tokens_M.tolist() == [0, 2 + 3 + 4 + 5 + 6 + 2]
-    assert image.tokens_M[1] == 0
-    assert image.tokens_M[0] >= 6 * 4  # a class token may stand before the patches
-    assert text.patches is None
-    assert image.patches.patch_EnCHW.shape[2:] == (3, 4, 4)
-    assert not image.by_piece_VE.any()
-    assert int(text.by_piece_VE.sum()) == 2 * int(text.tokens_M[1])
+    by_modality = use.counts["modality"]
+    assert set(by_modality) == {"image block 1", "text block 1"}
+    assert by_modality["text block 1"].sum(1).tolist() == [0, 2 * (2 + 3 + 4 + 5 + 6 + 2)]
+    of_images, of_texts = by_modality["image block 1"].sum(1)
+    assert of_images >= 2 * 6 * 4  # a class token may stand before the patches
+    assert of_texts == 0
+    assert use.patches["image block 1"].patch_EnCHW.shape[2:] == (3, 4, 4)
+    assert list(use.patches) == ["image block 1"]
+    assert list(use.counts["piece"]) == ["text block 1"]
+    assert use.counts["piece"]["text block 1"].sum() == by_modality["text block 1"].sum()
     for pair in use.shown:
         assert pair.grids["image block 1"].shape == (2, 2)
         assert len(pair.pieces["text block 1"]) == len(pair.ids)

@@ -11,12 +11,13 @@ import torch
 import core
 from apps.nlp.specialisation import (
     CLASSES,
-    ExpertUse,
+    TextUse,
     by_class,
     by_label,
     side_of,
     specialisation,
     token_classes,
+    tokens,
 )
 from apps.report.specialised import entropy
 
@@ -108,7 +109,7 @@ def entry(name, ids, experts, num_experts=2):
 
 def use_of(pairs, *batches):
     """Return the use of batches, each given as its entries and the pairs of its sentences."""
-    use = ExpertUse(WORDS, pairs)  # type: ignore[arg-type]
+    use = TextUse(tokens, WORDS, pairs)  # type: ignore[arg-type]
     for entries, pair in batches:
         use.add(core.Tape(tuple(entries)), torch.tensor(pair))
     return use
@@ -161,13 +162,13 @@ def test_layers_are_named_by_stack_and_number():
     ],
 )
 def test_sentences_are_labelled_by_what_tells_them_apart(pairs, expected):
-    use = ExpertUse(WORDS, pairs)  # type: ignore[arg-type]
+    use = TextUse(tokens, WORDS, pairs)  # type: ignore[arg-type]
     use.pair_B = np.arange(len(pairs))
     assert list(use.labels()) == expected
 
 
 def test_labels_are_numbered_by_their_first_mention():
-    use = ExpertUse(WORDS, ["en-de", "en-fr", "de-en", "fr-en"])  # type: ignore[arg-type]
+    use = TextUse(tokens, WORDS, ["en-de", "en-fr", "de-en", "fr-en"])  # type: ignore[arg-type]
     use.pair_B = np.array([3, 0, 1, 2])
     labels = {about: (label_B.tolist(), names) for about, (label_B, names) in use.labels().items()}
     assert labels == {

@@ -74,3 +74,8 @@ def test_layers_are_named_by_their_place():
     assert layer_label("model.decoder.layers.3.ffn") == "decoder 3"
     assert layer_label("encoder.layers.0.ffn") == "encoder 0"
     assert layer_label("encoder.ffn") == "encoder.ffn"
+    assert layer_label("model.towers.stack.layers.1.ffn") == "block 1"
+    assert layer_label("model.towers.image_tower.blocks.3.mlp") == "image block 3"
+    assert layer_label("model.towers.text.layers.0.ffn") == "text block 0"
+    assert layer_label("item_tower.blocks.1.ffn") == "item block 1"
+    assert layer_label("model.head.experts.task0") == "head.experts.task0"

@@ -10,10 +10,11 @@ from quiet_trainer import quiet_trainer
 
 import core
 from apps.nets.depths import MixtureOfDepths
+from apps.report.use import ExpertUse, Labels
 from apps.vision.data import VisionData
 from apps.vision.model import ViTConfig, VMoE
 from apps.vision.module import VisionClassifier
-from apps.vision.report import PatchRouting, VisionReportConfig
+from apps.vision.report import Shown, VisionReportConfig
 
 # 8x8 images: a grid of 4x4 tokens, and so 4 patches of 2x2 of them.
 VIT = ViTConfig(patch_size=2, embed_dim=8, depth=2, num_heads=2, pool="avg")
@@ -55,17 +56,21 @@ def test_flops_are_the_dense_ones_less_the_ffn_plus_the_layer():
 
 
 def test_the_picture_shows_the_expert_of_a_patch_at_each_of_its_tokens():
-    network, data, routing = model(), VisionData("digits", eval_batch_size=8), PatchRouting()
+    network, data, shown = model(), VisionData("digits", eval_batch_size=8), Shown()
     data.setup("test")
     batch = next(iter(data.test_dataloader()))
-    routing.add(network, batch, torch.device("cpu"), 3)
-    ((name, ids),) = routing.experts.items()
+    with torch.no_grad(), core.record(network) as tape:
+        network(batch.image)
+    shown.add(network, tape, batch, 3)
+    ((name, ids),) = shown.experts.items()
     assert (name, len(ids), ids[0].shape) == ("block 1", 3, (4, 4))
     for image in ids:
         corners = image[::2, ::2]
         assert (image == corners.repeat(2, 0).repeat(2, 1)).all()
+    use = ExpertUse(lambda entry, batch: {"class": batch.label}, {"class": Labels("class", 10)})
+    use.add(tape, batch)
     # 2 patches for each of 4 experts, in each of 8 images.
-    assert routing.counts[name].sum(0).tolist() == [16, 16, 16, 16]
+    assert use.counts["class"][name].sum(0).tolist() == [16, 16, 16, 16]
 
 
 def test_a_test_writes_its_report(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,10 +11,10 @@ import pytest
 import torch
 from quiet_trainer import quiet_trainer
 
+import apps
 import core
 from apps.cli import main
-from apps.report.heatmaps import heatmaps
-from apps.report.page import load_sections
+from apps.report.page import HeatmapChart, load_sections
 from apps.vision.data import VisionData
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier
@@ -30,9 +29,7 @@ def test_report_writes_tables_and_pictures(tmp_path, capsys):
         moe=moe,
         moe_blocks=[1],
         image_size=8,
-        report=VisionReportConfig(
-            few_shot=(5, 500), few_shot_seeds=2, capacity_factors=(0.5, 1.0), sweep_images=100, images=3
-        ),
+        report=VisionReportConfig(few_shot=(5, 500), few_shot_seeds=2, images=3),
     )
     data = VisionData("digits", eval_batch_size=100)
     (metrics,) = quiet_trainer(tmp_path).test(module, datamodule=data, verbose=False)
@@ -41,8 +38,6 @@ def test_report_writes_tables_and_pictures(tmp_path, capsys):
     folder = tmp_path / "report"
     assert {p.name for p in folder.iterdir()} == {
         "few_shot.csv",
-        "capacity_sweep.csv",
-        "capacity_sweep.png",
         "routing.png",
         "expert_class.png",
         "load.png",
@@ -51,39 +46,26 @@ def test_report_writes_tables_and_pictures(tmp_path, capsys):
     assert [s.title for s in load_sections(folder)] == [
         "Answers",
         "What the experts are used for",
-        "Less capacity at inference",
         "Few labelled images",
     ]
-    rows = list(csv.DictReader((folder / "capacity_sweep.csv").open()))
-    assert [(r["priority"], r["capacity_factor"]) for r in rows] == [
-        (p, f) for p in ("position", "score") for f in ("0.5", "1.0", "")
-    ]
-    assert all(0.0 <= float(r["accuracy"]) <= 1.0 and math.isfinite(float(r["flops_per_image"])) for r in rows)
-    shown = repr(load_sections(folder))
-    assert "Few-shot linear evaluation" in shown
-    assert "dropless" in shown
-    assert {r["images"] for r in rows} == {"100"}  # of 359
-    assert "Capacity sweep at inference, 100 test images" in shown
+    assert "Few-shot linear evaluation" in repr(load_sections(folder))
     assert capsys.readouterr().out == ""
 
 
-def test_a_class_without_test_images_is_in_no_picture(tmp_path, monkeypatch):
+def test_a_class_without_test_images_is_in_no_chart(tmp_path):
     moe = core.MoEConfig(num_experts=4, expert=core.FFN(hidden_dim=16))
-    report = VisionReportConfig(few_shot=(), capacity_factors=(), images=1)
+    report = VisionReportConfig(few_shot=(), images=1)
     vit = ViTConfig(patch_size=4, embed_dim=8, depth=1, num_heads=2)
     module = VisionClassifier(vit=vit, moe=moe, moe_blocks=[0], image_size=8, report=report)
     data = VisionData("digits")
     data.setup("test")
     test = data._opened.test
     data._opened = data._opened._replace(test=test.subset((test.labels[test.index] != 3).nonzero().squeeze(1)))
-    drawn = []
-    monkeypatch.setattr(
-        "apps.vision.report.heatmaps", lambda bands, *texts: drawn.append(bands) or heatmaps(bands, *texts)
-    )
     quiet_trainer(tmp_path).test(module, datamodule=data, verbose=False)
-    (((shares,),),) = drawn
-    assert [row.split()[0] for row in shares.rows] == ["0", "1", "2", "4", "5", "6", "7", "8", "9", "all"]
-    assert shares.values.sum(1) == pytest.approx(np.ones(10))
+    parts = [part for section in load_sections(tmp_path / "report") for part in section.parts]
+    (chart,) = (part for part in parts if isinstance(part, HeatmapChart) and part.row_title == "class")
+    assert [row.split()[0] for row in chart.rows] == ["0", "1", "2", "4", "5", "6", "7", "8", "9", "all"]
+    assert np.sum(chart.values, axis=1) == pytest.approx(np.full(10, 100))
 
 
 def test_the_command_says_where_the_report_is_and_what_it_leaves_out(tmp_path, capsys):
@@ -104,18 +86,25 @@ def test_the_command_says_where_the_report_is_and_what_it_leaves_out(tmp_path, c
     assert "500-shot left out: a class has only 14 images to draw from" in log_lines
 
 
-def test_no_capacity_is_swept_where_the_router_has_none(tmp_path):
-    module = VisionClassifier(
-        vit=ViTConfig(patch_size=4, embed_dim=8, depth=2, num_heads=2),
-        moe=core.MoEConfig(num_experts=2, router=core.SoftSlots(), expert=core.FFN(hidden_dim=8)),
-        moe_blocks=[1],
-        image_size=8,
-        report=VisionReportConfig(few_shot=(), images=1),
+def test_a_checkpoint_and_a_configuration_with_the_options_of_an_earlier_version_are_tested(tmp_path, caplog):
+    vit = {"patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    module = VisionClassifier(vit=ViTConfig(**vit), image_size=8, report=VisionReportConfig(few_shot=()))
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=0)
+    trainer.fit(module, datamodule=VisionData("digits"))
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    trainer.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["hyper_parameters"]["report"] |= {"capacity_factors": [0.5], "sweep_images": 100}
+    torch.save(checkpoint, path)
+    model = {"class_path": "VisionClassifier", "init_args": checkpoint["hyper_parameters"]}
+    (tmp_path / "config.yaml").write_text(
+        json.dumps({"model": model, "data": "VisionData", "trainer": {"accelerator": "cpu"}})
     )
-    quiet_trainer(tmp_path).test(module, datamodule=VisionData("digits", eval_batch_size=100), verbose=False)
-    assert {p.name for p in (tmp_path / "report").iterdir()} == {
-        *("routing.png", "expert_class.png", "load.png", "sections.json")
-    }
+    with caplog.at_level("INFO"):
+        assert apps.load(path).report == VisionReportConfig(few_shot=())
+        assert main(["test", "--ckpt_path", str(path), "--trainer.limit_test_batches", "1"]) == 0
+    ignored = "options of VisionClassifier in earlier versions are ignored"
+    assert f"{ignored}: report.capacity_factors, report.sweep_images" in caplog.text
 
 
 def test_several_processes_leave_the_report_out(tmp_path, caplog):
@@ -145,7 +134,6 @@ def test_report_of_a_dense_model_is_the_few_shot_part_without_an_interval_of_one
     ("options", "message"),
     [
         ({"few_shot": (0,)}, r"report.few_shot=\(0,\) must be numbers of at least 1"),
-        ({"capacity_factors": (-1.0,)}, r"report.capacity_factors=\(-1.0,\) must be positive"),
         ({"few_shot_seeds": 0}, "report.few_shot_seeds=0 must be at least 1"),
         ({"images": -1}, "report.images=-1 must be at least 0"),
         ({"routing_examples": -1}, "report.routing_examples=-1 must be at least 0"),

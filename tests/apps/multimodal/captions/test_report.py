@@ -13,7 +13,6 @@ from captioned import DECODER, captioner, encoding, images, pairs
 
 import core
 from apps.multimodal.captions.metrics import CaptionMetrics, Pair
-from apps.multimodal.captions.pictures import looks_at
 from apps.multimodal.captions.report import CaptionReportConfig, thumbnail, write_captions, write_scores, write_use
 from apps.multimodal.captions.traced import Traced, traced
 from apps.nets.config import TransformerConfig
@@ -78,14 +77,6 @@ def test_an_empty_caption_looks_nowhere():
     words, looks = traced(captioner(moe=None).eval(), images("red"), []).looks()
     assert words == []
     assert looks.shape == (0, 2, 2)
-    assert len(looks_at(np.zeros((8, 8, 3)), words, looks, "nothing").axes) == 1
-
-
-def test_a_picture_has_the_image_and_a_map_for_each_word():
-    figure = looks_at(np.ones((8, 8)), ["a", "$red$", "hat"], np.ones((3, 2, 2)), "where")
-    assert [axis.get_title() for axis in figure.axes] == ["the image", "a", "$red$", "hat"]
-    with pytest.raises(ValueError, match="1 words and 2 maps"):
-        looks_at(np.ones((8, 8)), ["a"], np.ones((2, 2, 2)), "where")
 
 
 def test_the_use_of_experts_is_counted_by_subword(tmp_path):

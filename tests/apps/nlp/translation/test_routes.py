@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 import core
 from apps.data.subwords import PAD_ID
 from apps.nlp.decode import DecodeConfig
-from apps.nlp.expert_use import class_picture, language_picture, write_use
+from apps.nlp.expert_use import language_counts, write_use
 from apps.nlp.specialisation import specialisation
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.translation.report import TranslationReportConfig
@@ -100,17 +100,19 @@ def test_the_report_has_a_row_a_layer_and_label_and_one_an_expert(module, batche
     assert len(words.rows) == 8
 
 
-def test_language_maps_are_by_pair_with_its_share_and_the_load(module, batches):
-    encoder, decoder, _ = (a for a in language_picture(expert_use(module, batches)).axes if a.get_visible())
-    # Sources differ in the tag alone, so the pairs have as many tokens.
-    assert [t.get_text() for t in encoder.get_yticklabels()] == ["en-de (50 %)", "en-fr (50 %)", "all"]
-    assert encoder.images[0].get_array().tolist() == [[0, 100, 0, 0], [0, 0, 0, 100], [0, 50, 0, 50]]
-    assert decoder.get_title() == "decoder 0"
+def test_language_maps_are_by_pair_with_its_share_and_the_load(module, batches, tmp_path):
+    section = write_use(expert_use(module, batches), tmp_path)
+    encoder, decoder = (part for part in section.parts if getattr(part, "row_title", "") == "language")
+    # Sources differ in the tag only, so the pairs have as many tokens.
+    assert encoder.rows == ("en-de (50 %)", "en-fr (50 %)", "all")
+    assert encoder.values == ((0, 100, 0, 0), (0, 0, 0, 100), (0, 50, 0, 50))
+    assert decoder.title == "Which expert takes a language, decoder 0"
 
 
-def test_class_maps_leave_out_classes_without_a_token(module, batches):
-    encoder, decoder, _ = (a for a in class_picture(expert_use(module, batches)).axes if a.get_visible())
-    of_encoder, of_decoder = ([t.get_text().split(" (")[0] for t in a.get_yticklabels()] for a in (encoder, decoder))
+def test_class_maps_leave_out_classes_without_a_token(module, batches, tmp_path):
+    section = write_use(expert_use(module, batches), tmp_path)
+    maps = [part for part in section.parts if getattr(part, "row_title", "") == "class"]
+    of_encoder, of_decoder = ([name.split(" (")[0] for name in part.rows] for part in maps)
     assert of_encoder[:2] == ["end of sentence", "language tag"]
     assert of_decoder[0] == "begin of sentence"
     assert not {"digits", "punctuation"} & {*of_encoder, *of_decoder}
@@ -119,10 +121,8 @@ def test_class_maps_leave_out_classes_without_a_token(module, batches):
 
 def test_of_many_pairs_a_side_is_mapped_by_its_own_language(module, batches, monkeypatch):
     monkeypatch.setattr("apps.nlp.expert_use._MOST_PAIRS", 1)
-    encoder, decoder, _ = (a for a in language_picture(expert_use(module, batches)).axes if a.get_visible())
     # There is one source language, which says nothing: the encoder's tokens are put by the target's.
-    for axis in (encoder, decoder):
-        assert [t.get_text().split()[0] for t in axis.get_yticklabels()] == ["de", "fr", "all"]
+    assert [names for _, names in language_counts(expert_use(module, batches))] == [("de", "fr")] * 2
 
 
 # ---- sentences
@@ -145,42 +145,28 @@ def test_usual_sentences_are_of_each_pair_in_turn_those_nearest_to_14_subwords()
     assert usual_sentences([], 2) == []
 
 
-def test_a_sentence_is_drawn_as_the_model_says_it(module, batches, tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr("apps.nlp.translation.routes.save_picture", lambda fig, path: drawn.setdefault(path.name, fig))
+def test_a_sentence_is_drawn_as_the_model_says_it(module, batches, tmp_path):
     sentence = usual_sentences([b for b in batches if (b.pair_B == 1).any()], 2)[1]
-    source_words, read_words, attention_part = write_sentence(module, sentence, 1, tmp_path)
-    assert list(drawn) == ["sentence_1_attention.png", "sentence_1_experts.png"]
+    source_words, read_words, attention = write_sentence(module, sentence, 1, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"sentence_1_attention.png", "sentence_1_experts.png"}
     ids = sentence.source_BS[0][sentence.source_BS[0] != PAD_ID].tolist()
     source = module.subwords.pieces(ids, "source")
     pieces = module.subwords.pieces(module.translate(sentence, module.decode).best[0], "target")
-    attention = drawn["sentence_1_attention.png"].axes[0]
-    assert [t.get_text() for t in attention.get_xticklabels()] == source
-    assert [t.get_text() for t in attention.get_yticklabels()] == [*pieces, "</s>"]
-    np.testing.assert_allclose(np.asarray(attention.images[0].get_array()).sum(1), 100, rtol=1e-5)
-    encoder, decoder = drawn["sentence_1_experts.png"].axes
-    assert [t.get_text() for t in encoder.get_yticklabels()] == source
-    assert [t.get_text() for t in decoder.get_yticklabels()] == ["<s>", *pieces]
-    # One expert a token: that of French.
-    assert {t.get_text() for axis in (encoder, decoder) for t in axis.texts} == {"3"}
-    # The page has the words as text, and the attention as a picture.
+    assert list(attention.columns) == source
+    assert list(attention.rows) == [*pieces, "</s>"]
+    np.testing.assert_allclose(np.sum(attention.values, axis=1), 100, rtol=1e-5)
     assert source_words.words == tuple(piece.removeprefix("\u2581") for piece in source)
     assert read_words.words == ("<s>", *(piece.removeprefix("\u2581") for piece in pieces))
+    # One expert a token: that of French.
     assert {label for words in (source_words, read_words) for row in words.labels.values() for label in row} == {"3"}
-    assert attention_part.path == "sentence_1_attention.png"
 
 
-def test_padding_of_a_batch_is_not_drawn(module, batches, tmp_path, monkeypatch):
+def test_padding_of_a_batch_is_not_drawn(module, batches, tmp_path):
     (sentence,) = usual_sentences(batches, 1)
     padded = sentence._replace(source_BS=torch.nn.functional.pad(sentence.source_BS, (0, 3), value=PAD_ID))
-    heights = []
-    monkeypatch.setattr(
-        "apps.nlp.translation.routes.save_picture",
-        lambda fig, path: heights.append(len(fig.axes[0].get_xticklabels())),
-    )
-    for one in (sentence, padded):
-        write_sentence(module, one, 1, tmp_path)
-    assert heights[:2] == heights[2:]
+    whole, other = (write_sentence(module, one, 1, tmp_path) for one in (sentence, padded))
+    assert [words.words for words in whole[:2]] == [words.words for words in other[:2]]
+    assert whole[2].columns == other[2].columns
 
 
 def test_use_is_read_from_batches_at_equal_steps():

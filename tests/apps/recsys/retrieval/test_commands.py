@@ -20,7 +20,7 @@ from apps.recsys.tables import streaming
 
 USERS = {"key": [7, 8], "user": ["cy", "zoe"], "age": [50, 25]}
 QUIET = {"accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1}
-MODEL = {"tower": {"dim": 4, "width": 8}, "embedding": {"dim": 4}, "ks": [1, 3], "top_k": 2}
+MODEL = {"tower": {"dim": 4, "width": 8}, "embedding": {"dim": 4}, "ks": [1, 3]}
 REPORT = {"pictures": False}  # another test has them
 
 
@@ -34,7 +34,7 @@ def write(folder, name, model, data):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    arguments = options(folder, user_column="user", exclude_seen=True)
+    arguments = options(folder, user_column="user", exclude_seen=True, top_k=2)
     pairs = {"class_path": "RetrievalData", "init_args": arguments}
     retrieve = write(
         folder, "retrieve", {"class_path": "TwoTowerRetriever", "init_args": {**MODEL, "report": REPORT}}, pairs
@@ -73,12 +73,28 @@ def test_items_of_a_file_of_users_are_those_of_a_script(runs):
     assert [x for line in lines for x in line["score"]] == pytest.approx(list(script["score"]), rel=1e-5)
     assert set(lines[0]["film"]) == {"Alien", "Brazil"}  # cy has rated the other three
 
-    ranked = predicted(folder, "--model.rank", str(folder / "rank"), "--model.candidates", "4")
+    ranked = predicted(folder, "--data.rank", str(folder / "rank"), "--data.candidates", "4")
     script = model.predict(USERS, top=2, rank=folder / "rank", candidates=4)
     assert [list(line) for line in ranked] == [["index", "user", "film", "score", "probability_like"]] * 2
     assert [film for line in ranked for film in line["film"]] == list(script["film"])
     likes = [x for line in ranked for x in line["probability_like"]]
     assert likes == pytest.approx(list(script["probability_like"]), rel=1e-5)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_used(runs):
+    folder, _ = runs
+    (path,) = (folder / "retrieve" / "checkpoints").glob("last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["hyper_parameters"] |= {"top_k": 10, "rank": None, "candidates": 100, "index_file": None}
+    old = folder / "old" / "checkpoints" / "last.ckpt"
+    old.parent.mkdir(parents=True)
+    torch.save(checkpoint, old)
+    config = yaml.safe_load((folder / "retrieve" / "config.yaml").read_text())
+    config["model"]["init_args"] |= {"top_k": 10, "rank_task": None}
+    (folder / "old" / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["test", "--ckpt_path", str(old)]) == 0
+    whole = [apps.load(folder / run).predict(USERS, top=2) for run in ("old", "retrieve")]
+    assert list(whole[0]["film"]) == list(whole[1]["film"])
 
 
 def flat(lists):
@@ -93,12 +109,12 @@ def test_users_are_read_piece_by_piece(runs, monkeypatch, kind):
         path = folder / f"many-{number}.{kind}"
         pa.csv.write_csv(part, path) if kind == "csv" else pa.parquet.write_table(part, path)
     model = apps.load(folder / "retrieve")
-    model.rank, model.candidates, model.top_k = str(folder / "rank"), 4, 3
 
     def lines(**changed):
         """Return what a Trainer predicts: for each batch its columns."""
         files = {"predict_file": str(folder / f"many-*.{kind}"), "predict_columns": ["key", "age"]}
-        data = RetrievalData(**{**options(folder, user_column="user", exclude_seen=True), **files, **changed})
+        ranked = {"rank": str(folder / "rank"), "candidates": 4, "top_k": 3}
+        data = RetrievalData(**options(folder, user_column="user", exclude_seen=True, **files, **ranked, **changed))
         data.adopt(model.encoding_state)
         return Trainer(**QUIET, logger=False, enable_progress_bar=False).predict(model, datamodule=data)
 
@@ -126,7 +142,7 @@ def test_an_index_file_stands_for_the_items(runs):
     index = model.index()
     for vectors, best in ((index.vectors_ID, max), (-index.vectors_ID, min)):  # negated, the worst come first
         ItemIndex(FILMS, vectors, index.made_by).save(folder / "items.safetensors")
-        lines = predicted(folder, "--model.index_file", str(folder / "items.safetensors"))
+        lines = predicted(folder, "--data.index_file", str(folder / "items.safetensors"))
         whole = model.predict(USERS, top=5)
         scores = [x for x, user in zip(whole["score"], whole["user"], strict=True) if user == "zoe"]
         assert abs(lines[1]["score"][0]) == pytest.approx(abs(best(scores)), rel=1e-5)
@@ -135,7 +151,7 @@ def test_an_index_file_stands_for_the_items(runs):
 def test_without_a_file_the_pairs_of_the_test_are_predicted(runs):
     folder, where = runs
     output = folder / "test.jsonl"
-    words = ["--model.rank", str(folder / "rank"), "--model.candidates", "4", "--output", str(output)]
+    words = ["--data.rank", str(folder / "rank"), "--data.candidates", "4", "--output", str(output)]
     assert main(["predict", *where, *words]) == 0
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["user"] for line in lines] == ["ann", "bob", "cy"]
@@ -148,8 +164,8 @@ def test_errors_are_one_line(runs, capsys):
     pa.csv.write_csv(pa.table({"user": ["cy"]}), folder / "bare.csv")
     (folder / "empty.csv").write_text("user,age\n")
     for words, message in (
-        (["--model.rank", str(folder / "nothing")], "no checkpoint"),
-        (["--model.index_file", str(folder / "nothing")], "no item index"),
+        (["--data.rank", str(folder / "nothing")], "no checkpoint"),
+        (["--data.index_file", str(folder / "nothing")], "no item index"),
         (["--data.predict_file", str(folder / "bare.csv")], "column 'age' (continuous) is not in"),
         (["--data.predict_file", str(folder / "empty.csv")], "the rows to predict: there are none"),
     ):

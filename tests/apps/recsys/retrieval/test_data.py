@@ -176,6 +176,8 @@ def test_a_user_s_last_items_are_columns_of_its_tower(tmp_path):
         ({"positive": "like it"}, "positive='like it'"),
         ({"exclude_seen": True}, "exclude_seen=True needs user_column"),
         ({"num_uniform": -1}, "num_uniform=-1 must not be negative"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"rank": "runs/x", "candidates": 5}, "candidates=5 are fewer than the 10 items"),
         ({"negatives": {"per_positive": 4}}, "num_uniform gives a retriever further ones"),
     ],
 )

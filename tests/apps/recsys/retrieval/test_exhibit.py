@@ -31,8 +31,8 @@ def test_the_answer_is_the_models_and_the_experts_are_of_its_passes(made):
     ]
     assert answer.parts[0].rows == tuple(rows)
     assert set(best["film"]) == {"Alien", "Brazil"}  # cy has rated the other three
-    assert list(answer.layers) == ["users, block 0", "items, block 0"]
-    (words,) = answer.layers["items, block 0"]
+    assert list(answer.layers) == ["user block 0", "item block 0"]
+    (words,) = answer.layers["item block 0"]
     assert words.words == tuple((film,) for film in best["film"])
     state = model.encoding_state["catalogue"]
     from apps.recsys.retrieval.catalogue import Catalogue

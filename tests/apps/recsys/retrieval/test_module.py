@@ -169,8 +169,6 @@ def test_it_learns_what_each_user_likes_and_survives_a_checkpoint(tmp_path):
         ({"ks": (1, 5)}, r"ks=\[1, 5\]: the last must be below the 5 items"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
         ({"temperature": 0.001, "learn_temperature": True}, "temperature=0.001 is below 0.01"),
-        ({"top_k": 0}, "top_k=0 must be at least 1"),
-        ({"rank": "runs/x", "candidates": 5}, "candidates=5 are fewer than the 10 items"),
         ({"dense_ffn": core.DenseFFN(8)}, "is for a dense model"),
         ({"moe_blocks": [3]}, "moe_blocks index 3 is out of range for depth=1"),
         ({"moe": core.MoEConfig(4, core.Hash(vocab_size=9), MOE.expert)}, "needs context.token_ids_BS"),

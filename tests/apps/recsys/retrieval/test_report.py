@@ -10,9 +10,8 @@ import torch
 from lightning.pytorch import Trainer
 from made_pairs import made_pairs, retriever
 
-import core
 from apps.recsys.retrieval.index import ItemIndex
-from apps.recsys.retrieval.report import RetrievalUse, pairs_table, tower_label, write_ranks
+from apps.recsys.retrieval.report import RetrievalUse, pairs_table, write_ranks
 from apps.report.page import load_sections
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -23,8 +22,7 @@ def made_use(**changed):
     values = {
         "ks": (2, 5), "group_V": np.array([4, 0, 3]), "item_N": np.array([1, 1, 2, 0]),
         "rank_N": np.array([1, 4, 9, 3]), "best_Nk": np.array([[1, 2], [2, 1], [1, 0], [2, 1]]),
-        "users": ["ann", "bob", "cy", "dot"], "index": ItemIndex(["tea", "rye"], torch.ones(2, 1)), "popularity": {},
-        "stats": core.RoutingStats({}),
+        "users": ["ann", "bob", "cy", "dot"], "index": ItemIndex(["tea", "rye"], torch.ones(2, 1)), "use": None,
     }  # fmt: skip
     return RetrievalUse(**{**values, **changed})
 
@@ -49,7 +47,6 @@ def test_pairs_are_shown_by_name():
         ("cy", "rye", "9", "tea"),
         ("dot", "not in the catalogue", "3", "rye · tea"),
     )
-    assert tower_label("item_tower.blocks.1.ffn") == "items, block 1"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -65,6 +62,7 @@ def test_a_test_leaves_the_report(tmp_path):
     assert titles == ["What is retrieved", "What the experts are used for", "Pairs"]
     use = RetrievalUse.of(module, [data.examples("test").__getitems__([0, 1, 2])])
     assert use.users == ["ann", "bob", "cy"]
-    assert list(use.popularity) == ["items, block 0"]
+    ((layer, counts),) = use.use.counts["popularity"].items()
+    assert layer == "item block 0"
     # Alien and Dune have 2 of 6 pairs each: Alien is the first quarter, Dune begins in the second; two experts an item
-    assert use.popularity["items, block 0"].sum(1).tolist() == [2, 2, 2, 2, 2]
+    assert counts.sum(1).tolist() == [2, 2, 2, 2, 2]

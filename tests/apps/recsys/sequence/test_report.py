@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 
 import core
+from apps.recsys.ranks import popularity_groups
 from apps.recsys.sequence.data import HistoryBatch, HistoryData
 from apps.recsys.sequence.model import HistoryModelConfig
 from apps.recsys.sequence.module import NextItemRecommender
@@ -20,7 +21,6 @@ from apps.recsys.sequence.report import (
     NextItemReportConfig,
     NextItemUse,
     User,
-    popularity_groups,
     users_table,
     write_ranks,
 )
@@ -43,7 +43,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def made_use(ranks, targets, lengths, group_V=None):
     users = [User(i, (1, 2), t, r, (3,)) for i, (r, t) in enumerate(zip(ranks, targets, strict=True))]
-    return NextItemUse(group_V, users, list(lengths))
+    return NextItemUse(group_V, None, users, list(lengths))
 
 
 def test_items_are_grouped_by_their_share_of_the_training():
@@ -71,14 +71,14 @@ def test_each_expert_s_items_are_counted_by_popularity_and_by_place():
     items = torch.tensor([[3, 1, 4, 1, 5, 6], [9, 2, 6, 0, 0, 0], [7, 0, 0, 0, 0, 0]])
     targets = torch.zeros_like(items)
     targets[[0, 1], [5, 2]] = torch.tensor([9, 5])
-    group_V = np.array([4, 0, 0, 1, 1, 2, 2, 3, 3, 3])
-    use = NextItemUse(group_V)
+    use = NextItemUse.of(module, np.array([0, 1, 1, 1, 1, 1, 1, 1, 1, 1]))
     use.add(module, HistoryBatch(items, targets, torch.arange(3), torch.arange(3)))
-    assert list(use.popularity) == ["block 0", "block 1"]
-    for layer in use.popularity:
-        # Two experts an item: 3 items of groups 0 (1, 1, 2) and 3 + 1 more; the 3 last items, and 6 before them.
-        assert use.popularity[layer].sum(1).tolist() == [2 * n for n in (3, 2, 3, 2, 0)]
-        assert use.back[layer].sum(1).tolist() == [2 * n for n in (3, 6, 1, 0, 0)]
+    assert list(use.use.counts["popularity"]) == ["block 0", "block 1"]
+    # The quarters are items 1 to 3, 4 and 5, 6 and 7, 8 and 9. Two experts an item; 3 last items, and 6 before them.
+    for counts in use.use.counts["popularity"].values():
+        assert counts.sum(1).tolist() == [2 * n for n in (4, 2, 3, 1, 0)]
+    for counts in use.use.counts["place in the history"].values():
+        assert counts.sum(1).tolist() == [2 * n for n in (3, 6, 1, 0, 0)]
     assert len(BACK) == 4
     # The third history has no next item.
     assert [(u.user, u.history, u.target) for u in use.users] == [(0, (3, 1, 4, 1, 5, 6), 9), (1, (9, 2, 6), 5)]

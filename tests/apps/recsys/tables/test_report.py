@@ -16,11 +16,17 @@ import core
 from apps.recsys.binary_metrics import calibration
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.metrics import MultiTaskMetrics
-from apps.recsys.tables import checks, gating, pictures
+from apps.recsys.tables import checks, gating
 from apps.recsys.tables.arrays import join
 from apps.recsys.tables.gating import Gate, GateReader, dependence, expert_use
 from apps.recsys.tables.module import MultiTaskRecommender
-from apps.recsys.tables.report import RecommenderReport, RecommenderReportConfig, write_parts
+from apps.recsys.tables.report import (
+    RecommenderReport,
+    RecommenderReportConfig,
+    calibration_chart,
+    polarisation,
+    write_parts,
+)
 from apps.report.page import load_sections
 
 MLP = core.MLP((4,))
@@ -229,21 +235,22 @@ def test_calibration_curves_show_every_bin(rate):
     rng = np.random.default_rng(0)
     p = np.clip(rng.beta(2, 2 / rate - 2, 20_000), 1e-6, 1)
     bins = calibration(p, (rng.random(20_000) < p).astype(float))
-    axis = pictures.calibration_curves({"a": bins}).axes[0]
-    assert (axis.get_xscale() == "log") == (rate < 0.05)
-    x, y = axis.lines[1].get_data()
+    chart = calibration_chart("a", bins)
+    assert chart.log_x == chart.log_y == (rate < 0.05)
+    x, y = np.array(chart.lines[0].x), np.array(chart.lines[0].y)
     assert len(x) == 15
-    low, high = axis.get_xlim()
-    assert all(low <= v <= high for v in (*x, *y))
     # What the model says is what happens: on the diagonal but for chance.
     big = bins.positives > 0.01
     np.testing.assert_allclose(y[big], x[big], rtol=0.25)
 
 
-def test_polarisation_without_outputs_says_so():
+def test_polarisation_has_the_outputs_where_they_are_seen():
     gates = [gate(0, ("0", "1"), (0.2, 0.8))]
-    picture = pictures.polarisation(expert_use(gates, {}), gates)
-    assert "not seen" in picture.axes[0].texts[0].get_text()
+    weights, entropy = polarisation("", expert_use(gates, {}), gates)
+    assert weights.series == {gates[0].label: pytest.approx((20, 80))}
+    assert list(entropy.series) == ["of an example", "of the mean weights"]
+    zeros, *_ = polarisation("", expert_use(gates, {"": {"0": 0.95, "1": 0.0}}), gates)
+    assert (zeros.series, zeros.line) == ({"zero": (95, 0)}, 90)
 
 
 # ---- the whole

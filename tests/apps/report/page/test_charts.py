@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from apps.report.heatmaps import Heatmap
 from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart, thinned_rows
 from apps.report.page.experts import load_charts
-from apps.report.page.vega import MOST_POINTS, vega_lite
-
-pytest.importorskip("altair")
+from apps.report.page.notes import placed
+from apps.report.page.parts import Words
+from apps.report.page.vega import MOST_POINTS, save_charts, still, vega_lite
 
 
 def rows(spec: dict) -> list[dict]:
@@ -49,7 +49,7 @@ def test_points_without_an_interval_have_no_bar():
 
 def test_a_map_names_its_largest_share_and_leaves_gaps():
     values = np.array([[0.25, 0.75], [math.nan, 0.5]])
-    chart = HeatmapChart.of(Heatmap("", ("cat", "dog"), ("0", "1"), values), "Which", "class")
+    chart = HeatmapChart.of(values, ("cat", "dog"), title="Which", row_title="class")
     assert chart.summary == "share, % by class (2) and expert (2); the largest is 75 %, class cat and expert 1."
     assert chart.cells() == [("cat", "25.0", "75.0"), ("dog", "–", "50.0")]
     assert len({(r["row"], r["column"]) for r in rows(vega_lite(chart))}) == 3
@@ -96,3 +96,73 @@ def test_many_points_have_a_colour_or_a_shape_of_their_own():
     encoding = vega_lite(ScatterChart("t", "s", "x", "y", points))["layer"][1]["encoding"]
     looks = zip(encoding["color"]["scale"]["range"], encoding["shape"]["scale"]["range"], strict=True)
     assert len(set(looks)) == 20
+
+
+def drawn(spec: dict) -> list[dict]:
+    """Return the charts of a file, line by line."""
+    return [chart for line in spec["vconcat"] for chart in line["hconcat"]]
+
+
+def heatmap(name: str, rows: tuple[str, ...], values: list[list[float]]) -> HeatmapChart:
+    return HeatmapChart.of(np.array(values), rows, title=f"Which, {name}", row_title="class")
+
+
+def test_maps_of_a_file_have_one_scale_and_neighbors_name_their_rows_once():
+    maps = [heatmap(f"encoder {i}", ("de", "fr"), [[0.5, 0.5], [0.2, 0.8]]) for i in (1, 3)]
+    maps.append(heatmap("decoder 1", ("en",), [[0.4, 0.6]]))
+    charts = drawn(still(maps, "title"))
+    assert [chart["title"]["text"] for chart in charts] == ["encoder 1", "encoder 3", "decoder 1"]
+    encodings = [chart["layer"][0]["encoding"] for chart in charts]
+    assert [encoding["color"]["scale"]["domain"] for encoding in encodings] == [[0, 80]] * 3
+    assert [encoding["y"].get("axis", {}) is None for encoding in encodings] == [False, True, False]
+    assert [encoding["color"].get("legend", {}) is None for encoding in encodings] == [True, True, False]
+
+
+def test_colors_may_end_below_the_largest_share():
+    chart = HeatmapChart("t", "s", "r", "c", ("tag", "word"), ("0", "1"), ((100, 0), (40, 60)), top=60)
+    assert chart.shown_top == 60
+    assert HeatmapChart("t", "s", "r", "c", ("a",), ("0",), ((40,),)).shown_top == 40
+
+
+def test_charts_without_room_beside_each_other_go_below():
+    maps = [heatmap(f"encoder {i}", ("de",), [[1 / 16] * 16]) for i in range(3)]  # 480 of 1,300 pixels each
+    assert [len(line["hconcat"]) for line in still(maps, "title")["vconcat"]] == [2, 1]
+
+
+def test_rows_of_one_name_are_rows_of_their_own():
+    chart = HeatmapChart("t", "s", "r", "c", ("the", "the"), ("0",), ((1,), (2,)))
+    assert len({row["row"] for row in rows(vega_lite(chart))}) == 2
+
+
+def test_notes_of_points_do_not_cover_each_other():
+    points = ((10.0, 90.0, ""), (9.9, 90.0, "K=2"), (9.8, 89.9, "K=1"), (9.9, 89.8, "c=1"))
+    chart = ScatterChart("t", "s", "x", "y", tuple(Point("a", x, y, note=note) for x, y, note in points))
+    xs = [24 + 252 * (x - 9.8) / 0.2 for x, *_ in points]
+    ys = [260 - 16 - 228 * (y - 89.8) / 0.2 for _, y, _ in points]
+    boxes = [
+        (x + dx - 2.6 * len(note), y + dy - 5, x + dx + 2.6 * len(note), y + dy + 5)
+        for x, y, (dx, dy), (*_, note) in zip(xs, ys, placed(chart, 300, 260), points, strict=True)
+        if note
+    ]
+    for i, a in enumerate(boxes):
+        assert not [b for b in boxes[i + 1 :] if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]]
+
+
+@pytest.mark.parametrize(
+    "chart",
+    [
+        ScatterChart(
+            "t", "s", "x", "y", (Point("a", 1, 2, 1, 3, 0.5, 2, "K=1"), Point("b", 5, 3)), True, True, ((1, 2),)
+        ),
+        LineChart("t", "s", "x", "y", (Line("a", (1, 2), (0, 1), notes=("4", "8")),), True, True, True),
+        BarChart("t", "s", "x", "y", ("a", "b"), {"one": (1.0, 2.0), "two": (2.0, math.nan)}, line=1.5),
+        HeatmapChart("t", "s", "r", "c", ("a",), ("0", "1"), ((1.0, math.nan),)),
+        Words("t", ("a", "b", "a"), {"block 1": ("0", "1 0", "")}, 2),
+    ],
+    ids=lambda chart: type(chart).__name__,
+)
+def test_every_kind_is_drawn_in_a_file(chart, tmp_path):
+    path = save_charts([chart], tmp_path / "new" / "a.png", "A title")
+    with Image.open(path) as image:
+        assert min(image.size) > 100
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 10

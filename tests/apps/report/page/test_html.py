@@ -18,7 +18,7 @@ from apps.report.page import (
     Thumbnail,
     Words,
     html,
-    library,
+    vega,
 )
 from apps.report.page.saved import from_json, to_json
 
@@ -26,7 +26,6 @@ from apps.report.page.saved import from_json, to_json
 @pytest.fixture
 def short_library(monkeypatch) -> None:
     """Put a line in place of the library's megabyte, which takes seconds to make."""
-    pytest.importorskip("altair")
     monkeypatch.setattr(html, "script", lambda: "window.vegaEmbed = () => {};")
 
 
@@ -112,15 +111,6 @@ def test_each_chart_has_its_numbers(tmp_path, short_library):
     assert page.text.count("Numbers\n") == 4
 
 
-def test_without_the_library_the_numbers_stand_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(html, "has_charts", lambda: False)
-    _, page = rendered(made_page(tmp_path), tmp_path)
-    assert 'pip install "moesaic[report]"' in page.text
-    assert sum(tag == "details" and "open" in attrs for tag, attrs in page.tags) == 4
-    assert "chart" not in page.attributes("class")
-
-
-@pytest.mark.skipif(not library.has_charts(), reason="needs the chart library")
 def test_the_whole_page_with_its_library_stays_below_the_limit(tmp_path):
     large = tmp_path / "large.png"
     large.write_bytes(PNG + bytes(2_000_000))  # 2.7 MB as text, of the 4.1 beside the library
@@ -130,7 +120,7 @@ def test_the_whole_page_with_its_library_stays_below_the_limit(tmp_path):
     assert len(source.encode()) < html.MOST_BYTES
     assert page.attributes("alt") == ["picture 0"]
     assert "picture 1: large.png is left out, to keep this file below 5 MB." in page.text
-    assert "vegaEmbed" in library.script()
+    assert "vegaEmbed" in vega.script()
 
 
 def test_refused_parts():

@@ -15,13 +15,11 @@ from apps.report.page import (
     SECTIONS,
     Section,
     html,
-    library,
     load_sections,
     save_sections,
     show_page,
     write_index,
     write_page,
-    writing,
 )
 from apps.report.page.index import read_reports
 
@@ -59,13 +57,6 @@ def test_a_page_is_written_beside_its_summary(tmp_path, capsys):
     }
     write_page(made_page(tmp_path, "again"), path)
     assert "<title>again</title>" in path.read_text()
-
-
-def test_a_missing_library_is_one_line(tmp_path, capsys, monkeypatch):
-    for module in (html, writing):
-        monkeypatch.setattr(module, "has_charts", lambda: False)
-    write_page(made_page(tmp_path), tmp_path / FILE)
-    assert capsys.readouterr().out.splitlines()[0] == library.MISSING
 
 
 def test_a_file_of_the_users_stays(tmp_path):
