@@ -2,66 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-import core
 from apps.multimodal.parts import ImagePart, ImageTower, OneTower, TextPart, TextTower, TowerPart
 from apps.multimodal.stack import IMAGE, TEXT
-from apps.multimodal.towers import SharedTransformer, SingleTower, Sizes
+from apps.multimodal.towers import SharedTransformer, SingleTower
 from apps.nets.blocks import FFNConfig, MoEs
 
 _BLOCKS = SingleTower()
-
-
-@dataclass(frozen=True)
-class _Drawn(TowerPart):
-    """What ``PatchImages`` and ``PieceTexts`` have in common."""
-
-    blocks_as: SingleTower = _BLOCKS
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pretrained is not None:
-            raise ValueError(f"pretrained={self.pretrained}: there are no weights of a {type(self).__name__}")
-
-    @property
-    def dense_ffn(self) -> core.DenseFFN:
-        return self.blocks_as.dense_ffn
-
-    @property
-    def width(self) -> int:
-        return self.blocks_as.width
-
-    @property
-    def depth(self) -> int:
-        return self.blocks_as.depth
-
-
-@dataclass(frozen=True)
-class PatchImages(_Drawn, ImagePart):
-    """A tower of images with the patches and blocks of ``SingleTower``.
-
-    Attributes:
-        blocks_as: their sizes.
-    """
-
-    def build(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> ImageTower:
-        return _PatchTower(self, sizes, ffn, moe_blocks)
-
-
-@dataclass(frozen=True)
-class PieceTexts(_Drawn, TextPart):
-    """A tower of texts with the pieces and blocks of ``SingleTower``.
-
-    Attributes:
-        blocks_as: their sizes.
-    """
-
-    def build(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> TextTower:
-        return _PieceTower(self, sizes, ffn, moe_blocks)
 
 
 class _DrawnTower(OneTower):
@@ -75,10 +26,6 @@ class _DrawnTower(OneTower):
 
 class _PatchTower(_DrawnTower, ImageTower):
     modality = IMAGE
-
-    @property
-    def num_patches(self) -> int:  # type: ignore[override]
-        return int(self.network.num_patches)
 
     def tokens(self, image: Tensor) -> Tensor:
         x_BSD: Tensor = self.network.image_tokens(image)
@@ -99,3 +46,43 @@ class _PieceTower(_DrawnTower, TextTower):
     def forward(self, text_BL: Tensor) -> Tensor:
         vector_BD: Tensor = self.network(None, text_BL)[1]
         return vector_BD
+
+
+@dataclass(frozen=True)
+class _Drawn(TowerPart):
+    """What ``PatchImages`` and ``PieceTexts`` have in common.
+
+    Attributes:
+        blocks_as: their sizes.
+    """
+
+    sized_by: ClassVar[tuple[str, str, str]] = ("blocks_as", "width", "depth")
+
+    blocks_as: SingleTower = _BLOCKS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pretrained is not None:
+            raise ValueError(f"pretrained={self.pretrained}: there are no weights of a {type(self).__name__}")
+
+
+@dataclass(frozen=True)
+class PatchImages(_Drawn, ImagePart):
+    """A tower of images with the patches and blocks of ``SingleTower``.
+
+    Attributes:
+        blocks_as: their sizes.
+    """
+
+    tower: ClassVar[type[OneTower]] = _PatchTower
+
+
+@dataclass(frozen=True)
+class PieceTexts(_Drawn, TextPart):
+    """A tower of texts with the pieces and blocks of ``SingleTower``.
+
+    Attributes:
+        blocks_as: their sizes.
+    """
+
+    tower: ClassVar[type[OneTower]] = _PieceTower

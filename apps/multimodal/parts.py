@@ -43,6 +43,11 @@ class TowerPart(OpenConfig):
         ValueError: a start that is unknown, or reads what no configuration gives.
     """
 
+    sized_by: ClassVar[tuple[str, str, str]]
+    """Name of the field with the sizes and ``dense_ffn`` of the blocks, and names of their width and number in it."""
+    tower: ClassVar[type[OneTower]]
+    """The network."""
+
     pretrained: str | None = None
     start: str | Start = "copy"
     moe_blocks: str | list[int] | None = None
@@ -56,17 +61,31 @@ class TowerPart(OpenConfig):
     @property
     def dense_ffn(self) -> core.DenseFFN:
         """The FFN of the blocks without experts."""
-        raise NotImplementedError
+        dense: core.DenseFFN = getattr(self, self.sized_by[0]).dense_ffn
+        return dense
 
     @property
     def width(self) -> int:
         """D, the width of the tokens that reach the MoE layers, and of a vector."""
-        raise NotImplementedError
+        return int(getattr(getattr(self, self.sized_by[0]), self.sized_by[1]))
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
-        raise NotImplementedError
+        return int(getattr(getattr(self, self.sized_by[0]), self.sized_by[2]))
+
+    def build(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> Any:
+        """Return the tower.
+
+        Args:
+            sizes: of the input.
+            ffn: FFN of ``moe_blocks``: MoE layers or another dense FFN; None: that of the other blocks.
+            moe_blocks: numbers of blocks.
+
+        Raises:
+            ValueError: the parts do not fit together.
+        """
+        return self.tower(self, sizes, ffn, moe_blocks)
 
     def blocks(self, moe_blocks: str | Sequence[int]) -> tuple[int, ...]:
         """Return the numbers of this tower's blocks that have the model's MoE layers.
@@ -86,31 +105,10 @@ class TowerPart(OpenConfig):
 class ImagePart(TowerPart):
     """Base of the configs of a tower of images."""
 
-    def build(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> ImageTower:
-        """Return the tower.
-
-        Args:
-            sizes: of the input.
-            ffn: FFN of ``moe_blocks``: MoE layers or another dense FFN; None: that of the other blocks.
-            moe_blocks: numbers of blocks.
-
-        Raises:
-            ValueError: the parts do not fit together.
-        """
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class TextPart(TowerPart):
     """Base of the configs of a tower of texts."""
-
-    def build(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> TextTower:
-        """Return the tower; arguments as in ``ImagePart.build``.
-
-        Raises:
-            ValueError: the parts do not fit together.
-        """
-        raise NotImplementedError
 
 
 def experts_as(dense: core.DenseFFN, dim: int, ffn: FFNConfig | MoEs | None) -> FFNConfig | MoEs | None:
@@ -137,7 +135,7 @@ class OneTower(nn.Module):
     Args:
         part: the config.
         sizes: of the input.
-        ffn, moe_blocks: as ``ImagePart.build`` has them.
+        ffn, moe_blocks: as ``TowerPart.build`` has them.
 
     Attributes:
         dim: width of a vector.
@@ -215,21 +213,24 @@ class ImageTower(OneTower):
         num_patches: tokens of an image that are patches; they stand last among its tokens.
     """
 
-    num_patches: int
+    @property
+    def num_patches(self) -> int:
+        return int(self.network.num_patches)
 
     def tokens(self, image: Tensor) -> Tensor:
         """Return the outputs (B, S, D) at the tokens of images (B, C, H, W)."""
-        raise NotImplementedError
+        x_BSD: Tensor = self.network.tokens(image, self.context(image))
+        return x_BSD
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the vectors (B, D) of images (B, C, H, W)."""
-        raise NotImplementedError
+        vector_BD: Tensor = self.network(image, self.context(image))
+        return vector_BD
 
-    def context(self, image: Tensor, num_tokens: int) -> core.RoutingContext:
+    def context(self, image: Tensor) -> core.RoutingContext:
         """Return what the routers know of images beside positions."""
-        return core.RoutingContext(
-            modality_BS=torch.full((image.shape[0], num_tokens), IMAGE, device=image.device, dtype=torch.int64)
-        )
+        shape = (image.shape[0], self.num_patches + self.network.num_prefix_tokens)
+        return core.RoutingContext(modality_BS=torch.full(shape, IMAGE, device=image.device, dtype=torch.int64))
 
 
 class TextTower(OneTower):
@@ -237,7 +238,8 @@ class TextTower(OneTower):
 
     def is_real(self, text_BL: Tensor) -> Tensor:
         """Return bool (B, L), False for padding."""
-        raise NotImplementedError
+        is_real_BL: Tensor = self.network.is_real(text_BL)
+        return is_real_BL
 
     def tokens(self, text_BL: Tensor) -> Tensor:
         """Return the outputs (B, L, D) at the pieces of texts, int64 (B, L), and 0 at padding."""
@@ -254,6 +256,11 @@ class TextTower(OneTower):
         return core.RoutingContext(
             valid_BS=self.is_real(text_BL), token_ids_BS=text_BL, modality_BS=torch.full_like(text_BL, TEXT)
         )
+
+    def check_length(self, max_positions: int) -> None:
+        """Raise a ``ValueError`` where the data's texts may be longer than those that the tower reads."""
+        if (most := self.sizes.max_tokens) > max_positions:
+            raise ValueError(f"max_tokens={most} of the data exceeds max_positions={max_positions} of the text tower")
 
     def check_vocabulary(self, there: int, source: str) -> None:
         """Raise a ``ValueError`` where published weights are of another vocabulary."""

@@ -5,15 +5,15 @@ With ``moe`` they are the sparse towers of CLIP-UP (arXiv 2502.00965), upcycled 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from timm.models import adapt_input_conv
 from torch import Tensor
 
 import core
-from apps.multimodal.parts import ImagePart, ImageTower, TextPart, TextTower
-from apps.multimodal.towers import Published, Sizes
+from apps.multimodal.parts import ImagePart, ImageTower, OneTower, TextPart, TextTower
+from apps.multimodal.towers import Published
 from apps.nets.blocks import FFNConfig, MoEs
 from apps.porting.open_clip import (
     Clip,
@@ -29,43 +29,9 @@ from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
 _VIT, _BERT, _CLIP_IMAGES, _CLIP_TEXTS = ViTConfig(), BertConfig(), ClipImageConfig(), ClipTextConfig()
 
 
-@core.register_config
-@dataclass(frozen=True)
-class ViTImages(ImagePart):
-    """A vision transformer as image tower, whose weights may be timm's.
-
-    Attributes:
-        pretrained: name of a timm model, or a safetensors or torch file, also a checkpoint of ``VisionClassifier``.
-        vit: the transformer.
-    """
-
-    vit: ViTConfig = _VIT
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.vit.patch_drop:
-            raise ValueError(f"vit.patch_drop={self.vit.patch_drop} leaves out patches, which an image tower keeps")
-
-    @property
-    def dense_ffn(self) -> core.DenseFFN:
-        return self.vit.dense_ffn
-
-    @property
-    def width(self) -> int:
-        return self.vit.dim
-
-    @property
-    def depth(self) -> int:
-        return self.vit.num_blocks
-
-    def build(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> ImageTower:
-        return _ViTTower(self, sizes, ffn, moe_blocks)
-
-
 class _ViTTower(ImageTower):
-    ffn_place = "blocks.{}.mlp."
-
     part: ViTImages
+    ffn_place = "blocks.{}.mlp."
 
     def build(self, ffn: FFNConfig | MoEs | None) -> VMoE:
         return VMoE(
@@ -78,12 +44,11 @@ class _ViTTower(ImageTower):
         )
 
     @property
-    def num_patches(self) -> int:  # type: ignore[override]
+    def num_patches(self) -> int:
         return int(self.network.patch_embed.num_patches)
 
     def tokens(self, image: Tensor) -> Tensor:
-        num_tokens = self.num_patches + self.network.num_prefix_tokens
-        x_BSD: Tensor = self.network.forward_features(image, self.context(image, num_tokens))
+        x_BSD: Tensor = self.network.forward_features(image, self.context(image))
         return x_BSD
 
     def forward(self, image: Tensor) -> Tensor:
@@ -92,6 +57,44 @@ class _ViTTower(ImageTower):
 
     def fill(self, dense: VMoE, source: str) -> None:
         load_pretrained_weights(dense, source)
+
+
+@core.register_config
+@dataclass(frozen=True)
+class ViTImages(ImagePart):
+    """A vision transformer as image tower, whose weights may be timm's.
+
+    Attributes:
+        pretrained: name of a timm model, or a safetensors or torch file, also a checkpoint of ``VisionClassifier``.
+        vit: the transformer.
+    """
+
+    sized_by: ClassVar[tuple[str, str, str]] = ("vit", "dim", "num_blocks")
+    tower: ClassVar[type[OneTower]] = _ViTTower
+
+    vit: ViTConfig = _VIT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vit.patch_drop:
+            raise ValueError(f"vit.patch_drop={self.vit.patch_drop} leaves out patches, which an image tower keeps")
+
+
+class _BertTower(TextTower):
+    part: BertTexts
+
+    def build(self, ffn: FFNConfig | MoEs | None) -> SentenceTower:
+        self.check_length(self.part.bert.max_positions)
+        return SentenceTower(self.part.bert, self.sizes.vocab_size, ffn, self.moe_blocks)
+
+    def fill(self, dense: SentenceTower, source: str) -> None:
+        folder = encoder_folder(source, "tower.text.pretrained")
+        published = replace(BertConfig.of(folder), dropout=self.part.bert.dropout)
+        if published != self.part.bert:
+            raise ValueError(f"tower.text.bert={self.part.bert} is, in {folder}, {published}")
+        weights = sentence_weights(folder, dense.state_dict())
+        self.check_vocabulary(len(weights["words.weight"]), source)
+        dense.load_state_dict(weights)
 
 
 @core.register_config
@@ -105,65 +108,58 @@ class BertTexts(TextPart):
         bert: the sizes; the defaults are MiniLM-L6's.
     """
 
+    sized_by: ClassVar[tuple[str, str, str]] = ("bert", "dim", "depth")
+    tower: ClassVar[type[OneTower]] = _BertTower
+
     bert: BertConfig = _BERT
 
-    @property
-    def dense_ffn(self) -> core.DenseFFN:
-        return self.bert.dense_ffn
 
-    @property
-    def width(self) -> int:
-        return self.bert.dim
+class _ClipTower(OneTower):
+    """What both of CLIP's towers have in common.
 
-    @property
-    def depth(self) -> int:
-        return self.bert.depth
+    Attributes:
+        side: "image" or "text".
+    """
 
-    def build(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> TextTower:
-        return _BertTower(self, sizes, ffn, moe_blocks)
+    side: ClassVar[str]
 
+    def fill(self, dense: Any, source: str) -> Published:
+        clip, own = Clip.of(source), self.part.clip  # type: ignore[attr-defined]
+        if getattr(clip, self.side) != own:
+            raise ValueError(f"tower.{self.side}.clip={own} is, in {source}, {getattr(clip, self.side)}")
+        self.check(clip, source)
+        published = clip.weights()
+        weights = getattr(published, self.side)
+        projection = weights.pop("projection.weight")
+        dense.load_state_dict(self.fitted(dense, weights))
+        return Published(projection, published.log_scale, published.bias)
 
-class _BertTower(TextTower):
-    part: BertTexts
+    def check(self, clip: Clip, source: str) -> None:
+        """Raise a ``ValueError`` where the published tower is not for these inputs."""
 
-    def build(self, ffn: FFNConfig | MoEs | None) -> SentenceTower:
-        _check_length(self.sizes.max_tokens, self.part.bert.max_positions)
-        return SentenceTower(self.part.bert, self.sizes.vocab_size, ffn, self.moe_blocks)
-
-    def is_real(self, text_BL: Tensor) -> Tensor:
-        return text_BL != self.network.pad_id
-
-    def fill(self, dense: SentenceTower, source: str) -> None:
-        folder = encoder_folder(source, "tower.text.pretrained")
-        published = replace(BertConfig.of(folder), dropout=self.part.bert.dropout)
-        if published != self.part.bert:
-            raise ValueError(f"tower.text.bert={self.part.bert} is, in {folder}, {published}")
-        weights = sentence_weights(folder, dense.state_dict())
-        self.check_vocabulary(len(weights["words.weight"]), source)
-        dense.load_state_dict(weights)
+    def fitted(self, dense: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return published weights for inputs of these sizes."""
+        return weights
 
 
-class _ClipSizes:
-    """What both of CLIP's towers read off their ``clip``."""
+class _ClipImages(_ClipTower, ImageTower):
+    part: ClipImages
+    side = "image"
 
-    clip: ClipImageConfig | ClipTextConfig
+    def build(self, ffn: FFNConfig | MoEs | None) -> ClipImageTower:
+        sizes = self.sizes
+        return ClipImageTower(self.part.clip, sizes.image_size, None, sizes.in_chans, ffn, self.moe_blocks)
 
-    @property
-    def dense_ffn(self) -> core.DenseFFN:
-        return self.clip.dense_ffn
-
-    @property
-    def width(self) -> int:
-        return self.clip.dim
-
-    @property
-    def depth(self) -> int:
-        return self.clip.depth
+    def fitted(self, dense: ClipImageTower, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights["places.weight"] = resampled_places(weights["places.weight"], dense.places.num_embeddings)
+        if self.sizes.in_chans != 3:
+            weights["patches.weight"] = adapt_input_conv(self.sizes.in_chans, weights["patches.weight"])
+        return weights
 
 
 @core.register_config
 @dataclass(frozen=True)
-class ClipImages(_ClipSizes, ImagePart):
+class ClipImages(ImagePart):
     """CLIP's image tower.
 
     Attributes:
@@ -171,48 +167,27 @@ class ClipImages(_ClipSizes, ImagePart):
         clip: the sizes; the defaults are those of ViT-B/32.
     """
 
+    sized_by: ClassVar[tuple[str, str, str]] = ("clip", "dim", "depth")
+    tower: ClassVar[type[OneTower]] = _ClipImages
+
     clip: ClipImageConfig = _CLIP_IMAGES
 
-    def build(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> ImageTower:
-        return _ClipImages(self, sizes, ffn, moe_blocks)
 
+class _ClipTexts(_ClipTower, TextTower):
+    part: ClipTexts
+    side = "text"
 
-class _ClipImages(ImageTower):
-    part: ClipImages
+    def build(self, ffn: FFNConfig | MoEs | None) -> ClipTextTower:
+        self.check_length(self.part.clip.max_positions)
+        return ClipTextTower(self.part.clip, self.sizes.vocab_size, None, ffn, self.moe_blocks)
 
-    def build(self, ffn: FFNConfig | MoEs | None) -> ClipImageTower:
-        sizes = self.sizes
-        return ClipImageTower(self.part.clip, sizes.image_size, None, sizes.in_chans, ffn, self.moe_blocks)
-
-    @property
-    def num_patches(self) -> int:  # type: ignore[override]
-        return int(self.network.places.num_embeddings) - 1
-
-    def tokens(self, image: Tensor) -> Tensor:
-        x_BSD: Tensor = self.network.tokens(image, self.context(image, self.num_patches + 1))
-        return x_BSD
-
-    def forward(self, image: Tensor) -> Tensor:
-        vector_BD: Tensor = self.network(image, self.context(image, self.num_patches + 1))
-        return vector_BD
-
-    def fill(self, dense: ClipImageTower, source: str) -> Published:
-        clip = Clip.of(source)
-        if clip.image != self.part.clip:
-            raise ValueError(f"tower.image.clip={self.part.clip} is, in {source}, {clip.image}")
-        published = clip.weights()
-        weights = published.image
-        projection = weights.pop("projection.weight")
-        weights["places.weight"] = resampled_places(weights["places.weight"], dense.places.num_embeddings)
-        if self.sizes.in_chans != 3:
-            weights["patches.weight"] = adapt_input_conv(self.sizes.in_chans, weights["patches.weight"])
-        dense.load_state_dict(weights)
-        return Published(projection, published.log_scale, published.bias)
+    def check(self, clip: Clip, source: str) -> None:
+        self.check_vocabulary(clip.vocab_size, source)
 
 
 @core.register_config
 @dataclass(frozen=True)
-class ClipTexts(_ClipSizes, TextPart):
+class ClipTexts(TextPart):
     """CLIP's text tower, which is causal.
 
     Attributes:
@@ -221,35 +196,7 @@ class ClipTexts(_ClipSizes, TextPart):
         clip: the sizes; the defaults are those of ViT-B/32.
     """
 
+    sized_by: ClassVar[tuple[str, str, str]] = ("clip", "dim", "depth")
+    tower: ClassVar[type[OneTower]] = _ClipTexts
+
     clip: ClipTextConfig = _CLIP_TEXTS
-
-    def build(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> TextTower:
-        return _ClipTexts(self, sizes, ffn, moe_blocks)
-
-
-class _ClipTexts(TextTower):
-    part: ClipTexts
-
-    def build(self, ffn: FFNConfig | MoEs | None) -> ClipTextTower:
-        _check_length(self.sizes.max_tokens, self.part.clip.max_positions)
-        return ClipTextTower(self.part.clip, self.sizes.vocab_size, None, ffn, self.moe_blocks)
-
-    def is_real(self, text_BL: Tensor) -> Tensor:
-        is_real_BL: Tensor = self.network.is_real(text_BL)
-        return is_real_BL
-
-    def fill(self, dense: ClipTextTower, source: str) -> Published:
-        clip = Clip.of(source)
-        if clip.text != self.part.clip:
-            raise ValueError(f"tower.text.clip={self.part.clip} is, in {source}, {clip.text}")
-        self.check_vocabulary(clip.vocab_size, source)
-        published = clip.weights()
-        weights = published.text
-        projection = weights.pop("projection.weight")
-        dense.load_state_dict(weights)
-        return Published(projection, published.log_scale, published.bias)
-
-
-def _check_length(max_tokens: int, max_positions: int) -> None:
-    if max_tokens > max_positions:
-        raise ValueError(f"max_tokens={max_tokens} of the data exceeds max_positions={max_positions} of the text tower")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import core
+from apps.base.checks import check_at_least
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
 from apps.nets import blocks
 from apps.nets.attention import CrossAttention, SelfAttention, key_bias, product_dtype
@@ -50,6 +51,13 @@ class _Decoding(nn.Module):
     @property
     def target_embedding(self) -> nn.Embedding:
         raise NotImplementedError
+
+    def _keep_moes(self, ffn: FFNConfig | MoEs | None, *stacks: Sequence[int]) -> list[list[FFNConfig]]:
+        """Return the FFNs of the sparse blocks of each stack, the decoder's last, and keep their MoE layers."""
+        ffns = ffns_of(ffn, *stacks)
+        self.moes = moe_configs(ffn)
+        self.decoder_moes = tuple(c for c in ffns[-1] if isinstance(c, core.MoEConfig))
+        return ffns
 
     def embed_target(self, ids: Tensor) -> Tensor:
         """Return the embeddings of target ids, (..., D); ``config.start`` says which is that of ``BOS_ID``."""
@@ -174,6 +182,23 @@ class _Decoding(nn.Module):
 class MemoryDecoder(_Decoding):
     """The base of models whose decoder attends to a memory, which their ``encode`` makes of the source."""
 
+    def _choose(
+        self, ffn: FFNConfig | MoEs | None, of_encoder: Blocks, encoder_layers: int, of_decoder: Blocks
+    ) -> list[list[FFNConfig]]:
+        """Return the FFNs of the sparse blocks of encoder and decoder, and keep which blocks and MoE layers these are.
+
+        Raises:
+            ValueError: no block is named, or as ``resolve_blocks`` and ``ffns_of``.
+        """
+        named = (("encoder", of_encoder, encoder_layers), ("decoder", of_decoder, self.config.shape.decoder_layers))
+        self.encoder_moe_blocks, self.decoder_moe_blocks = (
+            () if ffn is None else resolve_blocks(blocks, depth, option=f"{stack}_moe_blocks", optional=True)
+            for stack, blocks, depth in named
+        )
+        if ffn is not None and not self.encoder_moe_blocks and not self.decoder_moe_blocks:
+            raise ValueError("encoder_moe_blocks and decoder_moe_blocks name no block: leave moe out for a dense model")
+        return self._keep_moes(ffn, self.encoder_moe_blocks, self.decoder_moe_blocks)
+
     def decode(self, target_BL: Tensor, memory: Memory) -> Tensor:
         """Map (B, L) ids, ``PAD_ID`` after a sentence's end, to the (B, L, D) normed output, causally."""
         context = core.RoutingContext(target_BL != PAD_ID, target_BL, memory.task_ids_B, memory.domain_ids_B)
@@ -238,32 +263,20 @@ class TranslationModel(MemoryDecoder):
     ) -> None:
         super().__init__()
         check_rows(config, ffn, attention_moe)
-        _check(source_vocab=source_vocab, target_vocab=target_vocab)
+        check_at_least(PAD_ID + 2, source_vocab=source_vocab, target_vocab=target_vocab)
         if target_vocab is not None and config.tie in ("all", "inputs"):
             raise ValueError(
                 f"tie={config.tie!r} (model.transformer.tie) needs a joint vocabulary: with two, which "
                 "data.tokenizer.joint=false makes, tie is 'decoder' or 'none'"
             )
-        self.config, self.moes = config, moe_configs(ffn)
-        self.attention_moe = attention_moe
-        shape = config.shape
+        shape, self.config, self.attention_moe = config.shape, config, attention_moe
         self.source_vocab = source_vocab
         self.target_vocab = source_vocab if target_vocab is None else target_vocab
-        self.encoder_moe_blocks, self.decoder_moe_blocks = (
-            () if ffn is None else resolve_blocks(blocks, depth, option=f"{stack}_moe_blocks", optional=True)
-            for stack, blocks, depth in (
-                ("encoder", encoder_moe_blocks, shape.encoder_layers),
-                ("decoder", decoder_moe_blocks, shape.decoder_layers),
-            )
-        )
-        if ffn is not None and not self.encoder_moe_blocks and not self.decoder_moe_blocks:
-            raise ValueError("encoder_moe_blocks and decoder_moe_blocks name no block: leave moe out for a dense model")
+        of_encoder, of_decoder = self._choose(ffn, encoder_moe_blocks, shape.encoder_layers, decoder_moe_blocks)
         self.source_embed = nn.Embedding(source_vocab, shape.dim, padding_idx=PAD_ID)
         self.target_embed = (
             None if config.tie in ("all", "inputs") else nn.Embedding(self.target_vocab, shape.dim, padding_idx=PAD_ID)
         )
-        of_encoder, of_decoder = ffns_of(ffn, self.encoder_moe_blocks, self.decoder_moe_blocks)
-        self.decoder_moes = tuple(c for c in of_decoder if isinstance(c, core.MoEConfig))
         self.encoder = build_stack(
             config, shape.encoder_layers, of_encoder, self.encoder_moe_blocks, attention_moe, causal=False, cross=False
         )
@@ -347,7 +360,7 @@ class LanguageModel(_Decoding):
     ) -> None:
         super().__init__()
         check_rows(config, ffn, attention_moe)
-        _check(vocab=vocab)
+        check_at_least(PAD_ID + 2, vocab=vocab)
         if universal is not None:
             _check_universal(config, depths, ffn, share_experts)
         if depths is not None and attention_moe is not None:
@@ -357,8 +370,7 @@ class LanguageModel(_Decoding):
                 "depths.predictor=False lets later tokens change earlier ones: a causal decoder needs "
                 "depths.predictor=true"
             )
-        self.config, self.moes, self.vocab = config, moe_configs(ffn), vocab
-        self.attention_moe = attention_moe
+        self.config, self.vocab, self.attention_moe = config, vocab, attention_moe
         depth = config.shape.decoder_layers if universal is None else 1
         self.moe_blocks = () if ffn is None else resolve_blocks(moe_blocks, depth, optional=True)
         if ffn is not None and not self.moe_blocks:
@@ -366,8 +378,7 @@ class LanguageModel(_Decoding):
         self.embed = nn.Embedding(vocab, config.shape.dim, padding_idx=PAD_ID)
         self.depths, self.universal = depths, universal
         gates = depth_gates(depths, depth_blocks, depth, config.shape.dim)
-        (of_decoder,) = ffns_of(ffn, self.moe_blocks)
-        self.decoder_moes = tuple(c for c in of_decoder if isinstance(c, core.MoEConfig))
+        (of_decoder,) = self._keep_moes(ffn, self.moe_blocks)
         if universal is None:
             self.decoder = build_stack(
                 config, depth, of_decoder, self.moe_blocks, attention_moe, causal=True, cross=False, gates=gates
@@ -458,9 +469,3 @@ def check_rows(
             name = type(moe.expert).__name__
             hint = ": AttentionExperts stand in attention_moe" if moe.expert.layer_kind == "attention" else ""
             raise ValueError(f"moe.expert is {name}, which is no FFN{hint}")
-
-
-def _check(**vocabularies: int | None) -> None:
-    for name, value in vocabularies.items():
-        if value is not None and value <= PAD_ID + 1:
-            raise ValueError(f"{name}={value} must be at least 2: id {PAD_ID} is padding")

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
-from torch import Tensor
-
 import core
-from apps.data.subwords import PAD_ID, Subwords
-from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
-from apps.equal_cost.twins import dense_twins
+from apps.data.subwords import Subwords
+from apps.equal_cost.comparable import Baseline
 from apps.nets.config import TransformerConfig
-from apps.nets.depths import TokenGate
-from apps.nets.loss import OutputLogits, TargetScores, target_scores
-from apps.nets.place import Place, check_fits, check_layers
 from apps.nlp.decode import Candidate, DecodeConfig, in_dtype
+from apps.nlp.decode.writing import WritingModule
 from apps.nlp.predict import Line, as_text, identity_of, in_order, num_lines
-from apps.nlp.text.foreseen import of_mean_length, ratio_values
-from apps.nlp.text.token_loss import token_loss
 from apps.porting import Architecture, config_of, load_pretrained_weights, subwords_of
-from apps.train.module import SparseModule, TaskOutput, check_one_start
+from apps.train.module import check_one_start
 from apps.train.predicting import Prediction, PredictionStream
 from core.config.plain import to_plain
 
 log = logging.getLogger(__name__)
 
 
-class TextModule(SparseModule, Comparable):
+class TextModule(WritingModule):
     """A transformer with its subwords, which may begin with published weights, and predicts line by line.
 
-    A subclass's constructor builds ``model`` and calls ``_put_in_place``; it brings ``candidates_of``, and its
-    docstring says what the arguments are.
+    A subclass brings ``candidates_of``, and its docstring says what the arguments are.
+
+    Args:
+        attention_moe: experts in place of the self-attention of all layers, whose expert is ``core.AttentionExperts``;
+            None: there are none.
 
     Attributes:
         predicts: the name of a line's best candidate in a file.
@@ -44,88 +38,26 @@ class TextModule(SparseModule, Comparable):
         ValueError: a value out of its range.
     """
 
-    model: Any
     predicts: ClassVar[str] = "text"
-    readout: ClassVar[tuple[str, ...]] = ("model.output",)
 
     def __init__(
         self,
+        *,
         subwords: Subwords | None,
         transformer: TransformerConfig | None,
         moe: core.MoEConfig | list[core.MoEConfig] | None,
-        *,
-        label_smoothing: float,
-        decode: DecodeConfig,
         pretrained: str | None,
-        attention_moe: core.MoEConfig | None,
+        attention_moe: core.MoEConfig | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
         if subwords is None:
             return self.wait_for_data("subwords")
         check_one_start(pretrained, self.grow, self.distil)
         if pretrained is not None and attention_moe is not None:
             raise ValueError(f"pretrained={pretrained!r} has no weights for the heads of attention_moe")
         self.subwords, self.transformer, self.moe = subwords, transformer or TransformerConfig(), moe
-        self.attention_moe = attention_moe
-        self.label_smoothing, self.decode, self.pretrained = label_smoothing, decode, pretrained
-
-    def _put_in_place(self, place: Place, decodes_stepwise: bool = False) -> None:
-        """Say where the routers work, and refuse one that cannot work there.
-
-        Args:
-            place: where those in place of FFNs work.
-            decodes_stepwise: as in ``Place``, of those of the decoder's attention.
-
-        Raises:
-            ValueError: as ``check_fits`` and ``check_layers``.
-        """
-        self.place = place
-        anywhere = dataclasses.replace(place, is_causal=False, decodes_stepwise=False)
-        for moe in self.model.moes:
-            check_fits(place if moe in self.model.decoder_moes else anywhere, moe.router, moe.balance)
-        if self.attention_moe is not None:
-            in_decoder = dataclasses.replace(place, is_causal=True, decodes_stepwise=decodes_stepwise)
-            check_fits(in_decoder, self.attention_moe.router, self.attention_moe.balance)
-        check_layers(place, self.model)
-
-    # ---- the loss
-
-    def hidden(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the decoder's output after each token but the last, (B, L - 1, D), and what it was to say, int64
-        (B, L)."""
-        raise NotImplementedError
-
-    def distribution(self, batch: Any) -> OutputLogits:
-        """Return the logits of the tokens after the first, padding left out."""
-        return self._distribution(*self.hidden(batch))
-
-    def _distribution(self, h_BLD: Tensor, ids_BL: Tensor, packed: bool = False) -> OutputLogits:
-        h_BLD = h_BLD * self.transformer.logits_scale
-        return OutputLogits.of_real(h_BLD, ids_BL[:, 1:] != PAD_ID, self.model.output_weight, packed)
-
-    def token_loss(self, batch: Any) -> TaskOutput:
-        """Return the mean cross-entropy of the tokens after the first, padding left out.
-
-        In evaluation it has no label smoothing, and ``outputs`` is the ``Foreseen`` of each row.
-        """
-        h_BLD, ids_BL = self.hidden(batch)
-        predicted = self._distribution(h_BLD, ids_BL, packed=not self.training)
-        return token_loss(predicted, ids_BL, self.label_smoothing if self.training else None)
-
-    @torch.no_grad()
-    def token_scores(self, batch: Any) -> tuple[TargetScores, Tensor]:
-        """Return the scores of the T tokens after the first, padding left out, and where they are, bool (B, L - 1)."""
-        h_BLD, ids_BL = self.hidden(batch)
-        predicted, real_BL = self._distribution(h_BLD, ids_BL, packed=True), ids_BL[:, 1:] != PAD_ID
-        return target_scores(predicted.h_TD, predicted.weight_VD, ids_BL[:, 1:][real_BL]), real_BL
-
-    def cost_inputs(self, batch: Any) -> tuple[Tensor, ...]:
-        """Return ``example_inputs`` with each (B, L) of ids cut or filled up with unknown tokens to its mean length:
-        experts do not compute padding, dense layers do."""
-        return tuple(of_mean_length(x) if x.ndim == 2 else x for x in self.example_inputs(batch))
+        self.attention_moe, self.pretrained = attention_moe, pretrained
 
     # ---- predictions of lines
 
@@ -212,19 +144,6 @@ class TextModule(SparseModule, Comparable):
                 "read other words. Give the data the model's (data.subwords), or train anew"
             )
 
-    def check_length(self, option: str, length: int | None) -> None:
-        """Refuse sequences that may be longer than a table of learned positions.
-
-        Raises:
-            ValueError: naming both lengths.
-        """
-        config = self.transformer
-        if length is not None and config.positions == "learned" and length > config.max_length:
-            raise ValueError(
-                f"{option}={length} exceeds model.transformer.max_length={config.max_length}, the positions that "
-                "positions='learned' knows"
-            )
-
     # ---- published weights
 
     @classmethod
@@ -257,18 +176,6 @@ class TextModule(SparseModule, Comparable):
 
     # ---- comparisons
 
-    @property
-    def moe_block_names(self) -> tuple[str, ...]:
-        """Return the names of the MoE layers in place of FFNs: a comparison leaves attention and gates of blocks."""
-        layers = core.moe_layers(self)
-        return tuple(n for n, layer in layers.items() if not isinstance(layer, core.AttentionMoE | TokenGate))
-
-    def routed_layers(self) -> RoutedLayers | None:
-        if self.moe is None:
-            return None
-        sharing = len(self.model.moe_blocks) if getattr(self.model, "shares_experts", False) else 1
-        return RoutedLayers(self.moe, self.transformer.shape.dim, self.place, num_sharing=sharing)
-
     def with_moe(self, moe: core.MoEConfig) -> Self:
         if self.pretrained is not None:
             raise ValueError(
@@ -276,20 +183,8 @@ class TextModule(SparseModule, Comparable):
             )
         return self.twin(moe=moe, dense_ffn=None)
 
-    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return the nats a token of the right text: a row's are weighted by its tokens, as a ratio's influence is."""
-        return ExampleValues("nats_per_token", ratio_values(*self.nats_and_tokens(outs)), higher_is_better=False)
-
-    def nats_and_tokens(self, outs: Sequence[TaskOutput]) -> tuple[Tensor, Tensor]:
-        """Return the nats and the number of tokens of each row, float64 (N,) both; ``outputs`` are ``Foreseen``."""
-        return (
-            torch.cat([out.outputs.nll_B.double() for out in outs]).cpu(),
-            torch.cat([out.outputs.tokens_B.double() for out in outs]).cpu(),
-        )
-
     def baselines(self) -> Mapping[str, Baseline]:
-        """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
-        twins = dense_twins(self, self.transformer.dense_ffn)
+        twins = super().baselines()
         if self.pretrained is None:
             return twins
         note = f"the weights of pretrained={self.pretrained} are of the sparse model alone"

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
 
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
 from apps.data.text_files import clean
@@ -94,16 +93,6 @@ def source_batches(
                 torch.from_numpy(index_N[at]),
             )
             yield batch, [chunk[i] for i in at]
-
-
-class GivenBatches(IterableDataset[Any]):
-    """The batches of the lines that a data module is given to predict."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[Any]:
-        return (batch for batch, _ in self.data.given_batches())
 
 
 def given_lines(

@@ -3,14 +3,16 @@ network may be a mixture of experts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import core
-from apps.nets.blocks import FFNConfig, feed
+from apps.nets.blocks import FFNConfig, MoEs, feed, ffn_configs, moe_configs, resolve_blocks
 
 
 class EncoderLayer(nn.Module):
@@ -79,26 +81,63 @@ class EncoderLayer(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
-def through(
-    layers: Iterable[nn.Module],
-    x_BSD: Tensor,
-    is_real_BS: Tensor | None,
-    context: core.RoutingContext,
-    recompute: bool = False,
-) -> Tensor:
-    """Return the output (B, S, D) of layers, one after the other.
+class EncoderTower(nn.Module):
+    """Base of the published encoders of BERT's and CLIP's layouts.
 
     Args:
-        layers: ``EncoderLayer``s.
-        x_BSD, is_real_BS, context: as ``EncoderLayer.forward`` has them.
-        recompute: compute each layer again in the backward, to save memory.
+        config: the sizes: ``dim``, ``depth``, ``num_heads`` and ``dense_ffn``.
+        ffn: of ``moe_blocks``: an MoE layer, a list with one for each, or another dense network; None: as the others.
+        moe_blocks: which layers; see ``apps.nets.blocks.resolve_blocks``.
+
+    Attributes:
+        out_dim: numbers of a vector.
+        moes: the different MoE layers' configs.
+        moe_blocks: numbers of the layers whose network is ``ffn``.
+        grad_checkpointing: compute each layer again in the backward, to save memory.
+
+    Raises:
+        ValueError: a combination that cannot be built.
     """
-    for layer in layers:
-        if recompute:
-            x_BSD = checkpoint(layer, x_BSD, is_real_BS, context, use_reentrant=False)
-        else:
-            x_BSD = layer(x_BSD, is_real_BS, context)
-    return x_BSD
+
+    grad_checkpointing = False
+
+    def __init__(self, config: Any, ffn: FFNConfig | MoEs | None, moe_blocks: str | Sequence[int]) -> None:
+        super().__init__()
+        self.config, self.out_dim, self.ffn, self.moes = config, config.dim, ffn, moe_configs(ffn)
+        self.moe_blocks = () if ffn is None else resolve_blocks(moe_blocks, config.depth)
+
+    def build_layers(self, eps: float, **options: Any) -> nn.ModuleList:
+        """Return the layers; ``options`` are those of ``EncoderLayer``."""
+        config = self.config
+        ffns = ffn_configs(config.dense_ffn, config.depth, self.ffn, self.moe_blocks)
+        return nn.ModuleList(EncoderLayer(config.dim, config.num_heads, ffn, eps, **options) for ffn in ffns)
+
+    def through(self, x_BSD: Tensor, is_real_BS: Tensor | None, context: core.RoutingContext) -> Tensor:
+        """Map tokens through the layers; arguments as ``EncoderLayer.forward`` has them."""
+        for layer in self.layers:
+            if self.grad_checkpointing and self.training:
+                x_BSD = checkpoint(layer, x_BSD, is_real_BS, context, use_reentrant=False)
+            else:
+                x_BSD = layer(x_BSD, is_real_BS, context)
+        return x_BSD
+
+
+class TextEncoder(EncoderTower):
+    """Base of those that read texts."""
+
+    def is_real(self, ids_BL: Tensor) -> Tensor:
+        """Return bool (B, L), False for padding."""
+        raise NotImplementedError
+
+    def known(self, ids_BL: Tensor, context: core.RoutingContext | None) -> core.RoutingContext:
+        """Return what the MoE layers know: the context, or padding and ids where there is none.
+
+        Raises:
+            ValueError: a text is longer than ``max_positions``.
+        """
+        if not torch.compiler.is_exporting() and ids_BL.shape[1] > self.config.max_positions:
+            raise ValueError(f"a text of {ids_BL.shape[1]} pieces exceeds max_positions={self.config.max_positions}")
+        return context or core.RoutingContext(valid_BS=self.is_real(ids_BL), token_ids_BS=ids_BL)
 
 
 def init_encoder(model: nn.Module) -> None:

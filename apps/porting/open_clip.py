@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import core
-from apps.nets.blocks import FFNConfig, MoEs, ffn_configs, moe_configs, resolve_blocks
+from apps.nets.blocks import FFNConfig, MoEs
 from apps.porting import files
-from apps.porting.encoder import EncoderLayer, init_encoder, through
+from apps.porting.encoder import EncoderTower, TextEncoder, init_encoder
 from core.fields import Bounds, Checked, Count
 
 CONFIG, WEIGHTS, TORCH_WEIGHTS = (
@@ -89,24 +89,15 @@ class ClipTextConfig(ClipConfig):
     max_positions: Annotated[int, Bounds(2)] = 77
 
 
-class ClipTower(nn.Module):
+class ClipTower(EncoderTower):
     """What both towers have: layers that read normalised inputs, and a projection of the token that is read.
 
     Args:
         config: the sizes.
         out_dim: numbers of a vector; None: it is left at the width of the tokens, without a projection.
         causal: a token sees no later one.
-        ffn: of ``moe_blocks``: an MoE layer, a list with one for each, or another dense network; None: as the others.
-        moe_blocks: which layers; see ``apps.nets.blocks.resolve_blocks``.
-
-    Attributes:
-        out_dim: numbers of a vector.
-        moes: the different MoE layers' configs.
-        moe_blocks: numbers of the layers whose network is ``ffn``.
-        grad_checkpointing: compute each layer again in the backward, to save memory.
+        ffn, moe_blocks: as in ``EncoderTower``.
     """
-
-    grad_checkpointing = False
 
     def __init__(
         self,
@@ -116,14 +107,9 @@ class ClipTower(nn.Module):
         ffn: FFNConfig | MoEs | None,
         moe_blocks: str | Sequence[int],
     ) -> None:
-        super().__init__()
+        super().__init__(config, ffn, moe_blocks)
         self.out_dim = config.dim if out_dim is None else out_dim
-        self.moes = moe_configs(ffn)
-        self.moe_blocks = () if ffn is None else resolve_blocks(moe_blocks, config.depth)
-        self.layers = nn.ModuleList(
-            EncoderLayer(config.dim, config.num_heads, one, _EPS, norm_first=True, causal=causal)
-            for one in ffn_configs(config.dense_ffn, config.depth, ffn, self.moe_blocks)
-        )
+        self.layers = self.build_layers(_EPS, norm_first=True, causal=causal)
         self.norm = nn.LayerNorm(config.dim, _EPS)
         self.projection = nn.Identity() if out_dim is None else nn.Linear(config.dim, out_dim, bias=False)
 
@@ -154,10 +140,11 @@ class ClipImageTower(ClipTower):
         super().__init__(config, out_dim, False, ffn, moe_blocks)
         if image_size % config.patch_size:
             raise ValueError(f"image_size={image_size} is not divisible by patch_size={config.patch_size}")
-        self.config, self.image_size = config, image_size
+        self.image_size = image_size
         self.patches = nn.Conv2d(in_chans, config.dim, config.patch_size, config.patch_size, bias=False)
         self.class_token = nn.Parameter(torch.randn(config.dim) * config.dim**-0.5)
-        self.places = nn.Embedding(1 + (image_size // config.patch_size) ** 2, config.dim)
+        self.num_patches, self.num_prefix_tokens = (image_size // config.patch_size) ** 2, 1
+        self.places = nn.Embedding(1 + self.num_patches, config.dim)
         self.norm_before = nn.LayerNorm(config.dim, _EPS)
         init_encoder(self)
 
@@ -173,7 +160,7 @@ class ClipImageTower(ClipTower):
         x_BSD = self.norm_before(torch.cat((first_B1D, patches_BSD), 1) + self.places.weight)
         ids_BS = torch.arange(x_BSD.shape[1], device=image.device).expand(image.shape[0], -1)
         context = replace(context or core.RoutingContext(), token_ids_BS=ids_BS)
-        return self.norm(through(self.layers, x_BSD, None, context, self.grad_checkpointing and self.training))
+        return self.norm(self.through(x_BSD, None, context))
 
     def forward(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """Return the vectors (B, out_dim) of images; arguments as in ``tokens``."""
@@ -181,7 +168,7 @@ class ClipImageTower(ClipTower):
         return vector_BD
 
 
-class ClipTextTower(ClipTower):
+class ClipTextTower(ClipTower, TextEncoder):
     """CLIP's text transformer, which is causal and reads a text's vector at its end.
 
     The end is the piece of the largest id, so that padding may have any other.
@@ -205,7 +192,6 @@ class ClipTextTower(ClipTower):
         moe_blocks: str | Sequence[int] = "every2",
     ) -> None:
         super().__init__(config, out_dim, True, ffn, moe_blocks)
-        self.config = config
         self.words = nn.Embedding(vocab_size, config.dim)
         self.places = nn.Embedding(config.max_positions, config.dim)
         init_encoder(self)
@@ -225,12 +211,9 @@ class ClipTextTower(ClipTower):
         Raises:
             ValueError: a text is longer than ``max_positions``.
         """
-        if not torch.compiler.is_exporting() and ids_BL.shape[1] > self.config.max_positions:
-            raise ValueError(f"a text of {ids_BL.shape[1]} pieces exceeds max_positions={self.config.max_positions}")
-        if context is None:
-            context = core.RoutingContext(valid_BS=self.is_real(ids_BL), token_ids_BS=ids_BL)
+        context = self.known(ids_BL, context)
         x_BLD = self.words(ids_BL) + self.places(torch.arange(ids_BL.shape[1], device=ids_BL.device))
-        return self.norm(through(self.layers, x_BLD, None, context, self.grad_checkpointing and self.training))
+        return self.norm(self.through(x_BLD, None, context))
 
     def forward(self, ids_BL: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """Return the vectors (B, out_dim) of texts; arguments as in ``tokens``."""

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
-from apps.nets.blocks import FFNConfig, MoEs, ffn_configs, moe_configs, resolve_blocks
+from apps.nets.blocks import FFNConfig, MoEs
 from apps.porting import files
-from apps.porting.encoder import EncoderLayer, init_encoder, through
+from apps.porting.encoder import TextEncoder, init_encoder
 from core.fields import Checked, Count, ShareBelowOne
 
 MINILM = "minilm"
@@ -176,27 +176,18 @@ class BertConfig(Checked):
         return cls(**sizes, eps=float(config.get("layer_norm_eps", 1e-12)))
 
 
-class SentenceTower(nn.Module):
+class SentenceTower(TextEncoder):
     """BERT's encoder for training, in which the feed-forward networks of chosen layers may be mixtures of experts.
 
     Args:
         config: the sizes.
         vocab_size: number of pieces.
-        ffn: of ``moe_blocks``: an MoE layer, a list with one for each, or another dense network; None: as the others.
-        moe_blocks: which layers; see ``apps.nets.blocks.resolve_blocks``.
+        ffn, moe_blocks: as in ``EncoderTower``.
         pad_id: the id of padding.
-
-    Attributes:
-        out_dim: numbers of a text's vector.
-        moes: the different MoE layers' configs.
-        moe_blocks: numbers of the layers whose network is ``ffn``.
-        grad_checkpointing: compute each layer again in the backward, to save memory.
 
     Raises:
         ValueError: a combination that cannot be built.
     """
-
-    grad_checkpointing = False
 
     def __init__(
         self,
@@ -206,19 +197,17 @@ class SentenceTower(nn.Module):
         moe_blocks: str | Sequence[int] = "every2",
         pad_id: int = 0,
     ) -> None:
-        super().__init__()
-        self.config, self.pad_id, self.out_dim = config, pad_id, config.dim
-        self.moes = moe_configs(ffn)
-        self.moe_blocks = () if ffn is None else resolve_blocks(moe_blocks, config.depth)
+        super().__init__(config, ffn, moe_blocks)
+        self.pad_id = pad_id
         self.words = nn.Embedding(vocab_size, config.dim)
         self.places = nn.Embedding(config.max_positions, config.dim)
         self.kind = nn.Parameter(torch.zeros(config.dim))
         self.norm = nn.LayerNorm(config.dim, config.eps)
-        self.layers = nn.ModuleList(
-            EncoderLayer(config.dim, config.num_heads, one, config.eps, norm_first=False, dropout=config.dropout)
-            for one in ffn_configs(config.dense_ffn, config.depth, ffn, self.moe_blocks)
-        )
+        self.layers = self.build_layers(config.eps, norm_first=False, dropout=config.dropout)
         init_encoder(self)
+
+    def is_real(self, ids_BL: Tensor) -> Tensor:
+        return ids_BL != self.pad_id
 
     def tokens(self, ids_BL: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """Return the outputs (B, L, D) of the last layer.
@@ -230,19 +219,15 @@ class SentenceTower(nn.Module):
         Raises:
             ValueError: a text is longer than ``max_positions``.
         """
-        if not torch.compiler.is_exporting() and ids_BL.shape[1] > self.config.max_positions:
-            raise ValueError(f"a text of {ids_BL.shape[1]} pieces exceeds max_positions={self.config.max_positions}")
-        is_real_BL = ids_BL != self.pad_id
-        if context is None:
-            context = core.RoutingContext(valid_BS=is_real_BL, token_ids_BS=ids_BL)
+        context = self.known(ids_BL, context)
         place_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
         x_BLD = self.norm(self.words(ids_BL) + self.places(place_L) + self.kind)
         x_BLD = F.dropout(x_BLD, self.config.dropout, self.training)
-        return through(self.layers, x_BLD, is_real_BL, context, self.grad_checkpointing and self.training)
+        return self.through(x_BLD, self.is_real(ids_BL), context)
 
     def forward(self, ids_BL: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """Return the means (B, D) over the pieces of each text; arguments as in ``tokens``."""
-        is_real_BL1 = (ids_BL != self.pad_id)[..., None]
+        is_real_BL1 = self.is_real(ids_BL)[..., None]
         return (self.tokens(ids_BL, context) * is_real_BL1).sum(1) / is_real_BL1.sum(1).clamp(min=1)
 
 

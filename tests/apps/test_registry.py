@@ -31,5 +31,5 @@ def test_every_module_of_the_apps_is_in_the_registry():
         registry.resolve(name)
     own = [kind.__name__ for kind in registry.subclasses(SparseModule) if kind.__module__.startswith("apps.")]
     public = {name for name in own if not name.startswith("_")}
-    bases = {"SparseModule", "TextModule", "WritingModule"}
+    bases = {"SparseModule", "TextModule", "WritingModule", "JudgedModule"}
     assert public - bases == set(registry.MODULES)

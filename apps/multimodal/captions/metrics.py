@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from apps.nlp.text.foreseen import PieceMetrics, token_metrics
+from apps.nlp.text.foreseen import Judged, PieceMetrics, token_metrics
 from apps.nlp.text.scores import SCORES, corpus_score, signature
-
-
-class Pair(NamedTuple):
-    """One image of a test with one of its texts.
-
-    Attributes:
-        index: the pair's place in the data.
-        image: number of the image; pairs of one image have one.
-        caption: the text that the model wrote about the image; None where another pair of the image in its batch has
-            it.
-        reference: the pair's text.
-        log_prob: the caption's score in the search.
-        nll: negative log likelihood of the reference's tokens, in nats, summed.
-        right: tokens of the reference that came first when all before them were the reference's.
-        tokens: of the reference, its end included.
-    """
-
-    index: int  # type: ignore[assignment]  # a pair has no use for tuple.index
-    image: int
-    caption: str | None
-    reference: str
-    log_prob: float
-    nll: float
-    right: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -55,17 +28,17 @@ class CaptionedImage:
     log_prob: float
 
 
-def by_image(pairs: Sequence[Pair]) -> list[CaptionedImage]:
+def by_image(pairs: Sequence[Judged]) -> list[CaptionedImage]:
     """Return the images of pairs in the order of their first pairs, each with its first caption and all its texts."""
-    of_image: dict[int, list[Pair]] = {}
+    of_image: dict[int, list[Judged]] = {}
     for pair in pairs:
-        of_image.setdefault(pair.image, []).append(pair)
+        of_image.setdefault(pair.group, []).append(pair)
     images = []
     for image, own in of_image.items():
-        written = next(pair for pair in own if pair.caption is not None)
-        assert written.caption is not None
+        written = next(pair for pair in own if pair.written is not None)
+        assert written.written is not None
         references = tuple(dict.fromkeys(pair.reference for pair in own))
-        images.append(CaptionedImage(image, own[0].index, written.caption, references, written.log_prob))
+        images.append(CaptionedImage(image, own[0].index, written.written, references, written.log_prob))
     return images
 
 
@@ -80,7 +53,7 @@ def signatures(tokenize: str, references: int | None) -> Mapping[str, str]:
     return {score: signature(score, tokenize, references) for score in SCORES}
 
 
-class CaptionMetrics(PieceMetrics[Pair]):
+class CaptionMetrics(PieceMetrics[Judged]):
     """BLEU, chrF++, token accuracy and perplexity of the captions of a set of images.
 
     ``compute`` returns ``bleu`` and ``chrf`` of the corpus, each image with all its texts as references;
@@ -89,28 +62,19 @@ class CaptionMetrics(PieceMetrics[Pair]):
 
     Args:
         tokenize: of BLEU, a name of sacrebleu's.
-
-    Attributes:
-        images: of all ranks; after ``compute``.
     """
-
-    higher_is_better = True
 
     def __init__(self, tokenize: str = "13a") -> None:
         super().__init__()
         self.tokenize = tokenize
-        self.images: list[CaptionedImage] = []
 
-    def reset(self) -> None:
-        super().reset()
-        self.images = []
+    @property
+    def images(self) -> list[CaptionedImage]:
+        """The images of all ranks; after ``compute``."""
+        return by_image(self.pieces)
 
-    def values_of(self, pieces: Sequence[Pair]) -> dict[str, float]:
-        self.images = by_image(pieces)
-        return {**corpus_metrics(self.images, self.tokenize), **token_metrics(pieces)}
-
-
-def corpus_metrics(images: Sequence[CaptionedImage], tokenize: str) -> dict[str, float]:
-    """Return BLEU and chrF++ of the captions of a set of images, in 0..100; NaN without any."""
-    captions, references = [image.caption for image in images], [image.references for image in images]
-    return {s: corpus_score(s, captions, references, tokenize) if images else math.nan for s in SCORES}
+    def values_of(self, pieces: Sequence[Judged]) -> dict[str, float]:
+        images = by_image(pieces)
+        captions, references = [image.caption for image in images], [image.references for image in images]
+        scores = {score: corpus_score(score, captions, references, self.tokenize) for score in SCORES}
+        return {**scores, **token_metrics(pieces)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import core
 from apps.base.checks import check_at_least
 from apps.data.subwords import PAD_ID
-from apps.nets.blocks import FFNConfig, MoEs, ffns_of, moe_configs, resolve_blocks
+from apps.nets.blocks import FFNConfig, MoEs
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Memory
 from apps.nets.transformer import MemoryDecoder, build_stack, check_rows
@@ -64,29 +64,17 @@ class CaptionModel(MemoryDecoder):
         super().__init__()
         check_rows(config, ffn)
         check_at_least(PAD_ID + 2, vocab=vocab)
-        depths = {"encoder": vit.num_blocks, "decoder": config.shape.decoder_layers}
-        chosen = {"encoder": encoder_moe_blocks, "decoder": decoder_moe_blocks}
-        blocks = {
-            stack: ()
-            if ffn is None
-            else resolve_blocks(named, depths[stack], option=f"{stack}_moe_blocks", optional=True)
-            for stack, named in chosen.items()
-        }
-        self.encoder_moe_blocks, self.decoder_moe_blocks = blocks["encoder"], blocks["decoder"]
-        if ffn is not None and not any(blocks.values()):
-            raise ValueError("encoder_moe_blocks and decoder_moe_blocks name no block: leave moe out for a dense model")
+        self.config, self.vocab = config, vocab
+        of_encoder, of_decoder = self._choose(ffn, encoder_moe_blocks, vit.num_blocks, decoder_moe_blocks)
         if self.encoder_moe_blocks and vit.dim != config.shape.dim:
             raise ValueError(
                 f"encoder_moe_blocks={encoder_moe_blocks!r} needs one width for the experts of both stacks: vit has "
                 f"dim {vit.dim} and transformer {config.shape.dim}"
             )
-        of_encoder, of_decoder = ffns_of(ffn, self.encoder_moe_blocks, self.decoder_moe_blocks)
-        self.config, self.moes, self.vocab = config, moe_configs(ffn), vocab
         self.attention_moe = None
-        self.decoder_moes = tuple(c for c in of_decoder if isinstance(c, core.MoEConfig))
         self.embed = nn.Embedding(vocab, config.shape.dim, padding_idx=PAD_ID)
         self.decoder = build_stack(
-            config, depths["decoder"], of_decoder, self.decoder_moe_blocks, None, causal=True, cross=True
+            config, config.shape.decoder_layers, of_decoder, self.decoder_moe_blocks, None, causal=True, cross=True
         )
         self.output = cpu.Linear(config.shape.dim, vocab, bias=False) if config.tie == "none" else None
         self.connector = cpu.Linear(vit.dim, config.shape.dim)

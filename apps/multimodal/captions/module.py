@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor, nn
 
 import core
 from apps.base.checks import check_at_least, check_name
 from apps.base.evaluation import in_evaluation
-from apps.data.subwords import PAD_ID, Subwords
-from apps.equal_cost.comparable import Baseline, Comparable, ExampleDifference, ExampleValues, RoutedLayers
-from apps.equal_cost.twins import dense_twins
+from apps.data.subwords import Subwords
+from apps.equal_cost.comparable import ExampleDifference
 from apps.multimodal.batch import PairBatch
-from apps.multimodal.captions.metrics import CaptionedImage, CaptionMetrics, Pair, num_references, signatures
+from apps.multimodal.captions.metrics import CaptionMetrics, by_image, num_references, signatures
 from apps.multimodal.captions.model import CaptionModel
 from apps.multimodal.captions.report import CaptionReport, CaptionReportConfig, image_name, side_by_side
 from apps.multimodal.encoding import PairEncoding
@@ -28,15 +25,13 @@ from apps.multimodal.image_index import tell
 from apps.multimodal.vectors import FileBatch
 from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
-from apps.nets.loss import OutputLogits
-from apps.nets.place import Place, check_fits, check_layers
-from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, caption_ids, check_one, decoding, in_dtype
-from apps.nlp.decode.writing import WritingModule
-from apps.nlp.text.foreseen import Foreseen, of_mean_length, ratio_values, read_ids
+from apps.nets.place import Place
+from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, caption_ids, check_one, decoding, in_columns
+from apps.nlp.decode.writing import JudgedModule
+from apps.nlp.text.foreseen import read_ids
 from apps.nlp.text.scores import scorer
-from apps.nlp.text.token_loss import token_loss
 from apps.train.model_card import ModelKind
-from apps.train.module import Stage, TaskOutput, check_one_start
+from apps.train.module import check_one_start
 from apps.vision.encoding import normalize
 from apps.vision.image_files import scaled
 from apps.vision.model import ViTConfig, load_pretrained_weights
@@ -68,7 +63,7 @@ class Captions(NamedTuple):
     alternatives: list[list[str]] | None = None
 
 
-class ImageCaptioner(WritingModule, Comparable):
+class ImageCaptioner(JudgedModule):
     """An image encoder and a decoder that writes a text about the image, sparse or dense.
 
     It is trained by the cross-entropy of each token after those before it, with label smoothing, and judged by what it
@@ -88,7 +83,6 @@ class ImageCaptioner(WritingModule, Comparable):
         in_chans: channels of an image; the command line takes it from the data.
         vocab_size: ids of the texts' subwords; the command line takes it from the data.
         max_tokens: ids of the longest text, begin and end among them; the command line takes it from the data.
-        label_smoothing: share of the target spread evenly over the vocabulary, in training.
         encoder_from: weights of the image encoder's dense parts, with which the first training or test begins that no
             checkpoint gives its weights: a checkpoint of a model of the suite with such an encoder, a timm model name,
             or a safetensors or torch file.
@@ -96,10 +90,10 @@ class ImageCaptioner(WritingModule, Comparable):
             map between both; "experts", those of the MoE layers, as the last stage of MoE-LLaVA.
         decode: how images of a test and of a prediction are captioned; an image counts as ``max_tokens`` ids in the
             maximal length.
-        val_decode: how images of a validation are: "greedy", or "as_test".
         bleu_tokenize: sacrebleu's tokenizer for BLEU, such as "13a", "zh" or "char".
         report: what a test adds to the scores; None: nothing.
-        kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
+        kwargs: ``val_decode`` of ``JudgedModule``, ``label_smoothing`` of ``WritingModule``; ``optimizer``,
+            ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -108,10 +102,8 @@ class ImageCaptioner(WritingModule, Comparable):
     model_kind = ModelKind("a captioner of images", 'model.predict(["image.png"])', "image-to-text")
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "vocab_size", "max_tokens")
     compiled_networks = ("model.encoder.blocks", "model.decoder")
-    readout: ClassVar[tuple[str, ...]] = ("model.output",)
-    monitor: str = "val/bleu"
-    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
-    shown_metrics = ("chrf", "token_accuracy", "perplexity")
+    reporter = CaptionReport
+    side, group = "source", "image_B"
 
     @classmethod
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,33 +121,23 @@ class ImageCaptioner(WritingModule, Comparable):
         in_chans: int = 3,
         vocab_size: int = 1000,
         max_tokens: int = 32,
-        label_smoothing: float = 0.1,
         encoder_from: str | None = None,
         trained: Trained = "all",
         decode: DecodeConfig = _DECODE,
-        val_decode: Literal["greedy", "as_test"] = "greedy",
         bleu_tokenize: str = "13a",
         report: CaptionReportConfig | None = _REPORT,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
+        super().__init__(decode=decode, **kwargs)
         check_at_least(3, max_tokens=max_tokens)
-        check_name("val_decode", val_decode, ["greedy", "as_test"])
         check_name("trained", trained, ["all", "decoder", "connector", "experts"])
         scorer("bleu", bleu_tokenize)
         if encoder_from is not None:
             check_one_start(encoder_from, self.grow, self.distil)
         self.vit, self.transformer, self.moe = vit or ViTConfig(), transformer or TransformerConfig(), moe
         self.image_size, self.in_chans, self.vocab_size, self.max_tokens = image_size, in_chans, vocab_size, max_tokens
-        self.label_smoothing, self.encoder_from, self.trained = label_smoothing, encoder_from, trained
-        self.decode, self.val_decode, self.bleu_tokenize, self.report = decode, val_decode, bleu_tokenize, report
-        if self.transformer.positions == "learned" and max_tokens > self.transformer.max_length:
-            raise ValueError(
-                f"max_tokens={max_tokens} exceeds model.transformer.max_length={self.transformer.max_length}, the "
-                "positions that positions='learned' knows"
-            )
+        self.encoder_from, self.trained, self.bleu_tokenize, self.report = encoder_from, trained, bleu_tokenize, report
+        self.check_length("max_tokens", max_tokens)
         self.model = CaptionModel(
             self.vit,
             self.transformer,
@@ -166,22 +148,9 @@ class ImageCaptioner(WritingModule, Comparable):
             encoder_moe_blocks=encoder_moe_blocks,
             decoder_moe_blocks=decoder_moe_blocks,
         )
-        self._put_in_place()
+        writes = bool(self.model.decoder_moe_blocks)
+        self._put_in_place(Place(type(self).__name__, ("token_ids_BS",), is_causal=writes, decodes_stepwise=writes))
         self._hold_still()
-        self._tested: list[CaptionedImage] = []
-
-    def _put_in_place(self) -> None:
-        """Refuse a router that cannot work where it is put.
-
-        Raises:
-            ValueError: as ``check_fits`` and ``check_layers``.
-        """
-        anywhere = Place(type(self).__name__, ("token_ids_BS",))
-        in_decoder = dataclasses.replace(anywhere, is_causal=True, decodes_stepwise=True)
-        self.place = in_decoder if self.model.decoder_moe_blocks else anywhere
-        for moe in self.model.moes:
-            check_fits(in_decoder if moe in self.model.decoder_moes else anywhere, moe.router, moe.balance)
-        check_layers(anywhere, self.model)
 
     def _hold_still(self) -> None:
         """Freeze what a training does not change.
@@ -209,41 +178,13 @@ class ImageCaptioner(WritingModule, Comparable):
 
     # ---- the loss
 
-    def task_loss(self, batch: PairBatch) -> TaskOutput:
-        """Return the loss of the texts; ``judged`` adds the captions."""
-        predicted = self.distribution(batch, packed=not self.training)
-        return token_loss(predicted, batch.text_BL, self.label_smoothing if self.training else None)
+    def hidden(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        return self.model.decode(read_ids(batch.text_BL), self.model.encode(batch.image)), batch.text_BL
 
-    def distribution(self, batch: PairBatch, packed: bool = False) -> OutputLogits:
-        """Return the logits of the tokens after the first, padding left out."""
-        h_BLD = self.model.decode(read_ids(batch.text_BL), self.model.encode(batch.image))
-        h_BLD = h_BLD * self.transformer.logits_scale
-        return OutputLogits.of_real(h_BLD, batch.text_BL[:, 1:] != PAD_ID, self.model.output_weight, packed)
-
-    def judged(self, batch: PairBatch, out: TaskOutput, stage: Stage) -> TaskOutput:
-        """Return ``out`` with the batch's ``Pair``s as its outputs; each of its images is captioned once."""
-        greedy = stage == "val" and self.val_decode == "greedy"
-        config = dataclasses.replace(self.decode, method="greedy", num_best=1) if greedy else self.decode
+    def write(self, batch: PairBatch, config: DecodeConfig) -> tuple[Sequence[int], Hypotheses]:
         images = batch.image_B.tolist()
         places = [place for place, number in enumerate(images) if images.index(number) == place]
-        model = self.model_in(config.dtype)
-        hypotheses = self.hypotheses_of(batch.image[places], config, batch.image_B[places], model)
-        texts = self.subwords.decode(hypotheses.best, "source")
-        written = dict(zip(places, texts, strict=True))
-        scores = {place: own[0] for place, own in zip(places, hypotheses.scores, strict=True)}
-        foreseen: Foreseen = out.outputs
-        rows = zip(
-            batch.index_B.tolist(),
-            images,
-            map(written.get, range(len(images))),
-            self._references_of(batch),
-            (scores.get(place, 0.0) for place in range(len(images))),
-            foreseen.nll_B.tolist(),
-            foreseen.right_B.tolist(),
-            foreseen.tokens_B.tolist(),
-            strict=True,
-        )
-        return dataclasses.replace(out, outputs=[Pair(*row) for row in rows])
+        return places, self.hypotheses_of(batch.image[places], config, batch.image_B[places])
 
     def hypotheses_of(
         self, image: Tensor, config: DecodeConfig, index_B: Tensor | None = None, model: CaptionModel | None = None
@@ -251,9 +192,9 @@ class ImageCaptioner(WritingModule, Comparable):
         """Return captions of (B, C, H, W) normalised images in ids; ``model`` may be a copy in another dtype."""
         # Out of autocast: in bfloat16 an image's logits would depend on its batch mates.
         with torch.autocast(self.device.type, enabled=False):
-            return caption_ids(model or self.model, image, config, self.max_tokens, index_B)
+            return caption_ids(model or self.model_in(config.dtype), image, config, self.max_tokens, index_B)
 
-    def _references_of(self, batch: PairBatch) -> list[str]:
+    def references(self, batch: PairBatch) -> list[str]:
         """Return the pairs' texts as the data have them, in lower case where the model reads no other; where the data
         do not give them, decode their subwords."""
         known = getattr(self._data(), "texts", None)
@@ -264,12 +205,6 @@ class ImageCaptioner(WritingModule, Comparable):
 
     def example_inputs(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         return (batch.image, read_ids(batch.text_BL))
-
-    def cost_inputs(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Return ``example_inputs`` with the texts cut or filled up with unknown tokens to their mean length: experts
-        do not compute padding, dense layers do."""
-        image, read_BL = self.example_inputs(batch)
-        return image, of_mean_length(read_BL)
 
     def cost_unit(self, batch: PairBatch) -> str:
         _, read_BL = self.cost_inputs(batch)
@@ -282,13 +217,7 @@ class ImageCaptioner(WritingModule, Comparable):
 
     @property
     def metric_signatures(self) -> Mapping[str, str]:
-        return signatures(self.bleu_tokenize, num_references(self._tested))
-
-    def on_test_epoch_end(self) -> None:
-        metrics = self.stage_metrics("test")
-        metrics.compute()  # on every rank: it gathers
-        self._tested = metrics.images
-        super().on_test_epoch_end()
+        return signatures(self.bleu_tokenize, num_references(by_image(self._tested)))
 
     # ---- prediction
 
@@ -303,18 +232,10 @@ class ImageCaptioner(WritingModule, Comparable):
             image = normalize(batch.pixels.to(self.device), encoding.mean, encoding.std)
             index_B, names, references = torch.tensor(batch.index, dtype=torch.int64), batch.path, None
         else:
-            image, index_B, references = batch.image, batch.index_B, self._references_of(batch)
+            image, index_B, references = batch.image, batch.index_B, self.references(batch)
             names = [image_name(self._data(), number) for number in batch.image_B.tolist()]
-        hypotheses = self.hypotheses_of(image, self.decode, index_B, self.model_in(self.decode.dtype))
-        texts = [self.subwords.decode(ids, "source") for ids in hypotheses.ids]
-        return Captions(
-            index_B,
-            names,
-            [best for best, *_ in texts],
-            torch.tensor([own[0] for own in hypotheses.scores], dtype=torch.float64),
-            references,
-            None if self.decode.num_best == 1 else [further for _, *further in texts],
-        )
+        texts, scores_B, further = in_columns(self.spelled(self.hypotheses_of(image, self.decode, index_B)))
+        return Captions(index_B, names, texts, scores_B, references, further if self.decode.num_best > 1 else None)
 
     def predict(self, images: Sequence[str | Path | Image.Image | np.ndarray], **options: Any) -> list[str]:
         """Return the caption of each image, by the encoding of the checkpoint.
@@ -365,10 +286,7 @@ class ImageCaptioner(WritingModule, Comparable):
         numbers = torch.arange(start, start + len(pixels))
         with in_evaluation(self):
             image = normalize(pixels.to(self.device), encoding.mean, encoding.std)
-            model = in_dtype(self.model, config.dtype)
-            hypotheses = self.hypotheses_of(image, config, numbers, model)  # type: ignore[arg-type]
-        texts = [encoding.text.subwords.decode(ids, "source") for ids in hypotheses.ids]  # type: ignore[union-attr]
-        return [[*map(Candidate, *own)] for own in zip(texts, hypotheses.scores, strict=True)]
+            return self.spelled(self.hypotheses_of(image, config, numbers))
 
     def normalised(self, images: Sequence[Any], encoding: PairEncoding, start: int = 0) -> Tensor:
         """Return images as the model reads them, float32 (B, C, H, W).
@@ -437,23 +355,7 @@ class ImageCaptioner(WritingModule, Comparable):
         if given is not None and given.predict_file is not None:
             raise ValueError("data.predict_file holds texts, and an ImageCaptioner reads images: give data.images")
 
-    def report_callbacks(self) -> list[Callback]:
-        return [] if self.report is None else [CaptionReport(self.report)]
-
     # ---- comparisons
-
-    def baselines(self) -> Mapping[str, Baseline]:
-        """Return dense models of equal active FLOPs and of equal parameters, whose FFNs replace the experts."""
-        return dense_twins(self, self.transformer.dense_ffn)
-
-    def routed_layers(self) -> RoutedLayers | None:
-        return None if self.moe is None else RoutedLayers(self.moe, self.transformer.shape.dim, self.place)
-
-    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return the nats a token of the right texts: a text's are weighted by its tokens."""
-        nats_N = torch.cat([out.outputs.nll_B.double() for out in outs]).cpu()
-        tokens_N = torch.cat([out.outputs.tokens_B.double() for out in outs]).cpu()
-        return ExampleValues("nats_per_token", ratio_values(nats_N, tokens_N), higher_is_better=False)
 
     def examples_of_test(self) -> list[dict[str, Any]]:
         """Return each image of the last test, with its caption and its texts."""
@@ -465,7 +367,7 @@ class ImageCaptioner(WritingModule, Comparable):
                 "references": list(image.references),
                 "caption": image.caption,
             }
-            for image in self._tested
+            for image in by_image(self._tested)
         ]
 
     def compare_examples(

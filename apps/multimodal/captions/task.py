@@ -13,8 +13,8 @@ import core
 from apps.base.evaluation import in_evaluation
 from apps.multimodal.captions.traced import traced
 from apps.multimodal.task import ImageTextMatching
-from apps.nlp.decode.exported import ExportedCaptioner
-from apps.nlp.decode.graphs import graphs_with_memory, spelling, writing
+from apps.nlp.decode.exported import ExportedMemoryDecoder
+from apps.nlp.decode.graphs import exported_writer, graphs_with_memory
 from apps.nlp.text.words import words_of
 from apps.report.exhibit.parts import Example, LayerPart
 from apps.task import Missing, Sizes, Task, Trial, ids_on_meta, patches_by_layer, vocabulary_loss, words_by_layer
@@ -49,9 +49,7 @@ class Captioning(Task):
         written = []
         with in_evaluation(model):
             for part in parts:
-                found = model.hypotheses_of(
-                    self._normalised(part), config, torch.arange(len(part)), model.model_in(config.dtype)
-                )
+                found = model.hypotheses_of(self._normalised(part), config, torch.arange(len(part)))
                 written += [
                     Written(model.subwords.decode(ids, "source"), scores, ids[0])
                     for ids, scores in zip(found.ids, found.scores, strict=True)
@@ -90,15 +88,14 @@ class Captioning(Task):
         model = self.model
         image = torch.randn(2, model.in_chans, model.image_size, model.image_size, device=model.device)
         graphs = graphs_with_memory(model.model, "image", image, {0: "batch"}, None)
-        spelled, files = spelling(model.subwords)
-        how = {"encoding": self.encoding.state(), "max_tokens": model.max_tokens, **writing(model.model, model.decode)}
-        return Exported(self.app, graphs, {**spelled, **how}, files)
+        how = {"encoding": self.encoding.state(), "max_tokens": model.max_tokens}
+        return exported_writer(self.app, model, graphs, how)
 
     # ---- without a trained model
 
     @classmethod
     def attach(cls, model: Any, graphs: Mapping[str, Any]) -> None:
-        model.model = ExportedCaptioner(graphs["encoder"], graphs["decoder"], model.transformer)
+        model.model = ExportedMemoryDecoder(graphs["encoder"], graphs["decoder"], model.transformer)
 
     @classmethod
     def encoding_state(cls, exported: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ A finished sentence leaves the batch (batch pruning, arXiv 2211.10017), unless `
 does not depend on it, nor on its batch mates, as far as the model's logits do not.
 """
 
-from apps.nlp.decode.candidate import Candidate, check_one
+from apps.nlp.decode.candidate import Candidate, check_one, in_columns
 from apps.nlp.decode.config import DecodeConfig, decoding
 from apps.nlp.decode.run import caption_ids, generate_ids, in_dtype, translate_ids
 from apps.nlp.decode.search import Hypotheses
@@ -34,6 +34,7 @@ __all__ = [
     "check_one",
     "decoding",
     "generate_ids",
+    "in_columns",
     "in_dtype",
     "translate_ids",
 ]

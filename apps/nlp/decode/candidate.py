@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 
 class Candidate(NamedTuple):
@@ -26,3 +29,9 @@ def check_one(options: Mapping[str, Any]) -> None:
     """
     if options.get("num_best", 1) != 1:
         raise ValueError(f"num_best={options['num_best']}: predict returns one text each; candidates has the others")
+
+
+def in_columns(rows: Sequence[Sequence[Candidate]]) -> tuple[list[str], Tensor, list[list[str]]]:
+    """Return the best text of each row, its score, float64 (B,), and the further texts, best first."""
+    scores_B = torch.tensor([best.score for best, *_ in rows], dtype=torch.float64)
+    return [best.text for best, *_ in rows], scores_B, [[c.text for c in further] for _, *further in rows]

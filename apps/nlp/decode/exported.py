@@ -80,8 +80,8 @@ class ExportedLanguageModel(_ExportedDecoder):
         return self._begin({"task_ids": task_ids_B, "domain_ids": domain_ids_B}, num_rows)
 
 
-class _WithEncoder(_ExportedDecoder):
-    """The graphs of a model that writes of a source.
+class ExportedMemoryDecoder(_ExportedDecoder):
+    """The graphs of a model that writes of a source: a translator, or a captioner.
 
     Args:
         encoder: the graph that ``graphs.graphs_with_memory`` describes.
@@ -92,8 +92,17 @@ class _WithEncoder(_ExportedDecoder):
         super().__init__(decoder, config)
         self.encoder = encoder
 
-    def _encode(self, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """Return the encoder's inputs and outputs."""
+    def encode(
+        self, source: Tensor, task_ids_B: Tensor | None = None, domain_ids_B: Tensor | None = None
+    ) -> dict[str, Tensor | None]:
+        """Return the encoder's inputs and outputs, which ``start`` takes.
+
+        Args:
+            source: int64 (B, S) ids, or (B, C, H, W) normalised images.
+            task_ids_B, domain_ids_B: int64 (B,), for routers that ask for them.
+        """
+        source = source.float() if source.is_floating_point() else source
+        inputs = {self.encoder.inputs[0]: source, "task_ids": task_ids_B, "domain_ids": domain_ids_B}
         return {**inputs, **dict(zip(self.encoder.outputs, self.encoder(inputs), strict=True))}
 
     def start(self, memory: Mapping[str, Tensor | None]) -> PastRows:
@@ -101,21 +110,3 @@ class _WithEncoder(_ExportedDecoder):
         mask_BS = memory["memory_mask"]
         assert mask_BS is not None
         return self._begin(memory, len(mask_BS))
-
-
-class ExportedTranslator(_WithEncoder):
-    """The graphs of a translator."""
-
-    def encode(
-        self, source_BS: Tensor, task_ids_B: Tensor | None = None, domain_ids_B: Tensor | None = None
-    ) -> dict[str, Tensor | None]:
-        """Return what ``start`` takes, of (B, S) ids."""
-        return self._encode({"source": source_BS, "task_ids": task_ids_B, "domain_ids": domain_ids_B})
-
-
-class ExportedCaptioner(_WithEncoder):
-    """The graphs of a captioner."""
-
-    def encode(self, image: Tensor) -> dict[str, Tensor | None]:
-        """Return what ``start`` takes, of (B, C, H, W) normalised images."""
-        return self._encode({"image": image.float()})

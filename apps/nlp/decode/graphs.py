@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 import core
 from apps.base.evaluation import in_evaluation
-from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Subwords
+from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from apps.data.text_files import CONTROL
 from apps.nets.past import Past
 from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.run import dropless
 from apps.nlp.decode.search import max_positions
-from apps.train.exporting import Graph
+from apps.train.exporting import Exported, Graph
 from core.config.plain import to_plain
 
 _BATCH, _LENGTH, _PAST = 2, 3, 5
@@ -174,19 +174,26 @@ def _pairs(inputs: Mapping[str, Tensor], first: str, second: str) -> list[tuple[
 # ---- beside the graphs
 
 
-def spelling(subwords: Subwords) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return how texts are spelled, and the subword models' files.
+def exported_writer(app: str, model: Any, graphs: tuple[Graph, ...], how: Mapping[str, Any]) -> Exported:
+    """Return graphs with how texts are spelled and written, and the subword models' files.
 
     "subwords" are the files by side, "ids" the special ids, and "control" is a regular expression: what it matches in
-    a text is a space, of those that are read and those that are written.
+    a text is a space, of those that are read and those that are written. "decode" is the search, and "max_positions"
+    how many the decoder knows; None: any number.
+
+    Args:
+        app: as in ``Exported``.
+        model: a ``WritingModule``.
+        graphs: of its network.
+        how: what else is said of inputs and outputs.
     """
+    subwords = model.subwords
     names = ("subwords.model",) if subwords.is_joint else ("source.model", "target.model")
     files = {name: base64.b64decode(model) for name, model in zip(names, subwords.models, strict=True)}
-    special = {"pad": PAD_ID, "unk": UNK_ID, "bos": BOS_ID, "eos": EOS_ID}
-    sides = {"source": names[0], "target": names[-1]}
-    return {"subwords": sides, "ids": special, "control": CONTROL.pattern}, files
-
-
-def writing(model: Any, decode: DecodeConfig) -> dict[str, Any]:
-    """Return how texts are written: the search, and the positions that the decoder knows; None: any number."""
-    return {"decode": to_plain(decode, DecodeConfig), "max_positions": max_positions(model)}
+    spelled = {
+        "subwords": {"source": names[0], "target": names[-1]},
+        "ids": {"pad": PAD_ID, "unk": UNK_ID, "bos": BOS_ID, "eos": EOS_ID},
+        "control": CONTROL.pattern,
+    }
+    written = {"decode": to_plain(model.decode, DecodeConfig), "max_positions": max_positions(model.model)}
+    return Exported(app, graphs, {**spelled, **how, **written}, files)

@@ -1,19 +1,143 @@
-"""``WritingModule``: what modules share whose model writes texts in validation, test and prediction."""
+"""Bases of the modules whose decoder writes texts: the loss of given texts, what is written of them, comparisons."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+import core
+from apps.base.checks import check_name
+from apps.data.subwords import PAD_ID, Side, Subwords
+from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
+from apps.equal_cost.twins import dense_twins
+from apps.nets.config import TransformerConfig
+from apps.nets.depths import TokenGate
+from apps.nets.loss import OutputLogits, TargetScores, target_scores
+from apps.nets.place import Place, check_fits, check_layers
+from apps.nlp.decode.candidate import Candidate
+from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.run import in_dtype
-from apps.train.module import SparseModule, Stage
+from apps.nlp.decode.search import Hypotheses
+from apps.nlp.text.foreseen import Judged, of_mean_length, ratio_values
+from apps.nlp.text.token_loss import token_loss
+from apps.train.module import SparseModule, Stage, TaskOutput
 
 
-class WritingModule(SparseModule):
-    """Base of modules that decode in another dtype: within a pass over the data their model is copied once."""
+class WritingModule(SparseModule, Comparable):
+    """Base of modules whose decoder writes texts, and decodes in another dtype if it is told to.
+
+    A subclass's constructor builds ``model`` and calls ``_put_in_place``; it brings ``hidden``.
+
+    Args:
+        label_smoothing: share of the target spread evenly over the vocabulary, in training.
+        decode: how texts of a test and of a prediction are written.
+        kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
+
+    Attributes:
+        side: of the subwords, that of the texts.
+        reporter: the callback that ``report`` is the configuration of.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
 
     model: Any
+    subwords: Subwords
+    transformer: TransformerConfig
+    moe: core.MoEConfig | list[core.MoEConfig] | None
+    attention_moe: core.MoEConfig | None = None
+    report: Any = None
+    side: ClassVar[Side] = "target"
+    reporter: ClassVar[type[Callback]]
+    readout: ClassVar[tuple[str, ...]] = ("model.output",)
     # A list, so that the copy is no part of the module; None outside of a pass.
     _copies: list[Any] | None = None
+
+    def __init__(self, *, label_smoothing: float = 0.1, decode: DecodeConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing={label_smoothing} is not in [0, 1)")
+        self.label_smoothing, self.decode = label_smoothing, decode
+
+    def _put_in_place(self, place: Place, decodes_stepwise: bool = False) -> None:
+        """Say where the routers work, and refuse one that cannot work there.
+
+        Args:
+            place: where those in place of FFNs work.
+            decodes_stepwise: as in ``Place``, of those of the decoder's attention.
+
+        Raises:
+            ValueError: as ``check_fits`` and ``check_layers``.
+        """
+        self.place = place
+        anywhere = dataclasses.replace(place, is_causal=False, decodes_stepwise=False)
+        for moe in self.model.moes:
+            check_fits(place if moe in self.model.decoder_moes else anywhere, moe.router, moe.balance)
+        if self.attention_moe is not None:
+            in_decoder = dataclasses.replace(place, is_causal=True, decodes_stepwise=decodes_stepwise)
+            check_fits(in_decoder, self.attention_moe.router, self.attention_moe.balance)
+        check_layers(place, self.model)
+
+    def check_length(self, option: str, length: int | None) -> None:
+        """Refuse sequences that may be longer than a table of learned positions.
+
+        Raises:
+            ValueError: naming both lengths.
+        """
+        config = self.transformer
+        if length is not None and config.positions == "learned" and length > config.max_length:
+            raise ValueError(
+                f"{option}={length} exceeds model.transformer.max_length={config.max_length}, the positions that "
+                "positions='learned' knows"
+            )
+
+    # ---- the loss
+
+    def hidden(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the decoder's output after each token but the last, (B, L - 1, D), and what it was to say, int64
+        (B, L)."""
+        raise NotImplementedError
+
+    def distribution(self, batch: Any) -> OutputLogits:
+        """Return the logits of the tokens after the first, padding left out."""
+        return self._distribution(*self.hidden(batch))
+
+    def _distribution(self, h_BLD: Tensor, ids_BL: Tensor, packed: bool = False) -> OutputLogits:
+        h_BLD = h_BLD * self.transformer.logits_scale
+        return OutputLogits.of_real(h_BLD, ids_BL[:, 1:] != PAD_ID, self.model.output_weight, packed)
+
+    def task_loss(self, batch: Any) -> TaskOutput:
+        """Return the mean cross-entropy of the tokens after the first, padding left out.
+
+        In evaluation it has no label smoothing, and ``outputs`` is the ``Foreseen`` of each row.
+        """
+        h_BLD, ids_BL = self.hidden(batch)
+        predicted = self._distribution(h_BLD, ids_BL, packed=not self.training)
+        return token_loss(predicted, ids_BL, self.label_smoothing if self.training else None)
+
+    @torch.no_grad()
+    def token_scores(self, batch: Any) -> tuple[TargetScores, Tensor]:
+        """Return the scores of the T tokens after the first, padding left out, and where they are, bool (B, L - 1)."""
+        h_BLD, ids_BL = self.hidden(batch)
+        predicted, real_BL = self._distribution(h_BLD, ids_BL, packed=True), ids_BL[:, 1:] != PAD_ID
+        return target_scores(predicted.h_TD, predicted.weight_VD, ids_BL[:, 1:][real_BL]), real_BL
+
+    def cost_inputs(self, batch: Any) -> tuple[Tensor, ...]:
+        """Return ``example_inputs`` with each (B, L) of ids cut or filled up with unknown tokens to its mean length:
+        experts do not compute padding, dense layers do."""
+        return tuple(of_mean_length(x) if x.ndim == 2 else x for x in self.example_inputs(batch))
+
+    # ---- what is written
+
+    def spelled(self, hypotheses: Hypotheses) -> list[list[Candidate]]:
+        """Return the texts of hypotheses with their scores."""
+        subwords, each = self.subwords, zip(hypotheses.ids, hypotheses.scores, strict=True)
+        return [[*map(Candidate, subwords.decode(ids, self.side), scores)] for ids, scores in each]
 
     def model_in(self, dtype: str | None) -> Any:
         """Return the model in a dtype, one copy for a pass; outside of a pass, or for None, as it is."""
@@ -40,3 +164,86 @@ class WritingModule(SparseModule):
 
     def on_predict_epoch_end(self) -> None:
         self._copies = None
+
+    def report_callbacks(self) -> list[Callback]:
+        return [] if self.report is None else [self.reporter(self.report)]  # type: ignore[call-arg]
+
+    # ---- comparisons
+
+    @property
+    def moe_block_names(self) -> tuple[str, ...]:
+        """Return the names of the MoE layers in place of FFNs: a comparison leaves attention and gates of blocks."""
+        layers = core.moe_layers(self)
+        return tuple(n for n, layer in layers.items() if not isinstance(layer, core.AttentionMoE | TokenGate))
+
+    def routed_layers(self) -> RoutedLayers | None:
+        if self.moe is None:
+            return None
+        sharing = len(self.model.moe_blocks) if getattr(self.model, "shares_experts", False) else 1
+        return RoutedLayers(self.moe, self.transformer.shape.dim, self.place, num_sharing=sharing)
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
+        return dense_twins(self, self.transformer.dense_ffn)
+
+    def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
+        """Return the nats a token of the right text: a row's are weighted by its tokens, as a ratio's influence is."""
+        return ExampleValues("nats_per_token", ratio_values(*self.nats_and_tokens(outs)), higher_is_better=False)
+
+    def nats_and_tokens(self, outs: Sequence[TaskOutput]) -> tuple[Tensor, Tensor]:
+        """Return the nats and the number of tokens of each row, float64 (N,) both; ``outputs`` are ``Foreseen``."""
+        return (
+            torch.cat([out.outputs.nll_B.double() for out in outs]).cpu(),
+            torch.cat([out.outputs.tokens_B.double() for out in outs]).cpu(),
+        )
+
+
+class JudgedModule(WritingModule):
+    """Base of modules that are judged by what they write themselves: BLEU and chrF++, by sacrebleu.
+
+    Args:
+        val_decode: how texts of a validation are written: "greedy", or "as_test".
+        kwargs: of ``WritingModule``.
+
+    Attributes:
+        group: field of a batch that numbers what its rows belong to, see ``Judged``.
+    """
+
+    group: ClassVar[str]
+    monitor: str = "val/bleu"
+    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
+    shown_metrics = ("chrf", "token_accuracy", "perplexity")
+
+    def __init__(self, *, val_decode: Literal["greedy", "as_test"] = "greedy", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_name("val_decode", val_decode, ["greedy", "as_test"])
+        self.val_decode = val_decode
+        self._tested: list[Judged] = []
+
+    def write(self, batch: Any, config: DecodeConfig) -> tuple[Sequence[int], Hypotheses]:
+        """Return rows of a batch, and what is written for each of them; the others have the text of one of them."""
+        raise NotImplementedError
+
+    def references(self, batch: Any) -> list[str]:
+        """Return the right texts of a batch as the data have them; where they do not, their decoded subwords."""
+        raise NotImplementedError
+
+    def judged(self, batch: Any, out: TaskOutput, stage: Stage) -> TaskOutput:
+        """Return ``out`` with the batch's ``Judged`` texts as its outputs."""
+        greedy = stage == "val" and self.val_decode == "greedy"
+        config = dataclasses.replace(self.decode, method="greedy", num_best=1) if greedy else self.decode
+        places, hypotheses = self.write(batch, config)
+        written = dict(zip(places, self.subwords.decode(hypotheses.best, self.side), strict=True))
+        scores = {place: own[0] for place, own in zip(places, hypotheses.scores, strict=True)}
+        index, groups = batch.index_B.tolist(), getattr(batch, self.group).tolist()
+        texts = (written.get(place) for place in range(len(index)))
+        log_probs = (scores.get(place, 0.0) for place in range(len(index)))
+        foreseen = (part.tolist() for part in out.outputs)
+        rows = zip(index, groups, texts, self.references(batch), log_probs, *foreseen, strict=True)
+        return dataclasses.replace(out, outputs=[Judged(*row) for row in rows])
+
+    def on_test_epoch_end(self) -> None:
+        metrics = self.stage_metrics("test")
+        metrics.compute()  # on every rank: it gathers
+        self._tested = metrics.pieces
+        super().on_test_epoch_end()

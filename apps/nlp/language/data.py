@@ -9,10 +9,9 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +22,13 @@ from apps.base.checks import check_at_least, check_name
 from apps.data.array_files import ArrayFiles, ArrayWriter
 from apps.data.splits import SPLITS, Split, check_size, count_of
 from apps.data.store import identity
-from apps.data.subwords import EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
-from apps.data.suite_data import SuiteData
+from apps.data.subwords import EOS_ID, PAD_ID, Subwords, train_subwords
 from apps.data.text_files import Rows, expand, num_words, read_lines
-from apps.nlp.predict import BadLines, GivenBatches, given_lines
+from apps.nlp.predict import given_lines
 from apps.nlp.text.corpora import Sizes, share_out
+from apps.nlp.text.data import SubwordData
 from apps.nlp.text.datasets import NLP_DATASETS, find_language
-from apps.nlp.text.encoded_pairs import STORE, encode
-from apps.porting import subwords_of
+from apps.nlp.text.encoded_pairs import encode
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +86,7 @@ class _Blocks(Dataset[Any]):
 _TWENTIETH = 0.05
 
 
-class TextData(SuiteData):
+class TextData(SubwordData):
     """Text in train, validation and test batches of `TextBatch`.
 
     A stream is ``EOS_ID``, and then each document with ``EOS_ID`` after it.
@@ -107,18 +105,12 @@ class TextData(SuiteData):
         val_size: documents to validate on, or a share of all below 1, where there are no files of them; None: a
             twentieth; of a parallel corpus as of `TranslationData`.
         test_size: likewise.
-        split_seed: of what is held out. Not the run's.
-        subwords: those of a trained model; None: as ``tokenizer`` says.
-        tokenizer: how they are learned, from the training documents alone; or the file they are in.
         block_size: tokens of a block that a model reads.
         batch_size: blocks of a training batch and process.
         eval_batch_size: in validation and test.
-        text: prompts to be continued in prediction, one or several.
-        predict_file: file of prompts, one a line; "-" is standard input.
-        bad_lines: what a line of predict_file that is not UTF-8 is: an "error"; or its bad bytes are put as U+FFFD
-            ("replace"), or it is taken for an empty line ("skip"), and a warning at the end counts them.
-        num_workers: processes that cut batches; 0 is enough.
-        seed: of the order of training; default the seed of the whole run (seed_everything).
+        kwargs: ``split_seed``, ``subwords``, ``tokenizer``, ``text``, ``predict_file`` and ``bad_lines`` of
+            ``SubwordData``, whose texts are prompts to be continued; ``num_workers`` (0 is enough) and ``seed`` of
+            ``SuiteData``.
 
     Raises:
         ValueError: an option out of its range; when the data are first needed: missing or unreadable files, a split
@@ -132,9 +124,7 @@ class TextData(SuiteData):
     """
 
     unit = "tokens"
-    hold_out = "give {split}_files, or a {split}_size that holds some out"
     from_checkpoint = ("subwords",)
-    superseded = MappingProxyType({"tokenizer": "subwords"})
 
     def __init__(
         self,
@@ -148,47 +138,20 @@ class TextData(SuiteData):
         document: Literal["line", "paragraph", "file"] = "line",
         val_size: int | float | None = None,
         test_size: int | float | None = None,
-        split_seed: int = 0,
-        subwords: Subwords | None = None,
-        tokenizer: SubwordConfig = SubwordConfig(),
         block_size: int = 256,
         batch_size: int = 32,
         eval_batch_size: int = 32,
-        text: list[str] | str | None = None,
-        predict_file: str | None = None,
-        bad_lines: BadLines = "error",
-        num_workers: int = 0,
-        seed: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            dataset,
-            root,
-            cache_dir,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        self.language = language
+        super().__init__(dataset, root, cache_dir, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
+        self.language, self._language, self.block_size = language, language or "en", block_size
         self.train_files, self.val_files, self.test_files = train_files, val_files, test_files
-        self.document, self.val_size, self.test_size, self.split_seed = document, val_size, test_size, split_seed
-        self._language = language or "en"
-        self.tokenizer = replace(tokenizer, joint=True)  # text has one side
-        self.block_size = block_size
-        self.text, self.predict_file, self.bad_lines = text, predict_file, bad_lines
-        self._given = subwords
+        self.document, self.val_size, self.test_size = document, val_size, test_size
+        self.tokenizer = replace(self.tokenizer, joint=True)  # text has one side
         self._check_options()
-        if subwords is None and tokenizer.path is not None:
-            self._given = subwords_of(tokenizer.path)
+        self._read_given()
 
     # ---- what a model and a reader of results ask
-
-    @property
-    def subwords(self) -> Subwords:
-        """Given, or learned from the training documents. The first use reads the text, or finds it in the cache."""
-        if self._given is not None:
-            return self._given
-        return Subwords(tuple(self.opened.info["subwords"]))
 
     def size(self, split: str) -> TextSize:
         """Return how much text "train", "val" or "test" has."""
@@ -196,10 +159,6 @@ class TextData(SuiteData):
         return TextSize(*self.opened.info["sizes"][split])
 
     # ---- Lightning
-
-    @property
-    def needs_no_dataset(self) -> bool:
-        return self._given is not None and (self.text is not None or self.predict_file is not None)
 
     def sizes(self) -> dict[Split, int]:
         return {split: self.size(split).tokens for split in SPLITS}
@@ -209,11 +168,11 @@ class TextData(SuiteData):
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return one prompt a batch, read as it comes: a decoder that continues text has no place for padding."""
-        if self.text is None and self.predict_file is None:
+        if not self.is_given:
             raise ValueError(
                 "there is nothing to continue: give text (--data.text) or predict_file (--data.predict_file)"
             )
-        return DataLoader(GivenBatches(self), batch_size=None, generator=torch.Generator())
+        return self.given_loader()
 
     def given_batches(self, start: int = 0) -> Iterator[tuple[TextBatch, list[str]]]:
         """Yield the prompts of ``text`` or ``predict_file``, one a batch, each with its line.
@@ -240,15 +199,8 @@ class TextData(SuiteData):
             def read() -> dict[str, list[list[str]]]:
                 return self._read_corpus(rows())
 
-        return STORE.open(
-            self.cache,
-            self.dataset,
-            [files, self._language, self.document, self.val_size, self.test_size, self.split_seed],
-            lambda writer: self._write(writer, read()),
-            learning=asdict(self.tokenizer),
-            given=None if self._given is None else self._given.digest,
-            digest_of=lambda files: files.info["digest"],
-        )
+        made_from = [files, self._language, self.document, self.val_size, self.test_size, self.split_seed]
+        return self.stored(made_from, lambda writer: self._write(writer, read()))
 
     def _own_files(self) -> dict[str, list[Path]]:
         files: dict[str, list[Path]] = {}
@@ -321,7 +273,7 @@ class TextData(SuiteData):
             writer.save(f"{split}_ids", stream)
             words = sum(map(num_words, text))
             sizes[split] = TextSize(len(text), len(stream) - 1, words, sum(len(line.encode()) for line in text))
-        writer.finish({"subwords": subwords.models, "digest": subwords.digest, "sizes": sizes})
+        writer.finish({**self.info_of(subwords), "sizes": sizes})
 
     def _check_options(self) -> None:
         check_name("dataset", self.dataset, sorted(["text", *NLP_DATASETS]))
@@ -345,9 +297,6 @@ class TextData(SuiteData):
         check_at_least(1, block_size=self.block_size)
         for name in ("val_size", "test_size"):
             check_size(name, getattr(self, name))
-        if self.text is not None and self.predict_file is not None:
-            raise ValueError("text and predict_file are both given: continue one of them")
-        check_name("bad_lines", self.bad_lines, get_args(BadLines))
 
 
 def prompt_batches(lines: Iterable[str], subwords: Subwords, start: int = 0) -> Iterator[tuple[TextBatch, list[str]]]:

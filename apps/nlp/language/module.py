@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
@@ -19,7 +18,7 @@ from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
 from apps.nets.transformer import LanguageModel
 from apps.nets.universal import Universal
-from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, check_one, decoding, generate_ids
+from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, check_one, decoding, generate_ids, in_columns
 from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.language.report import LanguageReport, LanguageReportConfig
 from apps.nlp.module import TextModule, published_network
@@ -101,8 +100,6 @@ class LanguageModeler(TextModule):
         moe: the MoE layer that replaces the FFN of some layers, or a list with one for each of them; None: a dense
             model. Routers must be causal.
         moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
-        attention_moe: experts in place of the self-attention of all layers, whose expert is ``core.AttentionExperts``;
-            None: there are none.
         dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
         depths: gates of the layers that few tokens enter (Mixture-of-Depths), which need ``predictor: true``; None:
             all tokens enter all layers.
@@ -116,7 +113,8 @@ class LanguageModeler(TextModule):
             the first training or test begins that no checkpoint gives its own; ``data.tokenizer.path`` takes its
             subwords. Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
         report: what a test writes besides the metrics; None: nothing.
-        kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
+        kwargs: ``attention_moe`` of ``TextModule``; ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and
+            ``distil`` of ``SparseModule``.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -127,6 +125,7 @@ class LanguageModeler(TextModule):
     compiled_networks = ("model.decoder",)
     monitor: str = "val/perplexity"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+    reporter = LanguageReport
     shown_metrics = ("word_perplexity", "bits_per_byte", "token_accuracy")
 
     def __init__(
@@ -142,7 +141,6 @@ class LanguageModeler(TextModule):
         label_smoothing: float = 0.0,
         decode: DecodeConfig = _DECODE,
         pretrained: str | None = None,
-        attention_moe: core.MoEConfig | None = None,
         universal: Universal | None = None,
         report: LanguageReportConfig | None = _REPORT,
         **kwargs: Any,
@@ -153,13 +151,12 @@ class LanguageModeler(TextModule):
             if moe_blocks == _LAYERS:
                 moe_blocks = list(published.decoder_moe_blocks) or "none"
         super().__init__(
-            subwords,
-            transformer,
-            moe,
+            subwords=subwords,
+            transformer=transformer,
+            moe=moe,
             label_smoothing=label_smoothing,
             decode=decode,
             pretrained=pretrained,
-            attention_moe=attention_moe,
             **kwargs,
         )
         if subwords is None:
@@ -172,7 +169,7 @@ class LanguageModeler(TextModule):
             moe_blocks=moe_blocks,
             depths=depths,
             depth_blocks=depth_blocks,
-            attention_moe=attention_moe,
+            attention_moe=self.attention_moe,
             share_experts=share_experts,
             universal=universal,
         )
@@ -186,7 +183,7 @@ class LanguageModeler(TextModule):
 
     def task_loss(self, batch: TextBatch) -> TaskOutput:
         """Return the loss of each block's tokens after its first; in evaluation ``outputs`` are ``Block``s."""
-        out = self.token_loss(batch)
+        out = super().task_loss(batch)
         if out.outputs is None:
             return out
         columns = (batch.index_B, *out.outputs)
@@ -224,13 +221,7 @@ class LanguageModeler(TextModule):
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> Continuations:
         """Return each prompt with what follows it."""
-        rows = self.candidates_of(batch, self.decode)
-        return Continuations(
-            batch.index_B,
-            [best.text for best, *_ in rows],
-            torch.tensor([best.score for best, *_ in rows], dtype=torch.float64),
-            [[c.text for c in further] for _, *further in rows],
-        )
+        return Continuations(batch.index_B, *in_columns(self.candidates_of(batch, self.decode)))
 
     def candidates_of(self, batch: TextBatch, config: DecodeConfig, model: Any = None) -> list[list[Candidate]]:
         """Return each prompt with its continuations, best first."""
@@ -276,9 +267,6 @@ class LanguageModeler(TextModule):
         return [line.candidates for line in self.lines_of(prompt_batches(lines, self.subwords), config)]
 
     # ---- set-up
-
-    def report_callbacks(self) -> list[Callback]:
-        return [] if self.report is None else [LanguageReport(self.report)]
 
     def _check_data(self) -> None:
         super()._check_data()

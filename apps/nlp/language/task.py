@@ -13,7 +13,7 @@ from apps.base.evaluation import in_evaluation
 from apps.data.subwords import EOS_ID
 from apps.nlp.decode import decoding
 from apps.nlp.decode.exported import ExportedLanguageModel
-from apps.nlp.decode.graphs import decoder_graph, spelling, writing
+from apps.nlp.decode.graphs import decoder_graph, exported_writer
 from apps.nlp.decode.run import dropless
 from apps.nlp.language.data import prompt_batches
 from apps.nlp.predict import checked_texts
@@ -131,9 +131,7 @@ class Continuation(Task):
         Raises:
             ValueError: a router cannot decide step by step.
         """
-        spelled, files = spelling(self.model.subwords)
-        how = writing(self.model.model, self.model.decode)
-        return Exported(self.app, (decoder_graph(self.model.model, "model"),), {**spelled, **how}, files)
+        return exported_writer(self.app, self.model, (decoder_graph(self.model.model, "model"),), {})
 
     # ---- without a trained model
 

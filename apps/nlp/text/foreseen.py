@@ -63,6 +63,31 @@ def of_mean_length(ids_BS: Tensor) -> Tensor:
     return ids_BS[:, : max(length, 1)].masked_fill(ids_BS[:, : max(length, 1)] == PAD_ID, UNK_ID)
 
 
+class Judged(NamedTuple):
+    """A text that a model has written in a test, beside the right one.
+
+    Attributes:
+        index: its place in the split, from 0: not its line in a file, for pairs of several files stand one after
+            another and those with an empty side are left out.
+        group: number of what it belongs to: of a language pair among the data's, or of an image.
+        written: the text that the model wrote; None where another text of the group in its batch has it.
+        reference: the right text.
+        log_prob: the written text's score in the search.
+        nll: negative log likelihood of the reference's tokens, in nats, summed.
+        right: tokens of the reference that came first when all before them were the reference's.
+        tokens: of the reference, its end included.
+    """
+
+    index: int  # type: ignore[assignment]  # a text has no use for tuple.index
+    group: int
+    written: str | None
+    reference: str
+    log_prob: float
+    nll: float
+    right: int
+    tokens: int
+
+
 class Scored(Protocol):
     """A piece of text and the scores that a decoder gives it: a translated sentence, or a block."""
 
@@ -107,14 +132,19 @@ class PieceMetrics(Metric, Generic[Piece]):
     """Metrics of pieces of text, which every rank keeps and gathers: the same on one process or many.
 
     A piece that came twice, as the sampler of a distributed run fills up its last round, counts once.
+
+    Attributes:
+        pieces: of all ranks, by ``index``; after ``compute``.
     """
 
     full_state_update = False
     is_differentiable = False
+    higher_is_better = True
 
     def __init__(self) -> None:
         super().__init__()
         self._own: list[Piece] = []
+        self.pieces: list[Piece] = []
 
     def update(self, outputs: Iterable[Piece], targets: Any = None) -> None:
         """Add the pieces of a batch; ``targets`` are in them already."""
@@ -123,11 +153,12 @@ class PieceMetrics(Metric, Generic[Piece]):
     def reset(self) -> None:
         """Forget all pieces."""
         super().reset()
-        self._own = []
+        self._own, self.pieces = [], []
 
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics of all pieces so far, float64 scalars; NaN without any."""
-        values = self.values_of(gathered(self._own))
+        self.pieces = gathered(self._own)
+        values = self.values_of(self.pieces)
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
     def values_of(self, pieces: Sequence[Piece]) -> dict[str, float]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,15 +22,14 @@ from apps.data.array_files import ArrayFiles, ArrayWriter, read_texts
 from apps.data.loader import as_it_is, in_order
 from apps.data.splits import Split
 from apps.data.store import identity
-from apps.data.subwords import SubwordConfig, Subwords, train_subwords
-from apps.data.suite_data import SuiteData
-from apps.nlp.predict import BadLines, GivenBatches, given_lines, source_batches
+from apps.data.subwords import train_subwords
+from apps.nlp.predict import given_lines, source_batches
 from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.text.batches import TokenBatches, by_length, cut_by_tokens, evenly
 from apps.nlp.text.corpora import Filters, Sizes, collect, parse_pairs
+from apps.nlp.text.data import SubwordData
 from apps.nlp.text.datasets import NLP_DATASETS, OWN, Corpus, Mnemonic, check_corpus, find_corpus
-from apps.nlp.text.encoded_pairs import STORE, EncodedPairs, write_pairs
-from apps.porting import subwords_of
+from apps.nlp.text.encoded_pairs import EncodedPairs, write_pairs
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +45,7 @@ _MANY_IDENTICAL = 0.01
 """Share of copied sources in training that harms a translator (Khayrallah and Koehn 2018; Ott et al. 2018)."""
 
 
-class TranslationData(SuiteData):
+class TranslationData(SubwordData):
     """Sentence pairs in train, validation and test batches of `TranslationBatch`.
 
     Args:
@@ -69,10 +67,7 @@ class TranslationData(SuiteData):
         val_size: rows to validate on, or a share of all below 1. Of a split that has files, so many of them by chance;
             None: all. Where rows are held out None is 1000, and no more than a twentieth; 0: none are.
         test_size: likewise.
-        split_seed: of what is held out, and of the subset. Not the run's: runs of different seeds have the same splits.
         corpora: further ones beside this one, each with its own files.
-        subwords: those of a trained model; None: as ``tokenizer`` says.
-        tokenizer: how they are learned, from the training sentences alone; or the file they are in.
         max_length: tokens of a side, specials included. Longer training pairs are left out; longer sources to be
             translated are cut, with a warning.
         min_words: training pairs with fewer words on a side are left out. Where rows are held out by chance, these
@@ -85,15 +80,11 @@ class TranslationData(SuiteData):
         temperature: T of sampling among corpora and pairs, n^(1/T): above 1 small ones come more often.
         tokens_per_batch: pairs of a training batch and process times their longest side, at most.
         eval_tokens_per_batch: in validation, test and prediction.
-        text: what to translate in prediction, one sentence or several. Without text and file: the sources of the test
-            split.
-        predict_file: file to translate, line by line; "-" is standard input.
         predict_pair: the pair that text or predict_file is to be translated in; None: the only one.
         predict_lines: lines of predict_file that are read at once, and sorted by length.
-        bad_lines: what a line of predict_file that is not UTF-8 is: an "error"; or its bad bytes are put as U+FFFD
-            ("replace"), or it is taken for an empty line ("skip"), and a warning at the end counts them.
-        num_workers: processes that cut batches; 0 is best, a batch takes about a millisecond.
-        seed: of the order of training; default the seed of the whole run (seed_everything).
+        kwargs: ``split_seed``, ``subwords``, ``tokenizer``, ``text``, ``predict_file`` and ``bad_lines`` of
+            ``SubwordData``; without text and file a prediction translates the sources of the test split. And
+            ``num_workers`` (0 is best, a batch takes about a millisecond) and ``seed`` of ``SuiteData``.
 
     Raises:
         ValueError: an unknown dataset, pair or language, an option out of its range or for another dataset; when the
@@ -107,9 +98,7 @@ class TranslationData(SuiteData):
     """
 
     unit = "pairs"
-    hold_out = "give {split}_files, or a {split}_size that holds some out"
     from_checkpoint = ("subwords", "pairs")
-    superseded = MappingProxyType({"tokenizer": "subwords"})
 
     def __init__(
         self,
@@ -124,10 +113,7 @@ class TranslationData(SuiteData):
         mnemonic: Mnemonic | None = None,
         val_size: int | float | None = None,
         test_size: int | float | None = None,
-        split_seed: int = 0,
         corpora: Sequence[Corpus] = (),
-        subwords: Subwords | None = None,
-        tokenizer: SubwordConfig = SubwordConfig(),
         max_length: int = 256,
         min_words: int | None = None,
         max_words: int | None = None,
@@ -138,15 +124,11 @@ class TranslationData(SuiteData):
         temperature: float = 1.0,
         tokens_per_batch: int = 4096,
         eval_tokens_per_batch: int = 4096,
-        text: list[str] | str | None = None,
-        predict_file: str | None = None,
         predict_pair: str | None = None,
         predict_lines: int = 2048,
-        bad_lines: BadLines = "error",
-        num_workers: int = 0,
-        seed: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(dataset, root, cache_dir, num_workers=num_workers, seed=seed)
+        super().__init__(dataset, root, cache_dir, **kwargs)
         own = Corpus(dataset, root, train_files, val_files, test_files, columns, val_size, test_size, mnemonic)
         self.corpora = (own, *corpora)
         known = NLP_DATASETS.get(dataset)
@@ -155,26 +137,14 @@ class TranslationData(SuiteData):
         if pairs is None and dataset in OWN:
             raise ValueError(f"dataset={dataset!r} needs pairs (--data.pairs), such as [en-de]")
         self.pairs: tuple[str, ...] = tuple(pairs or ())
-        self.split_seed, self.tokenizer, self.subset = split_seed, tokenizer, subset
+        self.subset, self.predict_pair, self.predict_lines = subset, predict_pair, predict_lines
         self.filters = Filters(min_words, max_words, max_ratio, without, drop_identical)
         self.max_length, self.temperature = max_length, temperature
         self.tokens_per_batch, self.eval_tokens_per_batch = tokens_per_batch, eval_tokens_per_batch
-        self.text, self.predict_file, self.predict_pair = text, predict_file, predict_pair
-        self.predict_lines, self.bad_lines = predict_lines, bad_lines
-        self._given = subwords
         self._check_options()
-        if subwords is None and tokenizer.path is not None:
-            self._given = subwords_of(tokenizer.path, self._targets)
+        self._read_given(self._targets)
 
     # ---- what a model and a reader of results ask
-
-    @property
-    def subwords(self) -> Subwords:
-        """Given, or learned from the training sentences. The first use reads the corpus, or finds it in the cache."""
-        if self._given is not None:
-            return self._given
-        info = self.opened.info["subwords"]
-        return Subwords(tuple(info["models"]), tuple(info["languages"]))
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -198,10 +168,6 @@ class TranslationData(SuiteData):
         return self.opened[f"{self._held_out(split)}_pair"].tolist()
 
     # ---- Lightning
-
-    @property
-    def needs_no_dataset(self) -> bool:
-        return self._given is not None and (self.text is not None or self.predict_file is not None)
 
     def examples(self, split: Split) -> EncodedPairs:
         """Return a split's pairs; training has none of more than ``max_length`` tokens."""
@@ -232,9 +198,7 @@ class TranslationData(SuiteData):
 
         Without text and file, the test split.
         """
-        if self.text is None and self.predict_file is None:
-            return self.test_dataloader()
-        return DataLoader(GivenBatches(self), batch_size=None, generator=torch.Generator())
+        return self.given_loader() if self.is_given else self.test_dataloader()
 
     def given_batches(
         self, lines: Iterable[str] | None = None, start: int = 0
@@ -347,15 +311,7 @@ class TranslationData(SuiteData):
             [[identity(paths) for paths, _ in files], [asdict(corpus) for corpus in self.corpora], self.pairs],
             [asdict(self.filters), self.split_seed, self.subset],
         ]
-        return STORE.open(
-            self.cache,
-            self.dataset,
-            made_from,
-            lambda writer: self._write(writer, [read() for _, read in files]),
-            learning=asdict(self.tokenizer),
-            given=None if self._given is None else self._given.digest,
-            digest_of=lambda files: files.info["digest"],
-        )
+        return self.stored(made_from, lambda writer: self._write(writer, [read() for _, read in files]))
 
     def _write(self, writer: ArrayWriter, rows: list[Any]) -> None:
         corpora = {}
@@ -378,8 +334,7 @@ class TranslationData(SuiteData):
                 "left_out": dict(collected.left_out),
                 "identical": train.num_identical(),
                 "train_pairs": len(train),
-                "subwords": {"models": subwords.models, "languages": subwords.languages},
-                "digest": subwords.digest,
+                **self.info_of(subwords),
             }
         )
 
@@ -404,9 +359,6 @@ class TranslationData(SuiteData):
             temperature=self.temperature,
         )
         check_at_least(4, max_length=self.max_length)
-        check_name("bad_lines", self.bad_lines, get_args(BadLines))
-        if self.text is not None and self.predict_file is not None:
-            raise ValueError("text and predict_file are both given: translate one of them")
         if self.predict_pair is not None:
             check_name("predict_pair", self.predict_pair, self.pairs)
 

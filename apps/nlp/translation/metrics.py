@@ -8,37 +8,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from apps.base.messages import warn_once
-from apps.nlp.text.foreseen import PieceMetrics, token_metrics
+from apps.nlp.text.foreseen import Judged, PieceMetrics, token_metrics
 from apps.nlp.text.scores import SCORES, corpus_score, scorer, signature
 
 log = logging.getLogger(__name__)
-
-
-class Sentence(NamedTuple):
-    """One sentence of a test, as it was translated.
-
-    Attributes:
-        index: its place in the split, from 0: not its line in a file, for pairs of several files stand one after
-            another and those with an empty side are left out.
-        pair: its language pair's place among the data's.
-        hypothesis, reference: text.
-        log_prob: the hypothesis's score in the search.
-        nll: negative log likelihood of the reference's tokens, in nats, summed.
-        right: tokens of the reference that came first when all before them were the reference's.
-        tokens: of the reference, its end included.
-    """
-
-    index: int  # type: ignore[assignment]  # a sentence has no use for tuple.index
-    pair: int
-    hypothesis: str
-    reference: str
-    log_prob: float
-    nll: float
-    right: int
-    tokens: int
 
 
 # sacrebleu's tokenizer for a language, by its code without script and country.
@@ -97,7 +72,7 @@ def signatures(tokenizers: Mapping[str, str]) -> dict[str, str]:
     return {**bleu, "chrf": signature("chrf")}
 
 
-class TranslationMetrics(PieceMetrics[Sentence]):
+class TranslationMetrics(PieceMetrics[Judged]):
     """BLEU, chrF++, token accuracy and perplexity of a corpus.
 
     ``compute`` returns ``bleu`` and ``chrf``, with several language pairs their means over the pairs beside
@@ -107,40 +82,29 @@ class TranslationMetrics(PieceMetrics[Sentence]):
     Args:
         pairs: language pairs, in the order of their numbers.
         tokenize: of BLEU, see `bleu_tokenizers`.
-
-    Attributes:
-        sentences: of all ranks, by ``index``; after ``compute``.
     """
-
-    higher_is_better = True
 
     def __init__(self, pairs: Sequence[str], tokenize: str | Mapping[str, str] | None = None) -> None:
         super().__init__()
         self.pairs, self.tokenizers = tuple(pairs), bleu_tokenizers(pairs, tokenize)
-        self.sentences: list[Sentence] = []
 
-    def reset(self) -> None:
-        super().reset()
-        self.sentences = []
-
-    def values_of(self, pieces: Sequence[Sentence]) -> dict[str, float]:
-        self.sentences = list(pieces)
-        return corpus_metrics(self.sentences, self.tokenizers)
+    def values_of(self, pieces: Sequence[Judged]) -> dict[str, float]:
+        return corpus_metrics(pieces, self.tokenizers)
 
 
-def corpus_metrics(sentences: Sequence[Sentence], tokenizers: Mapping[str, str]) -> dict[str, float]:
+def corpus_metrics(sentences: Sequence[Judged], tokenizers: Mapping[str, str]) -> dict[str, float]:
     """Return what ``TranslationMetrics.compute`` does, as plain numbers.
 
     Args:
         sentences: of all pairs.
         tokenizers: BLEU's, of each pair, in the order of their numbers.
     """
-    by_pair = {name: [s for s in sentences if s.pair == number] for number, name in enumerate(tokenizers)}
+    by_pair = {name: [s for s in sentences if s.group == number] for number, name in enumerate(tokenizers)}
     by_pair = {name: own for name, own in by_pair.items() if own}
     values: dict[str, float] = {}
     for score in SCORES:
         of_pairs = {
-            name: corpus_score(score, [s.hypothesis for s in own], [s.reference for s in own], tokenizers[name])
+            name: corpus_score(score, [s.written for s in own], [s.reference for s in own], tokenizers[name])
             for name, own in by_pair.items()
         }
         values[score] = sum(of_pairs.values()) / len(of_pairs) if of_pairs else math.nan

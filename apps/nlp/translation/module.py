@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
@@ -18,16 +16,16 @@ from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
 from apps.nets.place import Place
 from apps.nets.transformer import TranslationModel
-from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, check_one, decoding, translate_ids
-from apps.nlp.decode.writing import WritingModule
+from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, check_one, decoding, in_columns, translate_ids
+from apps.nlp.decode.writing import JudgedModule
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import checked_texts, source_batches
 from apps.nlp.text.batch import TranslationBatch
-from apps.nlp.text.foreseen import Foreseen, read_ids
-from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
+from apps.nlp.text.foreseen import read_ids
+from apps.nlp.translation.metrics import TranslationMetrics, bleu_tokenizers, signatures
 from apps.nlp.translation.report import TranslationReport, TranslationReportConfig, examples, side_by_side
 from apps.train.model_card import ModelKind
-from apps.train.module import Stage, TaskOutput
+from apps.train.module import Stage
 from apps.train.parts import DataPart
 
 _DECODE = DecodeConfig()
@@ -60,7 +58,7 @@ class Translations(NamedTuple):
     alternatives: list[list[str]]
 
 
-class Translator(WritingModule, TextModule):
+class Translator(JudgedModule, TextModule):
     """A transformer from one language to another, or from many to many, sparse or dense.
 
     It is trained by the cross-entropy of each target token after those before it, with label smoothing, and judged by
@@ -74,21 +72,18 @@ class Translator(WritingModule, TextModule):
         moe: the MoE layer that replaces the FFN of some layers, or a list with one for each of them, the encoder's
             first; None: a dense model.
         encoder_moe_blocks, decoder_moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
-        attention_moe: experts in place of the self-attention of all layers, whose expert is ``core.AttentionExperts``;
-            None: there are none.
         dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
         tasks: what a task is to routers that ask for one: the language "pair", or the "source" or the "target"
             language. The target language is the domain.
-        label_smoothing: share of the target spread evenly over the vocabulary, in training.
         decode: how test sentences and those of a prediction are translated.
-        val_decode: how validation sentences are: "greedy", or "as_test".
         bleu_tokenize: sacrebleu's tokenizer for BLEU, "13a", "zh", "char", ..., of all pairs, or of some pairs theirs;
             None: by target language, as `bleu_tokenizers` says.
         pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which
             the first training or test begins that no checkpoint gives its own; ``data.tokenizer.path`` takes its
             subwords. Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
         report: what a test adds to the scores; None: nothing.
-        kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
+        kwargs: ``val_decode`` of ``JudgedModule``, ``label_smoothing`` of ``WritingModule``, ``attention_moe`` of
+            ``TextModule``; ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -97,9 +92,8 @@ class Translator(WritingModule, TextModule):
     model_kind = ModelKind("a translation model", 'model.predict(["a sentence"])', "translation")
     data_arguments: ClassVar[tuple[str, ...]] = ("subwords", "pairs")
     compiled_networks = ("model.encoder", "model.decoder")
-    monitor: str = "val/bleu"
-    monitor_mode: ClassVar[Literal["min", "max"]] = "max"
-    shown_metrics = ("chrf", "token_accuracy", "perplexity")
+    reporter = TranslationReport
+    group: ClassVar[str] = "pair_B"
     predicts: ClassVar[str] = "translation"
 
     def __init__(
@@ -112,13 +106,10 @@ class Translator(WritingModule, TextModule):
         decoder_moe_blocks: str | list[int] = _LAYERS,
         dense_ffn: core.DenseFFN | None = None,
         tasks: Tasks = "pair",
-        label_smoothing: float = 0.1,
         decode: DecodeConfig = _DECODE,
-        val_decode: Literal["greedy", "as_test"] = "greedy",
         bleu_tokenize: str | dict[str, str] | None = None,
         pretrained: str | None = None,
         report: TranslationReportConfig | None = _REPORT,
-        attention_moe: core.MoEConfig | None = None,
         **kwargs: Any,
     ) -> None:
         published = published_network(pretrained, transformer, dense_ffn, is_language_model=False)
@@ -129,22 +120,14 @@ class Translator(WritingModule, TextModule):
             if decoder_moe_blocks == _LAYERS:
                 decoder_moe_blocks = list(published.decoder_moe_blocks) or "none"
         super().__init__(
-            subwords,
-            transformer,
-            moe,
-            label_smoothing=label_smoothing,
-            decode=decode,
-            pretrained=pretrained,
-            attention_moe=attention_moe,
-            **kwargs,
+            subwords=subwords, transformer=transformer, moe=moe, decode=decode, pretrained=pretrained, **kwargs
         )
-        check_name("val_decode", val_decode, ["greedy", "as_test"])
         if subwords is None:
             return
         self.bleu_tokenizers = bleu_tokenizers(pairs, bleu_tokenize)
         self.pairs, self.tasks = tuple(pairs), tasks
         self.encoder_moe_blocks, self.decoder_moe_blocks = encoder_moe_blocks, decoder_moe_blocks
-        self.val_decode, self.bleu_tokenize, self.report = val_decode, bleu_tokenize, report
+        self.bleu_tokenize, self.report = bleu_tokenize, report
         task_P, domain_P = task_numbers(self.pairs, tasks)
         self.register_buffer("task_P", torch.tensor(task_P), persistent=False)
         self.register_buffer("domain_P", torch.tensor(domain_P), persistent=False)
@@ -155,7 +138,7 @@ class Translator(WritingModule, TextModule):
             ffn=one_ffn(moe, dense_ffn),
             encoder_moe_blocks=encoder_moe_blocks,
             decoder_moe_blocks=decoder_moe_blocks,
-            attention_moe=attention_moe,
+            attention_moe=self.attention_moe,
         )
         self._put_in_place(
             Place(
@@ -170,7 +153,6 @@ class Translator(WritingModule, TextModule):
             decodes_stepwise=True,
         )
         self._references: list[str] | None = None
-        self._tested: list[Sentence] = []
 
     def forward(
         self,
@@ -184,32 +166,12 @@ class Translator(WritingModule, TextModule):
 
     # ---- the loss
 
-    def task_loss(self, batch: TranslationBatch) -> TaskOutput:
-        """Return the loss of the references; ``judged`` adds the translations."""
-        return self.token_loss(batch)
-
     def hidden(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
         memory = self.model.encode(batch.source_BS, *self._ids(batch))
         return self.model.decode(read_ids(batch.target_BL), memory), batch.target_BL
 
-    def judged(self, batch: TranslationBatch, out: TaskOutput, stage: Stage) -> TaskOutput:
-        """Return ``out`` with the batch's ``Sentence``s, translated, as its outputs."""
-        greedy = stage == "val" and self.val_decode == "greedy"
-        config = dataclasses.replace(self.decode, method="greedy", num_best=1) if greedy else self.decode
-        hypotheses = self.translate(batch, config)
-        foreseen: Foreseen = out.outputs
-        sentences = zip(
-            batch.index_B.tolist(),
-            batch.pair_B.tolist(),
-            self.subwords.decode(hypotheses.best, "target"),
-            self._references_of(batch),
-            [scores[0] for scores in hypotheses.scores],
-            foreseen.nll_B.tolist(),
-            foreseen.right_B.tolist(),
-            foreseen.tokens_B.tolist(),
-            strict=True,
-        )
-        return dataclasses.replace(out, outputs=[Sentence(*row) for row in sentences])
+    def write(self, batch: TranslationBatch, config: DecodeConfig) -> tuple[Sequence[int], Hypotheses]:
+        return range(len(batch.index_B)), self.translate(batch, config)
 
     def translate(
         self, batch: TranslationBatch, config: DecodeConfig, model: TranslationModel | None = None
@@ -224,8 +186,7 @@ class Translator(WritingModule, TextModule):
         """Return the tasks and the domains, int64 (B,) each."""
         return self.task_P[batch.pair_B], self.domain_P[batch.pair_B]  # type: ignore[index]
 
-    def _references_of(self, batch: TranslationBatch) -> list[str]:
-        """Return the references as the corpus has them; where the data do not give them, decode their subwords."""
+    def references(self, batch: TranslationBatch) -> list[str]:
         if self._references is not None:
             return [self._references[i] for i in batch.index_B.tolist()]
         return self.subwords.decode(batch.target_BL.tolist(), "target")
@@ -263,12 +224,6 @@ class Translator(WritingModule, TextModule):
         references = getattr(self._data(), "references", None)
         self._references = None if references is None else references(stage)
 
-    def on_test_epoch_end(self) -> None:
-        metrics = self.stage_metrics("test")
-        metrics.compute()  # on every rank: it gathers
-        self._tested = metrics.sentences
-        super().on_test_epoch_end()
-
     # ---- prediction
 
     def infer(self, batch: TranslationBatch) -> Hypotheses:
@@ -276,24 +231,14 @@ class Translator(WritingModule, TextModule):
 
     def predict_step(self, batch: TranslationBatch, batch_idx: int) -> Translations:
         """Return the translation of each source; an empty line stays one."""
-        rows = self.candidates_of(batch, self.decode)
-        return Translations(
-            batch.index_B,
-            [self.pairs[p] for p in batch.pair_B.tolist()],
-            self.subwords.decode(batch.source_BS.tolist(), "source"),
-            [best.text for best, *_ in rows],
-            torch.tensor([best.score for best, *_ in rows], dtype=torch.float64),
-            [[c.text for c in further] for _, *further in rows],
-        )
+        pairs, sources = [self.pairs[p] for p in batch.pair_B.tolist()], batch.source_BS.tolist()
+        columns = in_columns(self.candidates_of(batch, self.decode))
+        return Translations(batch.index_B, pairs, self.subwords.decode(sources, "source"), *columns)
 
     def candidates_of(self, batch: TranslationBatch, config: DecodeConfig, model: Any = None) -> list[list[Candidate]]:
         """Return the translations of each source, best first; an empty line has an empty text alone."""
-        hypotheses = self.translate(batch, config, model)
-        rows = zip(batch.empty_B.tolist(), hypotheses.ids, hypotheses.scores, strict=True)
-        return [
-            [Candidate("", 0.0)] if empty else [*map(Candidate, self.subwords.decode(ids, "target"), scores)]
-            for empty, ids, scores in rows
-        ]
+        rows = zip(batch.empty_B.tolist(), self.spelled(self.translate(batch, config, model)), strict=True)
+        return [[Candidate("", 0.0)] if empty else candidates for empty, candidates in rows]
 
     def predict(self, texts: Sequence[str], pair: str | None = None, **options: Any) -> list[str]:
         """Return the translation of each text, as ``moesaic predict --data.text`` prints it.
@@ -374,9 +319,6 @@ class Translator(WritingModule, TextModule):
                 f"the model translates {', '.join(self.pairs)}, which does not fit the data, whose pairs are "
                 f"{', '.join(pairs)}"
             )
-
-    def report_callbacks(self) -> list[Callback]:
-        return [] if self.report is None else [TranslationReport(self.report)]
 
     # ---- comparisons
 

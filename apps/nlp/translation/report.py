@@ -18,9 +18,10 @@ from apps.base.files import replacing
 from apps.data.text_files import num_words
 from apps.nlp.expert_use import write_use
 from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.foreseen import Judged
 from apps.nlp.text.report import WrittenReport
 from apps.nlp.text.scores import scorer, signature
-from apps.nlp.translation.metrics import Sentence, TranslationMetrics, corpus_metrics, signatures
+from apps.nlp.translation.metrics import TranslationMetrics, corpus_metrics, signatures
 from apps.nlp.translation.routes import expert_use, usual_sentences, write_sentence
 from apps.report.base import ReportConfig, computed_metrics, spread_batches
 from apps.report.groups import check_bounds, range_names, ranges_of
@@ -91,7 +92,7 @@ class TranslationReport(WrittenReport):
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> _Collected | None:
         metrics = computed_metrics(pl_module, TranslationMetrics)
-        if metrics is None or not metrics.sentences:
+        if metrics is None or not metrics.pieces:
             return None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         sources = data.sources("test") if hasattr(data, "sources") else None
@@ -100,7 +101,7 @@ class TranslationReport(WrittenReport):
     def write(self, collected: _Collected, folder: Path) -> list[Section]:
         module, pictures = collected.module, self.config.pictures
         metrics = collected.metrics
-        scores = write_scores(metrics.sentences, metrics.tokenizers, collected.sources, folder, self.config)
+        scores = write_scores(metrics.pieces, metrics.tokenizers, collected.sources, folder, self.config)
         sections = []
         if core.moe_layers(module.model) and (some := spread_batches(collected.batches, self.config.routing_examples)):
             sections.append(write_use(expert_use(module, some), folder, draw=pictures))
@@ -115,7 +116,7 @@ class TranslationReport(WrittenReport):
 
 
 def write_scores(
-    sentences: Sequence[Sentence],
+    sentences: Sequence[Judged],
     tokenizers: Mapping[str, str],
     sources: Sequence[str] | None,
     folder: Path,
@@ -131,7 +132,7 @@ def write_scores(
         config: what to do.
     """
     pairs, signed = list(tokenizers), signatures(tokenizers)
-    of_pairs = {name: [s for s in sentences if s.pair == p] for p, name in enumerate(pairs)}
+    of_pairs = {name: [s for s in sentences if s.group == p] for p, name in enumerate(pairs)}
     by_pair = breakdown("pair", of_pairs, tokenizers)
     if len(by_pair) > 1:
         by_pair += breakdown("pair", {"mean of the pairs": sentences}, tokenizers)
@@ -150,16 +151,14 @@ def write_scores(
     return Section("Translations", (*tables, *code))
 
 
-def breakdown(
-    what: str, groups: Mapping[str, Sequence[Sentence]], tokenizers: Mapping[str, str]
-) -> list[dict[str, Any]]:
+def breakdown(what: str, groups: Mapping[str, Sequence[Judged]], tokenizers: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return the scores of each group that has a sentence: a row each, with its name as ``what``."""
     rows = []
     for name, own in groups.items():
         if own:
             values = corpus_metrics(own, tokenizers)
             words = sum(num_words(s.reference) for s in own)
-            ratio = sum(num_words(s.hypothesis) for s in own) / words if words else math.nan
+            ratio = sum(num_words(s.written) for s in own) / words if words else math.nan
             rows.append({what: name, "sentences": len(own), "length_ratio": ratio, **{k: values[k] for k in _COLUMNS}})
     return rows
 
@@ -170,10 +169,10 @@ def _signed(row: Mapping[str, Any], tokenizers: Mapping[str, str]) -> dict[str, 
     return {"bleu_signature": "; ".join(signature("bleu", name) for name in own)}
 
 
-def length_groups(sentences: Sequence[Sentence], lengths: Sequence[int]) -> dict[str, list[Sentence]]:
+def length_groups(sentences: Sequence[Judged], lengths: Sequence[int]) -> dict[str, list[Judged]]:
     """Group sentences by the words of their reference: "1-5", "6-10", ..., "over 50"."""
     names = range_names(lengths)
-    groups: dict[str, list[Sentence]] = {name: [] for name in names}
+    groups: dict[str, list[Judged]] = {name: [] for name in names}
     words_N = np.array([num_words(sentence.reference) for sentence in sentences])
     for sentence, place in zip(sentences, ranges_of(words_N, lengths), strict=True):
         groups[names[place]].append(sentence)
@@ -196,17 +195,15 @@ def _table(title: str, what: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     return Table(title, (what, "sentences", *_COLUMNS.values(), "length ratio"), lines)
 
 
-def examples(
-    sentences: Sequence[Sentence], pairs: Sequence[str], sources: Sequence[str] | None
-) -> list[dict[str, Any]]:
+def examples(sentences: Sequence[Judged], pairs: Sequence[str], sources: Sequence[str] | None) -> list[dict[str, Any]]:
     """Return each sentence's index, pair, source where it is known, reference and hypothesis."""
     return [
         {
             "index": s.index,
-            "pair": pairs[s.pair],
+            "pair": pairs[s.group],
             **({} if sources is None else {"source": sources[s.index]}),
             "reference": s.reference,
-            "hypothesis": s.hypothesis,
+            "hypothesis": s.written,
         }
         for s in sentences
     ]
@@ -234,12 +231,12 @@ def side_by_side(systems: Mapping[str, Sequence[Mapping[str, Any]]], count: int)
     return "\n".join(lines[1:])
 
 
-def write_sentences(path: Path, sentences: Sequence[Sentence], shown: Sequence[Mapping[str, Any]]) -> None:
+def write_sentences(path: Path, sentences: Sequence[Judged], shown: Sequence[Mapping[str, Any]]) -> None:
     """Write one JSON object a line for each sentence, from its ``examples``, with its scores."""
     chrf = scorer("chrf")
     with replacing(path) as file:
         for s, example in zip(sentences, shown, strict=True):
-            score = round(chrf.sentence_score(s.hypothesis, [s.reference]).score, 2)
+            score = round(chrf.sentence_score(s.written, [s.reference]).score, 2)
             row = {"sentence": s.index + 1, **example, "chrf": score, "search_score": s.log_prob}
             del row["index"]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

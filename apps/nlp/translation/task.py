@@ -14,8 +14,8 @@ from apps.base.evaluation import in_evaluation
 from apps.data.given import GivenConfig, GivenData
 from apps.data.subwords import EOS_ID
 from apps.nlp import own_data
-from apps.nlp.decode.exported import ExportedTranslator
-from apps.nlp.decode.graphs import graphs_with_memory, spelling, writing
+from apps.nlp.decode.exported import ExportedMemoryDecoder
+from apps.nlp.decode.graphs import exported_writer, graphs_with_memory
 from apps.nlp.decode.run import dropless
 from apps.nlp.predict import source_batches
 from apps.nlp.sizes import text_arguments
@@ -138,7 +138,6 @@ class Translation(Task):
         model = self.model
         source_BS = torch.randint(EOS_ID + 1, model.model.source_vocab, (2, 4), device=model.device)
         graphs = graphs_with_memory(model.model, "source", source_BS, {0: "batch", 1: "source"}, "source")
-        spelled, files = spelling(model.subwords)
         pairs = {
             pair: {
                 "prefix": [model.subwords.tag_id(pair.split("-")[1])] if model.subwords.languages else [],
@@ -147,14 +146,13 @@ class Translation(Task):
             }
             for pair, task, domain in zip(model.pairs, *task_numbers(model.pairs, model.tasks), strict=True)
         }
-        how = {"pairs": pairs, "max_source_length": model.longest_source, **writing(model.model, model.decode)}
-        return Exported(self.app, graphs, {**spelled, **how}, files)
+        return exported_writer(self.app, model, graphs, {"pairs": pairs, "max_source_length": model.longest_source})
 
     # ---- without a trained model
 
     @classmethod
     def attach(cls, model: Any, graphs: Mapping[str, Any]) -> None:
-        model.model = ExportedTranslator(graphs["encoder"], graphs["decoder"], model.transformer)
+        model.model = ExportedMemoryDecoder(graphs["encoder"], graphs["decoder"], model.transformer)
         tasks, domains = task_numbers(model.pairs, model.tasks)
         model.task_P, model.domain_P = torch.tensor(tasks), torch.tensor(domains)
 

@@ -17,7 +17,6 @@ from apps.cli import main
 from apps.convert.conversion import Request
 from apps.convert.kinds import pruned
 from apps.convert.runs import Run
-from apps.nlp.translation.extract import dense_of_pair
 from apps.nlp.translation.module import Translator
 
 LAYER = "model.blocks.1.mlp"
@@ -79,7 +78,10 @@ def test_one_pair_of_a_translator_is_the_dense_model_of_the_pair(tmp_path):
     data = copy_data(tmp_path, ("de", "fr"))
     torch.manual_seed(0)
     moe = core.MoEConfig(4, core.Task(num_tasks=2, top_k=2), core.FFN(hidden_dim=16, activation="relu"))
-    sparse = translator(data, moe)
+    sparse = translator(data, moe, encoder_moe_blocks="all", bleu_tokenize={"en-fr": "intl"})
+    with torch.no_grad():
+        for layer in core.moe_layers(sparse).values():
+            layer.router.gate.weight.normal_()
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.strategy.connect(sparse)
     trainer.save_checkpoint(tmp_path / "best.ckpt")
@@ -88,8 +90,17 @@ def test_one_pair_of_a_translator_is_the_dense_model_of_the_pair(tmp_path):
     dense = apps.load(tmp_path / "new")
     assert isinstance(dense, Translator)
     assert dense.pairs == ("en-fr",)
-    expected = dense_of_pair(sparse, "en-fr")
-    assert_close(dense.state_dict(), expected.state_dict())
+    assert dense.bleu_tokenizers == {"en-fr": "intl"}
+    assert not core.moe_layers(dense)
+    (batch,) = copy_data(tmp_path, ("fr",), subwords=sparse.subwords).test_dataloader()
+    as_before = batch._replace(pair_B=torch.ones_like(batch.pair_B))  # en-fr is the second of two
+    dense, sparse = dense.double().eval(), sparse.double().eval()
+    actual, expected = dense.predict_step(batch, 0), sparse.predict_step(as_before, 0)
+    assert actual.translation == expected.translation
+    assert_close(actual.score, expected.score)
+    assert actual.translation != sparse.predict_step(batch, 0).translation
+    with pytest.raises(ValueError, match="pair='fr-en' is not one of en-de, en-fr"):
+        sparse.part("fr-en")
 
 
 def test_the_examples_of_a_pair(tmp_path):

@@ -522,8 +522,8 @@ def test_a_forward_is_one_graph():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source_vocab": 1}, "source_vocab=1 must be at least 2: id 0 is padding"),
-        ({"target_vocab": 0}, "target_vocab=0 must be at least 2: id 0 is padding"),
+        ({"source_vocab": 1}, "source_vocab=1 must be at least 2"),
+        ({"target_vocab": 0}, "target_vocab=0 must be at least 2"),
         (
             {"target_vocab": 20},
             "tie='all' (model.transformer.tie) needs a joint vocabulary: with two, which data.tokenizer.joint=false "
@@ -553,7 +553,7 @@ def test_what_cannot_be_built_is_refused_in_one_line(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vocab": 0}, "vocab=0 must be at least 2: id 0 is padding"),
+        ({"vocab": 0}, "vocab=0 must be at least 2"),
         ({"ffn": MOE, "moe_blocks": "none"}, "moe_blocks='none' names no block: leave moe out for a dense model"),
         ({"ffn": MOE, "moe_blocks": "every3"}, "moe_blocks='every3' does not fit depth=2: N is at most 2"),
     ],
@@ -570,3 +570,25 @@ def test_routers_that_see_the_whole_sequence_are_the_encoders():
         logits_BLV = model(SOURCE, TARGET)
         cache = model.start(model.encode(SOURCE))
         assert_close(model.step(TARGET[:, 0], cache), logits_BLV[:, 0])
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"expert": core.FFN(hidden_dim=12, activation="relu", bias=True), "num_shared_experts": 2},
+        {"expert": core.SwiGLU(hidden_dim=8), "router": core.Task(num_tasks=3, top_k=1)},
+        {"expert": core.FFN(hidden_dim=12), "granularity": 2, "num_shared_experts": 1},
+    ],
+)
+def test_the_network_of_one_task_says_what_the_sparse_one_says_of_it(moe):
+    model = build(core.MoEConfig(4, **{"router": core.Task(num_tasks=3, top_k=2), **moe}), ("every2", "all"))
+    with torch.no_grad():
+        for layer in core.moe_layers(model).values():
+            layer.router.gate.weight.normal_()
+    model = model.double().eval()
+    tasks_B = torch.full((len(SOURCE),), 1)
+    expected, other = (model(SOURCE, TARGET, tasks) for tasks in (tasks_B, 1 - tasks_B))
+    dense = core.cut_out(model, task=1)
+    real_BL = TARGET != PAD_ID
+    assert_close(dense(SOURCE, TARGET)[real_BL], expected[real_BL], rtol=0, atol=1e-12)
+    assert not torch.allclose(expected[real_BL], other[real_BL])

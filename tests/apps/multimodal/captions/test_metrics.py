@@ -6,11 +6,12 @@ import math
 
 import pytest
 
-from apps.multimodal.captions.metrics import CaptionMetrics, Pair, by_image, num_references, signatures
+from apps.multimodal.captions.metrics import CaptionMetrics, by_image, num_references, signatures
+from apps.nlp.text.foreseen import Judged
 
 
 def pair(index, image, caption, reference, nll=0.0, right=0, tokens=2):
-    return Pair(index, image, caption, reference, -1.0, nll, right, tokens)
+    return Judged(index, image, caption, reference, -1.0, nll, right, tokens)
 
 
 TWO = [

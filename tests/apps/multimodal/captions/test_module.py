@@ -109,8 +109,8 @@ def test_a_caption_is_no_longer_than_the_longest_text():
 def test_an_image_of_several_texts_is_captioned_once(trained):
     batch = pairs(("red", "a red picture"), ("red", "a picture of red"), ("blue", "blue"), numbers=[4, 9, 6])
     first, second, third = trained.judged(batch, trained.task_loss(batch), "test").outputs
-    assert (first.caption, second.caption, third.caption) == ("a red picture", None, "a blue picture")
-    assert [first.image, second.image, third.image] == [0, 0, 2]
+    assert (first.written, second.written, third.written) == ("a red picture", None, "a blue picture")
+    assert [first.group, second.group, third.group] == [0, 0, 2]
     assert [p.index for p in (first, second, third)] == [4, 9, 6]
     # The data give no texts here: the subwords are decoded.
     assert [p.reference for p in (first, second, third)] == ["a red picture", "a picture of red", "blue"]

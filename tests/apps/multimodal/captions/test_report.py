@@ -12,10 +12,11 @@ import torch
 from captioned import DECODER, captioner, encoding, images, pairs
 
 import core
-from apps.multimodal.captions.metrics import CaptionMetrics, Pair
+from apps.multimodal.captions.metrics import CaptionMetrics
 from apps.multimodal.captions.report import CaptionReportConfig, thumbnail, write_captions, write_scores, write_use
 from apps.multimodal.captions.traced import Traced, traced
 from apps.nets.config import TransformerConfig
+from apps.nlp.text.foreseen import Judged
 
 NAMED = SimpleNamespace(image_name=lambda number: f"shop/{number}.png")
 
@@ -23,8 +24,10 @@ NAMED = SimpleNamespace(image_name=lambda number: f"shop/{number}.png")
 @pytest.fixture
 def metrics():
     metrics = CaptionMetrics()
-    metrics.update([Pair(0, 5, "a red hat", "a red hat", -0.5, 1.0, 2, 4), Pair(1, 5, None, "a hat", 0.0, 1.0, 2, 3)])
-    metrics.update([Pair(2, 7, "a red hat", "two blue shoes", -0.7, 1.0, 1, 4)])
+    metrics.update(
+        [Judged(0, 5, "a red hat", "a red hat", -0.5, 1.0, 2, 4), Judged(1, 5, None, "a hat", 0.0, 1.0, 2, 3)]
+    )
+    metrics.update([Judged(2, 7, "a red hat", "two blue shoes", -0.7, 1.0, 1, 4)])
     metrics.compute()
     return metrics
 
@@ -104,7 +107,9 @@ def test_a_small_picture_is_scaled_up():
 
 def _images():
     metrics = CaptionMetrics()
-    metrics.update([Pair(0, 5, "a red hat", "a red hat", -0.5, 1.0, 2, 4), Pair(1, 5, None, "a hat", 0.0, 1.0, 2, 3)])
+    metrics.update(
+        [Judged(0, 5, "a red hat", "a red hat", -0.5, 1.0, 2, 4), Judged(1, 5, None, "a hat", 0.0, 1.0, 2, 3)]
+    )
     metrics.compute()
     return metrics.images
 

@@ -13,7 +13,7 @@ from apps.nets.config import TransformerConfig
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.transformer import LanguageModel, TranslationModel
 from apps.nlp.decode import DecodeConfig, caption_ids, generate_ids, translate_ids
-from apps.nlp.decode.exported import ExportedCaptioner, ExportedLanguageModel, ExportedTranslator, PastRows
+from apps.nlp.decode.exported import ExportedLanguageModel, ExportedMemoryDecoder, PastRows
 from apps.nlp.decode.graphs import decoder_graph, graphs_with_memory
 
 VOCAB = 20
@@ -54,7 +54,7 @@ def translator(moe, ids=()):
         made, kept = encoder.network(SOURCE), decoder.network(*decoder.inputs.values())
     # A package of AOTInductor reads its inputs as if they were contiguous, and these go into the decoder.
     assert all(tensor.is_contiguous() for tensor in (*made[1:], *kept[1:]))
-    return model, ExportedTranslator(TorchGraph(encoder), TorchGraph(decoder), CONFIG)
+    return model, ExportedMemoryDecoder(TorchGraph(encoder), TorchGraph(decoder), CONFIG)
 
 
 @pytest.mark.parametrize("search", SEARCHES, ids=lambda s: f"{s.method}-{s.num_best}")
@@ -86,7 +86,7 @@ def test_captions():
     encoder, decoder = Captioning(module).exported().graphs
     assert encoder.outputs[:2] == ("memory", "memory_mask")
     assert 1 not in decoder.dynamic["memory_mask"]  # all images have as many tokens
-    exported = ExportedCaptioner(TorchGraph(encoder), TorchGraph(decoder), CONFIG)
+    exported = ExportedMemoryDecoder(TorchGraph(encoder), TorchGraph(decoder), CONFIG)
     for search in SEARCHES[:2]:
         own, expected = (caption_ids(m, images("red", "blue"), search, 8) for m in (exported, module.model))
         assert_equal(own, expected)

@@ -209,7 +209,7 @@ def test_prompts_are_read_one_by_one(root):
         ({"val_files": None, "val_size": 1.5}, "val_size=1.5 is neither a whole number nor a share below 1"),
         ({"val_size": 3}, r"val_size=3 is of train_files: val_files='val\.txt' are taken whole"),
         ({"language": "de"}, "language='de' is of a parallel corpus, not of dataset='text'"),
-        ({"text": "a", "predict_file": "-"}, "text and predict_file are both given: continue one of them"),
+        ({"text": "a", "predict_file": "-"}, "text and predict_file are both given"),
         (
             {"dataset": "multi30k", "train_files": None, "val_files": None, "test_files": None, "language": "es"},
             "language='es' is not one of en, de, fr, cs",

@@ -12,13 +12,13 @@ from places import ROOT
 from sacrebleu.tokenizers import tokenizer_ja_mecab, tokenizer_ko_mecab
 from two_ranks import on_two_ranks
 
-from apps.nlp.text.foreseen import perplexity
+from apps.nlp.text.foreseen import Judged, perplexity
 from apps.nlp.text.scores import corpus_score, scorer
-from apps.nlp.translation.metrics import Sentence, TranslationMetrics, bleu_tokenizers, signatures
+from apps.nlp.translation.metrics import TranslationMetrics, bleu_tokenizers, signatures
 
 
 def sentence(index: int, hypothesis: str, reference: str, pair: int = 0, nll: float = 0.0, right: int = 0, tokens=4):
-    return Sentence(index, pair, hypothesis, reference, -1.0, nll, right, tokens)
+    return Judged(index, pair, hypothesis, reference, -1.0, nll, right, tokens)
 
 
 def test_bleu_by_hand():
@@ -119,11 +119,11 @@ def test_a_sentence_that_comes_twice_counts_once_and_the_order_is_that_of_the_li
     for batch in ([second], [first], [second]):
         metrics.update(batch)
     assert float(metrics.compute()["perplexity"]) == pytest.approx(math.exp(2 / 6))
-    assert metrics.sentences == [first, second]
+    assert metrics.pieces == [first, second]
     metrics.reset()
     metrics.update([first])
     metrics.compute()
-    assert metrics.sentences == [first]
+    assert metrics.pieces == [first]
 
 
 def _of_rank(rank: int) -> tuple[dict[str, float], int]:
@@ -131,7 +131,7 @@ def _of_rank(rank: int) -> tuple[dict[str, float], int]:
     metrics.update([sentence(i, f"a b c d {i}", "a b c d 0", nll=float(i)) for i in range(rank, 5, 2)])
     if rank == 1:
         metrics.update([sentence(0, "a b c d 0", "a b c d 0")])  # fills up the round
-    return {k: float(v) for k, v in metrics.compute().items()}, len(metrics.sentences)
+    return {k: float(v) for k, v in metrics.compute().items()}, len(metrics.pieces)
 
 
 def test_every_rank_has_the_metrics_of_all(tmp_path):

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from apps.nlp.text.foreseen import Judged
 from apps.nlp.text.scores import corpus_score, scorer
 from apps.nlp.translation import report
-from apps.nlp.translation.metrics import Sentence
 from apps.nlp.translation.report import (
     TranslationReport,
     TranslationReportConfig,
@@ -25,10 +25,10 @@ from apps.report.page import Code, Table
 PAIRS = {"en-de": "13a", "en-fr": "13a"}
 SOURCES = ["A dog runs.", "She reads a long book.", "Go!", "[/b] {x}"]
 SENTENCES = [
-    Sentence(0, 0, "Ein Hund läuft.", "Ein Hund läuft.", -0.1, nll=2.0, right=4, tokens=4),
-    Sentence(1, 0, "Sie liest ein Buch.", "Sie liest ein langes Buch.", -0.5, nll=4.0, right=4, tokens=6),
-    Sentence(2, 1, "Vas-y !", "Allez !", -0.9, nll=3.0, right=1, tokens=3),
-    Sentence(3, 1, "[/b] {x}", "[/b] {y}", -0.2, nll=1.0, right=2, tokens=3),
+    Judged(0, 0, "Ein Hund läuft.", "Ein Hund läuft.", -0.1, nll=2.0, right=4, tokens=4),
+    Judged(1, 0, "Sie liest ein Buch.", "Sie liest ein langes Buch.", -0.5, nll=4.0, right=4, tokens=6),
+    Judged(2, 1, "Vas-y !", "Allez !", -0.9, nll=3.0, right=1, tokens=3),
+    Judged(3, 1, "[/b] {x}", "[/b] {y}", -0.2, nll=1.0, right=2, tokens=3),
 ]
 
 
@@ -38,8 +38,8 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_sentences_are_grouped_by_the_words_of_their_references():
-    def of(words: int) -> Sentence:
-        return Sentence(words, 0, "", " ".join("w" * words), 0.0, 0.0, 0, 1)
+    def of(words: int) -> Judged:
+        return Judged(words, 0, "", " ".join("w" * words), 0.0, 0.0, 0, 1)
 
     groups = length_groups([of(n) for n in (1, 2, 3, 5, 6)], (2, 5))
     assert {name: [s.index for s in own] for name, own in groups.items()} == {
@@ -53,7 +53,7 @@ def test_sentences_are_grouped_by_the_words_of_their_references():
 def test_a_group_s_scores_are_those_of_its_sentences_alone():
     first, second = breakdown("pair", {"first": SENTENCES[:2], "none": [], "second": SENTENCES[2:]}, PAIRS)
     assert (first["pair"], second["pair"]) == ("first", "second")
-    texts = [s.hypothesis for s in SENTENCES[:2]], [s.reference for s in SENTENCES[:2]]
+    texts = [s.written for s in SENTENCES[:2]], [s.reference for s in SENTENCES[:2]]
     assert first["bleu"] == pytest.approx(corpus_score("bleu", *texts))
     assert first["chrf"] == pytest.approx(corpus_score("chrf", *texts))
     assert first["token_accuracy"] == pytest.approx(8 / 10)
@@ -72,7 +72,7 @@ def test_the_report_is_shown_and_written(tmp_path):
         ("over 3", "1"),
     ]
     lines = [json.loads(line) for line in (tmp_path / "sentences.jsonl").read_text().splitlines()]
-    of_second = round(scorer("chrf").sentence_score(SENTENCES[1].hypothesis, [SENTENCES[1].reference]).score, 2)
+    of_second = round(scorer("chrf").sentence_score(SENTENCES[1].written, [SENTENCES[1].reference]).score, 2)
     assert lines[1] == {
         "sentence": 2,
         "pair": "en-de",
@@ -108,13 +108,13 @@ def test_one_pair_has_no_mean_and_sources_may_be_unknown(tmp_path):
 
 def test_each_pair_is_scored_by_its_tokenizer_and_says_so(tmp_path):
     # As one word of 13a nothing is right; of seven characters six are, in their order.
-    other = Sentence(4, 1, "他今天在家里。", "她今天在家里。", -0.2, nll=1.0, right=2, tokens=3)
+    other = Judged(4, 1, "他今天在家里。", "她今天在家里。", -0.2, nll=1.0, right=2, tokens=3)
     pairs, config = {"en-de": "13a", "en-zh": "zh"}, TranslationReportConfig(lengths=(6,))
     section = write_scores([*SENTENCES[:2], other], pairs, None, tmp_path, config)
     first, second, mean = rows(tmp_path / "pairs.csv")
     assert ("tok:13a" in first["bleu_signature"], "tok:zh" in second["bleu_signature"]) == (True, True)
     assert mean["bleu_signature"] == f"{first['bleu_signature']}; {second['bleu_signature']}"
-    assert corpus_score("bleu", [other.hypothesis], [other.reference], "13a") == 0
+    assert corpus_score("bleu", [other.written], [other.reference], "13a") == 0
     # N-grams right: 6 of 7, 5 of 6, 4 of 5, 3 of 4.
     assert float(second["bleu"]) == pytest.approx(100 * (6 / 7 * 5 / 6 * 4 / 5 * 3 / 4) ** 0.25)
     assert float(second["length_ratio"]) == 1
@@ -168,7 +168,7 @@ def test_translations_stand_side_by_side_line_by_line():
 @pytest.mark.parametrize("together", [False, True])
 def test_a_model_that_needs_all_ranks_is_not_run_by_the_first_one_alone(monkeypatch, caplog, tmp_path, together):
     monkeypatch.setattr("apps.nlp.text.report.needs_all_ranks", lambda module: together)
-    monkeypatch.setattr(report, "computed_metrics", lambda module, kind: SimpleNamespace(sentences=SENTENCES))
+    monkeypatch.setattr(report, "computed_metrics", lambda module, kind: SimpleNamespace(pieces=SENTENCES))
     trainer = SimpleNamespace(
         is_global_zero=True,
         datamodule=None,
