@@ -83,9 +83,8 @@ def _dispatch(args: list[str]) -> int:
                 request = Request.read(command, rest, announces=True)
         if "--help_all" in rest or any(".help" in flag for flag in rest):
             from apps.cli.help import show
-            from apps.cli.setup import TRAINER_DEFAULTS
 
-            if show(request, TRAINER_DEFAULTS):
+            if show(request):
                 return 0
         from apps.cli.train import run
 

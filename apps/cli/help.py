@@ -13,12 +13,15 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from apps.cli.classes import app_classes, load_class, long_name, named_class_path, short
+from lightning.pytorch import Trainer
+
+from apps.cli.classes import app_classes, load_class, named_class_path, short
 from apps.cli.errors import UsageError, unknown_option
 from apps.cli.flags import given
 from apps.cli.jsonargparse_internals import parameters_of
 from apps.cli.request import Request
-from apps.registry import class_path, subclasses
+from apps.cli.setup import TRAINER_DEFAULTS
+from apps.registry import class_path, full_path, subclasses
 from core.registry import OpenConfig
 
 SECTIONS = ("run", "trainer", "model", "data")
@@ -40,34 +43,24 @@ class Option(NamedTuple):
     meaning: str
 
 
-def show(request: Request, trainer_defaults: Mapping[str, Any]) -> bool:
+def show(request: Request) -> bool:
     """Print the help that a command line asks for; returns whether it asks for one of ours.
-
-    Args:
-        request: the command line.
-        trainer_defaults: defaults of the command line that differ from Lightning's Trainer.
 
     Raises:
         UsageError: a section or a class does not exist.
     """
-    options = given(request.flags)
-    for name, value in options:
+    for name, value in given(request.flags):
         if name == "help_all":
             if value not in (None, *SECTIONS):
                 raise UsageError(unknown_option(f"help_all={value}", SECTIONS, value))
             for section in SECTIONS if value is None else (value,):
                 path = named_class_path(section, request.config)
-                _print(_title(section, path), _section(section, request, options, trainer_defaults))
+                _print(_title(section, path), _section(section, request))
             return True
-        part = name.partition(".")[0]
-        if name in ("model.help", "data.help"):
-            path = long_name(part, value) if value else named_class_path(part, request.config)
+        part = name.removesuffix(".help")
+        if part != name and (part in ("model", "data") or (value and part.startswith(("model.", "data.")))):
+            path = _path(value) if value else named_class_path(part, request.config)
             _print(_title(part, path), _classes(part) if path is None else _of_class(path, part))
-            return True
-        if part in ("model", "data") and name.endswith(".help") and value:
-            prefix = name.removesuffix(".help")
-            path = _config_class(value)
-            _print(_title(prefix, path), _of_class(path, prefix))
             return True
     return False
 
@@ -76,16 +69,12 @@ def _title(part: str, path: str | None) -> str:
     return part if path is None else f"{part} {path}: {_first(inspect.getdoc(_load(path)) or '')}"
 
 
-def _section(
-    section: str, request: Request, options: list[tuple[str, str | None]], trainer_defaults: Mapping[str, Any]
-) -> Iterable[Option]:
+def _section(section: str, request: Request) -> Iterable[Option]:
     if section == "run":
         own = request.options.described()
         return [Option(name, _plain(value) if value else "", meaning) for name, value, meaning in own]
     if section == "trainer":
-        from lightning.pytorch import Trainer
-
-        return options_of(Trainer, "trainer", trainer_defaults)
+        return options_of(Trainer, "trainer", TRAINER_DEFAULTS)
     path = named_class_path(section, request.config)
     return _classes(section) if path is None else _of_class(path, section)
 
@@ -112,9 +101,10 @@ def _load(path: str) -> type[Any]:
     return kind
 
 
-def _config_class(name: str) -> str:
-    """Return the class path of a config that may be of several classes, such as a router's, by its short name."""
-    return {k.__name__: class_path(k) for k in subclasses(OpenConfig)}.get(name, name)
+def _path(name: str) -> str:
+    """Return the class path of a model, data module or config, such as a router's, by its short name."""
+    configs = {kind.__name__: class_path(kind) for kind in subclasses(OpenConfig)}
+    return full_path(name) or configs.get(name, name)
 
 
 def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None = None) -> Iterator[Option]:

@@ -57,7 +57,7 @@ class RunOptions(CommandLine):
     Any value of the configuration may be given too, such as --data.batch_size 64, --model.moe.num_experts 4,
     --seed_everything 7 and --trainer.max_epochs 5. Also:
       --print_config        print the whole configuration, with the defaults in force, and run nothing
-      --help_all [SECTION]  every option, or those of trainer, model or data; --config FILE says of which model
+      --help_all [SECTION]  every option, or those of run, trainer, model or data; --config FILE says of which model
       --model.help [CLASS]  the options of a model by the name of its class; --data.help likewise
       --traceback           in case of an error, show where in the code
 

@@ -84,7 +84,7 @@ class Request:
         options = COMMANDS[command].read(argv)
         given_weights = options.weights if isinstance(options, Fit) else None
         onnx = options.onnx if isinstance(options, Predict) else None
-        flags, which, paths = options.rest, options.ckpt_path, options.config
+        flags, which, paths = [*options.rest], options.ckpt_path, options.config
         exported = None if onnx is None else _opened(onnx)
         own = own_classes([*map(str, paths), *flags])
         config: dict[str, Any] = {}

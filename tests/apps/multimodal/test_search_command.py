@@ -99,7 +99,7 @@ def test_searches_that_cannot_be(predict, capsys, tmp_path):
         (["--data.query", "red"], "query='red' needs data.images, the folder that is searched"),
         (["--data.images", "shop", "--data.query", " "], "query 1 of 1 is empty"),
         (["--data.images", "shop", "--data.top", "3"], "top=3 is of a search"),
-        (["--data.images", "none", "--data.query", "red"], "images='none' cannot be read: No such file"),
+        (["--data.images", "none", "--data.query", "red"], "images='none' is no folder"),
         (["--data.images", "shop/a/red.png", "--data.query", "red"], "images='shop/a/red.png' is no folder"),
         (["--data.images", str(tmp_path), "--data.query", "red"], "holds no image; images end in .jpg, "),
         (["--data.images", "shop", "--open"], "open shows the page of a search"),
