@@ -40,7 +40,8 @@ def long_name(part: str, name: str) -> str:
     torchrec has optimizers of the same names. Any other name is returned as it is.
     """
     if part in ("model", "data"):
-        return app_classes(part).get(name, name)
+        path = registry.full_path(name)
+        return path if path in app_classes(part).values() else name
     if name == "ReduceLROnPlateau":  # Lightning's names the metric that it monitors
         return f"lightning.pytorch.cli.{name}"
     home = {"optimizer": "torch.optim", "lr_scheduler": "torch.optim.lr_scheduler"}[part]
@@ -59,6 +60,15 @@ def with_long_names(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(config.get("trainer"), Mapping):
         out["trainer"] = _with_long_parts(config["trainer"])
     return out
+
+
+def with_short_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the short names of public classes; ``with_long_names`` is the inverse."""
+    out = dict(config)
+    for part in ("model", "data"):
+        if isinstance(written := config.get(part), Mapping):
+            out[part] = {**written, "class_path": registry.name_of(written["class_path"])}
+    return out | {"trainer": registry.renamed(config["trainer"], registry.name_of)}
 
 
 def _with_long_parts(value: Any) -> Any:

@@ -15,6 +15,7 @@ import yaml
 from apps.base.files import CONFIGS
 from apps.cli import UsageError
 from apps.cli.classes import short
+from apps.registry import renamed, today
 
 _MOST_BYTES, _MOST_VALUES = 16 << 20, 1_000_000
 """Limits of a configuration: its size, and its values with aliases written out."""
@@ -38,7 +39,7 @@ def _nearest(path: Path) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the contents of a configuration.
+    """Return the contents of a configuration, with the class paths of today.
 
     Raises:
         UsageError: there is no such file, or it is no configuration.
@@ -67,7 +68,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(config, dict):
         raise UsageError(f"{path} is not a configuration: it holds a {type(config).__name__}, not keys with values")
-    return config
+    return {**renamed(config, today)}
 
 
 def _num_values(node: yaml.Node, known: dict[int, int], path: Path) -> int:

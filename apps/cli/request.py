@@ -135,7 +135,7 @@ class Request:
         if beside is not None:  # ``check_beside`` looks at all of it, below
             paths, config = [beside], with_long_names(read_config(beside))
         if exported is not None and exported.description.data is not None:
-            config = merge({"data": dict(exported.description.data)}, config)
+            config = merge(with_long_names({"data": exported.description.data}), config)
         written = config.pop("run_dir", None)  # of a run that was put aside, where it was
         run_dir = options["run_dir"][-1] if options["run_dir"] else beside.parent if beside is not None else written
         config, flags = with_nulls(config, flags)

@@ -30,6 +30,7 @@ from apps.base.messages import counted
 from apps.base.quiet import quiet
 from apps.cli import UsageError
 from apps.cli.checkpoint import check_fits
+from apps.cli.classes import with_short_names
 from apps.cli.configs import differences
 from apps.cli.errors import reduce_message
 from apps.cli.flags import asks, take
@@ -41,7 +42,7 @@ from apps.cli.quantised import QuantisesExperts
 from apps.cli.request import Request
 from apps.cli.sweep import Sweep
 from apps.cli.usage import check_new
-from apps.registry import class_path
+from apps.registry import name_of
 from apps.report.base import FOLDER
 from apps.report.page import FILE, SECTIONS, Section, load_sections, open_page, show_page, write_index, write_page
 from apps.report.tables import print_in_parts
@@ -192,7 +193,7 @@ class SparseCLI(WaitingCLI, LightningCLI):
         """Load the weights of a checkpoint, with which a training begins anew."""
         checkpoint: Mapping[str, Any] = read_checkpoint(path)
         encoding_state = getattr(self.datamodule, "encoding_state", None)
-        same_class = checkpoint.get("module_class") == class_path(type(self.model))
+        same_class = checkpoint.get("module_class") == name_of(type(self.model))
         if encoding_state is not None and same_class and hasattr(self.model, "widened"):
             checkpoint = self.model.widened(checkpoint, encoding_state)
         self._check_fits(checkpoint, path)
@@ -207,7 +208,7 @@ class SparseCLI(WaitingCLI, LightningCLI):
         data = kind(*args, **kwargs)
         adopt, checkpoint = getattr(data, "adopt", None), self.request.loaded or self.request.begun_with or {}
         model = self.request.model_class
-        own = None if model is None else class_path(model)
+        own = None if model is None else name_of(model)
         if self.request.weights is not None:
             adopt = getattr(data, "extend", adopt)
         if adopt is not None and "encoding" in checkpoint and checkpoint.get("module_class") == own:
@@ -391,7 +392,7 @@ class SparseCLI(WaitingCLI, LightningCLI):
         no_part = {"config", "ckpt_path", "weights_only", "verbose"}
         no_part |= {name for name in (*SECTIONS_OF_OPTIMIZER, "compile") if config.get(name) is None}
         config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in no_part}}
-        return yaml.safe_dump(config, sort_keys=False)
+        return yaml.safe_dump(with_short_names(config), sort_keys=False)
 
     def _evaluate(self, command: str, arguments: dict[str, Any]) -> None:
         check_own(self.run_dir / f"{command}.json")
