@@ -66,9 +66,11 @@ def with_short_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with the short names of public classes; ``with_long_names`` is the inverse."""
     out = dict(config)
     for part in ("model", "data"):
-        if isinstance(written := config.get(part), Mapping):
+        if isinstance(written := config.get(part), Mapping) and "class_path" in written:
             out[part] = {**written, "class_path": registry.name_of(written["class_path"])}
-    return out | {"trainer": registry.renamed(config["trainer"], registry.name_of)}
+    if "trainer" in config:
+        out["trainer"] = registry.renamed(config["trainer"], registry.name_of)
+    return out
 
 
 def _with_long_parts(value: Any) -> Any:
