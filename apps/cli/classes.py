@@ -40,7 +40,7 @@ def long_name(part: str, name: str) -> str:
     torchrec has optimizers of the same names. Any other name is returned as it is.
     """
     if part in ("model", "data"):
-        path = registry.full_path(name)
+        path = registry.full_path(name) or name
         return path if path in app_classes(part).values() else name
     if name == "ReduceLROnPlateau":  # Lightning's names the metric that it monitors
         return f"lightning.pytorch.cli.{name}"
