@@ -41,7 +41,6 @@ FLAGS = {
     "trainer.num_sanity_val_steps": "0",
     "trainer.accelerator": "cpu",
     "trainer.devices": "1",
-    "trainer.enable_progress_bar": "false",
 }
 FEWER_ROWS = {"recsys/ten_million_rows": ("--data.synthetic.num_rows", "20000")}
 
@@ -72,12 +71,8 @@ def losses(name: str, configs: Sequence[str], roots: Mapping[str, str]) -> list[
         return reason
     argv = [word for path in configs for word in ("--config", str(ROOT / path))]
     argv += [word for key, value in FLAGS.items() for word in (f"--{key}", value)]
-    argv += [
-        *FEWER_ROWS.get(name, ()),
-        *(("--data.root", roots[dataset]) if dataset in roots else ()),
-        "--run_dir",
-        "run",
-    ]
+    argv += [*FEWER_ROWS.get(name, ()), "--run_dir", "run"]
+    argv += ["--data.root", roots[dataset]] if dataset in roots else []
     said = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
