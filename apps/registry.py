@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -64,10 +64,18 @@ DROPPED = {
 }
 """Options of models that only earlier versions had, by the section that they are in."""
 
+FORMER = {
+    "apps.plan.inputs.Vocabulary": "apps.nlp.sizes.Vocabulary",
+}
+"""Class paths in files of earlier versions, each with what the class is called today.
+
+That is the short name of a public class, and the class path of a registered config.
+"""
+
 
 def full_path(name: str) -> str | None:
-    """Return the class path of a public class, given by that or by its short name; None where there is none."""
-    module, _, short = name.rpartition(".")
+    """Return the class path of a public class, given by that, a former one or its short name; None: there is none."""
+    module, _, short = FORMER.get(name, name).rpartition(".")
     home = {**MODULES, **DATA, **TRAINER}.get(short)
     return f"{home}.{short}" if home is not None and module in ("", home) else None
 
@@ -91,9 +99,29 @@ def class_path(kind: type) -> str:
 
 
 def name_of(kind: type | str) -> str:
-    """Return a class, given by itself or its path, as users write it: a public one by its short name, else the path."""
+    """Return the name that users and files have for a class: a public class's short name, else the class path.
+
+    Args:
+        kind: the class, its path, a former path or its short name.
+    """
     path = kind if isinstance(kind, str) else class_path(kind)
-    return path.rpartition(".")[2] if full_path(path) == path else path
+    path = full_path(path) or FORMER.get(path, path)
+    return path.rpartition(".")[2] if full_path(path) else path
+
+
+def today(path: str) -> str:
+    """Return the class path of today in place of a former one. Other names are returned as they are."""
+    return (full_path(path) or FORMER[path]) if path in FORMER else path
+
+
+def renamed(value: Any, rename: Callable[[str], str]) -> Any:
+    """Return nested plain values in which each ``class_path`` is what ``rename`` returns for it."""
+    if isinstance(value, Mapping):
+        return {
+            key: rename(item) if key == "class_path" and isinstance(item, str) else renamed(item, rename)
+            for key, item in value.items()
+        }
+    return [renamed(item, rename) for item in value] if isinstance(value, list) else value
 
 
 def task_named(name: str) -> Any:

@@ -15,7 +15,8 @@ from apps.base.messages import excerpt
 from apps.cli.classes import find_class, named_class_path
 from apps.cli.configs import at, differences, merge, read_config
 from apps.cli.errors import UsageError
-from apps.registry import class_path
+from apps.cli.usage import named_class_path
+from apps.registry import full_path, name_of
 from apps.train.contents import check_class, unlike
 from apps.train.loading import module_class
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, check_sparsified
@@ -48,8 +49,8 @@ def remembered(
         raise ValueError(f"{path} is damaged: its module_class or hyper_parameters are of the wrong type")
     named = named_class_path("model", config)
     if named is None:
-        model, named = module_class(checkpoint, path), kind
-    if model is None or class_path(model) != kind:  # a missing class or another one is reported later
+        model, named = module_class(checkpoint, path), full_path(kind) or kind
+    if model is None or name_of(model) != kind:  # a missing class or another one is reported later
         return {}
     arguments_from_plain(model, hparams, f"{path}: model")
     decided = getattr(model, "data_arguments", ()) if data_may_grow else ()

@@ -30,7 +30,8 @@ def long_name(part: str, name: str) -> str:
     torchrec has optimizers of the same names. Any other name is returned as it is.
     """
     if part in ("model", "data"):
-        return app_classes(part).get(name, name)
+        path = registry.full_path(name) or name
+        return path if path in app_classes(part).values() else name
     if name == "ReduceLROnPlateau":  # Lightning's names the metric that it monitors
         return f"lightning.pytorch.cli.{name}"
     home = {"optimizer": "torch.optim", "lr_scheduler": "torch.optim.lr_scheduler"}[part]
@@ -48,6 +49,17 @@ def with_long_names(config: Mapping[str, Any]) -> dict[str, Any]:
             out[part] = {**written, "class_path": long_name(part, written["class_path"])}
     if isinstance(config.get("trainer"), Mapping):
         out["trainer"] = _with_long_parts(config["trainer"])
+    return out
+
+
+def with_short_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the short names of public classes; ``with_long_names`` is the inverse."""
+    out = dict(config)
+    for part in ("model", "data"):
+        if isinstance(written := config.get(part), Mapping) and "class_path" in written:
+            out[part] = {**written, "class_path": registry.name_of(written["class_path"])}
+    if "trainer" in config:
+        out["trainer"] = registry.renamed(config["trainer"], registry.name_of)
     return out
 
 

@@ -98,7 +98,7 @@ class Request:
         if beside is not None:  # ``check_beside`` looks at all of it, below
             paths, config = (beside,), read_config(beside)
         if exported is not None and exported.description.data is not None:
-            config = merge({"data": dict(exported.description.data)}, config)
+            config = merge(with_long_names({"data": exported.description.data}), config)
         written = config.pop("run_dir", None)  # of a run that was put aside, where it was
         which = which or config.get("ckpt_path")
         config.pop("ckpt_path", None)

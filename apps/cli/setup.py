@@ -21,13 +21,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSched
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from apps.cli.checkpoint import check_fits
+from apps.cli.classes import with_short_names
 from apps.cli.configs import differences
 from apps.cli.errors import UsageError, reduce_message
 from apps.cli.experts import ChangesExperts
 from apps.cli.flags import asks, given
 from apps.cli.jsonargparse_internals import options_of, read_whole_numbers_first
 from apps.cli.request import Request
-from apps.registry import class_path
+from apps.registry import name_of
 from apps.report.base import FOLDER
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.chosen import SECTIONS as SECTIONS_OF_OPTIMIZER
@@ -156,7 +157,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         """Load the weights of a checkpoint, with which a training begins anew."""
         checkpoint: Mapping[str, Any] = read_checkpoint(path)
         encoding_state = getattr(self.datamodule, "encoding_state", None)
-        same_class = checkpoint.get("module_class") == class_path(type(self.model))
+        same_class = checkpoint.get("module_class") == name_of(type(self.model))
         if encoding_state is not None and same_class and hasattr(self.model, "widened"):
             checkpoint = self.model.widened(checkpoint, encoding_state)
         self._check_fits(checkpoint, path)
@@ -171,7 +172,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         data = kind(*args, **kwargs)
         adopt, checkpoint = getattr(data, "adopt", None), self.request.loaded or self.request.begun_with or {}
         model = self.request.model_class
-        own = None if model is None else class_path(model)
+        own = None if model is None else name_of(model)
         if self.request.weights is not None:
             adopt = getattr(data, "extend", adopt)
         if adopt is not None and "encoding" in checkpoint and checkpoint.get("module_class") == own:
@@ -288,7 +289,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         no_part = {"config", "ckpt_path", "weights_only", "verbose"}
         no_part |= {name for name in (*SECTIONS_OF_OPTIMIZER, "compile") if config.get(name) is None}
         config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in no_part}}
-        return yaml.safe_dump(config, sort_keys=False)
+        return yaml.safe_dump(with_short_names(config), sort_keys=False)
 
 
 def train_as_given(module: LightningModule, sections: Mapping[str, Any]) -> str | None:

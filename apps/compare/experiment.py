@@ -14,9 +14,12 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
 
+from apps.cli import UsageError
+from apps.cli.classes import with_short_names
 from apps.cli.errors import UsageError
 from apps.cli.request import Request
 from apps.cli.setup import RunSetup, train_as_given
+from apps.cli.train import Request, train_as_given
 from apps.compare.systems import SPARSE, candidates
 from apps.equal_cost.comparable import Comparable
 from apps.equal_cost.own_model import OwnModel, own_model
@@ -148,7 +151,8 @@ class Experiment:
         own = {name: values[name] for name in ("sparsify", *SECTIONS) if values.get(name) is not None}
         if (precision := values["float32_matmul_precision"]) != "high":
             own["float32_matmul_precision"] = precision
-        return {"model": values["model"], "data": values["data"], **own, "trainer": trainer, "seed": self.seed}
+        plain = {"model": values["model"], "data": values["data"], **own, "trainer": trainer, "seed": self.seed}
+        return with_short_names(plain)
 
     def data(self) -> LightningDataModule:
         return self._make()["data"]

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apps.cli.classes import with_short_names
 from apps.compare.files import differences, read_json, write_json
 from apps.compare.options import Options
 from apps.compare.training import Unit
 from apps.equal_cost import routers
+from apps.registry import renamed, today
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Plan:
         path, wanted = output / "plan.json", self.to_dict()
         saved = read_json(path)
         if saved is not None:
+            saved["config"] = with_short_names(renamed(saved["config"], today))
             lines = differences(_adapted(saved, wanted), wanted)
             if lines:
                 more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""

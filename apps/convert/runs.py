@@ -16,7 +16,7 @@ from torch import Tensor
 from apps.base.files import delete, temporary_path
 from apps.cli.configs import merge, read_config
 from apps.convert.streaming import write_checkpoint
-from apps.registry import class_path
+from apps.registry import name_of
 from apps.train.checkpoint_paths import find_checkpoint
 from apps.train.contents import read_checkpoint, unlike
 from apps.train.loading import check_beside, module_class
@@ -199,7 +199,7 @@ def write_run(
         config = {name: value for name, value in run.config.items() if name not in ("ckpt_path", "sparsify")}
         config |= {"sparsify": extra["sparsify"]} if "sparsify" in extra else {}
         if arguments is not None:
-            config["model"] = {"class_path": class_path(run.kind), "init_args": plain}
+            config["model"] = {"class_path": name_of(run.kind), "init_args": plain}
         if data and isinstance(config.get("data"), Mapping):
             config["data"] = merge(config["data"], {"init_args": dict(data)})
         config["run_dir"] = str(run_dir)

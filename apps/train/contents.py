@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from apps.base.messages import some
-from apps.registry import class_path, name_of, without_dropped
+from apps.registry import name_of, renamed, today, without_dropped
 from apps.train import pretrained, sharded
 from apps.train.checkpoint_paths import is_pretrained
 
 
 def read_checkpoint(path: Path | str, shapes_only: bool = False) -> dict[str, Any]:
-    """Return a checkpoint's contents on the CPU. Tensors of a file are mapped, and read where they are used.
+    """Return a checkpoint's contents on the CPU, with the names that its classes have today.
+
+    Tensors of a file are mapped, and read where they are used.
 
     Options of the model that only earlier versions had are left out.
 
@@ -30,8 +32,11 @@ def read_checkpoint(path: Path | str, shapes_only: bool = False) -> dict[str, An
         ValueError: the file is damaged, or is no checkpoint.
     """
     checkpoint = _read(path, shapes_only)
+    if isinstance(kind := checkpoint.get("module_class"), str):
+        checkpoint["module_class"] = name_of(kind)
     if isinstance(arguments := checkpoint.get("hyper_parameters"), Mapping):
-        checkpoint["hyper_parameters"] = without_dropped(str(checkpoint.get("module_class")), arguments)
+        arguments = without_dropped(str(checkpoint.get("module_class")), arguments)
+        checkpoint["hyper_parameters"] = renamed(arguments, today)
     return checkpoint
 
 
@@ -57,10 +62,10 @@ def check_class(checkpoint: Mapping[str, Any], model: nn.Module, where: str) -> 
         model: the model that is to have its weights.
         where: the option and the path that name the checkpoint, for the message.
     """
-    here = class_path(type(model))
+    here = name_of(type(model))
     there = checkpoint.get("module_class", here)
     if there != here:
-        raise ValueError(f"{where} holds a model of class {name_of(there)}, and this run's is of class {name_of(here)}")
+        raise ValueError(f"{where} holds a model of class {there}, and this run's is of class {here}")
 
 
 def unlike(state: Mapping[str, Any], model: nn.Module) -> str:

@@ -35,7 +35,7 @@ class Description:
 
     Attributes:
         app: "vision", "tables", ...; see ``apps.train.exporting.Exported``.
-        module: class path of the model.
+        module: the model's class, as ``apps.registry.name_of`` names it.
         arguments: the model's arguments as plain values, without what is for training alone.
         preprocessing: what turns inputs into the graph's tensors, and its outputs into answers.
         data: section "data" of a configuration, without the paths of a training; None: none is known.
@@ -67,7 +67,7 @@ class Description:
             ValueError: it is no description.
         """
         try:
-            values = json.loads(text)
+            values = registry.renamed(json.loads(text), registry.today)
             described = cls(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a model that moesaic export has written: {first_line(error)}") from None
@@ -237,7 +237,7 @@ class ExportedModel:
         """What a checkpoint of the model has beside its weights: class, arguments and encoding."""
         encoding = self.task.encoding_state(self)
         return {
-            "module_class": self.description.module,
+            "module_class": registry.name_of(self.description.module),
             "hyper_parameters": dict(self.description.arguments),
             **({} if encoding is None else {"encoding": encoding}),
             "state_dict": {},

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from lightning.pytorch import Callback, LightningModule
 
-from apps.registry import class_path
+from apps.registry import name_of
 from apps.train.contents import read_checkpoint, unlike
 from apps.train.lightning_internals import set_initial_hparams, trainer_of
 from core.config.plain import arguments_from_plain, arguments_to_plain
@@ -156,7 +156,7 @@ class LinkedModule(LightningModule):
         return checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["module_class"] = class_path(type(self))
+        checkpoint["module_class"] = name_of(type(self))
         if self.encoding_state is not None:
             checkpoint["encoding"] = self.encoding_state
 

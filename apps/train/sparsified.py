@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 import core
-from apps.registry import class_path, name_of
+from apps.registry import name_of
 from apps.train.balanced import BalancedModule
 from apps.train.contents import unlike
 from core.config.plain import arguments_from_plain, from_plain, to_plain
@@ -143,7 +143,7 @@ class SparsifiedModule(BalancedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["sparsify"] = to_plain(self.sparsify_config, SparsifyConfig)
-        checkpoint["module_class"] = class_path(type(self))
+        checkpoint["module_class"] = name_of(type(self))
         if self.sparsify_arguments is not None:
             checkpoint["hyper_parameters"] = dict(self.sparsify_arguments)
 

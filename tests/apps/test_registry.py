@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 from apps import registry
 from apps.train.module import SparseModule
+from core.registry import OpenConfig, is_registered
 
 NAMES = [*registry.MODULES, *registry.DATA, *registry.TRAINER]
+
+IN_FILES = (
+    "apps.multimodal.captions.module.ImageCaptioner",
+    "apps.multimodal.data.ImageTextData",
+    "apps.multimodal.drawn.PatchImages",
+    "apps.multimodal.drawn.PieceTexts",
+    "apps.multimodal.loss.SigmoidLoss",
+    "apps.multimodal.loss.SoftmaxLoss",
+    "apps.multimodal.module.ImageTextRetriever",
+    "apps.multimodal.pretrained.BertTexts",
+    "apps.multimodal.pretrained.ClipImages",
+    "apps.multimodal.pretrained.ClipTexts",
+    "apps.multimodal.pretrained.ViTImages",
+    "apps.multimodal.towers.SingleTower",
+    "apps.multimodal.two_towers.TwoTowers",
+    "apps.nlp.language.data.TextData",
+    "apps.nlp.language.module.LanguageModeler",
+    "apps.nlp.translation.data.TranslationData",
+    "apps.nlp.translation.module.Translator",
+    "apps.plan.inputs.Vocabulary",
+    "apps.recsys.retrieval.data.RetrievalData",
+    "apps.recsys.retrieval.module.TwoTowerRetriever",
+    "apps.recsys.sequence.data.HistoryData",
+    "apps.recsys.sequence.module.NextItemRecommender",
+    "apps.recsys.tables.bottoms.SharedBottom",
+    "apps.recsys.tables.bottoms.SingleTask",
+    "apps.recsys.tables.data.TableData",
+    "apps.recsys.tables.module.MultiTaskRecommender",
+    "apps.recsys.tables.strategy.TorchRecStrategy",
+    "apps.report.live.RoutingDetail",
+    "apps.train.checkpoints.BestAndLast",
+    "apps.train.doctor.RoutingDoctor",
+    "apps.train.expert_parallel.ExpertParallelStrategy",
+    "apps.train.schedules.ExpertAveraging",
+    "apps.train.schedules.GrowingTopK",
+    "apps.train.schedules.SharedStart",
+    "apps.vision.data.VisionData",
+    "apps.vision.module.VisionClassifier",
+)
+"""Class paths that checkpoints and configurations may hold. A line stays when its class moves."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -24,6 +67,20 @@ def test_a_name_stands_for_one_class():
     assert len(NAMES) == len(set(NAMES))
     with pytest.raises(KeyError, match="Nobody"):
         registry.resolve("Nobody")
+
+
+def test_every_path_that_a_file_may_hold_is_a_class_of_today():
+    for name in NAMES:
+        registry.resolve(name)
+    for path in IN_FILES:
+        module, _, name = (registry.full_path(path) or registry.today(path)).rpartition(".")
+        kind = getattr(importlib.import_module(module), name)
+        assert name == path.rpartition(".")[2]
+        assert registry.full_path(path) is not None or is_registered(kind)
+    leaves = [registry.class_path(kind) for kind in registry.subclasses(OpenConfig) if not kind.__subclasses__()]
+    now = {*map(registry.full_path, NAMES), *(path for path in leaves if path.startswith("apps."))}
+    assert now <= {registry.today(path) for path in IN_FILES}
+    assert {*registry.FORMER} <= {*IN_FILES}
 
 
 def test_every_module_of_the_apps_is_in_the_registry():

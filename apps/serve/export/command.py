@@ -14,7 +14,7 @@ from apps.base.messages import some
 from apps.base.quiet import quiet
 from apps.base.sealed import seal
 from apps.cli.configs import read_config
-from apps.registry import class_path
+from apps.registry import name_of
 from apps.serve.export.files import check_output, write
 from apps.serve.export.options import Options
 from apps.train.checkpoint_paths import find_checkpoint
@@ -87,7 +87,7 @@ def describe(
     """Return what the file of a model says, without its graphs and files."""
     arguments = {name: None if name in _FOR_TRAINING else value for name, value in dict(model.hparams).items()}
     scalars = {name: value.item() for name, value in _tensors(model) if value.numel() == 1}
-    kind = class_path(type(model))
+    kind = name_of(type(model))
     return Description(exported.app, kind, arguments, exported.preprocessing, data, format, scalars=scalars)
 
 
@@ -156,7 +156,7 @@ def data_section(run: Path) -> dict[str, Any] | None:
     if not isinstance(data, Mapping):
         return None
     arguments = {name: value for name, value in (data.get("init_args") or {}).items() if not _is_path(name, value)}
-    return {"class_path": data["class_path"], "init_args": arguments}
+    return {"class_path": name_of(data["class_path"]), "init_args": arguments}
 
 
 def _is_path(name: str, value: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from compared import overlay
 
@@ -65,6 +67,15 @@ def test_another_plan_in_the_folder_is_refused(tmp_path):
     other = Plan.make({"model": {"width": 16}}, Options(), 0.01, 0)
     with pytest.raises(ValueError, match=r"another comparison \(config\.model\.width: 8 saved, 16 now\)"):
         other.claim(tmp_path)
+
+
+def test_a_plan_with_class_paths_of_before_is_the_same_comparison(tmp_path):
+    callbacks = [{"class_path": "apps.train.schedules.GrowingTopK"}]
+    before = {"model": {"class_path": "apps.vision.module.VisionClassifier"}, "trainer": {"callbacks": callbacks}}
+    now = {"model": {"class_path": "VisionClassifier"}, "trainer": {"callbacks": [{"class_path": "GrowingTopK"}]}}
+    for config in (before, now):
+        Plan.make(config, Options(), 0.01, 0).claim(tmp_path)
+    assert json.loads((tmp_path / "plan.json").read_text())["config"] == now
 
 
 def test_an_edited_overlay_is_another_comparison(tmp_path):

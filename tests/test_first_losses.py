@@ -1,0 +1,52 @@
+"""The first training losses are those of the file in docs/runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from places import ROOT
+
+from benchmarks import first_losses
+
+KEPT = ROOT / "docs" / "runs" / "first_losses.json"
+
+
+def test_a_run_of_each_configuration_has_ten_losses():
+    runs = first_losses.runs()
+    assert all((ROOT / path).is_file() for configs in runs.values() for path in configs)
+    kept = json.loads(KEPT.read_text())
+    assert kept.keys() <= runs.keys()
+    assert {len(values) for values in kept.values()} == {10}
+
+
+@pytest.mark.parametrize(
+    "before, code",
+    [([1.0, 2.0001], 0), ([1.0, 2.001], 1), ([1.0], 1)],  # 2e-4 is 1e-4 of 2, and 1e-3 is more
+    ids=["same", "differs", "shorter"],
+)
+def test_a_relative_difference_above_1e_4_fails(before, code, tmp_path, monkeypatch, capsys):
+    (tmp_path / "kept.json").write_text(json.dumps({"vision/digits": before}))
+    monkeypatch.setattr(sys, "argv", ["first_losses.py", "--check", str(tmp_path / "kept.json")])
+    monkeypatch.setattr(first_losses, "losses", lambda *_: [1.0, 2.0])
+    assert first_losses.main() == code
+    assert capsys.readouterr().out.endswith(f"1 runs, {code} differ\n")
+
+
+def test_data_that_are_not_here_are_no_difference(tmp_path, monkeypatch):
+    (tmp_path / "kept.json").write_text(json.dumps({"vision/cifar10": [1.0]}))
+    argv = ["first_losses.py", "--check", str(tmp_path / "kept.json")]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", argv)
+    assert first_losses.main() == 0
+
+
+@pytest.mark.slow
+def test_two_configurations_train_as_they_did():
+    names = ["vision/digits", "recsys/synthetic"]
+    command = [sys.executable, "-m", "benchmarks.first_losses", "--check", str(KEPT), "--only", *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("2 runs, 0 differ\n")
