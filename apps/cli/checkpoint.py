@@ -15,7 +15,6 @@ from apps.base.messages import excerpt
 from apps.cli.classes import find_class, named_class_path
 from apps.cli.configs import at, differences, merge, read_config
 from apps.cli.errors import UsageError
-from apps.cli.usage import named_class_path
 from apps.registry import full_path, name_of
 from apps.train.contents import check_class, unlike
 from apps.train.loading import module_class

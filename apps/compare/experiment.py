@@ -14,12 +14,10 @@ import yaml
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
 
-from apps.cli import UsageError
 from apps.cli.classes import with_short_names
 from apps.cli.errors import UsageError
 from apps.cli.request import Request
 from apps.cli.setup import RunSetup, train_as_given
-from apps.cli.train import Request, train_as_given
 from apps.compare.systems import SPARSE, candidates
 from apps.equal_cost.comparable import Comparable
 from apps.equal_cost.own_model import OwnModel, own_model
