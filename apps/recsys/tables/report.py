@@ -26,8 +26,8 @@ from apps.report.base import Report, ReportConfig, computed_metrics, first_batch
 from apps.report.heatmaps import row_names
 from apps.report.page import BarChart, HeatmapChart, Line, LineChart, Section, Table, Text, save_charts
 from apps.report.page.charts import Chart
-from apps.report.page.experts import load_charts
 from apps.report.tables import write_csv
+from apps.report.use import load_charts
 
 _SHOWN = 20  # lines of a table; the CSV file has all
 

@@ -230,6 +230,9 @@ def _lines(chart: LineChart, is_still: bool) -> alt.LayerChart:
     few = max(len(line.x) for line in chart.lines) <= 30
     x, y = alt.X("x:Q", title=chart.x_title, scale=_across(chart.log_x)), alt.Y("y:Q", title=chart.y_title)
     y = y.scale(alt.Scale(type="log") if chart.log_y else alt.Scale(zero=False))
+    places = sorted({place for line in chart.lines for place in line.x})
+    if chart.log_x and len(places) <= 10:  # such as learning rates, or numbers of GPUs
+        x = x.axis(values=places, format="~g", labelOverlap=True)
     lines = (
         alt.Chart(alt.Data(values=rows))
         .mark_line(point=alt.OverlayMarkDef(size=28, filled=True) if few else False, strokeWidth=1.8, clip=True)
