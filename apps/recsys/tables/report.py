@@ -287,8 +287,9 @@ def write_gates(
         files["gates_by_value.png"] = (title, by_value)
     polarised = [chart for block in blocks for chart in polarisation(block, use, gates)]
     files["polarisation.png"] = ("Expert polarisation", polarised)
-    for name, (title, charts) in files.items() if config.pictures else ():
-        save_charts(charts, folder / name, title)
+    for name, (title, charts) in files.items():
+        if config.pictures and charts:
+            save_charts(charts, folder / name, title)
     shown = [chart for _, charts in files.values() for chart in charts]
     return Section("What the experts are used for", (*shown, *tables))
 

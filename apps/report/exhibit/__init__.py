@@ -20,17 +20,11 @@ from apps.report.exhibit.parts import (
     Pieces,
     Said,
 )
-from apps.report.exhibit.routes import (
-    expert_names,
-    gates_by_layer,
-    layer_names,
-    patches_by_layer,
-    words_by_layer,
-)
+from apps.report.exhibit.routes import expert_names, layer_names, words_by_layer
 
 __all__ = [
     "Exhibit", "Example", "Answer",
     "Field", "ImageField", "TextField", "NumberField", "ChoiceField", "ItemsField",
     "Part", "Bars", "Said", "Images", "LayerPart", "Patches", "Pieces", "Gates",
-    "words_by_layer", "patches_by_layer", "gates_by_layer", "layer_names", "expert_names",
+    "words_by_layer", "layer_names", "expert_names",
 ]  # fmt: skip
