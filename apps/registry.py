@@ -58,7 +58,7 @@ TRAINER = {
 }
 """The module of each callback and strategy of the trainer."""
 
-DROPPED = {
+DROPPED: dict[str, dict[str, tuple[str, ...]]] = {
     "VisionClassifier": {"report": ("capacity_factors", "sweep_images")},
     "TwoTowerRetriever": {"": ("top_k", "rank", "rank_task", "candidates", "index_file")},  # of RetrievalData now
 }

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cache
 from html import escape
 
 import numpy as np
 
-from apps.report.colors import expert_colors
+from apps.report.colors import expert_colors, ink_on
 from apps.report.exhibit import Bars, Gates, Images, LayerPart, Part, Patches, Pieces, Said
+from apps.report.images import data_url
 from apps.report.page import Table
 
 NONE = "\N{MULTIPLICATION SIGN}"
@@ -205,7 +203,7 @@ class _Colors:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
-        self._hex = _hex(min(len(names), _MOST_COLORS))
+        self._hex = expert_colors(min(len(names), _MOST_COLORS))
 
     def chosen(self, own: np.ndarray) -> list[int]:
         """Return the experts among ``own`` that computed a token."""
@@ -217,20 +215,7 @@ class _Colors:
     def style(self, expert: int) -> str:
         """Return an expert's colour with black or white letters, whichever can be read better on it."""
         color = self.of(expert)
-        return f"background:{color};color:{'#000' if _luminance(color) > 0.179 else '#fff'}"
-
-
-@cache
-def _hex(count: int) -> tuple[str, ...]:
-    return tuple(expert_colors(count))
-
-
-@cache
-def _luminance(color: str) -> float:
-    """Return the relative luminance of WCAG 2; above 0.179 black has more contrast than white."""
-    parts = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    red, green, blue = (p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        return f"background:{color};color:{ink_on(color)}"
 
 
 def _numbers(colors: _Colors, experts: Sequence[int]) -> list[str]:
@@ -254,6 +239,4 @@ def _png(image: np.ndarray) -> str:
     """Return an image as a URL that holds it."""
     from PIL import Image
 
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url(Image.fromarray(image))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import urllib.parse
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ from PIL import Image, ImageOps
 from apps.base.machine import moment
 from apps.base.messages import one_line
 from apps.multimodal.vectors import readable
+from apps.report.images import data_url
 from apps.report.page import Code, Gallery, Page, Part, Section, Table, Text, Thumbnail
 from apps.report.page.html import render
 from apps.report.page.writing import write_html
@@ -123,8 +122,6 @@ def thumbnail(path: str, lines: tuple[str, ...], folder: Path) -> Thumbnail:
     if small.mode == "RGBA":
         ground = Image.new("RGBA", small.size, "white")
         small = Image.alpha_composite(ground, small).convert("RGB")
-    content = io.BytesIO()
-    small.save(content, "JPEG", quality=80)
-    source = f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    source = data_url(small, "JPEG", quality=80)
     link = urllib.parse.quote(os.fsencode(os.path.relpath(path, folder).replace(os.sep, "/")))
     return Thumbnail(source, small.size, readable(Path(path).name), lines, link)

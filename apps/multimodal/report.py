@@ -240,13 +240,13 @@ def write_retrieval(test: PairTest, folder: Path, queries: int) -> Section:
     parts: list[Part] = [table]
     if queries and hasattr(test.data, "pixels") and hasattr(test.data, "texts"):
         shown = retrieved(test, spread_places(texts, queries))
-        rows = [
+        tiles = [
             [Tile(image, is_framed=right) for image, right in zip(one.images, one.is_right, strict=True)]
             for one in shown
         ]
         names = [f"{one.sentence} (rank {one.rank:,})" for one in shown]
         title = f"The best of {images:,} images for a sentence; its own is framed"
-        save_images(rows, folder / "retrieval.png", title, names, side=1.05)
+        save_images(tiles, folder / "retrieval.png", title, names, side=1.05)
         seen = "; ".join(f"for {one.sentence!r} the right image has rank {one.rank:,}" for one in shown)
         caption = "The images retrieved for sentences of the test, the best first; the sentence's own is framed."
         parts.append(Picture("retrieval.png", f"Images for sentences: {seen}.", caption))

@@ -141,8 +141,8 @@ class TextUse(ExpertUse):
     def __init__(self, tokens: Tokens, subwords: Subwords, pairs: Sequence[str]) -> None:
         self.subwords, self.pairs = subwords, tuple(pairs)
         self.pair_B = np.zeros(0, np.int64)
-        sides = {side: Labels(side, subwords.size(side)) for side in SIDES}
-        super().__init__(tokens, {"sentence": Labels("sentence", None), **sides})
+        labels = {"sentence": Labels("sentence", None)}
+        super().__init__(tokens, labels | {str(side): Labels(side, subwords.size(side)) for side in SIDES})
 
     def add(self, tape: core.Tape, batch: Tensor) -> None:
         """Add the passes of one batch, given the language pairs of its sentences, (B,)."""

@@ -49,17 +49,17 @@ def rank_parts(
         note: sentence below the table.
     """
     rank_N = np.asarray(rank_N, np.float64)
-    metrics = {f"recall_{k}": (f"recall@{k}, %", lambda own, k=k: own <= k) for k in recall_at}
-    metrics |= {f"ndcg_{k}": (f"NDCG@{k}, %", lambda own, k=k: (own <= k) / np.log2(1 + own)) for k in ndcg_at}
-    metrics["mrr"] = ("MRR, %", lambda own: 1 / own)
+    titles = {f"recall_{k}": f"recall@{k}, %" for k in recall_at} | {f"ndcg_{k}": f"NDCG@{k}, %" for k in ndcg_at}
+    titles["mrr"] = "MRR, %"
+    values_N = {f"recall_{k}": rank_N <= k for k in recall_at}
+    values_N |= {f"ndcg_{k}": (rank_N <= k) / np.log2(1 + rank_N) for k in ndcg_at} | {"mrr": 1 / rank_N}
     rows: list[dict[str, Any]] = []
     for place, name in enumerate(names):
-        own_N = rank_N[group_N == place]
-        if len(own_N):
-            values = {metric: float(of_rank(own_N).mean()) for metric, (_, of_rank) in metrics.items()}
-            rows.append({what: name, unit: len(own_N), **values, "median_rank": float(np.median(own_N))})
+        own_N = group_N == place
+        if own_N.any():
+            means = {metric: float(values_N[metric][own_N].mean()) for metric in titles}
+            rows.append({what: name, unit: int(own_N.sum()), **means, "median_rank": float(np.median(rank_N[own_N]))})
     write_csv(path, rows)
-    titles = {metric: title for metric, (title, _) in metrics.items()}
     lines = tuple(
         (row[what], f"{row[unit]:,}", *(f"{100 * row[m]:.2f}" for m in titles), f"{row['median_rank']:,.0f}")
         for row in rows

@@ -40,7 +40,7 @@ def maps_by_label(
         title += f": the most specialised of {len(names)}"
         peak_C = np.max([np.nan_to_num(shares(counts_CE)).max(1) for counts_CE in counts.values()], axis=0)
         kept = kept[np.sort(np.argsort(-peak_C[kept], kind="stable")[:most_rows])]
-    rows = row_names([names[c] for c in kept], size_C[kept] / max(size_C.sum(), 1))
+    rows = row_names([names[c] for c in kept.tolist()], size_C[kept] / max(size_C.sum(), 1))
     return [
         HeatmapChart.of(
             shares(np.concatenate([c[kept], c.sum(0, keepdims=True)])),

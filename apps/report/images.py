@@ -5,16 +5,21 @@ The only module that uses matplotlib: no pyplot, no display, no global state.
 
 from __future__ import annotations
 
+import base64
+import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from apps.base.files import replacing
 from apps.report.colors import PALETTE, expert_colors
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _RIGHT = PALETTE[2]
 """Color of the frame of a right image."""
@@ -40,6 +45,13 @@ class Tile:
     over: np.ndarray | None = None
     texts: tuple[tuple[str, ...], ...] = ()
     is_framed: bool = False
+
+
+def data_url(image: Image, kind: str = "PNG", **options: Any) -> str:
+    """Return an image as a URL that holds it."""
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def tinted(image: np.ndarray, ids: np.ndarray, num_experts: int, caption: str = "") -> Tile:

@@ -98,10 +98,10 @@ def layer_label(layer: str) -> str:
         layer_label("decoder.layers.3.mixing.heads")          # "decoder 3 attention"
         layer_label("model.towers.image.blocks.1.mlp")        # "image block 1"
     """
-    match = re.search(r"(?:^|\.)(?:(encoder|decoder)\.layers|blocks|layers)\.(\d+)\.", layer)
+    match = re.search(r"(?:^|\.)(?:(encoder|decoder)\.layers|blocks|towers\.[\w.]+?\.layers)\.(\d+)\.", layer)
     if match is None:
         return layer.removeprefix("model.")
-    words = re.split(r"[._]", layer[: match.start()])
+    words = re.split(r"[._]", layer[: match.start(2)])
     tower = "".join(f"{name} " for name in _TOWERS if name in words)
     part = " attention" if layer.endswith(".mixing.heads") else ""
     return f"{match[1] or f'{tower}block'} {match[2]}{part}"

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+from apps.report.exhibit.routes import gates_by_layer, patches_by_layer, words_by_layer
+from apps.report.routed import MOST_EXPERTS
 from apps.task.inputs import Input, choice, number, text
 from apps.task.outputs import Output
 from apps.task.service import Service
 from apps.task.sizes import Loss, Missing, Sizes, Trial, ids_on_meta, vocabulary_loss
 from apps.task.task import Task
-from apps.task.uses import MOST_EXPERTS, gates_by_layer, patches_by_layer, words_by_layer
 
 __all__ = [
     "MOST_EXPERTS",

@@ -90,7 +90,9 @@ class Shown:
         return Picture(path.name, seen, "Patches and their experts, a column for each layer.")
 
 
-def patch_rows(images: Sequence[tuple[np.ndarray, Mapping[str, np.ndarray]]], num_experts: int) -> list[list[Tile]]:
+def patch_rows(
+    images: Sequence[tuple[np.ndarray, Mapping[str, np.ndarray]]], num_experts: int
+) -> list[list[Tile | None]]:
     """Return a row for each image: the image, and for each layer the image with the experts of its patches.
 
     Args:

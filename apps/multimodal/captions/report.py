@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ from apps.nlp.text.foreseen import read_ids
 from apps.nlp.text.report import WrittenReport
 from apps.nlp.text.scores import scorer
 from apps.report.base import ReportConfig, computed_metrics, spread_batches, spread_places
-from apps.report.images import Tile, heated, save_images
+from apps.report.images import Tile, data_url, heated, save_images
 from apps.report.page import Gallery, Part, Picture, Section, Table, Thumbnail, Words
 from apps.report.routed import experts_by_layer, largest_number
 from apps.report.use import ExpertUse, Labels, load_parts, tokens_of, typical_parts
@@ -240,9 +238,7 @@ def thumbnail(pixels: np.ndarray, captioned: CaptionedImage, name: str) -> Thumb
     image = Image.fromarray((255 * pixels).round().astype(np.uint8))
     times = -(-_THUMBNAIL // min(image.size))
     size = (image.width * times, image.height * times)
-    buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.NEAREST).save(buffer, "PNG")
-    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    source = data_url(image.resize(size, Image.Resampling.NEAREST))
     return Thumbnail(source, size, name, (captioned.caption, *(f"[{text}]" for text in captioned.references)))
 
 

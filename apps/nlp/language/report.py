@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -121,35 +121,10 @@ def _row(name: str, sums: np.ndarray, all_sums: np.ndarray) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Excerpt:
-    """A piece of a text.
-
-    Attributes:
-        pieces: its subwords.
-        loss: nats of each.
-        experts: layer to the experts that computed each as it was read, best first; E and above is none.
-        num_experts: the largest E.
-    """
-
-    pieces: tuple[str, ...]
-    loss: tuple[float, ...]
-    experts: Mapping[str, list[list[int]]]
-    num_experts: int
-
-    def words(self, number: int) -> Words:
-        """Return it as a part of a page."""
-        what = ", with the experts of each subword and its loss" if self.experts else ", with the loss of each subword"
-        note = "The loss is that of the subword itself; its experts computed it when it was read."
-        return Words.of_pieces(
-            f"Text {number}{what}", self.pieces, self.experts, self.num_experts, {"loss in nats": self.loss}, note
-        )
-
-
-@dataclass(frozen=True)
 class _Collected:
     losses: TokenLosses
     use: TextUse
-    excerpts: list[Excerpt]
+    excerpts: list[Words]
     pieces: Sequence[str]
 
 
@@ -172,7 +147,7 @@ class LanguageReport(Report):
             return None
         module: Any = pl_module
         pieces = module.subwords.pieces(range(module.subwords.size("target")), "target")
-        losses, excerpts = TokenLosses(len(pieces)), []
+        losses, excerpts = TokenLosses(len(pieces)), list[Words]()
         use = TextUse(tokens_of(module), module.subwords, ("text",))
         count = int(trainer.num_test_batches[0])
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -191,7 +166,8 @@ class LanguageReport(Report):
             if place in shown:
                 nll_BL = torch.full(real_BL.shape, torch.nan, dtype=torch.float64, device=real_BL.device)
                 nll_BL[real_BL] = scores.nll_T.double()
-                excerpts.append(excerpt(batch.tokens_BL[0].tolist(), nll_BL[0].tolist(), known, pieces))
+                number = len(excerpts) + 1
+                excerpts.append(excerpt(number, batch.tokens_BL[0].tolist(), nll_BL[0].tolist(), known, pieces))
         return _Collected(losses, use, excerpts, pieces)
 
     def write(self, collected: _Collected, folder: Path) -> list[Section]:
@@ -201,8 +177,7 @@ class LanguageReport(Report):
         sections = [write_losses(losses, collected.pieces, folder)]
         if collected.use.layers:
             sections.append(write_use(collected.use, folder, draw=self.config.pictures))
-        words = [e.words(number) for number, e in enumerate(collected.excerpts, 1) if e.pieces]
-        return [*sections, Section("Words in sentences", tuple(words))]
+        return [*sections, Section("Words in sentences", tuple(own for own in collected.excerpts if own.words))]
 
 
 def _is_of_all_tokens(entry: Any, tokens: int) -> bool:
@@ -211,10 +186,11 @@ def _is_of_all_tokens(entry: Any, tokens: int) -> bool:
     return entry.routing.num_tokens == tokens and context is not None and context.token_ids_BS is not None
 
 
-def excerpt(ids: Sequence[int], nll: Sequence[float], tape: core.Tape, pieces: Sequence[str]) -> Excerpt:
+def excerpt(number: int, ids: Sequence[int], nll: Sequence[float], tape: core.Tape, pieces: Sequence[str]) -> Words:
     """Return a piece of the first block of a batch, from a word's begin after a third of the block on.
 
     Args:
+        number: number of the piece.
         ids: L ids of the block.
         nll: L - 1 losses, of all ids but the first; NaN for padding.
         tape: the passes of the layers, which read all ids but the last.
@@ -226,8 +202,10 @@ def excerpt(ids: Sequence[int], nll: Sequence[float], tape: core.Tape, pieces: S
     kept = [i for i in real if first <= i < first + _SHOWN]
     experts = experts_by_layer(tape.entries)  # the block's tokens are the batch's first
     shown = {layer: [experts[layer][i] for i in kept] for layer in some_layers(list(experts))}
-    words = tuple(pieces[ids[i]] for i in kept)
-    return Excerpt(words, tuple(nll[i - 1] for i in kept), shown, largest_number(tape.entries))
+    what = ", with the experts of each subword and its loss" if shown else ", with the loss of each subword"
+    note = "The loss is that of the subword itself; its experts computed it when it was read."
+    words, losses = [pieces[ids[i]] for i in kept], {"loss in nats": [nll[i - 1] for i in kept]}
+    return Words.of_pieces(f"Text {number}{what}", words, shown, largest_number(tape.entries), losses, note)
 
 
 def write_losses(losses: TokenLosses, pieces: Sequence[str], folder: Path) -> Section:

@@ -138,7 +138,7 @@ class RetrievalReport(Report):
 def write_ranks(use: RetrievalUse, folder: Path) -> Section:
     """Write ``popularity.csv``, and return what a page shows of it."""
     group_N = use.group_V[use.item_N]  # number 0, of an item that the catalogue lacks, is not in training
-    named = {"what": "popularity", "about": "popularity of the item", "unit": "pairs", "note": QUARTERS}
+    named: dict[str, Any] = {"what": "popularity", "about": "popularity of the item", "unit": "pairs", "note": QUARTERS}
     path = folder / "popularity.csv"
     parts = rank_parts(use.rank_N, group_N, POPULARITY, path, recall_at=use.ks, **named)
     return Section("What is retrieved", tuple(parts))

@@ -16,11 +16,9 @@ from apps.recsys.retrieval.columns import encoding_of_part, names_of
 from apps.recsys.row import RowTask
 from apps.recsys.tables.scoring import encoding_of
 from apps.recsys.tables.sizes import columns_of, read_on_meta
-from apps.report.exhibit.parts import Example, LayerPart, Part, Pieces
-from apps.report.exhibit.routes import expert_names
+from apps.report.exhibit.parts import Example, LayerPart, Part
 from apps.report.page import Table
-from apps.report.routed import experts_of_token, layer_label
-from apps.task import MOST_EXPERTS, Loss, Missing, Output, Sizes, Trial
+from apps.task import Loss, Missing, Output, Sizes, Trial, words_by_layer
 from apps.task.outputs import properties
 from apps.train.exporting import Exported
 
@@ -96,8 +94,9 @@ class Retrieval(RowTask):
         rows = self.catalogue.rows(self.model.item_features)
         with core.record(self.model) as of_items:
             self.model.item_tower(rows.__getitems__([values.index(name) for name in names]).to(self.model.device))
-        title = "The retrieved items, the best first"
-        return {**_layers(tape, ["the user"], "The user"), **_layers(of_items, names, title)}
+        users = words_by_layer(tape.entries, [["the user"]], "The user", "rows")
+        items = [[name] for name in names]
+        return {**users, **words_by_layer(of_items.entries, items, "The retrieved items, the best first", "rows")}
 
     def examples(self, data: Any, most: int) -> tuple[Example, ...]:
         """Return the users of some pairs of the validation, or of the test where there are none, at equal steps."""
@@ -163,17 +162,6 @@ class Retrieval(RowTask):
             f"exact search among {model.num_items:,} items: {4e-9 * numbers:.3g} GB, {2 * numbers:.3g} FLOPs a user"
         )
         return Trial(run, batch, batch, _sampled_loss(batch, items, dim), "pairs", remark)
-
-
-def _layers(tape: core.Tape, names: Sequence[str], title: str) -> Mapping[str, tuple[Pieces, ...]]:
-    """Return the experts of rows by layer of a tower, from the pass of these rows."""
-    layers = {}
-    for entry in tape.entries:
-        if entry.routing.num_tokens == len(names):
-            experts_TK = experts_of_token(entry.routing, MOST_EXPERTS).cpu().numpy()
-            words = Pieces(title, tuple((name,) for name in names), experts_TK, expert_names(entry.routing), "rows")
-            layers[layer_label(entry.name)] = (words,)
-    return layers
 
 
 def _sampled_loss(batch: int, items: int, dim: int) -> Loss:

@@ -141,14 +141,15 @@ class NextItemReport(Report):
 
 def write_ranks(use: NextItemUse, lengths: Sequence[int], folder: Path) -> Section:
     """Write ``popularity.csv`` and ``lengths.csv``, and return what a page shows of them."""
-    rank_N, parts, at = [user.rank for user in use.users], list[Part](), {"recall_at": (CUTOFF,), "ndcg_at": (CUTOFF,)}
+    rank_N, parts = [user.rank for user in use.users], list[Part]()
+    same: dict[str, Any] = {"unit": "users", "recall_at": (CUTOFF,), "ndcg_at": (CUTOFF,)}
     if use.group_V is not None:
         group_N, path = use.group_V[[user.target for user in use.users]], folder / "popularity.csv"
-        named = {"what": "popularity", "about": "popularity of the next item", "unit": "users", "note": QUARTERS}
-        parts += rank_parts(rank_N, group_N, POPULARITY, path, **named, **at)
+        named: dict[str, Any] = {"what": "popularity", "about": "popularity of the next item", "note": QUARTERS}
+        parts += rank_parts(rank_N, group_N, POPULARITY, path, **named, **same)
     group_N, path = ranges_of(np.array(use.length_N), lengths), folder / "lengths.csv"
-    named = {"what": "items", "about": "items of the history", "unit": "users"}
-    parts += rank_parts(rank_N, group_N, range_names(lengths), path, **named, **at)
+    named = {"what": "items", "about": "items of the history"}
+    parts += rank_parts(rank_N, group_N, range_names(lengths), path, **named, **same)
     return Section("Ranks of the next items", tuple(parts))
 
 

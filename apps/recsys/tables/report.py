@@ -26,8 +26,8 @@ from apps.report.base import Report, ReportConfig, computed_metrics, first_batch
 from apps.report.heatmaps import row_names
 from apps.report.page import BarChart, HeatmapChart, Line, LineChart, Section, Table, Text, save_charts
 from apps.report.page.charts import Chart
-from apps.report.page.experts import load_charts
 from apps.report.tables import write_csv
+from apps.report.use import load_charts
 from core.fields import Count
 
 _SHOWN = 20  # lines of a table; the CSV file has all
@@ -284,8 +284,9 @@ def write_gates(
         files["gates_by_value.png"] = (title, by_value)
     polarised = [chart for block in blocks for chart in polarisation(block, use, gates)]
     files["polarisation.png"] = ("Expert polarisation", polarised)
-    for name, (title, charts) in files.items() if config.pictures else ():
-        save_charts(charts, folder / name, title)
+    for name, (title, charts) in files.items():
+        if config.pictures and charts:
+            save_charts(charts, folder / name, title)
     shown = [chart for _, charts in files.values() for chart in charts]
     return Section("What the experts are used for", (*shown, *tables))
 

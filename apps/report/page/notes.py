@@ -23,7 +23,13 @@ def placed(chart: ScatterChart, width: float, height: float) -> list[tuple[float
     xs = _pixels([p.x for p in chart.points], drawn_x, width, 24, chart.log_x)
     ys = _pixels([p.y for p in chart.points], drawn_y, height, 16, False)
     ys = ys if chart.is_reversed else [height - y for y in ys]
+    lefts, rights = (
+        _pixels([end or p.x for p, end in zip(chart.points, ends, strict=True)], drawn_x, width, 24, chart.log_x)
+        for ends in ([p.left for p in chart.points], [p.right for p in chart.points])
+    )
+    bars = zip(lefts, rights, ys, strict=True)
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in zip(xs, ys, strict=True)]
+    taken += [(left, y - 1, right, y + 1) for left, right, y in bars]
     offsets = []
     for point, x, y in zip(chart.points, xs, ys, strict=True):
         half, best = _LETTER * len(point.note) / 2, None

@@ -69,10 +69,8 @@ def png_of(charts: Sequence[Chart | Words], title: str) -> bytes:
     from PIL import Image
 
     drawn = Image.open(io.BytesIO(vl_convert.vegalite_to_png(still(charts, title), scale=2.0)))
-    small = io.BytesIO()
-    drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
-        small, "PNG", optimize=True
-    )  # a fifth of the size
+    few_colors, small = drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE), io.BytesIO()
+    few_colors.save(small, "PNG", optimize=True)  # a fifth of the size
     return small.getvalue()
 
 
@@ -183,14 +181,11 @@ def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
     points_of = base.mark_point(filled=True, size=110, xOffset=beside).encode(
         y=y,
         shape=alt.Shape("label:N", title=None, scale=_shapes(labels)).legend(_legend(labels)),
-        tooltip=[
-            alt.Tooltip("label:N", title="model"),
-            *([alt.Tooltip("note:N", title="form")] if any(p.note for p in chart.points) else []),
-            alt.Tooltip("x:Q", title=chart.x_title, format=".4~g"),
-            alt.Tooltip("y:Q", title=chart.y_title, format=".4~g"),
-            alt.Tooltip("low:Q", title="interval from", format=".4~g"),
-            alt.Tooltip("high:Q", title="to", format=".4~g"),
-        ],
+        tooltip=_tips(
+            ("label:N", "model"),
+            *([("note:N", "form")] if any(p.note for p in chart.points) else []),
+            *(("x:Q", chart.x_title), ("y:Q", chart.y_title), ("low:Q", "interval from"), ("high:Q", "to")),
+        ),
     )
     layers: list[Any] = [bars, points_of.add_params(*params)]
     if any(p.left is not None for p in chart.points):
@@ -230,6 +225,9 @@ def _lines(chart: LineChart, is_still: bool) -> alt.LayerChart:
     few = max(len(line.x) for line in chart.lines) <= 30
     x, y = alt.X("x:Q", title=chart.x_title, scale=_across(chart.log_x)), alt.Y("y:Q", title=chart.y_title)
     y = y.scale(alt.Scale(type="log") if chart.log_y else alt.Scale(zero=False))
+    places = sorted({place for line in chart.lines for place in line.x})
+    if chart.log_x and len(places) <= 10:  # such as learning rates, or numbers of GPUs
+        x = x.axis(values=places, format="~g", labelOverlap=True)
     lines = (
         alt.Chart(alt.Data(values=rows))
         .mark_line(point=alt.OverlayMarkDef(size=28, filled=True) if few else False, strokeWidth=1.8, clip=True)
@@ -239,11 +237,7 @@ def _lines(chart: LineChart, is_still: bool) -> alt.LayerChart:
             color=alt.Color("label:N", title=None, scale=_colors(labels)).legend(_legend(labels)),
             detail="name:N",
             opacity=faded,
-            tooltip=[
-                alt.Tooltip("name:N", title="line"),
-                alt.Tooltip("x:Q", title=chart.x_title, format=".4~g"),
-                alt.Tooltip("y:Q", title=chart.y_title, format=".4~g"),
-            ],
+            tooltip=_tips(("name:N", "line"), ("x:Q", chart.x_title), ("y:Q", chart.y_title)),
         )
         .add_params(*params)
     )
@@ -287,11 +281,7 @@ def _bars(chart: BarChart, is_still: bool) -> alt.LayerChart:
         y=alt.Y("y:Q", title=chart.y_title),
         color=alt.Color("label:N", title=None, scale=_colors(labels)) if several else alt.value(PALETTE[0]),
         opacity=faded,
-        tooltip=[
-            alt.Tooltip("name:N", title=chart.x_title),
-            alt.Tooltip("label:N", title="series"),
-            alt.Tooltip("y:Q", title=chart.y_title, format=".4~g"),
-        ],
+        tooltip=_tips(("name:N", chart.x_title), ("label:N", "series"), ("y:Q", chart.y_title)),
     )
     if several:
         bars = bars.encode(xOffset=alt.XOffset("label:N", sort=labels))
@@ -319,11 +309,7 @@ def _heatmap(chart: HeatmapChart, is_still: bool) -> alt.LayerChart:
     x = x.axis(labelOverlap=angle == 0, labelAngle=angle, labelLimit=limit)
     y = alt.Y("row:N", title=None, sort=names).axis(labelLimit=limit)
     base = alt.Chart(alt.Data(values=rows)).encode(x=x, y=y)
-    tooltip = [
-        alt.Tooltip("row:N", title=chart.row_title),
-        alt.Tooltip("column:N", title=chart.column_title),
-        alt.Tooltip("value:Q", title=chart.value_title, format=".1f"),
-    ]
+    tooltip = _tips(("row:N", chart.row_title), ("column:N", chart.column_title), ("value:Q", chart.value_title))
     scale = alt.Scale(scheme="cividis", domain=[0, chart.shown_top], clamp=True)
     cells = base.mark_rect().encode(color=alt.Color("value:Q", title=chart.value_title, scale=scale), tooltip=tooltip)
     layers: list[Any] = [cells]
@@ -364,6 +350,16 @@ def _different(names: Sequence[str]) -> list[str]:
         different.append(name + "\N{ZERO WIDTH SPACE}" * seen[name])
         seen[name] += 1
     return different
+
+
+def _tips(*fields: tuple[str, str]) -> list[alt.Tooltip]:
+    """Return what a page shows of a mark, given fields with their titles."""
+    import altair as alt
+
+    return [
+        alt.Tooltip(field, title=title, **({"format": ".4~g"} if field.endswith(":Q") else {}))
+        for field, title in fields
+    ]
 
 
 def _finite(value: float | None) -> float | None:

@@ -74,6 +74,7 @@ def test_layers_are_named_by_their_place():
     assert layer_label("model.decoder.layers.3.ffn") == "decoder 3"
     assert layer_label("encoder.layers.0.ffn") == "encoder 0"
     assert layer_label("encoder.ffn") == "encoder.ffn"
+    assert layer_label("model.layers.1.mlp") == "layers.1.mlp"  # a user's model may have several there
     assert layer_label("model.towers.stack.layers.1.ffn") == "block 1"
     assert layer_label("model.towers.image_tower.blocks.3.mlp") == "image block 3"
     assert layer_label("model.towers.text.layers.0.ffn") == "text block 0"

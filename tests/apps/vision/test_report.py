@@ -86,6 +86,17 @@ def test_the_command_says_where_the_report_is_and_what_it_leaves_out(tmp_path, c
     assert "500-shot left out: a class has only 14 images to draw from" in log_lines
 
 
+def test_soft_slots_have_a_report(tmp_path):
+    moe = core.MoEConfig(num_experts=2, router=core.SoftSlots(), expert=core.FFN(hidden_dim=8))
+    vit = ViTConfig(patch_size=4, embed_dim=8, depth=2, num_heads=2)
+    report = VisionReportConfig(few_shot=(), images=1)
+    module = VisionClassifier(vit=vit, moe=moe, moe_blocks=[1], image_size=8, report=report)
+    quiet_trainer(tmp_path).test(module, datamodule=VisionData("digits", eval_batch_size=100), verbose=False)
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {
+        *("routing.png", "expert_class.png", "load.png", "sections.json")
+    }
+
+
 def test_a_checkpoint_and_a_configuration_with_the_options_of_an_earlier_version_are_tested(tmp_path, caplog):
     vit = {"patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
     module = VisionClassifier(vit=ViTConfig(**vit), image_size=8, report=VisionReportConfig(few_shot=()))
