@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms import v2
 
 import core
@@ -120,10 +121,8 @@ def _bracketed(piece: str) -> str:
 
 def padded(ids: Sequence[Sequence[int]]) -> Tensor:
     """Return rows of ids as int64 (B, L), padded with 0 to the longest."""
-    text_BL = torch.full((len(ids), max(map(len, ids), default=0)), PAD_ID, dtype=torch.int64)
-    for row, of_text in zip(text_BL, ids, strict=True):
-        row[: len(of_text)] = torch.tensor(of_text, dtype=torch.int64)
-    return text_BL
+    rows = [torch.tensor(of_text, dtype=torch.int64) for of_text in ids]
+    return pad_sequence(rows, batch_first=True, padding_value=PAD_ID) if rows else torch.zeros(0, 0, dtype=torch.int64)
 
 
 @core.register_config

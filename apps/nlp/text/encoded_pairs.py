@@ -19,7 +19,15 @@ from apps.nlp.text.batch import TranslationBatch
 from apps.nlp.text.corpora import SentencePairs
 
 STORE = EncodedStore(
-    "text", ("nlp/text/*.py", "nlp/text/readers/*.py", "nlp/*/data.py", "data/text_files.py", "data/subwords.py")
+    "text",
+    (
+        "nlp/text/*.py",
+        "nlp/text/readers/*.py",
+        "nlp/*/data.py",
+        "data/splits.py",
+        "data/text_files.py",
+        "data/subwords.py",
+    ),
 )
 """Texts and corpora in subword ids."""
 
