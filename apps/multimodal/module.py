@@ -138,8 +138,7 @@ class ImageTextRetriever(SparseModule, Comparable):
             image: (B, C, H, W), normalised.
             text_BL: int64 (B, L), ids of pieces, 0 for padding, which stands behind them.
         """
-        vectors: tuple[Tensor, Tensor, tuple[Tensor, ...]] = self.model(image, text_BL)
-        return vectors
+        return self.model(image, text_BL)
 
     def image_vectors(self, image: Tensor) -> Tensor:
         """Return the vectors of normalised images (B, C, H, W), float32 (B, dim), of length 1."""
@@ -256,13 +255,7 @@ class ImageTextRetriever(SparseModule, Comparable):
         Raises:
             ValueError: there is neither.
         """
-        state = self.encoding_state
-        if state is None:
-            raise ValueError(
-                "this model does not know how texts and pixels become its input: load a checkpoint of a training with "
-                "ImageTextData, which keeps it"
-            )
-        return PairEncoding.from_state(state)
+        return self.known_encoding(PairEncoding, "its pieces of words and the scale of its pixels", "ImageTextData")
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
