@@ -16,7 +16,7 @@ def columns_of(model: Any, batch: PairBatch | FileBatch | TextBatch, data: Any) 
     """Return the columns of a batch: ``index``, what names the rows, and ``image_vector`` and ``text_vector``.
 
     Args:
-        model: a ``PairEncoder`` that has ``dim``, the width of its vectors, and gives a batch's by a call.
+        model: as in ``vectors.encode_images``; it gives a batch's by a call.
         batch: pairs, with the columns ``image``, a name, and ``text``; images of a folder, with ``image``, their path
             in it; or texts, with ``text`` and, where they have one, ``id``. Images that cannot be read have no row.
         data: names the images and texts of pairs by ``image_name(number)`` and ``texts``; other data name none.

@@ -29,8 +29,7 @@ from apps.multimodal.datasets import PAIR_DATASETS
 from apps.multimodal.encoding import PairEncoding
 from apps.multimodal.given import GivenInputs
 from apps.multimodal.images import SKIP_HINT, DecodedPixels, DrawnImages, store_pixels, with_row
-from apps.multimodal.labels import classes_of, lacking, numbered
-from apps.multimodal.pairs import OnBadRow, PairCollate, PairSet, RawPairs, ReadOptions
+from apps.multimodal.pairs import OnBadRow, PairCollate, PairSet, RawPairs, ReadOptions, classes_of, lacking, numbered
 from apps.multimodal.splits import num_trained, split_images
 from apps.multimodal.texts import EncodedTexts, TextOptions
 from apps.multimodal.vectors import OnBadImage

@@ -48,12 +48,10 @@ class _ViTTower(ImageTower):
         return int(self.network.patch_embed.num_patches)
 
     def tokens(self, image: Tensor) -> Tensor:
-        x_BSD: Tensor = self.network.forward_features(image, self.context(image))
-        return x_BSD
+        return self.network.forward_features(image, self.context(image))
 
     def forward(self, image: Tensor) -> Tensor:
-        vector_BD: Tensor = self.network.forward_head(self.tokens(image))
-        return vector_BD
+        return self.network.forward_head(self.tokens(image))
 
     def fill(self, dense: VMoE, source: str) -> None:
         load_pretrained_weights(dense, source)

@@ -43,7 +43,7 @@ class ImageSearch:
     """The search of ``moesaic predict``: nothing is computed before the first result is asked for.
 
     Args:
-        model: a ``PairEncoder`` that is a module.
+        model: as in ``vectors.encode_images``.
         given: the images and the queries.
         cache: the cache's folder.
         num_workers: processes that read images.
@@ -161,7 +161,7 @@ def match(model: Any, images: Sequence[Any], texts: Sequence[str], top: int) -> 
     """Return the texts that fit each image best, as classes that no training has seen.
 
     Args:
-        model: a ``PairEncoder`` that is a module, whose ``loss`` has ``probabilities(image_ND, text_CD)``, (N, C).
+        model: as in ``vectors.encode_images``, whose ``loss`` has ``probabilities(image_ND, text_CD)``, (N, C).
         images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.
         texts: the classes in words, such as "a photo of a red dress".
         top: number of texts to name for each.

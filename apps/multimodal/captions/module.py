@@ -308,13 +308,7 @@ class ImageCaptioner(JudgedModule):
         Raises:
             ValueError: there is neither.
         """
-        state = self.encoding_state
-        if state is None:
-            raise ValueError(
-                "this model does not know its subwords and the scale of its pixels: load a checkpoint of a training "
-                "with ImageTextData, which keeps them"
-            )
-        return PairEncoding.from_state(state)
+        return self.known_encoding(PairEncoding, "its subwords and the scale of its pixels", "ImageTextData")
 
     @property
     def subwords(self) -> Subwords:

@@ -331,7 +331,7 @@ class Translator(JudgedModule, TextModule):
         self, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
     ) -> list[ExampleDifference]:
         """Return BLEU and chrF++ differences by paired bootstrap resampling."""
-        from apps.nlp.translation.comparison import compare_sentences
+        from apps.nlp.text.significance import compare_sentences
 
         return compare_sentences(first, second, self.bleu_tokenizers)
 
