@@ -343,7 +343,7 @@ class ClipWeights:
     bias: float | None
 
 
-def resampled_places(places_SD: Tensor, num_tokens: int) -> Tensor:
+def resampled(places_SD: Tensor, num_tokens: int) -> Tensor:
     """Return the position embeddings of an image tower for another number of patches, resampled as timm does.
 
     Args:
