@@ -13,13 +13,12 @@ import core
 from apps.base.checks import check_at_least
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.multimodal.baselines import baselines
-from apps.multimodal.batch import PairBatch
-from apps.multimodal.columns import columns_of
 from apps.multimodal.encoding import PairEncoding
-from apps.multimodal.given import GivenInputs, TextBatch
+from apps.multimodal.given import GivenInputs, TextBatch, columns_of
 from apps.multimodal.loss import ContrastiveLoss, SoftmaxLoss, attribute_loss
 from apps.multimodal.metrics import KS, Gallery, PairMetrics, PairOutputs, PairTargets
 from apps.multimodal.model import AttributeHead, PairModel
+from apps.multimodal.pairs import PairBatch
 from apps.multimodal.report import PairReport, PairReportConfig
 from apps.multimodal.search import ImageSearch, MatchedImage, match
 from apps.multimodal.stack import MODALITIES

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +17,31 @@ from torch.utils.data import Dataset
 from apps.base.messages import excerpt
 from apps.data.splits import Split
 from apps.data.text_files import clean
-from apps.multimodal.batch import PairBatch
 from apps.multimodal.images import SKIP_HINT, Images
 from apps.vision.batch import Collate, PixelBatch
 
 OnBadRow = Literal["error", "skip"]
 """What becomes of a row without a caption, or whose image is missing or cannot be read."""
+
+
+class PairBatch(NamedTuple):
+    """Pairs of an image and a text.
+
+    Attributes:
+        image: float32 (B, C, H, W), normalised by the encoding's constants.
+        text_BL: int64 (B, L), ids of the texts' pieces, 0 for padding, which stands behind them.
+        image_B: int64 (B,), numbers of the images in the data; pairs of one image have one number.
+        caption_B: int64 (B,), numbers of the texts; equal texts have one number.
+        label_BA: int64 (B, A), the class of each attribute, -1 where it is not known.
+        index_B: int64 (B,), places of the pairs in the data.
+    """
+
+    image: Tensor
+    text_BL: Tensor
+    image_B: Tensor
+    caption_B: Tensor
+    label_BA: Tensor
+    index_B: Tensor
 
 
 @dataclass(frozen=True)

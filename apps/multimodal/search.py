@@ -22,14 +22,7 @@ from apps.multimodal.encoding import TextEncoding
 from apps.multimodal.given import TOP, GivenInputs
 from apps.multimodal.image_index import ImageIndex, model_digest, refreshed
 from apps.multimodal.page import Hits, write_search_page
-from apps.multimodal.vectors import (
-    FolderImages,
-    check_list,
-    encode_images,
-    encode_texts,
-    readable,
-    vectors_of_pixels,
-)
+from apps.multimodal.vectors import FolderImages, check_list, encode_images, encode_texts, readable, vectors_of_pixels
 from apps.nets.exact_search import exact_search
 from apps.train.contents import fingerprint
 from apps.train.predicting import Prediction, PredictionStream

@@ -27,7 +27,6 @@ from apps.report.page import Table
 from apps.task import MOST_EXPERTS, Input, Loss, Output, Sizes, Task, Trial, ids_on_meta
 from apps.task.outputs import SHARE
 from apps.train.exporting import Exported, Graph
-from apps.vision.encoding import normalize
 from apps.vision.image_files import to_array
 from apps.vision.image_input import image_input, images_on_meta
 
@@ -148,7 +147,7 @@ class ImageTextMatching(Task):
         """Return the vector of each image, and the logits of its attributes."""
         if not pixels:
             return iter(())
-        image = normalize(torch.stack(list(pixels)).to(self.model.device), self.encoding.mean, self.encoding.std)
+        image = self.encoding.normalized(torch.stack(list(pixels)), self.model.device)
         with in_evaluation(self.model):
             outputs = self.model.model.image_outputs(image)
         return zip(*(part.float().cpu() for part in outputs), strict=True)

@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 
 from apps.base.evaluation import in_evaluation
 from apps.multimodal.encoding import PairEncoding
-from apps.vision.encoding import normalize
 from apps.vision.image_files import ENDINGS, BadImage, read_image, scaled
 from apps.vision.image_folders import images_below
 
@@ -69,9 +68,7 @@ def encode_texts(model: Any, texts: Sequence[str]) -> Tensor:
 
 def vectors_of_pixels(model: Any, pixels: Tensor) -> Tensor:
     """Return the vectors of scaled images, uint8 (B, C, S, S): float32 (B, dim) on the CPU."""
-    encoding = model.encoding
-    image = normalize(pixels.to(model.device), encoding.mean, encoding.std)
-    return model.image_vectors(image).float().cpu()
+    return model.image_vectors(model.encoding.normalized(pixels, model.device)).float().cpu()
 
 
 def check_list(name: str, items: Any) -> None:

@@ -18,8 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
 from apps.data.text_files import clean
 from apps.nlp.decode import Candidate
-from apps.nlp.text.batch import TranslationBatch
-from apps.nlp.text.batches import cut_by_tokens
+from apps.nlp.text.batches import TranslationBatch, cut_by_tokens
 
 log = logging.getLogger(__name__)
 

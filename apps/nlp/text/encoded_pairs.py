@@ -15,7 +15,7 @@ from apps.base.progress import each
 from apps.data.array_files import ArrayFiles, ArrayWriter, save_texts
 from apps.data.store import EncodedStore
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Side, Subwords
-from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text.corpora import SentencePairs
 
 STORE = EncodedStore(

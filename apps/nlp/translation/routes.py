@@ -13,7 +13,7 @@ import torch
 import core
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Side
 from apps.nlp.specialisation import ExpertUse, side_of
-from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.translation import pictures
 from apps.nlp.translation.pictures import Routes
 from apps.report.page import Part, Picture, Words
