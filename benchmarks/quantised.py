@@ -32,7 +32,7 @@ from apps.base.machine import machine_line
 from apps.base.quiet import quiet
 from apps.cli.request import Request
 from apps.cli.train import SparseCLI, build
-from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.batches import TranslationBatch
 from apps.train.quantising import quantise, read_form
 from benchmarks._rounds import in_turn
 

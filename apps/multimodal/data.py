@@ -26,16 +26,14 @@ from apps.data.splits import SPLITS, Split, check_size
 from apps.data.subwords import SubwordConfig
 from apps.data.suite_data import SuiteData
 from apps.multimodal.datasets import PAIR_DATASETS
-from apps.multimodal.encoding import PairEncoding
+from apps.multimodal.encoding import EncodedTexts, PairEncoding, TextOptions
 from apps.multimodal.given import GivenInputs
 from apps.multimodal.images import SKIP_HINT, DecodedPixels, DrawnImages, store_pixels, with_row
-from apps.multimodal.labels import classes_of, lacking, numbered
-from apps.multimodal.pairs import OnBadRow, PairCollate, PairSet, RawPairs, ReadOptions
+from apps.multimodal.pairs import OnBadRow, PairCollate, PairSet, RawPairs, ReadOptions, classes_of, lacking, numbered
 from apps.multimodal.splits import num_trained, split_images
-from apps.multimodal.texts import EncodedTexts, TextOptions
 from apps.multimodal.vectors import OnBadImage
 from apps.vision.batch import Augment, Collate
-from apps.vision.encoding import check_images, evaluation_transform
+from apps.vision.encoding import PixelEncoding, check_images, evaluation_transform
 from apps.vision.image_files import BadImage
 from core.config.plain import from_plain
 
@@ -291,6 +289,12 @@ class ImageTextData(SuiteData):
             )
         super().adopt(encoding_state)
 
+    @property
+    def _image_fields(self) -> tuple[Any, ...]:
+        """The fields of a ``PixelEncoding``."""
+        known = {"mean": self._spec.mean, "std": self._spec.std, "eval_crop": 1.0}
+        return self.image_size, self.in_chans, *(self._of_image(name, default) for name, default in known.items())
+
     def _of_image(self, name: str, default: Any) -> Any:
         if self._adopted is not None:
             return getattr(self._adopted, name)
@@ -319,13 +323,9 @@ class ImageTextData(SuiteData):
         if encoding is None:
             in_training = [pairs.texts[i] for i in index["train"].tolist()]
             encoding = PairEncoding(
-                self._text_options.encoding(in_training, self.cache),
-                self.image_size,
-                self.in_chans,
-                self._of_image("mean", self._spec.mean),
-                self._of_image("std", self._spec.std),
-                self._of_image("eval_crop", 1.0),
-                classes_of(pairs, splits == "train"),
+                *self._image_fields,
+                text=self._text_options.encoding(in_training, self.cache),
+                attributes=classes_of(pairs, splits == "train"),
             )
         for split in ("val", "test"):
             if shared := num_trained(pairs.texts, split_N, split):
@@ -445,20 +445,13 @@ class ImageTextData(SuiteData):
         return PairCollate(Collate(encoding.image_size, 1, encoding.mean, encoding.std, augment))
 
     def _check_options(self) -> None:
-        check_at_least(1, image_size=self._written["image_size"], subset=self.subset)
+        check_at_least(1, subset=self.subset)
+        PixelEncoding(*self._image_fields)  # checks them
         check_at_least(3, max_tokens=self._text_options.max_tokens)
         check_size("val_size", self.val_size)
         check_size("test_size", self.test_size)
         check_name("predict_split", self.predict_split, [*SPLITS, "all"])
         check_name("on_bad_row", self.on_bad_row, get_args(OnBadRow))
-        eval_crop, mean, std = (self._written[name] for name in ("eval_crop", "mean", "std"))
-        if eval_crop is not None and not 0 < eval_crop <= 1:
-            raise ValueError(f"eval_crop={eval_crop} must be above 0 and at most 1")
-        for name, values in (("mean", mean), ("std", std)):
-            if values is not None and len(values) != 3:
-                raise ValueError(f"{name}={values} has {len(values)} values for 3 channels")
-        if std is not None and min(std) <= 0:
-            raise ValueError(f"std={std} must be positive")
         if "{}" not in self._read_options.image_pattern:
             raise ValueError(
                 f"image_pattern={self._read_options.image_pattern!r} has no {{}}, which stands for what "

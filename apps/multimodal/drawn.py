@@ -28,24 +28,20 @@ class _PatchTower(_DrawnTower, ImageTower):
     modality = IMAGE
 
     def tokens(self, image: Tensor) -> Tensor:
-        x_BSD: Tensor = self.network.image_tokens(image)
-        return x_BSD
+        return self.network.image_tokens(image)
 
     def forward(self, image: Tensor) -> Tensor:
-        vector_BD: Tensor = self.network(image, None)[0]
-        return vector_BD
+        return self.network(image, None)[0]
 
 
 class _PieceTower(_DrawnTower, TextTower):
     modality = TEXT
 
     def tokens(self, text_BL: Tensor) -> Tensor:
-        x_BLD: Tensor = self.network.text_tokens(text_BL)
-        return x_BLD
+        return self.network.text_tokens(text_BL)
 
     def forward(self, text_BL: Tensor) -> Tensor:
-        vector_BD: Tensor = self.network(None, text_BL)[1]
-        return vector_BD
+        return self.network(None, text_BL)[1]
 
 
 @dataclass(frozen=True)

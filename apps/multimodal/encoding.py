@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
+import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
+from torch.nn.utils.rnn import pad_sequence
 
 import core
-from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
-from apps.porting.byte_pairs import WORD_END, BytePairs
-from apps.porting.sentences import WordPieces
-from apps.vision.encoding import evaluation_transform
-from core.config.plain import from_plain, to_plain
+from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
+from apps.porting import subwords_of
+from apps.porting.byte_pairs import FILE as CLIP_FILE
+from apps.porting.byte_pairs import WORD_END, BytePairs, read_merges
+from apps.porting.sentences import MINILM, WordPieces, encoder_folder
+from apps.vision.encoding import PixelEncoding
 from core.fields import Bounds, Checked
 
 _START = "\N{LOWER ONE EIGHTH BLOCK}"  # what sentencepiece writes before a piece that begins a word
@@ -118,44 +121,117 @@ def _bracketed(piece: str) -> str:
 
 def padded(ids: Sequence[Sequence[int]]) -> Tensor:
     """Return rows of ids as int64 (B, L), padded with 0 to the longest."""
-    text_BL = torch.full((len(ids), max(map(len, ids), default=0)), PAD_ID, dtype=torch.int64)
-    for row, of_text in zip(text_BL, ids, strict=True):
-        row[: len(of_text)] = torch.tensor(of_text, dtype=torch.int64)
-    return text_BL
+    rows = [torch.tensor(of_text, dtype=torch.int64) for of_text in ids]
+    return pad_sequence(rows, batch_first=True, padding_value=PAD_ID) if rows else torch.zeros(0, 0, dtype=torch.int64)
 
 
 @core.register_config
 @dataclass(frozen=True)
-class PairEncoding:
+class PairEncoding(PixelEncoding):
     """How images and texts become a model's input, and what its attributes' classes are.
 
     Attributes:
         text: the texts.
-        image_size: height and width in pixels.
-        in_chans: 1 or 3.
-        mean, std: constants of each channel, pixels in [0, 1].
-        eval_crop: share of the shorter side that is kept of an image.
         attributes: names of the classes of each attribute, by its name.
     """
 
-    text: TextEncoding
-    image_size: int
-    in_chans: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    eval_crop: float = 1.0
-    attributes: dict[str, tuple[str, ...]] | None = None
+    text: TextEncoding = field(kw_only=True)
+    attributes: dict[str, tuple[str, ...]] | None = field(default=None, kw_only=True)
 
-    def state(self) -> dict[str, Any]:
-        """Return plain values, for a checkpoint."""
-        return to_plain(self, PairEncoding)
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> PairEncoding:
-        """Return the encoding of a checkpoint's ``state()``; a ``ValueError`` says if it has other fields."""
-        return from_plain(state, PairEncoding, "the checkpoint's encoding")
+# ---- the encoding that options ask for
 
-    @property
-    def transform(self) -> v2.Compose:
-        """The ``evaluation_transform`` of decoded images."""
-        return evaluation_transform(self.image_size, self.in_chans, self.eval_crop)
+MAX_TOKENS = 32
+"""Pieces of a text that are read by default."""
+
+_SUBWORDS = SubwordConfig(vocab_size=2000)
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The options of `ImageTextData` that are about texts; None: as the checkpoint says, else a default.
+
+    Attributes:
+        tokenizer, lower_case, max_tokens: as for `ImageTextData`.
+    """
+
+    tokenizer: SubwordConfig | None = None
+    lower_case: bool | None = None
+    max_tokens: int | None = None
+
+    def encoding(self, captions: Sequence[str], cache: Path) -> TextEncoding:
+        """Return the encoding that is asked for.
+
+        Args:
+            captions: the training captions, from which subwords are learned.
+            cache: folder for learned subwords.
+
+        Raises:
+            ValueError: no captions, a vocabulary too small for their characters, or a path that cannot be read.
+        """
+        config = self.tokenizer or _SUBWORDS
+        most = MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        if config.path is None:
+            lowers = self.lower_case is not False
+            learned = [caption.lower() for caption in captions] if lowers else captions
+            return TextEncoding(train_subwords(learned, (), config, cache=cache), (), lowers, most)
+        path = Path(config.path).expanduser()
+        if config.path == MINILM:
+            path = encoder_folder(MINILM, "data.tokenizer.path")
+        if (path / CLIP_FILE).is_file():
+            return TextEncoding(None, (), self.lower_case is not False, most, tuple(read_merges(path)))
+        if (path / "vocab.txt").is_file():
+            pieces = WordPieces.of(path)
+            lowers = pieces.lower_case if self.lower_case is None else self.lower_case
+            return TextEncoding(None, tuple(pieces.ids), lowers, most)
+        return TextEncoding(subwords_of(path), (), self.lower_case is True, most)
+
+    def check(self, text: TextEncoding, cache: Path) -> None:
+        """Refuse a checkpoint's encoding that is not the one that is asked for.
+
+        Of subwords that were learned, the kind and the number are compared.
+
+        Raises:
+            ValueError: naming both.
+        """
+        for name in ("lower_case", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value != getattr(text, name):
+                trained = f"which was trained with {name}={getattr(text, name)}: leave it out"
+                raise ValueError(f"data.{name}={value} is not the checkpoint's, {trained}")
+        if self.tokenizer is None:
+            return
+        pieces = "subwords" if text.subwords else "pieces of CLIP" if text.merges else "pieces of a sentence encoder"
+        if self.tokenizer.path is not None:
+            other = self.encoding((), cache)
+            is_same = (other.pieces, other.merges, other.subwords) == (text.pieces, text.merges, text.subwords)
+            wanted = f"the {other.vocab_size:,} pieces of {self.tokenizer.path}"
+        else:
+            is_same = text.subwords is not None and text.vocab_size <= self.tokenizer.vocab_size
+            wanted = f"{self.tokenizer.vocab_size:,} learned subwords"
+        if not is_same:
+            raise ValueError(
+                f"data.tokenizer asks for {wanted}, and the checkpoint has {text.vocab_size:,} {pieces}: leave it out"
+            )
+
+
+class EncodedTexts:
+    """The ids of texts, one after the other.
+
+    Args:
+        texts: the texts.
+        encoding: their encoding.
+    """
+
+    def __init__(self, texts: Sequence[str], encoding: TextEncoding) -> None:
+        rows = encoding.rows(texts)
+        self._bounds = torch.tensor(np.cumsum([0, *map(len, rows)]), dtype=torch.int64)
+        self._ids = torch.tensor(np.fromiter((i for row in rows for i in row), np.int32))
+
+    def __call__(self, text_B: Tensor) -> Tensor:
+        """Return the ids of the texts of these numbers, int64 (B, L), padded with 0 to the longest of them."""
+        begin_B, end_B = self._bounds[text_B], self._bounds[text_B + 1]
+        place_L = torch.arange(int((end_B - begin_B).max()))
+        at_BL = begin_B[:, None] + place_L
+        is_text_BL = at_BL < end_B[:, None]
+        return self._ids[at_BL.clamp_(max=len(self._ids) - 1)].long().masked_fill_(~is_text_BL, PAD_ID)

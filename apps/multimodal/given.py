@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,8 +16,10 @@ from apps.base.messages import excerpt
 from apps.data.loader import in_order
 from apps.data.text_files import clean, text_lines
 from apps.multimodal.encoding import PairEncoding, TextEncoding
+from apps.multimodal.image_index import tell
+from apps.multimodal.pairs import PairBatch
 from apps.multimodal.readers.rows import ENDINGS, as_text, as_texts, kind_of, rows_of
-from apps.multimodal.vectors import FolderImages, OnBadImage, list_images
+from apps.multimodal.vectors import FileBatch, FolderImages, OnBadImage, list_images, readable, vectors_of_pixels
 
 TOP = 10
 """Images of a query, where nothing else is said."""
@@ -189,3 +192,45 @@ def read_texts(path: Path, column: str, id_column: str | None) -> tuple[list[str
     if not texts:
         raise ValueError(f"predict_file={str(path)!r} has no text")
     return (None if id_column is None else ids), texts
+
+
+# ---- what is written of them
+
+
+def columns_of(model: Any, batch: PairBatch | FileBatch | TextBatch, data: Any) -> dict[str, Any]:
+    """Return the columns of a batch: ``index``, what names the rows, and ``image_vector`` and ``text_vector``.
+
+    Args:
+        model: as in ``vectors.encode_images``; it gives a batch's by a call.
+        batch: pairs, with the columns ``image``, a name, and ``text``; images of a folder, with ``image``, their path
+            in it; or texts, with ``text`` and, where they have one, ``id``. Images that cannot be read have no row.
+        data: names the images and texts of pairs by ``image_name(number)`` and ``texts``; other data name none.
+    """
+    import pyarrow as pa
+
+    def texts(values: list[str]) -> Any:
+        return pa.array(values, pa.string())  # a batch without a row has the type too
+
+    if isinstance(batch, FileBatch):
+        tell(batch.complaints)
+        vectors_BD = vectors_of_pixels(model, batch.pixels) if batch.index else torch.empty(0, model.dim)
+        return {
+            "index": _numbers(batch.index),
+            "image": texts(list(map(readable, batch.path))),
+            "image_vector": vectors_BD,
+        }
+    if isinstance(batch, TextBatch):
+        named = {} if batch.id is None else {"id": texts(batch.id)}
+        vectors_BD = model.text_vectors(batch.text_BL.to(model.device)).float()
+        return {"index": _numbers(batch.index), **named, "text": texts(batch.text), "text_vector": vectors_BD}
+    columns: dict[str, Any] = {"index": batch.index_B}
+    if hasattr(data, "image_name"):
+        columns["image"] = texts([data.image_name(number) for number in batch.image_B.tolist()])
+    if hasattr(data, "texts"):
+        columns["text"] = texts([data.texts[number] for number in batch.caption_B.tolist()])
+    image_BD, text_BD, *_ = model(batch.image, batch.text_BL)
+    return {**columns, "image_vector": image_BD.float(), "text_vector": text_BD.float()}
+
+
+def _numbers(index: list[int]) -> torch.Tensor:
+    return torch.tensor(index, dtype=torch.int64)

@@ -246,8 +246,7 @@ def _without_own(equal_BN: Tensor, own_B: Tensor) -> Tensor:
 def gathered(x_B: Tensor) -> Tensor:
     """Return the (B, ...) rows of all ranks, (N, ...) rank by rank. A rank's gradient is that of the sum of all ranks'
     losses by its own rows."""
-    rows: Tensor = _Gathered.apply(x_B)
-    return rows
+    return _Gathered.apply(x_B)
 
 
 class _Gathered(torch.autograd.Function):

@@ -13,13 +13,12 @@ import core
 from apps.base.checks import check_at_least
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.multimodal.baselines import baselines
-from apps.multimodal.batch import PairBatch
-from apps.multimodal.columns import columns_of
 from apps.multimodal.encoding import PairEncoding
-from apps.multimodal.given import GivenInputs, TextBatch
+from apps.multimodal.given import GivenInputs, TextBatch, columns_of
 from apps.multimodal.loss import ContrastiveLoss, SoftmaxLoss, attribute_loss
 from apps.multimodal.metrics import KS, Gallery, PairMetrics, PairOutputs, PairTargets
 from apps.multimodal.model import AttributeHead, PairModel
+from apps.multimodal.pairs import PairBatch
 from apps.multimodal.report import PairReport, PairReportConfig
 from apps.multimodal.search import ImageSearch, MatchedImage, match
 from apps.multimodal.stack import MODALITIES
@@ -138,8 +137,7 @@ class ImageTextRetriever(SparseModule, Comparable):
             image: (B, C, H, W), normalised.
             text_BL: int64 (B, L), ids of pieces, 0 for padding, which stands behind them.
         """
-        vectors: tuple[Tensor, Tensor, tuple[Tensor, ...]] = self.model(image, text_BL)
-        return vectors
+        return self.model(image, text_BL)
 
     def image_vectors(self, image: Tensor) -> Tensor:
         """Return the vectors of normalised images (B, C, H, W), float32 (B, dim), of length 1."""
@@ -256,13 +254,7 @@ class ImageTextRetriever(SparseModule, Comparable):
         Raises:
             ValueError: there is neither.
         """
-        state = self.encoding_state
-        if state is None:
-            raise ValueError(
-                "this model does not know how texts and pixels become its input: load a checkpoint of a training with "
-                "ImageTextData, which keeps it"
-            )
-        return PairEncoding.from_state(state)
+        return self.known_encoding(PairEncoding, "its pieces of words and the scale of its pixels", "ImageTextData")
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

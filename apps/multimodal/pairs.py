@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +17,31 @@ from torch.utils.data import Dataset
 from apps.base.messages import excerpt
 from apps.data.splits import Split
 from apps.data.text_files import clean
-from apps.multimodal.batch import PairBatch
 from apps.multimodal.images import SKIP_HINT, Images
 from apps.vision.batch import Collate, PixelBatch
 
 OnBadRow = Literal["error", "skip"]
 """What becomes of a row without a caption, or whose image is missing or cannot be read."""
+
+
+class PairBatch(NamedTuple):
+    """Pairs of an image and a text.
+
+    Attributes:
+        image: float32 (B, C, H, W), normalised by the encoding's constants.
+        text_BL: int64 (B, L), ids of the texts' pieces, 0 for padding, which stands behind them.
+        image_B: int64 (B,), numbers of the images in the data; pairs of one image have one number.
+        caption_B: int64 (B,), numbers of the texts; equal texts have one number.
+        label_BA: int64 (B, A), the class of each attribute, -1 where it is not known.
+        index_B: int64 (B,), places of the pairs in the data.
+    """
+
+    image: Tensor
+    text_BL: Tensor
+    image_B: Tensor
+    caption_B: Tensor
+    label_BA: Tensor
+    index_B: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,51 @@ class RawPairs:
         texts = [text for text, keep in zip(self.texts, keep_N, strict=True) if keep]
         left_out = {**self.left_out, reason: int((~keep_N).sum())}
         return replace(self, image_N=self.image_N[keep_N], texts=texts, left_out=left_out)
+
+
+def classes_of(pairs: RawPairs, is_train_I: NDArray[np.bool_]) -> dict[str, tuple[str, ...]]:
+    """Return the names of the classes of each attribute, sorted: the values that training images have.
+
+    Args:
+        pairs: the pairs.
+        is_train_I: which images are trained on.
+
+    Raises:
+        ValueError: an attribute has fewer than two classes.
+    """
+    classes = {}
+    for name, values in pairs.labels.items():
+        known = {value for value, is_train in zip(values, is_train_I, strict=True) if is_train and value is not None}
+        if len(known) < 2:
+            has = f"only {known.pop()!r}" if known else "no value"
+            raise ValueError(f"attribute {name!r} has {has} in the training images: there is nothing to learn")
+        classes[name] = tuple(sorted(known))
+    return classes
+
+
+def numbered(pairs: RawPairs, classes: Mapping[str, Sequence[str]]) -> Tensor:
+    """Return the class of each attribute of each image, int64 (I, A); -1 where it is not known or no class."""
+    columns = []
+    for name, names in classes.items():
+        number: dict[str | None, int] = {value: i for i, value in enumerate(names)}
+        values = pairs.labels.get(name, [None] * len(pairs.images))
+        columns.append(torch.tensor([number.get(value, -1) for value in values]))
+    return torch.stack(columns, 1) if columns else torch.empty(len(pairs.images), 0, dtype=torch.int64)
+
+
+def lacking(label_IA: Tensor, classes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return the classes of each attribute that no image has, without the attributes whose classes all have one.
+
+    Args:
+        label_IA: int64 (I, A), the class of each attribute of some images, -1 where it is not known.
+        classes: names of the classes of each attribute.
+    """
+    absent = {}
+    for labels, (name, names) in zip(label_IA.unbind(1), classes.items(), strict=True):
+        present = set(labels.tolist())
+        if without := [value for i, value in enumerate(names) if i not in present]:
+            absent[name] = without
+    return absent
 
 
 class PairCollector:

@@ -61,8 +61,7 @@ class TowerPart(OpenConfig):
     @property
     def dense_ffn(self) -> core.DenseFFN:
         """The FFN of the blocks without experts."""
-        dense: core.DenseFFN = getattr(self, self.sized_by[0]).dense_ffn
-        return dense
+        return getattr(self, self.sized_by[0]).dense_ffn
 
     @property
     def width(self) -> int:
@@ -219,13 +218,11 @@ class ImageTower(OneTower):
 
     def tokens(self, image: Tensor) -> Tensor:
         """Return the outputs (B, S, D) at the tokens of images (B, C, H, W)."""
-        x_BSD: Tensor = self.network.tokens(image, self.context(image))
-        return x_BSD
+        return self.network.tokens(image, self.context(image))
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the vectors (B, D) of images (B, C, H, W)."""
-        vector_BD: Tensor = self.network(image, self.context(image))
-        return vector_BD
+        return self.network(image, self.context(image))
 
     def context(self, image: Tensor) -> core.RoutingContext:
         """Return what the routers know of images beside positions."""
@@ -238,8 +235,7 @@ class TextTower(OneTower):
 
     def is_real(self, text_BL: Tensor) -> Tensor:
         """Return bool (B, L), False for padding."""
-        is_real_BL: Tensor = self.network.is_real(text_BL)
-        return is_real_BL
+        return self.network.is_real(text_BL)
 
     def tokens(self, text_BL: Tensor) -> Tensor:
         """Return the outputs (B, L, D) at the pieces of texts, int64 (B, L), and 0 at padding."""
@@ -248,8 +244,7 @@ class TextTower(OneTower):
 
     def forward(self, text_BL: Tensor) -> Tensor:
         """Return the vectors (B, D) of texts, int64 (B, L)."""
-        vector_BD: Tensor = self.network(text_BL, self.context(text_BL))
-        return vector_BD
+        return self.network(text_BL, self.context(text_BL))
 
     def context(self, text_BL: Tensor) -> core.RoutingContext:
         """Return what the routers know of texts."""

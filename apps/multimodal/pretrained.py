@@ -15,14 +15,7 @@ import core
 from apps.multimodal.parts import ImagePart, ImageTower, OneTower, TextPart, TextTower
 from apps.multimodal.towers import Published
 from apps.nets.blocks import FFNConfig, MoEs
-from apps.porting.open_clip import (
-    Clip,
-    ClipImageConfig,
-    ClipImageTower,
-    ClipTextConfig,
-    ClipTextTower,
-    resampled_places,
-)
+from apps.porting.open_clip import Clip, ClipImageConfig, ClipImageTower, ClipTextConfig, ClipTextTower, resampled
 from apps.porting.sentences import BertConfig, SentenceTower, encoder_folder, sentence_weights
 from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
 
@@ -48,12 +41,10 @@ class _ViTTower(ImageTower):
         return int(self.network.patch_embed.num_patches)
 
     def tokens(self, image: Tensor) -> Tensor:
-        x_BSD: Tensor = self.network.forward_features(image, self.context(image))
-        return x_BSD
+        return self.network.forward_features(image, self.context(image))
 
     def forward(self, image: Tensor) -> Tensor:
-        vector_BD: Tensor = self.network.forward_head(self.tokens(image))
-        return vector_BD
+        return self.network.forward_head(self.tokens(image))
 
     def fill(self, dense: VMoE, source: str) -> None:
         load_pretrained_weights(dense, source)
@@ -151,7 +142,7 @@ class _ClipImages(_ClipTower, ImageTower):
         return ClipImageTower(self.part.clip, sizes.image_size, None, sizes.in_chans, ffn, self.moe_blocks)
 
     def fitted(self, dense: ClipImageTower, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        weights["places.weight"] = resampled_places(weights["places.weight"], dense.places.num_embeddings)
+        weights["places.weight"] = resampled(weights["places.weight"], dense.places.num_embeddings)
         if self.sizes.in_chans != 3:
             weights["patches.weight"] = adapt_input_conv(self.sizes.in_chans, weights["patches.weight"])
         return weights

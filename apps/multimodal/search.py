@@ -22,14 +22,7 @@ from apps.multimodal.encoding import TextEncoding
 from apps.multimodal.given import TOP, GivenInputs
 from apps.multimodal.image_index import ImageIndex, model_digest, refreshed
 from apps.multimodal.page import Hits, write_search_page
-from apps.multimodal.vectors import (
-    FolderImages,
-    check_list,
-    encode_images,
-    encode_texts,
-    readable,
-    vectors_of_pixels,
-)
+from apps.multimodal.vectors import FolderImages, check_list, encode_images, encode_texts, readable, vectors_of_pixels
 from apps.nets.exact_search import exact_search
 from apps.train.contents import fingerprint
 from apps.train.predicting import Prediction, PredictionStream
@@ -43,7 +36,7 @@ class ImageSearch:
     """The search of ``moesaic predict``: nothing is computed before the first result is asked for.
 
     Args:
-        model: a ``PairEncoder`` that is a module.
+        model: as in ``vectors.encode_images``.
         given: the images and the queries.
         cache: the cache's folder.
         num_workers: processes that read images.
@@ -161,7 +154,7 @@ def match(model: Any, images: Sequence[Any], texts: Sequence[str], top: int) -> 
     """Return the texts that fit each image best, as classes that no training has seen.
 
     Args:
-        model: a ``PairEncoder`` that is a module, whose ``loss`` has ``probabilities(image_ND, text_CD)``, (N, C).
+        model: as in ``vectors.encode_images``, whose ``loss`` has ``probabilities(image_ND, text_CD)``, (N, C).
         images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.
         texts: the classes in words, such as "a photo of a red dress".
         top: number of texts to name for each.

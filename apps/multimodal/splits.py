@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from apps.data.splits import Split, count_of
+from apps.data.splits import Split, connected, count_of, hold_out
 
 _MOST_HELD_OUT = 5_000
 
@@ -90,37 +90,6 @@ def groups_of(image_N: NDArray[np.int64], texts: Sequence[str], num_images: int)
     Returns:
         int64 (I,), numbers from 0 on.
     """
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
     number: dict[str, int] = {}
     text_N = np.array([number.setdefault(key_of(text), len(number)) for text in texts], np.int64)
-    nodes = num_images + len(number)
-    links = coo_matrix((np.ones(len(image_N)), (image_N, num_images + text_N)), shape=(nodes, nodes))
-    return connected_components(links, directed=False)[1][:num_images].astype(np.int64)
-
-
-def hold_out(group_I: NDArray[np.int64], sizes: Sequence[int], seed: int) -> list[NDArray[np.int64]]:
-    """Draw disjoint sets of images by whole groups.
-
-    The groups are shuffled. Each goes into the first set that has room for all of it, or into none.
-
-    Args:
-        group_I: int64 (I,), the group of each image.
-        sizes: number of images of each set, at most.
-        seed: the only source of randomness.
-
-    Returns:
-        The images of each set, sorted. A set has fewer images than its size where no group fits any more.
-    """
-    groups, group_I = np.unique(group_I, return_inverse=True)
-    count_G = np.bincount(group_I, minlength=len(groups))
-    room, set_G = list(sizes), np.full(len(groups), -1)
-    for group in np.random.RandomState(seed).permutation(len(groups)):
-        for number, left in enumerate(room):
-            if count_G[group] <= left:
-                set_G[group], room[number] = number, left - count_G[group]
-                break
-        if not any(room):
-            break
-    return [np.flatnonzero(set_G[group_I] == number) for number in range(len(sizes))]
+    return connected(image_N, text_N, num_images)

@@ -28,7 +28,6 @@ from apps.report.routed import layer_label
 from apps.task import MOST_EXPERTS, Input, Loss, Output, Sizes, Task, Trial, ids_on_meta
 from apps.task.outputs import SHARE
 from apps.train.exporting import Exported, Graph
-from apps.vision.encoding import normalize
 from apps.vision.image_files import to_array
 from apps.vision.image_input import image_input, images_on_meta
 
@@ -149,7 +148,7 @@ class ImageTextMatching(Task):
         """Return the vector of each image, and the logits of its attributes."""
         if not pixels:
             return iter(())
-        image = normalize(torch.stack(list(pixels)).to(self.model.device), self.encoding.mean, self.encoding.std)
+        image = self.encoding.normalized(torch.stack(list(pixels)), self.model.device)
         with in_evaluation(self.model):
             outputs = self.model.model.image_outputs(image)
         return zip(*(part.float().cpu() for part in outputs), strict=True)

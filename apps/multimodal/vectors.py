@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 
 from apps.base.evaluation import in_evaluation
 from apps.multimodal.encoding import PairEncoding
-from apps.vision.encoding import normalize
 from apps.vision.image_files import ENDINGS, BadImage, read_image, scaled
 from apps.vision.image_folders import images_below
 
@@ -24,35 +23,11 @@ OnBadImage = Literal["error", "skip"]
 _IMAGES_AT_ONCE, _TEXTS_AT_ONCE = 64, 256
 
 
-class PairEncoder(Protocol):
-    """A model of images and texts.
-
-    Attributes:
-        dim: width of the vectors.
-    """
-
-    dim: int
-
-    @property
-    def encoding(self) -> PairEncoding:
-        """How images and texts become its input."""
-
-    @property
-    def device(self) -> Any:
-        """Where its weights lie."""
-
-    def image_vectors(self, image: Tensor) -> Tensor:
-        """Return vectors of normalised images (B, C, H, W), float32 (B, dim) of length 1."""
-
-    def text_vectors(self, text_BL: Tensor) -> Tensor:
-        """Return vectors of texts' ids (B, L), float32 (B, dim) of length 1."""
-
-
 def encode_images(model: Any, images: Sequence[Any]) -> Tensor:
     """Return a vector of each image, float32 (N, dim) of length 1, on the CPU.
 
     Args:
-        model: a ``PairEncoder`` that is a module.
+        model: a module with ``dim``, ``encoding``, ``device`` and ``image_vectors`` of normalised images.
         images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.
 
     Raises:
@@ -74,7 +49,7 @@ def encode_texts(model: Any, texts: Sequence[str]) -> Tensor:
     """Return a vector of each text, float32 (N, dim) of length 1, on the CPU; of a long one the first pieces are read.
 
     Args:
-        model: a ``PairEncoder`` that is a module.
+        model: likewise, with ``text_vectors`` of texts' ids.
         texts: texts of one word or more.
 
     Raises:
@@ -91,11 +66,9 @@ def encode_texts(model: Any, texts: Sequence[str]) -> Tensor:
     return torch.cat([torch.empty(0, model.dim), *parts])
 
 
-def vectors_of_pixels(model: PairEncoder, pixels: Tensor) -> Tensor:
+def vectors_of_pixels(model: Any, pixels: Tensor) -> Tensor:
     """Return the vectors of scaled images, uint8 (B, C, S, S): float32 (B, dim) on the CPU."""
-    encoding = model.encoding
-    image = normalize(pixels.to(model.device), encoding.mean, encoding.std)
-    return model.image_vectors(image).float().cpu()
+    return model.image_vectors(model.encoding.normalized(pixels, model.device)).float().cpu()
 
 
 def check_list(name: str, items: Any) -> None:

@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
 from apps.data.text_files import clean
 from apps.nlp.decode import Candidate
-from apps.nlp.text.batch import TranslationBatch
-from apps.nlp.text.batches import cut_by_tokens
+from apps.nlp.text.batches import TranslationBatch, cut_by_tokens
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +83,8 @@ def source_batches(
         order = np.argsort(length_N, kind="stable")
         bounds = cut_by_tokens(length_N[order], tokens_per_batch)
         for at in (order[a:b] for a, b in itertools.pairwise(bounds)):
-            source_BS = torch.full((len(at), int(length_N[at].max())), PAD_ID)
-            for b, i in enumerate(at):
-                source_BS[b, : length_N[i]] = torch.tensor(ids[i])
             batch = TranslationBatch(
-                source_BS,
+                pad_sequence([torch.tensor(ids[i]) for i in at], batch_first=True, padding_value=PAD_ID),
                 torch.full((len(at), 1), BOS_ID),
                 torch.full((len(at),), pair),
                 torch.from_numpy(index_N[at]),

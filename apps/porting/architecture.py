@@ -208,7 +208,7 @@ class Family:
         parts: the architecture to the table of its parameters.
         vocabulary: the configuration to the vocabulary, and our ``TransformerConfig.start``.
         published: tensors to the names of published files; a library may hold them in another layout.
-        fit: the architecture and weights of a model of ours to others of the same logits that the family can say.
+        bias: whether plain experts have biases.
         computed: ends of the names of tensors that are no weights.
     """
 
@@ -218,8 +218,12 @@ class Family:
     parts: Callable[[Architecture], Parts]
     vocabulary: Callable[[Mapping[str, Any]], tuple[Vocabulary, Any]]
     published: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda tensors: tensors
-    fit: Callable[[Architecture, dict[str, Tensor]], tuple[Architecture, dict[str, Tensor]]] = lambda *given: given
+    bias: bool = False
     computed: tuple[str, ...] = ()
+
+    def fit(self, architecture: Architecture, weights: dict[str, Tensor]) -> tuple[Architecture, dict[str, Tensor]]:
+        """Return an architecture of the same logits that the family can say, and its weights; see ``one_width``."""
+        return one_width(architecture, weights, bias=self.bias)
 
 
 def one_width(
@@ -312,17 +316,3 @@ def sparse_parts(moe: core.MoEConfig, model_type: str) -> tuple[core.TokenChoice
     if not isinstance(moe.expert, core.FFN):
         raise ValueError(f"expert {type(moe.expert).__name__} cannot be said in {model_type}, which has FFN or SwiGLU")
     return moe.router, moe.expert
-
-
-def sparse_step(indices: tuple[int, ...], sparse: Callable[[int, int], tuple[int, ...]], depth: int) -> int:
-    """Return the step whose layers are ``indices``: 0 where there are none.
-
-    Raises:
-        ValueError: no step has them.
-    """
-    if not indices:
-        return 0
-    for step in range(1, depth + 1):
-        if sparse(step, depth) == indices:
-            return step
-    raise ValueError(f"moe layers {list(indices)} of {depth} are not every n-th layer, as published models have them")

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import gzip
 import html
-import re
-import unicodedata
-from collections.abc import Iterator, Sequence
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 
 from apps.base.messages import first_line
@@ -18,7 +14,8 @@ BEGIN, END = "<start_of_text>", "<end_of_text>"
 _MERGES = 49152 - 256 - 2  # the file has more; the published models know these
 WORD_END = "</w>"
 """What a piece ends with that ends a word."""
-_SHORT_FORMS = re.compile("|".join((BEGIN, END, "'s", "'t", "'re", "'ve", "'m", "'ll", "'d")))
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+"""Short forms, runs of letters, single digits, and runs of other characters without space."""
 
 
 class BytePairs:
@@ -35,20 +32,26 @@ class BytePairs:
     """
 
     def __init__(self, merges: Sequence[str]) -> None:
-        bytes_ = list(_shown_bytes().values())
+        from tokenizers import AddedToken, Regex, Tokenizer
+        from tokenizers.models import BPE
+        from tokenizers.pre_tokenizers import ByteLevel, Split
+        from tokenizers.pre_tokenizers import Sequence as Steps
+
+        bytes_ = _shown_bytes()
         pieces = [*bytes_, *(piece + WORD_END for piece in bytes_)]
         known = set(pieces)
-        self._rank: dict[tuple[str, str], int] = {}
-        for merge in merges:
-            first, _, second = merge.partition(" ")
-            if not {first, second} <= known:
+        pairs = [merge.partition(" ")[::2] for merge in merges]
+        for merge, pair in zip(merges, pairs, strict=True):
+            if not {*pair} <= known:
                 raise ValueError(f"the merge {merge!r} is not of two pieces that stand before it")
-            self._rank[first, second] = len(self._rank)
-            pieces.append(first + second)
-            known.add(first + second)
+            pieces.append("".join(pair))
+            known.add(pieces[-1])
         self.pieces = (*pieces, BEGIN, END)
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
-        self._cuts: dict[str, list[int]] = {}
+        self._tokenizer = Tokenizer(BPE(self.ids, pairs, end_of_word_suffix=WORD_END))
+        self._tokenizer.add_special_tokens([AddedToken(mark, normalized=False) for mark in (BEGIN, END)])
+        words, as_bytes = Split(Regex(_WORDS), "removed", invert=True), ByteLevel(False, use_regex=False)
+        self._tokenizer.pre_tokenizer = Steps([words, as_bytes])
 
     @classmethod
     def of(cls, folder: str | Path) -> BytePairs:
@@ -59,41 +62,11 @@ class BytePairs:
         """
         return cls(read_merges(folder))
 
-    @cached_property
-    def _shown(self) -> dict[int, str]:
-        return _shown_bytes()
-
     def encode(self, text: str, most: int) -> list[int]:
         """Return the ids of at most ``most`` pieces, the first that of the begin and the last that of the end."""
-        ids = [self.ids[BEGIN]]
-        for word in _words(html.unescape(html.unescape(text)).lower()):
-            ids += self._cut(word)
-            if len(ids) >= most:
-                break
-        return [*ids[: most - 1], self.ids[END]]
-
-    def _cut(self, word: str) -> list[int]:
-        if word in (BEGIN, END):
-            return [self.ids[word]]
-        if word not in self._cuts:
-            letters = [self._shown[byte] for byte in word.encode()]
-            self._cuts[word] = [self.ids[piece] for piece in self._merged([*letters[:-1], letters[-1] + WORD_END])]
-        return self._cuts[word]
-
-    def _merged(self, pieces: list[str]) -> list[str]:
-        """Return pieces after all merges, the most frequent pair first."""
-        while len(pieces) > 1:
-            pairs = set(pairwise(pieces)) & self._rank.keys()
-            if not pairs:
-                break
-            pair = min(pairs, key=self._rank.__getitem__)
-            merged, i = [], 0
-            while i < len(pieces):
-                is_pair = tuple(pieces[i : i + 2]) == pair
-                merged.append("".join(pair) if is_pair else pieces[i])
-                i += 2 if is_pair else 1
-            pieces = merged
-        return pieces
+        plain = " ".join(html.unescape(html.unescape(text)).lower().split())
+        ids = self._tokenizer.encode(plain, add_special_tokens=False).ids
+        return [self.ids[BEGIN], *ids[: most - 2], self.ids[END]]
 
 
 def read_merges(folder: str | Path) -> list[str]:
@@ -114,33 +87,7 @@ def read_merges(folder: str | Path) -> list[str]:
     return [line for line in lines[1 : 1 + _MERGES] if line]  # the first line names its version
 
 
-def _words(text: str) -> Iterator[str]:
-    """Yield short forms such as 's, runs of letters, single digits, and runs of other characters without space."""
-    i = 0
-    while i < len(text):
-        short = _SHORT_FORMS.match(text, i)
-        if short is not None:
-            yield short.group()
-            i = short.end()
-            continue
-        kind, start = _kind(text[i]), i
-        i += 1
-        while kind not in ("N", " ") and i < len(text) and _kind(text[i]) == kind:
-            i += 1
-        if kind != " ":
-            yield text[start:i]
-
-
-def _kind(c: str) -> str:
-    """Return "L" for a letter, "N" for a number, " " for white space and "." for all else."""
-    if c.isspace():
-        return " "
-    group = unicodedata.category(c)[0]
-    return group if group in "LN" else "."
-
-
-def _shown_bytes() -> dict[int, str]:
+def _shown_bytes() -> list[str]:
     """Return a character that can be seen for each byte, in the order of CLIP's ids."""
     seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in seen]
-    return {**{byte: chr(byte) for byte in seen}, **{byte: chr(256 + n) for n, byte in enumerate(others)}}
+    return [*map(chr, seen), *(chr(256 + n) for n in range(256 - len(seen)))]

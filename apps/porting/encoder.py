@@ -100,6 +100,7 @@ class EncoderTower(nn.Module):
     """
 
     grad_checkpointing = False
+    layers: nn.ModuleList
 
     def __init__(self, config: Any, ffn: FFNConfig | MoEs | None, moe_blocks: str | Sequence[int]) -> None:
         super().__init__()

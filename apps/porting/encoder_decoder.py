@@ -35,17 +35,6 @@ def read_tie(tensors: Mapping[str, Tensor], prefix: str, *, own_head: bool) -> T
     return "decoder" if one_output else "none"
 
 
-def write_tie(tie: str) -> bool:
-    """Return ``tie_word_embeddings``.
-
-    Raises:
-        ValueError: the output is tied to one input of two.
-    """
-    if tie == "decoder":
-        raise ValueError("tie='decoder': published models tie all embeddings, or not the output")
-    return tie == "all"
-
-
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a is b or torch.equal(a, b)
 
@@ -116,7 +105,29 @@ def read_specials(config: Mapping[str, Any], unk: int) -> tuple[Vocabulary, Any]
     return Vocabulary(size, pad, unk, begin, eos, spare), "eos" if start == eos else "bos"
 
 
-def write_specials(vocabulary: Vocabulary, start: str) -> dict[str, Any]:
-    """Return the values that ``read_specials`` reads."""
+def ids_of(architecture: Architecture) -> dict[str, Any]:
+    """Return the values that ``read_specials`` reads, and ``tie_word_embeddings``.
+
+    Raises:
+        ValueError: the output is tied to one input of two.
+    """
+    config, vocabulary = architecture.transformer, architecture.vocabulary
+    if config.tie == "decoder":
+        raise ValueError("tie='decoder': published models tie all embeddings, or not the output")
     begins = vocabulary.pad if vocabulary.bos is None else vocabulary.bos
-    return {**vocabulary.token_ids(), "decoder_start_token_id": vocabulary.eos if start == "eos" else begins}
+    start = vocabulary.eos if config.start == "eos" else begins
+    return {**vocabulary.token_ids(), "decoder_start_token_id": start, "tie_word_embeddings": config.tie == "all"}
+
+
+def sparse_step(indices: tuple[int, ...], sparse: Callable[[int, int], tuple[int, ...]], depth: int) -> int:
+    """Return the step whose layers are ``indices``: 0 where there are none.
+
+    Raises:
+        ValueError: no step has them.
+    """
+    if not indices:
+        return 0
+    for step in range(1, depth + 1):
+        if sparse(step, depth) == indices:
+            return step
+    raise ValueError(f"moe layers {list(indices)} of {depth} are not every n-th layer, as published models have them")

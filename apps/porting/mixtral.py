@@ -4,7 +4,6 @@ DeepSeek-V3's."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,15 +12,7 @@ from torch import Tensor
 
 import core
 from apps.nets.config import TransformerConfig
-from apps.porting.architecture import (
-    THEIR_ACTIVATIONS,
-    Architecture,
-    Family,
-    activation,
-    needed,
-    one_width,
-    sparse_parts,
-)
+from apps.porting.architecture import THEIR_ACTIVATIONS, Architecture, Family, activation, needed, sparse_parts
 from apps.porting.parts import Part, Parts, cut, embedding, linear, same, self_attention, stacked
 from apps.porting.vocabulary import Vocabulary, special_id
 
@@ -355,6 +346,5 @@ FAMILY = Family(
     write=write,
     parts=parts,
     published=published,
-    fit=functools.partial(one_width, bias=False),
     computed=("rotary_emb.inv_freq",),
 )

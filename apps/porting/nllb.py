@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,25 +10,8 @@ from torch import Tensor
 import core
 from apps.base.checks import check_name
 from apps.nets.config import TransformerConfig
-from apps.porting.architecture import (
-    THEIR_ACTIVATIONS,
-    Architecture,
-    Family,
-    activation,
-    needed,
-    one_width,
-    sparse_parts,
-    sparse_step,
-)
-from apps.porting.encoder_decoder import (
-    expert_parts,
-    model_parts,
-    read_specials,
-    read_tie,
-    sides,
-    write_specials,
-    write_tie,
-)
+from apps.porting.architecture import THEIR_ACTIVATIONS, Architecture, Family, activation, needed, sparse_parts
+from apps.porting.encoder_decoder import expert_parts, ids_of, model_parts, read_specials, read_tie, sides, sparse_step
 from apps.porting.parts import Part, Parts, cross_attention, linear, self_attention
 
 SPARSE = "nllb-moe"
@@ -119,12 +101,11 @@ def write(architecture: Architecture) -> dict[str, Any]:
         "max_position_embeddings": config.max_length,
         "activation_function": THEIR_ACTIVATIONS[config.activation],
         "scale_embedding": config.scale_embeddings,
-        "tie_word_embeddings": write_tie(config.tie),
         "dropout": config.dropout,
         "attention_dropout": config.attn_dropout,
         "activation_dropout": config.ffn_dropout,
         "is_encoder_decoder": True,
-        **write_specials(architecture.vocabulary, config.start),
+        **ids_of(architecture),
     }
     hidden_dim = shape.hidden_dim
     if moe is not None:
@@ -192,6 +173,6 @@ FAMILY = Family(
     read=read,
     write=write,
     parts=parts,
-    fit=functools.partial(one_width, bias=True),
+    bias=True,
     computed=("embed_positions.weights", "final_logits_bias"),
 )

@@ -164,8 +164,7 @@ class ClipImageTower(ClipTower):
 
     def forward(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
         """Return the vectors (B, out_dim) of images; arguments as in ``tokens``."""
-        vector_BD: Tensor = self.projection(self.tokens(image, context)[:, 0])
-        return vector_BD
+        return self.projection(self.tokens(image, context)[:, 0])
 
 
 class ClipTextTower(ClipTower, TextEncoder):
@@ -219,8 +218,7 @@ class ClipTextTower(ClipTower, TextEncoder):
         """Return the vectors (B, out_dim) of texts; arguments as in ``tokens``."""
         end_B = ids_BL.argmax(1)
         rows_B = torch.arange(ids_BL.shape[0], device=ids_BL.device)
-        vector_BD: Tensor = self.projection(self.tokens(ids_BL, context)[rows_B, end_B])
-        return vector_BD
+        return self.projection(self.tokens(ids_BL, context)[rows_B, end_B])
 
 
 @dataclass(frozen=True)
@@ -337,7 +335,7 @@ class ClipWeights:
     bias: float | None
 
 
-def resampled_places(places_SD: Tensor, num_tokens: int) -> Tensor:
+def resampled(places_SD: Tensor, num_tokens: int) -> Tensor:
     """Return the position embeddings of an image tower for another number of patches, resampled as timm does.
 
     Args:

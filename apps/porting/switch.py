@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,25 +9,8 @@ from torch import Tensor
 
 import core
 from apps.nets.config import TransformerConfig
-from apps.porting.architecture import (
-    THEIR_ACTIVATIONS,
-    Architecture,
-    Family,
-    activation,
-    needed,
-    one_width,
-    sparse_parts,
-    sparse_step,
-)
-from apps.porting.encoder_decoder import (
-    expert_parts,
-    model_parts,
-    read_specials,
-    read_tie,
-    sides,
-    write_specials,
-    write_tie,
-)
+from apps.porting.architecture import THEIR_ACTIVATIONS, Architecture, Family, activation, needed, sparse_parts
+from apps.porting.encoder_decoder import expert_parts, ids_of, model_parts, read_specials, read_tie, sides, sparse_step
 from apps.porting.parts import Part, Parts, cross_attention, linear, same, self_attention
 
 SPARSE = "switch_transformers"
@@ -129,8 +111,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
         "layer_norm_epsilon": config.norm_eps,
         "dropout_rate": config.dropout,
         "is_encoder_decoder": True,
-        "tie_word_embeddings": write_tie(config.tie),
-        **write_specials(architecture.vocabulary, config.start),
+        **ids_of(architecture),
     }
     if architecture.model_type != SPARSE:
         act = THEIR_ACTIVATIONS[config.activation]
@@ -201,7 +182,6 @@ FAMILY = Family(
     read=read,
     write=write,
     parts=parts,
-    fit=functools.partial(one_width, bias=False),
     # Some releases give the cross-attention a table that it does not use.
     computed=("EncDecAttention.relative_attention_bias.weight",),
 )

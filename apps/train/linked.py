@@ -87,6 +87,23 @@ class LinkedModule(LightningModule):
         own: Mapping[str, Any] | None = getattr(self._data(), "encoding_state", None)
         return self._encoding if own is None else own
 
+    def known_encoding(self, kind: Any, of: str, data: str) -> Any:
+        """Return the encoding as an object: the checkpoint's, else that of the training data.
+
+        Args:
+            kind: its class, which has ``from_state``.
+            of: what the encoding says, for the message.
+            data: class of the data that have one, likewise.
+
+        Raises:
+            ValueError: there is neither.
+        """
+        if self.encoding_state is None:
+            raise ValueError(
+                f"this model does not know {of}: load a checkpoint of a training with {data}, which keeps them"
+            )
+        return kind.from_state(self.encoding_state)
+
     def wait_for_data(self, lacks: str) -> None:
         """Leave the rest of the constructor to the time when a trainer brings data; ``lacks`` names arguments."""
         self._lacks = lacks

@@ -171,7 +171,11 @@ class VisionData(SuiteData):
 
     @property
     def encoding(self) -> ImageEncoding:
-        return ImageEncoding(self.class_names, self.image_size, self.in_chans, self.mean, self.std, self.eval_crop)
+        return self._encoding_of(self.class_names)
+
+    def _encoding_of(self, names: tuple[str, ...]) -> ImageEncoding:
+        pixels = (self.image_size, self.in_chans, self.mean, self.std, self.eval_crop)
+        return ImageEncoding(*pixels, class_names=names)
 
     @classmethod
     def encoding_of(cls, state: Mapping[str, Any]) -> ImageEncoding:
@@ -377,19 +381,13 @@ class VisionData(SuiteData):
         return file_transform([v2.Lambda(middle_of_strip), v2.Resize(size), v2.CenterCrop(size)], self.in_chans)
 
     def _check_options(self) -> None:
-        check_at_least(1, image_size=self.image_size, subset=self.subset)
+        check_at_least(1, subset=self.subset)
+        self._encoding_of(())  # checks how pixels are scaled
         check_size("val_size", self.val_size)
         check_name("on_bad_image", self.on_bad_image, ["error", "skip"])
-        if not 0 < self.eval_crop <= 1:
-            raise ValueError(f"eval_crop={self.eval_crop} must be above 0 and at most 1")
         if self._spec.read is not None and self.eval_crop != 1:
             raise ValueError(f"eval_crop={self.eval_crop} is for folders of images; {self.dataset} is never cropped")
         if self._spec.read is not None and self.on_bad_image != "error" and self.predict_folder is None:
             raise ValueError(
                 f"on_bad_image={self.on_bad_image!r} is for folders of images; {self.dataset} is read as a whole"
             )
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != self.in_chans:
-                raise ValueError(f"{name}={values} has {len(values)} values for {self.in_chans} channels")
-        if min(self.std) <= 0:
-            raise ValueError(f"std={self.std} must be positive")

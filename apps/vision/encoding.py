@@ -3,50 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
 import core
+from apps.base.checks import check_at_least
 from core.config.plain import from_plain, to_plain
 
 
-@core.register_config
 @dataclass(frozen=True)
-class ImageEncoding:
-    """The names of a model's classes, and how an image becomes its input in evaluation.
+class PixelEncoding:
+    """How an image becomes a model's input in evaluation; base of the encodings that a checkpoint keeps.
 
     Attributes:
-        class_names: names by label.
         image_size: height and width in pixels.
         in_chans: 1 or 3.
         mean, std: constants of each channel, pixels in [0, 1].
         eval_crop: share of the shorter side that is kept of an image file.
+
+    Raises:
+        ValueError: a value out of its range.
     """
 
-    class_names: tuple[str, ...]
     image_size: int
     in_chans: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     eval_crop: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_at_least(1, image_size=self.image_size)
+        if not 0 < self.eval_crop <= 1:
+            raise ValueError(f"eval_crop={self.eval_crop} must be above 0 and at most 1")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.in_chans:
+                raise ValueError(f"{name}={values} has {len(values)} values for {self.in_chans} channels")
+        if min(self.std) <= 0:
+            raise ValueError(f"std={self.std} must be positive")
+
     def state(self) -> dict[str, Any]:
         """Return plain values, for a checkpoint."""
-        return to_plain(self, ImageEncoding)
+        return to_plain(self, type(self))
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> ImageEncoding:
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
         """Return the encoding of a checkpoint's ``state()``; a ``ValueError`` says if it has other fields."""
-        return from_plain(state, ImageEncoding, "the checkpoint's encoding")
+        return from_plain(state, cls, "the checkpoint's encoding")
 
     @property
     def transform(self) -> v2.Compose:
         """The ``evaluation_transform`` of decoded images."""
         return evaluation_transform(self.image_size, self.in_chans, self.eval_crop)
+
+    def normalized(self, pixels: Tensor, device: Any) -> Tensor:
+        """Return scaled images, uint8 (B, C, S, S), as the input of a model on this device."""
+        return normalize(pixels.to(device), self.mean, self.std)
+
+
+@core.register_config
+@dataclass(frozen=True)
+class ImageEncoding(PixelEncoding):
+    """The names of a model's classes, and how an image becomes its input in evaluation.
+
+    Attributes:
+        class_names: names by label.
+    """
+
+    class_names: tuple[str, ...] = field(kw_only=True)
 
 
 def check_images(written: Mapping[str, Any], known: Any) -> None:

@@ -237,13 +237,7 @@ class VisionClassifier(SparseModule, Comparable):
         Raises:
             ValueError: there is neither.
         """
-        state = self.encoding_state
-        if state is None:
-            raise ValueError(
-                "this model does not know its classes and the scale of its pixels: load a checkpoint of a training "
-                "with VisionData, which keeps them"
-            )
-        return ImageEncoding.from_state(state)
+        return self.known_encoding(ImageEncoding, "its classes and the scale of its pixels", "VisionData")
 
     # ---- set-up
 

@@ -17,7 +17,6 @@ from apps.task import MOST_EXPERTS, Missing, Sizes, Task, Trial, patches_by_laye
 from apps.task.outputs import classes, top_classes
 from apps.train.exporting import Exported, Graph
 from apps.vision import own_data
-from apps.vision.encoding import normalize
 from apps.vision.few_shot import hard_labels
 from apps.vision.image_files import to_array
 from apps.vision.image_input import drawn_images, image_input, images_on_meta
@@ -51,7 +50,7 @@ class ImageClassification(Task):
     @torch.no_grad()
     def classify(self, pixels: Tensor, top: int = 5) -> list[dict[str, float]]:
         """Return the likeliest classes of scaled images, uint8 (B, C, S, S); see ``top_classes``."""
-        image = normalize(pixels.to(self.model.device), self.encoding.mean, self.encoding.std)
+        image = self.encoding.normalized(pixels, self.model.device)
         with in_evaluation(self.model):
             return top_classes(self.model(image), self.encoding.class_names, top)
 

@@ -9,9 +9,9 @@ import torch
 
 import core
 from apps.data.subwords import SubwordConfig, train_subwords
-from apps.multimodal.batch import PairBatch
 from apps.multimodal.captions.module import ImageCaptioner
 from apps.multimodal.encoding import PairEncoding, TextEncoding
+from apps.multimodal.pairs import PairBatch
 from apps.nets.config import TransformerConfig
 from apps.vision.model import ViTConfig
 
@@ -27,7 +27,7 @@ DECODER = TransformerConfig("nano", dim=16, hidden_dim=16, num_heads=2, dropout=
 def encoding() -> PairEncoding:
     """Return the encoding of ``TEXTS``."""
     subwords = train_subwords(TEXTS, (), SubwordConfig(vocab_size=300))
-    return PairEncoding(TextEncoding(subwords, max_tokens=12), SIDE, 3, (0.5,) * 3, (0.5,) * 3)
+    return PairEncoding(SIDE, 3, (0.5,) * 3, (0.5,) * 3, text=TextEncoding(subwords, max_tokens=12))
 
 
 def captioner(**changed: Any) -> ImageCaptioner:

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 import core
-from apps.multimodal.batch import PairBatch
 from apps.multimodal.module import ImageTextRetriever
+from apps.multimodal.pairs import PairBatch
 from apps.multimodal.towers import SingleTower
 
 SIZES: dict[str, Any] = {"image_size": 8, "in_chans": 3, "vocab_size": 20, "max_tokens": 6}

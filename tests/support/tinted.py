@@ -28,7 +28,7 @@ class Tinted(nn.Module):
         self.scale = nn.Parameter(torch.ones(3))
         text = TextEncoding(pieces=PIECES, max_tokens=max_tokens)
         self.dim = 3
-        self.encoding = PairEncoding(text, image_size=4, in_chans=3, mean=(0.0,) * 3, std=(1.0,) * 3)
+        self.encoding = PairEncoding(text=text, image_size=4, in_chans=3, mean=(0.0,) * 3, std=(1.0,) * 3)
         self.num_images = 0
 
     @property

@@ -76,5 +76,5 @@ class CaptionMetrics(PieceMetrics[Judged]):
     def values_of(self, pieces: Sequence[Judged]) -> dict[str, float]:
         images = by_image(pieces)
         captions, references = [image.caption for image in images], [image.references for image in images]
-        scores = {score: corpus_score(score, captions, references, self.tokenize) for score in SCORES}
+        scores: dict[str, float] = {score: corpus_score(score, captions, references, self.tokenize) for score in SCORES}
         return {**scores, **token_metrics(pieces)}

@@ -16,12 +16,12 @@ from apps.base.checks import check_at_least, check_name
 from apps.base.evaluation import in_evaluation
 from apps.data.subwords import Subwords
 from apps.equal_cost.comparable import ExampleDifference
-from apps.multimodal.batch import PairBatch
 from apps.multimodal.captions.metrics import CaptionMetrics, by_image, num_references, signatures
 from apps.multimodal.captions.model import CaptionModel
 from apps.multimodal.captions.report import CaptionReport, CaptionReportConfig, image_name, side_by_side
 from apps.multimodal.encoding import PairEncoding
 from apps.multimodal.image_index import tell
+from apps.multimodal.pairs import PairBatch
 from apps.multimodal.vectors import FileBatch
 from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
@@ -32,7 +32,6 @@ from apps.nlp.text.foreseen import read_ids
 from apps.nlp.text.scores import scorer
 from apps.train.model_card import ModelKind
 from apps.train.module import check_one_start
-from apps.vision.encoding import normalize
 from apps.vision.image_files import scaled
 from apps.vision.model import ViTConfig, load_pretrained_weights
 
@@ -228,8 +227,7 @@ class ImageCaptioner(JudgedModule):
         """Return the caption of each image of a folder that can be read, or of each pair's."""
         if isinstance(batch, FileBatch):
             tell(batch.complaints)
-            encoding = self.encoding
-            image = normalize(batch.pixels.to(self.device), encoding.mean, encoding.std)
+            image = self.encoding.normalized(batch.pixels, self.device)
             index_B, names, references = torch.tensor(batch.index, dtype=torch.int64), batch.path, None
         else:
             image, index_B, references = batch.image, batch.index_B, self.references(batch)
@@ -282,24 +280,10 @@ class ImageCaptioner(JudgedModule):
             config: how to search.
             start: number of the first one, which its random draws depend on.
         """
-        encoding = self.encoding
         numbers = torch.arange(start, start + len(pixels))
         with in_evaluation(self):
-            image = normalize(pixels.to(self.device), encoding.mean, encoding.std)
+            image = self.encoding.normalized(pixels, self.device)
             return self.spelled(self.hypotheses_of(image, config, numbers))
-
-    def normalised(self, images: Sequence[Any], encoding: PairEncoding, start: int = 0) -> Tensor:
-        """Return images as the model reads them, float32 (B, C, H, W).
-
-        Args:
-            images: as in ``candidates``.
-            encoding: of the checkpoint.
-            start: number of the first one, for errors.
-
-        Raises:
-            ValueError: an image that cannot be read.
-        """
-        return normalize(scaled(images, encoding.transform, start).to(self.device), encoding.mean, encoding.std)
 
     @property
     def encoding(self) -> PairEncoding:
@@ -308,16 +292,10 @@ class ImageCaptioner(JudgedModule):
         Raises:
             ValueError: there is neither.
         """
-        state = self.encoding_state
-        if state is None:
-            raise ValueError(
-                "this model does not know its subwords and the scale of its pixels: load a checkpoint of a training "
-                "with ImageTextData, which keeps them"
-            )
-        return PairEncoding.from_state(state)
+        return self.known_encoding(PairEncoding, "its subwords and the scale of its pixels", "ImageTextData")
 
     @property
-    def subwords(self) -> Subwords:
+    def subwords(self) -> Subwords:  # type: ignore[override]
         """The subwords of the texts, with whose ids the captions are spelled."""
         subwords = self.encoding.text.subwords
         assert subwords is not None

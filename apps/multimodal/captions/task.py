@@ -20,7 +20,6 @@ from apps.report.exhibit.parts import Example, LayerPart
 from apps.task import Missing, Sizes, Task, Trial, ids_on_meta, patches_by_layer, vocabulary_loss, words_by_layer
 from apps.task.outputs import Written, texts
 from apps.train.exporting import Exported
-from apps.vision.encoding import normalize
 from apps.vision.image_files import to_array
 from apps.vision.image_input import image_input, images_on_meta
 from apps.vision.task import placed
@@ -49,19 +48,16 @@ class Captioning(Task):
         written = []
         with in_evaluation(model):
             for part in parts:
-                found = model.hypotheses_of(self._normalised(part), config, torch.arange(len(part)))
-                written += [
-                    Written(model.subwords.decode(ids, "source"), scores, ids[0])
-                    for ids, scores in zip(found.ids, found.scores, strict=True)
-                ]
+                image = self.encoding.normalized(part, model.device)
+                found = model.hypotheses_of(image, config, torch.arange(len(part)))
+                for ids, own in zip(found.ids, model.spelled(found), strict=True):
+                    captions, scores = zip(*own, strict=True)
+                    written.append(Written(captions, scores, ids[0]))
         return written
-
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        return normalize(pixels.to(self.model.device), self.encoding.mean, self.encoding.std)
 
     def layers(self, tape: core.Tape, example: Any, answer: Written) -> Mapping[str, tuple[LayerPart, ...]]:
         with in_evaluation(self.model):
-            trace = traced(self.model, self._normalised(example["image"][None]), answer.ids)
+            trace = traced(self.model, self.encoding.normalized(example["image"][None], self.model.device), answer.ids)
         patches = placed(self.model.model.encoder, trace.of_encoder, "encoder.")
         title = "Subwords of the caption, as they are read"
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,12 +48,8 @@ def translate_ids(
     Raises:
         ValueError: the model's log-probabilities are not finite.
     """
-    lengths = _lengths(source_BS)
-
-    def encode(model: Any) -> Any:
-        return model.encode(source_BS, task_ids_B, domain_ids_B)
-
-    return _from_memory(model, encode, lengths, config, index_B, source_BS.device)
+    inputs = (source_BS, task_ids_B, domain_ids_B)
+    return _from_memory(model, inputs, _lengths(source_BS), config, index_B)
 
 
 def caption_ids(
@@ -72,27 +68,19 @@ def caption_ids(
     Raises:
         ValueError: the model's log-probabilities are not finite.
     """
-
-    def encode(model: Any) -> Any:
-        return model.encode(image if config.dtype is None else image.to(getattr(torch, config.dtype)))
-
-    return _from_memory(model, encode, [length] * len(image), config, index_B, image.device)
+    image = image if config.dtype is None else image.to(getattr(torch, config.dtype))
+    return _from_memory(model, (image,), [length] * len(image), config, index_B)
 
 
 def _from_memory(
-    model: Any,
-    encode: Callable[[Any], Any],
-    lengths: Sequence[int],
-    config: DecodeConfig,
-    index_B: Tensor | None,
-    device: torch.device,
+    model: Any, inputs: Sequence[Tensor | None], lengths: Sequence[int], config: DecodeConfig, index_B: Tensor | None
 ) -> Hypotheses:
-    """Search from the begin of a text, over what ``encode`` makes of the batch with the model that is searched."""
+    """Search from the begin of a text, over what the model's ``encode`` makes of a batch."""
     if not lengths:
         return Hypotheses([], [])
     with _evaluation(model, config.dtype) as model:
-        cache = model.start(encode(model))
-        bos_B1 = torch.full((len(lengths), 1), BOS_ID, device=device)
+        cache = model.start(model.encode(*inputs))
+        bos_B1 = torch.full((len(lengths), 1), BOS_ID, device=inputs[0].device)  # type: ignore[union-attr]
         # A text is about as long as its source.
         steps = min(max(lengths), config.max_length(max(lengths)))
         with _steady(model, len(lengths) * config.width, steps):

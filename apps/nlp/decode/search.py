@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID
-from apps.nlp.decode.beam import ranked
-from apps.nlp.decode.choice import Choice, Report
+from apps.nlp.decode.choice import Choice, Report, ranked
 from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.sampling import drawn, draws
 from core.parallel import InStep

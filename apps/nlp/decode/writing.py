@@ -17,14 +17,13 @@ from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, Rout
 from apps.equal_cost.twins import dense_twins
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import TokenGate
-from apps.nets.loss import OutputLogits, TargetScores, target_scores
+from apps.nets.loss import OutputLogits, TargetScores, linear_cross_entropy, target_scores
 from apps.nets.place import Place, check_fits, check_layers
 from apps.nlp.decode.candidate import Candidate
 from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.run import in_dtype
 from apps.nlp.decode.search import Hypotheses
-from apps.nlp.text.foreseen import Judged, of_mean_length, ratio_values
-from apps.nlp.text.token_loss import token_loss
+from apps.nlp.text.foreseen import Judged, of_mean_length, per_sentence, ratio_values
 from apps.train.module import SparseModule, Stage, TaskOutput
 
 
@@ -118,7 +117,15 @@ class WritingModule(SparseModule, Comparable):
         """
         h_BLD, ids_BL = self.hidden(batch)
         predicted = self._distribution(h_BLD, ids_BL, packed=not self.training)
-        return token_loss(predicted, ids_BL, self.label_smoothing if self.training else None)
+        target_BL, real_BL = ids_BL[:, 1:], ids_BL[:, 1:] != PAD_ID
+        target_T = target_BL[real_BL] if predicted.real_T is None else target_BL.flatten()
+        h_TD, weight_VD = predicted.h_TD, predicted.weight_VD
+        if self.training:
+            loss = linear_cross_entropy(h_TD, weight_VD, target_T, self.label_smoothing, real=predicted.real_T)
+            return TaskOutput(loss, None, None, len(ids_BL), distribution=predicted)
+        scores = target_scores(h_TD, weight_VD, target_T)
+        loss = scores.nll_T.sum() / max(len(target_T), 1)  # without a token 0, as in training
+        return TaskOutput(loss, per_sentence(scores, real_BL), None, len(ids_BL), weight=len(target_T))
 
     @torch.no_grad()
     def token_scores(self, batch: Any) -> tuple[TargetScores, Tensor]:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from apps.base.checks import check_at_least, check_name
 from apps.data.array_files import ArrayFiles, ArrayWriter
-from apps.data.splits import SPLITS, Split, check_size, count_of
+from apps.data.splits import SPLITS, Split, check_size, count_of, hold_out
 from apps.data.store import identity
 from apps.data.subwords import EOS_ID, PAD_ID, Subwords, train_subwords
 from apps.data.text_files import Rows, expand, num_words, read_lines
@@ -226,7 +226,9 @@ class TextData(SubwordData):
         if sum(counts.values()) >= max(1, len(documents)):
             asked = ", ".join(f"{split}_size={size}" for split, size in sizes.items())
             raise ValueError(f"{asked}: of {len(documents)} documents none is left to train on")
-        drawn = _draw(documents, [counts[split] for split in reversed(lacking)], self.split_seed)
+        number: dict[str, int] = {}  # the same text is in one split only
+        group_N = np.array([number.setdefault(_key(document), len(number)) for document in documents], np.int64)
+        drawn = hold_out(group_N, [counts[split] for split in reversed(lacking)], self.split_seed)
         for split, chosen in zip(reversed(lacking), drawn, strict=True):
             splits[split] = [documents[i] for i in chosen]
         held = {_key(document) for split in lacking for document in splits[split]}
@@ -312,20 +314,6 @@ def prompt_batches(lines: Iterable[str], subwords: Subwords, start: int = 0) -> 
 def _key(document: list[str]) -> str:
     """Return the text of a document, by which equal ones are known."""
     return "\n".join(document)
-
-
-def _draw(documents: list[list[str]], counts: Sequence[int], seed: int) -> list[list[int]]:
-    """Draw so many documents for each held-out split, in their order; the same text is in one split alone."""
-    copies: dict[str, list[int]] = {}
-    for i, document in enumerate(documents):
-        copies.setdefault(_key(document), []).append(i)
-    texts, drawn = list(copies.values()), [[] for _ in counts]  # type: list[list[int]], list[list[int]]
-    for text in np.random.RandomState(seed).permutation(len(texts)).tolist():
-        # A text with more copies than a split has room for stays in training.
-        room = next((s for s, n in zip(drawn, counts, strict=True) if len(s) + len(texts[text]) <= n), None)
-        if room is not None:
-            room += texts[text]
-    return [sorted(indices) for indices in drawn]
 
 
 def _documents(lines: list[str], document: str) -> Iterator[list[str]]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apps.base.checks import check_at_least
-from apps.data.splits import SPLITS, count_of
+from apps.data.splits import SPLITS, connected, count_of
 from apps.data.text_files import Rows, num_words
 
 log = logging.getLogger(__name__)
@@ -357,9 +357,6 @@ def draw_splits(
 
 def _connected(files: Sequence[Rows]) -> NDArray[np.int64]:
     """Return the number of each row's group, the rows that share sentences, over all files."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
     known: dict[tuple[str, str], int] = {}
     at: list[int] = []
     sentence: list[int] = []
@@ -371,10 +368,7 @@ def _connected(files: Sequence[Rows]) -> NDArray[np.int64]:
                     at.append(i)
                     sentence.append(known.setdefault((language, _key(line)), len(known)))
         n += len(rows)
-    m = len(known)
-    graph = coo_matrix((np.ones(len(at), np.int8), (at, np.array(sentence, np.int64) + n)), shape=(n + m, n + m))
-    _, part = connected_components(graph, directed=False)
-    return np.unique(part[:n], return_inverse=True)[1]
+    return connected(np.array(at, np.int64), np.array(sentence, np.int64), n)
 
 
 def _key(line: str) -> str:

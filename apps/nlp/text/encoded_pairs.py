@@ -15,11 +15,19 @@ from apps.base.progress import each
 from apps.data.array_files import ArrayFiles, ArrayWriter, save_texts
 from apps.data.store import EncodedStore
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Side, Subwords
-from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text.corpora import SentencePairs
 
 STORE = EncodedStore(
-    "text", ("nlp/text/*.py", "nlp/text/readers/*.py", "nlp/*/data.py", "data/text_files.py", "data/subwords.py")
+    "text",
+    (
+        "nlp/text/*.py",
+        "nlp/text/readers/*.py",
+        "nlp/*/data.py",
+        "data/splits.py",
+        "data/text_files.py",
+        "data/subwords.py",
+    ),
 )
 """Texts and corpora in subword ids."""
 

@@ -24,8 +24,7 @@ from apps.data.splits import Split
 from apps.data.store import identity
 from apps.data.subwords import train_subwords
 from apps.nlp.predict import given_lines, source_batches
-from apps.nlp.text.batch import TranslationBatch
-from apps.nlp.text.batches import TokenBatches, by_length, cut_by_tokens, evenly
+from apps.nlp.text.batches import TokenBatches, TranslationBatch, by_length, cut_by_tokens, evenly
 from apps.nlp.text.corpora import Filters, Sizes, collect, parse_pairs
 from apps.nlp.text.data import SubwordData
 from apps.nlp.text.datasets import NLP_DATASETS, OWN, Corpus, Mnemonic, check_corpus, find_corpus

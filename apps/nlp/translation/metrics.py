@@ -104,7 +104,7 @@ def corpus_metrics(sentences: Sequence[Judged], tokenizers: Mapping[str, str]) -
     values: dict[str, float] = {}
     for score in SCORES:
         of_pairs = {
-            name: corpus_score(score, [s.written for s in own], [s.reference for s in own], tokenizers[name])
+            name: corpus_score(score, [s.written or "" for s in own], [s.reference for s in own], tokenizers[name])
             for name, own in by_pair.items()
         }
         values[score] = sum(of_pairs.values()) / len(of_pairs) if of_pairs else math.nan

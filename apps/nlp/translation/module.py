@@ -20,7 +20,7 @@ from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, check_one, deco
 from apps.nlp.decode.writing import JudgedModule
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import checked_texts, source_batches
-from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text.foreseen import read_ids
 from apps.nlp.translation.metrics import TranslationMetrics, bleu_tokenizers, signatures
 from apps.nlp.translation.report import TranslationReport, TranslationReportConfig, examples, side_by_side
@@ -331,7 +331,7 @@ class Translator(JudgedModule, TextModule):
         self, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
     ) -> list[ExampleDifference]:
         """Return BLEU and chrF++ differences by paired bootstrap resampling."""
-        from apps.nlp.translation.comparison import compare_sentences
+        from apps.nlp.text.significance import compare_sentences
 
         return compare_sentences(first, second, self.bleu_tokenizers)
 

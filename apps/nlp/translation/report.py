@@ -17,7 +17,7 @@ import core
 from apps.base.files import replacing
 from apps.data.text_files import num_words
 from apps.nlp.expert_use import write_use
-from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text.foreseen import Judged
 from apps.nlp.text.report import WrittenReport
 from apps.nlp.text.scores import scorer, signature
@@ -158,7 +158,7 @@ def breakdown(what: str, groups: Mapping[str, Sequence[Judged]], tokenizers: Map
         if own:
             values = corpus_metrics(own, tokenizers)
             words = sum(num_words(s.reference) for s in own)
-            ratio = sum(num_words(s.written) for s in own) / words if words else math.nan
+            ratio = sum(num_words(s.written or "") for s in own) / words if words else math.nan
             rows.append({what: name, "sentences": len(own), "length_ratio": ratio, **{k: values[k] for k in _COLUMNS}})
     return rows
 

@@ -10,9 +10,9 @@ import torch
 from made_captions import colour, data_of, picture, write_csv, write_pictures, write_products, write_shop
 
 from apps.data.subwords import SubwordConfig
-from apps.multimodal.batch import PairBatch
 from apps.multimodal.data import ImageTextData
 from apps.multimodal.encoding import PairEncoding
+from apps.multimodal.pairs import PairBatch
 
 
 @pytest.fixture

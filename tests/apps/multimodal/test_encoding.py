@@ -8,8 +8,7 @@ import pytest
 from made_encoder import PIECES, write_encoder
 
 from apps.data.subwords import SubwordConfig
-from apps.multimodal.encoding import PairEncoding, TextEncoding
-from apps.multimodal.texts import TextOptions
+from apps.multimodal.encoding import PairEncoding, TextEncoding, TextOptions
 from apps.porting.byte_pairs import FILE
 
 MERGES = ("e d</w>", "r ed</w>")
@@ -32,7 +31,7 @@ def test_clips_pieces_are_read_from_a_folder(clip_folder, tmp_path):
     assert text.vocab_size == END + 1
     assert text.encode(["Red!", ""]).tolist() == [[BEGIN, RED, 256, END], [BEGIN, END, 0, 0]]
     assert text.words([RED, 256]) == ["red</w>", "!</w>"]
-    encoding = PairEncoding(text, 8, 3, (0.5,) * 3, (0.2,) * 3)
+    encoding = PairEncoding(8, 3, (0.5,) * 3, (0.2,) * 3, text=text)
     assert PairEncoding.from_state(encoding.state()) == encoding
     of(clip_folder).check(text, tmp_path)
 

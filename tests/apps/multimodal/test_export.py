@@ -25,7 +25,7 @@ TEXTS = ["a red circle", "a blue square", "the green star of the sea"]
 def test_what_fits_for_a_script_and_for_the_model_is_that_of_the_weights(tmp_path, loss):
     subwords = train_subwords(TEXTS * 4, (), SubwordConfig(vocab_size=300), cache=tmp_path / "cache")
     text = TextEncoding(subwords, max_tokens=8)
-    encoding = PairEncoding(text, 8, 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), attributes={"colour": ("red", "blue")})
+    encoding = PairEncoding(8, 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), text=text, attributes={"colour": ("red", "blue")})
     head = AttributeHead(core.MMoE(num_experts=2, expert=core.MLP((4,))))
     torch.manual_seed(0)
     model = ImageTextRetriever(

@@ -15,9 +15,8 @@ from tinted import Tinted, write_tinted
 from torch.testing import assert_close
 
 from apps.cli.write.predictions import PredictionFile
-from apps.multimodal.batch import PairBatch
-from apps.multimodal.columns import columns_of
-from apps.multimodal.given import GivenInputs, read_texts
+from apps.multimodal.given import GivenInputs, columns_of, read_texts
+from apps.multimodal.pairs import PairBatch
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from two_ranks import WORLD, on_two_ranks
 
-from apps.multimodal.batch import PairBatch
 from apps.multimodal.loss import ContrastiveLoss, SigmoidLoss, SoftmaxLoss, attribute_loss
+from apps.multimodal.pairs import PairBatch
 
 IMAGES = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
 TEXTS = torch.tensor([[1.0, 0.0], [0.6, 0.8]])

@@ -10,11 +10,11 @@ from torch.testing import assert_close
 
 import core
 from apps.equal_cost.comparable import ExampleValues
-from apps.multimodal.batch import PairBatch
 from apps.multimodal.loss import SigmoidLoss
 from apps.multimodal.metrics import PairOutputs, PairTargets
 from apps.multimodal.model import AttributeHead
 from apps.multimodal.module import ImageTextRetriever
+from apps.multimodal.pairs import PairBatch
 from apps.train.module import OptimizerConfig, TaskOutput
 from core.config.plain import to_plain
 

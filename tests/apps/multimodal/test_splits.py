@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from apps.multimodal.splits import groups_of, hold_out, num_trained, split_images
+from apps.data.splits import hold_out
+from apps.multimodal.splits import groups_of, num_trained, split_images
 
 
 def test_images_belong_together_by_way_of_others():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import core
-from apps.porting.open_clip import Clip, ClipImageTower, ClipTextTower, resampled_places
+from apps.porting.open_clip import Clip, ClipImageTower, ClipTextTower, resampled
 
 END = VOCAB - 1
 
@@ -111,9 +111,9 @@ def test_padding_of_a_text_is_not_routed(tmp_path):
 def test_places_are_resampled_for_larger_images():
     # Four patches whose places are equal stay so, and the class token's is left alone.
     places_SD = torch.cat((torch.full((1, 3), 7.0), torch.full((4, 3), 2.0)))
-    larger_SD = resampled_places(places_SD, 1 + 9)
+    larger_SD = resampled(places_SD, 1 + 9)
     assert_close(larger_SD, torch.cat((torch.full((1, 3), 7.0), torch.full((9, 3), 2.0))))
-    assert resampled_places(places_SD, 5) is places_SD
+    assert resampled(places_SD, 5) is places_SD
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from apps.vision.encoding import ImageEncoding
 from apps.vision.module import VisionClassifier
 
 CLASSES = ("boot", "hat", "shoe")
-ENCODING = ImageEncoding(CLASSES, 8, 3, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5), 0.8)
+ENCODING = ImageEncoding(8, 3, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5), 0.8, class_names=CLASSES)
 
 
 def photos(root: Path, classes: tuple[str, ...] = CLASSES, splits: tuple[str, ...] = ("train", "test")) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 from apps.data.suite_data import SuiteData
 from apps.vision.encoding import ImageEncoding, normalize
 
-ENCODING = ImageEncoding(tuple("0123456789"), image_size=8, in_chans=1, mean=(0.3,), std=(0.4,))
+ENCODING = ImageEncoding(class_names=tuple("0123456789"), image_size=8, in_chans=1, mean=(0.3,), std=(0.4,))
 
 
 class Batch(NamedTuple):

@@ -10,6 +10,7 @@ from shown_runs import answered, best_experts, captioner_run, shown
 
 import core
 from apps.data.subwords import BOS_ID
+from apps.vision.image_files import scaled
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_patches_and_subwords_have_the_experts_of_their_pass(made, tmp_path):
     picture(2).save(tmp_path / "own.png")
     answer = answered(exhibit, str(tmp_path / "own.png"))
     assert list(answer.layers) == ["block 1", "decoder 1"]
-    image = model.normalised([tmp_path / "own.png"], model.encoding)
+    image = model.encoding.normalized(scaled([tmp_path / "own.png"], model.encoding.transform), "cpu")
     written = model.hypotheses_of(image, model.decode).best[0]
     with core.record(model.model) as tape:
         model(image, torch.tensor([[BOS_ID, *written]]))

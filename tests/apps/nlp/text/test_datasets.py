@@ -39,7 +39,7 @@ def test_every_dataset_is_listed(tmp_path):
     for name, dataset in NLP_DATASETS.items():
         TranslationData(name)  # its own pairs are among its languages
         assert rows[name].licence
-        assert dataset.source.sources
+        assert dataset.sources
 
 
 @pytest.mark.parametrize("folder", ["", "data/task1/raw/"])
@@ -135,7 +135,7 @@ def test_software_strings_lie_in_a_folder_a_language(tmp_path):
 
 
 def test_files_of_a_wheel_that_go_below_the_prefix_are_found_there(tmp_path, monkeypatch):
-    package = NLP_DATASETS["gramps"].source.sources[0]
+    package = NLP_DATASETS["gramps"].sources[0]
     assert isinstance(package, PythonPackage)
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     assert package.installed() == tmp_path / "share/locale"

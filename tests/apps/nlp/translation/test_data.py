@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, SubwordConfig
-from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text.datasets import Corpus
 from apps.nlp.translation import data as module
 from apps.nlp.translation.data import TranslationData

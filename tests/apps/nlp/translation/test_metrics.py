@@ -145,7 +145,7 @@ def test_every_rank_has_the_metrics_of_all(tmp_path):
 
 
 def test_what_is_heavy_is_imported_where_it_is_used():
-    modules = "apps.nlp.translation.module, apps.nlp.language.module, apps.nlp.translation.comparison"
+    modules = "apps.nlp.translation.module, apps.nlp.language.module, apps.nlp.text.significance"
     heavy = "{'sacrebleu', 'pyarrow'}"  # torchmetrics imports what it finds of the rest
     code = f"import sys, {modules}; print(*{heavy} & set(sys.modules))"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

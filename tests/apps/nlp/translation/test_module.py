@@ -26,7 +26,7 @@ from apps.cli.train import build, quiet
 from apps.compare.systems import find_systems
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from apps.nlp.decode import DecodeConfig, writing
-from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text.scores import corpus_score
 from apps.nlp.translation.module import Translator, task_numbers
 from apps.nlp.translation.report import TranslationReportConfig

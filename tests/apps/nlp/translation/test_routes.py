@@ -17,7 +17,7 @@ from apps.data.subwords import PAD_ID
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.expert_use import language_counts, write_use
 from apps.nlp.specialisation import specialisation
-from apps.nlp.text.batch import TranslationBatch
+from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.translation.report import TranslationReportConfig
 from apps.nlp.translation.routes import expert_use, usual_sentences, write_sentence
 from apps.report.base import spread_batches
