@@ -52,7 +52,7 @@ class MLPExperts(Experts):
                 self.register_parameter(f"{name}_{i}", parameter)
             for name in ("running_mean", "running_var"):
                 self.register_buffer(f"{name}_{i}", torch.empty(num_experts, width) if norm == "batch" else None)
-        self.reset_parameters()
+        MLPExperts.reset_parameters(self)  # a subclass's own parameters are not there yet
 
     def reset_parameters(self) -> None:
         """Start each layer as ``nn.Linear`` does, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), and norms as torch's do."""

@@ -42,12 +42,14 @@ class StarExperts(MLPExperts):
         )
         own = self.named_parameters(recurse=False)
         self.centre = nn.ParameterDict({name: nn.Parameter(torch.empty(p.shape[1:])) for name, p in own})
-        self.reset_parameters()
+        self._start()
 
     def reset_parameters(self) -> None:
-        if not hasattr(self, "centre"):
-            return  # the base class is being made
         super().reset_parameters()
+        self._start()
+
+    def _start(self) -> None:
+        """Start the centre as one expert of ``MLPExperts``, and the experts' own parameters as nothing beside it."""
         for name, parameter in self.named_parameters(recurse=False):
             nn.init.constant_(parameter, 1.0 if _is_factor(name) else 0.0)
         for name, parameter in self.centre.items():

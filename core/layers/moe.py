@@ -81,7 +81,7 @@ class MoELayer(nn.Module):
         # ``nn.TransformerEncoderLayer`` computes its own feed-forward block in evaluation, whatever ``_ff_block`` says,
         # unless there is a hook on it or in it.
         self.register_forward_pre_hook(nothing)
-        self.reset_parameters()
+        MoELayer.reset_parameters(self)  # a subclass's own parameters are not there yet
 
     def reset_parameters(self) -> None:
         """Set what the layer itself holds to its start. Router and experts have methods of their own."""
@@ -318,9 +318,8 @@ class MoE(MoELayer):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        bias = getattr(self, "output_bias", None)  # not there yet while the base class is made
-        if bias is not None:
-            nn.init.zeros_(bias)
+        if self.output_bias is not None:
+            nn.init.zeros_(self.output_bias)
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Run the layer.

@@ -71,10 +71,9 @@ class HoMELayer(DenseGatesLayer):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "groups"):  # not there yet while the base class is made
-            groups = self.groups[1]
-            self._ids_tV.copy_(torch.tensor([groups.expert_ids(k) for k in range(groups.num_tasks)], device="cpu"))
-            self._categories_t.copy_(torch.tensor(groups.categories, device="cpu"))
+        groups = self.groups[1]
+        self._ids_tV.copy_(torch.tensor([groups.expert_ids(k) for k in range(groups.num_tasks)], device="cpu"))
+        self._categories_t.copy_(torch.tensor(groups.categories, device="cpu"))
 
     def _compute(self, examples: Examples) -> Tensor:
         feature_gates: Any = self.feature_gates or (None, None)
@@ -142,8 +141,7 @@ class M3oELayer(DenseGatesLayer):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "fusion"):  # not there yet while the base class is made
-            nn.init.zeros_(self.fusion)
+        nn.init.zeros_(self.fusion)
 
     def _compute(self, examples: Examples) -> Tensor:
         assert examples.domain_T is not None

@@ -70,7 +70,7 @@ class LinearGate(nn.Module):
         self.init_scale = init_scale
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.bias = nn.Parameter(torch.empty(num_experts)) if bias else None
-        self.reset_parameters()
+        LinearGate.reset_parameters(self)  # a subclass's own parameters are not there yet
 
     def reset_parameters(self) -> None:
         init_gate_(self.weight, self.init_scale)
@@ -100,8 +100,7 @@ class NoisyGate(LinearGate):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if "noise_weight" in self._parameters:  # the base class resets before there is one
-            nn.init.zeros_(self.noise_weight)
+        nn.init.zeros_(self.noise_weight)
 
     def noise_std(self, x_TD: Tensor) -> Tensor:
         # Softplus underflows to 0 below -104, and the load loss divides by it.
@@ -123,8 +122,7 @@ class NormedGate(LinearGate):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if "input_scale" in self._parameters:  # the base class resets before there is one
-            nn.init.ones_(self.input_scale)
+        nn.init.ones_(self.input_scale)
 
     def forward(self, x_TD: Tensor, kept_TD: Tensor | None = None) -> Tensor:
         check_devices(x_TD, type(self).__name__, self._parameters)
