@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract.checks import not_negative, positive
+from .fields import NotNegative, Positive, ShareBelowOne, check_values
 
 ROWS = 1 << 18
 """Numbers of a chunk of rows on a CPU: with its state it stays in the cache."""
@@ -46,11 +46,9 @@ class RowAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        positive("lr", lr)
-        not_negative("eps", eps)
-        not_negative("weight_decay", weight_decay)
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas={betas} are not two numbers in [0, 1)")
+        check_values(Positive, lr=lr)
+        check_values(NotNegative, eps=eps, weight_decay=weight_decay)
+        check_values(tuple[ShareBelowOne, ShareBelowOne], betas=betas)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any, TypeVar
 
+from .fields import check_fields
+
 _REGISTERED: dict[str, type] = {}
 
 T = TypeVar("T", bound=type)
@@ -33,10 +35,16 @@ class OpenConfig:
     A subclass registers itself when it is defined, and its plain form names its class.
     """
 
+    prefix = ""  # not annotated: jsonargparse looks names of annotations up in the module of each subclass
+    """Text before a field's name in messages, such as "tower."."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if OpenConfig not in cls.__bases__:  # RouterConfig and its like are bases themselves
             register_config(cls)
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.prefix)
 
 
 def is_registered(kind: type) -> bool:

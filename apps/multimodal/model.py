@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import core
 from apps.multimodal.towers import Published, Sizes, TowerConfig
 from apps.nets.blocks import FFNConfig, MoEs
-from core.contract.checks import check_part
+from core.fields import Checked, Positive
 from core.kernels import cpu
 
 _EXPERTS = core.MMoE(num_experts=4, expert=core.MLP((128,)))
@@ -20,7 +20,7 @@ _EXPERTS = core.MMoE(num_experts=4, expert=core.MLP((128,)))
 
 @core.register_config
 @dataclass(frozen=True)
-class AttributeHead:
+class AttributeHead(Checked):
     """The head that predicts the attributes of images, each by a gate of its own over shared experts (MMoE, KDD 2018).
 
     Attributes:
@@ -31,13 +31,10 @@ class AttributeHead:
         ValueError: a weight that is not positive.
     """
 
-    experts: core.MultiGateConfig = _EXPERTS
-    weight: float = 1.0
+    prefix = "attribute_head."
 
-    def __post_init__(self) -> None:
-        check_part("attribute_head.experts", self.experts, core.MultiGateConfig, "MMoE()")
-        if not 0 < self.weight < float("inf"):
-            raise ValueError(f"attribute_head.weight={self.weight} is not a positive number")
+    experts: core.MultiGateConfig = _EXPERTS
+    weight: Positive = 1.0
 
 
 class AttributeClassifier(nn.Module):

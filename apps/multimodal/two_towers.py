@@ -12,7 +12,6 @@ from apps.multimodal.parts import ImagePart, TextPart
 from apps.multimodal.pretrained import BertTexts, ViTImages
 from apps.multimodal.towers import Published, Sizes, TowerConfig, Towers
 from apps.nets.blocks import FFNConfig, MoEs, ffns_of, moe_configs
-from core.contract.checks import check_part
 
 _IMAGES, _TEXTS = ViTImages(), BertTexts()
 
@@ -35,13 +34,11 @@ class TwoTowers(TowerConfig):
         ValueError: a part that is none.
     """
 
+    prefix = "tower."
+
     image: ImagePart = _IMAGES
     text: TextPart = _TEXTS
     text_ffn: core.DenseFFN | None = None
-
-    def __post_init__(self) -> None:
-        check_part("tower.image", self.image, ImagePart, "ViTImages()")
-        check_part("tower.text", self.text, TextPart, "BertTexts()")
 
     @property
     def dense_ffn(self) -> core.DenseFFN:

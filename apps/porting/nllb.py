@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ from apps.porting.parts import Part, Parts, cross_attention, linear, self_attent
 
 SPARSE = "nllb-moe"
 UNK = 3
-SECOND = {"all": "always", "random": "random"}
+SECOND: dict[str, Literal["always", "random"]] = {"all": "always", "random": "random"}
 BEFORE_DROPPING = "normalize_router_prob_before_dropping"
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from ..contract import check_kinds
-from ..contract.checks import at_least_one, below_one, one_of
 from ..experts.general import GENERAL_ACTIVATIONS
+from ..fields import Checked, Count, OneOf, ShareBelowOne
 from ..layers import FeedForward
 from ..registry import register_config
 
 
 @register_config
 @dataclass(frozen=True)
-class DenseFFN:
+class DenseFFN(Checked):
     """A dense feed-forward layer, to be built at any width. A block takes this or a ``MoEConfig``.
 
     Attributes:
@@ -32,18 +32,11 @@ class DenseFFN:
         layer = DenseFFN(hidden_dim=256).build(dim=64)
     """
 
-    hidden_dim: int | None = None
-    activation: str = "gelu"
+    hidden_dim: Count | None = None
+    activation: Annotated[str, OneOf(*GENERAL_ACTIVATIONS)] = "gelu"
     gated: bool = False
     bias: bool = True
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
-        if self.hidden_dim is not None:
-            at_least_one("hidden_dim", self.hidden_dim)
-        one_of("activation", self.activation, tuple(GENERAL_ACTIVATIONS))
-        below_one("dropout", self.dropout)
+    dropout: ShareBelowOne = 0.0
 
     def hidden(self, dim: int) -> int:
         """Return F for this model dim, the default filled in."""

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
-from ..contract import check_kinds, check_part
-from ..contract.checks import at_least_one, below_one, not_negative, one_of
 from ..dispatch import Dispatcher
 from ..experts import FFN, ExpertConfig
 from ..experts.unloaded import device_of_experts
-from ..kernels import check_backend
+from ..fields import Checked, Count, CountOrZero, OneOf, ShareBelowOne, check_values
+from ..kernels import Backend
 from ..layers import AttentionMoE, AveragedMoE, MergedMoE, MoE, NeuronMoE, PatchMoE, SharedGate, SoftMoE
 from ..layers.shared import KINDS
 from ..registry import register_config
 from ..routing.balance import Balance
 from ..routing.router import LAYER_OPTIONS, RouterConfig
-from ..routing.selection import Capacity, check_group
+from ..routing.selection import Capacity, EvalFactor, Factor, Group, Priority
 from ..routing.token_choice import TokenChoice
 from .plain import make, to_plain
 
@@ -40,7 +39,7 @@ add its layers here.
 
 @register_config
 @dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(Checked):
     """A mixture-of-experts layer, to be built at any width.
 
     Attributes:
@@ -82,36 +81,27 @@ class MoEConfig:
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    num_experts: int
+    num_experts: Count
     router: RouterConfig = TokenChoice()
     expert: ExpertConfig = FFN()
-    capacity_factor: float | None = None
-    eval_capacity_factor: float | None = None
-    priority: str = "position"
-    group: str | int | None = None
-    num_shared_experts: int = 0
+    capacity_factor: Factor | None = None
+    eval_capacity_factor: EvalFactor | None = None
+    priority: Priority = "position"
+    group: Group | None = None
+    num_shared_experts: CountOrZero = 0
     shared_expert: ExpertConfig | None = None
     balance: Balance = Balance()
-    backend: str = "auto"
-    shared_gate: str = "none"
-    shared_gate_dropout: float = 0.0
-    expert_output_masking: float = 0.0
-    expert_dropout: float = 0.0
-    granularity: int = 1
+    backend: Backend = "auto"
+    shared_gate: Annotated[str, OneOf("none", *KINDS)] = "none"
+    shared_gate_dropout: ShareBelowOne = 0.0
+    expert_output_masking: ShareBelowOne = 0.0
+    expert_dropout: ShareBelowOne = 0.0
+    granularity: Count = 1
     output_bias: bool = False
 
     def __post_init__(self) -> None:
-        if self.group is not None:
-            check_group(self.group)
-        check_kinds(self)
-        at_least_one("num_experts", self.num_experts)
-        not_negative("num_shared_experts", self.num_shared_experts)
-        check_part("router", self.router, RouterConfig, "TokenChoice(top_k=2)")
-        check_part("expert", self.expert, ExpertConfig, "FFN()")
-        check_part("balance", self.balance, Balance, "Balance()")
+        super().__post_init__()
         self._check_shared_expert()
-        check_backend(self.backend)
-        at_least_one("granularity", self.granularity)
         self.layer_class()
         fine = self.split()
         fine.router.check(fine.num_experts)
@@ -123,7 +113,6 @@ class MoEConfig:
         self.balance.check(terms, self.router.source(), fine.num_experts)
         if self.balance.adaptive and self.capacity_factor is None:
             raise ValueError("balance.adaptive=True follows the drop rate, which is 0 without a capacity_factor")
-        self.capacity()  # checks the factors and the priority
 
     def _check_options(self) -> None:
         """Refuse what was set by hand and has no meaning with the router."""
@@ -135,19 +124,15 @@ class MoEConfig:
                 raise ValueError(f"{f.name}={value!r} does not apply to {router}{own}")
         if self.group is not None:
             self.router.check_group(self.group)
-        below_one("expert_output_masking", self.expert_output_masking)
         if self.expert_output_masking and self.router.layer_kind != "pairs":
             raise ValueError(f"expert_output_masking={self.expert_output_masking} does not apply to {router}")
-        below_one("expert_dropout", self.expert_dropout)
         if self.expert_dropout and not self.router.drops_experts:
             why = "it is for routers that choose by their logits alone"
             raise ValueError(f"expert_dropout={self.expert_dropout} does not apply to {router}: {why}")
 
     def _check_shared_expert(self) -> None:
-        if self.shared_expert is not None:
-            check_part("shared_expert", self.shared_expert, ExpertConfig, "FFN()")
-            if not self.num_shared_experts:
-                raise ValueError(f"shared_expert={self.shared_expert} needs num_shared_experts, which is 0")
+        if self.shared_expert is not None and not self.num_shared_experts:
+            raise ValueError(f"shared_expert={self.shared_expert} needs num_shared_experts, which is 0")
         if self.num_shared_experts:
             shared = self.shared_expert or self.expert
             shared.check(self.num_shared_experts)
@@ -157,8 +142,6 @@ class MoEConfig:
                     raise ValueError(f"num_shared_experts={self.num_shared_experts} with {name}, which computes {does}")
 
     def _check_shared_gate(self) -> None:
-        one_of("shared_gate", self.shared_gate, ("none", *KINDS))
-        below_one("shared_gate_dropout", self.shared_gate_dropout)
         if self.shared_gate != "none" and not self.num_shared_experts:
             raise ValueError(f"shared_gate={self.shared_gate!r} needs num_shared_experts, which is 0")
         for name, value in (
@@ -216,9 +199,7 @@ class MoEConfig:
         if causal and not self.expert.is_causal:
             name = type(self.expert).__name__
             raise ValueError(f"{name} shows a token those after it: not for a causal decoder")
-        at_least_one("dim", dim)
-        if out_dim is not None:
-            at_least_one("out_dim", out_dim)
+        check_values(Count | None, dim=dim, out_dim=out_dim)
         if self.granularity > 1:
             return self.split(dim).build(dim, out_dim)
         shared, has_gate = self.num_shared_experts, self.shared_gate != "none"
@@ -290,8 +271,7 @@ class MoEConfig:
             ValueError: the router or the experts need ``tokens_per_sequence``, it is below 1, or the experts' patches
                 do not divide it.
         """
-        if tokens_per_sequence is not None:
-            at_least_one("tokens_per_sequence", tokens_per_sequence)
+        check_values(Count | None, tokens_per_sequence=tokens_per_sequence)
         if self.granularity > 1:
             return self.split(dim).flops_per_token(dim, out_dim, tokens_per_sequence=tokens_per_sequence)
         length = None if tokens_per_sequence is None else self.expert.rows_per_sequence(tokens_per_sequence)

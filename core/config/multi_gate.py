@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
-from ..contract import check_kinds, check_part
-from ..contract.checks import at_least_one, below_one, not_negative, one_of, positive, sequence, whole
 from ..experts import MLP, ExpertConfig, Mixed
-from ..kernels import check_backend
+from ..fields import Count, CountOrZero, Positive, ShareBelowOne, check_values
+from ..kernels import Backend
 from ..layers import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
 from ..layers.multi_gate import FeatureGate
 from ..registry import OpenConfig
@@ -48,37 +47,26 @@ class MultiGateConfig(OpenConfig):
         ValueError: a value is out of its range, or two of them do not go together.
     """
 
-    num_experts: int = 8
+    num_experts: Count = 8
     expert: ExpertConfig = MLP()
-    expert_dropout: float = field(default=0.0, kw_only=True)
-    feature_gate: int = field(default=0, kw_only=True)
-    self_gate: int = field(default=0, kw_only=True)
-    num_domain_experts: int = field(default=0, kw_only=True)
-    gate_hidden_dims: tuple[int, ...] = field(default=(), kw_only=True)
+    expert_dropout: ShareBelowOne = field(default=0.0, kw_only=True)
+    feature_gate: CountOrZero = field(default=0, kw_only=True)
+    self_gate: CountOrZero = field(default=0, kw_only=True)
+    num_domain_experts: CountOrZero = field(default=0, kw_only=True)
+    gate_hidden_dims: tuple[Count, ...] = field(default=(), kw_only=True)
     gate_bias: bool = field(default=False, kw_only=True)
-    init_scale: float = field(default=0.1, kw_only=True)
+    init_scale: Positive = field(default=0.1, kw_only=True)
     balance: Balance = field(default=Balance(router_z=0.0), kw_only=True)
-    backend: str = field(default="auto", kw_only=True)
+    backend: Backend = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        check_part("expert", self.expert, ExpertConfig, "MLP()")
-        check_part("balance", self.balance, Balance, "Balance()")
+        super().__post_init__()
         if self.expert.layer_kind != "rows":
             raise ValueError(
                 f"{type(self.expert).__name__} computes {self.expert.layer_kind}: not in multi-gate layers"
             )
         if isinstance(self.expert, Mixed):
             raise ValueError("Mixed experts are of several kinds: not in multi-gate layers, whose experts are alike")
-        at_least_one("num_experts", self.num_experts)
-        for name in ("feature_gate", "self_gate", "num_domain_experts"):
-            not_negative(name, getattr(self, name))
-        sequence("gate_hidden_dims", self.gate_hidden_dims)
-        for width in self.gate_hidden_dims:
-            at_least_one("gate_hidden_dims", width)
-        below_one("expert_dropout", self.expert_dropout)
-        positive("init_scale", self.init_scale)
-        check_backend(self.backend)
         if self.balance.adaptive:
             raise ValueError("balance.adaptive=True follows the drop rate, which is 0: multi-gate layers are dropless")
         self.balance.check(self.terms, type(self).__name__)
@@ -117,7 +105,7 @@ class MultiGateConfig(OpenConfig):
             ValueError: a number is out of its range, or there are experts of domains and no domains.
         """
         groups = self.groups(num_tasks, num_domains)
-        at_least_one("dim", dim)
+        check_values(Count, dim=dim)
         layer = self._layer(dim, num_tasks, groups)
         layer.backend = self.backend
         return layer
@@ -140,9 +128,8 @@ class MultiGateConfig(OpenConfig):
         Raises:
             ValueError: as ``build``.
         """
-        at_least_one("num_tasks", num_tasks)
-        whole("num_domains", num_domains)
-        not_negative("num_domains", num_domains)
+        check_values(Count, num_tasks=num_tasks)
+        check_values(CountOrZero, num_domains=num_domains)
         if self.num_domain_experts and not num_domains:
             raise ValueError(f"num_domain_experts={self.num_domain_experts} needs num_domains, which is 0")
         return self._groups(num_tasks, num_domains)
@@ -282,22 +269,18 @@ class MMoE(MultiGateConfig):
     """
 
     router: RouterConfig | None = None
-    selection: str = "task"
+    selection: Literal["task", "shared"] = "task"
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        one_of("selection", self.selection, ("task", "shared"))
+        super().__post_init__()
         if self.router is not None:
-            check_part("router", self.router, RouterConfig, "TokenChoice(top_k=2)")
             self._check_router(self.router)
         elif self.selection != "task":
             raise ValueError(f"selection={self.selection!r} needs a router")
-        super().__post_init__()
 
     def _check_router(self, router: RouterConfig) -> None:
         if router.layer_kind != "pairs":
             raise ValueError(f"router {router.source()} chooses no experts for an example, it mixes: not for MMoE")
-        at_least_one("num_experts", self.num_experts)
         router.check(self.num_experts)
         router.check_group("batch")
         options = ["feature_gate", "self_gate", "num_domain_experts", "gate_hidden_dims", "gate_bias"]
@@ -404,18 +387,8 @@ class CGC(MultiGateConfig):
             MMoE.
     """
 
-    num_experts: int = 4
-    num_task_experts: int | tuple[int, ...] = 2
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
-        if isinstance(self.num_task_experts, list):  # from YAML and from a checkpoint
-            object.__setattr__(self, "num_task_experts", tuple(self.num_task_experts))
-        own = self.num_task_experts if isinstance(self.num_task_experts, tuple) else (self.num_task_experts,)
-        for count in own:
-            whole("num_task_experts", count)
-            not_negative("num_task_experts", count)
-        super().__post_init__()
+    num_experts: Count = 4
+    num_task_experts: CountOrZero | tuple[CountOrZero, ...] = 2
 
     def _own_experts(self, num_tasks: int) -> tuple[int, ...]:
         if isinstance(self.num_task_experts, int):
@@ -435,11 +408,7 @@ class PLE(CGC):
         num_levels: 1: this is CGC.
     """
 
-    num_levels: int = 2
-
-    def __post_init__(self) -> None:
-        at_least_one("num_levels", self.num_levels)
-        super().__post_init__()
+    num_levels: Count = 2
 
     def _levels(self, dim: int) -> list[tuple[int, bool]]:
         dims = [dim]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..contract.checks import at_least_one, not_negative, sequence, whole
 from ..experts import MLP, ExpertConfig, StarExperts
+from ..fields import Count, CountOrZero
 from ..layers import HoMELayer, M3oELayer, MultiGateLayer, STARLayer
 from ..layers.multi_gate import FeatureGate
 from ..layers.scenarios import DomainNorm
@@ -34,24 +34,17 @@ class HoME(MultiGateConfig):
         self_gate: as in ``MultiGateConfig``, of the categories in the first level and of the tasks in the second.
     """
 
-    num_experts: int = 2
+    num_experts: Count = 2
     expert: ExpertConfig = MLP(activation="silu", norm="batch")
-    num_category_experts: int = 1
-    num_task_experts: int = 1
+    num_category_experts: Count = 1
+    num_task_experts: CountOrZero = 1
     categories: tuple[int, ...] = ()
-    self_gate: int = field(default=1, kw_only=True)
+    self_gate: CountOrZero = field(default=1, kw_only=True)
 
     num_levels: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sequence("categories", self.categories)
-        object.__setattr__(self, "categories", tuple(self.categories))  # a list in YAML and in a checkpoint
-        at_least_one("num_category_experts", self.num_category_experts)
-        whole("num_task_experts", self.num_task_experts)
-        not_negative("num_task_experts", self.num_task_experts)
-        for category in self.categories:
-            whole("categories", category)
         if self.categories and set(self.categories) != set(range(len(set(self.categories)))):
             raise ValueError(f"categories={list(self.categories)} must count from 0 without a gap")
         if self.num_domain_experts:
@@ -131,7 +124,7 @@ class M3oE(MultiGateConfig):
         num_experts: shared experts.
     """
 
-    num_experts: int = 4
+    num_experts: Count = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,7 +182,7 @@ class STAR(MultiGateConfig):
         norm: whether the input is normalised over the examples of its domain (partitioned normalisation).
     """
 
-    num_experts: int = 1
+    num_experts: Count = 1
     expert: ExpertConfig = MLP((128,))
     norm: bool = True
 

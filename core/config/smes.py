@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..contract import check_kinds
-from ..contract.checks import at_least_one, at_most_experts, not_negative
+from ..contract.checks import at_most_experts
+from ..fields import Count, CountOrZero, check_values
 from ..layers import JointMultiGateMoE, MultiGateLayer
 from ..routing.balance_terms import SCORE_TERMS
 from ..routing.multi_gate import ExpertGroups
@@ -34,22 +34,18 @@ class SMES(MultiGateConfig):
             what the experts give that they leave out (after RankMixer, arXiv 2507.15551).
     """
 
-    num_experts: int = 32
-    shared_top_k: int = 2
-    private_top_k: int = 1
+    num_experts: Count = 32
+    shared_top_k: CountOrZero = 2
+    private_top_k: CountOrZero = 1
     dense_training: bool = False
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        for name in ("shared_top_k", "private_top_k"):
-            not_negative(name, getattr(self, name))
-        at_least_one("shared_top_k + private_top_k", self.shared_top_k + self.private_top_k)
-        at_least_one("num_experts", self.num_experts)
+        super().__post_init__()
+        check_values(Count, **{"shared_top_k + private_top_k": self.shared_top_k + self.private_top_k})
         at_most_experts("shared_top_k + private_top_k", self.shared_top_k + self.private_top_k, self.num_experts)
         for name in ("feature_gate", "self_gate", "num_domain_experts"):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} does not apply to SMES, whose experts are all alike")
-        super().__post_init__()
 
     @property
     def terms(self) -> frozenset[str]:

@@ -11,7 +11,6 @@ A *routed pair* is one (token, expert) choice. A pair that is not computed (its 
 its second expert was left out) keeps its row with the expert id ``E``: it sorts last, past the last offset.
 """
 
-from .checks import check_kinds, check_part
 from .evidence import Evidence
 from .groups import TokenGroups
 from .routing import Decision, DenseRouting, Loads, MergeRouting, Routing, RoutingContext, SlotRouting
@@ -34,8 +33,6 @@ __all__ = [
     "SlotRouting",
     "Tape",
     "TokenGroups",
-    "check_kinds",
-    "check_part",
     "device_of_ranks",
     "record",
     "several_ranks",

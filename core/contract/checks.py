@@ -2,83 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
-from typing import Any
-
 import torch
 from torch import Tensor
-
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    "float": ("a number", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)),
-    "str": ("text", lambda value: isinstance(value, str)),
-    "bool": ("True or False", lambda value: isinstance(value, bool)),
-    "None": ("None", lambda value: value is None),
-}
-
-
-def check_kinds(config: Any, prefix: str = "") -> None:
-    """Raise a ``ValueError`` where a field of a config is not of the kind that its annotation says.
-
-    Args:
-        config: a dataclass. Fields of other kinds than numbers, text, booleans and None are left to the config.
-        prefix: text before the names of the fields in the message.
-    """
-    for f in fields(config):
-        value, kind = getattr(config, f.name), f.type if isinstance(f.type, str) else getattr(f.type, "__name__", "")
-        names = kind.split(" | ")
-        if all(name in _KINDS for name in names) and not any(_KINDS[name][1](value) for name in names):
-            allowed = " or ".join(_KINDS[name][0] for name in names)
-            raise ValueError(f"{prefix}{f.name}={value!r} is not {allowed}")
-
-
-def check_part(name: str, value: object, kind: type, example: str) -> None:
-    """Raise a ``ValueError`` where a field that holds a config holds another thing; ``example`` is one that fits."""
-    if not isinstance(value, kind):
-        raise ValueError(f"{name}={value!r} is not a config of its kind, as {example} is")
-
-
-def whole(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r} is not a whole number")
-
-
-def number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}={value!r} is not a number")
-
-
-def sequence(name: str, value: object) -> None:
-    """Raise a ``ValueError`` where ``value`` is neither a tuple nor a list."""
-    if not isinstance(value, (tuple, list)):
-        raise ValueError(f"{name}={value!r} is not a list")
-
-
-def at_least_one(name: str, value: int) -> None:
-    whole(name, value)
-    if value < 1:
-        raise ValueError(f"{name}={value} is not at least 1")
-
-
-def positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}={value} is not a positive number")
-
-
-def not_negative(name: str, value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name}={value} is not a finite number >= 0")
-
-
-def below_one(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}={value} is not in [0, 1)")
-
-
-def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(str(a) for a in allowed)}")
 
 
 def divides(name: str, value: int, num_experts: int) -> None:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..config import MoEConfig
-from ..contract import check_part
+from ..fields import check_values
 from ..layers import AdaptedLinear, MoE
 from .names import matching_names
 
@@ -39,7 +39,7 @@ def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None 
         core.adapt(model, moe, modules="blocks.*.attn.qkv")
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     """
-    check_part("moe", moe, MoEConfig, "MoEConfig(8, TokenChoice(2), LoRA(8))")
+    check_values(MoEConfig, moe=moe)
     if modules is None:
         return AdaptedLinear(_linear("model", model), _updates(_linear("model", model), moe), moe.expert.follows_base)
     if moe.router.needs:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..contract.checks import one_of
 from ..experts import Experts
+from ..fields import OneOf, check_values
 from ..layers import MoE, MoELayer
 from .merge import OneExpert, average_experts, joined
 from .parts import check_all_here, like, replace_layers, value_of_layer
@@ -57,7 +57,7 @@ def densify(model: nn.Module, how: str = "average", loads: Mapping[str, Loads] |
 
         core.densify(model, "use", {name: s.loads_E for name, s in core.expert_statistics(model, batches).items()})
     """
-    one_of("how", how, HOWS)
+    check_values(Annotated[str, OneOf(*HOWS)], how=how)
     by_load = how in ("use", "most_used")
     if loads is not None and not by_load:
         raise ValueError(f"loads are for how='use' and how='most_used', not for {how!r}")

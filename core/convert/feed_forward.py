@@ -9,14 +9,14 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..contract.checks import below_one, one_of
 from ..experts import FFN, GEGLU, ExpertConfig, Experts, GeneralFFN, SwiGLU
 from ..experts.general import GENERAL_ACTIVATIONS
+from ..fields import Checked, OneOf, ShareBelowOne
 from ..kernels import ACTIVATIONS
 
 LAYOUTS = ("tokens", "sequence_first", "channels_first")
@@ -24,7 +24,7 @@ LAYOUTS = ("tokens", "sequence_first", "channels_first")
 
 
 @dataclass(frozen=True)
-class FeedForwardPart:
+class FeedForwardPart(Checked):
     """A feed-forward network inside a dense model, as an expert has it.
 
     Attributes:
@@ -46,16 +46,12 @@ class FeedForwardPart:
     weights: Mapping[str, Tensor]
     dim: int
     out_dim: int
-    output_dropout: float = 0.0
-    layout: str = "tokens"
+    output_dropout: ShareBelowOne = 0.0
+    layout: Annotated[str, OneOf(*LAYOUTS)] = "tokens"
     at: str = ""
     emptied: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     dense: Callable[[Tensor], Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        one_of("layout", self.layout, LAYOUTS)
-        below_one("output_dropout", self.output_dropout)
 
     @property
     def hidden_dim(self) -> int:

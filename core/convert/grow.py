@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..contract.checks import at_least_one, one_of
 from ..experts import Experts
+from ..fields import Count, OneOf, check_values
 from ..layers import MoE
 from ..routing.router import Router
 from .parts import axis_of_experts, like, num_groups, parts_of, set_num_experts, tensors_of_experts, width_of
@@ -70,8 +70,8 @@ def grow_experts(
         loads_E = tape.entries[0].routing.chosen_per_expert_E
         new = core.grow_experts(layer, 2, freeze=True, start="copy", loads_E=loads_E)
     """
-    at_least_one("n", n)
-    one_of("start", start, STARTS)
+    check_values(Count, n=n)
+    check_values(Annotated[str, OneOf(*STARTS)], start=start)
     router, experts = parts_of(layer, "grow")
     E, config = experts.num_experts, router.config
     larger = config.build(width_of(layer), E + n, router.capacity)

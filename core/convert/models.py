@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MoEConfig
-from ..contract import check_part
 from ..experts import FFN
+from ..fields import check_values
 from .feed_forward import copy_weights
 from .sparse_ffn import SparseFFN
 from .sparsify import matching_parts, sparsify
@@ -103,7 +103,7 @@ def mix_models(
         moe = core.MoEConfig(3, core.TokenChoice(2))
         sparse = core.mix_models([law, medicine, news], moe, modules="blocks.*.mlp")
     """
-    check_part("moe", moe, MoEConfig, "MoEConfig(3, TokenChoice(2))")
+    check_values(MoEConfig, moe=moe)
     if moe.num_experts != len(models):
         raise ValueError(f"num_experts={moe.num_experts} is not the number of models, {len(models)}")
     for name, value, default in (

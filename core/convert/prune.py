@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..contract.checks import at_least_one, at_most_experts, one_of
+from ..contract.checks import at_most_experts
 from ..experts import Constant, Experts, check_merges
 from ..experts.mixed import MixedExperts
+from ..fields import Count, OneOf, check_values
 from ..layers import MoE, PatchMoE
 from .parts import (
     layers_with_experts,
@@ -108,7 +109,7 @@ def prune_experts(
 
         core.prune_experts(model, core.expert_statistics(model, batches), keep=0.5)
     """
-    one_of("by", by, tuple(SCORES))
+    check_values(Annotated[str, OneOf(*SCORES)], by=by)
     kept: dict[str, tuple[int, ...]] = {}
     changes: list[_Change] = []
     for request in _requests(model, statistics, keep):
@@ -252,7 +253,7 @@ def number_to_keep(keep: int | float, num_experts: int) -> int:
         if not 0 < keep < 1:
             raise ValueError(f"keep={keep} is neither a whole number nor a share between 0 and 1")
         return max(1, round(keep * num_experts))
-    at_least_one("keep", keep)
+    check_values(Count, keep=keep)
     at_most_experts("keep", keep, num_experts)
     return keep
 

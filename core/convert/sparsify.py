@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MoEConfig
-from ..contract import MergeRouting, Routing, check_part
-from ..contract.checks import check_tensor, not_negative, whole
+from ..contract import MergeRouting, Routing
+from ..contract.checks import check_tensor
+from ..fields import NotNegative, check_values
 from ..layers import AveragedMoE, MoE, set_capacity_factor
 from .feed_forward import FeedForwardPart, copy_weights, evaluating
 from .names import matches, matching_names
@@ -85,9 +86,9 @@ def sparsify(
         sparse = core.sparsify(timm.create_model("vit_tiny_patch16_224"), moe, modules="blocks.*.mlp")
         print(core.summary(sparse))
     """
-    check_part("moe", moe, MoEConfig, "MoEConfig(8, TokenChoice(2))")
-    not_negative("noise", noise)
-    whole("seed", seed)
+    check_values(MoEConfig, moe=moe)
+    check_values(NotNegative, noise=noise)
+    check_values(int, seed=seed)
     begun = start_of(start)
     if moe.router.needs:
         needed = ", ".join(f"context.{name}" for name in moe.router.needs)

@@ -9,15 +9,14 @@ and adds noise.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..config import MoEConfig
-from ..contract import check_kinds
-from ..contract.checks import one_of
 from ..experts import FFN
+from ..fields import CountOrZero, Share
 from ..layers import MoE
 from ..registry import OpenConfig
 from ..routing.gates import LinearGate
@@ -113,12 +112,7 @@ class DropStart(Start):
 
     name = "drop"
 
-    ratio: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio={self.ratio} is not in [0, 1]")
+    ratio: Share = 0.5
 
     def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, known: Tensor | None) -> None:
         F = part.hidden_dim
@@ -196,14 +190,11 @@ class SplitStart(Start):
     name = "split"
     even_gates = True
 
-    by: str = "clusters"
-    shared: int = 0
+    by: Literal["clusters", "coactivation", "importance", "random"] = "clusters"
+    shared: CountOrZero = 0
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        one_of("by", self.by, ("clusters", "coactivation", "importance", "random"))
-        if self.shared < 0:
-            raise ValueError(f"shared={self.shared} is not at least 0")
+        super().__post_init__()
         if self.shared and self.by != "importance":
             raise ValueError(f"shared={self.shared} is the number of the most important units: by='importance' alone")
 

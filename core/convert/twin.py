@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import nn
 
-from ..contract.checks import one_of, whole
+from ..fields import OneOf, check_values
 from .feed_forward import FeedForwardPart
 from .hidden_units import HiddenUnits, hidden_units
 from .readers import named_part, read_ffn
@@ -74,7 +75,7 @@ def dense_twin(
         sparse = core.sparsify(model, core.MoEConfig(8, core.TokenChoice(2)), modules="blocks.*.mlp")
         twin = core.dense_twin(model, like=sparse)
     """
-    whole("seed", seed)
+    check_values(int, seed=seed)
     replaced = _replaced(model, like)
     # All widths are solved before the copy: a refusal costs no memory.
     widths = {
@@ -108,7 +109,7 @@ def twin_widths(
 
 def _solved(name: str, layer: SparseFFN, units: HiddenUnits, cost: str, tokens_per_sequence: int | None) -> TwinWidth:
     """Return the width at which a network costs what a sparse layer does."""
-    one_of("cost", cost, COSTS)
+    check_values(Annotated[str, OneOf(*COSTS)], cost=cost)
     cost_at = units.flops_per_token if cost == "flops" else units.num_params
     try:
         target = sum(p.numel() for p in layer.parameters())

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..contract import Rows, check_kinds
-from ..contract.checks import at_least_one
+from ..contract import Rows
+from ..fields import Count
 from ..kernels import expert_linear
 from .base import ExpertConfig, Experts
 from .products import autocast_together, init_linear_
@@ -73,13 +73,8 @@ class AttentionExperts(ExpertConfig):
 
     layer_kind = "attention"
 
-    head_dim: int = 64
-    heads_per_expert: int = 1
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
-        at_least_one("head_dim", self.head_dim)
-        at_least_one("heads_per_expert", self.heads_per_expert)
+    head_dim: Count = 64
+    heads_per_expert: Count = 1
 
     @property
     def width(self) -> int:

@@ -8,8 +8,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from ..contract import Rows, check_kinds
-from ..contract.checks import at_least_one, positive
+from ..contract import Rows
+from ..fields import Count, Positive
 from ..kernels import expert_linear, outside_autocast
 from .base import ExpertConfig, Experts
 from .products import autocast_together, first_linear, init_linear_, merged_linear, next_linear, weighted_sum
@@ -105,19 +105,11 @@ class ClampedSwiGLU(ExpertConfig):
         ValueError: ``hidden_dim`` below 1, or a ``limit`` or ``alpha`` that is not positive.
     """
 
-    hidden_dim: int | None = None
+    hidden_dim: Count | None = None
     bias: bool = False
-    limit: float | None = 7.0
-    alpha: float = 1.0
+    limit: Positive | None = 7.0
+    alpha: Positive = 1.0
     shift: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
-        if self.hidden_dim is not None:
-            at_least_one("hidden_dim", self.hidden_dim)
-        if self.limit is not None:
-            positive("limit", self.limit)
-        positive("alpha", self.alpha)
 
     def hidden(self, dim: int) -> int:
         """Return F for this model dim, the default filled in."""

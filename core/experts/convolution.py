@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import Rows, check_kinds
-from ..contract.checks import at_least_one, one_of
+from ..contract import Rows
+from ..fields import Count, CountOrZero, OneOf
 from ..kernels import ACTIVATIONS, expert_linear
 from .base import ExpertConfig, Experts
 from .patch_grid import PatchGrid
@@ -108,21 +108,17 @@ class Convolution(ExpertConfig):
     layer_kind = "patches"
     is_causal = False
 
-    hidden_dim: int | None = None
-    patch_size: int = 2
-    kernel_size: int = 3
-    activation: str = "gelu"
+    hidden_dim: Count | None = None
+    patch_size: Count = 2
+    kernel_size: Count = 3
+    activation: Annotated[str, OneOf(*ACTIVATIONS)] = "gelu"
     bias: bool = False
-    columns: int | None = None
-    prefix_tokens: int = 0
+    columns: Count | None = None
+    prefix_tokens: CountOrZero = 0
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        if self.hidden_dim is not None:
-            at_least_one("hidden_dim", self.hidden_dim)
-        one_of("activation", self.activation, tuple(ACTIVATIONS))
+        super().__post_init__()
         most = 2 * self.grid.patch_size - 1
-        at_least_one("kernel_size", self.kernel_size)
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} is even: a kernel has a middle")
         if self.kernel_size > most:

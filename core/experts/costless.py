@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..contract import Rows, check_kinds
+from ..contract import Rows
 from ..kernels import expert_linear, expert_of_rows
 from .base import ExpertConfig, Experts, local_tensor
 from .products import autocast_together
@@ -145,9 +145,6 @@ class Constant(ExpertConfig):
     """
 
     mix: bool = False
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
 
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> ConstantExperts:
         if self.mix:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from ..contract import Rows, check_kinds
-from ..contract.checks import at_least_one, one_of
+from ..contract import Rows
+from ..fields import Count, OneOf
 from ..kernels import ACTIVATIONS, FFNWeights, RowIndex, expert_ffn, linear, outside_autocast
 from .base import ExpertConfig, Experts
 from .products import autocast_together, first_linear, init_linear_, merged_linear, next_linear, weighted_sum
@@ -116,15 +117,9 @@ class FFN(ExpertConfig):
         ValueError: an unknown activation, or ``hidden_dim`` below 1.
     """
 
-    hidden_dim: int | None = None
-    activation: str = "gelu"
+    hidden_dim: Count | None = None
+    activation: Annotated[str, OneOf(*ACTIVATIONS)] = "gelu"
     bias: bool = False
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
-        one_of("activation", self.activation, tuple(ACTIVATIONS))
-        if self.hidden_dim is not None:
-            at_least_one("hidden_dim", self.hidden_dim)
 
     def hidden(self, dim: int) -> int:
         """Return F for this model dim, the default filled in."""
@@ -168,7 +163,7 @@ class SwiGLU(FFN):
         hidden_dim: F; None: 8/3 * dim, up to the next multiple of 8, for the parameters of a plain FFN of 4 * dim.
     """
 
-    activation: str = "silu"
+    activation: Annotated[str, OneOf(*ACTIVATIONS)] = "silu"
 
     def hidden(self, dim: int) -> int:
         return -(-8 * dim // 24) * 8 if self.hidden_dim is None else self.hidden_dim
@@ -181,4 +176,4 @@ class SwiGLU(FFN):
 class GEGLU(SwiGLU):
     """``SwiGLU`` with GELU in place of SiLU (arXiv 2002.05202)."""
 
-    activation: str = "gelu"
+    activation: Annotated[str, OneOf(*ACTIVATIONS)] = "gelu"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import Rows, check_kinds
-from ..contract.checks import at_least_one, below_one, one_of
+from ..contract import Rows
+from ..fields import Count, OneOf, ShareBelowOne
 from ..kernels import ACTIVATIONS, expert_linear, outside_autocast
 from .base import ExpertConfig, Experts
 from .products import autocast_together, first_linear, init_linear_, merged_linear, next_linear, weighted_sum
@@ -128,20 +129,16 @@ class GeneralFFN(ExpertConfig):
         ValueError: an unknown activation, a value out of its range, or ``bias_gate`` without ``gated``.
     """
 
-    hidden_dim: int | None = None
-    activation: str = "gelu"
+    hidden_dim: Count | None = None
+    activation: Annotated[str, OneOf(*GENERAL_ACTIVATIONS)] = "gelu"
     gated: bool = False
     bias_in: bool = True
     bias_gate: bool = False
     bias_out: bool = True
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        one_of("activation", self.activation, tuple(GENERAL_ACTIVATIONS))
-        below_one("dropout", self.dropout)
-        if self.hidden_dim is not None:
-            at_least_one("hidden_dim", self.hidden_dim)
+        super().__post_init__()
         if self.bias_gate and not self.gated:
             raise ValueError("bias_gate=True needs gated=True: there is no other gate")
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import Rows, check_kinds
-from ..contract.checks import at_least_one, below_one, positive
+from ..contract import Rows
+from ..fields import Count, Positive, ShareBelowOne
 from ..kernels import FFNWeights, RowIndex, combine, expert_ffn, expert_of_rows, outside_autocast
 from .base import ExpertConfig, Experts, local_tensor
 from .products import autocast_together, first_linear, floats, init_linear_, next_linear, weighted_sum
@@ -101,16 +101,9 @@ class LoRA(ExpertConfig):
             the width of the input or of the output, where a full matrix would be smaller.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
-        at_least_one("rank", self.rank)
-        if self.alpha is not None:
-            positive("alpha", self.alpha)
-        below_one("dropout", self.dropout)
+    rank: Count = 8
+    alpha: Positive | None = None
+    dropout: ShareBelowOne = 0.0
 
     @property
     def scale(self) -> float:

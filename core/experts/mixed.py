@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..contract import Rows, check_kinds, check_part
-from ..contract.checks import at_least_one, sequence
+from ..contract import Rows
+from ..fields import Count
 from ..kernels import RowIndex, combine
 from .base import ExpertConfig, Experts
 
@@ -109,17 +109,13 @@ class Mixed(ExpertConfig):
     """
 
     experts: tuple[ExpertConfig, ...]
-    counts: tuple[int, ...]
+    counts: tuple[Count, ...]
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        for name in ("experts", "counts"):
-            sequence(name, getattr(self, name))
+        super().__post_init__()
         if not self.experts or len(self.experts) != len(self.counts):
             raise ValueError(f"counts={self.counts} has {len(self.counts)} numbers for {len(self.experts)} experts")
-        for expert, count in zip(self.experts, self.counts, strict=True):
-            check_part("experts", expert, ExpertConfig, "(FFN(), Zero())")
-            at_least_one("counts", count)
+        for expert in self.experts:
             if isinstance(expert, Mixed) or expert.layer_kind != "rows":
                 raise ValueError(f"experts has {type(expert).__name__}, which cannot be one of several kinds")
 

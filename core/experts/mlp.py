@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import Rows, check_kinds
-from ..contract.checks import below_one, one_of
+from ..contract import Rows
+from ..fields import Count, Length, OneOf, ShareBelowOne
 from ..kernels import ACTIVATIONS, expert_linear, expert_of_rows, outside_autocast
 from .base import ExpertConfig, Experts, local_tensor
 from .products import autocast_together, first_linear, init_linear_, next_linear, weighted_sum
@@ -238,21 +238,10 @@ class MLP(ExpertConfig):
         ValueError: a value is out of its range.
     """
 
-    hidden_dims: tuple[int, ...] = (16,)
-    activation: str = "relu"
-    norm: str | None = None
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
-        widths = self.hidden_dims
-        is_whole = isinstance(widths, (tuple, list)) and all(type(width) is int for width in widths)
-        if not (is_whole and widths and min(widths) >= 1):
-            raise ValueError(f"hidden_dims={widths!r} is not one or more widths of at least 1")
-        object.__setattr__(self, "hidden_dims", tuple(widths))  # a list in YAML and in a checkpoint
-        one_of("activation", self.activation, tuple(ACTIVATIONS))
-        one_of("norm", self.norm, (None, "batch", "layer"))
-        below_one("dropout", self.dropout)
+    hidden_dims: Annotated[tuple[Count, ...], Length(1)] = (16,)
+    activation: Annotated[str, OneOf(*ACTIVATIONS)] = "relu"
+    norm: Annotated[str, OneOf("batch", "layer")] | None = None
+    dropout: ShareBelowOne = 0.0
 
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> MLPExperts:
         self._check_width(out_dim)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..contract import check_kinds
-from ..contract.checks import at_least_one, not_negative
+from ..fields import Checked, Count, CountOrZero
 
 
 @dataclass(frozen=True)
-class PatchGrid:
+class PatchGrid(Checked):
     """A grid of positions, cut into patches of p x p positions that do not overlap.
 
     Tokens lie row by row, after those of the prefix; patches lie row by row as well, and so do the positions in one.
@@ -26,18 +25,14 @@ class PatchGrid:
         ValueError: a value is out of its range, or ``patch_size`` does not divide ``columns``.
     """
 
-    patch_size: int
-    columns: int | None = None
-    prefix_tokens: int = 0
+    patch_size: Count
+    columns: Count | None = None
+    prefix_tokens: CountOrZero = 0
 
     def __post_init__(self) -> None:
-        check_kinds(self)
-        at_least_one("patch_size", self.patch_size)
-        not_negative("prefix_tokens", self.prefix_tokens)
-        if self.columns is not None:
-            at_least_one("columns", self.columns)
-            if self.columns % self.patch_size:
-                raise ValueError(f"patch_size={self.patch_size} does not divide columns={self.columns}")
+        super().__post_init__()
+        if self.columns is not None and self.columns % self.patch_size:
+            raise ValueError(f"patch_size={self.patch_size} does not divide columns={self.columns}")
 
     @property
     def area(self) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..contract import Rows, check_kinds
-from ..contract.checks import one_of
+from ..contract import Rows
+from ..fields import OneOf
 from ..kernels import ACTIVATIONS, expert_of_rows, neurons
 from .base import ExpertConfig, Experts, local_tensor
 
@@ -99,12 +99,8 @@ class PEER(ExpertConfig):
 
     layer_kind: ClassVar[str] = "neurons"
 
-    activation: str = "gelu"
+    activation: Annotated[str, OneOf(*ACTIVATIONS)] = "gelu"
     row_sparse: bool = False
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
-        one_of("activation", self.activation, tuple(ACTIVATIONS))
 
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> NeuronExperts:
         width = dim if out_dim is None else out_dim

@@ -25,11 +25,12 @@ from __future__ import annotations
 
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from ..fields import OneOf
 from ..torch_internals import is_in_torch_dispatch_mode, is_transformed
 from . import cpu, eager, grouped, table_rows, triton_ops
 from .cpu.products import Linear, linear
@@ -51,6 +52,7 @@ from .grouped import expert_of_rows, refuse_gradient
 from .quantized import QuantizedWeight, Weight, dequantize, quantize
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager, "cpu": cpu, "grouped": grouped, "triton": triton_ops}
+Backend = Annotated[str, OneOf("auto", *BACKENDS)]
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> Tensor:
@@ -230,6 +232,7 @@ __all__ = [
     "ACTIVATIONS",
     "ALL_ACTIVATIONS",
     "BACKENDS",
+    "Backend",
     "FFNWeights",
     "Linear",
     "QuantizedWeight",

@@ -7,14 +7,14 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..contract.checks import one_of
 from ..experts import Experts
 from ..experts.mixed import MixedExperts
+from ..fields import OneOf, check_values
 from ..layers import MoELayer, NeuronMoE, SoftMoE, moe_layers
 from ..routing.gates import LinearGate
 from .offloaded import Offloaded, OffloadedExperts, stacked
@@ -69,9 +69,8 @@ def offload_experts(
         model.predict(["Guten Morgen"])
         offloaded.statistics.hit_rate
     """
-    one_of("policy", policy, POLICIES)
-    if type(budget_bytes) is not int:
-        raise ValueError(f"budget_bytes={budget_bytes!r} is not a whole number of bytes")
+    check_values(Annotated[str, OneOf(*POLICIES)], policy=policy)
+    check_values(int, budget_bytes=budget_bytes)
     places, left = _places(model)
     for name, (experts, _) in places.items():
         if experts.cache is not None:

@@ -7,8 +7,8 @@ import math
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..contract.checks import at_least_one
 from ..experts.base import HIDDEN
+from ..fields import Count, check_values
 
 REPLICATE, SHARD, NODE, EXPERT = "replicate", "shard", "node", "expert"
 """Names of the mesh's axes, from the outermost one to that of neighbouring ranks; ``HIDDEN`` is the innermost."""
@@ -43,10 +43,10 @@ def expert_mesh(
     Raises:
         ValueError: the product is not the number of ranks, or a size is below 1.
     """
+    check_values(Count, shards=shards, nodes=nodes, experts=experts, hidden=hidden)
+    check_values(Count | None, replicas=replicas)
     sizes = {SHARD: shards, NODE: nodes, EXPERT: experts, HIDDEN: hidden}
     options = dict(zip(sizes, ("shards", "nodes", "experts", "hidden"), strict=True))
-    for name, size in sizes.items():
-        at_least_one(options[name], size)
     text = " x ".join(f"{options[name]}={size}" for name, size in sizes.items() if size > 1 or name == EXPERT)
     sizes = {name: size for name, size in sizes.items() if size > 1 or name in (SHARD, EXPERT)}
     world, product = dist.get_world_size(), math.prod(sizes.values())
@@ -54,7 +54,6 @@ def expert_mesh(
         if world % product:
             raise ValueError(f"{text} does not divide the {world} ranks")
         replicas = world // product
-    at_least_one("replicas", replicas)
     if replicas * product != world:
         raise ValueError(f"replicas={replicas} x {text} is {replicas * product}, and there are {world} ranks")
     return init_device_mesh(device_type, (replicas, *sizes.values()), mesh_dim_names=(REPLICATE, *sizes))

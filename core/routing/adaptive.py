@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Evidence, Routing, RoutingContext, span
-from ..contract.checks import at_least_one, at_most_experts, not_negative, one_of, positive
+from ..contract.checks import at_most_experts
+from ..fields import Bounds, Count, NotNegative, Positive, PositiveShare
 from ..kernels import topk_gate
 from ..kernels.eager import capacity_ranks, check_devices, count_experts, outside_autocast, top_k_ids
 from .balance_terms import CHOICE_TERMS, SCORE_TERMS
@@ -58,17 +60,10 @@ class Threshold(LinearGateConfig):
     router_class = ThresholdRouter
     terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
 
-    threshold: float = 0.2
-    second: str = "random"
-    eval_second: str = "threshold"
-    init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold} is not in (0, 1]")
-        one_of("second", self.second, ("random", "threshold"))
-        one_of("eval_second", self.eval_second, ("threshold", "always"))
-        super().__post_init__()
+    threshold: PositiveShare = 0.2
+    second: Literal["random", "threshold"] = "random"
+    eval_second: Literal["threshold", "always"] = "threshold"
+    init_scale: Positive = 0.1
 
     def check(self, num_experts: int) -> None:
         if num_experts < 2:
@@ -135,15 +130,9 @@ class NullExperts(RouterConfig):
     router_class = NullExpertsRouter
     terms = SCORE_TERMS | {"router_z"}
 
-    top_k: int = 4
-    num_null_experts: int = 8
-    init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        at_least_one("num_null_experts", self.num_null_experts)
-        positive("init_scale", self.init_scale)
-        if self.top_k < 2:
-            raise ValueError(f"top_k={self.top_k} is not at least 2: every gate would be 1 and the router untrained")
+    top_k: Annotated[int, Bounds(2, why="every gate would be 1 and the router untrained")] = 4
+    num_null_experts: Count = 8
+    init_scale: Positive = 0.1
 
     def make_gate(self, dim: int, num_experts: int) -> LinearGate:
         return LinearGate(dim, num_experts + self.num_null_experts, self.init_scale)
@@ -256,16 +245,10 @@ class DynamicThreshold(RouterConfig):
     terms = SCORE_TERMS  # no z-loss: a cosine is bounded
     has_exact_gradient = False  # gates are steps, and the gradient goes straight through
 
-    max_k: int = 4
-    temperature: float = 1.0
-    diversity: float = 0.01
-    simplicity: float = 0.01
-
-    def __post_init__(self) -> None:
-        at_least_one("max_k", self.max_k)
-        positive("temperature", self.temperature)
-        not_negative("diversity", self.diversity)
-        not_negative("simplicity", self.simplicity)
+    max_k: Count = 4
+    temperature: Positive = 1.0
+    diversity: NotNegative = 0.01
+    simplicity: NotNegative = 0.01
 
     def make_gate(self, dim: int, num_experts: int) -> ThresholdGate:
         return ThresholdGate(dim, num_experts, self.temperature)
@@ -408,14 +391,10 @@ class TokenRounding(TopKConfig, LinearGateConfig):
     depends_on = "token"
     layer_options = frozenset({"backend"})
 
-    top_k: int = 2
-    tile: int = 128
+    top_k: Count = 2
+    tile: Count = 128
     normalize: bool | None = None
-    init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least_one("tile", self.tile)
+    init_scale: Positive = 0.1
 
     def check_group(self, group: str | int) -> None:
         if group != "batch":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from ..contract import Evidence
-from ..contract.checks import at_least_one, one_of, positive
+from ..fields import Count, Positive
 from ..kernels.assign import balanced_assignment
 from ..kernels.eager import top_k_ids
 from .router import FixedKConfig, LinearGateConfig, PairRouter, Tokens
@@ -51,7 +52,7 @@ class Base(LinearGateConfig):
     is_causal = False  # in training: in evaluation a token decides alone
     depends_on = "token"
 
-    init_scale: float = 0.1
+    init_scale: Positive = 0.1
 
     def pairs_per_token(self, num_experts: int) -> float:
         return 1.0
@@ -126,17 +127,11 @@ class Sinkhorn(FixedKConfig, LinearGateConfig):
     is_causal = False  # in training: in evaluation a token decides alone
     depends_on = "token"
 
-    top_k: int = 1
-    iterations: int = 16
-    temperature: float = 1.0
-    score_func: str | None = None
-    init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least_one("iterations", self.iterations)
-        positive("temperature", self.temperature)
-        one_of("score_func", self.score_func, (None, "sigmoid", "softmax"))
+    top_k: Count = 1
+    iterations: Count = 16
+    temperature: Positive = 1.0
+    score_func: Literal["sigmoid", "softmax"] | None = None
+    init_scale: Positive = 0.1
 
     @property
     def scores(self) -> str:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from ..contract import check_kinds
-from ..contract.checks import at_least_one, below_one, not_negative, number, one_of, positive, sequence, whole
+from ..fields import Bounds, Checked, Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne
 from ..registry import register_config
 
 
 @dataclass(frozen=True)
-class BalanceWeights:
+class BalanceWeights(Checked):
     """Weights of the balance losses. A term that does not apply to the router is skipped while it is at its default,
     and refused when set by hand.
 
@@ -42,19 +42,19 @@ class BalanceWeights:
             gives a token (NLLB, arXiv 2207.04672).
     """
 
-    load_balancing: float = 0.01
-    router_z: float = 0.001
-    importance: float = 0.0
-    load: float = 0.0
-    mutual_information: float = 0.0
-    local_entropy: float = 0.0
-    global_entropy: float = 0.0
-    localized: float = 0.0
-    sequence_balance: float = 0.0
-    first_choice: float = 0.0
-    gate_importance: float = 0.0
-    contrast: float = 0.0
-    gate_budget: float = 0.0
+    load_balancing: NotNegative = 0.01
+    router_z: NotNegative = 0.001
+    importance: NotNegative = 0.0
+    load: NotNegative = 0.0
+    mutual_information: NotNegative = 0.0
+    local_entropy: NotNegative = 0.0
+    global_entropy: NotNegative = 0.0
+    localized: NotNegative = 0.0
+    sequence_balance: NotNegative = 0.0
+    first_choice: NotNegative = 0.0
+    gate_importance: NotNegative = 0.0
+    contrast: NotNegative = 0.0
+    gate_budget: NotNegative = 0.0
 
     def weights(self) -> dict[str, float]:
         """Return the weight of each term."""
@@ -92,60 +92,37 @@ class Balance(BalanceWeights):
         ValueError: a weight is negative or not finite, or another value is out of its range.
     """
 
-    num_tasks: int = 0
-    num_modalities: int = 1
-    local_entropy_modality: int | None = None
-    entropy_threshold: float | tuple[float, ...] | None = None
-    budget: float = 0.8
-    localized_delta: float = 0.1
-    expert_types: tuple[int, ...] = ()
-    contrast_temperature: float = 0.1
-    contrast_rows: int = 256
-    scope: str = "global"
+    prefix = "balance."
+
+    num_tasks: CountOrZero = 0
+    num_modalities: Count = 1
+    local_entropy_modality: CountOrZero | None = None
+    entropy_threshold: Positive | tuple[Positive, ...] | None = None
+    budget: Share = 0.8
+    localized_delta: Annotated[float, Bounds(-1, 1, "()")] = 0.1
+    expert_types: tuple[CountOrZero, ...] = ()
+    contrast_temperature: Positive = 0.1
+    contrast_rows: Count = 256
+    scope: Literal["global", "rank"] = "global"
     adaptive: bool = False
-    adaptive_scale: float = 0.2
-    adaptive_max: float = 0.01
-    adaptive_momentum: float = 0.99
+    adaptive_scale: Positive = 0.2
+    adaptive_max: Positive = 0.01
+    adaptive_momentum: ShareBelowOne = 0.99
 
     def __post_init__(self) -> None:
-        check_kinds(self, "balance.")
-        for name, weight in self.weights().items():
-            not_negative(f"balance.{name}", weight)
-        not_negative("balance.num_tasks", self.num_tasks)
-        at_least_one("balance.num_modalities", self.num_modalities)
-        only = self.local_entropy_modality
-        if only is not None and not 0 <= only < self.num_modalities:
+        super().__post_init__()
+        only, thresholds = self.local_entropy_modality, self.entropy_threshold
+        if only is not None and only >= self.num_modalities:
+            raise ValueError(f"balance.local_entropy_modality={only} is not below num_modalities={self.num_modalities}")
+        if isinstance(thresholds, tuple) and len(thresholds) != self.num_modalities:
             raise ValueError(
-                f"balance.local_entropy_modality={only} is not below num_modalities={self.num_modalities}, or negative"
+                f"balance.entropy_threshold={thresholds} has {len(thresholds)} numbers for "
+                f"num_modalities={self.num_modalities}"
             )
-        at_least_one("balance.contrast_rows", self.contrast_rows)
-        for name in ("adaptive_scale", "adaptive_max", "contrast_temperature"):
-            positive(f"balance.{name}", getattr(self, name))
-        self._check_thresholds()
-        below_one("balance.adaptive_momentum", self.adaptive_momentum)
-        if not 0 <= self.budget <= 1:
-            raise ValueError(f"balance.budget={self.budget} is not in [0, 1]")
-        if not -1 < self.localized_delta < 1:
-            raise ValueError(f"balance.localized_delta={self.localized_delta} is not in (-1, 1)")
-        sequence("balance.expert_types", self.expert_types)
-        for kind in self.expert_types:
-            whole("balance.expert_types", kind)
-            not_negative("balance.expert_types", kind)
         if self.localized and not self.expert_types:
             raise ValueError(f"balance.localized={self.localized} needs expert_types, the type of each expert")
-        one_of("balance.scope", self.scope, ("global", "rank"))
         if self.adaptive and self.load_balancing == 0:
             raise ValueError("balance.adaptive=True moves load_balancing, which is 0: its term would be left out")
-
-    def _check_thresholds(self) -> None:
-        given = self.entropy_threshold
-        if isinstance(given, tuple) and len(given) != self.num_modalities:
-            raise ValueError(
-                f"balance.entropy_threshold={given} has {len(given)} numbers for num_modalities={self.num_modalities}"
-            )
-        for threshold in given if isinstance(given, tuple) else () if given is None else (given,):
-            number("balance.entropy_threshold", threshold)
-            positive("balance.entropy_threshold", threshold)
 
     @property
     def num_types(self) -> int:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import Evidence, Routing, RoutingContext, span
-from ..contract.checks import positive
+from ..fields import Positive
 from ..kernels.eager import capacity as capacity_of
 from ..kernels.eager import count_experts, outside_autocast, whole_ratio
 from .gates import LinearGate
@@ -137,12 +137,8 @@ class ExpertChoice(LinearGateConfig):
     default_group = "sequence"
     layer_options = frozenset({"backend"})
 
-    capacity_factor: float = 2.0
-    init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("capacity_factor", self.capacity_factor)
+    capacity_factor: Positive = 2.0
+    init_scale: Positive = 0.1
 
     def check(self, num_experts: int) -> None:
         if num_experts == 1 and self.capacity_factor < 1:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..contract import Evidence, MergeRouting, RoutingContext
-from ..contract.checks import at_least_one, divides, one_of, positive
+from ..contract.checks import divides
+from ..fields import Count, OneOf, Positive
 from ..kernels import SCORE_FUNCS
 from ..kernels.eager import gates_of
 from .clusters import balanced_clusters
@@ -20,8 +21,6 @@ from .router import LAYER_OPTIONS, FixedKConfig, PairRouter, RouterConfig, Token
 from .selection import Capacity, Choice
 
 HASHES = ("random", "balanced", "clustered")
-SPANS = ("token", "sequence", "batch")
-EVALUATIONS = ("fixed", "average", "merged")
 
 
 def random_table(vocab_size: int, num_experts: int, top_k: int, seed: int) -> Tensor:
@@ -177,21 +176,16 @@ class Hash(FixedKConfig):
     can_grow = False
     needs = ("token_ids_BS",)
 
-    vocab_size: int
-    kind: str = "random"
-    top_k: int = 1
+    vocab_size: Count
+    kind: Annotated[str, OneOf(*HASHES)] = "random"
+    top_k: Count = 1
     seed: int = 0
-    score_func: str | None = None
-    scale: float = 1.0
-    init_scale: float = 0.1
+    score_func: Annotated[str, OneOf(*SCORE_FUNCS)] | None = None
+    scale: Positive = 1.0
+    init_scale: Positive = 0.1
 
     def __post_init__(self) -> None:
-        at_least_one("vocab_size", self.vocab_size)
         super().__post_init__()
-        one_of("kind", self.kind, HASHES)
-        one_of("score_func", self.score_func, (None, *SCORE_FUNCS))
-        positive("scale", self.scale)
-        positive("init_scale", self.init_scale)
         if self.score_func is None and self.scale != 1.0:
             raise ValueError(f"scale={self.scale} is a factor on learned gates, and score_func is None")
         if self.kind == "clustered" and self.top_k != 1:
@@ -280,14 +274,9 @@ class Random(FixedKConfig):
     router_class = RandomRouter
     can_grow = False
 
-    top_k: int = 1
-    per: str = "token"
-    evaluation: str = "fixed"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("per", self.per, SPANS)
-        one_of("evaluation", self.evaluation, EVALUATIONS)
+    top_k: Count = 1
+    per: Literal["token", "sequence", "batch"] = "token"
+    evaluation: Literal["fixed", "average", "merged"] = "fixed"
 
     @property
     def reads_position(self) -> bool:
@@ -357,13 +346,9 @@ class DomainRandom(RouterConfig):
     can_grow = False
     needs = ("token_ids_BS", "domain_ids_B")
 
-    num_domains: int
-    vocab_size: int
+    num_domains: Count
+    vocab_size: Count
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least_one("num_domains", self.num_domains)
-        at_least_one("vocab_size", self.vocab_size)
 
     def check(self, num_experts: int) -> None:
         divides("num_domains", self.num_domains, num_experts)

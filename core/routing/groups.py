@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from ..contract import Evidence
-from ..contract.checks import at_least_one, divides, positive
+from ..contract.checks import divides
+from ..fields import Count, Positive
 from ..kernels import topk_gate
 from .balance_terms import SCORE_TERMS
 from .gates import LinearGate
@@ -54,12 +55,8 @@ class Prototypes(LinearGateConfig):
     router_class = PrototypesRouter
     terms = SCORE_TERMS | {"router_z"}
 
-    num_prototypes: int = 2
-    init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        at_least_one("num_prototypes", self.num_prototypes)
-        super().__post_init__()
+    num_prototypes: Count = 2
+    init_scale: Positive = 0.1
 
     def check(self, num_experts: int) -> None:
         divides("num_prototypes", self.num_prototypes, num_experts)
@@ -127,15 +124,13 @@ class Hierarchical(RouterConfig):
     router_class = HierarchicalRouter
     terms = SCORE_TERMS  # no z-loss: two gates have no logits of all experts in common
 
-    num_groups: int = 4
-    top_groups: int = 2
-    top_k: int = 2
-    init_scale: float = 0.1
+    num_groups: Count = 4
+    top_groups: Count = 2
+    top_k: Count = 2
+    init_scale: Positive = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("num_groups", "top_groups", "top_k"):
-            at_least_one(name, getattr(self, name))
-        positive("init_scale", self.init_scale)
+        super().__post_init__()
         if self.top_groups > self.num_groups:
             raise ValueError(f"top_groups={self.top_groups} exceeds num_groups={self.num_groups}")
 
@@ -212,14 +207,10 @@ class Ensemble(TopKConfig, LinearGateConfig):
     terms = SCORE_TERMS | {"router_z"}
     reads_batch_index = True  # the place of a sequence in the batch says its member
 
-    num_members: int = 2
-    top_k: int = 1
+    num_members: Count = 2
+    top_k: Count = 1
     normalize: bool | None = None
-    init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        at_least_one("num_members", self.num_members)
-        super().__post_init__()
+    init_scale: Positive = 0.1
 
     def check(self, num_experts: int) -> None:
         divides("num_members", self.num_members, num_experts)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import Evidence
-from ..contract.checks import at_least_one, positive
+from ..fields import Bounds, Count, Positive
 from .balance_terms import CHOICE_TERMS, SCORE_TERMS
 from .gates import AttentionGate, CosineGate, TokenIdGate
 from .router import LinearGateConfig, PairRouter, Tokens
@@ -35,18 +35,10 @@ class Cosine(TopKConfig):
     router_class = TopKRouter
     drops_experts = True
 
-    top_k: int = 2
-    proj_dim: int | None = None
-    temperature: float = 0.5
+    top_k: Count = 2
+    proj_dim: Annotated[int, Bounds(2, why="in 1 dimension every cosine is 1 or -1")] | None = None
+    temperature: Annotated[float, Bounds(0.01, why="learning does not pass it")] = 0.5
     normalize: bool | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.proj_dim is not None and self.proj_dim < 2:
-            raise ValueError(f"proj_dim={self.proj_dim} is not at least 2: in 1 dimension every cosine is 1 or -1")
-        positive("temperature", self.temperature)
-        if self.temperature < 0.01:
-            raise ValueError(f"temperature={self.temperature} is not at least 0.01, which learning may not pass")
 
     def space(self, num_experts: int) -> int:
         """Return ``proj_dim`` with its default filled in."""
@@ -79,13 +71,9 @@ class Attention(TopKConfig):
     can_grow = False
     drops_experts = True
 
-    top_k: int = 2
+    top_k: Count = 2
     normalize: bool | None = None
-    init_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("init_scale", self.init_scale)
+    init_scale: Positive = 1.0
 
     def make_gate(self, dim: int, num_experts: int) -> AttentionGate:
         return AttentionGate(dim, num_experts, self.init_scale)
@@ -176,16 +164,10 @@ class Stable(LinearGateConfig):
     terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
     needs = ("token_ids_BS",)
 
-    vocab_size: int
-    embedding_dim: int = 50
-    distillation: float = 1.0
-    init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least_one("vocab_size", self.vocab_size)
-        at_least_one("embedding_dim", self.embedding_dim)
-        positive("distillation", self.distillation)
+    vocab_size: Count
+    embedding_dim: Count = 50
+    distillation: Positive = 1.0
+    init_scale: Positive = 0.1
 
     @property
     def extra_weights(self) -> dict[str, float]:

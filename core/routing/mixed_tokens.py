@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..contract import RoutingContext, SlotRouting, TokenGroups, span
-from ..contract.checks import at_least_one
+from ..fields import Count, Positive
 from ..kernels.eager import outside_autocast
 from .gates import LinearGate
 from .router import LinearGateConfig, Router
 from .selection import Capacity
-from .smooth import check_temperatures, falling_temperature
+from .smooth import check_falls, falling_temperature
 from .soft import by_sequence
 
 
@@ -110,16 +110,15 @@ class MixtureOfTokens(LinearGateConfig):
     depends_on = "batch"
     reads_batch_index = True
 
-    group_size: int = 32
-    tau_start: float = 1.0
-    tau_end: float = 1.0
-    anneal_steps: int = 10_000
-    init_scale: float = 0.1
+    group_size: Count = 32
+    tau_start: Positive = 1.0
+    tau_end: Positive = 1.0
+    anneal_steps: Count = 10_000
+    init_scale: Positive = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one("group_size", self.group_size)
-        check_temperatures(self.tau_start, self.tau_end, self.anneal_steps)
+        check_falls(self.tau_start, self.tau_end)
 
     def check_group(self, group: str | int) -> None:
         if group != "batch":

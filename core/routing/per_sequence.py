@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..contract import RoutingContext
-from ..contract.checks import at_least_one, check_tensor, positive
+from ..contract.checks import check_tensor
+from ..fields import Count, Positive
 from ..kernels.eager import top_k_ids
 from .balance_terms import SCORE_TERMS
 from .gates import TableGate
@@ -45,9 +46,9 @@ class Sentence(TopKConfig, LinearGateConfig):
     is_causal = False
     depends_on = "sequence"
 
-    top_k: int = 2
+    top_k: Count = 2
     normalize: bool | None = None
-    init_scale: float = 0.1
+    init_scale: Positive = 0.1
 
     def flops_per_token(self, dim: int, num_experts: int) -> int:
         # The gate costs 2 D E and a sum once a sequence, and no product for each token.
@@ -113,15 +114,10 @@ class Task(TopKConfig):
     terms = SEQUENCE_TERMS
     needs = ("task_ids_B",)
 
-    num_tasks: int
-    top_k: int = 2
+    num_tasks: Count
+    top_k: Count = 2
     normalize: bool | None = None
-    init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least_one("num_tasks", self.num_tasks)
-        positive("init_scale", self.init_scale)
+    init_scale: Positive = 0.1
 
     def make_gate(self, dim: int, num_experts: int) -> TableGate:
         return TableGate(self.num_tasks, num_experts, self.init_scale)
@@ -260,13 +256,13 @@ class Domain(RouterConfig):
     router_class = DomainRouter
     can_grow = False
 
-    num_domains: int
-    top_k: int | None = None
+    num_domains: Count
+    top_k: Count | None = None
 
     def __post_init__(self) -> None:
-        at_least_one("num_domains", self.num_domains)
-        if self.top_k is not None and not 1 <= self.top_k <= self.num_domains:
-            raise ValueError(f"top_k={self.top_k} is not between 1 and num_domains={self.num_domains}")
+        super().__post_init__()
+        if self.top_k is not None and self.top_k > self.num_domains:
+            raise ValueError(f"top_k={self.top_k} exceeds num_domains={self.num_domains}")
 
     def mixed(self, num_experts: int) -> int:
         """Return ``top_k`` with its default filled in."""

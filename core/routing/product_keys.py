@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Evidence
-from ..contract.checks import at_least_one, one_of
+from ..fields import Count
 from ..kernels import best_keys
 from ..kernels.eager import check_devices
 from .router import FixedKConfig, PairRouter, Tokens
@@ -144,20 +145,16 @@ class ProductKeys(FixedKConfig):
     router_class = ProductKeysRouter
     layer_options = frozenset({"backend"})
 
-    top_k: int = 16
-    heads: int = 8
-    query_dim: int | None = None
-    query_norm: str = "none"
+    top_k: Count = 16
+    heads: Count = 8
+    query_dim: Count | None = None
+    query_norm: Literal["none", "batch"] = "none"
     shared_keys: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one("heads", self.heads)
-        one_of("query_norm", self.query_norm, ("none", "batch"))
-        if self.query_dim is not None:
-            at_least_one("query_dim", self.query_dim)
-            if self.query_dim % 2:
-                raise ValueError(f"query_dim={self.query_dim} is odd: a query has two halves")
+        if self.query_dim is not None and self.query_dim % 2:
+            raise ValueError(f"query_dim={self.query_dim} is odd: a query has two halves")
 
     def check(self, num_experts: int) -> None:
         if math.isqrt(num_experts) ** 2 != num_experts:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from ..contract import Evidence
-from ..contract.checks import at_least_one, at_most_experts, positive
+from ..contract.checks import at_most_experts
+from ..fields import Bounds, Count, Positive
 from ..kernels.eager import top_k_ids
 from .gates import LinearGate
 from .router import LinearGateConfig, PairRouter, Tokens
@@ -128,26 +129,18 @@ class ReLURouting(LinearGateConfig):
     # The L1 norm balances the load already; without a softmax logits have no sum for the z-loss to hold down.
     terms = DENSE_TERMS
 
-    top_k: int = 2
+    top_k: Count = 2
     max_k: int | None = None
-    l1_start: float = 1e-8
-    l1_factor: float = 1.2
+    l1_start: Annotated[float, Bounds(LEAST_WEIGHT, MOST_WEIGHT, "[]")] = 1e-8
+    l1_factor: Annotated[float, Bounds(1, ends="()", why="the weight would not follow the experts taken")] = 1.2
     dense_training: bool = False
     gate_bias: bool = True
-    init_scale: float = 0.1
+    init_scale: Positive = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one("top_k", self.top_k)
         if self.max_k is not None and self.max_k < self.top_k:
             raise ValueError(f"max_k={self.max_k} is less than top_k={self.top_k}, the mean that it has to allow")
-        if not LEAST_WEIGHT <= self.l1_start <= MOST_WEIGHT:
-            raise ValueError(f"l1_start={self.l1_start} is not in [{LEAST_WEIGHT:g}, {MOST_WEIGHT:g}]")
-        positive("l1_factor", self.l1_factor)
-        if self.l1_factor <= 1:
-            raise ValueError(
-                f"l1_factor={self.l1_factor} is not above 1: the weight would not follow the experts taken"
-            )
 
     def check(self, num_experts: int) -> None:
         at_most_experts("top_k", self.top_k, num_experts)

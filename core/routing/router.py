@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..contract import Routing, RoutingContext, check_kinds, span
-from ..contract.checks import at_least_one, at_most_experts, clean_ids, positive
+from ..contract import Routing, RoutingContext, span
+from ..contract.checks import at_most_experts, clean_ids
+from ..fields import Count, Positive
 from ..kernels.eager import outside_autocast
 from ..registry import OpenConfig
 from .gates import LinearGate, widened
@@ -218,8 +219,6 @@ def _with_paper(method: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(method)
     def checked(self: RouterConfig, *args: Any) -> None:
         try:
-            if method.__name__ == "__post_init__":
-                check_kinds(self)
             method(self, *args)
         except ValueError as error:
             if not self.paper or self.source() in str(error):
@@ -247,8 +246,9 @@ class RouterConfig(OpenConfig):
             if name in vars(cls):
                 setattr(cls, name, _with_paper(vars(cls)[name]))
 
+    @_with_paper
     def __post_init__(self) -> None:
-        check_kinds(self)
+        super().__post_init__()
 
     def source(self) -> str:
         """Return name and paper, for messages."""
@@ -417,11 +417,7 @@ class FixedKConfig(RouterConfig):
         top_k: experts per token, K.
     """
 
-    top_k: int
-
-    def __post_init__(self) -> None:
-        at_least_one("top_k", self.top_k)
-        super().__post_init__()
+    top_k: Count
 
     def check(self, num_experts: int) -> None:
         at_most_experts("top_k", self.top_k, num_experts)
@@ -437,11 +433,7 @@ class LinearGateConfig(RouterConfig):
         init_scale: variance of the gate's initial weights times D.
     """
 
-    init_scale: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("init_scale", self.init_scale)
+    init_scale: Positive
 
     def make_gate(self, dim: int, num_experts: int) -> nn.Module:
         return LinearGate(dim, num_experts, self.init_scale)

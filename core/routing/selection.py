@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Annotated, cast
 
 import torch
 from torch import Tensor
 
-from ..contract import Evidence, Routing, check_kinds
-from ..contract.checks import one_of
+from ..contract import Evidence, Routing
+from ..fields import Bounds, Checked, Count, OneOf
 from ..kernels import queue_ranks
 from ..kernels.eager import capacity, count_experts, whole_ratio
 
 PRIORITIES = ("position", "score", "random")
+Priority = Annotated[str, OneOf(*PRIORITIES)]
+Group = Annotated[str, OneOf("batch", "sequence")] | Count
+Factor = Annotated[float, Bounds(0, ends="()", why="None means dropless")]
+EvalFactor = Annotated[float, Bounds(0, ends="(]")]  # infinity means dropless
 
 
 @dataclass(frozen=True)
-class Capacity:
+class Capacity(Checked):
     """The limits of the experts' loads, and the order in which tokens are served.
 
     Attributes:
@@ -32,21 +36,16 @@ class Capacity:
         ValueError: a factor is not positive, the priority is unknown, or the group is neither.
     """
 
-    factor: float | None = None
-    eval_factor: float | None = None
-    priority: str = "position"
-    group: str | int = "batch"
+    factor: Factor | None = None
+    eval_factor: EvalFactor | None = None
+    priority: Priority = "position"
+    group: Group = "batch"
     # The factors in whole numbers: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
     _ratio: tuple[int, int] | None = field(init=False, repr=False, compare=False, default=None)
     _eval_ratio: tuple[int, int] | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
-        check_group(self.group)
-        check_kinds(self)
-        check_factor("capacity_factor", self.factor, "None means dropless")
-        if self.eval_factor != float("inf"):
-            check_factor("eval_capacity_factor", self.eval_factor, "inf means dropless")
-        one_of("priority", self.priority, PRIORITIES)
+        super().__post_init__()
         object.__setattr__(self, "_ratio", None if self.factor is None else whole_ratio(self.factor))
         eval_factor = self.factor if self.eval_factor is None else self.eval_factor
         eval_factor = None if eval_factor == float("inf") else eval_factor
@@ -55,18 +54,6 @@ class Capacity:
     def ratio(self, training: bool) -> tuple[int, int] | None:
         """Return the factor of training or evaluation as a ratio of whole numbers."""
         return self._ratio if training else self._eval_ratio
-
-
-def check_factor(name: str, value: float | None, none: str) -> None:
-    """Raise a ``ValueError`` unless a factor is a positive number or None."""
-    if value is not None and (isinstance(value, bool) or not 0 < value < float("inf")):
-        raise ValueError(f"{name}={value} is not a positive number ({none})")
-
-
-def check_group(group: str | int) -> None:
-    number = isinstance(group, int) and not isinstance(group, bool) and group >= 1
-    if group not in ("batch", "sequence") and not number:
-        raise ValueError(f"group={group!r} is not 'batch', 'sequence' or a positive number of tokens")
 
 
 def group_tokens(group: str | int, num_sequences: int, length: int, device: torch.device) -> tuple[Tensor, int]:

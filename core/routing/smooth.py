@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Evidence
-from ..contract.checks import at_least_one, at_most_experts, below_one, not_negative, positive
+from ..contract.checks import at_most_experts
+from ..fields import Count, NotNegative, Positive, ShareBelowOne
 from ..kernels.eager import check_devices, top_k_ids
 from .balance_losses import entropy
 from .balance_terms import SCORE_TERMS
@@ -56,13 +57,8 @@ class Dense(LinearGateConfig):
     router_class = DenseRouter
     terms = DENSE_TERMS | {"router_z"}
 
-    eval_top_k: int | None = None
-    init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.eval_top_k is not None:
-            at_least_one("eval_top_k", self.eval_top_k)
-        super().__post_init__()
+    eval_top_k: Count | None = None
+    init_scale: Positive = 0.1
 
     def check(self, num_experts: int) -> None:
         at_most_experts("eval_top_k", self.eval_top_k, num_experts)
@@ -208,25 +204,21 @@ class DSelectK(RouterConfig):
     can_grow = False
     terms = DENSE_TERMS
 
-    top_k: int = 2
-    gamma: float = 1.0
+    top_k: Count = 2
+    gamma: Positive = 1.0
     per_token: bool = True
     max_k: int | None = None
     eval_max_k: int | None = None
-    selector_entropy: float = 0.01
-    reachability: float = 0.1
-    init_scale: float = 0.01
+    selector_entropy: NotNegative = 0.01
+    reachability: NotNegative = 0.1
+    init_scale: Positive = 0.01
 
     def __post_init__(self) -> None:
-        at_least_one("top_k", self.top_k)
-        positive("gamma", self.gamma)
+        super().__post_init__()
         for name in ("max_k", "eval_max_k"):
             value = getattr(self, name)
             if value is not None and value < self.top_k:
                 raise ValueError(f"{name}={value} is less than top_k={self.top_k}, the experts of binary codes")
-        not_negative("selector_entropy", self.selector_entropy)
-        not_negative("reachability", self.reachability)
-        positive("init_scale", self.init_scale)
 
     def check(self, num_experts: int) -> None:
         if num_experts < 2:
@@ -259,13 +251,10 @@ def falling_temperature(num_steps: Tensor, start: float, end: float, anneal_step
     return start * (share * math.log(end / start)).exp()
 
 
-def check_temperatures(tau_start: float, tau_end: float, anneal_steps: int) -> None:
-    """Raise a ``ValueError`` where a temperature does not fall from one positive number to another."""
-    positive("tau_start", tau_start)
-    positive("tau_end", tau_end)
+def check_falls(tau_start: float, tau_end: float) -> None:
+    """Raise a ``ValueError`` where a temperature rises."""
     if tau_end > tau_start:
         raise ValueError(f"tau_end={tau_end} is above tau_start={tau_start}: the temperature has to fall")
-    at_least_one("anneal_steps", anneal_steps)
 
 
 class DenseToSparseRouter(PairRouter):
@@ -336,19 +325,16 @@ class DenseToSparse(LinearGateConfig):
     router_class = DenseToSparseRouter
     terms = SCORE_TERMS | {"router_z"}
 
-    tau_start: float = 2.0
-    tau_end: float = 0.3
-    anneal_steps: int = 10_000
-    threshold: float = 0.01
-    max_k: int | None = None
-    init_scale: float = 0.1
+    tau_start: Positive = 2.0
+    tau_end: Positive = 0.3
+    anneal_steps: Count = 10_000
+    threshold: ShareBelowOne = 0.01
+    max_k: Count | None = None
+    init_scale: Positive = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_temperatures(self.tau_start, self.tau_end, self.anneal_steps)
-        below_one("threshold", self.threshold)
-        if self.max_k is not None:
-            at_least_one("max_k", self.max_k)
+        check_falls(self.tau_start, self.tau_end)
 
     def check(self, num_experts: int) -> None:
         at_most_experts("max_k", self.max_k, num_experts)

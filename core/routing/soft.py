@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import MergeRouting, RoutingContext, SlotRouting, span
-from ..contract.checks import at_least_one, below_one, one_of, positive
+from ..fields import Count, Positive, ShareBelowOne
 from ..kernels import topk_gate
 from ..kernels.eager import check_devices, outside_autocast
 from .gates import LinearGate, read_scalar
 from .router import Router, RouterConfig
 from .selection import Capacity
-
-KINDS = ("smear", "lory", "meo")
 
 
 def check_sequence_group(group: str | int, router: str) -> None:
@@ -108,10 +106,7 @@ class SoftSlots(RouterConfig):
     default_group = "sequence"
     is_causal = False
 
-    slots_per_expert: int = 1
-
-    def __post_init__(self) -> None:
-        at_least_one("slots_per_expert", self.slots_per_expert)
+    slots_per_expert: Count = 1
 
     def check_group(self, group: str | int) -> None:
         check_sequence_group(group, "SoftSlots")
@@ -244,17 +239,16 @@ class Merge(RouterConfig):
     default_group = "sequence"
     depends_on = "sequence"
 
-    kind: str = "smear"
-    top_k: int | None = None
+    kind: Literal["smear", "lory", "meo"] = "smear"
+    top_k: Count | None = None
     normalize: bool | None = None
-    segment_length: int | None = None
-    first: str = "uniform"
-    expert_dropout: float = 0.0
-    init_scale: float = 0.1
+    segment_length: Count | None = None
+    first: Literal["uniform", "own"] = "uniform"
+    expert_dropout: ShareBelowOne = 0.0
+    init_scale: Positive = 0.1
 
     def __post_init__(self) -> None:
-        one_of("kind", self.kind, KINDS)
-        one_of("first", self.first, ("uniform", "own"))
+        super().__post_init__()
         for name, default, kind in (
             ("top_k", None, "meo"),
             ("normalize", None, "meo"),
@@ -264,13 +258,8 @@ class Merge(RouterConfig):
         ):
             if getattr(self, name) != default and self.kind != kind:
                 raise ValueError(f"{name}={getattr(self, name)!r} is an option of kind={kind!r}, not of {self.kind!r}")
-        for name in ("top_k", "segment_length"):
-            if getattr(self, name) is not None:
-                at_least_one(name, getattr(self, name))
         if self.top_k == 1 and self.normalize:
             raise ValueError("normalize=True with top_k=1 makes every weight 1: the router would get no gradient")
-        below_one("expert_dropout", self.expert_dropout)
-        positive("init_scale", self.init_scale)
 
     @property
     def normalizes(self) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ..contract import Evidence
+from ..fields import Bounds, Positive
 from ..kernels.eager import top_k_ids
 from .balance_terms import CHOICE_TERMS, SCORE_TERMS
 from .router import LinearGateConfig, PairRouter, Tokens
@@ -69,13 +71,8 @@ class SparseMixer(LinearGateConfig):
     terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
     has_exact_gradient = False  # in training gates count by a third at the gradient of the whole
 
-    jitter_eps: float = 0.1
-    init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.jitter_eps < 1:
-            raise ValueError(f"jitter_eps={self.jitter_eps} is not in (0, 1)")
+    jitter_eps: Annotated[float, Bounds(0, 1, "()")] = 0.1
+    init_scale: Positive = 0.1
 
     def check(self, num_experts: int) -> None:
         if num_experts < 2:

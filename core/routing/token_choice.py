@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..contract import Evidence
-from ..contract.checks import below_one, divides, one_of, positive
+from ..contract.checks import divides
+from ..fields import Count, OneOf, Positive, ShareBelowOne
 from ..kernels import SCORE_FUNCS, topk_gate
 from .balance import expert_bias_step
 from .balance_terms import CHOICE_TERMS, SCORE_TERMS
@@ -190,37 +191,29 @@ class TokenChoice(TopKConfig, LinearGateConfig):
 
     router_class = TokenChoiceRouter
 
-    top_k: int = 2
-    score_func: str = "softmax"
-    normalize: bool | str | None = None
-    noise: str | None = None
-    noise_std: float = 1.0
-    jitter_eps: float = 0.0
-    second: str = "always"
+    top_k: Count = 2
+    score_func: Annotated[str, OneOf(*SCORE_FUNCS)] = "softmax"
+    normalize: bool | Literal["kept", "unit"] | None = None
+    noise: Literal["fixed", "learned"] | None = None
+    noise_std: Positive = 1.0
+    jitter_eps: ShareBelowOne = 0.0
+    second: Literal["always", "random"] = "always"
     expert_bias: bool = False
-    bias_update_rate: float = 1e-3
-    num_groups: int = 1
-    limited_groups: int = 1
-    group_score: str = "top2"
-    scale: float = 1.0
-    gates_on: str = "output"
+    bias_update_rate: Positive = 1e-3
+    num_groups: Count = 1
+    limited_groups: Count = 1
+    group_score: Literal["top2", "max"] = "top2"
+    scale: Positive = 1.0
+    gates_on: Literal["output", "input"] = "output"
     gate_bias: bool = False
-    init_scale: float = 0.1
-    logit_norm: float | None = None
-    norm_order: float = 1.0
+    init_scale: Positive = 0.1
+    logit_norm: Positive | None = None
+    norm_order: Positive = 1.0
     input_norm: bool = False
     expert_scale: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("score_func", self.score_func, tuple(SCORE_FUNCS))
-        one_of("noise", self.noise, (None, "fixed", "learned"))
-        one_of("second", self.second, ("always", "random"))
-        one_of("group_score", self.group_score, ("top2", "max"))
-        one_of("gates_on", self.gates_on, ("output", "input"))
-        if isinstance(self.normalize, str):
-            one_of("normalize", self.normalize, ("kept", "unit"))
-        positive("norm_order", self.norm_order)
         if self.norm_order != 1.0 and (self.normalize == "kept" or not self.normalizes):
             raise ValueError(f"norm_order={self.norm_order} needs normalize=True, not {self.normalize!r}")
         if self.expert_scale and self.normalize == "kept":
@@ -231,15 +224,10 @@ class TokenChoice(TopKConfig, LinearGateConfig):
             raise ValueError("input_norm=True is not for noise='learned', whose deviation reads the token as it is")
         if self.second == "random" and self.top_k != 2:
             raise ValueError(f"second='random' needs top_k=2, not top_k={self.top_k}")
-        below_one("jitter_eps", self.jitter_eps)
-        for name in ("noise_std", "scale", "bias_update_rate"):
-            positive(name, getattr(self, name))
-        if self.logit_norm is not None:
-            positive("logit_norm", self.logit_norm)
-            if self.score_func != "softmax":
-                raise ValueError(f"logit_norm={self.logit_norm} needs score_func='softmax', not {self.score_func!r}")
-        if not 1 <= self.limited_groups <= self.num_groups:
-            raise ValueError(f"limited_groups={self.limited_groups} is not between 1 and num_groups={self.num_groups}")
+        if self.logit_norm is not None and self.score_func != "softmax":
+            raise ValueError(f"logit_norm={self.logit_norm} needs score_func='softmax', not {self.score_func!r}")
+        if self.limited_groups > self.num_groups:
+            raise ValueError(f"limited_groups={self.limited_groups} exceeds num_groups={self.num_groups}")
 
     def make_gate(self, dim: int, num_experts: int) -> LinearGate:
         if self.input_norm:

@@ -104,9 +104,9 @@ def test_a_layer_of_row_sparse_tables_learns_as_one_of_dense_gradients_where_all
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.0}, r"lr=0.0 is not a positive number"),
-        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) are not two numbers in \[0, 1\)"),
-        ({"weight_decay": -1.0}, r"weight_decay=-1.0 is not a finite number >= 0"),
+        ({"lr": 0.0}, r"lr=0.0 is not above 0"),
+        ({"betas": (0.9, 1.0)}, r"betas\[1\]=1.0 is not in \[0, 1\)"),
+        ({"weight_decay": -1.0}, r"weight_decay=-1.0 is not at least 0"),
     ],
 )
 def test_bad_values(options, message):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 import core
+from core.fields import Count
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class SharedBottom(core.MultiGateConfig):
         ValueError: more than one expert, or an option of gates.
     """
 
-    num_experts: int = 1
+    num_experts: Count = 1
     expert: core.ExpertConfig = core.MLP((128,))
 
     def __post_init__(self) -> None:

@@ -110,8 +110,6 @@ def test_bad_importances(start, importances, message):
 
 
 def test_bad_options():
-    with pytest.raises(ValueError, match=r"shared=-1 is not at least 0"):
-        SplitStart("importance", shared=-1)
     with pytest.raises(ValueError, match=r"shared=2 is the number of the most important units: by='importance' alone"):
         SplitStart("random", shared=2)
 

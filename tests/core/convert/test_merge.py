@@ -124,7 +124,6 @@ def test_padding_comes_out_zero_and_reaches_no_gradient():
         ),
         (lambda: average_experts(MoEConfig(4, TokenChoice(), Copy()).build(8)), "CopyExperts cannot be merged"),
         (lambda: average_experts(nn.Linear(2, 2)), "a Linear has no experts to average"),
-        (lambda: Random(evaluation="mean"), "evaluation='mean' is not one of fixed, average, merged"),
     ],
 )
 def test_what_cannot_be_averaged_is_refused(make, message):

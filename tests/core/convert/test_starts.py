@@ -204,10 +204,6 @@ def test_bad_input(moe, start, message):
 
 
 def test_bad_options():
-    with pytest.raises(ValueError, match=r"ratio=1.5 is not in \[0, 1\]"):
-        DropStart(1.5)
-    with pytest.raises(ValueError, match=r"by='metis' is not one of clusters, coactivation, importance, random"):
-        SplitStart("metis")
     with pytest.raises(ValueError, match=r"CopyStart\(\) does not read inputs"):
         sparsify(network(), MoEConfig(4), "", inputs=torch.randn(3, 8))
     model = nn.Sequential(network())

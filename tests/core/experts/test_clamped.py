@@ -66,12 +66,5 @@ def test_costs_by_hand():
 
 
 def test_bad_values_are_one_line():
-    for options, message in (
-        ({"limit": 0.0}, r"^limit=0.0 "),
-        ({"alpha": -1.0}, r"^alpha=-1.0 "),
-        ({"hidden_dim": 0}, r"^hidden_dim=0 is not at least 1$"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ClampedSwiGLU(**options)
     with pytest.raises(ValueError, match=r"^granularity=4 does not divide hidden_dim=6 of ClampedSwiGLU$"):
         MoEConfig(5, expert=ClampedSwiGLU(6), granularity=4)

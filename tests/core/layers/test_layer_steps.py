@@ -75,7 +75,7 @@ def test_set_capacity_factor_refuses_what_the_config_refuses_and_changes_nothing
     before = [layer.router.capacity for layer in model]
     for options in ({"factor": -1.0}, {"factor": 1.0, "priority": "best"}):
         with (
-            pytest.raises(ValueError, match=r"eval_capacity_factor=-1.0|priority='best'"),
+            pytest.raises(ValueError, match=r"eval_factor=-1.0|priority='best'"),
             set_capacity_factor(model, **options),
         ):
             pass

@@ -462,9 +462,7 @@ BUDGET = {"balance": Balance(gate_budget=0.1)}
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"shared_gate": "sum"}, r"shared_gate='sum' is not one of none, mix, scale"),
         ({"shared_gate": "mix"}, r"shared_gate='mix' needs num_shared_experts, which is 0"),
-        ({"shared_gate_dropout": 1.0}, r"shared_gate_dropout=1.0 is not in \[0, 1\)"),
         (
             {"shared_gate_dropout": 0.1, "shared_gate": "scale", "num_shared_experts": 1},
             r"shared_gate_dropout=0.1 needs shared_gate='mix', not 'scale'",
@@ -474,8 +472,6 @@ BUDGET = {"balance": Balance(gate_budget=0.1)}
             {**BUDGET, "shared_gate": "scale", "num_shared_experts": 1},
             r"balance.gate_budget=0.1 needs shared_gate='mix', not 'scale'",
         ),
-        ({"expert_output_masking": -0.1}, r"expert_output_masking=-0.1 is not in \[0, 1\)"),
-        ({"expert_output_masking": float("nan")}, r"expert_output_masking=nan is not in \[0, 1\)"),
         (
             {"expert_output_masking": 0.1, "router": SoftSlots()},
             r"expert_output_masking=0.1 does not apply to SoftSlots \(arXiv 2308.00951\)",
@@ -489,12 +485,6 @@ BUDGET = {"balance": Balance(gate_budget=0.1)}
 def test_what_does_not_fit_is_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message):
         MoEConfig(4, **options)
-
-
-def test_a_budget_is_a_share():
-    for value in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=rf"balance.budget={value} is not in \[0, 1\]"):
-            Balance(budget=value)
 
 
 def test_the_budget_of_a_layer_without_such_a_gate_is_refused():

@@ -246,18 +246,12 @@ def test_merged_experts_have_no_backend_to_choose_and_soft_ones_do():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"kind": "average"}, r"kind='average' is not one of smear, lory, meo"),
         ({"top_k": 2}, r"top_k=2 is an option of kind='meo', not of 'smear'"),
         ({"kind": "lory", "normalize": True}, r"normalize=True is an option of kind='meo', not of 'lory'"),
         ({"segment_length": 4}, r"segment_length=4 is an option of kind='lory', not of 'smear'"),
         ({"kind": "meo", "first": "own"}, r"first='own' is an option of kind='lory', not of 'meo'"),
-        ({"kind": "lory", "first": "last"}, r"first='last' is not one of uniform, own"),
         ({"kind": "lory", "expert_dropout": 0.1}, r"expert_dropout=0.1 is an option of kind='smear', not of 'lory'"),
-        ({"kind": "lory", "segment_length": 0}, r"segment_length=0 is not at least 1"),
-        ({"kind": "meo", "top_k": 0}, r"top_k=0 is not at least 1"),
         ({"kind": "meo", "top_k": 1, "normalize": True}, r"normalize=True with top_k=1 .* no gradient"),
-        ({"expert_dropout": 1.0}, r"expert_dropout=1.0 is not in \[0, 1\)"),
-        ({"init_scale": 0.0}, r"init_scale=0.0 is not a positive number"),
     ],
 )
 def test_a_wrong_option_of_merge_is_refused_with_its_value_and_the_rule(arguments, message):
@@ -265,10 +259,8 @@ def test_a_wrong_option_of_merge_is_refused_with_its_value_and_the_rule(argument
         Merge(**arguments)
 
 
-def test_more_experts_than_there_are_and_no_slot_are_refused():
+def test_more_experts_than_there_are_are_refused():
     with pytest.raises(ValueError, match=r"top_k=5 exceeds num_experts=4"):
         MoEConfig(4, Merge("meo", top_k=5))
     with pytest.raises(ValueError, match=r"top_k=2 exceeds num_experts=1"):
         MoEConfig(1, Merge("meo"))
-    with pytest.raises(ValueError, match=r"slots_per_expert=0 is not at least 1"):
-        SoftSlots(0)

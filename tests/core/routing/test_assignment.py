@@ -274,22 +274,6 @@ def test_sinkhorn_for_two_experts(prop: Property):
     prop.check()
 
 
-@pytest.mark.parametrize(
-    ("config", "arguments", "message"),
-    [
-        (Base, {"init_scale": 0.0}, r"init_scale=0.0 is not a positive number"),
-        (Sinkhorn, {"top_k": 0}, r"top_k=0 is not at least 1"),
-        (Sinkhorn, {"iterations": 0}, r"iterations=0 is not at least 1"),
-        (Sinkhorn, {"temperature": -1.0}, r"temperature=-1.0 is not a positive number"),
-        (Sinkhorn, {"score_func": "tanh"}, r"score_func='tanh' is not one of None, sigmoid, softmax"),
-        (Sinkhorn, {"init_scale": math.inf}, r"init_scale=inf is not a positive number"),
-    ],
-)
-def test_a_wrong_option_is_refused(config, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        config(**arguments)
-
-
 def test_more_experts_a_token_than_there_are_is_refused():
     with pytest.raises(ValueError, match=r"top_k=5 exceeds num_experts=4"):
         MoEConfig(4, Sinkhorn(top_k=5))

@@ -398,20 +398,9 @@ def test_a_term_of_the_scores_is_refused_where_the_router_has_none(name):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_tasks": -1}, r"balance.num_tasks=-1 is not a finite number >= 0"),
-        ({"num_modalities": 0}, r"balance.num_modalities=0 is not at least 1"),
         ({"local_entropy_modality": 2, "num_modalities": 2}, r"local_entropy_modality=2 is not below num_modalities=2"),
-        ({"entropy_threshold": 0.0}, r"balance.entropy_threshold=0.0 is not a positive number"),
-        ({"entropy_threshold": (1.0, -1.0), "num_modalities": 2}, r"entropy_threshold=-1.0 is not a positive number"),
         ({"entropy_threshold": (1.0,), "num_modalities": 2}, r"\(1.0,\) has 1 numbers for num_modalities=2"),
-        ({"adaptive_scale": -1.0}, r"balance.adaptive_scale=-1.0 is not a positive number"),
-        ({"adaptive_momentum": 1.0}, r"balance.adaptive_momentum=1.0 is not in \[0, 1\)"),
         ({"localized": 1.0}, r"balance.localized=1.0 needs expert_types, the type of each expert"),
-        ({"localized_delta": 1.0}, r"balance.localized_delta=1.0 is not in \(-1, 1\)"),
-        ({"expert_types": (0, -1)}, r"balance.expert_types=-1 is not a finite number >= 0"),
-        ({"expert_types": (0, 0.5)}, r"balance.expert_types=0.5 is not a whole number"),
-        ({"expert_types": 2}, r"balance.expert_types=2 is not a list"),
-        ({"scope": "node"}, r"balance.scope='node' is not one of global, rank"),
         ({"adaptive": True, "load_balancing": 0.0}, r"balance.adaptive=True moves load_balancing, which is 0"),
     ],
 )

@@ -275,13 +275,6 @@ def test_options_of_token_choice_are_refused_in_one_line(arguments, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["capacity_factor", "init_scale"])
-@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_factor_that_is_not_positive_is_refused(name, value):
-    with pytest.raises(ValueError, match=rf"{name}={value} is not a positive number"):
-        ExpertChoice(**{name: value})
-
-
 def test_a_causal_decoder_refuses_it_because_a_later_token_changes_an_earlier_one():
     config = MoEConfig(2, ExpertChoice(1.0), FFN(12))
     with pytest.raises(

@@ -161,13 +161,7 @@ def test_costs_are_those_of_full_groups():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: MixtureOfTokens(group_size=0),
-            r"^group_size=0 is not at least 1; MixtureOfTokens \(arXiv 2310.15961\)$",
-        ),
         (lambda: MixtureOfTokens(tau_start=0.5), r"^tau_end=1.0 is above tau_start=0.5: the temperature has to fall"),
-        (lambda: MixtureOfTokens(tau_end=0.0), r"^tau_end=0.0 is not a positive number"),
-        (lambda: MixtureOfTokens(anneal_steps=0), r"^anneal_steps=0 is not at least 1"),
         (lambda: MoEConfig(E, MixtureOfTokens(), group="sequence"), r"^group='sequence' is another group than that of"),
         (lambda: MoEConfig(E, MixtureOfTokens(), group=4), r"^group=4 .*: set its group_size"),
         (lambda: MoEConfig(E, MixtureOfTokens(), capacity_factor=1.0), r"^capacity_factor=1.0 does not apply to"),

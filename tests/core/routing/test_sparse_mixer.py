@@ -61,7 +61,5 @@ def test_a_gate_that_counts_by_a_third_has_the_gradient_of_the_whole():
 
 
 def test_bad_values_are_refused():
-    with pytest.raises(ValueError, match=r"jitter_eps=1.0 is not in \(0, 1\)"):
-        SparseMixer(1.0)
     with pytest.raises(ValueError, match="num_experts=1 has no second one"):
         MoEConfig(1, SparseMixer())

