@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -16,16 +19,21 @@ import core
 from core import registry
 from core.fields import Bounds, Checked, Count, Length, OneOf, Positive, check_values
 
+ROOT = Path(__file__).resolve().parents[1]
+for path in sorted((ROOT / "apps").rglob("*.py")):
+    if re.search("register_config|OpenConfig|Checked", path.read_text(encoding="utf-8")):
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
 
 def below(kind: type) -> Iterator[type]:
     """Yield the subclasses of a class that the packages define."""
     for part in kind.__subclasses__():
-        if part.__module__.startswith("core."):
+        if part.__module__.startswith(("core.", "apps.")):
             yield part
         yield from below(part)
 
 
-REGISTERED = (kind for kind in registry._REGISTERED.values() if kind.__module__.startswith("core."))
+REGISTERED = (kind for kind in registry._REGISTERED.values() if kind.__module__.startswith(("core.", "apps.")))
 KINDS = list(dict.fromkeys((*REGISTERED, *below(Checked), *below(registry.OpenConfig))))
 
 # Arguments of the configs that cannot be made without any.

@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import core
-from apps.base.checks import check_at_least, check_name
 from apps.base.files import replacing
 from apps.base.messages import one_line
 from apps.base.progress import bar
 from apps.data.text_files import clean
+from core.fields import Bounds, Checked, Count, Length
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ Side = Literal["source", "target"]
 
 @core.register_config
 @dataclass(frozen=True)
-class Subwords:
+class Subwords(Checked):
     """Sentencepiece models of both sides of a corpus. A checkpoint keeps them with the model that reads their ids.
 
     Attributes:
@@ -43,14 +43,10 @@ class Subwords:
         ValueError: not one model or two, or one that sentencepiece cannot read.
     """
 
-    models: tuple[str, ...]
-    languages: tuple[str, ...] = ()
+    prefix = "subwords."
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "models", tuple(self.models))  # a list in a checkpoint
-        object.__setattr__(self, "languages", tuple(self.languages))
-        if len(self.models) not in (1, 2):
-            raise ValueError(f"subwords has {len(self.models)} models: one for both sides, or one for each")
+    models: Annotated[tuple[str, ...], Length(1, 2, "[]", "one for both sides, or one for each")]
+    languages: tuple[str, ...] = ()
 
     @property
     def is_joint(self) -> bool:
@@ -119,7 +115,7 @@ _LONGEST_BYTES = 1 << 14
 
 
 @dataclass(frozen=True)
-class SubwordConfig:
+class SubwordConfig(Checked):
     """The way in which subwords are learned from the training text, or the place where they are.
 
     Attributes:
@@ -138,17 +134,11 @@ class SubwordConfig:
     """
 
     kind: Literal["bpe", "unigram"] = "bpe"
-    vocab_size: int = 8000
+    vocab_size: Count = 8000
     joint: bool = True
-    character_coverage: float = 0.9999
-    max_sentences: int = 2_000_000
+    character_coverage: Annotated[float, Bounds(0.9, 1, "[]")] = 0.9999
+    max_sentences: Count = 2_000_000
     path: str | None = None
-
-    def __post_init__(self) -> None:
-        check_name("kind", self.kind, ["bpe", "unigram"])
-        check_at_least(1, vocab_size=self.vocab_size, max_sentences=self.max_sentences)
-        if not 0.9 <= self.character_coverage <= 1:
-            raise ValueError(f"character_coverage={self.character_coverage} is not between 0.9 and 1")
 
 
 def train_subwords(

@@ -6,26 +6,26 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
 import core
-from apps.base.checks import check_at_least
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, Subwords
 from apps.porting.byte_pairs import WORD_END, BytePairs
 from apps.porting.sentences import WordPieces
 from apps.vision.encoding import evaluation_transform
 from core.config.plain import from_plain, to_plain
+from core.fields import Bounds, Checked
 
 _START = "\N{LOWER ONE EIGHTH BLOCK}"  # what sentencepiece writes before a piece that begins a word
 
 
 @core.register_config
 @dataclass(frozen=True)
-class TextEncoding:
+class TextEncoding(Checked):
     """How a text becomes ids: by subwords learned from the training captions, or by the pieces of a published encoder.
 
     Attributes:
@@ -43,19 +43,17 @@ class TextEncoding:
     subwords: Subwords | None = None
     pieces: tuple[str, ...] = ()
     lower_case: bool = True
-    max_tokens: int = 32
+    max_tokens: Annotated[int, Bounds(3)] = 32
     merges: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pieces", tuple(self.pieces))
-        object.__setattr__(self, "merges", tuple(self.merges))
+        super().__post_init__()
         if (self.subwords is not None) + bool(self.pieces) + bool(self.merges) != 1:
             raise ValueError("a text encoding has either subwords, word pieces or merges")
         if self.merges and not self.lower_case:
             raise ValueError("lower_case=False does not apply to CLIP's pieces, which have no upper case")
         if self.pieces and self.pieces[PAD_ID] != "[PAD]":
             raise ValueError(f"the word piece {PAD_ID} is {self.pieces[PAD_ID]!r}, not [PAD]")
-        check_at_least(3, max_tokens=self.max_tokens)
 
     @cached_property
     def _published(self) -> WordPieces | BytePairs:

@@ -13,12 +13,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apps.base.checks import check_at_least, check_name
+from apps.base.checks import check_at_least
 from core.contract import several_ranks
+from core.fields import Positive
 from core.kernels import outside_autocast
 from core.registry import OpenConfig
-
-EQUAL = ("ignore", "positive", "negative")
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,14 @@ class ContrastiveLoss(OpenConfig):
         ValueError: a value out of its range.
     """
 
-    temperature: float
+    temperature: Positive
     learn_temperature: bool = True
-    least_temperature: float = 0.01
+    least_temperature: Positive = 0.01
     equal: Literal["ignore", "positive", "negative"] = "ignore"
 
     def __post_init__(self) -> None:
-        if not 0 < self.least_temperature < math.inf:
-            raise ValueError(f"least_temperature={self.least_temperature} is not a positive number")
+        super().__post_init__()
         check_at_least(self.least_temperature, temperature=self.temperature)
-        check_name("equal", self.equal, EQUAL)
 
     def build(self) -> PairLoss:
         """Return the loss, with its temperature."""
@@ -62,7 +59,7 @@ class SoftmaxLoss(ContrastiveLoss):
     It is the mean of the two cross-entropies. The temperature starts at 0.07.
     """
 
-    temperature: float = 0.07
+    temperature: Positive = 0.07
 
     def build(self) -> PairLoss:
         return _Softmax(self)
@@ -79,7 +76,7 @@ class SigmoidLoss(ContrastiveLoss):
         bias: start of a learned number that is added to all scores: at first nearly all of them are wrong answers.
     """
 
-    temperature: float = 0.1
+    temperature: Positive = 0.1
     bias: float = -10.0
 
     def build(self) -> PairLoss:

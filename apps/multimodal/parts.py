@@ -48,6 +48,7 @@ class TowerPart(OpenConfig):
     moe_blocks: str | list[int] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         reads = start_of(self.start).reads
         if reads:
             raise ValueError(f"start={self.start} reads {reads}, which no configuration gives")

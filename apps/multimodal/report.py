@@ -37,6 +37,7 @@ from apps.report.plots import save_picture
 from apps.report.specialised import typical_labels
 from apps.report.tables import write_csv
 from apps.vision.pictures import routing_over_images
+from core.fields import CountOrZero
 
 _logger = logging.getLogger(__name__)
 
@@ -69,13 +70,12 @@ class PairReportConfig(ReportConfig):
     zero_shot: tuple[str, ...] | None = None
     templates: tuple[str, ...] = TEMPLATES
     attribute_templates: dict[str, tuple[str, ...]] | None = None
-    probe_images: int = 10_000
-    queries: int = 6
-    samples: int = 5
+    probe_images: CountOrZero = 10_000
+    queries: CountOrZero = 6
+    samples: CountOrZero = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_least(probe_images=0, queries=0, samples=0)
         check_templates("report.templates", self.templates)
         for name, templates in (self.attribute_templates or {}).items():
             check_templates(f"report.attribute_templates.{name}", templates)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import core
-from apps.base.checks import check_at_least
 from apps.data.subwords import PAD_ID
 from apps.multimodal.stack import IMAGE, TEXT, Part, PartStack
 from apps.nets.blocks import FFNConfig, MoEs, ffn_configs, moe_configs, resolve_blocks
 from apps.nets.config import TransformerConfig
 from apps.nets.packing import Packing
+from core.fields import Count, Positive, ShareBelowOne
 from core.kernels import cpu
 from core.registry import OpenConfig
 
@@ -162,19 +162,16 @@ class SingleTower(TowerConfig):
         ValueError: a value out of its range.
     """
 
-    width: int = 128
-    depth: int = 4
-    num_heads: int = 4
-    hidden_dim: int | None = None
-    patch_size: int = 8
-    dropout: float = 0.0
-    pos_embed_std: float = 0.2
+    width: Count = 128
+    depth: Count = 4
+    num_heads: Count = 4
+    hidden_dim: Count | None = None
+    patch_size: Count = 8
+    dropout: ShareBelowOne = 0.0
+    pos_embed_std: Positive = 0.2
 
     def __post_init__(self) -> None:
-        sizes = ("patch_size", "width", "depth", "num_heads", "hidden_dim")
-        check_at_least(1, **{name: getattr(self, name) for name in sizes})
-        if not 0.0 < self.pos_embed_std < float("inf"):
-            raise ValueError(f"pos_embed_std={self.pos_embed_std} is not a positive number")
+        super().__post_init__()
         self.transformer  # noqa: B018  # it checks the other fields
 
     @property

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import core
-from apps.base.checks import check_at_least, check_name
+from core.fields import Checked, Count, CountOrZero, Positive, ShareBelowOne
 
 
 class Size(NamedTuple):
@@ -32,13 +32,6 @@ SIZES: Mapping[str, Size] = MappingProxyType(
 )
 """Layers of encoder and decoder, D, F and heads. "base" and "big" are those of arXiv 1706.03762."""
 
-POSITIONS = ("sinusoidal", "learned", "rotary", "relative", "none")
-NORMS = ("layer", "rms")
-QK_NORMS = ("none", "head", "all")
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
-TIES = ("all", "inputs", "decoder", "none")
-STARTS = ("bos", "eos")
-
 
 class Shape(NamedTuple):
     """A configuration's numbers with the size's filled in."""
@@ -59,7 +52,7 @@ class Shape(NamedTuple):
 
 @core.register_config
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Checked):
     """The pre-norm transformer around the MoE layers. A field left at None takes the size's value; see ``shape``.
 
     Attributes:
@@ -106,21 +99,21 @@ class TransformerConfig:
     """
 
     size: Literal["nano", "tiny", "small", "base", "big"] = "tiny"
-    dim: int | None = None
-    hidden_dim: int | None = None
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    encoder_layers: int | None = None
-    decoder_layers: int | None = None
+    dim: Count | None = None
+    hidden_dim: Count | None = None
+    num_heads: Count | None = None
+    num_kv_heads: Count | None = None
+    head_dim: Count | None = None
+    encoder_layers: Count | None = None
+    decoder_layers: Count | None = None
     positions: Literal["sinusoidal", "learned", "rotary", "relative", "none"] = "sinusoidal"
-    max_length: int = 512
-    position_offset: int = 0
-    relative_buckets: int = 32
-    relative_max_distance: int = 128
-    rotary_base: float = 10000.0
+    max_length: Count = 512
+    position_offset: CountOrZero = 0
+    relative_buckets: Count = 32
+    relative_max_distance: Count = 128
+    rotary_base: Positive = 10000.0
     norm: Literal["layer", "rms"] = "layer"
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"
     gated: bool = False
     bias: bool = True
@@ -129,36 +122,15 @@ class TransformerConfig:
     tie: Literal["all", "inputs", "decoder", "none"] = "all"
     start: Literal["bos", "eos"] = "bos"
     scale_embeddings: bool = True
-    attention_scale: float | None = None
-    logits_scale: float = 1.0
-    dropout: float = 0.1
-    attn_dropout: float = 0.0
-    ffn_dropout: float = 0.0
-    embed_dropout: float | None = None
+    attention_scale: Positive | None = None
+    logits_scale: Positive = 1.0
+    dropout: ShareBelowOne = 0.1
+    attn_dropout: ShareBelowOne = 0.0
+    ffn_dropout: ShareBelowOne = 0.0
+    embed_dropout: ShareBelowOne | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("size", tuple(SIZES)),
-            ("positions", POSITIONS),
-            ("norm", NORMS),
-            ("qk_norm", QK_NORMS),
-            ("activation", ACTIVATIONS),
-            ("tie", TIES),
-            ("start", STARTS),
-        ):
-            check_name(name, getattr(self, name), known)
-        sizes = ("dim", "hidden_dim", "num_heads", "num_kv_heads", "head_dim", "encoder_layers", "decoder_layers")
-        for name in (*sizes, "max_length", "relative_buckets", "relative_max_distance"):
-            check_at_least(1, **{name: getattr(self, name)})
-        check_at_least(0, position_offset=self.position_offset)
-        for name in ("norm_eps", "rotary_base", "attention_scale", "logits_scale"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value < float("inf"):
-                raise ValueError(f"{name}={value} is not a positive number")
-        for name in ("dropout", "attn_dropout", "ffn_dropout", "embed_dropout"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < 1.0:
-                raise ValueError(f"{name}={value} is not in [0, 1)")
+        super().__post_init__()
         self._check_shape()
 
     def _check_shape(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import core
 from apps.nets.blocks import resolve_blocks
+from core.fields import Checked, PositiveShare
 from core.kernels import cpu
 from core.kernels.eager import capacity, outside_autocast, whole_ratio
 from core.routing.gates import LinearGate
@@ -22,7 +23,7 @@ LOSS = "depth_predictor"
 
 @core.register_config
 @dataclass(frozen=True)
-class MixtureOfDepths:
+class MixtureOfDepths(Checked):
     """Blocks that the best tokens of a sequence enter, by a scalar gate r = x w; the others pass by.
 
     ``y_i = x_i + r_i (block(X')_i - x_i)`` for the chosen tokens X', which attend to each other alone, and
@@ -39,12 +40,8 @@ class MixtureOfDepths:
         ValueError: ``capacity`` is out of its range.
     """
 
-    capacity: float = 0.125
+    capacity: PositiveShare = 0.125
     predictor: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.capacity <= 1.0:
-            raise ValueError(f"capacity={self.capacity} of the blocks that few tokens enter is not in (0, 1]")
 
     def build(self, dim: int) -> DepthGate:
         """Return the gate of one block."""

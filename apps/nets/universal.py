@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Step, has_numbers
 from apps.nets.depths import TokenGate, TokenRouter
 from apps.nets.layers import Pass, Stack
+from core.fields import Bounds, Checked, NotNegative
 from core.kernels import cpu
 from core.kernels.eager import outside_autocast
 
@@ -21,7 +23,7 @@ LOSS = "depth"
 
 @core.register_config
 @dataclass(frozen=True)
-class Universal:
+class Universal(Checked):
     """One layer for all steps of depth, and a stick that each token breaks until it halts.
 
     After step l a token halts with probability ``alpha_l = sigmoid(MLP(h_l))`` of what is left of its stick:
@@ -39,14 +41,10 @@ class Universal:
         ValueError: a value is out of its range.
     """
 
-    threshold: float = 0.999
-    depth_penalty: float = 0.0
+    prefix = "universal."
 
-    def __post_init__(self) -> None:
-        if not 0.0 < self.threshold < 1.0:
-            raise ValueError(f"universal.threshold={self.threshold} is not in (0, 1)")
-        if not 0.0 <= self.depth_penalty < float("inf"):
-            raise ValueError(f"universal.depth_penalty={self.depth_penalty} is not a finite number of at least 0")
+    threshold: Annotated[float, Bounds(0, 1, "()")] = 0.999
+    depth_penalty: NotNegative = 0.0
 
     def build(self, dim: int) -> HaltingGate:
         """Return the gate that breaks the sticks."""

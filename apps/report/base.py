@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from apps.base.files import delete, temporary_path
 from apps.report.page import SECTIONS, Section, save_sections
+from core.fields import Checked, CountOrZero
 
 _logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(Checked):
     """Options of the report that ``moesaic test`` adds to the metrics of a model; each app adds fields of its own.
 
     Attributes:
@@ -36,20 +37,14 @@ class ReportConfig:
         ValueError: a number out of its range.
     """
 
-    routing_examples: int = 20_000
-    pictures: bool = True
+    prefix = "report."
 
-    def __post_init__(self) -> None:
-        self._check_least(routing_examples=0)
+    routing_examples: CountOrZero = 20_000
+    pictures: bool = True
 
     def brief(self) -> Self:
         """Return the options of a report without its slower parts, such as a comparison makes of its sparse model."""
         return self
-
-    def _check_least(self, **least: int) -> None:
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"report.{name}={getattr(self, name)} must be at least {bound}")
 
 
 class Report(Callback):

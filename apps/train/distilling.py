@@ -15,13 +15,14 @@ from apps.base.messages import excerpt
 from apps.train.checkpoint_paths import find_checkpoint
 from apps.train.contents import check_class, read_checkpoint
 from apps.train.linked import LinkedModule
+from core.fields import Checked, Positive, Share
 
 _logger = logging.getLogger(__name__)
 
 
 @core.register_config
 @dataclass(frozen=True)
-class DistilConfig:
+class DistilConfig(Checked):
     """The trained model whose predictions a run learns beside the labels.
 
     The loss is ``(1 - weight) label_loss + weight T^2 KL(teacher || student)``, both predictions at the temperature T:
@@ -40,16 +41,12 @@ class DistilConfig:
         ValueError: a value out of its range.
     """
 
-    teacher: str
-    weight: float = 0.25
-    temperature: float = 1.0
-    copy: bool = False
+    prefix = "distil."
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise ValueError(f"distil.weight={self.weight} must lie in [0, 1]")
-        if not self.temperature > 0:
-            raise ValueError(f"distil.temperature={self.temperature} must be positive")
+    teacher: str
+    weight: Share = 0.25
+    temperature: Positive = 1.0
+    copy: bool = False
 
 
 class Distribution(Protocol):

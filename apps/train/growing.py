@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import core
-from apps.base.checks import check_name
 from apps.train.checkpoint_paths import find_checkpoint
 from apps.train.contents import check_class, read_checkpoint
 from apps.train.linked import LinkedModule
+from core.fields import Checked
 
 _logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ LOAD_BATCHES = 8
 
 @core.register_config
 @dataclass(frozen=True)
-class GrowConfig:
+class GrowConfig(Checked):
     """The trained model of fewer experts with which a run begins. The run's own ``num_experts`` is the new number.
 
     Attributes:
@@ -39,12 +39,11 @@ class GrowConfig:
         ValueError: an unknown start.
     """
 
+    prefix = "grow."
+
     checkpoint: str
     freeze: bool = True
     start: Literal["fresh", "copy"] = "fresh"
-
-    def __post_init__(self) -> None:
-        check_name("grow.start", self.start, ("fresh", "copy"))
 
 
 def grow_from(module: LinkedModule, config: GrowConfig, batches: Any) -> dict[str, list[int]]:

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 import core
-from apps.base.checks import check_at_least, check_name
 from apps.train.muon import MuonAdamW
 from apps.train.row_gradients import row_sparse_module
+from core.fields import Checked, NotNegative, Positive, Share, ShareBelowOne
 
 
 @core.register_config
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """One learning rate for three kinds of parameters, a linear warm-up and a decay, both by step.
 
     Attributes:
@@ -53,43 +53,29 @@ class OptimizerConfig:
         ValueError: a value outside its range.
     """
 
+    prefix = "optimizer."
+
     name: Literal["adamw", "muon", "row_adam"] = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    muon_momentum: float = 0.95
+    lr: Positive = 1e-3
+    weight_decay: NotNegative = 0.05
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
+    eps: NotNegative = 1e-8
+    muon_momentum: ShareBelowOne = 0.95
     fused: bool | None = None
-    router_lr_scale: float = 1.0
-    router_weight_decay_scale: float = 1.0
-    expert_lr_scale: float = 1.0
-    expert_weight_decay_scale: float = 1.0
-    warmup: float = 0.05
+    router_lr_scale: NotNegative = 1.0
+    router_weight_decay_scale: NotNegative = 1.0
+    expert_lr_scale: NotNegative = 1.0
+    expert_weight_decay_scale: NotNegative = 1.0
+    warmup: NotNegative = 0.05
     schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
-    min_lr_ratio: float = 0.0
-    lr_scales: dict[str, float] = field(default_factory=dict)
+    min_lr_ratio: Share = 0.0
+    lr_scales: dict[str, NotNegative] = field(default_factory=dict)
     adamw_parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("betas", "adamw_parts"):  # a list in YAML and in a checkpoint
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_name("optimizer.name", self.name, ("adamw", "muon", "row_adam"))
-        check_name("optimizer.schedule", self.schedule, ("cosine", "inverse_sqrt", "constant"))
+        super().__post_init__()
         if self.name != "adamw" and self.fused:
             raise ValueError(f"optimizer.fused=True is a kernel of AdamW's; optimizer.name={self.name!r} has none")
-        if not 0 <= self.muon_momentum < 1:
-            raise ValueError(f"optimizer.muon_momentum={self.muon_momentum} must lie in [0, 1)")
-        if not self.lr > 0:
-            raise ValueError(f"optimizer.lr={self.lr} must be positive")
-        scales = [f"{part}_{of}_scale" for part in ("router", "expert") for of in ("lr", "weight_decay")]
-        for part, scale in self.lr_scales.items():
-            check_at_least(0, **{f"optimizer.lr_scales.{part}": scale})
-        names = ("weight_decay", "eps", "warmup", *scales)
-        check_at_least(0, **{f"optimizer.{name}": getattr(self, name) for name in names})
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"optimizer.betas={self.betas} must be two numbers in [0, 1)")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"optimizer.min_lr_ratio={self.min_lr_ratio} must lie in [0, 1]")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"optimizer.warmup={self.warmup} must be a whole number of steps, or a fraction below 1")
 

@@ -16,20 +16,20 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 import core
-from apps.base.checks import check_name
 from apps.registry import class_path, name_of
 from apps.train.balanced import BalancedModule
 from apps.train.contents import unlike
 from core.config.plain import arguments_from_plain, from_plain, to_plain
 from core.convert import Start
 from core.convert.starts import start_of
+from core.fields import Checked, NotNegative
 
 Step = Callable[..., Any]
 
 
 @core.register_config
 @dataclass(frozen=True)
-class SparsifyConfig:
+class SparsifyConfig(Checked):
     """The feed-forward networks of a module that become MoE layers, and what a comparison has to be told of the module.
 
     Attributes:
@@ -53,10 +53,12 @@ class SparsifyConfig:
         ValueError: a mode that is neither, an unknown start, or one that reads what no section gives.
     """
 
+    prefix = "sparsify."
+
     modules: str | list[str]
     moe: core.MoEConfig
     start: str | Start = "copy"
-    noise: float = 0.0
+    noise: NotNegative = 0.0
     exact: bool = True
     causal: bool = False
     seed: int | None = None
@@ -67,7 +69,7 @@ class SparsifyConfig:
     examples: str | int | None = None
 
     def __post_init__(self) -> None:
-        check_name("sparsify.mode", self.mode, ("max", "min"))
+        super().__post_init__()
         reads = start_of(self.start).reads
         if reads:
             raise ValueError(f"sparsify.start={self.start} reads {reads}, which no section gives: call core.sparsify")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from apps.base.checks import check_at_least
 from apps.vision.augment import (
     RANDAUGMENT_BINS,
     BatchRandAugment,
@@ -24,6 +23,7 @@ from apps.vision.augment import (
     random_resized_crop,
 )
 from apps.vision.encoding import normalize
+from core.fields import Bounds, Checked, CountOrZero, NotNegative, PositiveShare, Share
 
 
 class ImageBatch(NamedTuple):
@@ -100,31 +100,21 @@ class PixelBatch:
 
 
 @dataclass(frozen=True)
-class Augment:
+class Augment(Checked):
     """The random transforms of a training batch; the defaults do nothing. The attributes are options of `VisionData`.
 
     Raises:
         ValueError: a value out of its range.
     """
 
-    crop_padding: int = 0
+    crop_padding: CountOrZero = 0
     horizontal_flip: bool = False
-    random_resized_crop: float | None = None
-    randaugment_ops: int = 0
-    randaugment_magnitude: int = 9
-    random_erasing: float = 0.0
-    mixup_alpha: float = 0.0
-    cutmix_alpha: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("crop_padding", "randaugment_ops", "mixup_alpha", "cutmix_alpha"):
-            check_at_least(0, **{name: getattr(self, name)})
-        if not 0 <= self.randaugment_magnitude < RANDAUGMENT_BINS:
-            raise ValueError(f"randaugment_magnitude={self.randaugment_magnitude} must be 0 to {RANDAUGMENT_BINS - 1}")
-        if not 0 <= self.random_erasing <= 1:
-            raise ValueError(f"random_erasing={self.random_erasing} must be a probability, 0 to 1")
-        if self.random_resized_crop is not None and not 0 < self.random_resized_crop <= 1:
-            raise ValueError(f"random_resized_crop={self.random_resized_crop} must be above 0 and at most 1")
+    random_resized_crop: PositiveShare | None = None
+    randaugment_ops: CountOrZero = 0
+    randaugment_magnitude: Annotated[int, Bounds(0, RANDAUGMENT_BINS)] = 9
+    random_erasing: Share = 0.0
+    mixup_alpha: NotNegative = 0.0
+    cutmix_alpha: NotNegative = 0.0
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from apps.report.tables import write_csv
 from apps.vision.capacity_sweep import CapacityPoint, capacity_sweep, sweep_chart, sweep_picture
 from apps.vision.few_shot import extract_features, few_shot, hard_labels
 from apps.vision.pictures import routing_over_images
+from core.fields import Count, CountOrZero, Positive
 
 _logger = logging.getLogger(__name__)
 
@@ -47,20 +48,12 @@ class VisionReportConfig(ReportConfig):
         images: images drawn with the experts of their patches; 0 draws none.
     """
 
-    routing_examples: int = 50_000
-    few_shot: tuple[int, ...] = (5, 10)
-    few_shot_seeds: int = 5
-    capacity_factors: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-    sweep_images: int = 2000
-    images: int = 6
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if any(k < 1 for k in self.few_shot):
-            raise ValueError(f"report.few_shot={tuple(self.few_shot)} must be numbers of at least 1")
-        if any(not 0 < f < float("inf") for f in self.capacity_factors):
-            raise ValueError(f"report.capacity_factors={tuple(self.capacity_factors)} must be positive numbers")
-        self._check_least(few_shot_seeds=1, sweep_images=1, images=0)
+    routing_examples: CountOrZero = 50_000
+    few_shot: tuple[Count, ...] = (5, 10)
+    few_shot_seeds: Count = 5
+    capacity_factors: tuple[Positive, ...] = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+    sweep_images: Count = 2000
+    images: CountOrZero = 6
 
     def brief(self) -> Self:
         return dataclasses.replace(self, few_shot=(), capacity_factors=())

@@ -35,6 +35,7 @@ from apps.report.plots import save_picture
 from apps.report.routed import expert_label_counts, experts_of_token, layer_label
 from apps.report.specialised import typical_labels
 from apps.report.tables import write_csv
+from core.fields import CountOrZero
 
 _COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}
 _MOST_EXPERTS = 2
@@ -56,13 +57,9 @@ class CaptionReportConfig(ReportConfig):
         ValueError: a number out of its range.
     """
 
-    routing_examples: int = 2000
-    samples: int = 12
-    images: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_least(samples=0, images=0)
+    routing_examples: CountOrZero = 2000
+    samples: CountOrZero = 12
+    images: CountOrZero = 3
 
     def brief(self) -> Self:
         return dataclasses.replace(self, samples=0)  # a comparison shows them of all models

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import core
-from apps.base.checks import check_at_least, check_name
+from apps.base.checks import check_name
+from core.fields import Checked, Count, CountOrZero, NotNegative, Positive, PositiveShare
 
 
 @core.register_config
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(Checked):
     """The options of a search for translations or continuations.
 
     Attributes:
@@ -42,37 +43,24 @@ class DecodeConfig:
     """
 
     method: Literal["greedy", "beam", "sample"] = "beam"
-    beam_size: int = 5
-    num_best: int = 1
+    beam_size: Count = 5
+    num_best: Count = 1
     early_stopping: bool | Literal["never"] = "never"
-    length_penalty: float = 1.0
-    max_length_ratio: float = 2.0
-    max_length_extra: int = 10
-    min_length: int = 1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    length_penalty: NotNegative = 1.0
+    max_length_ratio: NotNegative = 2.0
+    max_length_extra: CountOrZero = 10
+    min_length: CountOrZero = 1
+    temperature: Positive = 1.0
+    top_k: CountOrZero = 0
+    top_p: PositiveShare = 1.0
+    seed: CountOrZero = 0
     prune: bool = True
     dtype: Literal["bfloat16"] | None = None
 
     def __post_init__(self) -> None:
-        check_name("method", self.method, ["greedy", "beam", "sample"])
-        check_at_least(1, beam_size=self.beam_size, num_best=self.num_best)
-        check_at_least(0, min_length=self.min_length, top_k=self.top_k, seed=self.seed)
-        if self.early_stopping not in (True, False, "never"):
-            raise ValueError(f"early_stopping={self.early_stopping!r} is not one of True, False, 'never'")
-        for name in ("length_penalty", "max_length_ratio", "max_length_extra"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be positive")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} is not in (0, 1]")
+        super().__post_init__()
         if self.method != "sample" and self.num_best > self.width:
             raise ValueError(f"num_best={self.num_best} exceeds the {self.width} hypotheses of method={self.method}")
-        if self.dtype not in (None, "bfloat16"):
-            raise ValueError(f"dtype={self.dtype!r} is not bfloat16, or None for the model's own")
 
     @property
     def width(self) -> int:

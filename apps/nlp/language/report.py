@@ -23,6 +23,7 @@ from apps.report.page import BarChart, Line, LineChart, Section, Table, Words
 from apps.report.page.parts import START
 from apps.report.routed import experts_of_token, layer_label
 from apps.report.tables import write_csv
+from core.fields import CountOrZero
 
 _SHOWN = 48  # subwords of a piece of text
 _MOST_EXPERTS = 2  # of a subword
@@ -45,12 +46,8 @@ class LanguageReportConfig(ReportConfig):
         ValueError: a number out of its range.
     """
 
-    routing_examples: int = 1000
-    sentences: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_least(sentences=0)
+    routing_examples: CountOrZero = 1000
+    sentences: CountOrZero = 2
 
     def brief(self) -> Self:
         return dataclasses.replace(self, routing_examples=min(self.routing_examples, 200))

@@ -26,6 +26,7 @@ from apps.report.base import ReportConfig, computed_metrics, spread_batches
 from apps.report.groups import check_bounds, range_names, ranges_of
 from apps.report.page import Code, Part, Section, Table
 from apps.report.tables import write_csv
+from core.fields import CountOrZero
 
 _COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}
 
@@ -45,16 +46,14 @@ class TranslationReportConfig(ReportConfig):
         ValueError: a number out of its range.
     """
 
-    routing_examples: int = 2000
+    routing_examples: CountOrZero = 2000
     lengths: tuple[int, ...] = (5, 10, 15, 20, 30, 50)
-    samples: int = 5
-    sentences: int = 2
+    samples: CountOrZero = 5
+    sentences: CountOrZero = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "lengths", tuple(self.lengths))  # a list in YAML and in a checkpoint
         check_bounds("report.lengths", self.lengths)
-        self._check_least(samples=0, sentences=0)
 
     def brief(self) -> Self:
         return dataclasses.replace(self, samples=0)  # a comparison shows them of all models

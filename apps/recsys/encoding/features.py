@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import core
+from core.fields import Checked
 
 
 @core.register_config
@@ -30,7 +31,7 @@ class CategoricalFeature:
 
 @core.register_config
 @dataclass(frozen=True)
-class ContinuousFeature:
+class ContinuousFeature(Checked):
     """One column of numbers, as the training split has it. NaN and infinities are missing, and not in the figures.
 
     Attributes:
@@ -47,9 +48,6 @@ class ContinuousFeature:
     std: float = 1.0
     quantiles: tuple[float, ...] = ()
     missing: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "quantiles", tuple(self.quantiles))  # a list in a checkpoint
 
 
 @core.register_config
@@ -90,7 +88,7 @@ class SequenceFeature:
 
 @core.register_config
 @dataclass(frozen=True)
-class Target:
+class Target(Checked):
     """What a task predicts, as the training split has it.
 
     Attributes:
@@ -110,10 +108,6 @@ class Target:
     classes: tuple[str, ...] = ()
     shares: tuple[float, ...] = ()
 
-    def __post_init__(self) -> None:
-        for name in ("levels", "classes", "shares"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list in a checkpoint
-
     def numbers_of(self, label_N: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the numbers of an ordinal task's labels, float64 (N,); NaN for none."""
         numbers = np.array([*self.levels, np.nan])
@@ -122,7 +116,7 @@ class Target:
 
 @core.register_config
 @dataclass(frozen=True)
-class Features:
+class Features(Checked):
     """All columns of a table, as a model needs them. They are saved in the checkpoint.
 
     Attributes:
@@ -143,10 +137,6 @@ class Features:
     targets: tuple[Target, ...] = ()
     vectors: tuple[VectorFeature, ...] = ()
     sequences: tuple[SequenceFeature, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("categorical", "continuous", "tasks", "positives", "targets", "vectors", "sequences"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list in a checkpoint
 
     @property
     def target_of_task(self) -> tuple[Target, ...]:

@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
-from apps.base.checks import check_at_least
 from apps.nets.blocks import FFNConfig, ffn_configs
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.dense import DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.model import InteractionConfig, TableColumns
+from core.fields import Checked, Count, ShareBelowOne
 from core.kernels import cpu
 
 
 @core.register_config
 @dataclass(frozen=True)
-class TowerConfig:
+class TowerConfig(Checked):
     """Sizes of both towers.
 
     Attributes:
@@ -35,16 +35,13 @@ class TowerConfig:
         ValueError: a value out of its range.
     """
 
-    dim: int = 64
-    width: int = 64
-    depth: int = 1
-    hidden_dim: int | None = None
-    dropout: float = 0.0
+    prefix = "tower."
 
-    def __post_init__(self) -> None:
-        check_at_least(1, dim=self.dim, width=self.width, depth=self.depth, hidden_dim=self.hidden_dim)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"tower.dropout={self.dropout} must lie in [0, 1)")
+    dim: Count = 64
+    width: Count = 64
+    depth: Count = 1
+    hidden_dim: Count | None = None
+    dropout: ShareBelowOne = 0.0
 
     @property
     def dense_ffn(self) -> core.DenseFFN:

@@ -27,6 +27,7 @@ from apps.report.page.experts import load_charts, map_charts
 from apps.report.plots import save_picture
 from apps.report.routed import expert_label_counts
 from apps.report.tables import write_csv
+from core.fields import CountOrZero
 
 _BEST_SHOWN = 5
 
@@ -44,11 +45,7 @@ class RetrievalReportConfig(ReportConfig):
         ValueError: a number out of its range.
     """
 
-    samples: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_least(samples=0)
+    samples: CountOrZero = 5
 
 
 @dataclass(frozen=True)

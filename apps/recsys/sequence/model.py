@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
-from apps.base.checks import check_at_least, check_name
+from apps.base.checks import check_at_least
 from apps.nets.attention import Mask, SelfAttention, self_mask
 from apps.nets.blocks import FFNConfig, ffn_configs, resolve_blocks
 from apps.nets.config import TransformerConfig
@@ -33,6 +33,7 @@ from apps.nets.packing import Packing
 from apps.nets.pair_bias import PairBias
 from apps.nets.place import Place, check_fits
 from apps.nets.pointwise import PointwiseAttention
+from core.fields import Checked, Count, CountOrZero, ShareBelowOne
 from core.kernels import cpu
 
 EXPERTS = ("convolution", "attention")
@@ -44,7 +45,7 @@ _UNBALANCED = core.Balance(load_balancing=0.0, router_z=0.0)
 
 @core.register_config
 @dataclass(frozen=True)
-class HistoryModelConfig:
+class HistoryModelConfig(Checked):
     """The transformer around the MoE layers.
 
     Attributes:
@@ -67,25 +68,22 @@ class HistoryModelConfig:
             64 tell apart times up to a century, two for each doubling. The data must have times.
     """
 
-    dim: int = 64
-    depth: int = 2
-    num_heads: int = 2
-    hidden_dim: int | None = None
+    dim: Count = 64
+    depth: Count = 2
+    num_heads: Count = 2
+    hidden_dim: Count | None = None
     mixing: Literal["mixture", "attention", "hstu"] = "mixture"
-    kernel_size: int = 3
+    kernel_size: Count = 3
     mixing_router: core.RouterConfig = _DENSE
     mixing_balance: core.Balance = _UNBALANCED
-    embed_dropout: float = 0.2
-    dropout: float = 0.2
-    attn_dropout: float = 0.0
+    embed_dropout: ShareBelowOne = 0.2
+    dropout: ShareBelowOne = 0.2
+    attn_dropout: ShareBelowOne = 0.0
     distance_bias: bool | None = None
-    time_buckets: int = 0
+    time_buckets: CountOrZero = 0
 
     def __post_init__(self) -> None:
-        names = ("dim", "depth", "num_heads", "kernel_size", "hidden_dim")
-        check_at_least(1, **{name: getattr(self, name) for name in names})
-        check_at_least(0, time_buckets=self.time_buckets)
-        check_name("mixing", self.mixing, ("mixture", "attention", "hstu"))
+        super().__post_init__()
         _ = self.transformer  # checks what the transformers have in common
         if self.mixing == "mixture":
             router = self.mixing_router

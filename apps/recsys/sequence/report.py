@@ -23,6 +23,7 @@ from apps.report.page.experts import load_charts, map_charts
 from apps.report.plots import save_picture
 from apps.report.routed import expert_label_counts, layer_label
 from apps.report.tables import write_csv
+from core.fields import CountOrZero
 
 POPULARITY = ("most popular", "2nd quarter", "3rd quarter", "least popular", "not in training")
 """The groups of items: quarters of the training's interactions, from the most popular items on."""
@@ -46,13 +47,11 @@ class NextItemReportConfig(ReportConfig):
     """
 
     lengths: tuple[int, ...] = (5, 10, 20, 50, 100)
-    samples: int = 5
+    samples: CountOrZero = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "lengths", tuple(self.lengths))  # a list in YAML and in a checkpoint
         check_bounds("report.lengths", self.lengths)
-        self._check_least(samples=0)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import core
-from apps.base.checks import check_name
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature
+from core.fields import Bounds, Checked, Count
 
 _CLIP = 100.0
 """Standard deviations beyond which a value is taken as this far off: a slip of the decimal point must not blow up."""
@@ -23,7 +23,7 @@ _CLIP = 100.0
 
 @core.register_config
 @dataclass(frozen=True)
-class DenseConfig:
+class DenseConfig(Checked):
     """The encoding of the continuous columns.
 
     - "normalize": ``(x - mean) / std``, of the training split; with ``log1p`` then ``sign(z) log(1 + |z|)``. A missing
@@ -45,19 +45,21 @@ class DenseConfig:
         ValueError: a value out of its range, or one without a meaning for the kind.
     """
 
+    prefix = "dense."
+
     kind: Literal["normalize", "quantile", "piecewise_linear"] = "normalize"
     log1p: bool = False
-    num_bins: int | None = None
-    dim: int | None = None
+    num_bins: Annotated[int, Bounds(2)] | None = None
+    dim: Count | None = None
 
     def __post_init__(self) -> None:
-        check_name("dense.kind", self.kind, ("normalize", "quantile", "piecewise_linear"))
+        super().__post_init__()
         if self.log1p and self.kind != "normalize":
             raise ValueError(f"dense.log1p=True has no meaning with dense.kind={self.kind!r}")
-        if self.num_bins is not None and (self.kind == "normalize" or self.num_bins < 2):
-            raise ValueError(f"dense.num_bins={self.num_bins} must be at least 2, and has a meaning with bins only")
-        if self.dim is not None and (self.kind != "piecewise_linear" or self.dim < 1):
-            raise ValueError(f"dense.dim={self.dim} must be at least 1, and needs dense.kind='piecewise_linear'")
+        if self.num_bins is not None and self.kind == "normalize":
+            raise ValueError(f"dense.num_bins={self.num_bins} has a meaning with bins only")
+        if self.dim is not None and self.kind != "piecewise_linear":
+            raise ValueError(f"dense.dim={self.dim} needs dense.kind='piecewise_linear'")
 
 
 class DenseArch(nn.Module):

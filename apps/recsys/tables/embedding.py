@@ -17,16 +17,16 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import core
-from apps.base.checks import check_name
 from apps.recsys.encoding.features import CategoricalFeature, SequenceFeature
 from apps.train.torch_internals import assert_on_device
+from core.fields import Checked, Count, NotNegative, Positive
 
 _FUSED_OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad}
 
 
 @core.register_config
 @dataclass(frozen=True)
-class EmbeddingConfig:
+class EmbeddingConfig(Checked):
     """Options of the columns' embeddings.
 
     The three kinds compute the same numbers and start alike; they differ in how the tables are held and stepped:
@@ -59,36 +59,30 @@ class EmbeddingConfig:
         ValueError: a value out of its range, or widths that the kind does not have.
     """
 
+    prefix = "embedding."
+
     kind: Literal["joined", "fused", "collection"] = "joined"
-    dim: int = 8
-    dims: Mapping[str, int] = field(default_factory=dict)
+    dim: Count = 8
+    dims: Mapping[str, Count] = field(default_factory=dict)
     by_cardinality: bool = False
     pooling: Literal["mean", "sum"] = "mean"
-    init_std: float = 0.01
+    init_std: NotNegative = 0.01
     weight_decay: bool = False
     fused_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
-    fused_lr: float = 0.02
+    fused_lr: Positive = 0.02
     deferred: bool = False
 
     def __post_init__(self) -> None:
-        check_name("embedding.kind", self.kind, ("joined", "fused", "collection"))
-        check_name("embedding.pooling", self.pooling, ("mean", "sum"))
-        check_name("embedding.fused_optimizer", self.fused_optimizer, tuple(_FUSED_OPTIMIZERS))
+        super().__post_init__()
         for name, dim in (("dim", self.dim), *((f"dims[{k!r}]", v) for k, v in self.dims.items())):
-            if dim < 1:
-                raise ValueError(f"embedding.{name}={dim} is not at least 1")
             if self.kind == "fused" and dim % 4:
                 raise ValueError(f"embedding.{name}={dim} is not a multiple of 4, as kind='fused' needs it")
         if self.kind == "joined" and (self.by_cardinality or any(d != self.dim for d in self.dims.values())):
             raise ValueError("embedding.kind='joined' has one width for all columns: leave out dims and by_cardinality")
         if self.by_cardinality and self.dim <= 8:
             raise ValueError(f"embedding.by_cardinality=True gives widths from 8 to dim={self.dim}: give a larger dim")
-        if not self.init_std >= 0:
-            raise ValueError(f"embedding.init_std={self.init_std} is negative")
         if self.deferred and self.kind != "collection":
             raise ValueError(f"embedding.deferred=True needs kind='collection', not {self.kind!r}")
-        if not self.fused_lr > 0:
-            raise ValueError(f"embedding.fused_lr={self.fused_lr} must be positive")
 
     def width(self, feature: CategoricalFeature) -> int:
         """Return the width of a column's embedding."""

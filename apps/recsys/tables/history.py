@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import core
-from apps.base.checks import check_at_least, check_name
 from apps.recsys.encoding.features import SequenceFeature
 from apps.recsys.tables.embedding import SparseArch, check_keys
+from core.fields import Checked, Count
 from core.kernels import cpu
 
 
 @core.register_config
 @dataclass(frozen=True)
-class HistoryConfig:
+class HistoryConfig(Checked):
     """How the embeddings of a sequence become one vector.
 
     - "mean": their mean, as of a multi-valued column. Every kind of embedding takes it.
@@ -41,16 +41,15 @@ class HistoryConfig:
         ValueError: a value that is not known, or a width below 1.
     """
 
+    prefix = "history."
+
     pooling: Literal["mean", "din"] = "mean"
-    hidden_dims: tuple[int, ...] = (36,)
+    hidden_dims: tuple[Count, ...] = (36,)
     activation: Literal["prelu", "dice", "sigmoid"] = "prelu"
     normalize: bool = False
 
     def __post_init__(self) -> None:
-        check_name("history.pooling", self.pooling, ("mean", "din"))
-        check_name("history.activation", self.activation, ("prelu", "dice", "sigmoid"))
-        for i, dim in enumerate(self.hidden_dims):
-            check_at_least(1, **{f"history.hidden_dims[{i}]": dim})
+        super().__post_init__()
         if self.pooling == "mean" and self.normalize:
             raise ValueError("history.normalize=True has no meaning with history.pooling='mean'")
 

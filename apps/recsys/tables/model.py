@@ -13,7 +13,6 @@ from torchrec.modules.crossnet import CrossNet, LowRankCrossNet
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import core
-from apps.base.checks import check_name
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.bottoms import SingleTask
@@ -23,12 +22,13 @@ from apps.recsys.tables.history import HistoryArch, HistoryConfig
 from apps.recsys.tables.personal import EmbeddingGate, TowerGates, TwoLayers
 from apps.recsys.tables.tasks import HeadConfig
 from apps.recsys.tables.vectors import VectorArch
+from core.fields import Checked, Count
 from core.kernels import cpu
 
 
 @core.register_config
 @dataclass(frozen=True)
-class InteractionConfig:
+class InteractionConfig(Checked):
     """The interaction, which joins the columns before the shared layer.
 
     - "concat": side by side.
@@ -45,16 +45,16 @@ class InteractionConfig:
         ValueError: a value out of its range, or one without a meaning for the kind.
     """
 
+    prefix = "interaction."
+
     kind: Literal["concat", "dot", "cross"] = "concat"
-    num_layers: int = 2
-    low_rank: int | None = None
+    num_layers: Count = 2
+    low_rank: Count | None = None
 
     def __post_init__(self) -> None:
-        check_name("interaction.kind", self.kind, ("concat", "dot", "cross"))
-        if self.num_layers < 1:
-            raise ValueError(f"interaction.num_layers={self.num_layers} is not at least 1")
-        if self.low_rank is not None and (self.kind != "cross" or self.low_rank < 1):
-            raise ValueError(f"interaction.low_rank={self.low_rank} must be at least 1, and needs kind='cross'")
+        super().__post_init__()
+        if self.low_rank is not None and self.kind != "cross":
+            raise ValueError(f"interaction.low_rank={self.low_rank} needs kind='cross'")
 
 
 class InteractionArch(nn.Module):

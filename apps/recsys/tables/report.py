@@ -28,6 +28,7 @@ from apps.report.page import Line, LineChart, Part, Picture, Section, Table, Tex
 from apps.report.page.experts import load_charts, map_charts
 from apps.report.plots import load_bars, save_picture
 from apps.report.tables import write_csv
+from core.fields import Count
 
 _SHOWN = 20  # lines of a table; the CSV file has all
 
@@ -46,11 +47,7 @@ class RecommenderReportConfig(ReportConfig):
     """
 
     gate_feature: str | None = None
-    gate_values: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_least(gate_values=1)
+    gate_values: Count = 16
 
 
 class TrainingChecks(Callback):

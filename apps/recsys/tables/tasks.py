@@ -6,21 +6,22 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
-from apps.base.checks import check_name
 from apps.recsys.encoding.features import Target
 from apps.recsys.kinds import Outputs
+from core.fields import Checked, Count, CountOrZero, NotNegative, OneOf, ShareBelowOne
+from core.kernels import ACTIVATIONS
 
 
 @core.register_config
 @dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(Checked):
     """The towers of the tasks, and how one task depends on another.
 
     - "plain": a tower and a logit a task.
@@ -52,35 +53,19 @@ class HeadConfig:
         ValueError: a value out of its range.
     """
 
+    prefix = "head."
+
     kind: Literal["plain", "esmm", "aitm"] = "plain"
-    hidden_dims: tuple[int, ...] = (8,)
-    activation: str = "relu"
-    norm: str | None = None
-    dropout: float = 0.0
+    hidden_dims: tuple[Count, ...] = (8,)
+    activation: Annotated[str, OneOf(*ACTIVATIONS)] = "relu"
+    norm: Literal["batch", "layer"] | None = None
+    dropout: ShareBelowOne = 0.0
     prior_bias: bool = True
-    calibrator_weight: float = 0.6
+    calibrator_weight: NotNegative = 0.6
     steps: bool = False
     personal: tuple[str, ...] = ()
-    gate_dim: int = 32
-    domain_dim: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden_dims", tuple(self.hidden_dims))  # a list in YAML and in a checkpoint
-        check_name("head.kind", self.kind, ("plain", "esmm", "aitm"))
-        if not self.calibrator_weight >= 0:
-            raise ValueError(f"head.calibrator_weight={self.calibrator_weight} is negative")
-        if isinstance(self.personal, str):
-            raise ValueError(f"head.personal={self.personal!r} is not a list of columns")
-        object.__setattr__(self, "personal", tuple(self.personal))
-        if self.gate_dim < 1:
-            raise ValueError(f"head.gate_dim={self.gate_dim} is not at least 1")
-        if self.domain_dim < 0:
-            raise ValueError(f"head.domain_dim={self.domain_dim} is negative")
-        if self.hidden_dims:
-            try:
-                self.tower()
-            except ValueError as error:
-                raise ValueError(f"head.{error}") from None
+    gate_dim: Count = 32
+    domain_dim: CountOrZero = 0
 
     def tower(self) -> core.MLP:
         """Return the config of a tower without its logit."""

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
-from apps.base.checks import check_name
+from core.fields import Checked, NotNegative
 
 
 @core.register_config
 @dataclass(frozen=True)
-class WeightingConfig:
+class WeightingConfig(Checked):
     """Weights of the tasks' losses, in training.
 
     - "fixed": ``sum of w_t L_t``, with ``weights``.
@@ -39,18 +39,17 @@ class WeightingConfig:
         ValueError: an unknown kind, a negative weight or alpha, or a weight of 0 that a learned weighting starts from.
     """
 
+    prefix = "weighting."
+
     kind: Literal["fixed", "uncertainty", "gradnorm"] = "fixed"
-    weights: Mapping[str, float] = field(default_factory=dict)
-    alpha: float = 1.5
+    weights: Mapping[str, NotNegative] = field(default_factory=dict)
+    alpha: NotNegative = 1.5
 
     def __post_init__(self) -> None:
-        check_name("weighting.kind", self.kind, ("fixed", "uncertainty", "gradnorm"))
+        super().__post_init__()
         for task, weight in self.weights.items():
-            if not (weight > 0 or (weight == 0 and self.kind == "fixed")) or not math.isfinite(weight):
-                least = "at least 0" if self.kind == "fixed" else "positive"
-                raise ValueError(f"weighting.weights[{task!r}]={weight} must be {least} and finite")
-        if not self.alpha >= 0:
-            raise ValueError(f"weighting.alpha={self.alpha} is negative")
+            if weight == 0 and self.kind != "fixed":
+                raise ValueError(f"weighting.weights[{task!r}]={weight} is not above 0")
 
     def build(self, tasks: Sequence[str], initial_losses: Sequence[float] = ()) -> Weighting:
         """Return the weighting of ``tasks``; ``initial_losses`` are those of the best constant predictions, which
