@@ -19,7 +19,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Checked:
     A subclass with relations between fields checks them in a ``__post_init__`` that calls this one first.
     """
 
-    prefix: ClassVar[str] = ""
+    prefix = ""  # not annotated: jsonargparse looks names of annotations up in the module of each subclass
     """Text before a field's name in messages, such as "balance."."""
 
     def __post_init__(self) -> None:
@@ -141,6 +141,7 @@ def _origin(hint: Any) -> Any:
     return typing.get_origin(hint) or hint
 
 
+@functools.cache
 def _parts(hint: Any) -> tuple[Any, ...]:
     """Return what a value may be: the parts of a union, else the hint itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
@@ -159,6 +160,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+@functools.cache
 def _kind(hint: Any) -> tuple[str, Callable[[Any], bool]]:
     """Return the words for a kind of value, and whether a value is of it. Kinds that are not known take all values."""
     kind = _origin(hint)
@@ -166,12 +168,14 @@ def _kind(hint: Any) -> tuple[str, Callable[[Any], bool]]:
         names = typing.get_args(hint)
         return str(OneOf(*names)), lambda value: any(type(value) is type(name) for name in names)
     if isinstance(kind, type) and is_dataclass(kind):
-        return f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}", lambda value: isinstance(value, kind)
+        return f"of class {kind.__name__}", lambda value: isinstance(value, kind)
     return _KINDS.get(kind, ("", lambda value: True))
 
 
 def _problem(hint: Any, value: Any) -> tuple[str, Any, str] | None:
     """Return what is wrong with a value: the place in it, the value there, and the rule; None where it is right."""
+    if hint in _KINDS and _KINDS[hint][1](value):  # the fast path of long lists, such as a vocabulary
+        return None
     parts = _parts(hint)
     of_kind = [part for part in parts if _kind(part)[1](value)]
     if not of_kind:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from .fields import check_fields
 
@@ -35,7 +35,7 @@ class OpenConfig:
     A subclass registers itself when it is defined, and its plain form names its class.
     """
 
-    prefix: ClassVar[str] = ""
+    prefix = ""  # not annotated: jsonargparse looks names of annotations up in the module of each subclass
     """Text before a field's name in messages, such as "tower."."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
+from jsonargparse import ArgumentError, ArgumentParser
 
 import core
 from core import registry
@@ -19,7 +21,7 @@ from core.fields import Bounds, Checked, Count, Length, OneOf, Positive, check_v
 
 ROOT = Path(__file__).resolve().parents[1]
 for path in sorted((ROOT / "apps").rglob("*.py")):
-    if "register_config" in path.read_text(encoding="utf-8"):
+    if re.search("register_config|OpenConfig|Checked", path.read_text(encoding="utf-8")):
         importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
@@ -36,6 +38,7 @@ KINDS = list(dict.fromkeys((*REGISTERED, *below(Checked), *below(registry.OpenCo
 
 # Arguments of the configs that cannot be made without any.
 NEEDED: dict[str, dict[str, Any]] = {
+    "ContrastiveLoss": {"temperature": 0.1},
     "DistilConfig": {"teacher": "runs/large"},
     "Domain": {"num_domains": 8},
     "DomainRandom": {"num_domains": 4, "vocab_size": 7},
@@ -138,7 +141,7 @@ def test_a_subclass_keeps_the_rules_of_a_field(kind):
 
 @dataclass(frozen=True)
 class Window(Checked):
-    prefix: ClassVar[str] = "window."
+    prefix = "window."
 
     length: Count | None = 8
     shape: Annotated[str, OneOf("hann", "flat_top")] = "hann"
@@ -164,7 +167,7 @@ class Window(Checked):
         ({"ends": (1.0, "x")}, "ends[1]='x' is not a number"),
         ({"rows": {"a": 1.0, "b": math.inf}}, "rows['b']=inf is not finite"),
         ({"rows": [1.0]}, "rows=[1.0] is not a mapping"),
-        ({"expert": "FFN"}, "expert='FFN' is not an ExpertConfig or None"),
+        ({"expert": "FFN"}, "expert='FFN' is not of class ExpertConfig or None"),
         ({"stop": "always"}, "stop='always' is not one of never"),
         ({"shape": "x" * 99}, f"shape='{'x' * 56}... is not one of hann, flat_top"),
     ],
@@ -183,3 +186,15 @@ def test_lists_become_tuples_and_whole_numbers_are_numbers():
 def test_a_reason_stands_at_the_end():
     with pytest.raises(ValueError, match=r"^k=1 is not at least 2: one is none$"):
         check_values(Annotated[int, Bounds(2, why="one is none")], k=1)
+
+
+@CONFIGS
+def test_the_command_line_reads_the_types_too(kind):
+    """A field's name in an annotation that jsonargparse cannot resolve would be taken for any value."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "it")
+    for name, hint in hints(kind).items():
+        plain = [of for _, of, place in rules(hint) if not place]
+        if plain and not {str, tuple}.intersection(typing.get_origin(of) or of for of in plain):
+            with pytest.raises(ArgumentError):
+                parser.parse_args([f"--it.{name}=many"])

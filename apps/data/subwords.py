@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import core
 from apps.base.files import replacing
@@ -43,7 +43,7 @@ class Subwords(Checked):
         ValueError: not one model or two, or one that sentencepiece cannot read.
     """
 
-    prefix: ClassVar[str] = "subwords."
+    prefix = "subwords."
 
     models: Annotated[tuple[str, ...], Length(1, 2, "[]", "one for both sides, or one for each")]
     languages: tuple[str, ...] = ()

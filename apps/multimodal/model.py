@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ class AttributeHead(Checked):
         ValueError: a weight that is not positive.
     """
 
-    prefix: ClassVar[str] = "attribute_head."
+    prefix = "attribute_head."
 
     experts: core.MultiGateConfig = _EXPERTS
     weight: Positive = 1.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -35,7 +34,7 @@ class TwoTowers(TowerConfig):
         ValueError: a part that is none.
     """
 
-    prefix: ClassVar[str] = "tower."
+    prefix = "tower."
 
     image: ImagePart = _IMAGES
     text: TextPart = _TEXTS

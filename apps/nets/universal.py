@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Universal(Checked):
         ValueError: a value is out of its range.
     """
 
-    prefix: ClassVar[str] = "universal."
+    prefix = "universal."
 
     threshold: Annotated[float, Bounds(0, 1, "()")] = 0.999
     depth_penalty: NotNegative = 0.0

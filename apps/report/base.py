@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -37,7 +37,7 @@ class ReportConfig(Checked):
         ValueError: a number out of its range.
     """
 
-    prefix: ClassVar[str] = "report."
+    prefix = "report."
 
     routing_examples: CountOrZero = 20_000
     pictures: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class DistilConfig(Checked):
         ValueError: a value out of its range.
     """
 
-    prefix: ClassVar[str] = "distil."
+    prefix = "distil."
 
     teacher: str
     weight: Share = 0.25

@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class GrowConfig(Checked):
         ValueError: an unknown start.
     """
 
-    prefix: ClassVar[str] = "grow."
+    prefix = "grow."
 
     checkpoint: str
     freeze: bool = True

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ class OptimizerConfig(Checked):
         ValueError: a value outside its range.
     """
 
-    prefix: ClassVar[str] = "optimizer."
+    prefix = "optimizer."
 
     name: Literal["adamw", "muon", "row_adam"] = "adamw"
     lr: Positive = 1e-3

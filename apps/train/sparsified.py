@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -53,7 +53,7 @@ class SparsifyConfig(Checked):
         ValueError: a mode that is neither, an unknown start, or one that reads what no section gives.
     """
 
-    prefix: ClassVar[str] = "sparsify."
+    prefix = "sparsify."
 
     modules: str | list[str]
     moe: core.MoEConfig

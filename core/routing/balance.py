@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ class Balance(BalanceWeights):
         ValueError: a weight is negative or not finite, or another value is out of its range.
     """
 
-    prefix: ClassVar[str] = "balance."
+    prefix = "balance."
 
     num_tasks: CountOrZero = 0
     num_modalities: Count = 1

@@ -18,8 +18,6 @@ from .gates import LinearGate, read_scalar
 from .router import Router, RouterConfig
 from .selection import Capacity
 
-KINDS = ("smear", "lory", "meo")
-
 
 def check_sequence_group(group: str | int, router: str) -> None:
     """Raise a ``ValueError`` for a group other than the sequence."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ class TowerConfig(Checked):
         ValueError: a value out of its range.
     """
 
-    prefix: ClassVar[str] = "tower."
+    prefix = "tower."
 
     dim: Count = 64
     width: Count = 64

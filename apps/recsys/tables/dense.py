@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class DenseConfig(Checked):
         ValueError: a value out of its range, or one without a meaning for the kind.
     """
 
-    prefix: ClassVar[str] = "dense."
+    prefix = "dense."
 
     kind: Literal["normalize", "quantile", "piecewise_linear"] = "normalize"
     log1p: bool = False

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class EmbeddingConfig(Checked):
         ValueError: a value out of its range, or widths that the kind does not have.
     """
 
-    prefix: ClassVar[str] = "embedding."
+    prefix = "embedding."
 
     kind: Literal["joined", "fused", "collection"] = "joined"
     dim: Count = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class HistoryConfig(Checked):
         ValueError: a value that is not known, or a width below 1.
     """
 
-    prefix: ClassVar[str] = "history."
+    prefix = "history."
 
     pooling: Literal["mean", "din"] = "mean"
     hidden_dims: tuple[Count, ...] = (36,)

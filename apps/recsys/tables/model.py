@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class InteractionConfig(Checked):
         ValueError: a value out of its range, or one without a meaning for the kind.
     """
 
-    prefix: ClassVar[str] = "interaction."
+    prefix = "interaction."
 
     kind: Literal["concat", "dot", "cross"] = "concat"
     num_layers: Count = 2

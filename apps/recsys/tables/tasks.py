@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import core
 from apps.recsys.encoding.features import Target
 from apps.recsys.kinds import Outputs
-from core.fields import Checked, Count, CountOrZero, NotNegative
+from core.fields import Checked, Count, CountOrZero, NotNegative, OneOf, ShareBelowOne
+from core.kernels import ACTIVATIONS
 
 
 @core.register_config
@@ -52,27 +53,19 @@ class HeadConfig(Checked):
         ValueError: a value out of its range.
     """
 
-    prefix: ClassVar[str] = "head."
+    prefix = "head."
 
     kind: Literal["plain", "esmm", "aitm"] = "plain"
-    hidden_dims: tuple[int, ...] = (8,)
-    activation: str = "relu"
-    norm: str | None = None
-    dropout: float = 0.0
+    hidden_dims: tuple[Count, ...] = (8,)
+    activation: Annotated[str, OneOf(*ACTIVATIONS)] = "relu"
+    norm: Literal["batch", "layer"] | None = None
+    dropout: ShareBelowOne = 0.0
     prior_bias: bool = True
     calibrator_weight: NotNegative = 0.6
     steps: bool = False
     personal: tuple[str, ...] = ()
     gate_dim: Count = 32
     domain_dim: CountOrZero = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.hidden_dims:
-            try:
-                self.tower()
-            except ValueError as error:
-                raise ValueError(f"head.{error}") from None
 
     def tower(self) -> core.MLP:
         """Return the config of a tower without its logit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class WeightingConfig(Checked):
         ValueError: an unknown kind, a negative weight or alpha, or a weight of 0 that a learned weighting starts from.
     """
 
-    prefix: ClassVar[str] = "weighting."
+    prefix = "weighting."
 
     kind: Literal["fixed", "uncertainty", "gradnorm"] = "fixed"
     weights: Mapping[str, NotNegative] = field(default_factory=dict)

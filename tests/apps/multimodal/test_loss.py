@@ -130,8 +130,6 @@ def test_what_learns_and_where_it_begins():
 def test_bad_options_and_shapes():
     with pytest.raises(ValueError, match=r"temperature=0.001 must be at least 0.01"):
         SoftmaxLoss(temperature=0.001)
-    with pytest.raises(ValueError, match="equal='other'"):
-        SigmoidLoss(equal="other")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(2, 2\), \(1, 2\)"):
         SoftmaxLoss().build()(IMAGES, TEXTS[:1], DIFFERENT, DIFFERENT)
 

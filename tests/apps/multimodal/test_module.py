@@ -151,8 +151,6 @@ def test_bad_arguments():
         retriever(dim=0)
     with pytest.raises(ValueError, match="attribute_head predicts the attributes of the data, and the data have none"):
         retriever(attribute_head=HEAD)
-    with pytest.raises(ValueError, match=r"attribute_head.weight=0.0 is not a positive number"):
-        AttributeHead(weight=0.0)
     with pytest.raises(ValueError, match="dense_ffn"):
         retriever(dense_ffn=core.DenseFFN(8))
 

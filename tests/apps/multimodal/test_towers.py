@@ -161,8 +161,6 @@ def test_bad_input():
         retriever(tower=SingleTower(width=16, depth=2, num_heads=2, patch_size=3))
     with pytest.raises(ValueError, match="dim=16 is not divisible by num_heads=3"):
         SingleTower(width=16, num_heads=3)
-    with pytest.raises(ValueError, match=r"pos_embed_std=0.0 is not a positive number"):
-        SingleTower(pos_embed_std=0.0)
     module, batch = retriever(), pair_batch(2)
     with pytest.raises(ValueError, match=r"images have shape \(2, 3, 4, 8\): it must be \(B, 3, 8, 8\)"):
         module.image_vectors(batch.image[:, :, :4])

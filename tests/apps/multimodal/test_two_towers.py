@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     module = two(tower=clip_tower(write_clip(tmp_path)), moe=None)
     with pytest.raises(ValueError, match="dim=8 is not 6, that of the pretrained vectors"):
         quiet_trainer(tmp_path).test(module, Pairs(), verbose=False)
-    with pytest.raises(ValueError, match=r"tower.image=BertTexts\(.* is not a config of its kind, as ViTImages"):
+    with pytest.raises(ValueError, match=r"tower.image=BertTexts\(.* is not of class ImagePart"):
         TwoTowers(TWO.text)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from apps.report.base import Report, ReportConfig, first_batches
+from apps.report.base import Report, first_batches
 
 
 class Lines(Report):
@@ -64,8 +64,3 @@ def test_first_batches_end_with_the_batch_that_completes_them():
     assert list(first_batches(batches, 0)) == []
     assert list(first_batches(batches, 100)) == batches
     assert list(first_batches(batches, 1, size=lambda batch: 0)) == batches
-
-
-def test_refused_options():
-    with pytest.raises(ValueError, match=r"report\.routing_examples=-1 must be at least 0"):
-        ReportConfig(routing_examples=-1)

@@ -123,11 +123,6 @@ def test_a_name_that_the_module_needs_itself_is_not_taken_away() -> None:
         sparsified(net, CONFIG)
 
 
-def test_a_mode_that_is_neither_is_refused() -> None:
-    with pytest.raises(ValueError, match="mode"):
-        SparsifyConfig("blocks.*", LAYERS, mode="most")
-
-
 @pytest.mark.parametrize(
     ("start", "rule"),
     [

@@ -242,12 +242,7 @@ def test_copies_and_state_dicts_give_the_same_output():
     ("make", "message"),
     [
         (lambda: ViTConfig(embed_dim=10, num_heads=3), "embed_dim=10 is not divisible by num_heads=3"),
-        (lambda: ViTConfig(variant="huge"), "variant='huge' is not one of nano, tiny, small, base, large"),
-        (lambda: ViTConfig(depth=0), "depth=0 must be at least 1"),
-        (lambda: ViTConfig(hidden_dim=0), "hidden_dim=0 must be at least 1"),
-        (lambda: ViTConfig(drop_path=1.0), r"drop_path=1.0 is not in \[0, 1\)"),
         (lambda: ViTConfig(pool="token", class_token=False), "pool='token' needs class_token=True"),
-        (lambda: ViTConfig(pool="max"), "pool='max' is not one of token, avg"),
         (lambda: build(ViTConfig(patch_size=3)), "image_size=8 is not divisible by patch_size=3"),
         (lambda: build(in_chans=0), "in_chans=0 must be at least 1"),
         (
@@ -423,5 +418,3 @@ def test_the_position_embedding_starts_at_the_given_scale():
         assert name == "pos_embed" or torch.equal(weight, model.get_parameter(name)), name
     model.init_weights()
     assert model.pos_embed.std().item() == pytest.approx(0.5, rel=0.05)
-    with pytest.raises(ValueError, match=r"pos_embed_std=0 is not a positive number"):
-        ViTConfig(pos_embed_std=0)

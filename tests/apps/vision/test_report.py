@@ -139,17 +139,3 @@ def test_report_of_a_dense_model_is_the_few_shot_part_without_an_interval_of_one
     assert "±" not in repr(load_sections(tmp_path / "report"))
     (row,) = csv.DictReader((tmp_path / "report" / "few_shot.csv").open())
     assert row["interval"] == ""
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"few_shot": (0,)}, r"report.few_shot=\(0,\) must be numbers of at least 1"),
-        ({"few_shot_seeds": 0}, "report.few_shot_seeds=0 must be at least 1"),
-        ({"images": -1}, "report.images=-1 must be at least 0"),
-        ({"routing_examples": -1}, "report.routing_examples=-1 must be at least 0"),
-    ],
-)
-def test_refused_report_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        VisionReportConfig(**options)

@@ -130,7 +130,7 @@ def test_an_encoder_layer_of_torch_computes_its_updates_in_evaluation_too():
         ),
         (lambda: adapt(adapt(model(), MOE, "*.qkv"), MOE, "*.qkv"), "module '0.qkv' is a AdaptedLinear"),
         (lambda: adapt(model(), MoEConfig(2, Hash(9)), "*.qkv"), r"router Hash .* needs context.token_ids_BS"),
-        (lambda: adapt(model(), LoRA(2), "*.qkv"), r"moe=LoRA.* is not a MoEConfig"),
+        (lambda: adapt(model(), LoRA(2), "*.qkv"), r"moe=LoRA.* is not of class MoEConfig"),
         (lambda: adapt(nn.MultiheadAttention(6, 2), MOE, "out_proj"), "'out_proj' is part of an nn.MultiheadAttention"),
         (lambda: adapt(model(), MoEConfig(2, expert=LoRA(4)), "*"), "module '0' is a Block"),
         (lambda: adapt(nn.Linear(6, 3), MoEConfig(2, expert=LoRA(4))), "rank=4 exceeds the smaller of dim=6 and"),

@@ -214,7 +214,7 @@ def test_an_id_out_of_range_or_of_another_shape_is_refused():
     [
         (lambda: Sentence(top_k=5).build(6, 4), r"top_k=5 exceeds num_experts=4"),
         (lambda: Task(2, top_k=1, normalize=True), r"normalize=True with top_k=1"),
-        (lambda: Domain(3, top_k=4), r"top_k=4 is not between 1 and num_domains=3"),
+        (lambda: Domain(3, top_k=4), r"top_k=4 exceeds num_domains=3"),
         (lambda: Domain(3).build(6, 4), r"num_domains=3 is not num_experts=4"),
         (lambda: Domain(2).build(6, 2).set_prior([1.0]), r"prior weights have shape \(1,\), not \(2,\)"),
         (lambda: Domain(2).build(6, 2).set_prior([0.0, 0.0]), r"prior weights \[0.0, 0.0\] are not"),

@@ -293,7 +293,7 @@ def test_noisy_gate_starts_with_the_same_noise_on_every_expert():
     [
         ({"top_k": 1, "normalize": True}, r"normalize=True with top_k=1 .* no gradient"),
         ({"top_k": 3, "second": "random"}, r"second='random' needs top_k=2, not top_k=3"),
-        ({"limited_groups": 2}, r"limited_groups=2 is not between 1 and num_groups=1"),
+        ({"limited_groups": 2}, r"limited_groups=2 exceeds num_groups=1"),
     ],
 )
 def test_a_wrong_option_is_refused_with_its_value_and_the_rule(arguments, message):

@@ -230,9 +230,3 @@ def test_a_training_leaves_its_curves(two, tmp_path):
     )
     trainer.fit(translator(two), two)
     assert [p.name for p in (tmp_path / "report").iterdir()] == ["learning_curves.png"]
-
-
-@pytest.mark.parametrize("name", ["routing_examples", "sentences"])
-def test_refused_report_options(name):
-    with pytest.raises(ValueError, match=rf"report.{name}=-1 must be at least 0"):
-        TranslationReportConfig(**{name: -1})

@@ -162,16 +162,10 @@ def test_other_columns_are_named():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"kind": "separate"}, "kind='separate' is not one of joined, fused, collection"),
-        ({"dim": 0}, "embedding.dim=0 is not at least 1"),
         ({"dims": {"city": 4}}, "'joined' has one width"),
         ({"by_cardinality": True}, "'joined' has one width"),
         ({"kind": "collection", "by_cardinality": True}, "by_cardinality=True gives widths from 8 to dim=8: give a"),
         ({"kind": "fused", "dim": 6}, "embedding.dim=6 is not a multiple of 4"),
-        ({"pooling": "max"}, "pooling='max'"),
-        ({"kind": "fused", "fused_optimizer": "adam"}, "fused_optimizer='adam' is not one of sgd"),
-        ({"init_std": -1.0}, "init_std"),
-        ({"fused_lr": 0.0}, "fused_lr"),
     ],
 )
 def test_a_configuration_without_a_meaning_is_refused(options, match):

@@ -151,16 +151,3 @@ def test_a_domain_s_logits_are_added_to_the_steps():
 def test_gates_without_a_ground_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"personal": "user"}, r"head\.personal='user' is not a list"),
-        ({"gate_dim": 0}, r"head\.gate_dim=0 is not at least 1"),
-        ({"domain_dim": -1}, r"head\.domain_dim=-1 is negative"),
-    ],
-)
-def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        HeadConfig(**options)

@@ -325,8 +325,6 @@ def test_options_of_the_report(tmp_path, capsys):
         with pytest.raises(ValueError, match=rf"report.gate_feature='{name}' is not one of city, age{why}"):
             run(recommender(core.MMoE(3, MLP), report=RecommenderReportConfig(gate_feature=name)), folder)
         assert not (folder / "report").exists(), "known before the test is run"
-    with pytest.raises(ValueError, match=r"report.gate_values=0 must be at least 1"):
-        RecommenderReportConfig(gate_values=0)
 
 
 @pytest.mark.parametrize("steps, reports", [(3, 0), (4, 1)])

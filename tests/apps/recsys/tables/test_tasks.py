@@ -149,19 +149,3 @@ def test_the_calibrator_is_a_hinge_between_steps():
     assert float(head.losses(logits_Bt)["calibrator"]) == pytest.approx(0.06)
     assert HeadConfig("aitm", calibrator_weight=0.0).build(4, 2).losses(logits_Bt) == {}
     assert HeadConfig().build(4, 2).losses(logits_Bt) == {}
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"kind": "mmoe"}, "head.kind='mmoe' is not one of plain, esmm, aitm"),
-        ({"hidden_dims": (8, 0)}, r"head.hidden_dims=\(8, 0\) is not"),
-        ({"activation": "tanh"}, "head.activation='tanh'"),
-        ({"norm": "group"}, "head.norm='group'"),
-        ({"dropout": 1.0}, r"head.dropout=1.0 is not in \[0, 1\)"),
-        ({"calibrator_weight": -1.0}, "calibrator_weight"),
-    ],
-)
-def test_a_head_without_a_meaning_is_refused(options, match):
-    with pytest.raises(ValueError, match=match):
-        HeadConfig(**options)

@@ -106,11 +106,7 @@ def test_learned_weights_do_not_enter_an_evaluation(kind):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: WeightingConfig("dwa"), "weighting.kind='dwa' is not one of"),
-        (lambda: WeightingConfig(weights={"buy": -1.0}), r"weights\['buy'\]=-1.0 must be at least 0"),
-        (lambda: WeightingConfig(weights={"buy": math.inf}), "finite"),
-        (lambda: WeightingConfig("gradnorm", {"buy": 0.0}), r"weights\['buy'\]=0.0 must be positive"),
-        (lambda: WeightingConfig("gradnorm", alpha=-1.0), "alpha=-1.0 is negative"),
+        (lambda: WeightingConfig("gradnorm", {"buy": 0.0}), r"weights\['buy'\]=0.0 is not above 0"),
         (lambda: WeightingConfig(weights={"like": 1.0}).build(TASKS), "names 'like', which is no task; there is click"),
         (lambda: WeightingConfig(weights={"click": 0.0, "buy": 0.0}).build(TASKS), "leaves no task"),
     ],
