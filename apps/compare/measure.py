@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import move_data_to_device
 
 from apps.base.messages import first_line
 from apps.compare.experiment import Experiment
-from apps.compare.parallel import answering, start, worker_context
 from apps.equal_cost.own_model import OwnModel
+from apps.runner.workers import answer, answering, start, worker_context
 from apps.train.cost import measure_cost, num_examples
 from apps.train.footprint import used_memory
 from apps.train.module import SparseModule
@@ -114,10 +114,7 @@ def measure(
 
 
 def _answer(name: str, pipe: Connection) -> Any:
-    try:
-        kind, value = pipe.recv()
-    except (EOFError, OSError):
-        raise RuntimeError(f"the process that measures {name} ended without an answer (out of memory?)") from None
+    kind, value = answer(pipe, f"measures {name}")
     if kind == "error":
         raise RuntimeError(f"measuring {name} failed: {type(value).__name__}: {first_line(value)}")
     return value
@@ -125,8 +122,7 @@ def _answer(name: str, pipe: Connection) -> Any:
 
 def _work(pipe: Connection, job: Job) -> None:
     """Build the system, then do one round for each command, until "stop"."""
-    with answering(pipe):
-        torch.set_num_threads(job.threads)
+    with answering(pipe, job.threads):
         bench = _Bench(job)
         pipe.send(("done", bench.facts))
         while (command := pipe.recv()) != "stop":
@@ -138,13 +134,7 @@ class _Bench:
 
     def __init__(self, job: Job) -> None:
         experiment = Experiment(job.arguments)
-        trainer = Trainer(
-            **experiment.trainer_options,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-        )
+        trainer = experiment.trainer()
         self.device, self.precision = trainer.strategy.root_device, trainer.precision_plugin
         seed_everything(experiment.seed, verbose=False)
         data = experiment.data()

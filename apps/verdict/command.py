@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import core
-from apps.base.files import delete, holding
+from apps.base.files import delete, read_json, write_json
 from apps.base.machine import machine_facts, moment
 from apps.base.messages import some
+from apps.base.progress import bar, say
 from apps.base.quiet import quiet
-from apps.cli import stopped
-from apps.compare.display import Display
+from apps.compare.command import command_line, until_stopped
 from apps.compare.experiment import Experiment, arguments, validation_batch
-from apps.compare.files import differences, read_json, write_json
 from apps.compare.systems import SPARSE, System, claim, find_systems, label
 from apps.compare.training import interruptible
 from apps.report.page import FILE, open_page, write_index, write_page
-from apps.verdict.budget import Budget
+from apps.runner.budget import Budget
+from apps.runner.folder import at_work, check_same
 from apps.verdict.options import Options
 from apps.verdict.page import verdict_page
 from apps.verdict.reasons import Facts, causes, changes
@@ -34,6 +32,9 @@ from apps.verdict.schedule import FACTORS, Schedule, Speed, make_schedule
 from apps.verdict.source import configuration
 from apps.verdict.training import VALIDATION_NEED, measure_speed
 from apps.verdict.work import Plan, Work, answers
+
+RESERVE_SHARE, LEAST_RESERVE, MOST_RESERVE = 0.03, 1.0, 20.0
+"""Part of the seconds that is kept for the end, when the result is written, with its limits in seconds."""
 
 EVALUATION_SHARE = 0.01
 """Part of the budget that one evaluation may take: a larger split is judged by its first batches."""
@@ -50,15 +51,15 @@ def run(options: Options, argv: Sequence[str], began: float) -> int:
     Raises:
         UsageError, ValueError: wrong data, a refused model, or a budget that fits no run.
     """
-    command = shlex.join(["moesaic", "verdict", *(a.removeprefix(f"{Path.cwd()}/") for a in argv)])
-    try:
+    command = command_line(argv, "verdict")
+
+    def give_and_show() -> None:
         verdict = give_verdict(options, command, began)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        return stopped(stop, f"; what is finished is kept. To go on: {command}")
-    if options.opens:
-        open_page(options.output / FILE)
-    print("\n".join([f"written: {options.output / PAGE}, {options.output / NUMBERS}", *lines(verdict)]))
-    return 0
+        if options.opens:
+            open_page(options.output / FILE)
+        print("\n".join([f"written: {options.output / PAGE}, {options.output / NUMBERS}", *lines(verdict)]))
+
+    return until_stopped(give_and_show, command)
 
 
 @interruptible()
@@ -73,33 +74,32 @@ def give_verdict(
     """
     output = options.output
     check_folder(options)
-    output.mkdir(parents=True, exist_ok=True)
-    with holding(output / ".lock", f"another verdict is at work in {output}"):
+    with at_work(output, "verdict") as whole:
         saved = read_json(output / "plan.json")
         if saved is None:  # a set-up that failed or was killed leaves nothing
             for name in _BEFORE_THE_PLAN:
                 delete(output / name)
-        budget = Budget(60 * options.minutes, output / "spent.json", clock, began)
+        seconds = 60 * options.minutes
+        budget = Budget(seconds, output / "spent.json", clock, began, reserve(seconds))
         path, notes = configuration(options)
         with quiet(own_notes=False):
             experiment = Experiment(arguments(path, [], options.rest))
-        with Display("verdict") as display:
-            with quiet(own_notes=False), display.step("making the two models"):
-                model, sparse, dense, warnings = _systems(experiment)
-            if warnings:
-                how = "--exclude COLUMN" if options.target is not None else "--data.exclude=[COLUMN]"
-                warnings = [*warnings, f"{how} leaves a column out."]
-            for line in (*notes, *(f"check: {warning}" for warning in warnings)):
-                display.say(line)
-            if saved is not None:
-                plan = _read(saved)
-            else:
-                plan = _plan(experiment, dense.name, _num_experts(model), options, budget, display)
-                write_json(output / "options.json", _identity(options))
-                write_json(output / "plan.json", dataclasses.asdict(plan))
-            del model
-            work = Work(experiment, plan, options.seed, output, budget, display)
-            work.do()
+        with quiet(own_notes=False), bar("making the two models"):
+            model, sparse, dense, warnings = _systems(experiment)
+        if warnings:
+            how = "--exclude COLUMN" if options.target is not None else "--data.exclude=[COLUMN]"
+            warnings = [*warnings, f"{how} leaves a column out."]
+        for line in (*notes, *(f"check: {warning}" for warning in warnings)):
+            say(line)
+        if saved is not None:
+            plan = _read(saved)
+        else:
+            plan = _plan(experiment, dense.name, _num_experts(model), options, budget)
+            write_json(output / "options.json", _identity(options))
+            write_json(output / "plan.json", dataclasses.asdict(plan))
+        del model
+        work = Work(experiment, plan, options.seed, output, budget, whole)
+        work.do()
         if work.num_done:  # a finished verdict that is shown again takes none of its time
             budget.keep()
         verdict = _verdict(options, work, sparse, dense, notes, warnings, command)
@@ -110,6 +110,11 @@ def give_verdict(
 
 
 _BEFORE_THE_PLAN = ("data", "config.yaml", "spent.json", "options.json")
+
+
+def reserve(seconds: float) -> float:
+    """Return the seconds that are kept for the end."""
+    return min(max(RESERVE_SHARE * seconds, LEAST_RESERVE), MOST_RESERVE)
 
 
 def check_folder(options: Options) -> None:
@@ -127,10 +132,8 @@ def check_folder(options: Options) -> None:
         others = [path.name for path in output.iterdir() if path.name not in (*_BEFORE_THE_PLAN, ".lock")]
         if others:
             raise ValueError(f"{output} holds {some(sorted(others), 3)} and no verdict: give another --output")
-    if saved is not None and has_plan and (unlike := differences(saved, _identity(options))):
-        raise ValueError(
-            f"{output} holds another verdict ({'; '.join(unlike[:3])}): give another --output, or delete it"
-        )
+    if saved is not None and has_plan:
+        check_same(output, "verdict", saved, _identity(options))
 
 
 def _identity(options: Options) -> dict[str, Any]:
@@ -165,9 +168,7 @@ def _systems(experiment: Experiment) -> tuple[Any, System, System, Sequence[str]
     return model, sparse, dense, getattr(data, "warnings", list)()
 
 
-def _plan(
-    experiment: Experiment, dense: str, num_experts: int, options: Options, budget: Budget, display: Display
-) -> Plan:
+def _plan(experiment: Experiment, dense: str, num_experts: int, options: Options, budget: Budget) -> Plan:
     """Measure the speed of both systems and return what fits into the seconds that are left.
 
     Raises:
@@ -175,12 +176,12 @@ def _plan(
     """
     speeds: dict[str, Speed] = {}
     counts: dict[str, float] = {}
-    endless = Budget(math.inf, budget.path, budget.clock)  # too small a budget is told what would do
+    endless = Budget(clock=budget.clock)  # too small a budget is told what would do
     for _ in range(2):  # the first round warms up
         if speeds and budget.left <= 0:
             break
         for name in (SPARSE, dense):
-            with display.step(f"measuring the speed of {label(name)}"):
+            with bar(f"measuring the speed of {label(name)}"):
                 speeds[name], counts = measure_speed(experiment, name, endless, budget.seconds)
     seconds_per_batch = max(max(speed.validation, speed.test) for speed in speeds.values())
     batches = max(counts["val_batches"], counts["test_batches"])

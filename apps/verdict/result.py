@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from apps.compare.files import write_json, write_text
+from apps.base.files import write_json, write_text
 from apps.verdict.decision import LEAST_SEEDS, Answer, last_line
 
 PAGE, NUMBERS = "verdict.md", "verdict.json"

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apps.compare.files import differences, read_json, write_json
+from apps.base.files import read_json, write_json
 from apps.compare.suite.file import Entry, slug
+from apps.runner.folder import differences
 
 _DIGITS = 7
 

@@ -10,8 +10,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from apps.verdict import work
-from apps.verdict.budget import Budget, BudgetOver
+from apps.runner.budget import Budget, BudgetOver
+from apps.verdict import command, work
 from apps.verdict.schedule import Schedule
 from apps.verdict.work import Finished, Plan, Work, answers, better_half
 
@@ -68,7 +68,7 @@ def machine(monkeypatch) -> Machine:
 
 
 def worked(machine, output, seconds, rates=RATES, seeds=3) -> Work:
-    budget = Budget(seconds, output / "spent.json", machine)
+    budget = Budget(seconds, output / "spent.json", machine, reserve=command.reserve(seconds))
     plan = Plan(Schedule(seeds, 100, rates), DENSE, 8, None, {"sparse": 0.02, DENSE: 0.01}, 0.0, 10, 100)
     made = Work(SimpleNamespace(rate=0.3), plan, 7, output, budget, SILENT)
     made.do()

@@ -1,4 +1,4 @@
-"""Several units are trained at a time, each in a process of its own.
+"""Several units are done at a time, each in a process of its own.
 
 Small models use the cores better so: a step of a millisecond is not worth sharing between cores.
 """
@@ -11,15 +11,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from apps.base.progress import hidden
 from apps.base.quiet import quiet
-from apps.compare.experiment import Experiment
-from apps.compare.training import Unit, train
+
+Progress = Callable[[int, int, Mapping[str, float]], None]
+"""A function of the steps done and to do, and of figures such as the use of the experts, as bars show it."""
+
+_SHOWN_EVERY = 0.25
+
+
+def unseen(done: int, total: int, figures: Mapping[str, float]) -> None:
+    """Show no progress."""
 
 
 def worker_context(modules: Sequence[str] = ()) -> BaseContext:
@@ -44,10 +50,11 @@ def start(context: BaseContext, target: Callable[..., None], *args: Any) -> tupl
 
 
 @contextmanager
-def answering(pipe: Connection) -> Iterator[None]:
-    """Send an exception that is raised inside, in a worker, to the parent as ("error", exception)."""
+def answering(pipe: Connection, threads: int) -> Iterator[None]:
+    """Compute with so many threads, and send an exception from inside to the parent as ("error", exception)."""
     try:
         with hidden(), quiet(own_notes=False), suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
+            torch.set_num_threads(threads)
             yield
     except Exception as error:
         with suppress(OSError):
@@ -57,46 +64,58 @@ def answering(pipe: Connection) -> Iterator[None]:
                 pipe.send(("error", RuntimeError(f"{type(error).__name__}: {error}")))
 
 
-def train_all(
-    arguments: Sequence[str],
-    units: Sequence[Unit],
-    output: Path,
+def answer(pipe: Connection, what: str) -> tuple[str, Any]:
+    """Return the kind and the value of a worker's next message.
+
+    Args:
+        pipe: the end of its pipe.
+        what: what it does, such as "is at sparse", for the message.
+
+    Raises:
+        RuntimeError: the worker died.
+    """
+    try:
+        kind, value = pipe.recv()
+    except (EOFError, OSError):
+        raise RuntimeError(f"the process that {what} ended without a result (out of memory?)") from None
+    return kind, value
+
+
+def do_all(
+    make: Callable[[], Callable[[Any, Progress], Any]],
+    units: Sequence[Any],
     jobs: int,
     modules: Sequence[str],
-    progress: Callable[[Unit, int, int, Mapping[str, float]], None],
-    finished: Callable[[Unit, dict[str, Any]], None],
+    progress: Callable[..., None],
+    finished: Callable[[Any, Any], None],
 ) -> None:
     """Do ``units``, ``jobs`` at a time, each worker with its part of this process's threads.
 
     Args:
-        arguments: arguments of the ``Experiment``.
+        make: is called once in each worker and returns what does a unit and shows its progress.
         units: units in the order in which they are begun.
-        output: folder of the comparison.
         jobs: number of worker processes.
         modules: modules to import once for all workers.
-        progress: is called with a unit, its steps done and to do, and the use of its experts.
+        progress: is called with a unit and what a ``Progress`` takes.
         finished: is called with a unit and its result as soon as it ends.
 
     Raises:
         RuntimeError: a worker died.
-        Exception: a worker's error, as ``train`` raises it; the other workers are stopped and can go on later.
+        Exception: a worker's error, as the unit raises it; the other workers are stopped and can go on later.
     """
     context, waiting = worker_context(modules), list(units)
     threads = max(1, torch.get_num_threads() // jobs)
     workers: dict[Connection, Any] = {}
-    at_work: dict[Connection, Unit] = {}
+    at_work: dict[Connection, Any] = {}
     try:
         for _ in range(min(jobs, len(waiting))):
-            process, pipe = start(context, _work, tuple(arguments), output, threads)
+            process, pipe = start(context, _work, make, threads)
             workers[pipe], at_work[pipe] = process, waiting.pop(0)
             pipe.send(at_work[pipe])
         while at_work:
             for pipe in [p for p in wait(list(at_work)) if isinstance(p, Connection)]:
                 unit = at_work[pipe]
-                try:
-                    kind, value = pipe.recv()
-                except (EOFError, OSError):
-                    raise RuntimeError(f"the process at {unit.name} ended without a result (out of memory?)") from None
+                kind, value = answer(pipe, f"is at {unit.name}")
                 if kind == "progress":
                     progress(unit, *value)
                     continue
@@ -114,17 +133,15 @@ def train_all(
             process.join()
 
 
-def _work(pipe: Connection, arguments: tuple[str, ...], output: Path, threads: int) -> None:
-    with answering(pipe):
-        torch.set_num_threads(threads)
-        experiment = Experiment(arguments)
-        last = 0.0
+def _work(pipe: Connection, make: Callable[[], Callable[[Any, Progress], Any]], threads: int) -> None:
+    with answering(pipe, threads):
+        work, last = make(), 0.0
 
         def progress(done: int, total: int, figures: Mapping[str, float]) -> None:
             nonlocal last
-            if time.monotonic() - last > 0.25:
+            if time.monotonic() - last > _SHOWN_EVERY:
                 last = time.monotonic()
                 pipe.send(("progress", (done, total, figures)))
 
         while True:
-            pipe.send(("done", train(experiment, pipe.recv(), output, progress)))
+            pipe.send(("done", work(pipe.recv(), progress)))
