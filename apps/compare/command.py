@@ -30,7 +30,6 @@ from apps.equal_cost import routers
 from apps.equal_cost.own_model import OwnModel
 from apps.report.page import FILE, Page, Section, open_page, write_index, write_page
 from apps.runner.folder import at_work
-from apps.train.logs import METRICS
 
 
 def run(argv: Sequence[str]) -> int:
@@ -96,11 +95,12 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
         plan.claim(output)  # after what may be wrong with the systems, which can then be asked for again
         write_json(output / "systems.json", [asdict(s) for s in systems])
         _tell_left_out(systems, output)
-        results = Work(experiment, plan, systems, output, whole, asked.jobs).do()
+        work = Work(experiment, plan, systems, output, whole, asked.jobs)
+        results = work.do()
         with bar("what the experts are used for"):
             use = sections_of_use(experiment, results.checkpoints[SPARSE], output)
         title = title or f"{'Routers' if options.routers else 'Sparse and dense'}: {asked.name}"
-        outcome = _report(experiment, plan, systems, results, use, output, title, command_line(argv), asked.jobs)
+        outcome = _report(work, systems, results, use, title, command_line(argv))
     write_index(output.parent)
     if asked.opens:
         open_page(output / FILE)
@@ -142,17 +142,10 @@ def _tell_left_out(systems: Sequence[System], output: Path) -> None:
 
 
 def _report(
-    experiment: Experiment,
-    plan: Plan,
-    systems: Sequence[System],
-    results: Results,
-    use: Sequence[Section],
-    output: Path,
-    title: str,
-    command: str,
-    jobs: int,
+    work: Work, systems: Sequence[System], results: Results, use: Sequence[Section], title: str, command: str
 ) -> Outcome:
-    """Write the report, the table, the numbers and the picture into ``output``, and show the verdict and figures."""
+    """Write the report, the table, the numbers and the picture, and show the verdict and figures."""
+    experiment, plan, output = work.experiment, work.plan, work.output
     with quiet(own_notes=False):
         module: Any = experiment.module(SPARSE)
     summary = summarize(
@@ -169,7 +162,7 @@ def _report(
     path = output / "results.json"
     worked = path.exists() and any(f.stat().st_mtime_ns > path.stat().st_mtime_ns for f in result_files(output))
     # A comparison that is shown again keeps machine and day of its work, also where fewer systems are shown.
-    now = {"date": moment(), "machine": {**machine_facts(), "jobs": jobs}}
+    now = {"date": moment(), "machine": {**machine_facts(), "jobs": work.jobs}}
     saved = (None if worked else read_json(path)) or now
     signatures = dict(module.metric_signatures)
     numbers = {
@@ -190,8 +183,7 @@ def _report(
     examples = module.side_by_side(first_seed) if SPARSE in first_seed else ""
     facts = _facts(plan, numbers)
     markdown = write_text(output / "table.md", table.markdown(title, summary, facts, examples))
-    logs = {name: checkpoint.with_name(METRICS) for name, checkpoint in results.checkpoints.items()}
-    page = comparison_page(title, summary, results, numbers, facts, examples, logs, use)
+    page = comparison_page(title, summary, results, numbers, facts, examples, use)
     with set_aside():
         table.show(title, summary)
     files = tuple(filter(None, (markdown, path, picture)))

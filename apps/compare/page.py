@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from apps.base.messages import counted
 from apps.compare import table
-from apps.compare.summary import Results, Row, Summary, flops, flops_trained, flops_unit, notes
-from apps.compare.systems import label
+from apps.compare.costs import FLOPS, LATENCY, SECONDS, SIZES, Quality
+from apps.compare.summary import Results, Summary, notes
 from apps.report.page import (
     Code,
-    Entry,
     Line,
     LineChart,
     Page,
     Part,
-    Point,
-    ScatterChart,
     Section,
     Table,
     Text,
     how_to_repeat,
-    shown,
 )
 from apps.report.page.training import training_section
+from apps.train.logs import METRICS
+
+_COSTS = {FLOPS: "active FLOPs", **{name: name for name in SIZES}, SECONDS: "training time", LATENCY: "latency"}
+"""What headings call the costs that quality is drawn against."""
 
 
 def comparison_page(
@@ -38,7 +37,6 @@ def comparison_page(
     numbers: Mapping[str, Any],
     facts: Sequence[str] = (),
     examples: str = "",
-    logs: Mapping[str, Path] | None = None,
     more: Sequence[Section] = (),
 ) -> Page:
     """Return the report of a comparison.
@@ -50,18 +48,21 @@ def comparison_page(
         numbers: contents of ``results.json``: command, date, machine and configuration.
         facts: lines that say how the comparison was made.
         examples: test examples as each system answers them; empty for none.
-        logs: ``metrics.csv`` of the first seed's training, by the name of the system.
         more: sections of the app on the sparse model, such as what its experts are used for.
     """
-    logs = logs or {}
+    quality = _quality(summary)
     names = {row.system.name: row.system.title for row in summary.rows}
-    courses = tuple(training_section(path, names[name]) for name, path in logs.items() if name in names)
+    courses = tuple(
+        training_section(checkpoint.with_name(METRICS), names[name])
+        for name, checkpoint in results.checkpoints.items()
+        if name in names
+    )
     return Page(
         title=title,
         verdict=tuple(summary.sentences()) or tuple(_best_router(summary)),
         figures=table.figures(summary),
         sections=(
-            Section("Quality against cost", tuple(cost_charts(summary))),
+            Section("Quality against cost", quality.charts(_COSTS)),
             Section("Learning curves", tuple(learning_curves(summary, results))),
             *more,
             _example_section(summary, examples),
@@ -72,31 +73,13 @@ def comparison_page(
         ),
         kind="comparison",
         date=numbers["date"],
-        entries=tuple(_entry(row, summary) for row in summary.rows),
+        entries=quality.entries(),
     )
 
 
-def cost_charts(summary: Summary) -> list[ScatterChart]:
-    """Return test quality against FLOPs, parameters, training time and latency, for the costs that are known."""
-    unit, rows = flops_unit(summary), summary.rows
-    costs: dict[str, tuple[str, list[float | None]]] = {
-        "active FLOPs": (f"MFLOPs {unit}, forward", [_mflops(row) for row in rows]),
-        "parameters": ("parameters", [_size(row, "num_params") for row in rows]),
-        "active parameters": ("active parameters", [_size(row, "active_params") for row in rows]),
-        "training time": ("training time of a run, s", [r.train_seconds for r in rows]),
-        "latency": (f"ms {unit}, in batches", [_latency(r) for r in rows]),
-    }
-    charts = []
-    for name, (axis, values) in costs.items():
-        known = [(row, value) for row, value in zip(rows, values, strict=True) if value]
-        if not known:
-            continue
-        points = tuple(_point(row, value, summary.percent) for row, value in known)
-        spread = max(p.x for p in points) > 20 * min(p.x for p in points)
-        best = max(points, key=lambda p: p.y if summary.higher_is_better else -p.y)
-        seen = f"The best mean is that of {best.label}, {best.y:.4g} at {shown(best.x)}; bars are 95 % intervals."
-        charts.append(ScatterChart(f"Quality against {name}", seen, axis, _quality(summary), points, log_x=spread))
-    return charts
+def _quality(summary: Summary) -> Quality:
+    models = [(row.system.title, row.test, row.trained_costs) for row in summary.rows]
+    return Quality(summary.heading, summary.percent, summary.higher_is_better, models)
 
 
 def learning_curves(summary: Summary, results: Results) -> list[LineChart]:
@@ -161,50 +144,6 @@ def _best_router(summary: Summary) -> list[str]:
     routers = summary.routers()
     if not routers:
         return []
-    best = routers[0]
-    half = best.test.half_width
-    spread = "" if half is None else f" ± {100 * half if summary.percent else half:.2g}"
-    value = 100 * best.test.mean if summary.percent else best.test.mean
-    return [
-        f"Best router at equal active FLOPs: {label(best.system.name)}, {_quality(summary)} {value:.4g}{spread} over "
-        f"{counted(len(summary.seeds), 'seed')}."
-    ]
-
-
-def _entry(row: Row, summary: Summary) -> Entry:
-    factor = 100.0 if summary.percent else 1.0
-    figures: dict[str, float | None] = {
-        _quality(summary): factor * row.test.mean,
-        "MFLOPs": _mflops(row),
-        "parameters": _size(row, "num_params"),
-        "active parameters": _size(row, "active_params"),
-        "training, s": row.train_seconds,
-        "ms an example": _latency(row),
-    }
-    return Entry(row.system.title, {name: float(value) for name, value in figures.items() if value is not None})
-
-
-def _point(row: Row, x: float, percent: bool) -> Point:
-    factor, test = (100.0 if percent else 1.0), row.test
-    ends = (None, None) if test.half_width is None else (factor * test.low, factor * test.high)
-    return Point(row.system.title, float(x), factor * test.mean, *ends)
-
-
-def _quality(summary: Summary) -> str:
-    return f"test {summary.quality}{', %' if summary.percent else ''}"
-
-
-def _latency(row: Row) -> float | None:
-    """Return the milliseconds of an example in an evaluation; None where no speed was measured."""
-    rate = row.speed.get("inference_examples_per_second")
-    return 1000 / rate if rate else None
-
-
-def _mflops(row: Row) -> float | None:
-    """Return the FLOPs of an evaluation with the trained weights, else those counted before, in millions."""
-    value = flops_trained(row) or flops(row)
-    return None if value is None else value / 1e6
-
-
-def _size(row: Row, field: str) -> float | None:
-    return None if row.system.cost is None else float(getattr(row.system.cost, field))
+    best = table.shown_interval(routers[0].test, summary.percent)
+    seeds = counted(len(summary.seeds), "seed")
+    return [f"Best router at equal active FLOPs: {routers[0].system.title}, {summary.heading} {best} over {seeds}."]

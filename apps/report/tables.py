@@ -47,6 +47,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """Return the lines of a table in Markdown, whose first ``left`` columns are aligned on the left."""
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (columns, *rows)]
+    lines.insert(1, ["---"] * left + ["---:"] * (len(columns) - left))
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a rich table on standard output."""
     from rich.console import Console

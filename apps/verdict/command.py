@@ -19,6 +19,7 @@ from apps.base.progress import bar, say
 from apps.base.quiet import quiet
 from apps.compare.command import command_line, until_stopped
 from apps.compare.experiment import Experiment, arguments, validation_batch
+from apps.compare.summary import means
 from apps.compare.systems import SPARSE, System, claim, find_systems, label
 from apps.compare.training import interruptible
 from apps.report.page import FILE, open_page, write_index, write_page
@@ -256,14 +257,14 @@ def _verdict(
     reasons: list[str] = []
     systems: dict[str, dict[str, Any]] = {}
     if finished:
-        facts = {name: _facts([f.results[name] for f in finished]) for name in plan.systems}
-        passes = work.steps / plan.train_batches if plan.train_batches else 0.0
-        reasons = causes(both, facts[SPARSE], facts[plan.dense], plan.num_experts, passes)
         systems = {
             "sparse": _figures([f.results[SPARSE] for f in finished], work.rates[SPARSE]),
             "dense, equal FLOPs": _figures([f.results[plan.dense] for f in finished], work.rates[plan.dense]),
             "sparse, equal time": _figures([f.timed for f in finished], work.rates[SPARSE]),
         }
+        sparse_facts, dense_facts, _ = (_facts(own, first["higher_is_better"]) for own in systems.values())
+        passes = work.steps / plan.train_batches if plan.train_batches else 0.0
+        reasons = causes(both, sparse_facts, dense_facts, plan.num_experts, passes)
     made = [f"Dense: {dense.note}."] if dense.note else []
     made += ["The time was up before all planned runs were finished."] if work.is_over else []
     if plan.most_batches is not None:
@@ -292,35 +293,21 @@ def _verdict(
     )
 
 
-def _facts(results: Sequence[Mapping[str, Any]]) -> Facts:
-    """Return the means of a system's final runs, a larger quality being better."""
-    sign = 1.0 if results[0]["higher_is_better"] else -1.0
-    routing = {name: _mean(results, "routing", name) for name in results[0]["routing"]}
-    return Facts(
-        sign * _mean(results, "quality"),
-        sign * _mean(results, "train_quality"),
-        statistics.median(r["seconds_per_step"] for r in results),
-        routing,
-    )
-
-
 def _figures(results: Sequence[Mapping[str, Any]], rate: float | None) -> dict[str, Any]:
+    """Return the chosen rate of a system and the means of its final runs."""
     return {
         "rate": rate,
         "steps": results[0]["steps"],
-        "quality": _mean(results, "quality"),
-        "train_quality": _mean(results, "train_quality"),
+        "quality": statistics.fmean(r["quality"] for r in results),
+        "train_quality": statistics.fmean(r["train_quality"] for r in results),
         "seconds_per_step": statistics.median(r["seconds_per_step"] for r in results),
         "by_seed": [r["quality"] for r in results],
-        "routing": {name: _mean(results, "routing", name) for name in results[0]["routing"]},
+        "routing": means([r["routing"] for r in results]),
     }
 
 
-def _mean(results: Sequence[Mapping[str, Any]], *keys: str) -> float:
-    values = []
-    for result in results:
-        value: Any = result
-        for key in keys:
-            value = value[key]
-        values.append(float(value))
-    return sum(values) / len(values)
+def _facts(figures: Mapping[str, Any], higher_is_better: bool) -> Facts:
+    """Return the figures of a system, a larger quality being better."""
+    sign = 1.0 if higher_is_better else -1.0
+    quality, trained = sign * figures["quality"], sign * figures["train_quality"]
+    return Facts(quality, trained, figures["seconds_per_step"], figures["routing"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import yaml
 
 from apps.base.messages import counted
-from apps.report.intervals import Interval, mean_interval
-from apps.report.page import BarChart, Entry, Page, Point, ScatterChart, Section, Table, Text, how_to_repeat, shown
+from apps.compare.costs import SECONDS, Costs, Quality
+from apps.report.intervals import mean_interval
+from apps.report.page import BarChart, Entry, Page, Part, Section, Table, Text, how_to_repeat, shown
 from apps.verdict.result import Verdict, how, in_words
 
 
@@ -61,21 +62,13 @@ def _answers(verdict: Verdict) -> Table:
     return Table("How much better sparse is than dense; above 0 is better", headings, tuple(rows))
 
 
-def _charts(verdict: Verdict) -> tuple[ScatterChart, BarChart]:
+def _charts(verdict: Verdict) -> tuple[Part, ...]:
     quality = f"test {verdict.quality}"
-    points = []
-    for name, own in verdict.systems.items():
-        mean: Interval = mean_interval(own["by_seed"])
-        ends = (None, None) if mean.half_width is None else (mean.low, mean.high)
-        points.append(Point(name, own["steps"] * own["seconds_per_step"], own["quality"], *ends))
-    best = (max if verdict.higher_is_better else min)(points, key=lambda point: point.y)
-    against_time = ScatterChart(
-        "Quality against the time of a training",
-        f"{best.label} has the best mean, {shown(best.y)} after {shown(best.x, 3)} seconds of steps.",
-        "seconds of steps",
-        quality,
-        tuple(points),
-    )
+    models = [
+        (name, mean_interval(own["by_seed"]), Costs(None, {}, own["steps"] * own["seconds_per_step"]))
+        for name, own in verdict.systems.items()
+    ]
+    against = Quality(quality, False, verdict.higher_is_better, models)
     by_seed = BarChart(
         "Quality of each seed",
         f"The {quality} of {counted(len(verdict.seeds), 'seed')} of each model; the seeds share the order of the data.",
@@ -84,4 +77,4 @@ def _charts(verdict: Verdict) -> tuple[ScatterChart, BarChart]:
         tuple(map(str, verdict.seeds)),
         {name: tuple(own["by_seed"]) for name, own in verdict.systems.items()},
     )
-    return against_time, by_seed
+    return *against.charts({SECONDS: "the time of a training"}), by_seed

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from apps.compare.costs import FLOPS, MEMORY, NONE, SECONDS, SIZES, SPEEDS, Costs
 from apps.compare.stats import paired_difference
 from apps.compare.suite.figures import Figures
 from apps.compare.suite.file import Board, Entry, Suite
 from apps.compare.systems import label
-from apps.compare.table import NONE, shown_interval
+from apps.compare.table import shown_interval
 from apps.report.intervals import Interval, mean_interval
 from apps.report.tables import is_share
-from apps.train.cost import megaflops
+
+_COSTS = (FLOPS, *SIZES, *SPEEDS, MEMORY, SECONDS)
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,12 @@ class Standing:
             return "left out"
         return "diverged" if self.diverged else "not run"
 
-    def cost(self, name: str) -> float | None:
-        """Return a figure of its cost, by the name of a field of ``Cost``; None where it has none."""
-        cost = self.figures.get("cost")
-        return None if cost is None else float(cost[name])
-
-    def speed(self, name: str) -> float | None:
-        """Return a measured figure of its speed or memory; None where it was not measured."""
-        speed = self.figures.get("speed")
-        return None if speed is None else float(speed[name])
-
     @property
-    def train_seconds(self) -> float | None:
+    def costs(self) -> Costs:
+        """Return what it takes; figures that were not measured are not there."""
         seconds = [run["train_seconds"] for run in self.figures["runs"].values() if "train_seconds" in run]
-        return sum(seconds) / len(seconds) if seconds else None
+        mean = sum(seconds) / len(seconds) if seconds else None
+        return Costs(self.figures.get("cost"), self.figures.get("speed") or {}, mean)
 
 
 @dataclass(frozen=True)
@@ -120,19 +114,13 @@ class Standings:
 
     def cells(self) -> list[list[str]]:
         """Return the table: headings, then a line a row."""
-        unit = next((row.figures["cost"]["unit"] for row in self.rows if row.figures.get("cost")), "an example")
+        unit = next((row.costs.unit for row in self.rows if row.costs.unit), "an example")
         headings = [
             "model",
             "what it is",
             *map(self.heading, self.metrics),
             f"best minus it, {'points' if self.metrics[0] in self.shares else self.metrics[0]}",
-            f"MFLOPs {unit}",
-            "parameters",
-            "active parameters",
-            "training, examples/s",
-            "inference, examples/s",
-            "peak memory, MiB",
-            "training time, s",
+            *(f"{name} {unit}" if name == FLOPS else name for name in _COSTS),
             "seeds",
         ]
         return [headings, *(self._line(row) for row in self.rows)]
@@ -141,19 +129,12 @@ class Standings:
         tests = [shown_interval(row.tests[metric], metric in self.shares) for metric in self.metrics]
         if row.state:
             tests[0] = row.state
-        flops, memory = row.cost("flops_per_example"), row.speed("peak_memory_bytes")
         return [
             row.title,
             row.figures.get("kind") or NONE,
             *tests,
             shown_interval(row.behind, self.metrics[0] in self.shares),
-            NONE if flops is None else megaflops(flops),
-            _shown(row.cost("num_params")),
-            _shown(row.cost("active_params")),
-            _shown(row.speed("train_examples_per_second")),
-            _shown(row.speed("inference_examples_per_second")),
-            _shown(None if memory is None else memory / 2**20),
-            _shown(row.train_seconds, ",.1f"),
+            *map(row.costs.cell, _COSTS),
             f"{row.num_seeds} of {self.num_seeds}",
         ]
 
@@ -214,7 +195,3 @@ def _of_seeds(row: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
 def _interval(metric: str, runs: Mapping[int, Mapping[str, float]]) -> Interval | None:
     values = [test[metric] for test in runs.values() if metric in test]
     return mean_interval(values) if values and len(values) == len(runs) else None
-
-
-def _shown(value: float | None, form: str = ",.0f") -> str:
-    return NONE if value is None else format(value, form)

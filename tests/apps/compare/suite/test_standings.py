@@ -48,7 +48,7 @@ def test_the_best_mean_leads_and_the_others_are_behind_it_seed_by_seed(tmp_path)
     assert second.behind.half_width == pytest.approx(4.302653 * 0.01 / 3**0.5, rel=1e-5)
     assert (third.behind.mean, third.behind.half_width) == (pytest.approx(0.20), None)  # seed 0 alone
     assert (last.tests["top1"], last.state) == (None, "not run")
-    assert second.train_seconds == 20.0
+    assert second.costs.train_seconds == 20.0
     lead = "B leads with top1 92.00 ± 6.57 %; minus A +10.00 ± 2.48 points"
     assert found.sentence() == f"{lead}: the 95 % interval over 3 seeds excludes 0."
     line = dict(zip(*found.cells()[:2], strict=True))
