@@ -12,6 +12,7 @@ import hashlib
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -140,20 +141,14 @@ class Sweep:
         two of the configuration."""
         data = self.cli.datamodule
         single = copy.copy(data)
-        sizes = {name: 1 for name in ("eval_batch_size", "eval_tokens_per_batch") if hasattr(single, name)}
-        for name, value in sizes.items():
-            setattr(single, name, value)
-        of_one = list(islice(single.test_dataloader(), SINGLE_EXAMPLES)) if sizes else []
-        whole = list(islice(data.test_dataloader(), 2))
+        sizes = [name for name in ("eval_batch_size", "eval_tokens_per_batch") if hasattr(single, name)]
+        for name in sizes:
+            setattr(single, name, 1)
+        of_one = [*map(self._moved, islice(single.test_dataloader(), SINGLE_EXAMPLES))] if sizes else []
+        whole = [*map(self._moved, islice(data.test_dataloader(), 2))]
         if not whole:
             raise ValueError("sweep: the data have no test batch")
-        batches: dict[int, list[Any]] = {}
-        for own in (of_one, whole):
-            moved = [*map(self._moved, own)]
-            if moved:
-                size = num_examples(self.trained.example_inputs(moved[0]))
-                batches[size] = moved
-        return batches
+        return {num_examples(self.trained.example_inputs(own[0])): own for own in (of_one, whole) if own}
 
     def _statistics(self) -> Mapping[str, core.ExpertStatistics] | str:
         """Return the use of the experts in validation batches, or why it is not known."""
@@ -190,21 +185,14 @@ class Sweep:
         with torch.inference_mode(), self._forward():
             seconds = {}
             for size, batches in self._batches.items():
-                taken = in_rounds(
-                    lambda batches=batches: run(model, batches),  # type: ignore[misc]
-                    lambda batches=batches: run(self.trained, batches),  # type: ignore[misc]
-                    self.options.rounds,
-                    device,
-                )
-                each = len(batches)
-                seconds[size] = Seconds(tuple(s / each for s in taken.own), tuple(s / each for s in taken.trained))
+                own, trained = partial(run, model, batches), partial(run, self.trained, batches)
+                taken = in_rounds(own, trained, self.options.rounds, device)
+                seconds[size] = Seconds(*(tuple(s / len(batches) for s in of) for of in (taken.own, taken.trained)))
             largest = self._batches[max(self._batches)][0]
             peak = peak_bytes(lambda: model.infer(largest), device)
-        resident = resident_bytes(model)
-        if metrics is None:
-            metrics = self._tested(model)
-        own = {name: value for name, value in metrics.items() if not name.startswith("test/routing/")}
-        return Measured(form.kind, form.name, form.short, own, seconds, resident, peak)
+        tested = self._tested(model) if metrics is None else metrics
+        tested = {name: value for name, value in tested.items() if not name.startswith("test/routing/")}
+        return Measured(form.kind, form.name, form.short, tested, seconds, resident_bytes(model), peak)
 
     def _tested(self, model: Any) -> dict[str, float]:
         trainer = self.cli.trainer
@@ -232,9 +220,10 @@ class Sweep:
         )
         path = save_picture(fig, self.cli.run_dir / PICTURE)
         fronts = [front([p.quality for p in points], [p.costs[i] for p in points], higher) for i in range(len(names))]
+        columns = [f"{what}, batch {size}" for size in sizes for what in ("ms", "x")]
         table = Table(
             "Cheaper forms of the model",
-            ("", f"{title}, %" if percent else title, *_columns(sizes), "weights, MB", "+ a pass, MB", "on the front"),
+            ("", f"{title}, %" if percent else title, *columns, "weights, MB", "+ a pass, MB", "on the front"),
             tuple(
                 (
                     m.name,
@@ -280,12 +269,6 @@ def _weighed(own: Measured, base: Mapping[int, float], quality: float) -> Weighe
         costs.append(trained * (1.0 if own.kind == TRAINED else own.seconds[size].ratio))
         intervals.append(None if own.kind == TRAINED else (trained * low, trained * high))
     return Weighed(own.kind, own.short, quality, (*costs, (own.resident + own.peak) / 1e6), (*intervals, None))
-
-
-def _columns(sizes: Sequence[int]) -> Iterator[str]:
-    for size in sizes:
-        yield f"ms, batch {size}"
-        yield f"x, batch {size}"
 
 
 def _latencies(own: Measured, base: Mapping[int, float]) -> Iterator[str]:

@@ -11,7 +11,7 @@ import yaml
 from apps.base.messages import counted
 from apps.compare import table
 from apps.compare.costs import FLOPS, LATENCY, SECONDS, SIZES, Quality
-from apps.compare.summary import Results, Summary, notes
+from apps.compare.summary import Results, Row, Summary, notes
 from apps.report.page import (
     Code,
     Line,
@@ -84,45 +84,46 @@ def _quality(summary: Summary) -> Quality:
 
 def learning_curves(summary: Summary, results: Results) -> list[LineChart]:
     """Return validation quality over steps and over seconds of training, a line a seed."""
-    factor = 100.0 if summary.percent else 1.0
-    quality = f"validation {summary.quality}{', %' if summary.percent else ''}"
-    lines: dict[str, list[Line]] = {"step": [], "s": []}
-    for row in summary.rows:
-        if row.system.cost is None:
-            continue
-        for seed, result in zip(summary.seeds, results.finals[row.system.name], strict=True):
-            steps, seconds, values = zip(*result["curve"], strict=True)
-            y = tuple(factor * float(v) for v in values)
-            for axis, x in (("step", steps), ("s", seconds)):
-                lines[axis].append(Line(row.system.title, tuple(map(float, x)), y, f"seed {seed}"))
-    if not lines["step"]:
-        return []
+    lines: tuple[list[Line], list[Line]] = ([], [])
     last: dict[str, list[float]] = {}
-    for line in lines["step"]:
-        last.setdefault(line.label, []).append(line.y[-1])
+    for row in (row for row in summary.rows if row.system.cost):
+        for seed, result in zip(summary.seeds, results.finals[row.system.name], strict=True):
+            *places, values = zip(*result["curve"], strict=True)
+            for own, x in zip(lines, places, strict=True):
+                own.append(_line(row, x, values, summary, f"seed {seed}"))
+            last.setdefault(row.system.title, []).append(lines[0][-1].y[-1])
+    if not last:
+        return []
     ends = "; ".join(f"{name} ends at {statistics.mean(own):.4g}" for name, own in last.items())
+    quality, (by_step, by_time) = _validation(summary), lines
     return [
-        LineChart("Over steps", f"A line a seed: {ends} on average.", "optimizer step", quality, tuple(lines["step"])),
-        LineChart("Over time", f"Seconds of training; {ends} on average.", "s of training", quality, tuple(lines["s"])),
+        LineChart("Over steps", f"A line a seed: {ends} on average.", "optimizer step", quality, tuple(by_step)),
+        LineChart("Over time", f"Seconds of training; {ends} on average.", "s of training", quality, tuple(by_time)),
     ]
 
 
 def _searches(summary: Summary, results: Results) -> list[Part]:
     """Return the validation quality of each learning rate that was tried; empty where there was no search."""
-    factor = 100.0 if summary.percent else 1.0
     lines = []
     for row in summary.rows:
-        tried = results.searches.get(row.system.name, ())
-        points = [(r["unit"]["rate"], r["quality"]) for r in tried if "unit" in r and r.get("quality") is not None]
-        points = [(rate, value) for rate, value in points if rate is not None]
+        tried = [r for r in results.searches.get(row.system.name, ()) if r.get("quality") is not None]
+        points = sorted((r["unit"]["rate"], r["quality"]) for r in tried if r["unit"]["rate"] is not None)
         if points:
-            rates, values = zip(*sorted(points), strict=True)
-            lines.append(Line(row.system.title, rates, tuple(factor * v for v in values)))
+            lines.append(_line(row, *zip(*points, strict=True), summary))
     if not lines:
         return []
-    quality = f"validation {summary.quality}{', %' if summary.percent else ''}"
     seen = "; ".join(f"{r.system.title} takes {r.rate:g}" for r in summary.rows if r.rate is not None)
+    quality = _validation(summary)
     return [LineChart("Quality by learning rate", f"{seen}.", "learning rate", quality, tuple(lines), log_x=True)]
+
+
+def _line(row: Row, x: Sequence[float], quality: Sequence[float], summary: Summary, part: str = "") -> Line:
+    factor = 100.0 if summary.percent else 1.0
+    return Line(row.system.title, tuple(map(float, x)), tuple(factor * float(q) for q in quality), part)
+
+
+def _validation(summary: Summary) -> str:
+    return summary.heading.replace("test", "validation", 1)
 
 
 def _example_section(summary: Summary, examples: str) -> Section:

@@ -65,7 +65,7 @@ class Runner(ABC, Generic[U, R]):
         """Do the units that are not finished, and return the results of all.
 
         Args:
-            units: units in the order in which they are begun.
+            units: units in the order in which they are begun; one that is there twice is done once.
             jobs: number of units at a time; above 1 each has a process of its own, with a part of the threads.
             make, modules: see ``do_all``; they are for several at a time.
 

@@ -103,7 +103,7 @@ def give_verdict(
         work.do()
         if work.num_done:  # a finished verdict that is shown again takes none of its time
             budget.keep()
-        verdict = _verdict(options, work, sparse, dense, notes, warnings, command)
+        verdict = _verdict(options, work, (sparse, dense), notes, warnings, command)
         write(verdict, output)
         write_page(verdict_page(verdict), output / FILE)
         write_index(output.parent)
@@ -241,31 +241,25 @@ def _read(saved: Mapping[str, Any]) -> Plan:
 
 
 def _verdict(
-    options: Options,
-    work: Work,
-    sparse: System,
-    dense: System,
-    notes: Sequence[str],
-    checks: Sequence[str],
-    command: str,
+    options: Options, work: Work, costs: Sequence[System], notes: Sequence[str], checks: Sequence[str], command: str
 ) -> Verdict:
     """Return what the finished runs show."""
     plan, finished = work.plan, work.finished
     both = answers(finished)
     unknown = {"name": "quality", "higher_is_better": True}
-    first: Mapping[str, Any] = finished[0].results[SPARSE] if finished else unknown
+    first: Mapping[str, Any] = finished[0].results[0] if finished else unknown
     reasons: list[str] = []
     systems: dict[str, dict[str, Any]] = {}
     if finished:
+        titles = {"sparse": SPARSE, "dense, equal FLOPs": plan.dense, "sparse, equal time": SPARSE}
         systems = {
-            "sparse": _figures([f.results[SPARSE] for f in finished], work.rates[SPARSE]),
-            "dense, equal FLOPs": _figures([f.results[plan.dense] for f in finished], work.rates[plan.dense]),
-            "sparse, equal time": _figures([f.timed for f in finished], work.rates[SPARSE]),
+            title: _figures([f.results[i] for f in finished], work.rates[name])
+            for i, (title, name) in enumerate(titles.items())
         }
         sparse_facts, dense_facts, _ = (_facts(own, first["higher_is_better"]) for own in systems.values())
         passes = work.steps / plan.train_batches if plan.train_batches else 0.0
         reasons = causes(both, sparse_facts, dense_facts, plan.num_experts, passes)
-    made = [f"Dense: {dense.note}."] if dense.note else []
+    made = [f"Dense: {costs[1].note}."] if costs[1].note else []
     made += ["The time was up before all planned runs were finished."] if work.is_over else []
     if plan.most_batches is not None:
         made.append(f"Each evaluation takes the first {plan.most_batches} batches of a split: all would take too long.")
@@ -288,7 +282,7 @@ def _verdict(
             "command": command,
             "config": work.experiment.plain(),
             "schedule": dataclasses.asdict(plan.schedule),
-            "costs": {s.name: dataclasses.asdict(s.cost) for s in (sparse, dense) if s.cost is not None},
+            "costs": {s.name: dataclasses.asdict(s.cost) for s in costs if s.cost is not None},
         },
     )
 

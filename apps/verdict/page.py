@@ -39,25 +39,22 @@ def verdict_page(verdict: Verdict) -> Page:
 
 def _figures(verdict: Verdict) -> Table:
     better = "higher" if verdict.higher_is_better else "lower"
-    rows = (
-        ("learning rate", *(shown(own["rate"]) for own in verdict.systems.values())),
-        ("steps", *(str(own["steps"]) for own in verdict.systems.values())),
-        ("ms a step", *(shown(1000 * own["seconds_per_step"], 3) for own in verdict.systems.values())),
-        (f"test {verdict.quality}", *(shown(own["quality"]) for own in verdict.systems.values())),
-        (f"{verdict.quality} on training data", *(shown(own["train_quality"]) for own in verdict.systems.values())),
+    names = ("learning rate", "steps", "ms a step", f"test {verdict.quality}", f"{verdict.quality} on training data")
+    columns = (
+        (own["rate"], own["steps"], 1000 * own["seconds_per_step"], own["quality"], own["train_quality"])
+        for own in verdict.systems.values()
     )
+    rows = tuple((name, *map(shown, values)) for name, *values in zip(names, *columns, strict=True))
     return Table(f"Means over the seeds; {better} {verdict.quality} is better", ("", *verdict.systems), rows)
 
 
 def _answers(verdict: Verdict) -> Table:
     rows = []
     for answer in verdict.answers:
-        gain = answer.gain
-        if gain is None or gain.half_width is None:
-            rows.append((answer.where, answer.outcome, "–" if gain is None else shown(gain.mean), "–", "–", "–"))
-            continue
-        ends = f"{shown(gain.low)} to {shown(gain.high)}"
-        rows.append((answer.where, answer.outcome, shown(gain.mean), ends, str(gain.count), str(gain.num_examples)))
+        gain, of = answer.gain, ("–", "–", "–")
+        if gain is not None and gain.half_width is not None:
+            of = (f"{shown(gain.low)} to {shown(gain.high)}", str(gain.count), str(gain.num_examples))
+        rows.append((answer.where, answer.outcome, "–" if gain is None else shown(gain.mean), *of))
     headings = ("at", "sparse", "gain", "95 % interval", "seeds", "test values")
     return Table("How much better sparse is than dense; above 0 is better", headings, tuple(rows))
 

@@ -84,15 +84,13 @@ class Finished:
 
     Attributes:
         seed: the seed.
-        results: results at equal steps, by system.
-        timed: result of sparse at equal time.
-        values: test values of the same runs: sparse, dense, and sparse at equal time, each (N,).
+        results: results of sparse and of dense at equal steps, and of sparse at equal time.
+        values: test values of the same runs, each (N,).
     """
 
     seed: int
-    results: Mapping[str, Mapping[str, Any]]
-    timed: Mapping[str, Any]
-    values: tuple[np.ndarray, np.ndarray, np.ndarray]
+    results: Sequence[Mapping[str, Any]]
+    values: Sequence[np.ndarray]
 
 
 class Work(Runner[Run, Mapping[str, Any]]):
@@ -179,17 +177,16 @@ class Work(Runner[Run, Mapping[str, Any]]):
         return values_N if result.get("higher_is_better", True) else -values_N
 
     def _finals(self) -> None:
-        dense, steps = self.plan.dense, self.steps
-        timed_steps = equal_time_steps(steps, self._step_seconds(SPARSE), self._step_seconds(dense))
+        steps = self.steps
+        timed_steps = equal_time_steps(steps, *map(self._step_seconds, self.plan.systems))
         seconds: list[float] = []
         for number in range(MOST_SEEDS):
             is_planned = number < self.plan.schedule.seeds
             seed = self.seed + number
-            runs = {name: Run(name, self.rates[name], seed, steps, "final") for name in self.plan.systems}
+            runs = [Run(name, self.rates[name], seed, steps, "final") for name in self.plan.systems]
             timed = Run(SPARSE, self.rates[SPARSE], seed, timed_steps, "timed")
-            timed = runs[SPARSE] if timed_steps == steps else timed
-            of_seed = list(dict.fromkeys([*runs.values(), timed]))
-            is_new = any(self.read(run) is None for run in of_seed)
+            runs.append(runs[0] if timed_steps == steps else timed)
+            is_new = any(self.read(run) is None for run in runs)
             # Whether a seed is begun depends on the time that is left, and on nothing that the others gave.
             if is_new and seconds and self.budget.left < (0.9 * min(seconds) if is_planned else 1.1 * max(seconds)):
                 if is_planned:
@@ -197,13 +194,13 @@ class Work(Runner[Run, Mapping[str, Any]]):
                 return
             if not is_planned:
                 self.whole.grow(self.plan.seed_seconds)
-            done = self.finish(of_seed)
-            sparse_N, dense_N, timed_N = (run.values(self.output) for run in (runs[SPARSE], runs[dense], timed))
-            if not len(sparse_N) == len(dense_N) == len(timed_N):
-                sizes = f"{len(sparse_N)}, {len(dense_N)} and {len(timed_N)}"
-                raise ValueError(f"the runs of seed {seed} have {sizes} test values: the data have changed")
-            results = {name: done[run] for name, run in runs.items()}
-            self.finished.append(Finished(seed, results, done[timed], (sparse_N, dense_N, timed_N)))
+            done = self.finish(runs)
+            values = [run.values(self.output) for run in runs]
+            sizes = [len(values_N) for values_N in values]
+            if len(set(sizes)) > 1:
+                counts = "{}, {} and {}".format(*sizes)
+                raise ValueError(f"the runs of seed {seed} have {counts} test values: the data have changed")
+            self.finished.append(Finished(seed, [done[run] for run in runs], values))
             seconds.append(sum(own["wall_seconds"] for own in done.values()))
 
     def work(self, unit: Run, progress: Progress) -> Mapping[str, Any]:
@@ -265,7 +262,7 @@ def answers(finished: Sequence[Finished]) -> tuple[Answer, Answer]:
     def answer(where: str, own: int) -> Answer:
         if not finished:
             return Answer(where, "undecided", None)
-        sign = 1.0 if finished[0].results[SPARSE]["higher_is_better"] else -1.0
+        sign = 1.0 if finished[0].results[0]["higher_is_better"] else -1.0
         gains_SN = np.stack([sign * (f.values[own] - f.values[1]) for f in finished])
         largest = max(float(np.abs(values).max()) for f in finished for values in f.values)
         if np.ptp(gains_SN) <= _ROUNDING * largest:

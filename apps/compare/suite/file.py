@@ -65,6 +65,10 @@ class Entry:
     baseline_minutes: float = 1.0
     minutes: float | None = None
 
+    @property
+    def title(self) -> str:
+        return f"{self.board}: {self.name}"
+
     @cached_property
     def written(self) -> dict[str, Any]:
         """Return what the files and the values say together, without the defaults that they leave."""

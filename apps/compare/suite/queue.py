@@ -65,7 +65,7 @@ class Run:
 
     @property
     def title(self) -> str:
-        return f"{_title(self.entry)}, seed {self.seed}"
+        return f"{self.entry.title}, seed {self.seed}"
 
     @property
     def weight(self) -> float:
@@ -142,19 +142,19 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         self.budget.check()
         changes = self.figures.changes(entry)
         if changes:
-            say(f"{_title(entry)}: its configuration is another one ({some(changes, 3)}): it is trained anew")
+            say(f"{entry.title}: its configuration is another one ({some(changes, 3)}): it is trained anew")
         with self._with_data(board):
             try:
-                with quiet(own_notes=False), bar(f"{_title(entry)}: counting FLOPs"):
+                with quiet(own_notes=False), bar(f"{entry.title}: counting FLOPs"):
                     facts = _facts(self._experiment(entry.files, entry.rest), entry)
             except (DataError, UsageError):
                 raise
             except ValueError as error:
-                raise ValueError(f"{_title(entry)}: {message(error)}") from error
+                raise ValueError(f"{entry.title}: {message(error)}") from error
             self._check_examples(board, entry, facts["test_examples"])
             self.figures.add(entry, **facts)
             if facts["refused"]:
-                say(f"{_title(entry)} is left out: {facts['refused']}")
+                say(f"{entry.title} is left out: {facts['refused']}")
 
     @contextlib.contextmanager
     def _with_data(self, board: Board) -> Iterator[None]:
@@ -200,9 +200,9 @@ class Queue(Runner[Run, Mapping[str, Any]]):
     def _run(self, run: Run, experiment: Experiment, progress: Progress) -> dict[str, Any]:
         """Return the figures of a run, which is done where its folder does not have them."""
         board, entry = run.board, run.entry
-        folder, plan = entry.folder(self.suite.runs_folder), self._plan(entry, experiment)
+        folder = entry.folder(self.suite.runs_folder)
+        plan, unit = self._planned(run, experiment)
         plan.claim(folder)  # refuses one that an earlier version of the code has begun with other defaults
-        unit = self._unit(run, plan)
         if unit.search is not None and unit.search.read(folder) is None:
             show = functools.partial(self.show, f"{run.title}, its settings", weight=0.0)
             self._train(experiment, unit.search, folder, show)
@@ -217,15 +217,14 @@ class Queue(Runner[Run, Mapping[str, Any]]):
             raise ValueError(f"board {board.name!r}: {entry.name!r} tests no {lacking[0]!r}; it has {logged}")
         return {"test": test, "steps": result["steps"], "train_seconds": result["train_seconds"]}
 
-    def _plan(self, entry: Entry, experiment: Experiment) -> Plan:
-        """Return the plan of the comparison that has the row's runs."""
+    def _planned(self, run: Run, experiment: Experiment) -> tuple[Plan, Unit]:
+        """Return the plan of the comparison that has the row's runs, and what is trained in this one."""
+        entry, row = run.entry, self.figures.row(run.entry)
         rates = () if experiment.rate is None else (experiment.rate,)
         options = Options(num_seeds=self.suite.seeds, learning_rates=rates, baseline_minutes=entry.baseline_minutes)
-        return Plan.make(experiment.plain(), options, experiment.rate, experiment.seed)
-
-    def _unit(self, run: Run, plan: Plan) -> Unit:
-        row = self.figures.row(run.entry)
-        return plan.final_units(run.entry.baseline or SPARSE, row.get("rate"), bool(row.get("tunes")))[run.number]
+        plan = Plan.make(experiment.plain(), options, experiment.rate, experiment.seed)
+        units = plan.final_units(entry.baseline or SPARSE, row.get("rate"), bool(row.get("tunes")))
+        return plan, units[run.number]
 
     def _train(self, experiment: Experiment, unit: Unit, folder: Path, show: Progress) -> dict[str, Any]:
         """Do a unit of work.
@@ -248,7 +247,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
             raise
 
     def _speed(self, run: Run, experiment: Experiment) -> dict[str, Any]:
-        unit, name = self._unit(run, self._plan(run.entry, experiment)), f"{_title(run.entry)}, speed and memory"
+        (_, unit), name = self._planned(run, experiment), f"{run.entry.title}, speed and memory"
         trained = unit.checkpoint(run.entry.folder(self.suite.runs_folder))
         # The runs of figures that were made elsewhere may be gone: speed needs the model, and trained weights little.
         checkpoint = str(trained) if trained.exists() else None
@@ -257,8 +256,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         speed = measure({name: job}, self.rounds, show, experiment.modules)[name]
         self.end(name, 0.0)
         return {
-            "train_examples_per_second": speed["train_examples_per_second"],
-            "inference_examples_per_second": speed["inference_examples_per_second"],
+            **{name: speed[name] for name in ("train_examples_per_second", "inference_examples_per_second")},
             "peak_memory_bytes": speed["peak_memory_bytes"] - speed["base_memory_bytes"],
             "trained": checkpoint is not None,
             **_where(),
@@ -310,7 +308,3 @@ def _facts(experiment: Experiment, entry: Entry) -> dict[str, Any]:
 def _where() -> dict[str, str]:
     """Return on what a figure was made: the machine and the day, and the commit of the source."""
     return {"machine": machine_line(), "commit": source_commit()}
-
-
-def _title(entry: Entry) -> str:
-    return f"{entry.board}: {entry.name}"

@@ -162,8 +162,8 @@ def test_half_written_runs_are_named(machine, tmp_path):
 
 def test_gains_that_rounding_tells_apart_show_no_spread():
     values = np.sin(np.arange(40))
-    results = {"sparse": {"higher_is_better": True}}
-    finished = [Finished(seed, results, {}, (values + 0.1, values, values - 0.1)) for seed in range(3)]
+    results = [{"higher_is_better": True}]
+    finished = [Finished(seed, results, (values + 0.1, values, values - 0.1)) for seed in range(3)]
     at_flops, at_time = answers(finished)
     assert (at_flops.outcome, at_flops.gain.half_width) == ("undecided", 0.0)
     assert at_time.gain.mean == pytest.approx(-0.1, rel=1e-12)
