@@ -28,7 +28,7 @@ from apps.compare.use import sections_of_use
 from apps.compare.work import Work, result_files
 from apps.equal_cost import routers
 from apps.equal_cost.own_model import OwnModel
-from apps.report.page import FILE, Page, Section, open_page, write_index, write_page
+from apps.report.page import FILE, Page, Section, open_page, show_page, write_index, write_page
 from apps.runner.folder import at_work
 
 
@@ -185,7 +185,8 @@ def _report(
     markdown = write_text(output / "table.md", table.markdown(title, summary, facts, examples))
     page = comparison_page(title, summary, results, numbers, facts, examples, use)
     with set_aside():
-        table.show(title, summary)
+        print(f"\n{title}")
+        show_page(page)
     files = tuple(filter(None, (markdown, path, picture)))
     say(f"as text, numbers and a picture: {', '.join(map(str, files))}")
     write_page(page, output / FILE)

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import move_data_to_device
 
 from apps.base.messages import first_line
 from apps.compare.experiment import Experiment
+from apps.compare.systems import shared
 from apps.equal_cost.own_model import OwnModel
 from apps.runner.workers import answer, answering, start, worker_context
 from apps.train.cost import measure_cost, num_examples
@@ -42,14 +43,12 @@ class Job:
         arguments: arguments of the ``Experiment``.
         system: name of the system.
         checkpoint: path of its trained weights; None: it is measured as it is drawn.
-        replaced: names of the blocks that baselines replace, whose FLOPs are counted.
         threads: number of torch's threads on the CPU.
     """
 
     arguments: tuple[str, ...]
     system: str
     checkpoint: str | None
-    replaced: tuple[str, ...]
     threads: int
 
 
@@ -154,8 +153,7 @@ class _Bench:
         self.module: Any = self.precision.convert_module(module.to(self.device))
         self.optimizer = _optimizer(self.model)
         self.facts: dict[str, Any] = {"base_memory_bytes": base}
-        own = {name for name, _ in module.named_modules()}
-        replaced = job.replaced if own.issuperset(job.replaced) else ()
+        replaced = shared(module, experiment.replaced)
         with self.precision.forward_context():
             self.facts["cost"] = asdict(measure_cost(self.model, self.eval_batch, replaced, as_evaluated=True))
         counts = [num_examples(self.model.example_inputs(b)) for b in self.train_batches]

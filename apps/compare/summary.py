@@ -168,14 +168,9 @@ class Summary:
             "significant below and not shown above."
         )
 
-    def example_lines(self, parts: bool = True) -> list[str]:
-        """Return a line for each difference over one seed's test examples; ``parts`` includes parts of them."""
-        return [
-            example_line(pair, difference)
-            for pair in self.examples
-            for difference in pair.differences
-            if parts or not difference.is_part
-        ]
+    def example_lines(self) -> list[str]:
+        """Return a line for each difference over one seed's test examples."""
+        return [example_line(pair, difference) for pair in self.examples for difference in pair.differences]
 
 
 @dataclass(frozen=True)

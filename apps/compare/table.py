@@ -11,7 +11,7 @@ from apps.compare.summary import Pair, Row, Summary, notes, number
 from apps.report import plots
 from apps.report.intervals import Interval
 from apps.report.page import MOST_FIGURES, Table
-from apps.report.tables import markdown_table, print_in_parts, print_table
+from apps.report.tables import markdown_table
 
 Line = tuple[str, Callable[[Row], str]]
 """A quantity's title, and how it is shown of one system."""
@@ -198,25 +198,6 @@ def markdown(title: str, summary: Summary, facts: Sequence[str], read: str = "")
     lines += [f"- {note}" for note in [*notes(summary), *legend(summary), *facts]]
     lines += ["", "```", read, "```"] if read else []
     return "\n".join(lines) + "\n"
-
-
-def show(title: str, summary: Summary) -> None:
-    """Print what the intervals say, and ten lines of figures, in parts that fit the terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console()
-    console.print(f"\n{escape(title)}", highlight=False)
-    for line in summary.sentences():
-        console.print(f"[bold]{escape(line)}[/bold]", highlight=False)
-    shown = figures(summary)
-    if shown is None:
-        return
-    if shown.columns[0] == "router":
-        named = [row for row in shown.rows if any(cell != NONE for cell in row[1:])]
-        print_table("", [column.replace(", ", ",\n") for column in shown.columns], named)
-    else:
-        print_in_parts(shown.columns, shown.rows, empty=NONE)
 
 
 def picture(title: str, summary: Summary, path: Path) -> Path | None:

@@ -110,10 +110,7 @@ class Work(Runner[Unit, dict[str, Any]]):
 
     def _measure(self, checkpoints: Mapping[str, Path]) -> dict[str, Any]:
         threads = max(1, torch.get_num_threads() // self.jobs)  # as many as in training
-        jobs = {
-            name: Job(self.experiment.arguments, name, str(file), self.experiment.replaced, threads)
-            for name, file in checkpoints.items()
-        }
+        jobs = {name: Job(self.experiment.arguments, name, str(file), threads) for name, file in checkpoints.items()}
         show = functools.partial(self.show, "speed and memory")
         speeds = measure(jobs, self.plan.options.rounds, show, self.experiment.modules)
         when = moment()

@@ -223,7 +223,7 @@ def _fit(
 
 
 def measure_speed(
-    experiment: Experiment, system: str, budget: Budget, seconds: float, progress: Progress = unseen
+    experiment: Experiment, system: str, budget: Budget, seconds: float
 ) -> tuple[Speed, dict[str, float]]:
     """Train ``system`` for a few steps and evaluate a few batches; return its speed and what else that tells.
 
@@ -232,7 +232,6 @@ def measure_speed(
         system: what is trained.
         budget: the seconds that are left for it.
         seconds: those of the whole verdict.
-        progress: is called with the steps.
 
     Returns:
         The speed, whose ``validation`` and ``test`` are seconds of a *batch* there, and the numbers of batches:
@@ -250,7 +249,7 @@ def measure_speed(
 
         began = budget.clock()
         seed_everything(experiment.seed, verbose=False)
-        model, data, trainer, pace = _fit(experiment, system, experiment.rate, 1_000_000, budget, progress, until)
+        model, data, trainer, pace = _fit(experiment, system, experiment.rate, 1_000_000, budget, unseen, until)
         start = budget.clock() - began - pace.steps * pace.seconds_per_step
         data.setup("test")
         loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}

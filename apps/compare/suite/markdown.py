@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Sequence
 
 from apps.compare.suite.file import Suite
-from apps.compare.suite.kinds import MEANINGS
 from apps.compare.suite.standings import Standings
 from apps.report.tables import markdown_table
+from apps.train.kinds import MEANINGS
 
 
 def markdown(suite: Suite, boards: Sequence[Standings]) -> str:

@@ -27,7 +27,6 @@ from apps.compare.options import Options
 from apps.compare.plan import Plan
 from apps.compare.suite.figures import Figures
 from apps.compare.suite.file import Board, Entry, Suite
-from apps.compare.suite.kinds import kind_of
 from apps.compare.summary import short_name
 from apps.compare.systems import SPARSE, candidates, measured
 from apps.compare.training import Unit, train
@@ -37,6 +36,7 @@ from apps.runner.runner import Runner
 from apps.runner.workers import Progress
 from apps.train.cost import Cost, measure_cost
 from apps.train.finite import NonFiniteError
+from apps.train.kinds import kind_of_network
 from apps.train.stopping import StopsSoon
 
 _UNKNOWN_MINUTES = 1.0
@@ -251,7 +251,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         trained = unit.checkpoint(run.entry.folder(self.suite.runs_folder))
         # The runs of figures that were made elsewhere may be gone: speed needs the model, and trained weights little.
         checkpoint = str(trained) if trained.exists() else None
-        job = Job(experiment.arguments, unit.system, checkpoint, experiment.replaced, torch.get_num_threads())
+        job = Job(experiment.arguments, unit.system, checkpoint, torch.get_num_threads())
         show = functools.partial(self.show, name, weight=0.0)
         speed = measure({name: job}, self.rounds, show, experiment.modules)[name]
         self.end(name, 0.0)
@@ -303,6 +303,16 @@ def _facts(experiment: Experiment, entry: Entry) -> dict[str, Any]:
         "monitor": short_name(experiment.test_monitor),
         "higher_is_better": experiment.monitor_mode == "max",
     }
+
+
+def kind_of(model: Any) -> str:
+    """Return what a model is, such as "sparse".
+
+    Args:
+        model: a module with its ``module``, the torch model, or an ``Estimator``, whose attribute ``kind`` says it.
+    """
+    module = getattr(model, "module", None)
+    return str(getattr(model, "kind", "no network")) if module is None else kind_of_network(module)
 
 
 def _where() -> dict[str, str]:

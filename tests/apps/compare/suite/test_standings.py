@@ -11,9 +11,9 @@ from torch import nn
 import core
 from apps.compare.suite.figures import Figures
 from apps.compare.suite.file import Suite
-from apps.compare.suite.kinds import kind_of
 from apps.compare.suite.markdown import markdown
 from apps.compare.suite.page import leaderboard_page
+from apps.compare.suite.queue import kind_of
 from apps.compare.suite.standings import standings
 
 COST = {"num_params": 2000, "active_params": 1000, "flops_per_example": 2.5e6, "unit": "a point"}
