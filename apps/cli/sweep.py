@@ -242,11 +242,10 @@ class Sweep:
             ),
         )
         alt = f"{title} over {', '.join(names)}, for {len(points)} forms of the model, with the Pareto front of each"
-        parts: list[Any] = [Picture(str(path), alt, f"Measured on {machine_line()}."), table]
-        if left_out:
-            parts.append(Text(tuple(f"{name} is left out: {reason}." for name, reason in left_out.items())))
+        picture = Picture(str(path), alt, f"Measured on {machine_line()}.")
+        missing = Text.if_any(f"{name} is left out: {reason}." for name, reason in left_out.items())
         say(f"sweep: {path}")
-        return Section("Cheaper forms: quality against latency and memory", tuple(parts))
+        return Section("Cheaper forms: quality against latency and memory", (picture, table, *missing))
 
 
 def _latency_of_trained(measured: Sequence[Measured], size: int) -> float:

@@ -127,11 +127,8 @@ def _validation(summary: Summary) -> str:
 
 
 def _example_section(summary: Summary, examples: str) -> Section:
-    lines = tuple(filter(None, (summary.two_intervals(), *summary.example_lines())))
-    parts: list[Part] = [Text(lines)] if lines else []
-    if examples:
-        parts.append(Code("Test examples, as each model answers them", examples))
-    return Section("Test examples", tuple(parts))
+    read = (Code("Test examples, as each model answers them", examples),) if examples else ()
+    return Section("Test examples", (*Text.if_any((summary.two_intervals(), *summary.example_lines())), *read))
 
 
 def _tables(summary: Summary) -> list[Table]:

@@ -19,6 +19,7 @@ from apps.base.progress import bar, say
 from apps.base.quiet import quiet
 from apps.compare.command import command_line, until_stopped
 from apps.compare.experiment import Experiment, arguments, validation_batch
+from apps.compare.options import SEARCH_FACTORS as FACTORS
 from apps.compare.summary import means
 from apps.compare.systems import SPARSE, System, claim, find_systems, label
 from apps.compare.training import interruptible
@@ -29,7 +30,7 @@ from apps.verdict.options import Options
 from apps.verdict.page import verdict_page
 from apps.verdict.reasons import Facts, causes, changes
 from apps.verdict.result import NUMBERS, PAGE, Verdict, lines, write
-from apps.verdict.schedule import FACTORS, Schedule, Speed, make_schedule
+from apps.verdict.schedule import Schedule, Speed, make_schedule
 from apps.verdict.source import configuration
 from apps.verdict.training import VALIDATION_NEED, measure_speed
 from apps.verdict.work import Plan, Work, answers

@@ -20,9 +20,9 @@ def verdict_page(verdict: Verdict) -> Page:
         verdict=(verdict.last_line, *(in_words(answer, quality) for answer in verdict.answers)),
         figures=_figures(verdict) if verdict.systems else None,
         sections=(
-            Section("Checks", (Text(verdict.checks),) if verdict.checks else ()),
-            Section("Why", (Text(verdict.reasons),) if verdict.reasons else ()),
-            Section("What would change it", (Text(verdict.changes),) if verdict.changes else ()),
+            Section("Checks", Text.if_any(verdict.checks)),
+            Section("Why", Text.if_any(verdict.reasons)),
+            Section("What would change it", Text.if_any(verdict.changes)),
             Section("The answers", (_answers(verdict),)),
             Section("Quality", _charts(verdict) if verdict.systems else ()),
             Section("How it was found", (Text((*verdict.notes, *how(verdict))),)),

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from apps.compare.systems import SPARSE
 from apps.verdict.decision import LEAST_SEEDS
 
-FACTORS = (1 / 3, 1.0, 3.0)
-"""Learning rates of the search, as multiples of the configured one."""
-
 FIRST_RUNG = 0.25
 """Part of a final run's steps that a run of the search's first rung has; each later one has twice as many."""
 

@@ -12,15 +12,7 @@ from apps.compare.suite.file import Suite
 from apps.compare.suite.markdown import legend, not_run
 from apps.compare.suite.standings import Standings
 from apps.compare.table import shown_interval
-from apps.report.page import (
-    MOST_FIGURES,
-    Code,
-    Page,
-    Part,
-    Section,
-    Table,
-    Text,
-)
+from apps.report.page import MOST_FIGURES, Code, Page, Section, Table, Text
 
 
 def leaderboard_page(suite: Suite, boards: Sequence[Standings], date: str) -> Page:
@@ -60,15 +52,11 @@ def _leaders(boards: Sequence[Standings]) -> Table | None:
 
 def _section(suite: Suite, board: Standings) -> Section:
     headings, *lines = board.cells()
-    about = [line for line in (board.board.about.strip(),) if line]
     left = [line.replace("`", "") for line in not_run(suite, board)]
-    below = [*board.notes(), *left, *(f"Runs: {machine}." for machine in board.machines())]
-    parts: list[Part] = [Text(tuple(about))] if about else []
-    charts = {FLOPS: "FLOPs", SECONDS: "training time"}
-    parts += _quality(board).charts(charts, f"{board.board.name}: quality")
-    parts.append(Table("", tuple(headings), tuple(map(tuple, lines)), sortable=True))
-    parts += [Text(tuple(below))] if below else []
-    return Section(board.board.name, tuple(parts))
+    charts = _quality(board).charts({FLOPS: "FLOPs", SECONDS: "training time"}, f"{board.board.name}: quality")
+    table = Table("", tuple(headings), tuple(map(tuple, lines)), sortable=True)
+    below = Text.if_any([*board.notes(), *left, *(f"Runs: {machine}." for machine in board.machines())])
+    return Section(board.board.name, (*Text.if_any([board.board.about.strip()]), *charts, table, *below))
 
 
 def _quality(board: Standings) -> Quality:
