@@ -109,7 +109,8 @@ def _searches(summary: Summary, results: Results) -> list[Part]:
         tried = [r for r in results.searches.get(row.system.name, ()) if r.get("quality") is not None]
         points = sorted((r["unit"]["rate"], r["quality"]) for r in tried if r["unit"]["rate"] is not None)
         if points:
-            lines.append(_line(row, *zip(*points, strict=True), summary))
+            rates, values = zip(*points, strict=True)
+            lines.append(_line(row, rates, values, summary))
     if not lines:
         return []
     seen = "; ".join(f"{r.system.title} takes {r.rate:g}" for r in summary.rows if r.rate is not None)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -28,25 +27,41 @@ def unseen(done: int, total: int, figures: Mapping[str, float]) -> None:
     """Show no progress."""
 
 
-def worker_context(modules: Sequence[str] = ()) -> BaseContext:
-    """Return the way to start worker processes, with ``modules`` imported once for all of them.
+@contextmanager
+def workers(target: Callable[..., None], jobs: Iterable[Sequence[Any]], modules: Sequence[str]) -> Iterator[list[Any]]:
+    """Start a process for each job, and kill those that are left in the end; files are written whole or not at all.
 
-    A plain fork would wait for torch's threads, which are not in the child.
+    Args:
+        target: runs in a process, with the process's end of a pipe and the values of a job.
+        jobs: the jobs.
+        modules: modules to import once for all processes.
+
+    Yields:
+        The other ends of their pipes.
     """
+    context = _context(modules)
+    started: list[tuple[Any, Connection]] = []
+    try:
+        for job in jobs:
+            ours, theirs = context.Pipe()
+            started.append((context.Process(target=target, args=(theirs, *job), daemon=True), ours))
+            started[-1][0].start()
+            theirs.close()
+        yield [pipe for _, pipe in started]
+    finally:
+        for process, pipe in started:
+            pipe.close()
+            process.kill()
+            process.join()
+
+
+def _context(modules: Sequence[str]) -> Any:
+    """Return the way to start processes: a plain fork would wait for torch's threads, which are not in the child."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *modules])
     return context
-
-
-def start(context: BaseContext, target: Callable[..., None], *args: Any) -> tuple[Any, Connection]:
-    """Start a process that runs ``target(pipe, *args)``, and return it with the other end of its pipe."""
-    ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(theirs, *args), daemon=True)  # type: ignore[attr-defined]
-    process.start()
-    theirs.close()
-    return process, ours
 
 
 @contextmanager
@@ -64,7 +79,7 @@ def answering(pipe: Connection, threads: int) -> Iterator[None]:
                 pipe.send(("error", RuntimeError(f"{type(error).__name__}: {error}")))
 
 
-def answer(pipe: Connection, what: str) -> tuple[str, Any]:
+def answer(pipe: Any, what: str) -> tuple[str, Any]:
     """Return the kind and the value of a worker's next message.
 
     Args:
@@ -103,17 +118,13 @@ def do_all(
         RuntimeError: a worker died.
         Exception: a worker's error, as the unit raises it; the other workers are stopped and can go on later.
     """
-    context, waiting = worker_context(modules), list(units)
-    threads = max(1, torch.get_num_threads() // jobs)
-    workers: dict[Connection, Any] = {}
-    at_work: dict[Connection, Any] = {}
-    try:
-        for _ in range(min(jobs, len(waiting))):
-            process, pipe = start(context, _work, make, threads)
-            workers[pipe], at_work[pipe] = process, waiting.pop(0)
-            pipe.send(at_work[pipe])
+    waiting, threads = list(units), max(1, torch.get_num_threads() // jobs)
+    with workers(_work, [(make, threads)] * min(jobs, len(waiting)), modules) as pipes:
+        at_work: dict[Any, Any] = {pipe: waiting.pop(0) for pipe in pipes}
+        for pipe, unit in at_work.items():
+            pipe.send(unit)
         while at_work:
-            for pipe in [p for p in wait(list(at_work)) if isinstance(p, Connection)]:
+            for pipe in cast("list[Connection]", wait(list(at_work))):
                 unit = at_work[pipe]
                 kind, value = answer(pipe, f"is at {unit.name}")
                 if kind == "progress":
@@ -126,11 +137,6 @@ def do_all(
                 if waiting:
                     at_work[pipe] = waiting.pop(0)
                     pipe.send(at_work[pipe])
-    finally:
-        for pipe, process in workers.items():
-            pipe.close()
-            process.kill()  # at any moment: files are written whole or not at all
-            process.join()
 
 
 def _work(pipe: Connection, make: Callable[[], Callable[[Any, Progress], Any]], threads: int) -> None:
