@@ -32,7 +32,7 @@ APP_ROWS = (
     ("base", "registry"),
     ("data",),
     ("nets", "porting", "train", "report", "task"),
-    ("equal_cost",),
+    ("equal_cost", "runner"),
     ("vision", "recsys", "nlp", "multimodal"),
     ("cli",),
     ("compare", "verdict", "convert", "doctor", "plan", "serve", "demonstrate", "bench", "demo"),

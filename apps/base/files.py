@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import logging
 import os
 import shutil
@@ -63,6 +64,32 @@ def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[Any]:
         if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk names no file
             error.filename = str(path)
         raise
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text whole or not at all, and return its path."""
+    with replacing(path) as file:
+        file.write(text)
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write a plain value as JSON, whole or not at all, and return its path."""
+    return write_text(path, json.dumps(value, indent=1, allow_nan=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the value in ``path``; None where there is no such file.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file ({error}): delete it to have it made again") from None
 
 
 @contextlib.contextmanager

@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import core
-from apps.base.files import replacing
+from apps.base.files import read_json, write_json
 from apps.base.machine import machine_line
 from apps.base.messages import first_line
-from apps.base.progress import say
+from apps.base.progress import Bar, bar, say
 from apps.cli.errors import UsageError
 from apps.cli.setup import RunSetup
 from apps.report.page import Point, ScatterChart, Section, Table, Text, save_charts, shown
 from apps.report.pareto import front
 from apps.report.tables import is_share
+from apps.runner.runner import Runner
+from apps.runner.workers import Progress
 from apps.train.cheaper import TRAINED, Cheaper, cheaper_forms
 from apps.train.contents import fingerprint, read_checkpoint
 from apps.train.cost import num_examples
@@ -114,32 +115,16 @@ class Sweep:
         self.trained = self.cli.trainer.precision_plugin.convert_module(self.trained)
         self.trained.to(self.cli.trainer.strategy.root_device)
         self._batches = self._timed_batches()
-        record = _Record(self.cli.run_dir / RECORD, self._identity())
-        forms = cheaper_forms(self.trained, self._statistics())
-        if TRAINED not in record.measured:
-            form = Cheaper(TRAINED, TRAINED, "", lambda model: None)
-            record.add(self._measured(form, copy.deepcopy(self.trained), metrics))
-        for number, form in enumerate(forms, 1):
-            if form.name in record.measured:
-                continue
-            model = copy.deepcopy(self.trained)
-            try:
-                form.change(model)
-            except ValueError as error:
-                record.leave_out(form.name, first_line(error))
-                say(f"sweep {number} of {len(forms)}: {form.name} is left out: {first_line(error)}")
-                continue
-            own = self._measured(form, model.eval())
-            record.add(own)
-            say(f"sweep {number} of {len(forms)}: {form.name}: {metric} {own.metrics[metric]:.4g}")
-        order = [TRAINED, *(form.name for form in forms)]
-        measured = [record.measured[name] for name in order if name in record.measured]
-        left_out = {name: record.left_out[name] for name in order if name in record.left_out}
-        return self._section(measured, left_out)
+        trained = Cheaper(TRAINED, TRAINED, "", lambda model: None)
+        forms = [trained, *cheaper_forms(self.trained, self._statistics())]
+        with bar("sweep", len(forms)) as whole:
+            found = _Forms(self, forms, metrics, whole).finish(forms)
+        measured = [own for own in found.values() if isinstance(own, Measured)]
+        return self._section(measured, {form.name: own for form, own in found.items() if isinstance(own, str)})
 
     # ---- measuring
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """Return what has to be the same for a sweep to go on with an earlier one's forms."""
         return {
             "weights": fingerprint(self.trained),
@@ -154,20 +139,14 @@ class Sweep:
         two of the configuration."""
         data = self.cli.datamodule
         single = copy.copy(data)
-        sizes = {name: 1 for name in ("eval_batch_size", "eval_tokens_per_batch") if hasattr(single, name)}
-        for name, value in sizes.items():
-            setattr(single, name, value)
-        of_one = list(islice(single.test_dataloader(), SINGLE_EXAMPLES)) if sizes else []
-        whole = list(islice(data.test_dataloader(), 2))
+        sizes = [name for name in ("eval_batch_size", "eval_tokens_per_batch") if hasattr(single, name)]
+        for name in sizes:
+            setattr(single, name, 1)
+        of_one = [*map(self._moved, islice(single.test_dataloader(), SINGLE_EXAMPLES))] if sizes else []
+        whole = [*map(self._moved, islice(data.test_dataloader(), 2))]
         if not whole:
             raise ValueError("sweep: the data have no test batch")
-        batches: dict[int, list[Any]] = {}
-        for own in (of_one, whole):
-            moved = [*map(self._moved, own)]
-            if moved:
-                size = num_examples(self.trained.example_inputs(moved[0]))
-                batches[size] = moved
-        return batches
+        return {num_examples(self.trained.example_inputs(own[0])): own for own in (of_one, whole) if own}
 
     def _statistics(self) -> Mapping[str, core.ExpertStatistics] | str:
         """Return the use of the experts in validation batches, or why it is not known."""
@@ -193,7 +172,7 @@ class Sweep:
     def _forward(self) -> Any:
         return self.cli.trainer.precision_plugin.forward_context()
 
-    def _measured(self, form: Cheaper, model: Any, metrics: Mapping[str, float] | None = None) -> Measured:
+    def measured(self, form: Cheaper, model: Any, metrics: Mapping[str, float] | None) -> Measured:
         """Time a model of a form, and test it unless its ``metrics`` are known."""
         device = self.cli.trainer.strategy.root_device
 
@@ -204,21 +183,14 @@ class Sweep:
         with torch.inference_mode(), self._forward():
             seconds = {}
             for size, batches in self._batches.items():
-                taken = in_rounds(
-                    lambda batches=batches: run(model, batches),  # type: ignore[misc]
-                    lambda batches=batches: run(self.trained, batches),  # type: ignore[misc]
-                    self.rounds,
-                    device,
-                )
-                each = len(batches)
-                seconds[size] = Seconds(tuple(s / each for s in taken.own), tuple(s / each for s in taken.trained))
+                own, trained = partial(run, model, batches), partial(run, self.trained, batches)
+                taken = in_rounds(own, trained, self.rounds, device)
+                seconds[size] = Seconds(*(tuple(s / len(batches) for s in of) for of in (taken.own, taken.trained)))
             largest = self._batches[max(self._batches)][0]
             peak = peak_bytes(lambda: model.infer(largest), device)
-        resident = resident_bytes(model)
-        if metrics is None:
-            metrics = self._tested(model)
-        own = {name: value for name, value in metrics.items() if not name.startswith("test/routing/")}
-        return Measured(form.kind, form.name, form.short, own, seconds, resident, peak)
+        tested = self._tested(model) if metrics is None else metrics
+        tested = {name: value for name, value in tested.items() if not name.startswith("test/routing/")}
+        return Measured(form.kind, form.name, form.short, tested, seconds, resident_bytes(model), peak)
 
     def _tested(self, model: Any) -> dict[str, float]:
         trainer = self.cli.trainer
@@ -252,9 +224,10 @@ class Sweep:
             charts.append(ScatterChart(heading, seen, name, y_title, points, log_x, not higher, steps))
             fronts.append(on)
         path = save_charts(charts, self.cli.run_dir / PICTURE, f"{self.cli.run_dir.name}: quality and cost")
+        columns = [f"{what}, batch {size}" for size in sizes for what in ("ms", "x")]
         table = Table(
             "Cheaper forms of the model",
-            ("", f"{title}, %" if percent else title, *_columns(sizes), "weights, MB", "+ a pass, MB", "on the front"),
+            ("", f"{title}, %" if percent else title, *columns, "weights, MB", "+ a pass, MB", "on the front"),
             tuple(
                 (
                     m.name,
@@ -272,11 +245,9 @@ class Sweep:
                 "take turns; x is the ratio to the trained model, with a 95 % interval of the median."
             ),
         )
-        parts: list[Any] = [*charts, table]
-        if left_out:
-            parts.append(Text(tuple(f"{name} is left out: {reason}." for name, reason in left_out.items())))
+        missing = Text.if_any(f"{name} is left out: {reason}." for name, reason in left_out.items())
         say(f"sweep: {path}")
-        return Section("Cheaper forms: quality against latency and memory", tuple(parts))
+        return Section("Cheaper forms: quality against latency and memory", (*charts, table, *missing))
 
 
 def _latency_of_trained(measured: Sequence[Measured], size: int) -> float:
@@ -303,12 +274,6 @@ def _points(own: Measured, base: Mapping[int, float], quality: float) -> list[Po
     return [*points, Point(own.kind, (own.resident + own.peak) / 1e6, quality, note=own.short)]
 
 
-def _columns(sizes: Sequence[int]) -> Iterator[str]:
-    for size in sizes:
-        yield f"ms, batch {size}"
-        yield f"x, batch {size}"
-
-
 def _latencies(own: Measured, base: Mapping[int, float]) -> Iterator[str]:
     for size, trained in base.items():
         seconds = own.seconds[size]
@@ -322,32 +287,52 @@ def _short(name: str) -> str:
     return name.partition(",")[0].removeprefix("latency of ")
 
 
-class _Record:
-    """The file of the forms that are measured, which a later sweep of the same model goes on with."""
+class _Forms(Runner[Cheaper, Measured | str]):
+    """Measures forms one by one into a file, with which a later sweep of the same model goes on.
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path, self.identity = path, dict(identity)
-        self.measured: dict[str, Measured] = {}
-        self.left_out: dict[str, str] = {}
-        if path.is_file():
-            try:
-                values = json.loads(path.read_text(encoding="utf-8"))
-                if values["of"] == self.identity:
-                    self.measured = {own["name"]: Measured.read(own) for own in values["forms"]}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                say(f"{path} cannot be read: the sweep begins anew")
-        if self.measured:
-            say(f"sweep: {len(self.measured)} forms are in {path} already")
+    The result of a form is what was measured, or the reason why it is left out.
+    """
 
-    def add(self, own: Measured) -> None:
-        self.measured[own.name] = own
-        self._write()
+    def __init__(self, sweep: Sweep, forms: Sequence[Cheaper], metrics: Mapping[str, float], whole: Bar) -> None:
+        super().__init__(whole, sweep.cli.run_dir)
+        self.sweep, self.metrics, self.path = sweep, metrics, self.output / RECORD
+        self._identity = sweep.identity()
+        self._titles = {form: f"sweep {number} of {len(forms) - 1}" for number, form in enumerate(forms)}
+        self._found: dict[str, Measured | str] = {}
+        try:
+            saved = read_json(self.path)
+            if saved is not None and saved["of"] == self._identity:
+                self._found = {own["name"]: Measured.read(own) for own in saved["forms"]}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            say(f"{self.path} cannot be read: the sweep begins anew")
+        if self._found:
+            say(f"sweep: {len(self._found)} forms are in {self.path} already")
 
-    def leave_out(self, name: str, reason: str) -> None:
-        self.left_out[name] = reason
-        self._write()
+    def read(self, unit: Cheaper) -> Measured | str | None:
+        return self._found.get(unit.name)
 
-    def _write(self) -> None:
-        values = {"of": self.identity, "forms": [asdict(m) for m in self.measured.values()], "left_out": self.left_out}
-        with replacing(self.path) as file:
-            file.write(json.dumps(values, indent=1) + "\n")
+    def work(self, unit: Cheaper, progress: Progress) -> Measured | str:
+        model = copy.deepcopy(self.sweep.trained)
+        try:
+            unit.change(model)
+        except ValueError as error:
+            found: Measured | str = first_line(error)
+        else:
+            found = self.sweep.measured(unit, model.eval(), self.metrics if unit.kind == TRAINED else None)
+        self._found[unit.name] = found
+        forms = [asdict(own) for own in self._found.values() if isinstance(own, Measured)]
+        left_out = {name: own for name, own in self._found.items() if isinstance(own, str)}
+        write_json(self.path, {"of": self._identity, "forms": forms, "left_out": left_out})
+        return found
+
+    def title(self, unit: Cheaper) -> str:
+        return self._titles[unit]
+
+    def weight(self, unit: Cheaper) -> float:
+        return 1.0
+
+    def line(self, unit: Cheaper, result: Measured | str) -> str:
+        if isinstance(result, str):
+            return f"{unit.name} is left out: {result}"
+        metric = self.sweep.trained.test_monitor
+        return "" if unit.kind == TRAINED else f"{unit.name}: {metric} {result.metrics[metric]:.4g}"

@@ -1,10 +1,10 @@
 """``moesaic compare CONFIG``: the sparse model of a configuration beside dense ones of equal cost, on the same data.
 
-The modules, from the ground up: ``options`` (the command line), ``stats`` (intervals and verdicts), ``files`` (atomic
-JSON), ``systems`` (the models and their costs), ``experiment`` (a configuration, made anew at will), ``training`` and
-``parallel`` (one unit of work, and several at a time), ``plan`` (all units), ``measure`` (speed and memory),
-``summary`` and ``table`` (the numbers and how they are shown), ``work`` (all units, in order, shown by ``display``),
-``command`` (the whole). ``suite`` is a queue of many comparisons, ``moesaic compare --suite FILE``.
+The modules, from the ground up: ``options`` (the command line), ``stats`` (intervals and verdicts), ``systems`` (the
+models and their costs), ``experiment`` (a configuration, made again at will), ``training`` (one unit of work), ``plan``
+(all units), ``measure`` (speed and memory), ``summary`` and ``table`` (the numbers and how they are shown), ``work``
+(all units, in order), ``command`` (the whole). ``suite`` is a queue of many comparisons, ``moesaic compare --suite
+FILE``.
 """
 
 from __future__ import annotations

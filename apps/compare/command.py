@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from apps.base.files import holding
+from apps.base.files import read_json, write_json, write_text
 from apps.base.machine import machine_facts, moment
-from apps.base.progress import say, set_aside
+from apps.base.progress import bar, say, set_aside
 from apps.base.quiet import quiet
 from apps.cli.errors import stopped
 from apps.compare import table
-from apps.compare.display import Display
 from apps.compare.experiment import Experiment, arguments, validation_batch
-from apps.compare.files import read_json, write_json, write_text
 from apps.compare.options import Command
 from apps.compare.page import comparison_page, cost_charts
 from apps.compare.plan import Plan
@@ -29,8 +27,8 @@ from apps.compare.use import sections_of_use
 from apps.compare.work import Work, result_files
 from apps.equal_cost import routers
 from apps.equal_cost.own_model import OwnModel
-from apps.report.page import FILE, Page, Section, open_page, save_charts, write_index, write_page
-from apps.train.logs import METRICS
+from apps.report.page import FILE, Page, Section, open_page, save_charts, show_page, write_index, write_page
+from apps.runner.folder import at_work
 
 
 def run(argv: Sequence[str]) -> int:
@@ -40,17 +38,22 @@ def run(argv: Sequence[str]) -> int:
         UsageError: a wrong option.
         ValueError: a wrong value, a refused comparison, or a folder with another one.
     """
+    return until_stopped(lambda: run_command(argv), command_line(argv))
+
+
+def until_stopped(work: Callable[[], object], command: str) -> int:
+    """Do work whose units are kept, and return 0, or the exit status of a stop, after a line with ``command``."""
     try:
-        run_command(argv)
+        work()
     except (KeyboardInterrupt, SystemExit) as stop:
-        return stopped(stop, f"; what is finished is kept. To go on: {command_line(argv)}")
+        return stopped(stop, f"; what is finished is kept. To go on: {command}")
     return 0
 
 
-def command_line(argv: Sequence[str]) -> str:
+def command_line(argv: Sequence[str], command: str = "compare") -> str:
     """Return the shell command of ``argv``, with paths relative to the current folder."""
     here = f"{Path.cwd()}/"
-    return shlex.join(["moesaic", "compare", *(a.removeprefix(here) for a in argv)])
+    return shlex.join(["moesaic", command, *(a.removeprefix(here) for a in argv)])
 
 
 @dataclass(frozen=True)
@@ -86,32 +89,31 @@ def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
     with quiet(own_notes=False):
         experiment = Experiment(arguments(config, overlays, asked.rest, options.routers))
     plan = Plan.make(experiment.plain(), options, experiment.rate, experiment.seed)
-    output.mkdir(parents=True, exist_ok=True)
-    with holding(output / ".lock", f"another comparison is running in {output}"):
-        with Display(title or "comparison") as display:
-            systems = _systems(experiment, asked, display)
-            plan.claim(output)  # after what may be wrong with the systems, which can then be asked for again
-            write_json(output / "systems.json", [asdict(s) for s in systems])
-            _tell_left_out(systems, output, display)
-            results = Work(experiment, plan, systems, output, display, asked.jobs).do()
-            with display.step("what the experts are used for"):
-                use = sections_of_use(experiment, results.checkpoints[SPARSE], output)
+    with at_work(output, "comparison", title or "") as whole:
+        systems = _systems(experiment, asked)
+        plan.claim(output)  # after what may be wrong with the systems, which can then be asked for again
+        write_json(output / "systems.json", [asdict(s) for s in systems])
+        _tell_left_out(systems, output)
+        work = Work(experiment, plan, systems, output, whole, asked.jobs)
+        results = work.do()
+        with bar("what the experts are used for"):
+            use = sections_of_use(experiment, results.checkpoints[SPARSE], output)
         title = title or f"{'Routers' if options.routers else 'Sparse and dense'}: {asked.name}"
-        outcome = _report(experiment, plan, systems, results, use, output, title, command_line(argv), asked.jobs)
+        outcome = _report(work, systems, results, use, title, command_line(argv))
     write_index(output.parent)
     if asked.open:
         open_page(output / FILE)
     return outcome
 
 
-def _systems(experiment: Experiment, asked: Command, display: Display) -> list[System]:
+def _systems(experiment: Experiment, asked: Command) -> list[System]:
     """Return the systems with their costs, which take a forward of each and are counted every time.
 
     Raises:
         ValueError: a system that is asked for by name cannot be compared.
     """
     options = asked.options
-    with quiet(own_notes=False), display.step("counting FLOPs"):
+    with quiet(own_notes=False), bar("counting FLOPs"):
         torch.manual_seed(experiment.seed)
         sparse, data = experiment.build(SPARSE)
         batch = validation_batch(data, "the learning rates are chosen by")
@@ -120,36 +122,29 @@ def _systems(experiment: Experiment, asked: Command, display: Display) -> list[S
         systems = find_systems(sparse, batch, options.baselines, options.routers)
         warnings: Sequence[str] = getattr(data, "warnings", list)()
     for warning in warnings:
-        display.say(f"check: {warning}")
+        say(f"check: {warning}")
     for system in systems:
         if system.refused and system.name in asked.named:
             raise ValueError(f"{system.title} cannot be compared: {system.refused}")
         if system.refused:
-            display.say(f"{system.title} is left out: {system.refused}")
+            say(f"{system.title} is left out: {system.refused}")
     return systems
 
 
-def _tell_left_out(systems: Sequence[System], output: Path, display: Display) -> None:
+def _tell_left_out(systems: Sequence[System], output: Path) -> None:
     """Name the systems that have finished runs in ``output`` and are not among those asked for."""
     asked = {system.name for system in systems}
     kept = sorted({path.parts[-3] for path in result_files(output) if path.name == "result.json"} - asked)
     if kept:
         names = "; ".join(label(name) for name in kept)
-        display.say(f"not asked for this time: {names}. The finished runs are kept, and shown again when asked for")
+        say(f"not asked for this time: {names}. The finished runs are kept, and shown again when asked for")
 
 
 def _report(
-    experiment: Experiment,
-    plan: Plan,
-    systems: Sequence[System],
-    results: Results,
-    use: Sequence[Section],
-    output: Path,
-    title: str,
-    command: str,
-    jobs: int,
+    work: Work, systems: Sequence[System], results: Results, use: Sequence[Section], title: str, command: str
 ) -> Outcome:
-    """Write the report, the table, the numbers and the picture into ``output``, and show the verdict and figures."""
+    """Write the report, the table, the numbers and the picture, and show the verdict and figures."""
+    experiment, plan, output = work.experiment, work.plan, work.output
     with quiet(own_notes=False):
         module: Any = experiment.module(SPARSE)
     summary = summarize(
@@ -166,7 +161,7 @@ def _report(
     path = output / "results.json"
     worked = path.exists() and any(f.stat().st_mtime_ns > path.stat().st_mtime_ns for f in result_files(output))
     # A comparison that is shown again keeps machine and day of its work, also where fewer systems are shown.
-    now = {"date": moment(), "machine": {**machine_facts(), "jobs": jobs}}
+    now = {"date": moment(), "machine": {**machine_facts(), "jobs": work.jobs}}
     saved = (None if worked else read_json(path)) or now
     signatures = dict(module.metric_signatures)
     numbers = {
@@ -186,10 +181,10 @@ def _report(
     examples = module.side_by_side(first_seed) if SPARSE in first_seed else ""
     facts = _facts(plan, numbers)
     markdown = write_text(output / "table.md", table.markdown(title, summary, facts, examples))
-    logs = {name: checkpoint.with_name(METRICS) for name, checkpoint in results.checkpoints.items()}
-    page = comparison_page(title, summary, results, numbers, facts, examples, logs, use)
+    page = comparison_page(title, summary, results, numbers, facts, examples, use)
     with set_aside():
-        table.show(title, summary)
+        print(f"\n{title}")
+        show_page(page)
     by_flops = cost_charts(summary)[:1]
     picture = save_charts(by_flops, output / "quality_against_flops.png", title) if by_flops else None
     files = tuple(filter(None, (markdown, path, picture)))

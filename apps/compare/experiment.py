@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
 
 from apps.cli.classes import with_short_names
@@ -162,6 +162,15 @@ class Experiment:
         given = self._make()["trainer"]["callbacks"]
         given = given if isinstance(given, list) else [given]
         return [c for c in given if not isinstance(c, (Checkpoint, EarlyStopping, ProgressBar, Timer))]
+
+    def trainer(self, *callbacks: Callback, **options: Any) -> Trainer:
+        """Return a trainer with the configuration's options and ``options`` over them, and its callbacks and these.
+
+        It draws no bars, and without such options it logs nothing and keeps no checkpoint.
+        """
+        own = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+        options = {**self.trainer_options, **own, "logger": False, "enable_checkpointing": False, **options}
+        return Trainer(**options, callbacks=[*self.callbacks(), *callbacks])
 
     def module(self, system: str) -> Any:
         """Return a new, untrained model of ``system``: a ``SparseModule``, an ``OwnModel``, or an ``Estimator``."""

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import move_data_to_device
 
 from apps.base.messages import first_line
 from apps.compare.experiment import Experiment
-from apps.compare.parallel import answering, start, worker_context
+from apps.compare.systems import shared
 from apps.equal_cost.own_model import OwnModel
+from apps.runner.workers import answer, answering, workers
 from apps.train.cost import measure_cost, num_examples
 from apps.train.footprint import used_memory
 from apps.train.module import SparseModule
@@ -42,14 +43,12 @@ class Job:
         arguments: arguments of the ``Experiment``.
         system: name of the system.
         checkpoint: path of its trained weights; None: it is measured as it is drawn.
-        replaced: names of the blocks that baselines replace, whose FLOPs are counted.
         threads: number of torch's threads on the CPU.
     """
 
     arguments: tuple[str, ...]
     system: str
     checkpoint: str | None
-    replaced: tuple[str, ...]
     threads: int
 
 
@@ -75,62 +74,45 @@ def measure(
     Raises:
         RuntimeError: a worker failed; the message is its error.
     """
-    context = worker_context(modules)
-    workers: dict[str, tuple[Any, Connection]] = {}
-    measured: dict[str, dict[str, Any]] = {}
     total, done = 2 * (rounds + 1) * len(jobs), 0
-    try:
-        for name, job in jobs.items():
-            workers[name] = start(context, _work, job)
-        for name, (_, pipe) in workers.items():
-            measured[name] = _answer(name, pipe)
+    with workers(_work, [(job,) for job in jobs.values()], modules) as of_jobs:
+        pipes = dict(zip(jobs, of_jobs, strict=True))
+        measured = {name: _answer(name, pipe) for name, pipe in pipes.items()}
         for phase in ("train", "inference"):
             rates: dict[str, list[float]] = {name: [] for name in jobs}
             for number in range(rounds + 1):
-                for name, (_, pipe) in workers.items():
-                    pipe.send(phase)
-                    rate = _answer(name, pipe)
+                for name, pipe in pipes.items():
+                    rate = _answer(name, pipe, phase)
                     if number:
                         rates[name].append(rate)
                     done += 1
                     progress(done, total)
-            for name, (_, pipe) in workers.items():
-                measured[name][f"{phase}_rounds"] = rates[name]
-                measured[name][f"{phase}_examples_per_second"] = statistics.median(rates[name])
+            for name, pipe in pipes.items():
+                own, rate = measured[name], statistics.median(rates[name])
+                own |= {f"{phase}_rounds": rates[name], f"{phase}_examples_per_second": rate}
                 if phase == "train":
-                    pipe.send("memory")
-                    measured[name]["peak_memory_bytes"] = _answer(name, pipe)
-                    examples, rate = measured[name]["examples_per_step"], measured[name]["train_examples_per_second"]
-                    measured[name]["seconds_per_step"] = examples / rate
-        for _, pipe in workers.values():
-            pipe.send("stop")
+                    own |= {"peak_memory_bytes": _answer(name, pipe, "memory")}
+                    own |= {"seconds_per_step": own["examples_per_step"] / rate}
         return measured
-    finally:
-        for process, pipe in workers.values():
-            pipe.close()
-            process.join(timeout=5)
-            if process.is_alive():
-                process.terminate()
 
 
-def _answer(name: str, pipe: Connection) -> Any:
-    try:
-        kind, value = pipe.recv()
-    except (EOFError, OSError):
-        raise RuntimeError(f"the process that measures {name} ended without an answer (out of memory?)") from None
+def _answer(name: str, pipe: Connection, command: str = "") -> Any:
+    """Return what a worker answers to a command; without one, what it says of itself."""
+    if command:
+        pipe.send(command)
+    kind, value = answer(pipe, f"measures {name}")
     if kind == "error":
         raise RuntimeError(f"measuring {name} failed: {type(value).__name__}: {first_line(value)}")
     return value
 
 
 def _work(pipe: Connection, job: Job) -> None:
-    """Build the system, then do one round for each command, until "stop"."""
-    with answering(pipe):
-        torch.set_num_threads(job.threads)
+    """Build the system, then do one round for each command."""
+    with answering(pipe, job.threads):
         bench = _Bench(job)
         pipe.send(("done", bench.facts))
-        while (command := pipe.recv()) != "stop":
-            pipe.send(("done", getattr(bench, command)()))
+        while True:
+            pipe.send(("done", getattr(bench, pipe.recv())()))
 
 
 class _Bench:
@@ -138,13 +120,7 @@ class _Bench:
 
     def __init__(self, job: Job) -> None:
         experiment = Experiment(job.arguments)
-        trainer = Trainer(
-            **experiment.trainer_options,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-        )
+        trainer = experiment.trainer()
         self.device, self.precision = trainer.strategy.root_device, trainer.precision_plugin
         seed_everything(experiment.seed, verbose=False)
         data = experiment.data()
@@ -164,8 +140,7 @@ class _Bench:
         self.module: Any = self.precision.convert_module(module.to(self.device))
         self.optimizer = _optimizer(self.model)
         self.facts: dict[str, Any] = {"base_memory_bytes": base}
-        own = {name for name, _ in module.named_modules()}
-        replaced = job.replaced if own.issuperset(job.replaced) else ()
+        replaced = shared(module, experiment.replaced)
         with self.precision.forward_context():
             self.facts["cost"] = asdict(measure_cost(self.model, self.eval_batch, replaced, as_evaluated=True))
         counts = [num_examples(self.model.example_inputs(b)) for b in self.train_batches]

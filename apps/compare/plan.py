@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apps.base.files import read_json, write_json
 from apps.cli.classes import with_short_names
-from apps.compare.files import differences, read_json, write_json
 from apps.compare.options import Options
 from apps.compare.training import Unit
 from apps.equal_cost import routers
 from apps.registry import renamed, today
+from apps.runner.folder import check_same
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,7 @@ class Plan:
         saved = read_json(path)
         if saved is not None:
             saved["config"] = with_short_names(renamed(saved["config"], today))
-            lines = differences(_adapted(saved, wanted), wanted)
-            if lines:
-                more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-                raise ValueError(
-                    f"{output} holds another comparison ({'; '.join(lines[:3])}{more}): give another --output, "
-                    "or delete it"
-                )
+            check_same(output, "comparison", _adapted(saved, wanted), wanted)
             overlays = {**(saved["options"]["routers"] or {}), **self.overlays}
             wanted = {**wanted, "options": {**wanted["options"], "routers": overlays}}
         write_json(path, wanted)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from apps.compare.costs import Costs
 from apps.compare.stats import paired_difference, quality_at, verdict
 from apps.compare.systems import SPARSE, TOLERANCE, System, claim, label
 from apps.equal_cost.comparable import ExampleDifference
 from apps.equal_cost.routers import PREFIX
 from apps.report.intervals import Interval, mean_interval
 from apps.report.tables import is_share
+
+Pair = tuple[Interval | None, Interval | None]
+"""A system's quality, and the sparse model's minus it; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,21 @@ class Row:
     speed: Mapping[str, Any]
     routing: Mapping[str, float] = field(default_factory=dict)
     tuning: Mapping[str, Any] = field(default_factory=dict)
-    further: Mapping[str, tuple[Interval | None, Interval | None]] = field(default_factory=dict)
+    further: Mapping[str, Pair] = field(default_factory=dict)
+
+    @property
+    def costs(self) -> Costs:
+        """Return what it takes, with the FLOPs counted before the training, which ``moesaic fit`` shows too."""
+        cost = self.system.cost
+        return Costs(None if cost is None else asdict(cost), self.speed, self.train_seconds)
+
+    @property
+    def trained_costs(self) -> Costs:
+        """Return what it takes, with the FLOPs of an evaluation with the trained weights where they were measured."""
+        costs, trained = self.costs, self.speed.get("cost")
+        if not costs.counted or not trained:
+            return costs
+        return replace(costs, counted={**costs.counted, "flops_per_example": trained["flops_per_example"]})
 
 
 @dataclass(frozen=True)
@@ -104,6 +122,16 @@ class Summary:
         name = short_name(self.metric)
         return f"mean {name}" if self.tasks and name not in self.tasks else name
 
+    @property
+    def heading(self) -> str:
+        """Return what axes call the test quality."""
+        return f"test {self.quality}{', %' if self.percent else ''}"
+
+    @property
+    def unit(self) -> str:
+        """Return the unit that the FLOPs are counted for, such as "an image"."""
+        return next((row.system.cost.unit for row in self.rows if row.system.cost), "an example")
+
     def systems(self) -> list[Row]:
         """Return the rows of the sparse model and of other kinds of models."""
         return [row for row in self.rows if not row.system.name.startswith(PREFIX)]
@@ -140,14 +168,9 @@ class Summary:
             "significant below and not shown above."
         )
 
-    def example_lines(self, parts: bool = True) -> list[str]:
-        """Return a line for each difference over one seed's test examples; ``parts`` includes parts of them."""
-        return [
-            example_line(pair, difference)
-            for pair in self.examples
-            for difference in pair.differences
-            if parts or not difference.is_part
-        ]
+    def example_lines(self) -> list[str]:
+        """Return a line for each difference over one seed's test examples."""
+        return [example_line(pair, difference) for pair in self.examples for difference in pair.differences]
 
 
 @dataclass(frozen=True)
@@ -204,7 +227,7 @@ def summarize(
     """
     finals, rates, speeds = results.finals, results.rates, results.speeds
     trained = [s for s in systems if s.name in finals]
-    tests = {s.name: [float(r["test_quality"]) for r in finals[s.name]] for s in trained}
+    tests: dict[str, list[float] | None] = {s.name: [float(r["test_quality"]) for r in finals[s.name]] for s in trained}
     clock: Literal["steps", "recorded"] = "steps"
     in_steps = [s for s in trained if finals[s.name][0]["steps"] is not None]
     if not all("seconds_per_step" in speeds.get(s.name, {}) for s in in_steps):
@@ -217,33 +240,33 @@ def summarize(
         return timed(s, finals[s.name][i]["steps"], finals[s.name][i]["train_seconds"])
 
     equal = [min(end(s, i) for s in in_steps) for i in range(len(seeds))]
-    at_time: dict[str, list[float]] = {}
+    at_time: dict[str, list[float] | None] = {}
     for s in in_steps:
         reached = [
             quality_at([(timed(s, step, seconds), q) for step, seconds, q in result["curve"]], equal[i])
             for i, result in enumerate(finals[s.name])
         ]
-        at_time[s.name] = [] if None in reached else [float(q) for q in reached if q is not None]
+        at_time[s.name] = None if None in reached else [float(q) for q in reached if q is not None]
+    others = {name: {s.name: _values(name, finals[s.name]) for s in trained} for name in further}
     rows = []
     for s in trained:
-        own_at_time = at_time.get(s.name)
-        other = s.name != SPARSE
+        test, difference = _pair(s.name, tests)
+        equal_time, equal_time_difference = _pair(s.name, at_time)
+        assert test is not None
         rows.append(
             Row(
                 system=s,
                 rate=rates[s.name][0],
                 rate_at_edge=rates[s.name][1],
-                test=mean_interval(tests[s.name]),
-                difference=paired_difference(tests[SPARSE], tests[s.name]) if other else None,
-                equal_time=mean_interval(own_at_time) if own_at_time else None,
-                equal_time_difference=paired_difference(at_time[SPARSE], own_at_time)
-                if other and at_time[SPARSE] and own_at_time
-                else None,
+                test=test,
+                difference=difference,
+                equal_time=equal_time,
+                equal_time_difference=equal_time_difference,
                 train_seconds=sum(float(r["train_seconds"]) for r in finals[s.name]) / len(seeds),
                 speed=speeds.get(s.name, {}),
                 tuning=results.searches[s.name][0] if s.tunes and results.searches.get(s.name) else {},
-                routing=_means([r.get("routing", {}) for r in finals[s.name]]),
-                further={name: _further(name, s.name, finals) for name in further},
+                routing=means([r.get("routing", {}) for r in finals[s.name]]),
+                further={name: _pair(s.name, values) for name, values in others.items()},
             )
         )
     return Summary(
@@ -251,26 +274,24 @@ def summarize(
         left_out=tuple(s for s in systems if s.name not in finals),
         metric=metric,
         higher_is_better=higher_is_better,
-        percent=higher_is_better and is_share(metric, tests.values()),
+        percent=higher_is_better and is_share(metric, (values or () for values in tests.values())),
         seeds=tuple(seeds),
         equal_seconds=tuple(equal),
         clock=clock,
-        shares=tuple(name for name in further if is_share(name, (_values(name, r) or () for r in finals.values()))),
+        shares=tuple(name for name, own in others.items() if is_share(name, (v or () for v in own.values()))),
         tasks=tuple(tasks),
         weights="of the last step" if average_last is None else f"averaged over the last {average_last} epochs' ends",
         examples=tuple(examples),
     )
 
 
-def _further(
-    name: str, system: str, finals: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> tuple[Interval | None, Interval | None]:
-    """Return a test metric of a system, and how the sparse one differs; None where one does not report it."""
-    own = _values(name, finals[system])
-    if own is None:
+def _pair(system: str, values: Mapping[str, Sequence[float] | None]) -> Pair:
+    """Return the quality of a system over the seeds, and how the sparse one differs; ``values`` are by system."""
+    own = values.get(system)
+    if not own:
         return None, None
-    sparse = None if system == SPARSE else _values(name, finals[SPARSE])
-    return mean_interval(own), None if sparse is None else paired_difference(sparse, own)
+    sparse = None if system == SPARSE else values[SPARSE]
+    return mean_interval(own), paired_difference(sparse, own) if sparse else None
 
 
 def _values(name: str, results: Sequence[Mapping[str, Any]]) -> list[float] | None:
@@ -279,7 +300,8 @@ def _values(name: str, results: Sequence[Mapping[str, Any]]) -> list[float] | No
     return None if any(v is None for v in values) else [float(v) for v in values if v is not None]
 
 
-def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each figure that all of them have."""
     names = [name for name in figures[0] if all(name in own for own in figures)]
     return {name: sum(own[name] for own in figures) / len(figures) for name in names}
 
@@ -363,22 +385,6 @@ def _drops(summary: Summary) -> list[str]:
                     f"before ({why})."
                 )
     return lines
-
-
-def flops(row: Row) -> float | None:
-    """Return the FLOPs an example as counted before the training, which ``moesaic fit`` shows too."""
-    return row.system.cost.flops_per_example if row.system.cost else None
-
-
-def flops_trained(row: Row) -> float | None:
-    """Return the FLOPs an example of an evaluation with the trained weights; None where not measured."""
-    cost = row.speed.get("cost")
-    return float(cost["flops_per_example"]) if cost else None
-
-
-def flops_unit(summary: Summary) -> str:
-    """Return the unit that the FLOPs are counted for, such as "an image"."""
-    return next((row.system.cost.unit for row in summary.rows if row.system.cost), "an example")
 
 
 def short_name(metric: str) -> str:

@@ -162,7 +162,7 @@ def measured(
     if is_router and isinstance(model, SparseModule) and (problem := _trial(model, batch)):
         return System(name, baseline.note, refused=problem)
     try:
-        cost = measure_cost(model, batch, replaced if claim(name) else _shared(model.module, replaced))
+        cost = measure_cost(model, batch, replaced if claim(name) else shared(model.module, replaced))
         refused = check_equal(name, sparse, cost)
     except ValueError as error:
         cost, refused = measure_cost(model, batch), f"not called equal: {error}"
@@ -187,7 +187,7 @@ def _trial(model: SparseModule, batch: Any) -> str:
     return ""
 
 
-def _shared(model: nn.Module, names: Sequence[str]) -> Sequence[str]:
+def shared(model: nn.Module, names: Sequence[str]) -> Sequence[str]:
     """Return ``names`` where the model has them all; a baseline of another structure has no replaced blocks."""
     own = {name for name, _ in model.named_modules()}
     return names if own.issuperset(names) else ()

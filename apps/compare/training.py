@@ -6,27 +6,27 @@ A finished unit is one JSON file. An unfinished one goes on from its last checkp
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from apps.base.quiet import quiet
+from apps.base.files import read_json, write_json
 from apps.compare.experiment import Experiment
-from apps.compare.files import read_json, write_json
+from apps.compare.systems import label
 from apps.equal_cost.own_model import OwnModel
 from apps.equal_cost.search import Search
+from apps.runner import unit as units
+from apps.runner.workers import Progress, unseen
 from apps.train.averaging import AVERAGE, FOLDER
 from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
-from apps.train.finite import NonFiniteError
 from apps.train.logs import MetricsCSV
 from apps.train.module import SparseModule
 from apps.train.progress import PassBar, routing_figures
@@ -39,22 +39,12 @@ TRIED = "tried.json"
 
 EXAMPLES = "examples.json"
 
-Progress = Callable[[int, int, Mapping[str, float]], None]
-"""A function of the optimizer steps done and to do, and of the use of the experts, as bars show it."""
-
-
-def unseen(done: int, total: int, figures: Mapping[str, float]) -> None:
-    """Show no progress."""
-
 
 @dataclass(frozen=True)
-class Unit:
-    """One training.
+class Unit(units.Unit):
+    """One training of a comparison; the rate of an estimator is None.
 
     Attributes:
-        system: name of the system.
-        rate: learning rate; None for an estimator.
-        seed: seed of the initial weights, the data order and everything else that is random.
         share: part of the configured training, in (0, 1].
         final: True for a training that also reads the test split, once, with the last or averaged weights, and keeps
             these.
@@ -62,9 +52,6 @@ class Unit:
         tuned_by: seed of that search.
     """
 
-    system: str
-    rate: float | None
-    seed: int
     share: float = 1.0
     final: bool = False
     minutes: float | None = None
@@ -72,22 +59,27 @@ class Unit:
 
     @property
     def name(self) -> str:
-        kind = "final" if self.final else "search"
-        rate = "" if self.rate is None else f"-lr{self.rate:g}"
         minutes = "" if self.minutes is None else f"-{self.minutes:g}min"
-        return f"{self.system}/{kind}{rate}{minutes}-seed{self.seed}"
+        return self.named("final" if self.final else "search", minutes)
+
+    @property
+    def title(self) -> str:
+        """Return the unit in words."""
+        rate = "" if self.rate is None else f" at learning rate {self.rate:g}"
+        return f"[{label(self.system)}] {f'seed {self.seed}' if self.final else 'search'}{rate}"
+
+    @property
+    def weight(self) -> float:
+        return self.share
+
+    @property
+    def is_search(self) -> bool:
+        return not self.final
 
     @property
     def search(self) -> Unit | None:
         """Return the search that a final unit of an estimator takes its settings from, if any."""
         return None if self.tuned_by is None else Unit(self.system, None, self.tuned_by, minutes=self.minutes)
-
-    def folder(self, output: Path) -> Path:
-        return output / "units" / self.name
-
-    def read(self, output: Path) -> dict[str, Any] | None:
-        """Return the result; None where the unit is not finished."""
-        return read_json(self.folder(output) / "result.json")
 
     def checkpoint(self, output: Path) -> Path:
         """Return the file of the weights that a final unit was tested with, or of an unfinished unit's state."""
@@ -181,27 +173,18 @@ def train(
         ValueError: the module does not log its monitored metric.
     """
     folder = unit.folder(output)
-    result: dict[str, Any] = {"unit": {**dataclasses.asdict(unit), "name": unit.name}}
-    started, cpu = time.time(), time.process_time()
-    with quiet(own_notes=False):
-        seed_everything(unit.seed, verbose=False)
+
+    def work() -> dict[str, Any]:
         module, data = experiment.build(unit.system, unit.rate)
         if isinstance(module, SparseModule | OwnModel):
-            try:
-                result |= _fit(experiment, module, data, unit, folder, progress, callbacks)
-            except NonFiniteError as error:
-                if unit.final:
-                    raise NonFiniteError(f"{unit.name}: {error}") from None
-                result |= {"quality": None, "diverged": str(error)}
-        else:
-            data.prepare_data()
-            data.setup("fit")
-            if unit.final or unit.minutes is None:
-                result |= _fit_estimator(experiment, module, data, unit, output)
-            else:
-                result |= _tune_estimator(module, data, unit, folder, progress)
-    result["wall_seconds"], result["cpu_seconds"] = time.time() - started, time.process_time() - cpu
-    write_json(folder / "result.json", result)
+            return _fit(experiment, module, data, unit, folder, progress, callbacks)
+        data.prepare_data()
+        data.setup("fit")
+        if unit.final or unit.minutes is None:
+            return _fit_estimator(experiment, module, data, unit, output)
+        return _tune_estimator(module, data, unit, folder, progress)
+
+    result = unit.record(output, work)
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
     if not unit.final:
         for name in (CHECKPOINT, AVERAGE, TRIED):
@@ -225,15 +208,13 @@ def _fit(
     module.reports = False  # pictures and checks are not part of a comparison
     # Nothing logs this monitor: the last weights are compared, and a best checkpoint would only take time.
     checkpoints = BestAndLast(dirpath=str(folder), monitor="-", every_n_minutes=2.0)
-    trainer = Trainer(
+    trainer = experiment.trainer(
+        *(curve, GeneratorState(), checkpoints, PassBar(), *further),
         **shortened(experiment.trainer_options, unit.share),
-        callbacks=[*experiment.callbacks(), curve, GeneratorState(), checkpoints, PassBar(), *further],
         plugins=[AtomicCheckpointIO()],
         logger=MetricsCSV(str(folder)) if unit.final else False,
         default_root_dir=str(folder),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+        enable_checkpointing=True,
     )
     with interruptible(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None, weights_only=True)

@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 import functools
-import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from apps.base.files import read_json, write_json
 from apps.base.machine import moment
-from apps.compare.display import Display, describe
+from apps.base.progress import Bar
 from apps.compare.experiment import Experiment
-from apps.compare.files import read_json, write_json
 from apps.compare.measure import Job, measure
-from apps.compare.parallel import train_all
 from apps.compare.plan import Plan, at_edge
 from apps.compare.stats import choose
 from apps.compare.summary import Results, short_name, tuned
 from apps.compare.systems import System
 from apps.compare.training import Unit, train
+from apps.runner.runner import Runner
+from apps.runner.unit import RESULT
+from apps.runner.workers import Progress
 
 
-class Work:
-    """Does a plan for the systems that are not refused.
-
-    ``jobs`` runs are done at a time; above 1 each has a process of its own, with a part of the threads.
-    """
+class Work(Runner[Unit, dict[str, Any]]):
+    """Does a plan for the systems that are not refused, ``jobs`` runs at a time."""
 
     def __init__(
-        self, experiment: Experiment, plan: Plan, systems: Sequence[System], output: Path, display: Display, jobs: int
+        self, experiment: Experiment, plan: Plan, systems: Sequence[System], output: Path, whole: Bar, jobs: int
     ) -> None:
-        self.experiment, self.plan, self.output, self.display, self.jobs = experiment, plan, output, display, jobs
+        super().__init__(whole, output)
+        self.experiment, self.plan, self.jobs = experiment, plan, jobs
         self.systems = [s for s in systems if not s.refused]
 
     def do(self) -> Results:
         search_units = {s.name: self._search_units(s) for s in self.systems}
         searched = sum(unit.share for units in search_units.values() for unit in units)
         measured = 1.0 if self.plan.options.rounds else 0.0
-        self.display.start(searched + len(self.systems) * len(self.plan.seeds) + measured)
+        self.whole.begin(searched + len(self.systems) * len(self.plan.seeds) + measured)
         results = self._train([unit for units in search_units.values() for unit in units])
         searches = {name: [results[u] for u in units] for name, units in search_units.items()}
         rates = {s.name: self._choose(s, searches[s.name]) for s in self.systems}
@@ -61,30 +60,14 @@ class Work:
             return self.plan.search_units(system.name)
         return self.plan.tuning_units(system.name) if system.tunes else []
 
-    def _train(self, units: Sequence[Unit]) -> dict[Unit, Any]:
-        """Do the unfinished units, and return the results of all."""
-        results = {u: u.read(self.output) for u in units}
-        left = [u for u, result in results.items() if result is None]
-        self.display.skip(sum(unit.share for unit in units if unit not in left))
+    def _train(self, units: Sequence[Unit]) -> dict[Unit, dict[str, Any]]:
+        make = functools.partial(_in_a_process, self.experiment.arguments, self.output)
+        return self.finish(units, self.jobs, make, (__name__, *self.experiment.modules))
 
-        def finished(unit: Unit, result: dict[str, Any]) -> None:
-            results[unit] = result
-            self.display.finished(describe(unit), unit.share)
-            self.display.say(f"{describe(unit)}: {self._in_words(result)}")
+    def work(self, unit: Unit, progress: Progress) -> dict[str, Any]:
+        return train(self.experiment, unit, self.output, progress)
 
-        def progress(unit: Unit, done: int, total: int, figures: Mapping[str, float]) -> None:
-            self.display.unit(describe(unit), done, total, figures, unit.share)
-
-        if self.jobs > 1 and len(left) > 1:
-            arguments, modules = self.experiment.arguments, self.experiment.modules
-            train_all(arguments, left, self.output, self.jobs, modules, progress, finished)
-        else:
-            for u in left:
-                finished(u, train(self.experiment, u, self.output, functools.partial(progress, u)))
-                gc.collect()
-        return results
-
-    def _in_words(self, result: Mapping[str, Any]) -> str:
+    def line(self, unit: Unit, result: Mapping[str, Any]) -> str:
         if "settings" in result:
             return tuned(result)
         if result["quality"] is None:
@@ -122,21 +105,24 @@ class Work:
             speeds = self._measure(checkpoints)
             write_json(path, {**saved, **speeds})  # systems that are left out keep theirs
         if rounds:
-            self.display.finished("speed and memory")
+            self.end("speed and memory")
         return speeds
 
     def _measure(self, checkpoints: Mapping[str, Path]) -> dict[str, Any]:
         threads = max(1, torch.get_num_threads() // self.jobs)  # as many as in training
-        jobs = {
-            name: Job(self.experiment.arguments, name, str(file), self.experiment.replaced, threads)
-            for name, file in checkpoints.items()
-        }
-        show = functools.partial(self.display.unit, "speed and memory")
+        jobs = {name: Job(self.experiment.arguments, name, str(file), threads) for name, file in checkpoints.items()}
+        show = functools.partial(self.show, "speed and memory")
         speeds = measure(jobs, self.plan.options.rounds, show, self.experiment.modules)
         when = moment()
         return {name: {**speed, "measured": when} for name, speed in speeds.items()}
 
 
+def _in_a_process(arguments: Sequence[str], output: Path) -> Callable[[Unit, Progress], dict[str, Any]]:
+    """Return what does a unit in a process of its own, which reads the configuration once."""
+    experiment = Experiment(arguments)
+    return lambda unit, progress: train(experiment, unit, output, progress)
+
+
 def result_files(output: Path) -> list[Path]:
     """Return the files of all finished units and measurements in ``output``."""
-    return [*(output / "units").glob("*/*/result.json"), *output.glob("speed.json")]
+    return [*(output / Unit.ROOM).glob(f"*/*/{RESULT}"), *output.glob("speed.json")]

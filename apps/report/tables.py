@@ -47,6 +47,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """Return the lines of a table in Markdown, whose first ``left`` columns are aligned on the left."""
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (columns, *rows)]
+    lines.insert(1, ["---"] * left + ["---:"] * (len(columns) - left))
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a rich table on standard output."""
     from rich.console import Console
@@ -61,20 +68,22 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console().print(table)
 
 
-def print_in_parts(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str = "") -> None:
+def print_in_parts(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str = "", title: str = "") -> None:
     """Print a table in parts that fit the terminal, one below the other; each begins with the first column.
 
     Args:
         columns: headings.
         rows: the cells.
         empty: what an empty cell holds; a row of them is left out of its part.
+        title: stands over the first part.
     """
     from rich.console import Console
 
-    for part in parts_that_fit([columns, *rows], Console().width):
+    for number, part in enumerate(parts_that_fit([columns, *rows], Console().width)):
         lines = [[row[index] for index in part] for row in rows]
         headings = [columns[index].replace(", ", ",\n") for index in part]
-        print_table("", headings, [line for line in lines if any(cell != empty for cell in line[1:])])
+        shown = [line for line in lines if any(cell != empty for cell in line[1:])]
+        print_table("" if number else title, headings, shown)
 
 
 def parts_that_fit(rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:

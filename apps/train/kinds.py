@@ -13,7 +13,10 @@ MEANINGS = {
     SPARSE: "an example leaves experts out, which compute nothing for it",
     DENSE_GATED: "no expert is left out: gates weight what all compute, or merge them into one",
     DENSE: "no experts",
+    "trees": "boosted decision trees",
+    "linear": "a linear model",
 }
+"""What a model is, by its kind; the last ones are estimators, which say theirs by themselves."""
 
 
 def kind_of_network(network: nn.Module) -> str:

@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import core
-from apps.base.files import delete, holding
+from apps.base.files import delete, read_json, write_json
 from apps.base.machine import machine_facts, moment
 from apps.base.messages import some
+from apps.base.progress import bar, say
 from apps.base.quiet import quiet
-from apps.cli.errors import stopped
-from apps.compare.display import Display
+from apps.compare.command import command_line, until_stopped
 from apps.compare.experiment import Experiment, arguments, validation_batch
-from apps.compare.files import differences, read_json, write_json
+from apps.compare.options import SEARCH_FACTORS as FACTORS
+from apps.compare.summary import means
 from apps.compare.systems import SPARSE, System, claim, find_systems, label
 from apps.compare.training import interruptible
 from apps.report.page import FILE, open_page, write_index, write_page
-from apps.verdict.budget import Budget
+from apps.runner.budget import Budget
+from apps.runner.folder import at_work, check_same
 from apps.verdict.options import Options
 from apps.verdict.page import verdict_page
 from apps.verdict.reasons import Facts, causes, changes
 from apps.verdict.result import NUMBERS, PAGE, Verdict, lines, write
-from apps.verdict.schedule import FACTORS, Schedule, Speed, make_schedule
+from apps.verdict.schedule import Schedule, Speed, make_schedule
 from apps.verdict.source import configuration
 from apps.verdict.training import VALIDATION_NEED, measure_speed
 from apps.verdict.work import Plan, Work, answers
+
+RESERVE_SHARE, LEAST_RESERVE, MOST_RESERVE = 0.03, 1.0, 20.0
+"""Part of the seconds that is kept for the end, when the result is written, with its limits in seconds."""
 
 EVALUATION_SHARE = 0.01
 """Part of the budget that one evaluation may take: a larger split is judged by its first batches."""
@@ -50,15 +53,15 @@ def run(options: Options, argv: Sequence[str], began: float) -> int:
     Raises:
         UsageError, ValueError: wrong data, a refused model, or a budget that fits no run.
     """
-    command = shlex.join(["moesaic", "verdict", *(a.removeprefix(f"{Path.cwd()}/") for a in argv)])
-    try:
+    command = command_line(argv, "verdict")
+
+    def give_and_show() -> None:
         verdict = give_verdict(options, command, began)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        return stopped(stop, f"; what is finished is kept. To go on: {command}")
-    if options.open:
-        open_page(options.folder / FILE)
-    print("\n".join([f"written: {options.folder / PAGE}, {options.folder / NUMBERS}", *lines(verdict)]))
-    return 0
+        if options.open:
+            open_page(options.folder / FILE)
+        print("\n".join([f"written: {options.folder / PAGE}, {options.folder / NUMBERS}", *lines(verdict)]))
+
+    return until_stopped(give_and_show, command)
 
 
 @interruptible()
@@ -73,36 +76,35 @@ def give_verdict(
     """
     output = options.folder
     check_folder(options)
-    output.mkdir(parents=True, exist_ok=True)
-    with holding(output / ".lock", f"another verdict is at work in {output}"):
+    with at_work(output, "verdict") as whole:
         saved = read_json(output / "plan.json")
         if saved is None:  # a set-up that failed or was killed leaves nothing
             for name in _BEFORE_THE_PLAN:
                 delete(output / name)
-        budget = Budget(60 * options.minutes, output / "spent.json", clock, began)
+        seconds = 60 * options.minutes
+        budget = Budget(seconds, output / "spent.json", clock, began, reserve(seconds))
         path, notes = configuration(options)
         with quiet(own_notes=False):
             experiment = Experiment(arguments(path, [], options.rest))
-        with Display("verdict") as display:
-            with quiet(own_notes=False), display.step("making the two models"):
-                model, sparse, dense, warnings = _systems(experiment)
-            if warnings:
-                how = "--exclude COLUMN" if options.target is not None else "--data.exclude=[COLUMN]"
-                warnings = [*warnings, f"{how} leaves a column out."]
-            for line in (*notes, *(f"check: {warning}" for warning in warnings)):
-                display.say(line)
-            if saved is not None:
-                plan = _read(saved)
-            else:
-                plan = _plan(experiment, dense.name, _num_experts(model), options, budget, display)
-                write_json(output / "options.json", _identity(options))
-                write_json(output / "plan.json", dataclasses.asdict(plan))
-            del model
-            work = Work(experiment, plan, options.seed, output, budget, display)
-            work.do()
+        with quiet(own_notes=False), bar("making the two models"):
+            model, sparse, dense, warnings = _systems(experiment)
+        if warnings:
+            how = "--exclude COLUMN" if options.target is not None else "--data.exclude=[COLUMN]"
+            warnings = [*warnings, f"{how} leaves a column out."]
+        for line in (*notes, *(f"check: {warning}" for warning in warnings)):
+            say(line)
+        if saved is not None:
+            plan = _read(saved)
+        else:
+            plan = _plan(experiment, dense.name, _num_experts(model), options, budget)
+            write_json(output / "options.json", _identity(options))
+            write_json(output / "plan.json", dataclasses.asdict(plan))
+        del model
+        work = Work(experiment, plan, options.seed, output, budget, whole)
+        work.do()
         if work.num_done:  # a finished verdict that is shown again takes none of its time
             budget.keep()
-        verdict = _verdict(options, work, sparse, dense, notes, warnings, command)
+        verdict = _verdict(options, work, (sparse, dense), notes, warnings, command)
         write(verdict, output)
         write_page(verdict_page(verdict), output / FILE)
         write_index(output.parent)
@@ -110,6 +112,11 @@ def give_verdict(
 
 
 _BEFORE_THE_PLAN = ("data", "config.yaml", "spent.json", "options.json")
+
+
+def reserve(seconds: float) -> float:
+    """Return the seconds that are kept for the end."""
+    return min(max(RESERVE_SHARE * seconds, LEAST_RESERVE), MOST_RESERVE)
 
 
 def check_folder(options: Options) -> None:
@@ -127,10 +134,8 @@ def check_folder(options: Options) -> None:
         others = [path.name for path in output.iterdir() if path.name not in (*_BEFORE_THE_PLAN, ".lock")]
         if others:
             raise ValueError(f"{output} holds {some(sorted(others), 3)} and no verdict: give another --output")
-    if saved is not None and has_plan and (unlike := differences(saved, _identity(options))):
-        raise ValueError(
-            f"{output} holds another verdict ({'; '.join(unlike[:3])}): give another --output, or delete it"
-        )
+    if saved is not None and has_plan:
+        check_same(output, "verdict", saved, _identity(options))
 
 
 def _identity(options: Options) -> dict[str, Any]:
@@ -165,9 +170,7 @@ def _systems(experiment: Experiment) -> tuple[Any, System, System, Sequence[str]
     return model, sparse, dense, getattr(data, "warnings", list)()
 
 
-def _plan(
-    experiment: Experiment, dense: str, num_experts: int, options: Options, budget: Budget, display: Display
-) -> Plan:
+def _plan(experiment: Experiment, dense: str, num_experts: int, options: Options, budget: Budget) -> Plan:
     """Measure the speed of both systems and return what fits into the seconds that are left.
 
     Raises:
@@ -175,12 +178,12 @@ def _plan(
     """
     speeds: dict[str, Speed] = {}
     counts: dict[str, float] = {}
-    endless = Budget(math.inf, budget.path, budget.clock)  # too small a budget is told what would do
+    endless = Budget(clock=budget.clock)  # too small a budget is told what would do
     for _ in range(2):  # the first round warms up
         if speeds and budget.left <= 0:
             break
         for name in (SPARSE, dense):
-            with display.step(f"measuring the speed of {label(name)}"):
+            with bar(f"measuring the speed of {label(name)}"):
                 speeds[name], counts = measure_speed(experiment, name, endless, budget.seconds)
     seconds_per_batch = max(max(speed.validation, speed.test) for speed in speeds.values())
     batches = max(counts["val_batches"], counts["test_batches"])
@@ -239,31 +242,25 @@ def _read(saved: Mapping[str, Any]) -> Plan:
 
 
 def _verdict(
-    options: Options,
-    work: Work,
-    sparse: System,
-    dense: System,
-    notes: Sequence[str],
-    checks: Sequence[str],
-    command: str,
+    options: Options, work: Work, costs: Sequence[System], notes: Sequence[str], checks: Sequence[str], command: str
 ) -> Verdict:
     """Return what the finished runs show."""
     plan, finished = work.plan, work.finished
     both = answers(finished)
     unknown = {"name": "quality", "higher_is_better": True}
-    first: Mapping[str, Any] = finished[0].results[SPARSE] if finished else unknown
+    first: Mapping[str, Any] = finished[0].results[0] if finished else unknown
     reasons: list[str] = []
     systems: dict[str, dict[str, Any]] = {}
     if finished:
-        facts = {name: _facts([f.results[name] for f in finished]) for name in plan.systems}
-        passes = work.steps / plan.train_batches if plan.train_batches else 0.0
-        reasons = causes(both, facts[SPARSE], facts[plan.dense], plan.num_experts, passes)
+        titles = {"sparse": SPARSE, "dense, equal FLOPs": plan.dense, "sparse, equal time": SPARSE}
         systems = {
-            "sparse": _figures([f.results[SPARSE] for f in finished], work.rates[SPARSE]),
-            "dense, equal FLOPs": _figures([f.results[plan.dense] for f in finished], work.rates[plan.dense]),
-            "sparse, equal time": _figures([f.timed for f in finished], work.rates[SPARSE]),
+            title: _figures([f.results[i] for f in finished], work.rates[name])
+            for i, (title, name) in enumerate(titles.items())
         }
-    made = [f"Dense: {dense.note}."] if dense.note else []
+        sparse_facts, dense_facts, _ = (_facts(own, first["higher_is_better"]) for own in systems.values())
+        passes = work.steps / plan.train_batches if plan.train_batches else 0.0
+        reasons = causes(both, sparse_facts, dense_facts, plan.num_experts, passes)
+    made = [f"Dense: {costs[1].note}."] if costs[1].note else []
     made += ["The time was up before all planned runs were finished."] if work.is_over else []
     if plan.most_batches is not None:
         made.append(f"Each evaluation takes the first {plan.most_batches} batches of a split: all would take too long.")
@@ -286,40 +283,26 @@ def _verdict(
             "command": command,
             "config": work.experiment.plain(),
             "schedule": dataclasses.asdict(plan.schedule),
-            "costs": {s.name: dataclasses.asdict(s.cost) for s in (sparse, dense) if s.cost is not None},
+            "costs": {s.name: dataclasses.asdict(s.cost) for s in costs if s.cost is not None},
         },
     )
 
 
-def _facts(results: Sequence[Mapping[str, Any]]) -> Facts:
-    """Return the means of a system's final runs, a larger quality being better."""
-    sign = 1.0 if results[0]["higher_is_better"] else -1.0
-    routing = {name: _mean(results, "routing", name) for name in results[0]["routing"]}
-    return Facts(
-        sign * _mean(results, "quality"),
-        sign * _mean(results, "train_quality"),
-        statistics.median(r["seconds_per_step"] for r in results),
-        routing,
-    )
-
-
 def _figures(results: Sequence[Mapping[str, Any]], rate: float | None) -> dict[str, Any]:
+    """Return the chosen rate of a system and the means of its final runs."""
     return {
         "rate": rate,
         "steps": results[0]["steps"],
-        "quality": _mean(results, "quality"),
-        "train_quality": _mean(results, "train_quality"),
+        "quality": statistics.fmean(r["quality"] for r in results),
+        "train_quality": statistics.fmean(r["train_quality"] for r in results),
         "seconds_per_step": statistics.median(r["seconds_per_step"] for r in results),
         "by_seed": [r["quality"] for r in results],
-        "routing": {name: _mean(results, "routing", name) for name in results[0]["routing"]},
+        "routing": means([r["routing"] for r in results]),
     }
 
 
-def _mean(results: Sequence[Mapping[str, Any]], *keys: str) -> float:
-    values = []
-    for result in results:
-        value: Any = result
-        for key in keys:
-            value = value[key]
-        values.append(float(value))
-    return sum(values) / len(values)
+def _facts(figures: Mapping[str, Any], higher_is_better: bool) -> Facts:
+    """Return the figures of a system, a larger quality being better."""
+    sign = 1.0 if higher_is_better else -1.0
+    quality, trained = sign * figures["quality"], sign * figures["train_quality"]
+    return Facts(quality, trained, figures["seconds_per_step"], figures["routing"])

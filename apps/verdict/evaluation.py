@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 import core
 from apps.base.evaluation import in_evaluation
 from apps.data.loader import as_it_is
+from apps.runner.budget import Budget
 from apps.train.balanced import routing_metrics
 from apps.train.module import SparseModule
-from apps.verdict.budget import Budget
 
 BLOCKS = 16
 """Parts of the test split that stand for its examples where a module tells its quality of whole passes alone."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import yaml
 
 from apps.base.messages import counted
-from apps.report.intervals import Interval, mean_interval
-from apps.report.page import BarChart, Entry, Page, Point, ScatterChart, Section, Table, Text, how_to_repeat, shown
+from apps.compare.costs import SECONDS, Costs, Quality
+from apps.report.intervals import mean_interval
+from apps.report.page import BarChart, Entry, Page, Part, Section, Table, Text, how_to_repeat, shown
 from apps.verdict.result import Verdict, how, in_words
 
 
@@ -19,9 +20,9 @@ def verdict_page(verdict: Verdict) -> Page:
         verdict=(verdict.last_line, *(in_words(answer, quality) for answer in verdict.answers)),
         figures=_figures(verdict) if verdict.systems else None,
         sections=(
-            Section("Checks", (Text(verdict.checks),) if verdict.checks else ()),
-            Section("Why", (Text(verdict.reasons),) if verdict.reasons else ()),
-            Section("What would change it", (Text(verdict.changes),) if verdict.changes else ()),
+            Section("Checks", Text.if_any(verdict.checks)),
+            Section("Why", Text.if_any(verdict.reasons)),
+            Section("What would change it", Text.if_any(verdict.changes)),
             Section("The answers", (_answers(verdict),)),
             Section("Quality", _charts(verdict) if verdict.systems else ()),
             Section("How it was found", (Text((*verdict.notes, *how(verdict))),)),
@@ -38,44 +39,33 @@ def verdict_page(verdict: Verdict) -> Page:
 
 def _figures(verdict: Verdict) -> Table:
     better = "higher" if verdict.higher_is_better else "lower"
-    rows = (
-        ("learning rate", *(shown(own["rate"]) for own in verdict.systems.values())),
-        ("steps", *(str(own["steps"]) for own in verdict.systems.values())),
-        ("ms a step", *(shown(1000 * own["seconds_per_step"], 3) for own in verdict.systems.values())),
-        (f"test {verdict.quality}", *(shown(own["quality"]) for own in verdict.systems.values())),
-        (f"{verdict.quality} on training data", *(shown(own["train_quality"]) for own in verdict.systems.values())),
+    names = ("learning rate", "steps", "ms a step", f"test {verdict.quality}", f"{verdict.quality} on training data")
+    columns = (
+        (own["rate"], own["steps"], 1000 * own["seconds_per_step"], own["quality"], own["train_quality"])
+        for own in verdict.systems.values()
     )
+    rows = tuple((name, *map(shown, values)) for name, *values in zip(names, *columns, strict=True))
     return Table(f"Means over the seeds; {better} {verdict.quality} is better", ("", *verdict.systems), rows)
 
 
 def _answers(verdict: Verdict) -> Table:
     rows = []
     for answer in verdict.answers:
-        gain = answer.gain
-        if gain is None or gain.half_width is None:
-            rows.append((answer.where, answer.outcome, "–" if gain is None else shown(gain.mean), "–", "–", "–"))
-            continue
-        ends = f"{shown(gain.low)} to {shown(gain.high)}"
-        rows.append((answer.where, answer.outcome, shown(gain.mean), ends, str(gain.count), str(gain.num_examples)))
+        gain, of = answer.gain, ("–", "–", "–")
+        if gain is not None and gain.half_width is not None:
+            of = (f"{shown(gain.low)} to {shown(gain.high)}", str(gain.count), str(gain.num_examples))
+        rows.append((answer.where, answer.outcome, "–" if gain is None else shown(gain.mean), *of))
     headings = ("at", "sparse", "gain", "95 % interval", "seeds", "test values")
     return Table("How much better sparse is than dense; above 0 is better", headings, tuple(rows))
 
 
-def _charts(verdict: Verdict) -> tuple[ScatterChart, BarChart]:
+def _charts(verdict: Verdict) -> tuple[Part, ...]:
     quality = f"test {verdict.quality}"
-    points = []
-    for name, own in verdict.systems.items():
-        mean: Interval = mean_interval(own["by_seed"])
-        ends = (None, None) if mean.half_width is None else (mean.low, mean.high)
-        points.append(Point(name, own["steps"] * own["seconds_per_step"], own["quality"], *ends))
-    best = (max if verdict.higher_is_better else min)(points, key=lambda point: point.y)
-    against_time = ScatterChart(
-        "Quality against the time of a training",
-        f"{best.label} has the best mean, {shown(best.y)} after {shown(best.x, 3)} seconds of steps.",
-        "seconds of steps",
-        quality,
-        tuple(points),
-    )
+    models = [
+        (name, mean_interval(own["by_seed"]), Costs(None, {}, own["steps"] * own["seconds_per_step"]))
+        for name, own in verdict.systems.items()
+    ]
+    against = Quality(quality, False, verdict.higher_is_better, models)
     by_seed = BarChart(
         "Quality of each seed",
         f"The {quality} of {counted(len(verdict.seeds), 'seed')} of each model; the seeds share the order of the data.",
@@ -84,4 +74,4 @@ def _charts(verdict: Verdict) -> tuple[ScatterChart, BarChart]:
         tuple(map(str, verdict.seeds)),
         {name: tuple(own["by_seed"]) for name, own in verdict.systems.items()},
     )
-    return against_time, by_seed
+    return *against.charts({SECONDS: "the time of a training"}), by_seed

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from apps.compare.files import write_json, write_text
+from apps.base.files import write_json, write_text
+from apps.report.tables import markdown_table
 from apps.verdict.decision import LEAST_SEEDS, Answer, last_line
 
 PAGE, NUMBERS = "verdict.md", "verdict.json"
@@ -86,12 +87,8 @@ def markdown(verdict: Verdict) -> str:
     page += [f"{in_words(answer, verdict.quality)}  " for answer in verdict.answers]
     better = "higher" if verdict.higher_is_better else "lower"
     heading = f"{verdict.quality} ({better} is better)"
-    page += ["", f"| model | rate | steps | ms a step | {heading} | on training data |"]
-    page += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
-    for name, own in verdict.systems.items():
-        cells = ["–" if own["rate"] is None else f"{own['rate']:g}", str(own["steps"])]
-        cells += [f"{1000 * own['seconds_per_step']:.3g}", f"{own['quality']:.4f}", f"{own['train_quality']:.4f}"]
-        page.append(f"| {name} | {' | '.join(cells)} |")
+    columns = ("model", "rate", "steps", "ms a step", heading, "on training data")
+    page += ["", *markdown_table(columns, [_row(name, own) for name, own in verdict.systems.items()])]
     parts = (("Checks", verdict.checks), ("Why", verdict.reasons), ("What would change it", verdict.changes))
     for heading, part in parts:
         if part:
@@ -99,6 +96,12 @@ def markdown(verdict: Verdict) -> str:
     page += ["", "## How it was found", "", *(f"- {line}" for line in (*verdict.notes, *how(verdict)))]
     page.append(f"- Command: `{verdict.facts['command']}`")
     return "\n".join(page) + "\n"
+
+
+def _row(name: str, own: Mapping[str, Any]) -> list[str]:
+    rate = "–" if own["rate"] is None else f"{own['rate']:g}"
+    milliseconds = f"{1000 * own['seconds_per_step']:.3g}"
+    return [name, rate, str(own["steps"]), milliseconds, f"{own['quality']:.4f}", f"{own['train_quality']:.4f}"]
 
 
 def how(verdict: Verdict) -> Sequence[str]:

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from apps.compare.systems import SPARSE
 from apps.verdict.decision import LEAST_SEEDS
 
-FACTORS = (1 / 3, 1.0, 3.0)
-"""Learning rates of the search, as multiples of the configured one."""
-
 FIRST_RUNG = 0.25
 """Part of a final run's steps that a run of the search's first rung has; each later one has twice as many."""
 
@@ -41,8 +38,8 @@ class Speed:
 
     step: float
     start: float
-    validation: float
-    test: float
+    validation: float = 0.0
+    test: float = 0.0
 
     def search(self, steps: int) -> float:
         """Return the seconds of a run of the search."""
@@ -95,9 +92,10 @@ def search_seconds(schedule: Schedule, speeds: Mapping[str, Speed]) -> float:
 def seed_seconds(steps: int, speeds: Mapping[str, Speed]) -> float:
     """Return the seconds of one seed's final runs: each system at equal steps, and sparse at equal time."""
     seconds = sum(speed.final(steps) for speed in speeds.values())
-    for name, speed in speeds.items():
-        if name != SPARSE:
-            seconds += speeds[SPARSE].final(equal_time_steps(steps, speeds[SPARSE].step, speed.step))
+    sparse = speeds[SPARSE]
+    for speed in speeds.values():
+        timed = equal_time_steps(steps, sparse.step, speed.step)
+        seconds += 0.0 if timed == steps else sparse.final(timed)
     return seconds
 
 

@@ -6,7 +6,6 @@ test. An unfinished one is done anew: runs are short.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,18 +19,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from apps.base.files import replacing
 from apps.base.quiet import quiet
 from apps.compare.experiment import Experiment, check_validation
-from apps.compare.files import read_json, write_json
-from apps.compare.training import Progress, interruptible, unseen
+from apps.compare.training import interruptible
+from apps.runner.budget import Budget, BudgetOver
+from apps.runner.unit import Unit
+from apps.runner.workers import Progress, unseen
 from apps.train.cost import num_examples
-from apps.train.finite import NonFiniteError
 from apps.train.progress import routing_figures
-from apps.verdict.budget import Budget, BudgetOver
 from apps.verdict.evaluation import BLOCKS, evaluate
 from apps.verdict.schedule import Speed
 
 # Trainer options that a verdict sets itself, beside those that every comparison sets.
-_OWN = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "limit_val_batches", "limit_test_batches",
-        "limit_predict_batches", "val_check_interval", "check_val_every_n_epoch", "overfit_batches")  # fmt: skip
+_UNSET = ("min_epochs", "min_steps", "max_time", "limit_test_batches", "limit_predict_batches", "val_check_interval")
+_OWN = {**dict.fromkeys(_UNSET), "max_epochs": -1, "limit_val_batches": 0, "check_val_every_n_epoch": 1,
+        "overfit_batches": 0.0}  # fmt: skip
 
 VALIDATION_NEED = "the learning rates are chosen by"
 """What a verdict needs a validation split for, as messages say it."""
@@ -41,35 +41,26 @@ _MOST_SAMPLE = 2000
 
 
 @dataclass(frozen=True)
-class Run:
-    """A training.
+class Run(Unit):
+    """A training of a verdict; a rate of None is the model's own, which has no name.
 
     Attributes:
-        system: name of the system.
-        rate: learning rate; None: the model's own, which has no name.
         steps: optimizer steps.
-        seed: seed of the initial weights, the data order and everything else that is random.
         kind: "search", which is validated, "final", which is tested, at equal steps, or "timed", at equal time.
     """
 
-    system: str
-    rate: float | None
     steps: int
-    seed: int
     kind: Literal["search", "final", "timed"]
+
+    ROOM, KEY = "runs", "run"
 
     @property
     def name(self) -> str:
-        rate = "" if self.rate is None else f"-lr{self.rate:g}"
-        return f"{self.system}/{self.kind}{rate}-{self.steps}steps-seed{self.seed}"
+        return self.named(self.kind, f"-{self.steps}steps")
 
-    def folder(self, output: Path) -> Path:
-        return output / "runs" / self.name
-
-    def read(self, output: Path) -> dict[str, Any] | None:
-        """Return the result; None where the run is not finished."""
-        result: dict[str, Any] | None = read_json(self.folder(output) / "result.json")
-        return result
+    @property
+    def is_search(self) -> bool:
+        return self.kind == "search"
 
     def values(self, output: Path) -> np.ndarray:
         """Return the values by example that a finished run has kept; none of one that diverged.
@@ -162,29 +153,20 @@ def do(
         BudgetOver: the time was up before the run was finished; nothing of it is kept.
         NonFiniteError: a final run diverged; a run of the search records it.
     """
-    folder, began = run.folder(output), budget.clock()
-    result: dict[str, Any] = {"run": {**dataclasses.asdict(run), "name": run.name}}
-    with quiet(own_notes=False):
-        try:
-            model, data, trainer, pace = _fit(experiment, run.system, run.rate, run.seed, run.steps, budget, progress)
-        except NonFiniteError as error:
-            if run.kind != "search":
-                raise NonFiniteError(f"{run.name}: {error}") from None
-            result |= {"quality": None, "diverged": str(error)}
+
+    def work() -> dict[str, Any]:
+        model, data, trainer, pace = _fit(experiment, run.system, run.rate, run.steps, budget, progress)
+        if run.is_search:
+            validated = evaluate(model, trainer, data.val_dataloader(), most_batches, budget)
+            result: dict[str, Any] = {"quality": validated.quality, "higher_is_better": validated.higher_is_better}
+            values_N = validated.values_N
         else:
-            result |= {"steps": pace.steps, "seconds_per_step": pace.seconds_per_step}
-            if run.kind == "search":
-                validated = evaluate(model, trainer, data.val_dataloader(), most_batches, budget)
-                result |= {"quality": validated.quality, "higher_is_better": validated.higher_is_better}
-                values_N = validated.values_N
-            else:
-                tested, values_N = _tested(model, data, trainer, budget, most_batches)
-                result |= tested
-            with replacing(folder / "values.npy", "wb") as file:
-                np.save(file, values_N)
-    result["wall_seconds"] = budget.clock() - began
-    write_json(folder / "result.json", result)
-    return result
+            result, values_N = _tested(model, data, trainer, budget, most_batches)
+        with replacing(run.folder(output) / "values.npy", "wb") as file:
+            np.save(file, values_N)
+        return {"steps": pace.steps, "seconds_per_step": pace.seconds_per_step, **result}
+
+    return run.record(output, work, budget.clock)
 
 
 def _tested(
@@ -221,30 +203,16 @@ def _fit(
     experiment: Experiment,
     system: str,
     rate: float | None,
-    seed: int,
     steps: int,
     budget: Budget,
     progress: Progress,
     until: Callable[[int, float], bool] = lambda steps, seconds: False,
 ) -> tuple[Any, Any, Trainer, Pace]:
-    seed_everything(seed, verbose=False)
     model, data = experiment.build(system, rate)
     module = model.module
     module.reports = False  # pictures and checks are not part of a verdict
     pace = Pace(budget, progress, until)
-    options = {k: v for k, v in experiment.trainer_options.items() if k not in _OWN}
-    trainer = Trainer(
-        **options,
-        max_epochs=-1,
-        max_steps=steps,
-        limit_val_batches=0,
-        callbacks=[*experiment.callbacks(), pace],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = experiment.trainer(pace, **_OWN, max_steps=steps)
     with interruptible(trainer):
         trainer.fit(module, datamodule=data)
     if pace.is_over and pace.steps < steps:
@@ -255,7 +223,7 @@ def _fit(
 
 
 def measure_speed(
-    experiment: Experiment, system: str, budget: Budget, seconds: float, progress: Progress = unseen
+    experiment: Experiment, system: str, budget: Budget, seconds: float
 ) -> tuple[Speed, dict[str, float]]:
     """Train ``system`` for a few steps and evaluate a few batches; return its speed and what else that tells.
 
@@ -264,7 +232,6 @@ def measure_speed(
         system: what is trained.
         budget: the seconds that are left for it.
         seconds: those of the whole verdict.
-        progress: is called with the steps.
 
     Returns:
         The speed, whose ``validation`` and ``test`` are seconds of a *batch* there, and the numbers of batches:
@@ -281,9 +248,8 @@ def measure_speed(
             return steps >= _TRIAL_STEPS or (steps >= _LEAST_TRIAL_STEPS and passed >= limit)
 
         began = budget.clock()
-        model, data, trainer, pace = _fit(
-            experiment, system, experiment.rate, experiment.seed, 1_000_000, budget, progress, until
-        )
+        seed_everything(experiment.seed, verbose=False)
+        model, data, trainer, pace = _fit(experiment, system, experiment.rate, 1_000_000, budget, unseen, until)
         start = budget.clock() - began - pace.steps * pace.seconds_per_step
         data.setup("test")
         loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}

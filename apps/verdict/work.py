@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import statistics
@@ -13,22 +12,31 @@ from typing import Any
 
 import numpy as np
 
-from apps.compare.display import Display
+from apps.base.files import read_json, write_json
+from apps.base.progress import Bar, say
 from apps.compare.experiment import Experiment
-from apps.compare.files import read_json, write_json
+from apps.compare.plan import SEARCH_SEED
 from apps.compare.stats import nearest_first
 from apps.compare.systems import SPARSE
 from apps.report.intervals import crossed_interval
-from apps.verdict.budget import Budget, BudgetOver
+from apps.runner.budget import Budget, BudgetOver
+from apps.runner.runner import Runner
+from apps.runner.unit import RESULT
+from apps.runner.workers import Progress
 from apps.verdict.decision import LEAST_SEEDS, Answer, decide
-from apps.verdict.schedule import LEAST_STEPS, MOST_SEEDS, Schedule, equal_time_steps
+from apps.verdict.schedule import (
+    LEAST_STEPS,
+    MOST_SEEDS,
+    Schedule,
+    Speed,
+    equal_time_steps,
+    search_seconds,
+    seed_seconds,
+)
 from apps.verdict.training import Run, do
 
 _ROUNDING = 1e-12
 """Gains that differ by less than this part of the values are equal, and show no spread."""
-
-SEARCH_SEED = 1000
-"""Added to the first seed for the search, so that no rate is chosen for the order of a final run's data."""
 
 
 @dataclass(frozen=True)
@@ -59,23 +67,15 @@ class Plan:
     def systems(self) -> tuple[str, str]:
         return (SPARSE, self.dense)
 
-    def seconds(self, system: str, steps: int) -> float:
-        """Return the seconds that a run takes, without its evaluations, as measured beforehand."""
-        return self.start_seconds + steps * self.seconds_per_step[system]
-
     @property
-    def search_seconds(self) -> float:
-        """Return the seconds of the search of all systems, without its evaluations."""
-        rungs = self.schedule.rungs
-        return sum(count * self.seconds(name, steps) for count, steps in rungs for name in self.systems)
+    def speeds(self) -> dict[str, Speed]:
+        """Return the seconds of both systems, without those of evaluations, as measured beforehand."""
+        return {name: Speed(self.seconds_per_step[name], self.start_seconds) for name in self.systems}
 
     @property
     def seed_seconds(self) -> float:
         """Return the seconds of one seed's final runs, without their evaluations."""
-        steps, by_step = self.schedule.steps, self.seconds_per_step
-        timed = equal_time_steps(steps, by_step[SPARSE], by_step[self.dense])
-        of_time = 0.0 if timed == steps else self.seconds(SPARSE, timed)
-        return sum(self.seconds(name, steps) for name in self.systems) + of_time
+        return seed_seconds(self.schedule.steps, self.speeds)
 
 
 @dataclass(frozen=True)
@@ -84,25 +84,21 @@ class Finished:
 
     Attributes:
         seed: the seed.
-        results: results at equal steps, by system.
-        timed: result of sparse at equal time.
-        values: test values of the same runs: sparse, dense, and sparse at equal time, each (N,).
+        results: results of sparse and of dense at equal steps, and of sparse at equal time.
+        values: test values of the same runs, each (N,).
     """
 
     seed: int
-    results: Mapping[str, Mapping[str, Any]]
-    timed: Mapping[str, Any]
-    values: tuple[np.ndarray, np.ndarray, np.ndarray]
+    results: Sequence[Mapping[str, Any]]
+    values: Sequence[np.ndarray]
 
 
-class Work:
+class Work(Runner[Run, Mapping[str, Any]]):
     """Does a plan within the budget; finished runs stay so."""
 
-    def __init__(
-        self, experiment: Experiment, plan: Plan, seed: int, output: Path, budget: Budget, display: Display
-    ) -> None:
-        self.experiment, self.plan, self.seed, self.output = experiment, plan, seed, output
-        self.budget, self.display = budget, display
+    def __init__(self, experiment: Experiment, plan: Plan, seed: int, output: Path, budget: Budget, whole: Bar) -> None:
+        super().__init__(whole, output, budget)
+        self.experiment, self.plan, self.seed = experiment, plan, seed
         budget.hold_back(3 * plan.start_seconds)  # writing the result takes about as long as beginning a run
         self.steps = plan.schedule.steps
         configured = experiment.rate or 1.0  # without one there are no rates to choose from
@@ -110,12 +106,11 @@ class Work:
         self.rates: dict[str, float | None] = dict.fromkeys(plan.systems, default)
         self.finished: list[Finished] = []
         self.is_over = False
-        self.num_done = 0
 
     def do(self) -> None:
         """Do all runs that the budget allows.
 
-        ``rates``, ``steps`` and ``finished`` hold the result, ``num_done`` the number of runs that are new.
+        ``rates``, ``steps`` and ``finished`` hold the result.
 
         What the search chose is kept in ``chosen.json``: all seeds have it, also those of a resumed verdict.
 
@@ -123,7 +118,8 @@ class Work:
             ValueError: training diverged at every rate.
             NonFiniteError: a final run diverged.
         """
-        self.display.start(self.plan.search_seconds + self.plan.schedule.seeds * self.plan.seed_seconds)
+        schedule = self.plan.schedule
+        self.whole.begin(search_seconds(schedule, self.plan.speeds) + schedule.seeds * self.plan.seed_seconds)
         try:
             chosen = read_json(self.output / "chosen.json")
             if chosen is None:
@@ -134,7 +130,7 @@ class Work:
             self._finals()
         except BudgetOver:
             self.is_over = True
-            self.display.say("the time is up; what is finished is judged")
+            say("the time is up; what is finished is judged")
 
     def _search(self) -> None:
         """Halve the rates of both systems rung by rung; the systems take turns, so that a slow moment hits both.
@@ -146,7 +142,7 @@ class Work:
         try:
             self._rungs()
         except BudgetOver:
-            self.display.say("the search of learning rates takes longer than planned, and ends here")
+            say("the search of learning rates takes longer than planned, and ends here")
         finally:
             self.budget.reserve = reserve
 
@@ -155,10 +151,8 @@ class Work:
         left: dict[str, list[float]] = {name: list(schedule.rates) for name in systems}
         for rung, (_, steps) in enumerate(schedule.rungs):
             seed = self.seed + SEARCH_SEED + rung
-            runs = {name: [Run(name, rate, steps, seed, "search") for rate in left[name]] for name in systems}
-            for turn in itertools.zip_longest(*runs.values()):
-                for run in filter(None, turn):
-                    self._run(run)
+            runs = {name: [Run(name, rate, seed, steps, "search") for rate in left[name]] for name in systems}
+            self.finish(filter(None, itertools.chain(*itertools.zip_longest(*runs.values()))))
             assert self.experiment.rate is not None
             for name in systems:
                 values = [self._gains(run) for run in runs[name]]
@@ -167,10 +161,10 @@ class Work:
 
     def _affordable_steps(self) -> int:
         """Return the steps of a final run: as planned, or fewer, of which the fewest seeds fit at the search's pace."""
-        runs = [read_json(path) for path in (self.output / "runs").glob("*/search-*/result.json")]
-        if any((self.output / "runs").glob("*/final-*")):  # of a version that did not keep what was chosen
+        runs = self._searched("*")
+        if any((self.output / Run.ROOM).glob("*/final-*")):  # of a version that did not keep what was chosen
             return self.steps
-        planned = sum(self.plan.seconds(run["run"]["system"], run["run"]["steps"]) for run in runs)
+        planned = sum(self._seconds(run["run"]["system"], run["run"]["steps"]) for run in runs)
         slower = sum(run["wall_seconds"] for run in runs) / planned if runs else 1.0
         share = self.budget.left / (LEAST_SEEDS * slower * self.plan.seed_seconds)
         return max(min(self.steps, LEAST_STEPS), math.floor(min(share, 1.0) * self.steps))
@@ -183,59 +177,54 @@ class Work:
         return values_N if result.get("higher_is_better", True) else -values_N
 
     def _finals(self) -> None:
-        dense, steps = self.plan.dense, self.steps
-        timed_steps = equal_time_steps(steps, self._step_seconds(SPARSE), self._step_seconds(dense))
+        steps = self.steps
+        timed_steps = equal_time_steps(steps, *map(self._step_seconds, self.plan.systems))
         seconds: list[float] = []
         for number in range(MOST_SEEDS):
             is_planned = number < self.plan.schedule.seeds
             seed = self.seed + number
-            runs = {name: Run(name, self.rates[name], steps, seed, "final") for name in self.plan.systems}
-            timed = Run(SPARSE, self.rates[SPARSE], timed_steps, seed, "timed")
-            timed = runs[SPARSE] if timed_steps == steps else timed
-            is_new = any(run.read(self.output) is None for run in (*runs.values(), timed))
+            runs = [Run(name, self.rates[name], seed, steps, "final") for name in self.plan.systems]
+            timed = Run(SPARSE, self.rates[SPARSE], seed, timed_steps, "timed")
+            runs.append(runs[0] if timed_steps == steps else timed)
+            is_new = any(self.read(run) is None for run in runs)
             # Whether a seed is begun depends on the time that is left, and on nothing that the others gave.
             if is_new and seconds and self.budget.left < (0.9 * min(seconds) if is_planned else 1.1 * max(seconds)):
                 if is_planned:
                     raise BudgetOver
                 return
             if not is_planned:
-                self.display.grow(self.plan.seed_seconds)
-            results = {name: self._run(run) for name, run in runs.items()}
-            of_time = results[SPARSE] if timed == runs[SPARSE] else self._run(timed)
-            sparse_N, dense_N, timed_N = (run.values(self.output) for run in (runs[SPARSE], runs[dense], timed))
-            if not len(sparse_N) == len(dense_N) == len(timed_N):
-                sizes = f"{len(sparse_N)}, {len(dense_N)} and {len(timed_N)}"
-                raise ValueError(f"the runs of seed {seed} have {sizes} test values: the data have changed")
-            self.finished.append(Finished(seed, results, of_time, (sparse_N, dense_N, timed_N)))
-            seconds.append(sum(own["wall_seconds"] for own in (*results.values(), of_time)))
+                self.whole.grow(self.plan.seed_seconds)
+            done = self.finish(runs)
+            values = [run.values(self.output) for run in runs]
+            sizes = [len(values_N) for values_N in values]
+            if len(set(sizes)) > 1:
+                counts = "{}, {} and {}".format(*sizes)
+                raise ValueError(f"the runs of seed {seed} have {counts} test values: the data have changed")
+            self.finished.append(Finished(seed, [done[run] for run in runs], values))
+            seconds.append(sum(own["wall_seconds"] for own in done.values()))
 
-    def _run(self, run: Run) -> Mapping[str, Any]:
-        result, seconds = run.read(self.output), self.plan.seconds(run.system, run.steps)
-        if result is not None:
-            self.display.skip(seconds)
-            return result
-        self.budget.check()
+    def work(self, unit: Run, progress: Progress) -> Mapping[str, Any]:
+        return do(self.experiment, unit, self.output, self.budget, self.plan.most_batches, progress)
 
-        def show(done: int, total: int, figures: Mapping[str, float]) -> None:
-            self.display.unit(run.name, done, total, figures, seconds)
+    def weight(self, unit: Run) -> float:
+        return self._seconds(unit.system, unit.steps)
 
-        try:
-            result = do(self.experiment, run, self.output, self.budget, self.plan.most_batches, show)
-        finally:
-            self.budget.keep()
-            gc.collect()
-        self.num_done += 1
-        self.display.finished(run.name, seconds)
+    def line(self, unit: Run, result: Mapping[str, Any]) -> str:
         left = self.budget.seconds - self.budget.spent
         quality = "diverged" if result["quality"] is None else f"{result['quality']:.4g}"
-        self.display.say(f"{run.name}: {quality}, {result['wall_seconds']:.1f} s; {left:.0f} s left")
-        return result
+        return f"{quality}, {result['wall_seconds']:.1f} s; {left:.0f} s left"
+
+    def _seconds(self, system: str, steps: int) -> float:
+        """Return the seconds that a run takes, without its evaluations, as measured beforehand."""
+        return self.plan.speeds[system].final(steps)
+
+    def _searched(self, system: str) -> list[Any]:
+        """Return the results of the search that are there."""
+        return [read_json(path) for path in sorted((self.output / Run.ROOM).glob(f"{system}/search-*/{RESULT}"))]
 
     def _step_seconds(self, system: str) -> float:
         """Return the median seconds of a step in the search, or as measured before where nothing was searched."""
-        files = sorted((self.output / "runs" / system).glob("search-*/result.json"))
-        search = [read_json(path) for path in files]
-        seconds = [result["seconds_per_step"] for result in search if "seconds_per_step" in result]
+        seconds = [result["seconds_per_step"] for result in self._searched(system) if "seconds_per_step" in result]
         return statistics.median(seconds) if seconds else self.plan.seconds_per_step[system]
 
 
@@ -273,7 +262,7 @@ def answers(finished: Sequence[Finished]) -> tuple[Answer, Answer]:
     def answer(where: str, own: int) -> Answer:
         if not finished:
             return Answer(where, "undecided", None)
-        sign = 1.0 if finished[0].results[SPARSE]["higher_is_better"] else -1.0
+        sign = 1.0 if finished[0].results[0]["higher_is_better"] else -1.0
         gains_SN = np.stack([sign * (f.values[own] - f.values[1]) for f in finished])
         largest = max(float(np.abs(values).max()) for f in finished for values in f.values)
         if np.ptp(gains_SN) <= _ROUNDING * largest:

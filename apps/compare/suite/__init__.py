@@ -2,8 +2,8 @@
 leaderboard.
 
 The modules, from the ground up: ``options`` (the command line), ``file`` (the suite file: boards and their entries),
-``figures`` (what finished runs have shown, as JSON), ``kinds`` (what a model is), ``queue`` (the runs, in order),
-``standings`` (the rows of a board), ``markdown`` and ``page`` (how they are shown), ``command`` (the whole).
+``figures`` (what finished runs have shown, as JSON), ``queue`` (the runs, in order), ``standings`` (the rows of a
+board), ``markdown`` and ``page`` (how they are shown), ``command`` (the whole).
 """
 
 from __future__ import annotations

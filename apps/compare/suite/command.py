@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from apps.base.files import holding
+from apps.base.files import write_text
 from apps.base.machine import moment
 from apps.base.progress import say
-from apps.cli.errors import stopped
-from apps.compare.command import command_line
-from apps.compare.display import Display
-from apps.compare.files import write_text
+from apps.compare.command import command_line, until_stopped
 from apps.compare.suite.figures import Figures
 from apps.compare.suite.file import Suite
 from apps.compare.suite.markdown import duration, markdown
@@ -22,6 +20,8 @@ from apps.compare.suite.queue import Queue
 from apps.compare.suite.standings import standings
 from apps.compare.training import interruptible
 from apps.report.page import FILE, open_page, show_page, write_index, write_page
+from apps.runner.budget import Budget
+from apps.runner.folder import at_work
 
 
 def run(command: Command, argv: Sequence[str]) -> int:
@@ -32,11 +32,7 @@ def run(command: Command, argv: Sequence[str]) -> int:
     """
     # The same command goes on, but for --minutes 0, which trains nothing.
     again = command_line(["--suite", command.suite.path] if command.minutes == 0 else argv)
-    try:
-        run_suite(command, again)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        return stopped(stop, f"; what is finished is kept. To go on: {again}")
-    return 0
+    return until_stopped(lambda: run_suite(command, again), again)
 
 
 @interruptible()
@@ -48,17 +44,16 @@ def run_suite(command: Command, again: str, clock: Callable[[], float] = time.mo
     """
     suite = command.suite
     figures, runs = Figures(suite.figures_folder), suite.runs_folder
-    runs.mkdir(parents=True, exist_ok=True)
-    with holding(runs / ".lock", f"another suite is at work in {runs}"):
-        with Display(suite.title) as display:
-            queue = Queue(suite, figures, command.rounds, display, command.minutes, clock)
-            try:
-                queue.do()
-            finally:
-                _write(suite, figures)
+    budget = Budget(math.inf if command.minutes is None else 60 * command.minutes, clock=clock)
+    with at_work(runs, "suite", suite.title) as whole:
+        queue = Queue(suite, figures, command.rounds, whole, budget)
+        try:
+            queue.do()
+        finally:
+            _write(suite, figures)
         left = queue.left()
         if left:
-            estimate = sum(entry.minutes or 0.0 for _, entry, _ in left)
+            estimate = sum(run.entry.minutes or 0.0 for run in left)
             about = f", about {duration(estimate)} by the suite's estimates" if estimate else ""
             why = "the time is up" if queue.is_over else "the data of some boards cannot be had"
             say(f"{why}; runs left: {len(left)}{about}. To go on: {again}")

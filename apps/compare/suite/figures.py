@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from apps.compare.files import differences, read_json, write_json
+from apps.base.files import read_json, write_json
 from apps.compare.suite.file import Entry, slug
+from apps.runner.folder import differences
 
 _DIGITS = 7
 
@@ -38,16 +39,14 @@ class Figures:
             ValueError: the file is not one of figures.
         """
         row = self._saved(entry.board).get(entry.name)
-        if row is None or not self._is_of(row, entry):
+        if row is None or self.changes(entry):
             return {"runs": {}}
         return {**row, "runs": {int(seed): run for seed, run in row["runs"].items()}}
 
     def changes(self, entry: Entry) -> list[str]:
         """Return how the configuration differs from the one of the saved figures; empty where it does not."""
         row = self._saved(entry.board).get(entry.name)
-        return (
-            [] if row is None or self._is_of(row, entry) else differences(_identity(row, entry), _identity_now(entry))
-        )
+        return [] if row is None else differences(_identity(row, entry), _identity_now(entry))
 
     def add(self, entry: Entry, **facts: Any) -> None:
         """Save facts of a row; figures of another configuration under its name go."""
@@ -70,10 +69,6 @@ class Figures:
         ):
             raise ValueError(f"{path} holds no figures of a suite: delete it to have them made again")
         return rows
-
-    @staticmethod
-    def _is_of(row: Mapping[str, Any], entry: Entry) -> bool:
-        return _identity(row, entry) == _identity_now(entry)
 
 
 def _identity_now(entry: Entry) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from apps.base.checks import check_at_least
 from apps.base.messages import excerpt, unknown_name
@@ -63,6 +64,10 @@ class Entry:
     baseline: str | None = None
     baseline_minutes: float = 1.0
     minutes: float | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.board}: {self.name}"
 
     @cached_property
     def written(self) -> dict[str, Any]:
@@ -317,18 +322,8 @@ def _check_once(names: Sequence[str], what: str) -> None:
 _OF_THE_COMMAND = ("path", "chosen")
 """Fields of a suite that its file does not have."""
 
-_PARTS = {"tuple[Board, ...]": Board, "tuple[Model, ...]": Model}
-
-_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "str": (str, "a text"),
-    "str | None": (str, "a text"),
-    "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
-    "float | None": ((int, float), "a number"),
-    "bool": (bool, "true or false"),
-    "Mapping[str, Any]": (Mapping, "a mapping"),
-}
-"""Classes of a value, and their name in messages, by the type hint of its field."""
+_KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", Mapping: "a mapping"}
+"""What messages call a value."""
 
 
 def _made(kind: type[T], given: Any, where: str) -> T:
@@ -354,28 +349,24 @@ def _made(kind: type[T], given: Any, where: str) -> T:
     for name, f in fields.items():
         if name not in given and f.default is f.default_factory is dataclasses.MISSING:
             raise UsageError(f"{place}{what} needs {name!r}")
-    values = {
-        name: _value(value, str(fields[name].type), f"{where}.{name}" if where else name)
-        for name, value in given.items()
-    }
+    hints, start = get_type_hints(kind), f"{where}." if where else ""
+    values = {name: _value(value, hints[name], f"{start}{name}") for name, value in given.items()}
     try:
         return kind(**values)
     except ValueError as error:
         raise type(error)(f"{place}{error}") from None
 
 
-def _value(value: Any, hint: str, where: str) -> Any:
-    """Return the value of a field with this type hint, lists as tuples."""
-    if hint.startswith("tuple"):
+def _value(value: Any, hint: Any, where: str) -> Any:
+    """Return the value of a field of this type, lists as tuples."""
+    if get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise UsageError(f"{where}={excerpt(value)} is not a list")
-        part = _PARTS.get(hint)
-        if part is not None:
-            return tuple(_made(part, item, f"{where}.{i}") for i, item in enumerate(value))
-        return tuple(_value(item, "str", f"{where}.{i}") for i, item in enumerate(value))
-    classes, name = _KINDS[hint]
-    if value is None and hint.endswith("None"):
-        return None
-    if not isinstance(value, classes) or (isinstance(value, bool) and classes is not bool):
-        raise UsageError(f"{where}={excerpt(value)} is not {name}")
+        return tuple(_value(item, get_args(hint)[0], f"{where}.{i}") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return _made(hint, value, where)  # type: ignore[arg-type]
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
+    accepted = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+        raise UsageError(f"{where}={excerpt(value)} is not {_KINDS[kinds[0]]}")
     return value

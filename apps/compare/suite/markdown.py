@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Sequence
 
 from apps.compare.suite.file import Suite
-from apps.compare.suite.kinds import MEANINGS
 from apps.compare.suite.standings import Standings
+from apps.report.tables import markdown_table
+from apps.train.kinds import MEANINGS
 
 
 def markdown(suite: Suite, boards: Sequence[Standings]) -> str:
@@ -22,8 +23,8 @@ def markdown(suite: Suite, boards: Sequence[Standings]) -> str:
         lines += ["", f"## {board.name}", ""]
         if board.about:
             lines += [board.about.strip(), ""]
-        first, *rest = ([_escaped(cell) for cell in row] for row in standings.cells())
-        lines += [_row(first), "| --- | --- |" + " ---: |" * (len(first) - 2), *map(_row, rest)]
+        first, *rest = standings.cells()
+        lines += markdown_table(first, rest, left=2)
         below = [line for line in (standings.sentence(), *standings.notes(), *not_run(suite, standings)) if line]
         lines += ["", *(f"- {line}" for line in below)] if below else []
         machines = standings.machines()
@@ -75,11 +76,3 @@ def not_run(suite: Suite, standings: Standings) -> list[str]:
 def duration(minutes: float) -> str:
     """Return minutes as "40 min" or "3.2 h"."""
     return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")

@@ -7,23 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from apps.cli.configs import shipped
+from apps.compare.costs import FLOPS, SECONDS, Quality
 from apps.compare.suite.file import Suite
 from apps.compare.suite.markdown import legend, not_run
-from apps.compare.suite.standings import Standing, Standings
+from apps.compare.suite.standings import Standings
 from apps.compare.table import shown_interval
-from apps.report.page import (
-    MOST_FIGURES,
-    Code,
-    Entry,
-    Page,
-    Part,
-    Point,
-    ScatterChart,
-    Section,
-    Table,
-    Text,
-    shown,
-)
+from apps.report.page import MOST_FIGURES, Code, Page, Section, Table, Text
 
 
 def leaderboard_page(suite: Suite, boards: Sequence[Standings], date: str) -> Page:
@@ -45,7 +34,7 @@ def leaderboard_page(suite: Suite, boards: Sequence[Standings], date: str) -> Pa
         ),
         kind="leaderboard",
         date=date,
-        entries=tuple(_entry(board, row) for board in boards for row in board.ranked),
+        entries=tuple(entry for board in boards for entry in _quality(board).entries(f"{board.board.name}: ")),
     )
 
 
@@ -63,54 +52,15 @@ def _leaders(boards: Sequence[Standings]) -> Table | None:
 
 def _section(suite: Suite, board: Standings) -> Section:
     headings, *lines = board.cells()
-    about = [line for line in (board.board.about.strip(),) if line]
     left = [line.replace("`", "") for line in not_run(suite, board)]
-    below = [*board.notes(), *left, *(f"Runs: {machine}." for machine in board.machines())]
-    parts: list[Part] = [Text(tuple(about))] if about else []
-    parts += _charts(board)
-    parts.append(Table("", tuple(headings), tuple(map(tuple, lines)), sortable=True))
-    parts += [Text(tuple(below))] if below else []
-    return Section(board.board.name, tuple(parts))
+    charts = _quality(board).charts({FLOPS: "FLOPs", SECONDS: "training time"}, f"{board.board.name}: quality")
+    table = Table("", tuple(headings), tuple(map(tuple, lines)), sortable=True)
+    below = Text.if_any([*board.notes(), *left, *(f"Runs: {machine}." for machine in board.machines())])
+    return Section(board.board.name, (*Text.if_any([board.board.about.strip()]), *charts, table, *below))
 
 
-def _charts(board: Standings) -> list[ScatterChart]:
-    """Return the first metric against FLOPs and against training time, where they are known."""
+def _quality(board: Standings) -> Quality:
+    """Return the first metric of the rows with figures, and what they take."""
     metric = board.metrics[0]
-    factor = 100.0 if metric in board.shares else 1.0
-    unit = next((row.figures["cost"]["unit"] for row in board.ranked if row.figures.get("cost")), "an example")
-    charts = []
-    for name, axis, costs in (
-        ("FLOPs", f"MFLOPs {unit}, forward", [(row.cost("flops_per_example") or 0.0) / 1e6 for row in board.ranked]),
-        ("training time", "training time of a run, s", [row.train_seconds or 0.0 for row in board.ranked]),
-    ):
-        points = []
-        for row, cost in zip(board.ranked, costs, strict=True):
-            test = row.tests[metric]
-            if test is None or not cost:
-                continue
-            ends = (None, None) if test.half_width is None else (factor * test.low, factor * test.high)
-            points.append(Point(row.title, cost, factor * test.mean, *ends))
-        if not points:
-            continue
-        best = points[0]
-        seen = f"The best mean is that of {best.label}, {best.y:.4g} at {shown(best.x)}; bars are 95 % intervals."
-        spread = max(p.x for p in points) > 20 * min(p.x for p in points)
-        title = f"{board.board.name}: quality against {name}"
-        charts.append(ScatterChart(title, seen, axis, f"test {board.heading(metric)}", tuple(points), log_x=spread))
-    return charts
-
-
-def _entry(board: Standings, row: Standing) -> Entry:
-    metric = board.metrics[0]
-    test = row.tests[metric]
-    assert test is not None
-    flops = row.cost("flops_per_example")
-    figures = {
-        f"test {board.heading(metric)}": (100.0 if metric in board.shares else 1.0) * test.mean,
-        "MFLOPs": None if flops is None else flops / 1e6,
-        "parameters": row.cost("num_params"),
-        "active parameters": row.cost("active_params"),
-        "training, s": row.train_seconds,
-    }
-    name = f"{board.board.name}: {row.title}"
-    return Entry(name, {name: value for name, value in figures.items() if value is not None})
+    models = [(row.title, test, row.costs) for row in board.ranked if (test := row.tests[metric]) is not None]
+    return Quality(f"test {board.heading(metric)}", metric in board.shares, board.higher_is_better, models)

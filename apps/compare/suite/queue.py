@@ -6,9 +6,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
-import time
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,86 +17,93 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from apps.base.machine import machine_line, source_commit
 from apps.base.messages import message, some
+from apps.base.progress import Bar, bar, say
 from apps.base.quiet import quiet
 from apps.cli.configs import shipped
 from apps.cli.errors import UsageError
-from apps.compare.display import Display
 from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.measure import Job, measure
 from apps.compare.options import Options
-from apps.compare.plan import SEARCH_SEED, Plan
+from apps.compare.plan import Plan
 from apps.compare.suite.figures import Figures
 from apps.compare.suite.file import Board, Entry, Suite
-from apps.compare.suite.kinds import kind_of
 from apps.compare.summary import short_name
 from apps.compare.systems import SPARSE, candidates, measured
 from apps.compare.training import Unit, train
 from apps.data.cache import DataError
+from apps.runner.budget import Budget, BudgetOver
+from apps.runner.runner import Runner
+from apps.runner.workers import Progress
 from apps.train.cost import Cost, measure_cost
 from apps.train.finite import NonFiniteError
+from apps.train.kinds import kind_of_network
 from apps.train.stopping import StopsSoon
 
 _UNKNOWN_MINUTES = 1.0
 """What a run without an estimate counts for in the bar."""
 
 
-class TimeIsUp(Exception):
-    """The minutes of this call are over; what is at work is kept as a checkpoint."""
-
-
 class _StopsInTime(StopsSoon):
     """Ends a training after an optimizer step with a checkpoint, or after a validation that is at work, in time."""
 
-    def __init__(self, is_over: Callable[[], bool]) -> None:
+    def __init__(self, budget: Budget) -> None:
         super().__init__()
-        self.is_over = is_over
+        self.budget = budget
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.asked = self.asked or self.is_over()
+        self.asked = self.asked or self.budget.left <= 0
 
 
-class Queue:
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A row of a board with one seed, the ``number``-th of its own."""
+
+    board: Board
+    entry: Entry
+    number: int
+    seed: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.entry.title}, seed {self.seed}"
+
+    @property
+    def weight(self) -> float:
+        return self.entry.minutes or _UNKNOWN_MINUTES
+
+
+class Queue(Runner[Run, Mapping[str, Any]]):
     """Does the runs of a suite that are not finished.
 
     Args:
         suite: the suite.
         figures: figures of the finished runs.
         rounds: timed rounds of speed and memory of each row; 0 measures nothing.
-        display: shows what is at work.
-        minutes: time for this call; None: no limit.
-        clock: a function that returns the time in seconds.
+        whole: the bar over all runs.
+        budget: the time for this call.
 
     Attributes:
         missing: why the data of a board cannot be had, by the name of the board.
         is_over: whether the time was up before all was done.
     """
 
-    def __init__(
-        self,
-        suite: Suite,
-        figures: Figures,
-        rounds: int,
-        display: Display,
-        minutes: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.suite, self.figures, self.rounds, self.display = suite, figures, rounds, display
+    def __init__(self, suite: Suite, figures: Figures, rounds: int, whole: Bar, budget: Budget) -> None:
+        super().__init__(whole, suite.runs_folder, budget)
+        self.suite, self.figures, self.rounds = suite, figures, rounds
         self.chosen = [board for board in suite.boards if suite.is_chosen(board)]
-        self._clock, self._end = clock, None if minutes is None else clock() + 60 * minutes
         self._experiment = functools.lru_cache(maxsize=2)(experiment_of)
-        self._claimed: set[Path] = set()
         self.missing: dict[str, str] = {}
         self.is_over = False
 
-    def left(self) -> list[tuple[Board, Entry, int]]:
+    def left(self) -> list[Run]:
         """Return the runs that are not finished, in their order."""
-        return [
-            (board, entry, self.suite.seeds_of(entry)[number])
+        every = (
+            Run(board, entry, number, self.suite.seeds_of(entry)[number])
             for number in range(self.suite.seeds)
             for board in self.chosen
             for entry in board.entries
-            if not self._is_done(entry, self.suite.seeds_of(entry)[number])
-        ]
+        )
+        return [run for run in every if self.read(run) is None]
 
     def do(self) -> None:
         """Do all runs that the time allows.
@@ -111,49 +117,44 @@ class Queue:
                 for entry in board.entries:
                     self._describe(board, entry)
             left = self.left()
-            self.display.start(sum(_minutes(entry) for _, entry, _ in left))
-            for board, entry, seed in left:
-                self._check_time()
-                if board.name not in self.missing:
-                    self._do(board, entry, seed)
-        except TimeIsUp:
+            self.whole.begin(sum(map(self.weight, left)))
+            self.finish(left)
+        except BudgetOver:
             self.is_over = True
 
-    def _is_done(self, entry: Entry, seed: int) -> bool:
-        row = self.figures.row(entry)
+    def read(self, unit: Run) -> Mapping[str, Any] | None:
+        row = self.figures.row(unit.entry)
         if row.get("refused"):
-            return True
-        return seed in row["runs"] and not self._lacks_speed(entry, row, seed)
+            return row
+        return None if self._lacks_speed(unit, row) else row["runs"].get(unit.seed)
 
-    def _lacks_speed(self, entry: Entry, row: Mapping[str, Any], seed: int) -> bool:
+    def _lacks_speed(self, run: Run, row: Mapping[str, Any]) -> bool:
         """Return whether the speed is still to be measured: once a row, after the training of its first seed."""
-        if not self.rounds or row.get("cost") is None or "speed" in row or seed != self.suite.seeds_of(entry)[0]:
+        if not self.rounds or row.get("cost") is None or "speed" in row or run.number:
             return False
-        return "diverged" not in row["runs"][seed]
+        return "diverged" not in row["runs"].get(run.seed, {})
 
     def _describe(self, board: Board, entry: Entry) -> None:
         """Save what a row is and costs, where it is not known; what was left out may be there by now."""
         row = self.figures.row(entry)
         if ("kind" in row and not row.get("refused")) or board.name in self.missing:
             return
-        self._check_time()
+        self.budget.check()
         changes = self.figures.changes(entry)
         if changes:
-            self.display.say(
-                f"{_title(entry)}: its configuration is another one ({some(changes, 3)}): it is trained anew"
-            )
+            say(f"{entry.title}: its configuration is another one ({some(changes, 3)}): it is trained anew")
         with self._with_data(board):
             try:
-                with quiet(own_notes=False), self.display.step(f"{_title(entry)}: counting FLOPs"):
+                with quiet(own_notes=False), bar(f"{entry.title}: counting FLOPs"):
                     facts = _facts(self._experiment(entry.files, entry.rest), entry)
             except (DataError, UsageError):
                 raise
             except ValueError as error:
-                raise ValueError(f"{_title(entry)}: {message(error)}") from error
+                raise ValueError(f"{entry.title}: {message(error)}") from error
             self._check_examples(board, entry, facts["test_examples"])
             self.figures.add(entry, **facts)
             if facts["refused"]:
-                self.display.say(f"{_title(entry)} is left out: {facts['refused']}")
+                say(f"{entry.title} is left out: {facts['refused']}")
 
     @contextlib.contextmanager
     def _with_data(self, board: Board) -> Iterator[None]:
@@ -162,7 +163,7 @@ class Queue:
             yield
         except DataError as error:
             self.missing[board.name] = str(error)
-            self.display.say(f"{board.name} is not run: {error}")
+            say(f"{board.name} is not run: {error}")
 
     def _check_examples(self, board: Board, entry: Entry, number: int | None) -> None:
         for other in board.entries:
@@ -173,100 +174,93 @@ class Queue:
                     f"{known:,}: the rows of a board share data, split and test examples"
                 )
 
-    def _do(self, board: Board, entry: Entry, seed: int) -> None:
-        """Do a run, and after that of the first seed measure the speed."""
-        with self._with_data(board):
+    def line(self, unit: Run, result: Mapping[str, Any]) -> str:
+        if "diverged" in result:
+            return f"diverged ({result['diverged']})"
+        metrics = unit.board.metrics or [self.figures.row(unit.entry)["monitor"]]
+        shown = ", ".join(f"{m} {result['test'][m]:.4g}" for m in metrics if m in result["test"])
+        return f"test {shown}, {result['train_seconds']:.1f} s"
+
+    def work(self, unit: Run, progress: Progress) -> Mapping[str, Any] | None:
+        """Do a run, and after that of the first seed measure the speed; None where its data cannot be had."""
+        entry = unit.entry
+        with self._with_data(unit.board):
+            if unit.board.name in self.missing:
+                return None
             with quiet(own_notes=False):
                 experiment = self._experiment(entry.files, entry.rest)
-            if seed not in self.figures.row(entry)["runs"]:
-                self._run(board, entry, seed, experiment)
-            if self._lacks_speed(entry, self.figures.row(entry), seed):
-                self._check_time()
-                self.figures.add(entry, speed=self._speed(entry, seed, experiment))
-        gc.collect()
+            if unit.seed not in self.figures.row(entry)["runs"]:
+                self.figures.add_run(entry, unit.seed, {**self._run(unit, experiment, progress), **_where()})
+            if self._lacks_speed(unit, self.figures.row(entry)):
+                self.budget.check()
+                self.figures.add(entry, speed=self._speed(unit, experiment))
+            return self.read(unit)
+        return None
 
-    def _run(self, board: Board, entry: Entry, seed: int, experiment: Experiment) -> None:
-        folder, row = entry.folder(self.suite.runs_folder), self.figures.row(entry)
-        self._claim(entry, experiment, folder)
-        name = f"{_title(entry)}, seed {seed}"
-        unit = self._unit(entry, row, seed)
+    def _run(self, run: Run, experiment: Experiment, progress: Progress) -> dict[str, Any]:
+        """Return the figures of a run, which is done where its folder does not have them."""
+        board, entry = run.board, run.entry
+        folder = entry.folder(self.suite.runs_folder)
+        plan, unit = self._planned(run, experiment)
+        plan.claim(folder)  # refuses one that an earlier version of the code has begun with other defaults
         if unit.search is not None and unit.search.read(folder) is None:
-            self._train(experiment, unit.search, folder, f"{name}, its settings", 0.0)
+            show = functools.partial(self.show, f"{run.title}, its settings", weight=0.0)
+            self._train(experiment, unit.search, folder, show)
         try:
-            result = unit.read(folder) or self._train(experiment, unit, folder, name, _minutes(entry))
+            result = unit.read(folder) or self._train(experiment, unit, folder, progress)
         except NonFiniteError as error:
-            self.figures.add_run(entry, seed, {"diverged": str(error), **_where()})
-            self.display.say(f"{name}: diverged ({error})")
-            return
+            return {"diverged": str(error)}
         test = {short_name(metric): value for metric, value in result["test"].items()}
         lacking = [metric for metric in board.metrics if metric not in test]
         if lacking and entry.baseline is None:
             logged = ", ".join(sorted(test))
             raise ValueError(f"board {board.name!r}: {entry.name!r} tests no {lacking[0]!r}; it has {logged}")
-        run = {name: result[name] for name in ("steps", "train_seconds")}
-        self.figures.add_run(entry, seed, {"test": test, **run, **_where()})
-        self.display.finished(name, _minutes(entry))
-        shown = ", ".join(f"{m} {test[m]:.4g}" for m in board.metrics or [row["monitor"]] if m in test)
-        self.display.say(f"{name}: test {shown}, {result['train_seconds']:.1f} s")
+        return {"test": test, "steps": result["steps"], "train_seconds": result["train_seconds"]}
 
-    def _claim(self, entry: Entry, experiment: Experiment, folder: Path) -> None:
-        """Refuse a folder of runs that an earlier version of the code has begun with other defaults."""
-        if folder in self._claimed:
-            return
+    def _planned(self, run: Run, experiment: Experiment) -> tuple[Plan, Unit]:
+        """Return the plan of the comparison that has the row's runs, and what is trained in this one."""
+        entry, row = run.entry, self.figures.row(run.entry)
         rates = () if experiment.rate is None else (experiment.rate,)
         options = Options(num_seeds=self.suite.seeds, learning_rates=rates, baseline_minutes=entry.baseline_minutes)
-        Plan.make(experiment.plain(), options, experiment.rate, experiment.seed).claim(folder)
-        self._claimed.add(folder)
+        plan = Plan.make(experiment.plain(), options, experiment.rate, experiment.seed)
+        units = plan.final_units(entry.baseline or SPARSE, row.get("rate"), bool(row.get("tunes")))
+        return plan, units[run.number]
 
-    def _train(self, experiment: Experiment, unit: Unit, folder: Path, name: str, work: float) -> dict[str, Any]:
+    def _train(self, experiment: Experiment, unit: Unit, folder: Path, show: Progress) -> dict[str, Any]:
         """Do a unit of work.
 
         Raises:
-            TimeIsUp: the time is up; the unit goes on from its checkpoint, and a search after the last setting.
+            BudgetOver: the time is up; the unit goes on from its checkpoint, and a search after the last setting.
         """
-        stops = _StopsInTime(self._time_is_up)
+        stops = _StopsInTime(self.budget)
 
         def progress(done: int, total: int, figures: Mapping[str, float]) -> None:
-            self.display.unit(name, done, total, figures, work)
-            if unit.minutes is not None and not unit.final:
-                self._check_time()
+            show(done, total, figures)
+            if unit.minutes is not None and unit.is_search:
+                self.budget.check()
 
         try:
             return train(experiment, unit, folder, progress, (stops,))
         except SIGTERMException:
             if stops.asked:
-                raise TimeIsUp from None
+                raise BudgetOver from None
             raise
 
-    def _unit(self, entry: Entry, row: Mapping[str, Any], seed: int) -> Unit:
-        system = entry.baseline or SPARSE
-        if not row.get("tunes"):
-            return Unit(system, row.get("rate"), seed, final=True)
-        return Unit(system, None, seed, final=True, minutes=entry.baseline_minutes, tuned_by=entry.seed + SEARCH_SEED)
-
-    def _speed(self, entry: Entry, seed: int, experiment: Experiment) -> dict[str, Any]:
-        unit, name = self._unit(entry, self.figures.row(entry), seed), f"{_title(entry)}, speed and memory"
-        trained = unit.checkpoint(entry.folder(self.suite.runs_folder))
+    def _speed(self, run: Run, experiment: Experiment) -> dict[str, Any]:
+        (_, unit), name = self._planned(run, experiment), f"{run.entry.title}, speed and memory"
+        trained = unit.checkpoint(run.entry.folder(self.suite.runs_folder))
         # The runs of figures that were made elsewhere may be gone: speed needs the model, and trained weights little.
         checkpoint = str(trained) if trained.exists() else None
-        job = Job(experiment.arguments, unit.system, checkpoint, experiment.replaced, torch.get_num_threads())
-        show = functools.partial(self.display.unit, name, work=0.0)
+        job = Job(experiment.arguments, unit.system, checkpoint, torch.get_num_threads())
+        show = functools.partial(self.show, name, weight=0.0)
         speed = measure({name: job}, self.rounds, show, experiment.modules)[name]
-        self.display.finished(name, 0.0)
+        self.end(name, 0.0)
         return {
-            "train_examples_per_second": speed["train_examples_per_second"],
-            "inference_examples_per_second": speed["inference_examples_per_second"],
+            **{name: speed[name] for name in ("train_examples_per_second", "inference_examples_per_second")},
             "peak_memory_bytes": speed["peak_memory_bytes"] - speed["base_memory_bytes"],
             "trained": checkpoint is not None,
             **_where(),
         }
-
-    def _time_is_up(self) -> bool:
-        return self._end is not None and self._clock() >= self._end
-
-    def _check_time(self) -> None:
-        if self._time_is_up():
-            raise TimeIsUp
 
 
 def experiment_of(files: tuple[str, ...], rest: tuple[str, ...]) -> Experiment:
@@ -311,14 +305,16 @@ def _facts(experiment: Experiment, entry: Entry) -> dict[str, Any]:
     }
 
 
+def kind_of(model: Any) -> str:
+    """Return what a model is, such as "sparse".
+
+    Args:
+        model: a module with its ``module``, the torch model, or an ``Estimator``, whose attribute ``kind`` says it.
+    """
+    module = getattr(model, "module", None)
+    return str(getattr(model, "kind", "no network")) if module is None else kind_of_network(module)
+
+
 def _where() -> dict[str, str]:
     """Return on what a figure was made: the machine and the day, and the commit of the source."""
     return {"machine": machine_line(), "commit": source_commit()}
-
-
-def _minutes(entry: Entry) -> float:
-    return entry.minutes or _UNKNOWN_MINUTES
-
-
-def _title(entry: Entry) -> str:
-    return f"{entry.board}: {entry.name}"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from apps.compare.costs import FLOPS, MEMORY, NONE, SECONDS, SIZES, SPEEDS, Costs
 from apps.compare.stats import paired_difference
 from apps.compare.suite.figures import Figures
 from apps.compare.suite.file import Board, Entry, Suite
 from apps.compare.systems import label
-from apps.compare.table import NONE, shown_interval
+from apps.compare.table import shown_interval
 from apps.report.intervals import Interval, mean_interval
 from apps.report.tables import is_share
-from apps.train.cost import megaflops
+
+_COSTS = (FLOPS, *SIZES, *SPEEDS, MEMORY, SECONDS)
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,12 @@ class Standing:
             return "left out"
         return "diverged" if self.diverged else "not run"
 
-    def cost(self, name: str) -> float | None:
-        """Return a figure of its cost, by the name of a field of ``Cost``; None where it has none."""
-        cost = self.figures.get("cost")
-        return None if cost is None else float(cost[name])
-
-    def speed(self, name: str) -> float | None:
-        """Return a measured figure of its speed or memory; None where it was not measured."""
-        speed = self.figures.get("speed")
-        return None if speed is None else float(speed[name])
-
     @property
-    def train_seconds(self) -> float | None:
+    def costs(self) -> Costs:
+        """Return what it takes; figures that were not measured are not there."""
         seconds = [run["train_seconds"] for run in self.figures["runs"].values() if "train_seconds" in run]
-        return sum(seconds) / len(seconds) if seconds else None
+        mean = statistics.fmean(seconds) if seconds else None
+        return Costs(self.figures.get("cost"), self.figures.get("speed") or {}, mean)
 
 
 @dataclass(frozen=True)
@@ -120,19 +115,13 @@ class Standings:
 
     def cells(self) -> list[list[str]]:
         """Return the table: headings, then a line a row."""
-        unit = next((row.figures["cost"]["unit"] for row in self.rows if row.figures.get("cost")), "an example")
+        unit = next((row.costs.unit for row in self.rows if row.costs.unit), "an example")
         headings = [
             "model",
             "what it is",
             *map(self.heading, self.metrics),
             f"best minus it, {'points' if self.metrics[0] in self.shares else self.metrics[0]}",
-            f"MFLOPs {unit}",
-            "parameters",
-            "active parameters",
-            "training, examples/s",
-            "inference, examples/s",
-            "peak memory, MiB",
-            "training time, s",
+            *(f"{name} {unit}" if name == FLOPS else name for name in _COSTS),
             "seeds",
         ]
         return [headings, *(self._line(row) for row in self.rows)]
@@ -141,29 +130,22 @@ class Standings:
         tests = [shown_interval(row.tests[metric], metric in self.shares) for metric in self.metrics]
         if row.state:
             tests[0] = row.state
-        flops, memory = row.cost("flops_per_example"), row.speed("peak_memory_bytes")
         return [
             row.title,
             row.figures.get("kind") or NONE,
             *tests,
             shown_interval(row.behind, self.metrics[0] in self.shares),
-            NONE if flops is None else megaflops(flops),
-            _shown(row.cost("num_params")),
-            _shown(row.cost("active_params")),
-            _shown(row.speed("train_examples_per_second")),
-            _shown(row.speed("inference_examples_per_second")),
-            _shown(None if memory is None else memory / 2**20),
-            _shown(row.train_seconds, ",.1f"),
+            *map(row.costs.cell, _COSTS),
             f"{row.num_seeds} of {self.num_seeds}",
         ]
 
     def notes(self) -> list[str]:
         """Return lines on rows without figures, or with fewer than the others."""
-        lines = [f"{row.title}: left out: {row.figures['refused']}." for row in self.rows if row.figures.get("refused")]
-        for row in self.rows:
-            if row.diverged:
-                lines.append(f"{row.title}: diverged with {row.diverged} of {self.num_seeds} seeds.")
-        return lines
+        diverged = f"of {self.num_seeds} seeds."
+        return [
+            *(f"{row.title}: left out: {row.figures['refused']}." for row in self.rows if row.figures.get("refused")),
+            *(f"{row.title}: diverged with {row.diverged} {diverged}" for row in self.rows if row.diverged),
+        ]
 
     def machines(self) -> list[str]:
         """Return the machines, versions and days of the runs, each once."""
@@ -178,43 +160,31 @@ def standings(board: Board, suite: Suite, figures: Figures) -> Standings:
     higher = not board.lower_is_better
     if not board.metrics and known:
         higher = bool(known[0]["higher_is_better"])
-    values = {
+    tests = {
         name: {seed: run["test"] for seed, run in row["runs"].items() if "test" in run} for name, row in rows.items()
     }
-    first = metrics[0]
-    by_seed = {name: {s: test[first] for s, test in runs.items() if first in test} for name, runs in values.items()}
-    means = {name: sum(own.values()) / len(own) for name, own in by_seed.items() if own}
-    order = sorted(means, key=lambda name: means[name], reverse=higher)
+
+    def values(name: str, metric: str) -> dict[int, float]:
+        return {seed: test[metric] for seed, test in tests[name].items() if metric in test}
+
+    by_seed = {name: own for name in rows if (own := values(name, metrics[0]))}
+    order = sorted(by_seed, key=lambda name: statistics.fmean(by_seed[name].values()), reverse=higher)
 
     def made(entry: Entry) -> Standing:
-        tests = {metric: _interval(metric, values[entry.name]) for metric in metrics}
-        behind = None
-        if entry.name in means and entry.name != order[0]:
-            best, own = by_seed[order[0]], by_seed[entry.name]
-            seeds = [seed for seed in best if seed in own]
-            behind = paired_difference([best[s] for s in seeds], [own[s] for s in seeds]) if seeds else None
-        row = rows[entry.name]
-        return Standing(entry, row, tests, behind, sum("diverged" in run for run in row["runs"].values()))
+        name, behind = entry.name, None
+        by_metric = {metric: list(values(name, metric).values()) for metric in metrics}
+        # A row has the metrics that all of its runs have.
+        means = {m: mean_interval(v) if v and len(v) == len(tests[name]) else None for m, v in by_metric.items()}
+        if name in order[1:] and (seeds := [seed for seed in by_seed[order[0]] if seed in by_seed[name]]):
+            behind = paired_difference(*([by_seed[n][seed] for seed in seeds] for n in (order[0], name)))
+        return Standing(entry, rows[name], means, behind, sum("diverged" in run for run in rows[name]["runs"].values()))
 
-    all_rows = {entry.name: made(entry) for entry in board.entries}
-    shares = frozenset(
-        metric
-        for metric in metrics
-        if any(metric in test for runs in values.values() for test in runs.values())
-        and is_share(metric, ([test[metric] for test in runs.values() if metric in test] for runs in values.values()))
-    )
-    ranked = [all_rows.pop(name) for name in order]
-    return Standings(board, tuple(metrics), higher, shares, (*ranked, *all_rows.values()), suite.seeds)
+    made_rows = {entry.name: made(entry) for entry in board.entries}
+    every = {metric: [values(name, metric).values() for name in rows] for metric in metrics}
+    shares = frozenset(metric for metric, own in every.items() if any(own) and is_share(metric, own))
+    ranked = [made_rows.pop(name) for name in order]
+    return Standings(board, tuple(metrics), higher, shares, (*ranked, *made_rows.values()), suite.seeds)
 
 
 def _of_seeds(row: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
     return {**row, "runs": {seed: run for seed, run in row["runs"].items() if seed in seeds}}
-
-
-def _interval(metric: str, runs: Mapping[int, Mapping[str, float]]) -> Interval | None:
-    values = [test[metric] for test in runs.values() if metric in test]
-    return mean_interval(values) if values and len(values) == len(runs) else None
-
-
-def _shown(value: float | None, form: str = ",.0f") -> str:
-    return NONE if value is None else format(value, form)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +23,12 @@ class Text:
     @classmethod
     def of(cls, *lines: str) -> Text:
         return cls(lines)
+
+    @classmethod
+    def if_any(cls, lines: Iterable[str]) -> tuple[Text, ...]:
+        """Return one part with the lines that are not empty, or no part where there are none."""
+        shown = tuple(filter(None, lines))
+        return (cls(shown),) if shown else ()
 
 
 @dataclass(frozen=True)

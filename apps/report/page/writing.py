@@ -14,7 +14,7 @@ from apps.base.progress import say
 from apps.report.page.html import is_report, render
 from apps.report.page.parts import Page, Section
 from apps.report.page.saved import from_json, to_json
-from apps.report.tables import print_table
+from apps.report.tables import print_in_parts
 
 FILE = "report.html"
 """The name of a report in the folder of its run; ``report.json`` beside it is read by the index of runs."""
@@ -55,7 +55,7 @@ def show_page(page: Page) -> None:
         text = escape(line)
         Console().print(text if number else f"[bold]{text}[/bold]", highlight=False)
     if page.figures is not None:
-        print_table(page.figures.title, page.figures.columns, page.figures.rows)
+        print_in_parts(page.figures.columns, page.figures.rows, empty="–", title=page.figures.title)
 
 
 def open_page(path: Path) -> None:

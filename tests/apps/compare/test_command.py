@@ -22,7 +22,7 @@ from compared import asked, experiment, offers, overlay
 from places import ROOT
 
 from apps.cli import main as moesaic
-from apps.compare import command, display, measure, training, work
+from apps.compare import command, measure, training, work
 from apps.equal_cost import routers
 
 
@@ -117,7 +117,7 @@ def test_a_termination_is_no_success_and_says_how_to_go_on(config, tmp_path, mon
     def terminated(*_):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(display.Display, "unit", terminated)
+    monkeypatch.setattr(work.Work, "show", terminated)
     assert moesaic(argv) == 143
     assert f"terminated; what is finished is kept. To go on: moesaic {' '.join(argv)}" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -63,7 +63,7 @@ def test_every_model_begins_as_the_dense_one_and_has_the_rate_of_its_unit(config
 def test_speed_is_that_of_the_modules_own_steps(whole, config) -> None:
     experiment = Experiment(arguments(config, [], ()))
     checkpoint = next((whole / "units" / "sparse").glob("*/last.ckpt"))
-    bench = _Bench(Job(experiment.arguments, "sparse", str(checkpoint), experiment.replaced, 1))
+    bench = _Bench(Job(experiment.arguments, "sparse", str(checkpoint), 1))
     assert bench.facts["cost"]["replaced_flops_per_example"] == 1088
     assert bench.facts["examples_per_step"] == 16
     before = [p.clone() for p in bench.module.parameters()]

@@ -7,10 +7,11 @@ import json
 import pytest
 from compared import overlay
 
-from apps.compare.files import differences, read_json, write_json
+from apps.base.files import read_json, write_json
 from apps.compare.options import Options
 from apps.compare.plan import Plan, at_edge
 from apps.compare.training import shortened
+from apps.runner.folder import differences
 
 
 def test_differences_name_the_values():

@@ -10,8 +10,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from apps.verdict import work
-from apps.verdict.budget import Budget, BudgetOver
+from apps.runner.budget import Budget, BudgetOver
+from apps.verdict import command, work
 from apps.verdict.schedule import Schedule
 from apps.verdict.work import Finished, Plan, Work, answers, better_half
 
@@ -68,7 +68,7 @@ def machine(monkeypatch) -> Machine:
 
 
 def worked(machine, output, seconds, rates=RATES, seeds=3) -> Work:
-    budget = Budget(seconds, output / "spent.json", machine)
+    budget = Budget(seconds, output / "spent.json", machine, reserve=command.reserve(seconds))
     plan = Plan(Schedule(seeds, 100, rates), DENSE, 8, None, {"sparse": 0.02, DENSE: 0.01}, 0.0, 10, 100)
     made = Work(SimpleNamespace(rate=0.3), plan, 7, output, budget, SILENT)
     made.do()
@@ -162,8 +162,8 @@ def test_half_written_runs_are_named(machine, tmp_path):
 
 def test_gains_that_rounding_tells_apart_show_no_spread():
     values = np.sin(np.arange(40))
-    results = {"sparse": {"higher_is_better": True}}
-    finished = [Finished(seed, results, {}, (values + 0.1, values, values - 0.1)) for seed in range(3)]
+    results = [{"higher_is_better": True}]
+    finished = [Finished(seed, results, (values + 0.1, values, values - 0.1)) for seed in range(3)]
     at_flops, at_time = answers(finished)
     assert (at_flops.outcome, at_flops.gain.half_width) == ("undecided", 0.0)
     assert at_time.gain.mean == pytest.approx(-0.1, rel=1e-12)

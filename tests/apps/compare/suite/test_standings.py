@@ -11,9 +11,9 @@ from torch import nn
 import core
 from apps.compare.suite.figures import Figures
 from apps.compare.suite.file import Suite
-from apps.compare.suite.kinds import kind_of
 from apps.compare.suite.markdown import markdown
 from apps.compare.suite.page import leaderboard_page
+from apps.compare.suite.queue import kind_of
 from apps.compare.suite.standings import standings
 
 COST = {"num_params": 2000, "active_params": 1000, "flops_per_example": 2.5e6, "unit": "a point"}
@@ -48,7 +48,7 @@ def test_the_best_mean_leads_and_the_others_are_behind_it_seed_by_seed(tmp_path)
     assert second.behind.half_width == pytest.approx(4.302653 * 0.01 / 3**0.5, rel=1e-5)
     assert (third.behind.mean, third.behind.half_width) == (pytest.approx(0.20), None)  # seed 0 alone
     assert (last.tests["top1"], last.state) == (None, "not run")
-    assert second.train_seconds == 20.0
+    assert second.costs.train_seconds == 20.0
     lead = "B leads with top1 92.00 ± 6.57 %; minus A +10.00 ± 2.48 points"
     assert found.sentence() == f"{lead}: the 95 % interval over 3 seeds excludes 0."
     line = dict(zip(*found.cells()[:2], strict=True))

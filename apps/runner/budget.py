@@ -1,15 +1,13 @@
-"""The seconds that a verdict may take, over all processes that work on it."""
+"""The seconds that work may take, over all processes that do it."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from apps.compare.files import read_json, write_json
-
-RESERVE_SHARE, LEAST_RESERVE, MOST_RESERVE = 0.03, 1.0, 20.0
-"""Part of the seconds that is kept for the end, when the result is written, with its limits in seconds."""
+from apps.base.files import read_json, write_json
 
 MOST_HELD_BACK = 0.1
 """Part of the seconds that the reserve may be raised to on a slow machine."""
@@ -18,33 +16,37 @@ _KEPT_EVERY = 5.0
 
 
 class BudgetOver(Exception):
-    """The time is up: what is unfinished is given up, and what is finished is judged."""
+    """The time is up: what is finished stays, and what is at work is given up or goes on another time."""
 
 
 class Budget:
-    """Counts the seconds of a verdict.
+    """Counts the seconds of a piece of work.
 
     A killed process has written what it has spent, to the last five seconds, and its successor goes on from there.
 
     Args:
         seconds: all that may be spent.
-        path: file that keeps what is spent.
+        path: file that keeps what is spent; None: each process has all of the seconds.
         clock: a function that returns the time in seconds.
         began: the clock's time when this process began; None: now.
+        reserve: seconds that are kept for the end.
 
     Attributes:
-        reserve: seconds that are kept for the end.
         kept: seconds as they were written last.
     """
 
     def __init__(
-        self, seconds: float, path: Path, clock: Callable[[], float] = time.monotonic, began: float | None = None
+        self,
+        seconds: float = math.inf,
+        path: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        began: float | None = None,
+        reserve: float = 0.0,
     ) -> None:
-        self.seconds, self.path, self.clock = seconds, path, clock
+        self.seconds, self.path, self.clock, self.reserve = seconds, path, clock, reserve
         self._began = clock() if began is None else began
-        self._earlier = float((read_json(path) or {"seconds": 0.0})["seconds"])
-        self.kept = self._earlier
-        self.reserve = min(max(RESERVE_SHARE * seconds, LEAST_RESERVE), MOST_RESERVE)
+        saved = None if path is None else read_json(path)
+        self._earlier = self.kept = 0.0 if saved is None else float(saved["seconds"])
 
     def hold_back(self, seconds: float) -> None:
         """Raise the reserve to ``seconds``, within ``MOST_HELD_BACK``."""
@@ -56,13 +58,14 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Return the seconds for runs, without the reserve; negative where they are over."""
+        """Return the seconds for units, without the reserve; not above 0 where they are over."""
         return self.seconds - self.reserve - self.spent
 
     def keep(self) -> None:
         """Write what is spent."""
-        self.kept = self.spent
-        write_json(self.path, {"seconds": self.kept})
+        if self.path is not None:
+            self.kept = self.spent
+            write_json(self.path, {"seconds": self.kept})
 
     def check(self) -> None:
         """Write what is spent now and then, and end what is at work when the time is up.
