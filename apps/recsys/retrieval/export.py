@@ -16,7 +16,7 @@ from apps.recsys.retrieval.columns import encoding_of_part, names_of
 from apps.recsys.retrieval.model import Tower
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.export import described_columns, state_of_columns
-from apps.recsys.tables.plain_columns import PlainColumns, dynamic_axes, example_inputs, plain_inputs
+from apps.recsys.tables.plain_columns import batch_of, dynamic_axes, example_inputs, plain_inputs
 from apps.recsys.tables.scoring import encoding_of
 from apps.train.exporting import Exported, Graph
 
@@ -78,11 +78,11 @@ class PlainTower(nn.Module):
 
     def __init__(self, tower: Tower, features: Features, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.tower, self.columns, self.names = tower, PlainColumns(tower, features), names
+        self.tower, self.features, self.names = tower, features, names
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Return the vectors, float32 (B, dim), of length 1."""
-        return self.tower.compute(*self.columns(dict(zip(self.names, tensors, strict=True))))
+        return self.tower(batch_of(dict(zip(self.names, tensors, strict=True)), self.features), plain=True)
 
 
 class _Tower(nn.Module):

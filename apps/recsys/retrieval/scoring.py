@@ -226,7 +226,7 @@ def predict(
             batch, own = rows[begin : begin + batch_size], table.slice(begin, batch_size)
             seen_BH = None
             if seen is not None:
-                seen_BH = seen.by_user(column_of(batch, state["user_column"])).to(model.device)
+                seen_BH = seen.by_user(column_of(batch, encoding.features, state["user_column"])).to(model.device)
             vectors_BD = model.user_tower(batch.to(model.device))
             retrieved = retrieve(index, vectors_BD, seen_BH, top, ranking, candidates, own)
             parts.append(replace(retrieved, user_N=retrieved.user_N + first + begin))

@@ -70,13 +70,13 @@ def encoded(tables: Iterable[pa.Table], encoding: Encoding) -> Iterator[tuple[pa
         ValueError: a value that cannot be encoded; the message counts its row from the first table's first row.
     """
     from apps.data.array_files import ArraysInMemory
-    from apps.recsys.tables.new_rows import build_rows
+    from apps.recsys.tables.new_rows import NewRows
     from apps.recsys.tables.rows import TableRows
 
     first, unlike = 0, dict[str, Any]()
     for table in tables:
         columns = ArraysInMemory()
-        for what, counts in build_rows(table, encoding, columns, first).items():
+        for what, counts in NewRows(table, encoding, columns, first).unlike.items():
             unlike[what] = unlike.get(what, 0) + counts
         first += len(table)
         yield table, TableRows(columns, encoding.features, torch.arange(len(table)))

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from made_table import batch, features, jagged
+from made_table import batch, features, ragged
 from torch import Tensor
 
 import core
@@ -32,10 +32,11 @@ def whole_features() -> Features:
 
 def whole_batch(size: int = 4) -> TableBatch:
     draw = torch.Generator().manual_seed(3)
-    lists = {"past": [[1, 4], [], [2], [3, 3, 1]], "own": [[8], [1, 2], [], []]}
+    lists = ragged([[1, 4], [], [2], [3, 3, 1]], [[8], [1, 2], [], []])
     vector_BV = torch.randn(size, 3, generator=draw)
     vector_BV[2] = torch.nan
-    return dataclasses.replace(batch(size), sequences=jagged(lists), vector_BV=vector_BV)
+    of = batch(size)
+    return dataclasses.replace(of, lists=(*of.lists, *lists), vector_BV=vector_BV)
 
 
 def recommender(own: Features, shared: core.MultiGateConfig = SHARED, **options) -> MultiTaskRecommender:
@@ -56,10 +57,9 @@ def both(model: MultiTaskRecommender, of: TableBatch) -> tuple[Tensor, Tensor]:
 
 
 def test_the_inputs_by_hand():
-    lists = {"past": [[1, 4], []], "own": [[], []]}
-    sparse = jagged({"city": [[2], [3]], "film.tags": [[6], [0, 5]]})
-    of = TableBatch(torch.tensor([[1.0, 3.0], [torch.nan, 3.0]]), sparse, torch.zeros(2, 2), torch.arange(2),
-                    vector_BV=torch.ones(2, 3), sequences=jagged(lists))  # fmt: skip
+    lists = ragged([[6], [0, 5]], [[1, 4], []], [[], []])
+    of = TableBatch(torch.tensor([[1.0, 3.0], [torch.nan, 3.0]]), torch.tensor([[2, 3]]), torch.zeros(2, 2),
+                    torch.arange(2), vector_BV=torch.ones(2, 3), lists=lists)  # fmt: skip
     inputs = plain_inputs(of, whole_features())
     assert list(inputs) == ["dense", "categorical", "list_0", "list_1", "list_2", "vectors"]
     assert inputs["categorical"].tolist() == [[2], [3]]
