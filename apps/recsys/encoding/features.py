@@ -48,9 +48,6 @@ class ContinuousFeature:
     quantiles: tuple[float, ...] = ()
     missing: float = 0.0
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "quantiles", tuple(self.quantiles))  # a list in a checkpoint
-
 
 @core.register_config
 @dataclass(frozen=True)
@@ -110,10 +107,6 @@ class Target:
     classes: tuple[str, ...] = ()
     shares: tuple[float, ...] = ()
 
-    def __post_init__(self) -> None:
-        for name in ("levels", "classes", "shares"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list in a checkpoint
-
     def numbers_of(self, label_N: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return the numbers of an ordinal task's labels, float64 (N,); NaN for none."""
         numbers = np.array([*self.levels, np.nan])
@@ -143,10 +136,6 @@ class Features:
     targets: tuple[Target, ...] = ()
     vectors: tuple[VectorFeature, ...] = ()
     sequences: tuple[SequenceFeature, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("categorical", "continuous", "tasks", "positives", "targets", "vectors", "sequences"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list in a checkpoint
 
     @property
     def target_of_task(self) -> tuple[Target, ...]:

@@ -4,10 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+
+class Batch:
+    """A batch whose tensors, those of its parts too, can be moved; a base of dataclasses with ``index_B``."""
+
+    index_B: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return the batch on ``device``, itself where it is there already.
+
+        Lightning names no ``non_blocking``, which CUDA can always do.
+        """
+        if self.index_B.device == torch.device(device):
+            return self
+        return _each(self, "to", device, non_blocking=non_blocking or torch.device(device).type == "cuda")
+
+    def pin_memory(self) -> Self:
+        return _each(self, "pin_memory")
 
 
 @dataclass(frozen=True)
@@ -28,7 +46,7 @@ class Ragged:
     @classmethod
     def of_padded(cls, rows_BL: Tensor) -> Ragged:
         """Return the values of (B, L), in which -1 is padding; it becomes row 0 of no row of the batch."""
-        B, is_there_BL = len(rows_BL), rows_BL >= 0
+        B, is_there_BL = rows_BL.shape[0], rows_BL >= 0
         own_BL = torch.where(is_there_BL, torch.arange(B)[:, None], B)
         return cls(rows_BL.clamp_min(0).flatten(), is_there_BL.sum(1), own_BL.flatten())
 
@@ -40,13 +58,9 @@ class Ragged:
         row_B = torch.arange(len(self.length_B), device=self.values_N.device)
         return row_B.repeat_interleave(self.length_B, output_size=len(self.values_N))
 
-    def each(self, method: str, *args: Any, **kwargs: Any) -> Ragged:
-        """Return the column with a method of its tensors called."""
-        return Ragged(*(getattr(x, method)(*args, **kwargs) for x in (self.values_N, self.length_B)))
-
 
 @dataclass(frozen=True)
-class TableBatch:
+class TableBatch(Batch):
     """B rows of a table.
 
     Attributes:
@@ -85,19 +99,13 @@ class TableBatch:
     def __len__(self) -> int:
         return len(self.label_Bt)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TableBatch:
-        """Return the batch on ``device``, itself where it is there already.
 
-        Lightning names no ``non_blocking``, which CUDA can always do.
-        """
-        if self.dense_BC.device == torch.device(device):
-            return self
-        return self._each("to", device, non_blocking=non_blocking or torch.device(device).type == "cuda")
-
-    def pin_memory(self) -> TableBatch:
-        return self._each("pin_memory")
-
-    def _each(self, method: str, *args: Any, **kwargs: Any) -> TableBatch:
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("kept", "lists")}
-        moved = {k: getattr(v, method)(*args, **kwargs) for k, v in parts.items() if v is not None}
-        return replace(self, lists=tuple(own.each(method, *args, **kwargs) for own in self.lists), **moved)
+def _each(value: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    """Return a value with a method of its tensors called; what holds none is returned as it is."""
+    if isinstance(value, Tensor):
+        return getattr(value, method)(*args, **kwargs)
+    if isinstance(value, tuple):
+        return tuple(_each(part, method, *args, **kwargs) for part in value)
+    if isinstance(value, (Batch, Ragged)):
+        return replace(value, **{f.name: _each(getattr(value, f.name), method, *args, **kwargs) for f in fields(value)})
+    return value

@@ -269,22 +269,29 @@ class _Build(ColumnWriter):
                 positives.append(0.5)
         return tuple(positives)
 
-    def _describe_positives(self, name: str, label: NDArray[np.float32]) -> None:
-        """Note a binary task's labels in each split, and refuse training labels of one class."""
-        self.findings.labelled[name], self.findings.positives[name] = {}, {}
+    def _describe_labels(self, name: str, label: NDArray[np.float32]) -> Iterator[tuple[str, bool, int, float]]:
+        """Note a task's number of labels, and their mean, in each split; yield whether the split has rows, and both."""
+        self.findings.labelled[name], means = {}, {}
         for split, mask in self.masks.items():
             in_split = label[mask]
             in_split = in_split[~np.isnan(in_split)]
-            num, share = len(in_split), float(in_split.mean(dtype=np.float64)) if len(in_split) else 0.0
-            self.findings.labelled[name][split], self.findings.positives[name][split] = num, share
+            num, mean = len(in_split), float(in_split.mean(dtype=np.float64)) if len(in_split) else 0.0
+            self.findings.labelled[name][split], means[split] = num, mean
+            yield split, bool(mask.any()), num, mean
+        by_task = self.findings.positives if self.targets[name].kind == "binary" else self.findings.means
+        by_task[name] = means
+
+    def _describe_positives(self, name: str, label: NDArray[np.float32]) -> None:
+        """Note a binary task's labels in each split, and refuse training labels of one class."""
+        for split, has_rows, num, share in self._describe_labels(name, label):
             if self.drawn is not None and num:
                 if share < 1:
-                    row = int(np.argmax((label == 0) & mask))
+                    row = int(np.argmax((label == 0) & self.masks[split]))
                     raise ValueError(
                         f"negatives.kind='items' is for tables of positives alone, and task {name!r} is 0 in row "
                         f"{row}: leave such rows out, or take kind 'rows', which trains on them"
                     )
-            elif mask.any() and share in (0.0, 1.0):
+            elif has_rows and share in (0.0, 1.0):
                 which = "no label" if not num else "positive labels alone" if share else "no positive label"
                 message = f"task {name!r} has {which} in the {split} split"
                 if split == "train":
@@ -296,23 +303,17 @@ class _Build(ColumnWriter):
         target = self.targets[name]
         if target.kind == "ordinal":
             label = target.numbers_of(label).astype(np.float32)
-        self.findings.labelled[name], means = {}, {}
-        for split, mask in self.masks.items():
-            in_split = label[mask]
-            in_split = in_split[~np.isnan(in_split)]
-            self.findings.labelled[name][split] = len(in_split)
-            means[split] = float(in_split.mean(dtype=np.float64)) if len(in_split) else 0.0
-            if mask.any() and not len(in_split):
+        for split, has_rows, num, _ in self._describe_labels(name, label):
+            if has_rows and not num:
                 self.findings.warnings.append(f"task {name!r} has no label in the {split} split")
-            if unknown := int(self.unknown[name][mask].sum()):
+            if unknown := int(self.unknown[name][self.masks[split]].sum()):
                 self.findings.warnings.append(
                     f"task {name!r}: {unknown:,} labels of the {split} split are values that training lacks; they "
                     "count as none"
                 )
         if target.kind == "multiclass":
             self.findings.classes[name] = len(target.classes)
-        else:
-            self.findings.means[name] = means
+            del self.findings.means[name]
 
     def _times(self) -> Mapping[str, TimeRange]:
         """Return the earliest and the latest time of the training rows by column, in days since 1970."""

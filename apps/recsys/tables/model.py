@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -237,10 +237,9 @@ class MultiTaskModel(TableColumns):
     Args:
         features: columns and tasks of the data.
         shared: config of a multi-gate layer or of a bottom.
-        embedding, dense, interaction, head: configs of the parts.
-        dropout: dropout of the shared layer's input.
-        history: how sequences become one vector each.
+        embedding, head: configs of the parts.
         gate_embeddings: width of the hidden layer of a gate of the columns by domain (EPNet); 0: none.
+        columns: ``dense``, ``interaction``, ``dropout`` and ``history`` of ``TableColumns``.
 
     Raises:
         ValueError: a gate needs domains or columns that are not there, or stands in models that share nothing.
@@ -253,16 +252,13 @@ class MultiTaskModel(TableColumns):
         features: Features,
         shared: core.MultiGateConfig,
         embedding: EmbeddingConfig = _EMBEDDING,
-        dense: DenseConfig = _DENSE,
-        interaction: InteractionConfig = _INTERACTION,
         head: HeadConfig = _HEAD,
-        dropout: float = 0.0,
-        history: HistoryConfig = _HISTORY,
         gate_embeddings: int = 0,
+        **columns: Any,
     ) -> None:
         _check_gates(features, shared, head, gate_embeddings)
         copies = len(features.tasks) if isinstance(shared, SingleTask) else 1
-        super().__init__(features, embedding, dense, interaction, dropout, copies, history)
+        super().__init__(features, embedding, copies=copies, **columns)
         self.num_domains = features.num_domains
         dim, num_tasks = self.input_dim, len(features.tasks)
         self.shared = shared.build(dim, num_tasks, num_domains=features.num_domains)

@@ -15,9 +15,10 @@ A row that a table lacks counts as row 0, the row of values that training lacked
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from apps.recsys.encoding.features import Features
@@ -51,7 +52,7 @@ def padded(column: Ragged) -> Tensor:
 
 def batch_of(inputs: Mapping[str, Tensor], features: Features) -> TableBatch:
     """Return a batch without labels of tensors by name, as a graph is given them."""
-    B = len(next(iter(inputs.values())))
+    B = next(iter(inputs.values())).shape[0]  # a length would make a graph of this batch size alone
     dense_BC = inputs.get("dense", torch.empty(B, 0))
     num_rows_F = torch.tensor([f.num_rows for f in features.single], dtype=torch.int64)
     single_BF = inputs.get("categorical", torch.empty(B, 0, dtype=torch.int64))
@@ -103,3 +104,20 @@ def example_inputs(features: Features, batch_size: int = 3, length: int = 4) -> 
     if features.num_domains:
         inputs["domain"] = torch.randint(0, features.num_domains, (B,), generator=draw)
     return inputs
+
+
+class GraphOfColumns(nn.Module):
+    """A graph of one output under the interface of the network that it was made of.
+
+    Args:
+        graph: the graph.
+        features: the columns of its inputs.
+    """
+
+    def __init__(self, graph: Any, features: Features) -> None:
+        super().__init__()
+        self.graph, self.features = graph, features
+
+    def forward(self, batch: TableBatch) -> Tensor:
+        """Map a batch of rows to the output."""
+        return self.graph(plain_inputs(batch, self.features))[0]

@@ -20,6 +20,8 @@ from apps.recsys.tables.export import PlainTables
 from apps.recsys.tables.history import HistoryConfig
 from apps.recsys.tables.module import MultiTaskRecommender
 from apps.recsys.tables.plain_columns import dynamic_axes, example_inputs, plain_inputs
+from apps.serve.export.programs import capture
+from apps.train.exporting import Graph
 
 SHARED = SharedBottom(expert=core.MLP((4,)))
 
@@ -126,3 +128,14 @@ def test_examples_have_what_real_rows_have():
     assert (inputs["list_0"][0] == -1).all()
     assert inputs["list_0"][2, :2].min() > 0
     assert inputs["domain"].max() < 3
+
+
+@pytest.mark.parametrize("history", [HistoryConfig(), HistoryConfig("din", (5,), "dice", normalize=True)])
+def test_a_graph_takes_batches_and_lists_of_any_length(history):
+    model = recommender(whole_features(), embedding=EmbeddingConfig(dim=4), history=history)
+    examples = example_inputs(model.features)
+    network = PlainTables(model.members, model.outputs, model.features, tuple(examples)).eval()
+    graph = Graph("model", network, examples, ("logits",), dynamic_axes(examples))
+    inputs = plain_inputs(whole_batch(), model.features)
+    with torch.no_grad():
+        torch.testing.assert_close(capture(graph).module()(*inputs.values()), model(whole_batch()))

@@ -13,7 +13,8 @@ import torch
 from own_table import by_row, same
 
 from apps.recsys.tables import streaming
-from apps.recsys.tables.streaming import FileRows, as_json_has_it, one_ahead
+from apps.recsys.tables.scoring import one_ahead
+from apps.recsys.tables.streaming import FileRows, as_json_has_it
 
 CITIES = ["Oslo", "Paris", "", "Rome", "Rome", "Oslo", "NA"]
 ROWS = {
