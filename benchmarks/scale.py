@@ -28,11 +28,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import core
 from apps.recsys.encoding.features import CategoricalFeature, Features
-from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.batch import Ragged, TableBatch
 from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
 from apps.recsys.tables.sharding import tables
@@ -55,13 +54,10 @@ class Made(LightningDataModule):
         batches = []
         for _ in range(self.steps):
             ids = [torch.randint(1, f.num_rows, (B * L,), generator=g) for f in self.features.categorical]
-            sparse = KeyedJaggedTensor(
-                [f.name for f in self.features.categorical],
-                torch.cat(ids),
-                lengths=torch.full((len(ids) * B,), L, dtype=torch.int32),
-            )
+            lists = tuple(Ragged(own, torch.full((B,), L, dtype=torch.int32)) for own in ids if L > 1)
             label_Bt = (torch.rand(B, 2, generator=g) < 0.3).float()
-            batches.append(TableBatch(torch.zeros(B, 0), sparse, label_Bt, torch.arange(B)))
+            single_FB = torch.stack(ids) if L == 1 else torch.zeros(0, B, dtype=torch.int64)
+            batches.append(TableBatch(torch.zeros(B, 0), single_FB, label_Bt, torch.arange(B), lists=lists))
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 

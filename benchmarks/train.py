@@ -127,8 +127,7 @@ def rechub_loop(data: TableData, batches: list[TableBatch]) -> Callable[[], floa
     made: list[tuple[dict[str, Tensor], Tensor]] = []
     for batch in batches:
         x = dict(zip((c.name for c in f.continuous), ((batch.dense_BC - mean) / std).unbind(1), strict=True))
-        assert batch.sparse is not None
-        x |= {c.name: batch.sparse[c.name].values().contiguous() for c in f.categorical}
+        x |= {c.name: own_B for c, own_B in zip(f.categorical, batch.single_FB, strict=True)}
         made.append((x, batch.label_Bt))
     model.train()
 

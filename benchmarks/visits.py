@@ -23,6 +23,7 @@ import apps
 from apps.base.machine import machine_line
 from apps.demonstrate.examples import data_of
 from apps.recsys.binary_metrics import auc
+from apps.recsys.retrieval.columns import column_of
 from apps.report.base import spread_places
 
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     count_I = items.count_I.double()
     drawn = data.examples("test")[:]
     print(machine_line())
-    popularity = count_I[drawn.sparse[items.column].values()]
+    popularity = count_I[column_of(drawn, data.features, items.column)]
     print(f"AUC of the number of training rows: {auc(popularity.numpy(), drawn.label_Bt[:, 0].numpy()):.4f}")
 
     index = test.index[torch.tensor(spread_places(len(test), args.rows))]

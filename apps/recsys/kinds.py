@@ -23,8 +23,9 @@ from apps.recsys.value_metrics import ValueMetrics, class_metrics, class_values,
 Metrics = TaskMetrics | ValueMetrics
 
 
-_SHARE = {"type": "number", "minimum": 0, "maximum": 1}
+_SHARE: dict[str, Any] = {"type": "number", "minimum": 0, "maximum": 1}
 """JSON schema of a probability."""
+_NUMBER: dict[str, Any] = {"type": "number"}
 
 
 class Kind:
@@ -36,10 +37,12 @@ class Kind:
     Attributes:
         width: number of outputs.
         main_metric: name of the metric that stands for the task.
+        column, schema: the first word of the name of a prediction's column, and its JSON schema.
     """
 
     width = 1
     main_metric = "auc"
+    column, schema = "probability", _SHARE
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -78,11 +81,11 @@ class Kind:
 
     def columns(self, name: str, z_Bw: Tensor) -> dict[str, Tensor | list[str]]:
         """Return the prediction of a task by column, B values each."""
-        return {f"probability_{name}": self.value(z_Bw)}
+        return {f"{self.column}_{name}": self.value(z_Bw)}
 
     def schemas(self, name: str) -> dict[str, Any]:
         """Return the JSON schema of each column of ``columns``."""
-        return {f"probability_{name}": _SHARE}
+        return {f"{self.column}_{name}": self.schema}
 
     def shown(self, name: str, row: Mapping[str, Any]) -> float | str:
         """Return a row of ``columns`` as a page shows it: a probability as a number, anything else as text."""
@@ -111,6 +114,7 @@ class Regression(Kind):
     """A number, ``value = mean + std z``; the loss is ``(z - (y - mean) / std)^2``, or the absolute difference."""
 
     main_metric = "r2"
+    column, schema = "value", _NUMBER
 
     def start(self, positives: float) -> list[float]:
         return [0.0]
@@ -141,12 +145,6 @@ class Regression(Kind):
 
     def example_values(self, z_Nw: np.ndarray, label_N: np.ndarray) -> np.ndarray:
         return number_values(self.value(torch.from_numpy(z_Nw)).numpy(), label_N)
-
-    def columns(self, name: str, z_Bw: Tensor) -> dict[str, Tensor | list[str]]:
-        return {f"value_{name}": self.value(z_Bw)}
-
-    def schemas(self, name: str) -> dict[str, Any]:
-        return {f"value_{name}": {"type": "number"}}
 
     def shown(self, name: str, row: Mapping[str, Any]) -> float | str:
         return f"{float(row[f'value_{name}']):.4g}"
@@ -200,6 +198,7 @@ class Ordinal(Kind):
     """
 
     main_metric = "r2"
+    column, schema = "value", _NUMBER
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
@@ -241,10 +240,7 @@ class Ordinal(Kind):
     def value(self, z_Bw: Tensor) -> Tensor:
         return self.log_probabilities(z_Bw).exp() @ z_Bw.new_tensor(self.target.levels)
 
-    def columns(self, name: str, z_Bw: Tensor) -> dict[str, Tensor | list[str]]:
-        return {f"value_{name}": self.value(z_Bw)}
-
-    schemas, shown = Regression.schemas, Regression.shown  # type: ignore[assignment]
+    shown = Regression.shown  # type: ignore[assignment]
 
     def label_values(self, y_B: Tensor) -> list[Any]:
         return [None if math.isnan(level) else self.target.levels[int(level)] for level in y_B.tolist()]

@@ -130,11 +130,14 @@ def time(name: str, seen: Any, hours: Column | None, days: Column | None) -> Col
     return Column(schema, "2024-05-31 12:00", read, field, _text, shown=shown)
 
 
-def category(feature: CategoricalFeature | SequenceFeature, known: Sequence[str] | None, separator: str) -> Column:
+def category(
+    feature: CategoricalFeature | SequenceFeature, place: int, known: Sequence[str] | None, separator: str
+) -> Column:
     """Return a categorical column of one value, of several, or a sequence of them, the oldest first.
 
     Args:
         feature: its description.
+        place: its place among a batch's columns of one value, or among the lists.
         known: the values of the rows from 1 on; None where they are hashed, or are row numbers themselves.
         separator: text between several values.
     """
@@ -156,11 +159,12 @@ def category(feature: CategoricalFeature | SequenceFeature, known: Sequence[str]
         field = ChoiceField(name, tuple(known), known[0] if known else None, may_be_empty=True)
 
     def shown(batch: TableBatch) -> list[str]:
-        keyed = batch.sequences if is_sequence else batch.sparse
-        if feature.hashed or keyed is None:
+        if feature.hashed:
             return _no_texts(batch)
-        jagged = keyed[name]
-        rows = np.split(jagged.values().numpy(), np.cumsum(jagged.lengths().numpy())[:-1])
+        if takes_several:
+            rows = [own.numpy() for own in batch.lists[place].values_N.split(batch.lists[place].length_B.tolist())]
+        else:
+            rows = list(batch.single_FB[place, :, None].numpy())
         return [separator.join(str(row) if known is None else known[row - 1] for row in own if row) for own in rows]
 
     def several(read: str) -> list[str] | None:
@@ -197,9 +201,10 @@ class Row:
         if encoding.domain is not None and encoding.domains is not None:
             made[encoding.domain] = domain(encoding.domains.texts(), encoding.domain)
         keyed: tuple[CategoricalFeature | SequenceFeature, ...] = (*features.categorical, *features.sequences)
+        places = {f.name: i for kind in (features.single, features.several) for i, f in enumerate(kind)}
         for feature in keyed:
             own = known.get(getattr(feature, "items", None) or feature.name)
-            made.setdefault(feature.name, category(feature, own, encoding.separator))
+            made.setdefault(feature.name, category(feature, places[feature.name], own, encoding.separator))
         made |= {feature.name: vector(feature) for feature in features.vectors}
         made |= {name: words(name) for name in encoding.texts}
         made |= {feature.name: quantity(feature, place) for place, feature in enumerate(features.continuous)}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
-from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.batch import Ragged, TableBatch
 
 FEATURES = Features(
     categorical=(
@@ -69,18 +68,15 @@ class EveryColumn:
             return batches
         for rows in np.split(order, range(size, c["n"], size)):
             tags = np.concatenate([c["tags"][starts[r] : starts[r] + c["lengths"][r]] for r in rows] or [np.zeros(0)])
-            # The single-valued columns come first, as in the data module of the app.
-            values = torch.tensor(np.concatenate([c["kind"][rows], c["item"][rows], tags]), dtype=torch.int64)
-            ones = np.ones(len(rows), dtype=np.int64)
-            lengths = torch.tensor(np.concatenate([ones, ones, c["lengths"][rows]]))
             batches.append(
                 TableBatch(
                     dense_BC=torch.tensor(np.stack([c["age"][rows], np.full(len(rows), 5.0)], 1), dtype=torch.float32),
-                    sparse=KeyedJaggedTensor(["kind", "item", "tags"], values, lengths=lengths),
+                    single_FB=torch.tensor(np.stack([c["kind"][rows], c["item"][rows]]), dtype=torch.int32),
                     label_Bt=torch.tensor(np.stack([c["click"][rows], c["buy"][rows]], 1)),
                     index_B=torch.tensor(rows),
                     domain_B=torch.tensor(c["domain"][rows]),
                     group_B=torch.tensor(c["group"][rows]),
+                    lists=(Ragged(torch.tensor(tags, dtype=torch.int32), torch.tensor(c["lengths"][rows])),),
                 )
             )
         return batches

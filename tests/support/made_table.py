@@ -6,10 +6,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
-from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.batch import Ragged, TableBatch
 
 AGE = ContinuousFeature("age", mean=40.0, std=10.0, quantiles=(20.0, 30.0, 50.0), missing=0.1)
 FLAT = ContinuousFeature("flat", mean=3.0, std=1.0, quantiles=(), missing=0.0)
@@ -26,14 +25,31 @@ def features(tags: bool = True, num_domains: int = 0) -> Features:
     )
 
 
-def jagged(columns: dict[str, list[list[int]]]) -> KeyedJaggedTensor:
-    """Join the rows of each example, by column."""
-    lists = [rows for column in columns.values() for rows in column]
-    return KeyedJaggedTensor(
-        keys=list(columns),
-        values=torch.tensor([row for rows in lists for row in rows], dtype=torch.int32),
-        lengths=torch.tensor([len(rows) for rows in lists], dtype=torch.int32),
+def ragged(*columns: list[list[int]]) -> tuple[Ragged, ...]:
+    """Join the rows of each example, column by column."""
+    return tuple(
+        Ragged(
+            torch.tensor([row for rows in column for row in rows], dtype=torch.int32),
+            torch.tensor([len(rows) for rows in column], dtype=torch.int32),
+        )
+        for column in columns
     )
+
+
+def columns(given: dict[str, list[list[int]]]) -> tuple[Tensor, tuple[Ragged, ...]]:
+    """Return the rows of each example as a batch has them; columns of tags have several."""
+    single = [[row for (row,) in rows] for name, rows in given.items() if not name.endswith("tags")]
+    lists = ragged(*(rows for name, rows in given.items() if name.endswith("tags")))
+    return torch.tensor(single, dtype=torch.int32).view(len(single), len(next(iter(given.values())))), lists
+
+
+def rows_of(batch: TableBatch, own: Features, column: str) -> list[int] | list[list[int]]:
+    """Return the rows of a column in a batch, a list of each example's where it may have several."""
+    single, several = ([f.name for f in kind] for kind in (own.single, own.several))
+    if column in single:
+        return batch.single_FB[single.index(column)].tolist()
+    lists = batch.lists[several.index(column)]
+    return [rows.tolist() for rows in lists.values_N.split(lists.length_B.tolist())]
 
 
 def batch(size: int = 6, tags: bool = True, seed: int = 0, num_domains: int = 0) -> TableBatch:
@@ -44,7 +60,8 @@ def batch(size: int = 6, tags: bool = True, seed: int = 0, num_domains: int = 0)
         return torch.randint(high, (n,), generator=g).tolist()
 
     counts = draw(4, size) if tags else [1] * size
-    sparse = jagged({"city": [[c] for c in draw(5, size)], "film.tags": [draw(7, n) for n in counts]})
+    city, tag = draw(5, size), [draw(7, n) for n in counts]
+    single = [city] if tags else [city, [own for (own,) in tag]]
     dense_BC = torch.stack((40 + 10 * torch.randn(size, generator=g), torch.full((size,), 3.0)), dim=1)
     dense_BC[0, 0] = torch.nan
     if size > 1:
@@ -53,11 +70,12 @@ def batch(size: int = 6, tags: bool = True, seed: int = 0, num_domains: int = 0)
     buy_B = click_B * (torch.rand(size, generator=g) < 0.4).float()
     return TableBatch(
         dense_BC,
-        sparse,
+        torch.tensor(single, dtype=torch.int32).view(len(single), size),
         torch.stack((click_B, buy_B), dim=1),
         torch.arange(size),
         domain_B=torch.randint(num_domains, (size,), generator=g) if num_domains else None,
         group_B=torch.arange(size) // 2,
+        lists=ragged(tag) if tags else (),
     )
 
 

@@ -66,9 +66,11 @@ def config_of(**options):
     return TableConfig(**{**roles, **options})
 
 
-def by_row(batch):
-    """Return a batch as plain values, a dict for each example."""
-    sparse = batch.sparse.to_dict()
+def by_row(batch, features):
+    """Return a batch as plain values, a dict for each example; a categorical column has a list of rows."""
+    names = [f.name for f in (*features.single, *features.several)]
+    lists = [own.values_N.split(own.length_B.tolist()) for own in batch.lists]
+    columns = [*batch.single_FB[:, :, None], *lists]
     return [
         {
             "index": int(batch.index_B[b]),
@@ -76,7 +78,7 @@ def by_row(batch):
             "label": batch.label_Bt[b].tolist(),
             "domain": None if batch.domain_B is None else int(batch.domain_B[b]),
             "group": None if batch.group_B is None else int(batch.group_B[b]),
-            **{key: jagged.to_dense()[b].tolist() for key, jagged in sparse.items()},
+            **{name: rows[b].tolist() for name, rows in zip(names, columns, strict=True)},
         }
         for b in range(len(batch))
     ]

@@ -144,6 +144,11 @@ class Features(Checked):
         return self.targets or (Target(),) * len(self.tasks)
 
     @property
+    def single(self) -> tuple[CategoricalFeature, ...]:
+        """The categorical columns of one value a row."""
+        return tuple(f for f in self.categorical if not f.multi_valued)
+
+    @property
     def several(self) -> tuple[CategoricalFeature, ...]:
         """The columns with any number of values a row: multi-valued ones, then sequences, whose order is left out."""
         sequences = (CategoricalFeature(s.name, s.num_rows, True, s.hashed) for s in self.sequences)

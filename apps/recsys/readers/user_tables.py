@@ -89,13 +89,11 @@ def read_columns(
         ValueError: a column is missing or doubled, text is no UTF-8, or the file cannot be read, was cut, or unpacks
             to far more than its size explains (see ``apps.base.inflate``).
     """
-    try:
+    with _naming(file):
         if _kind(file) == ".parquet":
             with _parquet(file, roles) as parquet:
                 return parquet.read(columns=list(roles))
         return _read_csv(file, roles, numbers, inferred)
-    except _UNREADABLE as error:
-        raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
 
 
 def iter_columns(
@@ -110,7 +108,7 @@ def iter_columns(
     Raises:
         ValueError: as for `read_columns`.
     """
-    try:
+    with _naming(file):
         if _kind(file) == ".parquet":
             with _parquet(file, roles) as parquet:
                 for batch in parquet.iter_batches(num_rows, columns=list(roles)):
@@ -118,8 +116,6 @@ def iter_columns(
         else:
             for batch in _iter_csv(file, roles, numbers):
                 yield pa.Table.from_batches([batch])
-    except _UNREADABLE as error:
-        raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
 
 
 def check_columns(file: Path, roles: Mapping[str, str]) -> None:
@@ -128,12 +124,19 @@ def check_columns(file: Path, roles: Mapping[str, str]) -> None:
     Raises:
         ValueError: naming the column and its role; or the file cannot be read.
     """
-    try:
-        if _kind(file) == ".parquet":
-            with _parquet(file, roles):
-                pass
-        else:
+    with _naming(file):
+        if _kind(file) != ".parquet":
             _layout(file, roles)
+            return
+        with _parquet(file, roles):
+            pass
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Name the file in an error of reading it."""
+    try:
+        yield
     except _UNREADABLE as error:
         raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
 

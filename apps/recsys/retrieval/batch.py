@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.batch import Batch, TableBatch
 
 
 @dataclass(frozen=True)
-class PairBatch:
+class PairBatch(Batch):
     """B pairs of a user and an item, with further items as negatives in training; or B users alone.
 
     All fields of items are None for users alone.
@@ -39,14 +37,3 @@ class PairBatch:
 
     def __len__(self) -> int:
         return len(self.index_B)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PairBatch:
-        """Return the batch on ``device``; Lightning names no ``non_blocking``, which CUDA can always do."""
-        return self._each("to", device, non_blocking=non_blocking or torch.device(device).type == "cuda")
-
-    def pin_memory(self) -> PairBatch:
-        return self._each("pin_memory")
-
-    def _each(self, method: str, *args: Any, **kwargs: Any) -> PairBatch:
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: getattr(v, method)(*args, **kwargs) for k, v in parts.items() if v is not None})

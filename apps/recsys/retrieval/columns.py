@@ -6,16 +6,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from apps.recsys.encoding.features import CategoricalFeature, Features
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.schema import nearest, timestamp_columns
-from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.batch import Ragged, TableBatch
+from apps.recsys.tables.rows import arrays_of_lists
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -108,23 +107,15 @@ def id_feature(features: Features, column: str, option: str = "item_column") -> 
 
 def take_columns(batch: TableBatch, features: Features, part: Features) -> TableBatch:
     """Return the columns of ``part`` in a batch of ``features``; labels, users and domains are as they were."""
-    sparse = batch.sparse
-    if sparse is not None:
-        places = [sparse.keys().index(f.name) for f in part.categorical]
-        sparse = sparse.permute(places) if places else None
-    numbers = {f.name for f in part.continuous}
-    dense_BC = batch.dense_BC[:, [c for c, f in enumerate(features.continuous) if f.name in numbers]]
+    kept = {*names_of(part)}
+    dense_BC = batch.dense_BC[:, [c for c, f in enumerate(features.continuous) if f.name in kept]]
+    single = [f.name in kept for f in features.single]
+    lists = tuple(own for own, f in zip(batch.lists, features.several, strict=True) if f.name in kept)
     vector_BV = batch.vector_BV
     if vector_BV is not None:
-        kept = {f.name for f in part.vectors}
-        parts = zip(features.vectors, vector_BV.split([f.size for f in features.vectors], dim=1), strict=True)
-        chosen = [x for f, x in parts if f.name in kept]
-        vector_BV = torch.cat(chosen, dim=1) if chosen else None
-    sequences = batch.sequences
-    if sequences is not None:
-        places = [sequences.keys().index(f.name) for f in part.sequences]
-        sequences = sequences.permute(places) if places else None
-    return replace(batch, sparse=sparse, dense_BC=dense_BC, vector_BV=vector_BV, sequences=sequences)
+        places = [f.name in kept for f in features.vectors for _ in range(f.size)]
+        vector_BV = vector_BV[:, places] if any(places) else None
+    return replace(batch, single_FB=batch.single_FB[single], dense_BC=dense_BC, vector_BV=vector_BV, lists=lists)
 
 
 def numbers_of(roles: Mapping[str, str]) -> tuple[str, ...]:
@@ -132,10 +123,10 @@ def numbers_of(roles: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(column for column, role in roles.items() if role == "continuous")
 
 
-def column_of(batch: TableBatch, column: str) -> Tensor:
-    """Return the row of a column of one value in its table, int64 (B,)."""
-    assert batch.sparse is not None
-    return batch.sparse[column].values().long()
+def column_of(batch: TableBatch, features: Features, column: str) -> Tensor:
+    """Return the row of a column of one value in its table, int64 (B,), in a batch of ``features``."""
+    single = [f.name for f in features.single]
+    return batch.single_FB[single.index(column)].long()
 
 
 def raw_columns(batch: TableBatch, encoding: Encoding) -> pa.Table:
@@ -152,21 +143,16 @@ def raw_columns(batch: TableBatch, encoding: Encoding) -> pa.Table:
     """
     import pyarrow as pa
 
-    columns: dict[str, Any] = {}
-    for feature in encoding.features.categorical:
+    features, columns = encoding.features, dict[str, Any]()
+    for feature in (*features.categorical, *features.sequences):
         if feature.hashed:
             raise ValueError(f"column {feature.name!r} is hashed: the model does not keep its values")
-        assert batch.sparse is not None
-        jagged = batch.sparse[feature.name]
-        values = _values(jagged, encoding.vocabularies.get(feature.name), feature.num_rows)
-        columns[feature.name] = _lists(jagged, values) if feature.multi_valued else values
-    for sequence in encoding.features.sequences:
-        if sequence.hashed:
-            raise ValueError(f"column {sequence.name!r} is hashed: the model does not keep its values")
-        assert batch.sequences is not None
-        jagged = batch.sequences[sequence.name]
-        known = encoding.vocabularies.get(sequence.items or sequence.name)
-        columns[sequence.name] = _lists(jagged, _values(jagged, known, sequence.num_rows))
+        known = encoding.vocabularies.get(getattr(feature, "items", None) or feature.name)
+        if feature in features.categorical and not feature.multi_valued:
+            columns[feature.name] = _values(column_of(batch, features, feature.name), known, feature.num_rows)
+        else:
+            own = batch.lists[[f.name for f in features.several].index(feature.name)]
+            columns[feature.name] = _lists(own, _values(own.values_N, known, feature.num_rows))
     for number, values_B in zip(encoding.features.continuous, batch.dense_BC.t().cpu().numpy(), strict=True):
         columns[number.name] = pa.array(values_B, from_pandas=True)
     if encoding.features.vectors:
@@ -179,23 +165,20 @@ def raw_columns(batch: TableBatch, encoding: Encoding) -> pa.Table:
     return pa.table({column: values for column, values in columns.items() if column not in made})
 
 
-def _values(jagged: JaggedTensor, known: Vocabulary | None, num_rows: int) -> pa.Array:
+def _values(row_N: Tensor, known: Vocabulary | None, num_rows: int) -> pa.Array:
     """Return the values of rows, null for row 0. Row numbers that a table has itself stand for themselves."""
     import pyarrow as pa
 
-    row_N = jagged.values().cpu().numpy()
-    own = pa.array(range(num_rows)) if known is None else pa.array(["", *known.texts()])
-    return own.take(pa.array(row_N, mask=row_N == 0))
+    own, place_N = pa.array(range(num_rows)) if known is None else pa.array(["", *known.texts()]), row_N.cpu().numpy()
+    return own.take(pa.array(place_N, mask=place_N == 0))
 
 
-def _lists(jagged: JaggedTensor, values: pa.Array) -> pa.Array:
+def _lists(column: Ragged, values: pa.Array) -> pa.Array:
     """Return the values of each example as a list, without nulls."""
     import pyarrow as pa
 
-    length_B = jagged.lengths().cpu().numpy()
-    example_N = np.repeat(np.arange(len(length_B)), length_B)
-    ends = np.bincount(example_N[jagged.values().cpu().numpy() > 0], minlength=len(length_B)).cumsum()
-    return pa.ListArray.from_arrays(pa.array([0, *ends], pa.int32()), values.drop_null())
+    ends = column.row_N[column.values_N > 0].bincount(minlength=len(column.length_B)).cumsum(0)
+    return pa.ListArray.from_arrays(pa.array([0, *ends.tolist()], pa.int32()), values.drop_null())
 
 
 def arrays_of(batch: TableBatch, features: Features) -> dict[str, Tensor]:
@@ -203,20 +186,10 @@ def arrays_of(batch: TableBatch, features: Features) -> dict[str, Tensor]:
     arrays = {"dense": batch.dense_BC, "label": torch.zeros(len(batch), 0)}
     if batch.vector_BV is not None:
         arrays["vectors"] = batch.vector_BV
-    if batch.sparse is not None:
-        by_key = batch.sparse.to_dict()
-        single = [by_key[f.name].values().int() for f in features.categorical if not f.multi_valued]
-        if single:
-            arrays["categorical"] = torch.stack(single, dim=1)
-        for i, feature in enumerate(f for f in features.categorical if f.multi_valued):
-            arrays |= _ragged(f"multi{i}", by_key[feature.name])
-    if batch.sequences is not None:
-        for i, sequence in enumerate(features.sequences):
-            arrays |= _ragged(f"sequence{i}", batch.sequences[sequence.name])
+    if len(batch.single_FB):
+        arrays["categorical"] = batch.single_FB.t().contiguous()
+    for name, column in zip(arrays_of_lists(features).values(), batch.lists, strict=True):
+        lengths = column.length_B.long()
+        arrays[f"{name}_offsets"] = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
+        arrays[f"{name}_values"] = column.values_N
     return arrays
-
-
-def _ragged(name: str, jagged: JaggedTensor) -> dict[str, Tensor]:
-    lengths = jagged.lengths().long()
-    offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0)))
-    return {f"{name}_offsets": offsets, f"{name}_values": jagged.values().int()}

@@ -77,8 +77,8 @@ class Pairs(Dataset[PairBatch]):
         batch, features = self.rows.__getitems__(positions), self.rows.features
         seen_BH = None
         if self.seen is not None and self.user_column is not None:
-            seen_BH = self.seen.by_user(column_of(batch, self.user_column))
-        item_B = column_of(batch, self.item_column)
+            seen_BH = self.seen.by_user(column_of(batch, features, self.user_column))
+        item_B = column_of(batch, features, self.item_column)
         drawn_N = torch.randint(1, len(self.items) + 1, (self.num_uniform,)) if self.num_uniform else item_B[:0]
         item_C = torch.cat((item_B, drawn_N))
         item_U, place_C = item_C.clamp_min(1).unique(return_inverse=True)
@@ -110,7 +110,7 @@ class FileUsers(IterableDataset[PairBatch]):
         for batch in self.rows:
             seen_BH = None
             if self.seen is not None and self.user_column is not None:
-                seen_BH = self.seen.by_user(column_of(batch, self.user_column))
+                seen_BH = self.seen.by_user(column_of(batch, self.rows.encoding.features, self.user_column))
             yield PairBatch(batch, batch.index_B, seen_BH=seen_BH)
 
 
@@ -339,8 +339,7 @@ class RetrievalData(TableData):
 
     def _column(self, column: str) -> Tensor:
         """Return the row of each of the table's rows in the table of a column of one value, (N,)."""
-        single = [f for f in self.features.categorical if not f.multi_valued]
-        return self.opened["categorical"][:, single.index(id_feature(self.features, column))]
+        return self.opened["categorical"][:, self.features.single.index(id_feature(self.features, column))]
 
     def _make_catalogue(self) -> Catalogue:
         item_features = self.item_features  # it checks the options

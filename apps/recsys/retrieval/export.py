@@ -14,9 +14,8 @@ from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.retrieval.columns import encoding_of_part, names_of
 from apps.recsys.retrieval.model import Tower
-from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.export import described_columns, state_of_columns
-from apps.recsys.tables.plain_columns import PlainColumns, dynamic_axes, example_inputs, plain_inputs
+from apps.recsys.tables.plain_columns import GraphOfColumns, batch_of, dynamic_axes, example_inputs
 from apps.recsys.tables.scoring import encoding_of
 from apps.train.exporting import Exported, Graph
 
@@ -56,8 +55,8 @@ def export(model: TwoTowerRetriever) -> Exported:
 
 def attach(model: TwoTowerRetriever, graphs: Mapping[str, OnnxGraph]) -> None:
     """Let the retriever run exported graphs."""
-    model.user_tower = _Tower(graphs["user_tower"], model.user_features)  # type: ignore[assignment]
-    model.item_tower = _Tower(graphs["item_tower"], model.item_features)  # type: ignore[assignment]
+    model.user_tower = GraphOfColumns(graphs["user_tower"], model.user_features)  # type: ignore[assignment]
+    model.item_tower = GraphOfColumns(graphs["item_tower"], model.item_features)  # type: ignore[assignment]
 
 
 def encoding_state(exported: ExportedModel) -> dict[str, Any]:
@@ -78,23 +77,11 @@ class PlainTower(nn.Module):
 
     def __init__(self, tower: Tower, features: Features, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.tower, self.columns, self.names = tower, PlainColumns(tower, features), names
+        self.tower, self.features, self.names = tower, features, names
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Return the vectors, float32 (B, dim), of length 1."""
-        return self.tower.compute(*self.columns(dict(zip(self.names, tensors, strict=True))))
-
-
-class _Tower(nn.Module):
-    """A graph under the interface of ``Tower``."""
-
-    def __init__(self, graph: OnnxGraph, features: Features) -> None:
-        super().__init__()
-        self.graph, self.features = graph, features
-
-    def forward(self, batch: TableBatch) -> Tensor:
-        """Map a batch of rows to vectors."""
-        return self.graph(plain_inputs(batch, self.features))[0]
+        return self.tower(batch_of(dict(zip(self.names, tensors, strict=True)), self.features), plain=True)
 
 
 def _npy(values: Tensor) -> bytes:

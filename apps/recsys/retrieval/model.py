@@ -77,9 +77,9 @@ class Tower(TableColumns):
         self.norm = nn.LayerNorm(config.width)
         self.leave = cpu.Linear(config.width, config.dim)
 
-    def forward(self, batch: TableBatch) -> Tensor:
-        """Return the vectors, float32 (B, dim), of length 1."""
-        return self.compute(*self.read(batch))
+    def forward(self, batch: TableBatch, plain: bool = False) -> Tensor:
+        """Return the vectors, float32 (B, dim), of length 1; ``plain`` as for ``read``."""
+        return self.compute(*self.read(batch, plain))
 
     def compute(self, dense: Tensor | None, sparse: Tensor | None) -> Tensor:
         """Return the vectors of encoded columns, as ``read`` returns them."""

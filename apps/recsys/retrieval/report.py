@@ -86,7 +86,10 @@ class RetrievalUse:
             if column is None:
                 users += [f"row {row}" for row in batch.index_B.tolist()]
             else:
-                users += [known[row - 1] if row else "unknown" for row in column_of(batch.user, column).tolist()]
+                users += [
+                    known[row - 1] if row else "unknown"
+                    for row in column_of(batch.user, module.user_features, column).tolist()
+                ]
             ranks.append(index.ranks(vectors_BD, batch.item_B, batch.seen_BH).cpu())
             best.append(index.search(vectors_BD, _BEST_SHOWN, batch.seen_BH)[0].cpu())
         first = 1

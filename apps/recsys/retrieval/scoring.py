@@ -218,21 +218,18 @@ def predict(
     index = model.index() if index is None else open_index(model, index)
     roles = encoding.roles | ({} if ranking is None else ranking.user_roles)
     seen = None if include_seen else Catalogue.from_state(state["catalogue"]).seen
-    names, parts, first = [], [], 0
+    names, parts = [], []
     users = framed(users, roles)
     tables = pieces(users, roles, numbers_of(roles), _BATCHES * batch_size)
-    for table, rows in encoded(tables, encoding):
-        for begin in range(0, len(table), batch_size):
-            batch, own = rows[begin : begin + batch_size], table.slice(begin, batch_size)
-            seen_BH = None
-            if seen is not None:
-                seen_BH = seen.by_user(column_of(batch, state["user_column"])).to(model.device)
-            vectors_BD = model.user_tower(batch.to(model.device))
-            retrieved = retrieve(index, vectors_BD, seen_BH, top, ranking, candidates, own)
-            parts.append(replace(retrieved, user_N=retrieved.user_N + first + begin))
+    for own, batch in encoded(tables, encoding, batch_size):
+        seen_BH = None
+        if seen is not None:
+            seen_BH = seen.by_user(column_of(batch, encoding.features, state["user_column"])).to(model.device)
+        vectors_BD = model.user_tower(batch.to(model.device))
+        retrieved = retrieve(index, vectors_BD, seen_BH, top, ranking, candidates, own)
+        parts.append(replace(retrieved, user_N=batch.index_B.numpy()[retrieved.user_N]))
         if state["user_column"] is not None:
-            names.append(plain(table[state["user_column"]]))
-        first += len(table)
+            names.append(plain(own[state["user_column"]]))
     return like(users, _columns(index, state, parts, names))
 
 

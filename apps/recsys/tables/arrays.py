@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from apps.recsys.encoding.features import Features
-from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.batch import Ragged, TableBatch
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class MultiValued:
 
     values: np.ndarray
     lengths_N: np.ndarray
+
+    @classmethod
+    def of(cls, column: Ragged) -> MultiValued:
+        """Return a column of a batch."""
+        return cls(column.values_N.cpu().numpy(), column.length_B.cpu().numpy().astype(np.int64))
 
     def sets_N(self) -> np.ndarray:
         """Return a number for each row, int64 (N,), equal for rows of the same values in any order."""
@@ -87,49 +93,34 @@ def join(batches: Iterable[TableBatch], features: Features, split: str = "given"
     Raises:
         ValueError: there are none.
     """
-    single = [f.name for f in features.categorical if not f.multi_valued]
-    several = [f.name for f in features.several]
-    columns: dict[str, list[np.ndarray]] = {}
-
-    def add(column: str, value: Any) -> None:
-        columns.setdefault(column, []).append(value.cpu().numpy())
-
-    for batch in batches:
-        add("dense", batch.dense_BC)
-        add("label", batch.label_Bt)
-        add("index", batch.index_B)
-        for optional in ("domain_B", "group_B", "weight_Bt", "vector_BV", "cold_B"):
-            if getattr(batch, optional) is not None:
-                add(optional, getattr(batch, optional))
-        by_key = {} if batch.sparse is None else batch.sparse.to_dict()
-        by_key |= {} if batch.sequences is None else batch.sequences.to_dict()
-        for column in single:
-            add(f"ids {column}", by_key[column].values())
-        for column in several:
-            add(f"values {column}", by_key[column].values())
-            add(f"lengths {column}", by_key[column].lengths())
-    if "label" not in columns or not sum(map(len, columns["label"])):
+    given = list(batches)
+    if not sum(map(len, given)):
         raise ValueError(f"the {split} split has no rows")
-    whole = {column: np.concatenate(parts) for column, parts in columns.items()}
-    order = np.argsort(whole["index"], kind="stable")
-    ids = [whole[f"ids {column}"][order] for column in single]
+    order = np.argsort(torch.cat([batch.index_B for batch in given]).cpu().numpy(), kind="stable")
+
+    def whole(name: str, dim: int = 0) -> Any:
+        parts = [getattr(batch, name) for batch in given]
+        return None if parts[0] is None else torch.cat(parts, dim).cpu().numpy().swapaxes(0, dim)[order]
+
+    def several(place: int) -> MultiValued:
+        parts = [MultiValued.of(batch.lists[place]) for batch in given]
+        lengths_N = np.concatenate([part.lengths_N for part in parts])
+        starts_N = np.cumsum(lengths_N) - lengths_N
+        lengths_N, starts_N = lengths_N[order], starts_N[order]
+        before_N = np.cumsum(lengths_N) - lengths_N
+        position = np.repeat(starts_N - before_N, lengths_N) + np.arange(lengths_N.sum())
+        return MultiValued(np.concatenate([part.values for part in parts])[position], lengths_N)
+
+    dense_NC = whole("dense_BC")
     return TableArrays(
         features=features,
-        dense_NC=np.where(np.isfinite(whole["dense"]), whole["dense"], np.float32(np.nan))[order],
-        ids_NF=np.stack(ids, 1) if ids else np.zeros((len(order), 0), dtype=np.int64),
-        multi={c: _reordered(whole[f"values {c}"], whole[f"lengths {c}"].astype(np.int64), order) for c in several},
-        label_Nt=whole["label"][order],
-        domain_N=whole["domain_B"][order] if "domain_B" in whole else None,
-        group_N=whole["group_B"][order] if "group_B" in whole else None,
-        weight_Nt=whole["weight_Bt"][order] if "weight_Bt" in whole else None,
-        vector_NV=whole["vector_BV"][order] if "vector_BV" in whole else None,
-        cold_N=whole["cold_B"][order] if "cold_B" in whole else None,
+        dense_NC=np.where(np.isfinite(dense_NC), dense_NC, np.float32(np.nan)),
+        ids_NF=np.ascontiguousarray(whole("single_FB", 1)),
+        multi={feature.name: several(place) for place, feature in enumerate(features.several)},
+        label_Nt=whole("label_Bt"),
+        domain_N=whole("domain_B"),
+        group_N=whole("group_B"),
+        weight_Nt=whole("weight_Bt"),
+        vector_NV=whole("vector_BV"),
+        cold_N=whole("cold_B"),
     )
-
-
-def _reordered(values: np.ndarray, lengths_N: np.ndarray, order: np.ndarray) -> MultiValued:
-    starts_N = np.cumsum(lengths_N) - lengths_N
-    lengths_N, starts_N = lengths_N[order], starts_N[order]
-    before_N = np.cumsum(lengths_N) - lengths_N
-    position = np.repeat(starts_N - before_N, lengths_N) + np.arange(lengths_N.sum())
-    return MultiValued(values[position], lengths_N)

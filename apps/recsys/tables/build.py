@@ -6,7 +6,7 @@ Beside the arrow tables, one column at a time is in memory; encoded columns go t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -24,7 +24,6 @@ from apps.recsys.encoding.categories import (
     Codes,
     Rows,
     factorize,
-    split_values,
     to_extended,
     to_given,
     to_hashed,
@@ -43,13 +42,10 @@ from apps.recsys.encoding.labels import determines
 from apps.recsys.encoding.numbers import (
     Part,
     statistics,
-    to_float32,
     to_numbers,
     to_order,
-    to_vectors,
     vector_scale,
 )
-from apps.recsys.encoding.sequences import last_values
 from apps.recsys.encoding.table_encoding import Encoding, TimeRange
 from apps.recsys.encoding.targets import learn_target, of_mean_one, place_labels, read_labels, to_weights
 from apps.recsys.encoding.texts import text_encodings, with_vectors
@@ -61,7 +57,7 @@ from apps.recsys.tables.arrays import MultiValued
 from apps.recsys.tables.checks import shared_groups
 from apps.recsys.tables.findings import TableFindings
 from apps.recsys.tables.fits import differences
-from apps.recsys.tables.new_rows import domain_numbers, save_sequence, vector_places
+from apps.recsys.tables.new_rows import ColumnWriter, Written, domain_numbers
 from apps.recsys.tables.splits import Splits, split_rows
 
 _ID_SHARE, _FEWEST_FOR_ID = 0.95, 100
@@ -102,7 +98,7 @@ def build(
     _Build(raw, config, writer, given, extends, drawn).run()
 
 
-class _Build:
+class _Build(ColumnWriter):
     """One run of ``build``: it splits the rows when it is made, and encodes them with ``run``."""
 
     def __init__(
@@ -122,15 +118,14 @@ class _Build:
         self.fixed: dict[str, Vocabulary] = {}
         self._read_parts()
         config = self.config
+        self.separator = config.separator
         if given is not None:
             parts = {"timestamps": self.timestamps, "texts": tuple(self.texts)}
             if difference := next(differences(config, given, parts), None):
                 raise ValueError(f"the table does not fit the checkpoint: {difference}")
         self.num_rows = sum(len(table) for table in self.tables.values())
         raw_labels = {
-            name: read_labels(
-                self._parts(task.column), name, task, None if task.mask is None else self._parts(task.mask)
-            )
+            name: read_labels(self.parts(task.column), name, task, None if task.mask is None else self.parts(task.mask))
             for name, task in config.tasks.items()
         }
         self.user = None if config.user is None else self._groups(config.user, "users")
@@ -174,15 +169,15 @@ class _Build:
             self.findings.warnings += shared_groups(groups, config.split.kind)
         self._write_cold()
         num_domains = 0 if config.domain is None else self._write_domain(config.domain)
-        categorical = (*self._write_categorical(), *self._write_multi_valued())
+        categorical = tuple(self._write_categorical())
         if self.drawn is not None:
             (num_items,) = (f.num_rows - 1 for f in categorical if f.name == self.drawn.column)
             positives = (self.drawn.start(num_items),) * len(positives)
         features = Features(
             categorical=categorical,
-            continuous=self._write_continuous(),
-            vectors=self._write_vectors(),
-            sequences=self._write_sequences(),
+            continuous=tuple(self._write_continuous()),
+            vectors=tuple(self._write_vectors()),
+            sequences=tuple(self._write_sequences()),
             tasks=tuple(config.tasks),
             positives=positives,
             num_domains=num_domains,
@@ -231,11 +226,11 @@ class _Build:
         for hour, weekday, _ in map(timestamp_columns, self.timestamps):
             self.fixed |= {hour: Vocabulary.of(pa.array(HOURS)), weekday: Vocabulary.of(pa.array(WEEKDAYS))}
 
-    def _parts(self, column: str) -> list[Part]:
+    def parts(self, column: str) -> list[Part]:
         return [(_WHERE[name], table.column(column)) for name, table in self.tables.items()]
 
     def _groups(self, column: str, what: str) -> NDArray[np.int64]:
-        codes = factorize(self._parts(column), column).codes
+        codes = factorize(self.parts(column), column).codes
         if (codes == MISSING).any():
             row = int(np.argmax(codes == MISSING))
             raise ValueError(f"column {column!r} names the {what}, but has no value in row {row}")
@@ -245,7 +240,7 @@ class _Build:
         config = self.config.split
         time = None
         if config.kind in ("time", "leave_last_out") and self.config.time is not None:
-            time = to_order(self._parts(self.config.time)[:1], self.config.time)
+            time = to_order(self.parts(self.config.time)[:1], self.config.time)
         num = {name: len(table) for name, table in self.tables.items()}
         first = slice(0, num["train"])
         return split_rows(
@@ -274,22 +269,29 @@ class _Build:
                 positives.append(0.5)
         return tuple(positives)
 
-    def _describe_positives(self, name: str, label: NDArray[np.float32]) -> None:
-        """Note a binary task's labels in each split, and refuse training labels of one class."""
-        self.findings.labelled[name], self.findings.positives[name] = {}, {}
+    def _describe_labels(self, name: str, label: NDArray[np.float32]) -> Iterator[tuple[str, bool, int, float]]:
+        """Note a task's number of labels, and their mean, in each split; yield whether the split has rows, and both."""
+        self.findings.labelled[name], means = {}, {}
         for split, mask in self.masks.items():
             in_split = label[mask]
             in_split = in_split[~np.isnan(in_split)]
-            num, share = len(in_split), float(in_split.mean(dtype=np.float64)) if len(in_split) else 0.0
-            self.findings.labelled[name][split], self.findings.positives[name][split] = num, share
+            num, mean = len(in_split), float(in_split.mean(dtype=np.float64)) if len(in_split) else 0.0
+            self.findings.labelled[name][split], means[split] = num, mean
+            yield split, bool(mask.any()), num, mean
+        by_task = self.findings.positives if self.targets[name].kind == "binary" else self.findings.means
+        by_task[name] = means
+
+    def _describe_positives(self, name: str, label: NDArray[np.float32]) -> None:
+        """Note a binary task's labels in each split, and refuse training labels of one class."""
+        for split, has_rows, num, share in self._describe_labels(name, label):
             if self.drawn is not None and num:
                 if share < 1:
-                    row = int(np.argmax((label == 0) & mask))
+                    row = int(np.argmax((label == 0) & self.masks[split]))
                     raise ValueError(
                         f"negatives.kind='items' is for tables of positives alone, and task {name!r} is 0 in row "
                         f"{row}: leave such rows out, or take kind 'rows', which trains on them"
                     )
-            elif mask.any() and share in (0.0, 1.0):
+            elif has_rows and share in (0.0, 1.0):
                 which = "no label" if not num else "positive labels alone" if share else "no positive label"
                 message = f"task {name!r} has {which} in the {split} split"
                 if split == "train":
@@ -301,23 +303,17 @@ class _Build:
         target = self.targets[name]
         if target.kind == "ordinal":
             label = target.numbers_of(label).astype(np.float32)
-        self.findings.labelled[name], means = {}, {}
-        for split, mask in self.masks.items():
-            in_split = label[mask]
-            in_split = in_split[~np.isnan(in_split)]
-            self.findings.labelled[name][split] = len(in_split)
-            means[split] = float(in_split.mean(dtype=np.float64)) if len(in_split) else 0.0
-            if mask.any() and not len(in_split):
+        for split, has_rows, num, _ in self._describe_labels(name, label):
+            if has_rows and not num:
                 self.findings.warnings.append(f"task {name!r} has no label in the {split} split")
-            if unknown := int(self.unknown[name][mask].sum()):
+            if unknown := int(self.unknown[name][self.masks[split]].sum()):
                 self.findings.warnings.append(
                     f"task {name!r}: {unknown:,} labels of the {split} split are values that training lacks; they "
                     "count as none"
                 )
         if target.kind == "multiclass":
             self.findings.classes[name] = len(target.classes)
-        else:
-            self.findings.means[name] = means
+            del self.findings.means[name]
 
     def _times(self) -> Mapping[str, TimeRange]:
         """Return the earliest and the latest time of the training rows by column, in days since 1970."""
@@ -325,7 +321,7 @@ class _Build:
             return self.times
         times: dict[str, TimeRange] = {}
         for column in self.timestamps:
-            days_N = to_numbers(self._parts(timestamp_columns(column)[2]), column)[self.masks["train"]]
+            days_N = to_numbers(self.parts(timestamp_columns(column)[2]), column)[self.masks["train"]]
             days_n = np.append(self.times.get(column) or [], days_N[~np.isnan(days_N)])
             times[column] = [float(days_n.min()), float(days_n.max())] if len(days_n) else None
         return times
@@ -340,13 +336,13 @@ class _Build:
             matrix[:, t] = 1.0
             if column is not None:
                 labelled = self.masks["train"] & ~np.isnan(self.labels[name])
-                matrix[:, t] = of_mean_one(to_weights(self._parts(column), column), column, name, labelled)
+                matrix[:, t] = of_mean_one(to_weights(self.parts(column), column), column, name, labelled)
 
     def _write_cold(self) -> None:
         """Write the sum, for each row, of the flags of what has no row in training: its user, its item."""
         cold_N = np.zeros(self.num_rows, np.uint8)
         item = self.config.item
-        items = None if item is None else factorize(self._parts(item), item).codes
+        items = None if item is None else factorize(self.parts(item), item).codes
         for flag, codes in ((COLD_USER, self.user), (COLD_ITEM, items)):
             if codes is not None:
                 has_row = np.zeros(codes.max(initial=0) + 2, dtype=bool)
@@ -357,78 +353,54 @@ class _Build:
             self.writer.save("cold", cold_N)
 
     def _write_domain(self, column: str) -> int:
-        codes = factorize(self._parts(column), column)
+        codes = factorize(self.parts(column), column)
         known = None if self.given is None else self.given.domains
         encoded, domains = self._encode_by(known, codes, f"domain {column}", self.masks["train"])
         self.writer.save("domain", domain_numbers(codes, encoded.rows, column))
         self.domain_texts = self._write_texts(domains)
         return encoded.num_rows - 1
 
-    def _write_categorical(self) -> tuple[CategoricalFeature, ...]:
-        columns = self.config.categorical
-        matrix = self.writer.create("categorical", (self.num_rows, len(columns)), np.int32)
-        features = []
-        for f, column in enumerate(columns):
-            codes = factorize(self._parts(column), column)
-            encoded = self._encode(codes, column, self.masks["train"], np.arange(self.num_rows))
-            matrix[:, f] = encoded.rows
-            is_id = self._is_id(column, codes.codes)
-            self._describe(column, codes.codes == MISSING, encoded.unseen, is_id=is_id)
-            self._check_leak(column, codes.codes)
-            self._shown.advance()
-            features.append(CategoricalFeature(column, encoded.num_rows, hashed=column in self.config.hash_rows))
-        return tuple(features)
-
-    def _write_multi_valued(self) -> tuple[CategoricalFeature, ...]:
-        features = []
-        for i, column in enumerate(self.config.multi_valued):
-            offsets, codes = split_values(self._parts(column), column, self.config.separator)
-            lengths = np.diff(offsets)
-            row = np.repeat(np.arange(len(lengths)), lengths)
-            encoded = self._encode(codes, column, np.repeat(self.masks["train"], lengths), row)
-            self.writer.save(f"multi{i}_offsets", offsets)
-            self.writer.save(f"multi{i}_values", encoded.rows)
-            self._describe(column, lengths == 0, encoded.unseen, lengths)
-            self._check_leak(column, MultiValued(codes.codes, lengths).sets_N())
-            self._shown.advance()
-            hashed = column in self.config.hash_rows
-            features.append(CategoricalFeature(column, encoded.num_rows, multi_valued=True, hashed=hashed))
-        return tuple(features)
-
-    def _write_sequences(self) -> tuple[SequenceFeature, ...]:
-        config, features = self.config, []
-        for i, (column, sequence) in enumerate(config.sequences.items()):
-            items = sequence.items or column
-            whole, codes = split_values(self._parts(column), column, config.separator)
-            offsets, position = last_values(whole, sequence.length)
-            codes = Codes(codes.codes[position], codes.values)
-            lengths = np.diff(offsets)
-            row = np.repeat(np.arange(len(lengths)), lengths)
-            encoded = self._encode(codes, items, np.repeat(self.masks["train"], lengths), row)
-            save_sequence(self.writer, i, offsets, encoded.rows)
-            if longer := int((np.diff(whole) > sequence.length).sum()):
-                self.findings.warnings.append(
-                    f"column {column!r}: {longer:,} of {len(lengths):,} rows have more than length={sequence.length} "
-                    "values; the last ones are read"
-                )
-            self._describe(column, lengths == 0, encoded.unseen, lengths)
-            self._check_leak(column, MultiValued(codes.codes, lengths).sets_N())
-            self._shown.advance()
-            hashed = items in config.hash_rows
-            features.append(SequenceFeature(column, encoded.num_rows, sequence.length, sequence.items, hashed))
-        return tuple(features)
-
-    def _encode(self, codes: Codes, column: str, train: NDArray[np.bool_], row: NDArray[np.int64]) -> Rows:
+    def _write_categorical(self) -> Iterator[CategoricalFeature]:
         config = self.config
-        if column in self.known:  # a sequence of a column's items
-            return to_known(codes, self.known[column])
-        if column in config.num_rows:
-            return to_given(codes, train, config.num_rows[column], column, row)
-        if column in config.hash_rows:
-            return to_hashed(codes, train, config.hash_rows[column])
-        known = self.fixed.get(column) if self.given is None else self.given.vocabularies[column]
-        encoded, vocabulary = self._encode_by(known, codes, f"column {column}", train, config.min_count)
-        self.vocabularies[column], self.known[column] = self._write_texts(vocabulary), vocabulary
+        for own in self.write_single(config.categorical):
+            is_id = self._is_id(own.column, own.codes.codes)
+            self._describe(own.column, own.codes.codes == MISSING, own.rows.unseen, is_id=is_id)
+            self._check_leak(own.column, own.codes.codes)
+            yield CategoricalFeature(own.column, own.rows.num_rows, False, own.column in config.hash_rows)
+        for own in self.write_lists(dict.fromkeys(config.multi_valued)):
+            self._describe_lists(own)
+            yield CategoricalFeature(own.column, own.rows.num_rows, True, own.column in config.hash_rows)
+
+    def _write_sequences(self) -> Iterator[SequenceFeature]:
+        for own in self.write_lists(self.config.sequences):
+            sequence = self.config.sequences[own.column]
+            if own.num_longer:
+                self.findings.warnings.append(
+                    f"column {own.column!r}: {own.num_longer:,} of {self.num_rows:,} rows have more than "
+                    f"length={sequence.length} values; the last ones are read"
+                )
+            self._describe_lists(own)
+            hashed = (sequence.items or own.column) in self.config.hash_rows
+            yield SequenceFeature(own.column, own.rows.num_rows, sequence.length, sequence.items, hashed)
+
+    def _describe_lists(self, own: Written) -> None:
+        assert own.lengths is not None
+        self._describe(own.column, own.lengths == 0, own.rows.unseen, own.lengths)
+        self._check_leak(own.column, MultiValued(own.codes.codes, own.lengths).sets_N())
+
+    def rows_of(self, column: str, items: str, codes: Codes, lengths: NDArray[np.int64] | None) -> Rows:
+        config, train, row = self.config, self.masks["train"], np.arange(self.num_rows)
+        if lengths is not None:
+            train, row = np.repeat(train, lengths), np.repeat(row, lengths)
+        if items in self.known:  # a sequence of a column's items
+            return to_known(codes, self.known[items])
+        if items in config.num_rows:
+            return to_given(codes, train, config.num_rows[items], column, row)
+        if items in config.hash_rows:
+            return to_hashed(codes, train, config.hash_rows[items])
+        known = self.fixed.get(items) if self.given is None else self.given.vocabularies[items]
+        encoded, vocabulary = self._encode_by(known, codes, f"column {items}", train, config.min_count)
+        self.vocabularies[items], self.known[items] = self._write_texts(vocabulary), vocabulary
         return encoded
 
     def _encode_by(
@@ -452,33 +424,17 @@ class _Build:
         self.writer.save(f"vocabulary{number}_bytes", values.content.numpy())
         return number
 
-    def _write_continuous(self) -> tuple[ContinuousFeature, ...]:
-        columns = self.config.continuous
-        matrix = self.writer.create("dense", (self.num_rows, len(columns)), np.float32)
-        features = []
-        for c, column in enumerate(columns):
-            values = to_float32(to_numbers(self._parts(column), column))
-            matrix[:, c] = values
-            features.append(statistics(column, values[self.masks["train"]]))
+    def _write_continuous(self) -> Iterator[ContinuousFeature]:
+        for column, values in self.write_numbers(self.config.continuous):
             self._describe(column, np.isnan(values), None)
             self._check_leak(column, np.unique(values, return_inverse=True)[1])
-            self._shown.advance()
-        return tuple(features)
+            yield statistics(column, values[self.masks["train"]])
 
-    def _write_vectors(self) -> tuple[VectorFeature, ...]:
-        columns = self.config.vectors
-        if not columns:
-            return ()
+    def _write_vectors(self) -> Iterator[VectorFeature]:
         known = {} if self.given is None else {f.name: f.size for f in self.given.features.vectors}
-        encoded = [to_vectors(self._parts(column), column, known.get(column)) for column in columns]
-        features = []
-        for column, vectors in zip(columns, encoded, strict=True):
-            features.append(VectorFeature(column, vectors.shape[1], vector_scale(vectors[self.masks["train"]])))
+        for column, vectors in self.write_vectors({c: known.get(c) for c in self.config.vectors}).items():
             self._describe(column, np.isnan(vectors[:, 0]), None)
-        matrix = self.writer.create("vectors", (self.num_rows, sum(f.size for f in features)), np.float32)
-        for place, vectors in zip(vector_places(features), encoded, strict=True):
-            matrix[:, place] = vectors
-        return tuple(features)
+            yield VectorFeature(column, vectors.shape[1], vector_scale(vectors[self.masks["train"]]))
 
     def _describe(
         self,
@@ -524,6 +480,7 @@ class _Build:
         return True
 
     def _check_leak(self, column: str, codes: NDArray[Any]) -> None:
+        self._shown.advance()
         train = self.masks["train"]
         for name, label in self.labels.items():
             if determines(codes[train], label[train]):

@@ -44,7 +44,7 @@ def label_among_features(arrays: TableArrays) -> list[str]:
     """
     features = arrays.features
     numbers = {f.name: values_N for f, values_N in zip(features.continuous, arrays.dense_NC.T, strict=True)}
-    single = [f.name for f in features.categorical if not f.multi_valued]
+    single = [f.name for f in features.single]
     categories = dict(zip(single, arrays.ids_NF.T, strict=True))
     ordered = numbers | {name: np.where(ids_N > 0, ids_N, np.nan) for name, ids_N in categories.items()}
     categories |= {name: column.sets_N() for name, column in arrays.multi.items()}

@@ -2,7 +2,7 @@
 
 A table is read and encoded once, into memory-mapped array files in the cache; a batch is an indexed read of them, so
 no worker process is needed. The order of an epoch depends on (seed, epoch) alone: `apps.data.loader.ResumableLoader`
-restores it in mid-epoch. pyarrow and torchrec are imported where they are used.
+restores it in mid-epoch. pyarrow is imported where it is used.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.schema import NegativesConfig, SplitConfig, TableConfig
+from apps.recsys.tables.drawn_items import DrawnRows, FixedDraws, Items
 from apps.recsys.tables.findings import TableFindings
+from apps.recsys.tables.negatives import SampledPlan, SampledRows
+from apps.recsys.tables.rows import TableRows
 from apps.recsys.tables.synthetic import SyntheticConfig, generate
 from apps.report.base import Report
 from core.config.plain import from_plain
 
 if TYPE_CHECKING:
     from apps.recsys.readers.raw import RawTables
-    from apps.recsys.tables.drawn_items import DrawnRows, FixedDraws, Items
-    from apps.recsys.tables.negatives import SampledRows
-    from apps.recsys.tables.rows import TableRows
     from apps.recsys.tables.streaming import FileRows
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class TableData(SuiteData):
         data = TableData("census_income", batch_size=1024)
         data.features.categorical[0]    # CategoricalFeature(name='class_of_worker', num_rows=10, ...)
         batch = next(iter(data.train_dataloader()))
-        batch.dense_BC, batch.sparse, batch.label_Bt        # (1024, 7), KeyedJaggedTensor, (1024, 2)
+        batch.dense_BC, batch.single_FB, batch.label_Bt     # (1024, 7), (32, 1024), (1024, 2)
     """
 
     unit = "rows"
@@ -214,8 +214,6 @@ class TableData(SuiteData):
 
     def rows(self, split: str) -> TableRows:
         """Return the rows of a split in the table's order; ``rows(split)[:]`` is one batch of them all."""
-        from apps.recsys.tables.rows import TableRows
-
         check_name("split", split, SPLITS)
         index = self.opened[split]
         if split == "train" and self.subset is not None:
@@ -236,13 +234,9 @@ class TableData(SuiteData):
     def examples(self, split: Split) -> TableRows | SampledRows | DrawnRows | FixedDraws:
         rows = self.rows(split)
         if self._drawn is not None:
-            from apps.recsys.tables.drawn_items import DrawnRows
-
             return DrawnRows(rows, self.items) if split == "train" else self._fixed_draws(split)
         if split != "train" or self.negatives is None:
             return rows
-        from apps.recsys.tables.negatives import SampledRows
-
         return SampledRows(rows, self.negatives)
 
     @property
@@ -257,16 +251,12 @@ class TableData(SuiteData):
         Raises:
             ValueError: see ``Items``.
         """
-        from apps.recsys.tables.drawn_items import Items
-
         assert self._drawn is not None
         if self._items is None:
             self._items = Items(self.opened, self.encoding, self._drawn)
         return self._items
 
     def _fixed_draws(self, split: Split) -> FixedDraws:
-        from apps.recsys.tables.drawn_items import FixedDraws
-
         return FixedDraws(self.rows(split), self.items, split, self.opened.info["split_seed"])
 
     def forget(self) -> None:
@@ -276,8 +266,6 @@ class TableData(SuiteData):
     def batching(self, examples: Any) -> dict[str, Any]:
         if self.negatives is None:
             return super().batching(examples)
-        from apps.recsys.tables.negatives import SampledPlan
-
         assert self.batch_size is not None
         num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         plan = SampledPlan(examples, self.batch_size, self.drop_last, num_processes)

@@ -14,7 +14,7 @@ from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.kinds import Outputs
 from apps.recsys.tables.model import MultiTaskModel
-from apps.recsys.tables.plain_columns import PlainColumns
+from apps.recsys.tables.plain_columns import batch_of
 from core.config.plain import from_plain
 
 if TYPE_CHECKING:
@@ -36,19 +36,12 @@ class PlainTables(nn.Module):
     ) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
-        self.columns = nn.ModuleList(PlainColumns(member, features) for member in members)
-        self.outputs, self.names, self.num_domains = outputs, names, features.num_domains
+        self.outputs, self.names, self.features = outputs, names, features
 
     def forward(self, *tensors: Tensor) -> Tensor:
         """Return the outputs (B, Z), a logit a task where all are binary."""
-        inputs = dict(zip(self.names, tensors, strict=True))
-        domain_B = inputs.get("domain")
-        if domain_B is not None:  # beyond the last domain a runtime stops; below the first it would count from the end
-            domain_B = torch.where(domain_B < 0, self.num_domains, domain_B)
-        z = [
-            member.compute(*columns(inputs), domain_B)  # type: ignore[operator]
-            for member, columns in zip(self.members, self.columns, strict=True)
-        ]
+        batch = batch_of(dict(zip(self.names, tensors, strict=True)), self.features)
+        z = [member(batch, plain=True) for member in self.members]
         return (z[0] if len(z) == 1 else self.outputs.mean(torch.stack(z))).float()
 
 
@@ -69,7 +62,7 @@ def described_columns(encoding: Encoding) -> dict[str, Any]:
         values = None if vocabulary is None else list(vocabulary.texts())
         return {"column": name, "num_rows": feature.num_rows, "hashed": feature.hashed, "values": values}
 
-    single = [column(f.name, f, f.name) for f in features.categorical if not f.multi_valued]
+    single = [column(f.name, f, f.name) for f in features.single]
     lists = [{**column(f.name, f, f.name), "length": None} for f in features.categorical if f.multi_valued]
     lists += [{**column(s.name, s, s.items or s.name), "length": s.length} for s in features.sequences]
     domains = None if encoding.domains is None else list(encoding.domains.texts())

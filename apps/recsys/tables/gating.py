@@ -337,7 +337,7 @@ def domain_column(features: Features) -> str:
 
 def coded_names(features: Features) -> list[str]:
     """Return the names of the columns that `coded_columns` has: one value a row, 255 at most, and numbers that vary."""
-    names = [f.name for f in features.categorical if not f.multi_valued and f.num_rows <= MAX_CODES]
+    names = [f.name for f in features.single if f.num_rows <= MAX_CODES]
     names += [domain_column(features)] * bool(features.num_domains)
     return names + [c.name for c in features.continuous if c.quantiles]
 
@@ -364,7 +364,7 @@ def coded_columns(arrays: TableArrays) -> Iterator[tuple[str, np.ndarray, list[s
     """Yield columns as codes: (name, int64 (N,), words of the codes or None where the data module has them)."""
     features = arrays.features
     names = coded_names(features)
-    single = [f.name for f in features.categorical if not f.multi_valued]
+    single = [f.name for f in features.single]
     for name, ids_N in zip(single, arrays.ids_NF.T, strict=True):
         if name in names:
             yield name, ids_N, None

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import core
 from apps.recsys.encoding.features import SequenceFeature
-from apps.recsys.tables.embedding import SparseArch, check_keys
+from apps.recsys.tables.batch import Ragged
+from apps.recsys.tables.embedding import SparseArch
 from core.fields import Checked, Count
 from core.kernels import cpu
 
@@ -130,7 +130,7 @@ class HistoryArch(nn.Module):
                 "'joined' or 'collection', or pooling 'mean'"
             )
         names = [f.name for f in sparse.features]
-        self.names, self.copies, self.normalize = [s.name for s in sequences], sparse.copies, config.normalize
+        self.copies, self.normalize = sparse.copies, config.normalize
         self.items = [str(s.items) for s in sequences]
         self.places = [names.index(items) for items in self.items]
         self.starts = [sum(sparse.dims[:place]) for place in self.places]
@@ -139,7 +139,7 @@ class HistoryArch(nn.Module):
             nn.ModuleList(ActivationUnit(dim, config) for _ in range(self.copies)) for dim in self.dims
         )
 
-    def forward(self, sequences: KeyedJaggedTensor | None, sparse: SparseArch, embedded: Tensor) -> Tensor:
+    def forward(self, sequences: Sequence[Ragged], sparse: SparseArch, embedded: Tensor, plain: bool = False) -> Tensor:
         """Return the vectors of all sequences side by side; a history without items has zeros.
 
         Args:
@@ -147,26 +147,24 @@ class HistoryArch(nn.Module):
             sparse: the embeddings.
             embedded: output of ``sparse``, which holds the embeddings of the examples' own items, (B, H) or
                 (copies, B, H).
+            plain: check no row.
 
         Returns:
             (B, sum of ``dims``), or (copies, B, sum of ``dims``).
 
         Raises:
-            ValueError: the batch has other sequences, or a row that its table lacks.
+            ValueError: a row that its table lacks.
         """
-        check_keys(sequences, self.names, "sequences")
-        assert sequences is not None
         embedded_KBH = embedded if self.copies > 1 else embedded[None]
         units: Any = self.units
         B, pooled = embedded_KBH.shape[1], []
-        for i, items in enumerate(self.items):
-            jagged, dim = sequences[self.names[i]], self.dims[i]
-            row_N, length_B = jagged.values().long(), jagged.lengths()
-            example_N = torch.arange(B, device=row_N.device).repeat_interleave(length_B, output_size=len(row_N))
-            key_KNd = sparse.rows_of(items, row_N).view(-1, self.copies, dim).transpose(0, 1)
+        for i, (items, column) in enumerate(zip(self.items, sequences, strict=True)):
+            dim, example_N = self.dims[i], column.row_N
+            key_KNd = sparse.rows_of(items, column.values_N.long(), plain).view(-1, self.copies, dim).transpose(0, 1)
             query_KBd = embedded_KBH[:, :, self.starts[i] : self.starts[i] + dim]
+            of_example_N = example_N.clamp_max(B - 1)  # padding is of none
             own = [
-                self._pool(unit(query_Bd.index_select(0, example_N), key_Nd), key_Nd, example_N, B)
+                self._pool(unit(query_Bd.index_select(0, of_example_N), key_Nd), key_Nd, example_N, B)
                 for unit, query_Bd, key_Nd in zip(units[i], query_KBd, key_KNd, strict=True)
             ]
             pooled.append(torch.stack(own))
@@ -174,11 +172,11 @@ class HistoryArch(nn.Module):
         return y_KBH if self.copies > 1 else y_KBH[0]
 
     def _pool(self, weight_N: Tensor, key_Nd: Tensor, example_N: Tensor, B: int) -> Tensor:
-        """Return the weighted sum of the items of each example, (B, d)."""
+        """Return the weighted sum of the items of each example, (B, d); those of the example B are left out."""
         if self.normalize:
-            weight_N = segment_softmax(weight_N, example_N, B)
+            weight_N = segment_softmax(weight_N, example_N, B + 1)
         product_Nd = weight_N[:, None] * key_Nd
-        return product_Nd.new_zeros(B, key_Nd.shape[1]).index_add(0, example_N, product_Nd)
+        return product_Nd.new_zeros(B + 1, key_Nd.shape[1]).index_add(0, example_N, product_Nd)[:B]
 
 
 def segment_softmax(score_N: Tensor, segment_N: Tensor, num_segments: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from apps.data.array_files import ArrayFiles
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.tables.arrays import MultiValued
-from apps.recsys.tables.rows import ragged
+from apps.recsys.tables.rows import arrays_of_lists, ragged
 
 _PIECE = 2**18
 """Rows whose values are compared at a time."""
@@ -28,8 +28,9 @@ class ItemColumns:
 
     def __init__(self, columns: ArrayFiles, encoding: Encoding) -> None:
         self.columns, self.encoding, features = columns, encoding, encoding.features
-        self.single = [f.name for f in features.categorical if not f.multi_valued]
-        self._several = [f.name for f in features.categorical if f.multi_valued]
+        self.single = [f.name for f in features.single]
+        multi = {f.name for f in features.categorical if f.multi_valued}
+        self._several = {name: array for name, array in arrays_of_lists(features).items() if name in multi}
         self._numbers = [f.name for f in features.continuous]
         # The array and the places in it of each column that has them; a domain may be a categorical column too.
         self._places = {} if encoding.domain is None else {encoding.domain: ("domain", slice(0, 1))}
@@ -53,8 +54,8 @@ class ItemColumns:
 
     def _same(self, name: str, a_N: Tensor, b_N: Tensor) -> Tensor:
         if name in self._several:  # in any order
-            values, length_B = ragged(self.columns, self._array(name), torch.cat((a_N, b_N)))
-            a, b = torch.from_numpy(MultiValued(values.numpy(), length_B.numpy()).sets_N()).split(len(a_N))
+            own = ragged(self.columns, self._several[name], torch.cat((a_N, b_N)))
+            a, b = torch.from_numpy(MultiValued.of(own).sets_N()).split(len(a_N))
             return a == b
         a_NV, b_NV = self.read(name, a_N), self.read(name, b_N)
         return ((a_NV == b_NV) | (a_NV.isnan() & b_NV.isnan())).all(dim=1)
@@ -63,8 +64,8 @@ class ItemColumns:
         """Return a column's value in a row of the table, for a message."""
         index_1 = torch.tensor([row])
         if name in self._several:
-            values, _ = ragged(self.columns, self._array(name), index_1)
-            return f"[{', '.join(self._word(name, value) for value in values.tolist())}]"
+            values_N = ragged(self.columns, self._several[name], index_1).values_N
+            return f"[{', '.join(self._word(name, value) for value in values_N.tolist())}]"
         values = self.read(name, index_1)[0]
         if len(values) > 1:
             return f"the vector of {values[0]:.4g}, {values[1]:.4g}, ..."
@@ -75,9 +76,6 @@ class ItemColumns:
             return "no value" if number != number else f"{number:.7g}"
         assert self.encoding.domains is not None
         return repr(self.encoding.domains.texts()[int(number)])
-
-    def _array(self, name: str) -> str:
-        return f"multi{self._several.index(name)}"
 
     def _word(self, name: str, value: int) -> str:
         known = self.encoding.vocabularies.get(name)

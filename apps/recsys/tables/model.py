@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.models.dlrm import InteractionArch as DotProducts
 from torchrec.modules.crossnet import CrossNet, LowRankCrossNet
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import core
 from apps.recsys.encoding.features import Features
-from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.batch import Ragged, TableBatch
 from apps.recsys.tables.bottoms import SingleTask
 from apps.recsys.tables.dense import DenseArch, DenseConfig
-from apps.recsys.tables.embedding import EmbeddingConfig, SparseArch, check_keys
+from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.history import HistoryArch, HistoryConfig
 from apps.recsys.tables.personal import EmbeddingGate, TowerGates, TwoLayers
 from apps.recsys.tables.tasks import HeadConfig
@@ -153,9 +152,10 @@ class TableColumns(nn.Module):
             names = ", ".join(s.name for s in features.sequences)
             raise ValueError(f"history.pooling='din' needs a sequence that names its items, and {names} names none")
         averaged = tuple(s for s in features.sequences if s not in attended)
-        self.sequence_names, self.averaged = [s.name for s in features.sequences], [s.name for s in averaged]
+        self.num_multi = sum(f.multi_valued for f in features.categorical)
+        self.is_attended = [s in attended for s in features.sequences]
         columns = (*features.categorical, *self.dense.bin_features)
-        self.sparse = SparseArch(columns, embedding, copies, averaged)
+        self.sparse = embedding.build(columns, copies, averaged)
         self.history = HistoryArch(attended, self.sparse, history) if attended else None
         self.vectors = VectorArch(features.vectors, embedding.dim, copies) if features.vectors else None
         others = (part for part in (self.vectors, self.history) if part is not None)
@@ -163,30 +163,49 @@ class TableColumns(nn.Module):
         parts = [InteractionArch(interaction, self.dense.out_dim, self.sparse_dims) for _ in range(copies)]
         self.interaction, self.input_dim = nn.ModuleList(parts), parts[0].out_dim
 
-    def read(self, batch: TableBatch) -> tuple[Tensor | None, Tensor | None]:
+    def read(self, batch: TableBatch, plain: bool = False) -> tuple[Tensor | None, Tensor | None]:
         """Return the numbers of a batch's rows, (B, width), and their embeddings, vectors and histories side by side.
 
         Several copies have (copies, B, width) each. None: there are no such columns.
 
+        Args:
+            batch: the rows.
+            plain: compute as a graph for other runtimes does; see ``SparseArch.forward``.
+
         Raises:
             ValueError: the columns are not the model's, or a row is beyond its table.
         """
-        dense_BC = batch.dense_BC
-        if dense_BC.shape[1] != self.num_continuous:
-            raise ValueError(f"the batch has {dense_BC.shape[1]} continuous columns, the model {self.num_continuous}")
-        averaged, attended = self._sequences(batch)
-        embedded = []
+        if batch.dense_BC.shape[1] != self.num_continuous:
+            given = batch.dense_BC.shape[1]
+            raise ValueError(f"the batch has {given} continuous columns, the model {self.num_continuous}")
+        if len(batch.lists) != self.num_multi + len(self.is_attended):
+            own = self.num_multi + len(self.is_attended)
+            raise ValueError(f"the batch has {len(batch.lists)} multi-valued columns and sequences, the model {own}")
+        pooled = None
         if self.sparse.dims:
-            embedded.append(self.sparse(batch.sparse, self.dense.bins(dense_BC), averaged))
+            lists = (*batch.lists[: self.num_multi], *self._sequences(batch, attended=False))
+            pooled = self.sparse(batch.single_FB, lists, self.dense.bins(batch.dense_BC), plain)
+        return self.read_beside(pooled, batch, plain)
+
+    def read_beside(
+        self, pooled: Tensor | None, batch: TableBatch, plain: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return what ``read`` returns, given the output of ``sparse``, None without its columns."""
+        embedded = [] if pooled is None else [pooled]
         if self.vectors is not None:
             if batch.vector_BV is None or batch.vector_BV.shape[1] != sum(self.vectors.sizes):
                 numbers = 0 if batch.vector_BV is None else batch.vector_BV.shape[1]
                 raise ValueError(f"the batch has vectors of {numbers} numbers, the model {sum(self.vectors.sizes)}")
             embedded.append(self.vectors(batch.vector_BV))
         if self.history is not None:
-            embedded.append(self.history(attended, self.sparse, embedded[0]))
+            embedded.append(self.history(self._sequences(batch, attended=True), self.sparse, embedded[0], plain))
         sparse = torch.cat(embedded, dim=-1) if len(embedded) > 1 else embedded[0] if embedded else None
-        return self.dense(dense_BC), sparse
+        return self.dense(batch.dense_BC), sparse
+
+    def _sequences(self, batch: TableBatch, attended: bool) -> list[Ragged]:
+        """Return the sequences that are attended to, or those that are averaged."""
+        pairs = zip(batch.lists[self.num_multi :], self.is_attended, strict=True)
+        return [own for own, is_attended in pairs if is_attended == attended]
 
     def cross(self, dense: Tensor | None, sparse: Tensor | None) -> Tensor:
         """Return the vectors (B, D), or (copies, B, D), of what ``read`` returns."""
@@ -208,17 +227,6 @@ class TableColumns(nn.Module):
         """Return the vectors with dropout, in training alone."""
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
-    def _sequences(self, batch: TableBatch) -> tuple[KeyedJaggedTensor | None, KeyedJaggedTensor | None]:
-        """Return the sequences that are averaged and those that are attended to, None without any."""
-        given = batch.sequences
-        check_keys(given, self.sequence_names, "sequences")
-        if given is None or not self.averaged or self.history is None:
-            return (given, None) if self.history is None else (None, given)
-        keys = given.keys()
-        parts = [[keys.index(name) for name in keys if (name in self.averaged) == own] for own in (True, False)]
-        averaged, attended = (given.permute(part) for part in parts)
-        return averaged, attended
-
 
 class MultiTaskModel(TableColumns):
     """A network from a batch of table rows to the outputs of all tasks.
@@ -229,10 +237,9 @@ class MultiTaskModel(TableColumns):
     Args:
         features: columns and tasks of the data.
         shared: config of a multi-gate layer or of a bottom.
-        embedding, dense, interaction, head: configs of the parts.
-        dropout: dropout of the shared layer's input.
-        history: how sequences become one vector each.
+        embedding, head: configs of the parts.
         gate_embeddings: width of the hidden layer of a gate of the columns by domain (EPNet); 0: none.
+        columns: ``dense``, ``interaction``, ``dropout`` and ``history`` of ``TableColumns``.
 
     Raises:
         ValueError: a gate needs domains or columns that are not there, or stands in models that share nothing.
@@ -245,16 +252,13 @@ class MultiTaskModel(TableColumns):
         features: Features,
         shared: core.MultiGateConfig,
         embedding: EmbeddingConfig = _EMBEDDING,
-        dense: DenseConfig = _DENSE,
-        interaction: InteractionConfig = _INTERACTION,
         head: HeadConfig = _HEAD,
-        dropout: float = 0.0,
-        history: HistoryConfig = _HISTORY,
         gate_embeddings: int = 0,
+        **columns: Any,
     ) -> None:
         _check_gates(features, shared, head, gate_embeddings)
         copies = len(features.tasks) if isinstance(shared, SingleTask) else 1
-        super().__init__(features, embedding, dense, interaction, dropout, copies, history)
+        super().__init__(features, embedding, copies=copies, **columns)
         self.num_domains = features.num_domains
         dim, num_tasks = self.input_dim, len(features.tasks)
         self.shared = shared.build(dim, num_tasks, num_domains=features.num_domains)
@@ -286,8 +290,8 @@ class MultiTaskModel(TableColumns):
         """Return the parameters that do not decay: the domains' vectors, where those of other columns do not."""
         return set() if self.domain is None or self.sparse.config.weight_decay else {"domain.weight"}
 
-    def forward(self, batch: TableBatch) -> Tensor:
-        """Return the outputs (B, Z), a logit a task where all are binary.
+    def forward(self, batch: TableBatch, plain: bool = False) -> Tensor:
+        """Return the outputs (B, Z), a logit a task where all are binary; ``plain`` as for ``read``.
 
         Raises:
             ValueError: the columns are not the model's, a row is beyond its table, or the batch names no domain where
@@ -295,7 +299,7 @@ class MultiTaskModel(TableColumns):
         """
         if self.num_domains and batch.domain_B is None:
             raise ValueError(f"the model knows {self.num_domains} domains, and the batch has no domain_B")
-        return self.compute(*self.read(batch), batch.domain_B)
+        return self.compute(*self.read(batch, plain), batch.domain_B)
 
     def compute(self, dense: Tensor | None, sparse: Tensor | None, domain_B: Tensor | None) -> Tensor:
         """Return the outputs (B, Z) of encoded columns.

@@ -32,10 +32,9 @@ from apps.recsys.tables.tasks import HeadConfig
 from apps.recsys.tables.weighting import WeightingConfig
 from apps.train import sharded
 from apps.train.balanced import Stage
-from apps.train.distilling import DistilConfig
 from apps.train.lightning_internals import trainer_of
 from apps.train.model_card import ModelKind
-from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
+from apps.train.module import SparseModule, TaskOutput
 from core.config.plain import from_plain
 
 _REPORT = RecommenderReportConfig()
@@ -63,12 +62,10 @@ class MultiTaskRecommender(SparseModule, Comparable):
         score_bins: number of bins of the scores whose counts the metrics keep in place of every prediction; there is no
             AUC by user then. None: exact metrics.
         report: what a test adds to the metrics; None: nothing.
-        optimizer: learning rate, weight decay and schedule.
-        ema_decay: decay of the moving average of the weights; None: there is no average.
-        distil: trained model whose probabilities a training learns beside the labels; None: none.
         history: how the columns of sequences become one vector each.
         gate_embeddings: width of the hidden layer of a gate that scales the columns by domain (EPNet, arXiv
             2302.01115); 0: none.
+        kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
 
     Raises:
         ValueError: no features, no task, a value out of its range, or parts that do not go together.
@@ -107,11 +104,9 @@ class MultiTaskRecommender(SparseModule, Comparable):
         num_members: int = 1,
         score_bins: int | None = None,
         report: RecommenderReportConfig | None = _REPORT,
-        optimizer: OptimizerConfig | None = None,
-        ema_decay: float | None = None,
-        distil: DistilConfig | None = None,
         history: HistoryConfig | None = None,
         gate_embeddings: int = 0,
+        **kwargs: Any,
     ) -> None:
         features = from_plain(features, Features, "features")
         shared = from_plain(shared, core.MultiGateConfig, "shared")
@@ -122,7 +117,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         weighting = from_plain(weighting, WeightingConfig, "weighting")
         report = from_plain(report, RecommenderReportConfig, "report")
         history = from_plain(history, HistoryConfig, "history")
-        super().__init__(optimizer=optimizer, ema_decay=ema_decay, distil=distil)
+        super().__init__(**kwargs)
         if features is None:
             return self.wait_for_data("features")
         if not features.tasks:
@@ -147,20 +142,9 @@ class MultiTaskRecommender(SparseModule, Comparable):
         self.dropout, self.num_members, self.report = dropout, num_members, report
         self.score_bins, self.gate_embeddings = score_bins, gate_embeddings
         self.build_metrics()  # an impossible number is refused here
-        members = [
-            MultiTaskModel(
-                features,
-                self.shared_config,
-                self.embedding,
-                self.dense,
-                self.interaction,
-                self.head,
-                dropout,
-                self.history,
-                gate_embeddings,
-            )
-            for _ in range(num_members)
-        ]
+        columns = {"dense": self.dense, "interaction": self.interaction, "dropout": dropout, "history": self.history}
+        parts = (features, self.shared_config, self.embedding, self.head, gate_embeddings)
+        members = [MultiTaskModel(*parts, **columns) for _ in range(num_members)]
         self.model = members[0] if num_members == 1 else Ensemble(members)
         shares = features.positives or (0.5,) * len(features.tasks)
         initial = [kind.initial_loss(share) for kind, share in zip(self.outputs.kinds, shares, strict=True)]

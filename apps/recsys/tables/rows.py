@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from apps.data.array_files import ArrayFiles, ArraysInMemory
 from apps.recsys.encoding.features import Features
-from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.batch import Ragged, TableBatch
 
 
 class TableRows(Dataset[TableBatch]):
@@ -43,10 +42,7 @@ class TableRows(Dataset[TableBatch]):
     ) -> None:
         self.columns, self.features, self.index = columns, features, index
         self.moved, self.domain_moves = frozenset(moved), domain_moves
-        self._single = [f.name for f in features.categorical if not f.multi_valued]
-        self._multi = [f.name for f in features.categorical if f.multi_valued]
-        self._keys = [*self._single, *self._multi]
-        self._sequences = [f.name for f in features.sequences]
+        self._lists = arrays_of_lists(features)
         self.kept: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
@@ -77,14 +73,17 @@ class TableRows(Dataset[TableBatch]):
                     own[:, places] = columns[name].index_select(0, source_B)[:, places]
         return TableBatch(
             dense_BC=dense_BC,
-            sparse=self._sparse(index_B, source_B) if self._keys else None,
+            single_FB=self._single(index_B, source_B),
             label_Bt=columns["label"].index_select(0, index_B),
             index_B=index_B,
             domain_B=columns["domain"].index_select(0, domain_B).long() if "domain" in columns else None,
             group_B=columns["group"].index_select(0, index_B) if "group" in columns else None,
             weight_Bt=columns["weight"].index_select(0, index_B) if "weight" in columns else None,
             vector_BV=vector_BV,
-            sequences=self._sequences_of(index_B) if self._sequences else None,
+            lists=tuple(
+                ragged(columns, array, index_B if source_B is None or name not in self.moved else source_B)
+                for name, array in self._lists.items()
+            ),
             cold_B=columns["cold"].index_select(0, index_B) if "cold" in columns else None,
             kept=self.kept and {name: values.take(index_B.numpy()) for name, values in self.kept.items()},
         )
@@ -94,46 +93,34 @@ class TableRows(Dataset[TableBatch]):
         """The columns of ``moved`` in each matrix of the table, by the matrix."""
         features = self.features
         in_vectors = [f.name for f in features.vectors for _ in range(f.size)]
-        names = {"dense": [f.name for f in features.continuous], "vectors": in_vectors, "categorical": self._single}
+        single = [f.name for f in features.single]
+        names = {"dense": [f.name for f in features.continuous], "vectors": in_vectors, "categorical": single}
         return {of: [place for place, name in enumerate(own) if name in self.moved] for of, own in names.items()}
 
-    def _sparse(self, index_B: Tensor, source_B: Tensor | None) -> KeyedJaggedTensor:
-        B, F = len(index_B), len(self._single)
-        # Feature by feature, as a KeyedJaggedTensor has it; int32, as in the files, is half the bytes to a device.
-        single = torch.empty(F, B, dtype=torch.int32)
-        if F:
-            single.copy_(self.columns["categorical"].index_select(0, index_B).t())
+    def _single(self, index_B: Tensor, source_B: Tensor | None) -> Tensor:
+        """Return the columns of one value, (F, B); int32, as in the files, is half the bytes to a device."""
+        whole = self.columns["categorical"] if "categorical" in self.columns else torch.empty(len(index_B), 0)
+        single_FB = torch.empty(whole.shape[1], len(index_B), dtype=torch.int32)
+        if len(single_FB):
+            single_FB.copy_(whole.index_select(0, index_B).t())
         if source_B is not None and (places := self._moved_places["categorical"]):
-            single[places] = self.columns["categorical"].index_select(0, source_B)[:, places].t()
-        values, lengths, length_per_key = [single.view(-1)], [torch.ones(F * B, dtype=torch.int32)], [B] * F
-        for i, name in enumerate(self._multi):
-            own_B = source_B if source_B is not None and name in self.moved else index_B
-            of_column, length_B = ragged(self.columns, f"multi{i}", own_B)
-            values.append(of_column)
-            lengths.append(length_B)
-            length_per_key.append(len(of_column))
-        return KeyedJaggedTensor(
-            self._keys, torch.cat(values), lengths=torch.cat(lengths), stride=B, length_per_key=length_per_key
-        )
-
-    def _sequences_of(self, index_B: Tensor) -> KeyedJaggedTensor:
-        columns = [ragged(self.columns, f"sequence{i}", index_B) for i in range(len(self._sequences))]
-        values, lengths = (torch.cat(parts) for parts in zip(*columns, strict=True))
-        return KeyedJaggedTensor(
-            self._sequences,
-            values,
-            lengths=lengths,
-            stride=len(index_B),
-            length_per_key=[len(of_column) for of_column, _ in columns],
-        )
+            single_FB[places] = whole.index_select(0, source_B)[:, places].t()
+        return single_FB
 
 
-def ragged(columns: ArrayFiles | ArraysInMemory, name: str, index_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the values of some rows, one row after the other, and how many each row has, int32."""
+def arrays_of_lists(features: Features) -> dict[str, str]:
+    """Return the name of the arrays of each column with any number of values, by column."""
+    multi = [f.name for f in features.categorical if f.multi_valued]
+    arrays = {name: f"multi{i}" for i, name in enumerate(multi)}
+    return arrays | {f.name: f"sequence{i}" for i, f in enumerate(features.sequences)}
+
+
+def ragged(columns: ArrayFiles | ArraysInMemory, name: str, index_B: Tensor) -> Ragged:
+    """Return the values of some rows of a table, int32."""
     offsets = columns[f"{name}_offsets"]
     starts = offsets.index_select(0, index_B)
     length_B = offsets.index_select(0, index_B + 1) - starts
     ends = length_B.cumsum(0)
     shift = torch.repeat_interleave(starts - ends + length_B, length_B)
     position = shift.add_(torch.arange(len(shift)))
-    return columns[f"{name}_values"].index_select(0, position), length_B.int()
+    return Ragged(columns[f"{name}_values"].index_select(0, position), length_B.int())

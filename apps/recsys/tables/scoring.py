@@ -10,8 +10,10 @@ import itertools
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -19,11 +21,14 @@ from apps.base.checks import check_at_least
 from apps.base.messages import excerpt, first_line
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.schema import nearest
+from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.rows import TableRows
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from apps.recsys.tables.rows import TableRows
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -58,30 +63,49 @@ def encoding_of(model: Any) -> Mapping[str, Any]:
     return state
 
 
-def encoded(tables: Iterable[pa.Table], encoding: Encoding) -> Iterator[tuple[pa.Table, TableRows]]:
-    """Yield each table with its rows encoded, which are counted from 0 in each; warn of rows unlike those of training.
+def encoded(tables: Iterable[pa.Table], encoding: Encoding, batch_size: int) -> Iterator[tuple[pa.Table, TableBatch]]:
+    """Yield the rows of tables in batches, as they stand and encoded; warn of rows unlike those of training.
+
+    A thread encodes the next table while the caller works on the batches of the one before.
 
     Args:
-        tables: the pieces of one table, with the columns of ``encoding.roles``.
+        tables: the pieces of one table, with the columns of ``encoding.roles``. Their rows are counted as one table's.
         encoding: encoding of the values.
+        batch_size: rows of a batch; the last one of a piece may have fewer.
 
     Raises:
         ValueError: a value that cannot be encoded; the message counts its row from the first table's first row.
     """
     from apps.data.array_files import ArraysInMemory
-    from apps.recsys.tables.new_rows import build_rows
-    from apps.recsys.tables.rows import TableRows
+    from apps.recsys.tables.new_rows import NewRows
 
-    first, unlike = 0, dict[str, Any]()
-    for table in tables:
-        columns = ArraysInMemory()
-        for what, counts in build_rows(table, encoding, columns, first).items():
-            unlike[what] = unlike.get(what, 0) + counts
-        first += len(table)
-        yield table, TableRows(columns, encoding.features, torch.arange(len(table)))
+    unlike = dict[str, Any]()
+
+    def rows() -> Iterator[tuple[pa.Table, TableRows, int]]:
+        first = 0
+        for table in tables:
+            columns = ArraysInMemory()
+            for what, counts in NewRows(table, encoding, columns, first).unlike.items():
+                unlike[what] = unlike.get(what, 0) + counts
+            yield table, TableRows(columns, encoding.features, torch.arange(len(table))), first
+            first += len(table)
+
+    for table, piece, first in one_ahead(rows()):
+        for begin in range(0, len(table), batch_size):
+            batch = piece[begin : begin + batch_size]
+            yield table.slice(begin, batch_size), replace(batch, index_B=batch.index_B + first)
     for what, (count, may_be) in unlike.items():
         if count > may_be:
             log.warning(what, f"{int(count):,}")
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield the items; a thread makes the next one while the caller works on the one before. None of them is None."""
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def pieces(rows: Any, roles: Mapping[str, str], numbers: Iterable[str], size: int) -> Iterator[pa.Table]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features, SequenceFeature
+from apps.recsys.tables.batch import Ragged, TableBatch
 from apps.task.sizes import Missing, Sizes, ids_on_meta
 
 
@@ -49,36 +49,24 @@ def read_on_meta(model: Any, features: Features, batch: int, dtype: torch.dtype)
     Raises:
         Missing: there are histories beside tables that TorchRec shards.
     """
-    if features.sequences and model.sparse.collection is not None:
-        kind = model.sparse.config.kind
+    kind = model.sparse.config.kind
+    if features.sequences and kind != "joined":
         raise Missing(
             f"histories are planned with embedding.kind='joined', not {kind!r}: what TorchRec exchanges for them is "
             "not counted"
         )
-    parts = []
+    pooled = None
     if model.sparse.dims:
         pooled = torch.empty(batch, sum(model.sparse.dims), device="meta", dtype=dtype, requires_grad=True)
-        parts.append(pooled.expand(model.copies, -1, -1) if model.copies > 1 else pooled)
-    if model.vectors is not None:
-        parts.append(model.vectors(torch.empty(batch, sum(model.vectors.sizes), device="meta", dtype=dtype)))
-    if model.history is not None:
-        lengths = {s.name: s.length for s in features.sequences}
-        items = _jagged({name: lengths[name] for name in model.history.names}, batch)
-        parts.append(model.history(items, model.sparse, parts[0]))
-    dense = model.dense(torch.empty(batch, model.num_continuous, device="meta", dtype=dtype))
-    return dense, torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0] if parts else None
-
-
-def _jagged(lengths: Mapping[str, int], batch: int) -> Any:
-    """Return rows of items, so many of an example in each column, without values: offsets are given in their place."""
-    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
-    sizes = [batch * length for length in lengths.values()]
-    return KeyedJaggedTensor(
-        keys=list(lengths),
-        values=ids_on_meta(sum(sizes)),
-        lengths=ids_on_meta(len(lengths) * batch),
-        stride=batch,
-        length_per_key=sizes,
-        offset_per_key=[0, *itertools.accumulate(sizes)],
+        pooled = pooled.expand(model.copies, -1, -1) if model.copies > 1 else pooled
+    vectors = sum(model.vectors.sizes) if model.vectors is not None else 0
+    several = [Ragged(ids_on_meta(0), ids_on_meta(batch))] * model.num_multi  # their embeddings are ``pooled``
+    rows = TableBatch(
+        torch.empty(batch, model.num_continuous, device="meta", dtype=dtype),
+        single_FB=ids_on_meta(0),
+        label_Bt=ids_on_meta(batch),
+        index_B=ids_on_meta(batch),
+        vector_BV=torch.empty(batch, vectors, device="meta", dtype=dtype),
+        lists=(*several, *(Ragged(ids_on_meta(batch * s.length), ids_on_meta(batch)) for s in features.sequences)),
     )
+    return model.read_beside(pooled, rows)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import IterableDataset
 
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.scoring import encoded, pieces_of_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-T = TypeVar("T")
 
 _PIECE_ROWS = 1 << 16
 """Rows that are encoded at a time."""
@@ -77,31 +75,15 @@ class FileRows(IterableDataset[TableBatch]):
         return itertools.islice(self._batches(), self.rank, None, self.num_processes)
 
     def _batches(self) -> Iterator[TableBatch]:
-        from apps.recsys.tables.scoring import encoded, pieces_of_files
-
         # A number that is carried along as it stands in the file is read as text, like all that is.
         numbers = [column for column in self.encoding.numbers if column not in self.kept_columns]
         size = self.batch_size * max(1, _PIECE_ROWS // self.batch_size)
-        pieces = pieces_of_files(self.files, self.roles, numbers, size)
-        first = 0
-        for table, rows in one_ahead(encoded(pieces, self.encoding)):
+        pieces, batch = pieces_of_files(self.files, self.roles, numbers, size), None
+        for table, batch in encoded(pieces, self.encoding, self.batch_size):
             kept = {column: as_json_has_it(table[column]) for column in self.kept_columns}
-            for begin in range(0, len(rows), self.batch_size):
-                batch = rows[begin : begin + self.batch_size]
-                own = {column: values.slice(begin, self.batch_size) for column, values in kept.items()}
-                yield replace(batch, index_B=batch.index_B + first, kept=own or None)
-            first += len(rows)
-        if not first:
+            yield replace(batch, kept=kept or None)
+        if batch is None:
             raise ValueError("the rows to predict: there are none")
-
-
-def one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield the items; a thread makes the next one while the caller works on the one before. None of them is None."""
-    with ThreadPoolExecutor(1, "ahead") as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
 
 
 def as_json_has_it(column: pa.ChunkedArray) -> pa.ChunkedArray:

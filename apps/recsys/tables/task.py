@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import core
 from apps.base.evaluation import in_evaluation
@@ -16,10 +16,9 @@ from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.kinds import Kind, Outputs
 from apps.recsys.row import RowTask
-from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.export import PlainTables, described_columns, described_tasks, state_of_columns
 from apps.recsys.tables.gating import GateReader
-from apps.recsys.tables.plain_columns import dynamic_axes, example_inputs, plain_inputs
+from apps.recsys.tables.plain_columns import GraphOfColumns, dynamic_axes, example_inputs
 from apps.recsys.tables.scoring import encoded, encoding_of
 from apps.recsys.tables.sizes import columns_of, read_on_meta, refuse_without_columns
 from apps.report.exhibit.parts import Bars, Example, LayerPart, Part
@@ -92,12 +91,9 @@ class TablePrediction(RowTask):
             tables: pieces of one table, with the columns of the encoding.
             batch_size: rows a step.
         """
-        from apps.recsys.tables.streaming import one_ahead
-
         parts = [torch.empty(0, self.model.outputs.width)]
-        for _, piece in one_ahead(encoded(tables, self.encoding)):
-            for begin in range(0, len(piece), batch_size):
-                parts.append(self.model(piece[begin : begin + batch_size].to(self.model.device)).float().cpu())
+        for _, batch in encoded(tables, self.encoding, batch_size):
+            parts.append(self.model(batch.to(self.model.device)).float().cpu())
         columns = self.model.outputs.columns(self.tasks, torch.cat(parts))
         return {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in columns.items()}
 
@@ -133,7 +129,7 @@ class TablePrediction(RowTask):
 
     @classmethod
     def attach(cls, model: Any, graphs: Mapping[str, Any]) -> None:
-        model.model = _Recommender(graphs["model"], model.features)
+        model.model = GraphOfColumns(graphs["model"], model.features)
         model.embedding = dataclasses.replace(model.embedding, deferred=False)  # no table is left to be sharded
 
     @classmethod
@@ -184,18 +180,6 @@ def _label(kind: Kind, label_1: Tensor) -> str:
     if kind.target.kind == "binary":
         return "yes" if value else "no"
     return value if isinstance(value, str) else f"{value:.4g}"
-
-
-class _Recommender(nn.Module):
-    """A graph under the interface of ``MultiTaskModel``."""
-
-    def __init__(self, graph: Any, features: Features) -> None:
-        super().__init__()
-        self.graph, self.features = graph, features
-
-    def forward(self, batch: TableBatch) -> Tensor:
-        """Map a batch of rows to the outputs of all tasks."""
-        return self.graph(plain_inputs(batch, self.features))[0]
 
 
 TASK = TablePrediction

@@ -6,7 +6,7 @@ import pytest
 import torch
 from commands import fails
 from made_pairs import made_pairs, retriever
-from made_table import jagged
+from made_table import ragged
 
 import core
 from apps.plan.inputs import trial
@@ -98,10 +98,10 @@ def features(length=3):
 
 def full_batch(size, length=3):
     """Return rows whose histories are full."""
-    one = {"item": [[i % 9] for i in range(size)], "user": [[i % 5] for i in range(size)]}
-    more = {"last": [[1 + i % 8] * length for i in range(size)], "words": [[1, 2]] * size}
+    one = [[i % 9 for i in range(size)], [i % 5 for i in range(size)]]
+    more = ([[1 + i % 8] * length for i in range(size)], [[1, 2]] * size)
     numbers = {"dense_BC": torch.ones(size, 1), "vector_BV": torch.ones(size, 6), "label_Bt": torch.ones(size, 2)}
-    return TableBatch(**numbers, sparse=jagged(one), index_B=torch.arange(size), sequences=jagged(more))
+    return TableBatch(**numbers, single_FB=torch.tensor(one), index_B=torch.arange(size), lists=ragged(*more))
 
 
 @pytest.mark.parametrize(

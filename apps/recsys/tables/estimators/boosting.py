@@ -249,7 +249,7 @@ class Columns:
         from sklearn.preprocessing import TargetEncoder
 
         features = train.features
-        single = [f.num_rows for f in features.categorical if not f.multi_valued]
+        single = [f.num_rows for f in features.single]
         self.small = [i for i, size in enumerate(single) if size <= MAX_CATEGORIES]
         self.large = [i for i, size in enumerate(single) if size > MAX_CATEGORIES]
         self.sizes = [single[i] for i in self.large]

@@ -113,7 +113,7 @@ def design_matrix(arrays: TableArrays) -> Any:
 
     N, features = len(arrays), arrays.features
     places = list(arrays.ids_NF.T)
-    sizes = [f.num_rows for f in features.categorical if not f.multi_valued]
+    sizes = [f.num_rows for f in features.single]
     if arrays.domain_N is not None:
         places.append(arrays.domain_N)
         sizes.append(features.num_domains)

@@ -63,7 +63,7 @@ def test_a_table_is_encoded_by_what_another_one_taught(own, tmp_path):
     assert data.features == learned.features  # with the mean age of the first table
     assert data.vocabulary("city") == (None, "Rome", "NA", "Oslo")
     assert data.domain_values == ("de", "fr")
-    rows = by_row(data.rows("train")[:])
+    rows = by_row(data.rows("train")[:], data.features)
     assert [r["city"] for r in rows] == [[3], [3], [2], [1], [0], [3]]
     assert [r["domain"] for r in rows] == [1, 0, 1, 1, 0, 1]
     assert same([r["dense"] for r in rows], [[1.0], [2.0], [NAN], [3.0], [NAN], [4.0]])
@@ -190,7 +190,7 @@ def test_test_rows_have_their_labels_beside_their_predictions(own, tmp_path):
 @pytest.mark.parametrize(("kind", "train_file"), [("csv", "gone.csv"), ("parquet", None)])
 def test_rows_to_predict_need_neither_labels_nor_the_training_file(own, tmp_path, kind, train_file):
     learned = own()
-    user_1 = int(learned.rows("train")[:].sparse["user"].values()[0])
+    user_1 = int(learned.rows("train")[:].single_FB[1, 0])
     table = pa.table(NEW)
     if kind == "csv":
         pa.csv.write_csv(table, tmp_path / "new.csv")
@@ -201,13 +201,11 @@ def test_rows_to_predict_need_neither_labels_nor_the_training_file(own, tmp_path
     data.prepare_data()
     data.setup("predict")
     (batch,) = data.predict_dataloader()
-    rows = by_row(batch)
+    rows = by_row(batch, data.features)
     assert [r["index"] for r in rows] == [0, 1, 2]
     assert [r["city"] for r in rows] == [[3], [0], [0]]  # Oslo; Paris is not known; nothing
-    # z and y; no value; w is not known. (A row of fewer values than the longest is filled up with 0.)
-    assert batch.sparse["tags"].lengths().tolist() == [2, 0, 1]
-    assert batch.sparse["tags"].values().tolist() == [3, 1, 0]
-    assert batch.sparse["user"].values()[0] == user_1
+    assert [r["tags"] for r in rows] == [[3, 1], [], [0]]  # z and y; no value; w is not known
+    assert batch.single_FB[1, 0] == user_1
     assert same([r["dense"] for r in rows], [[25.0], [NAN], [30.0]])
     assert [r["domain"] for r in rows] == [1, 0, 0]
     assert same([r["label"] for r in rows], [[NAN, NAN]] * 3)
@@ -215,7 +213,7 @@ def test_rows_to_predict_need_neither_labels_nor_the_training_file(own, tmp_path
     assert batch.kept["age"].to_pylist() == ["25", None if kind == "csv" else "", "30"]  # as it stands there
     # Without a checkpoint the table itself teaches.
     alone = own(predict_file=f"new.{kind}")
-    assert same(by_row(next(iter(alone.predict_dataloader()))), rows)
+    assert same(by_row(next(iter(alone.predict_dataloader())), alone.features), rows)
     missing = r"needs train_file \(--data.train_file\)" if train_file is None else "gone.csv"
     with pytest.raises(ValueError, match=missing):
         data.setup("fit")
@@ -252,7 +250,7 @@ def test_test_rows_carry_columns_as_they_stand_in_their_file(own, tmp_path, kind
         {"other": [other], "age": ["30.0"], "user": ["1" if kind == "csv" else 1]},
         {"other": [other], "age": ["4"], "user": ["9" if kind == "csv" else 9]},
     ]
-    assert [r["index"] for batch in batches for r in by_row(batch)] == [6, 7]
+    assert [r["index"] for batch in batches for r in by_row(batch, data.features)] == [6, 7]
     drawn = replace(CONFIG, split=SplitConfig("random", val=0, test=0.5))
     data = own(drawn, kind=kind, test_file=None, predict_columns=["other"])
     (batch,) = data.predict_dataloader()

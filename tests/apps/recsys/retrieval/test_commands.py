@@ -16,7 +16,7 @@ import apps
 from apps.cli import main
 from apps.recsys.retrieval.data import RetrievalData
 from apps.recsys.retrieval.index import ItemIndex
-from apps.recsys.tables import streaming
+from apps.recsys.tables import scoring, streaming
 
 USERS = {"key": [7, 8], "user": ["cy", "zoe"], "age": [50, 25]}
 QUIET = {"accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1}
@@ -121,7 +121,7 @@ def test_users_are_read_piece_by_piece(runs, monkeypatch, kind):
     (whole,) = lines()
     read = []
     monkeypatch.setattr(streaming, "_PIECE_ROWS", 2)
-    monkeypatch.setattr(streaming, "one_ahead", lambda items: (read.append(item[0]) or item for item in items))
+    monkeypatch.setattr(scoring, "one_ahead", lambda items: (read.append(item[0]) or item for item in items))
     batches = lines(eval_batch_size=2)
     sizes = [len(piece) for piece in read if "key" in piece.column_names]  # the others are the ranking model's
     assert sizes == [len(batch["index"]) for batch in batches] == [2, 2, 1]  # the second piece has a row of each file

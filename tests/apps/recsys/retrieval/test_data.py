@@ -13,7 +13,7 @@ from apps.data.array_files import ArraysInMemory
 from apps.recsys.retrieval.catalogue import Catalogue, Seen, last_rows
 from apps.recsys.retrieval.columns import arrays_of, encoding_of_part, names_of, raw_columns, take_columns
 from apps.recsys.tables.data import TableData
-from apps.recsys.tables.new_rows import build_rows
+from apps.recsys.tables.new_rows import NewRows
 from apps.recsys.tables.rows import TableRows
 
 
@@ -34,7 +34,7 @@ def test_liked_rows_are_pairs(data):
     assert_close(train.log_q_U.exp(), torch.tensor([2, 1, 1, 2]) / 7)  # Fargo counts as if one liked it
     assert names_of(data.user_features) == ("user", "age")
     assert train.user.dense_BC[:, 0].tolist() == [30, 30, 40, 40, 50, 50]
-    assert train.user.sparse.keys() == ["user"]
+    assert train.user.single_FB.shape == (1, 6)
 
 
 def test_the_catalogue_has_each_item_as_its_last_training_row_has_it(data):
@@ -105,9 +105,9 @@ def test_uniform_negatives_are_drawn_from_the_catalogue_by_the_seed(tmp_path):
 
 def test_parts_of_a_batch_are_its_columns(data):
     rows = TableRows(data.opened, data.features, torch.arange(15))
-    whole = by_row(rows[:])
+    whole = by_row(rows[:], data.features)
     for part in (data.user_features, data.item_features):
-        taken = by_row(take_columns(rows[:], data.features, part))
+        taken = by_row(take_columns(rows[:], data.features, part), part)
         for own, of_whole in zip(taken, whole, strict=True):
             assert {k: own[k] for k in own.keys() - {"dense"}} == {k: of_whole[k] for k in own.keys() - {"dense"}}
     assert take_columns(rows[:], data.features, data.item_features).dense_BC[:, 0].tolist() == [row[4] for row in ROWS]
@@ -115,7 +115,9 @@ def test_parts_of_a_batch_are_its_columns(data):
 
 def test_a_catalogue_is_kept_as_plain_values(data):
     again = Catalogue.from_state(data.catalogue.state())
-    assert by_row(next(again.batches(data.item_features))) == by_row(next(data.catalogue.batches(data.item_features)))
+    features = data.item_features
+    rows, own = (by_row(next(of.batches(features)), features) for of in (again, data.catalogue))
+    assert rows == own
     assert again.seen.items.tolist() == data.catalogue.seen.items.tolist()
 
 
@@ -148,7 +150,7 @@ def test_a_user_s_last_items_are_columns_of_its_tower(tmp_path):
     assert data.item_features.sequences == ()
     rows = TableRows(data.opened, data.features, torch.arange(15))[:]
     taken = take_columns(rows, data.features, data.user_features)
-    assert take_columns(rows, data.features, data.item_features).sequences is None
+    assert len(taken.lists) == len(take_columns(rows, data.features, data.item_features).lists) == 1
     part = encoding_of_part(data.encoding, names_of(data.user_features))
     raw = raw_columns(taken, part).to_pydict()
     assert list(raw) == ["last", "age"]
@@ -156,7 +158,7 @@ def test_a_user_s_last_items_are_columns_of_its_tower(tmp_path):
     again = TableRows(arrays_of(taken, data.user_features), data.user_features, torch.arange(15))[:]
     assert raw_columns(again, part).to_pydict() == raw
     arrays = ArraysInMemory()
-    build_rows(pa.table({"age": [row[1] for row in ROWS], "last": last}), part, arrays)
+    NewRows(pa.table({"age": [row[1] for row in ROWS], "last": last}), part, arrays)
     assert raw_columns(TableRows(arrays, part.features, torch.arange(15))[:], part).to_pydict() == raw
     tower = retriever(data).user_tower.eval()
     vectors_BD = tower(taken)

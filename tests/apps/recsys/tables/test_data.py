@@ -46,28 +46,26 @@ def test_a_table_of_every_kind_of_column_by_hand(own, tmp_path, kind):
     assert (features.tasks, features.positives) == (("click", "like"), (0.5, 0.4))
     assert features.num_domains == 2
 
-    train = by_row(data.rows("train")[:])
+    train = by_row(data.rows("train")[:], features)
     assert [r["index"] for r in train] == [0, 1, 2, 3, 4, 5]
     assert [r["city"] for r in train] == [[1], [1], [2], [3], [0], [1]]
-    assert [r["tags"][: len(t.split("|")) if t else 0] for r, t in zip(train, TRAIN["tags"], strict=True)] == [
-        [2, 1], [], [1], [2], [1, 3], [1],
-    ]  # fmt: skip
+    assert [r["tags"] for r in train] == [[2, 1], [], [1], [2], [1, 3], [1]]
     assert same([r["dense"] for r in train], [[10.0], [20.0], [NAN], [40.0], [NAN], [50.0]])
     assert same([r["label"] for r in train], [[1.0, 1.0], [0.0, 1.0], [1.0, NAN], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     assert [r["domain"] for r in train] == [0, 1, 0, 0, 1, 0]
     assert [r["group"] for r in train] == [0, 0, 1, 1, 2, 2]
 
     test = data.rows("test")[:]
-    assert test.sparse.keys() == ["city", "user", "tags"]
-    assert test.sparse["city"].values().tolist() == [0, 1]  # Paris: not seen in training
-    assert test.sparse["tags"].lengths().tolist() == [2, 1]
-    assert test.sparse["tags"].values().tolist() == [0, 2, 3]  # w: not seen
+    assert [f.name for f in data.features.categorical] == ["city", "user", "tags"]
+    assert test.single_FB[0].tolist() == [0, 1]  # Paris: not seen in training
+    assert test.lists[0].length_B.tolist() == [2, 1]
+    assert test.lists[0].values_N.tolist() == [0, 2, 3]  # w: not seen
     assert test.index_B.tolist() == [6, 7]
     assert test.group_B.tolist() == [0, 3]
-    user = {str(u): int(r) for u, r in zip(TRAIN["user"], data.rows("train")[:].sparse["user"].values(), strict=True)}
-    assert test.sparse["user"].values()[0] == user["1"]
-    assert 1 <= test.sparse["user"].values()[1] < 100  # user 9 is new, but hashed
-    assert same([r["dense"] for r in by_row(test)], [[30.0], [NAN]])
+    user = {str(u): int(r) for u, r in zip(TRAIN["user"], data.rows("train")[:].single_FB[1], strict=True)}
+    assert test.single_FB[1, 0] == user["1"]
+    assert 1 <= test.single_FB[1, 1] < 100  # user 9 is new, but hashed
+    assert same([r["dense"] for r in by_row(test, features)], [[30.0], [NAN]])
 
     findings = data.findings
     assert findings.rows == {"train": 6, "val": 0, "test": 2}
@@ -96,7 +94,7 @@ def test_types_may_differ_between_files(own, tmp_path):
     write(tmp_path, "parquet", test={**TEST, "user": ["1", "9"]})
     data = own(kind="parquet")
     train, test = data.rows("train")[:], data.rows("test")[:]
-    assert test.sparse["user"].values()[0] == train.sparse["user"].values()[0]
+    assert test.single_FB[1, 0] == train.single_FB[1, 0]
 
 
 def test_a_pattern_takes_several_files_and_compressed_text_is_read(own, tmp_path):
@@ -105,7 +103,7 @@ def test_a_pattern_takes_several_files_and_compressed_text_is_read(own, tmp_path
         with pa.CompressedOutputStream(str(tmp_path / f"part-{number}.tsv.gz"), "gzip") as file:
             pa.csv.write_csv(rows, file, pa.csv.WriteOptions(delimiter="\t"))
     compressed = own(train_file="part-*.tsv.gz")
-    assert same(by_row(compressed.rows("train")[:]), by_row(own().rows("train")[:]))
+    assert same(*(by_row(data.rows("train")[:], data.features) for data in (compressed, own())))
     assert compressed.features == own().features
 
 
@@ -162,7 +160,7 @@ class Counting(LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.seen.append(batch.index_B.tolist())
-        assert batch.sparse["city"].values().tolist() == [int(CITY_ROWS[i]) for i in batch.index_B]
+        assert batch.single_FB[0].tolist() == [int(CITY_ROWS[i]) for i in batch.index_B]
         return (self.bias - batch.label_Bt.nan_to_num()).square().mean()
 
     def validation_step(self, batch, batch_idx):
@@ -276,6 +274,6 @@ def test_a_column_that_is_there_is_the_domain(own):
 
 def test_a_data_module_goes_to_another_process(own):
     data = own()
-    expected = by_row(data.rows("train")[:])
-    assert same(by_row(pickle.loads(pickle.dumps(data)).rows("train")[:]), expected)
-    assert same(by_row(pickle.loads(pickle.dumps(data.rows("train")))[:]), expected)
+    expected = by_row(data.rows("train")[:], data.features)
+    assert same(by_row(pickle.loads(pickle.dumps(data)).rows("train")[:], data.features), expected)
+    assert same(by_row(pickle.loads(pickle.dumps(data.rows("train")))[:], data.features), expected)

@@ -73,7 +73,7 @@ def rows_of(data, batches):
     items, kinds, tags = (data.vocabulary(column) for column in ("item", "kind", "tags"))
     rows = []
     for batch in batches:
-        for row, vector in zip(by_row(batch), batch.vector_BV.tolist(), strict=True):
+        for row, vector in zip(by_row(batch, data.features), batch.vector_BV.tolist(), strict=True):
             hour, price = row["dense"]
             own = (items[row["item"][0]], price, kinds[row["kind"][0]], [tags[t] for t in row["tags"]], vector)
             rows.append((row["index"], own, hour, row["domain"], row["user"], row["label"]))
@@ -141,7 +141,7 @@ def test_the_best_logits_are_those_of_the_full_table(tmp_path, distribution):
     # 1/4, those of oat and fig 1/8. They are the stationary point of the loss over all draws that can be.
     data = data_of(tmp_path, rule={**RULE, "distribution": distribution})
     batch, share_B = full_draws(data.examples("train"))
-    item_B = batch.sparse["item"].values()
+    item_B = batch.single_FB[[f.name for f in data.features.single].index("item")]
     probability_I = torch.tensor([0.0, *(ITEM[:8].count(item) / 8 for item in data.vocabulary("item")[1:])])
     logit_I = probability_I.logit().requires_grad_()
     trained_B = logit_I[item_B] + batch.offset_Bt[:, 0]
@@ -272,7 +272,7 @@ def test_the_domain_and_the_parts_of_a_time_move_too(tmp_path):
     data = data_of(tmp_path, table, columns, rule)
     items, hours = data.vocabulary("item"), data.vocabulary("made_hour")
     for batch in epoch_of(data.train_dataloader()):
-        for row in by_row(batch):
+        for row in by_row(batch, data.features):
             item = items[row["item"][0]]
             assert int(hours[row["made_hour"][0]]) == int(made[item][11:13])
             assert data.domain_values[row["domain"]] == {"tea": "a", "rye": "b", "oat": "b", "fig": "a"}[item]

@@ -104,7 +104,7 @@ def test_only_values_that_are_frequent_enough_get_a_row(own, tmp_path):
     data = own(replace(CONFIG, min_count=2))
     data.extend(state)
     assert data.vocabulary("city") == (None, "Rome", "NA", "Oslo", "Bern")
-    assert data.rows("train")[:].sparse["city"].values().tolist() == [4, 1, 0, 3, 4, 2]
+    assert data.rows("train")[:].single_FB[0].tolist() == [4, 1, 0, 3, 4, 2]
     # The grown encoding is adopted as any other.
     again = own(replace(CONFIG, min_count=2))
     again.adopt(data.encoding_state)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from made_table import jagged
+from made_table import ragged
 from torch.testing import assert_close
 
 import core
@@ -15,7 +15,7 @@ from apps.recsys.schema import SequenceConfig, SplitConfig, TableConfig, TaskCon
 from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.bottoms import SingleTask
 from apps.recsys.tables.data import TableData
-from apps.recsys.tables.embedding import EmbeddingConfig, SparseArch
+from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.estimators import HistGradientBoostingUntuned, LogisticRegression
 from apps.recsys.tables.history import Dice, HistoryArch, HistoryConfig, segment_softmax
 from apps.recsys.tables.module import MultiTaskRecommender
@@ -44,8 +44,9 @@ def data_of(tmp_path, config=CONFIG, lists=False):
     return TableData("table", str(tmp_path), str(tmp_path / "cache"), table=config, **files)
 
 
-def sequences_of(batch, name="last"):
-    return [own.tolist() for own in batch.sequences[name].to_dense()]
+def sequences_of(batch):
+    (own,) = batch.lists
+    return [rows.tolist() for rows in own.values_N.split(own.length_B.tolist())]
 
 
 @pytest.mark.parametrize("lists", [False, True])
@@ -90,8 +91,8 @@ def test_a_sequence_may_have_values_of_its_own(tmp_path):
     data = data_of(tmp_path, config)
     # a three times, then by name b, c twice, d once.
     assert data.vocabulary("words") == (None, "a", "b", "c", "d")
-    assert sequences_of(data.rows("train")[:], "words") == [[1, 2], [], [3], [1], [1, 3, 4], [2]]
-    assert sequences_of(data.rows("test")[:], "words") == [[1], [4]]
+    assert sequences_of(data.rows("train")[:]) == [[1, 2], [], [3], [1], [1, 3, 4], [2]]
+    assert sequences_of(data.rows("test")[:]) == [[1], [4]]
     hashed = TableConfig(
         tasks=CONFIG.tasks, split=CONFIG.split, sequences=config.sequences, separator=" ", hash_rows={"words": 50}
     )
@@ -114,13 +115,13 @@ def test_a_description_without_a_meaning_is_refused(options, match):
 
 ITEM, KIND = CategoricalFeature("item", 6), CategoricalFeature("kind", 3)
 LAST, WORDS = SequenceFeature("last", 6, 9, "item"), SequenceFeature("words", 5, 9)
-SPARSE = jagged({"item": [[2], [5], [1]], "kind": [[0], [2], [1]]})
+SINGLE = torch.tensor([[2, 5, 1], [0, 2, 1]])  # item, kind
 SEQUENCES = {"last": [[1, 2, 2], [], [4]], "words": [[4], [1, 3], []]}
 
 
 def sparse_arch(copies=1, **options):
     torch.manual_seed(0)
-    return SparseArch((ITEM, KIND), EmbeddingConfig(dim=4, init_std=1.0, **options), copies, (LAST, WORDS))
+    return EmbeddingConfig(dim=4, init_std=1.0, **options).build((ITEM, KIND), copies, (LAST, WORDS))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "sum"])
@@ -132,10 +133,10 @@ def test_sequences_are_averaged_whatever_the_kind(pooling, copies):
         module = sparse_arch(copies, kind=kind, pooling=pooling, fused_optimizer="sgd", fused_lr=0.5)
         assert list(module.tables()) == ["item", "kind", "words"]  # items and last items have one table
         tables = {name: weight.clone().unflatten(1, (copies, 4)) for name, weight in module.tables().items()}
-        y = module(SPARSE, None, jagged(SEQUENCES))
+        y = module(SINGLE, ragged(*SEQUENCES.values()))
         for k, y_BH in enumerate(y if copies > 1 else y[None]):
             for b in range(3):
-                own = [tables["item"][SPARSE["item"].values()[b], k], tables["kind"][SPARSE["kind"].values()[b], k]]
+                own = [tables["item"][SINGLE[0, b], k], tables["kind"][SINGLE[1, b], k]]
                 for name, table in (("last", "item"), ("words", "words")):
                     rows = SEQUENCES[name][b]
                     own.append(sum(tables[table][r, k] for r in rows) / len(rows) if rows else torch.zeros(4))
@@ -154,11 +155,11 @@ def test_sequences_are_averaged_whatever_the_kind(pooling, copies):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_target_attention_is_a_loop_over_rows_and_items(kind, copies, normalize):
     torch.manual_seed(0)
-    sparse = SparseArch((KIND, ITEM), EmbeddingConfig(kind=kind, dim=4, init_std=1.0), copies)
+    sparse = EmbeddingConfig(kind=kind, dim=4, init_std=1.0).build((KIND, ITEM), copies)
     history = HistoryArch((LAST,), sparse, HistoryConfig("din", (5, 3), normalize=normalize))
     item_B, last_B = [2, 5, 1], SEQUENCES["last"]
-    embedded = sparse(jagged({"kind": [[0]] * 3, "item": [[i] for i in item_B]}))
-    y = history(jagged({"last": last_B}), sparse, embedded)
+    embedded = sparse(torch.tensor([[0] * 3, item_B]))
+    y = history(ragged(last_B), sparse, embedded)
     table = sparse.tables()["item"].unflatten(1, (copies, 4))
     for k, y_Bd in enumerate(y if copies > 1 else y[None]):
         for b, (item, last) in enumerate(zip(item_B, last_B, strict=True)):
@@ -197,8 +198,8 @@ def features(**options):
     return Features((ITEM, KIND), tasks=("click", "buy"), positives=(0.5, 0.5), **options)
 
 
-def batch(sequences):
-    return TableBatch(torch.zeros(3, 0), SPARSE, torch.zeros(3, 2), torch.arange(3), sequences=sequences)
+def batch(*sequences):
+    return TableBatch(torch.zeros(3, 0), SINGLE, torch.zeros(3, 2), torch.arange(3), lists=ragged(*sequences))
 
 
 @pytest.mark.parametrize("shared", [None, SingleTask()])
@@ -208,17 +209,16 @@ def test_a_model_attends_to_items_and_averages_words(shared, kind):
 
     options = {"shared": shared, "interaction": InteractionConfig(kind), "history": HistoryConfig("din")}
     model = MultiTaskRecommender(features(sequences=(WORDS, LAST)), **options).eval()
-    given = jagged({name: SEQUENCES[name] for name in ("words", "last")})
-    before = model(batch(given))
+    before = model(batch(SEQUENCES["words"], SEQUENCES["last"]))
     assert before.shape == (3, 2)
     # The order of a history is no part of it, and an example depends on its own alone.
-    moved = model(batch(jagged({"words": SEQUENCES["words"], "last": [[2, 1, 2], [], [3]]})))
+    moved = model(batch(SEQUENCES["words"], [[2, 1, 2], [], [3]]))
     assert_close(moved[:2], before[:2])
     assert (moved[2] != before[2]).any()
-    with pytest.raises(ValueError, match=r"the batch has the sequences \[\], the model \['words', 'last'\]"):
-        model(batch(None))
+    with pytest.raises(ValueError, match="the batch has 0 multi-valued columns and sequences, the model 2"):
+        model(batch())
     with pytest.raises(ValueError, match=r"column 'item' has the row 6, and its table 6 rows"):
-        model(batch(jagged({"words": SEQUENCES["words"], "last": [[6], [], []]})))
+        model(batch(SEQUENCES["words"], [[6], [], []]))
 
 
 def test_the_attention_is_among_the_flops():
@@ -227,7 +227,7 @@ def test_the_attention_is_among_the_flops():
     def flops(history):
         model = MultiTaskRecommender(features(sequences=(LAST,)), history=history).eval()
         with FlopCounterMode(display=False) as counter:
-            model(batch(jagged({"last": SEQUENCES["last"]})))
+            model(batch(SEQUENCES["last"]))
         return counter.get_total_flops()
 
     # Four items, an MLP of 4 * 8 numbers to 10 to 1: 2 * 4 * (32 * 10 + 10).
@@ -249,7 +249,7 @@ def test_attention_that_cannot_be_is_refused(options, match):
 
 def test_a_table_without_sequences_has_no_history():
     model = MultiTaskRecommender(features(), history=HistoryConfig("din"))
-    assert model(batch(None)).shape == (3, 2)
+    assert model(batch()).shape == (3, 2)
 
 
 def test_options_without_a_meaning_are_refused():
@@ -310,7 +310,7 @@ def test_a_page_has_a_field_for_a_sequence(tmp_path):
     assert [field.label for field in page.fields] == ["item", "last (the oldest first, with | between)"]
     item, last = page.examples[2].values
     row = data.rows("val").__getitems__([2 * (len(data.rows("val")) // 3)])
-    assert last.split("|") == [data.vocabulary("item")[i] for i in row.sequences["last"].values()]
+    assert last.split("|") == [data.vocabulary("item")[i] for i in row.lists[0].values_N]
     scores = model.predict({"item": [item], "last": [last]})
     assert dict(page.answer([item, last]).parts[0].rows) == {"click": float(scores["probability_click"][0])}
 

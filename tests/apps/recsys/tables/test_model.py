@@ -1,11 +1,12 @@
 """The table recommender's network: interactions, single-task models, ensembles."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from made_table import batch, features, jagged
+from made_table import batch, features, ragged
 from torch.testing import assert_close
 
 import core
@@ -97,9 +98,10 @@ def test_the_path_of_an_example():
         model.head.bias.zero_()
     row = TableBatch(
         torch.tensor([[60.0, 3.0]]),
-        jagged({"city": [[2]], "film.tags": [[1, 3]]}),
+        torch.tensor([[2]]),
         torch.zeros(1, 2),
         torch.tensor([0]),
+        lists=ragged([[1, 3]]),
     )
     assert model(row).tolist() == [[14.0, -14.0]]
 
@@ -167,7 +169,7 @@ def test_domains_reach_the_gates():
     shared = core.MMoE(2, core.MLP((4,)), num_domain_experts=1)
     model = build(shared, of=features(num_domains=3)).eval()
     rows = batch(num_domains=3)
-    moved = TableBatch(rows.dense_BC, rows.sparse, rows.label_Bt, rows.index_B, (rows.domain_B + 1) % 3)
+    moved = dataclasses.replace(rows, domain_B=(rows.domain_B + 1) % 3)
     assert (model(rows) != model(moved)).all(dim=1).all()
     with pytest.raises(ValueError, match="the model knows 3 domains, and the batch has no domain_B"):
         model(batch())
@@ -187,11 +189,11 @@ def test_layers_of_domains_train_and_need_domains(shared):
 def test_one_kind_of_columns_is_enough():
     numbers = Features((), features().continuous, ("click", "buy"))
     rows = batch()
-    only_numbers = TableBatch(rows.dense_BC, None, rows.label_Bt, rows.index_B)
+    only_numbers = dataclasses.replace(rows, single_FB=rows.single_FB[:0], lists=())
     for kind in ("normalize", "quantile"):
         assert build(of=numbers, dense=DenseConfig(kind))(only_numbers).isfinite().all()
     categories = Features(features().categorical, (), ("click", "buy"))
-    only_categories = TableBatch(rows.dense_BC[:, :0], rows.sparse, rows.label_Bt, rows.index_B)
+    only_categories = dataclasses.replace(rows, dense_BC=rows.dense_BC[:, :0])
     for interaction in ("concat", "dot"):
         model = build(of=categories, interaction=InteractionConfig(interaction))
         assert model(only_categories).isfinite().all()
@@ -200,9 +202,9 @@ def test_one_kind_of_columns_is_enough():
 def test_other_columns_than_the_models_are_refused():
     rows = batch()
     with pytest.raises(ValueError, match="the batch has 1 continuous columns, the model 2"):
-        build()(TableBatch(rows.dense_BC[:, :1], rows.sparse, rows.label_Bt, rows.index_B))
+        build()(dataclasses.replace(rows, dense_BC=rows.dense_BC[:, :1]))
     other = Features((*features().categorical, CategoricalFeature("shop", 3)), features().continuous, ("click", "buy"))
-    with pytest.raises(ValueError, match="'shop' is not as it was"):
+    with pytest.raises(ValueError, match="1 columns of one value and 1 of several, the model 2 and 1"):
         build(of=other)(rows)
 
 

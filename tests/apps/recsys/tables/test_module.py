@@ -1,5 +1,6 @@
 """MultiTaskRecommender: its loss, its baselines, and runs through Lightning and the command line."""
 
+import dataclasses
 import math
 import pickle
 
@@ -16,7 +17,6 @@ from apps.compare.systems import check_equal, measure_cost
 from apps.recsys.encoding.features import Features, Target
 from apps.recsys.kinds import Outputs
 from apps.recsys.tables.baselines import BOTTOMS, ESTIMATORS, bottom, bottom_widths
-from apps.recsys.tables.batch import TableBatch
 from apps.recsys.tables.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.dense import DenseConfig
 from apps.recsys.tables.embedding import EmbeddingConfig
@@ -41,7 +41,7 @@ def build(shared=MMOE, seed=0, **options):
 
 def rows(label_Bt):
     of = batch(len(label_Bt))
-    return TableBatch(of.dense_BC, of.sparse, torch.tensor(label_Bt), of.index_B)
+    return dataclasses.replace(of, label_Bt=torch.tensor(label_Bt), group_B=None)
 
 
 @torch.no_grad()
@@ -272,7 +272,7 @@ def test_missing_and_infinite_values_train(dense):
     of = batch()
     dense_BC = torch.full_like(of.dense_BC, NAN)
     dense_BC[1], dense_BC[2] = math.inf, -math.inf
-    out = module.task_loss(TableBatch(dense_BC, of.sparse, of.label_Bt, of.index_B))
+    out = module.task_loss(dataclasses.replace(of, dense_BC=dense_BC))
     out.loss.backward()
     assert out.loss.isfinite()
     assert all(p.grad.isfinite().all() for p in module.parameters())

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from made_table import batch, features, jagged
+from made_table import batch, features, ragged
 from torch import Tensor
 
 import core
@@ -20,6 +20,8 @@ from apps.recsys.tables.export import PlainTables
 from apps.recsys.tables.history import HistoryConfig
 from apps.recsys.tables.module import MultiTaskRecommender
 from apps.recsys.tables.plain_columns import dynamic_axes, example_inputs, plain_inputs
+from apps.serve.export.programs import capture
+from apps.train.exporting import Graph
 
 SHARED = SharedBottom(expert=core.MLP((4,)))
 
@@ -32,10 +34,11 @@ def whole_features() -> Features:
 
 def whole_batch(size: int = 4) -> TableBatch:
     draw = torch.Generator().manual_seed(3)
-    lists = {"past": [[1, 4], [], [2], [3, 3, 1]], "own": [[8], [1, 2], [], []]}
+    lists = ragged([[1, 4], [], [2], [3, 3, 1]], [[8], [1, 2], [], []])
     vector_BV = torch.randn(size, 3, generator=draw)
     vector_BV[2] = torch.nan
-    return dataclasses.replace(batch(size), sequences=jagged(lists), vector_BV=vector_BV)
+    of = batch(size)
+    return dataclasses.replace(of, lists=(*of.lists, *lists), vector_BV=vector_BV)
 
 
 def recommender(own: Features, shared: core.MultiGateConfig = SHARED, **options) -> MultiTaskRecommender:
@@ -56,10 +59,9 @@ def both(model: MultiTaskRecommender, of: TableBatch) -> tuple[Tensor, Tensor]:
 
 
 def test_the_inputs_by_hand():
-    lists = {"past": [[1, 4], []], "own": [[], []]}
-    sparse = jagged({"city": [[2], [3]], "film.tags": [[6], [0, 5]]})
-    of = TableBatch(torch.tensor([[1.0, 3.0], [torch.nan, 3.0]]), sparse, torch.zeros(2, 2), torch.arange(2),
-                    vector_BV=torch.ones(2, 3), sequences=jagged(lists))  # fmt: skip
+    lists = ragged([[6], [0, 5]], [[1, 4], []], [[], []])
+    of = TableBatch(torch.tensor([[1.0, 3.0], [torch.nan, 3.0]]), torch.tensor([[2, 3]]), torch.zeros(2, 2),
+                    torch.arange(2), vector_BV=torch.ones(2, 3), lists=lists)  # fmt: skip
     inputs = plain_inputs(of, whole_features())
     assert list(inputs) == ["dense", "categorical", "list_0", "list_1", "list_2", "vectors"]
     assert inputs["categorical"].tolist() == [[2], [3]]
@@ -126,3 +128,14 @@ def test_examples_have_what_real_rows_have():
     assert (inputs["list_0"][0] == -1).all()
     assert inputs["list_0"][2, :2].min() > 0
     assert inputs["domain"].max() < 3
+
+
+@pytest.mark.parametrize("history", [HistoryConfig(), HistoryConfig("din", (5,), "dice", normalize=True)])
+def test_a_graph_takes_batches_and_lists_of_any_length(history):
+    model = recommender(whole_features(), embedding=EmbeddingConfig(dim=4), history=history)
+    examples = example_inputs(model.features)
+    network = PlainTables(model.members, model.outputs, model.features, tuple(examples)).eval()
+    graph = Graph("model", network, examples, ("logits",), dynamic_axes(examples))
+    inputs = plain_inputs(whole_batch(), model.features)
+    with torch.no_grad():
+        torch.testing.assert_close(capture(graph).module()(*inputs.values()), model(whole_batch()))

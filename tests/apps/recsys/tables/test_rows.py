@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from own_table import CONFIG, by_row, config_of, same
+from own_table import by_row, config_of, same
 
 from apps.data.loader import ResumableLoader
 from apps.recsys.schema import SplitConfig
@@ -13,25 +13,9 @@ from apps.recsys.schema import SplitConfig
 def test_a_shuffled_batch_equals_its_rows_one_by_one(own):
     rows = own().rows("train")
     order = [4, 0, 5, 5, 1]
-    whole = by_row(rows.__getitems__(order))
-    single = [by_row(rows[i])[0] for i in order]
-    for a, b in zip(whole, single, strict=True):  # to_dense pads to the longest list of the batch
-        length = len(b["tags"])
-        assert same({**a, "tags": a["tags"][:length]}, b)
-        assert set(a["tags"][length:]) <= {0}
-
-
-def test_the_jagged_tensor_is_what_torchrec_would_compute_itself(own):
-    for config in (CONFIG, CONFIG.without(["tags"]), CONFIG.without(["city", "user"])):
-        batch = own(config).rows("train").__getitems__(torch.tensor([4, 1, 0]))
-        sparse = batch.sparse
-        from_scratch = type(sparse)(sparse.keys(), sparse.values(), lengths=sparse.lengths())
-        assert from_scratch.stride() == sparse.stride() == 3
-        assert torch.equal(sparse.offsets(), from_scratch.offsets())
-        assert sparse.length_per_key() == from_scratch.length_per_key()
-        assert sparse.offset_per_key() == from_scratch.offset_per_key()
-        for key in sparse.keys():  # noqa: SIM118  not a dict
-            assert torch.equal(sparse[key].values(), from_scratch[key].values())
+    whole = by_row(rows.__getitems__(order), rows.features)
+    single = [by_row(rows[i], rows.features)[0] for i in order]
+    assert same(whole, single)
 
 
 def test_a_batch_of_one_and_of_none(own):
@@ -39,19 +23,21 @@ def test_a_batch_of_one_and_of_none(own):
     one = rows[3]
     assert len(one) == 1
     assert one.to("cpu") is one
-    assert one.sparse["city"].values().tolist() == [3]
+    assert one.single_FB[0].tolist() == [3]
     empty = rows.__getitems__([])
-    assert (len(empty), empty.sparse.values().numel(), empty.dense_BC.shape) == (0, 0, (0, 1))
+    assert (len(empty), empty.single_FB.shape, empty.dense_BC.shape) == (0, (2, 0), (0, 1))
+    assert [own.values_N.numel() for own in empty.lists] == [0]
 
 
 def test_tables_with_one_kind_of_column_alone(own):
     dense = own(config_of(categorical=(), continuous=("age",)))
     batch = dense.rows("train")[:]
-    assert (batch.sparse, batch.domain_B, batch.group_B) == (None, None, None)
+    assert (batch.single_FB.shape, batch.lists, batch.domain_B, batch.group_B) == ((0, 6), (), None, None)
     categories = own(config_of()).rows("train")[:]
     assert categories.dense_BC.shape == (6, 0)
     lists = own(config_of(categorical=(), multi_valued=("tags",))).rows("train")[:]
-    assert lists.sparse["tags"].lengths().tolist() == [2, 0, 1, 1, 2, 1]
+    assert lists.lists[0].length_B.tolist() == [2, 0, 1, 1, 2, 1]
+    assert lists.lists[0].row_N.tolist() == [0, 0, 2, 3, 4, 4, 5]
 
 
 def epoch_of(data, epoch, loader=None):
@@ -78,8 +64,8 @@ def test_an_epoch_hangs_on_seed_and_number_alone_and_resumes_in_the_middle(own, 
 
 def test_batches_from_workers_are_whole(own):
     data = own(num_workers=2, eval_batch_size=4)
-    alone = [by_row(b) for b in own(eval_batch_size=4).train_eval_dataloader()]
-    assert same([by_row(b) for b in data.train_eval_dataloader()], alone)
+    alone = [by_row(b, data.features) for b in own(eval_batch_size=4).train_eval_dataloader()]
+    assert same([by_row(b, data.features) for b in data.train_eval_dataloader()], alone)
 
 
 def test_loaders(own):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import threading
 
 import pyarrow as pa
@@ -14,7 +13,8 @@ import torch
 from own_table import by_row, same
 
 from apps.recsys.tables import streaming
-from apps.recsys.tables.streaming import FileRows, as_json_has_it, one_ahead
+from apps.recsys.tables.scoring import one_ahead
+from apps.recsys.tables.streaming import FileRows, as_json_has_it
 
 CITIES = ["Oslo", "Paris", "", "Rome", "Rome", "Oslo", "NA"]
 ROWS = {
@@ -43,7 +43,7 @@ def test_pieces_and_files_join_to_one_table(own, tmp_path, monkeypatch, kind):
     batches = list(data.predict_dataloader())
     assert [len(batch) for batch in batches] == [2, 2, 2, 1]
     assert torch.cat([batch.index_B for batch in batches]).tolist() == list(range(7))
-    assert same(list(itertools.chain.from_iterable(map(by_row, batches))), by_row(whole))
+    assert same([row for b in batches for row in by_row(b, data.features)], by_row(whole, data.features))
     assert [key for batch in batches for key in batch.kept["key"].to_pylist()] == ROWS["key"]
     expected = [None if kind == "csv" and city == "" else city for city in CITIES]
     assert [city for batch in batches for city in batch.kept["city"].to_pylist()] == expected

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 import torch
+from made_table import rows_of
 from torch.testing import assert_close
 
 from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
@@ -41,8 +42,8 @@ def test_a_timestamp_is_an_hour_a_weekday_and_a_number(tmp_path):
     assert data.vocabulary("at_hour") == (None, *map(str, range(24)))
     assert data.vocabulary("at_weekday")[1:3] == ("Monday", "Tuesday")
     test = data.rows("test")[:]  # the last two days, the 9th, a Sunday, and the 10th
-    assert test.sparse["at_hour"].values().tolist() == [10, 11]
-    assert test.sparse["at_weekday"].values().tolist() == [7, 1]
+    assert rows_of(test, data.features, "at_hour") == [10, 11]
+    assert rows_of(test, data.features, "at_weekday") == [7, 1]
     # 1970 to 2024 are 54 years with 13 leap days, and 152 days from there to the 1st of June.
     first = 54 * 365 + 13 + 152
     assert_close(test.dense_BC[:, 0], torch.tensor([first + 8 + 9 / 24, first + 9 + 10 / 24]), rtol=1e-6, atol=0)
@@ -110,7 +111,7 @@ def test_dates_as_numbers_are_dates_in_training_predictions_and_the_service(tmp_
     days = [f"202406{day:02}" for day in range(1, 11)]
     pa.csv.write_csv(rows.set_column(1, "at", pa.array(days).cast(pa.int64())), tmp_path / "days.csv")
     numbers = TableData("table", str(tmp_path), str(tmp_path / "cache"), train_file="days.csv", table=CONFIG, **options)
-    weekdays = [d.rows("test")[:].sparse["at_weekday"].values().tolist() for d in (data, numbers)]
+    weekdays = [rows_of(d.rows("test")[:], d.features, "at_weekday") for d in (data, numbers)]
     assert weekdays == [[7, 1], [7, 1]]
     first = 54 * 365 + 13 + 152
     assert numbers.encoding.timestamps == {"at": [first, first + 5]}  # the training rows: the 1st to the 6th
