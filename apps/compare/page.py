@@ -77,6 +77,11 @@ def comparison_page(
     )
 
 
+def cost_charts(summary: Summary) -> tuple[ScatterChart, ...]:
+    """Return test quality against each known cost, FLOPs first."""
+    return _quality(summary).charts(_COSTS)
+
+
 def _quality(summary: Summary) -> Quality:
     models = [(row.system.title, row.test, row.trained_costs) for row in summary.rows]
     return Quality(summary.heading, summary.percent, summary.higher_is_better, models)
