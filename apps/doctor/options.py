@@ -16,8 +16,8 @@ from apps.train.checkpoint_paths import MEANING
 
 _DESCRIPTION = """\
 Name what is wrong with the routing of a run, with the evidence and a remedy: from its log, metrics.csv, and from a pass
-over validation data. docs/doctor.md explains each finding. The exit code is 0 where nothing is wrong, and 1 where
-something is."""
+over validation data. docs/reference/routers/findings.md explains each finding. The exit code is 0 where nothing is
+wrong, and 1 where something is."""
 _EPILOG = """\
 Any --data.KEY VALUE names other data, such as --data.val_files PATH. A run that is still in training may be looked at:
 without a checkpoint or data its log is read alone."""
