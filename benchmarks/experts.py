@@ -4,7 +4,7 @@ Each kind is as wide as makes a token cost what it costs in the layer of ``FFN``
 backward, to the tokens as well; every round times the FFN layer and then the kind, and the ratio is taken within the
 round.
 
-    moesaic bench experts --rounds 9      # the table of docs/experts.md
+    moesaic bench experts --rounds 9      # the table of docs/results/experts.md
     moesaic bench experts --kinds swiglu lora
 """
 

@@ -5,7 +5,7 @@
     done
     python benchmarks/fewer_experts.py runs/digits/0 runs/digits/1
 
-This prints the table of ``docs/fewer_experts.md``. Each run's best checkpoint is converted in each way by itself.
+This prints the table of ``docs/results/experts.md``. Each run's best checkpoint is converted in each way by itself.
 Statistics are of one pass over the training images, without augmentation; scores are those of the test images. Each
 converted model is then trained on for a few epochs with AdamW.
 """

@@ -1,6 +1,6 @@
 """Time and memory of low-rank experts beside a frozen linear, against every expert computed and then weighted.
 
-    python benchmarks/lora_experts.py                # the table of docs/experts.md
+    python benchmarks/lora_experts.py                # the table of docs/results/experts.md
     python benchmarks/lora_experts.py --rounds 30
 
 The other way is that of peft, which takes the tokens through the matrices of every expert and weights what comes out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -24,7 +25,17 @@ from apps.equal_cost import routers
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 ALL_PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *PAGES]
-ROUTING = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "routing").glob("*.md")}
+ROUTERS = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs/reference/routers").glob("*.md")}
+HOW_TO = (
+    "add_adapters",
+    "choose_a_router",
+    "choose_the_number_of_experts_and_k",
+    "fix_a_collapsed_routing",
+    "grow_top_k_during_training",
+    "make_a_sparse_model_dense",
+    "merge_experts",
+    "prune_experts",
+)
 VISION = (ROOT / "docs" / "vision.md").read_text(encoding="utf-8")
 
 
@@ -106,27 +117,105 @@ def test_the_tree_of_rooms_is_the_tree(top):
     assert set(re.findall(r"\b\w+\.py\b", listed)) == files
 
 
-def test_a_router_of_ones_own_passes_the_conformance_suite(tmp_path, monkeypatch):
-    sources = re.findall(r"^```python\n(.*?)^```$", ROUTING["writing_a_router.md"], flags=re.DOTALL | re.MULTILINE)
-    assert len(sources) == 1
-    (tmp_path / "my_routers.py").write_text(sources[0])
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(("page", "module"), [("write_a_router", "my_routers"), ("write_an_expert", "my_experts")])
+def test_a_router_and_an_expert_of_ones_own_pass_the_conformance_suite(page, module, tmp_path, monkeypatch):
+    (source,) = blocks((ROOT / "docs" / "how_to" / f"{page}.md").read_text(encoding="utf-8"), "python")
+    (tmp_path / f"{module}.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    routers_of_ones_own = importlib.import_module("my_routers")  # its last line is the check
-    config = core.MoEConfig.from_dict({"num_experts": 4, "router": {"class_path": "my_routers.Loudest"}})
-    assert config.router == routers_of_ones_own.Loudest()
+    own = importlib.import_module(module)  # its last line is the check
+    if page == "write_a_router":
+        config = core.MoEConfig.from_dict({"num_experts": 4, "router": {"class_path": "my_routers.Loudest"}})
+        assert config.router == own.Loudest()
+    else:
+        config = core.MoEConfig.from_dict({"num_experts": 4, "expert": {"class_path": "my_experts.Linear"}})
+        assert config.expert == own.Linear()
 
 
 @pytest.mark.parametrize("name", routers.overlays())
 def test_an_overlay_has_a_row_in_the_index_an_entry_and_a_picture(name):
-    assert f"(../../configs/routing/{name}.yaml)" in ROUTING["README.md"]
-    (page,) = (text for text in ROUTING.values() if f"(../img/routing/{name}.png)" in text)
-    (entry,) = (part for part in re.split(r"^#+ ", page, flags=re.MULTILINE) if f"(../img/routing/{name}.png)" in part)
-    assert f"(../../configs/routing/{name}.yaml)" in entry
-    assert all(word in entry for word in ("**When.**", "**Cost.**", "**Config.**"))
+    assert f"(../../../configs/routing/{name}.yaml)" in ROUTERS["index.md"]
+    (page,) = (text for text in ROUTERS.values() if f"(../../img/routing/{name}.png)" in text)
+    (entry,) = (p for p in re.split(r"^##? ", page, flags=re.MULTILINE) if f"(../../img/routing/{name}.png)" in p)
+    assert f"(../../../configs/routing/{name}.yaml)" in entry
+    assert all(word in entry for word in ("**When:**", "**Cost:**", "**Config:**"))
 
 
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+def public_configs(base: type) -> list[type]:
+    kinds = (getattr(core, name) for name in core.__all__)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, base) and kind is not base]
+
+
+@pytest.mark.parametrize("kind", public_configs(core.RouterConfig), ids=lambda kind: kind.__name__)
+def test_every_option_of_a_router_is_in_its_entry(kind):
+    shared = {"top_k", "normalize", "init_scale"}
+    assert all(f"| `{option}` |" in ROUTERS["index.md"] for option in shared)
+    pages = [page for name, page in ROUTERS.items() if name != "index.md"]
+    entries = [
+        part for page in pages for part in re.split(r"^##? ", page, flags=re.MULTILINE) if f"`{kind.__name__}(" in part
+    ]
+    options = {field.name for field in dataclasses.fields(kind)} - shared
+    assert [name for name in options if not any(re.search(rf"\b{name}\b", entry) for entry in entries)] == []
+
+
+@pytest.mark.parametrize("kind", public_configs(core.ExpertConfig), ids=lambda kind: kind.__name__)
+def test_every_option_of_an_expert_is_in_its_entry(kind):
+    page = (ROOT / "docs" / "reference" / "experts.md").read_text(encoding="utf-8")
+    entry = "".join(part for part in page.split("\n## ") if f"`{kind.__name__}(" in part)
+    assert [field.name for field in dataclasses.fields(kind) if not re.search(rf"\b{field.name}\b", entry)] == []
+
+
+@pytest.mark.parametrize(
+    "kind",
+    (core.Balance, core.MMoE, core.CGC, core.PLE, core.SMES, core.HoME, core.STAR),
+    ids=lambda kind: kind.__name__,
+)
+def test_every_option_of_balance_and_of_multi_gate_layers_is_in_their_pages(kind):
+    page = ROUTERS["balance.md" if kind is core.Balance else "multi_gate.md"]
+    names = {field.name for field in dataclasses.fields(kind)} - {"init_scale", "balance", "backend"}
+    assert [name for name in names if not re.search(rf"\b{name}\b", page)] == []
+
+
+def test_every_finding_of_the_doctor_has_a_row():
+    rules = (ROOT / "core" / "diagnose" / "rules.py").read_text(encoding="utf-8")
+    named = set(re.findall(r'Finding\(\s*"(\w+)"', rules))
+    assert named == set(re.findall(r"^\| `(\w+)` \|", ROUTERS["findings.md"], flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", HOW_TO)
+def test_the_blocks_of_a_how_to_run(page, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "how_to" / f"{page}.md").read_text(encoding="utf-8")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    for name, source in re.findall(r"`(\w+\.yaml)`:\n\n```yaml\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE):
+        Path(name).write_text(source)
+    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "2"]
+    few += ["--trainer.accelerator", "cpu"]
+    short = {
+        "fit": few,
+        "test": few[-2:],
+        "compare": [*few, "--seeds", "1", "--rounds", "0", "--learning_rates", "0.004"],
+    }
+    for block in blocks(text, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            _, command, *rest = shlex.split(line)
+            run_dir = ["--run_dir", "runs/digits"] if command == "fit" and "--run_dir" not in rest else []
+            # The doctor exits with 1 when it finds something, as it may in so short a training.
+            assert main([command, *rest, *run_dir, *short.get(command, [])]) in (0, command == "doctor"), line
+    for source in blocks(text, "python"):
+        exec(compile(source, f"{page}.md", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "docs/reference/experts.md", *sorted((ROOT / "docs/reference/routers").glob("*.md"))], ids=page_id
+)
+def test_the_python_of_a_reference_page_runs(page):
+    names: dict[str, object] = {}
+    for source in blocks(page.read_text(encoding="utf-8"), "python"):
+        exec(compile(source, page.name, "exec"), names)
 
 
 def write_noise(folder: Path, count: int) -> None:

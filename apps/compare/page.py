@@ -18,6 +18,7 @@ from apps.report.page import (
     LineChart,
     Page,
     Part,
+    ScatterChart,
     Section,
     Table,
     Text,

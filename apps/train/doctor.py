@@ -27,7 +27,7 @@ class RoutingDoctor(Callback):
     A finding is logged once, when it comes up, and once more when it is gone. A model without MoE layers is left alone,
     so that dense twins may share a trainer's configuration. With several processes the evidence is the sum over all of
     them, each with its part of the data; the findings are the same on each, and the first one speaks. See
-    docs/doctor.md.
+    docs/reference/routers/findings.md.
 
     Args:
         batches: validation batches that are looked at.

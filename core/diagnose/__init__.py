@@ -4,7 +4,7 @@ The modules, from the ground up: ``finding`` (what is returned), ``passes`` (one
 layer), ``foreign`` (routers of other libraries, by their logits), ``figures`` (sums over passes), ``ranks`` (their sums
 over processes), ``alike`` (experts on the same tokens, and a model without one of them), ``movement`` (weights since
 the start), ``step`` (gradients of a training step), ``rules`` (figures to findings), ``doctor`` (the whole).
-docs/doctor.md has every finding.
+docs/reference/routers/findings.md has every finding.
 """
 
 from .alike import ablate_experts

@@ -178,8 +178,8 @@ def diagnose(
     """Return what is wrong with the routing of a model: an empty list where nothing is.
 
     The model runs in evaluation over the batches, and with ``loss`` in training on the first of them, without an
-    update; weights, gradients, buffers, modes and random numbers are afterwards what they were. docs/doctor.md has
-    every finding, and what each argument adds.
+    update; weights, gradients, buffers, modes and random numbers are afterwards what they were.
+    docs/reference/routers/findings.md has every finding, and what each argument adds.
 
     Args:
         model: any module with MoE layers, ours or of transformers.

@@ -12,7 +12,7 @@ class Finding:
     """One fault.
 
     Attributes:
-        name: what it is, a heading of docs/doctor.md.
+        name: what it is, a row of docs/reference/routers/findings.md.
         layer: dotted name of the layer, with the router's end where it has several; "" is the model itself.
         severity: "error": part of the layer does nothing, or what it does is wrong; "warning": it works below its
             worth.

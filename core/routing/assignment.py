@@ -109,9 +109,9 @@ class Sinkhorn(FixedKConfig, LinearGateConfig):
     Sinkhorn-normalized logits, whose columns have equal sums; in evaluation the ``top_k`` largest logits. The gates are
     the scores of the logits themselves, not of the normalized ones, and are not brought to sum 1 (as in Megatron-LM).
 
-    The sums of the columns are equal, the numbers of tokens only about: ``docs/routing/assignment.md`` says how far.
-    ``Base`` is exact. In training the other tokens of the batch change which experts a token gets, later ones of its
-    sequence too.
+    The sums of the columns are equal, the numbers of tokens only about: ``docs/reference/routers/assignment.md`` says
+    how far. ``Base`` is exact. In training the other tokens of the batch change which experts a token gets, later ones
+    of its sequence too.
 
     Attributes:
         top_k: experts per token, K.
