@@ -62,7 +62,8 @@ class Plan:
         return [Unit(system, rate, seed, final=True, minutes=minutes, tuned_by=by) for seed in self.seeds]
 
     def to_dict(self) -> dict[str, Any]:
-        options = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.options).items()}
+        of_work = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(Options)}
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in of_work.items()}
         return {
             "options": {**options, "routers": self.overlays},
             "rates": list(self.rates),
