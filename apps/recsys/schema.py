@@ -220,10 +220,10 @@ class TableConfig:
     def roles(self) -> dict[str, str]:
         """The role of each column that is read, by column; the feature's role where a column has several."""
         named = {"domain": self.domain, "user": self.user, "item": self.item, "time": self.time}
-        named["split"] = self.split.column
+        named |= {"split": self.split.column, "weight": self.weight}
         roles = {column: role for role, column in named.items() if column is not None}
         for name, task in self.tasks.items():
-            for column, role in ((self.weight, "weight"), (task.weight, f"weight of task {name}"), (task.mask, "mask")):
+            for column, role in ((task.weight, f"weight of task {name}"), (task.mask, "mask")):
                 roles |= {} if column is None else {column: role}
         roles |= {task.column: f"task {name}" for name, task in self.tasks.items()}
         for role in _FEATURE_ROLES:

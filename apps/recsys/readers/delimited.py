@@ -77,10 +77,7 @@ def read_delimited(
                     delimiter=_one(separator)[1].decode(), quote_char='"' if quoted else False, ignore_empty_lines=True
                 ),
                 convert_options=pa.csv.ConvertOptions(
-                    column_types=dict(types),
-                    include_columns=list(types),
-                    null_values=[""],
-                    strings_can_be_null=quoted,
+                    column_types=dict(types), include_columns=list(types), null_values=[""], strings_can_be_null=quoted
                 ),
             )
     except (pa.ArrowInvalid, pa.ArrowKeyError, UnicodeDecodeError) as error:

@@ -145,12 +145,7 @@ def _read_recbole(root: Path, name: str, num_ratings: int | None) -> Ratings:
 
 
 def _ratings(
-    path: Path,
-    lines: pa.Table,
-    users: pa.Table,
-    ids: pa.ChunkedArray,
-    titles: list[str],
-    genres: list[list[str]],
+    path: Path, lines: pa.Table, users: pa.Table, ids: pa.ChunkedArray, titles: list[str], genres: list[list[str]]
 ) -> Ratings:
     place = pc.index_in(lines["item"], value_set=ids.combine_chunks())
     if place.null_count:

@@ -144,23 +144,22 @@ def raw_columns(batch: TableBatch, encoding: Encoding) -> pa.Table:
     import pyarrow as pa
 
     features, columns = encoding.features, dict[str, Any]()
-    for feature in (*features.categorical, *features.sequences):
+    items = {s.name: s.items or s.name for s in features.sequences}
+    rows: tuple[Tensor | Ragged, ...] = (*batch.single_FB, *batch.lists)
+    for feature, own in zip((*features.single, *features.several), rows, strict=True):
         if feature.hashed:
             raise ValueError(f"column {feature.name!r} is hashed: the model does not keep its values")
-        known = encoding.vocabularies.get(getattr(feature, "items", None) or feature.name)
-        if feature in features.categorical and not feature.multi_valued:
-            columns[feature.name] = _values(column_of(batch, features, feature.name), known, feature.num_rows)
-        else:
-            own = batch.lists[[f.name for f in features.several].index(feature.name)]
-            columns[feature.name] = _lists(own, _values(own.values_N, known, feature.num_rows))
+        known = encoding.vocabularies.get(items.get(feature.name, feature.name))
+        values = _values(own.values_N if isinstance(own, Ragged) else own, known, feature.num_rows)
+        columns[feature.name] = _lists(own, values) if isinstance(own, Ragged) else values
     for number, values_B in zip(encoding.features.continuous, batch.dense_BC.t().cpu().numpy(), strict=True):
         columns[number.name] = pa.array(values_B, from_pandas=True)
     if encoding.features.vectors:
         assert batch.vector_BV is not None
         parts = batch.vector_BV.cpu().split([f.size for f in encoding.features.vectors], dim=1)
         for vector, values_BS in zip(encoding.features.vectors, parts, strict=True):
-            rows = [None if row[0] != row[0] else row for row in values_BS.tolist()]
-            columns[vector.name] = pa.array(rows, pa.list_(pa.float32()))
+            vectors = [None if row[0] != row[0] else row for row in values_BS.tolist()]
+            columns[vector.name] = pa.array(vectors, pa.list_(pa.float32()))
     made = (*encoding.texts, *(part for column in encoding.timestamps for part in timestamp_columns(column)))
     return pa.table({column: values for column, values in columns.items() if column not in made})
 

@@ -107,5 +107,6 @@ def _each(value: Any, method: str, *args: Any, **kwargs: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_each(part, method, *args, **kwargs) for part in value)
     if isinstance(value, (Batch, Ragged)):
-        return replace(value, **{f.name: _each(getattr(value, f.name), method, *args, **kwargs) for f in fields(value)})
+        own: Any = value
+        return replace(own, **{f.name: _each(getattr(own, f.name), method, *args, **kwargs) for f in fields(own)})
     return value

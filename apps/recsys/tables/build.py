@@ -39,13 +39,7 @@ from apps.recsys.encoding.features import (
     VectorFeature,
 )
 from apps.recsys.encoding.labels import determines
-from apps.recsys.encoding.numbers import (
-    Part,
-    statistics,
-    to_numbers,
-    to_order,
-    vector_scale,
-)
+from apps.recsys.encoding.numbers import Part, statistics, to_numbers, to_order, vector_scale
 from apps.recsys.encoding.table_encoding import Encoding, TimeRange
 from apps.recsys.encoding.targets import learn_target, of_mean_one, place_labels, read_labels, to_weights
 from apps.recsys.encoding.texts import text_encodings, with_vectors

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,10 +94,7 @@ class EmbeddingConfig(Checked):
         return self.dim
 
     def build(
-        self,
-        features: Sequence[CategoricalFeature],
-        copies: int = 1,
-        sequences: Sequence[SequenceFeature] = (),
+        self, features: Sequence[CategoricalFeature], copies: int = 1, sequences: Sequence[SequenceFeature] = ()
     ) -> SparseArch:
         """Return the embeddings of some columns; see ``SparseArch``."""
         kind = self.kind if features or sequences else "joined"  # TorchRec makes no collection without tables
@@ -297,12 +294,11 @@ class SparseArch(nn.Module):
         bins_CB = single_FB[:0] if bins_CB is None else bins_CB
         columns = _Columns(single_FB, lists[: self._num_multi], bins_CB, lists[self._num_multi :])
         single, several = len(single_FB) + len(bins_CB), self._num_multi + self._num_sequences
-        if len(lists) != several or single != len(self._names) - several:
-            given, own = (
-                f"{single} columns of one value and {len(lists)}",
-                f"{len(self._names) - several} and {several}",
+        if (single, len(lists)) != (own := len(self._names) - several, several):
+            raise ValueError(
+                f"the batch has {single} columns of one value and {len(lists)} of several, the model {own} and "
+                f"{several}"
             )
-            raise ValueError(f"the batch has {given} of several, the model {own}")
         if not plain:
             for first, rows in columns.parts():
                 self._check_rows(rows.values_N[None] if isinstance(rows, Ragged) else rows, first)
@@ -349,8 +345,8 @@ class _Columns:
 
     def parts(self) -> Iterator[tuple[int, Tensor | Ragged]]:
         """Yield the columns in their order, those of one value at a time, each with the place of the first."""
-        first = 0
-        for part in (self.single_FB, *self.multi, self.bins_CB, *self.sequences):
+        first, parts = 0, cast(Sequence[Tensor | Ragged], (self.single_FB, *self.multi, self.bins_CB, *self.sequences))
+        for part in parts:
             count = 1 if isinstance(part, Ragged) else len(part)
             if count:
                 yield first, part

@@ -142,9 +142,11 @@ class MultiTaskRecommender(SparseModule, Comparable):
         self.dropout, self.num_members, self.report = dropout, num_members, report
         self.score_bins, self.gate_embeddings = score_bins, gate_embeddings
         self.build_metrics()  # an impossible number is refused here
-        columns = {"dense": self.dense, "interaction": self.interaction, "dropout": dropout, "history": self.history}
-        parts = (features, self.shared_config, self.embedding, self.head, gate_embeddings)
-        members = [MultiTaskModel(*parts, **columns) for _ in range(num_members)]
+        parts: dict[str, Any] = {
+            "embedding": self.embedding, "dense": self.dense, "interaction": self.interaction, "head": self.head,
+            "dropout": dropout, "history": self.history, "gate_embeddings": gate_embeddings,
+        }  # fmt: skip
+        members = [MultiTaskModel(features, self.shared_config, **parts) for _ in range(num_members)]
         self.model = members[0] if num_members == 1 else Ensemble(members)
         shares = features.positives or (0.5,) * len(features.tasks)
         initial = [kind.initial_loss(share) for kind, share in zip(self.outputs.kinds, shares, strict=True)]

@@ -12,23 +12,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from apps.data.array_files import ArraysInMemory, ArrayWriter
-from apps.recsys.encoding.categories import (
-    MISSING,
-    Codes,
-    Rows,
-    factorize,
-    split_values,
-    to_given,
-    to_hashed,
-    to_known,
-)
+from apps.recsys.encoding.categories import MISSING, Codes, Rows, factorize, split_values, to_given, to_hashed, to_known
 from apps.recsys.encoding.features import SequenceFeature
-from apps.recsys.encoding.numbers import (
-    Part,
-    to_float32,
-    to_numbers,
-    to_vectors,
-)
+from apps.recsys.encoding.numbers import Part, to_float32, to_numbers, to_vectors
 from apps.recsys.encoding.sequences import last_values, without_row_0
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.texts import with_vectors
@@ -177,7 +163,7 @@ class NewRows(ColumnWriter):
         if items in self.given.vocabularies:
             return to_known(codes, self.given.vocabularies[items])
         features = self.given.features
-        feature = next(f for f in (*features.categorical, *features.sequences) if f.name == column)
+        feature = next(f for f in (*features.single, *features.several) if f.name == column)
         train = np.zeros(len(codes.codes), dtype=bool)
         if feature.hashed:
             return to_hashed(codes, train, feature.num_rows)

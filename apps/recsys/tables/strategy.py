@@ -36,13 +36,7 @@ from apps.recsys.tables.embedding import EmbeddingConfig, check_rows_are_stepped
 from apps.recsys.tables.sharding import ComputeKernel, Sharding, ShardingConfig
 from apps.train import sharded
 from apps.train.averaging import WeightEMA
-from apps.train.divided import (
-    DividedStrategy,
-    check_grows_whole,
-    check_ranks_alike,
-    divide_experts,
-    step_one_by_one,
-)
+from apps.train.divided import DividedStrategy, check_grows_whole, check_ranks_alike, divide_experts, step_one_by_one
 from apps.train.lightning_internals import prepare_for_fsdp, set_module
 from apps.train.processes import join_again
 from apps.train.torch_internals import limit_waiting

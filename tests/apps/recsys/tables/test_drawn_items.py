@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pickle
 
@@ -364,3 +365,10 @@ def test_refused(tmp_path, rule, changes, match):
     with pytest.raises(ValueError, match=match) as raised:
         data_of(tmp_path, table, columns, {**RULE, **rule}).examples("train")
     assert "\n" not in str(raised.value)
+
+
+def test_rows_without_a_task_may_have_weights(tmp_path):
+    # 12 in all over 8 training rows, divided by their mean 3/2.
+    weight = [1.0, 2.0] * 6
+    data = data_of(tmp_path, dataclasses.replace(TABLE, weight="weight"), {**COLUMNS, "weight": weight})
+    assert_close(data.opened["weight"][:4, 0], torch.tensor([2 / 3, 4 / 3, 2 / 3, 4 / 3]))
