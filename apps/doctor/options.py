@@ -13,8 +13,8 @@ from apps.cli.parser import CommandLine, Config, Run
 @dataclass(frozen=True)
 class Options(CommandLine):
     """Name what is wrong with the routing of a run, with the evidence and a remedy: from its log, metrics.csv, and from
-    a pass over validation data. docs/reference/routers/findings.md explains each finding. The exit code is 0 where nothing is wrong, and 1
-    where something is.
+    a pass over validation data. docs/reference/routers/findings.md explains each finding. The exit code is 0 if nothing
+    is wrong, and 1 if something is.
 
     Any --data.KEY VALUE names other data, such as --data.val_files PATH. A run that is still in training may be looked
     at: without a checkpoint or data its log is read alone.
