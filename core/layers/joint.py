@@ -17,6 +17,8 @@ from ..routing.selection import Capacity, Choice, select_pairs
 from .multi_gate import Examples, MultiGateLayer
 from .task_choice import EachOnce, each_once
 
+_DROPLESS = Capacity()
+
 
 class JointMultiGateMoE(MultiGateLayer):
     """``y_k = sum over S and P_k of g_k,e f_e(x)``: S holds the experts with the highest mean gate over the tasks, P_k
@@ -93,7 +95,7 @@ class JointMultiGateMoE(MultiGateLayer):
             num_experts=self.groups.num_shared,
             num_sequences=examples.x_BSD.shape[0],
             valid_T=examples.real_T,
-            limit=Capacity(),
+            limit=_DROPLESS,
             training=self.training,
             backend=self.backend,
         )
