@@ -20,7 +20,7 @@ MODELS = {
 }
 """The room of each LightningModule: its module ``module`` has the class, and ``task`` says how it is used."""
 
-OWN_EXPORT = "apps.train.own_export"
+OWN_EXPORT = "apps.train.publish.own_export"
 """The module of the task of a user's model that was made sparse."""
 
 MODULES = {name: f"{room}.module" for name, room in MODELS.items()}
@@ -47,14 +47,14 @@ A folder of images with a table of titles is also a folder of images, and holds 
 """
 
 TRAINER = {
-    "BestAndLast": "apps.train.checkpoints",
-    "ExpertAveraging": "apps.train.schedules",
-    "ExpertParallelStrategy": "apps.train.expert_parallel",
-    "GrowingTopK": "apps.train.schedules",
+    "BestAndLast": "apps.train.checkpoint.checkpoints",
+    "ExpertAveraging": "apps.train.optim.schedules",
+    "ExpertParallelStrategy": "apps.train.sharded.expert_parallel",
+    "GrowingTopK": "apps.train.optim.schedules",
     "RoutingDetail": "apps.report.live",
-    "RoutingDoctor": "apps.train.doctor",
-    "SharedStart": "apps.train.schedules",
-    "TorchRecStrategy": "apps.recsys.tables.strategy",
+    "RoutingDoctor": "apps.train.watch.doctor",
+    "SharedStart": "apps.train.optim.schedules",
+    "TorchRecStrategy": "apps.recsys.tables.shard.strategy",
 }
 """The module of each callback and strategy of the trainer."""
 
@@ -65,7 +65,26 @@ DROPPED: dict[str, dict[str, tuple[str, ...]]] = {
 """Options of models that only earlier versions had, by the section that they are in."""
 
 FORMER = {
+    "apps.multimodal.drawn.PatchImages": "apps.multimodal.towers.random_init.PatchImages",
+    "apps.multimodal.drawn.PieceTexts": "apps.multimodal.towers.random_init.PieceTexts",
+    "apps.multimodal.loss.SigmoidLoss": "apps.multimodal.towers.loss.SigmoidLoss",
+    "apps.multimodal.loss.SoftmaxLoss": "apps.multimodal.towers.loss.SoftmaxLoss",
+    "apps.multimodal.pretrained.BertTexts": "apps.multimodal.towers.pretrained.BertTexts",
+    "apps.multimodal.pretrained.ClipImages": "apps.multimodal.towers.pretrained.ClipImages",
+    "apps.multimodal.pretrained.ClipTexts": "apps.multimodal.towers.pretrained.ClipTexts",
+    "apps.multimodal.pretrained.ViTImages": "apps.multimodal.towers.pretrained.ViTImages",
+    "apps.multimodal.towers.SingleTower": "apps.multimodal.towers.towers.SingleTower",
+    "apps.multimodal.two_towers.TwoTowers": "apps.multimodal.towers.two_towers.TwoTowers",
     "apps.plan.inputs.Vocabulary": "apps.nlp.sizes.Vocabulary",
+    "apps.recsys.tables.bottoms.SharedBottom": "apps.recsys.tables.columns.bottoms.SharedBottom",
+    "apps.recsys.tables.bottoms.SingleTask": "apps.recsys.tables.columns.bottoms.SingleTask",
+    "apps.recsys.tables.strategy.TorchRecStrategy": "TorchRecStrategy",
+    "apps.train.checkpoints.BestAndLast": "BestAndLast",
+    "apps.train.doctor.RoutingDoctor": "RoutingDoctor",
+    "apps.train.expert_parallel.ExpertParallelStrategy": "ExpertParallelStrategy",
+    "apps.train.schedules.ExpertAveraging": "ExpertAveraging",
+    "apps.train.schedules.GrowingTopK": "GrowingTopK",
+    "apps.train.schedules.SharedStart": "SharedStart",
 }
 """Class paths in files of earlier versions, each with what the class is called today.
 

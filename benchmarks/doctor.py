@@ -18,7 +18,7 @@ import torch
 
 from apps.base.quiet import quiet
 from apps.cli.train import build
-from apps.train.doctor import RoutingDoctor
+from apps.train.watch.doctor import RoutingDoctor
 
 
 class TimedDoctor(RoutingDoctor):

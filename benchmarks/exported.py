@@ -33,9 +33,9 @@ from apps.base.machine import machine_line
 from apps.serve.export.command import difference
 from apps.serve.export.onnx import to_onnx
 from apps.serve.export.programs import to_aoti, to_torch_export
-from apps.train.exporting import Graph
-from apps.train.loading import load
-from apps.train.quantising import quantise
+from apps.train.checkpoint.loading import load
+from apps.train.cost.quantizing import quantise
+from apps.train.publish.exporting import Graph
 from benchmarks._rounds import write_rows
 
 BATCHES = (1, 32)

@@ -29,9 +29,9 @@ from apps import registry
 from apps.base.machine import machine_line
 from apps.base.sealed import seal
 from apps.serve.export.onnx import to_onnx
-from apps.train.exported import OnnxGraph
-from apps.train.loading import load
-from apps.train.quantising import quantise
+from apps.train.checkpoint.loading import load
+from apps.train.cost.quantizing import quantise
+from apps.train.publish.exported import OnnxGraph
 from benchmarks._rounds import write_rows
 
 

@@ -35,8 +35,8 @@ from apps.nlp.sizes import Vocabulary
 from apps.plan.layout import Layout, cost
 from apps.plan.options import Options
 from apps.plan.outline import measured
-from apps.train.expert_parallel import ExpertParallelStrategy
-from apps.train.module import OptimizerConfig
+from apps.train.sharded.expert_parallel import ExpertParallelStrategy
+from apps.train.step.module import OptimizerConfig
 from core.kernels.cpu import pages
 
 M_MMAP_THRESHOLD = -3

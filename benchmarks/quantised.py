@@ -33,7 +33,7 @@ from apps.base.quiet import quiet
 from apps.cli.request import Request
 from apps.cli.train import SparseCLI, build
 from apps.nlp.text.batches import TranslationBatch
-from apps.train.quantising import quantise, read_form
+from apps.train.cost.quantizing import quantise, read_form
 from benchmarks._rounds import in_turn
 
 FLOAT = "float32"

@@ -29,7 +29,7 @@ from apps.recsys.metrics import target_ranks
 from apps.recsys.retrieval.catalogue import Catalogue
 from apps.recsys.retrieval.metrics import RetrievalMetrics
 from apps.recsys.retrieval.scoring import Ranking, Retrieved
-from apps.recsys.tables.scoring import encoding_of
+from apps.recsys.tables.rows.scoring import encoding_of
 from apps.report.base import spread_places
 
 

@@ -31,12 +31,12 @@ from torch.utils.data import DataLoader
 
 import core
 from apps.recsys.encoding.features import CategoricalFeature, Features
-from apps.recsys.tables.batch import Ragged, TableBatch
-from apps.recsys.tables.embedding import EmbeddingConfig
+from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
-from apps.recsys.tables.sharding import tables
-from apps.recsys.tables.strategy import TorchRecStrategy
-from apps.train.torchrec_rows import is_split
+from apps.recsys.tables.rows.batch import Ragged, TableBatch
+from apps.recsys.tables.shard.sharding import tables
+from apps.recsys.tables.shard.strategy import TorchRecStrategy
+from apps.train.sharded.torchrec_rows import is_split
 
 SHARDINGS = ("table_wise", "row_wise", "column_wise")
 

@@ -29,15 +29,15 @@ import core
 from apps.base.machine import machine_line
 from apps.base.quiet import quiet
 from apps.bench import load
-from apps.recsys.tables.batch import TableBatch
+from apps.recsys.tables.columns.dense import DenseConfig
+from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.data import TableData
-from apps.recsys.tables.dense import DenseConfig
-from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
+from apps.recsys.tables.rows.batch import TableBatch
 from apps.recsys.tables.tasks import HeadConfig
-from apps.train.logs import MetricsCSV
-from apps.train.module import OptimizerConfig
-from apps.train.resume import GeneratorState
+from apps.train.checkpoint.resume import GeneratorState
+from apps.train.step.module import OptimizerConfig
+from apps.train.watch.logs import MetricsCSV
 
 rounds = load("_rounds")
 

@@ -43,7 +43,7 @@ import core
 from apps.base.files import replacing
 from apps.base.machine import machine_line
 from apps.report.intervals import Interval, mean_interval
-from apps.train.optimizers import OptimizerConfig, build_optimizer
+from apps.train.optim.optimizers import OptimizerConfig, build_optimizer
 from apps.vision.data import VisionData
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier

@@ -16,13 +16,10 @@ from .contract import (
 from .convert import (
     ExpertStatistics,
     OneExpert,
-    adapt,
     average_experts,
     average_models,
     average_states,
-    cut_out,
     dense_twin,
-    densify,
     expert_statistics,
     freeze_experts,
     grow_experts,
@@ -32,8 +29,17 @@ from .convert import (
     merge_experts,
     mix_models,
     prune_experts,
+)
+from .convert.build import (
+    adapt,
     sparsify,
+)
+from .convert.measure import (
     summary,
+)
+from .convert.reduce import (
+    cut_out,
+    densify,
 )
 from .diagnose import Doctor, Finding, TrainingStart, ablate_experts, diagnose
 from .experts import (
@@ -90,24 +96,24 @@ from .layers import (
 from .offload import OffloadedExperts, OffloadStatistics, offload_experts
 from .optim import RowAdam
 from .registry import is_registered, register_config, registered_config
-from .routing.adaptive import DynamicThreshold, NullExperts, Threshold, TokenRounding
-from .routing.assignment import Base, Sinkhorn
-from .routing.balance import Balance
-from .routing.consistency import consistency_loss
-from .routing.expert_choice import ExpertChoice
-from .routing.fixed import DomainRandom, Hash, Random
-from .routing.groups import Ensemble, Hierarchical, Prototypes
+from .routing.balance.balance import Balance
+from .routing.balance.consistency import consistency_loss
+from .routing.given.fixed import DomainRandom, Hash, Random
+from .routing.given.per_sequence import Domain, Sentence, Task, domain_posterior
 from .routing.learned import Attention, Cosine, Stable
-from .routing.mixed_tokens import MixtureOfTokens
-from .routing.per_sequence import Domain, Sentence, Task, domain_posterior
+from .routing.pairs.adaptive import DynamicThreshold, NullExperts, Threshold, TokenRounding
+from .routing.pairs.assignment import Base, Sinkhorn
+from .routing.pairs.expert_choice import ExpertChoice
+from .routing.pairs.groups import Ensemble, Hierarchical, Prototypes
+from .routing.pairs.relu import ReLURouting
+from .routing.pairs.smooth import Dense, DenseToSparse, DSelectK
+from .routing.pairs.sparse_mixer import SparseMixer
+from .routing.pairs.token_choice import TokenChoice
 from .routing.product_keys import ProductKeys
-from .routing.relu import ReLURouting
 from .routing.router import PairRouter, Router, RouterConfig, Tokens
 from .routing.selection import Capacity, Choice
-from .routing.smooth import Dense, DenseToSparse, DSelectK
-from .routing.soft import Merge, SoftSlots
-from .routing.sparse_mixer import SparseMixer
-from .routing.token_choice import TokenChoice
+from .routing.soft.mixed_tokens import MixtureOfTokens
+from .routing.soft.soft import Merge, SoftSlots
 from .telemetry import LayerStats, RoutingStats
 
 __all__ = [

@@ -20,9 +20,9 @@ from sklearn.metrics import roc_auc_score
 
 import apps
 from apps.cli import main as moesaic
-from apps.multimodal.shapes import COLOURS
+from apps.multimodal.pairs.shapes import COLOURS
 from apps.report.intervals import mean_interval
-from apps.train.checkpoint_paths import find_checkpoint
+from apps.train.checkpoint.paths import find_checkpoint
 
 VECTORS = ["image_vector", "text_vector"]
 TABLE = {

@@ -27,8 +27,8 @@ from apps.cli.request import Request
 from apps.cli.train import SparseCLI
 from apps.compare.command import Outcome, run_command
 from apps.compare.training import interruptible
-from apps.train.checkpoints import BestAndLast
-from apps.train.run_folder import is_unused, mark
+from apps.train.checkpoint.checkpoints import BestAndLast
+from apps.train.checkpoint.run_folder import is_unused, mark
 from apps.verdict.command import give_verdict
 from apps.verdict.options import Options
 from apps.verdict.result import Verdict

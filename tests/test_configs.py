@@ -227,7 +227,7 @@ def test_a_header_s_commands_are_found(tmp_path):
 
 @pytest.mark.parametrize(("path", "words"), COMMANDS, ids=[f"{name(p)}: {' '.join(words)}" for p, words in COMMANDS])
 def test_what_a_header_says_to_type_is_read_and_built(path, words, monkeypatch, tmp_path):
-    if any("apps.recsys.tables.strategy" in (ROOT / word).read_text() for word in words if word.endswith(".yaml")):
+    if any("TorchRecStrategy" in (ROOT / word).read_text() for word in words if word.endswith(".yaml")):
         pytest.importorskip("torchrec")
     monkeypatch.chdir(tmp_path)
     no_data(monkeypatch)

@@ -45,7 +45,7 @@ COMMANDS = ("base", "train", "cli", "compare", "verdict")
 MAY_USE: dict[str, tuple[str, ...]] = {"multimodal": ("apps.vision", "apps.nlp.text", "apps.nlp.decode")}
 
 # Files in which "tables" are embedding tables, and not the model of that name.
-EMBEDDING_TABLES = ("apps/plan/", "apps/train/sharded.py")
+EMBEDDING_TABLES = ("apps/plan/", "apps/train/checkpoint/sharded.py")
 
 # Parts of core that compute by the functions of ``core.kernels`` alone: a backend is no business of theirs.
 BEHIND_THE_SEAM = ("experts", "dispatch", "layers", "config")
@@ -406,7 +406,7 @@ def test_a_shared_room_names_no_app(path, source, found):
         ("core/contract/tape.py", "import math, torch\nfrom torch.nn import functional"),
         (
             "apps/vision/module.py",
-            "import core\nimport torchvision\nfrom apps.train.module import SparseModule\nfrom .model import V",
+            "import core\nimport torchvision\nfrom apps.train.step.module import SparseModule\nfrom .model import V",
         ),
         ("apps/multimodal/model.py", "from apps.vision.model import VMoE\nfrom apps.nlp import decode"),
         ("apps/demo.py", "from apps.vision.data import VisionData"),
@@ -429,7 +429,7 @@ def test_allowed(path, source):
         ("core/layers.py", "from .config import MoEConfig", "core.layers may not use core.config"),
         ("core/layers.py", "from core import MoEConfig", "may not use the package core"),
         ("core/layers.py", "from . import config", "core.layers may not use core.config"),
-        ("core/layers.py", "import apps.train.module", "core imports torch and the standard library"),
+        ("core/layers.py", "import apps.train.step.module", "core imports torch and the standard library"),
         ("core/layers.py", "if TYPE_CHECKING:\n    import lightning", "core imports torch and the standard library"),
         ("core/experts.py", "from torchvision.ops import MLP", "core imports torch and the standard library"),
         ("core/experts.py", "import importlib\nimportlib.import_module('numpy')", "core imports torch"),
@@ -443,7 +443,7 @@ def test_allowed(path, source):
         ("core/brand_new.py", "from .contract import Rows", "no place in the import order"),
         ("apps/recsys/tables/model.py", "from apps.vision.model import VMoE", "apps.recsys may not use apps.vision"),
         ("apps/vision/data.py", "from ..multimodal import data", "apps.vision may not use apps.multimodal"),
-        ("apps/train/module.py", "from ..vision.data import VisionData", "apps.train may not use apps.vision"),
+        ("apps/train/step/module.py", "from ...vision.data import VisionData", "apps.train may not use apps.vision"),
         ("apps/nets/layers.py", "from apps.train import cost", "apps.nets may not use apps.train"),
         ("apps/multimodal/model.py", "from apps.nlp.translation.module import T", "an app never imports another"),
         ("apps/vision/data.py", "from apps.cli import main", "apps.vision may not use apps.cli"),

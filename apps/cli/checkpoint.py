@@ -16,8 +16,8 @@ from apps.cli.classes import find_class, named_class_path
 from apps.cli.configs import at, differences, merge, read_config
 from apps.cli.errors import UsageError
 from apps.registry import full_path, name_of
-from apps.train.contents import check_class, unlike
-from apps.train.loading import module_class
+from apps.train.checkpoint.contents import check_class, unlike
+from apps.train.checkpoint.loading import module_class
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, check_sparsified
 from core.config.plain import arguments_from_plain, to_plain
 

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 import core
-from apps.train.offloading import described, offload, record
-from apps.train.quantising import Quantised, quantise
+from apps.train.cost.offloading import described, offload, record
+from apps.train.cost.quantizing import Quantised, quantise
 
 
 class ChangesExperts(Callback):

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from apps.cli.configs import read_config, shipped
 from apps.cli.errors import UsageError, unknown_option
 from apps.cli.flags import given
-from apps.train.checkpoint_paths import MEANING
+from apps.train.checkpoint.paths import MEANING
 
 
 class Parser(argparse.ArgumentParser):

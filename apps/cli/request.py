@@ -25,10 +25,10 @@ from apps.cli.flags import OF_LIGHTNING, SECTIONS, asks, asks_for_help, given, w
 from apps.cli.options import COMMANDS, Fit, Predict, RunOptions
 from apps.cli.parser import folder
 from apps.registry import TRAINER, resolve
-from apps.train.checkpoint_paths import NAMES, find_checkpoint, named_checkpoint
+from apps.train.checkpoint.paths import NAMES, find_checkpoint, named_checkpoint
 
 if TYPE_CHECKING:
-    from apps.train.exported import ExportedModel
+    from apps.train.publish.exported import ExportedModel
 
 _DEVICE = ("accelerator", "devices", "num_nodes", "strategy")
 """Options of the trainer that are of the machine of a training."""
@@ -125,8 +125,8 @@ class Request:
 
         from apps.cli.checkpoint import check_superseded, remembered, with_remembered_data
         from apps.cli.defaults import with_own_defaults, with_stand_ins
-        from apps.train.contents import read_checkpoint
-        from apps.train.loading import check_beside
+        from apps.train.checkpoint.contents import read_checkpoint
+        from apps.train.checkpoint.loading import check_beside
 
         source = onnx or checkpoint
         for name in own if source or beside or given_weights else ():  # a checkpoint may name them then
@@ -211,7 +211,7 @@ def _announce(command: str, line: str) -> None:
 
 def _opened(path: Path) -> ExportedModel:
     """Return the exported model at ``path``."""
-    from apps.train.exported import ExportedModel
+    from apps.train.publish.exported import ExportedModel
 
     return ExportedModel.read(path)
 

@@ -30,23 +30,23 @@ from apps.cli.jsonargparse_internals import options_of, read_whole_numbers_first
 from apps.cli.request import Request
 from apps.registry import name_of
 from apps.report.base import FOLDER
-from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
-from apps.train.chosen import SECTIONS as SECTIONS_OF_OPTIMIZER
-from apps.train.chosen import Chosen
+from apps.train.checkpoint.checkpoints import AtomicCheckpointIO, BestAndLast
+from apps.train.checkpoint.contents import read_checkpoint
+from apps.train.checkpoint.linked import LinkedModule
+from apps.train.checkpoint.resume import GeneratorState
+from apps.train.checkpoint.run_folder import OF_USERS, check_free, check_unlinked
 from apps.train.compiling import CompileConfig, compile_networks
-from apps.train.contents import read_checkpoint
+from apps.train.cost.offloading import room_for_experts
+from apps.train.cost.quantizing import form_of
 from apps.train.device import device_options, set_matmul_precision
 from apps.train.lightning_internals import WaitingCLI
-from apps.train.linked import LinkedModule
-from apps.train.logs import EventLog, MetricsCSV, profiler
-from apps.train.measures import TrainingMeasures
-from apps.train.module import SparseModule
-from apps.train.offloading import room_for_experts
-from apps.train.progress import progress
-from apps.train.quantising import form_of
-from apps.train.resume import GeneratorState
-from apps.train.run_folder import OF_USERS, check_free, check_unlinked
+from apps.train.optim.chosen import SECTIONS as SECTIONS_OF_OPTIMIZER
+from apps.train.optim.chosen import Chosen
 from apps.train.sparsified import SparsifyConfig, sparsified
+from apps.train.step.measures import TrainingMeasures
+from apps.train.step.module import SparseModule
+from apps.train.watch.logs import EventLog, MetricsCSV, profiler
+from apps.train.watch.progress import progress
 from core.config.plain import from_plain, to_plain
 from core.registry import OpenConfig
 

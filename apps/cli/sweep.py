@@ -30,11 +30,11 @@ from apps.report.pareto import front
 from apps.report.tables import is_share
 from apps.runner.runner import Runner
 from apps.runner.workers import Progress
-from apps.train.cheaper import TRAINED, Cheaper, cheaper_forms
-from apps.train.contents import fingerprint, read_checkpoint
-from apps.train.cost import num_examples
-from apps.train.footprint import Seconds, in_rounds, peak_bytes, resident_bytes
-from apps.train.run_folder import check_own
+from apps.train.checkpoint.contents import fingerprint, read_checkpoint
+from apps.train.checkpoint.run_folder import check_own
+from apps.train.cost.cheaper import TRAINED, Cheaper, cheaper_forms
+from apps.train.cost.flops import num_examples
+from apps.train.cost.footprint import Seconds, in_rounds, peak_bytes, resident_bytes
 
 RECORD, PICTURE = "sweep.json", "sweep.png"
 SINGLE_EXAMPLES = 8

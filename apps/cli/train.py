@@ -28,14 +28,14 @@ from apps.cli.write.predictions import PredictionFile, print_stream, shortened, 
 from apps.report.base import FOLDER
 from apps.report.page import FILE, SECTIONS, Section, load_sections, open_page, show_page, write_index, write_page
 from apps.report.tables import print_in_parts
-from apps.train.checkpoints import BestAndLast
-from apps.train.contents import read_checkpoint
+from apps.train.checkpoint.checkpoints import BestAndLast
+from apps.train.checkpoint.contents import read_checkpoint
+from apps.train.checkpoint.linked import LinkedModule
+from apps.train.checkpoint.run_folder import RunFolder, check_own, is_unused, mark
+from apps.train.checkpoint.stopping import StopsSoon
 from apps.train.device import device_line
 from apps.train.lightning_internals import set_initial_hparams
-from apps.train.linked import LinkedModule
-from apps.train.predicting import PredictionStream
-from apps.train.run_folder import RunFolder, check_own, is_unused, mark
-from apps.train.stopping import StopsSoon
+from apps.train.publish.predicting import PredictionStream
 from core.kernels import cpu
 
 

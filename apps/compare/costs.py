@@ -8,7 +8,7 @@ from typing import Any
 
 from apps.report.intervals import Interval
 from apps.report.page import Entry, Point, ScatterChart, shown
-from apps.train.cost import megaflops
+from apps.train.cost.flops import megaflops
 
 NONE = "–"
 """What a table shows where there is no value."""

@@ -21,9 +21,9 @@ from apps.cli.setup import RunSetup, train_as_given
 from apps.compare.systems import SPARSE, candidates
 from apps.equal_cost.comparable import Comparable
 from apps.equal_cost.own_model import OwnModel, own_model
-from apps.train.chosen import SECTIONS
 from apps.train.device import device_options, set_matmul_precision
-from apps.train.module import SparseModule
+from apps.train.optim.chosen import SECTIONS
+from apps.train.step.module import SparseModule
 
 # Trainer options that a comparison sets itself.
 _OWN = ("callbacks", "logger", "default_root_dir", "plugins", "enable_progress_bar", "enable_model_summary",

@@ -27,9 +27,9 @@ from apps.compare.experiment import Experiment
 from apps.compare.systems import shared
 from apps.equal_cost.own_model import OwnModel
 from apps.runner.workers import answer, answering, workers
-from apps.train.cost import measure_cost, num_examples
-from apps.train.footprint import used_memory
-from apps.train.module import SparseModule
+from apps.train.cost.flops import measure_cost, num_examples
+from apps.train.cost.footprint import used_memory
+from apps.train.step.module import SparseModule
 
 ROUND_SECONDS = 0.3
 """Least duration of a round, which is one step or more."""

@@ -25,7 +25,7 @@ from apps.report.page import (
     how_to_repeat,
 )
 from apps.report.page.training import training_section
-from apps.train.logs import METRICS
+from apps.train.watch.logs import METRICS
 
 _COSTS = {FLOPS: "active FLOPs", **{name: name for name in SIZES}, SECONDS: "training time", LATENCY: "latency"}
 """What headings call the costs that quality is drawn against."""

@@ -13,8 +13,8 @@ from torch import nn
 from apps.equal_cost import routers
 from apps.equal_cost.comparable import Baseline, Comparable
 from apps.equal_cost.own_model import OwnModel
-from apps.train.cost import Cost, cuda_devices, measure_cost
-from apps.train.module import SparseModule
+from apps.train.cost.flops import Cost, cuda_devices, measure_cost
+from apps.train.step.module import SparseModule
 
 TOLERANCE = 0.05
 """Largest relative difference of the replaced blocks at which two systems are called equal."""

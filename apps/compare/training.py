@@ -25,13 +25,13 @@ from apps.equal_cost.own_model import OwnModel
 from apps.equal_cost.search import Search
 from apps.runner import unit as units
 from apps.runner.workers import Progress, unseen
-from apps.train.averaging import AVERAGE, FOLDER
-from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
-from apps.train.logs import MetricsCSV
-from apps.train.module import SparseModule
-from apps.train.progress import PassBar, routing_figures
-from apps.train.resume import GeneratorState
-from apps.train.stopping import on_signal
+from apps.train.checkpoint.checkpoints import AtomicCheckpointIO, BestAndLast
+from apps.train.checkpoint.resume import GeneratorState
+from apps.train.checkpoint.stopping import on_signal
+from apps.train.optim.averaging import AVERAGE, FOLDER
+from apps.train.step.module import SparseModule
+from apps.train.watch.logs import MetricsCSV
+from apps.train.watch.progress import PassBar, routing_figures
 
 CHECKPOINT = "last.ckpt"
 TRIED = "tried.json"

@@ -16,8 +16,8 @@ from apps.compare.systems import SPARSE
 from apps.compare.training import interruptible
 from apps.report.base import FOLDER, ReportConfig
 from apps.report.page import SECTIONS, Section, load_sections, save_sections
-from apps.train.module import SparseModule
-from apps.train.progress import PassBar
+from apps.train.step.module import SparseModule
+from apps.train.watch.progress import PassBar
 
 EXAMPLES = 2000
 """Test examples that are enough to tell which expert takes what, to the end of a batch."""

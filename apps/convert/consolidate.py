@@ -16,8 +16,8 @@ from apps.convert.figures import Figures, Trial, counted
 from apps.convert.options import Options
 from apps.convert.runs import CONFIG, KEPT, WEIGHTS, Run, new_run
 from apps.convert.streaming import fill, laid_out, sync
-from apps.train import sharded
-from apps.train.checkpoint_paths import NAMES, find_checkpoint, is_sharded
+from apps.train.checkpoint import sharded
+from apps.train.checkpoint.paths import NAMES, find_checkpoint, is_sharded
 
 ONE_PROCESS = {"strategy": "auto", "devices": 1, "num_nodes": 1}
 """Options of the trainer in the new run's configuration."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import core
 from apps.convert.runs import Run
-from apps.train.module import SparseModule
+from apps.train.step.module import SparseModule
 
 Statistics = Mapping[str, core.ExpertStatistics]
 Tensors = Mapping[str, Tensor]

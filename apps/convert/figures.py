@@ -14,9 +14,9 @@ from torch import nn
 import core
 from apps.base.progress import bar
 from apps.cli.trial import build_trial
-from apps.train.balanced import routing_metrics
-from apps.train.cost import measure_cost, megaflops
-from apps.train.progress import routing_figures
+from apps.train.cost.flops import measure_cost, megaflops
+from apps.train.step.balanced import routing_metrics
+from apps.train.watch.progress import routing_figures
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from apps.convert.runs import Run, model_section
 from apps.nets.blocks import moe_configs
 from apps.registry import name_of
 from core.convert import FeedForwardPart, SparseFFN, read_ffn
-from core.convert.parts import layers_with_experts
-from core.convert.prune import number_to_keep
-from core.convert.starts import start_of
+from core.convert.build.starts import start_of
+from core.convert.read.parts import layers_with_experts
+from core.convert.reduce.prune import number_to_keep
 
 OneLayer = Callable[[str, core.MoE], Any]
 """Returns the ``OneExpert`` that takes the place of a layer, by the layer's name."""

@@ -17,11 +17,11 @@ from apps.base.files import delete, temporary_path
 from apps.cli.configs import merge, read_config
 from apps.convert.streaming import write_checkpoint
 from apps.registry import name_of
-from apps.train.checkpoint_paths import find_checkpoint
-from apps.train.contents import read_checkpoint, unlike
-from apps.train.loading import check_beside, module_class
-from apps.train.module import SparseModule
-from apps.train.run_folder import mark
+from apps.train.checkpoint.contents import read_checkpoint, unlike
+from apps.train.checkpoint.loading import check_beside, module_class
+from apps.train.checkpoint.paths import find_checkpoint
+from apps.train.checkpoint.run_folder import mark
+from apps.train.step.module import SparseModule
 from core.config.plain import arguments_from_plain, arguments_to_plain
 
 KEPT = ("pytorch-lightning_version", "hparams_name", "module_class", "encoding")

@@ -16,9 +16,9 @@ from apps.demonstrate.examples import with_examples
 from apps.demonstrate.options import Options
 from apps.demonstrate.page import appearance, build_page
 from apps.demonstrate.serving import local_app, serve
-from apps.train.checkpoint_paths import run_name
-from apps.train.loading import load
-from apps.train.stopping import on_signal
+from apps.train.checkpoint.loading import load
+from apps.train.checkpoint.paths import run_name
+from apps.train.checkpoint.stopping import on_signal
 
 
 def run(options: Options) -> int:

@@ -9,7 +9,7 @@ from apps import registry
 from apps.cli.configs import read_config
 from apps.data.datasets import without_fetching
 from apps.report.exhibit import Exhibit
-from apps.train.loading import check_beside
+from apps.train.checkpoint.loading import check_beside
 from core.config.plain import arguments_from_plain
 
 CONFIG = "config.yaml"

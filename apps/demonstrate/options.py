@@ -11,7 +11,7 @@ from apps.base.ports import check_port
 from apps.cli.parser import CommandLine, Config, Run
 from apps.demonstrate.library import check_library
 from apps.demonstrate.serving import PORT
-from apps.train.checkpoint_paths import find_checkpoint
+from apps.train.checkpoint.paths import find_checkpoint
 
 
 @dataclass(frozen=True)

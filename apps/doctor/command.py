@@ -10,8 +10,8 @@ from apps.base.quiet import quiet
 from apps.doctor.log import log_findings
 from apps.doctor.options import Options
 from apps.doctor.trial import Ablation, Trial
-from apps.train.checkpoint_paths import find_checkpoint
-from apps.train.logs import read_rows
+from apps.train.checkpoint.paths import find_checkpoint
+from apps.train.watch.logs import read_rows
 
 LOG, CONFIG = "metrics.csv", "config.yaml"
 

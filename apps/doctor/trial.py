@@ -12,8 +12,8 @@ from apps.base.progress import bar
 from apps.cli.trial import build_trial
 from apps.doctor.options import Options
 from apps.registry import name_of
-from apps.train.doctor import RoutingDoctor
-from apps.train.module import SparseModule
+from apps.train.step.module import SparseModule
+from apps.train.watch.doctor import RoutingDoctor
 from core.diagnose.alike import experts_of
 
 

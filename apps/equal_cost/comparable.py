@@ -15,7 +15,7 @@ from torch import Tensor
 import core
 from apps.nets.depths import TokenGate
 from apps.nets.place import Place
-from apps.train.module import TaskOutput
+from apps.train.step.module import TaskOutput
 
 
 @dataclass(frozen=True)

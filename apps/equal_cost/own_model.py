@@ -18,8 +18,8 @@ from torch import Tensor
 import core
 from apps.equal_cost.comparable import Baseline, Comparable, heading_of
 from apps.train.lightning_internals import is_param_in_hook_signature, trainer_of
-from apps.train.module import TaskOutput, TrainingLoss
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, adopt, sparsified
+from apps.train.step.module import TaskOutput, TrainingLoss
 from core.convert import SparseFFN, matching_parts, same_width, twin_widths
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import core
 from apps.equal_cost.comparable import Baseline, RoutedLayers
 from apps.equal_cost.twins import DenseTwin, dense_twins, equal_widths
-from apps.multimodal.drawn import PatchImages, PieceTexts
-from apps.multimodal.towers import SingleTower
-from apps.multimodal.two_towers import PairOfTowers, TwoTowers
+from apps.multimodal.towers.random_init import PatchImages, PieceTexts
+from apps.multimodal.towers.towers import SingleTower
+from apps.multimodal.towers.two_towers import PairOfTowers, TwoTowers
 from core.convert import same_width
 
 

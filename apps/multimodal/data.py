@@ -26,12 +26,21 @@ from apps.data.splits import SPLITS, Split, check_size
 from apps.data.subwords import SubwordConfig
 from apps.data.suite_data import SuiteData
 from apps.multimodal.datasets import PAIR_DATASETS
-from apps.multimodal.encoding import EncodedTexts, PairEncoding, TextOptions
-from apps.multimodal.given import GivenInputs
-from apps.multimodal.images import SKIP_HINT, DecodedPixels, DrawnImages, store_pixels, with_row
-from apps.multimodal.pairs import OnBadRow, PairCollate, PairSet, RawPairs, ReadOptions, classes_of, lacking, numbered
-from apps.multimodal.splits import num_trained, split_images
-from apps.multimodal.vectors import OnBadImage
+from apps.multimodal.pairs.encoding import EncodedTexts, PairEncoding, TextOptions
+from apps.multimodal.pairs.given import GivenInputs
+from apps.multimodal.pairs.images import SKIP_HINT, DecodedPixels, DrawnImages, store_pixels, with_row
+from apps.multimodal.pairs.pairs import (
+    OnBadRow,
+    PairCollate,
+    PairSet,
+    RawPairs,
+    ReadOptions,
+    classes_of,
+    lacking,
+    numbered,
+)
+from apps.multimodal.pairs.splits import num_trained, split_images
+from apps.multimodal.search.vectors import OnBadImage
 from apps.vision.batch import Augment, Collate
 from apps.vision.encoding import PixelEncoding, check_images, evaluation_transform
 from apps.vision.image_files import BadImage

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from apps.data.datasets import Dataset, register
 from apps.data.sources import Made
-from apps.multimodal import shapes
-from apps.multimodal.pairs import RawPairs, ReadOptions
+from apps.multimodal.pairs import shapes
+from apps.multimodal.pairs.pairs import RawPairs, ReadOptions
 from apps.multimodal.readers import captions, fashion_products, tables
 
 

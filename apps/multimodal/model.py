@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import core
-from apps.multimodal.towers import Published, Sizes, TowerConfig
+from apps.multimodal.towers.towers import Published, Sizes, TowerConfig
 from apps.nets.blocks import FFNConfig, MoEs
 from core.fields import Checked, Positive
 from core.kernels import cpu

@@ -13,23 +13,22 @@ import core
 from apps.base.checks import check_at_least
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
 from apps.multimodal.baselines import baselines
-from apps.multimodal.encoding import PairEncoding
-from apps.multimodal.given import GivenInputs, TextBatch, columns_of
-from apps.multimodal.loss import ContrastiveLoss, SoftmaxLoss, attribute_loss
-from apps.multimodal.metrics import KS, Gallery, PairMetrics, PairOutputs, PairTargets
 from apps.multimodal.model import AttributeHead, PairModel
-from apps.multimodal.pairs import PairBatch
-from apps.multimodal.report import PairReport, PairReportConfig
-from apps.multimodal.search import ImageSearch, MatchedImage, match
-from apps.multimodal.stack import MODALITIES
-from apps.multimodal.towers import SingleTower, Sizes, TowerConfig
-from apps.multimodal.two_towers import TwoTowers as TwoTowers  # a configuration may name it
-from apps.multimodal.vectors import FileBatch, encode_images, encode_texts
+from apps.multimodal.pairs.encoding import PairEncoding
+from apps.multimodal.pairs.given import GivenInputs, TextBatch, columns_of
+from apps.multimodal.pairs.pairs import PairBatch
+from apps.multimodal.report.metrics import KS, Gallery, PairMetrics, PairOutputs, PairTargets
+from apps.multimodal.report.report import PairReport, PairReportConfig
+from apps.multimodal.search.search import ImageSearch, MatchedImage, match
+from apps.multimodal.search.vectors import FileBatch, encode_images, encode_texts
+from apps.multimodal.towers.loss import ContrastiveLoss, SoftmaxLoss, attribute_loss
+from apps.multimodal.towers.stack import MODALITIES
+from apps.multimodal.towers.towers import SingleTower, Sizes, TowerConfig
 from apps.nets.blocks import one_ffn
 from apps.nets.place import Place, check_fits, check_layers
-from apps.train.model_card import ModelKind
-from apps.train.module import SparseModule, TaskOutput
-from apps.train.predicting import PredictionStream
+from apps.train.publish.model_card import ModelKind
+from apps.train.publish.predicting import PredictionStream
+from apps.train.step.module import SparseModule, TaskOutput
 from core.config.plain import from_plain
 
 _REPORT = PairReportConfig()

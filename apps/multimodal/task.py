@@ -16,9 +16,9 @@ from apps.base.evaluation import in_evaluation
 from apps.data.given import GivenConfig, GivenData
 from apps.data.subwords import EOS_ID, PAD_ID
 from apps.multimodal import own_data
-from apps.multimodal.search import shares_of
-from apps.multimodal.use import Rows, tokens
-from apps.multimodal.vectors import encode_texts, vectors_of_pixels
+from apps.multimodal.report.use import Rows, tokens
+from apps.multimodal.search.search import shares_of
+from apps.multimodal.search.vectors import encode_texts, vectors_of_pixels
 from apps.nlp.text.words import words_of
 from apps.report.exhibit.fields import ImageField, TextField
 from apps.report.exhibit.parts import Bars, Example, Exhibit, Images, LayerPart, Part, Patches, Pieces
@@ -27,7 +27,7 @@ from apps.report.page import Table
 from apps.report.routed import layer_label
 from apps.task import MOST_EXPERTS, Input, Loss, Output, Sizes, Task, Trial, ids_on_meta
 from apps.task.outputs import SHARE
-from apps.train.exporting import Exported, Graph
+from apps.train.publish.exporting import Exported, Graph
 from apps.vision.image_files import to_array
 from apps.vision.image_input import image_input, images_on_meta
 

@@ -21,7 +21,7 @@ from apps.cli.errors import UsageError
 from apps.plan.inputs import data_arguments, trial
 from apps.plan.options import Options
 from apps.task import Trial
-from apps.train.optimizers import parameter_groups
+from apps.train.optim.optimizers import parameter_groups
 from core.config.plain import arguments_from_plain
 from core.parallel import blocks_of, layers_of_experts, refusal
 from core.torch_internals import fused_attention, storage_id

@@ -218,7 +218,7 @@ _OWN = (
         app="recsys",
         title="made tasks of a chosen correlation",
         layouts=(("synthetic.py",),),
-        sources=(Made(Path(__file__).parent / "tables" / "synthetic.py"),),
+        sources=(Made(Path(__file__).parent / "readers" / "synthetic.py"),),
         licence="free",
     ),
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 from apps.recsys.binary_metrics import COLD_ITEM, COLD_USER, NO_GROUP, TaskMetrics, histogram_metrics
 from apps.recsys.encoding.features import Target
 from apps.recsys.kinds import Metrics, Outputs
-from apps.train.synced import SyncedMetric, joined
+from apps.train.step.synced import SyncedMetric, joined
 
 # Logits beyond it share the outermost bins of the streaming form: their probability is within 1.2e-7 of 0 or 1.
 _LIMIT = 16.0

@@ -24,7 +24,7 @@ from apps.task import Input, Task
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from apps.recsys.tables.batch import TableBatch
+    from apps.recsys.tables.rows.batch import TableBatch
 
 _LARGEST = 3.4028234663852886e38
 """The largest number of float32."""

@@ -347,7 +347,7 @@ class NegativesConfig:
             the negatives makes the odds of the rows that train 1 / r times those of all rows; so the loss of the task
             is that of its logit minus log r, and a kept negative counts 1 / r times in the losses of other tasks.
             "items": the logit predicts as if each item that may be drawn for a row had been drawn for it once, as
-            ``apps.recsys.tables.drawn_items`` explains.
+            ``apps.recsys.tables.negatives.sampled_items`` explains.
         kind: "rows" or "items".
         column: categorical column of the items. This and what follows are for "items".
         moves_with: columns that belong to the item, such as its kind and price; a drawn row has those of its item.

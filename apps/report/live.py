@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 
 import core
 from apps.report.page import HeatmapChart, png_of
-from apps.train.balanced import BalancedModule
+from apps.train.step.balanced import BalancedModule
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,7 +13,7 @@ from lightning.pytorch import seed_everything
 
 from apps.base.files import read_json, write_json
 from apps.base.quiet import quiet
-from apps.train.finite import NonFiniteError
+from apps.train.step.finite import NonFiniteError
 
 RESULT = "result.json"
 

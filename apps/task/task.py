@@ -16,8 +16,8 @@ from apps.task.inputs import Input
 from apps.task.outputs import Output
 from apps.task.service import Service
 from apps.task.sizes import Sizes, Trial
-from apps.train.exported import ExportedNetwork
-from apps.train.exporting import Exported
+from apps.train.publish.exported import ExportedNetwork
+from apps.train.publish.exporting import Exported
 
 Values = Mapping[str, Any]
 """The values of one example, by the names of the inputs."""

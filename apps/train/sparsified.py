@@ -17,11 +17,11 @@ from torch import Tensor
 
 import core
 from apps.registry import name_of
-from apps.train.balanced import BalancedModule
-from apps.train.contents import unlike
+from apps.train.checkpoint.contents import unlike
+from apps.train.step.balanced import BalancedModule
 from core.config.plain import arguments_from_plain, from_plain, to_plain
 from core.convert import Start
-from core.convert.starts import start_of
+from core.convert.build.starts import start_of
 from core.fields import Checked, NotNegative
 
 Step = Callable[..., Any]

@@ -17,8 +17,8 @@ import core
 from apps.base.evaluation import in_evaluation
 from apps.data.loader import as_it_is
 from apps.runner.budget import Budget
-from apps.train.balanced import routing_metrics
-from apps.train.module import SparseModule
+from apps.train.step.balanced import routing_metrics
+from apps.train.step.module import SparseModule
 
 BLOCKS = 16
 """Parts of the test split that stand for its examples where a module tells its quality of whole passes alone."""

@@ -23,8 +23,8 @@ from apps.compare.training import interruptible
 from apps.runner.budget import Budget, BudgetOver
 from apps.runner.unit import Unit
 from apps.runner.workers import Progress, unseen
-from apps.train.cost import num_examples
-from apps.train.progress import routing_figures
+from apps.train.cost.flops import num_examples
+from apps.train.watch.progress import routing_figures
 from apps.verdict.evaluation import BLOCKS, evaluate
 from apps.verdict.schedule import Speed
 

@@ -23,9 +23,9 @@ from apps.nets.blocks import one_ffn
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
 from apps.task.outputs import likeliest
-from apps.train.distilling import ClassLogits
-from apps.train.model_card import ModelKind
-from apps.train.module import SparseModule, TaskOutput, check_one_start
+from apps.train.publish.model_card import ModelKind
+from apps.train.step.distilling import ClassLogits
+from apps.train.step.module import SparseModule, TaskOutput, check_one_start
 from apps.vision.encoding import ImageEncoding
 from apps.vision.few_shot import hard_labels
 from apps.vision.image_files import scaled

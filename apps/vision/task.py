@@ -15,7 +15,7 @@ from apps.data.given import GivenConfig, GivenData
 from apps.report.exhibit.parts import Example, LayerPart
 from apps.task import MOST_EXPERTS, Missing, Sizes, Task, Trial, patches_by_layer
 from apps.task.outputs import classes, top_classes
-from apps.train.exporting import Exported, Graph
+from apps.train.publish.exporting import Exported, Graph
 from apps.vision import own_data
 from apps.vision.few_shot import hard_labels
 from apps.vision.image_files import to_array

@@ -14,10 +14,10 @@ from ..kernels import Backend
 from ..layers import AttentionMoE, AveragedMoE, MergedMoE, MoE, NeuronMoE, PatchMoE, SharedGate, SoftMoE
 from ..layers.shared import KINDS
 from ..registry import register_config
-from ..routing.balance import Balance
+from ..routing.balance.balance import Balance
+from ..routing.pairs.token_choice import TokenChoice
 from ..routing.router import LAYER_OPTIONS, RouterConfig
 from ..routing.selection import Capacity, EvalFactor, Factor, Group, Priority
-from ..routing.token_choice import TokenChoice
 from .plain import make, to_plain
 
 LAYERS: dict[tuple[str, str], type[MoE]] = {

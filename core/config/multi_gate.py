@@ -12,11 +12,11 @@ from ..kernels import Backend
 from ..layers import MultiGateLayer, MultiGateMoE, PLELayer, SelectedMultiGateMoE, SparseMultiGateMoE
 from ..layers.multi_gate import FeatureGate
 from ..registry import OpenConfig
-from ..routing.balance import Balance
+from ..routing.balance.balance import Balance
 from ..routing.multi_gate import DenseGates, DomainEmbedding, ExpertGroups, expected_experts
+from ..routing.pairs.smooth import DENSE_TERMS
 from ..routing.router import RouterConfig
 from ..routing.selection import Capacity
-from ..routing.smooth import DENSE_TERMS
 from .plain import from_plain, make, to_plain
 
 DENSE_GATE_TERMS = DENSE_TERMS | {"router_z"}

@@ -11,7 +11,7 @@ from ..layers import HoMELayer, M3oELayer, MultiGateLayer, STARLayer
 from ..layers.multi_gate import FeatureGate
 from ..layers.scenarios import DomainNorm
 from ..routing.multi_gate import CategoryGroups, ExpertGroups
-from ..routing.smooth import DENSE_TERMS
+from ..routing.pairs.smooth import DENSE_TERMS
 from .multi_gate import MultiGateConfig, weights_per_example
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..contract.checks import at_most_experts
 from ..fields import Count, CountOrZero, check_values
 from ..layers import JointMultiGateMoE, MultiGateLayer
-from ..routing.balance_terms import SCORE_TERMS
+from ..routing.balance.terms import SCORE_TERMS
 from ..routing.multi_gate import ExpertGroups
 from .multi_gate import MultiGateConfig
 

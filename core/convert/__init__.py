@@ -1,24 +1,24 @@
 """Conversions of what is built, and may be trained: a dense model made sparse and back, more experts or fewer, one in
 place of all, updates beside it."""
 
-from .adapt import adapt
-from .adapters import merge_adapters
-from .cut_out import cut_out
-from .densify import densify
-from .feed_forward import FeedForwardPart, activation_name, affine, feed_forward_part
-from .grow import freeze_experts, grow_experts, hold_experts
-from .importance import unit_importances
-from .merge import OneExpert, average_experts
-from .models import average_models, average_states, mix_models
-from .prune import keep_experts, merge_experts, prune_experts
-from .readers import read_ffn, recognised_ffns, register_ffn
-from .sparse_ffn import SparseFFN, put_layer
-from .sparsify import matching_parts, sparsify
-from .starts import STARTS, CopyStart, DropStart, GranularStart, RandomStart, SplitStart, Start
-from .statistics import ExpertStatistics, expert_statistics
-from .summary import Summary, summary
-from .twin import TwinWidth, dense_twin, twin_widths
-from .widths import SolvedWidth, has_width, hidden_width, nearest_width, same_width, solve_width, widened
+from .build.adapt import adapt
+from .build.adapters import merge_adapters
+from .build.grow import freeze_experts, grow_experts, hold_experts
+from .build.sparse_ffn import SparseFFN, put_layer
+from .build.sparsify import matching_parts, sparsify
+from .build.starts import STARTS, CopyStart, DropStart, GranularStart, RandomStart, SplitStart, Start
+from .measure.models import average_models, average_states, mix_models
+from .measure.statistics import ExpertStatistics, expert_statistics
+from .measure.summary import Summary, summary
+from .measure.twin import TwinWidth, dense_twin, twin_widths
+from .measure.widths import SolvedWidth, has_width, hidden_width, nearest_width, same_width, solve_width, widened
+from .read.feed_forward import FeedForwardPart, activation_name, affine, feed_forward_part
+from .read.readers import read_ffn, recognised_ffns, register_ffn
+from .reduce.cut_out import cut_out
+from .reduce.densify import densify
+from .reduce.importance import unit_importances
+from .reduce.merge import OneExpert, average_experts
+from .reduce.prune import keep_experts, merge_experts, prune_experts
 
 __all__ = [
     "CopyStart",

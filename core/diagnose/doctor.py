@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..contract import Tape, record, unwrapped_modules
-from ..convert.feed_forward import evaluating
+from ..convert.read.feed_forward import evaluating
 from ..layers import MoELayer
 from . import rules
 from .alike import Inputs

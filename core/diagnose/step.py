@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..contract import record, several_ranks, unwrapped_modules
 from ..layers import MoELayer, aux_losses
-from ..routing.balance import BalanceWeights
+from ..routing.balance.balance import BalanceWeights
 from .foreign import ForeignRouter, foreign_passes, foreign_routers
 from .passes import Pass
 from .ranks import parallel, summed

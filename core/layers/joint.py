@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import kernels
 from ..contract import Evidence, Routing
 from ..experts import Experts
-from ..routing.balance import Balance
+from ..routing.balance.balance import Balance
 from ..routing.multi_gate import DenseGates, ExpertGroups, dropped_experts, joint_choice
 from ..routing.router import Router
 from ..routing.selection import Capacity, Choice, select_pairs

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..contract import Entry, Loads, Tape, device_of_ranks, several_ranks, sum_over_ranks, unwrapped_modules
-from ..routing.balance import adaptive_weight
-from ..routing.balance_terms import balance_sums, balance_terms
+from ..routing.balance.balance import adaptive_weight
+from ..routing.balance.terms import balance_sums, balance_terms
 from ..routing.router import Router
 from .moe import MoELayer, entry_name
 

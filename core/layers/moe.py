@@ -20,10 +20,10 @@ from ..dispatch import Dispatcher, LocalDispatcher, SlotDispatcher
 from ..experts import Experts, check_merges, num_params
 from ..flops import register_formulas
 from ..kernels import check_backend, expert_of_rows, outside_autocast
-from ..routing.balance import Balance
-from ..routing.balance_losses import contrast_losses
+from ..routing.balance.balance import Balance
+from ..routing.balance.losses import contrast_losses
 from ..routing.router import Router
-from ..routing.soft import in_segments
+from ..routing.soft.soft import in_segments
 from ..torch_internals import in_backward
 from .shared import SharedGate
 

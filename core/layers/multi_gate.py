@@ -14,7 +14,7 @@ from ..contract import DenseRouting, RoutingContext
 from ..dispatch import split_pairs
 from ..experts import Experts, num_params
 from ..experts.products import autocast_together, first_linear, next_linear
-from ..routing.balance import Balance
+from ..routing.balance.balance import Balance
 from ..routing.multi_gate import (
     DenseGates,
     ExpertGroups,

@@ -12,9 +12,9 @@ from .. import kernels
 from ..contract import DenseRouting
 from ..experts import Experts, StarExperts, batch_norm_rows, num_params
 from ..kernels import expert_of_rows
-from ..routing.balance import Balance
+from ..routing.balance.balance import Balance
+from ..routing.given.per_sequence import Domain
 from ..routing.multi_gate import CategoryGroups, DenseGates, ExpertGroups, GateRouters
-from ..routing.per_sequence import Domain
 from ..routing.router import Router
 from .multi_gate import (
     DenseGatesLayer,

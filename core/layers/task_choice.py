@@ -12,7 +12,7 @@ from .. import kernels
 from ..contract import DenseRouting, Routing
 from ..dispatch import join_tasks, split_pairs, unique_pairs
 from ..experts import Experts
-from ..routing.balance import Balance
+from ..routing.balance.balance import Balance
 from ..routing.multi_gate import (
     DenseGates,
     DomainEmbedding,

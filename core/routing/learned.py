@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..contract import Evidence
 from ..fields import Bounds, Count, Positive
-from .balance_terms import CHOICE_TERMS, SCORE_TERMS
+from .balance.terms import CHOICE_TERMS, SCORE_TERMS
 from .gates import AttentionGate, CosineGate, TokenIdGate
+from .pairs.top_k import TopKConfig, TopKRouter
 from .router import LinearGateConfig, PairRouter, Tokens
 from .selection import Capacity, Choice
-from .top_k import TopKConfig, TopKRouter
 
 
 @dataclass(frozen=True)

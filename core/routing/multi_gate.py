@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..contract import span
 from ..kernels.eager import check_devices, outside_autocast, top_k_ids
 from .gates import init_gate_
+from .pairs.smooth import DENSE_TERMS
 from .router import Router
-from .smooth import DENSE_TERMS
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from ..config import MoEConfig
 from ..contract import Routing, RoutingContext
 from ..experts import ExpertConfig, Experts
 from ..layers import MoE
-from ..routing.balance import Balance
-from ..routing.token_choice import TokenChoice
+from ..routing.balance.balance import Balance
+from ..routing.pairs.token_choice import TokenChoice
 from .router_case import seeded
 
 

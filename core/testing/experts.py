@@ -7,11 +7,11 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..convert.merge import can_join, joined
+from ..convert.reduce.merge import can_join, joined
 from ..dispatch import LocalDispatcher
 from ..experts import Experts
 from ..flops import count_flops
-from ..routing.token_choice import TokenChoice
+from ..routing.pairs.token_choice import TokenChoice
 from .check import Checks, close, hold, same_step, step
 from .expert_case import ExpertCase
 

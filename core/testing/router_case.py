@@ -14,8 +14,8 @@ from ..config import MoEConfig
 from ..contract import RoutingContext
 from ..experts import FFN
 from ..layers import MoE
-from ..routing.balance import Balance
-from ..routing.balance_terms import TERMS
+from ..routing.balance.balance import Balance
+from ..routing.balance.terms import TERMS
 from ..routing.router import RouterConfig
 
 HIDDEN = 12

@@ -19,7 +19,7 @@ from shown_runs import answered, shown
 from apps import registry
 from apps.cli import main
 from apps.serve.service.command import service_of
-from apps.train.loading import load
+from apps.train.checkpoint.loading import load
 
 ROOM = Path(__file__).parents[1] / "support/linear"
 LINES = """from apps import registry

@@ -7,7 +7,7 @@ import importlib
 import pytest
 
 from apps import registry
-from apps.train.module import SparseModule
+from apps.train.step.module import SparseModule
 from core.registry import OpenConfig, is_registered
 
 NAMES = [*registry.MODULES, *registry.DATA, *registry.TRAINER]

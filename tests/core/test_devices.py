@@ -21,7 +21,7 @@ from core import (
     TokenChoice,
 )
 from core.routing.router import RouterConfig
-from core.routing.soft import Merge
+from core.routing.soft.soft import Merge
 
 B, S, D, E = 2, 6, 8, 8
 ROUTERS: dict[str, tuple[str, dict[str, object]]] = {

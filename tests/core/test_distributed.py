@@ -34,7 +34,7 @@ from core import (
     record,
     update_expert_bias,
 )
-from core.routing.balance_terms import TERMS
+from core.routing.balance.terms import TERMS
 
 # Every term, so heavy that the aux loss makes most of the gradient; but for the contrast of a rank's own rows.
 WEIGHTS = {name: 0.1 if name == "router_z" else 1.0 for name in TERMS if name != "contrast"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from core import FFN, MoEConfig, RoutingContext
-from core.routing.soft import SoftSlots
+from core.routing.soft.soft import SoftSlots
 
 soft_moe = pytest.importorskip("soft_moe_pytorch")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from core import FFN, Balance, MoEConfig, Routing, TokenChoice, aux_losses, record
-from core.routing.adaptive import Threshold
-from core.routing.balance_losses import load_balancing_loss
+from core.routing.balance.losses import load_balancing_loss
+from core.routing.pairs.adaptive import Threshold
 from core.routing.selection import Capacity
 
 st_moe = pytest.importorskip("st_moe_pytorch")

@@ -10,8 +10,8 @@ import torch
 import core
 from apps.data.subwords import SubwordConfig, train_subwords
 from apps.multimodal.captions.module import ImageCaptioner
-from apps.multimodal.encoding import PairEncoding, TextEncoding
-from apps.multimodal.pairs import PairBatch
+from apps.multimodal.pairs.encoding import PairEncoding, TextEncoding
+from apps.multimodal.pairs.pairs import PairBatch
 from apps.nets.config import TransformerConfig
 from apps.vision.model import ViTConfig
 

@@ -20,9 +20,9 @@ from apps.data.loader import ResumableLoader
 from apps.equal_cost.comparable import Baseline, Comparable, ExampleDifference, RoutedLayers
 from apps.equal_cost.search import Search
 from apps.nets.place import Place
-from apps.train.distilling import ClassLogits, DistilConfig
-from apps.train.growing import GrowConfig
-from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
+from apps.train.step.distilling import ClassLogits, DistilConfig
+from apps.train.step.growing import GrowConfig
+from apps.train.step.module import OptimizerConfig, SparseModule, TaskOutput
 
 D, TOKENS, CLASSES = 8, 4, 3
 

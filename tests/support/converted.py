@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from small_vit import VIT
 
 import core
-from apps.train.module import SparseModule
+from apps.train.step.module import SparseModule
 from apps.vision.module import VisionClassifier
 
 EXPERT = core.FFN(hidden_dim=16, bias=True)

@@ -12,7 +12,7 @@ from apps.data.subwords import SubwordConfig
 from apps.nets.config import TransformerConfig
 from apps.nlp.translation.data import TranslationData
 from apps.nlp.translation.module import Translator
-from apps.train.module import OptimizerConfig
+from apps.train.step.module import OptimizerConfig
 
 WORDS = ("red", "blue", "green", "black")
 SIZES = {"train": 200, "val": 20, "test": 20}

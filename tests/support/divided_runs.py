@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import core
 from apps.data.loader import ResumableLoader
-from apps.train.checkpoints import AtomicCheckpointIO
-from apps.train.expert_parallel import ExpertParallelStrategy
-from apps.train.logs import MetricsCSV
-from apps.train.module import OptimizerConfig
-from apps.train.resume import GeneratorState
+from apps.train.checkpoint.checkpoints import AtomicCheckpointIO
+from apps.train.checkpoint.resume import GeneratorState
+from apps.train.sharded.expert_parallel import ExpertParallelStrategy
+from apps.train.step.module import OptimizerConfig
+from apps.train.watch.logs import MetricsCSV
 
 WORLD = 2
 BATCH = 8  # of all ranks together

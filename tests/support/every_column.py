@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
-from apps.recsys.tables.batch import Ragged, TableBatch
+from apps.recsys.tables.rows.batch import Ragged, TableBatch
 
 FEATURES = Features(
     categorical=(

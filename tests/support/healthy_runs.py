@@ -16,12 +16,12 @@ from apps.data.subwords import SubwordConfig
 from apps.nets.config import TransformerConfig
 from apps.nlp.language.data import TextData
 from apps.nlp.language.module import LanguageModeler
+from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.data import TableData
-from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
-from apps.train.doctor import classes_of
-from apps.train.module import OptimizerConfig, SparseModule
-from apps.train.optimizers import build_optimizer
+from apps.train.optim.optimizers import build_optimizer
+from apps.train.step.module import OptimizerConfig, SparseModule
+from apps.train.watch.doctor import classes_of
 from apps.vision.batch import ImageBatch
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier

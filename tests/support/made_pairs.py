@@ -68,7 +68,7 @@ def retriever(data: Any, moe: core.MoEConfig | None = MOE, **changed: Any) -> An
     """Return an untrained model of the data, the same each time."""
     from apps.recsys.retrieval.model import TowerConfig
     from apps.recsys.retrieval.module import TwoTowerRetriever
-    from apps.recsys.tables.embedding import EmbeddingConfig
+    from apps.recsys.tables.columns.embedding import EmbeddingConfig
 
     torch.manual_seed(0)
     sizes = {"tower": TowerConfig(dim=4, width=8, hidden_dim=16), "embedding": EmbeddingConfig(dim=4, init_std=1.0)}

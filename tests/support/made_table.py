@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features
-from apps.recsys.tables.batch import Ragged, TableBatch
+from apps.recsys.tables.rows.batch import Ragged, TableBatch
 
 AGE = ContinuousFeature("age", mean=40.0, std=10.0, quantiles=(20.0, 30.0, 50.0), missing=0.1)
 FLAT = ContinuousFeature("flat", mean=3.0, std=1.0, quantiles=(), missing=0.0)

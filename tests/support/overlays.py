@@ -15,7 +15,7 @@ from apps.nets.config import TransformerConfig
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.transformer import LanguageModel
 from apps.nets.universal import Universal
-from apps.train.exporting import Graph
+from apps.train.publish.exporting import Graph
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier
 

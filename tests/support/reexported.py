@@ -12,9 +12,9 @@ from torch_graphs import TorchGraph, folder_of
 
 from apps import registry
 from apps.serve.export.command import describe
-from apps.train.exported import Description, ExportedModel
-from apps.train.exporting import Exported
-from apps.train.module import SparseModule
+from apps.train.publish.exported import Description, ExportedModel
+from apps.train.publish.exporting import Exported
+from apps.train.step.module import SparseModule
 
 
 def reexported(model: SparseModule, folder: Path) -> tuple[Any, Exported]:

@@ -34,7 +34,7 @@ trainer:
   gradient_clip_val: 1.0
   log_every_n_steps: 2
   callbacks:
-    - class_path: apps.train.checkpoints.BestAndLast
+    - class_path: apps.train.checkpoint.checkpoints.BestAndLast
       init_args: {every_n_steps: 2}
 """
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from core import Routing
-from core.routing.balance_terms import balance_sums, balance_terms
+from core.routing.balance.terms import balance_sums, balance_terms
 from core.routing.router import PairRouter, RouterConfig
 from core.routing.selection import Capacity
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import core
-from apps.train import sharded
-from apps.train.neuron_tables import shard_tables, sharded_tables
+from apps.train.checkpoint import sharded
+from apps.train.sharded.neuron_tables import shard_tables, sharded_tables
 
 D, E, STEPS = 8, 9, 3
 """Width, experts and steps; 9 rows do not split evenly."""

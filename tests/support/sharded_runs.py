@@ -24,18 +24,18 @@ from sharded_neurons import train_on_a_part
 
 import core
 from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
-from apps.recsys.tables.bottoms import SingleTask
+from apps.recsys.tables.columns.bottoms import SingleTask
+from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.data import TableData
-from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
-from apps.recsys.tables.strategy import TorchRecStrategy
+from apps.recsys.tables.negatives.weighting import WeightingConfig
+from apps.recsys.tables.shard.strategy import TorchRecStrategy
 from apps.recsys.tables.tasks import HeadConfig
-from apps.recsys.tables.weighting import WeightingConfig
-from apps.train import sharded
-from apps.train.checkpoints import AtomicCheckpointIO
-from apps.train.logs import MetricsCSV
-from apps.train.module import OptimizerConfig
-from apps.train.resume import GeneratorState
+from apps.train.checkpoint import sharded
+from apps.train.checkpoint.checkpoints import AtomicCheckpointIO
+from apps.train.checkpoint.resume import GeneratorState
+from apps.train.step.module import OptimizerConfig
+from apps.train.watch.logs import MetricsCSV
 from core.parallel import total_norm
 
 WORLD = 2

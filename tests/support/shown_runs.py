@@ -41,8 +41,8 @@ def digits_run(folder: Path) -> Path:
 
 def table_run(folder: Path) -> Path:
     """A column of every kind; 2 tasks, whose gates weight 3 experts."""
+    from apps.recsys.tables.columns.embedding import EmbeddingConfig
     from apps.recsys.tables.data import TableData
-    from apps.recsys.tables.embedding import EmbeddingConfig
     from apps.recsys.tables.module import MultiTaskRecommender
 
     write(folder)
@@ -160,8 +160,8 @@ def shown(folder: Path, most: int = 3) -> tuple[Any, Any]:
     """Return the model of a run, and its app's exhibit with examples of the run's data."""
     from apps.demonstrate.command import exhibit_of
     from apps.demonstrate.examples import with_examples
-    from apps.train.checkpoint_paths import find_checkpoint
-    from apps.train.loading import load
+    from apps.train.checkpoint.loading import load
+    from apps.train.checkpoint.paths import find_checkpoint
 
     checkpoint = find_checkpoint(folder)
     model = load(checkpoint)

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 import core
 from apps.multimodal.module import ImageTextRetriever
-from apps.multimodal.pairs import PairBatch
-from apps.multimodal.towers import SingleTower
+from apps.multimodal.pairs.pairs import PairBatch
+from apps.multimodal.towers.towers import SingleTower
 
 SIZES: dict[str, Any] = {"image_size": 8, "in_chans": 3, "vocab_size": 20, "max_tokens": 6}
 TOWER = SingleTower(width=16, depth=2, num_heads=2, hidden_dim=32, patch_size=4)

@@ -7,7 +7,7 @@ from torch import nn
 
 from core import FFN, GEGLU, MoE, MoEConfig, SwiGLU
 from core.layers import SoftMoE
-from core.routing.soft import Merge, SoftSlots
+from core.routing.soft.soft import Merge, SoftSlots
 
 BACKENDS = ["eager", "cpu", "grouped", "triton"]
 EXPERTS = [FFN(12), FFN(12, "relu", bias=True), SwiGLU(12, bias=True), GEGLU(12)]

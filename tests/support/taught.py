@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from apps.train.distilling import Teacher
-from apps.train.module import SparseModule
+from apps.train.step.distilling import Teacher
+from apps.train.step.module import SparseModule
 
 
 def saved(module: SparseModule, path: Path) -> str:

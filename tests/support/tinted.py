@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from apps.multimodal.encoding import PairEncoding, TextEncoding
+from apps.multimodal.pairs.encoding import PairEncoding, TextEncoding
 
 WORDS = ("red", "green", "blue")
 PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "dress")

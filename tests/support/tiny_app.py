@@ -17,10 +17,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import core
 from apps.data.loader import ResumableLoader
-from apps.train.distilling import ClassLogits, DistilConfig
-from apps.train.growing import GrowConfig
-from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
-from apps.train.predicting import Prediction, PredictionStream
+from apps.train.publish.predicting import Prediction, PredictionStream
+from apps.train.step.distilling import ClassLogits, DistilConfig
+from apps.train.step.growing import GrowConfig
+from apps.train.step.module import OptimizerConfig, SparseModule, TaskOutput
 
 CONFIG = """
 model:

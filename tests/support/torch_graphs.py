@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apps.train.exporting import Exported, Graph
+from apps.train.publish.exporting import Exported, Graph
 
 
 class TorchGraph(nn.Module):
-    """The network of a graph under the interface of ``apps.train.exported.OnnxGraph``."""
+    """The network of a graph under the interface of ``apps.train.publish.exported.OnnxGraph``."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()

@@ -11,9 +11,9 @@ from lightning.pytorch import Trainer
 from tiny_app import TinyData
 
 import core
-from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
-from apps.train.logs import MetricsCSV
-from apps.train.resume import GeneratorState
+from apps.train.checkpoint.checkpoints import AtomicCheckpointIO, BestAndLast
+from apps.train.checkpoint.resume import GeneratorState
+from apps.train.watch.logs import MetricsCSV
 
 MOE = core.MoEConfig(num_experts=4, router=core.TokenChoice(top_k=2), expert=core.FFN(hidden_dim=8, bias=True))
 

@@ -18,8 +18,8 @@ from apps.report.page import (
 from apps.report.page.training import training_section
 from apps.report.routed import layer_label
 from apps.report.tables import is_share
-from apps.train.checkpoint_paths import run_title
-from apps.train.logs import METRICS, read_rows
+from apps.train.checkpoint.paths import run_title
+from apps.train.watch.logs import METRICS, read_rows
 
 _SIZES = {"parameters": "num_params", "active parameters": "active_params", "MFLOPs": "flops_per_example"}
 

@@ -22,8 +22,8 @@ from apps.base.progress import bar
 from apps.cli.write.partial import Partial
 from apps.cli.write.row_groups import RowGroups
 from apps.report.tables import csv_cell
-from apps.train.contents import fingerprint
-from apps.train.predicting import Prediction, PredictionStream
+from apps.train.checkpoint.contents import fingerprint
+from apps.train.publish.predicting import Prediction, PredictionStream
 
 _CHUNK = 8192
 """Rows of a Parquet row group."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from apps.compare.suite.file import Suite
 from apps.compare.suite.standings import Standings
 from apps.report.tables import markdown_table
-from apps.train.kinds import MEANINGS
+from apps.train.cost.kinds import MEANINGS
 
 
 def markdown(suite: Suite, boards: Sequence[Standings]) -> str:

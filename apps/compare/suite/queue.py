@@ -34,10 +34,10 @@ from apps.data.cache import DataError
 from apps.runner.budget import Budget, BudgetOver
 from apps.runner.runner import Runner
 from apps.runner.workers import Progress
-from apps.train.cost import Cost, measure_cost
-from apps.train.finite import NonFiniteError
-from apps.train.kinds import kind_of_network
-from apps.train.stopping import StopsSoon
+from apps.train.checkpoint.stopping import StopsSoon
+from apps.train.cost.flops import Cost, measure_cost
+from apps.train.cost.kinds import kind_of_network
+from apps.train.step.finite import NonFiniteError
 
 _UNKNOWN_MINUTES = 1.0
 """What a run without an estimate counts for in the bar."""

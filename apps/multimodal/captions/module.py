@@ -19,10 +19,10 @@ from apps.equal_cost.comparable import ExampleDifference
 from apps.multimodal.captions.metrics import CaptionMetrics, by_image, num_references, signatures
 from apps.multimodal.captions.model import CaptionModel
 from apps.multimodal.captions.report import CaptionReport, CaptionReportConfig, image_name, side_by_side
-from apps.multimodal.encoding import PairEncoding
-from apps.multimodal.image_index import tell
-from apps.multimodal.pairs import PairBatch
-from apps.multimodal.vectors import FileBatch
+from apps.multimodal.pairs.encoding import PairEncoding
+from apps.multimodal.pairs.pairs import PairBatch
+from apps.multimodal.search.image_index import tell
+from apps.multimodal.search.vectors import FileBatch
 from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
 from apps.nets.place import Place
@@ -30,8 +30,8 @@ from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, caption_ids, ch
 from apps.nlp.decode.writing import JudgedModule
 from apps.nlp.text.foreseen import read_ids
 from apps.nlp.text.scores import scorer
-from apps.train.model_card import ModelKind
-from apps.train.module import check_one_start
+from apps.train.publish.model_card import ModelKind
+from apps.train.step.module import check_one_start
 from apps.vision.image_files import scaled
 from apps.vision.model import ViTConfig, load_pretrained_weights
 

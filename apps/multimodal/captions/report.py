@@ -20,8 +20,8 @@ from apps.base.files import replacing
 from apps.data.text_files import num_words
 from apps.multimodal.captions.metrics import CaptionedImage, CaptionMetrics, num_references, signatures
 from apps.multimodal.captions.traced import Traced, traced
-from apps.multimodal.pairs import PairBatch
-from apps.multimodal.report import displayed
+from apps.multimodal.pairs.pairs import PairBatch
+from apps.multimodal.report.report import displayed
 from apps.nlp.text.foreseen import read_ids
 from apps.nlp.text.report import WrittenReport
 from apps.nlp.text.scores import scorer

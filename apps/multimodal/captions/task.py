@@ -19,7 +19,7 @@ from apps.nlp.text.words import words_of
 from apps.report.exhibit.parts import Example, LayerPart
 from apps.task import Missing, Sizes, Task, Trial, ids_on_meta, patches_by_layer, vocabulary_loss, words_by_layer
 from apps.task.outputs import Written, texts
-from apps.train.exporting import Exported
+from apps.train.publish.exporting import Exported
 from apps.vision.image_files import to_array
 from apps.vision.image_input import image_input, images_on_meta
 from apps.vision.task import placed

@@ -10,8 +10,8 @@ from typing import Any
 from apps.base.messages import one_line
 from apps.data.splits import Split
 from apps.data.text_files import text_lines
-from apps.multimodal.images import ImageFiles
-from apps.multimodal.pairs import PairCollector, RawPairs, ReadOptions
+from apps.multimodal.pairs.images import ImageFiles
+from apps.multimodal.pairs.pairs import PairCollector, RawPairs, ReadOptions
 
 _KARPATHY: dict[str, Split] = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 

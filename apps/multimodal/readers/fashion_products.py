@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from apps.multimodal.images import PackedImages
-from apps.multimodal.pairs import PairCollector, RawPairs, ReadOptions
+from apps.multimodal.pairs.images import PackedImages
+from apps.multimodal.pairs.pairs import PairCollector, RawPairs, ReadOptions
 from apps.multimodal.readers.rows import separated
 
 TABLE, IMAGES = "products.csv", "images112.npz"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from apps.base.messages import excerpt
 from apps.data.splits import Split
-from apps.multimodal.images import ImageFiles
-from apps.multimodal.pairs import PairCollector, RawPairs, ReadOptions
+from apps.multimodal.pairs.images import ImageFiles
+from apps.multimodal.pairs.pairs import PairCollector, RawPairs, ReadOptions
 from apps.multimodal.readers.rows import as_text, as_texts, find_table, rows_of
 
 SPLIT_NAMES: dict[str, Split] = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from apps.nets.config import TransformerConfig
-    from apps.train.exported import OnnxGraph
+    from apps.train.publish.exported import OnnxGraph
 
 
 class PastRows:

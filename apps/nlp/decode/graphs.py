@@ -17,7 +17,7 @@ from apps.nets.past import Past
 from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.run import dropless
 from apps.nlp.decode.search import max_positions
-from apps.train.exporting import Exported, Graph
+from apps.train.publish.exporting import Exported, Graph
 from core.config.plain import to_plain
 
 _BATCH, _LENGTH, _PAST = 2, 3, 5

@@ -24,7 +24,7 @@ from apps.nlp.decode.config import DecodeConfig
 from apps.nlp.decode.run import in_dtype
 from apps.nlp.decode.search import Hypotheses
 from apps.nlp.text.foreseen import Judged, of_mean_length, per_sentence, ratio_values
-from apps.train.module import SparseModule, Stage, TaskOutput
+from apps.train.step.module import SparseModule, Stage, TaskOutput
 
 
 class WritingModule(SparseModule, Comparable):

@@ -24,8 +24,8 @@ from apps.nlp.language.report import LanguageReport, LanguageReportConfig
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import checked_texts
 from apps.nlp.text.foreseen import PieceMetrics, perplexity, read_ids, token_metrics
-from apps.train.model_card import ModelKind
-from apps.train.module import Stage, TaskOutput
+from apps.train.publish.model_card import ModelKind
+from apps.train.step.module import Stage, TaskOutput
 
 _LAYERS = "all"
 _REPORT = LanguageReportConfig()

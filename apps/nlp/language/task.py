@@ -24,7 +24,7 @@ from apps.report.exhibit.fields import NumberField
 from apps.report.exhibit.parts import Example, LayerPart, Said
 from apps.task import Input, Output, Sizes, Task, Trial, ids_on_meta, text, vocabulary_loss, words_by_layer
 from apps.task.outputs import properties
-from apps.train.exporting import Exported
+from apps.train.publish.exporting import Exported
 
 _MOST_READ, _MOST_WRITTEN = 1_024, 256
 """Subwords of a request at most."""

@@ -24,9 +24,9 @@ from apps.nlp.text.batches import TranslationBatch
 from apps.nlp.text.foreseen import read_ids
 from apps.nlp.translation.metrics import TranslationMetrics, bleu_tokenizers, signatures
 from apps.nlp.translation.report import TranslationReport, TranslationReportConfig, examples, side_by_side
-from apps.train.model_card import ModelKind
-from apps.train.module import Stage
-from apps.train.parts import DataPart
+from apps.train.publish.model_card import ModelKind
+from apps.train.step.module import Stage
+from apps.train.step.parts import DataPart
 
 _DECODE = DecodeConfig()
 _REPORT = TranslationReportConfig()

@@ -26,7 +26,7 @@ from apps.nlp.translation.routes import traced
 from apps.report.exhibit.parts import Example, LayerPart
 from apps.task import Sizes, Task, Trial, choice, ids_on_meta, text, vocabulary_loss, words_by_layer
 from apps.task.outputs import Written, texts
-from apps.train.exporting import Exported
+from apps.train.publish.exporting import Exported
 
 _LONGEST = 10_000
 """Characters of a sentence at most; what the model reads is counted in subwords."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from apps.recsys.tables.batch import Batch, TableBatch
+from apps.recsys.tables.rows.batch import Batch, TableBatch
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from apps.data.array_files import ArraysInMemory
 from apps.recsys.encoding.features import Features
-from apps.recsys.tables.batch import TableBatch
-from apps.recsys.tables.rows import TableRows
+from apps.recsys.tables.rows.batch import TableBatch
+from apps.recsys.tables.rows.rows import TableRows
 
 
 @dataclass(frozen=True)

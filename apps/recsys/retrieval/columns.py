@@ -13,8 +13,8 @@ from apps.recsys.encoding.features import CategoricalFeature, Features
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.schema import nearest, timestamp_columns
-from apps.recsys.tables.batch import Ragged, TableBatch
-from apps.recsys.tables.rows import arrays_of_lists
+from apps.recsys.tables.rows.batch import Ragged, TableBatch
+from apps.recsys.tables.rows.rows import arrays_of_lists
 
 if TYPE_CHECKING:
     import pyarrow as pa

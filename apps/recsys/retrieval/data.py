@@ -30,12 +30,12 @@ from apps.recsys.retrieval.columns import (
 from apps.recsys.retrieval.loss import log_probability
 from apps.recsys.retrieval.scoring import CANDIDATES, check_candidates
 from apps.recsys.tables.data import TableData
-from apps.recsys.tables.rows import TableRows
+from apps.recsys.tables.rows.rows import TableRows
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from apps.recsys.tables.streaming import FileRows
+    from apps.recsys.tables.rows.streaming import FileRows
 
 
 class Pairs(Dataset[PairBatch]):

@@ -15,13 +15,13 @@ from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.retrieval.columns import encoding_of_part, names_of
 from apps.recsys.retrieval.model import Tower
 from apps.recsys.tables.export import described_columns, state_of_columns
-from apps.recsys.tables.plain_columns import GraphOfColumns, batch_of, dynamic_axes, example_inputs
-from apps.recsys.tables.scoring import encoding_of
-from apps.train.exporting import Exported, Graph
+from apps.recsys.tables.rows.plain_columns import GraphOfColumns, batch_of, dynamic_axes, example_inputs
+from apps.recsys.tables.rows.scoring import encoding_of
+from apps.train.publish.exporting import Exported, Graph
 
 if TYPE_CHECKING:
     from apps.recsys.retrieval.module import TwoTowerRetriever
-    from apps.train.exported import ExportedModel, OnnxGraph
+    from apps.train.publish.exported import ExportedModel, OnnxGraph
 
 TOWERS = ("user_tower", "item_tower")
 VECTORS, CATALOGUE = "items.npy", "catalogue.npz"

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 import core
 from apps.nets.blocks import FFNConfig, ffn_configs
 from apps.recsys.encoding.features import Features
-from apps.recsys.tables.batch import TableBatch
-from apps.recsys.tables.dense import DenseConfig
-from apps.recsys.tables.embedding import EmbeddingConfig
+from apps.recsys.tables.columns.dense import DenseConfig
+from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.model import InteractionConfig, TableColumns
+from apps.recsys.tables.rows.batch import TableBatch
 from core.fields import Checked, Count, ShareBelowOne
 from core.kernels import cpu
 

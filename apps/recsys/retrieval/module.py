@@ -29,15 +29,15 @@ from apps.recsys.retrieval.metrics import RetrievalMetrics
 from apps.recsys.retrieval.model import Tower, TowerConfig
 from apps.recsys.retrieval.report import RetrievalReport, RetrievalReportConfig
 from apps.recsys.retrieval.scoring import CANDIDATES, Ranking, as_json, open_index, retrieve
-from apps.recsys.tables.batch import TableBatch
-from apps.recsys.tables.dense import DenseConfig
-from apps.recsys.tables.embedding import EmbeddingConfig
+from apps.recsys.tables.columns.dense import DenseConfig
+from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.model import InteractionConfig
-from apps.recsys.tables.scoring import encoding_of
-from apps.train.balanced import Stage
-from apps.train.contents import fingerprint
-from apps.train.model_card import ModelKind
-from apps.train.module import OptimizerConfig, SparseModule, TaskOutput
+from apps.recsys.tables.rows.batch import TableBatch
+from apps.recsys.tables.rows.scoring import encoding_of
+from apps.train.checkpoint.contents import fingerprint
+from apps.train.publish.model_card import ModelKind
+from apps.train.step.balanced import Stage
+from apps.train.step.module import OptimizerConfig, SparseModule, TaskOutput
 from core.config.plain import from_plain
 from core.kernels import outside_autocast
 

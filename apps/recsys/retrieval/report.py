@@ -19,7 +19,7 @@ from apps.recsys.ranks import POPULARITY, QUARTERS, popularity_groups, rank_part
 from apps.recsys.retrieval.catalogue import Catalogue
 from apps.recsys.retrieval.columns import column_of
 from apps.recsys.retrieval.index import FILE, ItemIndex
-from apps.recsys.tables.scoring import encoding_of
+from apps.recsys.tables.rows.scoring import encoding_of
 from apps.report.base import Report, ReportConfig, first_batches, is_left_out, spread_places
 from apps.report.page import Section, Table
 from apps.report.use import ExpertUse, Labels, load_parts, map_parts, tokens_of

@@ -18,8 +18,8 @@ from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.retrieval.catalogue import Catalogue
 from apps.recsys.retrieval.columns import column_of, encoding_of_part, names_of, numbers_of, raw_columns
 from apps.recsys.retrieval.index import ItemIndex
-from apps.recsys.tables.scoring import encoded, encoding_of, framed, like, pieces
-from apps.train.contents import fingerprint
+from apps.recsys.tables.rows.scoring import encoded, encoding_of, framed, like, pieces
+from apps.train.checkpoint.contents import fingerprint
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -100,7 +100,7 @@ class Ranking:
             FileNotFoundError: there is no checkpoint.
             ValueError: as the constructor, or an item's column is hashed.
         """
-        from apps.train.loading import load
+        from apps.train.checkpoint.loading import load
 
         model = load(rank, retriever.device) if isinstance(rank, (str, Path)) else rank
         state = encoding_of(retriever)

@@ -14,13 +14,13 @@ from apps.recsys.retrieval import export
 from apps.recsys.retrieval.catalogue import Catalogue
 from apps.recsys.retrieval.columns import encoding_of_part, names_of
 from apps.recsys.row import RowTask
-from apps.recsys.tables.scoring import encoding_of
+from apps.recsys.tables.rows.scoring import encoding_of
 from apps.recsys.tables.sizes import columns_of, read_on_meta
 from apps.report.exhibit.parts import Example, LayerPart, Part
 from apps.report.page import Table
 from apps.task import Loss, Missing, Output, Sizes, Trial, words_by_layer
 from apps.task.outputs import properties
-from apps.train.exporting import Exported
+from apps.train.publish.exporting import Exported
 
 _TOP = 10
 """Items of a request's user, as ``TwoTowerRetriever.predict`` has them."""

@@ -25,8 +25,8 @@ from apps.recsys.metrics import CUTOFF, RankingMetrics, target_ranks
 from apps.recsys.sequence import scoring
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, check_ids, last_of
 from apps.recsys.sequence.report import NextItemReport, NextItemReportConfig
-from apps.train.model_card import ModelKind
-from apps.train.module import SparseModule, TaskOutput
+from apps.train.publish.model_card import ModelKind
+from apps.train.step.module import SparseModule, TaskOutput
 from core.config.plain import from_plain
 from core.convert import SolvedWidth
 

@@ -16,7 +16,7 @@ from apps.recsys.encoding.categories import MISSING, factorize
 from apps.recsys.encoding.numbers import Part, plain, to_numbers, to_order
 from apps.recsys.sequence.data import Examples
 from apps.recsys.sequence.histories import Items, whole_seconds
-from apps.recsys.tables.scoring import encoding_of, like, pieces
+from apps.recsys.tables.rows.scoring import encoding_of, like, pieces
 
 if TYPE_CHECKING:
     import pyarrow as pa

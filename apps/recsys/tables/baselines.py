@@ -12,7 +12,7 @@ import core
 from apps.equal_cost.comparable import Baseline
 from apps.equal_cost.twins import baselines_of
 from apps.recsys.encoding.features import Features
-from apps.recsys.tables.bottoms import SharedBottom, SingleTask
+from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.estimators import (
     CatBoost,
     HistGradientBoosting,
@@ -20,7 +20,7 @@ from apps.recsys.tables.estimators import (
     LightGBM,
     LogisticRegression,
 )
-from apps.recsys.tables.weighting import WeightingConfig
+from apps.recsys.tables.negatives.weighting import WeightingConfig
 from core.convert import SolvedWidth, solve_width, widened
 
 BOTTOMS = {

@@ -32,18 +32,18 @@ from apps.data.suite_data import SuiteData
 from apps.recsys.datasets import RECSYS_DATASETS
 from apps.recsys.encoding.features import Features
 from apps.recsys.encoding.table_encoding import Encoding
+from apps.recsys.readers.synthetic import SyntheticConfig, generate
 from apps.recsys.schema import NegativesConfig, SplitConfig, TableConfig
-from apps.recsys.tables.drawn_items import DrawnRows, FixedDraws, Items
-from apps.recsys.tables.findings import TableFindings
-from apps.recsys.tables.negatives import SampledPlan, SampledRows
-from apps.recsys.tables.rows import TableRows
-from apps.recsys.tables.synthetic import SyntheticConfig, generate
+from apps.recsys.tables.encode.findings import TableFindings
+from apps.recsys.tables.negatives.sampled_items import DrawnRows, FixedDraws, Items
+from apps.recsys.tables.negatives.sampled_rows import SampledPlan, SampledRows
+from apps.recsys.tables.rows.rows import TableRows
 from apps.report.base import Report
 from core.config.plain import from_plain
 
 if TYPE_CHECKING:
     from apps.recsys.readers.raw import RawTables
-    from apps.recsys.tables.streaming import FileRows
+    from apps.recsys.tables.rows.streaming import FileRows
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ _STORE = EncodedStore(
         "recsys/encoding/*.py",
         "recsys/readers/*.py",
         "recsys/schema.py",
-        *(f"recsys/tables/{n}.py" for n in ("build", "new_rows", "splits", "synthetic")),
+        *(f"recsys/tables/encode/{n}.py" for n in ("build", "new_rows", "splits")),
+        "recsys/readers/synthetic.py",
     ),
 )
 _FILE_OPTIONS = ("train_file", "val_file", "test_file")
@@ -202,8 +203,8 @@ class TableData(SuiteData):
 
     def leaks(self, most: int = 20_000) -> list[str]:
         """Return findings on columns that may give a label away, in about ``most`` rows from all over the training."""
-        from apps.recsys.tables.arrays import join
-        from apps.recsys.tables.checks import label_among_features
+        from apps.recsys.tables.encode.checks import label_among_features
+        from apps.recsys.tables.rows.arrays import join
 
         # Training rows of a table of positives have one label; those of validation have drawn negatives.
         rows = self.rows("train") if self._drawn is None else self.examples("val")
@@ -327,7 +328,7 @@ class TableData(SuiteData):
         """Return ``predict_columns`` of all rows of the table as arrow arrays."""
         import pyarrow as pa
 
-        from apps.recsys.tables.streaming import as_json_has_it
+        from apps.recsys.tables.rows.streaming import as_json_has_it
 
         raw = self._source()[1]()
         tables = [table for table in (raw.train, raw.val, raw.test) if table is not None]
@@ -342,7 +343,7 @@ class TableData(SuiteData):
     ) -> FileRows:
         """Return the rows of the files of a pattern, which carry ``predict_columns`` along, and ``further`` columns."""
         from apps.recsys.readers.user_tables import find_files
-        from apps.recsys.tables.streaming import FileRows
+        from apps.recsys.tables.rows.streaming import FileRows
 
         assert self.eval_batch_size is not None
         files = find_files(self._folder, pattern, "predict_file")
@@ -373,7 +374,7 @@ class TableData(SuiteData):
         def write(writer: ArrayWriter) -> None:
             import pyarrow as pa
 
-            from apps.recsys.tables.build import build
+            from apps.recsys.tables.encode.build import build
 
             raw = read()
             given = self._adopted or self._extended

@@ -14,7 +14,7 @@ from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.kinds import Outputs
 from apps.recsys.tables.model import MultiTaskModel
-from apps.recsys.tables.plain_columns import batch_of
+from apps.recsys.tables.rows.plain_columns import batch_of
 from core.config.plain import from_plain
 
 if TYPE_CHECKING:

@@ -13,14 +13,14 @@ from torchrec.modules.crossnet import CrossNet, LowRankCrossNet
 
 import core
 from apps.recsys.encoding.features import Features
-from apps.recsys.tables.batch import Ragged, TableBatch
-from apps.recsys.tables.bottoms import SingleTask
-from apps.recsys.tables.dense import DenseArch, DenseConfig
-from apps.recsys.tables.embedding import EmbeddingConfig
-from apps.recsys.tables.history import HistoryArch, HistoryConfig
-from apps.recsys.tables.personal import EmbeddingGate, TowerGates, TwoLayers
+from apps.recsys.tables.columns.bottoms import SingleTask
+from apps.recsys.tables.columns.dense import DenseArch, DenseConfig
+from apps.recsys.tables.columns.embedding import EmbeddingConfig
+from apps.recsys.tables.columns.history import HistoryArch, HistoryConfig
+from apps.recsys.tables.columns.personal import EmbeddingGate, TowerGates, TwoLayers
+from apps.recsys.tables.columns.vectors import VectorArch
+from apps.recsys.tables.rows.batch import Ragged, TableBatch
 from apps.recsys.tables.tasks import HeadConfig
-from apps.recsys.tables.vectors import VectorArch
 from core.fields import Checked, Count
 from core.kernels import cpu
 

@@ -19,22 +19,23 @@ from apps.nets.place import Place
 from apps.recsys.encoding.features import Features
 from apps.recsys.kinds import Outputs
 from apps.recsys.metrics import MultiTaskMetrics
-from apps.recsys.tables import growing, scoring
 from apps.recsys.tables.baselines import baselines
-from apps.recsys.tables.batch import TableBatch
-from apps.recsys.tables.bottoms import SharedBottom, SingleTask
-from apps.recsys.tables.dense import DenseConfig
-from apps.recsys.tables.embedding import EmbeddingConfig, check_rows_are_stepped
-from apps.recsys.tables.history import HistoryConfig
+from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
+from apps.recsys.tables.columns.dense import DenseConfig
+from apps.recsys.tables.columns.embedding import EmbeddingConfig, check_rows_are_stepped
+from apps.recsys.tables.columns.history import HistoryConfig
 from apps.recsys.tables.model import Ensemble, InteractionConfig, MultiTaskModel
-from apps.recsys.tables.report import RecommenderReport, RecommenderReportConfig, TrainingChecks
+from apps.recsys.tables.negatives.weighting import WeightingConfig
+from apps.recsys.tables.report.report import RecommenderReport, RecommenderReportConfig, TrainingChecks
+from apps.recsys.tables.rows import scoring
+from apps.recsys.tables.rows.batch import TableBatch
+from apps.recsys.tables.shard import growing
 from apps.recsys.tables.tasks import HeadConfig
-from apps.recsys.tables.weighting import WeightingConfig
-from apps.train import sharded
-from apps.train.balanced import Stage
+from apps.train.checkpoint import sharded
 from apps.train.lightning_internals import trainer_of
-from apps.train.model_card import ModelKind
-from apps.train.module import SparseModule, TaskOutput
+from apps.train.publish.model_card import ModelKind
+from apps.train.step.balanced import Stage
+from apps.train.step.module import SparseModule, TaskOutput
 from core.config.plain import from_plain
 
 _REPORT = RecommenderReportConfig()
@@ -51,7 +52,8 @@ class MultiTaskRecommender(SparseModule, Comparable):
     Args:
         features: the columns and tasks; the command line takes them from the data.
         shared: the layer between the columns and the towers: ``core.MMoE``, ``OMoE``, ``CGC``, ``PLE``, ``SMES``,
-            ``HoME``, ``M3oE``, ``STAR``, or ``SharedBottom`` or ``SingleTask`` of ``apps.recsys.tables.bottoms``.
+            ``HoME``, ``M3oE``, ``STAR``, or of ``apps.recsys.tables.columns.bottoms`` ``SharedBottom`` or
+            ``SingleTask``.
         embedding: embeddings of the categorical columns.
         dense: encoding of the continuous columns.
         interaction: how the columns meet.

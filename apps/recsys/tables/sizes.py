@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, Features, SequenceFeature
-from apps.recsys.tables.batch import Ragged, TableBatch
+from apps.recsys.tables.rows.batch import Ragged, TableBatch
 from apps.task.sizes import Missing, Sizes, ids_on_meta
 
 

@@ -17,15 +17,15 @@ from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.kinds import Kind, Outputs
 from apps.recsys.row import RowTask
 from apps.recsys.tables.export import PlainTables, described_columns, described_tasks, state_of_columns
-from apps.recsys.tables.gating import GateReader
-from apps.recsys.tables.plain_columns import GraphOfColumns, dynamic_axes, example_inputs
-from apps.recsys.tables.scoring import encoded, encoding_of
+from apps.recsys.tables.report.gating import GateReader
+from apps.recsys.tables.rows.plain_columns import GraphOfColumns, dynamic_axes, example_inputs
+from apps.recsys.tables.rows.scoring import encoded, encoding_of
 from apps.recsys.tables.sizes import columns_of, read_on_meta, refuse_without_columns
 from apps.report.exhibit.parts import Bars, Example, LayerPart, Part
 from apps.report.page import Table
 from apps.task import Output, Sizes, Trial, gates_by_layer
 from apps.task.outputs import properties
-from apps.train.exporting import Exported, Graph
+from apps.train.publish.exporting import Exported, Graph
 
 if TYPE_CHECKING:
     import pyarrow as pa

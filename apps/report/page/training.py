@@ -10,7 +10,7 @@ from apps.report.page.charts import Line, LineChart
 from apps.report.page.parts import Part, Section, Text
 from apps.report.routed import layer_label
 from apps.report.tables import is_share
-from apps.train.logs import read_rows
+from apps.train.watch.logs import read_rows
 
 _ROUTING = {
     "load_imbalance": ("Load imbalance", "most loaded expert over the mean", ""),

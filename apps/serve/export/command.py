@@ -17,12 +17,12 @@ from apps.cli.configs import read_config
 from apps.registry import name_of
 from apps.serve.export.files import check_output, write
 from apps.serve.export.options import Options
-from apps.train.checkpoint_paths import find_checkpoint
-from apps.train.exported import DESCRIPTION, Description, OnnxGraph
-from apps.train.exporting import Exported, Graph
-from apps.train.loading import check_beside, load
-from apps.train.module import SparseModule
-from apps.train.quantising import quantise
+from apps.train.checkpoint.loading import check_beside, load
+from apps.train.checkpoint.paths import find_checkpoint
+from apps.train.cost.quantizing import quantise
+from apps.train.publish.exported import DESCRIPTION, Description, OnnxGraph
+from apps.train.publish.exporting import Exported, Graph
+from apps.train.step.module import SparseModule
 
 TOLERANCE = 1e-4
 """Largest difference of a graph's outputs from the model's, relative to the largest of them."""

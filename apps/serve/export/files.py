@@ -12,8 +12,8 @@ from apps.base.files import delete, naming, temporary_path
 from apps.base.sealed import weights_beside
 from apps.cli.errors import UsageError
 from apps.serve.export.options import ENDINGS
-from apps.train.exported import MANIFEST, Description
-from apps.train.exporting import Exported, Graph
+from apps.train.publish.exported import MANIFEST, Description
+from apps.train.publish.exporting import Exported, Graph
 
 Write = Callable[[Graph, Path, str], None]
 """Writes a graph to a file, with a JSON text in its metadata where the format has any."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 import core
-from apps.train.exporting import Graph
+from apps.train.publish.exporting import Graph
 
 from .contrib import by_blocks, goes_by_blocks, misfit, parts_of
 from .operators import computes_all, swapped

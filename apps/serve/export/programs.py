@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from apps.train.exporting import Graph
+from apps.train.publish.exporting import Graph
 from apps.train.torch_internals import find_cpp_compiler
 
 from .operators import plain, prepared

@@ -24,9 +24,9 @@ from apps.serve.service.metrics import Metrics
 from apps.serve.service.options import Options
 from apps.serve.service.reading import Reader
 from apps.task import Service
-from apps.train.checkpoint_paths import run_name
-from apps.train.loading import load
-from apps.train.stopping import on_signal
+from apps.train.checkpoint.loading import load
+from apps.train.checkpoint.paths import run_name
+from apps.train.checkpoint.stopping import on_signal
 
 _LOOKED_AT = 16
 """One of so many batches is looked at for the use of the experts, which costs some time."""

@@ -14,7 +14,7 @@ from apps.cli.options import Offload, Quantize
 from apps.cli.parser import CommandLine, Config, Run
 from apps.serve.service.limits import MIB, Limits
 from apps.serve.service.token import VARIABLE, read_token
-from apps.train.checkpoint_paths import find_checkpoint
+from apps.train.checkpoint.paths import find_checkpoint
 
 LIBRARIES = ("starlette", "uvicorn", "httptools", "jsonschema_rs", "prometheus_client")
 """The packages that a service needs."""

@@ -63,7 +63,7 @@ def test_a_request_has_class_paths(tmp_path):
     config = Request.read("fit", ["--config", str(tmp_path / "short.yaml")]).config
     assert config["model"]["class_path"] == "apps.nlp.language.module.LanguageModeler"
     assert config["data"] == "apps.nlp.language.data.TextData"
-    assert config["trainer"]["strategy"]["class_path"] == "apps.recsys.tables.strategy.TorchRecStrategy"
+    assert config["trainer"]["strategy"]["class_path"] == "apps.recsys.tables.shard.strategy.TorchRecStrategy"
 
 
 def test_a_class_is_loaded_or_is_none():

@@ -16,7 +16,7 @@ from tiny_app import TinyData
 
 from apps.cli import main
 from apps.cli.train import build
-from apps.train.checkpoints import BestAndLast
+from apps.train.checkpoint.checkpoints import BestAndLast
 
 
 def test_fit_leaves_logs_checkpoints_and_its_configuration(trained):

@@ -16,7 +16,7 @@ import core
 from apps.cli import main
 from apps.cli.classes import app_classes, long_name
 from apps.cli.help import options_of
-from apps.train.optimizers import OptimizerConfig
+from apps.train.optim.optimizers import OptimizerConfig
 
 pytestmark = pytest.mark.usefixtures("config")
 
@@ -74,7 +74,7 @@ def test_without_a_configuration_the_classes_are_listed():
 
 def test_a_router_has_help_by_its_short_name():
     title, *lines = lines_of("fit", "--model.moe.router.help", "Hash")
-    assert title.startswith("model.moe.router core.routing.fixed.Hash: ")
+    assert title.startswith("model.moe.router core.routing.given.fixed.Hash: ")
     assert lines[0].split()[:2] == ["--model.moe.router.vocab_size", "required"]
 
 
@@ -155,7 +155,7 @@ def test_a_class_given_by_a_flag_begins_without_the_stand_in_s_arguments():
     shared = printed(*flags, "--model.shared.num_experts", "2")["model"]["init_args"]["shared"]
     assert shared["init_args"]["expert"]["init_args"]["hidden_dims"] == list(core.MMoE(2).expert.hidden_dims) == [16]
     shared = printed(*flags[:4], "--model.shared.expert.hidden_dims", "[32]")["model"]["init_args"]["shared"]
-    assert shared["class_path"] == "apps.recsys.tables.bottoms.SharedBottom"
+    assert shared["class_path"] == "apps.recsys.tables.columns.bottoms.SharedBottom"
     assert shared["init_args"]["expert"]["init_args"]["hidden_dims"] == [32]
 
 

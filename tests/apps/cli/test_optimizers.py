@@ -15,7 +15,7 @@ from own_net import CONFIG as OWN
 from apps.cli import main
 from apps.cli.train import build
 from apps.compare.experiment import Experiment
-from apps.train.module import SparseModule
+from apps.train.step.module import SparseModule
 
 SGD = ["--optimizer", "SGD", "--optimizer.lr", "0.1", "--optimizer.momentum", "0.9"]
 COSINE = ["--lr_scheduler", "CosineAnnealingLR", "--lr_scheduler.T_max", "4"]

@@ -13,7 +13,7 @@ import apps
 from apps.cli import main
 from apps.cli.train import build
 from apps.report.page import html
-from apps.train.quantising import quantise, read_form
+from apps.train.cost.quantizing import quantise, read_form
 
 
 def test_a_word_is_read():

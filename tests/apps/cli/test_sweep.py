@@ -13,8 +13,8 @@ from apps.base.quiet import quiet
 from apps.cli import main, sweep
 from apps.cli.train import build
 from apps.report.page import html
-from apps.train import cheaper, footprint
-from apps.train.run_folder import mark
+from apps.train.checkpoint.run_folder import mark
+from apps.train.cost import cheaper, footprint
 
 FAST = ["--rounds", "2", "--batches", "1"]
 

@@ -71,7 +71,7 @@ def test_another_plan_in_the_folder_is_refused(tmp_path):
 
 
 def test_a_plan_with_class_paths_of_before_is_the_same_comparison(tmp_path):
-    callbacks = [{"class_path": "apps.train.schedules.GrowingTopK"}]
+    callbacks = [{"class_path": "apps.train.optim.schedules.GrowingTopK"}]
     before = {"model": {"class_path": "apps.vision.module.VisionClassifier"}, "trainer": {"callbacks": callbacks}}
     now = {"model": {"class_path": "VisionClassifier"}, "trainer": {"callbacks": [{"class_path": "GrowingTopK"}]}}
     for config in (before, now):

@@ -10,7 +10,7 @@ from apps.compare.summary import ExamplePair, Results, summarize
 from apps.compare.systems import System
 from apps.compare.table import cells, markdown
 from apps.equal_cost.comparable import ExampleDifference
-from apps.train.cost import Cost
+from apps.train.cost.flops import Cost
 
 MEASURED = {"sparse": {"seconds_per_step": 0.3}, "dense_equal_flops": {"seconds_per_step": 0.2}}
 

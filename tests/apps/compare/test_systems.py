@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import move_data_to_device
 
 import core
 from apps.compare.systems import check_equal, claim, find_systems, label
-from apps.train.cost import Cost, measure_cost
+from apps.train.cost.flops import Cost, measure_cost
 
 
 def test_names_say_what_is_claimed():

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import apps
 import core
 from apps.cli import main
-from apps.train.contents import read_checkpoint
+from apps.train.checkpoint.contents import read_checkpoint
 
 LAYER = "model.blocks.1.mlp"
 

@@ -22,8 +22,8 @@ from apps.base.quiet import quiet
 from apps.cli import main
 from apps.cli.train import build
 from apps.convert.consolidate import write_whole
-from apps.train import sharded
-from apps.train.contents import read_checkpoint
+from apps.train.checkpoint import sharded
+from apps.train.checkpoint.contents import read_checkpoint
 
 
 def fit(folder: Path, run: str, *flags: str) -> None:

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import core
 from apps.convert.streaming import write_checkpoint
-from apps.train.contents import read_checkpoint
+from apps.train.checkpoint.contents import read_checkpoint
 
 
 def test_it_reads_as_it_was_written(tmp_path):

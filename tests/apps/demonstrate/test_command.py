@@ -21,8 +21,8 @@ from apps.demonstrate.command import exhibit_of
 from apps.demonstrate.examples import with_examples
 from apps.demonstrate.page import _answer
 from apps.report.exhibit import Answer, Exhibit, TextField
-from apps.train.checkpoint_paths import find_checkpoint
-from apps.train.loading import load
+from apps.train.checkpoint.loading import load
+from apps.train.checkpoint.paths import find_checkpoint
 
 needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio")
 

@@ -12,7 +12,7 @@ from torch import nn
 import core
 from apps.compare.systems import find_systems
 from apps.equal_cost.own_model import num_examples, own_model
-from apps.train.cost import measure_cost
+from apps.train.cost.flops import measure_cost
 from apps.train.sparsified import SparsifyConfig
 
 # A point is one token of width 8. The network has F = 16: 4 * 8 * 16 = 512 FLOPs. The sparse one has a router of

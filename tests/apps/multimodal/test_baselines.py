@@ -11,9 +11,9 @@ from small_pairs import TOWER, pair_batch, retriever
 
 import core
 from apps.compare.systems import find_systems
-from apps.multimodal.drawn import PatchImages, PieceTexts
-from apps.multimodal.two_towers import TwoTowers
-from apps.train.cost import Cost, measure_cost
+from apps.multimodal.towers.random_init import PatchImages, PieceTexts
+from apps.multimodal.towers.two_towers import TwoTowers
+from apps.train.cost.flops import Cost, measure_cost
 
 BATCH = pair_batch(6)
 WIDER = replace(TOWER, width=24)

@@ -17,7 +17,7 @@ from apps.cli import main
 from apps.multimodal.data import ImageTextData
 from apps.multimodal.model import AttributeHead
 from apps.multimodal.module import ImageTextRetriever
-from apps.train.loading import load
+from apps.train.checkpoint.loading import load
 
 TOWER_LAYER, HEAD_LAYER = "model.towers.stack.layers.1.ffn", "model.head.experts"
 OVERLAY = {"num_experts": 4, "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 2}}}

@@ -11,8 +11,8 @@ from made_captions import colour, data_of, picture, write_csv, write_pictures, w
 
 from apps.data.subwords import SubwordConfig
 from apps.multimodal.data import ImageTextData
-from apps.multimodal.encoding import PairEncoding
-from apps.multimodal.pairs import PairBatch
+from apps.multimodal.pairs.encoding import PairEncoding
+from apps.multimodal.pairs.pairs import PairBatch
 
 
 @pytest.fixture

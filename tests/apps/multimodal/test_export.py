@@ -13,10 +13,10 @@ from torch_graphs import output_in_torch
 
 import core
 from apps.data.subwords import SubwordConfig, train_subwords
-from apps.multimodal.encoding import PairEncoding, TextEncoding
-from apps.multimodal.loss import SigmoidLoss, SoftmaxLoss
 from apps.multimodal.model import AttributeHead
 from apps.multimodal.module import ImageTextRetriever
+from apps.multimodal.pairs.encoding import PairEncoding, TextEncoding
+from apps.multimodal.towers.loss import SigmoidLoss, SoftmaxLoss
 
 TEXTS = ["a red circle", "a blue square", "the green star of the sea"]
 

@@ -10,12 +10,12 @@ from torch.testing import assert_close
 
 import core
 from apps.equal_cost.comparable import ExampleValues
-from apps.multimodal.loss import SigmoidLoss
-from apps.multimodal.metrics import PairOutputs, PairTargets
 from apps.multimodal.model import AttributeHead
 from apps.multimodal.module import ImageTextRetriever
-from apps.multimodal.pairs import PairBatch
-from apps.train.module import OptimizerConfig, TaskOutput
+from apps.multimodal.pairs.pairs import PairBatch
+from apps.multimodal.report.metrics import PairOutputs, PairTargets
+from apps.multimodal.towers.loss import SigmoidLoss
+from apps.train.step.module import OptimizerConfig, TaskOutput
 from core.config.plain import to_plain
 
 HEAD = AttributeHead(core.MMoE(num_experts=2, expert=core.MLP((8,))), weight=0.5)

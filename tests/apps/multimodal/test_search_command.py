@@ -20,7 +20,7 @@ model:
   class_path: ImageTextRetriever
   init_args:
     tower:
-      class_path: apps.multimodal.towers.SingleTower
+      class_path: apps.multimodal.towers.towers.SingleTower
       init_args: {width: 16, depth: 1, num_heads: 2, patch_size: 16}
     dim: 8
     moe:

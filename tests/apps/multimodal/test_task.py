@@ -16,7 +16,7 @@ from served import LIMITS
 from shown_runs import answered, best_experts, pairs_run, shown
 
 import core
-from apps.multimodal.search import match
+from apps.multimodal.search.search import match
 from apps.serve.service.interface import body_schema
 from apps.serve.service.reading import Reader, Refused
 from apps.vision.encoding import normalize

@@ -7,7 +7,7 @@ import torch
 from made_encoder import PIECES, write_encoder
 
 from apps.data.subwords import SubwordConfig
-from apps.multimodal.encoding import EncodedTexts, TextOptions
+from apps.multimodal.pairs.encoding import EncodedTexts, TextOptions
 
 CAPTIONS = ["a red shoe", "a blue hat", "a red hat and a blue shoe"]
 SMALL = SubwordConfig(vocab_size=300)

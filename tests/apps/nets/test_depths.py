@@ -16,7 +16,7 @@ from apps.nets import transformer
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import LOSS, DepthGate, Entered, MixtureOfDepths, by_capacity, depth_gates
 from apps.nets.transformer import LanguageModel
-from apps.train.cost import measure_cost
+from apps.train.cost.flops import measure_cost
 from apps.vision.model import ViTConfig, VMoE
 
 VOCAB = 20

@@ -13,8 +13,8 @@ from apps.compare.systems import find_systems
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import MixtureOfDepths
 from apps.nets.transformer import LanguageModel
-from apps.train.module import OptimizerConfig
-from apps.train.optimizers import build_optimizer
+from apps.train.optim.optimizers import build_optimizer
+from apps.train.step.module import OptimizerConfig
 from apps.vision.batch import ImageBatch
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier

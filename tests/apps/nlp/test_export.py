@@ -19,7 +19,7 @@ from apps.nlp.decode import DecodeConfig
 from apps.nlp.language.module import LanguageModeler
 from apps.nlp.language.task import Continuation
 from apps.nlp.translation.task import Translation
-from apps.train.exported import ExportedModel
+from apps.train.publish.exported import ExportedModel
 
 TRANSLATE = script("docs/serving.md", "python translate.py")
 CONTINUE = script("docs/serving.md", "python continue.py")

@@ -20,7 +20,7 @@ from apps.plan.layout import Layout, cost
 from apps.plan.options import Options
 from apps.plan.outline import outlined
 from apps.plan.sweep import layouts, sweep
-from apps.train.expert_parallel import ExpertParallelStrategy
+from apps.train.sharded.expert_parallel import ExpertParallelStrategy
 from core.parallel import AllToAllDispatcher, routes
 
 DIGITS = ("--config", "configs/vision/digits.yaml", "--gpu", "h100")

@@ -19,12 +19,12 @@ from apps.recsys.encoding.features import (
     SequenceFeature,
     VectorFeature,
 )
-from apps.recsys.tables.batch import TableBatch
-from apps.recsys.tables.bottoms import SingleTask
-from apps.recsys.tables.embedding import EmbeddingConfig
-from apps.recsys.tables.history import HistoryConfig
+from apps.recsys.tables.columns.bottoms import SingleTask
+from apps.recsys.tables.columns.embedding import EmbeddingConfig
+from apps.recsys.tables.columns.history import HistoryConfig
 from apps.recsys.tables.module import MultiTaskRecommender
-from apps.train.cost import measure_cost
+from apps.recsys.tables.rows.batch import TableBatch
+from apps.train.cost.flops import measure_cost
 
 RETRIEVER = ("--config", "configs/recsys/movielens_1m_retrieval.yaml", "--gpu", "h100", "--gpus", "8")
 HISTORIES = ("--config", "configs/recsys/movielens_1m_din.yaml", "--gpu", "h100", "--gpus", "8")

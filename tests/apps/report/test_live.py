@@ -13,7 +13,7 @@ from trainings import fit, rows
 
 import core
 from apps.report.live import RoutingDetail, load_map, show_loads
-from apps.train.logs import MetricsCSV
+from apps.train.watch.logs import MetricsCSV
 
 DETAILED = {"max_violation", "load_variation", "load_p5", "load_p25", "load_p50", "load_p75", "load_p95"}
 

@@ -9,7 +9,7 @@ import torch
 
 import core
 from apps.serve.export.onnx import Form, to_onnx
-from apps.train.exporting import Graph
+from apps.train.publish.exporting import Graph
 from tests.support.overlays import (
     CONFIGS,
     LENGTH,

@@ -19,8 +19,8 @@ import core
 from apps.cli import main
 from apps.cli.train import build
 from apps.compare.experiment import Experiment
-from apps.train.module import TaskOutput
 from apps.train.sparsified import SparsifyConfig, sparsified
+from apps.train.step.module import TaskOutput
 
 LAYERS = core.MoEConfig(4, core.TokenChoice(2), balance=core.Balance(load_balancing=0.5))
 

@@ -17,7 +17,7 @@ from apps.cli import main
 from apps.cli.classes import with_long_names, with_short_names
 from apps.cli.configs import read_config
 from apps.demonstrate.examples import data_of
-from apps.train.exported import Description
+from apps.train.publish.exported import Description
 
 NAMES = (*registry.MODULES, *registry.DATA, *registry.TRAINER)
 
@@ -31,7 +31,7 @@ def earlier(path: str) -> str:
 @pytest.fixture
 def moved(monkeypatch):
     """Every class of the apps has moved since."""
-    configs = ("apps.multimodal.towers.SingleTower", "apps.multimodal.loss.SigmoidLoss")
+    configs = ("apps.multimodal.towers.towers.SingleTower", "apps.multimodal.towers.loss.SigmoidLoss")
     for name in (*NAMES, *configs):
         monkeypatch.setitem(registry.FORMER, earlier(name), name)
 
@@ -68,13 +68,16 @@ def test_a_name_that_is_in_no_table_is_not_imported(tmp_path):
 
 def test_a_configuration_has_short_names_when_it_is_written_and_paths_of_today_when_read(tmp_path, moved):
     callback = {"class_path": earlier("RoutingDetail"), "init_args": {"a": 1}}
-    data, tower = {"class_path": earlier("TextData")}, {"class_path": earlier("apps.multimodal.towers.SingleTower")}
+    data, tower = (
+        {"class_path": earlier("TextData")},
+        {"class_path": earlier("apps.multimodal.towers.towers.SingleTower")},
+    )
     written = {"model": earlier("Translator"), "data": data, "tower": tower, "trainer": {"callbacks": [callback]}}
     (tmp_path / "old.yaml").write_text(yaml.safe_dump(written))
     config = with_long_names(read_config(tmp_path / "old.yaml"))
     assert config["model"] == registry.full_path("Translator")
     assert config["data"]["class_path"] == registry.full_path("TextData")
-    assert config["tower"]["class_path"] == "apps.multimodal.towers.SingleTower"
+    assert config["tower"]["class_path"] == "apps.multimodal.towers.towers.SingleTower"
     assert config["trainer"]["callbacks"] == [{**callback, "class_path": registry.full_path("RoutingDetail")}]
     short = with_short_names(config)
     assert short["data"]["class_path"] == "TextData"
@@ -106,7 +109,7 @@ def test_a_run_has_short_names_and_one_of_before_is_tested_and_goes_on(tmp_path,
 
 def test_an_export_of_before_is_read(moved):
     told = {"app": "pairs", "module": earlier("ImageTextRetriever"), "preprocessing": {}}
-    tower = {"class_path": earlier("apps.multimodal.towers.SingleTower"), "init_args": {}}
+    tower = {"class_path": earlier("apps.multimodal.towers.towers.SingleTower"), "init_args": {}}
     read = Description.from_json(json.dumps({**told, "arguments": {"tower": tower}}), Path("x"))
     assert registry.resolve(read.module).__name__ == "ImageTextRetriever"
-    assert read.arguments["tower"]["class_path"] == "apps.multimodal.towers.SingleTower"
+    assert read.arguments["tower"]["class_path"] == "apps.multimodal.towers.towers.SingleTower"

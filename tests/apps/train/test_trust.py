@@ -19,8 +19,8 @@ import core
 from apps.cli import main
 from apps.cli.train import build
 from apps.nlp.translation.module import Translator
-from apps.train import sharded
-from apps.train.loading import check_beside
+from apps.train.checkpoint import sharded
+from apps.train.checkpoint.loading import check_beside
 from apps.vision.data import VisionData
 from apps.vision.module import VisionClassifier
 from core import registry

@@ -20,12 +20,12 @@ from apps.nets import loss
 from apps.nets.config import TransformerConfig
 from apps.nlp.language.data import TextData
 from apps.nlp.language.module import LanguageModeler
+from apps.recsys.readers.synthetic import SyntheticConfig
+from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.data import TableData
-from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
-from apps.recsys.tables.synthetic import SyntheticConfig
-from apps.train import module as module_file
-from apps.train.finite import NonFiniteError
+from apps.train.step import module as module_file
+from apps.train.step.finite import NonFiniteError
 from apps.vision.data import VisionData
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier
@@ -35,7 +35,7 @@ MOE = core.MoEConfig(8, ROUTER, core.FFN(hidden_dim=16), capacity_factor=1.2)
 
 ON_A_CPU = {
     ("_local_scalar_dense", "core/dispatch/local.py", "dispatch"),
-    ("_local_scalar_dense", "apps/recsys/tables/embedding.py", "_check_rows"),
+    ("_local_scalar_dense", "apps/recsys/tables/columns/embedding.py", "_check_rows"),
 }
 """Reads behind a check that the device is the CPU."""
 

@@ -16,14 +16,14 @@ from torch.testing import assert_close
 import core
 from apps.cli import main
 from apps.equal_cost import routers
-from apps.train.distilling import DistilConfig
-from apps.train.module import OptimizerConfig, parameter_groups
+from apps.train.step.distilling import DistilConfig
+from apps.train.step.module import OptimizerConfig, parameter_groups
 from apps.vision.batch import ImageBatch
 from apps.vision.data import VisionData
 from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier
-from core.routing.expert_choice import ExpertChoice
-from core.routing.soft import Merge, SoftSlots
+from core.routing.pairs.expert_choice import ExpertChoice
+from core.routing.soft.soft import Merge, SoftSlots
 
 TINY = ViTConfig(patch_size=2, embed_dim=8, depth=2, num_heads=2, pool="avg")
 MOE = core.MoEConfig(num_experts=4, expert=core.FFN(hidden_dim=16))

@@ -26,9 +26,9 @@ from core import (
 )
 from core.kernels import BACKENDS, eager
 from core.kernels.eager import top_k_ids
-from core.routing.balance import Balance
-from core.routing.balance_terms import balance_sums
-from core.routing.expert_choice import choose_tokens
+from core.routing.balance.balance import Balance
+from core.routing.balance.terms import balance_sums
+from core.routing.pairs.expert_choice import choose_tokens
 
 SIGMOID = {"score_func": "sigmoid", "normalize": False}
 

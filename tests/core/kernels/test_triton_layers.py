@@ -10,7 +10,7 @@ import core
 from core.kernels import eager, triton_ops
 from core.kernels.triton_ops import experts, gate, sort, sums
 from core.memory import kept_bytes
-from core.routing.balance_terms import balance_sums
+from core.routing.balance.terms import balance_sums
 
 pytest.importorskip("triton")
 

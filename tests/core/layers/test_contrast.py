@@ -32,8 +32,8 @@ from core import (
     record,
 )
 from core.memory import kept_bytes
-from core.routing.balance_losses import contrast_losses
-from core.routing.balance_terms import balance_sums, balance_terms
+from core.routing.balance.losses import contrast_losses
+from core.routing.balance.terms import balance_sums, balance_terms
 
 ALONE = {"load_balancing": 0.0, "router_z": 0.0}
 OUTPUT = torch.tensor([[0.75, 0.0], [0.75, 0.0], [0.0, 0.75], [torch.nan, 0.0]])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import core
 from core import FFN, MoEConfig, TokenChoice
-from core.routing.top_k import without_some
+from core.routing.pairs.top_k import without_some
 
 LOGITS = torch.tensor([3.0, 2.0, 1.0, 0.0])
 

@@ -31,7 +31,7 @@ from core import (
     count_flops,
     record,
 )
-from core.routing.balance_losses import mean_over
+from core.routing.balance.losses import mean_over
 
 BACKENDS = ["eager", "cpu", "grouped", "triton"]
 OFF = {"load_balancing": 0.0, "router_z": 0.0}

@@ -28,7 +28,7 @@ from core import (
     set_capacity_factor,
     update_expert_bias,
 )
-from core.routing.soft import Merge, SoftSlots
+from core.routing.soft.soft import Merge, SoftSlots
 
 # --- the tape, losses and statistics ---
 

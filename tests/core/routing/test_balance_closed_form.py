@@ -28,8 +28,8 @@ from core import (
     record,
     update_expert_bias,
 )
-from core.routing.balance import adaptive_weight
-from core.routing.balance_losses import (
+from core.routing.balance.balance import adaptive_weight
+from core.routing.balance.losses import (
     entropy,
     global_entropy_loss,
     local_entropy_loss,
@@ -38,7 +38,7 @@ from core.routing.balance_losses import (
     mutual_information_loss,
     sequence_losses,
 )
-from core.routing.balance_terms import SCORE_TERMS, TERMS, balance_sums, balance_terms
+from core.routing.balance.terms import SCORE_TERMS, TERMS, balance_sums, balance_terms
 
 OFF = {"load_balancing": 0.0, "router_z": 0.0}
 NEW = ("mutual_information", "local_entropy", "global_entropy", "sequence_balance")

@@ -11,12 +11,12 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 
 from core import FFN, Balance, MoEConfig, RoutingContext, TokenChoice
-from core.routing.adaptive import DynamicThreshold, NullExperts, Threshold, TokenRounding
-from core.routing.assignment import Base, Sinkhorn
-from core.routing.groups import Ensemble, Hierarchical, Prototypes
+from core.routing.given.per_sequence import Sentence, Task
 from core.routing.learned import Attention, Cosine, Stable
-from core.routing.per_sequence import Sentence, Task
-from core.routing.smooth import Dense, DenseToSparse, DSelectK
+from core.routing.pairs.adaptive import DynamicThreshold, NullExperts, Threshold, TokenRounding
+from core.routing.pairs.assignment import Base, Sinkhorn
+from core.routing.pairs.groups import Ensemble, Hierarchical, Prototypes
+from core.routing.pairs.smooth import Dense, DenseToSparse, DSelectK
 
 D, E = 4, 8
 CONFIGS = {

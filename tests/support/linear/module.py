@@ -15,7 +15,7 @@ from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
 from apps.equal_cost.twins import dense_twins
 from apps.nets.blocks import one_ffn
 from apps.nets.place import Place
-from apps.train.module import SparseModule, TaskOutput
+from apps.train.step.module import SparseModule, TaskOutput
 from linear.model import linear
 from linear.report import LinearReport
 

@@ -8,7 +8,7 @@ import torch
 
 from apps.task import Sizes, Task, Trial
 from apps.task.outputs import classes, top_classes
-from apps.train.exporting import Exported, Graph
+from apps.train.publish.exporting import Exported, Graph
 from apps.vision.encoding import normalize
 from apps.vision.image_input import image_input
 from linear.data import ENCODING

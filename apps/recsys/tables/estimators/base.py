@@ -25,7 +25,7 @@ from apps.equal_cost.search import Search
 from apps.recsys.encoding.features import Target
 from apps.recsys.kinds import Count, Kind, Ordinal, Outputs, kind_of
 from apps.recsys.metrics import MultiTaskMetrics
-from apps.recsys.tables.arrays import MultiValued, TableArrays, gather
+from apps.recsys.tables.rows.arrays import MultiValued, TableArrays, gather
 from apps.recsys.tables.tasks import step_labels
 
 _logger = logging.getLogger(__name__)

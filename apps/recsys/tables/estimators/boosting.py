@@ -16,8 +16,8 @@ from apps.data.given import NUMBERS
 from apps.equal_cost.search import Search
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.kinds import Count, Kind
-from apps.recsys.tables.arrays import TableArrays
 from apps.recsys.tables.estimators.base import PerTask, Task, best_of, outputs_of, quality_of, sparse_values
+from apps.recsys.tables.rows.arrays import TableArrays
 
 MAX_CATEGORIES = 255
 """Largest number of categories by which scikit-learn's boosting splits a column."""

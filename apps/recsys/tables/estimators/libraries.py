@@ -13,9 +13,9 @@ import torch
 from apps.data.given import NUMBERS
 from apps.equal_cost.search import Search
 from apps.recsys.kinds import Count, Kind
-from apps.recsys.tables.arrays import TableArrays
 from apps.recsys.tables.estimators.base import PerTask, Task, best_of, outputs_of, quality_of
 from apps.recsys.tables.estimators.boosting import FrequentValues
+from apps.recsys.tables.rows.arrays import TableArrays
 
 PATIENCE = 50
 """Trees without a better validation loss before training ends."""

@@ -4,7 +4,7 @@ import io
 import itertools
 
 from apps.cli.write import predictions
-from apps.train.predicting import Prediction
+from apps.train.publish.predicting import Prediction
 
 
 def test_progress_is_said_each_minute_or_by_a_bar_on_a_terminal(monkeypatch):

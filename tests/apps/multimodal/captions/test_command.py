@@ -15,7 +15,7 @@ from apps.data.subwords import SubwordConfig
 from apps.multimodal.captions.module import ImageCaptioner
 from apps.multimodal.data import ImageTextData
 from apps.nlp.decode import DecodeConfig
-from apps.train.loading import load
+from apps.train.checkpoint.loading import load
 
 
 @pytest.fixture(scope="module")

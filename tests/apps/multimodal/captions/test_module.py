@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import core
 from apps.multimodal.captions.module import ImageCaptioner
-from apps.multimodal.encoding import PairEncoding, TextEncoding
+from apps.multimodal.pairs.encoding import PairEncoding, TextEncoding
 from apps.nets.config import TransformerConfig
 from apps.nlp.text.scores import corpus_score
 

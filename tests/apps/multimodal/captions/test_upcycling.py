@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import core
 from apps.cli import main
-from apps.train.loading import load
+from apps.train.checkpoint.loading import load
 
 ALL = pairs(*zip(COLOURS, TEXTS, strict=True))
 

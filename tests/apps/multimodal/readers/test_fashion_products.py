@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_captions import picture, write_csv, write_products
 
-from apps.multimodal.pairs import ReadOptions
+from apps.multimodal.pairs.pairs import ReadOptions
 from apps.multimodal.readers.fashion_products import read_fashion_products
 
 TITLES = ["Red shirt", "Green shirt", "Blue shoe"]

@@ -7,7 +7,7 @@ import json
 import pytest
 from made_captions import write_csv, write_pictures
 
-from apps.multimodal.pairs import ReadOptions
+from apps.multimodal.pairs.pairs import ReadOptions
 from apps.multimodal.readers.tables import read_table
 
 

@@ -26,9 +26,9 @@ from apps.nets.universal import Universal
 from apps.nlp.decode import DecodeConfig
 from apps.nlp.language.data import TextBatch, TextData, TextSize
 from apps.nlp.language.module import Block, LanguageMetrics, LanguageModeler
-from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
-from apps.train.distilling import DistilConfig
-from apps.train.module import OptimizerConfig
+from apps.train.checkpoint.checkpoints import AtomicCheckpointIO, BestAndLast
+from apps.train.step.distilling import DistilConfig
+from apps.train.step.module import OptimizerConfig
 from core.layers import FeedForward
 
 DOCUMENTS = ["red blue green black", "one two three four", "north east south west", "spring summer autumn winter"]

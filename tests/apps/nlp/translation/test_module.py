@@ -31,11 +31,11 @@ from apps.nlp.text.scores import corpus_score
 from apps.nlp.translation.module import Translator, task_numbers
 from apps.nlp.translation.report import TranslationReportConfig
 from apps.report.page import load_sections
-from apps.train.checkpoints import AtomicCheckpointIO, BestAndLast
-from apps.train.distilling import DistilConfig
-from apps.train.finite import NonFiniteError
-from apps.train.module import OptimizerConfig
-from apps.train.resume import GeneratorState
+from apps.train.checkpoint.checkpoints import AtomicCheckpointIO, BestAndLast
+from apps.train.checkpoint.resume import GeneratorState
+from apps.train.step.distilling import DistilConfig
+from apps.train.step.finite import NonFiniteError
+from apps.train.step.module import OptimizerConfig
 from core.layers import FeedForward
 
 DROPPING = dataclasses.replace(TRANSFORMER, dropout=0.1)
@@ -417,7 +417,7 @@ def test_a_stopped_run_resumes_exactly(config, tmp_path):
     def fit(name: str, stop_at: int | None = None) -> None:
         with quiet():
             cli = build("fit", ["--config", config, "--run_dir", str(tmp_path / name), "--ckpt_path", "last",
-                                "--trainer.callbacks", "[{class_path: apps.train.checkpoints.BestAndLast, init_args: "
+                                "--trainer.callbacks", "[{class_path: BestAndLast, init_args: "
                                 "{every_n_steps: 2}}]"])  # fmt: skip
             original, steps = cli.model.task_loss, iter(range(99 if stop_at is None else stop_at))
 

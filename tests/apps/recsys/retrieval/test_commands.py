@@ -16,7 +16,7 @@ import apps
 from apps.cli import main
 from apps.recsys.retrieval.data import RetrievalData
 from apps.recsys.retrieval.index import ItemIndex
-from apps.recsys.tables import scoring, streaming
+from apps.recsys.tables.rows import scoring, streaming
 
 USERS = {"key": [7, 8], "user": ["cy", "zoe"], "age": [50, 25]}
 QUIET = {"accelerator": "cpu", "max_epochs": 1, "log_every_n_steps": 1}

@@ -13,8 +13,8 @@ from apps.data.array_files import ArraysInMemory
 from apps.recsys.retrieval.catalogue import Catalogue, Seen, last_rows
 from apps.recsys.retrieval.columns import arrays_of, encoding_of_part, names_of, raw_columns, take_columns
 from apps.recsys.tables.data import TableData
-from apps.recsys.tables.new_rows import NewRows
-from apps.recsys.tables.rows import TableRows
+from apps.recsys.tables.encode.new_rows import NewRows
+from apps.recsys.tables.rows.rows import TableRows
 
 
 @pytest.fixture

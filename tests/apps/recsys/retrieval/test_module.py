@@ -13,7 +13,7 @@ import core
 from apps.compare.systems import find_systems
 from apps.recsys.retrieval.loss import sampled_softmax
 from apps.recsys.retrieval.module import TwoTowerRetriever
-from apps.train.module import OptimizerConfig
+from apps.train.step.module import OptimizerConfig
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 

@@ -9,8 +9,8 @@ from made_pairs import FILMS, TABLE, made_pairs, options, retriever
 
 import core
 from apps.recsys.retrieval.scoring import Ranking, Retrieved
+from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.data import TableData
-from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
 
 USERS = {"user": ["cy", "ann", "zoe"], "age": [50, 30, 25], "stars": [1, 2, 3]}

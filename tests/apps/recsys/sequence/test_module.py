@@ -17,8 +17,8 @@ from apps.compare.systems import find_systems
 from apps.recsys.sequence.data import HistoryBatch
 from apps.recsys.sequence.model import HistoryModelConfig
 from apps.recsys.sequence.module import NextItemRecommender, baseline_widths
-from apps.train.distilling import DistilConfig
-from apps.train.module import OptimizerConfig, parameter_groups
+from apps.train.step.distilling import DistilConfig
+from apps.train.step.module import OptimizerConfig, parameter_groups
 
 TINY = HistoryModelConfig(dim=8, depth=2, num_heads=2, hidden_dim=16, dropout=0.0, embed_dropout=0.0)
 SASREC = HistoryModelConfig(dim=8, depth=2, num_heads=2, hidden_dim=16, mixing="attention")

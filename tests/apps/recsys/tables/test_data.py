@@ -20,10 +20,10 @@ from own_table import CONFIG, NAN, TEST, TRAIN, by_row, config_of, same, write
 
 from apps.data import datasets
 from apps.recsys.encoding.features import CategoricalFeature
+from apps.recsys.readers.synthetic import SyntheticConfig
 from apps.recsys.schema import SplitConfig
-from apps.recsys.tables import build as build_module
 from apps.recsys.tables.data import TableData
-from apps.recsys.tables.synthetic import SyntheticConfig
+from apps.recsys.tables.encode import build as build_module
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

@@ -14,7 +14,6 @@ from sklearn.metrics import log_loss, roc_auc_score
 from apps.equal_cost.comparable import Estimator
 from apps.equal_cost.search import Search
 from apps.recsys.schema import TableConfig, TaskConfig
-from apps.recsys.tables.arrays import gather
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.estimators import (
     CatBoost,
@@ -25,6 +24,7 @@ from apps.recsys.tables.estimators import (
 )
 from apps.recsys.tables.estimators.boosting import Columns
 from apps.recsys.tables.estimators.linear import design_matrix
+from apps.recsys.tables.rows.arrays import gather
 
 FAST = {"max_iter": 15, "search_rows": 300}
 

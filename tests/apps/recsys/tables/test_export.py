@@ -11,8 +11,8 @@ from torch_graphs import output_in_torch
 
 import core
 from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.data import TableData
-from apps.recsys.tables.embedding import EmbeddingConfig
 from apps.recsys.tables.module import MultiTaskRecommender
 
 # Values that training has and lacks, and missing ones.

@@ -12,11 +12,11 @@ from torch.testing import assert_close
 import core
 from apps.recsys.encoding.features import CategoricalFeature, Features, Target
 from apps.recsys.kinds import Outputs
-from apps.recsys.tables.batch import TableBatch
-from apps.recsys.tables.bottoms import SharedBottom, SingleTask
-from apps.recsys.tables.dense import DenseConfig
-from apps.recsys.tables.embedding import EmbeddingConfig
+from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
+from apps.recsys.tables.columns.dense import DenseConfig
+from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.model import Ensemble, InteractionArch, InteractionConfig, MultiTaskModel
+from apps.recsys.tables.rows.batch import TableBatch
 from apps.recsys.tables.tasks import HeadConfig
 
 BOTTOM = SharedBottom(expert=core.MLP((6,)))

@@ -17,15 +17,15 @@ from apps.compare.systems import check_equal, measure_cost
 from apps.recsys.encoding.features import Features, Target
 from apps.recsys.kinds import Outputs
 from apps.recsys.tables.baselines import BOTTOMS, ESTIMATORS, bottom, bottom_widths
-from apps.recsys.tables.bottoms import SharedBottom, SingleTask
-from apps.recsys.tables.dense import DenseConfig
-from apps.recsys.tables.embedding import EmbeddingConfig
+from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
+from apps.recsys.tables.columns.dense import DenseConfig
+from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.model import InteractionConfig
 from apps.recsys.tables.module import MultiTaskRecommender, TaskOutputs, labelled_mean, last_weight
+from apps.recsys.tables.negatives.weighting import WeightingConfig
 from apps.recsys.tables.tasks import HeadConfig
-from apps.recsys.tables.weighting import WeightingConfig
-from apps.train.distilling import DistilConfig
-from apps.train.module import OptimizerConfig, parameter_groups
+from apps.train.step.distilling import DistilConfig
+from apps.train.step.module import OptimizerConfig, parameter_groups
 
 NAN = math.nan
 TWO_CLICKS = Outputs((Target(), Target()))

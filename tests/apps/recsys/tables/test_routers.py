@@ -10,7 +10,7 @@ import core
 from apps.cli import main
 from apps.compare.systems import find_systems
 from apps.equal_cost import routers
-from apps.recsys.tables.bottoms import SharedBottom
+from apps.recsys.tables.columns.bottoms import SharedBottom
 from apps.recsys.tables.module import MultiTaskRecommender
 
 DOMAINS = 8  # as configs/routing/domain.yaml

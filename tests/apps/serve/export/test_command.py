@@ -17,9 +17,9 @@ from PIL import Image
 from apps import registry
 from apps.cli import main
 from apps.serve.export.command import _by_position, compare, data_section
-from apps.train.exported import Description, ExportedModel
-from apps.train.exporting import Graph
-from apps.train.loading import load
+from apps.train.checkpoint.loading import load
+from apps.train.publish.exported import Description, ExportedModel
+from apps.train.publish.exporting import Graph
 from apps.vision.data import VisionData
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from apps.base.sealed import seal, weights_file
 from apps.serve.export.files import write
-from apps.train.exported import Description
-from apps.train.exporting import Exported
+from apps.train.publish.exported import Description
+from apps.train.publish.exporting import Exported
 
 
 def test_the_weights_of_an_earlier_export_go_with_it_and_no_others(tmp_path):

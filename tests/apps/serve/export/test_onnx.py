@@ -14,8 +14,8 @@ import core
 from apps.base.sealed import seal
 from apps.serve.export.contrib import misfit
 from apps.serve.export.onnx import _fastest, to_onnx
-from apps.train.exported import OnnxGraph
-from apps.train.exporting import Graph
+from apps.train.publish.exported import OnnxGraph
+from apps.train.publish.exporting import Graph
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")

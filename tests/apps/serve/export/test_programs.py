@@ -7,7 +7,7 @@ import torch
 
 import core
 from apps.serve.export.programs import to_aoti, to_torch_export
-from apps.train.exporting import Graph
+from apps.train.publish.exporting import Graph
 
 
 @pytest.mark.parametrize("bits", [None, 4])

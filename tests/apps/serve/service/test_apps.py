@@ -12,7 +12,7 @@ from shown_runs import RUNS
 from apps import registry
 from apps.report.exhibit.fields import ChoiceField, TextField
 from apps.serve.service.command import service_of
-from apps.train.loading import load
+from apps.train.checkpoint.loading import load
 
 ONLY_SENT = {"pairs": ["text"], "history": ["top"]}
 """Inputs of a request that the page of a model leaves out: the vector of a text by itself is nothing to look at, and a

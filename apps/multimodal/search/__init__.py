@@ -1,0 +1,1 @@
+"""Search by text or image: vectors, indexes, zero-shot classes, pages."""

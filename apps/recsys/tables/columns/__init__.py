@@ -1,0 +1,1 @@
+"""How the columns of a row become vectors: embeddings, numbers, histories, texts."""

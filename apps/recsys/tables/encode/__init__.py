@@ -1,0 +1,1 @@
+"""Encodings of tables: how they are built, checked and cut into splits."""

@@ -1,0 +1,1 @@
+"""Negatives: sampled rows and items, their draws and weights."""

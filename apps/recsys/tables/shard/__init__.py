@@ -1,0 +1,1 @@
+"""Embedding tables on several processes, and tables that grow."""

@@ -1,0 +1,1 @@
+"""What leaves a run: pretrained folders, model cards, exported graphs, predictions."""

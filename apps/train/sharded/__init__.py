@@ -1,0 +1,1 @@
+"""Training on several processes with sharded experts, parameters and tables."""

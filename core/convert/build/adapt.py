@@ -1,0 +1,84 @@
+"""``adapt`` freezes a model and gives linear layers of it a mixture of updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ...config import MoEConfig
+from ...fields import check_values
+from ...layers import AdaptedLinear, MoE
+from ..read.names import matching_names
+
+
+def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None = None) -> nn.Module:
+    """Freeze a trained model and put a mixture of updates into its linear layers, such as ``LoRA`` or ``IA3``.
+
+    What trains afterwards are the updates and their routers. Each layer has a router of its own. The model calls a
+    linear layer with tokens alone, so that padding is routed as any token.
+
+    Args:
+        model: any module, which is changed in place, or one ``nn.Linear``.
+        moe: the updates. With ``LoRA`` the adapted model begins with the outputs of the trained one; with ``IA3`` it
+            does so where the gates of a token sum to 1.
+        modules: pattern of the dotted names of linear layers, or several, as ``fnmatch`` reads it: ``*`` also stands
+            for several names, so that ``*.q_proj`` is every layer of that name. None: ``model`` is an ``nn.Linear``.
+
+    Returns:
+        ``model``, or the adapted linear layer.
+
+    Raises:
+        ValueError: a pattern names no module, or one that is no ``nn.Linear`` or is read in place of being called; the
+            router needs a context; or the updates do not fit a layer's widths.
+
+    Example::
+
+        moe = core.MoEConfig(8, core.TokenChoice(2), core.LoRA(8, alpha=16))
+        core.adapt(model, moe, modules="blocks.*.attn.qkv")
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    """
+    check_values(MoEConfig, moe=moe)
+    if modules is None:
+        return AdaptedLinear(_linear("model", model), _updates(_linear("model", model), moe), moe.expert.follows_base)
+    if moe.router.needs:
+        needed = ", ".join(f"context.{name}" for name in moe.router.needs)
+        raise ValueError(f"router {moe.router.source()} needs {needed}, which no linear layer is called with")
+    # All are made before the first is put in: a refusal leaves the model as it was.
+    places: list[tuple[nn.Module, str, nn.Linear]] = []
+    updates: dict[nn.Linear, MoE] = {}
+    linear_layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in filter(None, matching_names(model, modules, linear_layers, "linear layers", fnmatchcase)):
+        linear = _linear(f"module {name!r}", model.get_submodule(name))
+        places.append((*_place(model, name), linear))
+        if linear not in updates:
+            updates[linear] = _updates(linear, moe)
+    model.requires_grad_(False)
+    adapted = {linear: AdaptedLinear(linear, of, moe.expert.follows_base) for linear, of in updates.items()}
+    for parent, child, linear in places:
+        setattr(parent, child, adapted[linear])
+    return model
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the parent of a module and its name there."""
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(
+            f"module {name!r} is part of an nn.MultiheadAttention, which reads its weight and never calls it"
+        )
+    return parent, child
+
+
+def _linear(name: str, module: nn.Module) -> nn.Linear:
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{name} is a {type(module).__name__}: updates stand beside an nn.Linear")
+    return module
+
+
+def _updates(linear: nn.Linear, moe: MoEConfig) -> MoE:
+    """Return updates of a linear layer, on its device, in its dtype and mode."""
+    dim = linear.out_features if moe.expert.follows_base else linear.in_features
+    return moe.build(dim, linear.out_features).to(linear.weight.device, linear.weight.dtype).train(linear.training)

@@ -1,0 +1,1 @@
+"""What experts are worth: statistics, widths, summaries."""

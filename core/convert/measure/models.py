@@ -1,0 +1,163 @@
+"""Several trained models of one architecture as one: their mean, or a sparse model with their networks as experts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...config import MoEConfig
+from ...experts import FFN
+from ...fields import check_values
+from ..build.sparse_ffn import SparseFFN
+from ..build.sparsify import matching_parts, sparsify
+from ..read.feed_forward import copy_weights
+
+State = Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def average_models(models: Sequence[nn.Module], weights: Sequence[float] | None = None) -> nn.Module:
+    """Return a model whose parameters are the mean of several models' (Branch-Train-Merge, arXiv 2208.03306).
+
+    The models have one architecture, and are best trained on from one checkpoint, each on a domain of its own. With
+    weights a domain counts more, such as by its posterior of the text to come.
+
+    Args:
+        models: at least one; they stay as they are.
+        weights: one for each model, not negative, which are divided by their sum; None: equal ones.
+
+    Returns:
+        a copy of the first model, in its mode, dtype and on its device, with the mean in each parameter and buffer.
+
+    Raises:
+        ValueError: as ``average_states``.
+
+    Example::
+
+        merged = core.average_models([law, medicine, news], weights=[0.6, 0.3, 0.1])
+    """
+    if not models:
+        raise ValueError("there are no models to average")
+    mean = average_states([model.state_dict() for model in models], weights)
+    result = copy.deepcopy(models[0])
+    result.load_state_dict(mean)
+    return result
+
+
+@torch.no_grad()
+def average_states(states: Sequence[State], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
+    """Return the mean of several models' ``state_dict``, tensor by tensor, in the dtype and on the device of the first.
+
+    Sums are taken in float32 at least. Whole numbers are no means: a single one, such as a count of steps, is the
+    largest, and a table, such as that of ``Hash``, has to be the same in all.
+
+    Args:
+        states: at least one, with the same names and shapes.
+        weights: as in ``average_models``.
+
+    Raises:
+        ValueError: there is no state; names or shapes differ, or tables of whole numbers; weights of another number,
+            negative, not finite or all 0.
+    """
+    if not states:
+        raise ValueError("there are no models to average")
+    for i, state in enumerate(states[1:], 1):
+        _check_like(states[0], state, i)
+    share_N = _shares(weights, len(states))
+    return {name: _mean(name, [state[name] for state in states], share_N) for name in states[0]}
+
+
+@torch.no_grad()
+def mix_models(
+    models: Sequence[nn.Module],
+    moe: MoEConfig,
+    modules: str | Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    seed: int = 0,
+    causal: bool = False,
+) -> nn.Module:
+    """Return a sparse model whose experts are the feed-forward networks of dense models (Branch-Train-MiX, arXiv
+    2403.07816).
+
+    Expert e of each layer is the network of ``models[e]``. All else is the mean of the models, by ``average_models``,
+    and the routers are new: the paper then trains the whole on all domains.
+
+    Args:
+        models: dense models of one architecture; they stay as they are.
+        moe: the layers, with ``num_experts`` equal to the number of models, the default ``expert`` and no shared ones.
+        modules: pattern of the dotted names of the networks, or several, as in ``core.sparsify``.
+        weights: of the mean, as in ``average_models``.
+        seed: of the routers' start.
+        causal: as in ``core.sparsify``.
+
+    Raises:
+        ValueError: ``moe`` has another number of experts, another kind, shared ones or a granularity; or as
+            ``core.sparsify`` and ``average_models``.
+
+    Example::
+
+        moe = core.MoEConfig(3, core.TokenChoice(2))
+        sparse = core.mix_models([law, medicine, news], moe, modules="blocks.*.mlp")
+    """
+    check_values(MoEConfig, moe=moe)
+    if moe.num_experts != len(models):
+        raise ValueError(f"num_experts={moe.num_experts} is not the number of models, {len(models)}")
+    for name, value, default in (
+        ("expert", moe.expert, FFN()),
+        ("granularity", moe.granularity, 1),
+        ("num_shared_experts", moe.num_shared_experts, 0),
+    ):
+        if value != default:
+            raise ValueError(f"{name}={value}: the experts are the models' networks, and there are no others")
+    sparse = sparsify(average_models(models, weights), moe, modules, "random", seed=seed, causal=causal)
+    for e, model in enumerate(models):
+        for name, part in matching_parts(model, modules).items():
+            layer = sparse.get_submodule(".".join(filter(None, (name, part.at))))
+            assert isinstance(layer, SparseFFN)
+            copy_weights(layer.moe.experts, e, part.weights)
+    return sparse
+
+
+def _shares(weights: Sequence[float] | None, num_models: int) -> list[float]:
+    """Return weights that sum to 1."""
+    if weights is None:
+        return [1.0 / num_models] * num_models
+    given = [float(weight) for weight in weights]
+    if len(given) != num_models:
+        raise ValueError(f"weights has {len(given)} numbers for {num_models} models")
+    if not all(0 <= weight < float("inf") for weight in given) or not sum(given):
+        raise ValueError(f"weights={given} are not finite, not negative and not all 0")
+    return [weight / sum(given) for weight in given]
+
+
+def _check_like(first: State, state: State, i: int) -> None:
+    """Raise a ``ValueError`` where model ``i`` has other names or shapes than the first."""
+    for lacking, missing in ((i, first.keys() - state.keys()), (0, state.keys() - first.keys())):
+        if missing:
+            names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
+            raise ValueError(f"model {lacking} lacks {names}, which model {i - lacking} has")
+    for name, tensor in first.items():
+        if state[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} in model 0 and {tuple(state[name].shape)} in model {i}"
+            raise ValueError(f"{name} has shape {shapes}")
+
+
+def _mean(name: str, tensors: list[Tensor], share_N: list[float]) -> Tensor:
+    """Return the weighted mean of one tensor of all models."""
+    first = tensors[0]
+    if not first.is_floating_point():
+        same = [tensor.to(first.device) for tensor in tensors]
+        if first.ndim == 0 and first.dtype != torch.bool:
+            return torch.stack(same).amax()
+        if not all(torch.equal(first, tensor) for tensor in same):
+            raise ValueError(f"{name} holds whole numbers that differ: they have no mean")
+        return first.clone()
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    total = torch.zeros_like(first, dtype=dtype)
+    for tensor, share in zip(tensors, share_N, strict=True):
+        total.add_(tensor.to(total), alpha=share)
+    return total.to(first.dtype)

@@ -1,0 +1,412 @@
+"""Readers: what makes a ``FeedForwardPart`` of a module, and which modules have one.
+
+Known are the networks of timm, ``transformers``, open_clip, torch-rechub, torch and this suite. No such library is
+imported: modules are recognised by the names and kinds of their parts, and ``check_part`` compares numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...experts import MLP
+from ...kernels import ACTIVATIONS
+from ...layers import FeedForward, MoELayer
+from ...torch_internals import feed_forward
+from ..build.sparse_ffn import SparseFFN
+from .feed_forward import (
+    FeedForwardPart,
+    activation_name,
+    affine,
+    check_part,
+    feed_forward_part,
+    is_linear,
+    is_pointwise,
+)
+
+Reader = Callable[[Any], FeedForwardPart | None]
+
+_READERS: dict[type | str, Reader] = {}
+
+
+def register_ffn(kind: type[nn.Module] | str, reader: Reader) -> None:
+    """Let ``core.sparsify`` recognise feed-forward networks of a class of yours.
+
+    Args:
+        kind: the class, or its path such as ``my_package.nets.Mlp``, which is imported by nobody here. Subclasses are
+            read too.
+        reader: makes a ``core.convert.FeedForwardPart`` of a module of that class, as ``feed_forward_part`` does, or
+            returns None where the module is no such network. A ``ValueError`` says why it cannot be read.
+
+    Raises:
+        ValueError: ``kind`` is neither a class of modules nor the path of one.
+
+    Example::
+
+        def read(mlp):
+            return core.convert.feed_forward_part(
+                core.convert.affine(mlp.up), core.convert.affine(mlp.down), activation=mlp.act
+            )
+
+        core.convert.register_ffn(MyMlp, read)
+    """
+    is_class = isinstance(kind, type) and issubclass(kind, nn.Module)
+    if not (is_class or (isinstance(kind, str) and kind.rpartition(".")[0])):
+        raise ValueError(f"kind={kind!r} is neither a class of modules nor the path of one, as my_package.nets.Mlp")
+    _READERS[kind] = reader
+
+
+def read_ffn(module: nn.Module) -> FeedForwardPart | None:
+    """Return what a module is as a feed-forward network; None where it is none.
+
+    Raises:
+        ValueError: it is one that no expert can compute, such as one with a norm between its layers.
+    """
+    for kind in type(module).__mro__:
+        for key in (kind, f"{kind.__module__}.{kind.__qualname__}"):
+            if key in _READERS:
+                return _READERS[key](module)
+    for reader in (_read_block, _read_sequential, _read_by_names):
+        part = reader(module)
+        if part is not None:
+            return part
+    return None
+
+
+def recognised_ffns(model: nn.Module) -> dict[str, FeedForwardPart]:
+    """Return the dense feed-forward networks of a model that can be replaced, by dotted name, in the model's order.
+
+    A network within another one, or within an MoE layer, is not listed. Nothing is computed: see ``check_part``.
+    """
+    parts: dict[str, FeedForwardPart] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        part = None
+        # One that no expert computes is not listed: ``named_part`` says why.
+        with contextlib.suppress(ValueError):
+            part = None if isinstance(module, MoELayer) else read_ffn(module)
+        if part is not None:
+            parts[name] = part
+        if part is not None or isinstance(module, MoELayer):
+            inside += (f"{name}." if name else "",)
+    return parts
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Names of the children of a module that computes ``w_out(act(w_in(x)))`` or ``w_out(act(w_gate(x)) * w_in(x))``.
+
+    Attributes:
+        w_in, w_out, act: the linear layers and the activation.
+        w_gate: the linear layer under the activation.
+        packed: ``w_in`` holds both halves of a gated network.
+        hidden_dropout, output_dropout: dropout behind the activation and behind the last product, where there is one.
+    """
+
+    w_in: str
+    w_out: str
+    act: str
+    w_gate: str | None = None
+    packed: bool = False
+    hidden_dropout: tuple[str, ...] = ()
+    output_dropout: tuple[str, ...] = ()
+
+
+_BY_NAMES = (
+    _Names("fc1", "fc2", "act", hidden_dropout=("drop1", "drop"), output_dropout=("drop2",)),  # timm Mlp, ConvMlp
+    _Names("fc1", "fc2", "act", packed=True, hidden_dropout=("drop1",), output_dropout=("drop2",)),  # timm GluMlp
+    _Names("fc1_x", "fc2", "act", w_gate="fc1_g", hidden_dropout=("drop1",), output_dropout=("drop2",)),  # timm SwiGLU
+    _Names("fc1", "fc2", "activation_fn"),  # transformers' ViT, CLIP, SigLIP, Phi
+    _Names("wi", "wo", "act", hidden_dropout=("dropout",)),  # T5
+    _Names("wi_1", "wo", "act", w_gate="wi_0", hidden_dropout=("dropout",)),  # T5 v1.1
+    _Names("up_proj", "down_proj", "act_fn", w_gate="gate_proj"),  # Llama, Mistral, Qwen, Gemma
+    _Names("gate_up_proj", "down_proj", "activation_fn", packed=True),  # Phi-3
+    _Names("c_fc", "c_proj", "act", output_dropout=("dropout",)),  # GPT-2
+    _Names("lin1", "lin2", "activation", output_dropout=("dropout",)),  # DistilBERT
+    _Names("dense_h_to_4h", "dense_4h_to_h", "act"),  # GPT-NeoX
+)
+
+
+def _read_by_names(module: nn.Module) -> FeedForwardPart | None:
+    """Read a module whose children have the names of a known network."""
+    children = dict(module.named_children())
+    linear = {name for name, child in children.items() if is_linear(child)}
+    for names in _BY_NAMES:
+        needed = {names.w_in, names.w_out} | ({names.w_gate} if names.w_gate else set())
+        if linear == needed and callable(getattr(module, names.act, None)):
+            into, out = affine(children[names.w_in]), affine(children[names.w_out])
+            if (into[0].shape[1] == 2 * out[0].shape[0]) == names.packed:
+                break
+    else:
+        return None
+    gate = affine(children[names.w_gate]) if names.w_gate else None
+    if names.packed:
+        gate, into = _halves(into, gate_first=not getattr(module, "gate_last", False))
+    _check_no_more(module, {*needed, names.act, *names.hidden_dropout, *names.output_dropout})
+    return feed_forward_part(
+        into,
+        out,
+        gate,
+        activation=getattr(module, names.act),
+        hidden_dropout=max((_rate(children.get(name)) for name in names.hidden_dropout), default=0.0),
+        output_dropout=max((_rate(children.get(name)) for name in names.output_dropout), default=0.0),
+        layout="channels_first" if is_pointwise(children[names.w_in]) else "tokens",
+    )
+
+
+def _halves(packed: tuple[Tensor, Tensor | None], gate_first: bool) -> tuple[Any, Any]:
+    """Return gate and input of a linear layer that holds both, as ``affine`` has each."""
+    w, b = packed
+    halves = list(zip(w.chunk(2, 1), (None, None) if b is None else b.chunk(2), strict=True))
+    return (halves[0], halves[1]) if gate_first else (halves[1], halves[0])
+
+
+def _check_no_more(module: nn.Module, known: set[str]) -> None:
+    """Raise a ``ValueError`` where a module has children besides the known ones that do something, or a rate of dropout
+    that it applies itself."""
+    for name, child in module.named_children():
+        idle = isinstance(child, nn.Identity) or (isinstance(child, nn.Dropout) and not child.p)
+        if name not in known and not idle:
+            raise ValueError(
+                f"a {type(module).__name__} has a {type(child).__name__} as {name!r}, which no expert of one has"
+            )
+    for name, value in vars(module).items():
+        if "drop" in name and isinstance(value, float) and value > 0:
+            raise ValueError(f"a {type(module).__name__} has {name}={value}, and no module that says where it applies")
+
+
+def _rate(dropout: object) -> float:
+    """Return the probability of a dropout; 0 for None and ``nn.Identity``.
+
+    Raises:
+        ValueError: it is another module.
+    """
+    if dropout is None or isinstance(dropout, nn.Identity):
+        return 0.0
+    if type(dropout) is not nn.Dropout:
+        raise ValueError(f"a {type(dropout).__name__} stands where nn.Dropout is expected")
+    return float(dropout.p)
+
+
+def _read_block(module: nn.Module) -> FeedForwardPart | None:
+    """Read a block whose network is spread over several children: that of BERT, BART or ALBERT, and their like."""
+    for names in _IN_BLOCKS:
+        if names.is_of(module):
+            return _read_in_block(module, names)
+    into, out = getattr(module, "intermediate", None), getattr(module, "output", None)
+    dense, act = getattr(into, "dense", None), getattr(into, "intermediate_act_fn", None)
+    last = getattr(out, "dense", None)
+    if not isinstance(into, nn.Module) or act is None or not (is_linear(dense) and is_linear(last)):
+        return None
+    assert isinstance(dense, nn.Module)
+    assert isinstance(last, nn.Module)
+    # The dropout behind the second product, the residual and the norm stay in ``output``.
+    return feed_forward_part(
+        affine(dense),
+        affine(last),
+        activation=act,
+        at="intermediate",
+        emptied=("output.dense",),
+        dense=lambda x: last(into(x)),
+    )
+
+
+@dataclass(frozen=True)
+class _NamesInBlock:
+    """Names of a block's own children that compute ``w_out(act(w_in(x)))`` beside its attention.
+
+    Attributes:
+        attention: the attention; without it the module is no block.
+        w_in, w_out, act: the linear layers, the only ones, and the activation.
+        hidden_dropout: attribute with the probability of the dropout behind the activation, where there is one.
+    """
+
+    attention: str
+    w_in: str
+    w_out: str
+    act: str
+    hidden_dropout: str | None = None
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Return whether a module has children of these names."""
+        linear = {name for name, child in module.named_children() if is_linear(child)}
+        attention = getattr(module, self.attention, None)
+        act = getattr(module, self.act, None)
+        return linear == {self.w_in, self.w_out} and isinstance(attention, nn.Module) and callable(act)
+
+
+_IN_BLOCKS = (
+    # BART, mBART, Pegasus, Marian, M2M-100, OPT, Whisper
+    _NamesInBlock("self_attn", "fc1", "fc2", "activation_fn", "activation_dropout"),
+    _NamesInBlock("attention", "ffn", "ffn_output", "activation"),  # ALBERT
+)
+
+
+def _read_in_block(module: nn.Module, names: _NamesInBlock, layout: str = "tokens") -> FeedForwardPart:
+    """Read a block that has the layers of its network beside its attention."""
+    into, out, act = (getattr(module, name) for name in (names.w_in, names.w_out, names.act))
+    dropout = getattr(module, names.hidden_dropout, None) if names.hidden_dropout else None
+    return feed_forward_part(
+        affine(into),
+        affine(out),
+        activation=act,
+        hidden_dropout=float(dropout or 0.0),
+        at=names.w_in,
+        emptied=(names.act, names.w_out),
+        settings={} if dropout is None else {str(names.hidden_dropout): 0.0},  # the experts have it
+        layout=layout,
+        dense=lambda x: out(act(into(x))),
+    )
+
+
+def _read_torch_layer(module: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) -> FeedForwardPart:
+    """Read a block of torch's transformer. The dropout of the hidden layer goes into the experts, the others stay."""
+    fused = {"activation_relu_or_gelu": 0} if hasattr(module, "activation_relu_or_gelu") else {}
+
+    return feed_forward_part(
+        affine(module.linear1),
+        affine(module.linear2),
+        activation=module.activation,
+        hidden_dropout=_rate(module.dropout),
+        at="linear1",
+        emptied=("activation", "dropout", "linear2"),
+        settings=fused,  # torch's fused block reads the weights in place of calling the layers
+        layout="tokens" if module.self_attn.batch_first else "sequence_first",
+        dense=lambda x: feed_forward(module, x),
+    )
+
+
+def _read_own(module: FeedForward) -> FeedForwardPart:
+    """Read the dense layer of this suite's networks."""
+    return feed_forward_part(
+        affine(module.w_in),
+        affine(module.w_out),
+        None if module.w_gate is None else affine(module.w_gate),
+        activation=module.activation,
+        hidden_dropout=_rate(module.dropout),
+    )
+
+
+def _read_sequential(module: nn.Module) -> FeedForwardPart | None:
+    """Read ``nn.Sequential(Linear, activation, [Dropout], Linear, [Dropout])``, or layers of ``Linear, [BatchNorm1d],
+    activation, [Dropout]`` as torch-rechub's, of which there is one at least."""
+    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+        return None
+    children = [(name, child) for name, child in module.named_children() if not isinstance(child, nn.Identity)]
+    if not children or not is_linear(children[0][1]):
+        return None
+    kinds = "".join(_kind(child) for _, child in children)
+    first, *others = (name for name, _ in module.named_children())
+    # Names that are no numbers are asked for by others, such as the first weight's dtype: the container stays.
+    place: dict[str, Any] = {} if first.isdigit() else {"at": first, "emptied": tuple(others), "dense": module.forward}
+    parts = [child for _, child in children]
+    if kinds in ("LAL", "LADL", "LALD", "LADLD"):
+        act, last = parts[1], parts[kinds.rindex("L")]
+        return feed_forward_part(
+            affine(parts[0]),
+            affine(last),
+            activation=act,
+            hidden_dropout=_rate(parts[2]) if kinds[2] == "D" else 0.0,
+            output_dropout=_rate(parts[-1]) if kinds[-1] == "D" else 0.0,
+            layout="channels_first" if is_pointwise(parts[0]) else "tokens",
+            **place,
+        )
+    return _stack(parts, kinds, place)
+
+
+def _kind(module: nn.Module) -> str:
+    """Return a letter for a linear layer, a dropout, a batch norm or an activation, and "?" for another module."""
+    if is_linear(module):
+        return "L"
+    if isinstance(module, nn.Dropout):
+        return "D"
+    if isinstance(module, nn.BatchNorm1d):
+        return "N"
+    return "?" if activation_name(module) is None else "A"
+
+
+def _stack(parts: list[nn.Module], kinds: str, place: dict[str, Any]) -> FeedForwardPart | None:
+    """Read equal layers of ``Linear, [BatchNorm1d], activation, [Dropout]`` as an ``MLP`` expert."""
+    one = kinds[: kinds.find("L", 1)] if "L" in kinds[1:] else kinds
+    if one not in ("LA", "LAD", "LNA", "LNAD") or kinds != one * kinds.count("L") or kinds in ("LA", "LAD"):
+        return None
+    layers = [parts[i : i + len(one)] for i in range(0, len(parts), len(one))]
+    acts = {activation_name(layer[one.index("A")]) for layer in layers}
+    rates = {_rate(layer[-1]) if "D" in one else 0.0 for layer in layers}
+    act, norm = acts.pop(), "batch" if "N" in one else None
+    if acts or len(rates) > 1 or act not in ACTIVATIONS:
+        raise ValueError(f"layers of a stack have one activation of {', '.join(ACTIVATIONS)}, and one dropout")
+    weights: dict[str, Tensor] = {}
+    for i, layer in enumerate(layers):
+        w, b = affine(layer[0])
+        weights[f"w_{i}"] = w.detach()
+        if norm:
+            weights |= _batch_norm(i, layer[1], b)
+        elif b is None:
+            raise ValueError("each layer of a stack without batch norm has a bias")
+        else:
+            weights[f"b_{i}"] = b.detach()
+    widths = tuple(weights[f"w_{i}"].shape[1] for i in range(len(layers)))
+    config = MLP(widths, str(act), norm, rates.pop())
+    return FeedForwardPart(config, weights, weights["w_0"].shape[0], widths[-1], **place)
+
+
+def _batch_norm(i: int, norm: nn.Module, b: Tensor | None) -> dict[str, Tensor]:
+    """Return the tensors of batch norm ``i`` of an ``MLP`` expert. A bias before it moves the running mean alone."""
+    assert isinstance(norm, nn.BatchNorm1d)
+    mean, var = norm.running_mean, norm.running_var
+    if mean is None or var is None or norm.weight is None or norm.eps != 1e-5 or norm.momentum != 0.1:
+        raise ValueError("a batch norm of an expert has weights, running statistics, eps=1e-5 and momentum=0.1")
+    return {
+        f"norm_weight_{i}": norm.weight.detach(),
+        f"norm_bias_{i}": norm.bias.detach(),
+        f"running_mean_{i}": mean.detach() - (0.0 if b is None else b.detach()),
+        f"running_var_{i}": var.detach(),
+    }
+
+
+def _read_wrapped(module: nn.Module) -> FeedForwardPart | None:
+    """Read torch-rechub's ``MLP``, a module around an ``nn.Sequential``."""
+    layers = getattr(module, "mlp", None)
+    part = _read_sequential(layers) if isinstance(layers, nn.Module) else None
+    if part is None:
+        raise ValueError("an MLP of torch-rechub has layers as experts have with output_layer=False and relu alone")
+    return part
+
+
+def named_part(name: str, module: nn.Module) -> FeedForwardPart:
+    """Return a module of this name as a feed-forward network, checked by numbers.
+
+    Raises:
+        ValueError: it is none, or one that no expert can compute; the message names it.
+    """
+    try:
+        part = read_ffn(module)
+        if part is not None:
+            check_part(module, part)
+            return part
+    except ValueError as error:
+        raise ValueError(f"module {name!r}: {error}") from None
+    if isinstance(module, SparseFFN):
+        raise ValueError(f"module {name!r} is sparse already")
+    within = [f"{name}.{inner}".lstrip(".") for inner in recognised_ffns(module)]
+    hint = f"; there are {', '.join(within[:3])} in it" if within else ""
+    raise ValueError(f"module {name!r} is a {type(module).__name__}, which is no feed-forward network{hint}")
+
+
+register_ffn(nn.TransformerEncoderLayer, _read_torch_layer)
+register_ffn(nn.TransformerDecoderLayer, _read_torch_layer)
+register_ffn(FeedForward, _read_own)
+register_ffn("torch_rechub.basic.layers.MLP", _read_wrapped)
+for _side in ("Encoder", "Decoder"):  # BART's names, and (S, B, D) within the blocks
+    register_ffn(
+        f"transformers.models.fsmt.modeling_fsmt.{_side}Layer",
+        functools.partial(_read_in_block, names=_IN_BLOCKS[0], layout="sequence_first"),
+    )

@@ -1,0 +1,1 @@
+"""Smaller networks made from sparse ones: merged, pruned, dense."""

@@ -1,0 +1,1 @@
+"""Balance losses: their formulas, terms and weights."""

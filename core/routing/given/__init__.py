@@ -1,0 +1,1 @@
+"""Routers without learned scores: by hash, position, task, domain or cluster."""

@@ -1,0 +1,1 @@
+"""Routers that choose pairs of token and expert."""

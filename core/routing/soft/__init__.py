@@ -1,0 +1,1 @@
+"""Routers that mix tokens."""

@@ -1,0 +1,76 @@
+"""Splits that share neither an image nor a caption."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from apps.data.splits import hold_out
+from apps.multimodal.pairs.splits import groups_of, num_trained, split_images
+
+
+def test_images_belong_together_by_way_of_others():
+    # 0 and 1 share "a"; 1 and 2 share "B c", in other letters and spaces; 3 stands alone
+    group_I = groups_of(np.array([0, 1, 1, 2, 3]), ["a", "a", "B  c", "b C", "d"], 4)
+    assert group_I[0] == group_I[1] == group_I[2] != group_I[3]
+
+
+def test_a_group_goes_into_one_set_and_no_set_is_too_large():
+    group_I = np.array([0, 0, 0, 1, 1, 2, 3, 4, 5, 6])
+    for seed in range(20):
+        first, second = hold_out(group_I, [2, 3], seed)
+        assert len(first) == 2
+        assert len(second) <= 3
+        assert not set(group_I[first]) & set(group_I[second])
+        for chosen in (first, second):  # whole groups
+            assert set(np.flatnonzero(np.isin(group_I, group_I[chosen])).tolist()) == set(chosen.tolist())
+        assert [x.tolist() for x in hold_out(group_I, [2, 3], seed)] == [first.tolist(), second.tolist()]
+
+
+def test_eight_tenths_train_and_no_caption_is_in_two_splits():
+    image_N = np.repeat(np.arange(500), 2)
+    texts = [f"title {n % 190}" if n % 2 else f"own {n}" for n in range(1000)]
+    splits = split_images([None] * 500, image_N, texts, {"test": 0.1, "val": 0.1}, seed=3)
+    sizes = {split: int((splits == split).sum()) for split in ("train", "val", "test")}
+    assert sum(sizes.values()) == 500
+    assert 45 <= sizes["val"] <= 50  # titles have 5 or 6 images each: fewer than 6 places stay free
+    assert 45 <= sizes["test"] <= 50
+    own = {split: {t for t, s in zip(texts, splits[image_N], strict=True) if s == split} for split in set(splits)}
+    assert not own["train"] & own["test"] | own["train"] & own["val"] | own["val"] & own["test"]
+    assert num_trained(texts, splits[image_N], "test") == 0
+    again = split_images([None] * 500, image_N, texts, {"test": 0.1, "val": 0.1}, seed=4)
+    assert (splits != again).any()
+
+
+def test_images_of_one_file_stay_together(tmp_path):
+    (tmp_path / "0.png").touch()
+    (tmp_path / "1.png").symlink_to(tmp_path / "0.png")
+    files, texts = [tmp_path / f"{i % 2}.png" for i in range(6)], [f"title {i}" for i in range(14)]
+    files += [tmp_path / f"other {i}.png" for i in range(8)]
+    for seed in range(5):
+        splits = split_images([None] * 14, np.arange(14), texts, {"test": 3, "val": 0}, seed, files)
+        assert len(set(splits[:6])) == 1
+
+
+def test_the_files_own_splits_stay_and_an_image_without_captions_is_in_none():
+    # image 2 has no caption; what the files do not give is held out of their training images
+    splits = split_images(["train", "test", "train", "train"], np.array([0, 1, 3]), ["a", "a", "b"], {
+        "test": None, "val": 1,
+    }, seed=0)  # fmt: skip
+    assert splits[1] == "test"
+    assert splits[2] == ""
+    assert sorted(splits[[0, 3]].tolist()) == ["train", "val"]
+    assert num_trained(["a", "A "], np.array(["train", "test"]), "test") == 1
+
+
+@pytest.mark.parametrize(
+    "split_I, texts, sizes, message",
+    [
+        (["test", "train"], ["a", "b"], {"test": 1, "val": 0}, "test_size=1: the files have test images of their own"),
+        ([None] * 3, ["a", "b", "c"], {"test": 2, "val": 1}, "test_size=2 and val_size=1 leave none of the 3 images"),
+        ([None] * 4, ["a"] * 4, {"test": 1, "val": 1}, "none fit into test, .* in common stay together, and up to 4"),
+    ],
+)
+def test_sizes_that_cannot_be(split_I, texts, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        split_images(split_I, np.arange(len(texts)), texts, sizes, seed=0)

@@ -1,0 +1,216 @@
+"""Metrics of images with texts: by hand, against a slow loop and scikit-learn, and the same on two ranks as on one."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+import torch.distributed as dist
+from sklearn.metrics import accuracy_score, f1_score
+from torch import Tensor
+from two_ranks import on_two_ranks
+
+from apps.multimodal.report.metrics import AttributeMetrics, PairMetrics, PairOutputs, PairTargets, RetrievalMetrics
+
+
+def values_of(metric: torch.nn.Module) -> dict[str, float]:
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
+def retrieval(image_PD: Tensor, text_PD: Tensor, image_P: Tensor, caption_P: Tensor, ks=(1, 2, 5)) -> dict[str, float]:
+    """Return the metrics of pairs that come in two batches."""
+    metric = RetrievalMetrics(ks)
+    for part in (slice(0, 2), slice(2, None)):
+        metric.update(PairOutputs(image_PD[part], text_PD[part]), PairTargets(image_P[part], caption_P[part]))
+    return values_of(metric)
+
+
+def test_ranks_by_hand():
+    # Products of 3 images (rows) and 3 texts: text 0 is 0.9 for image 0, first of (0.9, 0.8, 0.1). Image 1: its text
+    # has 0.5, behind 0.6. Image 2: its text has 0.2, behind 0.7 and 0.3. So images rank their texts 1, 2, 3.
+    scores = torch.tensor([[0.9, 0.8, 0.1], [0.6, 0.5, 0.4], [0.7, 0.3, 0.2]])
+    # Columns: text 0 ranks 0.9 first of (0.9, 0.6, 0.7); text 1: 0.5 second behind 0.8; text 2: 0.2 second behind 0.4.
+    values = retrieval(torch.eye(3), scores.T, torch.tensor([10, 11, 12]), torch.tensor([5, 6, 7]))
+    assert values == pytest.approx(
+        {
+            "image_to_text_recall_1": 1 / 3,
+            "image_to_text_recall_2": 2 / 3,
+            "image_to_text_recall_5": 1.0,
+            "text_to_image_recall_1": 1 / 3,
+            "text_to_image_recall_2": 1.0,
+            "text_to_image_recall_5": 1.0,
+            "recall_1": 1 / 3,
+            "recall_2": 5 / 6,
+            "recall_5": 1.0,
+            "image_to_text_median_rank": 2.0,
+            "text_to_image_median_rank": 2.0,
+        }
+    )
+
+
+def test_texts_of_one_image_do_not_stand_in_each_others_way():
+    # Image 0 has the texts 0, 1 and 2, with products 0.3, 0.8, 0.9; text 3, of image 1, has 0.5 with image 0.
+    image_PD = torch.eye(2)[[0, 0, 0, 1]]
+    text_PD = torch.tensor([[0.3, 0.0], [0.8, 0.0], [0.9, 0.0], [0.5, 0.4]])
+    values = retrieval(image_PD, text_PD, torch.tensor([0, 0, 0, 1]), torch.arange(4), ks=(1, 2))
+    assert values["image_to_text_recall_1"] == 1.0  # image 1 has 0.4 with its own text, 0 with the others
+    # Texts 0, 1 and 2 rank image 0 first; text 3 has 0.5 with image 0 and 0.4 with its own: rank 2.
+    assert values["text_to_image_recall_1"] == 3 / 4
+    assert values["recall_1"] == 7 / 8
+
+
+def test_a_text_of_several_images_is_one_text():
+    # Text 0 belongs to images 0 and 1; it is one candidate, and right for both. Its rank is that of the better image.
+    image_PD = torch.tensor([[1.0, 0.0], [0.2, 0.0], [0.9, 0.1]])
+    text_PD = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    values = retrieval(image_PD, text_PD, torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), ks=(1,))
+    # Image 2 has 0.9 with text 0 and 0.1 with its own; both texts have their image first.
+    assert values["image_to_text_recall_1"] == pytest.approx(2 / 3)
+    assert values["text_to_image_recall_1"] == 1.0
+
+
+def slow_ranks(scores: list[list[float]], right: list[set[int]]) -> list[int]:
+    """Return the rank of each row's best right column, by a loop: ties count against it."""
+    ranks = []
+    for row, own in zip(scores, right, strict=True):
+        best = max(row[c] for c in own)
+        ranks.append(1 + sum(value >= best for c, value in enumerate(row) if c not in own))
+    return ranks
+
+
+@pytest.mark.parametrize("chunk", [4, 1024])
+def test_equal_to_a_loop(monkeypatch, chunk):
+    monkeypatch.setattr("apps.multimodal.report.metrics._SCORED_AT_ONCE", chunk)
+    generator = torch.Generator().manual_seed(0)
+    # 60 pairs of 20 images and 30 texts, so that both have several partners; small whole numbers, so that many tie.
+    image_P, caption_P = (torch.randint(n, (60,), generator=generator) for n in (20, 30))
+    image_ND, text_ND = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (20, 30))
+    values = retrieval(image_ND[image_P], text_ND[caption_P], image_P, caption_P)
+    pairs = {(int(i), int(c)) for i, c in zip(image_P, caption_P, strict=True)}
+    images, texts = (sorted(set(column)) for column in zip(*pairs, strict=True))
+    scores = [[float(image_ND[i] @ text_ND[c]) for c in texts] for i in images]
+    of_image = [{texts.index(c) for j, c in pairs if j == i} for i in images]
+    of_text = [{images.index(i) for i, d in pairs if d == c} for c in texts]
+    by_way = {
+        "image_to_text": slow_ranks(scores, of_image),
+        "text_to_image": slow_ranks([list(column) for column in zip(*scores, strict=True)], of_text),
+    }
+    for way, ranks in by_way.items():
+        assert values[f"{way}_median_rank"] == statistics.median(ranks)
+        for k in (1, 2, 5):
+            assert values[f"{way}_recall_{k}"] == pytest.approx(sum(r <= k for r in ranks) / len(ranks))
+
+
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_a_model_that_says_the_same_of_everything_comes_last(value):
+    same = torch.full((50, 4), value)
+    values = retrieval(same, same, torch.arange(50), torch.arange(50), ks=(1, 10))
+    assert values["recall_10"] == 0.0
+    assert values["image_to_text_median_rank"] == values["text_to_image_median_rank"] == 50.0
+
+
+def test_random_vectors_are_at_chance():
+    image_PD, text_PD = torch.randn(2, 1000, 8, generator=torch.Generator().manual_seed(0))
+    values = retrieval(image_PD, text_PD, torch.arange(1000), torch.arange(1000), ks=(10,))
+    # 10 of 1000, twice 1000 queries: 20 hits are expected, and their deviation is below 5.
+    assert values["recall_10"] == pytest.approx(0.01, abs=0.01)
+    assert values["image_to_text_median_rank"] == pytest.approx(500, abs=60)
+
+
+def test_no_pair_has_no_value():
+    with pytest.warns(UserWarning, match="before the ``update`` method"):
+        values = values_of(RetrievalMetrics())
+    assert set(values) == set(retrieval(torch.eye(3), torch.eye(3), torch.arange(3), torch.arange(3), ks=(1, 5, 10)))
+    assert all(math.isnan(value) for value in values.values())
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match=r"ks=\[5, 1\] must be ascending numbers of at least 1"):
+        RetrievalMetrics([5, 1])
+    with pytest.raises(ValueError, match=r"\(2, 3\), \(2, 4\), \(2,\), \(2,\) must be"):
+        numbers = torch.arange(2)
+        RetrievalMetrics().update(PairOutputs(torch.zeros(2, 3), torch.zeros(2, 4)), PairTargets(numbers, numbers))
+    with pytest.raises(ValueError, match=r"1 attributes' logits and labels .* 2 attributes, colour, size"):
+        AttributeMetrics({"colour": 3, "size": 2}).update([torch.zeros(4, 3)], torch.zeros(4, 1))
+
+
+def test_macro_f1_by_hand():
+    # Classes of the first attribute: 0 0 1 1, and answers 0 1 1 1: F1 of 0 is 2/3, of 1 is 4/5. Class 2 never comes and
+    # is left out. The last example is of no known class.
+    metric = AttributeMetrics({"colour": 3, "size": 2})
+    colour, size = torch.eye(3)[[0, 1, 1, 1, 2]], torch.eye(2)[[0, 1, 0, 1, 0]]
+    label_BA = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 0], [-1, -1]])
+    metric.update([colour[:3], size[:3]], label_BA[:3])
+    metric.update([colour[3:], size[3:]], label_BA[3:])
+    values = values_of(metric)
+    # Size: classes 0 1 0 0, answers 0 1 0 1: F1 of 0 is 4/5, of 1 is 2/3.
+    assert values["macro_f1_colour"] == values["macro_f1_size"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert values["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert values["accuracy_colour"] == values["accuracy_size"] == 3 / 4
+    metric.reset()
+    metric.update([colour[4:], size[4:]], label_BA[4:])
+    assert all(math.isnan(value) for value in values_of(metric).values())
+
+
+def test_macro_f1_is_that_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    logits, label_B = torch.randn(40, 30, generator=generator), torch.randint(30, (40,), generator=generator)
+    metric = AttributeMetrics({"type": 30})
+    metric.update([logits], label_B[:, None])
+    values, answer_B = values_of(metric), logits.argmax(1)
+    assert values["macro_f1_type"] == pytest.approx(f1_score(label_B, answer_B, average="macro"), rel=1e-12)
+    assert values["accuracy_type"] == pytest.approx(accuracy_score(label_B, answer_B), rel=1e-12)
+
+
+def made_batches() -> list[tuple[PairOutputs, PairTargets]]:
+    """Return five batches in which images and texts come again."""
+    generator = torch.Generator().manual_seed(1)
+    image_ND, text_ND = torch.randn(2, 12, 4, generator=generator)
+    batches = []
+    for size in (3, 2, 4, 3, 5):
+        image_B, caption_B = torch.randint(12, (2, size), generator=generator)
+        logits = (torch.randn(size, 3, generator=generator),)
+        label_BA = torch.randint(-1, 3, (size, 1), generator=generator)
+        batches.append(
+            (PairOutputs(image_ND[image_B], text_ND[caption_B], logits), PairTargets(image_B, caption_B, label_BA))
+        )
+    return batches
+
+
+def of_rank(rank: int) -> dict[str, dict[str, float]]:
+    """Return the metrics of the batches, of which rank 0 has the first, third and fifth, or all of them."""
+    values = {}
+    for name, own in {"shared": made_batches()[rank::2], "alone": [] if rank else made_batches()}.items():
+        metric = PairMetrics((1, 3), {"colour": 3})
+        for batch in own:
+            metric.update(*batch)
+        for part in (metric, metric.retrieval, metric.attributes, *metric.attributes.scores):
+            part._update_count = max(part._update_count, 1)  # without: a warning that nothing was updated
+        values[name] = values_of(metric)
+    assert dist.get_world_size() == 2
+    return values
+
+
+def test_two_ranks_are_one(tmp_path):
+    first, second = on_two_ranks(of_rank, tmp_path)
+    metric = PairMetrics((1, 3), {"colour": 3})
+    for batch in made_batches():
+        metric.update(*batch)
+    want = values_of(metric)
+    assert first == second
+    assert first["shared"] == pytest.approx(want, abs=1e-12)
+    assert first["alone"] == pytest.approx(want, abs=1e-12)
+    assert {"recall_1", "image_to_text_median_rank", "macro_f1", "accuracy_colour"} <= set(want)
+
+
+def test_a_metric_starts_anew_and_can_be_copied():
+    metric = PairMetrics((1,), {"colour": 3}).clone()
+    metric.update(*made_batches()[0])
+    want = values_of(metric)
+    metric.update(*made_batches()[1])
+    assert values_of(metric) != want
+    metric.reset()
+    metric.update(*made_batches()[0])
+    assert values_of(metric) == want

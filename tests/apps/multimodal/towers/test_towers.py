@@ -1,0 +1,185 @@
+"""The single tower against a plain transformer of each modality alone, and what its experts are given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_pairs import MOE, SIZES, TOWER, pair_batch, retriever
+from torch import Tensor
+from torch.testing import assert_close
+
+import core
+from apps.multimodal.towers.stack import IMAGE, TEXT, PartPacking
+from apps.multimodal.towers.towers import SharedTransformer, SingleTower, Sizes
+from apps.nets.packing import Packing
+
+
+def slow_blocks(tower: SharedTransformer, x_LD: Tensor, heads: int) -> Tensor:
+    """Pre-norm blocks over one image or text, from the parameters alone, and the mean over its tokens."""
+    for layer in tower.stack.layers:
+        qkv = layer.mixing.qkv
+        q, k, v = F.linear(layer.mixing_norm(x_LD), qkv.weight, qkv.bias).unflatten(-1, (3, heads, -1)).unbind(1)
+        weights_HLL = (torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+        x_LD = x_LD + layer.mixing.out(torch.einsum("hqk,khd->qhd", weights_HLL, v).flatten(1))
+        x_LD = x_LD + layer.ffn(layer.ffn_norm(x_LD))
+    return tower.stack.norm(x_LD).mean(0)
+
+
+def test_dense_blocks_against_a_loop_over_images_and_texts():
+    module = retriever(moe=None).eval()
+    tower, batch = module.model.towers, pair_batch(5)
+    image_BD, text_BD = tower(batch.image, batch.text_BL)
+    for image, got_D in zip(batch.image, image_BD, strict=True):
+        # Patches of 4 x 4 row by row; a patch's numbers are channel by channel, row by row.
+        corners = [(row, column) for row in (0, 4) for column in (0, 4)]
+        patches = torch.stack([image[:, r : r + 4, c : c + 4].flatten() for r, c in corners])
+        x_LD = tower.patches.proj(patches) + tower.patches.pos_embed.weight
+        assert_close(got_D, slow_blocks(tower, x_LD, heads=2), rtol=1e-5, atol=1e-5)
+    for text_L, got_D in zip(batch.text_BL, text_BD, strict=True):
+        ids = text_L[text_L > 0]
+        x_LD = tower.pieces.embed.weight[ids] + tower.pieces.pos_embed.weight[: len(ids)]
+        assert_close(got_D, slow_blocks(tower, x_LD, heads=2), rtol=1e-5, atol=1e-5)
+
+
+def test_a_pair_has_the_vectors_of_its_image_and_its_text_alone():
+    module, batch = retriever().eval(), pair_batch(5)
+    image_BD, text_BD, logits = module(batch.image, batch.text_BL)
+    assert logits == ()
+    assert_close(module.image_vectors(batch.image[2:3]), image_BD[2:3])
+    padded_BL = F.pad(batch.text_BL[:1], (0, 3))
+    assert_close(module.text_vectors(padded_BL), text_BD[:1])
+    for vectors in (image_BD, text_BD):
+        assert vectors.dtype == torch.float32
+        assert_close(vectors.norm(dim=-1), torch.ones(5))
+
+
+def test_the_experts_see_both_modalities_in_one_call_and_no_padding():
+    module, batch = retriever(moe_blocks="all").eval(), pair_batch(3)
+    with core.record(module) as tape:
+        module(batch.image, batch.text_BL)
+    assert [entry.name for entry in tape.entries] == [f"model.towers.stack.layers.{i}.ffn" for i in (0, 1)]
+    context = tape.entries[0].context
+    # 3 images of 4 patches, and texts of 2, 3 and 4 pieces.
+    assert context.valid_BS.sum(1).tolist() == [4, 4, 4, 2, 3, 4]
+    assert context.modality_BS.tolist() == [[IMAGE] * 4] * 3 + [[TEXT] * 4] * 3
+    assert context.token_ids_BS[0].tolist() == [20, 21, 22, 23]
+    assert context.token_ids_BS[3:].tolist() == batch.text_BL.tolist()
+    # 12 patches and 9 pieces, 2 experts each.
+    assert int(tape.entries[0].routing.tokens_per_expert_E.sum()) == 2 * (12 + 9)
+
+
+def test_rows_of_different_parts_are_padded_to_the_longest():
+    first, _ = Packing.of(torch.tensor([[True, True, True], [True, False, False]]))
+    second, _ = Packing.of(torch.tensor([[False, False], [True, False]]))
+    joined = PartPacking.join((first, second), ())
+    assert joined.length == 3
+    assert joined.num_rows == 4
+    assert joined.slot_T.tolist() == [0, 1, 2, 3, 9]
+    assert joined.last_B.tolist() == [2, 3, -1, 4]
+    assert joined.pad(torch.arange(1.0, 6.0)[:, None])[..., 0].tolist() == [[1, 2, 3], [4, 0, 0], [0, 0, 0], [5, 0, 0]]
+
+
+def test_tokens_of_images_and_texts_are_those_that_are_averaged():
+    module, batch = retriever().eval(), pair_batch(3)
+    tower = module.model.towers
+    image_BD, text_BD = tower(batch.image, batch.text_BL)
+    assert_close(tower.image_tokens(batch.image).mean(1), image_BD)
+    text_BLD, length_B1 = tower.text_tokens(batch.text_BL), (batch.text_BL > 0).sum(1, keepdim=True)
+    assert text_BLD.shape == (3, 4, 16)
+    assert not text_BLD[0, 2:].any()
+    assert_close(text_BLD.sum(1) / length_B1, text_BD)
+
+
+def test_a_text_without_pieces_has_a_finite_vector():
+    module, batch = retriever().eval(), pair_batch(2)
+    text_BL = batch.text_BL.clone()
+    text_BL[1] = 0
+    assert not module.text_vectors(text_BL)[1].any()
+    assert not module.text_vectors(text_BL * 0).any()
+
+
+def test_recomputed_blocks_have_the_same_gradients():
+    batch, gradients = pair_batch(4), []
+    for checkpointed in (False, True):
+        module = retriever(grad_checkpointing=checkpointed).train()
+        module.training_loss(batch).total.backward()
+        gradients.append({name: p.grad for name, p in module.named_parameters()})
+    assert_close(gradients[0], gradients[1])
+
+
+def test_limeo_s_losses_are_of_both_modalities():
+    balance = core.Balance(
+        load_balancing=0.0,
+        router_z=0.0,
+        local_entropy=0.5,
+        global_entropy=0.25,
+        num_modalities=2,
+        local_entropy_modality=TEXT,
+        entropy_threshold=1.0,
+    )
+    module, batch = retriever(moe=core.MoEConfig(4, core.TokenChoice(1), core.FFN(8), balance=balance)), pair_batch(3)
+    with core.record(module) as tape:
+        module(batch.image, batch.text_BL)
+    losses = core.aux_losses(tape)
+    (entry,) = tape.entries
+    scores_TE, valid_T = entry.routing.evidence.scores_TE, entry.context.valid_BS.flatten()
+    modality_T = entry.context.modality_BS.flatten()
+    of_each = [scores_TE[valid_T & (modality_T == kind)] for kind in (IMAGE, TEXT)]
+    assert [len(scores) for scores in of_each] == [12, 9]
+    local = torch.special.entr(of_each[TEXT]).sum(-1).mean()
+    means = [scores.mean(0) for scores in of_each]
+    above = [(1.0 - torch.special.entr(mean).sum()).clamp_min(0.0) for mean in means]
+    assert_close(losses.terms["local_entropy"], local.detach())
+    assert_close(losses.terms["global_entropy"], sum(above).detach())
+    assert_close(losses.total, 0.5 * local + 0.25 * sum(above))
+
+
+def test_tokens_of_higher_scores_are_served_first_whatever_their_modality():
+    # Batch-prioritised routing: with a third of the room, the best-scored tokens of images and texts are computed.
+    moe = core.MoEConfig(1, core.TokenChoice(1), core.FFN(8), capacity_factor=1 / 3, priority="score")
+    two = core.MoEConfig(2, core.TokenChoice(1), core.FFN(8), capacity_factor=1 / 3, priority="score")
+    for config in (moe, two):
+        module, batch = retriever(moe=config).eval(), pair_batch(3)
+        with core.record(module) as tape:
+            module(batch.image, batch.text_BL)
+        (entry,) = tape.entries
+        routing, scores_TE = entry.routing, entry.routing.evidence.scores_TE
+        best_T, expert_T = scores_TE.max(-1)
+        computed_T = torch.zeros(routing.num_tokens, dtype=torch.bool)
+        computed_T[routing.token_index_N[routing.expert_ids_N < config.num_experts]] = True
+        valid_T = entry.context.valid_BS.flatten()
+        for expert in range(config.num_experts):
+            own_T = valid_T & (expert_T == expert)
+            served, left = best_T[own_T & computed_T], best_T[own_T & ~computed_T]
+            assert not len(left) or not len(served) or served.min() >= left.max()
+        assert int((valid_T & ~computed_T).sum()) > 0
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="image_size=8 is not divisible by patch_size=3"):
+        retriever(tower=SingleTower(width=16, depth=2, num_heads=2, patch_size=3))
+    with pytest.raises(ValueError, match="dim=16 is not divisible by num_heads=3"):
+        SingleTower(width=16, num_heads=3)
+    module, batch = retriever(), pair_batch(2)
+    with pytest.raises(ValueError, match=r"images have shape \(2, 3, 4, 8\): it must be \(B, 3, 8, 8\)"):
+        module.image_vectors(batch.image[:, :, :4])
+    with pytest.raises(ValueError, match="a text of 7 pieces is longer than max_tokens=6"):
+        module.text_vectors(torch.full((1, 7), 3))
+    with pytest.raises(ValueError, match=r"texts are torch.float32 of shape \(2, 3\)"):
+        module.text_vectors(torch.zeros(2, 3))
+
+
+def test_a_router_that_needs_more_than_the_tower_gives_is_refused():
+    with pytest.raises(ValueError, match=r"context.task_ids_B, which ImageTextRetriever does not give"):
+        retriever(moe=core.MoEConfig(4, core.Task(num_tasks=2), core.FFN(8)))
+
+
+def test_the_network_is_built_without_a_module():
+    tower = TOWER.build(Sizes(**SIZES), MOE, "last1")
+    assert isinstance(tower, SharedTransformer)
+    assert tower.moe_blocks == (1,)
+    assert TOWER.widths == (16,)
+    image_BD, text_BD = tower(None, pair_batch(2).text_BL)
+    assert image_BD is None
+    assert text_BD.shape == (2, 16)

@@ -1,0 +1,147 @@
+"""DenseArch: continuous columns as numbers, bins and piecewise-linear encodings; values that are missing."""
+
+import math
+
+import pytest
+import torch
+from made_table import AGE, FLAT
+from torch.testing import assert_close
+
+from apps.recsys.encoding.features import ContinuousFeature
+from apps.recsys.tables.columns.dense import DenseArch, DenseConfig, thin
+
+NAN, INF = math.nan, math.inf
+HOURS = ContinuousFeature("hours", mean=5.0, std=2.0, quantiles=(5.0,))
+ALL = [DenseConfig(), DenseConfig(log1p=True), DenseConfig("quantile"), DenseConfig("piecewise_linear")]
+ALL += [DenseConfig("piecewise_linear", dim=3)]
+
+
+def column(*values):
+    return torch.tensor(values)[:, None]
+
+
+def test_normalize_shows_the_missing_where_training_had_some():
+    # Age: mean 40, std 10, missing values in training: (50 - 40) / 10 = 1. Hours has none: no indicator.
+    arch = DenseArch((AGE, HOURS))
+    x_BD = arch(torch.tensor([[50.0, 9.0], [NAN, NAN], [INF, 1.0], [-INF, 5.0]]))
+    assert x_BD.tolist() == [[1.0, 2.0, 0.0], [0.0, 0.0, 1.0], [0.0, -2.0, 1.0], [0.0, 0.0, 1.0]]
+    assert arch.out_dim == 3
+
+
+def test_normalize_is_bounded_and_log1p_is_signed():
+    # 10^9 is 10^8 deviations off: taken as 100.
+    assert DenseArch((AGE,))(column(1e9))[0, 0] == 100.0
+    # z = -2, 0, 3: -log 3, 0, log 4.
+    got = DenseArch((HOURS,), DenseConfig(log1p=True))(column(1.0, 5.0, 11.0))
+    assert_close(got, column(-math.log(3), 0.0, math.log(4)))
+
+
+def test_a_bin_ends_with_its_boundary():
+    # Boundaries 20, 30, 50: bins up to 20, 30, 50 and above, rows 1 to 4; row 0 is missing.
+    arch = DenseArch((AGE, FLAT), DenseConfig("quantile"))
+    bins_CB = arch.bins(torch.tensor([[20.0, 3.0], [20.5, NAN], [30.0, 3.0], [51.0, 3.0], [NAN, 3.0], [-INF, 3.0]]))
+    assert bins_CB.tolist() == [[1, 2, 2, 4, 0, 0], [1, 0, 1, 1, 1, 1]]
+    assert [(f.name, f.num_rows) for f in arch.bin_features] == [("age", 5), ("flat", 2)]
+    assert arch(torch.zeros(1, 2)) is None
+
+
+def test_the_piecewise_linear_encoding_of_the_paper_and_its_tails():
+    # Bins 20-30 and 30-50. 25: half of the first. 40: all of it, half of the second.
+    # 10: (20 - 10) / 10 = 1 below: log 2. 80: (80 - 50) / 10 = 3 above: log 4. Last column: missing.
+    arch = DenseArch((AGE,), DenseConfig("piecewise_linear"))
+    got = arch(column(25.0, 40.0, 10.0, 80.0, NAN, INF))
+    expected = [
+        [0.5, 0.0, 0.0, 0.0, 0.0],
+        [1.0, 0.5, 0.0, 0.0, 0.0],
+        [0.0, 0.0, math.log(2), 0.0, 0.0],
+        [1.0, 1.0, 0.0, math.log(4), 0.0],
+        [0.0, 0.0, 0.0, 0.0, 1.0],
+        [0.0, 0.0, 0.0, 0.0, 1.0],
+    ]
+    assert_close(got, torch.tensor(expected))
+
+
+def test_a_constant_column_and_one_boundary_have_no_bins():
+    # One boundary at 5: the tails alone, (5 - 1) / 2 = 2 below. The constant column says nothing.
+    got = DenseArch((HOURS, FLAT), DenseConfig("piecewise_linear"))(torch.tensor([[1.0, 3.0], [5.0, 7.0]]))
+    assert_close(got, torch.tensor([[math.log(3), 0.0], [0.0, 0.0]]))
+
+
+def test_the_interpolation_equals_the_encoding_times_the_weights():
+    torch.manual_seed(0)
+    columns = (AGE, HOURS, FLAT, ContinuousFeature("z", 0.0, 1.0, (-1.0, 0.0, 0.5, 2.0), 0.2))
+    arch = DenseArch(columns, DenseConfig("piecewise_linear", dim=3)).double()
+    values = torch.tensor([-1e9, -1.0, 0.0, 0.2, 2.0, 5.0, 20.0, 29.0, 30.0, 49.0, 51.0, 1e9, NAN, INF, -INF])
+    dense_BC = values.double()[:, None].expand(-1, 4)
+    with torch.no_grad():
+        arch.encode.tails_weight.normal_()
+    start, expected = 0, []
+    for c, f in enumerate(columns):
+        # The encoding of one column at a time, an indicator always there.
+        indicated = ContinuousFeature(f.name, f.mean, f.std, f.quantiles, missing=0.1)
+        code_BR = DenseArch((indicated,), DenseConfig("piecewise_linear")).double()(dense_BC[:, c : c + 1])
+        bins = max(len(f.quantiles) - 1, 0)
+        tails = arch.encode.tails_weight[:, c] if f.quantiles else arch.encode.tails_weight[2:, c]
+        weight_Rd = torch.cat((arch.encode.weight[start : start + bins], tails))
+        expected.append((code_BR @ weight_Rd + arch.encode.bias[c]).relu())
+        start += bins
+    assert_close(arch(dense_BC), torch.cat(expected, dim=1))
+
+
+def test_an_unseen_missing_value_starts_without_effect():
+    arch = DenseArch((HOURS,), DenseConfig("piecewise_linear", dim=4))
+    assert_close(arch(column(NAN)), arch.encode.bias.relu())
+
+
+@pytest.mark.parametrize("config", ALL, ids=lambda c: f"{c.kind}-{c.log1p}-{c.dim}")
+@pytest.mark.parametrize("copies", [1, 2])
+def test_any_number_gives_finite_outputs_and_gradients(config, copies):
+    arch = DenseArch((AGE, FLAT), config, copies)
+    big = 3.4e38
+    dense_BC = torch.tensor([[NAN, NAN], [INF, -INF], [-INF, INF], [big, -big], [-big, big], [0.0, -0.0]])
+    y = arch(dense_BC)
+    if y is None:
+        assert (arch.bins(dense_BC) >= 0).all()
+        return
+    assert y.shape == ((6, arch.out_dim) if copies == 1 else (2, 6, arch.out_dim))
+    assert y.isfinite().all()
+    if list(arch.parameters()):
+        y.sum().backward()
+        assert all(p.grad.isfinite().all() for p in arch.parameters())
+
+
+def test_copies_have_weights_of_their_own():
+    arch = DenseArch((AGE, HOURS), DenseConfig("piecewise_linear", dim=2), copies=2)
+    with torch.no_grad():
+        for p in arch.parameters():
+            p.zero_()
+        arch.encode.bias.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]))
+    # Copy 0: the first two of each column.
+    assert arch(torch.zeros(1, 2))[:, 0].tolist() == [[1.0, 2.0, 5.0, 6.0], [3.0, 4.0, 7.0, 8.0]]
+
+
+def test_thinned_boundaries_keep_the_outermost():
+    assert thin((0.0, 1.0, 2.0, 3.0, 4.0), 4) == (0.0, 2.0, 4.0)
+    assert thin((0.0, 1.0), 8) == (0.0, 1.0)
+    assert thin((0.0, 1.0, 2.0), 2) == (0.0,)
+    assert thin((1.0, 1.0 + 1e-12), None) == (1.0,)  # one number in float32
+    assert thin((), 4) == ()
+
+
+def test_no_column_is_nothing():
+    arch = DenseArch((), DenseConfig("quantile"))
+    assert arch(torch.zeros(2, 0)) is None
+    assert arch.bins(torch.zeros(2, 0)) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"kind": "quantile", "log1p": True}, "log1p=True has no meaning"),
+        ({"num_bins": 4}, "num_bins=4 has a meaning with bins only"),
+        ({"kind": "quantile", "dim": 4}, "dense.dim=4"),
+    ],
+)
+def test_a_configuration_without_a_meaning_is_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        DenseConfig(**options)

@@ -1,0 +1,322 @@
+"""Columns of sequences: what is read and refused, and how the network pools them."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from made_table import ragged
+from torch.testing import assert_close
+
+import core
+from apps.recsys.encoding.features import CategoricalFeature, Features, SequenceFeature
+from apps.recsys.schema import SequenceConfig, SplitConfig, TableConfig, TaskConfig
+from apps.recsys.tables.columns.bottoms import SingleTask
+from apps.recsys.tables.columns.embedding import EmbeddingConfig
+from apps.recsys.tables.columns.history import Dice, HistoryArch, HistoryConfig, segment_softmax
+from apps.recsys.tables.data import TableData
+from apps.recsys.tables.estimators import HistGradientBoostingUntuned, LogisticRegression
+from apps.recsys.tables.module import MultiTaskRecommender
+from apps.recsys.tables.rows.batch import TableBatch
+
+TRAIN = {
+    "item": ["tea", "tea", "rye", "oat", "tea", "rye"],
+    "last": ["tea|rye|oat", "", "rye", "tea|fig", "oat|oat", "oat"],
+    "words": ["a b", "", "c", "a", "a c d", "b"],
+    "click": [1, 0, 1, 0, 0, 1],
+}
+TEST = {"item": ["rye", "fig"], "last": ["fig|rye|tea", "fig"], "words": ["z a", "d"], "click": [1, 0]}
+CONFIG = TableConfig(
+    categorical=("item",),
+    tasks={"click": TaskConfig("click")},
+    split=SplitConfig("given", val=0),
+    sequences={"last": SequenceConfig("item", length=2)},
+)
+
+
+def data_of(tmp_path, config=CONFIG, lists=False):
+    for name, columns in (("train", TRAIN), ("test", TEST)):
+        if lists:
+            columns = {**columns, "last": [text.split("|") if text else [] for text in columns["last"]]}
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    files = {"train_file": "train.parquet", "test_file": "test.parquet"}
+    return TableData("table", str(tmp_path), str(tmp_path / "cache"), table=config, **files)
+
+
+def sequences_of(batch):
+    (own,) = batch.lists
+    return [rows.tolist() for rows in own.values_N.split(own.length_B.tolist())]
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_the_last_known_items_are_read(tmp_path, lists):
+    # Rows of the items by their number: tea 1, rye 2, oat 3; "fig" is no item of the training rows.
+    data = data_of(tmp_path, lists=lists)
+    assert data.features.sequences == (SequenceFeature("last", 4, 2, "item"),)
+    assert sequences_of(data.rows("train")[:]) == [[2, 3], [], [2], [1], [3, 3], [3]]
+    assert sequences_of(data.rows("test")[:]) == [[2, 1], []]
+    shuffled = data.rows("train").__getitems__([4, 1, 0])
+    assert sequences_of(shuffled) == [[3, 3], [], [2, 3]]
+    (warning,) = [w for w in data.findings.warnings if "length" in w]
+    assert warning == "column 'last': 2 of 8 rows have more than length=2 values; the last ones are read"
+    assert data.findings.missing["last"]["train"] == 1 / 6
+    # Known values: tea rye oat [of which two are read], rye, tea fig, oat oat, oat.
+    assert data.findings.unseen["last"] == {"train": 1 / 8, "val": 0.0, "test": 1 / 3}
+
+
+def test_sequences_of_unknown_values_are_named(tmp_path, monkeypatch, caplog):
+    """Items in capitals are no items of the training rows, neither in validation nor in rows to predict."""
+    files = {"TRAIN": TRAIN, "TEST": TEST}
+    for name, rows in files.items():
+        monkeypatch.setitem(globals(), name, {**rows, "last": [text.upper() for text in rows["last"]]})
+    (warning,) = [w for w in data_of(tmp_path).findings.warnings if "alike" in w]
+    assert warning == "column 'last': 100% of the test values are not in training: are they written alike there?"
+
+    monkeypatch.undo()
+    data = data_of(tmp_path)
+    assert not any("alike" in warning for warning in data.findings.warnings)
+    model = MultiTaskRecommender(data.features)
+    model.adopt_encoding({"encoding": data.encoding_state})
+    model.predict({"item": ["tea", "rye"], "last": ["fig", "rye"]})  # half is not over half
+    assert "alike" not in caplog.text
+    model.predict({"item": ["tea"] * 5, "last": ["rye", "TEA|RYE", "fig", "", "OAT"]}, batch_size=1)
+    assert "column 'last': most values, 4, are not in training: are they written alike there?" in caplog.text
+
+
+def test_a_sequence_may_have_values_of_its_own(tmp_path):
+    config = TableConfig(
+        tasks=CONFIG.tasks, split=CONFIG.split, sequences={"words": SequenceConfig(length=9)}, separator=" "
+    )
+    data = data_of(tmp_path, config)
+    # a three times, then by name b, c twice, d once.
+    assert data.vocabulary("words") == (None, "a", "b", "c", "d")
+    assert sequences_of(data.rows("train")[:]) == [[1, 2], [], [3], [1], [1, 3, 4], [2]]
+    assert sequences_of(data.rows("test")[:]) == [[1], [4]]
+    hashed = TableConfig(
+        tasks=CONFIG.tasks, split=CONFIG.split, sequences=config.sequences, separator=" ", hash_rows={"words": 50}
+    )
+    (feature,) = data_of(tmp_path, hashed).features.sequences
+    assert feature == SequenceFeature("words", 50, 9, None, hashed=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"last": {"items": "itm"}}, r"sequences\['last'\].items='itm' is no categorical column; did you mean 'item'"),
+        ({"last": {"length": 0}}, r"length=0 must be at least 1"),
+        ({"item": {}}, r"column 'item' is listed twice: under categorical and sequences"),
+    ],
+)
+def test_a_description_without_a_meaning_is_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        TableConfig(("item",), tasks=CONFIG.tasks, sequences={k: SequenceConfig(**v) for k, v in options.items()})
+
+
+ITEM, KIND = CategoricalFeature("item", 6), CategoricalFeature("kind", 3)
+LAST, WORDS = SequenceFeature("last", 6, 9, "item"), SequenceFeature("words", 5, 9)
+SINGLE = torch.tensor([[2, 5, 1], [0, 2, 1]])  # item, kind
+SEQUENCES = {"last": [[1, 2, 2], [], [4]], "words": [[4], [1, 3], []]}
+
+
+def sparse_arch(copies=1, **options):
+    torch.manual_seed(0)
+    return EmbeddingConfig(dim=4, init_std=1.0, **options).build((ITEM, KIND), copies, (LAST, WORDS))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "sum"])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_sequences_are_averaged_whatever_the_kind(pooling, copies):
+    weights = torch.arange(3 * 16.0).view(3, 16) / 10
+    after = {}
+    for kind in ("joined", "fused", "collection"):
+        module = sparse_arch(copies, kind=kind, pooling=pooling, fused_optimizer="sgd", fused_lr=0.5)
+        assert list(module.tables()) == ["item", "kind", "words"]  # items and last items have one table
+        tables = {name: weight.clone().unflatten(1, (copies, 4)) for name, weight in module.tables().items()}
+        y = module(SINGLE, ragged(*SEQUENCES.values()))
+        for k, y_BH in enumerate(y if copies > 1 else y[None]):
+            for b in range(3):
+                own = [tables["item"][SINGLE[0, b], k], tables["kind"][SINGLE[1, b], k]]
+                for name, table in (("last", "item"), ("words", "words")):
+                    rows = SEQUENCES[name][b]
+                    own.append(sum(tables[table][r, k] for r in rows) / len(rows) if rows else torch.zeros(4))
+                assert_close(y_BH[b], torch.cat(own))
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+        (y * weights).sum().backward()
+        optimizer.step()
+        after[kind] = module.tables()
+    for name, weight in after["joined"].items():
+        assert_close(after["fused"][name], weight)
+        assert_close(after["collection"][name], weight)
+
+
+@pytest.mark.parametrize("kind", ["joined", "collection"])
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_target_attention_is_a_loop_over_rows_and_items(kind, copies, normalize):
+    torch.manual_seed(0)
+    sparse = EmbeddingConfig(kind=kind, dim=4, init_std=1.0).build((KIND, ITEM), copies)
+    history = HistoryArch((LAST,), sparse, HistoryConfig("din", (5, 3), normalize=normalize))
+    item_B, last_B = [2, 5, 1], SEQUENCES["last"]
+    embedded = sparse(torch.tensor([[0] * 3, item_B]))
+    y = history(ragged(last_B), sparse, embedded)
+    table = sparse.tables()["item"].unflatten(1, (copies, 4))
+    for k, y_Bd in enumerate(y if copies > 1 else y[None]):
+        for b, (item, last) in enumerate(zip(item_B, last_B, strict=True)):
+            query, expected = table[item, k], torch.zeros(4)
+            keys = [table[row, k] for row in last]
+            weights = [history.units[0][k].mlp(torch.cat((query, key, query - key, query * key))) for key in keys]
+            if normalize and weights:
+                weights = list(torch.stack(weights).softmax(0))
+            for weight, key in zip(weights, keys, strict=True):
+                expected = expected + weight * key
+            assert_close(y_Bd[b], expected)
+    assert y[..., 1, :].eq(0).all()  # an empty history
+
+
+def test_scores_of_a_segment_sum_to_one():
+    share_N = segment_softmax(torch.tensor([1000.0, 0.0, 1000.0, 7.0]), torch.tensor([0, 2, 0, 2]), 4)
+    assert_close(share_N, torch.tensor([0.5, 0.000911051, 0.5, 0.999088949]))  # 1 / (1 + e^7)
+
+
+def test_dice_by_hand():
+    # The column 1, 3 has the mean 2 and the variance 1: s = sigmoid(-1), sigmoid(1); a = 0.5.
+    dice = Dice(1)
+    dice.slope.data.fill_(0.5)
+    s = torch.tensor([[-1.0], [1.0]]).sigmoid()
+    x = torch.tensor([[1.0], [3.0]])
+    assert_close(dice(x), s * x + (1 - s) * 0.5 * x, rtol=1e-4, atol=0)
+    before = dice.norm.running_mean.clone()
+    dice(x[:1])  # one row has no variance
+    assert torch.equal(dice.norm.running_mean, before)
+    assert dice(x[:0]).shape == (0, 1)
+    alone = dice.eval()(x[:1])
+    assert_close(alone, dice(x)[:1])
+
+
+def features(**options):
+    return Features((ITEM, KIND), tasks=("click", "buy"), positives=(0.5, 0.5), **options)
+
+
+def batch(*sequences):
+    return TableBatch(torch.zeros(3, 0), SINGLE, torch.zeros(3, 2), torch.arange(3), lists=ragged(*sequences))
+
+
+@pytest.mark.parametrize("shared", [None, SingleTask()])
+@pytest.mark.parametrize("kind", ["dot", "concat"])
+def test_a_model_attends_to_items_and_averages_words(shared, kind):
+    from apps.recsys.tables.model import InteractionConfig
+
+    options = {"shared": shared, "interaction": InteractionConfig(kind), "history": HistoryConfig("din")}
+    model = MultiTaskRecommender(features(sequences=(WORDS, LAST)), **options).eval()
+    before = model(batch(SEQUENCES["words"], SEQUENCES["last"]))
+    assert before.shape == (3, 2)
+    # The order of a history is no part of it, and an example depends on its own alone.
+    moved = model(batch(SEQUENCES["words"], [[2, 1, 2], [], [3]]))
+    assert_close(moved[:2], before[:2])
+    assert (moved[2] != before[2]).any()
+    with pytest.raises(ValueError, match="the batch has 0 multi-valued columns and sequences, the model 2"):
+        model(batch())
+    with pytest.raises(ValueError, match=r"column 'item' has the row 6, and its table 6 rows"):
+        model(batch(SEQUENCES["words"], [[6], [], []]))
+
+
+def test_the_attention_is_among_the_flops():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(history):
+        model = MultiTaskRecommender(features(sequences=(LAST,)), history=history).eval()
+        with FlopCounterMode(display=False) as counter:
+            model(batch(SEQUENCES["last"]))
+        return counter.get_total_flops()
+
+    # Four items, an MLP of 4 * 8 numbers to 10 to 1: 2 * 4 * (32 * 10 + 10).
+    assert flops(HistoryConfig("din", (10,))) - flops(HistoryConfig()) == 2640
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"sequences": (WORDS,)}, "needs a sequence that names its items, and words names none"),
+        ({"sequences": (LAST,), "embedding": EmbeddingConfig("fused")}, "which embedding.kind='fused' cannot"),
+    ],
+)
+def test_attention_that_cannot_be_is_refused(options, match):
+    sequences = options.pop("sequences")
+    with pytest.raises(ValueError, match=match):
+        MultiTaskRecommender(features(sequences=sequences), history=HistoryConfig("din"), **options)
+
+
+def test_a_table_without_sequences_has_no_history():
+    model = MultiTaskRecommender(features(), history=HistoryConfig("din"))
+    assert model(batch()).shape == (3, 2)
+
+
+def test_options_without_a_meaning_are_refused():
+    with pytest.raises(ValueError, match=r"history.normalize=True has no meaning with history.pooling='mean'"):
+        HistoryConfig(normalize=True)
+
+
+def made(tmp_path):
+    """A click is likely where the item is in the history, which neither column tells alone."""
+    generator = torch.Generator().manual_seed(0)
+    item_N = torch.randint(0, 8, (600,), generator=generator)
+    last = [torch.randint(0, 8, (n,), generator=generator).tolist() for n in (torch.arange(600) % 6).tolist()]
+    click = [int(item in own) for item, own in zip(item_N.tolist(), last, strict=True)]
+    rows = {"item": item_N.tolist(), "last": last, "click": click}
+    pq.write_table(pa.table(rows), tmp_path / "table.parquet")
+    config = TableConfig(
+        ("item",),
+        tasks={"click": TaskConfig("click")},
+        split=SplitConfig(val=0.2, test=0.2),
+        sequences={"last": SequenceConfig("item", 4)},
+    )
+    return TableData("table", str(tmp_path), str(tmp_path / "cache"), train_file="table.parquet", table=config)
+
+
+def test_a_checkpoint_keeps_how_sequences_are_read(tmp_path):
+    from lightning import Trainer
+
+    import apps
+
+    data = made(tmp_path)
+    model = MultiTaskRecommender(data.features, history=HistoryConfig("din", (16,)))
+    trainer = Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = apps.load(tmp_path / "a.ckpt")
+    rows = data.rows("test")
+    with torch.inference_mode():
+        expected = model.eval()(rows[:]).sigmoid()[:, 0]
+    table = pq.read_table(tmp_path / "table.parquet").take(rows.index.numpy())
+    frame = table.to_pandas()
+    assert_close(torch.tensor(loaded.predict(frame)["probability_click"].to_numpy()), expected)
+    lists = loaded.predict({"item": frame["item"].tolist(), "last": frame["last"].tolist()})
+    assert_close(torch.tensor(lists["probability_click"]), expected)
+    texts = loaded.predict({"item": frame["item"], "last": ["|".join(map(str, own)) for own in frame["last"]]})
+    assert_close(torch.tensor(texts["probability_click"]), expected)
+
+
+def test_a_page_has_a_field_for_a_sequence(tmp_path):
+    from apps.recsys.tables.task import TASK
+
+    data = made(tmp_path)
+    model = MultiTaskRecommender(data.features, history=HistoryConfig("din"), shared=core.MMoE(num_experts=2))
+    model.adopt_encoding({"encoding": data.encoding_state})
+    page = TASK(model).exhibit(data, 3)
+    assert [field.label for field in page.fields] == ["item", "last (the oldest first, with | between)"]
+    item, last = page.examples[2].values
+    row = data.rows("val").__getitems__([2 * (len(data.rows("val")) // 3)])
+    assert last.split("|") == [data.vocabulary("item")[i] for i in row.lists[0].values_N]
+    scores = model.predict({"item": [item], "last": [last]})
+    assert dict(page.answer([item, last]).parts[0].rows) == {"click": float(scores["probability_click"][0])}
+
+
+def test_estimators_read_the_values(tmp_path):
+    data = made(tmp_path)
+    for estimator in (HistGradientBoostingUntuned(), LogisticRegression()):
+        estimator.fit(data, 0)
+        assert estimator.evaluate(data, "test")["auc_click"] > 0.6  # by the number of items already

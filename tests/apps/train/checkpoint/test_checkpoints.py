@@ -1,0 +1,78 @@
+"""The best and the last checkpoint of a run are kept, and a failed write leaves the old one whole."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from tiny_app import TinyModule
+from trainings import fit, load
+
+from apps.train.checkpoint.checkpoints import AtomicCheckpointIO
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"n": 1}, path)
+
+    def full(checkpoint, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*: No space left on device; the earlier one is"):
+        io.save_checkpoint({"n": 2}, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    assert load(path) == {"n": 1}
+
+
+def test_checkpoints_of_an_earlier_run_are_put_aside_before_the_first_step(tmp_path):
+    for epochs in (1, 2):
+        fit(TinyModule(3), tmp_path, max_epochs=epochs)
+    (tmp_path / "average.ckpt").write_bytes(b"of the earlier run")
+
+    class Killed(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(TinyModule(3), tmp_path, Killed())
+    assert not list(tmp_path.glob("*.ckpt"))
+    assert {p.name for p in (tmp_path / "earlier" / "2").glob("*.ckpt")} == {"best.ckpt", "last.ckpt", "average.ckpt"}
+    assert [load(tmp_path / "earlier" / number / "last.ckpt")["epoch"] for number in ("1", "2")] == [0, 1]
+
+
+def fit_with_scores(folder: Path, scores: list[float]) -> Trainer:
+    """An epoch for each validation score, of which the highest is the best."""
+    rest = iter(scores)
+
+    class Score(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            pl_module.log("val/score", next(rest))
+
+    module = TinyModule(3)
+    module.monitor, module.monitor_mode = "val/score", "max"
+    return fit(module, folder, Score(), max_epochs=len(scores))
+
+
+def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
+    made = fit_with_scores(tmp_path, [math.nan, 0.5, 0.7])
+    assert made.checkpoint_callback.best_score == pytest.approx(0.7)
+    assert load(tmp_path / "best.ckpt")["epoch"] == 2
+
+
+def test_the_best_is_the_best_and_the_last_is_the_last(tmp_path):
+    made = fit_with_scores(tmp_path, [0.5, 0.9, 0.7])
+    assert load(tmp_path / "best.ckpt")["epoch"] == 1
+    assert load(tmp_path / "last.ckpt")["epoch"] == 2
+    assert made.checkpoint_callback.best_score == pytest.approx(0.9)
+
+
+def test_what_a_kill_in_the_middle_of_a_write_left_is_removed(tmp_path):
+    (tmp_path / ".best.ckpt.tmp").write_bytes(b"half")
+    fit(TinyModule(3), tmp_path, limit_train_batches=1, limit_val_batches=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "metrics.csv"]

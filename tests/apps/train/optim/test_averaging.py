@@ -1,0 +1,213 @@
+"""Averages of the weights: the moving one, and the mean of the last epochs, by hand, over a kill, in a longer run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import trainings
+from resuming import CONFIG, Stop, checkpoint, differences, fit
+from tiny_app import TinyData, TinyModule
+
+from apps.cli import main as moesaic
+from apps.train.optim.averaging import WeightEMA, mean_weights
+from apps.train.optim.optimizers import OptimizerConfig
+
+# 26 points in batches of 8: 4 steps an epoch, 3 epochs.
+AVERAGED = CONFIG.replace("ema_decay: 0.99", "average_last: 2").replace(
+    "class_path: tiny_app.TinyData", "class_path: tiny_app.TinyData\n  init_args: {n: 26}"
+)
+EARLY = """
+    - class_path: lightning.pytorch.callbacks.EarlyStopping
+      init_args: {monitor: val/loss, mode: max, patience: 2}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(AVERAGED)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run of ``AVERAGED``, only to be read."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "config.yaml").write_text(AVERAGED)
+    fit(str(folder / "config.yaml"), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """Return a copy of ``finished`` to go on in."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def early_config(tmp_path: Path) -> str:
+    # The loss falls: by "max" no epoch after the first is better, and the third ends the training.
+    path = tmp_path / "early.yaml"
+    path.write_text(AVERAGED.rstrip() + EARLY)
+    return str(path)
+
+
+def weights(run_dir: Path, name: str = "last", key: str = "state_dict") -> dict[str, torch.Tensor]:
+    return checkpoint(run_dir, name)[key]
+
+
+def files(run_dir: Path) -> list[str]:
+    return sorted(str(p.relative_to(run_dir / "checkpoints")) for p in (run_dir / "checkpoints").rglob("*.*"))
+
+
+def test_the_mean_of_files_by_hand(tmp_path):
+    for i, value in enumerate((1.0, 2.0, 6.0)):
+        torch.save({"w": torch.full((2,), value), "half": torch.tensor(value).half()}, tmp_path / f"{i}.pt")
+    mean = mean_weights([tmp_path / f"{i}.pt" for i in range(3)])
+    assert mean["w"].tolist() == [3.0, 3.0]
+    assert (mean["w"].dtype, mean["half"].dtype) == (torch.float32, torch.float16)
+
+
+def test_the_average_is_that_of_the_last_epochs_ends(config, tmp_path):
+    ends = []
+    for epochs in (2, 3):  # the third epoch goes on from the second's end
+        fit(config, tmp_path / "run", "--trainer.max_epochs", str(epochs), "--ckpt_path", "last")
+        ends.append(weights(tmp_path / "run"))
+    average = weights(tmp_path / "run", "average")
+    for name, value in average.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (ends[0][name] + ends[1][name]) / 2, rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(value, ends[1][name])
+    assert not torch.equal(average["net.0.weight"], ends[1]["net.0.weight"])
+    assert differences(weights(tmp_path / "run", "average", "trained_state_dict"), ends[1]) == []
+    assert files(tmp_path / "run") == ["average.ckpt", "best.ckpt", "epochs/1.pt", "epochs/2.pt", "last.ckpt"]
+
+
+def test_it_is_a_checkpoint_as_others(config, run):
+    path = run / "checkpoints" / "average.ckpt"
+    module = TinyModule.load_from_checkpoint(path)
+    assert torch.equal(module.net[0].weight, weights(run, "average")["net.0.weight"])
+    for which in ("average", str(path)):
+        assert moesaic(["test", "--config", config, "--run_dir", str(run), "--ckpt_path", which]) == 0
+        assert json.loads((run / "test.json").read_text())["checkpoint"] == str(path)
+
+
+# Batch 2 lies in mid-epoch, 4 is the first of an epoch, 11 the last of all.
+@pytest.mark.parametrize("stops", [(2, 4), (11,)], ids=["twice", "at_the_end"])
+def test_a_stopped_run_has_the_same_average(config, tmp_path, finished, stops):
+    for stop in stops:
+        with pytest.raises(Stop):
+            fit(config, tmp_path / "broken", "--ckpt_path", "last", stop_at=stop)
+    fit(config, tmp_path / "broken", "--ckpt_path", "last")
+    for name in ("last", "average"):
+        assert differences(checkpoint(finished, name), checkpoint(tmp_path / "broken", name)) == []
+    assert files(finished) == files(tmp_path / "broken")
+
+
+def test_a_run_killed_after_its_last_epoch_writes_it_when_it_is_resumed(config, run):
+    written = weights(run, "average")
+    (run / "checkpoints" / "average.ckpt").unlink()
+    fit(config, run, "--ckpt_path", "last")
+    assert differences(written, weights(run, "average")) == []
+
+
+def test_a_longer_run_goes_on_from_the_trained_weights(config, tmp_path):
+    # No schedule: it would depend on the length of the run.
+    steady = ("--model.optimizer.schedule", "constant", "--model.optimizer.warmup", "0")
+    fit(config, tmp_path / "long", *steady, "--trainer.max_epochs", "4")
+    fit(config, tmp_path / "last", *steady)
+    shutil.copytree(tmp_path / "last", tmp_path / "average")
+    for start in ("last", "average"):
+        fit(config, tmp_path / start, *steady, "--trainer.max_epochs", "4", "--ckpt_path", start)
+        for name in ("last", "average"):
+            assert differences(weights(tmp_path / "long", name), weights(tmp_path / start, name)) == []
+
+
+def test_the_epochs_are_found_beside_the_checkpoint_that_is_resumed(config, tmp_path, caplog):
+    fit(config, tmp_path / "short", "--trainer.max_epochs", "2")
+    last = tmp_path / "short" / "checkpoints" / "last.ckpt"
+    fit(config, tmp_path / "other", "--trainer.max_epochs", "3", "--ckpt_path", str(last))
+    assert files(tmp_path / "other")[-3:] == ["epochs/1.pt", "epochs/2.pt", "last.ckpt"]
+    shutil.rmtree(last.parent / "epochs")
+    fit(config, tmp_path / "without", "--trainer.max_epochs", "3", "--ckpt_path", str(last))
+    assert f"the weights of epochs 1, 2 are not beside {last}: the average is without them" in caplog.text
+    # Of the third epoch alone: its own weights.
+    of_one = checkpoint(tmp_path / "without", "average")
+    assert differences(of_one["state_dict"], of_one["trained_state_dict"]) == []
+
+
+def test_a_new_run_in_the_folder_does_not_average_the_old_one(config, run):
+    fit(config, run, "--trainer.max_epochs", "1")
+    assert checkpoint(run, "average")["averaged_epochs"] == [0]
+    assert "epochs/2.pt" not in files(run)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"average_last": 0}, "average_last=0 must be at least 1"),
+        ({"average_last": 3, "ema_decay": 0.9}, r"average_last=3 with ema_decay=0\.9: the weights have one average"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        TinyModule(3, **options)
+
+
+# ---- early stopping
+
+
+def test_an_early_stop_stays_one(early_config, tmp_path):
+    flags = ("--trainer.max_epochs", "9")
+    fit(early_config, tmp_path / "unbroken", *flags)
+    before = checkpoint(tmp_path / "unbroken")
+    assert before["global_step"] == 12
+    assert checkpoint(tmp_path / "unbroken", "average")["averaged_epochs"] == [1, 2]
+    # Resumed in the second epoch, it remembers the score of the first.
+    with pytest.raises(Stop):
+        fit(early_config, tmp_path / "broken", *flags, stop_at=6)
+    fit(early_config, tmp_path / "broken", *flags, "--ckpt_path", "last")
+    assert differences(before, checkpoint(tmp_path / "broken")) == []
+    # Resumed after its end, it does no epoch more.
+    fit(early_config, tmp_path / "unbroken", *flags, "--ckpt_path", "last")
+    assert differences(before, checkpoint(tmp_path / "unbroken")) == []
+
+
+def test_the_average_moves_as_the_formula_says():
+    module = TinyModule(3)
+    average = WeightEMA(0.99)
+    average.on_fit_start(None, module)
+    before = module.net[0].weight.detach().clone()
+    with torch.no_grad():
+        module.net[0].weight.add_(1.0)
+
+    class AtStepOne:
+        global_step = 1
+
+    average.on_train_batch_end(AtStepOne, module, None, None, 0)
+    # d = min(0.99, 2 / 11), so the average has moved by 9/11 of the 1.0 that was added.
+    assert torch.allclose(average.average["net.0.weight"], before + 9 / 11)
+    average.on_train_batch_end(AtStepOne, module, None, None, 1)  # a micro-batch of the same step
+    assert torch.allclose(average.average["net.0.weight"], before + 9 / 11)
+
+
+def test_the_average_is_what_is_validated_saved_and_left(tmp_path):
+    module = TinyModule(3, moe=trainings.MOE, ema_decay=0.9, optimizer=OptimizerConfig(lr=0.05))
+    trainings.fit(module, tmp_path, max_epochs=2)
+    checkpoint = trainings.load(tmp_path / "last.ckpt")
+    trained, average = checkpoint["trained_state_dict"], checkpoint["state_dict"]
+    assert not torch.equal(trained["net.0.weight"], average["net.0.weight"])
+    assert torch.equal(module.net[0].weight, average["net.0.weight"])
+    fresh = TinyModule(3, moe=trainings.MOE)
+    fresh.load_state_dict(average)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mean = trainings.trainer(tmp_path / "again", logger=False).validate(fresh, TinyData(), verbose=False)
+    last = [r for r in trainings.rows(tmp_path) if r["val/loss"]][-1]
+    assert mean[0]["val/loss"] == pytest.approx(float(last["val/loss"]))

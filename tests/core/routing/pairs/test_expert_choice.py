@@ -1,0 +1,306 @@
+"""Expert choice on typed logits: the gate's weight is the identity, so a token is its own logits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from routed import built, logits_of
+from stepped import assert_exports, assert_same, step
+from torch import Tensor, nn
+
+from core import (
+    FFN,
+    Balance,
+    MoE,
+    MoEConfig,
+    Routing,
+    RoutingContext,
+    RoutingStats,
+    SwiGLU,
+    active_params,
+    aux_loss,
+    aux_losses,
+    count_flops,
+    record,
+    set_capacity_factor,
+    update_expert_bias,
+)
+from core.routing.pairs.expert_choice import ExpertChoice, ExpertChoiceRouter
+from core.routing.selection import Capacity
+
+BACKENDS = ["eager", "cpu", "grouped", "triton"]
+
+
+def router(num_experts: int, factor: float, group: str | int = "sequence") -> ExpertChoiceRouter:
+    return built(ExpertChoice(factor), num_experts, limit=Capacity(group=group))
+
+
+def chosen(routing: Routing, num_experts: int) -> list[list[int]]:
+    """The computed tokens of each expert, in the order they were taken."""
+    ids, tokens = routing.expert_ids_N.tolist(), routing.token_index_N.tolist()
+    return [[t for t, e in zip(tokens, ids, strict=True) if e == expert] for expert in range(num_experts)]
+
+
+def naive(layer: MoE, x: Tensor, groups: list[list[int]], factor: float) -> Tensor:
+    """The definition over flat tokens: expert by expert, its best tokens of each group."""
+    tokens = x.flatten(0, 1)
+    scores = (tokens @ layer.router.gate.weight.T).softmax(-1).detach()
+    E = scores.shape[1]
+    experts, y = layer.experts, torch.zeros_like(tokens)
+    for group in groups:
+        room = min(math.ceil(factor * len(group) / E - 1e-9), len(group))
+        for e in range(E):
+            for t in sorted(group, key=lambda t, e=e: -float(scores[t, e]))[:room]:
+                h = nn.functional.gelu(tokens[t] @ experts.w_in[e] + experts.b_in[e])
+                y[t] = y[t] + scores[t, e] * (h @ experts.w_out[e] + experts.b_out[e])
+    return y.reshape(x.shape)
+
+
+TABLE = logits_of((0.7, 0.2, 0.1), (0.6, 0.3, 0.1), (0.5, 0.1, 0.4))
+
+
+def test_each_expert_takes_its_best_tokens_and_the_gate_is_the_score():
+    # Three tokens, three experts, factor 1: each takes ceil(1 * 3 / 3) = 1. Expert 0 takes token 0 (0.7), expert 1
+    # token 1 (0.3), expert 2 token 2 (0.4).
+    routing = router(3, 1.0)(TABLE)
+    assert chosen(routing, 3) == [[0], [1], [2]]
+    assert routing.gates_N.tolist() == pytest.approx([0.7, 0.3, 0.4])
+    assert routing.top_k is None
+    assert routing.tokens_per_expert_E.tolist() == routing.chosen_per_expert_E.tolist() == [1, 1, 1]
+
+
+def test_a_token_may_have_no_expert_or_all():
+    # ceil(1 * 3 / 2) = 2 places. Expert 0 likes tokens 0 and 1, expert 1 tokens 2 and 1: token 1 has both.
+    assert chosen(router(2, 1.0)(logits_of((0.9, 0.1), (0.8, 0.2), (0.3, 0.7))), 2) == [[0, 1], [2, 1]]
+    # Scores of one expert only compare tokens: all experts like token 0 best, and token 1 has none.
+    routing = router(3, 0.5)(torch.tensor([[[0.0, 0.0, 0.0], [9.0, -9.0, -9.0]]]))
+    # ceil(0.5 * 2 / 3) = 1: expert 0 takes token 1 (score 1), experts 1 and 2 token 0 (1/3 each).
+    assert chosen(routing, 3) == [[1], [0], [0]]
+
+
+def test_the_capacity_is_rounded_up_and_never_exceeds_the_tokens():
+    x = torch.randn(1, 10, 4)
+    assert router(4, 1.1)(x).tokens_per_expert_E.tolist() == [3] * 4  # ceil(1.1 * 10 / 4) = ceil(2.75)
+    assert router(4, 0.1)(x).tokens_per_expert_E.tolist() == [1] * 4  # ceil(0.25)
+    assert router(4, 4.0)(x).tokens_per_expert_E.tolist() == [10] * 4
+    assert router(4, 100.0)(x).tokens_per_expert_E.tolist() == [10] * 4
+
+
+def test_of_equal_scores_the_earlier_token_is_taken():
+    assert chosen(router(2, 1.0)(torch.zeros(1, 6, 2)), 2) == [[0, 1, 2], [0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    "group, groups",
+    [
+        ("sequence", [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]),
+        ("batch", [list(range(15))]),
+        (4, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14]]),
+    ],
+)
+@pytest.mark.parametrize("factor", [0.5, 2.0, 3.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layer_equals_the_loop_over_experts_and_groups(group, groups, factor, backend):
+    config = MoEConfig(3, ExpertChoice(factor), FFN(12, bias=True), group=group, backend=backend)
+    layer = config.build(8)
+    x = torch.randn(3, 5, 8)
+    torch.testing.assert_close(layer(x), naive(layer, x, groups, factor), rtol=1e-5, atol=1e-6)
+
+
+def test_the_default_group_is_the_sequence_so_batch_mates_change_nothing():
+    x = torch.randn(4, 6, 8)
+    layer = MoEConfig(3, ExpertChoice(1.0), FFN(12)).build(8)
+    torch.testing.assert_close(layer(x)[:1], layer(x[:1]))
+    mixed = MoEConfig(3, ExpertChoice(1.0), FFN(12), group="batch").build(8)
+    mixed.load_state_dict(layer.state_dict())
+    assert (mixed(x)[:1] - mixed(x[:1])).abs().max() > 1e-3  # with "batch" they do
+    assert layer.router.capacity.group == ExpertChoice().build(8, 3).capacity.group == "sequence"
+
+
+@pytest.mark.parametrize("group", ["sequence", "batch", 4])
+def test_padding_is_never_chosen_and_changes_nothing_even_if_it_holds_nan(group):
+    x = torch.randn(2, 6, 8)
+    valid = torch.tensor([[True] * 6, [True, False, True, False, False, False]])
+    layer = MoEConfig(3, ExpertChoice(1.0), FFN(12, bias=True), group=group).build(8)
+    dirty = x.masked_fill(~valid[..., None], torch.nan).requires_grad_()
+    with record(layer) as tape:
+        y = layer(dirty, RoutingContext(valid_BS=valid))
+    routing = tape.entries[0].routing
+    taken = routing.expert_ids_N < 3
+    assert valid.flatten()[routing.token_index_N[taken]].all()
+    assert routing.gates_N[~taken].abs().sum() == 0
+    # Capacities of the real tokens: 6 -> 2 and 2 -> 1; 8 -> 3; groups of 4, 3 and 1 real -> 2, 1 and 1.
+    assert routing.tokens_per_expert_E.tolist() == [{"sequence": 3, "batch": 3, 4: 4}[group]] * 3
+    assert y[~valid].abs().max() == 0
+    (y.square().sum() + aux_loss(tape)).backward()
+    assert dirty.grad[~valid].abs().max() == 0
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+    if group == "sequence":
+        alone = layer(x[1, valid[1]])
+        torch.testing.assert_close(y[1, valid[1]], alone)
+
+
+def test_a_score_that_underflows_still_comes_before_padding():
+    x = torch.tensor([[[0.0, 500.0], [9.0, 9.0]]])  # expert 0 scores token 0 with exp(-500) = 0
+    routing = router(2, 1.0)(x, RoutingContext(valid_BS=torch.tensor([[True, False]])))
+    assert chosen(routing, 2) == [[0], [0]]
+    assert routing.gates_N.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("group", ["sequence", "batch", 4])
+@pytest.mark.parametrize("shape", [(2, 0, 8), (0, 5, 8), (1, 1, 8), (1, 8)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_token_and_one_token(group, shape, backend):
+    layer = MoEConfig(3, ExpertChoice(2.0), FFN(12, bias=True), group=group, backend=backend).build(8)
+    x = torch.randn(shape, requires_grad=True)
+    with record(layer) as tape:
+        y = layer(x)
+    assert y.shape == shape
+    (y.sum() + aux_loss(tape)).backward()
+    # One token: ceil(2 / 3) = 1, every expert takes it.
+    assert tape.entries[0].routing.tokens_per_expert_E.tolist() == [min(x.numel() // 8, 1)] * 3
+
+
+@pytest.mark.parametrize("group", ["sequence", "batch", 5])
+def test_gradients_equal_finite_differences_in_float64(group):
+    layer = MoEConfig(3, ExpertChoice(1.5), SwiGLU(6, bias=True), group=group, backend="eager").build(4).double()
+    x = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
+    names, weights = zip(*layer.named_parameters(), strict=True)
+
+    def run(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *weights))
+    assert layer(x).dtype == torch.float64
+
+
+def test_balance_keeps_the_z_loss_alone():
+    layer = MoEConfig(4, ExpertChoice(), balance=Balance(router_z=0.1)).build(8)
+    x = torch.randn(2, 6, 8)
+    with record(layer) as tape:
+        layer(x)
+    losses = aux_losses(tape)
+    logits = x.flatten(0, 1) @ layer.router.gate.weight.T
+    assert list(losses.terms) == ["router_z"]
+    torch.testing.assert_close(losses.total, 0.1 * logits.logsumexp(-1).square().mean())
+    losses.total.backward()
+    assert layer.router.gate.weight.grad.abs().max() > 0
+    with pytest.raises(ValueError, match=r"balance.importance=0.1 does not apply to ExpertChoice"):
+        MoEConfig(4, ExpertChoice(), balance=Balance(importance=0.1))
+
+
+def test_statistics_of_a_tape_are_even():
+    layer = MoEConfig(4, ExpertChoice(1.0), FFN(12)).build(8)
+    with record(layer) as tape:
+        layer(torch.randn(2, 8, 8))
+    update_expert_bias(layer, tape)
+    stats = RoutingStats.from_tape(tape.detach()).layers[""]
+    assert stats.tokens_per_expert.tolist() == [4] * 4  # two sequences, ceil(8 / 4) each
+    figures = stats.figures()
+    assert (figures["load_imbalance"], figures["drop_rate"], figures["dead_experts"]) == (1.0, 0.0, 0.0)
+    assert 0 < figures["entropy"] < 1
+
+
+def test_set_capacity_factor_leaves_it_alone():
+    layer = MoEConfig(4, ExpertChoice(1.0), FFN(12)).build(8).eval()
+    x = torch.randn(2, 8, 8)
+    expected = layer(x)
+    with set_capacity_factor(layer, 0.25, "score"):
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_costs_equal_numel_and_the_counter(backend):
+    config = MoEConfig(4, ExpertChoice(1.5), FFN(12), num_shared_experts=1, backend=backend)
+    layer = config.build(8)
+    assert config.num_params(8) == sum(p.numel() for p in layer.parameters())
+    # Gate 32, 1.5 of four experts and the shared one, 192 parameters each.
+    assert config.active_params(8) == active_params(layer) == 32 + round(2.5 * 192)
+    # Ten tokens: ceil(15 / 4) = 4 places, 16 rows, 1.6 a token: 64 + (1.6 + 1) * 384 = 1062.4.
+    assert config.flops_per_token(8, tokens_per_sequence=10) == 1062
+    assert count_flops(layer, torch.randn(3, 10, 8)) == 3 * 10624
+    # Where the length is not known, without the rounding: 64 + 2.5 * 384.
+    assert config.flops_per_token(8) == 1024
+    # More than all tokens cannot be taken.
+    assert MoEConfig(4, ExpertChoice(9.0), FFN(12)).flops_per_token(8) == 64 + 4 * 384
+
+
+# The conformance suite compiles and exports the layer with its default group, with padding.
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("group", ["sequence", *(pytest.param(g, marks=pytest.mark.slow) for g in ("batch", 5))])
+def test_a_compiled_layer_trains_as_the_plain_one_at_other_numbers_of_tokens(group):
+    layer = MoEConfig(4, ExpertChoice(1.5), FFN(12), group=group).build(8)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((3, 9, 8), (2, 12, 8)):
+        x = torch.randn(shape)
+        assert_same(step(layer, x, run=compiled), step(layer, x))
+
+
+@pytest.mark.parametrize("group", ["sequence", "batch", 5])
+def test_exports_with_other_numbers_of_tokens(group):
+    # Where an expert would take a single token torch.export sees another program: from 8 tokens on it does not.
+    layer = MoEConfig(4, ExpertChoice(1.5), FFN(12), group=group).build(8).eval()
+    assert_exports(layer, 8, length=12, least=8)
+
+
+def test_state_dict_has_the_gate_and_the_experts():
+    layer = MoEConfig(4, ExpertChoice(), FFN(12)).build(8)
+    assert type(layer) is MoE
+    assert {n: tuple(t.shape) for n, t in layer.state_dict().items()} == {
+        "router.gate.weight": (4, 8),
+        "experts.w_in": (4, 8, 12),
+        "experts.w_out": (4, 12, 8),
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            {"capacity_factor": 1.25},
+            r"capacity_factor=1.25 does not apply to ExpertChoice \(arXiv 2202\.09368\), which has its own capacity",
+        ),
+        (
+            {"eval_capacity_factor": 2.0},
+            r"eval_capacity_factor=2.0 does not apply to ExpertChoice \(arXiv 2202\.09368\)$",
+        ),
+        ({"priority": "score"}, r"priority='score' does not apply to ExpertChoice \(arXiv 2202\.09368\)$"),
+    ],
+)
+def test_options_of_token_choice_are_refused_in_one_line(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        MoEConfig(4, ExpertChoice(), **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_causal_decoder_refuses_it_because_a_later_token_changes_an_earlier_one():
+    config = MoEConfig(2, ExpertChoice(1.0), FFN(12))
+    with pytest.raises(
+        ValueError, match=r"router ExpertChoice \(arXiv 2202\.09368\) lets later tokens change earlier ones"
+    ):
+        config.build(8, causal=True)
+    chooser = router(2, 1.0)
+    x = logits_of((0.6, 0.4), (0.2, 0.8))
+    later = torch.cat((x[:, :1], logits_of((0.9, 0.1))), 1)
+    assert chosen(chooser(x), 2) == [[0], [1]]
+    assert chosen(chooser(later), 2) == [[1], [0]]  # token 0 goes to the other expert
+
+
+def test_one_expert_does_not_choose_among_tokens():
+    message = r"^capacity_factor=0.5 with num_experts=1 would take the earliest tokens: .* \(arXiv 2202.09368\)$"
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(1, ExpertChoice(0.5))
+    with pytest.raises(ValueError, match=message):
+        ExpertChoice(0.5).build(8, 1)
+
+
+def test_one_expert_of_all_tokens_is_the_expert_itself_and_trains_no_router():
+    layer = MoEConfig(1, ExpertChoice(1.0)).build(8)
+    x = torch.randn(2, 5, 8)
+    y = layer(x)
+    torch.testing.assert_close(y, layer.experts(x, "dense"))
+    y.square().sum().backward()
+    assert layer.router.gate.weight.grad.eq(0).all()
+    assert layer.experts.w_in.grad.ne(0).any()
