@@ -16,10 +16,13 @@ from .contract import (
 from .convert import (
     ExpertStatistics,
     OneExpert,
+    adapt,
     average_experts,
     average_models,
     average_states,
+    cut_out,
     dense_twin,
+    densify,
     expert_statistics,
     freeze_experts,
     grow_experts,
@@ -29,17 +32,8 @@ from .convert import (
     merge_experts,
     mix_models,
     prune_experts,
-)
-from .convert.build import (
-    adapt,
     sparsify,
-)
-from .convert.measure import (
     summary,
-)
-from .convert.reduce import (
-    cut_out,
-    densify,
 )
 from .diagnose import Doctor, Finding, TrainingStart, ablate_experts, diagnose
 from .experts import (

@@ -55,7 +55,6 @@ _STORE = EncodedStore(
         "recsys/readers/*.py",
         "recsys/schema.py",
         *(f"recsys/tables/encode/{n}.py" for n in ("build", "new_rows", "splits")),
-        "recsys/readers/synthetic.py",
     ),
 )
 _FILE_OPTIONS = ("train_file", "val_file", "test_file")
