@@ -29,7 +29,8 @@ from apps.train.step.module import SparseModule, TaskOutput, check_one_start
 from apps.vision.encoding import ImageEncoding
 from apps.vision.few_shot import hard_labels
 from apps.vision.image_files import scaled
-from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
+from apps.vision.model import ViTConfig, VMoE
+from apps.vision.pretrained import load_pretrained_weights
 from apps.vision.report import VisionReport, VisionReportConfig
 
 _REPORT = VisionReportConfig()

@@ -2,10 +2,11 @@
 
 from .adapted import AdaptedLinear
 from .attention import AttentionMoE
+from .base import MoELayer, active_params, moe_layers
 from .dense import FeedForward
 from .joint import JointMultiGateMoE
 from .losses import AuxLosses, aux_loss, aux_losses, update_expert_bias
-from .moe import AveragedMoE, MergedMoE, MoE, MoELayer, SoftMoE, active_params, moe_layers, set_capacity_factor
+from .moe import AveragedMoE, MergedMoE, MoE, SoftMoE, set_capacity_factor
 from .multi_gate import MultiGateLayer, MultiGateMoE, PLELayer
 from .neurons import NeuronMoE
 from .patches import PatchMoE

@@ -16,7 +16,7 @@ from ..contract import Entry, Loads, Tape, device_of_ranks, several_ranks, sum_o
 from ..routing.balance.balance import adaptive_weight
 from ..routing.balance.terms import balance_sums, balance_terms
 from ..routing.router import Router
-from .moe import MoELayer, entry_name
+from .base import MoELayer, entry_name
 
 
 @dataclass(frozen=True)

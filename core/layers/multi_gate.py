@@ -22,7 +22,7 @@ from ..routing.multi_gate import (
     dropped_experts,
 )
 from ..routing.router import Router, Tokens
-from .moe import MoELayer, check_valid
+from .base import MoELayer, check_valid
 
 SHARED = "shared"
 """End of the entries' name for a shared representation's gate."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..contract import RoutingContext
 from ..contract.checks import check_tensor
 from ..experts.patch_grid import PatchGrid
-from .moe import MoE, check_valid
+from .base import check_valid
+from .moe import MoE
 
 
 class PatchMoE(MoE):

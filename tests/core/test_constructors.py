@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import core
-from core.layers.moe import MoELayer
+from core.layers.base import MoELayer
 from core.routing.gates import LinearGate
 
 

@@ -33,7 +33,8 @@ from apps.nlp.text.scores import scorer
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import check_one_start
 from apps.vision.image_files import scaled
-from apps.vision.model import ViTConfig, load_pretrained_weights
+from apps.vision.model import ViTConfig
+from apps.vision.pretrained import load_pretrained_weights
 
 _DECODE = DecodeConfig(max_length_ratio=1.0, max_length_extra=0)
 _REPORT = CaptionReportConfig()

@@ -17,7 +17,8 @@ from apps.multimodal.towers.towers import Published
 from apps.nets.blocks import FFNConfig, MoEs
 from apps.porting.open_clip import Clip, ClipImageConfig, ClipImageTower, ClipTextConfig, ClipTextTower, resampled
 from apps.porting.sentences import BertConfig, SentenceTower, encoder_folder, sentence_weights
-from apps.vision.model import ViTConfig, VMoE, load_pretrained_weights
+from apps.vision.model import ViTConfig, VMoE
+from apps.vision.pretrained import load_pretrained_weights
 
 _VIT, _BERT, _CLIP_IMAGES, _CLIP_TEXTS = ViTConfig(), BertConfig(), ClipImageConfig(), ClipTextConfig()
 

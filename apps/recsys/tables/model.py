@@ -18,6 +18,7 @@ from apps.recsys.tables.columns.dense import DenseArch, DenseConfig
 from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.columns.history import HistoryArch, HistoryConfig
 from apps.recsys.tables.columns.personal import EmbeddingGate, TowerGates, TwoLayers
+from apps.recsys.tables.columns.tables import sparse_arch
 from apps.recsys.tables.columns.vectors import VectorArch
 from apps.recsys.tables.rows.batch import Ragged, TableBatch
 from apps.recsys.tables.tasks import HeadConfig
@@ -155,7 +156,7 @@ class TableColumns(nn.Module):
         self.num_multi = sum(f.multi_valued for f in features.categorical)
         self.is_attended = [s in attended for s in features.sequences]
         columns = (*features.categorical, *self.dense.bin_features)
-        self.sparse = embedding.build(columns, copies, averaged)
+        self.sparse = sparse_arch(embedding, columns, copies, averaged)
         self.history = HistoryArch(attended, self.sparse, history) if attended else None
         self.vectors = VectorArch(features.vectors, embedding.dim, copies) if features.vectors else None
         others = (part for part in (self.vectors, self.history) if part is not None)

@@ -10,51 +10,34 @@ leaves the old checkpoint. No part is read by a pickle that could run code.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import pickle
 import shutil
 import uuid
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from apps.base.files import replacing, temporary_path
-from apps.base.messages import one_line
 from apps.train.checkpoint.paths import SHARDED_PART, is_sharded
+from apps.train.checkpoint.readable import SafeReader, readable, reason_of
 
 WEIGHT, STATE, PLACE = "weight/", "state/", "place/"
 """Prefixes of the tensors' names: entries of the state dict, the state of the optimizer that steps them, and places in
 the contents, which are the keys from the outermost one on, as JSON."""
 
 _REST, _KEY = SHARDED_PART, "sharded"
-_SAFE = {
-    "torch": {
-        "Size", "device", "float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "int8", "bool",
-        "strided",
-    },
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "BytesStorageMetadata",
-        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "Path", "PurePosixPath"},
-}  # fmt: skip
 
 
 # torch warns that ranks hold different tables, which is meant, and of its own deprecations.
@@ -125,7 +108,7 @@ class Writing:
             if dist.get_rank() == 0:
                 shutil.rmtree(shards if self.folder == self.path else self.folder, ignore_errors=True)
             kept = "; the earlier one is intact" if self.path.is_file() or is_sharded(self.path) else ""
-            raise OSError(f"cannot write the checkpoint {self.path}: {_reason(error)}{kept}") from error
+            raise OSError(f"cannot write the checkpoint {self.path}: {reason_of(error)}{kept}") from error
 
     def _finish(self) -> str | None:
         """Make the folder the checkpoint, and return why that failed, or None."""
@@ -138,7 +121,7 @@ class Writing:
                 self.path.unlink()
                 self.folder.rename(self.path)
         except Exception as error:
-            return _reason(error)
+            return reason_of(error)
         for old in self.path.glob("shards-*"):
             if old.name != self.name:
                 shutil.rmtree(old, ignore_errors=True)
@@ -199,7 +182,7 @@ def read(path: Path | str, device: str = "cpu") -> dict[str, Any]:
     path = Path(path)
     checkpoint = read_rest(path)
     with readable(path):
-        saved = _Reader(path / checkpoint[_KEY]["folder"]).tensors()
+        saved = SafeReader(path / checkpoint[_KEY]["folder"]).tensors()
         wanted = {k: v for k, v in saved.items() if k.startswith((WEIGHT, PLACE))}
         tensors = {k: torch.empty(v.size, dtype=v.properties.dtype, device=device) for k, v in wanted.items()}
     if device != "meta":
@@ -242,7 +225,7 @@ def saved_tensors(path: Path, checkpoint: Mapping[str, Any]) -> dict[str, Tensor
         ValueError: the checkpoint is damaged, or another program's.
     """
     with readable(path):
-        return _Reader(path / checkpoint[_KEY]["folder"]).tensors()
+        return SafeReader(path / checkpoint[_KEY]["folder"]).tensors()
 
 
 def place_of(name: str) -> list[Any]:
@@ -367,7 +350,7 @@ def load(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any]) 
     """
     folder = path / checkpoint[_KEY]["folder"]
     with readable(path):
-        reader = _Reader(folder)
+        reader = SafeReader(folder)
         reader.check_parts()
         sizes = {k: tuple(v.size) for k, v in reader.tensors().items()}
     world = checkpoint[_KEY]["world_size"]
@@ -379,110 +362,4 @@ def load(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any]) 
             f"{sizes.get(name, 'missing')} there and {here} here"
         )
     with readable(path), _quiet():
-        dcp.load(dict(tensors), storage_reader=_Reader(folder), no_dist=True)
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the table of contents by an unpickler that knows its few classes and no other."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _Unpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise ValueError("no table of contents")
-        for where in (metadata.storage_data or {}).values():
-            if Path(where.relative_path).name != where.relative_path:  # shards lie beside the table
-                raise ValueError(f"a shard outside the folder: {where.relative_path}")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> torch.futures.Future[None]:
-        for item in plan.items:  # one by one: torch's reader holds a part while it reads the next one
-            super().read_data(dataclasses.replace(plan, items=[item]), planner)
-        return super().read_data(dataclasses.replace(plan, items=[]), planner)
-
-    def check_parts(self) -> None:
-        """Raise a ``DamagedError`` where a file of shards is missing or cut short, before anything is read."""
-        ends: dict[str, int] = {}
-        for where in self.read_metadata().storage_data.values():
-            ends[where.relative_path] = max(ends.get(where.relative_path, 0), where.offset + where.length)
-        for name, end in ends.items():
-            file = Path(self.path) / name
-            if not file.is_file():
-                raise DamagedError(f"{file.parent.name}/{name} is missing")
-            if file.stat().st_size < end:
-                raise DamagedError(f"{file.parent.name}/{name} has {file.stat().st_size:,} of {end:,} bytes")
-
-    def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Return the sizes and types of the saved tensors, by name."""
-        saved = self.read_metadata().state_dict_metadata
-        return {k: v for k, v in saved.items() if isinstance(v, TensorStorageMetadata)}
-
-
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
-    """Makes objects of the classes in ``_SAFE``, and changes nothing that it has not made itself.
-
-    A pickle may set attributes on anything that it names; here it sets only the fields of new dataclasses. (The
-    unpickler in C has no hook for that.)
-    """
-
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = "pathlib" if module == "pathlib._local" else module  # where Python 3.13 keeps them
-        if name not in _SAFE.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-        return super().find_class(module, name)
-
-    def load_build(self) -> None:
-        state, made = self.stack[-1], self.stack[-2]  # type: ignore[attr-defined]
-        if not isinstance(made, TensorProperties):  # its state is a tuple, which it reads itself
-            if isinstance(made, type) or not dataclasses.is_dataclass(made) or not isinstance(state, dict):
-                raise pickle.UnpicklingError(f"it sets attributes of {made!r}")
-            if foreign := state.keys() - {field.name for field in dataclasses.fields(made)}:
-                raise pickle.UnpicklingError(f"{type(made).__name__} has no {min(foreign)}")
-        super().load_build()  # type: ignore[misc]
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-
-class DamagedError(ValueError):
-    """A part of a checkpoint is missing or cut short; the message names it."""
-
-
-@contextmanager
-def readable(path: Path | str, part: str = "") -> Iterator[None]:
-    """Turn any failure inside into a ValueError of one line.
-
-    Args:
-        path: the checkpoint.
-        part: the file in it that is read; "": the error names one, or there is none.
-    """
-    try:
-        yield
-    except PermissionError:
-        raise
-    except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
-        if isinstance(error, DamagedError):
-            part = str(error)
-        elif isinstance(error, FileNotFoundError) and error.filename is not None:
-            part = f"{Path(error.filename).parent.name}/{Path(error.filename).name} is missing"
-        asked, where = _code_in(path), f" ({part})" if part else ""
-        why = f"it asks for {asked}, which no checkpoint may" if asked else "damaged, cut short, or of another program"
-        raise ValueError(f"{path} is not a readable checkpoint: {why}{where}") from error
-
-
-def _code_in(path: Path | str) -> str:
-    """Return the name of a function or class that a file's pickle wants to call, which torch reads without calling it;
-    "": there is none that a checkpoint may not have, or the file is not torch's."""
-    with suppress(Exception):
-        return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:1])
-    return ""
-
-
-def _reason(error: BaseException) -> str:
-    inner: BaseException = error
-    if isinstance(error, dcp.api.CheckpointException):
-        inner = next(iter(error.failures.values()))[0]
-    return getattr(inner, "strerror", None) or one_line(str(inner))[:200]
+        dcp.load(dict(tensors), storage_reader=SafeReader(folder), no_dist=True)

@@ -12,7 +12,7 @@ from ...contract import RoutingContext
 from ...experts import Experts, FFNExperts, check_merges
 from ...experts.mixed import MixedExperts
 from ...layers import AttentionMoE, FeedForward, MoE, NeuronMoE, PatchMoE, SharedGate
-from ...layers.moe import nothing
+from ...layers.base import nothing
 from ..read.parts import check_all_here, like, restack
 
 

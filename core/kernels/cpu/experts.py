@@ -22,20 +22,19 @@ Decisions, each measured at T=4096, D=512 on 2 cores with ``benchmarks/layer.py`
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...torch_internals import is_watched
 from .. import eager, grouped
-from ..eager import ALL_ACTIVATIONS, FFNWeights, RowIndex, accumulate_dtype, check_width
+from ..eager import ALL_ACTIVATIONS, FFNWeights, RowIndex, check_width
 from ..quantized import QuantizedWeight, Weight
+from .blocks import TILE, RowSum, WeightGrad, cut_in_blocks, is_half, row_tile
 from .pages import new_empty
-from .products import addmm_, expert_mm, is_served_badly, mm
+from .products import addmm_, expert_mm, mm
 
-BLOCK = 512
-TILE = 32
 FEW = 2**18
 """Most numbers in the hidden layer of all rows for ``_few_rows``: 1 MB, which stays in cache."""
 
@@ -56,97 +55,9 @@ def _activation_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
     return torch.ops.aten.threshold_backward(grad, pre, 0)
 
 
-def _is_half(dtype: torch.dtype) -> bool:
-    return accumulate_dtype(dtype) != dtype
-
-
-def _tile(dtype: torch.dtype) -> int:
-    return TILE if _is_half(dtype) or (dtype == torch.float32 and is_served_badly()) else 1
-
-
 def _kept_rows(num_rows: Any) -> Any:
-    """Return the rows of the pre-activations. Not by ``_tile``: a graph compiled on one machine may run on another."""
+    """Return the rows of the pre-activations. Not by ``row_tile``: a compiled graph may run on another machine."""
     return num_rows + TILE - 1
-
-
-class _Block(NamedTuple):
-    """The rows ``start`` to ``end`` of one expert; products run up to ``stop``, the end rounded up to the tile."""
-
-    expert: int
-    start: int
-    end: int
-    stop: int
-    first: bool
-    last: bool
-
-
-def _blocks(ends: list[int], dtype: torch.dtype) -> list[_Block]:
-    """Cut each expert's rows into equal blocks, in the order of the rows."""
-    # As many bytes in half precision as in full: a block is to stay in cache.
-    block_rows, tile = 2 * BLOCK if _is_half(dtype) else BLOCK, _tile(dtype)
-    blocks, begin = [], 0
-    for e, end in enumerate(ends):
-        rows = end - begin
-        count = max(1, round(rows / block_rows)) if rows else 0
-        for i in range(count):
-            start, stop = begin + rows * i // count, begin + rows * (i + 1) // count
-            blocks.append(_Block(e, start, stop, start - (start - stop) // tile * tile, i == 0, i == count - 1))
-        begin = end
-    return blocks
-
-
-class _RowSum:
-    """Adds gated rows to their tokens, in the accumulating dtype."""
-
-    def __init__(self, like: Tensor, width: int, blocks: list[_Block]) -> None:
-        self.dtype = like.dtype
-        self.y = new_empty(like, (like.shape[0], width), accumulate_dtype(like.dtype)).zero_()
-        longest = max((b.end - b.start for b in blocks), default=0)
-        # One buffer for all blocks stays in cache and is not asked of the system again and again.
-        self.buffer = None if self.y.dtype == like.dtype else self.y.new_empty(longest, width)
-
-    def add(self, index: Tensor | None, start: int, end: int, y_b: Tensor, gates: Tensor) -> None:
-        y_b = torch.mul(y_b, gates, out=y_b if self.buffer is None else self.buffer[: end - start])
-        if index is None:
-            self.y[start:end] = y_b
-        else:
-            self.y.index_add_(0, index[start:end], y_b)
-
-    def result(self) -> Tensor:
-        return self.y.to(self.dtype)
-
-
-class _WeightGrad:
-    """The gradient of a stacked weight, expert by expert; experts without rows get zeros."""
-
-    def __init__(self, like: Tensor | None, empty: Tensor) -> None:
-        if like is None:
-            self.dw = empty
-        else:  # with the strides of its weight: else torch would copy it
-            self.dw = new_empty(like, like.shape) if like.is_contiguous() else torch.empty_like(like)
-        self.begun = 0  # experts written so far
-        # Adding up blocks in half precision would round each time.
-        half = like is not None and _is_half(like.dtype)
-        self.sum = torch.empty_like(like[0], dtype=torch.float32) if like is not None and half else None
-
-    def add(self, block: _Block, left: Tensor, right: Tensor) -> None:
-        if self.dw.ndim != 3:  # not wanted
-            return
-        dw = self.dw[block.expert]
-        self.dw[self.begun : block.expert].zero_()
-        self.begun = block.expert + 1
-        if (block.first and block.last) or self.sum is None:
-            mm(left.t(), right, out=dw) if block.first else addmm_(dw, left.t(), right)
-            return
-        part = left.t() @ right
-        self.sum.copy_(part) if block.first else self.sum.add_(part)
-        if block.last:
-            dw.copy_(self.sum)
-
-    def result(self) -> Tensor:
-        if self.dw.ndim == 3:
-            self.dw[self.begun :].zero_()
-        return self.dw
 
 
 def _expert_ffn(
@@ -178,17 +89,17 @@ def _computed(
     """Return the tokens after their experts, and with ``keep`` the pre-activations of both halves."""
     w_in, w_out, b_in, b_out, w_gate = weights
     R, width, D_out = gates_R.shape[0], w_in.shape[-1], w_out.shape[-1]
-    act, tile = ALL_ACTIVATIONS[activation], _tile(x.dtype)
+    act, tile = ALL_ACTIVATIONS[activation], row_tile(x.dtype)
     ends = offsets_E.tolist()
     # Padding is among the pairs, but is no row.
-    if not keep and not _is_half(x.dtype) and (not ends or ends[-1] * max(width, x.shape[-1]) <= FEW):
+    if not keep and not is_half(x.dtype) and (not ends or ends[-1] * max(width, x.shape[-1]) <= FEW):
         y = _few_rows(x, row_index_R, ends, gates_R, weights, activation)
         return y, x.new_empty(0, width), x.new_empty(0, width)
     index_R = None if row_index_R is None else _past_the_end(row_index_R, tile)
     x_full = _past_the_end(x, tile) if index_R is None else x
     gates = gates_R.unsqueeze(-1)
-    blocks = _blocks(ends, x.dtype)
-    total = _RowSum(x, D_out, blocks)
+    blocks = cut_in_blocks(ends, x.dtype)
+    total = RowSum(x, D_out, blocks)
     kept = _kept_rows(R) if keep else 0
     pre = new_empty(x, (kept, width))
     pre_gate = new_empty(x, (kept if w_gate is not None else 0, width))
@@ -278,18 +189,18 @@ def _cpu_expert_ffn_backward(
 
     ``wants`` has an entry for each of the last five; a gradient that is not wanted is empty.
     """
-    act, tile = ALL_ACTIVATIONS[activation], _tile(x.dtype)
+    act, tile = ALL_ACTIVATIONS[activation], row_tile(x.dtype)
     index_R = None if row_index_R is None else _past_the_end(row_index_R, tile)
     x_full, dy_full = (_past_the_end(t, tile) if index_R is None else t for t in (x, dy))
     gates = gates_R.unsqueeze(-1)
     # The weight gradients scale the narrower of their two factors.
     narrow = w_in.shape[-1] <= w_out.shape[-1]
-    blocks = _blocks(offsets_E.tolist(), x.dtype)
-    total = _RowSum(x, x.shape[-1], blocks)
+    blocks = cut_in_blocks(offsets_E.tolist(), x.dtype)
+    total = RowSum(x, x.shape[-1], blocks)
     dgates = torch.zeros_like(gates_R)
     wanted_in, wanted_out, wanted_b_in, wanted_b_out, wanted_gate = wants
     dw_in, dw_out, dw_gate = (
-        _WeightGrad(w if wanted else None, x.new_empty(0))
+        WeightGrad(w if wanted else None, x.new_empty(0))
         for w, wanted in ((w_in, wanted_in), (w_out, wanted_out), (w_gate, wanted_gate))
     )
     db_in, db_out = (

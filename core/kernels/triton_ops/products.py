@@ -133,7 +133,7 @@ def hidden_grad(
     dgates_R = torch.zeros_like(gates_R)
     height = 16 if interpreted() else 32
     Launch(
-        "products.gate_grad",
+        "sums.gate_grad",
         (partial, dy, _or(b_out, dy), index, offsets_E, dgates_R, parts, N, E),
         {
             "GATHER": row_index_R is not None,
@@ -186,7 +186,7 @@ def column_sums(
     width = 32 if interpreted() else 64
     out = x.new_empty(E, N, dtype=torch.float32)
     Launch(
-        "products.column_sums",
+        "sums.column_sums",
         (x, _or(gates_R, x), _or(row_index_R, offsets_E), offsets_E, out, N),
         {
             "GATHER": row_index_R is not None,

@@ -11,7 +11,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import core
-from apps.vision.model import VARIANTS, MoEBlock, ViTConfig, VMoE, load_pretrained_weights
+from apps.vision.model import VARIANTS, MoEBlock, ViTConfig, VMoE
+from apps.vision.pretrained import load_pretrained_weights
 
 # 8x8 images, patches of 2: a grid of 4x4, and 17 tokens with the class token.
 TINY = ViTConfig(patch_size=2, embed_dim=16, depth=4, num_heads=2)

@@ -17,8 +17,8 @@ from core.kernels.triton_ops import tuning
 
 pytest.importorskip("triton")
 KERNELS = {
-    "products": {"up", "linear", "hidden_grad", "weight_grad", "gate_grad", "column_sums"},
-    "sums": {"sum_of_k", "sum_of_any", "sum_grad"},
+    "products": {"up", "linear", "hidden_grad", "weight_grad"},
+    "sums": {"sum_of_k", "sum_of_any", "sum_grad", "gate_grad", "column_sums"},
     "sort": {"count", "place"},
     "gate": {"choose", "totals", "choose_grad"},
 }

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import core
-from core.layers.moe import UNRECORDED_PASSES
+from core.layers.base import UNRECORDED_PASSES
 
 D = 4
 

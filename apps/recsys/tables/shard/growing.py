@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.encoding.table_encoding import Encoding
-from apps.recsys.tables.columns.embedding import SparseArch, table_names
+from apps.recsys.tables.columns.embedding import SparseArch
+from apps.recsys.tables.columns.tables import table_names
 from apps.train.checkpoint.contents import unlike
 from core.routing.multi_gate import DomainEmbedding
 

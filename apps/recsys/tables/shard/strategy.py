@@ -31,7 +31,8 @@ from torchrec.distributed.types import ShardingPlan
 import core
 from apps.base.checks import check_at_least, check_name
 from apps.base.files import delete
-from apps.recsys.tables.columns.embedding import EmbeddingConfig, check_rows_are_stepped, set_lr
+from apps.recsys.tables.columns.embedding import EmbeddingConfig, check_rows_are_stepped
+from apps.recsys.tables.columns.tables import set_lr
 from apps.recsys.tables.shard import sharding
 from apps.recsys.tables.shard.sharding import ComputeKernel, Sharding, ShardingConfig
 from apps.train.checkpoint import sharded

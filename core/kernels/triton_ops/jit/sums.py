@@ -1,11 +1,11 @@
-"""Sum of the rows of each token, float32, in the order of the rows: no atomics, the same bits every time."""
+"""Sums of rows: of each token, of each expert, and over the columns of a row. No atomics: the same bits every time."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .tiles import in_units, rounded
+from .tiles import expert_tile, in_units, rounded
 
 
 @triton.jit
@@ -129,3 +129,86 @@ def sum_grad(
         tl.store(DY + at, rounded(gate[:, None] * dout, DY.dtype.element_ty, UPCAST), mask=mask)
     if WEIGHTED:
         tl.store(DGates + row, tl.sum(acc, 1).to(DGates.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def column_sums(
+    X,
+    Gates,
+    Rows,
+    Offsets,
+    Out,
+    N,
+    GATHER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sum of (gated) rows of each expert, the gradient of its bias: X (R, N) or (T, N), Out float32 (E, N)."""
+    N = in_units(N, UNIT)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    expert = tl.program_id(0) // tiles_n
+    n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    end = tl.load(Offsets + expert)
+    start = tl.load(Offsets + expert - 1, mask=expert > 0, other=0)
+    # Threads meet once, at the end, and not at each step.
+    acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    for begin in range(start, end, BLOCK_K):
+        row = begin + tl.arange(0, BLOCK_K)
+        live = row < end
+        inside = tl.minimum(row, end - 1).to(tl.int64)
+        token = inside
+        if GATHER:
+            token = tl.load(Rows + inside)
+        mask = live[:, None] & (n[None, :] < N)
+        x = tl.load(X + token[:, None] * N + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            x = x * tl.load(Gates + inside, mask=live, other=0.0).to(tl.float32)[:, None]
+        acc += x
+    tl.store(Out + expert * N + n, tl.sum(acc, 0), mask=n < N)
+
+
+@triton.jit
+def gate_grad(
+    Partial,
+    DY,
+    Bias,
+    Rows,
+    Offsets,
+    Out,
+    parts,
+    N,
+    E,
+    GATHER: tl.constexpr,
+    BIAS: tl.constexpr,
+    UNIT: tl.constexpr,
+    E_POW2: tl.constexpr,
+    PARTS_POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``Out_r = sum of Partial_r + <dy, b_out>``: DY (T, N) or (R, N), Bias (E, N), Out (R,)."""
+    N = in_units(N, UNIT)
+    expert, start, end = expert_tile(Offsets, tl.program_id(0), E, BLOCK_M, E_POW2)
+    if expert < E:
+        row = start + tl.arange(0, BLOCK_M)
+        live = row < end
+        inside = tl.minimum(row, end - 1).to(tl.int64)
+        part = tl.arange(0, PARTS_POW2)
+        mask = live[:, None] & (part[None, :] < parts)
+        total = tl.sum(tl.load(Partial + inside[:, None] * parts + part[None, :], mask=mask, other=0.0), 1)
+        if BIAS:
+            token = inside
+            if GATHER:
+                token = tl.load(Rows + inside)
+            n = tl.arange(0, BLOCK_N)
+            of_bias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for begin in range(0, N, BLOCK_N):
+                width = n < N - begin
+                bias = tl.load(Bias + expert * N + begin + n, mask=width, other=0.0).to(tl.float32)
+                dy_mask = live[:, None] & width[None, :]
+                dy = tl.load(DY + token[:, None] * N + begin + n[None, :], mask=dy_mask, other=0.0).to(tl.float32)
+                of_bias += dy * bias[None, :]
+            total += tl.sum(of_bias, 1)
+        tl.store(Out + inside, total.to(Out.dtype.element_ty), mask=live)

@@ -21,8 +21,9 @@ from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.columns.dense import DenseConfig
 from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.model import InteractionConfig
-from apps.recsys.tables.module import MultiTaskRecommender, TaskOutputs, labelled_mean, last_weight
+from apps.recsys.tables.module import MultiTaskRecommender, last_weight
 from apps.recsys.tables.negatives.weighting import WeightingConfig
+from apps.recsys.tables.outputs import TaskOutputs, labelled_mean
 from apps.recsys.tables.tasks import HeadConfig
 from apps.train.step.distilling import DistilConfig
 from apps.train.step.module import OptimizerConfig, parameter_groups

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.tables.columns.embedding import EmbeddingConfig
+from apps.recsys.tables.columns.tables import sparse_arch
 
 CITY, TAGS = CategoricalFeature("city", 3), CategoricalFeature("film.tags", 4, multi_valued=True)
 SHOP = CategoricalFeature("shop", 4)
@@ -18,7 +19,7 @@ KINDS = ("joined", "fused", "collection")
 
 def arch(features, copies=1, **options):
     torch.manual_seed(0)
-    return EmbeddingConfig(**{"dim": 4, "init_std": 1.0, **options}).build(features, copies)
+    return sparse_arch(EmbeddingConfig(**{"dim": 4, "init_std": 1.0, **options}), features, copies)
 
 
 def numbered(module):
@@ -96,7 +97,7 @@ def test_widths_by_column_and_by_cardinality():
     config = EmbeddingConfig(kind="collection", dim=32, dims={"shop": 3}, by_cardinality=True)
     columns = [CategoricalFeature("a", 16), CategoricalFeature("b", 1), SHOP, CategoricalFeature("c", 10**6)]
     assert [config.width(f) for f in columns] == [12, 8, 3, 32]
-    module = EmbeddingConfig(kind="collection", dim=2, dims={"shop": 3}).build((CITY, SHOP), copies=2)
+    module = sparse_arch(EmbeddingConfig(kind="collection", dim=2, dims={"shop": 3}), (CITY, SHOP), copies=2)
     city, shop = module.tables()["city"], module.tables()["shop"]
     assert (city.shape, shop.shape) == ((3, 4), (4, 6))
     y_tBH = module(*columns_of({"city": [[1]], "shop": [[2]]}))
@@ -157,9 +158,9 @@ def test_a_configuration_without_a_meaning_is_refused(options, match):
 
 def test_an_unknown_or_doubled_column_is_refused():
     with pytest.raises(ValueError, match=r"embedding.dims names 'town', which is no column; there is city, shop"):
-        EmbeddingConfig(kind="collection", dims={"town": 4}).build((CITY, SHOP))
+        sparse_arch(EmbeddingConfig(kind="collection", dims={"town": 4}), (CITY, SHOP))
     with pytest.raises(ValueError, match="column 'city' is there twice"):
-        EmbeddingConfig().build((CITY, CITY))
+        sparse_arch(EmbeddingConfig(), (CITY, CITY))
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
@@ -203,8 +204,8 @@ def test_the_fused_state_is_saved_and_read():
 
 
 def test_no_column_is_no_lookup():
-    assert EmbeddingConfig().build(()).out_dim == 0
-    assert list(EmbeddingConfig("fused").build(()).parameters()) == []
+    assert sparse_arch(EmbeddingConfig(), ()).out_dim == 0
+    assert list(sparse_arch(EmbeddingConfig("fused"), ()).parameters()) == []
 
 
 def test_tables_decay_only_on_request():

@@ -15,6 +15,7 @@ from apps.recsys.schema import SequenceConfig, SplitConfig, TableConfig, TaskCon
 from apps.recsys.tables.columns.bottoms import SingleTask
 from apps.recsys.tables.columns.embedding import EmbeddingConfig
 from apps.recsys.tables.columns.history import Dice, HistoryArch, HistoryConfig, segment_softmax
+from apps.recsys.tables.columns.tables import sparse_arch
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.estimators import HistGradientBoostingUntuned, LogisticRegression
 from apps.recsys.tables.module import MultiTaskRecommender
@@ -119,9 +120,9 @@ SINGLE = torch.tensor([[2, 5, 1], [0, 2, 1]])  # item, kind
 SEQUENCES = {"last": [[1, 2, 2], [], [4]], "words": [[4], [1, 3], []]}
 
 
-def sparse_arch(copies=1, **options):
+def sparse(copies=1, **options):
     torch.manual_seed(0)
-    return EmbeddingConfig(dim=4, init_std=1.0, **options).build((ITEM, KIND), copies, (LAST, WORDS))
+    return sparse_arch(EmbeddingConfig(dim=4, init_std=1.0, **options), (ITEM, KIND), copies, (LAST, WORDS))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "sum"])
@@ -130,7 +131,7 @@ def test_sequences_are_averaged_whatever_the_kind(pooling, copies):
     weights = torch.arange(3 * 16.0).view(3, 16) / 10
     after = {}
     for kind in ("joined", "fused", "collection"):
-        module = sparse_arch(copies, kind=kind, pooling=pooling, fused_optimizer="sgd", fused_lr=0.5)
+        module = sparse(copies, kind=kind, pooling=pooling, fused_optimizer="sgd", fused_lr=0.5)
         assert list(module.tables()) == ["item", "kind", "words"]  # items and last items have one table
         tables = {name: weight.clone().unflatten(1, (copies, 4)) for name, weight in module.tables().items()}
         y = module(SINGLE, ragged(*SEQUENCES.values()))
@@ -155,7 +156,7 @@ def test_sequences_are_averaged_whatever_the_kind(pooling, copies):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_target_attention_is_a_loop_over_rows_and_items(kind, copies, normalize):
     torch.manual_seed(0)
-    sparse = EmbeddingConfig(kind=kind, dim=4, init_std=1.0).build((KIND, ITEM), copies)
+    sparse = sparse_arch(EmbeddingConfig(kind=kind, dim=4, init_std=1.0), (KIND, ITEM), copies)
     history = HistoryArch((LAST,), sparse, HistoryConfig("din", (5, 3), normalize=normalize))
     item_B, last_B = [2, 5, 1], SEQUENCES["last"]
     embedded = sparse(torch.tensor([[0] * 3, item_B]))
