@@ -18,6 +18,7 @@ from apps.vision.model import VMoE
 
 _logger = logging.getLogger(__name__)
 _PATCHES = "patch_embed.proj.weight"
+"""The parameter that each vision transformer has once."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from ..torch_internals import in_backward
 from .shared import SharedGate
 
 UNRECORDED_PASSES = 50
+"""Training passes without a tape after which a layer with balance losses warns."""
 _warned: list[weakref.ref[MoELayer]] = []
+"""The layer that has warned last."""
 
 
 def nothing(module: nn.Module, args: Any) -> None:

@@ -23,9 +23,6 @@ from ..routing.soft.soft import in_segments
 from .base import MoELayer, check_valid, moe_layers
 from .shared import SharedGate
 
-"""Training passes without a tape after which a layer with balance losses warns."""
-"""The layer that has warned last."""
-
 
 class MoE(MoELayer):
     """Sparse mixture of experts: ``y_t = sum over its experts of gate * f_e(x_t)``, plus the shared experts.
