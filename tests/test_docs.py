@@ -30,11 +30,18 @@ HOW_TO = (
     "add_adapters",
     "choose_a_router",
     "choose_the_number_of_experts_and_k",
+    "export_for_torch_or_cpp",
+    "export_to_onnx",
     "fix_a_collapsed_routing",
     "grow_top_k_during_training",
     "make_a_sparse_model_dense",
     "merge_experts",
+    "offload_experts",
+    "predict_new_data",
     "prune_experts",
+    "quantize_experts",
+    "share_a_model_on_a_hub",
+    "test_cheaper_forms",
 )
 VISION = (ROOT / "docs" / "vision.md").read_text(encoding="utf-8")
 
