@@ -27,7 +27,6 @@ from apps.nets.depths import DepthGate, MixtureOfDepths, depth_gates
 from core.fields import Checked, Count, CountOrZero, Positive, ShareBelowOne
 from core.kernels import cpu
 
-
 # embed_dim, depth, num_heads. Ti/S/B/L are timm's; nano is ours, for images of about 28x28 on a CPU.
 VARIANTS: Mapping[str, tuple[int, int, int]] = {
     "nano": (96, 6, 3),

@@ -1,4 +1,4 @@
-"""Translators and language models that left the suite: ``predict --onnx`` and the scripts of docs/reference/onnx_scripts.md."""
+"""Exported translators and language models: ``predict --onnx``, and the scripts of docs/reference/onnx_scripts.md."""
 
 from __future__ import annotations
 
