@@ -12,6 +12,7 @@ import yaml
 
 import core
 from apps import registry
+from apps.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -20,12 +21,16 @@ PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
 API = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference" / "api").glob("*.md"))
 
 
-@pytest.fixture(scope="module")
-def hooks():
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / SITE["hooks"][0])
+def loaded(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    return loaded(SITE["hooks"][0])
 
 
 def pages_of(nav) -> list[str]:
@@ -82,3 +87,18 @@ def test_each_name_of_an_api_page_exists():
     for path in re.findall(r"^::: ((?:apps|moesaic)\.\S+)$", API, flags=re.MULTILINE):
         module, _, name = path.rpartition(".")
         assert hasattr(importlib.import_module(module), name), path
+
+
+def test_the_page_of_configurations_is_current():
+    made = loaded("packaging/site/configs_page.py").page()
+    written = (DOCS / "reference" / "configs.md").read_text(encoding="utf-8")
+    assert written == made, "write it again: python packaging/site/configs_page.py"
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    assert set(re.findall(r"\]\(\.\./\.\./(configs/[\w./]+)\)", made)) == files
+
+
+def test_the_page_of_commands_has_each_command(capsys):
+    assert main(["--help"]) == 0
+    commands = set(re.findall(r"^  (\w+)  ", capsys.readouterr().out, flags=re.MULTILINE))
+    written = (DOCS / "reference" / "commands.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", written, flags=re.MULTILINE)) == commands
