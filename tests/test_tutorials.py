@@ -1,0 +1,65 @@
+"""docs/tutorials: the blocks of each page run as they stand, in order, in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TUTORIALS = ROOT / "docs" / "tutorials"
+SLOW: set[str] = set()
+"""Pages that take over a minute of one core."""
+BLOCK = re.compile(r"(?:`([\w/.-]+\.\w+)`:\n\n)?^```(sh|python|yaml)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+
+
+def folder_for(tmp_path: Path) -> dict[str, str]:
+    """Return an environment in which ``moesaic`` and ``python`` are those of this tree."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, start in (("python", ""), ("moesaic", "-m apps.cli "), ("torchrun", "-m torch.distributed.run ")):
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {start}"$@"\n')
+        (programs / name).chmod(0o755)
+    return os.environ | {
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(page.stem, marks=pytest.mark.slow if page.stem in SLOW else ())
+        for page in sorted(TUTORIALS.glob("*.md"))
+    ],
+)
+def test_the_blocks_of_a_tutorial_run(name, tmp_path):
+    environment, work = folder_for(tmp_path), tmp_path / "work"
+    work.mkdir()
+    blocks = BLOCK.findall((TUTORIALS / f"{name}.md").read_text(encoding="utf-8"))
+    assert blocks
+    for file, language, source in blocks:
+        if file:
+            (work / file).write_text(source)
+            continue
+        assert language != "yaml", f"a block without a file name:\n{source}"
+        command = ["bash", "-euo", "pipefail", "-c", source] if language == "sh" else [sys.executable, "-c", source]
+        # A block may leave a program in the background, such as a server, which the tutorial stops later.
+        with subprocess.Popen(
+            command, cwd=work, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                output, _ = process.communicate(timeout=500)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        assert process.returncode == 0, f"{source}\n{output[-4000:]}"
