@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -13,12 +14,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = ROOT / "docs" / "tutorials"
-SLOW: set[str] = set()
+SLOW = {"images", "table", "two_processes", "your_network", "your_router"}
 """Pages that take over a minute of one core."""
 BLOCK = re.compile(r"(?:`([\w/.-]+\.\w+)`:\n\n)?^```(sh|python|yaml)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 
-def folder_for(tmp_path: Path) -> dict[str, str]:
+def environment_for(tmp_path: Path) -> dict[str, str]:
     """Return an environment in which ``moesaic`` and ``python`` are those of this tree."""
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -34,6 +35,7 @@ def folder_for(tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name",
     [
@@ -42,21 +44,42 @@ def folder_for(tmp_path: Path) -> dict[str, str]:
     ],
 )
 def test_the_blocks_of_a_tutorial_run(name, tmp_path):
-    environment, work = folder_for(tmp_path), tmp_path / "work"
+    environment, work = environment_for(tmp_path), tmp_path / "work"
     work.mkdir()
     blocks = BLOCK.findall((TUTORIALS / f"{name}.md").read_text(encoding="utf-8"))
     assert blocks
+    started: list[int] = []
+    try:
+        run(blocks, work, environment, started)
+    finally:
+        for group in started:  # a server that a failed page has left behind
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+
+
+def run(blocks: list[tuple[str, str, str]], work: Path, environment: dict[str, str], started: list[int]) -> None:
+    """Write the blocks that are files, and run the others.
+
+    Args:
+        started: gets the process group of each block that is run. A block may leave a program in the background, such
+            as a server, that a later one stops.
+    """
     for file, language, source in blocks:
         if file:
             (work / file).write_text(source)
             continue
         assert language != "yaml", f"a block without a file name:\n{source}"
         command = ["bash", "-euo", "pipefail", "-c", source] if language == "sh" else [sys.executable, "-c", source]
-        # A block may leave a program in the background, such as a server, which the tutorial stops later.
         with subprocess.Popen(
-            command, cwd=work, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command,
+            cwd=work,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
-        ) as process:  # fmt: skip
+        ) as process:
+            started.append(process.pid)
             try:
                 output, _ = process.communicate(timeout=500)
             except BaseException:
