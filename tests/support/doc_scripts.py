@@ -15,7 +15,7 @@ exec(compile(sys.stdin.read(), "script", "exec"))
 
 
 def script(page: str, call: str) -> str:
-    """Return the code that stands after the words ``call`` in a page, such as docs/serving.md."""
+    """Return the code that stands after the words ``call`` in a page, such as docs/reference/onnx_scripts.md."""
     text = (ROOT / page).read_text(encoding="utf-8")
     return text.partition(call)[2].partition("```python\n")[2].partition("```")[0]
 

@@ -44,6 +44,6 @@ def test_what_fits_for_a_script_and_for_the_model_is_that_of_the_weights(tmp_pat
     torch.testing.assert_close(exported.model.image_outputs(image)[1], model.model.image_outputs(image)[1])
 
     Image.fromarray(pixels).save(tmp_path / "image.png")
-    code = script("docs/serving.md", "match.py")
+    code = script("docs/reference/onnx_scripts.md", "match.py")
     printed = output_in_torch(code, export, str(tmp_path), str(tmp_path / "image.png"), *TEXTS)
     assert_alike(printed, [f"{share:.6f} {text}" for text, share in expected.top.items()])

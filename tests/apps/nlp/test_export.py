@@ -1,4 +1,4 @@
-"""Translators and language models that left the suite: ``predict --onnx`` and the scripts of docs/serving.md."""
+"""Translators and language models that left the suite: ``predict --onnx`` and the scripts of docs/reference/onnx_scripts.md."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from apps.nlp.language.task import Continuation
 from apps.nlp.translation.task import Translation
 from apps.train.exported import ExportedModel
 
-TRANSLATE = script("docs/serving.md", "python translate.py")
-CONTINUE = script("docs/serving.md", "python continue.py")
+TRANSLATE = script("docs/reference/onnx_scripts.md", "python translate.py")
+CONTINUE = script("docs/reference/onnx_scripts.md", "python continue.py")
 TRANSFORMER = TransformerConfig("nano", dim=16, hidden_dim=16, encoder_layers=1, decoder_layers=1, dropout=0.0)
 MOE = core.MoEConfig(2, core.Task(num_tasks=2, top_k=1), core.FFN(hidden_dim=8))
 TEXTS = ["red blue\t green black", "", "black red red blue green"]

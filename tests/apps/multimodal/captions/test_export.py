@@ -1,4 +1,4 @@
-"""A captioner that left the suite: ``predict --onnx`` and the script of docs/serving.md."""
+"""A captioner that left the suite: ``predict --onnx`` and the script of docs/reference/onnx_scripts.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from apps.cli import main
 from apps.multimodal.captions.task import TASK
 from apps.nlp.decode import DecodeConfig
 
-CAPTION = script("docs/serving.md", "python caption.py")
+CAPTION = script("docs/reference/onnx_scripts.md", "python caption.py")
 SEARCH = DecodeConfig("greedy", max_length_ratio=1.0, max_length_extra=0, min_length=2)
 
 

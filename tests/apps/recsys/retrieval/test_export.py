@@ -28,7 +28,7 @@ def test_the_items_of_a_script_and_of_the_model_are_those_of_the_weights(tmp_pat
     lines = [",".join(USERS), *(",".join(map(str, row)) for row in zip(*USERS.values(), strict=True))]
     (tmp_path / "users.csv").write_text("\n".join(lines) + "\n")
     printed = output_in_torch(
-        script("docs/serving.md", "retrieve.py"), export, str(tmp_path), str(tmp_path / "users.csv")
+        script("docs/reference/onnx_scripts.md", "retrieve.py"), export, str(tmp_path), str(tmp_path / "users.csv")
     )
     pairs = zip(expected["row"], expected["film"], expected["score"], strict=True)
     by_user: list[list[str]] = [[], [], []]

@@ -40,5 +40,5 @@ def test_the_items_of_a_script_and_of_the_model_are_those_of_the_weights(tmp_pat
     for own, best in zip(exported.predict(EVENTS)["score"], model.predict(EVENTS)["score"], strict=True):
         assert own == pytest.approx(best, rel=1e-5)
     if not times:
-        printed = output_in_torch(script("docs/serving.md", "next_items.py"), export, "model.onnx", "30", "99", "20")
+        printed = output_in_torch(script("docs/reference/onnx_scripts.md", "next_items.py"), export, "model.onnx", "30", "99", "20")
         assert_alike(printed, [f"{item} {score:.6f}" for item, score in expected[3]])

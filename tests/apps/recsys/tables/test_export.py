@@ -50,7 +50,7 @@ def test_the_scores_of_a_script_and_of_the_model_are_those_of_the_weights(model,
         *(",".join("" if v is None else str(v) for v in row) for row in zip(*ROWS.values(), strict=True)),
     ]
     (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
-    printed = output_in_torch(script("docs/serving.md", "score.py"), export, "model.onnx", str(tmp_path / "rows.csv"))
+    printed = output_in_torch(script("docs/reference/onnx_scripts.md", "score.py"), export, "model.onnx", str(tmp_path / "rows.csv"))
     expected_lines = [
         " ".join(f"{name}={values[i]:.6f}" for name, values in expected.items()) for i in range(len(ROWS["city"]))
     ]
@@ -74,5 +74,5 @@ def test_the_script_reads_times_and_writes_numbers(tmp_path):
     module.adopt_encoding({"encoding": data.encoding_state})
     _, export = reexported(module.eval(), tmp_path)
     expected = module.predict(rows)
-    printed = output_in_torch(script("docs/serving.md", "score.py"), export, "model.onnx", rows)
+    printed = output_in_torch(script("docs/reference/onnx_scripts.md", "score.py"), export, "model.onnx", rows)
     assert_alike(printed, [" ".join(f"{name}={values[i]:.6f}" for name, values in expected.items()) for i in range(2)])

@@ -83,7 +83,7 @@ def test_the_file_alone_makes_the_module_and_its_answers(run):
 def test_the_documented_script_says_what_the_checkpoint_says(run, tmp_path):
     path = tmp_path / "three.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-    printed = output(script("docs/serving.md", "classify.py"), str(run / "digits.onnx"), str(path))
+    printed = output(script("docs/reference/onnx_scripts.md", "classify.py"), str(run / "digits.onnx"), str(path))
     (expected,) = load(run).predict([path])
     lines = [line.split() for line in printed.splitlines()]
     assert [label for label, _ in lines] == list(expected.top)
