@@ -1,4 +1,4 @@
-"""docs/tutorials: the blocks of each page run as they stand, in order, in an empty folder."""
+"""docs/tutorials and docs/start: the blocks of each page run as they stand, in order, in an empty folder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TUTORIALS = ROOT / "docs" / "tutorials"
-SLOW = {"images", "table", "two_processes", "your_network", "your_router"}
+PAGES = sorted(page for folder in ("start", "tutorials") for page in (ROOT / "docs" / folder).glob("*.md"))
+SLOW = {"first_run", "images", "table", "two_processes", "your_network", "your_router"}
 """Pages that take over a minute of one core."""
 BLOCK = re.compile(r"(?:`([\w/.-]+\.\w+)`:\n\n)?^```(sh|python|yaml)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
@@ -37,17 +37,17 @@ def environment_for(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "name",
+    "page",
     [
-        pytest.param(page.stem, marks=pytest.mark.slow if page.stem in SLOW else ())
-        for page in sorted(TUTORIALS.glob("*.md"))
+        pytest.param(page, marks=pytest.mark.slow if page.stem in SLOW else (), id=page.stem)
+        for page in PAGES
+        if BLOCK.search(page.read_text(encoding="utf-8"))
     ],
 )
-def test_the_blocks_of_a_tutorial_run(name, tmp_path):
+def test_the_blocks_of_a_page_run(page, tmp_path):
     environment, work = environment_for(tmp_path), tmp_path / "work"
     work.mkdir()
-    blocks = BLOCK.findall((TUTORIALS / f"{name}.md").read_text(encoding="utf-8"))
-    assert blocks
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
     started: list[int] = []
     try:
         run(blocks, work, environment, started)
