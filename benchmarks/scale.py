@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/scale.py --rows 10000000 --columns 1 --pooling 5
 
 The bytes are counted at the collectives: a process's own part of an exchange does not leave it. The formulas beside
-them are those of docs/recsys_scale.md. For the resident memory give one of ``--shardings`` a run.
+them are those of docs/results/embedding_tables.md. For the resident memory give one of ``--shardings`` a run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All figures of docs/serving.md, one benchmark after the other.
+"""All figures of docs/results/serving.md, one benchmark after the other.
 
     moesaic bench serving --translator runs/bible --runs runs/digits runs/adult
     moesaic bench serving --translator runs/bible --runs runs/digits --only quantised offloaded --output /tmp/figures

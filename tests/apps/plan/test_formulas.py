@@ -112,7 +112,7 @@ def test_a_billion_rows():
     assert tables_bytes(table, W, "table_wise") == 260e9
     # 256 equal tables: two on each of 128 ranks.
     assert tables_bytes([(1000, 7, 1)] * 256, W, "table_wise") == 2 * 32_000
-    # Partial sums of 1,024 examples for each of 127 others, there and as gradients: 2 x 33.3 MB (docs/recsys_scale.md).
+    # Partial sums of 1,024 examples for each of 127 others, there and as gradients: 2 x 33.3 MB (docs/concepts/embedding_tables.md).
     assert pooled(1024, 64, 1, W, "row_wise").total == 2 * 1024 * 64 * 4 * 127
     assert pooled(1024, 64, 1, W, "row_wise").within == 2 * 1024 * 64 * 4 * 7
     # The holders alone send: 29.4 MB within their node, and 3.9 MB between nodes, there and back.

@@ -24,7 +24,7 @@ from apps.recsys.schema import SplitConfig, TaskConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.module import MultiTaskRecommender
 
-DOCS = ROOT / "docs" / "recommenders.md"
+PAGE = ROOT / "docs" / "how_to" / "train_on_your_own_table.md"
 
 # As many values of each column as in TRAIN, and as often, but Oslo is where Rome was and fr where de was.
 SWAPPED = changed(
@@ -278,8 +278,7 @@ def test_bad_options_of_a_prediction_are_refused(own, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_example_of_the_docs(tmp_path, monkeypatch, capsys):
-    section = DOCS.read_text().partition("## Scoring new rows")[2].partition("\n## ")[0]
-    config, new, commands = re.findall(r"```\w*\n(.*?)```", section, re.DOTALL)[:3]
+    config, new, commands = re.findall(r"```\w*\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[:3]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     Path("shop.yaml").write_text(config)
