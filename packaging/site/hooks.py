@@ -42,8 +42,9 @@ def title(page: Path) -> str:
 def expanded(nav: list[Any], docs: Path) -> list[Any]:
     """Return a navigation with the pages of a folder in the place of each entry ``folder/*``.
 
-    A page or folder that the navigation names elsewhere is left out. The others are sorted by title, an index first. A
-    folder below the folder becomes a section. ``./*`` means the pages of docs/ itself.
+    A page or folder that the navigation names elsewhere is left out. The others are sorted by title, an index first. If
+    the index lists pages below headings, the headings become sections. A folder below the folder becomes a section.
+    ``./*`` means the pages of docs/ itself.
     """
     named = set(_texts(nav))
 
@@ -51,6 +52,11 @@ def expanded(nav: list[Any], docs: Path) -> list[Any]:
         pages = [page for page in folder.glob("*.md") if page.relative_to(docs).as_posix() not in named]
         pages.sort(key=lambda page: (page.name != "index.md", title(page).lower()))
         made: list[Any] = [page.relative_to(docs).as_posix() for page in pages]
+        for heading, listed in _listed(folder / "index.md"):
+            section = [
+                page for page in ((folder / name).relative_to(docs).as_posix() for name in listed) if page in made
+            ]
+            made = [page for page in made if page not in section] + ([{heading: section}] if section else [])
         for below in sorted(path for path in folder.iterdir() if deep and path.is_dir()):
             if f"{below.relative_to(docs).as_posix()}/*" in named:
                 continue
@@ -73,6 +79,14 @@ def expanded(nav: list[Any], docs: Path) -> list[Any]:
         return made
 
     return walk(nav)
+
+
+def _listed(index: Path) -> list[tuple[str, list[str]]]:
+    """Return the headings of an index with the pages in the lists below each."""
+    text = index.read_text(encoding="utf-8") if index.is_file() else ""
+    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)[1:]
+    names = (re.findall(r"^- \[[^\]]*\]\((\w+\.md)\)", part, flags=re.MULTILINE) for part in parts[1::2])
+    return list(zip(parts[::2], names, strict=True))
 
 
 def _texts(nav: Any) -> list[str]:
