@@ -11,7 +11,7 @@ TESTED = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test peers lint format bench gpu clean
+.PHONY: help setup demo test peers lint format docs bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,10 @@ lint: $(READY) ## ruff check, ruff format --check, mypy
 format: $(READY) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY) ## build the site of docs/ into build/site; a dead link is an error
+	$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check $(PIP_ARGS) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 bench: $(READY) ## time the sparse layer against a dense one of equal active FLOPs
 	$(BIN)/python benchmarks/layer.py $(ARGS)
