@@ -1,0 +1,93 @@
+"""Layouts: where a block of another library keeps its router and its experts. A new family is one entry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a block keeps its parts, by the names of attributes.
+
+    The block calls ``experts(x_TD, expert_ids_TK, gates_TK)``, and its router returns logits among other things.
+
+    Attributes:
+        router: the module that computes the logits.
+        experts: the module with the stacked matrices, whose first axis counts the experts.
+        logits: place of the logits (T, E) in the router's output; None: the output is the logits.
+        score: score function of the logits, a key of ``core.kernels.SCORE_FUNCS``, which the balance losses read.
+        top_k: attribute of the router, or of the block, with K.
+        bias: path, from the block, of the buffer or parameter that is added to the scores for the choice; "": none.
+        up, down: matrices to the hidden layer, both halves of a gated expert in one, and back.
+        up_bias, down_bias: their biases; "": none.
+        transposed: whether matrices are (E, in, out); else (E, out, in), as ``nn.Linear`` has them.
+        interleaved: whether gate and input alternate along the hidden axis; else the gate's half comes first.
+        activation: attribute of the experts with the activation.
+        clamp: attribute of the experts with the bound of both halves; "": they have none.
+        alpha: attribute with the slope of the gate's sigmoid, of clamped experts; "": 1.
+        shift: what clamped experts add to the input's half.
+    """
+
+    router: str = "gate"
+    experts: str = "experts"
+    logits: int | None = 0
+    score: Literal["softmax", "sigmoid", "sqrt_softplus"] = "softmax"
+    top_k: str = "top_k"
+    bias: str = ""
+    up: str = "gate_up_proj"
+    down: str = "down_proj"
+    up_bias: str = ""
+    down_bias: str = ""
+    transposed: bool = False
+    interleaved: bool = False
+    activation: str = "act_fn"
+    clamp: str = ""
+    alpha: str = ""
+    shift: float = 0.0
+
+
+_DEEPSEEK_V3 = Layout(score="sigmoid", bias="gate.e_score_correction_bias")
+
+LAYOUTS: dict[str, Layout] = {
+    **dict.fromkeys(
+        (
+            "DeepseekV2Moe",
+            "HunYuanMoEV1Moe",
+            "MixtralSparseMoeBlock",
+            "OlmoeSparseMoeBlock",
+            "Qwen2MoeSparseMoeBlock",
+            "Qwen3MoeSparseMoeBlock",
+            "Qwen3NextSparseMoeBlock",
+        ),
+        Layout(),
+    ),
+    **dict.fromkeys(("GraniteMoeMoE", "PhimoeSparseMoeBlock"), Layout(router="router")),
+    **dict.fromkeys(("DeepseekV3MoE", "Glm4MoeMoE"), _DEEPSEEK_V3),
+    "DeepseekV4SparseMoeBlock": replace(_DEEPSEEK_V3, score="sqrt_softplus", clamp="limit"),
+    "Ernie4_5_MoeSparseMoeBlock": Layout(bias="gate.moe_statics.e_score_correction_bias"),
+    "GptOssMLP": Layout(
+        router="router",
+        up_bias="gate_up_proj_bias",
+        down_bias="down_proj_bias",
+        transposed=True,
+        interleaved=True,
+        clamp="limit",
+        alpha="alpha",
+        shift=1.0,
+    ),
+    "Lfm2MoeSparseMoeBlock": Layout(score="sigmoid", bias="expert_bias"),
+    "MiniMaxM2SparseMoeBlock": Layout(score="sigmoid", bias="e_score_correction_bias"),
+}
+"""The layouts by the name of the block's class."""
+
+
+def register_layout(block: str, layout: Layout) -> None:
+    """Let ``adopt`` know a block by the name of its class.
+
+    Raises:
+        ValueError: a layout of that name is there.
+    """
+    if block in LAYOUTS:
+        raise ValueError(f"the layout of {block} is registered already: {LAYOUTS[block]}")
+    LAYOUTS[block] = layout
