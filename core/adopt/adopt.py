@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from ..contract import RoutingContext
 from ..dispatch import LocalDispatcher
 from ..flops import register_formulas
-from ..layers import MoELayer
 from ..routing.balance.balance import Balance
 from .layouts import LAYOUTS, Layout
-from .parts import Adopted, AdoptedClamped, AdoptedExperts, AdoptedFFN, AdoptedMoE, AdoptedRouter
+from .parts import Adopted, AdoptedClamped, AdoptedFFN, AdoptedMoE, AdoptedRouter
 
 _ACTIVATIONS = {
     "SiLU": "silu",
@@ -24,6 +23,7 @@ _ACTIVATIONS = {
     "NewGELUActivation": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
     "ReLU": "relu",
+    "silu": "silu",
 }
 """The engine's activations by the names of the classes that transformers has for them."""
 
@@ -109,11 +109,13 @@ def _classes(name: str, block: nn.Module, layout: Layout) -> tuple[type, type, t
             if path != layout.bias:
                 raise ValueError(f"block {name!r}, a {type(block).__name__}, has no {path!r}") from None
     router, experts = block.get_submodule(layout.router), block.get_submodule(layout.experts)
-    missing = [n for n in (layout.up, layout.down, layout.up_bias, layout.down_bias) if n and not hasattr(experts, n)]
-    if missing:
-        raise ValueError(f"the experts of block {name!r}, {type(experts).__name__}, have no {missing[0]!r}")
+    for path in filter(None, (layout.up, layout.down, layout.gate, layout.up_bias, layout.down_bias)):
+        try:
+            attrgetter(path)(experts)
+        except AttributeError:
+            raise ValueError(f"the experts of block {name!r}, {type(experts).__name__}, have no {path!r}") from None
     if not layout.alpha:
-        activation = type(getattr(experts, layout.activation)).__name__
+        activation = _activation(experts, layout)
         if activation not in _ACTIVATIONS or (layout.clamp and _ACTIVATIONS[activation] != "silu"):
             raise ValueError(f"the experts of block {name!r} have the activation {activation}, which no kernel has")
     mixin = AdoptedClamped if layout.clamp else AdoptedFFN
@@ -128,14 +130,12 @@ def _adopt_block(block: Any, classes: tuple[type, type, type], balance: Balance)
     layout: Layout = classes[0].layout
     router, experts = block.get_submodule(layout.router), block.get_submodule(layout.experts)
     K = getattr(router, layout.top_k, None) or getattr(block, layout.top_k)
-    E = getattr(experts, layout.up).shape[0]
+    E = experts.num_experts if layout.flat else attrgetter(layout.up)(experts).shape[0]
     block.__class__, router.__class__, experts.__class__ = classes
     try:
         bias = attrgetter(layout.bias)(block) if layout.bias else None
     except AttributeError:
         bias = None  # the model's options leave it out
-    up = getattr(experts, layout.up)
-    dim = up.shape[1 if layout.transposed else 2]
     _add(experts, num_experts=E, block=(block,), **_expert_options(experts, layout))
     _add(router, num_experts=E, bias_of_choice=bias, _read=None)
     _add(
@@ -145,7 +145,7 @@ def _adopt_block(block: Any, classes: tuple[type, type, type], balance: Balance)
         balance=balance,
         load_balancing_weight=None,
         dispatcher=LocalDispatcher(),
-        dim=dim,
+        dim=None,
         expert_output_masking=0.0,
         output_bias=None,
         shared_gate=None,
@@ -158,9 +158,15 @@ def _adopt_block(block: Any, classes: tuple[type, type, type], balance: Balance)
         _add(block, shared_experts=None)
 
 
+def _activation(experts: nn.Module, layout: Layout) -> str:
+    """Return the name of the activation's class, or of the function."""
+    activation = attrgetter(layout.activation)(experts)
+    return type(activation).__name__ if isinstance(activation, nn.Module) else activation.__name__
+
+
 def _expert_options(experts: Any, layout: Layout) -> dict[str, Any]:
     if not layout.clamp:
-        return {"activation": _ACTIVATIONS[type(getattr(experts, layout.activation)).__name__]}
+        return {"activation": _ACTIVATIONS[_activation(experts, layout)]}
     alpha = getattr(experts, layout.alpha) if layout.alpha else 1.0
     return {"limit": getattr(experts, layout.clamp), "alpha": alpha, "shift": layout.shift}
 
@@ -183,4 +189,3 @@ def _note_padding(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     for module in model.modules():
         if isinstance(module, AdoptedMoE):
             module.__dict__["context"] = context
-

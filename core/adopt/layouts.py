@@ -13,20 +13,25 @@ class Layout:
     The block calls ``experts(x_TD, expert_ids_TK, gates_TK)``, and its router returns logits among other things.
 
     Attributes:
-        router: the module that computes the logits.
-        experts: the module with the stacked matrices, whose first axis counts the experts.
-        logits: place of the logits (T, E) in the router's output; None: the output is the logits.
+        router: the module that computes the logits. experts: the module with the stacked matrices, whose first axis
+        counts the experts. logits: place of the logits (T, E) in the router's output; None: the output is the logits.
         score: score function of the logits, a key of ``core.kernels.SCORE_FUNCS``, which the balance losses read.
-        top_k: attribute of the router, or of the block, with K.
-        bias: path, from the block, of the buffer or parameter that is added to the scores for the choice; "": none.
-        up, down: matrices to the hidden layer, both halves of a gated expert in one, and back.
+        top_k: attribute of the router, or of the block, with K. bias: path, from the block, of the buffer or parameter
+        that is added to the scores for the choice; "": none. up, down: paths, from the experts, of the matrices to the
+        hidden layer, both halves of a gated expert in one, and
+            of those back.
+        gate: path of the gate's matrices where they are apart; "": ``up`` holds both halves.
         up_bias, down_bias: their biases; "": none.
         transposed: whether matrices are (E, in, out); else (E, out, in), as ``nn.Linear`` has them.
+        down_transposed: the same of ``down``; None: as ``transposed``.
+        flat: whether matrices are (E * F, D), the experts one below the other.
         interleaved: whether gate and input alternate along the hidden axis; else the gate's half comes first.
         activation: attribute of the experts with the activation.
         clamp: attribute of the experts with the bound of both halves; "": they have none.
         alpha: attribute with the slope of the gate's sigmoid, of clamped experts; "": 1.
         shift: what clamped experts add to the input's half.
+        input_scores: whether the router returns scores (T, E), 0 but for the chosen experts, which scale the experts'
+            input; the block adds its ``shared_expert`` and returns the logits too (Llama 4).
     """
 
     router: str = "gate"
@@ -37,14 +42,18 @@ class Layout:
     bias: str = ""
     up: str = "gate_up_proj"
     down: str = "down_proj"
+    gate: str = ""
     up_bias: str = ""
     down_bias: str = ""
     transposed: bool = False
+    down_transposed: bool | None = None
+    flat: bool = False
     interleaved: bool = False
     activation: str = "act_fn"
     clamp: str = ""
     alpha: str = ""
     shift: float = 0.0
+    input_scores: bool = False
 
 
 _DEEPSEEK_V3 = Layout(score="sigmoid", bias="gate.e_score_correction_bias")
@@ -64,6 +73,16 @@ LAYOUTS: dict[str, Layout] = {
     ),
     **dict.fromkeys(("GraniteMoeMoE", "PhimoeSparseMoeBlock"), Layout(router="router")),
     **dict.fromkeys(("DeepseekV3MoE", "Glm4MoeMoE"), _DEEPSEEK_V3),
+    "DbrxFFN": Layout(
+        router="router",
+        logits=None,
+        up="mlp.v1",
+        gate="mlp.w1",
+        down="mlp.w2",
+        down_transposed=True,
+        flat=True,
+        activation="mlp.activation_fn",
+    ),
     "DeepseekV4SparseMoeBlock": replace(_DEEPSEEK_V3, score="sqrt_softplus", clamp="limit"),
     "Ernie4_5_MoeSparseMoeBlock": Layout(bias="gate.moe_statics.e_score_correction_bias"),
     "GptOssMLP": Layout(
@@ -77,6 +96,7 @@ LAYOUTS: dict[str, Layout] = {
         shift=1.0,
     ),
     "Lfm2MoeSparseMoeBlock": Layout(score="sigmoid", bias="expert_bias"),
+    "Llama4TextMoe": Layout(router="router", logits=1, score="sigmoid", transposed=True, input_scores=True),
     "MiniMaxM2SparseMoeBlock": Layout(score="sigmoid", bias="e_score_correction_bias"),
 }
 """The layouts by the name of the block's class."""

@@ -5,6 +5,7 @@ Nothing of the block is copied or renamed: its modules change class, and back ag
 
 from __future__ import annotations
 
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -63,6 +64,11 @@ class AdoptedExperts(Adopted, Experts):
             return self.__dict__["block"][0].compute_chosen(x, way, *args, **kwargs)
         return super().__call__(x, way, *args, **kwargs)
 
+    def stacked(self, path: str) -> Tensor:
+        """Return a parameter whose first axis counts the experts."""
+        tensor: Tensor = attrgetter(path)(self)
+        return tensor.unflatten(0, (self.num_experts, -1)) if self.layout.flat else tensor
+
     def halves(self, tensor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Return the gate's and the input's half of a tensor that has both, as views."""
         if self.layout.interleaved:
@@ -74,11 +80,15 @@ class AdoptedExperts(Adopted, Experts):
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return ``w_in``, ``w_gate`` (E, D, F) and ``w_out`` (E, F, D_out), views of the parameters."""
         layout = self.layout
-        up, down = getattr(self, layout.up), getattr(self, layout.down)
-        gate, into = self.halves(up, 2 if layout.transposed else 1)
-        if layout.transposed:
-            return into, gate, down
-        return into.transpose(1, 2), gate.transpose(1, 2), down.transpose(1, 2)
+        up, down = self.stacked(layout.up), self.stacked(layout.down)
+        if layout.gate:
+            gate, into = self.stacked(layout.gate), up
+        else:
+            gate, into = self.halves(up, 2 if layout.transposed else 1)
+        if not layout.transposed:
+            gate, into = gate.transpose(1, 2), into.transpose(1, 2)
+        down_transposed = layout.transposed if layout.down_transposed is None else layout.down_transposed
+        return into, gate, down if down_transposed else down.transpose(1, 2)
 
     def vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return ``b_in``, ``b_gate`` (E, F) and ``b_out`` (E, D_out), views of the parameters."""
@@ -148,7 +158,17 @@ class AdoptedMoE(Adopted, MoE):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         self.__dict__["leading"] = x.shape[:-1]
+        if self.layout.input_scores:
+            return self.forward_of_scores(x)
         return self.original.forward(self, *args, **kwargs)
+
+    def forward_of_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute as the block does, but only the chosen experts."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        scores_TE, logits_TE = self.router(x_TD)
+        ids_TK = logits_TE.topk(int(self.pairs_per_token), -1).indices
+        out = self.shared_expert(x_TD)
+        return out + self.compute_chosen(x_TD, ids_TK, scores_TE.gather(1, ids_TK)), logits_TE
 
     def reset_parameters(self) -> None:
         """Adopted blocks have weights to keep."""
@@ -167,7 +187,8 @@ class AdoptedMoE(Adopted, MoE):
             evidence = Evidence(SCORE_FUNCS[self.layout.score](logits_TE), logits_TE)
         ids_N, E = expert_ids_TK.reshape(-1), self.num_experts
         computed_E = count_experts(ids_N, E)
-        valid_T = None if context is None or context.valid_BS is None else context.valid_BS.reshape(-1)
+        # With a cache the mask has the tokens before, too.
+        valid_T = None if context is None or len(leading) < 2 else context.valid_BS[:, -leading[1] :].reshape(-1)
         real_N = None if valid_T is None else valid_T.repeat_interleave(K)
         return Routing(
             token_index_N=torch.arange(T, device=ids_N.device).repeat_interleave(K),
@@ -182,9 +203,11 @@ class AdoptedMoE(Adopted, MoE):
             evidence=evidence,
         )
 
-    def compute_chosen(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """Return the sum of the chosen experts' outputs of each token, weighted by its gates, (T, D)."""
+    def compute_chosen(self, x: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """Return the sum of the chosen experts' outputs of each token, weighted by its gates, in the shape of ``x``."""
         routing = self.routing(expert_ids_TK, gates_TK)
         self.record_pass(routing, self.__dict__["context"] or RoutingContext())
-        rows = self.dispatcher.dispatch(x_TD, routing)
-        return self.dispatcher.combine(self.experts(rows)).to(x_TD.dtype)
+        rows = self.dispatcher.dispatch(x.reshape(-1, x.shape[-1]), routing)
+        if self.layout.input_scores:
+            rows = rows.weighted_input()
+        return self.dispatcher.combine(self.experts(rows)).to(x.dtype).view_as(x)
