@@ -94,13 +94,13 @@ def _looks_sparse(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _joined(mixin: type, original: type, layout: Layout) -> type:
+def _joined(mixin: Any, original: Any, layout: Layout) -> Any:
     """Return a class of ``original``'s name that is both."""
     own = {"original": original, "layout": layout, "__module__": original.__module__}
     return type(original.__name__, (mixin, original), own)
 
 
-def _classes(name: str, block: nn.Module, layout: Layout) -> tuple[type, type, type]:
+def _classes(name: str, block: nn.Module, layout: Layout) -> tuple[Any, Any, Any]:
     """Return the classes that a block, its router and its experts change to, or say what is not as it should be."""
     for path in filter(None, (layout.router, layout.experts, layout.bias)):
         try:
@@ -109,34 +109,40 @@ def _classes(name: str, block: nn.Module, layout: Layout) -> tuple[type, type, t
             if path != layout.bias:
                 raise ValueError(f"block {name!r}, a {type(block).__name__}, has no {path!r}") from None
     router, experts = block.get_submodule(layout.router), block.get_submodule(layout.experts)
+    holder = _holder(block, layout)
     for path in filter(None, (layout.up, layout.down, layout.gate, layout.up_bias, layout.down_bias)):
         try:
-            attrgetter(path)(experts)
+            attrgetter(path)(holder)
         except AttributeError:
             raise ValueError(f"the experts of block {name!r}, {type(experts).__name__}, have no {path!r}") from None
     if not layout.alpha:
-        activation = _activation(experts, layout)
+        activation = _activation(block, layout)
         if activation not in _ACTIVATIONS or (layout.clamp and _ACTIVATIONS[activation] != "silu"):
             raise ValueError(f"the experts of block {name!r} have the activation {activation}, which no kernel has")
     mixin = AdoptedClamped if layout.clamp else AdoptedFFN
     return (
         _joined(AdoptedMoE, type(block), layout),
         _joined(AdoptedRouter, type(router), layout),
-        _joined(mixin, type(experts), layout),
+        _joined(mixin, type(experts) if layout.experts else nn.Module, layout),
     )
 
 
-def _adopt_block(block: Any, classes: tuple[type, type, type], balance: Balance) -> None:
+def _adopt_block(block: Any, classes: tuple[Any, Any, Any], balance: Balance) -> None:
     layout: Layout = classes[0].layout
-    router, experts = block.get_submodule(layout.router), block.get_submodule(layout.experts)
-    K = getattr(router, layout.top_k, None) or getattr(block, layout.top_k)
-    E = experts.num_experts if layout.flat else attrgetter(layout.up)(experts).shape[0]
+    router, holder = block.get_submodule(layout.router), _holder(block, layout)
+    experts: Any = block.get_submodule(layout.experts) if layout.experts else nn.Module()
+    K: Any = getattr(router, layout.top_k, None) or getattr(block, layout.top_k, 1 if layout.way == "mask" else 2)
+    is_counted = layout.flat or layout.way in ("mask", "gates")
+    E = experts.num_experts if is_counted else attrgetter(layout.up)(holder).shape[0]
+    options = _expert_options(block, layout)
     block.__class__, router.__class__, experts.__class__ = classes
+    if not layout.experts:
+        _add(block, experts=experts)  # no child: what it computes with are the block's own modules
     try:
         bias = attrgetter(layout.bias)(block) if layout.bias else None
     except AttributeError:
         bias = None  # the model's options leave it out
-    _add(experts, num_experts=E, block=(block,), **_expert_options(experts, layout))
+    _add(experts, num_experts=E, block=(block,), storage={}, **options)
     _add(router, num_experts=E, bias_of_choice=bias, _read=None)
     _add(
         block,
@@ -158,15 +164,22 @@ def _adopt_block(block: Any, classes: tuple[type, type, type], balance: Balance)
         _add(block, shared_experts=None)
 
 
-def _activation(experts: nn.Module, layout: Layout) -> str:
+def _holder(block: nn.Module, layout: Layout) -> nn.Module:
+    """Return the module from which paths of matrices and of the activation begin: the first of several experts."""
+    experts = block.get_submodule(layout.experts)
+    return next(experts.children()) if layout.way in ("mask", "gates") else experts
+
+
+def _activation(block: nn.Module, layout: Layout) -> str:
     """Return the name of the activation's class, or of the function."""
-    activation = attrgetter(layout.activation)(experts)
+    activation = attrgetter(layout.activation)(_holder(block, layout))
     return type(activation).__name__ if isinstance(activation, nn.Module) else activation.__name__
 
 
-def _expert_options(experts: Any, layout: Layout) -> dict[str, Any]:
+def _expert_options(block: nn.Module, layout: Layout) -> dict[str, Any]:
     if not layout.clamp:
-        return {"activation": _ACTIVATIONS[_activation(experts, layout)]}
+        return {"activation": _ACTIVATIONS[_activation(block, layout)]}
+    experts = block.get_submodule(layout.experts)
     alpha = getattr(experts, layout.alpha) if layout.alpha else 1.0
     return {"limit": getattr(experts, layout.clamp), "alpha": alpha, "shift": layout.shift}
 
@@ -182,10 +195,11 @@ def _add(module: nn.Module, **values: Any) -> None:
 
 def _note_padding(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Tell the adopted blocks of a model which tokens of this call are padding."""
-    mask = kwargs.get("attention_mask")
-    context = None
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        context = RoutingContext(valid_BS=mask.bool())
-    for module in model.modules():
+    takes_two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    for name, module in model.named_modules():
         if isinstance(module, AdoptedMoE):
+            mask = kwargs.get(
+                "decoder_attention_mask" if takes_two and "decoder" in name.split(".") else "attention_mask"
+            )
+            context = RoutingContext(valid_BS=mask.bool()) if isinstance(mask, Tensor) and mask.ndim == 2 else None
             module.__dict__["context"] = context

@@ -30,8 +30,13 @@ class Layout:
         clamp: attribute of the experts with the bound of both halves; "": they have none.
         alpha: attribute with the slope of the gate's sigmoid, of clamped experts; "": 1.
         shift: what clamped experts add to the input's half.
-        input_scores: whether the router returns scores (T, E), 0 but for the chosen experts, which scale the experts'
-            input; the block adds its ``shared_expert`` and returns the logits too (Llama 4).
+        gated: whether experts have a gate's half.
+        way: how the block asks its experts. "choice": ``experts(x_TD, expert_ids_TK, gates_TK)``. "mask":
+            ``experts(x_TD, chosen_T1E, gates_T1)``, and "gates": ``experts(x_TD, chosen_TE, gates_TE)``; both have a
+            dict of modules, one an expert, from which the paths of matrices and biases begin. "input": the router
+            returns scores (T, E), 0 but for the chosen experts, which scale the experts' input; the block adds its
+            ``shared_expert`` and returns the logits too. "sorted": the router sorts tokens by expert, and the matrices
+            lie in the block.
     """
 
     router: str = "gate"
@@ -53,7 +58,8 @@ class Layout:
     clamp: str = ""
     alpha: str = ""
     shift: float = 0.0
-    input_scores: bool = False
+    gated: bool = True
+    way: Literal["choice", "mask", "gates", "input", "sorted"] = "choice"
 
 
 _DEEPSEEK_V3 = Layout(score="sigmoid", bias="gate.e_score_correction_bias")
@@ -95,9 +101,32 @@ LAYOUTS: dict[str, Layout] = {
         alpha="alpha",
         shift=1.0,
     ),
+    "JetMoeMoE": Layout(
+        router="router",
+        experts="",
+        logits=4,
+        up="input_linear.weight",
+        down="output_linear.weight",
+        activation="activation",
+        way="sorted",
+    ),
     "Lfm2MoeSparseMoeBlock": Layout(score="sigmoid", bias="expert_bias"),
-    "Llama4TextMoe": Layout(router="router", logits=1, score="sigmoid", transposed=True, input_scores=True),
+    "Llama4TextMoe": Layout(router="router", logits=1, score="sigmoid", transposed=True, way="input"),
     "MiniMaxM2SparseMoeBlock": Layout(score="sigmoid", bias="e_score_correction_bias"),
+    "NllbMoeSparseMLP": Layout(
+        router="router",
+        logits=2,
+        up="fc1.weight",
+        down="fc2.weight",
+        up_bias="fc1.bias",
+        down_bias="fc2.bias",
+        activation="act",
+        gated=False,
+        way="gates",
+    ),
+    "SwitchTransformersSparseMLP": Layout(
+        router="router", logits=2, up="wi.weight", down="wo.weight", activation="act", gated=False, way="mask"
+    ),
 }
 """The layouts by the name of the block's class."""
 

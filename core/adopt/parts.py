@@ -56,6 +56,18 @@ class AdoptedRouter(Adopted, Router):
         return bias
 
 
+class _Together(torch.autograd.Function):
+    """Parameters that are views of one tensor, as that tensor: nothing is copied."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, *parts: Tensor) -> Tensor:
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grads[0].unbind(0)
+
+
 class AdoptedExperts(Adopted, Experts):
     """Experts that a block calls with its tokens and its choice, and the engine with rows."""
 
@@ -66,27 +78,48 @@ class AdoptedExperts(Adopted, Experts):
 
     def stacked(self, path: str) -> Tensor:
         """Return a parameter whose first axis counts the experts."""
-        tensor: Tensor = attrgetter(path)(self)
+        if self.layout.way in ("mask", "gates"):
+            return self._stacked_modules(path)
+        tensor: Tensor = attrgetter(path)(self if self.layout.experts else self.__dict__["block"][0])
         return tensor.unflatten(0, (self.num_experts, -1)) if self.layout.flat else tensor
 
-    def halves(self, tensor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    def _stacked_modules(self, path: str) -> Tensor:
+        """Return the parameters of one module an expert as one tensor, of which they are views from then on."""
+        parts = [attrgetter(path)(expert) for expert in self.one_each()]
+        whole: Tensor | None = self.__dict__["storage"].get(path)
+        if whole is None or any(p.data_ptr() != own.data_ptr() for p, own in zip(parts, whole, strict=True)):
+            whole = torch.stack([part.detach() for part in parts])
+            for part, own in zip(parts, whole, strict=True):
+                part.data = own
+            self.__dict__["storage"][path] = whole
+        together: Tensor = _Together.apply(whole, *parts)
+        return together
+
+    def one_each(self) -> list[nn.Module]:
+        """Return the modules of the experts, where each has its own."""
+        return [m for name, m in self._modules.items() if m is not None and name.startswith("expert_")]
+
+    def halves(self, tensor: Tensor, axis: int) -> tuple[Tensor | None, Tensor]:
         """Return the gate's and the input's half of a tensor that has both, as views."""
+        if not self.layout.gated:
+            return None, tensor
         if self.layout.interleaved:
             gate, up = tensor.unflatten(axis, (-1, 2)).unbind(axis + 1)
         else:
             gate, up = tensor.chunk(2, axis)
         return gate, up
 
-    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+    def matrices(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return ``w_in``, ``w_gate`` (E, D, F) and ``w_out`` (E, F, D_out), views of the parameters."""
         layout = self.layout
         up, down = self.stacked(layout.up), self.stacked(layout.down)
+        gate: Tensor | None
         if layout.gate:
             gate, into = self.stacked(layout.gate), up
         else:
             gate, into = self.halves(up, 2 if layout.transposed else 1)
         if not layout.transposed:
-            gate, into = gate.transpose(1, 2), into.transpose(1, 2)
+            gate, into = None if gate is None else gate.transpose(1, 2), into.transpose(1, 2)
         down_transposed = layout.transposed if layout.down_transposed is None else layout.down_transposed
         return into, gate, down if down_transposed else down.transpose(1, 2)
 
@@ -95,8 +128,8 @@ class AdoptedExperts(Adopted, Experts):
         layout = self.layout
         if not layout.up_bias:
             return None, None, None
-        gate, into = self.halves(getattr(self, layout.up_bias), 1)
-        return into, gate, getattr(self, layout.down_bias)
+        gate, into = self.halves(self.stacked(layout.up_bias), 1)
+        return into, gate, self.stacked(layout.down_bias)
 
     def reset_parameters(self) -> None:
         """Adopted experts have weights to keep."""
@@ -106,7 +139,7 @@ class AdoptedExperts(Adopted, Experts):
         return self.matrices()[0]
 
     @property
-    def w_gate(self) -> Tensor:
+    def w_gate(self) -> Tensor | None:
         return self.matrices()[1]
 
     @property
@@ -130,14 +163,14 @@ class AdoptedExperts(Adopted, Experts):
 
 
 class AdoptedFFN(AdoptedExperts, FFNExperts):  # type: ignore[misc]
-    """Gated experts of three matrices."""
+    """Experts of two or three matrices."""
 
     hidden_axes = MappingProxyType({})
     linear_in = frozenset()
 
     def _weights(self) -> tuple[Tensor | None, ...]:
-        w_in, w_gate, w_out = self.matrices()
-        return w_in, w_out, None, None, w_gate
+        (w_in, w_gate, w_out), (b_in, _, b_out) = self.matrices(), self.vectors()
+        return w_in, w_out, b_in, b_out, w_gate
 
 
 class AdoptedClamped(AdoptedExperts, ClampedSwiGLUExperts):  # type: ignore[misc]
@@ -155,12 +188,22 @@ class AdoptedClamped(AdoptedExperts, ClampedSwiGLUExperts):  # type: ignore[misc
 class AdoptedMoE(Adopted, MoE):
     """A block that routes as it did. Its experts are computed by the engine's kernels, and tapes listen to it."""
 
+    bias: Tensor
+    shared_expert: nn.Module
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         self.__dict__["leading"] = x.shape[:-1]
-        if self.layout.input_scores:
+        if self.layout.way == "input":
             return self.forward_of_scores(x)
+        if self.layout.way == "sorted":
+            return self.forward_of_logits(x)
         return self.original.forward(self, *args, **kwargs)
+
+    def forward_of_logits(self, x: Tensor) -> Tensor:
+        """Choose the experts again, from the logits, since the router returns sorted tokens."""
+        top_TK, ids_TK = self.router(x.reshape(-1, x.shape[-1]))[self.layout.logits].topk(int(self.pairs_per_token), 1)
+        return self.compute_chosen(x, ids_TK, top_TK.softmax(1).type_as(x)) + self.bias
 
     def forward_of_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Compute as the block does, but only the chosen experts."""
@@ -205,9 +248,19 @@ class AdoptedMoE(Adopted, MoE):
 
     def compute_chosen(self, x: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """Return the sum of the chosen experts' outputs of each token, weighted by its gates, in the shape of ``x``."""
+        if self.layout.way in ("mask", "gates"):
+            expert_ids_TK, gates_TK = self.choice_of_mask(expert_ids_TK, gates_TK)
         routing = self.routing(expert_ids_TK, gates_TK)
         self.record_pass(routing, self.__dict__["context"] or RoutingContext())
         rows = self.dispatcher.dispatch(x.reshape(-1, x.shape[-1]), routing)
-        if self.layout.input_scores:
+        if self.layout.way == "input":
             rows = rows.weighted_input()
         return self.dispatcher.combine(self.experts(rows)).to(x.dtype).view_as(x)
+
+    def choice_of_mask(self, chosen: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Return expert ids and gates (T, K) of one-hot choices; the id of a pair that is dropped is E."""
+        E = self.num_experts
+        if self.layout.way == "mask":
+            return torch.where(chosen.any(-1), chosen.argmax(-1), E), gates
+        gates_TK, ids_TK = gates.topk(min(2, E), -1)
+        return torch.where(gates_TK > 0, ids_TK, E), gates_TK

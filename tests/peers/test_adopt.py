@@ -69,6 +69,23 @@ FAMILIES = {
         "moe_intermediate_size": 12,
         "moe_layer_start_index": 0,
     },
+    "DeepseekV4": {
+        "num_key_value_heads": 1,
+        "moe_intermediate_size": 12,
+        "n_routed_experts": 4,
+        "num_local_experts": 4,
+        "head_dim": 8,
+        "q_lora_rank": 8,
+        "o_lora_rank": 8,
+        "o_groups": 2,
+        "qk_rope_head_dim": 4,
+        "num_hash_layers": 1,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_topk": 4,
+        "sliding_window": 8,
+    },
+    "JetMoe": LOCAL | {"kv_channels": 4},
     "Dbrx": {
         "d_model": 16,
         "n_heads": 4,
@@ -78,6 +95,36 @@ FAMILIES = {
         "ffn_config": {"ffn_hidden_size": 12, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16},
     },
 }
+TWO_SIDED = {
+    "SwitchTransformers": {
+        "d_model": 16,
+        "d_kv": 4,
+        "d_ff": 12,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "expert_capacity": 4,
+        "dropout_rate": 0.0,
+        "router_jitter_noise": 0.1,
+    },
+    "NllbMoe": {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 12,
+        "decoder_ffn_dim": 12,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_sparse_step": 1,
+        "decoder_sparse_step": 1,
+        "expert_capacity": 16,
+        "activation_dropout": 0.0,
+        "moe_token_dropout": 0.0,
+    },
+}
+"""Encoder-decoders, whose experts are one module each, and may be full."""
 SPARSE_LAYERS = {"DeepseekV2": 1, "DeepseekV3": 1, "Glm4Moe": 1}
 """Layers with experts, of two."""
 IDS = torch.tensor([[5, 9, 4, 31, 7, 8, 3], [0, 0, 0, 11, 6, 12, 40]])
@@ -89,8 +136,8 @@ def model(name):
     own = {"num_experts_per_tok": 2, **FAMILIES[name]}
     kind = getattr(transformers, "Llama4TextConfig" if name == "Llama4" else f"{name}Config")
     given = own | {"vocab_size": 50} if name == "Dbrx" else SMALL | own
-    if name == "Dbrx":
-        given.pop("num_experts_per_tok")
+    for option in {"Dbrx": ("num_experts_per_tok",), "JetMoe": ("num_attention_heads",)}.get(name, ()):
+        given.pop(option, None)
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -153,6 +200,49 @@ def test_release_gives_the_blocks_back(name):
     with torch.no_grad():
         plain.eval(), adopted.eval()
         assert torch.equal(adopted(IDS, MASK).logits, plain(IDS, MASK).logits)
+
+
+def two_sided(name):
+    own = {"vocab_size": 50, "num_experts": 4, "decoder_start_token_id": 2, "pad_token_id": 0, **TWO_SIDED[name]}
+    rates = {"dropout": 0.0, "attention_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**own, **(rates if name == "NllbMoe" else {}))
+    made = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return made
+
+
+def nllb_experts(self, x_TD, chosen_TE, gates_TE):
+    """What ``NllbMoeExperts.forward`` should be: it takes the one-hot choice for numbers of experts, 0 and 1."""
+    each = torch.stack([self[f"expert_{e}"](x_TD) for e in range(self.num_experts)], 1)
+    return (gates_TE[:, :, None] * each).sum(1)
+
+
+@pytest.mark.parametrize("name", TWO_SIDED)
+def test_experts_of_one_module_each_become_stacked_without_a_copy(name, monkeypatch):
+    plain = two_sided(name)
+    if name == "NllbMoe":
+        kind = type(next(m for m in plain.modules() if type(m).__name__ == "NllbMoeExperts"))
+        monkeypatch.setattr(kind, "forward", nllb_experts)
+    adopted = adopt(copy.deepcopy(plain))
+    assert list(adopted.state_dict()) == list(plain.state_dict())
+    for training in (False, True):
+        expected, gradients = step(plain.train(training))
+        with core.record(adopted) as tape:
+            logits, own = step(adopted.train(training))
+        assert error(logits, expected) < 1e-5
+        for key, gradient in gradients.items():
+            assert error(own[key], gradient) < 1e-5 or float((own[key] - gradient).abs().max()) < 1e-8, key
+        assert all(not own[key].any() for key in own.keys() - gradients.keys())  # experts without tokens
+        assert len(tape) == 2
+    name = next(name for name in gradients if "expert_" in name)
+    with torch.no_grad():
+        for net in (plain, adopted):  # the kernels read the parameters themselves
+            net.get_parameter(name).add_(1.0)
+    changed = step(plain)[0]
+    assert error(changed, expected) > 1e-4
+    assert error(step(adopted)[0], changed) < 1e-5
 
 
 def test_an_optimizer_of_before_updates_what_the_experts_compute():

@@ -9,7 +9,7 @@ from test_adopt import FAMILIES, error, model, step
 import apps.hub
 
 pytest.importorskip("transformers")
-OWN_FORWARD = {"Llama4", "Dbrx"}
+OWN_FORWARD = {"Llama4", "Dbrx", "JetMoe"}
 """Families whose experts transformers does not decorate."""
 
 
