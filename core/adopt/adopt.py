@@ -93,11 +93,13 @@ def _looks_sparse(module: nn.Module) -> bool:
     return "experts" in children and bool({"gate", "router"} & set(children))
 
 
-@functools.cache
-def _joined(mixin: Any, original: Any, layout: Layout) -> Any:
+def _join(mixin: type, original: type, layout: Layout) -> type:
     """Return a class of ``original``'s name that is both."""
     own = {"original": original, "layout": layout, "__module__": original.__module__}
     return type(original.__name__, (mixin, original), own)
+
+
+_joined: Any = functools.cache(_join)
 
 
 def _classes(name: str, block: nn.Module, layout: Layout) -> tuple[Any, Any, Any]:
