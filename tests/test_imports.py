@@ -21,7 +21,7 @@ ROWS = (
     ("contract", "kernels", "registry"),
     ("routing", "experts", "dispatch", "flops", "optim"),
     ("layers",),
-    ("config", "parallel", "offload", "quant", "convert", "telemetry", "diagnose", "testing"),
+    ("adopt", "config", "parallel", "offload", "quant", "convert", "telemetry", "diagnose", "testing"),
 )
 ROW_OF = {part: row for row, parts in enumerate(ROWS) for part in parts} | {"": len(ROWS)}
 LAST_ROW = len(ROWS) - 1
@@ -33,7 +33,7 @@ APP_ROWS = (
     ("data",),
     ("nets", "porting", "train", "report", "task"),
     ("equal_cost", "runner"),
-    ("vision", "recsys", "nlp", "multimodal"),
+    ("vision", "recsys", "nlp", "multimodal", "hub"),
     ("cli",),
     ("compare", "verdict", "convert", "doctor", "plan", "serve", "demonstrate", "bench", "demo"),
 )
@@ -56,6 +56,7 @@ INTERNALS = (
     "apps/train/torch_internals.py",
     "apps/train/lightning_internals.py",
     "apps/cli/jsonargparse_internals.py",
+    "apps/hub/transformers_internals.py",
 )
 LIBRARIES = ("torch", "lightning", "jsonargparse")
 # Names with an underscore that torch documents, or has for who subclasses its modules or looks at them.

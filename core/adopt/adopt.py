@@ -1,0 +1,207 @@
+"""``adopt`` makes the MoE blocks of a transformers model layers of this engine, in place, and ``release`` undoes it."""
+
+from __future__ import annotations
+
+import functools
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..contract import RoutingContext
+from ..dispatch import LocalDispatcher
+from ..flops import register_formulas
+from ..routing.balance.balance import Balance
+from .layouts import LAYOUTS, Layout
+from .parts import Adopted, AdoptedClamped, AdoptedFFN, AdoptedMoE, AdoptedRouter
+
+_ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+    "silu": "silu",
+}
+"""The engine's activations by the names of the classes that transformers has for them."""
+
+
+def adopt(model: nn.Module, balance: Balance = Balance(load_balancing=0.0, router_z=0.0)) -> nn.Module:
+    """Make every MoE block of a transformers model a ``core.MoE``, in place.
+
+    Parameters, ``state_dict``, ``save_pretrained``, ``generate`` and optimizers stay as they are: no tensor is copied.
+    A block routes as it did, its experts are computed by the engine's kernels, and ``core.record``, ``core.aux_loss``,
+    ``core.diagnose`` and the other tools know its layers.
+
+    Args:
+        model: a model with MoE blocks whose layouts are in ``core.adopt.LAYOUTS``.
+        balance: weights of the balance losses. By default there are none: transformers adds its own where
+            ``output_router_logits`` asks for it.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: there is no block of a known layout, one is adopted already, or a block is not as its layout says.
+            The model is left as it was.
+
+    Example::
+
+        model = core.adopt(AutoModelForCausalLM.from_pretrained(folder))
+        with core.record(model) as tape:
+            model(**batch)
+    """
+    blocks = {name: m for name, m in model.named_modules() if type(m).__name__ in LAYOUTS}
+    already = next((name for name, m in model.named_modules() if isinstance(m, AdoptedMoE)), None)
+    if already is not None:
+        raise ValueError(f"block {already!r} is adopted already: core.release(model) gives it back")
+    unknown = next((f"{name!r}, a {type(m).__name__}" for name, m in model.named_modules() if _looks_sparse(m)), None)
+    if unknown is not None:
+        raise ValueError(
+            f"block {unknown}, has experts and no known layout: tell it with core.adopt.register_layout(class name, "
+            "Layout(router=..., experts=..., ...))"
+        )
+    if not blocks:
+        raise ValueError(f"a {type(model).__name__} has no MoE block of a known layout: {', '.join(sorted(LAYOUTS))}")
+    classes = {name: _classes(name, block, LAYOUTS[type(block).__name__]) for name, block in blocks.items()}
+    register_formulas()
+    for name, block in blocks.items():
+        _adopt_block(block, classes[name], balance)
+    model.__dict__["_adopted_hook"] = model.register_forward_pre_hook(_note_padding, with_kwargs=True)
+    return model
+
+
+def release(model: nn.Module) -> nn.Module:
+    """Give every adopted block back, with the parameters that it has now, and return ``model``."""
+    hook = model.__dict__.pop("_adopted_hook", None)
+    if hook is not None:
+        hook.remove()
+    for module in [m for m in model.modules() if isinstance(m, Adopted)]:
+        for name in module.__dict__.pop("_added"):
+            module.__dict__.pop(name, None)
+        module.__class__ = module.original  # type: ignore[assignment]
+    return model
+
+
+def _looks_sparse(module: nn.Module) -> bool:
+    """Return whether a module has stacked experts and a router, and no known layout."""
+    if type(module).__name__ in LAYOUTS:
+        return False
+    children = dict(module.named_children())
+    return "experts" in children and bool({"gate", "router"} & set(children))
+
+
+def _join(mixin: type, original: type, layout: Layout) -> type:
+    """Return a class of ``original``'s name that is both."""
+    own = {"original": original, "layout": layout, "__module__": original.__module__}
+    return type(original.__name__, (mixin, original), own)
+
+
+_joined: Any = functools.cache(_join)
+
+
+def _classes(name: str, block: nn.Module, layout: Layout) -> tuple[Any, Any, Any]:
+    """Return the classes that a block, its router and its experts change to, or say what is not as it should be."""
+    for path in filter(None, (layout.router, layout.experts, layout.bias)):
+        try:
+            attrgetter(path)(block)
+        except AttributeError:
+            if path != layout.bias:
+                raise ValueError(f"block {name!r}, a {type(block).__name__}, has no {path!r}") from None
+    router, experts = block.get_submodule(layout.router), block.get_submodule(layout.experts)
+    holder = _holder(block, layout)
+    for path in filter(None, (layout.up, layout.down, layout.gate, layout.up_bias, layout.down_bias)):
+        try:
+            attrgetter(path)(holder)
+        except AttributeError:
+            raise ValueError(f"the experts of block {name!r}, {type(experts).__name__}, have no {path!r}") from None
+    if not layout.alpha:
+        activation = _activation(block, layout)
+        if activation not in _ACTIVATIONS or (layout.clamp and _ACTIVATIONS[activation] != "silu"):
+            raise ValueError(f"the experts of block {name!r} have the activation {activation}, which no kernel has")
+    mixin = AdoptedClamped if layout.clamp else AdoptedFFN
+    return (
+        _joined(AdoptedMoE, type(block), layout),
+        _joined(AdoptedRouter, type(router), layout),
+        _joined(mixin, type(experts) if layout.experts else nn.Module, layout),
+    )
+
+
+def _adopt_block(block: Any, classes: tuple[Any, Any, Any], balance: Balance) -> None:
+    layout: Layout = classes[0].layout
+    router, holder = block.get_submodule(layout.router), _holder(block, layout)
+    experts: Any = block.get_submodule(layout.experts) if layout.experts else nn.Module()
+    K: Any = getattr(router, layout.top_k, None) or getattr(block, layout.top_k, 1 if layout.way == "mask" else 2)
+    is_counted = layout.flat or layout.way in ("mask", "gates")
+    E = experts.num_experts if is_counted else attrgetter(layout.up)(holder).shape[0]
+    options = _expert_options(block, layout)
+    block.__class__, router.__class__, experts.__class__ = classes
+    if not layout.experts:
+        _add(block, experts=experts)  # no child: what it computes with are the block's own modules
+    try:
+        bias = attrgetter(layout.bias)(block) if layout.bias else None
+    except AttributeError:
+        bias = None  # the model's options leave it out
+    _add(experts, num_experts=E, block=(block,), storage={}, **options)
+    _add(router, num_experts=E, bias_of_choice=bias, _read=None)
+    _add(
+        block,
+        num_experts=E,
+        pairs_per_token=float(K),
+        balance=balance,
+        load_balancing_weight=None,
+        dispatcher=LocalDispatcher(),
+        dim=None,
+        expert_output_masking=0.0,
+        output_bias=None,
+        shared_gate=None,
+        context=None,
+        leading=(),
+        _tapes=(),
+        _unrecorded=0,
+    )
+    if "shared_experts" not in block._modules:
+        _add(block, shared_experts=None)
+
+
+def _holder(block: nn.Module, layout: Layout) -> nn.Module:
+    """Return the module from which paths of matrices and of the activation begin: the first of several experts."""
+    experts = block.get_submodule(layout.experts)
+    return next(experts.children()) if layout.way in ("mask", "gates") else experts
+
+
+def _activation(block: nn.Module, layout: Layout) -> str:
+    """Return the name of the activation's class, or of the function."""
+    activation = attrgetter(layout.activation)(_holder(block, layout))
+    return type(activation).__name__ if isinstance(activation, nn.Module) else activation.__name__
+
+
+def _expert_options(block: nn.Module, layout: Layout) -> dict[str, Any]:
+    if not layout.clamp:
+        return {"activation": _ACTIVATIONS[_activation(block, layout)]}
+    experts = block.get_submodule(layout.experts)
+    alpha = getattr(experts, layout.alpha) if layout.alpha else 1.0
+    return {"limit": getattr(experts, layout.clamp), "alpha": alpha, "shift": layout.shift}
+
+
+def _add(module: nn.Module, **values: Any) -> None:
+    """Set attributes that the module does not have yet, and note them for ``release``."""
+    added = module.__dict__.setdefault("_added", set())
+    for name, value in values.items():
+        if name not in module.__dict__:
+            added.add(name)
+            module.__dict__[name] = value
+
+
+def _note_padding(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Tell the adopted blocks of a model which tokens of this call are padding."""
+    takes_two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    for name, module in model.named_modules():
+        if isinstance(module, AdoptedMoE):
+            mask = kwargs.get(
+                "decoder_attention_mask" if takes_two and "decoder" in name.split(".") else "attention_mask"
+            )
+            context = RoutingContext(valid_BS=mask.bool()) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+            module.__dict__["context"] = context

@@ -1,0 +1,266 @@
+"""What an adopted block, its router and its experts are besides what they were: classes that are put before their own.
+
+Nothing of the block is copied or renamed: its modules change class, and back again.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import Evidence, Routing, RoutingContext
+from ..experts import Experts
+from ..experts.clamped import ClampedSwiGLUExperts
+from ..experts.ffn import FFNExperts
+from ..kernels import SCORE_FUNCS, count_experts
+from ..layers import MoE
+from ..routing.balance.terms import CHOICE_TERMS, SCORE_TERMS
+from ..routing.router import Router
+from .layouts import Layout
+
+
+class Adopted:
+    """What the three have in common.
+
+    Attributes:
+        original: the class that the module had.
+        layout: that of its block.
+    """
+
+    original: ClassVar[type[nn.Module]]
+    layout: ClassVar[Layout]
+
+
+class AdoptedRouter(Adopted, Router):
+    """A router that decides as it did, and leaves its logits for the record."""
+
+    terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
+    config = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.original.forward(self, *args, **kwargs)
+        self.__dict__["logits_TE"] = out if self.layout.logits is None else out[self.layout.logits]
+        return out
+
+    def reset_parameters(self) -> None:
+        """Adopted routers have weights to keep."""
+
+    @property
+    def expert_bias(self) -> Tensor | None:  # type: ignore[override]
+        """The tensor that is added to the scores for the choice, (E,) or (1, E)."""
+        bias: Tensor | None = self.__dict__.get("bias_of_choice")
+        return bias
+
+
+class _Together(torch.autograd.Function):
+    """Parameters that are views of one tensor, as that tensor: nothing is copied."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, *parts: Tensor) -> Tensor:
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grads[0].unbind(0)
+
+
+class AdoptedExperts(Adopted, Experts):
+    """Experts that a block calls with its tokens and its choice, and the engine with rows."""
+
+    def __call__(self, x: Any, way: Any = "rows", *args: Any, **kwargs: Any) -> Any:
+        if isinstance(way, Tensor):
+            return self.__dict__["block"][0].compute_chosen(x, way, *args, **kwargs)
+        return super().__call__(x, way, *args, **kwargs)
+
+    def stacked(self, path: str) -> Tensor:
+        """Return a parameter whose first axis counts the experts."""
+        if self.layout.way in ("mask", "gates"):
+            return self._stacked_modules(path)
+        tensor: Tensor = attrgetter(path)(self if self.layout.experts else self.__dict__["block"][0])
+        return tensor.unflatten(0, (self.num_experts, -1)) if self.layout.flat else tensor
+
+    def _stacked_modules(self, path: str) -> Tensor:
+        """Return the parameters of one module an expert as one tensor, of which they are views from then on."""
+        parts = [attrgetter(path)(expert) for expert in self.one_each()]
+        whole: Tensor | None = self.__dict__["storage"].get(path)
+        if whole is None or any(p.data_ptr() != own.data_ptr() for p, own in zip(parts, whole, strict=True)):
+            whole = torch.stack([part.detach() for part in parts])
+            for part, own in zip(parts, whole, strict=True):
+                part.data = own
+            self.__dict__["storage"][path] = whole
+        together: Tensor = _Together.apply(whole, *parts)
+        return together
+
+    def one_each(self) -> list[nn.Module]:
+        """Return the modules of the experts, where each has its own."""
+        return [m for name, m in self._modules.items() if m is not None and name.startswith("expert_")]
+
+    def halves(self, tensor: Tensor, axis: int) -> tuple[Tensor | None, Tensor]:
+        """Return the gate's and the input's half of a tensor that has both, as views."""
+        if not self.layout.gated:
+            return None, tensor
+        if self.layout.interleaved:
+            gate, up = tensor.unflatten(axis, (-1, 2)).unbind(axis + 1)
+        else:
+            gate, up = tensor.chunk(2, axis)
+        return gate, up
+
+    def matrices(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return ``w_in``, ``w_gate`` (E, D, F) and ``w_out`` (E, F, D_out), views of the parameters."""
+        layout = self.layout
+        up, down = self.stacked(layout.up), self.stacked(layout.down)
+        gate: Tensor | None
+        if layout.gate:
+            gate, into = self.stacked(layout.gate), up
+        else:
+            gate, into = self.halves(up, 2 if layout.transposed else 1)
+        if not layout.transposed:
+            gate, into = None if gate is None else gate.transpose(1, 2), into.transpose(1, 2)
+        down_transposed = layout.transposed if layout.down_transposed is None else layout.down_transposed
+        return into, gate, down if down_transposed else down.transpose(1, 2)
+
+    def vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return ``b_in``, ``b_gate`` (E, F) and ``b_out`` (E, D_out), views of the parameters."""
+        layout = self.layout
+        if not layout.up_bias:
+            return None, None, None
+        gate, into = self.halves(self.stacked(layout.up_bias), 1)
+        return into, gate, self.stacked(layout.down_bias)
+
+    def reset_parameters(self) -> None:
+        """Adopted experts have weights to keep."""
+
+    @property
+    def w_in(self) -> Tensor:
+        return self.matrices()[0]
+
+    @property
+    def w_gate(self) -> Tensor | None:
+        return self.matrices()[1]
+
+    @property
+    def w_out(self) -> Tensor:
+        return self.matrices()[2]
+
+    @property
+    def b_in(self) -> Tensor | None:
+        return self.vectors()[0]
+
+    @property
+    def b_gate(self) -> Tensor | None:
+        return self.vectors()[1]
+
+    @property
+    def b_out(self) -> Tensor | None:
+        return self.vectors()[2]
+
+    def biases(self) -> list[Tensor]:
+        return [p for name, p in self.named_parameters() if p.ndim == 2]
+
+
+class AdoptedFFN(AdoptedExperts, FFNExperts):  # type: ignore[misc]
+    """Experts of two or three matrices."""
+
+    hidden_axes = MappingProxyType({})
+    linear_in = frozenset()
+
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        (w_in, w_gate, w_out), (b_in, _, b_out) = self.matrices(), self.vectors()
+        return w_in, w_out, b_in, b_out, w_gate
+
+
+class AdoptedClamped(AdoptedExperts, ClampedSwiGLUExperts):  # type: ignore[misc]
+    """Gated experts whose halves are held within limits."""
+
+    hidden_axes = MappingProxyType({})
+    linear_in = frozenset()
+
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        w_in, w_gate, w_out = self.matrices()
+        b_in, b_gate, b_out = self.vectors()
+        return w_in, w_out, w_gate, b_in, b_out, b_gate
+
+
+class AdoptedMoE(Adopted, MoE):
+    """A block that routes as it did. Its experts are computed by the engine's kernels, and tapes listen to it."""
+
+    bias: Tensor
+    shared_expert: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        self.__dict__["leading"] = x.shape[:-1]
+        if self.layout.way == "input":
+            return self.forward_of_scores(x)
+        if self.layout.way == "sorted":
+            return self.forward_of_logits(x)
+        return self.original.forward(self, *args, **kwargs)
+
+    def forward_of_logits(self, x: Tensor) -> Tensor:
+        """Choose the experts again, from the logits, since the router returns sorted tokens."""
+        top_TK, ids_TK = self.router(x.reshape(-1, x.shape[-1]))[self.layout.logits].topk(int(self.pairs_per_token), 1)
+        return self.compute_chosen(x, ids_TK, top_TK.softmax(1).type_as(x)) + self.bias
+
+    def forward_of_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute as the block does, but only the chosen experts."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        scores_TE, logits_TE = self.router(x_TD)
+        ids_TK = logits_TE.topk(int(self.pairs_per_token), -1).indices
+        out = self.shared_expert(x_TD)
+        return out + self.compute_chosen(x_TD, ids_TK, scores_TE.gather(1, ids_TK)), logits_TE
+
+    def reset_parameters(self) -> None:
+        """Adopted blocks have weights to keep."""
+
+    @property
+    def router(self) -> Any:  # type: ignore[override]
+        return self._modules[self.layout.router]
+
+    def routing(self, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routing:
+        """Return the block's choice as the engine's."""
+        T, K = expert_ids_TK.shape
+        logits_TE = self.router.__dict__.pop("logits_TE", None)
+        evidence, leading, context = Evidence(), self.__dict__["leading"], self.__dict__["context"]
+        if logits_TE is not None and self.is_recorded:
+            logits_TE = logits_TE.float().reshape(T, -1)
+            evidence = Evidence(SCORE_FUNCS[self.layout.score](logits_TE), logits_TE)
+        ids_N, E = expert_ids_TK.reshape(-1), self.num_experts
+        computed_E = count_experts(ids_N, E)
+        # With a cache the mask has the tokens before, too.
+        valid_T = None if context is None or len(leading) < 2 else context.valid_BS[:, -leading[1] :].reshape(-1)
+        real_N = None if valid_T is None else valid_T.repeat_interleave(K)
+        return Routing(
+            token_index_N=torch.arange(T, device=ids_N.device).repeat_interleave(K),
+            expert_ids_N=ids_N,
+            gates_N=gates_TK.reshape(-1).float(),
+            tokens_per_expert_E=computed_E,
+            chosen_per_expert_E=computed_E if real_N is None else count_experts(ids_N.masked_fill(~real_N, E), E),
+            num_tokens=T,
+            top_k=K,
+            valid_T=valid_T,
+            num_sequences=leading[0] if len(leading) > 1 else 1,
+            evidence=evidence,
+        )
+
+    def compute_chosen(self, x: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """Return the sum of the chosen experts' outputs of each token, weighted by its gates, in the shape of ``x``."""
+        if self.layout.way in ("mask", "gates"):
+            expert_ids_TK, gates_TK = self.choice_of_mask(expert_ids_TK, gates_TK)
+        routing = self.routing(expert_ids_TK, gates_TK)
+        self.record_pass(routing, self.__dict__["context"] or RoutingContext())
+        rows = self.dispatcher.dispatch(x.reshape(-1, x.shape[-1]), routing)
+        if self.layout.way == "input":
+            rows = rows.weighted_input()
+        return self.dispatcher.combine(self.experts(rows)).to(x.dtype).view_as(x)
+
+    def choice_of_mask(self, chosen: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Return expert ids and gates (T, K) of one-hot choices; the id of a pair that is dropped is E."""
+        E = self.num_experts
+        if self.layout.way == "mask":
+            return torch.where(chosen.any(-1), chosen.argmax(-1), E), gates
+        gates_TK, ids_TK = gates.topk(min(2, E), -1)
+        return torch.where(gates_TK > 0, ids_TK, E), gates_TK

@@ -1,0 +1,305 @@
+"""Models of transformers, adopted in place: the same logits, gradients and texts, from the kernels of this engine."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import core
+from core.adopt import LAYOUTS, Layout, adopt, register_layout, release
+
+transformers = pytest.importorskip("transformers")
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 4,
+    "qk_nope_head_dim": 4,
+}
+EIGHT = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 12, "first_k_dense_replace": 1}
+LOCAL, FOUR = {"num_local_experts": 4}, {"num_experts": 4, "moe_intermediate_size": 12}
+SHARED = {"shared_expert_intermediate_size": 12, "decoder_sparse_step": 1}
+FAMILIES = {
+    "Mixtral": LOCAL | {"router_jitter_noise": 0.1},
+    "Qwen2Moe": FOUR | SHARED,
+    "Qwen3Moe": FOUR | {"head_dim": 4},
+    "Qwen3Next": FOUR
+    | SHARED
+    | {
+        "head_dim": 4,
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 4,
+        "linear_value_head_dim": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "Olmoe": {"num_experts": 4},
+    "GptOss": LOCAL | {"head_dim": 8, "sliding_window": 8},
+    "DeepseekV2": EIGHT | LATENT | {"topk_method": "group_limited_greedy"},
+    "DeepseekV3": EIGHT | LATENT,
+    "Glm4Moe": EIGHT | {"head_dim": 4},
+    "GraniteMoe": LOCAL,
+    "Phimoe": LOCAL,
+    "Llama4": LOCAL
+    | {"intermediate_size_mlp": 24, "head_dim": 4, "interleave_moe_layer_step": 1, "attention_chunk_size": 8},
+    "Lfm2Moe": FOUR | {"num_dense_layers": 0, "layer_types": ["conv", "full_attention"]},
+    "MiniMaxM2": LOCAL | {"head_dim": 4, "rotary_dim": 4},
+    "HunYuanMoEV1": {"num_experts": 4, "moe_topk": 2, "head_dim": 4},
+    "Ernie4_5_Moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_intermediate_size": 12,
+        "moe_layer_start_index": 0,
+    },
+    "DeepseekV4": {
+        "num_key_value_heads": 1,
+        "moe_intermediate_size": 12,
+        "n_routed_experts": 4,
+        "num_local_experts": 4,
+        "head_dim": 8,
+        "q_lora_rank": 8,
+        "o_lora_rank": 8,
+        "o_groups": 2,
+        "qk_rope_head_dim": 4,
+        "num_hash_layers": 1,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_topk": 4,
+        "sliding_window": 8,
+    },
+    "JetMoe": LOCAL | {"kv_channels": 4},
+    "Dbrx": {
+        "d_model": 16,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 12, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16},
+    },
+}
+TWO_SIDED = {
+    "SwitchTransformers": {
+        "d_model": 16,
+        "d_kv": 4,
+        "d_ff": 12,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "expert_capacity": 4,
+        "dropout_rate": 0.0,
+        "router_jitter_noise": 0.1,
+    },
+    "NllbMoe": {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 12,
+        "decoder_ffn_dim": 12,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_sparse_step": 1,
+        "decoder_sparse_step": 1,
+        "expert_capacity": 16,
+        "activation_dropout": 0.0,
+        "moe_token_dropout": 0.0,
+    },
+}
+"""Encoder-decoders, whose experts are one module each, and may be full."""
+SPARSE_LAYERS = {"DeepseekV2": 1, "DeepseekV3": 1, "Glm4Moe": 1}
+"""Layers with experts, of two."""
+IDS = torch.tensor([[5, 9, 4, 31, 7, 8, 3], [0, 0, 0, 11, 6, 12, 40]])
+MASK = (IDS != 0).long()
+
+
+def model(name):
+    """Return a small model of a family, with weights that spread the tokens over the experts."""
+    own = {"num_experts_per_tok": 2, **FAMILIES[name]}
+    kind = getattr(transformers, "Llama4TextConfig" if name == "Llama4" else f"{name}Config")
+    given = own | {"vocab_size": 50} if name == "Dbrx" else SMALL | own
+    for option in {"Dbrx": ("num_experts_per_tok",), "JetMoe": ("num_attention_heads",)}.get(name, ()):
+        given.pop(option, None)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = kind(**given)
+        config._experts_implementation = config._attn_implementation = "eager"
+        made = getattr(transformers, f"{name}ForCausalLM")(config)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return made
+
+
+def step(net, tape=None):
+    """Return logits and gradients of one step, with the same noise each time."""
+    net.zero_grad()
+    torch.manual_seed(1)
+    out = net(input_ids=IDS, attention_mask=MASK, labels=IDS)
+    out.loss.backward()
+    return out.logits.detach(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def error(a, b):
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adopted_model_is_the_model(name):
+    plain = model(name)
+    adopted = adopt(copy.deepcopy(plain))
+    assert list(adopted.state_dict()) == list(plain.state_dict())
+    assert [type(m).__name__ for m in adopted.modules()] == [type(m).__name__ for m in plain.modules()]
+    layers = core.moe_layers(adopted)
+    assert len(layers) == SPARSE_LAYERS.get(name, 2)
+    for training in (False, True):
+        expected, gradients = step(plain.train(training))
+        with core.record(adopted) as tape:
+            logits, own = step(adopted.train(training))
+        assert error(logits, expected) < 1e-5
+        assert own.keys() == gradients.keys()
+        for key, gradient in gradients.items():
+            assert error(own[key], gradient) < 1e-5 or float((own[key] - gradient).abs().max()) < 1e-8, key
+        assert [entry.name for entry in tape.entries] == list(layers)
+        for entry in tape.entries:
+            assert int(entry.routing.chosen_per_expert_E.sum()) == 2 * int(MASK.sum())  # two experts a real token
+            assert entry.routing.evidence.logits_TE.shape == (14, layers[entry.name].num_experts)
+    texts = [net.eval().generate(IDS[:1], max_new_tokens=4, do_sample=False) for net in (plain, adopted)]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_release_gives_the_blocks_back(name):
+    plain = model(name)
+    adopted = adopt(copy.deepcopy(plain))
+    tensors = [p.data_ptr() for p in adopted.parameters()]
+    assert release(adopted) is adopted
+    assert not core.moe_layers(adopted)
+    assert [p.data_ptr() for p in adopted.parameters()] == tensors
+    for before, after in zip(plain.modules(), adopted.modules(), strict=True):
+        assert type(after) is type(before)
+        assert after.__dict__.keys() == before.__dict__.keys()
+    with torch.no_grad():
+        plain.eval(), adopted.eval()
+        assert torch.equal(adopted(IDS, MASK).logits, plain(IDS, MASK).logits)
+
+
+def two_sided(name):
+    own = {"vocab_size": 50, "num_experts": 4, "decoder_start_token_id": 2, "pad_token_id": 0, **TWO_SIDED[name]}
+    rates = {"dropout": 0.0, "attention_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**own, **(rates if name == "NllbMoe" else {}))
+    made = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return made
+
+
+def nllb_experts(self, x_TD, chosen_TE, gates_TE):
+    """What ``NllbMoeExperts.forward`` should be: it takes the one-hot choice for numbers of experts, 0 and 1."""
+    each = torch.stack([self[f"expert_{e}"](x_TD) for e in range(self.num_experts)], 1)
+    return (gates_TE[:, :, None] * each).sum(1)
+
+
+@pytest.mark.parametrize("name", TWO_SIDED)
+def test_experts_of_one_module_each_become_stacked_without_a_copy(name, monkeypatch):
+    plain = two_sided(name)
+    if name == "NllbMoe":
+        kind = type(next(m for m in plain.modules() if type(m).__name__ == "NllbMoeExperts"))
+        monkeypatch.setattr(kind, "forward", nllb_experts)
+    adopted = adopt(copy.deepcopy(plain))
+    assert list(adopted.state_dict()) == list(plain.state_dict())
+    for training in (False, True):
+        expected, gradients = step(plain.train(training))
+        with core.record(adopted) as tape:
+            logits, own = step(adopted.train(training))
+        assert error(logits, expected) < 1e-5
+        for key, gradient in gradients.items():
+            assert error(own[key], gradient) < 1e-5 or float((own[key] - gradient).abs().max()) < 1e-8, key
+        assert all(not own[key].any() for key in own.keys() - gradients.keys())  # experts without tokens
+        assert len(tape) == 2
+    name = next(name for name in gradients if "expert_" in name)
+    with torch.no_grad():
+        for net in (plain, adopted):  # the kernels read the parameters themselves
+            net.get_parameter(name).add_(1.0)
+    changed = step(plain)[0]
+    assert error(changed, expected) > 1e-4
+    assert error(step(adopted)[0], changed) < 1e-5
+
+
+def test_an_optimizer_of_before_updates_what_the_experts_compute():
+    net = model("Mixtral")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    adopt(net)
+    before, _ = step(net)
+    optimizer.step()
+    after, _ = step(net)
+    assert error(after, before) > 1e-2
+
+
+def test_a_copy_computes_with_its_own_experts():
+    net = adopt(model("Mixtral")).eval()
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for layer in core.moe_layers(other).values():
+            layer.experts.down_proj.zero_()
+        assert error(other(IDS).logits, net(IDS).logits) > 1e-2
+        assert error(copy.deepcopy(net)(IDS).logits, net(IDS).logits) == 0
+
+
+def test_balance_losses_reach_the_routers():
+    net = adopt(model("Mixtral"), core.Balance(load_balancing=1.0, router_z=0.0)).train()
+    with core.record(net) as tape:
+        net(IDS, attention_mask=MASK)
+    core.aux_loss(tape).backward()
+    for layer in core.moe_layers(net).values():
+        assert float(layer.router.weight.grad.abs().sum()) > 0
+        assert layer.experts.down_proj.grad is None or float(layer.experts.down_proj.grad.abs().sum()) >= 0
+
+
+def test_a_block_that_is_not_known_is_rejected_by_name():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.experts = nn.Linear(4, 2), nn.Linear(4, 4)
+
+    with pytest.raises(ValueError, match="'0', a Odd, has experts and no known layout"):
+        adopt(nn.Sequential(Odd()))
+    with pytest.raises(ValueError, match="Linear has no MoE block of a known layout"):
+        adopt(nn.Linear(2, 2))
+    net = adopt(model("Mixtral"))
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp' is adopted already"):
+        adopt(net)
+
+
+def test_a_layout_that_does_not_fit_leaves_the_model_as_it_was(monkeypatch):
+    net = model("Mixtral")
+    with pytest.raises(ValueError, match="MixtralSparseMoeBlock is registered already"):
+        register_layout("MixtralSparseMoeBlock", Layout())
+    monkeypatch.setitem(LAYOUTS, "MixtralSparseMoeBlock", Layout(up="wi"))
+    with pytest.raises(ValueError, match=r"experts of block 'model\.layers\.0\.mlp', MixtralExperts, have no 'wi'"):
+        adopt(net)
+    assert not core.moe_layers(net)
+    net.model.layers[0].mlp.experts.act_fn = nn.Tanh()
+    monkeypatch.setitem(LAYOUTS, "MixtralSparseMoeBlock", Layout())
+    with pytest.raises(ValueError, match="activation Tanh, which no kernel has"):
+        adopt(net)
+    assert not core.moe_layers(net)
