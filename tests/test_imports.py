@@ -21,7 +21,7 @@ ROWS = (
     ("contract", "kernels", "registry"),
     ("routing", "experts", "dispatch", "flops", "optim"),
     ("layers",),
-    ("adopt", "config", "parallel", "offload", "quant", "convert", "telemetry", "diagnose", "testing"),
+    ("adopted", "config", "parallel", "offload", "quant", "convert", "telemetry", "diagnose", "testing"),
 )
 ROW_OF = {part: row for row, parts in enumerate(ROWS) for part in parts} | {"": len(ROWS)}
 LAST_ROW = len(ROWS) - 1

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import core
-from core.adopt import LAYOUTS, Layout, adopt, register_layout, release
+from core.adopted import LAYOUTS, Layout, adopt, register_layout, release
 
 transformers = pytest.importorskip("transformers")
 SMALL = {

@@ -36,7 +36,7 @@ def adopt(model: nn.Module, balance: Balance = Balance(load_balancing=0.0, route
     ``core.diagnose`` and the other tools know its layers.
 
     Args:
-        model: a model with MoE blocks whose layouts are in ``core.adopt.LAYOUTS``.
+        model: a model with MoE blocks whose layouts are in ``core.adopted.LAYOUTS``.
         balance: weights of the balance losses. By default there are none: transformers adds its own where
             ``output_router_logits`` asks for it.
 
@@ -60,7 +60,7 @@ def adopt(model: nn.Module, balance: Balance = Balance(load_balancing=0.0, route
     unknown = next((f"{name!r}, a {type(m).__name__}" for name, m in model.named_modules() if _looks_sparse(m)), None)
     if unknown is not None:
         raise ValueError(
-            f"block {unknown}, has experts and no known layout: tell it with core.adopt.register_layout(class name, "
+            f"block {unknown}, has experts and no known layout: tell it with core.adopted.register_layout(class name, "
             "Layout(router=..., experts=..., ...))"
         )
     if not blocks:
