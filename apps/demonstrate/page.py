@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cache
-from html import escape
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from apps.base.messages import message, one_line
 from apps.cli.errors import describe
@@ -65,7 +66,7 @@ def build_page(exhibit: Exhibit, name: str, folder: Path) -> Any:
     shown, by_layer = (_shown(_WAITING), {}) if first is None else _answer(exhibit, first)
     names, title = list(by_layer), f"{name} - moesaic demo"
     with gr.Blocks(analytics_enabled=False, title=title, delete_cache=_FORGET_AFTER) as page:
-        gr.HTML(_shown(f"<h1>{escape(name)}</h1><p>{escape(exhibit.about)}</p>"))
+        gr.HTML(_shown(Markup("<h1>{}</h1><p>{}</p>").format(name, exhibit.about)))
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
                 side_by_side = len(exhibit.fields) >= _MANY_FIELDS
