@@ -1,4 +1,4 @@
-"""A comparison as a table: on the screen, and as Markdown."""
+"""A comparison as tables."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 
 from apps.base.messages import counted
 from apps.compare.costs import FLOPS, MEMORY, NONE, SECONDS, SIZES, SPEEDS
-from apps.compare.summary import Pair, Row, Summary, notes, number
+from apps.compare.summary import Pair, Row, Summary, number
 from apps.report.intervals import Interval
 from apps.report.page import MOST_FIGURES, Table
-from apps.report.tables import markdown_table
 
 Line = tuple[str, Callable[[Row], str]]
 """A quantity's title, and how it is shown of one system."""
@@ -182,17 +181,3 @@ def tables(summary: Summary) -> list[list[list[str]]]:
     """Return the tables of a comparison: systems in columns, routers in lines."""
     systems = [cells(summary)] if len(summary.systems()) > 1 else []
     return [*systems, router_cells(summary)] if summary.routers() else systems
-
-
-def markdown(title: str, summary: Summary, facts: Sequence[str], read: str = "") -> str:
-    """Return tables, sentences, notes and legend as a Markdown page, with the examples ``read`` at its end."""
-    lines = [f"# {title}"]
-    for table in tables(summary):
-        lines += ["", *markdown_table(table[0], table[1:])]
-    lines += ["", *(f"**{s}**  " for s in summary.sentences()), ""]
-    examples = summary.example_lines()
-    if examples:
-        lines += [summary.two_intervals(), "", *(f"{line}  " for line in examples), ""]
-    lines += [f"- {note}" for note in [*notes(summary), *legend(summary), *facts]]
-    lines += ["", "```", read, "```"] if read else []
-    return "\n".join(lines) + "\n"

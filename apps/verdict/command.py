@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import core
-from apps.base.files import delete, read_json, write_json
+from apps.base.files import delete, read_json, write_json, write_text
 from apps.base.machine import machine_facts, moment
 from apps.base.messages import some
 from apps.base.progress import bar, say
@@ -23,13 +23,13 @@ from apps.compare.options import SEARCH_FACTORS as FACTORS
 from apps.compare.summary import means
 from apps.compare.systems import SPARSE, System, claim, find_systems, label
 from apps.compare.training import interruptible
-from apps.report.page import FILE, open_page, write_index, write_page
+from apps.report.page import FILE, markdown, open_page, write_index, write_page
 from apps.runner.budget import Budget
 from apps.runner.folder import at_work, check_same
 from apps.verdict.options import Options
 from apps.verdict.page import verdict_page
 from apps.verdict.reasons import Facts, causes, changes
-from apps.verdict.result import NUMBERS, PAGE, Verdict, lines, write
+from apps.verdict.result import NUMBERS, PAGE, Verdict, lines
 from apps.verdict.schedule import Schedule, Speed, make_schedule
 from apps.verdict.source import configuration
 from apps.verdict.training import VALIDATION_NEED, measure_speed
@@ -105,8 +105,10 @@ def give_verdict(
         if work.num_done:  # a finished verdict that is shown again takes none of its time
             budget.keep()
         verdict = _verdict(options, work, (sparse, dense), notes, warnings, command)
-        write(verdict, output)
-        write_page(verdict_page(verdict), output / FILE)
+        write_json(output / NUMBERS, {**dataclasses.asdict(verdict), "last_line": verdict.last_line})
+        page = verdict_page(verdict)
+        write_text(output / PAGE, markdown(page))
+        write_page(page, output / FILE)
         write_index(output.parent)
     return verdict
 

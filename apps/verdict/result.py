@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from apps.base.files import write_json, write_text
-from apps.report.tables import markdown_table
 from apps.verdict.decision import LEAST_SEEDS, Answer, last_line
 
 PAGE, NUMBERS = "verdict.md", "verdict.json"
@@ -48,10 +45,6 @@ class Verdict:
     def last_line(self) -> str:
         return last_line(self.answers)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {**asdict(self), "last_line": self.last_line}
-
 
 def in_words(answer: Answer, quality: str) -> str:
     """Return an answer with its interval as a sentence."""
@@ -81,29 +74,6 @@ def lines(verdict: Verdict) -> list[str]:
     return [*shown, verdict.last_line]
 
 
-def markdown(verdict: Verdict) -> str:
-    """Return the page."""
-    page = [f"# Does sparse pay? {verdict.title}", "", f"**{verdict.last_line}**", ""]
-    page += [f"{in_words(answer, verdict.quality)}  " for answer in verdict.answers]
-    better = "higher" if verdict.higher_is_better else "lower"
-    heading = f"{verdict.quality} ({better} is better)"
-    columns = ("model", "rate", "steps", "ms a step", heading, "on training data")
-    page += ["", *markdown_table(columns, [_row(name, own) for name, own in verdict.systems.items()])]
-    parts = (("Checks", verdict.checks), ("Why", verdict.reasons), ("What would change it", verdict.changes))
-    for heading, part in parts:
-        if part:
-            page += ["", f"## {heading}", "", *(f"- {line}" for line in part)]
-    page += ["", "## How it was found", "", *(f"- {line}" for line in (*verdict.notes, *how(verdict)))]
-    page.append(f"- Command: `{verdict.facts['command']}`")
-    return "\n".join(page) + "\n"
-
-
-def _row(name: str, own: Mapping[str, Any]) -> list[str]:
-    rate = "–" if own["rate"] is None else f"{own['rate']:g}"
-    milliseconds = f"{1000 * own['seconds_per_step']:.3g}"
-    return [name, rate, str(own["steps"]), milliseconds, f"{own['quality']:.4f}", f"{own['train_quality']:.4f}"]
-
-
 def how(verdict: Verdict) -> Sequence[str]:
     """Return sentences on how the models were trained and compared."""
     facts = verdict.facts
@@ -116,9 +86,3 @@ def how(verdict: Verdict) -> Sequence[str]:
         f"{facts['spent_seconds'] / 60:.1f} of {facts['minutes']:g} minutes, on {machine['device']} "
         f"({machine['threads']} threads), torch {machine['torch']}, Python {machine['python']}, {facts['date']}.",
     ]
-
-
-def write(verdict: Verdict, output: Path) -> Path:
-    """Write the JSON file and the page into ``output``, and return the page."""
-    write_json(output / NUMBERS, verdict.to_dict())
-    return write_text(output / PAGE, markdown(verdict))

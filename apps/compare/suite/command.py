@@ -13,13 +13,12 @@ from apps.base.progress import say
 from apps.compare.command import command_line, until_stopped
 from apps.compare.suite.figures import Figures
 from apps.compare.suite.file import Suite
-from apps.compare.suite.markdown import duration, markdown
 from apps.compare.suite.options import Command
-from apps.compare.suite.page import leaderboard_page
+from apps.compare.suite.page import duration, leaderboard_page
 from apps.compare.suite.queue import Queue
 from apps.compare.suite.standings import standings
 from apps.compare.training import interruptible
-from apps.report.page import FILE, open_page, show_page, write_index, write_page
+from apps.report.page import FILE, markdown, open_page, show_page, write_index, write_page
 from apps.runner.budget import Budget
 from apps.runner.folder import at_work
 
@@ -69,8 +68,8 @@ def _page(suite: Suite) -> Path:
 def _write(suite: Suite, figures: Figures) -> None:
     """Write the leaderboard as Markdown and as a page, and show who leads."""
     boards = [standings(board, suite, figures) for board in suite.boards]
-    text, path = write_text(suite.leaderboard_file, markdown(suite, boards)), _page(suite)
-    page = leaderboard_page(suite, boards, moment())
+    page, path = leaderboard_page(suite, boards, moment()), _page(suite)
+    text = write_text(suite.leaderboard_file, markdown(page))
     show_page(page)
     say(f"leaderboard: {text}")
     write_page(page, path)

@@ -149,7 +149,6 @@ class Board:
         config: the configuration that its models begin with.
         models: the models.
         about: sentences on data and protocol, which stand above the table.
-        missing: how to get the data, where nothing fetches them.
         values: values over the configurations of all models, by dotted name.
         baselines: names of baselines of ``config`` that are rows too.
         metrics: test metrics, without the split; the first one ranks. Empty: the one that the models monitor.
@@ -164,7 +163,6 @@ class Board:
     config: str
     models: tuple[Model, ...]
     about: str = ""
-    missing: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
     baselines: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()

@@ -12,9 +12,9 @@ from typing import Any
 from apps.base.files import replacing
 from apps.base.progress import say
 from apps.report.page.html import is_report, render
-from apps.report.page.parts import Page, Section
+from apps.report.page.parts import Code, Page, Part, Section, Table, Text
 from apps.report.page.saved import from_json, to_json
-from apps.report.tables import print_in_parts
+from apps.report.tables import markdown_table, print_in_parts
 
 FILE = "report.html"
 """The name of a report in the folder of its run; ``report.json`` beside it is read by the index of runs."""
@@ -56,6 +56,31 @@ def show_page(page: Page) -> None:
         Console().print(text if number else f"[bold]{text}[/bold]", highlight=False)
     if page.figures is not None:
         print_in_parts(page.figures.columns, page.figures.rows, empty="–", title=page.figures.title)
+
+
+def markdown(page: Page) -> str:
+    """Return the texts and tables of a page as Markdown, without charts, pictures and what it shows closed."""
+    verdict = [f"{line}  " if number else f"**{line}**  " for number, line in enumerate(page.verdict)]
+    sections = [line for section in page.sections for line in _section(section, 2)]
+    return "\n".join([f"# {page.title}", "", *verdict, *_written(page.figures), *sections]) + "\n"
+
+
+def _section(section: Section, level: int) -> list[str]:
+    lines = [line for part in section.parts for line in _written(part)]
+    lines += [line for own in section.sections for line in _section(own, level + 1)]
+    return ["", f"{'#' * level} {section.title}", *lines] if lines else []
+
+
+def _written(part: Part | None) -> list[str]:
+    """Return the lines of a part in Markdown."""
+    if isinstance(part, Text):
+        return ["", *(part.lines if len(part.lines) == 1 else (f"- {line}" for line in part.lines))]
+    if isinstance(part, Code) and not part.closed:
+        return ["", f"{part.title}:", "", "```", part.text.rstrip(), "```"]
+    if isinstance(part, Table):
+        title, note = (["", text] if text else [] for text in (part.title, part.note))
+        return [*title, "", *markdown_table(part.columns, part.rows), *note]
+    return []
 
 
 def open_page(path: Path) -> None:
