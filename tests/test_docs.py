@@ -16,10 +16,9 @@ from PIL import Image
 
 import core
 from apps.cli import main
-from apps.compare.suite.figures import Figures
 from apps.compare.suite.file import Suite
 from apps.compare.suite.page import leaderboard_page
-from apps.compare.suite.standings import standings
+from apps.compare.suite.standings import Figures, standings
 from apps.equal_cost import routers
 from apps.report.page import markdown
 

@@ -1,10 +1,10 @@
 """``moesaic compare CONFIG``: the sparse model of a configuration beside dense ones of equal cost, on the same data.
 
 The modules, from the ground up: ``options`` (the command line), ``stats`` (intervals and verdicts), ``systems`` (the
-models and their costs), ``experiment`` (a configuration, made again at will), ``training`` (one unit of work), ``plan``
-(all units), ``measure`` (speed and memory), ``summary`` and ``table`` (the numbers and how they are shown), ``work``
-(all units, in order), ``command`` (the whole). ``suite`` is a queue of many comparisons, ``moesaic compare --suite
-FILE``.
+models and their costs), ``experiment`` (a configuration, made again at will), ``training`` (one unit of work),
+``measure`` (speed and memory), ``summary`` (the numbers), ``work`` (the plan of all units, and these in order),
+``page`` (the tables and the report), ``command`` (the whole). ``suite`` is a queue of many comparisons, ``moesaic
+compare --suite FILE``.
 """
 
 from __future__ import annotations

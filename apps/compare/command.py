@@ -18,16 +18,14 @@ from apps.cli.errors import stopped
 from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.options import Command
 from apps.compare.page import comparison_page, cost_charts
-from apps.compare.plan import Plan
 from apps.compare.summary import ExamplePair, Results, Summary, summarize
 from apps.compare.systems import SPARSE, System, find_systems, label
 from apps.compare.training import interruptible
-from apps.compare.use import sections_of_use
-from apps.compare.work import Work, result_files
+from apps.compare.work import Plan, Work, result_files, sections_of_use
 from apps.equal_cost import routers
 from apps.equal_cost.own_model import OwnModel
 from apps.report.page import FILE, Page, Section, markdown, open_page, save_charts, show_page, write_index, write_page
-from apps.runner.folder import at_work
+from apps.runner.runner import at_work
 
 
 def run(argv: Sequence[str]) -> int:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import core
 from apps.cli.configs import read_config
 from apps.cli.errors import UsageError
-from apps.convert.conversion import Conversion, Request, Tensors
-from apps.convert.runs import Run, model_section
+from apps.convert.runs import Conversion, Request, Run, Tensors, model_section
 from apps.nets.blocks import moe_configs
 from apps.registry import name_of
 from core.convert import FeedForwardPart, SparseFFN, read_ffn

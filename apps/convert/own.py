@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import core
-from apps.convert.conversion import Request
 from apps.convert.figures import Figures, Trial, counted
 from apps.convert.kinds import OneLayer, fewer_experts, one_for_all, one_of_many, with_fewer
+from apps.convert.runs import Request
 from apps.train.sparsified import SparsifyConfig
 from core.config.plain import arguments_from_plain, from_plain, to_plain
 from core.convert import SparseFFN, matching_parts, read_ffn

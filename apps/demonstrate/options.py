@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -9,9 +10,17 @@ from typing import ClassVar
 from apps.base.checks import check_at_least
 from apps.base.ports import check_port
 from apps.cli.parser import CommandLine, Config, Run
-from apps.demonstrate.library import check_library
-from apps.demonstrate.serving import PORT
 from apps.train.checkpoint.paths import find_checkpoint
+
+PORT = 7860
+NAME = "gradio"
+"""The package that is looked for."""
+
+
+def check_library() -> None:
+    """Raise a ValueError that says how to install Gradio where it is missing."""
+    if importlib.util.find_spec(NAME) is None:
+        raise ValueError('moesaic demo needs Gradio, which is not installed: pip install "moesaic[demo]"')
 
 
 @dataclass(frozen=True)

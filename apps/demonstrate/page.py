@@ -13,16 +13,7 @@ from markupsafe import Markup
 from apps.base.messages import message, one_line
 from apps.cli.errors import describe
 from apps.demonstrate.drawing import draw_parts, problem
-from apps.report.exhibit import (
-    Answer,
-    ChoiceField,
-    Exhibit,
-    Field,
-    ImageField,
-    ItemsField,
-    NumberField,
-    TextField,
-)
+from apps.report.exhibit import Answer, ChoiceField, Exhibit, Field, ImageField, ItemsField, NumberField, TextField
 
 log = logging.getLogger(__name__)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from apps.plan.formulas import (
+    SHARDINGS,
     Memory,
     Part,
     Traffic,
@@ -26,6 +28,7 @@ from apps.plan.formulas import (
 )
 from apps.plan.options import Options
 from apps.plan.outline import Block, Layer, Outline
+from core.parallel import refusal
 
 _INDEX_BYTES = 48
 """Bytes of the indices that the exchange keeps for a row, six of int64."""
@@ -99,24 +102,6 @@ class Cost:
         return self.exchange / self.seconds
 
 
-@dataclass(frozen=True)
-class _Bytes:
-    """Bytes of a number.
-
-    Attributes:
-        stored: of a parameter, its gradient and each number of the optimizer's state.
-        gathered: of a gathered parameter and of a gradient before it is reduced.
-    """
-
-    stored: int
-    gathered: int
-
-
-def _bytes(options: Options) -> _Bytes:
-    stored = 2 if options.precision == "bf16-true" else 4
-    return _Bytes(stored, 2 if options.param_dtype is not None else stored)
-
-
 def cost(outline: Outline, options: Options, layout: Layout, sharding: str | None = None) -> Cost:
     """Return what a step costs on a layout.
 
@@ -126,9 +111,8 @@ def cost(outline: Outline, options: Options, layout: Layout, sharding: str | Non
         layout: of all ``options.gpus``.
         sharding: of the tables, one of ``formulas.SHARDINGS``; None: there are none.
     """
-    size = _bytes(options)
-    memory = _memory(outline, options, layout, size, sharding)
-    traffic = _traffic(outline, options, layout, size, sharding)
+    memory = _memory(outline, options, layout, sharding)
+    traffic = _traffic(outline, options, layout, sharding)
     gpu = options.gpu
     compute = step_flops(outline.flops, options.checkpointing) / (options.rate * options.efficiency)
     seconds = {name: t.seconds(gpu.within, gpu.between, options.latency) for name, t in traffic.items()}
@@ -150,24 +134,24 @@ def cost(outline: Outline, options: Options, layout: Layout, sharding: str | Non
 # ---- memory
 
 
-def _memory(outline: Outline, options: Options, layout: Layout, size: _Bytes, sharding: str | None) -> Memory:
-    experts, rest = layout.degree * layout.shards, layout.rest_ranks
+def _memory(outline: Outline, options: Options, layout: Layout, sharding: str | None) -> Memory:
+    experts, rest, size = layout.degree * layout.shards, layout.rest_ranks, options.stored_bytes
     weights = optimizer = 0.0
     step = 0.0
     for block in outline.parts:
         params = block.rest.params / rest + block.experts.params / experts
-        weights += size.stored * params
-        optimizer += size.stored * (block.rest.state / rest + block.experts.state / experts)
-        optimizer += size.stored * params * outline.averaged
-        step = max(step, size.stored * block.rest.step / rest, size.stored * block.experts.step / experts)
+        weights += size * params
+        optimizer += size * (block.rest.state / rest + block.experts.state / experts)
+        optimizer += size * params * outline.averaged
+        step = max(step, size * block.rest.step / rest, size * block.experts.step / experts)
     if sharding is not None:
         sizes = [(t.rows, t.dim, t.state) for t in outline.tables]
         weights += tables_bytes(sizes, group(options.gpus, 1, options.node), sharding)
-    root, *blocks = (_part(block, outline, options, layout, size) for block in outline.parts)
+    root, *blocks = (_part(block, outline, options, layout) for block in outline.parts)
     return peak_memory(weights, optimizer, root, blocks, step)
 
 
-def _part(block: Block, outline: Outline, options: Options, layout: Layout, size: _Bytes) -> Part:
+def _part(block: Block, outline: Outline, options: Options, layout: Layout) -> Part:
     """Return a block as one rank has it."""
     over, rest = layout.degree * layout.shards, layout.rest_ranks
     experts = block.experts.params / layout.degree
@@ -180,11 +164,11 @@ def _part(block: Block, outline: Outline, options: Options, layout: Layout, size
     buffer = max(block.rest.params * (rest > 1), experts * (layout.shards > 1))
     return Part(
         activations=block.entering if checkpointed else kept,
-        gradients=size.stored * (block.rest.trainable / rest + block.experts.trainable / over),
-        whole=size.gathered * (block.rest.params + experts),
-        buffer=size.gathered * buffer,
-        whole_gradients=size.gathered * unit,
-        reduced=size.stored * unit,
+        gradients=options.stored_bytes * (block.rest.trainable / rest + block.experts.trainable / over),
+        whole=options.gathered_bytes * (block.rest.params + experts),
+        buffer=options.gathered_bytes * buffer,
+        whole_gradients=options.gathered_bytes * unit,
+        reduced=options.stored_bytes * unit,
         again=kept if checkpointed else 0.0,
         working=working,
     )
@@ -210,9 +194,7 @@ def _working(layer: Layer, options: Options, layout: Layout) -> float:
 # ---- traffic
 
 
-def _traffic(
-    outline: Outline, options: Options, layout: Layout, size: _Bytes, sharding: str | None
-) -> dict[str, Traffic]:
+def _traffic(outline: Outline, options: Options, layout: Layout, sharding: str | None) -> dict[str, Traffic]:
     """Return what leaves a rank in a step, by collective."""
     node, W = options.node, options.gpus
     experts = Traffic()
@@ -230,7 +212,7 @@ def _traffic(
         tables = pooled(B, sum(t.dim for t in outline.tables), columns, everyone, sharding)
         tables += ids(B, columns, options.pooling, everyone, sharding)
     numbers = sum(2 * layer.num_experts + 1 for layer in outline.layers.values())
-    gradients, parameters = _data(outline, options, layout, size)
+    gradients, parameters = _data(outline, options, layout)
     return {
         "experts": experts,
         "tables": tables,
@@ -240,7 +222,7 @@ def _traffic(
     }
 
 
-def _data(outline: Outline, options: Options, layout: Layout, size: _Bytes) -> tuple[Traffic, Traffic]:
+def _data(outline: Outline, options: Options, layout: Layout) -> tuple[Traffic, Traffic]:
     """Return the traffic of reducing gradients and of gathering parameters."""
     node, degree = options.node, layout.degree
     rest = group(layout.rest_ranks, 1, node)
@@ -255,10 +237,10 @@ def _data(outline: Outline, options: Options, layout: Layout, size: _Bytes) -> t
             (block.rest, 1, rest, copies),
             (block.experts, degree, shards, replicas),
         ):
-            sent = size.stored * numbers.trainable / whole
+            sent = options.stored_bytes * numbers.trainable / whole
             gradients += reduce_scatter(sent, among) if sent else Traffic()
             gradients += all_reduce(sent / among.ranks, copied) if sent else Traffic()
-            got = size.gathered * numbers.params / whole
+            got = options.gathered_bytes * numbers.params / whole
             parameters += all_gather(got, among).times(times) if got else Traffic()
     return gradients, parameters
 
@@ -272,3 +254,103 @@ def hidden_units(layer: Layer) -> int:
         if key in getattr(part, "hidden_axes", {})
     ]
     return math.gcd(*sizes) if sizes else 1
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The layouts of a number of GPUs.
+
+    Attributes:
+        costs: the best layout of each expert-parallel degree and of each way to shard tables, by degree.
+        best: the fastest that fits; where none fits, the one with the least memory.
+    """
+
+    costs: tuple[Cost, ...]
+    best: Cost
+
+    def breaks(self) -> list[str]:
+        """Return a line for each limit: where memory does not fit, and where exchange exceeds compute."""
+        large = [_name(c) for c in self.costs if not c.fits]
+        slow = [_name(c) for c in self.costs if c.exchange > c.compute]
+        return [
+            f"memory does not fit at {', '.join(large)}" if large else "memory fits everywhere",
+            f"exchange exceeds compute at {', '.join(slow)}" if slow else "exchange takes less than compute everywhere",
+        ]
+
+
+def _name(one: Cost) -> str:
+    return f"degree {one.layout.degree}" if one.sharding is None else one.sharding
+
+
+def sweep(outline: Outline, options: Options) -> Sweep:
+    """Return the cost of all layouts of ``options.gpus``, the best of each expert-parallel degree and of each way to
+    shard tables."""
+    shardings: Sequence[str | None] = SHARDINGS if outline.tables else (None,)
+    by_name: dict[tuple[int, str | None], Cost] = {}
+    for layout in layouts(outline, options.gpus, options.node):
+        for sharding in shardings:
+            new, name = cost(outline, options, layout, sharding), (layout.degree, sharding)
+            by_name[name] = min(by_name.get(name, new), new, key=_rank)
+    costs = tuple(sorted(by_name.values(), key=lambda c: c.layout.degree))
+    return Sweep(costs, min(costs, key=_rank))
+
+
+def _rank(one: Cost) -> tuple[bool, float, float]:
+    """Return what orders costs: those that fit by time, the others by memory."""
+    return (not one.fits, one.seconds if one.fits else one.memory.total, one.seconds)
+
+
+def layouts(outline: Outline, gpus: int, node: int) -> Iterator[Layout]:
+    """Yield the meshes of so many GPUs on nodes of ``node``. Beside tables of TorchRec's all else is copied."""
+    if outline.tables:
+        yield Layout(replicas=gpus)
+        return
+    for nodes, experts, hidden in _divisions(outline, gpus, node):
+        left = gpus // (nodes * experts * hidden)
+        yield Layout(replicas=left, nodes=nodes, experts=experts, hidden=hidden)
+        for shards in divisors(left):
+            yield Layout(left // shards, shards, nodes, experts, hidden, "shard")
+
+
+def _divisions(outline: Outline, gpus: int, node: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the ways to share out the experts: nodes, ranks of each, and ranks that share out an expert's units."""
+    yield 1, 1, 1
+    if not outline.layers:
+        return
+    possible = [n for n in divisors(gpus) if not any(refusal(m.module, n) for m in outline.layers.values())]
+    most = max(possible, default=1)
+    for parts in possible:
+        if parts > 1:
+            yield 1, parts, 1
+            if parts > node and parts % node == 0:
+                yield parts // node, node, 1
+        # An expert is cut where there are more ranks than experts, and not before.
+        for hidden in divisors(gpus // parts)[1:] if parts == most else ():
+            if any(refusal(layer.module, parts, hidden) for layer in outline.layers.values()):
+                continue
+            yield 1, parts, hidden
+            each = node // hidden  # parts of the experts on each node
+            if parts * hidden > node == each * hidden and parts % each == 0:
+                yield parts // each, each, hidden
+
+
+def divisors(number: int) -> list[int]:
+    """Return the numbers that divide ``number``, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def over_gpus(outline: Outline, options: Options) -> list[tuple[int, Cost]]:
+    """Return the best layout for other numbers of GPUs, from one node to four times those of the command, by number.
+
+    Each GPU has the same examples.
+    """
+    counts: Sequence[int] = sorted({*_doubling(options), options.gpus})
+    return [(n, sweep(outline, dataclasses.replace(options, gpus=n)).best) for n in counts]
+
+
+def _doubling(options: Options) -> Iterator[int]:
+    n = options.gpus_per_node if options.gpus >= options.gpus_per_node else 1
+    while n <= 4 * options.gpus:
+        if n <= options.gpus_per_node or n % options.gpus_per_node == 0:
+            yield n
+        n *= 2

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apps.cli.errors import UsageError
-from apps.plan.gpus import Gpu
+from apps.plan.formulas import Gpu
 from core.kernels.cpu import Linear
 
 _SECONDS = 0.3

@@ -17,7 +17,7 @@ from apps.cli.configs import at, merge, read_config
 from apps.cli.errors import UsageError
 from apps.cli.flags import with_flags
 from apps.cli.parser import CommandLine, Configs, Folder, Shown
-from apps.plan.gpus import GPUS, MEASURED, Gpu
+from apps.plan.formulas import GPUS, MEASURED, Gpu
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 _STRATEGY = ("trainer", "strategy")
@@ -195,6 +195,16 @@ class Options(CommandLine):
     def rate(self) -> float:
         """Peak FLOP/s of products in their dtype."""
         return self.gpu.single if self.dtype_bytes == 4 else self.gpu.half
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of a parameter, its gradient and each number of the optimizer's state."""
+        return 2 if self.precision == "bf16-true" else 4
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of a gathered parameter and of a gradient before it is reduced."""
+        return 2 if self.param_dtype is not None else self.stored_bytes
 
     @property
     def dtype_bytes(self) -> int:

@@ -5,22 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from apps.base.files import write_text
 from apps.base.machine import moment
 from apps.base.progress import say
 from apps.compare.command import command_line, until_stopped
-from apps.compare.suite.figures import Figures
-from apps.compare.suite.file import Suite
-from apps.compare.suite.options import Command
+from apps.compare.suite.file import Command, Suite
 from apps.compare.suite.page import duration, leaderboard_page
 from apps.compare.suite.queue import Queue
-from apps.compare.suite.standings import standings
+from apps.compare.suite.standings import Figures, standings
 from apps.compare.training import interruptible
 from apps.report.page import FILE, markdown, open_page, show_page, write_index, write_page
-from apps.runner.budget import Budget
-from apps.runner.folder import at_work
+from apps.runner.runner import Budget, at_work
 
 
 def run(command: Command, argv: Sequence[str]) -> int:
@@ -57,21 +53,16 @@ def run_suite(command: Command, again: str, clock: Callable[[], float] = time.mo
             why = "the time is up" if queue.is_over else "the data of some boards cannot be had"
             say(f"{why}; runs left: {len(left)}{about}. To go on: {again}")
     if command.open:
-        open_page(_page(suite))
+        open_page(runs / FILE)
     return queue
-
-
-def _page(suite: Suite) -> Path:
-    return Path(suite.page) if suite.page else suite.runs_folder / FILE
 
 
 def _write(suite: Suite, figures: Figures) -> None:
     """Write the leaderboard as Markdown and as a page, and show who leads."""
     boards = [standings(board, suite, figures) for board in suite.boards]
-    page, path = leaderboard_page(suite, boards, moment()), _page(suite)
+    page = leaderboard_page(suite, boards, moment())
     text = write_text(suite.leaderboard_file, markdown(page))
     show_page(page)
     say(f"leaderboard: {text}")
-    write_page(page, path)
-    if not suite.page:
-        write_index(path.parent.parent)
+    write_page(page, suite.runs_folder / FILE)
+    write_index(suite.runs_folder.parent)

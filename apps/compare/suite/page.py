@@ -8,9 +8,9 @@ from pathlib import Path
 
 from apps.cli.configs import shipped
 from apps.compare.costs import FLOPS, SECONDS, Quality
+from apps.compare.page import shown_interval
 from apps.compare.suite.file import Suite
 from apps.compare.suite.standings import Standings
-from apps.compare.table import shown_interval
 from apps.report.page import MOST_FIGURES, Code, Page, Section, Table, Text
 from apps.train.cost.kinds import MEANINGS
 

@@ -24,15 +24,14 @@ from apps.cli.errors import UsageError
 from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.measure import Job, measure
 from apps.compare.options import Options
-from apps.compare.plan import Plan
-from apps.compare.suite.figures import Figures
 from apps.compare.suite.file import Board, Entry, Suite
+from apps.compare.suite.standings import Figures
 from apps.compare.summary import short_name
 from apps.compare.systems import SPARSE, candidates, measured
 from apps.compare.training import Unit, train
+from apps.compare.work import Plan
 from apps.data.cache import DataError
-from apps.runner.budget import Budget, BudgetOver
-from apps.runner.runner import Runner
+from apps.runner.runner import Budget, BudgetOver, Runner
 from apps.runner.workers import Progress
 from apps.train.checkpoint.stopping import StopsSoon
 from apps.train.cost.flops import Cost, measure_cost

@@ -25,7 +25,6 @@ No app is named here: an app's test report makes sections of what it computes (`
 """
 
 from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart
-from apps.report.page.index import write_index
 from apps.report.page.parts import (
     MOST_FIGURES,
     Code,
@@ -39,9 +38,9 @@ from apps.report.page.parts import (
     Text,
     Thumbnail,
     Words,
+    how_to_repeat,
     shown,
 )
-from apps.report.page.repeat import how_to_repeat
 from apps.report.page.vega import png_of, save_charts
 from apps.report.page.writing import (
     FILE,
@@ -51,6 +50,7 @@ from apps.report.page.writing import (
     open_page,
     save_sections,
     show_page,
+    write_index,
     write_page,
 )
 

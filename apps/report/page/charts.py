@@ -39,22 +39,31 @@ class Point:
 
 
 @dataclass(frozen=True)
-class ScatterChart:
-    """Points with error bars, such as quality against cost.
+class _Axes:
+    """A chart with two axes.
 
     Attributes:
         title, summary: heading and text alternative.
         x_title, y_title: names of the axes, with units.
-        points: the points, at least one.
-        log_x: the horizontal axis is logarithmic; all x are above 0.
-        is_reversed: less is better, and stands above.
-        front: points of a line of steps behind the points, by rising x.
     """
 
     title: str
     summary: str
     x_title: str
     y_title: str
+
+
+@dataclass(frozen=True)
+class ScatterChart(_Axes):
+    """Points with error bars, such as quality against cost.
+
+    Attributes:
+        points: the points, at least one.
+        log_x: the horizontal axis is logarithmic; all x are above 0.
+        is_reversed: less is better, and stands above.
+        front: points of a line of steps behind the points, by rising x.
+    """
+
     points: tuple[Point, ...]
     log_x: bool = False
     is_reversed: bool = False
@@ -115,21 +124,15 @@ class Line:
 
 
 @dataclass(frozen=True)
-class LineChart:
+class LineChart(_Axes):
     """Lines over a common axis, such as learning curves.
 
     Attributes:
-        title, summary: heading and text alternative.
-        x_title, y_title: names of the axes, with units.
         lines: the lines, at least one.
         diagonal: draw where y equals x as well, as in a calibration curve.
         log_x, log_y: the axis is logarithmic; all its values are above 0.
     """
 
-    title: str
-    summary: str
-    x_title: str
-    y_title: str
     lines: tuple[Line, ...]
     diagonal: bool = False
     log_x: bool = False
@@ -146,12 +149,10 @@ class LineChart:
 
 
 @dataclass(frozen=True)
-class BarChart:
+class BarChart(_Axes):
     """Bars side by side, such as the load of each expert.
 
     Attributes:
-        title, summary: heading and text alternative.
-        x_title, y_title: names of the axes, with units.
         names: names of the bars' places.
         series: a value for each place, by the name of the series.
         line: value at which a line lies across, such as an even share; None for none.
@@ -160,10 +161,6 @@ class BarChart:
         ValueError: a series of another length than the names.
     """
 
-    title: str
-    summary: str
-    x_title: str
-    y_title: str
     names: tuple[str, ...]
     series: dict[str, tuple[float, ...]]
     line: float | None = None

@@ -15,8 +15,7 @@ import core
 from apps.train.publish.exporting import Graph
 
 from .contrib import by_blocks, goes_by_blocks, misfit, parts_of
-from .operators import computes_all, swapped
-from .programs import capture
+from .programs import capture, computes_all, swapped
 from .standard import chain_of, expand, translations
 
 Form = Literal["standard", "contrib", "fastest"]

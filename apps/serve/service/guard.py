@@ -11,8 +11,8 @@ from itertools import chain
 from typing import Any
 
 from apps.base.ports import host_of
-from apps.serve.service.limits import Limits
 from apps.serve.service.metrics import Metrics
+from apps.serve.service.options import Limits
 from apps.serve.service.reading import Refused
 
 HEALTH = "/healthz"

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
+from apps.compare.page import cells, legend
 from apps.compare.summary import ExamplePair, Results, notes, summarize
 from apps.compare.systems import System
-from apps.compare.table import cells, legend
 from apps.equal_cost.comparable import ExampleDifference
 from apps.train.cost.flops import Cost
 

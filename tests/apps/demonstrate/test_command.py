@@ -16,9 +16,8 @@ from apps import registry
 from apps.cli import main
 from apps.data import datasets
 from apps.data.cache import DataError
-from apps.demonstrate import library
-from apps.demonstrate.command import exhibit_of
-from apps.demonstrate.examples import with_examples
+from apps.demonstrate import options as library
+from apps.demonstrate.command import exhibit_of, with_examples
 from apps.demonstrate.page import _answer
 from apps.report.exhibit import Answer, Exhibit, TextField
 from apps.train.checkpoint.loading import load

@@ -16,10 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 import core
 from apps.cli import main
 from apps.plan.formulas import count_bytes, exchanged_bytes
-from apps.plan.layout import Layout, cost
+from apps.plan.layout import Layout, cost, layouts, sweep
 from apps.plan.options import Options
 from apps.plan.outline import outlined
-from apps.plan.sweep import layouts, sweep
 from apps.train.sharded.expert_parallel import ExpertParallelStrategy
 from core.parallel import AllToAllDispatcher, routes
 

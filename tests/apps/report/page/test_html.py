@@ -20,7 +20,7 @@ from apps.report.page import (
     html,
     vega,
 )
-from apps.report.page.saved import from_json, to_json
+from apps.report.page.writing import from_json, to_json
 
 
 @pytest.fixture

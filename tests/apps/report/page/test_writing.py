@@ -21,7 +21,7 @@ from apps.report.page import (
     write_index,
     write_page,
 )
-from apps.report.page.index import read_reports
+from apps.report.page.writing import read_reports
 
 
 @pytest.fixture(autouse=True)
