@@ -8,14 +8,13 @@ from typing import Any
 
 import yaml
 
-from apps.base.files import replacing
+from apps.base.files import write_text
 from apps.base.messages import counted
 from apps.base.quiet import quiet
 from apps.cli.errors import UsageError
-from apps.plan.layout import Cost, Sweep, hidden_units, over_gpus, sweep
+from apps.plan.layout import Cost, Sweep, hidden_units, sweep
 from apps.plan.options import Options
 from apps.plan.outline import Outline, outlined
-from apps.report.page import Line, LineChart, save_charts
 from apps.report.tables import print_table, write_csv
 from apps.task.sizes import Missing
 
@@ -44,44 +43,31 @@ def run(options: Options) -> int:
     print()
     print(overlay(plan.best, options), end="")
     if options.output is not None:
-        _write(outline, plan, options)
+        write_text(options.output / "overlay.yaml", overlay(plan.best, options))
+        write_csv(options.output / "plan.csv", rows(plan))
+        print(f"{options.output}: overlay.yaml, plan.csv")
     return 0
-
-
-def _write(outline: Outline, plan: Sweep, options: Options) -> None:
-    """Write overlay, table and picture into the folder, and name them."""
-    assert options.output is not None
-    options.output.mkdir(parents=True, exist_ok=True)
-    with replacing(options.output / "overlay.yaml") as file:
-        file.write(overlay(plan.best, options))
-    write_csv(options.output / "plan.csv", rows(plan))
-    title = f"{outline.kind}, {outline.num_params:,} parameters"
-    save_charts([chart(over_gpus(outline, options))], options.output / "gpus.png", title)
-    print(f"{options.output}: overlay.yaml, plan.csv, gpus.png")
 
 
 def rows(sweep: Sweep) -> list[dict[str, Any]]:
     """Return a row for each expert-parallel degree, by column, for a table and a CSV file."""
-    return [_row(one, one is sweep.best) for one in sweep.costs]
-
-
-def _row(one: Cost, is_best: bool) -> dict[str, Any]:
-    layout, memory = one.layout, one.memory
-    sharded = {} if one.sharding is None else {"tables": one.sharding}
-    return {
-        "degree": layout.degree,
-        "best": "*" if is_best else "",
-        "mesh": " x ".join(map(str, (layout.replicas, layout.shards, layout.nodes, layout.experts, layout.hidden))),
-        "rest": layout.rest,
-        **sharded,
-        "fits": "yes" if one.fits else "no",
-        "GB": _short(memory.total / 1e9),
-        "step ms": _short(1e3 * one.seconds),
-        "compute": _short(1e3 * one.compute),
-        "exchange": _short(1e3 * one.exchange),
-        "sharding": _short(1e3 * one.data),
-        "exchange %": f"{100 * one.share:.0f}",
-    }
+    return [
+        {
+            "degree": one.layout.degree,
+            "best": "*" if one is sweep.best else "",
+            "mesh": " x ".join(map(str, one.layout.mesh)),
+            "rest": one.layout.rest,
+            **({} if one.sharding is None else {"tables": one.sharding}),
+            "fits": "yes" if one.fits else "no",
+            "GB": _short(one.memory.total / 1e9),
+            "step ms": _short(1e3 * one.seconds),
+            "compute": _short(1e3 * one.compute),
+            "exchange": _short(1e3 * one.exchange),
+            "sharding": _short(1e3 * one.data),
+            "exchange %": f"{100 * one.share:.0f}",
+        }
+        for one in sweep.costs
+    ]
 
 
 def _short(value: float) -> str:
@@ -185,26 +171,3 @@ def overlay(one: Cost, options: Options) -> str:
         "strategy": {"class_path": kind, "init_args": arguments},
     }
     return yaml.safe_dump({"trainer": trainer}, sort_keys=False)
-
-
-def chart(costs: Sequence[tuple[int, Cost]]) -> LineChart:
-    """Return the time of a step and its parts over the number of GPUs, with the degree of each best layout.
-
-    Args:
-        costs: numbers of GPUs, ascending, with their best layouts.
-    """
-    gpus = tuple(float(n) for n, _ in costs)
-    degrees = tuple(f"{c.layout.degree}{'' if c.fits else '!'}" for _, c in costs)
-    seconds = {
-        "step": [c.seconds for _, c in costs],
-        "compute": [c.compute for _, c in costs],
-        "exchange": [c.exchange for _, c in costs],
-        "sharding: parameters and gradients": [c.data for _, c in costs],
-    }
-    lines = tuple(
-        Line(name, gpus, tuple(1e3 * s for s in own), notes=degrees if name == "step" else ())
-        for name, own in seconds.items()
-    )
-    summary = "Each GPU has the same batch. Above a step: its expert-parallel degree; ! does not fit into memory."
-    x_title = "GPUs; above a step: its degree, ! does not fit"
-    return LineChart("Time of a step", summary, x_title, "ms", lines, log_x=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +52,11 @@ class Layout:
     experts: int = 1
     hidden: int = 1
     rest: str = "replicate"
+
+    @property
+    def mesh(self) -> tuple[int, ...]:
+        """The sizes of its dimensions."""
+        return self.replicas, self.shards, self.nodes, self.experts, self.hidden
 
     @property
     def degree(self) -> int:
@@ -337,20 +341,3 @@ def _divisions(outline: Outline, gpus: int, node: int) -> Iterator[tuple[int, in
 def divisors(number: int) -> list[int]:
     """Return the numbers that divide ``number``, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def over_gpus(outline: Outline, options: Options) -> list[tuple[int, Cost]]:
-    """Return the best layout for other numbers of GPUs, from one node to four times those of the command, by number.
-
-    Each GPU has the same examples.
-    """
-    counts: Sequence[int] = sorted({*_doubling(options), options.gpus})
-    return [(n, sweep(outline, dataclasses.replace(options, gpus=n)).best) for n in counts]
-
-
-def _doubling(options: Options) -> Iterator[int]:
-    n = options.gpus_per_node if options.gpus >= options.gpus_per_node else 1
-    while n <= 4 * options.gpus:
-        if n <= options.gpus_per_node or n % options.gpus_per_node == 0:
-            yield n
-        n *= 2

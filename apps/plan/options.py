@@ -63,7 +63,7 @@ class Options(CommandLine):
         histories: items of an example in each of its histories, of the ids of the first table and on (default: none)
         item_tables: tables of a retriever's tower of items
         item_numbers: its columns of numbers (default: 0)
-        output: folder for the overlay, the table as CSV and the picture
+        output: folder for the overlay and the table as CSV
 
     Raises:
         UsageError: a configuration that is not there or names no model, or a GPU without its figures.

@@ -53,7 +53,6 @@ def test_the_command_prints_a_plan_and_writes_an_overlay_that_a_strategy_takes(t
     assert [row["degree"] for row in rows] == ["1", "2", "4", "8", "16"]
     assert rows[-1]["mesh"] in ("1 x 1 x 1 x 8 x 2", "1 x 1 x 2 x 4 x 2")
     assert [row["best"] for row in rows].count("*") == 1
-    assert 5_000 < (tmp_path / "gpus.png").stat().st_size < 300_000
 
 
 def test_a_rank_holds_its_part_of_weights_gradients_and_optimizer(text):
