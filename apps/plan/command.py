@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +19,7 @@ from apps.task.sizes import Missing
 
 
 def run(options: Options) -> int:
-    """Print the plan, and write its files where a folder is named; of torchrun's ranks the first one does."""
-    if os.environ.get("RANK", "0") != "0":
-        return 0
+    """Print the plan, and write its files where a folder is named."""
     try:
         with quiet():
             outline = outlined(options)

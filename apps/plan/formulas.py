@@ -40,9 +40,6 @@ GPUS = {
     "mi300x": Gpu(192e9, 1307e12, 163.4e12, 448e9, 50e9),
 }
 
-MEASURED = "measured"
-"""Name of no GPU: what this machine reaches is measured (``apps.plan.measuring``)."""
-
 
 @dataclass(frozen=True)
 class Traffic:

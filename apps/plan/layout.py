@@ -6,25 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from apps.plan.formulas import (
-    SHARDINGS,
-    Memory,
-    Part,
-    Traffic,
-    all_gather,
-    all_reduce,
-    all_to_all,
-    count_bytes,
-    exchanged_bytes,
-    group,
-    ids,
-    peak_memory,
-    pooled,
-    reduce_scatter,
-    step_flops,
-    step_seconds,
-    tables_bytes,
-)
+from apps.plan import formulas
 from apps.plan.options import Options
 from apps.plan.outline import Block, Layer, Outline
 from core.parallel import refusal
@@ -91,8 +73,8 @@ class Cost:
     """
 
     layout: Layout
-    memory: Memory
-    traffic: Mapping[str, Traffic]
+    memory: formulas.Memory
+    traffic: Mapping[str, formulas.Traffic]
     compute: float
     exchange: float
     data: float
@@ -118,7 +100,7 @@ def cost(outline: Outline, options: Options, layout: Layout, sharding: str | Non
     memory = _memory(outline, options, layout, sharding)
     traffic = _traffic(outline, options, layout, sharding)
     gpu = options.gpu
-    compute = step_flops(outline.flops, options.checkpointing) / (options.rate * options.efficiency)
+    compute = formulas.step_flops(outline.flops, options.checkpointing) / (options.rate * options.efficiency)
     seconds = {name: t.seconds(gpu.within, gpu.between, options.latency) for name, t in traffic.items()}
     exchange = sum(seconds[name] for name in ("experts", "tables", "balance"))
     data = seconds["gradients"] + seconds["parameters"]
@@ -129,7 +111,7 @@ def cost(outline: Outline, options: Options, layout: Layout, sharding: str | Non
         compute=compute,
         exchange=exchange,
         data=data,
-        seconds=step_seconds(compute, exchange, data),
+        seconds=formulas.step_seconds(compute, exchange, data),
         fits=memory.total <= options.usable_memory * gpu.memory,
         sharding=sharding,
     )
@@ -138,7 +120,7 @@ def cost(outline: Outline, options: Options, layout: Layout, sharding: str | Non
 # ---- memory
 
 
-def _memory(outline: Outline, options: Options, layout: Layout, sharding: str | None) -> Memory:
+def _memory(outline: Outline, options: Options, layout: Layout, sharding: str | None) -> formulas.Memory:
     experts, rest, size = layout.degree * layout.shards, layout.rest_ranks, options.stored_bytes
     weights = optimizer = 0.0
     step = 0.0
@@ -150,12 +132,12 @@ def _memory(outline: Outline, options: Options, layout: Layout, sharding: str | 
         step = max(step, size * block.rest.step / rest, size * block.experts.step / experts)
     if sharding is not None:
         sizes = [(t.rows, t.dim, t.state) for t in outline.tables]
-        weights += tables_bytes(sizes, group(options.gpus, 1, options.node), sharding)
+        weights += formulas.tables_bytes(sizes, formulas.group(options.gpus, 1, options.node), sharding)
     root, *blocks = (_part(block, outline, options, layout) for block in outline.parts)
-    return peak_memory(weights, optimizer, root, blocks, step)
+    return formulas.peak_memory(weights, optimizer, root, blocks, step)
 
 
-def _part(block: Block, outline: Outline, options: Options, layout: Layout) -> Part:
+def _part(block: Block, outline: Outline, options: Options, layout: Layout) -> formulas.Part:
     """Return a block as one rank has it."""
     over, rest = layout.degree * layout.shards, layout.rest_ranks
     experts = block.experts.params / layout.degree
@@ -166,7 +148,7 @@ def _part(block: Block, outline: Outline, options: Options, layout: Layout) -> P
     checkpointed = options.checkpointing and bool(block.name)
     unit = max(block.rest.trainable, block.experts.trainable / layout.degree)
     buffer = max(block.rest.params * (rest > 1), experts * (layout.shards > 1))
-    return Part(
+    return formulas.Part(
         activations=block.entering if checkpointed else kept,
         gradients=options.stored_bytes * (block.rest.trainable / rest + block.experts.trainable / over),
         whole=options.gathered_bytes * (block.rest.params + experts),
@@ -198,42 +180,42 @@ def _working(layer: Layer, options: Options, layout: Layout) -> float:
 # ---- traffic
 
 
-def _traffic(outline: Outline, options: Options, layout: Layout, sharding: str | None) -> dict[str, Traffic]:
+def _traffic(outline: Outline, options: Options, layout: Layout, sharding: str | None) -> dict[str, formulas.Traffic]:
     """Return what leaves a rank in a step, by collective."""
     node, W = options.node, options.gpus
-    experts = Traffic()
+    experts = formulas.Traffic()
     passes = 2 if options.checkpointing else 1
     for layer in outline.layers.values():
         if layout.degree > 1:
-            moved = exchanged_bytes(layer.rows, layer.dim, layer.out_dim, options.dtype_bytes, passes)
-            moved += passes * count_bytes(layer.num_experts)
-            one = all_to_all(moved, layout.experts, layout.hidden, layout.nodes, node)
+            moved = formulas.exchanged_bytes(layer.rows, layer.dim, layer.out_dim, options.dtype_bytes, passes)
+            moved += passes * formulas.count_bytes(layer.num_experts)
+            one = formulas.all_to_all(moved, layout.experts, layout.hidden, layout.nodes, node)
             # Counts, rows there with their gates, and rows back are exchanges of their own; so are their gradients.
-            experts += Traffic(one.within, one.between, one.messages * (passes * 4 + 3))
-    tables, everyone = Traffic(), group(W, 1, node)
+            experts += formulas.Traffic(one.within, one.between, one.messages * (passes * 4 + 3))
+    tables, everyone = formulas.Traffic(), formulas.group(W, 1, node)
     if sharding is not None:
         B, columns = outline.trial.examples, len(outline.tables)
-        tables = pooled(B, sum(t.dim for t in outline.tables), columns, everyone, sharding)
-        tables += ids(B, columns, options.pooling, everyone, sharding)
+        tables = formulas.pooled(B, sum(t.dim for t in outline.tables), columns, everyone, sharding)
+        tables += formulas.ids(B, columns, options.pooling, everyone, sharding)
     numbers = sum(2 * layer.num_experts + 1 for layer in outline.layers.values())
     gradients, parameters = _data(outline, options, layout)
     return {
         "experts": experts,
         "tables": tables,
-        "balance": all_reduce(4.0 * numbers, everyone) if numbers else Traffic(),
+        "balance": formulas.all_reduce(4.0 * numbers, everyone) if numbers else formulas.Traffic(),
         "gradients": gradients,
         "parameters": parameters,
     }
 
 
-def _data(outline: Outline, options: Options, layout: Layout) -> tuple[Traffic, Traffic]:
+def _data(outline: Outline, options: Options, layout: Layout) -> tuple[formulas.Traffic, formulas.Traffic]:
     """Return the traffic of reducing gradients and of gathering parameters."""
     node, degree = options.node, layout.degree
-    rest = group(layout.rest_ranks, 1, node)
-    copies = group(layout.ranks // layout.rest_ranks, layout.rest_ranks, node)
-    shards = group(layout.shards, degree, node)
-    replicas = group(layout.replicas, degree * layout.shards, node)
-    gradients = parameters = Traffic()
+    rest = formulas.group(layout.rest_ranks, 1, node)
+    copies = formulas.group(layout.ranks // layout.rest_ranks, layout.rest_ranks, node)
+    shards = formulas.group(layout.shards, degree, node)
+    replicas = formulas.group(layout.replicas, degree * layout.shards, node)
+    gradients = parameters = formulas.Traffic()
     for block in outline.parts:
         # What is in no block stays gathered; blocks are gathered again for the backward.
         times = 2 if block.name else 1
@@ -242,10 +224,10 @@ def _data(outline: Outline, options: Options, layout: Layout) -> tuple[Traffic, 
             (block.experts, degree, shards, replicas),
         ):
             sent = options.stored_bytes * numbers.trainable / whole
-            gradients += reduce_scatter(sent, among) if sent else Traffic()
-            gradients += all_reduce(sent / among.ranks, copied) if sent else Traffic()
+            gradients += formulas.reduce_scatter(sent, among) if sent else formulas.Traffic()
+            gradients += formulas.all_reduce(sent / among.ranks, copied) if sent else formulas.Traffic()
             got = options.gathered_bytes * numbers.params / whole
-            parameters += all_gather(got, among).times(times) if got else Traffic()
+            parameters += formulas.all_gather(got, among).times(times) if got else formulas.Traffic()
     return gradients, parameters
 
 
@@ -289,7 +271,7 @@ def _name(one: Cost) -> str:
 def sweep(outline: Outline, options: Options) -> Sweep:
     """Return the cost of all layouts of ``options.gpus``, the best of each expert-parallel degree and of each way to
     shard tables."""
-    shardings: Sequence[str | None] = SHARDINGS if outline.tables else (None,)
+    shardings: Sequence[str | None] = formulas.SHARDINGS if outline.tables else (None,)
     by_name: dict[tuple[int, str | None], Cost] = {}
     for layout in layouts(outline, options.gpus, options.node):
         for sharding in shardings:
