@@ -20,7 +20,7 @@ from apps.compare.suite.file import Suite
 from apps.compare.suite.page import leaderboard_page
 from apps.compare.suite.standings import Figures, standings
 from apps.equal_cost import routers
-from apps.report.page import markdown
+from apps.report.page.writing import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))

@@ -24,7 +24,8 @@ from apps.compare.training import interruptible
 from apps.compare.work import Plan, Work, result_files, sections_of_use
 from apps.equal_cost import routers
 from apps.equal_cost.own_model import OwnModel
-from apps.report.page import FILE, Page, Section, markdown, open_page, save_charts, show_page, write_index, write_page
+from apps.report.page import FILE, Page, Section, open_page, save_charts, show_page, write_page
+from apps.report.page.writing import markdown, write_index
 from apps.runner.runner import at_work
 
 

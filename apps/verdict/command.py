@@ -27,7 +27,8 @@ from apps.compare.summary import means
 from apps.compare.systems import SPARSE, System, claim, find_systems, label
 from apps.compare.training import interruptible
 from apps.data.given import GivenData
-from apps.report.page import FILE, markdown, open_page, write_index, write_page
+from apps.report.page import FILE, open_page, write_page
+from apps.report.page.writing import markdown, write_index
 from apps.runner.runner import Budget, at_work, check_same
 from apps.verdict.options import Options
 from apps.verdict.result import NUMBERS, PAGE, Facts, Verdict, causes, changes, lines, verdict_page

@@ -15,7 +15,8 @@ from apps.compare.suite.page import duration, leaderboard_page
 from apps.compare.suite.queue import Queue
 from apps.compare.suite.standings import Figures, standings
 from apps.compare.training import interruptible
-from apps.report.page import FILE, markdown, open_page, show_page, write_index, write_page
+from apps.report.page import FILE, open_page, show_page, write_page
+from apps.report.page.writing import markdown, write_index
 from apps.runner.runner import Budget, at_work
 
 

@@ -42,22 +42,4 @@ from apps.report.page.parts import (
     shown,
 )
 from apps.report.page.vega import png_of, save_charts
-from apps.report.page.writing import (
-    FILE,
-    SECTIONS,
-    load_sections,
-    markdown,
-    open_page,
-    save_sections,
-    show_page,
-    write_index,
-    write_page,
-)
-
-__all__ = [
-    "Page", "Section", "Part", "Text", "Table", "Code", "Picture", "Gallery", "Thumbnail", "Words", "Entry",
-    "MOST_FIGURES", "shown",
-    "ScatterChart", "Point", "LineChart", "Line", "BarChart", "HeatmapChart", "how_to_repeat",
-    "save_charts", "png_of", "markdown",
-    "write_page", "write_index", "open_page", "show_page", "save_sections", "load_sections", "FILE", "SECTIONS",
-]  # fmt: skip
+from apps.report.page.writing import FILE, SECTIONS, load_sections, open_page, save_sections, show_page, write_page

@@ -13,7 +13,7 @@ from apps.compare.suite.file import Suite
 from apps.compare.suite.page import leaderboard_page
 from apps.compare.suite.queue import kind_of
 from apps.compare.suite.standings import Figures, standings
-from apps.report.page import markdown
+from apps.report.page.writing import markdown
 
 COST = {"num_params": 2000, "active_params": 1000, "flops_per_example": 2.5e6, "unit": "a point"}
 FACTS = {"kind": "sparse", "refused": "", "cost": COST, "monitor": "top1", "higher_is_better": True}

@@ -18,10 +18,9 @@ from apps.report.page import (
     load_sections,
     save_sections,
     show_page,
-    write_index,
     write_page,
 )
-from apps.report.page.writing import read_reports
+from apps.report.page.writing import read_reports, write_index
 
 
 @pytest.fixture(autouse=True)
