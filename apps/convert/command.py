@@ -40,11 +40,7 @@ def consolidated(options: Options) -> tuple[Figures, Figures, Path]:
     if not is_sharded(source):
         raise ValueError(f"{source} is one file already")
     run = Run.read(source, options.config, shapes_only=True)
-    if options.batches and run.config is None:
-        raise ValueError(
-            f"no config.yaml lies beside {source}, and the batches come from its data: give --config FILE, or "
-            "--batches 0"
-        )
+    run.check_data(options.batches)
     before = _figures(run, options, source, options.config)
     with new_run(options.output) as folder:
         name = source.name if source.stem in NAMES else WEIGHTS.name
@@ -133,11 +129,7 @@ def convert(options: Options) -> tuple[Figures, Figures]:
     """
     first, *others = (Run.read(path, options.config) for path in options.runs)
     check_runs(options.kind, options, (first, *others))
-    if options.batches and first.config is None:
-        raise ValueError(
-            f"no config.yaml lies beside {first.file}, and the batches come from its data: give --config FILE, or "
-            "--batches 0"
-        )
+    first.check_data(options.batches)
     if first.is_own:
         return convert_own(options, first)
     num_bytes = weight_bytes(first.state)

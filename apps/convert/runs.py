@@ -155,6 +155,11 @@ class Run:
                 print(f"configuration: {beside}; left out: {', '.join(left_out)} (--config takes all)", file=sys.stderr)
         return cls(file, checkpoint, module_class(checkpoint, file), values)
 
+    def check_data(self, batches: int) -> None:
+        """Raise a ``ValueError`` where batches are asked for, and no configuration says what the data are."""
+        if batches and self.config is None:
+            raise ValueError(f"no {CONFIG} lies beside {self.file}: give --config FILE for its data, or --batches 0")
+
     @property
     def is_own(self) -> bool:
         """Whether the model is a user's own, which the section ``sparsify`` made sparse."""

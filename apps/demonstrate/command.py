@@ -82,13 +82,9 @@ def local_app(blocks: Any, **appearance: Any) -> Any:
         path="/",
         server_name=LOCAL,
         footer_links=[],
-        run_history=False,
         show_error=True,
         max_file_size="50mb",
-        ssr_mode=False,
-        enable_monitoring=False,
-        pwa=False,
-        mcp_server=False,
+        **dict.fromkeys(("run_history", "ssr_mode", "enable_monitoring", "pwa", "mcp_server"), False),
         **appearance,
     )
     return _guarded(app)

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from apps.base.checks import check_at_least
+from apps.base.checks import check_at_least, check_installed
 from apps.base.ports import check_port
 from apps.cli.parser import CommandLine, Config, Run
 from apps.train.checkpoint.paths import find_checkpoint
 
 PORT = 7860
-NAME = "gradio"
-"""The package that is looked for."""
-
-
-def check_library() -> None:
-    """Raise a ValueError that says how to install Gradio where it is missing."""
-    if importlib.util.find_spec(NAME) is None:
-        raise ValueError('moesaic demo needs Gradio, which is not installed: pip install "moesaic[demo]"')
+LIBRARIES = ("gradio",)
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ class Options(CommandLine):
         check_at_least(0, examples=self.examples)
         find_checkpoint(self.ckpt_path)
         check_port(self.port)
-        check_library()
+        check_installed("moesaic demo", LIBRARIES, "demo")
 
     @property
     def checkpoint(self) -> Path:

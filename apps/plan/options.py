@@ -114,8 +114,7 @@ class Options(CommandLine):
         check_at_least(0, item_numbers=self.item_numbers)
         if len(self.histories) > len(self.tables):
             raise ValueError(
-                f"histories={list(self.histories)} has the ids of as many tables, and there is {len(self.tables)} "
-                "(tables)"
+                f"histories={[*self.histories]} has the ids of as many tables, of {len(self.tables)} (tables)"
             )
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             raise ValueError(f"gpus={self.gpus} is no whole number of nodes: gpus_per_node={self.gpus_per_node}")

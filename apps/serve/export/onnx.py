@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 import core
+from apps.base.checks import check_installed
 from apps.train.publish.exporting import Graph
 
 from .contrib import by_blocks, goes_by_blocks, misfit, parts_of
@@ -62,12 +63,14 @@ def to_onnx(
         ValueError: onnx or onnxscript is missing; an operator of the network has no form in ONNX, named with its layer;
             or as in ``capture``.
     """
-    _check_installed()
+    check_installed("format onnx", ("onnx", "onnxscript"), "export")
     least = 21 if any(isinstance(m, core.Experts) and m.is_quantized for m in graph.network.modules()) else LEAST_OPSET
     if opset is not None and opset < least:
         raise ValueError(f"opset={opset} is below {least}, the first that has GELU, and 21 whole numbers of 4 bits")
     opset = least if opset is None else opset
-    written = Written(path, _fastest(graph) if form == "fastest" else form, _computes(graph))
+    written = Written(
+        path, _fastest(graph) if form == "fastest" else form, "all" if computes_all(graph.network) else "chosen"
+    )
     if written.form == "contrib":
         _check_fits(graph)
     by_onnxruntime = written.form == "contrib"
@@ -97,10 +100,6 @@ def to_onnx(
     return written
 
 
-def _computes(graph: Graph) -> str:
-    return "all" if computes_all(graph.network) else "chosen"
-
-
 def _fastest(graph: Graph) -> str:
     """Return the form that is faster on a processor, by the figures of docs/serving.md.
 
@@ -124,14 +123,6 @@ def _check_fits(graph: Graph) -> None:
     if None not in reasons.values():
         listed = "; ".join(f"layer {name!r}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"form contrib fits no layer of graph {graph.name!r}: {listed or 'it has no MoE layer'}")
-
-
-def _check_installed() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"format onnx needs {error.name}: pip install moesaic[export]") from error
 
 
 def _refusal(graph: Graph, program: torch.export.ExportedProgram, error: BaseException) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from apps.base.checks import check_at_least
+from apps.base.checks import check_at_least, check_installed
 from apps.base.ports import LOCAL, check_port, is_local
 from apps.cli.options import Offload, Quantize
 from apps.cli.parser import CommandLine, Config, Run
@@ -128,7 +127,7 @@ class Options(CommandLine):
                 f"{VARIABLE}"
             )
         check_port(self.port, self.host)
-        check_libraries()
+        check_installed("moesaic serve", LIBRARIES, "serve")
 
     @property
     def checkpoint(self) -> Path:
@@ -142,10 +141,3 @@ class Options(CommandLine):
     @property
     def limits(self) -> Limits:
         return Limits(self.max_body * MIB, self.max_inputs, self.max_requests)
-
-
-def check_libraries() -> None:
-    """Raise a ValueError that says how to install what is missing."""
-    for name in LIBRARIES:
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f'moesaic serve needs {name}, which is not installed: pip install "moesaic[serve]"')
