@@ -17,8 +17,7 @@ from PIL import Image
 import core
 from apps.cli import main
 from apps.compare.suite.file import Suite
-from apps.compare.suite.page import leaderboard_page
-from apps.compare.suite.standings import Figures, standings
+from apps.compare.suite.standings import Figures, leaderboard_page, standings
 from apps.equal_cost import routers
 from apps.report.page.writing import markdown
 

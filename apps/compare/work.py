@@ -1,4 +1,5 @@
-"""The work of a plan, in order: the searches, the final runs, then speed and memory. Finished units stay so."""
+"""The plan of a comparison, saved so that only the same comparison goes on, and its work in order: the searches, the
+final runs, speed and memory, then the use of the experts. Finished units stay so."""
 
 from __future__ import annotations
 

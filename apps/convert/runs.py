@@ -1,4 +1,8 @@
-"""A trained run as a conversion reads it, and the folder of the new run."""
+"""A trained run as a conversion reads it, what the conversion makes of it, and the new run.
+
+The new checkpoint is laid out first and then filled through a memory map: beside the source, which is mapped too, one
+tensor or one converted layer is in memory at a time.
+"""
 
 from __future__ import annotations
 

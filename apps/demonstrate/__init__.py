@@ -1,6 +1,5 @@
 """``moesaic demo``: a page on this machine on which a trained model is tried out, and shows its experts at work.
 
 The modules, from the ground up: ``options`` (the command line), ``drawing`` (answers and experts as HTML), ``page``
-(the page in Gradio), ``serving`` (the server, for this machine alone), ``command`` (the whole, with examples of the
-run's data).
+(the page in Gradio), ``command`` (examples of the run's data, the server for this machine alone, and the whole).
 """

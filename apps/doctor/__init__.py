@@ -1,5 +1,5 @@
 """``moesaic doctor``: what is wrong with the routing of a trained run, or of one that is still in training.
 
-The modules, from the ground up: ``options`` (the command line), ``log`` (what ``metrics.csv`` alone says), ``command``
-(the model on its validation data, and the whole). It ends with 1 where there are findings.
+The modules: ``options`` (the command line), ``command`` (what ``metrics.csv`` says, the model on its validation data,
+and the whole). It ends with 1 where there are findings.
 """

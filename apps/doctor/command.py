@@ -1,4 +1,4 @@
-"""The whole of ``moesaic doctor``: read the log, look at the model, and print what is wrong."""
+"""The whole of ``moesaic doctor``: read the log, look at the model on its validation data, and print what is wrong."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """A module answers a comparison through ``Comparable``: its baselines, blocks that they replace, routers and examples.
 
-Training asks none of this. A module that is to be compared takes ``Comparable`` beside ``SparseModule``.
+Its dense twins and the search of an estimator's settings are here too. Training asks none of this. A module that is to
+be compared takes ``Comparable`` beside ``SparseModule``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a training step costs on one layout of a mesh: memory, traffic and time of a rank."""
+"""What a training step costs on one layout of a mesh, and the best layout for each expert-parallel degree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How many seeds of how many steps fit into the seconds that are there, and how the search of rates is shared out.
+"""What an interval shows, how many seeds of how many steps fit into the seconds that are there, and how the search of
+rates is shared out.
 
 All systems have the same rates, rungs, steps and seeds. The formulas are sums of measured seconds.
 """

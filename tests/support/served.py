@@ -10,7 +10,7 @@ from typing import Any
 from apps.base.ports import bound
 from apps.serve.service.application import application, body_schema, document
 from apps.serve.service.batching import Batcher
-from apps.serve.service.metrics import Metrics
+from apps.serve.service.guard import Metrics
 from apps.serve.service.options import Limits
 from apps.serve.service.reading import Reader
 from apps.task import Service

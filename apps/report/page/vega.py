@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from apps.base.files import replacing
 from apps.report.colors import PALETTE, color_of, expert_colors, ink_on, shape_of
-from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, Point, ScatterChart
-from apps.report.page.notes import placed
+from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, Point, ScatterChart, placed
 from apps.report.page.parts import Words
 
 if TYPE_CHECKING:

@@ -1,4 +1,8 @@
-"""``torch.export`` programs and AOTInductor packages of a network, which need nothing of this suite to run."""
+"""``torch.export`` programs and AOTInductor packages of a network, which need nothing of this suite to run.
+
+A layer for export runs on the backend "grouped", whose products by expert are one custom operator,
+``moesaic::grouped_mm``; everything else of a layer is torch's own.
+"""
 
 from __future__ import annotations
 

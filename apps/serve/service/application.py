@@ -1,4 +1,4 @@
-"""The service as an ASGI application: its paths, and what each answers."""
+"""The service as an ASGI application: its paths, what each answers, and its interface as OpenAPI and as a page."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import Any
 
 from apps.base.templates import template
 from apps.serve.service.batching import Batcher, Broken
-from apps.serve.service.guard import HEALTH, Guard
-from apps.serve.service.metrics import Metrics
+from apps.serve.service.guard import HEALTH, Guard, Metrics
 from apps.serve.service.options import Limits
 from apps.serve.service.reading import Reader, Refused, read_body
 from apps.task import Service

@@ -1,4 +1,4 @@
-"""The command line of ``moesaic serve``, read and checked before anything heavy is imported."""
+"""The command line of ``moesaic serve`` with its limits and token, read before anything heavy is imported."""
 
 from __future__ import annotations
 

@@ -9,10 +9,9 @@ from small_suite import small_suite
 from torch import nn
 
 import core
+from apps.compare.suite.command import kind_of
 from apps.compare.suite.file import Suite
-from apps.compare.suite.page import leaderboard_page
-from apps.compare.suite.queue import kind_of
-from apps.compare.suite.standings import Figures, standings
+from apps.compare.suite.standings import Figures, leaderboard_page, standings
 from apps.report.page.writing import markdown
 
 COST = {"num_params": 2000, "active_params": 1000, "flops_per_example": 2.5e6, "unit": "a point"}
