@@ -25,6 +25,7 @@ No app is named here: an app's test report makes sections of what it computes (`
 """
 
 from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart
+from apps.report.page.html import png_of, save_charts
 from apps.report.page.parts import (
     MOST_FIGURES,
     Code,
@@ -41,5 +42,4 @@ from apps.report.page.parts import (
     how_to_repeat,
     shown,
 )
-from apps.report.page.vega import png_of, save_charts
 from apps.report.page.writing import FILE, SECTIONS, load_sections, open_page, save_sections, show_page, write_page

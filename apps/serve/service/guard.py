@@ -1,5 +1,5 @@
-"""What every request passes: who may ask, from where, how many at once; how an answer leaves that came early; and what is
-counted, in the text format of Prometheus."""
+"""What every request passes: who may ask, from where, how many at once; how an answer leaves that came early; and
+what is counted, in the text format of Prometheus."""
 
 from __future__ import annotations
 
