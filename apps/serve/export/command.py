@@ -129,10 +129,11 @@ def export(model: SparseModule, exported: Exported, options: Options) -> list[Pa
     description = describe(model, exported, data_section(options.ckpt_path), options.format)
 
     def write_graph(graph: Graph, path: Path, text: str) -> None:
-        from apps.serve.export.onnx import to_onnx
         from apps.serve.export.programs import to_aoti, to_torch_export
 
         if options.format == "onnx":
+            from apps.serve.export.onnx import to_onnx
+
             to_onnx(graph, path, form=options.form, metadata={"moesaic.app": exported.app, DESCRIPTION: text})
             seal(path)
             compare(graph, OnnxGraph(path))
