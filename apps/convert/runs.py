@@ -219,10 +219,6 @@ class Run:
         module.load_state_dict(self.checkpoint["state_dict"], assign=True)
         return module.eval()
 
-    def written_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return arguments as the plain values of a checkpoint and a configuration."""
-        return arguments_to_plain(self.kind, arguments)
-
 
 def model_section(overlay: Mapping[str, Any]) -> dict[str, Any]:
     """Return the model's arguments that a configuration gives."""
@@ -270,7 +266,7 @@ def write_run(
         OSError: it cannot be written.
     """
     stays = run.checkpoint.get("hyper_parameters") or {}
-    plain = stays if arguments is None else run.written_arguments(arguments)
+    plain = stays if arguments is None else arguments_to_plain(run.kind, arguments)
     kept = {name: run.checkpoint[name] for name in KEPT if name in run.checkpoint}
     if run.is_own and "sparsify" not in extra:
         kept.pop("module_class", None)

@@ -94,7 +94,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
     def __init__(self, suite: Suite, figures: Figures, rounds: int, whole: Bar, budget: Budget) -> None:
         super().__init__(whole, suite.runs_folder, budget)
         self.suite, self.figures, self.rounds = suite, figures, rounds
-        self.chosen = [board for board in suite.boards if suite.is_chosen(board)]
+        self.chosen = [board for board in suite.boards if suite.chosen is None or board.name in suite.chosen]
         self._experiment = functools.lru_cache(maxsize=2)(experiment_of)
         self.missing: dict[str, str] = {}
         self.is_over = False

@@ -296,9 +296,6 @@ class Suite:
                 raise UsageError(unknown_name("boards", name, known))
         return dataclasses.replace(self, chosen=tuple(names))
 
-    def is_chosen(self, board: Board) -> bool:
-        return self.chosen is None or board.name in self.chosen
-
     def command(self, *more: str) -> list[str]:
         """Return the words of the command that goes on with the suite."""
         return ["moesaic", "compare", "--suite", self.path, *more]

@@ -19,7 +19,7 @@ from apps.base.files import replacing
 from apps.base.templates import template
 from apps.report.colors import color_of, expert_colors, ink_on
 from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, ScatterChart, thinned_rows
-from apps.report.page.parts import Page, Part, Picture, Table, Words, shown
+from apps.report.page.parts import Page, Picture, Table, Words, shown
 
 GENERATOR = '<meta name="generator" content="moesaic">'
 """Marks a file that a page may replace."""
@@ -83,6 +83,10 @@ def render(page: Page, before: Markup | str = "", code: str = "") -> str:
     """
     written = _Written(code)
     sections = [section for section in page.sections if not section.is_empty]
+
+    def is_chart(part: Part) -> bool:
+        return isinstance(part, _CHARTS)
+
     text = template(_HERE / "page.html").render(
         page=page,
         before=Markup(before),
@@ -93,7 +97,9 @@ def render(page: Page, before: Markup | str = "", code: str = "") -> str:
         wordy=_wordy,
         marked=_marked,
         numbers=_numbers,
-        runs=lambda parts: [(own, list(run)) for own, run in itertools.groupby(parts, _is_chart)],
+        runs=lambda parts: [
+            (own, list(run)) for own, run in itertools.groupby(parts, lambda part: isinstance(part, _CHARTS))
+        ],
         id=written.id,
         draw=written.draw,
         picture=written.picture,
@@ -144,7 +150,8 @@ class _Written:
 
     def scripts(self) -> Markup:
         """Return the page's JavaScript, with the charts drawn so far."""
-        library = f"<script>{_inside_script(script())}</script>\n" if self.specs else ""
+        inside = script().replace("</script", "<\\/script").replace("<!--", "<\\!--") if self.specs else ""
+        library = f"<script>{inside}</script>\n" if inside else ""
         charts = f'<script type="application/json" id="charts">{as_json(self.specs)}</script>\n'
         own = "".join(f"<script>\n{code}</script>\n" for code in (page_file("page.js"), self.code) if code)
         return Markup(library + charts + own)
@@ -162,10 +169,6 @@ class _Written:
             room -= len(shown)
             whole += [shown, after]
         return "".join(whole)
-
-
-def _is_chart(part: Part) -> bool:
-    return isinstance(part, _CHARTS)
 
 
 def _numbers(chart: Chart) -> Table:
@@ -220,11 +223,6 @@ def _picture(picture: Picture) -> Markup:
 def as_json(value: Any) -> str:
     """Return JSON that may stand inside a script element."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _inside_script(code: str) -> str:
-    """Return JavaScript that does not end the element it stands in."""
-    return code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def page_file(name: str) -> str:

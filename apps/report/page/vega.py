@@ -128,6 +128,7 @@ def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
         for p, (dx, dy) in zip(chart.points, points, strict=True)
     ]  # fmt: skip
     labels = list(dict.fromkeys(p.label for p in chart.points))
+    shapes = [shape_of(i, _SHAPES) for i in range(len(labels))]  # two of one color have two shapes
     params, faded = _fading(is_still, 1.0, 0.15)
     large = max(abs(p.x) for p in chart.points) >= 10_000
     x = alt.X("x:Q", title=chart.x_title, scale=_across(chart.log_x, padding=24))
@@ -140,7 +141,7 @@ def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
     bars = bars.encode(y=alt.Y("low:Q"), y2="high:Q")
     points_of = base.mark_point(filled=True, size=110, xOffset=beside).encode(
         y=y,
-        shape=alt.Shape("label:N", title=None, scale=_shapes(labels)).legend(_legend(labels)),
+        shape=alt.Shape("label:N", title=None, scale=alt.Scale(domain=labels, range=shapes)).legend(_legend(labels)),
         tooltip=_tips(
             ("label:N", "model"),
             *([("note:N", "form")] if any(p.note for p in chart.points) else []),
@@ -329,11 +330,6 @@ def _across(is_log: bool, **options: Any) -> alt.Scale:
 
 def _colors(labels: Sequence[str]) -> alt.Scale:
     return alt.Scale(domain=list(labels), range=[PALETTE[i % len(PALETTE)] for i in range(len(labels))])
-
-
-def _shapes(labels: Sequence[str]) -> alt.Scale:
-    """Return a shape for each label, so that two of one color have two shapes."""
-    return alt.Scale(domain=list(labels), range=[shape_of(i, _SHAPES) for i in range(len(labels))])
 
 
 _DRAW: Mapping[type, Callable[[Any, bool], Any]] = {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apps import registry
 from apps.base.files import delete, folder_beside, naming, put_folder
@@ -37,17 +37,12 @@ def check_output(output: Path, exported: Exported) -> None:
     Raises:
         UsageError: naming what the model has.
     """
-    if output.suffix and is_folder(exported):
+    if output.suffix and (len(exported.graphs) > 1 or exported.files):
         graphs = ", ".join(graph.name for graph in exported.graphs)
         beside = "".join(f", {name}" for name in exported.files)
         raise UsageError(f"--output {output} is one file, and this model has {graphs}{beside}: give a folder")
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise UsageError(f"--output {output} is a folder without {MANIFEST}, which moesaic export has not written")
-
-
-def is_folder(exported: Exported) -> bool:
-    """Return whether a model is a folder, and no single file: it has several graphs, or files beside its graph."""
-    return len(exported.graphs) > 1 or bool(exported.files)
 
 
 def write(output: Path, exported: Exported, description: Description, write_graph: Write) -> list[Path]:
@@ -151,14 +146,11 @@ def describe(
 ) -> Description:
     """Return what the file of a model says, without its graphs and files."""
     arguments = {name: None if name in _FOR_TRAINING else value for name, value in dict(model.hparams).items()}
-    scalars = {name: value.item() for name, value in _tensors(model) if value.numel() == 1}
+    scalars = {
+        name: value.item() for name, value in (*model.named_parameters(), *model.named_buffers()) if value.numel() == 1
+    }
     kind = name_of(type(model))
     return Description(exported.app, kind, arguments, exported.preprocessing, data, format, scalars=scalars)
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def _by_position(run: Callable[..., Any]) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
