@@ -2,5 +2,5 @@
 
 The modules, from the ground up: ``options`` (the command line), ``runs`` (a trained run, what a conversion
 makes of it, and the new one, written tensor by tensor), ``kinds`` (each conversion),
-``figures`` (what a run costs and scores), ``own`` (a user's own module), ``command`` (the whole).
+``figures`` (what a run costs and scores), ``command`` (the whole).
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import yaml
@@ -28,7 +28,7 @@ def run(options: Options) -> int:
     plan = sweep(outline, options)
     for line in header(outline, options):
         print(line)
-    table = shown(rows(plan))
+    table = [shown(row) for row in rows(plan)]
     if not outline.tables:
         print(MESH)
     print(COLUMNS)
@@ -79,15 +79,11 @@ gradients reduced, while products are computed"""
 """What the table's columns mean."""
 
 
-def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return the rows as they stand in a terminal of 80 columns.
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    """Return a row as it stands in a terminal of 80 columns.
 
     Beside tables all GPUs are replicas, so that the way to shard the tables stands in place of the mesh.
     """
-    return [_shown(row) for row in rows]
-
-
-def _shown(row: dict[str, Any]) -> dict[str, str]:
     first = {
         "degree": f"{row['degree']}{row['best']}",
         "mesh": "x".join(row["mesh"].split(" x ")[1:]),
@@ -131,16 +127,10 @@ def header(outline: Outline, options: Options) -> list[str]:
 
 def details(one: Cost) -> list[str]:
     """Return the lines on the best layout: the parts of its memory, and what leaves a GPU in a step."""
-    memory = one.memory
-    parts = {
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "activations": memory.activations,
-        "temporary": memory.temporary,
-    }
     moved = {name: t for name, t in one.traffic.items() if t.total}
-    lines = ["memory a GPU, GB: " + ", ".join(f"{name} {_short(size / 1e9)}" for name, size in parts.items())]
+    lines = [
+        "memory a GPU, GB: " + ", ".join(f"{name} {_short(size / 1e9)}" for name, size in asdict(one.memory).items())
+    ]
     if moved:
         sent = (f"{name} {t.within / 1e9:.3f} and {t.between / 1e9:.3f}" for name, t in moved.items())
         lines.append("leaves a GPU in a step within and between nodes, GB: " + ", ".join(sent))

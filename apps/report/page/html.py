@@ -84,9 +84,6 @@ def render(page: Page, before: Markup | str = "", code: str = "") -> str:
     written = _Written(code)
     sections = [section for section in page.sections if not section.is_empty]
 
-    def is_chart(part: Part) -> bool:
-        return isinstance(part, _CHARTS)
-
     text = template(_HERE / "page.html").render(
         page=page,
         before=Markup(before),
@@ -169,6 +166,10 @@ class _Written:
             room -= len(shown)
             whole += [shown, after]
         return "".join(whole)
+
+
+def _is_chart(part: Any) -> bool:
+    return isinstance(part, _CHARTS)
 
 
 def _numbers(chart: Chart) -> Table:
