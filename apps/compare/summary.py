@@ -315,7 +315,7 @@ def sentence(row: Row, difference: Interval, summary: Summary, where: str, perce
     if half is None:
         why = f"{shown}; one seed gives no interval"
     elif half == 0:
-        why = f"{shown} with each of {n} seeds: equal values give no estimate of the spread over seeds"
+        why = f"{shown} with each of {n} seeds: equal values do not estimate the spread over seeds"
     else:
         low, high = (number(end, percent, True, half) for end in (difference.low, difference.high))
         holds = "excludes" if difference.excludes_zero else "holds"

@@ -377,7 +377,7 @@ def _check_alike(first: Run, other: Run) -> None:
         if own != given:
             raise ValueError(f"{other.file} has another {argument} than {first.file}: their numbers mean other things")
     if not _equal(first.checkpoint.get("encoding"), other.checkpoint.get("encoding")):
-        raise ValueError(f"{other.file} encodes its data otherwise than {first.file}: train both from one run")
+        raise ValueError(f"{other.file} encodes its data otherwise than {first.file}")
 
 
 def _equal(a: Any, b: Any) -> bool:

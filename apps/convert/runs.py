@@ -162,7 +162,7 @@ class Run:
     def check_data(self, batches: int) -> None:
         """Raise a ``ValueError`` where batches are asked for, and no configuration says what the data are."""
         if batches and self.config is None:
-            raise ValueError(f"no {CONFIG} lies beside {self.file}: give --config FILE for its data, or --batches 0")
+            raise ValueError(f"no {CONFIG} lies beside {self.file}: give --config FILE, or --batches 0")
 
     @property
     def is_own(self) -> bool:

@@ -195,5 +195,5 @@ def _example_buttons(exhibit: Exhibit, values: Sequence[Sequence[Any]]) -> list[
     image = next((i for i, field in enumerate(exhibit.fields) if isinstance(field, ImageField)), None)
     icons = [None if image is None else own[image] for own in values]
     with gr.Row(elem_classes=["examples"]):
-        labels = [example.label for example in exhibit.examples]
-        return [gr.Button(own, icon=icon, size="sm", min_width=40) for own, icon in zip(labels, icons, strict=True)]
+        pairs = zip(exhibit.examples, icons, strict=True)
+        return [gr.Button(own.label, icon=icon, size="sm", min_width=40) for own, icon in pairs]

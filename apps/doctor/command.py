@@ -260,6 +260,6 @@ def _checkpoint(options: Options, folder: Path, has_log: bool) -> tuple[Path | N
         return None, f"{options.ckpt_path} holds no checkpoint yet: {LOG} alone was read"
     if options.config is None and not (checkpoint.parent.parent / CONFIG).is_file():
         if not has_log:
-            raise ValueError(f"no {CONFIG} lies beside {checkpoint}: give --config FILE for the validation data")
+            raise ValueError(f"no {CONFIG} lies beside {checkpoint}: give --config FILE")
         return None, f"no {CONFIG} lies beside {checkpoint}: {LOG} alone was read"
     return checkpoint, ""

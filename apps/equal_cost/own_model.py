@@ -61,7 +61,7 @@ class OwnModel(Comparable):
                 raise ValueError(f"{name} has no {step}, which a comparison needs")
         monitor = getattr(module, "monitor", None)
         if not isinstance(monitor, str):
-            raise ValueError("sparsify.metric is missing: the name under which validation logs the compared metric")
+            raise ValueError("sparsify.metric is missing: the name under which validation logs it")
         self.monitor = monitor
         self.monitor_mode: Literal["min", "max"] = getattr(module, "monitor_mode", self.section.mode)
 

@@ -149,7 +149,7 @@ class Options(CommandLine):
         names = ("memory", "tflops", "node_bandwidth", "network_bandwidth")
         missing = [f"--{name}" for name in names if getattr(self, name) is None]
         if missing:
-            raise UsageError(f"name the GPU (--gpu {'|'.join(GPUS)}), or give {', '.join(missing)} too")
+            raise UsageError(f"name the GPU (--gpu {'|'.join(GPUS)}), or give {', '.join(missing)}")
         return Gpu(**figures)
 
     @property

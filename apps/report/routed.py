@@ -173,7 +173,8 @@ def gates_by_layer(
 
 def expert_names(routing: Any) -> tuple[str, ...]:
     """Return the names that a routing gives its E experts, else their numbers."""
-    return tuple(getattr(routing, "expert_names", ())) or tuple(map(str, range(len(routing.tokens_per_expert_E))))
+    names = getattr(routing, "expert_names", ()) or map(str, range(len(routing.tokens_per_expert_E)))
+    return tuple(names)
 
 
 def layer_names(names: Sequence[str]) -> list[str]:

@@ -137,7 +137,7 @@ def _to_decide(gain: CrossedInterval | None, minutes: float) -> str:
     if gain is None or gain.half_width is None:
         return f"fewer than two seeds were finished; {2 * minutes:.3g} minutes or more would give an interval."
     if gain.half_width == 0:
-        return "both models gave the same values for every seed, which gives no estimate of the spread over seeds."
+        return "each seed gave both models the same values, which do not estimate the spread over seeds."
     size = abs(gain.mean)
     seeds = seeds_to_decide(gain)
     if seeds is not None and seeds / gain.count <= _MOST_TIMES:

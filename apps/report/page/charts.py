@@ -206,7 +206,7 @@ class HeatmapChart:
 
     def __post_init__(self) -> None:
         if len(self.values) != len(self.rows) or any(len(row) != len(self.columns) for row in self.values):
-            raise ValueError(f"heat map {self.title!r}: {len(self.values)} rows of values for other rows or columns")
+            raise ValueError(f"heat map {self.title!r}: {len(self.values)} rows of values do not fit")
 
     @classmethod
     def of(

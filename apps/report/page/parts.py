@@ -57,7 +57,7 @@ class Table:
     def __post_init__(self) -> None:
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
-                raise ValueError(f"{self.title!r}: row {number} has {len(row)} cells for {len(self.columns)} columns")
+                raise ValueError(f"row {number} has {len(row)} cells for {len(self.columns)} columns: {row}")
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def document(service: Service, limits: Limits, title: str, version: str, has_tok
         "description": "The outputs are in the order of the inputs. All are answered, or none.",
         "requestBody": {"required": True, "content": {"application/json": request}},
         "responses": {
-            "200": _content("The answers.", answer),
+            "200": _body("The answers.", answer),
             **_refusals(
                 {
                     400: "The body is no JSON.",
@@ -68,10 +68,10 @@ def document(service: Service, limits: Limits, title: str, version: str, has_tok
         "/healthz": _get(
             "health",
             "Whether the service is at work; needs no token",
-            {"200": _content("It is.", health), "503": _content("It is not.", health)},
+            {"200": _body("It is.", health), "503": _body("It is not.", health)},
         ),
         "/metrics": _get("metrics", "Counters for Prometheus", {"200": _text("The counters.", "text/plain")}),
-        "/openapi.json": _get("openapi", "This document", {"200": _content("It.", {"type": "object"})}),
+        "/openapi.json": _get("openapi", "This document", {"200": _body("It.", {"type": "object"})}),
         "/docs": _get("docs", "The interface as a page", {"200": _text("The page.", "text/html")}),
     }
     components: dict[str, Any] = {"schemas": {"Refusal": _REFUSAL}}
@@ -103,7 +103,7 @@ def _get(name: str, summary: str, responses: dict[str, Any]) -> dict[str, Any]:
     return {"get": {"operationId": name, "summary": summary, "responses": responses}}
 
 
-def _content(description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+def _body(description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
@@ -112,7 +112,7 @@ def _text(description: str, kind: str) -> dict[str, Any]:
 
 
 def _refusals(reasons: Mapping[int, str]) -> dict[str, Any]:
-    return {str(status): _content(why, {"$ref": "#/components/schemas/Refusal"}) for status, why in reasons.items()}
+    return {str(status): _body(why, {"$ref": "#/components/schemas/Refusal"}) for status, why in reasons.items()}
 
 
 def page(document: Mapping[str, Any], url: str) -> str:
