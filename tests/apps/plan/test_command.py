@@ -209,7 +209,7 @@ def test_a_table_with_domains_is_planned(capsys):
 @pytest.mark.parametrize(
     "argv, line",
     [
-        ((*DIGITS[:2], "--gpus", "8", "--memory", "80"), "or give --tflops, --node_bandwidth, --network_bandwidth too"),
+        ((*DIGITS[:2], "--gpus", "8", "--memory", "80"), "or give --tflops, --node_bandwidth, --network_bandwidth"),
         ((*DIGITS, "--gpus", "8", "--speed", "2"), "speed does not exist"),
         (("--config", "configs/debug.yaml", "--gpus", "8", "--gpu", "h100"), "names no model"),
         ((*TABLE, "--gpus", "8", "--gpu", "h100"), "give --tables ROWS ..., and --numbers N"),
