@@ -80,7 +80,7 @@ class Experiment:
         if made["trainer"].get("fast_dev_run"):
             raise UsageError("trainer.fast_dev_run: a comparison needs whole runs")
         if getattr(model, "grow", None) is not None:
-            raise UsageError("model.grow: a comparison trains all from scratch; set it to null")
+            raise UsageError("model.grow: a comparison trains all models from scratch; set it to null")
         if getattr(model, "distil", None) is not None:
             raise UsageError("model.distil: a comparison trains all models on the labels alone; set it to null")
         self._cli.datamodule = data
