@@ -8,7 +8,6 @@ A slow machine trains for less, by its measured speed, so that no part is left o
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apps.base.files import CONFIGS, replacing
+from apps.base.files import CONFIGS, read_json, write_json
 from apps.base.messages import counted
 from apps.base.progress import Bar, bar, say
 from apps.cli.errors import failed, stopped
@@ -223,11 +222,10 @@ def _compared(
     except DataError as error:
         say(f"\n{part.name} is left out: {' '.join(str(error).split())}")
         return None
-    shares: dict[str, float] = json.loads((output / SHARES).read_text()) if (output / SHARES).exists() else {}
+    shares: dict[str, float] = read_json(output / SHARES) or {}
     is_new = part.name not in shares
     share = pace.share((part, *later)) if is_new else shares[part.name]
-    with replacing(output / SHARES) as file:
-        json.dump({**shares, part.name: share}, file)
+    write_json(output / SHARES, {**shares, part.name: share})
     whole.total = whole.done + sum(one.expected(share) for one in (part, *later))
     amount = part.amount(share)
     own = (part.scaled[0], str(amount), "--jobs", str(min(2, os.cpu_count() or 1)), "--output", str(output / part.name))

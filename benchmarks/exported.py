@@ -132,7 +132,7 @@ def measured(calls: Mapping[str, Call], rounds: int, seconds: float) -> dict[str
 
 def rows(label: str, graph: Graph, made: Mapping[str, Callable[..., Any]], args: argparse.Namespace) -> Iterator[Row]:
     """Yield the rows of one graph."""
-    from apps.serve.export.operators import computes_all
+    from apps.serve.export.programs import computes_all
 
     computes = "all" if computes_all(graph.network) else "chosen"
     for batch in BATCHES:

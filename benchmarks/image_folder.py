@@ -21,7 +21,7 @@ from torchvision.io import write_png
 
 import apps
 from apps.data.splits import SPLITS
-from apps.demonstrate.examples import data_of
+from apps.demonstrate.command import data_of
 
 
 def _labels(pairs: Any, place: int) -> dict[int, int]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import apps
 from apps.base.machine import machine_line
-from apps.demonstrate.examples import data_of
+from apps.demonstrate.command import data_of
 from apps.recsys.metrics import target_ranks
 from apps.recsys.retrieval.catalogue import Catalogue
 from apps.recsys.retrieval.metrics import RetrievalMetrics

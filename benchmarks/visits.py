@@ -21,7 +21,7 @@ from torch import Tensor
 
 import apps
 from apps.base.machine import machine_line
-from apps.demonstrate.examples import data_of
+from apps.demonstrate.command import data_of
 from apps.recsys.binary_metrics import auc
 from apps.recsys.retrieval.columns import column_of
 from apps.report.base import spread_places

@@ -17,8 +17,8 @@ import core
 from apps.cli.train import build, quiet
 from apps.compare.experiment import Experiment, arguments
 from apps.compare.options import Command
+from apps.compare.suite.command import experiment_of
 from apps.compare.suite.file import Suite
-from apps.compare.suite.queue import experiment_of
 from apps.compare.systems import SPARSE, candidates
 from apps.data import datasets
 from apps.data.subwords import SubwordConfig, train_subwords

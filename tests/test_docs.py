@@ -16,11 +16,10 @@ from PIL import Image
 
 import core
 from apps.cli import main
-from apps.compare.suite.figures import Figures
 from apps.compare.suite.file import Suite
-from apps.compare.suite.markdown import markdown
-from apps.compare.suite.standings import standings
+from apps.compare.suite.standings import Figures, leaderboard_page, standings
 from apps.equal_cost import routers
+from apps.report.page.writing import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -101,7 +100,9 @@ def test_the_leaderboard_is_that_of_its_suite_and_figures(monkeypatch):
     suite = Suite.read(Path("configs/suites/recommenders.yaml"))
     boards = [standings(board, suite, Figures(suite.figures_folder)) for board in suite.boards]
     again = f"{' '.join(suite.command())} --minutes 0"
-    assert suite.leaderboard_file.read_text(encoding="utf-8") == markdown(suite, boards), f"write it anew: {again}"
+    assert suite.leaderboard_file.read_text(encoding="utf-8") == markdown(leaderboard_page(suite, boards, "")), (
+        f"write it anew: {again}"
+    )
 
 
 @pytest.mark.parametrize("top", ["core", "apps"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 from apps.base.messages import unknown_name
@@ -19,3 +20,10 @@ def check_name(option: str, value: str, valid: Sequence[str]) -> None:
     """Raise a ValueError for a name that is none of ``valid``; it names the nearest one."""
     if value not in valid:
         raise ValueError(unknown_name(option, value, list(valid)))
+
+
+def check_installed(what: str, names: Sequence[str], extra: str) -> None:
+    """Raise a ValueError that says how to install the first of the packages that is missing and ``what`` needs."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f'{what} needs {name}, which is not installed: pip install "moesaic[{extra}]"')

@@ -26,6 +26,34 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
+@contextlib.contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """Make an empty folder beside ``path``, and delete it in the end if it was not moved."""
+    folder = temporary_path(path)
+    delete(folder)  # a kill has left it
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            delete(folder)
+
+
+def put_folder(folder: Path, path: Path) -> None:
+    """Move a folder to ``path``, in place of the one that is there; an error leaves that as it was."""
+    earlier = path.with_name(f".{path.name}.earlier")
+    delete(earlier)
+    if path.exists():
+        path.rename(earlier)
+    try:
+        folder.rename(path)
+    except OSError:
+        if earlier.exists():
+            earlier.rename(path)
+        raise
+    delete(earlier)
+
+
 def new_file(path: Path) -> Path:
     """Make an empty file beside ``path``, to be written and then moved there, and return its path.
 

@@ -95,11 +95,22 @@ def _dispatch(args: list[str]) -> int:
 
         for path in own_classes(rest):
             load_class(path)
-        return int(importlib.import_module(_OTHERS[command][0]).main(rest))
+        room = importlib.import_module(_OTHERS[command][0])
+        return int(room.main(rest) if hasattr(room, "main") else _run(room.__name__, rest))
     names = [*COMMANDS, *_OTHERS]
     near = difflib.get_close_matches(command, names, n=1)
     suggestion = f"; did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"{command!r} is not one of {', '.join(names)}{suggestion}")
+
+
+def _run(room: str, argv: list[str]) -> int:
+    """Run a command whose package has modules ``options`` and ``command``."""
+    from apps.base.imports import importing
+
+    options = importlib.import_module(f"{room}.options").Options.read(argv)  # a wrong one ends before torch is imported
+    with importing():
+        command = importlib.import_module(f"{room}.command")
+    return int(command.run(options))
 
 
 def _help() -> str:

@@ -26,7 +26,8 @@ from apps.cli.sweep import Sweep
 from apps.cli.write.page import test_page
 from apps.cli.write.predictions import PredictionFile, print_stream, shortened, write_stream
 from apps.report.base import FOLDER
-from apps.report.page import FILE, SECTIONS, Section, load_sections, open_page, show_page, write_index, write_page
+from apps.report.page import FILE, SECTIONS, Section, load_sections, open_page, show_page, write_page
+from apps.report.page.writing import write_index
 from apps.report.tables import print_in_parts
 from apps.train.checkpoint.checkpoints import BestAndLast
 from apps.train.checkpoint.contents import read_checkpoint

@@ -1,10 +1,10 @@
 """``moesaic compare CONFIG``: the sparse model of a configuration beside dense ones of equal cost, on the same data.
 
-The modules, from the ground up: ``options`` (the command line), ``stats`` (intervals and verdicts), ``systems`` (the
-models and their costs), ``experiment`` (a configuration, made again at will), ``training`` (one unit of work), ``plan``
-(all units), ``measure`` (speed and memory), ``summary`` and ``table`` (the numbers and how they are shown), ``work``
-(all units, in order), ``command`` (the whole). ``suite`` is a queue of many comparisons, ``moesaic compare --suite
-FILE``.
+The modules, from the ground up: ``options`` (the command line), ``systems`` (the
+models and their costs), ``experiment`` (a configuration, made again at will), ``training`` (one unit of work),
+``measure`` (speed and memory), ``summary`` (the numbers), ``work`` (the plan of all units, and these in order),
+``page`` (the tables and the report), ``command`` (the whole). ``suite`` is a queue of many comparisons, ``moesaic
+compare --suite FILE``.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str]) -> int:
     """Run ``moesaic compare ARGV``."""
-    if any(word.partition("=")[0] == "--suite" for word in argv):
-        from apps.compare.suite import main as suite
-
-        return suite(argv)
     from apps.base.imports import importing
+
+    if any(word.partition("=")[0] == "--suite" for word in argv):
+        from apps.compare.suite.file import Command as SuiteCommand
+
+        suite = SuiteCommand.read(argv)  # a wrong one ends here, before torch is imported
+        with importing():
+            from apps.compare.suite.command import run as run_suite
+        return run_suite(suite, argv)
     from apps.compare.options import Command
 
-    Command.read(argv)  # a wrong one ends here, before torch is imported
-
+    Command.read(argv)
     with importing():
         from apps.compare.command import run
-
     return run(argv)

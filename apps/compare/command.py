@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,18 @@ from apps.base.machine import machine_facts, moment
 from apps.base.progress import bar, say, set_aside
 from apps.base.quiet import quiet
 from apps.cli.errors import stopped
-from apps.compare import table
 from apps.compare.experiment import Experiment, arguments, validation_batch
 from apps.compare.options import Command
 from apps.compare.page import comparison_page, cost_charts
-from apps.compare.plan import Plan
 from apps.compare.summary import ExamplePair, Results, Summary, summarize
 from apps.compare.systems import SPARSE, System, find_systems, label
 from apps.compare.training import interruptible
-from apps.compare.use import sections_of_use
-from apps.compare.work import Work, result_files
+from apps.compare.work import Plan, Work, result_files, sections_of_use
 from apps.equal_cost import routers
 from apps.equal_cost.own_model import OwnModel
-from apps.report.page import FILE, Page, Section, open_page, save_charts, show_page, write_index, write_page
-from apps.runner.folder import at_work
+from apps.report.page import FILE, Page, Section, open_page, save_charts, show_page, write_page
+from apps.report.page.writing import markdown, write_index
+from apps.runner.runner import at_work
 
 
 def run(argv: Sequence[str]) -> int:
@@ -180,14 +178,14 @@ def _report(
     first_seed = {label(name): of_seeds[0] for name, of_seeds in results.examples.items() if of_seeds and of_seeds[0]}
     examples = module.side_by_side(first_seed) if SPARSE in first_seed else ""
     facts = _facts(plan, numbers)
-    markdown = write_text(output / "table.md", table.markdown(title, summary, facts, examples))
     page = comparison_page(title, summary, results, numbers, facts, examples, use)
+    text = write_text(output / "table.md", markdown(replace(page, figures=None)))  # a later table has all figures
     with set_aside():
         print(f"\n{title}")
         show_page(page)
     by_flops = cost_charts(summary)[:1]
     picture = save_charts(by_flops, output / "quality_against_flops.png", title) if by_flops else None
-    files = tuple(filter(None, (markdown, path, picture)))
+    files = tuple(filter(None, (text, path, picture)))
     say(f"as text, numbers and a picture: {', '.join(map(str, files))}")
     write_page(page, output / FILE)
     return Outcome(summary, output, files, page)

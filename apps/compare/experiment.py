@@ -58,10 +58,7 @@ class Experiment:
         if request.checkpoint is not None:
             raise UsageError(f"--ckpt_path {request.checkpoint}: a comparison trains every model from its start")
         if self.routers and request.sparsifies:
-            raise UsageError(
-                f"--routers {self.routers[0]}: routers are compared in the suite's own models; with sparsify give a "
-                "configuration for each"
-            )
+            raise UsageError(f"--routers {self.routers[0]}: with sparsify give a configuration for each")
         for needed in () if request.sparsifies else (SparseModule, Comparable):
             if request.model_class is not None and not issubclass(request.model_class, needed):
                 name = request.model_class.__name__
@@ -81,14 +78,9 @@ class Experiment:
         self.trainer_options = {**options, **device_options(options), "devices": 1}
         set_matmul_precision(self.trainer_options, self._config["float32_matmul_precision"])
         if made["trainer"].get("fast_dev_run"):
-            raise UsageError(
-                "trainer.fast_dev_run: a comparison needs whole runs; use few steps, as configs/debug.yaml"
-            )
+            raise UsageError("trainer.fast_dev_run: a comparison needs whole runs")
         if getattr(model, "grow", None) is not None:
-            raise UsageError(
-                "model.grow: a comparison trains all models from scratch, and the baselines have no trained model to "
-                "grow from; set it to null"
-            )
+            raise UsageError("model.grow: a comparison trains all models from scratch; set it to null")
         if getattr(model, "distil", None) is not None:
             raise UsageError("model.distil: a comparison trains all models on the labels alone; set it to null")
         self._cli.datamodule = data

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from apps.compare.costs import Costs
-from apps.compare.stats import paired_difference, quality_at, verdict
 from apps.compare.systems import SPARSE, TOLERANCE, System, claim, label
 from apps.equal_cost.comparable import ExampleDifference
 from apps.equal_cost.routers import PREFIX
-from apps.report.intervals import Interval, mean_interval
+from apps.report.intervals import Interval, mean_interval, paired_difference, quality_at, verdict
 from apps.report.tables import is_share
 
 Pair = tuple[Interval | None, Interval | None]
@@ -316,7 +315,7 @@ def sentence(row: Row, difference: Interval, summary: Summary, where: str, perce
     if half is None:
         why = f"{shown}; one seed gives no interval"
     elif half == 0:
-        why = f"{shown} with each of {n} seeds, which do not tell how far others would spread"
+        why = f"{shown} with each of {n} seeds: equal values do not estimate the spread over seeds"
     else:
         low, high = (number(end, percent, True, half) for end in (difference.low, difference.high))
         holds = "excludes" if difference.excludes_zero else "holds"

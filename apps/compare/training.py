@@ -21,8 +21,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from apps.base.files import read_json, write_json
 from apps.compare.experiment import Experiment
 from apps.compare.systems import label
+from apps.equal_cost.comparable import Search
 from apps.equal_cost.own_model import OwnModel
-from apps.equal_cost.search import Search
 from apps.runner import unit as units
 from apps.runner.workers import Progress, unseen
 from apps.train.checkpoint.checkpoints import AtomicCheckpointIO, BestAndLast

@@ -1,9 +1,15 @@
-"""The work of a plan, in order: the searches, the final runs, then speed and memory. Finished units stay so."""
+"""The plan of a comparison, saved so that only the same comparison goes on, and its work in order: the searches, the
+final runs, speed and memory, then the use of the experts. Finished units stay so."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import io
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +18,167 @@ import torch
 from apps.base.files import read_json, write_json
 from apps.base.machine import moment
 from apps.base.progress import Bar
+from apps.base.quiet import quiet
+from apps.cli.classes import with_short_names
 from apps.compare.experiment import Experiment
 from apps.compare.measure import Job, measure
-from apps.compare.plan import Plan, at_edge
-from apps.compare.stats import choose
+from apps.compare.options import Options
 from apps.compare.summary import Results, short_name, tuned
-from apps.compare.systems import System
-from apps.compare.training import Unit, train
-from apps.runner.runner import Runner
+from apps.compare.systems import SPARSE, System
+from apps.compare.training import Unit, interruptible, train
+from apps.equal_cost import routers
+from apps.registry import renamed, today
+from apps.report.base import FOLDER, ReportConfig
+from apps.report.intervals import choose
+from apps.report.page import SECTIONS, Section, load_sections, save_sections
+from apps.runner.runner import Runner, check_same
 from apps.runner.unit import RESULT
 from apps.runner.workers import Progress
+from apps.train.step.module import SparseModule
+from apps.train.watch.progress import PassBar
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work of a comparison.
+
+    Attributes:
+        config: resolved configuration, in plain values.
+        options: options of the command.
+        overlays: contents of each overlay of ``options.routers``, by the system's name.
+        rates: learning rates of the search; empty where the model's has no name.
+        configured_rate: learning rate of the configuration; None: the model's has no name, and none is searched.
+        seeds: seeds of the final runs.
+        search_seed: seed of the search; it differs from ``seeds``, so that no rate is chosen for their data order.
+    """
+
+    config: dict[str, Any]
+    options: Options
+    overlays: dict[str, Any]
+    rates: tuple[float, ...]
+    configured_rate: float | None
+    seeds: tuple[int, ...]
+    search_seed: int
+
+    @classmethod
+    def make(cls, config: dict[str, Any], options: Options, configured_rate: float | None, seed: int) -> Plan:
+        """Return the plan of a configuration, or raise the ValueError of a wrong overlay."""
+        seeds = tuple(range(seed, seed + options.num_seeds))
+        overlays = {system: routers.read(name) for system, name in routers.by_system(options.routers).items()}
+        rates = options.rates(configured_rate)
+        return cls(config, options, overlays, rates, configured_rate, seeds, seed + SEARCH_SEED)
+
+    def search_units(self, system: str) -> list[Unit]:
+        """Return the runs of the learning-rate search; empty where there is nothing to choose."""
+        if len(self.rates) < 2:
+            return []
+        return [Unit(system, rate, self.search_seed, self.options.search_share) for rate in self.rates]
+
+    def tuning_units(self, system: str) -> list[Unit]:
+        """Return the search of an estimator's settings, one for all seeds."""
+        return [Unit(system, None, self.search_seed, minutes=self.options.baseline_minutes)]
+
+    def final_units(self, system: str, rate: float | None, tunes: bool = False) -> list[Unit]:
+        minutes, by = (self.options.baseline_minutes, self.search_seed) if tunes else (None, None)
+        return [Unit(system, rate, seed, final=True, minutes=minutes, tuned_by=by) for seed in self.seeds]
+
+    def to_dict(self) -> dict[str, Any]:
+        of_work = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(Options)}
+        options = {name: list(value) if isinstance(value, tuple) else value for name, value in of_work.items()}
+        return {
+            "options": {**options, "routers": self.overlays},
+            "rates": list(self.rates),
+            "seeds": list(self.seeds),
+            "search_seed": self.search_seed,
+            "config": self.config,
+        }
+
+    def claim(self, output: Path) -> None:
+        """Save the plan in ``output``.
+
+        The saved plan may have other baselines, routers, rounds and minutes, and fewer seeds, on which no finished unit
+        depends. Overlays of routers that are left out stay saved, so that a router comes back as it was trained.
+
+        Raises:
+            ValueError: the saved plan is that of another comparison; the message names the differences.
+        """
+        path, wanted = output / "plan.json", self.to_dict()
+        saved = read_json(path)
+        if saved is not None:
+            saved["config"] = with_short_names(renamed(saved["config"], today))
+            check_same(output, "comparison", _adapted(saved, wanted), wanted)
+            overlays = {**(saved["options"]["routers"] or {}), **self.overlays}
+            wanted = {**wanted, "options": {**wanted["options"], "routers": overlays}}
+        write_json(path, wanted)
+
+
+_FREE = ("baselines", "rounds", "baseline_minutes")
+"""Options on which no finished unit depends."""
+
+
+def _adapted(saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Return ``saved`` with the values of ``wanted`` where these are free to differ."""
+    had, has = saved["options"], wanted["options"]
+    options, seeds = {**had, **{name: has[name] for name in _FREE}}, saved["seeds"]
+    if set(seeds) <= set(wanted["seeds"]):
+        options["num_seeds"], seeds = has["num_seeds"], wanted["seeds"]
+    known = had["routers"] or {}
+    options["routers"] = {name: known.get(name, overlay) for name, overlay in has["routers"].items()}
+    return {**saved, "options": options, "seeds": seeds}
+
+
+SEARCH_SEED = 1000
+"""Added to the config's seed for the search."""
+
+
+def at_edge(rate: float, rates: Sequence[float]) -> bool:
+    """Return whether a better rate may lie outside the tried ones."""
+    return len(rates) > 1 and rate in (min(rates), max(rates))
+
+
+EXAMPLES = 2000
+"""Test examples that are enough to tell which expert takes what, to the end of a batch."""
+
+
+def sections_of_use(experiment: Experiment, checkpoint: Path, output: Path) -> Sequence[Section]:
+    """Return the sections of the app's test report on the sparse model; its files are in ``output/report``.
+
+    They are made of the first test examples, without the slower parts of the report, where there are none that are as
+    new as ``checkpoint``. A module without a report has none.
+    """
+    folder = output / FOLDER
+    if not _is_new(folder / SECTIONS, checkpoint):
+        with quiet(own_notes=False), contextlib.redirect_stdout(io.StringIO()):  # the page has its warnings
+            _test(experiment, checkpoint, output)
+        if not _is_new(folder / SECTIONS, checkpoint):
+            save_sections([], folder)
+    return load_sections(folder)
+
+
+def _is_new(path: Path, checkpoint: Path) -> bool:
+    return path.exists() and path.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns
+
+
+def _test(experiment: Experiment, checkpoint: Path, output: Path) -> None:
+    """Test the sparse model with its report, if it has one."""
+    module, data = experiment.build(SPARSE)
+    if not isinstance(module, SparseModule) or not module.report_callbacks():
+        return
+    config = getattr(module, "report", None)
+    if isinstance(config, ReportConfig):
+        module.report = config.brief()  # type: ignore[assignment]
+    limit = _limit(experiment, getattr(data, "eval_batch_size", None))
+    trainer = experiment.trainer(PassBar(), limit_test_batches=limit, default_root_dir=str(output))
+    with interruptible(trainer):
+        trainer.test(module, datamodule=data, ckpt_path=str(checkpoint), verbose=False, weights_only=True)
+
+
+def _limit(experiment: Experiment, batch_size: int | None) -> float | int:
+    """Return the limit of the test's batches: the configuration's, else those that have ``EXAMPLES``, else all."""
+    limit: float | int | None = experiment.trainer_options.get("limit_test_batches")
+    if limit is None:
+        return 1.0 if batch_size is None else math.ceil(EXAMPLES / batch_size)
+    return limit
 
 
 class Work(Runner[Unit, dict[str, Any]]):

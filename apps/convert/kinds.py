@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import core
 from apps.cli.configs import read_config
 from apps.cli.errors import UsageError
-from apps.convert.conversion import Conversion, Request, Tensors
-from apps.convert.runs import Run, model_section
+from apps.convert.runs import Conversion, Request, Run, Tensors, model_section
 from apps.nets.blocks import moe_configs
 from apps.registry import name_of
 from core.convert import FeedForwardPart, SparseFFN, read_ffn
@@ -378,9 +377,7 @@ def _check_alike(first: Run, other: Run) -> None:
         if own != given:
             raise ValueError(f"{other.file} has another {argument} than {first.file}: their numbers mean other things")
     if not _equal(first.checkpoint.get("encoding"), other.checkpoint.get("encoding")):
-        raise ValueError(
-            f"{other.file} encodes its data otherwise than {first.file}: begin both with the weights of one run"
-        )
+        raise ValueError(f"{other.file} encodes its data otherwise than {first.file}")
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from apps.base.checks import check_at_least
 from apps.cli.errors import UsageError
@@ -43,6 +43,10 @@ class Options(CommandLine):
         check_at_least(0, batches=self.batches)
         if self.output.exists() or self.output.is_symlink():
             raise UsageError(f"--output {self.output} exists: it stays as it is; give a new folder")
+
+    @classmethod
+    def read(cls, argv: Sequence[str]) -> Any:
+        return cls.read_one_of(KINDS, argv)
 
     @property
     def runs(self) -> tuple[Path, ...]:
@@ -169,8 +173,3 @@ class Specialise(Options):
 
 
 KINDS = {one.kind: one for one in (Upcycle, Densify, Prune, Merge, Adapt, Consolidate, Specialise)}
-
-
-def read(argv: Sequence[str]) -> Options:
-    """Read the words after ``moesaic convert``; see ``Options.read``."""
-    return Options.read_one_of(KINDS, argv)

@@ -1,11 +1,17 @@
-"""A trained run as a conversion reads it, and the folder of the new run."""
+"""A trained run as a conversion reads it, what the conversion makes of it, and the new run.
+
+The new checkpoint is laid out first and then filled through a memory map: beside the source, which is mapped too, one
+tensor or one converted layer is in memory at a time.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import mmap
+import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +19,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from apps.base.files import delete, temporary_path
+import core
+from apps.base.files import folder_beside, naming
+from apps.base.progress import bar
 from apps.cli.configs import merge, read_config
-from apps.convert.streaming import write_checkpoint
 from apps.registry import name_of
 from apps.train.checkpoint.contents import read_checkpoint, unlike
 from apps.train.checkpoint.loading import check_beside, module_class
@@ -23,6 +30,82 @@ from apps.train.checkpoint.paths import find_checkpoint
 from apps.train.checkpoint.run_folder import mark
 from apps.train.step.module import SparseModule
 from core.config.plain import arguments_from_plain, arguments_to_plain
+
+
+def write_checkpoint(
+    path: Path, rest: Mapping[str, Any], layout: Mapping[str, Tensor], values: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write a checkpoint whose tensors are made one after another.
+
+    Args:
+        path: the file, in a folder that exists.
+        rest: the contents beside ``state_dict``.
+        layout: tensors of any contents for the ``state_dict``; names with one tensor share it in the file.
+        values: the value of each name; all names occur.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk.
+        ValueError: a value has another shape than the layout.
+    """
+    mapped = laid_out(path, {**rest, "state_dict": dict(layout)})
+    fill({name: value for name, value in mapped.items() if name != "state_dict"}, rest)
+    with bar("writing the new model", sum(map(_num_bytes, layout.values()))) as shown:
+        for name, value in values:
+            place = mapped["state_dict"][name]
+            if place.shape != value.shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, and its place {tuple(place.shape)}")
+            place.copy_(value)
+            del value  # before the next one is made
+            shown.advance(_num_bytes(place))
+    sync(path)
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def laid_out(path: Path, contents: Mapping[str, Any]) -> Any:
+    """Write a file of contents whose tensors have no values yet, and return it mapped: what is copied to a tensor is
+    written.
+
+    Args:
+        path: the file, in a folder that exists.
+        contents: plain values, and tensors of any contents on the CPU.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk.
+    """
+    with naming(path):
+        try:
+            with torch.serialization.skip_data():
+                torch.save(dict(contents), path)
+        except RuntimeError as error:  # torch does not say why its zip file cannot be written
+            raise OSError(f"cannot write {path}: the disk may be full") from error
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                # The file has holes so far: a full disk has to show here, and not in a write through the map.
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
+def fill(places: Any, values: Any) -> None:
+    """Copy each tensor of nested values to its place in values of the same form, which may have further tensors."""
+    if isinstance(values, Tensor):
+        places.copy_(values)
+    elif isinstance(values, Mapping):
+        for name, value in values.items():
+            fill(places[name], value)
+    elif isinstance(values, (list, tuple)):
+        for place, value in zip(places, values, strict=True):
+            fill(place, value)
+
 
 KEPT = ("pytorch-lightning_version", "hparams_name", "module_class", "encoding")
 """Entries of a checkpoint that a converted one keeps: the optimizer's state and the steps are the old model's."""
@@ -75,6 +158,11 @@ class Run:
             if left_out:
                 print(f"configuration: {beside}; left out: {', '.join(left_out)} (--config takes all)", file=sys.stderr)
         return cls(file, checkpoint, module_class(checkpoint, file), values)
+
+    def check_data(self, batches: int) -> None:
+        """Raise a ``ValueError`` where batches are asked for, and no configuration says what the data are."""
+        if batches and self.config is None:
+            raise ValueError(f"no {CONFIG} lies beside {self.file}: give --config FILE, or --batches 0")
 
     @property
     def is_own(self) -> bool:
@@ -131,10 +219,6 @@ class Run:
         module.load_state_dict(self.checkpoint["state_dict"], assign=True)
         return module.eval()
 
-    def written_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return arguments as the plain values of a checkpoint and a configuration."""
-        return arguments_to_plain(self.kind, arguments)
-
 
 def model_section(overlay: Mapping[str, Any]) -> dict[str, Any]:
     """Return the model's arguments that a configuration gives."""
@@ -146,19 +230,13 @@ def model_section(overlay: Mapping[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def new_run(output: Path) -> Iterator[Path]:
     """Make a folder beside ``output``, and move it there once the block has ended without an error."""
-    temporary = temporary_path(output)
-    delete(temporary)  # a kill has left it
-    try:
-        (temporary / WEIGHTS.parent).mkdir(parents=True)
-        mark(temporary)
-        yield temporary
+    with folder_beside(output) as folder:
+        (folder / WEIGHTS.parent).mkdir(parents=True)
+        mark(folder)
+        yield folder
         if output.exists():
             raise ValueError(f"{output} has appeared meanwhile: it stays as it is")
-        temporary.rename(output)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            delete(temporary)
-        raise
+        folder.rename(output)
 
 
 def write_run(
@@ -188,7 +266,7 @@ def write_run(
         OSError: it cannot be written.
     """
     stays = run.checkpoint.get("hyper_parameters") or {}
-    plain = stays if arguments is None else run.written_arguments(arguments)
+    plain = stays if arguments is None else arguments_to_plain(run.kind, arguments)
     kept = {name: run.checkpoint[name] for name in KEPT if name in run.checkpoint}
     if run.is_own and "sparsify" not in extra:
         kept.pop("module_class", None)
@@ -205,3 +283,95 @@ def write_run(
         config["run_dir"] = str(run_dir)
         (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
     return file
+
+
+Statistics = Mapping[str, core.ExpertStatistics]
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model that is to be written.
+
+    Attributes:
+        arguments: of its constructor.
+        replaced: by the dotted name of a module, or of one tensor, what makes the new tensors by their names below it;
+            "" is the tensor itself. All other tensors stay as they are.
+        data: arguments of the data that change.
+        extra: further entries of the checkpoint.
+    """
+
+    arguments: dict[str, Any]
+    replaced: Mapping[str, Callable[[], Tensors]]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def values(self, state: Tensors) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor of the new model with its name, those that stay first."""
+        for name, value in state.items():
+            if self.owner(name) is None:
+                yield name, value
+        for prefix, make in self.replaced.items():
+            yield from _named(prefix, make)
+
+    def layout(self, run: Run, outline: SparseModule) -> dict[str, Tensor]:
+        """Return tensors without contents of the shapes and dtypes of the new model.
+
+        Args:
+            run: the run that is converted.
+            outline: the new model.
+
+        Raises:
+            ValueError: a tensor that stays is not the new model's.
+        """
+        places: dict[Any, Tensor] = {}
+        old, layout = run.state, {}
+        floats = {value.dtype for value in old.values() if value.is_floating_point()}
+        for name, new in outline.state_dict().items():
+            if not isinstance(new, Tensor):
+                continue
+            if self.owner(name) is not None:
+                # A run of one precision keeps it.
+                dtype = next(iter(floats)) if new.is_floating_point() and len(floats) == 1 else new.dtype
+                layout[name] = torch.empty(new.shape, dtype=dtype)
+                continue
+            value = old.get(name)
+            if value is None or value.shape != new.shape:
+                there = "missing" if value is None else tuple(value.shape)
+                raise ValueError(f"the converted model has {name} of {tuple(new.shape)}, and {run.file} {there}")
+            # Tied tensors stay one.
+            key = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape)
+            layout[name] = places.setdefault(key, torch.empty(value.shape, dtype=value.dtype))
+        lost = next((name for name in old if name not in layout and self.owner(name) is None), None)
+        if lost is not None:
+            raise ValueError(f"the converted model has no place for {lost} of {run.file}")
+        return layout
+
+    def owner(self, name: str) -> str | None:
+        """Return the replaced module or tensor that a name belongs to; None: it stays."""
+        return next((p for p in self.replaced if name == p or name.startswith(f"{p}.")), None)
+
+
+def _named(prefix: str, make: Callable[[], Tensors]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of one module by their full names; none of them outlives this call."""
+    for name, value in make().items():
+        yield f"{prefix}.{name}" if name else prefix, value.detach()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be converted, and how.
+
+    Attributes:
+        run: the run.
+        module: its model, with tensors that are mapped; a user's own is in memory.
+        options: the command line, with the options of the kind.
+        statistics: of the experts, by layer; None: no batches were asked for, or the kind reads none.
+        others: further runs, to be merged.
+    """
+
+    run: Run
+    module: Any
+    options: Any
+    statistics: Statistics | None = None
+    others: tuple[Run, ...] = ()

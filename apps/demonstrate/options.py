@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from apps.base.checks import check_at_least
+from apps.base.checks import check_at_least, check_installed
 from apps.base.ports import check_port
 from apps.cli.parser import CommandLine, Config, Run
-from apps.demonstrate.library import check_library
-from apps.demonstrate.serving import PORT
 from apps.train.checkpoint.paths import find_checkpoint
+
+PORT = 7860
+LIBRARIES = ("gradio",)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Options(CommandLine):
         check_at_least(0, examples=self.examples)
         find_checkpoint(self.ckpt_path)
         check_port(self.port)
-        check_library()
+        check_installed("moesaic demo", LIBRARIES, "demo")
 
     @property
     def checkpoint(self) -> Path:

@@ -5,23 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cache
-from html import escape
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from apps.base.messages import message, one_line
 from apps.cli.errors import describe
 from apps.demonstrate.drawing import draw_parts, problem
-from apps.report.exhibit import (
-    Answer,
-    ChoiceField,
-    Exhibit,
-    Field,
-    ImageField,
-    ItemsField,
-    NumberField,
-    TextField,
-)
+from apps.report.exhibit import Answer, ChoiceField, Exhibit, Field, ImageField, ItemsField, NumberField, TextField
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +52,12 @@ def build_page(exhibit: Exhibit, name: str, folder: Path) -> Any:
     """
     import gradio as gr
 
-    examples = _Examples(exhibit, folder)
-    first = examples.values[0] if examples.values else None
+    examples = _example_values(exhibit, folder)
+    first = examples[0] if examples else None
     shown, by_layer = (_shown(_WAITING), {}) if first is None else _answer(exhibit, first)
     names, title = list(by_layer), f"{name} - moesaic demo"
     with gr.Blocks(analytics_enabled=False, title=title, delete_cache=_FORGET_AFTER) as page:
-        gr.HTML(_shown(f"<h1>{escape(name)}</h1><p>{escape(exhibit.about)}</p>"))
+        gr.HTML(_shown(Markup("<h1>{}</h1><p>{}</p>").format(name, exhibit.about)))
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
                 side_by_side = len(exhibit.fields) >= _MANY_FIELDS
@@ -73,7 +65,7 @@ def build_page(exhibit: Exhibit, name: str, folder: Path) -> Any:
                     start = [_start(field) for field in exhibit.fields] if first is None else first
                     fields = [_component(*both) for both in zip(exhibit.fields, start, strict=True)]
                 button = gr.Button(exhibit.action, variant="primary")
-                buttons = examples.buttons()
+                buttons = _example_buttons(exhibit, examples)
             with gr.Column(scale=6, min_width=320):
                 answer = gr.HTML(shown, elem_id="answer")
                 last = names[-1] if names else None
@@ -100,7 +92,7 @@ def build_page(exhibit: Exhibit, name: str, folder: Path) -> Any:
             if isinstance(field, TextField | NumberField):
                 component.submit(answered, [layer, *fields], outputs, **private)
         layer.input(show, [layer, layers], experts, **private)
-        for example, values in zip(buttons, examples.values, strict=True):
+        for example, values in zip(buttons, examples, strict=True):
 
             def take(chosen: str | None, values: Sequence[Any] = values) -> list[Any]:
                 return [*values, *answered(chosen, *values)]
@@ -178,45 +170,30 @@ def _component(field: Field, value: Any) -> Any:
 # ---- examples
 
 
-class _Examples:
-    """The examples of an exhibit on its page.
-
-    Args:
-        exhibit: what the page has.
-        folder: folder for the images.
-
-    Attributes:
-        values: what stands in the fields after a click on each; an image is a file then.
-    """
-
-    def __init__(self, exhibit: Exhibit, folder: Path) -> None:
-        self._labels = [example.label for example in exhibit.examples]
-        self._image = next((i for i, field in enumerate(exhibit.fields) if isinstance(field, ImageField)), None)
-        self.values = [
-            [_standing(field, own) for field, own in zip(exhibit.fields, example.values, strict=True)]
-            for example in exhibit.examples
-        ]
-        if self._image is not None:
-            for number, own in enumerate(self.values):
-                own[self._image] = _image_file(own[self._image], folder / f"{number}.png")
-
-    def buttons(self) -> list[Any]:
-        """Return a button for each; an image is shown on it."""
-        import gradio as gr
-
-        if not self.values:
-            return []
-        gr.HTML(_shown('<p class="title">Examples</p>'))
-        with gr.Row(elem_classes=["examples"]):
-            return [
-                gr.Button(label, icon=None if self._image is None else own[self._image], size="sm", min_width=40)
-                for label, own in zip(self._labels, self.values, strict=True)
-            ]
-
-
-def _image_file(image: Any, path: Path) -> str:
-    """Write an image, uint8 (H, W) or (H, W, 3), as PNG, and return its path."""
+def _example_values(exhibit: Exhibit, folder: Path) -> list[list[Any]]:
+    """Return what stands in the fields after a click on each example; an image is a file of the folder then."""
     from PIL import Image
 
-    Image.fromarray(image).save(path)
-    return str(path)
+    values = [[*example.values] for example in exhibit.examples]
+    for number, own in enumerate(values):
+        for i, field in enumerate(exhibit.fields):
+            if isinstance(field, ImageField):
+                path = folder / f"{number}.png"
+                Image.fromarray(own[i]).save(path)
+                own[i] = str(path)
+            own[i] = _standing(field, own[i])
+    return values
+
+
+def _example_buttons(exhibit: Exhibit, values: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return a button for each example; an image is shown on it."""
+    import gradio as gr
+
+    if not values:
+        return []
+    gr.HTML(_shown('<p class="title">Examples</p>'))
+    image = next((i for i, field in enumerate(exhibit.fields) if isinstance(field, ImageField)), None)
+    icons = [None if image is None else own[image] for own in values]
+    with gr.Row(elem_classes=["examples"]):
+        pairs = zip(exhibit.examples, icons, strict=True)
+        return [gr.Button(own.label, icon=icon, size="sm", min_width=40) for own, icon in pairs]

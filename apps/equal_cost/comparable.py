@@ -1,10 +1,14 @@
 """A module answers a comparison through ``Comparable``: its baselines, blocks that they replace, routers and examples.
 
-Training asks none of this. A module that is to be compared takes ``Comparable`` beside ``SparseModule``.
+Its dense twins and the search of an estimator's settings are here too. Training asks none of this. A module that is to
+be compared takes ``Comparable`` beside ``SparseModule``.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -16,6 +20,54 @@ import core
 from apps.nets.depths import TokenGate
 from apps.nets.place import Place
 from apps.train.step.module import TaskOutput
+from core.convert import SolvedWidth, same_width, solve_width
+
+
+class Search:
+    """The settings that a baseline tries, and the time for them.
+
+    A setting is begun while there is time left, and then finished. Results are kept by the setting's name, so that an
+    interrupted search goes on with the next setting, and the seconds of all count.
+
+    Args:
+        minutes: time for all settings of all tasks.
+        tried: results of an earlier part of the search.
+        keep: is called with ``tried`` after each setting.
+
+    Attributes:
+        tried: ``quality`` on the validation split and ``seconds`` of each tried setting, by its name.
+        total: number of settings of the whole search, which the baseline counts up.
+    """
+
+    def __init__(
+        self,
+        minutes: float = math.inf,
+        tried: Mapping[str, Mapping[str, float]] | None = None,
+        keep: Callable[[dict[str, dict[str, float]]], None] = lambda tried: None,
+    ) -> None:
+        self.minutes, self.keep, self.total = minutes, keep, 0
+        self.tried = {name: dict(result) for name, result in (tried or {}).items()}
+
+    @property
+    def seconds(self) -> float:
+        return sum(result["seconds"] for result in self.tried.values())
+
+    def quality(self, name: str, run: Callable[[], float], until: float = math.inf) -> float | None:
+        """Return the quality of a setting, which ``run()`` measures where it is not known; None where time is up.
+
+        Args:
+            name: name of the setting.
+            run: tries the setting and returns its quality.
+            until: share of the minutes within which the setting is begun.
+        """
+        if name not in self.tried:
+            if self.seconds >= 60 * self.minutes * until:
+                return None
+            began = time.perf_counter()
+            quality = run()
+            self.tried[name] = {"quality": quality, "seconds": time.perf_counter() - began}
+            self.keep(self.tried)
+        return self.tried[name]["quality"]
 
 
 @dataclass(frozen=True)
@@ -205,3 +257,75 @@ class Comparable:
     def side_by_side(self, systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         """Return lines that show some examples as each system, named by its heading, answers them; may be empty."""
         return ""
+
+
+@dataclass(frozen=True)
+class DenseTwin:
+    """Makes ``sparse`` anew with a dense FFN in place of its experts; unlike a closure, it pickles.
+
+    Attributes:
+        sparse: ``SparseModule`` with the arguments ``moe`` and ``dense_ffn``.
+        ffn: FFN of the blocks that have experts.
+        changed: further arguments of the module, by name.
+    """
+
+    sparse: Any
+    ffn: core.DenseFFN
+    changed: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> Any:
+        return self.sparse.twin(moe=None, dense_ffn=self.ffn, **self.changed)
+
+
+def equal_widths(
+    prefix: str, dense: core.DenseFFN, dim: int, flops: float, params: float, each: str = ""
+) -> dict[str, SolvedWidth]:
+    """Return the hidden dims at which ``dense`` costs ``flops`` a token, and at which it has ``params`` parameters.
+
+    Their names are "<prefix>_equal_flops" and "<prefix>_equal_params". ``each`` ends the unit in a message, as " a
+    block".
+    """
+
+    def at(width: int) -> core.DenseFFN:
+        return dataclasses.replace(dense, hidden_dim=width)
+
+    return {
+        f"{prefix}_equal_flops": solve_width(lambda width: at(width).flops_per_token(dim), flops, f"flops{each}"),
+        f"{prefix}_equal_params": solve_width(lambda width: at(width).num_params(dim), params, f"params{each}"),
+    }
+
+
+def dense_twins(sparse: Comparable, dense: core.DenseFFN) -> dict[str, Baseline]:
+    """Return dense models of equal active FLOPs and of equal parameters.
+
+    The other blocks of ``sparse`` have the FFN ``dense``; only the FFNs in place of experts are wider, all alike.
+    """
+    layers = sparse.routed_layers()
+    if layers is None:
+        return {}
+    widths = equal_widths("dense", dense, layers.dim, layers.flops_per_token(), layers.num_params())
+    says = f"FFN hidden dim {{width}} in place of experts, {dense.hidden(layers.dim)} elsewhere"
+    return baselines_of(widths, lambda width: DenseTwin(sparse, dataclasses.replace(dense, hidden_dim=width)), says)
+
+
+def baselines_of(
+    widths: Mapping[str, SolvedWidth], build: Callable[[int], Callable[[], Any]], says: str
+) -> dict[str, Baseline]:
+    """Return a baseline for each width, or a note where there is none or it coincides with another.
+
+    Args:
+        widths: solved widths by the baselines' names.
+        build: returns what makes the model of a width, such as a ``DenseTwin``; its result pickles.
+        says: description of the model, with ``{width}`` in it.
+    """
+    baselines: dict[str, Baseline] = {}
+    for name, (width, problem) in widths.items():
+        twin = next((n for n, b in baselines.items() if b.build and same_width(width, widths[n].width)), None)
+        note = says.format(width=width)
+        if problem:
+            baselines[name] = Baseline(None, problem)
+        elif twin is not None:
+            baselines[name] = Baseline(None, f"coincides with {twin}: {note}, there {widths[twin].width}")
+        else:
+            baselines[name] = Baseline(build(width), note)
+    return baselines

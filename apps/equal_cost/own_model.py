@@ -61,9 +61,7 @@ class OwnModel(Comparable):
                 raise ValueError(f"{name} has no {step}, which a comparison needs")
         monitor = getattr(module, "monitor", None)
         if not isinstance(monitor, str):
-            raise ValueError(
-                "sparsify.metric is missing: the name under which validation logs what is compared, such as val_acc"
-            )
+            raise ValueError("sparsify.metric is missing: the name under which validation logs it")
         self.monitor = monitor
         self.monitor_mode: Literal["min", "max"] = getattr(module, "monitor_mode", self.section.mode)
 
@@ -220,8 +218,9 @@ def num_examples(batch: Any, part: str | int | None = None) -> int:
         value = batch[part] if hasattr(batch, "__getitem__") else getattr(batch, str(part))
         return value if isinstance(value, int) else len(value)
     except (KeyError, IndexError, AttributeError, TypeError) as error:
+        kind = type(batch).__name__
         raise ValueError(
-            f"sparsify.examples={part!r} is no part of a batch with a length: the batch is a {type(batch).__name__}"
+            f"sparsify.examples={part!r} is no part of a batch with a length: the batch is a {kind}"
         ) from error
 
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import core
-from apps.equal_cost.comparable import Baseline, RoutedLayers
-from apps.equal_cost.twins import DenseTwin, dense_twins, equal_widths
+from apps.equal_cost.comparable import Baseline, DenseTwin, RoutedLayers, dense_twins, equal_widths
 from apps.multimodal.towers.random_init import PatchImages, PieceTexts
 from apps.multimodal.towers.towers import SingleTower
 from apps.multimodal.towers.two_towers import PairOfTowers, TwoTowers

@@ -20,11 +20,9 @@ from apps.multimodal.report.use import Rows, tokens
 from apps.multimodal.search.search import shares_of
 from apps.multimodal.search.vectors import encode_texts, vectors_of_pixels
 from apps.nlp.text.words import words_of
-from apps.report.exhibit.fields import ImageField, TextField
-from apps.report.exhibit.parts import Bars, Example, Exhibit, Images, LayerPart, Part, Patches, Pieces
-from apps.report.exhibit.routes import expert_names
+from apps.report.exhibit import Bars, Example, Exhibit, ImageField, Images, LayerPart, Part, Patches, Pieces, TextField
 from apps.report.page import Table
-from apps.report.routed import layer_label
+from apps.report.routed import expert_names, layer_label
 from apps.task import MOST_EXPERTS, Input, Loss, Output, Sizes, Task, Trial, ids_on_meta
 from apps.task.outputs import SHARE
 from apps.train.publish.exporting import Exported, Graph

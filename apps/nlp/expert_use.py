@@ -20,10 +20,9 @@ from apps.nlp.specialisation import (
     by_label,
     specialisation,
 )
-from apps.report.heatmaps import shares
 from apps.report.page import Section, Table
 from apps.report.tables import write_csv
-from apps.report.use import load_parts, map_parts, some_layers, typical_parts
+from apps.report.use import load_parts, map_parts, shares, some_layers, typical_parts
 
 _MOST_PAIRS = 16  # language pairs up to which each has a row
 

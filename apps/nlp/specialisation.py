@@ -26,9 +26,7 @@ from torch import Tensor
 
 import core
 from apps.data.subwords import Side, Subwords
-from apps.report.groups import QUARTERS, quarters
-from apps.report.specialised import entropy, mutual_information
-from apps.report.use import ExpertUse, Labels, Tokens
+from apps.report.use import QUARTERS, ExpertUse, Labels, Tokens, entropy, mutual_information, quarters
 
 CLASSES = (
     "begin of sentence",

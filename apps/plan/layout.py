@@ -1,31 +1,15 @@
-"""What a training step costs on one layout of a mesh: memory, traffic and time of a rank."""
+"""What a training step costs on one layout of a mesh, and the best layout for each expert-parallel degree."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from apps.plan.formulas import (
-    Memory,
-    Part,
-    Traffic,
-    all_gather,
-    all_reduce,
-    all_to_all,
-    count_bytes,
-    exchanged_bytes,
-    group,
-    ids,
-    peak_memory,
-    pooled,
-    reduce_scatter,
-    step_flops,
-    step_seconds,
-    tables_bytes,
-)
+from apps.plan import formulas
 from apps.plan.options import Options
 from apps.plan.outline import Block, Layer, Outline
+from core.parallel import refusal
 
 _INDEX_BYTES = 48
 """Bytes of the indices that the exchange keeps for a row, six of int64."""
@@ -50,6 +34,11 @@ class Layout:
     experts: int = 1
     hidden: int = 1
     rest: str = "replicate"
+
+    @property
+    def mesh(self) -> tuple[int, ...]:
+        """The sizes of its dimensions."""
+        return self.replicas, self.shards, self.nodes, self.experts, self.hidden
 
     @property
     def degree(self) -> int:
@@ -84,8 +73,8 @@ class Cost:
     """
 
     layout: Layout
-    memory: Memory
-    traffic: Mapping[str, Traffic]
+    memory: formulas.Memory
+    traffic: Mapping[str, formulas.Traffic]
     compute: float
     exchange: float
     data: float
@@ -99,24 +88,6 @@ class Cost:
         return self.exchange / self.seconds
 
 
-@dataclass(frozen=True)
-class _Bytes:
-    """Bytes of a number.
-
-    Attributes:
-        stored: of a parameter, its gradient and each number of the optimizer's state.
-        gathered: of a gathered parameter and of a gradient before it is reduced.
-    """
-
-    stored: int
-    gathered: int
-
-
-def _bytes(options: Options) -> _Bytes:
-    stored = 2 if options.precision == "bf16-true" else 4
-    return _Bytes(stored, 2 if options.param_dtype is not None else stored)
-
-
 def cost(outline: Outline, options: Options, layout: Layout, sharding: str | None = None) -> Cost:
     """Return what a step costs on a layout.
 
@@ -126,11 +97,10 @@ def cost(outline: Outline, options: Options, layout: Layout, sharding: str | Non
         layout: of all ``options.gpus``.
         sharding: of the tables, one of ``formulas.SHARDINGS``; None: there are none.
     """
-    size = _bytes(options)
-    memory = _memory(outline, options, layout, size, sharding)
-    traffic = _traffic(outline, options, layout, size, sharding)
+    memory = _memory(outline, options, layout, sharding)
+    traffic = _traffic(outline, options, layout, sharding)
     gpu = options.gpu
-    compute = step_flops(outline.flops, options.checkpointing) / (options.rate * options.efficiency)
+    compute = formulas.step_flops(outline.flops, options.checkpointing) / (options.rate * options.efficiency)
     seconds = {name: t.seconds(gpu.within, gpu.between, options.latency) for name, t in traffic.items()}
     exchange = sum(seconds[name] for name in ("experts", "tables", "balance"))
     data = seconds["gradients"] + seconds["parameters"]
@@ -141,7 +111,7 @@ def cost(outline: Outline, options: Options, layout: Layout, sharding: str | Non
         compute=compute,
         exchange=exchange,
         data=data,
-        seconds=step_seconds(compute, exchange, data),
+        seconds=formulas.step_seconds(compute, exchange, data),
         fits=memory.total <= options.usable_memory * gpu.memory,
         sharding=sharding,
     )
@@ -150,24 +120,24 @@ def cost(outline: Outline, options: Options, layout: Layout, sharding: str | Non
 # ---- memory
 
 
-def _memory(outline: Outline, options: Options, layout: Layout, size: _Bytes, sharding: str | None) -> Memory:
-    experts, rest = layout.degree * layout.shards, layout.rest_ranks
+def _memory(outline: Outline, options: Options, layout: Layout, sharding: str | None) -> formulas.Memory:
+    experts, rest, size = layout.degree * layout.shards, layout.rest_ranks, options.stored_bytes
     weights = optimizer = 0.0
     step = 0.0
     for block in outline.parts:
         params = block.rest.params / rest + block.experts.params / experts
-        weights += size.stored * params
-        optimizer += size.stored * (block.rest.state / rest + block.experts.state / experts)
-        optimizer += size.stored * params * outline.averaged
-        step = max(step, size.stored * block.rest.step / rest, size.stored * block.experts.step / experts)
+        weights += size * params
+        optimizer += size * (block.rest.state / rest + block.experts.state / experts)
+        optimizer += size * params * outline.averaged
+        step = max(step, size * block.rest.step / rest, size * block.experts.step / experts)
     if sharding is not None:
         sizes = [(t.rows, t.dim, t.state) for t in outline.tables]
-        weights += tables_bytes(sizes, group(options.gpus, 1, options.node), sharding)
-    root, *blocks = (_part(block, outline, options, layout, size) for block in outline.parts)
-    return peak_memory(weights, optimizer, root, blocks, step)
+        weights += formulas.tables_bytes(sizes, formulas.group(options.gpus, 1, options.node), sharding)
+    root, *blocks = (_part(block, outline, options, layout) for block in outline.parts)
+    return formulas.peak_memory(weights, optimizer, root, blocks, step)
 
 
-def _part(block: Block, outline: Outline, options: Options, layout: Layout, size: _Bytes) -> Part:
+def _part(block: Block, outline: Outline, options: Options, layout: Layout) -> formulas.Part:
     """Return a block as one rank has it."""
     over, rest = layout.degree * layout.shards, layout.rest_ranks
     experts = block.experts.params / layout.degree
@@ -178,13 +148,13 @@ def _part(block: Block, outline: Outline, options: Options, layout: Layout, size
     checkpointed = options.checkpointing and bool(block.name)
     unit = max(block.rest.trainable, block.experts.trainable / layout.degree)
     buffer = max(block.rest.params * (rest > 1), experts * (layout.shards > 1))
-    return Part(
+    return formulas.Part(
         activations=block.entering if checkpointed else kept,
-        gradients=size.stored * (block.rest.trainable / rest + block.experts.trainable / over),
-        whole=size.gathered * (block.rest.params + experts),
-        buffer=size.gathered * buffer,
-        whole_gradients=size.gathered * unit,
-        reduced=size.stored * unit,
+        gradients=options.stored_bytes * (block.rest.trainable / rest + block.experts.trainable / over),
+        whole=options.gathered_bytes * (block.rest.params + experts),
+        buffer=options.gathered_bytes * buffer,
+        whole_gradients=options.gathered_bytes * unit,
+        reduced=options.stored_bytes * unit,
         again=kept if checkpointed else 0.0,
         working=working,
     )
@@ -210,44 +180,42 @@ def _working(layer: Layer, options: Options, layout: Layout) -> float:
 # ---- traffic
 
 
-def _traffic(
-    outline: Outline, options: Options, layout: Layout, size: _Bytes, sharding: str | None
-) -> dict[str, Traffic]:
+def _traffic(outline: Outline, options: Options, layout: Layout, sharding: str | None) -> dict[str, formulas.Traffic]:
     """Return what leaves a rank in a step, by collective."""
     node, W = options.node, options.gpus
-    experts = Traffic()
+    experts = formulas.Traffic()
     passes = 2 if options.checkpointing else 1
     for layer in outline.layers.values():
         if layout.degree > 1:
-            moved = exchanged_bytes(layer.rows, layer.dim, layer.out_dim, options.dtype_bytes, passes)
-            moved += passes * count_bytes(layer.num_experts)
-            one = all_to_all(moved, layout.experts, layout.hidden, layout.nodes, node)
+            moved = formulas.exchanged_bytes(layer.rows, layer.dim, layer.out_dim, options.dtype_bytes, passes)
+            moved += passes * formulas.count_bytes(layer.num_experts)
+            one = formulas.all_to_all(moved, layout.experts, layout.hidden, layout.nodes, node)
             # Counts, rows there with their gates, and rows back are exchanges of their own; so are their gradients.
-            experts += Traffic(one.within, one.between, one.messages * (passes * 4 + 3))
-    tables, everyone = Traffic(), group(W, 1, node)
+            experts += formulas.Traffic(one.within, one.between, one.messages * (passes * 4 + 3))
+    tables, everyone = formulas.Traffic(), formulas.group(W, 1, node)
     if sharding is not None:
         B, columns = outline.trial.examples, len(outline.tables)
-        tables = pooled(B, sum(t.dim for t in outline.tables), columns, everyone, sharding)
-        tables += ids(B, columns, options.pooling, everyone, sharding)
+        tables = formulas.pooled(B, sum(t.dim for t in outline.tables), columns, everyone, sharding)
+        tables += formulas.ids(B, columns, options.pooling, everyone, sharding)
     numbers = sum(2 * layer.num_experts + 1 for layer in outline.layers.values())
-    gradients, parameters = _data(outline, options, layout, size)
+    gradients, parameters = _data(outline, options, layout)
     return {
         "experts": experts,
         "tables": tables,
-        "balance": all_reduce(4.0 * numbers, everyone) if numbers else Traffic(),
+        "balance": formulas.all_reduce(4.0 * numbers, everyone) if numbers else formulas.Traffic(),
         "gradients": gradients,
         "parameters": parameters,
     }
 
 
-def _data(outline: Outline, options: Options, layout: Layout, size: _Bytes) -> tuple[Traffic, Traffic]:
+def _data(outline: Outline, options: Options, layout: Layout) -> tuple[formulas.Traffic, formulas.Traffic]:
     """Return the traffic of reducing gradients and of gathering parameters."""
     node, degree = options.node, layout.degree
-    rest = group(layout.rest_ranks, 1, node)
-    copies = group(layout.ranks // layout.rest_ranks, layout.rest_ranks, node)
-    shards = group(layout.shards, degree, node)
-    replicas = group(layout.replicas, degree * layout.shards, node)
-    gradients = parameters = Traffic()
+    rest = formulas.group(layout.rest_ranks, 1, node)
+    copies = formulas.group(layout.ranks // layout.rest_ranks, layout.rest_ranks, node)
+    shards = formulas.group(layout.shards, degree, node)
+    replicas = formulas.group(layout.replicas, degree * layout.shards, node)
+    gradients = parameters = formulas.Traffic()
     for block in outline.parts:
         # What is in no block stays gathered; blocks are gathered again for the backward.
         times = 2 if block.name else 1
@@ -255,11 +223,11 @@ def _data(outline: Outline, options: Options, layout: Layout, size: _Bytes) -> t
             (block.rest, 1, rest, copies),
             (block.experts, degree, shards, replicas),
         ):
-            sent = size.stored * numbers.trainable / whole
-            gradients += reduce_scatter(sent, among) if sent else Traffic()
-            gradients += all_reduce(sent / among.ranks, copied) if sent else Traffic()
-            got = size.gathered * numbers.params / whole
-            parameters += all_gather(got, among).times(times) if got else Traffic()
+            sent = options.stored_bytes * numbers.trainable / whole
+            gradients += formulas.reduce_scatter(sent, among) if sent else formulas.Traffic()
+            gradients += formulas.all_reduce(sent / among.ranks, copied) if sent else formulas.Traffic()
+            got = options.gathered_bytes * numbers.params / whole
+            parameters += formulas.all_gather(got, among).times(times) if got else formulas.Traffic()
     return gradients, parameters
 
 
@@ -272,3 +240,86 @@ def hidden_units(layer: Layer) -> int:
         if key in getattr(part, "hidden_axes", {})
     ]
     return math.gcd(*sizes) if sizes else 1
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The layouts of a number of GPUs.
+
+    Attributes:
+        costs: the best layout of each expert-parallel degree and of each way to shard tables, by degree.
+        best: the fastest that fits; where none fits, the one with the least memory.
+    """
+
+    costs: tuple[Cost, ...]
+    best: Cost
+
+    def breaks(self) -> list[str]:
+        """Return a line for each limit: where memory does not fit, and where exchange exceeds compute."""
+        large = [_name(c) for c in self.costs if not c.fits]
+        slow = [_name(c) for c in self.costs if c.exchange > c.compute]
+        return [
+            f"memory does not fit at {', '.join(large)}" if large else "memory fits everywhere",
+            f"exchange exceeds compute at {', '.join(slow)}" if slow else "exchange takes less than compute everywhere",
+        ]
+
+
+def _name(one: Cost) -> str:
+    return f"degree {one.layout.degree}" if one.sharding is None else one.sharding
+
+
+def sweep(outline: Outline, options: Options) -> Sweep:
+    """Return the cost of all layouts of ``options.gpus``, the best of each expert-parallel degree and of each way to
+    shard tables."""
+    shardings: Sequence[str | None] = formulas.SHARDINGS if outline.tables else (None,)
+    by_name: dict[tuple[int, str | None], Cost] = {}
+    for layout in layouts(outline, options.gpus, options.node):
+        for sharding in shardings:
+            new, name = cost(outline, options, layout, sharding), (layout.degree, sharding)
+            by_name[name] = min(by_name.get(name, new), new, key=_rank)
+    costs = tuple(sorted(by_name.values(), key=lambda c: c.layout.degree))
+    return Sweep(costs, min(costs, key=_rank))
+
+
+def _rank(one: Cost) -> tuple[bool, float, float]:
+    """Return what orders costs: those that fit by time, the others by memory."""
+    return (not one.fits, one.seconds if one.fits else one.memory.total, one.seconds)
+
+
+def layouts(outline: Outline, gpus: int, node: int) -> Iterator[Layout]:
+    """Yield the meshes of so many GPUs on nodes of ``node``. Beside tables of TorchRec's all else is copied."""
+    if outline.tables:
+        yield Layout(replicas=gpus)
+        return
+    for nodes, experts, hidden in _divisions(outline, gpus, node):
+        left = gpus // (nodes * experts * hidden)
+        yield Layout(replicas=left, nodes=nodes, experts=experts, hidden=hidden)
+        for shards in divisors(left):
+            yield Layout(left // shards, shards, nodes, experts, hidden, "shard")
+
+
+def _divisions(outline: Outline, gpus: int, node: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the ways to share out the experts: nodes, ranks of each, and ranks that share out an expert's units."""
+    yield 1, 1, 1
+    if not outline.layers:
+        return
+    possible = [n for n in divisors(gpus) if not any(refusal(m.module, n) for m in outline.layers.values())]
+    most = max(possible, default=1)
+    for parts in possible:
+        if parts > 1:
+            yield 1, parts, 1
+            if parts > node and parts % node == 0:
+                yield parts // node, node, 1
+        # An expert is cut where there are more ranks than experts, and not before.
+        for hidden in divisors(gpus // parts)[1:] if parts == most else ():
+            if any(refusal(layer.module, parts, hidden) for layer in outline.layers.values()):
+                continue
+            yield 1, parts, hidden
+            each = node // hidden  # parts of the experts on each node
+            if parts * hidden > node == each * hidden and parts % each == 0:
+                yield parts // each, each, hidden
+
+
+def divisors(number: int) -> list[int]:
+    """Return the numbers that divide ``number``, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]

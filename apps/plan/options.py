@@ -17,12 +17,11 @@ from apps.cli.configs import at, merge, read_config
 from apps.cli.errors import UsageError
 from apps.cli.flags import with_flags
 from apps.cli.parser import CommandLine, Configs, Folder, Shown
-from apps.plan.gpus import GPUS, MEASURED, Gpu
+from apps.plan.formulas import GPUS, Gpu
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 _STRATEGY = ("trainer", "strategy")
-_KINDS = f"their kind: {', '.join(GPUS)}; {MEASURED}: as this machine, under torchrun its ranks"
-_Kind = Annotated[str, Shown("NAME", f"{_KINDS}; figures below go before its own", ("--gpu",))]
+_Kind = Annotated[str, Shown("NAME", f"their kind: {', '.join(GPUS)}; figures below go before its own", ("--gpu",))]
 _Rows = Annotated[int, Shown("ROWS")]
 _Gigabytes = Annotated[float, Shown("GB")]
 
@@ -49,10 +48,10 @@ class Options(CommandLine):
         activation_checkpointing: blocks compute their activations again
         static_exchange: every place of the capacity is sent (capacity_factor)
         memory: memory of a GPU
-        tflops: peak of its products in this precision, given or measured
+        tflops: peak of its products in this precision
         node_bandwidth: GB/s that leave it for GPUs of its node
         network_bandwidth: GB/s that leave it for other nodes
-        given_efficiency: part of the peak that is reached (default: 0.4, and 1 with --gpu measured)
+        efficiency: part of the peak that is reached
         latency: seconds of a message
         usable_memory: part of the memory for tensors; the rest is for contexts, buffers of NCCL, fragments
         tables: a recommender's tables, one for each column
@@ -63,7 +62,7 @@ class Options(CommandLine):
         histories: items of an example in each of its histories, of the ids of the first table and on (default: none)
         item_tables: tables of a retriever's tower of items
         item_numbers: its columns of numbers (default: 0)
-        output: folder for the overlay, the table as CSV and the picture
+        output: folder for the overlay and the table as CSV
 
     Raises:
         UsageError: a configuration that is not there or names no model, or a GPU without its figures.
@@ -88,7 +87,7 @@ class Options(CommandLine):
     tflops: Annotated[float, Shown("T")] | None = None
     node_bandwidth: _Gigabytes | None = None
     network_bandwidth: _Gigabytes | None = None
-    given_efficiency: Annotated[float, Shown("P", words=("--efficiency",))] | None = None
+    efficiency: Annotated[float, Shown("P")] = 0.4
     latency: Annotated[float, Shown("S")] = 1e-5
     usable_memory: Annotated[float, Shown("P")] = 0.9
     tables: tuple[_Rows, ...] = ()
@@ -115,8 +114,7 @@ class Options(CommandLine):
         check_at_least(0, item_numbers=self.item_numbers)
         if len(self.histories) > len(self.tables):
             raise ValueError(
-                f"histories={list(self.histories)} has the ids of as many tables, and there is {len(self.tables)} "
-                "(tables)"
+                f"histories={[*self.histories]} has the ids of as many tables, of {len(self.tables)} (tables)"
             )
         if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
             raise ValueError(f"gpus={self.gpus} is no whole number of nodes: gpus_per_node={self.gpus_per_node}")
@@ -139,18 +137,23 @@ class Options(CommandLine):
             config = merge(config, with_long_names(read_config(path)))
         return with_flags(config, [*self.rest], lambda merged, names, value: True, yaml.safe_load)[0]
 
-    @property
+    @functools.cached_property
     def gpu(self) -> Gpu:
-        """Memory, rates and bandwidths of a GPU."""
-        return _gpu(self.kind, self.memory, self.tflops, self.node_bandwidth, self.network_bandwidth)
+        """Memory, rates and bandwidths of a GPU: those that are given, and for others its published peaks."""
+        given = {"memory": self.memory, "within": self.node_bandwidth, "between": self.network_bandwidth}
+        figures = {name: 1e9 * value for name, value in given.items() if value is not None}
+        figures |= {} if self.tflops is None else dict.fromkeys(("half", "single"), 1e12 * self.tflops)
+        if self.kind is not None:
+            check_name("gpu", self.kind, list(GPUS))
+            return dataclasses.replace(GPUS[self.kind], **figures)
+        names = ("memory", "tflops", "node_bandwidth", "network_bandwidth")
+        missing = [f"--{name}" for name in names if getattr(self, name) is None]
+        if missing:
+            raise UsageError(f"name the GPU (--gpu {'|'.join(GPUS)}), or give {', '.join(missing)}")
+        return Gpu(**figures)
 
     @property
     def gpu_name(self) -> str:
-        """Name of the GPU, or of this machine's processor where that is measured."""
-        if self.kind == MEASURED:
-            from apps.base.machine import device_name
-
-            return device_name()
         return self.kind or "a GPU of these figures"
 
     @property
@@ -175,13 +178,6 @@ class Options(CommandLine):
         return self.static_exchange or bool(at(self.config, (*_STRATEGY, "static_exchange")))
 
     @property
-    def efficiency(self) -> float:
-        """Part of the peak FLOP/s that products reach: all of what was measured."""
-        if self.given_efficiency is not None:
-            return self.given_efficiency
-        return 1.0 if self.kind == MEASURED else 0.4
-
-    @property
     def node(self) -> int:
         """GPUs of a node that the run has."""
         return min(self.gpus, self.gpus_per_node)
@@ -197,26 +193,16 @@ class Options(CommandLine):
         return self.gpu.single if self.dtype_bytes == 4 else self.gpu.half
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of a parameter, its gradient and each number of the optimizer's state."""
+        return 2 if self.precision == "bf16-true" else 4
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Bytes of a gathered parameter and of a gradient before it is reduced."""
+        return 2 if self.param_dtype is not None else self.stored_bytes
+
+    @property
     def dtype_bytes(self) -> int:
         """Bytes of a number in the products."""
         return 4 if self.precision == "32-true" and self.param_dtype is None else 2
-
-
-@functools.cache
-def _gpu(kind: str | None, memory: float | None, tflops: float | None, node: float | None, net: float | None) -> Gpu:
-    """Return the GPU that is named, or this machine, with the figures that are given in place of its own."""
-    options = {"memory": "memory", "half": "tflops", "single": "tflops", "within": "node_bandwidth"}
-    options["between"] = "network_bandwidth"
-    given = {"memory": memory, "half": tflops, "single": tflops, "within": node, "between": net}
-    figures = {n: v * (1e12 if options[n] == "tflops" else 1e9) for n, v in given.items() if v is not None}
-    if kind == MEASURED:
-        from apps.plan.measuring import measured_gpu  # torch, which no other option needs here
-
-        return measured_gpu(figures)
-    if kind is not None:
-        check_name("gpu", kind, [*GPUS, MEASURED])
-        return dataclasses.replace(GPUS[kind], **figures)
-    missing = dict.fromkeys(f"--{options[name]}" for name in given if name not in figures)
-    if missing:
-        raise UsageError(f"name the GPU (--gpu {'|'.join([*GPUS, MEASURED])}), or give {', '.join(missing)} too")
-    return Gpu(**figures)

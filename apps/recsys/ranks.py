@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from apps.report.groups import quarters
 from apps.report.page import BarChart, Part, Table
 from apps.report.tables import write_csv
+from apps.report.use import quarters
 
 POPULARITY = ("most popular", "2nd quarter", "3rd quarter", "least popular", "not in training")
 """The groups of items: quarters of the training's interactions, from the most popular items on."""

@@ -18,7 +18,7 @@ from apps.base.messages import excerpt, first_line
 from apps.recsys.encoding.features import CategoricalFeature, ContinuousFeature, SequenceFeature, VectorFeature
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.schema import timestamp_columns
-from apps.report.exhibit.fields import ChoiceField, Field, NumberField, TextField
+from apps.report.exhibit import ChoiceField, Field, NumberField, TextField
 from apps.task import Input, Task
 
 if TYPE_CHECKING:

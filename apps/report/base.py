@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from apps.base.files import delete, temporary_path
+from apps.base.files import folder_beside
 from apps.report.page import SECTIONS, Section, save_sections
 from core.fields import Checked, CountOrZero
 
@@ -91,10 +90,7 @@ def report_folder(trainer: Trainer) -> Iterator[Path]:
     The log then names them.
     """
     folder = Path(trainer.default_root_dir) / FOLDER
-    new = temporary_path(folder)
-    delete(new)  # a kill may have left it
-    new.mkdir(parents=True)
-    try:
+    with folder_beside(folder) as new:
         yield new
         names = sorted(path.name for path in new.iterdir())
         if names:
@@ -103,8 +99,6 @@ def report_folder(trainer: Trainer) -> Iterator[Path]:
                 os.replace(new / name, folder / name)
         if shown := [name for name in names if name != SECTIONS]:
             _logger.info(f"{folder}: {', '.join(shown)}")
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def computed_metrics(pl_module: Any, kind: type[Kind]) -> Kind | None:

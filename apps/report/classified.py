@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apps.report.heatmaps import shares
 from apps.report.page import HeatmapChart, Line, LineChart, Part, Table
+from apps.report.use import shares
 
 BINS = 15
 """Bins of equal width by the probability of the answer."""

@@ -26,9 +26,8 @@ class RoutingDetail(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, BalancedModule):
-            raise ValueError(
-                f"RoutingDetail reads a model of this suite or one under `sparsify:`, not a {type(pl_module).__name__}"
-            )
+            kind = type(pl_module).__name__
+            raise ValueError(f"RoutingDetail reads a model of the suite or under sparsify, not a {kind}")
         pl_module.detailed_routing = True
 
         def draw(prefix: str, stats: core.RoutingStats) -> None:

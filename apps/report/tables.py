@@ -47,10 +47,10 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    """Return the lines of a table in Markdown, whose first ``left`` columns are aligned on the left."""
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown, whose first column is aligned on the left."""
     lines = [[cell.replace("|", "\\|") for cell in row] for row in (columns, *rows)]
-    lines.insert(1, ["---"] * left + ["---:"] * (len(columns) - left))
+    lines.insert(1, ["---", *["---:"] * (len(columns) - 1)])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,129 @@ from torch import Tensor
 import core
 from apps import registry
 from apps.report.base import spread_places
-from apps.report.heatmaps import maps_by_label
 from apps.report.page import BarChart, HeatmapChart, Table, save_charts
 from apps.report.routed import expert_label_counts, layer_label
-from apps.report.specialised import typical_labels
 from apps.report.tables import write_csv
+
+QUARTERS = ("frequent", "2nd quarter", "3rd quarter", "rare")
+"""The names of the quarters, by number."""
+
+
+def quarters(counts_V: np.ndarray) -> np.ndarray:
+    """Return the quarter of each of V things, int64 (V,), 0 to 3: "frequent" are the first ones by falling count, as
+    many as make up a quarter of all that was counted, then those of the "2nd" and the "3rd quarter", and the "rare" of
+    the last. Among equal counts the lower place goes first.
+
+    Args:
+        counts_V: how often each came.
+    """
+    order = np.argsort(-counts_V, kind="stable")
+    counts = counts_V[order].astype(np.int64)
+    before = np.cumsum(counts) - counts
+    quarter_V = np.empty(len(counts_V), np.int64)
+    quarter_V[order] = np.minimum(4 * before // max(int(counts.sum()), 1), 3)
+    return quarter_V
+
+
+def range_names(bounds: Sequence[int]) -> tuple[str, ...]:
+    """Return the names of the ranges up to each of ascending bounds, and beyond the last: "1-5", ..., "over 50"."""
+    names = [f"{low + 1}-{high}" for low, high in zip((0, *bounds), bounds, strict=False)]
+    return (*names, f"over {bounds[-1]}" if bounds else "all")
+
+
+def ranges_of(values_N: np.ndarray, bounds: Sequence[int]) -> np.ndarray:
+    """Return the place of each value's range in ``range_names``, int64 (N,)."""
+    return np.searchsorted(np.asarray(bounds, np.int64), values_N, side="left")
+
+
+def check_bounds(name: str, bounds: Sequence[int]) -> None:
+    """Raise a ``ValueError`` that names the option, unless the bounds rise from 1 on."""
+    if any(a >= b for a, b in zip((0, *bounds), bounds, strict=False)):
+        raise ValueError(f"{name}={tuple(bounds)} must be ascending numbers of at least 1")
+
+
+def entropy(counts: np.ndarray) -> float:
+    """Return the entropy of the shares of ``counts``, in bits; 0 without any."""
+    p = counts[counts > 0] / max(counts.sum(), 1)
+    return float(-(p * np.log2(p)).sum()) if len(p) else 0.0
+
+
+def mutual_information(counts_CE: np.ndarray) -> float:
+    """Return I(E; C) in bits, from counts of labels by experts; 0 without any."""
+    bits = entropy(counts_CE.sum(0)) + entropy(counts_CE.sum(1)) - entropy(counts_CE.ravel())
+    return max(bits, 0.0)
+
+
+def typical_labels(counts_CE: np.ndarray, names: Sequence[str], most: int = 10) -> list[list[str]]:
+    """Return for each expert the labels that it takes far more of than by chance, the clearest first.
+
+    In the order of ``p(e, c) log(p(e, c) / (p(e) p(c)))``, what each adds to the mutual information; those that the
+    expert takes less of than by chance are left out.
+
+    Args:
+        counts_CE: routed pairs by label and expert.
+        names: names of the labels.
+        most: number of labels of an expert.
+    """
+    joint = counts_CE / max(int(counts_CE.sum()), 1)
+    expected = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    gain = joint * np.log(np.divide(joint, expected, out=np.ones_like(joint), where=joint > 0))
+    typical = []
+    for e in range(counts_CE.shape[1]):
+        order = np.argsort(-gain[:, e], kind="stable")[:most]
+        typical.append([names[c] for c in order if gain[c, e] > 0])
+    return typical
+
+
+def numbers(count: int) -> tuple[str, ...]:
+    """Return "0", "1", ...: the names of columns without names."""
+    return tuple(map(str, range(count)))
+
+
+def row_names(names: Sequence[str], shares_of_all: Iterable[float]) -> tuple[str, ...]:
+    """Return the names of a map's rows: each name with its share, and "all" for the last row."""
+    percent = ("<1 %" if share < 0.005 else f"{100 * share:.0f} %" for share in shares_of_all)
+    return (*(f"{name} ({text})" for name, text in zip(names, percent, strict=True)), "all")
+
+
+def maps_by_label(
+    counts: Mapping[str, np.ndarray], names: Sequence[str], title: str, row_title: str, most_rows: int = 40
+) -> list[HeatmapChart]:
+    """Return a map for each layer: the share of each label's tokens, and of all tokens, that each expert takes.
+
+    A label without a token has no row. The names of the rows show each label's share of all tokens.
+
+    Args:
+        counts: layer name to (labels, E) tokens.
+        names: names of the labels.
+        title: what the maps show; each has the layer's name too.
+        row_title: what a label is.
+        most_rows: with more labels only those with the highest peaks have a row.
+    """
+    size_C = np.sum([counts_CE.sum(1) for counts_CE in counts.values()], axis=0)
+    kept = np.flatnonzero(size_C)
+    if len(kept) > most_rows:
+        title += f": the most specialised of {len(names)}"
+        peak_C = np.max([np.nan_to_num(shares(counts_CE)).max(1) for counts_CE in counts.values()], axis=0)
+        kept = kept[np.sort(np.argsort(-peak_C[kept], kind="stable")[:most_rows])]
+    rows = row_names([names[c] for c in kept.tolist()], size_C[kept] / max(size_C.sum(), 1))
+    return [
+        HeatmapChart.of(
+            shares(np.concatenate([c[kept], c.sum(0, keepdims=True)])),
+            rows,
+            title=f"{title}, {layer}",
+            row_title=row_title,
+            value_title=f"share of the {row_title}'s tokens, %",
+        )
+        for layer, c in counts.items()
+    ]
+
+
+def shares(counts: np.ndarray) -> np.ndarray:
+    """Return counts as shares of their row; NaN in a row without any."""
+    sums = counts.sum(1, keepdims=True)
+    return np.where(sums > 0, counts / np.maximum(sums, 1), np.nan)
+
 
 MOST_LAYERS = 4
 """Layers of a model of many that are shown."""

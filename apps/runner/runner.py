@@ -2,16 +2,140 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import json
+import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-from apps.base.progress import Bar, say
-from apps.runner.budget import Budget
+from apps.base.files import holding, read_json, write_json
+from apps.base.progress import Bar, bar, say
 from apps.runner.workers import Progress, do_all
+
+
+@contextlib.contextmanager
+def at_work(folder: Path, what: str, title: str = "") -> Iterator[Bar]:
+    """Make and hold the folder of a comparison, a suite or a verdict inside, and yield the bar over all of its work.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with holding(folder / ".lock", f"another {what} is at work in {folder}"), bar(title or what) as whole:
+        yield whole
+
+
+def check_same(folder: Path, what: str, saved: Any, wanted: Any) -> None:
+    """Refuse a folder whose work was begun with other options.
+
+    Args:
+        folder: the folder.
+        what: what is in it, such as "comparison".
+        saved: plain values that its work was begun with.
+        wanted: those of now.
+
+    Raises:
+        ValueError: they differ; the message names the first three differences.
+    """
+    lines = differences(saved, wanted)
+    if lines:
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise ValueError(
+            f"{folder} holds another {what} ({'; '.join(lines[:3])}{more}): give another --output, or delete it"
+        )
+
+
+def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
+    """Return a line for each value that differs between two plain values, by its dotted name.
+
+    Example::
+
+        differences({"lr": 1, "seeds": 3}, {"lr": 1, "seeds": 5})     # ["seeds: 3 saved, 5 now"]
+    """
+    if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
+        lines = []
+        for key in dict.fromkeys([*saved, *wanted]):
+            lines += differences(saved.get(key), wanted.get(key), f"{name}.{key}" if name else str(key))
+        return lines
+    if isinstance(saved, (list, tuple)) and isinstance(wanted, (list, tuple)):
+        saved, wanted = list(saved), list(wanted)
+    return [] if saved == wanted else [f"{name}: {json.dumps(saved)} saved, {json.dumps(wanted)} now"]
+
+
+MOST_HELD_BACK = 0.1
+"""Part of the seconds that the reserve may be raised to on a slow machine."""
+
+_KEPT_EVERY = 5.0
+
+
+class BudgetOver(Exception):
+    """The time is up: what is finished stays, and what is at work is given up or goes on another time."""
+
+
+class Budget:
+    """Counts the seconds of a piece of work.
+
+    A killed process has written what it has spent, to the last five seconds, and its successor goes on from there.
+
+    Args:
+        seconds: all that may be spent.
+        path: file that keeps what is spent; None: each process has all of the seconds.
+        clock: a function that returns the time in seconds.
+        began: the clock's time when this process began; None: now.
+        reserve: seconds that are kept for the end.
+
+    Attributes:
+        kept: seconds as they were written last.
+    """
+
+    def __init__(
+        self,
+        seconds: float = math.inf,
+        path: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        began: float | None = None,
+        reserve: float = 0.0,
+    ) -> None:
+        self.seconds, self.path, self.clock, self.reserve = seconds, path, clock, reserve
+        self._began = clock() if began is None else began
+        saved = None if path is None else read_json(path)
+        self._earlier = self.kept = 0.0 if saved is None else float(saved["seconds"])
+
+    def hold_back(self, seconds: float) -> None:
+        """Raise the reserve to ``seconds``, within ``MOST_HELD_BACK``."""
+        self.reserve = max(self.reserve, min(seconds, MOST_HELD_BACK * self.seconds))
+
+    @property
+    def spent(self) -> float:
+        return self._earlier + self.clock() - self._began
+
+    @property
+    def left(self) -> float:
+        """Return the seconds for units, without the reserve; not above 0 where they are over."""
+        return self.seconds - self.reserve - self.spent
+
+    def keep(self) -> None:
+        """Write what is spent."""
+        if self.path is not None:
+            self.kept = self.spent
+            write_json(self.path, {"seconds": self.kept})
+
+    def check(self) -> None:
+        """Write what is spent now and then, and end what is at work when the time is up.
+
+        Raises:
+            BudgetOver: no time is left but the reserve.
+        """
+        if self.spent - self.kept > _KEPT_EVERY:
+            self.keep()
+        if self.left <= 0:
+            raise BudgetOver
+
 
 U = TypeVar("U", bound=Hashable)
 R = TypeVar("R")

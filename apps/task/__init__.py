@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-from apps.report.exhibit.routes import gates_by_layer, patches_by_layer, words_by_layer
-from apps.report.routed import MOST_EXPERTS
+from apps.report.routed import MOST_EXPERTS, gates_by_layer, patches_by_layer, words_by_layer
 from apps.task.inputs import Input, choice, number, text
 from apps.task.outputs import Output
 from apps.task.service import Service

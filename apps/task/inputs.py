@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apps.report.exhibit.fields import ChoiceField, Field, NumberField, TextField
+from apps.report.exhibit import ChoiceField, Field, NumberField, TextField
 
 
 def _as_json(plain: Any, name: str) -> Any:

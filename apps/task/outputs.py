@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apps.report.exhibit.parts import Bars, Part, Said
+from apps.report.exhibit import Bars, Part, Said
 from apps.report.page import Table, Text
 
 SHARE = {"type": "number", "minimum": 0, "maximum": 1}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import core
 from apps.data.given import GivenConfig, GivenData
-from apps.report.exhibit.parts import Answer, Example, Exhibit, LayerPart
+from apps.report.exhibit import Answer, Example, Exhibit, LayerPart
 from apps.task.inputs import Input
 from apps.task.outputs import Output
 from apps.task.service import Service

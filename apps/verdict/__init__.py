@@ -1,10 +1,9 @@
 """``moesaic verdict DATA``: does a sparse model pay on data of one's own, within a number of minutes?
 
-The modules, from the ground up: ``options`` (the command line), ``schedule`` (how many seeds and steps fit),
-``evaluation`` (the quality by example), ``training`` (one run), ``decision`` (what intervals show), ``reasons`` (why it
-lost, and what would change the answer), ``result`` (everything that is known in the end, as JSON, Markdown and lines),
-``page`` (its report), ``source`` (the configuration of the data), ``work`` (all runs, in order), ``command`` (the
-whole).
+The modules, from the ground up: ``options`` (the command line), ``schedule`` (what intervals show, and how many seeds
+and steps fit), ``training`` (one run and its quality by example), ``work`` (all runs, in order), ``result`` (why it
+lost, what would change the answer, and everything that is known in the end, as a page and as lines),
+``command`` (the whole, with the configuration of the data).
 """
 
 from __future__ import annotations

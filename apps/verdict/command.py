@@ -7,12 +7,15 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import core
-from apps.base.files import delete, read_json, write_json
+from apps import registry
+from apps.base.files import delete, read_json, replacing, write_json, write_text
 from apps.base.machine import machine_facts, moment
 from apps.base.messages import some
 from apps.base.progress import bar, say
@@ -23,15 +26,13 @@ from apps.compare.options import SEARCH_FACTORS as FACTORS
 from apps.compare.summary import means
 from apps.compare.systems import SPARSE, System, claim, find_systems, label
 from apps.compare.training import interruptible
-from apps.report.page import FILE, open_page, write_index, write_page
-from apps.runner.budget import Budget
-from apps.runner.folder import at_work, check_same
+from apps.data.given import GivenData
+from apps.report.page import FILE, open_page, write_page
+from apps.report.page.writing import markdown, write_index
+from apps.runner.runner import Budget, at_work, check_same
 from apps.verdict.options import Options
-from apps.verdict.page import verdict_page
-from apps.verdict.reasons import Facts, causes, changes
-from apps.verdict.result import NUMBERS, PAGE, Verdict, lines, write
+from apps.verdict.result import NUMBERS, PAGE, Facts, Verdict, causes, changes, lines, verdict_page
 from apps.verdict.schedule import Schedule, Speed, make_schedule
-from apps.verdict.source import configuration
 from apps.verdict.training import VALIDATION_NEED, measure_speed
 from apps.verdict.work import Plan, Work, answers
 
@@ -97,21 +98,22 @@ def give_verdict(
             plan = _read(saved)
         else:
             plan = _plan(experiment, dense.name, _num_experts(model), options, budget)
-            write_json(output / "options.json", _identity(options))
-            write_json(output / "plan.json", dataclasses.asdict(plan))
+            write_json(output / "plan.json", {"options": _identity(options), **dataclasses.asdict(plan)})
         del model
         work = Work(experiment, plan, options.seed, output, budget, whole)
         work.do()
         if work.num_done:  # a finished verdict that is shown again takes none of its time
             budget.keep()
         verdict = _verdict(options, work, (sparse, dense), notes, warnings, command)
-        write(verdict, output)
-        write_page(verdict_page(verdict), output / FILE)
+        write_json(output / NUMBERS, {**dataclasses.asdict(verdict), "last_line": verdict.last_line})
+        page = verdict_page(verdict)
+        write_text(output / PAGE, markdown(page))
+        write_page(page, output / FILE)
         write_index(output.parent)
     return verdict
 
 
-_BEFORE_THE_PLAN = ("data", "config.yaml", "spent.json", "options.json")
+_BEFORE_THE_PLAN = ("data", "config.yaml", "spent.json")
 
 
 def reserve(seconds: float) -> float:
@@ -123,19 +125,15 @@ def check_folder(options: Options) -> None:
     """Refuse a folder that is not this verdict's.
 
     Raises:
-        ValueError: the folder holds another verdict, half of one, or files that are none.
+        ValueError: the folder holds another verdict, or files that are none.
     """
-    output = options.folder
-    saved = read_json(output / "options.json")
-    has_plan = (output / "plan.json").exists()
-    if saved is None and has_plan:
-        raise ValueError(f"{output} is half-written: it holds plan.json and no options.json; delete it")
-    if saved is None and output.is_dir():
+    output, saved = options.folder, read_json(options.folder / "plan.json")
+    if saved is not None:
+        check_same(output, "verdict", saved.get("options"), _identity(options))
+    elif output.is_dir():
         others = [path.name for path in output.iterdir() if path.name not in (*_BEFORE_THE_PLAN, ".lock")]
         if others:
             raise ValueError(f"{output} holds {some(sorted(others), 3)} and no verdict: give another --output")
-    if saved is not None and has_plan:
-        check_same(output, "verdict", saved, _identity(options))
 
 
 def _identity(options: Options) -> dict[str, Any]:
@@ -237,8 +235,8 @@ def _configured_steps(experiment: Experiment, train_batches: float) -> int:
 
 
 def _read(saved: Mapping[str, Any]) -> Plan:
-    schedule = Schedule(saved["schedule"]["seeds"], saved["schedule"]["steps"], tuple(saved["schedule"]["rates"]))
-    return Plan(**{**saved, "schedule": schedule})
+    values, schedule = {name: value for name, value in saved.items() if name != "options"}, saved["schedule"]
+    return Plan(**{**values, "schedule": Schedule(schedule["seeds"], schedule["steps"], tuple(schedule["rates"]))})
 
 
 def _verdict(
@@ -306,3 +304,32 @@ def _facts(figures: Mapping[str, Any], higher_is_better: bool) -> Facts:
     sign = 1.0 if higher_is_better else -1.0
     quality, trained = sign * figures["quality"], sign * figures["train_quality"]
     return Facts(quality, trained, figures["seconds_per_step"], figures["routing"])
+
+
+def configuration(options: Options) -> tuple[Path, tuple[str, ...]]:
+    """Return the configuration's file and sentences on how the data were read.
+
+    A configuration is taken as it is. For other data the apps are asked in turn, and that of the first one whose kind
+    of data they are is written to ``config.yaml`` in the output folder.
+
+    Raises:
+        ValueError: data that no app knows, or that one knows and refuses.
+    """
+    if options.is_config:
+        return options.data[0], ()
+    columns = (options.exclude, options.time, options.user)
+    given = GivenData(options.data, options.target, options.folder / "data", options.kind, *columns)
+    for name in registry.OWN_DATA:
+        made = registry.task_named(name).own_data(given)
+        if made is not None:
+            path = options.folder / "config.yaml"
+            with replacing(path) as file:
+                yaml.safe_dump(dict(made.config), file, sort_keys=False)
+            return path, tuple(made.notes)
+    if len(options.data) == 2:
+        raise ValueError(f"{options.data[0]} and {options.data[1]} are not two files of text")
+    what = "is a folder with neither images nor tables" if options.data[0].is_dir() else "is no table (.csv, .parquet)"
+    raise ValueError(
+        f"{options.data[0]} {what}: give a folder of images, one with a table of their titles, a table with "
+        "--target, two text files, or a configuration"
+    )

@@ -2,14 +2,173 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from apps.base.files import write_json, write_text
-from apps.report.tables import markdown_table
-from apps.verdict.decision import LEAST_SEEDS, Answer, last_line
+import yaml
+
+from apps.base.messages import counted
+from apps.compare.costs import SECONDS, Costs, Quality
+from apps.report.intervals import CrossedInterval, mean_interval
+from apps.report.page import BarChart, Entry, Page, Part, Section, Table, Text, how_to_repeat, shown
+from apps.verdict.schedule import LEAST_SEEDS, SAME_TIME, Answer, last_line
+
+SKEWED, DROPPING, MANY_EPOCHS = 2.0, 0.05, 10.0
+"""Load of the most loaded expert over the mean, share of dropped pairs, and passes over the data, from which on each is
+named: an expert with twice its share leaves the others half idle; a twentieth of the pairs dropped is as much as a
+twentieth of the experts missing; text-book recipes for small data begin to overfit between 10 and 100 passes."""
+
+SHORT = 0.5
+"""Part of the configured steps up to which the training is called short."""
+
+_MOST_SEEDS, _MOST_TIMES = 1000, 100.0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Means over the final runs of one system at equal steps.
+
+    Attributes:
+        test, train: quality on the test split and on a sample of the training split, a larger one being better (an
+            error has a minus sign).
+        seconds_per_step: seconds of an optimizer step.
+        routing: figures of the routing in the test; empty without experts.
+    """
+
+    test: float
+    train: float
+    seconds_per_step: float
+    routing: Mapping[str, float]
+
+    @property
+    def gap(self) -> float:
+        """Return how much better the model is on its training examples."""
+        return self.train - self.test
+
+
+def causes(answers: tuple[Answer, Answer], sparse: Facts, dense: Facts, num_experts: int, epochs: float) -> list[str]:
+    """Return sentences on why sparse lost; none where it did not lose.
+
+    Args:
+        answers: at equal FLOPs, and at equal time.
+        sparse, dense: facts of the two systems.
+        num_experts: experts of a layer.
+        epochs: passes over the training data in a final run.
+    """
+    at_flops, at_time = answers
+    lines: list[str] = []
+    if at_flops.outcome == "does not pay" and at_flops.gain is not None:
+        lines += _worse_at_equal_steps(-at_flops.gain.mean, sparse, dense, num_experts, epochs)
+    slower = sparse.seconds_per_step / dense.seconds_per_step - 1
+    if at_time.outcome == "does not pay" and slower > SAME_TIME:
+        lines.append(
+            f"Slower: a sparse step takes {slower:.0%} longer here, so sparse makes {1 / (1 + slower):.0%} of the "
+            "steps in the same time."
+        )
+    if not lines and "does not pay" in (at_flops.outcome, at_time.outcome):
+        lines.append("None of the usual causes stands out: no overfitting, no idle experts, no slower step.")
+    return lines
+
+
+def _worse_at_equal_steps(loss: float, sparse: Facts, dense: Facts, num_experts: int, epochs: float) -> list[str]:
+    lines = []
+    more = sparse.gap - dense.gap
+    if sparse.gap > 0 and more >= loss / 2:
+        lines.append(
+            f"Overfitting: sparse is {sparse.gap:.4g} better on its training examples than in the test, dense "
+            f"{dense.gap:.4g}; that is {more / loss:.0%} of the difference."
+        )
+        if epochs >= MANY_EPOCHS:
+            lines.append(
+                f"Too little data: the training examples were passed over {epochs:.0f} times, and {num_experts} "
+                "experts share them."
+            )
+    elif sparse.train < dense.train:
+        lines.append(
+            f"Slower learning: also on training examples sparse is {dense.train - sparse.train:.4g} behind dense: "
+            f"each of {num_experts} experts sees a part of them."
+        )
+    dead = sparse.routing.get("dead_experts", 0.0)
+    if dead >= 0.5:
+        lines.append(f"Idle experts: no test token chose {dead:.1f} of {num_experts} experts (mean of the layers).")
+    imbalance = sparse.routing.get("load_imbalance", 1.0)
+    if imbalance >= SKEWED:
+        lines.append(f"Skewed load: the most loaded expert has {imbalance:.1f} times the mean load.")
+    dropped = sparse.routing.get("drop_rate", 0.0)
+    if dropped >= DROPPING:
+        lines.append(f"Drops: {dropped:.0%} of the chosen pairs had no room in their expert.")
+    return lines
+
+
+def changes(answers: tuple[Answer, Answer], reasons: list[str], minutes: float, trained: float) -> list[str]:
+    """Return sentences on what would change the answers, or decide them.
+
+    Args:
+        answers: at equal FLOPs, and at equal time.
+        reasons: the ``causes``.
+        minutes: budget of the verdict.
+        trained: steps of a final run over those of the configured training.
+    """
+    lines = []
+    if trained <= SHORT:
+        lines.append(
+            f"Longer training: a run has {trained:.0%} of the configured steps, so the answer is about a training's "
+            f"beginning; about {minutes / trained:.3g} minutes would train to the end."
+        )
+    for answer in answers:
+        if answer.outcome == "undecided":
+            lines.append(f"At {answer.where}: {_to_decide(answer.gain, minutes)}")
+    names = {reason.partition(":")[0] for reason in reasons}
+    if names & {"Overfitting", "Too little data"}:
+        lines.append("More data, fewer experts (model ... num_experts) or more dropout would lessen the overfitting.")
+    if "Slower learning" in names:
+        lines.append("Longer training or fewer experts would give each expert more examples.")
+    if names & {"Idle experts", "Skewed load", "Drops"}:
+        lines.append("A larger weight of the balance loss, or a larger capacity, would use the experts more evenly.")
+    if "Slower" in names:
+        lines.append("Larger batches, wider experts or a GPU would bring the time of a step nearer to the dense one's.")
+    return lines
+
+
+def _to_decide(gain: CrossedInterval | None, minutes: float) -> str:
+    """Return a sentence on how much more it takes to decide a difference of the size that was measured."""
+    if gain is None or gain.half_width is None:
+        return f"fewer than two seeds were finished; {2 * minutes:.3g} minutes or more would give an interval."
+    if gain.half_width == 0:
+        return "each seed gave both models the same values, which do not estimate the spread over seeds."
+    size = abs(gain.mean)
+    seeds = seeds_to_decide(gain)
+    if seeds is not None and seeds / gain.count <= _MOST_TIMES:
+        more = max(minutes * seeds / gain.count, minutes)
+        return (
+            f"if the difference stays {gain.mean:+.4g}, about {seeds} seeds would decide it, in about {more:.3g} "
+            "minutes (--minutes)."
+        )
+    of_examples = gain.half_width_at(_MOST_SEEDS, gain.num_examples)
+    times = (of_examples / size) ** 2 if size else math.inf
+    if times <= 1 or times > _MOST_TIMES:  # hundreds of seeds, or of times as many examples
+        return "the difference is small beside its spread; no budget near this one would decide it."
+    return (
+        f"more minutes alone would not decide it: the {gain.num_examples:,} test examples leave "
+        f"{of_examples:.4g} of uncertainty; about {times:.1f} times as many would be needed."
+    )
+
+
+def seeds_to_decide(gain: CrossedInterval) -> int | None:
+    """Return the fewest seeds whose interval would exclude 0 if mean and spread stay; None: up to 1,000 do not."""
+    low, high = LEAST_SEEDS, _MOST_SEEDS
+    if not gain.half_width_at(high, gain.num_examples) < abs(gain.mean):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if gain.half_width_at(middle, gain.num_examples) < abs(gain.mean):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
 
 PAGE, NUMBERS = "verdict.md", "verdict.json"
 
@@ -48,10 +207,6 @@ class Verdict:
     def last_line(self) -> str:
         return last_line(self.answers)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {**asdict(self), "last_line": self.last_line}
-
 
 def in_words(answer: Answer, quality: str) -> str:
     """Return an answer with its interval as a sentence."""
@@ -81,29 +236,6 @@ def lines(verdict: Verdict) -> list[str]:
     return [*shown, verdict.last_line]
 
 
-def markdown(verdict: Verdict) -> str:
-    """Return the page."""
-    page = [f"# Does sparse pay? {verdict.title}", "", f"**{verdict.last_line}**", ""]
-    page += [f"{in_words(answer, verdict.quality)}  " for answer in verdict.answers]
-    better = "higher" if verdict.higher_is_better else "lower"
-    heading = f"{verdict.quality} ({better} is better)"
-    columns = ("model", "rate", "steps", "ms a step", heading, "on training data")
-    page += ["", *markdown_table(columns, [_row(name, own) for name, own in verdict.systems.items()])]
-    parts = (("Checks", verdict.checks), ("Why", verdict.reasons), ("What would change it", verdict.changes))
-    for heading, part in parts:
-        if part:
-            page += ["", f"## {heading}", "", *(f"- {line}" for line in part)]
-    page += ["", "## How it was found", "", *(f"- {line}" for line in (*verdict.notes, *how(verdict)))]
-    page.append(f"- Command: `{verdict.facts['command']}`")
-    return "\n".join(page) + "\n"
-
-
-def _row(name: str, own: Mapping[str, Any]) -> list[str]:
-    rate = "–" if own["rate"] is None else f"{own['rate']:g}"
-    milliseconds = f"{1000 * own['seconds_per_step']:.3g}"
-    return [name, rate, str(own["steps"]), milliseconds, f"{own['quality']:.4f}", f"{own['train_quality']:.4f}"]
-
-
 def how(verdict: Verdict) -> Sequence[str]:
     """Return sentences on how the models were trained and compared."""
     facts = verdict.facts
@@ -118,7 +250,67 @@ def how(verdict: Verdict) -> Sequence[str]:
     ]
 
 
-def write(verdict: Verdict, output: Path) -> Path:
-    """Write the JSON file and the page into ``output``, and return the page."""
-    write_json(output / NUMBERS, verdict.to_dict())
-    return write_text(output / PAGE, markdown(verdict))
+def verdict_page(verdict: Verdict) -> Page:
+    """Return the report of a verdict."""
+    quality = verdict.quality
+    facts = verdict.facts
+    return Page(
+        title=f"Does sparse pay? {verdict.title}",
+        verdict=(verdict.last_line, *(in_words(answer, quality) for answer in verdict.answers)),
+        figures=_figures(verdict) if verdict.systems else None,
+        sections=(
+            Section("Checks", Text.if_any(verdict.checks)),
+            Section("Why", Text.if_any(verdict.reasons)),
+            Section("What would change it", Text.if_any(verdict.changes)),
+            Section("The answers", (_answers(verdict),)),
+            Section("Quality", _charts(verdict) if verdict.systems else ()),
+            Section("How it was found", (Text((*verdict.notes, *how(verdict))),)),
+            how_to_repeat(facts["command"], yaml.safe_dump(facts["config"], sort_keys=False), facts["machine"]),
+        ),
+        kind="verdict",
+        date=facts["date"],
+        entries=tuple(
+            Entry(name, {f"test {quality}": own["quality"], "ms a step": 1000 * own["seconds_per_step"]})
+            for name, own in verdict.systems.items()
+        ),
+    )
+
+
+def _figures(verdict: Verdict) -> Table:
+    better = "higher" if verdict.higher_is_better else "lower"
+    names = ("learning rate", "steps", "ms a step", f"test {verdict.quality}", f"{verdict.quality} on training data")
+    columns = (
+        (own["rate"], own["steps"], 1000 * own["seconds_per_step"], own["quality"], own["train_quality"])
+        for own in verdict.systems.values()
+    )
+    rows = tuple((name, *map(shown, values)) for name, *values in zip(names, *columns, strict=True))
+    return Table(f"Means over the seeds; {better} {verdict.quality} is better", ("", *verdict.systems), rows)
+
+
+def _answers(verdict: Verdict) -> Table:
+    rows = []
+    for answer in verdict.answers:
+        gain, of = answer.gain, ("–", "–", "–")
+        if gain is not None and gain.half_width is not None:
+            of = (f"{shown(gain.low)} to {shown(gain.high)}", str(gain.count), str(gain.num_examples))
+        rows.append((answer.where, answer.outcome, "–" if gain is None else shown(gain.mean), *of))
+    headings = ("at", "sparse", "gain", "95 % interval", "seeds", "test values")
+    return Table("How much better sparse is than dense; above 0 is better", headings, tuple(rows))
+
+
+def _charts(verdict: Verdict) -> tuple[Part, ...]:
+    quality = f"test {verdict.quality}"
+    models = [
+        (name, mean_interval(own["by_seed"]), Costs(None, {}, own["steps"] * own["seconds_per_step"]))
+        for name, own in verdict.systems.items()
+    ]
+    against = Quality(quality, False, verdict.higher_is_better, models)
+    by_seed = BarChart(
+        "Quality of each seed",
+        f"The {quality} of {counted(len(verdict.seeds), 'seed')} of each model; the seeds share the order of the data.",
+        "seed",
+        quality,
+        tuple(map(str, verdict.seeds)),
+        {name: tuple(own["by_seed"]) for name, own in verdict.systems.items()},
+    )
+    return *against.charts({SECONDS: "the time of a training"}), by_seed

@@ -1,4 +1,5 @@
-"""How many seeds of how many steps fit into the seconds that are there, and how the search of rates is shared out.
+"""What an interval shows, how many seeds of how many steps fit into the seconds that are there, and how the search of
+rates is shared out.
 
 All systems have the same rates, rungs, steps and seeds. The formulas are sums of measured seconds.
 """
@@ -8,9 +9,51 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from apps.compare.systems import SPARSE
-from apps.verdict.decision import LEAST_SEEDS
+from apps.report.intervals import CrossedInterval
+
+Outcome = Literal["pays", "does not pay", "undecided"]
+
+LEAST_SEEDS = 3
+"""Seeds that decide: two cannot tell how far others would spread."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one question.
+
+    Attributes:
+        where: "equal FLOPs" or "equal time".
+        outcome: "pays", "does not pay" or "undecided".
+        gain: how much better sparse is than dense, with its interval; positive is better whatever the quality. None:
+            no seed has both.
+    """
+
+    where: str
+    outcome: Outcome
+    gain: CrossedInterval | None
+
+
+def decide(gain: CrossedInterval | None) -> Outcome:
+    """Return what the interval of sparse's gain shows; one that reaches 0, or of few seeds, decides nothing."""
+    if gain is None or not gain.half_width or gain.count < LEAST_SEEDS:
+        return "undecided"
+    if gain.low > 0:
+        return "pays"
+    return "does not pay" if gain.high < 0 else "undecided"
+
+
+def last_line(answers: tuple[Answer, Answer]) -> str:
+    """Return the last line of a verdict.
+
+    Example::
+
+        verdict: pays (equal FLOPs); undecided (equal time)
+    """
+    return "verdict: " + "; ".join(f"{answer.outcome} ({answer.where})" for answer in answers)
+
 
 FIRST_RUNG = 0.25
 """Part of a final run's steps that a run of the search's first rung has; each later one has twice as many."""

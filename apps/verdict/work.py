@@ -15,20 +15,20 @@ import numpy as np
 from apps.base.files import read_json, write_json
 from apps.base.progress import Bar, say
 from apps.compare.experiment import Experiment
-from apps.compare.plan import SEARCH_SEED
-from apps.compare.stats import nearest_first
 from apps.compare.systems import SPARSE
-from apps.report.intervals import crossed_interval
-from apps.runner.budget import Budget, BudgetOver
-from apps.runner.runner import Runner
+from apps.compare.work import SEARCH_SEED
+from apps.report.intervals import crossed_interval, nearest_first
+from apps.runner.runner import Budget, BudgetOver, Runner
 from apps.runner.unit import RESULT
 from apps.runner.workers import Progress
-from apps.verdict.decision import LEAST_SEEDS, Answer, decide
 from apps.verdict.schedule import (
+    LEAST_SEEDS,
     LEAST_STEPS,
     MOST_SEEDS,
+    Answer,
     Schedule,
     Speed,
+    decide,
     equal_time_steps,
     search_seconds,
     seed_seconds,

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from apps.base.messages import excerpt
-from apps.report.exhibit.fields import ImageField
+from apps.report.exhibit import ImageField
 from apps.task import Input
 from apps.vision.image_files import FORMATS, image_of, to_pixels
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import core
 from apps.base.evaluation import in_evaluation
 from apps.data.given import GivenConfig, GivenData
-from apps.report.exhibit.parts import Example, LayerPart
+from apps.report.exhibit import Example, LayerPart
 from apps.task import MOST_EXPERTS, Missing, Sizes, Task, Trial, patches_by_layer
 from apps.task.outputs import classes, top_classes
 from apps.train.publish.exporting import Exported, Graph

@@ -17,8 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import core
 from apps.data.cache import DataError
 from apps.data.loader import ResumableLoader
-from apps.equal_cost.comparable import Baseline, Comparable, ExampleDifference, RoutedLayers
-from apps.equal_cost.search import Search
+from apps.equal_cost.comparable import Baseline, Comparable, ExampleDifference, RoutedLayers, Search
 from apps.nets.place import Place
 from apps.train.step.distilling import ClassLogits, DistilConfig
 from apps.train.step.growing import GrowConfig

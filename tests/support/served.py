@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from apps.base.ports import bound
-from apps.serve.service.application import application
+from apps.serve.service.application import application, body_schema, document
 from apps.serve.service.batching import Batcher
-from apps.serve.service.interface import body_schema, document
-from apps.serve.service.limits import Limits
-from apps.serve.service.metrics import Metrics
+from apps.serve.service.guard import Metrics
+from apps.serve.service.options import Limits
 from apps.serve.service.reading import Reader
 from apps.task import Service
 

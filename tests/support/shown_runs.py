@@ -158,8 +158,7 @@ RUNS: dict[str, Callable[[Path], Path]] = {
 
 def shown(folder: Path, most: int = 3) -> tuple[Any, Any]:
     """Return the model of a run, and its app's exhibit with examples of the run's data."""
-    from apps.demonstrate.command import exhibit_of
-    from apps.demonstrate.examples import with_examples
+    from apps.demonstrate.command import exhibit_of, with_examples
     from apps.train.checkpoint.loading import load
     from apps.train.checkpoint.paths import find_checkpoint
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from compared import CONFIG
 
-from apps.compare.suite.options import Command
+from apps.compare.suite.file import Command
 
 
 def small_suite(folder: Path, seeds: int = 2, **board: object) -> Path:

@@ -56,7 +56,7 @@ def test_page(
     rows += tuple((name, shown(value, 6)) for name, value in sizes.items())
     tested = checkpoint or "an untrained model"
     value = _in_words(*rows[0]) if rows else "nothing logged"
-    verdict = f"{value} in the test of {tested}; one run tells nothing of other seeds."
+    verdict = f"{value} in the test of {tested}; a single run gives no estimate of the spread over seeds."
     figures = {name: float(_percent(name, value)) for name, value in own.items()}
     every = Table("Metrics of the test", ("metric", "value"), rows)
     return Page(

@@ -18,21 +18,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from apps.base.checks import check_at_least
 from apps.base.messages import excerpt, unknown_name
 from apps.cli.classes import with_long_names
 from apps.cli.configs import at, differences, merge, read_config, shipped
 from apps.cli.errors import UsageError
+from apps.cli.parser import CommandLine, Folder, Shown
 
 T = TypeVar("T")
 
@@ -149,7 +152,6 @@ class Board:
         config: the configuration that its models begin with.
         models: the models.
         about: sentences on data and protocol, which stand above the table.
-        missing: how to get the data, where nothing fetches them.
         values: values over the configurations of all models, by dotted name.
         baselines: names of baselines of ``config`` that are rows too.
         metrics: test metrics, without the split; the first one ranks. Empty: the one that the models monitor.
@@ -164,7 +166,6 @@ class Board:
     config: str
     models: tuple[Model, ...]
     about: str = ""
-    missing: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
     baselines: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
@@ -235,7 +236,6 @@ class Suite:
         runs: folder of the runs; empty: ``runs/suites/<name of the file>``.
         figures: folder of the figures of finished runs, a JSON file a board; empty: one in that of the runs.
         leaderboard: Markdown file of the leaderboard; empty: ``leaderboard.md`` in the folder of the runs.
-        page: HTML file of the leaderboard; empty: ``report.html`` in the folder of the runs.
         path: the suite file, as the command line names it.
         chosen: names of the boards that are trained; None: all.
     """
@@ -247,7 +247,6 @@ class Suite:
     runs: str = ""
     figures: str = ""
     leaderboard: str = ""
-    page: str = ""
     path: str = ""
     chosen: tuple[str, ...] | None = None
 
@@ -296,9 +295,6 @@ class Suite:
             if name not in known:
                 raise UsageError(unknown_name("boards", name, known))
         return dataclasses.replace(self, chosen=tuple(names))
-
-    def is_chosen(self, board: Board) -> bool:
-        return self.chosen is None or board.name in self.chosen
 
     def command(self, *more: str) -> list[str]:
         """Return the words of the command that goes on with the suite."""
@@ -370,3 +366,51 @@ def _value(value: Any, hint: Any, where: str) -> Any:
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
         raise UsageError(f"{where}={excerpt(value)} is not {_KINDS[kinds[0]]}")
     return value
+
+
+@dataclass(frozen=True)
+class Command(CommandLine):
+    """Train the models of a suite file, each with several seeds at the learning rate of its configuration, and write a
+    leaderboard: the boards with their test figures and costs, as Markdown and as one HTML file.
+
+    Stopped at any moment, the same command goes on: a finished run is not trained again, and an unfinished one goes on
+    from its last checkpoint. The figures of finished runs are JSON files; where these are, the folders of the runs are
+    no longer needed. With --minutes 0 nothing is trained, and the leaderboard is written anew.
+
+    Attributes:
+        file: the suite file, such as configs/suites/recommenders.yaml
+        boards: train these boards alone; the leaderboard still has all
+        minutes: stop after so long, with what is at work kept (default: no limit)
+        figures: folder of the figures of finished runs (default: that of the suite file)
+        output: folder of the runs (default: that of the suite file)
+        rounds: timed rounds of speed and memory; 0: none
+        open: show the page in the browser
+
+    Raises:
+        UsageError: a suite file that is not there or is none.
+        ValueError: a value out of its range, or a suite that breaks a rule.
+    """
+
+    prog: ClassVar[str] = "moesaic compare"
+
+    file: Annotated[Path, Shown("FILE", words=("--suite",))]
+    boards: tuple[str, ...] = ()
+    minutes: float | None = None
+    figures: Folder | None = None
+    output: Folder | None = None
+    rounds: int = 5
+    open: bool = False
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and not (self.minutes >= 0 and math.isfinite(self.minutes)):
+            raise UsageError(f"--minutes {self.minutes:g} must not be negative")
+        if self.rounds < 0:
+            raise UsageError(f"--rounds {self.rounds} must not be negative")
+        assert self.suite  # a wrong file is an error before anything heavy is imported
+
+    @functools.cached_property
+    def suite(self) -> Suite:
+        """The suite, with the folders and boards that the command line gives."""
+        suite = Suite.read(self.file)
+        suite = suite.with_boards(self.boards) if self.boards else suite
+        return replace(suite, runs=str(self.output or suite.runs), figures=str(self.figures or suite.figures))

@@ -1,20 +1,109 @@
-"""The rows of a board with their intervals, the best first."""
+"""What the finished runs of a suite have shown: small JSON files that are kept with the source, the rows of a board
+with their intervals, the best first, and the leaderboard as a page.
+
+Figures count for the configuration that they were made with: those of another one under the same name are of no run.
+"""
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from apps.compare.costs import FLOPS, MEMORY, NONE, SECONDS, SIZES, SPEEDS, Costs
-from apps.compare.stats import paired_difference
-from apps.compare.suite.figures import Figures
-from apps.compare.suite.file import Board, Entry, Suite
+from apps.base.files import read_json, write_json
+from apps.cli.configs import shipped
+from apps.compare.costs import FLOPS, MEMORY, NONE, SECONDS, SIZES, SPEEDS, Costs, Quality
+from apps.compare.page import shown_interval
+from apps.compare.suite.file import Board, Entry, Suite, slug
 from apps.compare.systems import label
-from apps.compare.table import shown_interval
-from apps.report.intervals import Interval, mean_interval
+from apps.report.intervals import Interval, mean_interval, paired_difference
+from apps.report.page import MOST_FIGURES, Code, Page, Section, Table, Text
 from apps.report.tables import is_share
+from apps.runner.runner import differences
+from apps.train.cost.kinds import MEANINGS
+
+_DIGITS = 7
+
+
+class Figures:
+    """The figures of a suite's finished runs.
+
+    Args:
+        folder: folder of the files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, board: str) -> Path:
+        return self.folder / f"{slug(board)}.json"
+
+    def row(self, entry: Entry) -> dict[str, Any]:
+        """Return the figures of a row; empty where there are none of its configuration.
+
+        The keys are those that the queue has given to ``add``, and "runs": the figures of each run, by its seed.
+
+        Raises:
+            ValueError: the file is not one of figures.
+        """
+        row = self._saved(entry.board).get(entry.name)
+        if row is None or self.changes(entry):
+            return {"runs": {}}
+        return {**row, "runs": {int(seed): run for seed, run in row["runs"].items()}}
+
+    def changes(self, entry: Entry) -> list[str]:
+        """Return how the configuration differs from the one of the saved figures; empty where it does not."""
+        row = self._saved(entry.board).get(entry.name)
+        return [] if row is None else differences(_identity(row, entry), _identity_now(entry))
+
+    def add(self, entry: Entry, **facts: Any) -> None:
+        """Save facts of a row; figures of another configuration under its name go."""
+        row = {**self.row(entry), **facts}
+        saved = {**self._saved(entry.board), entry.name: _plain({**_identity_now(entry), **row})}
+        write_json(self.path(entry.board), {"board": entry.board, "rows": saved})
+
+    def add_run(self, entry: Entry, seed: int, run: Mapping[str, Any]) -> None:
+        """Save the figures of a finished run."""
+        self.add(entry, runs=dict(sorted({**self.row(entry)["runs"], seed: run}.items())))
+
+    def _saved(self, board: str) -> dict[str, Any]:
+        path = self.path(board)
+        saved = read_json(path)
+        if saved is None:
+            return {}
+        rows = saved.get("rows") if isinstance(saved, dict) else None
+        if not isinstance(rows, dict) or not all(
+            isinstance(r, dict) and isinstance(r.get("runs"), dict) for r in rows.values()
+        ):
+            raise ValueError(f"{path} holds no figures of a suite: delete it to have them made again")
+        return rows
+
+
+def _identity_now(entry: Entry) -> dict[str, Any]:
+    return {**entry.identity, **({"baseline_minutes": entry.baseline_minutes} if entry.baseline else {})}
+
+
+def _identity(row: Mapping[str, Any], entry: Entry) -> dict[str, Any]:
+    """Return the part of a saved row that says what its figures depend on; only a search depends on minutes."""
+    identity = {name: row.get(name) for name in _identity_now(entry)}
+    if entry.baseline and not row.get("tunes"):
+        identity["baseline_minutes"] = entry.baseline_minutes
+    return identity
+
+
+def _plain(value: Any) -> Any:
+    """Return plain values with numbers to so many digits that a file stays small."""
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
 
 _COSTS = (FLOPS, *SIZES, *SPEEDS, MEMORY, SECONDS)
 
@@ -188,3 +277,100 @@ def standings(board: Board, suite: Suite, figures: Figures) -> Standings:
 
 def _of_seeds(row: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
     return {**row, "runs": {seed: run for seed, run in row["runs"].items() if seed in seeds}}
+
+
+def leaderboard_page(suite: Suite, boards: Sequence[Standings], date: str) -> Page:
+    """Return the page of a suite; ``date`` is when it was written, in ISO format."""
+    return Page(
+        title=suite.title,
+        verdict=tuple(f"{b.board.name}: {b.sentence()}" for b in boards if b.ranked) or ("Nothing has been run yet.",),
+        figures=_leaders(boards),
+        sections=(
+            Section("What it is", Text.if_any([suite.about.strip()])),
+            *(_section(suite, board) for board in boards),
+            Section("How to read it", (Text(tuple(legend(suite, boards))),)),
+            Section(
+                "How to repeat it",
+                (
+                    Code("Command", shlex.join(suite.command())),
+                    Code("The suite file", shipped(Path(suite.path)).read_text(encoding="utf-8"), closed=True),
+                ),
+            ),
+        ),
+        kind="leaderboard",
+        date=date,
+        entries=tuple(entry for board in boards for entry in _quality(board).entries(f"{board.board.name}: ")),
+    )
+
+
+def _leaders(boards: Sequence[Standings]) -> Table | None:
+    """Return the best row of each board; None where nothing was run."""
+    rows = []
+    for board in boards:
+        metric = board.metrics[0]
+        for best in board.ranked[:1]:
+            test = shown_interval(best.tests[metric], metric in board.shares)
+            rows.append((board.board.name, best.title, board.heading(metric), test, f"{best.num_seeds}"))
+    columns = ("board", "best", "metric", "test", "seeds")
+    return Table("", columns, tuple(rows[:MOST_FIGURES])) if rows else None
+
+
+def _section(suite: Suite, board: Standings) -> Section:
+    headings, *lines = board.cells()
+    left = not_run(suite, board)
+    charts = _quality(board).charts({FLOPS: "FLOPs", SECONDS: "training time"}, f"{board.board.name}: quality")
+    table = Table("", tuple(headings), tuple(map(tuple, lines)), sortable=True)
+    below = Text.if_any([*board.notes(), *left, *(f"Runs: {machine}." for machine in board.machines())])
+    return Section(board.board.name, (*Text.if_any([board.board.about.strip()]), *charts, table, *below))
+
+
+def _quality(board: Standings) -> Quality:
+    """Return the first metric of the rows with figures, and what they take."""
+    metric = board.metrics[0]
+    models = [(row.title, test, row.costs) for row in board.ranked if (test := row.tests[metric]) is not None]
+    return Quality(f"test {board.heading(metric)}", metric in board.shares, board.higher_is_better, models)
+
+
+def legend(suite: Suite, boards: Sequence[Standings]) -> list[str]:
+    """Return sentences that say what the columns are."""
+    kinds = {row.figures.get("kind") for board in boards for row in board.rows}
+    meant = [f"{kind}: {meaning}" for kind, meaning in MEANINGS.items() if kind in kinds]
+    return [
+        *([f"What a model is, is derived from the model itself. {'; '.join(meant).capitalize()}."] if meant else []),
+        f"Test figures are means over {suite.seeds} seeds ± half a 95 % interval (Student's t), of the weights of the "
+        "last step, or of the averaged ones where a configuration averages. 'Best minus it' is paired by seed; its "
+        "interval does not count that the best is chosen among the rows.",
+        "Each model trains at the learning rate of its configuration, a baseline at that of the configuration that it "
+        "belongs to; trees and linear models search their settings on validation data.",
+        "FLOPs are those of one forward, without padding, products alone, two a multiply-add. Speeds and memory are of "
+        "the first seed's model, or of a freshly drawn one where its weights are no longer kept, each measured alone, "
+        "without reading data; the memory is above what the process held before the model was built. Training times "
+        "are as recorded, whatever else the machine did.",
+    ]
+
+
+def not_run(suite: Suite, standings: Standings) -> list[str]:
+    """Return a line with the command that does the runs of a board that are left; none where all are done."""
+    missing = [row.title for row in standings.rows if row.state == "not run"]
+    partly = [row.title for row in standings.rows if row.num_seeds and row.num_seeds + row.diverged < suite.seeds]
+    if not missing and not partly:
+        return []
+    parts = [
+        f"{words}: {'; '.join(names)}." for words, names in (("Not run", missing), ("Not all seeds", partly)) if names
+    ]
+    if len(missing) == len(standings.rows):
+        parts = ["Not run."]
+    board = standings.board
+    command = shlex.join(suite.command("--boards", board.name))
+    estimates = [
+        row.entry.minutes * (suite.seeds - row.num_seeds - row.diverged)
+        for row in standings.rows
+        if row.entry.minutes and row.state != "left out"
+    ]
+    time = f" (about {duration(sum(estimates))})" if sum(estimates) else ""
+    return [f"{' '.join(parts)} {command}{time}"]
+
+
+def duration(minutes: float) -> str:
+    """Return minutes as "40 min" or "3.2 h"."""
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

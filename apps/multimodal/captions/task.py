@@ -16,7 +16,7 @@ from apps.multimodal.task import ImageTextMatching
 from apps.nlp.decode.exported import ExportedMemoryDecoder
 from apps.nlp.decode.graphs import exported_writer, graphs_with_memory
 from apps.nlp.text.words import words_of
-from apps.report.exhibit.parts import Example, LayerPart
+from apps.report.exhibit import Example, LayerPart
 from apps.task import Missing, Sizes, Task, Trial, ids_on_meta, patches_by_layer, vocabulary_loss, words_by_layer
 from apps.task.outputs import Written, texts
 from apps.train.publish.exporting import Exported

@@ -13,8 +13,7 @@ from torch import Tensor
 import core
 from apps.base.checks import check_name
 from apps.data.subwords import PAD_ID, Side, Subwords
-from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
-from apps.equal_cost.twins import dense_twins
+from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers, dense_twins
 from apps.nets.config import TransformerConfig
 from apps.nets.depths import TokenGate
 from apps.nets.loss import OutputLogits, TargetScores, linear_cross_entropy, target_scores

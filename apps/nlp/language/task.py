@@ -20,8 +20,7 @@ from apps.nlp.predict import checked_texts
 from apps.nlp.sizes import text_arguments
 from apps.nlp.specialisation import tokens
 from apps.nlp.text.words import words_of
-from apps.report.exhibit.fields import NumberField
-from apps.report.exhibit.parts import Example, LayerPart, Said
+from apps.report.exhibit import Example, LayerPart, NumberField, Said
 from apps.task import Input, Output, Sizes, Task, Trial, ids_on_meta, text, vocabulary_loss, words_by_layer
 from apps.task.outputs import properties
 from apps.train.publish.exporting import Exported

@@ -24,9 +24,9 @@ from apps.nlp.text.scores import scorer, signature
 from apps.nlp.translation.metrics import TranslationMetrics, corpus_metrics, signatures
 from apps.nlp.translation.routes import expert_use, usual_sentences, write_sentence
 from apps.report.base import ReportConfig, computed_metrics, spread_batches
-from apps.report.groups import check_bounds, range_names, ranges_of
 from apps.report.page import Code, Part, Section, Table
 from apps.report.tables import write_csv
+from apps.report.use import check_bounds, range_names, ranges_of
 from core.fields import CountOrZero
 
 _COLUMNS = {"bleu": "BLEU", "chrf": "chrF++", "token_accuracy": "token acc., %", "perplexity": "perplexity"}

@@ -23,7 +23,7 @@ from apps.nlp.specialisation import side_of, tokens
 from apps.nlp.text.words import words_of
 from apps.nlp.translation.module import task_numbers
 from apps.nlp.translation.routes import traced
-from apps.report.exhibit.parts import Example, LayerPart
+from apps.report.exhibit import Example, LayerPart
 from apps.task import Sizes, Task, Trial, choice, ids_on_meta, text, vocabulary_loss, words_by_layer
 from apps.task.outputs import Written, texts
 from apps.train.publish.exporting import Exported

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import core
 from apps.base.checks import check_at_least
 from apps.base.evaluation import in_evaluation
-from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
-from apps.equal_cost.twins import dense_twins
+from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers, dense_twins
 from apps.nets.blocks import one_ffn, resolve_blocks
 from apps.nets.place import Place, check_fits, check_layers
 from apps.recsys.encoding.features import Features

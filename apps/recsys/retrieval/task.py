@@ -16,7 +16,7 @@ from apps.recsys.retrieval.columns import encoding_of_part, names_of
 from apps.recsys.row import RowTask
 from apps.recsys.tables.rows.scoring import encoding_of
 from apps.recsys.tables.sizes import columns_of, read_on_meta
-from apps.report.exhibit.parts import Example, LayerPart, Part
+from apps.report.exhibit import Example, LayerPart, Part
 from apps.report.page import Table
 from apps.task import Loss, Missing, Output, Sizes, Trial, words_by_layer
 from apps.task.outputs import properties

@@ -15,8 +15,15 @@ from torch import Tensor
 import core
 from apps.base.checks import check_at_least
 from apps.base.evaluation import in_evaluation
-from apps.equal_cost.comparable import Baseline, Comparable, ExampleValues, RoutedLayers
-from apps.equal_cost.twins import DenseTwin, baselines_of, equal_widths
+from apps.equal_cost.comparable import (
+    Baseline,
+    Comparable,
+    DenseTwin,
+    ExampleValues,
+    RoutedLayers,
+    baselines_of,
+    equal_widths,
+)
 from apps.nets.blocks import FFNConfig, one_ffn
 from apps.nets.loss import OutputLogits, linear_cross_entropy
 from apps.nets.packing import Packing

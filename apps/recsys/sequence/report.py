@@ -16,9 +16,8 @@ from apps.data.loader import batches_of_test
 from apps.recsys.metrics import CUTOFF, target_ranks
 from apps.recsys.ranks import POPULARITY, QUARTERS, popularity_groups, rank_parts
 from apps.report.base import Report, ReportConfig, first_batches, is_left_out, spread_places
-from apps.report.groups import check_bounds, range_names, ranges_of
 from apps.report.page import Part, Section, Table
-from apps.report.use import ExpertUse, Labels, load_parts, map_parts, tokens_of
+from apps.report.use import ExpertUse, Labels, check_bounds, load_parts, map_parts, range_names, ranges_of, tokens_of
 from core.fields import CountOrZero
 
 BACK = (1, 5, 20, 50)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 import core
 from apps.recsys.sequence.histories import Items
 from apps.recsys.tables.rows.scoring import encoding_of
-from apps.report.exhibit.fields import ItemsField
-from apps.report.exhibit.parts import Example, Exhibit, LayerPart, Part
+from apps.report.exhibit import Example, Exhibit, ItemsField, LayerPart, Part
 from apps.report.page import Table
 from apps.task import Input, Missing, Output, Sizes, Task, Trial, ids_on_meta, number, vocabulary_loss, words_by_layer
 from apps.task.outputs import properties

@@ -9,8 +9,7 @@ from functools import partial
 from typing import Any
 
 import core
-from apps.equal_cost.comparable import Baseline
-from apps.equal_cost.twins import baselines_of
+from apps.equal_cost.comparable import Baseline, baselines_of
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.columns.bottoms import SharedBottom, SingleTask
 from apps.recsys.tables.estimators import (

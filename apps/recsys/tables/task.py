@@ -21,7 +21,7 @@ from apps.recsys.tables.report.gating import GateReader
 from apps.recsys.tables.rows.plain_columns import GraphOfColumns, dynamic_axes, example_inputs
 from apps.recsys.tables.rows.scoring import encoded, encoding_of
 from apps.recsys.tables.sizes import columns_of, read_on_meta, refuse_without_columns
-from apps.report.exhibit.parts import Bars, Example, LayerPart, Part
+from apps.report.exhibit import Bars, Example, LayerPart, Part
 from apps.report.page import Table
 from apps.task import Output, Sizes, Trial, gates_by_layer
 from apps.task.outputs import properties

@@ -25,7 +25,7 @@ No app is named here: an app's test report makes sections of what it computes (`
 """
 
 from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart
-from apps.report.page.index import write_index
+from apps.report.page.html import png_of, save_charts
 from apps.report.page.parts import (
     MOST_FIGURES,
     Code,
@@ -39,16 +39,7 @@ from apps.report.page.parts import (
     Text,
     Thumbnail,
     Words,
+    how_to_repeat,
     shown,
 )
-from apps.report.page.repeat import how_to_repeat
-from apps.report.page.vega import png_of, save_charts
 from apps.report.page.writing import FILE, SECTIONS, load_sections, open_page, save_sections, show_page, write_page
-
-__all__ = [
-    "Page", "Section", "Part", "Text", "Table", "Code", "Picture", "Gallery", "Thumbnail", "Words", "Entry",
-    "MOST_FIGURES", "shown",
-    "ScatterChart", "Point", "LineChart", "Line", "BarChart", "HeatmapChart", "how_to_repeat",
-    "save_charts", "png_of",
-    "write_page", "write_index", "open_page", "show_page", "save_sections", "load_sections", "FILE", "SECTIONS",
-]  # fmt: skip

@@ -39,22 +39,31 @@ class Point:
 
 
 @dataclass(frozen=True)
-class ScatterChart:
-    """Points with error bars, such as quality against cost.
+class _Axes:
+    """A chart with two axes.
 
     Attributes:
         title, summary: heading and text alternative.
         x_title, y_title: names of the axes, with units.
-        points: the points, at least one.
-        log_x: the horizontal axis is logarithmic; all x are above 0.
-        is_reversed: less is better, and stands above.
-        front: points of a line of steps behind the points, by rising x.
     """
 
     title: str
     summary: str
     x_title: str
     y_title: str
+
+
+@dataclass(frozen=True)
+class ScatterChart(_Axes):
+    """Points with error bars, such as quality against cost.
+
+    Attributes:
+        points: the points, at least one.
+        log_x: the horizontal axis is logarithmic; all x are above 0.
+        is_reversed: less is better, and stands above.
+        front: points of a line of steps behind the points, by rising x.
+    """
+
     points: tuple[Point, ...]
     log_x: bool = False
     is_reversed: bool = False
@@ -115,21 +124,15 @@ class Line:
 
 
 @dataclass(frozen=True)
-class LineChart:
+class LineChart(_Axes):
     """Lines over a common axis, such as learning curves.
 
     Attributes:
-        title, summary: heading and text alternative.
-        x_title, y_title: names of the axes, with units.
         lines: the lines, at least one.
         diagonal: draw where y equals x as well, as in a calibration curve.
         log_x, log_y: the axis is logarithmic; all its values are above 0.
     """
 
-    title: str
-    summary: str
-    x_title: str
-    y_title: str
     lines: tuple[Line, ...]
     diagonal: bool = False
     log_x: bool = False
@@ -146,12 +149,10 @@ class LineChart:
 
 
 @dataclass(frozen=True)
-class BarChart:
+class BarChart(_Axes):
     """Bars side by side, such as the load of each expert.
 
     Attributes:
-        title, summary: heading and text alternative.
-        x_title, y_title: names of the axes, with units.
         names: names of the bars' places.
         series: a value for each place, by the name of the series.
         line: value at which a line lies across, such as an even share; None for none.
@@ -160,10 +161,6 @@ class BarChart:
         ValueError: a series of another length than the names.
     """
 
-    title: str
-    summary: str
-    x_title: str
-    y_title: str
     names: tuple[str, ...]
     series: dict[str, tuple[float, ...]]
     line: float | None = None
@@ -209,10 +206,7 @@ class HeatmapChart:
 
     def __post_init__(self) -> None:
         if len(self.values) != len(self.rows) or any(len(row) != len(self.columns) for row in self.values):
-            raise ValueError(
-                f"heat map {self.title!r}: {len(self.values)} rows of values for {len(self.rows)} rows and "
-                f"{len(self.columns)} columns"
-            )
+            raise ValueError(f"heat map {self.title!r}: {len(self.values)} rows of values do not fit")
 
     @classmethod
     def of(
@@ -269,3 +263,49 @@ def _number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "–"
     return f"{value:,.0f}" if value == round(value) and abs(value) < 1e15 else f"{value:.4g}"
+
+
+_DIRECTIONS = ((1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1))
+"""Places of a note beside its point, the best first: to the right, and up."""
+_LETTER, _LINE = 5.2, 10.0
+"""Width of a letter and height of a line of a note, in pixels."""
+
+
+def placed(chart: ScatterChart, width: float, height: float) -> list[tuple[float, float]]:
+    """Return how far the middle of each note stands from its point, to the right and down, in pixels.
+
+    A note stands where it covers the least of points and of the notes before it.
+    """
+    drawn_x = [x for p in chart.points for x in (p.left, p.right) if x is not None] + [x for x, _ in chart.front]
+    drawn_y = [y for p in chart.points for y in (p.low, p.high) if y is not None] + [y for _, y in chart.front]
+    xs = _pixels([p.x for p in chart.points], drawn_x, width, 24, chart.log_x)
+    ys = _pixels([p.y for p in chart.points], drawn_y, height, 16, False)
+    ys = ys if chart.is_reversed else [height - y for y in ys]
+    lefts, rights = (
+        _pixels([end or p.x for p, end in zip(chart.points, ends, strict=True)], drawn_x, width, 24, chart.log_x)
+        for ends in ([p.left for p in chart.points], [p.right for p in chart.points])
+    )
+    bars = zip(lefts, rights, ys, strict=True)
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in zip(xs, ys, strict=True)]
+    taken += [(left, y - 1, right, y + 1) for left, right, y in bars]
+    offsets = []
+    for point, x, y in zip(chart.points, xs, ys, strict=True):
+        half, best = _LETTER * len(point.note) / 2, None
+        for far, (right, down) in itertools.product((8, 15, 23), _DIRECTIONS):
+            dx, dy = right * (far + half), down * (far + _LINE / 2)
+            box = (x + dx - half, y + dy - _LINE / 2, x + dx + half, y + dy + _LINE / 2)
+            covered = sum(b[0] < box[2] and box[0] < b[2] and b[1] < box[3] and box[1] < b[3] for b in taken)
+            covered += box[0] < 0 or box[2] > width or box[1] < 0 or box[3] > height
+            if best is None or covered < best[0]:
+                best = (covered, box, (dx, dy))
+        assert best is not None
+        offsets.append(best[2])
+        taken += [best[1]] if point.note else []
+    return offsets
+
+
+def _pixels(values: list[float], others: list[float], length: float, margin: float, is_log: bool) -> list[float]:
+    """Return the places of values on an axis that spans them and ``others``."""
+    scale = math.log10 if is_log else float
+    low, high = scale(min(values + others)), scale(max(values + others))
+    return [margin + (length - 2 * margin) * (scale(v) - low) / ((high - low) or 1.0) for v in values]

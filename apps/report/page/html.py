@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import functools
+import io
 import itertools
 import json
 import math
@@ -13,11 +15,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from apps.base.files import replacing
 from apps.base.templates import template
 from apps.report.colors import color_of, expert_colors, ink_on
 from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, ScatterChart, thinned_rows
-from apps.report.page.parts import Page, Part, Picture, Table, Words, shown
-from apps.report.page.vega import script, vega_lite
+from apps.report.page.parts import Page, Picture, Table, Words, shown
 
 GENERATOR = '<meta name="generator" content="moesaic">'
 """Marks a file that a page may replace."""
@@ -33,6 +35,36 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 
 _OF_INDEX = ("runs", "list", "search", "only", "count", "side-by-side", "points", "choice", "up", "across")
 _MARK = "<!--picture-->"
+
+
+@functools.cache
+def script() -> str:
+    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed, as ``window.vegaEmbed``: 0.9 MB, made once a process.
+
+    It takes about 2 s.
+    """
+    import vl_convert
+
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+
+
+def save_charts(charts: Sequence[Chart | Words], path: Path, title: str) -> Path:
+    """Write charts as one PNG file, whole or not at all, and make its folder; return the path."""
+    with replacing(path, "wb") as file:
+        file.write(png_of(charts, title))
+    return path
+
+
+def png_of(charts: Sequence[Chart | Words], title: str) -> bytes:
+    """Return charts as a PNG file, side by side as far as there is room; maps on one scale of color."""
+    import vl_convert
+    from PIL import Image
+
+    from apps.report.page.vega import still
+
+    drawn, small = Image.open(io.BytesIO(vl_convert.vegalite_to_png(still(charts, title), scale=2.0))), io.BytesIO()
+    drawn.convert("RGB").save(small, "PNG", optimize=True)  # a third of the size
+    return small.getvalue()
 
 
 def is_report(path: Path) -> bool:
@@ -51,6 +83,7 @@ def render(page: Page, before: Markup | str = "", code: str = "") -> str:
     """
     written = _Written(code)
     sections = [section for section in page.sections if not section.is_empty]
+
     text = template(_HERE / "page.html").render(
         page=page,
         before=Markup(before),
@@ -61,7 +94,9 @@ def render(page: Page, before: Markup | str = "", code: str = "") -> str:
         wordy=_wordy,
         marked=_marked,
         numbers=_numbers,
-        runs=lambda parts: [(own, list(run)) for own, run in itertools.groupby(parts, _is_chart)],
+        runs=lambda parts: [
+            (own, list(run)) for own, run in itertools.groupby(parts, lambda part: isinstance(part, _CHARTS))
+        ],
         id=written.id,
         draw=written.draw,
         picture=written.picture,
@@ -100,6 +135,8 @@ class _Written:
     def draw(self, chart: Chart) -> str:
         """Keep a chart, and return the id of its place."""
         place = self.id(f"chart {chart.title}")
+        from apps.report.page.vega import vega_lite
+
         self.specs[place] = vega_lite(chart)
         return place
 
@@ -110,7 +147,8 @@ class _Written:
 
     def scripts(self) -> Markup:
         """Return the page's JavaScript, with the charts drawn so far."""
-        library = f"<script>{_inside_script(script())}</script>\n" if self.specs else ""
+        inside = script().replace("</script", "<\\/script").replace("<!--", "<\\!--") if self.specs else ""
+        library = f"<script>{inside}</script>\n" if inside else ""
         charts = f'<script type="application/json" id="charts">{as_json(self.specs)}</script>\n'
         own = "".join(f"<script>\n{code}</script>\n" for code in (page_file("page.js"), self.code) if code)
         return Markup(library + charts + own)
@@ -130,7 +168,7 @@ class _Written:
         return "".join(whole)
 
 
-def _is_chart(part: Part) -> bool:
+def _is_chart(part: Any) -> bool:
     return isinstance(part, _CHARTS)
 
 
@@ -186,11 +224,6 @@ def _picture(picture: Picture) -> Markup:
 def as_json(value: Any) -> str:
     """Return JSON that may stand inside a script element."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _inside_script(code: str) -> str:
-    """Return JavaScript that does not end the element it stands in."""
-    return code.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def page_file(name: str) -> str:

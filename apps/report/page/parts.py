@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from apps.base.machine import machine_facts
 from apps.report.page.charts import BarChart, HeatmapChart, LineChart, ScatterChart
 
 
@@ -55,9 +57,7 @@ class Table:
     def __post_init__(self) -> None:
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
-                raise ValueError(
-                    f"table {self.title!r}: row {number} has {len(row)} cells for {len(self.columns)} columns"
-                )
+                raise ValueError(f"row {number} has {len(row)} cells for {len(self.columns)} columns: {row}")
 
 
 @dataclass(frozen=True)
@@ -276,3 +276,20 @@ def shown(value: float | None, digits: int = 4) -> str:
     if value is None or math.isnan(value):
         return "–"
     return f"{value:,.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+
+
+def how_to_repeat(command: str, config: str = "", machine: Mapping[str, Any] | None = None) -> Section:
+    """Return the section that says how a run was made.
+
+    Args:
+        command: shell command that does it again.
+        config: the whole configuration in force, as YAML; empty for none.
+        machine: facts as ``apps.base.machine.machine_facts`` gives them; None: those of now.
+    """
+    facts = dict(machine_facts() if machine is None else machine)
+    facts |= facts.pop("packages", {})
+    rows = tuple((str(name), str(value)) for name, value in facts.items())
+    parts: list[Part] = [Code("Command", command), Table("Machine, versions and commit", ("", "value"), rows)]
+    if config:
+        parts.append(Code("The whole configuration", config, closed=True))
+    return Section("How to repeat it", tuple(parts))

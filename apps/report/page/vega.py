@@ -1,25 +1,22 @@
-"""The charts of a report, drawn by Vega-Lite through Altair: live on a page, still in a PNG file."""
+"""The charts of a report, drawn by Vega-Lite through Altair: live on a page, still in a PNG file.
+
+Altair takes a second to import, so this module is imported where a chart is drawn.
+"""
 
 from __future__ import annotations
 
-import functools
-import io
 import math
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from apps.base.files import replacing
+import altair as alt
+
 from apps.report.colors import PALETTE, color_of, expert_colors, ink_on, shape_of
-from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, Point, ScatterChart
-from apps.report.page.notes import placed
+from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, Point, ScatterChart, placed
 from apps.report.page.parts import Words
-
-if TYPE_CHECKING:
-    import altair as alt
 
 MOST_POINTS = 200
 """Points of a line up to which each is drawn; a longer line is drawn by the means of as many parts."""
@@ -45,38 +42,8 @@ def vega_lite(chart: Chart) -> dict[str, Any]:
     return {**drawn.properties(description=f"{chart.title}. {chart.summary}").to_dict(), "config": _CONFIG}
 
 
-def save_charts(charts: Sequence[Chart | Words], path: Path, title: str) -> Path:
-    """Write charts as one PNG file, whole or not at all, and make its folder; return the path."""
-    with replacing(path, "wb") as file:
-        file.write(png_of(charts, title))
-    return path
-
-
-@functools.cache
-def script() -> str:
-    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed, as ``window.vegaEmbed``: 0.9 MB, made once a process.
-
-    It takes about 2 s.
-    """
-    import vl_convert
-
-    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
-
-
-def png_of(charts: Sequence[Chart | Words], title: str) -> bytes:
-    """Return charts as a PNG file, side by side as far as there is room; maps on one scale of color."""
-    import vl_convert
-    from PIL import Image
-
-    drawn, small = Image.open(io.BytesIO(vl_convert.vegalite_to_png(still(charts, title), scale=2.0))), io.BytesIO()
-    drawn.convert("RGB").save(small, "PNG", optimize=True)  # a third of the size
-    return small.getvalue()
-
-
 def still(charts: Sequence[Chart | Words], title: str) -> dict[str, Any]:
-    """Return the Vega-Lite specification of a file of charts; see ``png_of``."""
-    import altair as alt
-
+    """Return the Vega-Lite specification of a file of charts; see ``html.png_of``."""
     maps = [chart for chart in charts if isinstance(chart, HeatmapChart)]
     top = max((chart.shown_top for chart in maps), default=1.0)
     charts = [replace(c, top=top) if isinstance(c, HeatmapChart) else c for c in charts]
@@ -137,8 +104,6 @@ def _series(chart: Chart | Words | None) -> tuple[str, ...]:
 
 
 def _drop_legends(drawn: alt.LayerChart) -> None:
-    import altair as alt
-
     for layer in drawn.layer:
         for channel in ("color", "shape"):
             own = getattr(layer.encoding, channel)
@@ -148,8 +113,6 @@ def _drop_legends(drawn: alt.LayerChart) -> None:
 
 def _fading(is_still: bool, high: float, low: float) -> tuple[list[Any], Any]:
     """Return parameters and an opacity that fades all but the series that was chosen in the legend."""
-    import altair as alt
-
     if is_still:
         return [], alt.value(high)
     chosen = alt.selection_point(fields=["label"], bind="legend", name="chosen")
@@ -157,8 +120,6 @@ def _fading(is_still: bool, high: float, low: float) -> tuple[list[Any], Any]:
 
 
 def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
-    import altair as alt
-
     points = placed(chart, 300, _HEIGHT) if is_still else [(0.0, 0.0)] * len(chart.points)
     rows = [
         {"label": p.label, "x": _finite(p.x), "y": _finite(p.y), "low": _finite(p.low), "high": _finite(p.high),
@@ -167,6 +128,7 @@ def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
         for p, (dx, dy) in zip(chart.points, points, strict=True)
     ]  # fmt: skip
     labels = list(dict.fromkeys(p.label for p in chart.points))
+    shapes = [shape_of(i, _SHAPES) for i in range(len(labels))]  # two of one color have two shapes
     params, faded = _fading(is_still, 1.0, 0.15)
     large = max(abs(p.x) for p in chart.points) >= 10_000
     x = alt.X("x:Q", title=chart.x_title, scale=_across(chart.log_x, padding=24))
@@ -179,7 +141,7 @@ def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
     bars = bars.encode(y=alt.Y("low:Q"), y2="high:Q")
     points_of = base.mark_point(filled=True, size=110, xOffset=beside).encode(
         y=y,
-        shape=alt.Shape("label:N", title=None, scale=_shapes(labels)).legend(_legend(labels)),
+        shape=alt.Shape("label:N", title=None, scale=alt.Scale(domain=labels, range=shapes)).legend(_legend(labels)),
         tooltip=_tips(
             ("label:N", "model"),
             *([("note:N", "form")] if any(p.note for p in chart.points) else []),
@@ -209,8 +171,6 @@ def _among_equals(points: Sequence[Point], own: Point) -> float:
 
 
 def _lines(chart: LineChart, is_still: bool) -> alt.LayerChart:
-    import altair as alt
-
     rows = [
         {"label": line.label, "name": line.name, "x": _finite(x), "y": _finite(y if y > 0 or not chart.log_y else None)}
         for line in (line.thinned(MOST_POINTS) for line in chart.lines)
@@ -260,8 +220,6 @@ def _lines(chart: LineChart, is_still: bool) -> alt.LayerChart:
 
 
 def _bars(chart: BarChart, is_still: bool) -> alt.LayerChart:
-    import altair as alt
-
     labels = list(chart.series)
     rows = [
         {"name": name, "label": label, "y": _finite(values[i])}
@@ -292,8 +250,6 @@ def _bars(chart: BarChart, is_still: bool) -> alt.LayerChart:
 
 
 def _heatmap(chart: HeatmapChart, is_still: bool) -> alt.LayerChart:
-    import altair as alt
-
     names, columns = _different(chart.rows), _different(chart.columns)
     rows: list[dict[str, Any]] = [
         {"row": r, "column": c, "value": float(f"{v:.4g}")}
@@ -325,8 +281,6 @@ def _heatmap(chart: HeatmapChart, is_still: bool) -> alt.LayerChart:
 
 def _words(words: Words, is_still: bool) -> alt.LayerChart:
     """Draw the labels of words, a row a word and a column a layer; a page shows them as text."""
-    import altair as alt
-
     names, colors = _different(words.words), expert_colors(words.num_colors)
     rows = []
     for layer, labels in words.labels.items():
@@ -353,8 +307,6 @@ def _different(names: Sequence[str]) -> list[str]:
 
 def _tips(*fields: tuple[str, str]) -> list[alt.Tooltip]:
     """Return what a page shows of a mark, given fields with their titles."""
-    import altair as alt
-
     return [
         alt.Tooltip(field, title=title, **({"format": ".4~g"} if field.endswith(":Q") else {}))
         for field, title in fields
@@ -368,29 +320,16 @@ def _finite(value: float | None) -> float | None:
 
 def _legend(labels: Sequence[str]) -> alt.Legend | None:
     """Return a legend of the usual form; None where there is nothing to tell apart."""
-    import altair as alt
-
     return alt.Legend() if len(labels) > 1 else None
 
 
 def _across(is_log: bool, **options: Any) -> alt.Scale:
     """Return the scale of a horizontal axis; a logarithmic one may not speak of zero."""
-    import altair as alt
-
     return alt.Scale(nice=False, **options, **({"type": "log"} if is_log else {"zero": False}))
 
 
 def _colors(labels: Sequence[str]) -> alt.Scale:
-    import altair as alt
-
     return alt.Scale(domain=list(labels), range=[PALETTE[i % len(PALETTE)] for i in range(len(labels))])
-
-
-def _shapes(labels: Sequence[str]) -> alt.Scale:
-    """Return a shape for each label, so that two of one color have two shapes."""
-    import altair as alt
-
-    return alt.Scale(domain=list(labels), range=[shape_of(i, _SHAPES) for i in range(len(labels))])
 
 
 _DRAW: Mapping[type, Callable[[Any, bool], Any]] = {

@@ -2,27 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apps import registry
+from apps.base.files import delete, folder_beside, naming, put_folder
 from apps.base.messages import some
 from apps.base.quiet import quiet
-from apps.base.sealed import seal
+from apps.base.sealed import seal, weights_beside
 from apps.cli.configs import read_config
+from apps.cli.errors import UsageError
 from apps.registry import name_of
-from apps.serve.export.files import check_output, write
-from apps.serve.export.options import Options
+from apps.serve.export.options import ENDINGS, Options
 from apps.train.checkpoint.loading import check_beside, load
 from apps.train.checkpoint.paths import find_checkpoint
 from apps.train.cost.quantizing import quantise
-from apps.train.publish.exported import DESCRIPTION, Description, OnnxGraph
+from apps.train.publish.exported import DESCRIPTION, MANIFEST, Description, OnnxGraph
 from apps.train.publish.exporting import Exported, Graph
 from apps.train.step.module import SparseModule
+
+Write = Callable[[Graph, Path, str], None]
+"""Writes a graph to a file, with a JSON text in its metadata where the format has any."""
+
+
+def check_output(output: Path, exported: Exported) -> None:
+    """Refuse a file for a model that needs a folder, and a folder that is not an earlier export.
+
+    Raises:
+        UsageError: naming what the model has.
+    """
+    if output.suffix and (len(exported.graphs) > 1 or exported.files):
+        graphs = ", ".join(graph.name for graph in exported.graphs)
+        beside = "".join(f", {name}" for name in exported.files)
+        raise UsageError(f"--output {output} is one file, and this model has {graphs}{beside}: give a folder")
+    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
+        raise UsageError(f"--output {output} is a folder without {MANIFEST}, which moesaic export has not written")
+
+
+def write(output: Path, exported: Exported, description: Description, write_graph: Write) -> list[Path]:
+    """Write a model, and return its files.
+
+    Args:
+        output: a file where it has an ending, else a folder.
+        exported: the model.
+        description: what the file says of it; its graphs and files are added here.
+        write_graph: writes one graph.
+
+    Raises:
+        OSError: the output cannot be written; what was there before stays.
+    """
+    ending = ENDINGS[description.format]
+    with naming(output), folder_beside(output) as folder:
+        if output.suffix:
+            text, replaced = description.to_json(), weights_beside(output) if output.is_file() else None
+            write_graph(exported.graphs[0], folder / output.name, text)
+            if description.format != "onnx":
+                (folder / f"{output.name}.json").write_text(text, encoding="utf-8")
+            names = sorted(path.name for path in folder.iterdir())
+            # The file itself is the last one: where it is new, the others are there.
+            for name in sorted(names, key=lambda name: name == output.name):
+                os.replace(folder / name, output.parent / name)
+            if replaced is not None and replaced.name not in names:
+                delete(replaced)
+            return [output.parent / name for name in names]
+        graphs = {graph.name: f"{graph.name}{ending}" for graph in exported.graphs}
+        description = replace(description, graphs=graphs, files=tuple(exported.files))
+        for graph in exported.graphs:
+            write_graph(graph, folder / graphs[graph.name], "")
+        for name, content in exported.files.items():
+            (folder / name).write_bytes(content)
+        (folder / MANIFEST).write_text(description.to_json(indent=1) + "\n", encoding="utf-8")
+        names = sorted(path.name for path in folder.iterdir())
+        put_folder(folder, output)
+        return [output / name for name in names]
+
 
 TOLERANCE = 1e-4
 """Largest difference of a graph's outputs from the model's, relative to the largest of them."""
@@ -65,10 +124,11 @@ def export(model: SparseModule, exported: Exported, options: Options) -> list[Pa
     description = describe(model, exported, data_section(options.ckpt_path), options.format)
 
     def write_graph(graph: Graph, path: Path, text: str) -> None:
-        from apps.serve.export.onnx import to_onnx
         from apps.serve.export.programs import to_aoti, to_torch_export
 
         if options.format == "onnx":
+            from apps.serve.export.onnx import to_onnx
+
             to_onnx(graph, path, form=options.form, metadata={"moesaic.app": exported.app, DESCRIPTION: text})
             seal(path)
             compare(graph, OnnxGraph(path))
@@ -86,14 +146,11 @@ def describe(
 ) -> Description:
     """Return what the file of a model says, without its graphs and files."""
     arguments = {name: None if name in _FOR_TRAINING else value for name, value in dict(model.hparams).items()}
-    scalars = {name: value.item() for name, value in _tensors(model) if value.numel() == 1}
+    scalars = {
+        name: value.item() for name, value in (*model.named_parameters(), *model.named_buffers()) if value.numel() == 1
+    }
     kind = name_of(type(model))
     return Description(exported.app, kind, arguments, exported.preprocessing, data, format, scalars=scalars)
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def _by_position(run: Callable[..., Any]) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx_ir as ir
 import torch
 
 import core
 from apps.train.publish.exporting import Graph
 
 from .contrib import by_blocks, goes_by_blocks, misfit, parts_of
-from .operators import computes_all, swapped
-from .programs import capture
+from .programs import capture, computes_all, swapped
 from .standard import chain_of, expand, translations
 
 Form = Literal["standard", "contrib", "fastest"]
@@ -27,28 +26,12 @@ LEAST_OPSET = 20
 """The first version of ONNX's operators that has GELU."""
 
 
-@dataclass(frozen=True)
-class Written:
-    """An ONNX file.
-
-    Attributes:
-        path: the file.
-        form: "standard" or "contrib", as in the file's metadata ``moesaic.form``.
-        computes: "chosen" experts or "all", as in ``moesaic.computes``.
-    """
-
-    path: Path
-    form: str
-    computes: str
-
-
 def to_onnx(
     graph: Graph,
     path: Path,
     form: Form = "fastest",
     metadata: Mapping[str, str] | None = None,
-    opset: int | None = None,
-) -> Written:
+) -> None:
     """Write a network as an ONNX file, whose inputs and outputs have the graph's names.
 
     Args:
@@ -57,21 +40,17 @@ def to_onnx(
         form: "standard": ONNX's operators alone; "contrib": onnxruntime's for the MoE layers that they fit, and for
             products with matrices of 4 bits; "fastest": the one that is faster on onnxruntime (docs/serving.md).
         metadata: texts that go into the file's metadata, beside ``moesaic.form`` and ``moesaic.computes``.
-        opset: version of ONNX's operators; None: 20, and 21 for quantised experts, the first that will do.
 
     Raises:
-        ValueError: onnx or onnxscript is missing; an operator of the network has no form in ONNX, named with its layer;
+        ValueError: an operator of the network has no form in ONNX, named with its layer;
             or as in ``capture``.
     """
-    _check_installed()
-    least = 21 if any(isinstance(m, core.Experts) and m.is_quantized for m in graph.network.modules()) else LEAST_OPSET
-    if opset is not None and opset < least:
-        raise ValueError(f"opset={opset} is below {least}, the first that has GELU, and 21 whole numbers of 4 bits")
-    opset = least if opset is None else opset
-    written = Written(path, _fastest(graph) if form == "fastest" else form, _computes(graph))
-    if written.form == "contrib":
+    quantized = any(isinstance(m, core.Experts) and m.is_quantized for m in graph.network.modules())
+    computes = "all" if computes_all(graph.network) else "chosen"
+    form = _fastest(graph) if form == "fastest" else form
+    by_onnxruntime = form == "contrib"
+    if by_onnxruntime:
         _check_fits(graph)
-    by_onnxruntime = written.form == "contrib"
     with swapped(graph.network, partial(parts_of, by_step=_goes_by_step(graph)) if by_onnxruntime else chain_of):
         program = capture(graph)
     try:
@@ -80,7 +59,7 @@ def to_onnx(
             dynamo=True,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            opset_version=opset,
+            opset_version=21 if quantized else LEAST_OPSET,  # 21 is the first with whole numbers of 4 bits
             custom_translation_table=translations(),
             verbose=False,
         )
@@ -92,17 +71,12 @@ def to_onnx(
     _name_axes(model, graph)
     model.producer_name, model.graph.name = "moesaic", graph.name
     model.metadata_props.update(metadata or {})
-    model.metadata_props.update({"moesaic.form": written.form, "moesaic.computes": written.computes})
+    model.metadata_props.update({"moesaic.form": form, "moesaic.computes": computes})
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     exported.save(str(path), external_data=size >= LARGEST)
-    return written
 
 
-def _computes(graph: Graph) -> str:
-    return "all" if computes_all(graph.network) else "chosen"
-
-
-def _fastest(graph: Graph) -> str:
+def _fastest(graph: Graph) -> Form:
     """Return the form that is faster on a processor, by the figures of docs/serving.md.
 
     onnxruntime's operators of a layer start faster, which counts in a step of decoding. They pack no matrix and compute
@@ -125,14 +99,6 @@ def _check_fits(graph: Graph) -> None:
     if None not in reasons.values():
         listed = "; ".join(f"layer {name!r}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"form contrib fits no layer of graph {graph.name!r}: {listed or 'it has no MoE layer'}")
-
-
-def _check_installed() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"format onnx needs {error.name}: pip install moesaic[export]") from error
 
 
 def _refusal(graph: Graph, program: torch.export.ExportedProgram, error: BaseException) -> str:
@@ -168,8 +134,6 @@ def layer_of(node: torch.fx.Node) -> str:
 
 def _name_axes(model: Any, graph: Graph) -> None:
     """Give the axes of any length the names that the graph has for them, in inputs and outputs."""
-    import onnx_ir as ir
-
     names: dict[str, str] = {}
     for value in model.graph.inputs:
         for axis, meaning in graph.dynamic.get(value.name, {}).items():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
+from apps.base.checks import check_installed
 from apps.cli.errors import UsageError
 from apps.cli.options import Quantize
 from apps.cli.parser import CommandLine, Config, Run
@@ -58,6 +58,5 @@ class Options(CommandLine):
             raise UsageError(f"--output {output} is a folder: give a file")
         if (output.exists() or output.is_symlink()) and not self.overwrite:
             raise UsageError(f"--output {output} exists: --overwrite replaces it")
-        missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-        if self.format == "onnx" and missing:
-            raise UsageError(f'--format onnx needs {missing[0]}, which is not installed: pip install "moesaic[export]"')
+        if self.format == "onnx":
+            check_installed("--format onnx", LIBRARIES, "export")

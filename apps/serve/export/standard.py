@@ -7,7 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
+import onnx_ir as ir
 import torch
+from onnx.defs import OpSchema
+from onnxscript import opset18 as op
+from onnxscript.values import Op, Opset
 from torch import Tensor, nn
 
 import core
@@ -28,9 +33,6 @@ ByBlocks = Callable[..., Any]
 
 def translations() -> dict[Any, Callable[..., Any]]:
     """Return ONNX forms of operators that torch has none for, for ``torch.onnx.export``."""
-    from onnx.defs import OpSchema
-    from onnxscript import opset18 as op
-    from onnxscript.values import Op, Opset
 
     def operator_of(name: str, *inputs: str) -> Op:
         kinds = {"T": ["tensor(float)", "tensor(double)", "tensor(float16)", "tensor(bfloat16)"]}
@@ -256,26 +258,18 @@ class Writer:
         raise NotImplementedError
 
     def add(self, operator: str, *inputs: Any, domain: str = "", **attributes: Any) -> Any:
-        import onnx_ir as ir
-
         self.nodes.append(ir.node(operator, inputs, attributes, domain=domain))
         return self.nodes[-1].outputs[0]
 
     def split(self, x: Any, sizes: Any, count: int) -> Any:
-        import onnx_ir as ir
-
         self.nodes.append(ir.node("Split", [x, sizes], {"axis": 0}, num_outputs=count))
         return self.nodes[-1].outputs
 
     def ints(self, *values: int) -> Any:
-        import onnx_ir as ir
-
         return self.add("Constant", value=ir.tensor(list(values), dtype=ir.DataType.INT64))
 
     def cut_out(self, w: Any, e: int) -> Any:
         """Return the part of expert ``e`` of a stacked tensor: an initializer where the tensor is one."""
-        import onnx_ir as ir
-
         if w.const_value is None or not w.is_initializer():
             return self.add("Squeeze", self.add("Slice", w, *map(self.ints, (e, e + 1, 0))), self.ints(0))
         if (w.name, e) not in self.cut:
@@ -307,8 +301,6 @@ class Writer:
 
     def _dequantized(self, name: str, weight: QuantizedWeight) -> Any:
         """Return a matrix (K, N) whose values and scales are in the file, and which onnxruntime dequantises."""
-        import ml_dtypes
-
         q = whole_numbers(weight.values, weight.fan_in).numpy()
         values = self.constant(name, q if weight.bits == 8 else q.astype(ml_dtypes.int4))
         # One scale a channel is one block too: along the last axis onnxruntime 1.32 takes up to 10 times as long.
@@ -319,8 +311,6 @@ class Writer:
 
     def constant(self, name: str, value: Any) -> Any:
         """Return an initializer, the one of this name where there is one."""
-        import onnx_ir as ir
-
         if name not in self.graph.initializers:
             array = value.numpy() if isinstance(value, Tensor) else value
             self.graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
@@ -331,8 +321,6 @@ class _Products(Writer):
     """Writes out ``moesaic::grouped_mm`` of x (R, D), w (E, D, F) and offsets (E,), or ``moesaic::quantized_mm``."""
 
     def output(self) -> Any:
-        import onnx_ir as ir
-
         x, w, *scales, offsets = self.node.inputs
         scales = scales[0] if scales else None
         E, F = w.shape[0], w.shape[-1]
@@ -367,8 +355,6 @@ class _Chains(Writer):
             else:
                 h = self.add("Mul", self._activation(self.linear(e, x_e, w_gate, s_gate, D)), h)
             parts.append(self.add("Mul", self.linear(e, h, w_out, s_out, F, b_out), gates[e]))
-        import onnx_ir as ir
-
         shape = self.add("Concat", self.add("Shape", x, start=0, end=1), self.ints(w_out.shape[-1]), axis=0)
         zeros = self.add("ConstantOfShape", shape, value=ir.tensor([0.0], dtype=x.dtype))
         places, y = self.add("Unsqueeze", tokens, last), self.add("Concat", *parts, axis=0)
@@ -380,8 +366,6 @@ class _Chains(Writer):
         Of few experts the places of a table of experts and pairs are that order; it is 2 times as fast as to sort with
         8 experts, and as fast with 16 (12,544 pairs, onnxruntime 1.32).
         """
-        import onnx_ir as ir
-
         if E <= MOST_TABLED:
             column = self.add("Constant", value=ir.tensor([[e] for e in range(E)], dtype=ir.DataType.INT64))
             places = self.add("NonZero", self.add("Equal", column, expert_ids))

@@ -17,10 +17,9 @@ import core
 from apps import registry
 from apps.base.ports import bound, url_of
 from apps.base.quiet import quiet
-from apps.serve.service.application import application
+from apps.serve.service.application import application, body_schema, document
 from apps.serve.service.batching import Batcher
-from apps.serve.service.interface import body_schema, document
-from apps.serve.service.metrics import Metrics
+from apps.serve.service.guard import Metrics
 from apps.serve.service.options import Options
 from apps.serve.service.reading import Reader
 from apps.task import Service

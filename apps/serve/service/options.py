@@ -1,20 +1,74 @@
-"""The command line of ``moesaic serve``, read and checked before anything heavy is imported."""
+"""The command line of ``moesaic serve`` with its limits and token, read before anything heavy is imported."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from apps.base.checks import check_at_least
+from apps.base.checks import check_at_least, check_installed
 from apps.base.ports import LOCAL, check_port, is_local
 from apps.cli.options import Offload, Quantize
 from apps.cli.parser import CommandLine, Config, Run
-from apps.serve.service.limits import MIB, Limits
-from apps.serve.service.token import VARIABLE, read_token
 from apps.train.checkpoint.paths import find_checkpoint
+
+VARIABLE = "MOESAIC_TOKEN"
+_SHORTEST = 16
+
+
+def read_token(file: Path | None) -> str | None:
+    """Return the token of a file, else that of the variable ``MOESAIC_TOKEN``; None: there is neither.
+
+    Raises:
+        ValueError: the file cannot be read, or the token is short or has other characters than visible ASCII ones. The
+            message does not show it.
+    """
+    if file is None:
+        name, text = VARIABLE, os.environ.get(VARIABLE, "")
+        if not text:
+            return None
+    else:
+        name = f"token_file={file}"
+        try:
+            text = file.read_text("ascii").strip()
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            text = "\0"
+    if any(not "!" <= c <= "~" for c in text):
+        raise ValueError(f"{name} must hold one token of visible ASCII characters")
+    if len(text) < _SHORTEST:
+        raise ValueError(f"{name} has a token of {len(text)} characters: it must have at least {_SHORTEST}")
+    return text
+
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of a service.
+
+    Attributes:
+        body: bytes of a request's body at most; a larger one is 413 and is not read.
+        inputs: inputs of a request at most.
+        requests: requests at the same time at most; one more is 503 with ``Retry-After``.
+        seconds: that a body may take to arrive; a slower one is 408.
+        head: bytes of a request's head (its line and its headers) at most; a larger one is 431.
+        head_seconds: that a head may take to arrive, from when it is waited for; a slower connection is closed.
+        waiting: connections beyond ``requests`` at most; of more, the one that has waited longest is closed.
+    """
+
+    body: int = 8 * MIB
+    inputs: int = 256
+    requests: int = 128
+    seconds: float = 30.0
+    head: int = 64 * 2**10
+    head_seconds: float = 10.0
+    waiting: int = 256
+
 
 LIBRARIES = ("starlette", "uvicorn", "httptools", "jsonschema_rs", "prometheus_client")
 """The packages that a service needs."""
@@ -73,7 +127,7 @@ class Options(CommandLine):
                 f"{VARIABLE}"
             )
         check_port(self.port, self.host)
-        check_libraries()
+        check_installed("moesaic serve", LIBRARIES, "serve")
 
     @property
     def checkpoint(self) -> Path:
@@ -87,10 +141,3 @@ class Options(CommandLine):
     @property
     def limits(self) -> Limits:
         return Limits(self.max_body * MIB, self.max_inputs, self.max_requests)
-
-
-def check_libraries() -> None:
-    """Raise a ValueError that says how to install what is missing."""
-    for name in LIBRARIES:
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f'moesaic serve needs {name}, which is not installed: pip install "moesaic[serve]"')

@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from apps.serve.service.limits import Limits
+from apps.serve.service.options import Limits
 
 
 def server_of(app: Any, limits: Limits) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from apps.base.messages import excerpt, first_line, one_line
-from apps.serve.service.limits import Limits
+from apps.serve.service.options import Limits
 
 _LONGEST = 300
 """Characters of a complaint at most: the value that it names may be a whole image."""

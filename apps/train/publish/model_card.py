@@ -181,7 +181,7 @@ def _network(module: Any) -> list[str]:
 def _figures(figures: Measured | str, module: Any) -> list[str]:
     if isinstance(figures, str):
         return [f"No figures: {figures}. `moesaic test` writes them into the run's folder."]
-    lines = ["One run, one test of these weights; one run tells nothing of other seeds.", ""]
+    lines = ["One run, tested once; a single run gives no estimate of the spread over seeds.", ""]
     lines += ["| metric of the test | value |", "|---|---|"]
     lines += [f"| {name} | {value:.6g} |" for name, value in _in_order(figures.metrics, module).items()]
     signatures = getattr(module, "metric_signatures", {})

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from apps.base.files import delete, replacing, temporary_path
+from apps.base.files import folder_beside, put_folder, replacing
 from apps.porting.files import Safetensors, read_json, write_safetensors
 from apps.train.checkpoint.paths import PRETRAINED, is_pretrained
 
@@ -42,23 +42,10 @@ def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         ValueError: ``folder`` holds files, and is not a pretrained folder that may be replaced.
     """
     _check_free(folder, overwrite)
-    temporary, earlier = temporary_path(folder), temporary_path(folder).with_suffix(".old")
-    delete(temporary)  # a kill has left it
-    try:
-        temporary.mkdir(parents=True)
+    with folder_beside(folder) as temporary:
         yield temporary
         _check_free(folder, overwrite)
-        if folder.exists():
-            delete(earlier)
-            folder.rename(earlier)
-        temporary.rename(folder)
-        delete(earlier)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            delete(temporary)
-            if earlier.exists() and not folder.exists():
-                earlier.rename(folder)
-        raise
+        put_folder(temporary, folder)
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:

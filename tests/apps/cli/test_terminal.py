@@ -113,7 +113,10 @@ def test_a_training_leaves_no_bar_and_no_line_glued_to_one(terminal):
     assert len(shown) == len(expected), shown
     for line, pattern in zip(shown, expected, strict=True):
         assert re.fullmatch(pattern, line)
-    verdict = "test loss [0-9.]+ in the test of runs/tiny/checkpoints/best.ckpt; one run tells nothing of other seeds."
+    verdict = (
+        "test loss [0-9.]+ in the test of runs/tiny/checkpoints/best.ckpt; "
+        "a single run gives no estimate of the spread over seeds."
+    )
     for command, title in (("test", verdict), ("validate", "validate of .*")):
         shown = terminal(command, "--config", "tiny.yaml")
         assert shown[0] == f"{command} tiny.yaml -> runs/tiny"

@@ -14,7 +14,7 @@ from apps.cli import main
 from apps.compare.experiment import Experiment, arguments
 from apps.compare.measure import Job, _Bench
 from apps.compare.options import Options
-from apps.compare.plan import Plan
+from apps.compare.work import Plan
 
 FEW = ("--seeds", "1", "--rounds", "0", "--trainer.max_epochs", "1")
 

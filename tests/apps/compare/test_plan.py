@@ -9,9 +9,9 @@ from compared import overlay
 
 from apps.base.files import read_json, write_json
 from apps.compare.options import Options
-from apps.compare.plan import Plan, at_edge
 from apps.compare.training import shortened
-from apps.runner.folder import differences
+from apps.compare.work import Plan, at_edge
+from apps.runner.runner import differences
 
 
 def test_differences_name_the_values():

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from apps.compare.stats import choose, paired_difference, quality_at, verdict
-from apps.report.intervals import Interval, mean_interval
+from apps.report.intervals import Interval, choose, mean_interval, paired_difference, quality_at, verdict
 
 
 def test_mean_interval_is_students_t():

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from apps.compare.summary import ExamplePair, Results, summarize
+from apps.compare.page import cells, legend
+from apps.compare.summary import ExamplePair, Results, notes, summarize
 from apps.compare.systems import System
-from apps.compare.table import cells, markdown
 from apps.equal_cost.comparable import ExampleDifference
 from apps.train.cost.flops import Cost
 
@@ -94,7 +94,7 @@ def test_an_estimator_takes_no_part_in_equal_time():
         assert (row.equal_time, row.equal_time_difference) == (None, None)
         assert row.difference.mean == pytest.approx(0.25)
         assert row.train_seconds == 0.5
-    assert "Models without steps take no part." in markdown("T", s, [])
+    assert "Models without steps take no part." in " ".join(legend(s))
 
 
 def test_further_metrics_have_a_line_each_with_the_paired_difference():
@@ -149,13 +149,10 @@ def test_intervals_over_seeds_and_over_examples_are_told_apart():
         "the test sentences of one seed: would these two trained models differ on other test sentences? A difference "
         "may be significant below and not shown above."
     )
-    page = markdown("T", s, [])
-    places = [page.index(text) for text in ("95 % interval over 2 seeds", "Two kinds of interval", "seed 1: BLEU")]
-    assert places == sorted(places)
     assert (
         "Against dense, equal FLOPs, seed 1: BLEU difference +0.40, 95 % interval over the test sentences +0.10 to "
-        "+0.70, p = 0.002: significant over these test sentences (paired bootstrap)." in page
-    )
+        "+0.70, p = 0.002: significant over these test sentences (paired bootstrap)."
+    ) in s.example_lines()
 
 
 def test_flops_are_those_before_training_and_once_trained_where_these_differ():
@@ -182,10 +179,8 @@ def test_table_shows_intervals_edges_and_what_was_left_out():
     assert rows["test top1, %"][1] == "70.00 ± 0.00"
     assert rows["learning rate"] == ["0.1 (edge)", "0.1"]
     assert "training, examples/s" not in rows  # not measured
-    page = markdown("T", s, ["a fact"])
-    assert "trees: left out: no library." in page
-    assert "Best at the edge of the learning rates tried: sparse (0.1)" in page
-    assert page.endswith("- a fact\n")
+    assert "trees: left out: no library." in notes(s)
+    assert any(line.startswith("Best at the edge of the learning rates tried: sparse (0.1)") for line in notes(s))
 
 
 def test_a_model_with_a_heading_of_its_own_is_called_by_it():

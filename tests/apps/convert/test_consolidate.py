@@ -21,7 +21,7 @@ import apps
 from apps.base.quiet import quiet
 from apps.cli import main
 from apps.cli.train import build
-from apps.convert.consolidate import write_whole
+from apps.convert.command import write_whole
 from apps.train.checkpoint import sharded
 from apps.train.checkpoint.contents import read_checkpoint
 

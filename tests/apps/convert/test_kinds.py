@@ -14,9 +14,8 @@ from torch.testing import assert_close
 import apps
 import core
 from apps.cli import main
-from apps.convert.conversion import Request
 from apps.convert.kinds import pruned
-from apps.convert.runs import Run
+from apps.convert.runs import Request, Run
 from apps.nlp.translation.module import Translator
 
 LAYER = "model.blocks.1.mlp"

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import core
-from apps.convert.streaming import write_checkpoint
+from apps.convert.runs import write_checkpoint
 from apps.train.checkpoint.contents import read_checkpoint
 
 

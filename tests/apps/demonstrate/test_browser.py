@@ -56,8 +56,8 @@ def served(tmp_path_factory, reached) -> Iterator[Callable[[str], str]]:
     from shown_runs import RUNS, shown
 
     from apps.base.ports import bound, url_of
+    from apps.demonstrate.command import local_app, server_of
     from apps.demonstrate.page import appearance, build_page
-    from apps.demonstrate.serving import local_app, server_of
 
     servers: list[tuple[Any, threading.Thread]] = []
 

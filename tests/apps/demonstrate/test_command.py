@@ -16,9 +16,8 @@ from apps import registry
 from apps.cli import main
 from apps.data import datasets
 from apps.data.cache import DataError
-from apps.demonstrate import library
-from apps.demonstrate.command import exhibit_of
-from apps.demonstrate.examples import with_examples
+from apps.demonstrate import options as library
+from apps.demonstrate.command import exhibit_of, with_examples
 from apps.demonstrate.page import _answer
 from apps.report.exhibit import Answer, Exhibit, TextField
 from apps.train.checkpoint.loading import load
@@ -67,9 +66,9 @@ def test_a_port_that_is_in_use_or_none(digits, capsys):
 
 
 def test_without_gradio(digits, capsys, monkeypatch):
-    monkeypatch.setattr(library, "NAME", "gradio_that_is_missing")
+    monkeypatch.setattr(library, "LIBRARIES", ("gradio_that_is_missing",))
     line = fails(capsys, 1, "demo", "--ckpt_path", str(digits), "--port", "0")
-    assert line == 'moesaic demo needs Gradio, which is not installed: pip install "moesaic[demo]"'
+    assert line == 'moesaic demo needs gradio_that_is_missing, which is not installed: pip install "moesaic[demo]"'
 
 
 def test_a_model_without_a_page():

@@ -24,8 +24,8 @@ FILES = {"files": ("a.png", b"x", "image/png")}
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
+    from apps.demonstrate.command import local_app
     from apps.demonstrate.page import appearance, build_page
-    from apps.demonstrate.serving import local_app
 
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:

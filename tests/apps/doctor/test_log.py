@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from apps.doctor.log import log_findings, series
+from apps.doctor.command import log_findings, series
 
 HEALTHY = {"load_imbalance": 1.3, "load_entropy": 0.98, "drop_rate": 0.02, "dead_experts": 0.0}
 

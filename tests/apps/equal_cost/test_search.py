@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 
-import apps.equal_cost.search
-from apps.equal_cost.search import Search
+import apps.equal_cost.comparable
+from apps.equal_cost.comparable import Search
 
 
 def test_a_setting_is_begun_while_there_is_time_and_then_finished(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(apps.equal_cost.search, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(apps.equal_cost.comparable, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     kept, ran = [], []
 
     def lasts(seconds, quality):

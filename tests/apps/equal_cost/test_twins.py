@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import core
-from apps.equal_cost.twins import equal_widths
+from apps.equal_cost.comparable import equal_widths
 
 
 # D = 4. Plain: 2 * 2 * 4 F FLOPs, 2 * 4 F parameters, with biases F + 4 more. Gated: 3 in place of 2 matrices, 2 F + 4.

@@ -17,7 +17,7 @@ from shown_runs import answered, best_experts, pairs_run, shown
 
 import core
 from apps.multimodal.search.search import match
-from apps.serve.service.interface import body_schema
+from apps.serve.service.application import body_schema
 from apps.serve.service.reading import Reader, Refused
 from apps.vision.encoding import normalize
 from apps.vision.image_files import read_image

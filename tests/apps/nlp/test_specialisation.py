@@ -19,7 +19,7 @@ from apps.nlp.specialisation import (
     token_classes,
     tokens,
 )
-from apps.report.specialised import entropy
+from apps.report.use import entropy
 
 # ---- classes
 

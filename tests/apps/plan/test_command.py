@@ -16,10 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 import core
 from apps.cli import main
 from apps.plan.formulas import count_bytes, exchanged_bytes
-from apps.plan.layout import Layout, cost
+from apps.plan.layout import Layout, cost, layouts, sweep
 from apps.plan.options import Options
 from apps.plan.outline import outlined
-from apps.plan.sweep import layouts, sweep
 from apps.train.sharded.expert_parallel import ExpertParallelStrategy
 from core.parallel import AllToAllDispatcher, routes
 
@@ -54,7 +53,6 @@ def test_the_command_prints_a_plan_and_writes_an_overlay_that_a_strategy_takes(t
     assert [row["degree"] for row in rows] == ["1", "2", "4", "8", "16"]
     assert rows[-1]["mesh"] in ("1 x 1 x 1 x 8 x 2", "1 x 1 x 2 x 4 x 2")
     assert [row["best"] for row in rows].count("*") == 1
-    assert 5_000 < (tmp_path / "gpus.png").stat().st_size < 300_000
 
 
 def test_a_rank_holds_its_part_of_weights_gradients_and_optimizer(text):
@@ -211,7 +209,7 @@ def test_a_table_with_domains_is_planned(capsys):
 @pytest.mark.parametrize(
     "argv, line",
     [
-        ((*DIGITS[:2], "--gpus", "8", "--memory", "80"), "or give --tflops, --node_bandwidth, --network_bandwidth too"),
+        ((*DIGITS[:2], "--gpus", "8", "--memory", "80"), "or give --tflops, --node_bandwidth, --network_bandwidth"),
         ((*DIGITS, "--gpus", "8", "--speed", "2"), "speed does not exist"),
         (("--config", "configs/debug.yaml", "--gpus", "8", "--gpu", "h100"), "names no model"),
         ((*TABLE, "--gpus", "8", "--gpu", "h100"), "give --tables ROWS ..., and --numbers N"),

@@ -9,9 +9,8 @@ from made_pairs import made_pairs, retriever
 from made_table import ragged
 
 import core
-from apps.plan.inputs import trial
 from apps.plan.options import Options
-from apps.plan.outline import measured, outlined
+from apps.plan.outline import measured, outlined, trial
 from apps.recsys.encoding.features import (
     CategoricalFeature,
     ContinuousFeature,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from apps.report.base import spread_places
-from apps.report.groups import check_bounds, quarters, range_names, ranges_of
+from apps.report.use import check_bounds, quarters, range_names, ranges_of
 
 
 def test_quarters_have_as_many_counts_each():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from apps.report.heatmaps import maps_by_label, row_names, shares
+from apps.report.use import maps_by_label, row_names, shares
 
 NAN = float("nan")
 

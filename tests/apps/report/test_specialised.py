@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from apps.report.specialised import entropy, mutual_information, typical_labels
+from apps.report.use import entropy, mutual_information, typical_labels
 
 
 def test_entropy_is_in_bits():

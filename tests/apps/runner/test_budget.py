@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from apps.runner.budget import Budget, BudgetOver
+from apps.runner.runner import Budget, BudgetOver
 
 
 class Clock:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from apps.base.progress import bar
-from apps.runner.budget import Budget, BudgetOver
-from apps.runner.runner import Runner
+from apps.runner.runner import Budget, BudgetOver, Runner
 
 
 class Squares(Runner[int, int]):

@@ -16,7 +16,7 @@ from apps import registry
 from apps.cli import main
 from apps.cli.classes import with_long_names, with_short_names
 from apps.cli.configs import read_config
-from apps.demonstrate.examples import data_of
+from apps.demonstrate.command import data_of
 from apps.train.publish.exported import Description
 
 NAMES = (*registry.MODULES, *registry.DATA, *registry.TRAINER)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from apps.report.intervals import CrossedInterval, crossed_interval
-from apps.verdict.decision import Answer, decide, last_line
+from apps.verdict.schedule import Answer, decide, last_line
 
 
 def gain(mean: float, half_width: float | None) -> CrossedInterval:

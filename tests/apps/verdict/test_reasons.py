@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from apps.report.intervals import CrossedInterval
-from apps.verdict.decision import Answer
-from apps.verdict.reasons import Facts, causes, changes, seeds_to_decide
+from apps.verdict.result import Facts, causes, changes, seeds_to_decide
+from apps.verdict.schedule import Answer
 
 
 def gain(mean: float, half_width: float | None = 0.01, count: int = 4, **variances: float) -> CrossedInterval:

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from apps.runner.budget import Budget, BudgetOver
+from apps.runner.runner import Budget, BudgetOver
 from apps.verdict import command, work
 from apps.verdict.schedule import Schedule
 from apps.verdict.work import Finished, Plan, Work, answers, better_half

@@ -11,8 +11,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 import core
-from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers
-from apps.equal_cost.twins import dense_twins
+from apps.equal_cost.comparable import Baseline, Comparable, RoutedLayers, dense_twins
 from apps.nets.blocks import one_ffn
 from apps.nets.place import Place
 from apps.train.step.module import SparseModule, TaskOutput

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from apps.base.checks import check_at_least
-from apps.equal_cost.search import Search
+from apps.equal_cost.comparable import Search
 from apps.recsys.encoding.features import Target
 from apps.recsys.kinds import Count, Kind, Ordinal, Outputs, kind_of
 from apps.recsys.metrics import MultiTaskMetrics

@@ -13,7 +13,7 @@ import numpy as np
 
 from apps.base.checks import check_at_least
 from apps.data.given import NUMBERS
-from apps.equal_cost.search import Search
+from apps.equal_cost.comparable import Search
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.kinds import Count, Kind
 from apps.recsys.tables.estimators.base import PerTask, Task, best_of, outputs_of, quality_of, sparse_values

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from apps.data.given import NUMBERS
-from apps.equal_cost.search import Search
+from apps.equal_cost.comparable import Search
 from apps.recsys.kinds import Count, Kind
 from apps.recsys.tables.estimators.base import PerTask, Task, best_of, outputs_of, quality_of
 from apps.recsys.tables.estimators.boosting import FrequentValues

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import core
 from apps.recsys.encoding.features import Features
 from apps.recsys.tables.rows.arrays import TableArrays
-from apps.report.heatmaps import numbers
 from apps.report.routed import gate_weights
+from apps.report.use import numbers
 
 COLLAPSED = 0.9
 """Share of zero outputs from which an expert has collapsed (HoME, section 1)."""

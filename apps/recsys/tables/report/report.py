@@ -24,11 +24,10 @@ from apps.recsys.tables.report.gating import COLLAPSED, ExpertUse, Gate, GateRea
 from apps.recsys.tables.rows.arrays import TableArrays, join
 from apps.recsys.value_metrics import Bins, ValueMetrics
 from apps.report.base import Report, ReportConfig, computed_metrics, first_batches
-from apps.report.heatmaps import row_names
 from apps.report.page import BarChart, HeatmapChart, Line, LineChart, Section, Table, Text, save_charts
 from apps.report.page.charts import Chart
 from apps.report.tables import write_csv
-from apps.report.use import load_charts
+from apps.report.use import load_charts, row_names
 from core.fields import Count
 
 _SHOWN = 20  # lines of a table; the CSV file has all

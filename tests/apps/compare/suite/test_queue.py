@@ -16,7 +16,7 @@ from small_suite import asked, read, small_suite
 from apps.cli import main as moesaic
 from apps.compare import training
 from apps.compare.experiment import Experiment
-from apps.compare.suite import command, queue
+from apps.compare.suite import command
 from apps.report.page import html
 
 
@@ -24,7 +24,7 @@ from apps.report.page import html
 def read_once() -> Iterator[None]:
     """Suites with the same configurations share their experiments: reading them takes as long as training."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(queue, "experiment_of", functools.cache(queue.experiment_of))
+        patch.setattr(command, "experiment_of", functools.cache(command.experiment_of))
         patch.setattr(Experiment, "plain", functools.cache(Experiment.plain))
         yield
 
@@ -63,7 +63,7 @@ def done(monkeypatch) -> list[tuple[str, int]]:
         trained.append((args[1].system, args[1].seed))
         return training.train(*args, **kwargs)
 
-    monkeypatch.setattr(queue, "train", train)
+    monkeypatch.setattr(command, "train", train)
     return trained
 
 
@@ -99,12 +99,11 @@ def test_a_suite_that_is_stopped_goes_on_and_trains_each_run_once(whole, tmp_pat
 
 
 def test_the_figures_alone_are_enough(finished, done):
-    before = (finished.parent / "board.md").read_text()
+    before = (finished.parent / "board.md").read_text().partition("## How to repeat")[0]
     shutil.rmtree(finished.parent / "runs")
     assert moesaic(asked(finished)) == 0
     assert done == []
-    after = (finished.parent / "board.md").read_text()
-    assert after.partition("## Points")[2] == before.partition("## Points")[2]
+    assert (finished.parent / "board.md").read_text().partition("## How to repeat")[0] == before
     assert sum(path.stat().st_size for path in (finished.parent / "figures").iterdir()) < 20_000
 
 
@@ -126,14 +125,14 @@ def test_the_minutes_end_a_run_with_a_checkpoint_from_which_it_goes_on(whole, tm
         def __call__(self) -> float:
             return float(len(steps))
 
-    real = queue._StopsInTime.on_train_batch_end
+    real = command._StopsInTime.on_train_batch_end
 
     def step(self, trainer, *args):
         steps.append(trainer.global_step)
         real(self, trainer, *args)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(queue._StopsInTime, "on_train_batch_end", step)
+        patched.setattr(command._StopsInTime, "on_train_batch_end", step)
         work = command.run_suite(
             read(path, "--minutes", "0.15"), "again", Clock()
         )  # 9 s: the third step of the second run
@@ -152,12 +151,12 @@ def test_the_minutes_end_a_run_with_a_checkpoint_from_which_it_goes_on(whole, tm
 
 
 def test_no_minutes_write_the_leaderboard_alone(tmp_path, done, capsys, suite_in):
-    path = suite_in(tmp_path, minutes=30, missing="By hand.")
+    path = suite_in(tmp_path, minutes=30)
     assert moesaic(asked(path, "--minutes", "0")) == 0
     assert done == []
     page = (tmp_path / "board.md").read_text()
-    again = f"By hand. `moesaic compare --suite {path} --boards Points` (about 4.0 h)"  # 4 rows, 2 seeds of 30 minutes
-    assert f"- Not run. {again}" in page
+    again = f"moesaic compare --suite {path} --boards Points (about 4.0 h)"  # 4 rows, 2 seeds of 30 minutes
+    assert f"Not run. {again}" in page
     assert "| two of four | – | not run | – |" in page
     said = " ".join(capsys.readouterr().out.split())
     assert (
@@ -227,7 +226,7 @@ def test_the_speed_is_measured_once_a_row_with_the_first_seeds_weights_where_the
         rates = {"train_examples_per_second": 321.0, "inference_examples_per_second": 654.0}
         return {name: {**rates, "peak_memory_bytes": 3 * 2**20, "base_memory_bytes": 2**20} for name in jobs}
 
-    monkeypatch.setattr(queue, "measure", measured)
+    monkeypatch.setattr(command, "measure", measured)
     for _ in range(2):
         assert moesaic([*asked(finished)[:-2], "--rounds", "1"]) == 0
     assert done == []
@@ -240,8 +239,8 @@ def test_the_speed_is_measured_once_a_row_with_the_first_seeds_weights_where_the
 def test_rows_of_a_board_have_as_many_test_examples(tmp_path, monkeypatch, capsys, suite_in):
     path = suite_in(tmp_path)
     numbers = iter([48, 47])
-    real = queue._facts
-    monkeypatch.setattr(queue, "_facts", lambda *a: {**real(*a), "test_examples": next(numbers)})
+    real = command._facts
+    monkeypatch.setattr(command, "_facts", lambda *a: {**real(*a), "test_examples": next(numbers)})
     assert moesaic(asked(path)) == 1
     assert "'all four' has 47 test examples, and 'two of four' has 48: the rows of a board" in capsys.readouterr().err
 

@@ -9,12 +9,10 @@ from small_suite import small_suite
 from torch import nn
 
 import core
-from apps.compare.suite.figures import Figures
+from apps.compare.suite.command import kind_of
 from apps.compare.suite.file import Suite
-from apps.compare.suite.markdown import markdown
-from apps.compare.suite.page import leaderboard_page
-from apps.compare.suite.queue import kind_of
-from apps.compare.suite.standings import standings
+from apps.compare.suite.standings import Figures, leaderboard_page, standings
+from apps.report.page.writing import markdown
 
 COST = {"num_params": 2000, "active_params": 1000, "flops_per_example": 2.5e6, "unit": "a point"}
 FACTS = {"kind": "sparse", "refused": "", "cost": COST, "monitor": "top1", "higher_is_better": True}
@@ -103,7 +101,7 @@ def test_the_page_has_every_board_and_the_leaders(tmp_path):
     page = leaderboard_page(suite, [found], "2026-01-02T03:04:05")
     assert page.verdict == (f"Points: {found.sentence()}",)
     assert page.figures.rows == (("Points", "B", "top1, %", "90.50 ± 6.35", "2"),)
-    first = page.sections[0]
+    first = page.sections[1]
     assert [type(part).__name__ for part in first.parts] == ["Text", "ScatterChart", "ScatterChart", "Table", "Text"]
     flops = first.parts[1]
     assert [(p.label, p.x, p.y) for p in flops.points] == [
@@ -112,7 +110,7 @@ def test_the_page_has_every_board_and_the_leaders(tmp_path):
     ]
     assert flops.points[0].low == pytest.approx(90.5 - 6.3531, abs=1e-3)
     assert [entry.name for entry in page.entries] == ["Points: B", "Points: A"]
-    text = markdown(suite, [found])
+    text = markdown(page)
     assert "sparse: an example leaves experts out" in text.lower()
     assert "- Not run: C." in text
     assert "- Runs: a machine, 2026-01-02." in text

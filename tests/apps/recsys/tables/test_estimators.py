@@ -11,8 +11,7 @@ import pytest
 from every_column import EveryColumn
 from sklearn.metrics import log_loss, roc_auc_score
 
-from apps.equal_cost.comparable import Estimator
-from apps.equal_cost.search import Search
+from apps.equal_cost.comparable import Estimator, Search
 from apps.recsys.schema import TableConfig, TaskConfig
 from apps.recsys.tables.data import TableData
 from apps.recsys.tables.estimators import (

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import core
-from apps.report.exhibit import Pieces, layer_names, words_by_layer
+from apps.report.exhibit import Pieces
+from apps.report.routed import layer_names, words_by_layer
 
 
 def test_names_of_layers_differ():

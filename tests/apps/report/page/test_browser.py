@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from made_page import MARKS, made_page
 
-from apps.report.page import FILE, write_index, write_page
+from apps.report.page import FILE, write_page
+from apps.report.page.writing import write_index
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart, thinned_rows
-from apps.report.page.notes import placed
+from apps.report.page import save_charts
+from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart, placed, thinned_rows
 from apps.report.page.parts import Words
-from apps.report.page.vega import MOST_POINTS, save_charts, still, vega_lite
+from apps.report.page.vega import MOST_POINTS, still, vega_lite
 from apps.report.use import load_charts
 
 

@@ -18,9 +18,8 @@ from apps.report.page import (
     Thumbnail,
     Words,
     html,
-    vega,
 )
-from apps.report.page.saved import from_json, to_json
+from apps.report.page.writing import from_json, to_json
 
 
 @pytest.fixture
@@ -120,7 +119,7 @@ def test_the_whole_page_with_its_library_stays_below_the_limit(tmp_path):
     assert len(source.encode()) < html.MOST_BYTES
     assert page.attributes("alt") == ["picture 0"]
     assert "picture 1: large.png is left out, to keep this file below 5 MB." in page.text
-    assert "vegaEmbed" in vega.script()
+    assert "vegaEmbed" in html.script()
 
 
 def test_refused_parts():

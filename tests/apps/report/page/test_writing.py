@@ -13,15 +13,18 @@ from made_page import Html, made_page
 from apps.report.page import (
     FILE,
     SECTIONS,
+    Code,
+    Page,
     Section,
+    Table,
+    Text,
     html,
     load_sections,
     save_sections,
     show_page,
-    write_index,
     write_page,
 )
-from apps.report.page.index import read_reports
+from apps.report.page.writing import markdown, read_reports, write_index
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +120,20 @@ def test_the_index_lists_the_newest_first_and_leaves_other_files(tmp_path, capsy
 def test_an_empty_section_is_left_out(tmp_path):
     assert Section("Nothing", sections=(Section("Inner"),)).is_empty
     assert "Nothing" not in Html(html.render(made_page(tmp_path))).text
+
+
+def test_a_page_as_markdown_has_its_texts_and_tables_and_nothing_that_is_closed():
+    table = Table("", ("", "a|b"), (("x", "1"),))
+    parts = (
+        Text.of("one"),
+        Text.of("two", "three"),
+        Code("Command", "run"),
+        Code("Config", "k: 1", closed=True),
+        table,
+    )
+    inner = Section("Inner", (Text.of("deep"),))
+    page = Page("T", ("First.", "Second."), sections=(Section("S", parts, (inner,)), Section("Empty")))
+    assert markdown(page) == (
+        "# T\n\n**First.**  \nSecond.  \n\n## S\n\none\n\n- two\n- three\n\nCommand:\n\n```\nrun\n```\n\n"
+        "|  | a\\|b |\n| --- | ---: |\n| x | 1 |\n\n### Inner\n\ndeep\n"
+    )

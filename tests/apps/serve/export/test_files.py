@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from apps.base.sealed import seal, weights_file
-from apps.serve.export.files import write
+from apps.serve.export.command import write
 from apps.train.publish.exported import Description
 from apps.train.publish.exporting import Exported
 

@@ -12,7 +12,7 @@ import pytest
 from served import LIMITS, TOKEN, served_numbers
 from starlette.testclient import TestClient
 
-from apps.serve.service.limits import Limits
+from apps.serve.service.options import Limits
 from apps.serve.service.reading import Refused, parse
 
 JSON = {"content-type": "application/json"}

@@ -10,7 +10,7 @@ import pytest
 from shown_runs import RUNS
 
 from apps import registry
-from apps.report.exhibit.fields import ChoiceField, TextField
+from apps.report.exhibit import ChoiceField, TextField
 from apps.serve.service.command import service_of
 from apps.train.checkpoint.loading import load
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from served import TOKEN, served_numbers
 
-from apps.serve.service.limits import Limits
+from apps.serve.service.options import Limits
 
 
 class Client:

@@ -10,7 +10,7 @@ import time
 import pytest
 from served import TOKEN, listening, served_numbers
 
-from apps.serve.service.limits import Limits
+from apps.serve.service.options import Limits
 
 LIMITS = Limits(body=1_000, inputs=4, requests=3, head_seconds=0.3)
 PATIENT = Limits(body=1_000, inputs=4, requests=3, waiting=20)

@@ -1,16 +1,23 @@
-"""What a user gives a model. A field takes what stands on the page (``read``), and refuses what the model cannot take.
+"""A trained model at work, as plain parts: what a user gives it, what it answers, and which experts computed that.
 
-Each ``read`` raises a ``ValueError`` of one line that names the field, the value and the rule.
+``moesaic demo`` makes a page of it. ``apps.task.Task.exhibit`` returns the ``Exhibit`` of a model: its fields, a
+function that answers what they read, and examples of the run's data, which are left out where there are none. The
+fields and the parts are plain values and functions: no library of pages is imported here or in an app. A field's
+``read`` raises a ``ValueError`` of one line that names the field, the value and the rule.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from apps.base.messages import excerpt
+from apps.report.page import Table, Text
 
 
 @dataclass(frozen=True)
@@ -172,3 +179,155 @@ def _near(text: str, choices: Sequence[str]) -> str:
     """Return ``; did you mean 'x'?``, or nothing where no choice is near, or there are too many to look at."""
     near = difflib.get_close_matches(text, choices, n=1, cutoff=0.6) if len(choices) <= 20_000 else []
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Shares with their names.
+
+    Attributes:
+        title: what they are.
+        rows: name and share in 0..1 of each, in the order in which they are shown.
+    """
+
+    title: str
+    rows: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Said:
+    """A text that a model has written.
+
+    Attributes:
+        title: what it is.
+        text: the text.
+        given: the text before it, which the user has typed.
+    """
+
+    title: str
+    text: str
+    given: str = ""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images that a model has chosen, in their order.
+
+    Attributes:
+        title: what they are.
+        images: what is said of each, and the image, uint8 (H, W) or (H, W, 3).
+    """
+
+    title: str
+    images: tuple[tuple[str, np.ndarray], ...]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """An image, and the experts that computed each of its patches.
+
+    Attributes:
+        image: uint8 (H, W) or (H, W, 3), as the model sees it.
+        experts: int (h, w, K), the experts of each patch, best first; E where there is none.
+        names: the E experts' names.
+    """
+
+    image: np.ndarray
+    experts: np.ndarray
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces of a text, word by word, and the experts that computed each of them.
+
+    Attributes:
+        title: what the words are.
+        words: the pieces of each word.
+        experts: int (T, K), the experts of each of the T pieces, best first; E where there is none.
+        names: the E experts' names.
+        unit: what the pieces are called.
+
+    Raises:
+        ValueError: another number of pieces than of experts' rows.
+    """
+
+    title: str
+    words: tuple[tuple[str, ...], ...]
+    experts: np.ndarray
+    names: tuple[str, ...]
+    unit: str = "subwords"
+
+    def __post_init__(self) -> None:
+        count = sum(map(len, self.words))
+        if len(self.experts) != count:
+            raise ValueError(f"{self.title!r} has {count} pieces, and experts of {len(self.experts)}")
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The weight that each gate gives each expert.
+
+    Attributes:
+        title: what they are.
+        gates: names of the gates.
+        experts: names of the E experts.
+        weights: (gates, E), in 0..1; NaN where a gate does not reach an expert.
+    """
+
+    title: str
+    gates: tuple[str, ...]
+    experts: tuple[str, ...]
+    weights: np.ndarray
+
+
+Part = Bars | Said | Images | Text | Table
+"""Whatever shows an answer."""
+LayerPart = Patches | Pieces | Gates
+"""Whatever shows the experts of a layer."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answers.
+
+    Attributes:
+        parts: the answer itself.
+        layers: the experts that computed it, by the layer's name in the order of the passes; empty for a dense model.
+    """
+
+    parts: tuple[Part, ...]
+    layers: Mapping[str, tuple[LayerPart, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Something that a user may give the model at a click.
+
+    Attributes:
+        label: its name on the page; an image is shown itself.
+        values: a value for each field, as it stands on the page; an image is uint8 (H, W) or (H, W, 3).
+    """
+
+    label: str
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A model at work.
+
+    Attributes:
+        about: a sentence or two on what to do, and on what comes of it.
+        action: word on the button.
+        fields: what a user gives.
+        answer: function from the fields' values, in their order, to the answer; a ``ValueError`` of one line says what
+            the model cannot take.
+        examples: what a user may take at a click.
+    """
+
+    about: str
+    action: str
+    fields: tuple[Field, ...]
+    answer: Callable[[Sequence[Any]], Answer]
+    examples: tuple[Example, ...] = ()
