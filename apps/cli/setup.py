@@ -40,8 +40,7 @@ from apps.train.cost.offloading import room_for_experts
 from apps.train.cost.quantizing import form_of
 from apps.train.device import device_options, set_matmul_precision
 from apps.train.lightning_internals import WaitingCLI
-from apps.train.optim.chosen import SECTIONS as SECTIONS_OF_OPTIMIZER
-from apps.train.optim.chosen import Chosen
+from apps.train.optim.chosen import SECTIONS as SECTIONS_OF_OPTIMIZER, Chosen
 from apps.train.sparsified import SparsifyConfig, sparsified
 from apps.train.step.measures import TrainingMeasures
 from apps.train.step.module import SparseModule

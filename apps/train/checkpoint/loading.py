@@ -21,8 +21,7 @@ from apps.train.checkpoint.contents import read_checkpoint
 from apps.train.checkpoint.linked import LinkedModule
 from apps.train.checkpoint.paths import find_checkpoint
 from apps.train.compiling import CompileConfig
-from apps.train.cost.offloading import offload as offload_experts
-from apps.train.cost.offloading import room_for_experts
+from apps.train.cost.offloading import offload as offload_experts, room_for_experts
 from apps.train.cost.quantizing import quantise
 from apps.train.optim.chosen import SECTIONS, is_torchs
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, restored
