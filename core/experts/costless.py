@@ -19,6 +19,7 @@ from .products import autocast_together
 class ZeroExperts(Experts):
     """E experts whose output is zero."""
 
+    shown = ("out_dim",)
     takes_index = True
 
     def __init__(self, num_experts: int, out_dim: int) -> None:
@@ -29,9 +30,6 @@ class ZeroExperts(Experts):
         length = rows.x.shape[0] if rows.gathered else rows.num_tokens
         y = rows.x.new_zeros(length, self.out_dim)
         return rows.with_output(y, weighted=True, combined=not rows.gathered)
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, out_dim={self.out_dim}"
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,6 @@ class CopyExperts(Experts):
         # Padding may hold NaN, and takes no expert.
         y_TD = torch.where((gate_T != 0)[:, None], rows.x * gate_T[:, None], 0)
         return rows.with_output(y_TD.to(rows.x.dtype), combined=True)
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}"
 
 
 @dataclass(frozen=True)
@@ -127,9 +122,6 @@ class ConstantExperts(Experts):
         share_R2 = expert_linear(x, w_mix, rows.offsets_E, backend=self.backend).softmax(-1)
         y_RD = share_R2[:, :1] * x_RD + share_R2[:, 1:] * y_RD
         return rows.with_output(torch.where(live_R1, y_RD, 0).to(x_RD.dtype))
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, out_dim={self.v.shape[1]}, mix={self.w_mix is not None}"
 
 
 @dataclass(frozen=True)
