@@ -9,7 +9,7 @@ from apps.convert import own
 from apps.convert.consolidate import consolidated
 from apps.convert.conversion import Request
 from apps.convert.figures import Figures, Trial, counted, table, weight_bytes
-from apps.convert.kinds import BY_LOAD, KINDS, check_runs
+from apps.convert.kinds import BY_LOAD, KINDS, check_runs, part_of
 from apps.convert.options import Options
 from apps.convert.runs import CONFIG, Run, new_run, write_run
 from apps.train.sparsified import restored
@@ -57,7 +57,7 @@ def convert(options: Options) -> tuple[Figures, Figures]:
         if _needs_statistics(options):
             pair = getattr(options, "pair", None)
             merges = bool(getattr(options, "merge", False))
-            statistics = trial.statistics(None if pair is None else module.part(pair).select, merges)
+            statistics = trial.statistics(None if pair is None else part_of(module, pair).select, merges)
         del trial
     else:
         before = counted(first.outline(first.arguments(), first.checkpoint), num_bytes)

@@ -18,6 +18,7 @@ from apps.convert.runs import CONFIG, KEPT, WEIGHTS, Run, new_run
 from apps.convert.streaming import fill, laid_out, sync
 from apps.train.checkpoint import sharded
 from apps.train.checkpoint.paths import NAMES, find_checkpoint, is_sharded
+from apps.train.step.adapted import adapt_linears
 
 ONE_PROCESS = {"strategy": "auto", "devices": 1, "num_nodes": 1}
 """Options of the trainer in the new run's configuration."""
@@ -95,7 +96,7 @@ def _figures(run: Run, options: Options, file: Path, config: Path | None) -> Fig
     if options.batches:
         return Trial(file, config, options.rest, options.batches).figures(size)
     outline = run.outline(run.arguments())
-    outline.adapt_linears(run.checkpoint)
+    adapt_linears(outline, run.checkpoint)
     return counted(outline, size)
 
 

@@ -31,8 +31,9 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from apps.base.checks import check_at_least
 from apps.base.messages import excerpt, unknown_name
 from apps.cli.classes import with_long_names
-from apps.cli.configs import at, differences, merge, read_config, shipped
+from apps.cli.configs import at, merge, read_config, shipped
 from apps.cli.errors import UsageError
+from apps.registry import differences
 
 T = TypeVar("T")
 

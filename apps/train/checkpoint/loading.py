@@ -93,7 +93,7 @@ def module_class(checkpoint: Mapping[str, Any], path: Path) -> Any:
     if kind is not None:
         return kind
     short = name.rpartition(".")[2]
-    moved = f"; the apps have a {registry.full_path(short)}" if short in registry.MODULES else ""
+    moved = f"; the apps have a {registry.full_path(short)}" if short in registry.MODELS else ""
     raise ValueError(
         f"{path} holds a model of class {name}, which no app has and nothing has imported: a checkpoint imports "
         f"nothing. If you trust the class, import its module first, or name it in --config{moved}"
