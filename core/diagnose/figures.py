@@ -15,17 +15,7 @@ PLACES = 64
 
 
 _SUMS = (
-    *(
-        "num_tokens",
-        "decisions",
-        "chance_drops",
-        "not_finite",
-        "level",
-        "chosen_E",
-        "computed_E",
-        "place_PE",
-        "num_logits",
-    ),
+    *("num_tokens", "decisions", "chance_drops", "not_finite", "level", "chosen_E", "computed_E", "place_PE"),
     *("num_logits", "logit_M", "square_M", "place_logit_PM", "place_tokens_P", "modality_GE", "modality_tokens_G"),
 )
 

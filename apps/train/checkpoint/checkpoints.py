@@ -118,9 +118,7 @@ class BestAndLast(Checkpoint):
             if earlier:
                 print(f"{folder} held checkpoints of an earlier run: they are in {put_aside(folder, earlier)} now")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not self._due(trainer):
             return
         # A checkpoint within an accumulation would lose its gradients; before a validation or an epoch's end, Lightning
