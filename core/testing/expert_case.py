@@ -30,6 +30,10 @@ class ExpertCase:
         router = TokenChoice(top_k=min(2, self.num_experts))
         return MoEConfig(self.num_experts, **{"router": router, "expert": self.expert, **options})
 
+    def has(self, option: str) -> bool:
+        """Return whether a layer heeds an option of ``MoEConfig``: that of ``TokenChoice`` heeds all."""
+        return True
+
     def full_config(self) -> MoEConfig:
         """Return the config of the check of a new layer: experts alone, since some cannot be shared ones."""
         return self.config()

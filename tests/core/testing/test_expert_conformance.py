@@ -149,7 +149,7 @@ FOUND_BY = {
     "stops a gradient": "the gradient is the derivative of the output, in float64",
     "forgets a parameter": "num_params and active_params are the sums of numel",
     "counts a multiply-add as one": "flops_per_row is what a counter counts",
-    "is random in evaluation": "nothing is random in evaluation, and the same seed gives the same training step",
+    "is random in evaluation": "nothing is random in evaluation",
     "is not reset": "built on the meta device, emptied and reset, a layer starts as any other",
     "multiplies in float32": "half precision and autocast give the float32 output, rounded",
     "lets padding through": "an expert that no token takes has no gradient, and padding reaches nobody",
