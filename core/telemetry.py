@@ -59,11 +59,6 @@ class LayerStats:
         return self.gates_per_expert.double() / self.num_tokens.clamp_min(1)
 
     @property
-    def utilisation(self) -> float:
-        """Experts in use, ``exp`` of the load's entropy, over E: 1 at balance, 1 / E when one expert takes all."""
-        return len(self.chosen_per_expert) ** (self.load_entropy - 1)
-
-    @property
     def load_imbalance(self) -> float:
         """Most loaded expert over the mean, 1 at balance, E when one expert takes all; by choice, before capacity."""
         return float(self.relative_load.max())

@@ -84,10 +84,6 @@ class AttentionExperts(ExpertConfig):
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
         return self.width * (dim + (dim if out_dim is None else out_dim))
 
-    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
-        """Return the forward FLOPs of an expert's two products on one row; the layer's attention is not among them."""
-        return 2 * self.num_params(dim, out_dim)
-
     def layer_params(self, dim: int) -> int:
         return 2 * dim * self.width
 

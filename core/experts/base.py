@@ -339,8 +339,11 @@ class ExpertConfig(OpenConfig):
         raise NotImplementedError
 
     def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
-        """Return the forward FLOPs of one expert on one row, two a multiply-add; activations are not counted."""
-        raise NotImplementedError
+        """Return the forward FLOPs of one expert on one row, two a multiply-add; activations are not counted.
+
+        Those of experts whose every parameter is multiplied by one number of the row, unless a subclass says more.
+        """
+        return 2 * self.num_params(dim, out_dim)
 
     def layer_params(self, dim: int) -> int:
         """Return the parameters that all experts of a layer share, such as those of keys and values."""

@@ -42,9 +42,6 @@ class Zero(ExpertConfig):
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
         return 0
 
-    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
-        return 0
-
 
 class CopyExperts(Experts):
     """E experts whose output is their input. No row is copied: a token is scaled by the sum of its gates."""
@@ -80,9 +77,6 @@ class Copy(ExpertConfig):
         return CopyExperts(num_experts)
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
-        return 0
-
-    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
         return 0
 
 

@@ -115,9 +115,6 @@ class LoRA(ExpertConfig):
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
         return self.rank * (dim + (dim if out_dim is None else out_dim))
 
-    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
-        return 2 * self.num_params(dim, out_dim)
-
 
 class IA3Experts(Experts):
     """E vectors that scale a token: ``x * v``. No row is copied: a token is scaled by the sum of its gated vectors.

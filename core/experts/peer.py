@@ -106,6 +106,3 @@ class PEER(ExpertConfig):
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
         return dim + (dim if out_dim is None else out_dim)
-
-    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
-        return 2 * (dim + (dim if out_dim is None else out_dim))
