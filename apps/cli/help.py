@@ -123,7 +123,7 @@ def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None 
         if name in linked:
             continue
         default = (defaults or {}).get(name, parameter.default)
-        nested = _config_of(hint)
+        nested = next((k for k in _kinds(hint) if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
         yield Option(f"{prefix}.{name}", _default(default, hint, nested), _first(parameter.doc or ""))
         if nested is None:
             continue
@@ -137,11 +137,6 @@ def _first(text: str) -> str:
     """Return the first sentence, on one line and without markup."""
     plain = re.sub(r":\w+:`([^`]*)`|`+([^`]*)`+", lambda m: m[1] or m[2], " ".join(text.split()))
     return re.split(r"(?<=[a-z)\"'0-9])\.\s+(?=[A-Z])", plain, maxsplit=1)[0].rstrip(".")
-
-
-def _config_of(hint: Any) -> type[Any] | None:
-    """Return the config dataclass that a value may be, if there is one."""
-    return next((k for k in _kinds(hint) if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
