@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -22,9 +22,6 @@ MODELS = {
 
 OWN_EXPORT = "apps.train.publish.own_export"
 """The module of the task of a user's model that was made sparse."""
-
-MODULES = {name: f"{room}.module" for name, room in MODELS.items()}
-"""The module of each LightningModule."""
 
 DATA = {
     "VisionData": "apps.vision.data",
@@ -57,6 +54,9 @@ TRAINER = {
     "TorchRecStrategy": "apps.recsys.tables.shard.strategy",
 }
 """The module of each callback and strategy of the trainer."""
+
+TEXTS = ("text", "query", "query_image")
+"""Options of the data that are texts, and no YAML."""
 
 DROPPED: dict[str, dict[str, tuple[str, ...]]] = {
     "VisionClassifier": {"report": ("capacity_factors", "sweep_images")},
@@ -95,7 +95,7 @@ That is the short name of a public class, and the class path of a registered con
 def full_path(name: str) -> str | None:
     """Return the class path of a public class, given by that, a former one or its short name; None: there is none."""
     module, _, short = FORMER.get(name, name).rpartition(".")
-    home = {**MODULES, **DATA, **TRAINER}.get(short)
+    home = {**{own: f"{room}.module" for own, room in MODELS.items()}, **DATA, **TRAINER}.get(short)
     return f"{home}.{short}" if home is not None and module in ("", home) else None
 
 
@@ -141,6 +141,27 @@ def renamed(value: Any, rename: Callable[[str], str]) -> Any:
             for key, item in value.items()
         }
     return [renamed(item, rename) for item in value] if isinstance(value, list) else value
+
+
+def short(class_path: str | None) -> str | None:
+    """Return the name of the class, as a configuration may write it."""
+    return class_path and class_path.rpartition(".")[2]
+
+
+def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield where two plain values differ, as a dotted path below ``where``, with both values there."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        if short(a.get("class_path")) != short(b.get("class_path")):
+            yield where, short(a.get("class_path")), short(b.get("class_path"))
+        for key in dict.fromkeys((*b, *a)):
+            if key != "class_path":
+                inside = where if key == "init_args" else f"{where}.{key}" if where else str(key)
+                yield from differences(a.get(key), b.get(key), inside)
+    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from differences(x, y, f"{where}.{i}")
+    elif a != b:
+        yield where, a, b
 
 
 def task_named(name: str) -> Any:

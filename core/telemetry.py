@@ -59,11 +59,6 @@ class LayerStats:
         return self.gates_per_expert.double() / self.num_tokens.clamp_min(1)
 
     @property
-    def utilisation(self) -> float:
-        """Experts in use, ``exp`` of the load's entropy, over E: 1 at balance, 1 / E when one expert takes all."""
-        return len(self.chosen_per_expert) ** (self.load_entropy - 1)
-
-    @property
     def load_imbalance(self) -> float:
         """Most loaded expert over the mean, 1 at balance, E when one expert takes all; by choice, before capacity."""
         return float(self.relative_load.max())
@@ -164,21 +159,9 @@ class LayerStats:
         return {key: (tuple(t.shape), t.dtype) for key, t in vars(self).items() if t is not None}
 
     def __add__(self, other: LayerStats) -> LayerStats:
-        return LayerStats(
-            self.tokens_per_expert + other.tokens_per_expert,
-            self.chosen_per_expert + other.chosen_per_expert,
-            self.entropy_sum + other.entropy_sum,
-            self.num_tokens + other.num_tokens,
-            # A sum of known and unknown gates is not known.
-            _sum_of_known(self.gates_per_expert, other.gates_per_expert),
-            _sum_of_known(self.shared_gate_sum, other.shared_gate_sum),
-            _sum_of_known(self.pairs_of_modality, other.pairs_of_modality),
-            _sum_of_known(self.tokens_of_modality, other.tokens_of_modality),
-        )
-
-
-def _sum_of_known(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return None if a is None or b is None else a + b
+        own, others = vars(self), vars(other)  # a sum that one of both lacks is not known
+        both = [name for name, value in own.items() if value is not None and others[name] is not None]
+        return LayerStats(**{name: own[name] + others[name] for name in both})
 
 
 @dataclass(frozen=True)

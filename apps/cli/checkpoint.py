@@ -13,9 +13,9 @@ from lightning.pytorch import LightningModule
 
 from apps.base.messages import excerpt
 from apps.cli.classes import find_class, named_class_path
-from apps.cli.configs import at, differences, merge, read_config
+from apps.cli.configs import at, merge, read_config
 from apps.cli.errors import UsageError
-from apps.registry import full_path, name_of
+from apps.registry import differences, full_path, name_of
 from apps.train.checkpoint.contents import check_class, unlike
 from apps.train.checkpoint.loading import module_class
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, check_sparsified

@@ -9,19 +9,14 @@ from typing import Any
 from apps import registry
 
 
-def short(class_path: str | None) -> str | None:
-    """Return the name of the class, as a configuration may write it."""
-    return class_path and class_path.rpartition(".")[2]
-
-
 def app_classes(part: str) -> dict[str, str]:
     """Return the class paths of the apps' models or data modules, by short name.
 
     Args:
         part: "model" or "data".
     """
-    homes = registry.DATA if part == "data" else registry.MODULES
-    return {name: f"{module}.{name}" for name, module in sorted(homes.items())}
+    names = registry.DATA if part == "data" else registry.MODELS
+    return {name: str(registry.full_path(name)) for name in sorted(names)}
 
 
 def long_name(part: str, name: str) -> str:

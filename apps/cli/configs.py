@@ -13,9 +13,8 @@ from typing import Any
 import yaml
 
 from apps.base.files import CONFIGS
-from apps.cli.classes import short
 from apps.cli.errors import UsageError
-from apps.registry import renamed, today, without_dropped
+from apps.registry import renamed, short, today, without_dropped
 
 _MOST_BYTES, _MOST_VALUES = 16 << 20, 1_000_000
 """Limits of a configuration: its size, and its values with aliases written out."""
@@ -155,19 +154,3 @@ def own_classes(words: Iterable[str]) -> list[str]:
         if lies_here and importlib.util.find_spec(top) is None:
             sys.path.append(str(Path.cwd()))
     return paths
-
-
-def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield where two plain values differ, as a dotted path below ``where``, with both values there."""
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        if short(a.get("class_path")) != short(b.get("class_path")):
-            yield where, short(a.get("class_path")), short(b.get("class_path"))
-        for key in dict.fromkeys((*b, *a)):
-            if key != "class_path":
-                inside = where if key == "init_args" else f"{where}.{key}" if where else str(key)
-                yield from differences(a.get(key), b.get(key), inside)
-    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            yield from differences(x, y, f"{where}.{i}")
-    elif a != b:
-        yield where, a, b

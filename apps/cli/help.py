@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 
-from apps.cli.classes import app_classes, load_class, named_class_path, short
+from apps.cli.classes import app_classes, load_class, named_class_path
 from apps.cli.errors import UsageError, unknown_option
 from apps.cli.flags import given
 from apps.cli.jsonargparse_internals import parameters_of
 from apps.cli.request import Request
 from apps.cli.setup import TRAINER_DEFAULTS
-from apps.registry import class_path, full_path, subclasses
+from apps.registry import class_path, full_path, short, subclasses
+from core.fields import OneOf
 from core.registry import OpenConfig
 
 SECTIONS = ("run", "trainer", "model", "data")
@@ -116,12 +117,13 @@ def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None 
         defaults: values that stand in for the constructor's.
     """
     linked = getattr(kind, "data_arguments", ())
+    with_rules = typing.get_type_hints(kind, include_extras=True) if dataclasses.is_dataclass(kind) else {}
     for parameter in parameters_of(kind):
-        name, hint = parameter.name, parameter.annotation
+        name, hint = parameter.name, with_rules.get(parameter.name, parameter.annotation)
         if name in linked:
             continue
         default = (defaults or {}).get(name, parameter.default)
-        nested = _config_of(hint)
+        nested = next((k for k in _kinds(hint) if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
         yield Option(f"{prefix}.{name}", _default(default, hint, nested), _first(parameter.doc or ""))
         if nested is None:
             continue
@@ -135,11 +137,6 @@ def _first(text: str) -> str:
     """Return the first sentence, on one line and without markup."""
     plain = re.sub(r":\w+:`([^`]*)`|`+([^`]*)`+", lambda m: m[1] or m[2], " ".join(text.split()))
     return re.split(r"(?<=[a-z)\"'0-9])\.\s+(?=[A-Z])", plain, maxsplit=1)[0].rstrip(".")
-
-
-def _config_of(hint: Any) -> type[Any] | None:
-    """Return the config dataclass that a value may be, if there is one."""
-    return next((k for k in _kinds(hint) if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
@@ -156,7 +153,7 @@ def _default(value: Any, hint: Any, nested: type[Any] | None) -> str:
         return type(value).__name__
     if nested is not None:
         return f"null ({nested.__name__})"
-    if value is None or any(typing.get_origin(k) is typing.Literal for k in _kinds(hint)):
+    if value is None or any(typing.get_origin(k) in (typing.Literal, typing.Annotated) for k in _kinds(hint)):
         return f"{_plain(value)} ({_kind(hint)})"
     return _plain(value)
 
@@ -173,6 +170,9 @@ def _kind(hint: Any) -> str:
     for kind in _kinds(hint):
         if typing.get_origin(kind) is typing.Literal:
             names += [str(choice) for choice in typing.get_args(kind)]
+        elif typing.get_origin(kind) is typing.Annotated:  # of ``core.fields``
+            rule = kind.__metadata__[0]
+            names += map(str, rule.names if isinstance(rule, OneOf) else [rule])
         else:
             names.append(getattr(kind, "__name__", str(kind)) if not typing.get_args(kind) else str(kind))
     return ", ".join(dict.fromkeys(re.sub(r"\b(?:\w+\.)+", "", name) for name in names))

@@ -10,14 +10,13 @@ from typing import Annotated, ClassVar, Self
 from apps.cli.errors import UsageError
 from apps.cli.flags import ASKING, OF_LIGHTNING, SECTIONS, verbatim
 from apps.cli.parser import CommandLine, Configs, Folder, Shown
+from apps.registry import TEXTS
 from apps.train.checkpoint.paths import MEANING, NAMES, find_checkpoint
 from apps.train.cost.offloading import read_budget
 from apps.train.cost.quantizing import read_form
 
 ENDINGS = (".jsonl", ".csv", ".parquet", ".txt")
 """Endings of a file of predictions; each stands for a format."""
-TEXTS = ("text", "query", "query_image")
-"""Options of the data that are texts, and no YAML."""
 _WHICH = f"{', '.join(NAMES)}, or {MEANING}; fit goes on from it"
 
 

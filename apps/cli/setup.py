@@ -22,13 +22,12 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from apps.cli.checkpoint import check_fits
 from apps.cli.classes import with_short_names
-from apps.cli.configs import differences
 from apps.cli.errors import UsageError, reduce_message
 from apps.cli.experts import ChangesExperts
 from apps.cli.flags import asks, given
 from apps.cli.jsonargparse_internals import options_of, read_whole_numbers_first
 from apps.cli.request import Request
-from apps.registry import name_of
+from apps.registry import differences, name_of
 from apps.report.base import FOLDER
 from apps.train.checkpoint.checkpoints import AtomicCheckpointIO, BestAndLast
 from apps.train.checkpoint.contents import read_checkpoint
@@ -40,9 +39,9 @@ from apps.train.cost.offloading import room_for_experts
 from apps.train.cost.quantizing import form_of
 from apps.train.device import device_options, set_matmul_precision
 from apps.train.lightning_internals import WaitingCLI
-from apps.train.optim.chosen import SECTIONS as SECTIONS_OF_OPTIMIZER
-from apps.train.optim.chosen import Chosen
+from apps.train.optim.chosen import SECTIONS as SECTIONS_OF_OPTIMIZER, Chosen
 from apps.train.sparsified import SparsifyConfig, sparsified
+from apps.train.step.adapted import take_form
 from apps.train.step.measures import TrainingMeasures
 from apps.train.step.module import SparseModule
 from apps.train.watch.logs import EventLog, MetricsCSV, profiler
@@ -149,8 +148,8 @@ class RunSetup(WaitingCLI, LightningCLI):
 
     def _check_fits(self, checkpoint: Mapping[str, Any], path: Path) -> None:
         """Give the model the parts that its checkpoint has, and refuse a checkpoint that does not fit it."""
-        if hasattr(self.model, "take_form"):
-            self.model.take_form(checkpoint)
+        if isinstance(self.model, SparseModule):
+            take_form(self.model, checkpoint)
         check_fits(checkpoint, self.model, path)
 
     def _begin_with(self, path: Path) -> None:

@@ -210,7 +210,8 @@ class Sweep:
         higher = model.monitor_mode == "max"
         factor = 100.0 if percent else 1.0
         title = metric.replace("/", " ")
-        base = {size: _latency_of_trained(measured, size) for size in sizes}
+        rounds = {size: [s for m in measured for s in m.seconds[size].trained] for size in sizes}
+        base = {size: 1e3 * statistics.median(seconds) for size, seconds in rounds.items()}
         forms = [_points(m, base, factor * q) for m, q in zip(measured, quality, strict=True)]
         names = [*(f"latency of batch {size}, ms" for size in sizes), "memory, MB"]
         fronts, charts = [], []
@@ -248,11 +249,6 @@ class Sweep:
         missing = Text.if_any(f"{name} is left out: {reason}." for name, reason in left_out.items())
         say(f"sweep: {path}")
         return Section("Cheaper forms: quality against latency and memory", (*charts, table, *missing))
-
-
-def _latency_of_trained(measured: Sequence[Measured], size: int) -> float:
-    """Return the median milliseconds of the trained model over the rounds of all forms."""
-    return 1e3 * statistics.median(s for m in measured for s in m.seconds[size].trained)
 
 
 def _points(own: Measured, base: Mapping[int, float], quality: float) -> list[Point]:

@@ -37,6 +37,7 @@ from apps.train.checkpoint.stopping import StopsSoon
 from apps.train.device import device_line
 from apps.train.lightning_internals import set_initial_hparams
 from apps.train.publish.predicting import PredictionStream
+from apps.train.watch.logs import split_routing
 from core.kernels import cpu
 
 
@@ -267,25 +268,17 @@ def print_metrics(metrics: Mapping[str, float], stage: str, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    prefix = f"{stage}/"
-    own = {k.removeprefix(prefix): v for k, v in metrics.items()}
-    layers: dict[str, dict[str, float]] = {}
+    own, layers = split_routing(metrics, stage)
     table = Table("metric", "value")
     for key, value in own.items():
-        if key.startswith("routing/"):
-            layer, _, figure = key.removeprefix("routing/").rpartition("/")
-            layers.setdefault(layer or "mean", {})[figure] = value
-        else:
-            table.add_row(key, f"{value:.4f}")
+        table.add_row(key, f"{value:.4f}")
     console = Console()
     console.print(title)
     console.print(table)
     if layers:
         figures = list(dict.fromkeys(f for values in layers.values() for f in values))
         if len(layers) == 2:  # one layer is its own mean
-            layers.pop("mean", None)
-        cells = {
-            layer: [f"{values[f]:.3f}" if f in values else "" for f in figures] for layer, values in layers.items()
-        }
+            layers.pop("", None)
         headings = ["layer", *(figure.replace("_", " ") for figure in figures)]
-        print_in_parts(headings, [[layer, *values] for layer, values in cells.items()])
+        rows = [[f"{own[f]:.3f}" if f in own else "" for f in figures] for own in layers.values()]
+        print_in_parts(headings, [[layer or "mean", *row] for layer, row in zip(layers, rows, strict=True)])

@@ -16,12 +16,23 @@ import core
 from apps.base.progress import each
 from apps.base.quiet import quiet
 from apps.convert.figures import Figures, Trial, counted, table, weight_bytes
-from apps.convert.kinds import BY_LOAD, KINDS, OneLayer, check_runs, fewer_experts, one_for_all, one_of_many, with_fewer
+from apps.convert.kinds import (
+    BY_LOAD,
+    KINDS,
+    OneLayer,
+    check_runs,
+    fewer_experts,
+    one_for_all,
+    one_of_many,
+    part_of,
+    with_fewer,
+)
 from apps.convert.options import Options
 from apps.convert.runs import CONFIG, KEPT, WEIGHTS, Request, Run, fill, laid_out, new_run, sync, write_run
 from apps.train.checkpoint import sharded
 from apps.train.checkpoint.paths import NAMES, find_checkpoint, is_sharded
 from apps.train.sparsified import SparsifyConfig, restored
+from apps.train.step.adapted import adapt_linears
 from core.config.plain import arguments_from_plain, from_plain, to_plain
 from core.convert import SparseFFN, matching_parts, read_ffn
 
@@ -155,7 +166,7 @@ def _figures(run: Run, options: Options, file: Path, config: Path | None) -> Fig
     if options.batches:
         return Trial(file, config, options.rest, options.batches).figures(size)
     outline = run.outline(run.arguments())
-    outline.adapt_linears(run.checkpoint)
+    adapt_linears(outline, run.checkpoint)
     return counted(outline, size)
 
 
@@ -202,7 +213,7 @@ def convert(options: Options) -> tuple[Figures, Figures]:
         if _needs_statistics(options):
             pair = getattr(options, "pair", None)
             merges = bool(getattr(options, "merge", False))
-            statistics = trial.statistics(None if pair is None else module.part(pair).select, merges)
+            statistics = trial.statistics(None if pair is None else part_of(module, pair).select, merges)
         del trial
     else:
         before = counted(first.outline(first.arguments(), first.checkpoint), num_bytes)

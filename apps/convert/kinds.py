@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from apps.cli.errors import UsageError
 from apps.convert.runs import Conversion, Request, Run, Tensors, model_section
 from apps.nets.blocks import moe_configs
 from apps.registry import name_of
+from apps.train.step.adapted import adapt_linears
+from apps.train.step.parts import DataPart
 from core.convert import FeedForwardPart, SparseFFN, read_ffn
 from core.convert.build.starts import start_of
 from core.convert.read.parts import layers_with_experts
@@ -187,7 +189,7 @@ def adapted(request: Request) -> Conversion:
     extra = {"adapted": {"moe": plain, "modules": list(options.modules)}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        request.module.adapt_linears(extra)
+        adapt_linears(request.module, extra)
     layers = {name: m for name, m in request.module.named_modules() if isinstance(m, core.AdaptedLinear)}
     return Conversion(run.arguments(), {name: layer.state_dict for name, layer in layers.items()}, extra=extra)
 
@@ -222,6 +224,17 @@ def one_of_many(request: Request, **named: Any) -> OneLayer:
     return lambda name, layer: core.cut_out(layer, **named)
 
 
+def part_of(module: Any, name: str) -> DataPart:
+    """Return what one part of the data is to a model, such as a translator's pair of languages.
+
+    Raises:
+        ValueError: there is none of this name, or the model knows no parts.
+    """
+    if not hasattr(module, "part"):
+        raise ValueError(f"{type(module).__name__} knows no parts of its data by name, such as {name!r}")
+    return cast(DataPart, module.part(name))
+
+
 def specialised(request: Request) -> Conversion:
     """Return the network of one part of the data, or the experts that it uses most."""
     options = request.options
@@ -232,7 +245,7 @@ def specialised(request: Request) -> Conversion:
         return pruned(request)
     if options.pair is None:
         return _dense(request, one_of_many(request))
-    part = request.module.part(options.pair)
+    part = part_of(request.module, options.pair)
     return replace(_dense(request, one_of_many(request, task=part.task), **part.arguments), data=part.data)
 
 

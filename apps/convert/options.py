@@ -132,7 +132,7 @@ class Adapt(Options):
     """A frozen run with trainable updates, such as LoRA, beside its linear layers.
 
     Attributes:
-        moe: overlay whose model.moe has the updates, such as configs/experts/lora.yaml
+        moe: overlay whose model.moe has num_experts and, as expert, the updates: a core.LoRA or core.IA3
         modules: patterns of linear layers' names; * also stands for dots
         seed: seed of the updates' start (default: 0)
     """

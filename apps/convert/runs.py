@@ -28,6 +28,7 @@ from apps.train.checkpoint.contents import read_checkpoint, unlike
 from apps.train.checkpoint.loading import check_beside, module_class
 from apps.train.checkpoint.paths import find_checkpoint
 from apps.train.checkpoint.run_folder import mark
+from apps.train.step.adapted import adapt_linears
 from apps.train.step.module import SparseModule
 from core.config.plain import arguments_from_plain, arguments_to_plain
 
@@ -203,7 +204,7 @@ class Run:
         """
         with torch.device("meta"):
             module = self.kind(**arguments)
-        module.adapt_linears(contents or {})
+        adapt_linears(module, contents or {})
         return module
 
     def mapped(self) -> SparseModule:

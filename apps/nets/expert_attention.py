@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import core
 from apps.nets.attention import Mask, attend, attention_weights
+from apps.nets.blocks import FFNConfig, MoEs, moe_configs
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Step
 from apps.nets.past import Past
@@ -137,3 +138,19 @@ def _rotated(q_BLPhd: Tensor, k_BLhd: Tensor, rotations: Tensor | None) -> tuple
         return q_BLPhd, k_BLhd
     q_BLHd = rotate(q_BLPhd.flatten(2, 3), rotations.to(q_BLPhd.dtype))
     return q_BLHd.unflatten(2, q_BLPhd.shape[2:4]), rotate(k_BLhd, rotations.to(k_BLhd.dtype))
+
+
+def check_rows(
+    config: TransformerConfig, ffn: FFNConfig | MoEs | None, attention: core.MoEConfig | None = None
+) -> None:
+    """Refuse experts that are no FFN, which works row by row, and attention experts that do not fit the transformer.
+
+    Raises:
+        ValueError: naming the experts.
+    """
+    check_attention(config, attention)
+    for moe in moe_configs(ffn):
+        if moe.expert.layer_kind != "rows":
+            name = type(moe.expert).__name__
+            hint = ": AttentionExperts stand in attention_moe" if moe.expert.layer_kind == "attention" else ""
+            raise ValueError(f"moe.expert is {name}, which is no FFN{hint}")

@@ -21,7 +21,7 @@ from apps.nets.blocks import FFNConfig, MoEs, ffns_of, moe_configs, resolve_bloc
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Cache, Memory
 from apps.nets.depths import DepthGate, MixtureOfDepths, depth_gates
-from apps.nets.expert_attention import ExpertAttention, attention_experts, check_attention
+from apps.nets.expert_attention import ExpertAttention, attention_experts, check_rows
 from apps.nets.layers import Stack
 from apps.nets.past import Past
 from apps.nets.place import Place, check_fits
@@ -362,7 +362,7 @@ class LanguageModel(_Decoding):
         check_rows(config, ffn, attention_moe)
         check_at_least(PAD_ID + 2, vocab=vocab)
         if universal is not None:
-            _check_universal(config, depths, ffn, share_experts)
+            universal.check(config, depths is not None, len(moe_configs(ffn)), share_experts)
         if depths is not None and attention_moe is not None:
             raise ValueError("depths and attention_moe do not go together: attention experts see all tokens of a layer")
         if depths is not None and not depths.predictor:
@@ -440,32 +440,3 @@ def build_stack(
     configs = [own.get(i, config.dense_ffn) for i in range(depth)]
     built = [c.build(config.shape.dim, causal=causal) for c in configs]
     return Stack(config, built, causal=causal, cross=cross, attention=attention, depth_gates=gates)
-
-
-def _check_universal(
-    config: TransformerConfig, depths: MixtureOfDepths | None, ffn: FFNConfig | MoEs | None, share_experts: bool
-) -> None:
-    if config.shape.decoder_layers < 2:
-        raise ValueError("decoder_layers=1 is one step: universal uses a layer again, for at least 2")
-    if depths is not None:
-        raise ValueError("universal and depths do not go together: one says by itself how deep a token goes")
-    if len(moe_configs(ffn)) > 1:
-        raise ValueError(f"universal has one layer for all steps: moe lists {len(moe_configs(ffn))}")
-    if share_experts:
-        raise ValueError("share_experts=True has no meaning with universal, whose one layer has the experts already")
-
-
-def check_rows(
-    config: TransformerConfig, ffn: FFNConfig | MoEs | None, attention: core.MoEConfig | None = None
-) -> None:
-    """Refuse experts that are no FFN, which works row by row, and attention experts that do not fit the transformer.
-
-    Raises:
-        ValueError: naming the experts.
-    """
-    check_attention(config, attention)
-    for moe in moe_configs(ffn):
-        if moe.expert.layer_kind != "rows":
-            name = type(moe.expert).__name__
-            hint = ": AttentionExperts stand in attention_moe" if moe.expert.layer_kind == "attention" else ""
-            raise ValueError(f"moe.expert is {name}, which is no FFN{hint}")

@@ -46,6 +46,17 @@ class Universal(Checked):
     threshold: Annotated[float, Bounds(0, 1, "()")] = 0.999
     depth_penalty: NotNegative = 0.0
 
+    def check(self, config: TransformerConfig, has_depths: bool, num_moes: int, share_experts: bool) -> None:
+        """Raise a ``ValueError`` where a language model cannot have one layer for all steps."""
+        if config.shape.decoder_layers < 2:
+            raise ValueError("decoder_layers=1 is one step: universal uses a layer again, for at least 2")
+        if has_depths:
+            raise ValueError("universal and depths do not go together: one says by itself how deep a token goes")
+        if num_moes > 1:
+            raise ValueError(f"universal has one layer for all steps: moe lists {num_moes}")
+        if share_experts:
+            raise ValueError("share_experts=True has no meaning with universal, whose one layer has the experts")
+
     def build(self, dim: int) -> HaltingGate:
         """Return the gate that breaks the sticks."""
         return HaltingGate(dim, HaltingRouter(dim, self))

@@ -16,7 +16,7 @@ from apps.nlp.decode.writing import WritingModule
 from apps.nlp.predict import Line, as_text, identity_of, in_order, num_lines
 from apps.porting import Architecture, config_of, load_pretrained_weights, subwords_of
 from apps.train.publish.predicting import Prediction, PredictionStream
-from apps.train.step.module import check_one_start
+from apps.train.step.distilling import check_one_start
 from core.config.plain import to_plain
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 import core
 from apps import registry
-from apps.cli.classes import short
 from apps.cli.configs import at
 from apps.cli.errors import UsageError
 from apps.plan.options import Options
+from apps.registry import short
 from apps.task import Sizes, Trial
 from apps.train.optim.optimizers import parameter_groups
 from core.config.plain import arguments_from_plain
@@ -203,7 +203,7 @@ def outlined(options: Options) -> Outline:
     path = model if isinstance(model, str) else str(model["class_path"])
     name = str(short(path))
     if registry.full_path(path) is None:
-        raise UsageError(f"moesaic plan reads configurations of {', '.join(registry.MODULES)}, not of {name}")
+        raise UsageError(f"moesaic plan reads configurations of {', '.join(registry.MODELS)}, not of {name}")
     kind = registry.resolve(path)
     given = {k: v for k, v in (at(options.config, ("model", "init_args")) or {}).items() if k not in _STARTS}
     arguments = arguments_from_plain(kind, given, "model")

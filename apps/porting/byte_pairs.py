@@ -34,8 +34,7 @@ class BytePairs:
     def __init__(self, merges: Sequence[str]) -> None:
         from tokenizers import AddedToken, Regex, Tokenizer
         from tokenizers.models import BPE
-        from tokenizers.pre_tokenizers import ByteLevel, Split
-        from tokenizers.pre_tokenizers import Sequence as Steps
+        from tokenizers.pre_tokenizers import ByteLevel, Sequence as Steps, Split
 
         bytes_ = _shown_bytes()
         pieces = [*bytes_, *(piece + WORD_END for piece in bytes_)]

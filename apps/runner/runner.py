@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+from apps import registry
 from apps.base.files import holding, read_json, write_json
 from apps.base.progress import Bar, bar, say
 from apps.runner.workers import Progress, do_all
@@ -50,21 +51,15 @@ def check_same(folder: Path, what: str, saved: Any, wanted: Any) -> None:
         )
 
 
-def differences(saved: Any, wanted: Any, name: str = "") -> list[str]:
+def differences(saved: Any, wanted: Any) -> list[str]:
     """Return a line for each value that differs between two plain values, by its dotted name.
 
     Example::
 
         differences({"lr": 1, "seeds": 3}, {"lr": 1, "seeds": 5})     # ["seeds: 3 saved, 5 now"]
     """
-    if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
-        lines = []
-        for key in dict.fromkeys([*saved, *wanted]):
-            lines += differences(saved.get(key), wanted.get(key), f"{name}.{key}" if name else str(key))
-        return lines
-    if isinstance(saved, (list, tuple)) and isinstance(wanted, (list, tuple)):
-        saved, wanted = list(saved), list(wanted)
-    return [] if saved == wanted else [f"{name}: {json.dumps(saved)} saved, {json.dumps(wanted)} now"]
+    found = registry.differences(saved, wanted)
+    return [f"{name}: {json.dumps(there)} saved, {json.dumps(here)} now" for name, there, here in found]
 
 
 MOST_HELD_BACK = 0.1

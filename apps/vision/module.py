@@ -23,8 +23,8 @@ from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
 from apps.task.outputs import likeliest
 from apps.train.publish.model_card import ModelKind
-from apps.train.step.distilling import ClassLogits
-from apps.train.step.module import SparseModule, TaskOutput, check_one_start
+from apps.train.step.distilling import ClassLogits, check_one_start
+from apps.train.step.module import SparseModule, TaskOutput
 from apps.vision.encoding import ImageEncoding
 from apps.vision.few_shot import hard_labels
 from apps.vision.image_files import scaled

@@ -134,29 +134,12 @@ class AdoptedExperts(Adopted, Experts):
     def reset_parameters(self) -> None:
         """Adopted experts have weights to keep."""
 
-    @property
-    def w_in(self) -> Tensor:
-        return self.matrices()[0]
-
-    @property
-    def w_gate(self) -> Tensor | None:
-        return self.matrices()[1]
-
-    @property
-    def w_out(self) -> Tensor:
-        return self.matrices()[2]
-
-    @property
-    def b_in(self) -> Tensor | None:
-        return self.vectors()[0]
-
-    @property
-    def b_gate(self) -> Tensor | None:
-        return self.vectors()[1]
-
-    @property
-    def b_out(self) -> Tensor | None:
-        return self.vectors()[2]
+    w_in: Any = property(lambda self: self.matrices()[0])
+    w_gate: Any = property(lambda self: self.matrices()[1])
+    w_out: Any = property(lambda self: self.matrices()[2])
+    b_in: Any = property(lambda self: self.vectors()[0])
+    b_gate: Any = property(lambda self: self.vectors()[1])
+    b_out: Any = property(lambda self: self.vectors()[2])
 
     def biases(self) -> list[Tensor]:
         return [p for name, p in self.named_parameters() if p.ndim == 2]

@@ -7,16 +7,6 @@ from .scenarios import STAR, HoME, M3oE
 from .smes import SMES
 
 __all__ = [
-    "CGC",
-    "DenseFFN",
-    "HoME",
-    "LAYERS",
-    "M3oE",
-    "MMoE",
-    "MoEConfig",
-    "MultiGateConfig",
-    "OMoE",
-    "PLE",
-    "SMES",
-    "STAR",
-]
+    "CGC", "DenseFFN", "HoME", "M3oE", "MMoE", "MoEConfig", "MultiGateConfig", "OMoE", "PLE",
+    "SMES", "STAR",
+]  # fmt: skip

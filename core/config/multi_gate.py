@@ -116,11 +116,19 @@ class MultiGateConfig(OpenConfig):
             self.expert.build(groups.num_experts, dim),
             groups,
             num_tasks=num_tasks,
-            balance=self.balance,
-            expert_dropout=self.expert_dropout,
             feature_gate=FeatureGate(dim, groups.num_dense, self.feature_gate) if self.feature_gate else None,
-            dim=dim,
+            **self._options(dim),
         )
+
+    def _options(self, dim: int) -> dict[str, Any]:
+        """Return the options that all layers have."""
+        return {"balance": self.balance, "expert_dropout": self.expert_dropout, "dim": dim}
+
+    def _check_unused(self, why: str, *names: str) -> None:
+        """Refuse options that the layer has no use for, by default those of gates on features, tasks and domains."""
+        for name in names or ("feature_gate", "self_gate", "num_domain_experts"):
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} {why}")
 
     def groups(self, num_tasks: int, num_domains: int = 0) -> ExpertGroups:
         """Return how the experts of a level are shared out among tasks and domains.
@@ -284,9 +292,8 @@ class MMoE(MultiGateConfig):
         router.check(self.num_experts)
         router.check_group("batch")
         options = ["feature_gate", "self_gate", "num_domain_experts", "gate_hidden_dims", "gate_bias"]
-        for name in options if self.selection == "shared" else [*options, "expert_dropout"]:
-            if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)} does not apply with a router")
+        more = () if self.selection == "shared" else ("expert_dropout",)
+        self._check_unused("does not apply with a router", *options, *more)
         if self.selection == "shared" and getattr(router, "gates_on", "output") == "input":
             raise ValueError("gates_on='input' does not apply with selection='shared': experts compute for all tasks")
 
@@ -314,20 +321,11 @@ class MMoE(MultiGateConfig):
                 DenseGates(dim, groups, init_scale=self.init_scale, terms=DENSE_TERMS),
                 experts,
                 groups,
-                balance=self.balance,
-                expert_dropout=self.expert_dropout,
-                pairs_per_token=pairs,
-                dim=dim,
+                pairs,
+                **self._options(dim),
             )
-        return SparseMultiGateMoE(
-            routers,
-            experts,
-            balance=self.balance,
-            domain=DomainEmbedding(num_domains, dim) if num_domains else None,
-            num_domains=num_domains,
-            pairs_per_token=pairs,
-            dim=dim,
-        )
+        domain = DomainEmbedding(num_domains, dim) if num_domains else None
+        return SparseMultiGateMoE(routers, experts, pairs, domain, num_domains=num_domains, **self._options(dim))
 
     def num_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
         if self.router is None:
@@ -424,8 +422,6 @@ class PLE(CGC):
             gates,
             [self.expert.build(groups.num_experts, width) for width, _ in levels],
             groups,
-            balance=self.balance,
-            expert_dropout=self.expert_dropout,
-            feature_gates=feature_gates if self.feature_gate else None,
-            dim=dim,
+            feature_gates if self.feature_gate else None,
+            **self._options(dim),
         )

@@ -47,8 +47,7 @@ class HoME(MultiGateConfig):
         super().__post_init__()
         if self.categories and set(self.categories) != set(range(len(set(self.categories)))):
             raise ValueError(f"categories={list(self.categories)} must count from 0 without a gap")
-        if self.num_domain_experts:
-            raise ValueError(f"num_domain_experts={self.num_domain_experts} has no meaning for HoME: see M3oE")
+        self._check_unused("has no meaning for HoME: see M3oE", "num_domain_experts")
 
     def _groups(self, num_tasks: int, num_domains: int) -> CategoryGroups:
         categories = self.categories or (0,) * num_tasks
@@ -86,10 +85,8 @@ class HoME(MultiGateConfig):
             (self.expert.build(meta.num_experts, dim), self.expert.build(groups.num_experts, width)),
             meta,
             groups,
-            balance=self.balance,
-            expert_dropout=self.expert_dropout,
-            feature_gates=feature_gates,
-            dim=dim,
+            feature_gates,
+            **self._options(dim),
         )
 
     def _params(self, dim: int, groups: ExpertGroups, experts: int) -> int:
@@ -128,9 +125,7 @@ class M3oE(MultiGateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("feature_gate", "self_gate", "num_domain_experts"):
-            if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)} has no meaning for M3oE: a domain has one expert")
+        self._check_unused("has no meaning for M3oE: a domain has one expert")
 
     @property
     def terms(self) -> frozenset[str]:
@@ -146,14 +141,8 @@ class M3oE(MultiGateConfig):
         return ExpertGroups(num_tasks, self.num_experts, (0,) * num_tasks, num_domains=num_domains)
 
     def _layer(self, dim: int, num_tasks: int, groups: ExpertGroups) -> MultiGateLayer:
-        return M3oELayer(
-            self._gates(dim, self._gate_groups(num_tasks, groups.num_domains)),
-            self.expert.build(groups.num_experts, dim),
-            groups,
-            balance=self.balance,
-            expert_dropout=self.expert_dropout,
-            dim=dim,
-        )
+        gates = self._gates(dim, self._gate_groups(num_tasks, groups.num_domains))
+        return M3oELayer(gates, self.expert.build(groups.num_experts, dim), groups, **self._options(dim))
 
     def _params(self, dim: int, groups: ExpertGroups, experts: int) -> int:
         gates, fusion = self._gate_params(dim, self._gate_groups(groups.num_tasks, groups.num_domains)), 4

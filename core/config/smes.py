@@ -43,9 +43,7 @@ class SMES(MultiGateConfig):
         super().__post_init__()
         check_values(Count, **{"shared_top_k + private_top_k": self.shared_top_k + self.private_top_k})
         at_most_experts("shared_top_k + private_top_k", self.shared_top_k + self.private_top_k, self.num_experts)
-        for name in ("feature_gate", "self_gate", "num_domain_experts"):
-            if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)} does not apply to SMES, whose experts are all alike")
+        self._check_unused("does not apply to SMES, whose experts are all alike")
 
     @property
     def terms(self) -> frozenset[str]:
@@ -68,9 +66,7 @@ class SMES(MultiGateConfig):
             shared_top_k=self.shared_top_k,
             private_top_k=self.private_top_k,
             dense_training=self.dense_training,
-            balance=self.balance,
-            expert_dropout=self.expert_dropout,
-            dim=dim,
+            **self._options(dim),
         )
 
     def active_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:

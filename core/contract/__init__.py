@@ -19,24 +19,6 @@ from .spans import span
 from .tape import Entry, Tape, device_of_ranks, record, several_ranks, sum_over_ranks, unwrapped_modules
 
 __all__ = [
-    "Decision",
-    "DenseRouting",
-    "Entry",
-    "Evidence",
-    "Loads",
-    "MergeRouting",
-    "RowPlan",
-    "Routing",
-    "RoutingContext",
-    "Rows",
-    "SlotPlan",
-    "SlotRouting",
-    "Tape",
-    "TokenGroups",
-    "device_of_ranks",
-    "record",
-    "several_ranks",
-    "span",
-    "sum_over_ranks",
-    "unwrapped_modules",
-]
+    "DenseRouting", "Entry", "Evidence", "MergeRouting", "Routing", "RoutingContext", "Rows",
+    "SlotRouting", "Tape", "record",
+]  # fmt: skip

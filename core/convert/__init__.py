@@ -6,67 +6,36 @@ from .build.adapters import merge_adapters
 from .build.grow import freeze_experts, grow_experts, hold_experts
 from .build.sparse_ffn import SparseFFN, put_layer
 from .build.sparsify import matching_parts, sparsify
-from .build.starts import STARTS, CopyStart, DropStart, GranularStart, RandomStart, SplitStart, Start
+from .build.starts import (
+    STARTS,
+    CopyStart,
+    DropStart as DropStart,
+    GranularStart,
+    RandomStart,
+    SplitStart as SplitStart,
+    Start as Start,
+)
 from .measure.models import average_models, average_states, mix_models
 from .measure.statistics import ExpertStatistics, expert_statistics
 from .measure.summary import Summary, summary
-from .measure.twin import TwinWidth, dense_twin, twin_widths
+from .measure.twin import TwinWidth, dense_twin, twin_widths as twin_widths
 from .measure.widths import SolvedWidth, has_width, hidden_width, nearest_width, same_width, solve_width, widened
-from .read.feed_forward import FeedForwardPart, activation_name, affine, feed_forward_part
-from .read.readers import read_ffn, recognised_ffns, register_ffn
+from .read.feed_forward import (
+    FeedForwardPart,
+    activation_name,
+    affine as affine,
+    feed_forward_part as feed_forward_part,
+)
+from .read.readers import read_ffn, recognised_ffns, register_ffn as register_ffn
 from .reduce.cut_out import cut_out
 from .reduce.densify import densify
-from .reduce.importance import unit_importances
+from .reduce.importance import unit_importances as unit_importances
 from .reduce.merge import OneExpert, average_experts
 from .reduce.prune import keep_experts, merge_experts, prune_experts
 
 __all__ = [
-    "CopyStart",
-    "DropStart",
-    "ExpertStatistics",
-    "FeedForwardPart",
-    "GranularStart",
-    "OneExpert",
-    "RandomStart",
-    "STARTS",
-    "SolvedWidth",
-    "SparseFFN",
-    "SplitStart",
-    "Start",
-    "Summary",
-    "TwinWidth",
-    "activation_name",
-    "adapt",
-    "affine",
-    "average_experts",
-    "average_models",
-    "average_states",
-    "cut_out",
-    "dense_twin",
-    "densify",
-    "expert_statistics",
-    "feed_forward_part",
-    "freeze_experts",
-    "grow_experts",
-    "has_width",
-    "hidden_width",
-    "hold_experts",
-    "keep_experts",
-    "matching_parts",
-    "merge_adapters",
-    "merge_experts",
-    "mix_models",
-    "nearest_width",
-    "prune_experts",
-    "put_layer",
-    "read_ffn",
-    "recognised_ffns",
-    "register_ffn",
-    "same_width",
-    "solve_width",
-    "sparsify",
-    "summary",
-    "twin_widths",
-    "unit_importances",
-    "widened",
-]
+    "ExpertStatistics", "OneExpert", "adapt", "average_experts", "average_models",
+    "average_states", "cut_out", "dense_twin", "densify", "expert_statistics", "freeze_experts",
+    "grow_experts", "hold_experts", "keep_experts", "merge_adapters", "merge_experts",
+    "mix_models", "prune_experts", "sparsify", "summary",
+]  # fmt: skip

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..contract import Rows, unwrapped_modules
+from ..convert.read.calls import hooked
 from ..experts import Experts
 from ..layers import MoELayer
 from .foreign import every_expert, expert_tensors, foreign_routers
@@ -73,11 +74,8 @@ class Inputs:
             # A list of experts is not called itself: its members are, each with the tokens that chose it.
             heard = list(experts) if isinstance(experts, nn.ModuleList) else [experts]
             hooks += [m.register_forward_pre_hook(self._hook(name)) for m in heard]
-        try:
+        with hooked(hooks):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:

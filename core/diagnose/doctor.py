@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..contract import Tape, record, unwrapped_modules
-from ..convert.read.feed_forward import evaluating
+from ..convert.read.calls import call, evaluating
 from ..layers import MoELayer
 from . import rules
 from .alike import Inputs
@@ -211,10 +211,10 @@ def diagnose(
     with torch.no_grad(), evaluating(model):
         while on_any_rank(batch is not _NONE, group) if together else batch is not _NONE:
             if batch is _NONE:  # other ranks have batches left, and need the parameters that are here
-                _call(model, first, run)
+                call(model, first, run)
                 continue
             with doctor.watching(batch, None if labels is None else labels(batch), real(batch)):
-                _call(model, batch, run)
+                call(model, batch, run)
             batch = next(rest, _NONE)
     if loss is not None:
         doctor.look_at_step(first, loss, real_BS=real(first))
@@ -223,17 +223,6 @@ def diagnose(
 
 
 _NONE = object()
-
-
-def _call(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any] | None) -> None:
-    if run is not None:
-        run(model, batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
 
 
 def _attention_mask(batch: Any) -> Tensor | None:

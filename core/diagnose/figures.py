@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +14,9 @@ PLACES = 64
 """Places of a sequence that are told apart; longer sequences are cut into so many parts."""
 
 
-_TENSORS = (
-    *("chosen_E", "computed_E", "place_PE", "num_logits", "logit_M", "square_M", "place_logit_PM", "place_tokens_P"),
-    *("modality_GE", "modality_tokens_G"),
+_SUMS = (
+    *("num_tokens", "decisions", "chance_drops", "not_finite", "level", "chosen_E", "computed_E", "place_PE"),
+    *("num_logits", "logit_M", "square_M", "place_logit_PM", "place_tokens_P", "modality_GE", "modality_tokens_G"),
 )
 
 
@@ -148,38 +147,14 @@ class LayerFigures:
         """The arguments with which figures of the same shapes are made."""
         return self.num_experts, self.kind, self.facts, len(self.logit_M)
 
-    def widen(self, classes: int) -> None:
-        """Give ``class_CE`` at least so many rows; none for 0."""
-        if classes:
-            rows = self.place_PE.new_zeros(classes, self.num_experts)
-            self.class_CE = rows if self.class_CE is None else _sum_of_rows(self.class_CE, rows)
-
-    def sums(self, like: LayerFigures | None = None) -> list[Tensor]:
-        """Return all that adds up, float64, in the order of ``set_sums``; ``largest`` does not.
-
-        Args:
-            like: figures whose number of classes the result is to have; None: as many as there are.
-        """
-        if like is not None and like.class_CE is not None:
-            self.widen(len(like.class_CE))
-        numbers = [self.num_tokens, self.decisions, self.chance_drops, self.not_finite, self.level, *self.padding]
-        tensors = [getattr(self, name) for name in _TENSORS]
-        return [
-            torch.tensor(numbers, dtype=torch.float64),
-            *tensors,
-            *([] if self.class_CE is None else [self.class_CE]),
-        ]
-
-    def set_sums(self, sums: Sequence[Tensor]) -> None:
-        """Take over what ``sums`` of other figures of these shapes has returned, or its sums over ranks."""
-        numbers, *tensors = sums
-        tokens, decisions, self.chance_drops, not_finite, self.level, wrong, counted = numbers.tolist()
-        self.num_tokens, self.decisions, self.not_finite = round(tokens), round(decisions), round(not_finite)
-        self.padding = (round(wrong), round(counted))
-        for name, tensor in zip(_TENSORS, tensors, strict=False):
-            setattr(self, name, tensor)
-        if self.class_CE is not None:
-            self.class_CE = tensors[-1]
+    def join(self, other: LayerFigures) -> None:
+        """Add the sums of other figures with this outline."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.padding = (self.padding[0] + other.padding[0], self.padding[1] + other.padding[1])
+        self.largest = max(self.largest, other.largest)
+        if other.class_CE is not None:
+            self.class_CE = other.class_CE if self.class_CE is None else _sum_of_rows(self.class_CE, other.class_CE)
 
     # ---- figures
 

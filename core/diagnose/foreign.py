@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import unwrapped_modules
+from ..convert.read.calls import hooked
 from ..layers import MoELayer
 from ..torch_internals import in_backward
 from .passes import Facts, Pass
@@ -130,11 +131,8 @@ def foreign_passes(
         return hook
 
     hooks = [router.module.register_forward_hook(hook_of(router)) for router in routers.values()]
-    try:
+    with hooked(hooks):
         yield passes
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _pass_of(router: ForeignRouter, output: Any, shape: tuple[int, ...] | None, real_BS: Tensor | None) -> Pass:

@@ -55,23 +55,15 @@ def figures_of_ranks(
     """
     if not several_ranks(group):
         return dict(figures)
-    of_ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size(group))]
-    own = {
-        name: (f.outline, len(f.class_CE) if f.class_CE is not None else 0, f.largest) for name, f in figures.items()
-    }
-    dist.all_gather_object(of_ranks, own, group=group)
+    of_ranks: list[dict[str, LayerFigures]] = [{} for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(of_ranks, dict(figures), group=group)
     whole: dict[str, LayerFigures] = {}
-    for name in dict.fromkeys(name for of_rank in of_ranks for name in of_rank):
-        outlines, classes, largest = zip(*(of_rank[name] for of_rank in of_ranks if name in of_rank), strict=True)
-        if any(outline != outlines[0] for outline in outlines):
-            raise ValueError(f"router {name!r} has sums {outlines[0]} on one rank and others on another: {outlines}")
-        whole[name] = LayerFigures(*outlines[0])
-        whole[name].largest = max(largest)
-        whole[name].widen(max(classes))
-    sums = {name: f.sums() for name, f in whole.items()}
-    for name, f in figures.items():
-        sums[name] = f.sums(like=whole[name])
-    added = iter(summed([t for of_router in sums.values() for t in of_router], group))
-    for name, f in whole.items():
-        f.set_sums([next(added) for _ in sums[name]])
+    for name, own in (item for of_rank in of_ranks for item in of_rank.items()):
+        if name not in whole:
+            whole[name] = own
+        elif own.outline != whole[name].outline:
+            outlines = f"{whole[name].outline} on one rank and {own.outline} on another"
+            raise ValueError(f"router {name!r} has sums of {outlines}")
+        else:
+            whole[name].join(own)
     return whole

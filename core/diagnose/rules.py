@@ -63,6 +63,43 @@ BEGAN = 1e-4
 """Movement of the other matrices from which a training has begun: a tenth of a step at a learning rate of 1e-3."""
 
 
+REMEDIES = {
+    "collapsed_load": "",
+    "dead_experts": "; or take them away by moesaic convert prune",
+    "drops": "raise eval_capacity_factor (inf drops none) and capacity_factor, or balance the loads",
+    "skew_by_place": "give the gate the token without its position, or add positions in attention alone",
+    "skew_by_class": "shuffle the batches, and balance within a sequence by balance.sequence_balance",
+    "starved_modality": "give the layer more room (capacity_factor, eval_capacity_factor), and ",
+    "collapsed_modality": "give the layer ",
+    "logits_overflow": "set balance.router_z to 0.001, lower the router's learning rate (optimizer.router_lr_scale)",
+    "logits_drift": "set balance.router_z to 0.001, or lower the router's learning rate (optimizer.router_lr_scale)",
+    "flat_logits": "look at the gate's weights and input: both must differ from 0 by more than rounding; start the "
+    "gate again",
+    "token_blind": "look at what the gate is given: a norm of weight 0, a detached or constant input; start the gate "
+    "again",
+    "polarised_gates": "set expert_dropout to 0.1, a balance loss on the gates, or a lower learning rate of the router",
+    "same_experts": "start the experts apart (--noise of moesaic convert upcycle, start='split'), or give them a "
+    "balance loss; moesaic convert prune --merge makes one of each such group",
+    "no_router_gradient": "with top_k=1 leave gates as they are (normalize=False); look for a detach, and for "
+    "requires_grad=False",
+    "silent_balance": "add core.aux_loss(tape) to the loss, not detached; with transformers set "
+    "output_router_logits=True",
+    "doubled_balance": "add core.aux_loss(tape) once: SparseModule and sparsify's modules add it by themselves",
+    "balance_over_padding": "give the layer RoutingContext(valid_BS=...), and models of transformers an attention_mask",
+    "gates_at_start": "raise optimizer.router_lr_scale; look whether the optimizer has the router's weights",
+    "slow_experts": "raise optimizer.expert_lr_scale; look whether the optimizer has the experts' weights",
+}
+"""The remedy of each finding, or the part of it that does not depend on the layer."""
+
+
+def _error(layer: str, name: str, evidence: str, remedy: str = "", **figures: float) -> Finding:
+    return Finding(name, layer, "error", evidence, remedy or REMEDIES[name], figures)
+
+
+def _warning(layer: str, name: str, evidence: str, remedy: str = "", **figures: float) -> Finding:
+    return Finding(name, layer, "warning", evidence, remedy or REMEDIES[name], figures)
+
+
 def load_findings(layer: str, f: LayerFigures, used_E: Tensor | None = None) -> Iterator[Finding]:
     """Yield what loads, drops and places say.
 
@@ -83,55 +120,25 @@ def load_findings(layer: str, f: LayerFigures, used_E: Tensor | None = None) -> 
         )
         # Of tokens that take most experts, and not equally many, an even share is not known.
         if K <= MOST_TAKEN * E and (in_use - least) / (E - least) < COLLAPSED:
-            yield Finding(
-                "collapsed_load",
-                layer,
-                "error",
-                f"{in_use:.1f} of {E} experts are in use, and every token takes {K:.1f}; {dead} got none",
-                balance,
-                {"experts_in_use": in_use, "dead": dead},
-            )
+            seen = f"{in_use:.1f} of {E} experts are in use, and every token takes {K:.1f}; {dead} got none"
+            yield _error(layer, "collapsed_load", seen, balance, experts_in_use=in_use, dead=dead)
         elif dead:
-            yield Finding(
-                "dead_experts",
-                layer,
-                "error" if 2 * dead >= E else "warning",
-                f"{dead} of {E} experts got none of {f.chosen_E.sum():,.0f} pairs, {f.chosen_E.sum() / E:,.0f} each "
-                "at balance",
-                f"{balance}; or take them away by moesaic convert prune",
-                {"dead": dead},
-            )
+            pairs, found = f.chosen_E.sum(), _error if 2 * dead >= E else _warning
+            seen = f"{dead} of {E} experts got none of {pairs:,.0f} pairs, {pairs / E:,.0f} each at balance"
+            yield found(layer, "dead_experts", seen, balance + REMEDIES["dead_experts"], dead=dead)
     if f.kind == "pairs" and f.drop_rate > DROPPED + 2 * f.chance_drop_rate:
-        yield Finding(
-            "drops",
-            layer,
-            "warning",
-            f"{f.drop_rate:.0%} of the pairs had no room, {f.chance_drop_rate:.0%} would have none by chance",
-            "raise eval_capacity_factor (inf drops none) and capacity_factor, or balance the loads",
-            {"drop_rate": f.drop_rate, "by_chance": f.chance_drop_rate},
-        )
+        seen = f"{f.drop_rate:.0%} of the pairs had no room, {f.chance_drop_rate:.0%} would have none by chance"
+        yield _warning(layer, "drops", seen, drop_rate=f.drop_rate, by_chance=f.chance_drop_rate)
     if f.kind == "pairs" and not f.facts.by_data and not f.facts.reads_position:
         by_place = explained(f.place_PE)
         if by_place > BY_PLACE and f.decided_pairs >= ENOUGH * E:
-            yield Finding(
-                "skew_by_place",
-                layer,
-                "warning",
-                f"the place in the sequence decides {by_place:.0%} of which expert computes",
-                "give the gate the token without its position, or add positions in attention alone",
-                {"explained": by_place},
-            )
+            seen = f"the place in the sequence decides {by_place:.0%} of which expert computes"
+            yield _warning(layer, "skew_by_place", seen, explained=by_place)
     if f.class_CE is not None and not f.facts.by_data and f.decided_pairs >= ENOUGH * E:
         by_class = explained(f.class_CE)
         if by_class > BY_CLASS:
-            yield Finding(
-                "skew_by_class",
-                layer,
-                "warning",
-                f"the class decides {by_class:.0%} of which expert computes",
-                "shuffle the batches, and balance within a sequence by balance.sequence_balance",
-                {"explained": by_class},
-            )
+            seen = f"the class decides {by_class:.0%} of which expert computes"
+            yield _warning(layer, "skew_by_class", seen, explained=by_class)
 
 
 def modality_findings(layer: str, f: LayerFigures, names: Sequence[str] = ()) -> Iterator[Finding]:
@@ -155,14 +162,9 @@ def modality_findings(layer: str, f: LayerFigures, names: Sequence[str] = ()) ->
         tokens, pairs = float(f.modality_tokens_G[g]), float(f.modality_GE[g].sum())
         K, in_use = pairs / tokens, f.experts_of_modality(g)
         if tokens >= ENOUGH and K < STARVED * of_all:
-            yield Finding(
-                "starved_modality",
-                layer,
-                "error",
-                f"{K:.2g} experts compute a token of {name}, and {of_all:.2g} one of any modality",
-                f"give the layer more room (capacity_factor, eval_capacity_factor), and {losses}",
-                {"modality": g, "experts_a_token": K, "of_all": of_all},
-            )
+            seen = f"{K:.2g} experts compute a token of {name}, and {of_all:.2g} one of any modality"
+            remedy = REMEDIES["starved_modality"] + losses
+            yield _error(layer, "starved_modality", seen, remedy, modality=g, experts_a_token=K, of_all=of_all)
         # Where all tokens take the same experts, the layer has collapsed, whatever their modality.
         elif (
             not f.facts.by_data
@@ -170,14 +172,9 @@ def modality_findings(layer: str, f: LayerFigures, names: Sequence[str] = ()) ->
             and f.decided(pairs) >= ENOUGH * E
             and in_use < SAME_EXPERTS * max(K, 1.0) <= f.experts_in_use
         ):
-            yield Finding(
-                "collapsed_modality",
-                layer,
-                "warning",
-                f"the tokens of {name} use {in_use:.1f} of {E} experts, and each takes {K:.1f}",
-                f"give the layer {losses}",
-                {"modality": g, "experts_in_use": in_use},
-            )
+            seen = f"the tokens of {name} use {in_use:.1f} of {E} experts, and each takes {K:.1f}"
+            remedy = REMEDIES["collapsed_modality"] + losses
+            yield _warning(layer, "collapsed_modality", seen, remedy, modality=g, experts_in_use=in_use)
 
 
 def logit_findings(layer: str, f: LayerFigures, first_level: float | None = None) -> Iterator[Finding]:
@@ -185,30 +182,20 @@ def logit_findings(layer: str, f: LayerFigures, first_level: float | None = None
     if not len(f.logit_M):
         return
     if f.not_finite or f.largest >= LARGE_LOGIT:
-        what = f"{f.not_finite:,} logits are not finite" if f.not_finite else f"the largest logit is {f.largest:.3g}"
-        yield Finding(
-            "logits_overflow",
-            layer,
-            "error" if f.not_finite else "warning",
-            what,
-            "set balance.router_z to 0.001, lower the router's learning rate (optimizer.router_lr_scale)",
-            {"largest": f.largest, "not_finite": f.not_finite},
-        )
+        seen = f"{f.not_finite:,} logits are not finite" if f.not_finite else f"the largest logit is {f.largest:.3g}"
+        found = _error if f.not_finite else _warning
+        yield found(layer, "logits_overflow", seen, largest=f.largest, not_finite=f.not_finite)
     elif first_level is not None and f.rms_level > max(HIGH_LEVEL, DRIFT * first_level):
         yield drift_finding(layer, first_level, f.rms_level)
     # With one expert in reach a token has no choice, and its logit less the mean is 0.
     if f.facts.by_data or f.num_logits.sum() <= f.num_tokens:
         return
     if f.spread < FLAT * max(f.largest, 1.0):
-        yield Finding(
-            "flat_logits",
-            layer,
-            "error",
+        seen = (
             f"a token's logits differ by {f.spread:.1g} (standard deviation), so the router prefers none of the "
-            f"{f.num_experts} experts and rounding or ties choose",
-            "look at the gate's weights and input: both must differ from 0 by more than rounding; start the gate again",
-            {"spread": f.spread},
+            f"{f.num_experts} experts and rounding or ties choose"
         )
+        yield _error(layer, "flat_logits", seen, spread=f.spread)
         return
     if f.decisions < ENOUGH:
         return
@@ -218,35 +205,18 @@ def logit_findings(layer: str, f: LayerFigures, first_level: float | None = None
     # One expert that is out of play makes a large variance too, but leaves tokens a choice among the others.
     is_constant = f.kind == "pairs" and f.experts_in_use < 1.05 * max(f.pairs_per_token, 1.0)
     if (share < BLIND and is_constant) or of_tokens < 1e-12:
-        yield Finding(
-            "token_blind",
-            layer,
-            "error",
-            f"the tokens make {share:.1%} of the variance of the logits, fixed preferences the rest",
-            "look at what the gate is given: a norm of weight 0, a detached or constant input; start the gate again",
-            {"token_share": share},
-        )
+        seen = f"the tokens make {share:.1%} of the variance of the logits, fixed preferences the rest"
+        yield _error(layer, "token_blind", seen, token_share=share)
     elif by_place is not None and by_place > PLACE_ONLY:
-        yield Finding(
-            "token_blind",
-            layer,
-            "error",
-            f"the place makes {by_place:.1%} of how the logits differ between tokens",
-            "give the gate the hidden state and not the position's embedding",
-            {"place_share": by_place},
-        )
+        seen = f"the place makes {by_place:.1%} of how the logits differ between tokens"
+        remedy = "give the gate the hidden state and not the position's embedding"
+        yield _error(layer, "token_blind", seen, remedy, place_share=by_place)
 
 
 def drift_finding(layer: str, first: float, last: float) -> Finding:
     """Return the finding that the logits' level has grown."""
-    return Finding(
-        "logits_drift",
-        layer,
-        "warning",
-        f"logsumexp of the logits has grown from {first:.1f} to {last:.1f} (root mean square)",
-        "set balance.router_z to 0.001, or lower the router's learning rate (optimizer.router_lr_scale)",
-        {"first": first, "last": last},
-    )
+    seen = f"logsumexp of the logits has grown from {first:.1f} to {last:.1f} (root mean square)"
+    return _warning(layer, "logits_drift", seen, first=first, last=last)
 
 
 def gate_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
@@ -256,15 +226,9 @@ def gate_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
     mean_E = f.mean_gates()
     largest = float(mean_E.max() / mean_E.sum().clamp_min(1e-12))
     if largest > POLARISED:
-        yield Finding(
-            "polarised_gates",
-            layer,
-            "warning",
-            f"the gate gives expert {int(mean_E.argmax())} {largest:.0%} of its weight, and {f.num_experts - 1} others "
-            "the rest",
-            "set expert_dropout to 0.1, a balance loss on the gates, or a lower learning rate of the router",
-            {"largest": largest},
-        )
+        others = f"{f.num_experts - 1} others the rest"
+        seen = f"the gate gives expert {int(mean_E.argmax())} {largest:.0%} of its weight, and {others}"
+        yield _warning(layer, "polarised_gates", seen, largest=largest)
 
 
 def alike_findings(layer: str, distance_EE: Tensor) -> Iterator[Finding]:
@@ -273,74 +237,38 @@ def alike_findings(layer: str, distance_EE: Tensor) -> Iterator[Finding]:
     known = distance_EE[upper & ~distance_EE.isnan()]
     same = int((known < ALIKE).sum())
     if same:
-        yield Finding(
-            "same_experts",
-            layer,
-            "error" if same == len(known) else "warning",
-            f"{same} of {len(known)} pairs of experts put out the same for the same tokens (nearest: a distance of "
-            f"{float(known.min()):.2g}, unrelated ones have 1)",
-            "start the experts apart (--noise of moesaic convert upcycle, start='split'), or give them a balance loss; "
-            "moesaic convert prune --merge makes one of each such group",
-            {"pairs": same, "nearest": float(known.min())},
-        )
+        nearest, found = float(known.min()), _error if same == len(known) else _warning
+        how = f"(nearest: a distance of {nearest:.2g}, unrelated ones have 1)"
+        seen = f"{same} of {len(known)} pairs of experts put out the same for the same tokens {how}"
+        yield found(layer, "same_experts", seen, pairs=same, nearest=nearest)
 
 
 def step_findings(layer: str, s: StepFigures) -> Iterator[Finding]:
     """Yield what the gradients of a training step say."""
     none = s.router_gradient is not None and s.router_gradient < NO_GRADIENT
     if none or (s.is_frozen and s.is_balanced):
-        why = "no weight of the router trains, though its balance loss has a weight"
+        seen = "no weight of the router trains, though its balance loss has a weight"
         if none:
-            why = f"the task's gradient in the router is {s.router_gradient:.0e} of that in the experts"
-        yield Finding(
-            "no_router_gradient",
-            layer,
-            "error",
-            why,
-            "with top_k=1 leave gates as they are (normalize=False); look for a detach, and for requires_grad=False",
-            {"router_gradient": s.router_gradient or 0.0},
-        )
+            seen = f"the task's gradient in the router is {s.router_gradient:.0e} of that in the experts"
+        yield _error(layer, "no_router_gradient", seen, router_gradient=s.router_gradient or 0.0)
     if s.over_padding:
-        yield _padding_finding(layer, "the balance loss is that of all tokens, padding included")
+        yield _warning(layer, "balance_over_padding", "the balance loss is that of all tokens, padding included")
     if s.times is None or not s.is_balanced:
         return
     if s.times < SILENT:
-        yield Finding(
-            "silent_balance",
-            layer,
-            "error",
-            f"the balance loss has a weight, and is {abs(s.times):.2g} times in the loss that is minimised",
-            "add core.aux_loss(tape) to the loss, not detached; with transformers set output_router_logits=True",
-            {"times": s.times},
-        )
+        seen = f"the balance loss has a weight, and is {abs(s.times):.2g} times in the loss that is minimised"
+        yield _error(layer, "silent_balance", seen, times=s.times)
     elif s.times > DOUBLED:
-        yield Finding(
-            "doubled_balance",
-            layer,
-            "error",
-            f"the balance loss is {s.times:.2g} times in the loss that is minimised",
-            "add core.aux_loss(tape) once: SparseModule and sparsify's modules add it by themselves",
-            {"times": s.times},
-        )
+        seen = f"the balance loss is {s.times:.2g} times in the loss that is minimised"
+        yield _error(layer, "doubled_balance", seen, times=s.times)
 
 
 def padding_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
     """Yield whether a balance loss counts padding."""
     wrong, counted = f.padding
     if counted and wrong / counted > PADDING:
-        yield _padding_finding(
-            layer, f"{wrong / counted:.0%} of the {counted:,} tokens that its loss counts are padding"
-        )
-
-
-def _padding_finding(layer: str, evidence: str) -> Finding:
-    return Finding(
-        "balance_over_padding",
-        layer,
-        "warning",
-        evidence,
-        "give the layer RoutingContext(valid_BS=...), and models of transformers an attention_mask",
-    )
+        seen = f"{wrong / counted:.0%} of the {counted:,} tokens that its loss counts are padding"
+        yield _warning(layer, "balance_over_padding", seen)
 
 
 def movement_findings(moved: Mapping[str, Moved]) -> Iterator[Finding]:
@@ -349,20 +277,8 @@ def movement_findings(moved: Mapping[str, Moved]) -> Iterator[Finding]:
         if m.rest is None or m.rest < BEGAN:
             continue
         if m.router is not None and m.router < ROUTER_STOOD * m.rest:
-            yield Finding(
-                "gates_at_start",
-                layer,
-                "error",
-                f"the router has moved {m.router:.1e} since the start, the other matrices {m.rest:.1e}",
-                "raise optimizer.router_lr_scale; look whether the optimizer has the router's weights",
-                {"router": m.router, "rest": m.rest},
-            )
+            seen = f"the router has moved {m.router:.1e} since the start, the other matrices {m.rest:.1e}"
+            yield _error(layer, "gates_at_start", seen, router=m.router, rest=m.rest)
         if m.experts is not None and m.experts < EXPERTS_STOOD * m.rest:
-            yield Finding(
-                "slow_experts",
-                layer,
-                "warning",
-                f"the experts have moved {m.experts:.1e} since the start, the other matrices {m.rest:.1e}",
-                "raise optimizer.expert_lr_scale; look whether the optimizer has the experts' weights",
-                {"experts": m.experts, "rest": m.rest},
-            )
+            seen = f"the experts have moved {m.experts:.1e} since the start, the other matrices {m.rest:.1e}"
+            yield _warning(layer, "slow_experts", seen, experts=m.experts, rest=m.rest)

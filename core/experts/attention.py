@@ -21,6 +21,8 @@ class AttentionHeads(Experts):
     pairs of tokens and experts, by ``experts(rows, "queries")`` and ``experts(rows, "outputs")``.
     """
 
+    shown = ("head_dim", "heads_per_expert")
+
     def __init__(
         self, num_experts: int, dim: int, head_dim: int, heads_per_expert: int = 1, out_dim: int | None = None
     ) -> None:
@@ -47,11 +49,6 @@ class AttentionHeads(Experts):
     def _product(self, rows: Rows, w: Tensor) -> Rows:
         x_RD, w = autocast_together(rows.x, w)
         return rows.with_output(expert_linear(x_RD, w, rows.offsets_E, backend=self.backend))
-
-    def extra_repr(self) -> str:
-        E, D, _ = self.w_q.shape
-        heads = f"head_dim={self.head_dim}, heads_per_expert={self.heads_per_expert}"
-        return f"num_experts={E}, dim={D}, {heads}, backend={self.backend}"
 
 
 @dataclass(frozen=True)
@@ -86,10 +83,6 @@ class AttentionExperts(ExpertConfig):
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
         return self.width * (dim + (dim if out_dim is None else out_dim))
-
-    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
-        """Return the forward FLOPs of an expert's two products on one row; the layer's attention is not among them."""
-        return 2 * self.num_params(dim, out_dim)
 
     def layer_params(self, dim: int) -> int:
         return 2 * dim * self.width

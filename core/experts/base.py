@@ -72,6 +72,8 @@ class Experts(nn.Module):
     experts side by side are then one wider expert. Empty where they are not."""
     linear_in: ClassVar[frozenset[str]] = frozenset()
     """The stacked tensors in which, taken together, the output is linear: scaled by a gate, they scale the output."""
+    shown: ClassVar[tuple[str, ...]] = ()
+    """Attributes that a print of a model shows beside the shapes of the experts' tensors."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -255,6 +257,12 @@ class Experts(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be merged: it has no method `compute_merged`")
 
+    def extra_repr(self) -> str:
+        shapes = {name: tuple(p.shape[1:]) for name, p in self._parameters.items() if p is not None}
+        options = {name: getattr(self, name) for name in (*self.shown, "backend")}
+        shown = {"num_experts": self.num_experts, **shapes, **options}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
+
 
 @dataclass(frozen=True)
 class ExpertConfig(OpenConfig):
@@ -288,17 +296,15 @@ class ExpertConfig(OpenConfig):
         Raises:
             ValueError: ``times`` does not divide the width, or these experts have none.
         """
-        raise ValueError(f"granularity={times} divides hidden_dim, which {type(self).__name__} does not have")
-
-    def divided(self, hidden: int, times: int) -> int:
-        """Return a ``times``-th of a hidden width.
-
-        Raises:
-            ValueError: ``times`` does not divide it.
-        """
+        own: Any = self
+        if not hasattr(self, "hidden_dim"):
+            raise ValueError(f"granularity={times} divides hidden_dim, which {type(self).__name__} does not have")
+        if dim is None and own.hidden_dim is None:
+            return self
+        hidden = own.hidden(dim or 0)
         if hidden % times:
             raise ValueError(f"granularity={times} does not divide hidden_dim={hidden} of {type(self).__name__}")
-        return hidden // times
+        return replace(own, hidden_dim=hidden // times)  # type: ignore[no-any-return]
 
     @property
     def tokens_per_row(self) -> int:
@@ -333,8 +339,11 @@ class ExpertConfig(OpenConfig):
         raise NotImplementedError
 
     def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
-        """Return the forward FLOPs of one expert on one row, two a multiply-add; activations are not counted."""
-        raise NotImplementedError
+        """Return the forward FLOPs of one expert on one row, two a multiply-add; activations are not counted.
+
+        Those of experts whose every parameter is multiplied by one number of the row, unless a subclass says more.
+        """
+        return 2 * self.num_params(dim, out_dim)
 
     def layer_params(self, dim: int) -> int:
         """Return the parameters that all experts of a layer share, such as those of keys and values."""

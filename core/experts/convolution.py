@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -25,6 +25,8 @@ class ConvolutionExperts(Experts):
     ``b_out`` (E, D_out). So ``w_in[e].T.unflatten(1, (k, k, D)).permute(0, 3, 1, 2)`` is the weight that ``F.conv2d``
     takes.
     """
+
+    shown = ("patch_size", "kernel_size", "activation")
 
     def __init__(self, config: Convolution, num_experts: int, dim: int, out_dim: int) -> None:
         super().__init__()
@@ -72,12 +74,6 @@ class ConvolutionExperts(Experts):
         row, column = at_pk[:, None, :, None], at_pk[None, :, None, :]
         inside = (row >= 0) & (row < p) & (column >= 0) & (column < p)
         return torch.where(inside, row * p + column, p * p).flatten()
-
-    def extra_repr(self) -> str:
-        E, fan_in, hidden = self.w_in.shape
-        sizes = f"patch_size={self.patch_size}, kernel_size={self.kernel_size}"
-        widths = f"dim={fan_in // self.kernel_size**2}, hidden_dim={hidden}"
-        return f"num_experts={E}, {widths}, {sizes}, activation={self.activation}, backend={self.backend}"
 
 
 @dataclass(frozen=True)
@@ -145,11 +141,6 @@ class Convolution(ExpertConfig):
     def hidden(self, dim: int) -> int:
         """Return F for this dim, the default filled in."""
         return dim if self.hidden_dim is None else self.hidden_dim
-
-    def narrowed(self, times: int, dim: int | None = None) -> Convolution:
-        if dim is None and self.hidden_dim is None:
-            return self
-        return replace(self, hidden_dim=self.divided(self.hidden(dim or 0), times))
 
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> ConvolutionExperts:
         return ConvolutionExperts(self, num_experts, dim, dim if out_dim is None else out_dim)

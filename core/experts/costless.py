@@ -19,6 +19,7 @@ from .products import autocast_together
 class ZeroExperts(Experts):
     """E experts whose output is zero."""
 
+    shown = ("out_dim",)
     takes_index = True
 
     def __init__(self, num_experts: int, out_dim: int) -> None:
@@ -30,9 +31,6 @@ class ZeroExperts(Experts):
         y = rows.x.new_zeros(length, self.out_dim)
         return rows.with_output(y, weighted=True, combined=not rows.gathered)
 
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, out_dim={self.out_dim}"
-
 
 @dataclass(frozen=True)
 class Zero(ExpertConfig):
@@ -42,9 +40,6 @@ class Zero(ExpertConfig):
         return ZeroExperts(num_experts, dim if out_dim is None else out_dim)
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
-        return 0
-
-    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
         return 0
 
 
@@ -67,9 +62,6 @@ class CopyExperts(Experts):
         y_TD = torch.where((gate_T != 0)[:, None], rows.x * gate_T[:, None], 0)
         return rows.with_output(y_TD.to(rows.x.dtype), combined=True)
 
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}"
-
 
 @dataclass(frozen=True)
 class Copy(ExpertConfig):
@@ -85,9 +77,6 @@ class Copy(ExpertConfig):
         return CopyExperts(num_experts)
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
-        return 0
-
-    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
         return 0
 
 
@@ -127,9 +116,6 @@ class ConstantExperts(Experts):
         share_R2 = expert_linear(x, w_mix, rows.offsets_E, backend=self.backend).softmax(-1)
         y_RD = share_R2[:, :1] * x_RD + share_R2[:, 1:] * y_RD
         return rows.with_output(torch.where(live_R1, y_RD, 0).to(x_RD.dtype))
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, out_dim={self.v.shape[1]}, mix={self.w_mix is not None}"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class LoRAExperts(Experts):
     Parameters: ``w_a`` (E, D, rank) and ``w_b`` (E, rank, D_out), zero at the start.
     """
 
+    shown = ("scale", "dropout")
     takes_index = True
     hidden_axes = MappingProxyType({"w_a": 2, "w_b": 1})
     linear_in = frozenset({"w_b"})
@@ -77,11 +78,6 @@ class LoRAExperts(Experts):
         y: Tensor = x @ w_a * self.scale @ w_b
         return y
 
-    def extra_repr(self) -> str:
-        (E, D, rank), out_dim = self.w_a.shape, self.w_b.shape[-1]
-        more = f", dropout={self.dropout}" if self.dropout else ""
-        return f"num_experts={E}, dim={D}, rank={rank}, out_dim={out_dim}, scale={self.scale:g}{more}"
-
 
 @dataclass(frozen=True)
 class LoRA(ExpertConfig):
@@ -118,9 +114,6 @@ class LoRA(ExpertConfig):
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
         return self.rank * (dim + (dim if out_dim is None else out_dim))
-
-    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
-        return 2 * self.num_params(dim, out_dim)
 
 
 class IA3Experts(Experts):
@@ -169,9 +162,6 @@ class IA3Experts(Experts):
             v_GD = weighted_sum(weights, self.v)
         assert v_GD is not None
         return (x * v_GD[:, None]).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, dim={self.v.shape[1]}"
 
 
 @dataclass(frozen=True)

@@ -32,26 +32,19 @@ class MLPExperts(Experts):
     leaves out; ``norm_weight_i`` and ``norm_bias_i`` (E, out). Buffers: ``running_mean_i``, ``running_var_i`` (E, out).
     """
 
-    def __init__(
-        self,
-        num_experts: int,
-        dim: int,
-        hidden_dims: tuple[int, ...],
-        *,
-        activation: str = "relu",
-        norm: str | None = None,
-        dropout: float = 0.0,
-    ) -> None:
+    shown = ("activation", "norm", "dropout")
+
+    def __init__(self, config: MLP, num_experts: int, dim: int) -> None:
         super().__init__()
-        self.num_experts, self.hidden_dims, self.activation = num_experts, hidden_dims, activation
-        self.norm, self.dropout = norm, dropout
-        for i, (fan_in, width) in enumerate(pairwise((dim, *hidden_dims))):
+        self.num_experts, self.hidden_dims, self.activation = num_experts, config.hidden_dims, config.activation
+        self.norm, self.dropout = config.norm, config.dropout
+        for i, (fan_in, width) in enumerate(pairwise((dim, *self.hidden_dims))):
             self.register_parameter(f"w_{i}", nn.Parameter(torch.empty(num_experts, fan_in, width)))
-            for name, used in (("b", norm != "batch"), ("norm_weight", norm), ("norm_bias", norm)):
+            for name, used in (("b", self.norm != "batch"), ("norm_weight", self.norm), ("norm_bias", self.norm)):
                 parameter = nn.Parameter(torch.empty(num_experts, width)) if used else None
                 self.register_parameter(f"{name}_{i}", parameter)
             for name in ("running_mean", "running_var"):
-                self.register_buffer(f"{name}_{i}", torch.empty(num_experts, width) if norm == "batch" else None)
+                self.register_buffer(f"{name}_{i}", torch.empty(num_experts, width) if self.norm == "batch" else None)
         MLPExperts.reset_parameters(self)  # a subclass's own parameters are not there yet
 
     def reset_parameters(self) -> None:
@@ -159,13 +152,6 @@ class MLPExperts(Experts):
         running = self._get("running_mean", i), self._get("running_var", i)
         return batch_norm_rows(h_RF, expert_R, running, weight, bias, self.training)
 
-    def extra_repr(self) -> str:
-        E, D, _ = self._get("w", 0).shape
-        return (
-            f"num_experts={E}, dim={D}, hidden_dims={self.hidden_dims}, activation={self.activation}, "
-            f"norm={self.norm}, dropout={self.dropout}, backend={self.backend}"
-        )
-
 
 def batch_norm_rows(
     h_RF: Tensor, expert_R: Tensor, running: tuple[Tensor, Tensor], weight_EF: Tensor, bias_EF: Tensor, training: bool
@@ -245,9 +231,7 @@ class MLP(ExpertConfig):
 
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> MLPExperts:
         self._check_width(out_dim)
-        return MLPExperts(
-            num_experts, dim, self.hidden_dims, activation=self.activation, norm=self.norm, dropout=self.dropout
-        )
+        return MLPExperts(self, num_experts, dim)
 
     def out_dim(self, dim: int) -> int:
         return self.hidden_dims[-1]

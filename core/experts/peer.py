@@ -22,6 +22,8 @@ class NeuronExperts(Experts):
     ``experts(x_TD, "picked", ids_TK, gates_TK)``, which sorts no pairs and keeps no picked row for the backward.
     """
 
+    shown = ("activation", "row_sparse")
+
     def __init__(self, num_experts: int, dim: int, out_dim: int, *, activation: str, row_sparse: bool) -> None:
         super().__init__()
         self.num_experts, self.activation, self.row_sparse = num_experts, activation, row_sparse
@@ -73,10 +75,6 @@ class NeuronExperts(Experts):
             y_RD = self.compute_picked(rows.x, expert_R[:, None], rows.gates_R[:, None])
         return rows.with_output(y_RD, weighted=True)
 
-    def extra_repr(self) -> str:
-        (E, D), out_dim = self.u.shape, self.v.shape[1]
-        return f"num_experts={E}, dim={D}, out_dim={out_dim}, activation={self.activation}, sparse={self.row_sparse}"
-
 
 @dataclass(frozen=True)
 class PEER(ExpertConfig):
@@ -108,6 +106,3 @@ class PEER(ExpertConfig):
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
         return dim + (dim if out_dim is None else out_dim)
-
-    def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
-        return 2 * (dim + (dim if out_dim is None else out_dim))

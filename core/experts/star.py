@@ -32,14 +32,7 @@ class StarExperts(MLPExperts):
     starts_alike = True
 
     def __init__(self, num_experts: int, dim: int, config: MLP) -> None:
-        super().__init__(
-            num_experts,
-            dim,
-            config.hidden_dims,
-            activation=config.activation,
-            norm=config.norm,
-            dropout=config.dropout,
-        )
+        super().__init__(config, num_experts, dim)
         own = self.named_parameters(recurse=False)
         self.centre = nn.ParameterDict({name: nn.Parameter(torch.empty(p.shape[1:])) for name, p in own})
         self._start()

@@ -59,6 +59,22 @@ def check_shapes(**tensors: tuple[Weight | None, tuple[int, ...]]) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, which must be {tuple(shape)} beside the others")
 
 
+def check_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str) -> None:
+    """Raise a ``ValueError`` where shapes of ``expert_ffn`` do not go together, or for an unknown activation."""
+    w_in, w_out, b_in, b_out, w_gate = weights
+    (E, D, F), N = w_in.shape, w_out.shape[-1]
+    check_shapes(
+        w_out=(w_out, (E, F, N)),
+        b_in=(b_in, (E, F)),
+        b_out=(b_out, (E, N)),
+        w_gate=(w_gate, (E, D, F)),
+        offsets_E=(rows.offsets_E, (E,)),
+        gates_R=(gates_R, (x if rows.row_index_R is None else rows.row_index_R).shape[:1]),
+    )
+    if activation not in ALL_ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(ALL_ACTIVATIONS)}")
+
+
 def check_devices(x: Tensor, owner: str, parameters: Mapping[str, Tensor | None]) -> None:
     """Raise a ``ValueError`` where a parameter that tokens are about to meet is on another device than they.
 

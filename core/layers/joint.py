@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from .. import kernels
 from ..contract import Evidence, Routing
 from ..experts import Experts
-from ..routing.balance.balance import Balance
 from ..routing.multi_gate import DenseGates, ExpertGroups, dropped_experts, joint_choice
 from ..routing.router import Router
 from ..routing.selection import Capacity, Choice, select_pairs
@@ -35,9 +35,7 @@ class JointMultiGateMoE(MultiGateLayer):
         shared_top_k: number of experts in S.
         private_top_k: number of experts in P_k.
         dense_training: whether in training half of the examples, drawn by chance, take all experts.
-        balance: loss weights.
-        expert_dropout: as in ``MultiGateMoE``, among the experts that a task chose.
-        dim: as in ``MultiGateLayer``.
+        options: as in ``MultiGateMoE``; a gate drops experts among those that a task chose.
     """
 
     splits_experts = True
@@ -53,14 +51,11 @@ class JointMultiGateMoE(MultiGateLayer):
         shared_top_k: int,
         private_top_k: int,
         dense_training: bool = False,
-        balance: Balance = Balance(),
-        expert_dropout: float = 0.0,
-        dim: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(groups.num_tasks, groups.num_domains, balance, dim)
+        super().__init__(groups.num_tasks, groups.num_domains, **options)
         self.router, self.experts, self.groups = gates, experts, groups
         self.shared_top_k, self.private_top_k, self.dense_training = shared_top_k, private_top_k, dense_training
-        self.expert_dropout = expert_dropout
 
     def _compute(self, examples: Examples) -> Tensor:
         with kernels.outside_autocast(examples.x_TD.device):

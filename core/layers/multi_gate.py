@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +61,20 @@ class MultiGateLayer(MoELayer):
         num_domains: number of domains whose id ``context.domain_ids_B`` holds; 0: the layer does not ask.
         balance: loss weights, for each gate.
         dim: width of the examples; None: as wide as the parts take them.
+        expert_dropout: probability that a gate leaves an expert out in training, example by example.
     """
 
     def __init__(
-        self, num_tasks: int, num_domains: int = 0, balance: Balance = Balance(), dim: int | None = None
+        self,
+        num_tasks: int,
+        num_domains: int = 0,
+        *,
+        balance: Balance = Balance(),
+        dim: int | None = None,
+        expert_dropout: float = 0.0,
     ) -> None:
         super().__init__(balance, dim)
-        self.num_tasks, self.num_domains = num_tasks, num_domains
+        self.num_tasks, self.num_domains, self.expert_dropout = num_tasks, num_domains, expert_dropout
 
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Run the layer.
@@ -154,23 +161,7 @@ class FeatureGate(nn.Module):
 
 
 class DenseGatesLayer(MultiGateLayer):
-    """Base of the layers whose gates are softmaxes over experts that compute every example.
-
-    Args:
-        num_tasks, num_domains, balance, dim: as in ``MultiGateLayer``.
-        expert_dropout: probability that a gate leaves an expert out in training, example by example.
-    """
-
-    def __init__(
-        self,
-        num_tasks: int,
-        num_domains: int = 0,
-        balance: Balance = Balance(),
-        dim: int | None = None,
-        expert_dropout: float = 0.0,
-    ) -> None:
-        super().__init__(num_tasks, num_domains, balance, dim)
-        self.expert_dropout = expert_dropout
+    """Base of the layers whose gates are softmaxes over experts that compute every example."""
 
     def routers(self) -> dict[str, Router]:
         return {}  # nothing of theirs moves but by the gradient
@@ -187,10 +178,8 @@ class MultiGateMoE(DenseGatesLayer):
         experts: its experts, in the order of ``groups``.
         groups: how the experts are shared out among tasks and domains.
         num_tasks: t; ``groups.num_tasks`` is 1 where one gate serves all.
-        balance: loss weights, for each gate.
-        expert_dropout: as in ``DenseGatesLayer``.
         feature_gate: inputs of the experts' own.
-        dim: as in ``MultiGateLayer``.
+        options: ``balance``, ``expert_dropout`` and ``dim``, as in ``MultiGateLayer``.
     """
 
     router: DenseGates
@@ -202,12 +191,10 @@ class MultiGateMoE(DenseGatesLayer):
         groups: ExpertGroups,
         *,
         num_tasks: int,
-        balance: Balance = Balance(),
-        expert_dropout: float = 0.0,
         feature_gate: FeatureGate | None = None,
-        dim: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(num_tasks, groups.num_domains, balance, dim, expert_dropout)
+        super().__init__(num_tasks, groups.num_domains, **options)
         self.router, self.experts, self.groups, self.feature_gate = gates, experts, groups, feature_gate
 
     def _compute(self, examples: Examples) -> Tensor:
@@ -228,7 +215,7 @@ class PLELayer(DenseGatesLayer):
 
     Args:
         gates, experts, feature_gates: of each level.
-        groups, balance, expert_dropout, dim: as in ``MultiGateMoE``.
+        groups, options: as in ``MultiGateMoE``.
     """
 
     router: GateRouters
@@ -239,13 +226,10 @@ class PLELayer(DenseGatesLayer):
         gates: list[DenseGates],
         experts: list[Experts],
         groups: ExpertGroups,
-        *,
-        balance: Balance = Balance(),
-        expert_dropout: float = 0.0,
         feature_gates: list[FeatureGate] | None = None,
-        dim: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(groups.num_tasks, groups.num_domains, balance, dim, expert_dropout)
+        super().__init__(groups.num_tasks, groups.num_domains, **options)
         self.router, self.experts, self.groups = GateRouters(list(gates)), nn.ModuleList(experts), groups
         self.feature_gates = None if feature_gates is None else nn.ModuleList(feature_gates)
 

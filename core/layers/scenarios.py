@@ -40,7 +40,7 @@ class HoMELayer(DenseGatesLayer):
         gates, experts, feature_gates: of the two levels.
         meta_groups: the meta experts; its owners are the categories.
         groups: the second level's experts.
-        balance, expert_dropout, dim: as in ``MultiGateMoE``.
+        options: as in ``MultiGateMoE``.
     """
 
     router: GateRouters
@@ -54,13 +54,10 @@ class HoMELayer(DenseGatesLayer):
         experts: tuple[Experts, Experts],
         meta_groups: ExpertGroups,
         groups: CategoryGroups,
-        *,
-        balance: Balance = Balance(),
-        expert_dropout: float = 0.0,
         feature_gates: tuple[FeatureGate, FeatureGate] | None = None,
-        dim: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(groups.num_tasks, groups.num_domains, balance, dim, expert_dropout)
+        super().__init__(groups.num_tasks, groups.num_domains, **options)
         self.router, self.experts = GateRouters(list(gates)), nn.ModuleList(experts)
         self.groups = (meta_groups, groups)
         self.feature_gates = None if feature_gates is None else nn.ModuleList(feature_gates)
@@ -119,22 +116,13 @@ class M3oELayer(DenseGatesLayer):
         gates: gates over the shared experts, which know the domains.
         experts: the experts in the order of ``groups``; all compute every example.
         groups: shared experts, and one of each task and each domain.
-        balance, expert_dropout, dim: as in ``MultiGateMoE``.
+        options: as in ``MultiGateMoE``.
     """
 
     router: DenseGates
 
-    def __init__(
-        self,
-        gates: DenseGates,
-        experts: Experts,
-        groups: ExpertGroups,
-        *,
-        balance: Balance = Balance(),
-        expert_dropout: float = 0.0,
-        dim: int | None = None,
-    ) -> None:
-        super().__init__(groups.num_tasks, groups.num_domains, balance, dim, expert_dropout)
+    def __init__(self, gates: DenseGates, experts: Experts, groups: ExpertGroups, **options: Any) -> None:
+        super().__init__(groups.num_tasks, groups.num_domains, **options)
         self.router, self.experts, self.groups = gates, experts, groups
         self.fusion = nn.Parameter(torch.empty(4))
         self.reset_parameters()
@@ -247,7 +235,7 @@ class STARLayer(MultiGateLayer):
 
     def __init__(self, experts: StarExperts, num_tasks: int, dim: int, norm: DomainNorm | None = None) -> None:
         num_domains = experts.num_experts
-        super().__init__(num_tasks, num_domains, Balance(router_z=0.0), dim)
+        super().__init__(num_tasks, num_domains, balance=Balance(router_z=0.0), dim=dim)
         self.router, self.experts, self.norm = Domain(num_domains).build(dim, num_domains), experts, norm
 
     def _compute(self, examples: Examples) -> Tensor:

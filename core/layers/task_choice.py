@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from .. import kernels
 from ..contract import DenseRouting, Routing
 from ..dispatch import join_tasks, split_pairs, unique_pairs
 from ..experts import Experts
-from ..routing.balance.balance import Balance
 from ..routing.multi_gate import (
     DenseGates,
     DomainEmbedding,
@@ -34,10 +33,9 @@ class SparseMultiGateMoE(MultiGateLayer):
     Args:
         routers: one a task.
         experts: E experts.
-        balance: loss weights, for each router.
-        domain: adds the example's domain to the routers' input.
-        num_domains, dim: as in ``MultiGateLayer``.
         pairs_per_token: experts an example takes for a task, for ``active_params``.
+        domain: adds the example's domain to the routers' input.
+        options: ``num_domains``, ``balance`` and ``dim``, as in ``MultiGateLayer``.
     """
 
     splits_experts = True
@@ -48,14 +46,11 @@ class SparseMultiGateMoE(MultiGateLayer):
         self,
         routers: list[Router],
         experts: Experts,
-        *,
-        balance: Balance = Balance(),
-        domain: DomainEmbedding | None = None,
-        num_domains: int = 0,
         pairs_per_token: float,
-        dim: int | None = None,
+        domain: DomainEmbedding | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(len(routers), num_domains, balance, dim)
+        super().__init__(len(routers), **options)
         self.router, self.experts = GateRouters(routers, domain), experts
         self.pairs_per_token = pairs_per_token
 
@@ -122,10 +117,8 @@ class SelectedMultiGateMoE(MultiGateLayer):
         gates: the tasks' gates.
         experts: E experts.
         groups: E shared ones.
-        balance: loss weights, for the router and each gate.
-        expert_dropout: as in ``MultiGateMoE``, among the selected.
         pairs_per_token: experts selected for an example, for ``active_params``.
-        dim: as in ``MultiGateLayer``.
+        options: as in ``MultiGateMoE``; a gate drops experts among the selected.
     """
 
     splits_experts = True
@@ -138,15 +131,12 @@ class SelectedMultiGateMoE(MultiGateLayer):
         gates: DenseGates,
         experts: Experts,
         groups: ExpertGroups,
-        *,
-        balance: Balance = Balance(),
-        expert_dropout: float = 0.0,
         pairs_per_token: float,
-        dim: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(groups.num_tasks, groups.num_domains, balance, dim)
+        super().__init__(groups.num_tasks, groups.num_domains, **options)
         self.router, self.experts, self.groups = GateRouters([router, gates]), experts, groups
-        self.expert_dropout, self.pairs_per_token = expert_dropout, pairs_per_token
+        self.pairs_per_token = pairs_per_token
 
     def _compute(self, examples: Examples) -> Tensor:
         selection, gates = self.router[0], cast(DenseGates, self.router[1])

@@ -5,11 +5,4 @@ from .models import loading_experts, offload_experts, offloadable_bytes
 from .offloaded import OffloadedExperts
 from .statistics import OffloadStatistics
 
-__all__ = [
-    "OffloadStatistics",
-    "OffloadedExperts",
-    "loading_experts",
-    "offload_experts",
-    "offloadable_bytes",
-    "unloaded_experts",
-]
+__all__ = ["OffloadStatistics", "OffloadedExperts", "offload_experts"]

@@ -206,7 +206,7 @@ class OffloadedExperts:
             return rows.with_output(member.inner(none, way).x)
         number = self._number[id(member.experts)]
         # Those that are there come first: the others would take their slots.
-        active = member.pool.there_first(number, [*sizes]) if len(sizes) > count else [*sizes]
+        active = sorted(sizes, key=lambda e: len(sizes) > count and Expert(number, e) not in member.pool.resident)
         own = _Pieces(whole, sizes)
         for first in range(0, len(active), count):
             chunk = active[first : first + count]
@@ -250,7 +250,7 @@ class OffloadedExperts:
         if self._forecast is None:
             return
         self._forecast.note(number, active)
-        if all(pool.holds_all for pool in self._pools):
+        if all(len(pool.resident) == pool.num_experts for pool in self._pools):
             return
         foreseen = self._forecast.next(x_TD)
         if foreseen is None:

@@ -121,15 +121,6 @@ class SlotPool:
                 wait([held.loading])
             self.free.append(held.slot)
 
-    @property
-    def holds_all(self) -> bool:
-        """True where every expert is in a slot, so that nothing is left to be fetched."""
-        return len(self.resident) == self.num_experts
-
-    def there_first(self, module: int, numbers: Sequence[int]) -> list[int]:
-        """Return a module's experts in an order in which those that are in slots come first."""
-        return sorted(numbers, key=lambda number: Expert(module, number) not in self.resident)
-
     def require(self, module: int, numbers: Sequence[int], statistics: OffloadStatistics) -> list[int]:
         """Return the slots of a module's experts, after loading those that are in none.
 

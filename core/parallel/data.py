@@ -41,7 +41,8 @@ def average_experts(model: nn.Module, mesh: DeviceMesh, **options: Any) -> list[
     Returns:
         The modules of experts that are divided.
     """
-    divided = {id(p): p for layer in moe_layers(model).values() for p in layer.experts.modules() if _is_divided(p)}
+    divided = {id(p): p for layer in moe_layers(model).values() for p in layer.experts.modules()}
+    divided = {i: p for i, p in divided.items() if isinstance(p, Experts) and p.num_local_experts != p.num_experts}
     for part in divided.values():
         fully_shard(part, mesh=mesh[REPLICATE, SHARD], **options)
         # Each rank has added the gradients of the tokens of all ranks along the experts' axis.
@@ -80,10 +81,6 @@ def shard_data(model: nn.Module, mesh: DeviceMesh, *, shard: bool = True, **opti
         if any(id(m) not in divided and next(m.parameters(recurse=False), None) is not None for m in block.modules()):
             fully_shard(block, mesh=rest, **options)
     fully_shard(model, mesh=rest, **options)
-
-
-def _is_divided(part: nn.Module) -> bool:
-    return isinstance(part, Experts) and part.num_local_experts != part.num_experts
 
 
 def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:

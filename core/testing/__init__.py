@@ -26,7 +26,7 @@ from typing import Any
 
 from ..experts import ExpertConfig
 from ..routing.router import RouterConfig
-from . import batch_mates, compiling, decisions, experts, losses_and_costs, outputs, saving
+from . import batch_mates, compiling, decisions, experts, losses_and_costs, outputs, shared
 from .check import Check
 from .expert_case import ExpertCase
 from .router_case import RouterCase, seeded
@@ -36,7 +36,7 @@ CHECKS: list[Check[Any]] = [
     *outputs.CHECKS,
     *batch_mates.CHECKS,
     *losses_and_costs.CHECKS,
-    *saving.CHECKS,
+    *shared.CHECKS,
     *compiling.CHECKS,
 ]
 
@@ -77,7 +77,7 @@ def properties(
         return _properties(case, CHECKS)
     config.check(num_experts)
     of_experts = ExpertCase(config, num_experts, dim, seed)
-    return _properties(of_experts, experts.CHECKS) + _properties(of_experts, saving.CHECKS)
+    return _properties(of_experts, experts.CHECKS) + _properties(of_experts, shared.CHECKS)
 
 
 def check_router(router: RouterConfig, *, num_experts: int = 8, dim: int = 16, seed: int = 0) -> None:

@@ -6,23 +6,10 @@ import torch
 from torch import Tensor
 
 from ..contract import RoutingContext
-from .check import Checks, close, same_step, step
+from .check import Checks, close
 from .router_case import FIELDS, SIZES, RouterCase
 
 CHECKS: Checks[RouterCase] = Checks()
-
-
-@CHECKS.keeps("torch.compile goes through without a graph break, to the same step")
-def _(case: RouterCase) -> None:
-    for training in (True, False):
-        torch.compiler.reset()
-        layer = case.layer(training=training, balance=case.balance())
-        x, context = case.padded()
-        expected = step(layer, x, context)
-        try:
-            same_step(step(layer, x, context, run=torch.compile(layer, backend="eager", fullgraph=True)), expected)
-        finally:
-            torch.compiler.reset()
 
 
 @CHECKS.keeps("torch.export goes through, for any number of tokens")

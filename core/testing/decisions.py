@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..contract import record
 from ..routing.selection import PRIORITIES, Capacity, group_tokens
-from .check import Checks, hold, step
+from .check import Checks, hold
 from .router_case import RouterCase, seeded
 
 CHECKS: Checks[RouterCase] = Checks()
@@ -106,25 +106,6 @@ def _loads(routing: Any, groups_T: Tensor, num_groups: int, num_experts: int) ->
     kept_N = routing.expert_ids_N < num_experts
     queue = groups_T[routing.token_index_N[kept_N]] * num_experts + routing.expert_ids_N[kept_N]
     return torch.bincount(queue, minlength=num_groups * num_experts).unflatten(0, (num_groups, num_experts))
-
-
-@CHECKS.keeps("nothing is random in evaluation")
-def _(case: RouterCase) -> None:
-    layer = case.layer()
-    x, context = case.padded()
-    before = torch.random.get_rng_state()
-    first = layer(x, context)
-    hold(torch.equal(torch.random.get_rng_state(), before), "a forward in evaluation draws random numbers")
-    torch.manual_seed(case.seed + 1)
-    hold(torch.equal(layer(x, context), first), "two forwards in evaluation differ")
-
-
-@CHECKS.keeps("the same seed gives the same training step")
-def _(case: RouterCase) -> None:
-    layer = case.layer(training=True, balance=case.balance())
-    first, second = (step(layer, *case.padded()) for _ in range(2))
-    for name, value in first.items():
-        hold(torch.equal(second[name], value), f"{name} differs")
 
 
 @CHECKS.keeps("a forward changes no state", lambda c: not c.router.moves_statistics)

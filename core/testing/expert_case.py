@@ -30,6 +30,10 @@ class ExpertCase:
         router = TokenChoice(top_k=min(2, self.num_experts))
         return MoEConfig(self.num_experts, **{"router": router, "expert": self.expert, **options})
 
+    def has(self, option: str) -> bool:
+        """Return whether a layer heeds an option of ``MoEConfig``: that of ``TokenChoice`` heeds all."""
+        return True
+
     def full_config(self) -> MoEConfig:
         """Return the config of the check of a new layer: experts alone, since some cannot be shared ones."""
         return self.config()
@@ -47,7 +51,8 @@ class ExpertCase:
     def one(self, e: int, experts: Experts) -> Experts:
         """Return expert ``e`` of ``experts`` as experts of their own, of which there is one."""
         kind = self.expert.of_each(self.num_experts)[e]
-        alone = kind.build(1, self.dim, self.expert.out_dim(self.dim)).to(_dtype(experts)).train(experts.training)
+        dtype = next((p.dtype for p in experts.parameters()), torch.float32)
+        alone = kind.build(1, self.dim, self.expert.out_dim(self.dim)).to(dtype).train(experts.training)
         own = {**dict(alone.named_parameters()), **dict(alone.named_buffers())}
         weights = experts.weights_of(e)
         assert own.keys() == weights.keys(), f"weights_of({e}) has {sorted(weights)}, an expert {sorted(own)}"
@@ -98,10 +103,6 @@ class ExpertCase:
             num_tokens=T,
             top_k=K,
         )
-
-
-def _dtype(experts: Experts) -> torch.dtype:
-    return next((p.dtype for p in experts.parameters()), torch.float32)
 
 
 def _moved(module: Any) -> Any:

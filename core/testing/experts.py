@@ -12,7 +12,7 @@ from ..dispatch import LocalDispatcher
 from ..experts import Experts
 from ..flops import count_flops
 from ..routing.pairs.token_choice import TokenChoice
-from .check import Checks, close, hold, same_step, step
+from .check import Checks, close, hold, step
 from .expert_case import ExpertCase
 
 CHECKS: Checks[ExpertCase] = Checks()
@@ -101,16 +101,6 @@ def _(case: ExpertCase) -> None:
     if output(x, *named.values()).requires_grad:
         weights = [p.detach().clone().requires_grad_() for p in named.values()]
         torch.autograd.gradcheck(output, (x, *weights), fast_mode=True)
-
-
-@CHECKS.keeps("every backend gives the oracle's output and gradients")
-def _(case: ExpertCase) -> None:
-    for training, backend in itertools.product((False, True), ("cpu", "grouped")):
-        expected = step(case.layer(backend="eager", training=training), case.batch(), case.padding())
-        try:
-            same_step(step(case.layer(backend=backend, training=training), case.batch(), case.padding()), expected)
-        except AssertionError as error:
-            raise AssertionError(f"backend={backend!r}, training={training}: {error}") from None
 
 
 @CHECKS.keeps("an expert that no token takes has no gradient, and padding reaches nobody")
@@ -253,18 +243,6 @@ def _(case: ExpertCase) -> None:
         close(y_TD[t], expected, f"row {t}", 1e-6)
 
 
-@CHECKS.keeps("nothing is random in evaluation, and the same seed gives the same training step")
-def _(case: ExpertCase) -> None:
-    layer = case.layer()
-    state = torch.random.get_rng_state()
-    first = layer(case.batch())
-    hold(torch.equal(torch.random.get_rng_state(), state), "a forward in evaluation draws random numbers")
-    hold(torch.equal(layer(case.batch()), first), "two forwards in evaluation differ")
-    steps = [step(case.layer(training=True), case.batch(), case.padding()) for _ in range(2)]
-    for name, value in steps[0].items():
-        hold(torch.equal(steps[1][name], value), f"{name} differs between two training steps of one seed")
-
-
 @CHECKS.keeps("half precision and autocast give the float32 output, rounded")
 def _(case: ExpertCase) -> None:
     x = case.batch().bfloat16().float()
@@ -276,19 +254,6 @@ def _(case: ExpertCase) -> None:
     y = layer.bfloat16()(x.bfloat16())
     hold(y.dtype == torch.bfloat16, f"a bfloat16 layer puts out {y.dtype}")
     close(y.float(), expected, "the output in bfloat16", 3e-2)
-
-
-@CHECKS.keeps("torch.compile goes through without a graph break, to the same step")
-def _(case: ExpertCase) -> None:
-    for training in (True, False):
-        torch.compiler.reset()
-        layer = case.layer(training=training)
-        expected = step(layer, case.batch(), case.padding())
-        try:
-            compiled = torch.compile(layer, backend="eager", fullgraph=True)
-            same_step(step(layer, case.batch(), case.padding(), run=compiled), expected)
-        finally:
-            torch.compiler.reset()
 
 
 @CHECKS.keeps("torch.export goes through, for any number of tokens")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..contract import record
 from ..experts import FFNExperts
 from ..layers import aux_loss
-from .check import Checks, close, hold, same_step, step, tensors
+from .check import Checks, close, hold, step, tensors
 from .router_case import RouterCase, seeded
 
 CHECKS: Checks[RouterCase] = Checks()
@@ -44,17 +43,6 @@ def _(case: RouterCase) -> None:
             h = F.gelu(h + experts.b_in[e].double())
             expected[t] += (1.0 if on_input else gate) * (h @ experts.w_out[e].double() + experts.b_out[e].double())
         close(y.flatten(0, 1), expected, f"the output in {'training' if training else 'evaluation'}")
-
-
-@CHECKS.keeps("every backend gives the oracle's output and gradients", lambda c: c.has("backend"))
-def _(case: RouterCase) -> None:
-    for training, backend in itertools.product((False, True), ("cpu", "grouped")):
-        options: dict[str, Any] = {"training": training, "balance": case.balance()}
-        expected = step(case.layer(backend="eager", **options), *case.padded())
-        try:
-            same_step(step(case.layer(backend=backend, **options), *case.padded()), expected)
-        except AssertionError as error:
-            raise AssertionError(f"backend={backend!r}, training={training}: {error}") from None
 
 
 @CHECKS.keeps("the gradient is that of the output, in float64", lambda c: c.router.has_exact_gradient)

@@ -24,21 +24,20 @@ from apps.train.checkpoint.loading import load
 ROOM = Path(__file__).parents[1] / "support/linear"
 LINES = """from apps import registry
 registry.MODELS["LinearClassifier"] = "linear"
-registry.MODULES["LinearClassifier"] = "linear.module"
 registry.DATA["LinearData"] = "linear.data"
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the room and its configuration; the registry has its two lines."""
+    """A folder with the room and its configuration; the registry has its lines."""
     folder = tmp_path_factory.mktemp("ninth")
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in sys.modules if name.partition(".")[0] == "linear"]:
             patch.delitem(sys.modules, name)
         shutil.copytree(ROOM, folder / "linear")
         patch.syspath_prepend(folder)
-        for table in ("MODELS", "MODULES", "DATA"):
+        for table in ("MODELS", "DATA"):
             patch.setattr(registry, table, dict(getattr(registry, table)))
         exec(LINES)
         (folder / "sitecustomize.py").write_text(LINES)  # for the processes that a comparison starts

@@ -10,7 +10,7 @@ from apps import registry
 from apps.train.step.module import SparseModule
 from core.registry import OpenConfig, is_registered
 
-NAMES = [*registry.MODULES, *registry.DATA, *registry.TRAINER]
+NAMES = [*registry.MODELS, *registry.DATA, *registry.TRAINER]
 
 IN_FILES = (
     "apps.multimodal.captions.module.ImageCaptioner",
@@ -84,9 +84,9 @@ def test_every_path_that_a_file_may_hold_is_a_class_of_today():
 
 
 def test_every_module_of_the_apps_is_in_the_registry():
-    for name in registry.MODULES:
+    for name in registry.MODELS:
         registry.resolve(name)
     own = [kind.__name__ for kind in registry.subclasses(SparseModule) if kind.__module__.startswith("apps.")]
     public = {name for name in own if not name.startswith("_")}
     bases = {"SparseModule", "TextModule", "WritingModule", "JudgedModule"}
-    assert public - bases == set(registry.MODULES)
+    assert public - bases == set(registry.MODELS)

@@ -12,10 +12,8 @@ import pyarrow as pa
 import pyarrow.csv
 import torch
 from converted import DIGITS, MOE, classifier, write_run
-from copying import MOE as TEXT_MOE
-from copying import TRANSFORMER, copy_data, translator
-from made_pairs import options as pair_options
-from made_pairs import retriever
+from copying import MOE as TEXT_MOE, TRANSFORMER, copy_data, translator
+from made_pairs import options as pair_options, retriever
 from own_table import CONFIG, write
 
 import core
@@ -85,8 +83,7 @@ def retrieval_run(folder: Path) -> Path:
 
 def pairs_run(folder: Path) -> Path:
     """Drawn shapes of 32x32 in 64 patches; the second block has 4 experts, of which a patch or piece takes 2."""
-    from small_pairs import MOE as PAIR_MOE
-    from small_pairs import TOWER
+    from small_pairs import MOE as PAIR_MOE, TOWER
 
     from apps.multimodal.data import ImageTextData
     from apps.multimodal.model import AttributeHead

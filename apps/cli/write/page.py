@@ -6,20 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from apps.base.machine import moment
-from apps.report.page import (
-    MOST_FIGURES,
-    Entry,
-    Page,
-    Section,
-    Table,
-    how_to_repeat,
-    shown,
-)
+from apps.report.page import MOST_FIGURES, Entry, Page, Section, Table, how_to_repeat, shown
 from apps.report.page.training import training_section
 from apps.report.routed import layer_label
 from apps.report.tables import is_share
 from apps.train.checkpoint.paths import run_title
-from apps.train.watch.logs import METRICS, read_rows
+from apps.train.watch.logs import METRICS, read_rows, split_routing
 
 _SIZES = {"parameters": "num_params", "active parameters": "active_params", "MFLOPs": "flops_per_example"}
 
@@ -48,7 +40,7 @@ def test_page(
         sections: those of the app's report.
         notes: what else the verdict says of what was tested, such as how its experts are quantised.
     """
-    own = {k.removeprefix("test/"): v for k, v in metrics.items() if not k.startswith("test/routing/")}
+    own, layers = split_routing(metrics, "test")
     first = (monitored or "").partition("/")[2]
     order = sorted(own, key=lambda name: (name != first, name not in shown_metrics))
     rows = tuple(_line(name, own[name]) for name in order)
@@ -65,7 +57,7 @@ def test_page(
         figures=Table("", ("metric", "value"), rows[:MOST_FIGURES]),
         sections=(
             *sections,
-            _routing(metrics),
+            _routing(layers),
             training_section(run / METRICS),
             Section("Every figure", (every,) if len(rows) > MOST_FIGURES else ()),
             how_to_repeat(command, config),
@@ -104,13 +96,8 @@ def _sizes(metrics: Path) -> dict[str, float]:
     return {**sizes, "MFLOPs": sizes["MFLOPs"] / 1e6}
 
 
-def _routing(metrics: Mapping[str, float]) -> Section:
+def _routing(layers: Mapping[str, Mapping[str, float]]) -> Section:
     """Return the figures of each layer's routing in the test."""
-    layers: dict[str, dict[str, float]] = {}
-    for key, value in metrics.items():
-        if key.startswith("test/routing/"):
-            layer, _, figure = key.removeprefix("test/routing/").rpartition("/")
-            layers.setdefault(layer, {})[figure] = value
     figures = list(dict.fromkeys(figure for values in layers.values() for figure in values))
     rows = tuple(
         (layer_label(layer) if layer else "mean", *(shown(values.get(figure)) for figure in figures))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.base.files import holding, new_file, replacing
-from apps.cli.configs import differences
+from apps.registry import differences
 
 log = logging.getLogger(__name__)
 

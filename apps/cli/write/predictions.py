@@ -87,15 +87,7 @@ class PredictionFile(Callback):
     def _is_text(self) -> bool:
         return self.path.suffix == ".txt"
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         self.add_columns(columns_of(outputs))
 
     def add_columns(self, columns: Mapping[str, Any]) -> None:

@@ -33,9 +33,10 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_
 from apps.base.checks import check_at_least
 from apps.base.messages import excerpt, unknown_name
 from apps.cli.classes import with_long_names
-from apps.cli.configs import at, differences, merge, read_config, shipped
+from apps.cli.configs import at, merge, read_config, shipped
 from apps.cli.errors import UsageError
 from apps.cli.parser import CommandLine, Folder, Shown
+from apps.registry import differences
 
 T = TypeVar("T")
 

@@ -18,7 +18,8 @@ from apps.data.subwords import PAD_ID
 from apps.nets.blocks import FFNConfig, MoEs
 from apps.nets.config import TransformerConfig
 from apps.nets.decode_cache import Memory
-from apps.nets.transformer import MemoryDecoder, build_stack, check_rows
+from apps.nets.expert_attention import check_rows
+from apps.nets.transformer import MemoryDecoder, build_stack
 from apps.vision.model import ViTConfig, VMoE
 from core.kernels import cpu
 

@@ -31,7 +31,7 @@ from apps.nlp.decode.writing import JudgedModule
 from apps.nlp.text.foreseen import read_ids
 from apps.nlp.text.scores import scorer
 from apps.train.publish.model_card import ModelKind
-from apps.train.step.module import check_one_start
+from apps.train.step.distilling import check_one_start
 from apps.vision.image_files import scaled
 from apps.vision.model import ViTConfig
 from apps.vision.pretrained import load_pretrained_weights

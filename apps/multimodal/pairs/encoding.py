@@ -17,8 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 import core
 from apps.data.subwords import BOS_ID, EOS_ID, PAD_ID, SubwordConfig, Subwords, train_subwords
 from apps.porting import subwords_of
-from apps.porting.byte_pairs import FILE as CLIP_FILE
-from apps.porting.byte_pairs import WORD_END, BytePairs, read_merges
+from apps.porting.byte_pairs import FILE as CLIP_FILE, WORD_END, BytePairs, read_merges
 from apps.porting.sentences import MINILM, WordPieces, encoder_folder
 from apps.vision.encoding import PixelEncoding
 from core.fields import Bounds, Checked

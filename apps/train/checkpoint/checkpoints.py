@@ -6,14 +6,13 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from apps.base.checks import check_at_least
 from apps.base.files import delete, delete_leftovers, os_error, replacing
 from apps.train.checkpoint import sharded
 from apps.train.checkpoint.contents import read_checkpoint
@@ -23,6 +22,7 @@ from apps.train.checkpoint.stopping import StopsSoon
 from apps.train.lightning_internals import is_accumulating, rewind_validation, validates_next
 from apps.train.step.finite import check_weights
 from apps.train.watch.logs import MetricsCSV
+from core.fields import Count, OneOf, Positive, check_values
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -85,11 +85,9 @@ class BestAndLast(Checkpoint):
         every_n_minutes: float | None = 10.0,
         every_n_steps: int | None = None,
     ) -> None:
-        if mode not in (None, "min", "max"):
-            raise ValueError(f"mode={mode!r} is not one of 'min', 'max'")
-        if every_n_minutes is not None and every_n_minutes <= 0:
-            raise ValueError(f"every_n_minutes={every_n_minutes} must be positive")
-        check_at_least(1, every_n_steps=every_n_steps)
+        check_values(Annotated[str, OneOf("min", "max")] | None, mode=mode)
+        check_values(Positive | None, every_n_minutes=every_n_minutes)
+        check_values(Count | None, every_n_steps=every_n_steps)
         self.dirpath, self.monitor, self.mode = dirpath, monitor, mode
         self.every_n_minutes, self.every_n_steps = every_n_minutes, every_n_steps
         self.best_score: float | None = None
@@ -118,9 +116,7 @@ class BestAndLast(Checkpoint):
             if earlier:
                 print(f"{folder} held checkpoints of an earlier run: they are in {put_aside(folder, earlier)} now")
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not self._due(trainer):
             return
         # A checkpoint within an accumulation would lose its gradients; before a validation or an epoch's end, Lightning

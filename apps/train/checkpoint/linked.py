@@ -66,7 +66,8 @@ class LinkedModule(LightningModule):
 
     def twin(self, **changed: Any) -> Self:
         """Return the module anew, untrained, with other values of the arguments in ``changed``."""
-        return type(self)(**{**self._arguments, **changed})
+        without = [name for name in ("grow", "distil") if name in self._arguments]  # a twin has other layers
+        return type(self)(**{**self._arguments, **dict.fromkeys(without), **changed})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         self.starts_afresh = False

@@ -21,8 +21,7 @@ from apps.train.checkpoint.contents import read_checkpoint
 from apps.train.checkpoint.linked import LinkedModule
 from apps.train.checkpoint.paths import find_checkpoint
 from apps.train.compiling import CompileConfig
-from apps.train.cost.offloading import offload as offload_experts
-from apps.train.cost.offloading import room_for_experts
+from apps.train.cost.offloading import offload as offload_experts, room_for_experts
 from apps.train.cost.quantizing import quantise
 from apps.train.optim.chosen import SECTIONS, is_torchs
 from apps.train.sparsified import SparsifiedModule, SparsifyConfig, restored
@@ -94,7 +93,7 @@ def module_class(checkpoint: Mapping[str, Any], path: Path) -> Any:
     if kind is not None:
         return kind
     short = name.rpartition(".")[2]
-    moved = f"; the apps have a {registry.full_path(short)}" if short in registry.MODULES else ""
+    moved = f"; the apps have a {registry.full_path(short)}" if short in registry.MODELS else ""
     raise ValueError(
         f"{path} holds a model of class {name}, which no app has and nothing has imported: a checkpoint imports "
         f"nothing. If you trust the class, import its module first, or name it in --config{moved}"

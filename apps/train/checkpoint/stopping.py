@@ -71,7 +71,8 @@ class StopsSoon(Callback):
 
     def _stop(self, number: int, *_: Any) -> None:
         trainer, self._error = self._training, KeyboardInterrupt if number == signal.SIGINT else SIGTERMException
-        waits = trainer is not None and trainer.world_size == 1 and _writes(trainer)
+        callbacks = trainer.checkpoint_callbacks if trainer is not None and trainer.world_size == 1 else ()
+        waits = any(getattr(callback, "writes_when_stopped", False) for callback in callbacks)
         if trainer is not None and not waits and self._error is SIGTERMException:
             return  # Lightning ends the training after the step
         if trainer is None or not waits or self.asked:
@@ -105,8 +106,3 @@ class StopsSoon(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._training = None
-
-
-def _writes(trainer: Trainer) -> bool:
-    """Return whether a callback of the trainer writes a checkpoint when it is asked to stop."""
-    return any(getattr(callback, "writes_when_stopped", False) for callback in trainer.checkpoint_callbacks)

@@ -33,10 +33,6 @@ class Budget:
     is_share: bool
     path: Path | None = None
 
-    def bytes_of(self, total: int) -> int:
-        """Return the bytes of the slots for experts of ``total`` bytes."""
-        return int(self.size * total) if self.is_share else int(self.size)
-
 
 def read_budget(text: str) -> Budget:
     """Return the budget of a text such as "0.5", "64MB" or "1.5GiB:experts.safetensors".
@@ -71,7 +67,8 @@ def offload(model: nn.Module, how: str, device: str | torch.device | None = None
     from core.offload import offloadable_bytes
 
     budget = read_budget(how)
-    return core.offload_experts(model, budget.bytes_of(offloadable_bytes(model)), budget.path, device=device)
+    size = budget.size * offloadable_bytes(model) if budget.is_share else budget.size
+    return core.offload_experts(model, int(size), budget.path, device=device)
 
 
 def room_for_experts(how: str | None) -> contextlib.AbstractContextManager[None]:

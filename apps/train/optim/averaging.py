@@ -43,9 +43,7 @@ class WeightEMA(Callback):
         else:
             self.average = {name: value.detach().clone() for name, value in state.items()}
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step

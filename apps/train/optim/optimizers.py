@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import core
 from apps.train.optim.muon import MuonAdamW
@@ -195,6 +197,25 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         option, part = min(unused)
         raise ValueError(f"optimizer.{option} has {part!r}, which is no part of the model: its parts are {own}")
     return list(groups.values())
+
+
+def restore_rates(module: LightningModule, config: OptimizerConfig) -> None:
+    """Set a run's own rates for the next step, since resuming loads the old run's with the optimizer.
+
+    The rates of a scheduler of torch's follow from its state, and stay.
+    """
+    optimizer, scheduler = module.optimizers(use_pl_optimizer=False), module.lr_schedulers()
+    if not isinstance(optimizer, torch.optim.Optimizer) or not isinstance(scheduler, LambdaLR):
+        return
+    wanted = {g["name"]: g for g in parameter_groups(module, config)}
+    for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        own = wanted.get(group.get("name"))
+        if own is None:
+            continue
+        own = {**optimizer.defaults, "lr": own["lr"], "weight_decay": own["weight_decay"]}
+        group.update({name: own[name] for name in optimizer.defaults}, initial_lr=own["lr"])
+        group["lr"] = own["lr"] * factor(scheduler.last_epoch)
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
 
 
 def _fitting(name: str, parts: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
 import core
-from apps.base.checks import check_at_least
+from core.fields import Count, PositiveShare, ShareBelowOne, check_values
 from core.routing.pairs.top_k import TopKConfig
 
 _logger = logging.getLogger(__name__)
@@ -38,8 +38,7 @@ class ExpertAveraging(Callback):
     """
 
     def __init__(self, share: float = 0.3, until: float = 1.0) -> None:
-        _check_part("share", share)
-        _check_part("until", until)
+        check_values(PositiveShare, share=share, until=until)
         self.share, self.until = share, until
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,8 +77,7 @@ class SharedStart(ExpertAveraging):
 
     def __init__(self, until: float = 0.1, mask: float = 0.3, seed: int = 0) -> None:
         super().__init__(share=1.0, until=until)
-        if not 0 <= mask < 1:
-            raise ValueError(f"mask={mask} must lie in [0, 1)")
+        check_values(ShareBelowOne, mask=mask)
         self.mask, self.seed = mask, seed
 
     @torch.no_grad()
@@ -119,8 +117,8 @@ class GrowingTopK(Callback):
     """
 
     def __init__(self, start: int = 1, until: float = 1.0, freeze: bool = True) -> None:
-        check_at_least(1, start=start)
-        _check_part("until", until)
+        check_values(Count, start=start)
+        check_values(PositiveShare, until=until)
         self.first, self.until, self.freeze = start, until, freeze
         self._routers: list[tuple[Any, TopKConfig]] = []
         self._last = math.inf
@@ -155,18 +153,11 @@ class GrowingTopK(Callback):
         """Return how many experts a token takes in a step, from 0, of a router whose ``top_k`` is ``final``."""
         return min(final, self.first + int((final - self.first + 1) * step / self._last))
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
+    def on_validation_start(self, *_: Any) -> None:
         for router, config in self._routers:
             router.config = config
+
+    on_train_end = on_exception = on_validation_start
 
 
 @torch.no_grad()
@@ -227,8 +218,3 @@ def _steps(trainer: Trainer, part: float) -> float:
 def _with_top_k(config: TopKConfig, top_k: int) -> TopKConfig:
     changed: Any = config  # the base of the configs is no dataclass itself
     return dataclasses.replace(changed, top_k=top_k)  # type: ignore[no-any-return]
-
-
-def _check_part(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"{name}={value} must lie in (0, 1]")

@@ -18,6 +18,7 @@ from apps.nets.depths import TokenGate
 from apps.train.checkpoint.contents import read_checkpoint
 from apps.train.cost.kinds import MEANINGS, kind_of_network
 from apps.train.cost.quantizing import form_of
+from apps.train.watch.logs import split_routing
 
 MOST_LAYERS = 16
 """Layers up to which the table of the routing has each; of more it has the mean alone."""
@@ -80,11 +81,7 @@ def measured(run: Path | None, state: Mapping[str, Any]) -> Measured | str:
         return f"the test in the run's folder is of experts in {how}, quantised for it alone"
     if tested is None or not _same(read_checkpoint(tested)["state_dict"], state):
         return f"the test in the run's folder is of other weights ({checkpoint.name})"
-    figures = {k.removeprefix("test/"): float(v) for k, v in values.items() if isinstance(v, (int, float))}
-    routing: dict[str, dict[str, float]] = {}
-    for name in [name for name in figures if name.startswith("routing/")]:
-        layer, _, figure = name.removeprefix("routing/").rpartition("/")
-        routing.setdefault(layer, {})[figure] = figures.pop(name)
+    figures, routing = split_routing({k: float(v) for k, v in values.items() if isinstance(v, (int, float))}, "test")
     return Measured(figures, routing, {**_of_config(run / "config.yaml"), **_of_test(values.get("measured"))})
 
 

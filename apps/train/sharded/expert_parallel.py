@@ -180,7 +180,8 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
         type(module).__name__, type(module).__qualname__ = kind.__name__, kind.__qualname__
         type(module).__module__ = kind.__module__
         if self.is_global_zero:
-            print(f"{parameters_here(module):,} of {whole:,} parameters on each of {self.world_size} processes")
+            own = sum(local_part(p).numel() for p in module.parameters())
+            print(f"{own:,} of {whole:,} parameters on each of {self.world_size} processes")
 
     # ---- steps
 
@@ -285,8 +286,3 @@ def make_root(module: nn.Module) -> None:
     del module.forward
     for part in sharded_modules(module):
         part.reshard()
-
-
-def parameters_here(model: nn.Module) -> int:
-    """Return the number of parameters that this process holds."""
-    return sum(local_part(p).numel() for p in model.parameters())

@@ -76,9 +76,6 @@ class NeuronTables(core.Experts):
         picked = picked.wait() if hasattr(picked, "wait") else picked
         return picked["u"].values(), picked["v"].values()
 
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, activation={self.activation}"
-
 
 def use_tables(model: nn.Module) -> list[str]:
     """Give every layer of PEER experts in a model tables of TorchRec, in place; return the layers' names.

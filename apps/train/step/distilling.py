@@ -15,6 +15,7 @@ from apps.base.messages import excerpt
 from apps.train.checkpoint.contents import check_class, read_checkpoint
 from apps.train.checkpoint.linked import LinkedModule
 from apps.train.checkpoint.paths import find_checkpoint
+from apps.train.step.growing import GrowConfig
 from core.fields import Checked, Positive, Share
 
 _logger = logging.getLogger(__name__)
@@ -148,3 +149,14 @@ def _copy_dense(module: LinkedModule, teacher: LinkedModule, path: str) -> None:
     for name in same:
         own[name].copy_(given[name])
     _logger.info("%d of the %d tensors outside the MoE layers are those of %s", len(same), len(dense), path)
+
+
+def check_one_start(pretrained: str | None, grow: GrowConfig | None, distil: DistilConfig | None) -> None:
+    """Refuse published weights for a training that begins with those of another model.
+
+    Raises:
+        ValueError: naming both.
+    """
+    other = "grow" if grow is not None else "distil.copy=True" if distil is not None and distil.copy else None
+    if pretrained is not None and other is not None:
+        raise ValueError(f"pretrained={pretrained!r} with {other}: a training begins with the weights of one model")

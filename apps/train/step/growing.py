@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import core
-from apps.train.checkpoint.contents import check_class, read_checkpoint
+from apps.train.checkpoint.contents import check_class, read_checkpoint, unlike
 from apps.train.checkpoint.linked import LinkedModule
 from apps.train.checkpoint.paths import find_checkpoint
 from core.fields import Checked
@@ -73,7 +73,8 @@ def grow_from(module: LinkedModule, config: GrowConfig, batches: Any) -> dict[st
         name: core.grow_experts(cast(core.MoE, old[name]), n, start=config.start, loads_E=loads.get(name))
         for name, n in added.items()
     }
-    _check_shapes(module, trained, str(file))
+    if problem := unlike(trained.state_dict(), module):
+        raise ValueError(f"model.grow.checkpoint={file} does not fit: {problem}; only num_experts may be another")
     if config.start == "fresh":  # the model's own start, which may differ from that of the experts' class
         for name, experts in fresh.items():
             _copy_experts(new[name].experts, old[name].experts, experts)
@@ -147,14 +148,3 @@ def _copy_experts(source: core.Experts, target: core.Experts, experts: Sequence[
         values = source.weights_of(e)
         for name, value in target.weights_of(e).items():
             value.copy_(values[name])
-
-
-def _check_shapes(module: LinkedModule, trained: LinkedModule, path: str) -> None:
-    state, own = trained.state_dict(), module.state_dict()
-    shapes, here = ({k: tuple(v.shape) for k, v in s.items() if isinstance(v, Tensor)} for s in (state, own))
-    wrong = [k for k in {**here, **shapes} if shapes.get(k) != here.get(k)]
-    if wrong:
-        raise ValueError(
-            f"model.grow.checkpoint={path} does not fit: {wrong[0]} is {shapes.get(wrong[0], 'missing')} there, with "
-            f"the new experts, and {here.get(wrong[0], 'missing')} here; only num_experts may be another"
-        )

@@ -116,9 +116,7 @@ class TrainingMeasures(Callback):
         if self._norm is not None and scaler is not None and handles_unscaling(optimizer):
             self._norm = self._norm / scaler.get_scale()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step % trainer.log_every_n_steps:
             return
         measured: dict[str, Any] = {"train/peak_memory_mib": used_memory(pl_module.device, peak=True) / 2**20}

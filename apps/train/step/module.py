@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from lightning.pytorch import Callback
@@ -20,67 +20,25 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import core
 from apps import registry
-from apps.base.checks import check_at_least
 from apps.base.machine import host_waits_for
-from apps.train.cost.quantizing import form_of, quantise
+from apps.train.cost.quantizing import form_of
 from apps.train.lightning_internals import needs_no_unscaling, trainer_of
 from apps.train.optim.averaging import WeightAverage, WeightEMA
 from apps.train.optim.chosen import Chosen
-from apps.train.optim.optimizers import OptimizerConfig, build_optimizer, parameter_groups
+from apps.train.optim.optimizers import OptimizerConfig, build_optimizer, restore_rates
 from apps.train.optim.row_gradients import check_processes, clip_with_rows
 from apps.train.publish.hub import HubModule
+from apps.train.step.adapted import take_form
 from apps.train.step.balanced import BalancedModule, Stage
 from apps.train.step.distilling import DistilConfig, Distribution, Teacher
 from apps.train.step.finite import check_loss
 from apps.train.step.growing import GrowConfig, freeze, grow_from, hold
 from apps.train.step.measures import ModelSize, TrainingMeasures
-from apps.train.step.parts import DataPart
+from apps.train.step.output import TaskOutput, TrainingLoss
 from core.config.plain import from_plain, to_plain
+from core.fields import Bounds, Count, check_values
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TaskOutput:
-    """The result of an app's ``task_loss``.
-
-    Attributes:
-        loss: mean loss over the examples, (), without any auxiliary loss.
-        outputs: first argument of the metrics' ``update``, such as logits (B, C).
-        targets: second argument of the metrics' ``update``.
-        num_examples: number of examples B.
-        terms: parts of the loss to log, each (); empty where the loss is one term.
-        groups: user of each example, int64 (B,): third argument of the metrics' ``update``; None for no such metrics.
-        weight: weight of this batch in an epoch's mean, such as its tokens; None for ``num_examples``.
-        distribution: in training, what the model predicts, which a teacher's prediction is compared with.
-        cold: what of each example has no row in training, int (B,): fourth argument of the metrics' ``update``.
-    """
-
-    loss: Tensor
-    outputs: Any
-    targets: Any
-    num_examples: int
-    terms: Mapping[str, Tensor] = field(default_factory=dict)
-    groups: Tensor | None = None
-    weight: int | None = None
-    distribution: Distribution | None = None
-    cold: Tensor | None = None
-
-
-class TrainingLoss(NamedTuple):
-    """The loss of a training step and its parts.
-
-    Attributes:
-        total: loss that the step minimises, ().
-        out: result of the task.
-        aux: balance losses of the MoE layers.
-        tape: record of the layers' passes.
-    """
-
-    total: Tensor
-    out: TaskOutput
-    aux: core.AuxLosses
-    tape: core.Tape
 
 
 class SparseModule(BalancedModule, HubModule):
@@ -140,9 +98,8 @@ class SparseModule(BalancedModule, HubModule):
         distil: DistilConfig | None = None,
     ) -> None:
         super().__init__()
-        if ema_decay is not None and not 0 < ema_decay < 1:
-            raise ValueError(f"ema_decay={ema_decay} must lie between 0 and 1")
-        check_at_least(1, average_last=average_last)
+        check_values(Annotated[float, Bounds(0, 1, "()")] | None, ema_decay=ema_decay)
+        check_values(Count | None, average_last=average_last)
         if ema_decay is not None and average_last is not None:
             raise ValueError(f"average_last={average_last} with ema_decay={ema_decay}: the weights have one average")
         self.optimizer_config = from_plain(optimizer, OptimizerConfig, "optimizer") or OptimizerConfig()
@@ -154,15 +111,11 @@ class SparseModule(BalancedModule, HubModule):
         self.ema_decay, self.average_last, self.grow, self.distil = ema_decay, average_last, grow, distil
         self._teacher: Teacher | None = None
         self._frozen: Mapping[str, Sequence[int]] = {}
-        self._adapted: Mapping[str, Any] | None = None
+        self.adapted: Mapping[str, Any] | None = None
         self._stage_metrics = nn.ModuleDict()
         self._total_steps = math.inf
         self.num_trained = 0
         self._loss_sum: Tensor | float = 0.0
-
-    def twin(self, **changed: Any) -> Self:
-        without = [name for name in ("grow", "distil") if name in self._arguments]  # a twin has other layers
-        return super().twin(**{**dict.fromkeys(without), **changed})
 
     @property
     def lr(self) -> float:
@@ -206,14 +159,6 @@ class SparseModule(BalancedModule, HubModule):
 
         Only validation and test call this; no pass in here counts as routing of the evaluation."""
         return out
-
-    def part(self, name: str) -> DataPart:
-        """Return what one part of the data is to the model, such as a translator's pair of languages.
-
-        Raises:
-            ValueError: there is none of this name, or the model knows no parts.
-        """
-        raise ValueError(f"{type(self).__name__} knows no parts of its data by name, such as {name!r}")
 
     def example_inputs(self, batch: Any) -> tuple[Any, ...]:
         """Return the arguments of ``forward`` in a batch, for predictions and for counting FLOPs."""
@@ -385,31 +330,13 @@ class SparseModule(BalancedModule, HubModule):
         # In configure_optimizers, asking for the number of steps would make Lightning set up the data loader before it
         # has read the checkpoint, and the loader's position would never be restored.
         self._total_steps = float(self.trainer.estimated_stepping_batches)
-        self._restore_own_rates()
+        restore_rates(self, self.optimizer_config)
         if self._teacher is not None:
             self._teacher.model.to(self.device, self.dtype)
         # Lightning saves that a callback ended the training, but never reads it: a resumed run would do another epoch.
         for callback in self.trainer.early_stopping_callbacks:
             if callback is not None and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
                 self.trainer.should_stop = True
-
-    def _restore_own_rates(self) -> None:
-        """Set this run's rates for the next step, since resuming loads the old run's with the optimizer.
-
-        The rates of a scheduler of torch's follow from its state, and stay.
-        """
-        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
-        if not isinstance(optimizer, torch.optim.Optimizer) or not isinstance(scheduler, LambdaLR):
-            return
-        wanted = {g["name"]: g for g in parameter_groups(self, self.optimizer_config)}
-        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-            own = wanted.get(group.get("name"))
-            if own is None:
-                continue
-            own = {**optimizer.defaults, "lr": own["lr"], "weight_decay": own["weight_decay"]}
-            group.update({name: own[name] for name in optimizer.defaults}, initial_lr=own["lr"])
-            group["lr"] = own["lr"] * factor(scheduler.last_epoch)
-        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
 
     # ---- set-up and passes
 
@@ -437,41 +364,12 @@ class SparseModule(BalancedModule, HubModule):
         super().on_save_checkpoint(checkpoint)
         if self.chosen is not None:
             checkpoint["chosen_optimizer"] = self.chosen.name
-        if self._adapted is not None:
-            checkpoint["adapted"] = dict(self._adapted)
+        if self.adapted is not None:
+            checkpoint["adapted"] = dict(self.adapted)
         if (form := form_of(self)) is not None:
             checkpoint["quantized"] = form
         if self._frozen:
             checkpoint["frozen_experts"] = {name: list(experts) for name, experts in self._frozen.items()}
-
-    def take_form(self, checkpoint: Mapping[str, Any]) -> None:
-        """Make the parts that a checkpoint's tensors are of: updates beside linear layers, and quantised experts.
-
-        Raises:
-            ValueError: as ``adapt_linears``, and as ``quantise``.
-        """
-        self.adapt_linears(checkpoint)
-        form = checkpoint.get("quantized")
-        if form is not None and form_of(self) is None:
-            quantise(self, str(form))
-
-    def adapt_linears(self, checkpoint: Mapping[str, Any]) -> None:
-        """Freeze the model and put the updates beside its linear layers that a checkpoint's ``adapted`` names.
-
-        Nothing happens where it names none, or the updates are there. Their tensors are part of the ``state_dict``.
-
-        Args:
-            checkpoint: contents, whose ``adapted`` has ``moe``, a ``core.MoEConfig`` as plain values, and ``modules``,
-                the patterns of ``core.adapt``.
-
-        Raises:
-            ValueError: as ``core.adapt``, or the values are no such config.
-        """
-        adapted = checkpoint.get("adapted")
-        if adapted is None or self._adapted is not None:
-            return
-        core.adapt(self, from_plain(adapted["moe"], core.MoEConfig, "adapted.moe"), adapted["modules"])
-        self._adapted = adapted
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -480,7 +378,7 @@ class SparseModule(BalancedModule, HubModule):
             if there != here:
                 own = "model.optimizer"
                 raise ValueError(f"the checkpoint was trained by {there or own}, not by {here or own}: give that one")
-        self.take_form(checkpoint)
+        take_form(self, checkpoint)
         self._freeze(checkpoint.get("frozen_experts", {}))
 
     def configure_callbacks(self) -> list[Callback]:
@@ -518,14 +416,3 @@ class SparseModule(BalancedModule, HubModule):
             return values
         mean = self.trainer.strategy.reduce(torch.stack([v.float() for v in values.values()]), reduce_op="mean")
         return dict(zip(values, mean.unbind(), strict=True))
-
-
-def check_one_start(pretrained: str | None, grow: GrowConfig | None, distil: DistilConfig | None) -> None:
-    """Refuse published weights for a training that begins with those of another model.
-
-    Raises:
-        ValueError: naming both.
-    """
-    other = "grow" if grow is not None else "distil.copy=True" if distil is not None and distil.copy else None
-    if pretrained is not None and other is not None:
-        raise ValueError(f"pretrained={pretrained!r} with {other}: a training begins with the weights of one model")

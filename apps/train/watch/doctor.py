@@ -77,15 +77,7 @@ class RoutingDoctor(Callback):
             labels = classes_of(pl_module, batch) if self.classes and not needs_all_ranks(pl_module) else None
             self._watch.enter_context(self.doctor.watching(batch, labels))
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, *_: Any) -> None:
         self._watch.close()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -43,6 +43,28 @@ def read_rows(metrics: Path) -> list[dict[str, Any]]:
         return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
 
 
+def split_routing(metrics: Mapping[str, float], stage: str) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return what a stage has logged, without its name, and beside it the figures of each layer's routing.
+
+    Args:
+        metrics: values by name, such as "test/top1", and "test/routing/model.blocks.1.mlp/entropy" of a layer.
+        stage: such as "test".
+
+    Returns:
+        values by name; and figures by layer, where "" is the mean of all layers.
+    """
+    own: dict[str, float] = {}
+    layers: dict[str, dict[str, float]] = {}
+    for key, value in metrics.items():
+        name = key.removeprefix(f"{stage}/")
+        if name.startswith("routing/"):
+            layer, _, figure = name.removeprefix("routing/").rpartition("/")
+            layers.setdefault(layer, {})[figure] = value
+        else:
+            own[name] = value
+    return own, layers
+
+
 class MetricsCSV(Logger):
     """Writes ``metrics.csv`` in a folder, a row for each set of values, at once.
 

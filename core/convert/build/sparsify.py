@@ -16,7 +16,8 @@ from ...contract import MergeRouting, Routing
 from ...contract.checks import check_tensor
 from ...fields import NotNegative, check_values
 from ...layers import AveragedMoE, MoE, set_capacity_factor
-from ..read.feed_forward import FeedForwardPart, copy_weights, evaluating
+from ..read.calls import call, evaluating, hooked, naming_module
+from ..read.feed_forward import FeedForwardPart, copy_weights
 from ..read.names import matches, matching_names
 from ..read.parts import value_of_layer
 from ..read.readers import named_part, recognised_ffns
@@ -107,12 +108,10 @@ def sparsify(
         torch.default_generator.manual_seed(seed)
         for name, part in parts.items():
             module = model.get_submodule(name)
-            try:
+            with naming_module(name):
                 config = begun.config(moe, part)
                 layer = config.build(part.dim, part.out_dim, causal=causal)
                 _begin(layer, config, part, begun, exact, generator, known.get(name))
-            except ValueError as error:
-                raise ValueError(f"module {name!r}: {error}") from None
             _add_noise(layer, noise, generator)
             sparse = SparseFFN(layer, part, config, begun.name, type(module).__name__)
             layers[name] = sparse.train(module.training)
@@ -174,15 +173,8 @@ def _tokens_of(
         called = model.get_submodule(".".join(filter(None, (name, part.at))))
         hook = functools.partial(keep, name, part.layout)
         hooks.append(called.register_forward_pre_hook(lambda module, args, hook=hook: hook(args[0])))
-    try:
-        with evaluating(model):
-            if isinstance(inputs, Mapping):
-                model(**inputs)
-            else:
-                model(*((inputs,) if isinstance(inputs, Tensor) else inputs))
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with evaluating(model), hooked(hooks):
+        call(model, inputs)
     silent = next((name for name in parts if name not in tokens), None)
     if silent is not None:
         raise ValueError(f"module {silent!r} is not called in a forward of these inputs")

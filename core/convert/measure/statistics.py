@@ -13,6 +13,7 @@ from ...contract import Rows
 from ...experts import Experts
 from ...kernels import expert_of_rows
 from ...layers import MoE
+from ..read.calls import call, evaluating, hooked
 from ..read.parts import check_all_here, layers_with_experts
 
 CHUNK = 1024
@@ -68,7 +69,8 @@ def expert_statistics(
     Args:
         model: any module with MoE layers, or one of them; its mode is put back afterwards.
         batches: of calibration; a few hundred sequences are common.
-        run: calls the model with a batch; None: ``model(batch)``, or ``model(*batch)`` for a tuple or list.
+        run: calls the model with a batch; None: ``model(batch)``, ``model(*batch)`` for a tuple or list, or
+            ``model(**batch)`` for a mapping.
         every_token: compute each expert on every token as well, at E / K times the cost, for ``merge_experts``.
 
     Raises:
@@ -84,22 +86,9 @@ def expert_statistics(
         if isinstance(layer, MoE):
             check_all_here(layer.experts, "its statistics are taken")
             sums[name] = _Sums(layer.experts, every_token)
-    modes = {module: module.training for module in model.modules()}
-    hooks = [of.experts.register_forward_pre_hook(of.add) for of in sums.values()]
-    try:
-        model.eval()
+    with evaluating(model), hooked([of.experts.register_forward_pre_hook(of.add) for of in sums.values()]):
         for batch in batches:
-            if run is not None:
-                run(model, batch)
-            elif isinstance(batch, (tuple, list)):
-                model(*batch)
-            else:
-                model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
+            call(model, batch, run)
     for name, of in sums.items():
         if of.statistics is None:
             raise ValueError(f"layer {name!r} computed no rows of experts in these batches: it has no statistics")

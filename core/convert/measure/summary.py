@@ -12,7 +12,7 @@ from ...experts import ExpertConfig, expert_bytes, num_params
 from ...flops import count_flops
 from ...layers import MoE, active_params
 from ..build.sparse_ffn import SparseFFN
-from ..read.feed_forward import evaluating
+from ..read.calls import evaluating, hooked
 from ..read.readers import recognised_ffns
 
 
@@ -141,18 +141,11 @@ def _flops(model: nn.Module, inputs: tuple[Any, ...], layers: dict[str, SparseFF
     """
     calls: list[tuple[SparseFFN, tuple[Any, ...]]] = []
     hooks = [m.register_forward_pre_hook(lambda m, args: calls.append((m, args))) for m in layers.values()]
-    fused = torch.backends.mha.get_fastpath_enabled()  # torch's fused attention counts no FLOPs
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with evaluating(model):
-            after = count_flops(model, *inputs)
-            of_layers, of_networks = 0, 0
-            for layer, args in calls:
-                of_layers += count_flops(layer.forward, *args)
-                axis = 1 if layer.layout == "channels_first" else -1
-                of_networks += layer.dense_flops * (args[0].numel() // args[0].shape[axis])
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for hook in hooks:
-            hook.remove()
+    with evaluating(model), hooked(hooks):
+        after = count_flops(model, *inputs)
+        of_layers, of_networks = 0, 0
+        for layer, args in calls:
+            of_layers += count_flops(layer.forward, *args)
+            axis = 1 if layer.layout == "channels_first" else -1
+            of_networks += layer.dense_flops * (args[0].numel() // args[0].shape[axis])
     return after - of_layers + of_networks, after

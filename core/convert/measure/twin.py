@@ -14,6 +14,7 @@ from ...fields import OneOf, check_values
 from ..build.sparse_ffn import SparseFFN
 from ..build.sparsify import matching_parts
 from ..build.starts import RandomStart
+from ..read.calls import naming_module
 from ..read.feed_forward import FeedForwardPart
 from ..read.hidden_units import HiddenUnits, hidden_units
 from ..read.readers import named_part, read_ffn
@@ -111,15 +112,13 @@ def _solved(name: str, layer: SparseFFN, units: HiddenUnits, cost: str, tokens_p
     """Return the width at which a network costs what a sparse layer does."""
     check_values(Annotated[str, OneOf(*COSTS)], cost=cost)
     cost_at = units.flops_per_token if cost == "flops" else units.num_params
-    try:
+    with naming_module(name):
         target = sum(p.numel() for p in layer.parameters())
         if cost == "flops":
             target = layer.config.flops_per_token(layer.dim, layer.out_dim, tokens_per_sequence=tokens_per_sequence)
         width, problem = solve_width(cost_at, target, "flops a token" if cost == "flops" else "params")
         if problem:
             raise ValueError(problem)
-    except ValueError as error:
-        raise ValueError(f"module {name!r}: {error}") from None
     return TwinWidth(units.width, width, target, cost_at(width))
 
 
@@ -145,10 +144,8 @@ def _replaced(model: nn.Module, like: nn.Module) -> dict[str, tuple[SparseFFN, H
         layer = by_name[name]
         if (layer.dense_flops, layer.dim, layer.out_dim) != (part.flops_per_token(), part.dim, part.out_dim):
             raise ValueError(f"module {name!r} of model is {part.expert}, and like replaced a network of another size")
-        try:
+        with naming_module(name):
             replaced[name] = layer, hidden_units(model.get_submodule(name), part)
-        except ValueError as error:
-            raise ValueError(f"module {name!r}: {error}") from None
     return replaced
 
 

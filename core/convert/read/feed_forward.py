@@ -5,9 +5,8 @@ A *reader* makes one from a module: see ``core.convert.register_ffn`` in ``reade
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from ...experts import FFN, GEGLU, ExpertConfig, Experts, GeneralFFN, SwiGLU
 from ...experts.general import GENERAL_ACTIVATIONS
 from ...fields import Checked, OneOf, ShareBelowOne
 from ...kernels import ACTIVATIONS
+from .calls import evaluating
 
 LAYOUTS = ("tokens", "sequence_first", "channels_first")
 """What a network is called with: (..., D) tokens, (S, B, D), or a map (B, D, H, W)."""
@@ -247,18 +247,6 @@ def copy_weights(experts: Experts, e: int, weights: Mapping[str, Tensor]) -> Non
         if tensor.shape != weights[name].shape:
             raise ValueError(f"{name} is {tuple(weights[name].shape)}, and an expert's {tuple(tensor.shape)}")
         tensor.copy_(weights[name])
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation within the ``with`` block; after it each of its modules has its own mode again."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from ...kernels import ACTIVATIONS
 from ...layers import FeedForward, MoELayer
 from ...torch_internals import feed_forward
 from ..build.sparse_ffn import SparseFFN
+from .calls import naming_module
 from .feed_forward import (
     FeedForwardPart,
     activation_name,
@@ -387,13 +388,11 @@ def named_part(name: str, module: nn.Module) -> FeedForwardPart:
     Raises:
         ValueError: it is none, or one that no expert can compute; the message names it.
     """
-    try:
+    with naming_module(name):
         part = read_ffn(module)
         if part is not None:
             check_part(module, part)
             return part
-    except ValueError as error:
-        raise ValueError(f"module {name!r}: {error}") from None
     if isinstance(module, SparseFFN):
         raise ValueError(f"module {name!r} is sparse already")
     within = [f"{name}.{inner}".lstrip(".") for inner in recognised_ffns(module)]

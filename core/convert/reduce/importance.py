@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ...contract.checks import check_tensor
 from ..build.sparsify import matching_parts
-from ..read.feed_forward import FeedForwardPart, evaluating
+from ..read.calls import evaluating, naming_module
+from ..read.feed_forward import FeedForwardPart
 from ..read.readers import read_ffn
 
 
@@ -48,7 +49,10 @@ def unit_importances(
     """
     parts = matching_parts(model, modules)
     networks = {name: model.get_submodule(name) for name in parts}
-    sums = {name: torch.zeros(_hidden_dim(name, part)) for name, part in parts.items()}
+    sums: dict[str, Tensor] = {}
+    for name, part in parts.items():
+        with naming_module(name):
+            sums[name] = torch.zeros(part.hidden_dim)
     own = {name: list(part.replaced_in(networks[name]).parameters()) for name, part in parts.items()}
     every = [p for parameters in own.values() for p in parameters]
     reached: set[str] = set()
@@ -76,13 +80,6 @@ def _check_loss(value: object) -> None:
         raise ValueError(f"the loss of a batch has shape {tuple(value.shape)}, and is not one number")
     if not value.requires_grad:
         raise ValueError("the loss of a batch has no gradient: it is detached, or was taken without one")
-
-
-def _hidden_dim(name: str, part: FeedForwardPart) -> int:
-    try:
-        return part.hidden_dim
-    except ValueError as error:
-        raise ValueError(f"module {name!r}: {error}") from None
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...config.dense import DenseFFN
 from ...contract import RoutingContext
 from ...experts import Experts, FFNExperts, check_merges
 from ...experts.mixed import MixedExperts
@@ -95,15 +96,8 @@ class OneExpert(nn.Module):
 def _feed_forward(weights: dict[str, Tensor], activation: str) -> FeedForward:
     """Return the FFN of one expert's tensors: ``w_in``, ``w_out``, and ``w_gate``, ``b_in`` and ``b_out`` if there."""
     w_in, w_out, bias = weights["w_in"], weights["w_out"], "b_in" in weights
-    ffn = FeedForward(
-        w_in.shape[0],
-        w_in.shape[1],
-        w_out.shape[1],
-        activation=activation,
-        gated="w_gate" in weights,
-        bias=bias,
-        dropout=0.0,
-    ).to(w_in.device, w_in.dtype)
+    config = DenseFFN(w_in.shape[1], activation, gated="w_gate" in weights, bias=bias)
+    ffn = config.build(w_in.shape[0], w_out.shape[1]).to(w_in.device, w_in.dtype)
     for name, linear in (("in", ffn.w_in), ("gate", ffn.w_gate), ("out", ffn.w_out)):
         if linear is not None:
             linear.weight.copy_(weights[f"w_{name}"].t())

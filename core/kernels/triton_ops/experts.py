@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from .. import grouped
-from ..eager import ALL_ACTIVATIONS, FFNWeights, RowIndex, check_shapes, check_width
-from ..fallback import warn_once
+from ..eager import FFNWeights, RowIndex, check_ffn, check_shapes, check_width
 from ..quantized import QuantizedWeight, Weight
 from . import products, quantized
-from .environment import MAX_EXPERTS
 from .launch import dense
-from .sums import rows_by_token, sum_rows
+from .sums import order_of, sum_rows
 
 
 @torch.library.custom_op("moesaic::triton_expert_ffn", mutates_args=())
@@ -46,20 +44,12 @@ def _expert_ffn(
     x, w_in, w_out, gates_R, b_in, b_out, w_gate = dense(x, w_in, w_out, gates_R, b_in, b_out, w_gate)
     row_index_R, offsets_E, rows, starts = dense(row_index_R, offsets_E, rows, starts)
     check_width(x, w_in.shape[1])
-    R, N = gates_R.shape[0], w_out.shape[-1]
+    R = gates_R.shape[0]
     if R == 0:
         empty = x.new_empty(0, w_in.shape[-1])
-        return x.new_zeros(x.shape[0], N), empty, empty.clone()
+        return x.new_zeros(x.shape[0], w_out.shape[-1]), empty, empty.clone()
     hidden, pre, pre_gate = products.up(x, row_index_R, offsets_E, w_in, w_gate, b_in, activation, R, keep)
-    direct = row_index_R is None or top_k == 1
-    # Rows and tokens that no expert computes are zero.
-    y = x.new_zeros(x.shape[0], N) if direct else x.new_empty(R, N)
-    products.linear(
-        hidden, w_out, offsets_E, y, bias=b_out, gates_R=gates_R, row_index_R=row_index_R if direct else None
-    )
-    if not direct:
-        assert rows is not None
-        y = sum_rows(y, rows, starts, offsets_E, None, x.shape[0], top_k, x.dtype)
+    y = quantized.down(hidden, x, row_index_R, offsets_E, gates_R, w_out, b_out, rows, starts, top_k)
     return y, pre, pre_gate
 
 
@@ -178,28 +168,12 @@ def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, 
     if isinstance(weights.w_in, QuantizedWeight):
         return quantized.expert_ffn(x, rows, gates_R, weights, activation)
     plain: tuple[Any, ...] = weights
-    w_in, w_out, b_in, b_out, w_gate = plain
-    index_R, offsets_E, inverse_N, top_k = rows
-    (E, D, F), N = w_in.shape, w_out.shape[-1]
-    check_shapes(
-        w_out=(w_out, (E, F, N)),
-        b_in=(b_in, (E, F)),
-        b_out=(b_out, (E, N)),
-        w_gate=(w_gate, (E, D, F)),
-        offsets_E=(offsets_E, (E,)),
-        gates_R=(gates_R, (x if index_R is None else index_R).shape[:1]),
-    )
-    if activation not in ALL_ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(ALL_ACTIVATIONS)}")
+    check_ffn(x, rows, gates_R, weights, activation)
     if _beyond(*plain, dtype=x.dtype):
         return grouped.expert_ffn(x, rows, gates_R, weights, activation)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gates_R, *plain))
-    order, starts, k = inverse_N, None, top_k or 0
-    if index_R is not None and (inverse_N is None or top_k is None):
-        (order, starts), k = rows_by_token(index_R, offsets_E, x.shape[0]), 0
-    if index_R is None or k == 1:
-        order = starts = None
-    return _expert_ffn(x, index_R, offsets_E, gates_R, *plain, order, starts, k, activation, keep)[0]
+    order, starts, k = order_of(rows, x.shape[0])
+    return _expert_ffn(x, rows.row_index_R, rows.offsets_E, gates_R, *plain, order, starts, k, activation, keep)[0]
 
 
 @torch.library.custom_op("moesaic::triton_linear", mutates_args=())
@@ -271,16 +245,9 @@ def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None =
 
 
 def _beyond(*weights: Tensor | None, dtype: torch.dtype) -> bool:
-    """Return whether the weights pass the kernels' limits: experts that a tile looks at, 32-bit places in a matrix."""
-    for w in weights:
-        if w is None:
-            continue
+    """Return whether the weights pass the kernels' limits; raise a ``ValueError`` where they are of another dtype."""
+    given = [w for w in weights if w is not None]
+    for w in given:
         if w.dtype != dtype:
             raise ValueError(f"tokens are {dtype} and expert weights {w.dtype}: they must be of one dtype")
-        if w.shape[0] > MAX_EXPERTS:
-            warn_once(f"backend='triton' takes at most {MAX_EXPERTS} experts, not {w.shape[0]}: using 'grouped'")
-            return True
-        if w[:1].numel() >= 2**31:
-            warn_once(f"backend='triton' takes matrices below 2**31 numbers, not {w[:1].numel()}: using 'grouped'")
-            return True
-    return False
+    return quantized.beyond(*given)

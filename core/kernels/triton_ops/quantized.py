@@ -5,19 +5,20 @@ They are read from memory as they are stored, a quarter or an eighth of float32,
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from .. import grouped
-from ..eager import ALL_ACTIVATIONS, FFNWeights, RowIndex, check_shapes, check_width
+from ..eager import FFNWeights, RowIndex, check_ffn, check_shapes, check_width
 from ..fallback import warn_once
-from ..quantized import QuantizedWeight
+from ..quantized import QuantizedWeight, Weight
 from . import products
 from .environment import MAX_EXPERTS
 from .launch import dense
-from .sums import rows_by_token, sum_rows
+from .sums import order_of, sum_rows
 
 
 @torch.library.custom_op("moesaic::triton_quantized_ffn", mutates_args=())
@@ -49,20 +50,11 @@ def _quantized_ffn(
     w_out = QuantizedWeight(out_values, out_scales, hidden_dim, kind)
     has_gate = gate_values is not None and gate_scales is not None
     w_gate = QuantizedWeight(gate_values, gate_scales, D, kind) if has_gate else None
-    R, N = gates_R.shape[0], out_scales.shape[2]
+    R = gates_R.shape[0]
     if R == 0:
-        return x.new_zeros(x.shape[0], N)
+        return x.new_zeros(x.shape[0], out_scales.shape[2])
     hidden, _, _ = products.up(x, row_index_R, offsets_E, w_in, w_gate, b_in, activation, R, keep=False)
-    direct = row_index_R is None or top_k == 1
-    # Rows and tokens that no expert computes are zero.
-    y = x.new_zeros(x.shape[0], N) if direct else x.new_empty(R, N)
-    products.linear(
-        hidden, w_out, offsets_E, y, bias=b_out, gates_R=gates_R, row_index_R=row_index_R if direct else None
-    )
-    if direct:
-        return y
-    assert rows is not None
-    return sum_rows(y, rows, starts, offsets_E, None, x.shape[0], top_k, x.dtype)
+    return down(hidden, x, row_index_R, offsets_E, gates_R, w_out, b_out, rows, starts, top_k)
 
 
 @_quantized_ffn.register_fake
@@ -102,30 +94,15 @@ def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, 
     """
     w_in, w_out = cast(QuantizedWeight, weights.w_in), cast(QuantizedWeight, weights.w_out)
     w_gate = cast("QuantizedWeight | None", weights.w_gate)
-    index_R, offsets_E, inverse_N, top_k = rows
-    (E, D, F), N = w_in.shape, w_out.shape[-1]
-    check_width(x, D)
-    check_shapes(
-        w_out=(w_out, (E, F, N)),
-        b_in=(weights.b_in, (E, F)),
-        b_out=(weights.b_out, (E, N)),
-        w_gate=(w_gate, (E, D, F)),
-        offsets_E=(offsets_E, (E,)),
-        gates_R=(gates_R, (x if index_R is None else index_R).shape[:1]),
-    )
-    if activation not in ALL_ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(ALL_ACTIVATIONS)}")
-    if _beyond(w_in, w_out):
+    check_width(x, w_in.shape[1])
+    check_ffn(x, rows, gates_R, weights, activation)
+    if beyond(w_in, w_out):
         return grouped.expert_ffn(x, rows, gates_R, weights, activation)
-    order, starts, k = inverse_N, None, top_k or 0
-    if index_R is not None and (inverse_N is None or top_k is None):
-        (order, starts), k = rows_by_token(index_R, offsets_E, x.shape[0]), 0
-    if index_R is None or k == 1:
-        order = starts = None
+    order, starts, k = order_of(rows, x.shape[0])
     y: Tensor = _quantized_ffn(
         x,
-        index_R,
-        offsets_E,
+        rows.row_index_R,
+        rows.offsets_E,
         gates_R,
         w_in.values,
         w_in.scales,
@@ -137,7 +114,7 @@ def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, 
         weights.b_out,
         order,
         starts,
-        F,
+        w_in.shape[-1],
         k,
         activation,
     )
@@ -151,19 +128,43 @@ def expert_linear(x_RD: Tensor, w: QuantizedWeight, offsets_E: Tensor, b: Tensor
         ValueError: rows not as wide as the matrices take them, or a bias or offsets of another shape.
     """
     check_shapes(b=(b, (w.shape[0], w.shape[2])), offsets_E=(offsets_E, (w.shape[0],)))
-    if _beyond(w):
+    if beyond(w):
         return grouped.expert_linear(x_RD, w, offsets_E, b)
     y: Tensor = _quantized_linear(x_RD, w.values, w.scales, w.fan_in, offsets_E, b)
     return y
 
 
-def _beyond(*weights: QuantizedWeight) -> bool:
-    """Return whether the weights pass the kernels' limits, as in ``experts.py``."""
-    for E, K, N in (w.shape for w in weights):
+def down(
+    hidden: Tensor,
+    x: Tensor,
+    row_index_R: Tensor | None,
+    offsets_E: Tensor,
+    gates_R: Tensor,
+    w_out: Weight,
+    b_out: Tensor | None,
+    rows: Tensor | None,
+    starts: Tensor | None,
+    top_k: int,
+) -> Tensor:
+    """Return the sum over each token's rows of the gated second product, (T, N)."""
+    direct = row_index_R is None or top_k == 1
+    # Rows and tokens that no expert computes are zero.
+    y = x.new_zeros(x.shape[0], w_out.shape[-1]) if direct else x.new_empty(len(gates_R), w_out.shape[-1])
+    index_R = row_index_R if direct else None
+    products.linear(hidden, w_out, offsets_E, y, bias=b_out, gates_R=gates_R, row_index_R=index_R)
+    if direct:
+        return y
+    assert rows is not None
+    return sum_rows(y, rows, starts, offsets_E, None, x.shape[0], top_k, x.dtype)
+
+
+def beyond(*weights: Weight) -> bool:
+    """Return whether weights pass the kernels' limits: experts that a tile looks at, 32-bit places in a matrix."""
+    for E, *matrix in (w.shape for w in weights):
         if E > MAX_EXPERTS:
             warn_once(f"backend='triton' takes at most {MAX_EXPERTS} experts, not {E}: using 'grouped'")
             return True
-        if K * N >= 2**31:
-            warn_once(f"backend='triton' takes matrices below 2**31 numbers, not {K * N}: using 'grouped'")
+        if math.prod(matrix) >= 2**31:
+            warn_once(f"backend='triton' takes matrices below 2**31 numbers, not {math.prod(matrix)}: using 'grouped'")
             return True
     return False

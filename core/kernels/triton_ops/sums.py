@@ -37,6 +37,16 @@ def _(row_index_R, offsets_E, num_tokens):
     return torch.empty_like(row_index_R), row_index_R.new_empty(num_tokens + 1)
 
 
+def order_of(rows: RowIndex, num_tokens: int) -> tuple[Tensor | None, Tensor | None, int]:
+    """Return ``rows``, ``starts`` and ``top_k`` of ``sum_rows``; no rows where each token has one."""
+    index_R, offsets_E, inverse_N, top_k = rows
+    if index_R is None or (inverse_N is not None and top_k == 1):
+        return None, None, top_k or 0
+    if inverse_N is None or top_k is None:
+        return *rows_by_token(index_R, offsets_E, num_tokens), 0
+    return inverse_N, None, top_k
+
+
 def sum_rows(
     y_RD: Tensor,
     rows: Tensor,

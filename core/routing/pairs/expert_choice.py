@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ...contract import Evidence, Routing, RoutingContext, span
 from ...fields import Positive
-from ...kernels.eager import capacity as capacity_of
-from ...kernels.eager import count_experts, outside_autocast, whole_ratio
+from ...kernels.eager import capacity as capacity_of, count_experts, outside_autocast, whole_ratio
 from ..gates import LinearGate
 from ..router import LinearGateConfig, Router, Tokens
 from ..selection import Capacity

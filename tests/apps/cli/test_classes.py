@@ -28,7 +28,7 @@ def test_the_apps_classes_need_no_import():
 
 
 @pytest.mark.parametrize(
-    "part, name", [*(("model", n) for n in registry.MODULES), *(("data", n) for n in registry.DATA)]
+    "part, name", [*(("model", n) for n in registry.MODELS), *(("data", n) for n in registry.DATA)]
 )
 def test_every_model_and_data_is_named_shortly_in_yaml_and_by_flags(part, name):
     path = registry.full_path(name)

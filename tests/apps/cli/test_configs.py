@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import core
-from apps.cli.configs import differences, merge
+from apps.cli.configs import merge
 from apps.cli.errors import UsageError
 from apps.cli.request import Request
 from apps.cli.train import build
+from apps.registry import differences
 
 
 def test_a_configuration_that_came_along_is_taken_where_there_is_none_here(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,10 @@ def test_all_options_are_a_line_each_by_section(monkeypatch):
         assert noise not in text
     names = [line.split()[0] for line in lines if line.startswith("  --")]
     assert len(names) == len(set(names))
-    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in lines if line.startswith("  --")}
-    assert rows["--model.moe.router.top_k"] == ["2", "experts per token, K"]
-    assert rows["--model.optimizer.lr"] == ["0.001", "peak learning rate"]
+    rows = {line.split()[0]: re.split("  +", line.strip())[1:] for line in lines if line.startswith("  --")}
+    assert rows["--model.moe.router.top_k"] == ["2 (at least 1)", "experts per token, K"]
+    assert rows["--model.moe.router.score_func"][0] == "softmax (softmax, sigmoid, sqrt_softplus)"
+    assert rows["--model.optimizer.lr"] == ["0.001 (above 0)", "peak learning rate"]
     assert rows["--model.dropout"] == ["0.1", "probability"]
     assert rows["--trainer.enable_model_summary"][0] == "false"  # as our command line sets it
     assert "--model.num_classes" not in rows  # the data decide it
@@ -92,8 +94,8 @@ def test_help_of_what_is_not_there(capsys, argv, message):
 
 def test_options_of_a_config_are_listed_with_the_values_of_its_owner():
     options = {o.name: o.default for o in options_of(TinyModule, "m", {"moe": core.MoEConfig(6, core.Hash(9))})}
-    assert options["m.moe.num_experts"] == "6"
-    assert (options["m.moe.router"], options["m.moe.router.vocab_size"]) == ("Hash", "9")
+    assert options["m.moe.num_experts"] == "6 (at least 1)"
+    assert (options["m.moe.router"], options["m.moe.router.vocab_size"]) == ("Hash", "9 (at least 1)")
     assert {o.name for o in options_of(TinyData, "d")} == {"d.num_classes", "d.n", "d.batch_size", "d.num_workers"}
 
 

@@ -78,7 +78,7 @@ def test_a_model_without_a_page():
         exhibit_of(torch.nn.Linear(1, 1))
 
 
-@pytest.mark.parametrize("name", registry.MODULES)
+@pytest.mark.parametrize("name", registry.MODELS)
 def test_every_app_has_a_page(name):
     assert callable(exhibit_of(registry.resolve(name).__new__(registry.resolve(name))))
 

@@ -19,7 +19,7 @@ from apps.cli.configs import read_config
 from apps.demonstrate.command import data_of
 from apps.train.publish.exported import Description
 
-NAMES = (*registry.MODULES, *registry.DATA, *registry.TRAINER)
+NAMES = (*registry.MODELS, *registry.DATA, *registry.TRAINER)
 
 
 def earlier(path: str) -> str:

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from compared import CONFIG
-from own_net import CONFIG as OWN
-from own_net import SPARSIFY
+from own_net import CONFIG as OWN, SPARSIFY
 from PIL import Image
 
 import core

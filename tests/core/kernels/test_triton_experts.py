@@ -14,7 +14,7 @@ from fused import Operations, Severed
 
 import core
 from core.kernels import FFNWeights, RowIndex, eager, triton_ops
-from core.kernels.triton_ops import experts, gate, products, sort, tuning
+from core.kernels.triton_ops import gate, products, quantized, sort, tuning
 from core.kernels.triton_ops.tuning import Tile
 
 pytest.importorskip("triton")
@@ -298,7 +298,7 @@ def test_experts_of_another_dtype_than_the_tokens_are_refused():
 
 
 def test_more_experts_than_the_kernels_take_run_elsewhere_with_one_warning(monkeypatch):
-    monkeypatch.setattr(experts, "MAX_EXPERTS", 3)
+    monkeypatch.setattr(quantized, "MAX_EXPERTS", 3)
     monkeypatch.setattr(gate, "MAX_EXPERTS", 3)
     monkeypatch.setattr(sort, "MAX_BINS", 3)
     core.kernels.fallback._warn.cache_clear()

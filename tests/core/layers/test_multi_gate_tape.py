@@ -114,8 +114,8 @@ def test_figures_of_a_dense_gate_by_hand():
     assert stats.load_imbalance == pytest.approx(0.7 * 3)
     assert stats.dead_experts == 1
     assert stats.drop_rate == 0
-    # -(0.7 log 0.7 + 0.3 log 0.3) = 0.61086; exp of it is 1.842 experts of 3.
-    assert stats.utilisation == pytest.approx(1.842 / 3, abs=2e-4)
+    # -(0.7 log 0.7 + 0.3 log 0.3) = 0.61086, over log 3.
+    assert stats.load_entropy == pytest.approx(0.61086 / 1.098612, abs=1e-5)
     # Entropies 0.32508 and 0.69315, their mean over log 3.
     assert stats.entropy == pytest.approx(0.509117 / 1.098612, abs=1e-5)
 

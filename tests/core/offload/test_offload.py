@@ -8,7 +8,6 @@ import json
 import struct
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -261,15 +260,13 @@ def test_a_checkpoint_in_another_dtype_is_loaded_in_the_dtype_of_the_layer():
 class Remembering(core.experts.FFNExperts):
     """Has numbers that no checkpoint keeps."""
 
-    def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
-        super().__init__(num_experts, dim, hidden_dim, activation="relu")
+    def __init__(self, config: FFN, num_experts: int, dim: int, out_dim: int) -> None:
+        super().__init__(config, num_experts, dim, out_dim)
         self.register_buffer("memory", torch.ones(num_experts), persistent=False)
 
 
-@dataclass(frozen=True)
 class RememberingFFN(FFN):
-    def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> Remembering:
-        return Remembering(num_experts, dim, self.hidden_dim)
+    experts_class = Remembering
 
 
 def test_values_that_the_checkpoint_lacks_are_named():

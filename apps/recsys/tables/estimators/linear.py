@@ -72,8 +72,7 @@ class LogisticRegression(PerTask):
 
     def _model(self, kind: Kind, strength: float, y_N: np.ndarray) -> tuple[Any, np.ndarray]:
         """Return an untrained model of a kind of task, and the labels as it takes them."""
-        from sklearn.linear_model import LogisticRegression as Logistic
-        from sklearn.linear_model import PoissonRegressor, Ridge
+        from sklearn.linear_model import LogisticRegression as Logistic, PoissonRegressor, Ridge
 
         if isinstance(kind, Count):
             # Its loss is a mean over the rows, where logistic regression's is a sum.

@@ -9,8 +9,7 @@ import pyarrow.parquet
 import pytest
 from made_sources import ADULT, check_config, write_adult
 
-from apps.recsys.readers.adult import COLUMNS as ADULT_COLUMNS
-from apps.recsys.readers.adult import read_adult
+from apps.recsys.readers.adult import COLUMNS as ADULT_COLUMNS, read_adult
 
 
 def test_adult_of_the_archive_and_of_the_parquet_file_are_the_same(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from made_sources import CENSUS, census_line, check_config, write, write_census
 
-from apps.recsys.readers.census import COLUMNS as CENSUS_COLUMNS
-from apps.recsys.readers.census import read_census_income
+from apps.recsys.readers.census import COLUMNS as CENSUS_COLUMNS, read_census_income
 
 
 @pytest.mark.parametrize("names", [CENSUS, ("census-income.data", "census-income.test")])

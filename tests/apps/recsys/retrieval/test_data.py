@@ -4,8 +4,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 import torch
-from made_pairs import FILMS, ROWS, TABLE, made_pairs, retriever
-from made_pairs import columns as made_columns
+from made_pairs import FILMS, ROWS, TABLE, columns as made_columns, made_pairs, retriever
 from own_table import by_row
 from torch.testing import assert_close
 

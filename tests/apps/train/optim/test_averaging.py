@@ -151,7 +151,7 @@ def test_a_new_run_in_the_folder_does_not_average_the_old_one(config, run):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"average_last": 0}, "average_last=0 must be at least 1"),
+        ({"average_last": 0}, "average_last=0 is not at least 1"),
         ({"average_last": 3, "ema_decay": 0.9}, r"average_last=3 with ema_decay=0\.9: the weights have one average"),
     ],
 )

@@ -220,10 +220,10 @@ def test_models_that_do_not_fit_are_refused(tmp_path, callback, moe, options, me
 
 def test_values_out_of_range_and_a_training_without_an_end_are_refused(tmp_path):
     for kind, options, message in (
-        (ExpertAveraging, {"share": 0.0}, r"share=0\.0 must lie in \(0, 1\]"),
-        (ExpertAveraging, {"until": 1.5}, r"until=1\.5 must lie in \(0, 1\]"),
-        (SharedStart, {"mask": 1.0}, r"mask=1\.0 must lie in \[0, 1\)"),
-        (GrowingTopK, {"start": 0}, "start=0 must be at least 1"),
+        (ExpertAveraging, {"share": 0.0}, r"share=0\.0 is not in \(0, 1\]"),
+        (ExpertAveraging, {"until": 1.5}, r"until=1\.5 is not in \(0, 1\]"),
+        (SharedStart, {"mask": 1.0}, r"mask=1\.0 is not in \[0, 1\)"),
+        (GrowingTopK, {"start": 0}, "start=0 is not at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             kind(**options)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import apps
 from apps.train.cost.quantizing import form_of, quantise
+from apps.train.step.adapted import adapt_linears
 from apps.train.step.module import SparseModule
 from apps.vision.module import VisionClassifier
 
@@ -101,7 +102,7 @@ def test_an_adapted_model_returns_with_its_updates(digits, tmp_path):
     from core.config.plain import to_plain
 
     updates = to_plain(MOE, type(MOE)) | {"expert": {"class_path": "core.LoRA", "init_args": {"rank": 2}}}
-    digits.adapt_linears({"adapted": {"moe": updates, "modules": ["model.blocks.0.attn.qkv"]}})
+    adapt_linears(digits, {"adapted": {"moe": updates, "modules": ["model.blocks.0.attn.qkv"]}})
     digits.save_pretrained(tmp_path / "folder")
     again = apps.load(tmp_path / "folder")
     assert same(dict(again.state_dict()), dict(digits.state_dict()))

@@ -1,17 +1,19 @@
-"""Checks of a config and a layer's state, written and read again: those of routers and of experts."""
+"""Checks of layers of any router and of any experts: saved, compiled, by every backend, and without chance."""
 
 from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import pickle
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from ..config import MoEConfig
-from .check import Checks, hold
+from .check import Checks, hold, same_step, step
 from .expert_case import ExpertCase
 from .router_case import RouterCase
 
@@ -65,3 +67,46 @@ def _(case: RouterCase | ExpertCase) -> None:
             hold(largest <= 10 * before, f"{name} has {largest:.2g} where a new layer has {before:.2g} at most")
         else:
             hold(torch.equal(value, start), f"{name} is not as in a new layer")
+
+
+@CHECKS.keeps("every backend gives the oracle's output and gradients", lambda c: c.has("backend"))
+def _(case: RouterCase | ExpertCase) -> None:
+    for training, backend in itertools.product((False, True), ("cpu", "grouped")):
+        options: dict[str, Any] = {"training": training, "balance": case.balance()}
+        expected = step(case.layer(backend="eager", **options), *case.padded())
+        try:
+            same_step(step(case.layer(backend=backend, **options), *case.padded()), expected)
+        except AssertionError as error:
+            raise AssertionError(f"backend={backend!r}, training={training}: {error}") from None
+
+
+@CHECKS.keeps("torch.compile goes through without a graph break, to the same step")
+def _(case: RouterCase | ExpertCase) -> None:
+    for training in (True, False):
+        torch.compiler.reset()
+        layer = case.layer(training=training, balance=case.balance())
+        x, context = case.padded()
+        expected = step(layer, x, context)
+        try:
+            same_step(step(layer, x, context, run=torch.compile(layer, backend="eager", fullgraph=True)), expected)
+        finally:
+            torch.compiler.reset()
+
+
+@CHECKS.keeps("nothing is random in evaluation")
+def _(case: RouterCase | ExpertCase) -> None:
+    layer = case.layer()
+    x, context = case.padded()
+    before = torch.random.get_rng_state()
+    first = layer(x, context)
+    hold(torch.equal(torch.random.get_rng_state(), before), "a forward in evaluation draws random numbers")
+    torch.manual_seed(case.seed + 1)
+    hold(torch.equal(layer(x, context), first), "two forwards in evaluation differ")
+
+
+@CHECKS.keeps("the same seed gives the same training step")
+def _(case: RouterCase | ExpertCase) -> None:
+    layer = case.layer(training=True, balance=case.balance())
+    first, second = (step(layer, *case.padded()) for _ in range(2))
+    for name, value in first.items():
+        hold(torch.equal(second[name], value), f"{name} differs")

@@ -1,0 +1,41 @@
+"""The parts that a model has to have for a checkpoint's tensors: updates beside linear layers, quantised experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import core
+from apps.train.cost.quantizing import form_of, quantise
+from core.config.plain import from_plain
+
+
+def take_form(module: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Make the parts of a ``SparseModule`` that a checkpoint's tensors are of.
+
+    Raises:
+        ValueError: as ``adapt_linears``, and as ``quantise``.
+    """
+    adapt_linears(module, checkpoint)
+    form = checkpoint.get("quantized")
+    if form is not None and form_of(module) is None:
+        quantise(module, str(form))
+
+
+def adapt_linears(module: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Freeze the model and put the updates beside its linear layers that a checkpoint's ``adapted`` names.
+
+    Nothing happens where it names none, or the updates are there. Their tensors are part of the ``state_dict``.
+
+    Args:
+        module: a ``SparseModule``.
+        checkpoint: contents, whose ``adapted`` has ``moe``, a ``core.MoEConfig`` as plain values, and ``modules``,
+            the patterns of ``core.adapt``.
+
+    Raises:
+        ValueError: as ``core.adapt``, or the values are no such config.
+    """
+    adapted = checkpoint.get("adapted")
+    if adapted is not None and module.adapted is None:
+        core.adapt(module, from_plain(adapted["moe"], core.MoEConfig, "adapted.moe"), adapted["modules"])
+        module.adapted = adapted
