@@ -105,9 +105,6 @@ class RecommenderReport(Report):
         config: the options.
     """
 
-    def __init__(self, config: RecommenderReportConfig) -> None:
-        self.config = config
-
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         features: Any = getattr(pl_module, "features", None)
         if self.config.gate_feature is not None and features is not None:
