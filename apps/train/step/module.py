@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -123,7 +123,7 @@ class SparseModule(BalancedModule, HubModule):
     report: Any = None
     """Options of the test's report; None: there is none."""
 
-    reporter: ClassVar[Callable[[Any], Callback]]
+    reporter: ClassVar[type[Any]]
     """The callback that ``report`` holds the options of."""
 
     reports: bool = True
