@@ -54,8 +54,8 @@ class GivenInputs(Checked):
 
     images: str | None = None
     predict_file: str | None = None
-    query: tuple[str, ...] | str | None = None
-    query_image: tuple[str, ...] | str | None = None
+    query: tuple[str, ...] | list[str] | str | None = None
+    query_image: tuple[str, ...] | list[str] | str | None = None
     top: Count | None = None
     index: str | None = None
     on_bad_image: OnBadImage = "skip"
@@ -96,7 +96,7 @@ class GivenInputs(Checked):
     def queries(self) -> tuple[str, ...]:
         """The texts, or the paths of the images, to search by."""
         value = self.query if self.query_image is None else self.query_image
-        return (value,) if isinstance(value, str) else value or ()
+        return (value,) if isinstance(value, str) else tuple(value or ())
 
     @property
     def folder(self) -> Path:
