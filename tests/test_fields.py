@@ -51,6 +51,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "SparsifyConfig": {"modules": "mlp", "moe": core.MoEConfig(8)},
     "Stable": {"vocab_size": 7},
     "Task": {"num_tasks": 3},
+    "TaskConfig": {"column": "bought"},
 }
 ABSTRACT = {"MultiGateConfig", "ImagePart", "TextPart", "Start"}
 
@@ -75,7 +76,7 @@ def rules(hint: Any, place: Any = ()) -> Iterator[tuple[Any, Any, tuple[Any, ...
 def around(rule: Any, kind: Any) -> tuple[list[Any], list[Any]]:
     """Return values that break a rule, the nearest to it among them, and the outermost values that keep it."""
     if isinstance(rule, Length):
-        return [(1,) * int(rule.low - 1)], []
+        return ["" if kind is str else (1,) * int(rule.low - 1)], []
     if isinstance(rule, OneOf):
         return ["no such name"], list(rule.names)
     below, above = (-1, 1) if kind is int else (-math.inf, math.inf)

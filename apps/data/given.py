@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,9 @@ TargetKind = Literal["binary", "regression", "count", "ordinal", "multiclass"]
 
 NUMBERS: tuple[TargetKind, ...] = ("regression", "count")
 """Kinds that are numbers, without levels or classes."""
+
+EXPERTS = {"num_experts": 8, "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 2}}}
+"""The experts of a model of given data: each token takes 2 of 8."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,11 @@ class GivenConfig:
 
     config: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, notes: Iterable[str], trainer: Mapping[str, Any], **sections: tuple[str, Mapping[str, Any]]
+    ) -> GivenConfig:
+        """Return the configuration of a ``model`` and ``data``, each a class and its arguments."""
+        named = {name: {"class_path": kind, "init_args": own} for name, (kind, own) in sections.items()}
+        return cls({**named, "trainer": trainer}, tuple(notes))

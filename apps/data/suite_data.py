@@ -65,8 +65,8 @@ class SuiteData(LightningDataModule):
     def __init__(
         self,
         dataset: str,
-        root: str | None,
-        cache_dir: str | None,
+        root: str | None = None,
+        cache_dir: str | None = None,
         *,
         batch_size: int | None = None,
         eval_batch_size: int | None = None,

@@ -111,7 +111,6 @@ class ExampleDifference:
         low, high: its 95 % interval over other examples of the same kind.
         p: probability of such a difference between equal systems.
         method: the statistical method, in a few words.
-        is_part: True for a part of the examples, which a comparison leaves out on the screen.
         over: kind of the examples, such as "test sentences".
     """
 
@@ -121,7 +120,6 @@ class ExampleDifference:
     high: float
     p: float
     method: str
-    is_part: bool = False
     over: str = "test examples"
 
 

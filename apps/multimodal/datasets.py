@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from apps.data.datasets import Dataset, register
 from apps.data.sources import Made
@@ -28,6 +29,7 @@ class PairDataset(Dataset):
 
     app: str = "multimodal"
     image_size: int = 224
+    in_chans: ClassVar[int] = 3
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     attributes: tuple[str, ...] = ()

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
@@ -61,6 +60,7 @@ class ImageTextRetriever(SparseModule, Comparable):
         ValueError: a value out of its range, or parts that do not fit together.
     """
 
+    reporter = PairReport
     model_kind = ModelKind(
         "a model of images with texts",
         'model.predict(["image.png"], ["a text", "another text"])',
@@ -178,9 +178,6 @@ class ImageTextRetriever(SparseModule, Comparable):
     def shown_metrics(self) -> tuple[str, ...]:
         others = [f"recall_{k}" for k in KS if k != self.recall_at]
         return (*others, *(("macro_f1",) if self.attribute_head is not None else ()))
-
-    def report_callbacks(self) -> list[Callback]:
-        return [] if self.report is None else [PairReport(self.report)]
 
     # ---- predictions
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apps.data.given import GivenConfig, GivenData
+from apps.data.given import EXPERTS, GivenConfig, GivenData
 from apps.multimodal.datasets import PAIR_DATASETS
 from apps.multimodal.readers.rows import as_texts, kind_of, rows_of, tables_in
 from apps.multimodal.readers.tables import SPLIT_NAMES
@@ -59,7 +59,7 @@ def config_for(given: GivenData) -> GivenConfig | None:
     for name, dataset in PAIR_DATASETS.items():
         if path.is_dir() and not dataset.is_table and not dataset.made and dataset.missing(path) is None:
             options = {"dataset": name, "root": str(path), "image_size": 64}
-            return GivenConfig(_config(options, 64, 10_000), (f"The folder holds {name}: {dataset.title}.",))
+            return _config(options, 64, 10_000, f"The folder holds {name}: {dataset.title}.")
     table = _table(path)
     if table is None:
         return None
@@ -82,8 +82,8 @@ def config_for(given: GivenData) -> GivenConfig | None:
         "image_size": size,
     }
     split = f"column {columns.split!r} says the split" if columns.split else "no caption is in two splits"
-    notes = (f"{num_rows:,} rows of images ({columns.image!r}) and texts ({columns.caption!r}); {split}.",)
-    return GivenConfig(_config(options, size, num_rows), notes)
+    note = f"{num_rows:,} rows of images ({columns.image!r}) and texts ({columns.caption!r}); {split}."
+    return _config(options, size, num_rows, note)
 
 
 def _table(path: Path) -> Path | None:
@@ -148,45 +148,34 @@ def _pattern(values: Sequence[str], files: Sequence[Path]) -> tuple[str, int]:
     return best
 
 
-def _config(data: Mapping[str, Any], size: int, num_rows: int) -> dict[str, Any]:
+def _config(own: Mapping[str, Any], size: int, num_rows: int, *notes: str) -> GivenConfig:
     """Return four blocks of width 96 over 64 patches; two of them have 8 experts, of which a token takes 2."""
     steps = math.ceil(0.8 * num_rows / 128)
-    return {
-        "model": {
-            "class_path": "ImageTextRetriever",
-            "init_args": {
-                "tower": {
-                    "class_path": "SingleTower",
-                    "init_args": {"width": 96, "depth": 4, "num_heads": 4, "hidden_dim": 192, "patch_size": size // 8},
-                },
-                "dim": 96,
-                "moe": {
-                    "num_experts": 8,
-                    "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 2}},
-                    "expert": {"class_path": "core.FFN", "init_args": {"hidden_dim": 192}},
-                    "balance": {
-                        "num_modalities": 2,
-                        "local_entropy": 0.01,
-                        "local_entropy_modality": 1,
-                        "global_entropy": 0.02,
-                    },
-                },
-                "moe_blocks": "every2",
-                "optimizer": {"name": "muon", "lr": 5.0e-3, "weight_decay": 0.05, "warmup": 0.1},
+    model = {
+        "tower": {
+            "class_path": "SingleTower",
+            "init_args": {"width": 96, "depth": 4, "num_heads": 4, "hidden_dim": 192, "patch_size": size // 8},
+        },
+        "dim": 96,
+        "moe": {
+            **EXPERTS,
+            "expert": {"class_path": "core.FFN", "init_args": {"hidden_dim": 192}},
+            "balance": {
+                "num_modalities": 2,
+                "local_entropy": 0.01,
+                "local_entropy_modality": 1,
+                "global_entropy": 0.02,
             },
         },
-        "data": {
-            "class_path": "ImageTextData",
-            "init_args": {
-                **{name: value for name, value in data.items() if value is not None},
-                "tokenizer": {"vocab_size": 1000 if num_rows < 5000 else 2000},
-                "attributes": [],
-                "batch_size": 128,
-                "random_resized_crop": 0.7,
-            },
-        },
-        "trainer": {
-            "max_epochs": min(max(math.ceil(_STEPS / steps), 10), 60),
-            "gradient_clip_val": 1.0,
-        },
+        "moe_blocks": "every2",
+        "optimizer": {"name": "muon", "lr": 5.0e-3, "weight_decay": 0.05, "warmup": 0.1},
     }
+    data = {
+        **{name: value for name, value in own.items() if value is not None},
+        "tokenizer": {"vocab_size": 1000 if num_rows < 5000 else 2000},
+        "attributes": [],
+        "batch_size": 128,
+        "random_resized_crop": 0.7,
+    }
+    trainer = {"max_epochs": min(max(math.ceil(_STEPS / steps), 10), 60), "gradient_clip_val": 1.0}
+    return GivenConfig.of(notes, trainer, model=("ImageTextRetriever", model), data=("ImageTextData", data))

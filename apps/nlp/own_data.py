@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from apps.data.given import GivenConfig, GivenData
+from apps.data.given import EXPERTS, GivenConfig, GivenData
 from apps.data.text_files import COMPRESSED, text_lines
 
 LEAST_LINES = 200
@@ -45,7 +45,7 @@ def config_for(given: GivenData) -> GivenConfig | None:
         if not link.is_symlink():
             os.symlink(path.resolve(), link)
     notes = (f"{counts[0]:,} pairs of lines, {languages[0]} to {languages[1]}; a tenth is held out for the test.",)
-    return GivenConfig(_config(folder, f"{languages[0]}-{languages[1]}", counts[0]), notes)
+    return _config(folder, f"{languages[0]}-{languages[1]}", counts[0], notes)
 
 
 def _language(path: Path) -> str | None:
@@ -54,37 +54,27 @@ def _language(path: Path) -> str | None:
     return None if match is None or match[1].lower() == "txt" else match[1]
 
 
-def _config(folder: Path, pair: str, num_lines: int) -> dict[str, Any]:
+def _config(folder: Path, pair: str, num_lines: int, notes: Sequence[str]) -> GivenConfig:
     """Return 2 + 2 layers of width 128; one of each stack has 8 experts, of which a token takes 2."""
-    return {
-        "model": {
-            "class_path": "Translator",
-            "init_args": {
-                "transformer": {"size": "tiny", "encoder_layers": 2, "decoder_layers": 2, "dropout": 0.1},
-                "moe": {
-                    "num_experts": 8,
-                    "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 2}},
-                    "expert": {"class_path": "core.FFN", "init_args": {"hidden_dim": 128, "activation": "relu"}},
-                },
-                "encoder_moe_blocks": "every2",
-                "decoder_moe_blocks": "every2",
-                "label_smoothing": 0.1,
-                "optimizer": {"lr": 2.0e-3, "betas": [0.9, 0.98], "weight_decay": 0.01, "warmup": 0.1},
-            },
-        },
-        "data": {
-            "class_path": "TranslationData",
-            "init_args": {
-                "dataset": "moses",
-                "root": str(folder),
-                "pairs": [pair],
-                "train_files": "lines",
-                "val_size": min(1000, num_lines // 20),
-                "test_size": min(2000, num_lines // 10),
-                "tokenizer": {"vocab_size": 1000 if num_lines < 5000 else 2000 if num_lines < 20000 else 4000},
-                "max_length": 64,
-                "tokens_per_batch": 1024,
-            },
-        },
-        "trainer": {"max_epochs": _EPOCHS, "gradient_clip_val": 1.0},
+    expert = {"class_path": "core.FFN", "init_args": {"hidden_dim": 128, "activation": "relu"}}
+    model = {
+        "transformer": {"size": "tiny", "encoder_layers": 2, "decoder_layers": 2, "dropout": 0.1},
+        "moe": {**EXPERTS, "expert": expert},
+        "encoder_moe_blocks": "every2",
+        "decoder_moe_blocks": "every2",
+        "label_smoothing": 0.1,
+        "optimizer": {"lr": 2.0e-3, "betas": [0.9, 0.98], "weight_decay": 0.01, "warmup": 0.1},
     }
+    data = {
+        "dataset": "moses",
+        "root": str(folder),
+        "pairs": [pair],
+        "train_files": "lines",
+        "val_size": min(1000, num_lines // 20),
+        "test_size": min(2000, num_lines // 10),
+        "tokenizer": {"vocab_size": 1000 if num_lines < 5000 else 2000 if num_lines < 20000 else 4000},
+        "max_length": 64,
+        "tokens_per_batch": 1024,
+    }
+    trainer = {"max_epochs": _EPOCHS, "gradient_clip_val": 1.0}
+    return GivenConfig.of(notes, trainer, model=("Translator", model), data=("TranslationData", data))

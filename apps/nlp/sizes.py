@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from torch import Tensor
+
 import core
 from apps.data.subwords import Subwords
-from apps.task import Missing, Sizes
+from apps.nlp.specialisation import tokens
+from apps.task import Missing, Sizes, Task
 from core.fields import Length
 
 
@@ -24,11 +27,20 @@ class Vocabulary(Subwords):
         return self.num_ids
 
 
-def text_arguments(given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """Return subwords of a number that is given, and pairs of languages where they are given."""
-    size = sizes.option("tokenizer", "vocab_size")
-    if size is None:
-        raise Missing("the vocabulary's size comes from the data: give --data.tokenizer.vocab_size N")
-    texts: dict[str, Any] = {"subwords": Vocabulary(num_ids=int(size))}
-    pairs = sizes.option("pairs") or given.get("pairs")
-    return {**texts, "pairs": tuple(pairs)} if pairs is not None else texts
+class TextTask(Task):
+    """A use of a model of texts."""
+
+    @classmethod
+    def data_arguments(cls, given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+        """Return subwords of a number that is given, and pairs of languages where they are given."""
+        size = sizes.option("tokenizer", "vocab_size")
+        if size is None:
+            raise Missing("the vocabulary's size comes from the data: give --data.tokenizer.vocab_size N")
+        texts: dict[str, Any] = {"subwords": Vocabulary(num_ids=int(size))}
+        pairs = sizes.option("pairs") or given.get("pairs")
+        return {**texts, "pairs": tuple(pairs)} if pairs is not None else texts
+
+    @classmethod
+    def tokens(cls, model: Any, entry: Any, batch: Any) -> Mapping[str, Tensor]:
+        """Return the subwords and the sentences; the batch is the language pair of each sentence."""
+        return tokens(entry, batch)

@@ -185,8 +185,6 @@ class TextUse(ExpertUse):
 
 def tokens(entry: Any, pair_B: Tensor) -> dict[str, Tensor]:
     """Return the subword of each token of a pass, as "source" or "target", and the number of each sentence."""
-    if entry.context is None or entry.context.token_ids_BS is None:
-        raise ValueError(f"layer {entry.name!r} was not given the ids of its tokens")
     return {side_of(entry.name): entry.context.token_ids_BS.flatten(), "sentence": torch.arange(len(pair_B))}
 
 

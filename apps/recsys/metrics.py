@@ -66,12 +66,8 @@ class MultiTaskMetrics(SyncedMetric):
         super().__init__()
         names = tuple(task_names)
         self.outputs = Outputs((Target(),) * len(names)) if outputs is None else outputs
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"task_names={names} must be different names, at least one")
         if score_bins is not None and score_bins < 2:
             raise ValueError(f"score_bins={score_bins} must be at least 2")
-        if score_bins is not None and grouped:
-            raise ValueError(f"score_bins={score_bins}: metrics by user need the exact form (score_bins=None)")
         if score_bins is not None and not self.outputs.all_binary:
             raise ValueError(
                 f"score_bins={score_bins}: tasks that are not binary need the exact form (score_bins=None)"
@@ -115,13 +111,6 @@ class MultiTaskMetrics(SyncedMetric):
         Raises:
             ValueError: shapes that do not fit each other.
         """
-        t = len(self.task_names)
-        if outputs.shape[1:] != (self.outputs.width,) or targets.shape != (len(outputs), t):
-            shapes = f"outputs {tuple(outputs.shape)}, targets {tuple(targets.shape)}"
-            rule = "both must be" if self.outputs.width == t else f"they must be (B, {self.outputs.width}) and"
-            raise ValueError(f"metrics of {t} tasks got {shapes}: {rule} (B, {t})")
-        if groups is not None and groups.shape != outputs.shape[:1]:
-            raise ValueError(f"groups {tuple(groups.shape)} must have one entry for each of {len(outputs)} examples")
         if self.score_bins is not None:
             self._count(outputs.detach().float(), targets.detach())
             return
@@ -227,12 +216,7 @@ def target_ranks(scores_BI: Tensor, target_B: Tensor) -> Tensor:
     Raises:
         ValueError: a target that is no item, or shapes that do not fit.
     """
-    if scores_BI.ndim != 2 or target_B.shape != scores_BI.shape[:1]:
-        raise ValueError(f"scores {tuple(scores_BI.shape)} and targets {tuple(target_B.shape)} must be (B, I) and (B,)")
     num_items = scores_BI.shape[1]
-    outside_B = (target_B < 0) | (target_B >= num_items)
-    if bool(outside_B.any()):
-        raise ValueError(f"target {int(target_B[outside_B][0])} is not one of {num_items} items, 0 to {num_items - 1}")
     return num_items - (scores_BI < scores_BI.gather(1, target_B[:, None])).sum(1)
 
 
@@ -258,8 +242,6 @@ class RankingMetrics(SyncedMetric):
     def __init__(self, ks: Sequence[int] = (10, 20)) -> None:
         super().__init__()
         self.ks = tuple(ks)
-        if not self.ks or any(k < 1 for k in self.ks):
-            raise ValueError(f"ks={self.ks} must be numbers of at least 1")
         self.add_state("hits", torch.zeros(len(self.ks), dtype=torch.int64), "sum")
         self.add_state("gains", torch.zeros(len(self.ks), dtype=torch.float64), "sum")
         self.add_state("reciprocal_sum", torch.zeros((), dtype=torch.float64), "sum")

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from apps.base.files import replacing
 from apps.base.messages import excerpt, one_line, some
-from apps.data.given import NUMBERS, GivenConfig, GivenData
+from apps.data.given import EXPERTS, NUMBERS, GivenConfig, GivenData
 from apps.recsys.encoding.categories import as_list, is_list
 from apps.recsys.encoding.numbers import is_text
 from apps.recsys.readers.user_tables import find_files, opened
@@ -88,7 +88,7 @@ def config_for(given: GivenData) -> GivenConfig | None:
     used += [f"left out: {', '.join(left_out)}"] if left_out else []
     notes.append(f"Columns: {'; '.join(used)}.")
     notes += [f"Rows are split by {kind}: {column}." for kind, column in split.items()]
-    return GivenConfig(_config(path, roles, split, kind, len(label)), tuple(notes))
+    return _config(path, roles, split, kind, len(label), notes)
 
 
 def _files(path: Path) -> list[Path]:
@@ -274,46 +274,31 @@ def _are_lists(column: pa.ChunkedArray) -> bool:
     return 2 * len(lists) > len(values) and 2 * len(set(flat)) <= len(flat)
 
 
-def _config(path: Path, roles: dict[str, list[str]], split: dict[str, str], kind: str, num_rows: int) -> dict[str, Any]:
+def _config(
+    path: Path, roles: dict[str, list[str]], split: dict[str, str], kind: str, num_rows: int, notes: Sequence[str]
+) -> GivenConfig:
     """Return 8 experts of width 32, of which a row takes 2, and as many epochs as give 1,500 steps, within limits."""
     num_train = round(num_rows * 0.75 * 0.85)
     batch_size = 2 ** min(max(math.floor(math.log2(max(num_train / 16, 1))), 5), 9)
     steps = math.ceil(num_train / batch_size)
     by = next(iter(split), "random")
     stratify = None if split or kind in NUMBERS else TARGET
-    return {
-        "model": {
-            "class_path": "MultiTaskRecommender",
-            "init_args": {
-                "shared": {
-                    "class_path": "core.MMoE",
-                    "init_args": {
-                        "num_experts": 8,
-                        "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 2}},
-                        "expert": {"class_path": "core.MLP", "init_args": {"hidden_dims": [32]}},
-                        "balance": {"load_balancing": 0.01, "router_z": 0.001},
-                    },
-                },
-                "embedding": {"dim": 8},
-                "dense": {"kind": "normalize"},
-                "head": {"hidden_dims": [8], "activation": "silu"},
-                "optimizer": {"lr": 2.0e-3, "weight_decay": 0.01, "warmup": 0.05, "fused": True},
-            },
-        },
-        "data": {
-            "class_path": "TableData",
-            "init_args": {
-                "dataset": "table",
-                "train_file": str(path),
-                "table": {
-                    **roles,
-                    **split,
-                    "left_out": [f"{column}_days" for column in split.values() if column in roles["timestamps"]],
-                    "tasks": {TARGET: {"column": TARGET, "kind": kind}},
-                    "split": {"kind": by, "val": 0.15, "test": 0.25, "stratify": stratify},
-                },
-                "batch_size": batch_size,
-            },
-        },
-        "trainer": {"max_epochs": min(max(math.ceil(_STEPS / steps), 5), 40)},
+    expert = {"class_path": "core.MLP", "init_args": {"hidden_dims": [32]}}
+    gates = {**EXPERTS, "expert": expert, "balance": {"load_balancing": 0.01, "router_z": 0.001}}
+    model = {
+        "shared": {"class_path": "core.MMoE", "init_args": gates},
+        "embedding": {"dim": 8},
+        "dense": {"kind": "normalize"},
+        "head": {"hidden_dims": [8], "activation": "silu"},
+        "optimizer": {"lr": 2.0e-3, "weight_decay": 0.01, "warmup": 0.05, "fused": True},
     }
+    table = {
+        **roles,
+        **split,
+        "left_out": [f"{column}_days" for column in split.values() if column in roles["timestamps"]],
+        "tasks": {TARGET: {"column": TARGET, "kind": kind}},
+        "split": {"kind": by, "val": 0.15, "test": 0.25, "stratify": stratify},
+    }
+    data = {"dataset": "table", "train_file": str(path), "table": table, "batch_size": batch_size}
+    trainer = {"max_epochs": min(max(math.ceil(_STEPS / steps), 5), 40)}
+    return GivenConfig.of(notes, trainer, model=("MultiTaskRecommender", model), data=("TableData", data))

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from apps.base.checks import check_at_least, check_name
+from apps.base.checks import check_name
 from apps.data.given import NUMBERS, TargetKind
+from core.fields import Bounds, Checked, Count, Length, Positive, ShareBelowOne
 
 SplitKind = Literal["given", "random", "user", "group", "time", "leave_last_out"]
 TaskLoss = Literal["squared", "absolute", "weighted_logistic"]
-NegativesKind = Literal["rows", "items"]
-ItemDistribution = Literal["uniform", "frequency"]
+Seed = Annotated[int, Bounds(0, 2**32 - 1, "[]")]
+"""A seed of numpy's ``RandomState``."""
+_NumRows = Annotated[int, Bounds(2, why="row 0 is for unseen values")]
 
 
 @dataclass(frozen=True)
-class TaskConfig:
+class TaskConfig(Checked):
     """One label. A row without a value has no label for the task: it counts in no loss and no metric of it.
 
     - "binary": yes or no, which ``positive`` or ``at_least`` tell from the column's values.
@@ -44,7 +45,7 @@ class TaskConfig:
     """
 
     column: str
-    positive: tuple[str | bool | int | float, ...] | None = None
+    positive: Annotated[tuple[str | bool | int | float, ...], Length(1)] | None = None
     at_least: float | None = None
     kind: TargetKind = "binary"
     loss: TaskLoss | None = None
@@ -52,23 +53,17 @@ class TaskConfig:
     mask: str | None = None
 
     def __post_init__(self) -> None:
-        check_name("kind", self.kind, get_args(TargetKind))
-        if self.kind != "binary":
-            for name in ("positive", "at_least"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"task of column {self.column!r}: {name} is for kind 'binary', not {self.kind!r}")
-        if self.loss is not None:
-            if self.kind != "regression":
-                raise ValueError(f"task of column {self.column!r}: loss is for kind 'regression', not {self.kind!r}")
-            check_name("loss", self.loss, get_args(TaskLoss))
+        super().__post_init__()
+        of_kind = {"positive": "binary", "at_least": "binary", "loss": "regression"}
+        for name, kind in of_kind.items():
+            if getattr(self, name) is not None and self.kind != kind:
+                raise ValueError(f"task of column {self.column!r}: {name} is for kind {kind!r}, not {self.kind!r}")
         if self.positive is not None and self.at_least is not None:
             raise ValueError(f"task of column {self.column!r}: positive and at_least exclude each other")
-        if self.positive is not None and not self.positive:
-            raise ValueError(f"task of column {self.column!r}: positive=() names no value")
 
 
 @dataclass(frozen=True)
-class SplitConfig:
+class SplitConfig(Checked):
     """A rule for which rows train, validate and test.
 
     Splits that have files of their own are kept; ``kind`` says how the others are drawn from the training file.
@@ -90,30 +85,27 @@ class SplitConfig:
             ``column`` without "group" or the reverse.
     """
 
+    prefix = "split."
+
     kind: SplitKind = "random"
-    val: float = 0.1
-    test: float = 0.1
+    val: ShareBelowOne = 0.1
+    test: ShareBelowOne = 0.1
     stratify: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     column: str | None = None
 
     def __post_init__(self) -> None:
-        check_name("split.kind", self.kind, get_args(SplitKind))
-        for name in ("val", "test"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"split.{name}={getattr(self, name)} must be a share, at least 0 and below 1")
+        super().__post_init__()
         if self.stratify is not None and self.kind not in ("given", "random"):
             raise ValueError(f"split.stratify={self.stratify!r} is for kind 'given' or 'random', not {self.kind!r}")
         if (self.column is not None) != (self.kind == "group"):
             raise ValueError(
                 f"split.column={self.column!r} names the groups of kind 'group', and kind is {self.kind!r}"
             )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"split.seed={self.seed} must be 0 to {2**32 - 1}")
 
 
 @dataclass(frozen=True)
-class SequenceConfig:
+class SequenceConfig(Checked):
     """A column of the last items of a row's user, the oldest first.
 
     Attributes:
@@ -126,14 +118,11 @@ class SequenceConfig:
     """
 
     items: str | None = None
-    length: int = 50
-
-    def __post_init__(self) -> None:
-        check_at_least(1, length=self.length)
+    length: Count = 50
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Checked):
     """A column of text, such as a title, which a frozen sentence encoder makes a column of vectors.
 
     Attributes:
@@ -146,14 +135,11 @@ class TextConfig:
     """
 
     encoder: str | None = None
-    max_tokens: int = 64
-
-    def __post_init__(self) -> None:
-        check_at_least(3, max_tokens=self.max_tokens)
+    max_tokens: Annotated[int, Bounds(3)] = 64
 
 
 @dataclass(frozen=True)
-class TableConfig:
+class TableConfig(Checked):
     """The columns of a table by role. A column that has none is not read.
 
     Attributes:
@@ -193,10 +179,10 @@ class TableConfig:
     domain: str | None = None
     user: str | None = None
     time: str | None = None
-    hash_rows: Mapping[str, int] = field(default_factory=dict)
-    num_rows: Mapping[str, int] = field(default_factory=dict)
-    min_count: int = 1
-    separator: str = "|"
+    hash_rows: Mapping[str, _NumRows] = field(default_factory=dict)
+    num_rows: Mapping[str, _NumRows] = field(default_factory=dict)
+    min_count: Count = 1
+    separator: Annotated[str, Length(1)] = "|"
     split: SplitConfig = SplitConfig()
     vectors: tuple[str, ...] = ()
     weight: str | None = None
@@ -207,6 +193,7 @@ class TableConfig:
     texts: Mapping[str, TextConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_roles()
         self._check_options()
         self._check_split()
@@ -307,18 +294,13 @@ class TableConfig:
         own_values = (c for c, sequence in self.sequences.items() if sequence.items is None)
         with_table = (*self.categorical, *self.multi_valued, *own_values)
         for option in _SIZES:
-            for column, rows in getattr(self, option).items():
+            for column in getattr(self, option):
                 if column not in with_table:
                     near = nearest(column, with_table)
                     raise ValueError(f"{option} names {column!r}, which is not a categorical feature{near}")
-                if rows < 2:
-                    raise ValueError(f"{option}[{column!r}]={rows} must be at least 2: row 0 is for unseen values")
         for column in self.hash_rows:
             if column in self.num_rows:
                 raise ValueError(f"column {column!r} has both hash_rows and num_rows")
-        check_at_least(1, min_count=self.min_count)
-        if not self.separator:
-            raise ValueError("separator='' must not be empty")
 
     def _check_split(self) -> None:
         kind = self.split.kind
@@ -333,7 +315,7 @@ class TableConfig:
 
 
 @dataclass(frozen=True)
-class NegativesConfig:
+class NegativesConfig(Checked):
     """A rule for the negative rows that train in an epoch, drawn anew for each.
 
     - "rows": some of a task's negative rows of the table. Other rows, without a label too, all train.
@@ -361,22 +343,21 @@ class NegativesConfig:
         ValueError: a number or name that the kind does not have, or an option of the other kind.
     """
 
-    per_positive: float = 4.0
+    prefix = "negatives."
+
+    per_positive: Positive = 4.0
     task: str | None = None
     correct: bool = True
-    kind: NegativesKind = "rows"
+    kind: Literal["rows", "items"] = "rows"
     column: str | None = None
     moves_with: tuple[str, ...] = ()
-    distribution: ItemDistribution = "uniform"
+    distribution: Literal["uniform", "frequency"] = "uniform"
     exclude_seen: bool = False
-    eval_per_positive: int = 4
+    eval_per_positive: Count = 4
 
     def __post_init__(self) -> None:
-        check_name("negatives.kind", self.kind, get_args(NegativesKind))
-        check_name("negatives.distribution", self.distribution, get_args(ItemDistribution))
+        super().__post_init__()
         if self.kind == "rows":
-            if not 0 < self.per_positive < math.inf:
-                raise ValueError(f"negatives.per_positive={self.per_positive} must be above 0 and finite")
             for option in ("column", "moves_with", "distribution", "exclude_seen", "eval_per_positive"):
                 if (value := getattr(self, option)) != getattr(type(self), option):
                     raise ValueError(f"negatives.{option}={value!r} is for kind 'items', not 'rows'")
@@ -387,7 +368,6 @@ class NegativesConfig:
             raise ValueError(
                 f"negatives.per_positive={self.per_positive:g} must be a whole number of at least 1 with kind 'items'"
             )
-        check_at_least(1, **{"negatives.eval_per_positive": self.eval_per_positive})
         if self.column in self.moves_with:
             raise ValueError(f"negatives.moves_with names {self.column!r}, which is negatives.column itself")
 

@@ -51,7 +51,13 @@ class Report(Callback):
 
     A subclass brings ``collect`` and ``write``. The files appear together when all are written, so an error leaves the
     report of an earlier test as it was.
+
+    Args:
+        config: the options.
     """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         """Return the argument of ``write``; None writes nothing. All processes call it: a sharded model needs them."""

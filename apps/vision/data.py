@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from apps.base.checks import check_at_least, check_name
+from apps.base.checks import check_name
 from apps.base.messages import some
 from apps.data.datasets import prepare
 from apps.data.loader import in_order
-from apps.data.splits import SPLITS, Split, check_size, count_of
-from apps.data.suite_data import SuiteData
+from apps.data.splits import SPLITS, Split, count_of
 from apps.vision.batch import Augment, Collate
 from apps.vision.datasets import VISION_DATASETS
-from apps.vision.encoding import ImageEncoding, check_images, evaluation_transform, file_transform, middle_of_strip
+from apps.vision.encoding import ImageEncoding, evaluation_transform, file_transform, middle_of_strip
+from apps.vision.image_data import ImageData
 from apps.vision.image_files import FromFiles, without_bad_images
 from apps.vision.image_folders import check_classes, class_folders, read_image_folder, read_unlabelled
 from apps.vision.image_set import ImageSet, Splits, stratified_split
@@ -40,45 +40,26 @@ _MOST_VAL_IMAGES = 10_000
 _note = rank_zero_only(log.warning)
 
 
-class VisionData(SuiteData):
+class VisionData(ImageData):
     """Images with labels, in train, validation and test batches of `ImageBatch`.
 
     A loader gives `PixelBatch`, which has the same attributes, and whose images are normalised where they are read.
 
     Args:
         dataset: digits, mnist5k, mnist, fashion_mnist, cifar10, cifar100, imagenet or image_folder (your own).
-        root: folder with your own copy, in the dataset's own layout; nothing is downloaded then.
-        cache_dir: folder for downloads; default ~/.cache/moesaic.
-        batch_size: training images a step and process.
-        eval_batch_size: images a step and process in evaluation.
-        val_size: training images held out for validation, as a count (5000) or a share (0.1), stratified by class. By
-            default the data's own validation split if it has one beside a test split, else a tenth, and at most 10,000.
-            0: no validation.
-        image_size: scale images to this height and width; default the checkpoint's, else the dataset's own, 224 for
-            folders.
-        crop_padding: pad training images by so many black pixels, at image_size, and cut at random. 0: off.
-        horizontal_flip: mirror training images left to right with probability 1/2.
-        random_resized_crop: cut a box of at least this share of the area at random and scale it up, in (0, 1]; 0.08 is
-            usual on ImageNet. Default: off.
         randaugment_ops: operations of RandAugment an image; 2 is usual. 0: off.
         randaugment_magnitude: their strength, 0 to 30.
         random_erasing: probability of blanking a random box.
         mixup_alpha: parameter of mixup's Beta distribution; labels become soft. 0: off.
         cutmix_alpha: parameter of CutMix's Beta distribution; with mixup, each batch takes one of the two. 0: off.
-        eval_crop: for folders of images: scale to image_size / eval_crop, keep the centre; ImageNet: 0.875. Default:
-            the checkpoint's, else 1.
-        mean: mean of each channel, pixels in [0, 1], for normalising; default the checkpoint's, else the dataset's,
-            ImageNet's for folders.
-        std: standard deviation of each channel, likewise.
-        subset: use only so many training images, chosen after validation is held out, stratified by class.
-        split_seed: seed of the held-out images and of the subset, so that runs of other seeds have the same images.
         predict_folder: ``predict`` reads all images in this folder and those below it, which need no labels. Default:
             the test images.
         on_bad_image: a file in a folder that cannot be read ends the run with its name ("error"), or is left out of
             training and of all figures ("skip"), with a note of how many there were. For "skip" every image is decoded
             once before the first pass over it, by ``num_workers`` threads.
-        kwargs: ``drop_last``, ``num_workers`` and ``seed`` of ``SuiteData``. ``num_workers`` of 0 is best for the small
-            datasets, which are in memory.
+        kwargs: options of ``ImageData`` and ``SuiteData``. ``val_size`` and ``subset`` are stratified by class, and by
+            default validation has the data's own split if there is one beside a test split, else a tenth, and at most
+            10,000. ``num_workers`` of 0 is best for the small datasets, which are in memory.
 
     A checkpoint keeps the names of the classes and how pixels are scaled in evaluation. Data that ``adopt`` it number
     the classes of a folder by these names.
@@ -94,71 +75,43 @@ class VisionData(SuiteData):
         image, label, index = next(iter(data.train_dataloader()))   # (128, 1, 28, 28), (128,), (128,)
     """
 
+    datasets = VISION_DATASETS
     unit = "images"
     hold_out = "val_size (--data.val_size) holds some out, or a folder {split} has some"
 
     def __init__(
         self,
         dataset: str = "digits",
-        root: str | None = None,
-        cache_dir: str | None = None,
-        batch_size: int = 128,
-        eval_batch_size: int = 256,
-        val_size: int | float | None = None,
-        image_size: int | None = None,
-        crop_padding: int = 0,
-        horizontal_flip: bool = False,
-        random_resized_crop: float | None = None,
         randaugment_ops: int = 0,
         randaugment_magnitude: int = 9,
         random_erasing: float = 0.0,
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
-        eval_crop: float | None = None,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        subset: int | None = None,
-        split_seed: int = 0,
         predict_folder: str | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
         **kwargs: Any,
     ) -> None:
-        check_name("dataset", dataset, sorted(VISION_DATASETS))
-        super().__init__(dataset, root, cache_dir, batch_size=batch_size, eval_batch_size=eval_batch_size, **kwargs)
-        spec = VISION_DATASETS[dataset]
-        self.val_size, self.subset, self.split_seed = val_size, subset, split_seed
+        super().__init__(dataset, **kwargs)
         self.predict_folder, self.on_bad_image = predict_folder, on_bad_image
-        self._written = {
-            "image_size": image_size,
-            "mean": None if mean is None else tuple(mean),
-            "std": None if std is None else tuple(std),
-            "eval_crop": eval_crop,
-        }
-        self.image_size = spec.image_size if image_size is None else image_size
-        self.in_chans = spec.in_chans
-        self.mean = spec.mean if mean is None else tuple(mean)
-        self.std = spec.std if std is None else tuple(std)
-        self.eval_crop = 1.0 if eval_crop is None else eval_crop
-        self._augment = Augment(
-            crop_padding,
-            horizontal_flip,
-            random_resized_crop,
-            randaugment_ops,
-            randaugment_magnitude,
-            random_erasing,
-            mixup_alpha,
-            cutmix_alpha,
+        self._augment = dataclasses.replace(
+            self._augment,
+            randaugment_ops=randaugment_ops,
+            randaugment_magnitude=randaugment_magnitude,
+            random_erasing=random_erasing,
+            mixup_alpha=mixup_alpha,
+            cutmix_alpha=cutmix_alpha,
         )
-        self._spec = spec
         self._looked_at: set[str] = set()
         self._lacking: list[str] = []
         self._predicted: ImageSet | None = None
-        self._class_names = spec.class_names
+        self._class_names: tuple[str, ...] | None = self._spec.class_names
         self._check_options()
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names by label: the checkpoint's, else the dataset's, or the sorted folders of a folder of images."""
+        if self._adopted is not None:
+            return self._adopted.class_names
         if self._class_names is None:
             self._class_names = class_folders(prepare(self.dataset, self.root, self.cache_dir) / "train")
         return self._class_names
@@ -171,31 +124,17 @@ class VisionData(SuiteData):
 
     @property
     def encoding(self) -> ImageEncoding:
-        return self._encoding_of(self.class_names)
-
-    def _encoding_of(self, names: tuple[str, ...]) -> ImageEncoding:
-        pixels = (self.image_size, self.in_chans, self.mean, self.std, self.eval_crop)
-        return ImageEncoding(*pixels, class_names=names)
+        return ImageEncoding(**self.pixel_fields, class_names=self.class_names)
 
     @classmethod
     def encoding_of(cls, state: Mapping[str, Any]) -> ImageEncoding:
         return ImageEncoding.from_state(state)
 
     def adopt(self, encoding_state: Mapping[str, Any]) -> None:
-        """Number classes and scale images as a checkpoint says that keeps this ``encoding_state``.
-
-        Raises:
-            ValueError: an option that was given says otherwise.
-        """
-        given = self.encoding_of(encoding_state)
-        check_images(self._written, given)
-        if given == self._adopted:
-            return
+        before = self._adopted
         super().adopt(encoding_state)
-        self._predicted = None
-        self._class_names = given.class_names
-        self.image_size, self.in_chans, self.eval_crop = given.image_size, given.in_chans, given.eval_crop
-        self.mean, self.std = given.mean, given.std
+        if self._adopted is not before:
+            self._predicted = None
 
     def forget(self) -> None:
         super().forget()
@@ -365,7 +304,8 @@ class VisionData(SuiteData):
         augment = self._augment if train else Augment()
         if self._spec.read is None:  # a folder's images are cut as they are decoded
             augment = dataclasses.replace(augment, random_resized_crop=None)
-        return Collate(self.image_size, self.num_classes, self.mean, self.std, augment)
+        encoding = self.encoding
+        return Collate(encoding.image_size, self.num_classes, encoding.mean, encoding.std, augment)
 
     def _eval_reader(self, read: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return FromFiles(read.paths, self._file_transform(train=False)) if isinstance(read, FromFiles) else read
@@ -381,9 +321,6 @@ class VisionData(SuiteData):
         return file_transform([v2.Lambda(middle_of_strip), v2.Resize(size), v2.CenterCrop(size)], self.in_chans)
 
     def _check_options(self) -> None:
-        check_at_least(1, subset=self.subset)
-        self._encoding_of(())  # checks how pixels are scaled
-        check_size("val_size", self.val_size)
         check_name("on_bad_image", self.on_bad_image, ["error", "skip"])
         if self._spec.read is not None and self.eval_crop != 1:
             raise ValueError(f"eval_crop={self.eval_crop} is for folders of images; {self.dataset} is never cropped")

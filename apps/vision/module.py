@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback
 from PIL import Image
 from torch import Tensor
 from torchmetrics import MetricCollection
@@ -103,6 +102,7 @@ class VisionClassifier(SparseModule, Comparable):
         ValueError: a value out of its range, a combination that cannot be built, or weights that do not load.
     """
 
+    reporter = VisionReport
     model_kind = ModelKind("an image classifier", 'model.predict(["image.png"])', "image-classification")
     data_arguments: ClassVar[tuple[str, ...]] = ("image_size", "in_chans", "num_classes")
     readout: ClassVar[tuple[str, ...]] = ("model.head",)
@@ -247,9 +247,6 @@ class VisionClassifier(SparseModule, Comparable):
         if self.pretrained is not None and self.starts_afresh:
             load_pretrained_weights(self.model, self.pretrained)
         self.starts_afresh = False
-
-    def report_callbacks(self) -> list[Callback]:
-        return [] if self.report is None else [VisionReport(self.report)]
 
     # ---- comparisons
 

@@ -7,13 +7,12 @@ import random
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from apps.base.files import delete, temporary_path
 from apps.base.messages import counted, one_line
-from apps.data.given import GivenConfig, GivenData
+from apps.data.given import EXPERTS, GivenConfig, GivenData
 from apps.vision.image_folders import class_folders, class_images, images_below
 
 LEAST_IMAGES = 8
@@ -45,7 +44,7 @@ def config_for(given: GivenData) -> GivenConfig | None:
     if train is root or not any((root / split).is_dir() for split in ("test", "val")):
         root = _held_out(classes, given.folder / "images")
         notes = (f"A quarter of the images of each of the {len(classes)} classes is held out for the test.",)
-    return GivenConfig(_config(root, size_for([path for paths in classes.values() for path in paths])), notes)
+    return _config(root, size_for([path for paths in classes.values() for path in paths]), notes)
 
 
 def images_in(folder: Path) -> Iterator[Path]:
@@ -105,42 +104,31 @@ def size_for(paths: Sequence[Path]) -> int:
     return 32 if statistics.median(sides) <= 40 else 64
 
 
-def _config(root: Path, size: int) -> dict[str, Any]:
+def _config(root: Path, size: int, notes: Sequence[str]) -> GivenConfig:
     """Return four blocks of width 64 over 64 patches; two of them have 8 experts, of which a patch takes 2."""
-    return {
-        "model": {
-            "class_path": "VisionClassifier",
-            "init_args": {
-                "vit": {
-                    "variant": "nano",
-                    "patch_size": size // 8,
-                    "embed_dim": 64,
-                    "depth": 4,
-                    "num_heads": 4,
-                    "pool": "avg",
-                    "fused_attn": False,
-                    "pos_embed_std": 0.5,
-                },
-                "moe": {
-                    "num_experts": 8,
-                    "router": {"class_path": "core.TokenChoice", "init_args": {"top_k": 2}},
-                    "expert": {"class_path": "core.FFN", "init_args": {"hidden_dim": 128}},
-                },
-                "moe_blocks": "last2",
-                "label_smoothing": 0.05,
-                "optimizer": {"lr": 2.0e-3, "weight_decay": 0.05, "warmup": 0.1},
-            },
+    model = {
+        "vit": {
+            "variant": "nano",
+            "patch_size": size // 8,
+            "embed_dim": 64,
+            "depth": 4,
+            "num_heads": 4,
+            "pool": "avg",
+            "fused_attn": False,
+            "pos_embed_std": 0.5,
         },
-        "data": {
-            "class_path": "VisionData",
-            "init_args": {
-                "dataset": "image_folder",
-                "root": str(root),
-                "image_size": size,
-                "batch_size": 64,
-                "eval_batch_size": 128,
-                "random_resized_crop": 0.6,
-            },
-        },
-        "trainer": {"max_epochs": _EPOCHS, "gradient_clip_val": 1.0},
+        "moe": {**EXPERTS, "expert": {"class_path": "core.FFN", "init_args": {"hidden_dim": 128}}},
+        "moe_blocks": "last2",
+        "label_smoothing": 0.05,
+        "optimizer": {"lr": 2.0e-3, "weight_decay": 0.05, "warmup": 0.1},
     }
+    data = {
+        "dataset": "image_folder",
+        "root": str(root),
+        "image_size": size,
+        "batch_size": 64,
+        "eval_batch_size": 128,
+        "random_resized_crop": 0.6,
+    }
+    trainer = {"max_epochs": _EPOCHS, "gradient_clip_val": 1.0}
+    return GivenConfig.of(notes, trainer, model=("VisionClassifier", model), data=("VisionData", data))

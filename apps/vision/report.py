@@ -149,9 +149,6 @@ class VisionReport(Report):
     It writes ``few_shot.csv``, ``routing.png``, ``expert_class.png``, ``load.png``, and logs ``test/few_shot_<k>``.
     """
 
-    def __init__(self, config: VisionReportConfig) -> None:
-        self.config = config
-
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         if is_left_out(trainer):
             return None

@@ -101,7 +101,7 @@ class TinyModel(SparseModule, Comparable):
     ) -> list[ExampleDifference]:
         difference = sum(a["right"] - b["right"] for a, b in zip(first, second, strict=True))
         whole = ExampleDifference("right points", difference, difference - 1, difference + 1, 0.5, "counted")
-        return [whole, ExampleDifference("right halves", 0, 0, 0, 0.01, "counted", is_part=True)]
+        return [whole, ExampleDifference("right halves", 0, 0, 0, 0.01, "counted")]
 
     def build_metrics(self) -> MetricCollection:
         metrics = {"top1": MulticlassAccuracy(CLASSES, average="micro")}

@@ -86,9 +86,6 @@ class CaptionReport(WrittenReport):
     config: CaptionReportConfig
     of_batches = "captioned images and the use of experts"
 
-    def __init__(self, config: CaptionReportConfig) -> None:
-        self.config = config
-
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> _Collected | None:
         metrics = computed_metrics(pl_module, CaptionMetrics)
         if metrics is None or not metrics.images:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from apps.base.checks import check_at_least, check_name
 from apps.base.messages import excerpt
 from apps.data.loader import in_order
 from apps.data.text_files import clean, text_lines
@@ -27,13 +26,14 @@ from apps.multimodal.search.vectors import (
     readable,
     vectors_of_pixels,
 )
+from core.fields import Checked, Count
 
 TOP = 10
 """Images of a query, where nothing else is said."""
 
 
 @dataclass(frozen=True)
-class GivenInputs:
+class GivenInputs(Checked):
     """The inputs of a prediction that are not the data's own; all None: there are none.
 
     Attributes:
@@ -54,17 +54,16 @@ class GivenInputs:
 
     images: str | None = None
     predict_file: str | None = None
-    query: Sequence[str] | str | None = None
-    query_image: Sequence[str] | str | None = None
-    top: int | None = None
+    query: tuple[str, ...] | list[str] | str | None = None
+    query_image: tuple[str, ...] | list[str] | str | None = None
+    top: Count | None = None
     index: str | None = None
     on_bad_image: OnBadImage = "skip"
     caption_column: str = "caption"
     id_column: str | None = None
 
     def __post_init__(self) -> None:
-        check_at_least(1, top=self.top)
-        check_name("on_bad_image", self.on_bad_image, get_args(OnBadImage))
+        super().__post_init__()
         if self.images is not None and self.predict_file is not None:
             raise ValueError(f"images={self.images!r} and predict_file={self.predict_file!r}: give one of them")
         if not self.is_search:

@@ -154,8 +154,6 @@ class RetrievalMetrics(SyncedMetric):
     def __init__(self, ks: Sequence[int] = KS) -> None:
         super().__init__()
         self.ks = tuple(ks)
-        if not self.ks or list(self.ks) != sorted(set(self.ks)) or self.ks[0] < 1:
-            raise ValueError(f"ks={list(ks)} must be ascending numbers of at least 1")
         for name in self._empty():
             self.add_state(name, [], "cat")
 
@@ -171,9 +169,6 @@ class RetrievalMetrics(SyncedMetric):
         """
         vectors = (outputs.image_BD, outputs.text_BD)
         numbers = (targets.image_B, targets.caption_B)
-        if any(v.ndim != 2 or v.shape != vectors[0].shape or n.shape != v.shape[:1] for v in vectors for n in numbers):
-            shapes = ", ".join(str(tuple(x.shape)) for x in (*vectors, *numbers))
-            raise ValueError(f"vectors and numbers {shapes} must be (B, D), (B, D), (B,), (B,)")
         for name, vectors_BD in zip(("images", "texts"), vectors, strict=True):
             getattr(self, name).append(vectors_BD.detach().to("cpu", torch.float32))
         for name, number_B in zip(("numbers", "captions"), numbers, strict=True):
@@ -226,11 +221,6 @@ class AttributeMetrics(Metric):
         Raises:
             ValueError: another number of attributes.
         """
-        if len(logits) != len(self.names) or label_BA.shape[1:] != (len(self.names),):
-            raise ValueError(
-                f"{len(logits)} attributes' logits and labels {tuple(label_BA.shape)}: there are {len(self.names)} "
-                f"attributes, {', '.join(self.names)}"
-            )
         for scores, logits_BC, label_B in zip(self.scores, logits, label_BA.T, strict=True):
             scores.update(logits_BC.detach().argmax(1), label_B)
 

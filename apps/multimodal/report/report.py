@@ -135,9 +135,6 @@ class PairReport(Report):
         config: what to do.
     """
 
-    def __init__(self, config: PairReportConfig) -> None:
-        self.config = config
-
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> PairTest | None:
         metrics = computed_metrics(pl_module, PairMetrics)
         if metrics is None or is_left_out(trainer):

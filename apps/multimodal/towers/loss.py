@@ -149,14 +149,8 @@ class PairLoss(nn.Module):
             image_BD, text_BD: float32 vectors of length 1.
             image_B, caption_B: int64 (B,), numbers of images and texts; equal ones have one number.
             gather: compare with the pairs of all ranks, each of which calls this with equally many.
-
-        Raises:
-            ValueError: shapes that do not fit.
         """
-        B, D = image_BD.shape
-        shapes = [tuple(x.shape) for x in (image_BD, text_BD, image_B, caption_B)]
-        if shapes != [(B, D), (B, D), (B,), (B,)]:
-            raise ValueError(f"vectors and numbers have shapes {shapes}: they must be (B, D), (B, D), (B,) and (B,)")
+        B = len(image_BD)
         images_ND, texts_ND, image_N, caption_N, first = image_BD, text_BD, image_B, caption_B, 0
         if gather and several_ranks(None):
             images_ND, texts_ND = gathered(image_BD), gathered(text_BD)

@@ -86,6 +86,10 @@ class TowerPart(OpenConfig):
         """
         return self.tower(self, sizes, ffn, moe_blocks)
 
+    def network(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> Any:
+        """Return what computes in the tower, with this FFN in ``moe_blocks``; None: it is dense."""
+        raise NotImplementedError
+
     def blocks(self, moe_blocks: str | Sequence[int]) -> tuple[int, ...]:
         """Return the numbers of this tower's blocks that have the model's MoE layers.
 
@@ -108,6 +112,11 @@ class ImagePart(TowerPart):
 @dataclass(frozen=True)
 class TextPart(TowerPart):
     """Base of the configs of a tower of texts."""
+
+    def check_length(self, sizes: Sizes, max_positions: int) -> None:
+        """Raise a ``ValueError`` where the data's texts may be longer than those that the tower reads."""
+        if (most := sizes.max_tokens) > max_positions:
+            raise ValueError(f"max_tokens={most} of the data exceeds max_positions={max_positions} of the text tower")
 
 
 def experts_as(dense: core.DenseFFN, dim: int, ffn: FFNConfig | MoEs | None) -> FFNConfig | MoEs | None:
@@ -150,18 +159,14 @@ class OneTower(nn.Module):
         self.part, self.sizes, self.dim = part, sizes, part.width
         self.ffn = experts_as(part.dense_ffn, part.width, ffn)
         self.moes, self.moe_blocks = moe_configs(self.ffn), tuple(moe_blocks)
-        self.network = self.build(self.ffn)
+        self.network = part.network(sizes, self.ffn, self.moe_blocks)
         cpu.convert_linear(self)
-
-    def build(self, ffn: FFNConfig | MoEs | None) -> Any:
-        """Return the network with this FFN in ``moe_blocks``; None: it is dense."""
-        raise NotImplementedError
 
     def fill(self, dense: Any, source: str) -> Published | None:
         """Give a dense network the published weights.
 
         Args:
-            dense: a network of ``build(None)``.
+            dense: a network of ``TowerPart.network`` without experts.
             source: the config's ``pretrained``.
 
         Returns:
@@ -191,7 +196,7 @@ class OneTower(nn.Module):
         source = self.part.pretrained
         if source is None:
             return None
-        dense = self.build(None)
+        dense = self.part.network(self.sizes, None, self.moe_blocks)
         published = self.fill(dense, source)
         if self.ffn is not None and not self.moes:
             kept = tuple(self.ffn_place.format(i) for i in self.moe_blocks)
@@ -251,11 +256,6 @@ class TextTower(OneTower):
         return core.RoutingContext(
             valid_BS=self.is_real(text_BL), token_ids_BS=text_BL, modality_BS=torch.full_like(text_BL, TEXT)
         )
-
-    def check_length(self, max_positions: int) -> None:
-        """Raise a ``ValueError`` where the data's texts may be longer than those that the tower reads."""
-        if (most := self.sizes.max_tokens) > max_positions:
-            raise ValueError(f"max_tokens={most} of the data exceeds max_positions={max_positions} of the text tower")
 
     def check_vocabulary(self, there: int, source: str) -> None:
         """Raise a ``ValueError`` where published weights are of another vocabulary."""

@@ -5,6 +5,7 @@ With ``moe`` they are the sparse towers of CLIP-UP (arXiv 2502.00965), upcycled 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import core
 from apps.multimodal.towers.parts import ImagePart, ImageTower, OneTower, TextPart, TextTower
-from apps.multimodal.towers.towers import Published
+from apps.multimodal.towers.towers import Published, Sizes
 from apps.nets.blocks import FFNConfig, MoEs
 from apps.porting.open_clip import Clip, ClipImageConfig, ClipImageTower, ClipTextConfig, ClipTextTower, resampled
 from apps.porting.sentences import BertConfig, SentenceTower, encoder_folder, sentence_weights
@@ -26,16 +27,6 @@ _VIT, _BERT, _CLIP_IMAGES, _CLIP_TEXTS = ViTConfig(), BertConfig(), ClipImageCon
 class _ViTTower(ImageTower):
     part: ViTImages
     ffn_place = "blocks.{}.mlp."
-
-    def build(self, ffn: FFNConfig | MoEs | None) -> VMoE:
-        return VMoE(
-            self.part.vit,
-            image_size=self.sizes.image_size,
-            in_chans=self.sizes.in_chans,
-            num_classes=0,
-            ffn=ffn,
-            moe_blocks=self.moe_blocks,
-        )
 
     @property
     def num_patches(self) -> int:
@@ -71,13 +62,13 @@ class ViTImages(ImagePart):
         if self.vit.patch_drop:
             raise ValueError(f"vit.patch_drop={self.vit.patch_drop} leaves out patches, which an image tower keeps")
 
+    def network(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> VMoE:
+        size, chans = sizes.image_size, sizes.in_chans
+        return VMoE(self.vit, image_size=size, in_chans=chans, num_classes=0, ffn=ffn, moe_blocks=moe_blocks)
+
 
 class _BertTower(TextTower):
     part: BertTexts
-
-    def build(self, ffn: FFNConfig | MoEs | None) -> SentenceTower:
-        self.check_length(self.part.bert.max_positions)
-        return SentenceTower(self.part.bert, self.sizes.vocab_size, ffn, self.moe_blocks)
 
     def fill(self, dense: SentenceTower, source: str) -> None:
         folder = encoder_folder(source, "tower.text.pretrained")
@@ -104,6 +95,10 @@ class BertTexts(TextPart):
     tower: ClassVar[type[OneTower]] = _BertTower
 
     bert: BertConfig = _BERT
+
+    def network(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> SentenceTower:
+        self.check_length(sizes, self.bert.max_positions)
+        return SentenceTower(self.bert, sizes.vocab_size, ffn, moe_blocks)
 
 
 class _ClipTower(OneTower):
@@ -138,10 +133,6 @@ class _ClipImages(_ClipTower, ImageTower):
     part: ClipImages
     side = "image"
 
-    def build(self, ffn: FFNConfig | MoEs | None) -> ClipImageTower:
-        sizes = self.sizes
-        return ClipImageTower(self.part.clip, sizes.image_size, None, sizes.in_chans, ffn, self.moe_blocks)
-
     def fitted(self, dense: ClipImageTower, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         weights["places.weight"] = resampled(weights["places.weight"], dense.places.num_embeddings)
         if self.sizes.in_chans != 3:
@@ -164,14 +155,13 @@ class ClipImages(ImagePart):
 
     clip: ClipImageConfig = _CLIP_IMAGES
 
+    def network(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> ClipImageTower:
+        return ClipImageTower(self.clip, sizes.image_size, None, sizes.in_chans, ffn, moe_blocks)
+
 
 class _ClipTexts(_ClipTower, TextTower):
     part: ClipTexts
     side = "text"
-
-    def build(self, ffn: FFNConfig | MoEs | None) -> ClipTextTower:
-        self.check_length(self.part.clip.max_positions)
-        return ClipTextTower(self.part.clip, self.sizes.vocab_size, None, ffn, self.moe_blocks)
 
     def check(self, clip: Clip, source: str) -> None:
         self.check_vocabulary(clip.vocab_size, source)
@@ -192,3 +182,7 @@ class ClipTexts(TextPart):
     tower: ClassVar[type[OneTower]] = _ClipTexts
 
     clip: ClipTextConfig = _CLIP_TEXTS
+
+    def network(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> ClipTextTower:
+        self.check_length(sizes, self.clip.max_positions)
+        return ClipTextTower(self.clip, sizes.vocab_size, None, ffn, moe_blocks)

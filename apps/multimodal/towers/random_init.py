@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from apps.multimodal.towers.parts import ImagePart, ImageTower, OneTower, TextPart, TextTower, TowerPart
+from apps.multimodal.towers.parts import ImagePart, OneTower, TextPart, TowerPart
 from apps.multimodal.towers.stack import IMAGE, TEXT
-from apps.multimodal.towers.towers import SharedTransformer, SingleTower
+from apps.multimodal.towers.towers import SharedTransformer, SingleTower, Sizes
 from apps.nets.blocks import FFNConfig, MoEs
 
 _BLOCKS = SingleTower()
 
 
 class _DrawnTower(OneTower):
+    """The tower of ``PatchImages`` or ``PieceTexts``: blocks that read one modality."""
+
     part: _Drawn
-    modality: int
     ffn_place = "stack.layers.{}.ffn."
 
-    def build(self, ffn: FFNConfig | MoEs | None) -> SharedTransformer:
-        return SharedTransformer(self.part.blocks_as, self.sizes, ffn, self.moe_blocks, (self.modality,))
+    @property
+    def num_patches(self) -> int:
+        return int(self.network.num_patches)
 
+    def tokens(self, x: Tensor) -> Tensor:
+        return self.network.image_tokens(x) if self.part.modality == IMAGE else self.network.text_tokens(x)
 
-class _PatchTower(_DrawnTower, ImageTower):
-    modality = IMAGE
-
-    def tokens(self, image: Tensor) -> Tensor:
-        return self.network.image_tokens(image)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.network(image, None)[0]
-
-
-class _PieceTower(_DrawnTower, TextTower):
-    modality = TEXT
-
-    def tokens(self, text_BL: Tensor) -> Tensor:
-        return self.network.text_tokens(text_BL)
-
-    def forward(self, text_BL: Tensor) -> Tensor:
-        return self.network(None, text_BL)[1]
+    def forward(self, x: Tensor) -> Tensor:
+        given = (x, None) if self.part.modality == IMAGE else (None, x)
+        return self.network(*given)[self.part.modality]
 
 
 @dataclass(frozen=True)
@@ -53,6 +43,8 @@ class _Drawn(TowerPart):
     """
 
     sized_by: ClassVar[tuple[str, str, str]] = ("blocks_as", "width", "depth")
+    tower: ClassVar[type[OneTower]] = _DrawnTower
+    modality: ClassVar[int]
 
     blocks_as: SingleTower = _BLOCKS
 
@@ -60,6 +52,9 @@ class _Drawn(TowerPart):
         super().__post_init__()
         if self.pretrained is not None:
             raise ValueError(f"pretrained={self.pretrained}: there are no weights of a {type(self).__name__}")
+
+    def network(self, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> SharedTransformer:
+        return SharedTransformer(self.blocks_as, sizes, ffn, moe_blocks, (self.modality,))
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ class PatchImages(_Drawn, ImagePart):
         blocks_as: their sizes.
     """
 
-    tower: ClassVar[type[OneTower]] = _PatchTower
+    modality: ClassVar[int] = IMAGE
 
 
 @dataclass(frozen=True)
@@ -81,4 +76,4 @@ class PieceTexts(_Drawn, TextPart):
         blocks_as: their sizes.
     """
 
-    tower: ClassVar[type[OneTower]] = _PieceTower
+    modality: ClassVar[int] = TEXT

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
@@ -38,7 +37,6 @@ class WritingModule(SparseModule, Comparable):
 
     Attributes:
         side: of the subwords, that of the texts.
-        reporter: the callback that ``report`` is the configuration of.
 
     Raises:
         ValueError: a value out of its range.
@@ -49,9 +47,7 @@ class WritingModule(SparseModule, Comparable):
     transformer: TransformerConfig
     moe: core.MoEConfig | list[core.MoEConfig] | None
     attention_moe: core.MoEConfig | None = None
-    report: Any = None
     side: ClassVar[Side] = "target"
-    reporter: ClassVar[type[Callback]]
     readout: ClassVar[tuple[str, ...]] = ("model.output",)
     # A list, so that the copy is no part of the module; None outside of a pass.
     _copies: list[Any] | None = None
@@ -170,9 +166,6 @@ class WritingModule(SparseModule, Comparable):
 
     def on_predict_epoch_end(self) -> None:
         self._copies = None
-
-    def report_callbacks(self) -> list[Callback]:
-        return [] if self.report is None else [self.reporter(self.report)]  # type: ignore[call-arg]
 
     # ---- comparisons
 

@@ -139,9 +139,6 @@ class LanguageReport(Report):
         config: what to do.
     """
 
-    def __init__(self, config: LanguageReportConfig) -> None:
-        self.config = config
-
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> _Collected | None:
         if is_left_out(trainer):
             return None

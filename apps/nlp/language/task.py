@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 import core
 from apps.base.evaluation import in_evaluation
@@ -17,11 +16,10 @@ from apps.nlp.decode.graphs import decoder_graph, exported_writer
 from apps.nlp.decode.run import dropless
 from apps.nlp.language.data import prompt_batches
 from apps.nlp.predict import checked_texts
-from apps.nlp.sizes import text_arguments
-from apps.nlp.specialisation import tokens
+from apps.nlp.sizes import TextTask
 from apps.nlp.text.words import words_of
 from apps.report.exhibit import Example, LayerPart, NumberField, Said
-from apps.task import Input, Output, Sizes, Task, Trial, ids_on_meta, text, vocabulary_loss, words_by_layer
+from apps.task import Input, Output, Sizes, Trial, ids_on_meta, text, vocabulary_loss, words_by_layer
 from apps.task.outputs import properties
 from apps.train.publish.exporting import Exported
 
@@ -51,7 +49,7 @@ def _said(answer: Continued) -> tuple[Said]:
     return (Said("The text goes on", own, answer.given),)
 
 
-class Continuation(Task):
+class Continuation(TextTask):
     """The use of a ``LanguageModeler``. Beginnings are continued one by one: a decoder has no padding."""
 
     app, noun, verb = "language", "Beginning", "Continue"
@@ -137,15 +135,6 @@ class Continuation(Task):
     @classmethod
     def attach(cls, model: Any, graphs: Mapping[str, Any]) -> None:
         model.model = ExportedLanguageModel(graphs["model"], model.transformer)
-
-    @classmethod
-    def data_arguments(cls, given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-        return text_arguments(given, sizes)
-
-    @classmethod
-    def tokens(cls, model: Any, entry: Any, batch: Any) -> Mapping[str, Tensor]:
-        """Return the subwords and the sentences; the batch is the language pair of each sentence."""
-        return tokens(entry, batch)
 
     @classmethod
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:

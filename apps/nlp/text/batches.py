@@ -73,10 +73,6 @@ class TokenBatches:
         group_N: Lengths | None = None,
         temperature: float = 1.0,
     ) -> None:
-        if tokens < 1:
-            raise ValueError(f"tokens_per_batch={tokens} must be at least 1")
-        if temperature < 1:
-            raise ValueError(f"temperature={temperature} must be at least 1")
         if not len(source_N):
             raise ValueError("there are no sentence pairs to train on")
         self.source_N, self.target_N, self.tokens = source_N, target_N, tokens

@@ -10,13 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
-from apps.base.checks import check_at_least
 from apps.data.splits import SPLITS, connected, count_of
 from apps.data.text_files import Rows, num_words
+from core.fields import Bounds, Checked, Count
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class SentencePairs:
 
 
 @dataclass(frozen=True)
-class Filters:
+class Filters(Checked):
     """Rules for leaving out training pairs. Files of validation and test pairs are taken as they are.
 
     Attributes:
@@ -70,18 +71,18 @@ class Filters:
         ValueError: a value out of its range, or no regular expression.
     """
 
-    min_words: int | None = None
-    max_words: int | None = None
-    max_ratio: float | None = None
+    min_words: Count | None = None
+    max_words: Count | None = None
+    max_ratio: Annotated[float, Bounds(1)] | None = None
     without: str | None = None
     drop_identical: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             re.compile(self.without or "")
         except re.error as error:
             raise ValueError(f"without={self.without!r} is no regular expression: {error}") from None
-        check_at_least(1, min_words=self.min_words, max_words=self.max_words, max_ratio=self.max_ratio)
         if self.min_words is not None and self.max_words is not None and self.min_words > self.max_words:
             raise ValueError(f"min_words={self.min_words} exceeds max_words={self.max_words}")
 

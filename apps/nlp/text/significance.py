@@ -126,7 +126,6 @@ def text_differences(
     strata: Sequence[Any] | None = None,
     *,
     of: str = "",
-    is_part: bool = False,
     over: str = "test sentences",
 ) -> list[ExampleDifference]:
     """Return the paired bootstrap of two systems' texts: BLEU, then chrF++.
@@ -136,14 +135,14 @@ def text_differences(
         references: as in ``paired_bootstrap``.
         tokenize, strata: likewise.
         of: what the figures' names end in.
-        is_part, over: as in ``ExampleDifference``.
+        over: as in ``ExampleDifference``.
     """
     method = f"paired bootstrap, {RESAMPLES:,} draws"
     differences = []
     for score in SCORES:
         r = paired_bootstrap(first, second, references, score, tokenize, strata=strata)
         name = f"{LABELS[score]}{of}"
-        differences.append(ExampleDifference(name, r.difference, r.low, r.high, r.p, method, is_part, over))
+        differences.append(ExampleDifference(name, r.difference, r.low, r.high, r.p, method, over))
     return differences
 
 
@@ -176,7 +175,6 @@ def compare_sentences(
             tokenizers,
             [first[i]["pair"] for i in own],
             of="" if len(names) < 2 else ", mean of the pairs" if name is None else f" {name}",
-            is_part=bool(name),
         )
         parts.append(differences)
     # All of one score together.

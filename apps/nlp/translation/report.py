@@ -87,9 +87,6 @@ class TranslationReport(WrittenReport):
     config: TranslationReportConfig
     of_batches = "the use of experts and the pictures of sentences"
 
-    def __init__(self, config: TranslationReportConfig) -> None:
-        self.config = config
-
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> _Collected | None:
         metrics = computed_metrics(pl_module, TranslationMetrics)
         if metrics is None or not metrics.pieces:

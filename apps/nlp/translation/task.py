@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import core
 from apps.base.evaluation import in_evaluation
@@ -18,13 +17,13 @@ from apps.nlp.decode.exported import ExportedMemoryDecoder
 from apps.nlp.decode.graphs import exported_writer, graphs_with_memory
 from apps.nlp.decode.run import dropless
 from apps.nlp.predict import source_batches
-from apps.nlp.sizes import text_arguments
-from apps.nlp.specialisation import side_of, tokens
+from apps.nlp.sizes import TextTask
+from apps.nlp.specialisation import side_of
 from apps.nlp.text.words import words_of
 from apps.nlp.translation.module import task_numbers
 from apps.nlp.translation.routes import traced
 from apps.report.exhibit import Example, LayerPart
-from apps.task import Sizes, Task, Trial, choice, ids_on_meta, text, vocabulary_loss, words_by_layer
+from apps.task import Sizes, Trial, choice, ids_on_meta, text, vocabulary_loss, words_by_layer
 from apps.task.outputs import Written, texts
 from apps.train.publish.exporting import Exported
 
@@ -34,7 +33,7 @@ _USUAL_WORDS = range(4, 15)
 """Words of a sentence that serves as an example."""
 
 
-class Translation(Task):
+class Translation(TextTask):
     """The use of a ``Translator``."""
 
     app, noun, verb, alternatives = "translation", "Sentence", "Translate", 3
@@ -155,15 +154,6 @@ class Translation(Task):
         model.model = ExportedMemoryDecoder(graphs["encoder"], graphs["decoder"], model.transformer)
         tasks, domains = task_numbers(model.pairs, model.tasks)
         model.task_P, model.domain_P = torch.tensor(tasks), torch.tensor(domains)
-
-    @classmethod
-    def data_arguments(cls, given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-        return text_arguments(given, sizes)
-
-    @classmethod
-    def tokens(cls, model: Any, entry: Any, batch: Any) -> Mapping[str, Tensor]:
-        """Return the subwords and the sentences; the batch is the language pair of each sentence."""
-        return tokens(entry, batch)
 
     @classmethod
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:

@@ -46,6 +46,16 @@ def encoder_folder(config: TextConfig, column: str) -> Path:
     return sentences.encoder_folder(config.encoder, f"texts[{column!r}].encoder")
 
 
+def files_of_encoders(texts: Mapping[str, TextConfig]) -> list[Path]:
+    """Return the files of the encoders of columns of text.
+
+    Raises:
+        ValueError: an encoder is not there.
+    """
+    folders = {encoder_folder(config, column) for column, config in texts.items()}
+    return sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
+
+
 def text_encodings(texts: Mapping[str, TextConfig]) -> dict[str, TextEncoding]:
     """Return the encoders of columns of text, which are read here.
 

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
-from apps.base.checks import check_at_least
-from apps.recsys.schema import SplitConfig, TableConfig, TaskConfig
+from apps.recsys.schema import Seed, SplitConfig, TableConfig, TaskConfig
+from core.fields import Bounds, Checked, Count, CountOrZero, NotNegative, Positive
 
 if TYPE_CHECKING:
     from apps.recsys.readers.raw import RawTables
@@ -32,7 +32,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class SyntheticConfig:
+class SyntheticConfig(Checked):
     """The sizes and distributions of a made table.
 
     Attributes:
@@ -54,22 +54,20 @@ class SyntheticConfig:
     """
 
     correlation: float = 0.5
-    num_rows: int = 20_000
-    num_features: int = 32
-    num_tasks: int = 2
-    scale: float = 1.0
+    num_rows: Annotated[int, Bounds(10)] = 20_000
+    num_features: Count = 32
+    num_tasks: Count = 2
+    scale: Positive = 1.0
     alphas: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
     betas: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5)
-    noise_std: float = 0.1
-    positives: float = 0.5
-    num_ids: int = 0
-    id_std: float = 1.0
-    seed: int = 0
+    noise_std: NotNegative = 0.1
+    positives: Annotated[float, Bounds(0, 1, "()")] = 0.5
+    num_ids: CountOrZero = 0
+    id_std: NotNegative = 1.0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_at_least(1, num_tasks=self.num_tasks)
-        check_at_least(10, num_rows=self.num_rows)
-        check_at_least(0, noise_std=self.noise_std, num_ids=self.num_ids, id_std=self.id_std)
+        super().__post_init__()
         if self.num_features < self.num_tasks:
             raise ValueError(f"num_features={self.num_features} must be at least num_tasks={self.num_tasks}")
         lowest = -1 / (self.num_tasks - 1) if self.num_tasks > 1 else -1.0
@@ -77,12 +75,6 @@ class SyntheticConfig:
             raise ValueError(f"correlation={self.correlation} of {self.num_tasks} tasks must lie in [{lowest:.4g}, 1]")
         if len(self.alphas) != len(self.betas):
             raise ValueError(f"alphas has {len(self.alphas)} values, betas {len(self.betas)}: they go in pairs")
-        if not 0 < self.positives < 1:
-            raise ValueError(f"positives={self.positives} must lie between 0 and 1")
-        if self.scale <= 0:
-            raise ValueError(f"scale={self.scale} must be above 0")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must be 0 to {2**32 - 1}")
 
     @property
     def unexplained_std(self) -> float:

@@ -8,7 +8,7 @@ import glob
 import io
 import itertools
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import pyarrow.parquet
 from lightning.pytorch.utilities import rank_zero_only
 
 from apps.base.inflate import Inflated, check_unpacked
+from apps.data.store import identity
 from apps.recsys.encoding.numbers import first_failing, is_text
-from apps.recsys.schema import nearest
+from apps.recsys.readers.raw import RawTables
+from apps.recsys.schema import TableConfig, nearest
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,32 @@ def find_files(root: str | None, name: str, option: str) -> list[Path]:
                 f"{option}={file.name!r} is no .parquet, .csv or .tsv (the last two also {', '.join(_COMPRESSED)})"
             )
     return files
+
+
+def source_of(
+    root: str | None, named: Mapping[str, str | None], config: TableConfig, kept: Collection[str]
+) -> tuple[dict[str, Any], Callable[[], RawTables]]:
+    """Return plain values that distinguish a table of files from others, and a function that reads it.
+
+    Args:
+        root: folder from which the names start.
+        named: the training, the validation and the test file by option, where given.
+        config: description of the table.
+        kept: ``predict_columns``, which are read as they stand in the files.
+
+    Raises:
+        ValueError: see ``find_files``, and for reading ``read_columns``.
+    """
+    files = {option: find_files(root, name, option) for option, name in named.items() if name is not None}
+    roles = {**dict.fromkeys(kept, "predict_columns"), **config.roles}
+    numbers, time = {*config.continuous} - {*kept}, None if config.time in kept else config.time
+
+    def read() -> RawTables:
+        train, val, test = (read_files(files[o], roles, numbers, time) if o in files else None for o in named)
+        assert train is not None
+        return RawTables(train, val, test, config)
+
+    return {option: identity(paths) for option, paths in files.items()}, read
 
 
 def read_files(

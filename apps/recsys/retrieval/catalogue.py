@@ -95,12 +95,6 @@ class Catalogue:
 
 
 def last_rows(item_N: Tensor, num_items: int) -> Tensor:
-    """Return the last place of each item 1 to I in ``item_N``, int64 (I,).
-
-    Raises:
-        ValueError: an item is at no place.
-    """
+    """Return the last place of each item 1 to I in ``item_N``, int64 (I,)."""
     last_V = torch.full((num_items + 1,), -1).scatter_reduce(0, item_N, torch.arange(len(item_N)), "amax")
-    if bool((last_V[1:] < 0).any()):
-        raise ValueError(f"item {int((last_V[1:] < 0).nonzero()[0]) + 1} of {num_items} is in no training row")
     return last_V[1:]

@@ -172,12 +172,16 @@ class RetrievalData(TableData):
         check_at_least(1, top_k=top_k)
         if rank is not None:
             check_candidates(top_k, candidates)
+        super().__init__(dataset, eval_batch_size=eval_batch_size, **kwargs)
+        if self.negatives is not None:
+            raise ValueError(f"negatives={self.negatives} are of TableData: num_uniform gives a retriever further ones")
+        if exclude_seen and user_column is None:
+            raise ValueError("exclude_seen=True needs user_column, the column that tells one user from another")
         self.top_k, self.rank, self.rank_task, self.candidates = top_k, rank, rank_task, candidates
         self.index_file = index_file
         self.item_column, self.item_columns, self.user_columns = item_column, tuple(item_columns), tuple(user_columns)
         self.positive, self.user_column, self.exclude_seen = positive, user_column, exclude_seen
         self.num_uniform = num_uniform
-        super().__init__(dataset, eval_batch_size=eval_batch_size, **kwargs)
         self._given_catalogue: Catalogue | None = None
         self._own_catalogue: Catalogue | None = None
 
@@ -359,10 +363,3 @@ class RetrievalData(TableData):
             user_N = self._column(self.user_column).index_select(0, train).long()
             seen = Seen.of(user_N, of_train, id_feature(self.features, self.user_column).num_rows)
         return Catalogue(arrays, count_I, seen)
-
-    def _check_options(self) -> None:
-        super()._check_options()
-        if self.negatives is not None:
-            raise ValueError(f"negatives={self.negatives} are of TableData: num_uniform gives a retriever further ones")
-        if self.exclude_seen and self.user_column is None:
-            raise ValueError("exclude_seen=True needs user_column, the column that tells one user from another")

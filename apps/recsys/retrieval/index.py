@@ -36,9 +36,6 @@ class ItemIndex:
     """
 
     def __init__(self, values: Sequence[str], vectors_ID: Tensor, made_by: str = "") -> None:
-        if vectors_ID.ndim != 2 or len(values) != len(vectors_ID) or not len(values):
-            shape = tuple(vectors_ID.shape)
-            raise ValueError(f"an index of {len(values)} items with vectors {shape}: they must be (I, D), I at least 1")
         self.values, self.made_by = whole_numbers(values), made_by
         self._vectors_VD = torch.cat((vectors_ID.new_zeros(1, vectors_ID.shape[1]), vectors_ID))
 

@@ -19,14 +19,7 @@ def sampled_softmax(logits_BU: Tensor, own_B: Tensor, count_U: Tensor, log_q_U: 
         own_B: int64 (B,), the place of each row's own item.
         count_U: int64 (U,), how often the sample holds each item; 0: it is no negative.
         log_q_U: log of the probability with which a place of the sample holds each item; None: no correction.
-
-    Raises:
-        ValueError: shapes that do not fit.
     """
-    B, U = logits_BU.shape
-    shapes = [tuple(x.shape) for x in (own_B, count_U, count_U if log_q_U is None else log_q_U)]
-    if shapes != [(B,), (U,), (U,)]:
-        raise ValueError(f"logits {(B, U)} with own, count and log_q {shapes}: they must be (B,), (U,) and (U,)")
     log_count_U = count_U.to(logits_BU.dtype).log()
     logits_BU = logits_BU + (log_count_U if log_q_U is None else log_count_U - log_q_U)
     # Equal terms of a sum are one term times their number: an item that the sample holds often is one column.

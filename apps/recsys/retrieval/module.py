@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 import core
@@ -74,6 +73,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
         ValueError: a value is out of its range, or the parts do not fit together.
     """
 
+    reporter = RetrievalReport
     model_kind = ModelKind("a retriever of items for users", 'model.predict("users.csv")', tags=("recommendation",))
     data_arguments: ClassVar[tuple[str, ...]] = ("user_features", "item_features", "num_items")
     compiled_networks = ("user_tower", "item_tower")
@@ -205,9 +205,6 @@ class TwoTowerRetriever(SparseModule, Comparable):
 
     def build_metrics(self) -> RetrievalMetrics:
         return RetrievalMetrics(self.ks)
-
-    def report_callbacks(self) -> list[Callback]:
-        return [] if self.report is None else [RetrievalReport(self.report)]
 
     @property
     def shown_metrics(self) -> tuple[str, ...]:

@@ -113,9 +113,6 @@ class RetrievalReport(Report):
         config: what to do.
     """
 
-    def __init__(self, config: RetrievalReportConfig) -> None:
-        self.config = config
-
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         if is_left_out(trainer):
             return None

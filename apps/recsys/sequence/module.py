@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor
 
 import core
@@ -91,6 +90,7 @@ class NextItemRecommender(SparseModule, Comparable):
         ValueError: a value is out of its range, or the parts do not fit together.
     """
 
+    reporter = NextItemReport
     model_kind = ModelKind(
         "a recommender of the next item of a history",
         'model.predict([["first item", "second item"]])',
@@ -211,9 +211,6 @@ class NextItemRecommender(SparseModule, Comparable):
 
     def build_metrics(self) -> RankingMetrics:
         return RankingMetrics(ks=(CUTOFF,))
-
-    def report_callbacks(self) -> list[Callback]:
-        return [] if self.report is None else [NextItemReport(self.report)]
 
     def predict_step(self, batch: Any, batch_idx: int) -> NextItems:
         """Return the ``top_k`` best next items of each history."""

@@ -115,9 +115,6 @@ class NextItemReport(Report):
         config: what to do.
     """
 
-    def __init__(self, config: NextItemReportConfig) -> None:
-        self.config = config
-
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         if is_left_out(trainer):
             return None

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -54,7 +53,7 @@ _STORE = EncodedStore(
         "recsys/encoding/*.py",
         "recsys/readers/*.py",
         "recsys/schema.py",
-        *(f"recsys/tables/encode/{n}.py" for n in ("build", "new_rows", "splits")),
+        *(f"recsys/tables/encode/{n}.py" for n in ("build", "new_rows", "notes", "splits")),
     ),
 )
 _FILE_OPTIONS = ("train_file", "val_file", "test_file")
@@ -291,8 +290,9 @@ class TableData(SuiteData):
                     column,
                     self._drawn.column,
                 )
-        if not self._report_follows():
-            for warning in self.findings.warnings:
+        trainer = self.trainer
+        if trainer is None or not trainer.testing or not any(isinstance(c, Report) for c in trainer.callbacks):
+            for warning in self.findings.warnings:  # a report of the test repeats them
                 log.warning("%s", warning)
 
     @property
@@ -302,15 +302,6 @@ class TableData(SuiteData):
             return {}
         drawn = {split: self._fixed_draws(split) for split in ("val", "test")}
         return {split: f"{split}: {rows}" for split, rows in drawn.items() if len(rows)}
-
-    def _report_follows(self) -> bool:
-        """Tell whether a test is to print a report, whose checks repeat the warnings."""
-        trainer = self.trainer
-        return (
-            trainer is not None
-            and trainer.state.fn == TrainerFn.TESTING
-            and any(isinstance(callback, Report) for callback in trainer.callbacks)
-        )
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return the batches of ``predict_file``, else those of the test, without items drawn for them."""
@@ -325,17 +316,9 @@ class TableData(SuiteData):
 
     def _kept(self) -> dict[str, Any]:
         """Return ``predict_columns`` of all rows of the table as arrow arrays."""
-        import pyarrow as pa
+        from apps.recsys.tables.rows.streaming import kept_of
 
-        from apps.recsys.tables.rows.streaming import as_json_has_it
-
-        raw = self._source()[1]()
-        tables = [table for table in (raw.train, raw.val, raw.test) if table is not None]
-        for column in self.predict_columns:
-            check_name("predict_columns", column, tables[0].column_names)
-        parts = [pa.table({c: as_json_has_it(table[c]) for c in self.predict_columns}) for table in tables]
-        whole = pa.concat_tables(parts, promote_options="permissive")
-        return {column: whole[column].combine_chunks() for column in self.predict_columns}
+        return kept_of(self._source()[1](), self.predict_columns)
 
     def _rows_to_predict(
         self, pattern: str, encoding: Encoding, further: Mapping[str, str] = MappingProxyType({})
@@ -345,7 +328,7 @@ class TableData(SuiteData):
         from apps.recsys.tables.rows.streaming import FileRows
 
         assert self.eval_batch_size is not None
-        files = find_files(self._folder, pattern, "predict_file")
+        files = find_files(self.root if self.dataset == "table" else None, pattern, "predict_file")
         place = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         kept = {**further, **dict.fromkeys(self.predict_columns, "predict_columns")}
         return FileRows(files, encoding, self.eval_batch_size, kept, *place)
@@ -358,9 +341,14 @@ class TableData(SuiteData):
 
     def read(self) -> ArrayFiles:
         source, read = self._source()
-        drawn = self._drawn
+        drawn, texts = self._drawn, {} if self.table is None else self.table.texts
+        encoders: list[list[Any]] = []
+        if texts:
+            from apps.recsys.encoding.texts import files_of_encoders
+
+            encoders = identity(files_of_encoders(texts))
         options: dict[str, Any] = {
-            "encoders": self._encoders(),
+            "encoders": encoders,
             "table": None if self.table is None else dataclasses.asdict(self.table),
             "split": None if self.split is None else dataclasses.asdict(self.split),
             "exclude": self.exclude,
@@ -390,54 +378,22 @@ class TableData(SuiteData):
             digest_of=lambda files: Encoding.of(files).digest,
         )
 
-    def _encoders(self) -> list[list[Any]]:
-        """Return plain values that distinguish the sentence encoders from others."""
-        texts = {} if self.table is None else self.table.texts
-        if not texts:
-            return []
-        from apps.recsys.encoding.texts import encoder_folder
-
-        folders = {encoder_folder(text, column) for column, text in texts.items()}
-        return identity(sorted(path for folder in folders for path in folder.iterdir() if path.is_file()))
-
-    @property
-    def _folder(self) -> str | None:
-        """The folder from which the names of the user's own files start."""
-        return self.root if self.dataset == "table" else None
-
     def _source(self) -> tuple[Any, Callable[[], RawTables]]:
         """Return plain values that distinguish this table from others, and a function that reads it."""
         if self.dataset == "synthetic":
             config = self.synthetic or SyntheticConfig()
             return dataclasses.asdict(config), lambda: generate(config).tables()
         if self.dataset == "table":
-            return self._own_files()
+            from apps.recsys.readers.user_tables import source_of
+
+            self._check_given("train_file")
+            assert self.table is not None
+            files = {option: getattr(self, option) for option in _FILE_OPTIONS}
+            kept = self.predict_columns if self.predict_file is None else ()
+            return source_of(self.root, files, self._config(self.table), kept)
         known = RECSYS_DATASETS[self.dataset]
         root = prepare(self.dataset, self.root, self.cache_dir)
         return identity(known.files(root)), lambda: known.read(root)
-
-    def _own_files(self) -> tuple[Any, Callable[[], RawTables]]:
-        from apps.recsys.readers.raw import RawTables
-        from apps.recsys.readers.user_tables import find_files, read_files
-
-        self._check_given("train_file")
-        assert self.table is not None
-        config = self._config(self.table)
-        named = {option: getattr(self, option) for option in _FILE_OPTIONS}
-        files = {o: find_files(self.root, name, o) for o, name in named.items() if name is not None}
-
-        kept = self.predict_columns if self.predict_file is None else ()  # they are read as they stand in the file
-        roles = {**dict.fromkeys(kept, "predict_columns"), **config.roles}
-        numbers, time = {*config.continuous} - {*kept}, None if config.time in kept else config.time
-
-        def read() -> RawTables:
-            train, val, test = (
-                read_files(files[o], roles, numbers, time) if o in files else None for o in _FILE_OPTIONS
-            )
-            assert train is not None
-            return RawTables(train, val, test, config)
-
-        return {option: identity(paths) for option, paths in files.items()}, read
 
     def _config(self, own: TableConfig) -> TableConfig:
         """Return the user's description, else the dataset's own, with the user's split and domain and without
@@ -475,8 +431,7 @@ class TableData(SuiteData):
             )
         if self.dataset == "table":
             # A trained model scores predict_file alone; what else is asked of the data needs train_file.
-            needed = ("train_file", "table") if self.predict_file is None else ("table",)
-            for name in needed:
+            for name in ("train_file", "table") if self.predict_file is None else ("table",):
                 self._check_given(name)
         else:
             for name in _FILE_OPTIONS:

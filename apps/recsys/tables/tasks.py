@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,8 @@ class HeadConfig(Checked):
         if self.kind != "plain" and num_tasks < 2:
             raise ValueError(f"head.kind={self.kind!r} needs at least 2 tasks, there is {num_tasks}")
         kind = {"plain": Head, "esmm": ESMM, "aitm": AITM}[self.kind]
-        return kind(self, dim, num_tasks, positives, targets)
+        shares = over_all(positives) if self.has_steps else positives
+        return kind(self, dim, num_tasks, of_each_step(shares) if self.kind == "esmm" else shares, targets)
 
 
 class Head(nn.Module):
@@ -103,7 +104,8 @@ class Head(nn.Module):
 
     Args:
         config: config of the towers.
-        dim, num_tasks, positives, targets: arguments of ``HeadConfig.build``.
+        dim, num_tasks, targets: arguments of ``HeadConfig.build``.
+        shares: share of positives that each output stands for in training; empty where it is not known.
 
     Attributes:
         outputs: where the outputs of each task stand.
@@ -114,7 +116,7 @@ class Head(nn.Module):
         config: HeadConfig,
         dim: int,
         num_tasks: int,
-        positives: Sequence[float] = (),
+        shares: Sequence[float] = (),
         targets: Sequence[Target] = (),
     ) -> None:
         super().__init__()
@@ -124,12 +126,10 @@ class Head(nn.Module):
         widths = [kind.width for kind in self.outputs.kinds]
         # Tasks with fewer outputs than another leave the rest of their columns unused, so that all are one product.
         self.weight, self.bias = linear_init(num_tasks, (dim, *config.hidden_dims)[-1], max(widths))
-        if config.prior_bias and positives:
-            shares = self._prior(over_all(positives) if config.has_steps else positives)
+        if config.prior_bias and shares:
             with torch.no_grad():
                 for t, (kind, share) in enumerate(zip(self.outputs.kinds, shares, strict=True)):
                     self.bias[t, 0, : kind.width] = torch.tensor(kind.start(share), dtype=torch.float64)
-        self._make_parts(dim)
 
     def _make_towers(self, dim: int) -> nn.Module | None:
         """Return the towers, one network a task, or one a task and layer where gates come between the layers."""
@@ -146,12 +146,6 @@ class Head(nn.Module):
     def widths(self, dim: int) -> tuple[int, ...]:
         """Return the widths of the inputs of the towers' layers, that of the logit last."""
         return (dim, *self.config.hidden_dims)
-
-    def _make_parts(self, dim: int) -> None:
-        """Make the parts that a kind of head has beside the towers."""
-
-    def _prior(self, positives: Sequence[float]) -> list[float]:
-        return list(positives)
 
     def forward(self, x_tBD: Tensor, gates: Sequence[Tensor] = (), shift_BZ: Tensor | None = None) -> Tensor:
         """Return the outputs (B, Z) of (t, B, D), a logit a task where all are binary.
@@ -221,13 +215,13 @@ def over_all(positives: Sequence[float]) -> list[float]:
     return shares
 
 
+def of_each_step(shares: Sequence[float]) -> list[float]:
+    """Return the share of each step given the one before, of shares over all examples."""
+    return [p / b if b > 0 else p for p, b in zip(shares, (1.0, *shares), strict=False)]
+
+
 class ESMM(Head):
     """Entire-space multi-task model (arXiv 1804.07931): see ``HeadConfig``."""
-
-    def _prior(self, positives: Sequence[float]) -> list[float]:
-        """Return the share of each step given the one before."""
-        before = [1.0, *positives[:-1]]
-        return [p / b if b > 0 else p for p, b in zip(positives, before, strict=True)]
 
     def forward(self, x_tBD: Tensor, gates: Sequence[Tensor] = (), shift_BZ: Tensor | None = None) -> Tensor:
         step_tB = super().forward(x_tBD, gates, shift_BZ).t()
@@ -253,8 +247,9 @@ class AITM(Head):
     sqrt(D))``, where v, k and s are linear; ``z_1 = q_1``. The towers read z.
     """
 
-    def _make_parts(self, dim: int) -> None:
-        num_transfers = self.num_tasks - 1
+    def __init__(self, config: HeadConfig, dim: int, num_tasks: int, *of_tasks: Any) -> None:
+        super().__init__(config, dim, num_tasks, *of_tasks)
+        num_transfers = num_tasks - 1
         self.transfer_weight, self.transfer_bias = linear_init(num_transfers, dim, dim)
         self.attention_weight, _ = linear_init(num_transfers, dim, 3 * dim)
 

@@ -78,6 +78,12 @@ class SparseModule(BalancedModule, HubModule):
     """Dotted names of the networks, or lists of networks, that every step calls and ``compile`` compiles; empty:
     ``model`` if there is one, else the module."""
 
+    report: Any = None
+    """Options of the test's report; None: there is none."""
+
+    reporter: ClassVar[type[Any]]
+    """The callback that ``report`` holds the options of."""
+
     reports: bool = True
     """Whether size, speed and the like are logged and the reports of ``report_callbacks`` made; not in a comparison."""
 
@@ -198,8 +204,8 @@ class SparseModule(BalancedModule, HubModule):
         return {}
 
     def report_callbacks(self) -> list[Callback]:
-        """Return the callbacks that report on a training or a test and change neither."""
-        return []
+        """Return the callbacks that report on a training or a test and change neither: ``reporter``, if ``report``."""
+        return [] if self.report is None else [self.reporter(self.report)]
 
     # ---- steps
 

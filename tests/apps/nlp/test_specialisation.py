@@ -140,12 +140,6 @@ def test_a_layer_used_twice_counts_twice():
     assert layer.by_sentence.tolist() == [[1, 1]]
 
 
-def test_layers_that_were_not_told_their_tokens_are_refused():
-    blind = core.contract.Entry("encoder.layers.0.ffn", entry("x", [[4]], [[0]]).routing, None, None)
-    with pytest.raises(ValueError, match=r"layer 'encoder.layers.0.ffn' was not given the ids of its tokens"):
-        use_of(["en-de"], ([blind], [0]))
-
-
 def test_layers_are_named_by_stack_and_number():
     assert (side_of("decoder 3"), side_of("model.encoder.layers.0.ffn")) == ("target", "source")
 

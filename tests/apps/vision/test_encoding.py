@@ -156,7 +156,7 @@ def test_an_option_that_is_not_the_checkpoint_s_is_refused(run, tmp_path: Path, 
 def test_options_of_the_run_are_taken_from_the_checkpoint(trained: Path, tmp_path: Path) -> None:
     data = VisionData("image_folder", root=str(photos(tmp_path)))
     data.adopt(best(trained).encoding.state())
-    assert (data.image_size, data.eval_crop, data.mean) == (8, 0.8, (0.1, 0.2, 0.3))
+    assert (data.image_size, data.eval_crop, data.encoding.mean) == (8, 0.8, (0.1, 0.2, 0.3))
     assert next(iter(data.test_dataloader())).image.shape == (12, 3, 8, 8)
 
 

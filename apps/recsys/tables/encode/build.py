@@ -5,10 +5,8 @@ Beside the arrow tables, one column at a time is in memory; encoded columns go t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +36,6 @@ from apps.recsys.encoding.features import (
     Target,
     VectorFeature,
 )
-from apps.recsys.encoding.labels import determines
 from apps.recsys.encoding.numbers import Part, statistics, to_numbers, to_order, vector_scale
 from apps.recsys.encoding.table_encoding import Encoding, TimeRange
 from apps.recsys.encoding.targets import learn_target, of_mean_one, place_labels, read_labels, to_weights
@@ -48,14 +45,11 @@ from apps.recsys.encoding.vocabulary import Vocabulary
 from apps.recsys.readers.raw import RawTables
 from apps.recsys.schema import NegativesConfig, TableConfig, TaskConfig, nearest, timestamp_columns
 from apps.recsys.tables.encode.checks import shared_groups
-from apps.recsys.tables.encode.findings import TableFindings
 from apps.recsys.tables.encode.fits import differences
 from apps.recsys.tables.encode.new_rows import ColumnWriter, Written, domain_numbers
+from apps.recsys.tables.encode.notes import Notes
 from apps.recsys.tables.encode.splits import Splits, split_rows
 from apps.recsys.tables.rows.arrays import MultiValued
-
-_ID_SHARE, _FEWEST_FOR_ID = 0.95, 100
-"""A column is taken for an id of the rows from this share of distinct values on, in at least this many rows."""
 
 _ALL_ROWS = "(all rows)"
 """Column of ones, the label of a table whose rows are all positive."""
@@ -131,7 +125,7 @@ class _Build(ColumnWriter):
             self.masks[name] = np.zeros(self.num_rows, dtype=bool)
             self.masks[name][getattr(splits, name)] = True
             writer.save(name, getattr(splits, name))
-        self.findings = TableFindings(rows={name: int(mask.sum()) for name, mask in self.masks.items()})
+        self.notes = Notes(config, self.masks, drawn is not None)
         known = dict(zip(config.tasks, given.features.target_of_task, strict=True)) if given is not None else {}
         self.targets: dict[str, Target] = {
             name: known.get(name) or learn_target(name, config.tasks[name], labels, self.masks["train"])
@@ -149,10 +143,9 @@ class _Build(ColumnWriter):
         config = self.config
         columns = (*config.categorical, *config.multi_valued, *config.continuous, *config.sequences)
         with bar("columns of the table", len(columns)) as self._shown:
-            self._run()
+            self._run(config)
 
-    def _run(self) -> None:
-        config = self.config
+    def _run(self, config: TableConfig) -> None:
         positives = self._write_labels()
         self._write_weights()
         targets = tuple(self.targets.values())
@@ -160,7 +153,7 @@ class _Build(ColumnWriter):
             self.writer.save("group", self.user)
         if self.group is not None and config.split.kind in ("user", "group"):
             groups = {name: self.group[mask] for name, mask in self.masks.items()}
-            self.findings.warnings += shared_groups(groups, config.split.kind)
+            self.notes.warnings += shared_groups(groups, config.split.kind)
         self._write_cold()
         num_domains = 0 if config.domain is None else self._write_domain(config.domain)
         categorical = tuple(self._write_categorical())
@@ -184,7 +177,7 @@ class _Build(ColumnWriter):
         self.writer.finish(
             {
                 "features": asdict(features),
-                "findings": asdict(self.findings),
+                "findings": asdict(self.notes.findings),
                 "vocabularies": self.vocabularies,
                 "domain": {"column": config.domain, "texts": self.domain_texts},
                 "separator": config.separator,
@@ -255,59 +248,8 @@ class _Build(ColumnWriter):
         positives = []
         for t, (name, label) in enumerate(self.labels.items()):
             matrix[:, t] = label
-            if self.targets[name].kind == "binary":
-                self._describe_positives(name, label)
-                positives.append(self.findings.positives[name]["train"])
-            else:
-                self._describe_values(name, label)
-                positives.append(0.5)
+            positives.append(self.notes.labels(name, self.targets[name], label, self.unknown[name]))
         return tuple(positives)
-
-    def _describe_labels(self, name: str, label: NDArray[np.float32]) -> Iterator[tuple[str, bool, int, float]]:
-        """Note a task's number of labels, and their mean, in each split; yield whether the split has rows, and both."""
-        self.findings.labelled[name], means = {}, {}
-        for split, mask in self.masks.items():
-            in_split = label[mask]
-            in_split = in_split[~np.isnan(in_split)]
-            num, mean = len(in_split), float(in_split.mean(dtype=np.float64)) if len(in_split) else 0.0
-            self.findings.labelled[name][split], means[split] = num, mean
-            yield split, bool(mask.any()), num, mean
-        by_task = self.findings.positives if self.targets[name].kind == "binary" else self.findings.means
-        by_task[name] = means
-
-    def _describe_positives(self, name: str, label: NDArray[np.float32]) -> None:
-        """Note a binary task's labels in each split, and refuse training labels of one class."""
-        for split, has_rows, num, share in self._describe_labels(name, label):
-            if self.drawn is not None and num:
-                if share < 1:
-                    row = int(np.argmax((label == 0) & self.masks[split]))
-                    raise ValueError(
-                        f"negatives.kind='items' is for tables of positives alone, and task {name!r} is 0 in row "
-                        f"{row}: leave such rows out, or take kind 'rows', which trains on them"
-                    )
-            elif has_rows and share in (0.0, 1.0):
-                which = "no label" if not num else "positive labels alone" if share else "no positive label"
-                message = f"task {name!r} has {which} in the {split} split"
-                if split == "train":
-                    raise ValueError(f"{message}: there is nothing to learn")
-                self.findings.warnings.append(f"{message}: its AUC is not defined there")
-
-    def _describe_values(self, name: str, label: NDArray[np.float32]) -> None:
-        """Note another task's labels in each split, and those that training lacks."""
-        target = self.targets[name]
-        if target.kind == "ordinal":
-            label = target.numbers_of(label).astype(np.float32)
-        for split, has_rows, num, _ in self._describe_labels(name, label):
-            if has_rows and not num:
-                self.findings.warnings.append(f"task {name!r} has no label in the {split} split")
-            if unknown := int(self.unknown[name][self.masks[split]].sum()):
-                self.findings.warnings.append(
-                    f"task {name!r}: {unknown:,} labels of the {split} split are values that training lacks; they "
-                    "count as none"
-                )
-        if target.kind == "multiclass":
-            self.findings.classes[name] = len(target.classes)
-            del self.findings.means[name]
 
     def _times(self) -> Mapping[str, TimeRange]:
         """Return the earliest and the latest time of the training rows by column, in days since 1970."""
@@ -357,30 +299,30 @@ class _Build(ColumnWriter):
     def _write_categorical(self) -> Iterator[CategoricalFeature]:
         config = self.config
         for own in self.write_single(config.categorical):
-            is_id = self._is_id(own.column, own.codes.codes)
-            self._describe(own.column, own.codes.codes == MISSING, own.rows.unseen, is_id=is_id)
-            self._check_leak(own.column, own.codes.codes)
+            self.notes.single(own.column, own.codes.codes, own.rows.unseen)
+            self._shown.advance()
             yield CategoricalFeature(own.column, own.rows.num_rows, False, own.column in config.hash_rows)
         for own in self.write_lists(dict.fromkeys(config.multi_valued)):
-            self._describe_lists(own)
+            self._note_lists(own)
             yield CategoricalFeature(own.column, own.rows.num_rows, True, own.column in config.hash_rows)
 
     def _write_sequences(self) -> Iterator[SequenceFeature]:
         for own in self.write_lists(self.config.sequences):
             sequence = self.config.sequences[own.column]
             if own.num_longer:
-                self.findings.warnings.append(
+                self.notes.warnings.append(
                     f"column {own.column!r}: {own.num_longer:,} of {self.num_rows:,} rows have more than "
                     f"length={sequence.length} values; the last ones are read"
                 )
-            self._describe_lists(own)
+            self._note_lists(own)
             hashed = (sequence.items or own.column) in self.config.hash_rows
             yield SequenceFeature(own.column, own.rows.num_rows, sequence.length, sequence.items, hashed)
 
-    def _describe_lists(self, own: Written) -> None:
+    def _note_lists(self, own: Written) -> None:
         assert own.lengths is not None
-        self._describe(own.column, own.lengths == 0, own.rows.unseen, own.lengths)
-        self._check_leak(own.column, MultiValued(own.codes.codes, own.lengths).sets_N())
+        self.notes.column(own.column, own.lengths == 0, own.rows.unseen, own.lengths)
+        self.notes.leak(own.column, MultiValued(own.codes.codes, own.lengths).sets_N())
+        self._shown.advance()
 
     def rows_of(self, column: str, items: str, codes: Codes, lengths: NDArray[np.int64] | None) -> Rows:
         config, train, row = self.config, self.masks["train"], np.arange(self.num_rows)
@@ -408,7 +350,7 @@ class _Build(ColumnWriter):
             return to_known(codes, known), known
         encoded = to_extended(codes, train, known, min_count)
         if added := encoded.num_rows - 1 - len(known):
-            self.findings.added[what] = added
+            self.notes.findings.added[what] = added
         return encoded, known.extended(encoded.values)
 
     def _write_texts(self, values: Vocabulary) -> int:
@@ -420,68 +362,16 @@ class _Build(ColumnWriter):
 
     def _write_continuous(self) -> Iterator[ContinuousFeature]:
         for column, values in self.write_numbers(self.config.continuous):
-            self._describe(column, np.isnan(values), None)
-            self._check_leak(column, np.unique(values, return_inverse=True)[1])
+            self.notes.column(column, np.isnan(values))
+            self.notes.leak(column, np.unique(values, return_inverse=True)[1])
+            self._shown.advance()
             yield statistics(column, values[self.masks["train"]])
 
     def _write_vectors(self) -> Iterator[VectorFeature]:
         known = {} if self.given is None else {f.name: f.size for f in self.given.features.vectors}
         for column, vectors in self.write_vectors({c: known.get(c) for c in self.config.vectors}).items():
-            self._describe(column, np.isnan(vectors[:, 0]), None)
+            self.notes.column(column, np.isnan(vectors[:, 0]))
             yield VectorFeature(column, vectors.shape[1], vector_scale(vectors[self.masks["train"]]))
-
-    def _describe(
-        self,
-        column: str,
-        missing: NDArray[np.bool_],
-        unseen: NDArray[np.bool_] | None,
-        lengths: NDArray[np.int64] | None = None,
-        is_id: bool = False,
-    ) -> None:
-        """Note a column's share of missing rows and of values that training lacks, in each split.
-
-        ``is_id`` leaves out a warning of new values, where one of ids has been given.
-        """
-        share_missing = self.findings.missing[column] = {s: _share(missing[mask]) for s, mask in self.masks.items()}
-        if share_missing["train"] == 1:
-            self.findings.warnings.append(
-                f"column {column!r} has no value in any training row: leave it out (exclude: [{column}])"
-            )
-        if unseen is not None:
-            masks = self.masks if lengths is None else {s: np.repeat(m, lengths) for s, m in self.masks.items()}
-            share = self.findings.unseen[column] = {s: _share(unseen[mask]) for s, mask in masks.items()}
-            split = self.config.split
-            new_by_design = is_id or (split.kind == "user" and column == self.config.user) or column == split.column
-            for part in () if new_by_design else ("val", "test"):
-                # Rare values of training are unseen too, but a sequence in which most are unseen says nothing.
-                if share[part] > 0.5 and (share["train"] < 0.25 or column in self.config.sequences):
-                    self.findings.warnings.append(
-                        f"column {column!r}: {share[part]:.0%} of the {part} values are not in training: are they "
-                        "written alike there?"
-                    )
-
-    def _is_id(self, column: str, codes: NDArray[np.int64]) -> bool:
-        """Tell whether nearly every training row has a value of its own, with a warning if so."""
-        in_train = codes[self.masks["train"]]
-        in_train = in_train[in_train != MISSING]
-        share = len(np.unique(in_train)) / max(len(in_train), 1)
-        if len(in_train) < _FEWEST_FOR_ID or share < _ID_SHARE:
-            return False
-        self.findings.warnings.append(
-            f"column {column!r} looks like an id of the rows: {math.floor(100 * share)} % of its {len(in_train):,} "
-            f"training values are distinct. It says nothing of new rows: leave it out (exclude: [{column}])"
-        )
-        return True
-
-    def _check_leak(self, column: str, codes: NDArray[Any]) -> None:
-        self._shown.advance()
-        train = self.masks["train"]
-        for name, label in self.labels.items():
-            if determines(codes[train], label[train]):
-                self.findings.warnings.append(
-                    f"column {column!r} determines the label of task {name!r} in every training row: "
-                    f"is it known before the label is? Else leave it out (exclude: [{column}])"
-                )
 
 
 def _of_positives(raw: RawTables, config: TableConfig, drawn: NegativesConfig) -> tuple[RawTables, TableConfig]:
@@ -515,7 +405,3 @@ def _of_positives(raw: RawTables, config: TableConfig, drawn: NegativesConfig) -
     val, test = (None if table is None else labelled(table) for table in (raw.val, raw.test))
     config = replace(config, tasks={drawn.task or "positive": TaskConfig(_ALL_ROWS)})
     return RawTables(labelled(raw.train), val, test, config), config
-
-
-def _share(mask: NDArray[np.bool_]) -> float:
-    return float(mask.mean()) if len(mask) else 0.0

@@ -14,15 +14,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from apps.base.checks import check_at_least
 from apps.equal_cost.comparable import Search
-from apps.recsys.encoding.features import Target
 from apps.recsys.kinds import Count, Kind, Ordinal, Outputs, kind_of
 from apps.recsys.metrics import MultiTaskMetrics
 from apps.recsys.tables.rows.arrays import MultiValued, TableArrays, gather
@@ -33,25 +32,43 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """The training and validation rows of one task; a label is NaN where a row has none.
+    """The training and validation rows of one task.
 
     Attributes:
         name: name of the task.
-        train, val: the columns.
-        y_N, yv_N: the labels of these rows.
-        seed: seed of the training's draws.
         kind: what is predicted.
-        weight_N: weights of the training rows; None: 1.
+        train, val: the columns of all rows.
+        kept_N, kept_V: the rows that have a label.
+        y_N, yv_N: the labels of these rows.
+        weight_N: weights of the training rows that have a label; None: 1.
+        seed: seed of the training's draws.
     """
 
     name: str
+    kind: Kind
     train: TableArrays
+    kept_N: np.ndarray
     y_N: np.ndarray
     val: TableArrays
+    kept_V: np.ndarray
     yv_N: np.ndarray
+    weight_N: np.ndarray | None
     seed: int
-    kind: Kind = field(default_factory=lambda: Kind(Target()))
-    weight_N: np.ndarray | None = None
+
+
+class Rows(NamedTuple):
+    """A task's labelled rows as a model takes them.
+
+    Attributes:
+        task: the task.
+        columns: how a table becomes ``x``.
+        x, xv: training and validation rows, (N, D).
+    """
+
+    task: Task
+    columns: Any
+    x: np.ndarray
+    xv: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -161,13 +178,14 @@ class PerTask:
         tasks: dict[str, Task | Constant] = {}
         targets = zip(train.features.tasks, train.features.target_of_task, strict=True)
         for t, (name, target) in enumerate(targets):
-            y_N, yv_N = label_Nt[:, t], label_val_Nt[:, t]
-            classes = np.unique(y_N[~np.isnan(y_N)])
+            kept_N, kept_V = ~np.isnan(label_Nt[:, t]), ~np.isnan(label_val_Nt[:, t])
+            y_N, yv_N = label_Nt[kept_N, t], label_val_Nt[kept_V, t]
+            classes = np.unique(y_N)
             if len(classes) < 2:
                 tasks[name] = Constant(float(classes[0]) if len(classes) else 0.5)
             else:
-                weight_N = None if train.weight_Nt is None else train.weight_Nt[:, t]
-                tasks[name] = Task(name, train, y_N, val, yv_N, seed, kind_of(target), weight_N)
+                weight_N = None if train.weight_Nt is None else train.weight_Nt[kept_N, t]
+                tasks[name] = Task(name, kind_of(target), train, kept_N, y_N, val, kept_V, yv_N, weight_N, seed)
         return tasks
 
     def _labels(self, arrays: TableArrays) -> torch.Tensor:

@@ -16,7 +16,7 @@ from apps.data.given import NUMBERS
 from apps.equal_cost.comparable import Search
 from apps.recsys.encoding.features import CategoricalFeature
 from apps.recsys.kinds import Count, Kind
-from apps.recsys.tables.estimators.base import PerTask, Task, best_of, outputs_of, quality_of, sparse_values
+from apps.recsys.tables.estimators.base import PerTask, Rows, Task, best_of, outputs_of, quality_of, sparse_values
 from apps.recsys.tables.rows.arrays import TableArrays
 
 MAX_CATEGORIES = 255
@@ -91,14 +91,14 @@ class HistGradientBoosting(PerTask):
         if not self.tunes:
             return {}
         rows = self._rows(task)
-        few = np.sort(np.random.default_rng(task.seed).permutation(len(rows.y_N))[: self.search_rows])
-        if len(np.unique(rows.y_N[few])) < 2:
-            few = np.arange(len(rows.y_N))
+        few = np.sort(np.random.default_rng(task.seed).permutation(len(task.y_N))[: self.search_rows])
+        if len(np.unique(task.y_N[few])) < 2:
+            few = np.arange(len(task.y_N))
         limit = min(self.SEARCH_ITERATIONS, self.max_iter)
 
         def some_rows(options: dict[str, Any]) -> float:
             own = {**options, "learning_rate": 0.1}
-            return self._boost(rows, rows.mask_D, few, task.seed, own, limit)[1]
+            return self._boost(rows, _mask(rows), few, own, limit)[1]
 
         begins, ends = part
         until = begins + SOME_ROWS * (ends - begins)
@@ -107,54 +107,47 @@ class HistGradientBoosting(PerTask):
             [{**best, **penalty} for penalty in PENALTIES], some_rows, search, f"{task.name}, some rows", until
         )
         best = penalised if quality > at else best
-        candidates = [{**best, **further} for further in _whole_settings(bool(rows.mask_D.any()))]
+        candidates = [{**best, **further} for further in _whole_settings(bool(_mask(rows).any()))]
         title = f"{task.name}, all rows"
-        return best_of(
-            candidates, lambda o: self._whole(rows, task.seed, o).quality, search, title, ends, one_at_least=True
-        )[0]
+        return best_of(candidates, lambda o: self._whole(rows, o).quality, search, title, ends, one_at_least=True)[0]
 
     def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         rows = self._rows(task)
         if not self.tunes:
-            model = _booster(task.kind, rows.mask_D, task.seed, {}, self.UNTUNED_ITERATIONS)
-            model.fit(rows.x_ND, rows.y_N, rows.weight_N)
+            model = _booster(task, _mask(rows), {}, self.UNTUNED_ITERATIONS)
+            model.fit(rows.x, _labels(task), task.weight_N)
             return (rows.columns, _Boosted(task.kind, model, 0)), {"iterations": self.UNTUNED_ITERATIONS}
-        fitted = self._whole(rows, task.seed, settings)
+        fitted = self._whole(rows, settings)
         return (rows.columns, fitted), {**settings, "iterations": fitted.iterations, "val_quality": fitted.quality}
 
     def decision(self, model: Any, arrays: TableArrays) -> np.ndarray:
         columns, fitted = model
         return fitted.decision(columns.transform(arrays))
 
-    def _rows(self, task: Task) -> _Rows:
+    def _rows(self, task: Task) -> Rows:
         columns = Columns(task.train, task.kind)
-        kept_N, kept_V = ~np.isnan(task.y_N), ~np.isnan(task.yv_N)
-        y_N, yv_N = task.y_N[kept_N], task.yv_N[kept_V]
-        if not _is_number(task.kind):
-            y_N = y_N.astype(np.int64)
-        weight_N = None if task.weight_N is None else task.weight_N[kept_N]
-        x_ND = columns.fit_transform(task.train, kept_N, y_N, task.seed)
-        xv_ND = columns.transform(task.val)[kept_V] if self.tunes else np.zeros((0, 0))
-        return _Rows(task.kind, columns, x_ND, y_N, weight_N, xv_ND, yv_N, columns.mask(x_ND.shape[1]))
+        x_ND = columns.fit_transform(task.train, task.kept_N, _labels(task), task.seed)
+        return Rows(task, columns, x_ND, columns.transform(task.val)[task.kept_V] if self.tunes else x_ND[:0])
 
-    def _whole(self, rows: _Rows, seed: int, settings: Mapping[str, Any]) -> _Boosted:
+    def _whole(self, rows: Rows, settings: Mapping[str, Any]) -> _Boosted:
         """Return trees on all rows, as many of them as are best on the validation split."""
         options = {name: value for name, value in settings.items() if name != "by_category"}
-        mask_D = rows.mask_D if settings["by_category"] else np.zeros_like(rows.mask_D)
-        model, _ = self._boost(rows, mask_D, slice(None), seed, options, self.max_iter)
-        by_number = [quality_of(rows.kind, z_N, rows.yv_N) for z_N in _staged(rows.kind, model, rows.xv_ND)]
-        return _Boosted(rows.kind, model, int(np.argmax(by_number)) + 1, max(by_number))
+        mask_D = _mask(rows) & settings["by_category"]
+        model, _ = self._boost(rows, mask_D, slice(None), options, self.max_iter)
+        kind, yv_N = rows.task.kind, rows.task.yv_N
+        by_number = [quality_of(kind, z_N, yv_N) for z_N in _staged(kind, model, rows.xv)]
+        return _Boosted(kind, model, int(np.argmax(by_number)) + 1, max(by_number))
 
     def _boost(
-        self, rows: _Rows, mask_D: np.ndarray, some: Any, seed: int, options: Mapping[str, Any], max_iter: int
+        self, rows: Rows, mask_D: np.ndarray, some: Any, options: Mapping[str, Any], max_iter: int
     ) -> tuple[Any, float]:
         """Add trees until the validation split has seen no better number of them for a while; return its best too."""
-        model = _booster(rows.kind, mask_D, seed, options, 0)
-        weight_N = None if rows.weight_N is None else rows.weight_N[some]
+        task, model = rows.task, _booster(rows.task, mask_D, options, 0)
+        y_N, weight_N = _labels(task)[some], None if task.weight_N is None else task.weight_N[some]
         best, waited = -math.inf, 0
         for trees in (*range(self.STEP, max_iter, self.STEP), max_iter):
-            model.set_params(max_iter=trees).fit(rows.x_ND[some], rows.y_N[some], weight_N)
-            quality = quality_of(rows.kind, _decision(rows.kind, model, rows.xv_ND), rows.yv_N)
+            model.set_params(max_iter=trees).fit(rows.x[some], y_N, weight_N)
+            quality = quality_of(task.kind, _decision(task.kind, model, rows.xv), task.yv_N)
             best, waited = (quality, 0) if quality > best else (best, waited + 1)
             if waited == self.PATIENCE:
                 break
@@ -168,20 +161,6 @@ class HistGradientBoostingUntuned(HistGradientBoosting):
         super().__init__(tuned=False, n_threads=n_threads, steps=steps)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The columns and labels of one task's labelled rows, for training and validation; ``mask_D``: the categories."""
-
-    kind: Kind
-    columns: Columns
-    x_ND: np.ndarray
-    y_N: np.ndarray
-    weight_N: np.ndarray | None
-    xv_ND: np.ndarray
-    yv_N: np.ndarray
-    mask_D: np.ndarray
-
-
 def _whole_settings(has_categories: bool) -> list[dict[str, Any]]:
     return [options for options in WHOLE if options["by_category"] or has_categories]
 
@@ -191,19 +170,29 @@ def _is_number(kind: Kind) -> bool:
     return kind.target.kind in NUMBERS
 
 
-def _booster(kind: Kind, mask_D: np.ndarray, seed: int, options: Mapping[str, Any], trees: int) -> Any:
+def _labels(task: Task) -> np.ndarray:
+    """Return the training labels as scikit-learn takes them."""
+    return task.y_N if _is_number(task.kind) else task.y_N.astype(np.int64)
+
+
+def _mask(rows: Rows) -> np.ndarray:
+    """Return which columns are split by category, bool (D,)."""
+    return rows.columns.mask(rows.x.shape[1])
+
+
+def _booster(task: Task, mask_D: np.ndarray, options: Mapping[str, Any], trees: int) -> Any:
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
     booster: Any = HistGradientBoostingClassifier
-    if _is_number(kind):
-        loss = "poisson" if isinstance(kind, Count) else f"{kind.target.loss}_error"
+    if _is_number(task.kind):
+        loss = "poisson" if isinstance(task.kind, Count) else f"{task.kind.target.loss}_error"
         booster = partial(HistGradientBoostingRegressor, loss=loss)
     return booster(
         max_iter=max(trees, 1),
         warm_start=not trees,  # more trees are added to those there are
         early_stopping=False,  # its own split would be taken from the training rows
         categorical_features=mask_D if mask_D.any() else None,
-        random_state=seed,
+        random_state=task.seed,
         **options,
     )
 

@@ -13,7 +13,7 @@ import torch
 from apps.data.given import NUMBERS
 from apps.equal_cost.comparable import Search
 from apps.recsys.kinds import Count, Kind
-from apps.recsys.tables.estimators.base import PerTask, Task, best_of, outputs_of, quality_of
+from apps.recsys.tables.estimators.base import PerTask, Rows, Task, best_of, outputs_of, quality_of
 from apps.recsys.tables.estimators.boosting import FrequentValues
 from apps.recsys.tables.rows.arrays import TableArrays
 
@@ -39,6 +39,9 @@ class _Library(PerTask):
     settings: ClassVar[tuple[dict[str, Any], ...]]
     """What is tried; the first in any case."""
 
+    losses: ClassVar[dict[str, tuple[str, str]]]
+    """The loss, and the metric that ends a training, by kind of task, or by the loss of a regression."""
+
     def __init__(self, max_iter: int = 2000, n_threads: int | None = None, steps: bool = False) -> None:
         super().__init__(n_threads, steps)
         self.max_iter = max_iter
@@ -51,26 +54,32 @@ class _Library(PerTask):
         return len(self.settings)
 
     def tune_task(self, task: Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
-        rows = _Rows.of(task)
+        rows = _rows(task)
 
         def quality(options: dict[str, Any]) -> float:
-            return quality_of(task.kind, self._train(rows, options, task.seed).decision(rows.xv), rows.yv_N)
+            return quality_of(task.kind, self._train(rows, options).decision(rows.xv), task.yv_N)
 
         return best_of(self.settings, quality, search, task.name, part[1], one_at_least=True)[0]
 
     def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        rows = _Rows.of(task)
-        fitted = self._train(rows, settings, task.seed)
-        quality = quality_of(task.kind, fitted.decision(rows.xv), rows.yv_N)
+        rows = _rows(task)
+        fitted = self._train(rows, settings)
+        quality = quality_of(task.kind, fitted.decision(rows.xv), task.yv_N)
         return (rows.columns, fitted), {**settings, "iterations": fitted.iterations, "val_quality": quality}
 
     def decision(self, model: Any, arrays: TableArrays) -> np.ndarray:
         columns, fitted = model
         return np.asarray(fitted.decision(columns.of(arrays)), dtype=np.float64)
 
-    def _train(self, rows: _Rows, settings: Mapping[str, Any], seed: int) -> Any:
+    def _train(self, rows: Rows, settings: Mapping[str, Any]) -> Any:
         """Return trained trees with ``decision`` and ``iterations``."""
         raise NotImplementedError
+
+    def _loss(self, kind: Kind) -> tuple[str, str]:
+        """Return the entry of ``losses`` for a kind of task."""
+        target = kind.target
+        name = "count" if isinstance(kind, Count) else target.loss if target.kind == "regression" else target.kind
+        return self.losses.get(name, self.losses["classes"])
 
     @property
     def _num_threads(self) -> int:
@@ -93,33 +102,31 @@ class LightGBM(_Library):
         )
     )
 
-    def _train(self, rows: _Rows, settings: Mapping[str, Any], seed: int) -> _LightGBM:
+    losses: ClassVar[dict[str, tuple[str, str]]] = {
+        "binary": ("binary", "auc"),
+        "classes": ("multiclass", "multi_logloss"),
+        "squared": ("regression", "l2"),
+        "absolute": ("regression_l1", "l1"),
+        "count": ("poisson", "poisson"),
+    }
+
+    def _train(self, rows: Rows, settings: Mapping[str, Any]) -> _LightGBM:
         import lightgbm
 
-        objective, metric = _lightgbm_loss(rows.kind)
+        task, (objective, metric) = rows.task, self._loss(rows.task.kind)
         options = {
             **settings, "objective": objective, "metric": metric, "learning_rate": 0.05, "verbosity": -1,
-            "seed": seed, "deterministic": True, "num_threads": self._num_threads, "bagging_fraction": 0.8,
+            "seed": task.seed, "deterministic": True, "num_threads": self._num_threads, "bagging_fraction": 0.8,
             "bagging_freq": 1,
         }  # fmt: skip
         if objective == "multiclass":
-            options["num_class"] = len(rows.kind.target.shares)
+            options["num_class"] = len(task.kind.target.shares)
         categories = list(range(rows.columns.num_continuous, rows.columns.end_of_categories))
-        train = lightgbm.Dataset(rows.x, rows.y_N, weight=rows.weight_N, categorical_feature=categories)
-        val = lightgbm.Dataset(rows.xv, rows.yv_N, reference=train)
+        train = lightgbm.Dataset(rows.x, task.y_N, weight=task.weight_N, categorical_feature=categories)
+        val = lightgbm.Dataset(rows.xv, task.yv_N, reference=train)
         stop = lightgbm.early_stopping(PATIENCE, verbose=False)
         model = lightgbm.train(options, train, self.max_iter, valid_sets=[val], callbacks=[stop])
-        return _LightGBM(rows.kind, model, model.best_iteration or model.current_iteration())
-
-
-def _lightgbm_loss(kind: Kind) -> tuple[str, str]:
-    """Return LightGBM's objective, and the metric that ends a training."""
-    target = kind.target
-    if isinstance(kind, Count):
-        return "poisson", "poisson"
-    if target.kind == "regression":
-        return ("regression", "l2") if target.loss == "squared" else ("regression_l1", "l1")
-    return ("binary", "auc") if target.kind == "binary" else ("multiclass", "multi_logloss")
+        return _LightGBM(task.kind, model, model.best_iteration or model.current_iteration())
 
 
 @dataclass(frozen=True)
@@ -146,29 +153,27 @@ class CatBoost(_Library):
         for depth, penalty, rate in ((6, 3.0, 0.1), (8, 3.0, 0.1), (6, 10.0, 0.05), (4, 3.0, 0.1))
     )
 
-    def _train(self, rows: _Rows, settings: Mapping[str, Any], seed: int) -> _CatBoost:
+    losses: ClassVar[dict[str, tuple[str, str]]] = {
+        "binary": ("Logloss", "AUC"),
+        "classes": ("MultiClass", "MultiClass"),
+        "squared": ("RMSE", "RMSE"),
+        "absolute": ("MAE", "MAE"),
+        "count": ("Poisson", "Poisson"),
+    }
+
+    def _train(self, rows: Rows, settings: Mapping[str, Any]) -> _CatBoost:
         import catboost
 
-        loss, metric = _catboost_loss(rows.kind)
+        task, (loss, metric) = rows.task, self._loss(rows.task.kind)
         options = {
             **settings, "loss_function": loss, "eval_metric": metric, "iterations": self.max_iter,
-            "random_seed": seed, "thread_count": self._num_threads, "od_type": "Iter", "od_wait": PATIENCE,
+            "random_seed": task.seed, "thread_count": self._num_threads, "od_type": "Iter", "od_wait": PATIENCE,
             "use_best_model": True, "allow_writing_files": False, "verbose": False,
         }  # fmt: skip
         model = catboost.CatBoost(options)
-        train = rows.columns.pool(rows.x, rows.y_N, rows.weight_N)
-        model.fit(train, eval_set=rows.columns.pool(rows.xv, rows.yv_N, None))
-        return _CatBoost(rows.kind, rows.columns, model, model.tree_count_)
-
-
-def _catboost_loss(kind: Kind) -> tuple[str, str]:
-    """Return CatBoost's loss, and the metric that ends a training."""
-    target = kind.target
-    if isinstance(kind, Count):
-        return "Poisson", "Poisson"
-    if target.kind == "regression":
-        return ("RMSE", "RMSE") if target.loss == "squared" else ("MAE", "MAE")
-    return ("Logloss", "AUC") if target.kind == "binary" else ("MultiClass", "MultiClass")
+        train = rows.columns.pool(rows.x, task.y_N, task.weight_N)
+        model.fit(train, eval_set=rows.columns.pool(rows.xv, task.yv_N, None))
+        return _CatBoost(task.kind, rows.columns, model, model.tree_count_)
 
 
 @dataclass(frozen=True)
@@ -225,37 +230,12 @@ class _Columns:
         return catboost.Pool(features, y_N, weight=weight_N)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The columns and labels of one task's labelled rows.
-
-    Attributes:
-        kind: what is predicted.
-        columns: how a table becomes ``x``.
-        x, y_N, weight_N: training rows, (N, D), their labels and weights.
-        xv, yv_N: validation rows.
-    """
-
-    kind: Kind
-    columns: _Columns
-    x: np.ndarray
-    y_N: np.ndarray
-    weight_N: np.ndarray | None
-    xv: np.ndarray
-    yv_N: np.ndarray
-
-    @classmethod
-    def of(cls, task: Task) -> _Rows:
-        """Return the labelled rows of a task."""
-        first = task.train.dense_NC.shape[1]
-        last = first + task.train.ids_NF.shape[1] + (task.train.domain_N is not None)
-        columns = _Columns(FrequentValues(task.train), first, last)
-        kept_N, kept_V = ~np.isnan(task.y_N), ~np.isnan(task.yv_N)
-        weight_N = None if task.weight_N is None else task.weight_N[kept_N]
-        return cls(
-            task.kind, columns, columns.of(task.train)[kept_N], task.y_N[kept_N], weight_N,
-            columns.of(task.val)[kept_V], task.yv_N[kept_V],
-        )  # fmt: skip
+def _rows(task: Task) -> Rows:
+    """Return the labelled rows of a task."""
+    first = task.train.dense_NC.shape[1]
+    last = first + task.train.ids_NF.shape[1] + (task.train.domain_N is not None)
+    columns = _Columns(FrequentValues(task.train), first, last)
+    return Rows(task, columns, columns.of(task.train)[task.kept_N], columns.of(task.val)[task.kept_V])
 
 
 def _as_bytes(values: np.ndarray) -> np.ndarray:

@@ -57,17 +57,15 @@ class LogisticRegression(PerTask):
     def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         from sklearn.exceptions import ConvergenceWarning
 
-        kept_N, kept_V = ~np.isnan(task.y_N), ~np.isnan(task.yv_N)
-        x, xv = design_matrix(task.train)[kept_N], design_matrix(task.val)[kept_V]
-        weight_N = None if task.weight_N is None else task.weight_N[kept_N]
-        model, y_N = self._model(task.kind, settings["C"], task.y_N[kept_N])
+        x, xv = design_matrix(task.train)[task.kept_N], design_matrix(task.val)[task.kept_V]
+        model, y_N = self._model(task.kind, settings["C"], task.y_N)
         with warnings.catch_warnings():
             # The best strength is chosen by validation; an optimiser cut short is one more regulariser.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(x, y_N, weight_N)
+            model.fit(x, y_N, task.weight_N)
         # Rows of classes, one of numbers and of two classes.
         fitted = _Linear(task.kind, np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_), _classes(model))
-        quality = quality_of(task.kind, fitted.decision(xv), task.yv_N[kept_V])
+        quality = quality_of(task.kind, fitted.decision(xv), task.yv_N)
         return fitted, {"C": settings["C"], "val_quality": quality}
 
     def _model(self, kind: Kind, strength: float, y_N: np.ndarray) -> tuple[Any, np.ndarray]:

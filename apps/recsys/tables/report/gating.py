@@ -342,24 +342,6 @@ def coded_names(features: Features) -> list[str]:
     return names + [c.name for c in features.continuous if c.quantiles]
 
 
-def check_column(features: Features, name: str) -> None:
-    """Check that `coded_columns` has the column.
-
-    Raises:
-        ValueError: it does not, and why.
-    """
-    fitting = coded_names(features)
-    if name in fitting:
-        return
-    reason = ""
-    for f in features.categorical:
-        if f.name == name:
-            reason = ": it has several values a row" if f.multi_valued else f": it has {f.num_rows} values"
-    if any(c.name == name for c in features.continuous):
-        reason = ": it has one value"
-    raise ValueError(f"report.gate_feature={name!r} is not one of {', '.join(fitting) or '(no column)'}{reason}")
-
-
 def coded_columns(arrays: TableArrays) -> Iterator[tuple[str, np.ndarray, list[str] | None]]:
     """Yield columns as codes: (name, int64 (N,), words of the codes or None where the data module has them)."""
     features = arrays.features

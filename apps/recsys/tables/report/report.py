@@ -13,6 +13,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 import core
+from apps.base.checks import check_name
 from apps.data.loader import batches_of_test
 from apps.recsys.binary_metrics import Calibration, TaskMetrics
 from apps.recsys.encoding.features import Features
@@ -104,13 +105,10 @@ class RecommenderReport(Report):
         config: the options.
     """
 
-    def __init__(self, config: RecommenderReportConfig) -> None:
-        self.config = config
-
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         features: Any = getattr(pl_module, "features", None)
         if self.config.gate_feature is not None and features is not None:
-            gating.check_column(features, self.config.gate_feature)
+            check_name("report.gate_feature", self.config.gate_feature, gating.coded_names(features))
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> _Collected | None:
         metrics = computed_metrics(pl_module, MultiTaskMetrics)

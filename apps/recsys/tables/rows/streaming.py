@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset
 
+from apps.base.checks import check_name
 from apps.recsys.encoding.table_encoding import Encoding
 from apps.recsys.tables.rows.batch import TableBatch
 from apps.recsys.tables.rows.scoring import encoded, pieces_of_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from apps.recsys.readers.raw import RawTables
 
 _PIECE_ROWS = 1 << 16
 """Rows that are encoded at a time."""
@@ -84,6 +87,22 @@ class FileRows(IterableDataset[TableBatch]):
             yield replace(batch, kept=kept or None)
         if batch is None:
             raise ValueError("the rows to predict: there are none")
+
+
+def kept_of(raw: RawTables, columns: Sequence[str]) -> dict[str, pa.Array]:
+    """Return ``predict_columns`` of all rows of a table.
+
+    Raises:
+        ValueError: it lacks one.
+    """
+    import pyarrow as pa
+
+    tables = [table for table in (raw.train, raw.val, raw.test) if table is not None]
+    for column in columns:
+        check_name("predict_columns", column, tables[0].column_names)
+    parts = [pa.table({column: as_json_has_it(table[column]) for column in columns}) for table in tables]
+    whole = pa.concat_tables(parts, promote_options="permissive")
+    return {column: whole[column].combine_chunks() for column in columns}
 
 
 def as_json_has_it(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -27,8 +27,8 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.types import ParameterSharding, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from apps.base.checks import check_name
 from apps.train.sharded.torchrec_rows import OPTIMIZERS, is_split
+from core.fields import Checked, Positive
 
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
 ComputeKernel = Literal["fused", "fused_uvm", "fused_uvm_caching"]
@@ -39,7 +39,7 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class ShardingConfig:
+class ShardingConfig(Checked):
     """Options of ``TorchRecStrategy`` that say how tables are spread over processes.
 
     Raises:
@@ -49,15 +49,7 @@ class ShardingConfig:
     sharding: Sharding = "auto"
     table_sharding: Mapping[str, Sharding] = field(default_factory=dict)
     compute_kernel: ComputeKernel = "fused"
-    memory_gib: float | None = None
-
-    def __post_init__(self) -> None:
-        named = {f"table_sharding[{k!r}]": v for k, v in self.table_sharding.items()}
-        for name, value in {"sharding": self.sharding, **named}.items():
-            check_name(name, value, get_args(Sharding))
-        check_name("compute_kernel", self.compute_kernel, get_args(ComputeKernel))
-        if self.memory_gib is not None and not self.memory_gib > 0:
-            raise ValueError(f"memory_gib={self.memory_gib} must be positive")
+    memory_gib: Positive | None = None
 
 
 class Sharder(EmbeddingBagCollectionSharder):

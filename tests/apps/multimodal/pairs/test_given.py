@@ -28,7 +28,7 @@ from apps.multimodal.pairs.pairs import PairBatch
         ({"query": [], "images": "shop"}, "query is an empty list"),
         ({"query": "", "images": "shop"}, "query 1 of 1 is empty"),
         ({"query": ["a", " \t"], "images": "shop"}, "query 2 of 2 is empty"),
-        ({"query": "a", "images": "shop", "top": 0}, "top=0 must be at least 1"),
+        ({"query": "a", "images": "shop", "top": 0}, "top=0 is not at least 1"),
         ({"images": "shop", "top": 5}, "top=5 is of a search, which needs data.query or data.query_image"),
         ({"index": "a.safetensors"}, "index=a.safetensors is of a search"),
         ({"images": "shop", "predict_file": "a.csv"}, "images='shop' and predict_file='a.csv': give one of them"),

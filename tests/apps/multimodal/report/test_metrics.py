@@ -126,16 +126,6 @@ def test_no_pair_has_no_value():
     assert all(math.isnan(value) for value in values.values())
 
 
-def test_what_is_refused():
-    with pytest.raises(ValueError, match=r"ks=\[5, 1\] must be ascending numbers of at least 1"):
-        RetrievalMetrics([5, 1])
-    with pytest.raises(ValueError, match=r"\(2, 3\), \(2, 4\), \(2,\), \(2,\) must be"):
-        numbers = torch.arange(2)
-        RetrievalMetrics().update(PairOutputs(torch.zeros(2, 3), torch.zeros(2, 4)), PairTargets(numbers, numbers))
-    with pytest.raises(ValueError, match=r"1 attributes' logits and labels .* 2 attributes, colour, size"):
-        AttributeMetrics({"colour": 3, "size": 2}).update([torch.zeros(4, 3)], torch.zeros(4, 1))
-
-
 def test_macro_f1_by_hand():
     # Classes of the first attribute: 0 0 1 1, and answers 0 1 1 1: F1 of 0 is 2/3, of 1 is 4/5. Class 2 never comes and
     # is left out. The last example is of no known class.

@@ -296,8 +296,8 @@ def test_a_pair_without_sentences_is_refused(pair, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_words": 0}, "max_words=0 must be at least 1"),
-        ({"max_ratio": 0.5}, "max_ratio=0.5 must be at least 1"),
+        ({"max_words": 0}, "max_words=0 is not at least 1"),
+        ({"max_ratio": 0.5}, "max_ratio=0.5 is not at least 1"),
         ({"min_words": 5, "max_words": 4}, "min_words=5 exceeds max_words=4"),
         ({"without": "("}, r"without='\(' is no regular expression"),
     ],

@@ -78,12 +78,6 @@ def test_values_are_numbers_where_all_are_written_so():
     assert ItemIndex(["7", "30"], torch.ones(2, 1)).named([2, 1, 2]) == [30, 7, 30]
 
 
-def test_values_and_vectors_must_fit():
-    for values, shape in (("ab", (3, 2)), ("", (0, 2)), ("ab", (2,))):
-        with pytest.raises(ValueError, match=r"they must be \(I, D\), I at least 1"):
-            ItemIndex(values, torch.ones(shape))
-
-
 def test_a_file_keeps_an_index(tmp_path):
     index = ItemIndex(["7", "30", "é"], torch.randn(3, 4), made_by="abc")
     index.save(tmp_path / "items.safetensors")

@@ -71,10 +71,3 @@ def test_probabilities_of_a_place_by_hand():
     mixed = torch.tensor([(6 * n / 8 + 2 / 3) / 8 for n in (5, 2, 1)])
     assert_close(log_probability(count, 6, 2).exp(), mixed)
     assert float(mixed.sum()) == pytest.approx(1)
-
-
-def test_shapes_that_do_not_fit_are_refused():
-    logits, own, count = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.ones(3, dtype=torch.int64)
-    for wrong in ((own[:1], count, None), (own, count[:2], None), (own, count, torch.zeros(2))):
-        with pytest.raises(ValueError, match=r"they must be \(B,\), \(U,\) and \(U,\)"):
-            sampled_softmax(logits, *wrong)

@@ -83,7 +83,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mpnet"}))
     with pytest.raises(ValueError, match=r"of type 'mpnet', for which sentence-transformers is needed: pip install"):
         _ = data_of(tmp_path).features
-    with pytest.raises(ValueError, match="max_tokens=2 must be at least 3"):
+    with pytest.raises(ValueError, match="max_tokens=2 is not at least 3"):
         TextConfig(max_tokens=2)
 
 

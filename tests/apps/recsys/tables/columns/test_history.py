@@ -105,7 +105,7 @@ def test_a_sequence_may_have_values_of_its_own(tmp_path):
     ("options", "match"),
     [
         ({"last": {"items": "itm"}}, r"sequences\['last'\].items='itm' is no categorical column; did you mean 'item'"),
-        ({"last": {"length": 0}}, r"length=0 must be at least 1"),
+        ({"last": {"length": 0}}, r"length=0 is not at least 1"),
         ({"item": {}}, r"column 'item' is listed twice: under categorical and sequences"),
     ],
 )

@@ -140,7 +140,7 @@ def test_all_negatives_train_where_there_are_no_more(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"per_positive": 0}, r"negatives.per_positive=0 must be above 0 and finite"),
+        ({"per_positive": 0}, r"negatives.per_positive=0 is not above 0"),
         ({}, "negatives.task=None: name one of the tasks click, like, price"),
         ({"task": "clicks"}, "negatives.task='clicks' is not one of click, like, price; did you mean 'click'"),
         ({"task": "price"}, "negatives.task='price' is of kind 'regression', which has no negative rows"),

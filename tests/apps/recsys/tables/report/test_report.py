@@ -225,7 +225,7 @@ def test_the_domain_has_a_name_that_no_column_has():
     assert gating.domain_column(features(num_domains=2)) == "domain"
     named = dataclasses.replace(features(num_domains=2), categorical=(CategoricalFeature("domain", 5),))
     assert gating.domain_column(named) == "(domain)"
-    gating.check_column(named, "(domain)")
+    assert "(domain)" in gating.coded_names(named)
 
 
 # ---- pictures
@@ -321,9 +321,9 @@ def test_options_of_the_report(tmp_path, capsys):
     run(module, tmp_path)
     assert {p.name for p in (tmp_path / "report").iterdir()} == {"tasks.csv", "sections.json"}
     run(recommender(core.MMoE(3, MLP), report=RecommenderReportConfig(gate_feature="age")), tmp_path)
-    for name, why in (("town", "$"), ("film.tags", ": it has several values a row"), ("flat", ": it has one value")):
+    for name in ("town", "film.tags", "flat"):  # no column, one of several values a row, one of one value
         folder = tmp_path / name
-        with pytest.raises(ValueError, match=rf"report.gate_feature='{name}' is not one of city, age{why}"):
+        with pytest.raises(ValueError, match=rf"report.gate_feature='{name}' is not one of city, age"):
             run(recommender(core.MMoE(3, MLP), report=RecommenderReportConfig(gate_feature=name)), folder)
         assert not (folder / "report").exists(), "known before the test is run"
 

@@ -1,0 +1,154 @@
+"""What an encoding notes of a table's labels and columns: shares by split, and warnings of what looks wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apps.recsys.encoding.categories import MISSING
+from apps.recsys.encoding.features import Target
+from apps.recsys.encoding.labels import determines
+from apps.recsys.schema import TableConfig
+from apps.recsys.tables.encode.findings import TableFindings
+
+_ID_SHARE, _FEWEST_FOR_ID = 0.95, 100
+"""A column is taken for an id of the rows from this share of distinct values on, in at least this many rows."""
+
+
+class Notes:
+    """Fills the ``findings`` of a table while it is encoded: first each task's labels, then each column.
+
+    Args:
+        config: description of the table, with the parts of its timestamps.
+        masks: the rows of each split.
+        draws_items: whether the table must be of positives alone, as other items are drawn as negatives.
+    """
+
+    def __init__(self, config: TableConfig, masks: Mapping[str, NDArray[np.bool_]], draws_items: bool) -> None:
+        self.config, self.masks, self.draws_items = config, masks, draws_items
+        self.findings = TableFindings(rows={name: int(mask.sum()) for name, mask in masks.items()})
+        self.warnings = self.findings.warnings
+        self._in_train: dict[str, NDArray[np.float32]] = {}
+
+    def labels(self, name: str, target: Target, label: NDArray[np.float32], unknown: NDArray[np.bool_]) -> float:
+        """Note a task's number of labels, and their mean, in each split.
+
+        Args:
+            name: the task.
+            target: what its labels are.
+            label: of each row; NaN: none.
+            unknown: rows whose label is a value that training lacks.
+
+        Returns:
+            the share of positive ones in training; 0.5 of a task that is not binary.
+
+        Raises:
+            ValueError: a binary task's training labels are of one class, or one is 0 in a table of positives.
+        """
+        self._in_train[name] = label[self.masks["train"]]
+        if target.kind == "ordinal":
+            label = target.numbers_of(label).astype(np.float32)
+        labelled, means = self.findings.labelled.setdefault(name, {}), dict[str, float]()
+        for split, mask in self.masks.items():
+            in_split = label[mask]
+            in_split = in_split[~np.isnan(in_split)]
+            num = labelled[split] = len(in_split)
+            means[split] = float(in_split.mean(dtype=np.float64)) if num else 0.0
+            if target.kind == "binary":
+                self._check_classes(name, split, num, means[split], label)
+                continue
+            if mask.any() and not num:
+                self.warnings.append(f"task {name!r} has no label in the {split} split")
+            if num_unknown := int(unknown[mask].sum()):
+                self.warnings.append(
+                    f"task {name!r}: {num_unknown:,} labels of the {split} split are values that training lacks; they "
+                    "count as none"
+                )
+        if target.kind == "binary":
+            self.findings.positives[name] = means
+            return means["train"]
+        if target.kind == "multiclass":
+            self.findings.classes[name] = len(target.classes)
+        else:
+            self.findings.means[name] = means
+        return 0.5
+
+    def _check_classes(self, name: str, split: str, num: int, share: float, label: NDArray[np.float32]) -> None:
+        """Refuse training labels of one class, and warn of such ones in another split."""
+        mask = self.masks[split]
+        if self.draws_items and num:
+            if share < 1:
+                row = int(np.argmax((label == 0) & mask))
+                raise ValueError(
+                    f"negatives.kind='items' is for tables of positives alone, and task {name!r} is 0 in row "
+                    f"{row}: leave such rows out, or take kind 'rows', which trains on them"
+                )
+        elif mask.any() and share in (0.0, 1.0):
+            which = "no label" if not num else "positive labels alone" if share else "no positive label"
+            message = f"task {name!r} has {which} in the {split} split"
+            if split == "train":
+                raise ValueError(f"{message}: there is nothing to learn")
+            self.warnings.append(f"{message}: its AUC is not defined there")
+
+    def column(
+        self,
+        column: str,
+        missing: NDArray[np.bool_],
+        unseen: NDArray[np.bool_] | None = None,
+        lengths: NDArray[np.int64] | None = None,
+        is_id: bool = False,
+    ) -> None:
+        """Note a column's share of missing rows and of values that training lacks, in each split.
+
+        ``is_id`` leaves out a warning of new values, where one of ids has been given.
+        """
+        share_missing = self.findings.missing[column] = {s: _share(missing[mask]) for s, mask in self.masks.items()}
+        if share_missing["train"] == 1:
+            self.warnings.append(
+                f"column {column!r} has no value in any training row: leave it out (exclude: [{column}])"
+            )
+        if unseen is None:
+            return
+        masks = self.masks if lengths is None else {s: np.repeat(m, lengths) for s, m in self.masks.items()}
+        share = self.findings.unseen[column] = {s: _share(unseen[mask]) for s, mask in masks.items()}
+        split = self.config.split
+        new_by_design = is_id or (split.kind == "user" and column == self.config.user) or column == split.column
+        for part in () if new_by_design else ("val", "test"):
+            # Rare values of training are unseen too, but a sequence in which most are unseen says nothing.
+            if share[part] > 0.5 and (share["train"] < 0.25 or column in self.config.sequences):
+                self.warnings.append(
+                    f"column {column!r}: {share[part]:.0%} of the {part} values are not in training: are they "
+                    "written alike there?"
+                )
+
+    def single(self, column: str, codes: NDArray[np.int64], unseen: NDArray[np.bool_]) -> None:
+        """Note a categorical column of one value a row, with a warning if nearly each training row has its own."""
+        in_train = codes[self.masks["train"]]
+        in_train = in_train[in_train != MISSING]
+        share = len(np.unique(in_train)) / max(len(in_train), 1)
+        is_id = len(in_train) >= _FEWEST_FOR_ID and share >= _ID_SHARE
+        if is_id:
+            self.warnings.append(
+                f"column {column!r} looks like an id of the rows: {math.floor(100 * share)} % of its {len(in_train):,} "
+                f"training values are distinct. It says nothing of new rows: leave it out (exclude: [{column}])"
+            )
+        self.column(column, codes == MISSING, unseen, is_id=is_id)
+        self.leak(column, codes)
+
+    def leak(self, column: str, codes: NDArray[Any]) -> None:
+        """Warn of a column each value of which comes with one label alone."""
+        in_train = codes[self.masks["train"]]
+        for name, label in self._in_train.items():
+            if determines(in_train, label):
+                self.warnings.append(
+                    f"column {column!r} determines the label of task {name!r} in every training row: "
+                    f"is it known before the label is? Else leave it out (exclude: [{column}])"
+                )
+
+
+def _share(mask: NDArray[np.bool_]) -> float:
+    return float(mask.mean()) if len(mask) else 0.0
