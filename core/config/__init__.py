@@ -7,6 +7,15 @@ from .scenarios import STAR, HoME, M3oE
 from .smes import SMES
 
 __all__ = [
-    "CGC", "DenseFFN", "HoME", "M3oE", "MMoE", "MoEConfig", "MultiGateConfig", "OMoE", "PLE",
-    "SMES", "STAR",
-]  # fmt: skip
+    "CGC",
+    "DenseFFN",
+    "HoME",
+    "M3oE",
+    "MMoE",
+    "MoEConfig",
+    "MultiGateConfig",
+    "OMoE",
+    "PLE",
+    "SMES",
+    "STAR",
+]

@@ -19,6 +19,14 @@ from .spans import span
 from .tape import Entry, Tape, device_of_ranks, record, several_ranks, sum_over_ranks, unwrapped_modules
 
 __all__ = [
-    "DenseRouting", "Entry", "Evidence", "MergeRouting", "Routing", "RoutingContext", "Rows",
-    "SlotRouting", "Tape", "record",
-]  # fmt: skip
+    "DenseRouting",
+    "Entry",
+    "Evidence",
+    "MergeRouting",
+    "Routing",
+    "RoutingContext",
+    "Rows",
+    "SlotRouting",
+    "Tape",
+    "record",
+]

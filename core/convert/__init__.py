@@ -34,8 +34,24 @@ from .reduce.merge import OneExpert, average_experts
 from .reduce.prune import keep_experts, merge_experts, prune_experts
 
 __all__ = [
-    "ExpertStatistics", "OneExpert", "adapt", "average_experts", "average_models",
-    "average_states", "cut_out", "dense_twin", "densify", "expert_statistics", "freeze_experts",
-    "grow_experts", "hold_experts", "keep_experts", "merge_adapters", "merge_experts",
-    "mix_models", "prune_experts", "sparsify", "summary",
-]  # fmt: skip
+    "ExpertStatistics",
+    "OneExpert",
+    "adapt",
+    "average_experts",
+    "average_models",
+    "average_states",
+    "cut_out",
+    "dense_twin",
+    "densify",
+    "expert_statistics",
+    "freeze_experts",
+    "grow_experts",
+    "hold_experts",
+    "keep_experts",
+    "merge_adapters",
+    "merge_experts",
+    "mix_models",
+    "prune_experts",
+    "sparsify",
+    "summary",
+]

@@ -15,8 +15,27 @@ from .quant import expert_bytes, quantize_experts
 from .star import StarExperts
 
 __all__ = [
-    "AttentionExperts", "ClampedSwiGLU", "Constant", "Convolution", "ConvolutionExperts",
-    "Copy", "ExpertConfig", "Experts", "FFN", "GEGLU", "GeneralFFN", "IA3", "LoRA", "MLP",
-    "MLPExperts", "Mixed", "NeuronExperts", "PEER", "SwiGLU", "Zero", "expert_bytes",
-    "num_params", "quantize_experts",
-]  # fmt: skip
+    "AttentionExperts",
+    "ClampedSwiGLU",
+    "Constant",
+    "Convolution",
+    "ConvolutionExperts",
+    "Copy",
+    "ExpertConfig",
+    "Experts",
+    "FFN",
+    "GEGLU",
+    "GeneralFFN",
+    "IA3",
+    "LoRA",
+    "MLP",
+    "MLPExperts",
+    "Mixed",
+    "NeuronExperts",
+    "PEER",
+    "SwiGLU",
+    "Zero",
+    "expert_bytes",
+    "num_params",
+    "quantize_experts",
+]

@@ -15,8 +15,26 @@ from .shared import SharedGate
 from .task_choice import SelectedMultiGateMoE, SparseMultiGateMoE
 
 __all__ = [
-    "AdaptedLinear", "AttentionMoE", "AuxLosses", "AveragedMoE", "JointMultiGateMoE",
-    "MergedMoE", "MoE", "MoELayer", "MultiGateLayer", "MultiGateMoE", "NeuronMoE", "PLELayer",
-    "PatchMoE", "SelectedMultiGateMoE", "SoftMoE", "SparseMultiGateMoE", "active_params",
-    "aux_loss", "aux_losses", "moe_layers", "set_capacity_factor", "update_expert_bias",
-]  # fmt: skip
+    "AdaptedLinear",
+    "AttentionMoE",
+    "AuxLosses",
+    "AveragedMoE",
+    "JointMultiGateMoE",
+    "MergedMoE",
+    "MoE",
+    "MoELayer",
+    "MultiGateLayer",
+    "MultiGateMoE",
+    "NeuronMoE",
+    "PLELayer",
+    "PatchMoE",
+    "SelectedMultiGateMoE",
+    "SoftMoE",
+    "SparseMultiGateMoE",
+    "active_params",
+    "aux_loss",
+    "aux_losses",
+    "moe_layers",
+    "set_capacity_factor",
+    "update_expert_bias",
+]
