@@ -163,9 +163,8 @@ class AdoptedClamped(AdoptedExperts, ClampedSwiGLUExperts):  # type: ignore[misc
     linear_in = frozenset()
 
     def _weights(self) -> tuple[Tensor | None, ...]:
-        w_in, w_gate, w_out = self.matrices()
-        b_in, b_gate, b_out = self.vectors()
-        return w_in, w_out, w_gate, b_in, b_out, b_gate
+        (w_in, w_gate, w_out), (b_in, b_gate, b_out) = self.matrices(), self.vectors()
+        return w_in, b_in, w_gate, b_gate, w_out, b_out
 
 
 class AdoptedMoE(Adopted, MoE):
