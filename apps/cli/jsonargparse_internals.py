@@ -61,14 +61,14 @@ def find_options_by_name() -> None:
 
 
 class _ByName:
-    """Finds the action of an option as ``find`` does, by the names of each parser."""
+    """Finds the action of an option as ``walk`` does, by the names of each parser."""
 
-    def __init__(self, find: Callable[..., Any]) -> None:
-        self._find = find
+    def __init__(self, walk: Callable[..., Any]) -> None:
+        self.walk = walk
 
     def __call__(self, parser: Any, dest: str, exclude: Any = None) -> tuple[Any, str | None]:
         if getattr(parser, "_subcommands_action", None) is not None:
-            return self._find(parser, dest, exclude)
+            return self.walk(parser, dest, exclude)
         known, by_name = parser.__dict__.get("_names", ([], {}))
         if known != parser._actions:  # options are added, and removed, until all are there
             known, by_name = list(parser._actions), {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apps.base.files import replacing
+from apps.data.cache import cache_root
 from apps.report.colors import PALETTE, color_of, expert_colors, ink_on, shape_of
 from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, Point, ScatterChart
 from apps.report.page.notes import placed
@@ -54,13 +56,19 @@ def save_charts(charts: Sequence[Chart | Words], path: Path, title: str) -> Path
 
 @functools.cache
 def script() -> str:
-    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed, as ``window.vegaEmbed``: 0.9 MB, made once a process.
+    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed, as ``window.vegaEmbed``: 0.9 MB.
 
-    It takes about 2 s.
+    Making it takes about 2 s, so the user's cache keeps it for each version of vl-convert.
     """
     import vl_convert
 
-    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+    kept = cache_root(None) / "charts" / f"vega-{vl_convert.__version__}.js"
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8")
+    text = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+    with contextlib.suppress(OSError), replacing(kept) as file:  # where the cache cannot be written, it is made again
+        file.write(text)
+    return text
 
 
 def png_of(charts: Sequence[Chart | Words], title: str) -> bytes:

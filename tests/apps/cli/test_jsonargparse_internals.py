@@ -68,7 +68,7 @@ def test_an_option_is_found_by_its_name_as_jsonargparse_finds_it():
     parser.add_class_arguments(Optimizer, "optimizer")
     names = ["cfg", "seed", "start", "place", "model", "optimizer", "optimizer.lr", "help", "nothing"]
     for name, exclude in itertools.product(names, (None, _actions._ActionConfigLoad)):
-        assert by_name(parser, name, exclude) == by_name._find(parser, name, exclude), name
+        assert by_name(parser, name, exclude) == by_name.walk(parser, name, exclude), name
     assert by_name(parser, "start")[0].dest == "seed"
     above = ArgumentParser(exit_on_error=False)
     above.add_subcommands().add_subcommand("fit", parser)

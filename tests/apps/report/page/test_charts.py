@@ -11,13 +11,28 @@ from PIL import Image
 from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart, thinned_rows
 from apps.report.page.notes import placed
 from apps.report.page.parts import Words
-from apps.report.page.vega import MOST_POINTS, save_charts, still, vega_lite
+from apps.report.page.vega import MOST_POINTS, save_charts, script, still, vega_lite
 from apps.report.use import load_charts
 
 
 def rows(spec: dict) -> list[dict]:
     """Return all rows of data of a specification."""
     return [row for data in spec["datasets"].values() for row in data] if "datasets" in spec else spec["data"]["values"]
+
+
+def test_the_library_of_charts_is_made_once_for_each_version_where_the_cache_can_be_written(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("vl_convert.javascript_bundle", lambda code: made.append(code) or "made")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert [script.__wrapped__() for _ in range(2)] == ["made"] * 2
+    assert len(made) == 1
+    monkeypatch.setattr("vl_convert.__version__", "0")
+    assert script.__wrapped__() == "made"
+    assert len(made) == 2
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
+    assert [script.__wrapped__() for _ in range(2)] == ["made"] * 2
+    assert len(made) == 4
 
 
 def test_a_long_line_is_drawn_by_means_of_its_parts():
