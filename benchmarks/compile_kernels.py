@@ -278,6 +278,7 @@ def compile_all(
     matrices: Sequence[str] = MATRICES,
     *,
     all_flags: bool = True,
+    all_tiles: bool = True,
 ) -> Iterator[Compiled]:
     """Compile each kernel with each tile that tuning may choose.
 
@@ -290,11 +291,13 @@ def compile_all(
         all_flags: compile every combination of flags in ``launches``, and the first tile for the fewest and the most
             experts that there can be; otherwise compile the first combination of each kernel, or of each way in which
             its matrices are stored.
+        all_tiles: compile every tile; otherwise the first for many tokens.
     """
     for dtype in dtypes:
         seen: set[object] = set()
         # Few tokens have tiles of their own, and experts of 4096, 64, 32, 16 and 8 rows meet all there are.
-        sizes = [(pair, tokens, 64, 8) for pair, tokens in itertools.product(widths, (32768, 512, 256, 128, 64))]
+        tokens_of_tiles = (32768, 512, 256, 128, 64) if all_tiles else (32768,)
+        sizes = [(pair, tokens, 64, 8) for pair, tokens in itertools.product(widths, tokens_of_tiles)]
         if all_flags:
             sizes += [(widths[0], 512, 1, 1), (widths[0], 512, MAX_EXPERTS, 32)]
         for pair, tokens, num_experts, top_k in sizes:
@@ -307,7 +310,7 @@ def compile_all(
                     continue
                 if dtype == "tf32" and "PRECISION" not in launch.constants:
                     continue  # it is the float32 one
-                for tile in launch.tiles() if num_experts == 64 else launch.tiles()[:1]:
+                for tile in launch.tiles() if all_tiles and num_experts == 64 else launch.tiles()[:1]:
                     stored = f"{launch.constants.get('KIND')} {launch.constants.get('SIZE')}"
                     flags = repr(sorted(launch.constants.items())) if all_flags else stored
                     width = (launch.tile and (launch.tile[0], pair)) or launch.constants.get("UNIT")
@@ -339,6 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="such as up, linear or weight_grad (default: all)")
     parser.add_argument("--matrices", nargs="+", choices=MATRICES, default=list(MATRICES), help="as they are stored")
     parser.add_argument("--first", action="store_true", help="each kernel with one set of flags")
+    parser.add_argument("--one_tile", action="store_true", help="each kernel with its first tile")
     parser.add_argument("--json", action="store_true", help="one object a line")
     args = parser.parse_args(argv)
     if interpreted():
@@ -347,7 +351,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.json:
         heads = f"{'kernel':28}{'matrices':10}{'widths':12}{'dtype':10}{'tile':18}{'card':8}"
         print(f"{heads}{'registers':>10}{'spill':>7}{'shared':>8}{'in flight':>11}{'widest':>8}  tensor cores")
-    for made in compile_all(args.arch, args.dtypes, args.kernels, args.widths, args.matrices, all_flags=not args.first):
+    which = {"all_flags": not args.first, "all_tiles": not args.one_tile}
+    for made in compile_all(args.arch, args.dtypes, args.kernels, args.widths, args.matrices, **which):
         wrong = made.wrong()
         failed += wrong is not None
         if args.json:

@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from undrawn import undrawn as undrawn
 
 import core
 from apps.cli import main
 from apps.compare.suite.file import Suite
 from apps.compare.suite.standings import Figures, leaderboard_page, standings
 from apps.equal_cost import routers
+from apps.report.page import html
 from apps.report.page.writing import markdown
 from core.diagnose.rules import REMEDIES
 
@@ -199,6 +201,8 @@ def test_the_blocks_of_a_how_to_run(page, tmp_path, monkeypatch, capsys):
         "test": few[-2:],
         "compare": [*few, "--seeds", "1", "--rounds", "0", "--learning_rates", "0.004"],
     }
+    short["compare"] += ["--baselines", "dense_equal_flops"]  # tests/apps/compare has the others
+    monkeypatch.setattr(html, "script", lambda: "")
     for block in blocks(text, "sh"):
         for line in block.replace("\\\n", " ").splitlines():
             _, command, *rest = shlex.split(line)

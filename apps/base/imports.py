@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 from collections.abc import Iterator
 
@@ -21,13 +22,20 @@ def importing() -> Iterator[None]:
         with importing():
             import torch
     """
-    if gc.get_freeze_count() or not gc.isenabled():
+    # Not gc.get_freeze_count(), which walks through all that is kept: a tenth of a second each time.
+    if _keep.cache_info().currsize or not gc.isenabled():
         yield
         return
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        _keep()
         gc.enable()
-        atexit.register(gc.unfreeze)  # for what Python frees at its end
+
+
+@functools.cache
+def _keep() -> None:
+    """Keep what is there from collection, to the program's end; once a process."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # for what Python frees at its end

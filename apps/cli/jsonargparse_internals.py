@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jsonargparse import ArgumentParser, _parameter_resolvers, _typehints
+from jsonargparse import ArgumentParser, _actions, _core, _parameter_resolvers, _subcommands, _typehints
 
 
 def options_of(parser: ArgumentParser) -> list[str]:
@@ -47,3 +47,36 @@ class _WholeFirst:
             kinds.remove(int)
             kinds.insert(kinds.index(float), int)
         return kinds
+
+
+def find_options_by_name() -> None:
+    """Let jsonargparse look an option up by its name; it walks through all options, a quarter of the time of reading.
+
+    Parsers with subcommands are searched as before.
+    """
+    if not isinstance(_subcommands.find_action_and_subcommand, _ByName):
+        _core.find_action_and_subcommand = _subcommands.find_action_and_subcommand = _ByName(
+            _subcommands.find_action_and_subcommand
+        )
+
+
+class _ByName:
+    """Finds the action of an option as ``walk`` does, by the names of each parser."""
+
+    def __init__(self, walk: Callable[..., Any]) -> None:
+        self.walk = walk
+
+    def __call__(self, parser: Any, dest: str, exclude: Any = None) -> tuple[Any, str | None]:
+        if getattr(parser, "_subcommands_action", None) is not None:
+            return self.walk(parser, dest, exclude)
+        known, by_name = parser.__dict__.get("_names", ([], {}))
+        if known != parser._actions:  # options are added, and removed, until all are there
+            known, by_name = list(parser._actions), {}
+            for action in _actions.filter_non_parsing_actions(known):
+                for name in {action.dest, *(option[2:] for option in action.option_strings if option[:2] == "--")}:
+                    by_name.setdefault(name, []).append(action)
+            parser.__dict__["_names"] = known, by_name
+        found = [a for a in by_name.get(dest, ()) if exclude is None or not isinstance(a, exclude)]
+        late = (_actions._ActionConfigLoad, _actions.ActionFail)
+        first = next((action for action in found if not isinstance(action, late)), None)
+        return first or next(reversed(found), None), None

@@ -25,7 +25,7 @@ from apps.cli.classes import with_short_names
 from apps.cli.errors import UsageError, reduce_message
 from apps.cli.experts import ChangesExperts
 from apps.cli.flags import asks, given
-from apps.cli.jsonargparse_internals import options_of, read_whole_numbers_first
+from apps.cli.jsonargparse_internals import find_options_by_name, options_of, read_whole_numbers_first
 from apps.cli.request import Request
 from apps.registry import differences, name_of
 from apps.report.base import FOLDER
@@ -76,6 +76,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         check_unlinked(p for p in self.run_dir.glob("*") if request.command == "fit" or p.name in (FOLDER, "profile"))
         self.subcommands = lambda: {request.command: LightningCLI.subcommands()[request.command]}  # type: ignore[method-assign]
         read_whole_numbers_first()
+        find_options_by_name()
         # A dataclass field is a fixed group to jsonargparse unless its class is listed here.
         set_parsing_settings(subclasses_enabled=[OpenConfig])
         # An abbreviation would be taken silently: --trainer.max_epoch for max_epochs.
@@ -284,7 +285,9 @@ class RunSetup(WaitingCLI, LightningCLI):
     def plain_config(self) -> str:
         """Return the configuration in force as YAML."""
         command = self.request.command
-        config = yaml.safe_load(self.command_parser(command).dump(self.config[command], skip_unset=False))
+        # The parser has checked these values when it read them, which takes as long as writing them.
+        parser, options = self.command_parser(command), {"skip_unset": False, "skip_validation": True}
+        config = yaml.safe_load(parser.dump(self.config[command], **options))
         no_part = {"config", "ckpt_path", "weights_only", "verbose"}
         no_part |= {name for name in (*SECTIONS_OF_OPTIMIZER, "compile") if config.get(name) is None}
         config = {"run_dir": str(self.run_dir), **{k: v for k, v in config.items() if k not in no_part}}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor, nn
 
+import core
 from core import (
     CGC,
     FFN,
@@ -40,7 +39,7 @@ ROUTERS: dict[str, tuple[str, dict[str, object]]] = {
 
 def router(module: str) -> RouterConfig:
     name, options = ROUTERS[module]
-    config: RouterConfig = getattr(importlib.import_module(f"core.routing.{module}"), name)(**options)
+    config: RouterConfig = getattr(core, name)(**options)
     return config
 
 

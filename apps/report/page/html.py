@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import io
 import itertools
@@ -10,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from markupsafe import Markup
 
 from apps.base.files import replacing
 from apps.base.templates import template
+from apps.data.cache import cache_root
 from apps.report.colors import color_of, expert_colors, ink_on
 from apps.report.page.charts import BarChart, Chart, HeatmapChart, LineChart, ScatterChart, thinned_rows
 from apps.report.page.parts import Page, Picture, Table, Words, shown
@@ -39,13 +42,19 @@ _MARK = "<!--picture-->"
 
 @functools.cache
 def script() -> str:
-    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed, as ``window.vegaEmbed``: 0.9 MB, made once a process.
+    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed, as ``window.vegaEmbed``: 0.9 MB.
 
-    It takes about 2 s.
+    Making it takes about 2 s, so the user's cache keeps it for each version of vl-convert.
     """
     import vl_convert
 
-    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+    kept = cache_root(None) / "charts" / f"vega-{version('vl-convert-python')}.js"
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8")
+    text = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+    with contextlib.suppress(OSError), replacing(kept) as file:  # where the cache cannot be written, it is made again
+        file.write(text)
+    return text
 
 
 def save_charts(charts: Sequence[Chart | Words], path: Path, title: str) -> Path:

@@ -123,10 +123,15 @@ def test_the_printed_configuration_has_the_defaults_in_force():
 @pytest.mark.parametrize(
     ("name", "filled"),
     [
-        ("vision/digits.yaml", ["optimizer"]),
         ("recsys/synthetic.yaml", ["embedding", "dense", "interaction", "weighting"]),
-        ("recsys/movielens_1m_next_item.yaml", ["sequence", "optimizer"]),
-        ("nlp/multi30k_en_de.yaml", ["transformer", "optimizer"]),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("vision/digits.yaml", ["optimizer"]),
+                ("recsys/movielens_1m_next_item.yaml", ["sequence", "optimizer"]),
+                ("nlp/multi30k_en_de.yaml", ["transformer", "optimizer"]),
+            )
+        ),
     ],
 )
 def test_no_null_of_an_app_stands_for_a_default(name, filled):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pty
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
 
 import pytest
-from places import environment
 from tiny_app import CONFIG
 
 from apps.cli import main
@@ -84,13 +83,14 @@ class Loud(TinyModule):
 """
 
 
-def test_a_note_is_printed_once_where_a_library_logs_as_well(tmp_path):
+def test_a_note_is_printed_once_where_a_library_logs_as_well(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(logging.root, "handlers", [])  # without those of pytest, as in a process of its own
     (tmp_path / "loud.py").write_text(LOUD)
     (tmp_path / "tiny.yaml").write_text(CONFIG.replace("tiny_app.TinyModule", "loud.Loud"))
-    command = [sys.executable, "-m", "apps.cli", "fit", "--config", "tiny.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
-    assert done.returncode == 0
-    (line,) = done.stderr.splitlines()
+    assert main(["fit", "--config", "tiny.yaml"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("Loud: ")
 
 

@@ -37,6 +37,7 @@ def text():
     return outlined(given), given
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_command_prints_a_plan_and_writes_an_overlay_that_a_strategy_takes(tmp_path, capsys):
     assert main(["plan", *DIGITS, "--gpus", "16", "--output", str(tmp_path)]) == 0
     shown = capsys.readouterr().out

@@ -93,7 +93,7 @@ def lowest_first(values: Tensor, k: int) -> list[list[int]]:
 @pytest.mark.parametrize("E, k", [(1, 1), (4, 1), (8, 2), (8, 8), (33, 5), (130, 8)])
 def test_every_backend_takes_the_same_experts_of_logits_with_many_ties(E, k):
     # bfloat16 has 8 bits: of numbers between 1 and 2 there are 128.
-    logits = (1 + torch.rand(100, E)).bfloat16()
+    logits = (1 + torch.rand(40, E)).bfloat16()
     expected = lowest_first(logits.float(), k)
     for name, kernels in BACKENDS.items():
         if name == "triton" and importlib.util.find_spec("triton") is None:

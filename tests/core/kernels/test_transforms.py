@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from grids import pairwise
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -44,9 +45,7 @@ DERIVATIVES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Te
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("derivative", DERIVATIVES)
-@pytest.mark.parametrize("expert", ["swiglu", "mlp"])
+@pytest.mark.parametrize("backend, derivative, expert", pairwise(BACKENDS, DERIVATIVES, ["swiglu", "mlp"]))
 def test_a_derivative_along_a_direction_is_the_same_in_every_way(backend, derivative, expert):
     x, v = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
     oracle = squares(layer("eager", expert))
@@ -118,9 +117,9 @@ def test_vmap_over_a_choice_is_refused_and_over_experts_of_equal_loads_it_is_not
         torch.testing.assert_close(torch.func.vmap(transform(equal))(x), expected)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "identity"])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    "activation, gated, bias", pairwise(["relu", "gelu", "silu", "identity"], [False, True], [False, True])
+)
 def test_second_derivatives_of_the_cpu_op_are_those_of_differences_also_of_undefined_gradients(activation, gated, bias):
     # Tokens 0 to 3 with two experts each; expert 1 has no rows.
     E, D, F, K = 3, 3, 4, 2

@@ -228,9 +228,20 @@ def test_the_aux_loss_reaches_router_and_tokens_and_never_the_experts():
 # --- checkpointing ---
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "backward_inside, router", [(True, {}), (False, {"noise": "learned", "second": "random"})], ids=["plain", "random"]
+    "backend, backward_inside, router",
+    [
+        *(pytest.param(backend, True, {}, id=f"plain-{backend}") for backend in BACKENDS),
+        *(
+            # What is random is the router's, whatever the backend.
+            pytest.param(
+                *(backend, False, {"noise": "learned", "second": "random"}),
+                id=f"random-{backend}",
+                marks=[pytest.mark.slow] if backend == "triton" else [],
+            )
+            for backend in BACKENDS
+        ),
+    ],
 )
 def test_checkpointing_counts_nothing_twice_and_changes_no_gradient(backend, backward_inside, router):
     plain, checkpointed = Net("none", backend, **router), Net("non-reentrant", backend, **router)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import pairwise
 from layered import BACKENDS, EVERY_TERM, Net, identity_gate
 from torch import Tensor
 
@@ -56,9 +57,9 @@ def naive(layer: MoE, x: Tensor) -> Tensor:
     return torch.stack(out).reshape(*x.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("expert", [FFN(10, bias=True), SwiGLU(10), GEGLU(10)], ids=["ffn", "swiglu", "geglu"])
+@pytest.mark.parametrize(
+    "backend, top_k, expert", pairwise(BACKENDS, [1, 2, 4], [FFN(10, bias=True), SwiGLU(10), GEGLU(10)]), ids=str
+)
 def test_layer_equals_its_definition_token_by_token(backend, top_k, expert):
     layer = MoEConfig(4, TokenChoice(top_k, init_scale=1.0), expert, backend=backend).build(6, out_dim=5)
     x = torch.randn(2, 7, 6)

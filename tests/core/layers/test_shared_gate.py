@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import pairwise
 from layered import identity_gate
 from stepped import assert_exports, assert_same, step
 from torch import Tensor
@@ -94,8 +95,9 @@ def test_mix_and_scale_by_hand():
         torch.testing.assert_close(by_hand(shared_gate=kind)(x), torch.tensor(factors)[:, None] * x)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind, shape", [("mix", (7, 8)), ("scale", (2, 5, 8)), ("mix", (2, 3, 4, 8))])
+@pytest.mark.parametrize(
+    "kind, backend, shape", pairwise(["mix", "scale"], BACKENDS, [(7, 8), (2, 5, 8), (2, 3, 4, 8)]), ids=str
+)
 def test_the_layer_equals_its_written_out_sum_in_output_and_gradients(kind, backend, shape):
     layer = wide(gated(kind, backend=backend).build(8, out_dim=5))
     x = torch.randn(shape, requires_grad=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from zlib import crc32
 
 import pytest
 import torch
@@ -67,8 +68,10 @@ def cases() -> list[object]:
     params, seen = [], set()
     for name, config in CASES.items():
         for prop in properties(config, num_experts=4):
-            # A compiler takes a second; the first variant of a kind is enough for each run.
-            marks = [pytest.mark.slow] if type(config) in seen and prop.name.startswith("torch.") else []
+            # A compiler takes a second: by default it takes the first variant of a kind and exports half of these.
+            is_export = prop.name.startswith("torch.export")
+            is_slow = prop.name.startswith("torch.") and type(config) in seen
+            marks = [pytest.mark.slow] if is_slow or (is_export and crc32(name.encode()) % 2) else []
             params.append(pytest.param(prop, id=f"{name}: {prop}", marks=marks))
         seen.add(type(config))
     return params

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apps.report.page import save_charts
+from apps.report.page import html, save_charts
 from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart, placed, thinned_rows
 from apps.report.page.parts import Words
 from apps.report.page.vega import MOST_POINTS, still, vega_lite
@@ -18,6 +18,21 @@ from apps.report.use import load_charts
 def rows(spec: dict) -> list[dict]:
     """Return all rows of data of a specification."""
     return [row for data in spec["datasets"].values() for row in data] if "datasets" in spec else spec["data"]["values"]
+
+
+def test_the_library_of_charts_is_made_once_for_each_version_where_the_cache_can_be_written(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("vl_convert.javascript_bundle", lambda code: made.append(code) or "made")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert [html.script.__wrapped__() for _ in range(2)] == ["made"] * 2
+    assert len(made) == 1
+    monkeypatch.setattr(html, "version", lambda _: "0")
+    assert html.script.__wrapped__() == "made"
+    assert len(made) == 2
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
+    assert [html.script.__wrapped__() for _ in range(2)] == ["made"] * 2
+    assert len(made) == 4
 
 
 def test_a_long_line_is_drawn_by_means_of_its_parts():

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from grids import pairwise
 from routed import built, logits_of
 from stepped import assert_exports, assert_same, step
 from torch import Tensor, nn
@@ -92,21 +93,19 @@ def test_of_equal_scores_the_earlier_token_is_taken():
     assert chosen(router(2, 1.0)(torch.zeros(1, 6, 2)), 2) == [[0, 1, 2], [0, 1, 2]]
 
 
-@pytest.mark.parametrize(
-    "group, groups",
-    [
-        ("sequence", [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]),
-        ("batch", [list(range(15))]),
-        (4, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14]]),
-    ],
-)
-@pytest.mark.parametrize("factor", [0.5, 2.0, 3.0])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_layer_equals_the_loop_over_experts_and_groups(group, groups, factor, backend):
+GROUPS = {
+    "sequence": [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14]],
+    "batch": [list(range(15))],
+    4: [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14]],
+}
+
+
+@pytest.mark.parametrize("group, factor, backend", pairwise(GROUPS, [0.5, 2.0, 3.0], BACKENDS))
+def test_layer_equals_the_loop_over_experts_and_groups(group, factor, backend):
     config = MoEConfig(3, ExpertChoice(factor), FFN(12, bias=True), group=group, backend=backend)
     layer = config.build(8)
     x = torch.randn(3, 5, 8)
-    torch.testing.assert_close(layer(x), naive(layer, x, groups, factor), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer(x), naive(layer, x, GROUPS[group], factor), rtol=1e-5, atol=1e-6)
 
 
 def test_the_default_group_is_the_sequence_so_batch_mates_change_nothing():
@@ -149,9 +148,9 @@ def test_a_score_that_underflows_still_comes_before_padding():
     assert routing.gates_N.tolist() == [0.0, 1.0]
 
 
-@pytest.mark.parametrize("group", ["sequence", "batch", 4])
-@pytest.mark.parametrize("shape", [(2, 0, 8), (0, 5, 8), (1, 1, 8), (1, 8)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "group, shape, backend", pairwise(["sequence", "batch", 4], [(2, 0, 8), (0, 5, 8), (1, 1, 8), (1, 8)], BACKENDS)
+)
 def test_no_token_and_one_token(group, shape, backend):
     layer = MoEConfig(3, ExpertChoice(2.0), FFN(12, bias=True), group=group, backend=backend).build(8)
     x = torch.randn(shape, requires_grad=True)

@@ -279,7 +279,8 @@ VARIANTS = {
     "dense to sparse with places": (DenseToSparse(max_k=3), 8),
 }
 PROPERTIES = [
-    pytest.param(prop, id=f"{name}: {prop}")
+    # The conformance suite compiles a router of each class.
+    pytest.param(prop, id=f"{name}: {prop}", marks=[pytest.mark.slow] if prop.name.startswith("torch.") else [])
     for name, (config, num_experts) in VARIANTS.items()
     for prop in properties(config, num_experts=num_experts)
 ]

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from grids import pairwise
 from softened import BACKENDS, EXPERTS, LORY, MERGES, ROUTERS, VALID, build
 from torch import Tensor
 
@@ -160,9 +161,7 @@ def test_the_first_segments_own_weights_have_no_gradient():
 # --- against the loops ---
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("config", EXPERTS, ids=str)
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("backend, config, slots", pairwise(BACKENDS, EXPERTS, [1, 3]), ids=str)
 def test_soft_moe_equals_the_loop_over_slots(backend, config, slots):
     layer = build(SoftSlots(slots), config, backend=backend)
     x = torch.randn(3, 7, 8)
@@ -335,9 +334,11 @@ def test_lory_means_are_of_the_real_tokens_of_the_segment_before():
     torch.testing.assert_close(tape.entries[0].routing.weights_GE[1], torch.full((4,), 0.25))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(2, 0, 8), (0, 5, 8), (0, 0, 8), (0, 8), (1, 1, 8), (1, 8)])
-@pytest.mark.parametrize("router", ROUTERS, ids=str)
+@pytest.mark.parametrize(
+    "router, shape, backend",
+    pairwise(ROUTERS, [(2, 0, 8), (0, 5, 8), (0, 0, 8), (0, 8), (1, 1, 8), (1, 8)], BACKENDS),
+    ids=str,
+)
 def test_no_token_and_one_token(router, shape, backend):
     layer = build(router, backend=backend if isinstance(router, SoftSlots) else "auto")
     x = torch.randn(shape, requires_grad=True)

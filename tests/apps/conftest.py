@@ -1,0 +1,3 @@
+"""What the tests of all apps share."""
+
+from undrawn import drawn as drawn, undrawn as undrawn
