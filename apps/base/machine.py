@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from core import resolve_backend
 from core.kernels.cpu.products import cpu_field
 
 
@@ -45,6 +46,22 @@ def machine_facts() -> dict[str, Any]:
     }
     commit = source_commit()
     return {**facts, "commit": commit} if commit else facts
+
+
+def installation() -> dict[str, Any]:
+    """Return what a report of a fault should name: versions, the machine, and the kernels that compute on it."""
+    facts = machine_facts()
+    packages = facts.pop("packages")
+    for package in ("torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton", "transformers"):
+        with suppress(PackageNotFoundError):
+            packages[package] = version(package)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        **facts,
+        "cuda": torch.version.cuda or "none in this torch",
+        "backend": resolve_backend("auto", device, torch.float32),
+        **packages,
+    }
 
 
 def source_commit() -> str:

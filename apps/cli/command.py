@@ -70,7 +70,13 @@ def _dispatch(args: list[str]) -> int:
     if command == "--version":
         from importlib.metadata import version
 
+        if rest not in ([], ["--verbose"]):
+            raise UsageError(f"--version takes --verbose or nothing, and got {' '.join(rest)}")
         print(f"moesaic {version('moesaic')}")
+        if rest:
+            from apps.base.machine import installation
+
+            print("\n".join(f"{name}: {value}" for name, value in installation().items()))
         return 0
     if command in COMMANDS:
         from apps.base.imports import importing

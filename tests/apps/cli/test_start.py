@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from places import ROOT, environment
 
 from apps.cli import main
@@ -112,3 +114,14 @@ def test_python_dash_m_works():
     done = subprocess.run([sys.executable, "-m", "apps.cli"], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout.startswith("usage: moesaic")
+
+
+def test_the_version_with_all_that_a_report_of_a_fault_should_name(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"moesaic {version('moesaic')}\n"
+    assert main(["--version", "--verbose"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"torch: {torch.__version__}" in lines
+    assert "backend: cpu" in lines or torch.cuda.is_available()
+    assert main(["--version", "--all"]) == 2
+    assert "--version takes --verbose or nothing, and got --all" in capsys.readouterr().err
