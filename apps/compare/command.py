@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
 
     Raises:
         UsageError: a wrong option.
-        ValueError: a wrong value, a refused comparison, or a folder with another one.
+        ValueError: a wrong value, a rejected comparison, or a folder with another one.
     """
     return until_stopped(lambda: run_command(argv), command_line(argv))
 
@@ -116,7 +116,7 @@ def _systems(experiment: Experiment, asked: Command) -> list[System]:
         sparse, data = experiment.build(SPARSE)
         batch = validation_batch(data, "the learning rates are chosen by")
         if options.rounds and isinstance(sparse, OwnModel):
-            sparse.configure_optimizers()  # refused now, and not after the training
+            sparse.configure_optimizers()  # rejected now, and not after the training
         systems = find_systems(sparse, batch, options.baselines, options.routers)
         warnings: Sequence[str] = getattr(data, "warnings", list)()
     for warning in warnings:

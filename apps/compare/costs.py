@@ -11,7 +11,7 @@ from apps.report.page import Entry, Point, ScatterChart, shown
 from apps.train.cost.flops import megaflops
 
 NONE = "–"
-"""What a table shows where there is no value."""
+"""What a table shows if there is no value."""
 
 SIZES = ("parameters", "active parameters")
 SPEEDS = ("training, examples/s", "inference, examples/s")
@@ -80,7 +80,7 @@ class Quality:
     models: Sequence[tuple[str, Interval, Costs]]
 
     def entries(self, start: str = "") -> tuple[Entry, ...]:
-        """Return what an index of runs has of each model, whose names begin with ``start``."""
+        """Return what an index of runs has of each model, whose names start with ``start``."""
         return tuple(
             Entry(f"{start}{title}", {self.name: self._factor * test.mean, **self._indexed(costs.figures)})
             for title, test, costs in self.models

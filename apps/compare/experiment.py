@@ -48,7 +48,7 @@ class Experiment:
 
     Raises:
         UsageError: a wrong option or configuration.
-        ValueError: a value that the model or the data refuses.
+        ValueError: a value that the model or the data rejects.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
@@ -137,7 +137,7 @@ class Experiment:
         """Return model, data, trainer and seed as plain values, without options that a comparison sets itself."""
         values = yaml.safe_load(self._fit_parser.dump(self._config, skip_unset=False))
         trainer = {k: v for k, v in values["trainer"].items() if k not in _OWN or k == "callbacks"}
-        trainer |= device_options(trainer)  # a comparison goes on where it began
+        trainer |= device_options(trainer)  # a comparison resumes where it began
         own = {name: values[name] for name in ("sparsify", *SECTIONS) if values.get(name) is not None}
         if (precision := values["float32_matmul_precision"]) != "high":
             own["float32_matmul_precision"] = precision
@@ -208,7 +208,7 @@ def validation_batch(data: Any, need: str) -> Any:
 
 
 def check_validation(num_batches: float, need: str) -> None:
-    """Refuse data without a validation batch; ``need`` is as for ``validation_batch``.
+    """Reject data without a validation batch; ``need`` is as for ``validation_batch``.
 
     Raises:
         ValueError: there is none.

@@ -149,12 +149,12 @@ class _Bench:
         self.batches = itertools.cycle(self.train_batches)
         accumulated = int(experiment.trainer_options.get("accumulate_grad_batches") or 1)
         self.facts["examples_per_step"] = accumulated * statistics.mean(counts)
-        # The peak begins here, without the sparse model that made a baseline, the checkpoint and the counted forward.
+        # The peak starts here, without the sparse model that made a baseline, the checkpoint and the counted forward.
         _release()
         _reset_peak(self.device)
 
     def train(self) -> float:
-        """Return the examples a second of forward, backward and optimizer step."""
+        """Return the examples per second of forward, backward and optimizer step."""
         self.module.train()
         return self._round(self._train_step, self.cycle)
 
@@ -169,7 +169,7 @@ class _Bench:
 
     @torch.no_grad()
     def inference(self) -> float:
-        """Return the examples a second of the forward alone, in evaluation mode."""
+        """Return the examples per second of the forward alone, in evaluation mode."""
         self.module.eval()
         return self._round(self._infer)
 

@@ -79,7 +79,7 @@ class Command(Options, CommandLine):
     same learning-rate search on validation data, and compare them on test data.
 
     Any value of the configuration may be given as well, as for moesaic fit: --trainer.max_epochs 5,
-    --model.moe.num_experts 16, --seed_everything 7. Stopped at any moment, the same command goes on. A comparison,
+    --model.moe.num_experts 16, --seed_everything 7. Stopped at any moment, the same command resumes. A comparison,
     finished or not, takes more --seeds, and other --baselines and --routers: what is new is done, and what is not named
     is left out of the table and kept. With --rounds 0 a finished one is printed again, and nothing is trained or
     measured.

@@ -264,7 +264,7 @@ def _quality(summary: Summary) -> Quality:
 
 
 def learning_curves(summary: Summary, results: Results) -> list[LineChart]:
-    """Return validation quality over steps and over seconds of training, a line a seed."""
+    """Return validation quality over steps and over seconds of training, one line per seed."""
     lines: tuple[list[Line], list[Line]] = ([], [])
     last: dict[str, list[float]] = {}
     for row in (row for row in summary.rows if row.system.cost):

@@ -17,7 +17,7 @@ from apps.report.intervals import Interval, mean_interval, paired_difference, qu
 from apps.report.tables import is_share
 
 Pair = tuple[Interval | None, Interval | None]
-"""A system's quality, and the sparse model's minus it; None where there is none."""
+"""A system's quality, and the sparse model's minus it; None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Summary:
         equal_seconds: training time at which systems are compared, for each seed.
         clock: "steps" where time is steps times their measured seconds, or "recorded" where it is that of each run.
         shares: names of the further metrics that are shown in percent.
-        tasks: the metric of each task, where there are several.
+        tasks: the metric of each task, if there are several.
         weights: description of the weights in the test.
         examples: comparisons of single seeds, example by example.
     """
@@ -220,7 +220,7 @@ def summarize(
         metric: name of the test quality.
         higher_is_better: True where a larger quality is better.
         further: names, without the split, of more test metrics to show.
-        tasks: those of each task, where there are several; the tested one may be among them.
+        tasks: those of each task, if there are several; the tested one may be among them.
         average_last: number of epochs whose weights each run averaged; None for none.
         examples: comparisons of each system and seed, where the module compares examples.
     """

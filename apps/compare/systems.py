@@ -116,7 +116,7 @@ def find_systems(
         wanted, router_names: arguments of ``candidates``.
 
     Raises:
-        ValueError: the module has no MoE layer, no system is left to compare with, or ``candidates`` refuses a name.
+        ValueError: the module has no MoE layer, no system is left to compare with, or ``candidates`` rejects a name.
     """
     replaced = list(sparse.moe_block_names)
     if not replaced:

@@ -1,6 +1,6 @@
 """A unit of work trains a model at one rate with one seed, validates it, and tests it where it is final.
 
-A finished unit is one JSON file. An unfinished one goes on from its last checkpoint, as ``moesaic fit`` does.
+A finished unit is one JSON file. An unfinished one resumes from its last checkpoint, as ``moesaic fit`` does.
 """
 
 from __future__ import annotations

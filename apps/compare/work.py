@@ -1,4 +1,4 @@
-"""The plan of a comparison, saved so that only the same comparison goes on, and its work in order: the searches, the
+"""The plan of a comparison, saved so that only the same comparison resumes, and its work in order: the searches, the
 final runs, speed and memory, then the use of the experts. Finished units stay so."""
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ EXAMPLES = 2000
 def sections_of_use(experiment: Experiment, checkpoint: Path, output: Path) -> Sequence[Section]:
     """Return the sections of the app's test report on the sparse model; its files are in ``output/report``.
 
-    They are made of the first test examples, without the slower parts of the report, where there are none that are as
-    new as ``checkpoint``. A module without a report has none.
+    They are made of the first test examples, without the slower parts of the report, if there are none that are as new
+    as ``checkpoint``. A module without a report has none.
     """
     folder = output / FOLDER
     if not _is_new(folder / SECTIONS, checkpoint):
@@ -182,7 +182,7 @@ def _limit(experiment: Experiment, batch_size: int | None) -> float | int:
 
 
 class Work(Runner[Unit, dict[str, Any]]):
-    """Does a plan for the systems that are not refused, ``jobs`` runs at a time."""
+    """Does a plan for the systems that are not rejected, ``jobs`` runs at a time."""
 
     def __init__(
         self, experiment: Experiment, plan: Plan, systems: Sequence[System], output: Path, whole: Bar, jobs: int

@@ -104,7 +104,7 @@ def consolidated(options: Options) -> tuple[Figures, Figures, Path]:
     """Write the run with one file, and return the figures before and after, and the file.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
+        FileNotFoundError: the checkpoint does not exist.
         ValueError: it is a file already, or damaged; nothing is written.
         OSError: the new run cannot be written; nothing of it is left.
     """
@@ -130,7 +130,7 @@ def consolidated(options: Options) -> tuple[Figures, Figures, Path]:
 def write_whole(file: Path, source: Path) -> None:
     """Write one file of a sharded checkpoint. Beside the file, which is mapped, one part of a tensor is in memory.
 
-    The file has everything that the checkpoint has, so that a training goes on from it in one process. TorchRec's
+    The file has everything that the checkpoint has, so that a training resumes from it in one process. TorchRec's
     tables are stepped by an optimizer that other processes do not have: of such a checkpoint it has the weights alone.
 
     Raises:
@@ -155,7 +155,7 @@ def write_whole(file: Path, source: Path) -> None:
         parent[last] = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
     mapped = laid_out(file, contents)
     fill(mapped, plain)
-    # Each part is read for itself, which costs little beside its tensors.
+    # Each part is read for itself, which costs little next to its tensors.
     for start in each(range(0, len(names), _TENSORS), "copying the shards"):
         sharded.fill(source, rest, mapped, names[start : start + _TENSORS])
     sync(file)
@@ -195,7 +195,7 @@ def convert(options: Options) -> tuple[Figures, Figures]:
     """Write the converted run, and return the figures before and after.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
+        FileNotFoundError: the checkpoint does not exist.
         ValueError: the run cannot be converted so; nothing is written.
         OSError: the new run cannot be written; nothing of it is left.
     """

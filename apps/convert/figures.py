@@ -51,7 +51,7 @@ class Trial:
         batches: number of validation batches.
 
     Raises:
-        ValueError: the model or the data are refused.
+        ValueError: the model or the data are rejected.
     """
 
     def __init__(self, checkpoint: Path, config: Path | None, data: Sequence[str], batches: int) -> None:

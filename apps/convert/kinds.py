@@ -33,7 +33,7 @@ def check_runs(kind: str, options: Any, runs: Sequence[Run]) -> None:
 
     Raises:
         UsageError: there is one run to be merged, and it has no updates.
-        ValueError: a run has updates beside its linear layers, with which this conversion does nothing.
+        ValueError: a run has adapters on its linear layers, which this conversion does not handle.
     """
     adapted = next((run for run in runs if run.is_adapted), None)
     if kind == "merge" and len(runs) == 1:
@@ -132,7 +132,7 @@ def pruned(request: Request) -> Conversion:
 
 
 def upcycled(request: Request) -> Conversion:
-    """Return MoE layers in the place of dense networks, whose experts begin as these."""
+    """Return MoE layers in the place of dense networks, whose experts start as these."""
     options = request.options
     arguments, moe = _with_moe(request)
     start = start_of(options.start)
@@ -179,7 +179,7 @@ def merged(request: Request) -> Conversion:
 
 
 def adapted(request: Request) -> Conversion:
-    """Return the frozen model with trainable updates beside linear layers of it."""
+    """Return the frozen model with trainable adapters on some of its linear layers."""
     options, run = request.options, request.run
     plain = model_section(read_config(options.moe)).get("moe")
     if plain is None:

@@ -23,7 +23,7 @@ class Options(CommandLine):
     Attributes:
         output: folder of the new run, which must not exist
         batches: validation batches for the score and for statistics; 0: neither
-        config: configuration of the run, where none lies beside its checkpoint
+        config: configuration of the run, where none lies next to its checkpoint
 
     Raises:
         UsageError: an output that exists.
@@ -63,7 +63,7 @@ class Upcycle(Options):
         start: copy, granular, drop, split or random
         noise: normal noise on each matrix, relative to its deviation (default: 0)
         seed: seed of gates, noise and what is drawn (default: 0)
-        inexact: allow gates under which the model begins with other outputs
+        inexact: allow gates under which the model starts with other outputs
     """
 
     kind = "upcycle"
@@ -94,7 +94,7 @@ class Prune(Options):
         keep: experts that each layer keeps, or their share below 1
         by: score: use, reap, man, msan or spread
         constants: put the mean output of an expert that goes in its place (MoNE)
-        merge: merge the experts whose outputs are alike, in place of taking any away
+        merge: merge the experts whose outputs are alike, instead of taking any away
     """
 
     kind = "prune"
@@ -106,11 +106,11 @@ class Prune(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Options):
-    """Several runs as one, their mean or their networks as experts; or one run and its updates as one model.
+    """Several runs as one, their mean or their networks as experts; or one run and its adapters as one model.
 
     Attributes:
         how: mean of all tensors, or networks as experts
-        weights: weights of the mean, one a run (default: equal ones)
+        weights: weights of the mean, one per run (default: equal ones)
         moe: overlay with the MoE layers, for btx: an expert for each run
         seed: seed of the new gates (default: 0)
     """
@@ -129,7 +129,7 @@ class Merge(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Adapt(Options):
-    """A frozen run with trainable updates, such as LoRA, beside its linear layers.
+    """A frozen run with trainable adapters, such as LoRA, on its linear layers.
 
     Attributes:
         moe: overlay whose model.moe has num_experts and, as expert, the updates: a core.LoRA or core.IA3

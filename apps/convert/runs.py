@@ -111,7 +111,7 @@ def fill(places: Any, values: Any) -> None:
 KEPT = ("pytorch-lightning_version", "hparams_name", "module_class", "encoding")
 """Entries of a checkpoint that a converted one keeps: the optimizer's state and the steps are the old model's."""
 _STARTS = ("pretrained", "grow", "distil")
-"""Arguments that name other models to begin with, which a converted model does not."""
+"""Arguments that name other models to start with, which a converted model does not."""
 CONFIG = "config.yaml"
 WEIGHTS = Path("checkpoints") / "best.ckpt"
 
@@ -138,7 +138,7 @@ class Run:
 
         Args:
             path: the folder or the checkpoint.
-            config: a configuration in place of that beside the checkpoint.
+            config: a configuration to use instead of the one next to the checkpoint.
             shapes_only: of sharded tensors read the shapes alone; the model is not to be changed.
 
         Raises:
@@ -172,7 +172,7 @@ class Run:
 
     @property
     def is_adapted(self) -> bool:
-        """Whether there are updates beside linear layers, which ``moesaic convert adapt`` has made."""
+        """Whether there are adapters on linear layers, which ``moesaic convert adapt`` has made."""
         return "adapted" in self.checkpoint
 
     @property
@@ -181,7 +181,7 @@ class Run:
         return {name: value for name, value in self.checkpoint["state_dict"].items() if isinstance(value, Tensor)}
 
     def arguments(self, overlay: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the arguments of the model without other models to begin with.
+        """Return the arguments of the model without other models to start with.
 
         Args:
             overlay: a configuration whose model section is laid over them.
@@ -200,7 +200,7 @@ class Run:
 
         Args:
             arguments: of its constructor.
-            contents: of a checkpoint, which may name updates beside linear layers; None: there are none.
+            contents: of a checkpoint, which may name adapters on linear layers; None: there are none.
         """
         with torch.device("meta"):
             module = self.kind(**arguments)

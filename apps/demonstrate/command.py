@@ -64,7 +64,7 @@ def _is_no_farewell(record: logging.LogRecord) -> bool:
 
 
 def local_app(blocks: Any, **appearance: Any) -> Any:
-    """Return the application of a page of Gradio's, which answers requests of this machine alone.
+    """Return the application of a page of Gradio's, which answers requests only of this machine.
 
     Gradio's own ``launch`` is not used: it can share a page, and asks its own address before it starts.
 

@@ -1,4 +1,4 @@
-"""Answers and the experts behind them as HTML, which can be read aloud: an expert's number stands beside its color."""
+"""Answers and the experts behind them as HTML, which can be read aloud: an expert's number stands next to its color."""
 
 from __future__ import annotations
 

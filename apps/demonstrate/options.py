@@ -19,7 +19,7 @@ LIBRARIES = ("gradio",)
 class Options(CommandLine):
     """Open a page on this machine on which a trained model is tried out: an image and its classes, a sentence and its
     translation, a row and its probabilities, a history and the next items, each with the experts that computed it. The
-    page is for this machine alone (127.0.0.1) and asks nothing of the network. Ctrl-C ends it. docs/demo.md tells more.
+    page is only for this machine (127.0.0.1) and asks nothing of the network. Ctrl-C ends it. docs/demo.md tells more.
 
     Attributes:
         config: configuration that names classes of your own, such as that of the run
@@ -29,7 +29,7 @@ class Options(CommandLine):
 
     Raises:
         ValueError: a value out of its range, a port that is in use, or Gradio is not installed.
-        FileNotFoundError: there is no checkpoint.
+        FileNotFoundError: the checkpoint does not exist.
     """
 
     prog: ClassVar[str] = "moesaic demo"

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _MOST_CHOICES = 5000
 """Values up to which a field is a list to choose from; of more, one is typed."""
 _MANY_FIELDS = 4
-"""Fields from which they stand side by side."""
+"""Fields from which they are side by side."""
 _BLUE, _DARKER = "#0060a0", "#004d80"
 _FORGET_AFTER = (600, 3600)
 """Seconds between two looks at uploaded files, and their age from which they are deleted; at the end all are."""
@@ -134,7 +134,7 @@ def _start(field: Field) -> Any:
 
 
 def _standing(field: Field, value: Any) -> Any:
-    """Return what a field's component takes for a value as an exhibit has it: many items are typed, one a line."""
+    """Return what a field's component takes for a value as an exhibit has it: many items are typed, one per line."""
     if isinstance(field, ItemsField):
         return "\n".join(value) if _is_typed(field) else list(value)
     return value

@@ -44,7 +44,7 @@ def log_findings(rows: Sequence[Mapping[str, Any]]) -> list[core.Finding]:
         if match is None:
             continue
         figures, values = layers.setdefault(match["layer"], {}), series(rows, column)
-        # Validation is of more tokens, without noise, and stands in for training where there is one.
+        # Validation is of more tokens, without noise, and stands in for training if there is one.
         if values and (match["stage"] == "val" or match["figure"] not in figures):
             figures[match["figure"]] = values
     for layer, figures in layers.items():
@@ -137,7 +137,7 @@ class Trial:
         options: the command line.
 
     Raises:
-        ValueError: the model has no MoE layers, or model or data are refused.
+        ValueError: the model has no MoE layers, or model or data are rejected.
     """
 
     def __init__(self, checkpoint: Path, options: Options) -> None:

@@ -22,7 +22,7 @@ class Options(CommandLine):
     Attributes:
         batches: validation batches; 0: the log alone
         ablate: also show the score without each expert, a validation for each
-        config: configuration of the run, where none lies beside its checkpoint
+        config: configuration of the run, where none lies next to its checkpoint
 
     Raises:
         UsageError: an ablation without batches.

@@ -27,7 +27,7 @@ class Search:
     """The settings that a baseline tries, and the time for them.
 
     A setting is begun while there is time left, and then finished. Results are kept by the setting's name, so that an
-    interrupted search goes on with the next setting, and the seconds of all count.
+    interrupted search continues with the next setting, and the seconds of all count.
 
     Args:
         minutes: time for all settings of all tasks.
@@ -86,7 +86,7 @@ class Baseline:
 
 @runtime_checkable
 class Estimator(Protocol):
-    """A baseline that is no LightningModule, such as boosted trees: ``Baseline.build`` may return one.
+    """A baseline that is not a LightningModule, such as boosted trees: ``Baseline.build`` may return one.
 
     It has no steps, learning rate or FLOPs. It may tune itself in ``fit``, on the validation split. Or its attribute
     ``tunes`` is True, and ``tune(data, seed, search)`` returns plain settings, searched in the time that ``search``, a
@@ -127,7 +127,7 @@ class ExampleDifference:
 class ExampleValues:
     """A quality as the mean of one value an example, so that an interval can count the examples.
 
-    A quality that is no mean itself, such as an AUC, has values that it is the mean of, and that spread as it would
+    A quality that is not a mean itself, such as an AUC, has values that it is the mean of, and that spread as it would
     over other examples (its influence function).
 
     Attributes:
@@ -227,7 +227,7 @@ class Comparable:
         return tuple(name for name, layer in layers.items() if not isinstance(layer, TokenGate))
 
     def routed_layers(self) -> RoutedLayers | None:
-        """Return the layers whose router may be another; None where there are none."""
+        """Return the layers whose router may be another; None if there are none."""
         return None
 
     def with_moe(self, moe: Any) -> Any:
@@ -259,7 +259,7 @@ class Comparable:
 
 @dataclass(frozen=True)
 class DenseTwin:
-    """Makes ``sparse`` anew with a dense FFN in place of its experts; unlike a closure, it pickles.
+    """Makes ``sparse`` again with a dense FFN instead of its experts; unlike a closure, it pickles.
 
     Attributes:
         sparse: ``SparseModule`` with the arguments ``moe`` and ``dense_ffn``.
@@ -296,7 +296,7 @@ def equal_widths(
 def dense_twins(sparse: Comparable, dense: core.DenseFFN) -> dict[str, Baseline]:
     """Return dense models of equal active FLOPs and of equal parameters.
 
-    The other blocks of ``sparse`` have the FFN ``dense``; only the FFNs in place of experts are wider, all alike.
+    The other blocks of ``sparse`` have the FFN ``dense``; only the FFNs instead of experts are wider, all alike.
     """
     layers = sparse.routed_layers()
     if layers is None:
@@ -309,7 +309,7 @@ def dense_twins(sparse: Comparable, dense: core.DenseFFN) -> dict[str, Baseline]
 def baselines_of(
     widths: Mapping[str, SolvedWidth], build: Callable[[int], Callable[[], Any]], says: str
 ) -> dict[str, Baseline]:
-    """Return a baseline for each width, or a note where there is none or it coincides with another.
+    """Return a baseline for each width, or a note if there is none or it coincides with another.
 
     Args:
         widths: solved widths by the baselines' names.

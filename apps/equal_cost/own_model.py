@@ -90,7 +90,7 @@ class OwnModel(Comparable):
         self._run("validation_step", counted.batch)
 
     def training_loss(self, batch: Any) -> TrainingLoss:
-        """Return the loss that a step of ``batch`` minimises; see ``SparseModule.training_loss``.
+        """Return the loss that a step of ``batch`` minimizes; see ``SparseModule.training_loss``.
 
         Raises:
             ValueError: the step returns no loss.
@@ -146,7 +146,7 @@ class OwnModel(Comparable):
         return tuple(matching_parts(self.dense, self.section.modules))
 
     def baselines(self) -> Mapping[str, Baseline]:
-        """Return the dense twins: the module with wider networks in place of experts, and nothing else changed."""
+        """Return the dense twins: the module with wider networks instead of experts, and nothing else changed."""
         baselines: dict[str, Baseline] = {}
         widths: dict[str, list[int]] = {}
         for cost in ("flops", "params"):

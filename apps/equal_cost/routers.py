@@ -38,7 +38,7 @@ def resolve(names: Iterable[str]) -> tuple[str, ...]:
     """Return names or paths of overlays, each file once; "all" stands for all shipped ones.
 
     Raises:
-        ValueError: an unknown name, "all" where there is none, or two files that would share a name.
+        ValueError: an unknown name, "all" if there is none, or two files that would share a name.
     """
     known = overlays()
     chosen: list[str] = []
@@ -137,7 +137,7 @@ def with_router(moe: Layers, name: str) -> Layers:
 
 @dataclass(frozen=True)
 class Variant:
-    """Makes ``module`` anew with another router at equal active FLOPs; unlike a closure, it pickles."""
+    """Makes ``module`` again with another router at equal active FLOPs; unlike a closure, it pickles."""
 
     module: Comparable
     name: str

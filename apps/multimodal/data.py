@@ -101,7 +101,7 @@ class ImageTextData(ImageData):
             subwords.
         lower_case: whether letter case counts for nothing. Default: the checkpoint's or the sentence encoder's, else
             true.
-        max_tokens: pieces of a text that a model reads, begin and end among them; longer texts are cut. Default: the
+        max_tokens: pieces of a text that a model reads, start and end among them; longer texts are cut. Default: the
             checkpoint's, else 32.
         store_images: keep the scaled images in the cache, image_size^2 x 3 bytes each. False: they are decoded in every
             batch, by num_workers processes, for millions of images.
@@ -221,7 +221,7 @@ class ImageTextData(ImageData):
         return self.opened.pairs.images.name(number)
 
     def pixels(self, image_B: Tensor) -> Tensor:
-        """Return images as a model sees them in evaluation, before they are normalised: uint8 (B, C, S, S)."""
+        """Return images as a model sees them in evaluation, before they are normalized: uint8 (B, C, S, S)."""
         return self.opened.read(image_B)
 
     # ---- the encoding
@@ -370,7 +370,7 @@ class ImageTextData(ImageData):
         return self._adopted is not None and self.given.replaces_pairs
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return what is given in place of the pairs, else the pairs of ``predict_split``, in their order."""
+        """Return what is given instead of the pairs, else the pairs of ``predict_split``, in their order."""
         assert self.eval_batch_size is not None
         if self.given.replaces_pairs:
             return self.given.loader(self.encoding, self.eval_batch_size, self.num_workers)

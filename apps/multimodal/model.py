@@ -94,21 +94,21 @@ class PairModel(nn.Module):
         return _unit(self.image_proj(image_BD)), _unit(self.text_proj(text_BD)), logits
 
     def image_vectors(self, image: Tensor) -> Tensor:
-        """Return the vectors of images alone, float32 (B, dim) of length 1."""
+        """Return the vectors of images only, float32 (B, dim) of length 1."""
         return _unit(self.image_proj(self.towers(image, None)[0]))
 
     def image_outputs(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Return the vectors of images alone, and the logits (B, C) of each attribute, where there is a head."""
+        """Return the vectors of images only, and the logits (B, C) of each attribute, if there is a head."""
         image_BD, _ = self.towers(image, None)
         return _unit(self.image_proj(image_BD)), *(() if self.head is None else self.head(image_BD))
 
     def text_vectors(self, text_BL: Tensor) -> Tensor:
-        """Return the vectors of texts alone, float32 (B, dim) of length 1."""
+        """Return the vectors of texts only, float32 (B, dim) of length 1."""
         return _unit(self.text_proj(self.towers(None, text_BL)[1]))
 
     @torch.no_grad()
     def load_start(self) -> Published | None:
-        """Load published weights, where the towers' config names some.
+        """Load published weights, if the towers' config names any.
 
         Returns:
             what those of the texts, or else of the images, say of the loss; None: nothing.

@@ -36,7 +36,7 @@ _REPORT = PairReportConfig()
 class ImageTextRetriever(SparseModule, Comparable):
     """A sparse or dense model of images and texts, trained to give both of a pair like vectors, for search both ways.
 
-    Configs may also be given as the mappings that stand for them in a run's ``config.yaml``.
+    Configs may also be given as mappings, as they are in a run's ``config.yaml``.
 
     Args:
         image_size, in_chans: of the images; the command line takes them from the data.
@@ -47,7 +47,7 @@ class ImageTextRetriever(SparseModule, Comparable):
         moe: the MoE layer that replaces the FFN of some blocks, or a list with one for each of them; None: a dense
             model.
         moe_blocks: which blocks: "lastN" (the last N of every second block), "everyN", "all", or indices.
-        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
+        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: the same as in the others.
         loss: ``SoftmaxLoss`` (CLIP) or ``SigmoidLoss`` (SigLIP); None: ``SoftmaxLoss()``.
         attribute_head: predicts the attributes of images too, through a layer of experts with a gate for each of them;
             None: they are not predicted.
@@ -133,13 +133,13 @@ class ImageTextRetriever(SparseModule, Comparable):
         """Return the vectors of images and texts, float32 (B, dim) of length 1, and the attributes' logits (B, C).
 
         Args:
-            image: (B, C, H, W), normalised.
+            image: (B, C, H, W), normalized.
             text_BL: int64 (B, L), ids of pieces, 0 for padding, which stands behind them.
         """
         return self.model(image, text_BL)
 
     def image_vectors(self, image: Tensor) -> Tensor:
-        """Return the vectors of normalised images (B, C, H, W), float32 (B, dim), of length 1."""
+        """Return the vectors of normalized images (B, C, H, W), float32 (B, dim), of length 1."""
         return self.model.image_vectors(image)
 
     def text_vectors(self, text_BL: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ class ImageTextRetriever(SparseModule, Comparable):
         return RoutedLayers(self.moe, self.tower.widths[0], self.place, arguments)
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return one value a pair, whose mean is the recall at ``recall_at``: that of both ways, over all images and
+        """Return one value per pair, whose mean is the recall at ``recall_at``: that of both ways, over all images and
         texts.
 
         A pair has half of the hit of its image, and half of that of its text, over how many pairs share them.

@@ -44,7 +44,7 @@ class _Columns:
 
 
 def config_for(given: GivenData) -> GivenConfig | None:
-    """Return the configuration of a small sparse model for a catalogue; None: the data are of another kind.
+    """Return the configuration of a small sparse model for a catalogue; None: another kind of data.
 
     A catalogue is a table, or a folder with one, in which one column names image files below its folder, with or
     without their folder and ending, and another one holds texts of two words or more; or a folder in the layout of a
@@ -103,7 +103,7 @@ def _first_rows(table: Path) -> list[Mapping[str, Any]]:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> _Columns | None:
-    """Return what the columns hold by the first rows; None where there are no images or no texts among them."""
+    """Return what the columns hold by the first rows; None if there are no images or no texts among them."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     values = {name: [text for row in rows for text in _texts(row.get(name))] for name in names}
     patterns = {name: _pattern(texts, files) for name, texts in values.items()}
@@ -121,7 +121,7 @@ def _columns(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> _Colum
 def _texts(value: Any) -> list[str]:
     try:
         return [text for text in as_texts(value, "", "") if text]
-    except ValueError:  # a nested value, which is no text
+    except ValueError:  # a nested value, which is not text
         return []
 
 

@@ -28,11 +28,11 @@ _MOST_PAIRS = 16  # language pairs up to which each has a row
 
 
 def write_use(use: TextUse, folder: Path, draw: bool = True) -> Section:
-    """Write how specialised the layers are: ``specialisation.csv``, ``expert_subwords.csv`` and, with
-    ``draw``, ``expert_language.png`` where there are several pairs, and ``expert_class.png``.
+    """Write how specialized the layers are: ``specialisation.csv``, ``expert_subwords.csv`` and, with ``draw``,
+    ``expert_language.png`` if there are several pairs, and ``expert_class.png``.
 
     Returns:
-        What a page shows of it.
+        The section for the page.
     """
     rows = specialisation(use)
     write_csv(folder / "specialisation.csv", [asdict(row) for row in rows])

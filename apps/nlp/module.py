@@ -1,4 +1,4 @@
-"""``TextModule``: the base of the modules that write text, and the published checkpoints that they may begin with."""
+"""``TextModule``: the base of the modules that write text, and the published checkpoints that they may start with."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 
 class TextModule(WritingModule):
-    """A transformer with its subwords, which may begin with published weights, and predicts line by line.
+    """A transformer with its subwords, which may start with published weights, and predicts line by line.
 
     A subclass brings ``candidates_of``, and its docstring says what the arguments are.
 
     Args:
-        attention_moe: experts in place of the self-attention of all layers, whose expert is ``core.AttentionExperts``;
+        attention_moe: experts instead of the self-attention of all layers, whose expert is ``core.AttentionExperts``;
             None: there are none.
 
     Attributes:
@@ -132,7 +132,7 @@ class TextModule(WritingModule):
         self._check_given(self._data())
 
     def _check_given(self, data: Any) -> None:
-        """Refuse data whose lines the model cannot read.
+        """Reject data whose lines the model cannot read.
 
         Raises:
             ValueError: naming the digests of both subwords.
@@ -210,7 +210,7 @@ def published_network(
     *,
     is_language_model: bool,
 ) -> Architecture | None:
-    """Return the network of a published checkpoint; None where there is none, or a transformer is given beside it.
+    """Return the network of a published checkpoint; None if there is none, or a transformer is given beside it.
 
     Raises:
         ValueError: it is of another kind, ``dense_ffn`` would give some of its blocks another FFN, or as ``config_of``.

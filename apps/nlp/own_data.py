@@ -17,13 +17,13 @@ _EPOCHS = 20
 
 
 def config_for(given: GivenData) -> GivenConfig | None:
-    """Return the configuration of a small sparse translator for two text files; None: the data are of another kind.
+    """Return the configuration of a small sparse translator for two text files; None: another kind of data.
 
     A file's language is its ending, as in ``train.en``; other names give the languages "source" and "target". The files
     are linked below ``given.folder`` under the names that the reader of parallel text knows.
 
     Raises:
-        ValueError: files of different numbers of lines, of too few, or that are no text.
+        ValueError: files of different numbers of lines, of too few, or that are not text.
     """
     if len(given.paths) != 2 or not all(path.is_file() for path in given.paths):
         return None

@@ -61,11 +61,11 @@ def source_batches(
         pair: the place of the language pair among them.
         max_length: tokens of a source, specials included; a longer one is cut, with a warning that names its line.
         tokens_per_batch: sentences of a batch times the longest of them, at most.
-        lines_at_once: lines that are read and batched with their neighbours in length.
+        lines_at_once: lines that are read and batched with their neighbors in length.
         start: lines before this one are passed over: a multiple of ``lines_at_once``, so that batches stay the same.
 
     Raises:
-        ValueError: a line that is no text; those before it come first.
+        ValueError: a line that is not text; those before it come first.
     """
     tag = subwords.tag_id(pairs[pair].split("-")[1]) if subwords.languages else None
     most = max_length - 1 - (tag is not None)
@@ -103,7 +103,7 @@ def given_lines(
         bad_lines: what a line of the file is that is not UTF-8.
 
     Raises:
-        ValueError: a file that cannot be read, or a line that is no text.
+        ValueError: a file that cannot be read, or a line that is not text.
     """
     if text is not None:
         yield from (as_line(line, i) for i, line in enumerate([text] if isinstance(text, str) else text))
@@ -122,7 +122,7 @@ def checked_texts(texts: Sequence[str]) -> list[str]:
     """Return the texts that a caller gives, each as `as_line` makes it.
 
     Raises:
-        ValueError: one text in place of a list of them, or an item that is no text.
+        ValueError: one text instead of a list of them, or an item that is not text.
     """
     if isinstance(texts, (str, bytes)):
         raise ValueError(f"texts={texts[:40]!r} is one text, and not a list of texts: give [text]")
@@ -136,17 +136,17 @@ def as_line(text: str, index: int) -> str:
     """Return a line of text, cleaned; ``index`` is its number, from 0.
 
     Raises:
-        ValueError: it is no text.
+        ValueError: it is not text.
     """
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # bytes of a command line that are no text
+    except UnicodeEncodeError as error:  # bytes of a command line that are not text
         raise ValueError(f"line {index + 1} is not valid UTF-8") from error
     return clean(text)
 
 
 def chunks(lines: Iterable[str], size: int, start: int = 0) -> Iterator[list[str]]:
-    """Yield the lines cleaned, ``size`` at a time; those before one that is no text come before its error.
+    """Yield the lines cleaned, ``size`` at a time; those before one that is not text come before its error.
 
     Args:
         lines: text.
@@ -154,7 +154,7 @@ def chunks(lines: Iterable[str], size: int, start: int = 0) -> Iterator[list[str
         start: number of the first line, for the error.
 
     Raises:
-        ValueError: a line that is no text.
+        ValueError: a line that is not text.
     """
     chunk: list[str] = []
     try:

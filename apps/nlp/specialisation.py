@@ -1,7 +1,7 @@
-"""The specialisation of experts in languages and in kinds of subwords, from counts over an evaluation.
+"""The specialization of experts in languages and in kinds of subwords, from counts over an evaluation.
 
 A routed pair is one token and one of the experts that compute it; pairs that no expert had room for do not count. In
-the encoder tokens are the source's. In the decoder they are those it reads, from the sentence's begin on, so that a
+the encoder tokens are the source's. In the decoder they are those it reads, from the sentence's start on, so that a
 pair's expert helps to say the token after.
 
 How much an expert says of a label is their mutual information over the routed pairs,
@@ -53,7 +53,7 @@ Label = Literal["source language", "target language", "pair", "token class"]
 def token_classes(pieces: Sequence[str], counts_V: np.ndarray) -> np.ndarray:
     """Return the class of each subword, by its characters and how often it came; no tagger takes part.
 
-    - begin, end and language tag (``<2de>``) of a sentence; bytes (``<0xE4>``), with what has no subword at all.
+    - start, end and language tag (``<2de>``) of a sentence; bytes (``<0xE4>``), with what has no subword at all.
     - digits: a number without a letter. punctuation: neither letter nor number.
     - All others have letters. They start a word (sentencepiece's mark U+2581 is before them) or continue one, and are
       put in order by ``counts_V``: "frequent" are the first ones, as many as make up a quarter of all tokens with
@@ -201,7 +201,7 @@ def by_class(layer: LayerUse, class_V: np.ndarray) -> np.ndarray:
 
 
 def side_of(layer: str) -> Side:
-    """Return the side whose tokens a layer of this name sees."""
+    """Return the side whose tokens the layer of this name sees."""
     return "target" if "decoder" in layer else "source"
 
 
@@ -236,7 +236,7 @@ class Specialisation:
 
 
 def specialisation(use: TextUse, shuffles: int = 20) -> list[Specialisation]:
-    """Return how specialised each layer is: in the languages, where there are several, then in the token classes."""
+    """Return how specialized each layer is: in the languages, if there are several, then in the token classes."""
     draw = np.random.RandomState(0)
     classes = {side: use.classes_of(side) for side in {layer.side for layer in use.layers}}
     rows = []

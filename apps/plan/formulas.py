@@ -1,6 +1,6 @@
 """Formulas of a plan: the memory, the traffic and the time of a training step, as pure functions of plain numbers.
 
-Sizes are in bytes, times in seconds, rates in bytes or FLOPs a second. Traffic is what *leaves* one rank in a step;
+Sizes are in bytes, times in seconds, rates in bytes or FLOPs per second. Traffic is what *leaves* one rank in a step;
 as much arrives. docs/parallelism.md has the same formulas with worked examples.
 """
 
@@ -18,8 +18,8 @@ class Gpu:
         memory: bytes.
         half: FLOP/s of dense products in bfloat16.
         single: FLOP/s of dense products in float32, without TF32.
-        within: bytes a second that leave it for GPUs of its node.
-        between: bytes a second that leave it for other nodes.
+        within: bytes per second that leave it for GPUs of its node.
+        between: bytes per second that leave it for other nodes.
     """
 
     memory: float
@@ -71,7 +71,7 @@ class Traffic:
         """Return the time of the traffic, its parts one after the other.
 
         Args:
-            within, between: bytes a second that leave one rank for its node and for other nodes.
+            within, between: bytes per second that leave one rank for its node and for other nodes.
             latency: seconds of one message.
         """
         return self.within / within + self.between / between + self.messages * latency
@@ -96,7 +96,7 @@ class Group:
 
 
 def group(ranks: int, stride: int, node: int) -> Group:
-    """Return how every ``stride``-th rank, ``ranks`` of them, lie on nodes of ``node`` neighbouring ranks each."""
+    """Return how every ``stride``-th rank, ``ranks`` of them, lie on nodes of ``node`` neighboring ranks each."""
     per_node = max(min(ranks, node // stride), 1)
     while ranks % per_node:
         per_node -= 1
@@ -106,8 +106,8 @@ def group(ranks: int, stride: int, node: int) -> Group:
 def reduce_scatter(size: float, over: Group) -> Traffic:
     """Return the traffic of a sum of ``size`` bytes whose parts stay on the ranks, first within nodes.
 
-    A rank of W sends ``size (W - 1) / W`` in all: g neighbours on a node reduce a g-th each, ``size (g - 1) / g``,
-    which the N nodes then reduce among them, ``size / g (N - 1) / N``.
+    A rank of W sends ``size (W - 1) / W`` in all: g neighbors on a node reduce a g-th each, ``size (g - 1) / g``, which
+    the N nodes then reduce among them, ``size / g (N - 1) / N``.
     """
     g, N = over.per_node, over.nodes
     return Traffic(size * (g - 1) / g, size / g * (N - 1) / N, over.per_node - 1 + N - 1)
@@ -126,10 +126,10 @@ def all_reduce(size: float, over: Group) -> Traffic:
 def all_to_all(size: float, experts: int, hidden: int, nodes: int, node: int) -> Traffic:
     """Return the traffic of one exchange of rows, in which each of P ranks has ``size / P`` for each.
 
-    Each row goes to all ``hidden`` ranks that have a part of its expert. One exchange of P ranks sends
-    ``hidden size (P - 1) / P``, of which ``(g - 1) / P`` stays on a node of g ranks. With ``nodes``, rows go to a
-    neighbour first, ``hidden size (M - 1) / M`` for M = experts hidden ranks of a node, and from there to another node,
-    ``hidden size (N - 1) / N``.
+    Each row goes to all ``hidden`` ranks that have a part of its expert. One exchange of P ranks sends ``hidden size (P
+    - 1) / P``, of which ``(g - 1) / P`` stays on a node of g ranks. With ``nodes``, rows go to a neighbor first,
+    ``hidden size (M - 1) / M`` for M = experts hidden ranks of a node, and from there to another node, ``hidden size (N
+    - 1) / N``.
 
     Args:
         size: bytes of a rank's rows.
@@ -152,7 +152,7 @@ def exchanged_bytes(rows: float, dim: int, out_dim: int, dtype_bytes: int, passe
     backward, their gradients take the same way in the other direction. Rows are in the dtype of the products.
 
     Args:
-        rows: routed pairs of a rank, tokens times experts a token.
+        rows: routed pairs of a rank, tokens times experts per token.
         dim, out_dim: width of a row to and from the experts.
         dtype_bytes: bytes of a number.
         passes: forwards in a step: 1, or 2 where activations are computed again in the backward.
@@ -174,8 +174,8 @@ def step_flops(forward: float, checkpointed: bool) -> float:
 class Part:
     """A part of a model on one rank: a block, whose units FSDP2 gathers and frees, or what is in no block.
 
-    A block's units are its divided experts and the rest of it. Where there is one of each they are reduced one after
-    the other, so that the larger one counts.
+    A block's units are its divided experts and the rest of it. If there is one of each they are reduced one after the
+    other, so that the larger one counts.
 
     Attributes:
         activations: bytes that its forward keeps for the backward.
@@ -184,7 +184,7 @@ class Part:
         buffer: bytes of the all-gather's buffer, which is there while parameters are copied out of it.
         whole_gradients: bytes of a unit's gradients before they are reduced.
         reduced: bytes of the buffer in which they are reduced.
-        again: bytes that its backward computes anew, with activation checkpointing.
+        again: bytes that its backward computes again, with activation checkpointing.
         working: bytes of what it computes and keeps no longer, such as the buffers of an exchange.
     """
 

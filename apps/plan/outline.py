@@ -105,7 +105,8 @@ class Block:
         experts: those.
         kept: bytes that the forward keeps for the backward.
         entering: bytes of what enters it, which is all that checkpointing keeps.
-        working: bytes that it needs for a while, beside its MoE layers': of what is in no block those of the loss.
+        working: temporary bytes, in addition to its MoE layers'; for parameters outside all blocks, the bytes of the
+            loss.
         layers: names of the MoE layers in it.
     """
 
@@ -162,7 +163,7 @@ class Outline:
         kind: class of the model.
         root: what is in no block.
         blocks: in the order of the model.
-        layers: MoE layers whose experts can be divided, by name; empty where there are none.
+        layers: MoE layers whose experts can be divided, by name; empty if there are none.
         undivided: why experts cannot be divided; None where they can be, or there are none.
         flops: FLOPs of a forward of a rank's batch, products alone.
         trial: the batch.

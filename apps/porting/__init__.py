@@ -54,9 +54,9 @@ def subwords_of(path: str | Path, targets: Sequence[str] = ()) -> Subwords:
 
     Args:
         path: the checkpoint's folder, or the model's file.
-        targets: languages that are translated into. Of several each has a tag: its piece ``<2xx>`` where there is one,
-            else an id that the checkpoint does not use, or one more at the end of a model of yours. Where there are
-            pieces ``<2xx>``, a single one has as well.
+        targets: languages that are translated into. Of several each has a tag: its piece ``<2xx>`` if there is one,
+            else an id that the checkpoint does not use, or one more at the end of a model of yours. If there are pieces
+            ``<2xx>``, a single one has as well.
 
     Raises:
         ValueError: as ``config_of``, or subwords of another kind, as M2M-100, NLLB, Qwen and OLMoE have; no id for a
@@ -111,7 +111,7 @@ def save_pretrained(
 
     Args:
         model: ours.
-        folder: is made where there is none.
+        folder: is made if there is none.
         like: folder of the checkpoint the model came from: its ids stay, and values that our model does not say.
         model_type: what to write it as; None: as ``like``, or by what the model has.
         subwords: to be written as well, as ``spiece.model`` or ``tokenizer.model``; None: no such file.
@@ -185,7 +185,7 @@ def _publish(
 
 
 def _start(model: Model, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the id that a decoder of theirs starts with, where no published configuration gives it."""
+    """Return the id that a decoder of theirs starts with, if no published configuration gives it."""
     eos, begin = defaults["eos_token_id"], defaults.get("bos_token_id", defaults.get("pad_token_id"))
     start = eos if model.config.start == "eos" else begin
     return {"bos_token_id": start} if isinstance(model, LanguageModel) else {"decoder_start_token_id": start}

@@ -209,7 +209,7 @@ class Family:
         vocabulary: the configuration to the vocabulary, and our ``TransformerConfig.start``.
         published: tensors to the names of published files; a library may hold them in another layout.
         bias: whether plain experts have biases.
-        computed: ends of the names of tensors that are no weights.
+        computed: ends of the names of tensors that are not weights.
     """
 
     defaults: Mapping[str, Mapping[str, Any]]
@@ -273,7 +273,7 @@ def needed(config: Mapping[str, Any], name: str) -> Any:
     """Return a size without which there is no model.
 
     Raises:
-        ValueError: it is not there, or no whole number.
+        ValueError: it is not there, or not an integer.
     """
     if config.get(name) is None:
         raise ValueError(f"config.json of a {config['model_type']} says no {name}")

@@ -19,7 +19,7 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class BytePairs:
-    """The pieces of CLIP's texts: 256 bytes, the same at the end of a word, one piece for each merge, begin and end.
+    """The pieces of CLIP's texts: 256 bytes, the same at the end of a word, one piece for each merge, start and end.
 
     Text is lower-cased, HTML's entities are resolved, and white space counts as one space. Text in a broken encoding is
     not repaired, as ftfy does for open_clip.
@@ -62,7 +62,7 @@ class BytePairs:
         return cls(read_merges(folder))
 
     def encode(self, text: str, most: int) -> list[int]:
-        """Return the ids of at most ``most`` pieces, the first that of the begin and the last that of the end."""
+        """Return the ids of at most ``most`` pieces, the first that of the start and the last that of the end."""
         plain = " ".join(html.unescape(html.unescape(text)).lower().split())
         ids = self._tokenizer.encode(plain, add_special_tokens=False).ids
         return [self.ids[BEGIN], *ids[: most - 2], self.ids[END]]

@@ -23,7 +23,7 @@ class EncoderLayer(nn.Module):
         num_heads: heads of the attention; must divide ``dim``.
         ffn: the feed-forward network, or the MoE layer in its place.
         eps: of the norms.
-        norm_first: each part reads the normalised input, as in CLIP; False: each sum is normalised, as in BERT.
+        norm_first: each part reads the normalized input, as in CLIP; False: each sum is normalized, as in BERT.
         causal: a token sees no later one.
         dropout: probability behind the attention and behind the feed-forward network.
 
@@ -131,7 +131,7 @@ class TextEncoder(EncoderTower):
         raise NotImplementedError
 
     def known(self, ids_BL: Tensor, context: core.RoutingContext | None) -> core.RoutingContext:
-        """Return what the MoE layers know: the context, or padding and ids where there is none.
+        """Return what the MoE layers know: the context, or padding and ids if there is none.
 
         Raises:
             ValueError: a text is longer than ``max_positions``.
@@ -144,7 +144,7 @@ class TextEncoder(EncoderTower):
 def init_encoder(model: nn.Module) -> None:
     """Start a model as BERT does, in place: matrices from a normal distribution of deviation 0.02, biases at 0.
 
-    Matrices of experts start as those of the network that they stand for.
+    Matrices of experts start as those of the network that they replace.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):

@@ -94,7 +94,7 @@ def read_specials(config: Mapping[str, Any], unk: int) -> tuple[Vocabulary, Any]
     """Return the vocabulary, and our ``TransformerConfig.start``.
 
     Their decoder starts with ``decoder_start_token_id``. Where that is the end of a sentence, our ``BOS_ID`` is their
-    begin, which nothing says, and is read as the end; where it is padding, it is a copy of it.
+    start, which nothing says, and is read as the end; where it is padding, it is a copy of it.
     """
     pad, bos, eos = (special_id(config, f"{name}_token_id") for name in ("pad", "bos", "eos"))
     start = special_id(config, "decoder_start_token_id", pad)
@@ -120,7 +120,7 @@ def ids_of(architecture: Architecture) -> dict[str, Any]:
 
 
 def sparse_step(indices: tuple[int, ...], sparse: Callable[[int, int], tuple[int, ...]], depth: int) -> int:
-    """Return the step whose layers are ``indices``: 0 where there are none.
+    """Return the step whose layers are ``indices``: 0 if there are none.
 
     Raises:
         ValueError: no step has them.

@@ -81,7 +81,7 @@ class ClipTextConfig(ClipConfig):
     """The sizes of CLIP's text tower.
 
     Attributes:
-        max_positions: largest number of pieces of a text, begin and end among them.
+        max_positions: largest number of pieces of a text, start and end among them.
     """
 
     dim: Count = 512
@@ -90,7 +90,7 @@ class ClipTextConfig(ClipConfig):
 
 
 class ClipTower(EncoderTower):
-    """What both towers have: layers that read normalised inputs, and a projection of the token that is read.
+    """What both towers have: layers that read normalized inputs, and a projection of the token that is read.
 
     Args:
         config: the sizes.
@@ -115,7 +115,7 @@ class ClipTower(EncoderTower):
 
 
 class ClipImageTower(ClipTower):
-    """CLIP's vision transformer: a class token and patches, normalised before the first layer.
+    """CLIP's vision transformer: a class token and patches, normalized before the first layer.
 
     Args:
         config: the sizes.
@@ -149,7 +149,7 @@ class ClipImageTower(ClipTower):
         init_encoder(self)
 
     def tokens(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
-        """Return the normalised outputs (B, S, D) of the last layer, the class token first.
+        """Return the normalized outputs (B, S, D) of the last layer, the class token first.
 
         Args:
             image: float (B, C, H, W).
@@ -201,7 +201,7 @@ class ClipTextTower(ClipTower, TextEncoder):
         return place_L <= ids_BL.argmax(1, keepdim=True)
 
     def tokens(self, ids_BL: Tensor, context: core.RoutingContext | None = None) -> Tensor:
-        """Return the normalised outputs (B, L, D) of the last layer.
+        """Return the normalized outputs (B, L, D) of the last layer.
 
         Args:
             ids_BL: int64, ids of pieces.

@@ -28,7 +28,7 @@ class WordPieces:
     """BERT's tokenizer: words and punctuation, each cut into the longest pieces that there are, from its beginning.
 
     Args:
-        pieces: the pieces, in the order of their ids; those within a word begin with "##".
+        pieces: the pieces, in the order of their ids; those within a word start with "##".
         lower_case: whether to lower the case and to drop accents.
 
     Raises:
@@ -52,7 +52,7 @@ class WordPieces:
 
     @classmethod
     def of(cls, folder: Path) -> WordPieces:
-        """Return the pieces of ``vocab.txt``, and the case of ``tokenizer_config.json`` where there is one."""
+        """Return the pieces of ``vocab.txt``, and the case of ``tokenizer_config.json`` if there is one."""
         try:
             pieces = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
         except OSError as error:

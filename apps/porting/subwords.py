@@ -27,7 +27,7 @@ def read_subwords(folder: Path, vocabulary: Vocabulary, targets: Sequence[str] =
     Ids past its pieces, such as T5's sentinels, are never said; tags take the last ones.
 
     Raises:
-        ValueError: there is no such file, or it cannot be read; fewer ids than tags are left.
+        ValueError: the file does not exist, or it cannot be read; fewer ids than tags are left.
     """
     path = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if path is None:
@@ -132,7 +132,7 @@ def _in_our_order(theirs: Any, vocabulary: Vocabulary) -> Any:
 
 
 def _describe(proto: Any, ids: Sequence[int]) -> None:
-    """Write where padding, unknown, begin and end are, and how many pieces there are."""
+    """Write where padding, unknown, start and end are, and how many pieces there are."""
     spec = proto.trainer_spec
     spec.pad_id, spec.unk_id, spec.bos_id, spec.eos_id = ids
     spec.pad_piece, spec.unk_piece, spec.bos_piece, spec.eos_piece = (SPECIALS[i] for i in sorted(SPECIALS))
@@ -161,5 +161,5 @@ def _is_free(piece: Any) -> bool:
 
 def _subwords(proto: Any, languages: Sequence[str]) -> Subwords:
     subwords = Subwords((base64.b64encode(proto.SerializeToString()).decode(),), tuple(languages))
-    subwords.size("source")  # raises for a file that is no model
+    subwords.size("source")  # raises for a file that is not a model
     return subwords

@@ -1,4 +1,4 @@
-"""Ids of a published vocabulary in the order of ours: padding, unknown, begin and end come first here."""
+"""Ids of a published vocabulary in the order of ours: padding, unknown, start and end come first here."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ class Vocabulary:
 
 
 def special_id(config: Mapping[str, Any], name: str, default: int | None = None) -> int | None:
-    """Return ``config``'s id of that name; the first one where it has several.
+    """Return ``config``'s id of that name; the first one if it has several.
 
     Raises:
-        ValueError: it is no id.
+        ValueError: it is not an id.
     """
     value = config.get(name, default)
     first = value[0] if isinstance(value, list) and value else value

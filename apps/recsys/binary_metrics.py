@@ -40,9 +40,9 @@ def auc(scores_N: np.ndarray, labels_N: np.ndarray, weights_N: np.ndarray | None
 def auc_values(scores_N: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
     """Return values (N,) whose mean is the AUC, and whose spread is that of the AUC over other examples.
 
-    The value of a positive is the share of negatives below it, that of a negative the share of positives above it,
-    each ties half, stretched about the AUC by N over the size of its class (DeLong et al., Biometrics 1988). An example
-    whose label is NaN has the AUC itself. All are NaN where there is one class.
+    The value of a positive is the share of negatives below it, that of a negative the share of positives above it, each
+    ties half, stretched about the AUC by N over the size of its class (DeLong et al., Biometrics 1988). An example
+    whose label is NaN has the AUC itself. All are NaN if there is one class.
 
     Example::
 
@@ -80,14 +80,14 @@ def _of_ranks(
     scores_N, labels_N, weights_N = _labelled(scores_N, labels_N, weights_N)
     if len(np.unique(labels_N)) < 2 or np.isnan(scores_N).any():
         return math.nan
-    # scikit-learn refuses infinite scores; their ranks are as good.
+    # scikit-learn rejects infinite scores; their ranks are as good.
     return float(metric(labels_N, np.unique(scores_N, return_inverse=True)[1], sample_weight=weights_N))
 
 
 def log_loss(logits_N: np.ndarray, labels_N: np.ndarray) -> float:
     """Return the mean negative log likelihood in nats. NaN labels are left out; NaN without any."""
     z_N, y_N, _ = _labelled(logits_N, labels_N)
-    # scikit-learn's takes probabilities and clips them: a sure mistake would cost 16 nats in place of its logit.
+    # scikit-learn's takes probabilities and clips them: a sure mistake would cost 16 nats instead of its logit.
     return float(np.logaddexp(0.0, np.where(y_N > 0, -z_N, z_N).astype(np.float64)).mean()) if len(y_N) else math.nan
 
 
@@ -177,7 +177,7 @@ def grouped_auc(scores_N: np.ndarray, labels_N: np.ndarray, groups_N: np.ndarray
     negatives_R = np.diff(np.r_[run_starts, len(y_N)]) - positives_R
     below_R = np.cumsum(negatives_R) - negatives_R
     below_R -= np.repeat(below_R[first_run_U], np.diff(np.r_[first_run_U, len(run_starts)]))
-    # Twice the number of won pairs, in whole numbers.
+    # Twice the number of won pairs, in integers.
     won_U = np.add.reduceat(positives_R * (2 * below_R + negatives_R), first_run_U)
     P_U, N_U = np.add.reduceat(positives_R, first_run_U), np.add.reduceat(negatives_R, first_run_U)
     both_U = (P_U > 0) & (N_U > 0)
@@ -218,7 +218,7 @@ class TaskMetrics:
         invalid: number of predictions that are NaN; the metrics are NaN if there are any.
         auc, pr_auc, log_loss: results of the functions of this module.
         calibration: bins, whose error is ``ece``.
-        gauc: AUC by user; None where no users are known.
+        gauc: AUC by user; None if no users are known.
     """
 
     num_examples: int

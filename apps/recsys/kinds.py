@@ -309,7 +309,7 @@ def kind_of(target: Target) -> Kind:
 
 
 class Outputs:
-    """Where the outputs of each task stand side by side.
+    """Where the outputs of each task are side by side.
 
     Args:
         targets: what each task predicts.

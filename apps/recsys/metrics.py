@@ -33,7 +33,7 @@ class MultiTaskMetrics(SyncedMetric):
     ``gauc_<task>``, and ``auc`` (and ``gauc``), the mean over the tasks that have one. Tasks that are not binary have
     those of ``ValueMetrics``, such as ``rmse_<task>``, and ``r2`` is the mean over those that have one.
 
-    Predictions are kept in float32 on the CPU until the end, 8 bytes a row and task, and are gathered by every rank.
+    Predictions are kept in float32 on the CPU until the end, 8 bytes per row and task, and are gathered by every rank.
     Where some users or items have no row in training, there are ``<part>_rows`` of the parts "warm", "cold_user" and
     "cold_item", and the main metrics of each, such as ``cold_user_auc`` and ``cold_user_auc_<task>``.
 
@@ -210,11 +210,11 @@ def target_ranks(scores_BI: Tensor, target_B: Tensor) -> Tensor:
     """Return the rank of each row's target among all items, int64 (B,), 1 the best; pessimistic on ties and NaN.
 
     Args:
-        scores_BI: (B, I), a score for every item; -inf where an item is no candidate (padding, seen before).
+        scores_BI: (B, I), a score for every item; -inf where an item is not a candidate (padding, seen before).
         target_B: int64 (B,), the item that should come first.
 
     Raises:
-        ValueError: a target that is no item, or shapes that do not fit.
+        ValueError: a target that is not an item, or shapes that do not fit.
     """
     num_items = scores_BI.shape[1]
     return num_items - (scores_BI < scores_BI.gather(1, target_B[:, None])).sum(1)

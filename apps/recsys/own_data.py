@@ -33,18 +33,18 @@ TARGET = "target"
 
 
 def config_for(given: GivenData) -> GivenConfig | None:
-    """Return the configuration of a small MMoE with routers for a table; None: the data are of another kind.
+    """Return the configuration of a small MMoE with routers for a table; None: another kind of data.
 
     The table is a CSV, TSV or Parquet file, or a folder of files of one of these kinds with the same columns. Numbers
-    are continuous columns, and dates and times timestamps; text, truth values and whole numbers of few values are
+    are continuous columns, and dates and times timestamps; text, truth values and integers of few values are
     categories, and lists of these, also as text, multi-valued columns. Identifiers, whose value is another in nearly
-    every row, are left out. A target of two values is binary, of more texts "multiclass", of whole numbers of few
-    values "ordinal", and of other numbers "regression", unless ``given.kind`` says otherwise. A binary one is made 0
-    and 1: of two values the larger is 1, of more numbers those from the median on, of more texts the most frequent
-    one. The table as it is read lies below ``given.folder`` then.
+    every row, are left out. A target of two values is binary, of more texts "multiclass", of integers of few values
+    "ordinal", and of other numbers "regression", unless ``given.kind`` says otherwise. A binary one is made 0 and 1: of
+    two values the larger is 1, of more numbers those from the median on, of more texts the most frequent one. The table
+    as it is read lies below ``given.folder`` then.
 
     Raises:
-        ValueError: no target is named, or the column is not there, has no value, or one value alone; its values are of
+        ValueError: no target is named, or the column is not there, has no value, or only one value; its values are of
             another kind; too few rows, or of a class; no column to predict from; or a file that cannot be read.
     """
     if len(given.paths) != 1:
@@ -92,7 +92,7 @@ def config_for(given: GivenData) -> GivenConfig | None:
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the files of a table; none where there is none."""
+    """Return the files of a table; none if there is none."""
     if path.is_dir():
         parts = {ending: sorted(path.glob(f"*{ending}")) for ending in _ENDINGS}
         kinds = [ending for ending, own in parts.items() if own]

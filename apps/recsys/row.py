@@ -48,7 +48,7 @@ class Column(Input):
 
     Attributes:
         type: type of its values: TEXT, TEXTS, NUMBER or NUMBERS.
-        shown: returns the values of encoded rows as they stand in the field; "" where they are missing, or not kept.
+        shown: returns the values of encoded rows as they are in the field; "" where they are missing, or not kept.
     """
 
     type: str = TEXT
@@ -223,12 +223,12 @@ class Row:
         )
 
     def shown(self, batch: TableBatch) -> list[dict[str, str]]:
-        """Return encoded rows as they stand in a page's fields."""
+        """Return encoded rows as they are in a page's fields."""
         texts = {name: own.shown(batch) for name, own in self.columns.items()}
         return [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
 
     def check_page(self) -> None:
-        """Refuse columns for which a page has no field.
+        """Reject columns for which a page has no field.
 
         Raises:
             ValueError: naming them.

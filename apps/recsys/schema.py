@@ -24,7 +24,7 @@ class TaskConfig(Checked):
 
     - "binary": yes or no, which ``positive`` or ``at_least`` tell from the column's values.
     - "regression": a number, such as a price.
-    - "count": a whole number from 0 on.
+    - "count": an integer from 0 on.
     - "ordinal": one of a few numbers whose order matters, such as a rating.
     - "multiclass": one of some values without an order.
 
@@ -36,7 +36,7 @@ class TaskConfig(Checked):
         kind: kind of label.
         loss: loss of "regression": "squared"; "absolute", whose prediction is a median; or "weighted_logistic" for
             numbers from 0 on such as a watch time (Covington et al., RecSys 2016). None: "squared".
-        weight: column of the row's weight in this task's loss, in place of the table's.
+        weight: column of the row's weight in this task's loss, instead of the table's.
         mask: column of 0 and 1; a row with 0, or without a value there, has no label for the task.
 
     Raises:
@@ -147,7 +147,7 @@ class TableConfig(Checked):
         multi_valued: columns of any number of values a row: lists, or text that ``separator`` cuts.
         continuous: columns of numbers.
         tasks: labels by the name of the task; none where all that counts is that a row is there.
-        domain: column of the domain; None where there is one domain.
+        domain: column of the domain; None if there is one domain.
         user: column whose rows belong together, for a split by user and metrics by user. A test reports the rows of
             users that have no row in training apart.
         time: column by which rows are ordered.
@@ -168,8 +168,8 @@ class TableConfig(Checked):
         texts: columns of text, by name, which become vectors.
 
     Raises:
-        ValueError: no feature, a label among the features, a column with two of the roles of a feature, an
-            option for a column that is no categorical feature, or a split that needs a column which is not named.
+        ValueError: no feature, a label among the features, a column with two of the roles of a feature, an option for a
+            column that is not a categorical feature, or a split that needs a column which is not named.
     """
 
     categorical: tuple[str, ...] = ()
@@ -236,7 +236,7 @@ class TableConfig(Checked):
         """Return this description without some features, or parts of timestamps.
 
         Raises:
-            ValueError: a column that is no feature, or none would be left.
+            ValueError: a column that is not a feature, or none would be left.
         """
         out = tuple(columns)
         part_of = {part: column for column in self.timestamps for part in timestamp_columns(column)}
@@ -316,13 +316,13 @@ class TableConfig(Checked):
 
 @dataclass(frozen=True)
 class NegativesConfig(Checked):
-    """A rule for the negative rows that train in an epoch, drawn anew for each.
+    """A rule for the negative rows that train in an epoch, redrawn for each.
 
     - "rows": some of a task's negative rows of the table. Other rows, without a label too, all train.
-    - "items": for a table of positives alone, each row once more with other items, which are labelled 0.
+    - "items": for a table of positives only, each row once more with other items, which are labeled 0.
 
     Attributes:
-        per_positive: negative rows for each positive one; a whole number for "items".
+        per_positive: negative rows for each positive one; an integer for "items".
         task: task of yes and no; None: the table's only task. For "items" the name of the task whose positives all rows
             are, where the table has no task; None: "positive".
         correct: whether the loss takes the draw into account, so that the logit itself predicts. "rows": a part r of
@@ -390,7 +390,7 @@ def timestamp_columns(column: str) -> tuple[str, str, str]:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return ``; did you mean 'age'?``, or nothing where no name of ``valid`` is near."""
+    """Return ``; did you mean 'age'?``, or nothing if no name of ``valid`` is near."""
     folded = {v.lower(): v for v in valid}
     near = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.7)
     return f"; did you mean {folded[near[0]]!r}?" if near else ""

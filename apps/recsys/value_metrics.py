@@ -73,7 +73,7 @@ def number_metrics(
     Args:
         value_N: predictions.
         label_N: the numbers; NaN for none.
-        log_p_NL: logarithms of the levels' probabilities; None: the numbers are no levels.
+        log_p_NL: logarithms of the levels' probabilities; None: the numbers are not levels.
         place_N: place of each label among the levels.
     """
     from scipy.stats import rankdata

@@ -32,7 +32,7 @@ def at_work(folder: Path, what: str, title: str = "") -> Iterator[Bar]:
 
 
 def check_same(folder: Path, what: str, saved: Any, wanted: Any) -> None:
-    """Refuse a folder whose work was begun with other options.
+    """Reject a folder whose work was begun with other options.
 
     Args:
         folder: the folder.
@@ -69,13 +69,13 @@ _KEPT_EVERY = 5.0
 
 
 class BudgetOver(Exception):
-    """The time is up: what is finished stays, and what is at work is given up or goes on another time."""
+    """The time is up: what is finished stays, and what is at work is given up or continues another time."""
 
 
 class Budget:
     """Counts the seconds of a piece of work.
 
-    A killed process has written what it has spent, to the last five seconds, and its successor goes on from there.
+    A killed process has written what it has spent, to the last five seconds, and its successor resumes from there.
 
     Args:
         seconds: all that may be spent.

@@ -75,7 +75,7 @@ class Unit:
         """Do ``work`` with the unit's seed, write its result with the seconds that it took, and return it.
 
         Raises:
-            NonFiniteError: a unit that is no search diverged.
+            NonFiniteError: a unit that is not a search diverged.
         """
         began, cpu = clock(), time.process_time()
         with quiet(own_notes=False):

@@ -116,7 +116,7 @@ def do_all(
 
     Raises:
         RuntimeError: a worker died.
-        Exception: a worker's error, as the unit raises it; the other workers are stopped and can go on later.
+        Exception: a worker's error, as the unit raises it; the other workers are stopped and can continue later.
     """
     waiting, threads = list(units), max(1, torch.get_num_threads() // jobs)
     with workers(_work, [(make, threads)] * min(jobs, len(waiting)), modules) as pipes:

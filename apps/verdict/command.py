@@ -52,7 +52,7 @@ def run(options: Options, argv: Sequence[str], began: float) -> int:
         began: time of ``time.monotonic`` at which the process began.
 
     Raises:
-        UsageError, ValueError: wrong data, a refused model, or a budget that fits no run.
+        UsageError, ValueError: wrong data, a rejected model, or a budget that fits no run.
     """
     command = command_line(argv, "verdict")
 
@@ -122,7 +122,7 @@ def reserve(seconds: float) -> float:
 
 
 def check_folder(options: Options) -> None:
-    """Refuse a folder that is not this verdict's.
+    """Reject a folder that is not this verdict's.
 
     Raises:
         ValueError: the folder holds another verdict, or files that are none.
@@ -219,7 +219,7 @@ def _num_experts(model: Any) -> int:
 
 
 def _configured_steps(experiment: Experiment, train_batches: float) -> int:
-    """Return the optimizer steps of the configured training; a million where it has no end."""
+    """Return the optimizer steps of the configured training; a million if it has no end."""
     options, most = experiment.trainer_options, 1_000_000
     max_steps, max_epochs = options.get("max_steps"), options.get("max_epochs")
     limit = options.get("limit_train_batches")
@@ -313,7 +313,7 @@ def configuration(options: Options) -> tuple[Path, tuple[str, ...]]:
     of data they are is written to ``config.yaml`` in the output folder.
 
     Raises:
-        ValueError: data that no app knows, or that one knows and refuses.
+        ValueError: data that no app knows, or that one knows and rejects.
     """
     if options.is_config:
         return options.data[0], ()

@@ -26,7 +26,7 @@ class Options(CommandLine):
     DATA is a folder of images (a folder a class, or train/ and test/ with such folders), a folder of images with a
     table of their titles, a CSV, TSV or Parquet file or a folder of them with --target, two text files of which line i
     of one translates line i of the other, or a configuration. Values of the configuration may follow, as for moesaic
-    fit: --data.batch_size 32. Stopped at any moment, the same command goes on.
+    fit: --data.batch_size 32. Stopped at any moment, the same command resumes.
 
     Attributes:
         data: a folder, a table, two text files, or a configuration

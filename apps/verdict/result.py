@@ -18,7 +18,7 @@ from apps.verdict.schedule import LEAST_SEEDS, SAME_TIME, Answer, last_line
 SKEWED, DROPPING, MANY_EPOCHS = 2.0, 0.05, 10.0
 """Load of the most loaded expert over the mean, share of dropped pairs, and passes over the data, from which on each is
 named: an expert with twice its share leaves the others half idle; a twentieth of the pairs dropped is as much as a
-twentieth of the experts missing; text-book recipes for small data begin to overfit between 10 and 100 passes."""
+twentieth of the experts missing; text-book recipes for small data start to overfit between 10 and 100 passes."""
 
 SHORT = 0.5
 """Part of the configured steps up to which the training is called short."""
@@ -182,7 +182,7 @@ class Verdict:
         quality: name of the quality that is compared, such as "auc".
         higher_is_better: True where a larger quality is better.
         answers: at equal FLOPs, and at equal time.
-        systems: figures of each system's final runs, by its name: chosen rate, steps, quality, seconds a step.
+        systems: figures of each system's final runs, by its name: chosen rate, steps, quality, seconds per step.
         seeds: seeds that have all their runs.
         reasons: why sparse lost.
         changes: what would change the answers.

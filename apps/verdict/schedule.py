@@ -65,7 +65,7 @@ SEEDS, MOST_SEEDS = (5, 4, LEAST_SEEDS), 10
 """Seeds of a final run, the most that leave half of the configured steps; most, where time is left."""
 
 SAME_TIME = 0.03
-"""Relative difference of two systems' seconds a step up to which equal steps are taken for equal time."""
+"""Relative difference of two systems' seconds per step up to which equal steps are taken for equal time."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Speed:
 
     Attributes:
         step: of an optimizer step.
-        start: of a run beside its steps and evaluations: making model and data, and the trainer's set-up.
+        start: of a run next to its steps and evaluations: making model and data, and the trainer's set-up.
         validation: of an evaluation on the validation split, which a run of the search has.
         test: of the evaluations of a final run: test split and a sample of the training split.
     """
@@ -114,7 +114,7 @@ class Schedule:
 
 
 def rungs(num_rates: int, steps: int) -> list[tuple[int, int]]:
-    """Return the rungs of successive halving: the better half of the rates, rounded up, goes on with twice the steps.
+    """Return the rungs of successive halving: the better half of the rates, rounded up, continues with twice the steps.
 
     Example::
 

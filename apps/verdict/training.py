@@ -1,7 +1,7 @@
 """One run of a verdict: a system trained for some steps at one rate with one seed, and evaluated.
 
 A finished run is one JSON file, beside which it keeps its values by example: of the validation in a search, else of the
-test. An unfinished one is done anew: runs are short.
+test. An unfinished one is done again: runs are short.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def evaluate(
 ) -> Evaluated:
     """Return the quality of ``model`` on the first ``most`` batches of ``loader``.
 
-    The module's own values by example are taken where it has them. Else ``stage`` says whether its validation ("val")
-    or its test ("test") is run; a test is run by blocks of batches, whose qualities are the values then.
+    The module's own values by example are taken if it has them. Else ``stage`` says whether its validation ("val") or
+    its test ("test") is run; a test is run by blocks of batches, whose qualities are the values then.
 
     Args:
         model: a trained ``SparseModule``, or an ``OwnModel``.
@@ -340,7 +340,7 @@ def measure_speed(
 
     Returns:
         The speed, whose ``validation`` and ``test`` are seconds of a *batch* there, and the numbers of batches:
-        ``train_batches`` of an epoch, infinite where it has no length, ``val_batches`` and ``test_batches``.
+        ``train_batches`` of an epoch, infinite if it has no length, ``val_batches`` and ``test_batches``.
 
     Raises:
         BudgetOver: the time is up.

@@ -41,7 +41,7 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decided before the first run, and saved so that a killed verdict goes on with it.
+    """What is decided before the first run, and saved so that a killed verdict continues with it.
 
     Attributes:
         schedule: seeds, steps and rates.
@@ -49,8 +49,8 @@ class Plan:
         num_experts: experts of a layer of the sparse system.
         most_batches: batches of an evaluation at most; None: all.
         seconds_per_step: seconds of a step by system, as measured beforehand.
-        start_seconds: seconds of a run beside its steps and evaluations.
-        train_batches: batches of an epoch; None where it has no length.
+        start_seconds: seconds of a run next to its steps and evaluations.
+        train_batches: batches of an epoch; None if it has no length.
         configured_steps: steps of the configured training.
     """
 

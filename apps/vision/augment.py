@@ -3,7 +3,7 @@
 Cropping an image of 28x28 takes microseconds and calling a transform for it fifty: a loop over images would cost more
 than a small model. All draws are torch's global ones, as in torchvision; the loader seeds them for each batch
 (`apps.data.loader.seeded`). Images are uint8 (B, C, H, W) while they are cut and colored. Erasing and mixing need
-normalised float32: here they are drawn (`draw_boxes`, `draw_mix`), and `erase` and `mix` compute them on the device.
+normalized float32: here they are drawn (`draw_boxes`, `draw_mix`), and `erase` and `mix` compute them on the device.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def random_resized_crop(images: Tensor, min_area: float) -> Tensor:
     area = torch.empty(batch).uniform_(min_area, 1)
     ratio = torch.empty(batch).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     size_x, size_y = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    # affine_grid's coordinates run from -1 to 1: a box of relative size s may have its centre within +-(1 - s)
+    # affine_grid's coordinates run from -1 to 1: a box of relative size s may have its center within +-(1 - s)
     theta = torch.zeros(batch, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = size_x, size_y
     theta[:, 0, 2] = (1 - size_x) * torch.empty(batch).uniform_(-1, 1)
@@ -102,7 +102,7 @@ def draw_boxes(images: Tensor, probability: float) -> Tensor:
         probability: chance of an image to have one, in [0, 1].
 
     Returns:
-        int32 (B, 4), first row, first column, height and width; height 0 where there is no box.
+        int32 (B, 4), first row, first column, height and width; height 0 if there is no box.
     """
     batch, _, height, width = images.shape
     area = torch.empty(batch).uniform_(0.02, 1 / 3) * height * width
@@ -116,7 +116,7 @@ def draw_boxes(images: Tensor, probability: float) -> Tensor:
 
 
 def erase(images: Tensor, box_B4: Tensor) -> Tensor:
-    """Set the boxes of ``draw_boxes`` to 0, the mean colour of normalised images (B, C, H, W)."""
+    """Set the boxes of ``draw_boxes`` to 0, the mean color of normalized images (B, C, H, W)."""
     top, left, box_h, box_w = box_B4[:, :, None].unbind(1)
     y, x = (torch.arange(size, device=images.device) for size in images.shape[-2:])
     in_rows, in_cols = (y >= top) & (y < top + box_h), (x >= left) & (x < left + box_w)
@@ -124,11 +124,11 @@ def erase(images: Tensor, box_B4: Tensor) -> Tensor:
 
 
 class Mix(NamedTuple):
-    """How each image of a batch is mixed with its neighbour.
+    """How each image of a batch is mixed with its neighbor.
 
     Attributes:
         share: lambda, the image's own share.
-        box: the neighbour's part (CutMix), as first column, first row and the ends of both; None: a weighted sum
+        box: the neighbor's part (CutMix), as first column, first row and the ends of both; None: a weighted sum
             (mixup).
     """
 

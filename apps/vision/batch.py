@@ -30,8 +30,8 @@ class ImageBatch(NamedTuple):
     """The input and the labels of a vision model.
 
     Attributes:
-        image: float32 (B, C, H, W), normalised to mean 0 and deviation 1 by the dataset's constants.
-        label: int64 (B,), -1 where there is none; or float32 (B, num_classes) with rows that sum to 1 where images are
+        image: float32 (B, C, H, W), normalized to mean 0 and deviation 1 by the dataset's constants.
+        label: int64 (B,), -1 if there is none; or float32 (B, num_classes) with rows that sum to 1 where images are
             mixed.
         index: int64 (B,), the position of each image in its file or folder listing.
     """
@@ -73,7 +73,7 @@ class PixelBatch:
         return iter(self.finished())
 
     def finished_image(self) -> Tensor:
-        """Return the images normalised, erased and mixed, (B, C, H, W) of the default dtype."""
+        """Return the images normalized, erased and mixed, (B, C, H, W) of the default dtype."""
         image = normalize(self.batch.image, self.mean, self.std)
         if self.box_B4 is not None:
             image = erase(image, self.box_B4)

@@ -43,7 +43,7 @@ _note = rank_zero_only(log.warning)
 class VisionData(ImageData):
     """Images with labels, in train, validation and test batches of `ImageBatch`.
 
-    A loader gives `PixelBatch`, which has the same attributes, and whose images are normalised where they are read.
+    A loader gives `PixelBatch`, which has the same attributes, and whose images are normalized where they are read.
 
     Args:
         dataset: digits, mnist5k, mnist, fashion_mnist, cifar10, cifar100, imagenet or image_folder (your own).
@@ -183,7 +183,7 @@ class VisionData(ImageData):
         return prepare(self.dataset, self.root, self.cache_dir)
 
     def check(self, stage: str | None) -> None:
-        """Refuse to train without images, or without images of a class that the checkpoint knows."""
+        """Reject to train without images, or without images of a class that the checkpoint knows."""
         if stage != "fit":
             return
         if self.opened.train is None:

@@ -77,7 +77,7 @@ class ImageEncoding(PixelEncoding):
 
 
 def check_images(written: Mapping[str, Any], known: Any) -> None:
-    """Refuse options of the data that contradict a checkpoint.
+    """Reject options of the data that contradict a checkpoint.
 
     Args:
         written: options by name; None where nothing was said.
@@ -95,13 +95,13 @@ def check_images(written: Mapping[str, Any], known: Any) -> None:
 
 
 def evaluation_transform(image_size: int, in_chans: int, eval_crop: float) -> v2.Compose:
-    """Scale a decoded image, uint8 (3, H, W), to a model's size, keep the centre: uint8 (in_chans, S, S)."""
+    """Scale a decoded image, uint8 (3, H, W), to a model's size, keep the center: uint8 (in_chans, S, S)."""
     cut = [v2.Lambda(middle_of_strip), v2.Resize(round(image_size / eval_crop)), v2.CenterCrop(image_size)]
     return file_transform(cut, in_chans)
 
 
 def file_transform(cut: Sequence[Any], in_chans: int) -> v2.Compose:
-    """Return the transforms ``cut``, followed by one to grey where the model has one channel."""
+    """Return the transforms ``cut``, followed by one to gray where the model has one channel."""
     return v2.Compose([*cut, v2.Lambda(_grey)] if in_chans == 1 else list(cut))
 
 
@@ -116,7 +116,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def middle_of_strip(image: Tensor) -> Tensor:
-    """Cut (C, H, W) to a longer side of at most 8 shorter ones around the centre, which is more than a crop keeps.
+    """Cut (C, H, W) to a longer side of at most 8 shorter ones around the center, which is more than a crop keeps.
 
     Scaled whole by its shorter side, an image of 12,000 x 2 pixels would take gigabytes.
     """

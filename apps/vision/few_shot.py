@@ -32,10 +32,10 @@ def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
 def linear_accuracy(
     features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray
 ) -> float:
-    """Return the accuracy of a regularised least-squares classifier from features to {-1, 1} a class.
+    """Return the accuracy of a regularized least-squares classifier from features to {-1, 1} a class.
 
-    V-MoE (2106.05974, section 3.2) evaluates so. Features are standardised by the labelled images; the strength of the
-    regularisation is chosen by the leave-one-out error on them, so that no test image takes part.
+    V-MoE (2106.05974, section 3.2) evaluates so. Features are standardized by the labeled images; the strength of the
+    regularization is chosen by the leave-one-out error on them, so that no test image takes part.
     """
     from sklearn.linear_model import RidgeClassifierCV
     from sklearn.preprocessing import StandardScaler
@@ -57,10 +57,10 @@ def few_shot(
     """Return, for each k in ``shots``, the accuracy of the k-shot linear evaluation over the draws.
 
     Args:
-        features, labels: (N, D) and (N,), the images that the labelled ones are drawn from.
+        features, labels: (N, D) and (N,), the images that the labeled ones are drawn from.
         test_features, test_labels: (M, D) and (M,).
-        shots: labelled images a class.
-        num_seeds: number of draws of labelled images, with seeds 0, 1, ...
+        shots: labeled images per class.
+        num_seeds: number of draws of labeled images, with seeds 0, 1, ...
 
     Raises:
         ValueError: a class has fewer than k images.

@@ -17,8 +17,8 @@ class ImageData(SuiteData):
 
     Args:
         dataset: a key of ``datasets``.
-        batch_size: training examples a step and process.
-        eval_batch_size: examples a step and process in evaluation.
+        batch_size: training examples per step and process.
+        eval_batch_size: examples per step and process in evaluation.
         val_size: images held out for validation, as a count (500) or a share (0.1). 0: no validation. Default: a tenth,
             within limits, where the data have no validation images of their own.
         subset: use only so many training examples, drawn by split_seed after validation is held out.

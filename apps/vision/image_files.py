@@ -37,13 +37,13 @@ def read_image(path: str) -> Tensor:
     """Return the image as RGB, uint8 (3, H, W), turned as its EXIF orientation says.
 
     A channel of 16 bits gives its upper 8 bits, and an animation its first frame. Transparency is dropped: a pixel
-    keeps the colour that the file gives it.
+    keeps the color that the file gives it.
 
     Raises:
-        BadImage: there is no such file, it is not an image, is cut or too large, or its pixels have 32 bits.
+        BadImage: the file does not exist, it is not an image, is cut or too large, or its pixels have 32 bits.
         ValueError: the file cannot be opened.
     """
-    # Pillow reads the header, for 0.03 to 0.08 ms: it refuses a small file that unpacks to too much.
+    # Pillow reads the header, for 0.03 to 0.08 ms: it rejects a small file that unpacks to too much.
     with _named(path), Image.open(path) as image:
         return _decoded(path, image, path)
 
@@ -146,7 +146,7 @@ def _of_pillow(image: Image.Image, name: str) -> Tensor:
 
 
 def _upper_bits(image: Image.Image, file_format: str | None, path: str) -> Tensor:
-    """Turn grey pixels of 16 bits into uint8 (1, H, W). Pillow's ``convert`` would cut all above 255 off."""
+    """Turn gray pixels of 16 bits into uint8 (1, H, W). Pillow's ``convert`` would cut all above 255 off."""
     # For PNG and PPM files some versions of Pillow give 16 bits as mode I, which otherwise means 32 bits.
     if not (image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM"))):
         raise BadImage(f"{path} has pixels of 32 bits (mode {image.mode}) and no rule for their range: save it with 16")

@@ -85,7 +85,7 @@ def read_unlabelled(folder: Path, transform: Callable[[Tensor], Tensor]) -> Imag
 
 
 def check_classes(where: str, classes: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse data with a class that is not ``known`` to a checkpoint, with a ``ValueError`` that names it."""
+    """Reject data with a class that is not ``known`` to a checkpoint, with a ``ValueError`` that names it."""
     unknown, lacking = sorted(set(classes) - set(known)), sorted(set(known) - set(classes))
     if unknown:
         also = f", and lacks {some(lacking)}" if lacking else ""
@@ -96,7 +96,7 @@ def check_classes(where: str, classes: Sequence[str], known: Sequence[str]) -> N
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Return the names of the folders in ``folder``, sorted; hidden ones are no classes."""
+    """Return the names of the folders in ``folder``, sorted; hidden ones are not classes."""
     return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
 
 

@@ -46,7 +46,7 @@ class ImageSet(torch.utils.data.Dataset[Any]):
 
 
 class Splits(NamedTuple):
-    """The images of a dataset. ``val`` is None without a validation split, ``train`` where there is only a test."""
+    """The images of a dataset. ``val`` is None without a validation split, ``train`` if there is only a test."""
 
     train: ImageSet | None
     test: ImageSet

@@ -65,7 +65,7 @@ class ViTConfig(Checked):
     qkv_bias: bool = True
     """Bias of the query, key and value projections."""
     qk_norm: bool = False
-    """Normalise queries and keys."""
+    """Normalize queries and keys."""
     init_values: float | None = None
     """Initial scale of LayerScale; None leaves LayerScale out."""
     drop_path: ShareBelowOne = 0.0
@@ -170,7 +170,7 @@ def build_ffn(ffn: FFNConfig, dim: int) -> nn.Module:
 
 
 def _check_grid(ffn: FFNConfig, vit: ViTConfig, image_size: int, *, enters_all: bool) -> None:
-    """Refuse convolution experts of a block whose tokens are not those of a whole image.
+    """Reject convolution experts of a block whose tokens are not those of a whole image.
 
     Args:
         ffn: FFN of the block.
@@ -201,8 +201,8 @@ class VMoE(VisionTransformer):
         image_size: height and width of the images in pixels.
         in_chans: channels of an image.
         num_classes: classes; 0 leaves the head out.
-        ffn: FFN of ``moe_blocks``: an MoE layer, a list with one for each block, or another dense FFN; None: that of
-            the other blocks.
+        ffn: FFN of ``moe_blocks``: an MoE layer, a list with one for each block, or another dense FFN; None: the same
+            as in the other blocks.
         moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``. "last2" is V-MoE's Last-2.
         depths: gates of the blocks that few tokens enter; None: all tokens enter all blocks.
         depth_blocks: which blocks those are.
@@ -292,7 +292,7 @@ class VMoE(VisionTransformer):
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Apply timm's scheme to the whole model, and give each expert the distribution of a dense FFN.
 
-        With ``nn.Linear``'s default an expert would start at about twice the scale of the FFN it stands for (D = 192).
+        With ``nn.Linear``'s default an expert would start at about twice the scale of the FFN it replaces (D = 192).
         """
         super().init_weights(mode, needs_reset)
         if "vit" in self.__dict__:  # not yet while timm's constructor runs
@@ -315,7 +315,7 @@ class VMoE(VisionTransformer):
         return self.forward_head(self.forward_features(x, context))
 
     def forward_features(self, x: Tensor, context: core.RoutingContext | None = None) -> Tensor:
-        """Map (B, C, H, W) images to (B, S, D) normalised tokens.
+        """Map (B, C, H, W) images to (B, S, D) normalized tokens.
 
         Args:
             x: images.

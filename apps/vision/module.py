@@ -45,8 +45,8 @@ class ImagePrediction(NamedTuple):
         probability: float32 (B, k), the probabilities of these classes.
         class_name: B lists of k names of these classes; None where the data has none.
         path: B files; None where the images are not files of their own.
-        true_label: int64 (B,), the images' own classes; None where they have none.
-        true_class_name: B names of these; None where they have none.
+        true_label: int64 (B,), the images' own classes; None if they have none.
+        true_class_name: B names of these; None if they have none.
     """
 
     index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
@@ -84,7 +84,7 @@ class VisionClassifier(SparseModule, Comparable):
             model.
         moe_blocks: which blocks: "lastN" (V-MoE's Last-N: the last N of every second block), "everyN", "all", or
             indices.
-        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
+        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: the same as in the others.
         depths: gates of the blocks that few tokens enter (Mixture-of-Depths); None: all tokens enter all blocks.
         depth_blocks: which blocks those are, named as in ``moe_blocks``.
         share_experts: all MoE layers have one set of experts, and each its own router (WideNet).
@@ -92,7 +92,7 @@ class VisionClassifier(SparseModule, Comparable):
         in_chans: channels of an image; the command line takes it from the data.
         num_classes: number of classes; the command line takes it from the data.
         label_smoothing: share of the target spread evenly over the classes, in training.
-        pretrained: weights for the dense parts, with which the first training or test begins that no checkpoint gives
+        pretrained: weights for the dense parts, with which the first training or test starts that no checkpoint gives
             its weights: a timm model name, or a safetensors or torch file.
         grad_checkpointing: recompute the blocks in the backward, to save memory.
         report: the report that a test adds to the accuracy; None: nothing.
@@ -156,7 +156,7 @@ class VisionClassifier(SparseModule, Comparable):
         self.model.set_grad_checkpointing(grad_checkpointing)
 
     def forward(self, image: Tensor, context: core.RoutingContext | None = None) -> Tensor:
-        """Map (B, C, H, W) normalised images to (B, num_classes) logits; routers read ``context``."""
+        """Map (B, C, H, W) normalized images to (B, num_classes) logits; routers read ``context``."""
         return self.model(image, context=context)
 
     def task_loss(self, batch: Any) -> TaskOutput:

@@ -23,7 +23,7 @@ _LOOKED_AT = 20
 
 
 def config_for(given: GivenData) -> GivenConfig | None:
-    """Return the configuration of a small V-MoE for a folder of images; None: the data are of another kind.
+    """Return the configuration of a small V-MoE for a folder of images; None: another kind of data.
 
     The folder holds a folder of images for each class, or ``train/`` and ``test/`` (or ``val/``) with such folders.
     Without test images a quarter of each class is held out, always the same ones; then images are linked, each into its

@@ -58,7 +58,7 @@ def load_pretrained_weights(model: VMoE, source: str | Path, option: str = "pret
     """Load timm's weights into the dense parts of ``model`` and log one line about it.
 
     Patch and position embeddings are resampled to the model's by timm's own functions, and the first layer adapted to
-    the number of channels. A model without a class token leaves the source's out; where the source normalises before
+    the number of channels. A model without a class token leaves the source's out; where the source normalizes before
     pooling and the model after it, or the other way round, the same norm is taken. FFNs that the model replaced stay at
     their initial values, unless ``source`` is an MoE model of the same shapes.
 

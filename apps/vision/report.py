@@ -39,7 +39,7 @@ class VisionReportConfig(ReportConfig):
     Attributes:
         routing_examples: test images whose routing is drawn, to the end of a batch; 0 draws none.
         few_shot: shots a class of the linear evaluation on frozen features; empty leaves it out.
-        few_shot_seeds: number of draws of labelled images.
+        few_shot_seeds: number of draws of labeled images.
         images: images drawn with the experts of their patches; 0 draws none.
     """
 
@@ -79,7 +79,7 @@ class Shown:
         self.labels += label_B[picks].tolist()
 
     def draw(self, trainer: Trainer, path: Path, names: Sequence[str], num_experts: int) -> Picture:
-        """Write the images, by class, and return what a page shows of them."""
+        """Write the images, by class, and return its page section."""
         order = np.argsort(self.labels, kind="stable")
         titles = [names[self.labels[i]] for i in order]
         images = displayed(np.stack(self.images), trainer)
@@ -218,7 +218,7 @@ def _write_few_shot(results: Mapping[int, Interval], folder: Path) -> Section:
 
 
 def support_batches(trainer: Trainer) -> Iterable[Any] | None:
-    """Return batches to draw labelled images from, untransformed, within the trainer's limit for validation.
+    """Return batches to draw labeled images from, untransformed, within the trainer's limit for validation.
 
     They come from the validation split, which the features were not trained on, else from the training images. Without
     either, return None.
@@ -246,7 +246,7 @@ def class_names(trainer: Trainer, num_classes: int) -> list[str]:
 
 
 def displayed(images: np.ndarray, trainer: Trainer) -> np.ndarray:
-    """Return normalised (N, H, W, C) images as values in 0..1, by the data's mean and std, else by their own range."""
+    """Return normalized (N, H, W, C) images as values in 0..1, by the data's mean and std, else by their own range."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     mean, std = getattr(data, "mean", None), getattr(data, "std", None)
     if mean is not None and std is not None:

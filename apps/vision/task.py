@@ -60,7 +60,7 @@ class ImageClassification(Task):
         return patches_by_layer(placed(self.model.model, tape.entries, "model."), to_array(example["image"]))
 
     def examples(self, data: Any, most: int) -> tuple[Example, ...]:
-        """Return validation images, or test images where there are none, of different classes as far as may be."""
+        """Return validation images, or test images if there are none, of different classes as far as may be."""
         splits = data.opened
         images = splits.val if splits.val is not None and len(splits.val) else splits.test
         labels = images.labels[images.index].tolist()
@@ -75,7 +75,7 @@ class ImageClassification(Task):
         )
 
     def exported(self) -> Exported:
-        """Return the graph, and the encoding of images: a script scales, cuts and normalises them by it."""
+        """Return the graph, and the encoding of images: a script scales, cuts and normalizes them by it."""
         image = drawn_images(self.model)
         graph = Graph("model", self.model.model, {"image": image}, ("logits",), {"image": {0: "batch"}})
         return Exported(self.app, (graph,), self.encoding.state())

@@ -1,4 +1,4 @@
-"""``moesaic compare --suite FILE``: a queue of trainings, board by board, which goes on where it was and writes a
+"""``moesaic compare --suite FILE``: a queue of trainings, board by board, which resumes where it was and writes a
 leaderboard.
 
 The modules, from the ground up: ``file`` (the command line, and the suite file: boards and their entries),

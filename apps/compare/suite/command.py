@@ -113,11 +113,11 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         """Do all runs that the time allows.
 
         Raises:
-            ValueError: a configuration or data that are refused, rows of a board with other numbers of test examples,
+            ValueError: a configuration or data that are rejected, rows of a board with other numbers of test examples,
                 or a metric that a board names and no test logs.
         """
         try:
-            for board in self.chosen:  # what is refused is refused now, and not after hours
+            for board in self.chosen:  # what is rejected is rejected now, and not after hours
                 for entry in board.entries:
                     self._describe(board, entry)
             left = self.left()
@@ -206,7 +206,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         board, entry = run.board, run.entry
         folder = entry.folder(self.suite.runs_folder)
         plan, unit = self._planned(run, experiment)
-        plan.claim(folder)  # refuses one that an earlier version of the code has begun with other defaults
+        plan.claim(folder)  # rejects one that an earlier version of the code has begun with other defaults
         if unit.search is not None and unit.search.read(folder) is None:
             show = functools.partial(self.show, f"{run.title}, its settings", weight=0.0)
             self._train(experiment, unit.search, folder, show)
@@ -234,7 +234,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         """Do a unit of work.
 
         Raises:
-            BudgetOver: the time is up; the unit goes on from its checkpoint, and a search after the last setting.
+            BudgetOver: the time is up; the unit resumes from its checkpoint, and a search after the last setting.
         """
         stops = _StopsInTime(self.budget)
 
@@ -328,9 +328,9 @@ def run(command: Command, argv: Sequence[str]) -> int:
     """Run ``moesaic compare ARGV``, and return 0, 130 where the user stopped it, or 143 where the system did.
 
     Raises:
-        ValueError: a refused configuration or row, or a folder with another comparison.
+        ValueError: a rejected configuration or row, or a folder with another comparison.
     """
-    # The same command goes on, but for --minutes 0, which trains nothing.
+    # The same command continues, but for --minutes 0, which trains nothing.
     again = command_line(["--suite", command.suite.path] if command.minutes == 0 else argv)
     return until_stopped(lambda: run_suite(command, again), again)
 
@@ -340,7 +340,7 @@ def run_suite(command: Command, again: str, clock: Callable[[], float] = time.mo
     """Do the runs of a suite that are left, as many as the time allows, and write and show the leaderboard.
 
     The leaderboard is written as well where a run fails or is stopped, with what is finished. ``again`` is the command
-    to go on, as the user is told it.
+    to continue, as the user is told it.
     """
     suite = command.suite
     figures, runs = Figures(suite.figures_folder), suite.runs_folder

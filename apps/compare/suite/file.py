@@ -150,7 +150,7 @@ class Board:
 
     Attributes:
         name: its heading.
-        config: the configuration that its models begin with.
+        config: the configuration that its models start with.
         models: the models.
         about: sentences on data and protocol, which stand above the table.
         values: values over the configurations of all models, by dotted name.
@@ -201,7 +201,7 @@ class Board:
         return dataclasses.replace(entry, name=name, baseline=baseline)
 
     def check_protocol(self) -> None:
-        """Read the configurations of all rows, and refuse rows that are not tested alike.
+        """Read the configurations of all rows, and reject rows that are not tested alike.
 
         Raises:
             UsageError: a configuration is not there, or is none.
@@ -262,7 +262,7 @@ class Suite:
         """Read a suite file and the configurations that it names.
 
         Raises:
-            UsageError: a file that is not there or is no configuration, or an unknown key.
+            UsageError: a file that is not there or is not a configuration, or an unknown key.
             ValueError: a value that breaks a rule, two rows of one name, or rows that are not tested alike.
         """
         try:
@@ -298,7 +298,7 @@ class Suite:
         return dataclasses.replace(self, chosen=tuple(names))
 
     def command(self, *more: str) -> list[str]:
-        """Return the words of the command that goes on with the suite."""
+        """Return the words of the command that continues with the suite."""
         return ["moesaic", "compare", "--suite", self.path, *more]
 
     def seeds_of(self, entry: Entry) -> tuple[int, ...]:
@@ -328,7 +328,7 @@ def _made(kind: type[T], given: Any, where: str) -> T:
 
     Args:
         kind: the class.
-        given: its fields, as they stand in the file.
+        given: its fields, as they are in the file.
         where: dotted name of its place, for messages.
 
     Raises:
@@ -374,9 +374,9 @@ class Command(CommandLine):
     """Train the models of a suite file, each with several seeds at the learning rate of its configuration, and write a
     leaderboard: the boards with their test figures and costs, as Markdown and as one HTML file.
 
-    Stopped at any moment, the same command goes on: a finished run is not trained again, and an unfinished one goes on
+    Stopped at any moment, the same command resumes: a finished run is not trained again, and an unfinished one resumes
     from its last checkpoint. The figures of finished runs are JSON files; where these are, the folders of the runs are
-    no longer needed. With --minutes 0 nothing is trained, and the leaderboard is written anew.
+    no longer needed. With --minutes 0 nothing is trained, and the leaderboard is written again.
 
     Attributes:
         file: the suite file, such as configs/suites/recommenders.yaml

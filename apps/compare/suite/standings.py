@@ -43,7 +43,7 @@ class Figures:
         return self.folder / f"{slug(board)}.json"
 
     def row(self, entry: Entry) -> dict[str, Any]:
-        """Return the figures of a row; empty where there are none of its configuration.
+        """Return the figures of a row; empty if there are none of its configuration.
 
         The keys are those that the queue has given to ``add``, and "runs": the figures of each run, by its seed.
 
@@ -141,7 +141,7 @@ class Standing:
 
     @property
     def state(self) -> str:
-        """Return why there are no figures; "" where there are some."""
+        """Return why there are no figures; "" if there are some."""
         if self.num_seeds:
             return ""
         if self.figures.get("refused"):
@@ -204,7 +204,7 @@ class Standings:
         return f"{lead}; minus {other} {shown}: the 95 % interval over {gap.count} seeds {holds}."
 
     def cells(self) -> list[list[str]]:
-        """Return the table: headings, then a line a row."""
+        """Return the table: headings, then one line per row."""
         unit = next((row.costs.unit for row in self.rows if row.costs.unit), "an example")
         headings = [
             "model",

@@ -43,7 +43,7 @@ def by_image(pairs: Sequence[Judged]) -> list[CaptionedImage]:
 
 
 def num_references(images: Sequence[CaptionedImage]) -> int | None:
-    """Return the number of texts that each image has; None where they have different ones."""
+    """Return the number of texts that each image has; None if they have different ones."""
     counts = {len(image.references) for image in images} or {1}
     return counts.pop() if len(counts) == 1 else None
 

@@ -37,7 +37,7 @@ class CaptionModel(MemoryDecoder):
         in_chans: channels of an image.
         vocab: V of the texts.
         ffn: FFN of the chosen blocks: an MoE layer, a list with one for each, the encoder's first, or another dense
-            FFN; None: that of the other blocks.
+            FFN; None: the same as in the other blocks.
         encoder_moe_blocks, decoder_moe_blocks: which blocks: "everyN", "lastN", "all", "none" or indices, as
             ``apps.nets.blocks.resolve_blocks`` has them. Without ``ffn`` they are not asked.
 

@@ -78,12 +78,12 @@ class ImageCaptioner(JudgedModule):
             all, weighted.
         encoder_moe_blocks, decoder_moe_blocks: which blocks: "everyN" (every N-th), "lastN", "all", "none" or indices.
             Experts in both stacks need stacks of one width.
-        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
+        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: the same as in the others.
         image_size: height and width of the images in pixels; the command line takes it from the data.
         in_chans: channels of an image; the command line takes it from the data.
         vocab_size: ids of the texts' subwords; the command line takes it from the data.
-        max_tokens: ids of the longest text, begin and end among them; the command line takes it from the data.
-        encoder_from: weights of the image encoder's dense parts, with which the first training or test begins that no
+        max_tokens: ids of the longest text, start and end among them; the command line takes it from the data.
+        encoder_from: weights of the image encoder's dense parts, with which the first training or test starts that no
             checkpoint gives its weights: a checkpoint of a model of the suite with such an encoder, a timm model name,
             or a safetensors or torch file.
         trained: which parameters a training changes: "all"; "decoder", all but the image encoder's; "connector", the
@@ -173,7 +173,7 @@ class ImageCaptioner(JudgedModule):
             part.requires_grad_(True)
 
     def forward(self, image: Tensor, text_BL: Tensor) -> Tensor:
-        """Map (B, C, H, W) normalised images and (B, L) ids to the (B, L, V) logits of the id after each."""
+        """Map (B, C, H, W) normalized images and (B, L) ids to the (B, L, V) logits of the id after each."""
         return self.model(image, text_BL)
 
     # ---- the loss
@@ -189,7 +189,7 @@ class ImageCaptioner(JudgedModule):
     def hypotheses_of(
         self, image: Tensor, config: DecodeConfig, index_B: Tensor | None = None, model: CaptionModel | None = None
     ) -> Hypotheses:
-        """Return captions of (B, C, H, W) normalised images in ids; ``model`` may be a copy in another dtype."""
+        """Return captions of (B, C, H, W) normalized images in ids; ``model`` may be a copy in another dtype."""
         # Out of autocast: in bfloat16 an image's logits would depend on its batch mates.
         with torch.autocast(self.device.type, enabled=False):
             return caption_ids(model or self.model_in(config.dtype), image, config, self.max_tokens, index_B)
@@ -323,7 +323,7 @@ class ImageCaptioner(JudgedModule):
         self.starts_afresh = False
 
     def _check_given(self) -> None:
-        """Refuse to predict of anything but images.
+        """Reject to predict of anything but images.
 
         Raises:
             ValueError: the data are given texts, or a search.

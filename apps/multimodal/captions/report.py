@@ -193,7 +193,7 @@ class _Pictures:
         return pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels
 
     def gallery(self, chosen: Sequence[CaptionedImage]) -> Gallery | None:
-        """Return the captioned images as small pictures; None where there are none."""
+        """Return the captioned images as small pictures; None if there are none."""
         pictures = tuple(
             thumbnail(self.pixels(captioned.image), captioned, image_name(self.data, captioned.image))
             for captioned in chosen
@@ -203,7 +203,7 @@ class _Pictures:
         return Gallery("Captioned images, at equal steps through the test", pictures, note) if pictures else None
 
     def write_words(self, module: Any, captioned: CaptionedImage, number: int, folder: Path) -> list[Part]:
-        """Caption an image and draw ``image_<number>_words.png``; return what a page shows of it."""
+        """Caption an image and draw ``image_<number>_words.png``; return its page section."""
         if captioned.image not in self._images:
             return []
         batch: Tensor = self._images[captioned.image][None].to(module.device)
@@ -244,7 +244,7 @@ def thumbnail(pixels: np.ndarray, captioned: CaptionedImage, name: str) -> Thumb
 
 @torch.no_grad()
 def write_use(module: Any, batches: Sequence[PairBatch], folder: Path) -> Section:
-    """Read the experts of texts that the model is given, write ``expert_subwords.csv``, and return what a page shows.
+    """Read the experts of texts that the model is given, write ``expert_subwords.csv``, and return its page section.
 
     Args:
         module: an ``ImageCaptioner`` in evaluation.

@@ -61,7 +61,7 @@ def traced(module: Any, image: Tensor, written: Sequence[int]) -> Traced:
 
     Args:
         module: an ``ImageCaptioner`` in evaluation.
-        image: (1, C, H, W), normalised.
+        image: (1, C, H, W), normalized.
         written: ids of the caption, without the end.
     """
     model, subwords = module.model, module.subwords

@@ -22,7 +22,7 @@ from apps.porting.sentences import MINILM, WordPieces, encoder_folder
 from apps.vision.encoding import PixelEncoding
 from core.fields import Bounds, Checked
 
-_START = "\N{LOWER ONE EIGHTH BLOCK}"  # what sentencepiece writes before a piece that begins a word
+_START = "\N{LOWER ONE EIGHTH BLOCK}"  # what sentencepiece writes before a piece that starts a word
 
 
 @core.register_config
@@ -34,7 +34,7 @@ class TextEncoding(Checked):
         subwords: the subwords, or None.
         pieces: a sentence encoder's word pieces, in the order of their ids, or none.
         lower_case: whether to lower the case; for word pieces also to drop accents. CLIP's pieces have no upper case.
-        max_tokens: largest number of pieces that a model reads, begin and end among them.
+        max_tokens: largest number of pieces that a model reads, start and end among them.
         merges: the merges of CLIP's tokenizer, the most frequent first, or none.
 
     Raises:
@@ -74,7 +74,7 @@ class TextEncoding(Checked):
         return hashlib.sha256("\n".join((*vocabulary, str(self.lower_case))).encode()).hexdigest()[:12]
 
     def ids(self, text: str) -> list[int]:
-        """Return the ids of a text's first ``max_tokens`` pieces, begin and end among them."""
+        """Return the ids of a text's first ``max_tokens`` pieces, start and end among them."""
         return self.rows([text])[0]
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
@@ -97,7 +97,7 @@ class TextEncoding(Checked):
 
     def marked(self, ids: Sequence[int]) -> list[str]:
         """Return the pieces of ids in sentencepiece's spelling, whatever their own is: with a mark before a piece that
-        begins a word, and brackets round one that is no text, such as ``<CLS>``."""
+        starts a word, and brackets round one that is not text, such as ``<CLS>``."""
         pieces = self.words(ids)
         if self.subwords is not None:
             return pieces
@@ -186,7 +186,7 @@ class TextOptions:
         return TextEncoding(subwords_of(path), (), self.lower_case is True, most)
 
     def check(self, text: TextEncoding, cache: Path) -> None:
-        """Refuse a checkpoint's encoding that is not the one that is asked for.
+        """Reject a checkpoint's encoding that is not the one that is asked for.
 
         Of subwords that were learned, the kind and the number are compared.
 

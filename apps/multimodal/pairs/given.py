@@ -1,4 +1,4 @@
-"""What ``moesaic predict`` is given in place of the data's pairs: images, texts, or a search among images."""
+"""What ``moesaic predict`` is given instead of the data's pairs: images, texts, or a search among images."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class GivenInputs(Checked):
         images: folder of images; those in folders below it count too.
         predict_file: table of texts, or a .txt file with a text a line.
         query: texts by which the images are searched; one text may stand without a list.
-        query_image: image files by which they are searched, in place of texts.
+        query_image: image files by which they are searched, instead of texts.
         top: images of a query at most; None: 10.
         index: file of the images' vectors, for a search; None: one in the cache.
         on_bad_image: what an image of the folder is that cannot be read.
@@ -170,7 +170,7 @@ def read_texts(path: Path, column: str, id_column: str | None) -> tuple[list[str
         id_column: its column of ids; None: there is none.
 
     Raises:
-        ValueError: the file is of another kind or cannot be read, a column is missing, or a text is empty.
+        ValueError: the file has another kind or cannot be read, a column is missing, or a text is empty.
     """
     ids, texts = list[str](), list[str]()
     if path.suffix.lower() == ".txt":
@@ -209,7 +209,7 @@ def columns_of(model: Any, batch: PairBatch | FileBatch | TextBatch, data: Any) 
     Args:
         model: as in ``vectors.encode_images``; it gives a batch's by a call.
         batch: pairs, with the columns ``image``, a name, and ``text``; images of a folder, with ``image``, their path
-            in it; or texts, with ``text`` and, where they have one, ``id``. Images that cannot be read have no row.
+            in it; or texts, with ``text`` and, if they have one, ``id``. Images that cannot be read have no row.
         data: names the images and texts of pairs by ``image_name(number)`` and ``texts``; other data name none.
     """
     import pyarrow as pa

@@ -128,7 +128,7 @@ class DrawnImages:
 class ScaledPixels:
     """Pixels in the cache, read by ``pixels(index_B)`` as uint8 (B, C, S, S).
 
-    It can be sent to another process, which maps the file anew.
+    It can be sent to another process, which maps the file again.
 
     Attributes:
         files: as ``store_pixels`` left them.
@@ -152,7 +152,7 @@ class DecodedPixels:
     Attributes:
         images: the images.
         transform: from a decoded image to its scaled pixels.
-        rows: name of the row of each image, for messages; empty where no table names them.
+        rows: name of the row of each image, for messages; empty if no table names them.
     """
 
     images: Images
@@ -174,7 +174,7 @@ class DecodedPixels:
 
 
 def with_row(rows: Sequence[str], number: int, complaint: str) -> str:
-    """Return a complaint about an image with the name of its row, where there are rows."""
+    """Return a complaint about an image with the name of its row, if there are rows."""
     return f"{rows[number]}: {complaint}" if rows else complaint
 
 

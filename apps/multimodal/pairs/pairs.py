@@ -28,7 +28,7 @@ class PairBatch(NamedTuple):
     """Pairs of an image and a text.
 
     Attributes:
-        image: float32 (B, C, H, W), normalised by the encoding's constants.
+        image: float32 (B, C, H, W), normalized by the encoding's constants.
         text_BL: int64 (B, L), ids of the texts' pieces, 0 for padding, which stands behind them.
         image_B: int64 (B,), numbers of the images in the data; pairs of one image have one number.
         caption_B: int64 (B,), numbers of the texts; equal texts have one number.
@@ -77,7 +77,7 @@ class RawPairs:
         labels: the value of each attribute for each image, None where it is not known.
         split: the split of each image; None where it is to be drawn.
         left_out: number of rows that are not among the pairs, by reason.
-        rows: name of the first row of each image, such as ``titles.csv, row 7``; empty where no table names them.
+        rows: name of the first row of each image, such as ``titles.csv, row 7``; empty if no table names them.
     """
 
     images: Images
@@ -290,7 +290,7 @@ class PairSet(Dataset[PairBatch]):
 
 @dataclass(frozen=True)
 class PairCollate:
-    """Transforms the images of a batch, which are normalised on the device.
+    """Transforms the images of a batch, which are normalized on the device.
 
     It is a class so that worker processes can be sent it.
 

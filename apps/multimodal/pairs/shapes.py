@@ -1,4 +1,4 @@
-"""``shapes``: drawn images of one coloured shape, each with a sentence that names all that can be seen in it.
+"""``shapes``: drawn images of one colored shape, each with a sentence that names all that can be seen in it.
 
 Nothing is read or fetched: all is computed from one seed, in half a second. No two images show the same, so that every
 sentence has one right image; what is in the test was never seen in training as a whole, only its parts.
@@ -109,7 +109,7 @@ def _draw(class_NA: NDArray[np.int64], random: np.random.RandomState) -> NDArray
     radius_N = np.array(list(RADIUS.values()))[size_N] * random.uniform(0.92, 1.05, num)
     grid = np.arange(SIDE, dtype=np.float32)
     radius = radius_N[:, None, None].astype(np.float32)
-    x, y = (  # in units of the radius, from the centre
+    x, y = (  # in units of the radius, from the center
         np.broadcast_to((axis - centre_N2[:, i, None, None]).astype(np.float32) / radius, (num, SIDE, SIDE))
         for i, axis in ((0, grid[None, None, :]), (1, grid[None, :, None]))
     )

@@ -147,10 +147,10 @@ def _check_columns(path: Path, names: Sequence[str], roles: Mapping[str, str]) -
 
 
 def as_text(value: Any, row: str, column: str) -> str:
-    """Return a value as it is written; "" where there is none.
+    """Return a value as it is written; "" if there is none.
 
     Raises:
-        ValueError: it is no text, number or truth value.
+        ValueError: it is not text, number or truth value.
     """
     if value is None or value != value:  # a NaN
         return ""

@@ -53,7 +53,7 @@ class PairReportConfig(ReportConfig):
         routing_examples: test pairs whose routing is read, to the end of a batch; 0 reads none.
         zero_shot: attributes whose classes are told by their names; None: all of the data; empty: none.
         templates: texts that name a class, which stands for the braces.
-        attribute_templates: templates of single attributes, by name, in place of ``templates``.
+        attribute_templates: templates of single attributes, by name, instead of ``templates``.
         probe_images: training images of the linear probe, to the end of a batch; 0 leaves it out.
         queries: sentences for which the retrieved images are drawn.
         samples: pairs that are shown with the experts of their patches and pieces.
@@ -152,7 +152,7 @@ class PairReport(Report):
         return test
 
     def _read(self, trainer: Trainer, module: Any, data: Any, values: Mapping[str, Tensor]) -> PairTest | None:
-        """Return what is read of the test's pairs, in one more pass over them; None where there are none."""
+        """Return what is read of the test's pairs, in one more pass over them; None if there are none."""
         encoding = module.encoding
         attributes = encoding.attributes or {}
         use = PairUse(module, {name: len(own) for name, own in attributes.items()}, self.config.samples)
@@ -206,7 +206,7 @@ class PairReport(Report):
 
 
 def write_retrieval(test: PairTest, folder: Path, queries: int) -> Section:
-    """Write ``retrieval.csv``, and with ``queries`` ``retrieval.png``; return what a page shows of them."""
+    """Write ``retrieval.csv``, and with ``queries`` ``retrieval.png``; return its page section."""
     images, texts = len(test.gallery.image_ID), len(test.gallery.text_JD)
     ways = {
         "an image for a text": ("text_to_image_", texts, images),
@@ -269,7 +269,7 @@ def retrieved(test: PairTest, places: Sequence[int]) -> list[Retrieved]:
 
 
 def write_classes(test: PairTest, folder: Path) -> Section:
-    """Write ``attributes.csv``, and return what a page shows of the attributes."""
+    """Write ``attributes.csv``, and return its page section of the attributes."""
     rows = []
     for score in test.scores:
         head = {name: test.metrics.get(f"{name}_{score.attribute}") for name in ("accuracy", "macro_f1")}
@@ -317,7 +317,7 @@ def _gain(row: Mapping[str, Any]) -> float:
 
 
 def write_use(test: PairTest, folder: Path, draw: bool) -> Section:
-    """Write the tables and, with ``draw``, the pictures of the experts' use; return what a page shows of it."""
+    """Write the tables and, with ``draw``, the pictures of the experts' use; return its page section."""
     use, text = test.use, test.encoding.text
     alarms = use.alarms()
     for line in alarms:
@@ -361,7 +361,7 @@ def _information_table(told: Mapping[str, Sequence[float]], attributes: Sequence
 
 
 def _draw_patches(test: PairTest, folder: Path) -> list[Part]:
-    """Write ``patches.png`` and ``routing.png`` where layers see every patch; return what a page shows of them."""
+    """Write ``patches.png`` and ``routing.png`` where layers see every patch; return its page section."""
     parts: list[Part] = []
     use, encoding = test.use, test.encoding
     samples = _of_some_layers(use.patches)
@@ -417,11 +417,11 @@ def caption_of(pair: Shown, test: PairTest) -> str:
 
 
 def displayed(images: Tensor, encoding: PairEncoding) -> np.ndarray:
-    """Return normalised images (N, C, H, W) as values in 0..1, (N, H, W, C)."""
+    """Return normalized images (N, C, H, W) as values in 0..1, (N, H, W, C)."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (encoding.mean, encoding.std))
     return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 def _plain(piece: str) -> str:
-    """Return a piece without the mark of a word's begin."""
+    """Return a piece without the mark of a word's start."""
     return piece.replace(START, " ").strip() or piece

@@ -84,7 +84,7 @@ class PatchSample(NamedTuple):
 
     Attributes:
         gate_En: float32 (E, n), the gates, the largest first; 0 and below: there is none.
-        patch_EnCHW: float32 (E, n, C, h, w), the patches, normalised.
+        patch_EnCHW: float32 (E, n, C, h, w), the patches, normalized.
     """
 
     gate_En: Tensor
@@ -104,10 +104,10 @@ class Shown:
     """A pair that is shown with its experts.
 
     Attributes:
-        image: float32 (C, H, W), normalised.
+        image: float32 (C, H, W), normalized.
         caption: number of the text.
         ids: the ids of the text's pieces.
-        grids: the expert of each patch, int64 (rows, columns), by layer; E where there is none.
+        grids: the expert of each patch, int64 (rows, columns), by layer; E if there is none.
         pieces: the experts of each piece, best first, by layer.
     """
 

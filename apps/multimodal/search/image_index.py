@@ -54,7 +54,7 @@ class ImageIndex:
         files: the images, by path.
         vectors_ND: float32 (N, dim), a vector of each.
         made_by: what tells the model that made them from others.
-        num_encoded: number of vectors that were made anew when the index was last refreshed.
+        num_encoded: number of vectors that were rebuilt when the index was last refreshed.
     """
 
     folder: Path
@@ -91,7 +91,7 @@ class ImageIndex:
         """Read an index that ``save`` has written.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: the file is damaged, or holds no such index.
         """
         from safetensors import SafetensorError, safe_open
@@ -170,7 +170,7 @@ def _refreshed(folder: Path, path: Path, is_named: bool, made_by: str, encode: E
 
 
 def _opened(path: Path, is_named: bool) -> ImageIndex | None:
-    """Return the index in a file; None where there is none, or it is damaged and not the user's own."""
+    """Return the index in a file; None if there is none, or it is damaged and not the user's own."""
     try:
         return ImageIndex.load(path)
     except FileNotFoundError:

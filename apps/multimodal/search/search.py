@@ -75,7 +75,7 @@ class ImageSearch:
         """The best images of each query."""
         given = self.given
         is_image = given.query_image is not None
-        queries = given.queries  # first: a query that cannot be read is refused before a folder is encoded
+        queries = given.queries  # first: a query that cannot be read is rejected before a folder is encoded
         if is_image:
             queries = tuple(str(Path(path).expanduser()) for path in queries)
             query_ND = encode_images(self.model, queries)

@@ -27,7 +27,7 @@ def encode_images(model: Any, images: Sequence[Any]) -> Tensor:
     """Return a vector of each image, float32 (N, dim) of length 1, on the CPU.
 
     Args:
-        model: a module with ``dim``, ``encoding``, ``device`` and ``image_vectors`` of normalised images.
+        model: a module with ``dim``, ``encoding``, ``device`` and ``image_vectors`` of normalized images.
         images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.
 
     Raises:
@@ -53,7 +53,7 @@ def encode_texts(model: Any, texts: Sequence[str]) -> Tensor:
         texts: texts of one word or more.
 
     Raises:
-        ValueError: a text that is none, or is empty; one text in place of a list.
+        ValueError: a text that is none, or is empty; one text instead of a list.
     """
     check_list("texts", texts)
     for i, text in enumerate(texts):
@@ -72,7 +72,7 @@ def vectors_of_pixels(model: Any, pixels: Tensor) -> Tensor:
 
 
 def check_list(name: str, items: Any) -> None:
-    """Refuse one thing in place of a list of them.
+    """Reject one thing instead of a list of them.
 
     Raises:
         ValueError: naming the argument.
@@ -150,5 +150,5 @@ def list_images(folder: Path) -> list[str]:
 
 
 def readable(path: str) -> str:
-    """Return a path as text that can be printed and written: bytes of its name that are no UTF-8 become U+FFFD."""
+    """Return a path as text that can be printed and written: bytes of its name that are not UTF-8 become U+FFFD."""
     return os.fsencode(path).decode("utf-8", "replace")

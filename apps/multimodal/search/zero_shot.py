@@ -19,7 +19,7 @@ TEMPLATES = ("{}", "a photo of a {}.", "a picture of a {}.")
 
 
 def check_templates(option: str, templates: Sequence[str]) -> None:
-    """Refuse templates without a place for the class.
+    """Reject templates without a place for the class.
 
     Raises:
         ValueError: naming the option and the template.
@@ -70,7 +70,7 @@ class ClassScore:
 
 
 def zero_shot_accuracy(image_ND: Tensor, label_N: Tensor, class_CD: Tensor) -> float:
-    """Return the share of images whose own class has the largest product of all; a tie is no answer.
+    """Return the share of images whose own class has the largest product of all; a tie is not an answer.
 
     Args:
         image_ND: float (N, D), the vectors of images.

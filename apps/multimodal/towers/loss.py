@@ -25,7 +25,7 @@ class ContrastiveLoss(OpenConfig):
     """Base of the losses of pairs: vectors of length 1 are compared by their product over a temperature.
 
     Attributes:
-        temperature: products are divided by it; with ``learn_temperature`` training begins there.
+        temperature: products are divided by it; with ``learn_temperature`` training starts there.
         learn_temperature: whether training moves the temperature.
         least_temperature: bound below which training does not move it (CLIP, arXiv 2103.00020, section 2.5).
         equal: what two pairs of one batch are to each other that have the same image or the same text. "ignore": the
@@ -107,7 +107,7 @@ class PairLoss(nn.Module):
 
     @torch.no_grad()
     def begin(self, log_scale: float, bias: float | None) -> None:
-        """Begin with what published weights say, where it is learned.
+        """Start with what published weights say, where it is learned.
 
         Args:
             log_scale: logarithm of one over the temperature.

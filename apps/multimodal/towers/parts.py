@@ -1,6 +1,6 @@
-"""The parts of ``TwoTowers``: what a tower of images and a tower of texts are, and how they begin with given weights.
+"""The parts of ``TwoTowers``: what a tower of images and a tower of texts are, and how they start with given weights.
 
-Where blocks of a tower are MoE layers, their experts begin as copies of the dense network that they stand for (sparse
+Where blocks of a tower are MoE layers, their experts start as copies of the dense network that they stand for (sparse
 upcycling, arXiv 2212.05055), or as another start of ``core.sparsify``.
 """
 
@@ -32,9 +32,9 @@ class TowerPart(OpenConfig):
     """Base of the configs of one of ``TwoTowers``, with a published layout.
 
     Attributes:
-        pretrained: weights with which the first training or test begins that no checkpoint gives its weights; None: it
-            begins with weights that are drawn.
-        start: what experts begin as where ``pretrained`` is set, a name of ``core.convert.STARTS`` or a start with
+        pretrained: weights with which the first training or test starts that no checkpoint gives its weights; None: it
+            starts with weights that are drawn.
+        start: what experts start as where ``pretrained`` is set, a name of ``core.convert.STARTS`` or a start with
             options.
         moe_blocks: which blocks of this tower have the model's MoE layers, named as there, or "none"; None: those that
             the model says.
@@ -78,7 +78,7 @@ class TowerPart(OpenConfig):
 
         Args:
             sizes: of the input.
-            ffn: FFN of ``moe_blocks``: MoE layers or another dense FFN; None: that of the other blocks.
+            ffn: FFN of ``moe_blocks``: MoE layers or another dense FFN; None: the same as in the other blocks.
             moe_blocks: numbers of blocks.
 
         Raises:
@@ -152,7 +152,7 @@ class OneTower(nn.Module):
     """
 
     ffn_place: ClassVar[str] = "layers.{}.ffn."
-    """Names of the tensors of a block's FFN begin so."""
+    """Names of the tensors of a block's FFN start so."""
 
     def __init__(self, part: TowerPart, sizes: Sizes, ffn: FFNConfig | MoEs | None, moe_blocks: Sequence[int]) -> None:
         super().__init__()
@@ -183,15 +183,15 @@ class OneTower(nn.Module):
 
     @torch.no_grad()
     def load_start(self) -> Published | None:
-        """Load the published weights, where the config names some.
+        """Load the published weights, if the config names any.
 
-        Experts begin as the networks that they stand for. Another dense FFN, as baselines have, stays as it was drawn.
+        Experts start as the networks that they replace. Another dense FFN, as baselines have, stays as it was drawn.
 
         Returns:
             as ``fill``.
 
         Raises:
-            ValueError: as ``fill``, or experts that cannot begin as the published networks.
+            ValueError: as ``fill``, or experts that cannot start as the published networks.
         """
         source = self.part.pretrained
         if source is None:

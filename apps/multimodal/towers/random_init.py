@@ -1,4 +1,4 @@
-"""Parts of ``TwoTowers`` that begin with drawn weights: the blocks of ``SingleTower`` for one modality alone."""
+"""Parts of ``TwoTowers`` that start with drawn weights: the blocks of ``SingleTower`` for one modality alone."""
 
 from __future__ import annotations
 

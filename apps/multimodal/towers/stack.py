@@ -120,7 +120,7 @@ class PartStack(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw products Xavier-uniform, and each expert as the dense FFN it stands for."""
+        """Draw products Xavier-uniform, and each expert as the dense FFN it replaces."""
         inside = {id(module) for layer in core.moe_layers(self).values() for module in layer.modules()}
         for module in self.modules():
             if isinstance(module, nn.Linear) and id(module) not in inside:

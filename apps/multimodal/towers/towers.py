@@ -63,7 +63,7 @@ class TowerConfig(OpenConfig):
 
         Args:
             sizes: of the input.
-            ffn: FFN of ``moe_blocks``: MoE layers or another dense FFN; None: that of the other blocks.
+            ffn: FFN of ``moe_blocks``: MoE layers or another dense FFN; None: the same as in the other blocks.
             moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``.
 
         Raises:
@@ -106,7 +106,7 @@ class Towers(nn.Module):
         """Return the vectors of images (B, image_dim) and of texts (U, text_dim); None where none are given.
 
         Args:
-            image: (B, C, H, W), normalised.
+            image: (B, C, H, W), normalized.
             text_BL: int64 (U, L), ids of pieces, 0 for padding, which stands behind them.
 
         Raises:
@@ -123,7 +123,7 @@ class Towers(nn.Module):
         raise NotImplementedError
 
     def load_start(self) -> tuple[Published | None, Published | None]:
-        """Load published weights, where the configuration names some, and return what they say of images and of texts
+        """Load published weights, if the configuration names any, and return what they say of images and of texts
         beside the towers. A training or test that no checkpoint gives its weights calls this once."""
         return None, None
 

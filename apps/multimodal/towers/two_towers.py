@@ -27,7 +27,7 @@ class TwoTowers(TowerConfig):
     Attributes:
         image: the tower of the images.
         text: the tower of the texts.
-        text_ffn: FFN of the blocks of the texts in place of experts in a dense model, as in baselines of towers of
+        text_ffn: FFN of the blocks of the texts instead of experts in a dense model, as in baselines of towers of
             different widths; None: that of the images'.
 
     Raises:

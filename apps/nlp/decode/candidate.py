@@ -22,7 +22,7 @@ class Candidate(NamedTuple):
 
 
 def check_one(options: Mapping[str, Any]) -> None:
-    """Refuse to be asked for several candidates of a text where one is returned.
+    """Reject to be asked for several candidates of a text where one is returned.
 
     Raises:
         ValueError: naming ``num_best``.

@@ -42,8 +42,8 @@ class Choice:
 
     Attributes:
         token_bk: int64, the id that each new row ends in.
-        parent_bk: int64, the row of the sentence that it goes on from.
-        score_bk: its sum of log p; -inf where there is no such row.
+        parent_bk: int64, the row of the sentence that it continues from.
+        score_bk: its sum of log p; -inf if there is no such row.
         closed_score_bk: the sums of hypotheses that end with this step; -inf where there are fewer.
         closed_parent_bk: int64, the rows that they end.
         tied_b: bool, ids of equal log p were chosen from, not necessarily the lowest; None: none were.
@@ -70,7 +70,7 @@ class Choice:
 def ranked(log_prob_bkV: Tensor, score_bk: Tensor, width: int, exact: bool) -> Choice:
     """Choose by a step of beam search, to ``width`` rows; with one it is greedy search."""
     _, k, V = log_prob_bkV.shape
-    # At most one of each row ends, so ``width`` go on.
+    # At most one of each row ends, so ``width`` continue.
     sum_bC, place_bC, tied_b = top_sums(log_prob_bkV, score_bk, min(2 * width, k * V), exact)
     if (lacking := 2 * width - sum_bC.shape[1]) > 0:
         sum_bC, place_bC = F.pad(sum_bC, (0, lacking), value=-math.inf), F.pad(place_bC, (0, lacking))

@@ -20,15 +20,15 @@ class DecodeConfig(Checked):
 
     Attributes:
         method: "greedy": the best id each step; "beam"; "sample": each id is drawn.
-        beam_size: open hypotheses a sentence of "beam".
-        num_best: hypotheses a sentence that are returned, best first; of "sample", how many are drawn.
+        beam_size: open hypotheses per sentence of "beam".
+        num_best: hypotheses per sentence that are returned, best first; of "sample", how many are drawn.
         early_stopping: when "beam" ends a sentence, as in transformers. "never": when no open hypothesis can still be
             among the ``num_best`` best, so that the search misses none. False: when none would be among the
             ``beam_size`` best if it ended at its present length, which is often right. True: when ``beam_size`` are
             finished.
         length_penalty: the score of a hypothesis is its sum of log p / length ** length_penalty; 0: the sum.
         max_length_ratio, max_length_extra: a hypothesis has at most ``ratio * S + extra`` ids before its end, rounded
-            down; S are the source's or the prompt's ids with what marks its begin, its end and its language.
+            down; S are the source's or the prompt's ids with what marks its start, its end and its language.
         min_length: ids that it has at least; beats the maximum.
         temperature: of "sample": logits are divided by it.
         top_k: of "sample": draw from the k most probable ids; 0: from all.

@@ -35,7 +35,7 @@ class PastRows:
         return self
 
     def select(self, index: Tensor) -> PastRows:
-        """Go on from these rows, in this order, as ``decode_cache.Cache.select``. Changes them, and returns them."""
+        """Continue from these rows, in this order, as ``decode_cache.Cache.select``. Changes them, and returns them."""
         if len(index) != len(self):  # a sentence leaves; else each row's sentence stays where it is
             self.given = {name: rows.index_select(0, index) for name, rows in self.given.items()}
         self.past = {name: rows.index_select(0, index) for name, rows in self.past.items()}
@@ -98,7 +98,7 @@ class ExportedMemoryDecoder(_ExportedDecoder):
         """Return the encoder's inputs and outputs, which ``start`` takes.
 
         Args:
-            source: int64 (B, S) ids, or (B, C, H, W) normalised images.
+            source: int64 (B, S) ids, or (B, C, H, W) normalized images.
             task_ids_B, domain_ids_B: int64 (B,), for routers that ask for them.
         """
         source = source.float() if source.is_floating_point() else source

@@ -1,4 +1,5 @@
-"""Models that write as graphs for ``moesaic export``: an encoder, and a decoder that goes on from what it has read."""
+"""Models that write as graphs for ``moesaic export``: an encoder, and a decoder that continues from what the encoder
+has read."""
 
 from __future__ import annotations
 
@@ -115,7 +116,7 @@ def graphs_with_memory(
 def decoder_graph(
     model: Any, name: str, memory: Mapping[str, Tensor] | None = None, length: str | None = None
 ) -> Graph:
-    """Return the graph of a decoder, which begins a text, or reads a whole prompt, where it has no past positions.
+    """Return the graph of a decoder, which starts a text, or reads a whole prompt, if it has no past positions.
 
     Its inputs are "tokens" (B, L); "task_ids" and "domain_ids" (B,), where routers ask for them; what the encoder has
     made; "past_key_i" and "past_value_i" (B, H, P, d) of layer i, and "past_hidden_i" (B, P) of each layer that few

@@ -75,7 +75,7 @@ def caption_ids(
 def _from_memory(
     model: Any, inputs: Sequence[Tensor | None], lengths: Sequence[int], config: DecodeConfig, index_B: Tensor | None
 ) -> Hypotheses:
-    """Search from the begin of a text, over what the model's ``encode`` makes of a batch."""
+    """Search from the start of a text, over what the model's ``encode`` makes of a batch."""
     if not lengths:
         return Hypotheses([], [])
     with _evaluation(model, config.dtype) as model:
@@ -97,11 +97,11 @@ def generate_ids(
 ) -> Hypotheses:
     """Return what a language model writes after each prompt: the ids that follow it, without the prompt's own.
 
-    Prompts are read a position at a time, in the steps of the search itself: shorter ones begin to write earlier.
+    Prompts are read a position at a time, in the steps of the search itself: shorter ones start to write earlier.
 
     Args:
         model: a ``LanguageModel``, or what has its ``start`` and ``step``; evaluated as by ``translate_ids``.
-        prompt_BL: int64 (B, L), as training texts begin: those of ``TextData`` with ``EOS_ID``, those of Mistral and
+        prompt_BL: int64 (B, L), as training texts start: those of ``TextData`` with ``EOS_ID``, those of Mistral and
             Mixtral with ``BOS_ID``; padded with ``PAD_ID`` after its end.
         config: how to search; S in its maximal length are the prompt's ids.
         task_ids_B, domain_ids_B: int64 (B,), for the routing context.

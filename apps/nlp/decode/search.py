@@ -42,7 +42,7 @@ class Sentence:
     """A sentence in a search, outside the device.
 
     Attributes:
-        prompt: ids that its hypotheses begin with.
+        prompt: ids that its hypotheses start with.
         limit: ids it may have before its end.
         steps: of each step from the first choice on, what was chosen, and the sentence's place in it.
         finished: scores and ids of its best finished hypotheses, best first; of equal scores the one that ended first.
@@ -148,9 +148,9 @@ def search(
             token_bk, score_bk, row_bk = token_bk[kept_b], score_bk[kept_b], row_bk[kept_b]
             draw_BkT = None if draw_BkT is None else draw_BkT[kept_b]
             in_batch = [in_batch[place] for place in kept]
-        # A row that is no hypothesis is padding: it is not routed.
+        # A row that is not a hypothesis is padding: it is not routed.
         token_R = token_bk.masked_fill(score_bk == -math.inf, PAD_ID).flatten()
-        if leaves or (config.method == "beam" and k > 1 and step > first):  # else each row goes on from itself
+        if leaves or (config.method == "beam" and k > 1 and step > first):  # else each row continues from itself
             cache = cache.select(row_bk.flatten())
     while ranks.go_on(False):
         model.step(torch.full_like(token_R, PAD_ID), cache)

@@ -49,7 +49,7 @@ class WritingModule(SparseModule, Comparable):
     attention_moe: core.MoEConfig | None = None
     side: ClassVar[Side] = "target"
     readout: ClassVar[tuple[str, ...]] = ("model.output",)
-    # A list, so that the copy is no part of the module; None outside of a pass.
+    # A list, so that the copy is not a part of the module; None outside of a pass.
     _copies: list[Any] | None = None
 
     def __init__(self, *, label_smoothing: float = 0.1, decode: DecodeConfig, **kwargs: Any) -> None:
@@ -59,10 +59,10 @@ class WritingModule(SparseModule, Comparable):
         self.label_smoothing, self.decode = label_smoothing, decode
 
     def _put_in_place(self, place: Place, decodes_stepwise: bool = False) -> None:
-        """Say where the routers work, and refuse one that cannot work there.
+        """Say where the routers work, and reject one that cannot work there.
 
         Args:
-            place: where those in place of FFNs work.
+            place: where those instead of FFNs work.
             decodes_stepwise: as in ``Place``, of those of the decoder's attention.
 
         Raises:
@@ -78,7 +78,7 @@ class WritingModule(SparseModule, Comparable):
         check_layers(place, self.model)
 
     def check_length(self, option: str, length: int | None) -> None:
-        """Refuse sequences that may be longer than a table of learned positions.
+        """Reject sequences that may be longer than a table of learned positions.
 
         Raises:
             ValueError: naming both lengths.
@@ -171,7 +171,7 @@ class WritingModule(SparseModule, Comparable):
 
     @property
     def moe_block_names(self) -> tuple[str, ...]:
-        """Return the names of the MoE layers in place of FFNs: a comparison leaves attention and gates of blocks."""
+        """Return the names of the MoE layers instead of FFNs: a comparison leaves attention and gates of blocks."""
         layers = core.moe_layers(self)
         return tuple(n for n, layer in layers.items() if not isinstance(layer, core.AttentionMoE | TokenGate))
 
@@ -182,11 +182,11 @@ class WritingModule(SparseModule, Comparable):
         return RoutedLayers(self.moe, self.transformer.shape.dim, self.place, num_sharing=sharing)
 
     def baselines(self) -> Mapping[str, Baseline]:
-        """Dense models of equal active FLOPs and of equal parameters; only the FFNs in place of experts are wider."""
+        """Dense models of equal active FLOPs and of equal parameters; only the FFNs instead of experts are wider."""
         return dense_twins(self, self.transformer.dense_ffn)
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return the nats a token of the right text: a row's are weighted by its tokens, as a ratio's influence is."""
+        """Return the nats per token of the right text, weighted by its tokens, as a ratio's influence is."""
         return ExampleValues("nats_per_token", ratio_values(*self.nats_and_tokens(outs)), higher_is_better=False)
 
     def nats_and_tokens(self, outs: Sequence[TaskOutput]) -> tuple[Tensor, Tensor]:

@@ -102,8 +102,8 @@ class TextData(SubwordData):
         language: of a parallel corpus; None: English.
         document: what belongs together, and is on one side of a split: each "line", "paragraph" (lines up to an empty
             one) or "file".
-        val_size: documents to validate on, or a share of all below 1, where there are no files of them; None: a
-            twentieth; of a parallel corpus as of `TranslationData`.
+        val_size: documents to validate on, or a share of all below 1, if there are no files of them; None: a twentieth;
+            of a parallel corpus as of `TranslationData`.
         test_size: likewise.
         block_size: tokens of a block that a model reads.
         batch_size: blocks of a training batch and process.
@@ -181,7 +181,7 @@ class TextData(SubwordData):
             start: lines before this one are passed over.
 
         Raises:
-            ValueError: a file that cannot be read, or a line that is no text.
+            ValueError: a file that cannot be read, or a line that is not text.
         """
         return prompt_batches(given_lines(self.text, self.predict_file, self.bad_lines), self.subwords, start)
 

@@ -100,7 +100,7 @@ class LanguageModeler(TextModule):
         moe: the MoE layer that replaces the FFN of some layers, or a list with one for each of them; None: a dense
             model. Routers must be causal.
         moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
-        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
+        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: the same as in the others.
         depths: gates of the layers that few tokens enter (Mixture-of-Depths), which need ``predictor: true``; None:
             all tokens enter all layers.
         depth_blocks: which layers those are, named as in ``moe_blocks``.
@@ -109,9 +109,9 @@ class LanguageModeler(TextModule):
             Transformer); it is the only block that ``moe_blocks`` can name. None: a layer for each.
         label_smoothing: share of the target spread evenly over the vocabulary, in training.
         decode: how a prompt is continued in a prediction.
-        pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which
-            the first training or test begins that no checkpoint gives its own; ``data.tokenizer.path`` takes its
-            subwords. Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
+        pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which the
+            first training or test starts that no checkpoint gives its own; ``data.tokenizer.path`` takes its subwords.
+            Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
         report: what a test writes besides the metrics; None: nothing.
         kwargs: ``attention_moe`` of ``TextModule``; ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and
             ``distil`` of ``SparseModule``.
@@ -255,12 +255,12 @@ class LanguageModeler(TextModule):
         A search may find fewer than it was asked for.
 
         Args:
-            prompts: texts that are to be continued; an empty one begins a text.
+            prompts: texts that are to be continued; an empty one starts a text.
             decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="greedy"``,
                 ``temperature=0.7``, ``seed=1`` or ``max_length_extra=200``.
 
         Raises:
-            ValueError: one text in place of a list, an item that is no text, an unknown option, or a value out of its
+            ValueError: one text instead of a list, an item that is not text, an unknown option, or a value out of its
                 range.
         """
         lines, config = checked_texts(prompts), decoding(self.decode, decode)

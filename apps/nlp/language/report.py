@@ -184,7 +184,7 @@ def _is_of_all_tokens(entry: Any, tokens: int) -> bool:
 
 
 def excerpt(number: int, ids: Sequence[int], nll: Sequence[float], tape: core.Tape, pieces: Sequence[str]) -> Words:
-    """Return a piece of the first block of a batch, from a word's begin after a third of the block on.
+    """Return a piece of the first block of a batch, from a word's start after a third of the block on.
 
     Args:
         number: number of the piece.
@@ -206,7 +206,7 @@ def excerpt(number: int, ids: Sequence[int], nll: Sequence[float], tape: core.Ta
 
 
 def write_losses(losses: TokenLosses, pieces: Sequence[str], folder: Path) -> Section:
-    """Write ``token_classes.csv`` and ``places.csv``, and return what a page shows of them."""
+    """Write ``token_classes.csv`` and ``places.csv``, and return its page section."""
     classes, places = losses.classes(pieces), losses.places()
     write_csv(folder / "token_classes.csv", classes)
     write_csv(folder / "places.csv", places)

@@ -122,7 +122,7 @@ class Continuation(TextTask):
         return tuple(Example(begin, (begin, *rest)) for begin in chosen)
 
     def exported(self) -> Exported:
-        """Return one graph, which reads a prompt or the next id, and what spells its ids: a text begins with
+        """Return one graph, which reads a prompt or the next id, and what spells its ids: a text starts with
         ``EOS_ID``.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Batches of sentence pairs by a token budget, of neighbours in length, so that little of a batch is padding.
+"""Batches of sentence pairs by a token budget, of neighbors in length, so that little of a batch is padding.
 
 An epoch's pairs are ordered by their longer side and cut greedily: a batch of B pairs whose longest side has S tokens
 takes ``B * S`` of the budget. The order among pairs of equal length comes by chance, and so does the place of the first
@@ -29,7 +29,7 @@ class TranslationBatch(NamedTuple):
     """B sentence pairs as subword ids, each padded with ``PAD_ID`` after its end.
 
     Attributes:
-        source_BS: int64 (B, S), the source with its language tag before it where there is one, and ``EOS_ID`` after it.
+        source_BS: int64 (B, S), the source with its language tag before it if there is one, and ``EOS_ID`` after it.
         target_BL: int64 (B, L), ``BOS_ID``, the reference, ``EOS_ID``: a decoder reads ``[:, :-1]`` and is to say
             ``[:, 1:]``. In prediction there is no reference, and L is 1.
         pair_B: int64 (B,), the language pair's place among the data's ``pairs``.
@@ -53,7 +53,7 @@ class TokenBatches:
 
     With a ``temperature`` T above 1 an epoch still has as many pairs as the corpus, but group i has the share
     ``n_i^(1/T) / sum_j n_j^(1/T)`` of them instead of its share of the corpus. Its pairs come in whole random orders,
-    one after the other, which go on from epoch to epoch: none comes a third time before all have come twice.
+    one after the other, which continue from epoch to epoch: none comes a third time before all have come twice.
 
     Args:
         source_N, target_N: tokens of each pair's sides, specials included.
@@ -147,7 +147,7 @@ class TokenBatches:
 def by_length(source_N: Lengths, target_N: Lengths, order: Lengths) -> Lengths:
     """Sort ``order`` by each pair's longer side, then by the difference of both; what is equal keeps its place.
 
-    The differences go back and forth, so that neighbours are alike also where the longer side goes up by one.
+    The differences go back and forth, so that neighbors are alike also where the longer side goes up by one.
     """
     longer, difference = np.maximum(source_N[order], target_N[order]), source_N[order] - target_N[order]
     return order[np.lexsort((np.where(longer % 2, difference, -difference), longer))]

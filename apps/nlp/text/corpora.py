@@ -265,7 +265,8 @@ def share_out(
 def _check_drawn(
     own: Rows, others: Sequence[Rows], split: str, asked: int | float | None, wanted: int, drawn: int
 ) -> None:
-    """Warn of a file of which fewer rows were held out than wanted; refuse that none were where they were asked for."""
+    """Warn of a file of which fewer rows were held out than wanted; raise an error if none were although some were
+    asked for."""
     if drawn == wanted:
         return
     known = {(language, _key(line)) for language, lines in own.text.items() for line in lines if line}

@@ -28,9 +28,9 @@ class SubwordData(SuiteData):
         dataset, root, cache_dir: as in ``SuiteData``.
         split_seed: of what is held out, and of a subset. Not the run's: runs of other seeds have the same splits.
         subwords: those of a trained model; None: as ``tokenizer`` says.
-        tokenizer: how they are learned, from the training texts alone; or the file they are in.
+        tokenizer: how they are learned, from the training texts only; or the file they are in.
         text: what a model is given in prediction, one text or several.
-        predict_file: file of such texts, one a line; "-" is standard input.
+        predict_file: file of such texts, one per line; "-" is standard input.
         bad_lines: what a line of predict_file that is not UTF-8 is: an "error"; or its bad bytes are put as U+FFFD
             ("replace"), or it is taken for an empty line ("skip"), and a warning at the end counts them.
         kwargs: of ``SuiteData``.

@@ -246,7 +246,7 @@ OWN: dict[str, Callable[[Path, Sequence[str], Corpus], tuple[list[Path], Read]]]
 
 
 def check_corpus(corpus: Corpus, is_read: bool = True) -> None:
-    """Refuse options that the corpus does not have.
+    """Reject options that the corpus does not have.
 
     Args:
         corpus: what is asked for.

@@ -65,7 +65,7 @@ class EncodedPairs(Dataset[Any]):
         split: its name.
         tags: id of the tag of each language pair; None: there are none.
         max_length: tokens of a side that a batch takes; longer ones are cut. Of a source the tag and the end count, of
-            a target the begin or the end, as a model reads and writes it.
+            a target the start or the end, as a model reads and writes it.
         positions: the split's pairs that count, in order; None: all. A batch's ``index_B`` is the place among them.
     """
 
@@ -77,7 +77,7 @@ class EncodedPairs(Dataset[Any]):
         max_length: int,
         positions: Tensor | None = None,
     ) -> None:
-        self.files, self.split = files, split  # not the arrays: a worker process maps the files anew
+        self.files, self.split = files, split  # not the arrays: a worker process maps the files again
         self.tags = None if tags is None else torch.tensor(tags)
         self.max_length, self.positions = max_length, positions
 

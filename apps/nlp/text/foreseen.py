@@ -42,7 +42,7 @@ def per_sentence(scores: TargetScores, real_BL: Tensor) -> Foreseen:
 
 
 def ratio_values(nats_N: Tensor, tokens_N: Tensor) -> Tensor:
-    """Return values (N,) whose mean is the nats a token of all rows, and whose spread is that of this ratio.
+    """Return values (N,) whose mean is the nats per token of all rows, and whose spread is that of this ratio.
 
     Example::
 

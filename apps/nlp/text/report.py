@@ -46,7 +46,7 @@ class WrittenReport(Report):
         return list(batches_of_test(trainer))
 
     def write_curves(self, run: Path, folder: Path) -> None:
-        """Draw the course of a run's training as ``learning_curves.png``; nothing where it has none."""
+        """Draw the course of a run's training as ``learning_curves.png``; nothing if it has none."""
         charts = [part for part in training_section(run / "metrics.csv").parts if isinstance(part, LineChart)]
         if charts:
             save_charts(charts, folder / "learning_curves.png", "Learning curves")

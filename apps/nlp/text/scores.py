@@ -34,7 +34,7 @@ def scorer(score: Score, tokenize: str = "13a") -> Any:
     if tokenize not in BLEU.TOKENIZERS:
         raise ValueError(f"bleu_tokenize={tokenize!r} is not one of {', '.join(sorted(BLEU.TOKENIZERS))}")
     try:
-        return BLEU(tokenize=tokenize, force=True)  # else each validation may warn that the corpus is tokenised
+        return BLEU(tokenize=tokenize, force=True)  # else each validation may warn that the corpus is tokenized
     except RuntimeError as error:  # a package that it needs
         raise ValueError(f"bleu_tokenize={tokenize!r}: {one_line(str(error))}") from error
 

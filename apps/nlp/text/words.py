@@ -10,9 +10,9 @@ _SPECIAL = re.compile(r"<(?!0x)[^<>]+>")
 
 
 def words_of(pieces: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return subwords in sentencepiece's spelling as the pieces of words, without the sign that begins a word.
+    """Return subwords in sentencepiece's spelling as the pieces of words, without the sign that starts a word.
 
-    A tag, and the begin or the end of a sentence, is a word of its own.
+    A tag, and the start or the end of a sentence, is a word of its own.
 
     Example::
 

@@ -1,8 +1,8 @@
 """Parallel text for Lightning: the corpora that are known by name, and your own files.
 
 A corpus is read and turned into subword ids once, into memory-mapped files in the cache. The order of an epoch depends
-on (seed, epoch) alone: `apps.data.loader.ResumableLoader` restores it in mid-epoch. sentencepiece is imported where
-it is needed.
+only on (seed, epoch): `apps.data.loader.ResumableLoader` restores it in mid-epoch. sentencepiece is imported where it
+is needed.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class TranslationData(SubwordData):
             start: lines before this one are passed over.
 
         Raises:
-            ValueError: several pairs and no ``predict_pair``; a line that is no text.
+            ValueError: several pairs and no ``predict_pair``; a line that is not text.
         """
         lines = given_lines(self.text, self.predict_file, self.bad_lines) if lines is None else lines
         pair = self._predict_pair()
@@ -278,7 +278,7 @@ class TranslationData(SubwordData):
             )  # fmt: skip
 
     def check(self, stage: str | None) -> None:
-        """Refuse to train on few pairs where it is for the others that are left out."""
+        """Reject to train on few pairs where it is for the others that are left out."""
         if stage == "fit":
             kept, lost, complaint = self._losses()
             if kept < _LEAST_PAIRS and (kept + lost >= _LEAST_PAIRS or lost > _MANY_LEFT_OUT * (kept + lost)):

@@ -1,6 +1,6 @@
 """Metrics of translations as one torchmetrics metric, the same on one process or many.
 
-BLEU and chrF++ are those of ``apps.nlp.text.scores``, of detokenised text against the corpus's own references.
+BLEU and chrF++ are those of ``apps.nlp.text.scores``, of detokenized text against the corpus's own references.
 """
 
 from __future__ import annotations

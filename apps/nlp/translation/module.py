@@ -32,7 +32,7 @@ _DECODE = DecodeConfig()
 _REPORT = TranslationReportConfig()
 _LAYERS = "every2"
 _AT_ONCE = 2048
-"""Texts that are batched with their neighbours in length: as many as ``TranslationData.predict_lines`` by default."""
+"""Texts that are batched with their neighbors in length: as many as ``TranslationData.predict_lines`` by default."""
 _LONGEST_SOURCE = 256
 """Tokens of a source that are read where nothing else is said."""
 Tasks = Literal["pair", "source", "target"]
@@ -72,15 +72,15 @@ class Translator(JudgedModule, TextModule):
         moe: the MoE layer that replaces the FFN of some layers, or a list with one for each of them, the encoder's
             first; None: a dense model.
         encoder_moe_blocks, decoder_moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
-        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
+        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: the same as in the others.
         tasks: what a task is to routers that ask for one: the language "pair", or the "source" or the "target"
             language. The target language is the domain.
         decode: how test sentences and those of a prediction are translated.
         bleu_tokenize: sacrebleu's tokenizer for BLEU, "13a", "zh", "char", ..., of all pairs, or of some pairs theirs;
             None: by target language, as `bleu_tokenizers` says.
-        pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which
-            the first training or test begins that no checkpoint gives its own; ``data.tokenizer.path`` takes its
-            subwords. Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
+        pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which the
+            first training or test starts that no checkpoint gives its own; ``data.tokenizer.path`` takes its subwords.
+            Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
         report: what a test adds to the scores; None: nothing.
         kwargs: ``val_decode`` of ``JudgedModule``, ``label_smoothing`` of ``WritingModule``, ``attention_moe`` of
             ``TextModule``; ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
@@ -275,7 +275,7 @@ class Translator(JudgedModule, TextModule):
                 ``beam_size=8`` or ``temperature=0.7``.
 
         Raises:
-            ValueError: one text in place of a list, an item that is no text, an unknown pair or option, or a value out
+            ValueError: one text instead of a list, an item that is not text, an unknown pair or option, or a value out
                 of its range.
 
         Example::

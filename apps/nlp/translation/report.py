@@ -73,7 +73,7 @@ class _Collected:
 
 class TranslationReport(WrittenReport):
     """After a test: the scores by language pair and by length with sacrebleu's signatures, translations, and of a
-    sparse model how far its experts are specialised.
+    sparse model how far its experts are specialized.
 
     It writes ``pairs.csv``, ``lengths.csv``, ``sentences.jsonl`` (source, reference, hypothesis, sentence chrF++ and
     search score of each sentence), ``signatures.txt``; ``specialisation.csv``, ``expert_subwords.csv``,

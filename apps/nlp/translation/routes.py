@@ -102,7 +102,7 @@ def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder:
     (arXiv 1909.02074).
 
     Returns:
-        What a page shows of it.
+        The section for the page.
     """
     source = sentence.source_BS[0][sentence.source_BS[0] != PAD_ID]
     one = _on(module, sentence._replace(source_BS=source[None]))

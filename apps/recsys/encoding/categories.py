@@ -33,7 +33,7 @@ class Codes:
     """A column of categories, before it is known which of them have a row.
 
     Attributes:
-        codes: int64 (N,), positions in ``values``; ``MISSING`` where there is none.
+        codes: int64 (N,), positions in ``values``; ``MISSING`` if there is none.
         values: distinct values as text, in the order in which they first occur.
     """
 
@@ -66,7 +66,7 @@ def factorize(parts: Sequence[Part], column: str) -> Codes:
     missing value, and so is NaN.
 
     Raises:
-        ValueError: the column holds lists or other nested values, or bytes that are no UTF-8 text.
+        ValueError: the column holds lists or other nested values, or bytes that are not UTF-8 text.
     """
     local = []
     for where, data in parts:
@@ -239,7 +239,7 @@ def to_given(codes: Codes, train: NDArray[np.bool_], num_rows: int, column: str,
     """Take the values as row numbers; a missing one has row 0. ``row`` is the table's row of each code, for messages.
 
     Raises:
-        ValueError: a value that is no whole number from 0 to num_rows - 1, or a missing one where 0 is one of the
+        ValueError: a value that is not an integer from 0 to num_rows - 1, or a missing one where 0 is one of the
             values; the message names the first one.
     """
     text = codes.values
@@ -272,7 +272,7 @@ def hash_text(values: pa.StringArray) -> NDArray[np.uint64]:
     offsets, content = utf8(values)
     lengths = np.diff(offsets)
     hashes = np.full(len(values), _FNV_OFFSET, dtype=np.uint64)
-    # All texts advance by one byte at a time; the longest go on alone.
+    # All texts advance by one byte at a time; the longest continue alone.
     order = np.argsort(-lengths, kind="stable")
     starts, sorted_lengths = offsets[:-1][order], lengths[order]
     for position in range(int(sorted_lengths[0]) if len(order) else 0):

@@ -140,7 +140,7 @@ class Features(Checked):
 
     @property
     def target_of_task(self) -> tuple[Target, ...]:
-        """What each task predicts, one entry a task."""
+        """What each task predicts, one entry per task."""
         return self.targets or (Target(),) * len(self.tasks)
 
     @property

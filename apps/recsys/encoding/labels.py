@@ -53,7 +53,7 @@ def to_labels(parts: Sequence[Part], name: str, task: TaskConfig) -> NDArray[np.
 def determines(codes: NDArray[np.int64], label: NDArray[np.float32]) -> bool:
     """Tell whether the column's value decides the label in every row.
 
-    Values that occur once are left out, since they prove nothing. The others must cover half of the labelled rows and
+    Values that occur once are left out, since they prove nothing. The others must cover half of the labeled rows and
     two labels, or the answer is no. Missing is a value too.
     """
     known = ~np.isnan(label)

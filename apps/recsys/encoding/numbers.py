@@ -31,7 +31,7 @@ def to_numbers(
         first_row: number of each table's first row in messages, where the tables are pieces of longer ones.
 
     Raises:
-        ValueError: a value is no number; the message names the first one and its row.
+        ValueError: a value is not a number; the message names the first one and its row.
     """
     return np.concatenate([_numbers(data, column, where, missing, first_row) for where, data in parts])
 
@@ -146,7 +146,7 @@ def statistics(name: str, values: NDArray[np.float32]) -> ContinuousFeature:
 def boundaries(ascending: NDArray[np.float32], num_bins: int = MAX_QUANTILES + 1) -> NDArray[np.float32]:
     """Return at most num_bins - 1 values b between bins ``b[i - 1] < x <= b[i]`` of sorted values.
 
-    The largest value is no boundary. A value that would fill a bin has one of its own: the next smaller value is a
+    The largest value is not a boundary. A value that would fill a bin has one of its own: the next smaller value is a
     boundary too. So 96 % zeros are one bin, and 40 hours a week are not mixed with 39. The other bins share the
     remaining values about equally, and none of them holds fewer than 1 in 8,192 of all values, from which too little
     could be learned.
@@ -173,7 +173,7 @@ def to_vectors(parts: Sequence[Part], column: str, size: int | None = None, firs
         first_row: number of each table's first row in messages, where the tables are pieces of longer ones.
 
     Raises:
-        ValueError: a value is no list of numbers, a vector has another length, or holds a number that is not finite.
+        ValueError: a value is not a list of numbers, a vector has another length, or holds a number that is not finite.
     """
     vectors = []
     for where, data in parts:
@@ -184,7 +184,7 @@ def to_vectors(parts: Sequence[Part], column: str, size: int | None = None, firs
         item = kind.value_type
         if not (pa.types.is_integer(item) or pa.types.is_floating(item)):
             raise ValueError(f"column {column!r} of {where} holds lists of {item}, not of numbers")
-        # A list with a missing number is no vector of its length.
+        # A list with a missing number is not a vector of its length.
         length_N = np.asarray(pc.list_value_length(data).fill_null(-1), dtype=np.int64)
         is_there_N = length_N >= 0
         if size is None and is_there_N.any():
@@ -215,7 +215,7 @@ def to_vectors(parts: Sequence[Part], column: str, size: int | None = None, firs
 
 
 def vector_scale(vectors_NS: NDArray[np.float32]) -> float:
-    """Return the root mean square of the numbers of the vectors that are there; 1 where there is none, or all are 0."""
+    """Return the root mean square of the numbers of the vectors that are there; 1 if there is none, or all are 0."""
     there_nS = vectors_NS[~np.isnan(vectors_NS[:, 0])]
     scale = float(np.sqrt(np.square(there_nS, dtype=np.float64).mean())) if len(there_nS) else 0.0
     return scale or 1.0

@@ -12,7 +12,7 @@ def last_values(offsets: NDArray[np.int64], length: int) -> tuple[NDArray[np.int
     """Return the offsets (N + 1,) of the last ``length`` values of each row, and the positions of these values.
 
     Args:
-        offsets: (N + 1,), where each row's values begin and end.
+        offsets: (N + 1,), where each row's values start and end.
         length: largest number of values that are kept.
     """
     kept_N = np.minimum(np.diff(offsets), length)

@@ -40,7 +40,7 @@ class Encoding:
         features: the columns, with the statistics of the training rows.
         vocabularies: the values of the rows from 1 on, by categorical column. Columns that are hashed or hold row
             numbers have none.
-        domain: column of the domain; None where there is one domain.
+        domain: column of the domain; None if there is one domain.
         domains: the domains' values, from 0 on.
         separator: text between the values of a multi-valued column.
         timestamps: columns of times, of which some of the features are parts, with the range of the training rows.

@@ -43,7 +43,7 @@ def read_labels(parts: Sequence[Part], name: str, task: TaskConfig, mask: Sequen
         mask: the column ``task.mask`` in each table.
 
     Raises:
-        ValueError: a value is no label of the task's kind, or the mask holds another number than 0 and 1.
+        ValueError: a value is not a label of the task's kind, or the mask holds another number than 0 and 1.
     """
     texts: tuple[str, ...] = ()
     if task.kind == "binary":
@@ -90,7 +90,7 @@ def learn_target(name: str, task: TaskConfig, labels: RawLabels, train_N: NDArra
         train_N: (N,), the training rows.
 
     Raises:
-        ValueError: training has no label or one value alone, or a number of levels or classes is too large.
+        ValueError: training has no label or only one value, or a number of levels or classes is too large.
     """
     if task.kind == "binary":
         return Target()
@@ -157,7 +157,7 @@ def of_mean_one(
     Args:
         weight_N: weights of all rows.
         column, name: names of the column and the task in messages.
-        rows_N: (N,), the task's labelled training rows.
+        rows_N: (N,), the task's labeled training rows.
 
     Raises:
         ValueError: the weights of these rows are all 0.

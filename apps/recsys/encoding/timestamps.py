@@ -28,7 +28,7 @@ _RULE = "a timestamp is seconds since 1970, a date, or text such as 2024-05-31 1
 
 
 def with_parts(table: pa.Table, timestamps: Mapping[str, TimeRange], where: str, first_row: int = 0) -> pa.Table:
-    """Return a table with the columns that each column of ``timestamps`` becomes beside its own.
+    """Return a table with the columns that each column of ``timestamps`` becomes next to its own.
 
     Args:
         table: the rows.
@@ -67,9 +67,9 @@ def to_seconds(
         known: the times of training.
 
     Raises:
-        ValueError: another type, or a value that is no timestamp of the years 1 to 9999; the message names the first.
-            Or most times are before 1950, after 2100 or within the first day of 1970, as years and Excel's numbers of
-            days are, and are far from ``known``.
+        ValueError: another type, or a value that is not a timestamp of the years 1 to 9999; the message names the
+            first. Or most times are before 1950, after 2100 or within the first day of 1970, as years and Excel's
+            numbers of days are, and are far from ``known``.
     """
     data = plain(data)
     kind = data.type
@@ -122,7 +122,7 @@ def seconds_of_numbers(numbers: Any, known: TimeRange = None) -> NDArray[np.floa
         text = pa.array(number_N, from_pandas=True).cast(pa.int64()).cast(pa.string())
         iso = pc.replace_substring_regex(text, r"^(19[5-9]\d|20\d\d|2100)(\d\d)(\d\d)$", r"\1-\2-\3")
         date_N = np.asarray(iso.cast(pa.timestamp("s")).cast(pa.int64()), dtype=np.float64)
-    except pa.ArrowInvalid:  # a fraction, or a number that is no date
+    except pa.ArrowInvalid:  # a fraction, or a number that is not a date
         return number_N
     is_near_as_number = not is_far(number_N / _DAY, known).any()
     return number_N if is_near_as_number and is_far(date_N / _DAY, known).all() else date_N

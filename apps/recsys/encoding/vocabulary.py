@@ -22,7 +22,7 @@ class Vocabulary:
     """Distinct texts by number, as UTF-8 bytes: millions of them are two tensors, mapped or in a checkpoint.
 
     Attributes:
-        offsets: int64 (n + 1,), where each text begins and ends.
+        offsets: int64 (n + 1,), where each text starts and ends.
         content: uint8, the bytes.
     """
 
@@ -70,7 +70,7 @@ class Vocabulary:
 
 
 def utf8(values: pa.StringArray) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Return where each text begins and ends, int64 (N + 1,), and the bytes that this points into."""
+    """Return where each text starts and ends, int64 (N + 1,), and the bytes that this points into."""
     if not len(values):
         return np.zeros(1, np.int64), np.empty(0, np.uint8)
     import pyarrow as pa

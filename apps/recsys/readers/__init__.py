@@ -1,1 +1,1 @@
-"""The files of the standard tables and of a user's own, as ``RawTables``: values as they stand in the files."""
+"""The files of the standard tables and of a user's own, as ``RawTables``: values as they are in the files."""

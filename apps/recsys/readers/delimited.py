@@ -50,7 +50,7 @@ def read_delimited(
         separator: text between the values of a line; more than one character is allowed.
         encoding: "utf8" or "latin1".
         num_rows: number of rows that the file must have, where known.
-        skip: beginning of a first line that is no row.
+        skip: beginning of a first line that is not a row.
         quoted: whether values may stand in double quotes, and an empty text is missing as an empty number is; else a
             quote is a character like another.
 
@@ -108,7 +108,7 @@ def check_values(path: Path, column: pa.ChunkedArray, name: str, allowed: Collec
 
 
 def look_up(table: pa.Table, key: str, wanted: pa.ChunkedArray) -> pa.Table:
-    """Return for each of ``wanted`` the row of ``table`` with that ``key``, or a row of nulls where there is none."""
+    """Return for each of ``wanted`` the row of ``table`` with that ``key``, or a row of nulls if there is none."""
     return table.take(pc.index_in(wanted, value_set=table[key].combine_chunks()))
 
 

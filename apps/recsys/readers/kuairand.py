@@ -45,7 +45,7 @@ def read_kuairand(root: Path) -> RawTables:
     The domain is ``tab``, the page of the app, 0 to 14. The two standard logs are split by time: the last 10 % test,
     the 10 % before validate. The log of randomly shown videos is left out, since it is of another distribution, and so
     are the videos' statistics, which are sums over the whole month and hold the labels. What follows the click in a row
-    of the log (time played, comments, ...) is no input.
+    of the log (time played, comments, ...) is not input.
 
     Args:
         root: folder with ``log_standard_*``, ``user_features_*`` and ``video_features_basic_*`` of the 1K or the Pure

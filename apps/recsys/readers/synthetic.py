@@ -42,7 +42,7 @@ class SyntheticConfig(Checked):
         num_features: inputs of each row, at least num_tasks.
         num_tasks: labels of each row.
         scale: c, the deviation of w . x.
-        alphas, betas: numbers in the sines, as many of one as of the other; the tasks are linear where there are none.
+        alphas, betas: numbers in the sines, as many of one as of the other; the tasks are linear if there are none.
         noise_std: deviation of the noise in y.
         positives: share of positive labels, in (0, 1).
         num_ids: N, distinct values of the column ``id``; 0: there is no such column.
@@ -92,7 +92,7 @@ class Synthetic:
         label: bool (num_rows, num_tasks).
         weights: float64 (num_tasks, num_features), rows of length ``scale``.
         label_correlation: correlation of the labels of two tasks in an endless table of endless ids.
-        ids: int64 (num_rows,), from 0; None where there is no column of ids.
+        ids: int64 (num_rows,), from 0; None if there is no column of ids.
     """
 
     x: Array

@@ -64,7 +64,7 @@ def source_of(
         root: folder from which the names start.
         named: the training, the validation and the test file by option, where given.
         config: description of the table.
-        kept: ``predict_columns``, which are read as they stand in the files.
+        kept: ``predict_columns``, which are read as they are in the files.
 
     Raises:
         ValueError: see ``find_files``, and for reading ``read_columns``.
@@ -109,12 +109,12 @@ def read_columns(
     Args:
         file: a file of a kind that `find_files` returns.
         roles: role of each column to read; messages name it.
-        numbers: columns of numbers. One with a field that is no number is read as text, so that the encoder can say
+        numbers: columns of numbers. One with a field that is not a number is read as text, so that the encoder can say
             which field it is.
         inferred: column whose type follows from a CSV file's fields, such as times. All others are text.
 
     Raises:
-        ValueError: a column is missing or doubled, text is no UTF-8, or the file cannot be read, was cut, or unpacks
+        ValueError: a column is missing or doubled, text is not UTF-8, or the file cannot be read, was cut, or unpacks
             to far more than its size explains (see ``apps.base.inflate``).
     """
     with _naming(file):
@@ -147,7 +147,7 @@ def iter_columns(
 
 
 def check_columns(file: Path, roles: Mapping[str, str]) -> None:
-    """Refuse a file that lacks a column, or has one twice; no row is read.
+    """Reject a file that lacks a column, or has one twice; no row is read.
 
     Raises:
         ValueError: naming the column and its role; or the file cannot be read.
@@ -189,7 +189,7 @@ def _read_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str], in
     except pa.ArrowInvalid as error:
         if "conversion error" not in str(error):
             raise
-        # A field of a column of numbers is no number: from text the encoder can say which one, and in which row.
+        # A field of a column of numbers is not a number: from text the encoder can say which one, and in which row.
         with _naming_bytes(file, parse, types):
             table = _convert(file, parse, types, list(roles))
     _check_end(file)
@@ -232,7 +232,7 @@ def _check_end(file: Path) -> None:
 
 @contextlib.contextmanager
 def _naming_bytes(file: Path, parse: pa.csv.ParseOptions, types: Mapping[str, Any]) -> Iterator[None]:
-    """Name the first value that is no UTF-8 text, where reading the columns of ``types`` fails for one."""
+    """Name the first value that is not UTF-8 text, where reading the columns of ``types`` fails for one."""
     try:
         yield
     except pa.ArrowInvalid as error:
@@ -291,7 +291,7 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def _check_size(metadata: pa.parquet.FileMetaData, file: Path) -> None:
-    """Refuse a Parquet file that says that its pages or rows take far more memory than its size explains."""
+    """Reject a Parquet file that says that its pages or rows take far more memory than its size explains."""
     size = file.stat().st_size
     pages = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     check_unpacked(file.name, size, pages, "bytes of pages")

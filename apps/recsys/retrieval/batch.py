@@ -11,9 +11,9 @@ from apps.recsys.tables.rows.batch import Batch, TableBatch
 
 @dataclass(frozen=True)
 class PairBatch(Batch):
-    """B pairs of a user and an item, with further items as negatives in training; or B users alone.
+    """B pairs of a user and an item, with further items as negatives in training; or B users only.
 
-    All fields of items are None for users alone.
+    All fields of items are None for users only.
 
     Attributes:
         user: the users' columns.

@@ -20,7 +20,7 @@ class Seen:
     """The items that each user had in training.
 
     Attributes:
-        offsets: int64 (U + 1,), where the items of each row of the users' table begin and end.
+        offsets: int64 (U + 1,), where the items of each row of the users' table start and end.
         items: int32, the items' numbers, ascending for each user.
     """
 
@@ -59,7 +59,7 @@ class Catalogue:
     """I items, numbered from 1 as the rows of ``item_column``'s table are.
 
     Attributes:
-        arrays: the columns of the items' tower, a row an item, as ``TableRows`` reads them.
+        arrays: the columns of the items' tower, one row per item, as ``TableRows`` reads them.
         count_I: int64 (I,), how often each item is the one that a user took, in training.
         seen: the items that each user had in training; None where they may be retrieved again.
     """

@@ -68,7 +68,7 @@ def divide(features: Features, user: Sequence[str], item: Sequence[str], item_co
         item_column: column that tells one item from another. It is among neither where it is not named.
 
     Raises:
-        ValueError: a name that is no column, a column on both sides, a side without one, or an ``item_column`` that
+        ValueError: a name that is not a column, a column on both sides, a side without one, or an ``item_column`` that
             tells no items apart.
     """
     names = names_of(features)
@@ -93,7 +93,7 @@ def id_feature(features: Features, column: str, option: str = "item_column") -> 
     """Return the column that tells one item, or one user, from another; ``option`` names it in messages.
 
     Raises:
-        ValueError: it is no categorical column of one value with a row for each value.
+        ValueError: it is not a categorical column of one value with a row for each value.
     """
     feature = next((f for f in features.categorical if f.name == column), None)
     if feature is None:
@@ -130,7 +130,7 @@ def column_of(batch: TableBatch, features: Features, column: str) -> Tensor:
 
 
 def raw_columns(batch: TableBatch, encoding: Encoding) -> pa.Table:
-    """Return the columns of a batch as they stand in a table; a value that has no row of its own is missing.
+    """Return the columns of a batch as they are in a table; a value that has no row of its own is missing.
 
     Texts, whose vectors a batch has, and timestamps, which it has in parts, are not among them.
 

@@ -211,7 +211,7 @@ class RetrievalData(TableData):
 
     @property
     def item_values(self) -> tuple[str, ...]:
-        """The items as they stand in the table, by number; entry 0 is ""."""
+        """The items as they are in the table, by number; entry 0 is ""."""
         return tuple(value or "" for value in self.vocabulary(self.item_column))
 
     @property
@@ -225,7 +225,7 @@ class RetrievalData(TableData):
 
     @property
     def _seen(self) -> Seen | None:
-        """The items that are no candidates of a user in evaluation; None: all are.
+        """The items that are not candidates of a user in evaluation; None: all are.
 
         Raises:
             ValueError: the checkpoint does not keep them.
@@ -253,7 +253,7 @@ class RetrievalData(TableData):
     # ---- Lightning
 
     def check(self, stage: str | None) -> None:
-        """Refuse columns that do not go together, and files of users that lack one."""
+        """Reject columns that do not go together, and files of users that lack one."""
         _ = self._sides
         if stage == "predict" and self.predict_file is not None:
             self._users_to_predict(self.predict_file).check()
@@ -302,7 +302,7 @@ class RetrievalData(TableData):
     # ---- the table
 
     def users(self, batch: PairBatch, roles: Mapping[str, str]) -> pa.Table:
-        """Return columns of a batch's users as they stand in ``predict_file``, else in the table.
+        """Return columns of a batch's users as they are in ``predict_file``, else in the table.
 
         Args:
             batch: users of ``predict_dataloader``.

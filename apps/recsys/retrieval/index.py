@@ -29,7 +29,7 @@ class ItemIndex:
         made_by: fingerprint of the model that made the vectors.
 
     Attributes:
-        values: the values, as whole numbers where all of them are written as such.
+        values: the values, as integers where all of them are written as such.
 
     Raises:
         ValueError: not as many values as vectors, or none.
@@ -66,7 +66,7 @@ class ItemIndex:
         """Read an index that ``save`` has written.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: the file is damaged, or holds no index.
         """
         from safetensors import SafetensorError, safe_open
@@ -87,7 +87,7 @@ class ItemIndex:
         Args:
             query_BD: vectors of users.
             k: number of items; all of them where there are fewer.
-            seen_BH: numbers of the items that are no candidates, padded with 0; None: all are.
+            seen_BH: numbers of the items that are not candidates, padded with 0; None: all are.
 
         Returns:
             The items' numbers, int64 (B, k), and products, float32 (B, k), the best first. Where a user has fewer
@@ -99,15 +99,15 @@ class ItemIndex:
     def ranks(self, query_BD: Tensor, item_B: Tensor, seen_BH: Tensor | None = None) -> Tensor:
         """Return the rank of each query's item among all candidates, int64 (B,), 1 the best.
 
-        An item with the same product stands before it, and an item that is no candidate, or none (0), is last of all:
-        its rank is I + 1.
+        An item with the same product stands before it, and an item that is not a candidate, or none (0), is last of
+        all: its rank is I + 1.
         """
         ranks = [target_ranks(score_bV, item_B[rows]) for score_bV, rows in self._scores(query_BD, seen_BH)]
         return torch.cat([item_B.new_empty(0), *ranks])
 
     def _scores(self, query_BD: Tensor, seen_BH: Tensor | None) -> Iterator[tuple[Tensor, slice]]:
         """Yield the products of some queries with all items, (b, I + 1), and which queries they are; -inf where an item
-        is no candidate."""
+        is not a candidate."""
         for score_bV, chunk in products(query_BD, self._vectors_VD, CHUNK_ELEMENTS):
             score_bV[:, 0] = -math.inf
             if seen_BH is not None:
@@ -116,7 +116,7 @@ class ItemIndex:
 
 
 def whole_numbers(values: Sequence[str]) -> tuple[Any, ...]:
-    """Return texts as whole numbers where all of them are written as such ("7", not "007"), else as they are."""
+    """Return texts as integers where all of them are written as such ("7", not "007"), else as they are."""
     if all(value.removeprefix("-").isdecimal() and str(int(value)) == value for value in values):
         return tuple(map(int, values))
     return tuple(values)

@@ -17,7 +17,7 @@ def sampled_softmax(logits_BU: Tensor, own_B: Tensor, count_U: Tensor, log_q_U: 
     Args:
         logits_BU: (B, U), of each different item of the sample.
         own_B: int64 (B,), the place of each row's own item.
-        count_U: int64 (U,), how often the sample holds each item; 0: it is no negative.
+        count_U: int64 (U,), how often the sample holds each item; 0: it is not a negative.
         log_q_U: log of the probability with which a place of the sample holds each item; None: no correction.
     """
     log_count_U = count_U.to(logits_BU.dtype).log()

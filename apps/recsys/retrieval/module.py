@@ -51,7 +51,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
     pair's item among *all* items of the catalogue, by exact search: ``recall_10``, ``recall_50``, ``recall_100``,
     ``ndcg_10`` and ``mrr``.
 
-    Configs may also be given as the mappings that stand for them in a run's ``config.yaml``.
+    Configs may also be given as mappings, as they are in a run's ``config.yaml``.
 
     Args:
         user_features, item_features: columns of each tower; the command line takes them from the data.
@@ -59,10 +59,10 @@ class TwoTowerRetriever(SparseModule, Comparable):
         tower: sizes of both towers.
         moe: the experts that replace the FFN of some blocks of both towers; None: dense FFNs.
         moe_blocks: which blocks: "all", "everyN", "lastN" (the last N of every second block), or indices.
-        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
+        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: the same as in the others.
         embedding, dense, interaction: how a tower reads its columns.
         temperature: products are divided by it in the softmax. They lie between -1 and 1.
-        learn_temperature: whether training moves the temperature, which then begins there and stays above 0.01.
+        learn_temperature: whether training moves the temperature, which then starts there and stays above 0.01.
         log_q: whether the softmax is corrected for how often each item is in a batch.
         ks: numbers of best items at which recall is measured, ascending; NDCG is measured at the first.
         report: what a test writes besides the metrics; None: nothing.
@@ -281,18 +281,18 @@ class TwoTowerRetriever(SparseModule, Comparable):
             rank_task: the task whose prediction orders them; None: the first.
             candidates: number of items that are retrieved for the ranking model.
             index: the items' vectors, an ``ItemIndex`` or its file, such as ``report/items.safetensors`` of a test's
-                run; None: they are made anew.
+                run; None: they are rebuilt.
             batch_size: users a step.
 
         Returns:
             A row for each user and item, in the order of the users, the best item first: ``row``, the place of the user
             in ``users``; the columns of user, where one is named, and item; ``score``, the product of the two vectors;
             and the ranking model's predictions. They are a DataFrame for a DataFrame, a ``pyarrow.Table`` for a table,
-            and a dict of numpy arrays for a dict and for files. Items are whole numbers where all of them are.
+            and a dict of numpy arrays for a dict and for files. Items are integers where all of them are.
 
         Raises:
-            FileNotFoundError: there is no checkpoint of ``rank``, or no file of the index.
-            ValueError: a column is missing, a value is of a wrong type, a number is out of its range, the index is of
+            FileNotFoundError: no checkpoint exists for ``rank``, or no file of the index.
+            ValueError: a column is missing, a value has the wrong type, a number is out of its range, the index is of
                 another model, or the model has neither a checkpoint's encoding nor its data.
 
         Example::
@@ -308,7 +308,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
     def index(self) -> ItemIndex:
         """Return the vectors of all items of the catalogue, which the data has, or the checkpoint keeps.
 
-        They are made when they are first asked for, and anew after the model has been put into another mode or other
+        They are made when they are first asked for, and again after the model has been put into another mode or other
         weights have been loaded.
 
         Raises:

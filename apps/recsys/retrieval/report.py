@@ -136,7 +136,7 @@ class RetrievalReport(Report):
 
 
 def write_ranks(use: RetrievalUse, folder: Path) -> Section:
-    """Write ``popularity.csv``, and return what a page shows of it."""
+    """Write ``popularity.csv``, and return its page section."""
     group_N = use.group_V[use.item_N]  # number 0, of an item that the catalogue lacks, is not in training
     named: dict[str, Any] = {"what": "popularity", "about": "popularity of the item", "unit": "pairs", "note": QUARTERS}
     path = folder / "popularity.csv"

@@ -61,7 +61,7 @@ class Retrieved:
 
 
 class Ranking:
-    """A model that orders retrieved items by the columns of user and item, as they stand in tables.
+    """A model that orders retrieved items by the columns of user and item, as they are in tables.
 
     Args:
         model: a ``MultiTaskRecommender`` that has the encoding of its checkpoint.
@@ -97,7 +97,7 @@ class Ranking:
             task: as for the constructor.
 
         Raises:
-            FileNotFoundError: there is no checkpoint.
+            FileNotFoundError: the checkpoint does not exist.
             ValueError: as the constructor, or an item's column is hashed.
         """
         from apps.train.checkpoint.loading import load
@@ -143,7 +143,7 @@ def open_index(model: Any, index: Any) -> ItemIndex:
     """Return an index of a model's items, given itself or as its file.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: it holds no index, or one that another model has made.
     """
     opened = ItemIndex.load(index) if isinstance(index, (str, Path)) else index
@@ -169,7 +169,7 @@ def retrieve(
     Args:
         index: the items' vectors.
         vectors_BD: vectors of the users.
-        seen_BH: numbers of the items that are no candidates, padded with 0; None: all are.
+        seen_BH: numbers of the items that are not candidates, padded with 0; None: all are.
         top: number of items.
         ranking: orders the candidates; None: there is none.
         candidates: number of items that it orders.
@@ -187,7 +187,7 @@ def as_json(value: Any) -> Any:
 
 
 def check_candidates(top: int, candidates: int) -> None:
-    """Refuse fewer candidates for a ranking than are to be named.
+    """Reject fewer candidates for a ranking than are to be named.
 
     Raises:
         ValueError: naming both.
@@ -236,7 +236,7 @@ def predict(
 def _columns(
     index: ItemIndex, state: Mapping[str, Any], parts: Sequence[Retrieved], names: Sequence[pa.ChunkedArray]
 ) -> dict[str, Any]:
-    """Return the columns of a prediction, given the users' names piece by piece, where they have any."""
+    """Return the columns of a prediction, given the users' names piece by piece, if they have any."""
     import pyarrow as pa
 
     user_N = np.concatenate([np.empty(0, np.int64), *(part.user_N for part in parts)])

@@ -99,7 +99,7 @@ class Retrieval(RowTask):
         return {**users, **words_by_layer(of_items.entries, items, "The retrieved items, the best first", "rows")}
 
     def examples(self, data: Any, most: int) -> tuple[Example, ...]:
-        """Return the users of some pairs of the validation, or of the test where there are none, at equal steps."""
+        """Return the users of some pairs of the validation, or of the test if there are none, at equal steps."""
         pairs = data.examples("val")
         pairs = pairs if len(pairs) else data.examples("test")
         if not len(pairs):

@@ -1,7 +1,7 @@
 """Click histories for the next item: MovieLens, and any table of user, item and time.
 
-A batch is cut out of one array of all items by the bounds of each user's history. The order of an epoch depends on
-(seed, epoch) alone: `apps.data.loader.ResumableLoader` restores it in mid-epoch.
+A batch is cut out of one array of all items by the bounds of each user's history. The order of an epoch depends only on
+(seed, epoch): `apps.data.loader.ResumableLoader` restores it in mid-epoch.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Examples(Dataset[Any]):
         item_N: all items, one user after the other.
         user_X, begin_X, end_X: each example's user and the bounds of its items in ``item_N``; the target of its last
             item is at ``end``.
-        first_X: where the user's history begins, for ``seen_BH``; None in training.
+        first_X: where the user's history starts, for ``seen_BH``; None in training.
         targets: "all", "last" or "none".
         second_N: int64, the time of each item of ``item_N``; None: there are no times.
     """
@@ -221,7 +221,7 @@ class HistoryData(SuiteData):
 
     @property
     def item_values(self) -> tuple[str, ...]:
-        """The items as they stand in the file, by id; entry 0 is ""."""
+        """The items as they are in the file, by id; entry 0 is ""."""
         return self.encoding.values
 
     @property
@@ -250,7 +250,7 @@ class HistoryData(SuiteData):
     # ---- Lightning
 
     def check(self, stage: str | None) -> None:
-        """Refuse histories that are all too short to be split."""
+        """Reject histories that are all too short to be split."""
         if stage != "predict" and not (self.histories.length_U >= MIN_LENGTH).any():
             raise ValueError(f"no user has the {MIN_LENGTH} interactions that a split by leave-last-out needs")
 

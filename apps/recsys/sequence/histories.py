@@ -239,7 +239,7 @@ def from_table(
     """Return the histories of CSV (with a header) or Parquet files with one interaction a row.
 
     Users and items are compared as `factorize` does: 7 and "7.0" are the same, "007" is another. They are numbered by
-    value where all are whole numbers, else in the order of text.
+    value where all are integers, else in the order of text.
 
     Args:
         files: the files, one after the other.

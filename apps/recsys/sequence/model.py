@@ -1,7 +1,7 @@
 """A history transformer for the next item: SASRec, HSTU, or two experts for mixing the positions, as in AdaMCT.
 
 SASRec (arXiv 1808.09781) is a causal transformer over the items a user took, whose output is compared with the item
-embeddings. HSTU (arXiv 2402.17152) has pointwise attention with a gate in place of its attention, and no FFN. AdaMCT
+embeddings. HSTU (arXiv 2402.17152) has pointwise attention with a gate instead of its attention, and no FFN. AdaMCT
 (arXiv 2205.08776) mixes positions by two experts, a local convolution and global attention, weighted by a gate in each
 layer. All are ``HistoryModel``, made of the layers of ``apps.nets``; a block's FFN may be a mixture of experts besides.
 Histories are packed: only attention and the MoE layers' routers see them padded.
@@ -120,7 +120,7 @@ class HistoryModelConfig(Checked):
         return by_distance or self.time_buckets > 0
 
     def extra_flops_per_token(self) -> int:
-        """Return the forward FLOPs a token that the mixing costs beside attention in a block, two a multiply-add."""
+        """Return the forward FLOPs per token that the mixing costs beside attention in a block, two a multiply-add."""
         if self.mixing == "hstu":
             return 2 * self.dim**2  # u
         if self.mixing == "attention":
@@ -178,7 +178,7 @@ class TokenMixing(core.MoELayer):
     """A local and a global expert, weighted by a gate of each position (AdaMCT, section 3.4).
 
     ``y_t = W_out (sum over e of gate_e(x_t) * norm_e(f_e(x)_t))``, where f_e are the convolution and attention. Both
-    experts compute every position, whatever the gates, since a later position may attend to any. The routing goes on
+    experts compute every position, whatever the gates, since a later position may attend to any. The routing continues
     the tape as in other MoE layers; with ``core.Dense`` it is a ``DenseRouting``, whose load is the sum of the gates.
 
     Args:
@@ -244,8 +244,8 @@ class HistoryModel(nn.Module):
         config: the transformer.
         num_items: number of items, which count from 1; 0 is padding.
         max_length: items of the longest history.
-        ffn: FFN of ``moe_blocks``: an MoE layer, whose router must be causal, or another dense FFN; None: that of the
-            other blocks.
+        ffn: FFN of ``moe_blocks``: an MoE layer, whose router must be causal, or another dense FFN; None: the same as
+            in the other blocks.
         moe_blocks: which blocks; see ``apps.nets.blocks.resolve_blocks``.
 
     Raises:

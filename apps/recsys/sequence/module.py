@@ -46,10 +46,10 @@ class NextItems(NamedTuple):
         index: int64 (B,), the history's place in its dataset.
         user: int64 (B,), the user's place among the data's ``user_names``.
         user_name: the user's name in the data, or the place where the data have no names.
-        item: the k best next items of each history as they stand in the file, best first, or their ids where the data
+        item: the k best next items of each history as they are in the file, best first, or their ids where the data
             have no values.
         name: the items' names; None where the data have no names beside the items.
-        score: float32 (B, k), the items' logits; -inf where no candidate is left.
+        score: float32 (B, k), the items' logits; -inf if no candidate is left.
     """
 
     index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
@@ -66,7 +66,7 @@ class NextItemRecommender(SparseModule, Comparable):
     It is trained by the softmax cross-entropy over all items at every position of a history, and judged by the rank of
     the target among all items, none sampled: ``hr_10``, ``ndcg_10`` and ``mrr``.
 
-    Configs may also be given as the mappings that stand for them in a run's ``config.yaml``.
+    Configs may also be given as mappings, as they are in a run's ``config.yaml``.
 
     Args:
         num_items: number of items, which count from 1; the command line takes it from the data.
@@ -74,7 +74,7 @@ class NextItemRecommender(SparseModule, Comparable):
         sequence: the transformer.
         moe: the MoE layer that replaces the FFN of some blocks; None: dense FFNs. Its router must be causal.
         moe_blocks: which blocks: "all", "everyN", "lastN" (the last N of every second block), or indices.
-        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: that of the others.
+        dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: the same as in the others.
         exclude_seen: whether validation, test and prediction leave out the items that the user had before: all of them
             where the batch names them (``seen_BH``), else those in the history. For data whose users take an item
             once; a target that the user had before then ranks last.
@@ -249,7 +249,7 @@ class NextItemRecommender(SparseModule, Comparable):
             recommendation, the best first, of users in the order in which they first occur: the columns of user and
             item, ``name`` where the items have names beside their values, and ``score``, the logit. They are a
             DataFrame for a DataFrame, a ``pyarrow.Table`` for a table, and a dict of numpy arrays for a dict and files.
-            Items are whole numbers where those given are.
+            Items are integers where those given are.
 
         Raises:
             ValueError: a column is missing, a user or an item has no value, a time is neither a number nor a date, or
@@ -335,7 +335,7 @@ def _dense_twin(sparse: NextItemRecommender, sequence: HistoryModelConfig, width
 
 
 def dense_sequences(config: HistoryModelConfig, num_moe_blocks: int) -> dict[str, HistoryModelConfig]:
-    """Return the transformers of the baselines by the begin of their names: "sasrec", of HSTU "hstu" before it.
+    """Return the transformers of the baselines by the start of their names: "sasrec", of HSTU "hstu" before it.
 
     SASRec has the biases of scores that ``config`` has. HSTU whose other blocks have no FFN has no SASRec beside it.
     """

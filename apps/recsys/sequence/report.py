@@ -136,7 +136,7 @@ class NextItemReport(Report):
 
 
 def write_ranks(use: NextItemUse, lengths: Sequence[int], folder: Path) -> Section:
-    """Write ``popularity.csv`` and ``lengths.csv``, and return what a page shows of them."""
+    """Write ``popularity.csv`` and ``lengths.csv``, and return its page section."""
     rank_N, parts = [user.rank for user in use.users], list[Part]()
     same: dict[str, Any] = {"unit": "users", "recall_at": (CUTOFF,), "ndcg_at": (CUTOFF,)}
     if use.group_V is not None:
@@ -150,7 +150,7 @@ def write_ranks(use: NextItemUse, lengths: Sequence[int], folder: Path) -> Secti
 
 
 def write_experts(use: ExpertUse, folder: Path, draw: bool = True) -> Section:
-    """Write, with ``draw``, ``expert_popularity.png`` and ``expert_place.png``, and return what a page shows."""
+    """Write, with ``draw``, ``expert_popularity.png`` and ``expert_place.png``, and return its page section."""
     _, *others = range_names(BACK)
     names = {"popularity": POPULARITY, PLACE: ("last item", *(f"{name} from the end" for name in others))}
     parts: list[Part] = []

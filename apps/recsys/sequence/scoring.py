@@ -136,7 +136,7 @@ def _flat(histories: Sequence[Any]) -> tuple[list[str], NDArray[np.int64]]:
 
 
 def _numbers_or_texts(texts: list[str], whole: bool) -> list[Any]:
-    """Return items as whole numbers where ``whole`` asks for it and all of them are, else as text."""
+    """Return items as integers where ``whole`` asks for it and all of them are, else as text."""
     return [int(t) for t in texts] if whole and all(t.lstrip("-").isdecimal() for t in texts) else list(texts)
 
 
@@ -157,7 +157,7 @@ def _ordered(
     table: pa.Table, columns: Mapping[str, str | None], min_rating: float | None, ids: Mapping[str, int]
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64], NDArray[np.int64] | None]:
     """Return user and item id of each event, ordered as ``histories.build`` does, each user's first row, and the time
-    of each event in whole seconds, where there are times.
+    of each event in whole seconds, if there are times.
 
     Users are numbered in the order in which they first occur.
     """
@@ -189,7 +189,7 @@ def _ordered(
 
 
 def _like_items(texts: list[str], kind: pa.DataType) -> pa.Array:
-    """Return items as whole numbers where the given column has them and all of them are, else as text."""
+    """Return items as integers where the given column has them and all of them are, else as text."""
     import pyarrow as pa
 
     if pa.types.is_integer(kind):

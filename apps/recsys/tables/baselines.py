@@ -103,7 +103,7 @@ def bottom_widths(prefix: str, shared: core.MultiGateConfig, dim: int, features:
 
 @dataclass(frozen=True)
 class _BottomTwin:
-    """Makes ``recommender`` anew with a bottom. Unlike a closure it can be pickled into another process."""
+    """Makes ``recommender`` again with a bottom. Unlike a closure it can be pickled into another process."""
 
     recommender: Any
     kind: type[SharedBottom]

@@ -1,7 +1,7 @@
 """``TableData``: the standard tables, your own CSV or Parquet file, and made tasks of a chosen correlation.
 
-A table is read and encoded once, into memory-mapped array files in the cache; a batch is an indexed read of them, so
-no worker process is needed. The order of an epoch depends on (seed, epoch) alone: `apps.data.loader.ResumableLoader`
+A table is read and encoded once, into memory-mapped array files in the cache; a batch is an indexed read of them, so no
+worker process is needed. The order of an epoch depends only on (seed, epoch): `apps.data.loader.ResumableLoader`
 restores it in mid-epoch. pyarrow is imported where it is used.
 """
 
@@ -62,7 +62,7 @@ _FILE_OPTIONS = ("train_file", "val_file", "test_file")
 class TableData(SuiteData):
     """A table in train, validation and test batches of `TableBatch`.
 
-    ``table``, ``split`` and ``synthetic`` may also be given as the mappings that stand for them in YAML.
+    ``table``, ``split`` and ``synthetic`` may also be given as mappings, as in YAML.
 
     Args:
         dataset: census_income, movielens_1m, ... (`moesaic data list`); table: your own file; synthetic: made tasks.
@@ -70,22 +70,22 @@ class TableData(SuiteData):
             from which the file names start, by default the one you are in.
         cache_dir: folder for downloads and encoded tables; default ~/.cache/moesaic.
         train_file: file of your table: .parquet, .csv or .tsv; a pattern such as "part-*.parquet" takes all that match.
-        val_file: file of validation rows, where they have one of their own.
+        val_file: file of validation rows, if they have one of their own.
         test_file: file of test rows, likewise.
-        predict_file: file of rows to predict in place of the test rows, with the columns of the features alone. They
-            are encoded as the checkpoint says, and no other file is read.
+        predict_file: file of rows to predict instead of the test rows, with the columns of the features alone. They are
+            encoded as the checkpoint says, and no other file is read.
         predict_columns: columns of ``predict_file``, or else of the table, that each prediction repeats, such as a key.
-        table: columns, tasks and split of your table, or of a standard dataset in place of its own description.
-        split: rule for which rows train, validate and test, in place of the description's.
+        table: columns, tasks and split of your table, or of a standard dataset instead of its own description.
+        split: rule for which rows train, validate and test, instead of the description's.
         exclude: features to leave out.
         synthetic: sizes and distributions of the made tasks.
-        batch_size: training rows a step and process.
-        eval_batch_size: rows a step and process in validation and test.
+        batch_size: training rows per step and process.
+        eval_batch_size: rows per step and process in validation and test.
         subset: number of training rows to use, drawn by split.seed. Values with a row, means and the like are still
             learned from all of them.
-        negatives: how many of a task's negative rows train in an epoch, drawn anew for each; or, for a table of
-            positives alone, how many other items are drawn for each row. None: all rows train as they are.
-        domain: column of the domain, in place of the description's.
+        negatives: how many of a task's negative rows train in an epoch, redrawn for each; or, for a table of positives
+            only, how many other items are drawn for each row. None: all rows train as they are.
+        domain: column of the domain, instead of the description's.
         kwargs: ``drop_last``, ``num_workers`` and ``seed`` of ``SuiteData``. ``num_workers`` of 0 is best: a batch
             takes a fraction of a millisecond.
 
@@ -104,7 +104,7 @@ class TableData(SuiteData):
 
     unit = "rows"
     needs_labels: ClassVar[bool] = True
-    """Whether a table without tasks is refused."""
+    """Whether a table without tasks is rejected."""
     hold_out = "{split}_file (--data.{split}_file) or a share split.{split} (--data.split.{split}) gives it some"
 
     @classmethod
@@ -181,7 +181,7 @@ class TableData(SuiteData):
     def vocabulary(self, column: str) -> tuple[str | None, ...]:
         """Return the value of each row of a column's table; None for row 0, which is for unseen and missing values.
 
-        For the domain's column, where it is no feature, return ``domain_values``.
+        For the domain's column, where it is not a feature, return ``domain_values``.
 
         Raises:
             ValueError: the column has no vocabulary: it is hashed, given as row numbers, or not categorical.
@@ -226,7 +226,7 @@ class TableData(SuiteData):
         return self._adopted is not None and self.predict_file is not None
 
     def check(self, stage: str | None) -> None:
-        """Refuse files of rows to predict that lack a column."""
+        """Reject files of rows to predict that lack a column."""
         if stage == "predict" and self.predict_file is not None:
             self._rows_to_predict(self.predict_file, self.encoding).check()
 
@@ -355,7 +355,7 @@ class TableData(SuiteData):
             # others keep the names of their files
             **({} if self.domain is None else {"domain": self.domain}),
         }
-        if drawn is not None:  # the rest of the rule is no part of the encoding
+        if drawn is not None:  # the rest of the rule is not a part of the encoding
             options["drawn"] = [drawn.column, drawn.task, None if drawn.correct else drawn.per_positive]
 
         def write(writer: ArrayWriter) -> None:

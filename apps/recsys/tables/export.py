@@ -25,7 +25,7 @@ class PlainTables(nn.Module):
     """A recommender from plain tensors to its tasks' outputs, by the weights of its networks.
 
     Args:
-        members: the networks, one where there is no ensemble.
+        members: the networks, one if there is no ensemble.
         outputs: the tasks' outputs.
         features: the columns.
         names: names of the inputs, in the order of the arguments of ``forward``.

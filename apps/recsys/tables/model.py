@@ -221,11 +221,11 @@ class TableColumns(nn.Module):
         )
 
     def join(self, dense: Tensor | None, sparse: Tensor | None) -> Tensor:
-        """Return the vectors of ``cross`` with dropout, in training alone."""
+        """Return the vectors of ``cross`` with dropout, only in training."""
         return self.dropped(self.cross(dense, sparse))
 
     def dropped(self, x: Tensor) -> Tensor:
-        """Return the vectors with dropout, in training alone."""
+        """Return the vectors with dropout, only in training."""
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
 
@@ -322,7 +322,7 @@ class MultiTaskModel(TableColumns):
 
 
 def _check_gates(features: Features, shared: core.MultiGateConfig, head: HeadConfig, gate_embeddings: int) -> None:
-    """Refuse gates that have nothing to go by.
+    """Reject gates that have nothing to go by.
 
     Raises:
         ValueError: see ``MultiTaskModel``.

@@ -48,7 +48,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
     The metric that is compared, and by which the best weights are kept, is the mean AUC of the tasks, or their mean R^2
     if all are of numbers; if some are and others are not, it is that of the first task.
 
-    Configs may also be given as the mappings that stand for them in a run's ``config.yaml``.
+    Configs may also be given as mappings, as they are in a run's ``config.yaml``.
 
     Args:
         features: the columns and tasks; the command line takes them from the data.
@@ -62,7 +62,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         weighting: how the tasks' losses become one.
         dropout: dropout of the shared layer's input, in training.
         num_members: networks trained side by side; the prediction is the mean of their probabilities.
-        score_bins: number of bins of the scores whose counts the metrics keep in place of every prediction; there is no
+        score_bins: number of bins of the scores whose counts the metrics keep instead of every prediction; there is no
             AUC by user then. None: exact metrics.
         report: what a test adds to the metrics; None: nothing.
         history: how the columns of sequences become one vector each.
@@ -144,7 +144,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         self.weighting_config, self.history = weighting or WeightingConfig(), history or HistoryConfig()
         self.dropout, self.num_members, self.report = dropout, num_members, report
         self.score_bins, self.gate_embeddings = score_bins, gate_embeddings
-        self.build_metrics()  # an impossible number is refused here
+        self.build_metrics()  # an impossible number is rejected here
         parts: dict[str, Any] = {
             "embedding": self.embedding, "dense": self.dense, "interaction": self.interaction, "head": self.head,
             "dropout": dropout, "history": self.history, "gate_embeddings": gate_embeddings,
@@ -158,7 +158,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
     @property
     def members(self) -> list[MultiTaskModel]:
-        """The networks, one where there is no ensemble."""
+        """The networks, one if there is no ensemble."""
         if isinstance(self.model, MultiTaskModel):
             return [self.model]
         return [m for m in self.model.members if isinstance(m, MultiTaskModel)]
@@ -177,7 +177,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return z if z.ndim == 2 else self.outputs.mean(z)
 
     def task_loss(self, batch: TableBatch) -> TaskOutput:
-        """Return the weighted sum of each task's mean loss over its labelled examples.
+        """Return the weighted sum of each task's mean loss over its labeled examples.
 
         A task without a label in the batch has the loss 0 there.
         """
@@ -263,7 +263,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         Args:
             rows: a pandas DataFrame, or a row of one, a pyarrow Table (or what offers itself as one, such as a polars
                 DataFrame), a dict of columns, or a path, or a pattern of paths, of CSV or Parquet files.
-            batch_size: rows a step. Files and frames are read in pieces of sixteen steps; the scores are held whole.
+            batch_size: rows per step. Files and frames are read in pieces of sixteen steps; the scores are held whole.
 
         Returns:
             columns ``probability_<task>`` of binary tasks and ``value_<task>`` of the others, float32; a multiclass
@@ -271,7 +271,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
             for pandas, a ``pyarrow.Table`` for a table, and a dict of numpy arrays (N,) for a dict and for files.
 
         Raises:
-            ValueError: a column is missing or doubled, a value is of a wrong type, a domain that training lacked, a
+            ValueError: a column is missing or doubled, a value has the wrong type, a domain that training lacked, a
                 file that cannot be read, or a model that has neither a checkpoint's encoding nor its data.
 
         Example::

@@ -1,4 +1,4 @@
-"""The outputs of the tasks, and means over labelled rows."""
+"""The outputs of the tasks, and means over labeled rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TaskOutputs:
 
 
 def labelled_mean(value: Tensor, label_Bt: Tensor, weight_Bt: Tensor | None = None) -> Tensor:
-    """Return the mean of (B, t) or (M, B, t) values over the labelled examples of each task, (t,); 0 without any.
+    """Return the mean of (B, t) or (M, B, t) values over the labeled examples of each task, (t,); 0 without any.
 
     Weights are of mean 1 over the training rows, and the sum is divided by the number of examples: a batch of heavy
     rows counts for more than one of light rows, and a pass over all rows weighs each as it should.

@@ -13,7 +13,7 @@ from apps.task.sizes import Missing, Sizes, ids_on_meta
 
 
 def refuse_without_columns(given: Mapping[str, Any], sizes: Sizes) -> None:
-    """Refuse a plan that is not told a table's columns.
+    """Reject a plan that is not told a table's columns.
 
     Raises:
         Missing: naming the options.

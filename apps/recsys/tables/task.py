@@ -89,7 +89,7 @@ class TablePrediction(RowTask):
 
         Args:
             tables: pieces of one table, with the columns of the encoding.
-            batch_size: rows a step.
+            batch_size: rows per step.
         """
         parts = [torch.empty(0, self.model.outputs.width)]
         for _, batch in encoded(tables, self.encoding, batch_size):
@@ -104,7 +104,7 @@ class TablePrediction(RowTask):
         return gates_by_layer(gates, "Weight of each expert in each task's gate")
 
     def examples(self, data: Any, most: int) -> tuple[Example, ...]:
-        """Return validation rows, or test rows where there are none, at equal steps, as they stand in the table."""
+        """Return validation rows, or test rows if there are none, at equal steps, as they are in the table."""
         split = "val" if len(data.opened["val"]) else "test"
         rows = data.rows(split)
         places = range(0, len(rows), max(1, len(rows) // most))[:most]

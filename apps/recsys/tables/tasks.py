@@ -28,7 +28,7 @@ class HeadConfig(Checked):
     - "esmm": each task is a step that implies the steps before it, as a click, then a conversion (arXiv 1804.07931).
       The towers say the chance of a step given the one before; the logits, losses and metrics are of all steps so far,
       ``p(ctcvr) = p(ctr) p(cvr)`` over all examples, those without a click too.
-    - "aitm": steps too (arXiv 2105.08489): what a task knows goes on to the next one, which attends to it and to its
+    - "aitm": steps too (arXiv 2105.08489): what a task knows continues to the next one, which attends to it and to its
       own. A hinge keeps a step's probability below that of the step before.
 
     With "esmm" and "aitm" a step that has no label is 0 where an earlier step is 0, in losses and in metrics: nothing
@@ -181,7 +181,7 @@ class Head(nn.Module):
         return step_labels(label_Bt) if self.config.has_steps else label_Bt
 
     def check_labels(self, label_Bt: Tensor, names: Sequence[str]) -> None:
-        """Refuse labels, as ``labels`` gives them, that contradict "esmm" or "aitm". It waits for the device.
+        """Reject labels, as ``labels`` gives them, that contradict "esmm" or "aitm". It waits for the device.
 
         Raises:
             ValueError: an example has a step and not the one before; the message names the two tasks.

@@ -32,7 +32,7 @@ Write = Callable[[Graph, Path, str], None]
 
 
 def check_output(output: Path, exported: Exported) -> None:
-    """Refuse a file for a model that needs a folder, and a folder that is not an earlier export.
+    """Reject a file for a model that needs a folder, and a folder that is not an earlier export.
 
     Raises:
         UsageError: naming what the model has.
@@ -49,7 +49,7 @@ def write(output: Path, exported: Exported, description: Description, write_grap
     """Write a model, and return its files.
 
     Args:
-        output: a file where it has an ending, else a folder.
+        output: a file if it has an ending, else a folder.
         exported: the model.
         description: what the file says of it; its graphs and files are added here.
         write_graph: writes one graph.

@@ -4,9 +4,9 @@ The first two choose the k best of a softmax and weight by it. Ours is the choic
 logarithms of the gates, 0 for the experts that a token does not take, so that their softmax gives the gates back over
 their sum, by which the output is multiplied. What they do not weight they do not compute.
 
-``QMoE`` computes quantised experts, and ``MatMulNBits`` one product of theirs. Only what keeps the tokens in float32 is
-used. On a processor onnxruntime 1.32 does so for 4 bits, and in ``QMoE`` for 8 bits with one scale a channel; in 8 bits
-by blocks ``QMoE`` rounds the tokens to 8 bits as well (1 % off), and ``MatMulNBits`` dequantises in each call.
+``QMoE`` computes quantized experts, and ``MatMulNBits`` one product of theirs. Only what keeps the tokens in float32 is
+used. On a processor onnxruntime 1.32 does so for 4 bits, and in ``QMoE`` for 8 bits with one scale per channel; in 8
+bits by blocks ``QMoE`` rounds the tokens to 8 bits as well (1 % off), and ``MatMulNBits`` dequantizes in each call.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _matrices(experts: FFNExperts | ClampedSwiGLUExperts) -> list[QuantizedWeigh
 
 
 def _block(w: QuantizedWeight) -> int | None:
-    """Return the inputs of a block of onnxruntime's by which matrices are laid out; None where there is none.
+    """Return the inputs of a block of onnxruntime's by which matrices are laid out; None if there is none.
 
     A scale of ours stands for several blocks. A channel with one scale may end inside of a block.
     """
@@ -99,7 +99,7 @@ def _scales_of_blocks(w: QuantizedWeight, block: int) -> Tensor:
 
 
 def _packed(q: Tensor, bits: int) -> Tensor:
-    """Return whole numbers (..., K) as onnxruntime reads them, uint8 (..., K), or in 4 bits two to a byte."""
+    """Return integers (..., K) as onnxruntime reads them, uint8 (..., K), or in 4 bits two to a byte."""
     u = (q.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
     return u if bits == 8 else u[..., ::2] | u[..., 1::2] << 4
 
@@ -210,7 +210,8 @@ class _Operator(nn.Module):
 
 
 def _of_channels(w: Tensor, gate: Tensor | None = None) -> Tensor:
-    """Return stacked tensors (E, K, N) with a row a channel, (E, N, K): one of the gate, then one of what it scales."""
+    """Return stacked tensors (E, K, N) with one row per channel, (E, N, K): alternately a row of the gate and a row
+    that it scales."""
     rows = w.detach().transpose(1, 2)
     if gate is not None:
         rows = torch.stack((gate.detach().transpose(1, 2), rows), 2).flatten(1, 2)
@@ -230,8 +231,8 @@ def parts_of(layer: core.MoE, by_step: bool) -> tuple[nn.Module, Dispatcher] | N
 
     Args:
         layer: the layer.
-        by_step: whether the graph goes on from a past, a few tokens a call: ``QMoE`` begins faster than a product for
-            each expert, which counts there. With many tokens ``by_blocks`` is faster.
+        by_step: whether the graph continues from a past, with a few tokens per call: ``QMoE`` starts faster than a
+            product for each expert, which counts there. With many tokens ``by_blocks`` is faster.
     """
     if _operator_misfit(layer) is None and (by_step or not goes_by_blocks(layer)):
         assert isinstance(layer.experts, (FFNExperts, ClampedSwiGLUExperts))

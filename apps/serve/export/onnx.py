@@ -59,7 +59,7 @@ def to_onnx(
             dynamo=True,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            opset_version=21 if quantized else LEAST_OPSET,  # 21 is the first with whole numbers of 4 bits
+            opset_version=21 if quantized else LEAST_OPSET,  # 21 is the first with integers of 4 bits
             custom_translation_table=translations(),
             verbose=False,
         )
@@ -81,7 +81,7 @@ def _fastest(graph: Graph) -> Form:
 
     onnxruntime's operators of a layer start faster, which counts in a step of decoding. They pack no matrix and compute
     GELU and SiLU number by number, which is up to 2 times as slow as the standard form with 49 tokens a call and more.
-    Its product with a matrix of 4 bits is faster than one that dequantises the matrix, whatever the number of tokens.
+    Its product with a matrix of 4 bits is faster than one that dequantizes the matrix, whatever the number of tokens.
     """
     layers = core.moe_layers(graph.network).values()
     fits = any(misfit(layer) is None for layer in layers) if _goes_by_step(graph) else any(map(goes_by_blocks, layers))
@@ -89,7 +89,7 @@ def _fastest(graph: Graph) -> Form:
 
 
 def _goes_by_step(graph: Graph) -> bool:
-    """Return whether a graph goes on from a past step by step, as decoders do."""
+    """Return whether a graph continues from a past step by step, as decoders do."""
     return any("past" in axes.values() for axes in graph.dynamic.values())
 
 

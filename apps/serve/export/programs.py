@@ -89,7 +89,7 @@ def grouped_mm(x_RD: Tensor, w: Weight, offsets_E: Tensor) -> Tensor:
 
 
 def quantized_mm(x_RD: Tensor, values: Tensor, scales: Tensor, fan_in: int, offsets_E: Tensor) -> Tensor:
-    """Compute ``core.kernels.grouped.quantized_mm`` as ``grouped_mm`` does, from matrices dequantised one by one."""
+    """Compute ``core.kernels.grouped.quantized_mm`` as ``grouped_mm`` does, from matrices dequantized one by one."""
     return grouped_mm(x_RD, QuantizedWeight(values, scales, fan_in, x_RD.dtype), offsets_E)
 
 

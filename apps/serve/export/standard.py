@@ -27,8 +27,8 @@ DOMAIN = "moesaic"
 MOST_TABLED = 16
 """Experts up to which pairs are ordered by a table of experts and pairs, and not by sorting."""
 ByBlocks = Callable[..., Any]
-"""Writes ``x w + b`` with a quantised matrix by one operator. It gets a writer, the name of w, x, w as the
-``QuantizedWeight`` of one expert, and b where there is one; it returns None where the operator does not take w."""
+"""Writes ``x w + b`` with a quantized matrix by one operator. It gets a writer, the name of w, x, w as the
+``QuantizedWeight`` of one expert, and b if there is one; it returns None where the operator does not take w."""
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
@@ -63,7 +63,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         return op.ReduceSum(op.Cast(passed, to=6 if out_int32 else 7), last, keepdims=False)
 
     def floordiv(self: Any, other: Any) -> Any:
-        # ONNX divides whole numbers towards zero, which is too high for a quotient below it.
+        # ONNX divides integers towards zero, which is too high for a quotient below it.
         quotient = op.Div(self, other)
         rest = op.Sub(self, op.Mul(quotient, other))
         zero = op.CastLike(op.Constant(value_int=0), rest)
@@ -184,7 +184,7 @@ def expand(model: Any, by_blocks: ByBlocks | None = None) -> None:
 
     Args:
         model: the graph.
-        by_blocks: writes a product with a quantised matrix as one operator; None: it is dequantised before.
+        by_blocks: writes a product with a quantized matrix as one operator; None: it is dequantized before.
     """
     graph = model.graph
     writers = {"GroupedMatMul": _Products, "QuantizedMatMul": _Products, "Experts": _Chains}
@@ -285,8 +285,8 @@ class Writer:
         Args:
             e: number of the expert.
             x: (rows, K).
-            w: the stacked matrices (E, K, N), or the values of quantised ones.
-            scales: of quantised matrices; None: they are not.
+            w: the stacked matrices (E, K, N), or the values of quantized ones.
+            scales: of quantized matrices; None: they are not.
             fan_in: K.
             b: (E, N), or None.
         """
@@ -300,7 +300,7 @@ class Writer:
         return self.add("Gemm" if bias else "MatMul", x, self._dequantized(name, weight), *bias) if y is None else y
 
     def _dequantized(self, name: str, weight: QuantizedWeight) -> Any:
-        """Return a matrix (K, N) whose values and scales are in the file, and which onnxruntime dequantises."""
+        """Return a matrix (K, N) whose values and scales are in the file, and which onnxruntime dequantizes."""
         q = whole_numbers(weight.values, weight.fan_in).numpy()
         values = self.constant(name, q if weight.bits == 8 else q.astype(ml_dtypes.int4))
         # One scale a channel is one block too: along the last axis onnxruntime 1.32 takes up to 10 times as long.
@@ -310,7 +310,7 @@ class Writer:
         return self.add("Squeeze", w, self.ints(0))
 
     def constant(self, name: str, value: Any) -> Any:
-        """Return an initializer, the one of this name where there is one."""
+        """Return an initializer, the one of this name if there is one."""
         if name not in self.graph.initializers:
             array = value.numpy() if isinstance(value, Tensor) else value
             self.graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))

@@ -62,7 +62,7 @@ def prepared(options: Options) -> tuple[Any, core.OffloadedExperts | None]:
     """Return the model, in the form and on the device that the options ask for, and its offloaded experts.
 
     Raises:
-        ValueError: as ``load`` and ``device_of``, or experts that cannot be quantised or offloaded.
+        ValueError: as ``load`` and ``device_of``, or experts that cannot be quantized or offloaded.
     """
     device = device_of(options.device)
     model = load(options.checkpoint, device, quantize=options.quantize, offload=options.offload)
@@ -171,7 +171,7 @@ def watched(
 
 
 def device_of(name: str | None) -> torch.device:
-    """Return a device by its name; None: a GPU where there is one.
+    """Return a device by its name; None: a GPU if there is one.
 
     Raises:
         ValueError: there is no such device.

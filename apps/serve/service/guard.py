@@ -92,7 +92,7 @@ class Metrics:
         return sum(int(s.value) for m in self._requests.collect() for s in m.samples if s.name.endswith("_total"))
 
     def text(self) -> tuple[bytes, str]:
-        """Return all of them as they stand, and the content type of that."""
+        """Return all of them as they are, and the content type of that."""
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
@@ -115,8 +115,8 @@ Send = Callable[[Message], Awaitable[None]]
 class Guard:
     """An ASGI application around another one.
 
-    It refuses a request with a wrong token, one that is addressed to another name, and one too many. It counts all,
-    but only admitted requests count towards those that are answered at the same time.
+    It rejects a request with a wrong token, one that is addressed to another name, and one too many. It counts all, but
+    only admitted requests count towards those that are answered at the same time.
 
     Where an answer comes before the body has been read, such as "413", the rest of the body is thrown away for a
     moment and the connection is closed: a client that is still sending gets the answer, and nobody reads the whole.

@@ -78,7 +78,7 @@ LIBRARIES = ("starlette", "uvicorn", "httptools", "jsonschema_rs", "prometheus_c
 class Options(CommandLine):
     """Serve a trained model of any app over HTTP: POST /predict with {"inputs": [...]} gives {"outputs": [...]}. The
     interface is at /docs and, as OpenAPI, at /openapi.json; /healthz says whether the service is at work, /metrics
-    counts. Inputs of several requests are computed together. The service is for this machine alone (127.0.0.1), unless
+    counts. Inputs of several requests are computed together. The service is only for this machine (127.0.0.1), unless
     --host names another address: then requests need a token. SIGTERM or Ctrl-C ends it, after what it has taken is
     answered. docs/serving.md tells more.
 
@@ -97,7 +97,7 @@ class Options(CommandLine):
     Raises:
         ValueError: a value out of its range, a host or port that cannot be had, a host that others can reach without a
             token, or a library that is missing.
-        FileNotFoundError: there is no checkpoint.
+        FileNotFoundError: the checkpoint does not exist.
     """
 
     prog: ClassVar[str] = "moesaic serve"

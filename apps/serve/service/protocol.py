@@ -26,7 +26,7 @@ def server_of(app: Any, limits: Limits) -> Any:
 class BoundedProtocol(HttpToolsProtocol):
     """A connection that waits for a request's head for a limited time, and for a limited number of bytes.
 
-    Where there are too many connections, the one that has waited longest is closed.
+    If there are too many connections, the one that has waited longest is closed.
 
     Attributes:
         limits: of the service.

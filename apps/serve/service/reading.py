@@ -17,7 +17,7 @@ _LONGEST = 300
 _SHOWN = 60
 """Characters of the value."""
 _EXACT = 2**53
-"""Floats below hold every whole number."""
+"""Floats below hold every integer."""
 _SURROGATE = re.compile(r"\\[uU][dD][89a-fA-F]")
 
 
@@ -92,8 +92,8 @@ class Reader:
         """Return the inputs.
 
         Raises:
-            Refused: 400 for what is no JSON, 422 for what breaks the schema or cannot be read; the line names the place
-                of the value.
+            Refused: 400 for what is not JSON, 422 for what breaks the schema or cannot be read; the line names the
+                place of the value.
         """
         value = parse(body)
         try:
@@ -114,12 +114,12 @@ def parse(body: bytes) -> Any:
     """Return the value of a JSON text in UTF-8.
 
     Raises:
-        Refused: 400; NaN, infinite numbers and halves of surrogate pairs are no JSON either.
+        Refused: 400; NaN, infinite numbers and halves of surrogate pairs are not JSON either.
     """
     try:
         text = body.decode("utf-8")
         value = json.loads(text, parse_constant=_refuse, parse_float=_number)
-        if _SURROGATE.search(text):  # a pair is a character, and a half of one is no text
+        if _SURROGATE.search(text):  # a pair is a character, and a half of one is not text
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise Refused(400, "the body is no JSON: half a surrogate pair is no character") from None
@@ -127,7 +127,7 @@ def parse(body: bytes) -> Any:
         raise Refused(400, f"the body is no JSON in UTF-8: byte {error.start} is 0x{body[error.start]:02x}") from None
     except RecursionError:
         raise _too_deep() from None
-    except ValueError as error:  # also a whole number of more digits than Python reads
+    except ValueError as error:  # also an integer of more digits than Python reads
         raise Refused(400, f"the body is no JSON: {first_line(error)}") from None
     return value
 

@@ -133,7 +133,7 @@ def read_catalog(path: Path) -> Iterator[tuple[str, str]]:
     """Yield message, with its context and ``\\x04`` before it, and translation of each entry that has one.
 
     Raises:
-        ValueError: a file that is no catalog, or not UTF-8.
+        ValueError: a file that is not a catalog, or not UTF-8.
     """
     return _read_mo(path) if path.suffix == ".mo" else _read_po(path)
 

@@ -34,11 +34,11 @@ def read(paths: Sequence[Path], columns: Sequence[str], named: bool = True) -> R
     and no row. A quote is a character like another.
 
     A row of more columns than the layout has is left out, with a warning that counts them: which of its columns are
-    text is not known. A file of which most rows are so is refused.
+    text is not known. A file of which most rows are so is rejected.
 
     Args:
         paths: the files.
-        columns: the language of each column, ``-`` where it has none. A last ``-`` may lack.
+        columns: the language of each column, ``-`` if it has none. A last ``-`` may lack.
         named: the user said so; else a header may name the columns, in another order or among others.
 
     Raises:

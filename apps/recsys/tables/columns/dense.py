@@ -31,7 +31,7 @@ class DenseConfig(Checked):
     - "quantile": the bin ``b[i-1] < x <= b[i]`` of the training split's quantiles, embedded like a category; missing
       values have the row 0.
     - "piecewise_linear": the encoding of Gorishniy et al. (arXiv 2203.05556, equation 1): each bin is 0 below, 1 above
-      and linear inside. Beyond the outermost boundary, where their bins go on linearly, two more numbers grow as
+      and linear inside. Beyond the outermost boundary, where their bins continue linearly, two more numbers grow as
       ``log(1 + distance / std)``. A missing value is 0 everywhere but in its indicator.
 
     Attributes:
@@ -71,7 +71,7 @@ class DenseArch(nn.Module):
         copies: number of separate weights, for models that share nothing.
 
     Attributes:
-        out_dim: width of the output; 0 where there is none.
+        out_dim: width of the output; 0 if there is none.
         bin_features: columns that ``bins`` gives to the embeddings, with "quantile".
     """
 
@@ -236,7 +236,7 @@ class PiecewiseLinearEmbedding(_Bins):
         super().__init__(features, edges)
         C = len(features)
         sizes = [max(len(e) - 1, 0) for e in edges]
-        # Row 0 is zero: a sum begins there, and the bins that a column lacks point to it.
+        # Row 0 is zero: a sum starts there, and the bins that a column lacks point to it.
         index_CM = F.pad(pad_sequence(torch.arange(1, sum(sizes) + 1).split(sizes), batch_first=True), (1, 0))
         self.register_buffer("_index_CM", index_CM, persistent=False)
         self.register_buffer("_last_bin_C1", torch.tensor([[max(s - 1, 0)] for s in sizes]), persistent=False)

@@ -30,13 +30,13 @@ class EmbeddingConfig(Checked):
     - "fused": TorchRec's ``FusedEmbeddingBagCollection``; an optimizer of its own steps the rows of a batch inside the
       backward. Time and memory follow the batch, not the tables. Its kernels know no Adam on a CPU. The gradient exists
       nowhere: clipping and accumulation cannot reach it. One process only.
-    - "collection": TorchRec's ``EmbeddingBagCollection``, one tensor a table: what ``TorchRecStrategy`` shards over
+    - "collection": TorchRec's ``EmbeddingBagCollection``, one tensor per table: what ``TorchRecStrategy`` shards over
       processes, whose rows are then stepped as those of "fused".
 
     Attributes:
         kind: "joined", "fused" or "collection".
         dim: width of the embeddings.
-        dims: widths of single columns, by name, in place of ``dim``. "joined" has one width for all.
+        dims: widths of single columns, by name, instead of ``dim``. "joined" has one width for all.
         by_cardinality: whether a column that ``dims`` does not name is ``6 * rows^(1/4)`` wide, up to the next multiple
             of 4, and at most ``dim``, which must be above 8, the narrowest of them.
         pooling: how the values of a multi-valued column are put together: "mean" or "sum". No value gives 0.
@@ -88,7 +88,7 @@ class EmbeddingConfig(Checked):
 
 
 def check_rows_are_stepped(trainer: Any, stepper: str, advice: str = "") -> None:
-    """Refuse a trainer that acts on gradients after the backward, in which ``stepper`` steps the tables' rows.
+    """Reject a trainer that acts on gradients after the backward, in which ``stepper`` steps the tables' rows.
 
     Raises:
         ValueError: gradients are accumulated, clipped or scaled; ``advice`` ends the message on the first two.
@@ -304,7 +304,7 @@ class SparseArch(nn.Module):
             plain: compute by torch's own operators, which a graph for another runtime needs, and check no row.
 
         Returns:
-            (B, H); (copies, B, H) where there are several copies.
+            (B, H); (copies, B, H) if there are several copies.
 
         Raises:
             ValueError: other numbers of columns than the model's, or a column's table lacks a row. Away from the CPU
@@ -336,7 +336,7 @@ class SparseArch(nn.Module):
         return torch.cat((y_BH[:, : y_BH.shape[1] - sum(dims)], *means), dim=1)
 
     def _check_rows(self, rows_FN: Tensor, first: int) -> None:
-        """Refuse rows that the tables of the columns from ``first`` lack: a joined weight has others' there."""
+        """Reject rows that the tables of the columns from ``first`` lack: a joined weight has others' there."""
         num_rows_F1 = self._rows_F1[first : first + len(rows_FN)]
         bad_FN = (rows_FN < 0) | (rows_FN >= num_rows_F1)
         if rows_FN.device.type != "cpu":

@@ -32,7 +32,7 @@ class HistoryConfig(Checked):
     Attributes:
         pooling: "mean" or "din".
         hidden_dims: widths of the MLP's hidden layers.
-        activation: their activation. "dice" (section 5.3) is ``s x + (1 - s) a x`` with s the sigmoid of x normalised
+        activation: their activation. "dice" (section 5.3) is ``s x + (1 - s) a x`` with s the sigmoid of x normalized
             over the batch, so that in training an example's output depends on its batch; "prelu" and "sigmoid" do not.
         normalize: whether the weights of a sequence are a softmax. The paper leaves them as they are, so that their sum
             says how much of the history has to do with the item.
@@ -55,7 +55,7 @@ class HistoryConfig(Checked):
 
 
 class Dice(nn.Module):
-    """``s x + (1 - s) a x`` with a learned a for each number, and s the sigmoid of the number normalised over a batch.
+    """``s x + (1 - s) a x`` with a learned a for each number, and s the sigmoid of the number normalized over a batch.
 
     Evaluation takes running statistics, and so does a training batch of fewer than two rows, which moves none.
 

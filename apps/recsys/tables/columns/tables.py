@@ -209,7 +209,7 @@ class FusedTables(CollectionTables):
         state: Mapping[str, Mapping[str, Tensor]],
         device: torch.device | None = None,
     ) -> None:
-        """Make the collection anew, with these rows and this state of its optimizer."""
+        """Make the collection again, with these rows and this state of its optimizer."""
         self.collection = self._make_collection(device)
         for name, weight in self.tables().items():
             weight.copy_(tables[name])

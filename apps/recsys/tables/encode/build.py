@@ -263,7 +263,7 @@ class _Build(ColumnWriter):
         return times
 
     def _write_weights(self) -> None:
-        """Write the weights of the rows by task, of mean 1 over a task's labelled training rows."""
+        """Write the weights of the rows by task, of mean 1 over a task's labeled training rows."""
         columns = {name: task.weight or self.config.weight for name, task in self.config.tasks.items()}
         if not any(columns.values()):
             return
@@ -283,7 +283,7 @@ class _Build(ColumnWriter):
             if codes is not None:
                 has_row = np.zeros(codes.max(initial=0) + 2, dtype=bool)
                 has_row[codes[self.masks["train"]]] = True
-                has_row[MISSING] = True  # nobody is no new user
+                has_row[MISSING] = True  # nobody is not a new user
                 cold_N[~has_row[codes]] += flag
         if cold_N.any():
             self.writer.save("cold", cold_N)
@@ -375,11 +375,11 @@ class _Build(ColumnWriter):
 
 
 def _of_positives(raw: RawTables, config: TableConfig, drawn: NegativesConfig) -> tuple[RawTables, TableConfig]:
-    """Return a table of positives alone with its description; one without a task gets the task that all rows are.
+    """Return a table of positives only with its description; one without a task gets the task that all rows are.
 
     Raises:
         ValueError: a task that is not of yes and no, a name for the task of a table that has tasks, or the items'
-            column is no categorical one with a row for each value.
+            column is not a categorical column with a row for each value.
     """
     column = drawn.column or ""
     check_name("negatives.column", column, config.categorical)

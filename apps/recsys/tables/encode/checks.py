@@ -105,7 +105,7 @@ def column_auc(values_N: np.ndarray, labels_N: np.ndarray) -> float:
 
 def category_auc(ids_N: np.ndarray, labels_N: np.ndarray) -> float:
     """Return the AUC, in every second row, of the mean label that a value has in the other rows."""
-    # Numbered anew: a few thousand rows may hold ids of a table of a billion.
+    # Numbered again: a few thousand rows may hold ids of a table of a billion.
     ids, code_N = np.unique(ids_N, return_inverse=True)
     code, y = code_N[::2], labels_N[::2]
     counts = np.bincount(code, minlength=len(ids))
@@ -189,7 +189,7 @@ def far_from(mean_prediction: float, base_rate: float, n: int) -> bool:
 
 
 def print_checks(findings: Sequence[str], title: str = "checks") -> None:
-    """Print a block with a line for each finding, or one that says what was checked where there is none."""
+    """Print a block with a line for each finding, or one that says what was checked if there is none."""
     from rich.console import Console
     from rich.markup import escape
 

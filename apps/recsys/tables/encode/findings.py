@@ -24,7 +24,7 @@ class TableFindings:
         classes: number of classes, by multiclass task.
         warnings: lines, each on a column that determines a label, a column of ids, users in both splits, or a task with
             one class.
-        added: number of values that got a row after those of the checkpoint, by column, where a training begins with
+        added: number of values that got a row after those of the checkpoint, by column, where a training starts with
             its weights (``TableData.extend``).
     """
 

@@ -25,7 +25,7 @@ class Notes:
     Args:
         config: description of the table, with the parts of its timestamps.
         masks: the rows of each split.
-        draws_items: whether the table must be of positives alone, as other items are drawn as negatives.
+        draws_items: whether the table must be of positives only, as other items are drawn as negatives.
     """
 
     def __init__(self, config: TableConfig, masks: Mapping[str, NDArray[np.bool_]], draws_items: bool) -> None:
@@ -47,7 +47,7 @@ class Notes:
             the share of positive ones in training; 0.5 of a task that is not binary.
 
         Raises:
-            ValueError: a binary task's training labels are of one class, or one is 0 in a table of positives.
+            ValueError: a binary task's training labels have only one class, or one is 0 in a table of positives.
         """
         self._in_train[name] = label[self.masks["train"]]
         if target.kind == "ordinal":
@@ -78,7 +78,7 @@ class Notes:
         return 0.5
 
     def _check_classes(self, name: str, split: str, num: int, share: float, label: NDArray[np.float32]) -> None:
-        """Refuse training labels of one class, and warn of such ones in another split."""
+        """Reject training labels of one class, and warn of such ones in another split."""
         mask = self.masks[split]
         if self.draws_items and num:
             if share < 1:

@@ -57,7 +57,7 @@ class Task:
 
 
 class Rows(NamedTuple):
-    """A task's labelled rows as a model takes them.
+    """A task's labeled rows as a model takes them.
 
     Attributes:
         task: the task.
@@ -73,7 +73,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Constant:
-    """Stands for the model of a task whose training labels are of one class."""
+    """Stands for the model of a task whose training labels have only one class."""
 
     rate: float
 
@@ -116,7 +116,7 @@ class PerTask:
                 equal part of the time, and what one leaves goes to the next. The first setting is tried in any case.
 
         Returns:
-            By task, plain values for ``fit``; empty for a task whose training labels are of one class.
+            By task, plain values for ``fit``; empty for a task whose training labels have only one class.
 
         Raises:
             ValueError: a split without rows.
@@ -172,7 +172,7 @@ class PerTask:
         return np.column_stack(of_tasks)
 
     def _tasks(self, data: Any, seed: int) -> dict[str, Task | Constant]:
-        """Return the rows of each task, or the rate of one whose training labels are of one class."""
+        """Return the rows of each task, or the rate of one whose training labels have only one class."""
         train, val = gather(data, "train"), gather(data, "val")
         label_Nt, label_val_Nt = self._labels(train).numpy(), self._labels(val).numpy()
         tasks: dict[str, Task | Constant] = {}
@@ -202,7 +202,7 @@ class PerTask:
         raise NotImplementedError
 
     def tune_task(self, task: Task, search: Search, part: tuple[float, float]) -> dict[str, Any]:
-        """Return the best settings; ``part`` are the shares of the search's time at which it may begin and must end."""
+        """Return the best settings; ``part`` are the shares of the search's time at which it may start and must end."""
         raise NotImplementedError
 
     def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -230,7 +230,7 @@ class Columns:
     """The columns of one task's boosting, float32 (N, D): see ``HistGradientBoosting``.
 
     Args:
-        train: the rows of training, labelled or not.
+        train: the rows of training, labeled or not.
         kind: what is predicted.
     """
 
@@ -253,7 +253,7 @@ class Columns:
         self.counts: list[np.ndarray] = []
 
     def fit_transform(self, train: TableArrays, kept_N: np.ndarray, y_N: np.ndarray, seed: int) -> np.ndarray:
-        """Return the columns of the labelled rows; a value's mean label is cross-fitted, or rare ones would leak it."""
+        """Return the columns of the labeled rows; a value's mean label is cross-fitted, or rare ones would leak it."""
         from sklearn.model_selection import KFold, StratifiedKFold
 
         ids_NF = train.ids_NF[kept_N][:, self.large]

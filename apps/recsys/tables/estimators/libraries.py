@@ -202,7 +202,7 @@ class _Columns:
 
     Attributes:
         several: the multi-valued columns' most frequent values.
-        num_continuous, end_of_categories: where the columns of categories begin and end.
+        num_continuous, end_of_categories: where the columns of categories start and end.
     """
 
     several: FrequentValues
@@ -210,7 +210,7 @@ class _Columns:
     end_of_categories: int
 
     def of(self, arrays: TableArrays) -> np.ndarray:
-        """Return the columns of all rows, float64 (N, D); places in a table are whole numbers."""
+        """Return the columns of all rows, float64 (N, D); places in a table are integers."""
         parts = [arrays.dense_NC, arrays.ids_NF]
         if arrays.domain_N is not None:
             parts.append(arrays.domain_N[:, None])
@@ -220,7 +220,7 @@ class _Columns:
         return np.concatenate([p.astype(np.float64) for p in parts], axis=1)
 
     def pool(self, x: np.ndarray, y_N: np.ndarray | None, weight_N: np.ndarray | None) -> Any:
-        """Return rows as CatBoost takes them, whose categories are whole numbers beside float32 numbers."""
+        """Return rows as CatBoost takes them, whose categories are integers beside float32 numbers."""
         import catboost
 
         first, last = self.num_continuous, self.end_of_categories
@@ -231,7 +231,7 @@ class _Columns:
 
 
 def _rows(task: Task) -> Rows:
-    """Return the labelled rows of a task."""
+    """Return the labeled rows of a task."""
     first = task.train.dense_NC.shape[1]
     last = first + task.train.ids_NF.shape[1] + (task.train.domain_N is not None)
     columns = _Columns(FrequentValues(task.train), first, last)

@@ -20,7 +20,7 @@ class LogisticRegression(PerTask):
     numbers and counts.
 
     Categorical columns are one-hot, multi-valued ones divided by their number of values; continuous columns are one-hot
-    by the quantile bins of the training split, with a bin for missing values, and stand beside that standardised. The
+    by the quantile bins of the training split, with a bin for missing values, and stand beside that standardized. The
     strength of the L2 penalty is tuned on the validation split's AUC. Nothing is drawn: seeds give the same model.
 
     Args:
@@ -60,7 +60,7 @@ class LogisticRegression(PerTask):
         x, xv = design_matrix(task.train)[task.kept_N], design_matrix(task.val)[task.kept_V]
         model, y_N = self._model(task.kind, settings["C"], task.y_N)
         with warnings.catch_warnings():
-            # The best strength is chosen by validation; an optimiser cut short is one more regulariser.
+            # The best strength is chosen by validation; an optimizer cut short is one more regularizer.
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(x, y_N, task.weight_N)
         # Rows of classes, one of numbers and of two classes.

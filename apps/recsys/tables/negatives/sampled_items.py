@@ -1,6 +1,6 @@
-"""Items drawn as negatives for a table of positives alone.
+"""Items drawn as negatives for a table of positives only.
 
-Each row k of the table is a positive: beside its other columns it has the item i_k. An epoch has each row, and n times
+Each row k of the table is a positive: besides its other columns it has the item i_k. An epoch has each row, and n times
 more with an item j that is drawn with probability q_j / (1 - Q_k). q is uniform, or the items' shares of the training
 rows; Q_k is the probability of the items that are excluded for the row: its own or, with ``exclude_seen``, all of its
 user. A drawn row counts 1 - Q_k times, so item j stands beside each row that does not exclude it n q_j times on
@@ -117,7 +117,7 @@ class Items:
         """Return the columns that have one value for each item, and are not in ``moves_with``.
 
         A drawn row keeps the positive's value there, which gives away that its item is another one. Items of one row
-        are no evidence, and the others must have half of the rows.
+        are not evidence, and the others must have half of the rows.
         """
         item_N = self.of_rows(self._train)
         again_N = self.count_I[item_N] > 1
@@ -262,7 +262,7 @@ class FixedDraws(Dataset[TableBatch]):
 
 
 def with_items(rows: TableRows, items: Items, place_B: Tensor, item_B: Tensor) -> TableBatch:
-    """Return rows with other items, labelled 0 where the row has a label.
+    """Return rows with other items, labeled 0 where the row has a label.
 
     Args:
         rows: rows of ``Items.table_rows``.

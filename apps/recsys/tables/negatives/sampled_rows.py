@@ -1,4 +1,4 @@
-"""Training on a part of the negative rows, drawn anew each epoch, with losses whose predictions stay calibrated."""
+"""Training on a part of the negative rows, redrawn each epoch, with losses whose predictions stay calibrated."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SampledRows(Dataset[TableBatch]):
             self._offset_t[t] = -math.log(share)
             has_Nt = ~label_Nt.isnan()
             of_negatives_t, of_others_t = has_Nt[self.negatives].sum(0), has_Nt[self.others].sum(0)
-            # The mean weight of a task's labelled rows is 1, as that of all weights of rows.
+            # The mean weight of a task's labeled rows is 1, as that of all weights of rows.
             mean_t = (of_others_t + of_negatives_t) / (of_others_t + share * of_negatives_t)
             self._weight_2t = torch.stack((1 / mean_t, 1 / (share * mean_t)))
             self._weight_2t[:, t] = 1.0

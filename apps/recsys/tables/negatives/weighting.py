@@ -148,7 +148,7 @@ class GradNorm(Weighting):
         weight_t = len(loss_t) * F.softmax(self.logits, dim=0)
         with torch.no_grad():
             ratio_t = loss_t / self._initial_t
-            # The means are over the tasks that have labels; where no task has any, all is 0.
+            # The means are over the tasks that have labels; if no task has any, all is 0.
             labels = labelled_t.sum().clamp_min(1)
             rate_t = ratio_t / (ratio_t.sum() / labels).clamp_min(torch.finfo(ratio_t.dtype).tiny)
             target_t = (weight_t * norm_t).sum() / labels * rate_t**self.alpha

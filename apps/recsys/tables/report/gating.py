@@ -2,7 +2,7 @@
 
 ``GateReader`` collects, batch by batch, the weight that each gate gives each expert and the share of each expert's
 outputs that is zero. They show which gate uses which expert, on which column the gates depend, and whether there is
-what HoME (arXiv 2408.05430) calls polarisation: *collapse*, outputs that are nearly all zero; *degradation*, a shared
+what HoME (arXiv 2408.05430) calls polarization: *collapse*, outputs that are nearly all zero; *degradation*, a shared
 expert that one task has taken for itself; *underfitting*, a task's own experts that its gate passes by.
 """
 
@@ -45,7 +45,7 @@ class Gate:
     """One gate over the examples of a split.
 
     Attributes:
-        block: layer or level to which it belongs; "" where there is one.
+        block: layer or level to which it belongs; "" if there is one.
         end: last part of its entry's name on the tape: "task0", "category0", "shared" (for a shared representation),
             "selection", "tasks" or "".
         task: number of its task; None where it serves all.
@@ -246,7 +246,7 @@ class ExpertUse:
         label: the name in words.
         zero_share: share of its outputs that is zero; NaN where they are summed in a kernel, or not computed.
         weights: its mean weight by the label of the gate; NaN for gates that cannot reach it.
-        problem: "collapsed", "taken by <task>", "passed by", "unused", several with commas; "" where there is none.
+        problem: "collapsed", "taken by <task>", "passed by", "unused", several with commas; "" if there is none.
     """
 
     block: str

@@ -85,7 +85,7 @@ class TrainingChecks(Callback):
 @dataclass(frozen=True)
 class _Collected:
     """The metrics of a test, of all rows and of those of cold users and items, and its first rows with their gates;
-    ``arrays`` is None where no row was read."""
+    ``arrays`` is None if no row was read."""
 
     metrics: Mapping[str, Metrics]
     parts: Mapping[str, tuple[int, Mapping[str, Metrics]]]
@@ -146,7 +146,7 @@ class RecommenderReport(Report):
 
 
 def write_tasks(by_task: Mapping[str, Metrics], folder: Path, with_pictures: bool = True) -> Section:
-    """Write the metrics, a line a task, as ``tasks.csv`` and ``calibration.png``, and return a page's section."""
+    """Write the metrics, one line per task, as ``tasks.csv`` and ``calibration.png``, and return a page's section."""
     binary = {task: f for task, f in by_task.items() if isinstance(f, TaskMetrics)}
     values = {task: f for task, f in by_task.items() if isinstance(f, ValueMetrics)}
     tables = [*_binary_tables(binary), *_value_tables(values)]
@@ -262,7 +262,7 @@ def write_gates(
     """Write the gates, what they depend on, and the experts, as CSV files and pictures.
 
     Returns:
-        What a page shows of it.
+        The section for the page.
     """
     gates = reader.gates()
     use = gating.expert_use(gates, reader.zero_share())
@@ -431,7 +431,7 @@ def _by_value(column: str, gates: Sequence[Gate], arrays: TableArrays, data: Any
 
 
 def _word(value: int, column: str, words: Sequence[str] | None, data: Any) -> str:
-    """Return a value of a column as it stands in the table."""
+    """Return a value of a column as it is in the table."""
     vocabulary = getattr(data, "vocabulary", None)
     known: Sequence[str | None] = words or ()
     if words is None and vocabulary is not None:

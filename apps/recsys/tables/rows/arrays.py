@@ -1,4 +1,4 @@
-"""A whole split of a table as numpy arrays, for models that are no networks and for checks of a whole split."""
+"""A whole split of a table as numpy arrays, for models that are not networks and for checks of a whole split."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class TableArrays:
         ids_NF: int64 (N, F), row numbers of the categorical columns of one value, in the order of the features.
         multi: the other categorical columns and the sequences, by name.
         label_Nt: float32 (N, t), as ``TableBatch`` has them; NaN for no label.
-        domain_N: int64 (N,), the domain; None where there is one.
+        domain_N: int64 (N,), the domain; None if there is one.
         group_N: int64 (N,), the user; None where none is named.
         weight_Nt: float32 (N, t), weights of the labels; None: 1.
-        vector_NV: float32 (N, V), the columns of vectors side by side; None where there are none.
+        vector_NV: float32 (N, V), the columns of vectors side by side; None if there are none.
         cold_N: uint8 (N,), flags of what has no row in training; None where all have some.
     """
 
@@ -77,7 +77,7 @@ def gather(data: Any, split: Literal["train", "val", "test"]) -> TableArrays:
 
     Args:
         data: data module of ``TableBatch`` that is set up. Training rows come from its ``train_eval_dataloader``, or
-            from ``train_dataloader`` where there is none.
+            from ``train_dataloader`` if there is none.
         split: the split.
 
     Raises:

@@ -70,7 +70,7 @@ class TableBatch(Batch):
         label_Bt: float32 (B, t), the labels: 0 or 1 of a binary task, the number of one of "regression" or "count", the
             place of a level or a class; NaN where an example has no label for the task.
         index_B: int64 (B,), the row's number in the table.
-        domain_B: int64 (B,), the domain; None where there is one.
+        domain_B: int64 (B,), the domain; None if there is one.
         group_B: int64 (B,), the user, for metrics by user; None where none is named.
         weight_Bt: float32 (B, t), weights of the labels in the losses; None: 1.
         vector_BV: float32 (B, V), the columns of vectors side by side; NaN where one is missing. None: there are none.

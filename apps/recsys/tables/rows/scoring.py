@@ -1,7 +1,7 @@
 """Scores of a script's own rows by a trained model, from a DataFrame, an arrow table, a dict or a file.
 
 Rows are encoded piece by piece by the checkpoint's encoding, and nothing is written. pandas is used where the rows are
-its own, and is no dependency; pyarrow is imported where it is used.
+its own, and is not a dependency; pyarrow is imported where it is used.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def encoding_of(model: Any) -> Mapping[str, Any]:
 
 
 def encoded(tables: Iterable[pa.Table], encoding: Encoding, batch_size: int) -> Iterator[tuple[pa.Table, TableBatch]]:
-    """Yield the rows of tables in batches, as they stand and encoded; warn of rows unlike those of training.
+    """Yield the rows of tables in batches, as they are and encoded; warn of rows unlike those of training.
 
     A thread encodes the next table while the caller works on the batches of the one before.
 

@@ -36,13 +36,13 @@ class FileRows(IterableDataset[TableBatch]):
         files: the files, one after the other.
         encoding: encoding of the values.
         batch_size: rows of a batch.
-        kept_columns: columns of the files that the batches carry along as they stand there, with their roles, which
+        kept_columns: columns of the files that the batches carry along as they are there, with their roles, which
             messages name.
         rank: number of this process, which takes every ``num_processes``-th batch.
         num_processes: number of processes.
 
     Raises:
-        ValueError: when rows are read: there are none, a column is missing, a value is of a wrong type, a domain that
+        ValueError: when rows are read: there are none, a column is missing, a value has the wrong type, a domain that
             training lacked, or a file that cannot be read.
     """
 
@@ -64,7 +64,7 @@ class FileRows(IterableDataset[TableBatch]):
         return {**self.kept_columns, **self.encoding.roles}
 
     def check(self) -> None:
-        """Refuse files that lack a column.
+        """Reject files that lack a column.
 
         Raises:
             ValueError: naming the column, its role and the file.
@@ -78,7 +78,7 @@ class FileRows(IterableDataset[TableBatch]):
         return itertools.islice(self._batches(), self.rank, None, self.num_processes)
 
     def _batches(self) -> Iterator[TableBatch]:
-        # A number that is carried along as it stands in the file is read as text, like all that is.
+        # A number that is carried along as it is in the file is read as text, like all that is.
         numbers = [column for column in self.encoding.numbers if column not in self.kept_columns]
         size = self.batch_size * max(1, _PIECE_ROWS // self.batch_size)
         pieces, batch = pieces_of_files(self.files, self.roles, numbers, size), None

@@ -20,7 +20,7 @@ from core.routing.multi_gate import DomainEmbedding
 def widened(model: nn.Module, checkpoint: Mapping[str, Any], encoding_state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a checkpoint with the tensors of ``model``, whose data have further values.
 
-    The row of a new value begins as row 0, by which the value was scored so far, and the vector of a new domain as the
+    The row of a new value starts as row 0, by which the value was scored so far, and the vector of a new domain as the
     mean of the others. So no prediction changes before the first step.
 
     Args:
@@ -95,7 +95,7 @@ def _extend_state(
 
 
 def _check_domains(state: Mapping[str, Any], model: nn.Module, old: Encoding, new: Encoding) -> None:
-    """Refuse new domains where a tensor has a part for each that cannot be added."""
+    """Reject new domains where a tensor has a part for each that cannot be added."""
     if old.domains is None or new.domains is None or len(old.domains) == len(new.domains):
         return
     if difference := unlike(state, model):

@@ -55,7 +55,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
     """Shards the embedding tables of a model over the processes of a run, and divides its experts among them.
 
     Checkpoints are folders of shards (``apps.train.checkpoint.sharded``): each process writes its rows. ``moesaic
-    test`` reads them on any number of processes, with this strategy and without. Training goes on from them with this
+    test`` reads them on any number of processes, with this strategy and without. Training resumes from them with this
     strategy, on another number of processes too, except for column-wise tables under rowwise_adagrad.
 
     Args:
@@ -63,7 +63,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
             "column_wise", its columns over all; "table_row_wise", its rows over the processes of one node;
             "data_parallel", a whole table on each process, stepped by the module's optimizer; "auto": TorchRec's
             planner chooses among table_wise, row_wise and table_row_wise, which all train alike.
-        table_sharding: sharding of single columns' tables, by the column's name, in place of ``sharding``.
+        table_sharding: sharding of single columns' tables, by the column's name, instead of ``sharding``.
         compute_kernel: place of the tables: "fused": the device's memory; "fused_uvm": the host's, read over the bus;
             "fused_uvm_caching": the host's, with a cache on the device. The last two need GPUs.
         memory_gib: memory of each process for its tables and their optimizer state; None: 80% of the device's, or of
@@ -72,7 +72,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
             ``embedding.fused_optimizer``, so that kind="fused" on one process trains alike.
         embedding_lr: its peak learning rate; the schedule of the module's optimizer applies to it. None: the model's
             ``embedding.fused_lr``.
-        experts: neighbouring processes that share out the experts of each layer with routers, as in
+        experts: neighboring processes that share out the experts of each layer with routers, as in
             ``apps.train.sharded.expert_parallel.ExpertParallelStrategy``; "auto": all on a machine. Tables lie on all
             processes, whatever the number.
         process_group_backend: "gloo" or "nccl"; None: gloo on CPUs, nccl on GPUs.
@@ -191,7 +191,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
             init_data_parallel=False,
             data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, params_to_ignore=divided),
         )
-        # TorchRec has drawn rows anew: put back the model's, as one process would have them.
+        # TorchRec has drawn rows again: put back the model's, as one process would have them.
         rows = sharding.tables(module)
         for path, state in whole.items():
             for name, full in state.items():
