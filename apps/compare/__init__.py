@@ -1,4 +1,5 @@
-"""``moesaic compare CONFIG``: the sparse model of a configuration beside dense ones of equal cost, on the same data.
+"""``moesaic compare CONFIG``: the sparse model of a configuration compared with dense ones of equal cost, on the same
+data.
 
 The modules, from the ground up: ``options`` (the command line), ``systems`` (the
 models and their costs), ``experiment`` (a configuration, made again at will), ``training`` (one unit of work),

@@ -61,7 +61,7 @@ class Outcome:
     Attributes:
         summary: numbers of the comparison.
         output: folder of the comparison.
-        files: files beside the report: the table, the JSON file, the picture.
+        files: files next to the report: the table, the JSON file, the picture.
         page: the report.
     """
 
@@ -73,9 +73,9 @@ class Outcome:
 
 @interruptible()
 def run_command(argv: Sequence[str], title: str | None = None) -> Outcome:
-    """Do the comparison of ``moesaic compare ARGV``, or what is left of it, and show the table.
+    """Do the comparison of ``moesaic compare ARGV``, or the rest of it, and show the table.
 
-    ``title`` stands over the table and the picture; without it they name the configurations.
+    ``title`` is the heading of the table and the picture; without it they name the configurations.
 
     Raises:
         UsageError, ValueError: see ``run``.

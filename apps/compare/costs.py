@@ -1,4 +1,4 @@
-"""What a model takes, and its quality against that, as tables, charts and indices of runs show them."""
+"""The cost of a model, and its quality against that, as tables, charts and indices of runs show them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEMORY, SECONDS, FLOPS, LATENCY = "peak memory, MiB", "training time, s", "MFLOP
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model takes of a machine.
+    """The cost of a model on a machine.
 
     Attributes:
         counted: fields of its ``Cost``, by name; None: it has none.
@@ -65,7 +65,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Quality:
-    """The test quality of some models, and what they take.
+    """The test quality of some models, and their cost.
 
     Attributes:
         name: what axes call it, such as "test top1, %".
@@ -80,7 +80,7 @@ class Quality:
     models: Sequence[tuple[str, Interval, Costs]]
 
     def entries(self, start: str = "") -> tuple[Entry, ...]:
-        """Return what an index of runs has of each model, whose names start with ``start``."""
+        """Return the figures of each model for an index of runs, whose names start with ``start``."""
         return tuple(
             Entry(f"{start}{title}", {self.name: self._factor * test.mean, **self._indexed(costs.figures)})
             for title, test, costs in self.models

@@ -66,7 +66,7 @@ class Experiment:
                     f"{name} is no {needed.__name__}: compare asks a module for its baselines; a LightningModule of "
                     "your own needs the section sparsify (docs/your_model.md)"
                 )
-        # It trains in folders of its own: that of ``moesaic fit`` may hold anything.
+        # It trains in folders of its own: the folder of ``moesaic fit`` may hold anything.
         self._cli = _Parsed(dataclasses.replace(request, run_dir=Path(os.devnull)))
         self._fit_parser, self._config = self._cli.command_parser("fit"), self._cli.config["fit"]
         seed = self._config.get("seed_everything")
@@ -109,7 +109,7 @@ class Experiment:
 
     def _find_rate(self) -> str | None:
         """Return the option that is the learning rate: of the section optimizer, else of a user's own model; None: it
-        has none, or is of the suite.
+        has none, or belongs to the suite.
 
         Raises:
             ValueError: the section names one that the model does not have.
@@ -198,7 +198,7 @@ def validation_batch(data: Any, need: str) -> Any:
         need: end of the sentence that says what validation is for, such as "the learning rates are chosen by".
 
     Raises:
-        ValueError: there is no validation split.
+        ValueError: the validation split is missing.
     """
     data.prepare_data()
     data.setup("fit")

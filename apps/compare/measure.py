@@ -42,7 +42,7 @@ class Job:
     Attributes:
         arguments: arguments of the ``Experiment``.
         system: name of the system.
-        checkpoint: path of its trained weights; None: it is measured as it is drawn.
+        checkpoint: path of its trained weights; None: it is measured as initialized.
         threads: number of torch's threads on the CPU.
     """
 
@@ -97,7 +97,7 @@ def measure(
 
 
 def _answer(name: str, pipe: Connection, command: str = "") -> Any:
-    """Return what a worker answers to a command; without one, what it says of itself."""
+    """Return a worker's answer to a command; without one, its description of itself."""
     if command:
         pipe.send(command)
     kind, value = answer(pipe, f"measures {name}")
@@ -169,7 +169,7 @@ class _Bench:
 
     @torch.no_grad()
     def inference(self) -> float:
-        """Return the examples per second of the forward alone, in evaluation mode."""
+        """Return the examples per second of only the forward, in evaluation mode."""
         self.module.eval()
         return self._round(self._infer)
 

@@ -55,13 +55,13 @@ class Row:
 
     @property
     def costs(self) -> Costs:
-        """Return what it takes, with the FLOPs counted before the training, which ``moesaic fit`` shows too."""
+        """Return its cost, with the FLOPs counted before the training, which ``moesaic fit`` shows too."""
         cost = self.system.cost
         return Costs(None if cost is None else asdict(cost), self.speed, self.train_seconds)
 
     @property
     def trained_costs(self) -> Costs:
-        """Return what it takes, with the FLOPs of an evaluation with the trained weights where they were measured."""
+        """Return its cost, with the FLOPs of an evaluation with the trained weights where they were measured."""
         costs, trained = self.costs, self.speed.get("cost")
         if not costs.counted or not trained:
             return costs
@@ -141,7 +141,8 @@ class Summary:
         return sorted(rows, key=lambda row: row.test.mean, reverse=self.higher_is_better)
 
     def sentences(self) -> list[str]:
-        """Return what the intervals say of the test at equal steps, task by task, and of validation at equal time."""
+        """Return the verdict of the intervals on the test at equal steps, task by task, and of validation at equal
+        time."""
         lines = []
         for row in self.systems():
             for task in self.tasks or (self.quality,):
@@ -220,9 +221,9 @@ def summarize(
         metric: name of the test quality.
         higher_is_better: True where a larger quality is better.
         further: names, without the split, of more test metrics to show.
-        tasks: those of each task, if there are several; the tested one may be among them.
+        tasks: the metrics of each task, if there are several; the tested one may be among them.
         average_last: number of epochs whose weights each run averaged; None for none.
-        examples: comparisons of each system and seed, where the module compares examples.
+        examples: comparisons of each system and seed, if the module compares examples.
     """
     finals, rates, speeds = results.finals, results.rates, results.speeds
     trained = [s for s in systems if s.name in finals]
@@ -306,7 +307,7 @@ def means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def sentence(row: Row, difference: Interval, summary: Summary, where: str, percent: bool) -> str:
-    """Return in words what a difference to one baseline shows."""
+    """Return a description in words of the difference to one baseline."""
     against, unit = f"Against {row.system.title}", " points" if percent else ""
     other = "dense" if row.system.name.startswith("dense") else "it"
     own = summary.rows[0].system.title
@@ -335,7 +336,7 @@ def example_line(pair: ExamplePair, difference: ExampleDifference) -> str:
 
 
 def notes(summary: Summary) -> list[str]:
-    """Return notes on what each system is and costs, on those left out, and on rates at the edge."""
+    """Return notes on the kind and cost of each system, on those left out, and on rates at the edge."""
     lines = []
     for row in summary.systems():
         s = row.system

@@ -30,7 +30,7 @@ class System:
         name: "sparse", or the name of the baseline.
         note: description of the system.
         cost: cost measured before training; None for an estimator.
-        refused: reason why it is not trained; empty where it is.
+        refused: reason why it is not trained; empty if it is.
         flops_ratio: FLOPs of the whole model over the sparse model's.
         replaced_ratio: FLOPs of the replaced blocks over the sparse model's.
         params_ratio: parameters of the replaced blocks over the sparse model's.
@@ -137,7 +137,7 @@ def find_systems(
 def measured(
     name: str, baseline: Baseline, batch: Any, sparse: Cost, replaced: Sequence[str], device: torch.device
 ) -> System:
-    """Return a baseline with its cost beside that of the sparse model, or with the reason why it is not trained.
+    """Return a baseline with its cost compared with the sparse model's, or with the reason why it is not trained.
 
     Args:
         name: its name.

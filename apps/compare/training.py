@@ -92,10 +92,10 @@ class Unit(units.Unit):
 
 
 class Curve(Callback):
-    """Records validation quality over seconds of training, which are those of reading data and of steps.
+    """Records validation quality over seconds of training, which count only reading data and steps.
 
-    It is saved in the checkpoint, so the time of a resumed run is that of its kept steps. ``progress`` is called with
-    the steps and the use of the experts.
+    It is saved in the checkpoint, so the time of a resumed run is the time of its kept steps. ``progress`` is called
+    with the steps and the use of the experts.
 
     Attributes:
         points: (step, seconds, quality) of each validation.
@@ -166,7 +166,7 @@ def train(
 ) -> dict[str, Any]:
     """Do ``unit``, write its plain result into ``result.json`` of its folder, and return it.
 
-    ``callbacks`` are further ones of the trainer, where the unit has one.
+    ``callbacks`` are further ones of the trainer, if the unit has one.
 
     Raises:
         NonFiniteError: a final run diverged; a search run records it.

@@ -100,7 +100,7 @@ class Plan:
         depends. Overlays of routers that are left out stay saved, so that a router comes back as it was trained.
 
         Raises:
-            ValueError: the saved plan is that of another comparison; the message names the differences.
+            ValueError: the saved plan belongs to another comparison; the message names the differences.
         """
         path, wanted = output / "plan.json", self.to_dict()
         saved = read_json(path)

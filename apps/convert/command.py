@@ -128,10 +128,10 @@ def consolidated(options: Options) -> tuple[Figures, Figures, Path]:
 
 
 def write_whole(file: Path, source: Path) -> None:
-    """Write one file of a sharded checkpoint. Beside the file, which is mapped, one part of a tensor is in memory.
+    """Write one file of a sharded checkpoint. Besides the file, which is mapped, one part of a tensor is in memory.
 
     The file has everything that the checkpoint has, so that a training resumes from it in one process. TorchRec's
-    tables are stepped by an optimizer that other processes do not have: of such a checkpoint it has the weights alone.
+    tables are updated by an optimizer that other processes do not have: of such a checkpoint it has only the weights.
 
     Raises:
         ValueError: the checkpoint is damaged, or another program's.
@@ -171,7 +171,7 @@ def _figures(run: Run, options: Options, file: Path, config: Path | None) -> Fig
 
 
 def _num_bytes(state: Mapping[str, Any]) -> int:
-    """Return the bytes of the tensors of a state, of which sharded ones have shapes alone."""
+    """Return the bytes of the tensors of a state, of which sharded ones have only shapes."""
     return sum(math.prod(v.shape) * v.element_size() for v in state.values() if isinstance(v, Tensor))
 
 

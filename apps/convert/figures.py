@@ -1,4 +1,4 @@
-"""What a run is on disk, costs and scores, and a table of two runs."""
+"""The size on disk, cost and score of a run, and a table of two runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Figures:
         bytes: size of its weights on disk, without an optimizer's state.
         num_params, active_params: parameters, and those that one token touches.
         flops: forward FLOPs of an example of the validation, or None.
-        unit: what the FLOPs are counted for.
+        unit: unit of the FLOPs.
         score: the monitored value on the validation batches, or None.
         metric: its name.
     """
@@ -46,7 +46,7 @@ class Trial:
 
     Args:
         checkpoint: the run's checkpoint.
-        config: configuration, where none lies beside it.
+        config: configuration, if none lies next to it.
         data: further words of the command line.
         batches: number of validation batches.
 
@@ -60,7 +60,7 @@ class Trial:
         self.model: Any = self.cli.model
 
     def validated(self, checkpoint: str | None) -> Mapping[str, Any]:
-        """Return what the validation logs, with the weights of a checkpoint, or with those that the model has."""
+        """Return the validation metrics, with the weights of a checkpoint, or with the model's."""
         arguments: dict[str, Any] = {"datamodule": self.cli.datamodule, "ckpt_path": checkpoint}
         (metrics,) = self.cli.trainer.validate(self.model, **arguments, verbose=False, weights_only=True)
         return metrics

@@ -1,4 +1,4 @@
-"""What each conversion changes: the model's arguments, and the tensors of some modules, made one module at a time."""
+"""The changes of each conversion: the model's arguments, and the tensors of some modules, made one module at a time."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def sparse_layers(request: Request) -> dict[str, core.MoE]:
     """Return the MoE layers that the argument ``moe`` makes, by name; a head of several gates is none of them.
 
     Raises:
-        ValueError: there are none, they share experts, are of several gates, or replace attention.
+        ValueError: there are none, they share experts, have several gates, or replace attention.
     """
     run, arguments = request.run, request.run.arguments()
     dense = {**arguments, "moe": None} if "moe" in arguments else arguments
@@ -72,7 +72,7 @@ def sparse_layers(request: Request) -> dict[str, core.MoE]:
 
 
 def one_for_all(request: Request) -> OneLayer:
-    """Return the function that makes one expert of all those of a layer, as ``--how`` says."""
+    """Return the function that makes one expert of all experts of a layer, as ``--how`` says."""
     how, statistics = request.options.how, request.statistics
     if how in BY_LOAD and statistics is None:
         raise ValueError(f"--batches 0 leaves out the loads that --how {how} needs")
@@ -118,7 +118,7 @@ def fewer_experts(request: Request) -> Callable[[str, core.MoE], Tensors]:
 
 
 def pruned(request: Request) -> Conversion:
-    """Return fewer experts in each layer: those of the highest scores, or clusters of like ones."""
+    """Return fewer experts in each layer: the ones with the highest scores, or clusters of similar ones."""
     options, layers, fewer = request.options, sparse_layers(request), fewer_experts(request)
     arguments = request.run.arguments()
     given, constants = arguments["moe"], bool(getattr(options, "constants", False))
@@ -269,7 +269,7 @@ def _dense(request: Request, one: OneLayer, **changed: Any) -> Conversion:
         changed: other arguments of the model.
 
     Raises:
-        ValueError: the networks are not alike, or no dense network is what a layer becomes.
+        ValueError: the networks are not alike, or a layer has no equivalent dense network.
     """
     arguments, layers = request.run.arguments(), sparse_layers(request)
     dropout = max(float(getattr(config.expert, "dropout", 0.0)) for config in moe_configs(arguments["moe"]))
@@ -303,7 +303,7 @@ def _filled(outline: nn.Module, dtype: torch.dtype, name: str, network: nn.Modul
         network: the suite's dense layer.
 
     Raises:
-        ValueError: the model's network is of another form.
+        ValueError: the model's network has another form.
     """
     own = copy.deepcopy(outline).to(dtype).to_empty(device="cpu")
     place, source = read_ffn(own), read_ffn(network)
@@ -356,7 +356,7 @@ def _sparse(
         tensors: returns the layer's tensors, by the network's name and a seed.
 
     Raises:
-        ValueError: what stands there is no feed-forward network, or two networks differ.
+        ValueError: the module there is not a feed-forward network, or two networks differ.
     """
     configs: list[core.MoEConfig] = []
     present = core.moe_layers(request.module)
@@ -376,7 +376,7 @@ def _sparse(
 
 
 def _check_alike(first: Run, other: Run) -> None:
-    """Raise a ``ValueError`` where two runs are of other models, or read their data otherwise."""
+    """Raise a ``ValueError`` where two runs have other models, or read their data otherwise."""
     if first.kind is not other.kind:
         kinds = f"{other.file} holds {name_of(other.kind)}, and {first.file} {name_of(first.kind)}"
         raise ValueError(f"{kinds}: runs of one class are merged")

@@ -23,7 +23,7 @@ class Options(CommandLine):
     Attributes:
         output: folder of the new run, which must not exist
         batches: validation batches for the score and for statistics; 0: neither
-        config: configuration of the run, where none lies next to its checkpoint
+        config: configuration of the run, if none lies next to its checkpoint
 
     Raises:
         UsageError: an output that exists.
@@ -59,10 +59,10 @@ class Upcycle(Options):
     """A dense run made sparse: its feed-forward networks become the experts' start.
 
     Attributes:
-        moe: overlay whose model section has moe, and where it is to differ moe_blocks; experts are as the network
+        moe: overlay whose model section has moe, and, where it is to differ, moe_blocks; experts are as the network
         start: copy, granular, drop, split or random
-        noise: normal noise on each matrix, relative to its deviation (default: 0)
-        seed: seed of gates, noise and what is drawn (default: 0)
+        noise: normal noise on each matrix, relative to its standard deviation (default: 0)
+        seed: seed of gates, noise and random choices (default: 0)
         inexact: allow gates under which the model starts with other outputs
     """
 
@@ -132,9 +132,9 @@ class Adapt(Options):
     """A frozen run with trainable adapters, such as LoRA, on its linear layers.
 
     Attributes:
-        moe: overlay whose model.moe has num_experts and, as expert, the updates: a core.LoRA or core.IA3
-        modules: patterns of linear layers' names; * also stands for dots
-        seed: seed of the updates' start (default: 0)
+        moe: overlay whose model.moe has num_experts and, as expert, the adapters: a core.LoRA or core.IA3
+        modules: patterns of linear layers' names; * also matches dots
+        seed: seed of the adapters' start (default: 0)
     """
 
     kind = "adapt"
@@ -155,8 +155,8 @@ class Specialise(Options):
     """The network of one task, domain, pair or expert, or the experts that one part of the data uses.
 
     Attributes:
-        task: cut out the network of a task, where the router is Task
-        domain: cut out the network of a domain, where the router is Domain
+        task: cut out the network of a task, if the router is Task
+        domain: cut out the network of a domain, if the router is Domain
         expert: cut out one expert of each layer
         pair: cut out one pair of a translator with the router Task, such as en-de
         keep: experts that each layer keeps, or their share below 1

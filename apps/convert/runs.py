@@ -1,6 +1,6 @@
-"""A trained run as a conversion reads it, what the conversion makes of it, and the new run.
+"""A trained run as a conversion reads it, its conversion, and the new run.
 
-The new checkpoint is laid out first and then filled through a memory map: beside the source, which is mapped too, one
+The new checkpoint is laid out first and then filled through a memory map: besides the source, which is mapped too, one
 tensor or one converted layer is in memory at a time.
 """
 
@@ -66,7 +66,7 @@ def _num_bytes(tensor: Tensor) -> int:
 
 
 def laid_out(path: Path, contents: Mapping[str, Any]) -> Any:
-    """Write a file of contents whose tensors have no values yet, and return it mapped: what is copied to a tensor is
+    """Write a file of contents whose tensors have no values yet, and return it mapped: values copied to a tensor are
     written.
 
     Args:
@@ -124,7 +124,7 @@ class Run:
         file: its checkpoint.
         checkpoint: the contents, whose tensors are mapped and not read yet.
         kind: class of the model.
-        config: configuration that lies beside it, or that the user has named; None: there is none.
+        config: configuration that lies next to it, or that the user has named; None: there is none.
     """
 
     file: Path
@@ -139,7 +139,7 @@ class Run:
         Args:
             path: the folder or the checkpoint.
             config: a configuration to use instead of the one next to the checkpoint.
-            shapes_only: of sharded tensors read the shapes alone; the model is not to be changed.
+            shapes_only: of sharded tensors read only the shapes; the model is not to be changed.
 
         Raises:
             FileNotFoundError: there is none.
@@ -161,7 +161,7 @@ class Run:
         return cls(file, checkpoint, module_class(checkpoint, file), values)
 
     def check_data(self, batches: int) -> None:
-        """Raise a ``ValueError`` where batches are asked for, and no configuration says what the data are."""
+        """Raise a ``ValueError`` where batches are asked for, and no configuration names the data."""
         if batches and self.config is None:
             raise ValueError(f"no {CONFIG} lies beside {self.file}: give --config FILE, or --batches 0")
 
@@ -230,7 +230,7 @@ def model_section(overlay: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def new_run(output: Path) -> Iterator[Path]:
-    """Make a folder beside ``output``, and move it there once the block has ended without an error."""
+    """Make a folder next to ``output``, and move it there once the block has ended without an error."""
     with folder_beside(output) as folder:
         (folder / WEIGHTS.parent).mkdir(parents=True)
         mark(folder)
@@ -256,12 +256,12 @@ def write_run(
     Args:
         folder: the new run's folder.
         run: the run that was converted.
-        arguments: those of the converted model; None: they stay, and so does the model of the configuration.
+        arguments: the converted model's; None: they stay, and so does the model of the configuration.
         layout, values: as in ``write_checkpoint``.
         data: arguments of the data that change in the configuration.
         extra: further entries of the checkpoint; ``converted`` says what made it, and ``sparsify`` is the section of
             the configuration too.
-        run_dir: where the folder will be.
+        run_dir: path of the new folder.
 
     Raises:
         OSError: it cannot be written.
@@ -361,7 +361,7 @@ def _named(prefix: str, make: Callable[[], Tensors]) -> Iterator[tuple[str, Tens
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be converted, and how.
+    """The input and options of a conversion.
 
     Attributes:
         run: the run.

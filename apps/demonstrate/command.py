@@ -37,7 +37,7 @@ def serve(app: Any, port: int, opens: bool) -> None:
     """Serve a page until the process is interrupted, and print its address.
 
     Args:
-        app: that of ``local_app``.
+        app: the value of ``local_app``.
         port: port; 0: a free one.
         opens: whether the page is shown in the browser.
     """
@@ -126,7 +126,7 @@ def with_examples(make: Any, model: Any, checkpoint: Path, most: int) -> tuple[E
     Args:
         make: the app's function ``exhibit(model, data, most)``.
         model: the model.
-        checkpoint: its file, beside which the run's configuration may lie.
+        checkpoint: its file, next to which the run's configuration may lie.
         most: number of examples at most; 0: the data are not read.
     """
     if not most:

@@ -1,4 +1,4 @@
-"""Answers and the experts behind them as HTML, which can be read aloud: an expert's number stands next to its color."""
+"""Answers and the experts behind them as HTML, which can be read aloud: an expert's number is next to its color."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CELL = 40  # width of a patch in the picture's own unit
 
 
 def draw_parts(parts: Iterable[Part | LayerPart]) -> str:
-    """Return what is shown of parts."""
+    """Return the HTML of parts."""
     return template(Path(__file__).with_name("drawing.html")).render(
         parts=list(parts),
         name_of=lambda part: type(part).__name__,
@@ -35,7 +35,7 @@ def draw_parts(parts: Iterable[Part | LayerPart]) -> str:
 
 
 def problem(line: str) -> str:
-    """Return a line on what the model cannot take, which is read aloud at once."""
+    """Return a line on the input that the model cannot take, which is read aloud at once."""
     return Markup('<p class="problem" role="alert">{}</p>').format(line)
 
 

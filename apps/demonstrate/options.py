@@ -22,7 +22,7 @@ class Options(CommandLine):
     page is only for this machine (127.0.0.1) and asks nothing of the network. Ctrl-C ends it. docs/demo.md tells more.
 
     Attributes:
-        config: configuration that names classes of your own, such as that of the run
+        config: configuration that names classes of your own, such as the run's
         port: port of the page; 0: a free one
         open: show the page in the browser
         examples: examples of the run's data; 0: none

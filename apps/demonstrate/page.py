@@ -1,4 +1,4 @@
-"""An app's exhibit as a page of Gradio's: what a user gives on one side, the answer and its experts on the other."""
+"""An app's exhibit as a page of Gradio's: the user's input on one side, the answer and its experts on the other."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def build_page(exhibit: Exhibit, name: str, folder: Path) -> Any:
     """Return the page of an exhibit, ``gradio.Blocks``.
 
     Args:
-        exhibit: what it has.
+        exhibit: its parts.
         name: name of the run, for its heading.
         folder: an empty folder, for the images of the examples; it has to stay as long as the page.
     """
@@ -75,7 +75,7 @@ def build_page(exhibit: Exhibit, name: str, folder: Path) -> Any:
         outputs = [answer, layer, experts, layers]
 
         def answered(chosen: str | None, *raw: Any) -> list[Any]:
-            """Return what the outputs show for what stands in the fields."""
+            """Return the outputs for the values in the fields."""
             shown, by_layer = _answer(exhibit, raw)
             if not by_layer:
                 return [shown, gr.update(choices=[], value=None, visible=False), gr.update(visible=False), {}]
@@ -106,7 +106,7 @@ def _shown(html: str) -> str:
 
 
 def _answer(exhibit: Exhibit, raw: Sequence[Any]) -> tuple[str, dict[str, str]]:
-    """Return what is shown of an answer, and of the experts by layer; of wrong input one line."""
+    """Return the HTML of an answer, and of the experts by layer; of wrong input one line."""
     try:
         values = [field.read(own) for field, own in zip(exhibit.fields, raw, strict=True)]
         answer: Answer = exhibit.answer(values)
@@ -123,7 +123,7 @@ def _answer(exhibit: Exhibit, raw: Sequence[Any]) -> tuple[str, dict[str, str]]:
 
 
 def _start(field: Field) -> Any:
-    """Return what stands in a field at first."""
+    """Return the initial value of a field."""
     if isinstance(field, ImageField):
         return None
     if isinstance(field, NumberField):
@@ -134,7 +134,7 @@ def _start(field: Field) -> Any:
 
 
 def _standing(field: Field, value: Any) -> Any:
-    """Return what a field's component takes for a value as an exhibit has it: many items are typed, one per line."""
+    """Convert an exhibit's value to its field's component: many items are typed, one per line."""
     if isinstance(field, ItemsField):
         return "\n".join(value) if _is_typed(field) else list(value)
     return value
@@ -171,7 +171,7 @@ def _component(field: Field, value: Any) -> Any:
 
 
 def _example_values(exhibit: Exhibit, folder: Path) -> list[list[Any]]:
-    """Return what stands in the fields after a click on each example; an image is a file of the folder then."""
+    """Return the values of the fields after a click on each example; an image is a file of the folder then."""
     from PIL import Image
 
     values = [[*example.values] for example in exhibit.examples]

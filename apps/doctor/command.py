@@ -1,4 +1,4 @@
-"""The whole of ``moesaic doctor``: read the log, look at the model on its validation data, and print what is wrong."""
+"""The whole of ``moesaic doctor``: read the log, look at the model on its validation data, and print the problems."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def _loads(layer: str, last: Mapping[str, float], figures: Mapping[str, Sequence
 
 
 def _gate(layer: str, last: Mapping[str, float]) -> Iterator[core.Finding]:
-    """Yield whether a dense gate gives nearly all to one expert: then the load's entropy is below that of one that has
-    ``POLARISED`` and another that has the rest, over log 2, the least E."""
+    """Yield whether a dense gate gives nearly all to one expert: then the load's entropy is below the entropy of one
+    that has ``POLARISED`` and another that has the rest, over log 2, the least E."""
     bound = -(POLARISED * math.log(POLARISED) + (1 - POLARISED) * math.log(1 - POLARISED)) / math.log(2)
     entropy = last.get("load_entropy", 1.0)
     if entropy < bound / 2:
@@ -173,7 +173,7 @@ class Trial:
         return self._doctor.doctor.layers
 
     def ablation(self) -> list[str]:
-        """Return lines on what the score loses without each expert, the dearest first; ``findings`` loads the model.
+        """Return lines on the loss in score without each expert, the most costly first; ``findings`` loads the model.
 
         Raises:
             ValueError: the model has no experts that can be left out, or logs no score.
@@ -242,7 +242,7 @@ def run(options: Options) -> int:
 
 
 def _checkpoint(options: Options, folder: Path, has_log: bool) -> tuple[Path | None, str]:
-    """Return the checkpoint to look at, and a line on why there is none; None: the log alone is read.
+    """Return the checkpoint to look at, and a line on why there is none; None: only the log is read.
 
     Raises:
         FileNotFoundError: there is neither a checkpoint nor a log.

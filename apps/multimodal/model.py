@@ -25,7 +25,7 @@ class AttributeHead(Checked):
 
     Attributes:
         experts: the multi-gate layer between an image's vector and the attributes' linear maps.
-        weight: of the attributes' loss beside the contrastive one.
+        weight: of the attributes' loss relative to the contrastive one.
 
     Raises:
         ValueError: a weight that is not positive.
@@ -58,7 +58,7 @@ class AttributeClassifier(nn.Module):
 
 
 class PairModel(nn.Module):
-    """Towers whose vectors are mapped to one space: what an image and a text have in common is their product.
+    """Towers whose vectors are mapped to one space: the similarity of an image and a text is their dot product.
 
     Args:
         tower: config of the towers.
@@ -111,7 +111,7 @@ class PairModel(nn.Module):
         """Load published weights, if the towers' config names any.
 
         Returns:
-            what those of the texts, or else of the images, say of the loss; None: nothing.
+            the loss parameters of the texts' weights, or else of the images'; None: nothing.
 
         Raises:
             ValueError: files that are missing or cannot be read, or weights that do not fit.

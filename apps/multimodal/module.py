@@ -40,7 +40,7 @@ class ImageTextRetriever(SparseModule, Comparable):
 
     Args:
         image_size, in_chans: of the images; the command line takes them from the data.
-        vocab_size, max_tokens: ids of pieces, and pieces of the longest text; from the data too.
+        vocab_size, max_tokens: token ids, and tokens of the longest text; from the data too.
         attributes: number of classes of each attribute of the data, by name; the command line takes it from the data.
         tower: ``SingleTower``, one transformer for both modalities (LIMoE), or ``TwoTowers``; None: ``SingleTower()``.
         dim: width of the vectors that are compared.
@@ -134,7 +134,7 @@ class ImageTextRetriever(SparseModule, Comparable):
 
         Args:
             image: (B, C, H, W), normalized.
-            text_BL: int64 (B, L), ids of pieces, 0 for padding, which stands behind them.
+            text_BL: int64 (B, L), token ids, 0 for padding, which comes after them.
         """
         return self.model(image, text_BL)
 
@@ -149,7 +149,7 @@ class ImageTextRetriever(SparseModule, Comparable):
     # ---- training
 
     def task_loss(self, batch: PairBatch) -> TaskOutput:
-        """Return the contrastive loss of the batch's pairs, in training of those of all ranks, and the attributes'."""
+        """Return the contrastive loss of the pairs (in training, of all ranks' pairs) plus the attributes' loss."""
         image_BD, text_BD, logits = self(batch.image, batch.text_BL)
         loss = self.loss(image_BD, text_BD, batch.image_B, batch.caption_B, gather=self.training)
         terms = {"temperature": self.loss.temperature.detach()}
@@ -182,7 +182,7 @@ class ImageTextRetriever(SparseModule, Comparable):
     # ---- predictions
 
     def predict_step(self, batch: PairBatch | FileBatch | TextBatch, batch_idx: int) -> dict[str, Any]:
-        """Return the vectors of the pairs, images or texts of a batch, beside what names them; see ``columns_of``."""
+        """Return the vectors of the pairs, images or texts of a batch, next to their names; see ``columns_of``."""
         return columns_of(self, batch, self._data())
 
     def predict_stream(self, data: Any) -> PredictionStream | None:
@@ -211,7 +211,7 @@ class ImageTextRetriever(SparseModule, Comparable):
         """Return a vector of each text, float32 (N, dim) of length 1, on the CPU.
 
         Args:
-            texts: texts; of a long one the first ``max_tokens`` pieces are read.
+            texts: texts; of a long one the first ``max_tokens`` tokens are read.
 
         Raises:
             ValueError: an empty text; one text outside a list, or none; a model whose checkpoint keeps no encoding.
@@ -245,7 +245,7 @@ class ImageTextRetriever(SparseModule, Comparable):
 
     @property
     def encoding(self) -> PairEncoding:
-        """How images and texts become the model's input: the checkpoint's, else that of the training data.
+        """How images and texts become the model's input: the checkpoint's, else the training data's.
 
         Raises:
             ValueError: there is neither.
@@ -279,10 +279,9 @@ class ImageTextRetriever(SparseModule, Comparable):
         return RoutedLayers(self.moe, self.tower.widths[0], self.place, arguments)
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return one value per pair, whose mean is the recall at ``recall_at``: that of both ways, over all images and
-        texts.
+        """Return one value per pair, whose mean is the recall at ``recall_at``: both ways, over all images and texts.
 
-        A pair has half of the hit of its image, and half of that of its text, over how many pairs share them.
+        A pair gets half of its image's hit and half of its text's, over how many pairs share them.
         """
         columns = [(*out.outputs[:2], out.targets.image_B, out.targets.caption_B) for out in outs]
         gallery = Gallery.of_pairs(*(torch.cat(column) for column in zip(*columns, strict=True)))

@@ -28,7 +28,7 @@ _NAMES = ("caption", "captions", "title", "text", "sentence", "description", "pr
 
 @dataclass(frozen=True)
 class _Columns:
-    """What a table's columns hold.
+    """The contents of a table's columns.
 
     Attributes:
         image: column that names the image.
@@ -103,7 +103,7 @@ def _first_rows(table: Path) -> list[Mapping[str, Any]]:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> _Columns | None:
-    """Return what the columns hold by the first rows; None if there are no images or no texts among them."""
+    """Return the contents of the columns, judged by the first rows; None if they have no images or no texts."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     values = {name: [text for row in rows for text in _texts(row.get(name))] for name in names}
     patterns = {name: _pattern(texts, files) for name, texts in values.items()}
@@ -134,7 +134,7 @@ def _splits(name: str, values: Mapping[str, Sequence[str]]) -> bool:
 def _pattern(values: Sequence[str], files: Sequence[Path]) -> tuple[str, int]:
     """Return how values name files, such as ``images/{}.jpg``, and how many files they name so.
 
-    The pattern is that of most files; where it finds no file for a tenth of the values, the number is 0.
+    The pattern is the one that finds most files; if it finds no file for a tenth of the values, the number is 0.
     """
     places = Counter((file.parent.as_posix(), file.suffix) for file in files)
     known = {file.as_posix() for file in files}

@@ -1,4 +1,4 @@
-"""An image-text model in use: an image and texts in, which text fits and the experts of patches and pieces out."""
+"""An image-text model in use: takes an image and texts, returns the best text and the experts of all tokens."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Matched:
 
     Attributes:
         texts: the vector of each text.
-        image: the image's vector; None: there is no image.
+        image: the image's vector; None: no image.
         logits: the logits (C,) of each attribute of the image, if the model predicts attributes.
         shares: probabilities of the texts that fit the image best, best first.
     """
@@ -193,7 +193,7 @@ class ImageTextMatching(Task):
         return super().exhibit(data, most)
 
     def examples(self, data: Any, most: int) -> tuple[Example, ...]:
-        """Return images of different texts, each with its own text and those of the next ones."""
+        """Return images of different texts, each with its own text and the next ones' texts."""
         pairs = _pairs(data)
         places = range(0, len(pairs), max(1, len(pairs) // max(most, 1)))[:most]
         chosen = pairs.index[list(places)]
@@ -207,9 +207,10 @@ class ImageTextMatching(Task):
     def exported(self) -> Exported:
         """Return the graphs "image_tower" and "text_tower", and how images and texts become their inputs.
 
-        The first output of both is "vectors", float32 (B, dim) of length 1; that of images is followed by the logits
-        of each attribute, if the model predicts attributes. ``scale`` times the product of two vectors, plus ``bias``,
-        is the logit of their pair, of which ``probability`` says whether a softmax over the texts or a sigmoid follows.
+        The first output of both is "vectors", float32 (B, dim) of length 1; the images' output is followed by the
+        logits of each attribute, if the model predicts attributes. ``scale`` times the product of two vectors, plus
+        ``bias``, is the logit of their pair, of which ``probability`` says whether a softmax over the texts or a
+        sigmoid follows.
         """
         model, encoding, draw = self.model, self.encoding, torch.Generator().manual_seed(0)
         image = torch.randn(2, model.in_chans, model.image_size, model.image_size, generator=draw)
@@ -269,7 +270,7 @@ class ImageTextMatching(Task):
 
     @classmethod
     def tokens(cls, model: Any, entry: Any, batch: Any) -> Mapping[str, Tensor]:
-        """Return modalities, pieces of texts and classes of images."""
+        """Return modalities, tokens of texts and classes of images."""
         return tokens(entry, batch)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The use of a text model's experts over many tokens: tables, maps and pictures of what each expert is for."""
+"""The use of a text model's experts over many tokens: tables, maps and pictures of each expert's use."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class TextModule(WritingModule):
     """A transformer with its subwords, which may start with published weights, and predicts line by line.
 
-    A subclass brings ``candidates_of``, and its docstring says what the arguments are.
+    A subclass brings ``candidates_of``, and its docstring describes the arguments.
 
     Args:
         attention_moe: experts instead of the self-attention of all layers, whose expert is ``core.AttentionExperts``;
@@ -91,7 +91,7 @@ class TextModule(WritingModule):
         return 1
 
     def made_from(self, data: Any) -> dict[str, Any]:
-        """Return plain values that a line's candidates depend on, beside the weights and ``decode``."""
+        """Return plain values that a line's candidates depend on, in addition to the weights and ``decode``."""
         return {}
 
     def predict_stream(self, data: Any) -> PredictionStream | None:
@@ -160,7 +160,7 @@ class TextModule(WritingModule):
         """Give the model the published weights, unless it has others already.
 
         Raises:
-            ValueError: the network or the subwords are not those of the checkpoint, or as ``load_pretrained``.
+            ValueError: the network or the subwords differ from the checkpoint's, or as ``load_pretrained``.
         """
         # Not in the constructor: a trained model does not need the folder any more.
         if self.pretrained is not None and self.starts_afresh:
@@ -210,7 +210,7 @@ def published_network(
     *,
     is_language_model: bool,
 ) -> Architecture | None:
-    """Return the network of a published checkpoint; None if there is none, or a transformer is given beside it.
+    """Return the network of a published checkpoint; None if there is none, or a transformer is given in addition.
 
     Raises:
         ValueError: it is of another kind, ``dense_ffn`` would give some of its blocks another FFN, or as ``config_of``.

@@ -32,7 +32,7 @@ class Line(NamedTuple):
     Attributes:
         index: its number, from 0.
         source: the line.
-        candidates: the model's candidates, best first; an empty line to be translated has an empty text alone.
+        candidates: the model's candidates, best first; an empty line to be translated has only an empty text.
     """
 
     index: int  # type: ignore[assignment]  # a line has no use for tuple.index
@@ -98,9 +98,9 @@ def given_lines(
     """Yield the lines of a prediction as they come, each as `as_line` makes it.
 
     Args:
-        text: a line, or several; None: those of the file.
+        text: a line, or several; None: the file's lines.
         predict_file: its path, "-" being standard input.
-        bad_lines: what a line of the file is that is not UTF-8.
+        bad_lines: handling of a line of the file that is not UTF-8.
 
     Raises:
         ValueError: a file that cannot be read, or a line that is not text.

@@ -1,4 +1,4 @@
-"""What the data tell models of texts, without the data."""
+"""The facts that models of texts read from the data, without the data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from core.fields import Length
 @core.register_config
 @dataclass(frozen=True)
 class Vocabulary(Subwords):
-    """Subwords of which the number alone is known."""
+    """Subwords of which only the number is known."""
 
     models: Annotated[tuple[str, ...], Length(1, 2, "[]")] = ("",)
     num_ids: int = 0

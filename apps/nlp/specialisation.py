@@ -1,8 +1,8 @@
 """The specialization of experts in languages and in kinds of subwords, from counts over an evaluation.
 
 A routed pair is one token and one of the experts that compute it; pairs that no expert had room for do not count. In
-the encoder tokens are the source's. In the decoder they are those it reads, from the sentence's start on, so that a
-pair's expert helps to say the token after.
+the encoder tokens are the source's. In the decoder they are the tokens it reads, from the sentence's start on, so that
+a pair's expert helps to say the token after.
 
 How much an expert says of a label is their mutual information over the routed pairs,
 
@@ -156,7 +156,7 @@ class TextUse(ExpertUse):
         ]
 
     def labels(self) -> dict[Label, tuple[np.ndarray, tuple[str, ...]]]:
-        """Return the label of each sentence and the labels' names, by what the labels are about.
+        """Return the label of each sentence and the labels' names, by the topic of the labels.
 
         What all sentences share is left out, and the pair where one of its languages tells it.
         """
@@ -220,9 +220,9 @@ class Specialisation:
         num_pairs: routed pairs.
         bits: their mutual information.
         share: of ``min(H(E), H(C))``; 0 where that is 0.
-        by_chance: bits that would come of so few sentences alone: of languages the mean over shuffles of the labels
-            among the sentences, of token classes ``(C - 1) (E - 1) / (2 N ln 2)``, the bias for N independent pairs
-            (Miller 1955).
+        by_chance: bits that would come from so few sentences by chance: of languages the mean over shuffles of the
+            labels among the sentences, of token classes ``(C - 1) (E - 1) / (2 N ln 2)``, the bias for N independent
+            pairs (Miller 1955).
     """
 
     layer: str

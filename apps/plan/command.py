@@ -82,7 +82,7 @@ gradients reduced, while products are computed"""
 def shown(row: dict[str, Any]) -> dict[str, str]:
     """Return a row as it is in a terminal of 80 columns.
 
-    Beside tables all GPUs are replicas, so that the way to shard the tables stands instead of the mesh.
+    Apart from tables all GPUs are replicas, so the way to shard the tables is shown instead of the mesh.
     """
     first = {
         "degree": f"{row['degree']}{row['best']}",

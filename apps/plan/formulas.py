@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a GPU can do at best.
+    """The peak figures of a GPU.
 
     Attributes:
         memory: bytes.
-        half: FLOP/s of dense products in bfloat16.
-        single: FLOP/s of dense products in float32, without TF32.
+        half: FLOP/s of dense matmuls in bfloat16.
+        single: FLOP/s of dense matmuls in float32, without TF32.
         within: bytes per second that leave it for GPUs of its node.
         between: bytes per second that leave it for other nodes.
     """
@@ -124,18 +124,19 @@ def all_reduce(size: float, over: Group) -> Traffic:
 
 
 def all_to_all(size: float, experts: int, hidden: int, nodes: int, node: int) -> Traffic:
-    """Return the traffic of one exchange of rows, in which each of P ranks has ``size / P`` for each.
+    """Return the traffic of one all-to-all of rows, in which each of P ranks has ``size / P`` for each.
 
-    Each row goes to all ``hidden`` ranks that have a part of its expert. One exchange of P ranks sends ``hidden size (P
+    Each row goes to all ``hidden`` ranks that have a part of its expert. One all-to-all of P ranks sends ``hidden size
+    (P
     - 1) / P``, of which ``(g - 1) / P`` stays on a node of g ranks. With ``nodes``, rows go to a neighbor first,
     ``hidden size (M - 1) / M`` for M = experts hidden ranks of a node, and from there to another node, ``hidden size (N
     - 1) / N``.
 
     Args:
         size: bytes of a rank's rows.
-        experts: ranks among which experts are divided, on each of ``nodes``.
-        hidden: ranks among which the hidden units of each expert are divided.
-        nodes: machines that share out the experts by an exchange of two levels; 1: one level.
+        experts: ranks over which experts are sharded, on each of ``nodes``.
+        hidden: ranks over which the hidden units of each expert are sharded.
+        nodes: machines that share out the experts by a two-level all-to-all; 1: one level.
         node: ranks of a node.
     """
     sent, M = hidden * size, experts * hidden
@@ -146,10 +147,10 @@ def all_to_all(size: float, experts: int, hidden: int, nodes: int, node: int) ->
 
 
 def exchanged_bytes(rows: float, dim: int, out_dim: int, dtype_bytes: int, passes: int = 1) -> float:
-    """Return the bytes of a rank's rows in all exchanges of an MoE layer in a step.
+    """Return the bytes of a rank's rows in all all-to-alls of an MoE layer in a step.
 
     Forward, a row of ``dim`` numbers and its gate (float32) go to the experts, and ``out_dim`` numbers come back;
-    backward, their gradients take the same way in the other direction. Rows are in the dtype of the products.
+    backward, their gradients take the same way in the other direction. Rows are in the dtype of the matmuls.
 
     Args:
         rows: routed pairs of a rank, tokens times experts per token.
@@ -172,9 +173,10 @@ def step_flops(forward: float, checkpointed: bool) -> float:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model on one rank: a block, whose units FSDP2 gathers and frees, or what is in no block.
+    """A part of a model on one rank: a block, whose units FSDP2 gathers and frees, or the parameters outside all
+    blocks.
 
-    A block's units are its divided experts and the rest of it. If there is one of each they are reduced one after the
+    A block's units are its sharded experts and the rest of it. If there is one of each they are reduced one after the
     other, so that the larger one counts.
 
     Attributes:
@@ -185,7 +187,7 @@ class Part:
         whole_gradients: bytes of a unit's gradients before they are reduced.
         reduced: bytes of the buffer in which they are reduced.
         again: bytes that its backward computes again, with activation checkpointing.
-        working: bytes of what it computes and keeps no longer, such as the buffers of an exchange.
+        working: bytes of temporary tensors, such as the buffers of an all-to-all.
     """
 
     activations: float = 0.0
@@ -206,9 +208,9 @@ class Memory:
         weights: parameters that stay here.
         gradients: their gradients.
         optimizer: its state, and a moving average of the weights.
-        activations: what the forward keeps for the backward.
-        temporary: gathered parameters, gradients on their way, buffers of the exchange, less what is not there at the
-            same time; below zero where the other four are never there together.
+        activations: saved activations.
+        temporary: gathered parameters, gradients on their way, buffers of the all-to-all, less the bytes that are not
+            there at the same time; below zero where the other four are never there together.
     """
 
     weights: float
@@ -224,21 +226,21 @@ class Memory:
 
 
 def peak_memory(weights: float, optimizer: float, root: Part, blocks: Sequence[Part], step: float) -> Memory:
-    """Return the memory of a rank at the peak of a step, by what is alive at each moment.
+    """Return the memory of a rank at the peak of a step, by the tensors alive at each moment.
 
     - In the forward of a block: the activations up to it, its gathered parameters, with the buffer that they are copied
       out of, and the gradients of the step before, which Lightning frees after the forward.
     - In the backward of a block: the activations up to it, the gradients of the blocks behind it, its own parameters
-      and gradients, and the buffer in which those of the block behind it are reduced; or, its parameters freed, its
-      gradients beside their own buffer.
-    - In the optimizer's step: all gradients, and what the step needs.
+      and gradients, and the buffer in which the gradients of the block behind it are reduced; or, its parameters freed,
+      its gradients and their own buffer.
+    - In the optimizer's step: all gradients, and the step's temporaries.
 
-    What is in no block stays gathered from the forward's start to the backward's end.
+    Parameters outside all blocks stay gathered from the forward's start to the backward's end.
 
     Args:
         weights: bytes of the parameters that stay here.
         optimizer: bytes of the optimizer's state.
-        root: what is in no block.
+        root: the parameters outside all blocks.
         blocks: in the order of the forward.
         step: bytes that the optimizer's step needs for itself.
     """
@@ -265,7 +267,7 @@ def step_seconds(compute: float, exchange: float, data: float) -> float:
     """Return the time of a step: rows are waited for, and what FSDP2 sends hides behind the computing.
 
     Args:
-        compute: seconds of the products.
+        compute: seconds of the matmuls.
         exchange: seconds of the all-to-alls of the MoE layers, and of the small sums of the balance losses.
         data: seconds of gathering parameters and reducing gradients.
     """

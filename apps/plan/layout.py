@@ -1,4 +1,4 @@
-"""What a training step costs on one layout of a mesh, and the best layout for each expert-parallel degree."""
+"""The cost of a training step on one layout of a mesh, and the best layout for each expert-parallel degree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Layout:
     Attributes:
         replicas: copies of the model.
         shards: groups of ranks among which parameters are sharded further.
-        nodes: machines that share out the experts, with an exchange within each first.
+        nodes: machines that share out the experts, with an all-to-all within each first.
         experts: ranks that share out the experts, on each of these machines.
         hidden: ranks that share out the hidden units of each expert.
         rest: "replicate" or "shard": what becomes of all other parameters.
@@ -42,7 +42,7 @@ class Layout:
 
     @property
     def degree(self) -> int:
-        """The expert-parallel degree: ranks among which a layer's experts are divided, and their hidden units."""
+        """The expert-parallel degree: ranks over which a layer's experts, and their hidden units, are sharded."""
         return self.nodes * self.experts * self.hidden
 
     @property
@@ -58,14 +58,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step costs on a layout.
+    """The cost of a step on a layout.
 
     Attributes:
         layout: the mesh.
         memory: of a rank at the step's peak.
         traffic: of a rank in a step, by collective.
-        compute: seconds of the products.
-        exchange: seconds of the MoE layers' all-to-alls, of the tables' exchange and of the balance losses' sums.
+        compute: seconds of the matmuls.
+        exchange: seconds of the MoE layers' all-to-alls, of the tables' all-to-all and of the balance losses' sums.
         data: seconds of gathering parameters and reducing gradients.
         seconds: of the step.
         fits: whether the memory is there.
@@ -84,12 +84,12 @@ class Cost:
 
     @property
     def share(self) -> float:
-        """The part of the step that is exchange."""
+        """The all-to-all's share of the step."""
         return self.exchange / self.seconds
 
 
 def cost(outline: Outline, options: Options, layout: Layout, sharding: str | None = None) -> Cost:
-    """Return what a step costs on a layout.
+    """Return the cost of a step on a layout.
 
     Args:
         outline: the model.
@@ -161,15 +161,15 @@ def _part(block: Block, outline: Outline, options: Options, layout: Layout) -> f
 
 
 def _kept_by_exchange(layer: Layer, options: Options, layout: Layout) -> float:
-    """Return the bytes that divided experts keep beside those of local ones: the rows that come in, and indices."""
+    """Return the bytes that sharded experts keep in addition to local ones: the rows that come in, and indices."""
     if layout.degree == 1:
         return 0.0
     return layer.rows * layout.hidden * (layer.dim * options.dtype_bytes + _INDEX_BYTES)
 
 
 def _working(layer: Layer, options: Options, layout: Layout) -> float:
-    """Return the bytes that a layer needs for a while: rows as they are sent, come back and are put in order, and the
-    gradients of what the experts keep."""
+    """Return the temporary bytes of a layer: rows as they are sent, come back and are put in order, and the gradients
+    of the experts' saved activations."""
     sent = 0.0
     if layout.degree > 1:
         width = layer.dim + (1 + layout.hidden) * layer.out_dim
@@ -217,7 +217,7 @@ def _data(outline: Outline, options: Options, layout: Layout) -> tuple[formulas.
     replicas = formulas.group(layout.replicas, degree * layout.shards, node)
     gradients = parameters = formulas.Traffic()
     for block in outline.parts:
-        # What is in no block stays gathered; blocks are gathered again for the backward.
+        # Parameters outside all blocks stay gathered; blocks are gathered again for the backward.
         times = 2 if block.name else 1
         for numbers, whole, among, copied in (
             (block.rest, 1, rest, copies),
@@ -255,7 +255,7 @@ class Sweep:
     best: Cost
 
     def breaks(self) -> list[str]:
-        """Return a line for each limit: where memory does not fit, and where exchange exceeds compute."""
+        """Return a line for each limit: memory that does not fit, or an all-to-all slower than compute."""
         large = [_name(c) for c in self.costs if not c.fits]
         slow = [_name(c) for c in self.costs if c.exchange > c.compute]
         return [
@@ -287,7 +287,7 @@ def _rank(one: Cost) -> tuple[bool, float, float]:
 
 
 def layouts(outline: Outline, gpus: int, node: int) -> Iterator[Layout]:
-    """Yield the meshes of so many GPUs on nodes of ``node``. Beside tables of TorchRec's all else is copied."""
+    """Yield the meshes of so many GPUs on nodes of ``node``. Apart from TorchRec's tables everything is replicated."""
     if outline.tables:
         yield Layout(replicas=gpus)
         return

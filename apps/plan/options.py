@@ -28,13 +28,13 @@ _Gigabytes = Annotated[float, Shown("GB")]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandLine):
-    """Print what a training costs on many GPUs, from its configuration alone: memory and traffic of a GPU, the time of
+    """Print the cost of a training on many GPUs, only from its configuration: memory and traffic of a GPU, the time of
     a step, the best expert-parallel degree, and where it breaks. No data are read and nothing is computed.
 
     Any value of the model's or the data's configuration may be given as well: --model.moe.num_experts 64,
-    --data.block_size 4096. What the data would tell is given in the same way, such as --model.num_classes 1000. The
-    columns of a table: --tables 1000000000 --pooling 20, and with --histories 50 the last 50 items of a row. A step's
-    time counts evenly loaded experts; docs/parallelism.md has the formulas.
+    --data.block_size 4096. Facts from the data are given in the same way, such as --model.num_classes 1000. The columns
+    of a table: --tables 1000000000 --pooling 20, and with --histories 50 the last 50 items of a row. A step's time
+    counts evenly loaded experts; docs/parallelism.md has the formulas.
 
     Attributes:
         files: configuration; overlays may follow
@@ -42,13 +42,13 @@ class Options(CommandLine):
         gpus_per_node: GPUs of a node
         tokens_per_gpu: tokens of a GPU in a step (default: by the configuration)
         batch: examples of a GPU in a step (default: the configuration's)
-        length: tokens of an example, where the configuration does not tell
+        length: tokens of an example, if the configuration does not say
         given_precision: 32-true, bf16-mixed, bf16-true (default: the configuration's, else 32-true)
-        given_dtype: FSDP2's mixed precision: products and gathered parameters
+        given_dtype: FSDP2's mixed precision: matmuls and gathered parameters
         activation_checkpointing: blocks compute their activations again
         static_exchange: every place of the capacity is sent (capacity_factor)
         memory: memory of a GPU
-        tflops: peak of its products in this precision
+        tflops: peak of its matmuls in this precision
         node_bandwidth: GB/s that leave it for GPUs of its node
         network_bandwidth: GB/s that leave it for other nodes
         efficiency: part of the peak that is reached
@@ -184,12 +184,12 @@ class Options(CommandLine):
 
     @property
     def autocast(self) -> bool:
-        """Whether products take copies of the parameters in bfloat16."""
+        """Whether matmuls take copies of the parameters in bfloat16."""
         return self.precision == "bf16-mixed" and self.param_dtype is None
 
     @property
     def rate(self) -> float:
-        """Peak FLOP/s of products in their dtype."""
+        """Peak FLOP/s of matmuls in their dtype."""
         return self.gpu.single if self.dtype_bytes == 4 else self.gpu.half
 
     @property
@@ -204,5 +204,5 @@ class Options(CommandLine):
 
     @property
     def dtype_bytes(self) -> int:
-        """Bytes of a number in the products."""
+        """Bytes of a number in the matmuls."""
         return 4 if self.precision == "32-true" and self.param_dtype is None else 2

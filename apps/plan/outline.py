@@ -1,4 +1,4 @@
-"""A model on the meta device, and what a plan reads off it: numbers, activations, routed rows and FLOPs."""
+"""A model on the meta device, and the facts that a plan reads off it: numbers, activations, routed rows and FLOPs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def data_arguments(kind: str, given: Mapping[str, Any], options: Options) -> dic
 
 
 def sizes_of(options: Options) -> Sizes:
-    """Return what a command says of data."""
+    """Return a command's settings of the data."""
     columns = {name: getattr(options, name) for name in (*COLUMNS, "tasks", "domains", "pooling")}
     return Sizes(options.config.get("data"), options.batch, options.tokens_per_gpu, options.length, columns)
 
@@ -61,7 +61,7 @@ def trial(module: Any, options: Options, dtype: torch.dtype) -> Trial:
     Args:
         module: of the suite.
         options: of the command.
-        dtype: of the products.
+        dtype: of the matmuls.
 
     Raises:
         Missing: the batch's size is missing.
@@ -97,11 +97,11 @@ class Numbers:
 
 @dataclass
 class Block:
-    """A block of the model, or what is in no block.
+    """A block of the model, or the parameters outside all blocks.
 
     Attributes:
-        name: dotted name; "" for what is in no block.
-        rest: all parameters but the routed experts' that can be divided.
+        name: dotted name; "" for the parameters outside all blocks.
+        rest: all parameters but those of the routed experts that can be sharded.
         experts: those.
         kept: bytes that the forward keeps for the backward.
         entering: bytes of what enters it, which is all that checkpointing keeps.
@@ -121,12 +121,12 @@ class Block:
 
 @dataclass
 class Layer:
-    """An MoE layer whose experts can be divided.
+    """An MoE layer whose experts can be sharded.
 
     Attributes:
         name: dotted name.
         num_experts: E.
-        rows: routed pairs of a rank; under a static exchange the places for them.
+        rows: routed pairs of a rank; under a static all-to-all the places for them.
         dim, out_dim: width of a row to and from the experts.
         kept: bytes that the experts keep for the backward.
         module: the layer, on the meta device.
@@ -157,15 +157,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Outline:
-    """What a plan knows of a model.
+    """The facts about a model that a plan needs.
 
     Attributes:
         kind: class of the model.
-        root: what is in no block.
+        root: the parameters outside all blocks.
         blocks: in the order of the model.
-        layers: MoE layers whose experts can be divided, by name; empty if there are none.
-        undivided: why experts cannot be divided; None where they can be, or there are none.
-        flops: FLOPs of a forward of a rank's batch, products alone.
+        layers: MoE layers whose experts can be sharded, by name; empty if there are none.
+        undivided: why experts cannot be sharded; None where they can be, or there are none.
+        flops: FLOPs of a forward of a rank's batch, only matmuls.
         trial: the batch.
         averaged: whether a moving average of the weights is kept.
         tables: tables that TorchRec shards, which are in no block.
@@ -255,7 +255,7 @@ def _places(layer: Layer) -> int:
     """Return the places of all experts under the training's capacity, for the tokens of a rank.
 
     Raises:
-        UsageError: there is no capacity.
+        UsageError: the capacity is missing.
     """
     factors = [router.capacity.factor for router in layer.module.routers().values()]
     if None in factors:
@@ -277,7 +277,7 @@ def _tables(module: Any) -> dict[Any, Table]:
 
 
 def _divided(module: Any, left_out: set[int]) -> tuple[list[Block], Block, dict[str, Layer], str | None]:
-    """Return the blocks, what is in none, the layers whose experts can be divided, and why they cannot be."""
+    """Return the blocks, the parameters outside them, the layers whose experts can be sharded, and why some cannot."""
     found = layers_of_experts(module)
     reasons = (refusal(layer, 1) for layer in found.values())
     undivided = next((f"{name}: {why}" for name, why in zip(found, reasons, strict=True) if why is not None), None)
@@ -378,7 +378,7 @@ def _experts_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Watch:
-    """Adds up what a forward keeps for the backward, by the block in which it is kept first, and the layers' rows."""
+    """Adds up the activations that a forward saves, by the block in which it is kept first, and the layers' rows."""
 
     def __init__(
         self, module: nn.Module, blocks: Mapping[str, Block], layers: Mapping[str, Layer], root: Block

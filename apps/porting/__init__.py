@@ -41,7 +41,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def config_of(folder: str | Path) -> Architecture:
-    """Return the architecture of the checkpoint in ``folder``; its ``options()`` are those of a YAML file.
+    """Return the architecture of the checkpoint in ``folder``; its ``options()`` are as in a YAML file.
 
     Raises:
         ValueError: a file that is missing or cannot be read, a model that is not known here or has what ours lack.
@@ -55,7 +55,7 @@ def subwords_of(path: str | Path, targets: Sequence[str] = ()) -> Subwords:
     Args:
         path: the checkpoint's folder, or the model's file.
         targets: languages that are translated into. Of several each has a tag: its piece ``<2xx>`` if there is one,
-            else an id that the checkpoint does not use, or one more at the end of a model of yours. If there are pieces
+            else an id that the checkpoint does not use, or one more at the end of a model of yours. If there are tokens
             ``<2xx>``, a single one has as well.
 
     Raises:
@@ -113,11 +113,11 @@ def save_pretrained(
         model: ours.
         folder: is made if there is none.
         like: folder of the checkpoint the model came from: its ids stay, and values that our model does not say.
-        model_type: what to write it as; None: as ``like``, or by what the model has.
+        model_type: what to write it as; None: as ``like``, or by the model's parts.
         subwords: to be written as well, as ``spiece.model`` or ``tokenizer.model``; None: no such file.
 
     Raises:
-        ValueError: the published architecture has not what the model has, or not subwords of this kind.
+        ValueError: the published architecture lacks a part of the model, or subwords of this kind.
     """
     config, table, tensors = _publish(model, None if like is None else files.read_config(Path(like)), model_type)
     for alias, name in table.aliases.items():

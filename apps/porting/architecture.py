@@ -31,7 +31,7 @@ class Architecture:
         vocabulary: their ids and ours.
         moe: of the sparse layers; None: there are none.
         encoder_moe_blocks, decoder_moe_blocks: the sparse layers.
-        is_language_model: it has a decoder alone.
+        is_language_model: it is decoder-only.
     """
 
     model_type: str
@@ -104,7 +104,8 @@ class Architecture:
         return {**options, **{name: list(indices) or "none" for name, indices in layers.items()}}
 
     def essence(self) -> dict[str, Any]:
-        """Return all that the logits depend on beside the weights, by name: no dropout, capacity or balance loss."""
+        """Return everything except the weights that the logits depend on, by name: no dropout, capacity or balance
+        loss."""
         config, shape = self.transformer, self.transformer.shape
         values = shape._asdict()
         for name in ("positions", "norm", "norm_eps", "bias", "tie", "start", "scale_embeddings", "logits_scale"):
@@ -139,7 +140,7 @@ def as_it_is(model: Model) -> tuple[Model, dict[str, Tensor]]:
 
     Raises:
         ValueError: layers differ in their number of experts, dense ones in their activation or gate, or no dense FFN
-            computes what a layer of one expert does.
+            computes the same as a layer of one expert.
     """
     now, weights = copy.copy(model), dict(model.state_dict())
     counts = sorted({layer.num_experts for layer in model.modules() if isinstance(layer, core.MoE)})
@@ -198,7 +199,7 @@ def _essence_of_moe(moe: core.MoEConfig | None, dim: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """Published models that differ in numbers alone.
+    """Published models that differ only in numbers.
 
     Attributes:
         defaults: by ``model_type``, of dense parents and sparse models: what ``config.json`` says that our models have
@@ -270,7 +271,7 @@ def one_width(
 
 
 def needed(config: Mapping[str, Any], name: str) -> Any:
-    """Return a size without which there is no model.
+    """Return a size that the model needs.
 
     Raises:
         ValueError: it is not there, or not an integer.
@@ -306,7 +307,7 @@ def activation(theirs: str) -> Any:
 
 
 def sparse_parts(moe: core.MoEConfig, model_type: str) -> tuple[core.TokenChoice, core.FFN]:
-    """Return the router and the experts; gated experts are of a subclass of FFN.
+    """Return the router and the experts; gated experts have a subclass of FFN.
 
     Raises:
         ValueError: the published architecture has others.

@@ -19,16 +19,16 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class BytePairs:
-    """The pieces of CLIP's texts: 256 bytes, the same at the end of a word, one piece for each merge, start and end.
+    """CLIP's text tokens: 256 bytes, the same at the end of a word, one token for each merge, start and end.
 
     Text is lower-cased, HTML's entities are resolved, and white space counts as one space. Text in a broken encoding is
     not repaired, as ftfy does for open_clip.
 
     Args:
-        merges: pairs of pieces with a space between, the most frequent first.
+        merges: pairs of tokens with a space between, the most frequent first.
 
     Raises:
-        ValueError: a merge that is not two pieces, or of pieces that are not there before it.
+        ValueError: a merge that is not two tokens, or of tokens that are not there before it.
     """
 
     def __init__(self, merges: Sequence[str]) -> None:
@@ -62,7 +62,7 @@ class BytePairs:
         return cls(read_merges(folder))
 
     def encode(self, text: str, most: int) -> list[int]:
-        """Return the ids of at most ``most`` pieces, the first that of the start and the last that of the end."""
+        """Return the ids of at most ``most`` tokens, the first is the start's and the last the end's."""
         plain = " ".join(html.unescape(html.unescape(text)).lower().split())
         ids = self._tokenizer.encode(plain, add_special_tokens=False).ids
         return [self.ids[BEGIN], *ids[: most - 2], self.ids[END]]

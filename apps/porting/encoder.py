@@ -131,7 +131,7 @@ class TextEncoder(EncoderTower):
         raise NotImplementedError
 
     def known(self, ids_BL: Tensor, context: core.RoutingContext | None) -> core.RoutingContext:
-        """Return what the MoE layers know: the context, or padding and ids if there is none.
+        """Return the MoE layers' context: the given one, or padding and ids if there is none.
 
         Raises:
             ValueError: a text is longer than ``max_positions``.
@@ -144,7 +144,7 @@ class TextEncoder(EncoderTower):
 def init_encoder(model: nn.Module) -> None:
     """Start a model as BERT does, in place: matrices from a normal distribution of deviation 0.02, biases at 0.
 
-    Matrices of experts start as those of the network that they replace.
+    Matrices of experts start as copies of the matrices of the network that they replace.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):

@@ -22,7 +22,7 @@ def read_tie(tensors: Mapping[str, Tensor], prefix: str, *, own_head: bool) -> T
 
     Args:
         tensors: theirs.
-        prefix: of the names of the encoder, the decoder and what they share.
+        prefix: of the names of the encoder, the decoder and their shared parts.
         own_head: the configuration says that the output is not tied.
     """
     names = (f"{prefix}encoder.embed_tokens.weight", f"{prefix}decoder.embed_tokens.weight")
@@ -94,7 +94,7 @@ def read_specials(config: Mapping[str, Any], unk: int) -> tuple[Vocabulary, Any]
     """Return the vocabulary, and our ``TransformerConfig.start``.
 
     Their decoder starts with ``decoder_start_token_id``. Where that is the end of a sentence, our ``BOS_ID`` is their
-    start, which nothing says, and is read as the end; where it is padding, it is a copy of it.
+    start, which nothing says, and is read as the end; if it is padding, it is a copy of it.
     """
     pad, bos, eos = (special_id(config, f"{name}_token_id") for name in ("pad", "bos", "eos"))
     start = special_id(config, "decoder_start_token_id", pad)

@@ -312,7 +312,7 @@ def published(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return tensors by their published names; transformers 5 holds a layer's experts in two tensors.
 
     Raises:
-        ValueError: one of the tensors that belong to these two is missing, or they are of other numbers of experts.
+        ValueError: one of the tensors that belong to these two is missing, or they have other numbers of experts.
     """
     fused = "mlp.experts.gate_up_proj"
     layers = [name.removesuffix(fused) for name in tensors if name.endswith(fused)]

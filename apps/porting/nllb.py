@@ -30,8 +30,8 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architectu
 
     ``moe_token_dropout`` p leaves expert outputs out in training without making up for it, and evaluation multiplies by
     1 - p. Ours makes up for it, so gates of ``scale = 1 - p`` give both. Capacity is not carried over: theirs has none
-    in evaluation, where ``moe_eval_capacity_token_fraction`` is 1. For a capacity of yours it is read whether gates are
-    normalized before it drops pairs, or after.
+    in evaluation, where ``moe_eval_capacity_token_fraction`` is 1. For a capacity that you set, it is read whether
+    gates are normalized before it drops pairs, or after.
     """
     model_type = config["model_type"]
     for name in ("ffn_dim", "attention_heads"):

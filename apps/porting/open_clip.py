@@ -32,7 +32,7 @@ _EPS = 1e-5
 @core.register_config
 @dataclass(frozen=True)
 class ClipConfig(Checked):
-    """The sizes of one tower of CLIP; the defaults are those of ViT-B.
+    """The sizes of one tower of CLIP; the defaults are as in ViT-B.
 
     Attributes:
         dim: D.
@@ -81,7 +81,7 @@ class ClipTextConfig(ClipConfig):
     """The sizes of CLIP's text tower.
 
     Attributes:
-        max_positions: largest number of pieces of a text, start and end among them.
+        max_positions: largest number of tokens of a text, start and end among them.
     """
 
     dim: Count = 512
@@ -90,7 +90,7 @@ class ClipTextConfig(ClipConfig):
 
 
 class ClipTower(EncoderTower):
-    """What both towers have: layers that read normalized inputs, and a projection of the token that is read.
+    """The common parts of both towers: layers that read normalized inputs, and a projection of the token that is read.
 
     Args:
         config: the sizes.
@@ -174,7 +174,7 @@ class ClipTextTower(ClipTower, TextEncoder):
 
     Args:
         config: the sizes.
-        vocab_size: number of pieces.
+        vocab_size: number of tokens.
         out_dim: as in ``ClipTower``.
         ffn, moe_blocks: as in ``ClipTower``.
 
@@ -204,7 +204,7 @@ class ClipTextTower(ClipTower, TextEncoder):
         """Return the normalized outputs (B, L, D) of the last layer.
 
         Args:
-            ids_BL: int64, ids of pieces.
+            ids_BL: int64, token ids.
             context: for the MoE layers; None: they know padding and ids.
 
         Raises:
@@ -223,14 +223,14 @@ class ClipTextTower(ClipTower, TextEncoder):
 
 @dataclass(frozen=True)
 class Clip:
-    """What a folder of open_clip says of its two towers.
+    """The contents of an open_clip folder for its two towers.
 
     Attributes:
         folder: the folder.
         image, text: the sizes of the towers.
         out_dim: numbers of a vector.
         image_size: height and width of the images in pixels.
-        vocab_size: number of pieces.
+        vocab_size: number of tokens.
         mean, std: constants of the three channels, pixels in [0, 1].
     """
 
@@ -339,7 +339,7 @@ def resampled(places_SD: Tensor, num_tokens: int) -> Tensor:
     """Return the position embeddings of an image tower for another number of patches, resampled as timm does.
 
     Args:
-        places_SD: those of the class token and of a square of patches.
+        places_SD: the positions of the class token and of a square of patches.
         num_tokens: number of tokens wanted, the class token among them.
     """
     if len(places_SD) == num_tokens:

@@ -97,7 +97,7 @@ def self_attention(
     Args:
         layer: our layer.
         norm: their norm.
-        theirs: their products, such as "layers.0.self_attn.{}_proj", with a place for "q", "k", "v" and ``out``.
+        theirs: their matrices, such as "layers.0.self_attn.{}_proj", with a place for "q", "k", "v" and ``out``.
         out: their word for the output product.
         rows: outputs of queries, keys and values.
         bias: whether norm and output have biases.

@@ -25,7 +25,7 @@ _BATCH = 64
 
 
 class WordPieces:
-    """BERT's tokenizer: words and punctuation, each cut into the longest pieces that there are, from its beginning.
+    """BERT's tokenizer: words and punctuation, each cut into the longest tokens that there are, from its beginning.
 
     Args:
         pieces: the pieces, in the order of their ids; those within a word start with "##".
@@ -52,7 +52,7 @@ class WordPieces:
 
     @classmethod
     def of(cls, folder: Path) -> WordPieces:
-        """Return the pieces of ``vocab.txt``, and the case of ``tokenizer_config.json`` if there is one."""
+        """Return the tokens of ``vocab.txt``, and the case of ``tokenizer_config.json`` if there is one."""
         try:
             pieces = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
         except OSError as error:
@@ -62,7 +62,7 @@ class WordPieces:
         return cls(pieces, bool(lower_case))
 
     def encode(self, text: str, most: int) -> list[int]:
-        """Return the ids of at most ``most`` pieces, the first [CLS] and the last [SEP]."""
+        """Return the ids of at most ``most`` tokens, the first [CLS] and the last [SEP]."""
         ids = self._tokenizer.encode(" ".join(text.split()), add_special_tokens=False).ids
         return [self.ids["[CLS]"], *ids[: most - 2], self.ids["[SEP]"]]
 
@@ -98,7 +98,7 @@ class BertConfig(Checked):
         hidden_dim: F of the dense feed-forward networks.
         depth: number of layers.
         num_heads: heads of the attention; must divide ``dim``.
-        max_positions: largest number of pieces of a text.
+        max_positions: largest number of tokens of a text.
         eps: of the norms.
         dropout: probability in training, behind the embeddings, the attention and the feed-forward networks.
 
@@ -147,7 +147,7 @@ class SentenceTower(TextEncoder):
 
     Args:
         config: the sizes.
-        vocab_size: number of pieces.
+        vocab_size: number of tokens.
         ffn, moe_blocks: as in ``EncoderTower``.
         pad_id: the id of padding.
 
@@ -179,7 +179,7 @@ class SentenceTower(TextEncoder):
         """Return the outputs (B, L, D) of the last layer.
 
         Args:
-            ids_BL: int64, ids of pieces, padded by ``pad_id``.
+            ids_BL: int64, token ids, padded by ``pad_id``.
             context: for the MoE layers; None: they know padding and ids.
 
         Raises:
@@ -192,20 +192,20 @@ class SentenceTower(TextEncoder):
         return self.through(x_BLD, self.is_real(ids_BL), context)
 
     def forward(self, ids_BL: Tensor, context: core.RoutingContext | None = None) -> Tensor:
-        """Return the means (B, D) over the pieces of each text; arguments as in ``tokens``."""
+        """Return the means (B, D) over the tokens of each text; arguments as in ``tokens``."""
         is_real_BL1 = self.is_real(ids_BL)[..., None]
         return (self.tokens(ids_BL, context) * is_real_BL1).sum(1) / is_real_BL1.sum(1).clamp(min=1)
 
 
 class SentenceEncoder(SentenceTower):
-    """BERT's encoder, frozen, whose mean over a text's pieces, at unit length, is the text's vector (arXiv 1908.10084).
+    """BERT's encoder, frozen, whose mean over a text's tokens, at unit length, is the text's vector (arXiv 1908.10084).
 
     Args:
         folder: ``config.json`` of ``model_type`` "bert", ``vocab.txt`` and weights, as they are published.
 
     Attributes:
         dim: numbers of a vector.
-        most: largest number of pieces that it reads.
+        most: largest number of tokens that it reads.
 
     Raises:
         ValueError: a file that is missing or cannot be read, another kind of model, or a tensor that is missing or of
@@ -222,7 +222,7 @@ class SentenceEncoder(SentenceTower):
         self.eval().requires_grad_(False)
 
     def forward(self, ids_BL: Tensor, context: core.RoutingContext | None = None) -> Tensor:
-        """Return the vectors (N, dim) of texts as ids of pieces, padded by [PAD]."""
+        """Return the vectors (N, dim) of texts as token ids, padded by [PAD]."""
         return F.normalize(super().forward(ids_BL, context), dim=1)
 
     @torch.inference_mode()
@@ -230,8 +230,8 @@ class SentenceEncoder(SentenceTower):
         """Return the vectors of texts, float32 (N, dim).
 
         Args:
-            texts: the texts, of which the first ``max_tokens`` pieces are read.
-            max_tokens: largest number of pieces, [CLS] and [SEP] among them.
+            texts: the texts, of which the first ``max_tokens`` tokens are read.
+            max_tokens: largest number of tokens, [CLS] and [SEP] among them.
         """
         most = min(max_tokens, self.most)
         ids = [self.pieces.encode(text, most) for text in texts]

@@ -1,4 +1,4 @@
-"""The sentencepiece model of a published checkpoint, or one of yours, its pieces in the order of our ids; and back."""
+"""The sentencepiece model of a published checkpoint, or one of yours, its tokens in the order of our ids; and back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNUSED = "<unused {}>"
 def read_subwords(folder: Path, vocabulary: Vocabulary, targets: Sequence[str] = ()) -> Subwords:
     """Return the subwords in ``folder``.
 
-    Ids past its pieces, such as T5's sentinels, are never said; tags take the last ones.
+    Ids past its tokens, such as T5's sentinels, are never said; tags take the last ones.
 
     Raises:
         ValueError: the file does not exist, or it cannot be read; fewer ids than tags are left.
@@ -68,10 +68,10 @@ def read_file(path: Path, targets: Sequence[str] = ()) -> Subwords:
 
 
 def write_subwords(subwords: Subwords, folder: Path, model_type: str, vocabulary: Vocabulary) -> None:
-    """Write the sentencepiece model as the published family names it, its pieces in the order of their ids.
+    """Write the sentencepiece model as the published family names it, its tokens in the order of their ids.
 
     Raises:
-        ValueError: the family's tokenizer is of another kind, or the subwords are not those of the vocabulary.
+        ValueError: the family's tokenizer has another kind, or the subwords differ from the vocabulary's.
     """
     if model_type not in FILE_OF:
         raise ValueError(f"subwords cannot be said in {model_type}, whose tokenizer is no sentencepiece model alone")
@@ -132,7 +132,7 @@ def _in_our_order(theirs: Any, vocabulary: Vocabulary) -> Any:
 
 
 def _describe(proto: Any, ids: Sequence[int]) -> None:
-    """Write where padding, unknown, start and end are, and how many pieces there are."""
+    """Write where padding, unknown, start and end are, and how many tokens there are."""
     spec = proto.trainer_spec
     spec.pad_id, spec.unk_id, spec.bos_id, spec.eos_id = ids
     spec.pad_piece, spec.unk_piece, spec.bos_piece, spec.eos_piece = (SPECIALS[i] for i in sorted(SPECIALS))

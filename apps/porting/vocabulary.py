@@ -14,13 +14,13 @@ from torch import Tensor
 class Vocabulary:
     """Maps our ids to theirs: the specials as in ``apps.data.subwords``, then the others in their order.
 
-    A special that they lack gets a row of its own, a copy of that of ``spare``, which their models do not say. So its
-    logit is that of ``spare`` too, which a softmax then counts twice.
+    A special that they lack gets a row of its own, a copy of the row of ``spare``, which their models do not say. So
+    its logit equals the logit of ``spare`` too, which a softmax then counts twice.
 
     Attributes:
         size: V of theirs.
         pad, unk, bos, eos: their ids; None: they have none.
-        spare: their id that stands for those.
+        spare: their id that replaces the missing ones.
 
     Raises:
         ValueError: an id outside the vocabulary, or one for two specials.

@@ -1,13 +1,14 @@
 """Metrics of binary predictions, as functions of arrays: AUC, PR-AUC, log loss, calibration, AUC by user.
 
-scikit-learn computes the areas; what it lacks is here. Choices:
+scikit-learn computes the areas; this module adds the metrics that it lacks. Choices:
 
 - Ties count half in an AUC. Scores are compared as logits: the sigmoid of a float32 is 1 from 17 on and would make ties
   of scores that differ.
 - The 15 bins of the calibration error hold about equal numbers of examples. Where 6 % are positive, bins of equal width
   leave nearly all examples in the first one or two. Equal scores fall into one bin, so the order of the rows does not
   matter and a constant prediction has the error |prediction - share of positives|.
-- What a split cannot tell is NaN: the AUC and PR-AUC of a task with one class, everything of a task without labels.
+- A metric that the split cannot determine is NaN: the AUC and PR-AUC of a task with one class, everything of a task
+  without labels.
 
 ``weights_N`` are numbers of examples: a histogram of scores is judged as its examples are.
 """
@@ -38,11 +39,11 @@ def auc(scores_N: np.ndarray, labels_N: np.ndarray, weights_N: np.ndarray | None
 
 
 def auc_values(scores_N: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
-    """Return values (N,) whose mean is the AUC, and whose spread is that of the AUC over other examples.
+    """Return values (N,) whose mean is the AUC, and whose spread equals the spread of the AUC over other examples.
 
-    The value of a positive is the share of negatives below it, that of a negative the share of positives above it, each
-    ties half, stretched about the AUC by N over the size of its class (DeLong et al., Biometrics 1988). An example
-    whose label is NaN has the AUC itself. All are NaN if there is one class.
+    The value of a positive is the share of negatives below it, and the value of a negative the share of positives above
+    it, each ties half, stretched about the AUC by N over the size of its class (DeLong et al., Biometrics 1988). An
+    example whose label is NaN has the AUC itself. All are NaN if there is one class.
 
     Example::
 
@@ -117,8 +118,7 @@ def calibration(
 ) -> Calibration:
     """Return bins of a prediction; ``.error`` is the ECE (arXiv 1706.04599, equation 3). NaN labels are left out.
 
-    scikit-learn's ``calibration_curve`` gives no counts, without which there is no mean over the examples, and takes no
-    histogram.
+    scikit-learn's ``calibration_curve`` gives no counts, which a mean over the examples needs, and takes no histogram.
 
     Args:
         probabilities_N: predictions in 0..1.

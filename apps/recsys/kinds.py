@@ -1,4 +1,4 @@
-"""Kinds of tasks: how many outputs a task has, where they start, and what loss and prediction they stand for.
+"""Kinds of tasks: how many outputs a task has, where they start, and their loss and prediction.
 
 The outputs z of a task are float32 (..., B, width), and its labels y (B,), as ``TableBatch`` has them. The losses of
 numbers are in units of the training labels' deviation or mean, so that a task of prices and one of clicks weigh alike.
@@ -32,11 +32,11 @@ class Kind:
     """A binary task, and the base of the others.
 
     Args:
-        target: what the task predicts, as the training split has it.
+        target: the task's target, as found in the training split.
 
     Attributes:
         width: number of outputs.
-        main_metric: name of the metric that stands for the task.
+        main_metric: name of the metric that represents the task.
         column, schema: the first word of the name of a prediction's column, and its JSON schema.
     """
 
@@ -72,7 +72,7 @@ class Kind:
         return yes + no
 
     def mean(self, z_MBw: Tensor) -> Tensor:
-        """Return the outputs (B, width) that stand for the mean over M of the predictions."""
+        """Return the outputs (B, width) that represent the mean over M of the predictions."""
         return F.logsigmoid(z_MBw).logsumexp(0) - F.logsigmoid(-z_MBw).logsumexp(0)
 
     def value(self, z_Bw: Tensor) -> Tensor:
@@ -351,7 +351,7 @@ class Outputs:
         return torch.stack([kind.divergence(own, given, temperature) for kind, own, given in parts], dim=-1)
 
     def mean(self, z_MBZ: Tensor) -> Tensor:
-        """Return the outputs (B, Z) that stand for the mean of the members' predictions."""
+        """Return the outputs (B, Z) that represent the mean of the members' predictions."""
         return torch.cat([kind.mean(own) for kind, own in zip(self.kinds, self.split(z_MBZ), strict=True)], dim=-1)
 
     def columns(self, names: Sequence[str], z_BZ: Tensor) -> dict[str, Tensor | list[str]]:

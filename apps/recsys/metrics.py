@@ -2,7 +2,7 @@
 
 A module returns ``MultiTaskMetrics`` or ``RankingMetrics`` from ``build_metrics``. ``apps.recsys.binary_metrics``
 defines the metrics of a task, and how ties, bins and missing classes are treated. Ranks are pessimistic: an item with
-the score of the target stands before it, so a constant scorer ranks last.
+the target's score ranks before it, so a constant scorer ranks last.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MultiTaskMetrics(SyncedMetric):
     Where some users or items have no row in training, there are ``<part>_rows`` of the parts "warm", "cold_user" and
     "cold_item", and the main metrics of each, such as ``cold_user_auc`` and ``cold_user_auc_<task>``.
 
-    For more rows than that allows, ``score_bins`` keeps counts alone: scores within a bin are ties then, which moves an
+    For more rows than that allows, ``score_bins`` keeps only counts: scores within a bin are ties then, which moves an
     AUC by at most half the share of pairs that fall into one bin; log loss and means stay exact.
 
     Args:

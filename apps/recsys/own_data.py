@@ -129,7 +129,8 @@ def _read_one(file: Path) -> pa.Table:
 
 
 def _labels(column: pa.ChunkedArray, name: str, kind: str | None) -> tuple[pa.ChunkedArray, str, str]:
-    """Return the target as a table holds it, null for none, its kind, and what it is in the words before "of N rows".
+    """Return the target as a table holds it, null for none, its kind, and a description in words to put before "of N
+    rows".
 
     Raises:
         ValueError: there is nothing to learn, or the values are not of the kind.
@@ -207,8 +208,8 @@ def _binary(
 def _features(
     table: pa.Table, given: GivenData
 ) -> tuple[dict[str, pa.ChunkedArray], dict[str, list[str]], dict[str, str], list[str]]:
-    """Return the columns that are read by their names, the names of those to predict from by their role, that of the
-    column by which rows are split by "time" or "user", and the columns that are not predicted from."""
+    """Return the columns that are read by their names, the names of those to predict from by their role, the name of
+    the column by which rows are split by "time" or "user", and the columns that are not predicted from."""
     columns: dict[str, pa.ChunkedArray] = {}
     split: dict[str, str] = {}
     roles: dict[str, list[str]] = {"categorical": [], "multi_valued": [], "continuous": [], "timestamps": []}
@@ -265,7 +266,7 @@ def _role(column: pa.ChunkedArray) -> tuple[str | None, pa.ChunkedArray]:
 
 
 def _are_lists(column: pa.ChunkedArray) -> bool:
-    """Return whether a column holds lists, or text that is mostly lists, whose values recur as those of categories."""
+    """Return whether a column holds lists, or text that is mostly lists, whose values recur as categories do."""
     kind, values = column.type, column.drop_null().to_pylist() if is_text(column.type) or is_list(column.type) else []
     if is_list(kind) and pa.types.is_nested(kind.value_type):
         return False

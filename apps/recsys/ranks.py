@@ -1,4 +1,4 @@
-"""Ranks of a test's items by group, such as by their popularity: what a report writes and shows of them."""
+"""Ranks of a test's items by group, such as by their popularity, as a report writes and shows them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def rank_parts(
         names: names of the groups.
         path: the file.
         what: heading of the groups, such as "popularity".
-        about: what the groups are, such as "popularity of the next item".
+        about: meaning of the groups, such as "popularity of the next item".
         unit: what has a rank, such as "users".
         recall_at, ndcg_at: numbers of best items at which both are measured.
         note: sentence below the table.

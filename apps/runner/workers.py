@@ -84,7 +84,7 @@ def answer(pipe: Any, what: str) -> tuple[str, Any]:
 
     Args:
         pipe: the end of its pipe.
-        what: what it does, such as "is at sparse", for the message.
+        what: its work, such as "is at sparse", for the message.
 
     Raises:
         RuntimeError: the worker died.

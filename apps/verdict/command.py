@@ -1,4 +1,4 @@
-"""The command ``moesaic verdict``: it reads the data, plans, does the runs and writes what they show."""
+"""The command ``moesaic verdict``: it reads the data, plans, does the runs and writes their results."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def run(options: Options, argv: Sequence[str], began: float) -> int:
 def give_verdict(
     options: Options, command: str, began: float | None = None, clock: Callable[[], float] = time.monotonic
 ) -> Verdict:
-    """Do what is left of a verdict, write it, and return it.
+    """Do the rest of a verdict, write it, and return it.
 
     Raises:
         ValueError: as ``run``, or a folder with another verdict.
@@ -242,7 +242,7 @@ def _read(saved: Mapping[str, Any]) -> Plan:
 def _verdict(
     options: Options, work: Work, costs: Sequence[System], notes: Sequence[str], checks: Sequence[str], command: str
 ) -> Verdict:
-    """Return what the finished runs show."""
+    """Return the results of the finished runs."""
     plan, finished = work.plan, work.finished
     both = answers(finished)
     unknown = {"name": "quality", "higher_is_better": True}
@@ -309,8 +309,8 @@ def _facts(figures: Mapping[str, Any], higher_is_better: bool) -> Facts:
 def configuration(options: Options) -> tuple[Path, tuple[str, ...]]:
     """Return the configuration's file and sentences on how the data were read.
 
-    A configuration is taken as it is. For other data the apps are asked in turn, and that of the first one whose kind
-    of data they are is written to ``config.yaml`` in the output folder.
+    A configuration is taken as it is. For other data the apps are asked in turn, and the configuration of the first one
+    that accepts them is written to ``config.yaml`` in the output folder.
 
     Raises:
         ValueError: data that no app knows, or that one knows and rejects.

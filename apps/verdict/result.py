@@ -109,7 +109,7 @@ def changes(answers: tuple[Answer, Answer], reasons: list[str], minutes: float, 
         answers: at equal FLOPs, and at equal time.
         reasons: the ``causes``.
         minutes: budget of the verdict.
-        trained: steps of a final run over those of the configured training.
+        trained: steps of a final run over the steps of the configured training.
     """
     lines = []
     if trained <= SHORT:
@@ -186,7 +186,7 @@ class Verdict:
         seeds: seeds that have all their runs.
         reasons: why sparse lost.
         changes: what would change the answers.
-        notes: how the data were read, and what the two systems are.
+        notes: how the data were read, and the two systems.
         checks: what may make the answers worthless, such as a column that gives the label away.
         facts: budget, machine, versions, schedule, configuration and command, in plain values.
     """
@@ -228,7 +228,7 @@ def in_words(answer: Answer, quality: str) -> str:
 
 
 def lines(verdict: Verdict) -> list[str]:
-    """Return what a terminal shows: sentences, then the last line of the verdict."""
+    """Return the text for a terminal: sentences, then the last line of the verdict."""
     shown = [in_words(answer, verdict.quality) for answer in verdict.answers]
     shown += [f"why: {reason}" for reason in verdict.reasons]
     shown += [f"what would change it: {change}" for change in verdict.changes]

@@ -1,7 +1,7 @@
 """One run of a verdict: a system trained for some steps at one rate with one seed, and evaluated.
 
-A finished run is one JSON file, beside which it keeps its values by example: of the validation in a search, else of the
-test. An unfinished one is done again: runs are short.
+A finished run is one JSON file, next to which it keeps its values by example: of the validation in a search, else of
+the test. An unfinished one is done again: runs are short.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def evaluate(
 
     Raises:
         BudgetOver: the time is up.
-        ValueError: there is no batch, or the module does not log its quality.
+        ValueError: the data have no batch, or the module does not log its quality.
     """
     batches = itertools.islice(loader, most)
     if isinstance(model, SparseModule):
@@ -277,7 +277,7 @@ def do(
 def _tested(
     model: Any, data: Any, trainer: Trainer, budget: Budget, most_batches: int | None
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Return what a final run's result has of its evaluations, and the test values (N,)."""
+    """Return the evaluations in a final run's result, and the test values (N,)."""
     data.setup("test")
     tested = evaluate(model, trainer, data.test_dataloader(), most_batches, budget, "test")
     is_by_example = model.module is model and len(tested.values_N) > BLOCKS
@@ -334,9 +334,9 @@ def measure_speed(
 
     Args:
         experiment: the configuration.
-        system: what is trained.
+        system: the system to train.
         budget: the seconds that are left for it.
-        seconds: those of the whole verdict.
+        seconds: the seconds of the whole verdict.
 
     Returns:
         The speed, whose ``validation`` and ``test`` are seconds of a *batch* there, and the numbers of batches:

@@ -41,7 +41,7 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decided before the first run, and saved so that a killed verdict continues with it.
+    """The decisions before the first run, saved so that a killed verdict continues with it.
 
     Attributes:
         schedule: seeds, steps and rates.
@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def speeds(self) -> dict[str, Speed]:
-        """Return the seconds of both systems, without those of evaluations, as measured beforehand."""
+        """Return the seconds of both systems, without the evaluations, as measured beforehand."""
         return {name: Speed(self.seconds_per_step[name], self.start_seconds) for name in self.systems}
 
     @property
@@ -112,7 +112,7 @@ class Work(Runner[Run, Mapping[str, Any]]):
 
         ``rates``, ``steps`` and ``finished`` hold the result.
 
-        What the search chose is kept in ``chosen.json``: all seeds have it, also those of a resumed verdict.
+        The search's choice is kept in ``chosen.json``: all seeds use it, also in a resumed verdict.
 
         Raises:
             ValueError: training diverged at every rate.

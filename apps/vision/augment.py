@@ -3,7 +3,7 @@
 Cropping an image of 28x28 takes microseconds and calling a transform for it fifty: a loop over images would cost more
 than a small model. All draws are torch's global ones, as in torchvision; the loader seeds them for each batch
 (`apps.data.loader.seeded`). Images are uint8 (B, C, H, W) while they are cut and colored. Erasing and mixing need
-normalized float32: here they are drawn (`draw_boxes`, `draw_mix`), and `erase` and `mix` compute them on the device.
+normalized float32: here they are sampled (`draw_boxes`, `draw_mix`), and `erase` and `mix` compute them on the device.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def random_resized_crop(images: Tensor, min_area: float) -> Tensor:
 
 
 class BatchRandAugment(v2.RandAugment):
-    """torchvision's RandAugment, with operations and signs drawn for each image of a batch.
+    """torchvision's RandAugment, with operations and signs sampled for each image of a batch.
 
     torchvision's own applies the same operations to every image of a tensor. Here each round draws an operation an
     image and applies each operation once, to the images that drew it.

@@ -44,8 +44,9 @@ class ImageBatch(NamedTuple):
 class PixelBatch:
     """A batch on its way to the device: images are uint8 there, a quarter of the bytes of float32.
 
-    Its attributes are those of the batch that it becomes. ``image`` is computed when it is asked for, where the pixels
-    are; ``VisionData.on_after_batch_transfer`` hands Lightning the whole batch that ``finished`` returns.
+    Its attributes are the same as in the batch that it becomes. ``image`` is computed when it is asked for, on the
+    device of the pixels; ``VisionData.on_after_batch_transfer`` hands Lightning the whole batch that ``finished``
+    returns.
 
     Args:
         batch: a named tuple such as `ImageBatch`, whose ``image`` is uint8 (B, C, H, W).

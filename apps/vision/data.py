@@ -58,8 +58,8 @@ class VisionData(ImageData):
             training and of all figures ("skip"), with a note of how many there were. For "skip" every image is decoded
             once before the first pass over it, by ``num_workers`` threads.
         kwargs: options of ``ImageData`` and ``SuiteData``. ``val_size`` and ``subset`` are stratified by class, and by
-            default validation has the data's own split if there is one beside a test split, else a tenth, and at most
-            10,000. ``num_workers`` of 0 is best for the small datasets, which are in memory.
+            default validation has the data's own split if there is one in addition to a test split, else a tenth, and
+            at most 10,000. ``num_workers`` of 0 is best for the small datasets, which are in memory.
 
     A checkpoint keeps the names of the classes and how pixels are scaled in evaluation. Data that ``adopt`` it number
     the classes of a folder by these names.

@@ -14,7 +14,7 @@ from apps.report.intervals import Interval, mean_interval
 
 
 def draw_shots(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Return the indices of ``shots`` examples of each class, drawn without replacement, class by class.
+    """Return the indices of ``shots`` examples of each class, sampled without replacement, class by class.
 
     Raises:
         ValueError: a class has fewer.
@@ -57,7 +57,7 @@ def few_shot(
     """Return, for each k in ``shots``, the accuracy of the k-shot linear evaluation over the draws.
 
     Args:
-        features, labels: (N, D) and (N,), the images that the labeled ones are drawn from.
+        features, labels: (N, D) and (N,), the images that the labeled ones are sampled from.
         test_features, test_labels: (M, D) and (M,).
         shots: labeled images per class.
         num_seeds: number of draws of labeled images, with seeds 0, 1, ...

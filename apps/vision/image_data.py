@@ -1,4 +1,4 @@
-"""``ImageData``: the base of the data of images, of classifiers and beside texts."""
+"""``ImageData``: the base of the data of images, of classifiers and of image-text pairs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class ImageData(SuiteData):
         batch_size: training examples per step and process.
         eval_batch_size: examples per step and process in evaluation.
         val_size: images held out for validation, as a count (500) or a share (0.1). 0: no validation. Default: a tenth,
-            within limits, where the data have no validation images of their own.
-        subset: use only so many training examples, drawn by split_seed after validation is held out.
+            within limits, if the data have no validation images of their own.
+        subset: use only so many training examples, sampled by split_seed after validation is held out.
         split_seed: seed of the held-out images and of the subset, so that runs of other seeds have the same images.
         image_size: scale images to this height and width; default the checkpoint's, else the dataset's own, 224 for
             image files.
@@ -79,7 +79,7 @@ class ImageData(SuiteData):
 
     @property
     def pixel_fields(self) -> dict[str, Any]:
-        """The fields of a ``PixelEncoding``: the checkpoint's, else those of the options and the dataset."""
+        """The fields of a ``PixelEncoding``: the checkpoint's, else from the options and the dataset."""
         if self._adopted is not None:
             return {name: getattr(self._adopted, name) for name in (*self._written, "in_chans")}
         known = {name: getattr(self._spec, name, 1.0) for name in (*self._written, "in_chans")}

@@ -170,7 +170,7 @@ def build_ffn(ffn: FFNConfig, dim: int) -> nn.Module:
 
 
 def _check_grid(ffn: FFNConfig, vit: ViTConfig, image_size: int, *, enters_all: bool) -> None:
-    """Reject convolution experts of a block whose tokens are not those of a whole image.
+    """Reject convolution experts of a block whose tokens are not a whole image.
 
     Args:
         ffn: FFN of the block.

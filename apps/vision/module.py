@@ -232,7 +232,7 @@ class VisionClassifier(SparseModule, Comparable):
 
     @property
     def encoding(self) -> ImageEncoding:
-        """The classes' names and the scaling of pixels: the checkpoint's, else those of the training data.
+        """The classes' names and the scaling of pixels: the checkpoint's, else the training data's.
 
         Raises:
             ValueError: there is neither.

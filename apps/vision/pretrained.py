@@ -58,7 +58,7 @@ def load_pretrained_weights(model: VMoE, source: str | Path, option: str = "pret
     """Load timm's weights into the dense parts of ``model`` and log one line about it.
 
     Patch and position embeddings are resampled to the model's by timm's own functions, and the first layer adapted to
-    the number of channels. A model without a class token leaves the source's out; where the source normalizes before
+    the number of channels. A model without a class token leaves the source's out; if the source normalizes before
     pooling and the model after it, or the other way round, the same norm is taken. FFNs that the model replaced stay at
     their initial values, unless ``source`` is an MoE model of the same shapes.
 
@@ -69,9 +69,9 @@ def load_pretrained_weights(model: VMoE, source: str | Path, option: str = "pret
         option: the name of ``source`` in messages.
 
     Raises:
-        ValueError: no such file or timm model, the weights cannot be read or fetched, nothing in them fits, or they are
-            of another architecture: beside the head, blocks beyond the model's and replaced FFNs, a tensor is missing,
-            unexpected or of another shape.
+        ValueError: no such file or timm model, the weights cannot be read or fetched, nothing in them fits, or they
+            have another architecture: besides the head, blocks beyond the model's and replaced FFNs, a tensor is
+            missing, unexpected or of another shape.
     """
     weights = _with_prefix_of(model, _read_weights(str(source), option))
     try:
@@ -115,7 +115,8 @@ def load_pretrained_weights(model: VMoE, source: str | Path, option: str = "pret
 
 
 def _in_trunk(name: str, model: VMoE) -> bool:
-    """Return whether the model needs that tensor: it is of no head, gate, replaced FFN or block beyond the last."""
+    """Return whether the model needs that tensor: it does not belong to a head, gate, replaced FFN or block beyond the
+    last."""
     if ".depth_gate." in name:
         return False
     block = re.match(r"blocks\.(\d+)\.(mlp\.)?", name)

@@ -37,10 +37,10 @@ class VisionReportConfig(ReportConfig):
     """Options of the report that ``moesaic test`` adds to the accuracy of an image classifier.
 
     Attributes:
-        routing_examples: test images whose routing is drawn, to the end of a batch; 0 draws none.
+        routing_examples: test images whose routing is plotted, to the end of a batch; 0 plots none.
         few_shot: shots a class of the linear evaluation on frozen features; empty leaves it out.
         few_shot_seeds: number of draws of labeled images.
-        images: images drawn with the experts of their patches; 0 draws none.
+        images: images shown with the experts of their patches; 0 shows none.
     """
 
     routing_examples: CountOrZero = 50_000
@@ -54,7 +54,7 @@ class VisionReportConfig(ReportConfig):
 
 @dataclass
 class Shown:
-    """Images that are drawn with the experts of their patches.
+    """Images that are shown with the experts of their patches.
 
     Attributes:
         images: the images, (H, W, C) each, as the model sees them.
@@ -131,7 +131,7 @@ def patch_experts(model: Any, entry: Any, num_images: int, most: int = 1) -> Ten
 
 
 def _first_of_each_class(label_B: Tensor, taken: Sequence[int], wanted: int, num_classes: int) -> list[int]:
-    """Return the positions in a batch of images to be shown, those of classes not shown yet first."""
+    """Return the positions in a batch of images to be shown, classes not shown yet first."""
     picks: list[int] = []
     seen = set(taken)
     for position, label in enumerate(label_B.tolist()):

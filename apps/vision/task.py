@@ -88,7 +88,7 @@ class ImageClassification(Task):
 
     @classmethod
     def data_arguments(cls, given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-        """Return size, channels and classes of a dataset's images, where the suite knows them."""
+        """Return size, channels and classes of a dataset's images, if the suite knows them."""
         from apps.data.datasets import find
         from apps.registry import import_datasets
 
@@ -128,7 +128,7 @@ def placed(network: Any, entries: Iterable[Any], prefix: str = "") -> list[tuple
 
     Args:
         network: the ``VMoE``.
-        entries: those of a tape of a model around it.
+        entries: the entries of a tape of a model around it.
         prefix: the network's name in that model, with a dot behind it; other entries are left out.
     """
     inside = [replace(e, name=e.name.removeprefix(prefix)) for e in entries if e.name.startswith(prefix)]

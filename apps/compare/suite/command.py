@@ -139,7 +139,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         return "diverged" not in row["runs"].get(run.seed, {})
 
     def _describe(self, board: Board, entry: Entry) -> None:
-        """Save what a row is and costs, where it is not known; what was left out may be there by now."""
+        """Save the description and cost of a row, if it is not known; a row that was left out may be there by now."""
         row = self.figures.row(entry)
         if ("kind" in row and not row.get("refused")) or board.name in self.missing:
             return
@@ -186,7 +186,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         return f"test {shown}, {result['train_seconds']:.1f} s"
 
     def work(self, unit: Run, progress: Progress) -> Mapping[str, Any] | None:
-        """Do a run, and after that of the first seed measure the speed; None where its data cannot be had."""
+        """Do a run, and after the first seed's run measure the speed; None where its data cannot be had."""
         entry = unit.entry
         with self._with_data(unit.board):
             if unit.board.name in self.missing:
@@ -222,7 +222,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         return {"test": test, "steps": result["steps"], "train_seconds": result["train_seconds"]}
 
     def _planned(self, run: Run, experiment: Experiment) -> tuple[Plan, Unit]:
-        """Return the plan of the comparison that has the row's runs, and what is trained in this one."""
+        """Return the plan of the comparison that has the row's runs, and the systems trained in this one."""
         entry, row = run.entry, self.figures.row(run.entry)
         rates = () if experiment.rate is None else (experiment.rate,)
         options = Options(num_seeds=self.suite.seeds, learning_rates=rates, baseline_minutes=entry.baseline_minutes)
@@ -274,7 +274,7 @@ def experiment_of(files: tuple[str, ...], rest: tuple[str, ...]) -> Experiment:
 
 
 def _facts(experiment: Experiment, entry: Entry) -> dict[str, Any]:
-    """Return what a row is and costs.
+    """Return the description and cost of a row.
 
     Returns:
         ``kind``, as ``kind_of`` names it; ``cost``, None of an estimator; ``rate``, its learning rate; ``tunes``, True
@@ -310,7 +310,7 @@ def _facts(experiment: Experiment, entry: Entry) -> dict[str, Any]:
 
 
 def kind_of(model: Any) -> str:
-    """Return what a model is, such as "sparse".
+    """Return the kind of a model, such as "sparse".
 
     Args:
         model: a module with its ``module``, the torch model, or an ``Estimator``, whose attribute ``kind`` says it.
@@ -320,7 +320,7 @@ def kind_of(model: Any) -> str:
 
 
 def _where() -> dict[str, str]:
-    """Return on what a figure was made: the machine and the day, and the commit of the source."""
+    """Return the conditions of a figure: the machine and the day, and the commit of the source."""
     return {"machine": machine_line(), "commit": source_commit()}
 
 
@@ -339,7 +339,7 @@ def run(command: Command, argv: Sequence[str]) -> int:
 def run_suite(command: Command, again: str, clock: Callable[[], float] = time.monotonic) -> Queue:
     """Do the runs of a suite that are left, as many as the time allows, and write and show the leaderboard.
 
-    The leaderboard is written as well where a run fails or is stopped, with what is finished. ``again`` is the command
+    The leaderboard is written as well where a run fails or is stopped, with the finished rows. ``again`` is the command
     to continue, as the user is told it.
     """
     suite = command.suite

@@ -75,7 +75,7 @@ class Entry:
 
     @cached_property
     def written(self) -> dict[str, Any]:
-        """Return what the files and the values say together, without the defaults that they leave."""
+        """Return the combined settings of the files and the values, without the defaults that they leave."""
         config: dict[str, Any] = {}
         for name in self.files:
             config = merge(config, with_long_names(read_config(shipped(Path(name)))))
@@ -87,14 +87,14 @@ class Entry:
 
     @property
     def data(self) -> dict[str, Any]:
-        """Return what they say of the data: the class and its options."""
+        """Return their settings of the data: the class and its options."""
         data = self.written.get("data")
         data = dict(data) if isinstance(data, Mapping) else {"class_path": data}
         return {**data, "init_args": data.get("init_args") or {}}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Return what the figures of the row depend on, as plain values."""
+        """Return everything that the figures of the row depend on, as plain values."""
         options = {name: value for name, value in self.data["init_args"].items() if name not in _PLACES}
         config = {**self.written, "data": {**self.data, "init_args": options}}
         return {"config": json.loads(json.dumps(config, default=str)), "baseline": self.baseline}
@@ -152,7 +152,7 @@ class Board:
         name: its heading.
         config: the configuration that its models start with.
         models: the models.
-        about: sentences on data and protocol, which stand above the table.
+        about: sentences on data and protocol, shown above the table.
         values: values over the configurations of all models, by dotted name.
         baselines: names of baselines of ``config`` that are rows too.
         metrics: test metrics, without the split; the first one ranks. Empty: the one that the models monitor.
@@ -185,7 +185,7 @@ class Board:
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
-        """Return the rows: each model with its own baselines, then those of the board's configuration."""
+        """Return the rows: each model with its own baselines, then the baselines of the board's configuration."""
         rows = []
         for model in self.models:
             files = (model.config or self.config, *model.overlays)
@@ -232,10 +232,10 @@ class Suite:
     Attributes:
         title: heading of the leaderboard.
         boards: its boards.
-        about: sentences that stand below the heading.
+        about: sentences shown below the heading.
         seeds: number of runs of each row; seeds count up from the configuration's.
         runs: folder of the runs; empty: ``runs/suites/<name of the file>``.
-        figures: folder of the figures of finished runs, a JSON file a board; empty: one in that of the runs.
+        figures: folder of the figures of finished runs, a JSON file a board; empty: one in the folder of the runs.
         leaderboard: Markdown file of the leaderboard; empty: ``leaderboard.md`` in the folder of the runs.
         path: the suite file, as the command line names it.
         chosen: names of the boards that are trained; None: all.
@@ -289,7 +289,7 @@ class Suite:
         """Return the suite, of which the boards ``names`` alone are trained.
 
         Raises:
-            UsageError: there is no such board.
+            UsageError: the board does not exist.
         """
         known = [board.name for board in self.boards]
         for name in names:
@@ -375,15 +375,15 @@ class Command(CommandLine):
     leaderboard: the boards with their test figures and costs, as Markdown and as one HTML file.
 
     Stopped at any moment, the same command resumes: a finished run is not trained again, and an unfinished one resumes
-    from its last checkpoint. The figures of finished runs are JSON files; where these are, the folders of the runs are
-    no longer needed. With --minutes 0 nothing is trained, and the leaderboard is written again.
+    from its last checkpoint. The figures of finished runs are JSON files; with them, the folders of the runs are no
+    longer needed. With --minutes 0 nothing is trained, and the leaderboard is written again.
 
     Attributes:
         file: the suite file, such as configs/suites/recommenders.yaml
-        boards: train these boards alone; the leaderboard still has all
-        minutes: stop after so long, with what is at work kept (default: no limit)
-        figures: folder of the figures of finished runs (default: that of the suite file)
-        output: folder of the runs (default: that of the suite file)
+        boards: train only these boards; the leaderboard still has all
+        minutes: stop after so long, keeping the unfinished run (default: no limit)
+        figures: folder of the figures of finished runs (default: the suite file's)
+        output: folder of the runs (default: the suite file's)
         rounds: timed rounds of speed and memory; 0: none
         open: show the page in the browser
 

@@ -1,7 +1,7 @@
-"""What the finished runs of a suite have shown: small JSON files that are kept with the source, the rows of a board
-with their intervals, the best first, and the leaderboard as a page.
+"""The results of the finished runs of a suite: small JSON files that are kept with the source, the rows of a board with
+their intervals, the best first, and the leaderboard as a page.
 
-Figures count for the configuration that they were made with: those of another one under the same name are of no run.
+Figures count for the configuration that they were made with: figures of another one under the same name are ignored.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Standing:
     """One row of a board.
 
     Attributes:
-        entry: what was trained.
+        entry: the trained entry.
         figures: its saved figures.
         tests: test metrics over the seeds that are finished; None: it does not report the metric, or was not run.
         behind: the best row minus this one in the first metric, paired by seed; None for the best and without runs.
@@ -150,7 +150,7 @@ class Standing:
 
     @property
     def costs(self) -> Costs:
-        """Return what it takes; figures that were not measured are not there."""
+        """Return its cost, without the figures that were not measured."""
         seconds = [run["train_seconds"] for run in self.figures["runs"].values() if "train_seconds" in run]
         mean = statistics.fmean(seconds) if seconds else None
         return Costs(self.figures.get("cost"), self.figures.get("speed") or {}, mean)
@@ -326,14 +326,14 @@ def _section(suite: Suite, board: Standings) -> Section:
 
 
 def _quality(board: Standings) -> Quality:
-    """Return the first metric of the rows with figures, and what they take."""
+    """Return the first metric of the rows with figures, and their cost."""
     metric = board.metrics[0]
     models = [(row.title, test, row.costs) for row in board.ranked if (test := row.tests[metric]) is not None]
     return Quality(f"test {board.heading(metric)}", metric in board.shares, board.higher_is_better, models)
 
 
 def legend(suite: Suite, boards: Sequence[Standings]) -> list[str]:
-    """Return sentences that say what the columns are."""
+    """Return sentences that describe the columns."""
     kinds = {row.figures.get("kind") for board in boards for row in board.rows}
     meant = [f"{kind}: {meaning}" for kind, meaning in MEANINGS.items() if kind in kinds]
     return [

@@ -2,7 +2,7 @@
 
 The decoder's FFNs may be mixtures of experts, as in MoE-LLaVA (arXiv 2401.15947), and the encoder's as in V-MoE (arXiv
 2106.05974). Unlike MoE-LLaVA, whose language model reads image tokens and words as one sequence, the decoder attends to
-the image: its cache then holds what it has written itself, and the search is that of a translator.
+the image: its cache then holds only the text written so far, and the search works as in a translator.
 """
 
 from __future__ import annotations

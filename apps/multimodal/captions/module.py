@@ -66,8 +66,8 @@ class Captions(NamedTuple):
 class ImageCaptioner(JudgedModule):
     """An image encoder and a decoder that writes a text about the image, sparse or dense.
 
-    It is trained by the cross-entropy of each token after those before it, with label smoothing, and judged by what it
-    writes itself: BLEU and chrF++ of its captions, by sacrebleu, against all texts of the image.
+    It is trained by the cross-entropy of each token after those before it, with label smoothing, and judged by the text
+    that it generates: BLEU and chrF++ of its captions, by sacrebleu, against all texts of the image.
 
     Args:
         vit: the image encoder.
@@ -153,7 +153,7 @@ class ImageCaptioner(JudgedModule):
         self._hold_still()
 
     def _hold_still(self) -> None:
-        """Freeze what a training does not change.
+        """Freeze the parameters that a training does not change.
 
         Raises:
             ValueError: ``trained="experts"`` of a model that has none.
@@ -195,8 +195,8 @@ class ImageCaptioner(JudgedModule):
             return caption_ids(model or self.model_in(config.dtype), image, config, self.max_tokens, index_B)
 
     def references(self, batch: PairBatch) -> list[str]:
-        """Return the pairs' texts as the data have them, in lower case where the model reads no other; where the data
-        do not give them, decode their subwords."""
+        """Return the pairs' texts as the data have them, in lower case if the model reads no other; if the data do not
+        give them, decode their subwords."""
         known = getattr(self._data(), "texts", None)
         if known is None:
             return self.subwords.decode(batch.text_BL.tolist(), "source")
@@ -239,7 +239,7 @@ class ImageCaptioner(JudgedModule):
     def predict(self, images: Sequence[str | Path | Image.Image | np.ndarray], **options: Any) -> list[str]:
         """Return the caption of each image, by the encoding of the checkpoint.
 
-        Arguments and errors are those of ``candidates``; a ``num_best`` above 1 is an error too.
+        Arguments and errors are as in ``candidates``; a ``num_best`` above 1 is an error too.
 
         Example::
 
@@ -288,7 +288,7 @@ class ImageCaptioner(JudgedModule):
 
     @property
     def encoding(self) -> PairEncoding:
-        """The texts' subwords and the scaling of pixels: the checkpoint's, else those of the training data.
+        """The texts' subwords and the scaling of pixels: the checkpoint's, else the training data's.
 
         Raises:
             ValueError: there is neither.

@@ -46,7 +46,7 @@ class CaptionReportConfig(ReportConfig):
 
     Attributes:
         samples: captioned images shown, at equal steps through the test set.
-        images: images of which it is drawn where each word looks, and which experts took it; 0 draws none.
+        images: images plotted with the place where each word looks and the experts that computed it; 0 plots none.
 
     Raises:
         ValueError: a number out of its range.
@@ -120,9 +120,9 @@ def write_scores(metrics: CaptionMetrics, values: dict[str, float], data: Any, f
 
     Args:
         metrics: of the test.
-        values: what they compute.
-        data: names the images, where it can.
-        folder: where the files go.
+        values: their outputs.
+        data: names the images, if it can.
+        folder: folder of the files.
     """
     images = metrics.images
     signed = signatures(metrics.tokenize, num_references(images))
@@ -163,7 +163,7 @@ def side_by_side(systems: Mapping[str, Sequence[Mapping[str, Any]]], count: int)
     """Return ``count`` test images, at equal steps, with their first text and each system's caption.
 
     Args:
-        systems: ``ImageCaptioner.examples_of_test`` of each system, by its heading; all are of the same images.
+        systems: ``ImageCaptioner.examples_of_test`` of each system, by its heading; all describe the same images.
         count: how many images.
     """
     first = next(iter(systems.values()), ())
@@ -249,7 +249,7 @@ def write_use(module: Any, batches: Sequence[PairBatch], folder: Path) -> Sectio
     Args:
         module: an ``ImageCaptioner`` in evaluation.
         batches: of the test.
-        folder: where the file goes.
+        folder: folder of the file.
     """
     vocab = module.vocab_size
     use = ExpertUse(tokens_of(module), {"subword": Labels("subword", vocab)})

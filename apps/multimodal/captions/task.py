@@ -1,4 +1,4 @@
-"""A captioner in use: an image in, what it shows in words and the experts of patches and subwords out."""
+"""A captioner in use: it takes an image, and returns a caption and the experts of patches and subwords."""
 
 from __future__ import annotations
 

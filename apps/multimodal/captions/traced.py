@@ -1,4 +1,4 @@
-"""One image as a captioner reads and describes it: its words, where they look, and the experts of both."""
+"""One image as a captioner reads and describes it: its words, the places they look at, and the experts of both."""
 
 from __future__ import annotations
 

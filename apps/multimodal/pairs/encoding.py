@@ -1,4 +1,4 @@
-"""The encoding of images and texts that a checkpoint keeps: pixels, pieces of words, and the attributes' classes."""
+"""The encoding of images and texts that a checkpoint keeps: pixels, text tokens, and the attributes' classes."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from apps.porting.sentences import MINILM, WordPieces, encoder_folder
 from apps.vision.encoding import PixelEncoding
 from core.fields import Bounds, Checked
 
-_START = "\N{LOWER ONE EIGHTH BLOCK}"  # what sentencepiece writes before a piece that starts a word
+_START = "\N{LOWER ONE EIGHTH BLOCK}"  # what sentencepiece writes before a token that starts a word
 
 
 @core.register_config
 @dataclass(frozen=True)
 class TextEncoding(Checked):
-    """How a text becomes ids: by subwords learned from the training captions, or by the pieces of a published encoder.
+    """How a text becomes ids: by subwords learned from the training captions, or by the tokens of a published encoder.
 
     Attributes:
         subwords: the subwords, or None.
-        pieces: a sentence encoder's word pieces, in the order of their ids, or none.
-        lower_case: whether to lower the case; for word pieces also to drop accents. CLIP's pieces have no upper case.
-        max_tokens: largest number of pieces that a model reads, start and end among them.
+        pieces: a sentence encoder's WordPiece tokens, in the order of their ids, or none.
+        lower_case: whether to lower the case; for WordPiece tokens also to drop accents. CLIP's tokens have no upper
+            case.
+        max_tokens: largest number of tokens that a model reads, start and end among them.
         merges: the merges of CLIP's tokenizer, the most frequent first, or none.
 
     Raises:
@@ -59,7 +60,7 @@ class TextEncoding(Checked):
 
     @cached_property
     def _published(self) -> WordPieces | BytePairs:
-        """The tokenizer of a published encoder; there are no subwords."""
+        """The tokenizer of a published encoder, without subwords."""
         return BytePairs(self.merges) if self.merges else WordPieces(self.pieces, self.lower_case)
 
     @property
@@ -74,7 +75,7 @@ class TextEncoding(Checked):
         return hashlib.sha256("\n".join((*vocabulary, str(self.lower_case))).encode()).hexdigest()[:12]
 
     def ids(self, text: str) -> list[int]:
-        """Return the ids of a text's first ``max_tokens`` pieces, start and end among them."""
+        """Return the ids of a text's first ``max_tokens`` tokens, start and end among them."""
         return self.rows([text])[0]
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
@@ -90,13 +91,13 @@ class TextEncoding(Checked):
         return padded(self.rows(texts))
 
     def words(self, ids: Sequence[int]) -> list[str]:
-        """Return the pieces of ids as they are spelled."""
+        """Return the tokens of ids as they are spelled."""
         if self.subwords is None:
             return [self._published.pieces[i] for i in ids]
         return self.subwords.pieces(ids, "source")
 
     def marked(self, ids: Sequence[int]) -> list[str]:
-        """Return the pieces of ids in sentencepiece's spelling, whatever their own is: with a mark before a piece that
+        """Return the tokens of ids in sentencepiece's spelling, whatever their own is: with a mark before a token that
         starts a word, and brackets round one that is not text, such as ``<CLS>``."""
         pieces = self.words(ids)
         if self.subwords is not None:

@@ -1,4 +1,4 @@
-"""What ``moesaic predict`` is given instead of the data's pairs: images, texts, or a search among images."""
+"""Inputs of ``moesaic predict`` instead of the data's pairs: images, texts, or a search among images."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class GivenInputs(Checked):
     Attributes:
         images: folder of images; those in folders below it count too.
         predict_file: table of texts, or a .txt file with a text a line.
-        query: texts by which the images are searched; one text may stand without a list.
+        query: texts by which the images are searched; one text may be given without a list.
         query_image: image files by which they are searched, instead of texts.
         top: images of a query at most; None: 10.
         index: file of the images' vectors, for a search; None: one in the cache.
-        on_bad_image: what an image of the folder is that cannot be read.
+        on_bad_image: handling of an image of the folder that cannot be read.
         caption_column: column of the table that holds a text or a list of texts.
-        id_column: column of the table that stands beside each vector; None: none does.
+        id_column: column of the table to put next to each vector; None: none does.
 
     Raises:
         ValueError: images with a file of texts, texts and images to search by, a search without a folder, options of a

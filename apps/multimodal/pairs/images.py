@@ -195,7 +195,7 @@ def store_pixels(
         shape: (C, S, S) of the scaled pixels.
         cache: the cache's folder.
         name: name of the data, for people who look into the cache.
-        made_from: plain values that say what the transform does.
+        made_from: plain values that describe the transform.
         num_threads: threads that decode.
 
     Raises:

@@ -29,7 +29,7 @@ class PairBatch(NamedTuple):
 
     Attributes:
         image: float32 (B, C, H, W), normalized by the encoding's constants.
-        text_BL: int64 (B, L), ids of the texts' pieces, 0 for padding, which stands behind them.
+        text_BL: int64 (B, L), token ids of the texts, 0 for padding, which comes after them.
         image_B: int64 (B,), numbers of the images in the data; pairs of one image have one number.
         caption_B: int64 (B,), numbers of the texts; equal texts have one number.
         label_BA: int64 (B, A), the class of each attribute, -1 where it is not known.
@@ -75,7 +75,7 @@ class RawPairs:
         image_N: int64 (N,), the image of each pair.
         texts: the caption of each pair.
         labels: the value of each attribute for each image, None where it is not known.
-        split: the split of each image; None where it is to be drawn.
+        split: the split of each image; None if it is to be sampled.
         left_out: number of rows that are not among the pairs, by reason.
         rows: name of the first row of each image, such as ``titles.csv, row 7``; empty if no table names them.
     """
@@ -89,7 +89,7 @@ class RawPairs:
     rows: Sequence[str] = ()
 
     def without(self, images: Sequence[int], reason: str) -> RawPairs:
-        """Return the pairs without those of some images; the images keep their numbers."""
+        """Return the pairs without the pairs of some images; the images keep their numbers."""
         keep_N = ~np.isin(self.image_N, list(images))
         texts = [text for text, keep in zip(self.texts, keep_N, strict=True) if keep]
         left_out = {**self.left_out, reason: int((~keep_N).sum())}
@@ -184,7 +184,7 @@ class PairCollector:
             key: tells one image from another; rows of one key are captions of one image.
             texts: captions of the image. One that comes again counts once.
             labels: the value of each attribute; an empty one says nothing, and another row of the image may know it.
-            split: the image's split; None: it is to be drawn.
+            split: the image's split; None: it is to be sampled.
             path: file of the image, which must be there.
 
         Raises:
@@ -234,7 +234,7 @@ class PairCollector:
         self._left_out[reason] += 1
 
     def pairs(self, images: Images) -> RawPairs:
-        """Return what was taken, with the images of ``keys``."""
+        """Return the rows taken, with the images of ``keys``."""
         image_N = np.array(self._image_N, np.int64)
         unknown = (None, "")
         labels = {name: [facts.get(name, unknown)[0] for facts in self._facts] for name in self._attributes}

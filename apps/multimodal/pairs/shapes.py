@@ -1,7 +1,7 @@
-"""``shapes``: drawn images of one colored shape, each with a sentence that names all that can be seen in it.
+"""``shapes``: synthetic images of one colored shape, each with a sentence that describes it completely.
 
 Nothing is read or fetched: all is computed from one seed, in half a second. No two images show the same, so that every
-sentence has one right image; what is in the test was never seen in training as a whole, only its parts.
+sentence has one right image; a test image was never seen in training as a whole, only its parts.
 """
 
 from __future__ import annotations

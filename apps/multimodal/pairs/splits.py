@@ -22,23 +22,23 @@ def split_images(
     seed: int,
     files: Sequence[str | os.PathLike[str]] = (),
 ) -> NDArray[Any]:
-    """Return the split of each image, by its name: the files' own, else a drawn one; "" of an image without captions.
+    """Return the split of each image, by its name: the files' own, else a sampled one; "" of an image without captions.
 
-    Images are drawn from those that are not for validation or test. Two with a caption or a file in common stay
+    Images are sampled from the ones that are not for validation or test. Two with a caption or a file in common stay
     together.
 
     Args:
         split_I: the split of each image by the files; None: they do not say.
         image_N: the image of each pair.
         texts: the caption of each pair.
-        sizes: number or share of the images that "test" and "val" get; None: a tenth, and at most 5,000, where the
-            files have none of their own.
+        sizes: number or share of the images that "test" and "val" get; None: a tenth, and at most 5,000, if the files
+            have none of their own.
         seed: the only source of randomness.
         files: the file of each image; none: they have none of their own.
 
     Raises:
-        ValueError: a size beside images of the files, or one that leaves no image to train on, or is too small for
-            images that belong together.
+        ValueError: a size although the files have images for the split, or one that leaves no image to train on, or is
+            too small for images that belong together.
     """
     splits = np.array([split or "train" for split in split_I], dtype="<U5")
     splits[np.setdiff1d(np.arange(len(splits)), image_N)] = ""

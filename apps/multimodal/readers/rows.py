@@ -31,7 +31,7 @@ def find_table(root: Path, name: str | None) -> Path:
     """Return the table of this name below ``root``, or the only one in ``root``.
 
     Raises:
-        ValueError: there is none, there are several to choose from, or it is of a kind that is not read.
+        ValueError: there is none, there are several to choose from, or it has a format that is not read.
     """
     if name is not None:
         path = root / name

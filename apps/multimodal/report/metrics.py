@@ -1,7 +1,7 @@
 """torchmetrics metrics of images with texts: retrieval both ways over a whole split, and the classes of attributes.
 
 A module returns ``PairMetrics`` from ``build_metrics``, and gives it ``PairOutputs`` and ``PairTargets``. Ranks are
-pessimistic: every wrong candidate with the score of the right one stands before it, so that a model whose vectors are
+pessimistic: every wrong candidate with the score of the right one ranks before it, so that a model whose vectors are
 all the same comes last.
 """
 
@@ -27,7 +27,7 @@ _SCORED_AT_ONCE = 1024
 
 
 class PairOutputs(NamedTuple):
-    """What a model says of a batch of pairs.
+    """A model's outputs for a batch of pairs.
 
     Attributes:
         image_BD, text_BD: float (B, D), the vectors of the images and of the texts.
@@ -40,7 +40,7 @@ class PairOutputs(NamedTuple):
 
 
 class PairTargets(NamedTuple):
-    """What is known of a batch of pairs; the fields are those of ``PairBatch``.
+    """The known facts about a batch of pairs; the fields are as in ``PairBatch``.
 
     Attributes:
         image_B, caption_B: int64 (B,), numbers of the images and of the texts.
@@ -80,7 +80,7 @@ class Gallery(NamedTuple):
 
     @classmethod
     def of_pairs(cls, image_PD: Tensor, text_PD: Tensor, number_P: Tensor, caption_P: Tensor) -> Gallery:
-        """Return the images and texts of pairs, each once: the vector is that of its first pair.
+        """Return the images and texts of pairs, each once, with the vector of its first pair.
 
         Args:
             image_PD, text_PD: vectors of each pair's image and text.
@@ -109,8 +109,8 @@ def _first_of_each(number_P: Tensor) -> tuple[Tensor, Tensor]:
 def best_ranks(query_QD: Tensor, candidate_CD: Tensor, query_P: Tensor, candidate_P: Tensor) -> Tensor:
     """Return the rank of each query's best right candidate among all candidates, int64 (Q,), 1 the best.
 
-    It is 1 plus the number of wrong candidates whose product with the query is not below that of the best right one:
-    right ones do not stand in each other's way, ties and NaN count against the model.
+    It is 1 plus the number of wrong candidates whose dot product with the query is not below the best right one's:
+    right ones do not count against each other, ties and NaN count against the model.
 
     Args:
         query_QD, candidate_CD: float vectors.

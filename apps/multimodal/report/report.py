@@ -1,4 +1,4 @@
-"""The test report of an image-text model: retrieval both ways, classes by texts, and what the experts are used for."""
+"""The test report of an image-text model: retrieval both ways, classes by texts, and the use of the experts."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class PairReportConfig(ReportConfig):
     Attributes:
         routing_examples: test pairs whose routing is read, to the end of a batch; 0 reads none.
         zero_shot: attributes whose classes are told by their names; None: all of the data; empty: none.
-        templates: texts that name a class, which stands for the braces.
+        templates: texts that name a class, which replaces the braces.
         attribute_templates: templates of single attributes, by name, instead of ``templates``.
         probe_images: training images of the linear probe, to the end of a batch; 0 leaves it out.
-        queries: sentences for which the retrieved images are drawn.
-        samples: pairs that are shown with the experts of their patches and pieces.
+        queries: sentences for which the retrieved images are shown.
+        samples: pairs that are shown with the experts of their patches and text tokens.
 
     Raises:
         ValueError: a number out of its range, or a template without a place for the class.
@@ -85,7 +85,7 @@ class PairReportConfig(ReportConfig):
 
 @dataclass(frozen=True)
 class PairTest:
-    """What a report has read of a test.
+    """The data that a report has read of a test.
 
     Attributes:
         metrics: values of the test's metrics by name.
@@ -109,7 +109,7 @@ class PairTest:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What is retrieved for one sentence.
+    """The retrieved images for one sentence.
 
     Attributes:
         sentence: the text.
@@ -152,7 +152,7 @@ class PairReport(Report):
         return test
 
     def _read(self, trainer: Trainer, module: Any, data: Any, values: Mapping[str, Tensor]) -> PairTest | None:
-        """Return what is read of the test's pairs, in one more pass over them; None if there are none."""
+        """Return the readings of the test's pairs, in one more pass over them; None if there are none."""
         encoding = module.encoding
         attributes = encoding.attributes or {}
         use = PairUse(module, {name: len(own) for name, own in attributes.items()}, self.config.samples)
@@ -251,7 +251,7 @@ def write_retrieval(test: PairTest, folder: Path, queries: int) -> Section:
 
 
 def retrieved(test: PairTest, places: Sequence[int]) -> list[Retrieved]:
-    """Return what is retrieved for the texts at these places of the gallery."""
+    """Return the retrieved images for the texts at these places of the gallery."""
     gallery = test.gallery
     score_QI = gallery.text_JD[list(places)] @ gallery.image_ID.T
     best_Qk = score_QI.topk(min(_RETRIEVED, score_QI.shape[1]), dim=1).indices
@@ -308,7 +308,7 @@ def write_classes(test: PairTest, folder: Path) -> Section:
 
 
 def _gain(row: Mapping[str, Any]) -> float:
-    """Return how far the best accuracy lies above that of the commonest class."""
+    """Return how far the best accuracy lies above the commonest class's share."""
     known = [row[key] for key in ("zero_shot", "probe", "head_accuracy") if row[key] is not None]
     return max(known, default=0.0) - float(row["commonest"])
 
@@ -395,7 +395,7 @@ def _draw_patches(test: PairTest, folder: Path) -> list[Part]:
 
 
 def words_of(pair: Shown, test: PairTest) -> Words:
-    """Return a text with the experts of its pieces, as a part of a page."""
+    """Return a text with the experts of its tokens, as a part of a page."""
     number = next(i for i, one in enumerate(test.use.shown, 1) if one is pair)
     return Words.of_pieces(
         f"Text {number}, with the experts of each piece",
@@ -410,7 +410,7 @@ def _most_experts(use: PairUse) -> int:
 
 
 def caption_of(pair: Shown, test: PairTest) -> str:
-    """Return the text of a pair, as the data has it, else as its pieces spell it."""
+    """Return the text of a pair, as the data has it, else as its tokens spell it."""
     if hasattr(test.data, "texts"):
         return str(test.data.texts[pair.caption])
     return _plain("".join(test.encoding.text.marked(pair.ids)))
@@ -423,5 +423,5 @@ def displayed(images: Tensor, encoding: PairEncoding) -> np.ndarray:
 
 
 def _plain(piece: str) -> str:
-    """Return a piece without the mark of a word's start."""
+    """Return a token without the mark of a word's start."""
     return piece.replace(START, " ").strip() or piece

@@ -1,4 +1,4 @@
-"""The use of a model's experts over many pairs: by modality, by class of the image and by piece of the text."""
+"""The use of a model's experts over many pairs: by modality, by class of the image and by token of the text."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Rows(NamedTuple):
         return cls.of(context)
 
     def patches(self, num_patches: int) -> slice | None:
-        """Return where the patches stand in the rows of images; None where the layer does not see each of them."""
+        """Return the positions of the patches in the rows of images; None where the layer does not see each of them."""
         has_all = len(self.images) > 0 and self.tokens_of_image >= num_patches
         return slice(self.tokens_of_image - num_patches, self.tokens_of_image) if has_all else None
 
@@ -75,7 +75,7 @@ class Rows(NamedTuple):
         return ids_RLK[self.images][:, places].unflatten(1, (math.isqrt(num_patches), -1)).cpu()
 
     def piece_experts(self, routing: Any, most: int) -> Tensor:
-        """Return the experts of each piece, best first, int64 (U, L, most); E where there are fewer."""
+        """Return the experts of each token, best first, int64 (U, L, most); E where there are fewer."""
         return experts_of_token(routing, most).unflatten(0, self.modality_RL.shape)[self.texts].cpu()
 
 
@@ -106,9 +106,9 @@ class Shown:
     Attributes:
         image: float32 (C, H, W), normalized.
         caption: number of the text.
-        ids: the ids of the text's pieces.
+        ids: the token ids of the text.
         grids: the expert of each patch, int64 (rows, columns), by layer; E if there is none.
-        pieces: the experts of each piece, best first, by layer.
+        pieces: the experts of each token, best first, by layer.
     """
 
     image: Tensor
@@ -119,7 +119,7 @@ class Shown:
 
 
 class PairUse(ExpertUse):
-    """Adds up, batch by batch, what each expert computes: tokens by modality, by class of the image and by piece.
+    """Adds up, batch by batch, the load of each expert: tokens by modality, by class of the image and by token.
 
     Args:
         module: the ``ImageTextRetriever``, in evaluation.
@@ -183,8 +183,8 @@ class PairUse(ExpertUse):
         return sample.joined(PatchSample(sample.gate_En[:, :0], sample.patch_EnCHW[:, :0]))
 
     def alarms(self) -> list[str]:
-        """Return a line for each layer and modality of which experts compute nothing, and for what the doctor finds
-        wrong with a modality's loads."""
+        """Return a line for each layer and modality of which experts compute nothing, and for the doctor's findings on
+        a modality's loads."""
         lines = []
         for finding in self._doctor.findings() if self._doctor is not None else ():
             if "modality" in finding.name:
@@ -201,14 +201,14 @@ class PairUse(ExpertUse):
         return lines
 
     def class_information(self) -> dict[str, list[float]]:
-        """Return, by layer, what a patch's expert says of each attribute's class of its image: the share of the
+        """Return, by layer, how much a patch's expert tells about each attribute's class of its image: the share of the
         experts' entropy that the classes explain, from 0 to 1."""
         by_attribute = [self.counts[name] for name in self.attributes]
         layers = by_attribute[0] if by_attribute else ()
         return {name: [explained(torch.from_numpy(own[name]).double()) for own in by_attribute] for name in layers}
 
     def frequent_pieces(self, layers: Sequence[str], most: int) -> np.ndarray:
-        """Return the ids of the commonest pieces that these layers saw, int64, the commonest first."""
+        """Return the ids of the commonest tokens that these layers saw, int64, the commonest first."""
         count_V = sum((own.sum(1) for name, own in self.counts["piece"].items() if name in layers), np.zeros(1, int))
         order = np.argsort(-count_V, kind="stable")[:most]
         return order[count_V[order] > 0]

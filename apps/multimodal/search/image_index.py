@@ -121,8 +121,8 @@ unreadable ones."""
 def refreshed(folder: Path, path: Path | None, cache: Path, made_by: str, encode: Encode) -> ImageIndex:
     """Return the index of a folder as it is now, and keep it in its file.
 
-    An image is encoded where neither its path, size and time nor its content are those of one that the file has. An
-    error in the midst of it keeps what was encoded until then.
+    An image is encoded if neither its path, size and time nor its content match an image in the file. An error in the
+    midst of it keeps the vectors encoded until then.
 
     Args:
         folder: the images' folder.
@@ -249,7 +249,8 @@ def tell(complaints: Sequence[str]) -> None:
 
 
 def model_digest(weights: str, encoding: Any) -> str:
-    """Return what tells a model's image vectors from those of others: its weights and how images become its input."""
+    """Return what tells a model's image vectors from other models' vectors: its weights and how images become its
+    input."""
     plain = {k: v for k, v in to_plain(encoding, type(encoding)).items() if k not in ("text", "attributes")}
     made_from = [weights, plain, "turned by EXIF"]  # vectors of images that were read without are others
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]

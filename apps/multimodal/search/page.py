@@ -64,7 +64,7 @@ def write_search_page(hits: Sequence[Hits], path: Path, searched: str) -> None:
     """Write the page of a search as one HTML file, whole or not at all.
 
     Args:
-        hits: what was found for each query.
+        hits: the results for each query.
         path: the file; links lead from its folder to the images.
         searched: sentence that says what was searched.
 

@@ -110,7 +110,7 @@ class ImageSearch:
 
 
 def index_of(model: Any, given: GivenInputs, cache: Path, num_workers: int = 0) -> ImageIndex:
-    """Return the vectors of a folder's images as they are now; only those of new and changed images are computed."""
+    """Return the vectors of a folder's images as they are now; only new and changed images are encoded."""
     folder, encoding = given.folder, model.encoding
 
     def encode(paths: Sequence[str]) -> Iterable[tuple[list[int], Tensor, list[str]]]:
@@ -125,7 +125,7 @@ def index_of(model: Any, given: GivenInputs, cache: Path, num_workers: int = 0) 
 
 
 def _fitting(queries: Sequence[str], encoding: TextEncoding) -> list[str]:
-    """Return the texts cleaned, and say of which ones the model reads the beginning alone."""
+    """Return the texts cleaned, and say of which ones the model reads only the beginning."""
     texts = [clean(query) for query in queries]
     for number, text in enumerate(texts, 1):
         length = len(replace(encoding, max_tokens=4 * len(text) + 2).ids(text))

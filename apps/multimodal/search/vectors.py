@@ -46,7 +46,7 @@ def encode_images(model: Any, images: Sequence[Any]) -> Tensor:
 
 
 def encode_texts(model: Any, texts: Sequence[str]) -> Tensor:
-    """Return a vector of each text, float32 (N, dim) of length 1, on the CPU; of a long one the first pieces are read.
+    """Return a vector of each text, float32 (N, dim) of length 1, on the CPU; of a long one the first tokens are read.
 
     Args:
         model: likewise, with ``text_vectors`` of texts' ids.
@@ -108,7 +108,7 @@ class FolderImages(Dataset[Any]):
         folder: the folder.
         paths: paths of the images, relative to it.
         encoding: how they are scaled.
-        on_bad_image: what an image is that cannot be read.
+        on_bad_image: handling of an image that cannot be read.
     """
 
     folder: Path

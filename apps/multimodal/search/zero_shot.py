@@ -55,7 +55,7 @@ class ClassScore:
         attribute: name of the attribute.
         classes: number of its classes.
         images: number of images with a known class.
-        commonest: share of the images that are of the commonest class: the accuracy of one answer for all.
+        commonest: share of the images in the commonest class: the accuracy of one answer for all.
         zero_shot: accuracy by the texts of the classes; None: not asked.
         probe: accuracy of a linear classifier of training images' vectors; None: not asked, or the training images
             have fewer than two classes.
@@ -70,7 +70,7 @@ class ClassScore:
 
 
 def zero_shot_accuracy(image_ND: Tensor, label_N: Tensor, class_CD: Tensor) -> float:
-    """Return the share of images whose own class has the largest product of all; a tie is not an answer.
+    """Return the share of images whose own class has the largest dot product of all; a tie is not an answer.
 
     Args:
         image_ND: float (N, D), the vectors of images.

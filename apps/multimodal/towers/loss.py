@@ -30,9 +30,9 @@ class ContrastiveLoss(OpenConfig):
         least_temperature: bound below which training does not move it (CLIP, arXiv 2103.00020, section 2.5).
         equal: what two pairs of one batch are to each other that have the same image or the same text. "ignore": the
             image of the one and the text of the other are in no sum; "positive": they are a further right answer;
-            "negative": a wrong one, as if they differed. A text that several images have cannot be told from itself,
-            so "negative" pushes apart what is equal. "ignore" keeps 0 as the least loss; "positive" learns from all
-            right answers, which counts where a text has many images or an image many texts.
+            "negative": a wrong one, as if they differed. A text that several images have cannot be told from itself, so
+            "negative" pushes apart equal texts. "ignore" keeps 0 as the least loss; "positive" learns from all right
+            answers, which counts where a text has many images or an image many texts.
 
     Raises:
         ValueError: a value out of its range.
@@ -107,7 +107,7 @@ class PairLoss(nn.Module):
 
     @torch.no_grad()
     def begin(self, log_scale: float, bias: float | None) -> None:
-        """Start with what published weights say, where it is learned.
+        """Start with the values of published weights, if they are learned.
 
         Args:
             log_scale: logarithm of one over the temperature.
@@ -128,14 +128,14 @@ class PairLoss(nn.Module):
 
         Args:
             image_ND: float32 vectors of length 1.
-            text_CD: those of the texts that an image chooses from.
+            text_CD: the vectors of the texts that an image chooses from.
         """
         with outside_autocast(image_ND.device):
             return self._shares(self.log_scale.exp() * image_ND.float() @ text_CD.float().T)
 
     @abstractmethod
     def _shares(self, logits_NC: Tensor) -> Tensor:
-        """Return the probabilities of texts (N, C), given their products over the temperature."""
+        """Return the probabilities of texts (N, C), given their dot products over the temperature."""
 
     def forward(
         self, image_BD: Tensor, text_BD: Tensor, image_B: Tensor, caption_B: Tensor, *, gather: bool = False
@@ -238,8 +238,8 @@ def _without_own(equal_BN: Tensor, own_B: Tensor) -> Tensor:
 
 
 def gathered(x_B: Tensor) -> Tensor:
-    """Return the (B, ...) rows of all ranks, (N, ...) rank by rank. A rank's gradient is that of the sum of all ranks'
-    losses by its own rows."""
+    """Return the (B, ...) rows of all ranks, (N, ...) rank by rank. A rank's gradient is the gradient of the sum of all
+    ranks' losses by its own rows."""
     return _Gathered.apply(x_B)
 
 

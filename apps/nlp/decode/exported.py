@@ -17,7 +17,7 @@ class PastRows:
     """The inputs of a decoder's graph that each row keeps from step to step.
 
     Args:
-        given: what does not change: ids for routers, and what the encoder has made; in rows.
+        given: the constant inputs: ids for routers, and the encoder's outputs; in rows.
         past: keys and values of the positions read so far, by the names of the inputs; in rows.
     """
 

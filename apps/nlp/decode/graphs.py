@@ -55,7 +55,7 @@ class EncoderNetwork(nn.Module):
 
 
 class DecoderNetwork(nn.Module):
-    """A decoder that reads the next ids of its rows. It takes and returns what it keeps, and has no state.
+    """A decoder that reads the next ids of its rows. It takes and returns its cache, and has no state.
 
     Args:
         model: a language model, or a ``MemoryDecoder``.
@@ -118,15 +118,15 @@ def decoder_graph(
 ) -> Graph:
     """Return the graph of a decoder, which starts a text, or reads a whole prompt, if it has no past positions.
 
-    Its inputs are "tokens" (B, L); "task_ids" and "domain_ids" (B,), where routers ask for them; what the encoder has
-    made; "past_key_i" and "past_value_i" (B, H, P, d) of layer i, and "past_hidden_i" (B, P) of each layer that few
-    tokens enter. Its outputs are "logits" (B, L, V), and "key_i", "value_i" and "hidden_i" of P + L positions, which
-    are the past of the next call.
+    Its inputs are "tokens" (B, L); "task_ids" and "domain_ids" (B,), where routers ask for them; the encoder's outputs;
+    "past_key_i" and "past_value_i" (B, H, P, d) of layer i, and "past_hidden_i" (B, P) of each layer that few tokens
+    enter. Its outputs are "logits" (B, L, V), and "key_i", "value_i" and "hidden_i" of P + L positions, which are the
+    past of the next call.
 
     Args:
         model: a language model, or a ``MemoryDecoder``.
         name: of the graph.
-        memory: an encoder's outputs for a batch of 2, by their names; None: there is no encoder.
+        memory: an encoder's outputs for a batch of 2, by their names; None: no encoder.
         length: as in ``graphs_with_memory``.
 
     Raises:
@@ -178,9 +178,9 @@ def _pairs(inputs: Mapping[str, Tensor], first: str, second: str) -> list[tuple[
 def exported_writer(app: str, model: Any, graphs: tuple[Graph, ...], how: Mapping[str, Any]) -> Exported:
     """Return graphs with how texts are spelled and written, and the subword models' files.
 
-    "subwords" are the files by side, "ids" the special ids, and "control" is a regular expression: what it matches in
-    a text is a space, of those that are read and those that are written. "decode" is the search, and "max_positions"
-    how many the decoder knows; None: any number.
+    "subwords" are the files by side, "ids" the special ids, and "control" is a regular expression: its matches become a
+    space, in texts that are read and in texts that are written. "decode" is the search, and "max_positions" how many
+    the decoder knows; None: any number.
 
     Args:
         app: as in ``Exported``.

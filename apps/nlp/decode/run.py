@@ -55,12 +55,12 @@ def translate_ids(
 def caption_ids(
     model: Any, image: Tensor, config: DecodeConfig, length: int, index_B: Tensor | None = None
 ) -> Hypotheses:
-    """Return what a model writes about each image of a batch.
+    """Return the captions that a model writes for each image of a batch.
 
     Args:
         model: has ``encode(image)``, and ``start`` and ``step`` as a ``TranslationModel``; evaluated as by
             ``translate_ids``.
-        image: (B, C, H, W), in the model's dtype or that of ``config``.
+        image: (B, C, H, W), in the model's dtype or the dtype of ``config``.
         config: how to search.
         length: S in a text's maximal length, for an image has none of its own.
         index_B: int64 (B,), the images' numbers, which their random draws depend on; None: their places.
@@ -95,7 +95,7 @@ def generate_ids(
     domain_ids_B: Tensor | None = None,
     index_B: Tensor | None = None,
 ) -> Hypotheses:
-    """Return what a language model writes after each prompt: the ids that follow it, without the prompt's own.
+    """Return a language model's continuation of each prompt: the ids that follow it, without the prompt's own.
 
     Prompts are read a position at a time, in the steps of the search itself: shorter ones start to write earlier.
 
@@ -141,8 +141,8 @@ def in_dtype(model: nn.Module, dtype: str | None) -> nn.Module:
 
 @contextlib.contextmanager
 def dropless(model: nn.Module) -> Iterator[None]:
-    """Inside, no layer has the capacity that it has in training alone; one with ``eval_capacity_factor`` keeps that,
-    and a warning says so once.
+    """Inside, no layer has the capacity that it has only in training; one with ``eval_capacity_factor`` keeps that, and
+    a warning says so once.
 
     A step of a search is one token of each row of the batch: with a capacity these compete for the experts, so that a
     sentence's translation depends on which others are there, and still open.

@@ -31,12 +31,12 @@ def drawn(log_prob_bkV: Tensor, score_bk: Tensor, draw_bk: Tensor, config: Decod
 
 
 def sampling_probs(logits: Tensor, config: DecodeConfig) -> Tensor:
-    """Return the probabilities that ids are drawn with, (..., V): 0 outside ``top_k`` and ``top_p``.
+    """Return the sampling probabilities of the ids, (..., V): 0 outside ``top_k`` and ``top_p``.
 
     Among equal ids these keep the lower ones.
 
     Args:
-        logits: (..., V), logits or log-probabilities; -inf for what is not allowed.
+        logits: (..., V), logits or log-probabilities; -inf for ids that are not allowed.
         config: its temperature, ``top_k`` and ``top_p``.
     """
     logits = logits / config.temperature
@@ -53,7 +53,7 @@ def sampling_probs(logits: Tensor, config: DecodeConfig) -> Tensor:
 
 def draws(config: DecodeConfig, spans: Sequence[tuple[int, int]], numbers: Sequence[int]) -> Tensor:
     """Return float64 (B, k, steps), uniform in [0, 1). Each sentence has a generator of its own, so that neither batch
-    mates nor pruning change what it draws.
+    mates nor pruning change its samples.
 
     Args:
         config: its seed, and k.

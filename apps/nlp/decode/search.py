@@ -44,7 +44,7 @@ class Sentence:
     Attributes:
         prompt: ids that its hypotheses start with.
         limit: ids it may have before its end.
-        steps: of each step from the first choice on, what was chosen, and the sentence's place in it.
+        steps: of each step from the first choice on, the choices, and the sentence's place in it.
         finished: scores and ids of its best finished hypotheses, best first; of equal scores the one that ended first.
         done: nothing more is asked of it.
     """
@@ -69,7 +69,7 @@ class Sentence:
         return backwards[::-1]
 
     def advance(self, report: Report, place: int, config: DecodeConfig) -> None:
-        """Take in what a step chose; ``place`` is the sentence's in it."""
+        """Take in a step's choices; ``place`` is the sentence's in it."""
         num_ids = len(self.steps)
         if report.ends[place]:
             closed = zip(report.closed_score[place].tolist(), report.closed_parent[place].tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""Bases of the modules whose decoder writes texts: the loss of given texts, what is written of them, comparisons."""
+"""Bases of the modules whose decoder writes texts: the loss of given texts, the generated texts, comparisons."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class WritingModule(SparseModule, Comparable):
         kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
 
     Attributes:
-        side: of the subwords, that of the texts.
+        side: of the subwords, the texts' side.
 
     Raises:
         ValueError: a value out of its range.
@@ -62,8 +62,8 @@ class WritingModule(SparseModule, Comparable):
         """Say where the routers work, and reject one that cannot work there.
 
         Args:
-            place: where those instead of FFNs work.
-            decodes_stepwise: as in ``Place``, of those of the decoder's attention.
+            place: place of the experts that replace FFNs.
+            decodes_stepwise: as in ``Place``, for the experts of the decoder's attention.
 
         Raises:
             ValueError: as ``check_fits`` and ``check_layers``.
@@ -93,8 +93,7 @@ class WritingModule(SparseModule, Comparable):
     # ---- the loss
 
     def hidden(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the decoder's output after each token but the last, (B, L - 1, D), and what it was to say, int64
-        (B, L)."""
+        """Return the decoder's output after each token but the last, (B, L - 1, D), and the targets, int64 (B, L)."""
         raise NotImplementedError
 
     def distribution(self, batch: Any) -> OutputLogits:
@@ -198,7 +197,7 @@ class WritingModule(SparseModule, Comparable):
 
 
 class JudgedModule(WritingModule):
-    """Base of modules that are judged by what they write themselves: BLEU and chrF++, by sacrebleu.
+    """Base of modules that are judged by the text they generate: BLEU and chrF++, by sacrebleu.
 
     Args:
         val_decode: how texts of a validation are written: "greedy", or "as_test".
@@ -220,11 +219,11 @@ class JudgedModule(WritingModule):
         self._tested: list[Judged] = []
 
     def write(self, batch: Any, config: DecodeConfig) -> tuple[Sequence[int], Hypotheses]:
-        """Return rows of a batch, and what is written for each of them; the others have the text of one of them."""
+        """Return rows of a batch, and the generated text for each of them; the others have the text of one of them."""
         raise NotImplementedError
 
     def references(self, batch: Any) -> list[str]:
-        """Return the right texts of a batch as the data have them; where they do not, their decoded subwords."""
+        """Return the right texts of a batch as the data have them; if they do not, their decoded subwords."""
         raise NotImplementedError
 
     def judged(self, batch: Any, out: TaskOutput, stage: Stage) -> TaskOutput:

@@ -304,7 +304,7 @@ class TextData(SubwordData):
 def prompt_batches(lines: Iterable[str], subwords: Subwords, start: int = 0) -> Iterator[tuple[TextBatch, list[str]]]:
     """Yield each prompt as a batch, with its line; ``index_B`` is its number, from 0, and those before ``start`` lack.
 
-    A decoder that continues text has no place for padding, so each is alone.
+    A decoder that continues text has no place for padding, so each is by itself.
     """
     for number, line in itertools.islice(enumerate(lines), start, None):
         (row,) = subwords.encode([line], "target")

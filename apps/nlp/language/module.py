@@ -68,7 +68,7 @@ class LanguageMetrics(PieceMetrics[Block]):
     """Perplexity and token accuracy of a text, the same on one process or many.
 
     ``compute`` returns ``perplexity``, ``exp`` of the mean negative log likelihood of a subword, and
-    ``token_accuracy``; where ``size`` is known, also ``word_perplexity``, that of a word, and ``bits_per_byte``,
+    ``token_accuracy``; where ``size`` is known, also ``word_perplexity``, the same per word, and ``bits_per_byte``,
     which compare models of different subwords. These count the document ends with the text, and in a pass over a part
     of the text they take it for an average part.
 
@@ -92,7 +92,7 @@ class LanguageMetrics(PieceMetrics[Block]):
 
 
 class LanguageModeler(TextModule):
-    """A decoder alone, sparse or dense, that foresees the next subword of a text.
+    """A decoder-only model, sparse or dense, that predicts the next subword of a text.
 
     Args:
         subwords: of the text; the command line takes them from the data.
@@ -240,7 +240,7 @@ class LanguageModeler(TextModule):
     def predict(self, prompts: Sequence[str], **decode: Any) -> list[str]:
         """Return each prompt with what follows it, as ``moesaic predict --data.text`` prints it.
 
-        Arguments and errors are those of ``candidates``; a ``num_best`` above 1 is an error too.
+        Arguments and errors are as in ``candidates``; a ``num_best`` above 1 is an error too.
 
         Example::
 

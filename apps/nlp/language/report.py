@@ -1,4 +1,4 @@
-"""The test report of a language model: the loss by place and by class of token, its experts, and pieces of the text."""
+"""The test report of a language model: the loss by place and by class of token, the experts, excerpts of the text."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LanguageReportConfig(ReportConfig):
     Attributes:
         routing_examples: blocks at equal steps through the test text that losses and routing are read from, to the end
             of a batch; 0 reads none.
-        sentences: pieces of the text that are shown with the experts and the loss of each subword.
+        sentences: excerpts of the text that are shown with the experts and the loss of each subword.
 
     Raises:
         ValueError: a number out of its range.
@@ -129,8 +129,8 @@ class _Collected:
 
 
 class LanguageReport(Report):
-    """After a test in one process: the loss by class of token and by place in the block, what the experts are used for,
-    and pieces of the text with the experts and the loss of each subword.
+    """After a test in one process: the loss by class of token and by place in the block, the use of the experts, and
+    excerpts of the text with the experts and the loss of each subword.
 
     It writes ``token_classes.csv``, ``places.csv``; and of a sparse model ``specialisation.csv``,
     ``expert_subwords.csv`` and ``expert_class.png``.

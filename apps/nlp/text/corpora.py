@@ -1,4 +1,4 @@
-"""Aligned rows to the sentence pairs of each split: which rows train, validate and test, and what is left out of them.
+"""Aligned rows to the sentence pairs of each split: which rows train, validate and test, and which are left out.
 
 Draws come from numpy's ``RandomState``, whose stream numpy guarantees to keep: a split is the same on every machine.
 """
@@ -63,7 +63,7 @@ class Filters(Checked):
 
     Attributes:
         min_words, max_words: words of a side, as `num_words` counts them; None: any number.
-        max_ratio: words of the longer side over those of the shorter one; None: any.
+        max_ratio: words of the longer side over words of the shorter one; None: any.
         without: regular expression that neither side holds; None: any text.
         drop_identical: leave out pairs whose two sides are the same text.
 
@@ -315,7 +315,7 @@ def draw_splits(
     """Share out the rows of one or several files by chance, so that no sentence, of any language, is in two splits.
 
     Rows that share a sentence, directly or over others, stay together, whichever files they are in; letter case and
-    spaces do not count. Their groups are drawn until a split is full; one that is larger than what is left, in any
+    spaces do not count. Their groups are sampled until a split is full; one that is larger than the space left, in any
     file, stays in training.
 
     Args:

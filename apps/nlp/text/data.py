@@ -26,12 +26,12 @@ class SubwordData(SuiteData):
 
     Args:
         dataset, root, cache_dir: as in ``SuiteData``.
-        split_seed: of what is held out, and of a subset. Not the run's: runs of other seeds have the same splits.
-        subwords: those of a trained model; None: as ``tokenizer`` says.
+        split_seed: of the held-out rows, and of a subset. Not the run's: runs of other seeds have the same splits.
+        subwords: the subwords of a trained model; None: as ``tokenizer`` says.
         tokenizer: how they are learned, from the training texts only; or the file they are in.
-        text: what a model is given in prediction, one text or several.
+        text: inputs of a prediction, one text or several.
         predict_file: file of such texts, one per line; "-" is standard input.
-        bad_lines: what a line of predict_file that is not UTF-8 is: an "error"; or its bad bytes are put as U+FFFD
+        bad_lines: handling of a line of predict_file that is not UTF-8: an "error"; or its bad bytes are put as U+FFFD
             ("replace"), or it is taken for an empty line ("skip"), and a warning at the end counts them.
         kwargs: of ``SuiteData``.
 
@@ -78,7 +78,7 @@ class SubwordData(SuiteData):
 
     @property
     def is_given(self) -> bool:
-        """Whether there are texts to predict beside those of the dataset."""
+        """Whether there are texts to predict other than the dataset's."""
         return self.text is not None or self.predict_file is not None
 
     @property
@@ -107,7 +107,7 @@ class SubwordData(SuiteData):
 
     @staticmethod
     def info_of(subwords: Subwords) -> dict[str, Any]:
-        """Return what the cache says of the subwords of encoded texts."""
+        """Return the cache's record of the subwords of encoded texts."""
         return {"subwords": {"models": subwords.models, "languages": subwords.languages}, "digest": subwords.digest}
 
 

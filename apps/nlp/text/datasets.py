@@ -1,4 +1,4 @@
-"""The parallel texts that are known by name, and how those of yours are found.
+"""The parallel texts that are known by name, and how your own are found.
 
 Importing this reads no file.
 """
@@ -48,7 +48,7 @@ class NlpDataset(Dataset):
         pairs: the language pairs that are meant where none are named.
         find: of a folder with those files, the language pairs, and the corpus' options: the files, and what reads them.
         options: of `Corpus`, those for files of yours that it takes too.
-        by_message: its rows are those that its languages have translated, so that English has all in all pairs alone.
+        by_message: its rows are those that its languages have translated, so that only English has all in all pairs.
     """
 
     app: str = "nlp"
@@ -249,8 +249,8 @@ def check_corpus(corpus: Corpus, is_read: bool = True) -> None:
     """Reject options that the corpus does not have.
 
     Args:
-        corpus: what is asked for.
-        is_read: False where a trained model predicts of given text alone, which needs no files.
+        corpus: the corpus asked for.
+        is_read: False if a trained model predicts only given text, which needs no files.
 
     Raises:
         ValueError: an unknown dataset, files that are not named, or options of another dataset.

@@ -42,7 +42,8 @@ def per_sentence(scores: TargetScores, real_BL: Tensor) -> Foreseen:
 
 
 def ratio_values(nats_N: Tensor, tokens_N: Tensor) -> Tensor:
-    """Return values (N,) whose mean is the nats per token of all rows, and whose spread is that of this ratio.
+    """Return values (N,) whose mean is the nats per token of all rows, and whose spread equals the spread of this
+    ratio.
 
     Example::
 
@@ -53,7 +54,7 @@ def ratio_values(nats_N: Tensor, tokens_N: Tensor) -> Tensor:
 
 
 def read_ids(target_BL: Tensor) -> Tensor:
-    """Return what the decoder reads, (B, L - 1): all but the end, after which there is nothing to say."""
+    """Return the decoder's input, (B, L - 1): all but the end, after which there is nothing to say."""
     return target_BL[:, :-1].masked_fill(target_BL[:, 1:] == PAD_ID, PAD_ID)
 
 
@@ -64,12 +65,12 @@ def of_mean_length(ids_BS: Tensor) -> Tensor:
 
 
 class Judged(NamedTuple):
-    """A text that a model has written in a test, beside the right one.
+    """A text that a model has written in a test, next to the right one.
 
     Attributes:
-        index: its place in the split, from 0: not its line in a file, for pairs of several files stand one after
-            another and those with an empty side are left out.
-        group: number of what it belongs to: of a language pair among the data's, or of an image.
+        index: its place in the split, from 0: not its line in a file, since pairs of several files follow one another
+            and pairs with an empty side are left out.
+        group: number of its group: of a language pair among the data's, or of an image.
         written: the text that the model wrote; None where another text of the group in its batch has it.
         reference: the right text.
         log_prob: the written text's score in the search.

@@ -1,4 +1,4 @@
-"""What the test reports of models that write texts have in common: learning curves, and batches that are run again."""
+"""The common parts of the test reports of models that write texts: learning curves, and batches that are run again."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """BLEU and chrF++ of written texts, by sacrebleu.
 
-Both are of the whole corpus at once: neither is a mean over texts or batches. sacrebleu is imported where it is used.
+Both score the whole corpus at once: neither is a mean over texts or batches. sacrebleu is imported where it is used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A test of whether the texts of two systems differ by more than the choice of sentences explains (Koehn 2004).
 
-Paired bootstrap resampling: test sets of the same size are drawn with replacement from the sentences, and both systems
-are scored on each. BLEU and chrF++ are functions of sums over sentences, so draws are a product of counts and sums.
+Paired bootstrap resampling: test sets of the same size are sampled with replacement from the sentences, and both
+systems are scored on each. BLEU and chrF++ are functions of sums over sentences, so draws are a product of counts and
+sums.
 
 sacrebleu's own paired test has no interval of the difference, no mean over language pairs with a tokenizer each, and
 takes its seed from the environment; the scores and the sentences' statistics are sacrebleu's.
@@ -35,8 +36,8 @@ class PairedBootstrap:
         score_a, score_b: of each on all sentences, in 0..100.
         difference: ``score_a - score_b``.
         low, high: between them are 95 % of the differences of the draws.
-        p: twice the share of the draws that say the opposite, or that there is no difference; both counts with one
-            draw more than there are, so that it is never 0.
+        p: twice the share of the draws that say the opposite, or that the difference is 0; both counts with one draw
+            more than there are, so that it is never 0.
     """
 
     score_a: float
@@ -64,10 +65,10 @@ def paired_bootstrap(
         references: the same sentences' references, one or several each.
         score: "bleu" or "chrf".
         tokenize: BLEU's tokenizer, a name of sacrebleu's, or the tokenizer of each stratum.
-        resamples: test sets drawn.
+        resamples: number of test sets.
         seed: of the draws.
-        strata: what each sentence belongs to, such as its language pair: the score is then the mean over the strata,
-            and each is drawn from by itself. None: there is one.
+        strata: the group of each sentence, such as its language pair: the score is then the mean over the strata, and
+            each is sampled by itself. None: there is one.
 
     Raises:
         ValueError: numbers of sentences that differ, none, or fewer than one draw.
@@ -134,7 +135,7 @@ def text_differences(
         first, second: texts of both systems.
         references: as in ``paired_bootstrap``.
         tokenize, strata: likewise.
-        of: what the figures' names end in.
+        of: ending of the figures' names.
         over: as in ``ExampleDifference``.
     """
     method = f"paired bootstrap, {RESAMPLES:,} draws"

@@ -1,4 +1,4 @@
-"""Subwords as the pieces of words, to be shown."""
+"""Subwords as parts of words, to be shown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SPECIAL = re.compile(r"<(?!0x)[^<>]+>")
 
 
 def words_of(pieces: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return subwords in sentencepiece's spelling as the pieces of words, without the sign that starts a word.
+    """Return subwords in sentencepiece's spelling as parts of words, without the sign that starts a word.
 
     A tag, and the start or the end of a sentence, is a word of its own.
 

@@ -61,12 +61,12 @@ class TranslationData(SubwordData):
         test_files: likewise. Of multi30k: another name than ``test_2016_flickr``, such as ``test_2017_flickr``.
         columns: the languages of the columns of TSV files, "-" for one that is not read; None: as a header line says,
             else source and target. Rows of more columns are skipped, with a warning that counts them.
-        mnemonic: of gettext, what stands before the letter that opens a menu entry and is taken out: "_" (GTK), "&"
-            (Qt), "~" (LibreOffice) or "none"; None: whichever of these stands at the beginning of a word.
+        mnemonic: of gettext, the mark before the letter that opens a menu entry, which is removed: "_" (GTK), "&" (Qt),
+            "~" (LibreOffice) or "none"; None: whichever of these is at the beginning of a word.
         val_size: rows to validate on, or a share of all below 1. Of a split that has files, so many of them by chance;
             None: all. Where rows are held out None is 1000, and no more than a twentieth; 0: none are.
         test_size: likewise.
-        corpora: further ones beside this one, each with its own files.
+        corpora: further ones in addition to this one, each with its own files.
         max_length: tokens of a side, specials included. Longer training pairs are left out; longer sources to be
             translated are cut, with a warning.
         min_words: training pairs with fewer words on a side are left out. Where rows are held out by chance, these
@@ -75,7 +75,7 @@ class TranslationData(SubwordData):
         max_ratio: those whose longer side has more than so many times the words of the shorter one.
         without: those with a side in which this regular expression is found, such as ``%|<`` for codes and tags.
         drop_identical: leave out pairs whose two sides are the same text, as untranslated rows of a corpus are.
-        subset: use only so many training pairs, drawn by split_seed; subwords are learned from these alone.
+        subset: use only so many training pairs, sampled by split_seed; subwords are learned only from these.
         temperature: T of sampling among corpora and pairs, n^(1/T): above 1 small ones come more often.
         tokens_per_batch: pairs of a training batch and process times their longest side, at most.
         eval_tokens_per_batch: in validation, test and prediction.
@@ -205,7 +205,7 @@ class TranslationData(SubwordData):
         """Yield batches of sentences to be translated, as `source_batches` makes them with the data's options.
 
         Args:
-            lines: text; None: that of ``text`` or ``predict_file``.
+            lines: text; None: the value of ``text`` or ``predict_file``.
             start: lines before this one are passed over.
 
         Raises:
@@ -247,7 +247,7 @@ class TranslationData(SubwordData):
         return f"{self.dataset} {' '.join(self.pairs)}"
 
     def describe(self) -> str:
-        """Return one line: the pairs of each split, what was left out, and how much of an epoch is padding."""
+        """Return one line: the pairs of each split, the rows left out, and how much of an epoch is padding."""
         train = self.examples("train")
         padding = self._plan(train).padding()
         parts = [super().describe(), f"left out: {self._left_out() or 'none'}"]

@@ -1,6 +1,6 @@
 """Metrics of translations as one torchmetrics metric, the same on one process or many.
 
-BLEU and chrF++ are those of ``apps.nlp.text.scores``, of detokenized text against the corpus's own references.
+BLEU and chrF++ are as in ``apps.nlp.text.scores``, of detokenized text against the corpus's own references.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def signatures(tokenizers: Mapping[str, str]) -> dict[str, str]:
 class TranslationMetrics(PieceMetrics[Judged]):
     """BLEU, chrF++, token accuracy and perplexity of a corpus.
 
-    ``compute`` returns ``bleu`` and ``chrf``, with several language pairs their means over the pairs beside
+    ``compute`` returns ``bleu`` and ``chrf``, with several language pairs their means over the pairs next to
     ``bleu_<pair>`` and ``chrf_<pair>``; ``token_accuracy``, the share of the references' tokens that the model puts
     first after those before them; and ``perplexity``, ``exp`` of the mean negative log likelihood of a token.
 

@@ -62,8 +62,8 @@ class Translator(JudgedModule, TextModule):
     """A transformer from one language to another, or from many to many, sparse or dense.
 
     It is trained by the cross-entropy of each target token after those before it, with label smoothing, and judged by
-    what it says itself: BLEU and chrF++ of its translations as text, by sacrebleu, against the references as they are.
-    With several pairs ``bleu`` and ``chrf`` are the means over the pairs.
+    the text that it generates: BLEU and chrF++ of its translations as text, by sacrebleu, against the references as
+    they are. With several pairs ``bleu`` and ``chrf`` are the means over the pairs.
 
     Args:
         subwords: of both languages; the command line takes them from the data.
@@ -73,9 +73,9 @@ class Translator(JudgedModule, TextModule):
             first; None: a dense model.
         encoder_moe_blocks, decoder_moe_blocks: which layers: "everyN" (every N-th), "lastN", "all", "none" or indices.
         dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: the same as in the others.
-        tasks: what a task is to routers that ask for one: the language "pair", or the "source" or the "target"
-            language. The target language is the domain.
-        decode: how test sentences and those of a prediction are translated.
+        tasks: the task id for routers that ask for one: the language "pair", or the "source" or the "target" language.
+            The target language is the domain.
+        decode: how sentences of tests and predictions are translated.
         bleu_tokenize: sacrebleu's tokenizer for BLEU, "13a", "zh", "char", ..., of all pairs, or of some pairs theirs;
             None: by target language, as `bleu_tokenizers` says.
         pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which the
@@ -195,7 +195,7 @@ class Translator(JudgedModule, TextModule):
         return (batch.source_BS, read_ids(batch.target_BL), *self._ids(batch))
 
     def part(self, name: str) -> DataPart:
-        """Return one pair of languages: its task, and a translator of it alone."""
+        """Return one pair of languages: its task, and a translator of only this pair."""
         check_name("pair", name, self.pairs)
         place = self.pairs.index(name)
 
@@ -236,14 +236,14 @@ class Translator(JudgedModule, TextModule):
         return Translations(batch.index_B, pairs, self.subwords.decode(sources, "source"), *columns)
 
     def candidates_of(self, batch: TranslationBatch, config: DecodeConfig, model: Any = None) -> list[list[Candidate]]:
-        """Return the translations of each source, best first; an empty line has an empty text alone."""
+        """Return the translations of each source, best first; an empty line has only an empty text."""
         rows = zip(batch.empty_B.tolist(), self.spelled(self.translate(batch, config, model)), strict=True)
         return [[Candidate("", 0.0)] if empty else candidates for empty, candidates in rows]
 
     def predict(self, texts: Sequence[str], pair: str | None = None, **options: Any) -> list[str]:
         """Return the translation of each text, as ``moesaic predict --data.text`` prints it.
 
-        Arguments and errors are those of ``candidates``; a ``num_best`` above 1 is an error too.
+        Arguments and errors are as in ``candidates``; a ``num_best`` above 1 is an error too.
 
         Example::
 
@@ -268,8 +268,8 @@ class Translator(JudgedModule, TextModule):
         Args:
             texts: what to translate, a sentence each; an empty one stays empty.
             pair: such as "en-de"; None: the model's only one.
-            max_length: tokens of a source, specials included; a longer one is cut, with a warning. None: 256, or what
-                the model can read.
+            max_length: tokens of a source, specials included; a longer one is cut, with a warning. None: 256, or the
+                model's limit.
             tokens_per_batch: sentences of a batch times the longest of them, at most.
             decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="sample"``,
                 ``beam_size=8`` or ``temperature=0.7``.

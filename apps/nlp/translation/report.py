@@ -41,7 +41,7 @@ class TranslationReportConfig(ReportConfig):
         lengths: words of a reference up to which its sentences are one group, ascending; longer ones are the last.
             Of scripts without spaces between words each character counts.
         samples: translations shown, at equal steps through the test set.
-        sentences: sentences whose attention and experts are drawn; 0 draws none.
+        sentences: sentences whose attention and experts are plotted; 0 plots none.
 
     Raises:
         ValueError: a number out of its range.
@@ -125,7 +125,7 @@ def write_scores(
         sentences: the sentences of the test, by ``index``.
         tokenizers: BLEU's tokenizer for each language pair, in the order of their numbers.
         sources: source texts, by ``index``; None: they are not known.
-        folder: where the files go.
+        folder: folder of the files.
         config: what to do.
     """
     pairs, signed = list(tokenizers), signatures(tokenizers)

@@ -98,8 +98,8 @@ def traced(module: Any, sentence: TranslationBatch, written: Sequence[int]) -> T
 def write_sentence(module: Any, sentence: TranslationBatch, number: int, folder: Path) -> list[Part]:
     """Translate one sentence and draw ``sentence_<number>_attention.png`` and, of a sparse model, ``_experts.png``.
 
-    The attention is the mean over the heads of the last decoder layer but one, where it follows the words best
-    (arXiv 1909.02074).
+    The attention is the mean over the heads of the last decoder layer but one, which follows the words best (arXiv
+    1909.02074).
 
     Returns:
         The section for the page.

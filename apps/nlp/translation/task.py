@@ -131,7 +131,7 @@ class Translation(TextTask):
     def exported(self) -> Exported:
         """Return the graphs, and what spells their ids.
 
-        A pair's "prefix" are ids that stand before a source's own, such as the tag of the target language; ``EOS_ID``
+        A pair's "prefix" are ids that come before a source's own, such as the tag of the target language; ``EOS_ID``
         stands after them, and ``max_source_length`` counts all.
         """
         model = self.model

@@ -1,6 +1,6 @@
 """Columns of categories as rows of an embedding table.
 
-What is learned from data, such as which values have a row, is learned from the training rows alone; a value that they
+Everything learned from data, such as which values have a row, is learned only from the training rows; a value that they
 lack goes to row 0.
 """
 
@@ -123,8 +123,8 @@ def to_text(values: pa.Array) -> pa.StringArray:
 def split_values(parts: Sequence[Part], column: str, separator: str) -> tuple[NDArray[np.int64], Codes]:
     """Return a multi-valued column: offsets (N + 1,) and the codes of all rows' values, one row after the other.
 
-    A text that ``as_list`` reads is a list. Another text is cut at the separators, and empty pieces are left out. A
-    list without values, an empty text and a missing one have no values at all; a missing element of a list is a missing
+    A text that ``as_list`` reads is a list. Another text is cut at the separators, and empty parts are left out. A list
+    without values, an empty text and a missing one have no values at all; a missing element of a list is a missing
     value.
 
     Raises:
@@ -202,7 +202,7 @@ def to_extended(codes: Codes, train: NDArray[np.bool_], known: Vocabulary, min_c
     """Keep the rows of a vocabulary, and give the next ones to further values as ``to_vocabulary`` does.
 
     Returns:
-        the rows; ``values`` has the further values alone.
+        the rows; ``values`` has only the further values.
     """
     counts = count(codes, train)
     order = np.asarray(
@@ -267,7 +267,7 @@ def to_given(codes: Codes, train: NDArray[np.bool_], num_rows: int, column: str,
 def hash_text(values: pa.StringArray) -> NDArray[np.uint64]:
     """Hash each text alike on every machine and in every run: FNV-1a over UTF-8, mixed at the end.
 
-    FNV-1a alone has weak low bits, which the remainder by a table's size reads; the mix is splitmix64's.
+    FNV-1a by itself has weak low bits, which the remainder by a table's size reads; the mix is splitmix64's.
     """
     offsets, content = utf8(values)
     lengths = np.diff(offsets)

@@ -37,8 +37,8 @@ class ContinuousFeature(Checked):
     Attributes:
         name: name of the column.
         mean, std: mean and deviation of the training split; std is 1 where the column is constant.
-        quantiles: at most 255 distinct, ascending boundaries between bins of about equal count, where a frequent value
-            has a bin of its own: x is in bin i if ``quantiles[i - 1] < x <= quantiles[i]``, as in ``torch.bucketize``.
+        quantiles: at most 255 distinct, ascending boundaries between bins of about equal count, with a bin of its own
+            for a frequent value: x is in bin i if ``quantiles[i - 1] < x <= quantiles[i]``, as in ``torch.bucketize``.
             Empty where the column is constant.
         missing: share of the training split that is missing.
     """
@@ -89,7 +89,7 @@ class SequenceFeature:
 @core.register_config
 @dataclass(frozen=True)
 class Target(Checked):
-    """What a task predicts, as the training split has it.
+    """The target of a task, as found in the training split.
 
     Attributes:
         kind: "binary", "regression", "count", "ordinal" or "multiclass", as in ``TaskConfig``.
@@ -124,7 +124,7 @@ class Features(Checked):
         tasks: names of the labels, in the order of the batches' columns.
         positives: share of positive labels of each task in the training split; 0.5 for a task that is not binary.
         num_domains: number of domains; 0 where the table is not cut into domains.
-        targets: what each task predicts; empty where all are binary.
+        targets: the target of each task; empty if all are binary.
         vectors: columns of vectors, in the order of the batches' columns.
         sequences: columns of sequences, in the order of the batches' columns.
     """
@@ -140,7 +140,7 @@ class Features(Checked):
 
     @property
     def target_of_task(self) -> tuple[Target, ...]:
-        """What each task predicts, one entry per task."""
+        """The target of each task, one entry per task."""
         return self.targets or (Target(),) * len(self.tasks)
 
     @property

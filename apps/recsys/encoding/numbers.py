@@ -28,7 +28,7 @@ def to_numbers(
         parts: the column in each table.
         column: name of the column in messages.
         missing: advice on missing values, the end of a message.
-        first_row: number of each table's first row in messages, where the tables are pieces of longer ones.
+        first_row: number of each table's first row in messages, if the tables are chunks of longer ones.
 
     Raises:
         ValueError: a value is not a number; the message names the first one and its row.
@@ -170,7 +170,7 @@ def to_vectors(parts: Sequence[Part], column: str, size: int | None = None, firs
         parts: the column in each table.
         column: name of the column in messages.
         size: numbers in a vector; None: as many as the first one has.
-        first_row: number of each table's first row in messages, where the tables are pieces of longer ones.
+        first_row: number of each table's first row in messages, if the tables are chunks of longer ones.
 
     Raises:
         ValueError: a value is not a list of numbers, a vector has another length, or holds a number that is not finite.

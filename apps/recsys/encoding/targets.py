@@ -1,4 +1,4 @@
-"""Columns as the labels of tasks of any kind, what a model has to know of them, and the weights of rows."""
+"""Labels of tasks of any kind from columns, the facts that a model needs about them, and the weights of rows."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _check_numbers(values_N: NDArray[np.float64], name: str, task: TaskConfig) -
 
 
 def learn_target(name: str, task: TaskConfig, labels: RawLabels, train_N: NDArray[np.bool_]) -> Target:
-    """Return what a model has to know of a task's labels.
+    """Return the facts that a model needs about a task's labels.
 
     Args:
         name: name of the task in messages.

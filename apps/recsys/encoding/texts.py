@@ -27,7 +27,7 @@ class _Encoder:
     """An encoder that has been read.
 
     Attributes:
-        encode: maps texts, and the largest number of pieces of each, to vectors float32 (N, D).
+        encode: maps texts, and the largest number of tokens of each, to vectors float32 (N, D).
         digest: hash of the weights.
     """
 
@@ -76,7 +76,7 @@ def with_vectors(table: pa.Table, texts: Mapping[str, TextEncoding], where: str)
         where: what to call the table in messages.
 
     Raises:
-        ValueError: an encoder is not there or not that of the training, or a column holds no text.
+        ValueError: an encoder is missing or differs from the training's, or a column holds no text.
     """
     for column, text in texts.items():
         encoder = _opened(encoder_folder(text.config, column))
@@ -102,7 +102,7 @@ def with_vectors(table: pa.Table, texts: Mapping[str, TextEncoding], where: str)
 
 @functools.cache
 def _opened(folder: Path) -> _Encoder:
-    """Return the encoder of a folder: of BERT's layout our own, of another that of sentence-transformers."""
+    """Return the encoder of a folder: our own for BERT's layout, sentence-transformers' for any other."""
     from apps.porting.files import read_config
     from apps.porting.sentences import SentenceEncoder
 

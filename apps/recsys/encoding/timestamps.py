@@ -34,7 +34,7 @@ def with_parts(table: pa.Table, timestamps: Mapping[str, TimeRange], where: str,
         table: the rows.
         timestamps: the columns, with ``known`` of ``to_seconds``.
         where: what to call the table in messages.
-        first_row: number of the table's first row in messages, where it is a piece of a longer one.
+        first_row: number of the table's first row in messages, if it is a chunk of a longer one.
 
     Raises:
         ValueError: as for ``to_seconds``.
@@ -61,7 +61,7 @@ def to_seconds(
 
     Args:
         data: dates, times with a date, numbers as for ``seconds_of_numbers``, or text of numbers or of ISO 8601, also
-            with the date as 2024/05/31, where a time without a zone is UTC.
+            with the date as 2024/05/31, with a time without a zone in UTC.
         column, where: names of the column and the table in messages.
         first_row: number of the first row in messages.
         known: the times of training.

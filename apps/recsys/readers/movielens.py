@@ -30,7 +30,7 @@ _YEAR = re.compile(r"\((\d{4})\)\s*$")
 
 @dataclass(frozen=True)
 class Ratings:
-    """All ratings, in the order of the file, and what is known of films and users.
+    """All ratings, in the order of the file, and the known facts about films and users.
 
     Attributes:
         user_N: int64, the user's number, from 1.

@@ -9,8 +9,8 @@ Ma et al., "Modeling Task Relationships in Multi-task Learning with Multi-gate M
 For two tasks w_1 = c u_1 and w_2 = c (p u_1 + sqrt(1 - p^2) u_2), as in the paper. Its y is a regression target; here a
 label is y above a threshold, the same for all tasks, so that a chosen share is positive.
 
-Beside the numbers there may be a column of ids, for embeddings of millions of rows: id i of N is drawn about as often
-as 1 / i, and adds a normal number of its own to each y.
+Besides the numbers there may be a column of ids, for embeddings of millions of rows: id i of N is sampled with
+frequency about proportional to 1 / i, and adds a normal number of its own to each y.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class SyntheticConfig(Checked):
         noise_std: deviation of the noise in y.
         positives: share of positive labels, in (0, 1).
         num_ids: N, distinct values of the column ``id``; 0: there is no such column.
-        id_std: deviation of what an id adds to y.
+        id_std: standard deviation of an id's contribution to y.
         seed: seed of all draws.
 
     Raises:
@@ -78,7 +78,7 @@ class SyntheticConfig(Checked):
 
     @property
     def unexplained_std(self) -> float:
-        """The deviation of the part of y that the numbers do not explain: the noise and what the ids add."""
+        """The standard deviation of the part of y that the numbers do not explain: noise plus the ids' contribution."""
         return math.hypot(self.noise_std, self.id_std if self.num_ids else 0.0)
 
 

@@ -84,7 +84,7 @@ def source_of(
 def read_files(
     files: list[Path], roles: Mapping[str, str], numbers: Collection[str] = (), inferred: str | None = None
 ) -> pa.Table:
-    """Return the rows of all files, one after the other; the other arguments are those of `read_columns`.
+    """Return the rows of all files, one after the other; the other arguments are as in `read_columns`.
 
     Raises:
         ValueError: as for `read_columns`, or the files differ in their types.
@@ -103,7 +103,7 @@ def read_columns(
 ) -> pa.Table:
     """Return some columns of one file.
 
-    In a CSV file an empty field is a missing value and everything else stands for itself, "NA" as well. A file that is
+    In a CSV file an empty field is a missing value and everything else is taken literally, "NA" as well. A file that is
     not compressed and does not end in a line end is read with a warning: its last field may be cut.
 
     Args:
@@ -131,7 +131,7 @@ def iter_columns(
 
     Args:
         file, roles, numbers: see `read_columns`.
-        num_rows: rows of a piece of a Parquet file; pieces of text have about a megabyte.
+        num_rows: rows of a chunk of a Parquet file; chunks of text have about a megabyte.
 
     Raises:
         ValueError: as for `read_columns`.

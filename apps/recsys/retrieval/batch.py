@@ -18,7 +18,7 @@ class PairBatch(Batch):
     Attributes:
         user: the users' columns.
         index_B: int64 (B,), the row's number in the table.
-        item: the columns of U different items: those of the pairs, and further negatives.
+        item: the columns of U different items: the pairs' items, and further negatives.
         item_B: int64 (B,), the number of each pair's item in the catalogue, from 1; 0: the catalogue lacks it.
         own_B: int64 (B,), the place of each pair's item among the U; of no meaning where the catalogue lacks it.
         count_U: int64 (U,), the pairs and further negatives that have each item.

@@ -20,7 +20,7 @@ class Seen:
     """The items that each user had in training.
 
     Attributes:
-        offsets: int64 (U + 1,), where the items of each row of the users' table start and end.
+        offsets: int64 (U + 1,), the bounds of the items of each row of the users' table.
         items: int32, the items' numbers, ascending for each user.
     """
 

@@ -27,7 +27,7 @@ def names_of(features: Features) -> tuple[str, ...]:
 
 
 def part_of(features: Features, columns: Collection[str]) -> Features:
-    """Return the description of some columns alone, in the order of the batches, without tasks and domains.
+    """Return the description of only some columns, in the order of the batches, without tasks and domains.
 
     A sequence of items whose column is not among them has a table of its own.
     """
@@ -42,7 +42,7 @@ def part_of(features: Features, columns: Collection[str]) -> Features:
 
 
 def encoding_of_part(encoding: Encoding, columns: Collection[str]) -> Encoding:
-    """Return the encoding of some columns alone, so that rows need have no others."""
+    """Return the encoding of only some columns, so that rows need have no others."""
     features, known = part_of(encoding.features, columns), encoding.vocabularies
     vocabularies = {column: values for column, values in known.items() if column in columns}
     sequences = (f for f in encoding.features.sequences if f.name in columns)
@@ -165,7 +165,7 @@ def raw_columns(batch: TableBatch, encoding: Encoding) -> pa.Table:
 
 
 def _values(row_N: Tensor, known: Vocabulary | None, num_rows: int) -> pa.Array:
-    """Return the values of rows, null for row 0. Row numbers that a table has itself stand for themselves."""
+    """Return the values of rows, null for row 0. Row numbers that the table itself contains are kept as they are."""
     import pyarrow as pa
 
     own, place_N = pa.array(range(num_rows)) if known is None else pa.array(["", *known.texts()]), row_N.cpu().numpy()

@@ -47,7 +47,7 @@ class Pairs(Dataset[PairBatch]):
         items: the catalogue's rows, of which the items' columns come.
         item_column: column that tells one item from another.
         log_q_I: float32 (I,), log of the probability with which a training batch holds each item in a place.
-        num_uniform: further items of a batch, drawn from the whole catalogue by torch's global generator.
+        num_uniform: further items of a batch, sampled from the whole catalogue by torch's global generator.
         seen: the items that each user had; None: they may be retrieved again.
         user_column: column whose row of its table ``seen`` counts by.
     """
@@ -98,7 +98,7 @@ class FileUsers(IterableDataset[PairBatch]):
     """The users of files, in batches: a retriever's form of ``FileRows``.
 
     Args:
-        rows: the files' rows, encoded by the users' columns alone.
+        rows: the files' rows, encoded only by the users' columns.
         seen: the items that each user had; None: they may be retrieved again.
         user_column: column whose row of its table ``seen`` counts by.
     """
@@ -118,8 +118,8 @@ class RetrievalData(TableData):
     """A table whose rows are users with the items that they took, in batches of `PairBatch`.
 
     Rows with a positive label of ``positive`` are pairs. The catalogue is all items of the training rows, each with its
-    columns as its last training row has them. Pairs of validation and test whose item is not in the catalogue stay, for
-    a retrieval misses them; those of training, whose item was too rare for ``table.min_count``, are left out.
+    columns as its last training row has them. Pairs of validation and test whose item is not in the catalogue stay,
+    because a retrieval misses them; training pairs whose item was too rare for ``table.min_count``, are left out.
 
     Args:
         item_column: column that tells one item from another: categorical, with a row for each value.
@@ -130,7 +130,7 @@ class RetrievalData(TableData):
             value. Predictions repeat it. None: users have no name.
         exclude_seen: whether validation, test and prediction leave out the items of all the user's training rows,
             whatever their label. It needs ``user_column``.
-        num_uniform: further negatives of a training step and process, drawn from the whole catalogue with all items
+        num_uniform: further negatives per training step and process, sampled from the whole catalogue with all items
             equally likely; the pairs of the batch share them (mixed negative sampling).
         top_k: items of a user that ``moesaic predict`` names.
         rank: run or checkpoint of a ``MultiTaskRecommender``, whose prediction orders the items that ``moesaic
@@ -140,7 +140,7 @@ class RetrievalData(TableData):
         index_file: file of the items' vectors that a test of the model wrote, for ``moesaic predict``; None: they are
             computed again.
         kwargs: further options, as for ``TableData``, but for ``negatives``. The rows of ``predict_file`` are users:
-            they need the users' columns alone.
+            they need only the users' columns.
 
     Raises:
         ValueError: as ``TableData``; a column of neither side, or of both; no such task, or one that is not binary; no
@@ -216,7 +216,7 @@ class RetrievalData(TableData):
 
     @property
     def catalogue(self) -> Catalogue:
-        """The items of the checkpoint, or else those of the training rows."""
+        """The items of the checkpoint, or else of the training rows."""
         if self._given_catalogue is not None:
             return self._given_catalogue
         if self._own_catalogue is None:
@@ -281,7 +281,7 @@ class RetrievalData(TableData):
         return f"{super().describe()}, {self.num_items:,} items"
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the users of ``predict_file``, else those of the test."""
+        """Return the users of ``predict_file``, else the test's."""
         if self.predict_file is None:
             return self.test_dataloader()
         model = None if self.trainer is None else self.trainer.lightning_module

@@ -21,7 +21,7 @@ FILE = "items.safetensors"
 
 
 class ItemIndex:
-    """The vectors of I items, numbered from 1; number 0 stands for no item.
+    """The vectors of I items, numbered from 1; number 0 means no item.
 
     Args:
         values: the items' own values, (I,).
@@ -82,7 +82,7 @@ class ItemIndex:
         return cls(Vocabulary(parts["offsets"], parts["content"]).texts(), parts["vectors"], made_by)
 
     def search(self, query_BD: Tensor, k: int, seen_BH: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the k items whose products with each query are largest, by comparing it with all of them.
+        """Return the k items with the largest dot products with each query, by comparing it with all of them.
 
         Args:
             query_BD: vectors of users.
@@ -90,8 +90,8 @@ class ItemIndex:
             seen_BH: numbers of the items that are not candidates, padded with 0; None: all are.
 
         Returns:
-            The items' numbers, int64 (B, k), and products, float32 (B, k), the best first. Where a user has fewer
-            candidates the last places have the number 0 and the product -inf.
+            The items' numbers, int64 (B, k), and dot products, float32 (B, k), the best first. If a user has fewer
+            candidates, the last places have the number 0 and the score -inf.
         """
         best = best_of((score_bV for score_bV, _ in self._scores(query_BD, seen_BH)), min(k, len(self)))
         return best.place_BK.masked_fill(best.score_BK == -math.inf, 0), best.score_BK
@@ -99,15 +99,15 @@ class ItemIndex:
     def ranks(self, query_BD: Tensor, item_B: Tensor, seen_BH: Tensor | None = None) -> Tensor:
         """Return the rank of each query's item among all candidates, int64 (B,), 1 the best.
 
-        An item with the same product stands before it, and an item that is not a candidate, or none (0), is last of
-        all: its rank is I + 1.
+        An item with the same score ranks before it, and an item that is not a candidate, or none (0), is last of all:
+        its rank is I + 1.
         """
         ranks = [target_ranks(score_bV, item_B[rows]) for score_bV, rows in self._scores(query_BD, seen_BH)]
         return torch.cat([item_B.new_empty(0), *ranks])
 
     def _scores(self, query_BD: Tensor, seen_BH: Tensor | None) -> Iterator[tuple[Tensor, slice]]:
-        """Yield the products of some queries with all items, (b, I + 1), and which queries they are; -inf where an item
-        is not a candidate."""
+        """Yield the dot products of some queries with all items, (b, I + 1), and which queries they are; -inf where an
+        item is not a candidate."""
         for score_bV, chunk in products(query_BD, self._vectors_VD, CHUNK_ELEMENTS):
             score_bV[:, 0] = -math.inf
             if seen_BH is not None:

@@ -29,7 +29,7 @@ class TowerConfig(Checked):
         width: width D of the blocks.
         depth: number of blocks, each ``x + ffn(norm(x))``.
         hidden_dim: hidden dim of a dense block's FFN; None: 4 * width.
-        dropout: dropout of the joined columns and of what a block adds.
+        dropout: dropout of the joined columns and of each block's output.
 
     Raises:
         ValueError: a value out of its range.

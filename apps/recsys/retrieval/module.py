@@ -62,12 +62,11 @@ class TwoTowerRetriever(SparseModule, Comparable):
         dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: the same as in the others.
         embedding, dense, interaction: how a tower reads its columns.
         temperature: products are divided by it in the softmax. They lie between -1 and 1.
-        learn_temperature: whether training moves the temperature, which then starts there and stays above 0.01.
+        learn_temperature: whether training updates the temperature, which then starts there and stays above 0.01.
         log_q: whether the softmax is corrected for how often each item is in a batch.
-        ks: numbers of best items at which recall is measured, ascending; NDCG is measured at the first.
-        report: what a test writes besides the metrics; None: nothing.
-        optimizer: learning rate, weight decay and schedule.
-        ema_decay: decay of the moving average of the weights; None: there is no average.
+        ks: numbers of best items at which recall is measured, ascending; NDCG is measured at the first. report: options
+        of the report that a test writes besides the metrics; None: nothing. optimizer: learning rate, weight decay and
+        schedule. ema_decay: decay of the moving average of the weights; None: no average.
 
     Raises:
         ValueError: a value is out of its range, or the parts do not fit together.
@@ -162,7 +161,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
 
     @property
     def temperature(self) -> Tensor:
-        """Return what products are divided by in the softmax, ()."""
+        """Return the divisor of the dot products in the softmax, ()."""
         return self.log_temperature.exp().clamp_min(_LEAST_TEMPERATURE)
 
     def forward(self, user: TableBatch, item: TableBatch) -> tuple[Tensor, Tensor]:
@@ -214,7 +213,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
 
     @property
     def ranking(self) -> Ranking | None:
-        """The model that orders what a Trainer's predictions retrieve; it is loaded once for all batches."""
+        """The model that reranks the items retrieved by a Trainer's predictions; it is loaded once for all batches."""
         data = self._data()
         if data.rank is not None and self._ranking is None:
             self._ranking = Ranking.load(self, data.rank, data.rank_task)
@@ -235,7 +234,8 @@ class TwoTowerRetriever(SparseModule, Comparable):
         self._ranking = None
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
-        """Return the data's ``top_k`` best items of each user: a list of each user's items, and one of their products.
+        """Return the data's ``top_k`` best items of each user: a list of each user's items, and a list of their dot
+        products.
 
         The keys are ``index``, the data's ``predict_columns``, the columns of user and item, ``score``, and with its
         ``rank`` the ranking model's predictions, as lists too.
@@ -267,8 +267,8 @@ class TwoTowerRetriever(SparseModule, Comparable):
         """Return the best items of each user, retrieved from the whole catalogue, and ordered by a ranking model if one
         is given.
 
-        Users and items are encoded by what the checkpoint keeps: no training file is needed. A user that training
-        lacked has the row 0 in its column, and is known by the other columns.
+        Users and items are encoded with the encoding that the checkpoint keeps: no training file is needed. A user that
+        training lacked has the row 0 in its column, and is known by the other columns.
 
         Args:
             users: rows with the columns of the users' tower, and those that the ranking model needs and the items lack:
@@ -277,7 +277,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
             top: items of a user at most.
             include_seen: recommend items of the user's training rows too, where the data had ``exclude_seen``.
             rank: a ``MultiTaskRecommender``, or the path of its run or checkpoint; it orders ``candidates`` retrieved
-                items of each user. None: the vectors alone do.
+                items of each user. None: only the vectors order them.
             rank_task: the task whose prediction orders them; None: the first.
             candidates: number of items that are retrieved for the ranking model.
             index: the items' vectors, an ``ItemIndex`` or its file, such as ``report/items.safetensors`` of a test's
@@ -292,8 +292,8 @@ class TwoTowerRetriever(SparseModule, Comparable):
 
         Raises:
             FileNotFoundError: no checkpoint exists for ``rank``, or no file of the index.
-            ValueError: a column is missing, a value has the wrong type, a number is out of its range, the index is of
-                another model, or the model has neither a checkpoint's encoding nor its data.
+            ValueError: a column is missing, a value has the wrong type, a number is out of its range, the index belongs
+                to another model, or the model has neither a checkpoint's encoding nor its data.
 
         Example::
 

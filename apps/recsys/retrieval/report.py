@@ -104,7 +104,7 @@ class RetrievalUse:
 
 class RetrievalReport(Report):
     """After a test in one process: recall by the popularity of the item, the items that each expert computes, and a few
-    pairs with what the model retrieves.
+    pairs with the retrieved items.
 
     It writes ``popularity.csv``, the items' vectors (``items.safetensors``), and of a sparse model
     ``expert_popularity.png``.
@@ -145,7 +145,7 @@ def write_ranks(use: RetrievalUse, folder: Path) -> Section:
 
 
 def pairs_table(use: RetrievalUse, places: Sequence[int]) -> Table:
-    """Return pairs with the rank of their item, and what the model retrieves for their user."""
+    """Return pairs with the rank of their item, and the items retrieved for their user."""
 
     def named(number: int) -> str:
         return str(use.index.values[number - 1]) if number else "not in the catalogue"

@@ -37,7 +37,7 @@ class Retrieved:
     Attributes:
         user_N: int64 (N,), the place of each item's user.
         item_N: int64 (N,), the items' numbers, from 1.
-        score_N: float32 (N,), products of the vectors.
+        score_N: float32 (N,), dot products of the vectors.
         ranked: the ranking model's predictions by column, (N,) each; empty without one.
     """
 
@@ -69,7 +69,7 @@ class Ranking:
         task: the task whose prediction orders the items; None: the first.
 
     Raises:
-        ValueError: the model is of another kind, or has no such task, or one of classes.
+        ValueError: the model has another kind, or has no such task, or one of classes.
     """
 
     def __init__(self, model: Any, items: pa.Table, task: str | None = None) -> None:

@@ -148,7 +148,7 @@ class Retrieval(RowTask):
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:
         """Return a forward of both towers, of as many items as pairs, all of them different, and further negatives.
 
-        The tables' exchange counts as many rows of items as of users.
+        The tables' all-to-all counts as many rows of items as of users.
         """
         batch = sizes.examples()
         items, dim = batch + int(sizes.option("num_uniform") or 0), model.tower.dim
@@ -165,10 +165,10 @@ class Retrieval(RowTask):
 
 
 def _sampled_loss(batch: int, items: int, dim: int) -> Loss:
-    """Return what the softmax over the items of a batch costs, in float32 whatever the precision.
+    """Return the cost of the softmax over the items of a batch, in float32 whatever the precision.
 
-    It keeps its logarithms and both factors of the products. Beside them are the logits, before and after their
-    correction, or in the backward two gradients of their size.
+    It keeps its logarithms and both factors of the dot products. In addition there are the logits, before and after
+    their correction, or in the backward two gradients of their size.
     """
     scores = batch * items
     return Loss(4.0 * (scores + (batch + items) * dim), 2 * 4.0 * scores, 2.0 * scores * dim)

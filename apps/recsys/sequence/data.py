@@ -43,7 +43,7 @@ class HistoryBatch(NamedTuple):
     Attributes:
         items_BS: int64 (B, S), item ids from 1; 0 is padding. S is the longest history of the batch, or max_length.
         targets_BS: int64 (B, S), the item that came after each; 0: none. Training has one at each item, evaluation one
-            at the last item of each history alone, prediction none.
+            only at the last item of each history, prediction none.
         index_B: int64 (B,), the example's place in its dataset.
         user_B: int64 (B,), the user's place in ``HistoryData.user_names``.
         seen_BH: int64 (B, H), all items of the user before the target, also those that ``items_BS`` is too short for,
@@ -69,7 +69,7 @@ class Examples(Dataset[Any]):
             item is at ``end``.
         first_X: where the user's history starts, for ``seen_BH``; None in training.
         targets: "all", "last" or "none".
-        second_N: int64, the time of each item of ``item_N``; None: there are no times.
+        second_N: int64, the time of each item of ``item_N``; None: no times.
     """
 
     def __init__(
@@ -133,13 +133,13 @@ class HistoryData(SuiteData):
         user_column, item_column: columns of ``file``.
         time_column: column by which a user's interactions are ordered; None: they are in order.
         rating_column: column of the rating, for min_rating.
-        name_column: column of the item's name, which predictions have beside the item; None: there is none.
+        name_column: column of the item's name, which predictions have next to the item; None: there is none.
         min_rating: lowest rating of an interaction that counts; None: every interaction counts, whatever its rating.
         min_item_count: items with fewer interactions are left out. 5 gives MovieLens-1M the 3,416 items that many
             papers have (SASRec, BERT4Rec) instead of 3,706.
         max_length: items of the longest history; a longer one is cut to its last items.
         train_windows: "last": the last max_length + 1 items of a longer training history train, as SASRec does; "all":
-            it is cut from its end into pieces, so that each of its items but the first is a target once an epoch.
+            it is cut from its end into segments, so that each of its items but the first is a target once an epoch.
         batch_size: histories a training batch and process.
         eval_batch_size: histories a batch and process in validation, testing and prediction.
         kwargs: ``drop_last``, ``num_workers`` and ``seed`` of ``SuiteData``. ``num_workers`` of 0 is enough.
@@ -197,7 +197,7 @@ class HistoryData(SuiteData):
 
     @property
     def encoding(self) -> Items:
-        """The items by id: the checkpoint's, else those of the data."""
+        """The items by id: the checkpoint's, else the data's."""
         return self._adopted or self.histories.items
 
     @property

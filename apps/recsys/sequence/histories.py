@@ -139,11 +139,11 @@ def build(
     second_N: NDArray[np.int64] | None = None,
     extends: bool = False,
 ) -> Histories:
-    """Order interactions by user and time, and number what is left of users and items.
+    """Order interactions by user and time, and number the remaining users and items.
 
     Interactions of one user and time keep their order in the file. Items are numbered from 1 in the order of
-    ``values``, users from 0 in that of ``users``, so that the numbers depend on neither the order of the file nor its
-    source.
+    ``values``, users from 0 in the order of ``users``, so that the numbers depend on neither the order of the file nor
+    its source.
 
     Args:
         user_N, item_N: the place of each interaction's user in ``users``, and of its item in ``values``.
@@ -154,7 +154,7 @@ def build(
         known: the items that a model knows: they keep their ids and names, and others are left out, but not their
             users; min_count then leaves out nothing.
         second_N: the times in whole seconds, which the histories keep; None: they have no times.
-        extends: whether other items that have ``min_count`` interactions get the ids after those of ``known``.
+        extends: whether other items that have ``min_count`` interactions get the ids after the ids of ``known``.
 
     Raises:
         ValueError: nothing is left.

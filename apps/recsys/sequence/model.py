@@ -6,9 +6,9 @@ embeddings. HSTU (arXiv 2402.17152) has pointwise attention with a gate instead 
 layer. All are ``HistoryModel``, made of the layers of ``apps.nets``; a block's FFN may be a mixture of experts besides.
 Histories are packed: only attention and the MoE layers' routers see them padded.
 
-AdaMCT predicts the item after the last one alone, and its gate and squeeze-excitation read the whole sequence. Here
+AdaMCT predicts only the item after the last one, and its gate and squeeze-excitation read the whole sequence. Here
 every position predicts its successor, so all is causal: the convolution looks back, each position has its own gate, and
-there is no squeeze-excitation.
+squeeze-excitation is left out.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class HistoryModelConfig(Checked):
         depth: number of blocks.
         num_heads: attention heads; must divide ``dim``.
         hidden_dim: FFN hidden dim F of the dense blocks; None: 4 * dim, and with "hstu" no FFN in them, as published.
-        mixing: "mixture": convolution and attention, weighted by a gate; "attention": attention alone, as SASRec;
+        mixing: "mixture": convolution and attention, weighted by a gate; "attention": only attention, as SASRec;
             "hstu": pointwise attention with a gate.
         kernel_size: items the convolution sees, the current one and those before it.
         mixing_router: weights the two experts of "mixture" for each position; it must be causal. ``core.Dense``: a
             softmax over both, which is AdaMCT's sigmoid; a router with ``top_k=1`` takes one of the two.
         mixing_balance: weights of the balance losses of that router.
         embed_dropout: dropout of the embeddings.
-        dropout: dropout of what each layer adds to the residual stream.
+        dropout: dropout of each layer's contribution to the residual stream.
         attn_dropout: dropout of the attention weights; drawing it for L x L weights slows a CPU down.
         distance_bias: each head adds a learned bias by the distance of two items to their attention score; None: with
             "hstu", as published.
@@ -120,7 +120,8 @@ class HistoryModelConfig(Checked):
         return by_distance or self.time_buckets > 0
 
     def extra_flops_per_token(self) -> int:
-        """Return the forward FLOPs per token that the mixing costs beside attention in a block, two a multiply-add."""
+        """Return the forward FLOPs per token that the mixing costs in a block compared with attention, two a
+        multiply-add."""
         if self.mixing == "hstu":
             return 2 * self.dim**2  # u
         if self.mixing == "attention":
@@ -128,7 +129,7 @@ class HistoryModelConfig(Checked):
         return 2 * self.kernel_size * self.dim**2 + self.mixing_router.flops_per_token(self.dim, len(EXPERTS))
 
     def extra_params(self) -> int:
-        """Return the parameters that the mixing has beside attention's in a block: of HSTU u and a norm, of the
+        """Return the parameters that the mixing has in a block in addition to attention's: of HSTU u and a norm, of the
         mixture convolution, two norms and the gate."""
         if self.mixing == "hstu":
             return self.dim**2 + self.dim + 2 * self.dim
@@ -139,7 +140,7 @@ class HistoryModelConfig(Checked):
 
 
 def self_attention(config: HistoryModelConfig, *, project: bool = True) -> SelfAttention:
-    """Return the attention of a layer, by explicit products.
+    """Return the attention of a layer, by explicit matmuls.
 
     On a CPU fused attention gains nothing at some hundred positions, and loses at some ten.
     """
@@ -298,7 +299,7 @@ class HistoryModel(nn.Module):
         """Return the last layer's output at each real item.
 
         Args:
-            items_BS: int64 (B, S) item ids, 0 for padding, which may stand anywhere.
+            items_BS: int64 (B, S) item ids, 0 for padding, which may be anywhere.
             seconds_BS: int64 (B, S), their times in whole seconds, ascending, for ``time_buckets``; None: the items of
                 a history were taken at one time.
 

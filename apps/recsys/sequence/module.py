@@ -48,7 +48,7 @@ class NextItems(NamedTuple):
         user_name: the user's name in the data, or the place where the data have no names.
         item: the k best next items of each history as they are in the file, best first, or their ids where the data
             have no values.
-        name: the items' names; None where the data have no names beside the items.
+        name: the items' names; None if the data have no names for the items.
         score: float32 (B, k), the items' logits; -inf if no candidate is left.
     """
 
@@ -78,10 +78,10 @@ class NextItemRecommender(SparseModule, Comparable):
         exclude_seen: whether validation, test and prediction leave out the items that the user had before: all of them
             where the batch names them (``seen_BH``), else those in the history. For data whose users take an item
             once; a target that the user had before then ranks last.
-        top_k: number of items that a prediction names.
-        report: what a test writes besides the metrics; None: nothing.
-        kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
-        train_unseen: whether the softmax of the loss leaves out the items that the history has before, at each
+        top_k: number of items that a prediction names. report: options of the report that a test writes besides the
+        metrics; None: nothing. kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of
+        ``SparseModule``. train_unseen: whether the softmax of the loss leaves out the items that the history has
+        before, at each
             position, as ``exclude_seen`` does in evaluation. For data whose users take an item once: the model need
             not learn which items were seen. It needs ``exclude_seen``. A target that the history has before stays a
             candidate.
@@ -236,9 +236,8 @@ class NextItemRecommender(SparseModule, Comparable):
         Args:
             histories: lists of items, the oldest first: one for each history; a model with ``time_buckets`` takes the
                 items of a list as of one time. Or events, one a row, with the columns that the training file had (user,
-                item and time, where there was one): a pandas DataFrame, a pyarrow Table, a dict of columns, or a path
-                of CSV or Parquet files. Events that the training left out for their rating (``min_rating``) are left
-                out.
+                item and time, if there was one): a pandas DataFrame, a pyarrow Table, a dict of columns, or a path of
+                CSV or Parquet files. Events that the training left out for their rating (``min_rating``) are left out.
             top: items of a history at most.
             include_seen: recommend items of the history too, as ``moesaic predict`` does unless the model has
                 ``exclude_seen``.
@@ -247,9 +246,9 @@ class NextItemRecommender(SparseModule, Comparable):
         Returns:
             For lists a list for each history: pairs of item and score, the best first. For events a row for each
             recommendation, the best first, of users in the order in which they first occur: the columns of user and
-            item, ``name`` where the items have names beside their values, and ``score``, the logit. They are a
-            DataFrame for a DataFrame, a ``pyarrow.Table`` for a table, and a dict of numpy arrays for a dict and files.
-            Items are integers where those given are.
+            item, ``name`` if the items have names next to their values, and ``score``, the logit. They are a DataFrame
+            for a DataFrame, a ``pyarrow.Table`` for a table, and a dict of numpy arrays for a dict and files. Items are
+            integers where those given are.
 
         Raises:
             ValueError: a column is missing, a user or an item has no value, a time is neither a number nor a date, or
@@ -264,7 +263,7 @@ class NextItemRecommender(SparseModule, Comparable):
             return scoring.predict(self, histories, top, include_seen, batch_size)
 
     def widened(self, checkpoint: Mapping[str, Any], encoding_state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a checkpoint with the embeddings of this model's further items, as the model has drawn them."""
+        """Return a checkpoint with the embeddings of this model's further items, as the model has initialized them."""
         key = "model.item_embed.weight"
         old = checkpoint["state_dict"].get(key)
         if old is None or len(old) >= len(self.model.item_embed.weight):
@@ -283,8 +282,8 @@ class NextItemRecommender(SparseModule, Comparable):
 
     @property
     def moe_block_names(self) -> tuple[str, ...]:
-        """The blocks in which a baseline differs: the FFNs of ``moe_blocks`` and, where it is not attention, the mixing
-        of positions in all blocks."""
+        """The blocks in which a baseline differs: the FFNs of ``moe_blocks`` and, if it is not attention, the mixing of
+        positions in all blocks."""
         mixing = self.sequence.mixing
         if self.moe is None and mixing != "mixture":
             return ()
@@ -292,11 +291,11 @@ class NextItemRecommender(SparseModule, Comparable):
         return (*mixings, *(f"model.blocks.{i}.ffn" for i in self.model.moe_blocks))
 
     def baselines(self) -> Mapping[str, Baseline]:
-        """Return SASRec of equal active FLOPs and of equal parameters, with attention alone and dense FFNs; of HSTU
+        """Return SASRec of equal active FLOPs and of equal parameters, with only attention and dense FFNs; of HSTU
         before them HSTU with dense FFNs.
 
-        The FFNs of ``moe_blocks`` are so wide that they make up for the experts and, beside SASRec, for what the mixing
-        costs more than attention. SASRec stands beside HSTU where every block has an FFN.
+        The FFNs of ``moe_blocks`` are so wide that they make up for the experts and, compared with SASRec, for the
+        mixing's extra cost over attention. SASRec is a baseline of HSTU if every block has an FFN.
         """
         if not self.moe_block_names:
             return {}
@@ -335,9 +334,9 @@ def _dense_twin(sparse: NextItemRecommender, sequence: HistoryModelConfig, width
 
 
 def dense_sequences(config: HistoryModelConfig, num_moe_blocks: int) -> dict[str, HistoryModelConfig]:
-    """Return the transformers of the baselines by the start of their names: "sasrec", of HSTU "hstu" before it.
+    """Return the transformers of the baselines by the prefix of their names: "sasrec", of HSTU "hstu" before it.
 
-    SASRec has the biases of scores that ``config`` has. HSTU whose other blocks have no FFN has no SASRec beside it.
+    SASRec has the biases of scores that ``config`` has. HSTU whose other blocks have no FFN has no SASRec baseline.
     """
     sasrec = dataclasses.replace(config, mixing="attention", distance_bias=config.has_pair_bias)
     if config.mixing != "hstu":
@@ -351,7 +350,7 @@ def baseline_widths(
 ) -> dict[str, SolvedWidth]:
     """Return the FFN hidden dims with which the dense baselines cost what ``config`` with ``moe`` does.
 
-    The FFNs of ``moe_blocks`` also make up for what the mixing costs beside SASRec's attention, in all blocks.
+    The FFNs of ``moe_blocks`` also make up for the mixing's extra cost compared with SASRec's attention, in all blocks.
 
     Args:
         config: the model.

@@ -106,7 +106,7 @@ class NextItemUse:
 
 class NextItemReport(Report):
     """After a test in one process: the ranks by the popularity of the next item and by the length of the history, the
-    items that each expert computes, and a few users with what the model recommends them.
+    items that each expert computes, and a few users with their recommendations.
 
     It writes ``lengths.csv``, ``popularity.csv``; and of a sparse model ``expert_popularity.png`` and
     ``expert_place.png``.

@@ -76,7 +76,7 @@ def _best(
         history_N: the history of each, ascending.
         num: number of histories.
         top, include_seen, batch_size: see ``NextItemRecommender.predict``.
-        second_N: the times of the items in whole seconds; None: those of a history were taken at one time.
+        second_N: the times of the items in whole seconds; None: the items of a history were taken at one time.
     """
     known_N = id_N > 0
     length_U = np.bincount(history_N[known_N], minlength=num)

@@ -70,7 +70,7 @@ class NextItem(Task):
 
     @property
     def on_page(self) -> Mapping[str, Any]:
-        """A page shows what ``moesaic predict`` does, a request names what the history does not have."""
+        """A page shows what ``moesaic predict`` does, a request names the values that the history lacks."""
         return {"top": self.model.top_k, "include_seen": not self.model.exclude_seen}
 
     def _next_items(self) -> Output:
@@ -193,7 +193,7 @@ def _sent(plain: Sequence[Any], name: str) -> list[str]:
 
 
 def different_names(items: Items) -> tuple[str, ...]:
-    """Return the items' names, with the value beside a name that several have."""
+    """Return the items' names, with the value next to a name that several items share."""
     count = Counter(items.names[1:])
     both = zip(items.names[1:], items.values[1:], strict=True)
     return tuple(name if count[name] == 1 else f"{name} ({value})" for name, value in both)

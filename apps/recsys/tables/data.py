@@ -72,7 +72,7 @@ class TableData(SuiteData):
         train_file: file of your table: .parquet, .csv or .tsv; a pattern such as "part-*.parquet" takes all that match.
         val_file: file of validation rows, if they have one of their own.
         test_file: file of test rows, likewise.
-        predict_file: file of rows to predict instead of the test rows, with the columns of the features alone. They are
+        predict_file: file of rows to predict instead of the test rows; it needs only the features' columns. They are
             encoded as the checkpoint says, and no other file is read.
         predict_columns: columns of ``predict_file``, or else of the table, that each prediction repeats, such as a key.
         table: columns, tasks and split of your table, or of a standard dataset instead of its own description.
@@ -81,10 +81,10 @@ class TableData(SuiteData):
         synthetic: sizes and distributions of the made tasks.
         batch_size: training rows per step and process.
         eval_batch_size: rows per step and process in validation and test.
-        subset: number of training rows to use, drawn by split.seed. Values with a row, means and the like are still
+        subset: number of training rows to use, sampled by split.seed. Values with a row, means and the like are still
             learned from all of them.
-        negatives: how many of a task's negative rows train in an epoch, redrawn for each; or, for a table of positives
-            only, how many other items are drawn for each row. None: all rows train as they are.
+        negatives: how many of a task's negative rows train in an epoch, resampled for each; or, for a table of
+            positives only, how many other items are sampled for each row. None: all rows train as they are.
         domain: column of the domain, instead of the description's.
         kwargs: ``drop_last``, ``num_workers`` and ``seed`` of ``SuiteData``. ``num_workers`` of 0 is best: a batch
             takes a fraction of a millisecond.
@@ -181,7 +181,7 @@ class TableData(SuiteData):
     def vocabulary(self, column: str) -> tuple[str | None, ...]:
         """Return the value of each row of a column's table; None for row 0, which is for unseen and missing values.
 
-        For the domain's column, where it is not a feature, return ``domain_values``.
+        For the domain's column, if it is not a feature, return ``domain_values``.
 
         Raises:
             ValueError: the column has no vocabulary: it is hashed, given as row numbers, or not categorical.
@@ -240,12 +240,12 @@ class TableData(SuiteData):
 
     @property
     def _drawn(self) -> NegativesConfig | None:
-        """The rule of the items that are drawn as negatives; None: there are none."""
+        """The rule for sampling items as negatives; None: no items are sampled."""
         return self.negatives if self.negatives is not None and self.negatives.kind == "items" else None
 
     @property
     def items(self) -> Items:
-        """The items that are drawn as negatives.
+        """The items that are sampled as negatives.
 
         Raises:
             ValueError: see ``Items``.
@@ -304,7 +304,7 @@ class TableData(SuiteData):
         return {split: f"{split}: {rows}" for split, rows in drawn.items() if len(rows)}
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the batches of ``predict_file``, else those of the test, without items drawn for them."""
+        """Return the batches of ``predict_file``, else the test's, without items sampled for them."""
         if self.predict_file is None:
             rows = self.rows("test")
             if not len(rows):
@@ -334,7 +334,7 @@ class TableData(SuiteData):
         return FileRows(files, encoding, self.eval_batch_size, kept, *place)
 
     def train_eval_dataloader(self) -> DataLoader[Any]:
-        """Return the training batches in the table's order, with drawn items as an evaluation has them."""
+        """Return the training batches in the table's order, with sampled items as an evaluation has them."""
         return self.eval_loader(self.rows("train") if self._drawn is None else self._fixed_draws("train"))
 
     # ---- the encoded table

@@ -52,8 +52,8 @@ def described_columns(encoding: Encoding) -> dict[str, Any]:
     """Return how a row's values become the inputs of a graph, in their order, as plain values.
 
     The value number i of ``values`` has the row i + 1, and a value that is not there the row 0. Without ``values`` a
-    column's values are row numbers, or hashed. ``length`` of a list is that of its last values which are read, without
-    those that have no row; None: all are read.
+    column's values are row numbers, or hashed. ``length`` of a list is the number of its last values that are read,
+    without those that have no row; None: all are read.
     """
     features = encoding.features
 
@@ -110,7 +110,7 @@ def state_of_columns(described: Mapping[str, Any], features: Mapping[str, Any]) 
 
 
 def described_tasks(model: MultiTaskRecommender) -> list[dict[str, Any]]:
-    """Return each task's name and kind, how many outputs it has, and what they stand for."""
+    """Return each task's name and kind, how many outputs it has, and their meaning."""
     tasks = zip(model.features.tasks, model.features.target_of_task, model.outputs.kinds, strict=True)
     return [
         {

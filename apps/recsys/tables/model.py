@@ -32,8 +32,8 @@ class InteractionConfig(Checked):
     """The interaction, which joins the columns before the shared layer.
 
     - "concat": side by side.
-    - "dot": the products of all pairs of embeddings, beside the numbers (DLRM, arXiv 1906.00091). The embeddings need
-      one width d; the numbers become one more vector of width d by a linear map and ReLU.
+    - "dot": the dot products of all pairs of embeddings, next to the numbers (DLRM, arXiv 1906.00091). The embeddings
+      need one width d; the numbers become one more vector of width d by a linear map and ReLU.
     - "cross": side by side, then ``x_{l+1} = x_0 * (W x_l + b) + x_l`` (DCN-v2, arXiv 2008.13535).
 
     Attributes:
@@ -167,7 +167,7 @@ class TableColumns(nn.Module):
     def read(self, batch: TableBatch, plain: bool = False) -> tuple[Tensor | None, Tensor | None]:
         """Return the numbers of a batch's rows, (B, width), and their embeddings, vectors and histories side by side.
 
-        Several copies have (copies, B, width) each. None: there are no such columns.
+        Several copies have (copies, B, width) each. None: no such columns.
 
         Args:
             batch: the rows.
@@ -243,7 +243,7 @@ class MultiTaskModel(TableColumns):
         columns: ``dense``, ``interaction``, ``dropout`` and ``history`` of ``TableColumns``.
 
     Raises:
-        ValueError: a gate needs domains or columns that are not there, or stands in models that share nothing.
+        ValueError: a gate needs domains or columns that are not there, or is in models that share nothing.
     """
 
     _personal_P: Tensor
@@ -288,7 +288,7 @@ class MultiTaskModel(TableColumns):
             self.tower_gates = TowerGates(prior_dim, head.gate_dim, widths, len(features.tasks))
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that do not decay: the domains' vectors, where those of other columns do not."""
+        """Return the parameters that do not decay: the domains' vectors, if the vectors of other columns do not."""
         return set() if self.domain is None or self.sparse.config.weight_decay else {"domain.weight"}
 
     def forward(self, batch: TableBatch, plain: bool = False) -> Tensor:
@@ -322,7 +322,7 @@ class MultiTaskModel(TableColumns):
 
 
 def _check_gates(features: Features, shared: core.MultiGateConfig, head: HeadConfig, gate_embeddings: int) -> None:
-    """Reject gates that have nothing to go by.
+    """Reject gates without any input.
 
     Raises:
         ValueError: see ``MultiTaskModel``.

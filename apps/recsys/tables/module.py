@@ -46,7 +46,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
     """A recommender of several tasks: clicks, purchases, watch times, ratings.
 
     The metric that is compared, and by which the best weights are kept, is the mean AUC of the tasks, or their mean R^2
-    if all are of numbers; if some are and others are not, it is that of the first task.
+    if all predict numbers; if only some do, it is the first task's metric.
 
     Configs may also be given as mappings, as they are in a run's ``config.yaml``.
 
@@ -64,7 +64,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         num_members: networks trained side by side; the prediction is the mean of their probabilities.
         score_bins: number of bins of the scores whose counts the metrics keep instead of every prediction; there is no
             AUC by user then. None: exact metrics.
-        report: what a test adds to the metrics; None: nothing.
+        report: options of the report that a test adds to the metrics; None: nothing.
         history: how the columns of sequences become one vector each.
         gate_embeddings: width of the hidden layer of a gate that scales the columns by domain (EPNet, arXiv
             2302.01115); 0: none.
@@ -171,7 +171,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
     def forward(self, batch: TableBatch) -> Tensor:
         """Return the tasks' outputs (B, Z), a logit a task where all are binary; see ``apps.recsys.kinds``.
 
-        An ensemble's stand for the mean of the members' predictions.
+        An ensemble's represent the mean of the members' predictions.
         """
         z = self.model(batch)
         return z if z.ndim == 2 else self.outputs.mean(z)
@@ -257,13 +257,13 @@ class MultiTaskRecommender(SparseModule, Comparable):
     def predict(self, rows: Any, batch_size: int = 4096) -> Any:
         """Return the prediction of each task for each row, in the rows' order: what ``moesaic predict`` writes.
 
-        Values are encoded by what the checkpoint keeps, as in an evaluation: no training file is needed, and a value
-        that training lacked has row 0. Columns that the model does not know are ignored, labels too.
+        Values are encoded with the encoding that the checkpoint keeps, as in an evaluation: no training file is needed,
+        and a value that training lacked has row 0. Columns that the model does not know are ignored, labels too.
 
         Args:
             rows: a pandas DataFrame, or a row of one, a pyarrow Table (or what offers itself as one, such as a polars
                 DataFrame), a dict of columns, or a path, or a pattern of paths, of CSV or Parquet files.
-            batch_size: rows per step. Files and frames are read in pieces of sixteen steps; the scores are held whole.
+            batch_size: rows per step. Files and frames are read in chunks of sixteen steps; the scores are held whole.
 
         Returns:
             columns ``probability_<task>`` of binary tasks and ``value_<task>`` of the others, float32; a multiclass
@@ -353,7 +353,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
 
     @property
     def note(self) -> str:  # type: ignore[override]
-        """Say that the gates are dense, where they are."""
+        """Say that the gates are dense, if they are."""
         if self.shared_config.is_sparse:
             return ""
         return f"{type(self.shared_config).__name__} with dense gates: every expert computes every example"
@@ -393,7 +393,7 @@ def last_weight(shared: torch.nn.Module) -> tuple[Tensor, int]:
     """Return the stacked weight of the experts' last layer, and how many experts, its first, all tasks share.
 
     Raises:
-        ValueError: there is no such weight, or no shared expert, or experts are divided among processes.
+        ValueError: the weight or a shared expert is missing, or experts are sharded over processes.
     """
     experts: Any = getattr(shared, "experts", None)
     if isinstance(experts, torch.nn.ModuleList):

@@ -16,7 +16,7 @@ class TaskOutputs:
     """The outputs of the tasks.
 
     Attributes:
-        outputs: where each task's outputs stand.
+        outputs: the positions of each task's outputs.
         z: (B, Z), or (M, B, Z) of an ensemble.
         label_Bt: labels; NaN for none.
         weight_Bt: weights of the labels; None: 1.
@@ -38,8 +38,8 @@ class TaskOutputs:
 def labelled_mean(value: Tensor, label_Bt: Tensor, weight_Bt: Tensor | None = None) -> Tensor:
     """Return the mean of (B, t) or (M, B, t) values over the labeled examples of each task, (t,); 0 without any.
 
-    Weights are of mean 1 over the training rows, and the sum is divided by the number of examples: a batch of heavy
-    rows counts for more than one of light rows, and a pass over all rows weighs each as it should.
+    Weights have mean 1 over the training rows, and the sum is divided by the number of examples: a batch of heavy rows
+    counts for more than one of light rows, and a pass over all rows weighs each as it should.
     """
     has_Bt = label_Bt == label_Bt
     value = torch.where(has_Bt, value if weight_Bt is None else weight_Bt * value, 0.0)

@@ -1,4 +1,4 @@
-"""Columns of a table by their numbers alone, and what a network reads of them on the meta device, for a plan."""
+"""Columns of a table given only by their numbers, and a network's inputs from them on the meta device, for a plan."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_on_meta(model: Any, features: Features, batch: int, dtype: torch.dtype)
     Histories are full.
 
     Raises:
-        Missing: there are histories beside tables that TorchRec shards.
+        Missing: there are histories together with tables that TorchRec shards.
     """
     kind = model.sparse.config.kind
     if features.sequences and kind != "joined":

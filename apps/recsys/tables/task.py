@@ -88,7 +88,7 @@ class TablePrediction(RowTask):
         """Return the predictions of the rows of tables by column, as numpy arrays or lists.
 
         Args:
-            tables: pieces of one table, with the columns of the encoding.
+            tables: chunks of one table, with the columns of the encoding.
             batch_size: rows per step.
         """
         parts = [torch.empty(0, self.model.outputs.width)]
@@ -118,7 +118,7 @@ class TablePrediction(RowTask):
         return tuple(examples)
 
     def exported(self) -> Exported:
-        """Return the graph, and what a script needs to encode a row and to read the outputs."""
+        """Return the graph, and the facts that a script needs to encode a row and to read the outputs."""
         model, inputs = self.model, example_inputs(self.model.features)
         network = PlainTables(model.members, model.outputs, model.features, tuple(inputs)).train(model.training)
         graph = Graph("model", network, inputs, ("logits",), dynamic_axes(inputs))
@@ -139,7 +139,7 @@ class TablePrediction(RowTask):
 
     @classmethod
     def data_arguments(cls, given: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-        """Return the columns of a table by their numbers alone."""
+        """Return the columns of a table given only by their numbers."""
         if "features" in given:
             return {}
         refuse_without_columns(given, sizes)
@@ -154,7 +154,7 @@ class TablePrediction(RowTask):
 
     @classmethod
     def trial(cls, model: Any, sizes: Sizes, dtype: torch.dtype) -> Trial:
-        """Return a forward from the pooled embeddings on: what TorchRec exchanges for the tables is counted apart."""
+        """Return a forward from the pooled embeddings on: TorchRec's all-to-all is counted separately."""
         batch = sizes.examples()
 
         def run() -> Any:

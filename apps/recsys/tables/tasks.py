@@ -1,4 +1,4 @@
-"""Task heads: from the shared layer's output of each task to what it predicts."""
+"""Task heads: from the shared layer's output of each task to its predictions."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class HeadConfig(Checked):
 
     - "plain": a tower and a logit a task.
     - "esmm": each task is a step that implies the steps before it, as a click, then a conversion (arXiv 1804.07931).
-      The towers say the chance of a step given the one before; the logits, losses and metrics are of all steps so far,
+      The towers say the chance of a step given the one before; the logits, losses and metrics cover all steps so far,
       ``p(ctcvr) = p(ctr) p(cvr)`` over all examples, those without a click too.
-    - "aitm": steps too (arXiv 2105.08489): what a task knows continues to the next one, which attends to it and to its
-      own. A hinge keeps a step's probability below that of the step before.
+    - "aitm": steps too (arXiv 2105.08489): a task's knowledge passes on to the next one, which attends to it and to its
+      own. A hinge keeps a step's probability below the probability of the step before.
 
     With "esmm" and "aitm" a step that has no label is 0 where an earlier step is 0, in losses and in metrics: nothing
     was bought where nothing was clicked, whether a table writes it or leaves it out.
@@ -41,7 +41,7 @@ class HeadConfig(Checked):
         norm: norm in the towers: "batch", "layer" or None. Under "batch" a batch of one takes the running statistics.
         dropout: dropout in the towers.
         prior_bias: whether the outputs start at the best constant prediction, such as the share of positives.
-        calibrator_weight: weight of AITM's hinge, ``mean of max(p_next - p_before, 0)``; "aitm" alone reads it.
+        calibrator_weight: weight of AITM's hinge, ``mean of max(p_next - p_before, 0)``; only "aitm" reads it.
         steps: whether the tasks of "plain" are steps too, whose labels are filled in likewise.
         personal: embedded columns, such as the user and the item, by which gates scale the input of each layer of the
             towers (PPNet, arXiv 2302.01115), together with the domain and the shared layer's input; empty: no gates.
@@ -86,7 +86,7 @@ class HeadConfig(Checked):
             targets: what each task predicts; empty: all are binary.
 
         Raises:
-            ValueError: one task alone with "esmm" or "aitm", or steps that are not all binary.
+            ValueError: a single task with "esmm" or "aitm", or steps that are not all binary.
         """
         for target in targets:
             if self.has_steps and target.kind != "binary":
@@ -105,10 +105,10 @@ class Head(nn.Module):
     Args:
         config: config of the towers.
         dim, num_tasks, targets: arguments of ``HeadConfig.build``.
-        shares: share of positives that each output stands for in training; empty where it is not known.
+        shares: share of positives of each output in training; empty where it is not known.
 
     Attributes:
-        outputs: where the outputs of each task stand.
+        outputs: the positions of each task's outputs.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Head(nn.Module):
         )
 
     def widths(self, dim: int) -> tuple[int, ...]:
-        """Return the widths of the inputs of the towers' layers, that of the logit last."""
+        """Return the widths of the inputs of the towers' layers, with the logit's layer last."""
         return (dim, *self.config.hidden_dims)
 
     def forward(self, x_tBD: Tensor, gates: Sequence[Tensor] = (), shift_BZ: Tensor | None = None) -> Tensor:
@@ -206,7 +206,8 @@ def step_labels(label_Bt: Tensor) -> Tensor:
 def over_all(positives: Sequence[float]) -> list[float]:
     """Return the shares of positives over all examples, (t,).
 
-    A step cannot have more positives than the one before: a share that says so is of the examples that came so far.
+    A step cannot have more positives than the one before: a share that says so counts only the examples that came so
+    far.
     """
     shares, before = [], 1.0
     for p in positives:

@@ -1,4 +1,5 @@
-"""The whole of ``moesaic export``: load a model, write its graphs, compare them with it, and say what was written."""
+"""The whole of ``moesaic export``: load a model, write its graphs, compare them with it, and say which files were
+written."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def check_output(output: Path, exported: Exported) -> None:
     """Reject a file for a model that needs a folder, and a folder that is not an earlier export.
 
     Raises:
-        UsageError: naming what the model has.
+        UsageError: naming the graphs that the model has.
     """
     if output.suffix and (len(exported.graphs) > 1 or exported.files):
         graphs = ", ".join(graph.name for graph in exported.graphs)
@@ -51,11 +52,11 @@ def write(output: Path, exported: Exported, description: Description, write_grap
     Args:
         output: a file if it has an ending, else a folder.
         exported: the model.
-        description: what the file says of it; its graphs and files are added here.
+        description: its description in the file; its graphs and files are added here.
         write_graph: writes one graph.
 
     Raises:
-        OSError: the output cannot be written; what was there before stays.
+        OSError: the output cannot be written; earlier files stay.
     """
     ending = ENDINGS[description.format]
     with naming(output), folder_beside(output) as folder:
@@ -94,7 +95,7 @@ _PATHS = ("root", "cache_dir", "file", "images", "index", "predict_folder", "ran
 
 
 def run(options: Options) -> int:
-    """Export the model and print what was written."""
+    """Export the model and print the written files."""
     with quiet():
         checkpoint = find_checkpoint(options.ckpt_path)
         model = load(checkpoint)
@@ -144,7 +145,7 @@ def export(model: SparseModule, exported: Exported, options: Options) -> list[Pa
 def describe(
     model: SparseModule, exported: Exported, data: Mapping[str, Any] | None = None, format: str = "onnx"
 ) -> Description:
-    """Return what the file of a model says, without its graphs and files."""
+    """Return the description of a model for its file, without its graphs and files."""
     arguments = {name: None if name in _FOR_TRAINING else value for name, value in dict(model.hparams).items()}
     scalars = {
         name: value.item() for name, value in (*model.named_parameters(), *model.named_buffers()) if value.numel() == 1
@@ -164,7 +165,7 @@ def _by_position(run: Callable[..., Any]) -> Callable[[Mapping[str, Tensor]], Se
 
 
 def compare(graph: Graph, exported: Callable[[Mapping[str, Tensor]], Sequence[Tensor]]) -> None:
-    """Run a graph on its example, and on the first row of it, beside the network.
+    """Run a graph on its example, and on the first row of it, and compare with the network.
 
     Raises:
         ValueError: the outputs differ.
@@ -199,7 +200,7 @@ def difference(own: Tensor, other: Tensor) -> float:
 
 
 def data_section(run: Path) -> dict[str, Any] | None:
-    """Return the section "data" of the configuration that lies beside a checkpoint, without paths of its machine.
+    """Return the section "data" of the configuration that lies next to a checkpoint, without paths of its machine.
 
     Raises:
         ValueError: the configuration names classes that are not registered.

@@ -2,7 +2,7 @@
 
 The first two choose the k best of a softmax and weight by it. Ours is the choice all the same: they are given the
 logarithms of the gates, 0 for the experts that a token does not take, so that their softmax gives the gates back over
-their sum, by which the output is multiplied. What they do not weight they do not compute.
+their sum, by which the output is multiplied. They do not compute pairs of weight 0.
 
 ``QMoE`` computes quantized experts, and ``MatMulNBits`` one product of theirs. Only what keeps the tokens in float32 is
 used. On a processor onnxruntime 1.32 does so for 4 bits, and in ``QMoE`` for 8 bits with one scale per channel; in 8
@@ -86,7 +86,7 @@ def _matrices(experts: FFNExperts | ClampedSwiGLUExperts) -> list[QuantizedWeigh
 def _block(w: QuantizedWeight) -> int | None:
     """Return the inputs of a block of onnxruntime's by which matrices are laid out; None if there is none.
 
-    A scale of ours stands for several blocks. A channel with one scale may end inside of a block.
+    One of our scales covers several blocks. A channel with one scale may end inside of a block.
     """
     block = min(w.group_size & -w.group_size, LARGEST_BLOCK)  # the largest power of two that divides the group
     return max(block, LEAST_BLOCK) if block >= LEAST_BLOCK or w.is_by_channel else None
@@ -120,14 +120,15 @@ def by_blocks(writer: Writer, name: str, x: Any, w: QuantizedWeight, *bias: Any)
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The notes of the dispatcher for itself: gates (T, E), zero for what is not chosen, and the most of a token."""
+    """The notes of the dispatcher for itself: gates (T, E), zero for experts that are not chosen, and the most of a
+    token."""
 
     gates_TE: Tensor
     top_k: int
 
 
 class _Gates(Dispatcher):
-    """A dispatcher that moves no tokens: it says what each token takes of each expert."""
+    """A dispatcher that moves no tokens: it says the weight of each expert for each token."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -232,7 +233,7 @@ def parts_of(layer: core.MoE, by_step: bool) -> tuple[nn.Module, Dispatcher] | N
     Args:
         layer: the layer.
         by_step: whether the graph continues from a past, with a few tokens per call: ``QMoE`` starts faster than a
-            product for each expert, which counts there. With many tokens ``by_blocks`` is faster.
+            matmul for each expert, which counts there. With many tokens ``by_blocks`` is faster.
     """
     if _operator_misfit(layer) is None and (by_step or not goes_by_blocks(layer)):
         assert isinstance(layer.experts, (FFNExperts, ClampedSwiGLUExperts))

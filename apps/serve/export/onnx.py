@@ -38,7 +38,7 @@ def to_onnx(
         graph: the network with its example inputs.
         path: the file, ``*.onnx``. Weights of 2 GB and more go into ``*.onnx.data`` beside it.
         form: "standard": ONNX's operators alone; "contrib": onnxruntime's for the MoE layers that they fit, and for
-            products with matrices of 4 bits; "fastest": the one that is faster on onnxruntime (docs/serving.md).
+            matmuls with matrices of 4 bits; "fastest": the one that is faster on onnxruntime (docs/serving.md).
         metadata: texts that go into the file's metadata, beside ``moesaic.form`` and ``moesaic.computes``.
 
     Raises:
@@ -81,7 +81,7 @@ def _fastest(graph: Graph) -> Form:
 
     onnxruntime's operators of a layer start faster, which counts in a step of decoding. They pack no matrix and compute
     GELU and SiLU number by number, which is up to 2 times as slow as the standard form with 49 tokens a call and more.
-    Its product with a matrix of 4 bits is faster than one that dequantizes the matrix, whatever the number of tokens.
+    Its matmul with a matrix of 4 bits is faster than one that dequantizes the matrix, whatever the number of tokens.
     """
     layers = core.moe_layers(graph.network).values()
     fits = any(misfit(layer) is None for layer in layers) if _goes_by_step(graph) else any(map(goes_by_blocks, layers))

@@ -25,13 +25,13 @@ class Options(CommandLine):
     """Write a trained model as a graph that runs without this suite, with what turns inputs into its tensors.
 
     moesaic predict --onnx PATH runs an ONNX export as predict runs the checkpoint. docs/serving.md has a script of each
-    app that needs onnxruntime and numpy alone.
+    app that needs only onnxruntime and numpy.
 
     Attributes:
-        config: configuration that names classes of your own, such as that of the run
+        config: configuration that names classes of your own, such as the run's
         output: file that ends in .onnx or .pt2, or a folder
         format: what is written
-        form: MoE layers of an ONNX graph: standard operators, those of onnxruntime, or the faster of both
+        form: MoE layers of an ONNX graph: standard operators, onnxruntime's operators, or the faster of both
         overwrite: replace an earlier export at PATH
 
     Raises:

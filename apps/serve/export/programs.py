@@ -1,6 +1,6 @@
 """``torch.export`` programs and AOTInductor packages of a network, which need nothing of this suite to run.
 
-A layer for export runs on the backend "grouped", whose products by expert are one custom operator,
+A layer for export runs on the backend "grouped", whose matmuls by expert are one custom operator,
 ``moesaic::grouped_mm``; everything else of a layer is torch's own.
 """
 
@@ -153,7 +153,7 @@ def _check_lengths(graph: Graph, program: torch.export.ExportedProgram) -> None:
 
 
 def _by_parameter(graph: Graph, values: list[Any]) -> tuple[Any, ...]:
-    """Return one value for each input as torch.export takes them: those of ``*args`` are a tuple."""
+    """Return one value for each input as torch.export takes them: the values of ``*args`` are a tuple."""
     kinds = [p.kind for p in inspect.signature(graph.network.forward).parameters.values()]
     rest = inspect.Parameter.VAR_POSITIONAL
     named = kinds.index(rest) if rest in kinds else len(values)
@@ -190,7 +190,7 @@ def to_aoti(graph: Graph, path: Path) -> Path:
         path: the file, ``*.pt2``.
 
     Raises:
-        ValueError: there is no C++ compiler; or as in ``capture``.
+        ValueError: a C++ compiler is missing; or as in ``capture``.
     """
     from torch._inductor import aoti_compile_and_package
 

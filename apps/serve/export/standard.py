@@ -134,7 +134,7 @@ class _AllPairs(Dispatcher):
 
 
 class _Chain(nn.Module):
-    """Feed-forward experts as one operator, which ``expand`` writes out: each expert's products in a chain.
+    """Feed-forward experts as one operator, which ``expand`` writes out: each expert's matmuls in a chain.
 
     So a chain's numbers stay in cache, and the matrices and biases of an expert are initializers of their own.
     """
@@ -170,7 +170,7 @@ class _Chain(nn.Module):
 
 
 def chain_of(layer: core.MoE) -> tuple[nn.Module, Dispatcher] | None:
-    """Return the parts that make a layer one operator of this module; None where its experts are of another kind."""
+    """Return the parts that make a layer one operator of this module; None if its experts have another kind."""
     if type(layer.experts) is not FFNExperts or layer.router.gates_on == "input":
         return None
     return _Chain(layer.experts), _AllPairs()
@@ -184,7 +184,7 @@ def expand(model: Any, by_blocks: ByBlocks | None = None) -> None:
 
     Args:
         model: the graph.
-        by_blocks: writes a product with a quantized matrix as one operator; None: it is dequantized before.
+        by_blocks: writes a matmul with a quantized matrix as one operator; None: it is dequantized before.
     """
     graph = model.graph
     writers = {"GroupedMatMul": _Products, "QuantizedMatMul": _Products, "Experts": _Chains}
@@ -254,7 +254,7 @@ class Writer:
         self.graph.remove(self.node, safe=True)
 
     def output(self) -> Any:
-        """Add the nodes and return what the last one puts out."""
+        """Add the nodes and return the last one's output."""
         raise NotImplementedError
 
     def add(self, operator: str, *inputs: Any, domain: str = "", **attributes: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The service as an ASGI application: its paths, what each answers, and its interface as OpenAPI and as a page."""
+"""The service as an ASGI application: its paths, their answers, and its interface as OpenAPI and as a page."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def document(service: Service, limits: Limits, title: str, version: str, has_tok
     """Return the OpenAPI 3.1 document of a service.
 
     Args:
-        service: what is served.
+        service: the model service.
         limits: of the service.
         title: name of the run.
         version: of this suite.
@@ -119,7 +119,7 @@ def page(document: Mapping[str, Any], url: str) -> str:
     """Return the interface as a page: it loads nothing and runs nothing.
 
     Args:
-        document: that of ``document``.
+        document: the value of ``document``.
         url: address of the service, for the example.
     """
     info, predict = document["info"], document["paths"]["/predict"]["post"]

@@ -39,15 +39,15 @@ class _Waiting(NamedTuple):
 class Batcher:
     """Joins the inputs of requests to batches, and answers them on a thread of its own.
 
-    A batch is computed when it is full, or when its oldest input has waited for ``wait`` seconds. Where a batch fails,
-    each of its inputs is tried alone, so that a request never fails for another one's input.
+    A batch is computed when it is full, or when its oldest input has waited for ``wait`` seconds. If a batch fails,
+    each of its inputs is tried by itself, so that a request never fails for another one's input.
 
     Args:
         predict: answers several inputs, in their order.
         most: inputs of a batch at most.
         wait: seconds that an input waits for others at most.
         is_fatal: tells whether nothing can be computed after an error, such as one of a GPU.
-        on_broken: called on the thread after such an error, or what is no ``Exception`` at all.
+        on_broken: called on the thread after such an error, or an exception that is no ``Exception`` at all.
         watch: called after each batch with its size and the seconds that it took.
     """
 
@@ -88,7 +88,7 @@ class Batcher:
     def submit(self, inputs: Sequence[Any]) -> Future[list[Any]]:
         """Take the inputs of a request, and return what will be its answers, in their order.
 
-        Its exception is that of the first input that fails, or ``Broken``.
+        Its exception is the first failing input's, or ``Broken``.
 
         Raises:
             Broken: the model cannot answer any more, or the batcher has been stopped.

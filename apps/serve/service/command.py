@@ -32,7 +32,7 @@ _LOOKED_AT = 16
 
 
 def run(options: Options) -> int:
-    """Serve a run's model until SIGTERM or SIGINT; a second SIGINT does not wait for what is at work.
+    """Serve a run's model until SIGTERM or SIGINT; a second SIGINT does not wait for running requests.
 
     Returns:
         0; 1 where the model has broken down; 143 and 130 where the signal came before the service was ready.
@@ -102,7 +102,7 @@ class Served:
         self._server = server_of(app, limits)
 
     def until_stopped(self, listening: socket.socket) -> None:
-        """Answer at a socket until a signal, or until the model has broken down; then finish what was taken.
+        """Answer at a socket until a signal, or until the model has broken down; then finish the accepted requests.
 
         The address is printed, at which requests are taken from then on.
         """
@@ -174,7 +174,7 @@ def device_of(name: str | None) -> torch.device:
     """Return a device by its name; None: a GPU if there is one.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: the device does not exist.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,5 @@
-"""What every request passes: who may ask, from where, how many at once; how an answer leaves that came early; and
-what is counted, in the text format of Prometheus."""
+"""What every request passes: who may ask, from where, how many at once; how an early answer is sent; and the metrics,
+in the text format of Prometheus."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Metrics:
     """The counters of a service, in a registry of their own, so that two services of a process share nothing.
 
     Args:
-        about: labels that say what is served.
+        about: labels that describe the served model.
         waiting: returns the number of inputs that wait for the model.
     """
 
@@ -68,13 +68,13 @@ class Metrics:
         self._batch_seconds.observe(seconds)
 
     def routed(self, layer: str, pairs_E: list[int], dropped: int) -> None:
-        """Count what the experts of a layer computed, and what they had no room for."""
+        """Count the pairs that the experts of a layer computed, and the pairs dropped for lack of capacity."""
         for expert, pairs in enumerate(pairs_E):
             self._pairs.labels(layer, str(expert)).inc(pairs)
         self._dropped.labels(layer).inc(dropped)
 
     def follow_offload(self, offloaded: core.OffloadedExperts) -> None:
-        """Show what a model counts whose experts are offloaded."""
+        """Show the counters of a model whose experts are offloaded."""
         from prometheus_client import Gauge
 
         for name, about in (
@@ -118,13 +118,13 @@ class Guard:
     It rejects a request with a wrong token, one that is addressed to another name, and one too many. It counts all, but
     only admitted requests count towards those that are answered at the same time.
 
-    Where an answer comes before the body has been read, such as "413", the rest of the body is thrown away for a
-    moment and the connection is closed: a client that is still sending gets the answer, and nobody reads the whole.
-    A client that has shown no token gets one answer, its body is not read, and its connection is closed at once.
+    If an answer comes before the body has been read, such as "413", the rest of the body is thrown away for a moment
+    and the connection is closed: a client that is still sending gets the answer, and nobody reads the whole. A client
+    that has shown no token gets one answer, its body is not read, and its connection is closed at once.
 
     Args:
         app: the application inside.
-        token: what a request must bring; None: nothing.
+        token: token that a request must bring; None: nothing.
         names: names by which it may be asked; None: any. Without a token a page of another site could otherwise reach
             the service by a name of its own for 127.0.0.1.
         limits: of the service.

@@ -79,11 +79,11 @@ class Options(CommandLine):
     """Serve a trained model of any app over HTTP: POST /predict with {"inputs": [...]} gives {"outputs": [...]}. The
     interface is at /docs and, as OpenAPI, at /openapi.json; /healthz says whether the service is at work, /metrics
     counts. Inputs of several requests are computed together. The service is only for this machine (127.0.0.1), unless
-    --host names another address: then requests need a token. SIGTERM or Ctrl-C ends it, after what it has taken is
+    --host names another address: then requests need a token. SIGTERM or Ctrl-C ends it, after the accepted requests are
     answered. docs/serving.md tells more.
 
     Attributes:
-        config: configuration that names classes of your own, such as that of the run
+        config: configuration that names classes of your own, such as the run's
         host: address to listen on; other than this machine's own: a token
         port: port; 0: a free one
         token_file: file of the token that requests must bring (default: the variable MOESAIC_TOKEN, else none)

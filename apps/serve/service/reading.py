@@ -1,4 +1,4 @@
-"""The body of a request, bytes to inputs. What is wrong with it is a ``Refused`` with its HTTP status and one line."""
+"""The body of a request, bytes to inputs. An error in it is a ``Refused`` with its HTTP status and one line."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Reader:
 
     Args:
         schema: JSON schema of the body, of which "inputs" is a list.
-        read: turns one of them into what the model takes; raises a ValueError where it cannot.
+        read: turns one of them into the model's input; raises a ValueError where it cannot.
     """
 
     def __init__(self, schema: Mapping[str, Any], read: Callable[[Any], Any]) -> None:

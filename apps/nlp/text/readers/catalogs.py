@@ -49,8 +49,8 @@ def plain(message: str, translation: str, mnemonic: str | None = None) -> tuple[
     Args:
         message: in English, with its context and ``\\x04`` before it.
         translation: of it.
-        mnemonic: the mark, one of `MNEMONICS`; None: whichever stands at the beginning of a message's word, for within
-            a word only who knows the program can tell ``E_xit`` from ``snake_case``.
+        mnemonic: the mark, one of `MNEMONICS`; None: whichever is at the beginning of a message's word, for within a
+            word only who knows the program can tell ``E_xit`` from ``snake_case``.
     """
     source, target = clean(message.rpartition("\x04")[2]), clean(translation)
     for marker in MARKS:

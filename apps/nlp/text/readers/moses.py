@@ -16,9 +16,8 @@ def find(root: Path, name: str, pairs: Sequence[str]) -> list[dict[str, Path]]:
 
     Args:
         root: folder that the names start from.
-        name: ``train`` for ``train.en`` and ``train.de``, or with the language where it stands, ``{lang}/news.txt``.
-            With ``{pair}`` in it, ``{pair}/train.{lang}``, each pair has files of its own, under its name or that of
-            its reverse.
+        name: ``train`` for ``train.en`` and ``train.de``, or with the language where it is, ``{lang}/news.txt``. With
+            ``{pair}`` in it, ``{pair}/train.{lang}``, each pair has files of its own, under its name or its reverse's.
         pairs: such as ``en-de``.
 
     Raises:

@@ -30,8 +30,8 @@ def find(root: Path, names: str) -> list[Path]:
 def read(paths: Sequence[Path], columns: Sequence[str], named: bool = True) -> Rows:
     """Return the rows of all files, ``.tsv`` or ``.txt``, plain, compressed or in a ``.zip``, one after the other.
 
-    An empty line is a row without text. A first line in which every language stands as a column of its own is a header
-    and no row. A quote is a character like another.
+    An empty line is a row without text. A first line in which every language is a column of its own is a header, not a
+    row. A quote is a character like another.
 
     A row of more columns than the layout has is left out, with a warning that counts them: which of its columns are
     text is not known. A file of which most rows are so is rejected.
@@ -102,7 +102,7 @@ def _check_wider(name: str, wider: Counter[int], rows: int, columns: Sequence[st
     """Warn of rows with more columns than the layout.
 
     Raises:
-        ValueError: most rows are so: what the columns are must be said.
+        ValueError: most rows are so: the columns must be named.
     """
     if not wider:
         return

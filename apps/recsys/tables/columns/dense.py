@@ -31,7 +31,7 @@ class DenseConfig(Checked):
     - "quantile": the bin ``b[i-1] < x <= b[i]`` of the training split's quantiles, embedded like a category; missing
       values have the row 0.
     - "piecewise_linear": the encoding of Gorishniy et al. (arXiv 2203.05556, equation 1): each bin is 0 below, 1 above
-      and linear inside. Beyond the outermost boundary, where their bins continue linearly, two more numbers grow as
+      and linear inside. Beyond the outermost boundary, as their bins continue linearly, two more numbers grow as
       ``log(1 + distance / std)``. A missing value is 0 everywhere but in its indicator.
 
     Attributes:

@@ -31,7 +31,7 @@ class EmbeddingConfig(Checked):
       backward. Time and memory follow the batch, not the tables. Its kernels know no Adam on a CPU. The gradient exists
       nowhere: clipping and accumulation cannot reach it. One process only.
     - "collection": TorchRec's ``EmbeddingBagCollection``, one tensor per table: what ``TorchRecStrategy`` shards over
-      processes, whose rows are then stepped as those of "fused".
+      processes, whose rows are then updated as with "fused".
 
     Attributes:
         kind: "joined", "fused" or "collection".
@@ -123,7 +123,7 @@ class LookedUp:
         return self.single_FB.shape[1]
 
     def parts(self) -> Iterator[tuple[int, Tensor | Ragged]]:
-        """Yield the columns in their order, those of one value at a time, each with the place of the first."""
+        """Yield the columns in their order, single-valued ones at a time, each with the place of the first."""
         first, parts = 0, cast(Sequence[Tensor | Ragged], (self.single_FB, *self.multi, self.bins_CB, *self.sequences))
         for part in parts:
             count = 1 if isinstance(part, Ragged) else len(part)
@@ -153,8 +153,8 @@ class SparseArch(nn.Module):
     """The embeddings of F columns, side by side. Each kind of ``EmbeddingConfig`` is a subclass, which ``build`` makes.
 
     Args:
-        features: the columns in the order of the batches: those of one value, the multi-valued ones, then the bins of
-            the continuous columns.
+        features: the columns in the order of the batches: single-valued ones, multi-valued ones, then the bins of the
+            continuous columns.
         config: widths, kind and start.
         copies: number of separate embeddings of each column, for models that share nothing; a row holds them all.
         sequences: columns of sequences, whose values are averaged; they follow all others. One with ``items`` reads the
@@ -254,7 +254,7 @@ class SparseArch(nn.Module):
         """Continue with a state of ``fused_state``.
 
         Raises:
-            ValueError: it is of other tables, or of another kind.
+            ValueError: it has other tables, or another kind.
         """
         if state:
             raise ValueError(f"a fused optimizer's state does not fit embedding.kind={self.config.kind!r}")
@@ -274,7 +274,7 @@ class SparseArch(nn.Module):
         return nn.functional.embedding(row_N, self.weights()[self.features[self._tables[c]].name])
 
     def places(self, columns: Sequence[str], option: str) -> Tensor:
-        """Return where the embeddings of some columns stand in a row of the output, int64.
+        """Return the positions of some columns' embeddings in a row of the output, int64.
 
         Args:
             columns: names of the columns, in the order in which they are wanted.

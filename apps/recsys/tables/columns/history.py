@@ -1,4 +1,4 @@
-"""Histories of items: the pooling of a sequence by what the example's own item is, as in the Deep Interest Network."""
+"""Histories of items: pooling a sequence by the example's own item, as in the Deep Interest Network."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class HistoryConfig(Checked):
 
     - "mean": their mean, as of a multi-valued column. Every kind of embedding takes it.
     - "din": target attention, the activation unit of the Deep Interest Network (arXiv 1706.06978). An MLP gives each
-      item a weight by its embedding k and that of the example's own item q, the value of the column that the sequence
-      names as ``items``: ``w = MLP(q, k, q - k, q * k)``, and the vector is ``sum w k``. Sequences without ``items``
-      are averaged.
+      item a weight by its embedding k and the embedding q of the example's own item, the value of the column that the
+      sequence names as ``items``: ``w = MLP(q, k, q - k, q * k)``, and the vector is ``sum w k``. Sequences without
+      ``items`` are averaged.
 
     Attributes:
         pooling: "mean" or "din".
@@ -78,7 +78,7 @@ class Dice(nn.Module):
 
 
 class ActivationUnit(nn.Module):
-    """The weight of each item of a history beside the example's own item; see ``HistoryConfig``.
+    """The weight of each item of a history given the example's own item; see ``HistoryConfig``.
 
     Args:
         dim: width d of the embeddings.
@@ -108,7 +108,7 @@ def _activation(name: str, dim: int) -> nn.Module:
 class HistoryArch(nn.Module):
     """Target attention over the sequences of a batch.
 
-    Items stand one history after the other, without padding, so that only real items are computed.
+    Histories follow one another without padding, so that only non-padding items are computed.
 
     Args:
         sequences: columns of sequences, each with ``items``.
@@ -119,7 +119,7 @@ class HistoryArch(nn.Module):
         dims: widths of the outputs, one a column.
 
     Raises:
-        ValueError: the embeddings are of the kind "fused".
+        ValueError: the embeddings have the kind "fused".
     """
 
     def __init__(self, sequences: Sequence[SequenceFeature], sparse: SparseArch, config: HistoryConfig) -> None:
@@ -172,7 +172,7 @@ class HistoryArch(nn.Module):
         return y_KBH if self.copies > 1 else y_KBH[0]
 
     def _pool(self, weight_N: Tensor, key_Nd: Tensor, example_N: Tensor, B: int) -> Tensor:
-        """Return the weighted sum of the items of each example, (B, d); those of the example B are left out."""
+        """Return the weighted sum of the items of each example, (B, d); the items of the example B are left out."""
         if self.normalize:
             weight_N = segment_softmax(weight_N, example_N, B + 1)
         product_Nd = weight_N[:, None] * key_Nd

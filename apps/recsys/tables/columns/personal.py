@@ -1,4 +1,4 @@
-"""Gates by what is known of an example's domain, user and item (PEPNet), and the domain's part of the logits (STAR)."""
+"""Gates conditioned on an example's domain, user and item (PEPNet), and the domain's part of the logits (STAR)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TowerGates(nn.Module):
     Args:
         dim: width of p, which the gates read.
         hidden_dim: width of a gate's hidden layer.
-        widths: widths of the inputs of the towers' layers, that of the logit last.
+        widths: widths of the inputs of the towers' layers, with the logit's layer last.
         num_tasks: t.
     """
 

@@ -1,6 +1,6 @@
 """The encoding of arrow tables as array files: split the rows, learn from the training rows, encode each column.
 
-Beside the arrow tables, one column at a time is in memory; encoded columns go to mapped files.
+Besides the arrow tables, one column at a time is in memory; encoded columns go to mapped files.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def build(
     Raises:
         ValueError: a column is missing or holds a value of a wrong type, a split is empty, a task has one class in
             training, training lacks a domain, a user or time is missing where rows are split by them, or the columns
-            are not those of ``given``. With ``drawn``: a task that is not binary, a label of 0, or no such column.
+            differ from ``given``. With ``drawn``: a task that is not binary, a label of 0, or no such column.
     """
     if drawn is not None:
         raw, config = _of_positives(raw, config, drawn)

@@ -35,7 +35,7 @@ EVERY_CHECK = (
 
 
 def label_among_features(arrays: TableArrays) -> list[str]:
-    """Find columns that alone rank the examples of a task almost without error, or that have a task's name.
+    """Find columns that by themselves rank the examples of a task almost without error, or that have a task's name.
 
     A column of numbers is judged by its own AUC, in either direction; a categorical one by the AUC, in every second
     row, of its values' mean label in the others, so that a column of ids is not taken for a label. All values of a row
@@ -72,7 +72,7 @@ def label_among_features(arrays: TableArrays) -> list[str]:
 
 
 def _numbers_like(task: str, y_N: np.ndarray, numbers: Mapping[str, np.ndarray]) -> list[str]:
-    """Find columns whose ranks are those of a task's labels, in either direction, or whose two values are."""
+    """Find columns whose ranks equal the ranks of a task's labels, in either direction, or whose two values do."""
     from scipy.stats import rankdata
 
     findings = []
@@ -115,7 +115,7 @@ def category_auc(ids_N: np.ndarray, labels_N: np.ndarray) -> float:
 
 
 def shared_groups(groups: Mapping[str, np.ndarray], what: str = "user") -> list[str]:
-    """Find users, or other groups, that are in several splits, where the split is by them.
+    """Find users, or other groups, that are in several splits, if the split is by them.
 
     Args:
         groups: the ids of each split's rows, by the name of the split.

@@ -1,4 +1,4 @@
-"""Counts and shares of a table that its encoding collects: plain values, kept beside the array files."""
+"""Counts and shares of a table that its encoding collects: plain values, kept next to the array files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class TableFindings:
         classes: number of classes, by multiclass task.
         warnings: lines, each on a column that determines a label, a column of ids, users in both splits, or a task with
             one class.
-        added: number of values that got a row after those of the checkpoint, by column, where a training starts with
-            its weights (``TableData.extend``).
+        added: number of values that got a row after the checkpoint's values, by column, if a training starts with its
+            weights (``TableData.extend``).
     """
 
     rows: dict[str, int] = field(default_factory=dict)

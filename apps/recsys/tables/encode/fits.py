@@ -1,4 +1,4 @@
-"""Whether a table's description fits what a model was trained on."""
+"""Whether a table's description fits the data that a model was trained on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from apps.recsys.schema import TableConfig
 
 
 def differences(config: TableConfig, given: Encoding, parts: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    """Yield what a description of columns and tasks has otherwise than ``given``.
+    """Yield the differences of a description of columns and tasks from ``given``.
 
     Args:
         config: the description, with the parts of timestamps and texts as columns.

@@ -1,4 +1,4 @@
-"""The columns of an encoded table, row by row: whether two rows have one value, and what it is."""
+"""The columns of an encoded table, row by row: whether two rows have one value, and that value."""
 
 from __future__ import annotations
 

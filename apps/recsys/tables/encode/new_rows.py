@@ -1,4 +1,4 @@
-"""The encoding of a table's features, column by column, and of rows without labels, such as those of a prediction."""
+"""The encoding of a table's features, column by column, and of rows without labels, such as rows to predict."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Written:
         codes: its values; of a sequence those that are read.
         rows: their rows.
         lengths: number of values of each row of the table; None: one each.
-        num_longer: number of sequences of which the last values alone are read.
+        num_longer: number of sequences of which only the last values are read.
     """
 
     column: str
@@ -50,7 +50,7 @@ class ColumnWriter:
         writer: receiver of the arrays.
         num_rows: rows of all tables.
         separator: text between the values of a list.
-        first_row: number of the first row in messages, where the table is a piece of a longer one.
+        first_row: number of the first row in messages, if the table is a chunk of a longer one.
     """
 
     writer: ArrayWriter | ArraysInMemory
@@ -76,7 +76,7 @@ class ColumnWriter:
             yield written
 
     def write_lists(self, columns: Mapping[str, SequenceConfig | SequenceFeature | None]) -> Iterator[Written]:
-        """Write multi-valued columns, which stand for None, then sequences, without the values that have no row."""
+        """Write multi-valued columns, which are given for None, then sequences, without the values that have no row."""
         numbers = {"multi": itertools.count(), "sequence": itertools.count()}
         for column, sequence in columns.items():
             offsets, codes = split_values(self.parts(column), column, self.separator)
@@ -110,17 +110,17 @@ class ColumnWriter:
 
 
 class NewRows(ColumnWriter):
-    """Rows that have no label and are in no split, encoded by what a training has learned.
+    """Rows that have no label and are in no split, encoded as in training.
 
     Args:
         table: the rows, with the columns of ``given.roles``.
         given: encoding of the values.
         writer: receiver of the arrays, which is finished.
-        first_row: number of the first row in messages, where the table is a piece of a longer one.
+        first_row: number of the first row in messages, if the table is a chunk of a longer one.
 
     Attributes:
-        unlike: for each warning that the rows may need, how many values are unlike those of training, and how many may
-            be.
+        unlike: for each warning that the rows may need, how many values are unlike the training values, and how many
+            may be.
 
     Raises:
         ValueError: a value has a wrong type, or ``given`` lacks a domain.
@@ -172,7 +172,7 @@ class NewRows(ColumnWriter):
 
 
 def domain_numbers(codes: Codes, rows: NDArray[np.int32], column: str, first_row: int = 0) -> NDArray[np.int32]:
-    """Return domains counted from 0, made of ``rows``, in which 0 stands for a value that training lacks.
+    """Return domains counted from 0, made of ``rows``, in which 0 marks a value that training lacks.
 
     Raises:
         ValueError: there is such a value; the message names the first one and its row.

@@ -1,4 +1,4 @@
-"""What an encoding notes of a table's labels and columns: shares by split, and warnings of what looks wrong."""
+"""Notes of an encoding on a table's labels and columns: shares by split, and warnings of what looks wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Notes:
     Args:
         config: description of the table, with the parts of its timestamps.
         masks: the rows of each split.
-        draws_items: whether the table must be of positives only, as other items are drawn as negatives.
+        draws_items: whether the table must be of positives only, as other items are sampled as negatives.
     """
 
     def __init__(self, config: TableConfig, masks: Mapping[str, NDArray[np.bool_]], draws_items: bool) -> None:
@@ -140,7 +140,7 @@ class Notes:
         self.leak(column, codes)
 
     def leak(self, column: str, codes: NDArray[Any]) -> None:
-        """Warn of a column each value of which comes with one label alone."""
+        """Warn of a column each value of which comes with only one label."""
         in_train = codes[self.masks["train"]]
         for name, label in self._in_train.items():
             if determines(in_train, label):

@@ -43,7 +43,7 @@ def split_rows(
 
     Args:
         config: the rules.
-        num_train: rows of the first file, from which the splits without a file are drawn.
+        num_train: rows of the first file, from which the splits without a file are taken.
         num_val: rows of the validation file; None: there is none.
         num_test: rows of the test file; None: there is none.
         group: (num_train,) users or other groups as numbers, for the kinds "user", "group" and "leave_last_out".

@@ -4,9 +4,9 @@ They are an ``Estimator`` of ``apps.equal_cost.comparable``: ``tune`` finds the 
 ``fit`` trains with them, and the metrics have the names that the network logs. The test split is read by ``evaluate``
 alone.
 
-Threads: boosting and the sparse products run in as many as torch uses here (``n_threads=None``), so that several runs
-at a time share the cores as networks do. Results depend on the seed, not on the number of threads, but for the order in
-which boosting sums floats.
+Threads: boosting and the sparse matrix multiplications run in as many as torch uses here (``n_threads=None``), so that
+several runs at a time share the cores as networks do. Results depend on the seed, not on the number of threads, but for
+the order in which boosting sums floats.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Task:
 
     Attributes:
         name: name of the task.
-        kind: what is predicted.
+        kind: kind of the target.
         train, val: the columns of all rows.
         kept_N, kept_V: the rows that have a label.
         y_N, yv_N: the labels of these rows.
@@ -73,7 +73,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Constant:
-    """Stands for the model of a task whose training labels have only one class."""
+    """Replaces the model of a task whose training labels have only one class."""
 
     rate: float
 
@@ -112,7 +112,7 @@ class PerTask:
         Args:
             data: data module that is set up.
             seed: seed of the search's draws.
-            search: how long it may take, and what it has tried before; None: as long as it takes. Each task has an
+            search: how long it may take, and the settings tried before; None: as long as it takes. Each task has an
                 equal part of the time, and what one leaves goes to the next. The first setting is tried in any case.
 
         Returns:
@@ -206,7 +206,7 @@ class PerTask:
         raise NotImplementedError
 
     def fit_task(self, task: Task, settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Return the task's model, and its settings with what the training chose."""
+        """Return the task's model, and its settings with the values that the training chose."""
         raise NotImplementedError
 
     def decision(self, model: Any, arrays: TableArrays) -> np.ndarray:
@@ -243,11 +243,11 @@ def best_of(
 
 
 def quality_of(kind: Kind, z_N: np.ndarray, y_N: np.ndarray) -> float:
-    """Return what is tuned for: the task's main metric, such as the AUC, or where validation cannot tell it (such as
-    that of one class) the log likelihood, or the squared error's negative.
+    """Return the tuning objective: the task's main metric, such as the AUC, or if validation cannot determine it (such
+    as with one class) the log likelihood, or the squared error's negative.
 
     Args:
-        kind: what is predicted.
+        kind: kind of the target.
         z_N: outputs, (N,) or (N, width).
         y_N: labels.
     """
@@ -259,10 +259,10 @@ def quality_of(kind: Kind, z_N: np.ndarray, y_N: np.ndarray) -> float:
 
 
 def outputs_of(kind: Kind, raw: np.ndarray, classes: np.ndarray | None = None) -> np.ndarray:
-    """Return what a model predicts as the outputs of a task's kind, float64 (N,) or (N, width).
+    """Return a model's predictions as the outputs of a task's kind, float64 (N,) or (N, width).
 
     Args:
-        kind: what is predicted.
+        kind: kind of the target.
         raw: logits of a classifier, (N,) of two classes, else (N, C); or predicted numbers (N,).
         classes: places of the classes that a classifier has seen; None: it is none, or binary.
     """

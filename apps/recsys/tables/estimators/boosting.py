@@ -231,7 +231,7 @@ class Columns:
 
     Args:
         train: the rows of training, labeled or not.
-        kind: what is predicted.
+        kind: kind of the target.
     """
 
     def __init__(self, train: TableArrays, kind: Kind | None = None) -> None:

@@ -198,7 +198,7 @@ class _CatBoost:
 
 @dataclass(frozen=True)
 class _Columns:
-    """What the libraries are given of a table: numbers, then categories, then multi-valued columns as numbers.
+    """The inputs of the libraries from a table: numbers, then categories, then multi-valued columns as numbers.
 
     Attributes:
         several: the multi-valued columns' most frequent values.
@@ -220,7 +220,7 @@ class _Columns:
         return np.concatenate([p.astype(np.float64) for p in parts], axis=1)
 
     def pool(self, x: np.ndarray, y_N: np.ndarray | None, weight_N: np.ndarray | None) -> Any:
-        """Return rows as CatBoost takes them, whose categories are integers beside float32 numbers."""
+        """Return rows as CatBoost takes them, whose categories are integers next to float32 numbers."""
         import catboost
 
         first, last = self.num_continuous, self.end_of_categories

@@ -19,9 +19,9 @@ class LogisticRegression(PerTask):
     """scikit-learn's ``LogisticRegression`` on a sparse matrix, one a task; ``Ridge`` and ``PoissonRegressor`` of
     numbers and counts.
 
-    Categorical columns are one-hot, multi-valued ones divided by their number of values; continuous columns are one-hot
-    by the quantile bins of the training split, with a bin for missing values, and stand beside that standardized. The
-    strength of the L2 penalty is tuned on the validation split's AUC. Nothing is drawn: seeds give the same model.
+    Categorical columns are one-hot, multi-valued ones averaged over their values; continuous columns are one-hot by the
+    quantile bins of the training split, with a bin for missing values, and also standardized next to that. The strength
+    of the L2 penalty is tuned on the validation split's AUC. Nothing is random: all seeds give the same model.
 
     Args:
         strengths: values of scikit-learn's C, the inverse penalty, to try.

@@ -10,10 +10,10 @@ class ItemDraws:
     """Draws from I items, for rows whose key says which of them are excluded.
 
     A draw needs no second try: the excluded items are intervals of a line on which each item is as long as its weight,
-    and a number below the length of all others is moved past those of them that lie before it.
+    and a number below the length of all others is moved past the excluded items that lie before it.
 
     Args:
-        weight_I: int64 (I,), an item's weight; 0: it is never drawn.
+        weight_I: int64 (I,), an item's weight; 0: it is never sampled.
         key_M, item_M: int64 (M,), pairs of a key and an item that it excludes, in any order, any number of times.
         num_keys: number of keys, counted from 0.
 

@@ -1,13 +1,13 @@
-"""Items drawn as negatives for a table of positives only.
+"""Items sampled as negatives for a table of positives only.
 
 Each row k of the table is a positive: besides its other columns it has the item i_k. An epoch has each row, and n times
-more with an item j that is drawn with probability q_j / (1 - Q_k). q is uniform, or the items' shares of the training
+more with an item j that is sampled with probability q_j / (1 - Q_k). q is uniform, or the items' shares of the training
 rows; Q_k is the probability of the items that are excluded for the row: its own or, with ``exclude_seen``, all of its
-user. A drawn row counts 1 - Q_k times, so item j stands beside each row that does not exclude it n q_j times on
-average. The odds of a positive are then 1 / (n q_j) times those of the full table, in which every such item stands
-beside the row once. So the loss is that of the logit minus log(n q_j), as in noise-contrastive estimation (arXiv
-1206.6426, where n q is k P_n) and in the logQ correction of a softmax (Yi et al., RecSys 2019), and the logit itself
-gives the odds in the full table.
+user. A sampled row counts 1 - Q_k times, so item j is paired with each row that does not exclude it n q_j times on
+average. The odds of a positive are then 1 / (n q_j) times the odds in the full table, in which every such item is
+paired with the row once. So the loss is computed on the logit minus log(n q_j), as in noise-contrastive estimation
+(arXiv 1206.6426, where n q is k P_n) and in the logQ correction of a softmax (Yi et al., RecSys 2019), and the logit
+itself gives the odds in the full table.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Items:
         config: the rule, of kind "items".
 
     Attributes:
-        moved: names of all columns that a drawn item brings.
+        moved: names of all columns that a sampled item brings.
         count_I: int64 (I,), training rows of each item, by its row in the column's table; 0 for row 0, which is for
             missing and rare values.
         row_I: int64 (I,), the first row of the table that has the item in training.
@@ -75,7 +75,7 @@ class Items:
             self._check_one_value(name)
 
     def __len__(self) -> int:
-        """Return the number of items that can be drawn."""
+        """Return the number of items that can be sampled."""
         return int((self.count_I > 0).sum())
 
     def of_rows(self, index_N: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Items:
     def kept_by_positives(self) -> list[str]:
         """Return the columns that have one value for each item, and are not in ``moves_with``.
 
-        A drawn row keeps the positive's value there, which gives away that its item is another one. Items of one row
+        A sampled row keeps the positive's value there, which gives away that its item is another one. Items of one row
         are not evidence, and the others must have half of the rows.
         """
         item_N = self.of_rows(self._train)
@@ -158,9 +158,9 @@ class Items:
 
 
 class DrawnRows(Dataset[TableBatch]):
-    """Rows of a training split as they train with drawn items beside them.
+    """Rows of a training split for training, together with sampled items.
 
-    Of N rows, position k + i N is row k with item i; i = 0 stands for its own.
+    Of N rows, position k + i N is row k with item i; i = 0 means its own item.
 
     Args:
         rows: the rows, all positive.
@@ -215,9 +215,9 @@ class DrawnRows(Dataset[TableBatch]):
 
 
 class FixedDraws(Dataset[TableBatch]):
-    """Rows of a split in their order, each followed by itself with items that are drawn once, all equally likely.
+    """Rows of a split in their order, each followed by itself with items that are sampled once, all equally likely.
 
-    The draw depends on the split and its seed alone: every model is judged by the same rows. Batches have the offsets
+    The sample depends only on the split and its seed: every model is judged by the same rows. Batches have the offsets
     at which a logit of the full table gives the odds among these rows.
 
     Args:

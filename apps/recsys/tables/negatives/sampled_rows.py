@@ -1,4 +1,4 @@
-"""Training on a part of the negative rows, redrawn each epoch, with losses whose predictions stay calibrated."""
+"""Training on a part of the negative rows, resampled each epoch, with losses whose predictions stay calibrated."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class SampledRows(Dataset[TableBatch]):
 
 
 class RowsOfEpoch(Protocol):
-    """Rows of which each epoch has others, drawn by a generator."""
+    """Rows of which each epoch has others, sampled by a generator."""
 
     @property
     def num_in_epoch(self) -> int:
@@ -101,8 +101,8 @@ class RowsOfEpoch(Protocol):
 class SampledPlan:
     """The batches of each epoch of such rows as ``SampledRows``; see ``apps.data.loader.BatchPlan``.
 
-    Processes take the batches in turn, and those of a step have one size: some rows are repeated until each process has
-    as many.
+    Processes take the batches in turn, and the batches of a step have one size: some rows are repeated until each
+    process has as many.
 
     Args:
         rows: the rows.

@@ -25,7 +25,7 @@ class WeightingConfig(Checked):
       classification (UWL, arXiv 1705.07115).
     - "gradnorm": learned weights of sum t that bring the gradients of the weighted losses on the last shared layer to
       one norm times ``r_t^alpha``, where ``r_t`` is a task's relative training rate (arXiv 1711.02257). The initial
-      losses are those of the constant prediction, so that a resumed run has the same.
+      losses are the losses of the constant prediction, so that a resumed run has the same.
 
     In evaluation the loss is the fixed weights' sum, for models to be comparable.
 
@@ -52,8 +52,8 @@ class WeightingConfig(Checked):
                 raise ValueError(f"weighting.weights[{task!r}]={weight} is not above 0")
 
     def build(self, tasks: Sequence[str], initial_losses: Sequence[float] = ()) -> Weighting:
-        """Return the weighting of ``tasks``; ``initial_losses`` are those of the best constant predictions, which
-        GradNorm needs. Empty: those of labels that are positive in half of the rows.
+        """Return the weighting of ``tasks``; ``initial_losses`` are the losses of the best constant predictions, which
+        GradNorm needs. Empty: the losses for labels that are positive in half of the rows.
 
         Raises:
             ValueError: a weight of a task that is not there, or no task with a weight above 0.
@@ -117,7 +117,7 @@ class GradNorm(Weighting):
 
     With ``g_t`` the norm of the unweighted loss's gradient on the shared weight W, the weighted loss's is ``w_t g_t``,
     so the paper's ``sum of |w_t g_t - mean(w g) r_t^alpha|``, with the target held constant, needs no second
-    derivative. It moves the weights alone, the weighted sum of the losses the rest alone.
+    derivative. It updates only the weights, and the weighted sum of the losses updates everything else.
 
     Args:
         weights: weight of each task to start from.

@@ -1,1 +1,1 @@
-"""What a test reports of a recommender: gates, experts, tasks."""
+"""The test report of a recommender: gates, experts, tasks."""

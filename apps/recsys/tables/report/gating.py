@@ -63,7 +63,7 @@ class Gate:
 
     @property
     def label(self) -> str:
-        """The gate in words: the name of its task, or what it is for."""
+        """The gate in words: the name of its task, or its purpose."""
         if self.task is not None:
             return self.tasks[self.task]
         if self.end.startswith("category"):
@@ -72,7 +72,7 @@ class Gate:
 
     @property
     def name(self) -> str:
-        """The gate's label among those of all blocks."""
+        """The gate's label among the gates of all blocks."""
         return f"{self.block}: {self.label}" if self.block else self.label
 
     @property
@@ -130,7 +130,7 @@ class GateReader:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Read what the model does inside."""
+        """Read the model's internals."""
         with torch.no_grad(), core.record(self.model) as tape, contextlib.ExitStack() as stack:
             for name, layer in core.moe_layers(self.model).items():
                 levels = layer.experts if isinstance(layer.experts, nn.ModuleList) else [layer.experts]
@@ -141,7 +141,7 @@ class GateReader:
         self.add(tape)
 
     def add(self, tape: core.Tape) -> None:
-        """Read what is on a tape of the model."""
+        """Read a tape of the model."""
         for entry in tape.entries:
             self.weights.setdefault(entry.name, []).append(gate_weights(entry.routing).cpu().numpy())
             names = tuple(getattr(entry.routing, "expert_names", ()))

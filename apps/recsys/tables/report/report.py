@@ -40,8 +40,8 @@ class RecommenderReportConfig(ReportConfig):
     """The tables and pictures that ``moesaic test`` adds to the metrics of a recommender.
 
     Attributes:
-        gate_feature: column by whose values the gates are drawn; None: the one on which they depend most.
-        gate_values: largest number of values that are drawn, the most frequent.
+        gate_feature: column by whose values the gates are plotted; None: the one on which they depend most.
+        gate_values: largest number of values that are plotted, the most frequent.
 
     Raises:
         ValueError: a number is out of its range.
@@ -84,8 +84,8 @@ class TrainingChecks(Callback):
 
 @dataclass(frozen=True)
 class _Collected:
-    """The metrics of a test, of all rows and of those of cold users and items, and its first rows with their gates;
-    ``arrays`` is None if no row was read."""
+    """The metrics of a test, of all rows and of the rows with cold users and items, and its first rows with their
+    gates; ``arrays`` is None if no row was read."""
 
     metrics: Mapping[str, Metrics]
     parts: Mapping[str, tuple[int, Mapping[str, Metrics]]]
@@ -202,7 +202,7 @@ _NAMES = {"r2": "R²", "rmse": "RMSE", "mae": "MAE", "spearman": "Spearman", "pc
 
 
 def _value_tables(by_task: Mapping[str, ValueMetrics]) -> list[Table]:
-    """Return a table of the tasks of numbers, and one of those of classes."""
+    """Return a table of the tasks of numbers, and one of the tasks of classes."""
     tables = []
     numbers = {task: f for task, f in by_task.items() if "r2" in f.by_name}
     classes = {task: f for task, f in by_task.items() if "r2" not in f.by_name}
@@ -259,7 +259,7 @@ _WEIGHT = "mean gate weight, %"
 def write_gates(
     reader: GateReader, arrays: TableArrays, data: Any, config: RecommenderReportConfig, folder: Path
 ) -> Section:
-    """Write the gates, what they depend on, and the experts, as CSV files and pictures.
+    """Write the gates, the columns they depend on, and the experts, as CSV files and pictures.
 
     Returns:
         The section for the page.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Batch:
-    """A batch whose tensors, those of its parts too, can be moved; a base of dataclasses with ``index_B``."""
+    """A batch whose tensors, including its parts' tensors, can be moved; a base of dataclasses with ``index_B``."""
 
     index_B: Tensor
 
@@ -35,8 +35,8 @@ class Ragged:
     Attributes:
         values_N: row numbers of the column's table.
         length_B: number of values of each row.
-        padded_N: int64 (N,), the row of the batch that has each value, where some are padding, whose row is B. None:
-            there is no padding.
+        padded_N: int64 (N,), the row of the batch that has each value, where some are padding, whose row is B. None: no
+            padding.
     """
 
     values_N: Tensor
@@ -79,7 +79,7 @@ class TableBatch(Batch):
         kept: arrow arrays (B,) of the columns that predictions repeat, by name; None: there are none.
         cold_B: uint8 (B,), the sum of ``COLD_USER`` where the user has no row in training, and ``COLD_ITEM`` where the
             item has none (``apps.recsys.binary_metrics``). None: all have some, or are not named.
-        offset_Bt: float32 (B, t), what the losses of binary tasks add to their logits, since negative rows are left out
+        offset_Bt: float32 (B, t), added to the logits in the losses of binary tasks, since negative rows are left out
             (``apps.recsys.tables.negatives.sampled_rows``) or sampled (``sampled_items``); metrics add it too. None:
             nothing.
     """

@@ -82,7 +82,7 @@ def dynamic_axes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
 
 
 def example_inputs(features: Features, batch_size: int = 3, length: int = 4) -> dict[str, Tensor]:
-    """Return drawn inputs of a table, with missing numbers, empty lists and rows that a table lacks."""
+    """Return random inputs of a table, with missing numbers, empty lists and rows that a table lacks."""
     draw = torch.Generator().manual_seed(0)
     B, inputs = batch_size, dict[str, Tensor]()
     if features.continuous:

@@ -19,7 +19,7 @@ class TableRows(Dataset[TableBatch]):
     """Some rows of an encoded table.
 
     ``rows[i]`` is a batch of one row and ``rows[:]`` one of all of them; ``__getitems__`` takes positions in any order.
-    A batch costs one indexed read for each kind of column, not one for each row. Nothing is drawn at random.
+    A batch costs one indexed read for each kind of column, not one for each row. Nothing is random.
 
     Args:
         columns: arrays of the table.

@@ -64,12 +64,12 @@ def encoding_of(model: Any) -> Mapping[str, Any]:
 
 
 def encoded(tables: Iterable[pa.Table], encoding: Encoding, batch_size: int) -> Iterator[tuple[pa.Table, TableBatch]]:
-    """Yield the rows of tables in batches, as they are and encoded; warn of rows unlike those of training.
+    """Yield the rows of tables in batches, as they are and encoded; warn of rows unlike the training rows.
 
     A thread encodes the next table while the caller works on the batches of the one before.
 
     Args:
-        tables: the pieces of one table, with the columns of ``encoding.roles``. Their rows are counted as one table's.
+        tables: the chunks of one table, with the columns of ``encoding.roles``. Their rows are counted as one table's.
         encoding: encoding of the values.
         batch_size: rows of a batch; the last one of a piece may have fewer.
 

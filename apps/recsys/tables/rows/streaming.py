@@ -29,7 +29,7 @@ _PIECE_ROWS = 1 << 16
 class FileRows(IterableDataset[TableBatch]):
     """The rows of CSV or Parquet files in their order, encoded, in batches.
 
-    A thread reads and encodes the next piece of the files while the model computes, so memory holds two pieces,
+    A thread reads and encodes the next chunk of the files while the model computes, so memory holds two chunks,
     whatever the size of the files.
 
     Args:

@@ -29,8 +29,8 @@ def widened(model: nn.Module, checkpoint: Mapping[str, Any], encoding_state: Map
         encoding_state: encoding of the model's data, which extends the checkpoint's.
 
     Raises:
-        ValueError: a tensor beside the tables and the gates' domain vectors has a part for each domain, or a table is
-            of another width.
+        ValueError: a tensor other than the tables and the gates' domain vectors has a part for each domain, or a table
+            has another width.
     """
     if "encoding" not in checkpoint:
         return checkpoint

@@ -1,11 +1,11 @@
 """``TorchRecStrategy``: embedding tables and experts over several processes, the dense network on each of them.
 
 TorchRec's ``DistributedModelParallel`` replaces each ``EmbeddingBagCollection`` by a sharded one. A row's gradient goes
-to the process that holds the row, where an optimizer fused into the backward steps it; the gradients of everything else
-are averaged by DDP, those of divided experts by FSDP2, and stepped by the module's own optimizer. All are means over
-the processes, so that N processes with batches of B train as one with batches of N * B.
+to the process that holds the row, and an optimizer fused into the backward updates the row there; the gradients of
+everything else are averaged by DDP, the gradients of sharded experts by FSDP2, and applied by the module's own
+optimizer. All are means over the processes, so that N processes with batches of B train as one with batches of N * B.
 
-Lightning's "ddp" cannot: it would copy rank 0's tables over those of the other ranks, and average rows that are not the
+Lightning's "ddp" cannot: it would copy rank 0's tables over the other ranks' tables, and average rows that are not the
 same. It fails at its first collective.
 """
 
@@ -80,9 +80,9 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
 
     Raises:
         ValueError: a value is not known. At the start of a run: the model has no collection to shard, tables do not fit
-            or cannot be sharded as asked, experts cannot be divided so, gradients are clipped or accumulated (rows are
-            stepped inside the backward), there is a moving average of the weights, a module's optimizer would step the
-            sharded rows as well, or processes have other models, configurations or versions of the code.
+            or cannot be sharded as asked, experts cannot be sharded so, gradients are clipped or accumulated (rows are
+            updated inside the backward), there is a moving average of the weights, a module's optimizer would update
+            the sharded rows as well, or processes have other models, configurations or versions of the code.
         LostProcessError: another process was lost in mid-run.
 
     Example::
@@ -210,7 +210,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
         return model
 
     def _divide(self, module: LightningModule) -> None:
-        """Divide the experts, and print what is where."""
+        """Shard the experts, and print the placement."""
         check_ranks_alike(module)
         experts = self.num_processes if self.experts == "auto" else self.experts
         mesh = expert_mesh(experts, device_type=self.root_device.type)
