@@ -94,7 +94,7 @@ class Command(Options, CommandLine):
         open: show the report in the browser
 
     Raises:
-        UsageError: a configuration that is not there.
+        UsageError: a configuration that is missing.
         ValueError: a value out of its range, or an unknown router.
     """
 

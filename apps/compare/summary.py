@@ -95,7 +95,7 @@ class Summary:
         percent: True where the quality is a share in 0..1, which is shown in percent.
         seeds: seeds of the final runs.
         equal_seconds: training time at which systems are compared, for each seed.
-        clock: "steps" where time is steps times their measured seconds, or "recorded" where it is that of each run.
+        clock: "steps" if time is steps times their measured seconds, or "recorded" if it is the time of each run.
         shares: names of the further metrics that are shown in percent.
         tasks: the metric of each task, if there are several.
         weights: description of the weights in the test.

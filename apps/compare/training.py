@@ -225,7 +225,7 @@ def _fit(
     # A run that is resumed after its last step has the averaged weights only in the checkpoint.
     tested = folder / AVERAGE if averages else last
     where: dict[str, Any] = {"datamodule": data, "ckpt_path": str(tested), "verbose": False, "weights_only": True}
-    # The curve is that of the weights in training: at equal time no system has averaged its own.
+    # The curve uses the weights in training: at equal time no system has averaged its own.
     points = list(curve.points)
     ended = bool(points) and points[-1][0] == steps
     if averages or not ended:
@@ -309,7 +309,7 @@ def interruptible(trainer: Trainer | None = None) -> Iterator[None]:
     """
 
     def stop(*_: Any) -> None:
-        if trainer is None or not trainer.received_sigterm:  # Lightning's handler, where it is set, was called first
+        if trainer is None or not trainer.received_sigterm:  # Lightning's handler, if it is set, was called first
             raise SIGTERMException
 
     with on_signal(signal.SIGTERM, stop), on_signal(signal.SIGINT, signal.default_int_handler):

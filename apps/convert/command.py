@@ -1,4 +1,4 @@
-"""The whole of ``moesaic convert``: read a run, convert it, write the new one, and show both."""
+"""The command ``moesaic convert``: read a run, convert it, write the new one, and show both."""
 
 from __future__ import annotations
 

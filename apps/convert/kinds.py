@@ -32,7 +32,7 @@ def check_runs(kind: str, options: Any, runs: Sequence[Run]) -> None:
     """Check that a kind of conversion takes these runs, before anything is computed.
 
     Raises:
-        UsageError: there is one run to be merged, and it has no updates.
+        UsageError: there is one run to be merged, and it has no adapters.
         ValueError: a run has adapters on its linear layers, which this conversion does not handle.
     """
     adapted = next((run for run in runs if run.is_adapted), None)
@@ -84,8 +84,8 @@ def one_for_all(request: Request) -> OneLayer:
 
 
 def densified(request: Request) -> Conversion:
-    """Return one feed-forward network in the place of each MoE layer, made of all its experts; of a run with updates,
-    one update in the place of each mixture of them, as a part of its linear layer."""
+    """Return one feed-forward network in the place of each MoE layer, made of all its experts; of a run with adapters,
+    one adapter instead of each mixture of them, as a part of its linear layer."""
     how, statistics, one = request.options.how, request.statistics, one_for_all(request)
     if not request.run.is_adapted:
         return _dense(request, one)
@@ -149,7 +149,7 @@ def upcycled(request: Request) -> Conversion:
 
 
 def merged(request: Request) -> Conversion:
-    """Return the mean of several runs, or a sparse model whose experts are their networks; of one run with updates,
+    """Return the mean of several runs, or a sparse model whose experts are their networks; of one run with adapters,
     the model that has them in its linear layers."""
     if request.run.is_adapted:
         return _with_updates_merged(request, lambda name, adapted: adapted)
@@ -197,11 +197,11 @@ def adapted(request: Request) -> Conversion:
 def _with_updates_merged(
     request: Request, prepared: Callable[[str, core.AdaptedLinear], core.AdaptedLinear]
 ) -> Conversion:
-    """Return a model whose updates are a part of its linear layers; its MoE layers stay.
+    """Return a model whose adapters are a part of its linear layers; its MoE layers stay.
 
     Args:
-        request: of a run with updates.
-        prepared: returns an adapted layer with updates that are the same for every token, by the layer's name.
+        request: of a run with adapters.
+        prepared: returns a layer with adapters that are the same for every token, by the layer's name.
     """
     named = request.module.named_modules(remove_duplicate=False)
     layers = {name: module for name, module in named if isinstance(module, core.AdaptedLinear)}

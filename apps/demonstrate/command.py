@@ -1,4 +1,4 @@
-"""The whole of ``moesaic demo``: load the model, ask its app what its page has, and serve the page."""
+"""The command ``moesaic demo``: load the model, ask its app what its page has, and serve the page."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def with_examples(make: Any, model: Any, checkpoint: Path, most: int) -> tuple[E
     try:
         with without_fetching():
             return make(model, data_of(config, model), most), ""
-    except (ValueError, OSError, ImportError) as error:  # data that cannot be had are no reason against the page
+    except (ValueError, OSError, ImportError) as error:  # missing data does not prevent the page
         return make(model, None, 0), str(error)
 
 

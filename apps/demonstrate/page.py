@@ -151,7 +151,7 @@ def _component(field: Field, value: Any) -> Any:
     if isinstance(field, ImageField):
         kind: dict[str, Any] = {"type": "filepath", "image_mode": None, "format": "png", "elem_classes": ["picture"]}
         component = gr.Image(value, label=field.label, sources=["upload", "clipboard"], height=240, **kind)
-        # The file goes to the app as it is: its own reader says in a line what is wrong with it.
+        # The file goes to the app as it is: its own reader reports an error in one line.
         component.preprocess = lambda payload: None if payload is None else payload.path
         return component
     if isinstance(field, TextField):

@@ -1,4 +1,4 @@
-"""The whole of ``moesaic doctor``: read the log, look at the model on its validation data, and print the problems."""
+"""The command ``moesaic doctor``: read the log, look at the model on its validation data, and print the problems."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def log_findings(rows: Sequence[Mapping[str, Any]]) -> list[core.Finding]:
         if match is None:
             continue
         figures, values = layers.setdefault(match["layer"], {}), series(rows, column)
-        # Validation is of more tokens, without noise, and stands in for training if there is one.
+        # Validation covers more tokens, without noise, and is used instead of training if there is one.
         if values and (match["stage"] == "val" or match["figure"] not in figures):
             figures[match["figure"]] = values
     for layer, figures in layers.items():

@@ -21,7 +21,7 @@ class Options(CommandLine):
 
     Attributes:
         batches: validation batches; 0: only the log
-        ablate: also show the score without each expert, a validation for each
+        ablate: also show the score without each expert, one validation per expert
         config: configuration of the run, if none lies next to its checkpoint
 
     Raises:

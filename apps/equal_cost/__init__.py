@@ -1,1 +1,1 @@
-"""Models of equal cost: dense twins, and routers by name."""
+"""Models of equal cost: matched dense baselines, and routers by name."""

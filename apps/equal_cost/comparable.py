@@ -1,7 +1,7 @@
 """A module answers a comparison through ``Comparable``: its baselines, blocks that they replace, routers and examples.
 
-Its dense twins and the search of an estimator's settings are here too. Training asks none of this. A module that is to
-be compared takes ``Comparable`` in addition to ``SparseModule``.
+Its matched dense baselines and the search of an estimator's settings are here too. Training asks none of this. A module
+that is to be compared takes ``Comparable`` in addition to ``SparseModule``.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class ExampleDifference:
 
 @dataclass(frozen=True)
 class ExampleValues:
-    """A quality as the mean of one value an example, so that an interval can count the examples.
+    """A quality as the mean of one value per example, so that an interval can count the examples.
 
     A quality that is not a mean itself, such as an AUC, has values that it is the mean of, and that spread as it would
     over other examples (its influence function).

@@ -35,7 +35,7 @@ class CountedBatch:
 
 
 class OwnModel(Comparable):
-    """A module made sparse, or its dense twin, as a comparison sees it.
+    """A module made sparse, or its matched dense baseline, as a comparison sees it.
 
     Args:
         module: the module, with what ``apps.train.sparsified.adopt`` adds.
@@ -135,7 +135,7 @@ class OwnModel(Comparable):
                 f"one ({error}): give --rounds 0"
             ) from error
 
-    # ---- what a comparison asks
+    # ---- for comparisons
 
     @property
     def heading(self) -> str:
@@ -146,7 +146,8 @@ class OwnModel(Comparable):
         return tuple(matching_parts(self.dense, self.section.modules))
 
     def baselines(self) -> Mapping[str, Baseline]:
-        """Return the dense twins: the module with wider networks instead of experts, and nothing else changed."""
+        """Return the matched dense baselines: the module with wider networks instead of experts, and nothing else
+        changed."""
         baselines: dict[str, Baseline] = {}
         widths: dict[str, list[int]] = {}
         for cost in ("flops", "params"):
@@ -169,7 +170,7 @@ class OwnModel(Comparable):
 
 @dataclass(frozen=True)
 class Twin:
-    """Makes the dense twin of a sparse model; unlike a closure, it pickles.
+    """Makes the matched dense baseline of a sparse model; unlike a closure, it pickles.
 
     Attributes:
         sparse: the sparse model.

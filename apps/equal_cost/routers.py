@@ -35,7 +35,7 @@ def overlays() -> dict[str, Path]:
 
 
 def resolve(names: Iterable[str]) -> tuple[str, ...]:
-    """Return names or paths of overlays, each file once; "all" stands for all shipped ones.
+    """Return names or paths of overlays, each file once; "all" means all shipped ones.
 
     Raises:
         ValueError: an unknown name, "all" if there is none, or two files that would share a name.
@@ -145,7 +145,7 @@ class Variant:
     def config(self) -> Layers:
         """Return the layers with the router, and with experts as wide as makes a token cost the same.
 
-        If the routed experts have no hidden dim, as low-rank updates have none, the shared ones are widened.
+        If the routed experts have no hidden dim, as low-rank adapters have none, the shared ones are widened.
 
         Raises:
             ValueError: the overlay does not fit the layers, or none of the experts has a hidden dim.

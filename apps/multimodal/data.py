@@ -190,7 +190,7 @@ class ImageTextData(ImageData):
         self._text_options = TextOptions(from_plain(tokenizer, SubwordConfig, "tokenizer"), lower_case, max_tokens)
         self._check_options()
 
-    # ---- what a model and a reader of results ask
+    # ---- for models and readers of results
 
     @property
     def vocab_size(self) -> int:

@@ -53,7 +53,7 @@ class ImageTextRetriever(SparseModule, Comparable):
             None: they are not predicted.
         recall_at: cut-off of the recall by which the best checkpoint is chosen and models are compared: 1, 5 or 10.
         grad_checkpointing: recompute the blocks in the backward, to save memory.
-        report: what a test writes besides the metrics; None: nothing.
+        report: options of the report that a test writes besides the metrics; None: nothing.
         kwargs: ``optimizer``, ``ema_decay``, ``average_last`` and ``grow`` of ``SparseModule``.
 
     Raises:
@@ -227,7 +227,7 @@ class ImageTextRetriever(SparseModule, Comparable):
         """Return the texts that fit each image best: classes in words, which no training need have seen.
 
         With ``SoftmaxLoss`` the probabilities of an image's texts have the sum 1. With ``SigmoidLoss`` each text is
-        judged by itself.
+        scored by itself.
 
         Args:
             images: paths, images of Pillow's, or uint8 arrays (H, W) or (H, W, 3), mixed as you like.

@@ -98,12 +98,12 @@ def _first_rows(table: Path) -> list[Mapping[str, Any]]:
     """Return the first rows of a table; none where it is not of a form that `ImageTextData` reads."""
     try:
         return [values for _, values in itertools.islice(rows_of(table, {}, None), _LOOKED_AT)]
-    except ValueError:  # another app may read it, or says what is wrong with it
+    except ValueError:  # another app may read it, or reports the error in it
         return []
 
 
 def _columns(rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> _Columns | None:
-    """Return the contents of the columns, judged by the first rows; None if they have no images or no texts."""
+    """Return the contents of the columns, inferred from the first rows; None if they have no images or no texts."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     values = {name: [text for row in rows for text in _texts(row.get(name))] for name in names}
     patterns = {name: _pattern(texts, files) for name, texts in values.items()}

@@ -1,4 +1,4 @@
-"""The whole of ``moesaic plan``: outline a model, go through the layouts, and show them."""
+"""The command ``moesaic plan``: outline a model, go through the layouts, and show them."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Gpu:
     between: float
 
 
-# NVIDIA's data sheets of A100 (SXM, 80 GB), H100 (SXM), H200 (SXM) and HGX B200, and AMD's of MI300X: dense products,
+# NVIDIA's data sheets of A100 (SXM, 80 GB), H100 (SXM), H200 (SXM) and HGX B200, and AMD's of MI300X: dense matmuls,
 # without sparsity. A link's figure there counts both directions: NVLink 600, 900, 900 and 1800 GB/s, Infinity Fabric
 # 896 GB/s. Between nodes a network port of each GPU: 200 Gb/s in DGX A100, 400 Gb/s in the others' reference machines.
 GPUS = {

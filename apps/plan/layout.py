@@ -190,7 +190,7 @@ def _traffic(outline: Outline, options: Options, layout: Layout, sharding: str |
             moved = formulas.exchanged_bytes(layer.rows, layer.dim, layer.out_dim, options.dtype_bytes, passes)
             moved += passes * formulas.count_bytes(layer.num_experts)
             one = formulas.all_to_all(moved, layout.experts, layout.hidden, layout.nodes, node)
-            # Counts, rows there with their gates, and rows back are exchanges of their own; so are their gradients.
+            # Counts, rows there with their gates, and rows back are separate all-to-alls; so are their gradients.
             experts += formulas.Traffic(one.within, one.between, one.messages * (passes * 4 + 3))
     tables, everyone = formulas.Traffic(), formulas.group(W, 1, node)
     if sharding is not None:

@@ -29,7 +29,7 @@ _Gigabytes = Annotated[float, Shown("GB")]
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandLine):
     """Print the cost of a training on many GPUs, only from its configuration: memory and traffic of a GPU, the time of
-    a step, the best expert-parallel degree, and where it breaks. No data are read and nothing is computed.
+    a step, the best expert-parallel degree, and where it breaks. No data is read and nothing is computed.
 
     Any value of the model's or the data's configuration may be given as well: --model.moe.num_experts 64,
     --data.block_size 4096. Facts from the data are given in the same way, such as --model.num_classes 1000. The columns
@@ -65,7 +65,7 @@ class Options(CommandLine):
         output: folder for the overlay and the table as CSV
 
     Raises:
-        UsageError: a configuration that is not there or names no model, or a GPU without its figures.
+        UsageError: a configuration that is missing or names no model, or a GPU without its figures.
         ValueError: a value out of its range, or an unknown GPU.
     """
 

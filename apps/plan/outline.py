@@ -231,7 +231,7 @@ def measured(module: Any, options: Options) -> Outline:
     made = trial(module, options, dtype)
     watch = _Watch(module, {b.name: b for b in blocks}, layers, root)
     with watch, _OnGpu(half=options.autocast), _experts_in(module, dtype):
-        for layer in layers.values():  # autocast's copies of these are divided too
+        for layer in layers.values():  # autocast's copies of these are sharded too
             watch.leave_out(layer.module.experts)
         flops = core.count_flops(made.run)
     for layer in layers.values() if options.static else ():
@@ -349,7 +349,7 @@ def _attention(
     **kwargs: Any,
 ) -> Tensor:
     if attn_mask is not None and attn_mask.requires_grad:
-        # Of the fused kernels this one alone differentiates a learned mask.
+        # Only this fused kernel differentiates a learned mask.
         attend = fused_attention("efficient_attention")
         y: Tensor = attend(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
         return y

@@ -50,12 +50,12 @@ def config_of(folder: str | Path) -> Architecture:
 
 
 def subwords_of(path: str | Path, targets: Sequence[str] = ()) -> Subwords:
-    """Return the subwords of a checkpoint, or of a sentencepiece model of yours, in the order of our ids.
+    """Return the subwords of a checkpoint, or of your own sentencepiece model, in the order of our ids.
 
     Args:
         path: the checkpoint's folder, or the model's file.
         targets: languages that are translated into. Of several each has a tag: its piece ``<2xx>`` if there is one,
-            else an id that the checkpoint does not use, or one more at the end of a model of yours. If there are tokens
+            else an id that the checkpoint does not use, or one more at the end of your own model. If there are tokens
             ``<2xx>``, a single one has as well.
 
     Raises:
@@ -132,7 +132,7 @@ def save_pretrained(
 
 
 def from_published(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Architecture, dict[str, Tensor]]:
-    """Turn a configuration and a state dict of theirs into ours.
+    """Turn a published configuration and state dict into ours.
 
     Raises:
         ValueError: as ``load_pretrained``.
@@ -145,7 +145,7 @@ def from_published(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 def to_published(
     model: Model, like: Mapping[str, Any] | None = None, model_type: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Turn a model of ours into a configuration and a state dict of theirs; see ``save_pretrained``.
+    """Turn one of our models into a published configuration and state dict; see ``save_pretrained``.
 
     Raises:
         ValueError: as ``save_pretrained``.
@@ -185,7 +185,7 @@ def _publish(
 
 
 def _start(model: Model, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the id that a decoder of theirs starts with, if no published configuration gives it."""
+    """Return the id that a published decoder starts with, if no published configuration gives it."""
     eos, begin = defaults["eos_token_id"], defaults.get("bos_token_id", defaults.get("pad_token_id"))
     start = eos if model.config.start == "eos" else begin
     return {"bos_token_id": start} if isinstance(model, LanguageModel) else {"decoder_start_token_id": start}

@@ -44,7 +44,7 @@ class Architecture:
 
     @classmethod
     def of(cls, model: Model, model_type: str, vocabulary: Vocabulary) -> Architecture:
-        """Return the architecture of a model of ours.
+        """Return the architecture of one of our models.
 
         Raises:
             ValueError: tokens pass by some of its layers or use one again, layers share their experts, or its attention
@@ -234,7 +234,7 @@ def one_width(
     dense model the widest FFN is ``hidden_dim`` wide.
 
     Args:
-        architecture: of a model of ours.
+        architecture: of one of our models.
         weights: of it.
         bias: experts without biases get such of zero.
     """
@@ -274,7 +274,7 @@ def needed(config: Mapping[str, Any], name: str) -> Any:
     """Return a size that the model needs.
 
     Raises:
-        ValueError: it is not there, or not an integer.
+        ValueError: it is missing, or not an integer.
     """
     if config.get(name) is None:
         raise ValueError(f"config.json of a {config['model_type']} says no {name}")

@@ -72,7 +72,7 @@ class EncoderLayer(nn.Module):
             part(x_BSD).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for part in (self.query, self.key, self.value)
         )
-        # Padding stands behind the text: a causal mask hides it already.
+        # Padding comes after the text: a causal mask hides it already.
         mask = None if is_real_BS is None or self.causal else is_real_BS[:, None, None]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -142,7 +142,8 @@ class TextEncoder(EncoderTower):
 
 
 def init_encoder(model: nn.Module) -> None:
-    """Start a model as BERT does, in place: matrices from a normal distribution of deviation 0.02, biases at 0.
+    """Start a model as BERT does, in place: matrices from a normal distribution of standard deviation 0.02, biases at
+    0.
 
     Matrices of experts start as copies of the matrices of the network that they replace.
     """

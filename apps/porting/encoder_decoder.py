@@ -60,7 +60,7 @@ def model_parts(architecture: Architecture, prefix: str, stack: Callable[..., li
 
 
 def expert_parts(moe: core.MoEConfig | None, ours: str, theirs: str, names: Mapping[str, str]) -> list[Part]:
-    """Return the parts of an MoE layer; ``names`` gives an expert's tensors of theirs by ours."""
+    """Return the parts of an MoE layer; ``names`` gives an expert's published tensors by ours."""
     assert moe is not None
     experts = [f"{theirs}.experts.expert_{e}" for e in range(moe.num_experts)]
     gate_bias = moe.router.gate_bias  # type: ignore[attr-defined]  # a TokenChoice, as sparse_parts has checked

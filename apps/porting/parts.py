@@ -1,4 +1,4 @@
-"""One parameter of ours and the tensors of theirs it is made of: the same table leads there and back."""
+"""One of our parameters and the published tensors it is made of: the same table leads there and back."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Parts:
     """All parts of a model.
 
     Attributes:
-        parts: each parameter of ours once.
-        aliases: names in a state dict of theirs that are the tensor of another name; files may leave them out.
+        parts: each of our parameters once.
+        aliases: names in a published state dict that are the tensor of another name; files may leave them out.
     """
 
     parts: tuple[Part, ...]
@@ -43,7 +43,7 @@ class Parts:
 
 
 def same(ours: str, theirs: str) -> Part:
-    """Return the part of a parameter that is one tensor of theirs, unchanged."""
+    """Return the part of a parameter that is one published tensor, unchanged."""
     return Part(ours, (theirs,), lambda t: t[0], lambda t: [t])
 
 

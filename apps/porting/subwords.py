@@ -1,4 +1,4 @@
-"""The sentencepiece model of a published checkpoint, or one of yours, its tokens in the order of our ids; and back."""
+"""The sentencepiece model of a published checkpoint, or your own, its tokens in the order of our ids; and back."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ scikit-learn computes the areas; this module adds the metrics that it lacks. Cho
 - A metric that the split cannot determine is NaN: the AUC and PR-AUC of a task with one class, everything of a task
   without labels.
 
-``weights_N`` are numbers of examples: a histogram of scores is judged as its examples are.
+``weights_N`` are numbers of examples: a histogram of scores is evaluated as its examples are.
 """
 
 from __future__ import annotations

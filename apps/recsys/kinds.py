@@ -1,7 +1,8 @@
 """Kinds of tasks: how many outputs a task has, where they start, and their loss and prediction.
 
 The outputs z of a task are float32 (..., B, width), and its labels y (B,), as ``TableBatch`` has them. The losses of
-numbers are in units of the training labels' deviation or mean, so that a task of prices and one of clicks weigh alike.
+numbers are in units of the training labels' standard deviation or mean, so that a task of prices and one of clicks
+weigh alike.
 """
 
 from __future__ import annotations
@@ -312,7 +313,7 @@ class Outputs:
     """Where the outputs of each task are side by side.
 
     Args:
-        targets: what each task predicts.
+        targets: the target of each task.
 
     Attributes:
         kinds: the kind of each task.

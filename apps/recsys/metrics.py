@@ -37,8 +37,8 @@ class MultiTaskMetrics(SyncedMetric):
     Where some users or items have no row in training, there are ``<part>_rows`` of the parts "warm", "cold_user" and
     "cold_item", and the main metrics of each, such as ``cold_user_auc`` and ``cold_user_auc_<task>``.
 
-    For more rows than that allows, ``score_bins`` keeps only counts: scores within a bin are ties then, which moves an
-    AUC by at most half the share of pairs that fall into one bin; log loss and means stay exact.
+    For more rows than that allows, ``score_bins`` keeps only counts: scores within a bin are ties then, which changes
+    an AUC by at most half the share of pairs that fall into one bin; log loss and means stay exact.
 
     Args:
         task_names: names of the tasks, in the order of the columns.

@@ -44,7 +44,7 @@ def config_for(given: GivenData) -> GivenConfig | None:
     as it is read lies below ``given.folder`` then.
 
     Raises:
-        ValueError: no target is named, or the column is not there, has no value, or only one value; its values are of
+        ValueError: no target is named, or the column is missing, has no value, or only one value; its values have
             another kind; too few rows, or of a class; no column to predict from; or a file that cannot be read.
     """
     if len(given.paths) != 1:

@@ -143,8 +143,8 @@ class TableConfig(Checked):
     """The columns of a table by role. A column that has none is not read.
 
     Attributes:
-        categorical: columns of one value a row.
-        multi_valued: columns of any number of values a row: lists, or text that ``separator`` cuts.
+        categorical: columns of one value per row.
+        multi_valued: columns of any number of values per row: lists, or text that ``separator`` cuts.
         continuous: columns of numbers.
         tasks: labels by the name of the task; none where all that counts is that a row is there.
         domain: column of the domain; None if there is one domain.

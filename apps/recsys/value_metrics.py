@@ -1,7 +1,7 @@
 """Metrics of predicted numbers and classes, as functions of arrays.
 
-scipy and scikit-learn compute the correlations and areas. What a split cannot tell is NaN: correlations and ``r2`` of
-equal labels, correlations of equal predictions, everything of a task without labels.
+scipy and scikit-learn compute the correlations and areas. A metric that the split cannot determine is NaN: correlations
+and ``r2`` of equal labels, correlations of equal predictions, everything of a task without labels.
 """
 
 from __future__ import annotations

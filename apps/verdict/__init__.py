@@ -1,4 +1,4 @@
-"""``moesaic verdict DATA``: does a sparse model pay on data of one's own, within a number of minutes?
+"""``moesaic verdict DATA``: does a sparse model pay on your own data, within a number of minutes?
 
 The modules, from the ground up: ``options`` (the command line), ``schedule`` (what intervals show, and how many seeds
 and steps fit), ``training`` (one run and its quality by example), ``work`` (all runs, in order), ``result`` (why it

@@ -40,7 +40,7 @@ RESERVE_SHARE, LEAST_RESERVE, MOST_RESERVE = 0.03, 1.0, 20.0
 """Part of the seconds that is kept for the end, when the result is written, with its limits in seconds."""
 
 EVALUATION_SHARE = 0.01
-"""Part of the budget that one evaluation may take: a larger split is judged by its first batches."""
+"""Part of the budget that one evaluation may take: a larger split is evaluated by its first batches."""
 
 
 def run(options: Options, argv: Sequence[str], began: float) -> int:

@@ -41,7 +41,7 @@ class Options(CommandLine):
         open: open the page in the end
 
     Raises:
-        UsageError: data that are not there, or the target of a configuration.
+        UsageError: data that are missing, or the target of a configuration.
         ValueError: a value out of its range.
     """
 

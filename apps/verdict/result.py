@@ -1,4 +1,4 @@
-"""Everything that is known in the end, as JSON, as a page and as lines on the screen."""
+"""The result of a verdict, as JSON, as a page and as lines on the screen."""
 
 from __future__ import annotations
 

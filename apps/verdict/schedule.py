@@ -1,4 +1,4 @@
-"""The meaning of an interval, how many seeds of how many steps fit into the seconds that are there, and how the search
+"""Verdicts from an interval, how many seeds of how many steps fit into the seconds that are there, and how the search
 of rates is shared out.
 
 All systems have the same rates, rungs, steps and seeds. The formulas are sums of measured seconds.
@@ -37,7 +37,7 @@ class Answer:
 
 
 def decide(gain: CrossedInterval | None) -> Outcome:
-    """Return the meaning of the interval of sparse's gain; one that reaches 0, or of few seeds, decides nothing."""
+    """Return the verdict of the interval of sparse's gain; one that reaches 0, or of few seeds, decides nothing."""
     if gain is None or not gain.half_width or gain.count < LEAST_SEEDS:
         return "undecided"
     if gain.low > 0:

@@ -133,7 +133,7 @@ def _by_block(model: Any, trainer: Trainer, batches: list[Any], budget: Budget, 
     return Evaluated(name.rpartition("/")[2], np.array(values, np.float64), is_better, means)
 
 
-# Trainer options that a verdict sets itself, beside those that every comparison sets.
+# Trainer options that a verdict sets itself, in addition to the ones that every comparison sets.
 _UNSET = ("min_epochs", "min_steps", "max_time", "limit_test_batches", "limit_predict_batches", "val_check_interval")
 _OWN = {**dict.fromkeys(_UNSET), "max_epochs": -1, "limit_val_batches": 0, "check_val_every_n_epoch": 1,
         "overfit_batches": 0.0}  # fmt: skip
@@ -171,7 +171,7 @@ class Run(Unit):
         """Return the values by example that a finished run has kept; none of one that diverged.
 
         Raises:
-            ValueError: they are not there, or damaged.
+            ValueError: they are missing, or damaged.
         """
         path = self.folder(output) / "values.npy"
         result = self.read(output)

@@ -162,7 +162,7 @@ class Work(Runner[Run, Mapping[str, Any]]):
     def _affordable_steps(self) -> int:
         """Return the steps of a final run: as planned, or fewer, of which the fewest seeds fit at the search's pace."""
         runs = self._searched("*")
-        if any((self.output / Run.ROOM).glob("*/final-*")):  # of a version that did not keep what was chosen
+        if any((self.output / Run.ROOM).glob("*/final-*")):  # of a version that did not save the choice
             return self.steps
         planned = sum(self._seconds(run["run"]["system"], run["run"]["steps"]) for run in runs)
         slower = sum(run["wall_seconds"] for run in runs) / planned if runs else 1.0

@@ -30,7 +30,7 @@ class ImageBatch(NamedTuple):
     """The input and the labels of a vision model.
 
     Attributes:
-        image: float32 (B, C, H, W), normalized to mean 0 and deviation 1 by the dataset's constants.
+        image: float32 (B, C, H, W), normalized to mean 0 and standard deviation 1 by the dataset's constants.
         label: int64 (B,), -1 if there is none; or float32 (B, num_classes) with rows that sum to 1 where images are
             mixed.
         index: int64 (B,), the position of each image in its file or folder listing.

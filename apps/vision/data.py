@@ -144,7 +144,7 @@ class VisionData(ImageData):
 
     @property
     def needs_no_dataset(self) -> bool:
-        # A folder of files is not fetched, and reading it says what is missing.
+        # A folder of files is not fetched, and reading it reports missing files.
         return self._adopted is not None and (self.predict_folder is not None or self._spec.read is None)
 
     def setup(self, stage: str | None = None) -> None:
@@ -187,7 +187,7 @@ class VisionData(ImageData):
         if stage != "fit":
             return
         if self.opened.train is None:
-            prepare(self.dataset, self.root, self.cache_dir)  # this says what is missing
+            prepare(self.dataset, self.root, self.cache_dir)  # this reports missing files
             self.forget()  # the files have come since
         if self._adopted is not None and self._lacking:
             raise ValueError(

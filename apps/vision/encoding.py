@@ -106,7 +106,8 @@ def file_transform(cut: Sequence[Any], in_chans: int) -> v2.Compose:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return uint8 (B, C, H, W) as float32 of mean 0 and deviation 1, by the mean and deviation of pixels in [0, 1]."""
+    """Return uint8 (B, C, H, W) as float32 of mean 0 and standard deviation 1, by the mean and standard deviation of
+    pixels in [0, 1]."""
     centre, scale = (torch.tensor(v, dtype=torch.float32) for v in (mean, std))
     factors, shifts = (1 / (255 * scale)).tolist(), (centre / scale).tolist()
     out = images.to(torch.float32, copy=True)

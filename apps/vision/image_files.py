@@ -30,7 +30,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 class BadImage(ValueError):
-    """A file that is not there or holds no image, or an image that is cut, damaged, too large or of 32 bits."""
+    """A file that is missing or holds no image, or an image that is cut, damaged, too large or of 32 bits."""
 
 
 def read_image(path: str) -> Tensor:

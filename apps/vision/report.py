@@ -233,7 +233,7 @@ def support_batches(trainer: Trainer) -> Iterable[Any] | None:
         if train is None:
             return None
         loader = train()
-        if not len(loader):  # a folder of images to test alone
+        if not len(loader):  # a folder with only images to test
             return None
     limit = trainer.limit_val_batches
     return itertools.islice(loader, int(limit if isinstance(limit, int) else limit * len(loader)))

@@ -87,7 +87,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         budget: the time for this call.
 
     Attributes:
-        missing: why the data of a board cannot be had, by the name of the board.
+        missing: why the data of a board is not available, by the name of the board.
         is_over: whether the time was up before all was done.
     """
 
@@ -117,7 +117,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
                 or a metric that a board names and no test logs.
         """
         try:
-            for board in self.chosen:  # what is rejected is rejected now, and not after hours
+            for board in self.chosen:  # rejects now, not after hours
                 for entry in board.entries:
                     self._describe(board, entry)
             left = self.left()
@@ -162,7 +162,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
 
     @contextlib.contextmanager
     def _with_data(self, board: Board) -> Iterator[None]:
-        """Leave out the board, and say so, where its data cannot be had inside."""
+        """Leave out the board, and say so, if its data is not available inside."""
         try:
             yield
         except DataError as error:
@@ -186,7 +186,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         return f"test {shown}, {result['train_seconds']:.1f} s"
 
     def work(self, unit: Run, progress: Progress) -> Mapping[str, Any] | None:
-        """Do a run, and after the first seed's run measure the speed; None where its data cannot be had."""
+        """Do a run, and after the first seed's run measure the speed; None if its data is not available."""
         entry = unit.entry
         with self._with_data(unit.board):
             if unit.board.name in self.missing:

@@ -204,7 +204,7 @@ class Board:
         """Read the configurations of all rows, and reject rows that are not tested alike.
 
         Raises:
-            UsageError: a configuration is not there, or is none.
+            UsageError: a configuration is missing, or is none.
             ValueError: two rows have other data, another split, or differ in what ``must_agree`` names.
         """
         first, *others = self.entries
@@ -235,7 +235,7 @@ class Suite:
         about: sentences shown below the heading.
         seeds: number of runs of each row; seeds count up from the configuration's.
         runs: folder of the runs; empty: ``runs/suites/<name of the file>``.
-        figures: folder of the figures of finished runs, a JSON file a board; empty: one in the folder of the runs.
+        figures: folder of the figures of finished runs, one JSON file per board; empty: one in the folder of the runs.
         leaderboard: Markdown file of the leaderboard; empty: ``leaderboard.md`` in the folder of the runs.
         path: the suite file, as the command line names it.
         chosen: names of the boards that are trained; None: all.
@@ -262,7 +262,7 @@ class Suite:
         """Read a suite file and the configurations that it names.
 
         Raises:
-            UsageError: a file that is not there or is not a configuration, or an unknown key.
+            UsageError: a file that is missing or is not a configuration, or an unknown key.
             ValueError: a value that breaks a rule, two rows of one name, or rows that are not tested alike.
         """
         try:
@@ -388,7 +388,7 @@ class Command(CommandLine):
         open: show the page in the browser
 
     Raises:
-        UsageError: a suite file that is not there or is none.
+        UsageError: a suite file that is missing or is none.
         ValueError: a value out of its range, or a suite that breaks a rule.
     """
 

@@ -66,8 +66,8 @@ class Captions(NamedTuple):
 class ImageCaptioner(JudgedModule):
     """An image encoder and a decoder that writes a text about the image, sparse or dense.
 
-    It is trained by the cross-entropy of each token after those before it, with label smoothing, and judged by the text
-    that it generates: BLEU and chrF++ of its captions, by sacrebleu, against all texts of the image.
+    It is trained by the cross-entropy of each token after those before it, with label smoothing, and evaluated by the
+    text that it generates: BLEU and chrF++ of its captions, by sacrebleu, against all texts of the image.
 
     Args:
         vit: the image encoder.

@@ -43,7 +43,7 @@ class Captioning(Task):
         model = self.model
         config = dataclasses.replace(model.decode, num_best=min(most, model.decode.width))
         pixels = torch.stack([example["image"] for example in examples])
-        # Draws depend on an image's number, and it is the first of its request whatever others are beside it.
+        # Draws depend on an image's number, and it is the first of its request whatever others come with it.
         parts = pixels.split(1) if config.method == "sample" else (pixels,)
         written = []
         with in_evaluation(model):

@@ -189,7 +189,7 @@ class TextOptions:
     def check(self, text: TextEncoding, cache: Path) -> None:
         """Reject a checkpoint's encoding that is not the one that is asked for.
 
-        Of subwords that were learned, the kind and the number are compared.
+        For learned subwords, the kind and the number are compared.
 
         Raises:
             ValueError: naming both.

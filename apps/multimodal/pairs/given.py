@@ -200,7 +200,7 @@ def read_texts(path: Path, column: str, id_column: str | None) -> tuple[list[str
     return (None if id_column is None else ids), texts
 
 
-# ---- what is written of them
+# ---- writing them
 
 
 def columns_of(model: Any, batch: PairBatch | FileBatch | TextBatch, data: Any) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def store_pixels(
         num_threads: threads that decode.
 
     Raises:
-        ValueError: an image's file is not there.
+        ValueError: an image's file is missing.
         DataError: the cache cannot be written, or the disk is full.
     """
 

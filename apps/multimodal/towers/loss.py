@@ -26,8 +26,8 @@ class ContrastiveLoss(OpenConfig):
 
     Attributes:
         temperature: products are divided by it; with ``learn_temperature`` training starts there.
-        learn_temperature: whether training moves the temperature.
-        least_temperature: bound below which training does not move it (CLIP, arXiv 2103.00020, section 2.5).
+        learn_temperature: whether training updates the temperature.
+        least_temperature: lower bound of the temperature in training (CLIP, arXiv 2103.00020, section 2.5).
         equal: what two pairs of one batch are to each other that have the same image or the same text. "ignore": the
             image of the one and the text of the other are in no sum; "positive": they are a further right answer;
             "negative": a wrong one, as if they differed. A text that several images have cannot be told from itself, so
@@ -67,7 +67,7 @@ class SoftmaxLoss(ContrastiveLoss):
 
 @dataclass(frozen=True)
 class SigmoidLoss(ContrastiveLoss):
-    """SigLIP's loss (arXiv 2303.15343, section 3.2): each image and each text are judged by themselves, right or wrong.
+    """SigLIP's loss (arXiv 2303.15343, section 3.2): each image and each text are scored by themselves, right or wrong.
 
     It is ``-1/B`` times the sum over all B x B of ``log sigmoid(z (x . y / temperature + bias))``, where z is 1 for
     what belongs together and -1 for the rest.

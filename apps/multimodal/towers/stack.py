@@ -81,7 +81,7 @@ class PartPacking(Packing):
 class PartAttention(SelfAttention):
     """Self-attention within the sequences of each part: short texts are not padded to the number of patches.
 
-    Forward and backward of 128 images of 49 patches and 128 texts of 6 to 19 pieces (D=128, 4 heads) took 40 ms of one
+    Forward and backward of 128 images of 49 patches and 128 texts of 6 to 19 tokens (D=128, 4 heads) took 40 ms of one
     core of an AMD EPYC in bfloat16, padded to one length 52; in float32 76 and 100 ms.
     """
 

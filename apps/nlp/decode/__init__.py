@@ -10,15 +10,15 @@ is scored like any other.
 
 Beam search keeps ``k = beam_size`` open hypotheses per sentence. Each step ranks every continuation of them by its sum
 of log p. Those among the first k that end in EOS_ID are finished; the first k of the others stay open. A sentence ends,
-whatever its batch mates do, when no open hypothesis can still be among its ``num_best`` best. A sum of log p never
-rises, so the sum divided by the largest possible length bounds the score of every continuation. ``early_stopping`` has
-two rules that end sooner and may miss the best text.
+whatever the rest of its batch does, when no open hypothesis can still be among its ``num_best`` best. A sum of log p
+never rises, so the sum divided by the largest possible length bounds the score of every continuation.
+``early_stopping`` has two rules that end sooner and may miss the best text.
 
 Among equal sums the better hypothesis's goes first, then the lower id. ``tests/support/naive_search.py`` does all of it
 in plain loops.
 
 A finished sentence leaves the batch (batch pruning, arXiv 2211.10017), unless ``prune=False``. The output for a
-sentence does not depend on it, nor on its batch mates, as far as the model's logits do not.
+sentence does not depend on it, nor on the rest of its batch, as far as the model's logits do not.
 """
 
 from apps.nlp.decode.candidate import Candidate, check_one, in_columns

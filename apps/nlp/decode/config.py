@@ -19,9 +19,9 @@ class DecodeConfig(Checked):
     """The options of a search for translations or continuations.
 
     Attributes:
-        method: "greedy": the best id each step; "beam"; "sample": each id is drawn.
+        method: "greedy": the best id each step; "beam"; "sample": each id is sampled.
         beam_size: open hypotheses per sentence of "beam".
-        num_best: hypotheses per sentence that are returned, best first; of "sample", how many are drawn.
+        num_best: hypotheses per sentence that are returned, best first; of "sample", the number of samples.
         early_stopping: when "beam" ends a sentence, as in transformers. "never": when no open hypothesis can still be
             among the ``num_best`` best, so that the search misses none. False: when none would be among the
             ``beam_size`` best if it ended at its present length, which is often right. True: when ``beam_size`` are

@@ -172,7 +172,7 @@ def _pairs(inputs: Mapping[str, Tensor], first: str, second: str) -> list[tuple[
     return list(zip(_numbered(inputs, first), _numbered(inputs, second), strict=True))
 
 
-# ---- beside the graphs
+# ---- other than the graphs
 
 
 def exported_writer(app: str, model: Any, graphs: tuple[Graph, ...], how: Mapping[str, Any]) -> Exported:
@@ -186,7 +186,7 @@ def exported_writer(app: str, model: Any, graphs: tuple[Graph, ...], how: Mappin
         app: as in ``Exported``.
         model: a ``WritingModule``.
         graphs: of its network.
-        how: what else is said of inputs and outputs.
+        how: further notes on inputs and outputs.
     """
     subwords = model.subwords
     names = ("subwords.model",) if subwords.is_joint else ("source.model", "target.model")

@@ -1,4 +1,4 @@
-"""Translations, captions and continuations of a model: what other code calls."""
+"""Translations, captions and continuations of a model: the functions that other code calls."""
 
 from __future__ import annotations
 

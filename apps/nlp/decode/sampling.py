@@ -52,8 +52,8 @@ def sampling_probs(logits: Tensor, config: DecodeConfig) -> Tensor:
 
 
 def draws(config: DecodeConfig, spans: Sequence[tuple[int, int]], numbers: Sequence[int]) -> Tensor:
-    """Return float64 (B, k, steps), uniform in [0, 1). Each sentence has a generator of its own, so that neither batch
-    mates nor pruning change its samples.
+    """Return float64 (B, k, steps), uniform in [0, 1). Each sentence has a generator of its own, so that neither the
+    rest of its batch nor pruning changes its samples.
 
     Args:
         config: its seed, and k.

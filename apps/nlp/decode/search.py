@@ -128,7 +128,7 @@ def search(
             report = choice.report()
             if not report.tied:
                 break
-        del logits_RV, log_prob_bkV  # or the next step's would need memory beside them: pages that the system zeroes
+        del logits_RV, log_prob_bkV  # or the next step's would need memory in addition: pages that the system zeroes
         for place, sentence in enumerate(waiting):
             if step >= sentence.start and not sentence.done:
                 sentence.advance(report, place, config)

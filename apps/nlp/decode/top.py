@@ -61,7 +61,7 @@ def _block_maxima(log_prob_bkV: Tensor, score_bk: Tensor) -> Tensor:
 
 
 def _candidates(log_prob_bkV: Tensor, score_bk: Tensor, key_bN: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return sums and places (b, C) of the ``count`` blocks of largest keys, and of what is in no whole block."""
+    """Return sums and places (b, C) of the ``count`` blocks of largest keys, and of the ids outside whole blocks."""
     b, k, V = log_prob_bkV.shape
     n, rest = divmod(V, _BLOCK)
     if k * n <= 2 * count:

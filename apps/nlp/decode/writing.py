@@ -133,7 +133,7 @@ class WritingModule(SparseModule, Comparable):
         experts do not compute padding, dense layers do."""
         return tuple(of_mean_length(x) if x.ndim == 2 else x for x in self.example_inputs(batch))
 
-    # ---- what is written
+    # ---- generated text
 
     def spelled(self, hypotheses: Hypotheses) -> list[list[Candidate]]:
         """Return the texts of hypotheses with their scores."""
@@ -197,7 +197,7 @@ class WritingModule(SparseModule, Comparable):
 
 
 class JudgedModule(WritingModule):
-    """Base of modules that are judged by the text they generate: BLEU and chrF++, by sacrebleu.
+    """Base of modules that are evaluated by the text they generate: BLEU and chrF++, by sacrebleu.
 
     Args:
         val_decode: how texts of a validation are written: "greedy", or "as_test".

@@ -1,4 +1,4 @@
-"""Plain text for language models: files of yours, or one language of a parallel corpus, as one stream of subwords.
+"""Plain text for language models: your own files, or one language of a parallel corpus, as one stream of subwords.
 
 The stream of a split is in a memory-mapped file in the cache and is cut into blocks. `apps.data.loader.ResumableLoader`
 restores the order of an epoch in mid-epoch.
@@ -38,8 +38,9 @@ class TextBatch(NamedTuple):
 
     Attributes:
         tokens_BL: int64 (B, L), a model reads ``[:, :-1]`` and is to say ``[:, 1:]``. In training and evaluation L is
-            the block size and one, and the last token of a block is the first of the next, so that each token is said
-            once; the last block of a split is padded with ``PAD_ID``. In prediction: ``EOS_ID`` and the prompt.
+            the block size and one, and the last token of a block is the first of the next, so that each token is
+            predicted once; the last block of a split is padded with ``PAD_ID``. In prediction: ``EOS_ID`` and the
+            prompt.
         index_B: int64 (B,), the block's place in its split, or the prompt's line number.
     """
 
@@ -92,11 +93,11 @@ class TextData(SubwordData):
     A stream is ``EOS_ID``, and then each document with ``EOS_ID`` after it.
 
     Args:
-        dataset: "text" for files of yours, or a parallel corpus of `moesaic data list`, of which ``language`` is taken,
+        dataset: "text" for your own files, or a parallel corpus of `moesaic data list`, of which ``language`` is taken,
             each sentence being a document.
         root: folder that the file names start from; or with your own copy of the dataset's files.
         cache_dir: folder for downloads, subwords and encoded text; default ~/.cache/moesaic.
-        train_files: of yours: a name or a pattern of UTF-8 text files, plain or ``.gz``, or several.
+        train_files: your own: a name or a pattern of UTF-8 text files, plain or ``.gz``, or several.
         val_files: likewise; None: documents of train_files are held out.
         test_files: likewise.
         language: of a parallel corpus; None: English.
@@ -151,7 +152,7 @@ class TextData(SubwordData):
         self._check_options()
         self._read_given()
 
-    # ---- what a model and a reader of results ask
+    # ---- for models and readers of results
 
     def size(self, split: str) -> TextSize:
         """Return how much text "train", "val" or "test" has."""

@@ -112,7 +112,7 @@ class LanguageModeler(TextModule):
         pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which the
             first training or test starts that no checkpoint gives its own; ``data.tokenizer.path`` takes its subwords.
             Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
-        report: what a test writes besides the metrics; None: nothing.
+        report: options of the report that a test writes besides the metrics; None: nothing.
         kwargs: ``attention_moe`` of ``TextModule``; ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and
             ``distil`` of ``SparseModule``.
 

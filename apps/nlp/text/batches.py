@@ -188,7 +188,7 @@ def quotas(sizes: Sequence[int], temperature: float) -> list[int]:
     shares = np.array(sizes, float) ** (1 / temperature)
     exact = shares / shares.sum() * sum(sizes)
     floor = np.maximum(1, np.floor(exact)).astype(int)
-    # what is left goes to the largest remainders, as in an election
+    # the rest goes to the largest remainders, as in an election
     for i in np.argsort(floor - exact, kind="stable")[: max(0, sum(sizes) - floor.sum())]:
         floor[i] += 1
     return floor.tolist()

@@ -180,7 +180,7 @@ def collect(
                 left_out.update({f"{reason} ({split})": count for reason, count in rows.left_out.items()})
     shared = share_out(list(corpora.values()), lambda rows: _filtered(rows, parsed, filters, left_out))
     held: set[frozenset[tuple[str, str]]] = set()
-    for split in reversed(SPLITS):  # what is held out is known when training comes
+    for split in reversed(SPLITS):  # the held-out rows are known when training comes
         kept = splits[split]
         rules = filters if split == "train" else Filters()
         for number, parts in enumerate(shared):

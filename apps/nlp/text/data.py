@@ -94,7 +94,7 @@ class SubwordData(SuiteData):
         return DataLoader(_GivenBatches(self), batch_size=None, generator=torch.Generator())
 
     def stored(self, made_from: list[Any], write: Callable[[ArrayWriter], None]) -> ArrayFiles:
-        """Return the encoded texts of the cache, which ``write`` writes if they are not there; see ``EncodedStore``."""
+        """Return the encoded texts of the cache, which ``write`` writes if they are missing; see ``EncodedStore``."""
         return STORE.open(
             self.cache,
             self.dataset,

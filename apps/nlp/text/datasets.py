@@ -23,7 +23,7 @@ Mnemonic = Literal["_", "&", "~", "none"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus: one that is known by name, or files of yours.
+    """A corpus: one that is known by name, or your own files.
 
     Each field is the argument of that name of `TranslationData`, whose docstring describes it.
     """
@@ -47,7 +47,7 @@ class NlpDataset(Dataset):
         languages: those it has.
         pairs: the language pairs that are meant where none are named.
         find: of a folder with those files, the language pairs, and the corpus' options: the files, and what reads them.
-        options: of `Corpus`, those for files of yours that it takes too.
+        options: of `Corpus`, those for your own files that it takes too.
         by_message: its rows are those that its languages have translated, so that only English has all in all pairs.
     """
 
@@ -237,7 +237,7 @@ NLP_DATASETS: dict[str, NlpDataset] = {
 for _dataset in NLP_DATASETS.values():
     register(_dataset)
 
-# What reads files of yours, by ``dataset``.
+# What reads your own files, by ``dataset``.
 OWN: dict[str, Callable[[Path, Sequence[str], Corpus], tuple[list[Path], Read]]] = {
     "moses": find_moses,
     "tsv": find_tsv,

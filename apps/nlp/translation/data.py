@@ -48,8 +48,8 @@ class TranslationData(SubwordData):
     """Sentence pairs in train, validation and test batches of `TranslationBatch`.
 
     Args:
-        dataset: multi30k, ... (`moesaic data list`), or what files of yours are: moses, tsv or gettext.
-        root: folder with your own copy of the dataset's files; nothing is downloaded then. Of files of yours: the
+        dataset: multi30k, ... (`moesaic data list`), or the format of your own files: moses, tsv or gettext.
+        root: folder with your own copy of the dataset's files; nothing is downloaded then. For your own files: the
             folder their names start from, by default the one you are in.
         cache_dir: folder for downloads, subwords and encoded text; default ~/.cache/moesaic.
         pairs: language pairs, such as [en-de, de-en]; a sparse model's tasks, in this order. None: the dataset's first.
@@ -143,7 +143,7 @@ class TranslationData(SubwordData):
         self._check_options()
         self._read_given(self._targets)
 
-    # ---- what a model and a reader of results ask
+    # ---- for models and readers of results
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -188,7 +188,7 @@ class TranslationData(SubwordData):
         source_N, target_N = (side.clamp(max=self.max_length + 1).numpy() for side in examples.lengths())
         order = by_length(source_N, target_N, np.arange(len(examples)))
         bounds = cut_by_tokens(np.maximum(source_N, target_N)[order], self.eval_tokens_per_batch)
-        # The first few are of all lengths: to look at a part of a split is to look at sentences like the others.
+        # The first few have all lengths: to look at a part of a split is to look at sentences like the others.
         batches = [torch.from_numpy(order[bounds[i] : bounds[i + 1]]) for i in evenly(len(bounds) - 1)]
         return in_order(_Whole(examples, batches), 1, self.num_workers)
 
@@ -287,7 +287,7 @@ class TranslationData(SubwordData):
     def _losses(self) -> tuple[int, int, str]:
         """Return how many training pairs remain, how many are left out, and a line that says so and what to do."""
         kept, (source_N, target_N) = len(self.examples("train")), self._pairs("train").lengths()
-        reasons = self.opened.info["left_out"].items() if self.subset is None else ()  # a subset is of what is left
+        reasons = self.opened.info["left_out"].items() if self.subset is None else ()  # a subset is taken from the rest
         filtered = sum(count for reason, count in reasons if not reason.endswith(_NO_LOSS))
         lost = filtered + len(source_N) - kept
         advice = "loosen min_words, max_words, max_ratio or without"

@@ -61,8 +61,8 @@ class Translations(NamedTuple):
 class Translator(JudgedModule, TextModule):
     """A transformer from one language to another, or from many to many, sparse or dense.
 
-    It is trained by the cross-entropy of each target token after those before it, with label smoothing, and judged by
-    the text that it generates: BLEU and chrF++ of its translations as text, by sacrebleu, against the references as
+    It is trained by the cross-entropy of each target token after those before it, with label smoothing, and evaluated
+    by the text that it generates: BLEU and chrF++ of its translations as text, by sacrebleu, against the references as
     they are. With several pairs ``bleu`` and ``chrf`` are the means over the pairs.
 
     Args:

@@ -38,8 +38,8 @@ class TranslationReportConfig(ReportConfig):
     """Options of what ``moesaic test`` adds to the scores of a translation model.
 
     Attributes:
-        lengths: words of a reference up to which its sentences are one group, ascending; longer ones are the last.
-            Of scripts without spaces between words each character counts.
+        lengths: words of a reference up to which its sentences are one group, ascending; longer ones are the last. In
+            scripts without spaces between words each character counts.
         samples: translations shown, at equal steps through the test set.
         sentences: sentences whose attention and experts are plotted; 0 plots none.
 

@@ -17,7 +17,7 @@ from apps.report.page import HeatmapChart, Part, Words, save_charts
 from apps.report.routed import experts_by_layer, experts_of_token, largest_number
 from apps.report.use import tokens_of
 
-_USUAL_LENGTH = 14  # source subwords of a sentence that is drawn, about
+_USUAL_LENGTH = 14  # source subwords of a plotted sentence, about
 
 
 # ---- all sentences

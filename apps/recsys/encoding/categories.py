@@ -112,7 +112,7 @@ def to_text(values: pa.Array) -> pa.StringArray:
         text = pc.replace_substring_regex(text, r"(:\d\d)\.0+($|[^0-9])", r"\1\2")
     if is_text(kind) or pa.types.is_binary(kind):
         text = pc.utf8_trim_whitespace(text)
-        # Whole numbers beside missing ones are often written as 5.0.
+        # Integers in a column with missing values are often written as 5.0.
         text = pc.replace_substring_regex(text, r"^(-?(?:0|[1-9][0-9]*))\.0+$", r"\1")
         text = pc.replace_substring_regex(text, r"^(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)\.0+($|[^0-9])", r"\1\2")
         # Programs write booleans as True and TRUE where a column of booleans reads true.
@@ -272,7 +272,7 @@ def hash_text(values: pa.StringArray) -> NDArray[np.uint64]:
     offsets, content = utf8(values)
     lengths = np.diff(offsets)
     hashes = np.full(len(values), _FNV_OFFSET, dtype=np.uint64)
-    # All texts advance by one byte at a time; the longest continue alone.
+    # All texts advance by one byte at a time; only the longest continue.
     order = np.argsort(-lengths, kind="stable")
     starts, sorted_lengths = offsets[:-1][order], lengths[order]
     for position in range(int(sorted_lengths[0]) if len(order) else 0):

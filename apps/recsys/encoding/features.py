@@ -36,7 +36,7 @@ class ContinuousFeature(Checked):
 
     Attributes:
         name: name of the column.
-        mean, std: mean and deviation of the training split; std is 1 where the column is constant.
+        mean, std: mean and standard deviation of the training split; std is 1 where the column is constant.
         quantiles: at most 255 distinct, ascending boundaries between bins of about equal count, with a bin of its own
             for a frequent value: x is in bin i if ``quantiles[i - 1] < x <= quantiles[i]``, as in ``torch.bucketize``.
             Empty where the column is constant.
@@ -94,7 +94,8 @@ class Target(Checked):
     Attributes:
         kind: "binary", "regression", "count", "ordinal" or "multiclass", as in ``TaskConfig``.
         loss: loss of "regression"; "squared" for the others.
-        mean, std: mean and deviation of the labels of "regression" and "count"; std is 1 where they are constant.
+        mean, std: mean and standard deviation of the labels of "regression" and "count"; std is 1 where they are
+            constant.
         levels: the numbers of "ordinal", ascending. A label is the place of its number.
         classes: the values of "multiclass" as text, sorted. A label is the place of its value.
         shares: share of the labels that each level or class has.
@@ -145,11 +146,11 @@ class Features(Checked):
 
     @property
     def single(self) -> tuple[CategoricalFeature, ...]:
-        """The categorical columns of one value a row."""
+        """The categorical columns of one value per row."""
         return tuple(f for f in self.categorical if not f.multi_valued)
 
     @property
     def several(self) -> tuple[CategoricalFeature, ...]:
-        """The columns with any number of values a row: multi-valued ones, then sequences, whose order is left out."""
+        """The columns with any number of values per row: multi-valued ones, then sequences, whose order is left out."""
         sequences = (CategoricalFeature(s.name, s.num_rows, True, s.hashed) for s in self.sequences)
         return (*(f for f in self.categorical if f.multi_valued), *sequences)

@@ -50,7 +50,7 @@ def files_of_encoders(texts: Mapping[str, TextConfig]) -> list[Path]:
     """Return the files of the encoders of columns of text.
 
     Raises:
-        ValueError: an encoder is not there.
+        ValueError: an encoder is missing.
     """
     folders = {encoder_folder(config, column) for column, config in texts.items()}
     return sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
@@ -60,7 +60,7 @@ def text_encodings(texts: Mapping[str, TextConfig]) -> dict[str, TextEncoding]:
     """Return the encoders of columns of text, which are read here.
 
     Raises:
-        ValueError: an encoder is not there, or none that can be read.
+        ValueError: an encoder is missing, or none that can be read.
     """
     return {
         column: TextEncoding(config, _opened(encoder_folder(config, column)).digest) for column, config in texts.items()

@@ -37,7 +37,7 @@ class Ratings:
         item_N: int64, the film's place in the file of films, from 1; the same whatever source the files came from.
         rating_N: float32, 1 to 5.
         time_N: int64, seconds since 1970, UTC.
-        users: columns user_id, gender, age and occupation, one row a user.
+        users: columns user_id, gender, age and occupation, one row per user.
         titles, genres, years: facts of each film, in the order of the file of films; an unknown year is NaN.
     """
 

@@ -41,9 +41,9 @@ class SyntheticConfig(Checked):
         num_rows: rows of all splits.
         num_features: inputs of each row, at least num_tasks.
         num_tasks: labels of each row.
-        scale: c, the deviation of w . x.
+        scale: c, the standard deviation of w . x.
         alphas, betas: numbers in the sines, as many of one as of the other; the tasks are linear if there are none.
-        noise_std: deviation of the noise in y.
+        noise_std: standard deviation of the noise in y.
         positives: share of positive labels, in (0, 1).
         num_ids: N, distinct values of the column ``id``; 0: there is no such column.
         id_std: standard deviation of an id's contribution to y.
@@ -84,7 +84,7 @@ class SyntheticConfig(Checked):
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Made data, with the weights that made them.
+    """Synthetic data, with the weights that made them.
 
     Attributes:
         x: float64 (num_rows, num_features).

@@ -208,7 +208,7 @@ def _iter_csv(file: Path, roles: Mapping[str, str], numbers: Collection[str]) ->
     except pa.ArrowInvalid as error:
         if "conversion error" not in str(error):
             raise
-        with _naming_bytes(file, parse, text):  # as text from there on, as in _read_csv: the pieces are the same
+        with _naming_bytes(file, parse, text):  # as text from there on, as in _read_csv: the chunks are the same
             yield from itertools.islice(_stream(file, parse, text, list(roles)), count, None)
 
 

@@ -185,7 +185,7 @@ class RetrievalData(TableData):
         self._given_catalogue: Catalogue | None = None
         self._own_catalogue: Catalogue | None = None
 
-    # ---- what a model and a reader of results ask
+    # ---- for models and readers of results
 
     @property
     def user_features(self) -> Features:

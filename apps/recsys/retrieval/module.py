@@ -47,7 +47,7 @@ _LEAST_TEMPERATURE = 0.01
 class TwoTowerRetriever(SparseModule, Comparable):
     """Two towers, sparse or dense, that map users and items to vectors whose product says how well they fit.
 
-    They are trained by the softmax over the items of a batch (Yi et al., RecSys 2019), and judged by the rank of a
+    They are trained by the softmax over the items of a batch (Yi et al., RecSys 2019), and evaluated by the rank of a
     pair's item among *all* items of the catalogue, by exact search: ``recall_10``, ``recall_50``, ``recall_100``,
     ``ndcg_10`` and ``mrr``.
 

@@ -84,7 +84,7 @@ class Retrieval(RowTask):
         return answers
 
     def exhibit(self, data: Any, most: int) -> Any:
-        self.model.index()  # its passes are no part of an answer's
+        self.model.index()  # its passes do not count as an answer's
         return super().exhibit(data, most)
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class Retrieval(RowTask):
         def run() -> Any:
             return [tower.compute(*read_on_meta(tower, features, rows, dtype)) for tower, features, rows in sides]
 
-        numbers = (model.num_items + 1) * dim  # the first vector stands for no item
+        numbers = (model.num_items + 1) * dim  # the first vector belongs to no item
         remark = (
             f"exact search among {model.num_items:,} items: {4e-9 * numbers:.3g} GB, {2 * numbers:.3g} FLOPs a user"
         )

@@ -183,7 +183,7 @@ class HistoryData(SuiteData):
         self.max_length, self.train_windows = max_length, train_windows
         self._check_options()
 
-    # ---- what the data hold
+    # ---- contents of the data
 
     @property
     def histories(self) -> Histories:
@@ -277,7 +277,7 @@ class HistoryData(SuiteData):
         if self.train_windows == "all":
             pieces_U = -(-(end_U - begin_U)[user_X] // self.max_length)
             user_X = user_X.repeat_interleave(pieces_U)
-            # 0, 1, ... counts the pieces of a user from the end of the history
+            # 0, 1, ... counts the segments of a user from the end of the history
             nth_X = torch.arange(len(user_X)) - (pieces_U.cumsum(0) - pieces_U).repeat_interleave(pieces_U)
             end_X = end_U[user_X] - nth_X * self.max_length
         else:

@@ -1,4 +1,4 @@
-"""Histories made of interactions in any order: one sequence of items a user, without Python work for each row."""
+"""Histories made of interactions in any order: one sequence of items per user, without Python work for each row."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class HistoryModelConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.transformer  # checks what the transformers have in common
+        _ = self.transformer  # checks the common parts of the transformers
         if self.mixing == "mixture":
             router = self.mixing_router
             router.check(len(EXPERTS))

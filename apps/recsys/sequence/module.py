@@ -63,8 +63,8 @@ class NextItems(NamedTuple):
 class NextItemRecommender(SparseModule, Comparable):
     """A history transformer, sparse or dense, that ranks all items as the next one.
 
-    It is trained by the softmax cross-entropy over all items at every position of a history, and judged by the rank of
-    the target among all items, none sampled: ``hr_10``, ``ndcg_10`` and ``mrr``.
+    It is trained by the softmax cross-entropy over all items at every position of a history, and evaluated by the rank
+    of the target among all items, none sampled: ``hr_10``, ``ndcg_10`` and ``mrr``.
 
     Configs may also be given as mappings, as they are in a run's ``config.yaml``.
 

@@ -133,7 +133,7 @@ class NextItem(Task):
         """
         model, draw = self.model, torch.Generator().manual_seed(0)
         items_BS = torch.randint(1, model.num_items + 1, (3, min(5, model.max_length)), generator=draw)
-        items_BS[1, :2] = 0  # padding may stand anywhere, and a history may have no item
+        items_BS[1, :2] = 0  # padding may be anywhere, and a history may have no item
         items_BS[2] = 0
         inputs = {"items": items_BS}
         if model.sequence.time_buckets:

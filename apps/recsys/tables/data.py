@@ -146,7 +146,7 @@ class TableData(SuiteData):
         self._items: Items | None = None
         self._check_options()
 
-    # ---- what a model and a reader of results ask
+    # ---- for models and readers of results
 
     @property
     def features(self) -> Features:
@@ -204,7 +204,7 @@ class TableData(SuiteData):
         from apps.recsys.tables.encode.checks import label_among_features
         from apps.recsys.tables.rows.arrays import join
 
-        # Training rows of a table of positives have one label; those of validation have drawn negatives.
+        # Training rows of a table of positives have one label; validation rows have sampled negatives.
         rows = self.rows("train") if self._drawn is None else self.examples("val")
         return label_among_features(join([rows[:: -(-len(rows) // most)]], self.features)) if len(rows) else []
 
@@ -430,7 +430,7 @@ class TableData(SuiteData):
                 "table.tasks names no label; where all rows are positives, negatives.kind 'items' draws others"
             )
         if self.dataset == "table":
-            # A trained model scores predict_file alone; what else is asked of the data needs train_file.
+            # A trained model scores only predict_file; everything else needs train_file.
             for name in ("train_file", "table") if self.predict_file is None else ("table",):
                 self._check_given(name)
         else:

@@ -51,7 +51,7 @@ class PlainTables(nn.Module):
 def described_columns(encoding: Encoding) -> dict[str, Any]:
     """Return how a row's values become the inputs of a graph, in their order, as plain values.
 
-    The value number i of ``values`` has the row i + 1, and a value that is not there the row 0. Without ``values`` a
+    The value number i of ``values`` has the row i + 1, and a value that is not in it the row 0. Without ``values`` a
     column's values are row numbers, or hashed. ``length`` of a list is the number of its last values that are read,
     without those that have no row; None: all are read.
     """

@@ -88,7 +88,7 @@ class InteractionArch(nn.Module):
                 self.interact = DotProducts(num_sparse_features=columns)
                 self.out_dim = d + (columns + 1) * columns // 2
             else:
-                # The first column stands where the numbers would.
+                # The first column takes the place of the numbers.
                 self.interact = DotProducts(num_sparse_features=columns - 1)
                 self.out_dim = d + columns * (columns - 1) // 2
         elif config.kind == "cross" and config.low_rank is None:
@@ -243,7 +243,7 @@ class MultiTaskModel(TableColumns):
         columns: ``dense``, ``interaction``, ``dropout`` and ``history`` of ``TableColumns``.
 
     Raises:
-        ValueError: a gate needs domains or columns that are not there, or is in models that share nothing.
+        ValueError: a gate needs domains or columns that are missing, or is in models that share nothing.
     """
 
     _personal_P: Tensor

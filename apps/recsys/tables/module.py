@@ -198,7 +198,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
             loss = loss + value
             terms[name] = value.detach()
         outputs = z if z.ndim == 2 else self.outputs.mean(z)
-        if batch.offset_Bt is not None and not self.training:  # metrics are of the rows as they are drawn
+        if batch.offset_Bt is not None and not self.training:  # metrics count the rows as they are sampled
             outputs = self.outputs.shifted(outputs, batch.offset_Bt)
         return TaskOutput(loss, outputs, label_Bt, len(batch), terms, batch.group_B, distribution=predicted)
 
@@ -282,7 +282,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         with in_evaluation(self):
             return scoring.predict(self, rows, batch_size)
 
-    # ---- set-up, and what the tables need of Lightning
+    # ---- set-up, and the tables' needs from Lightning
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -336,7 +336,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
                 "the checkpoint's tables are sharded: training goes on from it with trainer.strategy=TorchRecStrategy; "
                 "validate, test and predict take it as it is"
             )
-        if fitting or self.embedding.kind == "fused":  # a test takes the weights alone, whatever the kind
+        if fitting or self.embedding.kind == "fused":  # a test takes only the weights, whatever the kind
             for member, state in zip(self.members, checkpoint.get("fused_embeddings", []), strict=False):
                 member.sparse.load_fused_state(state)
 

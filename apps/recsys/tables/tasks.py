@@ -83,7 +83,7 @@ class HeadConfig(Checked):
             dim: width of the shared layer's output.
             num_tasks: number t of tasks.
             positives: share of positive labels of each task; empty where it is not known.
-            targets: what each task predicts; empty: all are binary.
+            targets: the target of each task; empty: all are binary.
 
         Raises:
             ValueError: a single task with "esmm" or "aitm", or steps that are not all binary.
@@ -154,7 +154,7 @@ class Head(nn.Module):
             x_tBD: the shared layer's output of each task.
             gates: (t, B, width) factors of the input of each layer of the towers, where ``config.personal`` asks for
                 them.
-            shift_BZ: (B, Z), what the network of ``config.domain_dim`` adds to the logits.
+            shift_BZ: (B, Z), the shift that the network of ``config.domain_dim`` adds to the logits.
         """
         each = (1,) * self.num_tasks
         if gates:

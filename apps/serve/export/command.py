@@ -1,4 +1,4 @@
-"""The whole of ``moesaic export``: load a model, write its graphs, compare them with it, and say which files were
+"""The command ``moesaic export``: load a model, write its graphs, compare them with it, and say which files were
 written."""
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def write(output: Path, exported: Exported, description: Description, write_grap
             if description.format != "onnx":
                 (folder / f"{output.name}.json").write_text(text, encoding="utf-8")
             names = sorted(path.name for path in folder.iterdir())
-            # The file itself is the last one: where it is new, the others are there.
+            # The file itself is the last one: if it is new, the others are there.
             for name in sorted(names, key=lambda name: name == output.name):
                 os.replace(folder / name, output.parent / name)
             if replaced is not None and replaced.name not in names:

@@ -120,8 +120,7 @@ def by_blocks(writer: Writer, name: str, x: Any, w: QuantizedWeight, *bias: Any)
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The notes of the dispatcher for itself: gates (T, E), zero for experts that are not chosen, and the most of a
-    token."""
+    """The dispatcher's own notes: gates (T, E), zero for experts not chosen, and the largest count per token."""
 
     gates_TE: Tensor
     top_k: int
@@ -196,7 +195,7 @@ class _Operator(nn.Module):
     def forward(self, rows: core.Rows) -> core.Rows:
         gates_TE, top_k = rows.plan.gates_TE, rows.plan.top_k
         total_T1 = gates_TE.sum(-1, keepdim=True)
-        # Of a token without experts the logarithms would be no numbers; its output is multiplied by 0.
+        # For a token without experts the logarithms would not be numbers; its output is multiplied by 0.
         logits_TE = torch.where(total_T1 > 0, gates_TE, 1.0).log().to(rows.x.dtype)
         scales = [[self.fc1_scales], [self.fc2_scales]] if self.operator == "QMoE" else [[], []]
         y_TD = torch.onnx.ops.symbolic(

@@ -76,7 +76,7 @@ def _computes_all(layer: core.MoELayer) -> bool:
 
 
 def grouped_mm(x_RD: Tensor, w: Weight, offsets_E: Tensor) -> Tensor:
-    """Compute ``core.kernels.grouped.grouped_mm`` by torch's operators alone: a product for each expert's rows."""
+    """Compute ``core.kernels.grouped.grouped_mm`` by torch's operators alone: a matmul for each expert's rows."""
     rows, start, parts = x_RD.shape[0], 0, []
     for e, end in enumerate(offsets_E.tolist()):
         # What torch.export cannot know of numbers that lie in a tensor.

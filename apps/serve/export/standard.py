@@ -71,7 +71,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         return op.Sub(quotient, op.CastLike(is_high, quotient))
 
     def remainder(self: Any, other: Any) -> Any:
-        # Of a size, which torch's own form takes for a number that is known.
+        # For a size, which torch's own form takes for a known number.
         other = op.CastLike(other, self)
         if self.dtype.is_integer():
             return op.Mod(self, other)
@@ -114,7 +114,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The notes of the dispatcher for itself: the pairs as they are in the routing."""
+    """The dispatcher's own notes: the pairs as they are in the routing."""
 
     token_index_N: Tensor
     expert_ids_N: Tensor
@@ -209,7 +209,7 @@ def _shorten_sorts(graph: Any) -> None:
         first = {_first_of(reader, axis % rank, rank) for reader in readers}
         if len(first) == 1 and None not in first:
             k = readers[0].inputs[2]
-            graph.sort()  # what says k may stand behind the sort
+            graph.sort()  # the node that gives k may come after the sort
             node.replace_input_with(1, k)
             for value, like in zip(node.outputs, (None, readers[0].outputs[0]), strict=True):
                 value.shape = None if like is None else like.shape
@@ -327,7 +327,7 @@ class _Products(Writer):
         ends = self.add("Cast", offsets, to=ir.DataType.INT64)
         ends = self.add("Concat", ends, self.add("Shape", x, start=0, end=1), axis=0)
         starts = self.add("Concat", self.ints(0), self.add("Slice", ends, *map(self.ints, (0, -1, 0))), axis=0)
-        # What is left past the last expert are rows that no expert computes.
+        # The rows after the last expert are rows that no expert computes.
         *parts, rest = self.split(x, self.add("Sub", ends, starts), E + 1)
         products = [self.linear(e, part, w, scales, x.shape[-1]) for e, part in enumerate(parts)]
         shape = self.add("Concat", self.add("Shape", rest, start=0, end=1), self.ints(F), axis=0)
@@ -363,8 +363,8 @@ class _Chains(Writer):
     def _order(self, expert_ids: Any, E: int) -> Any:
         """Return the computed pairs by expert, earlier ones first.
 
-        Of few experts the places of a table of experts and pairs are that order; it is 2 times as fast as to sort with
-        8 experts, and as fast with 16 (12,544 pairs, onnxruntime 1.32).
+        For few experts the places of a table of experts and pairs are that order; this is 2 times as fast as sorting
+        with 8 experts, and as fast with 16 (12,544 pairs, onnxruntime 1.32).
         """
         if E <= MOST_TABLED:
             column = self.add("Constant", value=ir.tensor([[e] for e in range(E)], dtype=ir.DataType.INT64))

@@ -1,4 +1,4 @@
-"""The whole of ``moesaic serve``: load the model once, make its service, and answer until a signal ends it."""
+"""The command ``moesaic serve``: load the model once, make its service, and answer until a signal ends it."""
 
 from __future__ import annotations
 

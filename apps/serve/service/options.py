@@ -19,7 +19,7 @@ _SHORTEST = 16
 
 
 def read_token(file: Path | None) -> str | None:
-    """Return the token of a file, else that of the variable ``MOESAIC_TOKEN``; None: there is neither.
+    """Return the token of a file, else that of the variable ``MOESAIC_TOKEN``; None: neither is set.
 
     Raises:
         ValueError: the file cannot be read, or the token is short or has other characters than visible ASCII ones. The
@@ -77,7 +77,7 @@ LIBRARIES = ("starlette", "uvicorn", "httptools", "jsonschema_rs", "prometheus_c
 @dataclass(frozen=True)
 class Options(CommandLine):
     """Serve a trained model of any app over HTTP: POST /predict with {"inputs": [...]} gives {"outputs": [...]}. The
-    interface is at /docs and, as OpenAPI, at /openapi.json; /healthz says whether the service is at work, /metrics
+    interface is at /docs and, as OpenAPI, at /openapi.json; /healthz says whether the service is running, /metrics
     counts. Inputs of several requests are computed together. The service is only for this machine (127.0.0.1), unless
     --host names another address: then requests need a token. SIGTERM or Ctrl-C ends it, after the accepted requests are
     answered. docs/serving.md tells more.
@@ -95,8 +95,8 @@ class Options(CommandLine):
         device: cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)
 
     Raises:
-        ValueError: a value out of its range, a host or port that cannot be had, a host that others can reach without a
-            token, or a library that is missing.
+        ValueError: a value out of its range, a host or port that is not available, a host that others can reach without
+            a token, or a library that is missing.
         FileNotFoundError: the checkpoint does not exist.
     """
 

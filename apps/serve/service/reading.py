@@ -92,7 +92,7 @@ class Reader:
         """Return the inputs.
 
         Raises:
-            Refused: 400 for what is not JSON, 422 for what breaks the schema or cannot be read; the line names the
+            Refused: 400 for invalid JSON, 422 for input that breaks the schema or cannot be read; the line names the
                 place of the value.
         """
         value = parse(body)

@@ -1,6 +1,6 @@
 """Software strings: gettext catalogs, ``.mo`` and ``.po``. Messages are English; a catalog translates them.
 
-Of plural forms the one for a single thing is taken, with the singular message: which message the others translate
+From plural forms the one for a single thing is taken, with the singular message: which message the others translate
 depends on the language.
 """
 
@@ -34,7 +34,7 @@ _LETTER = re.compile(r"[^\W\d_]")
 def _mark(marker: str, inside: bool) -> re.Pattern[str]:
     """Return the pattern of a format code, or as group 1 the mark of a key.
 
-    With ``inside`` the mark may stand in a word too, but never as in "R&D".
+    With ``inside`` the mark may be in a word too, but never as in "R&D".
     """
     where = "" if inside else r"(?<!\S)"
     return re.compile(rf"{_FORMAT.pattern}|({where}{marker}(?=[^\W\d_])(?!(?<=[A-Z]&)[A-Z]))")
@@ -184,7 +184,7 @@ def _entries(path: Path) -> Iterator[dict[str, str]]:
             yield {} if fuzzy else entry
             entry, fuzzy, last = {}, False, ""
         if line.startswith("#~"):
-            fuzzy = False  # it was this obsolete entry's, which is comments alone
+            fuzzy = False  # it was this obsolete entry's, which is only comments
         if match is not None:
             last = match[1]
             entry[last] = _unquote(match[2])

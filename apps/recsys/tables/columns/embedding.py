@@ -23,7 +23,7 @@ from core.fields import Checked, Count, NotNegative, Positive
 class EmbeddingConfig(Checked):
     """Options of the columns' embeddings.
 
-    The three kinds compute the same numbers and start alike; they differ in how the tables are held and stepped:
+    The three kinds compute the same numbers and start alike; they differ in how the tables are held and updated:
 
     - "joined": one weight holds the rows of all tables, and the model's optimizer steps it. The fastest where tables
       are small; Adam touches every row in every step, so not for tables of millions of rows.
@@ -41,7 +41,7 @@ class EmbeddingConfig(Checked):
             of 4, and at most ``dim``, which must be above 8, the narrowest of them.
         pooling: how the values of a multi-valued column are put together: "mean" or "sum". No value gives 0.
         init_std: standard deviation of the initial rows. Row 0, of unseen and missing values, starts at 0.
-        weight_decay: whether the tables decay as other weights do; rows that are stepped in the backward ("fused", and
+        weight_decay: whether the tables decay as other weights do; rows that are updated in the backward ("fused", and
             sharded ones but "data_parallel") never do.
         fused_optimizer: optimizer of "fused" and of sharded tables: "rowwise_adagrad", "adagrad" or "sgd".
         fused_lr: its peak learning rate; the model's schedule applies to it.
@@ -166,7 +166,7 @@ class SparseArch(nn.Module):
         out_dim: H, the sum of ``dims``.
 
     Raises:
-        ValueError: ``config.dims`` names a column that is not there, or two columns have one name.
+        ValueError: ``config.dims`` names a column that is missing, or two columns have one name.
     """
 
     _rows_F1: Tensor
@@ -201,7 +201,7 @@ class SparseArch(nn.Module):
         self.register_buffer("_rows_F1", rows_T[self._tables, None], persistent=False)
         self._make_tables(rows_T)
         if copies > 1:
-            # Column c of copy k stands at (its column's start) * copies + k * width.
+            # Column c of copy k is at (its column's start) * copies + k * width.
             starts = [copies * sum(self.dims[:i]) for i in range(len(self.dims))]
             order = [
                 s + k * d + j for k in range(copies) for s, d in zip(starts, self.dims, strict=True) for j in range(d)

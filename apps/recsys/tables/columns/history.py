@@ -57,7 +57,7 @@ class HistoryConfig(Checked):
 class Dice(nn.Module):
     """``s x + (1 - s) a x`` with a learned a for each number, and s the sigmoid of the number normalized over a batch.
 
-    Evaluation takes running statistics, and so does a training batch of fewer than two rows, which moves none.
+    Evaluation takes running statistics, and so does a training batch of fewer than two rows, which updates none.
 
     Args:
         dim: numbers of a row.

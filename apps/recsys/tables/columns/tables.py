@@ -24,7 +24,7 @@ def set_lr(optimizer: Any, lr: float) -> None:
     """Set the learning rate of an optimizer that is fused into the backward."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()  # hands the rate to the kernels, and no more: the rows are stepped in the backward
+    optimizer.step()  # hands the rate to the kernels, and no more: the rows are updated in the backward
 
 
 class JoinedTables(SparseArch):
@@ -145,7 +145,7 @@ class CollectionTables(SparseArch):
 
 
 class FusedTables(CollectionTables):
-    """The kind "fused": TorchRec's collection whose rows are stepped in the backward."""
+    """The kind "fused": TorchRec's collection whose rows are updated in the backward."""
 
     def _make_collection(self, device: torch.device | None = None) -> nn.Module:
         optimizer, options = _FUSED_OPTIMIZERS[self.config.fused_optimizer], {"lr": self.config.fused_lr}
@@ -160,7 +160,7 @@ class FusedTables(CollectionTables):
         order = [column for table in range(len(self.features)) for column in self._columns_of(table)]
         if lengths is None or order == list(range(len(order))):
             return self._run_kernel(values_N, lengths)
-        given = self._jagged(values_N, lengths).permute(order)  # a sequence beside the column of its items
+        given = self._jagged(values_N, lengths).permute(order)  # a sequence next to the column of its items
         parts = self._run_kernel(given.values(), given.lengths()).split([self.copies * self.dims[c] for c in order], 1)
         return torch.cat([parts[order.index(column)] for column in range(len(order))], dim=1)
 
@@ -173,7 +173,7 @@ class FusedTables(CollectionTables):
             offsets = torch.cat((lengths.new_zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)))
         if not torch.is_inference_mode_enabled():
             return kernel(values.int(), offsets, None)
-        # On a CPU the kernel exists as an autograd function alone, which inference mode leaves out.
+        # On a CPU the kernel exists only as an autograd function, which inference mode leaves out.
         with torch.inference_mode(False), torch.no_grad():
             return kernel(values.int(), offsets, None)
 

@@ -37,9 +37,9 @@ EVERY_CHECK = (
 def label_among_features(arrays: TableArrays) -> list[str]:
     """Find columns that by themselves rank the examples of a task almost without error, or that have a task's name.
 
-    A column of numbers is judged by its own AUC, in either direction; a categorical one by the AUC, in every second
+    A column of numbers is evaluated by its own AUC, in either direction; a categorical one by the AUC, in every second
     row, of its values' mean label in the others, so that a column of ids is not taken for a label. All values of a row
-    together are one value of a multi-valued column. For a task of numbers, a column of numbers is judged by its rank
+    together are one value of a multi-valued column. For a task of numbers, a column of numbers is evaluated by its rank
     correlation with the labels, and one of two values by the AUC of the labels as a score for it.
     """
     features = arrays.features

@@ -67,7 +67,7 @@ class ColumnWriter:
         raise NotImplementedError
 
     def write_single(self, columns: Sequence[str]) -> Iterator[Written]:
-        """Write the categorical columns of one value a row."""
+        """Write the categorical columns of one value per row."""
         matrix = self.writer.create("categorical", (self.num_rows, len(columns)), np.int32)
         for f, column in enumerate(columns):
             codes = factorize(self.parts(column), column)

@@ -126,7 +126,7 @@ class Notes:
                 )
 
     def single(self, column: str, codes: NDArray[np.int64], unseen: NDArray[np.bool_]) -> None:
-        """Note a categorical column of one value a row, with a warning if nearly each training row has its own."""
+        """Note a categorical column of one value per row, with a warning if nearly each training row has its own."""
         in_train = codes[self.masks["train"]]
         in_train = in_train[in_train != MISSING]
         share = len(np.unique(in_train)) / max(len(in_train), 1)

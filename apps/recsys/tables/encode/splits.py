@@ -97,7 +97,7 @@ def _at_random(
     # The test rows are the first on the line and validation the next, each an even sample where it is stratified.
     num_test = round(config.test * num) if draw_test else 0
     num_val = round(config.val * (num - num_test)) if draw_val else 0
-    if label is not None and num_test:  # what is left of the line is not even any more
+    if label is not None and num_test:  # the rest of the line is no longer even
         rest = order[num_test:]
         rest = rest[np.argsort(_even_places(label[rest]), kind="stable")]
         order = np.concatenate((order[:num_test], rest))

@@ -107,7 +107,7 @@ class PerTask:
         """The settings of each task's model."""
 
     def tune(self, data: Any, seed: int, search: Search | None = None) -> dict[str, dict[str, Any]]:
-        """Find the settings of each task's model: trained on the training split, judged on the validation split.
+        """Find the settings of each task's model: trained on the training split, evaluated on the validation split.
 
         Args:
             data: data module that is set up.

@@ -121,7 +121,7 @@ def design_matrix(arrays: TableArrays) -> Any:
         sizes.append(bins + 1)
     parts = []
     if places:
-        # Not OneHotEncoder: it sorts and checks each column, where the places are known to be in range.
+        # Not OneHotEncoder: it sorts and checks each column, although the places are known to be in range.
         offsets = np.cumsum([0, *sizes[:-1]])
         index_NK = np.stack(places, 1).astype(np.int64) + offsets
         K = index_NK.shape[1]

@@ -29,7 +29,7 @@ class ItemDraws:
         self.weight_I = weight_I
         self.end_I = weight_I.cumsum(0)
         self.total = int(self.end_I[-1])
-        # The excluded weight before each pair, that of all keys before included; the last entry is the sum.
+        # The excluded weight before each pair, including the weight of all keys before; the last entry is the sum.
         self.before_M1 = torch.cat((weight_I.new_zeros(1), weight_I[item_M].cumsum(0)))
         self.first_K1 = torch.searchsorted(key_M, torch.arange(num_keys + 1))
         before_K1 = self.before_M1[self.first_K1]

@@ -47,7 +47,7 @@ class Items:
         num_without: training rows without an item, which do not train.
 
     Raises:
-        ValueError: fewer than two items, a column of ``moves_with`` that is not there or has two values for an item, or
+        ValueError: fewer than two items, a column of ``moves_with`` that is missing or has two values for an item, or
             ``exclude_seen`` without a column of users.
     """
 
@@ -217,8 +217,8 @@ class DrawnRows(Dataset[TableBatch]):
 class FixedDraws(Dataset[TableBatch]):
     """Rows of a split in their order, each followed by itself with items that are sampled once, all equally likely.
 
-    The sample depends only on the split and its seed: every model is judged by the same rows. Batches have the offsets
-    at which a logit of the full table gives the odds among these rows.
+    The sample depends only on the split and its seed: every model is evaluated by the same rows. Batches have the
+    offsets at which a logit of the full table gives the odds among these rows.
 
     Args:
         rows: the rows, all positive.
@@ -232,7 +232,7 @@ class FixedDraws(Dataset[TableBatch]):
         draws = items.draws((items.count_I > 0).long(), split)
         key_N = items.keys(draws, rows.index)
         self.num_drawn = items.config.eval_per_positive
-        # numpy keeps this stream, as that of the splits
+        # numpy keeps this stream, as it does for the splits
         uniform_Nn = np.random.RandomState([seed, SPLITS.index(split)]).random_sample((len(rows), self.num_drawn))
         drawn_Nn = draws.items(torch.from_numpy(uniform_Nn), key_N)
         own_N1 = torch.zeros(len(rows), 1, dtype=torch.int64)

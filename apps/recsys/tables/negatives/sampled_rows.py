@@ -31,7 +31,7 @@ class SampledRows(Dataset[TableBatch]):
         num_kept: negative rows of an epoch.
 
     Raises:
-        ValueError: the task is not there or not of yes and no, or several tasks and none is named.
+        ValueError: the task is missing or not of yes and no, or several tasks and none is named.
     """
 
     def __init__(self, rows: TableRows, config: NegativesConfig) -> None:

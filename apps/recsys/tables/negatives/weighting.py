@@ -56,7 +56,7 @@ class WeightingConfig(Checked):
         GradNorm needs. Empty: the losses for labels that are positive in half of the rows.
 
         Raises:
-            ValueError: a weight of a task that is not there, or no task with a weight above 0.
+            ValueError: a weight of a task that is missing, or no task with a weight above 0.
         """
         unknown = [name for name in self.weights if name not in tasks]
         if unknown:
@@ -153,6 +153,6 @@ class GradNorm(Weighting):
             rate_t = ratio_t / (ratio_t.sum() / labels).clamp_min(torch.finfo(ratio_t.dtype).tiny)
             target_t = (weight_t * norm_t).sum() / labels * rate_t**self.alpha
         balance = ((weight_t * norm_t - target_t).abs() * labelled_t).sum()
-        # The balance adds a gradient and no value, so that the weighted loss is what is logged.
+        # The balance adds a gradient and no value, so that the weighted loss is logged.
         loss = (weight_t.detach() * loss_t).sum() + balance - balance.detach()
         return loss, {"weight": weight_t.detach(), "gradient_norm": norm_t}

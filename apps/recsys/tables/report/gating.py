@@ -209,7 +209,7 @@ class GateReader:
     def zero_share(self) -> dict[str, dict[str, float]]:
         """Return the share of each expert's outputs that is zero, by block; NaN for one that computed nothing.
 
-        A block whose outputs are summed in a kernel is not there.
+        A block whose outputs are summed in a kernel is missing.
         """
         short, shares_by_block = self._blocks(), {}
         for block, (zeros_E, all_E) in self.zeros.items():
@@ -336,7 +336,7 @@ def domain_column(features: Features) -> str:
 
 
 def coded_names(features: Features) -> list[str]:
-    """Return the names of the columns that `coded_columns` has: one value a row, 255 at most, and numbers that vary."""
+    """Return the names of the columns in `coded_columns`: one value per row, 255 at most, and numbers that vary."""
     names = [f.name for f in features.single if f.num_rows <= MAX_CODES]
     names += [domain_column(features)] * bool(features.num_domains)
     return names + [c.name for c in features.continuous if c.quantiles]

@@ -69,7 +69,7 @@ class TrainingChecks(Callback):
             self._print(data.leaks(max(self.rows, 1)), "checks of the columns")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The validation before the first step is of an untrained network.
+        # The validation before the first step evaluates an untrained network.
         self._validated |= not trainer.sanity_checking
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,7 +15,7 @@ from apps.recsys.tables.rows.batch import Ragged, TableBatch
 
 @dataclass(frozen=True)
 class MultiValued:
-    """A column with any number of values a row, row by row.
+    """A column with any number of values per row, row by row.
 
     Attributes:
         values: int64, the values of all rows.

@@ -30,7 +30,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Ragged:
-    """A column of any number of values a row: the values of all rows, one row after the other.
+    """A column of any number of values per row: the values of all rows, one row after the other.
 
     Attributes:
         values_N: row numbers of the column's table.

@@ -52,7 +52,7 @@ def padded(column: Ragged) -> Tensor:
 
 def batch_of(inputs: Mapping[str, Tensor], features: Features) -> TableBatch:
     """Return a batch without labels of tensors by name, as a graph is given them."""
-    B = next(iter(inputs.values())).shape[0]  # a length would make a graph of this batch size alone
+    B = next(iter(inputs.values())).shape[0]  # a length would make a graph of only this batch size
     dense_BC = inputs.get("dense", torch.empty(B, 0))
     num_rows_F = torch.tensor([f.num_rows for f in features.single], dtype=torch.int64)
     single_BF = inputs.get("categorical", torch.empty(B, 0, dtype=torch.int64))

@@ -61,7 +61,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
     Args:
         sharding: how each table is spread: "table_wise", a table on one process; "row_wise", its rows over all;
             "column_wise", its columns over all; "table_row_wise", its rows over the processes of one node;
-            "data_parallel", a whole table on each process, stepped by the module's optimizer; "auto": TorchRec's
+            "data_parallel", a whole table on each process, updated by the module's optimizer; "auto": TorchRec's
             planner chooses among table_wise, row_wise and table_row_wise, which all train alike.
         table_sharding: sharding of single columns' tables, by the column's name, instead of ``sharding``.
         compute_kernel: place of the tables: "fused": the device's memory; "fused_uvm": the host's, read over the bus;
@@ -191,7 +191,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
             init_data_parallel=False,
             data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, params_to_ignore=divided),
         )
-        # TorchRec has drawn rows again: put back the model's, as one process would have them.
+        # TorchRec has reinitialized the rows: put back the model's, as one process would have them.
         rows = sharding.tables(module)
         for path, state in whole.items():
             for name, full in state.items():
@@ -266,7 +266,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
     # ---- checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the state dict without the sharded tables, which ``save_checkpoint`` writes beside it."""
+        """Return the state dict without the sharded tables, which ``save_checkpoint`` writes next to it."""
         assert self.lightning_module is not None
         state = self.lightning_module.state_dict()
         return {k: _plain(v) for k, v in state.items() if not is_split(v)}
