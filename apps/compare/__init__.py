@@ -1,11 +1,10 @@
 """``moesaic compare CONFIG``: the sparse model of a configuration compared with dense ones of equal cost, on the same
 data.
 
-The modules, from the ground up: ``options`` (the command line), ``systems`` (the
-models and their costs), ``experiment`` (a configuration, made again at will), ``training`` (one unit of work),
-``measure`` (speed and memory), ``summary`` (the numbers), ``work`` (the plan of all units, and these in order),
-``page`` (the tables and the report), ``command`` (the whole). ``suite`` is a queue of many comparisons, ``moesaic
-compare --suite FILE``.
+The modules, from the ground up: ``options`` (the command line), ``systems`` (the models and their costs),
+``experiment`` (a configuration, made again at will), ``training`` (one unit of work), ``measure`` (speed and memory),
+``summary`` (the numbers), ``work`` (the plan of all units, and these in order), ``page`` (the tables and the report),
+``command`` (the whole). ``suite`` is a queue of many comparisons, ``moesaic compare --suite FILE``.
 """
 
 from __future__ import annotations

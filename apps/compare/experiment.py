@@ -42,9 +42,9 @@ class Experiment:
     """A sparse model's configuration.
 
     Args:
-        arguments: arguments as after ``moesaic fit``: ``--config FILE``, again for overlays, and ``--KEY.SUBKEY
-            VALUE``. ``--routers=NAME``, again for each, are the overlays whose routers are compared too. They are plain
-            strings, so that another process can read the same configuration.
+        arguments: arguments as after ``moesaic fit``: ``--config FILE``, again for overlays, and
+            ``--KEY.SUBKEY VALUE``. ``--routers=NAME``, again for each, are the overlays whose routers are compared too.
+            They are plain strings, so that another process can read the same configuration.
 
     Raises:
         UsageError: a wrong option or configuration.

@@ -126,11 +126,10 @@ def all_reduce(size: float, over: Group) -> Traffic:
 def all_to_all(size: float, experts: int, hidden: int, nodes: int, node: int) -> Traffic:
     """Return the traffic of one all-to-all of rows, in which each of P ranks has ``size / P`` for each.
 
-    Each row goes to all ``hidden`` ranks that have a part of its expert. One all-to-all of P ranks sends ``hidden size
-    (P
-    - 1) / P``, of which ``(g - 1) / P`` stays on a node of g ranks. With ``nodes``, rows go to a neighbor first,
-    ``hidden size (M - 1) / M`` for M = experts hidden ranks of a node, and from there to another node, ``hidden size (N
-    - 1) / N``.
+    Each row goes to all ``hidden`` ranks that have a part of its expert. One all-to-all of P ranks sends
+    ``hidden size (P - 1) / P``, of which ``(g - 1) / P`` stays on a node of g ranks. With ``nodes``, rows go to a
+    neighbor first, ``hidden size (M - 1) / M`` for M = experts hidden ranks of a node, and from there to another node,
+    ``hidden size (N - 1) / N``.
 
     Args:
         size: bytes of a rank's rows.

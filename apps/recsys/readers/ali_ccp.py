@@ -40,11 +40,12 @@ def read_ali_ccp(root: Path) -> RawTables:
 
     - ``ali_ccp_{train,test}.csv`` and, if there is one, ``ali_ccp_val.csv``: the wide table that torch-rechub and
       others make, with a header, 23 columns of ids and 8 of values (``D109_14`` ... ``D853``).
-    - ``sample_skeleton_{train,test}.csv`` with ``common_features_{train,test}.csv``, or the same below
-      ``sample_train`` and ``sample_test``, as released. A line of the first is ``sample, click, purchase, common id,
-      number of features, features``, one of the second ``common id, number, features``. Features are cut by \\x01, and
-      each is field \\x02 id \\x03 value. Fields of several ids become multi-valued columns, without their values. The
-      values of 508, 509, 702 and 853 are the columns ``D508`` ...
+    - ``sample_skeleton_{train,test}.csv`` with ``common_features_{train,test}.csv``, or the same below ``sample_train``
+      and ``sample_test``, as released. A line of the first is
+      ``sample, click, purchase, common id, number of features, features``, one of the second
+      ``common id, number, features``. Features are cut by \\x01, and each is field \\x02 id \\x03 value. Fields of
+      several ids become multi-valued columns, without their values. The values of 508, 509, 702 and 853 are the columns
+      ``D508`` ...
 
     Args:
         root: folder with the files.

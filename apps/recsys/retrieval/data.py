@@ -133,8 +133,8 @@ class RetrievalData(TableData):
         num_uniform: further negatives per training step and process, sampled from the whole catalogue with all items
             equally likely; the pairs of the batch share them (mixed negative sampling).
         top_k: items of a user that ``moesaic predict`` names.
-        rank: run or checkpoint of a ``MultiTaskRecommender``, whose prediction orders the items that ``moesaic
-            predict`` retrieves; None: they are ordered by the vectors.
+        rank: run or checkpoint of a ``MultiTaskRecommender``, whose prediction orders the items that
+            ``moesaic predict`` retrieves; None: they are ordered by the vectors.
         rank_task: the task of that model; None: its first.
         candidates: number of items that are retrieved for it.
         index_file: file of the items' vectors that a test of the model wrote, for ``moesaic predict``; None: they are

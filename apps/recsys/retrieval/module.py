@@ -64,9 +64,10 @@ class TwoTowerRetriever(SparseModule, Comparable):
         temperature: products are divided by it in the softmax. They lie between -1 and 1.
         learn_temperature: whether training updates the temperature, which then starts there and stays above 0.01.
         log_q: whether the softmax is corrected for how often each item is in a batch.
-        ks: numbers of best items at which recall is measured, ascending; NDCG is measured at the first. report: options
-        of the report that a test writes besides the metrics; None: nothing. optimizer: learning rate, weight decay and
-        schedule. ema_decay: decay of the moving average of the weights; None: no average.
+        ks: numbers of best items at which recall is measured, ascending; NDCG is measured at the first.
+        report: options of the report that a test writes besides the metrics; None: nothing.
+        optimizer: learning rate, weight decay and schedule.
+        ema_decay: decay of the moving average of the weights; None: no average.
 
     Raises:
         ValueError: a value is out of its range, or the parts do not fit together.

@@ -78,10 +78,10 @@ class NextItemRecommender(SparseModule, Comparable):
         exclude_seen: whether validation, test and prediction leave out the items that the user had before: all of them
             where the batch names them (``seen_BH``), else those in the history. For data whose users take an item
             once; a target that the user had before then ranks last.
-        top_k: number of items that a prediction names. report: options of the report that a test writes besides the
-        metrics; None: nothing. kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of
-        ``SparseModule``. train_unseen: whether the softmax of the loss leaves out the items that the history has
-        before, at each
+        top_k: number of items that a prediction names.
+        report: options of the report that a test writes besides the metrics; None: nothing.
+        kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
+        train_unseen: whether the softmax of the loss leaves out the items that the history has before, at each
             position, as ``exclude_seen`` does in evaluation. For data whose users take an item once: the model need
             not learn which items were seen. It needs ``exclude_seen``. A target that the history has before stays a
             candidate.

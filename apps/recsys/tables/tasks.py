@@ -244,8 +244,8 @@ class AITM(Head):
     """Adaptive information transfer multi-task (arXiv 2105.08489): see ``HeadConfig``.
 
     For task t with its own information ``q_t`` (the shared layer's output) and what task t - 1 passes on,
-    ``p_t = relu(W z_(t-1) + b)``: ``z_t = sum over u in (p_t, q_t) of w_u v(u)``, ``w_u = softmax(<k(u), s(u)> /
-    sqrt(D))``, where v, k and s are linear; ``z_1 = q_1``. The towers read z.
+    ``p_t = relu(W z_(t-1) + b)``: ``z_t = sum over u in (p_t, q_t) of w_u v(u)``,
+    ``w_u = softmax(<k(u), s(u)> / sqrt(D))``, where v, k and s are linear; ``z_1 = q_1``. The towers read z.
     """
 
     def __init__(self, config: HeadConfig, dim: int, num_tasks: int, *of_tasks: Any) -> None:

@@ -30,7 +30,7 @@ class Options(CommandLine):
     Attributes:
         config: configuration that names classes of your own, such as the run's
         output: file that ends in .onnx or .pt2, or a folder
-        format: what is written
+        format: format of the output
         form: MoE layers of an ONNX graph: standard operators, onnxruntime's operators, or the faster of both
         overwrite: replace an earlier export at PATH
 

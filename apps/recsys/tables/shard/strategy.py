@@ -54,9 +54,9 @@ from core.parallel import average_experts, broadcast_parameters, expert_mesh, ex
 class TorchRecStrategy(DividedStrategy, DDPStrategy):
     """Shards the embedding tables of a model over the processes of a run, and divides its experts among them.
 
-    Checkpoints are folders of shards (``apps.train.checkpoint.sharded``): each process writes its rows. ``moesaic
-    test`` reads them on any number of processes, with this strategy and without. Training resumes from them with this
-    strategy, on another number of processes too, except for column-wise tables under rowwise_adagrad.
+    Checkpoints are folders of shards (``apps.train.checkpoint.sharded``): each process writes its rows.
+    ``moesaic test`` reads them on any number of processes, with this strategy and without. Training resumes from them
+    with this strategy, on another number of processes too, except for column-wise tables under rowwise_adagrad.
 
     Args:
         sharding: how each table is spread: "table_wise", a table on one process; "row_wise", its rows over all;
