@@ -24,7 +24,7 @@ class Costs:
 
     Attributes:
         counted: fields of its ``Cost``, by name; None: it has none.
-        speed: figures of its speed and memory, by name; empty where they were not measured.
+        speed: figures of its speed and memory, by name; empty if they were not measured.
         train_seconds: mean seconds of a training; None: it was not trained.
     """
 

@@ -284,7 +284,7 @@ def learning_curves(summary: Summary, results: Results) -> list[LineChart]:
 
 
 def _searches(summary: Summary, results: Results) -> list[Part]:
-    """Return the validation quality of each learning rate that was tried; empty where there was no search."""
+    """Return the validation quality of each learning rate that was tried; empty if there was no search."""
     lines = []
     for row in summary.rows:
         tried = [r for r in results.searches.get(row.system.name, ()) if r.get("quality") is not None]

@@ -30,14 +30,14 @@ class Row:
         rate_at_edge: True where a better rate may lie outside the tried ones.
         test: test quality over the seeds.
         difference: sparse minus this system, paired by seed; None for the sparse one.
-        equal_time: validation quality at equal time over the seeds; None where a run had no validation by then.
+        equal_time: validation quality at equal time over the seeds; None if a run had no validation by then.
         equal_time_difference: sparse minus this system at equal time.
         train_seconds: mean seconds of a final run.
-        speed: measured speed and memory; empty where nothing was measured.
+        speed: measured speed and memory; empty if nothing was measured.
         routing: figures of the routing in the test, means over layers and seeds; empty without experts.
-        tuning: result of the search of an estimator's settings; empty where there was none.
-        further: other test metrics by name, each with its difference, sparse minus this system; None where one of the
-            two does not report it.
+        tuning: result of the search of an estimator's settings; empty if there was none.
+        further: other test metrics by name, each with its difference, sparse minus this system; None if one of the two
+            does not report it.
     """
 
     system: System
@@ -295,7 +295,7 @@ def _pair(system: str, values: Mapping[str, Sequence[float] | None]) -> Pair:
 
 
 def _values(name: str, results: Sequence[Mapping[str, Any]]) -> list[float] | None:
-    """Return a test metric of each seed; None where it is not reported."""
+    """Return a test metric of each seed; None if it is not reported."""
     values = [r.get("test", {}).get(f"test/{name}") for r in results]
     return None if any(v is None for v in values) else [float(v) for v in values if v is not None]
 

@@ -46,7 +46,7 @@ class Plan:
         config: resolved configuration, in plain values.
         options: options of the command.
         overlays: contents of each overlay of ``options.routers``, by the system's name.
-        rates: learning rates of the search; empty where the model's has no name.
+        rates: learning rates of the search; empty if the model's has no name.
         configured_rate: learning rate of the configuration; None: the model's has no name, and none is searched.
         seeds: seeds of the final runs.
         search_seed: seed of the search; it differs from ``seeds``, so that no rate is chosen for their data order.
@@ -69,7 +69,7 @@ class Plan:
         return cls(config, options, overlays, rates, configured_rate, seeds, seed + SEARCH_SEED)
 
     def search_units(self, system: str) -> list[Unit]:
-        """Return the runs of the learning-rate search; empty where there is nothing to choose."""
+        """Return the runs of the learning-rate search; empty if there is nothing to choose."""
         if len(self.rates) < 2:
             return []
         return [Unit(system, rate, self.search_seed, self.options.search_share) for rate in self.rates]

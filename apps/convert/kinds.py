@@ -376,7 +376,7 @@ def _sparse(
 
 
 def _check_alike(first: Run, other: Run) -> None:
-    """Raise a ``ValueError`` where two runs have other models, or read their data otherwise."""
+    """Raise a ``ValueError`` if two runs have other models, or read their data otherwise."""
     if first.kind is not other.kind:
         kinds = f"{other.file} holds {name_of(other.kind)}, and {first.file} {name_of(first.kind)}"
         raise ValueError(f"{kinds}: runs of one class are merged")

@@ -161,7 +161,7 @@ class Run:
         return cls(file, checkpoint, module_class(checkpoint, file), values)
 
     def check_data(self, batches: int) -> None:
-        """Raise a ``ValueError`` where batches are asked for, and no configuration names the data."""
+        """Raise a ``ValueError`` if batches are asked for, and no configuration names the data."""
         if batches and self.config is None:
             raise ValueError(f"no {CONFIG} lies beside {self.file}: give --config FILE, or --batches 0")
 

@@ -1,6 +1,6 @@
 """A module answers a comparison through ``Comparable``: its baselines, blocks that they replace, routers and examples.
 
-Its matched dense baselines and the search of an estimator's settings are here too. Training asks none of this. A module
+Its matched dense baselines and the search of an estimator's settings are here too. Training uses none of this. A module
 that is to be compared takes ``Comparable`` in addition to ``SparseModule``.
 """
 
@@ -26,13 +26,13 @@ from core.convert import SolvedWidth, same_width, solve_width
 class Search:
     """The settings that a baseline tries, and the time for them.
 
-    A setting is begun while there is time left, and then finished. Results are kept by the setting's name, so that an
-    interrupted search continues with the next setting, and the seconds of all count.
+    A setting starts while there is time left, and then runs to its end. Results are kept by the setting's name, so that
+    an interrupted search continues with the next setting, and the seconds of all count.
 
     Args:
         minutes: time for all settings of all tasks.
         tried: results of an earlier part of the search.
-        keep: is called with ``tried`` after each setting.
+        keep: called with ``tried`` after each setting.
 
     Attributes:
         tried: ``quality`` on the validation split and ``seconds`` of each tried setting, by its name.
@@ -53,7 +53,7 @@ class Search:
         return sum(result["seconds"] for result in self.tried.values())
 
     def quality(self, name: str, run: Callable[[], float], until: float = math.inf) -> float | None:
-        """Return the quality of a setting, which ``run()`` measures where it is not known; None where time is up.
+        """Return the quality of a setting, which ``run()`` measures where it is not known; None if time is up.
 
         Args:
             name: name of the setting.
@@ -75,8 +75,8 @@ class Baseline:
     """A model that ``moesaic compare`` trains beside the sparse one.
 
     Attributes:
-        build: makes the untrained model, a ``SparseModule`` or an ``Estimator``; None where it cannot exist or
-            coincides with another.
+        build: makes the untrained model, a ``SparseModule`` or an ``Estimator``; None if it cannot exist or coincides
+            with another.
         note: description of the model, or the reason why there is none.
     """
 
@@ -108,7 +108,7 @@ class ExampleDifference:
     Attributes:
         name: name of the figure, such as "BLEU".
         difference: the first system's figure minus the second's.
-        low, high: its 95 % interval over other examples of the same kind.
+        low, high: its 95 % confidence interval over other examples of the same kind.
         p: probability of such a difference between equal systems.
         method: the statistical method, in a few words.
         over: kind of the examples, such as "test sentences".
@@ -165,7 +165,7 @@ class RoutedLayers:
     num_sharing: int = 1
 
     def num_params(self) -> float:
-        """Return the parameters of a layer, and of shared experts its part of them; of different layers the mean."""
+        """Return a layer's parameters, with its share of shared experts; the mean if layers differ."""
         each = []
         for config in self.configs:
             assert isinstance(config, core.MoEConfig)
@@ -180,7 +180,7 @@ class RoutedLayers:
         return (self.config,) if isinstance(self.config, core.MoEConfig | core.MultiGateConfig) else self.config
 
     def flops_per_token(self) -> float:
-        """Return the FLOPs of a token in a layer; of different layers the mean."""
+        """Return a layer's FLOPs per token; the mean if layers differ."""
         each = [config.flops_per_token(self.dim, **self.flops_arguments) for config in self.configs]
         return sum(each) / len(each)
 
@@ -278,7 +278,7 @@ class DenseTwin:
 def equal_widths(
     prefix: str, dense: core.DenseFFN, dim: int, flops: float, params: float, each: str = ""
 ) -> dict[str, SolvedWidth]:
-    """Return the hidden dims at which ``dense`` costs ``flops`` a token, and at which it has ``params`` parameters.
+    """Return the hidden dims at which ``dense`` costs ``flops`` per token, and at which it has ``params`` parameters.
 
     Their names are "<prefix>_equal_flops" and "<prefix>_equal_params". ``each`` ends the unit in a message, as " a
     block".

@@ -62,7 +62,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def _fused(experts: Any) -> str | None:
-    """Return the activation with which one kernel computes all of the experts, or None where it cannot."""
+    """Return the activation with which one kernel computes all of the experts, or None if it cannot."""
     fits = (
         has_plain_gate(experts) and experts.is_concatenated and not (experts.has_bias or experts.has_post_expert_norm)
     )

@@ -186,7 +186,7 @@ class ImageTextRetriever(SparseModule, Comparable):
         return columns_of(self, batch, self._data())
 
     def predict_stream(self, data: Any) -> PredictionStream | None:
-        """Return the search of ``data.query`` or ``data.query_image``; None where the data have neither."""
+        """Return the search of ``data.query`` or ``data.query_image``; None if the data have neither."""
         given: GivenInputs | None = getattr(data, "given", None)
         if given is None or not given.is_search:
             return None

@@ -1,4 +1,4 @@
-"""A configuration for a catalogue of images with titles that a user names."""
+"""A configuration for a catalog of images with titles that a user names."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class _Columns:
 
 
 def config_for(given: GivenData) -> GivenConfig | None:
-    """Return the configuration of a small sparse model for a catalogue; None: another kind of data.
+    """Return the configuration of a small sparse model for a catalog; None: another kind of data.
 
-    A catalogue is a table, or a folder with one, in which one column names image files below its folder, with or
-    without their folder and ending, and another one holds texts of two words or more; or a folder in the layout of a
-    dataset of `ImageTextData`. A target that is named is predicted from the table by another app.
+    A catalog is a table, or a folder with one, in which one column names image files below its folder, with or without
+    their folder and ending, and another one holds texts of two words or more; or a folder in the layout of a dataset of
+    `ImageTextData`. A target that is named is predicted from the table by another app.
 
     Raises:
         ValueError: too few rows, or an image that cannot be read.

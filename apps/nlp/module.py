@@ -95,7 +95,7 @@ class TextModule(WritingModule):
         return {}
 
     def predict_stream(self, data: Any) -> PredictionStream | None:
-        """Return the predictions of ``data.text`` or ``data.predict_file``; None where the data have neither.
+        """Return the predictions of ``data.text`` or ``data.predict_file``; None if the data have neither.
 
         Nothing is computed before the first line is asked for, and no more than is needed for the next one.
 

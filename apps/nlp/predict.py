@@ -239,7 +239,7 @@ def identity_of(data: Any) -> list[Any]:
 
 
 def num_lines(data: Any) -> int | None:
-    """Return the lines of ``data.text`` or of the file ``data.predict_file``; None where they cannot be counted."""
+    """Return the lines of ``data.text`` or of the file ``data.predict_file``; None if they cannot be counted."""
     if data.text is not None:
         return 1 if isinstance(data.text, str) else len(data.text)
     path = Path(data.predict_file).expanduser()

@@ -8,8 +8,8 @@ How much an expert says of a label is their mutual information over the routed p
 
     I(E; C) = sum over e, c of p(e, c) log2(p(e, c) / (p(e) p(c)))    bits
 
-or, as a share of the most it could be, I / min(H(E), H(C)): 0 where each label's tokens are spread over the experts as
-all tokens are, 1 where a label tells the expert, or an expert the label.
+or, as a share of the most it could be, I / min(H(E), H(C)): 0 if each label's tokens are spread over the experts as all
+tokens are, 1 if a label tells the expert, or an expert the label.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class Specialisation:
         num_experts: E.
         num_pairs: routed pairs.
         bits: their mutual information.
-        share: of ``min(H(E), H(C))``; 0 where that is 0.
+        share: of ``min(H(E), H(C))``; 0 if that is 0.
         by_chance: bits that would come from so few sentences by chance: of languages the mean over shuffles of the
             labels among the sentences, of token classes ``(C - 1) (E - 1) / (2 N ln 2)``, the bias for N independent
             pairs (Miller 1955).

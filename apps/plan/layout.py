@@ -232,7 +232,7 @@ def _data(outline: Outline, options: Options, layout: Layout) -> tuple[formulas.
 
 
 def hidden_units(layer: Layer) -> int:
-    """Return the hidden units of a layer's experts that ranks may share out; 1 where they cannot be."""
+    """Return the hidden units of a layer's experts that ranks may share out; 1 if they cannot be."""
     sizes = [
         tensor.shape[part.hidden_axes[key]]
         for part in layer.module.experts.modules()

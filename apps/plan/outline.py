@@ -164,7 +164,7 @@ class Outline:
         root: the parameters outside all blocks.
         blocks: in the order of the model.
         layers: MoE layers whose experts can be sharded, by name; empty if there are none.
-        undivided: why experts cannot be sharded; None where they can be, or there are none.
+        undivided: why experts cannot be sharded; None if they can be, or there are none.
         flops: FLOPs of a forward of a rank's batch, only matmuls.
         trial: the batch.
         averaged: whether a moving average of the weights is kept.

@@ -62,7 +62,7 @@ class BytePairs:
         return cls(read_merges(folder))
 
     def encode(self, text: str, most: int) -> list[int]:
-        """Return the ids of at most ``most`` tokens, the first is the start's and the last the end's."""
+        """Return the ids of at most ``most`` tokens, from the start token to the end token."""
         plain = " ".join(html.unescape(html.unescape(text)).lower().split())
         ids = self._tokenizer.encode(plain, add_special_tokens=False).ids
         return [self.ids[BEGIN], *ids[: most - 2], self.ids[END]]

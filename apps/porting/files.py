@@ -32,7 +32,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any], path: Path, *sizes: str) -> None:
-    """Raise a ``ValueError`` where a configuration lacks ``model_type``, ``vocab_size`` or one of ``sizes``."""
+    """Raise a ``ValueError`` if a configuration lacks ``model_type``, ``vocab_size`` or one of ``sizes``."""
     kinds: dict[str, tuple[type, str]] = {"model_type": (str, "name")}
     for name, (kind, kind_name) in (kinds | dict.fromkeys(("vocab_size", *sizes), (int, "whole number"))).items():
         if config.get(name) is None:

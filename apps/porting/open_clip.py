@@ -381,7 +381,7 @@ def _known(given: Mapping[str, Any], defaults: Mapping[str, Any], path: Path) ->
 
 
 def _hidden(width: int, ratio: float) -> int | None:
-    """Return the hidden width as ``ClipConfig`` has it: None where it is four times the width."""
+    """Return the hidden width as ``ClipConfig`` has it: None if it is four times the width."""
     return None if ratio == 4 else int(width * ratio)
 
 

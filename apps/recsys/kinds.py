@@ -67,7 +67,7 @@ class Kind:
         return F.binary_cross_entropy_with_logits(z, y_B.expand_as(z), reduction="none")
 
     def divergence(self, z: Tensor, teacher_Bw: Tensor, temperature: float) -> Tensor:
-        """Return how far the prediction is from a teacher's, (..., B); 0 where they are equal."""
+        """Return how far the prediction is from a teacher's, (..., B); 0 if they are equal."""
         z, given = z.squeeze(-1) / temperature, teacher_Bw.squeeze(-1) / temperature
         yes, no = (p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q)) for p, q in ((given, z), (-given, -z)))
         return yes + no
@@ -102,12 +102,12 @@ class Kind:
         Args:
             z_Nw: outputs of all examples.
             label_N: labels; NaN for none.
-            groups_N: int64, the user of each example; None where none is known.
+            groups_N: int64, the user of each example; None if none is known.
         """
         return task_metrics(z_Nw[:, 0], label_N, groups_N)
 
     def example_values(self, z_Nw: np.ndarray, label_N: np.ndarray) -> np.ndarray:
-        """Return values (N,) whose mean is the task's ``main_metric``; NaN where a split cannot tell it."""
+        """Return values (N,) whose mean is the task's ``main_metric``; NaN if a split cannot tell it."""
         return auc_values(z_Nw[:, 0], label_N)
 
 
@@ -319,7 +319,7 @@ class Outputs:
         kinds: the kind of each task.
         width: number Z of all outputs.
         all_binary: whether the outputs are one logit a task.
-        main_metric: the metric that all tasks share, "auc" or "r2"; None where they differ.
+        main_metric: the metric that all tasks share, "auc" or "r2"; None if they differ.
     """
 
     def __init__(self, targets: Sequence[Target]) -> None:

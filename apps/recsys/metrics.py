@@ -48,7 +48,7 @@ class MultiTaskMetrics(SyncedMetric):
 
     Attributes:
         by_task: the metrics of each task, after ``compute``.
-        by_part: the rows of each part of the users and items, and the metrics of their tasks; empty where none is cold.
+        by_part: the rows of each part of the users and items, and the metrics of their tasks; empty if none is cold.
 
     Raises:
         ValueError: a value out of its range, or ``score_bins`` with ``grouped`` or with a task that is not binary.
@@ -104,8 +104,8 @@ class MultiTaskMetrics(SyncedMetric):
 
         Args:
             outputs: (B, Z), the tasks' outputs, a logit each where all are binary.
-            targets: (B, t), labels as ``TableBatch`` has them; NaN where an example has none.
-            groups: int64 (B,), the user of each example; None where users are not known.
+            targets: (B, t), labels as ``TableBatch`` has them; NaN if an example has none.
+            groups: int64 (B,), the user of each example; None if users are not known.
             cold: uint8 (B,), flags of what has no row in training, as ``TableBatch`` has them; None: nothing.
 
         Raises:
@@ -223,7 +223,7 @@ def target_ranks(scores_BI: Tensor, target_B: Tensor) -> Tensor:
 class RankingMetrics(SyncedMetric):
     """Hit rate and NDCG at k, and the mean reciprocal rank, of one target a row among *all* items.
 
-    torchmetrics' retrieval metrics keep every score of every item until the end, and favour the target in a tie.
+    torchmetrics' retrieval metrics keep every score of every item until the end, and favor the target in a tie.
 
     With one relevant item the ideal DCG is 1, so NDCG@k is ``1 / log2(1 + rank)`` within the first k, else 0. Sampled
     candidates are not offered: they change the order of models (Krichene and Rendle, KDD 2020).

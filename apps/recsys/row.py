@@ -1,7 +1,7 @@
 """The columns of a row as a model's inputs: JSON, fields of a page, tables of arrow's, and back from encoded rows.
 
 A column's value is as in an arrow table of its type: text of a category, a list of texts, a number, a list of numbers;
-None where it is missing. ``Row.table`` makes a table of the values of several rows; ``new_rows`` encodes it.
+None if it is missing. ``Row.table`` makes a table of the values of several rows; ``new_rows`` encodes it.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def category(
     Args:
         feature: its description.
         place: its place among a batch's columns of one value, or among the lists.
-        known: the values of the rows from 1 on; None where they are hashed, or are row numbers themselves.
+        known: the values of the rows from 1 on; None if they are hashed, or are row numbers themselves.
         separator: text between several values.
     """
     is_sequence, name = isinstance(feature, SequenceFeature), feature.name

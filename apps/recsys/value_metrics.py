@@ -153,7 +153,7 @@ def bins(value_N: np.ndarray, label_N: np.ndarray) -> Bins:
 
 
 def correlation(a_N: np.ndarray, b_N: np.ndarray) -> float:
-    """Return Pearson's correlation; NaN where one side is constant."""
+    """Return Pearson's correlation; NaN if one side is constant."""
     if not np.ptp(a_N) or not np.ptp(b_N):
         return math.nan
     a_N, b_N = a_N - a_N.mean(), b_N - b_N.mean()

@@ -112,7 +112,7 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Return the seconds for units, without the reserve; not above 0 where they are over."""
+        """Return the seconds for units, without the reserve; not above 0 if they are over."""
         return self.seconds - self.reserve - self.spent
 
     def keep(self) -> None:
@@ -157,14 +157,14 @@ class Runner(ABC, Generic[U, R]):
 
     @abstractmethod
     def work(self, unit: U, progress: Progress) -> R | None:
-        """Do a unit, keep its result and return it; None where it cannot be done yet."""
+        """Do a unit, keep its result and return it; None if it cannot be done yet."""
 
     @abstractmethod
     def line(self, unit: U, result: R) -> str:
         """Return the report of a unit that has just finished; "" for nothing."""
 
     def read(self, unit: Any) -> R | None:
-        """Return the result of a unit that is finished; None where it is not."""
+        """Return the result of a unit that is finished; None if it is not."""
         return cast("R | None", unit.read(self.output))
 
     def title(self, unit: Any) -> str:

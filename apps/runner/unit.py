@@ -66,7 +66,7 @@ class Unit:
         return output / self.ROOM / self.name
 
     def read(self, output: Path) -> Any:
-        """Return the result, plain values by name; None where the unit is not finished."""
+        """Return the result, plain values by name; None if the unit is not finished."""
         return read_json(self.folder(output) / RESULT)
 
     def record(

@@ -31,8 +31,7 @@ class ImageBatch(NamedTuple):
 
     Attributes:
         image: float32 (B, C, H, W), normalized to mean 0 and standard deviation 1 by the dataset's constants.
-        label: int64 (B,), -1 if there is none; or float32 (B, num_classes) with rows that sum to 1 where images are
-            mixed.
+        label: int64 (B,), -1 if there is none; or float32 (B, num_classes) with rows that sum to 1 if images are mixed.
         index: int64 (B,), the position of each image in its file or folder listing.
     """
 

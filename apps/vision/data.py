@@ -286,7 +286,7 @@ class VisionData(ImageData):
         return self.eval_loader(ImageSet(self._eval_reader(train.read), train.labels, train.index))
 
     def predicted_paths(self, index: Tensor) -> list[str] | None:
-        """Return the files of images to predict, by ``index`` (B,); None where they are not files of their own."""
+        """Return the files of images to predict, by ``index`` (B,); None if they are not files of their own."""
         read = self._predict_set().read
         return [read.paths[i] for i in index.tolist()] if isinstance(read, FromFiles) else None
 

@@ -22,7 +22,7 @@ class VisionDataset(Dataset):
     Attributes:
         image_size: height and width of its images, or the size they are scaled to.
         mean, std: constants of each channel over the training images, pixels in [0, 1].
-        class_names: names by label; None where the folders give them.
+        class_names: names by label; None if the folders give them.
         read: a function from a prepared folder to its splits; None for folders of image files, which need the options.
     """
 

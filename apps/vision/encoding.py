@@ -80,7 +80,7 @@ def check_images(written: Mapping[str, Any], known: Any) -> None:
     """Reject options of the data that contradict a checkpoint.
 
     Args:
-        written: options by name; None where nothing was said.
+        written: options by name; None if nothing was said.
         known: the checkpoint's encoding, with these names as attributes.
 
     Raises:

@@ -43,8 +43,8 @@ class ImagePrediction(NamedTuple):
         index: int64 (B,), place of each image in its dataset.
         label: int64 (B, k), the k likeliest classes, best first.
         probability: float32 (B, k), the probabilities of these classes.
-        class_name: B lists of k names of these classes; None where the data has none.
-        path: B files; None where the images are not files of their own.
+        class_name: B lists of k names of these classes; None if the data has none.
+        path: B files; None if the images are not files of their own.
         true_label: int64 (B,), the images' own classes; None if they have none.
         true_class_name: B names of these; None if they have none.
     """
@@ -63,7 +63,7 @@ class ClassifiedImage:
     """The classes of one image; ``pandas.DataFrame`` makes a table of a list of them.
 
     Attributes:
-        path: file of the image; None where the image was given itself.
+        path: file of the image; None if the image was given itself.
         class_name: name of the likeliest class.
         probability: probability of that class, to 6 places.
         top: probabilities of the likeliest classes by name, best first.

@@ -109,8 +109,8 @@ def patch_rows(
 
 
 def patch_experts(model: Any, entry: Any, num_images: int, most: int = 1) -> Tensor | None:
-    """Return the experts that computed each patch, best first, int64 (B, grid height, grid width, most); E where there
-    are fewer.
+    """Return the experts that computed each patch, best first, int64 (B, grid height, grid width, most); E if there are
+    fewer.
 
     Args:
         model: the ``VMoE`` that was recorded.
@@ -119,7 +119,7 @@ def patch_experts(model: Any, entry: Any, num_images: int, most: int = 1) -> Ten
         most: number of experts of a patch.
 
     Returns:
-        The experts; None where the layer's tokens are not the image's.
+        The experts; None if the layer's tokens are not the image's.
     """
     ids_BSK = experts_of_token(entry.routing, most).unflatten(0, (num_images, -1))
     layer, size = model.get_submodule(entry.name), model.patch_embed.grid_size

@@ -1,4 +1,4 @@
-"""An image classifier in use: an image in, its likeliest classes and the experts of its patches out."""
+"""An image classifier in use: takes an image, returns its likeliest classes and the experts of its patches."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ImageClassification(Task):
         return patches_by_layer(placed(self.model.model, tape.entries, "model."), to_array(example["image"]))
 
     def examples(self, data: Any, most: int) -> tuple[Example, ...]:
-        """Return validation images, or test images if there are none, of different classes as far as may be."""
+        """Return validation images, or test images if there are none, of different classes as far as possible."""
         splits = data.opened
         images = splits.val if splits.val is not None and len(splits.val) else splits.test
         labels = images.labels[images.index].tolist()

@@ -278,8 +278,8 @@ def _facts(experiment: Experiment, entry: Entry) -> dict[str, Any]:
 
     Returns:
         ``kind``, as ``kind_of`` names it; ``cost``, None of an estimator; ``rate``, its learning rate; ``tunes``, True
-        where it searches its settings; ``refused``, why it is not trained, or ""; ``test_examples``, None where the
-        data do not tell; ``monitor``, the name of its test quality; ``higher_is_better``.
+        where it searches its settings; ``refused``, why it is not trained, or ""; ``test_examples``, None if the data
+        do not tell; ``monitor``, the name of its test quality; ``higher_is_better``.
 
     Raises:
         ValueError: the baseline is unknown, or the data have no validation split.

@@ -56,7 +56,7 @@ class Figures:
         return {**row, "runs": {int(seed): run for seed, run in row["runs"].items()}}
 
     def changes(self, entry: Entry) -> list[str]:
-        """Return how the configuration differs from the one of the saved figures; empty where it does not."""
+        """Return how the configuration differs from the one of the saved figures; empty if it does not."""
         row = self._saved(entry.board).get(entry.name)
         return [] if row is None else differences(renamed(_identity(row, entry), today), _identity_now(entry))
 
@@ -305,7 +305,7 @@ def leaderboard_page(suite: Suite, boards: Sequence[Standings], date: str) -> Pa
 
 
 def _leaders(boards: Sequence[Standings]) -> Table | None:
-    """Return the best row of each board; None where nothing was run."""
+    """Return the best row of each board; None if nothing was run."""
     rows = []
     for board in boards:
         metric = board.metrics[0]

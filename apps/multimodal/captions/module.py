@@ -52,7 +52,7 @@ class Captions(NamedTuple):
         caption: the best hypothesis.
         score: float64 (B,), its score in the search.
         reference: the pairs' own texts; None for a folder of images.
-        alternatives: the further hypotheses, best first; None where ``decode.num_best`` asks for none.
+        alternatives: the further hypotheses, best first; None if ``decode.num_best`` asks for none.
     """
 
     index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index

@@ -44,8 +44,7 @@ class PairTargets(NamedTuple):
 
     Attributes:
         image_B, caption_B: int64 (B,), numbers of the images and of the texts.
-        label_BA: int64 (B, A), the class of each attribute, -1 where it is not known; None for a model without
-            attributes.
+        label_BA: int64 (B, A), the class of each attribute, -1 if it is not known; None for a model without attributes.
     """
 
     image_B: Tensor
@@ -216,7 +215,7 @@ class AttributeMetrics(Metric):
         self.scores: Any = torch.nn.ModuleList(own)
 
     def update(self, logits: Sequence[Tensor], label_BA: Tensor) -> None:
-        """Add a batch: the (B, C) logits of each attribute, and int64 (B, A), -1 where a class is not known.
+        """Add a batch: the (B, C) logits of each attribute, and int64 (B, A), -1 if a class is not known.
 
         Raises:
             ValueError: another number of attributes.
@@ -231,7 +230,7 @@ class AttributeMetrics(Metric):
         for name, scores in zip(self.names, self.scores, strict=True):
             right_C, wrong_C, _, missed_C, size_C = scores.compute().double().unbind(1)
             values[f"accuracy_{name}"] = right_C.sum() / size_C.sum()
-            f1_C = 2 * right_C / (2 * right_C + wrong_C + missed_C)  # NaN where a class never came
+            f1_C = 2 * right_C / (2 * right_C + wrong_C + missed_C)  # NaN if a class never came
             values[f"macro_f1_{name}"] = f1_C.nanmean()
             f1.append(values[f"macro_f1_{name}"])
         return {"macro_f1": torch.stack(f1).nanmean(), **values} if f1 else {}

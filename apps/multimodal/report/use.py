@@ -54,20 +54,20 @@ class Rows(NamedTuple):
 
     @classmethod
     def of_entry(cls, entry: Any) -> Rows | None:
-        """Return the layout of an entry of a tape; None where its layer does not see the tokens of images and texts:
-        the head of the attributes sees whole images, and few tokens enter some blocks."""
+        """Return the layout of an entry of a tape; None if its layer does not see the tokens of images and texts: the
+        head of the attributes sees whole images, and few tokens enter some blocks."""
         context = entry.context
         if context is None or context.modality_BS is None or context.modality_BS.numel() != entry.routing.num_tokens:
             return None
         return cls.of(context)
 
     def patches(self, num_patches: int) -> slice | None:
-        """Return the positions of the patches in the rows of images; None where the layer does not see each of them."""
+        """Return the positions of the patches in the rows of images; None if the layer does not see each of them."""
         has_all = len(self.images) > 0 and self.tokens_of_image >= num_patches
         return slice(self.tokens_of_image - num_patches, self.tokens_of_image) if has_all else None
 
     def patch_experts(self, routing: Any, num_patches: int, most: int) -> Tensor | None:
-        """Return the experts of each patch, best first, int64 (B, rows, columns, most); E where there are fewer."""
+        """Return the experts of each patch, best first, int64 (B, rows, columns, most); E if there are fewer."""
         places = self.patches(num_patches)
         if places is None:
             return None
@@ -75,7 +75,7 @@ class Rows(NamedTuple):
         return ids_RLK[self.images][:, places].unflatten(1, (math.isqrt(num_patches), -1)).cpu()
 
     def piece_experts(self, routing: Any, most: int) -> Tensor:
-        """Return the experts of each token, best first, int64 (U, L, most); E where there are fewer."""
+        """Return the experts of each token, best first, int64 (U, L, most); E if there are fewer."""
         return experts_of_token(routing, most).unflatten(0, self.modality_RL.shape)[self.texts].cpu()
 
 

@@ -145,7 +145,7 @@ class MatchedImage:
     """The text that fits one image best; ``pandas.DataFrame`` makes a table of a list of them.
 
     Attributes:
-        path: file of the image; None where the image was given itself.
+        path: file of the image; None if the image was given itself.
         text: the text that fits it best.
         probability: probability of that text, to 6 places.
         top: probabilities of the best texts, best first.

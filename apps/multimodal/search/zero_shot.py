@@ -94,7 +94,7 @@ def class_scores(
 
     Args:
         image_ND: float (N, D), the vectors of the test images.
-        label_NA: int64 (N, A), their classes, -1 where one is not known.
+        label_NA: int64 (N, A), their classes, -1 if one is not known.
         attributes: the names of each attribute's classes.
         texts: ``class_vectors`` of the attributes that are told by texts.
         labelled: vectors and classes of training images, for the linear probe; None: there is none.

@@ -266,7 +266,7 @@ def attribute_loss(logits: Sequence[Tensor], label_BA: Tensor) -> Tensor:
 
     Args:
         logits: (B, C) of each attribute.
-        label_BA: int64 (B, A), -1 where a class is not known.
+        label_BA: int64 (B, A), -1 if a class is not known.
     """
     losses = []
     for logits_BC, label_B in zip(logits, label_BA.T, strict=True):

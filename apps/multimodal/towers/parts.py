@@ -114,7 +114,7 @@ class TextPart(TowerPart):
     """Base of the configs of a tower of texts."""
 
     def check_length(self, sizes: Sizes, max_positions: int) -> None:
-        """Raise a ``ValueError`` where the data's texts may be longer than those that the tower reads."""
+        """Raise a ``ValueError`` if the data's texts may be longer than those that the tower reads."""
         if (most := sizes.max_tokens) > max_positions:
             raise ValueError(f"max_tokens={most} of the data exceeds max_positions={max_positions} of the text tower")
 
@@ -259,7 +259,7 @@ class TextTower(OneTower):
         )
 
     def check_vocabulary(self, there: int, source: str) -> None:
-        """Raise a ``ValueError`` where published weights have another vocabulary."""
+        """Raise a ``ValueError`` if published weights have another vocabulary."""
         if there != self.sizes.vocab_size:
             raise ValueError(
                 f"pretrained={source} has {there:,} pieces, and the data {self.sizes.vocab_size:,}: give the data its "

@@ -122,7 +122,7 @@ class _ClipTower(OneTower):
         return Published(projection, published.log_scale, published.bias)
 
     def check(self, clip: Clip, source: str) -> None:
-        """Raise a ``ValueError`` where the published tower is not for these inputs."""
+        """Raise a ``ValueError`` if the published tower is not for these inputs."""
 
     def fitted(self, dense: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return published weights for inputs of these sizes."""

@@ -103,7 +103,7 @@ class Towers(nn.Module):
     grad_checkpointing: bool = False
 
     def forward(self, image: Tensor | None, text_BL: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Return the vectors of images (B, image_dim) and of texts (U, text_dim); None where none are given.
+        """Return the vectors of images (B, image_dim) and of texts (U, text_dim); None if none are given.
 
         Args:
             image: (B, C, H, W), normalized.

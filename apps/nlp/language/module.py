@@ -1,4 +1,4 @@
-"""``LanguageModeler``: what ``moesaic fit`` trains on plain text."""
+"""``LanguageModeler``: the module that ``moesaic fit`` trains on plain text."""
 
 from __future__ import annotations
 

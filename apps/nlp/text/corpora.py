@@ -30,8 +30,8 @@ class SentencePairs:
 
     Attributes:
         source, target: their text.
-        pair: of each, the language pair's number.
-        corpus: of each, the corpus' number.
+        pair: the number of each pair's language pair.
+        corpus: the number of each pair's corpus.
     """
 
     source: list[str] = field(default_factory=list)
@@ -132,7 +132,7 @@ class Collected:
 
     Attributes:
         splits: by the name of the split.
-        left_out: how many pairs were, by reason and split.
+        left_out: number of pairs left out, by reason and split.
     """
 
     splits: dict[str, SentencePairs]

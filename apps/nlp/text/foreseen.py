@@ -71,7 +71,7 @@ class Judged(NamedTuple):
         index: its place in the split, from 0: not its line in a file, since pairs of several files follow one another
             and pairs with an empty side are left out.
         group: number of its group: of a language pair among the data's, or of an image.
-        written: the text that the model wrote; None where another text of the group in its batch has it.
+        written: the text that the model wrote; None if another text of the group in its batch has it.
         reference: the right text.
         log_prob: the written text's score in the search.
         nll: negative log likelihood of the reference's tokens, in nats, summed.

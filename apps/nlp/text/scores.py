@@ -57,7 +57,7 @@ def corpus_score(score: Score, hypotheses: Sequence[str], references: References
 
 
 def streams(references: References) -> list[list[str | None]]:
-    """Return sacrebleu's form: the first references of all texts, the second ones, ...; None where there are fewer.
+    """Return sacrebleu's form: the first references of all texts, the second ones, ...; None if there are fewer.
 
     Raises:
         ValueError: a text has none.
@@ -74,7 +74,7 @@ def signature(score: Score, tokenize: str = "13a", references: int | None = 1) -
     Args:
         score: "bleu" or "chrf".
         tokenize: of BLEU, a name of sacrebleu's.
-        references: number of references of a text; None where texts have different numbers.
+        references: number of references of a text; None if texts have different numbers.
     """
     metric = scorer(score, tokenize)
     # Before it has scored something, it does not know how many references there are.

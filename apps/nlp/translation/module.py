@@ -1,4 +1,4 @@
-"""``Translator``: what ``moesaic fit`` trains on parallel text."""
+"""``Translator``: the module that ``moesaic fit`` trains on parallel text."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Rows:
     Attributes:
         rows: row numbers, int32 (N,).
         num_rows: rows of the table, row 0 included.
-        values: the value of each row from 1 on; None where several values share a row.
+        values: the value of each row from 1 on; None if several values share a row.
         unseen: bool (N,), True for values that the training rows lack or that are too rare there.
     """
 

@@ -36,7 +36,7 @@ class ContinuousFeature(Checked):
 
     Attributes:
         name: name of the column.
-        mean, std: mean and standard deviation of the training split; std is 1 where the column is constant.
+        mean, std: mean and standard deviation of the training split; std is 1 if the column is constant.
         quantiles: at most 255 distinct, ascending boundaries between bins of about equal count, with a bin of its own
             for a frequent value: x is in bin i if ``quantiles[i - 1] < x <= quantiles[i]``, as in ``torch.bucketize``.
             Empty where the column is constant.
@@ -58,7 +58,7 @@ class VectorFeature:
     Attributes:
         name: name of the column.
         size: numbers in a vector.
-        scale: root mean square of the training rows' numbers; 1 where all are 0.
+        scale: root mean square of the training rows' numbers; 1 if all are 0.
     """
 
     name: str
@@ -94,8 +94,7 @@ class Target(Checked):
     Attributes:
         kind: "binary", "regression", "count", "ordinal" or "multiclass", as in ``TaskConfig``.
         loss: loss of "regression"; "squared" for the others.
-        mean, std: mean and standard deviation of the labels of "regression" and "count"; std is 1 where they are
-            constant.
+        mean, std: mean and standard deviation of the labels of "regression" and "count"; std is 1 if they are constant.
         levels: the numbers of "ordinal", ascending. A label is the place of its number.
         classes: the values of "multiclass" as text, sorted. A label is the place of its value.
         shares: share of the labels that each level or class has.
@@ -124,7 +123,7 @@ class Features(Checked):
         categorical, continuous: features in the order of the batches' columns.
         tasks: names of the labels, in the order of the batches' columns.
         positives: share of positive labels of each task in the training split; 0.5 for a task that is not binary.
-        num_domains: number of domains; 0 where the table is not cut into domains.
+        num_domains: number of domains; 0 if the table is not cut into domains.
         targets: the target of each task; empty if all are binary.
         vectors: columns of vectors, in the order of the batches' columns.
         sequences: columns of sequences, in the order of the batches' columns.

@@ -15,7 +15,7 @@ from apps.recsys.schema import TaskConfig
 
 
 def to_labels(parts: Sequence[Part], name: str, task: TaskConfig) -> NDArray[np.float32]:
-    """Return a task's labels over all tables: 0, 1, or NaN where the column has no value.
+    """Return a task's labels over all tables: 0, 1, or NaN if the column has no value.
 
     Raises:
         ValueError: the column does not hold 0 and 1, never holds a ``positive`` value, or holds no numbers for

@@ -22,7 +22,7 @@ MAX_QUANTILES = 255
 def to_numbers(
     parts: Sequence[Part], column: str, missing: str = "leave missing numbers empty", first_row: int = 0
 ) -> NDArray[np.float64]:
-    """Return a column of numbers over all tables, NaN where missing.
+    """Return a column of numbers over all tables, NaN if missing.
 
     Args:
         parts: the column in each table.
@@ -131,7 +131,7 @@ def _dates(data: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def statistics(name: str, values: NDArray[np.float32]) -> ContinuousFeature:
-    """Return the feature of a column with these values (N,) in the training rows, NaN where missing."""
+    """Return the feature of a column with these values (N,) in the training rows, NaN if missing."""
     present = np.sort(values[~np.isnan(values)])
     missing = 1.0 - len(present) / max(len(values), 1)
     if not len(present):
@@ -164,7 +164,7 @@ def boundaries(ascending: NDArray[np.float32], num_bins: int = MAX_QUANTILES + 1
 
 
 def to_vectors(parts: Sequence[Part], column: str, size: int | None = None, first_row: int = 0) -> NDArray[np.float32]:
-    """Return a column of vectors over all tables, (N, size), NaN where one is missing.
+    """Return a column of vectors over all tables, (N, size), NaN if one is missing.
 
     Args:
         parts: the column in each table.

@@ -57,7 +57,7 @@ def with_parts(table: pa.Table, timestamps: Mapping[str, TimeRange], where: str,
 def to_seconds(
     data: pa.ChunkedArray, column: str, where: str, first_row: int = 0, known: TimeRange = None
 ) -> NDArray[np.float64]:
-    """Return timestamps as seconds since 1970, UTC, (N,), NaN where missing.
+    """Return timestamps as seconds since 1970, UTC, (N,), NaN if missing.
 
     Args:
         data: dates, times with a date, numbers as for ``seconds_of_numbers``, or text of numbers or of ISO 8601, also
@@ -106,7 +106,7 @@ def is_far(days_N: NDArray[np.float64], known: TimeRange) -> NDArray[np.bool_]:
 
 
 def seconds_of_numbers(numbers: Any, known: TimeRange = None) -> NDArray[np.float64]:
-    """Return numbers (N,) as seconds since 1970, NaN where missing.
+    """Return numbers (N,) as seconds since 1970, NaN if missing.
 
     They are dates where all of them can be, such as 20240531, and else seconds. Numbers that can be both are seconds
     where these are near the times of training, and the dates are not.

@@ -50,7 +50,7 @@ class Vocabulary:
         return tuple(content[a:b].decode() for a, b in itertools.pairwise(self.offsets.tolist()))
 
     def find(self, values: pa.StringArray) -> NDArray[np.int64]:
-        """Return the number of each text, int64 (N,); -1 where the vocabulary lacks it."""
+        """Return the number of each text, int64 (N,); -1 if the vocabulary lacks it."""
         import pyarrow as pa
         import pyarrow.compute as pc
 

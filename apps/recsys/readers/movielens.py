@@ -54,10 +54,10 @@ class Ratings:
 def read_movielens_1m(root: Path, num_ratings: int | None = 1_000_209) -> RawTables:
     """Read MovieLens-1M, 6,040 users and 3,706 rated films, with the tasks liked (57.5 %) and watched next (88.7 %).
 
-    ``like`` is 1 where the rating is 4 or 5. ``watched_next`` is 1 where the film was rated within 60 seconds of the
-    user's rating before it, so it is the film the user turned to at once; it is missing for a user's first rating.
-    Ratings of one second keep the order of the file. Both labels look back from the row, never ahead: the last rating
-    of a user has both, and a split by time leaks neither. The rating and the seconds are inputs of neither.
+    ``like`` is 1 if the rating is 4 or 5. ``watched_next`` is 1 if the film was rated within 60 seconds of the user's
+    rating before it, so it is the film the user turned to at once; it is missing for a user's first rating. Ratings of
+    one second keep the order of the file. Both labels look back from the row, never ahead: the last rating of a user
+    has both, and a split by time leaks neither. The rating and the seconds are inputs of neither.
 
     The inputs are user, film, gender, age (a code of seven ranges), occupation, hour of the day and day of the week
     (UTC, 0 is Monday) as categories, genres as a multi-valued column, and the film's year as a number. The column

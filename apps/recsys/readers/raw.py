@@ -15,7 +15,7 @@ class RawTables:
 
     Attributes:
         train: all rows, or the training rows where the files give a split.
-        val, test: rows of those splits; None where the files do not give them.
+        val, test: rows of those splits; None if the files do not give them.
         config: the dataset's own description of its columns, tasks and protocol.
     """
 

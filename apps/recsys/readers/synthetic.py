@@ -33,7 +33,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SyntheticConfig(Checked):
-    """The sizes and distributions of a made table.
+    """The sizes and distributions of a synthetic table.
 
     Attributes:
         correlation: p, the cosine between the weights of two tasks, from -1/(num_tasks - 1) to 1. The labels' own

@@ -19,8 +19,8 @@ class PairBatch(Batch):
         user: the users' columns.
         index_B: int64 (B,), the row's number in the table.
         item: the columns of U different items: the pairs' items, and further negatives.
-        item_B: int64 (B,), the number of each pair's item in the catalogue, from 1; 0: the catalogue lacks it.
-        own_B: int64 (B,), the place of each pair's item among the U; of no meaning where the catalogue lacks it.
+        item_B: int64 (B,), the number of each pair's item in the catalog, from 1; 0: the catalog lacks it.
+        own_B: int64 (B,), the place of each pair's item among the U; of no meaning where the catalog lacks it.
         count_U: int64 (U,), the pairs and further negatives that have each item.
         log_q_U: float32 (U,), log of the probability with which a place of a training batch holds each item.
         seen_BH: int64 (B, H), the items that the user had in training, padded with 0; None: all items may be retrieved.

@@ -1,4 +1,4 @@
-"""The catalogue: all items of the training rows with their columns, how often they are taken, and by whom."""
+"""The catalog: all items of the training rows with their columns, how often they are taken, and by whom."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Catalogue:
     Attributes:
         arrays: the columns of the items' tower, one row per item, as ``TableRows`` reads them.
         count_I: int64 (I,), how often each item is the one that a user took, in training.
-        seen: the items that each user had in training; None where they may be retrieved again.
+        seen: the items that each user had in training; None if they may be retrieved again.
     """
 
     arrays: Mapping[str, Tensor]
@@ -84,7 +84,7 @@ class Catalogue:
         return (rows[begin : begin + size] for begin in range(0, len(self), size))
 
     def state(self) -> dict[str, Any]:
-        """Return the catalogue as plain values and tensors, for a checkpoint."""
+        """Return the catalog as plain values and tensors, for a checkpoint."""
         seen = None if self.seen is None else {"offsets": self.seen.offsets, "items": self.seen.items}
         return {"arrays": dict(self.arrays), "count": self.count_I, "seen": seen}
 

@@ -1,4 +1,4 @@
-"""``RetrievalData``: a table of users and the items that they took, in pairs for two towers, with its catalogue."""
+"""``RetrievalData``: a table of users and the items that they took, in pairs for two towers, with its catalog."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Pairs(Dataset[PairBatch]):
     Args:
         rows: the rows.
         user: description of the users' columns.
-        items: the catalogue's rows, of which the items' columns come.
+        items: the catalog's rows, of which the items' columns come.
         item_column: column that tells one item from another.
         log_q_I: float32 (I,), log of the probability with which a training batch holds each item in a place.
-        num_uniform: further items of a batch, sampled from the whole catalogue by torch's global generator.
+        num_uniform: further items of a batch, sampled from the whole catalog by torch's global generator.
         seen: the items that each user had; None: they may be retrieved again.
         user_column: column whose row of its table ``seen`` counts by.
     """
@@ -117,8 +117,8 @@ class FileUsers(IterableDataset[PairBatch]):
 class RetrievalData(TableData):
     """A table whose rows are users with the items that they took, in batches of `PairBatch`.
 
-    Rows with a positive label of ``positive`` are pairs. The catalogue is all items of the training rows, each with its
-    columns as its last training row has them. Pairs of validation and test whose item is not in the catalogue stay,
+    Rows with a positive label of ``positive`` are pairs. The catalog is all items of the training rows, each with its
+    columns as its last training row has them. Pairs of validation and test whose item is not in the catalog stay,
     because a retrieval misses them; training pairs whose item was too rare for ``table.min_count``, are left out.
 
     Args:
@@ -130,7 +130,7 @@ class RetrievalData(TableData):
             value. Predictions repeat it. None: users have no name.
         exclude_seen: whether validation, test and prediction leave out the items of all the user's training rows,
             whatever their label. It needs ``user_column``.
-        num_uniform: further negatives per training step and process, sampled from the whole catalogue with all items
+        num_uniform: further negatives per training step and process, sampled from the whole catalog with all items
             equally likely; the pairs of the batch share them (mixed negative sampling).
         top_k: items of a user that ``moesaic predict`` names.
         rank: run or checkpoint of a ``MultiTaskRecommender``, whose prediction orders the items that
@@ -206,7 +206,7 @@ class RetrievalData(TableData):
 
     @property
     def num_items(self) -> int:
-        """The number of items of the catalogue."""
+        """The number of items of the catalog."""
         return id_feature(self.features, self.item_column).num_rows - 1
 
     @property
@@ -238,7 +238,7 @@ class RetrievalData(TableData):
 
     @property
     def encoding_state(self) -> dict[str, Any]:
-        """The encoding of the columns and the catalogue, as plain values and tensors, for a checkpoint."""
+        """The encoding of the columns and the catalog, as plain values and tensors, for a checkpoint."""
         sides = {"item_column": self.item_column, "user_column": self.user_column}
         return {**self.encoding.state(), **sides, "catalogue": self.catalogue.state()}
 

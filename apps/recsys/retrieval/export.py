@@ -100,7 +100,7 @@ def _npz(catalogue: Mapping[str, Any]) -> bytes:
 
 
 def _catalogue(content: bytes) -> dict[str, Any]:
-    """Return the state of a catalogue.
+    """Return the state of a catalog.
 
     Raises:
         ValueError: the content is damaged.

@@ -1,4 +1,4 @@
-"""``TwoTowerRetriever``: what ``moesaic fit`` trains on pairs of a user and an item, to retrieve items for users."""
+"""``TwoTowerRetriever``: the module that ``moesaic fit`` trains on pairs of users and items, for retrieval."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ _LEAST_TEMPERATURE = 0.01
 
 
 class TwoTowerRetriever(SparseModule, Comparable):
-    """Two towers, sparse or dense, that map users and items to vectors whose product says how well they fit.
+    """Two towers, sparse or dense, that map users and items to vectors whose dot product scores how well they match.
 
     They are trained by the softmax over the items of a batch (Yi et al., RecSys 2019), and evaluated by the rank of a
-    pair's item among *all* items of the catalogue, by exact search: ``recall_10``, ``recall_50``, ``recall_100``,
+    pair's item among *all* items of the catalog, by exact search: ``recall_10``, ``recall_50``, ``recall_100``,
     ``ndcg_10`` and ``mrr``.
 
     Configs may also be given as mappings, as they are in a run's ``config.yaml``.
 
     Args:
         user_features, item_features: columns of each tower; the command line takes them from the data.
-        num_items: items of the catalogue; the command line takes it from the data.
+        num_items: items of the catalog; the command line takes it from the data.
         tower: sizes of both towers.
         moe: the experts that replace the FFN of some blocks of both towers; None: dense FFNs.
         moe_blocks: which blocks: "all", "everyN", "lastN" (the last N of every second block), or indices.
         dense_ffn: the FFN of those blocks in a dense model, as in the baselines; None: the same as in the others.
         embedding, dense, interaction: how a tower reads its columns.
-        temperature: products are divided by it in the softmax. They lie between -1 and 1.
+        temperature: divisor of the dot products in the softmax. They lie between -1 and 1.
         learn_temperature: whether training updates the temperature, which then starts there and stays above 0.01.
         log_q: whether the softmax is corrected for how often each item is in a batch.
         ks: numbers of best items at which recall is measured, ascending; NDCG is measured at the first.
@@ -172,7 +172,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
     def task_loss(self, batch: PairBatch) -> TaskOutput:
         """Return the mean softmax cross-entropy of each pair's item among the batch's.
 
-        In evaluation pairs whose item the catalogue lacks are left out of it; ``outputs`` are the users' vectors and
+        In evaluation pairs whose item the catalog lacks are left out of it; ``outputs`` are the users' vectors and
         ``targets`` the items' numbers.
         """
         assert batch.item is not None
@@ -265,7 +265,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
         index: Any = None,
         batch_size: int = 1024,
     ) -> Any:
-        """Return the best items of each user, retrieved from the whole catalogue, and ordered by a ranking model if one
+        """Return the best items of each user, retrieved from the whole catalog, and ordered by a ranking model if one
         is given.
 
         Users and items are encoded with the encoding that the checkpoint keeps: no training file is needed. A user that
@@ -275,7 +275,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
             users: rows with the columns of the users' tower, and those that the ranking model needs and the items lack:
                 a pandas DataFrame, a pyarrow Table, a dict of columns, or a path, or a pattern of paths, of CSV or
                 Parquet files.
-            top: items of a user at most.
+            top: maximum number of items per user.
             include_seen: recommend items of the user's training rows too, where the data had ``exclude_seen``.
             rank: a ``MultiTaskRecommender``, or the path of its run or checkpoint; it orders ``candidates`` retrieved
                 items of each user. None: only the vectors order them.
@@ -283,13 +283,13 @@ class TwoTowerRetriever(SparseModule, Comparable):
             candidates: number of items that are retrieved for the ranking model.
             index: the items' vectors, an ``ItemIndex`` or its file, such as ``report/items.safetensors`` of a test's
                 run; None: they are rebuilt.
-            batch_size: users a step.
+            batch_size: users per step.
 
         Returns:
             A row for each user and item, in the order of the users, the best item first: ``row``, the place of the user
-            in ``users``; the columns of user, where one is named, and item; ``score``, the product of the two vectors;
-            and the ranking model's predictions. They are a DataFrame for a DataFrame, a ``pyarrow.Table`` for a table,
-            and a dict of numpy arrays for a dict and for files. Items are integers where all of them are.
+            in ``users``; the columns of user, where one is named, and item; ``score``, the dot product of the two
+            vectors; and the ranking model's predictions. They are a DataFrame for a DataFrame, a ``pyarrow.Table`` for
+            a table, and a dict of numpy arrays for a dict and for files. Items are integers where all of them are.
 
         Raises:
             FileNotFoundError: no checkpoint exists for ``rank``, or no file of the index.
@@ -307,7 +307,7 @@ class TwoTowerRetriever(SparseModule, Comparable):
     # ---- the items' vectors
 
     def index(self) -> ItemIndex:
-        """Return the vectors of all items of the catalogue, which the data has, or the checkpoint keeps.
+        """Return the vectors of all items of the catalog, which the data has, or the checkpoint keeps.
 
         They are made when they are first asked for, and again after the model has been put into another mode or other
         weights have been loaded.

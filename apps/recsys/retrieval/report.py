@@ -51,12 +51,12 @@ class RetrievalUse:
     Attributes:
         ks: numbers of best items.
         group_V: int64 (I + 1,), the place of each item in ``POPULARITY``, by number.
-        item_N: int64 (N,), the pairs' items, by number; 0: the catalogue lacks it.
+        item_N: int64 (N,), the pairs' items, by number; 0: the catalog lacks it.
         rank_N: int64 (N,), their ranks.
         best_Nk: int64 (N, k), the best items of each pair's user.
         users: the pairs' users, by name, or by the number of their row.
         index: the items' vectors.
-        use: the experts of the users over the pairs, and of the items over the catalogue, those by "popularity".
+        use: the experts of the users over the pairs, and of the items over the catalog, those by "popularity".
     """
 
     ks: Sequence[int]
@@ -137,7 +137,7 @@ class RetrievalReport(Report):
 
 def write_ranks(use: RetrievalUse, folder: Path) -> Section:
     """Write ``popularity.csv``, and return its page section."""
-    group_N = use.group_V[use.item_N]  # number 0, of an item that the catalogue lacks, is not in training
+    group_N = use.group_V[use.item_N]  # number 0, of an item that the catalog lacks, is not in training
     named: dict[str, Any] = {"what": "popularity", "about": "popularity of the item", "unit": "pairs", "note": QUARTERS}
     path = folder / "popularity.csv"
     parts = rank_parts(use.rank_N, group_N, POPULARITY, path, recall_at=use.ks, **named)

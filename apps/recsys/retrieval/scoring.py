@@ -65,7 +65,7 @@ class Ranking:
 
     Args:
         model: a ``MultiTaskRecommender`` that has the encoding of its checkpoint.
-        items: a row for each item of the catalogue, with its columns.
+        items: a row for each item of the catalog, with its columns.
         task: the task whose prediction orders the items; None: the first.
 
     Raises:
@@ -92,7 +92,7 @@ class Ranking:
         """Return the ranking of a retriever's items by a model.
 
         Args:
-            retriever: the model whose catalogue is ranked.
+            retriever: the model whose catalog is ranked.
             rank: a ``MultiTaskRecommender`` with its checkpoint's encoding, or the path of its run or checkpoint.
             task: as for the constructor.
 

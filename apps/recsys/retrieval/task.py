@@ -1,4 +1,4 @@
-"""A retriever in use: a user's columns in, the best items of the catalogue and the experts of both towers out."""
+"""A retriever in use: a user's columns in, the best items of the catalog and the experts of both towers out."""
 
 from __future__ import annotations
 

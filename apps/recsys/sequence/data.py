@@ -48,7 +48,7 @@ class HistoryBatch(NamedTuple):
         user_B: int64 (B,), the user's place in ``HistoryData.user_names``.
         seen_BH: int64 (B, H), all items of the user before the target, also those that ``items_BS`` is too short for,
             padded with 0; None in training. An item may be in it several times.
-        seconds_BS: int64 (B, S), the time of each item of ``items_BS`` in whole seconds; None where the data have no
+        seconds_BS: int64 (B, S), the time of each item of ``items_BS`` in whole seconds; None if the data have no
             times.
     """
 

@@ -73,10 +73,10 @@ class Histories:
         offsets: int64 (users + 1,).
         user_names: the users as the data calls them, by position.
         items: the items by id.
-        item_genres: the items' genres by id, entry 0 is (); empty where the data knows no genres.
+        item_genres: the items' genres by id, entry 0 is (); empty if the data knows no genres.
         num_unknown: number of interactions left out because the model does not know their items. A user who has no
             other is kept, without items.
-        second_N: int64, the time of each interaction in whole seconds; None where the data have no times.
+        second_N: int64, the time of each interaction in whole seconds; None if the data have no times.
     """
 
     item_N: NDArray[np.int32]

@@ -230,7 +230,7 @@ class TokenMixing(core.MoELayer):
 
 
 def dense_gates(routing: core.Routing, num_experts: int) -> Tensor:
-    """Return the gates of routed pairs as a matrix, float32 (T, E); 0 where a token does not take an expert."""
+    """Return the gates of routed pairs as a matrix, float32 (T, E); 0 if a token does not take an expert."""
     T, E = routing.num_tokens, num_experts
     # Column E takes the pairs that are not computed.
     place_N = routing.token_index_N * (E + 1) + routing.expert_ids_N

@@ -1,4 +1,4 @@
-"""``NextItemRecommender``: what ``moesaic fit`` trains on histories of clicks."""
+"""``NextItemRecommender``: the module that ``moesaic fit`` trains on histories of clicks."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class NextItemRecommender(SparseModule, Comparable):
         """Return the logits of all items at the positions that have a target.
 
         Raises:
-            ValueError: with ``train_unseen`` those of seen items mean nothing.
+            ValueError: with ``train_unseen`` the logits of seen items mean nothing.
         """
         if self.train_unseen:
             raise ValueError("train_unseen=True leaves logits of seen items untrained: distil with train_unseen=False")
@@ -235,9 +235,10 @@ class NextItemRecommender(SparseModule, Comparable):
 
         Args:
             histories: lists of items, the oldest first: one for each history; a model with ``time_buckets`` takes the
-                items of a list as of one time. Or events, one a row, with the columns that the training file had (user,
-                item and time, if there was one): a pandas DataFrame, a pyarrow Table, a dict of columns, or a path of
-                CSV or Parquet files. Events that the training left out for their rating (``min_rating``) are left out.
+                items of a list as of one time. Or events, one per row, with the columns that the training file had
+                (user, item and time, if there was one): a pandas DataFrame, a pyarrow Table, a dict of columns, or a
+                path of CSV or Parquet files. Events that the training left out for their rating (``min_rating``) are
+                left out.
             top: items of a history at most.
             include_seen: recommend items of the history too, as ``moesaic predict`` does unless the model has
                 ``exclude_seen``.

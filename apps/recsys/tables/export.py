@@ -39,7 +39,7 @@ class PlainTables(nn.Module):
         self.outputs, self.names, self.features = outputs, names, features
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        """Return the outputs (B, Z), a logit a task where all are binary."""
+        """Return the outputs (B, Z), one logit per task if all are binary."""
         batch = batch_of(dict(zip(self.names, tensors, strict=True)), self.features)
         z = [member(batch, plain=True) for member in self.members]
         return (z[0] if len(z) == 1 else self.outputs.mean(torch.stack(z))).float()

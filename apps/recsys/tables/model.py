@@ -292,7 +292,7 @@ class MultiTaskModel(TableColumns):
         return set() if self.domain is None or self.sparse.config.weight_decay else {"domain.weight"}
 
     def forward(self, batch: TableBatch, plain: bool = False) -> Tensor:
-        """Return the outputs (B, Z), a logit a task where all are binary; ``plain`` as for ``read``.
+        """Return the outputs (B, Z), one logit per task if all are binary; ``plain`` as for ``read``.
 
         Raises:
             ValueError: the columns are not the model's, a row is beyond its table, or the batch names no domain where

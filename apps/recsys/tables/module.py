@@ -1,4 +1,4 @@
-"""``MultiTaskRecommender``: what ``moesaic fit`` trains on tables."""
+"""``MultiTaskRecommender``: the module that ``moesaic fit`` trains on tables."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _REPORT = RecommenderReportConfig()
 
 
 class MultiTaskRecommender(SparseModule, Comparable):
-    """A recommender of several tasks: clicks, purchases, watch times, ratings.
+    """A recommender for several tasks: clicks, purchases, watch times, ratings.
 
     The metric that is compared, and by which the best weights are kept, is the mean AUC of the tasks, or their mean R^2
     if all predict numbers; if only some do, it is the first task's metric.
@@ -57,9 +57,9 @@ class MultiTaskRecommender(SparseModule, Comparable):
             ``SingleTask``.
         embedding: embeddings of the categorical columns.
         dense: encoding of the continuous columns.
-        interaction: how the columns meet.
+        interaction: interaction of the columns.
         head: towers of the tasks.
-        weighting: how the tasks' losses become one.
+        weighting: weighting of the tasks' losses in their sum.
         dropout: dropout of the shared layer's input, in training.
         num_members: networks trained side by side; the prediction is the mean of their probabilities.
         score_bins: number of bins of the scores whose counts the metrics keep instead of every prediction; there is no
@@ -169,7 +169,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return self.members[0].input_dim
 
     def forward(self, batch: TableBatch) -> Tensor:
-        """Return the tasks' outputs (B, Z), a logit a task where all are binary; see ``apps.recsys.kinds``.
+        """Return the tasks' outputs (B, Z), one logit per task if all are binary; see ``apps.recsys.kinds``.
 
         An ensemble's represent the mean of the members' predictions.
         """
@@ -369,7 +369,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return baselines(self)
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return the values by row whose mean is ``monitor``; NaN where a split cannot tell."""
+        """Return the values by row whose mean is ``monitor``; NaN if a split cannot tell."""
         z_NZ = torch.cat([out.outputs for out in outs]).double().cpu()
         y_Nt = torch.cat([out.targets for out in outs]).double().cpu().numpy()
         parts = zip(self.outputs.kinds, self.outputs.split(z_NZ), y_Nt.T, strict=True)

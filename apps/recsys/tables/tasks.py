@@ -31,8 +31,8 @@ class HeadConfig(Checked):
     - "aitm": steps too (arXiv 2105.08489): a task's knowledge passes on to the next one, which attends to it and to its
       own. A hinge keeps a step's probability below the probability of the step before.
 
-    With "esmm" and "aitm" a step that has no label is 0 where an earlier step is 0, in losses and in metrics: nothing
-    was bought where nothing was clicked, whether a table writes it or leaves it out.
+    With "esmm" and "aitm" a step that has no label is 0 if an earlier step is 0, in losses and in metrics: nothing was
+    bought where nothing was clicked, whether a table writes it or leaves it out.
 
     Attributes:
         kind: "plain", "esmm" or "aitm".
@@ -82,7 +82,7 @@ class HeadConfig(Checked):
         Args:
             dim: width of the shared layer's output.
             num_tasks: number t of tasks.
-            positives: share of positive labels of each task; empty where it is not known.
+            positives: share of positive labels of each task; empty if it is not known.
             targets: the target of each task; empty: all are binary.
 
         Raises:
@@ -105,7 +105,7 @@ class Head(nn.Module):
     Args:
         config: config of the towers.
         dim, num_tasks, targets: arguments of ``HeadConfig.build``.
-        shares: share of positives of each output in training; empty where it is not known.
+        shares: share of positives of each output in training; empty if it is not known.
 
     Attributes:
         outputs: the positions of each task's outputs.
@@ -148,7 +148,7 @@ class Head(nn.Module):
         return (dim, *self.config.hidden_dims)
 
     def forward(self, x_tBD: Tensor, gates: Sequence[Tensor] = (), shift_BZ: Tensor | None = None) -> Tensor:
-        """Return the outputs (B, Z) of (t, B, D), a logit a task where all are binary.
+        """Return the outputs (B, Z) of (t, B, D), one logit per task if all are binary.
 
         Args:
             x_tBD: the shared layer's output of each task.
@@ -198,7 +198,7 @@ class Head(nn.Module):
 
 
 def step_labels(label_Bt: Tensor) -> Tensor:
-    """Return labels (B, t) of steps in which a NaN is 0 where an earlier step is 0."""
+    """Return labels (B, t) of steps in which a NaN is 0 if an earlier step is 0."""
     ended_Bt = (label_Bt == 0).cumsum(1) > 0
     return label_Bt.masked_fill(ended_Bt & label_Bt.isnan(), 0.0)
 

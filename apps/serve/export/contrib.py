@@ -34,7 +34,7 @@ LEAST_BLOCK, LARGEST_BLOCK = 16, 128
 
 
 def misfit(layer: core.MoELayer) -> str | None:
-    """Return why none of onnxruntime's operators computes the experts of a layer; None where one does."""
+    """Return why none of onnxruntime's operators computes the experts of a layer; None if one does."""
     return None if goes_by_blocks(layer) else _operator_misfit(layer)
 
 
@@ -46,7 +46,7 @@ def goes_by_blocks(layer: core.MoELayer) -> bool:
 
 
 def _operator_misfit(layer: core.MoELayer) -> str | None:
-    """Return why neither ``MoE`` nor ``QMoE`` computes a layer; None where one does."""
+    """Return why neither ``MoE`` nor ``QMoE`` computes a layer; None if one does."""
     if type(layer) is not core.MoE:
         return f"{type(layer).__name__} is no plain MoE layer"
     experts, name = layer.experts, type(layer.experts).__name__
@@ -67,7 +67,7 @@ def _operator_misfit(layer: core.MoELayer) -> str | None:
 
 
 def _quantized_misfit(matrices: list[QuantizedWeight]) -> str | None:
-    """Return why ``QMoE`` takes no such matrices, or not in float32; None where it does."""
+    """Return why ``QMoE`` takes no such matrices, or not in float32; None if it does."""
     for w in matrices:
         if w.bits == 8 and not w.is_by_channel:
             return "its experts have 8 bits and several scales a channel: onnxruntime would round the tokens too"
@@ -105,7 +105,7 @@ def _packed(q: Tensor, bits: int) -> Tensor:
 
 
 def by_blocks(writer: Writer, name: str, x: Any, w: QuantizedWeight, *bias: Any) -> Any | None:
-    """Write ``x w + b`` as ``MatMulNBits`` that keeps x in float32; return None where it does not take w."""
+    """Write ``x w + b`` as ``MatMulNBits`` that keeps x in float32; return None if it does not take w."""
     block = _block(w)
     if w.bits != 4 or block is None:
         return None

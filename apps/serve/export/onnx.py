@@ -94,7 +94,7 @@ def _goes_by_step(graph: Graph) -> bool:
 
 
 def _check_fits(graph: Graph) -> None:
-    """Raise a ``ValueError`` where onnxruntime's operators fit none of the layers, with the reason of each."""
+    """Raise a ``ValueError`` if onnxruntime's operators fit none of the layers, with the reason of each."""
     reasons = {name: misfit(layer) for name, layer in core.moe_layers(graph.network).items()}
     if None not in reasons.values():
         listed = "; ".join(f"layer {name!r}: {reason}" for name, reason in reasons.items())

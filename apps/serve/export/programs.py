@@ -136,7 +136,7 @@ def capture(graph: Graph, table: Mapping[Any, Callable[..., Any]] | None = None)
 
 
 def _check_lengths(graph: Graph, program: torch.export.ExportedProgram) -> None:
-    """Raise a ``ValueError`` where an axis of any length may in truth not be longer than some bound.
+    """Raise a ``ValueError`` if an axis of any length may in truth not be longer than some bound.
 
     torch takes a number that is 1 in the example for a constant, such as the capacity of an expert of few tokens.
     """

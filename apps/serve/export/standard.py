@@ -28,7 +28,7 @@ MOST_TABLED = 16
 """Experts up to which pairs are ordered by a table of experts and pairs, and not by sorting."""
 ByBlocks = Callable[..., Any]
 """Writes ``x w + b`` with a quantized matrix by one operator. It gets a writer, the name of w, x, w as the
-``QuantizedWeight`` of one expert, and b if there is one; it returns None where the operator does not take w."""
+``QuantizedWeight`` of one expert, and b if there is one; it returns None if the operator does not take w."""
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
@@ -63,7 +63,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         return op.ReduceSum(op.Cast(passed, to=6 if out_int32 else 7), last, keepdims=False)
 
     def floordiv(self: Any, other: Any) -> Any:
-        # ONNX divides integers towards zero, which is too high for a quotient below it.
+        # ONNX divides integers toward zero, which is too high for a quotient below it.
         quotient = op.Div(self, other)
         rest = op.Sub(self, op.Mul(quotient, other))
         zero = op.CastLike(op.Constant(value_int=0), rest)

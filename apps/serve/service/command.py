@@ -35,7 +35,7 @@ def run(options: Options) -> int:
     """Serve a run's model until SIGTERM or SIGINT; a second SIGINT does not wait for running requests.
 
     Returns:
-        0; 1 where the model has broken down; 143 and 130 where the signal came before the service was ready.
+        0; 1 if the model has broken down; 143 and 130 where the signal came before the service was ready.
 
     Raises:
         ValueError: the checkpoint is damaged, of a model that no app has or whose app has no service; the device is

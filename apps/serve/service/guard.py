@@ -116,7 +116,7 @@ class Guard:
     """An ASGI application around another one.
 
     It rejects a request with a wrong token, one that is addressed to another name, and one too many. It counts all, but
-    only admitted requests count towards those that are answered at the same time.
+    only admitted requests count toward those that are answered at the same time.
 
     If an answer comes before the body has been read, such as "413", the rest of the body is thrown away for a moment
     and the connection is closed: a client that is still sending gets the answer, and nobody reads the whole. A client

@@ -105,7 +105,7 @@ class DenseArch(nn.Module):
             self.out_dim = len(features) * config.dim
 
     def bins(self, dense_BC: Tensor) -> Tensor | None:
-        """Return the rows int64 (C, B) of the columns' tables, 0 where missing, else 1 + the bin; None without bins."""
+        """Return the rows int64 (C, B) of the columns' tables, 0 if missing, else 1 + the bin; None without bins."""
         if not self.bin_features:
             return None
         x_CB = dense_BC.t().contiguous()
@@ -113,7 +113,7 @@ class DenseArch(nn.Module):
         return torch.where(x_CB.isfinite(), bin_CB + 1, 0)
 
     def forward(self, dense_BC: Tensor) -> Tensor | None:
-        """Map (B, C) to (B, ``out_dim``), or (copies, B, ``out_dim``); None where the columns give no numbers."""
+        """Map (B, C) to (B, ``out_dim``), or (copies, B, ``out_dim``); None if the columns give no numbers."""
         if self.encode is None:
             return None
         x = self.encode(dense_BC)
@@ -172,7 +172,7 @@ class _Bins(nn.Module):
         self.register_buffer("_scale_C", torch.tensor([1 / f.std for f in features]), persistent=False)
 
     def tails(self, dense_BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return how far values lie below the first and above the last boundary, and 1 where missing: (B, C) each."""
+        """Return how far values lie below the first and above the last boundary, and 1 if missing: (B, C) each."""
         # The boundaries of a constant column are NaN, and both distances 0.
         below = ((self._first_C - dense_BC) * self._scale_C).nan_to_num(0.0, 0.0, 0.0).clamp(0.0, _CLIP).log1p()
         above = ((dense_BC - self._last_C) * self._scale_C).nan_to_num(0.0, 0.0, 0.0).clamp(0.0, _CLIP).log1p()

@@ -40,7 +40,7 @@ class VectorArch(nn.Module):
         self.register_buffer("_scale_V", torch.tensor(scale), persistent=False)
 
     def forward(self, vector_BV: Tensor) -> Tensor:
-        """Map (B, V), the columns side by side, NaN where missing, to (B, n d); (copies, B, n d) of several copies."""
+        """Map (B, V), the columns side by side, NaN if missing, to (B, n d); (copies, B, n d) of several copies."""
         outputs = []
         parts = (vector_BV * self._scale_V).split(list(self.sizes), dim=1)
         for x_BS, weight_KSd, missing_K1d in zip(parts, self.weight, self.missing, strict=True):

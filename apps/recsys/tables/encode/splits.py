@@ -21,7 +21,7 @@ class Splits:
     """Row numbers of each split, ascending; no row is in two of them.
 
     Attributes:
-        train, val, test: int64. val and test are empty where the configuration wants none.
+        train, val, test: int64. val and test are empty if the configuration wants none.
     """
 
     train: Rows
@@ -48,7 +48,7 @@ def split_rows(
         num_test: rows of the test file; None: there is none.
         group: (num_train,) users or other groups as numbers, for the kinds "user", "group" and "leave_last_out".
         time: (num_train,) times for the kinds "time" and "leave_last_out"; None: the order of the rows.
-        label: (num_train,) labels of the task to stratify by, NaN where missing.
+        label: (num_train,) labels of the task to stratify by, NaN if missing.
 
     Raises:
         ValueError: a split that must hold rows would be empty, or the kind has no use for a file.

@@ -164,7 +164,7 @@ class PerTask:
         return {name: float(value) for name, value in metrics.compute().items()}
 
     def logits(self, arrays: TableArrays) -> np.ndarray:
-        """Return the tasks' outputs, float64 (N, Z), a logit a task where all are binary."""
+        """Return the tasks' outputs, float64 (N, Z), one logit per task if all are binary."""
         models = [self.models[name] for name in arrays.features.tasks]
         of_tasks = [
             np.full(len(arrays), m.logit) if isinstance(m, Constant) else self.decision(m, arrays) for m in models

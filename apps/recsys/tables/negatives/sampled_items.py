@@ -262,7 +262,7 @@ class FixedDraws(Dataset[TableBatch]):
 
 
 def with_items(rows: TableRows, items: Items, place_B: Tensor, item_B: Tensor) -> TableBatch:
-    """Return rows with other items, labeled 0 where the row has a label.
+    """Return rows with other items, labeled 0 if the row has a label.
 
     Args:
         rows: rows of ``Items.table_rows``.

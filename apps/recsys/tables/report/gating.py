@@ -48,9 +48,9 @@ class Gate:
         block: layer or level to which it belongs; "" if there is one.
         end: last part of its entry's name on the tape: "task0", "category0", "shared" (for a shared representation),
             "selection", "tasks" or "".
-        task: number of its task; None where it serves all.
+        task: number of its task; None if it serves all.
         experts: names of its E experts: "shared0", "task0.1", "domain.0", or their numbers.
-        weights_NE: float32 (N, E), the weight of each expert's output; 0 where it is not computed.
+        weights_NE: float32 (N, E), the weight of each expert's output; 0 if it is not computed.
         tasks: names of all tasks.
     """
 
@@ -164,7 +164,7 @@ class GateReader:
         sums[1, : len(every)] += every.cpu().numpy()
 
     def _groups(self, entry: str) -> Any:
-        """Return the groups of the experts that a layer, or its level, tells apart; None where it tells none."""
+        """Return the groups of the experts that a layer, or its level, tells apart; None if it tells none."""
         layer = self._layer(entry)
         groups = getattr(core.moe_layers(self.model)[layer], "groups", None)
         if not isinstance(groups, tuple):
@@ -244,7 +244,7 @@ class ExpertUse:
         block: see ``Gate``.
         name: see ``Gate.experts``.
         label: the name in words.
-        zero_share: share of its outputs that is zero; NaN where they are summed in a kernel, or not computed.
+        zero_share: share of its outputs that is zero; NaN if they are summed in a kernel, or not computed.
         weights: its mean weight by the label of the gate; NaN for gates that cannot reach it.
         problem: "collapsed", "taken by <task>", "passed by", "unused", several with commas; "" if there is none.
     """
@@ -343,7 +343,7 @@ def coded_names(features: Features) -> list[str]:
 
 
 def coded_columns(arrays: TableArrays) -> Iterator[tuple[str, np.ndarray, list[str] | None]]:
-    """Yield columns as codes: (name, int64 (N,), words of the codes or None where the data module has them)."""
+    """Yield columns as codes: (name, int64 (N,), words of the codes or None if the data module has them)."""
     features = arrays.features
     names = coded_names(features)
     single = [f.name for f in features.single]

@@ -46,15 +46,15 @@ class TableArrays:
 
     Attributes:
         features: description of the columns.
-        dense_NC: float32 (N, C), the continuous columns; NaN where missing or infinite.
+        dense_NC: float32 (N, C), the continuous columns; NaN if missing or infinite.
         ids_NF: int64 (N, F), row numbers of the categorical columns of one value, in the order of the features.
         multi: the other categorical columns and the sequences, by name.
         label_Nt: float32 (N, t), as ``TableBatch`` has them; NaN for no label.
         domain_N: int64 (N,), the domain; None if there is one.
-        group_N: int64 (N,), the user; None where none is named.
+        group_N: int64 (N,), the user; None if none is named.
         weight_Nt: float32 (N, t), weights of the labels; None: 1.
         vector_NV: float32 (N, V), the columns of vectors side by side; None if there are none.
-        cold_N: uint8 (N,), flags of what has no row in training; None where all have some.
+        cold_N: uint8 (N,), flags of what has no row in training; None if all have some.
     """
 
     features: Features

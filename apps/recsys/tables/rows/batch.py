@@ -64,16 +64,16 @@ class TableBatch(Batch):
     """B rows of a table.
 
     Attributes:
-        dense_BC: float32 (B, C), the continuous columns as they are in the table; NaN where missing.
+        dense_BC: float32 (B, C), the continuous columns as they are in the table; NaN if missing.
         single_FB: int32 (F, B), row numbers of the tables of the categorical columns of one value, in their
             order.
         label_Bt: float32 (B, t), the labels: 0 or 1 of a binary task, the number of one of "regression" or "count", the
-            place of a level or a class; NaN where an example has no label for the task.
+            place of a level or a class; NaN if an example has no label for the task.
         index_B: int64 (B,), the row's number in the table.
         domain_B: int64 (B,), the domain; None if there is one.
-        group_B: int64 (B,), the user, for metrics by user; None where none is named.
+        group_B: int64 (B,), the user, for metrics by user; None if none is named.
         weight_Bt: float32 (B, t), weights of the labels in the losses; None: 1.
-        vector_BV: float32 (B, V), the columns of vectors side by side; NaN where one is missing. None: there are none.
+        vector_BV: float32 (B, V), the columns of vectors side by side; NaN if one is missing. None: there are none.
         lists: the multi-valued columns, then the sequences, the oldest value first and without row 0, in the order of
             ``Features.several``.
         kept: arrow arrays (B,) of the columns that predictions repeat, by name; None: there are none.

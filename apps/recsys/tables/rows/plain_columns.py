@@ -2,11 +2,11 @@
 
 The inputs by name, each only where the table has such columns:
 
-- "dense": float32 (B, C), the continuous columns, NaN where missing;
+- "dense": float32 (B, C), the continuous columns, NaN if missing;
 - "categorical": int64 (B, F), the row of each column with one value;
 - "list_0", "list_1", ...: int64 (B, L), the rows of each multi-valued column and then of each sequence, in their order,
   with -1 behind them up to the longest;
-- "vectors": float32 (B, V), the columns of vectors side by side, NaN where one is missing;
+- "vectors": float32 (B, V), the columns of vectors side by side, NaN if one is missing;
 - "domain": int64 (B,).
 
 A row that a table lacks counts as row 0, the row of values that training lacked: no graph reads another column's rows.
