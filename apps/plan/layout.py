@@ -25,7 +25,7 @@ class Layout:
         nodes: machines that share out the experts, with an all-to-all within each first.
         experts: ranks that share out the experts, on each of these machines.
         hidden: ranks that share out the hidden units of each expert.
-        rest: "replicate" or "shard": what becomes of all other parameters.
+        rest: "replicate" or "shard": treatment of all other parameters.
     """
 
     replicas: int = 1
@@ -181,7 +181,7 @@ def _working(layer: Layer, options: Options, layout: Layout) -> float:
 
 
 def _traffic(outline: Outline, options: Options, layout: Layout, sharding: str | None) -> dict[str, formulas.Traffic]:
-    """Return what leaves a rank in a step, by collective."""
+    """Return the traffic of a rank in a step, by collective."""
     node, W = options.node, options.gpus
     experts = formulas.Traffic()
     passes = 2 if options.checkpointing else 1
@@ -248,7 +248,7 @@ class Sweep:
 
     Attributes:
         costs: the best layout of each expert-parallel degree and of each way to shard tables, by degree.
-        best: the fastest that fits; where none fits, the one with the least memory.
+        best: the fastest that fits; if none fits, the one with the least memory.
     """
 
     costs: tuple[Cost, ...]
@@ -282,7 +282,7 @@ def sweep(outline: Outline, options: Options) -> Sweep:
 
 
 def _rank(one: Cost) -> tuple[bool, float, float]:
-    """Return what orders costs: those that fit by time, the others by memory."""
+    """Return the sort key of costs: time for layouts that fit, memory for the others."""
     return (not one.fits, one.seconds if one.fits else one.memory.total, one.seconds)
 
 

@@ -45,7 +45,7 @@ class Options(CommandLine):
         length: tokens of an example, if the configuration does not say
         given_precision: 32-true, bf16-mixed, bf16-true (default: the configuration's, else 32-true)
         given_dtype: FSDP2's mixed precision: matmuls and gathered parameters
-        activation_checkpointing: blocks compute their activations again
+        activation_checkpointing: blocks recompute their activations
         static_exchange: every place of the capacity is sent (capacity_factor)
         memory: memory of a GPU
         tflops: peak of its matmuls in this precision
@@ -169,7 +169,7 @@ class Options(CommandLine):
 
     @property
     def checkpointing(self) -> bool:
-        """Whether blocks compute their activations again in the backward."""
+        """Whether blocks recompute their activations in the backward."""
         return self.activation_checkpointing or bool(at(self.config, (*_STRATEGY, "activation_checkpointing")))
 
     @property

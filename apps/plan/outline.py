@@ -30,7 +30,7 @@ COLUMNS = ("tables", "numbers", "histories", "item_tables", "item_numbers")
 
 
 def data_arguments(kind: str, given: Mapping[str, Any], options: Options) -> dict[str, Any]:
-    """Return the arguments of a model's constructor that its data would tell, from configuration and options.
+    """Return the arguments of a model's constructor that its data would provide, from configuration and options.
 
     Args:
         kind: short name of the model's class.
@@ -82,10 +82,10 @@ class Numbers:
     """Numbers of some parameters.
 
     Attributes:
-        params: how many there are.
-        trainable: how many of them have a gradient.
-        state: how many the optimizer keeps for them.
-        step: how many its step needs for itself: AdamW two for each of its largest parameter, Muon five for the
+        params: number of parameters.
+        trainable: number of parameters that have a gradient.
+        state: numbers that the optimizer keeps for them.
+        step: temporary numbers of the optimizer's step: AdamW two for each of its largest parameter, Muon five for the
             matrices of one shape.
     """
 
@@ -102,9 +102,9 @@ class Block:
     Attributes:
         name: dotted name; "" for the parameters outside all blocks.
         rest: all parameters but those of the routed experts that can be sharded.
-        experts: those.
+        experts: the parameters of these routed experts.
         kept: bytes that the forward keeps for the backward.
-        entering: bytes of what enters it, which is all that checkpointing keeps.
+        entering: bytes of its inputs, which are all that checkpointing keeps.
         working: temporary bytes, in addition to its MoE layers'; for parameters outside all blocks, the bytes of the
             loss.
         layers: names of the MoE layers in it.
@@ -305,7 +305,7 @@ def _divided(module: Any, left_out: set[int]) -> tuple[list[Block], Block, dict[
 
 
 def _optimized(module: Any) -> tuple[set[int], dict[int, int]]:
-    """Return the parameters that Muon steps, and for each the numbers of all that it steps with it."""
+    """Return the parameters that Muon updates, and for each the numbers of all parameters updated with it."""
     alike: dict[int, int] = {}
     for group in parameter_groups(module, module.optimizer_config):
         if group.get("muon"):

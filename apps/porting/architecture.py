@@ -235,7 +235,7 @@ def one_width(
 
     Args:
         architecture: of one of our models.
-        weights: of it.
+        weights: number of documents.
         bias: experts without biases get such of zero.
     """
     moe, shape = architecture.moe, architecture.transformer.shape

@@ -56,7 +56,7 @@ class Vocabulary:
 
     @property
     def ours(self) -> Tensor:
-        """int64 (V of theirs,), the id of ours that each of theirs is: the last one where there are two."""
+        """int64 (V of theirs,), the id of ours that each of theirs is: the last one where there are different."""
         ours = torch.zeros(self.size, dtype=torch.int64)
         for i, their_id in enumerate(self.theirs.tolist()):
             ours[their_id] = i

@@ -107,7 +107,7 @@ class Kind:
         return task_metrics(z_Nw[:, 0], label_N, groups_N)
 
     def example_values(self, z_Nw: np.ndarray, label_N: np.ndarray) -> np.ndarray:
-        """Return values (N,) whose mean is the task's ``main_metric``; NaN if a split cannot tell it."""
+        """Return values (N,) whose mean is the task's ``main_metric``; NaN if a split cannot determine it."""
         return auc_values(z_Nw[:, 0], label_N)
 
 

@@ -20,13 +20,13 @@ _NumRows = Annotated[int, Bounds(2, why="row 0 is for unseen values")]
 
 @dataclass(frozen=True)
 class TaskConfig(Checked):
-    """One label. A row without a value has no label for the task: it counts in no loss and no metric of it.
+    """One label. A row without a value has no label: it does not count in the task's losses and metrics.
 
     - "binary": yes or no, which ``positive`` or ``at_least`` tell from the column's values.
     - "regression": a number, such as a price.
-    - "count": an integer from 0 on.
+    - "count": a non-negative integer.
     - "ordinal": one of a few numbers whose order matters, such as a rating.
-    - "multiclass": one of some values without an order.
+    - "multiclass": one of several unordered values.
 
     Attributes:
         column: column that holds the label.
@@ -35,7 +35,7 @@ class TaskConfig(Checked):
         at_least: smallest value that is positive, such as 4 for a rating; not together with ``positive``.
         kind: kind of label.
         loss: loss of "regression": "squared"; "absolute", whose prediction is a median; or "weighted_logistic" for
-            numbers from 0 on such as a watch time (Covington et al., RecSys 2016). None: "squared".
+            non-negative numbers such as a watch time (Covington et al., RecSys 2016). None: "squared".
         weight: column of the row's weight in this task's loss, instead of the table's.
         mask: column of 0 and 1; a row with 0, or without a value there, has no label for the task.
 
@@ -64,17 +64,17 @@ class TaskConfig(Checked):
 
 @dataclass(frozen=True)
 class SplitConfig(Checked):
-    """A rule for which rows train, validate and test.
+    """The rule that splits rows into training, validation and test.
 
     Splits that have files of their own are kept; ``kind`` says how the others are taken from the training file.
 
     Attributes:
         kind: "given": as the files have it; "random": rows; "user" and "group": all rows of a user, or of a value of
-            ``column``, fall on one side; "time": the last rows by time; "leave_last_out": of each user the last row
-            tests, the one before validates.
-        val: share of the training rows (of the users with "user", the groups with "group") that validates, if the files
-            give no validation. 0: no validation.
-        test: share of all rows (likewise) that tests, if the files give no test; "given" and "leave_last_out" take
+            ``column``, fall on one side; "time": the last rows by time; "leave_last_out": each user's last row is for
+            the test, the one before for validation.
+        val: share of the training rows (of the users with "user", the groups with "group") used for validation, if the
+            files give none. 0: no validation.
+        test: share of all rows (likewise) used for the test, if the files give none; "given" and "leave_last_out" take
             none.
         stratify: task whose classes are shared out evenly over validation and training, with "given" and "random".
         seed: seed of the draw. It is not the run's, so that runs of other seeds have the same rows.
@@ -131,7 +131,7 @@ class TextConfig(Checked):
         max_tokens: number of WordPiece tokens that are read of a text.
 
     Raises:
-        ValueError: ``max_tokens`` below 3, which is one piece between the two that enclose a text.
+        ValueError: ``max_tokens`` below 3, which is one token between the two that enclose a text.
     """
 
     encoder: str | None = None
@@ -146,10 +146,10 @@ class TableConfig(Checked):
         categorical: columns of one value per row.
         multi_valued: columns of any number of values per row: lists, or text that ``separator`` cuts.
         continuous: columns of numbers.
-        tasks: labels by the name of the task; none where all that counts is that a row is there.
+        tasks: labels by the name of the task; none if only the presence of a row counts.
         domain: column of the domain; None if there is one domain.
         user: column whose rows belong together, for a split by user and metrics by user. A test reports the rows of
-            users that have no row in training apart.
+            users without a training row separately.
         time: column by which rows are ordered.
         hash_rows: number of embedding rows by column, for columns whose ids are hashed.
         num_rows: number of embedding rows by column, for columns that hold row numbers already, 0 to num_rows - 1.
@@ -164,7 +164,7 @@ class TableConfig(Checked):
         timestamps: columns of times. Each is given to a model as ``<column>_hour`` and ``<column>_weekday``,
             categorical, and ``<column>_days``, the time as a number of days since 1970; all in UTC.
         left_out: parts of timestamps that are not given to a model, such as "time_days".
-        item: column of the items. A test reports the rows of items that have no row in training apart.
+        item: column of the items. A test reports the rows of items without a training row separately.
         texts: columns of text, by name, which become vectors.
 
     Raises:

@@ -92,8 +92,8 @@ class VisionClassifier(SparseModule, Comparable):
         in_chans: channels of an image; the command line takes it from the data.
         num_classes: number of classes; the command line takes it from the data.
         label_smoothing: share of the target spread evenly over the classes, in training.
-        pretrained: weights for the dense parts, with which the first training or test starts that no checkpoint gives
-            its weights: a timm model name, or a safetensors or torch file.
+        pretrained: weights for the dense parts, loaded at the first training or test unless a checkpoint provides its
+            own: a timm model name, or a safetensors or torch file.
         grad_checkpointing: recompute the blocks in the backward, to save memory.
         report: the report that a test adds to the accuracy; None: nothing.
         kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.

@@ -1,4 +1,4 @@
-"""``ImageCaptioner``: what ``moesaic fit`` trains to write about images."""
+"""``ImageCaptioner``: the module that ``moesaic fit`` trains to caption images."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class Captions(NamedTuple):
 class ImageCaptioner(JudgedModule):
     """An image encoder and a decoder that writes a text about the image, sparse or dense.
 
-    It is trained by the cross-entropy of each token after those before it, with label smoothing, and evaluated by the
-    text that it generates: BLEU and chrF++ of its captions, by sacrebleu, against all texts of the image.
+    It is trained by the cross-entropy of each token given the tokens before it, with label smoothing, and evaluated by
+    the text that it generates: BLEU and chrF++ of its captions, by sacrebleu, against all texts of the image.
 
     Args:
         vit: the image encoder.
@@ -83,15 +83,15 @@ class ImageCaptioner(JudgedModule):
         in_chans: channels of an image; the command line takes it from the data.
         vocab_size: ids of the texts' subwords; the command line takes it from the data.
         max_tokens: ids of the longest text, start and end among them; the command line takes it from the data.
-        encoder_from: weights of the image encoder's dense parts, with which the first training or test starts that no
-            checkpoint gives its weights: a checkpoint of a model of the suite with such an encoder, a timm model name,
+        encoder_from: weights of the image encoder's dense parts, loaded at the first training or test unless a
+            checkpoint provides its own: a checkpoint of a model of the suite with such an encoder, a timm model name,
             or a safetensors or torch file.
         trained: which parameters a training changes: "all"; "decoder", all but the image encoder's; "connector", the
             map between both; "experts", those of the MoE layers, as the last stage of MoE-LLaVA.
         decode: how images of a test and of a prediction are captioned; an image counts as ``max_tokens`` ids in the
             maximal length.
         bleu_tokenize: sacrebleu's tokenizer for BLEU, such as "13a", "zh" or "char".
-        report: what a test adds to the scores; None: nothing.
+        report: options of the report that a test adds to the scores; None: nothing.
         kwargs: ``val_decode`` of ``JudgedModule``, ``label_smoothing`` of ``WritingModule``; ``optimizer``,
             ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
 

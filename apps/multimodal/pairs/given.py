@@ -38,10 +38,10 @@ class GivenInputs(Checked):
 
     Attributes:
         images: folder of images; those in folders below it count too.
-        predict_file: table of texts, or a .txt file with a text a line.
+        predict_file: table of texts, or a .txt file with one text per line.
         query: texts by which the images are searched; one text may be given without a list.
         query_image: image files by which they are searched, instead of texts.
-        top: images of a query at most; None: 10.
+        top: maximum number of images per query; None: 10.
         index: file of the images' vectors, for a search; None: one in the cache.
         on_bad_image: handling of an image of the folder that cannot be read.
         caption_column: column of the table that holds a text or a list of texts.
@@ -165,7 +165,7 @@ def read_texts(path: Path, column: str, id_column: str | None) -> tuple[list[str
     """Return the ids, or None, and the texts of a file.
 
     Args:
-        path: a table, or a .txt file with a text a line.
+        path: a table, or a .txt file with one text per line.
         column: the table's column of texts, or of lists of texts.
         id_column: its column of ids; None: there is none.
 

@@ -74,7 +74,7 @@ class RawPairs:
         images: the images.
         image_N: int64 (N,), the image of each pair.
         texts: the caption of each pair.
-        labels: the value of each attribute for each image, None if it is not known.
+        labels: the value of each attribute for each image, None if unknown.
         split: the split of each image; None if it is to be sampled.
         left_out: number of rows that are not among the pairs, by reason.
         rows: name of the first row of each image, such as ``titles.csv, row 7``; empty if no table names them.

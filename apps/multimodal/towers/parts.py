@@ -32,8 +32,8 @@ class TowerPart(OpenConfig):
     """Base of the configs of one of ``TwoTowers``, with a published layout.
 
     Attributes:
-        pretrained: weights with which the first training or test starts that no checkpoint gives its weights; None: it
-            starts with random weights.
+        pretrained: weights loaded at the first training or test unless a checkpoint provides them; None: random
+            initialization.
         start: what experts start as if ``pretrained`` is set, a name of ``core.convert.STARTS`` or a start with
             options.
         moe_blocks: which blocks of this tower have the model's MoE layers, named as there, or "none"; None: those that
@@ -148,7 +148,7 @@ class OneTower(nn.Module):
     Attributes:
         dim: width of a vector.
         moes: the different MoE layers' configs.
-        network: what computes.
+        network: the module that computes the vectors.
     """
 
     ffn_place: ClassVar[str] = "layers.{}.ffn."

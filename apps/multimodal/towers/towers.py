@@ -124,7 +124,7 @@ class Towers(nn.Module):
 
     def load_start(self) -> tuple[Published | None, Published | None]:
         """Load published weights, if the configuration names any, and return their values for images and for texts in
-        addition to the towers. A training or test that no checkpoint gives its weights calls this once."""
+        addition to the towers. A training or test without a checkpoint calls this once."""
         return None, None
 
     def set_grad_checkpointing(self, on: bool) -> None:
@@ -155,8 +155,8 @@ class SingleTower(TowerConfig):
         hidden_dim: FFN hidden dim of the dense blocks; None: 4 * width.
         patch_size: height and width of a patch in pixels; must divide the image's.
         dropout: of each block's output, and of the embeddings.
-        pos_embed_std: standard deviation of the initial vectors of places. Those of text tokens start at 1, and a patch
-            is mapped to about as much.
+        pos_embed_std: standard deviation of the initial vectors of positions. The vectors of text tokens start at 1,
+            and a patch is mapped to about as much.
 
     Raises:
         ValueError: a value out of its range.
@@ -201,13 +201,13 @@ class SingleTower(TowerConfig):
 
 
 class PatchEmbedding(nn.Module):
-    """A linear map of each patch of an image, with a learned vector for its place.
+    """A linear map of each patch of an image, with a learned vector for its position.
 
     Args:
         sizes: of the input.
         patch_size: height and width of a patch.
         width: D.
-        pos_embed_std: standard deviation of the initial vectors of places.
+        pos_embed_std: standard deviation of the initial vectors of positions.
 
     Raises:
         ValueError: patches do not divide the image.
@@ -234,12 +234,12 @@ class PatchEmbedding(nn.Module):
 
 
 class PieceEmbedding(nn.Module):
-    """A learned vector for each piece of a text, and one for its place.
+    """A learned vector for each token of a text, and one for its position.
 
     Args:
         sizes: of the input.
         width: D.
-        pos_embed_std: standard deviation of the initial vectors of places.
+        pos_embed_std: standard deviation of the initial vectors of positions.
     """
 
     def __init__(self, sizes: Sizes, width: int, pos_embed_std: float) -> None:
@@ -267,13 +267,13 @@ class PieceEmbedding(nn.Module):
 class SharedTransformer(Towers):
     """The network of ``SingleTower``. Both modalities go through its blocks in one call.
 
-    Token ids in the context are those of pieces, and ``vocab_size + p`` for the p-th patch.
+    Token ids in the context are the text's token ids, and ``vocab_size + p`` for the p-th patch.
 
     Args:
         config: sizes.
         sizes: of the input.
         ffn, moe_blocks: as ``TowerConfig.build`` has them.
-        modalities: what it reads, ``IMAGE``, ``TEXT`` or both.
+        modalities: modalities that it reads, ``IMAGE``, ``TEXT`` or both.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Greedy search, beam search and sampling, over any model that gives the next token's logits a position at a time.
+"""Greedy search, beam search and sampling, over any model that gives the next token's logits one position at a time.
 
 A hypothesis is a list of ids that ends in ``EOS_ID``; ``PAD_ID`` and ``BOS_ID`` are never in it. Its score is
 
@@ -18,7 +18,7 @@ Among equal sums the better hypothesis's goes first, then the lower id. ``tests/
 in plain loops.
 
 A finished sentence leaves the batch (batch pruning, arXiv 2211.10017), unless ``prune=False``. The output for a
-sentence does not depend on it, nor on the rest of its batch, as far as the model's logits do not.
+sentence does not depend on it, nor on the rest of its batch, provided that the model's logits do not.
 """
 
 from apps.nlp.decode.candidate import Candidate, check_one, in_columns

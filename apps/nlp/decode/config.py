@@ -28,8 +28,8 @@ class DecodeConfig(Checked):
             finished.
         length_penalty: the score of a hypothesis is its sum of log p / length ** length_penalty; 0: the sum.
         max_length_ratio, max_length_extra: a hypothesis has at most ``ratio * S + extra`` ids before its end, rounded
-            down; S are the source's or the prompt's ids with what marks its start, its end and its language.
-        min_length: ids that it has at least; beats the maximum.
+            down; S counts the source's or the prompt's ids, with the markers of start, end and language.
+        min_length: minimum number of ids; takes precedence over the maximum.
         temperature: of "sample": divisor of the logits.
         top_k: of "sample": draw from the k most probable ids; 0: from all.
         top_p: of "sample": draw from the fewest most probable ids whose probabilities sum to p at least, after

@@ -37,8 +37,8 @@ class TextBatch(NamedTuple):
     """B blocks of text.
 
     Attributes:
-        tokens_BL: int64 (B, L), a model reads ``[:, :-1]`` and is to say ``[:, 1:]``. In training and evaluation L is
-            the block size and one, and the last token of a block is the first of the next, so that each token is
+        tokens_BL: int64 (B, L), a model reads ``[:, :-1]`` and predicts ``[:, 1:]``. In training and evaluation L is
+            the block size plus one, and the last token of a block is the first of the next, so that each token is
             predicted once; the last block of a split is padded with ``PAD_ID``. In prediction: ``EOS_ID`` and the
             prompt.
         index_B: int64 (B,), the block's place in its split, or the prompt's line number.
@@ -52,10 +52,10 @@ class TextSize(NamedTuple):
     """The amount of text in a split, which turns a loss per token into one per word or byte.
 
     Attributes:
-        documents: of it.
-        tokens: to be said: subwords, and ``EOS_ID`` after each document.
-        words: cut at spaces; of scripts that put none between words, characters.
-        bytes: of UTF-8, without line ends.
+        documents: number of documents.
+        tokens: number of tokens to predict: subwords, and ``EOS_ID`` after each document.
+        words: number of words, cut at spaces; for scripts without spaces, number of characters.
+        bytes: number of UTF-8 bytes, without line ends.
     """
 
     documents: int
@@ -101,8 +101,8 @@ class TextData(SubwordData):
         val_files: likewise; None: documents of train_files are held out.
         test_files: likewise.
         language: of a parallel corpus; None: English.
-        document: what belongs together, and is on one side of a split: each "line", "paragraph" (lines up to an empty
-            one) or "file".
+        document: unit that is kept on one side of a split: each "line", "paragraph" (lines up to an empty one) or
+            "file".
         val_size: documents to validate on, or a share of all below 1, if there are no files of them; None: a twentieth;
             of a parallel corpus as of `TranslationData`.
         test_size: likewise.

@@ -73,7 +73,7 @@ class LanguageMetrics(PieceMetrics[Block]):
     of the text they take it for an average part.
 
     Attributes:
-        size: how much text there is; None: it is not known.
+        size: amount of text; None: unknown.
     """
 
     higher_is_better = False
@@ -109,9 +109,9 @@ class LanguageModeler(TextModule):
             Transformer); it is the only block that ``moe_blocks`` can name. None: a layer for each.
         label_smoothing: share of the target spread evenly over the vocabulary, in training.
         decode: how a prompt is continued in a prediction.
-        pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which the
-            first training or test starts that no checkpoint gives its own; ``data.tokenizer.path`` takes its subwords.
-            Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
+        pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are loaded at the first
+            training or test unless a checkpoint provides its own; ``data.tokenizer.path`` takes its subwords. Where
+            ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
         report: options of the report that a test writes besides the metrics; None: nothing.
         kwargs: ``attention_moe`` of ``TextModule``; ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and
             ``distil`` of ``SparseModule``.

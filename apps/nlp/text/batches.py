@@ -30,7 +30,7 @@ class TranslationBatch(NamedTuple):
 
     Attributes:
         source_BS: int64 (B, S), the source with its language tag before it if there is one, and ``EOS_ID`` after it.
-        target_BL: int64 (B, L), ``BOS_ID``, the reference, ``EOS_ID``: a decoder reads ``[:, :-1]`` and is to say
+        target_BL: int64 (B, L), ``BOS_ID``, the reference, ``EOS_ID``: a decoder reads ``[:, :-1]`` and predicts
             ``[:, 1:]``. In prediction the reference is missing, and L is 1.
         pair_B: int64 (B,), the language pair's place among the data's ``pairs``.
         index_B: int64 (B,), the sentence's place in its split, from 0. In prediction of text or a file

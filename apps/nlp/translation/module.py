@@ -61,9 +61,9 @@ class Translations(NamedTuple):
 class Translator(JudgedModule, TextModule):
     """A transformer from one language to another, or from many to many, sparse or dense.
 
-    It is trained by the cross-entropy of each target token after those before it, with label smoothing, and evaluated
-    by the text that it generates: BLEU and chrF++ of its translations as text, by sacrebleu, against the references as
-    they are. With several pairs ``bleu`` and ``chrf`` are the means over the pairs.
+    It is trained by the cross-entropy of each target token given the tokens before it, with label smoothing, and
+    evaluated by the text that it generates: BLEU and chrF++ of its translations as text, by sacrebleu, against the
+    references as they are. With several pairs ``bleu`` and ``chrf`` are the means over the pairs.
 
     Args:
         subwords: of both languages; the command line takes them from the data.
@@ -76,12 +76,12 @@ class Translator(JudgedModule, TextModule):
         tasks: the task id for routers that ask for one: the language "pair", or the "source" or the "target" language.
             The target language is the domain.
         decode: how sentences of tests and predictions are translated.
-        bleu_tokenize: sacrebleu's tokenizer for BLEU, "13a", "zh", "char", ..., of all pairs, or of some pairs theirs;
-            None: by target language, as `bleu_tokenizers` says.
-        pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are those with which the
-            first training or test starts that no checkpoint gives its own; ``data.tokenizer.path`` takes its subwords.
-            Where ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
-        report: what a test adds to the scores; None: nothing.
+        bleu_tokenize: sacrebleu's tokenizer for BLEU, "13a", "zh", "char", ..., for all pairs, or by pair; None: by
+            target language, as `bleu_tokenizers` says.
+        pretrained: folder of a published checkpoint, as `apps.porting` reads it: its weights are loaded at the first
+            training or test unless a checkpoint provides its own; ``data.tokenizer.path`` takes its subwords. Where
+            ``transformer`` is None its network is taken; a given one must be the same, but for dropout.
+        report: options of the report that a test adds to the scores; None: nothing.
         kwargs: ``val_decode`` of ``JudgedModule``, ``label_smoothing`` of ``WritingModule``, ``attention_moe`` of
             ``TextModule``; ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
 

@@ -47,7 +47,7 @@ class Pairs(Dataset[PairBatch]):
         items: the catalog's rows, of which the items' columns come.
         item_column: column that tells one item from another.
         log_q_I: float32 (I,), log of the probability with which a training batch holds each item in a place.
-        num_uniform: further items of a batch, sampled from the whole catalog by torch's global generator.
+        num_uniform: additional items of a batch, sampled from the whole catalog by torch's global generator.
         seen: the items that each user had; None: they may be retrieved again.
         user_column: column whose row of its table ``seen`` counts by.
     """
@@ -132,7 +132,7 @@ class RetrievalData(TableData):
             whatever their label. It needs ``user_column``.
         num_uniform: further negatives per training step and process, sampled from the whole catalog with all items
             equally likely; the pairs of the batch share them (mixed negative sampling).
-        top_k: items of a user that ``moesaic predict`` names.
+        top_k: number of items that ``moesaic predict`` returns per user.
         rank: run or checkpoint of a ``MultiTaskRecommender``, whose prediction orders the items that
             ``moesaic predict`` retrieves; None: they are ordered by the vectors.
         rank_task: the task of that model; None: its first.

@@ -1,6 +1,6 @@
 """Click histories for the next item: MovieLens, and any table of user, item and time.
 
-A batch is cut out of one array of all items by the bounds of each user's history. The order of an epoch depends only on
+A batch is read from one array of all items by the bounds of each user's history. The order of an epoch depends only on
 (seed, epoch): `apps.data.loader.ResumableLoader` restores it in mid-epoch.
 """
 
@@ -119,17 +119,17 @@ class Examples(Dataset[Any]):
 class HistoryData(SuiteData):
     """Users' histories of items, ordered by time, each split by leave-last-out.
 
-    The last item of each user with three interactions or more tests, the one before validates, and the others train;
-    the history that predicts the test item holds the validation item. Users with fewer only train, and with one
-    interaction have nothing to predict; prediction covers all users. Interactions of one user and time keep the order
-    of the file: more than half of MovieLens-1M's have the time of the one before.
+    The last item of each user with three interactions or more is for the test, the one before for validation, and the
+    others for training; the history that predicts the test item holds the validation item. Users with fewer are only
+    for training, and with one interaction have nothing to predict; prediction covers all users. Interactions of one
+    user and time keep the order of the file: more than half of MovieLens-1M's have the time of the one before.
 
     Args:
-        dataset: "movielens_1m", "movielens_100k", or "table" for a file of yours (``file``).
+        dataset: "movielens_1m", "movielens_100k", or "table" for your own file (``file``).
         root: folder with the dataset's own files; None: the cache, or a source of it.
         cache_dir: where downloads are kept; default ``~/.cache/moesaic``.
-        file: CSV, TSV or Parquet with one interaction a row, for "table", or a pattern of several. Users and items are
-            read as text: "007" and "7" are two.
+        file: CSV, TSV or Parquet with one interaction per row, for "table", or a pattern of several. Users and items
+            are read as text: "007" and "7" are different.
         user_column, item_column: columns of ``file``.
         time_column: column by which a user's interactions are ordered; None: they are in order.
         rating_column: column of the rating, for min_rating.
@@ -139,9 +139,9 @@ class HistoryData(SuiteData):
             papers have (SASRec, BERT4Rec) instead of 3,706.
         max_length: items of the longest history; a longer one is cut to its last items.
         train_windows: "last": the last max_length + 1 items of a longer training history train, as SASRec does; "all":
-            it is cut from its end into segments, so that each of its items but the first is a target once an epoch.
-        batch_size: histories a training batch and process.
-        eval_batch_size: histories a batch and process in validation, testing and prediction.
+            it is cut from its end into segments, so that each of its items but the first is a target once per epoch.
+        batch_size: histories per training batch and process.
+        eval_batch_size: histories per batch and process in validation, testing and prediction.
         kwargs: ``drop_last``, ``num_workers`` and ``seed`` of ``SuiteData``. ``num_workers`` of 0 is enough.
 
     Raises:

@@ -236,7 +236,7 @@ def from_table(
     known: Items | None = None,
     extends: bool = False,
 ) -> Histories:
-    """Return the histories of CSV (with a header) or Parquet files with one interaction a row.
+    """Return the histories of CSV (with a header) or Parquet files with one interaction per row.
 
     Users and items are compared as `factorize` does: 7 and "7.0" are the same, "007" is another. They are numbered by
     value where all are integers, else in the order of text.

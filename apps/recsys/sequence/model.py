@@ -61,7 +61,7 @@ class HistoryModelConfig(Checked):
         mixing_balance: weights of the balance losses of that router.
         embed_dropout: dropout of the embeddings.
         dropout: dropout of each layer's contribution to the residual stream.
-        attn_dropout: dropout of the attention weights; drawing it for L x L weights slows a CPU down.
+        attn_dropout: dropout of the attention weights; sampling it for L x L weights is slow on a CPU.
         distance_bias: each head adds a learned bias by the distance of two items to their attention score; None: with
             "hstu", as published.
         time_buckets: rows of a table of such biases by the time between two items (``apps.nets.pair_bias``); 0: none.

@@ -64,7 +64,7 @@ class NextItemUse:
     """Ranks of the next items, and which expert computes which items, over the users of a test.
 
     Args:
-        group_V: int64 (num_items + 1,), the place of each item in ``POPULARITY``; None: it is not known.
+        group_V: int64 (num_items + 1,), the place of each item in ``POPULARITY``; None: unknown.
         use: the experts' items; None: there are none.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""``TableData``: the standard tables, your own CSV or Parquet file, and made tasks of a chosen correlation.
+"""``TableData``: the standard tables, your own CSV or Parquet file, and synthetic tasks of a chosen correlation.
 
 A table is read and encoded once, into memory-mapped array files in the cache; a batch is an indexed read of them, so no
 worker process is needed. The order of an epoch depends only on (seed, epoch): `apps.data.loader.ResumableLoader`
@@ -65,20 +65,21 @@ class TableData(SuiteData):
     ``table``, ``split`` and ``synthetic`` may also be given as mappings, as in YAML.
 
     Args:
-        dataset: census_income, movielens_1m, ... (`moesaic data list`); table: your own file; synthetic: made tasks.
+        dataset: census_income, movielens_1m, ... (`moesaic data list`); table: your own file; synthetic: synthetic
+            tasks.
         root: folder with your own copy of the dataset's files; nothing is downloaded then. With "table": the folder
             from which the file names start, by default the one you are in.
         cache_dir: folder for downloads and encoded tables; default ~/.cache/moesaic.
         train_file: file of your table: .parquet, .csv or .tsv; a pattern such as "part-*.parquet" takes all that match.
-        val_file: file of validation rows, if they have one of their own.
+        val_file: file of validation rows, if they have a file of their own.
         test_file: file of test rows, likewise.
         predict_file: file of rows to predict instead of the test rows; it needs only the features' columns. They are
-            encoded as the checkpoint says, and no other file is read.
+            encoded with the checkpoint's encoding, and no other file is read.
         predict_columns: columns of ``predict_file``, or else of the table, that each prediction repeats, such as a key.
         table: columns, tasks and split of your table, or of a standard dataset instead of its own description.
         split: rule for which rows train, validate and test, instead of the description's.
         exclude: features to leave out.
-        synthetic: sizes and distributions of the made tasks.
+        synthetic: sizes and distributions of the synthetic tasks.
         batch_size: training rows per step and process.
         eval_batch_size: rows per step and process in validation and test.
         subset: number of training rows to use, sampled by split.seed. Values with a row, means and the like are still

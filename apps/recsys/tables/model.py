@@ -42,7 +42,7 @@ class InteractionConfig(Checked):
         low_rank: rank of W = U V of "cross"; None: a full W.
 
     Raises:
-        ValueError: a value out of its range, or one without a meaning for the kind.
+        ValueError: a value out of its range, or one that the kind does not use.
     """
 
     prefix = "interaction."
@@ -344,8 +344,8 @@ def _check_gates(features: Features, shared: core.MultiGateConfig, head: HeadCon
 class Ensemble(nn.Module):
     """M networks of the same shape and different initial weights, trained side by side on the same batches.
 
-    Nothing but the batches is shared: the loss is the mean of the members', and the prediction the mean of theirs. They
-    run one after the other.
+    Nothing but the batches is shared: the loss is the mean of the members', and the prediction is the mean of their
+    predictions. They run one after the other.
 
     Args:
         members: the networks.

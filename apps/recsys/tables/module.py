@@ -369,7 +369,7 @@ class MultiTaskRecommender(SparseModule, Comparable):
         return baselines(self)
 
     def example_values(self, outs: Sequence[TaskOutput]) -> ExampleValues:
-        """Return the values by row whose mean is ``monitor``; NaN if a split cannot tell."""
+        """Return the values by row whose mean is ``monitor``; NaN if a split cannot determine it."""
         z_NZ = torch.cat([out.outputs for out in outs]).double().cpu()
         y_Nt = torch.cat([out.targets for out in outs]).double().cpu().numpy()
         parts = zip(self.outputs.kinds, self.outputs.split(z_NZ), y_Nt.T, strict=True)

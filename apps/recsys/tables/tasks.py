@@ -82,7 +82,7 @@ class HeadConfig(Checked):
         Args:
             dim: width of the shared layer's output.
             num_tasks: number t of tasks.
-            positives: share of positive labels of each task; empty if it is not known.
+            positives: share of positive labels of each task; empty if unknown.
             targets: the target of each task; empty: all are binary.
 
         Raises:
@@ -105,7 +105,7 @@ class Head(nn.Module):
     Args:
         config: config of the towers.
         dim, num_tasks, targets: arguments of ``HeadConfig.build``.
-        shares: share of positives of each output in training; empty if it is not known.
+        shares: share of positives of each output in training; empty if unknown.
 
     Attributes:
         outputs: the positions of each task's outputs.

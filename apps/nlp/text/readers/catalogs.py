@@ -48,7 +48,7 @@ def plain(message: str, translation: str, mnemonic: str | None = None) -> tuple[
 
     Args:
         message: in English, with its context and ``\\x04`` before it.
-        translation: of it.
+        translation: number of documents.
         mnemonic: the mark, one of `MNEMONICS`; None: whichever is at the beginning of a message's word, for within a
             word only who knows the program can tell ``E_xit`` from ``snake_case``.
     """

@@ -42,7 +42,7 @@ class DenseConfig(Checked):
             encoding itself.
 
     Raises:
-        ValueError: a value out of its range, or one without a meaning for the kind.
+        ValueError: a value out of its range, or one that the kind does not use.
     """
 
     prefix = "dense."

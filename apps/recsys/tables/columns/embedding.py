@@ -25,11 +25,11 @@ class EmbeddingConfig(Checked):
 
     The three kinds compute the same numbers and start alike; they differ in how the tables are held and updated:
 
-    - "joined": one weight holds the rows of all tables, and the model's optimizer steps it. The fastest where tables
-      are small; Adam touches every row in every step, so not for tables of millions of rows.
-    - "fused": TorchRec's ``FusedEmbeddingBagCollection``; an optimizer of its own steps the rows of a batch inside the
-      backward. Time and memory follow the batch, not the tables. Its kernels know no Adam on a CPU. The gradient exists
-      nowhere: clipping and accumulation cannot reach it. One process only.
+    - "joined": one weight holds the rows of all tables, and the model's optimizer updates it. The fastest for small
+      tables; Adam touches every row in every step, so not for tables of millions of rows.
+    - "fused": TorchRec's ``FusedEmbeddingBagCollection``; its own optimizer updates the rows of a batch inside the
+      backward. Time and memory follow the batch, not the tables. Its kernels have no Adam on a CPU. The gradient is
+      never stored, so it cannot be clipped or accumulated. One process only.
     - "collection": TorchRec's ``EmbeddingBagCollection``, one tensor per table: what ``TorchRecStrategy`` shards over
       processes, whose rows are then updated as with "fused".
 
@@ -39,7 +39,7 @@ class EmbeddingConfig(Checked):
         dims: widths of single columns, by name, instead of ``dim``. "joined" has one width for all.
         by_cardinality: whether a column that ``dims`` does not name is ``6 * rows^(1/4)`` wide, up to the next multiple
             of 4, and at most ``dim``, which must be above 8, the narrowest of them.
-        pooling: how the values of a multi-valued column are put together: "mean" or "sum". No value gives 0.
+        pooling: reduction of the values of a multi-valued column: "mean" or "sum". No value gives 0.
         init_std: standard deviation of the initial rows. Row 0, of unseen and missing values, starts at 0.
         weight_decay: whether the tables decay as other weights do; rows that are updated in the backward ("fused", and
             sharded ones but "data_parallel") never do.
