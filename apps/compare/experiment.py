@@ -66,7 +66,7 @@ class Experiment:
                     f"{name} is no {needed.__name__}: compare asks a module for its baselines; a LightningModule of "
                     "your own needs the section sparsify (docs/your_model.md)"
                 )
-        # It trains in folders of its own: the folder of ``moesaic fit`` may hold anything.
+        # It trains in its own folders: the folder of ``moesaic fit`` may hold anything.
         self._cli = _Parsed(dataclasses.replace(request, run_dir=Path(os.devnull)))
         self._fit_parser, self._config = self._cli.command_parser("fit"), self._cli.config["fit"]
         seed = self._config.get("seed_everything")

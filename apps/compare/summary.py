@@ -85,7 +85,7 @@ class ExamplePair:
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything the table shows.
+    """The figures in the table.
 
     Attributes:
         rows: results of the sparse system, then of the trained baselines.
@@ -123,7 +123,7 @@ class Summary:
 
     @property
     def heading(self) -> str:
-        """Return what axes call the test quality."""
+        """Return the label of the test quality on axes."""
         return f"test {self.quality}{', %' if self.percent else ''}"
 
     @property

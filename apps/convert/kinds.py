@@ -84,7 +84,7 @@ def one_for_all(request: Request) -> OneLayer:
 
 
 def densified(request: Request) -> Conversion:
-    """Return one feed-forward network in the place of each MoE layer, made of all its experts; of a run with adapters,
+    """Return one feed-forward network that replaces each MoE layer, made of all its experts; of a run with adapters,
     one adapter instead of each mixture of them, as a part of its linear layer."""
     how, statistics, one = request.options.how, request.statistics, one_for_all(request)
     if not request.run.is_adapted:
@@ -132,7 +132,7 @@ def pruned(request: Request) -> Conversion:
 
 
 def upcycled(request: Request) -> Conversion:
-    """Return MoE layers in the place of dense networks, whose experts start as these."""
+    """Return MoE layers that replace dense networks, with experts initialized from them."""
     options = request.options
     arguments, moe = _with_moe(request)
     start = start_of(options.start)
@@ -225,7 +225,7 @@ def one_of_many(request: Request, **named: Any) -> OneLayer:
 
 
 def part_of(module: Any, name: str) -> DataPart:
-    """Return what one part of the data is to a model, such as a translator's pair of languages.
+    """Return the part of the data that a model knows, such as a translator's pair of languages.
 
     Raises:
         ValueError: there is none of this name, or the model knows no parts.

@@ -76,7 +76,7 @@ class Upcycle(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Densify(Options):
-    """A sparse run made dense: one feed-forward network in the place of each MoE layer.
+    """A sparse run made dense: one feed-forward network that replaces each MoE layer.
 
     Attributes:
         how: average, use, most_used, sum, top_k or svd (default: average); use and most_used need batches

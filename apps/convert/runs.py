@@ -296,8 +296,8 @@ class Conversion:
 
     Attributes:
         arguments: of its constructor.
-        replaced: by the dotted name of a module, or of one tensor, what makes the new tensors by their names below it;
-            "" is the tensor itself. All other tensors stay as they are.
+        replaced: by the dotted name of a module, or of one tensor, a function that makes the new tensors by their names
+            below it; "" is the tensor itself. All other tensors stay as they are.
         data: arguments of the data that change.
         extra: further entries of the checkpoint.
     """

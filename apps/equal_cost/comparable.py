@@ -186,7 +186,7 @@ class RoutedLayers:
 
 
 def heading_of(layers: Iterable[tuple[core.MoEConfig | core.MultiGateConfig, int]]) -> str:
-    """Return what tables call a model with these layers, each given with the width D of its tokens."""
+    """Return the name in tables of a model with these layers, each given with the width D of its tokens."""
     for config, dim in layers:
         if not isinstance(config, core.MoEConfig):
             return "sparse"
@@ -210,7 +210,7 @@ class Comparable:
 
     @property
     def heading(self) -> str:
-        """Return what tables call this model: a model that computes every expert is not called sparse."""
+        """Return the name of this model in tables: a model that computes every expert is not called sparse."""
         layers = self.routed_layers()
         if layers is None:
             return "sparse"

@@ -1,4 +1,4 @@
-"""Several units are done at a time, each in a process of its own.
+"""Several units are done at a time, each in a separate process.
 
 Small models use the cores better so: a step of a millisecond is not worth sharing between cores.
 """

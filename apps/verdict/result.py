@@ -187,7 +187,7 @@ class Verdict:
         reasons: why sparse lost.
         changes: what would change the answers.
         notes: how the data were read, and the two systems.
-        checks: what may make the answers worthless, such as a column that gives the label away.
+        checks: what may make the answers worthless, such as a column that leaks the label.
         facts: budget, machine, versions, schedule, configuration and command, in plain values.
     """
 

@@ -1,5 +1,4 @@
-"""Verdicts from an interval, how many seeds of how many steps fit into the seconds that are there, and how the search
-of rates is shared out.
+"""Verdicts from an interval, the seeds and steps that fit into the given seconds, and the budget of the rate search.
 
 All systems have the same rates, rungs, steps and seeds. The formulas are sums of measured seconds.
 """
@@ -27,8 +26,8 @@ class Answer:
     Attributes:
         where: "equal FLOPs" or "equal time".
         outcome: "pays", "does not pay" or "undecided".
-        gain: how much better sparse is than dense, with its interval; positive is better whatever the quality. None:
-            no seed has both.
+        gain: gain of sparse over dense, with its interval; positive is better whatever the quality. None: no seed has
+            both.
     """
 
     where: str
@@ -74,7 +73,7 @@ class Speed:
 
     Attributes:
         step: of an optimizer step.
-        start: of a run next to its steps and evaluations: making model and data, and the trainer's set-up.
+        start: of a run in addition to its steps and evaluations: making model and data, and the trainer's set-up.
         validation: of an evaluation on the validation split, which a run of the search has.
         test: of the evaluations of a final run: test split and a sample of the training split.
     """

@@ -45,7 +45,7 @@ class Evaluated:
 
     Attributes:
         name: name of the quality, such as "auc".
-        values_N: float64 (N,), whose mean is the quality: one an example, or one a block of batches.
+        values_N: float64 (N,), whose mean is the quality: one per example, or one per block of batches.
         higher_is_better: True where a larger quality is better.
         routing: figures of the routing, means over the layers; empty without experts.
     """
@@ -73,7 +73,7 @@ def evaluate(
         trainer: the trainer that trained it.
         loader: batches, in the same order for every model.
         most: None: all batches.
-        budget: is asked after each batch.
+        budget: checked after each batch.
         stage: "val" or "test".
 
     Raises:
@@ -187,10 +187,10 @@ class Run(Unit):
 
 
 class Pace(Callback):
-    """Measures the seconds of a training, and gives it up when the budget is over.
+    """Measures the seconds of a training, and stops it when the budget is used up.
 
     Args:
-        budget: is asked after each step.
+        budget: checked after each step.
         progress: is called with the steps and the use of the experts.
         until: ends a trial: a function of the steps done and the seconds since the first one.
 
@@ -251,7 +251,7 @@ def do(
         run: the run.
         output: folder of the verdict.
         budget: the seconds that are left.
-        most_batches: batches of an evaluation at most; None: all.
+        most_batches: maximum number of batches per evaluation; None: all.
         progress: is called with the steps done and to do, and the use of the experts.
 
     Raises:
@@ -330,7 +330,7 @@ def _fit(
 def measure_speed(
     experiment: Experiment, system: str, budget: Budget, seconds: float
 ) -> tuple[Speed, dict[str, float]]:
-    """Train ``system`` for a few steps and evaluate a few batches; return its speed and what else that tells.
+    """Train ``system`` for a few steps and evaluate a few batches; return its speed and the numbers of batches.
 
     Args:
         experiment: the configuration.

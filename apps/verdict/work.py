@@ -47,9 +47,9 @@ class Plan:
         schedule: seeds, steps and rates.
         dense: name of the dense system.
         num_experts: experts of a layer of the sparse system.
-        most_batches: batches of an evaluation at most; None: all.
+        most_batches: maximum number of batches per evaluation; None: all.
         seconds_per_step: seconds of a step by system, as measured beforehand.
-        start_seconds: seconds of a run next to its steps and evaluations.
+        start_seconds: seconds of a run in addition to its steps and evaluations.
         train_batches: batches of an epoch; None if it has no length.
         configured_steps: steps of the configured training.
     """
@@ -94,7 +94,7 @@ class Finished:
 
 
 class Work(Runner[Run, Mapping[str, Any]]):
-    """Does a plan within the budget; finished runs stay so."""
+    """Runs a plan within the budget; finished runs are not repeated."""
 
     def __init__(self, experiment: Experiment, plan: Plan, seed: int, output: Path, budget: Budget, whole: Bar) -> None:
         super().__init__(whole, output, budget)

@@ -42,8 +42,7 @@ def to_onnx(
         metadata: texts that go into the file's metadata, beside ``moesaic.form`` and ``moesaic.computes``.
 
     Raises:
-        ValueError: an operator of the network has no form in ONNX, named with its layer;
-            or as in ``capture``.
+        ValueError: an operator of the network has no ONNX equivalent, named with its layer; or as in ``capture``.
     """
     quantized = any(isinstance(m, core.Experts) and m.is_quantized for m in graph.network.modules())
     computes = "all" if computes_all(graph.network) else "chosen"

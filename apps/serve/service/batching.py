@@ -37,15 +37,15 @@ class _Waiting(NamedTuple):
 
 
 class Batcher:
-    """Joins the inputs of requests to batches, and answers them on a thread of its own.
+    """Joins the inputs of requests to batches, and answers them on its own thread.
 
     A batch is computed when it is full, or when its oldest input has waited for ``wait`` seconds. If a batch fails,
     each of its inputs is tried by itself, so that a request never fails for another one's input.
 
     Args:
         predict: answers several inputs, in their order.
-        most: inputs of a batch at most.
-        wait: seconds that an input waits for others at most.
+        most: maximum number of inputs per batch.
+        wait: maximum number of seconds that an input waits for others.
         is_fatal: tells whether nothing can be computed after an error, such as one of a GPU.
         on_broken: called on the thread after such an error, or an exception that is no ``Exception`` at all.
         watch: called after each batch with its size and the seconds that it took.

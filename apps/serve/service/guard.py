@@ -24,7 +24,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 
 class Metrics:
-    """The counters of a service, in a registry of their own, so that two services of a process share nothing.
+    """The counters of a service, in a separate registry, so that two services of a process share nothing.
 
     Args:
         about: labels that describe the served model.
@@ -113,13 +113,13 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Guard:
-    """An ASGI application around another one.
+    """Wrap an ASGI application with access checks, limits and metrics.
 
-    It rejects a request with a wrong token, one that is addressed to another name, and one too many. It counts all, but
-    only admitted requests count toward those that are answered at the same time.
+    It rejects a request with a wrong token, one that is addressed to another name, and one above the limit. It counts
+    all, but only admitted requests count toward those that are answered at the same time.
 
-    If an answer comes before the body has been read, such as "413", the rest of the body is thrown away for a moment
-    and the connection is closed: a client that is still sending gets the answer, and nobody reads the whole. A client
+    If an answer comes before the body has been read, such as "413", the rest of the body is discarded for a moment and
+    the connection is closed: a client that is still sending gets the answer, and the whole body is never read. A client
     that has shown no token gets one answer, its body is not read, and its connection is closed at once.
 
     Args:
@@ -129,7 +129,7 @@ class Guard:
             the service by a name of its own for 127.0.0.1.
         limits: of the service.
         metrics: that count.
-        paths: the paths that are counted apart.
+        paths: the paths that are counted separately.
         refusal: makes the application that answers a ``Refused``.
     """
 
