@@ -59,7 +59,7 @@ class _Opened:
         read: a function from images' numbers (B,) to uint8 (B, C, S, S).
         texts: the captions by number.
         caption_N: int64 (N,), the caption of each pair.
-        label_IA: int64 (I, A), the class of each image's attributes, -1 if it is not known.
+        label_IA: int64 (I, A), the class of each image's attributes, -1 if it is unknown.
         image_N: int64 (N,), the image of each pair.
         index: the pairs of each split.
         encoding: the encoding.

@@ -60,7 +60,7 @@ def source_batches(
         subwords, pairs: the model's.
         pair: the place of the language pair among them.
         max_length: tokens of a source, specials included; a longer one is cut, with a warning that names its line.
-        tokens_per_batch: sentences of a batch times the longest of them, at most.
+        tokens_per_batch: maximum of sentences per batch times the longest sentence.
         lines_at_once: lines that are read and batched with their neighbors in length.
         start: lines before this one are passed over: a multiple of ``lines_at_once``, so that batches stay the same.
 

@@ -287,7 +287,7 @@ def _rank(one: Cost) -> tuple[bool, float, float]:
 
 
 def layouts(outline: Outline, gpus: int, node: int) -> Iterator[Layout]:
-    """Yield the meshes of so many GPUs on nodes of ``node``. Apart from TorchRec's tables everything is replicated."""
+    """Yield the meshes of this many GPUs on nodes of ``node``. With TorchRec's tables all else is replicated."""
     if outline.tables:
         yield Layout(replicas=gpus)
         return

@@ -124,7 +124,7 @@ def calibration(
         probabilities_N: predictions in 0..1.
         labels_N: 0, 1 or NaN.
         weights_N: examples of each prediction; None: one.
-        num_bins: bins at most, of about equal numbers of examples.
+        num_bins: maximum number of bins, of about equal numbers of examples.
     """
     p_N, y_N, weights_N = _labelled(probabilities_N, labels_N, weights_N)
     value_G, group_N = np.unique(p_N, return_inverse=True)

@@ -66,7 +66,7 @@ def _context(modules: Sequence[str]) -> Any:
 
 @contextmanager
 def answering(pipe: Connection, threads: int) -> Iterator[None]:
-    """Compute with so many threads, and send an exception from inside to the parent as ("error", exception)."""
+    """Compute with this many threads, and send an exception from inside to the parent as ("error", exception)."""
     try:
         with hidden(), quiet(own_notes=False), suppress(KeyboardInterrupt, EOFError, BrokenPipeError):
             torch.set_num_threads(threads)

@@ -21,7 +21,7 @@ class ImageData(SuiteData):
         eval_batch_size: examples per step and process in evaluation.
         val_size: images held out for validation, as a count (500) or a share (0.1). 0: no validation. Default: a tenth,
             within limits, if the data have no validation images of their own.
-        subset: use only so many training examples, sampled by split_seed after validation is held out.
+        subset: use only this many training examples, sampled by split_seed after validation is held out.
         split_seed: seed of the held-out images and of the subset, so that runs of other seeds have the same images.
         image_size: scale images to this height and width; default the checkpoint's, else the dataset's own, 224 for
             image files.
@@ -30,7 +30,7 @@ class ImageData(SuiteData):
         mean: mean of each channel, pixels in [0, 1], for normalizing; default the checkpoint's, else the dataset's,
             ImageNet's for image files.
         std: standard deviation of each channel, likewise.
-        crop_padding: pad training images by so many black pixels, at image_size, and cut at random. 0: off.
+        crop_padding: pad training images by this many black pixels, at image_size, and cut at random. 0: off.
         horizontal_flip: mirror training images left to right with probability 1/2. A caption that says "left" is wrong
             then.
         random_resized_crop: cut a box of at least this share of the area at random out of training images and scale it

@@ -55,7 +55,7 @@ def image_of(file: bytes, name: str, formats: Sequence[str] = FORMATS, most_pixe
         file: the bytes.
         name: name in errors.
         formats: Pillow's names of the formats that are read.
-        most_pixels: pixels of an image at most; a larger one is not decoded.
+        most_pixels: maximum number of pixels of an image; a larger one is not decoded.
 
     Raises:
         BadImage: no image of these formats, or one that is cut, damaged or too large.

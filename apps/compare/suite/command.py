@@ -139,7 +139,7 @@ class Queue(Runner[Run, Mapping[str, Any]]):
         return "diverged" not in row["runs"].get(run.seed, {})
 
     def _describe(self, board: Board, entry: Entry) -> None:
-        """Save the description and cost of a row, if it is not known; a row that was left out may be there by now."""
+        """Save the description and cost of a row, if it is unknown; a row that was left out may be there by now."""
         row = self.figures.row(entry)
         if ("kind" in row and not row.get("refused")) or board.name in self.missing:
             return
@@ -340,7 +340,7 @@ def run_suite(command: Command, again: str, clock: Callable[[], float] = time.mo
     """Do the runs of a suite that are left, as many as the time allows, and write and show the leaderboard.
 
     The leaderboard is written as well where a run fails or is stopped, with the finished rows. ``again`` is the command
-    to continue, as the user is told it.
+    to continue, as shown to the user.
     """
     suite = command.suite
     figures, runs = Figures(suite.figures_folder), suite.runs_folder

@@ -32,7 +32,7 @@ class PairBatch(NamedTuple):
         text_BL: int64 (B, L), token ids of the texts, 0 for padding, which comes after them.
         image_B: int64 (B,), numbers of the images in the data; pairs of one image have one number.
         caption_B: int64 (B,), numbers of the texts; equal texts have one number.
-        label_BA: int64 (B, A), the class of each attribute, -1 if it is not known.
+        label_BA: int64 (B, A), the class of each attribute, -1 if it is unknown.
         index_B: int64 (B,), places of the pairs in the data.
     """
 
@@ -117,7 +117,7 @@ def classes_of(pairs: RawPairs, is_train_I: NDArray[np.bool_]) -> dict[str, tupl
 
 
 def numbered(pairs: RawPairs, classes: Mapping[str, Sequence[str]]) -> Tensor:
-    """Return the class of each attribute of each image, int64 (I, A); -1 if it is not known or no class."""
+    """Return the class of each attribute of each image, int64 (I, A); -1 if it is unknown or no class."""
     columns = []
     for name, names in classes.items():
         number: dict[str | None, int] = {value: i for i, value in enumerate(names)}
@@ -130,7 +130,7 @@ def lacking(label_IA: Tensor, classes: Mapping[str, Sequence[str]]) -> dict[str,
     """Return the classes of each attribute that no image has, without the attributes whose classes all have one.
 
     Args:
-        label_IA: int64 (I, A), the class of each attribute of some images, -1 if it is not known.
+        label_IA: int64 (I, A), the class of each attribute of some images, -1 if it is unknown.
         classes: names of the classes of each attribute.
     """
     absent = {}
@@ -264,7 +264,7 @@ class PairSet(Dataset[PairBatch]):
         encode: a function from captions' numbers (B,) to their ids.
         image_N: int64 (N,), the image of each pair of the data.
         caption_N: int64 (N,), the caption of each pair of the data.
-        label_IA: int64 (I, A), the class of each image's attributes, -1 if it is not known.
+        label_IA: int64 (I, A), the class of each image's attributes, -1 if it is unknown.
         index: the pairs that the set holds, in its order.
     """
 

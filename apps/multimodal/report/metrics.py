@@ -44,7 +44,7 @@ class PairTargets(NamedTuple):
 
     Attributes:
         image_B, caption_B: int64 (B,), numbers of the images and of the texts.
-        label_BA: int64 (B, A), the class of each attribute, -1 if it is not known; None for a model without attributes.
+        label_BA: int64 (B, A), the class of each attribute, -1 if it is unknown; None for a model without attributes.
     """
 
     image_B: Tensor

@@ -26,7 +26,7 @@ from apps.train.step.module import SparseModule, Stage, TaskOutput
 
 
 class WritingModule(SparseModule, Comparable):
-    """Base of modules whose decoder writes texts, and decodes in another dtype if it is told to.
+    """Base of modules whose decoder writes texts, and can decode in another dtype.
 
     A subclass's constructor builds ``model`` and calls ``_put_in_place``; it brings ``hidden``.
 

@@ -144,8 +144,8 @@ class Sizes:
     """Rows to validate and to test on: a number, or below 1 a share of all rows.
 
     Attributes:
-        val, test: of a split that has files of its own, so many of its rows, by chance; None: all of them. Of one that
-            has none, so many of the training rows; None: 1000, and no more than a twentieth.
+        val, test: of a split that has files of its own, number of its rows, chosen at random; None: all of them. Of one
+            that has none, number of training rows; None: 1000, and no more than a twentieth.
         seed: of the draw.
     """
 

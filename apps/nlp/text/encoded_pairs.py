@@ -122,7 +122,7 @@ def pad(ids_M: Tensor, begin_B: Tensor, end_B: Tensor, most: int, first_B: Tenso
     Args:
         ids_M: ids of all sentences, one after the other.
         begin_B, end_B: bounds of each one.
-        most: of a longer sentence only so many ids are taken.
+        most: maximum number of ids per sentence; a longer one is cut.
         first_B: an id before each one; None: none.
 
     Returns:

@@ -75,9 +75,9 @@ class TranslationData(SubwordData):
         max_ratio: those whose longer side has more than so many times the words of the shorter one.
         without: those with a side in which this regular expression is found, such as ``%|<`` for codes and tags.
         drop_identical: leave out pairs whose two sides are the same text, as untranslated rows of a corpus are.
-        subset: use only so many training pairs, sampled by split_seed; subwords are learned only from these.
+        subset: use only this many training pairs, sampled by split_seed; subwords are learned only from these.
         temperature: T of sampling among corpora and pairs, n^(1/T): above 1 small ones come more often.
-        tokens_per_batch: pairs of a training batch and process times their longest side, at most.
+        tokens_per_batch: maximum of pairs per training batch and process times their longest side.
         eval_tokens_per_batch: in validation, test and prediction.
         predict_pair: the pair that text or predict_file is to be translated in; None: the only one.
         predict_lines: lines of predict_file that are read at once, and sorted by length.

@@ -270,7 +270,7 @@ class Translator(JudgedModule, TextModule):
             pair: such as "en-de"; None: the model's only one.
             max_length: tokens of a source, specials included; a longer one is cut, with a warning. None: 256, or the
                 model's limit.
-            tokens_per_batch: sentences of a batch times the longest of them, at most.
+            tokens_per_batch: maximum of sentences per batch times the longest sentence.
             decode: fields of `DecodeConfig` that are to differ from the model's, such as ``method="sample"``,
                 ``beam_size=8`` or ``temperature=0.7``.
 

@@ -62,7 +62,7 @@ class TranslationReportConfig(ReportConfig):
 
 @dataclass(frozen=True)
 class _Collected:
-    """The metrics of a test, and what its sentences were translated by and from; ``sources`` None: not known."""
+    """The metrics of a test, and what its sentences were translated by and from; ``sources`` None: unknown."""
 
     metrics: TranslationMetrics
     module: Any

@@ -94,7 +94,7 @@ def read_delimited(
 
 
 def check_rows(path: Path, num_rows: int, expected: int | None) -> None:
-    """Raise ValueError if a file does not have the ``expected`` number of rows (None: not known)."""
+    """Raise ValueError if a file does not have the ``expected`` number of rows (None: unknown)."""
     if expected is not None and num_rows != expected:
         state = "is truncated" if num_rows < expected else "is not the original"
         raise ValueError(f"{path} {state}: {num_rows:,} rows, not {expected:,}{_HINT}")

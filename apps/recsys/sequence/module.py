@@ -239,7 +239,7 @@ class NextItemRecommender(SparseModule, Comparable):
                 (user, item and time, if there was one): a pandas DataFrame, a pyarrow Table, a dict of columns, or a
                 path of CSV or Parquet files. Events that the training left out for their rating (``min_rating``) are
                 left out.
-            top: items of a history at most.
+            top: maximum number of items per history.
             include_seen: recommend items of the history too, as ``moesaic predict`` does unless the model has
                 ``exclude_seen``.
             batch_size: histories a step.

@@ -52,13 +52,13 @@ class Limits:
     """The limits of a service.
 
     Attributes:
-        body: bytes of a request's body at most; a larger one is 413 and is not read.
-        inputs: inputs of a request at most.
-        requests: requests at the same time at most; one more is 503 with ``Retry-After``.
+        body: maximum number of bytes of a request's body; a larger one is 413 and is not read.
+        inputs: maximum number of inputs per request.
+        requests: maximum number of concurrent requests; one more is 503 with ``Retry-After``.
         seconds: that a body may take to arrive; a slower one is 408.
-        head: bytes of a request's head (its line and its headers) at most; a larger one is 431.
+        head: maximum number of bytes of a request's head (its line and its headers); a larger one is 431.
         head_seconds: that a head may take to arrive, from when it is waited for; a slower connection is closed.
-        waiting: connections beyond ``requests`` at most; of more, the one that has waited longest is closed.
+        waiting: maximum number of connections beyond ``requests``; of more, the one that has waited longest is closed.
     """
 
     body: int = 8 * MIB
@@ -87,11 +87,11 @@ class Options(CommandLine):
         host: address to listen on; other than this machine's own: a token
         port: port; 0: a free one
         token_file: file of the token that requests must bring (default: the variable MOESAIC_TOKEN, else none)
-        max_batch: inputs computed together, at most
+        max_batch: maximum number of inputs computed together
         max_wait_ms: time an input waits for others
-        max_inputs: inputs of a request, at most
-        max_body: size of a request in MiB, at most
-        max_requests: requests at the same time, at most
+        max_inputs: maximum number of inputs per request
+        max_body: maximum size of a request in MiB
+        max_requests: maximum number of concurrent requests
         device: cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)
 
     Raises:

@@ -210,7 +210,7 @@ class SparseArch(nn.Module):
         self.reset_parameters()
 
     def _make_tables(self, rows_T: Tensor) -> None:
-        """Make the tables, which have so many rows each."""
+        """Make the tables, with these numbers of rows."""
         raise NotImplementedError
 
     def weights(self) -> dict[str, Tensor]:

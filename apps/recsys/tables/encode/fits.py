@@ -14,7 +14,7 @@ def differences(config: TableConfig, given: Encoding, parts: Mapping[str, tuple[
     Args:
         config: the description, with the parts of timestamps and texts as columns.
         given: the encoding.
-        parts: the columns that were taken apart, by role.
+        parts: the columns that were split into parts, by role.
     """
     features = given.features
     for role, columns in parts.items():

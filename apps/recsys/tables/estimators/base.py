@@ -1,8 +1,7 @@
 """The base of the baselines: a model and its settings for each task, tuned on the validation split.
 
 They are an ``Estimator`` of ``apps.equal_cost.comparable``: ``tune`` finds the settings on the validation split,
-``fit`` trains with them, and the metrics have the names that the network logs. The test split is read by ``evaluate``
-alone.
+``fit`` trains with them, and the metrics have the names that the network logs. Only ``evaluate`` reads the test split.
 
 Threads: boosting and the sparse matrix multiplications run in as many as torch uses here (``n_threads=None``), so that
 several runs at a time share the cores as networks do. Results depend on the seed, not on the number of threads, but for

@@ -121,7 +121,7 @@ class GradNorm(Weighting):
 
     Args:
         weights: weight of each task to start from.
-        initial_losses: losses of the best constant predictions; empty if not known.
+        initial_losses: losses of the best constant predictions; empty if unknown.
         alpha: see ``WeightingConfig``.
     """
 
