@@ -32,19 +32,19 @@ class SuiteData(LightningDataModule):
     - attributes that a model names in ``data_arguments``, such as ``num_classes``: they become arguments of the model;
     - ``encoding_state`` and ``adopt``: a checkpoint keeps the one and hands it to the other before the model is made,
       so that other files are read in the way of the training files;
-    - ``extend``, in place of ``adopt`` where a training begins with a checkpoint's weights: values that the checkpoint
+    - ``extend``, instead of ``adopt`` when a training starts from a checkpoint's weights: values that the checkpoint
       lacks get numbers of their own (see ``LinkedModule.widened``);
     - ``from_checkpoint`` and ``superseded``, described below;
-    - ``defaults_of_none(arguments)``: the configs that stand in for arguments that are None;
+    - ``defaults_of_none(arguments)``: the default configs of arguments that are None;
     - ``train_eval_dataloader``: the training examples in their order, without random transforms, for reports and for
-      models that are no networks.
+    models other than networks.
 
     Args:
-        dataset: a name of ``moesaic data list``, or one that stands for files of the user's.
+        dataset: a name of ``moesaic data list``, or one for the user's own files.
         root: folder with the user's own copy of the files; nothing is downloaded then.
         cache_dir: folder for downloads and encoded data; None: ~/.cache/moesaic.
-        batch_size: training examples a step and process; None where ``batching`` decides.
-        eval_batch_size: examples a step and process in evaluation.
+        batch_size: training examples per step and process; None where ``batching`` decides.
+        eval_batch_size: examples per step and process in evaluation.
         drop_last: leave out the last training batch of an epoch if it is not full.
         num_workers: processes that make batches.
         seed: seed of the order of training and of random transforms; None: the run's.
@@ -91,7 +91,7 @@ class SuiteData(LightningDataModule):
         """Fetch, encode and open the files; ``opened`` keeps what this returns.
 
         Raises:
-            ValueError: a file is missing or not what it should be.
+            ValueError: a file is missing or malformed.
         """
         raise NotImplementedError
 
@@ -100,7 +100,7 @@ class SuiteData(LightningDataModule):
         raise NotImplementedError
 
     def check(self, stage: str | None) -> None:
-        """Refuse data that do not serve one of Lightning's stages, with a ``ValueError``."""
+        """Raise a ``ValueError`` for data that do not serve one of Lightning's stages."""
 
     def warnings(self) -> list[str]:
         """Return lines on what may make a training on these data worthless, such as a feature that is the label."""
@@ -168,7 +168,7 @@ class SuiteData(LightningDataModule):
         """Use the encoding that a checkpoint keeps, instead of one that would be learned from these data.
 
         Raises:
-            ValueError: it is no encoding of such data, or contradicts an option that was given.
+            ValueError: it does not encode such data, or contradicts an option that was given.
         """
         encoding = self.encoding_of(encoding_state)
         if encoding == self._adopted:
@@ -178,7 +178,7 @@ class SuiteData(LightningDataModule):
         self._adopted = encoding
 
     def extend(self, encoding_state: Mapping[str, Any]) -> None:
-        """Use the encoding that a checkpoint keeps, and add what the training examples have beyond it.
+        """Use the encoding that a checkpoint keeps, and add the training examples' new values.
 
         A subclass whose encoding can be extended calls ``_extend``; others ``adopt`` it as it is.
 
@@ -212,7 +212,7 @@ class SuiteData(LightningDataModule):
         return self.dataset
 
     def describe(self) -> str:
-        """Return one line that says what the data are and how much of them each split has."""
+        """Return one line that describes the data and the size of each split."""
         counts = ", ".join(f"{size:,} {split}" for split, size in self.sizes().items())
         return f"{self.title}: {counts} {self.unit}"
 
@@ -263,7 +263,7 @@ class SuiteData(LightningDataModule):
         return self._loader_of("test", needed=True)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the batches to predict, by default those of the test."""
+        """Return the batches to predict, by default the test batches."""
         return self.test_dataloader()
 
     def _loader_of(self, split: Split, needed: bool) -> DataLoader[Any] | list[Any]:

@@ -1,9 +1,9 @@
-"""A trained model at work, as plain parts: what a user gives it, what it answers, and which experts computed that.
+"""A trained model at work, as plain parts: the user's input, the model's answer, and the experts that computed it.
 
 ``moesaic demo`` makes a page of it. ``apps.task.Task.exhibit`` returns the ``Exhibit`` of a model: its fields, a
-function that answers what they read, and examples of the run's data, which are left out where there are none. The
-fields and the parts are plain values and functions: no library of pages is imported here or in an app. A field's
-``read`` raises a ``ValueError`` of one line that names the field, the value and the rule.
+function that answers what they read, and examples of the run's data, which are left out if there are none. The fields
+and the parts are plain values and functions: no library of pages is imported here or in an app. A field's ``read``
+raises a ``ValueError`` of one line that names the field, the value and the rule.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class NumberField:
         label: its name on the page.
         value: the number at first; None: empty.
         may_be_empty: whether an empty field is a missing value, None.
-        whole: only whole numbers.
+        whole: accept only integers.
         least, most: bounds; None: there is none.
     """
 
@@ -239,17 +239,17 @@ class Patches:
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of a text, word by word, and the experts that computed each of them.
+    """The tokens of a text, word by word, and the experts that computed each token.
 
     Attributes:
         title: what the words are.
-        words: the pieces of each word.
-        experts: int (T, K), the experts of each of the T pieces, best first; E where there is none.
+        words: the tokens of each word.
+        experts: int (T, K), the experts of each of the T tokens, best first; E where there is none.
         names: the E experts' names.
-        unit: what the pieces are called.
+        unit: name of a token on the page.
 
     Raises:
-        ValueError: another number of pieces than of experts' rows.
+        ValueError: the number of tokens differs from the number of experts' rows.
     """
 
     title: str
@@ -289,7 +289,7 @@ LayerPart = Patches | Pieces | Gates
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answers.
+    """The answer of a model.
 
     Attributes:
         parts: the answer itself.
@@ -306,7 +306,7 @@ class Example:
 
     Attributes:
         label: its name on the page; an image is shown itself.
-        values: a value for each field, as it stands on the page; an image is uint8 (H, W) or (H, W, 3).
+        values: a value for each field, as the page shows it; an image is uint8 (H, W) or (H, W, 3).
     """
 
     label: str
@@ -320,10 +320,10 @@ class Exhibit:
     Attributes:
         about: a sentence or two on what to do, and on what comes of it.
         action: word on the button.
-        fields: what a user gives.
-        answer: function from the fields' values, in their order, to the answer; a ``ValueError`` of one line says what
-            the model cannot take.
-        examples: what a user may take at a click.
+        fields: the user's inputs.
+        answer: function from the fields' values, in their order, to the answer; a ``ValueError`` of one line names an
+            input that the model cannot take.
+        examples: inputs to choose with a click.
     """
 
     about: str

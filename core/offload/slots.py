@@ -63,13 +63,13 @@ class SlotPool:
     module: frequency and recency in one number (LRFU, Lee et al. 2001). An expert that only a prefetch brought and no
     call used goes first.
 
-    One pool for all layers is far better than one a layer: of an encoder-decoder's experts those of the decoder are
-    needed step after step and those of the encoder once (``docs/serving.md`` has the figures).
+    One pool for all layers is far better than one per layer: an encoder-decoder needs the decoder's experts at every
+    step and the encoder's once (``docs/serving.md`` has the figures).
 
     Args:
         shapes: shape and dtype of each tensor of an expert.
         count: number of slots.
-        device: where they are.
+        device: their device.
         policy: "lfru" or "lru".
         stores: the store of each module by its number.
     """
@@ -91,7 +91,7 @@ class SlotPool:
         self._fill(self.device)
 
     def _fill(self, device: torch.device) -> None:
-        """Make the tensors anew, and empty."""
+        """Make new, empty tensors."""
         self.device = device
         self.resident: dict[Expert, Resident] = {}
         self.free = list(range(self.count))[::-1]
@@ -108,7 +108,7 @@ class SlotPool:
             self._rows = [{name: t.data[slot] for name, t in self.tensors.items()} for slot in range(self.count)]
 
     def move(self, device: torch.device) -> None:
-        """Go on with empty slots on another device."""
+        """Continue with empty slots on another device."""
         if device != self.device:
             wait([r.loading for r in self.resident.values() if r.loading is not None])
             self._fill(device)
@@ -173,7 +173,7 @@ class SlotPool:
         worker: ThreadPoolExecutor,
         statistics: OffloadStatistics,
     ) -> None:
-        """Begin to fetch experts that the next call may need.
+        """Start to fetch experts that the next call may need.
 
         Args:
             wanted: the experts, the most probable first.
@@ -225,7 +225,7 @@ class SlotPool:
         usage.last = time
 
     def _value(self, expert: Expert) -> tuple[float, float]:
-        """Return what the slot of an expert is worth, to be compared with others at the same time."""
+        """Return the value of an expert's slot, to be compared with others at the same time."""
         usage = self._usage[expert]
         if self.policy == "lru":
             return usage.last, 0.0
@@ -244,12 +244,12 @@ class SlotPool:
             held.loading = None
 
     def _take_slot(self, kept: set[Expert], statistics: OffloadStatistics, at_once: bool = False) -> int | None:
-        """Return a slot that is free from now on: an empty one, or that of the expert of the lowest value.
+        """Return a slot that is free from now on: an empty one, or the slot of the expert with the lowest value.
 
         Args:
             kept: experts that keep their slots.
             statistics: counts prefetches that were in vain.
-            at_once: return None where only slots on their way could be had, in place of waiting.
+            at_once: return None instead of waiting if the only candidates are slots still being filled.
         """
         if self.free:
             return self.free.pop()
@@ -278,7 +278,7 @@ class SlotPool:
 
     @torch.no_grad()
     def _load_aside(self, jobs: list[tuple[Expert, int, Future[None]]], written: torch.cuda.Event | None) -> None:
-        """Load on the worker's thread; on CUDA on a stream beside that which computes, after what it reads there."""
+        """Load on the worker's thread; on CUDA on a stream next to the one that computes, after that stream's reads."""
         if written is not None and self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
         with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):

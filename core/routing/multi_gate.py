@@ -18,17 +18,17 @@ from .router import Router
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """The numbers of a level's experts that belong to tasks and domains. The experts stand in this order: the shared
-    ones, then each task's own and those of its self-gate, then each domain's own.
+    """The numbers of a level's experts that belong to tasks and domains. The experts are ordered like this: the shared
+    ones, then each task's own with its self-gate's, then each domain's own.
 
     Attributes:
         num_tasks: number of gates, t; 1 where all tasks share one.
         num_shared: number of experts that every gate may use.
-        num_task: numbers of experts of each task alone, one a task.
+        num_task: numbers of experts that belong to one task, one number per task.
         num_self: number of experts of each task outside its softmax (HoME's self-gate).
-        num_domain: number of experts of each domain alone.
+        num_domain: number of experts that belong to one domain.
         num_domains: number of domains; 0: the gates know no domain.
-        owner: what the gates and the experts of one alone are named after: "task", or "category" of tasks.
+        owner: name prefix of the gates and of the experts that belong to one owner: "task", or "category" of tasks.
     """
 
     num_tasks: int
@@ -41,7 +41,7 @@ class ExpertGroups:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The numbers of experts that compute every example, by input: the shared ones, and those of each task."""
+        """The numbers of experts that compute every example, by input: the shared ones, and each task's."""
         return (self.num_shared, *(n + self.num_self for n in self.num_task))
 
     @property
@@ -75,8 +75,8 @@ class ExpertGroups:
         return self.num_shared + sum(self.num_task) + self.num_domain
 
     def padded(self, logits_TE: Tensor, task: int) -> Tensor:
-        """Return the logits of one task's gate with -inf in place of the own experts that it has fewer than the task
-        that has most: (T, E of the largest gate)."""
+        """Return the logits of one task's gate with -inf for the own experts that it has fewer than the task that has
+        most: (T, E of the largest gate)."""
         end = self.num_shared + self.num_task[task]
         missing = logits_TE.new_full((logits_TE.shape[0], self.most_own - self.num_task[task]), -torch.inf)
         return torch.cat((logits_TE[:, :end], missing, logits_TE[:, end:]), 1)
@@ -118,9 +118,9 @@ class ExpertGroups:
 
 @dataclass(frozen=True)
 class CategoryGroups(ExpertGroups):
-    """The experts of a level whose tasks fall into categories: a task's gate sees the shared ones, those of its
-    category and its own. They stand in this order: the shared ones, then for each category its own and, task by task,
-    the tasks' own and those of their self-gates.
+    """The experts of a level whose tasks fall into categories: a task's gate sees the shared ones, its category's and
+    its own. They are ordered like this: the shared ones, then for each category its own and, task by task, the tasks'
+    own and their self-gates'.
 
     Attributes:
         categories: category of each task, from 0.
@@ -136,7 +136,7 @@ class CategoryGroups(ExpertGroups):
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The numbers of experts by input: the shared ones, and those of each category with its tasks."""
+        """The numbers of experts by input: the shared ones, and each category's with its tasks'."""
         by_task = super().counts[1:]
         return (self.num_shared, *(self.num_category + sum(by_task[k] for k in own) for own in self._tasks()))
 
@@ -295,7 +295,7 @@ class DenseGates(Router):
             return self._logits(x_GTD)
 
     def _through_hidden(self, x_GTD: Tensor) -> Tensor:
-        """Return each gate's last hidden layer, (1 + t, T, W): that of the shared representation's gate comes first."""
+        """Return each gate's last hidden layer, (1 + t, T, W): the shared representation's gate comes first."""
         num_gates = self._hidden()[0][0].shape[0]
         has_shared = self.shared_weight is not None
         if x_GTD.shape[0] == 1:

@@ -22,7 +22,7 @@ from .selection import Capacity, Choice, select_pairs
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a call in float32, and what is known beside them: all that a gate sees.
+    """The tokens of a call in float32 with their context: all that a gate sees.
 
     Attributes:
         x_TD: float32 (T, D), T = B * S; padding is zero.
@@ -103,7 +103,7 @@ class Router(nn.Module):
         backend: name of the kernels that choose and count.
         expert_dropout: probability in training that a token cannot choose an expert, where ``drops_experts`` says that
             the router heeds it; ``MoEConfig.build`` sets it.
-        expert_bias: float32 (E,) buffer added to the scores for the choice alone, or None.
+        expert_bias: float32 (E,) buffer added to the scores for the choice only, or None.
         num_counts: length of ``Evidence.counts`` where ``after_counts`` reads them, else 0.
     """
 
@@ -140,7 +140,7 @@ class Router(nn.Module):
 
         Args:
             x: (B, S, D) tokens.
-            context: what is known of them; ``valid_BS`` marks the real ones.
+            context: their routing context; ``valid_BS`` marks the real ones.
 
         Raises:
             ValueError: the context lacks a field that the gate needs.
@@ -175,7 +175,7 @@ class PairRouter(Router):
 
     Attributes:
         num_experts, config, capacity: the arguments of the config's ``build``.
-        gate: the module that computes logits from tokens, made by ``RouterConfig.make_gate``, where there is one.
+        gate: the module that computes logits from tokens, made by ``RouterConfig.make_gate``, if there is one.
     """
 
     gate: nn.Module
@@ -284,13 +284,13 @@ class RouterConfig(OpenConfig):
     @property
     def is_causal(self) -> bool:
         """True where a later token never changes an earlier one's output, capacity aside, as a causal decoder needs.
-        It is False where this fails in training alone, too."""
+        It is also False if this fails only in training."""
         return True
 
     @property
     def depends_on(self) -> str:
-        """The tokens that decide a token's experts in evaluation, capacity aside: "token", itself alone with its
-        context; "sequence", those of its sequence; "batch", all tokens of the call."""
+        """The tokens that decide a token's experts in evaluation, capacity aside: "token", only the token itself with
+        its context; "sequence", all tokens of its sequence; "batch", all tokens of the call."""
         return "token" if self.is_causal else "sequence" if self.default_group == "sequence" else "batch"
 
     @property
@@ -305,7 +305,8 @@ class RouterConfig(OpenConfig):
 
     @property
     def decodes_stepwise(self) -> bool:
-        """True where a token that comes alone, its prefix computed before, takes the experts it has in the sequence."""
+        """True if a token that comes by itself, its prefix computed before, takes the experts it has in the
+        sequence."""
         return self.depends_on == "token" and not (self.reads_position or self.reads_batch_index)
 
     @property
@@ -352,18 +353,18 @@ class RouterConfig(OpenConfig):
 
     @property
     def layer_options(self) -> frozenset[str]:
-        """The ``LAYER_OPTIONS`` that have a meaning with this router; ``MoEConfig`` refuses the others."""
+        """The ``LAYER_OPTIONS`` that have a meaning with this router; ``MoEConfig`` rejects the others."""
         return LAYER_OPTIONS
 
     @property
     def drops_experts(self) -> bool:
-        """True where ``MoEConfig.expert_dropout`` has a meaning: the logits alone decide, and the router masks them by
+        """True where ``MoEConfig.expert_dropout`` has a meaning: only the logits decide, and the router masks them by
         ``top_k.without_some``."""
         return False
 
     @property
     def can_grow(self) -> bool:
-        """True where a row of the gate stands for each expert alone, so that ``core.grow_experts`` can add rows and
+        """True if each row of the gate belongs to exactly one expert, so that ``core.grow_experts`` can add rows and
         leave the others' logits as they are: not where a table, a code or the other experts decide."""
         return True
 

@@ -109,19 +109,19 @@ def _spread(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NullExperts(RouterConfig):
-    """AdaMoE (arXiv 2406.13233): beside the E experts the gate knows null experts, which compute nothing. A token takes
-    the ``top_k`` best of all; how many of them are real is its own affair, and the load-balancing loss holds their mean
-    at ``top_k * E / (E + num_null_experts)``. Gates are the softmax over the chosen real experts; a token that chose
-    null experts alone comes out zero, and the block's residual carries it.
+    """AdaMoE (arXiv 2406.13233): in addition to the E experts the gate knows null experts, which compute nothing. A
+    token takes the ``top_k`` best of all; how many of them are real is its own affair, and the load-balancing loss
+    holds their mean at ``top_k * E / (E + num_null_experts)``. Gates are the softmax over the chosen real experts; a
+    token that chose only null experts comes out zero, and the block's residual carries it.
 
     Loss, with M = E + num_null_experts: ``M sum_i f_i P_i`` over all M, where every null expert has the null experts'
-    mean ``f``: which of them is taken does not matter. ``importance`` averages their scores likewise, and
-    ``router_z`` is that of all M logits. The statistics and the other losses see the softmax over the real experts.
+    mean ``f``: which of them is taken does not matter. ``importance`` averages their scores likewise, and ``router_z``
+    covers all M logits. The statistics and the other losses see the softmax over the real experts.
 
     A capacity factor counts ``top_k`` places a token: for c times the balanced load give ``c * E / M``.
 
     Attributes:
-        top_k: experts a token takes, null ones included; at least 2.
+        top_k: experts per token, null ones included; at least 2.
         num_null_experts: number of experts that compute nothing.
         init_scale: variance of the gate's initial weights times D.
     """
@@ -226,10 +226,10 @@ class DynamicThresholdRouter(PairRouter):
 class DynamicThreshold(RouterConfig):
     """Top-any gating (DynMoE, arXiv 2405.14297): a token takes every expert whose score
     ``sigmoid(cos(x, w_e) / temperature)`` is above ``sigmoid(threshold_e / temperature)``, with learned thresholds.
-    Each of the k taken experts has the gate ``1 / k``; its gradient is that of ``(score - threshold) / k``, straight
-    through the step.
+    Each of the k taken experts has the gate ``1 / k``; its gradient is the gradient of ``(score - threshold) / k``,
+    straight through the step.
 
-    Where no expert is above its threshold, the one of the highest score is taken; the paper does so in evaluation alone
+    If no expert is above its threshold, the one with the highest score is taken; the paper does so only in evaluation
     and lets the token pass in training, for it then adds an expert. Experts are neither added nor removed here. At most
     ``max_k`` are taken, those furthest above their thresholds; the paper has no limit, which is ``max_k = E``.
 
@@ -273,7 +273,7 @@ class DynamicThreshold(RouterConfig):
 
 @dataclass(frozen=True)
 class Rounded:
-    """The result of ``round_to_tiles``: the pairs, and how many each expert has. Names are those of ``Routing``."""
+    """The result of ``round_to_tiles``: the pairs, and how many each expert has. Names are as in ``Routing``."""
 
     token_index_N: Tensor
     expert_ids_N: Tensor
@@ -286,7 +286,7 @@ def round_to_tiles(scores_TE: Tensor, expert_ids_TK: Tensor, real_T: Tensor, til
     """Round each expert's number of tokens to the nearest multiple of ``tile``, a half up (arXiv 2512.14080).
 
     Rounding down leaves out the expert's lowest-scored pairs; rounding up adds the highest-scored real tokens that did
-    not choose it. Where there are too few such tokens it rounds down; else a load changes by ``tile / 2`` at most.
+    not choose it. If there are too few such tokens it rounds down; else a load changes by ``tile / 2`` at most.
 
     Args:
         scores_TE: float (T, E).
@@ -370,12 +370,12 @@ class TokenRoundingRouter(TopKRouter):
 @dataclass(frozen=True)
 class TokenRounding(TopKConfig, LinearGateConfig):
     """Token rounding (SonicMoE, arXiv 2512.14080): top-k, and in training each expert's number of tokens in the call is
-    rounded to the nearest multiple of ``tile``, so that grouped products have no part-filled tiles; see
+    rounded to the nearest multiple of ``tile``, so that grouped matmuls have no part-filled tiles; see
     ``round_to_tiles``. A token may get more or fewer than ``top_k`` experts in training; evaluation is plain top-k.
 
-    In training tokens compete across the batch: batch-mates, later tokens too, change a token's output, so it is
-    refused in a causal decoder. Use it where ``T * K / E`` is well above ``tile``: an expert that fewer than
-    ``tile / 2`` tokens chose gets none. Rounding decides the loads: there is no capacity factor.
+    In training tokens compete across the batch: batch-mates, later tokens too, change a token's output, so a causal
+    decoder rejects it. Use it where ``T * K / E`` is well above ``tile``: an expert that fewer than ``tile / 2`` tokens
+    chose gets none. Rounding decides the loads, without a capacity factor.
 
     Attributes:
         top_k: experts per token before rounding, K.
