@@ -1,6 +1,6 @@
 """FLOP formulas for ``torch.utils.flop_counter``, which counts 0 for custom ops, ``grouped_mm`` and attention on CPU.
 
-Two FLOPs a multiply-add, products alone. Rows are those really computed, read from the offsets; where offsets are fake
+Two FLOPs per multiply-add, matmuls only. Rows are those really computed, read from the offsets; where offsets are fake
 (tracing) every routed pair counts. The formulas are registered with the first layer that is built, so that a counter of
 the user's own knows them, and not at import: torch's module imports Triton, which takes as long as half of torch.
 """
@@ -20,7 +20,7 @@ from .torch_internals import FakeTensor, fused_attention, onednn
 
 
 def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """Return the FLOPs of one call of ``fn``: products alone, two a multiply-add."""
+    """Return the FLOPs of one call of ``fn``: matmuls only, two per multiply-add."""
     register_formulas()
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,7 +1,7 @@
 """Bars on the terminal for long work: the share that is done, figures of the work, and the time at which it ends.
 
 Whoever has long work opens a ``bar``. Where one is on the terminal already, the new one is a row below it, so that a
-bar over the whole stays in sight. Nothing is drawn where stdout is no terminal, nor by the other ranks of a training.
+bar over the whole stays in sight. Nothing is shown if stdout is not a terminal, or on the other ranks of a training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def end_time(first: tuple[float, float], now: tuple[float, float], last: float) 
     """Return the time of day at which work ends at its mean speed until now, such as 14:05; "" if not known yet.
 
     Args:
-        first: time in seconds and what was done at the start.
+        first: time in seconds and work done at the start.
         now: the same now.
         last: what will be done at the end.
     """
@@ -40,9 +40,9 @@ class Bar:
     """One row on the terminal: a piece of work, as much of it as is done, and when it ends.
 
     Attributes:
-        name: what the work is.
+        name: name of the work.
         total: the amount of the work, in any unit; None: it is not known, and so is its end.
-        figures: values of the work that are shown beside it, by name.
+        figures: values of the work that are shown next to it, by name.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Bar:
         self.show(self._done + by)
 
     def begin(self, total: float) -> None:
-        """Say how much work there is, where it begins only now."""
+        """Set the amount of work, if it starts only now."""
         self._first = (time.time(), 0.0)
         self.show(0.0, total)
 
@@ -144,9 +144,9 @@ def bar(name: str, total: float | None = None, console: Console | None = None) -
     """Show a bar while the block runs, below those that are there already.
 
     Args:
-        name: what the work is.
+        name: name of the work.
         total: its amount, in any unit; None: it is not known.
-        console: where the first bar is drawn; None: stdout.
+        console: target of the first bar; None: stdout.
     """
     outer = _SHOWN.get()
     with contextlib.ExitStack() as stack:
@@ -210,7 +210,7 @@ def hidden() -> Iterator[None]:
 
 
 def _rows(console: Console | None, hides: bool = False) -> Progress:
-    """Return the rows of a terminal, without any yet; they are drawn by the first process alone, and on a terminal."""
+    """Return the rows of a terminal, without any yet; only the first process shows them, and only on a terminal."""
     from apps.base.rows import rows
 
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"

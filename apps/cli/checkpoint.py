@@ -29,7 +29,7 @@ def remembered(
     path: Path,
     data_may_grow: bool = False,
 ) -> dict[str, Any]:
-    """Return the model's arguments that the checkpoint remembers, if it is of the class the configuration names.
+    """Return the model's arguments that the checkpoint remembers, if it has the class that the configuration names.
 
     Args:
         checkpoint: contents of the checkpoint.
@@ -104,7 +104,7 @@ def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint
 
 
 def check_superseded(config: Mapping[str, Any], flags: list[str], checkpoint: Path) -> None:
-    """Refuse flags that have no effect beside what the checkpoint remembers: ``superseded`` of the data's class.
+    """Raise an error for flags that the checkpoint's values override: ``superseded`` of the data's class.
 
     Flags that the checkpoint's run was given too may stay.
 

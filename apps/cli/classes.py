@@ -34,7 +34,7 @@ def long_name(part: str, name: str) -> str:
 
 
 def with_long_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration with the class paths of public classes in place of their short names."""
+    """Return a configuration with the class paths of public classes instead of their short names."""
     out = dict(config)
     for part in ("model", "data", "optimizer", "lr_scheduler"):
         written = config.get(part)
@@ -72,10 +72,10 @@ def _with_long_parts(value: Any) -> Any:
 
 
 def load_class(path: str | None) -> Any:
-    """Import and return the class of a class path; None where there is no such module or no such name in it.
+    """Import and return the class of a class path; None if the module, or the name in it, does not exist.
 
     Raises:
-        ImportError: the module is there, and what it imports is not.
+        ImportError: the module exists, but a module that it imports does not.
     """
     module, _, name = (path or "").rpartition(".")
     if not module:
@@ -95,7 +95,7 @@ def named_class_path(part: str, config: Mapping[str, Any]) -> str | None:
 
 
 def find_class(part: str, config: Mapping[str, Any]) -> type | None:
-    """Return the class of "model" or "data"; None where none is named, or there is no such class."""
+    """Return the class of "model" or "data"; None if none is named, or the class does not exist."""
     path = named_class_path(part, config)
     if not path:
         return None

@@ -1,4 +1,5 @@
-"""Defaults that jsonargparse does not know: values that stand in for null, and those of the configs that are named."""
+"""Defaults that jsonargparse does not know: values that replace null, and the defaults of the configs that are
+named."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from core.config.plain import to_plain
 def with_stand_ins(part: str, flags: list[str], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``config`` with the values in force where an argument of the model or data is null or not given.
 
-    See ``SparseModule.defaults_of_none``. A null that stands for nothing, such as "no MoE layer", stays.
+    See ``SparseModule.defaults_of_none``. A null that means nothing, such as "no MoE layer", stays.
     """
     kind, path = find_class(part, config), named_class_path(part, config)
     stand_ins = getattr(kind, "defaults_of_none", None)
@@ -47,7 +48,7 @@ def with_own_defaults(config: Mapping[str, Any], flags: list[str]) -> tuple[dict
     """Return ``config`` with every option of the config classes that it or the flags name, and the other flags.
 
     (Where another class than a default's is named, jsonargparse keeps the default's values of options with the same
-    name: ``core.SwiGLU`` in place of a default ``FFN(activation="gelu")`` would compute GELU.)
+    name: ``core.SwiGLU`` instead of a default ``FFN(activation="gelu")`` would compute GELU.)
 
     Example::
 

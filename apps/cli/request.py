@@ -46,12 +46,12 @@ class Request:
         config: the configurations merged, later ones over earlier ones, over the checkpoint's arguments.
         run_dir: folder of the run's files.
         checkpoint: the file to load, or None.
-        loaded: the checkpoint's contents, with the shapes alone of sharded tensors, or None.
-        model_class: the model's class, where it is named.
-        weights: the checkpoint of ``--weights``, with whose weights a training begins anew, or None.
-        begun_with: contents of the checkpoint that ``--weights`` or ``model.grow`` names, where the run begins with its
+        loaded: the checkpoint's contents, with only the shapes of sharded tensors, or None.
+        model_class: the model's class, if it is named.
+        weights: the checkpoint of ``--weights``, whose weights a new training starts from, or None.
+        begun_with: contents of the checkpoint that ``--weights`` or ``model.grow`` names, if the run starts from its
             weights and loads no other; or None.
-        exported: the model of ``--onnx``, which runs in place of a checkpoint's weights, or None.
+        exported: the model of ``--onnx``, which runs instead of a checkpoint's weights, or None.
     """
 
     command: str
@@ -203,7 +203,7 @@ class Request:
 
 
 def _announce(command: str, line: str) -> None:
-    """Say what starts, before the seconds that torch takes. The stdout of predict is for what it predicts."""
+    """Say what starts, before the seconds that torch takes. The stdout of predict is for its predictions."""
     ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     if all(rank == "0" for rank in ranks):  # the processes of a distributed run have one command line
         print(line, file=sys.stderr if command == "predict" else None, flush=True)
@@ -234,7 +234,7 @@ def _check_complete(command: str, flags: Sequence[str], config: Mapping[str, Any
 
 
 def _find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | None:
-    """Return the checkpoint that a command is of; whether it can be read shows when it is read.
+    """Return the checkpoint of a command; whether it can be read shows when it is read.
 
     Args:
         command: fit, validate, test or predict.
@@ -242,7 +242,7 @@ def _find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | N
         run_dir: the run's folder.
 
     Returns:
-        The path; None for an untrained model, or a training that begins anew.
+        The path; None for an untrained model, or for a new training.
 
     Raises:
         FileNotFoundError: there is none.

@@ -28,10 +28,10 @@ class Pass:
 
     Attributes:
         mask: of the self-attention.
-        context: what the MoE layers may know of the tokens, in the (B, L) layout.
+        context: routing context of the tokens, in the (B, L) layout.
         rotations: of queries and keys, where positions are rotary.
-        packing: where the tokens lie in the (B, L) layout, if the input is (T, D) and has no padding.
-        memory_BSD: what the cross-attention reads, where there is one.
+        packing: positions of the tokens in the (B, L) layout, if the input is (T, D) and has no padding.
+        memory_BSD: memory that the cross-attention reads, if there is one.
         memory_mask: of the cross-attention.
         past: of the positions before these, with the memory's keys and values; None: these are the first.
     """
@@ -52,7 +52,7 @@ class Layer(nn.Module):
         config: the transformer.
         ffn: FFN or MoE layer; None: the layer has none.
         cross: there is a memory.
-        mixing: stands in place of self-attention, under its interface; None: self-attention.
+        mixing: replaces self-attention, with the same interface; None: self-attention.
         depth_gate: chooses the tokens that enter the layer; None: all of them do.
     """
 
@@ -82,7 +82,7 @@ class Layer(nn.Module):
         Args:
             x: the tokens.
             given: what all layers share.
-            seen: shaped as ``x``, what self-attention looks at, where no token passes by; None: ``x``.
+            seen: shaped as ``x``, the input of self-attention, if no token skips the layer; None: ``x``.
         """
         if self.depth_gate is not None and given.past is not None:
             return self._all_of(x, self.depth_gate, given)
@@ -91,7 +91,7 @@ class Layer(nn.Module):
         return self._whole(x, given, seen)
 
     def _of(self, given: Pass, entered: Entered) -> Pass:
-        """Return the inputs of the tokens that enter the layer, which see each other alone."""
+        """Return the inputs of the tokens that enter the layer, which only see each other."""
         mask = given.mask.of_tokens(entered.index_BC, entered.real_BC, self.num_heads)
         turns = None if given.rotations is None else given.rotations[:, entered.index_BC]
         return Pass(mask, entered.context, turns)
@@ -130,7 +130,7 @@ class Layer(nn.Module):
         return x_BLD + self.dropout(attention.look(norm(x_BLD), keys, values, given.memory_mask))
 
     def feed(self, x: Tensor, given: Pass) -> Tensor:
-        """Return x with the FFN or MoE layer added, where there is one."""
+        """Return x with the FFN or MoE layer added, if there is one."""
         if self.ffn is None or self.ffn_norm is None:
             return x
         return x + self.dropout(feed(self.ffn, self.ffn_norm(x), given.context, given.packing))
@@ -189,7 +189,7 @@ class Stack(nn.Module):
     Args:
         config: the transformer.
         ffns: FFN or MoE layer of each layer.
-        causal: a position sees those before it alone.
+        causal: a position sees only earlier ones.
         cross: the layers attend to a memory as well.
         depth_gates: of each layer, chooses the tokens that enter it; None: all enter all layers.
         attention: the attention experts of all layers; None: they have ``SelfAttention``.
@@ -235,7 +235,7 @@ class Stack(nn.Module):
     ) -> Tensor:
         """Map (B, L, D) embeddings to the (B, L, D) normed output. ``context.valid_BS`` marks the real tokens.
 
-        With a ``past`` they stand after its positions, and it has the keys and values of the memory.
+        With a ``past`` they follow its positions, and it has the keys and values of the memory.
         """
         x_BLD, given = self._prepare(x_BLD, context, memory_BSD, memory_valid_BS, past)
         return self.norm(self._through(x_BLD, given))

@@ -108,7 +108,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the mean over the rows of ``-sum_v q_v log softmax(h W^T)_v``, in chunks of rows; 0 without rows.
 
-    q is ``1 - label_smoothing`` at the target, and ``label_smoothing / V`` more everywhere. Under autocast the products
+    q is ``1 - label_smoothing`` at the target, and ``label_smoothing / V`` more everywhere. Under autocast the matmuls
     are in its dtype and the softmax in float32. One backward, not differentiable twice.
 
     Args:
@@ -116,9 +116,9 @@ def linear_cross_entropy(
         weight: (V, D).
         target: int64 (T,), in ``range(V)``.
         label_smoothing: share of the target spread evenly over the vocabulary.
-        left_out: int64 (T, X), columns that are no candidates of a row, so that its softmax leaves them out; -1 names
-            none, and a row's target is a candidate always. It goes with ``label_smoothing=0`` alone.
-        real: bool (T,), the rows that count; those of ``h`` that do not are 0. None: all rows.
+        left_out: int64 (T, X), columns that are not candidates of a row, so that its softmax leaves them out; -1 names
+            none, and a row's target is a candidate always. It only goes with ``label_smoothing=0``.
+        real: bool (T,), the rows that count; gradients of rows of ``h`` that do not are 0. None: all rows.
 
     Returns:
         (), float32, or float64 where ``h`` is.
@@ -202,7 +202,7 @@ class OutputLogits:
     def divergence(self, teacher: OutputLogits, temperature: float) -> Tensor:
         """Return the mean over the T targets of ``KL(teacher || self)``, (), in chunks of rows; 0 without rows.
 
-        The dtypes are those of ``linear_cross_entropy``. One backward, which gives the teacher no gradient.
+        The dtypes are as in ``linear_cross_entropy``. One backward, which gives the teacher no gradient.
 
         Args:
             teacher: logits of the same targets; its D may be another.

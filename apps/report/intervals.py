@@ -68,8 +68,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
 class CrossedInterval(Interval):
     """The mean of values by seed and example, with the 95 % interval over other seeds and other examples.
 
-    A value is modelled as a mean plus an effect of its seed, one of its example, and a rest of both, each drawn at
-    random (a crossed random-effects design); the attributes beside those of ``Interval`` are estimates of its parts.
+    A value is modeled as a mean plus an effect of its seed, one of its example, and a rest of both, all of them random
+    (a crossed random-effects design); the attributes that ``Interval`` lacks are estimates of its parts.
 
     Attributes:
         num_examples: number of examples N; ``count`` is the number of seeds S.
@@ -94,10 +94,10 @@ def crossed_interval(values_SN: np.ndarray) -> CrossedInterval:
     """Return the mean and interval of ``values_SN``, the value of each seed (S) on each example (N).
 
     With the mean squares of seeds, examples and rest the variance of the mean is (MS_s + MS_e - MS_r) / (S N), and no
-    less than either of the first two alone. The degrees of freedom are Satterthwaite's, and at most S - 1 unless the
-    seeds differ by no more than the rest explains (MS_s <= MS_r); likewise N - 1. Two seeds cannot show that they do
-    not differ, and have one degree. So few seeds widen the interval as Student's t does, and count little only if the
-    examples are all that varies. Without the limit the interval of two seeds would hold the mean 88 times of 100.
+    less than either of the first two by itself. The degrees of freedom are Satterthwaite's, and at most S - 1 unless
+    the seeds differ by no more than the rest explains (MS_s <= MS_r); likewise N - 1. Two seeds cannot show that they
+    do not differ, and have one degree. So few seeds widen the interval as Student's t does, and count little only if
+    the examples are all that varies. Without the limit the interval of two seeds would hold the mean 88 times of 100.
 
     Raises:
         ValueError: no value.
@@ -178,7 +178,7 @@ def quality_at(curve: Sequence[tuple[float, float]], seconds: float) -> float | 
 
 
 def nearest_first(rates: Sequence[float], is_usable: Sequence[bool], default: float) -> list[int]:
-    """Return the indices of the runs that did not diverge, those of the rates nearest to ``default``, by ratio, first.
+    """Return the indices of the runs that did not diverge, the ones with rates nearest to ``default``, by ratio, first.
 
     Raises:
         ValueError: every run diverged.

@@ -28,7 +28,7 @@ class Input:
         example: a value as JSON has it, for the example of a schema.
         from_json: returns the value of what has passed the schema, given the thing's name too; raises a ``ValueError``
             of one line with the name, the value, and a rule that the schema could not say.
-        field: its field on a page, which refuses what the model cannot take; None: a page leaves it out.
+        field: its field on a page, which rejects values that the model cannot take; None: a page leaves it out.
         from_page: returns the value of what its field has read, or raises a ``ValueError`` as ``from_json``.
         is_required: whether each request must have it.
         default: the value of an example that does not have it.
@@ -67,14 +67,14 @@ def number(
     shown: int | None = None,
     in_example: bool = True,
 ) -> Input:
-    """Return a whole number that a request may leave out; a page leaves it out without a label.
+    """Return an integer that a request may leave out; a page leaves it out without a label.
 
     Args:
         label: name on a page.
         sample: the example of a schema.
         default: the value where there is none.
         least, most: its bounds.
-        says: what it is, for the schema.
+        says: description for the schema.
         shown: its upper bound on a page; None: ``most``.
         in_example: whether the example of a schema has it.
     """

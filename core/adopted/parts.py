@@ -1,4 +1,4 @@
-"""What an adopted block, its router and its experts are besides what they were: classes that are put before their own.
+"""Classes of an adopted block, its router and its experts, which are put before their own classes.
 
 Nothing of the block is copied or renamed: its modules change class, and back again.
 """
@@ -24,11 +24,11 @@ from .layouts import Layout
 
 
 class Adopted:
-    """What the three have in common.
+    """Common base of the three.
 
     Attributes:
         original: the class that the module had.
-        layout: that of its block.
+        layout: layout of its block.
     """
 
     original: ClassVar[type[nn.Module]]

@@ -14,7 +14,7 @@ from .groups import TokenGroups
 
 @dataclass(frozen=True)
 class RoutingContext:
-    """Facts about tokens and sequences that a gate may use beside the hidden states. Every field is optional.
+    """Facts about tokens and sequences that a gate may use in addition to the hidden states. Every field is optional.
 
     Attributes:
         valid_BS: bool (B, S), True for real tokens. Padding is never routed, counted or in a loss.
@@ -101,7 +101,7 @@ class Routing:
 class SlotRouting:
     """Soft slots: each of an expert's P slots is a weighted mean of the tokens of a group (arXiv 2308.00951).
 
-    A group is a sequence, so ``G = B`` and ``T = G * S``. No slot is ever left out, so both counts are of all of them.
+    A group is a sequence, so ``G = B`` and ``T = G * S``. No slot is ever left out, so both counts cover all of them.
     With ``across`` a group is the tokens at one position of several sequences (arXiv 2310.15961).
 
     Attributes:
@@ -225,8 +225,8 @@ class DenseRouting:
 
 @dataclass(frozen=True)
 class Loads:
-    """The counts of a decision (see ``Decision`` and ``Evidence``), which stand for it on the tape of ``Tape.loads``:
-    all that ``update_expert_bias`` reads."""
+    """The counts of a decision (see ``Decision`` and ``Evidence``), which replace it on the tape of ``Tape.loads``: all
+    that ``update_expert_bias`` reads."""
 
     tokens_per_expert_E: Tensor
     chosen_per_expert_E: Tensor

@@ -26,7 +26,7 @@ MOST_EXPERTS = 256
 def experts_of(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     """Return the experts of each layer that are compared, ours and foreign, with their number, by dotted name.
 
-    Experts that two layers share stand under the first; a level of several has a name of its own.
+    Experts that two layers share are listed under the first; a level of several has a name of its own.
     """
     named: dict[str, tuple[nn.Module, int]] = {}
     seen: set[nn.Module] = set()
@@ -101,8 +101,8 @@ class Inputs:
         """Return, by layer, how far apart the experts' outputs are: float64 (E, E) on the CPU.
 
         The distance of two experts is ``sum ||f_i(x) - f_j(x)||^2 / sum (||f_i(x)||^2 + ||f_j(x)||^2)`` over the same
-        tokens, those of all ranks: 0 where they compute the same, 1 where their outputs have nothing to do with each
-        other. It is NaN where both put out nothing. Experts that cannot be asked for every token are left out.
+        tokens of all ranks: 0 where they compute the same, 1 where their outputs have nothing to do with each other. It
+        is NaN where both put out nothing. Experts that cannot be asked for every token are left out.
 
         Args:
             group: the ranks, all of which call it; None: all.
@@ -143,12 +143,12 @@ class Inputs:
 
 
 def _products(y_TED: Tensor) -> Tensor:
-    """Return the sums over tokens of the products of two experts' outputs, (E, E)."""
+    """Return the sums over tokens of the inner products of two experts' outputs, (E, E)."""
     return torch.einsum("ted,tfd->ef", y_TED, y_TED)
 
 
 def _distances(products_EE: Tensor) -> Tensor:
-    """Return the distances of experts, given the sums of the products of their outputs."""
+    """Return the distances of experts, given the sums of the inner products of their outputs."""
     square_E = products_EE.diagonal()
     together_EE = square_E[:, None] + square_E[None, :]
     # Outputs of rounding alone are no outputs.
@@ -176,7 +176,7 @@ def without_expert(experts: nn.Module, num_experts: int, e: int) -> Iterator[Non
 def ablate_experts(model: nn.Module, score: Callable[[], float]) -> Mapping[str, tuple[float, ...]]:
     """Return the score of a model without each of its experts, by layer: the tokens of an expert lose its output.
 
-    No token is sent to another expert in its place: what is measured is what the expert adds. The weights are put back.
+    No token is sent to another expert instead: this measures the expert's contribution. The weights are put back.
 
     Args:
         model: any module with MoE layers, ours or foreign. Experts that two layers share are taken out of both.

@@ -71,7 +71,7 @@ class LayerFigures:
         Args:
             one: the pass.
             labels: int64 (B,) or (T,), the class of each sequence or token; None, or of another length: unknown.
-            real_T: bool (T,), the tokens that are no padding, whatever the router was told; None: not known.
+            real_T: bool (T,), the non-padding tokens, whatever the router was told; None: not known.
         """
         real = one.num_real
         if real_T is not None and one.num_tokens == real_T.shape[0] and one.has_loss:
@@ -164,7 +164,7 @@ class LayerFigures:
 
     @property
     def decided_pairs(self) -> float:
-        """Pairs that were decided one by one: those of a sequence count once where it decides as a whole."""
+        """Pairs that were decided one by one: a sequence's pairs count once if it decides as a whole."""
         return self.decided(self.pairs_per_token * self.num_tokens)
 
     def decided(self, pairs: float) -> float:
@@ -210,8 +210,8 @@ class LayerFigures:
 
     @property
     def place_share(self) -> float | None:
-        """The share of the variance over tokens that their places alone explain, adjusted for chance; None where a
-        place has too few tokens to tell."""
+        """The share of the variance over tokens that their places explain by themselves, adjusted for chance; None
+        where a place has too few tokens to tell."""
         total, used_P = float(self.place_tokens_P.sum()), self.place_tokens_P > 0
         places = int(used_P.sum())
         if places < 2 or total < 4 * places:
@@ -269,7 +269,7 @@ def _sum_of_rows(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _labels_of_tokens(labels: Tensor | None, one: Pass) -> Tensor | None:
-    """Return the class of each token, int64 (T,); None where the labels are of something else."""
+    """Return the class of each token, int64 (T,); None if the labels describe something else."""
     if labels is None or labels.ndim != 1 or not len(labels):
         return None
     labels = labels.to(one.chosen_E.device)

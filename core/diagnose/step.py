@@ -1,4 +1,5 @@
-"""A training step looked into: what the task's loss tells the routers, and how often the balance loss is in the sum."""
+"""A training step examined: the gradients that the task's loss sends to the routers, and how often the balance loss is
+in the sum."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ class StepFigures:
         is_frozen: whether none of the router's weights trains.
         is_balanced: whether a balance loss has a weight.
         times: how often the balance loss is in the loss; None: it cannot be told.
-        over_padding: whether a foreign balance loss is that of all tokens, padding included.
+        over_padding: whether a foreign balance loss covers all tokens, padding included.
     """
 
     router_gradient: float | None = None
@@ -58,13 +59,13 @@ def step_figures(
 ) -> dict[str, StepFigures]:
     """Run two training steps without an update, with the balance losses and without, and compare their gradients.
 
-    Weights, gradients, buffers, modes and random numbers are afterwards what they were.
+    Weights, gradients, buffers, modes and random numbers are unchanged afterwards.
 
     Args:
         model: any module with MoE layers, ours or foreign.
         batch: a batch of the training.
-        loss: as a step minimises it, balance losses included.
-        aux_weight: weight of the balance losses in the loss, beside the layers' own weights.
+        loss: as a step minimizes it, balance losses included.
+        aux_weight: weight of the balance losses in the loss, on top of the layers' own weights.
         real_BS: bool (B, S), False for padding; None: not known.
         group: the ranks, all of which call this with a batch of their own; gradients are the means over them, as DDP
             and FSDP make them. What FSDP2 shards is put together meanwhile. None: all.
@@ -125,7 +126,7 @@ Gradients = Mapping[int, Tensor]
 
 @dataclass(frozen=True)
 class _Run:
-    """One forward and backward: the loss, its gradients, those of the layers' balance losses, the foreign passes."""
+    """One forward and backward: the loss, its gradients, the balance losses' gradients by layer, the foreign passes."""
 
     value: float
     gradients: Gradients
@@ -158,8 +159,8 @@ def _run(
 def _gradients(
     value: Tensor, wanted: list[nn.Parameter], group: dist.ProcessGroup | None, keep: bool = False
 ) -> Gradients:
-    """Return the gradients, means over the ranks; divided experts have the sum over the tokens of those that share
-    them, over the number of these."""
+    """Return the gradients, means over the ranks; sharded experts have the sum over the tokens of the ranks that share
+    them, over the number of these ranks."""
     grads = torch.autograd.grad(value, wanted, retain_graph=keep, allow_unused=True)
     # Rows of a table have sparse gradients.
     dense = {
@@ -285,7 +286,7 @@ def _seeded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_balance(model: nn.Module, layers: Iterable[MoELayer]) -> Iterator[None]:
-    """Set the weights of the balance losses to zero inside the ``with`` block, those of foreign models too."""
+    """Set the weights of the balance losses to zero inside the ``with`` block, also in foreign models."""
     kept = [(layer, layer.balance, layer.load_balancing_weight) for layer in layers]
     zero: dict[str, Any] = dict.fromkeys(BalanceWeights().weights(), 0.0)
     owners = _foreign_weights(model)

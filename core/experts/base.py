@@ -342,7 +342,7 @@ class ExpertConfig(OpenConfig):
     def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
         """Return the forward FLOPs of one expert on one row, two a multiply-add; activations are not counted.
 
-        Return the forward FLOPs per row: each parameter multiplies one number of the row, unless a subclass says more.
+        Each parameter multiplies one number of the row, unless a subclass says more.
         """
         return 2 * self.num_params(dim, out_dim)
 

@@ -10,15 +10,15 @@
 Two more are the same on every backend but ``eager``, which copies all that it picks (``table_rows.py``)::
 
     neurons(x_TD, u, v, ids_TK, ...)     experts of one neuron, picked out of two tables
-    best_keys(q_RQ, keys_nQ, K)          the keys with the largest products
+    best_keys(q_RQ, keys_nQ, K)          the keys with the largest inner products
 
-The weights of ``expert_ffn`` and ``expert_linear`` may be quantised (``quantized.py``): a matrix is then made of whole
-numbers and scales where it is multiplied, and nowhere kept.
+The weights of ``expert_ffn`` and ``expert_linear`` may be quantized (``quantized.py``): a matrix is then dequantized
+from integers and scales when it is multiplied, and never stored.
 
 ``eager`` is the oracle and reads like the equations. ``cpu``, ``grouped`` and ``triton`` are held to it in output and
-gradients. The functions here take a backend's name, resolve it and hand on; ``triton`` leaves what is beyond its limits
+gradients. The functions here take a backend's name, resolve it and hand on; ``triton`` leaves cases beyond its limits
 to ``grouped`` or ``eager``. Experts, dispatchers and layers use these functions, and the few helpers that are exported
-beside them, and know no backend by name.
+with them, and know no backend by name.
 """
 
 from __future__ import annotations
@@ -72,15 +72,15 @@ def check_backend(name: str) -> None:
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """Return the backend that will run: ``name`` itself where it can, else the next best with one warning.
 
-    "auto" is ``cpu`` on a CPU; on CUDA ``triton``, else ``grouped`` for the same dtypes, else ``eager``. (Where it is
-    ``triton``, experts' products run on the fastest of the three, measured where a shape is first met.) Under a
-    transform of ``torch.func`` and in forward-mode differentiation it is ``eager``, whatever the name: custom ops know
-    neither. On the meta device it is ``cpu``, whatever the name.
+    "auto" is ``cpu`` on a CPU; on CUDA ``triton``, else ``grouped`` for the same dtypes, else ``eager``. (If it is
+    ``triton``, experts' matmuls run on the fastest of the three, measured when a shape is first met.) Under a transform
+    of ``torch.func`` and in forward-mode differentiation it is ``eager``, whatever the name: custom ops know neither.
+    On the meta device it is ``cpu``, whatever the name.
 
     Args:
         name: "auto", or a key of ``BACKENDS``.
         device: device of the tokens.
-        dtype: dtype of the experts' products.
+        dtype: dtype of the experts' matmuls.
 
     Returns:
         A key of ``BACKENDS``.

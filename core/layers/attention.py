@@ -28,12 +28,12 @@ class AttentionMoE(MoE):
         y_t = sum over its experts of g_e(t) softmax(q_e(t) K^T / sqrt(d)) V w_out_e,    q_e(t) = x_t w_q_e
 
     Keys and values are projected once for all experts. The router decides once: the chosen experts make queries of a
-    token, each attends over the token's own sequence, and the same experts map what was attended back. A token that no
-    expert computes comes out zero. ``MoEConfig`` builds the layer from ``AttentionExperts``.
+    token, each attends over the token's own sequence, and the same experts map the attention output back. A token that
+    no expert computes comes out zero. ``MoEConfig`` builds the layer from ``AttentionExperts``.
 
     Args:
-        router, experts, balance, dispatcher, expert_output_masking, pairs_per_token, dim: as in ``MoE``; with
-            gates on the input, what the gates scale is the token that makes the queries.
+        router, experts, balance, dispatcher, expert_output_masking, pairs_per_token, dim: as in ``MoE``; with gates on
+            the input, the gates scale the token that makes the queries.
         shared_experts, shared_gate: None.
 
     Attributes:
@@ -64,7 +64,7 @@ class AttentionMoE(MoE):
             x: (..., S, D), at least two dimensions; (S, D) is one sequence.
             context: as in ``MoE.forward``. No token attends to padding, which comes out zero.
             mask: bool (S, S) or (B, S, S), True where a query (the first S) may see a key; None: all.
-            attend: computes the attention in place of the layer, which then heeds neither ``mask`` nor ``causal`` nor
+            attend: computes the attention instead of the layer, which then heeds neither ``mask`` nor ``causal`` nor
                 the padding: for positions in queries and keys, or keys of earlier tokens that are kept.
             seen: shaped as ``x``, what keys and values are made of, finite where the context calls a token padding;
                 None: ``x``.
@@ -73,7 +73,7 @@ class AttentionMoE(MoE):
             (..., S, D_out).
 
         Raises:
-            ValueError: as ``MoE.forward``, ``mask`` is of another shape or not bool, or ``seen`` of another shape.
+            ValueError: as ``MoE.forward``, ``mask`` has another shape or is not bool, or ``seen`` has another shape.
         """
         x_BSD = self._sequences(x, context)
         B, S, _ = x_BSD.shape

@@ -33,7 +33,7 @@ def nothing(module: nn.Module, args: Any) -> None:
 class MoELayer(nn.Module):
     """Base of the MoE layers: what ``record``, ``moe_layers`` and ``active_params`` look for.
 
-    A layer of your own has a ``router`` and ``experts``, and calls ``record_pass`` in its forward; where it has several
+    A layer of your own has a ``router`` and ``experts``, and calls ``record_pass`` in its forward; if it has several
     routers, ``routers`` names them.
 
     Args:
@@ -76,7 +76,7 @@ class MoELayer(nn.Module):
         MoELayer.reset_parameters(self)  # a subclass's own parameters are not there yet
 
     def reset_parameters(self) -> None:
-        """Set what the layer itself holds to its start. Router and experts have methods of their own."""
+        """Initialize the layer's own parameters and buffers. Router and experts have methods of their own."""
         if self.load_balancing_weight is not None:
             self.load_balancing_weight.fill_(self.balance.load_balancing)
 
@@ -102,7 +102,7 @@ class MoELayer(nn.Module):
 
     @property
     def row_dim(self) -> int | None:
-        """The width of what the router sees: ``dim``, but for layers whose experts take several tokens at once."""
+        """The width of the router's input: ``dim``, but for layers whose experts take several tokens at once."""
         return self.dim
 
     @property
@@ -124,7 +124,7 @@ class MoELayer(nn.Module):
 
     @property
     def is_recorded(self) -> bool:
-        """True while a tape listens. Without one, what is made for it alone can be left out."""
+        """True while a tape listens. Without one, values that only a tape reads can be left out."""
         return len(self._tapes) > 0  # of a tuple, which torch 2.10 does not trace as bool
 
     def record_pass(
@@ -144,11 +144,11 @@ class MoELayer(nn.Module):
         where an activation checkpoint repeats the forward, nothing happens.
 
         Args:
-            routing: what the router decided.
-            context: what the layer got, for the losses that read it.
+            routing: the router's decision.
+            context: the layer's context, for the losses that read it.
             end: end of the entry's name, ``<layer>.<end>``, in a layer with several routers: a key of ``routers()``.
             router: which of them decided; None: ``self.router``.
-            shared_gate: the gate on the shared experts, where there is one.
+            shared_gate: the gate on the shared experts, if there is one.
             shared_gate_T: float32 (T,), the gate of each token.
             terms: names of the balance terms that apply; None: the router's and the layer's own.
         """
@@ -252,7 +252,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
 def active_params(model: nn.Module) -> int:
     """Return the parameters that one token touches at most: all but the routed experts it does not take.
 
-    Sharded parameters (``DTensor``) count as whole: the figure is that of the whole model, on every rank.
+    Sharded parameters (``DTensor``) count in full: the figure covers the whole model, on every rank.
     """
     idle: dict[int, int] = {}
     for layer in moe_layers(model).values():

@@ -87,7 +87,7 @@ class MultiGateLayer(MoELayer):
             (t, ..., D_out). Padding is zero.
 
         Raises:
-            ValueError: ``x`` has one dimension or another width than ``dim``, ``valid_BS`` is of another shape or not
+            ValueError: ``x`` has one dimension or another width than ``dim``, ``valid_BS`` has another shape or is not
                 bool, or the layer knows domains and ``domain_ids_B`` is missing, of another shape, or (on CPU) out of
                 range.
         """
@@ -101,7 +101,7 @@ class MultiGateLayer(MoELayer):
         return ENDS.fullmatch(end) is not None
 
     def _compute(self, examples: Examples) -> Tensor:
-        """Return the tasks' outputs, (t, T, D_out); those of padding may be anything finite."""
+        """Return the tasks' outputs, (t, T, D_out); rows of padding may be anything finite."""
         raise NotImplementedError
 
     def _examples(self, x: Tensor, context: RoutingContext | None) -> Examples:
@@ -171,7 +171,7 @@ class MultiGateMoE(DenseGatesLayer):
     """One level of experts under softmax gates (MMoE, OMoE, CGC): ``y_k = sum_e g_k(x)_e f_e(x)``, over the shared
     experts and task k's own, ``+ sum_l s_k(x)_l f_l(x)`` over its self-gate's. Every expert computes every example.
 
-    A domain's own experts compute its examples alone, and stand in the gates of all tasks.
+    A domain's own experts only compute its examples, and are part of the gates of all tasks.
 
     Args:
         gates: the gates of the level.
@@ -208,7 +208,7 @@ class MultiGateMoE(DenseGatesLayer):
 
 class PLELayer(DenseGatesLayer):
     """Progressive layered extraction (PLE, RecSys 2020): levels of shared and task experts. Each task's representation
-    and the shared one go on from level to level; the gate of the shared one, which the last level lacks, sees all
+    and the shared one pass from level to level; the gate of the shared one, which the last level lacks, sees all
     experts.
 
     Entries of the tape: ``<layer>.level0.task0``, ..., ``<layer>.level0.shared``, ``<layer>.level1.task0``, ...
@@ -248,7 +248,7 @@ class PLELayer(DenseGatesLayer):
 
 
 def _active_params(experts: Experts, groups: ExpertGroups) -> int:
-    """Return a level's expert parameters that an example touches: all but those of other domains."""
+    """Return a level's expert parameters that an example touches: all but other domains' experts."""
     total = num_params(experts)
     return total * (groups.num_dense + groups.num_domain) // groups.num_experts
 
@@ -307,7 +307,7 @@ def gate_weights(
     prefix: str = "",
     is_shared: bool = False,
 ) -> Tensor:
-    """Return the softmax over the last axis, with expert dropout in training, and record what it is without it.
+    """Return the softmax over the last axis, with expert dropout in training, and record the softmax without it.
 
     Args:
         layer: the layer, for its tape and its dropout.
@@ -342,12 +342,12 @@ def self_weights(logits_TtL: Tensor) -> Tensor:
 
 
 def _own_sums(own_TtL: Tensor, self_TtL: Tensor | None, h_TlH: Tensor, groups: ExpertGroups) -> Tensor:
-    """Return the weighted sums of each task's own experts and those of its self-gate, (T, t, H).
+    """Return the weighted sums of each task's own experts and its self-gate's, (T, t, H).
 
     Args:
         own_TtL: weights of the own experts, padded to the most that a task has.
         self_TtL: weights of the self-gates' experts; None without them.
-        h_TlH: outputs of all tasks' own experts and those of their self-gates, task by task.
+        h_TlH: outputs of all tasks' own experts and their self-gates', task by task.
         groups: numbers of experts.
     """
     if groups.is_even:
@@ -369,7 +369,7 @@ def expert_outputs(
     x_GTD: Tensor,
     examples: Examples,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (T, n, H) of the experts that compute every example, and (T, d, H) of those of its domain."""
+    """Return (T, n, H) of the experts that compute every example, and (T, d, H) of its domain's experts."""
     # With one input for all the experts are one group.
     counts = groups.counts if x_GTD.shape[0] > 1 else (groups.num_dense,)
     if feature_gate is None:

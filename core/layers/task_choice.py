@@ -27,13 +27,13 @@ from .multi_gate import Examples, MultiGateLayer
 class SparseMultiGateMoE(MultiGateLayer):
     """A router a task chooses its few experts among the shared ones: ``y_k = sum over its experts of g_k,e f_e(x)``.
 
-    What the tasks chose is computed in one dispatch, and nothing else is. An expert that two tasks chose for an example
+    The tasks' choices are computed in one dispatch, and nothing else is. An expert that two tasks chose for an example
     computes it once, but where gates scale the experts' input, which then differs by task.
 
     Args:
         routers: one a task.
         experts: E experts.
-        pairs_per_token: experts an example takes for a task, for ``active_params``.
+        pairs_per_token: experts per example for a task, for ``active_params``.
         domain: adds the example's domain to the routers' input.
         options: ``num_domains``, ``balance`` and ``dim``, as in ``MultiGateLayer``.
     """
@@ -80,7 +80,8 @@ class EachOnce:
 
     Attributes:
         y_tTH: (t, T, H), the weighted sum of each task's experts.
-        pairs, first_N: the pairs that were computed, and the number of that of each pair; see ``unique_pairs``.
+        pairs, first_N: the pairs that were computed, and the number of the computed pair for each pair; see
+            ``unique_pairs``.
     """
 
     y_tTH: Tensor
@@ -89,7 +90,7 @@ class EachOnce:
 
 
 def each_once(layer: MultiGateLayer, x_TD: Tensor, routings: list[Routing]) -> EachOnce:
-    """Compute what the tasks chose, each expert once an example, and sum each task's part.
+    """Compute what the tasks chose, each expert once per example, and sum each task's part.
 
     Args:
         layer: the layer, for its dispatcher and its experts.
@@ -106,9 +107,9 @@ def each_once(layer: MultiGateLayer, x_TD: Tensor, routings: list[Routing]) -> E
 
 
 class SelectedMultiGateMoE(MultiGateLayer):
-    """One router selects an example's experts for all tasks, each computed once; a softmax gate a task weights them:
+    """One router selects an example's experts for all tasks, each computed once; a softmax gate per task weights them:
     ``y_k = sum over the selected of g_k,e f_e(x)``, ``g_k,e = P p_e exp(w_k,e x) / sum_j p_j exp(w_k,j x)`` with the
-    router's gates p and their sum P (1 where they are normalised).
+    router's gates p and their sum P (1 if they are normalized).
 
     Entries of the tape: ``<layer>.selection`` of the router, ``<layer>.task0`` and so on of the gates.
 

@@ -75,7 +75,7 @@ class ExpertFile:
     """A file of safetensors with the stacked tensors of several modules, written whole or not at all.
 
     Reads go by position and not through a mapping: a file that is cut under the cache is then an error and not the end
-    of the process. An expert's bytes are compared with the checksum of what was written when it is read for the first
+    of the process. An expert's bytes are compared with the checksum of the written bytes when it is read for the first
     time, and after every change of the file's size or time.
 
     Args:
@@ -170,7 +170,7 @@ class ExpertFile:
                 self._verified.update((name, e) for name in new)
 
     def check(self, names: list[str]) -> None:
-        """Raise a ``ValueError`` where a tensor is not what was written. An unchanged file is not read."""
+        """Raise a ``ValueError`` if a tensor differs from the written one. An unchanged file is not read."""
         if self._look() != self._written:
             for name in names:
                 row = torch.empty_like(self.tensors[name][0])
@@ -183,7 +183,7 @@ class FileStore:
 
     Args:
         file: the file.
-        prefix: what the names of the module's tensors begin with there.
+        prefix: prefix of the names of the module's tensors there.
         names: the names after it.
     """
 

@@ -19,12 +19,12 @@ from .mesh import hidden_ranks
 
 @dataclass(frozen=True)
 class Hop:
-    """One exchange of rows among the ranks of a group.
+    """One all-to-all of rows among the ranks of a group.
 
     Attributes:
         group: the ranks.
-        index_S: int64 (S,), the row that stands at each place of what is sent; None: all rows in their order. A row may
-            be sent several times.
+        index_S: int64 (S,), the row at each place of the sent buffer; None: all rows in their order. A row may be sent
+            several times.
         num_rows: R, rows before the hop.
         sent, received: number of rows for each rank, and from each; None: as many for each.
     """
@@ -57,8 +57,8 @@ class Routes:
     Args:
         mesh: axes "node", "expert" and "hidden", each of which may be missing, or one axis of any name. With nodes a
             row goes to the neighbour that has the place of its goal among the ranks of its node, and from there to the
-            goal: fewer and larger messages between nodes (arXiv 2206.03382, section 4.2). With hidden units divided, a
-            row goes to all ranks that have a part of its expert, whose outputs are added.
+            goal: fewer and larger messages between nodes (arXiv 2206.03382, section 4.2). With sharded hidden units, a
+                row goes to all ranks that have a part of its expert, whose outputs are added.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -73,7 +73,7 @@ class Routes:
 
     @property
     def num_parts(self) -> int:
-        """The number of parts into which the experts are divided."""
+        """The number of shards of the experts."""
         return dist.get_world_size(self.group) // self.copies
 
     def counted(self, count_E: Tensor) -> tuple[Tensor, list[Hop]]:
@@ -128,7 +128,7 @@ class Routes:
         ]
 
     def _to_copies(self, parts: Sequence[int], device: torch.device) -> Tensor | None:
-        """Return the row at each place where every part stands ``copies`` times; None where that is once."""
+        """Return the row at each place when every part is repeated ``copies`` times; None where that is once."""
         if self.copies == 1:
             return None
         rows = torch.arange(sum(parts), device=device).split(list(parts))

@@ -26,9 +26,9 @@ class Capacity(Checked):
 
     Attributes:
         factor: each expert of a group takes ``ceil(factor * K * tokens in group / E)`` pairs in training; None: all.
-        eval_factor: factor in evaluation; None: that of training; infinity: each expert takes all pairs.
+        eval_factor: factor in evaluation; None: the factor of training; infinity: each expert takes all pairs.
         priority: "position": first choices before second ones, then the earlier token (GShard, arXiv 2006.16668);
-            "score": first choices before second ones, then the token with the highest score (batch-prioritised routing,
+            "score": first choices before second ones, then the token with the highest score (batch-prioritized routing,
             arXiv 2106.05974, algorithm 2); "random": a random order of the tokens, in training only.
         group: tokens that compete: "batch", "sequence", or a number of neighbouring tokens.
 
@@ -52,7 +52,7 @@ class Capacity(Checked):
         object.__setattr__(self, "_eval_ratio", None if eval_factor is None else whole_ratio(eval_factor))
 
     def ratio(self, training: bool) -> tuple[int, int] | None:
-        """Return the factor of training or evaluation as a ratio of whole numbers."""
+        """Return the factor of training or evaluation as a ratio of integers."""
         return self._ratio if training else self._eval_ratio
 
 
@@ -82,10 +82,10 @@ class Choice:
 
     Attributes:
         expert_ids_TK: int64 (T, K), the best expert first; E where a token leaves a place empty.
-        gates_TK: float32 (T, K), combine weights; those of empty places are not read.
+        gates_TK: float32 (T, K), combine weights; gates of empty places are not read.
         evidence: logits, scores and the like for the losses and the statistics; None: the gate has none.
         priority_T: float32 (T,), the higher is served first under priority "score"; None: the largest score.
-        chosen_per_expert_E: int64 (E,), real tokens that chose each expert, where a kernel counted them on the way.
+        chosen_per_expert_E: int64 (E,), real tokens that chose each expert, if a kernel counted them on the way.
         kept_sum: number that the gates of a token's computed pairs are brought to sum to; None: they are left as they
             are.
     """

@@ -48,12 +48,12 @@ def training_section(metrics: Path, title: str = "Training") -> Section:
 
 
 def _routing_parts(columns: Mapping[str, Sequence[tuple[int, float]]], prefix: str, of: str) -> list[Part]:
-    """Return a chart for each figure of the routing, a line a layer, and a text for figures that stay 0.
+    """Return a chart for each figure of the routing, one line per layer, and a text for figures that stay 0.
 
     Args:
         columns: the points of each column of the log.
-        prefix: what the names of the columns begin with.
-        of: stage that the columns are of, for the titles.
+        prefix: prefix of the names of the columns.
+        of: stage of the columns, for the titles.
     """
     charts: list[Part] = []
     never: list[str] = []

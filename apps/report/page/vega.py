@@ -1,6 +1,6 @@
-"""The charts of a report, drawn by Vega-Lite through Altair: live on a page, still in a PNG file.
+"""The charts of a report, rendered by Vega-Lite through Altair: live on a page, still in a PNG file.
 
-Altair takes a second to import, so this module is imported where a chart is drawn.
+Altair takes a second to import, so this module is imported when a chart is rendered.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _names(chart: Chart | Words | None) -> tuple[str, ...]:
 
 
 def _series(chart: Chart | Words | None) -> tuple[str, ...]:
-    """Return what the legend of a chart tells apart."""
+    """Return the series that a chart's legend tells apart."""
     if isinstance(chart, HeatmapChart):
         return (chart.value_title,)
     series = chart.points if isinstance(chart, ScatterChart) else chart.lines if isinstance(chart, LineChart) else ()
@@ -163,7 +163,7 @@ def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
 
 
 def _among_equals(points: Sequence[Point], own: Point) -> float:
-    """Return the place of a point with an interval among those of the same x: 0 in the middle, steps of 1."""
+    """Return the place of a point with an interval among points of the same x: 0 in the middle, steps of 1."""
     if own.low is None:
         return 0.0
     equals = [p for p in points if p.low is not None and abs(p.x - own.x) <= 0.01 * abs(own.x)]
@@ -306,7 +306,7 @@ def _different(names: Sequence[str]) -> list[str]:
 
 
 def _tips(*fields: tuple[str, str]) -> list[alt.Tooltip]:
-    """Return what a page shows of a mark, given fields with their titles."""
+    """Return the tooltips of a mark, given fields with their titles."""
     return [
         alt.Tooltip(field, title=title, **({"format": ".4~g"} if field.endswith(":Q") else {}))
         for field, title in fields

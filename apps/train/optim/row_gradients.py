@@ -1,6 +1,6 @@
-"""Gradients that are sparse tensors of rows, as those of ``PEER(row_sparse=True)``: who takes them, and their clipping.
+"""Gradients that are sparse tensors of rows, as in ``PEER(row_sparse=True)``: who takes them, and their clipping.
 
-torch's own clipping has no kernel for them, and its optimizers refuse them one by one, without a remedy.
+torch's own clipping has no kernel for them, and its optimizers reject them one by one, without a remedy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def row_sparse_module(model: nn.Module) -> str | None:
 
 
 def check_processes(model: nn.Module, world_size: int) -> None:
-    """Refuse experts with sparse gradients on several processes, whose sum DDP makes of tables of ``nn`` alone.
+    """Raise an error for experts with sparse gradients on several processes, which DDP only sums for tables of ``nn``.
 
     Raises:
         ValueError: naming the experts and the remedy.

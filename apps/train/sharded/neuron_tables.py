@@ -38,7 +38,7 @@ class NeuronTables(core.Experts):
         experts: the experts with whole tables, whose rows are copied.
 
     Raises:
-        ValueError: u and v are of different widths, which one collection does not have.
+        ValueError: u and v have different widths, which one collection does not have.
     """
 
     def __init__(self, experts: core.NeuronExperts) -> None:
@@ -112,13 +112,13 @@ def shard_tables(
         model: a model with PEER layers.
         optimizer: "rowwise_adagrad", "adagrad", "sgd", or on GPUs "adam".
         lr: its learning rate.
-        device: where the tables go; None: the CPU.
+        device: device of the tables; None: the CPU.
 
     Returns:
-        the model, wrapped; its other parameters are those of DDP.
+        the model, wrapped; its other parameters are left to DDP.
 
     Raises:
-        ValueError: the model has no PEER layer, its width is no multiple of 4, or another optimizer.
+        ValueError: the model has no PEER layer, its width is not a multiple of 4, or another optimizer.
 
     Example::
 

@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ModelSize(Callback):
-    """Logs parameters, active parameters and forward FLOPs an example, once a run.
+    """Logs parameters, active parameters and forward FLOPs per example, once per run.
 
     They are counted on the first batch of the validation, as in a comparison, or else on the first of the training.
     """
@@ -73,10 +73,10 @@ class TrainingMeasures(Callback):
     """Logs speed, learning rates, norm of the gradients and peak memory of a training, at the steps that are logged.
 
     ``lr-*`` are Lightning's ``LearningRateMonitor``'s, unless the trainer has one itself.
-    ``train/examples_per_second`` is that of all processes together, without the time of validations; it needs the
-    module's ``num_trained``, the number of examples that this process has trained on. ``train/grad_norm`` is the norm
-    before clipping, of the parameters that the last optimizer updates; ``train/peak_memory_mib`` is of this process
-    since its start, on the GPU where there is one.
+    ``train/examples_per_second`` counts all processes together, without the time of validations; it needs the module's
+    ``num_trained``, the number of examples that this process has trained on. ``train/grad_norm`` is the norm before
+    clipping, of the parameters that the last optimizer updates; ``train/peak_memory_mib`` is of this process since its
+    start, on the GPU if there is one.
     """
 
     _norm: Tensor | None = None
@@ -139,7 +139,7 @@ def _num_trained(module: LightningModule) -> int:
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor | None:
     """Return the norm of all gradients together, (), on their device; None where there is none.
 
-    Where parameters are divided among processes, each of them calls it.
+    If parameters are sharded over processes, each of them calls it.
     """
     parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]

@@ -1,4 +1,4 @@
-"""``FeedForwardPart`` says what a feed-forward network inside a model is: its weights, and how a layer takes its place.
+"""``FeedForwardPart`` describes a feed-forward network inside a model: its weights, and how a layer takes its place.
 
 A *reader* makes one from a module: see ``core.convert.register_ffn`` in ``readers.py``.
 """
@@ -35,11 +35,11 @@ class FeedForwardPart(Checked):
         dim: D.
         out_dim: D_out.
         output_dropout: probability of the network's own dropout behind the last product.
-        layout: what the network is called with, one of ``LAYOUTS``.
+        layout: arguments of the network's call, one of ``LAYOUTS``.
         at: child of the module, by dotted name, whose place the new layer takes; "": the module's own place.
         emptied: children whose work the new layer does too: each becomes an ``nn.Identity``.
         settings: attributes that the module gets with the new layer.
-        dense: computes the network, (T, D) or a map; None: the module itself does. It checks what was read.
+        dense: computes the network, (T, D) or a map; None: the module itself does. It checks the values that were read.
     """
 
     expert: ExpertConfig
@@ -105,7 +105,7 @@ def feed_forward_part(
     Args:
         w_in, w_gate: matrix (D, F) and bias (F,) or None, as ``affine`` returns them.
         w_out: matrix (F, D_out) and bias (D_out,) or None.
-        activation: a module or function, which ``activation_name`` recognises, or a name of ``GeneralFFN``.
+        activation: a module or function, which ``activation_name`` recognizes, or a name of ``GeneralFFN``.
         hidden_dropout: probability of the dropout behind the activation.
         place: other attributes of ``FeedForwardPart``.
 
@@ -154,7 +154,7 @@ def affine(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         module: ``nn.Linear``, ``nn.Conv2d`` with a kernel of 1 x 1, or transformers' ``Conv1D``.
 
     Raises:
-        ValueError: another module, or a weight that holds no floating-point numbers, such as a quantised one.
+        ValueError: another module, or a weight that holds no floating-point numbers, such as a quantized one.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -210,7 +210,7 @@ def _is_conv1d(module: object) -> bool:
 
 
 def activation_name(act: object) -> str | None:
-    """Return the name in ``GeneralFFN`` of an activation, which is recognised by what it computes; None: it has none.
+    """Return the name in ``GeneralFFN`` of an activation, which is recognized by its output; None: it has none.
 
     Args:
         act: a module or a function of a tensor.
@@ -251,12 +251,12 @@ def copy_weights(experts: Experts, e: int, weights: Mapping[str, Tensor]) -> Non
 
 @torch.no_grad()
 def check_part(module: nn.Module, part: FeedForwardPart) -> None:
-    """Check that an expert with the part's weights computes what the module computes, on a few random tokens.
+    """Check that an expert with the part's weights computes the same as the module, on a few random tokens.
 
     A network of another kind may have the names and shapes of one that a reader knows.
 
     Raises:
-        ValueError: the two differ, or the module does not take what the part says.
+        ValueError: the two differ, or the module does not take the arguments that the part says.
     """
     if any(t.is_meta for t in part.weights.values()):
         return

@@ -36,13 +36,13 @@ _READERS: dict[type | str, Reader] = {}
 
 
 def register_ffn(kind: type[nn.Module] | str, reader: Reader) -> None:
-    """Let ``core.sparsify`` recognise feed-forward networks of a class of yours.
+    """Let ``core.sparsify`` recognize feed-forward networks of a class of yours.
 
     Args:
         kind: the class, or its path such as ``my_package.nets.Mlp``, which is imported by nobody here. Subclasses are
             read too.
         reader: makes a ``core.convert.FeedForwardPart`` of a module of that class, as ``feed_forward_part`` does, or
-            returns None where the module is no such network. A ``ValueError`` says why it cannot be read.
+            returns None if the module is another kind of network. A ``ValueError`` says why it cannot be read.
 
     Raises:
         ValueError: ``kind`` is neither a class of modules nor the path of one.
@@ -63,7 +63,7 @@ def register_ffn(kind: type[nn.Module] | str, reader: Reader) -> None:
 
 
 def read_ffn(module: nn.Module) -> FeedForwardPart | None:
-    """Return what a module is as a feed-forward network; None where it is none.
+    """Return the description of a module as a feed-forward network; None where it is none.
 
     Raises:
         ValueError: it is one that no expert can compute, such as one with a norm between its layers.
@@ -108,7 +108,7 @@ class _Names:
         w_in, w_out, act: the linear layers and the activation.
         w_gate: the linear layer under the activation.
         packed: ``w_in`` holds both halves of a gated network.
-        hidden_dropout, output_dropout: dropout behind the activation and behind the last product, where there is one.
+        hidden_dropout, output_dropout: dropout behind the activation and behind the last matmul, if there is one.
     """
 
     w_in: str
@@ -197,7 +197,7 @@ def _rate(dropout: object) -> float:
 
 
 def _read_block(module: nn.Module) -> FeedForwardPart | None:
-    """Read a block whose network is spread over several children: that of BERT, BART or ALBERT, and their like."""
+    """Read a block whose network is spread over several children, as in BERT, BART or ALBERT, and their like."""
     for names in _IN_BLOCKS:
         if names.is_of(module):
             return _read_in_block(module, names)
@@ -221,12 +221,12 @@ def _read_block(module: nn.Module) -> FeedForwardPart | None:
 
 @dataclass(frozen=True)
 class _NamesInBlock:
-    """Names of a block's own children that compute ``w_out(act(w_in(x)))`` beside its attention.
+    """Names of a block's own children that compute ``w_out(act(w_in(x)))`` next to its attention.
 
     Attributes:
-        attention: the attention; without it the module is no block.
+        attention: the attention; without it the module is not a block.
         w_in, w_out, act: the linear layers, the only ones, and the activation.
-        hidden_dropout: attribute with the probability of the dropout behind the activation, where there is one.
+        hidden_dropout: attribute with the probability of the dropout behind the activation, if there is one.
     """
 
     attention: str
@@ -251,7 +251,7 @@ _IN_BLOCKS = (
 
 
 def _read_in_block(module: nn.Module, names: _NamesInBlock, layout: str = "tokens") -> FeedForwardPart:
-    """Read a block that has the layers of its network beside its attention."""
+    """Read a block that has the layers of its network next to its attention."""
     into, out, act = (getattr(module, name) for name in (names.w_in, names.w_out, names.act))
     dropout = getattr(module, names.hidden_dropout, None) if names.hidden_dropout else None
     return feed_forward_part(
@@ -360,7 +360,7 @@ def _stack(parts: list[nn.Module], kinds: str, place: dict[str, Any]) -> FeedFor
 
 
 def _batch_norm(i: int, norm: nn.Module, b: Tensor | None) -> dict[str, Tensor]:
-    """Return the tensors of batch norm ``i`` of an ``MLP`` expert. A bias before it moves the running mean alone."""
+    """Return the tensors of batch norm ``i`` of an ``MLP`` expert. A bias before it only moves the running mean."""
     assert isinstance(norm, nn.BatchNorm1d)
     mean, var = norm.running_mean, norm.running_var
     if mean is None or var is None or norm.weight is None or norm.eps != 1e-5 or norm.momentum != 0.1:

@@ -2,14 +2,14 @@
 
 Decisions, each measured at T=4096, D=512 on 2 cores with ``benchmarks/layer.py``:
 
-- A loop of plain matrix products beats ``grouped_mm`` on CPU, the more the smaller the experts (1.2x against 1.6x of a
-  dense FFN's time at E=64, K=8, F=256): gather, activation, gate and sum of a block run on rows still in cache.
+- A loop of plain matmuls beats ``grouped_mm`` on CPU, the more the smaller the experts (1.2x against 1.6x of a dense
+  FFN's time at E=64, K=8, F=256): gather, activation, gate and sum of a block run on rows still in cache.
 - Blocks of about ``BLOCK`` rows in float32, twice as many in half precision. Smaller ones pay for kernel starts and for
   adding up the weight gradients, larger ones leave the cache. An expert's blocks are equal: a full block and a sliver
   are slower than two halves.
-- In half precision oneDNN compiles a kernel for each new shape (0.8 ms, as long as two products of 512 rows), and a
-  dropless router makes new shapes every step: products run on a multiple of ``TILE`` rows. The rows past a block's end
-  are its neighbours'; what they would add to a weight gradient is set to zero, and of the rest nothing is read.
+- In half precision oneDNN compiles a kernel for each new shape (0.8 ms, as long as two matmuls of 512 rows), and a
+  dropless router makes new shapes every step: matmuls run on a multiple of ``TILE`` rows. The rows past a block's end
+  are its neighbours'; their part of a weight gradient is set to zero, and the rest is never read.
 - The gate's gradient comes from the activation side, ``<dy w_out^T, h> + <dy, b_out>`` (arXiv 2512.14080, section 3),
   so only ``x`` and the pre-activations are kept.
 - With few rows, as in a step of decoding, kernel starts are what counts: gather, activation, gate and sum are done once
@@ -346,9 +346,8 @@ def _is_seen(*inputs: Tensor | None) -> bool:
 def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
     """Compute ``eager.expert_linear``.
 
-    One grouped product loops over the experts in C++: with hundreds of experts a few numbers wide a loop in Python
-    weighs as much as the products. Rows padded to equal counts in one ``bmm`` are E times the work where one expert
-    takes all.
+    One grouped matmul loops over the experts in C++: with hundreds of experts a few numbers wide a loop in Python costs
+    as much as the matmuls. Rows padded to equal counts in one ``bmm`` are E times the work where one expert takes all.
     """
     if isinstance(w, QuantizedWeight):
         if _is_seen(x_RD, b):

@@ -2,7 +2,7 @@
 
 Nothing here changes a bit of a result: tiles differ in rows, columns, warps and stages, and every sum runs over
 ``BLOCK_K`` numbers at a time from first to last. ``hidden_grad`` sums along a row inside its tile, so its tile is not
-tuned: shapes alone decide it.
+tuned: only shapes decide it.
 
 So may backends be measured (``launch.fastest``), whose results differ in rounding.
 
@@ -133,7 +133,7 @@ def tiles(kernel: str, widths: Sequence[int], dtype: torch.dtype, rows_per_exper
     Args:
         kernel: a key of ``HALF_TILES``.
         widths: widths of the rows that it reads and writes.
-        dtype: dtype of the products.
+        dtype: dtype of the matmuls.
         rows_per_expert: mean rows of an expert.
     """
     if interpreted():
@@ -244,7 +244,7 @@ class Tuner:
 
 
 def _read(file: Path) -> dict[str, Tile | str]:
-    """Return what a file keeps, without tiles of an older list. Where it cannot be read there is nothing."""
+    """Return the contents of a file, without tiles of an older list. An unreadable file counts as empty."""
     known = {tile for table in TABLES for listed in table.values() for tile in listed}
     try:
         kept = {k: v if isinstance(v, str) else Tile(**v) for k, v in json.loads(file.read_text()).items()}
@@ -258,7 +258,7 @@ def _read(file: Path) -> dict[str, Tile | str]:
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Let one process in at a time, by a file beside ``file``. Without such locks (Windows) the last one wins."""
+    """Let one process in at a time, by a file next to ``file``. Without such locks (Windows) the last one wins."""
     try:
         import fcntl
     except ImportError:
@@ -270,7 +270,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _fastest(candidates: Sequence[C], run: Callable[[C], Any]) -> C | None:
-    """Return the fastest one, or None where there is no room for the timer's own memory in the middle of a step."""
+    """Return the fastest one, or None if memory lacks room for the timer's own memory in the middle of a step."""
     from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 

@@ -17,7 +17,7 @@ from ..selection import Choice
 
 
 class BaseRouter(PairRouter):
-    """The router of ``Base``: one expert a token, equally many tokens an expert in training."""
+    """The router of ``Base``: one expert per token, equally many tokens per expert in training."""
 
     config: Base
 
@@ -40,8 +40,8 @@ class Base(LinearGateConfig):
     tokens. In evaluation each token takes its best expert. The gate is ``sigmoid(x_t . w_e)``.
 
     In training the other tokens of the batch change which expert a token gets, later ones of its sequence too; in
-    evaluation they do not. The assignment is that of each call and each rank; the paper also shuffles tokens over ranks
-    first. There is no balance loss: the load is balanced as it stands.
+    evaluation they do not. The assignment is made for each call and each rank; the paper also shuffles tokens over
+    ranks first. It needs no balance loss: the load is balanced by construction.
 
     Attributes:
         init_scale: variance of the gate's initial weights times D.

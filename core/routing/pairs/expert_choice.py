@@ -59,7 +59,7 @@ def choose_tokens(
 
     Args:
         logits_TE: float32 (T, E), T = ``num_sequences * length``.
-        ratio: the capacity factor in whole numbers, ``whole_ratio(factor)``.
+        ratio: the capacity factor as a ratio of integers, ``whole_ratio(factor)``.
         group: "sequence", "batch", or a number of neighbouring tokens.
         num_sequences: B.
         length: S.
@@ -113,16 +113,16 @@ def choose_tokens(
 
 @dataclass(frozen=True)
 class ExpertChoice(LinearGateConfig):
-    """Each expert takes the ``ceil(capacity_factor * n / E)`` of a group's n real tokens that score highest with it
-    (arXiv 2202.09368, section 3.2, without its limit of experts a token).
+    """Each expert takes the ``ceil(capacity_factor * n / E)`` of a group's n non-padding tokens that score highest with
+    it (arXiv 2202.09368, section 3.2, without its limit of experts per token).
 
     A token is computed by 0 to E experts, ``capacity_factor`` on average. The load is even by construction, so no
-    balance loss applies but ``router_z``. What a token gets depends on all tokens of its group, so it is not for causal
+    balance loss applies but ``router_z``. A token's experts depend on all tokens of its group, so it is not for causal
     decoders. The group is the sequence where ``MoEConfig.group`` does not say.
 
     The softmax over one expert is 1 for every token. With ``num_experts=1`` the router therefore gets no gradient: the
-    layer is the expert itself where ``capacity_factor`` is 1 or more, and is refused below, where the expert would take
-    the earliest tokens whatever they are.
+    layer is the expert itself if ``capacity_factor`` is 1 or more, and raises an error below 1, when the expert would
+    take the earliest tokens whatever they are.
 
     Attributes:
         capacity_factor: experts that compute a token, on average. It takes the place of ``MoEConfig.capacity_factor``.

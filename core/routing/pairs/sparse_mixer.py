@@ -1,4 +1,4 @@
-"""``SparseMixer``: two experts, each drawn in training among those whose logits are close to the best."""
+"""``SparseMixer``: two experts, each sampled in training among the experts whose logits are close to the best."""
 
 from __future__ import annotations
 
@@ -58,8 +58,9 @@ class SparseMixer(LinearGateConfig):
     softmax over the experts that are close to it, those with ``(l_best - l_e) / max(|l_e|, l_best) <= 2 jitter_eps``;
     the second is the best of the others, in the same way. So the gates of a token sum to up to 2.
 
-    In training each is drawn by that softmax. The gate of a drawn expert that is not the best counts by a third, with
-    probability 3/4, and has the gradient of the whole: Heun's third-order rule for the gradient of a drawn choice.
+    In training each is sampled from that softmax. The gate of a sampled expert that is not the best counts by a third,
+    with probability 3/4, and has the gradient of the whole: Heun's third-order rule for the gradient of a sampled
+    choice.
 
     Attributes:
         jitter_eps: half of the relative distance up to which logits are close: PhiMoE has 0.01.

@@ -88,12 +88,12 @@ class SlotRouter(Router):
 
 @dataclass(frozen=True)
 class SoftSlots(RouterConfig):
-    """Soft MoE (arXiv 2308.00951): the experts compute slots in place of tokens.
+    """Soft MoE (arXiv 2308.00951): the experts compute slots instead of tokens.
 
     ``logits = scale * l2(x) . l2(phi)``; a slot is the mean of its sequence's tokens under the softmax of its logits
     over the tokens, and a token's output the mean of all slots' under the softmax of its logits over the slots. Fully
-    differentiable and even by construction: no balance loss applies. An expert computes ``slots_per_expert`` rows a
-    sequence, however long it is, so FLOPs a token depend on ``tokens_per_sequence``. Not for causal decoders.
+    differentiable and even by construction: no balance loss applies. An expert computes ``slots_per_expert`` rows per
+    sequence, however long it is, so FLOPs per token depend on ``tokens_per_sequence``. Not for causal decoders.
 
     Attributes:
         slots_per_expert: P. A layer costs as much as a dense FFN where ``E * P`` is the length of the sequences.
@@ -212,7 +212,7 @@ class Merge(RouterConfig):
     SMEAR             ``Merge("smear")``: ``p`` from the mean of the sequence's tokens (arXiv 2306.03745)
     Lory              ``Merge("lory", segment_length=256)``: ``p`` of a segment from the mean of the segment before it
                       (arXiv 2405.03133, section 3.1)
-    MEO               ``Merge("meo", top_k=2)``: as SMEAR, but of the ``top_k`` best experts alone (arXiv 2310.09832)
+    MEO               ``Merge("meo", top_k=2)``: as SMEAR, but only of the ``top_k`` best experts (arXiv 2310.09832)
     ================  ==============================================================================================
 
     A token costs one expert whatever E is; merging costs ``2 E`` times an expert's parameters for each sequence or
@@ -222,13 +222,13 @@ class Merge(RouterConfig):
         kind: "smear", "lory" or "meo".
         top_k: experts merged by "meo"; None: 2.
         normalize: of "meo". True: the merged weights sum to 1. False: they are the softmax over all E experts. None:
-            True for ``top_k`` > 1, False for 1, where it would cut the gate's gradient.
+            True for ``top_k`` > 1, False for 1, for which it would cut the gate's gradient.
         segment_length: tokens of a segment of "lory"; None: 256.
-        first: weights of the first segment of "lory", before which nothing stands. "uniform": 1 / E. "own": from its
+        first: weights of the first segment of "lory", which has no segment before it. "uniform": 1 / E. "own": from its
             own mean with a stopped gradient, the paper's choice; a later token of the first segment then changes an
-            earlier one, which a causal decoder refuses.
+            earlier one, which a causal decoder rejects.
         expert_dropout: of "smear": in training each sequence loses each expert with this probability, and the weights
-            of the others are divided by their sum.
+            of the others are normalized to sum to 1.
         init_scale: variance of the gate's initial weights times D.
     """
 
