@@ -30,7 +30,7 @@ class LayerStats:
         num_tokens: number of real tokens.
         gates_per_expert: float (E,), sum of each expert's combine weights; None where they are not known.
         shared_gate_sum: sum over tokens of the gate between the routed path and the shared experts, without dropout;
-            None: there is no such gate.
+            None: the layer has no such gate.
         pairs_of_modality: int64 (G, E), pairs that each expert computed of the tokens of each modality in
             ``context.modality_BS``; None: the modalities are not known.
         tokens_of_modality: int64 (G,), number of real tokens of each modality; None as above.
@@ -114,7 +114,7 @@ class LayerStats:
         share of the routed path, with "scale" the weight of the shared experts; 0 without tokens.
 
         Raises:
-            ValueError: there is no such gate.
+            ValueError: the layer has no such gate.
         """
         if self.shared_gate_sum is None:
             raise ValueError("this layer has no gate on its shared experts")

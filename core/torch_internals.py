@@ -1,4 +1,4 @@
-"""What the engine uses of torch that torch does not document: no other file of ``core`` does.
+"""Undocumented parts of torch that the engine uses: no other file of ``core`` uses any.
 
 Each docstring says what torch lacks in public. All hold for torch 2.10 to 2.13; tests/core/test_torch_internals.py
 fails where a new version changes one.
@@ -96,7 +96,7 @@ def fused_attention(kind: str) -> Any:
 
 
 def local_place(shape: torch.Size, mesh: Any, placements: Any) -> tuple[slice, ...]:
-    """Return where this rank's part of a divided tensor lies in the whole. ``DTensor`` does not give the offset."""
+    """Return the place of this rank's shard in the whole of a sharded tensor. ``DTensor`` does not give the offset."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     sizes, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
@@ -104,7 +104,7 @@ def local_place(shape: torch.Size, mesh: Any, placements: Any) -> tuple[slice, .
 
 
 def all_to_all(rows: Tensor, received: list[int] | None, sent: list[int] | None, group: Any) -> Tensor:
-    """Exchange rows, with a gradient. torch's public collectives have none."""
+    """All-to-all of rows, with a gradient. torch's public collectives have none."""
     from torch.distributed._functional_collectives import all_to_all_single_autograd
 
     return all_to_all_single_autograd(rows, received, sent, group)

@@ -9,7 +9,7 @@ from apps.base.messages import unknown_name
 
 
 def check_at_least(least: float, **values: float | None) -> None:
-    """Raise a ValueError that names the first value below ``least``; None is no value."""
+    """Raise a ValueError that names the first value below ``least``; None is not a value."""
     for name, value in values.items():
         if value is not None and not value >= least:  # also a NaN
             rule = "not be negative" if least == 0 else f"be at least {least:g}"

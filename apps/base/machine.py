@@ -49,7 +49,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def installation() -> dict[str, Any]:
-    """Return what a report of a fault should name: versions, the machine, and the kernels that compute on it."""
+    """Return the facts for a bug report: versions, the machine, and the kernels that compute on it."""
     facts = machine_facts()
     packages = facts.pop("packages")
     for package in ("torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton", "transformers"):

@@ -46,7 +46,7 @@ def bound(port: int, host: str = LOCAL) -> socket.socket:
 
 
 def is_local(host: str) -> bool:
-    """Tell whether this machine alone can reach a host.
+    """Tell whether only this machine can reach a host.
 
     Raises:
         ValueError: the host is unknown.
@@ -76,7 +76,7 @@ def host_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
 
 def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
-    """Return what the system knows of a host as family and address, IPv4 first."""
+    """Return a host's addresses as family and address, IPv4 first."""
     try:
         known = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):  # UnicodeError: a part of a name that is empty or too long

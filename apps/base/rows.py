@@ -35,8 +35,8 @@ def rows(console: Console | None, hides: bool) -> Progress:
     """Return rows of name, bar, percentage, figures, time since the start and time of the end.
 
     Args:
-        console: where they are drawn; None: stdout.
-        hides: draw nothing, as where the console is no terminal.
+        console: their target; None: stdout.
+        hides: show nothing, as if the console were not a terminal.
     """
     console = Console() if console is None else console
     is_narrow = console.width < _NARROW

@@ -137,7 +137,7 @@ _NAMES_CLASS = re.compile(r"--(data|data\.class_path|(model|sparsify|trainer|opt
 def own_classes(words: Iterable[str]) -> list[str]:
     """Return the class paths outside the suite that a command line and its configurations name.
 
-    Where the working folder has such a module, and it is found nowhere else, the folder comes last on ``sys.path``. So
+    If the working folder has such a module, and it is found nowhere else, the folder comes last on ``sys.path``. So
     modules that a checkpoint names, or a library tries to import, are not looked for there.
     """
     named: list[str] = []

@@ -79,7 +79,7 @@ class Sweep:
         batches: validation batches from which the use of the experts is counted.
 
     Raises:
-        ValueError: there is no trained model, it has no experts or no metric to judge it by, or several processes.
+        ValueError: no trained model is given, it has no experts or no metric to judge it by, or several processes.
     """
 
     def __init__(self, cli: RunSetup, rounds: int, batches: int) -> None:

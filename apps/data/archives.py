@@ -1,4 +1,4 @@
-"""Unpack tar and zip archives of strangers: within limits, plain files alone, and never out of their folder.
+"""Unpack tar and zip archives of strangers: within limits, only plain files, and never out of their folder.
 
 pooch's ``Untar`` and ``Unzip`` have no such limits: they write whatever an archive holds, of any size.
 """

@@ -1,7 +1,7 @@
 """A DataLoader that resumes exactly: batch b of epoch e is a function of (seed, e, b), and of nothing else.
 
 Lightning saves no sampler position, so a run resumed in mid-epoch would see the first batches of the epoch twice and
-never the last ones. Here the order of an epoch is drawn from its number, the position is counted and saved, and the
+never the last ones. Here the order of an epoch is seeded by its number, the position is counted and saved, and the
 random transforms of a batch are seeded by the batch, whatever the number of workers and the draws of the model.
 """
 
@@ -25,13 +25,13 @@ _SEED_STRIDE = 1_000_003
 
 
 class BatchPlan(Protocol):
-    """Batches of other sizes than one fixed number of examples, such as those of a token budget."""
+    """Batches of other sizes than one fixed number of examples, such as batches of a token budget."""
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch, the same in every epoch."""
 
     def batches(self, seed: int, epoch: int) -> Sequence[torch.Tensor]:
-        """Return each batch's positions in the dataset, int64; a function of these two numbers alone."""
+        """Return each batch's positions in the dataset, int64; a function of only these two numbers."""
 
 
 class ResumableLoader(DataLoader):
@@ -119,7 +119,7 @@ class ResumableLoader(DataLoader):
         return {"epoch": self._batches.sampler.epoch, "served": self.served, "seed": self._batches.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next pass over the saved epoch after the batches that were served."""
+        """Start the next pass over the saved epoch after the batches that were served."""
         self._batches.seed = state["seed"]
         self._batches.sampler.seed = state["seed"] * _SEED_STRIDE
         self._batches.resume = (state["epoch"], state["served"])
@@ -184,7 +184,7 @@ class _Planned:
 
 
 class _Batches:
-    """The batches of the sampler's epoch, each with its own seed where random numbers are drawn."""
+    """The batches of the sampler's epoch, each with its own seed if random numbers are used."""
 
     def __init__(self, sampler: _Sampler, parts: _Blocks | _Planned, seed: int, draws: bool) -> None:
         self.sampler, self.parts, self.seed, self.draws = sampler, parts, seed, draws
@@ -272,7 +272,8 @@ def in_order(
 
 
 def ignore_interrupt(worker: int) -> None:
-    """Let a worker process go on at Ctrl-C, which the terminal sends to it as well: a training ends after its step."""
+    """Let a worker process continue at Ctrl-C, which the terminal sends to it as well: a training ends after its
+    step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

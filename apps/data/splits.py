@@ -15,7 +15,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 def check_size(name: str, size: int | float | None) -> None:
-    """Refuse a size that is neither a number of examples nor a share of them.
+    """Raise an error for a size that is neither a number of examples nor a share of them.
 
     Raises:
         ValueError: a negative size, or a share that is not below 1.

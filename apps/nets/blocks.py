@@ -52,7 +52,7 @@ def one_ffn(moe: MoEs | None, dense_ffn: core.DenseFFN | None) -> FFNConfig | Mo
 
 
 def ffns_of(ffn: FFNConfig | MoEs | None, *stacks: Sequence[int]) -> list[list[FFNConfig]]:
-    """Return the FFN of each sparse block of each stack: the same one, or those of a list in turn.
+    """Return the FFN of each sparse block of each stack: the same one, or the list's FFNs in turn.
 
     Args:
         ffn: of all sparse blocks, or a list with one for each; None: there is none.

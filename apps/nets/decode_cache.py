@@ -48,7 +48,7 @@ class Cache:
         copies: K.
         extent: S, slots that are read: up to the last one in use by any sentence.
         task_ids_R, domain_ids_R: int64 (R,), for the routers; or None.
-        relative_HT: biases by distance, the newest position last; those of T positions and more, kept by the stack.
+        relative_HT: biases by distance, the newest position last; for T positions and more, kept by the stack.
         store: (layers, 2, N * Hkv, capacity, d), keys and values of the N sentences' slots.
         memory: (layers, 2, N, Hkv, S, d), keys and values of the source sentences; None in a language model.
         memory_bias: (N * Hkv, 1, S), hides their padding; None where there is none.

@@ -26,11 +26,11 @@ LOSS = "depth_predictor"
 class MixtureOfDepths(Checked):
     """Blocks that the best tokens of a sequence enter, by a scalar gate r = x w; the others pass by.
 
-    ``y_i = x_i + r_i (block(X')_i - x_i)`` for the chosen tokens X', which attend to each other alone, and
-    ``y_i = x_i`` for the others. In training the chosen ones are the ``ceil(capacity * S)`` of the largest r, of a
-    sequence's S real tokens. A causal decoder cannot know which they are, so in evaluation a predictor decides for each
-    token alone, before later ones are read: a small MLP of the block's input that learns from the choice, without a
-    gradient to anything else.
+    ``y_i = x_i + r_i (block(X')_i - x_i)`` for the chosen tokens X', which only attend to each other, and ``y_i = x_i``
+    for the others. In training the chosen ones are the ``ceil(capacity * S)`` of the largest r, of a sequence's S real
+    tokens. A causal decoder cannot know which they are, so in evaluation a predictor decides for each token by itself,
+    before later ones are read: a small MLP of the block's input that learns from the choice, without a gradient to
+    anything else.
 
     Attributes:
         capacity: the share of a sequence's tokens that enter, above 0 and up to 1; 0.125 in the paper.
@@ -102,7 +102,7 @@ class TokenRouter(core.Router):
 
 class TokenGate(core.MoELayer):
     """The base of the gates before a block. On the tape a gate is a layer of one expert, whose load is the number of
-    tokens that enter; the block itself is no part of it."""
+    tokens that enter; the block itself is not a part of it."""
 
     def __init__(self, dim: int, router: TokenRouter) -> None:
         super().__init__(dim=dim)
@@ -118,7 +118,7 @@ class DepthRouter(TokenRouter):
 
     Attributes:
         gate: the module of r.
-        predictor: the module that foretells the choice from a token alone; None: there is none.
+        predictor: the module that predicts the choice from only a token; None: there is none.
     """
 
     def __init__(self, dim: int, config: MixtureOfDepths) -> None:
@@ -198,7 +198,7 @@ class Entered:
         index_BC: int64 (B, C), their places in ascending order; after them places that fill up the row.
         real_BC: bool (B, C), False where a place fills up; None where every one enters.
         gate_BC: (B, C), r of each.
-        context: what the MoE layer of the block may know of the C tokens.
+        context: routing context of the C tokens for the block's MoE layer.
     """
 
     enters_BS: Tensor
@@ -209,7 +209,7 @@ class Entered:
 
 
 class DepthGate(TokenGate):
-    """The gate of a block; it stands in the block, whose parameters keep their names. See ``MixtureOfDepths``."""
+    """The gate of a block; it is inside the block, whose parameters keep their names. See ``MixtureOfDepths``."""
 
     router: DepthRouter
 

@@ -26,7 +26,7 @@ def attention_experts(moe: core.MoEConfig) -> core.AttentionExperts:
 
 
 def check_attention(config: TransformerConfig, moe: core.MoEConfig | None) -> None:
-    """Refuse attention experts that cannot stand in a transformer.
+    """Raise an error for attention experts that do not work in a transformer.
 
     Raises:
         ValueError: experts that do not attend, positions that are biases of fixed heads, an odd head that is to be
@@ -44,7 +44,7 @@ def check_attention(config: TransformerConfig, moe: core.MoEConfig | None) -> No
 
 
 class ExpertAttention(nn.Module):
-    """A ``core.AttentionMoE`` in place of ``SelfAttention``, with the transformer's positions, dropout and cache.
+    """A ``core.AttentionMoE`` that replaces ``SelfAttention``, with the transformer's positions, dropout and cache.
 
     Args:
         config: the transformer: its rotations, score scale and dropout; its numbers of heads are not asked.
@@ -81,8 +81,8 @@ class ExpertAttention(nn.Module):
         Args:
             x_BLD: the tokens.
             mask: for one head, the same for all.
-            rotations: those of ``positions.rotations``.
-            context: what the router may know of the tokens.
+            rotations: from ``positions.rotations``.
+            context: routing context of the tokens.
             seen_BLD: what keys and values are made of; None: the tokens.
             past: as in ``SelfAttention.forward``.
         """
@@ -143,7 +143,8 @@ def _rotated(q_BLPhd: Tensor, k_BLhd: Tensor, rotations: Tensor | None) -> tuple
 def check_rows(
     config: TransformerConfig, ffn: FFNConfig | MoEs | None, attention: core.MoEConfig | None = None
 ) -> None:
-    """Refuse experts that are no FFN, which works row by row, and attention experts that do not fit the transformer.
+    """Raise an error for experts other than an FFN, which works row by row, and for attention experts that do not fit
+    the transformer.
 
     Raises:
         ValueError: naming the experts.

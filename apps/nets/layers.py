@@ -113,7 +113,7 @@ class Layer(nn.Module):
         return self.feed(x, given)
 
     def mix(self, x: Tensor, given: Pass, seen: Tensor | None = None) -> Tensor:
-        """Return x with the mixing of the positions added, whose keys and values are of ``seen``; None: of x."""
+        """Return x with the mixing of the positions added, with keys and values from ``seen``; None: of x."""
         # Experts need to know the tokens beside the packing that others ask for.
         known = given.context if isinstance(self.mixing, ExpertAttention) else given.packing
         keys = () if seen is None else (self.mixing_norm(seen),)

@@ -1,4 +1,4 @@
-"""Sequences without their padding: products are computed on real tokens alone, attention on padded ones."""
+"""Sequences without their padding: matmuls run only on non-padding tokens, attention on padded ones."""
 
 from __future__ import annotations
 

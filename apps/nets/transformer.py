@@ -115,7 +115,7 @@ class _Decoding(nn.Module):
         domain_ids_B: Tensor | None = None,
         memory_valid_BS: Tensor | None = None,
     ) -> Tensor:
-        """Map (B, L) ids that follow those of a past to the (B, L, V) logits of the token after each.
+        """Map (B, L) ids that follow a past's to the (B, L, V) logits of the token after each.
 
         Tokens at ``PAD_ID`` are not routed, but later ones of their row see them: only rows that are at an end may
         have any.

@@ -199,7 +199,7 @@ class Said:
     """A text that a model has written.
 
     Attributes:
-        title: what it is.
+        title: its title.
         text: the text.
         given: the text before it, which the user has typed.
     """
@@ -215,7 +215,7 @@ class Images:
 
     Attributes:
         title: what they are.
-        images: what is said of each, and the image, uint8 (H, W) or (H, W, 3).
+        images: caption of each, and the image, uint8 (H, W) or (H, W, 3).
     """
 
     title: str
@@ -242,7 +242,7 @@ class Pieces:
     """The tokens of a text, word by word, and the experts that computed each token.
 
     Attributes:
-        title: what the words are.
+        title: title of the words.
         words: the tokens of each word.
         experts: int (T, K), the experts of each of the T tokens, best first; E where there is none.
         names: the E experts' names.

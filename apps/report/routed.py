@@ -120,9 +120,9 @@ def words_by_layer(
 
     Args:
         entries: entries of a tape, of one sequence without padding.
-        words: the pieces of each word; all pieces together are the sequence.
-        title: what the words are.
-        unit: what the pieces are called.
+        words: the tokens of each word; all tokens together are the sequence.
+        title: title of the words.
+        unit: name of a token on the page.
     """
     pieces = tuple(tuple(word) for word in words)
     kept = [entry for entry in entries if entry.routing.num_tokens == sum(map(len, pieces))]
@@ -156,7 +156,7 @@ def gates_by_layer(
 
     Args:
         gates: the layer of each gate, its name, the names of its experts, and its weight for each, (E,).
-        title: what the weights are.
+        title: title of the weights.
     """
     by_layer: dict[str, list[tuple[str, Sequence[str], np.ndarray]]] = {}
     for layer, *gate in gates:
@@ -180,7 +180,7 @@ def expert_names(routing: Any) -> tuple[str, ...]:
 def layer_names(names: Sequence[str]) -> list[str]:
     """Return a name in words for each entry of a tape, all different.
 
-    Two layers of one block have the last part of their name beside it, and later passes of a layer their number.
+    Two layers of one block have the last part of their name added, and later passes of a layer their number.
 
     Example::
 

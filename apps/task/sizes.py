@@ -1,4 +1,4 @@
-"""A forward of a model without data and without values, from sizes alone: what ``moesaic plan`` measures."""
+"""A forward of a model without data and without values, from only sizes: ``moesaic plan`` measures it."""
 
 from __future__ import annotations
 

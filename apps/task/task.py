@@ -144,7 +144,7 @@ class Task(ABC):
 
     @classmethod
     def own_data(cls, given: GivenData) -> GivenConfig | None:
-        """Return the configuration of a small model of a user's own data; None: the data are of another kind.
+        """Return the configuration of a small model of a user's own data; None: the data have another kind.
 
         Raises:
             ValueError: the data have this kind, but cannot be used.

@@ -1,4 +1,4 @@
-"""What the apps use of Lightning that Lightning does not document: these functions are the only place that does.
+"""Undocumented parts of Lightning that the apps use: these functions are the only place that does.
 
 Each docstring says what Lightning lacks in public. All hold for Lightning 2.6;
 tests/apps/train/test_lightning_internals.py fails where a new version changes one.
@@ -60,7 +60,7 @@ def validates_next(trainer: Trainer) -> bool:
 
 
 def rewind_validation(trainer: Trainer) -> None:
-    """Make the next checkpoint say that a validation has just begun; in public nothing changes what it says."""
+    """Make the next checkpoint say that a validation has just begun; no public function changes it."""
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     progress.reset()
     progress.increment_ready()
@@ -93,7 +93,7 @@ def needs_no_unscaling(optimizer: Any) -> None:
 
 
 def begin_processes(strategy: Any, build_mesh: Callable[[], Any]) -> None:
-    """Begin the processes of a ``ModelParallelStrategy`` on another mesh than its own, which it always builds."""
+    """Start the processes of a ``ModelParallelStrategy`` on another mesh than its own, which it always builds."""
     strategy._setup_distributed()
     strategy._device_mesh = strategy.lightning_module._device_mesh = build_mesh()
 

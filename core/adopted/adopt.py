@@ -44,8 +44,8 @@ def adopt(model: nn.Module, balance: Balance = Balance(load_balancing=0.0, route
         ``model``.
 
     Raises:
-        ValueError: there is no block of a known layout, one is adopted already, or a block is not as its layout says.
-            The model is left as it was.
+        ValueError: the model has no block of a known layout, one is adopted already, or a block is not as its layout
+            says. The model is left as it was.
 
     Example::
 
@@ -103,7 +103,7 @@ _joined: Any = functools.cache(_join)
 
 
 def _classes(name: str, block: nn.Module, layout: Layout) -> tuple[Any, Any, Any]:
-    """Return the classes that a block, its router and its experts change to, or say what is not as it should be."""
+    """Return the classes that a block, its router and its experts change to, or describe the mismatch."""
     for path in filter(None, (layout.router, layout.experts, layout.bias)):
         try:
             attrgetter(path)(block)
@@ -167,7 +167,7 @@ def _adopt_block(block: Any, classes: tuple[Any, Any, Any], balance: Balance) ->
 
 
 def _holder(block: nn.Module, layout: Layout) -> nn.Module:
-    """Return the module from which paths of matrices and of the activation begin: the first of several experts."""
+    """Return the module from which paths of matrices and of the activation start: the first of several experts."""
     experts = block.get_submodule(layout.experts)
     return next(experts.children()) if layout.way in ("mask", "gates") else experts
 

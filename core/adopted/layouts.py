@@ -33,7 +33,7 @@ class Layout:
         gated: whether experts have a gate's half.
         way: how the block asks its experts. "choice": ``experts(x_TD, expert_ids_TK, gates_TK)``. "mask":
             ``experts(x_TD, chosen_T1E, gates_T1)``, and "gates": ``experts(x_TD, chosen_TE, gates_TE)``; both have a
-            dict of modules, one an expert, from which the paths of matrices and biases begin. "input": the router
+            dict of modules, one per expert, from which the paths of matrices and biases start. "input": the router
             returns scores (T, E), 0 but for the chosen experts, which scale the experts' input; the block adds its
             ``shared_expert`` and returns the logits too. "sorted": the router sorts tokens by expert, and the matrices
             lie in the block.

@@ -68,8 +68,8 @@ class MoEConfig(Checked):
             before the choice (SiRA, arXiv 2311.09179); the gates come from the choice among the rest, of which at least
             K stay. The dropout inside an expert that Switch fine-tunes with (arXiv 2101.03961) is another method.
         granularity: g, which makes the experts finer at the same cost (DeepSeekMoE, arXiv 2401.06066): g E experts of
-            width F / g, of which a token takes g K. Shared experts that are as the routed ones are of that width too,
-            and their number stays.
+            width F / g, of which a token takes g K. Shared experts of the routed kind have that width too, and their
+            number stays.
         output_bias: a learned vector is added to the output of every token (JetMoE, arXiv 2404.07413).
 
     Example::

@@ -62,7 +62,7 @@ def from_plain(value: Any, hint: Any = Any, where: str = "") -> Any:
 
     Raises:
         ValueError: naming the place and the problem: a class that is not registered or not of the hint's kind, an
-            unknown field, a value that its config refuses, or another kind of value than a config.
+            unknown field, a value that its config rejects, or another kind of value than a config.
     """
     kinds = list(_kinds(hint))
     configs = tuple(k for k in kinds if isinstance(k, type) and (is_dataclass(k) or issubclass(k, OpenConfig)))

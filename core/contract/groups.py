@@ -12,7 +12,7 @@ from torch import Tensor
 class TokenGroups:
     """The parting of T tokens into N groups: token t is member ``t // N`` of group ``t % N``.
 
-    N is a multiple of the sequences' length S, so the members of a group stand at the same position of different
+    N is a multiple of the sequences' length S, so the members of a group are at the same position of different
     sequences.
 
     Attributes:
@@ -34,7 +34,7 @@ class TokenGroups:
         return cls(B * length, each * length, size)
 
     def part(self, value_T: Tensor) -> Tensor:
-        """Return a (T, ...) value by place and group, (g, N, ...). Empty places hold what the last token has."""
+        """Return a (T, ...) value by place and group, (g, N, ...). Empty places repeat the last token."""
         # An index serves any number of tokens; ``torch.export`` would fix padding to one.
         index = torch.arange(self.size * self.num_groups, device=value_T.device).clamp_max(self.num_tokens - 1)
         return value_T.index_select(0, index).unflatten(0, (self.size, self.num_groups))

@@ -30,7 +30,7 @@ class Entry:
         load_balancing_weight: the layer's adaptive weight of that term, (); None where ``balance`` has it.
         extra_weights: the router's weights of losses of its own; those that move between steps are tensors, ().
         shared_gate_T: float32 (T,), the gate between the routed path and the shared experts, without dropout; padding
-            may hold any finite value. None: there is no such gate.
+            may hold any finite value. None: the layer has no such gate.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Entry:
         return replace(self, needs_grad=False, **kept)
 
     def loads(self) -> Entry:
-        """Return the pass with its loads alone."""
+        """Return the pass with only its loads."""
         routing = self.routing
         counts = routing.counts if isinstance(routing, Loads) else routing.evidence.counts
         loads = Loads(routing.tokens_per_expert_E, routing.chosen_per_expert_E, counts)
@@ -64,7 +64,7 @@ WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_m
 def unwrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of a model by dotted name, without the levels that wrappers add.
 
-    A level ``module`` is a wrapper's (DDP) where it stands at the root and is all that its parent has.
+    A level ``module`` is a wrapper's (DDP) if it is at the root and its parent's only child.
     """
     while len(model._modules) == 1 and not model._parameters:
         ((name, inner),) = model._modules.items()
@@ -120,7 +120,7 @@ class Tape:
         return Tape(tuple(e.detach() for e in self._entries), self.shared_on, self.layers)
 
     def loads(self) -> Tape:
-        """Return the passes with the experts' loads alone, to be kept across the micro-batches of a step for
+        """Return the passes with only the experts' loads, to be kept across the micro-batches of a step for
         ``update_expert_bias``. Losses and statistics need the tape itself."""
         return Tape(tuple(e.loads() for e in self._entries), layers=self.layers)
 
@@ -131,7 +131,7 @@ class Tape:
 
 
 def several_ranks(group: dist.ProcessGroup | None = None) -> bool:
-    """Return whether there is a process group of more than one rank; None: that of all ranks."""
+    """Return whether there is a process group of more than one rank; None: the group of all ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 

@@ -120,8 +120,8 @@ class Inputs:
         }
 
     def _of_layer(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the sums over this rank's tokens of the products of two experts' outputs, float64 (E, E), and which
-        pairs of experts are compared, bool (E, E)."""
+        """Return the sums over this rank's tokens of the inner products of two experts' outputs, float64 (E, E), and
+        which pairs of experts are compared, bool (E, E)."""
         experts, number = self.experts[name]
         if isinstance(experts, Experts):
             can = (
@@ -183,7 +183,7 @@ def ablate_experts(model: nn.Module, score: Callable[[], float]) -> Mapping[str,
         score: runs the model as it is and returns a number, such as a loss on fixed batches.
 
     Raises:
-        ValueError: there are no experts to leave out, or a layer has more than ``MOST_EXPERTS``.
+        ValueError: the model has no experts to leave out, or a layer has more than ``MOST_EXPERTS``.
 
     Example::
 

@@ -196,7 +196,7 @@ def diagnose(
         modalities: names of the modalities in ``context.modality_BS``, by number; empty: findings have the numbers.
 
     Raises:
-        ValueError: the model has no MoE layer, there is no batch, on one of the ranks, or the loss has no gradient.
+        ValueError: the model has no MoE layer, one of the ranks has no batch, or the loss has no gradient.
 
     Example::
 

@@ -12,10 +12,9 @@ class Finding:
     """One fault.
 
     Attributes:
-        name: what it is, a row of docs/reference/routers/findings.md.
+        name: its name, a row of docs/reference/routers/findings.md.
         layer: dotted name of the layer, with the router's end where it has several; "" is the model itself.
-        severity: "error": part of the layer does nothing, or what it does is wrong; "warning": it works below its
-            worth.
+        severity: "error": part of the layer does nothing, or does the wrong thing; "warning": it works below its worth.
         evidence: the figures in a sentence.
         remedy: what to change.
         figures: the figures by name.

@@ -1,4 +1,4 @@
-"""``TrainingStart``: a few weights of a model as a training begins, and how far each part has moved from them."""
+"""``TrainingStart``: a few weights of a model at the start of a training, and how far each part has moved from them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TrainingStart:
     def moved(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> dict[str, Moved]:
         """Return how far each MoE layer has moved, by its name. Weights of other shapes than at the start are left out.
 
-        Every rank calls it: each has a part of what is divided among them.
+        Every rank calls it: each has its shard of the sharded tensors.
 
         Args:
             model: the model that ``TrainingStart`` was made of, or a copy of it, trained.

@@ -1,4 +1,4 @@
-"""Routings of *virtual tokens*: what a pair's output is summed to is another number than the token that it reads."""
+"""Routings of *virtual tokens*: a pair's output is summed to another index than the token that it reads."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def unique_pairs(joined: Routing, num_tokens: int) -> tuple[Routing, Tensor]:
         num_tokens: T.
 
     Returns:
-        a routing like that of ``split_pairs``, where only the first pair of a token and an expert is computed; and
-        int64 (N,), the number of that first pair for each pair.
+        a routing like the one of ``split_pairs``, in which only the first pair of a token and an expert is computed;
+        and int64 (N,), the number of that first pair for each pair.
     """
     token_N, expert_ids_N, E = joined.input_index_N, joined.expert_ids_N, joined.tokens_per_expert_E.shape[0]
     assert token_N is not None

@@ -309,7 +309,7 @@ class ExpertConfig(OpenConfig):
 
     @property
     def tokens_per_row(self) -> int:
-        """The tokens that make a row: what the router decides on at once, and an expert takes. 1, but for patches."""
+        """The tokens that make a row: the unit that the router decides on, and an expert takes. 1, but for patches."""
         return 1
 
     def row_dim(self, dim: int) -> int:
@@ -394,7 +394,7 @@ class _Refusal(torch.autograd.Function):
 def local_tensor(t: Any) -> Any:
     """Return the part of a stacked tensor that this process holds: of a ``DTensor`` its shard, else the whole.
 
-    ``QuantizedMatrices`` give what the kernels take.
+    ``QuantizedMatrices`` give the kernels' inputs.
 
     Raises:
         ValueError: the shard is cut along another axis than the expert axis, so that no expert is whole; but for a mesh

@@ -82,7 +82,7 @@ class Convolution(ExpertConfig):
     router chooses by patch: with ``ExpertChoice`` each expert takes l of the n patches of an image (pMoE, arXiv
     2306.04073). ``MoEConfig`` builds a ``PatchMoE``, whose tokens are the positions of a grid.
 
-    The router reads a flattened patch, p * p * D. A layer's costs of a token are those of a position.
+    The router reads a flattened patch, p * p * D. A layer's costs per token are its costs per position.
 
     Attributes:
         hidden_dim: F, channels between the two convolutions; None: dim.
@@ -150,7 +150,7 @@ class Convolution(ExpertConfig):
         return self._weights(dim, out_dim) + biases
 
     def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
-        """Return the forward FLOPs of one expert on one patch, those of taps beyond its edge included."""
+        """Return the forward FLOPs of one expert on one patch, including taps beyond its edge."""
         return 2 * self.grid.area * self._weights(dim, out_dim)
 
     def _weights(self, dim: int, out_dim: int | None) -> int:

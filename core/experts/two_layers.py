@@ -1,4 +1,4 @@
-"""What feed-forward experts with one hidden layer have in common: their tensors, costs and products."""
+"""Common base of feed-forward experts with one hidden layer: their tensors, costs and matmuls."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TwoLayerExperts(Experts):
         return tuple(getattr(self, name) for name in _ORDER)
 
     def hidden(self, up: Tensor, gate: Tensor | None) -> Tensor:
-        """Return the hidden layer, any shape, given the products with ``w_in`` and ``w_gate``."""
+        """Return the hidden layer, any shape, given the outputs of ``w_in`` and ``w_gate``."""
         raise NotImplementedError
 
     def compute_rows(self, rows: Rows) -> Rows:

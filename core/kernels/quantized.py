@@ -25,7 +25,7 @@ ZERO = 8
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """The quantized matrices of E experts. ``w[e]`` is one of them in floating point, ``w[:n]`` those of the first n.
+    """The quantized matrices of E experts. ``w[e]`` is one of them in floating point, ``w[:n]`` the first n.
 
     Attributes:
         values: int8 (E, K, N), or uint8 (E, ceil(K / 2), N) in 4 bits.

@@ -1,4 +1,4 @@
-"""``FeedForward``: the dense feed-forward layer that stands where a block has no experts."""
+"""``FeedForward``: the dense feed-forward layer of a block without experts."""
 
 from __future__ import annotations
 

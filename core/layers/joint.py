@@ -34,7 +34,7 @@ class JointMultiGateMoE(MultiGateLayer):
         groups: E shared ones.
         shared_top_k: number of experts in S.
         private_top_k: number of experts in P_k.
-        dense_training: whether in training half of the examples, drawn by chance, take all experts.
+        dense_training: whether in training half of the examples, chosen at random, take all experts.
         options: as in ``MultiGateMoE``; a gate drops experts among those that a task chose.
     """
 
@@ -119,6 +119,6 @@ class JointMultiGateMoE(MultiGateLayer):
         return {}  # nothing of theirs moves but by the gradient
 
     def active_expert_params(self) -> int:
-        """Return the most that one example touches, where no two tasks take the same private expert."""
+        """Return the most that one example touches, when no two tasks take the same private expert."""
         most = min(self.shared_top_k + self.num_tasks * self.private_top_k, self.groups.num_shared)
         return self.all_expert_params() * most // self.groups.num_shared

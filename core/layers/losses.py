@@ -178,9 +178,9 @@ def _check_ranks_agree(
 
 
 def update_expert_bias(model: nn.Module, tape: Tape, group: dist.ProcessGroup | None = None) -> None:
-    """Move the selection biases by the loads on the tape, the adaptive weights of ``Balance`` by its drop rates and a
-    router's own weights by its counts, and tell each router that a step is over, for what it anneals: once per
-    optimizer step, in training.
+    """Update the selection biases by the loads on the tape, the adaptive weights of ``Balance`` by its drop rates and a
+    router's own weights by its counts, and tell each router that a step is over, for its annealing: once per optimizer
+    step, in training.
 
     Under accumulation give it the micro-batches' loads merged: ``steps = steps.merge(tape.loads())``. The loads of all
     ranks are added in one collective, so all of them call it, with the same layers: one small collective checks it. A

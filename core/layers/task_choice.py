@@ -90,7 +90,7 @@ class EachOnce:
 
 
 def each_once(layer: MultiGateLayer, x_TD: Tensor, routings: list[Routing]) -> EachOnce:
-    """Compute what the tasks chose, each expert once per example, and sum each task's part.
+    """Compute the tasks' chosen experts, each expert once per example, and sum each task's part.
 
     Args:
         layer: the layer, for its dispatcher and its experts.

@@ -38,7 +38,7 @@ def offload_experts(
 
     Experts of equal shapes share a pool of slots, whatever their layers. Which expert gives way is the ``policy``'s
     choice, and while a layer computes the experts of the next one are predicted and fetched by a thread, on a stream of
-    its own on CUDA. The output is that of the resident model; see ``OffloadedExperts``.
+    its own on CUDA. The output equals the resident model's; see ``OffloadedExperts``.
 
     The state dict stays complete, and a copy or pickle of the model is one with all experts in memory. ``model.to`` of
     another device moves the slots. Experts of layers in which every token takes all of them (dense gates, merged
@@ -47,19 +47,19 @@ def offload_experts(
     Args:
         model: any module with MoE layers, in evaluation.
         budget_bytes: bytes of the slots: that much of the experts is on the device.
-        path: a file of safetensors, written anew, that keeps the experts; it has to stay as it is as long as the model
-            is used. None: host memory, pinned where the device is a GPU.
-        policy: "lfru": the expert of the fewest uses gives way, where a use counts less the longer it is ago; "lru":
-            the one whose last use is longest ago.
+        path: a new safetensors file that keeps the experts; it has to stay as it is as long as the model is used. None:
+            host memory, pinned where the device is a GPU.
+        policy: "lfru": the expert of the fewest uses gives way, and a use counts less the longer it is ago; "lru": the
+            one whose last use is longest ago.
         prefetch: whether experts are fetched ahead.
-        device: where the slots are; None: where the experts are.
+        device: device of the slots; None: the device of the experts.
 
     Returns:
         What counts hits, misses and bytes. The model keeps it.
 
     Raises:
-        ValueError: there are no experts to offload, they are offloaded already or split over ranks, or the budget is
-            below one expert of each shape.
+        ValueError: the model has no experts to offload, they are offloaded already or split over ranks, or the budget
+            is below one expert of each shape.
         OSError: the file cannot be written.
 
     Example::

@@ -86,8 +86,8 @@ class OffloadedExperts:
     A call computes its experts in groups of at most as many as there are slots. An expert's matmuls are the same as
     without slots, and so is the order in which a token's rows are summed. On a CPU with its own backend the output is
     therefore the same to the last bit, but for experts that scale or sum gates by themselves (``LoRA`` with a scale,
-    ``IA3``, ``PEER``) and for hidden widths that are no multiple of 32 numbers, or 64 in half precision: torch computes
-    the end of a tensor by other instructions, which round differently. Elsewhere it is equal to rounding.
+    ``IA3``, ``PEER``) and for hidden widths that are not a multiple of 32 numbers, or 64 in half precision: torch
+    computes the end of a tensor by other instructions, which round differently. Elsewhere it is equal to rounding.
 
     Calls from several threads wait for each other. Experts in host memory that are changed in place, between calls and
     not through ``.data``, are fetched again; experts in a file are not to be changed.

@@ -59,7 +59,7 @@ class SlotPool:
     """Slots that the experts of several modules share: each holds one expert of any of them.
 
     A slot that is needed is taken from the expert of the lowest value. With "lru" that is the one whose last use is
-    longest ago, with "lfru" the one with the fewest uses, where a use counts half after ``HALF_LIFE`` calls of each
+    longest ago, with "lfru" the one with the fewest uses, and a use counts half after ``HALF_LIFE`` calls of each
     module: frequency and recency in one number (LRFU, Lee et al. 2001). An expert that only a prefetch brought and no
     call used goes first.
 

@@ -1,4 +1,4 @@
-"""What an offloaded model counts while it computes."""
+"""Counters of an offloaded model."""
 
 from __future__ import annotations
 

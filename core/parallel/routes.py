@@ -77,7 +77,7 @@ class Routes:
         return dist.get_world_size(self.group) // self.copies
 
     def counted(self, count_E: Tensor) -> tuple[Tensor, list[Hop]]:
-        """Exchange the numbers of rows, for which the host waits once.
+        """Send and receive the numbers of rows, for which the host waits once.
 
         Args:
             count_E: int64 (E,), rows of this rank for each expert; rows are sorted by expert.

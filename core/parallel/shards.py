@@ -36,8 +36,8 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -
     Raises:
         ValueError: there is no MoE layer, one has experts that the ranks do not split evenly, or its experts cannot be
             split (soft slots, merged experts, dense gates, one-neuron experts, experts of several kinds, experts that
-            read the context or gather statistics; among ranks of "hidden": experts that are no sum over hidden units,
-            or have output biases); no layer is changed then.
+            read the context or gather statistics; among ranks of "hidden": experts that are not a sum over hidden
+            units, or have output biases); no layer is changed then.
     """
     layers = layers_of_experts(model)
     if not layers:

@@ -35,7 +35,7 @@ def widened(x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
 
 class _KeepHalf(torch.autograd.Function):
     """``F.linear`` in float32 whose backward converts half-precision tokens and weights again: T * D numbers of 4 bytes
-    would be twice what the experts keep of the tokens."""
+    would be twice the experts' own saved tokens."""
 
     @staticmethod
     def forward(ctx: Any, kept_TD: Tensor, x_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,7 +79,7 @@ class LinearGate(nn.Module):
 
     def forward(self, x_TD: Tensor, kept_TD: Tensor | None = None) -> Tensor:
         """Return the logits (T, E) of float32 (T, D) tokens. ``kept_TD`` are the same tokens in half precision, which
-        the backward keeps in place of them, and which get the gradient."""
+        the backward saves instead of them, and which get the gradient."""
         check_devices(x_TD, type(self).__name__, self._parameters)
         if kept_TD is not None:
             return _KeepHalf.apply(kept_TD, x_TD.detach(), self.weight, self.bias)  # type: ignore[no-any-return]
@@ -171,8 +171,8 @@ class CosineGate(nn.Module):
 
 
 class AttentionGate(nn.Module):
-    """``logits = softmax(q k^T) v``, with one number an expert in each of q, k and v (Yuan2.0-M32, arXiv 2405.17976):
-    the logit of an expert depends on those of the others. Nothing scales ``q k^T``: the heads have one dimension.
+    """``logits = softmax(q k^T) v``, with one number per expert in each of q, k and v (Yuan2.0-M32, arXiv 2405.17976):
+    the logit of an expert depends on the others' logits. Nothing scales ``q k^T``: the heads have one dimension.
 
     Args:
         dim: D.

@@ -87,8 +87,8 @@ class ExpertGroups:
         return torch.cat((values_T1E[..., :end], values_T1E[..., self.num_shared + self.most_own :]), -1)
 
     def names(self, task: int | None = None) -> tuple[str, ...]:
-        """Return the names of the experts that one task's gate mixes, in the gate's order; with ``task=None`` those of
-        the shared representation's gate."""
+        """Return the names of the experts that one task's gate mixes, in the gate's order; with ``task=None`` the
+        experts of the shared representation's gate."""
         tasks = range(self.num_tasks) if task is None else (task,)
         return (
             *(f"shared{i}" for i in range(self.num_shared)),
@@ -97,7 +97,7 @@ class ExpertGroups:
         )
 
     def all_names(self) -> tuple[str, ...]:
-        """Return the names of all experts in their order, those of the self-gates and of every domain too."""
+        """Return the names of all experts in their order, also of the self-gates and of every domain."""
         return (
             *(f"shared{i}" for i in range(self.num_shared)),
             *(name for k in range(self.num_tasks) for name in self._own_names(k)),
@@ -281,7 +281,7 @@ class DenseGates(Router):
         """Return the logits, computed outside autocast and at least in float32.
 
         Args:
-            x_GTD: (1, T, D), one input for all; or (1 + t, T, D), that of the shared representation and each task's.
+            x_GTD: (1, T, D), one input for all; or (1 + t, T, D), the shared representation's and each task's.
             domain_T: int64 (T,), the domain of each example.
         """
         with outside_autocast(x_GTD.device):

@@ -1,4 +1,4 @@
-"""Named checks of the properties that every router and every kind of experts keeps, a user's own and those of ``core``.
+"""Named checks of the properties that every router and every kind of experts keeps, a user's own as well as ``core``'s.
 
     from core.testing import check_expert, check_router, properties
 

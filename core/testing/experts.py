@@ -1,4 +1,4 @@
-"""Checks of experts: what each computes, its costs, and what it keeps through copies, graphs and half precision."""
+"""Checks of experts: their outputs, their costs, and properties that survive copies, graphs and half precision."""
 
 from __future__ import annotations
 

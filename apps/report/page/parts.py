@@ -65,7 +65,7 @@ class Code:
     """A text that is shown as it is, such as a command or a configuration.
 
     Attributes:
-        title: what it is.
+        title: its title.
         text: the text.
         closed: show it only when the reader opens it, as a long one should be.
     """
@@ -114,7 +114,7 @@ class Gallery:
     """Small pictures in their order, as many side by side as there is room for.
 
     Attributes:
-        title: what they are.
+        title: their title.
         pictures: the pictures.
         note: sentence below.
     """
@@ -133,7 +133,7 @@ class Words:
     """Words in their order, as text, each above its labels and numbers, such as its experts and its loss.
 
     Attributes:
-        title: what they are.
+        title: their title.
         words: the words, or parts of them.
         labels: a label for each word, by the kind of label, such as "block 1": a label that starts with a number has
             the color of that number; "" is none.
@@ -173,7 +173,7 @@ class Words:
         """Return the tokens of sentencepiece with their experts.
 
         Args:
-            title: what they are.
+            title: their title.
             pieces: the tokens; ``START`` before one starts a word.
             experts: numbers of each piece's experts, by layer; E and above is none.
             num_experts: E.

@@ -26,7 +26,7 @@ from core.fields import Count, OneOf, Positive, check_values
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there: a kill or a full disk leaves the old file as it was.
+    """Writes a checkpoint next to its place and moves it there: a kill or a full disk leaves the old file as it was.
 
     Args:
         mapped: read a file where its tensors are used, for a test that needs few of them and keeps none.
@@ -37,7 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.mapped = mapped
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
-        """Return a checkpoint's contents; those of a folder are put together."""
+        """Return a checkpoint's contents; the shards of a folder are put together."""
         if self.mapped or sharded.is_sharded(path) or is_pretrained(path):
             return read_checkpoint(path)
         return super().load_checkpoint(path, map_location, weights_only)

@@ -89,7 +89,7 @@ class LinkedModule(LightningModule):
         return self._encoding if own is None else own
 
     def known_encoding(self, kind: Any, of: str, data: str) -> Any:
-        """Return the encoding as an object: the checkpoint's, else that of the training data.
+        """Return the encoding as an object: the checkpoint's, else the training data's.
 
         Args:
             kind: its class, which has ``from_state``.

@@ -121,8 +121,8 @@ def check_beside(
         without: options of the trainer that the command decides by itself.
 
     Returns:
-        The part of the contents that no parser takes for a class, and the names of what is left out though no command
-        decides it: options of the trainer, and optimizers that are not torch's.
+        The part of the contents that no parser takes for a class, and the names of values that are left out though no
+        command decides them: options of the trainer, and optimizers that are not torch's.
 
     Raises:
         ValueError: naming the key, its value, and that ``--config`` trusts the file.

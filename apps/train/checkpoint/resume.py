@@ -1,4 +1,4 @@
-"""A resumed run is exact: its random generators go on where the checkpoint left them."""
+"""A resumed run is exact: its random generators continue from the checkpoint's state."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def check_free(folder: Path) -> None:
 
 
 def check_own(path: Path) -> None:
-    """Raise a ValueError where a file that is to be replaced exists in a folder that is no run's."""
+    """Raise a ValueError if a file that is to be replaced exists in a folder that does not belong to a run."""
     if path.exists() and not (path.parent / MARKER).exists():
         raise ValueError(f"{path} is no run's: it stays as it is; give another --run_dir")
 
@@ -62,7 +62,7 @@ def check_unlinked(folders: Iterable[Path]) -> None:
 def put_aside(folder: Path, paths: Iterable[Path]) -> Path:
     """Move ``paths`` from ``folder``, in their order, to a new numbered subfolder of ``earlier``, and return that.
 
-    The newest run has the highest number. What a kill has left half moved is completed in its own subfolder.
+    The newest run has the highest number. A move that a kill interrupted is completed in its own subfolder.
     """
     paths = list(paths)
     number = max((int(p.name) for p in (folder / "earlier").glob("*") if p.name.isdecimal()), default=0)
@@ -159,7 +159,7 @@ class RunFolder(Callback):
         self._started = True
 
     def _is_own(self, checkpoint: Path) -> bool:
-        """Return whether a checkpoint is of the run in the folder, and of none that was put aside there."""
+        """Return whether a checkpoint belongs to the run in the folder, and not to one that was put aside there."""
         path, folder = checkpoint.resolve(), self.folder.resolve()
         return path.is_relative_to(folder) and not path.is_relative_to(folder / "earlier")
 

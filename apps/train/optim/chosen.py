@@ -24,11 +24,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the sections ``optimizer``, ``lr_scheduler`` and ``lr_scheduler_interval`` name.
+    """The classes and values that the sections ``optimizer``, ``lr_scheduler`` and ``lr_scheduler_interval`` name.
 
     Attributes:
         optimizer: ``class_path`` and ``init_args`` of an optimizer; None: the module's own.
-        scheduler: those of a scheduler; None: the rate of ``optimizer`` stays as it is.
+        scheduler: options of a scheduler; None: the rate of ``optimizer`` stays as it is.
         interval: when the scheduler steps.
     """
 

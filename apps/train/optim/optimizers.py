@@ -1,4 +1,4 @@
-"""The optimizer of every app: AdamW, Muon with AdamW beside it, or Adam of the rows with a gradient, over groups of
+"""The optimizer of every app: AdamW, Muon combined with AdamW, or Adam of the rows with a gradient, over groups of
 routers, experts and the rest."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class OptimizerConfig(Checked):
     Attributes:
         name: "adamw"; or "muon" for the matrices inside the network, with AdamW for embeddings, the read-out, routers,
             biases and norms. Muon's steps have the size of AdamW's, so that ``lr`` means the same. Or "row_adam"
-            (``core.RowAdam``), which moves the rows of a table that have a gradient alone, for ``PEER`` with
+            (``core.RowAdam``), which only updates the rows of a table that have a gradient, for ``PEER`` with
             ``row_sparse``; all other parameters it moves as AdamW.
         lr: peak learning rate.
         weight_decay: decoupled weight decay; biases, norms and other 1-d parameters have none.
@@ -45,11 +45,11 @@ class OptimizerConfig(Checked):
             n-th step (arXiv 1706.03762, section 5.3), which does not depend on the length of the run where ``warmup``
             is in steps; or "constant".
         min_lr_ratio: least learning rate, as a part of the peak.
-        lr_scales: factors on the learning rate of parts of the model, by the beginning of their parameters' names:
-            ``{"text_tower": 0.05}`` lets a pretrained tower move slowly beside one that is drawn. Of several that fit,
-            the longest counts; it multiplies the factors of routers and experts.
-        adamw_parts: parts that AdamW moves under Muon too, by the beginning of their parameters' names: those that
-            begin with weights from elsewhere, which Adam has mostly trained. Large matrices also cost Muon time.
+        lr_scales: factors on the learning rate of parts of the model, by prefix of their parameters' names:
+            ``{"text_tower": 0.05}`` lets a pretrained tower train slowly next to a randomly initialized one. Of several
+            that fit, the longest counts; it multiplies the factors of routers and experts.
+        adamw_parts: parts that AdamW also updates under Muon, by prefix of their parameters' names: parts that start
+            from pretrained weights, which Adam has mostly trained. Large matrices also cost Muon time.
 
     Raises:
         ValueError: a value outside its range.
@@ -150,7 +150,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     keys ``name``, ``params``, ``lr``, ``weight_decay`` and, under Muon, ``muon``; empty groups are left out.
 
     Raises:
-        ValueError: no trainable parameter has a name that begins as ``config.lr_scales`` or ``adamw_parts`` says.
+        ValueError: no trainable parameter has a name with a prefix of ``config.lr_scales`` or ``adamw_parts``.
     """
     kind: dict[int, str] = {}
     for layer in core.moe_layers(model).values():
@@ -219,7 +219,7 @@ def restore_rates(module: LightningModule, config: OptimizerConfig) -> None:
 
 
 def _fitting(name: str, parts: Sequence[str]) -> list[str]:
-    """Return those of the parts in which the parameter ``name`` is, in their order."""
+    """Return the parts that contain the parameter ``name``, in their order."""
     return [part for part in parts if f"{name}.".startswith(f"{part}.")]
 
 

@@ -43,7 +43,7 @@ class BalancedModule(LightningModule):
         self._moe_tape = tape.loads() if self._moe_tape is None else self._moe_tape.merge(tape.loads())
 
     def balance_values(self, tape: core.Tape, aux: core.AuxLosses) -> dict[str, Tensor]:
-        """Return what the log has of a training step's MoE layers, by name; empty for a model without any."""
+        """Return the logged values of a training step's MoE layers, by name; empty for a model without any."""
         values = {f"train/{name}": value for name, value in aux.terms.items()}
         if core.moe_layers(self):  # a rank with an empty tape takes part in the sums too
             values["train/aux_loss"] = aux.total

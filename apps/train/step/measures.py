@@ -75,7 +75,7 @@ class TrainingMeasures(Callback):
     ``lr-*`` are Lightning's ``LearningRateMonitor``'s, unless the trainer has one itself.
     ``train/examples_per_second`` counts all processes together, without the time of validations; it needs the module's
     ``num_trained``, the number of examples that this process has trained on. ``train/grad_norm`` is the norm before
-    clipping, of the parameters that the last optimizer updates; ``train/peak_memory_mib`` is of this process since its
+    clipping, of the parameters that the last optimizer updates; ``train/peak_memory_mib`` covers this process since its
     start, on the GPU if there is one.
     """
 

@@ -1,4 +1,4 @@
-"""The progress of a training or an evaluation: a bar on a terminal, a line an epoch, and the time of the end."""
+"""The progress of a training or an evaluation: a bar on a terminal, one line per epoch, and the time of the end."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def last_step(trainer: Trainer) -> float:
 
 
 class EpochLines(Callback):
-    """Prints a line an epoch with the values of the progress bar, and the time at which the training will end."""
+    """Prints one line per epoch with the values of the progress bar, and the time at which the training will end."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -17,21 +17,21 @@ def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None 
     """Freeze a trained model and put a mixture of updates into its linear layers, such as ``LoRA`` or ``IA3``.
 
     What trains afterwards are the updates and their routers. Each layer has a router of its own. The model calls a
-    linear layer with tokens alone, so that padding is routed as any token.
+    linear layer with tokens only, so that padding is routed as any token.
 
     Args:
         model: any module, which is changed in place, or one ``nn.Linear``.
-        moe: the updates. With ``LoRA`` the adapted model begins with the outputs of the trained one; with ``IA3`` it
+        moe: the updates. With ``LoRA`` the adapted model starts with the outputs of the trained one; with ``IA3`` it
             does so where the gates of a token sum to 1.
-        modules: pattern of the dotted names of linear layers, or several, as ``fnmatch`` reads it: ``*`` also stands
-            for several names, so that ``*.q_proj`` is every layer of that name. None: ``model`` is an ``nn.Linear``.
+        modules: pattern of the dotted names of linear layers, or several, as ``fnmatch`` reads it: ``*`` also matches
+            several names, so that ``*.q_proj`` is every layer of that name. None: ``model`` is an ``nn.Linear``.
 
     Returns:
         ``model``, or the adapted linear layer.
 
     Raises:
-        ValueError: a pattern names no module, or one that is no ``nn.Linear`` or is read in place of being called; the
-            router needs a context; or the updates do not fit a layer's widths.
+        ValueError: a pattern names no module, or one that is not an ``nn.Linear`` or is read instead of being called;
+            the router needs a context; or the updates do not fit a layer's widths.
 
     Example::
 

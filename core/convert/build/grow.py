@@ -99,7 +99,7 @@ def freeze_experts(layer: MoE, experts: Collection[int]) -> None:
     of the frozen rows to zero. Parameters of a gate that all experts share, such as a projection, get
     ``requires_grad=False``; shared experts are not touched.
 
-    Hooks stay through ``load_state_dict``, ``to`` and ``train``. They are no part of a ``state_dict``, a copy or a
+    Hooks stay through ``load_state_dict``, ``to`` and ``train``. They are not part of a ``state_dict``, a copy or a
     pickle: call this again on the layer that is loaded into, before ``DistributedDataParallel`` or FSDP2 wraps it. An
     optimizer moves a row by more than its gradient where it decays weights, or has a momentum from before: see
     ``hold_experts``.

@@ -76,10 +76,10 @@ def sparsify(
         the copy; a ``SparseFFN`` where the model itself is the network.
 
     Raises:
-        ValueError: a pattern names no module, a module that is no feed-forward network or one that no expert computes,
-            or two name the same; a weight is frozen, or tied to another module's; the router needs a context, or its
-            gates do not sum to a constant; ``moe`` sets experts that are not the network's; or inputs are missing, or
-            without a meaning.
+        ValueError: a pattern names no module, a module that is not a feed-forward network or one that no expert
+            computes, or two name the same; a weight is frozen, or tied to another module's; the router needs a context,
+            or its gates do not sum to a constant; ``moe`` sets experts that are not the network's; or inputs are
+            missing, or without a meaning.
 
     Example::
 

@@ -63,7 +63,7 @@ def expert_statistics(
     """Run a model in evaluation over batches and return the statistics of each MoE layer's experts, by its name.
 
     Each computed row is computed once more, without its gate. No hidden state outlives its batch. Padding and dropped
-    pairs do not count, nor do layers of several gates. Where the gates scale the experts' input, outputs are those of
+    pairs do not count, nor do layers of several gates. If the gates scale the experts' input, outputs are computed from
     the scaled tokens.
 
     Args:

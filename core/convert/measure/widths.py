@@ -33,7 +33,7 @@ def solve_width(cost: Callable[[int], float], target: float, what: str) -> Solve
 
 
 def nearest_width(cost: Callable[[int], float], target: float) -> int:
-    """Return the whole number from 1 on whose cost, which grows with it, comes nearest to ``target``."""
+    """Return the integer from 1 on whose cost, which grows with it, comes nearest to ``target``."""
     most = 2
     while cost(most) < target:
         most *= 2

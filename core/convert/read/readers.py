@@ -1,7 +1,7 @@
 """Readers: what makes a ``FeedForwardPart`` of a module, and which modules have one.
 
 Known are the networks of timm, ``transformers``, open_clip, torch-rechub, torch and this suite. No such library is
-imported: modules are recognised by the names and kinds of their parts, and ``check_part`` compares numbers.
+imported: modules are recognized by the names and kinds of their parts, and ``check_part`` compares numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``densify`` makes a sparse model dense: in the place of each MoE layer stands one expert, made of all."""
+"""``densify`` makes a sparse model dense: one expert, made of all, replaces each MoE layer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def densify(model: nn.Module, how: str = "average", loads: Mapping[str, Loads] |
         model: any module with MoE layers, changed in place, or one MoE layer.
         how: one of the above.
         loads: how often each expert was chosen, (E,), as ``ExpertStatistics.loads_E`` or
-            ``Routing.chosen_per_expert_E``: by the name of the layer, or those of the one layer; for "use" and
+            ``Routing.chosen_per_expert_E``: by the name of the layer, or the loads of the one layer; for "use" and
             "most_used".
 
     Returns:

@@ -10,8 +10,8 @@ oneDNN):
 
 So matmuls of ``LEAST`` multiplications and ``FEWEST_ROWS`` rows or more go to oneDNN there. It compiles a kernel for
 each new shape (0.5 ms) and keeps a thousand. At each matmul it copies the weight to a layout of its own, which
-``packed`` does once for many: 5 x 512 x 10000 takes 0.13 ms instead of 0.52, on two cores, and 160 x 128 x 8000 0.69 in
-place of 0.78. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off, as for all of torch. Both sum in float32;
+``packed`` does once for many: 5 x 512 x 10000 takes 0.13 ms instead of 0.52, on two cores, and 160 x 128 x 8000 0.69
+instead of 0.78. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off, as for all of torch. Both sum in float32;
 they differ by rounding.
 """
 

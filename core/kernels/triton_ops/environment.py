@@ -40,7 +40,7 @@ def interpreted() -> bool:
 def upcast(dtype: torch.dtype) -> bool:
     """Return whether kernels have to compute in float32, and round by themselves.
 
-    The interpreter multiplies bfloat16 as whole numbers and cuts off where it should round.
+    The interpreter multiplies bfloat16 as integers and cuts off where it should round.
     """
     return interpreted() and dtype == torch.bfloat16
 

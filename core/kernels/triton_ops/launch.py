@@ -26,11 +26,11 @@ class Launch:
 
     Attributes:
         kernel: "file.function" below ``jit``.
-        args: tensors and whole numbers, in the order of the kernel's parameters.
+        args: tensors and integers, in the order of the kernel's parameters.
         constants: values that are compiled in, tile aside.
         grid: number of programs to start, given the tile.
         tile: the kernel's name in ``tuning``, its shape (experts, width summed over or rows of the result, columns of
-            the result), the dtype of the products and the mean rows of an expert; None where nothing is tuned.
+            the result), the dtype of the matmuls and the mean rows of an expert; None where nothing is tuned.
         warps: warps of a program where nothing is tuned.
     """
 
@@ -137,7 +137,7 @@ def programs(total: int, like: Tensor, tile: Tile, matrices: int = 1) -> int:
 
     Args:
         total: number of tiles.
-        like: tensor of the products' dtype and device.
+        like: tensor of the matmuls' dtype and device.
         tile: way in which the launch is cut up.
         matrices: weights that a program multiplies with at a time.
     """

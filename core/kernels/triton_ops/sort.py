@@ -15,7 +15,7 @@ MAX_BINS = 4096
 
 
 def find_places(ids: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where each pair stands when pairs are sorted by id, earlier pairs first.
+    """Return the position of each pair when pairs are sorted by id, earlier pairs first.
 
     Args:
         ids: int64 (N,), in ``range(bins)``.
@@ -82,7 +82,7 @@ def _launch(
 
 
 def sort_pairs(expert_ids_N: Tensor, tokens_per_expert_E: Tensor) -> Sorted:
-    """Sort as ``eager.sort_pairs`` does, but count the ids anew."""
+    """Sort as ``eager.sort_pairs`` does, but recount the ids."""
     E = tokens_per_expert_E.shape[0]
     if E >= MAX_BINS:
         return eager.sort_pairs(expert_ids_N, tokens_per_expert_E)

@@ -15,9 +15,9 @@ from .sort import MAX_BINS, find_places
 
 @torch.library.custom_op("moesaic::triton_rows_by_token", mutates_args=())
 def rows_by_token(row_index_R: Tensor, offsets_E: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return the rows of each token, where a token may have any number: int64 (R,) rows, int64 (T + 1,) starts.
+    """Return the rows of each token, of which a token may have any number: int64 (R,) rows, int64 (T + 1,) starts.
 
-    Rows past the last offset come last and belong to none. No host synchronisation. For tokens that have ``top_k`` rows
+    Rows past the last offset come last and belong to none. No host synchronization. For tokens that have ``top_k`` rows
     each nothing has to be sorted: see ``sum_rows``.
     """
     R, device = row_index_R.shape[0], row_index_R.device
@@ -59,8 +59,8 @@ def sum_rows(
 ) -> Tensor:
     """Return the sum of the (gated) rows of each token, (T, D).
 
-    ``rows`` and ``starts`` are those of ``rows_by_token``. Where pairs are token-major, ``rows`` is the row of each
-    pair and ``starts`` is None.
+    ``rows`` and ``starts`` come from ``rows_by_token``. Where pairs are token-major, ``rows`` is the row of each pair
+    and ``starts`` is None.
     """
     D = y_RD.shape[1]
     out = y_RD.new_empty(num_tokens, D, dtype=dtype)

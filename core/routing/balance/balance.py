@@ -33,7 +33,7 @@ class BalanceWeights(Checked):
         localized: variance over mean of the importance of each expert in each sequence, ``Z = (1 + delta) Q`` if the
             expert has the sequence's type and ``(1 - delta) Q`` elsewhere, with Q the sum of its scores over the
             sequence; the type is ``context.task_ids_B`` (LoRAMoE, arXiv 2312.09979).
-        first_choice: ``load_balancing`` with the shares of first choices alone, the best by the scores without bias or
+        first_choice: ``load_balancing`` with only the shares of first choices, the best by the scores without bias or
             noise, instead of all K (GShard, arXiv 2006.16668, algorithm 1).
         gate_importance: squared coefficient of variation of the experts' summed gates, which are 0 for experts that a
             token did not take, or that were full (arXiv 1701.06538, eq. 6-7).

@@ -120,12 +120,13 @@ def localized_loss(total: Tensor, square: Tensor, count: Tensor | float) -> Tens
 
 
 def contrast_losses(y_SD: Tensor, expert_S: Tensor, kept_S: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the contrast of each expert's outputs with those of the others, float32 (S,), and which rows have one.
+    """Return the contrast of each expert's outputs with the other experts', float32 (S,), and which rows have one.
 
     For row i, with the similarities ``s_ij = u_i . u_j / temperature`` and ``u = y / sqrt(1 + |y|^2)``, it is the mean
     over the other rows p of its expert of ``-log(exp(s_ip) / sum over j != i of exp(s_ij))``, as in MoELoRA (arXiv
-    2402.12851): outputs of one expert attract each other, and those of different experts repel. Long outputs are
-    compared by their direction; one of zero, as that of a new low-rank update, has none, and its gradient is bounded.
+    2402.12851): outputs of one expert attract each other, and outputs of different experts repel. Long outputs are
+    compared by their direction; an output of zero, as from a new low-rank update, has none, and its gradient is
+    bounded.
 
     Args:
         y_SD: (S, D) outputs.

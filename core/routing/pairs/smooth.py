@@ -345,5 +345,5 @@ class DenseToSparse(LinearGateConfig):
             )
 
     def pairs_per_token(self, num_experts: int) -> float:
-        """Return the most, that of the start of training."""
+        """Return the largest number, at the start of training."""
         return float(self.max_k or num_experts)

@@ -55,9 +55,9 @@ def choose(
     IN_GROUP_POW2: tl.constexpr,
 ):
     """Logits float32 (T, E) to Scores (T, E), Ids int64 (T, K), Gates (T, K), and of each block of ``STEPS * BLOCK_T``
-    tokens, real ones alone: Counts int32 (blocks, E), ScoreSums (blocks, E) of the scores over their sum, SquareSums
-    (blocks,) of the squared logsumexp. ``LIMITED``: groups a token may take experts of, 0 for no limit. ``BEST_TWO``: a
-    group is judged by its two best."""
+    tokens, non-padding ones only: Counts int32 (blocks, E), ScoreSums (blocks, E) of the scores over their sum,
+    SquareSums (blocks,) of the squared logsumexp. ``LIMITED``: groups a token may take experts of, 0 for no limit.
+    ``BEST_TWO``: a group is judged by its two best."""
     COLUMNS: tl.constexpr = GROUPS_POW2 * IN_GROUP_POW2
     block = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
@@ -217,8 +217,8 @@ def choose_grad(
     BLOCK_T: tl.constexpr,
     E_POW2: tl.constexpr,
 ):
-    """Compute the gradient of the logits from those of scores (T, E), zero without ``DSCORES``, gates (T, K), score
-    sums (E,) and square sum (1,)."""
+    """Compute the gradient of the logits from the gradients of scores (T, E), zero without ``DSCORES``, gates (T, K),
+    score sums (E,) and square sum (1,)."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, E_POW2)
     here = (t[:, None] < T) & (e[None, :] < E)
