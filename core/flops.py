@@ -100,7 +100,7 @@ def _grouped_dw(x_R, dy_R, offsets_E, wants=(True, False), *, out_val=None, **kw
 
 
 def _attention(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):
-    # Two products, q k^T and scores v; a causal mask still computes both triangles here.
+    # Two matmuls, q k^T and scores v; a causal mask still computes both triangles here.
     *batch, length, width = query_shape
     return 2 * math.prod(batch) * length * key_shape[-2] * (width + value_shape[-1])
 

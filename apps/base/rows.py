@@ -49,7 +49,7 @@ def rows(console: Console | None, hides: bool) -> Progress:
         TextOf(lambda bar: f"ends {bar.ends}" if bar.ends else ""),
         console=console,
         transient=True,
-        # A stream that is no terminal keeps what is printed to it.
+        # A stream other than a terminal keeps its output.
         redirect_stdout=sys.stdout.isatty(),
         redirect_stderr=sys.stderr.isatty(),
         refresh_per_second=4,

@@ -37,7 +37,7 @@ def with_stand_ins(part: str, flags: list[str], config: Mapping[str, Any]) -> di
     filled = {
         name: to_plain(value, type(value))
         for name, value in stand_ins({**arguments, **by_flag}).items()
-        # A flag that names a class, or the whole, begins from nothing: it would keep the stand-in's arguments.
+        # A flag that names a class, or the whole, starts from nothing: it would keep the stand-in's arguments.
         if arguments.get(name) is None and not {name, f"{name}.class_path"} & by_flag.keys()
     }
     others = {"dict_kwargs": written["dict_kwargs"]} if "dict_kwargs" in written else {}

@@ -99,7 +99,7 @@ class Request:
             paths, config = (beside,), read_config(beside)
         if exported is not None and exported.description.data is not None:
             config = merge(with_long_names({"data": exported.description.data}), config)
-        written = config.pop("run_dir", None)  # of a run that was put aside, where it was
+        written = config.pop("run_dir", None)  # of a run that was put aside, at its old place
         which = which or config.get("ckpt_path")
         config.pop("ckpt_path", None)
         stem = "-".join(path.stem for path in (paths if onnx is None else [onnx])) or "unnamed"
@@ -118,7 +118,7 @@ class Request:
                 read = str(onnx or "") or " + ".join(map(str, paths)) or (which if which not in (None, *NAMES) else "")
                 written_to = options.output if isinstance(options, Predict) else run_dir
                 _announce(command, " ".join(filter(None, (command, read, f"-> {written_to}" if written_to else ""))))
-                if command == "predict" and checkpoint is not None:  # the others name it beside their figures
+                if command == "predict" and checkpoint is not None:  # the others name it next to their figures
                     _announce(command, f"checkpoint: {checkpoint}")
             if which in NAMES and checkpoint is None:
                 print(f"no {run_dir / 'checkpoints' / which}.ckpt yet: starting from the beginning")
@@ -132,7 +132,7 @@ class Request:
         for name in own if source or beside or given_weights else ():  # a checkpoint may name them then
             load_class(name)  # a missing one is reported where it is looked up
         if beside is not None:
-            # An evaluation takes one device; a training that goes on is divided as it was, on any kind of device.
+            # An evaluation takes one device; a resumed training is sharded as it was, on any kind of device.
             config, left_out = check_beside(config, beside, _DEVICE[:1] if command == "fit" else _DEVICE)
             lost = f"{', '.join(left_out)} (--config {beside} takes all of it)"
             if left_out and command == "fit":
@@ -150,7 +150,7 @@ class Request:
             check_superseded(config, flags, source)
         if command == "fit" and loaded is not None and "optimizer_states" not in loaded:
             raise UsageError(f"{checkpoint} has no optimizer's state to go on with: begin anew, --weights")
-        # A run that goes on has its weights from its own checkpoint.
+        # A resumed run has its weights from its own checkpoint.
         weights = find_checkpoint(given_weights) if given_weights is not None and loaded is None else None
         start = weights or (_grown_from(config, flags) if command == "fit" and loaded is None else None)
         begun_with = None if start is None else read_checkpoint(start, shapes_only=True)

@@ -119,7 +119,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         parser.add_argument("--compile", type=bool | CompileConfig | None, default=None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        if asks(self.request.flags):  # the parser above the commands prints what is in force
+        if asks(self.request.flags):  # the parser above the commands prints the values in force
             self.config = parser.parse_args(args)
             return
         # It would read all that the command's own parser has read once more, which is as long again.

@@ -94,7 +94,7 @@ class Sweep:
         for file in (RECORD, PICTURE):
             check_own(cli.run_dir / file)
         model.load_state_dict(read_checkpoint(cli.ckpt_path)["state_dict"])
-        cheaper_forms(model, "")  # refuses a model without experts before its test
+        cheaper_forms(model, "")  # rejects a model without experts before its test
         # The tested model is tied to its trainer; this one is copied for each form.
         self.trained: Any = copy.deepcopy(model).eval()
         self.trained.reports = False
@@ -194,7 +194,7 @@ class Sweep:
 
     def _tested(self, model: Any) -> dict[str, float]:
         trainer = self.cli.trainer
-        trainer.callbacks = list(self._callbacks)  # the test of the trained model has added those of its report
+        trainer.callbacks = list(self._callbacks)  # the test of the trained model has added its report's
         results = trainer.test(model, datamodule=self.cli.datamodule, verbose=False, ckpt_path=None)
         return {name: float(value) for result in results for name, value in result.items()}
 

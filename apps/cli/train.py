@@ -74,7 +74,7 @@ class SparseCLI(RunSetup):
         command = self.request.command
         path = None if self.ckpt_path is None else str(self.ckpt_path)
         arguments = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": path, "weights_only": True}
-        if self.trainer.is_global_zero:  # the stdout of predict is for what it predicts
+        if self.trainer.is_global_zero:  # the stdout of predict is for its predictions
             for line in filter(None, (device_line(self.trainer, self.model), self.compiled)):
                 print(line, file=sys.stderr if command == "predict" else None, flush=True)
         if command == "fit":

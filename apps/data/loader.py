@@ -103,7 +103,7 @@ class ResumableLoader(DataLoader):
             **loader_kwargs,
         )
         if distributed:
-            # Lightning looks only here for a distributed sampler, and builds the loader anew where there is none.
+            # Lightning looks only here for a distributed sampler, and rebuilds the loader without one.
             object.__setattr__(self, "sampler", sampler)
         self.served = 0
 

@@ -225,7 +225,7 @@ def _train(sentences: list[str], config: SubwordConfig, languages: Sequence[str]
             bos_id=BOS_ID,
             eos_id=EOS_ID,
             unk_surface="",
-            # Control symbols, not user-defined ones: a "<2de>" in a text stays text, and a tag is no part of one.
+            # Control symbols, not user-defined ones: a "<2de>" in a text stays text, and a tag is not part of one.
             control_symbols=[f"<2{language}>" for language in languages],
             max_sentence_length=_LONGEST_BYTES,
             num_threads=_THREADS,

@@ -118,7 +118,7 @@ def _member_lines(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path,
 
 
 def _unpacked(unpack: Callable[[], Any], compressed_size: int, name: str) -> Iterator[str]:
-    # Unpacked twice: kept lines take memory, so a file that is too large must be refused before the first one is kept.
+    # Unpacked twice: kept lines take memory, so a file that is too large must be rejected before the first one is kept.
     with Inflated(unpack(), compressed_size, name) as stream:
         while stream.read(1 << 20):
             pass

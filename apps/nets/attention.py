@@ -39,7 +39,7 @@ class Mask:
         """
         if self.bias is None:
             assert self.causal or real_BC is None
-            return self  # a causal query sees none of what stands after it
+            return self  # a causal query sees nothing after it
         B = len(index_BC)
         query, key = index_BC[:, None, :, None], index_BC[:, None, None, :]
         if self.bias.shape[0] == 1:

@@ -198,7 +198,7 @@ class Cache:
         if copies < 1:
             raise ValueError(f"copies={copies} must be at least 1")
         self.copies = copies
-        # Some sentences will have more slots in use than others, which read as many, as 0 times what they hold.
+        # Some sentences will have more slots in use than others, which read as many, with weight 0.
         self.store[:, :, :, self.length :] = 0.0
         self._slot_NKT = self._slot_NKT.expand(-1, copies, -1).clone()
         if self.task_ids_R is not None:
@@ -217,7 +217,7 @@ class Cache:
             for to, of in enumerate(kept):
                 if to != of:
                     store[:, :, to, :, : self.extent] = store[:, :, of, :, : self.extent]
-                    store[:, :, to, :, self.extent : self._most] = 0.0  # what was there need not be finite
+                    store[:, :, to, :, self.extent : self._most] = 0.0  # the old values need not be finite
                     if self.memory is not None:
                         self.memory[:, :, to] = self.memory[:, :, of]
             store = store[:, :, : len(kept)]

@@ -114,7 +114,7 @@ class Layer(nn.Module):
 
     def mix(self, x: Tensor, given: Pass, seen: Tensor | None = None) -> Tensor:
         """Return x with the mixing of the positions added, with keys and values from ``seen``; None: of x."""
-        # Experts need to know the tokens beside the packing that others ask for.
+        # Experts need to know the tokens in addition to the packing that others ask for.
         known = given.context if isinstance(self.mixing, ExpertAttention) else given.packing
         keys = () if seen is None else (self.mixing_norm(seen),)
         past = {} if given.past is None else {"past": given.past}

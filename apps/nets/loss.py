@@ -42,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight_VD = torch.zeros_like(weight_VD, dtype=exact) if wants_weight else None
         total = torch.zeros((), dtype=exact, device=h_TD.device)
         rows = min(max(1, CHUNK_ELEMENTS // max(V, 1)), max(T, 1))
-        # One buffer for all chunks: fresh memory of this size costs more than what is computed in it.
+        # One buffer for all chunks: fresh memory of this size costs more than the computation in it.
         logits_rV, p_rV = (h_TD.new_empty(rows, V) for _ in range(2))
         for start in range(0, T, rows):
             h_tD, target_t1 = h_TD[start : start + rows], target_T[start : start + rows, None]

@@ -57,11 +57,11 @@ class Learned(nn.Module):
         Raises:
             ValueError: beyond ``max_length``.
         """
-        # In an exported graph the look-up itself refuses what is beyond the table.
+        # In an exported graph the look-up itself rejects positions beyond the table.
         if not torch.compiler.is_exporting() and start + length > self.max_length:
             raise ValueError(f"a sequence of {start + length} tokens is longer than max_length={self.max_length}")
         begin = start + self.offset
-        # Looked up: without gradients a slice of a parameter still says that it has one, which a FLOP counter refuses.
+        # Looked up: without gradients a slice of a parameter still says that it has one, which a FLOP counter rejects.
         return F.embedding(torch.arange(begin, begin + length, device=self.weight.device), self.weight)
 
 

@@ -152,7 +152,7 @@ class _Decoding(nn.Module):
         Queries, keys and values start as one matrix of all three would, at ``1 / sqrt(2)`` of their own scale, which
         deep stacks train better with (fairseq).
         """
-        # What an MoE layer has beside its experts starts as its router says.
+        # Parameters of an MoE layer other than its experts' are initialized by its router.
         inside = {id(module) for layer in core.moe_layers(self).values() for module in layer.modules()}
         for module in self.modules():
             if id(module) in inside:

@@ -172,7 +172,7 @@ class UniversalStack(Stack):
         h_BLD = s_BLD = layer(x_BLD, given)
         for _ in range(self.steps - 1):
             sticks = self.halting(h_BLD, sticks, given.context)
-            # Later positions see the keys of a token that has halted: those of a past are of all steps.
+            # Later positions see the keys of a token that has halted: a past's keys cover all steps.
             if not self.training and given.past is None and _all_halted(sticks):
                 break
             own = given
@@ -184,7 +184,7 @@ class UniversalStack(Stack):
     def _step_through(self, x_RD: Tensor, given: Step) -> Tensor:
         layer, sticks = self.layers[0], self.halting.start(x_RD[:, None], given.context)
         h_RD = s_RD = layer.step(x_RD, 0, given)
-        # Each step has keys of its own: those of a token that has halted are still seen by later ones.
+        # Each step has keys of its own: a halted token's keys are still seen by later tokens.
         for i in range(1, self.steps):
             sticks = self.halting(h_RD[:, None], sticks, given.context)
             own = replace(given, context=replace(given.context, valid_BS=sticks.runs_BL))

@@ -118,7 +118,7 @@ def crossed_interval(values_SN: np.ndarray) -> CrossedInterval:
     ms_seed = N * float(seed_S.var(ddof=1)) if S > 1 else 0.0
     ms_example = S * float(example_N.var(ddof=1)) if N > 1 else 0.0
     ms_rest = float((rest_SN**2).sum()) / ((S - 1) * (N - 1)) if S > 1 and N > 1 else 0.0
-    if np.ptp(values_SN) == 0:  # the mean of equal values is rounded, which is no spread
+    if np.ptp(values_SN) == 0:  # the mean of equal values is rounded, which is not a spread
         ms_seed = ms_example = ms_rest = 0.0
     return CrossedInterval(
         mean=mean,

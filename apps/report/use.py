@@ -211,7 +211,7 @@ def tokens_of(module: Any) -> Tokens:
     return partial(registry.task_of(type(module), "report").tokens, module)
 
 
-# ---- what a page shows
+# ---- parts of a page
 
 
 def some_layers(names: Sequence[str]) -> list[str]:

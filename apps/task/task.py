@@ -63,7 +63,7 @@ class Task(ABC):
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    # ---- what a subclass says of a trained model
+    # ---- for subclasses: a trained model
 
     @property
     @abstractmethod
@@ -101,7 +101,7 @@ class Task(ABC):
     def exported(self) -> Exported:
         """Return the networks as graphs of tensors, and how raw inputs become those tensors."""
 
-    # ---- what a subclass says without one
+    # ---- for subclasses: without a trained model
 
     @classmethod
     def attach(cls, model: Any, graphs: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ class ResumedLoop(_FitLoop):
 
     @property
     def done(self) -> bool:
-        # Lightning would not begin a validation again that was cut after the last step.
+        # Lightning would not restart a validation that was cut after the last step.
         batches = self.epoch_loop.val_loop.batch_progress.current
         return batches.started == batches.processed and super().done
 

@@ -112,7 +112,7 @@ class SparsifiedModule(BalancedModule):
             return result + added
         if isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor):
             return {**result, "loss": result["loss"] + added}
-        return result  # Lightning says what is wrong with it
+        return result  # Lightning reports the error
 
     def on_validation_epoch_start(self) -> None:
         self._moe_stats = None

@@ -139,7 +139,7 @@ def _adopt_block(block: Any, classes: tuple[Any, Any, Any], balance: Balance) ->
     options = _expert_options(block, layout)
     block.__class__, router.__class__, experts.__class__ = classes
     if not layout.experts:
-        _add(block, experts=experts)  # no child: what it computes with are the block's own modules
+        _add(block, experts=experts)  # not a child: it computes with the block's own modules
     try:
         bias = attrgetter(layout.bias)(block) if layout.bias else None
     except AttributeError:

@@ -291,7 +291,7 @@ class MoEConfig(Checked):
         experts += self._shared(lambda kind: kind.flops_per_row(dim, out_dim))
         gates = self.router.flops_per_token(self.expert.row_dim(dim), self.num_experts)
         gates += 0 if self.shared_gate == "none" else 2 * dim
-        # What the router decides on at once: a token, or a patch of several.
+        # The unit that the router decides on: a token, or a patch of several.
         per_decision = gates + round(experts + layer + shared_parts)
         if tokens_per_sequence is None or length is None:
             return round(per_decision / self.expert.tokens_per_row)

@@ -188,7 +188,7 @@ def _check_text(text: str, hint: Any, where: str) -> None:
     """
     takes_text = any(k in (str, Any, object) or typing.get_origin(k) is typing.Literal for k in _kinds(hint))
     for kind in _classes(hint):
-        # A list has no class to import beside those of its items; a Tensor iterates as well, and is a class.
+        # A list has no class to import except its items' classes; a Tensor iterates as well, and is a class.
         holds = issubclass(kind, Iterable) and kind.__module__ in ("builtins", "collections.abc")
         if holds or issubclass(kind, (str, int, float, PurePath, types.NoneType, types.UnionType)):
             continue

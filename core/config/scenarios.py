@@ -146,7 +146,7 @@ class M3oE(MultiGateConfig):
 
     def _params(self, dim: int, groups: ExpertGroups, experts: int) -> int:
         gates, fusion = self._gate_params(dim, self._gate_groups(groups.num_tasks, groups.num_domains)), 4
-        # Those of other domains too: every expert computes every example.
+        # Also other domains' experts: every expert computes every example.
         return gates + fusion + self._expert_params(dim, groups, groups.num_experts)
 
     def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:

@@ -29,7 +29,7 @@ class TokenGroups:
     def of(cls, num_sequences: int, length: int, most: int) -> TokenGroups:
         """Return the groups of B sequences: as few as have at most ``most`` members, of sizes that differ by one."""
         B, each = num_sequences, -(-num_sequences // most)
-        # Where the number is symbolic (export), a second division would depend on it: a group keeps all its places.
+        # If the number is symbolic (export), a second division would depend on it: a group keeps all its places.
         size = -(-B // each) if isinstance(B, int) and each else most
         return cls(B * length, each * length, size)
 

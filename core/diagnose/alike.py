@@ -41,7 +41,7 @@ def experts_of(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
             continue
         experts = getattr(layer, "experts", None)
         if isinstance(experts, Experts):
-            # FSDP2's shards are put together for the comparison; experts that are divided stay where they are.
+            # FSDP2's shards are put together for the comparison; sharded experts stay where they are.
             divided = isinstance(getattr(layer, "dispatcher", None), parallel().AllToAllDispatcher)
             put(name, experts, None if divided else experts.num_experts)
         elif isinstance(experts, nn.ModuleList):
@@ -112,7 +112,7 @@ class Inputs:
         with parallel().whole_parameters(self.model):
             products = {name: self._of_layer(name) for name in self.experts}
         of_ranks = zip(products, summed([sums for sums, _ in products.values()], group), strict=True)
-        # Without a token of any rank, or experts that cannot be asked, all products are 0.
+        # Without a token of any rank, or with experts that cannot be run, all inner products are 0.
         return {
             name: _distances(sums_EE).masked_fill(~products[name][1], torch.nan)
             for name, sums_EE in of_ranks
@@ -151,7 +151,7 @@ def _distances(products_EE: Tensor) -> Tensor:
     """Return the distances of experts, given the sums of the inner products of their outputs."""
     square_E = products_EE.diagonal()
     together_EE = square_E[:, None] + square_E[None, :]
-    # Outputs of rounding alone are no outputs.
+    # Outputs that are only rounding do not count.
     return ((together_EE - 2 * products_EE) / together_EE).masked_fill(together_EE <= 1e-12 * square_E.max(), torch.nan)
 
 

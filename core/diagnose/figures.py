@@ -117,7 +117,7 @@ class LayerFigures:
         per_sequence = False
         if 1 < of_sequences < one.num_tokens and one.num_tokens % of_sequences == 0 and one.valid_T is None:
             l_BSM = logits_TM.unflatten(0, (of_sequences, -1))
-            # Where the sequences do not differ either, the router is constant and decides for no sequence.
+            # If the sequences do not differ either, the router is constant and decides for no sequence.
             per_sequence = bool((l_BSM == l_BSM[:, :1]).all()) and not bool((l_BSM == l_BSM[:1]).all())
         if one.valid_T is not None:
             logits_TM = logits_TM[one.valid_T]
@@ -219,7 +219,7 @@ class LayerFigures:
         mean_M = self.place_logit_PM.sum(0) / total
         count_P1 = self.place_tokens_P[used_P].unsqueeze(1)
         between = (self.place_logit_PM[used_P] / count_P1 - mean_M).square() * count_P1
-        # Tokens at no place of a sequence are not in these sums: the total is that of all.
+        # Tokens at no place of a sequence are not in these sums: the total covers all.
         whole = float((self.square_M - self.logit_M.square() / max(total, 1.0)).clamp_min(0).sum())
         if whole <= 0:
             return None

@@ -131,6 +131,6 @@ def _layers(model: nn.Module) -> dict[str, tuple[tuple[str, str], tuple[str, ...
     for name, foreign in foreign_routers(model).items():
         router = names[id(foreign.module)]
         experts_name = "" if foreign.experts is None else names[id(foreign.experts)]
-        # Where the block itself puts out the logits, its parameters are not told apart.
+        # If the block itself outputs the logits, its parameters are not told apart.
         layers[name] = (("" if router == name else router, experts_name), (name,))
     return layers

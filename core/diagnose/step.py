@@ -151,7 +151,7 @@ def _run(
             raise ValueError("the loss of a training step has no gradient: it must be a function of the weights")
         aux = aux_losses(tape, group).total
         if next(parallel().sharded_modules(model), None) is not None:
-            aux = aux + 0 * value  # FSDP2 follows a backward that begins at the model's output alone
+            aux = aux + 0 * value  # FSDP2 follows only a backward that starts at the model's output
         of_balance = _gradients(aux, wanted, group, keep=True) if aux.requires_grad else {}
         return _Run(float(value.detach()), _gradients(value, wanted, group), of_balance, passes)
 
@@ -169,7 +169,7 @@ def _gradients(
     if not several_ranks(group):
         return dense
     for p in wanted:
-        mesh = getattr(p, "device_mesh", None)  # of a DTensor, which is divided
+        mesh = getattr(p, "device_mesh", None)  # of a DTensor, which is sharded
         if mesh is not None:
             if id(p) in dense:
                 dense[id(p)] = dense[id(p)] / mesh.size()

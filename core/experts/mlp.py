@@ -131,7 +131,7 @@ class MLPExperts(Experts):
             return _scaled(_wide(h_TnF), *used, weight, bias).to(h_TnF.dtype)
         # One channel for each expert and feature is what ``nn.BatchNorm1d`` computes.
         moves = self.training and T >= 2
-        # Copies: autograd keeps what it is given, and a second call in the same graph moves the buffers.
+        # Copies: autograd saves its arguments, and a second call in the same graph moves the buffers.
         mean, var = (r.flatten().clone() if self.training else r.flatten() for r in running)
         y_TC = F.batch_norm(
             h_TnF.reshape(T, n * width), mean, var, weight.flatten(), bias.flatten(), moves, MOMENTUM, EPS

@@ -135,7 +135,7 @@ def _fastest(
     learns = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
     def run(name: str) -> None:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # not those of a checkpoint around it
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # not an outer checkpoint's hooks
             own = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in inputs]
             y = call(BACKENDS[name], *own)
             if learns:

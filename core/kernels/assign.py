@@ -30,7 +30,7 @@ NEWTON_STEPS = 3
 COARSE, SAMPLE = 0.1, 2**15
 # The scores' spread in quanta: a token loses at most one.
 QUANTA = 2.0**20
-# Of a score in quanta. Paths over 2**9 experts stay below FORCED, and sums with it are whole numbers in float64.
+# Of a score in quanta. Paths over 2**9 experts stay below FORCED, and sums with it are integers in float64.
 BOUND, FORCED = 2.0**40, 2.0**51
 
 
@@ -98,7 +98,7 @@ def _prices(u_ET: Tensor) -> Tensor:
         scaled_ET = (sample_ET if tau >= COARSE else u_ET) / tau
         price_E = price_E / tau
         target = scaled_ET.shape[1] / E
-        # Prices are free up to a common constant, and without undecided tokens there is no curvature.
+        # Prices are free up to a common constant, and without undecided tokens the curvature is zero.
         ridge_EE = torch.eye(E, device=u_ET.device) * (0.01 * target)
         for _ in range(NEWTON_STEPS):
             p_ET = (scaled_ET - price_E[:, None]).softmax(0)
@@ -128,7 +128,7 @@ def _repair(q_TE: Tensor, expert_T: Tensor) -> tuple[Tensor, bool]:
     T, E = q_TE.shape
     counts = count_experts(expert_T, E).tolist()
     order_T = expert_T.argsort(stable=True)
-    # Each expert's tokens and their rows, so that a move touches the experts on its path alone.
+    # Each expert's tokens and their rows, so that a move only touches the experts on its path.
     tokens, rows = list(order_T.split(counts)), list(q_TE[order_T].split(counts))
     cost_EE = q_TE.new_full((E, E), torch.inf)
     changed, balanced = list(range(E)), False

@@ -136,7 +136,7 @@ def dots(x_TD: Tensor, table: Tensor, row_TK: Tensor) -> Tensor:
     buffer: Tensor | None = None
     for part in chunks(T, K * D * x_TD.element_size()):
         index_R = row_TK[part].reshape(-1)
-        if buffer is None:  # the first chunk is the largest; a buffer that is asked for anew costs most of the time
+        if buffer is None:  # the first chunk is the largest; a new buffer each time costs most of the time
             buffer = table.new_empty(index_R.shape[0], D)
         picked_RD = torch.index_select(table, 0, index_R, out=buffer[: index_R.shape[0]]).to(x_TD.dtype)
         torch.sum(picked_RD.view(-1, K, D).mul_(x_TD[part, None]), -1, out=out_TK[part])

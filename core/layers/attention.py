@@ -160,7 +160,7 @@ def attention(
         seen = seen & torch.ones(S, S, dtype=torch.bool, device=q.device).tril()
     bias = None
     if seen is not None:
-        # Not -inf: a sequence of padding alone would become NaN.
+        # Not -inf: a sequence of only padding would become NaN.
         bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, torch.finfo(q.dtype).min)
         bias = bias.expand(-1, -1, S, -1)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal and bias is None, scale=d**-0.5)

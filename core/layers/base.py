@@ -195,7 +195,7 @@ class MoELayer(nn.Module):
         self._unrecorded += 1
         if self._unrecorded != UNRECORDED_PASSES:
             return
-        # Where the layer that warned has not run since, this one is of the same model, in the same step.
+        # If the layer that warned has not run since, this one belongs to the same model, in the same step.
         warned = _warned[0]() if _warned else None
         if warned is not None and warned._unrecorded == UNRECORDED_PASSES:
             return

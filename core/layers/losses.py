@@ -101,7 +101,7 @@ def aux_losses(tape: Tape, group: dist.ProcessGroup | None = None) -> AuxLosses:
                 # world * parts is it.
                 part = part.detach() + world * (part - part.detach())
             total = part if total is None else total + part
-    if total is None:  # nothing to balance, or a load term alone, in evaluation
+    if total is None:  # nothing to balance, or only a load term, in evaluation
         return AuxLosses(torch.zeros(()), {})
     return AuxLosses(total, {name: torch.stack(values).mean() for name, values in seen.items()})
 

@@ -146,7 +146,7 @@ class MoE(MoELayer):
     def _computed(self, rows: Rows, x_BSD: Tensor) -> Tensor:
         """Return the sums of the experts' rows by token, (B, S, D_out)."""
         if self.training and self.expert_output_masking:
-            # On the rows and not in the routing: losses, loads and capacity are those of the choice.
+            # On the rows and not in the routing: losses, loads and capacity follow the choice.
             rows = replace(rows, gates_R=F.dropout(rows.gates_R, self.expert_output_masking))
         return self.dispatcher.combine(self.experts(rows)).unflatten(0, x_BSD.shape[:2])
 

@@ -83,7 +83,7 @@ class HoMELayer(DenseGatesLayer):
 
         groups = self.groups[1]
         h_TnH, _ = expert_outputs(self, groups, experts, feature_gates[1], z_GTH, examples)
-        # A gate reads the shared representation beside its category's; ``DenseGates`` leaves the first input out.
+        # A gate reads the shared representation and its category's; ``DenseGates`` leaves the first input out.
         seen_cTW = torch.cat((z_GTH[:1].expand_as(meta.task_tTH), meta.task_tTH), -1)
         seen_GTW = torch.cat((seen_cTW[:1], seen_cTW.index_select(0, self._categories_t)))
         logits = gates(seen_GTW, examples.domain_T)

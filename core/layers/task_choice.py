@@ -157,7 +157,7 @@ class SelectedMultiGateMoE(MultiGateLayer):
         dropout = self.expert_dropout if self.training else 0.0
         weights = selected_softmax(logits_Nt, prior_N, example_N, T, dropout)
         if self.is_recorded:
-            # The gates of all experts are for the tape alone.
+            # The gates of all experts are only for the tape.
             gates_TEt = weights.clean_Rt.new_zeros(T, E, self.num_tasks)
             gates_TEt = gates_TEt.index_put((example_N, index_N), weights.clean_Rt, accumulate=True)
             for k in range(self.num_tasks):

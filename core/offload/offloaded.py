@@ -105,7 +105,7 @@ class OffloadedExperts:
         for member in members:
             member.experts.cache = self
 
-    # ---- what a user asks
+    # ---- public methods
 
     @classmethod
     def of(cls, model: nn.Module) -> OffloadedExperts | None:

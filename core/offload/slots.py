@@ -98,7 +98,7 @@ class SlotPool:
         self._coming: list[Expert] = []
         with torch.inference_mode(False):  # tensors of inference mode could not be written outside of it
             for name, (shape, dtype) in self.shapes.items():
-                # Zeros: what a slot holds before its first expert is read by none, and is finite nevertheless.
+                # Zeros: nobody reads a slot before its first expert, but its contents have to be finite.
                 rows = torch.zeros(self.count, *shape, dtype=dtype, device=device)
                 if name in self.tensors:
                     self.tensors[name].data = rows  # the modules that compute keep their parameter

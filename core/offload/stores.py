@@ -89,7 +89,7 @@ class ExpertFile:
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         self.path = path
-        # The widest dtype first: no tensor then begins in the middle of a number.
+        # The widest dtype first: no tensor then starts in the middle of a number.
         names = sorted(tensors, key=lambda name: -tensors[name].element_size())
         header, self._checksums = {}, {}
         end = 0

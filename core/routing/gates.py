@@ -152,7 +152,7 @@ class CosineGate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        # Lengths do not count; at 1 the gradient of a direction is as large as that of other weights.
+        # Lengths do not count; at 1 the gradient of a direction is as large as other weights'.
         init_gate_(self.projection, 1.0)
         init_gate_(self.weight, 1.0)
         nn.init.constant_(self.log_scale, -math.log(self.temperature))

@@ -40,7 +40,7 @@ class Capacity(Checked):
     eval_factor: EvalFactor | None = None
     priority: Priority = "position"
     group: Group = "batch"
-    # The factors in whole numbers: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
+    # The factors as integers: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
     _ratio: tuple[int, int] | None = field(init=False, repr=False, compare=False, default=None)
     _eval_ratio: tuple[int, int] | None = field(init=False, repr=False, compare=False, default=None)
 

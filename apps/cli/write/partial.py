@@ -52,7 +52,7 @@ class Partial:
         self._whole = {"inputs": 0, "bytes": 0}
         self._saved = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A file that no run can go on with is hidden.
+        # A file that no run can continue is hidden.
         self.path = new_file(path) if made_of is None else path.with_name(f"{path.name}.partial")
         with contextlib.ExitStack() as held:
             if made_of is not None:

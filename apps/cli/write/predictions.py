@@ -58,7 +58,7 @@ class PredictionFile(Callback):
         self._last: Any = None
         self._widths: dict[str, int | None] = {}  # length of the longest list by column
         self._schema: Any = None
-        # A run that may go on after a stopped one needs the lines.
+        # A run that may continue a stopped one needs the lines.
         self._groups = RowGroups(path) if path.suffix == ".parquet" and not partial else None
 
     @contextlib.contextmanager

@@ -52,7 +52,7 @@ def script() -> str:
     if kept.is_file():
         return kept.read_text(encoding="utf-8")
     text = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
-    with contextlib.suppress(OSError), replacing(kept) as file:  # where the cache cannot be written, it is made again
+    with contextlib.suppress(OSError), replacing(kept) as file:  # if the cache cannot be written, it is made again
         file.write(text)
     return text
 

@@ -42,7 +42,7 @@ def training_section(metrics: Path, title: str = "Training") -> Section:
     others = {name: p for name, p in own.items() if name not in shares}
     groups = [shares, *({name: p} for name, p in others.items())]
     parts += [_chart(f"Validation: {', '.join(group)}", "value", group) for group in groups if group]
-    # A training of fewer steps than the log's interval has the figures of its validations alone.
+    # A training of fewer steps than the log's interval only has the figures of its validations.
     parts += _routing_parts(columns, "routing", "training") or _routing_parts(columns, "val/routing", "validation")
     return Section(title, tuple(parts))
 

@@ -47,7 +47,7 @@ def still(charts: Sequence[Chart | Words], title: str) -> dict[str, Any]:
     maps = [chart for chart in charts if isinstance(chart, HeatmapChart)]
     top = max((chart.shown_top for chart in maps), default=1.0)
     charts = [replace(c, top=top) if isinstance(c, HeatmapChart) else c for c in charts]
-    # What the titles of several charts begin with is said once, by the title of the file.
+    # The common prefix of several charts' titles is said once, in the title of the file.
     heads = {chart.title.rpartition(", ")[0] for chart in charts}
     common = f"{heads.pop()}, " if len(heads) == 1 and (len(charts) > 1 or maps) else ""
     lines: list[list[Any]] = []
@@ -228,7 +228,7 @@ def _bars(chart: BarChart, is_still: bool) -> alt.LayerChart:
     ]
     several = len(labels) > 1
     params, faded = _fading(is_still or not several, 1.0, 0.15)
-    # Names that are too long to stand side by side are slanted, so that none is left out.
+    # Names that are too long to fit side by side are slanted, so that none is left out.
     is_long = sum(map(len, chart.names)) > 60 and len(chart.names) <= MOST_SLANTED
     is_long |= is_still and max(map(len, chart.names)) > 4
     axis = alt.Axis(labelAngle=-45 if is_long else 0, labelOverlap=not is_long, labelLimit=140)

@@ -165,7 +165,7 @@ class BestAndLast(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if (stops := StopsSoon.of(trainer)) is not None and stops.validates:
-            # Lightning begins a validation again that was in a batch; the weights and generators are those before it.
+            # Lightning restarts a validation that was in a batch; the weights and generators have the state before it.
             rewind_validation(trainer)
             self._save(trainer, pl_module, "last.ckpt")
 

@@ -57,7 +57,7 @@ class LinkedModule(LightningModule):
         self.save_hyperparameters(logger=False)
         taken = inspect.signature(type(self).__init__).parameters
         every = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-        # Without those of a base class's constructor alone, which the subclass could not be made anew with.
+        # Without arguments that only a base class's constructor has, which cannot rebuild the subclass.
         self._arguments = {k: v for k, v in self.hparams.items() if every or k in taken}
         plain = arguments_to_plain(type(self), self._arguments)
         self.hparams.clear()

@@ -100,7 +100,7 @@ def module_class(checkpoint: Mapping[str, Any], path: Path) -> Any:
     )
 
 
-# ---- the configuration beside a checkpoint
+# ---- the configuration next to a checkpoint
 
 
 _WORDS = ("accelerator", "deterministic", "devices", "gradient_clip_algorithm", "max_time", "precision", "strategy")

@@ -113,7 +113,7 @@ class RunFolder(Callback):
                 if new:
                     stack.callback(self._remove_unused)
                 stack.enter_context(holding(self.folder / MARKER, refusal))
-            # TensorBoard begins this run's file before the training starts.
+            # TensorBoard starts this run's file before the training starts.
             self._curves = self._list_curves()
             self._earlier = [*self._curves, *(p for p in (self.folder / name for name in self.names) if p.exists())]
             yield
@@ -137,7 +137,7 @@ class RunFolder(Callback):
             curves.rmdir()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A run that goes on from another folder writes here before its training starts, such as its kept epochs.
+        # A run that resumes from another folder writes here before its training starts, such as its kept epochs.
         if trainer.is_global_zero and trainer.ckpt_path and not self._is_own(Path(trainer.ckpt_path)):
             self._clear()
 

@@ -69,7 +69,7 @@ def cheaper_forms(model: Any, statistics: Mapping[str, core.ExpertStatistics] | 
     ]
 
 
-# ---- fewer experts a token
+# ---- fewer experts per token
 
 
 def _routers(model: Any) -> list[Any]:
@@ -150,7 +150,7 @@ def _refuse(model: Any, reason: str) -> None:
     raise ValueError(reason)
 
 
-# ---- whole numbers, and batches
+# ---- quantized experts, and batches
 
 
 def _quantise(model: Any, name: str) -> None:

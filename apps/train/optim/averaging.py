@@ -64,7 +64,7 @@ class WeightEMA(Callback):
             self._swap(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The module keeps the average, so that a test in the same program gives what a later one gives.
+        # The module keeps the average, so that a test in the same program gives the same result as a later one.
         self._swap(pl_module)
         self.average = {}
 

@@ -75,7 +75,7 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
-        # AdamW's step gathers a group's parameters here; those of Muon's groups are hidden from it.
+        # AdamW's step gathers a group's parameters here; parameters of Muon's groups are hidden from it.
         return super()._init_group({**group, "params": []} if group["muon"] else group, *lists)
 
     def _muon_step(self, group: dict[str, Any]) -> None:

@@ -137,7 +137,7 @@ class GrowingTopK(Callback):
         for router, config in self._routers:
             if config.top_k < self.first:
                 raise ValueError(f"GrowingTopK: start={self.first} exceeds top_k={config.top_k}")
-            _with_top_k(config, self.first)  # an option that needs the whole top_k is refused here
+            _with_top_k(config, self.first)  # an option that needs the whole top_k is rejected here
             if self.freeze:
                 router.requires_grad_(False)
 
@@ -218,5 +218,5 @@ def _steps(trainer: Trainer, part: float) -> float:
 
 
 def _with_top_k(config: TopKConfig, top_k: int) -> TopKConfig:
-    changed: Any = config  # the base of the configs is no dataclass itself
+    changed: Any = config  # the base of the configs is not a dataclass itself
     return dataclasses.replace(changed, top_k=top_k)  # type: ignore[no-any-return]

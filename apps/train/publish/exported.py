@@ -177,7 +177,7 @@ class ExportedModel:
         """
         path = Path(path)
         opened = cls._of_folder(path) if (path / MANIFEST).is_file() else cls._of_file(path)
-        opened.task  # noqa: B018 - a class without one is refused here
+        opened.task  # noqa: B018 - a class without one is rejected here
         if opened.description.data is not None:
             check_beside({"data": opened.description.data}, path)
         return opened

@@ -144,7 +144,7 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
             check_grows_whole(module)
         self.accelerator.setup(trainer)
         prepare_for_fsdp(trainer)
-        # torch's own clipping adds up no norms of tensors that are divided in different ways.
+        # torch's own clipping adds up no norms of tensors that are sharded in different ways.
         self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
         self.precision_plugin.clip_grad_by_value = self._clip_by_value  # type: ignore[method-assign]
         self.model = self.precision_plugin.convert_module(module)
@@ -171,7 +171,7 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
         if self.param_dtype is not None:
             options["mp_policy"] = MixedPrecisionPolicy(DTYPES[self.param_dtype], torch.float32)
         kind = type(module)
-        # Tensors of experts are put together in two steps where they are divided along two axes, and it is no matter.
+        # Tensors of experts are put together in two steps if they are sharded along two axes, which does not matter.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         shard_data(module, mesh, shard=self.rest == "shard", **options)
         make_root(module)

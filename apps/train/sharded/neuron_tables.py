@@ -160,7 +160,7 @@ def shard_tables(
             plan=ShardingPlan(plans),
             sharders=[sharder],
         )
-    # TorchRec has drawn rows anew: put back the model's, as one process would have them.
+    # TorchRec has reinitialized the rows: put back the model's, as one process would have them.
     for path, tables in sharded_tables(model).items():
         for name, value in tables.state_dict().items():
             copy_rows(value, whole[path][name])

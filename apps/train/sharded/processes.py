@@ -21,7 +21,7 @@ class LostProcessError(RuntimeError):
 def is_loss(error: BaseException) -> bool:
     """Return whether an error comes from a collective in which another process is missing."""
     text = str(error).lower()
-    # Gloo's errors are of no class of their own, and name its source.
+    # Gloo's errors have no class of their own, and name its source.
     is_collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
     return is_collective and any(word in text for word in _WORDS_OF_LOSS)
 

@@ -75,7 +75,7 @@ def grow_from(module: LinkedModule, config: GrowConfig, batches: Any) -> dict[st
     }
     if problem := unlike(trained.state_dict(), module):
         raise ValueError(f"model.grow.checkpoint={file} does not fit: {problem}; only num_experts may be another")
-    if config.start == "fresh":  # the model's own start, which may differ from that of the experts' class
+    if config.start == "fresh":  # the model's own initialization, which may differ from the experts' class
         for name, experts in fresh.items():
             _copy_experts(new[name].experts, old[name].experts, experts)
     module.load_state_dict(trained.state_dict())
@@ -109,7 +109,7 @@ def _added(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> dict[st
     added: dict[str, int] = {}
     for name, layer in new.items():
         if not (isinstance(layer, core.MoE) and isinstance(old[name], core.MoE)):
-            continue  # it does not grow, and its tensors have to be those of the checkpoint
+            continue  # it does not grow, and its tensors have to match the checkpoint's
         there, here = old[name].num_experts, layer.num_experts
         if here < there:
             raise ValueError(f"num_experts={here} of {name} is below the {there} of model.grow.checkpoint={path}")

@@ -37,7 +37,7 @@ class ModelSize(Callback):
         validation = _validation_batch(trainer)
         cost = measure_cost(pl_module, batch if validation is None else validation)  # type: ignore[arg-type]
         flops_per_example = float(cost.flops_per_example)
-        if trainer.world_size > 1:  # where experts are divided, each process computes as many rows as chose its own
+        if trainer.world_size > 1:  # with sharded experts, each process computes as many rows as chose its own
             own = torch.tensor(flops_per_example, device=pl_module.device)
             flops_per_example = float(trainer.strategy.reduce(own, reduce_op="mean"))
         on_other_ranks = getattr(trainer.strategy, "num_params_elsewhere", 0)

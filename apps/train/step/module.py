@@ -150,7 +150,7 @@ class SparseModule(BalancedModule, HubModule):
         """The trained model in use, an ``apps.task.Task``: what goes in and what comes out."""
         return registry.task_of(type(self), "use")(self)
 
-    # ---- what a subclass brings
+    # ---- for subclasses to define
 
     def task_loss(self, batch: Any) -> TaskOutput:
         """Return the loss of a batch, without the auxiliary loss of its MoE layers."""
@@ -312,7 +312,7 @@ class SparseModule(BalancedModule, HubModule):
         builds = None if chosen is None or chosen.optimizer is None else chosen.build
         optimizer = build_optimizer(self, config, builds, fuses=not (scales and self.trainer.gradient_clip_val))
         if isinstance(precision, MixedPrecision) and not scales:
-            # Under bf16-mixed a fused step has no gradients to unscale, which is why Lightning refuses to clip them.
+            # Under bf16-mixed a fused step has no gradients to unscale, which is why Lightning does not clip them.
             needs_no_unscaling(optimizer)
         hold(optimizer, self, self._frozen)
         if chosen is not None:

@@ -45,7 +45,7 @@ class EpochLines(Callback):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._started = time.monotonic()  # a resumed run may begin at an epoch's end
+        self._started = time.monotonic()  # a resumed run may start at an epoch's end
         self._first = self._last = (time.time(), 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -45,7 +45,7 @@ def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None 
     if moe.router.needs:
         needed = ", ".join(f"context.{name}" for name in moe.router.needs)
         raise ValueError(f"router {moe.router.source()} needs {needed}, which no linear layer is called with")
-    # All are made before the first is put in: a refusal leaves the model as it was.
+    # All are made before the first is put in: an error leaves the model as it was.
     places: list[tuple[nn.Module, str, nn.Linear]] = []
     updates: dict[nn.Linear, MoE] = {}
     linear_layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

@@ -141,7 +141,7 @@ def hold_experts(optimizer: torch.optim.Optimizer, layer: MoE, experts: Collecti
         for part in _parts_of_experts(layer, experts)
         if part.axis is not None and part.parameter.requires_grad
     ]
-    kept: list[list[Tensor]] = []  # a stack: the step of an optimizer may call that of its base class
+    kept: list[list[Tensor]] = []  # a stack: an optimizer's step may call its base class's step
 
     def before(*step: Any) -> None:
         kept.append([p.detach().index_select(axis, row.to(p.device)) for p, axis, row in held])
@@ -183,7 +183,7 @@ def _parts_of_experts(layer: MoE, frozen: Collection[int]) -> Iterator[_PartOfEx
     larger = router.config.build(width_of(layer), E + more, router.capacity)
     for (name, parameter), other in zip(router.named_parameters(), larger.parameters(), strict=True):
         axis = axis_of_experts(name, parameter, other, E, E + more)
-        # What stands past the experts, as null experts do, is as old as they are.
+        # Entries past the experts, such as null experts, are as old as they are.
         past = 0 if axis is None else parameter.shape[axis] - E
         yield _PartOfExperts(parameter, axis, torch.cat((learning, torch.zeros(past, dtype=torch.bool))))
 

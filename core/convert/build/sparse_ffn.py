@@ -93,7 +93,7 @@ def put_layer(model: nn.Module, name: str, part: FeedForwardPart, layer: nn.Modu
     if not place:
         return layer
     _set_child(model, place, layer)
-    # Padding as nested tensors is for torch's fused blocks alone.
+    # Padding as nested tensors is only for torch's fused blocks.
     for m in model.modules():
         if isinstance(m, nn.TransformerEncoder) and any(isinstance(inner, SparseFFN) for inner in m.modules()):
             m.use_nested_tensor = False

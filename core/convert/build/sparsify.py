@@ -101,7 +101,7 @@ def sparsify(
     known = {} if inputs is None else _tokens_of(model, parts, inputs)
     if importances is not None:
         known = {name: _importances_of(name, part, importances) for name, part in parts.items()}
-    # All layers are made before the copy: a refusal costs no memory.
+    # All layers are made before the copy: an error costs no memory.
     layers: dict[str, SparseFFN] = {}
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):

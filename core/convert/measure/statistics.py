@@ -151,7 +151,7 @@ class _Sums:
     def _add_every_token(self, rows: Rows, live: int) -> None:
         """Add what every expert puts out for each token that some expert computes."""
         assert self.statistics is not None
-        # A token has several rows: one of them stands for it.
+        # A token has several rows: one of them represents it.
         token_R = rows.row_index_R[:live]
         row_of_token = torch.full((rows.num_tokens,), -1, device=token_R.device)
         row_of_token[token_R] = torch.arange(live, device=token_R.device)

@@ -78,7 +78,7 @@ def dense_twin(
     """
     check_values(int, seed=seed)
     replaced = _replaced(model, like)
-    # All widths are solved before the copy: a refusal costs no memory.
+    # All widths are solved before the copy: an error costs no memory.
     widths = {
         name: _solved(name, layer, units, cost, tokens_per_sequence).width for name, (layer, units) in replaced.items()
     }

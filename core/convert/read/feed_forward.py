@@ -67,7 +67,7 @@ class FeedForwardPart(Checked):
     def replaced_in(self, module: nn.Module) -> nn.ModuleList:
         """Return the modules whose work a new layer does, of the module that was read."""
         children = dict(module.named_modules())
-        # An activation may be a function, which is no child.
+        # An activation may be a function, which is not a child.
         return nn.ModuleList(children[child] for child in (self.at, *self.emptied) if child in children)
 
     def num_params(self) -> int:
@@ -82,7 +82,7 @@ class FeedForwardPart(Checked):
     def build(self) -> Experts:
         """Return experts, of which there is one, with copies of the weights, on their device and in their dtype."""
         like = next(iter(self.weights.values()))
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # what is drawn is written over
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the initial values are overwritten
             experts = self.expert.build(1, self.dim, self.out_dim).to(like.device, like.dtype)
         copy_weights(experts, 0, self.weights)
         return experts
@@ -220,7 +220,7 @@ def activation_name(act: object) -> str | None:
     x_1N = torch.linspace(-20, 20, 801, dtype=torch.float64).unsqueeze(0)
     try:
         y_1N = act(x_1N.clone())
-    except Exception:  # what does not take a row of numbers is no activation
+    except Exception:  # an activation has to take a row of numbers
         return None
     if not isinstance(y_1N, Tensor) or y_1N.shape != x_1N.shape or y_1N.dtype != x_1N.dtype:
         return None
@@ -270,7 +270,7 @@ def check_part(module: nn.Module, part: FeedForwardPart) -> None:
         else:
             y_TD = dense(x_TD)
     read_TD = part.build().eval()(x_TD, "dense")
-    tolerance = 0.01 if torch.finfo(like.dtype).eps < 1e-6 else 0.05  # products may round to TF32
+    tolerance = 0.01 if torch.finfo(like.dtype).eps < 1e-6 else 0.05  # matmuls may round to TF32
     if y_TD.shape != read_TD.shape or (y_TD - read_TD).norm() > tolerance * y_TD.norm():
         raise ValueError(
             f"a {type(module).__name__} computes something else than {part.expert}, which its parts look like: "

@@ -278,7 +278,7 @@ def _read_torch_layer(module: nn.TransformerEncoderLayer | nn.TransformerDecoder
         hidden_dropout=_rate(module.dropout),
         at="linear1",
         emptied=("activation", "dropout", "linear2"),
-        settings=fused,  # torch's fused block reads the weights in place of calling the layers
+        settings=fused,  # torch's fused block reads the weights instead of calling the layers
         layout="tokens" if module.self_attn.batch_first else "sequence_first",
         dense=lambda x: feed_forward(module, x),
     )
@@ -305,7 +305,7 @@ def _read_sequential(module: nn.Module) -> FeedForwardPart | None:
         return None
     kinds = "".join(_kind(child) for _, child in children)
     first, *others = (name for name, _ in module.named_children())
-    # Names that are no numbers are asked for by others, such as the first weight's dtype: the container stays.
+    # Other code asks for names that are not numbers, such as the first weight's dtype: the container stays.
     place: dict[str, Any] = {} if first.isdigit() else {"at": first, "emptied": tuple(others), "dense": module.forward}
     parts = [child for _, child in children]
     if kinds in ("LAL", "LADL", "LALD", "LADLD"):

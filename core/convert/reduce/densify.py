@@ -81,7 +81,7 @@ def _dense_layer(layer: MoE, how: str, load_E: Tensor | None) -> OneExpert:
     if how == "top_k":
         return OneExpert.in_place_of(layer, _largest_units(layer.experts))
     if how == "svd":
-        merged = average_experts(layer).expert  # refuses what cannot be merged; matrices follow
+        merged = average_experts(layer).expert  # raises if they cannot be merged; matrices follow
         return OneExpert.in_place_of(layer, _low_ranks(layer.experts, merged))
     if how == "average":
         return average_experts(layer)

@@ -91,7 +91,7 @@ def _computed(
     R, width, D_out = gates_R.shape[0], w_in.shape[-1], w_out.shape[-1]
     act, tile = ALL_ACTIVATIONS[activation], row_tile(x.dtype)
     ends = offsets_E.tolist()
-    # Padding is among the pairs, but is no row.
+    # Padding is among the pairs, but is not a row.
     if not keep and not is_half(x.dtype) and (not ends or ends[-1] * max(width, x.shape[-1]) <= FEW):
         y = _few_rows(x, row_index_R, ends, gates_R, weights, activation)
         return y, x.new_empty(0, width), x.new_empty(0, width)
@@ -106,7 +106,7 @@ def _computed(
     pre[R:], pre_gate[R:] = 0, 0  # a block may end before them
     for e, start, end, stop, *_ in blocks:
         x_b = x_full[start:stop] if index_R is None else x.index_select(0, index_R[start:stop])
-        # Blocks run in the order of their rows, so what a tile writes past its end is written over by the next.
+        # Blocks run in the order of their rows, so the next tile overwrites rows past a tile's end.
         a = expert_mm(x_b, w_in, e, out=pre[start:stop] if keep else None)
         if b_in is not None:
             a.add_(b_in[e])

@@ -105,7 +105,7 @@ def _rounded(size: int) -> int:
 
 _POOL = Pool()
 if hasattr(os, "register_at_fork"):
-    # What is out belongs to the parent's pages, and another thread may have held the lock.
+    # Buffers in use belong to the parent's pages, and another thread may have held the lock.
     os.register_at_fork(after_in_child=_POOL.clear)
 
 

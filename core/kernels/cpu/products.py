@@ -154,7 +154,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (
         torch.is_autocast_enabled("cpu")
         or is_traced(x, weight, bias)
-        or not (weight.ndim == 2 and x.shape[-1] == weight.shape[1])  # torch says what is wrong
+        or not (weight.ndim == 2 and x.shape[-1] == weight.shape[1])  # torch reports the error
         or not (bias is None or bias.shape == weight.shape[:1])
     ):
         return F.linear(x, weight, bias)

@@ -73,7 +73,7 @@ def _launch(
     counts = torch.empty(bins, blocks, dtype=torch.int32, device=ids.device)
     flags = {"ORDERED": served_T is not None, "IN_QUEUE": top_k > 0, "BLOCK": BLOCK}
     served, sizes = ids if served_T is None else served_T, (N, max(num_tokens, 1), max(top_k, 1))
-    # One bin more takes what is past the last pair.
+    # One more bin takes the entries past the last pair.
     binned = flags | {"BINS_POW2": power_of_two(bins + 1)}
     Launch("sort.count", (ids, served, counts, *sizes, bins, blocks), binned, lambda _: blocks).run()
     ends = counts.flatten().cumsum(0, dtype=torch.int32)

@@ -180,7 +180,7 @@ def _localized(one: Pass) -> dict[str, Tensor]:
     type_E = torch.tensor(balance.expert_types, device=share_TE.device)
     is_type_GE = (type_E == torch.arange(balance.num_types, device=share_TE.device)[:, None]).to(share_TE.dtype)
     real_T1 = share_TE.new_ones(len(share_TE), 1) if one.valid_T is None else _like(one.valid_T, share_TE)
-    # 1 + delta where the expert is of the sample's type, else 1 - delta: one type a sample, so one term of the sum.
+    # 1 + delta if the expert has the sample's type, else 1 - delta: one type per sample, so one term of the sum.
     factor_TE = real_T1 * (1 - balance.localized_delta) + 2 * balance.localized_delta * type_TG @ is_type_GE
     B = one.num_sequences("task_ids_B")
     of_sequence = (B, len(share_TE) // max(B, 1))

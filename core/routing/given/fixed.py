@@ -323,7 +323,7 @@ class DomainRandomRouter(PairRouter):
     def choose(self, tokens: Tokens) -> Choice:
         ids_T = tokens.ids("token_ids_BS", self.config.vocab_size).flatten()
         domain_B = tokens.ids("domain_ids_B", self.config.num_domains)
-        # Two lookups, by token and then by domain, each refuse an id out of range.
+        # Two lookups, by token and then by domain, each reject an id out of range.
         expert_1T = self.table.index_select(1, ids_T).gather(0, tokens.to_tokens(domain_B)[None])
         return Choice(expert_1T.T, tokens.x_TD.new_ones(expert_1T.T.shape))
 

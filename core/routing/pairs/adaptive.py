@@ -85,7 +85,7 @@ class NullExpertsRouter(PairRouter):
         scores_TM = logits_TM.softmax(-1)
         ids_TK = top_k_ids(logits_TM.detach(), self.config.top_k)
         real_TK = ids_TK < E
-        # The softmax is over the chosen experts alone; a row without any would be NaN.
+        # The softmax is over the chosen experts only; a row without any would be NaN.
         some_T1 = real_TK.any(-1, keepdim=True)
         chosen_TK = logits_TM.gather(-1, ids_TK).masked_fill(~real_TK & some_T1, -torch.inf)
         gates_TK = chosen_TK.softmax(-1).masked_fill(~real_TK, 0.0)
@@ -387,7 +387,7 @@ class TokenRounding(TopKConfig, LinearGateConfig):
     paper = "2512.14080"
     router_class = TokenRoundingRouter
     terms = SCORE_TERMS | {"router_z"}
-    is_causal = False  # in training: in evaluation a token decides alone
+    is_causal = False  # in training: in evaluation a token decides by itself
     depends_on = "token"
     layer_options = frozenset({"backend"})
 

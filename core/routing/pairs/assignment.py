@@ -49,7 +49,7 @@ class Base(LinearGateConfig):
 
     paper = "2103.16716"
     router_class = BaseRouter
-    is_causal = False  # in training: in evaluation a token decides alone
+    is_causal = False  # in training: in evaluation a token decides by itself
     depends_on = "token"
 
     init_scale: Positive = 0.1
@@ -123,8 +123,8 @@ class Sinkhorn(FixedKConfig, LinearGateConfig):
 
     paper = "2202.01169"
     router_class = SinkhornRouter
-    terms = frozenset({"router_z"})  # the choice is balanced as it stands; large logits are held down as in Megatron-LM
-    is_causal = False  # in training: in evaluation a token decides alone
+    terms = frozenset({"router_z"})  # the choice is always balanced; large logits are held down as in Megatron-LM
+    is_causal = False  # in training: in evaluation a token decides by itself
     depends_on = "token"
 
     top_k: Count = 1

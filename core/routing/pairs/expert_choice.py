@@ -25,7 +25,7 @@ class ExpertChoiceRouter(Router):
         self.num_experts, self.config, self.capacity = num_experts, config, capacity
         self.terms = config.terms
         self.gate = LinearGate(dim, num_experts, config.init_scale)
-        # Whole numbers, made here: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
+        # Integers, made here: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
         self.ratio = whole_ratio(config.capacity_factor)
 
     @span("moe.router")
@@ -80,7 +80,7 @@ def choose_tokens(
     missing = G * size - T
     real_GS = F.pad(real_T, (0, missing)).reshape(G, size)
     scores_GSE = F.pad(scores_TE, (0, 0, 0, missing)).reshape(G, size, E)
-    # No expert takes more than all tokens; comparing whole numbers asks nothing of the token count.
+    # No expert takes more than all tokens; comparing integers asks nothing of the token count.
     whole = ratio[0] >= ratio[1] * E
     C: Any = size if whole else capacity_of(ratio, 1, size, E)
     count_G = real_GS.sum(1)

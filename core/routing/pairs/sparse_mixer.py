@@ -38,7 +38,7 @@ class SparseMixerRouter(PairRouter):
         """Return the next expert of each token and its gate, both (T, 1); experts taken before are -inf in ``left``."""
         best_T1 = top_k_ids(left_TE.detach(), 1)
         top_T1 = left_TE.detach().gather(-1, best_T1)
-        # 0 / 0, of logits of 0 alone, is NaN and not far.
+        # 0 / 0, if all logits are 0, is NaN and not far.
         far_TE = (top_T1 - logits_TE) / logits_TE.abs().maximum(top_T1) > 2 * self.config.jitter_eps
         near_TE = left_TE.masked_fill(far_TE, -torch.inf)
         share_TE = near_TE.softmax(-1)
@@ -48,7 +48,7 @@ class SparseMixerRouter(PairRouter):
         drawn_T1 = top_k_ids(near_TE.detach() + gumbel_TE, 1)
         gate_T1 = share_TE.gather(-1, drawn_T1)
         whole_T1 = (drawn_T1 == best_T1) | (torch.rand_like(gate_T1) < WHOLE)
-        # The value alone is a third: the gradient is that of the whole gate.
+        # Only the value is a third: the gradient is the whole gate's.
         return drawn_T1, gate_T1 - torch.where(whole_T1, 0.0, 2 / 3) * gate_T1.detach()
 
 

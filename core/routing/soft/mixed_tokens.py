@@ -65,7 +65,7 @@ class MixtureOfTokensRouter(Router):
                 is_real_gN = is_real_gN & groups.part(valid_T)
             is_empty_gN1 = ~is_real_gN[:, :, None]
             logits_TE = self.gate(x_BSD.flatten(0, 1)) / self.temperature
-            lowest = torch.finfo(logits_TE.dtype).min  # not -inf: a group of padding alone would be NaN
+            lowest = torch.finfo(logits_TE.dtype).min  # not -inf: a group of only padding would be NaN
             shares_gNE = groups.part(logits_TE).masked_fill(is_empty_gN1, lowest).softmax(0)
             shares_TE = groups.join(shares_gNE.masked_fill(is_empty_gN1, 0.0))
             shares_BSEP = shares_TE.unflatten(0, (B, S)).unsqueeze(-1)

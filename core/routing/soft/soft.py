@@ -72,7 +72,7 @@ class SlotRouter(Router):
                 sequences = torch.full((), B if S else 0, dtype=torch.int64, device=x.device)
             else:
                 padding_BS1 = ~valid_BS[:, :, None]
-                lowest = torch.finfo(x_BSD.dtype).min  # not -inf: a sequence of padding alone would be NaN
+                lowest = torch.finfo(x_BSD.dtype).min  # not -inf: a sequence of only padding would be NaN
                 dispatch_BSN = logits_BSN.masked_fill(padding_BS1, lowest).softmax(1).masked_fill(padding_BS1, 0.0)
                 combine_BSN = combine_BSN.masked_fill(padding_BS1, 0.0)
                 sequences = valid_BS.any(1).sum()
@@ -169,7 +169,7 @@ class MergeRouter(Router):
                 logits_BJE = self.gate(mean_BJD)
                 before_J = torch.arange(J, device=x.device) - 1
                 first_BJE = logits_BJE.detach() if config.first == "own" else torch.zeros_like(logits_BJE)
-                # Logits of zero, the uniform weights, where nothing stands before.
+                # Logits of zero, the uniform weights, if no segment comes before.
                 logits_BJE = torch.where(
                     before_J[:, None] < 0, first_BJE, logits_BJE.index_select(1, before_J.clamp_min(0))
                 )
@@ -276,7 +276,7 @@ class Merge(RouterConfig):
             return 1, length
         L = 256 if self.segment_length is None else self.segment_length
         if isinstance(length, int):
-            # A short sequence is not filled up. Where the length is symbolic (export) the branch would fix it.
+            # A short sequence is not filled up. If the length is symbolic (export) the branch would fix it.
             L = min(L, length)
         return (-(-length // L) if L else 1), L
 
@@ -313,7 +313,7 @@ class Merge(RouterConfig):
         self, dim: int, out_dim: int, num_experts: int, params_per_expert: int, tokens_per_group: int | None
     ) -> float:
         length = _known(tokens_per_group, "Merge")
-        # The gate reads one mean a group, and each parameter of a merged expert is a sum of E products.
+        # The gate reads one mean per group, and each parameter of a merged expert is a weighted sum of E.
         return 2.0 * self.segments(length)[0] * num_experts * (dim + params_per_expert) / length
 
     def rows_per_token(self, num_experts: int, tokens_per_group: int | None) -> float:

@@ -70,7 +70,7 @@ def choose(
         here = (t[:, None] < T) & (expert[None, :] >= 0)
         at = t[:, None] * E + expert[None, :]
         logits = tl.load(Logits + at, mask=here, other=float("-inf"))
-        # A row of -inf alone, of padding tokens of the block: shifted by 0.
+        # A row of only -inf, from padding tokens of the block: shifted by 0.
         top = tl.max(logits, 1)
         top = tl.where(top == float("-inf"), 0.0, top)
         powers = tl.exp(logits - top[:, None])
@@ -86,7 +86,7 @@ def choose(
         # Maxima pass NaN over, and the choice does: the gates must say it, or a token of NaN ends as one of zeros.
         wrong = tl.sum((scores != scores).to(tl.int32), 1) > 0
 
-        # By the logits wherever scores have their order: those of large logits are equal in float32.
+        # By the logits wherever scores have their order: scores of large logits are equal in float32.
         choice = logits
         if BIASED:
             choice = scores + tl.load(Bias + expert, mask=expert >= 0, other=0.0)[None, :]

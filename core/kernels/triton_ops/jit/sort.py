@@ -38,7 +38,7 @@ def count(
     n = block * BLOCK + tl.arange(0, BLOCK)
     live = n < N
     ids = tl.load(Ids + _pair(n, Served, T, K, ORDERED, IN_QUEUE, live), mask=live, other=0)
-    # What is past the last pair goes to a bin that is not kept.
+    # Entries past the last pair go to a bin that is not kept.
     in_block = tl.histogram(tl.where(live, ids, bins).to(tl.int32), BINS_POW2)
     b = tl.arange(0, BINS_POW2)
     tl.store(Counts + b.to(tl.int64) * blocks + block, in_block, mask=b < bins)
