@@ -100,7 +100,7 @@ class Checked:
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
-    """Raise a ``ValueError`` where a field of a config is not what its type says; lists become tuples where it says so.
+    """Raise a ``ValueError`` if a field of a config is not what its type says; lists become tuples where it says so.
 
     Args:
         config: a dataclass.
@@ -174,7 +174,7 @@ def _kind(hint: Any) -> tuple[str, Callable[[Any], bool]]:
 
 
 def _problem(hint: Any, value: Any) -> tuple[str, Any, str] | None:
-    """Return the problem of a value: the place in it, the value there, and the rule; None where it is right."""
+    """Return the problem of a value: the place in it, the value there, and the rule; None if it is right."""
     if hint in _KINDS and _KINDS[hint][1](value):  # the fast path of long lists, such as a vocabulary
         return None
     parts = _parts(hint)

@@ -28,7 +28,7 @@ class LayerStats:
         chosen_per_expert: int64 (E,), pairs that chose each expert, before capacity.
         entropy_sum: sum over tokens of the entropy of their scores, in nats.
         num_tokens: number of real tokens.
-        gates_per_expert: float (E,), sum of each expert's combine weights; None where they are not known.
+        gates_per_expert: float (E,), sum of each expert's combine weights; None if they are not known.
         shared_gate_sum: sum over tokens of the gate between the routed path and the shared experts, without dropout;
             None: the layer has no such gate.
         pairs_of_modality: int64 (G, E), pairs that each expert computed of the tokens of each modality in
@@ -252,7 +252,7 @@ def _layer_stats(entry: Entry) -> LayerStats:
 
 
 def _by_modality(entry: Entry) -> tuple[Tensor | None, Tensor | None]:
-    """Return the computed pairs by modality and expert, and the real tokens by modality; None where not known."""
+    """Return the computed pairs by modality and expert, and the real tokens by modality; None if not known."""
     routing, context = entry.routing, entry.context
     if context is None or context.modality_BS is None or not isinstance(routing, Routing):
         return None, None

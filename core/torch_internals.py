@@ -41,7 +41,7 @@ def is_watched(*tensors: Tensor | None) -> bool:
 
 
 def check_not_mapped(ids: Tensor) -> None:
-    """Raise a ``ValueError`` where ``torch.func.vmap`` maps over a choice of experts: each would have other counts. The
+    """Raise a ``ValueError`` if ``torch.func.vmap`` maps over a choice of experts: each would have other counts. The
     wrappers of ``torch.func`` are not public."""
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
         return
@@ -81,7 +81,7 @@ def feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer,
 
 
 def onednn(name: str) -> Any:
-    """Return oneDNN's operation "linear_pointwise" or "reorder_linear_weight"; None where torch is built without it.
+    """Return oneDNN's operation "linear_pointwise" or "reorder_linear_weight"; None if torch is built without it.
     ``F.linear`` chooses by itself."""
     return getattr(torch.ops.mkldnn, f"_{name}", None)
 

@@ -162,7 +162,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def os_error(error: BaseException | None) -> OSError | None:
-    """Return the first OSError among an error and its causes; None where there is none."""
+    """Return the first OSError among an error and its causes; None if there is none."""
     while error is not None:
         if isinstance(error, OSError):
             return error

@@ -66,7 +66,7 @@ def check_seal(path: Path) -> str:
 
 
 def weights_beside(path: Path) -> Path | None:
-    """Return the file of weights that a sealed file speaks of; None where it speaks of none, or is none."""
+    """Return the file of weights that a sealed file speaks of; None if it speaks of none, or is none."""
     before = path.stat().st_size - len(_head(KEY)) - _DIGITS
     is_own = _entry(path, KEY, path.stat().st_size) is not None and _entry(path, DATA_KEY, before) is not None
     return weights_file(path) if is_own else None

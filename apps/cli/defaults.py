@@ -92,7 +92,7 @@ def _filled(value: Any) -> Any:
 
 
 def _config_class(name: Any) -> Any:
-    """Return the config class that the user names, imported if need be; None where it is none, as a typing error."""
+    """Return the config class that the user names, imported if need be; None if it is none, as a typing error."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
         return None
     if name.partition(".")[0] not in ("core", "apps"):

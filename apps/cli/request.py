@@ -272,7 +272,7 @@ def _config_beside(which: str | None, run: Path | None) -> Path | None:
 
 
 def _grown_from(config: Mapping[str, Any], flags: list[str]) -> Path | None:
-    """Return the checkpoint that ``model.grow`` names; None where there is none."""
+    """Return the checkpoint that ``model.grow`` names; None if there is none."""
     path = dict(given(flags)).get("model.grow.checkpoint") or at(config, ("model", "init_args", "grow", "checkpoint"))
     try:
         return None if path is None else find_checkpoint(str(path))

@@ -23,7 +23,7 @@ class GivenData:
 
     Attributes:
         paths: one path, or two that belong together; all exist.
-        target: column that is to be predicted; None where none is named.
+        target: column that is to be predicted; None if none is named.
         folder: folder for files that are made of the data; it may not exist yet.
         kind: kind of the target, such as "regression"; None: as its values are.
         exclude: columns of a table that are not features.

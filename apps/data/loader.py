@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-# DistributedSampler seeds an epoch with seed + epoch: neighbouring seeds would share all their orders but one.
+# DistributedSampler seeds an epoch with seed + epoch: neighboring seeds would share all their orders but one.
 _SEED_STRIDE = 1_000_003
 
 

@@ -31,7 +31,7 @@ class File:
 
     Attributes:
         name: path inside the dataset's folder; a pattern with ``*`` where a package ships many alike.
-        hash: ``"md5:..."`` or a plain sha256; None where the source itself vouches for the content (a signed package).
+        hash: ``"md5:..."`` or a plain sha256; None if the source itself vouches for the content (a signed package).
     """
 
     name: str

@@ -94,7 +94,7 @@ def identity(files: Iterable[Path]) -> list[list[Any]]:
 
 
 def _open_whole(folder: Path) -> ArrayFiles | None:
-    """Return the arrays of ``folder``; None where there are none, or they are damaged."""
+    """Return the arrays of ``folder``; None if there are none, or they are damaged."""
     if not folder.is_dir():
         return None
     try:

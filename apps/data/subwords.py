@@ -50,7 +50,7 @@ class Subwords(Checked):
 
     @property
     def is_joint(self) -> bool:
-        """True where both sides have the same ids."""
+        """True if both sides have the same ids."""
         return len(self.models) == 1
 
     @property

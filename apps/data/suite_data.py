@@ -43,7 +43,7 @@ class SuiteData(LightningDataModule):
         dataset: a name of ``moesaic data list``, or one for the user's own files.
         root: folder with the user's own copy of the files; nothing is downloaded then.
         cache_dir: folder for downloads and encoded data; None: ~/.cache/moesaic.
-        batch_size: training examples per step and process; None where ``batching`` decides.
+        batch_size: training examples per step and process; None if ``batching`` decides.
         eval_batch_size: examples per step and process in evaluation.
         drop_last: leave out the last training batch of an epoch if it is not full.
         num_workers: processes that make batches.
@@ -124,7 +124,7 @@ class SuiteData(LightningDataModule):
 
     @property
     def needs_no_dataset(self) -> bool:
-        """True where the user gives all that is predicted, and its encoding is known: nothing is fetched then."""
+        """True if the user gives all that is predicted, and its encoding is known: nothing is fetched then."""
         return False
 
     # ---- the files and their encoding
@@ -161,7 +161,7 @@ class SuiteData(LightningDataModule):
 
     @property
     def encoding_state(self) -> dict[str, Any] | None:
-        """The ``encoding`` as plain values and tensors, for a checkpoint; None where there is none."""
+        """The ``encoding`` as plain values and tensors, for a checkpoint; None if there is none."""
         return None if self.encoding is None else self.encoding.state()
 
     def adopt(self, encoding_state: Mapping[str, Any]) -> None:

@@ -383,5 +383,5 @@ class CrossAttention(_Attention):
 
 
 def key_bias(valid_NS: Tensor, num_kv_heads: int, like: Tensor) -> Tensor | None:
-    """Return the bias that hides padding in ``CrossAttention.step``, (N * Hkv, 1, S); None where there is none."""
+    """Return the bias that hides padding in ``CrossAttention.step``, (N * Hkv, 1, S); None if there is none."""
     return None if bool(valid_NS.all()) else padding_mask(valid_NS, num_kv_heads, like).bias

@@ -51,7 +51,7 @@ class Cache:
         relative_HT: biases by distance, the newest position last; for T positions and more, kept by the stack.
         store: (layers, 2, N * Hkv, capacity, d), keys and values of the N sentences' slots.
         memory: (layers, 2, N, Hkv, S, d), keys and values of the source sentences; None in a language model.
-        memory_bias: (N * Hkv, 1, S), hides their padding; None where there is none.
+        memory_bias: (N * Hkv, 1, S), hides their padding; None if there is none.
     """
 
     def __init__(

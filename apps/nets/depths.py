@@ -135,7 +135,7 @@ class DepthRouter(TokenRouter):
 
     @property
     def predicts(self) -> bool:
-        """True where the predictor decides: how many tokens enter is then up to it."""
+        """True if the predictor decides: how many tokens enter is then up to it."""
         return self.predictor is not None and not (self.training or self.by_capacity)
 
     def most(self, length: int) -> int:
@@ -196,7 +196,7 @@ class Entered:
     Attributes:
         enters_BS: bool (B, S), which they are.
         index_BC: int64 (B, C), their places in ascending order; after them places that fill up the row.
-        real_BC: bool (B, C), False where a place fills up; None where every one enters.
+        real_BC: bool (B, C), False where a place fills up; None if every one enters.
         gate_BC: (B, C), r of each.
         context: routing context of the C tokens for the block's MoE layer.
     """

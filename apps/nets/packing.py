@@ -88,7 +88,7 @@ class Packing:
         return flat if self.is_full else flat.index_select(0, self.slot_T)
 
     def valid_BL(self) -> Tensor | None:
-        """Return bool (B, L), True for real tokens; None where all are."""
+        """Return bool (B, L), True for real tokens; None if all are."""
         if self.kept_BL is not None:
             return self.kept_BL
         if self.is_full:

@@ -34,7 +34,7 @@ class Place:
 
 
 def misfit(place: Place, router: core.RouterConfig, balance: core.Balance | None = None) -> str | None:
-    """Return why a router, or its balance losses, cannot work in a place; None where they can."""
+    """Return why a router, or its balance losses, cannot work in a place; None if they can."""
     return next(_misfits(place, router, balance), None)
 
 

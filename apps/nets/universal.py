@@ -47,7 +47,7 @@ class Universal(Checked):
     depth_penalty: NotNegative = 0.0
 
     def check(self, config: TransformerConfig, has_depths: bool, num_moes: int, share_experts: bool) -> None:
-        """Raise a ``ValueError`` where a language model cannot have one layer for all steps."""
+        """Raise a ``ValueError`` if a language model cannot have one layer for all steps."""
         if config.shape.decoder_layers < 2:
             raise ValueError("decoder_layers=1 is one step: universal uses a layer again, for at least 2")
         if has_depths:

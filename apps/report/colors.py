@@ -30,7 +30,7 @@ def ink_on(color: str) -> str:
 
 
 def color_of(label: str, colors: Sequence[str]) -> str | None:
-    """Return the color of the number that a label starts with; None where it has none."""
+    """Return the color of the number that a label starts with; None if it has none."""
     number = label.split()[0] if label else ""
     return colors[int(number)] if number.isdecimal() and int(number) < len(colors) else None
 

@@ -172,7 +172,7 @@ def verdict(difference: Interval, higher_is_better: bool = True) -> str:
 def quality_at(curve: Sequence[tuple[float, float]], seconds: float) -> float | None:
     """Return the last quality of a curve of (seconds, quality) within ``seconds``; None before the first.
 
-    The best one would favour a fast model, which is validated more often by then.
+    The best one would favor a fast model, which is validated more often by then.
     """
     return next((quality for time, quality in reversed(curve) if time <= seconds), None)
 

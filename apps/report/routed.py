@@ -21,7 +21,7 @@ _TOWERS = ("image", "text", "user", "item")
 
 
 def experts_of_token(routing: Any, most: int) -> Tensor:
-    """Return the experts that compute each token, best first, int64 (T, most); E where there are fewer.
+    """Return the experts that compute each token, best first, int64 (T, most); E if there are fewer.
 
     Among equal gates the lower expert goes first. With soft slots and merged experts these are the experts of the
     largest shares, and E for padding.
@@ -137,7 +137,7 @@ def patches_by_layer(placed: Iterable[tuple[Any, Any]], image: np.ndarray) -> di
     """Return the experts of an image's patches by layer, in the order of the passes.
 
     Args:
-        placed: entries of a tape, each with the experts of its patches, (1, H, W, K); None where its tokens have no
+        placed: entries of a tape, each with the experts of its patches, (1, H, W, K); None if its tokens have no
             places in the image.
         image: the image as the model sees it.
     """

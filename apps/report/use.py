@@ -168,7 +168,7 @@ class ExpertUse:
 
     Args:
         tokens: labels the tokens.
-        labels: how they are labelled, by any name.
+        labels: how they are labeled, by any name.
 
     Attributes:
         counts: computed pairs, int64 (labels, E), by the name of the labels and by layer in words.

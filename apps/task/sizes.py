@@ -33,7 +33,7 @@ class Sizes:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
     def option(self, *names: str) -> Any:
-        """Return an option of the data, None where the configuration has none."""
+        """Return an option of the data, None if the configuration has none."""
         value: Any = self.data if isinstance(self.data, Mapping) else {}
         for name in ("init_args", *names):
             value = value.get(name) if isinstance(value, Mapping) else None

@@ -110,7 +110,7 @@ class Task(ABC):
 
     @classmethod
     def encoding_state(cls, exported: Any) -> dict[str, Any] | None:
-        """Return the encoding of a checkpoint from an ``ExportedModel``; None where the model has none."""
+        """Return the encoding of a checkpoint from an ``ExportedModel``; None if the model has none."""
         return None
 
     @classmethod

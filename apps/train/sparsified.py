@@ -96,7 +96,7 @@ class SparsifiedModule(BalancedModule):
         """Return a training step's result, with the balance losses added to its loss.
 
         Args:
-            result: a loss (), a mapping with the key "loss", or None where the step skips its batch.
+            result: a loss (), a mapping with the key "loss", or None if the step skips its batch.
             tape: record of the layers' passes in the step.
         """
         aux = core.aux_losses(tape)

@@ -72,7 +72,7 @@ class MultiGateConfig(OpenConfig):
         self.balance.check(self.terms, type(self).__name__)
 
     def check_no_gates(self, *own: str) -> None:
-        """Raise a ``ValueError`` where options of gates are set, in a config that has none.
+        """Raise a ``ValueError`` if options of gates are set, in a config that has none.
 
         Args:
             own: names of the fields that have a meaning for it.

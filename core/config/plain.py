@@ -211,7 +211,7 @@ def _classes(hint: Any) -> Iterator[type]:
 
 
 def _sequence(kinds: list[Any]) -> Any:
-    """Return the class of the first sequence among ``kinds``, such as tuple; None where there is none."""
+    """Return the class of the first sequence among ``kinds``, such as tuple; None if there is none."""
     origins = (typing.get_origin(k) or k for k in kinds)
     return next((o for o in origins if isinstance(o, type) and issubclass(o, Sequence) and o not in (str, bytes)), None)
 

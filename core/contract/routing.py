@@ -55,11 +55,11 @@ class Decision(Protocol):
 
     @property
     def valid_T(self) -> Tensor | None:
-        """Bool (T,), False for padding; None where every token is real."""
+        """Bool (T,), False for padding; None if every token is real."""
 
     @property
     def num_sequences(self) -> int | None:
-        """The number of sequences B, of T / B tokens each; None where it is not known."""
+        """The number of sequences B, of T / B tokens each; None if it is not known."""
 
     @property
     def evidence(self) -> Evidence:
@@ -72,7 +72,7 @@ class Routing:
 
     Attributes:
         token_index_N: int64 (N,), the token of each pair, in ``range(T)``, to which its output is added.
-        expert_ids_N: int64 (N,), the expert of each pair, or E where the pair is not computed.
+        expert_ids_N: int64 (N,), the expert of each pair, or E if the pair is not computed.
         gates_N: float32 (N,), the combine weight of the expert's output, or of its input where the router says so.
         tokens_per_expert_E, chosen_per_expert_E: int64 (E,), as in ``Decision``.
         num_tokens, valid_T, num_sequences, evidence: as in ``Decision``.
@@ -191,8 +191,8 @@ class DenseRouting:
             over E, except that padding has 0, and experts left out by a selection.
         gate: index of this gate among the t.
         num_tokens: B, padding included.
-        logits_BtE: float32 (B, t, E), logits of the softmax; None where it was of more than logits.
-        valid_T: bool (B,), False for padding; None where every example is real.
+        logits_BtE: float32 (B, t, E), logits of the softmax; None if it was of more than logits.
+        valid_T: bool (B,), False for padding; None if every example is real.
         expert_names: names of the E experts of this gate: "shared0", "task0.1" (expert 1 of task 0's own), "domain.0"
             (expert 0 of the example's domain).
         num_sequences: number of sequences that the examples come in; None: not known.

@@ -27,7 +27,7 @@ class Entry:
         terms: the balance terms that apply to its router.
         needs_grad: whether the router trains and gradients were wanted when the tape was opened.
         has_grad: whether gradients were on during the pass.
-        load_balancing_weight: the layer's adaptive weight of that term, (); None where ``balance`` has it.
+        load_balancing_weight: the layer's adaptive weight of that term, (); None if ``balance`` has it.
         extra_weights: the router's weights of losses of its own; those that move between steps are tensors, ().
         shared_gate_T: float32 (T,), the gate between the routed path and the shared experts, without dropout; padding
             may hold any finite value. None: the layer has no such gate.

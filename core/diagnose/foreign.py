@@ -182,7 +182,7 @@ def _shape(batch: Any) -> tuple[int, ...] | None:
 
 
 def every_expert(experts: nn.Module, num_experts: int, x_TD: Tensor) -> Tensor | None:
-    """Return the output of each expert for every token, (T, E, D_out); None where these experts cannot be asked.
+    """Return the output of each expert for every token, (T, E, D_out); None if these experts cannot be asked.
 
     They can where they are a list of modules, or take the chosen experts and their weights as transformers' do.
     """

@@ -44,7 +44,7 @@ class Pass:
         chosen_E, computed_E: pairs by expert before and after capacity; for dense gates the sums of the gates.
         kind: "pairs"; "gates": every expert for every token, weighted; "soft": slots and merged experts.
         facts: properties of the router.
-        token_N, expert_N: int64 (N,), tokens and experts of the pairs, expert E where one is not computed; None but
+        token_N, expert_N: int64 (N,), tokens and experts of the pairs, expert E if one is not computed; None but
             for "pairs".
         logits_TE: float32 (T, M), M at least E; -inf where a token cannot reach an expert. None: there are none.
         valid_T: bool (T,), False for padding that the router leaves out; None: it leaves nothing out.
@@ -160,6 +160,6 @@ def of_entry(entry: Entry, facts: Facts) -> Pass:
 
 
 def _modality_of(entry: Entry, num_tokens: int) -> Tensor | None:
-    """Return the modality of each token that the router saw, int64 (T,); None where its tokens are others."""
+    """Return the modality of each token that the router saw, int64 (T,); None if its tokens are others."""
     modality_BS = None if entry.context is None else entry.context.modality_BS
     return None if modality_BS is None or modality_BS.numel() != num_tokens else modality_BS.flatten()

@@ -27,7 +27,7 @@ class ExpertCache(Protocol):
         """Compute as ``Experts.forward`` does."""
 
     def check(self, experts: Experts) -> None:
-        """Raise a ``ValueError`` where the parameters are not those that were stored."""
+        """Raise a ``ValueError`` if the parameters are not those that were stored."""
 
     def apply(self, experts: Experts, fn: Callable[[Tensor], Tensor]) -> None:
         """Do what ``nn.Module._apply`` would do to the parameters."""
@@ -281,7 +281,7 @@ class ExpertConfig(OpenConfig):
     """In ``core.adapt`` the experts take what the frozen layer puts out; others take its input and are added to it."""
 
     def check(self, num_experts: int) -> None:
-        """Raise a ``ValueError`` where there cannot be this many experts."""
+        """Raise a ``ValueError`` if there cannot be this many experts."""
 
     def of_each(self, num_experts: int) -> tuple[ExpertConfig, ...]:
         """Return the config of each expert: this one, unless their kinds are mixed."""

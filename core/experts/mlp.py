@@ -60,7 +60,7 @@ class MLPExperts(Experts):
         return [] if self.norm == "batch" else [self._get("b", i) for i in range(len(self.hidden_dims))]
 
     def _get(self, name: str, i: int) -> Any:
-        """Return this process's part of a tensor of layer ``i``; None where there is none."""
+        """Return this process's part of a tensor of layer ``i``; None if there is none."""
         tensor = getattr(self, f"{name}_{i}")
         return None if tensor is None else local_tensor(tensor)
 

@@ -50,7 +50,7 @@ class NeuronExperts(Experts):
 
         Args:
             x: (T, D); a token that picks no expert may hold anything.
-            ids_TK: int64 (T, K), experts of each token, one of them twice if need be; E where nothing is computed.
+            ids_TK: int64 (T, K), experts of each token, one of them twice if need be; E if nothing is computed.
             gates_TK: float32 (T, K).
         """
         return neurons(

@@ -17,7 +17,7 @@ class StarExperts(MLPExperts):
     """E networks as ``MLPExperts``, with weights ``w_e * w`` and biases ``b_e + b``, with w and b of one center (STAR,
     arXiv 2101.11427, eq. 8). Weights and biases of norms are joined likewise.
 
-    An expert's own weights start at 1 and its biases at 0, so that all experts start as the centre, which starts as
+    An expert's own weights start at 1 and its biases at 0, so that all experts start as the center, which starts as
     ``MLPExperts`` do.
 
     Parameters: as in ``MLPExperts`` for E experts, and ``centre``, which holds the same names without the axis of the
@@ -72,7 +72,7 @@ class StarExperts(MLPExperts):
         return {name: local_tensor(t)[e] for name, t in own}
 
     def init_each(self, fn: Callable[[Tensor], Any]) -> None:
-        """Start the centre's matrices by ``fn`` and its biases at zero; the experts' own start where all are alike."""
+        """Start the center's matrices by ``fn`` and its biases at zero; the experts' own start where all are alike."""
         self.reset_parameters()
         with torch.no_grad():
             for name, parameter in self.centre.items():
@@ -83,5 +83,5 @@ class StarExperts(MLPExperts):
 
 
 def _is_factor(name: str) -> bool:
-    """Return whether a parameter multiplies the centre's; biases are added to it."""
+    """Return whether a parameter multiplies the center's; biases are added to it."""
     return name.startswith(("w", "norm_weight"))

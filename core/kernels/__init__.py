@@ -64,7 +64,7 @@ for _op in ("triton_expert_ffn_backward", "triton_linear_dw", "triton_gate_backw
 
 
 def check_backend(name: str) -> None:
-    """Raise a ``ValueError`` where ``name`` is neither "auto" nor a backend."""
+    """Raise a ``ValueError`` if ``name`` is neither "auto" nor a backend."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not one of auto, {', '.join(BACKENDS)}")
 

@@ -41,7 +41,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_width(x: Tensor, width: int) -> None:
-    """Raise a ``ValueError`` where rows (R, D) are not as wide as the experts' matrices take them.
+    """Raise a ``ValueError`` if rows (R, D) are not as wide as the experts' matrices take them.
 
     For kernels that pad, or read without bounds: they would give numbers where a plain product raises.
     """
@@ -60,7 +60,7 @@ def check_shapes(**tensors: tuple[Weight | None, tuple[int, ...]]) -> None:
 
 
 def check_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str) -> None:
-    """Raise a ``ValueError`` where shapes of ``expert_ffn`` do not go together, or for an unknown activation."""
+    """Raise a ``ValueError`` if shapes of ``expert_ffn`` do not go together, or for an unknown activation."""
     w_in, w_out, b_in, b_out, w_gate = weights
     (E, D, F), N = w_in.shape, w_out.shape[-1]
     check_shapes(
@@ -76,7 +76,7 @@ def check_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, a
 
 
 def check_devices(x: Tensor, owner: str, parameters: Mapping[str, Tensor | None]) -> None:
-    """Raise a ``ValueError`` where a parameter that tokens are about to meet is on another device than they.
+    """Raise a ``ValueError`` if a parameter that tokens are about to meet is on another device than they.
 
     torch's matmuls on a CPU read a parameter on the meta device, which has no numbers, as whatever lies in memory.
 
@@ -111,7 +111,7 @@ class TopK:
         scores_TE: float32 (T, E), scores of all experts.
         expert_ids_TK: int64 (T, K), ids of the chosen experts, the best first.
         gates_TK: float32 (T, K), their combine weights.
-        chosen_per_expert_E: int64 (E,), real tokens that chose each expert; None where the backend did not count them.
+        chosen_per_expert_E: int64 (E,), real tokens that chose each expert; None if the backend did not count them.
         sums: sums over the real tokens under their names in ``balance_sums``, from a backend that makes them: "score"
             (E,), the scores over their sum; "square" (1,), the squared logsumexp of the logits.
     """
@@ -233,7 +233,7 @@ def sort_pairs(expert_ids_N: Tensor, tokens_per_expert_E: Tensor) -> Sorted:
     """Order the pairs by expert, earlier pairs first; those with the id E come last.
 
     Args:
-        expert_ids_N: int64 (N,), E where a pair is not computed.
+        expert_ids_N: int64 (N,), E if a pair is not computed.
         tokens_per_expert_E: int64 (E,), how many pairs each expert computes.
     """
     order_R = expert_ids_N.argsort(stable=True)
@@ -300,7 +300,7 @@ class RowIndex(NamedTuple):
     """The token and the expert of each row; rows are sorted by expert.
 
     Attributes:
-        row_index_R: int64 (R,), the token of each row; None where rows are the tokens themselves.
+        row_index_R: int64 (R,), the token of each row; None if rows are the tokens themselves.
         offsets_E: int32 (E,), inclusive counts of rows; rows past the last offset are not computed.
         inverse_N: int64 (N,), the row of each pair, where pairs are token-major: a faster ``combine`` may use it.
         top_k: K, the pairs of each token, if they are token-major.

@@ -45,7 +45,7 @@ def neurons(
         x_TD: (T, D) tokens; a token that picks no expert may hold anything.
         u: (E, D).
         v: (E, D_out).
-        ids_TK: int64 (T, K), rows of ``u`` and ``v``; E where nothing is computed.
+        ids_TK: int64 (T, K), rows of ``u`` and ``v``; E if nothing is computed.
         gates_TK: (T, K).
         activation: a key of ``ACTIVATIONS``.
         row_sparse: the gradients of ``u`` and ``v`` are sparse tensors of the picked rows. Where ``plain`` runs they

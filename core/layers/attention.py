@@ -128,7 +128,7 @@ class AttentionMoE(MoE):
 def _places(routing: Routing, num_experts: int) -> tuple[int, Tensor | None]:
     """Return how many queries a token has room for, P, and the place of each pair among T * P, int64 (N,).
 
-    It is None where the pairs lie so already. Where tokens take unequal numbers of experts, each has room for all: a
+    It is None if the pairs lie so already. Where tokens take unequal numbers of experts, each has room for all: a
     host that counted would wait for the device.
     """
     if routing.top_k is not None:

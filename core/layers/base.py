@@ -94,7 +94,7 @@ class MoELayer(nn.Module):
         return {**self.__dict__, "_tapes": (), "_unrecorded": 0}
 
     def _check_width(self, x: Tensor) -> None:
-        """Raise a ``ValueError`` where tokens are not ``dim`` wide: not every gate and product would notice."""
+        """Raise a ``ValueError`` if tokens are not ``dim`` wide: not every gate and product would notice."""
         if x.is_nested:
             raise ValueError("x is a nested tensor: give nn.TransformerEncoder enable_nested_tensor=False")
         if self.dim is not None and x.shape[-1] != self.dim:
@@ -231,7 +231,7 @@ class MoELayer(nn.Module):
 
 
 def check_valid(valid: Tensor, shapes: tuple[torch.Size, ...], noun: str) -> None:
-    """Raise a ``ValueError`` where ``context.valid_BS`` is not bool, or of none of the shapes that it may have."""
+    """Raise a ``ValueError`` if ``context.valid_BS`` is not bool, or of none of the shapes that it may have."""
     check_tensor("context.valid_BS", valid)
     if valid.shape not in shapes:
         raise ValueError(f"context.valid_BS has shape {tuple(valid.shape)}, the {noun} {tuple(shapes[0])}")

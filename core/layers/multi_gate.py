@@ -38,8 +38,8 @@ class Examples:
         x_TD: (T, D), in its own dtype; padding is zero.
         x_BSD: the same as sequences: (T, 1, D) where the layer got (T, D).
         leading: shape of the examples.
-        real_T: bool (T,), False for padding; None where every example is real.
-        domain_T: int64 (T,); None where the layer knows no domains.
+        real_T: bool (T,), False for padding; None if every example is real.
+        domain_T: int64 (T,); None if the layer knows no domains.
         context: as the layer got it, with ``valid_BS`` in the shape of ``x_BSD``.
     """
 

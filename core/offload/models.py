@@ -188,7 +188,7 @@ def _places(model: nn.Module) -> tuple[dict[str, tuple[Experts, Scores | None]],
 
 
 def _scores(layer: MoELayer, first: int, count: int) -> Scores | None:
-    """Return the scores of ``count`` experts from ``first`` on by the layer's linear gate; None where it has none."""
+    """Return the scores of ``count`` experts from ``first`` on by the layer's linear gate; None if it has none."""
     gate = getattr(layer.router, "gate", None)
     if not isinstance(gate, LinearGate) or gate.weight.shape[0] < first + count:
         return None

@@ -109,7 +109,7 @@ class OffloadedExperts:
 
     @classmethod
     def of(cls, model: nn.Module) -> OffloadedExperts | None:
-        """Return what ``offload_experts`` returned for a model; None where its experts are not offloaded."""
+        """Return what ``offload_experts`` returned for a model; None if its experts are not offloaded."""
         caches = (module.cache for module in model.modules() if isinstance(module, Experts))
         return next((cache for cache in caches if isinstance(cache, cls)), None)
 
@@ -173,7 +173,7 @@ class OffloadedExperts:
             raise ValueError(f"offloaded experts compute rows and picked experts, and not {way!r}, which takes all")
 
     def check(self, experts: Experts) -> None:
-        """Raise a ``ValueError`` where the store of some experts was changed."""
+        """Raise a ``ValueError`` if the store of some experts was changed."""
         self._members[self._number[id(experts)]].store.check()
 
     def apply(self, experts: Experts, fn: Callable[[Tensor], Tensor]) -> None:

@@ -46,7 +46,7 @@ class Forecast:
         self._before = module, numbers
 
     def next(self, x_TD: Tensor) -> tuple[int, list[int]] | None:
-        """Return the module that is to come and its experts, the most probable first; None where nothing is known.
+        """Return the module that is to come and its experts, the most probable first; None if nothing is known.
 
         Args:
             x_TD: (T, D), the hidden state of the call that was noted last.

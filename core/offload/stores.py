@@ -44,7 +44,7 @@ class Store(Protocol):
         """Copy expert ``e`` into tensors of one expert, on any device. On CUDA the copy may still be on its way."""
 
     def check(self) -> None:
-        """Raise a ``ValueError`` where the experts are not those that were stored."""
+        """Raise a ``ValueError`` if the experts are not those that were stored."""
 
 
 class HostStore:

@@ -26,7 +26,7 @@ def expert_mesh(
     """Return the mesh of all ranks, replicas x shards x experts. Every rank has tokens of its own, on each axis.
 
     The ranks of one group of experts share out the experts of a layer and send each other rows in every layer, so they
-    are neighbours, which a machine connects fastest. All else is sharded over "shard" and the experts' axes together,
+    are neighbors, which a machine connects fastest. All else is sharded over "shard" and the experts' axes together,
     and copied over "replicate".
 
     Args:
@@ -60,7 +60,7 @@ def expert_mesh(
 
 
 def experts_part(mesh: DeviceMesh) -> DeviceMesh | None:
-    """Return the axes of a mesh of ``expert_mesh`` over which experts are sharded; None where that is one rank."""
+    """Return the axes of a mesh of ``expert_mesh`` over which experts are sharded; None if that is one rank."""
     names = tuple(name for name in mesh.mesh_dim_names or () if name not in (REPLICATE, SHARD))
     part = mesh[names]
     return part if part.size() > 1 else None

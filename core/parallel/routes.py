@@ -1,4 +1,4 @@
-"""The ways that rows take between ranks: from each to each, by way of a neighbour, or to several at once."""
+"""The ways that rows take between ranks: from each to each, by way of a neighbor, or to several at once."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Routes:
 
     Args:
         mesh: axes "node", "expert" and "hidden", each of which may be missing, or one axis of any name. With nodes a
-            row goes to the neighbour that has the place of its goal among the ranks of its node, and from there to the
+            row goes to the neighbor that has the place of its goal among the ranks of its node, and from there to the
             goal: fewer and larger messages between nodes (arXiv 2206.03382, section 4.2). With sharded hidden units, a
                 row goes to all ranks that have a part of its expert, whose outputs are added.
     """
@@ -128,7 +128,7 @@ class Routes:
         ]
 
     def _to_copies(self, parts: Sequence[int], device: torch.device) -> Tensor | None:
-        """Return the row at each place when every part is repeated ``copies`` times; None where that is once."""
+        """Return the row at each place when every part is repeated ``copies`` times; None if that is once."""
         if self.copies == 1:
             return None
         rows = torch.arange(sum(parts), device=device).split(list(parts))

@@ -72,7 +72,7 @@ def layers_of_experts(model: nn.Module) -> dict[str, MoELayer]:
 
 
 def refusal(layer: MoELayer, ranks: int, hidden: int = 1) -> str | None:
-    """Return why a layer's experts cannot be sharded among so many ranks; None where they can be.
+    """Return why a layer's experts cannot be sharded among so many ranks; None if they can be.
 
     Args:
         layer: an MoE layer.

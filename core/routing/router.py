@@ -28,7 +28,7 @@ class Tokens:
         x_TD: float32 (T, D), T = B * S; padding is zero.
         num_sequences: B.
         length: S.
-        valid_T: bool (T,), False for padding; None where every token is real.
+        valid_T: bool (T,), False for padding; None if every token is real.
         context: the context that the layer got, or an empty one.
         kept_TD: (T, D), the tokens in half precision where they came in it and a backward follows; else None.
     """
@@ -148,7 +148,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def check_context(self, context: RoutingContext | None) -> None:
-        """Raise a ``ValueError`` where the context lacks what this router reads."""
+        """Raise a ``ValueError`` if the context lacks what this router reads."""
         for name in self.needs:
             if context is None or getattr(context, name) is None:
                 raise ValueError(f"{type(self).__name__} needs context.{name}, which is None")
@@ -269,21 +269,21 @@ class RouterConfig(OpenConfig):
         return self.router_class(dim, num_experts, self, capacity or Capacity(group=self.default_group))
 
     def make_gate(self, dim: int, num_experts: int) -> nn.Module | None:
-        """Return the module ``gate`` of a ``PairRouter``, or None where it has no gate."""
+        """Return the module ``gate`` of a ``PairRouter``, or None if it has no gate."""
         return None
 
     def check(self, num_experts: int) -> None:
-        """Raise a ``ValueError`` where the router cannot work with this many experts."""
+        """Raise a ``ValueError`` if the router cannot work with this many experts."""
 
     def check_group(self, group: str | int) -> None:
-        """Raise a ``ValueError`` where the router cannot work within such groups."""
+        """Raise a ``ValueError`` if the router cannot work within such groups."""
 
     # Facts of the router, which are asked before one is built. A subclass states a fact as a class variable, or as a
     # property where it depends on the options. ``core.testing`` derives its checks from them.
 
     @property
     def is_causal(self) -> bool:
-        """True where a later token never changes an earlier one's output, capacity aside, as a causal decoder needs.
+        """True if a later token never changes an earlier one's output, capacity aside, as a causal decoder needs.
         It is also False if this fails only in training."""
         return True
 
@@ -295,12 +295,12 @@ class RouterConfig(OpenConfig):
 
     @property
     def reads_position(self) -> bool:
-        """True where a token's place in its sequence decides its experts."""
+        """True if a token's place in its sequence decides its experts."""
         return False
 
     @property
     def reads_batch_index(self) -> bool:
-        """True where a sequence's place in the batch decides its experts."""
+        """True if a sequence's place in the batch decides its experts."""
         return False
 
     @property
@@ -311,18 +311,18 @@ class RouterConfig(OpenConfig):
 
     @property
     def has_exact_gradient(self) -> bool:
-        """True where the gradient is the derivative of the output, and none is stopped or passes straight through a
+        """True if the gradient is the derivative of the output, and none is stopped or passes straight through a
         step."""
         return True
 
     @property
     def moves_statistics(self) -> bool:
-        """True where a forward in training moves running statistics, as batch norm does."""
+        """True if a forward in training moves running statistics, as batch norm does."""
         return False
 
     @property
     def repeats_experts(self) -> bool:
-        """True where a token may take an expert twice, as by two heads."""
+        """True if a token may take an expert twice, as by two heads."""
         return False
 
     @property
@@ -358,7 +358,7 @@ class RouterConfig(OpenConfig):
 
     @property
     def drops_experts(self) -> bool:
-        """True where ``MoEConfig.expert_dropout`` has a meaning: only the logits decide, and the router masks them by
+        """True if ``MoEConfig.expert_dropout`` has a meaning: only the logits decide, and the router masks them by
         ``top_k.without_some``."""
         return False
 
@@ -370,12 +370,12 @@ class RouterConfig(OpenConfig):
 
     @property
     def can_shrink(self) -> bool:
-        """True where the logits of an expert can be taken away and leave the others' as they are, so that
+        """True if the logits of an expert can be taken away and leave the others' as they are, so that
         ``core.prune_experts`` can."""
         return self.can_grow
 
     def constant_gates(self, num_experts: int) -> tuple[float, ...] | None:
-        """Return the gate of each expert where every token has the same gates in evaluation, capacity aside; None where
+        """Return the gate of each expert where every token has the same gates in evaluation, capacity aside; None if
         they may differ."""
         return None
 

@@ -30,7 +30,7 @@ class Capacity(Checked):
         priority: "position": first choices before second ones, then the earlier token (GShard, arXiv 2006.16668);
             "score": first choices before second ones, then the token with the highest score (batch-prioritized routing,
             arXiv 2106.05974, algorithm 2); "random": a random order of the tokens, in training only.
-        group: tokens that compete: "batch", "sequence", or a number of neighbouring tokens.
+        group: tokens that compete: "batch", "sequence", or a number of neighboring tokens.
 
     Raises:
         ValueError: a factor is not positive, the priority is unknown, or the group is neither.
@@ -67,7 +67,7 @@ def group_tokens(group: str | int, num_sequences: int, length: int, device: torc
 
 
 def served_tokens(priority: str, score_T: Tensor, training: bool) -> Tensor | None:
-    """Return the tokens in the order in which they are served, int64 (T,); None where they are served as they come."""
+    """Return the tokens in the order in which they are served, int64 (T,); None if they are served as they come."""
     if priority == "score":
         return score_T.argsort(descending=True, stable=True)
     if priority == "random" and training:
@@ -81,7 +81,7 @@ class Choice:
     """A gate's decision for each token, before padding and capacity.
 
     Attributes:
-        expert_ids_TK: int64 (T, K), the best expert first; E where a token leaves a place empty.
+        expert_ids_TK: int64 (T, K), the best expert first; E if a token leaves a place empty.
         gates_TK: float32 (T, K), combine weights; gates of empty places are not read.
         evidence: logits, scores and the like for the losses and the statistics; None: the gate has none.
         priority_T: float32 (T,), the higher is served first under priority "score"; None: the largest score.

@@ -152,7 +152,7 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def _difference(known: Mapping[str, Any], made_of: Mapping[str, Any], harmless: Mapping[str, Any]) -> str | None:
-    """Return the first value that differs, with both; None where there is none."""
+    """Return the first value that differs, with both; None if there is none."""
     for name, a, b in differences(known, made_of):
         if name not in harmless or a != harmless[name]:
             part = name.partition(".")[0]

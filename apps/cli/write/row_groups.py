@@ -118,7 +118,7 @@ class RowGroups:
 
 
 def _table(columns: Mapping[str, Any]) -> pa.Table | None:
-    """Return columns as a table; None where arrow has no type for one of them."""
+    """Return columns as a table; None if arrow has no type for one of them."""
     import pyarrow as pa
 
     try:

@@ -90,7 +90,7 @@ class Line:
     """A line of a ``LineChart``.
 
     Attributes:
-        label: name of the line in the legend; lines of one label have one colour.
+        label: name of the line in the legend; lines of one label have one color.
         x, y: its points, of one length, by rising x; NaN in ``y`` leaves a gap.
         part: tells lines of one label apart, such as "seed 1"; empty for a single one.
         notes: text above each point.

@@ -1,4 +1,4 @@
-"""Parts of a page: sections with texts, tables, code, pictures and labelled words. Charts are in ``charts``."""
+"""Parts of a page: sections with texts, tables, code, pictures and labeled words. Charts are in ``charts``."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class Words:
         words: the words, or parts of them.
         labels: a label for each word, by the kind of label, such as "block 1": a label that starts with a number has
             the color of that number; "" is none.
-        num_colors: how many numbers have a colour, such as the number of experts.
+        num_colors: how many numbers have a color, such as the number of experts.
         values: a number for each word, by its name: the larger the darker. NaN is none.
         joined: whether a word belongs to the one before; empty where none does.
         note: sentence below.

@@ -319,7 +319,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _legend(labels: Sequence[str]) -> alt.Legend | None:
-    """Return a legend of the usual form; None where there is nothing to tell apart."""
+    """Return a legend of the usual form; None if there is nothing to tell apart."""
     return alt.Legend() if len(labels) > 1 else None
 
 

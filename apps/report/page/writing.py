@@ -86,7 +86,7 @@ def write_page(page: Page, path: Path) -> Path:
 
 
 def write_html(text: str, path: Path) -> None:
-    """Write a page that ``render`` made, or raise a ValueError where a file is there that it did not make."""
+    """Write a page that ``render`` made, or raise a ValueError if a file is there that it did not make."""
     if path.exists() and not is_report(path):
         raise ValueError(f"{path} is no report of moesaic's: it stays as it is; move it, or choose another folder")
     with replacing(path) as file:

@@ -84,7 +84,7 @@ class LinkedModule(LightningModule):
 
     @property
     def encoding_state(self) -> Mapping[str, Any] | None:
-        """Return the encoding of the data, or else the one in the checkpoint; None where neither has any."""
+        """Return the encoding of the data, or else the one in the checkpoint; None if neither has any."""
         own: Mapping[str, Any] | None = getattr(self._data(), "encoding_state", None)
         return self._encoding if own is None else own
 
@@ -111,7 +111,7 @@ class LinkedModule(LightningModule):
         self.register_forward_pre_hook(lambda module, _: module.check_whole())
 
     def check_whole(self) -> None:
-        """Raise a ``ValueError`` where the module has no network, since it lacks arguments."""
+        """Raise a ``ValueError`` if the module has no network, since it lacks arguments."""
         if self._lacks is not None:
             raise ValueError(
                 f"{type(self).__name__} lacks {self._lacks}, which the data know: give them, or fit with a datamodule"

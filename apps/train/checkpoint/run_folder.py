@@ -34,7 +34,7 @@ def mark(folder: Path) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """Raise a ValueError where a folder for a training holds files and no run has made it."""
+    """Raise a ValueError if a folder for a training holds files and no run has made it."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     if files and not (folder / MARKER).exists():
         raise ValueError(
@@ -49,7 +49,7 @@ def check_own(path: Path) -> None:
 
 
 def check_unlinked(folders: Iterable[Path]) -> None:
-    """Raise a ValueError where one of the folders that a run writes to is a link, or holds one: it leads elsewhere.
+    """Raise a ValueError if one of the folders that a run writes to is a link, or holds one: it leads elsewhere.
 
     Files that the run replaces may be links, and those in the folders of other libraries may not: these follow them.
     The folder of the run and those above it are not looked at.
@@ -104,7 +104,7 @@ class RunFolder(Callback):
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder for the training inside, or raise a ValueError where another training holds it."""
+        """Hold the folder for the training inside, or raise a ValueError if another training holds it."""
         new = not self.folder.exists()
         refusal = f"another training is running in {self.folder}: wait for its end, or give another --run_dir"
         with contextlib.ExitStack() as stack:

@@ -52,7 +52,7 @@ class StopsSoon(Callback):
 
     @staticmethod
     def of(trainer: Trainer) -> StopsSoon | None:
-        """Return the trainer's callback of this kind that has been asked to stop; None where none has."""
+        """Return the trainer's callback of this kind that has been asked to stop; None if none has."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         return next((c for c in callbacks if isinstance(c, StopsSoon) and c.asked), None)
 

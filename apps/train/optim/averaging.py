@@ -186,7 +186,7 @@ class WeightAverage(Callback):
                 path.unlink(missing_ok=True)
 
     def _folder(self, trainer: Trainer) -> Path | None:
-        """Return the folder of the epochs' weights; None where the run has no checkpoints."""
+        """Return the folder of the epochs' weights; None if the run has no checkpoints."""
         saves = trainer.checkpoint_callbacks[-1:]  # the run's own comes after the user's
         dirpath = getattr(saves[0], "dirpath", None) if saves else None
         return None if trainer.fast_dev_run or not dirpath else Path(dirpath) / FOLDER

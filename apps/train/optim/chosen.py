@@ -38,7 +38,7 @@ class Chosen:
 
     @classmethod
     def of(cls, sections: Mapping[str, Any]) -> Chosen | None:
-        """Return what parsed sections name; None where they name nothing."""
+        """Return what parsed sections name; None if they name nothing."""
         optimizer, scheduler = (_plain(sections.get(name)) for name in SECTIONS[:2])
         return cls(optimizer, scheduler, sections.get(SECTIONS[2]) or "epoch") if optimizer or scheduler else None
 

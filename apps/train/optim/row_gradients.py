@@ -14,7 +14,7 @@ from core.optim import coalesced
 
 
 def row_sparse_module(model: nn.Module) -> str | None:
-    """Return the name of a module of ``model`` whose gradients are sparse tensors of rows; None where there is none."""
+    """Return the name of a module of ``model`` whose gradients are sparse tensors of rows; None if there is none."""
     for name, module in model.named_modules():
         is_table = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
         if is_table or getattr(module, "row_sparse", False):

@@ -26,11 +26,11 @@ class Prediction(NamedTuple):
 class PredictionStream:
     """Predictions in the order of their inputs, each computed when it is asked for.
 
-    ``predict_stream(data)`` of a model returns one, or None where the data have nothing for it.
+    ``predict_stream(data)`` of a model returns one, or None if the data have nothing for it.
 
     Attributes:
         predict: ``predict(start)`` yields the predictions from input number ``start`` on, a multiple of ``chunk``.
-        count: returns the number of inputs; None where it cannot be known beforehand.
+        count: returns the number of inputs; None if it cannot be known beforehand.
         made_of: plain values that the predictions depend on in addition to the weights, by name: a stopped run
             continues if they are the same. "input" identifies the inputs; ``["-"]`` is standard input, which cannot be
             read twice.

@@ -137,7 +137,7 @@ def _num_trained(module: LightningModule) -> int:
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor | None:
-    """Return the norm of all gradients together, (), on their device; None where there is none.
+    """Return the norm of all gradients together, (), on their device; None if there is none.
 
     If parameters are sharded over processes, each of them calls it.
     """

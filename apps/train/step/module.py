@@ -285,7 +285,7 @@ class SparseModule(BalancedModule, HubModule):
                 self.log_dict(metrics, on_epoch=True, **shown)
 
     def stage_metrics(self, stage: Stage) -> Any:
-        """Return the metrics of "val" or "test"; None where there are none."""
+        """Return the metrics of "val" or "test"; None if there are none."""
         return dict(self._stage_metrics.items()).get(stage)
 
     def _log_metrics(self, stage: Stage) -> None:

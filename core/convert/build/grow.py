@@ -225,7 +225,7 @@ def _grown_router(
         places = [*kept, *range(num_experts, fresh.shape[axis])]
         value = fresh.detach().to(device=old.device, dtype=old.dtype)
         if module is router and name == "expert_bias":
-            value = old.mean().expand(fresh.shape).clone()  # neither favoured nor starved at first
+            value = old.mean().expand(fresh.shape).clone()  # neither favored nor starved at first
         value = value.index_copy(axis, torch.tensor(places, device=old.device), old.detach())
         grown.append((module, name, like(value, old)))
     return grown

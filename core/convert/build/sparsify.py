@@ -142,7 +142,7 @@ def matching_parts(model: nn.Module, modules: str | Sequence[str]) -> dict[str, 
 
 
 def _check_weights(model: nn.Module, parts: dict[str, FeedForwardPart]) -> None:
-    """Raise a ``ValueError`` where a weight of a network is frozen, or is another module's too."""
+    """Raise a ``ValueError`` if a weight of a network is frozen, or is another module's too."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
@@ -240,7 +240,7 @@ class _Gates(NamedTuple):
 
 @torch.no_grad()
 def _gates_of(layer: MoE) -> _Gates | None:
-    """Return the gates of normal tokens in evaluation without a capacity; None where they weight no expert's output.
+    """Return the gates of normal tokens in evaluation without a capacity; None if they weight no expert's output.
 
     Args:
         layer: a layer as it starts, on the CPU.

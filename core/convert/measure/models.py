@@ -135,7 +135,7 @@ def _shares(weights: Sequence[float] | None, num_models: int) -> list[float]:
 
 
 def _check_like(first: State, state: State, i: int) -> None:
-    """Raise a ``ValueError`` where model ``i`` has other names or shapes than the first."""
+    """Raise a ``ValueError`` if model ``i`` has other names or shapes than the first."""
     for lacking, missing in ((i, first.keys() - state.keys()), (0, state.keys() - first.keys())):
         if missing:
             names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")

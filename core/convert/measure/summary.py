@@ -25,7 +25,7 @@ class Replaced:
         replaced: class that was there.
         experts: number and kind of the experts.
         start: how they were initialized.
-        flops_before, flops_after: forward FLOPs of a token, router included; ``flops_after`` is None where it depends
+        flops_before, flops_after: forward FLOPs of a token, router included; ``flops_after`` is None if it depends
             on the length of a sequence.
         is_dense: ``densify`` has put one expert in the place of all.
     """

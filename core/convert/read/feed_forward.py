@@ -175,7 +175,7 @@ def set_affine(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
     Args:
         module: one that ``affine`` takes.
         w: (in, out).
-        b: (out,), or None where the layer has no bias.
+        b: (out,), or None if the layer has no bias.
     """
     if isinstance(module, nn.Linear):
         module.in_features, module.out_features = w.shape

@@ -40,12 +40,12 @@ def balanced_clusters(features_FN: Tensor, num_groups: int, generator: torch.Gen
     """Return the units of each group in ascending order, int64 (groups, units of one): k-means of equal clusters.
 
     Features are brought to length 1, so that units are near each other where their features have one direction. In a
-    round the nearest pair of a unit and a centre comes first, and a full group takes no more units.
+    round the nearest pair of a unit and a center comes first, and a full group takes no more units.
 
     Args:
         features_FN: (F, N), features of each unit.
         num_groups: E, which divides F.
-        generator: of the CPU, for the first centres.
+        generator: of the CPU, for the first centers.
     """
     F, E = features_FN.shape[0], num_groups
     x_FN = torch.nn.functional.normalize(features_FN, dim=-1)

@@ -162,7 +162,7 @@ def tensors_of_experts(router: Any, other: Any) -> Iterator[tuple[nn.Module, str
 
 
 def axis_of_experts(name: str, old: Tensor, new: Tensor, E: int, new_E: int) -> int | None:
-    """Return the axis of a router's tensor that counts the experts; None where there is none.
+    """Return the axis of a router's tensor that counts the experts; None if there is none.
 
     Args:
         name: name of the tensor, for the message.

@@ -63,7 +63,7 @@ def register_ffn(kind: type[nn.Module] | str, reader: Reader) -> None:
 
 
 def read_ffn(module: nn.Module) -> FeedForwardPart | None:
-    """Return the description of a module as a feed-forward network; None where it is none.
+    """Return the description of a module as a feed-forward network; None if it is none.
 
     Raises:
         ValueError: it is one that no expert can compute, such as one with a norm between its layers.
@@ -170,7 +170,7 @@ def _halves(packed: tuple[Tensor, Tensor | None], gate_first: bool) -> tuple[Any
 
 
 def _check_no_more(module: nn.Module, known: set[str]) -> None:
-    """Raise a ``ValueError`` where a module has children besides the known ones that do something, or a rate of dropout
+    """Raise a ``ValueError`` if a module has children besides the known ones that do something, or a rate of dropout
     that it applies itself."""
     for name, child in module.named_children():
         idle = isinstance(child, nn.Identity) or (isinstance(child, nn.Dropout) and not child.p)

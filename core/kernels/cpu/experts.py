@@ -9,7 +9,7 @@ Decisions, each measured at T=4096, D=512 on 2 cores with ``benchmarks/layer.py`
   are slower than two halves.
 - In half precision oneDNN compiles a kernel for each new shape (0.8 ms, as long as two matmuls of 512 rows), and a
   dropless router makes new shapes every step: matmuls run on a multiple of ``TILE`` rows. The rows past a block's end
-  are its neighbours'; their part of a weight gradient is set to zero, and the rest is never read.
+  are its neighbors'; their part of a weight gradient is set to zero, and the rest is never read.
 - The gate's gradient comes from the activation side, ``<dy w_out^T, h> + <dy, b_out>`` (arXiv 2512.14080, section 3),
   so only ``x`` and the pre-activations are kept.
 - With few rows, as in a step of decoding, kernel starts are what counts: gather, activation, gate and sum are done once

@@ -30,7 +30,7 @@ class Launch:
         constants: values that are compiled in, tile aside.
         grid: number of programs to start, given the tile.
         tile: the kernel's name in ``tuning``, its shape (experts, width summed over or rows of the result, columns of
-            the result), the dtype of the matmuls and the mean rows of an expert; None where nothing is tuned.
+            the result), the dtype of the matmuls and the mean rows of an expert; None if nothing is tuned.
         warps: warps of a program where nothing is tuned.
     """
 

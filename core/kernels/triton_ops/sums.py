@@ -113,7 +113,7 @@ def sum_rows_grad(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the rows in ``dtype``, (R, D), and of the gates, (R,).
 
-    ``y_RD`` and ``gates_R`` are both None where rows are not gated, and the gates' gradient is empty then.
+    ``y_RD`` and ``gates_R`` are both None if rows are not gated, and the gates' gradient is empty then.
     """
     R, D = row_index_R.shape[0], dout.shape[1]
     dy_RD = dout.new_empty(R, D, dtype=dtype)

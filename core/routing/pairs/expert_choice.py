@@ -60,7 +60,7 @@ def choose_tokens(
     Args:
         logits_TE: float32 (T, E), T = ``num_sequences * length``.
         ratio: the capacity factor as a ratio of integers, ``whole_ratio(factor)``.
-        group: "sequence", "batch", or a number of neighbouring tokens.
+        group: "sequence", "batch", or a number of neighboring tokens.
         num_sequences: B.
         length: S.
         valid_T: bool (T,), False for padding.

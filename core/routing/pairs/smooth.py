@@ -87,7 +87,7 @@ def selectors(codes: Tensor, num_experts: int, gamma: float) -> Tensor:
         gamma: width of the smooth step.
 
     Returns:
-        (..., E), which sums to 1 over all ``2^m`` codes: to less over E where the unused ones have weight.
+        (..., E), which sums to 1 over all ``2^m`` codes: to less over E if the unused ones have weight.
     """
     step = smooth_step(codes, gamma)
     r = codes.new_ones(*codes.shape[:-1], 1)
