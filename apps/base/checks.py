@@ -17,7 +17,7 @@ def check_at_least(least: float, **values: float | None) -> None:
 
 
 def check_name(option: str, value: str, valid: Sequence[str]) -> None:
-    """Raise a ValueError for a name that is none of ``valid``; it names the nearest one."""
+    """Raise a ValueError for a name that is not in ``valid``; it names the nearest one."""
     if value not in valid:
         raise ValueError(unknown_name(option, value, list(valid)))
 

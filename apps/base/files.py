@@ -57,7 +57,7 @@ def put_folder(folder: Path, path: Path) -> None:
 def new_file(path: Path) -> Path:
     """Make an empty file next to ``path``, to be written and then moved there, and return its path.
 
-    Its name is random, and no link that lies there is followed: the folder may be a stranger's.
+    Its name is random, and no existing link is followed: the folder may be a stranger's.
     """
     new = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     open(new, "xb").close()
@@ -171,7 +171,7 @@ def os_error(error: BaseException | None) -> OSError | None:
 
 
 def delete(path: Path) -> None:
-    """Delete a file, a link or a folder with all that it holds; nothing happens where there is none."""
+    """Delete a file, a link or a folder with all that it holds; nothing happens if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

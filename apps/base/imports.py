@@ -36,6 +36,6 @@ def importing() -> Iterator[None]:
 
 @functools.cache
 def _keep() -> None:
-    """Keep existing objects from collection, to the program's end; once a process."""
+    """Keep existing objects from collection, to the program's end; once per process."""
     gc.freeze()
     atexit.register(gc.unfreeze)  # for what Python frees at its end

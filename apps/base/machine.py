@@ -18,7 +18,7 @@ from core.kernels.cpu.products import cpu_field
 
 
 def device_name(device: torch.device | None = None) -> str:
-    """Return the name of a device; None: of the GPU, or of the processor where there is none."""
+    """Return the name of a device; None: of the GPU, or of the processor if there is no GPU."""
     if torch.cuda.is_available() if device is None else device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_field("model name") or platform.processor() or platform.machine()

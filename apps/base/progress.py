@@ -37,7 +37,7 @@ def end_time(first: tuple[float, float], now: tuple[float, float], last: float) 
 
 
 class Bar:
-    """One row on the terminal: a piece of work, as much of it as is done, and when it ends.
+    """One row on the terminal: a task, its progress, and when it ends.
 
     Attributes:
         name: name of the work.
@@ -141,7 +141,7 @@ _SHOWN: ContextVar[Bar | None] = ContextVar("bar", default=None)
 
 @contextlib.contextmanager
 def bar(name: str, total: float | None = None, console: Console | None = None) -> Iterator[Bar]:
-    """Show a bar while the block runs, below those that are there already.
+    """Show a bar while the block runs, below the existing ones.
 
     Args:
         name: name of the work.
@@ -200,7 +200,7 @@ def set_aside() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hidden() -> Iterator[None]:
-    """Draw no bar while the block runs, as in a worker process, whose terminal another one draws on."""
+    """Show no bar while the block runs, as in a worker process, whose terminal another process uses."""
     outer = _SHOWN.get()
     _SHOWN.set(Bar(_rows(None, hides=True), "", None))
     try:

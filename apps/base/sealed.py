@@ -23,7 +23,7 @@ def _head(key: str) -> bytes:
 
 
 def weights_file(path: Path) -> Path:
-    """Return where the weights of an ONNX file lie, if they are too large for it."""
+    """Return the path of an ONNX file's weights, if they are too large for it."""
     return path.with_name(f"{path.name}.data")
 
 

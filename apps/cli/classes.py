@@ -1,4 +1,4 @@
-"""Classes by name: the short names of public ones, those that a command line names, and the imported class."""
+"""Classes by name: the short names of public ones, names on the command line, and the imported class."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def with_short_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_long_parts(value: Any) -> Any:
-    """Return options of the trainer where each public class is named by its class path."""
+    """Return options of the trainer in which each public class is named by its class path."""
     if isinstance(value, str) and value in registry.TRAINER:
         return {"class_path": registry.full_path(value)}
     if isinstance(value, list):

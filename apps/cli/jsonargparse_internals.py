@@ -18,7 +18,7 @@ def options_of(parser: ArgumentParser) -> list[str]:
 
 
 def parameters_of(kind: type[Any]) -> list[Any]:
-    """Return the parameters of a constructor and of those that its ``**kwargs`` go to.
+    """Return the parameters of a constructor and of the constructors that its ``**kwargs`` go to.
 
     Each has ``name``, ``annotation``, ``default``, and ``doc``, its docstring entry.
     """

@@ -74,7 +74,7 @@ class Request:
         Args:
             command: fit, validate, test or predict.
             argv: the words after it.
-            announces: whether to print what starts, once the command line has passed the quick checks.
+            announces: whether to announce the command, once the command line has passed the quick checks.
 
         Raises:
             UsageError: an option or a configuration is wrong.
@@ -203,7 +203,7 @@ class Request:
 
 
 def _announce(command: str, line: str) -> None:
-    """Say what starts, before the seconds that torch takes. The stdout of predict is for its predictions."""
+    """Announce the command, before the seconds that torch takes. The stdout of predict is for its predictions."""
     ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     if all(rank == "0" for rank in ranks):  # the processes of a distributed run have one command line
         print(line, file=sys.stderr if command == "predict" else None, flush=True)
@@ -263,7 +263,7 @@ def _find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | N
 
 
 def _config_beside(which: str | None, run: Path | None) -> Path | None:
-    """Return the configuration in the folder of the run that a checkpoint lies in, else in ``run``; None: neither."""
+    """Return the configuration in the folder of a checkpoint's run, else in ``run``; None: neither."""
     try:
         path = run if which is None else None if which in ("null", "none") else find_checkpoint(which).parent.parent
     except FileNotFoundError:  # reported below, after the checks of the options

@@ -2,7 +2,8 @@
 
 Lightning saves no sampler position, so a run resumed in mid-epoch would see the first batches of the epoch twice and
 never the last ones. Here the order of an epoch is seeded by its number, the position is counted and saved, and the
-random transforms of a batch are seeded by the batch, whatever the number of workers and the draws of the model.
+random transforms of a batch are seeded by the batch, whatever the number of workers and the model's use of random
+numbers.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ class BatchPlan(Protocol):
 
 
 class ResumableLoader(DataLoader):
-    """Batches of a map-style dataset, in an order and with random draws that a resumed run repeats.
+    """Batches of a map-style dataset, in an order and with random numbers that a resumed run repeats.
 
     Args:
-        dataset: map-style dataset that may draw from the global generators of torch, numpy and ``random``.
+        dataset: map-style dataset that may use the global generators of torch, numpy and ``random``.
         batch_size: examples a batch and process; None with ``plan``.
         seed: seed of the order and of the transforms; None takes the one given to ``torch.manual_seed``.
-        shuffle: draw a new order each epoch; False keeps the dataset's.
+        shuffle: use a new random order each epoch; False keeps the dataset's.
         drop_last: leave out a last batch that is not full.
-        collate_fn: makes a batch of a list of examples; it may draw random numbers as well (mixup).
-        draws: whether the dataset or collate_fn draw random numbers. False spares a batch its seeding, which takes as
+        collate_fn: makes a batch of a list of examples; it may use random numbers as well (mixup).
+        draws: whether the dataset or collate_fn use random numbers. False spares a batch its seeding, which takes as
             long as reading a batch of a table; ``dataset.__getitems__`` is then given an int64 tensor of positions.
         plan: batches instead of ``batch_size`` and ``drop_last``. Processes take them in turn; the first ones are
             repeated until each process has as many. Without ``shuffle`` every epoch is the plan's epoch 0.
@@ -211,7 +212,7 @@ class _Batches:
 
 
 class _SeededDataset(Dataset):
-    """Reads ``source`` by whole batches, and draws and collates each under its own seed."""
+    """Reads ``source`` by whole batches, and loads and collates each under its own seed."""
 
     def __init__(self, source: Dataset, collate: Callable[[list[Any]], Any]) -> None:
         self.source, self.collate = source, collate

@@ -124,7 +124,7 @@ class SubwordConfig(Checked):
             and the characters are among them. It is a limit: a small corpus may not have so many subwords.
         joint: one vocabulary for both sides; else each has its own.
         character_coverage: share of the text whose characters are subwords themselves; the rarest ones are spelled in
-            bytes, as are those that the training text lacks.
+            bytes, as are characters that the training text lacks.
         max_sentences: sentences of a side from which subwords are learned; from a larger corpus so many are sampled.
         path: folder of a published checkpoint, or a sentencepiece model of yours, from which subwords are read instead.
             The other options have no effect then.

@@ -88,7 +88,7 @@ class SuiteData(LightningDataModule):
     # ---- the parts that a subclass brings
 
     def read(self) -> Any:
-        """Fetch, encode and open the files; ``opened`` keeps what this returns.
+        """Fetch, encode and open the files; ``opened`` keeps its result.
 
         Raises:
             ValueError: a file is missing or malformed.
@@ -113,7 +113,7 @@ class SuiteData(LightningDataModule):
     def batching(self, examples: Any) -> dict[str, Any]:
         """Return the arguments of ``ResumableLoader`` that make training batches of examples.
 
-        By default the examples make their batches themselves, and draw no random numbers.
+        By default the examples make their batches themselves, and use no random numbers.
         """
         return {"batch_size": self.batch_size, "drop_last": self.drop_last, "collate_fn": as_it_is, "draws": False}
 
@@ -155,7 +155,7 @@ class SuiteData(LightningDataModule):
         """Return the encoding whose ``encoding_state`` this is.
 
         Raises:
-            ValueError: it is none of such data.
+            ValueError: it does not belong to such data.
         """
         raise ValueError(f"the checkpoint keeps an encoding ({', '.join(state)}), and {cls.__name__} has none")
 
@@ -193,7 +193,7 @@ class SuiteData(LightningDataModule):
 
     @property
     def digest_of_given(self) -> str | None:
-        """What tells files that are encoded by a checkpoint's encoding from others; None: there is none."""
+        """The key that tells files with a checkpoint's encoding from others; None: there is none."""
         if self._adopted is not None:
             return str(self._adopted.digest)
         return None if self._extended is None else f"{self._extended.digest}, extended"
@@ -255,7 +255,7 @@ class SuiteData(LightningDataModule):
         return self._pinned(loader)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the validation batches; an empty list where training has none to look at."""
+        """Return the validation batches; an empty list if training has none to look at."""
         validates = self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
         return self._loader_of("val", needed=validates)
 
@@ -275,7 +275,7 @@ class SuiteData(LightningDataModule):
         return []
 
     def _pinned(self, loader: L) -> L:
-        """Return ``loader``; for a GPU its batches lie in pinned memory, so that the host does not wait for a copy."""
+        """Return ``loader``; for a GPU its batches are in pinned memory, so that the host does not wait for a copy."""
         strategy = getattr(self.trainer, "strategy", None)
         loader.pin_memory = strategy is not None and strategy.root_device.type == "cuda"
         return loader

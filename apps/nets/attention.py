@@ -34,7 +34,7 @@ class Mask:
 
         Args:
             index_BC: int64 (B, C), their places, the real ones first and in ascending order.
-            real_BC: bool (B, C), False for those that nobody may see; None: all are real.
+            real_BC: bool (B, C), False for places that nobody may see; None: all are real.
             num_heads: H.
         """
         if self.bias is None:
@@ -299,7 +299,7 @@ class SelfAttention(_Attention):
             mask: of the (B, L) layout.
             rotations: from ``positions.rotations``.
             packing: position of each of the T tokens.
-            seen: shaped as ``x``, what keys and values are made of; None: ``x``.
+            seen: shaped as ``x``, the source of keys and values; None: ``x``.
             past: has the keys and values of earlier positions, and receives the keys and values of these; None: there
                 are none.
         """
@@ -315,7 +315,7 @@ class SelfAttention(_Attention):
         Args:
             x_RD: (R, D).
             layer: of the stack: this one.
-            given: what all layers share.
+            given: arguments that all layers share.
             seen_RD: as ``seen`` of ``forward``.
 
         Returns:

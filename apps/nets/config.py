@@ -88,7 +88,7 @@ class TransformerConfig(Checked):
             with which fairseq's models start.
         scale_embeddings: embeddings are multiplied by ``sqrt(dim)``.
         attention_scale: factor of the attention scores; None: ``1 / sqrt(head_dim)``.
-        logits_scale: factor of the decoder's output before the output product; ``dim ** -0.5`` in tied T5 models.
+        logits_scale: factor of the decoder's output before the output layer; ``dim ** -0.5`` in tied T5 models.
         dropout: on each layer's addition to the residual stream.
         attn_dropout: of the attention weights.
         ffn_dropout: of the hidden layer of the dense FFNs; experts have none.

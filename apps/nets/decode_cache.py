@@ -17,7 +17,7 @@ class Memory:
 
     Attributes:
         x_BSD: (B, S, D), the encoder's output.
-        valid_BS: bool (B, S), True for real tokens.
+        valid_BS: bool (B, S), True for non-padding tokens.
         task_ids_B, domain_ids_B: int64 (B,), the ids that the routers were given; or None.
     """
 
@@ -191,7 +191,7 @@ class Cache:
         """Repeat each row ``copies`` times, side by side, with one past. Changes the cache, and returns it.
 
         Args:
-            copies: from here on; there is one a sentence so far.
+            copies: from here on; there is one per sentence so far.
         """
         if self.copies != 1:
             raise ValueError(f"the cache has {self.copies} copies of a sentence already: only one can be expanded")

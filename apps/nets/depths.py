@@ -27,10 +27,10 @@ class MixtureOfDepths(Checked):
     """Blocks that the best tokens of a sequence enter, by a scalar gate r = x w; the others pass by.
 
     ``y_i = x_i + r_i (block(X')_i - x_i)`` for the chosen tokens X', which only attend to each other, and ``y_i = x_i``
-    for the others. In training the chosen ones are the ``ceil(capacity * S)`` of the largest r, of a sequence's S real
-    tokens. A causal decoder cannot know which they are, so in evaluation a predictor decides for each token by itself,
-    before later ones are read: a small MLP of the block's input that learns from the choice, without a gradient to
-    anything else.
+    for the others. In training the chosen ones are the ``ceil(capacity * S)`` of the largest r, of a sequence's S
+    non-padding tokens. A causal decoder cannot know which they are, so in evaluation a predictor decides for each token
+    by itself, before later ones are read: a small MLP of the block's input that learns from the choice, without a
+    gradient to anything else.
 
     Attributes:
         capacity: the share of a sequence's tokens that enter, above 0 and up to 1; 0.125 in the paper.
@@ -82,7 +82,7 @@ class TokenRouter(core.Router):
         Args:
             enters_BS: bool (B, S), which they are.
             gate_BS: (B, S), the weights of all.
-            valid_BS: bool (B, S), True for real tokens; None: all are.
+            valid_BS: bool (B, S), True for non-padding tokens; None: all are.
             extra: losses of the router's own, (B * S,) each.
         """
         (B, S), enters_T, count_1 = enters_BS.shape, enters_BS.flatten(), enters_BS.sum()[None]
@@ -261,7 +261,7 @@ class DepthGate(TokenGate):
 def depth_gates(
     depths: MixtureOfDepths | None, blocks: str | Sequence[int], depth: int, dim: int
 ) -> list[DepthGate | None]:
-    """Return the gate of each of ``depth`` blocks; None for those that all tokens enter.
+    """Return the gate of each of ``depth`` blocks; None for blocks that all tokens enter.
 
     Args:
         depths: the gates' config; None: no block has one.

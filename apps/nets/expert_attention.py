@@ -83,7 +83,7 @@ class ExpertAttention(nn.Module):
             mask: for one head, the same for all.
             rotations: from ``positions.rotations``.
             context: routing context of the tokens.
-            seen_BLD: what keys and values are made of; None: the tokens.
+            seen_BLD: the source of keys and values; None: the tokens.
             past: as in ``SelfAttention.forward``.
         """
 
@@ -109,8 +109,8 @@ class ExpertAttention(nn.Module):
         Args:
             x_RD: (R, D).
             layer: of the stack: this one.
-            given: what all layers share; the cache holds the one set of keys and values, with the experts' heads and
-                one query a key.
+            given: arguments that all layers share; the cache holds the one set of keys and values, with the experts'
+                heads and one query a key.
             seen_RD: as in ``forward``.
 
         Returns:
@@ -133,7 +133,7 @@ class ExpertAttention(nn.Module):
 
 
 def _rotated(q_BLPhd: Tensor, k_BLhd: Tensor, rotations: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return queries and keys, turned by their positions where these are rotary."""
+    """Return queries and keys, rotated by their positions if these are rotary."""
     if rotations is None:
         return q_BLPhd, k_BLhd
     q_BLHd = rotate(q_BLPhd.flatten(2, 3), rotations.to(q_BLPhd.dtype))

@@ -81,7 +81,7 @@ class Layer(nn.Module):
 
         Args:
             x: the tokens.
-            given: what all layers share.
+            given: arguments that all layers share.
             seen: shaped as ``x``, the input of self-attention, if no token skips the layer; None: ``x``.
         """
         if self.depth_gate is not None and given.past is not None:
@@ -97,7 +97,7 @@ class Layer(nn.Module):
         return Pass(mask, entered.context, turns)
 
     def _all_of(self, x_BLD: Tensor, gate: DepthGate, given: Pass) -> Tensor:
-        """Map all tokens, of which those that do not enter come out as they were, and hide their keys from others."""
+        """Map all tokens; tokens that do not enter come out as they were, and their keys are hidden from others."""
         assert given.past is not None
         enters_BL, gate_BL = gate.choose(x_BLD, given.context)
         mask = given.mask.hiding(given.past.hide(~enters_BL), self.num_heads)
@@ -233,7 +233,7 @@ class Stack(nn.Module):
         memory_valid_BS: Tensor | None = None,
         past: Past | None = None,
     ) -> Tensor:
-        """Map (B, L, D) embeddings to the (B, L, D) normed output. ``context.valid_BS`` marks the real tokens.
+        """Map (B, L, D) embeddings to the (B, L, D) normed output. ``context.valid_BS`` marks the non-padding tokens.
 
         With a ``past`` they follow its positions, and it has the keys and values of the memory.
         """

@@ -118,7 +118,7 @@ def linear_cross_entropy(
         label_smoothing: share of the target spread evenly over the vocabulary.
         left_out: int64 (T, X), columns that are not candidates of a row, so that its softmax leaves them out; -1 names
             none, and a row's target is a candidate always. It only goes with ``label_smoothing=0``.
-        real: bool (T,), the rows that count; gradients of rows of ``h`` that do not are 0. None: all rows.
+        real: bool (T,), the rows that count; gradients of the other rows of ``h`` are 0. None: all rows.
 
     Returns:
         (), float32, or float64 where ``h`` is.

@@ -124,7 +124,7 @@ class _Decoding(nn.Module):
             tokens_BL: int64.
             past: takes in these positions.
             task_ids_B, domain_ids_B: int64 (B,), for routers that ask for them.
-            memory_valid_BS: bool, True for the real tokens of the memory; None in a language model.
+            memory_valid_BS: bool, True for the non-padding tokens of the memory; None in a language model.
         """
         context = core.RoutingContext(tokens_BL != PAD_ID, tokens_BL, task_ids_B, domain_ids_B)
         x_BLD = self.embed_target(tokens_BL)
@@ -207,7 +207,7 @@ class MemoryDecoder(_Decoding):
 
     @torch.no_grad()
     def start(self, memory: Memory) -> Cache:
-        """Return an empty cache for decoding, with one row a sentence; ``Cache.expand`` makes several of each.
+        """Return an empty cache for decoding, with one row per sentence; ``Cache.expand`` makes several of each.
 
         Raises:
             ValueError: as ``check_steps``.

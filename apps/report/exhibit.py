@@ -138,7 +138,7 @@ class ChoiceField:
 
 @dataclass(frozen=True)
 class ItemsField:
-    """A list of items, such as a history, in an order.
+    """A list of items, such as a sequence of past items, in an order.
 
     Attributes:
         label: its name on the page.
@@ -318,7 +318,7 @@ class Exhibit:
     """A model at work.
 
     Attributes:
-        about: a sentence or two on what to do, and on what comes of it.
+        about: instructions and their result, in a sentence or two.
         action: word on the button.
         fields: the user's inputs.
         answer: function from the fields' values, in their order, to the answer; a ``ValueError`` of one line names an

@@ -1,4 +1,4 @@
-"""Means over seeds or draws with their confidence intervals, differences of two models, and verdicts on them."""
+"""Means over seeds or samples with their confidence intervals, differences of two models, and verdicts on them."""
 
 from __future__ import annotations
 

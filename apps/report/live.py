@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class RoutingDetail(Callback):
-    """Logs the detailed figures of each MoE layer, and draws the load of its experts after each validation.
+    """Logs the detailed figures of each MoE layer, and plots the load of its experts after each validation.
 
     The figures are ``core.telemetry.LayerStats.figures(detailed=True)``, in every log. After a validation TensorBoard
     and W&B get a histogram of each layer's load over the mean, and they and MLflow a heat map of all loads.

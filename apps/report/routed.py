@@ -93,7 +93,7 @@ def largest_number(entries: Iterable[Any]) -> int:
 
 
 def layer_label(layer: str) -> str:
-    """Return a layer's name in words; one that is none of a stack stays, without "model.".
+    """Return a layer's name in words; a layer outside of stacks stays, without "model.".
 
     Example::
 

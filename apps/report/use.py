@@ -72,8 +72,8 @@ def mutual_information(counts_CE: np.ndarray) -> float:
 def typical_labels(counts_CE: np.ndarray, names: Sequence[str], most: int = 10) -> list[list[str]]:
     """Return for each expert the labels that it takes far more of than by chance, the clearest first.
 
-    In the order of ``p(e, c) log(p(e, c) / (p(e) p(c)))``, each label's contribution to the mutual information; those
-    that the expert takes less of than by chance are left out.
+    In the order of ``p(e, c) log(p(e, c) / (p(e) p(c)))``, each label's contribution to the mutual information; labels
+    that the expert takes less often than by chance are left out.
 
     Args:
         counts_CE: routed pairs by label and expert.
@@ -113,7 +113,7 @@ def maps_by_label(
         names: names of the labels.
         title: title of the maps; each has the layer's name too.
         row_title: name of a label.
-        most_rows: with more labels only those with the highest peaks have a row.
+        most_rows: with more labels only the ones with the highest peaks have a row.
     """
     size_C = np.sum([counts_CE.sum(1) for counts_CE in counts.values()], axis=0)
     kept = np.flatnonzero(size_C)
@@ -245,7 +245,7 @@ def map_parts(
 
 
 def load_parts(stats: core.RoutingStats, path: Path | None = None) -> list[BarChart]:
-    """Return a chart for each layer of the load of its experts, and draw all of them as the PNG file ``path``."""
+    """Return a chart for each layer of the load of its experts, and plot all of them in the PNG file ``path``."""
     layers = {layer_label(name): layer for name, layer in stats.layers.items()}
     loads = {name: layer.tokens_per_expert.double().cpu().numpy() for name, layer in layers.items()}
     drops = {name: layer.drop_rate for name, layer in layers.items()}

@@ -1,4 +1,4 @@
-"""What comes out of a model for one example, in each form in which it goes out."""
+"""Outputs of a model for one example, in each form."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Loss:
     """The cost of a loss over a vocabulary (``apps.nets.loss``).
 
     Attributes:
-        kept: bytes that it keeps for the backward, the gradients of both factors.
+        kept: bytes of saved activations, the gradients of both factors.
         working: bytes that it needs for a while: the transposed weight, the part of its gradient that a chunk adds, and
             a chunk's logits and probabilities.
         flops: FLOPs of its matmuls in a forward.

@@ -26,7 +26,7 @@ Values = Mapping[str, Any]
 class Task(ABC):
     """A trained model in use. Each model of an app has a subclass, ``TASK`` of its room's module ``task``.
 
-    A subclass says what goes in (``inputs``), what comes out (``output``), how a batch of the one becomes the other
+    A subclass names the inputs (``inputs``) and the output (``output``), how a batch of the one becomes the other
     (``answers``), and which names the tokens of a tape have (``layers`` of an example, ``tokens`` of a test's batch). A
     service and a page follow from these. Methods that need no trained model, such as a plan's questions, are class
     methods.
@@ -73,7 +73,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def invites(self) -> str:
-        """What to do on a page, and what comes of it, in a sentence or two."""
+        """Instructions for a page and their result, in a sentence or two."""
 
     @property
     def on_page(self) -> Mapping[str, Any]:

@@ -154,7 +154,7 @@ def sparsified(module: LightningModule, config: SparsifyConfig) -> SparsifiedMod
 
     Args:
         module: a module of the user's own, which has just been made; it stays as it is.
-        config: what becomes sparse, and how.
+        config: the networks that become sparse, and how.
 
     Raises:
         ValueError: as ``core.sparsify`` and ``adopt``; or the module belongs to the suite, or optimizes by hand.

@@ -37,7 +37,7 @@ def adopt(model: nn.Module, balance: Balance = Balance(load_balancing=0.0, route
 
     Args:
         model: a model with MoE blocks whose layouts are in ``core.adopted.LAYOUTS``.
-        balance: weights of the balance losses. By default there are none: transformers adds its own where
+        balance: weights of the balance losses. By default no loss is added: transformers adds its own if
             ``output_router_logits`` asks for it.
 
     Returns:

@@ -96,7 +96,7 @@ class AdoptedExperts(Adopted, Experts):
         return together
 
     def one_each(self) -> list[nn.Module]:
-        """Return the modules of the experts, where each has its own."""
+        """Return the modules of the experts, if each has its own."""
         return [m for name, m in self._modules.items() if m is not None and name.startswith("expert_")]
 
     def halves(self, tensor: Tensor, axis: int) -> tuple[Tensor | None, Tensor]:

@@ -21,7 +21,7 @@ class DenseFFN(Checked):
         activation: "relu", "gelu", "gelu_tanh" (its approximation), "silu", or another of ``GeneralFFN``.
         gated: the layer is ``(act(x w_gate) * (x w_in)) w_out``, instead of ``act(x w_in) w_out``: GEGLU, SwiGLU (arXiv
             2002.05202).
-        bias: each product has a bias.
+        bias: each linear layer has a bias.
         dropout: of the hidden layer.
 
     Raises:

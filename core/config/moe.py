@@ -306,7 +306,7 @@ class MoEConfig(Checked):
         return self.num_shared_experts * cost(self.shared_expert or self.expert)
 
     def own_params(self, dim: int, out_dim: int | None = None) -> int:
-        """Return the parameters of router, shared gate and output's bias, and those that all experts share."""
+        """Return the parameters of router, shared gate and output's bias, and the parameters that all experts share."""
         bias = (self.expert.out_dim(dim) if out_dim is None else out_dim) if self.output_bias else 0
         gates = self.router.num_params(self.expert.row_dim(dim), self.num_experts)
         gates += 0 if self.shared_gate == "none" else dim

@@ -257,7 +257,7 @@ def weights_per_example(groups: ExpertGroups, shared_gate: bool = False) -> int:
 
 @dataclass(frozen=True)
 class MMoE(MultiGateConfig):
-    """Multi-gate mixture of experts: ``y_k = sum_e softmax(W_k x)_e f_e(x)``, a gate a task over all experts (Ma et
+    """Multi-gate mixture of experts: ``y_k = sum_e softmax(W_k x)_e f_e(x)``, one gate per task over all experts (Ma et
     al., KDD 2018, eq. 6-7). Every expert computes every example.
 
     With a ``router`` an example is computed by few of many small experts:

@@ -1,7 +1,7 @@
 """The codec between configs and plain dicts, lists and numbers: what YAML, hyper-parameters and checkpoints hold.
 
-A plain config is a dict of its fields. It names its class, ``{"class_path": ..., "init_args": {...}}``, where its place
-allows several: if the type hint there is an ``OpenConfig``, or is not the config's own class. A name is looked up among
+A plain config is a dict of its fields. It names its class, ``{"class_path": ..., "init_args": {...}}``, if its place
+allows several: the type hint there is an ``OpenConfig``, or is not the config's own class. A name is looked up among
 the registered classes, so a loaded file only makes registered classes and imports nothing.
 """
 
@@ -106,7 +106,7 @@ def arguments_from_plain(kind: type, arguments: Any, where: str) -> dict[str, An
     Args:
         kind: the class.
         arguments: plain values by name; a name without a hint is taken for one of any kind.
-        where: what messages call the class, such as "model".
+        where: name of the class in messages, such as "model".
 
     Raises:
         ValueError: as ``from_plain``.

@@ -26,7 +26,7 @@ def clean_ids(ids: Tensor, name: str, size: int, of_sequences: tuple[int, int], 
     """Return the ids of the context's field ``name`` as int64, with 0 for padding and for sequences of only padding.
 
     Args:
-        ids: the field, of shape (B, S) where its name ends in "BS", else (B,).
+        ids: the field, of shape (B, S) if its name ends in "BS", else (B,).
         name: name of the field.
         size: number of ids. ``range(size)`` is only checked on CPU: elsewhere nothing is read back.
         of_sequences: B and S.

@@ -28,7 +28,7 @@ class Entry:
         needs_grad: whether the router trains and gradients were wanted when the tape was opened.
         has_grad: whether gradients were on during the pass.
         load_balancing_weight: the layer's adaptive weight of that term, (); None if ``balance`` has it.
-        extra_weights: the router's weights of losses of its own; those that move between steps are tensors, ().
+        extra_weights: the router's weights of losses of its own; weights that change between steps are tensors, ().
         shared_gate_T: float32 (T,), the gate between the routed path and the shared experts, without dropout; padding
             may hold any finite value. None: the layer has no such gate.
     """
@@ -103,8 +103,8 @@ class Tape:
         return len(self._entries)
 
     def silent_layers(self) -> tuple[str, ...]:
-        """Return the names of the recorded layers without a pass: those that the forward did not reach, by intent as in
-        a part of a model, or because something else computed in their place."""
+        """Return the names of the recorded layers without a pass: layers that the forward did not reach, by intent as
+        in a part of a model, or because something else computed in their place."""
         ran = tuple(entry.name for entry in self._entries)
 
         def is_silent(layer: str) -> bool:  # a pass of a layer with several routers is named "<layer>.<router>"

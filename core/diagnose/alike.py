@@ -101,8 +101,8 @@ class Inputs:
         """Return, by layer, how far apart the experts' outputs are: float64 (E, E) on the CPU.
 
         The distance of two experts is ``sum ||f_i(x) - f_j(x)||^2 / sum (||f_i(x)||^2 + ||f_j(x)||^2)`` over the same
-        tokens of all ranks: 0 where they compute the same, 1 where their outputs have nothing to do with each other. It
-        is NaN where both put out nothing. Experts that cannot be asked for every token are left out.
+        tokens of all ranks: 0 if they compute the same, 1 if their outputs are unrelated. It is NaN if both outputs are
+        zero. Experts that cannot be asked for every token are left out.
 
         Args:
             group: the ranks, all of which call it; None: all.

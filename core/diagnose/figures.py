@@ -21,12 +21,12 @@ _SUMS = (
 
 
 class LayerFigures:
-    """Sums over the real tokens of one router's passes, float64 on the CPU.
+    """Sums over the non-padding tokens of one router's passes, float64 on the CPU.
 
     Attributes:
         num_experts, kind, facts: as in ``Pass``.
-        num_tokens: real tokens.
-        decisions: tokens that decided by themselves: sequences, where all tokens of each have the same logits.
+        num_tokens: non-padding tokens.
+        decisions: tokens that decided by themselves; sequences, if all tokens of each have the same logits.
         chosen_E, computed_E: (E,), as in ``Pass``.
         place_PE: (P, E), computed pairs by place and expert.
         class_CE: (C, E), computed pairs by class and expert; None without labels.
@@ -61,7 +61,7 @@ class LayerFigures:
 
     @classmethod
     def like(cls, one: Pass) -> LayerFigures:
-        """Return the figures of no pass yet, for passes like this one."""
+        """Return empty figures for passes like this one."""
         return cls(one.num_experts, one.kind, one.facts, 0 if one.logits_TE is None else one.logits_TE.shape[1])
 
     @torch.no_grad()

@@ -23,11 +23,11 @@ LOGITS = "router_logits"
 
 @dataclass(frozen=True)
 class ForeignRouter:
-    """A router that is none of ours.
+    """A router of another library.
 
     Attributes:
         name: dotted name of the block that contains it.
-        module: what puts out the logits: a gate, or the whole block.
+        module: the module that outputs the logits: a gate, or the whole block.
         index: place of the logits in its output; None: the output is the logits.
         experts: the experts next to it; None: not known.
         top_k: experts per token, if the output does not name them.
@@ -56,7 +56,7 @@ def foreign_routers(model: nn.Module) -> dict[str, ForeignRouter]:
     """Return the routers of other libraries by the names of their blocks, in the order of the modules.
 
     A router is a module whose output a model of transformers records as its ``router_logits``, or a module ``gate`` or
-    ``router`` whose sibling is called ``experts``. What lies in a layer of ours is left out.
+    ``router`` whose sibling is called ``experts``. Modules inside a layer of ours are left out.
     """
     modules = dict(unwrapped_modules(model))
     ours = [name for name, m in modules.items() if isinstance(m, MoELayer)]

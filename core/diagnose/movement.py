@@ -115,7 +115,7 @@ def _matrices(model: nn.Module) -> set[str]:
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[tuple[str, str], tuple[str, ...]]]:
-    """Return by layer the dotted names of its router and its experts ("" where it has none), and what lies inside."""
+    """Return by layer the dotted names of its router and its experts ("" if it has none), and the modules inside."""
     layers: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {}
 
     def below(name: str, part: str) -> str:

@@ -1,4 +1,4 @@
-"""``Pass``: what one router decided in one pass, read from an entry of a tape or from a foreign router's logits."""
+"""``Pass``: one router's decisions in one pass, read from an entry of a tape or from a foreign router's logits."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def _warning(layer: str, name: str, evidence: str, remedy: str = "", **figures: 
 
 
 def load_findings(layer: str, f: LayerFigures, used_E: Tensor | None = None) -> Iterator[Finding]:
-    """Yield what loads, drops and places say.
+    """Yield findings from loads, drops and places.
 
     Args:
         layer: the router's name.
@@ -232,7 +232,7 @@ def gate_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
 
 
 def alike_findings(layer: str, distance_EE: Tensor) -> Iterator[Finding]:
-    """Yield whether experts put out the same for the same tokens."""
+    """Yield findings about experts with the same outputs for the same tokens."""
     upper = torch.ones_like(distance_EE, dtype=torch.bool).triu(1)
     known = distance_EE[upper & ~distance_EE.isnan()]
     same = int((known < ALIKE).sum())

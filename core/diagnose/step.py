@@ -30,12 +30,12 @@ digits: how often it was added cannot be read from the difference of two gradien
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What one training step says of a layer.
+    """Figures of a layer from one training step.
 
     Attributes:
         router_gradient: root mean square of the task's gradient in the router's weights, over that in the experts';
             None: the router has no weights, or the experts have no gradient.
-        is_frozen: whether none of the router's weights trains.
+        is_frozen: whether all of the router's weights are frozen.
         is_balanced: whether a balance loss has a weight.
         times: how often the balance loss is in the loss; None: it cannot be told.
         over_padding: whether a foreign balance loss covers all tokens, padding included.
@@ -187,7 +187,7 @@ def _trained(module: nn.Module | None, without: Iterable[nn.Parameter] = ()) -> 
 
 
 def _flat(parameters: Iterable[nn.Parameter], gradients: Gradients) -> Tensor:
-    """Return the gradients of some parameters one after the other, float64; zeros where there is none."""
+    """Return the gradients of some parameters one after the other, float64; zeros if there is none."""
     parts = [
         gradients[id(p)].double().flatten()
         if id(p) in gradients
@@ -304,7 +304,8 @@ def _without_balance(model: nn.Module, layers: Iterable[MoELayer]) -> Iterator[N
 
 
 def _foreign_weights(model: nn.Module) -> list[tuple[Any, float]]:
-    """Return what holds the weight of a balance loss as transformers' models do, modules and configurations, and it."""
+    """Return the holders of a balance loss's weight in transformers' models, modules and configurations, with the
+    weight."""
     owners: dict[int, tuple[Any, float]] = {}
     for module in model.modules():
         for owner in (module, getattr(module, "config", None)):

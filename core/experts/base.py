@@ -27,7 +27,7 @@ class ExpertCache(Protocol):
         """Compute as ``Experts.forward`` does."""
 
     def check(self, experts: Experts) -> None:
-        """Raise a ``ValueError`` if the parameters are not those that were stored."""
+        """Raise a ``ValueError`` if the parameters differ from the stored ones."""
 
     def apply(self, experts: Experts, fn: Callable[[Tensor], Tensor]) -> None:
         """Do what ``nn.Module._apply`` would do to the parameters."""

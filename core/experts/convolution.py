@@ -56,7 +56,7 @@ class ConvolutionExperts(Experts):
     def _convolved(self, x_RC: Tensor, w: Tensor, b: Tensor | None, offsets_E: Tensor) -> Tensor:
         """Return patches after one convolution of their experts, (R, p * p * D) to (R, p * p * F).
 
-        All positions of an expert's patches are rows of one product, with the k * k positions around each side by side.
+        All positions of an expert's patches are rows of one matmul, with the k * k positions around each side by side.
         """
         (R, C), area = x_RC.shape, self.patch_size**2
         D = C // area

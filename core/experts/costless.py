@@ -124,7 +124,7 @@ class Constant(ExpertConfig):
     eq. 5): ``f(x) = a_1 x + a_2 v`` with ``(a_1, a_2) = softmax(x w_mix)``.
 
     Attributes:
-        mix: whether the token is mixed in, by ``2 D`` more parameters and one small product a row.
+        mix: whether the token is mixed in, by ``2 D`` more parameters and one small matmul per row.
 
     Raises:
         ValueError: in ``build``, if a mixed output has another width than the input.

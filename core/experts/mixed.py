@@ -94,7 +94,7 @@ class Mixed(ExpertConfig):
     """Experts of several kinds in one layer, such as FFNs of two widths together with ``Zero``, ``Copy`` and
     ``Constant`` (MoE++, arXiv 2410.07348). The router chooses among all of them.
 
-    A layer's costs are those at balance, where each expert takes as many tokens as any other.
+    A layer's costs are counted at balance, when each expert takes as many tokens as any other.
 
     Attributes:
         experts: the kinds.

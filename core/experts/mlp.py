@@ -182,7 +182,7 @@ def batch_norm_rows(
 
 
 def _statistics(running: tuple[Tensor, Tensor], count: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and variance of a training batch of two tokens or more, and move the running ones."""
+    """Return the mean and variance of a training batch of two tokens or more, and update the running ones."""
     enough = count >= 2
     with torch.no_grad():
         # The running variance is the unbiased one, as in ``nn.BatchNorm1d``.

@@ -19,7 +19,7 @@ class NeuronExperts(Experts):
     """E experts ``f_e(x) = act(x . u_e) v_e``, a million of them or more.
 
     Parameters: ``u`` (E, D) and ``v`` (E, D_out). ``NeuronMoE`` asks them in a way of their own,
-    ``experts(x_TD, "picked", ids_TK, gates_TK)``, which sorts no pairs and keeps no picked row for the backward.
+    ``experts(x_TD, "picked", ids_TK, gates_TK)``, which sorts no pairs and saves no picked row for the backward.
     """
 
     shown = ("activation", "row_sparse")

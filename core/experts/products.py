@@ -29,7 +29,7 @@ def floats(w: Any) -> Any:
 
 
 def first_linear(x_GTD: Tensor, stacked: Weight, b: Tensor | None, counts: tuple[int, ...]) -> Tensor:
-    """``x_g w_e + b_e`` of every token and expert, each with its group's input: one product where the inputs allow it.
+    """``x_g w_e + b_e`` of every token and expert, each with its group's input: one matmul if the inputs allow it.
 
     Args:
         x_GTD: (G, T, D) inputs.

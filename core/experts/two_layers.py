@@ -21,7 +21,7 @@ class TwoLayerExperts(Experts):
     """E networks ``hidden(x w_in + b_in, x w_gate + b_gate) w_out + b_out``, where ``hidden`` is a subclass's.
 
     Parameters: ``w_in``, ``w_gate`` (E, D, F), ``w_out`` (E, F, D_out), ``b_in``, ``b_gate`` (E, F) and ``b_out`` (E,
-    D_out), of those that the config names.
+    D_out), as far as the config names them.
     """
 
     hidden_axes = MappingProxyType({"w_in": 2, "w_gate": 2, "b_in": 1, "b_gate": 1, "w_out": 1})

@@ -16,9 +16,9 @@ The weights of ``expert_ffn`` and ``expert_linear`` may be quantized (``quantize
 from integers and scales when it is multiplied, and never stored.
 
 ``eager`` is the oracle and reads like the equations. ``cpu``, ``grouped`` and ``triton`` are held to it in output and
-gradients. The functions here take a backend's name, resolve it and hand on; ``triton`` leaves cases beyond its limits
-to ``grouped`` or ``eager``. Experts, dispatchers and layers use these functions, and the few helpers that are exported
-with them, and know no backend by name.
+gradients. The functions here take a backend's name, resolve it and call the backend; ``triton`` leaves cases beyond its
+limits to ``grouped`` or ``eager``. Experts, dispatchers and layers use these functions, and the few helpers that are
+exported with them, and know no backend by name.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
 def _fastest(
     kernel: str, backend: str, x: Tensor, num_rows: int, weights: tuple[Any, ...], flags: tuple[str, ...], call: Any
 ) -> ModuleType:
-    """Return the backend of an expert's product: on a card under "auto" the one that was measured to be the fastest.
+    """Return the backend of an expert's matmul: on a GPU under "auto" the one that was measured to be the fastest.
 
     Nothing is measured in a compiled graph, nor under a dispatch mode, which would see the measurement: Triton it is.
 
@@ -126,7 +126,7 @@ def _fastest(
         num_rows: rows of all experts.
         weights: the first has the experts along its first axis.
         flags: what else tells calls apart.
-        call: computes the product, given a backend, ``x`` and ``weights``.
+        call: computes the matmul, given a backend, ``x`` and ``weights``.
     """
     name = resolve_backend(backend, x.device, x.dtype)
     if backend != "auto" or name != "triton" or not _may_measure(x):

@@ -43,7 +43,7 @@ def max_paths(num_experts: int) -> int:
 def balanced_assignment(scores_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
     """The experts of T tokens that maximize the sum of their scores, with equally many tokens each.
 
-    Every expert gets ``floor(n / E)`` or ``ceil(n / E)`` of the n real tokens (BASE, arXiv 2103.16716).
+    Every expert gets ``floor(n / E)`` or ``ceil(n / E)`` of the n non-padding tokens (BASE, arXiv 2103.16716).
     Deterministic. Not differentiable: the choice is constant almost everywhere.
 
     Args:
@@ -164,7 +164,7 @@ def _repair(q_TE: Tensor, expert_T: Tensor) -> tuple[Tensor, bool]:
 
 
 def _cheapest_path(cost_EE: Tensor, give_E: Tensor, take_E: Tensor) -> list[int]:
-    """The cheapest path by give + edges + take (Bellman-Ford); empty where none costs less than nothing."""
+    """The cheapest path by give + edges + take (Bellman-Ford); empty if no path has a negative cost."""
     E = len(cost_EE)
     distance_E, before_E = give_E, torch.full_like(give_E, -1, dtype=torch.int64)
     for _ in range(E - 1):
@@ -192,7 +192,7 @@ def _fill(q_TE: Tensor, expert_T: Tensor) -> Tensor:
     room_E[fullest_E[: T % E]] += 1
 
     def first(expert_T: Tensor, score_T: Tensor, room_E: Tensor) -> Tensor:
-        """The best of each expert's tokens that it has room for, bool (T,); pairs of expert E have none."""
+        """The best of each expert's tokens that it has room for, bool (T,); False for tokens of expert E."""
         order_T = torch.empty_like(place_T)
         order_T[score_T.argsort(descending=True, stable=True)] = place_T
         rank_T = capacity_ranks(expert_T, order_T, E + 1)

@@ -43,7 +43,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_width(x: Tensor, width: int) -> None:
     """Raise a ``ValueError`` if rows (R, D) are not as wide as the experts' matrices take them.
 
-    For kernels that pad, or read without bounds: they would give numbers where a plain product raises.
+    For kernels that pad, or read without bounds: they would give numbers when a plain matmul raises.
     """
     if x.shape[1] != width:
         raise ValueError(f"rows have width {x.shape[1]}, the experts' matrices take {width}")
@@ -111,9 +111,10 @@ class TopK:
         scores_TE: float32 (T, E), scores of all experts.
         expert_ids_TK: int64 (T, K), ids of the chosen experts, the best first.
         gates_TK: float32 (T, K), their combine weights.
-        chosen_per_expert_E: int64 (E,), real tokens that chose each expert; None if the backend did not count them.
-        sums: sums over the real tokens under their names in ``balance_sums``, from a backend that makes them: "score"
-            (E,), the scores over their sum; "square" (1,), the squared logsumexp of the logits.
+        chosen_per_expert_E: int64 (E,), non-padding tokens that chose each expert; None if the backend did not count
+            them.
+        sums: sums over the non-padding tokens under their names in ``balance_sums``, from a backend that makes them:
+            "score" (E,), the scores over their sum; "square" (1,), the squared logsumexp of the logits.
     """
 
     scores_TE: Tensor
@@ -230,7 +231,7 @@ def count_experts(expert_ids_N: Tensor, num_experts: int) -> Tensor:
 
 
 def sort_pairs(expert_ids_N: Tensor, tokens_per_expert_E: Tensor) -> Sorted:
-    """Order the pairs by expert, earlier pairs first; those with the id E come last.
+    """Order the pairs by expert, earlier pairs first; pairs with the id E come last.
 
     Args:
         expert_ids_N: int64 (N,), E if a pair is not computed.
@@ -289,7 +290,7 @@ def capacity(ratio: tuple[int, int], top_k: int, num_tokens: int | Tensor, num_e
     Args:
         ratio: ``whole_ratio`` of the factor.
         top_k: experts per token.
-        num_tokens: real tokens of a group, or int64 of several.
+        num_tokens: non-padding tokens of a group, or int64 of several.
         num_experts: E.
     """
     over, under = ratio

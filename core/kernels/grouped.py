@@ -174,7 +174,7 @@ def expert_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
-    """Compute ``eager.expert_linear`` in one grouped product."""
+    """Compute ``eager.expert_linear`` in one grouped matmul."""
     y_RF = product(x_RD, w, offsets_E)
     if b is None:
         return y_RF

@@ -2,7 +2,7 @@
 
 ``neurons`` and ``best_keys`` are written twice. The plain ones read like the equations, copy every picked row, and can
 be compiled, exported, transformed and differentiated twice. The others run as they are, on any device: they go through
-the tokens in chunks that stay in the processor's cache, keep no picked row for the backward, and make the gradient of a
+the tokens in chunks that stay in the processor's cache, save no picked row for the backward, and make the gradient of a
 table either dense or of only its picked rows.
 
 On 2 cores of an AMD EPYC, torch 2.13.0+cpu, 4,096 tokens with 128 of 2^20 rows of 128 numbers (2026-11-27): the dots

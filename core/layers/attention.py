@@ -66,8 +66,7 @@ class AttentionMoE(MoE):
             mask: bool (S, S) or (B, S, S), True where a query (the first S) may see a key; None: all.
             attend: computes the attention instead of the layer, which then heeds neither ``mask`` nor ``causal`` nor
                 the padding: for positions in queries and keys, or keys of earlier tokens that are kept.
-            seen: shaped as ``x``, what keys and values are made of, finite where the context calls a token padding;
-                None: ``x``.
+            seen: shaped as ``x``, the source of keys and values, finite also for padding tokens; None: ``x``.
 
         Returns:
             (..., S, D_out).
@@ -115,7 +114,7 @@ class AttentionMoE(MoE):
         return self.dispatcher.combine(self.experts(rows, "queries"))
 
     def _outputs(self, y_NC: Tensor, routing: Routing) -> Tensor:
-        """Return the tokens' sums over what their pairs attended to, mapped back and weighted: (T, D_out)."""
+        """Return the tokens' sums over their pairs' attention outputs, mapped back and weighted: (T, D_out)."""
         N = routing.expert_ids_N.shape[0]
         rows = self.dispatcher.dispatch(y_NC, replace(routing, input_index_N=torch.arange(N, device=y_NC.device)))
         if self.router.gates_on == "input":
@@ -128,8 +127,8 @@ class AttentionMoE(MoE):
 def _places(routing: Routing, num_experts: int) -> tuple[int, Tensor | None]:
     """Return how many queries a token has room for, P, and the place of each pair among T * P, int64 (N,).
 
-    It is None if the pairs lie so already. Where tokens take unequal numbers of experts, each has room for all: a
-    host that counted would wait for the device.
+    It is None if the pairs are in this order already. Where tokens take unequal numbers of experts, each has room for
+    all: a host that counted would wait for the device.
     """
     if routing.top_k is not None:
         return routing.top_k, None

@@ -94,7 +94,7 @@ class MoELayer(nn.Module):
         return {**self.__dict__, "_tapes": (), "_unrecorded": 0}
 
     def _check_width(self, x: Tensor) -> None:
-        """Raise a ``ValueError`` if tokens are not ``dim`` wide: not every gate and product would notice."""
+        """Raise a ``ValueError`` if tokens are not ``dim`` wide: not every gate and matmul would notice."""
         if x.is_nested:
             raise ValueError("x is a nested tensor: give nn.TransformerEncoder enable_nested_tensor=False")
         if self.dim is not None and x.shape[-1] != self.dim:

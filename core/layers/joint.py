@@ -22,8 +22,8 @@ _DROPLESS = Capacity()
 
 class JointMultiGateMoE(MultiGateLayer):
     """``y_k = sum over S and P_k of g_k,e f_e(x)``: S holds the experts with the highest mean gate over the tasks, P_k
-    those with task k's highest gates among the others, and ``g_k`` is the softmax of task k's logits over both (SMES,
-    arXiv 2602.09386). An expert that several tasks chose computes an example once.
+    the ones with task k's highest gates among the others, and ``g_k`` is the softmax of task k's logits over both
+    (SMES, arXiv 2602.09386). An expert that several tasks chose computes an example once.
 
     Entries of the tape: ``<layer>.selection`` has the computed pairs, the mean of the tasks' scores and the balance
     losses, one of each for all gates together; ``<layer>.task0`` and so on have the tasks' choices, and no losses.
@@ -35,7 +35,7 @@ class JointMultiGateMoE(MultiGateLayer):
         shared_top_k: number of experts in S.
         private_top_k: number of experts in P_k.
         dense_training: whether in training half of the examples, chosen at random, take all experts.
-        options: as in ``MultiGateMoE``; a gate drops experts among those that a task chose.
+        options: as in ``MultiGateMoE``; a gate drops experts among a task's choices.
     """
 
     splits_experts = True

@@ -1,4 +1,4 @@
-"""The balance losses of a tape, and what moves once per optimizer step: selection biases and adaptive weights."""
+"""The balance losses of a tape, and updates once per optimizer step: selection biases and adaptive weights."""
 
 from __future__ import annotations
 

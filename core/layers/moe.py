@@ -220,7 +220,7 @@ class AveragedMoE(MoE):
     """Experts by pairs in training, and in evaluation one whose parameters are the mean of theirs (AdaMix, arXiv
     2205.12410). Built from ``Random(evaluation="merged")``.
 
-    The mean is taken once a call; ``core.average_experts`` takes it for good.
+    The mean is taken once per call; ``core.average_experts`` takes it for good.
 
     Raises:
         ValueError: the experts cannot be merged.

@@ -1,4 +1,4 @@
-"""Multi-task layers: experts that all tasks share, or own, and a gate a task that weights them."""
+"""Multi-task layers: experts that all tasks share, or own, and one gate per task that weights them."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class LevelOutputs:
 
 class FeatureGate(nn.Module):
     """An input of its own for each expert: ``x * 2 sigmoid(x A_e B_e)`` with A_e (D, r) and B_e (r, D) (HoME, arXiv
-    2408.05430, the feature-gate, with one low-rank gate an expert where the paper mixes a few). It starts at ``x``.
+    2408.05430, the feature-gate, with one low-rank gate per expert; the paper mixes a few). It starts at ``x``.
 
     Parameters: ``down`` (n, D, r), ``up`` (n, r, D).
     """
@@ -177,7 +177,7 @@ class MultiGateMoE(DenseGatesLayer):
         gates: the gates of the level.
         experts: its experts, in the order of ``groups``.
         groups: how the experts are shared out among tasks and domains.
-        num_tasks: t; ``groups.num_tasks`` is 1 where one gate serves all.
+        num_tasks: t; ``groups.num_tasks`` is 1 if one gate serves all.
         feature_gate: inputs of the experts' own.
         options: ``balance``, ``expert_dropout`` and ``dim``, as in ``MultiGateLayer``.
     """

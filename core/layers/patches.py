@@ -48,8 +48,8 @@ class PatchMoE(MoE):
         Args:
             x: tokens (B, S, D), or one sequence of them (S, D): the prefix, then the positions row by row. Or a map (B,
                 D, h, w), channels first, which has no prefix and may be of any size that p divides.
-            context: routing context of the tokens; its (B, S) fields have S = h * w for a map. A patch is real where
-                one of its positions is, and has the ids of its first real position. Padding within it is zero to the
+            context: routing context of the tokens; its (B, S) fields have S = h * w for a map. A patch is real if one
+                of its positions is, and has the ids of its first real position. Padding within it is zero to the
                 convolutions, and comes out zero.
 
         Returns:

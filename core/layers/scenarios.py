@@ -225,7 +225,7 @@ class STARLayer(MultiGateLayer):
     The layer's entry of the tape has its own name, and its experts are the domains.
 
     Args:
-        experts: the networks, one a domain.
+        experts: the networks, one per domain.
         num_tasks: t.
         dim: D.
         norm: normalization of the input by domain; None: none.

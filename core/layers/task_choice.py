@@ -31,7 +31,7 @@ class SparseMultiGateMoE(MultiGateLayer):
     computes it once, but where gates scale the experts' input, which then differs by task.
 
     Args:
-        routers: one a task.
+        routers: one per task.
         experts: E experts.
         pairs_per_token: experts per example for a task, for ``active_params``.
         domain: adds the example's domain to the routers' input.
@@ -69,7 +69,7 @@ class SparseMultiGateMoE(MultiGateLayer):
         return {f"task{k}": self.router[k] for k in range(self.num_tasks)}
 
     def active_expert_params(self) -> int:
-        """Return what one example touches on average; see ``expected_experts``."""
+        """Return the parameters that one example touches on average; see ``expected_experts``."""
         E = self.experts.num_experts
         return round(self.all_expert_params() * expected_experts(E, self.pairs_per_token, self.num_tasks) / E)
 
@@ -80,7 +80,7 @@ class EachOnce:
 
     Attributes:
         y_tTH: (t, T, H), the weighted sum of each task's experts.
-        pairs, first_N: the pairs that were computed, and the number of the computed pair for each pair; see
+        pairs, first_N: the pairs that were computed, and the index of the computed pair of each pair; see
             ``unique_pairs``.
     """
 
@@ -95,7 +95,7 @@ def each_once(layer: MultiGateLayer, x_TD: Tensor, routings: list[Routing]) -> E
     Args:
         layer: the layer, for its dispatcher and its experts.
         x_TD: (T, D) examples.
-        routings: one a task.
+        routings: one per task.
     """
     joined, T = join_tasks(routings), x_TD.shape[0]
     pairs, first_N = unique_pairs(joined, T)

@@ -34,7 +34,7 @@ def offload_experts(
     prefetch: bool = True,
     device: torch.device | str | None = None,
 ) -> OffloadedExperts:
-    """Keep the routed experts of a trained model off the device, in place, and fetch those that a call needs.
+    """Keep the routed experts of a trained model off the device, in place, and fetch the ones that a call needs.
 
     Experts of equal shapes share a pool of slots, whatever their layers. Which expert gives way is the ``policy``'s
     choice, and while a layer computes the experts of the next one are predicted and fetched by a thread, on a stream of
@@ -55,7 +55,7 @@ def offload_experts(
         device: device of the slots; None: the device of the experts.
 
     Returns:
-        What counts hits, misses and bytes. The model keeps it.
+        The counters of hits, misses and bytes. The model keeps it.
 
     Raises:
         ValueError: the model has no experts to offload, they are offloaded already or split over ranks, or the budget
@@ -165,7 +165,8 @@ def loading_experts(model: nn.Module, state: Mapping[str, Any]) -> Iterator[Mapp
 
 
 def _places(model: nn.Module) -> tuple[dict[str, tuple[Experts, Scores | None]], list[str]]:
-    """Return the modules of experts to be offloaded with their gates, by name, and the names of those that stay."""
+    """Return the modules of experts to be offloaded with their gates, by name, and the names of the modules that
+    stay."""
     places: dict[str, tuple[Experts, Scores | None]] = {}
     left, known = [], set()
     for path, layer in moe_layers(model).items():

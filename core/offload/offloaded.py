@@ -115,7 +115,7 @@ class OffloadedExperts:
 
     @property
     def statistics(self) -> OffloadStatistics:
-        """What all modules counted together."""
+        """The counters of all modules together."""
         return sum((member.statistics for member in self._members), OffloadStatistics())
 
     def by_module(self) -> dict[str, OffloadStatistics]:
@@ -246,7 +246,7 @@ class OffloadedExperts:
             number: this module's.
             x_TD: (T, D), its input.
             active: the experts that it needed.
-            kept: those that it computes with at the moment.
+            kept: the experts that it computes with at the moment.
         """
         if self._forecast is None:
             return
@@ -315,7 +315,7 @@ class _Pieces:
             self._y |= zip(experts, y_rD.split([self.sizes[e] for e in experts]), strict=True)
 
     def result(self) -> Tensor:
-        """Return the output of all rows, (R, D_out) in their order; zero for those that no expert computes."""
+        """Return the output of all rows, (R, D_out) in their order; zero for rows that no expert computes."""
         y_rD, lacking = self._joined(), self.rows.x.shape[0] - self.live
         return y_rD if lacking == 0 else torch.cat((y_rD, y_rD.new_zeros(lacking, y_rD.shape[1])))
 

@@ -122,12 +122,12 @@ class SlotPool:
             self.free.append(held.slot)
 
     def require(self, module: int, numbers: Sequence[int], statistics: OffloadStatistics) -> list[int]:
-        """Return the slots of a module's experts, after loading those that are in none.
+        """Return the slots of a module's experts, after loading the experts without a slot.
 
         Args:
             module: the module's number.
             numbers: its experts, at most ``count`` of them.
-            statistics: counts what happens.
+            statistics: counters.
 
         Raises:
             ValueError: the store was changed.
@@ -179,7 +179,7 @@ class SlotPool:
             wanted: the experts, the most probable first.
             kept: experts that the call at hand computes with, which keep their slots.
             worker: thread that loads.
-            statistics: counts what happens.
+            statistics: counters.
         """
         self._drop_late(set(wanted), statistics)
         for expert in wanted:

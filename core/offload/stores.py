@@ -44,7 +44,7 @@ class Store(Protocol):
         """Copy expert ``e`` into tensors of one expert, on any device. On CUDA the copy may still be on its way."""
 
     def check(self) -> None:
-        """Raise a ``ValueError`` if the experts are not those that were stored."""
+        """Raise a ``ValueError`` if the experts differ from the stored ones."""
 
 
 class HostStore:
@@ -136,7 +136,7 @@ class ExpertFile:
         return zlib.crc32(data)
 
     def _look(self) -> tuple[int, int, int]:
-        """Return what changes with the contents: size and times of the file that is open."""
+        """Return values that change with the contents: size and times of the file that is open."""
         state = os.fstat(self._fd)
         if state.st_size < self.size:
             raise ValueError(f"{self.path} has {state.st_size} bytes and had {self.size}: it was cut under the cache")

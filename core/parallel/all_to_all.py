@@ -113,7 +113,7 @@ class AllToAllDispatcher(Dispatcher):
         return self._received(x_SD, gates_S, expert_S, count_E, Way(rows, place_R, hops))
 
     def _received(self, x_RD: Tensor, gates_R: Tensor, expert_R: Tensor, count_E: Tensor, way: Way) -> Rows:
-        """Return the experts' rows, given what has come in: tokens of one pair each."""
+        """Return the experts' rows, given the received rows: tokens of one pair each."""
         R = expert_R.shape[0]
         pairs = Routing(
             token_index_N=torch.arange(R, device=expert_R.device),

@@ -13,7 +13,7 @@ from .all_to_all import AllToAllDispatcher
 class InStep:
     """Keeps ranks that share the experts of a model in step, since all of them call a layer together.
 
-    A rank that has no work left calls the model with padding, until none of them has work. Without sharded experts it
+    A rank that has no work left calls the model with padding, until all of them are done. Without sharded experts it
     sends nothing and waits for nobody.
 
     Args:

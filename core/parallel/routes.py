@@ -36,12 +36,12 @@ class Hop:
     received: list[int] | None
 
     def there(self, x_R: Tensor) -> Tensor:
-        """Return what this rank receives, given (R, ...) rows."""
+        """Return the rows that this rank receives, given (R, ...) rows."""
         x_S = x_R if self.index_S is None else x_R.index_select(0, self.index_S)
         return self._exchange(x_S, self.sent, self.received)
 
     def back(self, y: Tensor) -> Tensor:
-        """Return (R, ...), the sums of what comes back for each row, given as many rows as were received."""
+        """Return (R, ...), the sums of the outputs that come back for each row, given as many rows as were received."""
         y_S = self._exchange(y, self.received, self.sent)
         if self.index_S is None:
             return y_S

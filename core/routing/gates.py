@@ -26,7 +26,7 @@ def read_scalar(state: dict[str, Any], name: str) -> None:
 
 
 def widened(x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the tokens in float32 (float64 stays), and those in half precision that a linear gate keeps for its
+    """Return the tokens in float32 (float64 stays), and the half-precision tokens that a linear gate saves for its
     backward, or None."""
     if x_TD.dtype in (torch.float32, torch.float64):
         return x_TD, None
@@ -111,7 +111,7 @@ class NormedGate(LinearGate):
     """A linear gate of the token at a root mean square of 1: ``logits = (x / rms(x) * s / sqrt(D)) W^T + b``, with a
     learned ``s`` (D,) that starts at 1 (Gemma 4, as its implementations have it).
 
-    The weights start with ``sqrt(D)`` times the deviation of a linear gate's, so that the logits are as large.
+    The weights start with ``sqrt(D)`` times a linear gate's standard deviation, so that the logits are as large.
     """
 
     eps = 1e-6

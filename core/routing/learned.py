@@ -86,7 +86,8 @@ class Attention(TopKConfig):
 
 
 class StableRouter(PairRouter):
-    """The router of ``Stable``: one expert a token, by its hidden state until ``freeze_light_router``, then by its id.
+    """The router of ``Stable``: one expert per token, by its hidden state until ``freeze_light_router``, then by its
+    id.
 
     Attributes:
         gate: module of the logits from hidden states; the chosen one's sigmoid is the combine weight in both stages.

@@ -22,7 +22,7 @@ class ExpertGroups:
     ones, then each task's own with its self-gate's, then each domain's own.
 
     Attributes:
-        num_tasks: number of gates, t; 1 where all tasks share one.
+        num_tasks: number of gates, t; 1 if all tasks share one.
         num_shared: number of experts that every gate may use.
         num_task: numbers of experts that belong to one task, one number per task.
         num_self: number of experts of each task outside its softmax (HoME's self-gate).
@@ -66,7 +66,7 @@ class ExpertGroups:
 
     @property
     def per_gate(self) -> tuple[int, ...]:
-        """The numbers of experts of the tasks' gates, one a task."""
+        """The numbers of experts of the tasks' gates, one per task."""
         return tuple(self.num_shared + n + self.num_domain for n in self.num_task)
 
     @property
@@ -327,7 +327,7 @@ class DenseGates(Router):
         return GateLogits(_plus(logits_TtE[..., :per_gate], self.bias), self_TtL, shared_TE)
 
     def _uneven_logits(self, x_GTD: Tensor) -> GateLogits:
-        """Return the logits of gates of several sizes: one product a task."""
+        """Return the logits of gates of several sizes: one matmul per task."""
         groups, dtype = self.groups, x_GTD.dtype
         x_kTD = x_GTD.expand(1 + groups.num_tasks, -1, -1)  # the shared representation's first
         biases = [None] * groups.num_tasks if self.bias is None else self.bias.to(dtype).split(groups.per_gate)
@@ -375,7 +375,7 @@ def dropped_experts(weights: Tensor, rate: float) -> Tensor:
 
 
 def joint_choice(gates_TtE: Tensor, shared_top_k: int, private_top_k: int) -> Tensor:
-    """Return the experts of each task, int64 (T, t, shared_top_k + private_top_k): first those with the highest mean
+    """Return the experts of each task, int64 (T, t, shared_top_k + private_top_k): first the ones with the highest mean
     gate over the tasks, the same for all, then each task's highest gates among the others.
 
     Args:
@@ -391,7 +391,7 @@ def joint_choice(gates_TtE: Tensor, shared_top_k: int, private_top_k: int) -> Te
 
 
 def expected_experts(num_experts: int, per_task: float, num_tasks: int) -> float:
-    """Return how many of E experts at least one task chooses on average, where each of t tasks chooses ``per_task`` of
+    """Return how many of E experts at least one task chooses on average, if each of t tasks chooses ``per_task`` of
     them evenly and independently of the others: ``E (1 - (1 - per_task / E)^t)``. Tasks that agree choose fewer."""
     return num_experts * (1 - (1 - min(per_task / num_experts, 1.0)) ** num_tasks)
 

@@ -95,8 +95,8 @@ class ProductKeysRouter(PairRouter):
         return torch.stack([values for values, _ in each], 1), torch.stack([index for _, index in each], 1)
 
     def _norm(self, q_TC: Tensor, tokens: Tokens) -> Tensor:
-        """Return the queries after the norm: in training by the statistics of the real tokens, which the running ones
-        follow; in evaluation, and with fewer than two real tokens, by the running ones."""
+        """Return the queries after the norm: in training by the statistics of the non-padding tokens, which the running
+        ones follow; in evaluation, and with fewer than two non-padding tokens, by the running ones."""
         if self.norm_weight is None or self.norm_bias is None:
             return q_TC
         mean_C, var_C = (getattr(self, name).to(q_TC.dtype) for name in ("running_mean", "running_var"))

@@ -59,7 +59,7 @@ class Tokens:
 
     @property
     def real_T(self) -> Tensor:
-        """bool (T,), True for real tokens."""
+        """bool (T,), True for non-padding tokens."""
         if self.valid_T is not None:
             return self.valid_T
         return torch.ones(self.x_TD.shape[0], dtype=torch.bool, device=self.x_TD.device)
@@ -83,7 +83,7 @@ class Tokens:
         return value_B.unsqueeze(1).expand(-1, self.length, *value_B.shape[1:]).flatten(0, 1)
 
     def mean_of_sequences(self) -> Tensor:
-        """Return the mean of the real tokens of each sequence, (B, D); zero where it has none."""
+        """Return the mean of the non-padding tokens of each sequence, (B, D); zero where it has none."""
         x_BSD = self.x_TD.unflatten(0, (self.num_sequences, self.length))
         if self.valid_T is None:
             return x_BSD.sum(1) / max(self.length, 1)
@@ -148,7 +148,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def check_context(self, context: RoutingContext | None) -> None:
-        """Raise a ``ValueError`` if the context lacks what this router reads."""
+        """Raise a ``ValueError`` if the context lacks a field that this router reads."""
         for name in self.needs:
             if context is None or getattr(context, name) is None:
                 raise ValueError(f"{type(self).__name__} needs context.{name}, which is None")
@@ -162,10 +162,11 @@ class Router(nn.Module):
         return {}
 
     def after_counts(self, counts: Tensor) -> None:
-        """Move what follows the step's counts: ``Evidence.counts`` (num_counts,), added up over passes and ranks."""
+        """Update the values that follow the step's counts: ``Evidence.counts`` (num_counts,), added up over passes and
+        ranks."""
 
     def after_step(self) -> None:
-        """Move what anneals; ``core.update_expert_bias`` calls it once per optimizer step, in training."""
+        """Update annealed values; ``core.update_expert_bias`` calls it once per optimizer step, in training."""
 
 
 class PairRouter(Router):
@@ -375,8 +376,8 @@ class RouterConfig(OpenConfig):
         return self.can_grow
 
     def constant_gates(self, num_experts: int) -> tuple[float, ...] | None:
-        """Return the gate of each expert where every token has the same gates in evaluation, capacity aside; None if
-        they may differ."""
+        """Return the gate of each expert if every token has the same gates in evaluation, capacity aside; None if they
+        may differ."""
         return None
 
     # Costs.

@@ -85,7 +85,7 @@ class Choice:
         gates_TK: float32 (T, K), combine weights; gates of empty places are not read.
         evidence: logits, scores and the like for the losses and the statistics; None: the gate has none.
         priority_T: float32 (T,), the higher is served first under priority "score"; None: the largest score.
-        chosen_per_expert_E: int64 (E,), real tokens that chose each expert, if a kernel counted them on the way.
+        chosen_per_expert_E: int64 (E,), non-padding tokens that chose each expert, if a kernel counted them on the way.
         kept_sum: number that the gates of a token's computed pairs are brought to sum to; None: they are left as they
             are.
     """
@@ -108,7 +108,7 @@ def select_pairs(
     training: bool,
     backend: str = "auto",
 ) -> Routing:
-    """Flatten each token's choices to pairs and mark those that are not computed.
+    """Flatten each token's choices to pairs and mark the pairs that are not computed.
 
     Args:
         choice: experts and gates of T tokens.

@@ -72,7 +72,7 @@ class ExpertCase:
         return self.tokens(B * S).reshape(B, S * self.expert.tokens_per_row, self.dim)
 
     def balance(self) -> Balance:
-        """Return the weights of the balance losses, which experts have none of."""
+        """Return the weights of the balance losses; experts have none."""
         return Balance()
 
     def padded(self) -> tuple[Tensor, RoutingContext]:

@@ -32,7 +32,7 @@ _NOTED_EVERY = 60.0
 
 
 class PredictionFile(Callback):
-    """A callback that writes predictions to a file, in the order of their ``index`` where all rows have one.
+    """A callback that writes predictions to a file, in the order of their ``index`` if all rows have one.
 
     The rows go to a file next to it first, a JSON line each, or lines of text; the file is made of it in the end. So
     memory holds one batch, and, if batches come in another order than their indices, 16 bytes per row. The columns of a
@@ -47,7 +47,7 @@ class PredictionFile(Callback):
     Attributes:
         first: the first rows in the file's order, as JSON.
         num_rows: number of predictions in the file.
-        start: number of those that an earlier run has left.
+        start: number of rows that an earlier run has left.
     """
 
     def __init__(self, path: Path, preview: int = 3, raw_csv: bool = False, **partial: Any) -> None:

@@ -1,6 +1,6 @@
-"""Charts of a page as plain values, each with its numbers as a table; ``vega`` draws them.
+"""Charts of a page as plain values, each with its numbers as a table; ``vega`` renders them.
 
-Every chart has a ``summary``: what one sees in it, in a sentence, for those who do not see it.
+Every chart has a ``summary``: its content in a sentence, for readers who cannot see it.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class BarChart(_Axes):
     Attributes:
         names: names of the bars' places.
         series: a value for each place, by the name of the series.
-        line: value at which a line lies across, such as an even share; None for none.
+        line: value at which a line crosses the chart, such as an even share; None for none.
 
     Raises:
         ValueError: a series of another length than the names.

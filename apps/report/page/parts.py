@@ -28,7 +28,7 @@ class Text:
 
     @classmethod
     def if_any(cls, lines: Iterable[str]) -> tuple[Text, ...]:
-        """Return one part with the lines that are not empty, or no part where there are none."""
+        """Return one part with the lines that are not empty, or no part if there are none."""
         shown = tuple(filter(None, lines))
         return (cls(shown),) if shown else ()
 
@@ -81,7 +81,7 @@ class Picture:
 
     Attributes:
         path: the file.
-        alt: what one sees in it, for those who do not.
+        alt: its content in words, for readers who cannot see it.
         caption: line below it.
     """
 
@@ -97,7 +97,7 @@ class Thumbnail:
     Attributes:
         source: its content as a ``data:`` URI.
         size: width and height in pixels.
-        alt: what one sees in it, for those who do not.
+        alt: its content in words, for readers who cannot see it.
         lines: lines below it.
         link: target of a click, such as the path of the whole picture from the page; "": nowhere.
     """
@@ -175,7 +175,7 @@ class Words:
         Args:
             title: their title.
             pieces: the tokens; ``START`` before one starts a word.
-            experts: numbers of each piece's experts, by layer; E and above is none.
+            experts: numbers of each token's experts, by layer; E and above is none.
             num_experts: E.
             values: as in ``Words``.
             note: sentence below.
@@ -244,7 +244,7 @@ class Page:
 
     Attributes:
         title: its heading, such as "Sparse and dense on digits".
-        verdict: sentences that say what was shown, with intervals, the most important first; the page starts with them.
+        verdict: sentences that state the results, with intervals, the most important first; the page starts with them.
         figures: at most ten lines of figures, which the terminal prints as well; None: there are none.
         sections: everything else, in order; empty ones are left out.
         kind: "comparison" or "test", for example.

@@ -280,7 +280,7 @@ def _heatmap(chart: HeatmapChart, is_still: bool) -> alt.LayerChart:
 
 
 def _words(words: Words, is_still: bool) -> alt.LayerChart:
-    """Draw the labels of words, a row a word and a column a layer; a page shows them as text."""
+    """Plot the labels of words, one row per word and one column per layer; a page shows them as text."""
     names, colors = _different(words.words), expert_colors(words.num_colors)
     rows = []
     for layer, labels in words.labels.items():

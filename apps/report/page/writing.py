@@ -136,7 +136,7 @@ def open_page(path: Path) -> None:
 
 
 def save_sections(sections: Sequence[Section], folder: Path) -> Path:
-    """Write sections as JSON into ``folder``, where their pictures are; ``load_sections`` reads them."""
+    """Write sections as JSON into ``folder``, which has their pictures; ``load_sections`` reads them."""
     path = folder / SECTIONS
     with replacing(path) as file:
         json.dump(to_json(tuple(sections)), file)
@@ -144,7 +144,7 @@ def save_sections(sections: Sequence[Section], folder: Path) -> Path:
 
 
 def load_sections(folder: Path) -> tuple[Section, ...]:
-    """Return the sections that ``save_sections`` wrote, their pictures by full paths; none where there are none."""
+    """Return the sections that ``save_sections`` wrote, their pictures by full paths; none if there are none."""
     path = folder / SECTIONS
     if not path.is_file():
         return ()

@@ -29,7 +29,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint next to its place and moves it there: a kill or a full disk leaves the old file as it was.
 
     Args:
-        mapped: read a file where its tensors are used, for a test that needs few of them and keeps none.
+        mapped: map a file into memory, for a test that needs few of its tensors and keeps none.
     """
 
     def __init__(self, mapped: bool = False) -> None:

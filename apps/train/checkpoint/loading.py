@@ -1,7 +1,7 @@
 """Checkpoints from outside a training: the model of one, and the classes that the configuration next to it may name.
 
-A checkpoint is data. It names its model and the model's configs, and those names are looked up among the classes of the
-apps and those that the program has imported: nothing is imported because a file says so. See docs/security.md.
+A checkpoint is data. It names its model and the model's configs, and those names are looked up among the apps' classes
+and classes that the program has imported: nothing is imported because a file says so. See docs/security.md.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ def load(
 ) -> BalancedModule:
     """Return the trained model of a run, of any app, ready to predict.
 
-    Every app's model has ``predict``, which takes what its users have: a table or a path of one (recommenders), image
-    files (vision), strings (translation and language models).
+    Every app's model has ``predict``, which takes its users' data: a table or a path of one (recommenders), image files
+    (vision), strings (translation and language models).
 
     Args:
         path: a run's folder or a checkpoint, as ``find_checkpoint`` takes it.
         device: device for the weights.
         quantize: how experts are quantized, such as "int8" or "int4:64"; None: they stay as they are.
         offload: how much of the experts is on the device, such as "0.5" or "64MB:experts.safetensors"; see
-            ``core.offload_experts`` and ``core.OffloadedExperts.of(model)``. None: all of them. What goes to a file is
-            never in memory as a whole.
+            ``core.offload_experts`` and ``core.OffloadedExperts.of(model)``. None: all of them. Predictions that go to
+            a file are never in memory as a whole.
 
     Returns:
-        The module in evaluation mode: a ``SparseModule``, or a user's module that was made sparse. It knows what its
-        checkpoint keeps of the data (classes, columns, subwords), so that no training data are needed.
+        The module in evaluation mode: a ``SparseModule``, or a user's module that was made sparse. It knows the facts
+        about the data in its checkpoint (classes, columns, subwords), so that no training data are needed.
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.

@@ -85,7 +85,7 @@ class RunFolder(Callback):
     Args:
         folder: folder of the run.
         descriptions: texts to write there, by the name of the file.
-        overwrite: remove the earlier run instead; those in ``earlier`` stay.
+        overwrite: remove the earlier run instead; runs in ``earlier`` stay.
     """
 
     # The log and the checkpoints are moved last: a kill half-way loses none. The curves have names of their own.

@@ -132,7 +132,7 @@ def limit(model: Any, factor: float) -> None:
 
 
 def _pruned(model: Any, statistics: Mapping[str, core.ExpertStatistics] | str) -> Iterator[Cheaper]:
-    """Yield the forms with a share of the experts, those that compute the most rows."""
+    """Yield the forms with a share of the experts, namely the ones that compute the most rows."""
     for share in SHARES:
         short = f"{100 * share:g} %"
         name = f"{short} of the experts"

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters and buffers of a model; those that share memory count once."""
+    """Return the bytes of the parameters and buffers of a model; tensors that share memory count once."""
     memories = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*model.parameters(), *model.buffers())
@@ -91,7 +91,8 @@ class Seconds:
 
     @property
     def ratios(self) -> list[float]:
-        """Return the own seconds as a share of the trained model's, by round: what slows a machine slows both."""
+        """Return the own seconds as a share of the trained model's, by round: anything that slows the machine slows
+        both."""
         return [a / b for a, b in zip(self.own, self.trained, strict=True)]
 
     @property

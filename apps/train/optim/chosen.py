@@ -28,7 +28,7 @@ class Chosen:
 
     Attributes:
         optimizer: ``class_path`` and ``init_args`` of an optimizer; None: the module's own.
-        scheduler: options of a scheduler; None: the rate of ``optimizer`` stays as it is.
+        scheduler: the same for a scheduler; None: the rate of ``optimizer`` stays as it is.
         interval: when the scheduler steps.
     """
 

@@ -144,7 +144,7 @@ def _on_cuda(tensors: Sequence[torch.Tensor]) -> bool:
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Return the trainable parameters of ``model`` in groups: routers, experts, the rest, each with and without decay.
 
-    1-d parameters, biases and norms (also the experts', which are (E, F)) have no decay, nor have those that a
+    1-d parameters, biases and norms (also the experts', which are (E, F)) have no decay, nor have parameters that a
     submodule names in ``no_weight_decay()`` as timm's models do. Muon's matrices have groups of their own: the weights
     of experts, shared ones too, and of ``nn.Linear`` outside the modules that ``model.readout`` names. A group has the
     keys ``name``, ``params``, ``lr``, ``weight_decay`` and, under Muon, ``muon``; empty groups are left out.

@@ -39,7 +39,7 @@ def clip_with_rows(parameters: Iterable[Tensor], limit: float, algorithm: str) -
     """Clip the gradients of parameters, some of which are sparse tensors of rows, as torch clips dense ones.
 
     Args:
-        parameters: those that the optimizer steps.
+        parameters: the optimizer's parameters.
         limit: the largest norm of all gradients together, or the largest size of one number.
         algorithm: "norm" or "value".
 

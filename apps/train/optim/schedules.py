@@ -65,7 +65,7 @@ class SharedStart(ExpertAveraging):
 
     They start as copies of the first expert, and each step updates all by the mean of their updates. Then each sets a
     random part of its matrices' weights to zero, and all train on. With ``DenseToSparse`` as the router this is EvoMoE,
-    which trains one expert where this trains equal ones.
+    which trains one expert, while this trains equal ones.
 
     Args:
         until: part of the training's steps in which the experts are one, in (0, 1]; at 1 they never differ.

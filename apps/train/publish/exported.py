@@ -37,7 +37,7 @@ class Description:
         app: "vision", "tables", ...; see ``apps.train.publish.exporting.Exported``.
         module: the model's class, as ``apps.registry.name_of`` names it.
         arguments: the model's arguments as plain values, without those that only training uses.
-        preprocessing: what turns inputs into the graph's tensors, and its outputs into answers.
+        preprocessing: values for turning inputs into the graph's tensors, and its outputs into answers.
         data: section "data" of a configuration, without the paths of a training; None: none is known.
         format: "onnx", "torch_export" or "aoti".
         graphs: file of each graph, by its name; only in a folder.
@@ -120,7 +120,7 @@ class OnnxGraph(nn.Module):
         return dict(self.session.get_modelmeta().custom_metadata_map)
 
     def forward(self, inputs: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
-        """Return the outputs for named inputs; those that the graph does not have are not read.
+        """Return the outputs for named inputs; inputs that the graph does not have are not read.
 
         Raises:
             ValueError: an input is missing, or of another type or shape than the graph's.

@@ -22,7 +22,7 @@ class Graph:
             the first one is the raw logits, or the vectors of a tower.
         inputs: tensors of an example by their names in the graph, in the order of ``forward``'s arguments. Normalized:
             the input of the module's own forward. They are made contiguous, as a user's are: machine code of
-            AOTInductor takes its inputs to lie in memory as the example's do, and does not look.
+            AOTInductor assumes the memory layout of the example's inputs, and does not check.
         outputs: names of the outputs.
         dynamic: the axes that may have another length, by input: ``{"image": {0: "batch"}}``. Axes of the same name
             have the same length.
@@ -41,7 +41,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Exported:
-    """The graphs of a model, and what turns a user's inputs into their tensors and back.
+    """The graphs of a model, and the values for turning a user's inputs into their tensors and back.
 
     Attributes:
         app: "vision", "tables", "translation", ...: names the script in the docs that reads the file.

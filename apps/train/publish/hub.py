@@ -79,7 +79,7 @@ class HubModule(LinkedModule):
         """Upload the model to a hub, as one commit, and return the commit's address.
 
         Args:
-            repo_id: the repository, such as "owner/name", which is made where there is none.
+            repo_id: the repository, such as "owner/name", which is created if it does not exist.
             options: passed to ``huggingface_hub.ModelHubMixin.push_to_hub``: ``private``, ``token``, ``branch``,
                 ``commit_message``, ``create_pr``, ...
         """
@@ -123,7 +123,7 @@ class HubModule(LinkedModule):
 
     @property
     def _run(self) -> Path | None:
-        """The folder of the run that the module's checkpoint lies in; None: it was loaded from none."""
+        """The folder of the run of the module's checkpoint; None: it was loaded from none."""
         path = self.loaded_from
         return None if path is None else path.parent.parent if path.parent.name == "checkpoints" else path.parent
 

@@ -198,7 +198,7 @@ def _figures(figures: Measured | str, module: Any) -> list[str]:
 
 
 def _in_order(metrics: Mapping[str, float], module: Any) -> dict[str, float]:
-    """Return the metrics with the monitored one first, then those that tables show."""
+    """Return the metrics with the monitored one first, then the metrics that tables show."""
     monitored, shown = module.monitor.partition("/")[2], module.shown_metrics
     return dict(sorted(metrics.items(), key=lambda item: (item[0] != monitored, item[0] not in shown)))
 

@@ -66,10 +66,10 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
         hidden: processes that share out the hidden units of each expert, if there are more processes than experts.
         static_exchange: whether every expert is sent as many rows as its capacity allows, so that no host waits for a
             GPU; it needs a ``capacity_factor`` and batches of one size.
-        rest: what becomes of all other parameters: "replicate", a copy on each process; "shard", sharded over shards
-            and experts.
+        rest: placement of all other parameters: "replicate", a copy on each process; "shard", sharded over shards and
+            experts.
         param_dtype: dtype in which sharded parameters are gathered and computed, "bfloat16" or "float16"; None: their
-            own. ``trainer.precision`` needs none of it.
+            own. ``trainer.precision`` does not need it.
         reshard_after_forward: whether a block's parameters are freed after its forward and gathered again for the
             backward; None: they are.
         activation_checkpointing: whether blocks compute their activations again in the backward.

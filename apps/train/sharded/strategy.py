@@ -1,4 +1,4 @@
-"""What strategies share that divide a model's experts among processes: checks, checkpoints, and a lost process."""
+"""Shared code of strategies that shard a model's experts over processes: checks, checkpoints, and a lost process."""
 
 from __future__ import annotations
 

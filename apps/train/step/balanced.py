@@ -38,7 +38,7 @@ class BalancedModule(LightningModule):
     _moe_stats: core.RoutingStats | None = None
 
     def keep_loads(self, tape: core.Tape) -> None:
-        """Keep the experts' loads of a training step until the optimizer's step moves the selection biases."""
+        """Keep the experts' loads of a training step until the optimizer's step updates the selection biases."""
         # Only loads are kept: logits and scores of every micro-batch would stay until the optimizer's step.
         self._moe_tape = tape.loads() if self._moe_tape is None else self._moe_tape.merge(tape.loads())
 

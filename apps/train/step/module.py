@@ -147,7 +147,7 @@ class SparseModule(BalancedModule, HubModule):
 
     @property
     def task(self) -> Any:
-        """The trained model in use, an ``apps.task.Task``: what goes in and what comes out."""
+        """The trained model in use, an ``apps.task.Task``: inputs and outputs."""
         return registry.task_of(type(self), "use")(self)
 
     # ---- for subclasses to define
@@ -200,7 +200,7 @@ class SparseModule(BalancedModule, HubModule):
 
     @property
     def metric_signatures(self) -> Mapping[str, str]:
-        """Return, by name, how a metric is made where its name does not tell; it is shown next to the values."""
+        """Return, by name, how a metric is made if its name does not tell; it is shown next to the values."""
         return {}
 
     def report_callbacks(self) -> list[Callback]:

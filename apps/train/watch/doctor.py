@@ -25,9 +25,9 @@ class RoutingDoctor(Callback):
     """Diagnoses the first batches of each validation, and one training step at the end, by ``core.Doctor``.
 
     A finding is logged once, when it comes up, and once more when it is gone. A model without MoE layers is skipped, so
-    that dense twins may share a trainer's configuration. With several processes the evidence is the sum over all of
-    them, each with its part of the data; the findings are the same on each, and the first one speaks. See
-    docs/reference/routers/findings.md.
+    that FLOP-matched dense baselines may share a trainer's configuration. With several processes the evidence is the
+    sum over all of them, each with its part of the data; the findings are the same on each, and the first one speaks.
+    See docs/reference/routers/findings.md.
 
     Args:
         batches: validation batches that are looked at.
@@ -104,7 +104,7 @@ class RoutingDoctor(Callback):
 
     @torch.no_grad()
     def diagnose(self, pl_module: LightningModule) -> None:
-        """Set ``findings`` by the evidence so far, and log what has changed."""
+        """Set ``findings`` by the evidence so far, and log the changes."""
         assert self.doctor is not None
         before = {(f.name, f.layer): f for f in self.findings}
         with in_evaluation(pl_module):

@@ -23,7 +23,7 @@ def profiler(name: str, folder: Path) -> Profiler:
     """Return Lightning's profiler of a name, which writes its tables and traces into ``folder``.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no profiler has this name.
     """
     options: dict[str, Any] = {"dirpath": str(folder), "filename": "profile"}
     if name == "simple":

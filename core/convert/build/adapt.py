@@ -16,8 +16,8 @@ from ..read.names import matching_names
 def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None = None) -> nn.Module:
     """Freeze a trained model and put a mixture of updates into its linear layers, such as ``LoRA`` or ``IA3``.
 
-    What trains afterwards are the updates and their routers. Each layer has a router of its own. The model calls a
-    linear layer with tokens only, so that padding is routed as any token.
+    Only the updates and their routers train afterwards. Each layer has a router of its own. The model calls a linear
+    layer with tokens only, so that padding is routed as any token.
 
     Args:
         model: any module, which is changed in place, or one ``nn.Linear``.

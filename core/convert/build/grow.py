@@ -101,7 +101,7 @@ def freeze_experts(layer: MoE, experts: Collection[int]) -> None:
 
     Hooks stay through ``load_state_dict``, ``to`` and ``train``. They are not part of a ``state_dict``, a copy or a
     pickle: call this again on the layer that is loaded into, before ``DistributedDataParallel`` or FSDP2 wraps it. An
-    optimizer moves a row by more than its gradient where it decays weights, or has a momentum from before: see
+    optimizer updates a row by more than its gradient if it decays weights, or has momentum from before: see
     ``hold_experts``.
 
     Args:

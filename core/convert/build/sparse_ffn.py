@@ -24,7 +24,7 @@ class SparseFFN(nn.Module):
 
     Attributes:
         layout, dim, out_dim: as in ``FeedForwardPart``.
-        dropout: the network's own dropout behind the last product.
+        dropout: the network's own dropout behind the last linear layer.
         dense_params, dense_flops: parameters of the network, and its forward FLOPs per token.
     """
 
@@ -79,7 +79,7 @@ def put_layer(model: nn.Module, name: str, part: FeedForwardPart, layer: nn.Modu
         model: the model, or a copy of it.
         name: dotted name of the module that was read; "": the model itself.
         part: its description.
-        layer: what computes the network from now on.
+        layer: the layer that replaces the network.
 
     Returns:
         ``model``; ``layer`` where the model itself is the network.

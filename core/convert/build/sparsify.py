@@ -203,7 +203,7 @@ def _begin(
     generator: torch.Generator,
     known: Tensor | None,
 ) -> None:
-    """Write the experts of a new layer that takes the place of a network, and move it to where that is."""
+    """Write the experts of a new layer that replaces a network, and move it to the network's device."""
     if layer.experts.reads_context:
         raise ValueError(f"{type(config.expert).__name__} reads the context, which no feed-forward network is given")
     gates = _gates_of(layer) if start.keeps_output else None
@@ -283,7 +283,7 @@ def _scale_outputs(layer: MoE, scale: float) -> None:
 
 @torch.no_grad()
 def _add_noise(layer: MoE, noise: float, generator: torch.Generator) -> None:
-    """Add normal noise to each matrix of each expert, relative to the deviation of the matrix."""
+    """Add normal noise to each matrix of each expert, relative to the standard deviation of the matrix."""
     for e in range(layer.num_experts if noise else 0):
         for tensor in layer.experts.weights_of(e).values():
             if tensor.ndim == 2:

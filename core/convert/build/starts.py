@@ -2,8 +2,8 @@
 
 A start is a config with three methods: ``config`` says which experts the layer has, ``total_gate`` gives the required
 sum of a token's gates, and ``fill`` writes the experts' weights and, if the method asks for it, the rows of the gate.
-``core.sparsify`` does what all have in common: it scales the outputs of experts where the gates sum to another number,
-and adds noise.
+``core.sparsify`` does the common part: it scales the outputs of experts if the gates sum to another number, and adds
+noise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Start(OpenConfig):
 
     Attributes:
         keeps_output: the sparse layer starts with the output of the dense network, if the gates allow it.
-        even_gates: this holds only where all gates of a token are equal.
+        even_gates: this holds only if all gates of a token are equal.
         divides: experts are narrower than the network, so that ``granularity`` has a meaning.
         reads: argument of ``sparsify`` that ``fill`` reads, "inputs" or "importances"; "": none.
     """
@@ -281,7 +281,7 @@ def start_of(start: str | Start) -> Start:
     """Return the start of a name, or a start as it is.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no start has this name.
     """
     if isinstance(start, Start):
         return start

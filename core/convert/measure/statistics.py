@@ -1,4 +1,4 @@
-"""``expert_statistics`` runs a model on batches once and sums up what its experts are chosen for and put out."""
+"""``expert_statistics`` runs a model on batches once and sums up its experts' choices and outputs."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class _Sums:
             self._add_every_token(rows, live)
 
     def _add_every_token(self, rows: Rows, live: int) -> None:
-        """Add what every expert puts out for each token that some expert computes."""
+        """Add every expert's output for each token that some expert computes."""
         assert self.statistics is not None
         # A token has several rows: one of them represents it.
         token_R = rows.row_index_R[:live]

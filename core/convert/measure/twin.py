@@ -25,7 +25,8 @@ COSTS = ("flops", "params")
 
 @dataclass(frozen=True)
 class TwinWidth:
-    """The hidden width of one feed-forward network in a dense twin; of a stack of layers the first one.
+    """The hidden width of one feed-forward network in a dense twin (the FLOP-matched dense baseline); of a stack of
+    layers the first one.
 
     Attributes:
         before: width in the dense model.
@@ -126,7 +127,7 @@ def _replaced(model: nn.Module, like: nn.Module) -> dict[str, tuple[SparseFFN, H
     """Return the layers of the sparse model and the networks whose places they took, by the networks' names.
 
     Raises:
-        ValueError: there are none, or the models differ in something else.
+        ValueError: no layer was replaced, or the models differ in something else.
     """
     dense = dict(model.named_modules())
     layers = {

@@ -11,7 +11,7 @@ from ...experts import MLP, ExpertConfig, Mixed
 
 
 class SolvedWidth(NamedTuple):
-    """The hidden dim of a model of equal cost; ``problem`` says why there is none."""
+    """The hidden dim of a model of equal cost; ``problem`` says why no width fits."""
 
     width: int
     problem: str = ""

@@ -34,7 +34,7 @@ class FeedForwardPart(Checked):
             ``w_in`` (D, F), ``w_gate`` (D, F) and ``w_out`` (F, D_out). They are detached and may be views.
         dim: D.
         out_dim: D_out.
-        output_dropout: probability of the network's own dropout behind the last product.
+        output_dropout: probability of the network's own dropout behind the last linear layer.
         layout: arguments of the network's call, one of ``LAYOUTS``.
         at: child of the module, by dotted name, whose place the new layer takes; "": the module's own place.
         emptied: children whose work the new layer does too: each becomes an ``nn.Identity``.
@@ -100,7 +100,7 @@ def feed_forward_part(
     """Return the part of ``act(x w_in + b_in) w_out + b_out``, or of ``(act(x w_gate + b_gate) * (x w_in + b_in)) w_out
     + b_out``.
 
-    The expert is ``FFN``, ``SwiGLU`` or ``GEGLU`` where one of them computes this, and else ``GeneralFFN``.
+    The expert is ``FFN``, ``SwiGLU`` or ``GEGLU`` if one of them computes this, and else ``GeneralFFN``.
 
     Args:
         w_in, w_gate: matrix (D, F) and bias (F,) or None, as ``affine`` returns them.
@@ -110,7 +110,7 @@ def feed_forward_part(
         place: other attributes of ``FeedForwardPart``.
 
     Raises:
-        ValueError: the shapes do not fit, or the activation is none that an expert has.
+        ValueError: the shapes do not fit, or no expert has the activation.
     """
     D, F = w_in[0].shape
     if w_gate is not None and w_gate[0].shape != (D, F):
@@ -129,7 +129,7 @@ def feed_forward_part(
 
 
 def _expert(hidden_dim: int, activation: str, weights: Mapping[str, Tensor], dropout: float) -> ExpertConfig:
-    """Return the config of an expert with these weights: a kind with fused kernels where one has them."""
+    """Return the config of an expert with these weights: a kind with fused kernels if one has them."""
     gated, biases = "w_gate" in weights, {name for name in weights if name.startswith("b_")}
     fused = activation in ACTIVATIONS and not dropout and biases in (set(), {"b_in", "b_out"})
     if not fused or (gated and biases):

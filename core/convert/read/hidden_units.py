@@ -79,8 +79,8 @@ class HiddenUnits:
 
         Units that stay keep their weights. An added unit reads the layer before it by normal weights as large as the
         others', has zero biases and a new norm, and the layer behind it reads it by zero weights: the network's output
-        does not change. Where units go, those with the largest weights stay: by the product of the norms of the vectors
-        that a unit reads with, and of the one that it is read with.
+        does not change. If units are removed, the units with the largest weights stay: by the product of the norms of
+        the vectors that a unit reads with, and of the one that it is read with.
 
         Args:
             module: the network that was read, or a copy of it.

@@ -39,8 +39,8 @@ def random_groups(num_units: int, num_groups: int, generator: torch.Generator) -
 def balanced_clusters(features_FN: Tensor, num_groups: int, generator: torch.Generator) -> Tensor:
     """Return the units of each group in ascending order, int64 (groups, units of one): k-means of equal clusters.
 
-    Features are brought to length 1, so that units are near each other where their features have one direction. In a
-    round the nearest pair of a unit and a center comes first, and a full group takes no more units.
+    Features are brought to length 1, so that units are near each other if their features have one direction. In a round
+    the nearest pair of a unit and a center comes first, and a full group takes no more units.
 
     Args:
         features_FN: (F, N), features of each unit.

@@ -1,4 +1,4 @@
-"""Readers: what makes a ``FeedForwardPart`` of a module, and which modules have one.
+"""Readers: functions that make a ``FeedForwardPart`` of a module, and the modules that have one.
 
 Known are the networks of timm, ``transformers``, open_clip, torch-rechub, torch and this suite. No such library is
 imported: modules are recognized by the names and kinds of their parts, and ``check_part`` compares numbers.
@@ -63,7 +63,7 @@ def register_ffn(kind: type[nn.Module] | str, reader: Reader) -> None:
 
 
 def read_ffn(module: nn.Module) -> FeedForwardPart | None:
-    """Return the description of a module as a feed-forward network; None if it is none.
+    """Return the description of a module as a feed-forward network; None if it is another kind of module.
 
     Raises:
         ValueError: it is one that no expert can compute, such as one with a norm between its layers.

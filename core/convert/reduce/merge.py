@@ -152,9 +152,9 @@ def _names(experts: Experts) -> set[str]:
 
 @torch.no_grad()
 def joined(experts: Experts, expert_ids: Sequence[int], gates_K: Tensor) -> Experts:
-    """Return one expert that puts out ``sum over k of gates_K[k] * f_{expert_ids[k]}(x)``, whose tensors are copies.
+    """Return one expert with output ``sum over k of gates_K[k] * f_{expert_ids[k]}(x)``, whose tensors are copies.
 
-    FFNs side by side are one FFN that is K times as wide, with the gates in what leads out of its hidden layer. LoRA
+    FFNs side by side are one FFN that is K times as wide, with the gates in the output matrix of its hidden layer. LoRA
     experts are one of K times the rank. One expert at a gate of 1 may be of any kind.
 
     Args:

@@ -1,4 +1,4 @@
-"""``prune_experts`` keeps the experts of a model that matter most; ``merge_experts`` merges those that are alike."""
+"""``prune_experts`` keeps the experts of a model that matter most; ``merge_experts`` merges similar experts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def keep_experts(layer: MoE, experts: Collection[int]) -> None:
     """Keep these experts of a layer, in place, and take the others away with their rows of the gate.
 
     The layer then is as one that is built for so many experts, and its ``state_dict`` loads into such a one. A token
-    chooses among those that are left. Parameters are new: make the optimizer after it.
+    chooses among the remaining experts. Parameters are new: make the optimizer after it.
 
     Args:
         layer: ``MoE`` or a subclass, whose router a ``RouterConfig`` has built.

@@ -12,9 +12,9 @@ Decisions, each measured at T=4096, D=512 on 2 cores with ``benchmarks/layer.py`
   are its neighbors'; their part of a weight gradient is set to zero, and the rest is never read.
 - The gate's gradient comes from the activation side, ``<dy w_out^T, h> + <dy, b_out>`` (arXiv 2512.14080, section 3),
   so only ``x`` and the pre-activations are kept.
-- With few rows, as in a step of decoding, kernel starts are what counts: gather, activation, gate and sum are done once
-  for all experts (``_few_rows``), which takes 3 to 9 % off a decoding of 32 sentences. Experts padded to equal counts
-  in one ``bmm`` were slower, E=64, and slower than a loop where one expert takes half of the rows.
+- With few rows, as in a step of decoding, kernel starts dominate: gather, activation, gate and sum are done once for
+  all experts (``_few_rows``), which takes 3 to 9 % off a decoding of 32 sentences. Experts padded to equal counts in
+  one ``bmm`` were slower, E=64, and slower than a loop if one expert takes half of the rows.
 - A token's rows are summed in float32, block by block from cache; in half precision the gate rides on the conversion.
   Writing all rows out and summing them with ``embedding_bag`` was slower: 33 MB of fresh pages cost 20 ms.
 """
@@ -347,7 +347,7 @@ def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None =
     """Compute ``eager.expert_linear``.
 
     One grouped matmul loops over the experts in C++: with hundreds of experts a few numbers wide a loop in Python costs
-    as much as the matmuls. Rows padded to equal counts in one ``bmm`` are E times the work where one expert takes all.
+    as much as the matmuls. Rows padded to equal counts in one ``bmm`` are E times the work if one expert takes all.
     """
     if isinstance(w, QuantizedWeight):
         if _is_seen(x_RD, b):

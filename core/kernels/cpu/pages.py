@@ -57,7 +57,7 @@ class Pool:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all buffers; those that are out are freed when they return."""
+        """Forget all buffers; buffers in use are freed when they return."""
         self.free: list[mmap.mmap] = []  # the one freed last comes last
         self.num_free = self.num_out = self.most_out = 0  # bytes
         self._returned: deque[mmap.mmap] = deque()

@@ -1,8 +1,8 @@
-"""The two- or three-matrix expert over its rows, and one product: custom ops with a backward of their own.
+"""The two- or three-matrix expert over its rows, and one matmul: custom ops with a backward of their own.
 
 Forward: one launch gathers, multiplies and activates; one multiplies, adds the bias and weights by the gate; one sums
-the rows of a token (with one expert per token the second writes to the token itself, and the third is skipped). Kept
-for the backward: the tokens and the pre-activations. The gate's gradient is ``<dy w_out^T, h> + <dy, b_out>`` (arXiv
+the rows of a token (with one expert per token the second writes to the token itself, and the third is skipped). Saved
+activations: the tokens and the pre-activations. The gate's gradient is ``<dy w_out^T, h> + <dy, b_out>`` (arXiv
 2512.14080, section 3), so the experts' outputs are not needed.
 
 With several experts per token, rows are written where they are computed and the sum gathers them: as many bytes as when

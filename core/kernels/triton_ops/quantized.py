@@ -146,7 +146,7 @@ def down(
     starts: Tensor | None,
     top_k: int,
 ) -> Tensor:
-    """Return the sum over each token's rows of the gated second product, (T, N)."""
+    """Return the sum over each token's rows of the gated second matmul, (T, N)."""
     direct = row_index_R is None or top_k == 1
     # Rows and tokens that no expert computes are zero.
     y = x.new_zeros(x.shape[0], w_out.shape[-1]) if direct else x.new_empty(len(gates_R), w_out.shape[-1])

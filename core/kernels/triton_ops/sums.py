@@ -38,7 +38,7 @@ def _(row_index_R, offsets_E, num_tokens):
 
 
 def order_of(rows: RowIndex, num_tokens: int) -> tuple[Tensor | None, Tensor | None, int]:
-    """Return ``rows``, ``starts`` and ``top_k`` of ``sum_rows``; no rows where each token has one."""
+    """Return ``rows``, ``starts`` and ``top_k`` of ``sum_rows``; no rows if each token has one."""
     index_R, offsets_E, inverse_N, top_k = rows
     if index_R is None or (inverse_N is not None and top_k == 1):
         return None, None, top_k or 0
@@ -164,7 +164,7 @@ def combine(y_RD: Tensor, rows: RowIndex, gates_R: Tensor | None, num_tokens: in
     """Sum as ``eager.combine`` does, without a sort where ``rows`` has the places of token-major pairs.
 
     Raises:
-        ValueError: an index or gates not of one number a row.
+        ValueError: an index or gates without one number per row.
     """
     index_R, offsets_E, inverse_N, top_k = rows
     R = y_RD.shape[:1]

@@ -155,7 +155,7 @@ def tiles(kernel: str, widths: Sequence[int], dtype: torch.dtype, rows_per_exper
 
 
 def key_of(kernel: str, shape: Sequence[Any], flags: Sequence[str], dtype: torch.dtype, rows_per_expert: float) -> str:
-    """Return what tells measurements apart; rows count by powers of two."""
+    """Return the key that tells measurements apart; rows count by powers of two."""
     height = max(int(rows_per_expert), 1).bit_length()
     return "/".join(map(str, (kernel, str(dtype).removeprefix("torch."), height, *shape, *flags)))
 
@@ -288,5 +288,5 @@ def _fastest(candidates: Sequence[C], run: Callable[[C], Any]) -> C | None:
 
 @cache
 def tuner(card: str) -> Tuner:
-    """Return the tuner of this kind of card: tensors of a process may lie on several kinds."""
+    """Return the tuner of this kind of card: tensors of a process may be on several kinds."""
     return Tuner(card)

@@ -56,7 +56,7 @@ class Pass:
         self.known: Mapping[str, Tensor] = self.evidence.sums or {}
 
     def total(self, per_token: Tensor) -> Tensor:
-        """Return the sum over the real tokens."""
+        """Return the sum over the non-padding tokens."""
         return per_token.sum(0) if self.valid_T is None else (per_token * _like(self.valid_T, per_token)).sum(0)
 
     def num_sequences(self, name: str) -> int:
@@ -91,7 +91,7 @@ class Term:
     Attributes:
         key: name of a sum that the loss needs; without it, since the evidence did not allow the sum, the loss is
             skipped.
-        take: function of a pass that returns sums over its real tokens, float32, by name. Terms may share a sum;
+        take: function of a pass that returns sums over its non-padding tokens, float32, by name. Terms may share a sum;
             "num_tokens" (1,) and "chosen" (E,) are always there.
         loss: function of the sums, added up over ranks, that returns the loss.
         of_scores: whether the term reads only scores, so that it applies wherever a gate has learned scores of all

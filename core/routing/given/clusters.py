@@ -41,7 +41,7 @@ def balanced_clusters(points_ND: Tensor, num_clusters: int, *, seed: int = 0, nu
 
 def assign_equally(points_ND: Tensor, centres_ED: Tensor) -> Tensor:
     """Assign each of (N, D) points to a near one of (E, D) centers, int64 (N,): each center takes N // E points or one
-    more, the nearest of those that want it, and the others take their next nearest center with room."""
+    more, the nearest points that prefer it, and the others take their next nearest center with room."""
     N, E = len(points_ND), len(centres_ED)
     distance_NE = torch.cdist(points_ND, centres_ED)
     cluster_N = torch.full((N,), E, device=points_ND.device)

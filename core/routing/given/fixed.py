@@ -262,11 +262,11 @@ class Random(FixedKConfig):
 
     In evaluation the choice is fixed: with "fixed" position s of a sequence takes the experts ``s K + k mod E``; with
     "average" every token takes all experts at gate 1 / E, at E / K times the cost; with "merged" all tokens take one
-    expert, whose parameters are the mean of all experts' (AdaMix, arXiv 2205.12410, which draws ``per="batch"``).
+    expert, whose parameters are the mean of all experts' (AdaMix, arXiv 2205.12410, which chooses ``per="batch"``).
 
     Attributes:
         top_k: experts per token, K.
-        per: unit of one draw, "token", "sequence" or "batch".
+        per: unit of one random choice, "token", "sequence" or "batch".
         evaluation: "fixed", "average" or "merged".
     """
 

@@ -23,7 +23,7 @@ SEQUENCE_TERMS = SCORE_TERMS | {"router_z"}
 
 
 class SentenceRouter(SequenceTopKRouter):
-    """The router of ``Sentence``: a linear gate on the mean of a sequence's real tokens."""
+    """The router of ``Sentence``: a linear gate on the mean of a sequence's non-padding tokens."""
 
     def sequence_logits(self, tokens: Tokens) -> Tensor:
         return self.gate(tokens.mean_of_sequences())
@@ -139,7 +139,7 @@ def domain_posterior(log_likelihood_BE: Tensor, prior_E: Tensor | None = None) -
 
 
 class DomainRouter(PairRouter):
-    """The router of ``Domain``: an expert a domain, or a mixture of them where the domain is not known.
+    """The router of ``Domain``: one expert per domain, or a mixture of them if the domain is not known.
 
     Attributes:
         prior: float32 (E,) buffer, mixture for sequences whose context has no domain; uniform at the start.
@@ -245,7 +245,7 @@ class Domain(RouterConfig):
 
     A sequence's domain is ``context.domain_ids_B``. If it is None, its experts are mixed by
     ``context.domain_weights_BE``, and in evaluation, if that is None too, by the router's ``prior``. The layer mixes
-    what its experts put out; the paper mixes next-token probabilities, for which the model runs once a domain.
+    its experts' outputs; the paper mixes next-token probabilities, for which the model runs once per domain.
 
     Attributes:
         num_domains: number of domains, equal to ``num_experts``.

@@ -47,7 +47,7 @@ class Threshold(LinearGateConfig):
     ``min(1, g_2 / threshold)``, where ``g_1 + g_2 = 1`` before. The first gate is not raised where the second is left
     out. GShard's ``TokenChoice(top_k=2, second="random")`` is a threshold of 1/2.
 
-    The paper's code draws in evaluation too; here evaluation is deterministic.
+    The paper's code samples in evaluation too; here evaluation is deterministic.
 
     Attributes:
         threshold: value that the second gate, at most 1/2, is compared with.
@@ -115,8 +115,8 @@ class NullExperts(RouterConfig):
     token that chose only null experts comes out zero, and the block's residual carries it.
 
     Loss, with M = E + num_null_experts: ``M sum_i f_i P_i`` over all M, where every null expert has the null experts'
-    mean ``f``: which of them is taken does not matter. ``importance`` averages their scores likewise, and ``router_z``
-    covers all M logits. The statistics and the other losses see the softmax over the real experts.
+    mean ``f``: the choice among null experts does not matter. ``importance`` averages their scores likewise, and
+    ``router_z`` covers all M logits. The statistics and the other losses see the softmax over the real experts.
 
     A capacity factor counts ``top_k`` places a token: for c times the balanced load give ``c * E / M``.
 
@@ -285,8 +285,9 @@ class Rounded:
 def round_to_tiles(scores_TE: Tensor, expert_ids_TK: Tensor, real_T: Tensor, tile: int) -> Rounded:
     """Round each expert's number of tokens to the nearest multiple of ``tile``, a half up (arXiv 2512.14080).
 
-    Rounding down leaves out the expert's lowest-scored pairs; rounding up adds the highest-scored real tokens that did
-    not choose it. If there are too few such tokens it rounds down; else a load changes by ``tile / 2`` at most.
+    Rounding down leaves out the expert's lowest-scored pairs; rounding up adds the highest-scored non-padding tokens
+    that did not choose it. If there are too few such tokens it rounds down; else a load changes by ``tile / 2`` at
+    most.
 
     Args:
         scores_TE: float (T, E).

@@ -113,8 +113,8 @@ class ReLURouting(LinearGateConfig):
         top_k: mean number of experts per token, K, that the weight steers to.
         max_k: places of a token, which bound its experts; None: E.
         l1_start: weight of ``sparsity`` before the first step.
-        l1_factor: factor of the weight a step, alpha. The paper's 1.2 is for tens of thousands of steps; in runs of
-            a few hundred it makes the number of experts swing, and 1.05 holds it.
+        l1_factor: factor of the weight per step, alpha. The paper's 1.2 is for tens of thousands of steps; in runs of a
+            few hundred it makes the number of experts swing, and 1.05 holds it.
         dense_training: whether a second gate without ``sparsity`` is trained next to the first one: in training each
             token takes, with probability 1/2 each, the experts of the one or of the other, in E places; evaluation only
             knows the first one. Then experts that sparse tokens leave out are trained too (after RankMixer, arXiv

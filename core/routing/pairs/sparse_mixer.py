@@ -55,7 +55,7 @@ class SparseMixerRouter(PairRouter):
 @dataclass(frozen=True)
 class SparseMixer(LinearGateConfig):
     """SparseMixer (arXiv 2310.00811) as PhiMoE has it: of two experts the first is, in evaluation, the best, at the
-    softmax over the experts that are close to it, those with ``(l_best - l_e) / max(|l_e|, l_best) <= 2 jitter_eps``;
+    softmax over the experts that are close to it, i.e. with ``(l_best - l_e) / max(|l_e|, l_best) <= 2 jitter_eps``;
     the second is the best of the others, in the same way. So the gates of a token sum to up to 2.
 
     In training each is sampled from that softmax. The gate of a sampled expert that is not the best counts by a third,

@@ -20,8 +20,8 @@ def _expert_of(column, E, num_groups, IN_GROUP_POW2: tl.constexpr):
 def _comparable(choice, expert):
     """Return the numbers that experts are chosen by, all finite; -inf in the columns of padding.
 
-    NaN and -inf are beneath all numbers: a maximum's place among NaN is none that can be relied on, a -inf would be
-    taken again, and a token whose ids and counts differ would move the rows of the others."""
+    NaN and -inf are beneath all numbers: a maximum's place among NaN is unreliable, a -inf would be taken again, and a
+    token whose ids and counts differ would move the rows of the others."""
     lowest = -1e38  # twice it is a number too
     choice = tl.where(choice > lowest, choice, lowest)
     return tl.where(expert[None, :] >= 0, choice, float("-inf"))

@@ -5,7 +5,7 @@ Matrices of forward matmuls may be quantized: they become floating point in regi
 Rows are sorted by expert, ``Offsets`` are inclusive counts. A tile holds rows of one expert; the last tile of an expert
 is padded by masks, never in memory. The number of tiles is only known on the device: a launch covers the most there can
 be, ``ceil(R / BLOCK_M) + min(E, R)``, and the tiles that are not there end at once. One launch of as many programs as
-there are multiprocessors walks the tiles in a loop (persistent); one program a tile is the same code.
+there are multiprocessors walks the tiles in a loop (persistent); one program per tile is the same code.
 
 Sums run over ``BLOCK_K`` numbers at a time from first to last, whatever the tile: what tuning chooses does not change a
 bit of the result.

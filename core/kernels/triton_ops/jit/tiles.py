@@ -89,9 +89,9 @@ def matrix_tile(
 ):
     """Numbers of one expert's matrix at rows ``k`` and columns ``column``, in ``kind``; zero outside the mask.
 
-    W (K, N), for "int4" (ceil(K / 2), N) with two numbers a byte; Scales (K / SIZE, N). ``KIND`` None: floating point,
-    without scales. ``SIZE`` 0: a channel has one scale, by which ``by_channel`` multiplies the sums, for half precision
-    holds the integers exactly.
+    W (K, N), for "int4" (ceil(K / 2), N) with two numbers per byte; Scales (K / SIZE, N). ``KIND`` None: floating
+    point, without scales. ``SIZE`` 0: a channel has one scale, by which ``by_channel`` multiplies the sums, for half
+    precision holds the integers exactly.
     """
     if KIND == "int4":
         at = W + ((k // 2)[:, None] * stride_k + column[None, :] * stride_n)
