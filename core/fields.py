@@ -39,7 +39,7 @@ class Bounds:
     why: str = ""
 
     def broken_by(self, value: Any) -> str:
-        """Return the message for a value that breaks the rule; "" where it does not."""
+        """Return the message for a value that breaks the rule; "" if it does not."""
         above = value > self.low if self.ends[0] == "(" else value >= self.low
         below = value < self.high if self.ends[1] == ")" else value <= self.high
         rule = "finite" if above and self.high == math.inf else str(self)
@@ -66,7 +66,7 @@ class OneOf:
         self.names = names
 
     def broken_by(self, value: Any) -> str:
-        """Return the message for a value that breaks the rule; "" where it does not."""
+        """Return the message for a value that breaks the rule; "" if it does not."""
         if value in self.names:
             return ""
         near = difflib.get_close_matches(str(value).lower().replace("-", "_"), map(str, self.names), n=1, cutoff=0.5)
@@ -100,7 +100,7 @@ class Checked:
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
-    """Raise a ``ValueError`` if a field of a config is not what its type says; lists become tuples where it says so.
+    """Raise a ``ValueError`` if a field of a config is not what its type says; lists become tuples if it says so.
 
     Args:
         config: a dataclass.

@@ -1,6 +1,6 @@
 """FLOP formulas for ``torch.utils.flop_counter``, which counts 0 for custom ops, ``grouped_mm`` and attention on CPU.
 
-Two FLOPs per multiply-add, matmuls only. Rows are those really computed, read from the offsets; where offsets are fake
+Two FLOPs per multiply-add, matmuls only. Rows are those really computed, read from the offsets; if offsets are fake
 (tracing) every routed pair counts. The formulas are registered with the first layer that is built, so that a counter of
 the user's own knows them, and not at import: torch's module imports Triton, which takes as long as half of torch.
 """

@@ -138,7 +138,7 @@ class LayerStats:
         return figures
 
     def figures(self, detailed: bool = False) -> dict[str, float]:
-        """Return the scalars by name, for a log; ``shared_gate`` where there is one, and ``modality_figures``.
+        """Return the scalars by name, for a log; ``shared_gate`` if there is one, and ``modality_figures``.
 
         Args:
             detailed: with ``max_violation``, ``load_variation`` and percentiles of the experts' load over the mean.

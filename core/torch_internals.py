@@ -1,7 +1,7 @@
 """Undocumented parts of torch that the engine uses: no other file of ``core`` uses any.
 
 Each docstring says what torch lacks in public. All hold for torch 2.10 to 2.13; tests/core/test_torch_internals.py
-fails where a new version changes one.
+fails if a new version changes one.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ is_profiled: Callable[[], bool] = torch.autograd._profiler_enabled
 
 
 def in_backward() -> bool:
-    """Return whether a backward is running, as where an activation checkpoint repeats a forward. Autograd has no public
+    """Return whether a backward is running, as if an activation checkpoint repeats a forward. Autograd has no public
     function that says so."""
     return torch._C._current_graph_task_id() != -1
 

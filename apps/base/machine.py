@@ -65,7 +65,7 @@ def installation() -> dict[str, Any]:
 
 
 def source_commit() -> str:
-    """Return the git commit of the source tree, marked where files differ from it; "" for an installed package."""
+    """Return the git commit of the source tree, marked if files differ from it; "" for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""

@@ -51,7 +51,7 @@ def excerpt(value: object, longest: int = 60) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where the message is empty."""
+    """Return the first line of an error's message, or its class if the message is empty."""
     return (message(error).strip().splitlines() or [type(error).__name__])[0]
 
 

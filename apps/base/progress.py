@@ -79,7 +79,7 @@ class Bar:
         return "" if self.total is None else end_time(self._first, (time.time(), self.done), self.total)
 
     def show(self, done: float, total: float | None = None, figures: Mapping[str, float] | None = None) -> None:
-        """Show that so much is done; ``total`` and ``figures`` stay as they are where they are None."""
+        """Show that so much is done; ``total`` and ``figures`` stay as they are if they are None."""
         self._done = done
         self.total = self.total if total is None else total
         self.figures = self.figures if figures is None else figures
@@ -119,7 +119,7 @@ class Bar:
             self.show(end)
 
     def finish(self) -> None:
-        """Take the row off the terminal, and count it as done where the row above moves with it."""
+        """Take the row off the terminal, and count it as done if the row above moves with it."""
         self._rows.remove_task(self._row)
         if self._outer is not None and self in self._outer._at_work:
             self._outer._at_work.remove(self)
@@ -166,7 +166,7 @@ def bar(name: str, total: float | None = None, console: Console | None = None) -
 
 
 def each(items: Iterable[T], name: str, total: float | None = None) -> Iterator[T]:
-    """Yield items one by one, with a bar that counts them; ``total`` is their number, where ``len`` does not tell."""
+    """Yield items one by one, with a bar that counts them; ``total`` is their number, if ``len`` does not tell."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     with bar(name, total) as own:
@@ -176,7 +176,7 @@ def each(items: Iterable[T], name: str, total: float | None = None) -> Iterator[
 
 
 def say(line: str) -> None:
-    """Print a line, above the bars where there are any."""
+    """Print a line, above the bars if there are any."""
     shown = _SHOWN.get()
     if shown is None or not shown.is_drawn:
         print(line, flush=True)

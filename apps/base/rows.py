@@ -20,7 +20,7 @@ class TextOf(ProgressColumn):
 
     Args:
         text: returns the text of a row, given its ``Bar``.
-        is_cut: the text is cut where the line is too long.
+        is_cut: the text is cut if the line is too long.
     """
 
     def __init__(self, text: Callable[[Any], str], is_cut: bool = False) -> None:

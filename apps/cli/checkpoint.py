@@ -33,7 +33,7 @@ def remembered(
 
     Args:
         checkpoint: contents of the checkpoint.
-        config: the user's configuration, which decides the class where it names one.
+        config: the user's configuration, which decides the class if it names one.
         model: the class that it names; None: it names none.
         path: the checkpoint's file, for messages.
         data_may_grow: whether to leave out the arguments that the data decide, which may have more values now.
@@ -57,7 +57,7 @@ def remembered(
 
 
 def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path) -> None:
-    """Raise a ``ValueError`` that names the options that differ where a checkpoint's tensors are not the model's."""
+    """Raise a ``ValueError`` that names the options that differ if a checkpoint's tensors are not the model's."""
     check_class(checkpoint, model, str(path))
     check_sparsified(checkpoint, model, path)
     detail = unlike(checkpoint["state_dict"], model)

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_core() -> None:
-    """Raise a ``UsageError`` where another package named ``core`` on PYTHONPATH comes before the engine."""
+    """Raise a ``UsageError`` if another package named ``core`` on PYTHONPATH comes before the engine."""
     spec = importlib.util.find_spec("core")
     folders = [os.path.realpath(p) for p in (spec and spec.submodule_search_locations) or ()]
     own = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))), "core")

@@ -20,7 +20,7 @@ from core.config.plain import to_plain
 
 
 def with_stand_ins(part: str, flags: list[str], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``config`` with the values in force where an argument of the model or data is null or not given.
+    """Return ``config`` with the values in force if an argument of the model or data is null or not given.
 
     See ``SparseModule.defaults_of_none``. A null that means nothing, such as "no MoE layer", stays.
     """
@@ -47,7 +47,7 @@ def with_stand_ins(part: str, flags: list[str], config: Mapping[str, Any]) -> di
 def with_own_defaults(config: Mapping[str, Any], flags: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Return ``config`` with every option of the config classes that it or the flags name, and the other flags.
 
-    (Where another class than a default's is named, jsonargparse keeps the default's values of options with the same
+    (If another class than a default's is named, jsonargparse keeps the default's values of options with the same
     name: ``core.SwiGLU`` instead of a default ``FFN(activation="gelu")`` would compute GELU.)
 
     Example::

@@ -35,7 +35,7 @@ class Option(NamedTuple):
 
     Attributes:
         name: dotted name.
-        default: default in YAML, with the kind of value where the default does not show it.
+        default: default in YAML, with the kind of value if the default does not show it.
         meaning: first sentence about it.
     """
 

@@ -1,6 +1,6 @@
 """Undocumented parts of jsonargparse that the command line uses: no other file does.
 
-These functions hold for jsonargparse 4.53; tests/apps/cli/test_jsonargparse_internals.py fails where a new version
+These functions hold for jsonargparse 4.53; tests/apps/cli/test_jsonargparse_internals.py fails if a new version
 changes it.
 """
 

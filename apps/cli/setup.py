@@ -181,7 +181,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         return data
 
     def _create_model(self, kind: type[LightningModule], *args: Any, **kwargs: Any) -> LightningModule:
-        """Make the model, without weights where a graph runs in their place, or a checkpoint's go to a file."""
+        """Make the model, without weights if a graph runs in their place, or a checkpoint's go to a file."""
         if self.request.exported is not None:
             with torch.device("meta"):
                 return kind(*args, **kwargs)
@@ -192,7 +192,7 @@ class RunSetup(WaitingCLI, LightningCLI):
             return kind(*args, **kwargs)
 
     def _check_links(self) -> None:
-        """Raise a ``UsageError`` where the configuration has another value for an argument that the data decides."""
+        """Raise a ``UsageError`` if the configuration has another value for an argument that the data decides."""
         written = self.request.config.get("model")
         of_file = dict(written.get("init_args", {})) if isinstance(written, Mapping) else {}
         flags = given(self.request.flags)

@@ -135,7 +135,7 @@ class Sweep:
         }
 
     def _timed_batches(self) -> dict[int, list[Any]]:
-        """Return batches of the test by their number of examples: single ones where the data give them, and the first
+        """Return batches of the test by their number of examples: single ones if the data give them, and the first
         two of the configuration."""
         data = self.cli.datamodule
         single = copy.copy(data)

@@ -189,7 +189,7 @@ class SparseCLI(RunSetup):
             print(f"{name}: {signature}")
 
     def _predict(self, arguments: dict[str, Any]) -> None:
-        """Write the model's predictions, from its ``predict_stream`` where it has one, else from the trainer's loop."""
+        """Write the model's predictions, from its ``predict_stream`` if it has one, else from the trainer's loop."""
         options: Any = self.request.options
         if self.trainer.strategy.root_device.type == "cpu":
             cpu.keep_freed()

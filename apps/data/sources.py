@@ -30,7 +30,7 @@ class File:
     """One file a source delivers.
 
     Attributes:
-        name: path inside the dataset's folder; a pattern with ``*`` where a package ships many alike.
+        name: path inside the dataset's folder; a pattern with ``*`` if a package ships many alike.
         hash: ``"md5:..."`` or a plain sha256; None if the source itself vouches for the content (a signed package).
     """
 

@@ -120,7 +120,7 @@ class SubwordConfig(Checked):
 
     Attributes:
         kind: "bpe" (Sennrich et al. 2016) or "unigram" (Kudo 2018).
-        vocab_size: ids of a vocabulary, which serves both sides where it is joint. The 4 specials, the tags, 256 bytes
+        vocab_size: ids of a vocabulary, which serves both sides if it is joint. The 4 specials, the tags, 256 bytes
             and the characters are among them. It is a limit: a small corpus may not have so many subwords.
         joint: one vocabulary for both sides; else each has its own.
         character_coverage: share of the text whose characters are subwords themselves; the rarest ones are spelled in

@@ -24,8 +24,8 @@ L = TypeVar("L", bound=DataLoader[Any])
 class SuiteData(LightningDataModule):
     """Data from their files to the batches of every stage.
 
-    A subclass brings ``read`` and ``examples``; ``batching`` and ``eval_loader`` where a batch is not a number of
-    examples in their order; ``encoding``, ``encoding_of`` and ``forget`` where it learns an encoding of its values.
+    A subclass brings ``read`` and ``examples``; ``batching`` and ``eval_loader`` if a batch is not a number of
+    examples in their order; ``encoding``, ``encoding_of`` and ``forget`` if it learns an encoding of its values.
 
     Lightning asks a data module for its loaders. The suite asks for more, all of which your own may leave out:
 

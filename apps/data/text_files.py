@@ -24,7 +24,7 @@ class Rows:
     """Aligned text: line i of one language translates line i of every other one.
 
     Attributes:
-        text: the lines of each language, equally many; "" where a language lacks one.
+        text: the lines of each language, equally many; "" if a language lacks one.
         name: origin of the lines, for messages.
         left_out: number of rows of the files that are not among them, by reason.
 

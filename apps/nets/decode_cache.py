@@ -174,7 +174,7 @@ class Cache:
     def select(self, index: Tensor) -> Cache:
         """Keep these rows, in this order: row r continues from row ``index[r]``. Changes the cache, and returns it.
 
-        It is cheaper where no sentence leaves: no key moves.
+        It is cheaper if no sentence leaves: no key moves.
 
         Args:
             index: int64 (N' * K,), in groups of K rows of one sentence each, as a beam search reorders them.
@@ -244,7 +244,7 @@ class Step:
         cache: keeps keys and values of this position too, in the slots that ``append`` chose.
         context: routing context of the (R, 1) tokens.
         bias: ``cache.self_bias``.
-        rotations: of this position, where positions are rotary.
+        rotations: of this position, if positions are rotary.
     """
 
     cache: Cache

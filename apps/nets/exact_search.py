@@ -27,7 +27,7 @@ class Best(NamedTuple):
 
 
 def exact_search(query_BD: Tensor, vectors_VD: Tensor, k: int) -> Best:
-    """Return the k vectors whose inner products with each query are largest; all of them where there are fewer.
+    """Return the k vectors whose inner products with each query are largest; all of them if there are fewer.
 
     Args:
         query_BD: float (B, D).

@@ -29,7 +29,7 @@ class Pass:
     Attributes:
         mask: of the self-attention.
         context: routing context of the tokens, in the (B, L) layout.
-        rotations: of queries and keys, where positions are rotary.
+        rotations: of queries and keys, if positions are rotary.
         packing: positions of the tokens in the (B, L) layout, if the input is (T, D) and has no padding.
         memory_BSD: memory that the cross-attention reads, if there is one.
         memory_mask: of the cross-attention.
@@ -46,7 +46,7 @@ class Pass:
 
 
 class Layer(nn.Module):
-    """A mixing of the positions, cross-attention where there is a memory, and an FFN or MoE layer.
+    """A mixing of the positions, cross-attention if there is a memory, and an FFN or MoE layer.
 
     Args:
         config: the transformer.
@@ -77,7 +77,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, given: Pass, seen: Tensor | None = None) -> Tensor:
-        """Map (B, L, D) to (B, L, D), or (T, D) to (T, D) where the pass has a packing.
+        """Map (B, L, D) to (B, L, D), or (T, D) to (T, D) if the pass has a packing.
 
         Args:
             x: the tokens.

@@ -121,7 +121,7 @@ def linear_cross_entropy(
         real: bool (T,), the rows that count; gradients of the other rows of ``h`` are 0. None: all rows.
 
     Returns:
-        (), float32, or float64 where ``h`` is.
+        (), float32, or float64 if ``h`` is.
     """
     assert left_out is None or label_smoothing == 0
     dtype = _dtype_of_products(h, weight)
@@ -192,7 +192,7 @@ class OutputLogits:
     def of_real(cls, h_BLD: Tensor, real_BL: Tensor, weight_VD: Tensor, packed: bool = False) -> OutputLogits:
         """Return the logits of the tokens where ``real_BL``, bool (B, L), is True.
 
-        The others are left out where ``packed``, and on a CPU. Elsewhere the host would wait for their number, so they
+        The others are left out if ``packed``, and on a CPU. Elsewhere the host would wait for their number, so they
         stay as rows of 0.
         """
         if packed or not host_waits_for(h_BLD.device):
@@ -218,7 +218,7 @@ class TargetScores(NamedTuple):
     """The probability and the rank that a model gives each target.
 
     Attributes:
-        nll_T: float32 (T,), ``-log softmax(h W^T)[target]``; float64 where ``h`` is.
+        nll_T: float32 (T,), ``-log softmax(h W^T)[target]``; float64 if ``h`` is.
         is_first_T: bool (T,), no other has a higher logit, and none before it the same.
     """
 

@@ -49,7 +49,7 @@ class _BucketBias(torch.autograd.Function):
 
 
 class PairBias(nn.Module):
-    """A bias of each head by distance and, where times are given, by the time between query and key.
+    """A bias of each head by distance and, if times are given, by the time between query and key.
 
     It is ``rab`` of HSTU (arXiv 2402.17152, equation 2), one for all layers of a stack. Times start at 0, and distances
     at 1, which a softmax does not feel: with ``silu(1)`` HSTU starts as the sum of all values, with ``silu(0) = 0`` it

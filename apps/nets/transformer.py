@@ -139,7 +139,7 @@ class _Decoding(nn.Module):
             cache: grows by one position.
 
         Returns:
-            (R, V) logits of the next token, float32; float64 where the model is.
+            (R, V) logits of the next token, float32; float64 if the model is.
         """
         h_RD = self.decoder.step(self.embed_target(token_R), token_R, token_R != PAD_ID, cache)
         logits_RV = self.logits(h_RD)

@@ -75,7 +75,7 @@ class Sticks:
     """How far the tokens have come, after some step.
 
     Attributes:
-        left_BL: float32 (B, L), the rest of each token's stick; float64 where the model is.
+        left_BL: float32 (B, L), the rest of each token's stick; float64 if the model is.
         halted_BLD: (B, L, D), the sum of the states before this one, each times the part of the stick it got.
         runs_BL: bool (B, L), the non-padding tokens that continue.
     """

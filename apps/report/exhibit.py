@@ -92,7 +92,7 @@ class NumberField:
     most: float | None = None
 
     def read(self, raw: str | float | None) -> float | None:
-        """Return the number; a whole one as an ``int`` where the field asks for it."""
+        """Return the number; a whole one as an ``int`` if the field asks for it."""
         text = str("" if raw is None else raw).strip()
         if not text and self.may_be_empty:
             return None
@@ -176,7 +176,7 @@ Field = ImageField | TextField | NumberField | ChoiceField | ItemsField
 
 
 def _near(text: str, choices: Sequence[str]) -> str:
-    """Return ``; did you mean 'x'?``, or nothing where no choice is near, or there are too many to look at."""
+    """Return ``; did you mean 'x'?``, or nothing if no choice is near, or there are too many to look at."""
     near = difflib.get_close_matches(text, choices, n=1, cutoff=0.6) if len(choices) <= 20_000 else []
     return f"; did you mean {near[0]!r}?" if near else ""
 

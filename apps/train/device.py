@@ -15,8 +15,8 @@ from apps.base.machine import device_name
 def device_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a trainer that choose its device and its precision.
 
-    "auto" is a CUDA GPU where there is one, else the processor. (Lightning would take Apple's GPU as well, which has no
-    float64.) A GPU with bfloat16 trains in bf16-mixed where no precision is named; without one Lightning takes 32-true.
+    "auto" is a CUDA GPU if there is one, else the processor. (Lightning would take Apple's GPU as well, which has no
+    float64.) A GPU with bfloat16 trains in bf16-mixed if no precision is named; without one Lightning takes 32-true.
 
     Args:
         given: options of the trainer.

@@ -1,7 +1,7 @@
 """Undocumented parts of Lightning that the apps use: these functions are the only place that does.
 
 Each docstring says what Lightning lacks in public. All hold for Lightning 2.6;
-tests/apps/train/test_lightning_internals.py fails where a new version changes one.
+tests/apps/train/test_lightning_internals.py fails if a new version changes one.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def set_module(strategy: Any, module: LightningModule | None) -> None:
 
 
 def of_epochs(trainer: Trainer) -> str:
-    """Return "/N" for a training of N epochs, "" where they have no limit."""
+    """Return "/N" for a training of N epochs, "" if they have no limit."""
     return f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
 
 

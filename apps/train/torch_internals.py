@@ -2,7 +2,7 @@
 any.
 
 Each docstring says what torch lacks in public. All hold for torch 2.12 and 2.13;
-tests/apps/train/test_torch_internals.py fails where a new version changes one.
+tests/apps/train/test_torch_internals.py fails if a new version changes one.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Layout:
         that is added to the scores for the choice; "": none. up, down: paths, from the experts, of the matrices to the
         hidden layer, both halves of a gated expert in one, and
             of those back.
-        gate: path of the gate's matrices where they are apart; "": ``up`` holds both halves.
+        gate: path of the gate's matrices if they are apart; "": ``up`` holds both halves.
         up_bias, down_bias: their biases; "": none.
         transposed: whether matrices are (E, in, out); else (E, out, in), as ``nn.Linear`` has them.
         down_transposed: the same of ``down``; None: as ``transposed``.

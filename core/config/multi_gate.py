@@ -179,7 +179,7 @@ class MultiGateConfig(OpenConfig):
     def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
         """Return the forward FLOPs of an example, for all tasks: two a multiply-add; gates and their sums included.
 
-        Where tasks choose among the experts, this is the cost on average if they choose independently.
+        If tasks choose among the experts, this is the cost on average if they choose independently.
 
         Args:
             dim: D.

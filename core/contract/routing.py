@@ -73,10 +73,10 @@ class Routing:
     Attributes:
         token_index_N: int64 (N,), the token of each pair, in ``range(T)``, to which its output is added.
         expert_ids_N: int64 (N,), the expert of each pair, or E if the pair is not computed.
-        gates_N: float32 (N,), the combine weight of the expert's output, or of its input where the router says so.
+        gates_N: float32 (N,), the combine weight of the expert's output, or of its input if the router says so.
         tokens_per_expert_E, chosen_per_expert_E: int64 (E,), as in ``Decision``.
         num_tokens, valid_T, num_sequences, evidence: as in ``Decision``.
-        top_k: K where the pairs are token-major, so that pair ``n`` belongs to token ``n // K``; else None.
+        top_k: K if the pairs are token-major, so that pair ``n`` belongs to token ``n // K``; else None.
         input_index_N: int64 (N,), the token that each pair reads, if several tasks route the same tokens
             (``core.dispatch.join_tasks``); None: ``token_index_N``.
         most_per_expert: the most pairs that an expert computes, known without a look at the choice; None: as many as

@@ -211,7 +211,7 @@ class LayerFigures:
     @property
     def place_share(self) -> float | None:
         """The share of the variance over tokens that their places explain by themselves, adjusted for chance; None
-        where a place has too few tokens to tell."""
+        if a place has too few tokens to tell."""
         total, used_P = float(self.place_tokens_P.sum()), self.place_tokens_P > 0
         places = int(used_P.sum())
         if places < 2 or total < 4 * places:

@@ -13,7 +13,7 @@ class Finding:
 
     Attributes:
         name: its name, a row of docs/reference/routers/findings.md.
-        layer: dotted name of the layer, with the router's end where it has several; "" is the model itself.
+        layer: dotted name of the layer, with the router's end if it has several; "" is the model itself.
         severity: "error": part of the layer does nothing, or does the wrong thing; "warning": it works below its worth.
         evidence: the figures in a sentence.
         remedy: what to change.

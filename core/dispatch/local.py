@@ -13,7 +13,7 @@ from .base import Dispatcher
 class LocalDispatcher(Dispatcher):
     """All experts are here: rows are an index into the tokens, and nothing is copied.
 
-    Where the routing says that its pairs read other rows than they are summed to (``Routing.input_index_N``), the rows
+    If the routing says that its pairs read other rows than they are summed to (``Routing.input_index_N``), the rows
     are copies. On a CPU pairs that no expert computes are then left out. On other devices, and in compiled code, the
     number of rows is static.
     """

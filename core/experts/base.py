@@ -332,7 +332,7 @@ class ExpertConfig(OpenConfig):
         raise NotImplementedError
 
     def out_dim(self, dim: int) -> int:
-        """Return the width of the output where the layer does not ask for another one."""
+        """Return the width of the output if the layer does not ask for another one."""
         return dim
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:

@@ -90,7 +90,7 @@ class Convolution(ExpertConfig):
         kernel_size: k, positions along a side of both kernels; odd, and at most 2 p - 1.
         activation: "relu", "gelu", "silu" or "gelu_tanh" (GELU's approximation).
         bias: with a bias of both convolutions.
-        columns: positions in a row of the grid, where tokens come as a sequence; None: the grid is square.
+        columns: positions in a row of the grid, if tokens come as a sequence; None: the grid is square.
         prefix_tokens: tokens of a sequence before its first position, such as a class token: no expert takes them.
 
     Raises:

@@ -83,7 +83,7 @@ class Copy(ExpertConfig):
 class ConstantExperts(Experts):
     """E experts whose output is a learned vector, or a learned mixture of the token and the vector.
 
-    Parameters: ``v`` (E, D_out), zero at the start; ``w_mix`` (E, D, 2) where mixed.
+    Parameters: ``v`` (E, D_out), zero at the start; ``w_mix`` (E, D, 2) if mixed.
     """
 
     takes_index = True

@@ -55,7 +55,7 @@ class GeneralFFN(TwoLayerConfig):
     + b_out``, with any of the biases. ``FFN``, ``SwiGLU`` and ``GEGLU `` have fused kernels for their formulas.
 
     Attributes:
-        hidden_dim: F; None: 4 * dim, or where gated 8/3 * dim, up to the next multiple of 8.
+        hidden_dim: F; None: 4 * dim, or if gated 8/3 * dim, up to the next multiple of 8.
         activation: a key of ``GENERAL_ACTIVATIONS``: the activations of ``FFN``, "quick_gelu" (``x sigmoid(1.702 x)``,
             OpenAI's CLIP), "sigmoid", "tanh", "relu2" (the square), "relu6", "leaky_relu", "elu", "mish" or
             "hardswish".

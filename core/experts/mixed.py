@@ -46,7 +46,7 @@ class MixedExperts(Experts):
         return [part for part in self.parts if isinstance(part, Experts)]
 
     def compute_rows(self, rows: Rows) -> Rows:
-        """Return the rows computed: (T, D_out) where they came as an index, else (R, D_out) and weighted."""
+        """Return the rows computed: (T, D_out) if they came as an index, else (R, D_out) and weighted."""
         y: Tensor | None = None
         for part, (first, end) in zip(self._kinds(), pairwise(self.bounds), strict=True):
             own, place_R = _rows_of(rows, first, end)

@@ -79,7 +79,7 @@ class NeuronExperts(Experts):
 @dataclass(frozen=True)
 class PEER(ExpertConfig):
     """``f_e(x) = act(x . u_e) v_e``, an expert of one neuron (PEER, arXiv 2407.04153). ``ProductKeys`` chooses among a
-    million of them; any other router that chooses pairs does too, where E is small.
+    million of them; any other router that chooses pairs does too, if E is small.
 
     Attributes:
         activation: "relu", "gelu" or "silu".

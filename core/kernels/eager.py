@@ -303,7 +303,7 @@ class RowIndex(NamedTuple):
     Attributes:
         row_index_R: int64 (R,), the token of each row; None if rows are the tokens themselves.
         offsets_E: int32 (E,), inclusive counts of rows; rows past the last offset are not computed.
-        inverse_N: int64 (N,), the row of each pair, where pairs are token-major: a faster ``combine`` may use it.
+        inverse_N: int64 (N,), the row of each pair, if pairs are token-major: a faster ``combine`` may use it.
         top_k: K, the pairs of each token, if they are token-major.
     """
 

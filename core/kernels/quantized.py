@@ -49,7 +49,7 @@ class QuantizedWeight:
 
     @property
     def group_size(self) -> int:
-        """The inputs of a channel that share a scale: K where there is one scale a channel."""
+        """The inputs of a channel that share a scale: K if there is one scale a channel."""
         return self.fan_in // self.scales.shape[1]
 
     @property
@@ -95,7 +95,7 @@ def quantize(w: Tensor, bits: int, group_size: int | None = None) -> QuantizedWe
 
     Returns:
         The quantized matrices, with scales in the dtype of ``w``. A number is off by half a scale at most. (In float16
-        by more where a group has no number above 1e-3: its scale is below what that dtype holds exactly.)
+        by more if a group has no number above 1e-3: its scale is below what that dtype holds exactly.)
 
     Raises:
         ValueError: other bits, a group size that does not divide K, or numbers that are not finite.
@@ -125,7 +125,7 @@ def quantize(w: Tensor, bits: int, group_size: int | None = None) -> QuantizedWe
 def pack(q: Tensor) -> Tensor:
     """Pack integers of 4 bits two to a byte: int8 (..., K, N) in [-8, 7] to uint8 (..., ceil(K / 2), N).
 
-    The lower half of a byte holds the number of the even row. Where K is odd the last byte's upper half is a zero.
+    The lower half of a byte holds the number of the even row. If K is odd the last byte's upper half is a zero.
     """
     if q.shape[-2] % 2:
         q = torch.cat((q, torch.zeros_like(q[..., :1, :])), -2)

@@ -48,7 +48,7 @@ def neurons(
         ids_TK: int64 (T, K), rows of ``u`` and ``v``; E if nothing is computed.
         gates_TK: (T, K).
         activation: a key of ``ACTIVATIONS``.
-        row_sparse: the gradients of ``u`` and ``v`` are sparse tensors of the picked rows. Where ``plain`` runs they
+        row_sparse: the gradients of ``u`` and ``v`` are sparse tensors of the picked rows. If ``plain`` runs they
             are dense nevertheless. To make them, the host waits for the device.
         plain: run the version that copies every picked row.
 

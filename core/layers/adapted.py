@@ -16,7 +16,7 @@ class AdaptedLinear(nn.Module):
     Args:
         base: the layer, whose parameters are frozen here.
         updates: a layer of ``MoEConfig.build(in_features, out_features)``, such as one of ``LoRA``; of
-            ``build(out_features)`` where it comes after the base.
+            ``build(out_features)`` if it comes after the base.
         after: whether the updates take the base's output, as ``IA3`` does.
 
     Raises:

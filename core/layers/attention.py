@@ -127,7 +127,7 @@ class AttentionMoE(MoE):
 def _places(routing: Routing, num_experts: int) -> tuple[int, Tensor | None]:
     """Return how many queries a token has room for, P, and the place of each pair among T * P, int64 (N,).
 
-    It is None if the pairs are in this order already. Where tokens take unequal numbers of experts, each has room for
+    It is None if the pairs are in this order already. If tokens take unequal numbers of experts, each has room for
     all: a host that counted would wait for the device.
     """
     if routing.top_k is not None:
@@ -144,7 +144,7 @@ def attention(
 
     Args:
         q_BSPhd, k_BShd, v_BShd: as in ``Attend``.
-        valid_BS: bool, False for keys that no query sees; None: all may be seen. Where none is left to a query, it
+        valid_BS: bool, False for keys that no query sees; None: all may be seen. If none is left to a query, it
             attends to all alike.
         mask: bool (S, S) or (B, S, S), True where a query may see a key.
         causal: a query sees the keys up to its own position.

@@ -43,8 +43,8 @@ class MoELayer(nn.Module):
 
     Attributes:
         router, experts, dispatcher: the parts.
-        out_dim: width of the output, where ``MoEConfig`` built the layer; else None.
-        load_balancing_weight: float32 () buffer where ``balance.adaptive``, else None.
+        out_dim: width of the output, if ``MoEConfig`` built the layer; else None.
+        load_balancing_weight: float32 () buffer if ``balance.adaptive``, else None.
     """
 
     router: Router

@@ -9,7 +9,7 @@ from ..kernels import Linear
 
 
 class FeedForward(nn.Module):
-    """``act(x w_in) w_out``, or ``(act(x w_gate) * (x w_in)) w_out`` where gated.
+    """``act(x w_in) w_out``, or ``(act(x w_gate) * (x w_in)) w_out`` if gated.
 
     Args:
         dim: D.

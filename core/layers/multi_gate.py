@@ -36,7 +36,7 @@ class Examples:
 
     Attributes:
         x_TD: (T, D), in its own dtype; padding is zero.
-        x_BSD: the same as sequences: (T, 1, D) where the layer got (T, D).
+        x_BSD: the same as sequences: (T, 1, D) if the layer got (T, D).
         leading: shape of the examples.
         real_T: bool (T,), False for padding; None if every example is real.
         domain_T: int64 (T,); None if the layer knows no domains.
@@ -127,7 +127,7 @@ class MultiGateLayer(MoELayer):
 
 @dataclass(frozen=True)
 class LevelOutputs:
-    """The outputs of a level: ``task_tTH`` (t, T, H), and ``shared_TH`` (T, H) where it has a gate for it."""
+    """The outputs of a level: ``task_tTH`` (t, T, H), and ``shared_TH`` (T, H) if it has a gate for it."""
 
     task_tTH: Tensor
     shared_TH: Tensor | None

@@ -28,7 +28,7 @@ class SparseMultiGateMoE(MultiGateLayer):
     """A router a task chooses its few experts among the shared ones: ``y_k = sum over its experts of g_k,e f_e(x)``.
 
     The tasks' choices are computed in one dispatch, and nothing else is. An expert that two tasks chose for an example
-    computes it once, but where gates scale the experts' input, which then differs by task.
+    computes it once, but if gates scale the experts' input, which then differs by task.
 
     Args:
         routers: one per task.
@@ -180,7 +180,7 @@ class SelectedMultiGateMoE(MultiGateLayer):
 
 
 def _with_domain(examples: Examples, domain: DomainEmbedding | None) -> Tensor:
-    """Return a router's input (B, S, D): the examples, with their domains where it knows them."""
+    """Return a router's input (B, S, D): the examples, with their domains if it knows them."""
     if domain is None or examples.domain_T is None:
         return examples.x_BSD
     return domain(examples.x_TD, examples.domain_T).unflatten(0, examples.x_BSD.shape[:2])

@@ -48,7 +48,7 @@ def offload_experts(
         model: any module with MoE layers, in evaluation.
         budget_bytes: bytes of the slots: that much of the experts is on the device.
         path: a new safetensors file that keeps the experts; it has to stay as it is as long as the model is used. None:
-            host memory, pinned where the device is a GPU.
+            host memory, pinned if the device is a GPU.
         policy: "lfru": the expert of the fewest uses gives way, and a use counts less the longer it is ago; "lru": the
             one whose last use is longest ago.
         prefetch: whether experts are fetched ahead.
@@ -119,7 +119,7 @@ def offloadable_bytes(model: nn.Module) -> int:
 def loading_experts(model: nn.Module, state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Give experts that ``unloaded_experts`` has left without memory the values of a state dict.
 
-    Experts that ``offload_experts`` would offload take the state's own tensors: where those are mapped from a file, the
+    Experts that ``offload_experts`` would offload take the state's own tensors: if those are mapped from a file, the
     file has to stay as it is until the experts are offloaded, and no copy is made before. Others get copies. They have
     no gradients.
 

@@ -48,7 +48,7 @@ class Store(Protocol):
 
 
 class HostStore:
-    """Stacked tensors in host memory, pinned where a GPU is to read them.
+    """Stacked tensors in host memory, pinned if a GPU is to read them.
 
     Args:
         tensors: stacked tensors by name, on any device.

@@ -38,7 +38,7 @@ def expert_mesh(
         device_type: "cpu" or "cuda".
 
     Returns:
-        Axes "replicate", "shard", "node" (where ``nodes`` is above 1), "expert", and "hidden" (where it is above 1).
+        Axes "replicate", "shard", "node" (if ``nodes`` is above 1), "expert", and "hidden" (if it is above 1).
 
     Raises:
         ValueError: the product is not the number of ranks, or a size is below 1.

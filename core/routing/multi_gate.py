@@ -175,7 +175,7 @@ class GateLogits:
     """The logits of a level's gates for T examples, in float32.
 
     Attributes:
-        task_TtE: (T, t, E), logits of the tasks' gates; padded where tasks have other numbers of own experts.
+        task_TtE: (T, t, E), logits of the tasks' gates; padded if tasks have other numbers of own experts.
         self_TtL: (T, t, L), logits of the self-gates; None without them.
         shared_TE: (T, E of all), logits of the shared representation's gate; None without it.
     """
@@ -215,11 +215,11 @@ class DenseGates(Router):
 
     With hidden layers a gate is a small network: ``g_k(x) = softmax(W_k relu(H_k x + c_k) + b_k)``.
 
-    Parameters, with W the width of the last hidden layer, or D: ``weight`` (t, E, W), or (sum of the gates' E, W) where
+    Parameters, with W the width of the last hidden layer, or D: ``weight`` (t, E, W), or (sum of the gates' E, W) if
     the tasks have other numbers of own experts; ``self_weight`` (t, L, W) with self-gates; ``shared_weight``
     (E of all, W) with a gate of the shared representation; ``bias``, as ``weight`` without W, ``self_bias`` (t, L) and
     ``shared_bias`` (E of all) with biases; ``hidden_weight_i`` (gates, in, out) and ``hidden_bias_i`` (gates, out) of
-    hidden layer i, the shared representation's gate last; ``domain.weight`` (domains, D) where domains are known.
+    hidden layer i, the shared representation's gate last; ``domain.weight`` (domains, D) if domains are known.
 
     Args:
         dim: D.

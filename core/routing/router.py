@@ -30,7 +30,7 @@ class Tokens:
         length: S.
         valid_T: bool (T,), False for padding; None if every token is real.
         context: the context that the layer got, or an empty one.
-        kept_TD: (T, D), the tokens in half precision where they came in it and a backward follows; else None.
+        kept_TD: (T, D), the tokens in half precision if they came in it and a backward follows; else None.
     """
 
     x_TD: Tensor
@@ -101,10 +101,10 @@ class Router(nn.Module):
         gates_on: side of the experts that the gates scale, "output" or "input".
         extra_weights: weights of ``Evidence.extra`` by name; the names are among ``terms`` too.
         backend: name of the kernels that choose and count.
-        expert_dropout: probability in training that a token cannot choose an expert, where ``drops_experts`` says that
+        expert_dropout: probability in training that a token cannot choose an expert, if ``drops_experts`` says that
             the router heeds it; ``MoEConfig.build`` sets it.
         expert_bias: float32 (E,) buffer added to the scores for the choice only, or None.
-        num_counts: length of ``Evidence.counts`` where ``after_counts`` reads them, else 0.
+        num_counts: length of ``Evidence.counts`` if ``after_counts`` reads them, else 0.
     """
 
     capacity: Capacity = Capacity()
@@ -343,7 +343,7 @@ class RouterConfig(OpenConfig):
 
     @property
     def default_group(self) -> str | int:
-        """The group in which tokens compete for capacity where the layer's config does not name one."""
+        """The group in which tokens compete for capacity if the layer's config does not name one."""
         return "batch"
 
     @property
@@ -366,7 +366,7 @@ class RouterConfig(OpenConfig):
     @property
     def can_grow(self) -> bool:
         """True if each row of the gate belongs to exactly one expert, so that ``core.grow_experts`` can add rows and
-        leave the others' logits as they are: not where a table, a code or the other experts decide."""
+        leave the others' logits as they are: not if a table, a code or the other experts decide."""
         return True
 
     @property

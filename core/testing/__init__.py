@@ -47,7 +47,7 @@ class Property:
 
     Attributes:
         name: the property in words.
-        check: function that raises an ``AssertionError`` where the property does not hold.
+        check: function that raises an ``AssertionError`` if the property does not hold.
     """
 
     name: str

@@ -24,7 +24,7 @@ _ROWS = 1 << 16
 class RowGroups:
     """The columns so far, in a hidden file next to the whole one; memory holds one row group.
 
-    It takes columns as long as they have the types of the first ones, and come in the order of their ``index`` where
+    It takes columns as long as they have the types of the first ones, and come in the order of their ``index`` if
     they have one.
 
     Args:

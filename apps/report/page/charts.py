@@ -114,7 +114,7 @@ class Line:
         return f"{self.label}, {self.part}" if self.part else self.label
 
     def thinned(self, most: int) -> Line:
-        """Return the line by the means of ``most`` parts of equal length, or as it is where it has no more points."""
+        """Return the line by the means of ``most`` parts of equal length, or as it is if it has no more points."""
         if len(self.x) <= most:
             return self
         ends = [round(i * len(self.x) / most) for i in range(most + 1)]

@@ -173,7 +173,7 @@ def write_index(folder: Path) -> Path | None:
     """Write or refresh ``index.html`` of a folder of runs, print its path, and return it.
 
     The runs are the subfolders, their subfolders, and their earlier runs that have a report. With fewer than
-    ``FEWEST``, or where another ``index.html`` is there that no report has written, nothing is written and None is
+    ``FEWEST``, or if another ``index.html`` is there that no report has written, nothing is written and None is
     returned.
     """
     path = folder / INDEX

@@ -52,7 +52,7 @@ class SafeReader(dcp.FileSystemReader):
         return super().read_data(dataclasses.replace(plan, items=[]), planner)
 
     def check_parts(self) -> None:
-        """Raise a ``DamagedError`` where a file of shards is missing or cut short, before anything is read."""
+        """Raise a ``DamagedError`` if a file of shards is missing or cut short, before anything is read."""
         ends: dict[str, int] = {}
         for where in self.read_metadata().storage_data.values():
             ends[where.relative_path] = max(ends.get(where.relative_path, 0), where.offset + where.length)

@@ -119,14 +119,14 @@ class RunFolder(Callback):
             yield
 
     def _remove_unused(self) -> None:
-        """Remove the folder where no training has started in it."""
+        """Remove the folder if no training has started in it."""
         if not self._started:
             with contextlib.suppress(OSError):  # it holds other files
                 (self.folder / MARKER).unlink()
                 self.folder.rmdir()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the files that TensorBoard has begun where a run ends before its training starts."""
+        """Remove the files that TensorBoard has begun if a run ends before its training starts."""
         if self._started or not trainer.is_global_zero:
             return
         for path in self._list_curves():

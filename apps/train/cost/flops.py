@@ -50,7 +50,7 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
         batch: batch of the data module, on the module's device.
         replaced: dotted names of the blocks that a baseline replaces: the MoE layers, or the blocks around them.
         as_evaluated: count the matmuls under the module's evaluation capacity. Else count as in training, by the rule
-            of ``MoEConfig.flops_per_token``: every chosen pair, times the training's capacity factor where that is
+            of ``MoEConfig.flops_per_token``: every chosen pair, times the training's capacity factor if that is
             below 1, whatever an untrained router drops or leaves empty.
 
     Raises:

@@ -25,7 +25,7 @@ class Budget:
     """How much of a model's experts is on the device, and where they are kept.
 
     Attributes:
-        size: bytes, or a share of the experts' bytes where ``is_share``.
+        size: bytes, or a share of the experts' bytes if ``is_share``.
         path: file of safetensors that keeps the experts; None: memory.
     """
 

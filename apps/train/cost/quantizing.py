@@ -71,7 +71,7 @@ def quantise(model: M, how: str) -> M:
 def form_of(model: nn.Module) -> str | None:
     """Return how the experts of a model are quantized, as the word for ``quantise``; None: they are not.
 
-    Where every channel has one scale, a group size that is as long as a channel is not told from none.
+    If every channel has one scale, a group size that is as long as a channel is not told from none.
     """
     from core.experts.matrices import QuantizedMatrices
 

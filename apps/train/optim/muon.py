@@ -23,7 +23,7 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
         steps: number of iterations.
 
     Returns:
-        (..., m, n) in bfloat16, or in float64 where ``matrices`` are; a matrix of zeros stays zero.
+        (..., m, n) in bfloat16, or in float64 if ``matrices`` are; a matrix of zeros stays zero.
     """
     x = matrices.to(torch.float64 if matrices.dtype == torch.float64 else torch.bfloat16)
     wide = x.shape[-2] <= x.shape[-1]

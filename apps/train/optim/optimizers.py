@@ -40,9 +40,9 @@ class OptimizerConfig(Checked):
         router_weight_decay_scale: the routers' weight decay is ``weight_decay`` times this.
         expert_lr_scale: the experts' learning rate is ``lr`` times this.
         expert_weight_decay_scale: the experts' weight decay is ``weight_decay`` times this.
-        warmup: steps of linear warm-up; a fraction of all steps where it is below 1.
+        warmup: steps of linear warm-up; a fraction of all steps if it is below 1.
         schedule: decay after the warm-up: "cosine" to ``min_lr_ratio``; "inverse_sqrt", ``sqrt(warmup / n)`` at the
-            n-th step (arXiv 1706.03762, section 5.3), which does not depend on the length of the run where ``warmup``
+            n-th step (arXiv 1706.03762, section 5.3), which does not depend on the length of the run if ``warmup``
             is in steps; or "constant".
         min_lr_ratio: least learning rate, as a part of the peak.
         lr_scales: factors on the learning rate of parts of the model, by prefix of their parameters' names:
@@ -82,7 +82,7 @@ class OptimizerConfig(Checked):
             raise ValueError(f"optimizer.warmup={self.warmup} must be a whole number of steps, or a fraction below 1")
 
     def warmup_steps(self, total_steps: float) -> int:
-        """Return the steps of warm-up in a run of ``total_steps`` (``inf`` where it has no end)."""
+        """Return the steps of warm-up in a run of ``total_steps`` (``inf`` if it has no end)."""
         if self.warmup >= 1:
             return int(self.warmup)
         return round(self.warmup * total_steps) if math.isfinite(total_steps) else 0

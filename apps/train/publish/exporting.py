@@ -17,7 +17,7 @@ class Graph:
     """A network that is exported as one graph.
 
     Attributes:
-        name: "model", or the part where an app has several: "encoder", "decoder", "image_tower".
+        name: "model", or the part if an app has several: "encoder", "decoder", "image_tower".
         network: its ``forward`` takes the tensors of ``inputs`` by position, and returns a tensor or a tuple of them;
             the first one is the raw logits, or the vectors of a tower.
         inputs: tensors of an example by their names in the graph, in the order of ``forward``'s arguments. Normalized:

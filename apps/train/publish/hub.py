@@ -41,7 +41,7 @@ class HubModule(LinkedModule):
         """Write the model as a folder that ``apps.load`` and ``from_pretrained`` read: all of it, or nothing.
 
         It has the weights as safetensors, ``config.json`` with the values that rebuild the model and the meaning of its
-        data's numbers, and a card, ``README.md``. The card has the figures of ``moesaic test`` where the run's folder
+        data's numbers, and a card, ``README.md``. The card has the figures of ``moesaic test`` if the run's folder
         has a test of these very weights. Its licence is for you to add.
 
         Args:
@@ -55,7 +55,7 @@ class HubModule(LinkedModule):
             push: options of ``push_to_hub``.
 
         Returns:
-            the commit's address where the model is pushed.
+            the commit's address if the model is pushed.
 
         Raises:
             ValueError: the folder holds other files; or a tensor is sharded over processes.

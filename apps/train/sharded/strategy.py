@@ -121,7 +121,7 @@ def divide_experts(module: LightningModule, part: DeviceMesh, *, static: bool = 
 
 
 def step_one_by_one(optimizers: Iterable[Optimizer]) -> None:
-    """Make optimizers step parameter by parameter where a group has parameters of several meshes, or sharded and plain
+    """Make optimizers step parameter by parameter if a group has parameters of several meshes, or sharded and plain
     ones: torch's operations on lists do not mix them."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         if len({p.device_mesh if isinstance(p, DTensor) else None for p in group["params"]}) > 1:

@@ -25,7 +25,7 @@ def take_form(module: Any, checkpoint: Mapping[str, Any]) -> None:
 def adapt_linears(module: Any, checkpoint: Mapping[str, Any]) -> None:
     """Freeze the model and add the adapters to its linear layers that a checkpoint's ``adapted`` names.
 
-    Nothing happens where it names none, or the updates are there. Their tensors are part of the ``state_dict``.
+    Nothing happens if it names none, or the updates are there. Their tensors are part of the ``state_dict``.
 
     Args:
         module: a ``SparseModule``.

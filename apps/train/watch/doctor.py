@@ -31,7 +31,7 @@ class RoutingDoctor(Callback):
 
     Args:
         batches: validation batches that are looked at.
-        classes: also ask whether the classes decide the experts, which computes these batches twice; not where
+        classes: also ask whether the classes decide the experts, which computes these batches twice; not if
             processes share a model's parameters.
         start: weights that the training began with; None: the weights at the first step, if the callback sees it.
 

@@ -22,7 +22,7 @@ def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None 
     Args:
         model: any module, which is changed in place, or one ``nn.Linear``.
         moe: the updates. With ``LoRA`` the adapted model starts with the outputs of the trained one; with ``IA3`` it
-            does so where the gates of a token sum to 1.
+            does so if the gates of a token sum to 1.
         modules: pattern of the dotted names of linear layers, or several, as ``fnmatch`` reads it: ``*`` also matches
             several names, so that ``*.q_proj`` is every layer of that name. None: ``model`` is an ``nn.Linear``.
 

@@ -82,7 +82,7 @@ def put_layer(model: nn.Module, name: str, part: FeedForwardPart, layer: nn.Modu
         layer: the layer that replaces the network.
 
     Returns:
-        ``model``; ``layer`` where the model itself is the network.
+        ``model``; ``layer`` if the model itself is the network.
     """
     module = model.get_submodule(name)
     for child in part.emptied:

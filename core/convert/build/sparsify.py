@@ -73,7 +73,7 @@ def sparsify(
             ``core.convert.unit_importances`` returns them; or of the one network that the model is.
 
     Returns:
-        the copy; a ``SparseFFN`` where the model itself is the network.
+        the copy; a ``SparseFFN`` if the model itself is the network.
 
     Raises:
         ValueError: a pattern names no module, a module that is not a feed-forward network or one that no expert

@@ -175,7 +175,7 @@ class SplitStart(Start):
     and drops the least important units; here no unit is lost, and an expert is ``shared + (F - shared) / E`` wide.
 
     Attributes:
-        by: how the units are grouped: "clusters" of like columns of ``w_in`` (``w_gate`` where gated); "coactivation",
+        by: how the units are grouped: "clusters" of like columns of ``w_in`` (``w_gate`` if gated); "coactivation",
             clusters of units that answer the same tokens of ``sparsify(inputs=...)``; "importance", dealt one by one
             from the most important one down, by ``sparsify(importances=...)``; "random".
         shared: number of the most important units that every expert has, with ``by="importance"``.

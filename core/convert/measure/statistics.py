@@ -170,7 +170,7 @@ class _Sums:
         return ExpertStatistics(zero_E, zero_E, zero_E, zero_E, y_RD.new_zeros(E, y_RD.shape[1]))
 
     def result(self) -> ExpertStatistics:
-        """Return the statistics, with a mean over every token where there is one."""
+        """Return the statistics, with a mean over every token if there is one."""
         assert self.statistics is not None
         total_ED = self.statistics.every_output_ED
         return (

@@ -22,7 +22,7 @@ TOLERANCE = 0.05
 
 
 def solve_width(cost: Callable[[int], float], target: float, what: str) -> SolvedWidth:
-    """Return the width whose cost comes nearest to ``target``, with a problem where it is not near enough.
+    """Return the width whose cost comes nearest to ``target``, with a problem if it is not near enough.
 
     ``cost`` grows with the width; ``what`` is its unit in the message, such as "flops".
     """

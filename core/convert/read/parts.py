@@ -186,7 +186,7 @@ def axis_of_experts(name: str, old: Tensor, new: Tensor, E: int, new_E: int) -> 
 
 
 def like(value: Tensor, old: Tensor) -> Tensor:
-    """Return a tensor as a parameter where ``old`` is one, which trains where ``old`` does."""
+    """Return a tensor as a parameter if ``old`` is one, which trains if ``old`` does."""
     return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
 
 

@@ -24,7 +24,7 @@ Loads = Tensor | Sequence[float]
 def densify(model: nn.Module, how: str = "average", loads: Mapping[str, Loads] | Loads | None = None) -> nn.Module:
     """Replace each MoE layer of a model by a dense layer of one expert, as wide as one of its experts.
 
-    Where all experts of a layer are equal and a token's gates sum to 1, "average", "use" and "most_used" leave its
+    If all experts of a layer are equal and a token's gates sum to 1, "average", "use" and "most_used" leave its
     output as it is. Elsewhere the dense model is a start, to be trained on, as by distillation from the sparse one.
     Shared experts, their gate and the output's bias stay.
 

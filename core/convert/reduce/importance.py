@@ -24,7 +24,7 @@ def unit_importances(
 ) -> dict[str, Tensor]:
     """Return how much a loss depends on each hidden unit of feed-forward networks, for ``SplitStart("importance")``.
 
-    The importance of a unit is the sum over batches of ``|w . dloss/dw|``, to first order the change of the loss where
+    The importance of a unit is the sum over batches of ``|w . dloss/dw|``, to first order the change of the loss if
     the unit were gone. ``w`` are the weights of the unit in all matrices: its columns of ``w_in`` and ``w_gate``, and
     its row of ``w_out`` (MoEBERT, arXiv 2204.07675, which sums over single examples: give batches of one for this).
 

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def triton_version() -> tuple[int, ...] | None:
-    """Return the major and minor version of the installed Triton: None without one, () where it is unknown."""
+    """Return the major and minor version of the installed Triton: None without one, () if it is unknown."""
     if importlib.util.find_spec("triton") is None:
         return None
     for name in ("triton", "pytorch-triton", "triton-windows"):

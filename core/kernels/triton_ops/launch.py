@@ -107,7 +107,7 @@ def written_down() -> Iterator[list[Launch]]:
 
 
 def dense(*tensors: Tensor | None) -> list[Any]:
-    """Return each tensor contiguous, as a copy where it must be: kernels know no strides."""
+    """Return each tensor contiguous, as a copy if it must be: kernels know no strides."""
     return [None if t is None else t.contiguous() for t in tensors]
 
 

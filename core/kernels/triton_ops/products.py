@@ -77,7 +77,7 @@ def linear(
     row_index_R: Tensor | None = None,
     clear: bool = False,
 ) -> None:
-    """Compute ``out = g (x w + x2 w2 + b)``; rows go to ``row_index_R`` of ``out`` where it is given.
+    """Compute ``out = g (x w + x2 w2 + b)``; rows go to ``row_index_R`` of ``out`` if it is given.
 
     Args:
         x: (R, D); w: (E, D, N), or ``transposed`` (E, N, D). Quantized ones are neither transposed nor two.

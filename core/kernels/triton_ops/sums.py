@@ -59,7 +59,7 @@ def sum_rows(
 ) -> Tensor:
     """Return the sum of the (gated) rows of each token, (T, D).
 
-    ``rows`` and ``starts`` come from ``rows_by_token``. Where pairs are token-major, ``rows`` is the row of each pair
+    ``rows`` and ``starts`` come from ``rows_by_token``. If pairs are token-major, ``rows`` is the row of each pair
     and ``starts`` is None.
     """
     D = y_RD.shape[1]
@@ -161,7 +161,7 @@ _combine.register_autograd(_backward, setup_context=_setup)
 
 
 def combine(y_RD: Tensor, rows: RowIndex, gates_R: Tensor | None, num_tokens: int) -> Tensor:
-    """Sum as ``eager.combine`` does, without a sort where ``rows`` has the places of token-major pairs.
+    """Sum as ``eager.combine`` does, without a sort if ``rows`` has the places of token-major pairs.
 
     Raises:
         ValueError: an index or gates without one number per row.

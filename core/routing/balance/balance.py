@@ -79,7 +79,7 @@ class Balance(BalanceWeights):
         contrast_rows: most rows of a pass that ``contrast`` compares; the same number is computed twice.
         expert_types: type of each expert, for ``localized``; types are the tasks, from 0 on.
         scope: "global": a term is a function of the tokens of all ranks; "rank": of each rank's own, with the mean of
-            the ranks as its gradient (as Switch and most others do; cheaper, and stricter where a rank has few tokens).
+            the ranks as its gradient (as Switch and most others do; cheaper, and stricter if a rank has few tokens).
         adaptive: whether the layer's weight of ``load_balancing``, which starts at that field, follows the drop rate:
             ``update_expert_bias`` moves it once per optimizer step by ``adaptive_weight`` (Skywork-MoE, arXiv
             2406.06563). This needs a capacity factor.

@@ -60,7 +60,7 @@ def entropy_of_means(score_sum_GE: Tensor, tokens_G: Tensor) -> Tensor:
 
 
 def local_entropy_loss(entropy_sum_G: Tensor, tokens_G: Tensor) -> Tensor:
-    """Return the sum over modalities of the mean entropy of their tokens' scores (LIMoE): low where gates are sharp.
+    """Return the sum over modalities of the mean entropy of their tokens' scores (LIMoE): low if gates are sharp.
 
     Args:
         entropy_sum_G: (G,), sum of the entropies of each modality's tokens.

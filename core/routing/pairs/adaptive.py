@@ -22,7 +22,7 @@ from .top_k import TopKConfig, TopKRouter
 
 
 class ThresholdRouter(PairRouter):
-    """The router of ``Threshold``: two experts, or one where the second gate is small."""
+    """The router of ``Threshold``: two experts, or one if the second gate is small."""
 
     config: Threshold
 
@@ -44,14 +44,14 @@ class ThresholdRouter(PairRouter):
 @dataclass(frozen=True)
 class Threshold(LinearGateConfig):
     """Top-2 whose second expert has to be worth it (ST-MoE, arXiv 2202.08906): in training it is kept with probability
-    ``min(1, g_2 / threshold)``, where ``g_1 + g_2 = 1`` before. The first gate is not raised where the second is left
+    ``min(1, g_2 / threshold)``, where ``g_1 + g_2 = 1`` before. The first gate is not raised if the second is left
     out. GShard's ``TokenChoice(top_k=2, second="random")`` is a threshold of 1/2.
 
     The paper's code samples in evaluation too; here evaluation is deterministic.
 
     Attributes:
         threshold: value that the second gate, at most 1/2, is compared with.
-        second: rule in training, "random", or "threshold": the second is kept where ``g_2 >= threshold``.
+        second: rule in training, "random", or "threshold": the second is kept if ``g_2 >= threshold``.
         eval_second: rule in evaluation, "threshold" or "always".
         init_scale: variance of the gate's initial weights times D.
     """
@@ -375,7 +375,7 @@ class TokenRounding(TopKConfig, LinearGateConfig):
     ``round_to_tiles``. A token may get more or fewer than ``top_k`` experts in training; evaluation is plain top-k.
 
     In training tokens compete across the batch: batch-mates, later tokens too, change a token's output, so a causal
-    decoder rejects it. Use it where ``T * K / E`` is well above ``tile``: an expert that fewer than ``tile / 2`` tokens
+    decoder rejects it. Use it if ``T * K / E`` is well above ``tile``: an expert that fewer than ``tile / 2`` tokens
     chose gets none. Rounding decides the loads, without a capacity factor.
 
     Attributes:

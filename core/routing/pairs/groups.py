@@ -108,8 +108,8 @@ class Hierarchical(RouterConfig):
     """Two levels of gates (arXiv 1701.06538, appendix B): a primary gate takes ``top_groups`` groups of experts, and in
     each of them a secondary gate takes ``top_k`` experts. ``y = sum over (g, e) of G_g(x) G_g,e(x) f_e(x)``.
 
-    A level's gates are the softmax of its chosen logits where it chooses several, and the chosen of the softmax over
-    all where it chooses one, which would otherwise be 1 and without gradient. In the losses the score of an expert is
+    A level's gates are the softmax of its chosen logits if it chooses several, and the chosen of the softmax over
+    all if it chooses one, which would otherwise be 1 and without gradient. In the losses the score of an expert is
     its group's score times its own, the paper's importance with all experts in it. The paper's noise, and the load loss
     that needs it, are left out.
 

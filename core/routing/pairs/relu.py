@@ -106,7 +106,7 @@ class ReLURouting(LinearGateConfig):
     The number of experts per token is learned. Their mean is held at ``top_k`` by the router's own loss ``sparsity``,
     ``1 / (K T) sum_e n_e mean_e E`` with ``n_e`` the tokens whose gate of e is positive and ``mean_e`` the mean gate:
     the paper's L1 norm with load balancing. Its weight is a buffer that ``update_expert_bias`` updates once per step:
-    times ``l1_factor`` where the tokens of all ranks took more than ``top_k`` experts on average, by ``1 / l1_factor``
+    times ``l1_factor`` if the tokens of all ranks took more than ``top_k`` experts on average, by ``1 / l1_factor``
     if fewer. The paper has one weight for all layers and the mean of their sparsity; here each layer has its own.
 
     Attributes:
@@ -119,7 +119,7 @@ class ReLURouting(LinearGateConfig):
             token takes, with probability 1/2 each, the experts of the one or of the other, in E places; evaluation only
             knows the first one. Then experts that sparse tokens leave out are trained too (after RankMixer, arXiv
             2507.15551, which has two such gates; how they share the tokens is our choice).
-        gate_bias: whether the logits are ``W x + b`` with a learned b. The paper has none; but where tokens are spread
+        gate_bias: whether the logits are ``W x + b`` with a learned b. The paper has none; but if tokens are spread
             evenly around 0, half of the logits ``W x`` are positive whatever W is, and no weight reaches the target.
         init_scale: variance of the gates' initial weights times D.
     """

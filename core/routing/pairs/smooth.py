@@ -102,7 +102,7 @@ def selector_entropy(r_TKE: Tensor) -> Tensor:
 
 
 def reachability(r_TKE: Tensor) -> Tensor:
-    """Return the sum over a token's selectors of ``1 / sum_e r_e``, (T,): K where no weight is on codes without an
+    """Return the sum over a token's selectors of ``1 / sum_e r_e``, (T,): K if no weight is on codes without an
     expert, as always for E a power of 2 (arXiv 2106.03760 and its code). Sums below 0.01 count as 0.01."""
     return r_TKE.sum(-1).clamp_min(0.01).reciprocal().sum(-1)
 
@@ -184,7 +184,7 @@ class DSelectK(RouterConfig):
     exact in training and evaluation, dense at the start, K experts per token in the end. A lower ``max_k`` or
     ``eval_max_k`` bounds the cost; the gates that stay then take over the weight of those left out.
 
-    Where E is not a power of 2 some codes have no expert. Weight on them is lost to the output (a selector wholly on
+    If E is not a power of 2 some codes have no expert. Weight on them is lost to the output (a selector wholly on
     them gives 0), and ``reachability`` holds it down, as in the paper.
 
     Attributes:
@@ -194,7 +194,7 @@ class DSelectK(RouterConfig):
         max_k: places of a token; None: E.
         eval_max_k: the same in evaluation; None: as in training. K is exact once the codes are binary.
         selector_entropy: weight of the selectors' entropy, which drives the codes to be binary; tuned in the paper.
-        reachability: weight of the mean of ``1 / (weight on codes with an expert)``, where E is not a power of 2.
+        reachability: weight of the mean of ``1 / (weight on codes with an expert)``, if E is not a power of 2.
         init_scale: variance times D of the initial weights, the codes' in units of ``gamma``: small, for codes beyond
             ``gamma / 2`` have no gradient.
     """

@@ -11,7 +11,7 @@ import triton.language as tl
 def expert_tile(Offsets, tile, E, BLOCK_M: tl.constexpr, E_POW2: tl.constexpr):
     """Expert, first row and end of the expert's rows for tile ``tile`` of all experts' rows in blocks of ``BLOCK_M``.
 
-    The expert is ``E`` or above where there are not so many tiles: how many there are only the device knows. The first
+    The expert is ``E`` or above if there are not so many tiles: how many there are only the device knows. The first
     row is then that after the last expert's, counted from there, of the tile as one of the tiles left over.
     """
     e = tl.arange(0, E_POW2)
