@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a block keeps its parts, by the names of attributes.
+    """The places of a block's parts, as names of attributes.
 
     The block calls ``experts(x_TD, expert_ids_TK, gates_TK)``, and its router returns logits among other things.
 

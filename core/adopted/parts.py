@@ -36,7 +36,7 @@ class Adopted:
 
 
 class AdoptedRouter(Adopted, Router):
-    """A router that decides as it did, and leaves its logits for the record."""
+    """A router that decides as before, and records its logits."""
 
     terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
     config = None
@@ -168,7 +168,7 @@ class AdoptedClamped(AdoptedExperts, ClampedSwiGLUExperts):  # type: ignore[misc
 
 
 class AdoptedMoE(Adopted, MoE):
-    """A block that routes as it did. Its experts are computed by the engine's kernels, and tapes listen to it."""
+    """A block that routes as before. The engine's kernels compute its experts, and tapes record it."""
 
     bias: Tensor
     shared_expert: nn.Module

@@ -51,7 +51,7 @@ def to_plain(value: Any, hint: Any = Any) -> Any:
 
 
 def from_plain(value: Any, hint: Any = Any, where: str = "") -> Any:
-    """Return what ``to_plain`` made a plain value of: configs of dicts, and tuples of lists if the hint says so.
+    """Return the value that ``to_plain`` made plain: configs from dicts, and tuples from lists if the hint says so.
 
     A config is returned as it is. Only registered classes are made, and the class that the hint names.
 

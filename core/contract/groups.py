@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenGroups:
-    """The parting of T tokens into N groups: token t is member ``t // N`` of group ``t % N``.
+    """A partition of T tokens into N groups: token t is member ``t // N`` of group ``t % N``.
 
     N is a multiple of the sequences' length S, so the members of a group are at the same position of different
     sequences.

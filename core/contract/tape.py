@@ -152,7 +152,7 @@ def sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = 
 
 @contextlib.contextmanager
 def record(model: nn.Module) -> Iterator[Tape]:
-    """Collect one ``Entry`` a pass of each MoE layer of ``model`` inside the ``with`` block.
+    """Collect one ``Entry`` per pass of each MoE layer of ``model`` inside the ``with`` block.
 
     Layers hold a reference to the tape only inside the block: a forward leaves nothing behind in a module.
     A pass that an activation checkpoint repeats during the backward is not collected again.

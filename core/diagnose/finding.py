@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault.
+    """One problem of a model's routing.
 
     Attributes:
         name: its name, a row of docs/reference/routers/findings.md.

@@ -23,7 +23,7 @@ KEPT = 1024
 
 @dataclass(frozen=True)
 class Moved:
-    """The root mean square of how far the weights of a layer have moved.
+    """The root mean square change of a layer's weights.
 
     Attributes:
         router, experts: of the tensor that moved most; None: there is none that trains.

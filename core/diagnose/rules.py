@@ -264,7 +264,7 @@ def step_findings(layer: str, s: StepFigures) -> Iterator[Finding]:
 
 
 def padding_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
-    """Yield whether a balance loss counts padding."""
+    """Yield a finding if a balance loss counts padding."""
     wrong, counted = f.padding
     if counted and wrong / counted > PADDING:
         seen = f"{wrong / counted:.0%} of the {counted:,} tokens that its loss counts are padding"
@@ -272,7 +272,7 @@ def padding_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
 
 
 def movement_findings(moved: Mapping[str, Moved]) -> Iterator[Finding]:
-    """Yield which parts of the layers have stood still while the rest of the model moved."""
+    """Yield findings about parts of the layers that did not change while the rest of the model did."""
     for layer, m in moved.items():
         if m.rest is None or m.rest < BEGAN:
             continue

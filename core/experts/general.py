@@ -52,7 +52,7 @@ class GeneralFFNExperts(TwoLayerExperts):
 @dataclass(frozen=True)
 class GeneralFFN(TwoLayerConfig):
     """``dropout(act(x w_in + b_in)) w_out + b_out``, or gated ``dropout(act(x w_gate + b_gate) * (x w_in + b_in)) w_out
-    + b_out``, with any of the biases. ``FFN``, ``SwiGLU`` and ``GEGLU `` have fused kernels for their formulas.
+    + b_out``, with any of the biases. ``FFN``, ``SwiGLU`` and ``GEGLU`` have fused kernels for their formulas.
 
     Attributes:
         hidden_dim: F; None: 4 * dim, or if gated 8/3 * dim, up to the next multiple of 8.

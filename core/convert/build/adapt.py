@@ -14,7 +14,7 @@ from ..read.names import matching_names
 
 
 def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None = None) -> nn.Module:
-    """Freeze a trained model and put a mixture of updates into its linear layers, such as ``LoRA`` or ``IA3``.
+    """Freeze a trained model and add a mixture of adapters to its linear layers, such as ``LoRA`` or ``IA3``.
 
     Only the updates and their routers train afterwards. Each layer has a router of its own. The model calls a linear
     layer with tokens only, so that padding is routed as any token.

@@ -119,7 +119,7 @@ def freeze_experts(layer: MoE, experts: Collection[int]) -> None:
 
 
 def hold_experts(optimizer: torch.optim.Optimizer, layer: MoE, experts: Collection[int]) -> None:
-    """Put the rows of frozen experts back after each step of an optimizer, which may decay weights or have a momentum.
+    """Put the rows of frozen experts back after each step of an optimizer, which may decay weights or have momentum.
 
     A step then copies these rows twice. New experts are decayed as the optimizer says.
 

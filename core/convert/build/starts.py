@@ -27,7 +27,7 @@ from ..read.neurons import activity_of, balanced_clusters, keys_of, random_group
 
 @dataclass(frozen=True)
 class Start(OpenConfig):
-    """Base of the starts. A subclass has a ``name``, ``fill``, and where it needs them ``config`` and ``total_gate``.
+    """Base of the starts. A subclass has a ``name``, ``fill``, and if it needs them ``config`` and ``total_gate``.
 
     Attributes:
         keeps_output: the sparse layer starts with the output of the dense network, if the gates allow it.

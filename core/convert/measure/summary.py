@@ -81,7 +81,7 @@ class Summary:
 
 
 def summary(model: nn.Module, *inputs: Any) -> Summary:
-    """Return what of a model ``core.sparsify`` replaced, and parameters and FLOPs before and after.
+    """Return the networks of a model that ``core.sparsify`` replaced, with parameters and FLOPs before and after.
 
     Args:
         model: the sparse model, which stays as it is.

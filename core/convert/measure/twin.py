@@ -49,7 +49,8 @@ def dense_twin(
     tokens_per_sequence: int | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Return a copy of a dense model that costs as much as a sparse one: what that replaced has another hidden width.
+    """Return a dense baseline that costs as much as a sparse model: a copy of the dense model in which the replaced
+    networks have another hidden width.
 
     Each network keeps its modules: linear layers, and the batch norms between them, have other sizes. Its hidden width
     is the integer whose cost comes nearest to the layer's, router included. ``core.convert.twin_widths`` tells the

@@ -174,7 +174,7 @@ def _resize_norm(norm: nn.BatchNorm1d, kept: Tensor, width: int) -> None:
 
 
 def hidden_units(module: nn.Module, part: FeedForwardPart) -> HiddenUnits:
-    """Return which layers of a module make the hidden units of the network that was read of it.
+    """Return the layers of a module that make its network's hidden units.
 
     Args:
         module: the module.
