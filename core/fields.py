@@ -162,8 +162,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 @functools.cache
 def _kind(hint: Any) -> tuple[str, Callable[[Any], bool]]:
-    """Return the words for a kind of value, and whether a value has that kind. Kinds that are not known take all
-    values."""
+    """Return the words for a kind of value, and whether a value has it. Unknown kinds take all values."""
     kind = _origin(hint)
     if kind is Literal:
         names = typing.get_args(hint)

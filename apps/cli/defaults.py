@@ -1,5 +1,4 @@
-"""Defaults that jsonargparse does not know: values that replace null, and the defaults of the configs that are
-named."""
+"""Defaults that jsonargparse does not know: values that replace null, and the defaults of named configs."""
 
 from __future__ import annotations
 

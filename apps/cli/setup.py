@@ -148,8 +148,7 @@ class RunSetup(WaitingCLI, LightningCLI):
             self._begin_with(self.request.weights)
 
     def _check_fits(self, checkpoint: Mapping[str, Any], path: Path) -> None:
-        """Give the model the parts that its checkpoint has, and raise an error for a checkpoint that does not fit
-        it."""
+        """Give the model the parts that its checkpoint has, and raise an error if the checkpoint does not fit."""
         if isinstance(self.model, SparseModule):
             take_form(self.model, checkpoint)
         check_fits(checkpoint, self.model, path)

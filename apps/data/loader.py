@@ -273,8 +273,7 @@ def in_order(
 
 
 def ignore_interrupt(worker: int) -> None:
-    """Let a worker process continue at Ctrl-C, which the terminal sends to it as well: a training ends after its
-    step."""
+    """Let a worker process ignore Ctrl-C, which the terminal also sends to it: a training ends after its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

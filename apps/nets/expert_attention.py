@@ -143,8 +143,7 @@ def _rotated(q_BLPhd: Tensor, k_BLhd: Tensor, rotations: Tensor | None) -> tuple
 def check_rows(
     config: TransformerConfig, ffn: FFNConfig | MoEs | None, attention: core.MoEConfig | None = None
 ) -> None:
-    """Raise an error for experts other than an FFN, which works row by row, and for attention experts that do not fit
-    the transformer.
+    """Raise an error unless experts are an FFN, which works row by row, or attention experts that fit.
 
     Raises:
         ValueError: naming the experts.

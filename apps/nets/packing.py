@@ -52,8 +52,7 @@ class Packing:
 
     @classmethod
     def _of_all(cls, valid_BS: Tensor) -> tuple[Packing, Tensor]:
-        """Return the packing that keeps padding, and int64 (B * S,) indices: each row's non-padding tokens come
-        first."""
+        """Return the packing that keeps padding, and int64 (B * S,) indices: a row's non-padding tokens come first."""
         B, S = valid_BS.shape
         place_S = torch.arange(S, device=valid_BS.device)
         begin_B1 = torch.arange(B, device=valid_BS.device)[:, None] * S

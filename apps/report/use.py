@@ -1,5 +1,4 @@
-"""Which expert takes what: one collector for the test reports of all apps, and the parts of a page that show its
-counts."""
+"""Which expert takes what: one collector for all apps' test reports, and the parts of a page that show it."""
 
 from __future__ import annotations
 

@@ -30,8 +30,7 @@ Step = Callable[..., Any]
 @core.register_config
 @dataclass(frozen=True)
 class SparsifyConfig(Checked):
-    """The feed-forward networks of a module that become MoE layers, and the facts about the module that a comparison
-    needs.
+    """The feed-forward networks of a module that become MoE layers, and facts about it for a comparison.
 
     Attributes:
         modules: pattern of the networks' dotted names, or several: ``blocks.*.mlp``; see ``core.sparsify``.

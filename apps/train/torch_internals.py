@@ -1,5 +1,4 @@
-"""Undocumented parts of torch that the apps use, in addition to ``core.torch_internals``: nothing else in apps uses
-any.
+"""Undocumented parts of torch that the apps use, besides ``core.torch_internals``: nothing else in apps uses any.
 
 Each docstring says what torch lacks in public. All hold for torch 2.12 and 2.13;
 tests/apps/train/test_torch_internals.py fails if a new version changes one.

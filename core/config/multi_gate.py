@@ -125,8 +125,8 @@ class MultiGateConfig(OpenConfig):
         return {"balance": self.balance, "expert_dropout": self.expert_dropout, "dim": dim}
 
     def _check_unused(self, why: str, *names: str) -> None:
-        """Raise an error for options that the layer does not use, by default the options of gates on features, tasks
-        and domains."""
+        """Raise an error for options that the layer does not use, by default of gates on features, tasks and
+        domains."""
         for name in names or ("feature_gate", "self_gate", "num_domain_experts"):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} {why}")

@@ -1,5 +1,5 @@
-"""A training step examined: the gradients that the task's loss sends to the routers, and how often the balance loss is
-in the sum."""
+"""A training step examined: the routers' gradients from the task's loss, and how often the balance loss is in the
+sum."""
 
 from __future__ import annotations
 
@@ -304,8 +304,7 @@ def _without_balance(model: nn.Module, layers: Iterable[MoELayer]) -> Iterator[N
 
 
 def _foreign_weights(model: nn.Module) -> list[tuple[Any, float]]:
-    """Return the holders of a balance loss's weight in transformers' models, modules and configurations, with the
-    weight."""
+    """Return the modules and configurations of a transformers model that hold a balance loss's weight, and it."""
     owners: dict[int, tuple[Any, float]] = {}
     for module in model.modules():
         for owner in (module, getattr(module, "config", None)):

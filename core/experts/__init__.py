@@ -1,5 +1,5 @@
-"""Experts with stacked parameters: one tensor holds a weight of all E experts. A config is in the same file as the
-module that it builds."""
+"""Experts with stacked parameters: one tensor holds a weight of all E experts. A config is in the file of its
+module."""
 
 from .attention import AttentionExperts
 from .base import ExpertConfig, Experts, check_merges, num_params

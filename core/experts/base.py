@@ -372,8 +372,7 @@ def num_params(module: nn.Module) -> int:
 
 
 def check_merges(experts: Experts) -> None:
-    """Raise a ``ValueError`` if no expert can be built from the mean parameters: no ``compute_merged``, or
-    statistics."""
+    """Raise a ``ValueError`` if no expert can have the mean parameters: no ``compute_merged``, or statistics."""
     name = type(experts).__name__
     if type(experts).compute_merged is Experts.compute_merged:
         raise ValueError(f"{name} cannot be merged: it has no method compute_merged")

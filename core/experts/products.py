@@ -1,5 +1,4 @@
-"""Matmuls of stacked weights with the same tokens for all experts, or with an expert's own, and their
-initialization."""
+"""Matmuls of stacked weights, with tokens shared by all experts or each expert's own; initialization."""
 
 from __future__ import annotations
 

@@ -42,8 +42,7 @@ class StarExperts(MLPExperts):
         self._start()
 
     def _start(self) -> None:
-        """Initialize the center as one expert of ``MLPExperts``, and the experts' own parameters so that they change
-        nothing."""
+        """Initialize the center as one expert of ``MLPExperts``, and the experts' own parameters as the identity."""
         for name, parameter in self.named_parameters(recurse=False):
             nn.init.constant_(parameter, 1.0 if _is_factor(name) else 0.0)
         for name, parameter in self.centre.items():

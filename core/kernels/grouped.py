@@ -154,8 +154,7 @@ quantized_mm.register_autograd(refuse_gradient)
 
 
 def product(x_R: Tensor, w: Weight, offsets_E: Tensor) -> Tensor:
-    """``y_r = x_r w_e`` for the rows of expert ``e``, by its quantized matrix if they are quantized; zero past the
-    last."""
+    """``y_r = x_r w_e`` for the rows of expert ``e``, by its quantized matrix if it has one; zero past the last."""
     if isinstance(w, QuantizedWeight):
         y_R: Tensor = quantized_mm(x_R, w.values, w.scales, w.fan_in, offsets_E)
     else:

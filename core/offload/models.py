@@ -165,8 +165,7 @@ def loading_experts(model: nn.Module, state: Mapping[str, Any]) -> Iterator[Mapp
 
 
 def _places(model: nn.Module) -> tuple[dict[str, tuple[Experts, Scores | None]], list[str]]:
-    """Return the modules of experts to be offloaded with their gates, by name, and the names of the modules that
-    stay."""
+    """Return the modules of experts to be offloaded with their gates, by name, and the names of those left."""
     places: dict[str, tuple[Experts, Scores | None]] = {}
     left, known = [], set()
     for path, layer in moe_layers(model).items():

@@ -223,8 +223,7 @@ class OffloadedExperts:
         return rows.with_output(own.summed(), weighted=True, combined=True)
 
     def _picked(self, member: Offloaded, x: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """Return as ``NeuronExperts.compute_picked`` does; tokens are split into groups if they pick more experts than
-        fit."""
+        """Return as ``NeuronExperts.compute_picked`` does; tokens are split if they pick more experts than fit."""
         E, count = member.experts.num_experts, member.pool.count
         picked = [e for e in ids_TK.unique().tolist() if e < E]
         if len(picked) > count:

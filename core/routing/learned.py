@@ -86,8 +86,7 @@ class Attention(TopKConfig):
 
 
 class StableRouter(PairRouter):
-    """The router of ``Stable``: one expert per token, by its hidden state until ``freeze_light_router``, then by its
-    id.
+    """The router of ``Stable``: one expert per token, by hidden state until ``freeze_light_router``, then by id.
 
     Attributes:
         gate: module of the logits from hidden states; the chosen one's sigmoid is the combine weight in both stages.

@@ -162,8 +162,7 @@ class Router(nn.Module):
         return {}
 
     def after_counts(self, counts: Tensor) -> None:
-        """Update the values that follow the step's counts: ``Evidence.counts`` (num_counts,), added up over passes and
-        ranks."""
+        """Update what follows the step's counts: ``Evidence.counts`` (num_counts,), added up over passes and ranks."""
 
     def after_step(self) -> None:
         """Update annealed values; ``core.update_expert_bias`` calls it once per optimizer step, in training."""
@@ -306,8 +305,7 @@ class RouterConfig(OpenConfig):
 
     @property
     def decodes_stepwise(self) -> bool:
-        """True if a token that comes by itself, its prefix computed before, takes the experts it has in the
-        sequence."""
+        """True if a token by itself, its prefix computed before, takes the experts it has in the sequence."""
         return self.depends_on == "token" and not (self.reads_position or self.reads_batch_index)
 
     @property

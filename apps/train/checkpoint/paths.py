@@ -25,8 +25,7 @@ def is_pretrained(path: Path | str) -> bool:
 
 
 def find_checkpoint(path: Path | str) -> Path:
-    """Return the checkpoint that a path means: itself, or the checkpoint of a run's folder that the run's own test
-    uses.
+    """Return the checkpoint that a path means: itself, or the one in a run's folder that the run's own test uses.
 
     That is the average of the last epochs if the run keeps one (``average_last``), else the best checkpoint, else the
     last. A pretrained folder is a checkpoint itself.

@@ -264,8 +264,7 @@ def plain(contents: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def taken_out(contents: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the contents with None for every ``DTensor``, and the ``DTensor`` by their names in a sharded
-    checkpoint."""
+    """Return the contents with None for every ``DTensor``, and these by their names in a sharded checkpoint."""
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, keys: list[Any]) -> Any:

@@ -91,8 +91,7 @@ class Seconds:
 
     @property
     def ratios(self) -> list[float]:
-        """Return the own seconds as a share of the trained model's, by round: anything that slows the machine slows
-        both."""
+        """Return the own seconds as a share of the trained model's, by round: a slow machine slows both."""
         return [a / b for a, b in zip(self.own, self.trained, strict=True)]
 
     @property

@@ -95,8 +95,7 @@ class WeightEMA(Callback):
 
 
 class WeightAverage(Callback):
-    """Writes ``average.ckpt`` next to ``last.ckpt``: a checkpoint with the mean of the weights at the last epochs'
-    ends.
+    """Writes ``average.ckpt`` next to ``last.ckpt``: a checkpoint with the mean weights of the last epochs' ends.
 
     Each epoch leaves its weights in ``epochs/<number>.pt`` there, and the last ``num_epochs`` files stay, for a longer
     run needs them; so memory holds one mean, whatever their number, and a training may end at any epoch. All tensors of

@@ -151,8 +151,7 @@ class GrowingTopK(Callback):
                 router.config = _with_top_k(config, top_k)
 
     def top_k(self, step: int, final: int) -> int:
-        """Return the number of experts per token in a step, counted from 0, of a router whose ``top_k`` is
-        ``final``."""
+        """Return the number of experts per token in a step, from 0, of a router whose ``top_k`` is ``final``."""
         return min(final, self.first + int((final - self.first + 1) * step / self._last))
 
     def on_validation_start(self, *_: Any) -> None:

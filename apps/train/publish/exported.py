@@ -264,8 +264,7 @@ class ExportedModel:
 
 
 def _fill(module: nn.Module, prefix: str, scalars: Mapping[str, float]) -> None:
-    """Fill the module's own meta-device tensors with their numbers, or with NaN: tensors that no graph replaces are
-    never read."""
+    """Fill the module's own meta-device tensors with their numbers, or with NaN if nothing reads them."""
 
     def filled(name: str, like: Tensor) -> Tensor:
         number = scalars.get(prefix + name, float("nan") if like.is_floating_point() else 0)

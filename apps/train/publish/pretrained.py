@@ -124,8 +124,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
-    """Return the tensors of a state, the other names of tensors that have several, and the values that are not
-    tensors."""
+    """Return the tensors of a state, the other names of tensors with several, and the values that are not tensors."""
     weights: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     others: dict[str, Any] = {}

@@ -1,5 +1,4 @@
-"""PEER's two tables as tables of TorchRec, whose rows are sharded over several processes and updated inside the
-backward.
+"""PEER's two tables as tables of TorchRec, with rows sharded over processes and updated inside the backward.
 
 A process looks up each row that its tokens picked once, and computes with these rows as ``core.NeuronExperts`` does
 with whole tables. So the network carries a picked row once for each process that picked it, and its gradient back.

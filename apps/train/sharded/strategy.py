@@ -129,8 +129,7 @@ def step_one_by_one(optimizers: Iterable[Optimizer]) -> None:
 
 
 def check_grows_whole(module: LightningModule) -> None:
-    """Raise an error for a training that keeps some experts of a layer as they are: their gradients are not masked on
-    processes.
+    """Raise an error if a training freezes some experts of a layer: their gradients are not masked on processes.
 
     Raises:
         ValueError: naming the option.

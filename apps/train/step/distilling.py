@@ -129,8 +129,7 @@ def _difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
 
 
 def _share_encoding(module: LinkedModule, checkpoint: Any, path: str) -> None:
-    """Give the data the teacher's encoding, or raise an error if a checkpoint of this run's model has set another
-    one."""
+    """Give the data the teacher's encoding, or raise an error if a checkpoint of this run set another one."""
     state, data, own = checkpoint.get("encoding"), module._data(), module._encoding
     if own is None:
         module.adopt_encoding(checkpoint)

@@ -27,8 +27,7 @@ erased with a line above it."""
 
 
 def routing_figures(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of the experts' use for bars, by their name on the bar, from the figures of
-    ``routing_metrics``."""
+    """Return the experts' use for bars, by its name on the bar, from the figures of ``routing_metrics``."""
     return {shown: float(metrics[name]) for name, shown in _ROUTING.items() if name in metrics}
 
 

@@ -25,8 +25,7 @@ COSTS = ("flops", "params")
 
 @dataclass(frozen=True)
 class TwinWidth:
-    """The hidden width of one feed-forward network in a dense twin (the FLOP-matched dense baseline); of a stack of
-    layers the first one.
+    """The hidden width of one feed-forward network in a dense baseline; of a stack of layers the first one.
 
     Attributes:
         before: width in the dense model.

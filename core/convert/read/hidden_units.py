@@ -122,8 +122,7 @@ class HiddenUnits:
 def _drawn(
     w_IcO: Tensor, b_cO: Tensor | None, into: int, out: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """Return a matrix (into, c, out) and bias (c, out) as ``nn.Linear`` initializes them: U(-1/sqrt(into),
-    1/sqrt(into))."""
+    """Return a matrix (into, c, out) and bias (c, out) initialized as ``nn.Linear``: U(-1/sqrt(into), 1/sqrt(into))."""
     count, bound = w_IcO.shape[1], 1 / math.sqrt(into)
     w = torch.empty(into, count, out).uniform_(-bound, bound, generator=generator).to(w_IcO)
     if b_cO is None:

@@ -58,8 +58,7 @@ class Launch:
         return (None,) if self.tile is None else tiles(self.tile[0], self.tile[1][1:], self.tile[2], self.tile[3])
 
     def flags(self) -> tuple[str, ...]:
-        """Return the key that tells launches of one shape apart: the constants that are on, and the words among
-        them."""
+        """Return the key of launches of one shape: the constants that are on, and the words among them."""
         constants = self.constants.items()
         return tuple(name if on is True else on for name, on in constants if on is True or isinstance(on, str))
 

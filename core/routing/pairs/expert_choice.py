@@ -53,8 +53,7 @@ def choose_tokens(
     length: int,
     valid_T: Tensor | None,
 ) -> Routing:
-    """Let every expert take the ``ceil(factor * non-padding tokens / E)`` tokens of each group that score highest with
-    it.
+    """Let every expert take its ``ceil(factor * n / E)`` best of the n non-padding tokens of each group.
 
     Of equal scores the earlier token is taken. The scores are the softmax over the experts, and are the gates too.
 
