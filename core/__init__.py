@@ -1,4 +1,4 @@
-"""moesaic's engine: mixture-of-experts layers on PyTorch. What the packages below export is public here too."""
+"""moesaic's engine: mixture-of-experts layers on PyTorch. The packages' exports are public here too."""
 
 from . import config, contract, convert, experts, layers, offload
 from .adopted import adopt, release

@@ -39,7 +39,7 @@ class Bounds:
     why: str = ""
 
     def broken_by(self, value: Any) -> str:
-        """Return what a message says of a value that breaks the rule; "" where it does not."""
+        """Return the message for a value that breaks the rule; "" if it does not."""
         above = value > self.low if self.ends[0] == "(" else value >= self.low
         below = value < self.high if self.ends[1] == ")" else value <= self.high
         rule = "finite" if above and self.high == math.inf else str(self)
@@ -66,7 +66,7 @@ class OneOf:
         self.names = names
 
     def broken_by(self, value: Any) -> str:
-        """Return what a message says of a value that breaks the rule; "" where it does not."""
+        """Return the message for a value that breaks the rule; "" if it does not."""
         if value in self.names:
             return ""
         near = difflib.get_close_matches(str(value).lower().replace("-", "_"), map(str, self.names), n=1, cutoff=0.5)
@@ -100,7 +100,7 @@ class Checked:
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
-    """Raise a ``ValueError`` where a field of a config is not what its type says; lists become tuples where it says so.
+    """Raise a ``ValueError`` if a field of a config is not what its type says; lists become tuples if it says so.
 
     Args:
         config: a dataclass.
@@ -114,7 +114,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
 
 
 def check_values(hint: Any, **values: Any) -> None:
-    """Raise a ``ValueError`` where a value is not what the type says; the message has its name, the value and the rule.
+    """Raise a ``ValueError`` if a value does not match its type; the message has its name, the value and the rule.
 
     Args:
         hint: type, such as ``Count | None``.
@@ -143,7 +143,7 @@ def _origin(hint: Any) -> Any:
 
 @functools.cache
 def _parts(hint: Any) -> tuple[Any, ...]:
-    """Return what a value may be: the parts of a union, else the hint itself."""
+    """Return the alternatives of a type hint: the parts of a union, else the hint itself."""
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
@@ -162,7 +162,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 @functools.cache
 def _kind(hint: Any) -> tuple[str, Callable[[Any], bool]]:
-    """Return the words for a kind of value, and whether a value is of it. Kinds that are not known take all values."""
+    """Return the words for a kind of value, and whether a value has it. Unknown kinds take all values."""
     kind = _origin(hint)
     if kind is Literal:
         names = typing.get_args(hint)
@@ -173,7 +173,7 @@ def _kind(hint: Any) -> tuple[str, Callable[[Any], bool]]:
 
 
 def _problem(hint: Any, value: Any) -> tuple[str, Any, str] | None:
-    """Return what is wrong with a value: the place in it, the value there, and the rule; None where it is right."""
+    """Return the problem of a value: the place in it, the value there, and the rule; None if it is right."""
     if hint in _KINDS and _KINDS[hint][1](value):  # the fast path of long lists, such as a vocabulary
         return None
     parts = _parts(hint)
@@ -185,7 +185,7 @@ def _problem(hint: Any, value: Any) -> tuple[str, Any, str] | None:
 
 
 def _inner_problems(hint: Any, value: Any) -> Iterator[tuple[str, Any, str]]:
-    """Yield what is wrong with a value that is of the hint's kind."""
+    """Yield the problems of a value that has the hint's kind."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     items: list[tuple[str, Any, Any]] = []
     if kind is Annotated:

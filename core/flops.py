@@ -1,6 +1,6 @@
 """FLOP formulas for ``torch.utils.flop_counter``, which counts 0 for custom ops, ``grouped_mm`` and attention on CPU.
 
-Two FLOPs a multiply-add, products alone. Rows are those really computed, read from the offsets; where offsets are fake
+Two FLOPs per multiply-add, matmuls only. Rows are those really computed, read from the offsets; if offsets are fake
 (tracing) every routed pair counts. The formulas are registered with the first layer that is built, so that a counter of
 the user's own knows them, and not at import: torch's module imports Triton, which takes as long as half of torch.
 """
@@ -20,7 +20,7 @@ from .torch_internals import FakeTensor, fused_attention, onednn
 
 
 def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """Return the FLOPs of one call of ``fn``: products alone, two a multiply-add."""
+    """Return the FLOPs of one call of ``fn``: matmuls only, two per multiply-add."""
     register_formulas()
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,7 +100,7 @@ def _grouped_dw(x_R, dy_R, offsets_E, wants=(True, False), *, out_val=None, **kw
 
 
 def _attention(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs):
-    # Two products, q k^T and scores v; a causal mask still computes both triangles here.
+    # Two matmuls, q k^T and scores v; a causal mask still computes both triangles here.
     *batch, length, width = query_shape
     return 2 * math.prod(batch) * length * key_shape[-2] * (width + value_shape[-1])
 

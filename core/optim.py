@@ -1,4 +1,4 @@
-"""``RowAdam``: Adam whose step reads and writes the rows with a gradient alone."""
+"""``RowAdam``: Adam whose step only reads and writes the rows with a gradient."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ ROWS = 1 << 18
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam (arXiv 1412.6980) for tables of which a step touches a few rows, such as those of ``PEER(row_sparse=True)``.
+    """Adam (arXiv 1412.6980) for tables of which a step touches a few rows, such as the tables of
+    ``PEER(row_sparse=True)``.
 
     A gradient that is a sparse tensor of rows moves these rows, and their two moments, as Adam moves them; other rows
     and their moments stay. The correction of the moments counts the steps of the whole parameter, as
     ``torch.optim.SparseAdam`` counts them. A dense gradient moves every row: with both kinds of parameters in one
-    optimizer, the step of the dense ones is that of ``torch.optim.AdamW``.
+    optimizer, the dense ones are updated as by ``torch.optim.AdamW``.
 
     Args:
         params: parameters or groups of them.
@@ -93,7 +94,7 @@ class RowAdam(torch.optim.Optimizer):
 
 
 def coalesced(grad: Tensor) -> Tensor:
-    """Return a sparse gradient of rows in which each row stands once.
+    """Return a sparse gradient of rows in which each row occurs once.
 
     Autograd hands a gradient on without the mark that it is coalesced, and sorting and copying it again takes longer
     than a look at the order of its rows. So the result may lack the mark.

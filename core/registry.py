@@ -55,7 +55,7 @@ def is_registered(kind: type) -> bool:
 def registered_config(class_path: object) -> type:
     """Return the registered class of a path such as ``core.TokenChoice`` or ``my_module.MyRouter``.
 
-    A class of ``core`` also goes by ``core.NAME``, and any class by its plain name where it is the only one of that
+    A class of ``core`` also goes by ``core.NAME``, and any class by its plain name if it is the only one of that
     name, or the one of ``core``. Nothing is imported.
 
     Raises:

@@ -21,19 +21,19 @@ PERCENTILES = (5, 25, 50, 75, 95)
 
 @dataclass(frozen=True)
 class LayerStats:
-    """Sums over the recorded real tokens of one layer; the figures are properties.
+    """Sums over the recorded non-padding tokens of one layer; the figures are properties.
 
     Attributes:
         tokens_per_expert: int64 (E,), pairs that each expert computed.
         chosen_per_expert: int64 (E,), pairs that chose each expert, before capacity.
         entropy_sum: sum over tokens of the entropy of their scores, in nats.
-        num_tokens: number of real tokens.
-        gates_per_expert: float (E,), sum of each expert's combine weights; None where they are not known.
+        num_tokens: number of non-padding tokens.
+        gates_per_expert: float (E,), sum of each expert's combine weights; None if they are not known.
         shared_gate_sum: sum over tokens of the gate between the routed path and the shared experts, without dropout;
-            None: there is no such gate.
+            None: the layer has no such gate.
         pairs_of_modality: int64 (G, E), pairs that each expert computed of the tokens of each modality in
             ``context.modality_BS``; None: the modalities are not known.
-        tokens_of_modality: int64 (G,), number of real tokens of each modality; None as above.
+        tokens_of_modality: int64 (G,), number of non-padding tokens of each modality; None as above.
 
     A dense gate (``DenseRouting``) gives all examples to all experts: there the two counts are float sums of its gates.
     """
@@ -49,7 +49,7 @@ class LayerStats:
 
     @property
     def mean_gates(self) -> Tensor:
-        """The mean combine weight of each expert over the real tokens, float64 (E,).
+        """The mean combine weight of each expert over the non-padding tokens, float64 (E,).
 
         Raises:
             ValueError: the gates are not known.
@@ -96,13 +96,13 @@ class LayerStats:
 
     @property
     def drop_rate(self) -> float:
-        """Share of chosen pairs of real tokens that no expert had room for."""
+        """Share of chosen pairs of non-padding tokens that no expert had room for."""
         chosen = int(self.chosen_per_expert.sum())
         return 1 - int(self.tokens_per_expert.sum()) / chosen if chosen else 0.0
 
     @property
     def dead_experts(self) -> int:
-        """Experts that no token chose; of a dense gate those with less than 1 % of an equal share."""
+        """Experts that no token chose; of a dense gate the experts with less than 1 % of an equal share."""
         chosen = self.chosen_per_expert
         if chosen.is_floating_point():
             return int((chosen * len(chosen) < 0.01 * chosen.sum()).sum())
@@ -114,7 +114,7 @@ class LayerStats:
         share of the routed path, with "scale" the weight of the shared experts; 0 without tokens.
 
         Raises:
-            ValueError: there is no such gate.
+            ValueError: the layer has no such gate.
         """
         if self.shared_gate_sum is None:
             raise ValueError("this layer has no gate on its shared experts")
@@ -138,7 +138,7 @@ class LayerStats:
         return figures
 
     def figures(self, detailed: bool = False) -> dict[str, float]:
-        """Return the scalars by name, for a log; ``shared_gate`` where there is one, and ``modality_figures``.
+        """Return the scalars by name, for a log; ``shared_gate`` if there is one, and ``modality_figures``.
 
         Args:
             detailed: with ``max_violation``, ``load_variation`` and percentiles of the experts' load over the mean.
@@ -252,7 +252,7 @@ def _layer_stats(entry: Entry) -> LayerStats:
 
 
 def _by_modality(entry: Entry) -> tuple[Tensor | None, Tensor | None]:
-    """Return the computed pairs by modality and expert, and the real tokens by modality; None where not known."""
+    """Return the computed pairs by modality and expert, and the non-padding tokens by modality; None if not known."""
     routing, context = entry.routing, entry.context
     if context is None or context.modality_BS is None or not isinstance(routing, Routing):
         return None, None

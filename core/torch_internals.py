@@ -1,7 +1,7 @@
-"""What the engine uses of torch that torch does not document: no other file of ``core`` does.
+"""Undocumented parts of torch that the engine uses: no other file of ``core`` uses any.
 
 Each docstring says what torch lacks in public. All hold for torch 2.10 to 2.13; tests/core/test_torch_internals.py
-fails where a new version changes one.
+fails if a new version changes one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def is_watched(*tensors: Tensor | None) -> bool:
 
 
 def check_not_mapped(ids: Tensor) -> None:
-    """Raise a ``ValueError`` where ``torch.func.vmap`` maps over a choice of experts: each would have other counts. The
+    """Raise a ``ValueError`` if ``torch.func.vmap`` maps over a choice of experts: each would have other counts. The
     wrappers of ``torch.func`` are not public."""
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
         return
@@ -56,7 +56,7 @@ is_profiled: Callable[[], bool] = torch.autograd._profiler_enabled
 
 
 def in_backward() -> bool:
-    """Return whether a backward is running, as where an activation checkpoint repeats a forward. Autograd has no public
+    """Return whether a backward is running, as if an activation checkpoint repeats a forward. Autograd has no public
     function that says so."""
     return torch._C._current_graph_task_id() != -1
 
@@ -81,7 +81,7 @@ def feed_forward(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer,
 
 
 def onednn(name: str) -> Any:
-    """Return oneDNN's operation "linear_pointwise" or "reorder_linear_weight"; None where torch is built without it.
+    """Return oneDNN's operation "linear_pointwise" or "reorder_linear_weight"; None if torch is built without it.
     ``F.linear`` chooses by itself."""
     return getattr(torch.ops.mkldnn, f"_{name}", None)
 
@@ -96,7 +96,7 @@ def fused_attention(kind: str) -> Any:
 
 
 def local_place(shape: torch.Size, mesh: Any, placements: Any) -> tuple[slice, ...]:
-    """Return where this rank's part of a divided tensor lies in the whole. ``DTensor`` does not give the offset."""
+    """Return the place of this rank's shard in the whole of a sharded tensor. ``DTensor`` does not give the offset."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     sizes, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
@@ -104,7 +104,7 @@ def local_place(shape: torch.Size, mesh: Any, placements: Any) -> tuple[slice, .
 
 
 def all_to_all(rows: Tensor, received: list[int] | None, sent: list[int] | None, group: Any) -> Tensor:
-    """Exchange rows, with a gradient. torch's public collectives have none."""
+    """All-to-all of rows, with a gradient. torch's public collectives have none."""
     from torch.distributed._functional_collectives import all_to_all_single_autograd
 
     return all_to_all_single_autograd(rows, received, sent, group)

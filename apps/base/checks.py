@@ -9,7 +9,7 @@ from apps.base.messages import unknown_name
 
 
 def check_at_least(least: float, **values: float | None) -> None:
-    """Raise a ValueError that names the first value below ``least``; None is no value."""
+    """Raise a ValueError that names the first value below ``least``; None is not a value."""
     for name, value in values.items():
         if value is not None and not value >= least:  # also a NaN
             rule = "not be negative" if least == 0 else f"be at least {least:g}"
@@ -17,7 +17,7 @@ def check_at_least(least: float, **values: float | None) -> None:
 
 
 def check_name(option: str, value: str, valid: Sequence[str]) -> None:
-    """Raise a ValueError for a name that is none of ``valid``; it names the nearest one."""
+    """Raise a ValueError for a name that is not in ``valid``; it names the nearest one."""
     if value not in valid:
         raise ValueError(unknown_name(option, value, list(valid)))
 

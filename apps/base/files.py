@@ -21,14 +21,14 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 def temporary_path(path: Path) -> Path:
     """Return the path at which a folder is written before it is moved to ``path``.
 
-    The name is always the same, so the next run finds and removes what a kill has left.
+    The name is always the same, so the next run finds and removes the leftovers of a killed run.
     """
     return path.with_name(f".{path.name}.tmp")
 
 
 @contextlib.contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """Make an empty folder beside ``path``, and delete it in the end if it was not moved."""
+    """Make an empty folder next to ``path``, and delete it in the end if it was not moved."""
     folder = temporary_path(path)
     delete(folder)  # a kill has left it
     folder.mkdir(parents=True)
@@ -40,7 +40,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
 
 def put_folder(folder: Path, path: Path) -> None:
-    """Move a folder to ``path``, in place of the one that is there; an error leaves that as it was."""
+    """Move a folder to ``path`` and replace the one there; an error leaves that as it was."""
     earlier = path.with_name(f".{path.name}.earlier")
     delete(earlier)
     if path.exists():
@@ -55,9 +55,9 @@ def put_folder(folder: Path, path: Path) -> None:
 
 
 def new_file(path: Path) -> Path:
-    """Make an empty file beside ``path``, to be written and then moved there, and return its path.
+    """Make an empty file next to ``path``, to be written and then moved there, and return its path.
 
-    Its name is random, and no link that lies there is followed: the folder may be a stranger's.
+    Its name is random, and no existing link is followed: the folder may be a stranger's.
     """
     new = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     open(new, "xb").close()
@@ -65,16 +65,17 @@ def new_file(path: Path) -> Path:
 
 
 def delete_leftovers(path: Path) -> None:
-    """Delete what killed runs have left beside ``path``, which no other process writes now."""
+    """Delete the leftovers of killed runs next to ``path``, which no other process writes now."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):
         delete(leftover)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "w", **options: Any) -> Iterator[Any]:
-    """Open a file beside ``path``, and move it there once the block has ended without an error.
+    """Open a file next to ``path``, and move it there once the block has ended without an error.
 
-    A kill or a full disk leaves the old file as it was, and an ``OSError`` names it. ``options`` are those of ``open``.
+    A kill or a full disk leaves the old file as it was, and an ``OSError`` names it. ``options`` are passed to
+    ``open``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if "b" not in mode:
@@ -107,7 +108,7 @@ def write_json(path: Path, value: Any) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Return the value in ``path``; None where there is no such file.
+    """Return the value in ``path``; None if the file does not exist.
 
     Raises:
         ValueError: the file is not JSON.
@@ -126,8 +127,8 @@ def holding(path: Path, refusal: str = "", waiting: str = "") -> Iterator[None]:
 
     Args:
         path: the lock file; its folder exists.
-        refusal: message where another process holds the lock.
-        waiting: warning before this process waits for the other one, in place of the refusal.
+        refusal: error message if another process holds the lock.
+        waiting: warning before this process waits for the other one, instead of the error.
 
     Raises:
         ValueError: another process holds the lock, and ``waiting`` is empty.
@@ -150,7 +151,7 @@ def holding(path: Path, refusal: str = "", waiting: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Name ``path`` in an OSError that is raised inside and names no file, as that of a full disk."""
+    """Name ``path`` in an OSError that is raised inside and names no file, such as a full disk's."""
     try:
         yield
     except Exception as error:
@@ -161,7 +162,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def os_error(error: BaseException | None) -> OSError | None:
-    """Return the first OSError among an error and its causes; None where there is none."""
+    """Return the first OSError among an error and its causes; None if there is none."""
     while error is not None:
         if isinstance(error, OSError):
             return error
@@ -170,7 +171,7 @@ def os_error(error: BaseException | None) -> OSError | None:
 
 
 def delete(path: Path) -> None:
-    """Delete a file, a link or a folder with all that it holds; nothing happens where there is none."""
+    """Delete a file, a link or a folder with all that it holds; nothing happens if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Import without looking for garbage, and let no later collection walk through what is imported.
+    """Import without looking for garbage, and let no later collection walk through the imported objects.
 
     The half million objects of torch, Lightning and others stay to the program's end. Looking through them took one
     of the six seconds of processor time of ``moesaic fit`` with two steps on digits. Only the first call of a process
-    does so: what a later one would keep is the user's.
+    does so: a later call would keep the user's objects.
 
     Example::
 
@@ -36,6 +36,6 @@ def importing() -> Iterator[None]:
 
 @functools.cache
 def _keep() -> None:
-    """Keep what is there from collection, to the program's end; once a process."""
+    """Keep existing objects from collection, to the program's end; once per process."""
     gc.freeze()
     atexit.register(gc.unfreeze)  # for what Python frees at its end

@@ -43,7 +43,7 @@ def naming_errors(path: Path, hint: str = "") -> Iterator[None]:
 
 
 def check_unpacked(name: str, packed: int, unpacked: int, what: str = "bytes") -> None:
-    """Raise a ValueError where a file of ``packed`` bytes claims to hold too many ``unpacked`` ones.
+    """Raise a ValueError if a file of ``packed`` bytes claims to hold too many ``unpacked`` ones.
 
     Too many are more than ``FREE`` and more than ``MOST`` times ``packed``; ``what`` names them in the message.
     """

@@ -18,7 +18,7 @@ from core.kernels.cpu.products import cpu_field
 
 
 def device_name(device: torch.device | None = None) -> str:
-    """Return the name of a device; None: of the GPU, or of the processor where there is none."""
+    """Return the name of a device; None: of the GPU, or of the processor if there is no GPU."""
     if torch.cuda.is_available() if device is None else device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_field("model name") or platform.processor() or platform.machine()
@@ -49,7 +49,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def installation() -> dict[str, Any]:
-    """Return what a report of a fault should name: versions, the machine, and the kernels that compute on it."""
+    """Return the facts for a bug report: versions, the machine, and the kernels that compute on it."""
     facts = machine_facts()
     packages = facts.pop("packages")
     for package in ("torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton", "transformers"):
@@ -65,7 +65,7 @@ def installation() -> dict[str, Any]:
 
 
 def source_commit() -> str:
-    """Return the git commit of the source tree, marked where files differ from it; "" for an installed package."""
+    """Return the git commit of the source tree, marked if files differ from it; "" for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""

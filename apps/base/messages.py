@@ -22,7 +22,7 @@ def message(error: BaseException) -> str:
 
 
 def unknown_name(option: str, value: str, valid: Sequence[str]) -> str:
-    """Return the message for a name that is none of ``valid``, with the nearest one."""
+    """Return the message for a name that is not in ``valid``, with the nearest one."""
     near = difflib.get_close_matches(value.lower().replace("-", "_"), valid, n=1, cutoff=0.5)
     suggestion = f"; did you mean {near[0]!r}?" if near else ""
     return f"{option}={value!r} is not one of {', '.join(valid)}{suggestion}"
@@ -51,7 +51,7 @@ def excerpt(value: object, longest: int = 60) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class where the message is empty."""
+    """Return the first line of an error's message, or its class if the message is empty."""
     return (message(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -15,7 +15,7 @@ _HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{0,5})?")
 
 
 def check_port(port: int, host: str = LOCAL) -> None:
-    """Raise a ValueError for a host that is none of this machine, or a port that is none or in use."""
+    """Raise a ValueError for a host that is not of this machine, or a port that is invalid or in use."""
     bound(port, host).close()
 
 
@@ -27,7 +27,7 @@ def bound(port: int, host: str = LOCAL) -> socket.socket:
         host: an address or a name of this machine; "0.0.0.0" and "::" are all its addresses.
 
     Raises:
-        ValueError: the host is unknown or none of this machine, or the port is out of range, in use, or the system's.
+        ValueError: the host is unknown or not of this machine, or the port is out of range, in use, or the system's.
     """
     if not 0 <= port <= 65535:
         raise ValueError(f"port={port} must be 0 to 65535")
@@ -46,7 +46,7 @@ def bound(port: int, host: str = LOCAL) -> socket.socket:
 
 
 def is_local(host: str) -> bool:
-    """Tell whether this machine alone can reach a host.
+    """Tell whether only this machine can reach a host.
 
     Raises:
         ValueError: the host is unknown.
@@ -76,7 +76,7 @@ def host_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
 
 def _addresses(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
-    """Return what the system knows of a host as family and address, IPv4 first."""
+    """Return a host's addresses as family and address, IPv4 first."""
     try:
         known = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):  # UnicodeError: a part of a name that is empty or too long

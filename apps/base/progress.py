@@ -1,7 +1,7 @@
 """Bars on the terminal for long work: the share that is done, figures of the work, and the time at which it ends.
 
 Whoever has long work opens a ``bar``. Where one is on the terminal already, the new one is a row below it, so that a
-bar over the whole stays in sight. Nothing is drawn where stdout is no terminal, nor by the other ranks of a training.
+bar over the whole stays in sight. Nothing is shown if stdout is not a terminal, or on the other ranks of a training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def end_time(first: tuple[float, float], now: tuple[float, float], last: float) 
     """Return the time of day at which work ends at its mean speed until now, such as 14:05; "" if not known yet.
 
     Args:
-        first: time in seconds and what was done at the start.
+        first: time in seconds and work done at the start.
         now: the same now.
         last: what will be done at the end.
     """
@@ -37,12 +37,12 @@ def end_time(first: tuple[float, float], now: tuple[float, float], last: float) 
 
 
 class Bar:
-    """One row on the terminal: a piece of work, as much of it as is done, and when it ends.
+    """One row on the terminal: a task, its progress, and when it ends.
 
     Attributes:
-        name: what the work is.
+        name: name of the work.
         total: the amount of the work, in any unit; None: it is not known, and so is its end.
-        figures: values of the work that are shown beside it, by name.
+        figures: values of the work that are shown next to it, by name.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Bar:
         return "" if self.total is None else end_time(self._first, (time.time(), self.done), self.total)
 
     def show(self, done: float, total: float | None = None, figures: Mapping[str, float] | None = None) -> None:
-        """Show that so much is done; ``total`` and ``figures`` stay as they are where they are None."""
+        """Show that so much is done; ``total`` and ``figures`` stay as they are if they are None."""
         self._done = done
         self.total = self.total if total is None else total
         self.figures = self.figures if figures is None else figures
@@ -90,7 +90,7 @@ class Bar:
         self.show(self._done + by)
 
     def begin(self, total: float) -> None:
-        """Say how much work there is, where it begins only now."""
+        """Set the amount of work, if it starts only now."""
         self._first = (time.time(), 0.0)
         self.show(0.0, total)
 
@@ -119,7 +119,7 @@ class Bar:
             self.show(end)
 
     def finish(self) -> None:
-        """Take the row off the terminal, and count it as done where the row above moves with it."""
+        """Take the row off the terminal, and count it as done if the row above moves with it."""
         self._rows.remove_task(self._row)
         if self._outer is not None and self in self._outer._at_work:
             self._outer._at_work.remove(self)
@@ -141,12 +141,12 @@ _SHOWN: ContextVar[Bar | None] = ContextVar("bar", default=None)
 
 @contextlib.contextmanager
 def bar(name: str, total: float | None = None, console: Console | None = None) -> Iterator[Bar]:
-    """Show a bar while the block runs, below those that are there already.
+    """Show a bar while the block runs, below the existing ones.
 
     Args:
-        name: what the work is.
+        name: name of the work.
         total: its amount, in any unit; None: it is not known.
-        console: where the first bar is drawn; None: stdout.
+        console: target of the first bar; None: stdout.
     """
     outer = _SHOWN.get()
     with contextlib.ExitStack() as stack:
@@ -166,7 +166,7 @@ def bar(name: str, total: float | None = None, console: Console | None = None) -
 
 
 def each(items: Iterable[T], name: str, total: float | None = None) -> Iterator[T]:
-    """Yield items one by one, with a bar that counts them; ``total`` is their number, where ``len`` does not tell."""
+    """Yield items one by one, with a bar that counts them; ``total`` is their number, if ``len`` does not tell."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     with bar(name, total) as own:
@@ -176,7 +176,7 @@ def each(items: Iterable[T], name: str, total: float | None = None) -> Iterator[
 
 
 def say(line: str) -> None:
-    """Print a line, above the bars where there are any."""
+    """Print a line, above the bars if there are any."""
     shown = _SHOWN.get()
     if shown is None or not shown.is_drawn:
         print(line, flush=True)
@@ -200,7 +200,7 @@ def set_aside() -> Iterator[None]:
 
 @contextlib.contextmanager
 def hidden() -> Iterator[None]:
-    """Draw no bar while the block runs, as in a worker process, whose terminal another one draws on."""
+    """Show no bar while the block runs, as in a worker process, whose terminal another process uses."""
     outer = _SHOWN.get()
     _SHOWN.set(Bar(_rows(None, hides=True), "", None))
     try:
@@ -210,7 +210,7 @@ def hidden() -> Iterator[None]:
 
 
 def _rows(console: Console | None, hides: bool = False) -> Progress:
-    """Return the rows of a terminal, without any yet; they are drawn by the first process alone, and on a terminal."""
+    """Return the rows of a terminal, without any yet; only the first process shows them, and only on a terminal."""
     from apps.base.rows import rows
 
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"

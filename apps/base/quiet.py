@@ -1,4 +1,4 @@
-"""``quiet`` leaves out what Lightning and its libraries print where it does not help.
+"""``quiet`` leaves out what Lightning and its libraries print if it does not help.
 
 The commands run inside it, and a script with a Trainer of its own may too: an import silences nothing.
 """
@@ -74,7 +74,7 @@ def quiet(own_notes: bool = True) -> Iterator[None]:
 class _Notes(logging.Handler):
     """Prints notes to the stderr of the moment: while a progress bar runs, rich prints them above it.
 
-    (Rich itself would print to the bar's file, stdout, also where stderr is another one.)
+    (Rich itself would print to the bar's file, stdout, also if stderr is another one.)
     """
 
     def emit(self, record: logging.LogRecord) -> None:

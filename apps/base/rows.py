@@ -20,7 +20,7 @@ class TextOf(ProgressColumn):
 
     Args:
         text: returns the text of a row, given its ``Bar``.
-        is_cut: the text is cut where the line is too long.
+        is_cut: the text is cut if the line is too long.
     """
 
     def __init__(self, text: Callable[[Any], str], is_cut: bool = False) -> None:
@@ -35,8 +35,8 @@ def rows(console: Console | None, hides: bool) -> Progress:
     """Return rows of name, bar, percentage, figures, time since the start and time of the end.
 
     Args:
-        console: where they are drawn; None: stdout.
-        hides: draw nothing, as where the console is no terminal.
+        console: their target; None: stdout.
+        hides: show nothing, as if the console were not a terminal.
     """
     console = Console() if console is None else console
     is_narrow = console.width < _NARROW
@@ -49,7 +49,7 @@ def rows(console: Console | None, hides: bool) -> Progress:
         TextOf(lambda bar: f"ends {bar.ends}" if bar.ends else ""),
         console=console,
         transient=True,
-        # A stream that is no terminal keeps what is printed to it.
+        # A stream other than a terminal keeps its output.
         redirect_stdout=sys.stdout.isatty(),
         redirect_stderr=sys.stderr.isatty(),
         refresh_per_second=4,

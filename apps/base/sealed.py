@@ -1,6 +1,6 @@
-"""ONNX files that end in a digest of all that stands before it, so that a damaged one is refused.
+"""ONNX files that end in a digest of all preceding bytes, so that a damaged file raises an error.
 
-Weights that lie in a file beside it, ``NAME.onnx.data``, have a digest too, which stands before that of the file.
+Weights in a separate file next to it, ``NAME.onnx.data``, have a digest too, which precedes the file's own.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _CHUNK = 1 << 20
 
 
 def _head(key: str) -> bytes:
-    """Return what stands before the digits: field 14 of ONNX's ModelProto is an entry of the metadata."""
+    """Return the bytes before the digits: field 14 of ONNX's ModelProto is an entry of the metadata."""
     entry = b"\x0a" + bytes([len(key)]) + key.encode() + b"\x12" + bytes([_DIGITS])
     return b"\x72" + bytes([len(entry) + _DIGITS]) + entry
 
 
 def weights_file(path: Path) -> Path:
-    """Return where the weights of an ONNX file lie, if they are too large for it."""
+    """Return the path of an ONNX file's weights, if they are too large for it."""
     return path.with_name(f"{path.name}.data")
 
 
 def seal(path: Path) -> None:
-    """Append the digest of an ONNX file to it, after that of the weights beside it where there are any.
+    """Append the digest of an ONNX file to it, after the digest of its weights file if it has one.
 
     The fields of a protocol buffer may come in any order, so that every reader takes the file as it did before.
     """
@@ -44,11 +44,11 @@ def _append(path: Path, key: str, of: Path) -> None:
 
 
 def check_seal(path: Path) -> str:
-    """Return the digest that an ONNX file ends in, which covers the weights beside it.
+    """Return the digest that an ONNX file ends in, which covers the weights file.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: it has none, or it or that of the weights is another one than the file's content.
+        ValueError: it has no digest, or its digest or the weights' does not match the content.
     """
     size = path.stat().st_size
     own = _entry(path, KEY, size)
@@ -66,14 +66,14 @@ def check_seal(path: Path) -> str:
 
 
 def weights_beside(path: Path) -> Path | None:
-    """Return the file of weights that a sealed file speaks of; None where it speaks of none, or is none."""
+    """Return the file of weights that a sealed file speaks of; None if it speaks of none, or is none."""
     before = path.stat().st_size - len(_head(KEY)) - _DIGITS
     is_own = _entry(path, KEY, path.stat().st_size) is not None and _entry(path, DATA_KEY, before) is not None
     return weights_file(path) if is_own else None
 
 
 def _entry(path: Path, key: str, end: int) -> str | None:
-    """Return the digest of an entry that ends at a byte of a file; None where another thing stands there."""
+    """Return the digest of an entry that ends at a byte of a file; None if something else is there."""
     head = _head(key)
     begin = end - len(head) - _DIGITS
     if begin < 0:

@@ -1,4 +1,4 @@
-"""HTML from templates that lie beside the modules that fill them."""
+"""HTML from templates that lie next to the modules that fill them."""
 
 from __future__ import annotations
 

@@ -29,11 +29,11 @@ def remembered(
     path: Path,
     data_may_grow: bool = False,
 ) -> dict[str, Any]:
-    """Return the model's arguments that the checkpoint remembers, if it is of the class the configuration names.
+    """Return the model's arguments that the checkpoint remembers, if it has the class that the configuration names.
 
     Args:
         checkpoint: contents of the checkpoint.
-        config: the user's configuration, which decides the class where it names one.
+        config: the user's configuration, which decides the class if it names one.
         model: the class that it names; None: it names none.
         path: the checkpoint's file, for messages.
         data_may_grow: whether to leave out the arguments that the data decide, which may have more values now.
@@ -57,7 +57,7 @@ def remembered(
 
 
 def check_fits(checkpoint: Mapping[str, Any], model: LightningModule, path: Path) -> None:
-    """Raise a ``ValueError`` that names the options that differ where a checkpoint's tensors are not the model's."""
+    """Raise a ``ValueError`` that names the options that differ if a checkpoint's tensors are not the model's."""
     check_class(checkpoint, model, str(path))
     check_sparsified(checkpoint, model, path)
     detail = unlike(checkpoint["state_dict"], model)
@@ -104,7 +104,7 @@ def with_remembered_data(config: Mapping[str, Any], flags: list[str], checkpoint
 
 
 def check_superseded(config: Mapping[str, Any], flags: list[str], checkpoint: Path) -> None:
-    """Refuse flags that have no effect beside what the checkpoint remembers: ``superseded`` of the data's class.
+    """Raise an error for flags that the checkpoint's values override: ``superseded`` of the data's class.
 
     Flags that the checkpoint's run was given too may stay.
 

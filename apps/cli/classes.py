@@ -1,4 +1,4 @@
-"""Classes by name: the short names of public ones, those that a command line names, and the imported class."""
+"""Classes by name: the short names of public ones, names on the command line, and the imported class."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def long_name(part: str, name: str) -> str:
 
 
 def with_long_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration with the class paths of public classes in place of their short names."""
+    """Return a configuration with the class paths of public classes instead of their short names."""
     out = dict(config)
     for part in ("model", "data", "optimizer", "lr_scheduler"):
         written = config.get(part)
@@ -59,7 +59,7 @@ def with_short_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_long_parts(value: Any) -> Any:
-    """Return options of the trainer where each public class is named by its class path."""
+    """Return options of the trainer in which each public class is named by its class path."""
     if isinstance(value, str) and value in registry.TRAINER:
         return {"class_path": registry.full_path(value)}
     if isinstance(value, list):
@@ -72,10 +72,10 @@ def _with_long_parts(value: Any) -> Any:
 
 
 def load_class(path: str | None) -> Any:
-    """Import and return the class of a class path; None where there is no such module or no such name in it.
+    """Import and return the class of a class path; None if the module, or the name in it, does not exist.
 
     Raises:
-        ImportError: the module is there, and what it imports is not.
+        ImportError: the module exists, but a module that it imports does not.
     """
     module, _, name = (path or "").rpartition(".")
     if not module:
@@ -95,7 +95,7 @@ def named_class_path(part: str, config: Mapping[str, Any]) -> str | None:
 
 
 def find_class(part: str, config: Mapping[str, Any]) -> type | None:
-    """Return the class of "model" or "data"; None where none is named, or there is no such class."""
+    """Return the class of "model" or "data"; None if none is named, or the class does not exist."""
     path = named_class_path(part, config)
     if not path:
         return None

@@ -1,4 +1,4 @@
-"""``moesaic``: finds the command, runs it, and turns what goes wrong into one line.
+"""``moesaic``: finds the command, runs it, and turns an error into one line.
 
 Nothing heavy is imported here: ``moesaic --help`` answers at once.
 """
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``moesaic ARGV``.
 
     Returns:
-        0; 1 for what goes wrong while running, 2 for wrong usage, 130 for an interrupt, 143 for a termination. Each of
-        these prints one line to stderr, and no traceback without ``--traceback``.
+        0; 1 for an error while running, 2 for wrong usage, 130 for an interrupt, 143 for a termination. Each of these
+        prints one line to stderr, and no traceback without ``--traceback``.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in args
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_core() -> None:
-    """Raise a ``UsageError`` where another package named ``core`` on PYTHONPATH comes before the engine."""
+    """Raise a ``UsageError`` if another package named ``core`` on PYTHONPATH comes before the engine."""
     spec = importlib.util.find_spec("core")
     folders = [os.path.realpath(p) for p in (spec and spec.submodule_search_locations) or ()]
     own = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(__file__)))), "core")

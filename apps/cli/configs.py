@@ -21,7 +21,7 @@ _MOST_BYTES, _MOST_VALUES = 16 << 20, 1_000_000
 
 
 def shipped(path: Path) -> Path:
-    """Return ``path``; where it names a configuration of ours that the working folder lacks, the one of the package."""
+    """Return ``path``; if it names a configuration of ours that the working folder lacks, the one of the package."""
     own = CONFIGS.parent / path
     return path if path.exists() or path.parts[:1] != (CONFIGS.name,) or not own.is_file() else own
 
@@ -41,7 +41,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return the contents of a configuration, with the class paths of today and without options that no model has now.
 
     Raises:
-        UsageError: there is no such file, or it is no configuration.
+        UsageError: the file does not exist, or is not a configuration.
     """
     try:
         if path.stat().st_size > _MOST_BYTES:
@@ -74,7 +74,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _num_values(node: yaml.Node, known: dict[int, int], path: Path) -> int:
-    """Return how many values a node stands for with each alias written out. A file of 1 KB can stand for 10^9."""
+    """Return the number of values of a node with each alias written out. A file of 1 KB can expand to 10^9."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
@@ -87,7 +87,7 @@ def _num_values(node: yaml.Node, known: dict[int, int], path: Path) -> int:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``over`` laid over ``base``, mapping by mapping. Where it names another class, the old arguments go.
+    """Return ``over`` laid over ``base``, mapping by mapping. If it names another class, the old arguments go.
 
     Example::
 
@@ -113,7 +113,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def at(values: Any, keys: Iterable[str]) -> Any:
-    """Return what stands below ``keys`` in nested mappings, of a class among its arguments; None: nothing."""
+    """Return the value at ``keys`` in nested mappings, of a class among its arguments; None: nothing."""
     for key in keys:
         if isinstance(values, Mapping) and "class_path" in values and key != "init_args":
             values = values.get("init_args")
@@ -137,8 +137,8 @@ _NAMES_CLASS = re.compile(r"--(data|data\.class_path|(model|sparsify|trainer|opt
 def own_classes(words: Iterable[str]) -> list[str]:
     """Return the class paths outside the suite that a command line and its configurations name.
 
-    Where the working folder has such a module, and it is found nowhere else, the folder comes last on ``sys.path``. So
-    what a checkpoint names, or a library tries to import, is not looked for there.
+    If the working folder has such a module, and it is found nowhere else, the folder comes last on ``sys.path``. So
+    modules that a checkpoint names, or a library tries to import, are not looked for there.
     """
     named: list[str] = []
     parts = [part for word in words for part in word.split("=", 1)]

@@ -1,4 +1,4 @@
-"""Defaults that jsonargparse does not know: values that stand in for null, and those of the configs that are named."""
+"""Defaults that jsonargparse does not know: values that replace null, and the defaults of named configs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from core.config.plain import to_plain
 
 
 def with_stand_ins(part: str, flags: list[str], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``config`` with the values in force where an argument of the model or data is null or not given.
+    """Return ``config`` with the values in force if an argument of the model or data is null or not given.
 
-    See ``SparseModule.defaults_of_none``. A null that stands for nothing, such as "no MoE layer", stays.
+    See ``SparseModule.defaults_of_none``. A null that means nothing, such as "no MoE layer", stays.
     """
     kind, path = find_class(part, config), named_class_path(part, config)
     stand_ins = getattr(kind, "defaults_of_none", None)
@@ -36,7 +36,7 @@ def with_stand_ins(part: str, flags: list[str], config: Mapping[str, Any]) -> di
     filled = {
         name: to_plain(value, type(value))
         for name, value in stand_ins({**arguments, **by_flag}).items()
-        # A flag that names a class, or the whole, begins from nothing: it would keep the stand-in's arguments.
+        # A flag that names a class, or the whole, starts from nothing: it would keep the stand-in's arguments.
         if arguments.get(name) is None and not {name, f"{name}.class_path"} & by_flag.keys()
     }
     others = {"dict_kwargs": written["dict_kwargs"]} if "dict_kwargs" in written else {}
@@ -46,8 +46,8 @@ def with_stand_ins(part: str, flags: list[str], config: Mapping[str, Any]) -> di
 def with_own_defaults(config: Mapping[str, Any], flags: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Return ``config`` with every option of the config classes that it or the flags name, and the other flags.
 
-    (Where another class than a default's is named, jsonargparse keeps the default's values of options with the same
-    name: ``core.SwiGLU`` in place of a default ``FFN(activation="gelu")`` would compute GELU.)
+    (If another class than a default's is named, jsonargparse keeps the default's values of options with the same
+    name: ``core.SwiGLU`` instead of a default ``FFN(activation="gelu")`` would compute GELU.)
 
     Example::
 
@@ -91,7 +91,7 @@ def _filled(value: Any) -> Any:
 
 
 def _config_class(name: Any) -> Any:
-    """Return the config class that the user names, imported if need be; None where it is none, as a typing error."""
+    """Return the config class that the user names, imported if need be; None if it is none, as a typing error."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
         return None
     if name.partition(".")[0] not in ("core", "apps"):

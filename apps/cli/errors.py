@@ -146,7 +146,7 @@ def unknown_option(
         valid: the names that exist; the nearest is suggested.
         name: the name that is compared with them; None: ``shown``.
         owner: the class whose options they are.
-        listed: whether all of them are named where none is near.
+        listed: whether all of them are named if none is near.
     """
     valid = sorted(set(valid))
     near = difflib.get_close_matches(name or shown, valid, n=1, cutoff=0.5)

@@ -14,7 +14,7 @@ from apps.train.cost.quantizing import Quantised, quantise
 
 
 class ChangesExperts(Callback):
-    """Quantizes the experts of a model, then offloads them, before a test or a prediction begins.
+    """Quantizes the experts of a model, then offloads them, before a test or a prediction starts.
 
     Args:
         quantize: as ``quantise`` takes it; None: they stay as they are.
@@ -42,12 +42,12 @@ class ChangesExperts(Callback):
         self.apply(pl_module, pl_module.device)
 
     def records(self) -> dict[str, Any]:
-        """Return what was done, as plain values for the record of a test."""
+        """Return the changes, as plain values for the record of a test."""
         quantised = {} if self._quantised is None else {"quantized": self._quantised.record()}
         offloaded = {} if self._offloaded is None else {"offloaded": record(str(self.offload), self._offloaded)}
         return {**quantised, **offloaded}
 
     def notes(self) -> dict[str, str]:
-        """Return what was done, as lines by the name of the option."""
+        """Return the changes, as lines by the name of the option."""
         quantised = {} if self._quantised is None else {"quantize": str(self._quantised)}
         return quantised if self._offloaded is None else {**quantised, "offload": described(self._offloaded)}

@@ -35,7 +35,7 @@ class Option(NamedTuple):
 
     Attributes:
         name: dotted name.
-        default: default in YAML, with the kind of value where the default does not show it.
+        default: default in YAML, with the kind of value if the default does not show it.
         meaning: first sentence about it.
     """
 
@@ -109,12 +109,12 @@ def _path(name: str) -> str:
 
 
 def options_of(kind: type[Any], prefix: str, defaults: Mapping[str, Any] | None = None) -> Iterator[Option]:
-    """Yield the options of a class's constructor, and below them those of the configs that it takes.
+    """Yield the options of a class's constructor, and below them the options of the configs that it takes.
 
     Args:
         kind: the class.
         prefix: first words of their names.
-        defaults: values that stand in for the constructor's.
+        defaults: values that replace the constructor's.
     """
     linked = getattr(kind, "data_arguments", ())
     with_rules = typing.get_type_hints(kind, include_extras=True) if dataclasses.is_dataclass(kind) else {}

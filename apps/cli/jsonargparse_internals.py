@@ -1,6 +1,6 @@
-"""What the command line uses of jsonargparse that jsonargparse does not document: no other file does.
+"""Undocumented parts of jsonargparse that the command line uses: no other file does.
 
-These functions hold for jsonargparse 4.53; tests/apps/cli/test_jsonargparse_internals.py fails where a new version
+These functions hold for jsonargparse 4.53; tests/apps/cli/test_jsonargparse_internals.py fails if a new version
 changes it.
 """
 
@@ -18,9 +18,9 @@ def options_of(parser: ArgumentParser) -> list[str]:
 
 
 def parameters_of(kind: type[Any]) -> list[Any]:
-    """Return the parameters of a constructor and of those that its ``**kwargs`` go to.
+    """Return the parameters of a constructor and of the constructors that its ``**kwargs`` go to.
 
-    Each has ``name``, ``annotation``, ``default``, and ``doc``, what a docstring says of it.
+    Each has ``name``, ``annotation``, ``default``, and ``doc``, its docstring entry.
     """
     return list(_parameter_resolvers.get_signature_parameters(kind, None))
 
@@ -29,7 +29,7 @@ def read_whole_numbers_first() -> None:
     """Let jsonargparse try int before float, in whichever order a type names them; it has no option for the order.
 
     ``Union[int, float]`` equals ``Union[float, int]`` to ``typing``, whose cache gives out the one for the other,
-    depending on what was imported before: ``--trainer.limit_train_batches 1`` would be read as 1.0, all batches.
+    depending on earlier imports: ``--trainer.limit_train_batches 1`` would be read as 1.0, all batches.
     """
     if not isinstance(_typehints.sort_subtypes_for_union, _WholeFirst):
         _typehints.sort_subtypes_for_union = _WholeFirst(_typehints.sort_subtypes_for_union)

@@ -56,7 +56,7 @@ class RunOptions(CommandLine):
     Any value of the configuration may be given too, such as --data.batch_size 64, --model.moe.num_experts 4,
     --seed_everything 7 and --trainer.max_epochs 5. Also:
       --print_config        print the whole configuration, with the defaults in force, and run nothing
-      --help_all [SECTION]  every option, or those of run, trainer, model or data; --config FILE says of which model
+      --help_all [SECTION]  every option, or only run, trainer, model or data; --config FILE says of which model
       --model.help [CLASS]  the options of a model by the name of its class; --data.help likewise
       --traceback           in case of an error, show where in the code
 
@@ -86,10 +86,10 @@ class RunOptions(CommandLine):
 
 @dataclass(frozen=True, kw_only=True)
 class Fit(RunOptions):
-    """Train a model; --ckpt_path last goes on where a run was stopped.
+    """Train a model; --ckpt_path last resumes a stopped run.
 
     Attributes:
-        weights: fit begins anew with the weights of another run; --run_dir is the new one's
+        weights: fit starts a new run from the weights of another run; --run_dir is the new one's
         overwrite: remove the run in the folder, which else moves to a numbered folder in earlier
     """
 
@@ -157,7 +157,7 @@ class Predict(RunOptions):
         overwrite: replace an earlier file
         raw_csv: write no apostrophe before text that a spreadsheet would compute, such as =1+1
         open: show the page of a search in the browser
-        onnx: an ONNX file or folder of moesaic export in place of --ckpt_path
+        onnx: an ONNX file or folder of moesaic export instead of --ckpt_path
     """
 
     prog: ClassVar[str] = "moesaic predict"

@@ -34,15 +34,15 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Shown:
-    """What the type of a field cannot tell of its option.
+    """Details of an option that its field's type cannot express.
 
     Attributes:
-        metavar: what stands for a value in the help.
+        metavar: placeholder of a value in the help.
         meaning: its help, unless the docstring of the class has one.
-        words: its words; none: the field's name behind two dashes. A word without dashes is no option but an argument.
+        words: its words; none: the field's name behind two dashes. A word without dashes is an argument, not an option.
         read: function of a value that returns the one to keep, or raises an error.
         one_each: several values are given one by one, each behind the option's word.
-        adds: an option that is given again adds its values to those before, in place of replacing them.
+        adds: an option that is given again adds its values to those before, instead of replacing them.
     """
 
     metavar: str = ""
@@ -192,7 +192,7 @@ def _taken(hint: Any) -> tuple[list[Any], Shown, bool]:
 
 
 def _number_or_share(text: str) -> int | float:
-    """Return "4" as a whole number and "0.5" as a share."""
+    """Return "4" as an integer and "0.5" as a share."""
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
@@ -202,7 +202,7 @@ def _number_or_share(text: str) -> int | float:
 def _texts(kind: type[CommandLine]) -> tuple[str, str, dict[str, str]]:
     """Return the head of a command's help, its end, and the meanings of options by name, as docstrings have them.
 
-    The end may be that of a base class, as for several kinds of one command.
+    The end may come from a base class, as for several kinds of one command.
     """
     import docstring_parser
 

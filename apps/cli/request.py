@@ -46,12 +46,12 @@ class Request:
         config: the configurations merged, later ones over earlier ones, over the checkpoint's arguments.
         run_dir: folder of the run's files.
         checkpoint: the file to load, or None.
-        loaded: the checkpoint's contents, with the shapes alone of sharded tensors, or None.
-        model_class: the model's class, where it is named.
-        weights: the checkpoint of ``--weights``, with whose weights a training begins anew, or None.
-        begun_with: contents of the checkpoint that ``--weights`` or ``model.grow`` names, where the run begins with its
+        loaded: the checkpoint's contents, with only the shapes of sharded tensors, or None.
+        model_class: the model's class, if it is named.
+        weights: the checkpoint of ``--weights``, whose weights a new training starts from, or None.
+        begun_with: contents of the checkpoint that ``--weights`` or ``model.grow`` names, if the run starts from its
             weights and loads no other; or None.
-        exported: the model of ``--onnx``, which runs in place of a checkpoint's weights, or None.
+        exported: the model of ``--onnx``, which runs instead of a checkpoint's weights, or None.
     """
 
     command: str
@@ -74,7 +74,7 @@ class Request:
         Args:
             command: fit, validate, test or predict.
             argv: the words after it.
-            announces: whether to print what starts, once the command line has passed the quick checks.
+            announces: whether to announce the command, once the command line has passed the quick checks.
 
         Raises:
             UsageError: an option or a configuration is wrong.
@@ -99,7 +99,7 @@ class Request:
             paths, config = (beside,), read_config(beside)
         if exported is not None and exported.description.data is not None:
             config = merge(with_long_names({"data": exported.description.data}), config)
-        written = config.pop("run_dir", None)  # of a run that was put aside, where it was
+        written = config.pop("run_dir", None)  # of a run that was put aside, at its old place
         which = which or config.get("ckpt_path")
         config.pop("ckpt_path", None)
         stem = "-".join(path.stem for path in (paths if onnx is None else [onnx])) or "unnamed"
@@ -118,7 +118,7 @@ class Request:
                 read = str(onnx or "") or " + ".join(map(str, paths)) or (which if which not in (None, *NAMES) else "")
                 written_to = options.output if isinstance(options, Predict) else run_dir
                 _announce(command, " ".join(filter(None, (command, read, f"-> {written_to}" if written_to else ""))))
-                if command == "predict" and checkpoint is not None:  # the others name it beside their figures
+                if command == "predict" and checkpoint is not None:  # the others name it next to their figures
                     _announce(command, f"checkpoint: {checkpoint}")
             if which in NAMES and checkpoint is None:
                 print(f"no {run_dir / 'checkpoints' / which}.ckpt yet: starting from the beginning")
@@ -132,7 +132,7 @@ class Request:
         for name in own if source or beside or given_weights else ():  # a checkpoint may name them then
             load_class(name)  # a missing one is reported where it is looked up
         if beside is not None:
-            # An evaluation takes one device; a training that goes on is divided as it was, on any kind of device.
+            # An evaluation takes one device; a resumed training is sharded as it was, on any kind of device.
             config, left_out = check_beside(config, beside, _DEVICE[:1] if command == "fit" else _DEVICE)
             lost = f"{', '.join(left_out)} (--config {beside} takes all of it)"
             if left_out and command == "fit":
@@ -150,7 +150,7 @@ class Request:
             check_superseded(config, flags, source)
         if command == "fit" and loaded is not None and "optimizer_states" not in loaded:
             raise UsageError(f"{checkpoint} has no optimizer's state to go on with: begin anew, --weights")
-        # A run that goes on has its weights from its own checkpoint.
+        # A resumed run has its weights from its own checkpoint.
         weights = find_checkpoint(given_weights) if given_weights is not None and loaded is None else None
         start = weights or (_grown_from(config, flags) if command == "fit" and loaded is None else None)
         begun_with = None if start is None else read_checkpoint(start, shapes_only=True)
@@ -203,7 +203,7 @@ class Request:
 
 
 def _announce(command: str, line: str) -> None:
-    """Say what starts, before the seconds that torch takes. The stdout of predict is for what it predicts."""
+    """Announce the command, before the seconds that torch takes. The stdout of predict is for its predictions."""
     ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     if all(rank == "0" for rank in ranks):  # the processes of a distributed run have one command line
         print(line, file=sys.stderr if command == "predict" else None, flush=True)
@@ -234,7 +234,7 @@ def _check_complete(command: str, flags: Sequence[str], config: Mapping[str, Any
 
 
 def _find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | None:
-    """Return the checkpoint that a command is of; whether it can be read shows when it is read.
+    """Return the checkpoint of a command; whether it can be read shows when it is read.
 
     Args:
         command: fit, validate, test or predict.
@@ -242,7 +242,7 @@ def _find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | N
         run_dir: the run's folder.
 
     Returns:
-        The path; None for an untrained model, or a training that begins anew.
+        The path; None for an untrained model, or for a new training.
 
     Raises:
         FileNotFoundError: there is none.
@@ -263,7 +263,7 @@ def _find_checkpoint(command: str, which: str | None, run_dir: Path) -> Path | N
 
 
 def _config_beside(which: str | None, run: Path | None) -> Path | None:
-    """Return the configuration in the folder of the run that a checkpoint lies in, else in ``run``; None: neither."""
+    """Return the configuration in the folder of a checkpoint's run, else in ``run``; None: neither."""
     try:
         path = run if which is None else None if which in ("null", "none") else find_checkpoint(which).parent.parent
     except FileNotFoundError:  # reported below, after the checks of the options
@@ -272,7 +272,7 @@ def _config_beside(which: str | None, run: Path | None) -> Path | None:
 
 
 def _grown_from(config: Mapping[str, Any], flags: list[str]) -> Path | None:
-    """Return the checkpoint that ``model.grow`` names; None where there is none."""
+    """Return the checkpoint that ``model.grow`` names; None if there is none."""
     path = dict(given(flags)).get("model.grow.checkpoint") or at(config, ("model", "init_args", "grow", "checkpoint"))
     try:
         return None if path is None else find_checkpoint(str(path))

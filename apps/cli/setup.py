@@ -1,7 +1,7 @@
 """Model, data and trainer of ``moesaic fit|validate|test|predict``: LightningCLI, with the classes of a request.
 
 The user's words win, flags over files and later files over earlier ones; other options come from the checkpoint, then
-from the constructors. A checkpoint whose tensors do not fit is refused with the options that differ.
+from the constructors. A checkpoint whose tensors do not fit raises an error that names the options that differ.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         parser.add_argument("--compile", type=bool | CompileConfig | None, default=None)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        if asks(self.request.flags):  # the parser above the commands prints what is in force
+        if asks(self.request.flags):  # the parser above the commands prints the values in force
             self.config = parser.parse_args(args)
             return
         # It would read all that the command's own parser has read once more, which is as long again.
@@ -148,13 +148,13 @@ class RunSetup(WaitingCLI, LightningCLI):
             self._begin_with(self.request.weights)
 
     def _check_fits(self, checkpoint: Mapping[str, Any], path: Path) -> None:
-        """Give the model the parts that its checkpoint has, and refuse a checkpoint that does not fit it."""
+        """Give the model the parts that its checkpoint has, and raise an error if the checkpoint does not fit."""
         if isinstance(self.model, SparseModule):
             take_form(self.model, checkpoint)
         check_fits(checkpoint, self.model, path)
 
     def _begin_with(self, path: Path) -> None:
-        """Load the weights of a checkpoint, with which a training begins anew."""
+        """Load the weights of a checkpoint, from which a new training starts."""
         checkpoint: Mapping[str, Any] = read_checkpoint(path)
         encoding_state = getattr(self.datamodule, "encoding_state", None)
         same_class = checkpoint.get("module_class") == name_of(type(self.model))
@@ -180,7 +180,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         return data
 
     def _create_model(self, kind: type[LightningModule], *args: Any, **kwargs: Any) -> LightningModule:
-        """Make the model, without weights where a graph runs in their place, or a checkpoint's go to a file."""
+        """Make the model, without weights if a graph runs in their place, or a checkpoint's go to a file."""
         if self.request.exported is not None:
             with torch.device("meta"):
                 return kind(*args, **kwargs)
@@ -191,7 +191,7 @@ class RunSetup(WaitingCLI, LightningCLI):
             return kind(*args, **kwargs)
 
     def _check_links(self) -> None:
-        """Raise a ``UsageError`` where the configuration has another value for an argument that the data decides."""
+        """Raise a ``UsageError`` if the configuration has another value for an argument that the data decides."""
         written = self.request.config.get("model")
         of_file = dict(written.get("init_args", {})) if isinstance(written, Mapping) else {}
         flags = given(self.request.flags)
@@ -269,7 +269,7 @@ class RunSetup(WaitingCLI, LightningCLI):
         return sorted(callbacks, key=lambda c: isinstance(c, BestAndLast))  # last.ckpt keeps the state of the others
 
     def _loggers(self, given: Any) -> Any:
-        """Return the trainer's loggers: ``metrics.csv``, which reports read, and TensorBoard's or those of the user."""
+        """Return the trainer's loggers: ``metrics.csv``, which reports read, and TensorBoard's or the user's."""
         if given is False:
             return False
         if given in (None, True):

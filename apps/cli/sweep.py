@@ -1,8 +1,8 @@
-"""``moesaic test --sweep``: what cheaper forms of a trained model cost in quality, and what they save.
+"""``moesaic test --sweep``: quality lost and cost saved by cheaper forms of a trained model.
 
 Each form is tested as the model is. Its speed is measured in rounds that it and the trained model take in turn, so that
 a machine that slows down slows both; a form's latency is the median of the ratios times the trained model's latency.
-Every finished form is written into ``sweep.json``, and a sweep that was stopped goes on after the last of them.
+Every finished form is written into ``sweep.json``, and a sweep that was stopped continues after the last of them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Measured:
     Attributes:
         kind, name, short: as in ``Cheaper``.
         metrics: metrics of its test, by name.
-        seconds: seconds of a pass beside the trained model's, by the number of examples of a pass.
+        seconds: seconds of a pass relative to the trained model's, by the number of examples of a pass.
         resident: bytes of its parameters and buffers.
         peak: bytes that a pass of the largest batch takes besides, at most.
     """
@@ -79,7 +79,7 @@ class Sweep:
         batches: validation batches from which the use of the experts is counted.
 
     Raises:
-        ValueError: there is no trained model, it has no experts or no metric to judge it by, or several processes.
+        ValueError: no trained model is given, it has no experts or no metric to judge it by, or several processes.
     """
 
     def __init__(self, cli: RunSetup, rounds: int, batches: int) -> None:
@@ -94,7 +94,7 @@ class Sweep:
         for file in (RECORD, PICTURE):
             check_own(cli.run_dir / file)
         model.load_state_dict(read_checkpoint(cli.ckpt_path)["state_dict"])
-        cheaper_forms(model, "")  # refuses a model without experts before its test
+        cheaper_forms(model, "")  # rejects a model without experts before its test
         # The tested model is tied to its trainer; this one is copied for each form.
         self.trained: Any = copy.deepcopy(model).eval()
         self.trained.reports = False
@@ -104,7 +104,7 @@ class Sweep:
         """Measure the forms that are not measured yet, write record and picture, and return the report's section.
 
         Args:
-            metrics: those of the test of the trained model, by name.
+            metrics: test metrics of the trained model, by name.
 
         Raises:
             ValueError: the test has no such metric as the training monitors, or the data have no test batch.
@@ -125,7 +125,7 @@ class Sweep:
     # ---- measuring
 
     def identity(self) -> dict[str, Any]:
-        """Return what has to be the same for a sweep to go on with an earlier one's forms."""
+        """Return the values that must match for a sweep to continue with an earlier one's forms."""
         return {
             "weights": fingerprint(self.trained),
             "config": hashlib.sha256(self.cli.plain_config().encode()).hexdigest()[:16],
@@ -135,7 +135,7 @@ class Sweep:
         }
 
     def _timed_batches(self) -> dict[int, list[Any]]:
-        """Return batches of the test by their number of examples: single ones where the data give them, and the first
+        """Return batches of the test by their number of examples: single ones if the data give them, and the first
         two of the configuration."""
         data = self.cli.datamodule
         single = copy.copy(data)
@@ -194,7 +194,7 @@ class Sweep:
 
     def _tested(self, model: Any) -> dict[str, float]:
         trainer = self.cli.trainer
-        trainer.callbacks = list(self._callbacks)  # the test of the trained model has added those of its report
+        trainer.callbacks = list(self._callbacks)  # the test of the trained model has added its report's
         results = trainer.test(model, datamodule=self.cli.datamodule, verbose=False, ckpt_path=None)
         return {name: float(value) for result in results for name, value in result.items()}
 
@@ -257,7 +257,7 @@ def _points(own: Measured, base: Mapping[int, float], quality: float) -> list[Po
     Args:
         own: the form.
         base: milliseconds of the trained model, by the number of examples of a pass.
-        quality: its quality, as it is drawn.
+        quality: its quality, as plotted.
     """
     points = []
     for size, trained in base.items():
@@ -284,9 +284,9 @@ def _short(name: str) -> str:
 
 
 class _Forms(Runner[Cheaper, Measured | str]):
-    """Measures forms one by one into a file, with which a later sweep of the same model goes on.
+    """Measures forms one by one into a file, from which a later sweep of the same model continues.
 
-    The result of a form is what was measured, or the reason why it is left out.
+    The result of a form is its measurement, or the reason why it is left out.
     """
 
     def __init__(self, sweep: Sweep, forms: Sequence[Cheaper], metrics: Mapping[str, float], whole: Bar) -> None:

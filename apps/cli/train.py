@@ -54,7 +54,7 @@ def build(command: str, argv: list[str]) -> SparseCLI:
 
     Raises:
         UsageError: an option or a configuration is wrong.
-        ValueError: the model or the data refuses a value.
+        ValueError: the model or the data rejects a value.
         FileNotFoundError: the checkpoint or a configuration does not exist.
     """
     return SparseCLI(Request.read(command, argv))
@@ -74,7 +74,7 @@ class SparseCLI(RunSetup):
         command = self.request.command
         path = None if self.ckpt_path is None else str(self.ckpt_path)
         arguments = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": path, "weights_only": True}
-        if self.trainer.is_global_zero:  # the stdout of predict is for what it predicts
+        if self.trainer.is_global_zero:  # the stdout of predict is for its predictions
             for line in filter(None, (device_line(self.trainer, self.model), self.compiled)):
                 print(line, file=sys.stderr if command == "predict" else None, flush=True)
         if command == "fit":
@@ -126,7 +126,7 @@ class SparseCLI(RunSetup):
         set_initial_hparams(self.model, {**own, **config}, logs=True)
 
     def _descriptions(self) -> dict[str, str]:
-        """Return the files that describe a training beside its log, by name: its configuration and its signatures."""
+        """Return the files that describe a training next to its log, by name: its configuration and its signatures."""
         signatures = self._signatures()
         signed = {"signatures.json": json.dumps(signatures, indent=2) + "\n"} if signatures else {}
         return {"config.yaml": self.plain_config(), **signed}
@@ -165,7 +165,7 @@ class SparseCLI(RunSetup):
         print(f"also in {path}")
 
     def _report(self, metrics: Mapping[str, float], sections: Sequence[Section]) -> None:
-        """Show the verdict and the figures of a test, and write its report and the index of the runs beside it."""
+        """Show the verdict and the figures of a test, and write its report and, next to it, the index of the runs."""
         config = self.plain_config()
         monitored = getattr(self.model, "test_monitor", None)
         shown_metrics = getattr(self.model, "shown_metrics", ())
@@ -189,7 +189,7 @@ class SparseCLI(RunSetup):
             print(f"{name}: {signature}")
 
     def _predict(self, arguments: dict[str, Any]) -> None:
-        """Write the model's predictions, from its ``predict_stream`` where it has one, else from the trainer's loop."""
+        """Write the model's predictions, from its ``predict_stream`` if it has one, else from the trainer's loop."""
         options: Any = self.request.options
         if self.trainer.strategy.root_device.type == "cpu":
             cpu.keep_freed()
@@ -264,7 +264,7 @@ class SparseCLI(RunSetup):
 
 
 def print_metrics(metrics: Mapping[str, float], stage: str, title: str) -> None:
-    """Print the metrics of ``stage`` as a table, and those of each layer's routing as another."""
+    """Print the metrics of ``stage`` as a table, and each layer's routing metrics as another."""
     from rich.console import Console
     from rich.table import Table
 

@@ -22,12 +22,12 @@ def build_trial(checkpoint: Path, config: Path | None, batches: int, options: Se
 
     Args:
         checkpoint: the run's checkpoint.
-        config: configuration, where none lies beside it.
+        config: configuration, if the checkpoint has none next to it.
         batches: number of validation batches.
         options: further words of the command line.
 
     Raises:
-        ValueError: the model or the data are refused.
+        ValueError: the model or the data are rejected.
     """
     words = [] if config is None else ["--config", str(config)]
     limit = f"--trainer.limit_val_batches={batches}"

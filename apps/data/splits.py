@@ -15,7 +15,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 def check_size(name: str, size: int | float | None) -> None:
-    """Refuse a size that is neither a number of examples nor a share of them.
+    """Raise an error for a size that is neither a number of examples nor a share of them.
 
     Raises:
         ValueError: a negative size, or a share that is not below 1.
@@ -26,7 +26,7 @@ def check_size(name: str, size: int | float | None) -> None:
 
 
 def count_of(size: int | float, total: int) -> int:
-    """Return the number of examples that a size means: a share of ``total`` where it is below 1."""
+    """Return the number of examples that a size means: a share of ``total`` if it is below 1."""
     return round(size * total) if size < 1 else int(size)
 
 
@@ -60,7 +60,7 @@ def hold_out(group_N: NDArray[np.int64], sizes: Sequence[int], seed: int) -> lis
         seed: the only source of randomness.
 
     Returns:
-        The places of each set, sorted. A set has fewer examples than its size where no group fits any more.
+        The places of each set, sorted. A set has fewer examples than its size if no group fits any more.
     """
     groups, group_N = np.unique(group_N, return_inverse=True)
     count_G = np.bincount(group_N, minlength=len(groups))

@@ -54,7 +54,7 @@ class EncodedStore:
             name: name of the data, for people who look into the folder.
             made_from: plain values that change when the encoded data do.
             write: fills the writer and ends with its ``finish``.
-            learning: plain values that say how an encoding is learned from the data. They count where none is given.
+            learning: plain values that say how an encoding is learned from the data. They count if none is given.
             given: digest of the encoding that is used, such as a checkpoint's; None: it is learned from the data. An
                 entry that learned the same encoding serves too.
             digest_of: returns the digest of the encoding that an entry learned; goes with ``given``.
@@ -94,7 +94,7 @@ def identity(files: Iterable[Path]) -> list[list[Any]]:
 
 
 def _open_whole(folder: Path) -> ArrayFiles | None:
-    """Return the arrays of ``folder``; None where there are none, or they are damaged."""
+    """Return the arrays of ``folder``; None if there are none, or they are damaged."""
     if not folder.is_dir():
         return None
     try:

@@ -36,7 +36,7 @@ class Subwords(Checked):
 
     Attributes:
         models: base64 of the sentencepiece model files: one for both sides, or the source's and the target's.
-        languages: languages with a tag, whose id is that of the piece ``<2xx>``, xx being the language's code. Empty
+        languages: languages with a tag, whose id is the id of the token ``<2xx>``, xx being the language's code. Empty
             where sentences have no tag.
 
     Raises:
@@ -50,7 +50,7 @@ class Subwords(Checked):
 
     @property
     def is_joint(self) -> bool:
-        """True where both sides have the same ids."""
+        """True if both sides have the same ids."""
         return len(self.models) == 1
 
     @property
@@ -67,7 +67,7 @@ class Subwords(Checked):
         return int(self.processor(side).vocab_size())
 
     def encode(self, sentences: Sequence[str], side: Side) -> list[list[int]]:
-        """Return the ids of each sentence, without tag, begin and end."""
+        """Return the ids of each sentence, without tag, start and end."""
         return self.processor(side).encode(list(sentences), out_type=int)
 
     def decode(self, ids: Sequence[Sequence[int]], side: Side) -> list[str]:
@@ -120,12 +120,12 @@ class SubwordConfig(Checked):
 
     Attributes:
         kind: "bpe" (Sennrich et al. 2016) or "unigram" (Kudo 2018).
-        vocab_size: ids of a vocabulary, which serves both sides where it is joint. The 4 specials, the tags, 256 bytes
+        vocab_size: ids of a vocabulary, which serves both sides if it is joint. The 4 specials, the tags, 256 bytes
             and the characters are among them. It is a limit: a small corpus may not have so many subwords.
         joint: one vocabulary for both sides; else each has its own.
         character_coverage: share of the text whose characters are subwords themselves; the rarest ones are spelled in
-            bytes, as are those that the training text lacks.
-        max_sentences: sentences of a side from which subwords are learned; from a larger corpus so many are drawn.
+            bytes, as are characters that the training text lacks.
+        max_sentences: sentences of a side from which subwords are learned; from a larger corpus so many are sampled.
         path: folder of a published checkpoint, or a sentencepiece model of yours, from which subwords are read instead.
             The other options have no effect then.
 
@@ -148,8 +148,8 @@ def train_subwords(
     """Learn the subwords of a corpus. Equal text and equal options always give equal subwords.
 
     Args:
-        source: the sentences of the source side, from the training split alone. One that comes twice counts once.
-        target: those of the target side.
+        source: the sentences of the source side, from the training split only. One that comes twice counts once.
+        target: the sentences of the target side.
         config: options of the learning.
         languages: languages that need a tag.
         cache: folder for the models, so that the same one is not trained again; None: none is kept.
@@ -225,7 +225,7 @@ def _train(sentences: list[str], config: SubwordConfig, languages: Sequence[str]
             bos_id=BOS_ID,
             eos_id=EOS_ID,
             unk_surface="",
-            # Control symbols, not user-defined ones: a "<2de>" in a text stays text, and a tag is no part of one.
+            # Control symbols, not user-defined ones: a "<2de>" in a text stays text, and a tag is not part of one.
             control_symbols=[f"<2{language}>" for language in languages],
             max_sentence_length=_LONGEST_BYTES,
             num_threads=_THREADS,

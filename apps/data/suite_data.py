@@ -24,27 +24,27 @@ L = TypeVar("L", bound=DataLoader[Any])
 class SuiteData(LightningDataModule):
     """Data from their files to the batches of every stage.
 
-    A subclass brings ``read`` and ``examples``; ``batching`` and ``eval_loader`` where a batch is not a number of
-    examples in their order; ``encoding``, ``encoding_of`` and ``forget`` where it learns an encoding of its values.
+    A subclass brings ``read`` and ``examples``; ``batching`` and ``eval_loader`` if a batch is not a number of
+    examples in their order; ``encoding``, ``encoding_of`` and ``forget`` if it learns an encoding of its values.
 
     Lightning asks a data module for its loaders. The suite asks for more, all of which your own may leave out:
 
     - attributes that a model names in ``data_arguments``, such as ``num_classes``: they become arguments of the model;
     - ``encoding_state`` and ``adopt``: a checkpoint keeps the one and hands it to the other before the model is made,
       so that other files are read in the way of the training files;
-    - ``extend``, in place of ``adopt`` where a training begins with a checkpoint's weights: values that the checkpoint
+    - ``extend``, instead of ``adopt`` when a training starts from a checkpoint's weights: values that the checkpoint
       lacks get numbers of their own (see ``LinkedModule.widened``);
     - ``from_checkpoint`` and ``superseded``, described below;
-    - ``defaults_of_none(arguments)``: the configs that stand in for arguments that are None;
+    - ``defaults_of_none(arguments)``: the default configs of arguments that are None;
     - ``train_eval_dataloader``: the training examples in their order, without random transforms, for reports and for
-      models that are no networks.
+    models other than networks.
 
     Args:
-        dataset: a name of ``moesaic data list``, or one that stands for files of the user's.
+        dataset: a name of ``moesaic data list``, or one for the user's own files.
         root: folder with the user's own copy of the files; nothing is downloaded then.
         cache_dir: folder for downloads and encoded data; None: ~/.cache/moesaic.
-        batch_size: training examples a step and process; None where ``batching`` decides.
-        eval_batch_size: examples a step and process in evaluation.
+        batch_size: training examples per step and process; None if ``batching`` decides.
+        eval_batch_size: examples per step and process in evaluation.
         drop_last: leave out the last training batch of an epoch if it is not full.
         num_workers: processes that make batches.
         seed: seed of the order of training and of random transforms; None: the run's.
@@ -88,10 +88,10 @@ class SuiteData(LightningDataModule):
     # ---- the parts that a subclass brings
 
     def read(self) -> Any:
-        """Fetch, encode and open the files; ``opened`` keeps what this returns.
+        """Fetch, encode and open the files; ``opened`` keeps its result.
 
         Raises:
-            ValueError: a file is missing or not what it should be.
+            ValueError: a file is missing or malformed.
         """
         raise NotImplementedError
 
@@ -100,7 +100,7 @@ class SuiteData(LightningDataModule):
         raise NotImplementedError
 
     def check(self, stage: str | None) -> None:
-        """Refuse data that do not serve one of Lightning's stages, with a ``ValueError``."""
+        """Raise a ``ValueError`` for data that do not serve one of Lightning's stages."""
 
     def warnings(self) -> list[str]:
         """Return lines on what may make a training on these data worthless, such as a feature that is the label."""
@@ -113,7 +113,7 @@ class SuiteData(LightningDataModule):
     def batching(self, examples: Any) -> dict[str, Any]:
         """Return the arguments of ``ResumableLoader`` that make training batches of examples.
 
-        By default the examples make their batches themselves, and draw no random numbers.
+        By default the examples make their batches themselves, and use no random numbers.
         """
         return {"batch_size": self.batch_size, "drop_last": self.drop_last, "collate_fn": as_it_is, "draws": False}
 
@@ -124,7 +124,7 @@ class SuiteData(LightningDataModule):
 
     @property
     def needs_no_dataset(self) -> bool:
-        """True where the user gives all that is predicted, and its encoding is known: nothing is fetched then."""
+        """True if the user gives all that is predicted, and its encoding is known: nothing is fetched then."""
         return False
 
     # ---- the files and their encoding
@@ -155,20 +155,20 @@ class SuiteData(LightningDataModule):
         """Return the encoding whose ``encoding_state`` this is.
 
         Raises:
-            ValueError: it is none of such data.
+            ValueError: it does not belong to such data.
         """
         raise ValueError(f"the checkpoint keeps an encoding ({', '.join(state)}), and {cls.__name__} has none")
 
     @property
     def encoding_state(self) -> dict[str, Any] | None:
-        """The ``encoding`` as plain values and tensors, for a checkpoint; None where there is none."""
+        """The ``encoding`` as plain values and tensors, for a checkpoint; None if there is none."""
         return None if self.encoding is None else self.encoding.state()
 
     def adopt(self, encoding_state: Mapping[str, Any]) -> None:
         """Use the encoding that a checkpoint keeps, instead of one that would be learned from these data.
 
         Raises:
-            ValueError: it is no encoding of such data, or contradicts an option that was given.
+            ValueError: it does not encode such data, or contradicts an option that was given.
         """
         encoding = self.encoding_of(encoding_state)
         if encoding == self._adopted:
@@ -178,7 +178,7 @@ class SuiteData(LightningDataModule):
         self._adopted = encoding
 
     def extend(self, encoding_state: Mapping[str, Any]) -> None:
-        """Use the encoding that a checkpoint keeps, and add what the training examples have beyond it.
+        """Use the encoding that a checkpoint keeps, and add the training examples' new values.
 
         A subclass whose encoding can be extended calls ``_extend``; others ``adopt`` it as it is.
 
@@ -193,7 +193,7 @@ class SuiteData(LightningDataModule):
 
     @property
     def digest_of_given(self) -> str | None:
-        """What tells files that are encoded by a checkpoint's encoding from others; None: there is none."""
+        """The key that tells files with a checkpoint's encoding from others; None: there is none."""
         if self._adopted is not None:
             return str(self._adopted.digest)
         return None if self._extended is None else f"{self._extended.digest}, extended"
@@ -212,7 +212,7 @@ class SuiteData(LightningDataModule):
         return self.dataset
 
     def describe(self) -> str:
-        """Return one line that says what the data are and how much of them each split has."""
+        """Return one line that describes the data and the size of each split."""
         counts = ", ".join(f"{size:,} {split}" for split, size in self.sizes().items())
         return f"{self.title}: {counts} {self.unit}"
 
@@ -255,7 +255,7 @@ class SuiteData(LightningDataModule):
         return self._pinned(loader)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the validation batches; an empty list where training has none to look at."""
+        """Return the validation batches; an empty list if training has none to look at."""
         validates = self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
         return self._loader_of("val", needed=validates)
 
@@ -263,7 +263,7 @@ class SuiteData(LightningDataModule):
         return self._loader_of("test", needed=True)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the batches to predict, by default those of the test."""
+        """Return the batches to predict, by default the test batches."""
         return self.test_dataloader()
 
     def _loader_of(self, split: Split, needed: bool) -> DataLoader[Any] | list[Any]:
@@ -275,7 +275,7 @@ class SuiteData(LightningDataModule):
         return []
 
     def _pinned(self, loader: L) -> L:
-        """Return ``loader``; for a GPU its batches lie in pinned memory, so that the host does not wait for a copy."""
+        """Return ``loader``; for a GPU its batches are in pinned memory, so that the host does not wait for a copy."""
         strategy = getattr(self.trainer, "strategy", None)
         loader.pin_memory = strategy is not None and strategy.root_device.type == "cuda"
         return loader

@@ -1,4 +1,4 @@
-"""Lines of text files, plain or compressed, as a stream. Bytes that are no text are an error with file and line."""
+"""Lines of text files, plain or compressed, as a stream. Bytes that are not text are an error with file and line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Rows:
     """Aligned text: line i of one language translates line i of every other one.
 
     Attributes:
-        text: the lines of each language, equally many; "" where a language lacks one.
+        text: the lines of each language, equally many; "" if a language lacks one.
         name: origin of the lines, for messages.
         left_out: number of rows of the files that are not among them, by reason.
 
@@ -83,7 +83,7 @@ def text_lines(path: Path) -> Iterator[str]:
     """Yield the lines of a UTF-8 text file without their line ends, and without a byte order mark.
 
     A file that ends in ``.gz``, ``.bz2`` or ``.xz`` is unpacked as it is read. One that unpacks to far more than text
-    does is refused before its first line.
+    does raises an error before its first line.
 
     Raises:
         ValueError: the file is missing, empty, truncated, unpacks to too much, or is not UTF-8.
@@ -101,7 +101,7 @@ def zipped_lines(path: Path) -> Iterator[tuple[str, Iterator[str]]]:
     """Yield name and lines of each ``.txt`` or ``.tsv`` file in a zip archive, but those called ``_about.txt`` or so.
 
     Raises:
-        ValueError: the archive is missing, truncated or locked, holds no such file, or one that ``text_lines`` refuses.
+        ValueError: the archive is missing, truncated or locked, holds no such file, or one that ``text_lines`` rejects.
     """
     with naming_errors(path), zipfile.ZipFile(path) as archive:
         members = [m for m in archive.infolist() if re.search(r"(^|/)[^_/][^/]*\.(txt|tsv)$", m.filename)]
@@ -118,7 +118,7 @@ def _member_lines(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path,
 
 
 def _unpacked(unpack: Callable[[], Any], compressed_size: int, name: str) -> Iterator[str]:
-    # Unpacked twice: kept lines take memory, so a file that is too large must be refused before the first one is kept.
+    # Unpacked twice: kept lines take memory, so a file that is too large must be rejected before the first one is kept.
     with Inflated(unpack(), compressed_size, name) as stream:
         while stream.read(1 << 20):
             pass
@@ -130,7 +130,7 @@ def decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
     """Yield lines of bytes as UTF-8 text without their line feeds; the first without a byte order mark.
 
     Raises:
-        ValueError: there is no line, or one that is not UTF-8, which the message names.
+        ValueError: there are no lines, or one that is not UTF-8, which the message names.
     """
     number = 0
     for number, line in enumerate(lines, 1):

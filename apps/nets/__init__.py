@@ -1,1 +1,1 @@
-"""One transformer for translation, language and histories: attention, layers, positions, caches, losses."""
+"""One transformer for translation, language and item sequences: attention, layers, positions, caches, losses."""

@@ -22,7 +22,7 @@ class Mask:
     """A bias that is added to the attention scores, made once for all layers of a stack.
 
     Attributes:
-        bias: (N, L, S), N = batch x heads, in the dtype of the products; each of N and L may be 1. None: nothing.
+        bias: (N, L, S), N = batch x heads, in the dtype of the matmuls; each of N and L may be 1. None: nothing.
         causal: a query sees the keys up to its own position, which ``bias`` does not say.
     """
 
@@ -34,12 +34,12 @@ class Mask:
 
         Args:
             index_BC: int64 (B, C), their places, the real ones first and in ascending order.
-            real_BC: bool (B, C), False for those that nobody may see; None: all are real.
+            real_BC: bool (B, C), False for places that nobody may see; None: all are real.
             num_heads: H.
         """
         if self.bias is None:
             assert self.causal or real_BC is None
-            return self  # a causal query sees none of what stands after it
+            return self  # a causal query sees nothing after it
         B = len(index_BC)
         query, key = index_BC[:, None, :, None], index_BC[:, None, None, :]
         if self.bias.shape[0] == 1:
@@ -61,12 +61,12 @@ class Mask:
 
 
 def hidden_score(dtype: torch.dtype) -> float:
-    """Return the score that hides a key: not -inf, or a sentence of padding alone would become NaN."""
+    """Return the score that hides a key: not -inf, or a sentence of only padding would become NaN."""
     return torch.finfo(dtype).min
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products of ``x``, autocast heeded."""
+    """Return the dtype of matmuls with ``x``, which autocast may change."""
     kind = x.device.type
     if x.is_meta or x.dtype == torch.float64:  # autocast does not know the meta device
         return x.dtype
@@ -98,7 +98,7 @@ def self_mask(
         valid_BL: bool, False for keys that no query may see; None: all may be seen.
         causal: a query sees the keys up to its own position.
         relative_HLL: biases by distance, (H, L, S).
-        past: keys that stand before those of the input, of which there are L more; None: there are none.
+        past: keys that precede the input's own, of which there are L more; None: there are none.
     """
     B, L, _ = like_BLD.shape
     if relative_HLL is None and not causal:
@@ -146,7 +146,7 @@ def attend(
 ) -> Tensor:
     """Return ``softmax(scale q k^T + bias) v`` of (B, H, L, d) queries, (B, H, S, d) keys and values.
 
-    With ``fused=False`` a CPU takes explicit products.
+    With ``fused=False`` a CPU uses explicit matmuls.
     """
     B, H, L, d = q.shape
     with outside_autocast(q.device):
@@ -174,9 +174,9 @@ def _is_fused(q: Tensor, k: Tensor, mask: Mask, dropout: float) -> bool:
     """Return whether torch's fused attention is the faster one on a CPU.
 
     In bfloat16 it is not: forward and backward at B=64, H=4, d=32 and 16, 24, 40 positions took 10.4, 12.4,
-    24.2 ms of one core, and explicit products 1.0, 1.6, 3.3 ms. In float32 it was 3.1, 5.4, 12.2 ms against 3.0, 6.8,
-    9.7 ms, and it keeps no weights, which long texts feel. Without gradients it is slower up to ``_FEW_SCORES``. Where
-    it would fall back on explicit products of its own, so do we.
+    24.2 ms of one core, and explicit matmuls 1.0, 1.6, 3.3 ms. In float32 it was 3.1, 5.4, 12.2 ms against 3.0, 6.8,
+    9.7 ms, and it keeps no weights, which long texts feel. Without gradients it is slower up to ``_FEW_SCORES``. If it
+    would fall back on explicit matmuls of its own, so do we.
     """
     learned = mask.bias is not None and mask.bias.requires_grad
     # A compiled graph must not depend on how many there are.
@@ -241,7 +241,7 @@ class SelfAttention(_Attention):
 
     Args:
         config: the transformer.
-        project: an output projection follows; False: the output is what the heads attend to.
+        project: an output projection follows; False: the output is the concatenated output of the heads.
         fused: a CPU may take torch's fused attention; see ``attend``.
     """
 
@@ -277,7 +277,7 @@ class SelfAttention(_Attention):
         return q, k, v
 
     def _products(self, x: Tensor, seen: Tensor) -> Tensor:
-        """Return the queries of ``x`` beside the keys and values of ``seen``."""
+        """Return the queries of ``x`` and the keys and values of ``seen``."""
         sizes = (self.num_heads * self.head_dim, 2 * self.num_kv_heads * self.head_dim)
         biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)
         each = zip((x, seen), self.qkv.weight.split(sizes), biases, strict=True)
@@ -297,10 +297,11 @@ class SelfAttention(_Attention):
         Args:
             x: the tokens.
             mask: of the (B, L) layout.
-            rotations: those of ``positions.rotations``.
-            packing: where the T tokens lie.
-            seen: shaped as ``x``, what keys and values are made of; None: ``x``.
-            past: has the keys and values of earlier positions, and is given those of these; None: there are none.
+            rotations: from ``positions.rotations``.
+            packing: position of each of the T tokens.
+            seen: shaped as ``x``, the source of keys and values; None: ``x``.
+            past: has the keys and values of earlier positions, and receives the keys and values of these; None: there
+                are none.
         """
         q, k, v = (heads.transpose(1, 2) for heads in self._heads(x, rotations, packing, seen))
         if past is not None:
@@ -314,7 +315,7 @@ class SelfAttention(_Attention):
         Args:
             x_RD: (R, D).
             layer: of the stack: this one.
-            given: what all layers share.
+            given: arguments that all layers share.
             seen_RD: as ``seen`` of ``forward``.
 
         Returns:
@@ -382,5 +383,5 @@ class CrossAttention(_Attention):
 
 
 def key_bias(valid_NS: Tensor, num_kv_heads: int, like: Tensor) -> Tensor | None:
-    """Return the bias that hides padding in ``CrossAttention.step``, (N * Hkv, 1, S); None where there is none."""
+    """Return the bias that hides padding in ``CrossAttention.step``, (N * Hkv, 1, S); None if there is none."""
     return None if bool(valid_NS.all()) else padding_mask(valid_NS, num_kv_heads, like).bias

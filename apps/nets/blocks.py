@@ -1,4 +1,4 @@
-"""The FFN of each block of a network: which blocks are sparse, what each FFN is, and how it is called."""
+"""The FFN of each block of a network: which blocks are sparse, the kind of each FFN, and how it is called."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def one_ffn(moe: MoEs | None, dense_ffn: core.DenseFFN | None) -> FFNConfig | Mo
 
 
 def one_ffn(moe: MoEs | None, dense_ffn: core.DenseFFN | None) -> FFNConfig | MoEs | None:
-    """Return what the FFN of a module's ``moe_blocks`` is; None: that of the other blocks.
+    """Return the FFN of a module's ``moe_blocks``; None: the FFN of the other blocks.
 
     Raises:
         ValueError: both are given, or as ``moe_configs``.
@@ -52,7 +52,7 @@ def one_ffn(moe: MoEs | None, dense_ffn: core.DenseFFN | None) -> FFNConfig | Mo
 
 
 def ffns_of(ffn: FFNConfig | MoEs | None, *stacks: Sequence[int]) -> list[list[FFNConfig]]:
-    """Return the FFN of each sparse block of each stack: the same one, or those of a list in turn.
+    """Return the FFN of each sparse block of each stack: the same one, or the list's FFNs in turn.
 
     Args:
         ffn: of all sparse blocks, or a list with one for each; None: there is none.
@@ -77,7 +77,7 @@ def ffns_of(ffn: FFNConfig | MoEs | None, *stacks: Sequence[int]) -> list[list[F
 def ffn_configs(
     dense: core.DenseFFN, depth: int, ffns: FFNConfig | MoEs | None, moe_blocks: Sequence[int]
 ) -> list[FFNConfig]:
-    """Return what the FFN of each of ``depth`` blocks is: ``ffns`` in ``moe_blocks``, ``dense`` in the others.
+    """Return the FFN of each of ``depth`` blocks: ``ffns`` in ``moe_blocks``, ``dense`` in the others.
 
     Raises:
         ValueError: as ``ffns_of``.
@@ -94,11 +94,11 @@ def share_experts(model: nn.Module, ffn: FFNConfig | MoEs | None) -> None:
     ``core.grow_experts`` is for layers that have experts of their own.
 
     Args:
-        model: its MoE layers are of one config.
+        model: its MoE layers have one config.
         ffn: that config; a dense FFN, as in a baseline, is left as it is.
 
     Raises:
-        ValueError: there is no ``ffn``, or it is a list.
+        ValueError: ``ffn`` is missing, or it is a list.
     """
     if ffn is None:
         raise ValueError("share_experts=True needs moe, whose experts all blocks share")
@@ -119,7 +119,7 @@ def feed(ffn: nn.Module, x: Tensor, context: core.RoutingContext, packing: Packi
         ffn: an MoE layer or a dense FFN.
         x: (B, L, D), or (T, D) with ``packing``.
         context: of the (B, L) layout.
-        packing: where the T tokens lie. An MoE layer gets them padded, as its router knows them by sequence; it does
+        packing: positions of the T tokens. An MoE layer gets them padded, as its router knows them by sequence; it does
             not compute padding.
     """
     if not isinstance(ffn, core.MoELayer):

@@ -68,7 +68,7 @@ class TransformerConfig(Checked):
         positions: "sinusoidal", added to the embeddings: sines in the first half of D, cosines in the second;
             "learned", added; "rotary", of queries and keys (arXiv 2104.09864); "relative", T5's biases by distance,
             one table for all layers of a stack (arXiv 1910.10683, section 2.1); "none".
-        max_length: positions that "learned" knows: longer sequences are refused.
+        max_length: positions that "learned" knows: longer sequences raise an error.
         position_offset: "sinusoidal" and "learned": row of the first position; 2 in fairseq's models.
         relative_buckets: "relative": rows of the table.
         relative_max_distance: "relative": distance from which on all share a row.
@@ -77,19 +77,19 @@ class TransformerConfig(Checked):
         norm_eps: added to a norm's variance.
         activation: of the dense FFNs: "relu", "gelu", "gelu_tanh" (its approximation), "silu".
         gated: the dense FFNs are ``(act(x w_gate) * (x w_in)) w_out``: GEGLU, SwiGLU (arXiv 2002.05202).
-        bias: of all products but the output's, and of LayerNorm.
+        bias: in all linear layers but the output's, and in LayerNorm.
         qkv_bias: of queries, keys and values; None: as ``bias``.
         qk_norm: RMSNorm of the queries and keys of self-attention before their rotations, which keeps the scores from
             growing (arXiv 2302.05442): "head": of each head, with one scale for all (Qwen3); "all": of all heads as
             one vector (OLMoE, arXiv 2409.02060); "none".
         tie: which embeddings are one parameter. "all": source, target, output, which needs a joint vocabulary;
             "inputs": source and target; "decoder": target and output; "none".
-        start: whose embedding the decoder reads for ``BOS_ID``: "bos", its own; "eos", that of ``EOS_ID``, with which
-            fairseq's models start.
+        start: whose embedding the decoder reads for ``BOS_ID``: "bos", its own; "eos", the embedding of ``EOS_ID``,
+            with which fairseq's models start.
         scale_embeddings: embeddings are multiplied by ``sqrt(dim)``.
         attention_scale: factor of the attention scores; None: ``1 / sqrt(head_dim)``.
-        logits_scale: factor of the decoder's output before the output product; ``dim ** -0.5`` in tied T5 models.
-        dropout: of what each layer adds to the residual stream.
+        logits_scale: factor of the decoder's output before the output layer; ``dim ** -0.5`` in tied T5 models.
+        dropout: on each layer's addition to the residual stream.
         attn_dropout: of the attention weights.
         ffn_dropout: of the hidden layer of the dense FFNs; experts have none.
         embed_dropout: of the embeddings; None: as ``dropout``.

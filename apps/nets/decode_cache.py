@@ -17,7 +17,7 @@ class Memory:
 
     Attributes:
         x_BSD: (B, S, D), the encoder's output.
-        valid_BS: bool (B, S), True for real tokens.
+        valid_BS: bool (B, S), True for non-padding tokens.
         task_ids_B, domain_ids_B: int64 (B,), the ids that the routers were given; or None.
     """
 
@@ -31,14 +31,14 @@ class Memory:
 
 
 class Cache:
-    """Keys and values of R rows, which stand in groups of K copies: row ``n * K + k`` is copy k of sentence n.
+    """Keys and values of R rows in groups of K copies: row ``n * K + k`` is copy k of sentence n.
 
-    A sentence's copies share what is kept of its source, and the *slots* of what they have read themselves: a key stays
-    in its slot as long as any copy goes on from it, and its slot is given away when none does. Copies of a beam search
-    descend from the same row a few positions back, so there are far fewer slots than K times the positions (with a beam
-    of 5 at the 16th, 27 on average for 80). Each copy attends to all of them, and a mask hides what is not its own
-    past: products are few and wide, and reordering the copies moves a table of small numbers and no keys. Keys move
-    when a sentence leaves.
+    A sentence's copies share the cached keys and values of its source, and the *slots* of the tokens they have read
+    themselves: a key stays in its slot as long as any copy continues from it, and its slot is freed when none does.
+    Copies of a beam search descend from the same row a few positions back, so there are far fewer slots than K times
+    the positions (with a beam of 5 at the 16th, 27 on average for 80). Each copy attends to all of them, and a mask
+    hides the keys that are not its own past: matmuls are few and wide, and reordering the copies moves a table of small
+    numbers and no keys. Keys move when a sentence leaves.
 
     Tried instead: a place for each copy at each position, of which most are hidden, takes 8 % more of a whole search
     at D = 128, V = 8,000; a cache for each row, of which copies are made, up to a quarter more on top.
@@ -48,10 +48,10 @@ class Cache:
         copies: K.
         extent: S, slots that are read: up to the last one in use by any sentence.
         task_ids_R, domain_ids_R: int64 (R,), for the routers; or None.
-        relative_HT: biases by distance, the newest position last; those of T positions and more, kept by the stack.
+        relative_HT: biases by distance, the newest position last; for T positions and more, kept by the stack.
         store: (layers, 2, N * Hkv, capacity, d), keys and values of the N sentences' slots.
         memory: (layers, 2, N, Hkv, S, d), keys and values of the source sentences; None in a language model.
-        memory_bias: (N * Hkv, 1, S), hides their padding; None where there is none.
+        memory_bias: (N * Hkv, 1, S), hides their padding; None if there is none.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Cache:
         self._place = (torch.arange(2, device=device)[:, None], head_NK1H.flatten(0, 1), slot_NK.reshape(-1, 1, 1))
 
     def _free_slots(self) -> Tensor:
-        """Return the first slots of each sentence, (N, K), that none of its copies goes on from."""
+        """Return the first slots of each sentence, (N, K), that none of its copies continues from."""
         N, K = self.num_sentences, self.copies
         used_NS = torch.zeros(N, self.extent + K, dtype=torch.bool, device=self.store.device)
         used_NS.scatter_(1, self._slot_NKT[:, :, : self.length].flatten(1), True)
@@ -129,13 +129,13 @@ class Cache:
         return keys, values
 
     def clear(self, layer: int) -> None:
-        """Write zeros in the place of keys and values that nobody reads: later products take 0 times what is there, and
-        fresh memory may hold NaN."""
+        """Write zeros over keys and values that nobody reads: later matmuls multiply them by 0, and fresh memory may
+        hold NaN."""
         self.store[layer][self._place] = 0.0
 
     def self_bias(self, dtype: torch.dtype) -> Tensor | None:
         """Return the bias of the scores of the newest position, which ``append`` has made: (N * Hkv, G * K, S),
-        in the dtype of the products."""
+        in the dtype of the matmuls."""
         K, T, S = self.copies, self.length + 1, self.extent
         Hkv, G, N = self.num_kv_heads, self.group, self.num_sentences
         relative_HT = None if self.relative_HT is None else self.relative_HT[:, -T:].to(dtype)
@@ -162,7 +162,7 @@ class Cache:
         kept_NS.scatter_(1, self._slot_NKT[:, :, self.length], hidden_R.view(N, self.copies))
 
     def bias_in(self, layer: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Return ``self_bias`` with what is hidden in one layer."""
+        """Return ``self_bias`` with the keys hidden that one layer does not see."""
         if layer not in self._hidden_NS:
             return bias
         hidden_NS = self._hidden_NS[layer][:, : self.extent]
@@ -172,9 +172,9 @@ class Cache:
         return bias.masked_fill(hidden_N1S, torch.finfo(dtype).min)
 
     def select(self, index: Tensor) -> Cache:
-        """Keep these rows, in this order: row r goes on from row ``index[r]``. Changes the cache, and returns it.
+        """Keep these rows, in this order: row r continues from row ``index[r]``. Changes the cache, and returns it.
 
-        It is cheaper where no sentence leaves: no key moves.
+        It is cheaper if no sentence leaves: no key moves.
 
         Args:
             index: int64 (N' * K,), in groups of K rows of one sentence each, as a beam search reorders them.
@@ -191,14 +191,14 @@ class Cache:
         """Repeat each row ``copies`` times, side by side, with one past. Changes the cache, and returns it.
 
         Args:
-            copies: from here on; there is one a sentence so far.
+            copies: from here on; there is one per sentence so far.
         """
         if self.copies != 1:
             raise ValueError(f"the cache has {self.copies} copies of a sentence already: only one can be expanded")
         if copies < 1:
             raise ValueError(f"copies={copies} must be at least 1")
         self.copies = copies
-        # Some sentences will have more slots in use than others, which read as many, as 0 times what they hold.
+        # Some sentences will have more slots in use than others, which read as many, with weight 0.
         self.store[:, :, :, self.length :] = 0.0
         self._slot_NKT = self._slot_NKT.expand(-1, copies, -1).clone()
         if self.task_ids_R is not None:
@@ -217,7 +217,7 @@ class Cache:
             for to, of in enumerate(kept):
                 if to != of:
                     store[:, :, to, :, : self.extent] = store[:, :, of, :, : self.extent]
-                    store[:, :, to, :, self.extent : self._most] = 0.0  # what was there need not be finite
+                    store[:, :, to, :, self.extent : self._most] = 0.0  # the old values need not be finite
                     if self.memory is not None:
                         self.memory[:, :, to] = self.memory[:, :, of]
             store = store[:, :, : len(kept)]
@@ -242,9 +242,9 @@ class Step:
 
     Attributes:
         cache: keeps keys and values of this position too, in the slots that ``append`` chose.
-        context: what the MoE layers may know of the (R, 1) tokens.
+        context: routing context of the (R, 1) tokens.
         bias: ``cache.self_bias``.
-        rotations: of this position, where positions are rotary.
+        rotations: of this position, if positions are rotary.
     """
 
     cache: Cache

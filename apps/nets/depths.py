@@ -26,10 +26,10 @@ LOSS = "depth_predictor"
 class MixtureOfDepths(Checked):
     """Blocks that the best tokens of a sequence enter, by a scalar gate r = x w; the others pass by.
 
-    ``y_i = x_i + r_i (block(X')_i - x_i)`` for the chosen tokens X', which attend to each other alone, and
-    ``y_i = x_i`` for the others. In training the chosen ones are the ``ceil(capacity * S)`` of the largest r, of a
-    sequence's S real tokens. A causal decoder cannot know which they are, so in evaluation a predictor decides for each
-    token alone, before later ones are read: a small MLP of the block's input that learns from the choice, without a
+    ``y_i = x_i + r_i (block(X')_i - x_i)`` for the chosen tokens X', which only attend to each other, and ``y_i = x_i``
+    for the others. In training the chosen ones are the ``ceil(capacity * S)`` of the largest r, of a sequence's S
+    non-padding tokens. A causal decoder cannot know which they are, so in evaluation a predictor decides for each token
+    by itself, before later ones are read: a small MLP of the block's input that learns from the choice, without a
     gradient to anything else.
 
     Attributes:
@@ -82,7 +82,7 @@ class TokenRouter(core.Router):
         Args:
             enters_BS: bool (B, S), which they are.
             gate_BS: (B, S), the weights of all.
-            valid_BS: bool (B, S), True for real tokens; None: all are.
+            valid_BS: bool (B, S), True for non-padding tokens; None: all are.
             extra: losses of the router's own, (B * S,) each.
         """
         (B, S), enters_T, count_1 = enters_BS.shape, enters_BS.flatten(), enters_BS.sum()[None]
@@ -102,7 +102,7 @@ class TokenRouter(core.Router):
 
 class TokenGate(core.MoELayer):
     """The base of the gates before a block. On the tape a gate is a layer of one expert, whose load is the number of
-    tokens that enter; the block itself is no part of it."""
+    tokens that enter; the block itself is not a part of it."""
 
     def __init__(self, dim: int, router: TokenRouter) -> None:
         super().__init__(dim=dim)
@@ -118,7 +118,7 @@ class DepthRouter(TokenRouter):
 
     Attributes:
         gate: the module of r.
-        predictor: the module that foretells the choice from a token alone; None: there is none.
+        predictor: the module that predicts the choice from only a token; None: there is none.
     """
 
     def __init__(self, dim: int, config: MixtureOfDepths) -> None:
@@ -135,7 +135,7 @@ class DepthRouter(TokenRouter):
 
     @property
     def predicts(self) -> bool:
-        """True where the predictor decides: how many tokens enter is then up to it."""
+        """True if the predictor decides: how many tokens enter is then up to it."""
         return self.predictor is not None and not (self.training or self.by_capacity)
 
     def most(self, length: int) -> int:
@@ -196,9 +196,9 @@ class Entered:
     Attributes:
         enters_BS: bool (B, S), which they are.
         index_BC: int64 (B, C), their places in ascending order; after them places that fill up the row.
-        real_BC: bool (B, C), False where a place fills up; None where every one enters.
+        real_BC: bool (B, C), False where a place fills up; None if every one enters.
         gate_BC: (B, C), r of each.
-        context: what the MoE layer of the block may know of the C tokens.
+        context: routing context of the C tokens for the block's MoE layer.
     """
 
     enters_BS: Tensor
@@ -209,7 +209,7 @@ class Entered:
 
 
 class DepthGate(TokenGate):
-    """The gate of a block; it stands in the block, whose parameters keep their names. See ``MixtureOfDepths``."""
+    """The gate of a block; it is inside the block, whose parameters keep their names. See ``MixtureOfDepths``."""
 
     router: DepthRouter
 
@@ -261,7 +261,7 @@ class DepthGate(TokenGate):
 def depth_gates(
     depths: MixtureOfDepths | None, blocks: str | Sequence[int], depth: int, dim: int
 ) -> list[DepthGate | None]:
-    """Return the gate of each of ``depth`` blocks; None for those that all tokens enter.
+    """Return the gate of each of ``depth`` blocks; None for blocks that all tokens enter.
 
     Args:
         depths: the gates' config; None: no block has one.

@@ -19,7 +19,7 @@ class Best(NamedTuple):
 
     Attributes:
         place_BK: int64 (B, k), places of the vectors.
-        score_BK: float32 (B, k), their products with the query.
+        score_BK: float32 (B, k), their inner products with the query.
     """
 
     place_BK: Tensor
@@ -27,7 +27,7 @@ class Best(NamedTuple):
 
 
 def exact_search(query_BD: Tensor, vectors_VD: Tensor, k: int) -> Best:
-    """Return the k vectors whose products with each query are largest; all of them where there are fewer.
+    """Return the k vectors whose inner products with each query are largest; all of them if there are fewer.
 
     Args:
         query_BD: float (B, D).
@@ -38,12 +38,12 @@ def exact_search(query_BD: Tensor, vectors_VD: Tensor, k: int) -> Best:
 
 
 def products(query_BD: Tensor, vectors_VD: Tensor, most: int = CHUNK_ELEMENTS) -> Iterator[tuple[Tensor, slice]]:
-    """Yield the products of some queries with all vectors, float32 (b, V), and which queries they are.
+    """Yield the inner products of some queries with all vectors, float32 (b, V), and which queries they are.
 
     Args:
         query_BD: float (B, D).
         vectors_VD: float32 (V, D).
-        most: largest number of products at a time; one query is always taken.
+        most: largest number of scores at a time; one query is always taken.
     """
     vectors_DV = vectors_VD.to(query_BD.device).t()
     rows = max(1, most // max(len(vectors_VD), 1))

@@ -26,7 +26,7 @@ def attention_experts(moe: core.MoEConfig) -> core.AttentionExperts:
 
 
 def check_attention(config: TransformerConfig, moe: core.MoEConfig | None) -> None:
-    """Refuse attention experts that cannot stand in a transformer.
+    """Raise an error for attention experts that do not work in a transformer.
 
     Raises:
         ValueError: experts that do not attend, positions that are biases of fixed heads, an odd head that is to be
@@ -44,7 +44,7 @@ def check_attention(config: TransformerConfig, moe: core.MoEConfig | None) -> No
 
 
 class ExpertAttention(nn.Module):
-    """A ``core.AttentionMoE`` in place of ``SelfAttention``, with the transformer's positions, dropout and cache.
+    """A ``core.AttentionMoE`` that replaces ``SelfAttention``, with the transformer's positions, dropout and cache.
 
     Args:
         config: the transformer: its rotations, score scale and dropout; its numbers of heads are not asked.
@@ -81,9 +81,9 @@ class ExpertAttention(nn.Module):
         Args:
             x_BLD: the tokens.
             mask: for one head, the same for all.
-            rotations: those of ``positions.rotations``.
-            context: what the router may know of the tokens.
-            seen_BLD: what keys and values are made of; None: the tokens.
+            rotations: from ``positions.rotations``.
+            context: routing context of the tokens.
+            seen_BLD: the source of keys and values; None: the tokens.
             past: as in ``SelfAttention.forward``.
         """
 
@@ -109,8 +109,8 @@ class ExpertAttention(nn.Module):
         Args:
             x_RD: (R, D).
             layer: of the stack: this one.
-            given: what all layers share; the cache holds the one set of keys and values, with the experts' heads and
-                one query a key.
+            given: arguments that all layers share; the cache holds the one set of keys and values, with the experts'
+                heads and one query a key.
             seen_RD: as in ``forward``.
 
         Returns:
@@ -133,7 +133,7 @@ class ExpertAttention(nn.Module):
 
 
 def _rotated(q_BLPhd: Tensor, k_BLhd: Tensor, rotations: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return queries and keys, turned by their positions where these are rotary."""
+    """Return queries and keys, rotated by their positions if these are rotary."""
     if rotations is None:
         return q_BLPhd, k_BLhd
     q_BLHd = rotate(q_BLPhd.flatten(2, 3), rotations.to(q_BLPhd.dtype))
@@ -143,7 +143,7 @@ def _rotated(q_BLPhd: Tensor, k_BLhd: Tensor, rotations: Tensor | None) -> tuple
 def check_rows(
     config: TransformerConfig, ffn: FFNConfig | MoEs | None, attention: core.MoEConfig | None = None
 ) -> None:
-    """Refuse experts that are no FFN, which works row by row, and attention experts that do not fit the transformer.
+    """Raise an error unless experts are an FFN, which works row by row, or attention experts that fit.
 
     Raises:
         ValueError: naming the experts.

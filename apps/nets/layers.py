@@ -28,10 +28,10 @@ class Pass:
 
     Attributes:
         mask: of the self-attention.
-        context: what the MoE layers may know of the tokens, in the (B, L) layout.
-        rotations: of queries and keys, where positions are rotary.
-        packing: where the tokens lie in the (B, L) layout, if the input is (T, D) and has no padding.
-        memory_BSD: what the cross-attention reads, where there is one.
+        context: routing context of the tokens, in the (B, L) layout.
+        rotations: of queries and keys, if positions are rotary.
+        packing: positions of the tokens in the (B, L) layout, if the input is (T, D) and has no padding.
+        memory_BSD: memory that the cross-attention reads, if there is one.
         memory_mask: of the cross-attention.
         past: of the positions before these, with the memory's keys and values; None: these are the first.
     """
@@ -46,13 +46,13 @@ class Pass:
 
 
 class Layer(nn.Module):
-    """A mixing of the positions, cross-attention where there is a memory, and an FFN or MoE layer.
+    """A mixing of the positions, cross-attention if there is a memory, and an FFN or MoE layer.
 
     Args:
         config: the transformer.
         ffn: FFN or MoE layer; None: the layer has none.
         cross: there is a memory.
-        mixing: stands in place of self-attention, under its interface; None: self-attention.
+        mixing: replaces self-attention, with the same interface; None: self-attention.
         depth_gate: chooses the tokens that enter the layer; None: all of them do.
     """
 
@@ -77,12 +77,12 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, given: Pass, seen: Tensor | None = None) -> Tensor:
-        """Map (B, L, D) to (B, L, D), or (T, D) to (T, D) where the pass has a packing.
+        """Map (B, L, D) to (B, L, D), or (T, D) to (T, D) if the pass has a packing.
 
         Args:
             x: the tokens.
-            given: what all layers share.
-            seen: shaped as ``x``, what self-attention looks at, where no token passes by; None: ``x``.
+            given: arguments that all layers share.
+            seen: shaped as ``x``, the input of self-attention, if no token skips the layer; None: ``x``.
         """
         if self.depth_gate is not None and given.past is not None:
             return self._all_of(x, self.depth_gate, given)
@@ -91,13 +91,13 @@ class Layer(nn.Module):
         return self._whole(x, given, seen)
 
     def _of(self, given: Pass, entered: Entered) -> Pass:
-        """Return the inputs of the tokens that enter the layer, which see each other alone."""
+        """Return the inputs of the tokens that enter the layer, which only see each other."""
         mask = given.mask.of_tokens(entered.index_BC, entered.real_BC, self.num_heads)
         turns = None if given.rotations is None else given.rotations[:, entered.index_BC]
         return Pass(mask, entered.context, turns)
 
     def _all_of(self, x_BLD: Tensor, gate: DepthGate, given: Pass) -> Tensor:
-        """Map all tokens, of which those that do not enter come out as they were, and hide their keys from others."""
+        """Map all tokens; tokens that do not enter come out as they were, and their keys are hidden from others."""
         assert given.past is not None
         enters_BL, gate_BL = gate.choose(x_BLD, given.context)
         mask = given.mask.hiding(given.past.hide(~enters_BL), self.num_heads)
@@ -113,8 +113,8 @@ class Layer(nn.Module):
         return self.feed(x, given)
 
     def mix(self, x: Tensor, given: Pass, seen: Tensor | None = None) -> Tensor:
-        """Return x with the mixing of the positions added, whose keys and values are of ``seen``; None: of x."""
-        # Experts need to know the tokens beside the packing that others ask for.
+        """Return x with the mixing of the positions added, with keys and values from ``seen``; None: of x."""
+        # Experts need to know the tokens in addition to the packing that others ask for.
         known = given.context if isinstance(self.mixing, ExpertAttention) else given.packing
         keys = () if seen is None else (self.mixing_norm(seen),)
         past = {} if given.past is None else {"past": given.past}
@@ -130,7 +130,7 @@ class Layer(nn.Module):
         return x_BLD + self.dropout(attention.look(norm(x_BLD), keys, values, given.memory_mask))
 
     def feed(self, x: Tensor, given: Pass) -> Tensor:
-        """Return x with the FFN or MoE layer added, where there is one."""
+        """Return x with the FFN or MoE layer added, if there is one."""
         if self.ffn is None or self.ffn_norm is None:
             return x
         return x + self.dropout(feed(self.ffn, self.ffn_norm(x), given.context, given.packing))
@@ -189,7 +189,7 @@ class Stack(nn.Module):
     Args:
         config: the transformer.
         ffns: FFN or MoE layer of each layer.
-        causal: a position sees those before it alone.
+        causal: a position sees only earlier ones.
         cross: the layers attend to a memory as well.
         depth_gates: of each layer, chooses the tokens that enter it; None: all enter all layers.
         attention: the attention experts of all layers; None: they have ``SelfAttention``.
@@ -233,9 +233,9 @@ class Stack(nn.Module):
         memory_valid_BS: Tensor | None = None,
         past: Past | None = None,
     ) -> Tensor:
-        """Map (B, L, D) embeddings to the (B, L, D) normed output. ``context.valid_BS`` marks the real tokens.
+        """Map (B, L, D) embeddings to the (B, L, D) normed output. ``context.valid_BS`` marks the non-padding tokens.
 
-        With a ``past`` they stand after its positions, and it has the keys and values of the memory.
+        With a ``past`` they follow its positions, and it has the keys and values of the memory.
         """
         x_BLD, given = self._prepare(x_BLD, context, memory_BSD, memory_valid_BS, past)
         return self.norm(self._through(x_BLD, given))

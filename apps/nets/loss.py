@@ -42,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight_VD = torch.zeros_like(weight_VD, dtype=exact) if wants_weight else None
         total = torch.zeros((), dtype=exact, device=h_TD.device)
         rows = min(max(1, CHUNK_ELEMENTS // max(V, 1)), max(T, 1))
-        # One buffer for all chunks: fresh memory of this size costs more than what is computed in it.
+        # One buffer for all chunks: fresh memory of this size costs more than the computation in it.
         logits_rV, p_rV = (h_TD.new_empty(rows, V) for _ in range(2))
         for start in range(0, T, rows):
             h_tD, target_t1 = h_TD[start : start + rows], target_T[start : start + rows, None]
@@ -108,7 +108,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the mean over the rows of ``-sum_v q_v log softmax(h W^T)_v``, in chunks of rows; 0 without rows.
 
-    q is ``1 - label_smoothing`` at the target, and ``label_smoothing / V`` more everywhere. Under autocast the products
+    q is ``1 - label_smoothing`` at the target, and ``label_smoothing / V`` more everywhere. Under autocast the matmuls
     are in its dtype and the softmax in float32. One backward, not differentiable twice.
 
     Args:
@@ -116,12 +116,12 @@ def linear_cross_entropy(
         weight: (V, D).
         target: int64 (T,), in ``range(V)``.
         label_smoothing: share of the target spread evenly over the vocabulary.
-        left_out: int64 (T, X), columns that are no candidates of a row, so that its softmax leaves them out; -1 names
-            none, and a row's target is a candidate always. It goes with ``label_smoothing=0`` alone.
-        real: bool (T,), the rows that count; those of ``h`` that do not are 0. None: all rows.
+        left_out: int64 (T, X), columns that are not candidates of a row, so that its softmax leaves them out; -1 names
+            none, and a row's target is a candidate always. It only goes with ``label_smoothing=0``.
+        real: bool (T,), the rows that count; gradients of the other rows of ``h`` are 0. None: all rows.
 
     Returns:
-        (), float32, or float64 where ``h`` is.
+        (), float32, or float64 if ``h`` is.
     """
     assert left_out is None or label_smoothing == 0
     dtype = _dtype_of_products(h, weight)
@@ -192,7 +192,7 @@ class OutputLogits:
     def of_real(cls, h_BLD: Tensor, real_BL: Tensor, weight_VD: Tensor, packed: bool = False) -> OutputLogits:
         """Return the logits of the tokens where ``real_BL``, bool (B, L), is True.
 
-        The others are left out where ``packed``, and on a CPU. Elsewhere the host would wait for their number, so they
+        The others are left out if ``packed``, and on a CPU. Elsewhere the host would wait for their number, so they
         stay as rows of 0.
         """
         if packed or not host_waits_for(h_BLD.device):
@@ -202,7 +202,7 @@ class OutputLogits:
     def divergence(self, teacher: OutputLogits, temperature: float) -> Tensor:
         """Return the mean over the T targets of ``KL(teacher || self)``, (), in chunks of rows; 0 without rows.
 
-        The dtypes are those of ``linear_cross_entropy``. One backward, which gives the teacher no gradient.
+        The dtypes are as in ``linear_cross_entropy``. One backward, which gives the teacher no gradient.
 
         Args:
             teacher: logits of the same targets; its D may be another.
@@ -218,7 +218,7 @@ class TargetScores(NamedTuple):
     """The probability and the rank that a model gives each target.
 
     Attributes:
-        nll_T: float32 (T,), ``-log softmax(h W^T)[target]``; float64 where ``h`` is.
+        nll_T: float32 (T,), ``-log softmax(h W^T)[target]``; float64 if ``h`` is.
         is_first_T: bool (T,), no other has a higher logit, and none before it the same.
     """
 

@@ -1,4 +1,4 @@
-"""Sequences without their padding: products are computed on real tokens alone, attention on padded ones."""
+"""Sequences without their padding: matmuls run only on non-padding tokens, attention on padded ones."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """The places of the real tokens in a batch. Padding takes no part in any product but the attention's.
+    """The places of the non-padding tokens in a batch. Padding takes no part in any matmul but the attention's.
 
     Attributes:
         slot_T: int64 (T,), ``row * length + position`` of each real token, ascending: row by row.
-        position_T: int64 (T,), real tokens before it in its row.
-        last_B: int64 (B,), the place in T of each row's last token; -1 where it has none.
+        position_T: int64 (T,), non-padding tokens before it in its row.
+        last_B: int64 (B,), the place in T of each row's last token; -1 if it has none.
         num_rows: B.
-        length: L, real tokens of the longest row; 1 where there is none at all.
-        kept_BL: bool (B, L), True for real tokens, where padding stays in its place behind them: in a program for other
-            runtimes, whose shapes cannot depend on values. Attention and routers leave it out. None: it is taken out.
+        length: L, non-padding tokens of the longest row; 1 if there is none at all.
+        kept_BL: bool (B, L), True for non-padding tokens, where padding stays in its place behind them: in a program
+            for other runtimes, whose shapes cannot depend on values. Attention and routers leave it out. None: it is
+            taken out.
     """
 
     slot_T: Tensor
@@ -31,7 +32,7 @@ class Packing:
 
     @classmethod
     def of(cls, valid_BS: Tensor) -> tuple[Packing, Tensor]:
-        """Return the packing, and int64 (T,) indices of the real tokens in the flattened ``valid_BS``.
+        """Return the packing, and int64 (T,) indices of the non-padding tokens in the flattened ``valid_BS``.
 
         On the meta device, where nobody knows which they are, all tokens count as real; ``torch.export`` keeps all.
         """
@@ -51,7 +52,7 @@ class Packing:
 
     @classmethod
     def _of_all(cls, valid_BS: Tensor) -> tuple[Packing, Tensor]:
-        """Return the packing that keeps padding, and int64 (B * S,) indices: each row's real tokens come first."""
+        """Return the packing that keeps padding, and int64 (B * S,) indices: a row's non-padding tokens come first."""
         B, S = valid_BS.shape
         place_S = torch.arange(S, device=valid_BS.device)
         begin_B1 = torch.arange(B, device=valid_BS.device)[:, None] * S
@@ -88,7 +89,7 @@ class Packing:
         return flat if self.is_full else flat.index_select(0, self.slot_T)
 
     def valid_BL(self) -> Tensor | None:
-        """Return bool (B, L), True for real tokens; None where all are."""
+        """Return bool (B, L), True for non-padding tokens; None if all are."""
         if self.kept_BL is not None:
             return self.kept_BL
         if self.is_full:

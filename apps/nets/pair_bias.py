@@ -49,11 +49,11 @@ class _BucketBias(torch.autograd.Function):
 
 
 class PairBias(nn.Module):
-    """A bias of each head by distance and, where times are given, by the time between query and key.
+    """A bias of each head by distance and, if times are given, by the time between query and key.
 
     It is ``rab`` of HSTU (arXiv 2402.17152, equation 2), one for all layers of a stack. Times start at 0, and distances
-    at 1, which a softmax does not feel: with ``silu(1)`` HSTU begins as the sum of all values, with ``silu(0) = 0`` it
-    would begin with none. After 150 steps on 499 films of MovieLens-1M NDCG@10 was 0.108 so, and else 0.081.
+    at 1, which a softmax does not feel: with ``silu(1)`` HSTU starts as the sum of all values, with ``silu(0) = 0`` it
+    would start with none. After 150 steps on 499 films of MovieLens-1M NDCG@10 was 0.108 so, and else 0.081.
 
     Args:
         num_heads: H.
@@ -73,7 +73,7 @@ class PairBias(nn.Module):
 
         Args:
             like_BLD: shaped as the stack's input, on its device and in its dtype.
-            seconds_BL: int64 (B, L); None: all positions are of one time.
+            seconds_BL: int64 (B, L); None: all positions have the same time.
         """
         B, L, _ = like_BLD.shape
         dtype = product_dtype(like_BLD)

@@ -1,4 +1,4 @@
-"""The positions before those of a pass, as plain tensors: what an exported decoder takes and returns."""
+"""The positions before a pass, as plain tensors: an exported decoder takes and returns them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Past:
-    """Keys and values of P positions that a stack has read, to which it adds those of the L positions of one pass.
+    """Keys and values of P positions that a stack has read, to which it adds the L positions of one pass.
 
     The layers ask in their order. ``decode_cache.Cache`` is the faster form for a search in torch, a position at a
     time; this one takes several positions, has no state but tensors, and can be exported.
@@ -36,7 +36,7 @@ class Past:
         self._kept, self._hidden, self._memory = iter(kept), iter(hidden), iter(memory)
 
     def join(self, k_BHLd: Tensor, v_BHLd: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of the next self-attention, with these after those of its past."""
+        """Return the keys and values of the next self-attention, with these after its past's."""
         past_k, past_v = next(self._kept)
         joined = torch.cat((past_k, k_BHLd), 2), torch.cat((past_v, v_BHLd), 2)
         self.joined.append(joined)

@@ -13,13 +13,13 @@ import core
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a model's routers: what its MoE layers are given, and what they must not do.
+    """The place of a model's routers: the inputs of its MoE layers, and the things they must not do.
 
     Attributes:
         owner: names the model in messages.
-        context_fields: fields of ``core.RoutingContext`` that the layers are given beside ``valid_BS``; None: any.
+        context_fields: fields of ``core.RoutingContext`` that the layers get in addition to ``valid_BS``; None: any.
         is_causal: a later token must not change an earlier one.
-        decodes_stepwise: a token is also routed alone, after those before it.
+        decodes_stepwise: a token is also routed by itself, after the earlier ones.
         num_tasks, num_domains: of the data; None: it is not known here.
         data: names the data in messages, such as "the pairs en-de, de-en by tasks='pair'".
     """
@@ -34,12 +34,12 @@ class Place:
 
 
 def misfit(place: Place, router: core.RouterConfig, balance: core.Balance | None = None) -> str | None:
-    """Return why a router, or its balance losses, cannot work in a place; None where they can."""
+    """Return why a router, or its balance losses, cannot work in a place; None if they can."""
     return next(_misfits(place, router, balance), None)
 
 
 def check_fits(place: Place, router: core.RouterConfig, balance: core.Balance | None = None) -> None:
-    """Refuse a router that cannot work in a place.
+    """Raise an error for a router that cannot work in a place.
 
     Raises:
         ValueError: see ``misfit``.
@@ -50,11 +50,11 @@ def check_fits(place: Place, router: core.RouterConfig, balance: core.Balance | 
 
 
 def check_layers(place: Place, model: nn.Module) -> None:
-    """Refuse built layers that ask for more of the context than they are given: some do in training alone, or for one
+    """Raise an error for built layers that need more of the context than they get: some do only in training, or for one
     of several fields, which a config does not say.
 
     Raises:
-        ValueError: naming what is lacking.
+        ValueError: naming the missing fields.
     """
     given = core.RoutingContext(**dict.fromkeys(place.context_fields or (), torch.zeros(1)))
     for layer in core.moe_layers(model).values():

@@ -1,4 +1,4 @@
-"""HSTU's mixing of positions: attention whose weights are not normalised, gated by the query."""
+"""HSTU's mixing of positions: attention whose weights are not normalized, gated by the query."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from apps.nets.config import TransformerConfig
 def sinusoids(num_positions: int, dim: int, device: torch.device | None = None, start: int = 0) -> Tensor:
     """Return float32 (P, D): sines of D/2 frequencies, then their cosines, as in tensor2tensor and fairseq.
 
-    The first row is that of position ``start``.
+    The first row belongs to position ``start``.
 
     Frequency i is ``10000 ** (-i / (D/2 - 1))``; arXiv 1706.03762, section 3.5, interleaves both instead.
     """
@@ -57,16 +57,16 @@ class Learned(nn.Module):
         Raises:
             ValueError: beyond ``max_length``.
         """
-        # In an exported graph the look-up itself refuses what is beyond the table.
+        # In an exported graph the look-up itself rejects positions beyond the table.
         if not torch.compiler.is_exporting() and start + length > self.max_length:
             raise ValueError(f"a sequence of {start + length} tokens is longer than max_length={self.max_length}")
         begin = start + self.offset
-        # Looked up: without gradients a slice of a parameter still says that it has one, which a FLOP counter refuses.
+        # Looked up: without gradients a slice of a parameter still says that it has one, which a FLOP counter rejects.
         return F.embedding(torch.arange(begin, begin + length, device=self.weight.device), self.weight)
 
 
 def added_positions(config: TransformerConfig) -> Sinusoidal | Learned | None:
-    """Return the table that is added to the embeddings, where there is one."""
+    """Return the table that is added to the embeddings, if there is one."""
     if config.positions == "sinusoidal":
         return Sinusoidal(config)
     return Learned(config) if config.positions == "learned" else None
@@ -121,12 +121,12 @@ class RelativeBias(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.relative_buckets, config.shape.num_heads))
 
     def forward(self, length: int, past: int = 0) -> Tensor:
-        """Return the biases of L queries and S = past + L keys, those of the queries last, (H, L, S)."""
+        """Return the biases of L queries and S = past + L keys, the queries' own last, (H, L, S)."""
         position_S = torch.arange(past + length, device=self.weight.device)
         return self._of(position_S - position_S[past:, None]).permute(2, 0, 1)
 
     def last(self, length: int) -> Tensor:
-        """Return the biases of the last query alone, (H, L)."""
+        """Return the biases of only the last query, (H, L)."""
         return self._of(torch.arange(1 - length, 1, device=self.weight.device)).t()
 
     def _of(self, distance: Tensor) -> Tensor:

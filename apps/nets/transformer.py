@@ -1,8 +1,8 @@
 """Sparse translation and language models on one kind of transformer.
 
 An encoder-decoder (Vaswani et al., arXiv 1706.03762) with the norm before each part, in which the FFN of chosen layers
-is a mixture of experts (GShard, arXiv 2006.16668), and the decoder alone as a causal language model. A comparison gives
-the chosen blocks another FFN, and changes nothing else.
+is a mixture of experts (GShard, arXiv 2006.16668), and the decoder by itself as a causal language model. A comparison
+gives the chosen blocks another FFN, and changes nothing else.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _Decoding(nn.Module):
         return ffns
 
     def embed_target(self, ids: Tensor) -> Tensor:
-        """Return the embeddings of target ids, (..., D); ``config.start`` says which is that of ``BOS_ID``."""
+        """Return the embeddings of target ids, (..., D); ``config.start`` says which one belongs to ``BOS_ID``."""
         if self.config.start == "eos":
             ids = ids.masked_fill(ids == BOS_ID, EOS_ID)
         return self.target_embedding(ids)
@@ -82,7 +82,7 @@ class _Decoding(nn.Module):
         return [*(module.weight for module in linear), self.output_weight]
 
     def check_steps(self) -> None:
-        """Refuse a router of the decoder that decides otherwise step by step than in the whole sequence.
+        """Raise an error if a router of the decoder decides otherwise step by step than in the whole sequence.
 
         Raises:
             ValueError: it goes by more than the token itself and its sentence's task and domain.
@@ -115,7 +115,7 @@ class _Decoding(nn.Module):
         domain_ids_B: Tensor | None = None,
         memory_valid_BS: Tensor | None = None,
     ) -> Tensor:
-        """Map (B, L) ids that follow those of a past to the (B, L, V) logits of the token after each.
+        """Map (B, L) ids that follow a past's to the (B, L, V) logits of the token after each.
 
         Tokens at ``PAD_ID`` are not routed, but later ones of their row see them: only rows that are at an end may
         have any.
@@ -124,7 +124,7 @@ class _Decoding(nn.Module):
             tokens_BL: int64.
             past: takes in these positions.
             task_ids_B, domain_ids_B: int64 (B,), for routers that ask for them.
-            memory_valid_BS: bool, True for the real tokens of the memory; None in a language model.
+            memory_valid_BS: bool, True for the non-padding tokens of the memory; None in a language model.
         """
         context = core.RoutingContext(tokens_BL != PAD_ID, tokens_BL, task_ids_B, domain_ids_B)
         x_BLD = self.embed_target(tokens_BL)
@@ -132,26 +132,27 @@ class _Decoding(nn.Module):
 
     @torch.no_grad()
     def step(self, token_R: Tensor, cache: Cache) -> Tensor:
-        """Read one more token of each row. Meant for evaluation: there is no dropout, and no gradient.
+        """Read one more token of each row. Meant for evaluation: it has neither dropout nor a gradient.
 
         Args:
             token_R: int64 (R,) ids; rows at ``PAD_ID`` are not routed.
             cache: grows by one position.
 
         Returns:
-            (R, V) logits of the next token, float32; float64 where the model is.
+            (R, V) logits of the next token, float32; float64 if the model is.
         """
         h_RD = self.decoder.step(self.embed_target(token_R), token_R, token_R != PAD_ID, cache)
         logits_RV = self.logits(h_RD)
         return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
 
     def reset_parameters(self) -> None:
-        """Start products Xavier-uniform, each expert as the dense FFN it stands for; embeddings ``N(0, 1 / D)``.
+        """Initialize linear layers Xavier-uniform, each expert as the dense FFN it replaces; embeddings
+        ``N(0, 1 / D)``.
 
         Queries, keys and values start as one matrix of all three would, at ``1 / sqrt(2)`` of their own scale, which
         deep stacks train better with (fairseq).
         """
-        # What an MoE layer has beside its experts starts as its router says.
+        # Parameters of an MoE layer other than its experts' are initialized by its router.
         inside = {id(module) for layer in core.moe_layers(self).values() for module in layer.modules()}
         for module in self.modules():
             if id(module) in inside:
@@ -206,7 +207,7 @@ class MemoryDecoder(_Decoding):
 
     @torch.no_grad()
     def start(self, memory: Memory) -> Cache:
-        """Return an empty cache for decoding, with one row a sentence; ``Cache.expand`` makes several of each.
+        """Return an empty cache for decoding, with one row per sentence; ``Cache.expand`` makes several of each.
 
         Raises:
             ValueError: as ``check_steps``.
@@ -234,12 +235,12 @@ class TranslationModel(MemoryDecoder):
         config: the transformer.
         source_vocab: V of the source, or of both.
         target_vocab: V of the target; None: one joint vocabulary.
-        ffn: what the chosen blocks have: an MoE layer, a list with one for each block, the encoder's first, or another
-            dense FFN; None: that of the other blocks.
+        ffn: FFN of the chosen blocks: an MoE layer, a list with one for each block, the encoder's first, or another
+            dense FFN; None: the FFN of the other blocks.
         encoder_moe_blocks, decoder_moe_blocks: which blocks: "everyN", "lastN", "all", "none" or indices, as
             ``apps.nets.blocks.resolve_blocks`` has them; "every2" is blocks 1, 3, 5, ... Without ``ffn`` they are not
             asked.
-        attention_moe: attention experts in place of the self-attention of all blocks; None: there are none.
+        attention_moe: attention experts instead of the self-attention in all blocks; None: there are none.
 
     Raises:
         ValueError: a value out of its range, or a combination that cannot be built.
@@ -289,7 +290,7 @@ class TranslationModel(MemoryDecoder):
 
     @property
     def target_embedding(self) -> nn.Embedding:
-        """The embedding of the target; the source's, where they are one."""
+        """The embedding of the target; the source's, if they are shared."""
         return self.source_embed if self.target_embed is None else self.target_embed
 
     def encode(self, source_BS: Tensor, task_ids_B: Tensor | None = None, domain_ids_B: Tensor | None = None) -> Memory:
@@ -326,13 +327,13 @@ class TranslationModel(MemoryDecoder):
 
 
 class LanguageModel(_Decoding):
-    """The decoder alone, which maps ids to the logits of the next.
+    """The decoder by itself, which maps ids to the logits of the next.
 
     Args:
         config: the transformer; ``decoder_layers`` deep. ``tie``: all but "none" tie the output to the embedding.
         vocab: V.
         ffn: what ``moe_blocks`` have: an MoE layer, whose router must be causal, a list with one for each block, or
-            another dense FFN; None: that of the other blocks.
+            another dense FFN; None: the FFN of the other blocks.
         moe_blocks: which blocks, as in ``TranslationModel``.
         depths: gates of the blocks that few tokens enter, with a predictor; None: all tokens enter all blocks.
         depth_blocks: which blocks those are.

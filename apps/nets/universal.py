@@ -26,14 +26,14 @@ LOSS = "depth"
 class Universal(Checked):
     """One layer for all steps of depth, and a stick that each token breaks until it halts.
 
-    After step l a token halts with probability ``alpha_l = sigmoid(MLP(h_l))`` of what is left of its stick:
+    After step l a token halts with probability ``alpha_l = sigmoid(MLP(h_l))`` of the rest of its stick:
     ``p_l = alpha_l prod_{i<l} (1 - alpha_i)``. After the last step L the rest goes to h_L, and the token comes out as
     ``s_L``, the expectation of its states, with ``s_l = sum_{i<l} p_i h_i + (1 - sum_{i<l} p_i) h_l``. The tokens of
     step l + 1 make queries of h_l, and keys and values of s_l.
 
     Attributes:
-        threshold: in evaluation a token goes no further once it has halted with this probability: what is left of its
-            stick goes to the state that it has then. In (0, 1); 0.999 in the paper's code.
+        threshold: in evaluation a token stops once it has halted with this probability: the rest of its stick goes to
+            the state that it has then. In (0, 1); 0.999 in the paper's code.
         depth_penalty: weight of the expected depth in the loss (the paper's ACT loss), not negative. 0: a token may use
             all steps for nothing.
 
@@ -47,7 +47,7 @@ class Universal(Checked):
     depth_penalty: NotNegative = 0.0
 
     def check(self, config: TransformerConfig, has_depths: bool, num_moes: int, share_experts: bool) -> None:
-        """Raise a ``ValueError`` where a language model cannot have one layer for all steps."""
+        """Raise a ``ValueError`` if a language model cannot have one layer for all steps."""
         if config.shape.decoder_layers < 2:
             raise ValueError("decoder_layers=1 is one step: universal uses a layer again, for at least 2")
         if has_depths:
@@ -75,9 +75,9 @@ class Sticks:
     """How far the tokens have come, after some step.
 
     Attributes:
-        left_BL: float32 (B, L), what is left of each token's stick; float64 where the model is.
+        left_BL: float32 (B, L), the rest of each token's stick; float64 if the model is.
         halted_BLD: (B, L, D), the sum of the states before this one, each times the part of the stick it got.
-        runs_BL: bool (B, L), the real tokens that go on.
+        runs_BL: bool (B, L), the non-padding tokens that continue.
     """
 
     left_BL: Tensor
@@ -86,7 +86,7 @@ class Sticks:
 
 
 class HaltingRouter(TokenRouter):
-    """Decides which tokens go on to the next step.
+    """Decides which tokens continue to the next step.
 
     Attributes:
         hidden: the hidden layer of the MLP.
@@ -115,14 +115,14 @@ class HaltingRouter(TokenRouter):
             return cpu.linear(hidden_BLD, self.weight.to(h_BLD.dtype)).squeeze(-1).sigmoid()
 
     def goes_on(self, left_BL: Tensor) -> Tensor | bool:
-        """Return which tokens have enough left of their stick to go on."""
+        """Return which tokens have enough left of their stick to continue."""
         if self.training or self.by_capacity:
             return True
         return left_BL >= 1.0 - self.config.threshold
 
 
 class HaltingGate(TokenGate):
-    """The gate after each step but the last; see ``Universal``. Its load is the number of tokens that go on."""
+    """The gate after each step but the last; see ``Universal``. Its load is the number of tokens that continue."""
 
     router: HaltingRouter
 
@@ -133,7 +133,7 @@ class HaltingGate(TokenGate):
         return Sticks(whole_BL, torch.zeros_like(h_BLD), real_BL)
 
     def forward(self, h_BLD: Tensor, before: Sticks, context: core.RoutingContext) -> Sticks:
-        """Break the sticks of the (B, L, D) tokens after a step, and return what is left."""
+        """Break the sticks of the (B, L, D) tokens after a step, and return the rest."""
         self._check_width(h_BLD)
         halts_BL = before.left_BL * self.router.alpha(h_BLD)
         left_BL = before.left_BL - halts_BL
@@ -172,7 +172,7 @@ class UniversalStack(Stack):
         h_BLD = s_BLD = layer(x_BLD, given)
         for _ in range(self.steps - 1):
             sticks = self.halting(h_BLD, sticks, given.context)
-            # Later positions see the keys of a token that has halted: those of a past are of all steps.
+            # Later positions see the keys of a token that has halted: a past's keys cover all steps.
             if not self.training and given.past is None and _all_halted(sticks):
                 break
             own = given
@@ -184,7 +184,7 @@ class UniversalStack(Stack):
     def _step_through(self, x_RD: Tensor, given: Step) -> Tensor:
         layer, sticks = self.layers[0], self.halting.start(x_RD[:, None], given.context)
         h_RD = s_RD = layer.step(x_RD, 0, given)
-        # Each step has keys of its own: those of a token that has halted are still seen by later ones.
+        # Each step has keys of its own: a halted token's keys are still seen by later tokens.
         for i in range(1, self.steps):
             sticks = self.halting(h_RD[:, None], sticks, given.context)
             own = replace(given, context=replace(given.context, valid_BS=sticks.runs_BL))
@@ -195,7 +195,7 @@ class UniversalStack(Stack):
 
 
 def _next(new_BLD: Tensor, h_BLD: Tensor, s_BLD: Tensor, sticks: Sticks, training: bool) -> tuple[Tensor, Tensor]:
-    """Return states and expected states after a step, where those of tokens that have halted stay."""
+    """Return states and expected states after a step, in which halted tokens keep theirs."""
     expected_BLD = sticks.halted_BLD + sticks.left_BL[..., None].to(new_BLD.dtype) * new_BLD
     if training:
         return new_BLD, expected_BLD
@@ -204,5 +204,5 @@ def _next(new_BLD: Tensor, h_BLD: Tensor, s_BLD: Tensor, sticks: Sticks, trainin
 
 
 def _all_halted(sticks: Sticks) -> bool:
-    """Return whether it is known that no token goes on: elsewhere than on a CPU nobody waits for the number."""
+    """Return whether it is known that no token continues: elsewhere than on a CPU nobody waits for the number."""
     return sticks.runs_BL.device.type == "cpu" and has_numbers(sticks.runs_BL) and not bool(sticks.runs_BL.any())

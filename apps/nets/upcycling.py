@@ -1,4 +1,4 @@
-"""A network with mixtures of experts begins with the weights of a dense one: sparse upcycling (arXiv 2212.05055)."""
+"""A network with mixtures of experts starts from the weights of a dense one: sparse upcycling (arXiv 2212.05055)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from core.convert import SparseFFN, Start
 def begin_as(
     model: nn.Module, dense: nn.Module, moe: MoEs | None, start: str | Start = "copy", *, seed: int = 0
 ) -> None:
-    """Give a network the weights of a dense one, in place; each MoE layer begins from the network that it stands for.
+    """Give a network the weights of a dense one, in place; each MoE layer starts from the network that it replaces.
 
-    Its gates are drawn anew. Without dropped pairs the outputs are then the dense network's: see ``core.sparsify``.
+    Its gates are reinitialized. Without dropped pairs the outputs are then the dense network's: see ``core.sparsify``.
 
     Args:
         model: the network.
         dense: the same without MoE layers.
         moe: the config of all MoE layers of ``model``, or a list with one for each; None: there are none.
-        start: what the experts begin as, a name of ``core.convert.STARTS`` or a start with options.
+        start: how the experts are initialized, a name of ``core.convert.STARTS`` or a start with options.
         seed: of the gates.
 
     Raises:

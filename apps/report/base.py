@@ -30,7 +30,7 @@ class ReportConfig(Checked):
 
     Attributes:
         routing_examples: test examples from which the routing is read, to the end of a batch; 0 reads none.
-        pictures: write pictures beside the tables.
+        pictures: write pictures next to the tables.
 
     Raises:
         ValueError: a number out of its range.
@@ -64,9 +64,9 @@ class Report(Callback):
         raise NotImplementedError(f"{type(self).__name__} must define collect(trainer, pl_module)")
 
     def write(self, collected: Any, folder: Path) -> Sequence[Section]:
-        """Write the files into ``folder``, and return what the HTML page of the run shows of them.
+        """Write the files into ``folder``, and return the parts of the run's HTML page that show them.
 
-        Pictures in ``folder`` go by their names alone.
+        Pictures in ``folder`` go by their names only.
         """
         raise NotImplementedError(f"{type(self).__name__} must define write(collected, folder)")
 
@@ -108,7 +108,7 @@ def report_folder(trainer: Trainer) -> Iterator[Path]:
 
 
 def computed_metrics(pl_module: Any, kind: type[Kind]) -> Kind | None:
-    """Return the test's metrics, computed; None where they are of another kind.
+    """Return the test's metrics, computed; None if they have another kind.
 
     Every process must call it, for computing gathers. The module's own call then reads the cached result.
     """
@@ -120,7 +120,7 @@ def computed_metrics(pl_module: Any, kind: type[Kind]) -> Kind | None:
 
 
 def first_batches(batches: Iterable[Any], examples: int, size: Callable[[Any], int] = len) -> Iterator[Any]:
-    """Yield whole batches until at least ``examples`` came; ``size`` counts those of a batch."""
+    """Yield whole batches until at least ``examples`` came; ``size`` counts a batch's examples."""
     seen = 0
     for batch in batches:
         if seen >= examples:

@@ -1,4 +1,4 @@
-"""Colors and shapes that tell things apart, also for the color-blind; an expert's number stands beside its color."""
+"""Colors and shapes that tell things apart, also for the color-blind; an expert's number is shown next to its color."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ink_on(color: str) -> str:
 
 
 def color_of(label: str, colors: Sequence[str]) -> str | None:
-    """Return the color of the number that a label begins with; None where it has none."""
+    """Return the color of the number that a label starts with; None if it has none."""
     number = label.split()[0] if label else ""
     return colors[int(number)] if number.isdecimal() and int(number) < len(colors) else None
 

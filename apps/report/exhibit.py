@@ -1,9 +1,9 @@
-"""A trained model at work, as plain parts: what a user gives it, what it answers, and which experts computed that.
+"""A trained model at work, as plain parts: the user's input, the model's answer, and the experts that computed it.
 
 ``moesaic demo`` makes a page of it. ``apps.task.Task.exhibit`` returns the ``Exhibit`` of a model: its fields, a
-function that answers what they read, and examples of the run's data, which are left out where there are none. The
-fields and the parts are plain values and functions: no library of pages is imported here or in an app. A field's
-``read`` raises a ``ValueError`` of one line that names the field, the value and the rule.
+function that answers what they read, and examples of the run's data, which are left out if there are none. The fields
+and the parts are plain values and functions: no library of pages is imported here or in an app. A field's ``read``
+raises a ``ValueError`` of one line that names the field, the value and the rule.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class NumberField:
         label: its name on the page.
         value: the number at first; None: empty.
         may_be_empty: whether an empty field is a missing value, None.
-        whole: only whole numbers.
+        whole: accept only integers.
         least, most: bounds; None: there is none.
     """
 
@@ -92,7 +92,7 @@ class NumberField:
     most: float | None = None
 
     def read(self, raw: str | float | None) -> float | None:
-        """Return the number; a whole one as an ``int`` where the field asks for it."""
+        """Return the number; a whole one as an ``int`` if the field asks for it."""
         text = str("" if raw is None else raw).strip()
         if not text and self.may_be_empty:
             return None
@@ -138,7 +138,7 @@ class ChoiceField:
 
 @dataclass(frozen=True)
 class ItemsField:
-    """A list of items, such as a history, in an order.
+    """A list of items, such as a sequence of past items, in an order.
 
     Attributes:
         label: its name on the page.
@@ -176,7 +176,7 @@ Field = ImageField | TextField | NumberField | ChoiceField | ItemsField
 
 
 def _near(text: str, choices: Sequence[str]) -> str:
-    """Return ``; did you mean 'x'?``, or nothing where no choice is near, or there are too many to look at."""
+    """Return ``; did you mean 'x'?``, or nothing if no choice is near, or there are too many to look at."""
     near = difflib.get_close_matches(text, choices, n=1, cutoff=0.6) if len(choices) <= 20_000 else []
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -199,7 +199,7 @@ class Said:
     """A text that a model has written.
 
     Attributes:
-        title: what it is.
+        title: its title.
         text: the text.
         given: the text before it, which the user has typed.
     """
@@ -215,7 +215,7 @@ class Images:
 
     Attributes:
         title: what they are.
-        images: what is said of each, and the image, uint8 (H, W) or (H, W, 3).
+        images: caption of each, and the image, uint8 (H, W) or (H, W, 3).
     """
 
     title: str
@@ -228,7 +228,7 @@ class Patches:
 
     Attributes:
         image: uint8 (H, W) or (H, W, 3), as the model sees it.
-        experts: int (h, w, K), the experts of each patch, best first; E where there is none.
+        experts: int (h, w, K), the experts of each patch, best first; E if there is none.
         names: the E experts' names.
     """
 
@@ -239,17 +239,17 @@ class Patches:
 
 @dataclass(frozen=True)
 class Pieces:
-    """The pieces of a text, word by word, and the experts that computed each of them.
+    """The tokens of a text, word by word, and the experts that computed each token.
 
     Attributes:
-        title: what the words are.
-        words: the pieces of each word.
-        experts: int (T, K), the experts of each of the T pieces, best first; E where there is none.
+        title: title of the words.
+        words: the tokens of each word.
+        experts: int (T, K), the experts of each of the T tokens, best first; E if there is none.
         names: the E experts' names.
-        unit: what the pieces are called.
+        unit: name of a token on the page.
 
     Raises:
-        ValueError: another number of pieces than of experts' rows.
+        ValueError: the number of tokens differs from the number of experts' rows.
     """
 
     title: str
@@ -289,7 +289,7 @@ LayerPart = Patches | Pieces | Gates
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answers.
+    """The answer of a model.
 
     Attributes:
         parts: the answer itself.
@@ -306,7 +306,7 @@ class Example:
 
     Attributes:
         label: its name on the page; an image is shown itself.
-        values: a value for each field, as it stands on the page; an image is uint8 (H, W) or (H, W, 3).
+        values: a value for each field, as the page shows it; an image is uint8 (H, W) or (H, W, 3).
     """
 
     label: str
@@ -318,12 +318,12 @@ class Exhibit:
     """A model at work.
 
     Attributes:
-        about: a sentence or two on what to do, and on what comes of it.
+        about: instructions and their result, in a sentence or two.
         action: word on the button.
-        fields: what a user gives.
-        answer: function from the fields' values, in their order, to the answer; a ``ValueError`` of one line says what
-            the model cannot take.
-        examples: what a user may take at a click.
+        fields: the user's inputs.
+        answer: function from the fields' values, in their order, to the answer; a ``ValueError`` of one line names an
+            input that the model cannot take.
+        examples: inputs to choose with a click.
     """
 
     about: str

@@ -1,4 +1,4 @@
-"""Files of images side by side, with what is laid over them; everything else that is drawn is a chart of a page.
+"""Files of images side by side, with overlays; every other picture is a chart of a page.
 
 The only module that uses matplotlib: no pyplot, no display, no global state.
 """
@@ -34,9 +34,9 @@ class Tile:
 
     Attributes:
         image: (H, W), (H, W, 1) or (H, W, 3), values in 0..1.
-        caption: what stands above it.
+        caption: text above it.
         over: (h, w, 4), colors with their opacity that are laid over it; None: there are none.
-        texts: what is written on each of the (h, w) parts; empty: nothing.
+        texts: text on each of the (h, w) parts; empty: nothing.
         is_framed: whether it has a green frame.
     """
 
@@ -98,8 +98,8 @@ def save_images(
         rows: the images; None leaves a gap.
         path: the file.
         title: title of the file.
-        names: what stands to the left of each row.
-        num_experts: experts whose colors are told beside the images, up to 32.
+        names: text to the left of each row.
+        num_experts: experts whose colors are listed next to the images, up to 32.
         side: height and width of an image in inches.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

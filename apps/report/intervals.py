@@ -1,4 +1,4 @@
-"""Means over seeds or draws with their confidence intervals, differences of two models, and verdicts on them."""
+"""Means over seeds or samples with their confidence intervals, differences of two models, and verdicts on them."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
 class CrossedInterval(Interval):
     """The mean of values by seed and example, with the 95 % interval over other seeds and other examples.
 
-    A value is modelled as a mean plus an effect of its seed, one of its example, and a rest of both, each drawn at
-    random (a crossed random-effects design); the attributes beside those of ``Interval`` are estimates of its parts.
+    A value is modeled as a mean plus an effect of its seed, one of its example, and a rest of both, all of them random
+    (a crossed random-effects design); the attributes that ``Interval`` lacks are estimates of its parts.
 
     Attributes:
         num_examples: number of examples N; ``count`` is the number of seeds S.
@@ -94,10 +94,10 @@ def crossed_interval(values_SN: np.ndarray) -> CrossedInterval:
     """Return the mean and interval of ``values_SN``, the value of each seed (S) on each example (N).
 
     With the mean squares of seeds, examples and rest the variance of the mean is (MS_s + MS_e - MS_r) / (S N), and no
-    less than either of the first two alone. The degrees of freedom are Satterthwaite's, and at most S - 1 unless the
-    seeds differ by no more than the rest explains (MS_s <= MS_r); likewise N - 1. Two seeds cannot show that they do
-    not differ, and have one degree. So few seeds widen the interval as Student's t does, and count little only if the
-    examples are all that varies. Without the limit the interval of two seeds would hold the mean 88 times of 100.
+    less than either of the first two by itself. The degrees of freedom are Satterthwaite's, and at most S - 1 unless
+    the seeds differ by no more than the rest explains (MS_s <= MS_r); likewise N - 1. Two seeds cannot show that they
+    do not differ, and have one degree. So few seeds widen the interval as Student's t does, and count little only if
+    the examples are all that varies. Without the limit the interval of two seeds would hold the mean 88 times of 100.
 
     Raises:
         ValueError: no value.
@@ -118,7 +118,7 @@ def crossed_interval(values_SN: np.ndarray) -> CrossedInterval:
     ms_seed = N * float(seed_S.var(ddof=1)) if S > 1 else 0.0
     ms_example = S * float(example_N.var(ddof=1)) if N > 1 else 0.0
     ms_rest = float((rest_SN**2).sum()) / ((S - 1) * (N - 1)) if S > 1 and N > 1 else 0.0
-    if np.ptp(values_SN) == 0:  # the mean of equal values is rounded, which is no spread
+    if np.ptp(values_SN) == 0:  # the mean of equal values is rounded, which is not a spread
         ms_seed = ms_example = ms_rest = 0.0
     return CrossedInterval(
         mean=mean,
@@ -172,13 +172,13 @@ def verdict(difference: Interval, higher_is_better: bool = True) -> str:
 def quality_at(curve: Sequence[tuple[float, float]], seconds: float) -> float | None:
     """Return the last quality of a curve of (seconds, quality) within ``seconds``; None before the first.
 
-    The best one would favour a fast model, which is validated more often by then.
+    The best one would favor a fast model, which is validated more often by then.
     """
     return next((quality for time, quality in reversed(curve) if time <= seconds), None)
 
 
 def nearest_first(rates: Sequence[float], is_usable: Sequence[bool], default: float) -> list[int]:
-    """Return the indices of the runs that did not diverge, those of the rates nearest to ``default``, by ratio, first.
+    """Return the indices of the runs that did not diverge, the ones with rates nearest to ``default``, by ratio, first.
 
     Raises:
         ValueError: every run diverged.

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class RoutingDetail(Callback):
-    """Logs the detailed figures of each MoE layer, and draws the load of its experts after each validation.
+    """Logs the detailed figures of each MoE layer, and plots the load of its experts after each validation.
 
-    The figures are those of ``core.telemetry.LayerStats.figures(detailed=True)``, in every log. After a validation
-    TensorBoard and W&B get a histogram of each layer's load over the mean, and they and MLflow a heat map of all loads.
+    The figures are ``core.telemetry.LayerStats.figures(detailed=True)``, in every log. After a validation TensorBoard
+    and W&B get a histogram of each layer's load over the mean, and they and MLflow a heat map of all loads.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -42,10 +42,10 @@ class RoutingDetail(Callback):
 
 
 def show_loads(loggers: list[Logger], stats: core.RoutingStats, step: int) -> None:
-    """Log a histogram of each layer's loads, and a heat map of all of them, where a logger can show one.
+    """Log a histogram of each layer's loads, and a heat map of all of them, if a logger can show one.
 
     Args:
-        loggers: Lightning's; those that take numbers alone are left out.
+        loggers: Lightning's; loggers that only take numbers are left out.
         stats: of all ranks.
         step: optimizer step of the log.
     """
@@ -64,7 +64,7 @@ def show_loads(loggers: list[Logger], stats: core.RoutingStats, step: int) -> No
 
 
 def load_map(loads: dict[str, np.ndarray]) -> HeatmapChart:
-    """Return the share of the pairs that each expert takes, a row a layer.
+    """Return the share of the pairs that each expert takes, one row per layer.
 
     Args:
         loads: layer name to (E,) loads over the mean; E may differ.

@@ -21,7 +21,7 @@ _TOWERS = ("image", "text", "user", "item")
 
 
 def experts_of_token(routing: Any, most: int) -> Tensor:
-    """Return the experts that compute each token, best first, int64 (T, most); E where there are fewer.
+    """Return the experts that compute each token, best first, int64 (T, most); E if there are fewer.
 
     Among equal gates the lower expert goes first. With soft slots and merged experts these are the experts of the
     largest shares, and E for padding.
@@ -93,7 +93,7 @@ def largest_number(entries: Iterable[Any]) -> int:
 
 
 def layer_label(layer: str) -> str:
-    """Return a layer's name in words; one that is none of a stack stays, without "model.".
+    """Return a layer's name in words; a layer outside of stacks stays, without "model.".
 
     Example::
 
@@ -120,9 +120,9 @@ def words_by_layer(
 
     Args:
         entries: entries of a tape, of one sequence without padding.
-        words: the pieces of each word; all pieces together are the sequence.
-        title: what the words are.
-        unit: what the pieces are called.
+        words: the tokens of each word; all tokens together are the sequence.
+        title: title of the words.
+        unit: name of a token on the page.
     """
     pieces = tuple(tuple(word) for word in words)
     kept = [entry for entry in entries if entry.routing.num_tokens == sum(map(len, pieces))]
@@ -137,7 +137,7 @@ def patches_by_layer(placed: Iterable[tuple[Any, Any]], image: np.ndarray) -> di
     """Return the experts of an image's patches by layer, in the order of the passes.
 
     Args:
-        placed: entries of a tape, each with the experts of its patches, (1, H, W, K); None where its tokens have no
+        placed: entries of a tape, each with the experts of its patches, (1, H, W, K); None if its tokens have no
             places in the image.
         image: the image as the model sees it.
     """
@@ -156,7 +156,7 @@ def gates_by_layer(
 
     Args:
         gates: the layer of each gate, its name, the names of its experts, and its weight for each, (E,).
-        title: what the weights are.
+        title: title of the weights.
     """
     by_layer: dict[str, list[tuple[str, Sequence[str], np.ndarray]]] = {}
     for layer, *gate in gates:
@@ -180,7 +180,7 @@ def expert_names(routing: Any) -> tuple[str, ...]:
 def layer_names(names: Sequence[str]) -> list[str]:
     """Return a name in words for each entry of a tape, all different.
 
-    Two layers of one block have the last part of their name beside it, and later passes of a layer their number.
+    Two layers of one block have the last part of their name added, and later passes of a layer their number.
 
     Example::
 

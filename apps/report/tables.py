@@ -20,7 +20,7 @@ _COMPUTED = re.compile(r"^[=@]|^[+-](?!(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$)|[\x00-\x1
 
 
 def is_share(metric: str, values: Iterable[Iterable[float]]) -> bool:
-    """Return whether a metric is shown in percent: a share in 0..1 that is no loss and no error.
+    """Return whether a metric is shown in percent: a share in 0..1 that is neither a loss nor an error.
 
     Args:
         metric: its name, such as "test/top1".
@@ -32,8 +32,8 @@ def is_share(metric: str, values: Iterable[Iterable[float]]) -> bool:
 
 
 def csv_cell(value: Any) -> Any:
-    """Return a value of a CSV file, where a text that a spreadsheet would compute, or that holds control characters,
-    has an apostrophe before it. Numbers, also as text, stay as they are."""
+    """Return a value of a CSV file, with an apostrophe before text that a spreadsheet would compute or that holds
+    control characters. Numbers, also as text, stay as they are."""
     return f"'{value}" if isinstance(value, str) and _COMPUTED.search(value) else value
 
 
@@ -69,13 +69,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def print_in_parts(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str = "", title: str = "") -> None:
-    """Print a table in parts that fit the terminal, one below the other; each begins with the first column.
+    """Print a table in parts that fit the terminal, one below the other; each starts with the first column.
 
     Args:
         columns: headings.
         rows: the cells.
-        empty: what an empty cell holds; a row of them is left out of its part.
-        title: stands over the first part.
+        empty: text of an empty cell; a row of them is left out of its part.
+        title: title above the first part.
     """
     from rich.console import Console
 
@@ -87,7 +87,7 @@ def print_in_parts(columns: Sequence[str], rows: Sequence[Sequence[str]], empty:
 
 
 def parts_that_fit(rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
-    """Return the columns of each of several tables that fit ``width`` characters; all begin with the first column."""
+    """Return the columns of each of several tables that fit ``width`` characters; all start with the first column."""
 
     def needed(index: int) -> int:
         words = rows[0][index].replace(",", ", ").split()

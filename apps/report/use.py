@@ -1,4 +1,4 @@
-"""Which expert takes what: one collector for the test reports of all apps, and what a page shows of its counts."""
+"""Which expert takes what: one collector for all apps' test reports, and the parts of a page that show it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ QUARTERS = ("frequent", "2nd quarter", "3rd quarter", "rare")
 
 def quarters(counts_V: np.ndarray) -> np.ndarray:
     """Return the quarter of each of V things, int64 (V,), 0 to 3: "frequent" are the first ones by falling count, as
-    many as make up a quarter of all that was counted, then those of the "2nd" and the "3rd quarter", and the "rare" of
-    the last. Among equal counts the lower place goes first.
+    many as make up a quarter of all that was counted, then come the "2nd" and the "3rd quarter", and the "rare" are the
+    last. Among equal counts the lower place goes first.
 
     Args:
         counts_V: how often each came.
@@ -71,8 +71,8 @@ def mutual_information(counts_CE: np.ndarray) -> float:
 def typical_labels(counts_CE: np.ndarray, names: Sequence[str], most: int = 10) -> list[list[str]]:
     """Return for each expert the labels that it takes far more of than by chance, the clearest first.
 
-    In the order of ``p(e, c) log(p(e, c) / (p(e) p(c)))``, what each adds to the mutual information; those that the
-    expert takes less of than by chance are left out.
+    In the order of ``p(e, c) log(p(e, c) / (p(e) p(c)))``, each label's contribution to the mutual information; labels
+    that the expert takes less often than by chance are left out.
 
     Args:
         counts_CE: routed pairs by label and expert.
@@ -110,9 +110,9 @@ def maps_by_label(
     Args:
         counts: layer name to (labels, E) tokens.
         names: names of the labels.
-        title: what the maps show; each has the layer's name too.
-        row_title: what a label is.
-        most_rows: with more labels only those with the highest peaks have a row.
+        title: title of the maps; each has the layer's name too.
+        row_title: name of a label.
+        most_rows: with more labels only the ones with the highest peaks have a row.
     """
     size_C = np.sum([counts_CE.sum(1) for counts_CE in counts.values()], axis=0)
     kept = np.flatnonzero(size_C)
@@ -151,8 +151,9 @@ class Labels:
     """Labels of tokens.
 
     Attributes:
-        of: what the numbers of the tokens are, a key of ``Tokens``.
-        count: number of labels; None: each number of a batch is a label of its own, after those of earlier batches.
+        of: meaning of the tokens' numbers, a key of ``Tokens``.
+        count: number of labels; None: each number of a batch is a label of its own, after the labels of earlier
+            batches.
         group_V: int64 (V,), the label of each number; None: a number is a label.
     """
 
@@ -165,8 +166,8 @@ class ExpertUse:
     """Adds up, batch by batch, which tokens each expert computes.
 
     Args:
-        tokens: says what the tokens are.
-        labels: how they are labelled, by any name.
+        tokens: labels the tokens.
+        labels: how they are labeled, by any name.
 
     Attributes:
         counts: computed pairs, int64 (labels, E), by the name of the labels and by layer in words.
@@ -195,7 +196,7 @@ class ExpertUse:
                     own[layer] = counts + np.pad(before, ((0, len(counts) - len(before)), (0, 0)))
 
     def _counted(self, routing: Any, number: Tensor, labels: Labels, seen: int) -> np.ndarray:
-        """Return the pairs of a pass by label; those of negative numbers are left out."""
+        """Return the pairs of a pass by label; tokens with negative numbers are left out."""
         count = seen + len(number) if labels.count is None else labels.count
         label = number.cpu() + (seen if labels.count is None else 0)
         if labels.group_V is not None:
@@ -205,11 +206,11 @@ class ExpertUse:
 
 
 def tokens_of(module: Any) -> Tokens:
-    """Return what the task of a model says of the tokens of its tapes."""
+    """Return the labels that a model's task gives to the tokens of its tapes."""
     return partial(registry.task_of(type(module), "report").tokens, module)
 
 
-# ---- what a page shows
+# ---- parts of a page
 
 
 def some_layers(names: Sequence[str]) -> list[str]:
@@ -228,8 +229,8 @@ def map_parts(
 
     Args:
         counts: as ``ExpertUse.counts`` has them by layer, with the names of the labels; several if these differ.
-        what: what an expert takes, such as "a class".
-        row: what a label is, such as "class".
+        what: the thing that an expert takes, such as "a class".
+        row: name of a label, such as "class".
         path: the PNG file of all charts; None: none is written.
         top: share at which the colors end; None: the largest.
     """
@@ -243,7 +244,7 @@ def map_parts(
 
 
 def load_parts(stats: core.RoutingStats, path: Path | None = None) -> list[BarChart]:
-    """Return a chart for each layer of the load of its experts, and draw all of them as the PNG file ``path``."""
+    """Return a chart for each layer of the load of its experts, and plot all of them in the PNG file ``path``."""
     layers = {layer_label(name): layer for name, layer in stats.layers.items()}
     loads = {name: layer.tokens_per_expert.double().cpu().numpy() for name, layer in layers.items()}
     drops = {name: layer.drop_rate for name, layer in layers.items()}
@@ -259,7 +260,7 @@ def load_charts(
     share_of: str = "routed pairs",
     names: Mapping[str, Sequence[str]] | None = None,
 ) -> list[BarChart]:
-    """Return a chart for each layer: the share of ``share_of`` that each expert has, beside the even share.
+    """Return a chart for each layer: the share of ``share_of`` that each expert has, next to the even share.
 
     Args:
         tokens_per_expert: layer name to (E,) counts.
@@ -290,7 +291,7 @@ def typical_parts(counts: Mapping[str, np.ndarray], names: Mapping[str, Sequence
     Args:
         counts: as ``ExpertUse.counts`` has them by layer.
         names: names of the labels, by layer.
-        what: what the labels are, such as "subwords".
+        what: name of the labels, such as "subwords".
         path: the file.
     """
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What goes into a model and what comes out, said once for every use but training.
+"""Inputs and outputs of a model, described once for every use but training.
 
 ``moesaic serve``, ``demo``, ``export`` and ``plan`` know a model only by its ``Task``. A room with a model has a module
 ``task`` with a class ``TASK`` below ``Task``; ``apps.registry`` lists the rooms.

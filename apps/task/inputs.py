@@ -1,4 +1,4 @@
-"""What goes into a model, in each form in which it comes: JSON, a field of a page."""
+"""Inputs of a model, in each form: JSON, a field of a page."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Input:
     Attributes:
         schema: its JSON schema, with every limit that a schema can say.
         example: a value as JSON has it, for the example of a schema.
-        from_json: returns the value of what has passed the schema, given the thing's name too; raises a ``ValueError``
-            of one line with the name, the value, and a rule that the schema could not say.
-        field: its field on a page, which refuses what the model cannot take; None: a page leaves it out.
-        from_page: returns the value of what its field has read, or raises a ``ValueError`` as ``from_json``.
+        from_json: returns the value of input that has passed the schema, given the thing's name too; raises a
+            ``ValueError`` of one line with the name, the value, and a rule that the schema could not say.
+        field: its field on a page, which rejects values that the model cannot take; None: a page leaves it out.
+        from_page: returns the value that its field has read, or raises a ``ValueError`` as ``from_json``.
         is_required: whether each request must have it.
         default: the value of an example that does not have it.
         is_shown: whether the example of a schema has it.
@@ -67,14 +67,14 @@ def number(
     shown: int | None = None,
     in_example: bool = True,
 ) -> Input:
-    """Return a whole number that a request may leave out; a page leaves it out without a label.
+    """Return an integer that a request may leave out; a page leaves it out without a label.
 
     Args:
         label: name on a page.
         sample: the example of a schema.
-        default: the value where there is none.
+        default: the value if the input is missing.
         least, most: its bounds.
-        says: what it is, for the schema.
+        says: description for the schema.
         shown: its upper bound on a page; None: ``most``.
         in_example: whether the example of a schema has it.
     """

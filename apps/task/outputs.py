@@ -1,4 +1,4 @@
-"""What comes out of a model for one example, in each form in which it goes out."""
+"""Outputs of a model for one example, in each form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 
 @dataclass(frozen=True)
 class Output:
-    """The form of a model's answers. An *answer* is of one example, in plain values.
+    """The form of a model's answers. An *answer* belongs to one example, in plain values.
 
     Attributes:
         schema: JSON schema of an answer.
@@ -68,14 +68,14 @@ def top_classes(logits_BC: Tensor, names: Sequence[str], most: int) -> list[dict
 
 @dataclass(frozen=True)
 class Written:
-    """What a search writes for one example, best first.
+    """Texts that a search writes for one example, best first.
 
     Attributes:
         texts: the candidates.
         scores: their scores.
         ids: the ids of the best one, without the end.
-        note: what a page says beside it, such as that the input was cut; "" for nothing.
-        title: what a page calls it; "": as ``texts`` says.
+        note: a page's remark on it, such as that the input was cut; "" for nothing.
+        title: title on a page; "": as ``texts`` says.
     """
 
     texts: Sequence[str]
@@ -86,11 +86,11 @@ class Written:
 
 
 def texts(title: str, says: str | None, shown: str) -> Output:
-    """Return the best texts of a search; an answer is what was ``Written``.
+    """Return the best texts of a search; an answer is a ``Written``.
 
     Args:
         title: title of the schema.
-        says: what the text is, for the schema.
+        says: description of the text, for the schema.
         shown: title of the best one on a page.
     """
     text = {"type": "string", **({} if says is None else {"description": says})}

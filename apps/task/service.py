@@ -16,9 +16,9 @@ class Service:
             shows. It says every limit that JSON schema can say (lengths, ranges, names of columns).
         answer: JSON schema of the answer to one input.
         read: turns one input that has passed the schema into what ``predict`` takes. Raises a ``ValueError`` that names
-            the value and the rule where the schema could not say so: an image that cannot be read, an unknown pair.
+            the value and the rule if the schema could not say so: an image that cannot be read, an unknown pair.
         predict: answers several inputs at once, in their order, each with plain values that JSON takes. The answer to
-            an input does not depend on those beside it, but where the routing says so (docs/serving.md).
+            an input does not depend on other inputs of its batch, unless the routing says so (docs/serving.md).
     """
 
     item: Mapping[str, Any]

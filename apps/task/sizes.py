@@ -1,4 +1,4 @@
-"""A forward of a model without data and without values, from sizes alone: what ``moesaic plan`` measures."""
+"""A forward of a model without data and without values, from only sizes: ``moesaic plan`` measures it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Missing(ValueError):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is said of data that are not read.
+    """Description of data that are not read.
 
     Attributes:
         data: the configuration's section ``data``, or its class's path, or None.
@@ -33,7 +33,7 @@ class Sizes:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
     def option(self, *names: str) -> Any:
-        """Return an option of the data, None where the configuration has none."""
+        """Return an option of the data, None if the configuration has none."""
         value: Any = self.data if isinstance(self.data, Mapping) else {}
         for name in ("init_args", *names):
             value = value.get(name) if isinstance(value, Mapping) else None
@@ -44,7 +44,7 @@ class Sizes:
 
         Raises:
             Missing: nothing says them.
-            ValueError: the tokens are no whole number of examples.
+            ValueError: the tokens do not make up complete examples.
         """
         if self.tokens is not None:
             if self.tokens % per_example:
@@ -59,13 +59,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a loss over a vocabulary costs (``apps.nets.loss``).
+    """The cost of a loss over a vocabulary (``apps.nets.loss``).
 
     Attributes:
-        kept: bytes that it keeps for the backward, the gradients of both factors.
+        kept: bytes of saved activations, the gradients of both factors.
         working: bytes that it needs for a while: the transposed weight, the part of its gradient that a chunk adds, and
             a chunk's logits and probabilities.
-        flops: FLOPs of its products in a forward.
+        flops: FLOPs of its matmuls in a forward.
     """
 
     kept: float = 0.0
@@ -80,8 +80,8 @@ class Trial:
     Attributes:
         run: calls the network with a batch on the meta device, without the loss.
         examples: examples of the batch.
-        tokens: tokens of it, which routers see: of a translation those of a side, of a table its rows.
-        loss: what the loss adds, which is not run.
+        tokens: tokens of it, which routers see: of a translation one side's tokens, of a table its rows.
+        loss: cost of the loss, which is not run.
         unit: name of the tokens.
         remark: what else a plan says of the model; empty for nothing.
     """
@@ -95,7 +95,7 @@ class Trial:
 
 
 def ids_on_meta(*shape: int) -> torch.Tensor:
-    """Return whole numbers without values."""
+    """Return integers without values."""
     return torch.empty(shape, dtype=torch.int64, device="meta")
 
 

@@ -1,4 +1,4 @@
-"""A trained model in use: what it takes, what it answers, and what its experts are used for."""
+"""A trained model in use: its inputs, its answers, and the use of its experts."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ Values = Mapping[str, Any]
 class Task(ABC):
     """A trained model in use. Each model of an app has a subclass, ``TASK`` of its room's module ``task``.
 
-    A subclass says what goes in (``inputs``), what comes out (``output``), how a batch of the one becomes the other
+    A subclass names the inputs (``inputs``) and the output (``output``), how a batch of the one becomes the other
     (``answers``), and which names the tokens of a tape have (``layers`` of an example, ``tokens`` of a test's batch). A
-    service and a page follow from these. What is asked where there is no trained model, such as by a plan, are class
+    service and a page follow from these. Methods that need no trained model, such as a plan's questions, are class
     methods.
 
     Args:
         model: the trained model, in evaluation.
 
     Attributes:
-        inputs: what a user gives, by name, in the order of a page's fields.
-        output: what the user gets.
+        inputs: the user's inputs, by name, in the order of a page's fields.
+        output: the kind of answer.
 
     Raises:
         ValueError: the model's checkpoint keeps too little of its data to be used.
@@ -63,21 +63,21 @@ class Task(ABC):
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    # ---- what a subclass says of a trained model
+    # ---- for subclasses: a trained model
 
     @property
     @abstractmethod
     def asks(self) -> str:
-        """What a request has and what its answer is, in a sentence or two."""
+        """Request and answer, described in a sentence or two."""
 
     @property
     @abstractmethod
     def invites(self) -> str:
-        """What to do on a page, and what comes of it, in a sentence or two."""
+        """Instructions for a page and their result, in a sentence or two."""
 
     @property
     def on_page(self) -> Mapping[str, Any]:
-        """Values that an example has on a page beside its fields, where they are not the inputs' defaults."""
+        """Values that an example has on a page in addition to its fields, if they differ from the inputs' defaults."""
         return {}
 
     @abstractmethod
@@ -90,27 +90,27 @@ class Task(ABC):
         """
 
     def layers(self, tape: core.Tape, example: Values, answer: Any) -> Mapping[str, tuple[LayerPart, ...]]:
-        """Return the experts that computed an example, by layer; ``tape`` has the passes of its answer alone."""
+        """Return the experts that computed an example, by layer; ``tape`` has only the passes of its answer."""
         return {}
 
     def examples(self, data: Any, most: int) -> tuple[Example, ...]:
-        """Return at most so many examples of a run's data, as they stand in a page's fields."""
+        """Return at most so many examples of a run's data, as a page's fields show them."""
         return ()
 
     @abstractmethod
     def exported(self) -> Exported:
         """Return the networks as graphs of tensors, and how raw inputs become those tensors."""
 
-    # ---- what a subclass says without one
+    # ---- for subclasses: without a trained model
 
     @classmethod
     def attach(cls, model: Any, graphs: Mapping[str, Any]) -> None:
-        """Let a model without weights run exported graphs in place of its networks: ``model.model`` is the only one."""
+        """Let a model without weights run exported graphs instead of its networks: ``model.model`` is the only one."""
         model.model = ExportedNetwork(graphs["model"])
 
     @classmethod
     def encoding_state(cls, exported: Any) -> dict[str, Any] | None:
-        """Return the encoding of a checkpoint from an ``ExportedModel``; None where the model has none."""
+        """Return the encoding of a checkpoint from an ``ExportedModel``; None if the model has none."""
         return None
 
     @classmethod
@@ -129,25 +129,25 @@ class Task(ABC):
 
     @classmethod
     def tokens(cls, model: Any, entry: Any, batch: Any) -> Mapping[str, Tensor]:
-        """Return what the tokens of a recorded pass are, for the counts of a test's report.
+        """Return labels of the tokens of a recorded pass, for the counts of a test's report.
 
         Args:
             model: the trained model.
             entry: the pass, an entry of a tape.
-            batch: what the model was given.
+            batch: the model's input.
 
         Returns:
-            By what is said, such as "item" or "class": the number of each token, int64 (T,), or of each sequence, (B,);
-            a negative one is of no such thing.
+            By kind of label, such as "item" or "class": the number of each token, int64 (T,), or of each sequence,
+            (B,); a negative one has no label.
         """
         return {}
 
     @classmethod
     def own_data(cls, given: GivenData) -> GivenConfig | None:
-        """Return the configuration of a small model of a user's own data; None: the data are of another kind.
+        """Return the configuration of a small model of a user's own data; None: the data have another kind.
 
         Raises:
-            ValueError: they are of this kind, and cannot be used.
+            ValueError: the data have this kind, but cannot be used.
         """
         return None
 
@@ -205,7 +205,7 @@ def item_of(inputs: Mapping[str, Input], title: str, says: str = "", takes_other
 
     Args:
         inputs: by their names.
-        title, says: what the object is.
+        title, says: describe the object.
         takes_others: whether it may have further properties, which are left out.
     """
     return {

@@ -1,4 +1,4 @@
-"""The device of a trainer and its precision, where a configuration leaves them open."""
+"""The device of a trainer and its precision, if a configuration leaves them open."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from apps.base.machine import device_name
 def device_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a trainer that choose its device and its precision.
 
-    "auto" is a CUDA GPU where there is one, else the processor. (Lightning would take Apple's GPU as well, which has no
-    float64.) A GPU with bfloat16 trains in bf16-mixed where no precision is named; without one Lightning takes 32-true.
+    "auto" is a CUDA GPU if there is one, else the processor. (Lightning would take Apple's GPU as well, which has no
+    float64.) A GPU with bfloat16 trains in bf16-mixed if no precision is named; without one Lightning takes 32-true.
 
     Args:
         given: options of the trainer.
@@ -35,7 +35,7 @@ def set_matmul_precision(options: Mapping[str, Any], precision: str) -> None:
     """Let a CUDA GPU multiply float32 numbers as torch's ``set_float32_matmul_precision`` says; elsewhere do nothing.
 
     Args:
-        options: those of ``device_options``.
+        options: from ``device_options``.
         precision: "highest", "high" (TF32: tensor cores read 10 bits of a mantissa) or "medium".
     """
     if options.get("accelerator") in ("cuda", "gpu") and torch.cuda.is_available():
@@ -43,7 +43,7 @@ def set_matmul_precision(options: Mapping[str, Any], precision: str) -> None:
 
 
 def device_line(trainer: Trainer, module: LightningModule) -> str:
-    """Return in one line what a run runs on: device, precision, threads, and the kernels that compute its experts."""
+    """Return in one line the setup of a run: device, precision, threads, and the kernels that compute its experts."""
     device = trainer.strategy.root_device
     with trainer.precision_plugin.forward_context():
         mixed = torch.is_autocast_enabled(device.type)

@@ -1,7 +1,7 @@
-"""What the apps use of Lightning that Lightning does not document: these functions are the only place that does.
+"""Undocumented parts of Lightning that the apps use: these functions are the only place that does.
 
 Each docstring says what Lightning lacks in public. All hold for Lightning 2.6;
-tests/apps/train/test_lightning_internals.py fails where a new version changes one.
+tests/apps/train/test_lightning_internals.py fails if a new version changes one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ResumedLoop(_FitLoop):
 
     @property
     def done(self) -> bool:
-        # Lightning would not begin a validation again that was cut after the last step.
+        # Lightning would not restart a validation that was cut after the last step.
         batches = self.epoch_loop.val_loop.batch_progress.current
         return batches.started == batches.processed and super().done
 
@@ -60,7 +60,7 @@ def validates_next(trainer: Trainer) -> bool:
 
 
 def rewind_validation(trainer: Trainer) -> None:
-    """Make the next checkpoint say that a validation has just begun; in public nothing changes what it says."""
+    """Make the next checkpoint say that a validation has just begun; no public function changes it."""
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     progress.reset()
     progress.increment_ready()
@@ -93,7 +93,7 @@ def needs_no_unscaling(optimizer: Any) -> None:
 
 
 def begin_processes(strategy: Any, build_mesh: Callable[[], Any]) -> None:
-    """Begin the processes of a ``ModelParallelStrategy`` on another mesh than its own, which it always builds."""
+    """Start the processes of a ``ModelParallelStrategy`` on another mesh than its own, which it always builds."""
     strategy._setup_distributed()
     strategy._device_mesh = strategy.lightning_module._device_mesh = build_mesh()
 
@@ -112,7 +112,7 @@ def set_module(strategy: Any, module: LightningModule | None) -> None:
 
 
 def of_epochs(trainer: Trainer) -> str:
-    """Return "/N" for a training of N epochs, "" where they have no limit."""
+    """Return "/N" for a training of N epochs, "" if they have no limit."""
     return f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
 
 

@@ -30,14 +30,14 @@ Step = Callable[..., Any]
 @core.register_config
 @dataclass(frozen=True)
 class SparsifyConfig(Checked):
-    """The feed-forward networks of a module that become MoE layers, and what a comparison has to be told of the module.
+    """The feed-forward networks of a module that become MoE layers, and facts about it for a comparison.
 
     Attributes:
         modules: pattern of the networks' dotted names, or several: ``blocks.*.mlp``; see ``core.sparsify``.
         moe: the layers.
-        start: what the experts begin as: a name of ``core.convert.STARTS``, or a start with options.
+        start: how the experts are initialized: a name of ``core.convert.STARTS``, or a start with options.
         noise: relative standard deviation of normal noise on the experts' matrices.
-        exact: a router whose gates would scale the outputs of the dense model is refused.
+        exact: a router whose gates would scale the outputs of the dense model raises an error.
         causal: the model is a causal decoder.
         seed: of gates, random experts and noise; None: it follows from ``seed_everything``.
         metric: name under which the module logs its quality in validation, such as ``val_acc``: it decides which
@@ -50,7 +50,7 @@ class SparsifyConfig(Checked):
             common length of its tensors.
 
     Raises:
-        ValueError: a mode that is neither, an unknown start, or one that reads what no section gives.
+        ValueError: a mode that is neither, an unknown start, or one that reads values that no section gives.
     """
 
     prefix = "sparsify."
@@ -76,7 +76,7 @@ class SparsifyConfig(Checked):
 
 
 class SparsifiedModule(BalancedModule):
-    """What is added to a user's class by ``adopt``: everything else in it is the user's.
+    """Methods that ``adopt`` adds to a user's class: everything else in it is the user's.
 
     The balance losses are added to the loss that ``training_step`` returns, so that gradient accumulation and AMP scale
     them as they scale the task's.
@@ -92,10 +92,10 @@ class SparsifiedModule(BalancedModule):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # numbers that change each step would recompile it
     def balanced(self, result: Any, tape: core.Tape) -> Any:
-        """Return what a training step has returned, with the balance losses added to its loss.
+        """Return a training step's result, with the balance losses added to its loss.
 
         Args:
-            result: a loss (), a mapping with the key "loss", or None where the step skips its batch.
+            result: a loss (), a mapping with the key "loss", or None if the step skips its batch.
             tape: record of the layers' passes in the step.
         """
         aux = core.aux_losses(tape)
@@ -111,7 +111,7 @@ class SparsifiedModule(BalancedModule):
             return result + added
         if isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor):
             return {**result, "loss": result["loss"] + added}
-        return result  # Lightning says what is wrong with it
+        return result  # Lightning reports the error
 
     def on_validation_epoch_start(self) -> None:
         self._moe_stats = None
@@ -153,10 +153,10 @@ def sparsified(module: LightningModule, config: SparsifyConfig) -> SparsifiedMod
 
     Args:
         module: a module of the user's own, which has just been made; it stays as it is.
-        config: what becomes sparse, and how.
+        config: the networks that become sparse, and how.
 
     Raises:
-        ValueError: as ``core.sparsify`` and ``adopt``; or the module is of the suite, or optimizes by hand.
+        ValueError: as ``core.sparsify`` and ``adopt``; or the module belongs to the suite, or optimizes by hand.
     """
     if isinstance(module, BalancedModule):
         raise ValueError(
@@ -228,7 +228,7 @@ def adopt(module: LightningModule, config: SparsifyConfig) -> SparsifiedModule:
 
 
 def check_sparsified(checkpoint: Mapping[str, Any], module: LightningModule, path: Any) -> None:
-    """Raise a ``ValueError`` where a checkpoint is of a module made sparse, and this one is not, or the other way."""
+    """Raise a ``ValueError`` if a checkpoint's module was made sparse and this one was not, or the other way."""
     there, here = "sparsify" in checkpoint, isinstance(module, SparsifiedModule)
     if there and not here:
         raise ValueError(f"{path} holds a model that was made sparse: give the section sparsify of its configuration")
@@ -237,7 +237,7 @@ def check_sparsified(checkpoint: Mapping[str, Any], module: LightningModule, pat
 
 
 def _added_names() -> Iterator[str]:
-    """Yield the names that ``SparsifiedModule`` has beyond those of ``LightningModule``."""
+    """Yield the names that ``SparsifiedModule`` has beyond ``LightningModule``'s."""
     for owner in SparsifiedModule.__mro__:
         if owner is LightningModule:
             return

@@ -1,7 +1,7 @@
-"""What the apps use of torch that torch does not document, beside ``core.torch_internals``: nothing else in apps does.
+"""Undocumented parts of torch that the apps use, besides ``core.torch_internals``: nothing else in apps uses any.
 
 Each docstring says what torch lacks in public. All hold for torch 2.12 and 2.13;
-tests/apps/train/test_torch_internals.py fails where a new version changes one.
+tests/apps/train/test_torch_internals.py fails if a new version changes one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def checkpoint_activations(module: nn.Module) -> None:
 
 
 def limit_waiting(timeout: timedelta | None) -> None:
-    """Give every group of this process a timeout. torch makes those of a mesh with its own, of half an hour, and has no
+    """Give every group of this process a timeout. torch makes a mesh's groups with its own, of half an hour, and has no
     public function to change it."""
     if timeout is not None:
         for group in list(dist.distributed_c10d._world.pg_map):
@@ -34,7 +34,7 @@ def limit_waiting(timeout: timedelta | None) -> None:
 
 
 def find_cpp_compiler() -> None:
-    """Raise an error where there is no C++ compiler for AOTInductor. In public only compiling shows it."""
+    """Raise an error if AOTInductor finds no C++ compiler. In public only compiling shows it."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     get_cpp_compiler()

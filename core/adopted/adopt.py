@@ -37,15 +37,15 @@ def adopt(model: nn.Module, balance: Balance = Balance(load_balancing=0.0, route
 
     Args:
         model: a model with MoE blocks whose layouts are in ``core.adopted.LAYOUTS``.
-        balance: weights of the balance losses. By default there are none: transformers adds its own where
+        balance: weights of the balance losses. By default no loss is added: transformers adds its own if
             ``output_router_logits`` asks for it.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: there is no block of a known layout, one is adopted already, or a block is not as its layout says.
-            The model is left as it was.
+        ValueError: the model has no block of a known layout, one is adopted already, or a block is not as its layout
+            says. The model is left as it was.
 
     Example::
 
@@ -103,7 +103,7 @@ _joined: Any = functools.cache(_join)
 
 
 def _classes(name: str, block: nn.Module, layout: Layout) -> tuple[Any, Any, Any]:
-    """Return the classes that a block, its router and its experts change to, or say what is not as it should be."""
+    """Return the classes that a block, its router and its experts change to, or describe the mismatch."""
     for path in filter(None, (layout.router, layout.experts, layout.bias)):
         try:
             attrgetter(path)(block)
@@ -139,7 +139,7 @@ def _adopt_block(block: Any, classes: tuple[Any, Any, Any], balance: Balance) ->
     options = _expert_options(block, layout)
     block.__class__, router.__class__, experts.__class__ = classes
     if not layout.experts:
-        _add(block, experts=experts)  # no child: what it computes with are the block's own modules
+        _add(block, experts=experts)  # not a child: it computes with the block's own modules
     try:
         bias = attrgetter(layout.bias)(block) if layout.bias else None
     except AttributeError:
@@ -167,7 +167,7 @@ def _adopt_block(block: Any, classes: tuple[Any, Any, Any], balance: Balance) ->
 
 
 def _holder(block: nn.Module, layout: Layout) -> nn.Module:
-    """Return the module from which paths of matrices and of the activation begin: the first of several experts."""
+    """Return the module from which paths of matrices and of the activation start: the first of several experts."""
     experts = block.get_submodule(layout.experts)
     return next(experts.children()) if layout.way in ("mask", "gates") else experts
 

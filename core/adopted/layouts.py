@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a block keeps its parts, by the names of attributes.
+    """The places of a block's parts, as names of attributes.
 
     The block calls ``experts(x_TD, expert_ids_TK, gates_TK)``, and its router returns logits among other things.
 
@@ -20,7 +20,7 @@ class Layout:
         that is added to the scores for the choice; "": none. up, down: paths, from the experts, of the matrices to the
         hidden layer, both halves of a gated expert in one, and
             of those back.
-        gate: path of the gate's matrices where they are apart; "": ``up`` holds both halves.
+        gate: path of the gate's matrices if they are apart; "": ``up`` holds both halves.
         up_bias, down_bias: their biases; "": none.
         transposed: whether matrices are (E, in, out); else (E, out, in), as ``nn.Linear`` has them.
         down_transposed: the same of ``down``; None: as ``transposed``.
@@ -33,7 +33,7 @@ class Layout:
         gated: whether experts have a gate's half.
         way: how the block asks its experts. "choice": ``experts(x_TD, expert_ids_TK, gates_TK)``. "mask":
             ``experts(x_TD, chosen_T1E, gates_T1)``, and "gates": ``experts(x_TD, chosen_TE, gates_TE)``; both have a
-            dict of modules, one an expert, from which the paths of matrices and biases begin. "input": the router
+            dict of modules, one per expert, from which the paths of matrices and biases start. "input": the router
             returns scores (T, E), 0 but for the chosen experts, which scale the experts' input; the block adds its
             ``shared_expert`` and returns the logits too. "sorted": the router sorts tokens by expert, and the matrices
             lie in the block.

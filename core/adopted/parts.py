@@ -1,4 +1,4 @@
-"""What an adopted block, its router and its experts are besides what they were: classes that are put before their own.
+"""Classes of an adopted block, its router and its experts, which are put before their own classes.
 
 Nothing of the block is copied or renamed: its modules change class, and back again.
 """
@@ -24,11 +24,11 @@ from .layouts import Layout
 
 
 class Adopted:
-    """What the three have in common.
+    """Common base of the three.
 
     Attributes:
         original: the class that the module had.
-        layout: that of its block.
+        layout: layout of its block.
     """
 
     original: ClassVar[type[nn.Module]]
@@ -36,7 +36,7 @@ class Adopted:
 
 
 class AdoptedRouter(Adopted, Router):
-    """A router that decides as it did, and leaves its logits for the record."""
+    """A router that decides as before, and records its logits."""
 
     terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
     config = None
@@ -96,7 +96,7 @@ class AdoptedExperts(Adopted, Experts):
         return together
 
     def one_each(self) -> list[nn.Module]:
-        """Return the modules of the experts, where each has its own."""
+        """Return the modules of the experts, if each has its own."""
         return [m for name, m in self._modules.items() if m is not None and name.startswith("expert_")]
 
     def halves(self, tensor: Tensor, axis: int) -> tuple[Tensor | None, Tensor]:
@@ -168,7 +168,7 @@ class AdoptedClamped(AdoptedExperts, ClampedSwiGLUExperts):  # type: ignore[misc
 
 
 class AdoptedMoE(Adopted, MoE):
-    """A block that routes as it did. Its experts are computed by the engine's kernels, and tapes listen to it."""
+    """A block that routes as before. The engine's kernels compute its experts, and tapes record it."""
 
     bias: Tensor
     shared_expert: nn.Module

@@ -19,9 +19,9 @@ class DenseFFN(Checked):
     Attributes:
         hidden_dim: F; None: 4 * dim.
         activation: "relu", "gelu", "gelu_tanh" (its approximation), "silu", or another of ``GeneralFFN``.
-        gated: the layer is ``(act(x w_gate) * (x w_in)) w_out``, in place of ``act(x w_in) w_out``: GEGLU, SwiGLU
-            (arXiv 2002.05202).
-        bias: each product has a bias.
+        gated: the layer is ``(act(x w_gate) * (x w_in)) w_out``, instead of ``act(x w_in) w_out``: GEGLU, SwiGLU (arXiv
+            2002.05202).
+        bias: each linear layer has a bias.
         dropout: of the hidden layer.
 
     Raises:

@@ -45,31 +45,31 @@ class MoEConfig(Checked):
     Attributes:
         num_experts: E.
         router: choice of the experts: ``TokenChoice(...)`` or another router config. It decides which layer is built,
-            and which of the fields below have a meaning; one without is refused unless it is left at its default.
+            and which of the fields below have a meaning; a field without a meaning raises an error unless it is left at
+            its default.
         expert: kind of the experts: ``FFN(...)``, ``SwiGLU(...)``, ``GEGLU(...)``.
         capacity_factor: in training an expert takes ``ceil(capacity_factor * K * tokens in group / E)`` tokens and the
             rest are dropped; None: dropless.
         eval_capacity_factor: the same in evaluation; None: as in training; infinity: dropless.
-        priority: order of service where capacity is short: "position", "score" (batch-prioritised) or "random".
+        priority: order of service when capacity is short: "position", "score" (batch priority) or "random".
         group: tokens that compete for capacity: "batch", "sequence", a number of tokens; None: the router's default.
         num_shared_experts: experts that every token takes besides.
-        shared_expert: kind of the shared experts, such as one of another width (Qwen2-MoE), or an FFN beside ``PEER``
+        shared_expert: kind of the shared experts, such as one of another width (Qwen2-MoE), or an FFN next to ``PEER``
             (Doge); None: as ``expert``.
         balance: weights of the balance losses.
         backend: kernels that compute: "auto", "eager", "cpu", "grouped" or "triton".
         shared_gate: how the shared experts' output s joins the routed one, r: "none": ``r + s``; "mix": ``(1 - g) s +
             g r`` with a gate ``g = sigmoid(x w)`` a token (NLLB's conditional routing, arXiv 2207.04672), whose share
             ``Balance(gate_budget=..., budget=...)`` holds; "scale": ``r + g s`` (Qwen-MoE).
-        shared_gate_dropout: probability, with "mix" in training, that a token's g is 0: the shared experts alone.
+        shared_gate_dropout: probability, with "mix" in training, that a token's g is 0: only the shared experts.
         expert_output_masking: in training each computed pair is left out of its token's sum with this probability, and
-            the others are divided by 1 minus it (NLLB, arXiv 2207.04672); losses, loads and capacity stay as they are.
-        expert_dropout: probability in training that a token cannot choose an expert, drawn anew for each token and
-            expert before the choice (SiRA, arXiv 2311.09179); the gates are those of the choice among the rest, of
-            which at least K stay. The dropout inside an expert that Switch fine-tunes with (arXiv 2101.03961) is
-            another method.
+            the others are scaled by 1 / (1 - it) (NLLB, arXiv 2207.04672); losses, loads and capacity stay as they are.
+        expert_dropout: probability in training that a token cannot choose an expert, sampled for each token and expert
+            before the choice (SiRA, arXiv 2311.09179); the gates come from the choice among the rest, of which at least
+            K stay. The dropout inside an expert that Switch fine-tunes with (arXiv 2101.03961) is another method.
         granularity: g, which makes the experts finer at the same cost (DeepSeekMoE, arXiv 2401.06066): g E experts of
-            width F / g, of which a token takes g K. Shared experts that are as the routed ones are of that width too,
-            and their number stays.
+            width F / g, of which a token takes g K. Shared experts of the routed kind have that width too, and their
+            number stays.
         output_bias: a learned vector is added to the output of every token (JetMoE, arXiv 2404.07413).
 
     Example::
@@ -115,7 +115,7 @@ class MoEConfig(Checked):
             raise ValueError("balance.adaptive=True follows the drop rate, which is 0 without a capacity_factor")
 
     def _check_options(self) -> None:
-        """Refuse what was set by hand and has no meaning with the router."""
+        """Raise an error for options that were set by hand and have no meaning with the router."""
         heeded, router = self.router.layer_options, self.router.source()
         for f in fields(self):
             value = getattr(self, f.name)
@@ -186,7 +186,7 @@ class MoEConfig(Checked):
         Args:
             dim: D of the tokens.
             out_dim: width of the output; None: as ``dim``.
-            causal: the layer stands in a causal decoder, where a later token must not change an earlier one.
+            causal: the layer is part of a causal decoder, in which a later token must not change an earlier one.
 
         Raises:
             ValueError: ``dim`` or ``out_dim`` is below 1, router or experts are not causal and have to be, or the
@@ -291,7 +291,7 @@ class MoEConfig(Checked):
         experts += self._shared(lambda kind: kind.flops_per_row(dim, out_dim))
         gates = self.router.flops_per_token(self.expert.row_dim(dim), self.num_experts)
         gates += 0 if self.shared_gate == "none" else 2 * dim
-        # What the router decides on at once: a token, or a patch of several.
+        # The unit that the router decides on: a token, or a patch of several.
         per_decision = gates + round(experts + layer + shared_parts)
         if tokens_per_sequence is None or length is None:
             return round(per_decision / self.expert.tokens_per_row)
@@ -306,7 +306,7 @@ class MoEConfig(Checked):
         return self.num_shared_experts * cost(self.shared_expert or self.expert)
 
     def own_params(self, dim: int, out_dim: int | None = None) -> int:
-        """Return the parameters of router, shared gate and output's bias, and those that all experts share."""
+        """Return the parameters of router, shared gate and output's bias, and the parameters that all experts share."""
         bias = (self.expert.out_dim(dim) if out_dim is None else out_dim) if self.output_bias else 0
         gates = self.router.num_params(self.expert.row_dim(dim), self.num_experts)
         gates += 0 if self.shared_gate == "none" else dim

@@ -34,8 +34,8 @@ class MultiGateConfig(OpenConfig):
         feature_gate: rank of low-rank gates that give each expert its own input (HoME, arXiv 2408.05430); 0: none.
         self_gate: experts of each task outside its softmax, added to its output (HoME): one is weighted by a sigmoid,
             several by a softmax of their own; 0: none.
-        num_domain_experts: experts of each domain alone, beside the others in every task's gate (M3oE, arXiv
-            2404.18465); they compute their domain's examples only. Needs domains when it is built.
+        num_domain_experts: experts per domain, in addition to the others in every task's gate (M3oE, arXiv 2404.18465);
+            they compute their domain's examples only. Needs domains when it is built.
         gate_hidden_dims: widths of the hidden layers, with ReLU, of each gate; (): gates are linear.
         gate_bias: whether the gates' logits have a learned bias.
         init_scale: variance of the gates' initial weights times D.
@@ -72,7 +72,7 @@ class MultiGateConfig(OpenConfig):
         self.balance.check(self.terms, type(self).__name__)
 
     def check_no_gates(self, *own: str) -> None:
-        """Raise a ``ValueError`` where options of gates are set, in a config that has none.
+        """Raise a ``ValueError`` if options of gates are set, in a config that has none.
 
         Args:
             own: names of the fields that have a meaning for it.
@@ -125,7 +125,8 @@ class MultiGateConfig(OpenConfig):
         return {"balance": self.balance, "expert_dropout": self.expert_dropout, "dim": dim}
 
     def _check_unused(self, why: str, *names: str) -> None:
-        """Refuse options that the layer has no use for, by default those of gates on features, tasks and domains."""
+        """Raise an error for options that the layer does not use, by default of gates on features, tasks and
+        domains."""
         for name in names or ("feature_gate", "self_gate", "num_domain_experts"):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} {why}")
@@ -147,7 +148,7 @@ class MultiGateConfig(OpenConfig):
         return ExpertGroups(num_tasks, self.num_experts, own, self.self_gate, self.num_domain_experts, num_domains)
 
     def _own_experts(self, num_tasks: int) -> tuple[int, ...]:
-        """Return the numbers of experts of each task alone."""
+        """Return the numbers of experts that belong to each task."""
         return (0,) * num_tasks
 
     def _gates(self, dim: int, groups: ExpertGroups, shared_gate: bool = False) -> DenseGates:
@@ -178,7 +179,7 @@ class MultiGateConfig(OpenConfig):
     def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
         """Return the forward FLOPs of an example, for all tasks: two a multiply-add; gates and their sums included.
 
-        Where tasks choose among the experts, this is the cost on average if they choose independently.
+        If tasks choose among the experts, this is the cost on average if they choose independently.
 
         Args:
             dim: D.
@@ -223,7 +224,7 @@ class MultiGateConfig(OpenConfig):
         return 4 * width * groups.num_dense * self.feature_gate + experts * self.expert.flops_per_row(width)
 
     def _gate_width(self, width: int) -> int:
-        """Return the width of what a gate's last product reads."""
+        """Return the input width of a gate's last linear layer."""
         return (width, *self.gate_hidden_dims)[-1]
 
     def _gate_layers(self, width: int) -> list[tuple[int, int]]:
@@ -231,7 +232,7 @@ class MultiGateConfig(OpenConfig):
         return list(pairwise((width, *self.gate_hidden_dims)))
 
     def _levels(self, dim: int) -> list[tuple[int, bool]]:
-        """Return the width of each level's input, and whether its shared representation goes on."""
+        """Return the width of each level's input, and whether its shared representation continues."""
         return [(dim, False)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -240,7 +241,7 @@ class MultiGateConfig(OpenConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MultiGateConfig:
-        """Return the config that ``to_dict`` wrote; without a class its fields are those of this one.
+        """Return the config that ``to_dict`` wrote; without a class it has the fields of this one.
 
         Raises:
             ValueError: an unknown field or class, or a class that is not this one's, naming it.
@@ -256,7 +257,7 @@ def weights_per_example(groups: ExpertGroups, shared_gate: bool = False) -> int:
 
 @dataclass(frozen=True)
 class MMoE(MultiGateConfig):
-    """Multi-gate mixture of experts: ``y_k = sum_e softmax(W_k x)_e f_e(x)``, a gate a task over all experts (Ma et
+    """Multi-gate mixture of experts: ``y_k = sum_e softmax(W_k x)_e f_e(x)``, one gate per task over all experts (Ma et
     al., KDD 2018, eq. 6-7). Every expert computes every example.
 
     With a ``router`` an example is computed by few of many small experts:
@@ -272,7 +273,7 @@ class MMoE(MultiGateConfig):
     Attributes:
         router: any that chooses pairs (``TokenChoice``, ``DSelectK``, ``ExpertChoice``, ``Threshold``, ...); None:
             softmax gates over all experts. Not together with ``feature_gate``, ``self_gate``, ``num_domain_experts``,
-            ``gate_hidden_dims``, ``gate_bias``; ``expert_dropout`` is of the gates of "shared".
+            ``gate_hidden_dims``, ``gate_bias``; ``expert_dropout`` applies to the gates of "shared".
         selection: "task" or "shared".
     """
 
@@ -381,8 +382,8 @@ class CGC(MultiGateConfig):
     et al., RecSys 2020, eq. 1-3).
 
     Attributes:
-        num_task_experts: experts of each task alone: one number for all tasks, or a list with one a task. 0: this is
-            MMoE.
+        num_task_experts: experts that belong to one task: one number for all tasks, or a list with one per task. 0:
+            this is MMoE.
     """
 
     num_experts: Count = 4
@@ -400,7 +401,7 @@ class CGC(MultiGateConfig):
 @dataclass(frozen=True)
 class PLE(CGC):
     """Progressive layered extraction: CGC stacked (Tang et al., RecSys 2020, eq. 4-6). Each task's representation and
-    the shared one go on from level to level; the shared one's gate sees all experts of its level.
+    the shared one pass from level to level; the shared one's gate sees all experts of its level.
 
     Attributes:
         num_levels: 1: this is CGC.

@@ -1,8 +1,8 @@
 """The codec between configs and plain dicts, lists and numbers: what YAML, hyper-parameters and checkpoints hold.
 
-A plain config is a dict of its fields. It names its class, ``{"class_path": ..., "init_args": {...}}``, where its place
-allows several: where the type hint there is an ``OpenConfig``, or is not the config's own class. A name is looked up
-among the registered classes, so a loaded file makes those alone and imports nothing.
+A plain config is a dict of its fields. It names its class, ``{"class_path": ..., "init_args": {...}}``, if its place
+allows several: the type hint there is an ``OpenConfig``, or is not the config's own class. A name is looked up among
+the registered classes, so a loaded file only makes registered classes and imports nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def to_plain(value: Any, hint: Any = Any) -> Any:
 
     Args:
         value: a config, or mappings and sequences that may hold some.
-        hint: type hint of the place where the plain value will stand, such as ``MoEConfig | None``.
+        hint: type hint of the plain value's place, such as ``MoEConfig | None``.
 
     Raises:
         ValueError: a dataclass that is not registered: ``from_plain`` could not make it again.
@@ -51,7 +51,7 @@ def to_plain(value: Any, hint: Any = Any) -> Any:
 
 
 def from_plain(value: Any, hint: Any = Any, where: str = "") -> Any:
-    """Return what ``to_plain`` made a plain value of: configs of dicts, and tuples of lists where the hint says so.
+    """Return the value that ``to_plain`` made plain: configs from dicts, and tuples from lists if the hint says so.
 
     A config is returned as it is. Only registered classes are made, and the class that the hint names.
 
@@ -61,8 +61,8 @@ def from_plain(value: Any, hint: Any = Any, where: str = "") -> Any:
         where: dotted name of its place, for messages.
 
     Raises:
-        ValueError: naming the place and what is wrong there: a class that is not registered or not of the hint's kind,
-            an unknown field, a value that its config refuses, or another thing in a config's place.
+        ValueError: naming the place and the problem: a class that is not registered or not of the hint's kind, an
+            unknown field, a value that its config rejects, or another kind of value than a config.
     """
     kinds = list(_kinds(hint))
     configs = tuple(k for k in kinds if isinstance(k, type) and (is_dataclass(k) or issubclass(k, OpenConfig)))
@@ -106,7 +106,7 @@ def arguments_from_plain(kind: type, arguments: Any, where: str) -> dict[str, An
     Args:
         kind: the class.
         arguments: plain values by name; a name without a hint is taken for one of any kind.
-        where: what messages call the class, such as "model".
+        where: name of the class in messages, such as "model".
 
     Raises:
         ValueError: as ``from_plain``.
@@ -171,7 +171,7 @@ def _check_names(kind: type, arguments: Mapping[str, Any], known: Sequence[str],
 
 
 def _kinds(hint: Any) -> Iterator[Any]:
-    """Yield what a value may be: the parts of a union, else the hint itself."""
+    """Yield the alternatives of a type hint: the parts of a union, else the hint itself."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         for part in typing.get_args(hint):
             yield from _kinds(part)
@@ -184,11 +184,11 @@ def _check_text(text: str, hint: Any, where: str) -> None:
 
     Raises:
         ValueError: the hint has no text, and it or a part of it is a class, or a function; or it has both, and the text
-            is no plain word; or it is of anything, and the text is YAML of nested values.
+            is not a plain word; or it may hold anything, and the text is YAML of nested values.
     """
     takes_text = any(k in (str, Any, object) or typing.get_origin(k) is typing.Literal for k in _kinds(hint))
     for kind in _classes(hint):
-        # A list has no class to import beside those of its items; a Tensor iterates as well, and is a class.
+        # A list has no class to import except its items' classes; a Tensor iterates as well, and is a class.
         holds = issubclass(kind, Iterable) and kind.__module__ in ("builtins", "collections.abc")
         if holds or issubclass(kind, (str, int, float, PurePath, types.NoneType, types.UnionType)):
             continue
@@ -211,7 +211,7 @@ def _classes(hint: Any) -> Iterator[type]:
 
 
 def _sequence(kinds: list[Any]) -> Any:
-    """Return the class of the first sequence among ``kinds``, such as tuple; None where there is none."""
+    """Return the class of the first sequence among ``kinds``, such as tuple; None if there is none."""
     origins = (typing.get_origin(k) or k for k in kinds)
     return next((o for o in origins if isinstance(o, type) and issubclass(o, Sequence) and o not in (str, bytes)), None)
 

@@ -20,8 +20,8 @@ class HoME(MultiGateConfig):
     """Hierarchy of multi-gate experts (HoME, arXiv 2408.05430). Tasks fall into categories, as clicks and watch times.
 
     A first level of meta experts makes a shared representation z_s and one of each category, z_c, as a level of PLE
-    does with categories in the place of tasks. In the second level the shared experts read z_s, those of a category and
-    of its tasks z_c, and task k of category c has ``y_k = sum_e softmax(W_k [z_s, z_c])_e f_e + self-gate`` over the
+    does with categories in the place of tasks. In the second level the shared experts read z_s, a category's and its
+    tasks' experts z_c, and task k of category c has ``y_k = sum_e softmax(W_k [z_s, z_c])_e f_e + self-gate`` over the
     shared experts, its category's and its own.
 
     The default expert is the paper's, with Swish and batch norm; ``feature_gate`` adds its feature-gates.
@@ -29,7 +29,7 @@ class HoME(MultiGateConfig):
     Attributes:
         num_experts: shared experts of each level.
         num_category_experts: experts of each category, in each level.
-        num_task_experts: experts of each task alone, in the second level.
+        num_task_experts: experts that belong to one task, in the second level.
         categories: category of each task, from 0 without a gap, such as [0, 0, 1]; empty: all tasks have one.
         self_gate: as in ``MultiGateConfig``, of the categories in the first level and of the tasks in the second.
     """
@@ -115,7 +115,7 @@ class M3oE(MultiGateConfig):
     are learned with the rest; the paper learns them on validation examples, and has a gate for each domain where the
     gates here see its vector v_d.
 
-    Every expert computes every example, those of other domains too. Needs domains when it is built.
+    Every expert computes every example, also of other domains. Needs domains when it is built.
 
     Attributes:
         num_experts: shared experts.
@@ -146,7 +146,7 @@ class M3oE(MultiGateConfig):
 
     def _params(self, dim: int, groups: ExpertGroups, experts: int) -> int:
         gates, fusion = self._gate_params(dim, self._gate_groups(groups.num_tasks, groups.num_domains)), 4
-        # Those of other domains too: every expert computes every example.
+        # Also other domains' experts: every expert computes every example.
         return gates + fusion + self._expert_params(dim, groups, groups.num_experts)
 
     def flops_per_token(self, dim: int, num_tasks: int, num_domains: int = 0, *, batch_size: int | None = None) -> int:
@@ -159,16 +159,16 @@ class M3oE(MultiGateConfig):
 @dataclass(frozen=True)
 class STAR(MultiGateConfig):
     """Star topology (STAR, arXiv 2101.11427): a network for each domain, ``h_i = act((w_i * w_i,d) h_{i-1} + b_i +
-    b_i,d)`` with shared w and b and those of domain d. All tasks get the same output.
+    b_i,d)`` with shared w and b and domain d's own. All tasks get the same output.
 
-    An example is computed by its domain's network alone, all domains in one dispatch. A domain's weights start at 1
-    and its biases at 0. Needs domains when it is built. The paper's auxiliary network of the domain is
+    An example is only computed by its domain's network, all domains in one dispatch. A domain's weights start at 1 and
+    its biases at 0. Needs domains when it is built. The paper's auxiliary network of the domain is
     ``HeadConfig.domain_dim`` in ``apps.recsys``.
 
     Attributes:
-        num_experts: 1: the number of networks is that of the domains.
+        num_experts: 1: there are as many networks as domains.
         expert: layers of a network, an ``MLP``.
-        norm: whether the input is normalised over the examples of its domain (partitioned normalisation).
+        norm: whether the input is normalized over the examples of its domain (partitioned normalization).
     """
 
     num_experts: Count = 1
@@ -206,7 +206,7 @@ class STAR(MultiGateConfig):
         return (1 + num_domains) * self.expert.num_params(dim) + self._norm_params(dim, num_domains)
 
     def active_params(self, dim: int, num_tasks: int, num_domains: int = 0) -> int:
-        """Return the shared parameters, those of one domain's network, and all of the norm."""
+        """Return the shared parameters, one domain's network, and all of the norm."""
         self.groups(num_tasks, num_domains)
         return 2 * self.expert.num_params(dim) + self._norm_params(dim, num_domains)
 

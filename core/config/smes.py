@@ -30,8 +30,8 @@ class SMES(MultiGateConfig):
         shared_top_k: experts of an example for all tasks.
         private_top_k: experts of an example for each task besides.
         dense_training: whether in training each example takes, with probability 1/2, all experts under the softmax of
-            all logits. Evaluation takes the chosen ones alone, and costs are those of evaluation. Then the gates see
-            what the experts give that they leave out (after RankMixer, arXiv 2507.15551).
+            all logits. Evaluation takes only the chosen ones, and costs are counted in evaluation. Then the gates see
+            the outputs of the experts that they leave out (after RankMixer, arXiv 2507.15551).
     """
 
     num_experts: Count = 32
@@ -54,8 +54,8 @@ class SMES(MultiGateConfig):
         return True
 
     def most_experts(self, num_tasks: int) -> int:
-        """Return the most experts that compute an example. Tasks seldom agree on a private one, since S has what they
-        agree on, so that the costs are counted with it."""
+        """Return the most experts that compute an example. Tasks seldom agree on a private one, since S has the experts
+        they agree on, so that the costs are counted with it."""
         return min(self.shared_top_k + num_tasks * self.private_top_k, self.num_experts)
 
     def _layer(self, dim: int, num_tasks: int, groups: ExpertGroups) -> MultiGateLayer:

@@ -12,7 +12,7 @@ def divides(name: str, value: int, num_experts: int) -> None:
 
 
 def at_most_experts(name: str, value: int | None, num_experts: int) -> None:
-    """Refuse a value that exceeds the number of experts; None fits."""
+    """Raise an error for a value that exceeds the number of experts; None fits."""
     if value is not None and value > num_experts:
         raise ValueError(f"{name}={value} exceeds num_experts={num_experts}")
 
@@ -23,17 +23,17 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def clean_ids(ids: Tensor, name: str, size: int, of_sequences: tuple[int, int], valid_T: Tensor | None) -> Tensor:
-    """Return the ids of the context's field ``name`` as int64, with 0 for padding and for sequences of padding alone.
+    """Return the ids of the context's field ``name`` as int64, with 0 for padding and for sequences of only padding.
 
     Args:
-        ids: the field, of shape (B, S) where its name ends in "BS", else (B,).
+        ids: the field, of shape (B, S) if its name ends in "BS", else (B,).
         name: name of the field.
-        size: number of ids. ``range(size)`` is checked on CPU alone: elsewhere nothing is read back.
+        size: number of ids. ``range(size)`` is only checked on CPU: elsewhere nothing is read back.
         of_sequences: B and S.
         valid_T: bool (T,), False for padding; None: no padding.
 
     Raises:
-        ValueError: the field is no tensor, has another shape, holds no integers, or an id is out of range.
+        ValueError: the field is not a tensor, has another shape, holds no integers, or an id is out of range.
     """
     check_tensor(f"context.{name}", ids)
     is_of_tokens = name.endswith("BS")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Evidence:
-    """The part of a decision that the balance losses and the statistics read, beside its counts.
+    """The part of a decision that the balance losses and the statistics read, in addition to its counts.
 
-    A gate makes it where it chooses, and it goes on whole: ``Choice.evidence`` is ``Routing.evidence``. Dispatchers and
-    experts never read it. A field that a gate leaves at None is unknown, and terms that need it are left out.
+    A gate makes it when it chooses, and it is passed on whole: ``Choice.evidence`` is ``Routing.evidence``. Dispatchers
+    and experts never read it. A field that a gate leaves at None is unknown, and terms that need it are left out.
 
     Attributes:
         scores_TE: float32 (T, E), the score function of ``logits_TE``; each row sums to 1 in the balance losses.
@@ -22,14 +22,14 @@ class Evidence:
         noise_std: standard deviation of the noise added to the logits, a float or (T, E); None without noise.
         threshold_TE: float32, broadcastable to (T, E): value that a noisy logit had to reach to be chosen.
         extra: the gate's own losses by name, float32 (T,) each; padding may hold any finite value. Their means over
-            the real tokens join the balance losses with the weights of ``RouterConfig.extra_weights``.
+            the non-padding tokens join the balance losses with the weights of ``RouterConfig.extra_weights``.
         balance_scores, balance_chosen: float32 (T, M) and (M,), scores and counts that the ``load_balancing`` and
-            ``importance`` losses read in place of ``scores_TE`` and ``Routing.chosen_per_expert_E``, where they judge
-            more than the E experts (null experts), or another choice than the computed one.
-        sums: sums for the balance losses that were made elsewhere: over the real tokens by a kernel, see
+            ``importance`` losses read instead of ``scores_TE`` and ``Routing.chosen_per_expert_E``, if they judge more
+            than the E experts (null experts), or another choice than the computed one.
+        sums: sums for the balance losses that were made elsewhere: over the non-padding tokens by a kernel, see
             ``kernels.eager.TopK``, or over rows by the layer, see ``MoE``.
         sparse_scores: float32 (T, E), not negative, scores that the loss ``sparsity`` of a router's own holds down.
-        counts: float32 (n,), the pass's part of the numbers that ``Router.after_counts`` reads once a step; they are
+        counts: float32 (n,), the pass's part of the numbers that ``Router.after_counts`` reads once per step; they are
             added up over passes and ranks, and stay on ``Tape.loads``.
     """
 

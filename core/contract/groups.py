@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenGroups:
-    """The parting of T tokens into N groups: token t is member ``t // N`` of group ``t % N``.
+    """A partition of T tokens into N groups: token t is member ``t // N`` of group ``t % N``.
 
-    N is a multiple of the sequences' length S, so the members of a group stand at the same position of different
+    N is a multiple of the sequences' length S, so the members of a group are at the same position of different
     sequences.
 
     Attributes:
@@ -29,12 +29,12 @@ class TokenGroups:
     def of(cls, num_sequences: int, length: int, most: int) -> TokenGroups:
         """Return the groups of B sequences: as few as have at most ``most`` members, of sizes that differ by one."""
         B, each = num_sequences, -(-num_sequences // most)
-        # Where the number is symbolic (export), a second division would depend on it: a group keeps all its places.
+        # If the number is symbolic (export), a second division would depend on it: a group keeps all its places.
         size = -(-B // each) if isinstance(B, int) and each else most
         return cls(B * length, each * length, size)
 
     def part(self, value_T: Tensor) -> Tensor:
-        """Return a (T, ...) value by place and group, (g, N, ...). Empty places hold what the last token has."""
+        """Return a (T, ...) value by place and group, (g, N, ...). Empty places repeat the last token."""
         # An index serves any number of tokens; ``torch.export`` would fix padding to one.
         index = torch.arange(self.size * self.num_groups, device=value_T.device).clamp_max(self.num_tokens - 1)
         return value_T.index_select(0, index).unflatten(0, (self.size, self.num_groups))

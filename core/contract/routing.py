@@ -14,10 +14,10 @@ from .groups import TokenGroups
 
 @dataclass(frozen=True)
 class RoutingContext:
-    """Facts about tokens and sequences that a gate may use beside the hidden states. Every field is optional.
+    """Facts about tokens and sequences that a gate may use in addition to the hidden states. Every field is optional.
 
     Attributes:
-        valid_BS: bool (B, S), True for real tokens. Padding is never routed, counted or in a loss.
+        valid_BS: bool (B, S), True for non-padding tokens. Padding is never routed, counted or in a loss.
         token_ids_BS: int64 (B, S), vocabulary ids; patch positions in vision.
         task_ids_B: int64 (B,), the task of each sequence; a language pair is a task.
         domain_ids_B: int64 (B,), the domain of each sequence (papers on recommenders call it a scenario).
@@ -47,7 +47,7 @@ class Decision(Protocol):
 
     @property
     def chosen_per_expert_E(self) -> Tensor:
-        """The number of pairs of real tokens that chose each expert, before capacity, (E,)."""
+        """The number of pairs of non-padding tokens that chose each expert, before capacity, (E,)."""
 
     @property
     def num_tokens(self) -> int:
@@ -55,11 +55,11 @@ class Decision(Protocol):
 
     @property
     def valid_T(self) -> Tensor | None:
-        """Bool (T,), False for padding; None where every token is real."""
+        """Bool (T,), False for padding; None if every token is real."""
 
     @property
     def num_sequences(self) -> int | None:
-        """The number of sequences B, of T / B tokens each; None where it is not known."""
+        """The number of sequences B, of T / B tokens each; None if it is not known."""
 
     @property
     def evidence(self) -> Evidence:
@@ -72,12 +72,12 @@ class Routing:
 
     Attributes:
         token_index_N: int64 (N,), the token of each pair, in ``range(T)``, to which its output is added.
-        expert_ids_N: int64 (N,), the expert of each pair, or E where the pair is not computed.
-        gates_N: float32 (N,), the combine weight of the expert's output, or of its input where the router says so.
+        expert_ids_N: int64 (N,), the expert of each pair, or E if the pair is not computed.
+        gates_N: float32 (N,), the combine weight of the expert's output, or of its input if the router says so.
         tokens_per_expert_E, chosen_per_expert_E: int64 (E,), as in ``Decision``.
         num_tokens, valid_T, num_sequences, evidence: as in ``Decision``.
-        top_k: K where the pairs are token-major, so that pair ``n`` belongs to token ``n // K``; else None.
-        input_index_N: int64 (N,), the token that each pair reads, where several tasks route the same tokens
+        top_k: K if the pairs are token-major, so that pair ``n`` belongs to token ``n // K``; else None.
+        input_index_N: int64 (N,), the token that each pair reads, if several tasks route the same tokens
             (``core.dispatch.join_tasks``); None: ``token_index_N``.
         most_per_expert: the most pairs that an expert computes, known without a look at the choice; None: as many as
             there are tokens.
@@ -101,12 +101,12 @@ class Routing:
 class SlotRouting:
     """Soft slots: each of an expert's P slots is a weighted mean of the tokens of a group (arXiv 2308.00951).
 
-    A group is a sequence, so ``G = B`` and ``T = G * S``. No slot is ever left out, so both counts are of all of them.
+    A group is a sequence, so ``G = B`` and ``T = G * S``. No slot is ever left out, so both counts cover all of them.
     With ``across`` a group is the tokens at one position of several sequences (arXiv 2310.15961).
 
     Attributes:
-        dispatch_GSEP: float32 (G, S, E, P), the share of each token in each slot: sums to 1 over the group's real
-            tokens.
+        dispatch_GSEP: float32 (G, S, E, P), the share of each token in each slot: sums to 1 over the group's
+            non-padding tokens.
         combine_GSEP: float32 (G, S, E, P), the share of each slot in each token: sums to 1 over E and P, but with
             ``across``, where it is ``dispatch_GSEP``. Padding has 0 in both.
         tokens_per_expert_E: int64 (E,), slots each expert computes for the groups that have a real token.
@@ -146,7 +146,7 @@ class MergeRouting:
         weights_GE: float32 (G, E), the share of each expert's parameters.
         tokens_per_group: number of tokens of a group; the last of a sequence may have fewer.
         groups_per_sequence: number of groups of a sequence.
-        tokens_per_expert_E: int64 (E,), real tokens whose merged expert has a part of this one.
+        tokens_per_expert_E: int64 (E,), non-padding tokens whose merged expert has a part of this one.
         num_tokens, valid_T: as in ``Decision``.
         in_segments: whether a sequence may have several groups.
         logits_GE: float32 (G, E), logits that the weights are the softmax of.
@@ -181,7 +181,7 @@ class MergeRouting:
 
 @dataclass(frozen=True)
 class DenseRouting:
-    """Softmax gates over all experts they reach, one gate a task (MMoE, KDD 2018): all experts compute every example.
+    """Softmax gates over all experts they reach, one gate per task (MMoE, KDD 2018): all experts compute every example.
 
     A layer records one for each of its gates. Gates of one size share ``gates_BtE`` and differ in ``gate``; of several
     sizes, each is the only one of its own ``gates_BtE``.
@@ -191,8 +191,8 @@ class DenseRouting:
             over E, except that padding has 0, and experts left out by a selection.
         gate: index of this gate among the t.
         num_tokens: B, padding included.
-        logits_BtE: float32 (B, t, E), logits of the softmax; None where it was of more than logits.
-        valid_T: bool (B,), False for padding; None where every example is real.
+        logits_BtE: float32 (B, t, E), logits of the softmax; None if it was of more than logits.
+        valid_T: bool (B,), False for padding; None if every example is real.
         expert_names: names of the E experts of this gate: "shared0", "task0.1" (expert 1 of task 0's own), "domain.0"
             (expert 0 of the example's domain).
         num_sequences: number of sequences that the examples come in; None: not known.
@@ -225,8 +225,8 @@ class DenseRouting:
 
 @dataclass(frozen=True)
 class Loads:
-    """The counts of a decision (see ``Decision`` and ``Evidence``), which stand for it on the tape of ``Tape.loads``:
-    all that ``update_expert_bias`` reads."""
+    """The counts of a decision (see ``Decision`` and ``Evidence``), which replace it on the tape of ``Tape.loads``: all
+    that ``update_expert_bias`` reads."""
 
     tokens_per_expert_E: Tensor
     chosen_per_expert_E: Tensor

@@ -47,7 +47,7 @@ class Rows:
         num_tokens: T.
         plan: notes of the dispatcher for itself.
         gathered, weighted, combined: whether that step is done already.
-        context: what the layer got, for experts that read it (``Experts.reads_context``).
+        context: the layer's context, for experts that read it (``Experts.reads_context``).
     """
 
     x: Tensor
@@ -87,7 +87,7 @@ class Rows:
         """Return at most ``count`` rows, evenly spaced in the order of the experts, with gates of 1, and bool (count,),
         False for copies of the row before and for rows that are not computed.
 
-        Each expert has its share of them, and no random number is drawn.
+        Each expert has its share of them, without random numbers.
         """
         R = self.row_index_R.shape[0]
         live = self.offsets_E[-1].to(torch.int64)
@@ -104,7 +104,7 @@ class Rows:
         return sample, kept_S
 
     def weighted_input(self) -> Rows:
-        """Return the rows times their gates, with gates of 1 from here on: ``f(g x)`` in place of ``g f(x)``."""
+        """Return the rows times their gates, with gates of 1 from here on: ``f(g x)`` instead of ``g f(x)``."""
         x_RD = (self.materialize() * self.gates_R[:, None]).to(self.x.dtype)
         return replace(self, x=x_RD, gates_R=torch.ones_like(self.gates_R), gathered=True)
 

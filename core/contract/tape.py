@@ -27,10 +27,10 @@ class Entry:
         terms: the balance terms that apply to its router.
         needs_grad: whether the router trains and gradients were wanted when the tape was opened.
         has_grad: whether gradients were on during the pass.
-        load_balancing_weight: the layer's adaptive weight of that term, (); None where ``balance`` has it.
-        extra_weights: the router's weights of losses of its own; those that move between steps are tensors, ().
+        load_balancing_weight: the layer's adaptive weight of that term, (); None if ``balance`` has it.
+        extra_weights: the router's weights of losses of its own; weights that change between steps are tensors, ().
         shared_gate_T: float32 (T,), the gate between the routed path and the shared experts, without dropout; padding
-            may hold any finite value. None: there is no such gate.
+            may hold any finite value. None: the layer has no such gate.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Entry:
         return replace(self, needs_grad=False, **kept)
 
     def loads(self) -> Entry:
-        """Return the pass with its loads alone."""
+        """Return the pass with only its loads."""
         routing = self.routing
         counts = routing.counts if isinstance(routing, Loads) else routing.evidence.counts
         loads = Loads(routing.tokens_per_expert_E, routing.chosen_per_expert_E, counts)
@@ -64,7 +64,7 @@ WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_m
 def unwrapped_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of a model by dotted name, without the levels that wrappers add.
 
-    A level ``module`` is a wrapper's (DDP) where it stands at the root and is all that its parent has.
+    A level ``module`` is a wrapper's (DDP) if it is at the root and its parent's only child.
     """
     while len(model._modules) == 1 and not model._parameters:
         ((name, inner),) = model._modules.items()
@@ -103,8 +103,8 @@ class Tape:
         return len(self._entries)
 
     def silent_layers(self) -> tuple[str, ...]:
-        """Return the names of the recorded layers without a pass: those that the forward did not reach, by intent as in
-        a part of a model, or because something else computed in their place."""
+        """Return the names of the recorded layers without a pass: layers that the forward did not reach, by intent as
+        in a part of a model, or because something else computed in their place."""
         ran = tuple(entry.name for entry in self._entries)
 
         def is_silent(layer: str) -> bool:  # a pass of a layer with several routers is named "<layer>.<router>"
@@ -120,7 +120,7 @@ class Tape:
         return Tape(tuple(e.detach() for e in self._entries), self.shared_on, self.layers)
 
     def loads(self) -> Tape:
-        """Return the passes with the experts' loads alone, to be kept across the micro-batches of a step for
+        """Return the passes with only the experts' loads, to be kept across the micro-batches of a step for
         ``update_expert_bias``. Losses and statistics need the tape itself."""
         return Tape(tuple(e.loads() for e in self._entries), layers=self.layers)
 
@@ -131,7 +131,7 @@ class Tape:
 
 
 def several_ranks(group: dist.ProcessGroup | None = None) -> bool:
-    """Return whether there is a process group of more than one rank; None: that of all ranks."""
+    """Return whether there is a process group of more than one rank; None: the group of all ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
@@ -152,7 +152,7 @@ def sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = 
 
 @contextlib.contextmanager
 def record(model: nn.Module) -> Iterator[Tape]:
-    """Collect one ``Entry`` a pass of each MoE layer of ``model`` inside the ``with`` block.
+    """Collect one ``Entry`` per pass of each MoE layer of ``model`` inside the ``with`` block.
 
     Layers hold a reference to the tape only inside the block: a forward leaves nothing behind in a module.
     A pass that an activation checkpoint repeats during the backward is not collected again.

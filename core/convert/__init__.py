@@ -1,5 +1,4 @@
-"""Conversions of what is built, and may be trained: a dense model made sparse and back, more experts or fewer, one in
-place of all, updates beside it."""
+"""Convert models, also trained ones: sparsify, densify, grow, prune, merge, add adapters."""
 
 from .build.adapt import adapt
 from .build.adapters import merge_adapters

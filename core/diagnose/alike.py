@@ -26,7 +26,7 @@ MOST_EXPERTS = 256
 def experts_of(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     """Return the experts of each layer that are compared, ours and foreign, with their number, by dotted name.
 
-    Experts that two layers share stand under the first; a level of several has a name of its own.
+    Experts that two layers share are listed under the first; a level of several has a name of its own.
     """
     named: dict[str, tuple[nn.Module, int]] = {}
     seen: set[nn.Module] = set()
@@ -41,7 +41,7 @@ def experts_of(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
             continue
         experts = getattr(layer, "experts", None)
         if isinstance(experts, Experts):
-            # FSDP2's shards are put together for the comparison; experts that are divided stay where they are.
+            # FSDP2's shards are put together for the comparison; sharded experts stay where they are.
             divided = isinstance(getattr(layer, "dispatcher", None), parallel().AllToAllDispatcher)
             put(name, experts, None if divided else experts.num_experts)
         elif isinstance(experts, nn.ModuleList):
@@ -101,8 +101,8 @@ class Inputs:
         """Return, by layer, how far apart the experts' outputs are: float64 (E, E) on the CPU.
 
         The distance of two experts is ``sum ||f_i(x) - f_j(x)||^2 / sum (||f_i(x)||^2 + ||f_j(x)||^2)`` over the same
-        tokens, those of all ranks: 0 where they compute the same, 1 where their outputs have nothing to do with each
-        other. It is NaN where both put out nothing. Experts that cannot be asked for every token are left out.
+        tokens of all ranks: 0 if they compute the same, 1 if their outputs are unrelated. It is NaN if both outputs are
+        zero. Experts that cannot be asked for every token are left out.
 
         Args:
             group: the ranks, all of which call it; None: all.
@@ -112,7 +112,7 @@ class Inputs:
         with parallel().whole_parameters(self.model):
             products = {name: self._of_layer(name) for name in self.experts}
         of_ranks = zip(products, summed([sums for sums, _ in products.values()], group), strict=True)
-        # Without a token of any rank, or experts that cannot be asked, all products are 0.
+        # Without a token of any rank, or with experts that cannot be run, all inner products are 0.
         return {
             name: _distances(sums_EE).masked_fill(~products[name][1], torch.nan)
             for name, sums_EE in of_ranks
@@ -120,8 +120,8 @@ class Inputs:
         }
 
     def _of_layer(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the sums over this rank's tokens of the products of two experts' outputs, float64 (E, E), and which
-        pairs of experts are compared, bool (E, E)."""
+        """Return the sums over this rank's tokens of the inner products of two experts' outputs, float64 (E, E), and
+        which pairs of experts are compared, bool (E, E)."""
         experts, number = self.experts[name]
         if isinstance(experts, Experts):
             can = (
@@ -143,15 +143,15 @@ class Inputs:
 
 
 def _products(y_TED: Tensor) -> Tensor:
-    """Return the sums over tokens of the products of two experts' outputs, (E, E)."""
+    """Return the sums over tokens of the inner products of two experts' outputs, (E, E)."""
     return torch.einsum("ted,tfd->ef", y_TED, y_TED)
 
 
 def _distances(products_EE: Tensor) -> Tensor:
-    """Return the distances of experts, given the sums of the products of their outputs."""
+    """Return the distances of experts, given the sums of the inner products of their outputs."""
     square_E = products_EE.diagonal()
     together_EE = square_E[:, None] + square_E[None, :]
-    # Outputs of rounding alone are no outputs.
+    # Outputs that are only rounding do not count.
     return ((together_EE - 2 * products_EE) / together_EE).masked_fill(together_EE <= 1e-12 * square_E.max(), torch.nan)
 
 
@@ -176,14 +176,14 @@ def without_expert(experts: nn.Module, num_experts: int, e: int) -> Iterator[Non
 def ablate_experts(model: nn.Module, score: Callable[[], float]) -> Mapping[str, tuple[float, ...]]:
     """Return the score of a model without each of its experts, by layer: the tokens of an expert lose its output.
 
-    No token is sent to another expert in its place: what is measured is what the expert adds. The weights are put back.
+    No token is sent to another expert instead: this measures the expert's contribution. The weights are put back.
 
     Args:
         model: any module with MoE layers, ours or foreign. Experts that two layers share are taken out of both.
         score: runs the model as it is and returns a number, such as a loss on fixed batches.
 
     Raises:
-        ValueError: there are no experts to leave out, or a layer has more than ``MOST_EXPERTS``.
+        ValueError: the model has no experts to leave out, or a layer has more than ``MOST_EXPERTS``.
 
     Example::
 

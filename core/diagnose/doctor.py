@@ -79,7 +79,7 @@ class Doctor:
         """Gather the evidence of the forwards inside the ``with`` block.
 
         Args:
-            batch: what the model is called with, which tells foreign layers the number of sequences.
+            batch: the model's input, which tells foreign layers the number of sequences.
             labels: int64 (B,) or (T,), the class of each sequence or token, below 0 for none; None: not known.
             real_BS: bool (B, S), False for padding; None: not known.
         """
@@ -94,7 +94,7 @@ class Doctor:
             self._add(one, labels, None)
 
     def add(self, tape: Tape, labels: Tensor | None = None, real_BS: Tensor | None = None) -> None:
-        """Add the passes of a tape. Arguments are those of ``watching``."""
+        """Add the passes of a tape. Arguments are as in ``watching``."""
         real_T = None if real_BS is None else real_BS.flatten()
         for entry in tape.entries:
             if entry.name not in self._facts:
@@ -114,11 +114,11 @@ class Doctor:
         return Facts(entry)
 
     def look_at_step(self, batch: Any, loss: Loss, aux_weight: float = 1.0, real_BS: Tensor | None = None) -> None:
-        """Look into a training step; arguments and errors are those of ``step_figures``."""
+        """Look into a training step; arguments and errors are as in ``step_figures``."""
         self._steps = step_figures(self.model, batch, loss, aux_weight=aux_weight, real_BS=real_BS, group=self.group)
 
     def _used(self, figures: LayerFigures) -> Tensor | None:
-        """Return the pairs by expert of all routers that choose among the experts of one; None: it is alone."""
+        """Return the pairs by expert of all routers that choose among the experts of one; None: it is the only one."""
         of_layer = [
             f
             for f in self._of_ranks.values()
@@ -175,28 +175,28 @@ def diagnose(
     group: dist.ProcessGroup | None = None,
     modalities: Sequence[str] = (),
 ) -> list[Finding]:
-    """Return what is wrong with the routing of a model: an empty list where nothing is.
+    """Return the problems of a model's routing: an empty list if it has none.
 
     The model runs in evaluation over the batches, and with ``loss`` in training on the first of them, without an
-    update; weights, gradients, buffers, modes and random numbers are afterwards what they were.
-    docs/reference/routers/findings.md has every finding, and what each argument adds.
+    update; weights, gradients, buffers, modes and random numbers are unchanged afterwards.
+    docs/reference/routers/findings.md has every finding, and the effect of each argument.
 
     Args:
         model: any module with MoE layers, ours or of transformers.
         batches: a few hundred sequences are enough. Too few tokens raise no finding about loads.
         run: calls the model with a batch; None: ``model(batch)``, ``model(*batch)`` for a tuple or list, and
             ``model(**batch)`` for a mapping.
-        loss: takes model and batch, and returns the loss that a training step minimises, balance losses included; None:
+        loss: takes model and batch, and returns the loss that a training step minimizes, balance losses included; None:
             gradients are not looked at.
         labels: returns the class of each sequence or token of a batch, int64 (B,) or (T,); None: not known.
-        real: returns bool (B, S), False for padding; None: the ``attention_mask`` of a mapping, where there is one.
+        real: returns bool (B, S), False for padding; None: the ``attention_mask`` of a mapping, if it has one.
         start: weights that the training began with; None: not known.
         group: the ranks, all of which call this with batches of their own, as many as they have; the evidence is the
             sum over them, and the result the same on each. None: all ranks.
         modalities: names of the modalities in ``context.modality_BS``, by number; empty: findings have the numbers.
 
     Raises:
-        ValueError: the model has no MoE layer, there is no batch, on one of the ranks, or the loss has no gradient.
+        ValueError: the model has no MoE layer, one of the ranks has no batch, or the loss has no gradient.
 
     Example::
 

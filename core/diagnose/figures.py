@@ -21,12 +21,12 @@ _SUMS = (
 
 
 class LayerFigures:
-    """Sums over the real tokens of one router's passes, float64 on the CPU.
+    """Sums over the non-padding tokens of one router's passes, float64 on the CPU.
 
     Attributes:
         num_experts, kind, facts: as in ``Pass``.
-        num_tokens: real tokens.
-        decisions: tokens that decided by themselves: sequences, where all tokens of each have the same logits.
+        num_tokens: non-padding tokens.
+        decisions: tokens that decided by themselves; sequences, if all tokens of each have the same logits.
         chosen_E, computed_E: (E,), as in ``Pass``.
         place_PE: (P, E), computed pairs by place and expert.
         class_CE: (C, E), computed pairs by class and expert; None without labels.
@@ -61,7 +61,7 @@ class LayerFigures:
 
     @classmethod
     def like(cls, one: Pass) -> LayerFigures:
-        """Return the figures of no pass yet, for passes like this one."""
+        """Return empty figures for passes like this one."""
         return cls(one.num_experts, one.kind, one.facts, 0 if one.logits_TE is None else one.logits_TE.shape[1])
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ class LayerFigures:
         Args:
             one: the pass.
             labels: int64 (B,) or (T,), the class of each sequence or token; None, or of another length: unknown.
-            real_T: bool (T,), the tokens that are no padding, whatever the router was told; None: not known.
+            real_T: bool (T,), the non-padding tokens, whatever the router was told; None: not known.
         """
         real = one.num_real
         if real_T is not None and one.num_tokens == real_T.shape[0] and one.has_loss:
@@ -117,7 +117,7 @@ class LayerFigures:
         per_sequence = False
         if 1 < of_sequences < one.num_tokens and one.num_tokens % of_sequences == 0 and one.valid_T is None:
             l_BSM = logits_TM.unflatten(0, (of_sequences, -1))
-            # Where the sequences do not differ either, the router is constant and decides for no sequence.
+            # If the sequences do not differ either, the router is constant and decides for no sequence.
             per_sequence = bool((l_BSM == l_BSM[:, :1]).all()) and not bool((l_BSM == l_BSM[:1]).all())
         if one.valid_T is not None:
             logits_TM = logits_TM[one.valid_T]
@@ -164,7 +164,7 @@ class LayerFigures:
 
     @property
     def decided_pairs(self) -> float:
-        """Pairs that were decided one by one: those of a sequence count once where it decides as a whole."""
+        """Pairs that were decided one by one: a sequence's pairs count once if it decides as a whole."""
         return self.decided(self.pairs_per_token * self.num_tokens)
 
     def decided(self, pairs: float) -> float:
@@ -210,8 +210,8 @@ class LayerFigures:
 
     @property
     def place_share(self) -> float | None:
-        """The share of the variance over tokens that their places alone explain, adjusted for chance; None where a
-        place has too few tokens to tell."""
+        """The share of the variance over tokens that their places explain by themselves, adjusted for chance; None
+        if a place has too few tokens to tell."""
         total, used_P = float(self.place_tokens_P.sum()), self.place_tokens_P > 0
         places = int(used_P.sum())
         if places < 2 or total < 4 * places:
@@ -219,7 +219,7 @@ class LayerFigures:
         mean_M = self.place_logit_PM.sum(0) / total
         count_P1 = self.place_tokens_P[used_P].unsqueeze(1)
         between = (self.place_logit_PM[used_P] / count_P1 - mean_M).square() * count_P1
-        # Tokens at no place of a sequence are not in these sums: the total is that of all.
+        # Tokens at no place of a sequence are not in these sums: the total covers all.
         whole = float((self.square_M - self.logit_M.square() / max(total, 1.0)).clamp_min(0).sum())
         if whole <= 0:
             return None
@@ -269,7 +269,7 @@ def _sum_of_rows(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _labels_of_tokens(labels: Tensor | None, one: Pass) -> Tensor | None:
-    """Return the class of each token, int64 (T,); None where the labels are of something else."""
+    """Return the class of each token, int64 (T,); None if the labels describe something else."""
     if labels is None or labels.ndim != 1 or not len(labels):
         return None
     labels = labels.to(one.chosen_E.device)

@@ -9,13 +9,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault.
+    """One problem of a model's routing.
 
     Attributes:
-        name: what it is, a row of docs/reference/routers/findings.md.
-        layer: dotted name of the layer, with the router's end where it has several; "" is the model itself.
-        severity: "error": part of the layer does nothing, or what it does is wrong; "warning": it works below its
-            worth.
+        name: its name, a row of docs/reference/routers/findings.md.
+        layer: dotted name of the layer, with the router's end if it has several; "" is the model itself.
+        severity: "error": part of the layer does nothing, or does the wrong thing; "warning": it works below its worth.
         evidence: the figures in a sentence.
         remedy: what to change.
         figures: the figures by name.

@@ -1,4 +1,4 @@
-"""Routers of other libraries: found beside their experts, and read by their logits. No library is imported."""
+"""Routers of other libraries: found next to their experts, and read by their logits. No library is imported."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ LOGITS = "router_logits"
 
 @dataclass(frozen=True)
 class ForeignRouter:
-    """A router that is none of ours.
+    """A router of another library.
 
     Attributes:
-        name: dotted name of the block that it stands in.
-        module: what puts out the logits: a gate, or the whole block.
+        name: dotted name of the block that contains it.
+        module: the module that outputs the logits: a gate, or the whole block.
         index: place of the logits in its output; None: the output is the logits.
-        experts: the experts beside it; None: not known.
-        top_k: experts a token takes, where the output does not say which.
+        experts: the experts next to it; None: not known.
+        top_k: experts per token, if the output does not name them.
         has_loss: whether the model's configuration asks for a balance loss.
     """
 
@@ -43,7 +43,7 @@ class ForeignRouter:
 
     @property
     def num_experts(self) -> int | None:
-        """E, where the experts are a list or stacked in one tensor."""
+        """E, if the experts are a list or stacked in one tensor."""
         if self.experts is None:
             return None
         if isinstance(self.experts, nn.ModuleList):
@@ -55,8 +55,8 @@ class ForeignRouter:
 def foreign_routers(model: nn.Module) -> dict[str, ForeignRouter]:
     """Return the routers of other libraries by the names of their blocks, in the order of the modules.
 
-    A router is what a model of transformers records as its ``router_logits``, or a module ``gate`` or ``router`` whose
-    sibling is called ``experts``. What lies in a layer of ours is left out.
+    A router is a module whose output a model of transformers records as its ``router_logits``, or a module ``gate`` or
+    ``router`` whose sibling is called ``experts``. Modules inside a layer of ours are left out.
     """
     modules = dict(unwrapped_modules(model))
     ours = [name for name, m in modules.items() if isinstance(m, MoELayer)]
@@ -116,8 +116,8 @@ def foreign_passes(
     """Collect a pass of each router for each call inside the ``with`` block.
 
     Args:
-        routers: those of ``foreign_routers``.
-        batch: what the model is called with: a tensor (B, S) in it tells the number of sequences.
+        routers: from ``foreign_routers``.
+        batch: the model's input: a tensor (B, S) in it tells the number of sequences.
         real_BS: bool (B, S), False for padding; None: not known.
     """
     passes: list[Pass] = []
@@ -182,7 +182,7 @@ def _shape(batch: Any) -> tuple[int, ...] | None:
 
 
 def every_expert(experts: nn.Module, num_experts: int, x_TD: Tensor) -> Tensor | None:
-    """Return the output of each expert for every token, (T, E, D_out); None where these experts cannot be asked.
+    """Return the output of each expert for every token, (T, E, D_out); None if these experts cannot be asked.
 
     They can where they are a list of modules, or take the chosen experts and their weights as transformers' do.
     """

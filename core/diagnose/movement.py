@@ -1,4 +1,4 @@
-"""``TrainingStart``: a few weights of a model as a training begins, and how far each part has moved from them."""
+"""``TrainingStart``: a few weights of a model at the start of a training, and how far each part has moved from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEPT = 1024
 
 @dataclass(frozen=True)
 class Moved:
-    """The root mean square of how far the weights of a layer have moved.
+    """The root mean square change of a layer's weights.
 
     Attributes:
         router, experts: of the tensor that moved most; None: there is none that trains.
@@ -49,7 +49,7 @@ class TrainingStart:
     def moved(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> dict[str, Moved]:
         """Return how far each MoE layer has moved, by its name. Weights of other shapes than at the start are left out.
 
-        Every rank calls it: each has a part of what is divided among them.
+        Every rank calls it: each has its shard of the sharded tensors.
 
         Args:
             model: the model that ``TrainingStart`` was made of, or a copy of it, trained.
@@ -115,7 +115,7 @@ def _matrices(model: nn.Module) -> set[str]:
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[tuple[str, str], tuple[str, ...]]]:
-    """Return by layer the dotted names of its router and its experts ("" where it has none), and what lies inside."""
+    """Return by layer the dotted names of its router and its experts ("" if it has none), and the modules inside."""
     layers: dict[str, tuple[tuple[str, str], tuple[str, ...]]] = {}
 
     def below(name: str, part: str) -> str:
@@ -131,6 +131,6 @@ def _layers(model: nn.Module) -> dict[str, tuple[tuple[str, str], tuple[str, ...
     for name, foreign in foreign_routers(model).items():
         router = names[id(foreign.module)]
         experts_name = "" if foreign.experts is None else names[id(foreign.experts)]
-        # Where the block itself puts out the logits, its parameters are not told apart.
+        # If the block itself outputs the logits, its parameters are not told apart.
         layers[name] = (("" if router == name else router, experts_name), (name,))
     return layers

@@ -1,4 +1,4 @@
-"""``Pass``: what one router decided in one pass, read from an entry of a tape or from a foreign router's logits."""
+"""``Pass``: one router's decisions in one pass, read from an entry of a tape or from a foreign router's logits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..routing.router import Router
 
 @dataclass(frozen=True)
 class Facts:
-    """What a router is, beside what it decides.
+    """Properties of a router, other than its decisions.
 
     Attributes:
         layer: name of its layer.
-        by_data: the data alone decide (task, domain, token ids, chance), so that uneven loads are theirs.
+        by_data: only the data decide (task, domain, token ids, chance), so that uneven loads are theirs.
         reads_position: a token's place decides by design.
         is_balanced: a loss or a bias acts on its loads.
         capacity: expected pairs of an expert that it has room for, as a factor, and the tokens that compete: "batch",
@@ -43,8 +43,8 @@ class Pass:
         num_tokens: T, padding included.
         chosen_E, computed_E: pairs by expert before and after capacity; for dense gates the sums of the gates.
         kind: "pairs"; "gates": every expert for every token, weighted; "soft": slots and merged experts.
-        facts: what the router is.
-        token_N, expert_N: int64 (N,), tokens and experts of the pairs, expert E where one is not computed; None but
+        facts: properties of the router.
+        token_N, expert_N: int64 (N,), tokens and experts of the pairs, expert E if one is not computed; None but
             for "pairs".
         logits_TE: float32 (T, M), M at least E; -inf where a token cannot reach an expert. None: there are none.
         valid_T: bool (T,), False for padding that the router leaves out; None: it leaves nothing out.
@@ -74,7 +74,7 @@ class Pass:
         return self.num_tokens if self.valid_T is None else int(self.valid_T.sum())
 
     def place_T(self) -> Tensor | None:
-        """Return the place of each token in its sequence, int64 (T,); None where there are no sequences."""
+        """Return the place of each token in its sequence, int64 (T,); None without sequences."""
         B, T = self.num_sequences, self.num_tokens
         if not B or T % B or T // B < 2:
             return None
@@ -83,8 +83,8 @@ class Pass:
     def chance_drops(self) -> float:
         """Return the pairs that would be dropped if tokens chose at random among all experts, evenly.
 
-        The load of an expert is then binomial; its part above the capacity is that of the normal distribution. A
-        capacity of less than an even load is a choice and no chance: it counts as an even load.
+        The load of an expert is then binomial; its part above the capacity follows the normal distribution. A capacity
+        of less than an even load is a choice and no chance: it counts as an even load.
         """
         if self.facts.capacity is None or self.kind != "pairs":
             return 0.0
@@ -105,7 +105,7 @@ class Pass:
 
 
 def facts_of(name: str, layer: MoELayer, router: Router | None) -> Facts:
-    """Return what the router of an entry of a layer is."""
+    """Return the properties of the router of a layer's entry."""
     config = getattr(router, "config", None)
     has_gate = any(True for _ in (layer.router if router is None else router).parameters())
     needs = tuple(getattr(router, "needs", ()))
@@ -128,7 +128,7 @@ def of_entry(entry: Entry, facts: Facts) -> Pass:
     """Return the pass that an entry of a tape records.
 
     Raises:
-        ValueError: the tape has the loads alone.
+        ValueError: the tape has only the loads.
     """
     routing = entry.routing
     if isinstance(routing, Loads):
@@ -160,6 +160,6 @@ def of_entry(entry: Entry, facts: Facts) -> Pass:
 
 
 def _modality_of(entry: Entry, num_tokens: int) -> Tensor | None:
-    """Return the modality of each token that the router saw, int64 (T,); None where its tokens are others."""
+    """Return the modality of each token that the router saw, int64 (T,); None if its tokens are others."""
     modality_BS = None if entry.context is None else entry.context.modality_BS
     return None if modality_BS is None or modality_BS.numel() != num_tokens else modality_BS.flatten()

@@ -47,7 +47,7 @@ def figures_of_ranks(
     Every rank calls it. A router that a rank has no passes of adds nothing there.
 
     Args:
-        figures: those of this rank.
+        figures: this rank's.
         group: the ranks, which have the same model and other tokens; None: all.
 
     Raises:

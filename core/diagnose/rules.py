@@ -1,4 +1,4 @@
-"""The rules: figures of a layer in, findings out. Every threshold has its reason beside it."""
+"""The rules: figures of a layer in, findings out. Every threshold has its reason next to it."""
 
 from __future__ import annotations
 
@@ -101,13 +101,13 @@ def _warning(layer: str, name: str, evidence: str, remedy: str = "", **figures: 
 
 
 def load_findings(layer: str, f: LayerFigures, used_E: Tensor | None = None) -> Iterator[Finding]:
-    """Yield what loads, drops and places say.
+    """Yield findings from loads, drops and places.
 
     Args:
         layer: the router's name.
         f: its figures.
-        used_E: (E,), pairs that chose each expert by all routers of the layer, where there are several: what one task
-            leaves alone another may use. None: there is one router.
+        used_E: (E,), pairs that chose each expert by all routers of the layer, if there are several: one task may use
+            experts that another ignores. None: there is one router.
     """
     E, K = f.num_experts, f.pairs_per_token
     if f.kind == "pairs" and not f.facts.by_data and f.decided_pairs >= ENOUGH * E and K < 0.9 * E:
@@ -142,7 +142,7 @@ def load_findings(layer: str, f: LayerFigures, used_E: Tensor | None = None) -> 
 
 
 def modality_findings(layer: str, f: LayerFigures, names: Sequence[str] = ()) -> Iterator[Finding]:
-    """Yield what the loads of each modality say, where there are several.
+    """Yield findings from the loads of each modality, if there are several.
 
     Args:
         layer: the router's name.
@@ -178,7 +178,7 @@ def modality_findings(layer: str, f: LayerFigures, names: Sequence[str] = ()) ->
 
 
 def logit_findings(layer: str, f: LayerFigures, first_level: float | None = None) -> Iterator[Finding]:
-    """Yield what the logits say; ``first_level`` is their level at the first look, where there was an earlier one."""
+    """Yield findings from the logits; ``first_level`` is their level at the first look, if there was an earlier one."""
     if not len(f.logit_M):
         return
     if f.not_finite or f.largest >= LARGE_LOGIT:
@@ -220,7 +220,7 @@ def drift_finding(layer: str, first: float, last: float) -> Finding:
 
 
 def gate_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
-    """Yield what the gates of a multi-task layer say."""
+    """Yield findings from the gates of a multi-task layer."""
     if f.kind != "gates" or f.num_experts < 2 or f.num_tokens < ENOUGH:
         return
     mean_E = f.mean_gates()
@@ -232,7 +232,7 @@ def gate_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
 
 
 def alike_findings(layer: str, distance_EE: Tensor) -> Iterator[Finding]:
-    """Yield whether experts put out the same for the same tokens."""
+    """Yield findings about experts with the same outputs for the same tokens."""
     upper = torch.ones_like(distance_EE, dtype=torch.bool).triu(1)
     known = distance_EE[upper & ~distance_EE.isnan()]
     same = int((known < ALIKE).sum())
@@ -244,7 +244,7 @@ def alike_findings(layer: str, distance_EE: Tensor) -> Iterator[Finding]:
 
 
 def step_findings(layer: str, s: StepFigures) -> Iterator[Finding]:
-    """Yield what the gradients of a training step say."""
+    """Yield findings from the gradients of a training step."""
     none = s.router_gradient is not None and s.router_gradient < NO_GRADIENT
     if none or (s.is_frozen and s.is_balanced):
         seen = "no weight of the router trains, though its balance loss has a weight"
@@ -264,7 +264,7 @@ def step_findings(layer: str, s: StepFigures) -> Iterator[Finding]:
 
 
 def padding_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
-    """Yield whether a balance loss counts padding."""
+    """Yield a finding if a balance loss counts padding."""
     wrong, counted = f.padding
     if counted and wrong / counted > PADDING:
         seen = f"{wrong / counted:.0%} of the {counted:,} tokens that its loss counts are padding"
@@ -272,7 +272,7 @@ def padding_findings(layer: str, f: LayerFigures) -> Iterator[Finding]:
 
 
 def movement_findings(moved: Mapping[str, Moved]) -> Iterator[Finding]:
-    """Yield which parts of the layers have stood still while the rest of the model moved."""
+    """Yield findings about parts of the layers that did not change while the rest of the model did."""
     for layer, m in moved.items():
         if m.rest is None or m.rest < BEGAN:
             continue

@@ -1,4 +1,5 @@
-"""A training step looked into: what the task's loss tells the routers, and how often the balance loss is in the sum."""
+"""A training step examined: the routers' gradients from the task's loss, and how often the balance loss is in the
+sum."""
 
 from __future__ import annotations
 
@@ -29,15 +30,15 @@ digits: how often it was added cannot be read from the difference of two gradien
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What one training step says of a layer.
+    """Figures of a layer from one training step.
 
     Attributes:
         router_gradient: root mean square of the task's gradient in the router's weights, over that in the experts';
             None: the router has no weights, or the experts have no gradient.
-        is_frozen: whether none of the router's weights trains.
+        is_frozen: whether all of the router's weights are frozen.
         is_balanced: whether a balance loss has a weight.
         times: how often the balance loss is in the loss; None: it cannot be told.
-        over_padding: whether a foreign balance loss is that of all tokens, padding included.
+        over_padding: whether a foreign balance loss covers all tokens, padding included.
     """
 
     router_gradient: float | None = None
@@ -58,13 +59,13 @@ def step_figures(
 ) -> dict[str, StepFigures]:
     """Run two training steps without an update, with the balance losses and without, and compare their gradients.
 
-    Weights, gradients, buffers, modes and random numbers are afterwards what they were.
+    Weights, gradients, buffers, modes and random numbers are unchanged afterwards.
 
     Args:
         model: any module with MoE layers, ours or foreign.
         batch: a batch of the training.
-        loss: as a step minimises it, balance losses included.
-        aux_weight: weight of the balance losses in the loss, beside the layers' own weights.
+        loss: as a step minimizes it, balance losses included.
+        aux_weight: weight of the balance losses in the loss, on top of the layers' own weights.
         real_BS: bool (B, S), False for padding; None: not known.
         group: the ranks, all of which call this with a batch of their own; gradients are the means over them, as DDP
             and FSDP make them. What FSDP2 shards is put together meanwhile. None: all.
@@ -125,7 +126,7 @@ Gradients = Mapping[int, Tensor]
 
 @dataclass(frozen=True)
 class _Run:
-    """One forward and backward: the loss, its gradients, those of the layers' balance losses, the foreign passes."""
+    """One forward and backward: the loss, its gradients, the balance losses' gradients by layer, the foreign passes."""
 
     value: float
     gradients: Gradients
@@ -150,7 +151,7 @@ def _run(
             raise ValueError("the loss of a training step has no gradient: it must be a function of the weights")
         aux = aux_losses(tape, group).total
         if next(parallel().sharded_modules(model), None) is not None:
-            aux = aux + 0 * value  # FSDP2 follows a backward that begins at the model's output alone
+            aux = aux + 0 * value  # FSDP2 follows only a backward that starts at the model's output
         of_balance = _gradients(aux, wanted, group, keep=True) if aux.requires_grad else {}
         return _Run(float(value.detach()), _gradients(value, wanted, group), of_balance, passes)
 
@@ -158,8 +159,8 @@ def _run(
 def _gradients(
     value: Tensor, wanted: list[nn.Parameter], group: dist.ProcessGroup | None, keep: bool = False
 ) -> Gradients:
-    """Return the gradients, means over the ranks; divided experts have the sum over the tokens of those that share
-    them, over the number of these."""
+    """Return the gradients, means over the ranks; sharded experts have the sum over the tokens of the ranks that share
+    them, over the number of these ranks."""
     grads = torch.autograd.grad(value, wanted, retain_graph=keep, allow_unused=True)
     # Rows of a table have sparse gradients.
     dense = {
@@ -168,7 +169,7 @@ def _gradients(
     if not several_ranks(group):
         return dense
     for p in wanted:
-        mesh = getattr(p, "device_mesh", None)  # of a DTensor, which is divided
+        mesh = getattr(p, "device_mesh", None)  # of a DTensor, which is sharded
         if mesh is not None:
             if id(p) in dense:
                 dense[id(p)] = dense[id(p)] / mesh.size()
@@ -186,7 +187,7 @@ def _trained(module: nn.Module | None, without: Iterable[nn.Parameter] = ()) -> 
 
 
 def _flat(parameters: Iterable[nn.Parameter], gradients: Gradients) -> Tensor:
-    """Return the gradients of some parameters one after the other, float64; zeros where there is none."""
+    """Return the gradients of some parameters one after the other, float64; zeros if there is none."""
     parts = [
         gradients[id(p)].double().flatten()
         if id(p) in gradients
@@ -285,7 +286,7 @@ def _seeded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_balance(model: nn.Module, layers: Iterable[MoELayer]) -> Iterator[None]:
-    """Set the weights of the balance losses to zero inside the ``with`` block, those of foreign models too."""
+    """Set the weights of the balance losses to zero inside the ``with`` block, also in foreign models."""
     kept = [(layer, layer.balance, layer.load_balancing_weight) for layer in layers]
     zero: dict[str, Any] = dict.fromkeys(BalanceWeights().weights(), 0.0)
     owners = _foreign_weights(model)
@@ -303,7 +304,7 @@ def _without_balance(model: nn.Module, layers: Iterable[MoELayer]) -> Iterator[N
 
 
 def _foreign_weights(model: nn.Module) -> list[tuple[Any, float]]:
-    """Return what holds the weight of a balance loss as transformers' models do, modules and configurations, and it."""
+    """Return the modules and configurations of a transformers model that hold a balance loss's weight, and it."""
     owners: dict[int, tuple[Any, float]] = {}
     for module in model.modules():
         for owner in (module, getattr(module, "config", None)):

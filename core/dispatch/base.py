@@ -28,7 +28,7 @@ class Dispatcher:
 
         Args:
             x: (T, D) tokens, or the (B, S, D) that soft slots take.
-            routing: what the layer's router decided.
+            routing: the decision of the layer's router.
         """
         raise NotImplementedError
 

@@ -13,8 +13,8 @@ from .base import Dispatcher
 class LocalDispatcher(Dispatcher):
     """All experts are here: rows are an index into the tokens, and nothing is copied.
 
-    Where the routing says that its pairs read other rows than they are summed to (``Routing.input_index_N``), the rows
-    are copies. On a CPU those that no expert computes are then left out. On other devices, and in compiled code, the
+    If the routing says that its pairs read other rows than they are summed to (``Routing.input_index_N``), the rows
+    are copies. On a CPU pairs that no expert computes are then left out. On other devices, and in compiled code, the
     number of rows is static.
     """
 

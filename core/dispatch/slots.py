@@ -12,8 +12,8 @@ from .base import Dispatcher
 class SlotDispatcher(Dispatcher):
     """Soft slots: the rows of an expert are its slots of all groups, each a mean over its group.
 
-    Tokens come and go by sequence, (G, S, D). Sums over tokens and slots run in their dtype (autocast's, where it is
-    on). An expert has G * P slots, or N * P, where there are N groups of tokens across the sequences.
+    Tokens come and go by sequence, (G, S, D). Sums over tokens and slots run in their dtype (autocast's, if it is on).
+    An expert has G * P slots, or N * P with N groups of tokens across the sequences.
     """
 
     @span("moe.dispatch")

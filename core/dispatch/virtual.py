@@ -1,4 +1,4 @@
-"""Routings of *virtual tokens*: what a pair's output is summed to is another number than the token that it reads."""
+"""Routings of *virtual tokens*: a pair's output is summed to another index than the token that it reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..kernels import count_experts
 def join_tasks(routings: Sequence[Routing]) -> Routing:
     """Return the routings of t tasks for the same T tokens as one of t * T virtual tokens.
 
-    Virtual token ``k * T + i`` is token i as task k sees it. What losses and statistics read stays with the tasks' own.
+    Virtual token ``k * T + i`` is token i as task k sees it. Losses and statistics still read the tasks' own routings.
     """
     T, first = routings[0].num_tokens, routings[0]
     most = [r.most_per_expert for r in routings]
@@ -55,15 +55,15 @@ def split_pairs(token_index_N: Tensor, expert_ids_N: Tensor, tokens_per_expert_E
 
 
 def unique_pairs(joined: Routing, num_tokens: int) -> tuple[Routing, Tensor]:
-    """Return the pairs that compute what several tasks chose, each expert once a token, and each pair's place in them.
+    """Return the pairs that compute several tasks' choices, each expert once per token, and each pair's place in them.
 
     Args:
         joined: routing of the tasks' virtual tokens, as ``join_tasks`` returns it.
         num_tokens: T.
 
     Returns:
-        a routing like that of ``split_pairs``, where only the first pair of a token and an expert is computed; and
-        int64 (N,), the number of that first pair for each pair.
+        a routing like the one of ``split_pairs``, in which only the first pair of a token and an expert is computed;
+        and int64 (N,), the number of that first pair for each pair.
     """
     token_N, expert_ids_N, E = joined.input_index_N, joined.expert_ids_N, joined.tokens_per_expert_E.shape[0]
     assert token_N is not None

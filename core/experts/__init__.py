@@ -1,4 +1,5 @@
-"""Experts with stacked parameters: one tensor holds a weight of all E experts. A config lies beside what it builds."""
+"""Experts with stacked parameters: one tensor holds a weight of all E experts. A config is in the file of its
+module."""
 
 from .attention import AttentionExperts
 from .base import ExpertConfig, Experts, check_merges, num_params

@@ -15,7 +15,7 @@ from .products import autocast_together, init_linear_
 
 
 class AttentionHeads(Experts):
-    """E experts of h attention heads each: the products before and after the attention, which the layer computes.
+    """E experts of h attention heads each: the matmuls before and after the attention, which the layer computes.
 
     Parameters: ``w_q`` (E, D, h * d), ``w_out`` (E, h * d, D_out). An ``AttentionMoE`` asks them twice for the same
     pairs of tokens and experts, by ``experts(rows, "queries")`` and ``experts(rows, "outputs")``.

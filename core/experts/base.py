@@ -21,13 +21,13 @@ Way = Literal["rows", "dense", "each", "merged", "queries", "outputs"]
 
 
 class ExpertCache(Protocol):
-    """What stands between experts and their parameters where these are kept elsewhere, as on a disk."""
+    """Cache between experts and parameters that are stored elsewhere, such as on a disk."""
 
     def compute(self, experts: Experts, x: Any, way: Way, args: tuple[Any, ...]) -> Any:
         """Compute as ``Experts.forward`` does."""
 
     def check(self, experts: Experts) -> None:
-        """Raise a ``ValueError`` where the parameters are not those that were stored."""
+        """Raise a ``ValueError`` if the parameters differ from the stored ones."""
 
     def apply(self, experts: Experts, fn: Callable[[Tensor], Tensor]) -> None:
         """Do what ``nn.Module._apply`` would do to the parameters."""
@@ -40,10 +40,10 @@ class Experts(nn.Module):
         experts(x, "dense")                     every token through every expert, summed: shared experts
         experts(x, "each", counts, real_T)      every token through each expert: layers of several gates
         experts(x, "merged", weights_GE)        groups of tokens through an expert of weighted parameters
-        experts(rows, "queries"), "outputs"     the products before and after attention: ``AttentionHeads`` alone
+        experts(rows, "queries"), "outputs"     the matmuls before and after attention: only ``AttentionHeads``
 
     A subclass sets ``num_experts`` and writes ``compute_rows``; the base class does "dense" by "each" and "each" by
-    rows, where a subclass may do better, and cannot do "merged" for it. See ``FFNExperts``. A class that overrides
+    rows, which a subclass may do better, and cannot do "merged" for it. See ``FFNExperts``. A class that overrides
     ``forward`` is a ``ValueError``.
 
     Every parameter and buffer is *stacked*: its first axis counts the experts. One that is split over ranks is a
@@ -54,7 +54,7 @@ class Experts(nn.Module):
     Attributes:
         num_experts: E, of all ranks.
         backend: kernels that compute; a layer sets it (``MoELayer.backend``).
-        cache: computes in place of the experts, where their parameters are kept elsewhere (``core.offload_experts``);
+        cache: computes instead of the experts if their parameters are stored elsewhere (``core.offload_experts``);
             None: they compute by themselves. A copy or pickle of the experts has none.
     """
 
@@ -164,11 +164,11 @@ class Experts(nn.Module):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether ``core.quantize_experts`` has made whole numbers of the matrices: then they do not train."""
+        """Whether ``core.quantize_experts`` has quantized the matrices: then they do not train."""
         return bool(self._quantized())
 
     def _quantized(self) -> dict[str, QuantizedMatrices]:
-        """Return the quantised matrices by the names that their parameters had."""
+        """Return the quantized matrices by the names that their parameters had."""
         return {name: m for name, m in self._modules.items() if isinstance(m, QuantizedMatrices)}
 
     def weights_of(self, e: int) -> dict[str, Tensor]:
@@ -189,7 +189,8 @@ class Experts(nn.Module):
 
         Args:
             fn: fills one (in, out) matrix in place, as ``nn.init.xavier_uniform_`` does; gradients are off. That layout
-                is the transpose of ``nn.Linear``'s: a function of ``fan_in`` alone has to take ``mode="fan_out"``.
+                is the transpose of ``nn.Linear``'s: a function that only uses ``fan_in`` has to take
+                ``mode="fan_out"``.
 
         Example::
 
@@ -198,7 +199,7 @@ class Experts(nn.Module):
                     module.init_each(nn.init.xavier_uniform_)
 
         Raises:
-            ValueError: the experts are quantised.
+            ValueError: the experts are quantized.
         """
         if self.is_quantized:
             raise ValueError(f"{type(self).__name__} that are quantised do not start anew: fill them before")
@@ -246,7 +247,7 @@ class Experts(nn.Module):
         return self.compute_rows(rows).x.unflatten(0, (n, T)).transpose(0, 1)
 
     def compute_merged(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Return each group of tokens after one expert, whose parameters are a weighted sum of those of all E.
+        """Return each group of tokens after one expert, whose parameters are a weighted sum over all E experts.
 
         Args:
             x: (G, S, D), tokens by group.
@@ -270,7 +271,7 @@ class ExpertConfig(OpenConfig):
 
     Attributes:
         layer_kind: "rows": experts compute each row by itself, whatever the layer. Experts that need more than a row,
-            such as attention, name a kind of their own, whose layers stand in ``core.config.LAYERS``.
+            such as attention, name a kind of their own, whose layers are listed in ``core.config.LAYERS``.
         is_causal: False where an expert shows a token those after it, so that no causal decoder can have it.
     """
 
@@ -280,7 +281,7 @@ class ExpertConfig(OpenConfig):
     """In ``core.adapt`` the experts take what the frozen layer puts out; others take its input and are added to it."""
 
     def check(self, num_experts: int) -> None:
-        """Raise a ``ValueError`` where there cannot be this many experts."""
+        """Raise a ``ValueError`` if there cannot be this many experts."""
 
     def of_each(self, num_experts: int) -> tuple[ExpertConfig, ...]:
         """Return the config of each expert: this one, unless their kinds are mixed."""
@@ -290,7 +291,7 @@ class ExpertConfig(OpenConfig):
         """Return experts of a ``times``-th of the hidden width, for ``MoEConfig.granularity``.
 
         Args:
-            times: g, by which the width is divided.
+            times: g, the factor that the width shrinks by.
             dim: D of the tokens; None: a width that depends on it stays as it is.
 
         Raises:
@@ -308,7 +309,7 @@ class ExpertConfig(OpenConfig):
 
     @property
     def tokens_per_row(self) -> int:
-        """The tokens that make a row: what the router decides on at once, and an expert takes. 1, but for patches."""
+        """The tokens that make a row: the unit that the router decides on, and an expert takes. 1, but for patches."""
         return 1
 
     def row_dim(self, dim: int) -> int:
@@ -324,14 +325,14 @@ class ExpertConfig(OpenConfig):
         return num_tokens
 
     def layer_arguments(self) -> dict[str, Any]:
-        """Return arguments of the layer's constructor beside those of ``MoE``."""
+        """Return the layer's constructor arguments that ``MoE`` does not have."""
         return {}
 
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> Experts:
         raise NotImplementedError
 
     def out_dim(self, dim: int) -> int:
-        """Return the width of the output where the layer does not ask for another one."""
+        """Return the width of the output if the layer does not ask for another one."""
         return dim
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
@@ -341,16 +342,16 @@ class ExpertConfig(OpenConfig):
     def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
         """Return the forward FLOPs of one expert on one row, two a multiply-add; activations are not counted.
 
-        Those of experts whose every parameter is multiplied by one number of the row, unless a subclass says more.
+        Each parameter multiplies one number of the row, unless a subclass says more.
         """
         return 2 * self.num_params(dim, out_dim)
 
     def layer_params(self, dim: int) -> int:
-        """Return the parameters that all experts of a layer share, such as those of keys and values."""
+        """Return the parameters that all experts of a layer share, such as the key and value projections."""
         return 0
 
     def layer_flops_per_token(self, dim: int, rows_per_token: float, tokens_per_sequence: int | None) -> float:
-        """Return the forward FLOPs of a token in what the experts of a layer share.
+        """Return the forward FLOPs per token of the parameters that the experts of a layer share.
 
         Args:
             dim: D.
@@ -364,14 +365,14 @@ class ExpertConfig(OpenConfig):
 
 
 def num_params(module: nn.Module) -> int:
-    """Return the parameters of a module. A ``DTensor`` counts as whole, a quantised matrix as the numbers it stands
-    for."""
+    """Return the parameters of a module. A ``DTensor`` counts in full, a quantized matrix as the numbers that it
+    encodes."""
     matrices = (m for m in module.modules() if isinstance(m, QuantizedMatrices))
     return sum(p.numel() for p in module.parameters()) + sum(m.numel() for m in matrices)
 
 
 def check_merges(experts: Experts) -> None:
-    """Raise a ``ValueError`` where there is no expert of the mean parameters: no ``compute_merged``, or statistics."""
+    """Raise a ``ValueError`` if no expert can have the mean parameters: no ``compute_merged``, or statistics."""
     name = type(experts).__name__
     if type(experts).compute_merged is Experts.compute_merged:
         raise ValueError(f"{name} cannot be merged: it has no method compute_merged")
@@ -380,7 +381,7 @@ def check_merges(experts: Experts) -> None:
 
 
 class _Refusal(torch.autograd.Function):
-    """Hands on an output of quantised experts, and refuses the gradient of what it depends on."""
+    """Passes an output of quantized experts through, and raises an error if a gradient is needed behind it."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, *inputs: Tensor) -> Tensor:
@@ -392,11 +393,11 @@ class _Refusal(torch.autograd.Function):
 def local_tensor(t: Any) -> Any:
     """Return the part of a stacked tensor that this process holds: of a ``DTensor`` its shard, else the whole.
 
-    ``QuantizedMatrices`` give what the kernels take.
+    ``QuantizedMatrices`` give the kernels' inputs.
 
     Raises:
-        ValueError: the shard is cut along another axis than that of the experts, so that no expert is whole; but for a
-            mesh that divides hidden units.
+        ValueError: the shard is cut along another axis than the expert axis, so that no expert is whole; but for a mesh
+            that divides hidden units.
     """
     if t is None or type(t) is nn.Parameter:
         return t

@@ -47,7 +47,7 @@ class ClampedSwiGLU(TwoLayerConfig):
         bias: with ``b_gate``, ``b_in`` and ``b_out``.
         limit: bound of both halves; None: they have none.
         alpha: slope of the gate's sigmoid; 1 is SiLU, 1.702 comes close to GELU.
-        shift: what is added to u, so that a layer whose u is 0 passes its gate on.
+        shift: added to u, so that a layer whose u is 0 passes its gate on.
 
     Raises:
         ValueError: ``hidden_dim`` below 1, or a ``limit`` or ``alpha`` that is not positive.

@@ -56,7 +56,7 @@ class ConvolutionExperts(Experts):
     def _convolved(self, x_RC: Tensor, w: Tensor, b: Tensor | None, offsets_E: Tensor) -> Tensor:
         """Return patches after one convolution of their experts, (R, p * p * D) to (R, p * p * F).
 
-        All positions of an expert's patches are rows of one product, with the k * k positions around each side by side.
+        All positions of an expert's patches are rows of one matmul, with the k * k positions around each side by side.
         """
         (R, C), area = x_RC.shape, self.patch_size**2
         D = C // area
@@ -82,7 +82,7 @@ class Convolution(ExpertConfig):
     router chooses by patch: with ``ExpertChoice`` each expert takes l of the n patches of an image (pMoE, arXiv
     2306.04073). ``MoEConfig`` builds a ``PatchMoE``, whose tokens are the positions of a grid.
 
-    The router reads a flattened patch, p * p * D. A layer's costs of a token are those of a position.
+    The router reads a flattened patch, p * p * D. A layer's costs per token are its costs per position.
 
     Attributes:
         hidden_dim: F, channels between the two convolutions; None: dim.
@@ -90,7 +90,7 @@ class Convolution(ExpertConfig):
         kernel_size: k, positions along a side of both kernels; odd, and at most 2 p - 1.
         activation: "relu", "gelu", "silu" or "gelu_tanh" (GELU's approximation).
         bias: with a bias of both convolutions.
-        columns: positions in a row of the grid, where tokens come as a sequence; None: the grid is square.
+        columns: positions in a row of the grid, if tokens come as a sequence; None: the grid is square.
         prefix_tokens: tokens of a sequence before its first position, such as a class token: no expert takes them.
 
     Raises:
@@ -150,7 +150,7 @@ class Convolution(ExpertConfig):
         return self._weights(dim, out_dim) + biases
 
     def flops_per_row(self, dim: int, out_dim: int | None = None) -> int:
-        """Return the forward FLOPs of one expert on one patch, those of taps beyond its edge included."""
+        """Return the forward FLOPs of one expert on one patch, including taps beyond its edge."""
         return 2 * self.grid.area * self._weights(dim, out_dim)
 
     def _weights(self, dim: int, out_dim: int | None) -> int:

@@ -1,6 +1,6 @@
 """Experts that cost next to nothing: zero, copy and a learned constant (MoE++, arXiv 2410.07348).
 
-A token that takes one of them has less of the others computed. They stand beside real experts in ``Mixed``.
+A token that takes one of them has less of the others computed. They are used next to real experts in ``Mixed``.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Copy(ExpertConfig):
     arXiv 2509.01322).
 
     Raises:
-        ValueError: in ``build``, where the output has another width than the input.
+        ValueError: in ``build``, if the output has another width than the input.
     """
 
     def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> CopyExperts:
@@ -83,7 +83,7 @@ class Copy(ExpertConfig):
 class ConstantExperts(Experts):
     """E experts whose output is a learned vector, or a learned mixture of the token and the vector.
 
-    Parameters: ``v`` (E, D_out), zero at the start; ``w_mix`` (E, D, 2) where mixed.
+    Parameters: ``v`` (E, D_out), zero at the start; ``w_mix`` (E, D, 2) if mixed.
     """
 
     takes_index = True
@@ -124,10 +124,10 @@ class Constant(ExpertConfig):
     eq. 5): ``f(x) = a_1 x + a_2 v`` with ``(a_1, a_2) = softmax(x w_mix)``.
 
     Attributes:
-        mix: whether the token is mixed in, by ``2 D`` more parameters and one small product a row.
+        mix: whether the token is mixed in, by ``2 D`` more parameters and one small matmul per row.
 
     Raises:
-        ValueError: in ``build``, where a mixed output has another width than the input.
+        ValueError: in ``build``, if a mixed output has another width than the input.
     """
 
     mix: bool = False

@@ -1,4 +1,4 @@
-"""Feed-forward experts: two products, or three where they are gated."""
+"""Feed-forward experts: two matmuls, or three if they are gated."""
 
 from __future__ import annotations
 
@@ -96,6 +96,6 @@ class SwiGLU(FFN):
 
 @dataclass(frozen=True)
 class GEGLU(SwiGLU):
-    """``SwiGLU`` with GELU in place of SiLU (arXiv 2002.05202)."""
+    """``SwiGLU`` with GELU instead of SiLU (arXiv 2002.05202)."""
 
     activation: Annotated[str, OneOf(*ACTIVATIONS)] = "gelu"

@@ -33,8 +33,8 @@ class GeneralFFNExperts(TwoLayerExperts):
     """E networks ``dropout(act(x w_in + b_in)) w_out + b_out``, or gated ones, ``dropout(act(x w_gate + b_gate) * (x
     w_in + b_in)) w_out + b_out``.
 
-    Parameters: ``w_in`` (E, D, F), ``w_out`` (E, F, D_out); ``w_gate`` (E, D, F) in gated ones; those of the biases
-    ``b_in``, ``b_gate`` (E, F) and ``b_out`` (E, D_out) that the config asks for.
+    Parameters: ``w_in`` (E, D, F), ``w_out`` (E, F, D_out); ``w_gate`` (E, D, F) in gated ones; the biases ``b_in``,
+    ``b_gate`` (E, F) and ``b_out`` (E, D_out) that the config asks for.
     """
 
     saved_order = ("w_in", "b_in", "w_out", "b_out", "w_gate", "b_gate")
@@ -52,12 +52,13 @@ class GeneralFFNExperts(TwoLayerExperts):
 @dataclass(frozen=True)
 class GeneralFFN(TwoLayerConfig):
     """``dropout(act(x w_in + b_in)) w_out + b_out``, or gated ``dropout(act(x w_gate + b_gate) * (x w_in + b_in)) w_out
-    + b_out``, with any of the biases. ``FFN``, ``SwiGLU`` and ``GEGLU`` have fused kernels for what they compute.
+    + b_out``, with any of the biases. ``FFN``, ``SwiGLU`` and ``GEGLU`` have fused kernels for their formulas.
 
     Attributes:
-        hidden_dim: F; None: 4 * dim, or where gated 8/3 * dim, up to the next multiple of 8.
-        activation: a key of ``GENERAL_ACTIVATIONS``: those of ``FFN``, "quick_gelu" (``x sigmoid(1.702 x)``, OpenAI's
-            CLIP), "sigmoid", "tanh", "relu2" (the square), "relu6", "leaky_relu", "elu", "mish" or "hardswish".
+        hidden_dim: F; None: 4 * dim, or if gated 8/3 * dim, up to the next multiple of 8.
+        activation: a key of ``GENERAL_ACTIVATIONS``: the activations of ``FFN``, "quick_gelu" (``x sigmoid(1.702 x)``,
+            OpenAI's CLIP), "sigmoid", "tanh", "relu2" (the square), "relu6", "leaky_relu", "elu", "mish" or
+            "hardswish".
         gated: with ``w_gate``.
         bias_in, bias_gate, bias_out: which biases there are.
         dropout: probability that a number of the hidden layer is zero in training.

@@ -82,19 +82,19 @@ class LoRAExperts(Experts):
 @dataclass(frozen=True)
 class LoRA(ExpertConfig):
     """``alpha / rank * x w_a w_b``, a low-rank update (LoRA, arXiv 2106.09685), one of many (MoLoRA, arXiv 2309.05444;
-    LoRAMoE, arXiv 2312.09979). The layer's output is added to that of a frozen linear, and is zero at the start.
+    LoRAMoE, arXiv 2312.09979). The layer's output is added to a frozen linear layer's, and is zero at the start.
 
     ``w_a`` starts at U(-1/sqrt(D), 1/sqrt(D)), as in the authors' code; ``init_each`` leaves ``w_b`` at zero.
 
     Attributes:
         rank: width between the two matrices.
-        alpha: factor on the output, which is divided by ``rank``; None: ``rank``, for a factor of 1.
+        alpha: factor on the output, scaled by ``1 / rank``; None: ``rank``, for a factor of 1.
         dropout: probability in training that a number of a token is set to zero on its way into the experts. A token's
             experts get the same ones, so that no token is copied.
 
     Raises:
         ValueError: ``rank`` below 1, ``alpha`` not positive, ``dropout`` not in [0, 1); in ``build``, ``rank`` above
-            the width of the input or of the output, where a full matrix would be smaller.
+            the width of the input or of the output, for which a full matrix would be smaller.
     """
 
     rank: Count = 8
@@ -132,7 +132,7 @@ class IA3Experts(Experts):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start at one: where a token's gates sum to 1 it comes out as it went in."""
+        """Start at one: if a token's gates sum to 1, the token comes out as it went in."""
         nn.init.ones_(self.v)
 
     def compute_rows(self, rows: Rows) -> Rows:
@@ -171,7 +171,7 @@ class IA3(ExpertConfig):
     ``Dense``, that by sequence is ``Merge``.
 
     Raises:
-        ValueError: in ``build``, where the output has another width than the input.
+        ValueError: in ``build``, if the output has another width than the input.
     """
 
     follows_base = True

@@ -1,4 +1,4 @@
-"""``QuantizedMatrices``: what stands in the place of a stacked parameter once experts are quantised."""
+"""``QuantizedMatrices`` replaces a stacked parameter once experts are quantized."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..kernels import QuantizedWeight
 
 
 class QuantizedMatrices(nn.Module):
-    """The matrices of E experts in whole numbers. They are read as the parameter was: ``w.shape``, ``w[e]``, ``w[:n]``.
+    """The matrices of E experts as integers. They are read as the parameter was: ``w.shape``, ``w[e]``, ``w[:n]``.
 
     Nothing is kept in floating point but the scales: ``w[e]`` is computed each time.
 
-    Buffers: ``values`` and ``scales``, stacked by expert as those of ``QuantizedWeight``. They are saved, loaded and
-    moved with the model; a model that is cast has its scales cast.
+    Buffers: ``values`` and ``scales``, stacked by expert as in ``QuantizedWeight``. They are saved, loaded and moved
+    with the model; a model that is cast has its scales cast.
     """
 
     values: Tensor

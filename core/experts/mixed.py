@@ -17,11 +17,11 @@ from .base import ExpertConfig, Experts
 
 
 class MixedExperts(Experts):
-    """Groups of experts of one kind each: the first ``counts[0]`` experts are those of ``parts[0]``, and so on.
+    """Groups of experts of one kind each: the first ``counts[0]`` experts come from ``parts[0]``, and so on.
 
-    Rows are sorted by expert, so those of a group lie together. On a CPU they are a slice. Elsewhere, and in compiled
-    code, the host does not know where they begin: the index is rolled until they come first, and the group's kernels
-    leave the rest alone.
+    Rows are sorted by expert, so a group's rows lie together. On a CPU they are a slice. Elsewhere, and in compiled
+    code, the host does not know where they start: the index is rolled until they come first, and the group's kernels
+    skip the rest.
     """
 
     takes_index = True
@@ -46,7 +46,7 @@ class MixedExperts(Experts):
         return [part for part in self.parts if isinstance(part, Experts)]
 
     def compute_rows(self, rows: Rows) -> Rows:
-        """Return the rows computed: (T, D_out) where they came as an index, else (R, D_out) and weighted."""
+        """Return the rows computed: (T, D_out) if they came as an index, else (R, D_out) and weighted."""
         y: Tensor | None = None
         for part, (first, end) in zip(self._kinds(), pairwise(self.bounds), strict=True):
             own, place_R = _rows_of(rows, first, end)
@@ -70,7 +70,7 @@ class MixedExperts(Experts):
 def _rows_of(rows: Rows, first: int, end: int) -> tuple[Rows, Tensor]:
     """Return the rows of the experts from ``first`` to before ``end``, and the place of each among all rows.
 
-    Rows past the last offset of the result are of other experts.
+    Rows past the last offset of the result belong to other experts.
     """
     start = rows.offsets_E[first - 1] if first else rows.offsets_E.new_zeros(())
     R, device = rows.gates_R.shape[0], rows.x.device
@@ -91,10 +91,10 @@ def _rows_of(rows: Rows, first: int, end: int) -> tuple[Rows, Tensor]:
 
 @dataclass(frozen=True)
 class Mixed(ExpertConfig):
-    """Experts of several kinds in one layer, such as FFNs of two widths beside ``Zero``, ``Copy`` and ``Constant``
-    (MoE++, arXiv 2410.07348). The router chooses among all of them.
+    """Experts of several kinds in one layer, such as FFNs of two widths together with ``Zero``, ``Copy`` and
+    ``Constant`` (MoE++, arXiv 2410.07348). The router chooses among all of them.
 
-    A layer's costs are those at balance, where each expert takes as many tokens as any other.
+    A layer's costs are counted at balance, when each expert takes as many tokens as any other.
 
     Attributes:
         experts: the kinds.

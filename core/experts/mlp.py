@@ -24,11 +24,11 @@ class MLPExperts(Experts):
     """E networks of layers ``h_i = dropout(act(norm(h_{i-1} w_i + b_i)))``; the last one's ``h`` is the output.
 
     With ``norm="batch"`` each expert has statistics of its own, over the tokens that it computes (the expert
-    normalisation of HoME, arXiv 2408.05430, there with ``activation="silu"``). They are taken as ``nn.BatchNorm1d``
+    normalization of HoME, arXiv 2408.05430, there with ``activation="silu"``). They are taken as ``nn.BatchNorm1d``
     takes them: the batch's in training, running ones in evaluation, with momentum 0.1. An expert with fewer than two
     tokens in a training batch uses the running ones, which then stay: no variance is known.
 
-    Parameters, with layer i from 0: ``w_i`` (E, in, out), ``b_i`` (E, out), which batch normalisation makes useless and
+    Parameters, with layer i from 0: ``w_i`` (E, in, out), ``b_i`` (E, out), which batch normalization makes useless and
     leaves out; ``norm_weight_i`` and ``norm_bias_i`` (E, out). Buffers: ``running_mean_i``, ``running_var_i`` (E, out).
     """
 
@@ -60,12 +60,12 @@ class MLPExperts(Experts):
         return [] if self.norm == "batch" else [self._get("b", i) for i in range(len(self.hidden_dims))]
 
     def _get(self, name: str, i: int) -> Any:
-        """Return this process's part of a tensor of layer ``i``; None where there is none."""
+        """Return this process's part of a tensor of layer ``i``; None if there is none."""
         tensor = getattr(self, f"{name}_{i}")
         return None if tensor is None else local_tensor(tensor)
 
     def _linear(self, x: Tensor, i: int, n: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the layer's input and its weights, those of the first ``n`` experts, in the dtype of the product."""
+        """Return the layer's input and the first ``n`` experts' weights, in the dtype of the matmul."""
         b = self._get("b", i)
         x, w, b = autocast_together(x, self._get("w", i)[:n], None if b is None else b[:n])
         return x, w, b
@@ -131,7 +131,7 @@ class MLPExperts(Experts):
             return _scaled(_wide(h_TnF), *used, weight, bias).to(h_TnF.dtype)
         # One channel for each expert and feature is what ``nn.BatchNorm1d`` computes.
         moves = self.training and T >= 2
-        # Copies: autograd keeps what it is given, and a second call in the same graph moves the buffers.
+        # Copies: autograd saves its arguments, and a second call in the same graph moves the buffers.
         mean, var = (r.flatten().clone() if self.training else r.flatten() for r in running)
         y_TC = F.batch_norm(
             h_TnF.reshape(T, n * width), mean, var, weight.flatten(), bias.flatten(), moves, MOMENTUM, EPS
@@ -156,7 +156,7 @@ class MLPExperts(Experts):
 def batch_norm_rows(
     h_RF: Tensor, expert_R: Tensor, running: tuple[Tensor, Tensor], weight_EF: Tensor, bias_EF: Tensor, training: bool
 ) -> Tensor:
-    """Return rows normalised over the rows of their expert, as ``MLPExperts`` with ``norm="batch"`` says.
+    """Return rows normalized over the rows of their expert, as ``MLPExperts`` with ``norm="batch"`` says.
 
     Args:
         h_RF: (R, F) rows.
@@ -182,7 +182,7 @@ def batch_norm_rows(
 
 
 def _statistics(running: tuple[Tensor, Tensor], count: Tensor, mean: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and variance of a training batch of two tokens or more, and move the running ones."""
+    """Return the mean and variance of a training batch of two tokens or more, and update the running ones."""
     enough = count >= 2
     with torch.no_grad():
         # The running variance is the unbiased one, as in ``nn.BatchNorm1d``.
@@ -203,7 +203,7 @@ def _scaled(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) 
 
 
 def _layer_norm(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Normalise over the features, with weights that differ by expert or row."""
+    """Normalize over the features, with weights that differ by expert or row."""
     return (F.layer_norm(_wide(h), h.shape[-1:], eps=EPS) * weight + bias).to(h.dtype)
 
 

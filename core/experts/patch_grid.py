@@ -1,4 +1,4 @@
-"""``PatchGrid``: where the positions of an image lie, and the square patches that they are cut into."""
+"""``PatchGrid``: the layout of the positions of an image, and the square patches that they are cut into."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..fields import Checked, Count, CountOrZero
 class PatchGrid(Checked):
     """A grid of positions, cut into patches of p x p positions that do not overlap.
 
-    Tokens lie row by row, after those of the prefix; patches lie row by row as well, and so do the positions in one.
+    Tokens lie row by row, after the prefix; patches lie row by row as well, and so do the positions in one.
 
     Attributes:
         patch_size: p.
@@ -62,7 +62,7 @@ class PatchGrid(Checked):
         return height, width
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise a ``ValueError`` where a grid of that size is not a whole number of patches."""
+        """Raise a ``ValueError`` if a grid of that size cannot be cut into whole patches."""
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"patch_size={self.patch_size} does not divide a grid of {height} x {width} positions")
 

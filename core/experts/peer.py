@@ -19,7 +19,7 @@ class NeuronExperts(Experts):
     """E experts ``f_e(x) = act(x . u_e) v_e``, a million of them or more.
 
     Parameters: ``u`` (E, D) and ``v`` (E, D_out). ``NeuronMoE`` asks them in a way of their own,
-    ``experts(x_TD, "picked", ids_TK, gates_TK)``, which sorts no pairs and keeps no picked row for the backward.
+    ``experts(x_TD, "picked", ids_TK, gates_TK)``, which sorts no pairs and saves no picked row for the backward.
     """
 
     shown = ("activation", "row_sparse")
@@ -50,7 +50,7 @@ class NeuronExperts(Experts):
 
         Args:
             x: (T, D); a token that picks no expert may hold anything.
-            ids_TK: int64 (T, K), experts of each token, one of them twice if need be; E where nothing is computed.
+            ids_TK: int64 (T, K), experts of each token, one of them twice if need be; E if nothing is computed.
             gates_TK: float32 (T, K).
         """
         return neurons(
@@ -79,7 +79,7 @@ class NeuronExperts(Experts):
 @dataclass(frozen=True)
 class PEER(ExpertConfig):
     """``f_e(x) = act(x . u_e) v_e``, an expert of one neuron (PEER, arXiv 2407.04153). ``ProductKeys`` chooses among a
-    million of them; any other router that chooses pairs does too, where E is small.
+    million of them; any other router that chooses pairs does too, if E is small.
 
     Attributes:
         activation: "relu", "gelu" or "silu".

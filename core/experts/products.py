@@ -1,4 +1,4 @@
-"""Products of stacked weights with the same tokens for all experts, or with an expert's own, and how weights start."""
+"""Matmuls of stacked weights, with tokens shared by all experts or each expert's own; initialization."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def init_linear_(weight: Tensor, bias: Tensor | None = None) -> None:
 
 
 def floats(w: Any) -> Any:
-    """Return a stacked tensor as it is, and quantised matrices dequantised, for products that take all of them."""
+    """Return a stacked tensor as it is, and quantized matrices dequantized, for matmuls that take all of them."""
     w = local_tensor(w)
     return w.dequantized() if isinstance(w, QuantizedWeight) else w
 
 
 def first_linear(x_GTD: Tensor, stacked: Weight, b: Tensor | None, counts: tuple[int, ...]) -> Tensor:
-    """``x_g w_e + b_e`` of every token and expert, each with its group's input: one product where the inputs allow it.
+    """``x_g w_e + b_e`` of every token and expert, each with its group's input: one matmul if the inputs allow it.
 
     Args:
         x_GTD: (G, T, D) inputs.
@@ -72,7 +72,7 @@ def weighted_sum(weights_GE: Tensor, w: Tensor | None) -> Tensor | None:
 
 
 def autocast_together(x: Tensor, *weights: Tensor | None) -> tuple[Any, ...]:
-    """Return tokens and this process's part of the weights in the products' dtype: autocast knows no custom ops."""
+    """Return tokens and this process's part of the weights in the matmuls' dtype: autocast knows no custom ops."""
     weights = tuple(local_tensor(w) for w in weights)
     kind = x.device.type
     is_on = kind != "meta" and torch.is_autocast_enabled(kind)

@@ -1,4 +1,4 @@
-"""``quantize_experts`` makes whole numbers of the experts' matrices, where a model's memory is."""
+"""``quantize_experts`` quantizes the experts' matrices, which take most of a model's memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .matrices import QuantizedMatrices
 
 @torch.no_grad()
 def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = None) -> nn.Module:
-    """Make whole numbers of the matrices of all experts of a trained model, in place: weights alone, symmetric (arXiv
-    2211.10017, section 5).
+    """Quantize the matrices of all experts of a trained model in place: weights only, symmetric (arXiv 2211.10017,
+    section 5).
 
-    Routed and shared experts are quantised, those of several gates and several kinds too. Routers, biases, norms and
+    Routed and shared experts are quantized, also with several gates and of several kinds. Routers, biases, norms and
     everything outside the experts stay. Each matrix (E, K, N) becomes buffers of the same name, which kernels
-    dequantise where they multiply: ``values``, int8 (E, K, N) or in 4 bits uint8 (E, ceil(K / 2), N), and ``scales``,
+    dequantize when they multiply: ``values``, int8 (E, K, N) or in 4 bits uint8 (E, ceil(K / 2), N), and ``scales``,
     (E, groups, N). ``core.kernels.quantized`` describes the layout. Saved by its ``state_dict``, such a model is loaded
-    into one that was quantised alike. It does not train: a backward through its experts raises a ``RuntimeError``.
+    into one that was quantized alike. It does not train: a backward through its experts raises a ``RuntimeError``.
 
     Args:
         model: any module with experts, or experts themselves.
@@ -31,9 +31,9 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
         ``model``.
 
     Raises:
-        ValueError: other bits; there are no experts with matrices; a group size that does not divide the inputs of one
-            of them; experts that are quantised already, offloaded or split over ranks; weights that are not finite. The
-            model is left as it was.
+        ValueError: other bits; the model has no experts with matrices; a group size that does not divide the inputs of
+            one of them; experts that are quantized already, offloaded or split over ranks; weights that are not finite.
+            The model is left as it was.
 
     Example::
 
@@ -69,14 +69,14 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
 
 
 def _put(experts: Experts, name: str, weight: QuantizedWeight) -> None:
-    """Put quantised matrices in the place of a parameter. The experts' other parameters train no more either."""
+    """Replace a parameter by quantized matrices. The experts' other parameters train no more either."""
     delattr(experts, name)  # a parameter gives its name to no module
     experts.register_module(name, QuantizedMatrices(weight))
     experts.requires_grad_(False)
 
 
 def expert_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters and buffers of all experts of a model, those of this process."""
+    """Return the bytes of the parameters and buffers of all experts of a model in this process."""
     experts = (m for m in model.modules() if isinstance(m, Experts))
     tensors = {id(t): t for m in experts for t in (*m.parameters(), *m.buffers())}
     return sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in tensors.values())

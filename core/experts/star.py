@@ -1,4 +1,4 @@
-"""Experts in a star: each is the product of its own weights with those of a centre that all share."""
+"""Experts in a star: each is the product of its own weights with the weights of a center that all share."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .products import floats, init_linear_
 
 
 class StarExperts(MLPExperts):
-    """E networks as ``MLPExperts``, with weights ``w_e * w`` and biases ``b_e + b``, where w and b are those of one
-    centre (STAR, arXiv 2101.11427, eq. 8). Weights and biases of norms are joined likewise.
+    """E networks as ``MLPExperts``, with weights ``w_e * w`` and biases ``b_e + b``, with w and b of one center (STAR,
+    arXiv 2101.11427, eq. 8). Weights and biases of norms are joined likewise.
 
-    An expert's own weights start at 1 and its biases at 0, so that all experts start as the centre, which starts as
+    An expert's own weights start at 1 and its biases at 0, so that all experts start as the center, which starts as
     ``MLPExperts`` do.
 
-    Parameters: those of ``MLPExperts`` for E experts, and ``centre``, which holds the same names without the axis of
-    the experts.
+    Parameters: as in ``MLPExperts`` for E experts, and ``centre``, which holds the same names without the axis of the
+    experts.
 
     Args:
         num_experts: E.
@@ -42,7 +42,7 @@ class StarExperts(MLPExperts):
         self._start()
 
     def _start(self) -> None:
-        """Start the centre as one expert of ``MLPExperts``, and the experts' own parameters as nothing beside it."""
+        """Initialize the center as one expert of ``MLPExperts``, and the experts' own parameters as the identity."""
         for name, parameter in self.named_parameters(recurse=False):
             nn.init.constant_(parameter, 1.0 if _is_factor(name) else 0.0)
         for name, parameter in self.centre.items():
@@ -64,14 +64,14 @@ class StarExperts(MLPExperts):
         return own * centre if _is_factor(name) else own + centre
 
     def weights_of(self, e: int) -> dict[str, Tensor]:
-        """Return the parameters and buffers of expert ``e`` alone, without the centre's, as views."""
+        """Return the parameters and buffers of expert ``e`` only, without the center's, as views."""
         if not 0 <= e < self.num_local_experts:
             raise ValueError(f"expert {e} is not in range(num_local_experts={self.num_local_experts})")
         own = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False))
         return {name: local_tensor(t)[e] for name, t in own}
 
     def init_each(self, fn: Callable[[Tensor], Any]) -> None:
-        """Start the centre's matrices by ``fn`` and its biases at zero; the experts' own start where all are alike."""
+        """Start the center's matrices by ``fn`` and its biases at zero; the experts' own start where all are alike."""
         self.reset_parameters()
         with torch.no_grad():
             for name, parameter in self.centre.items():
@@ -82,5 +82,5 @@ class StarExperts(MLPExperts):
 
 
 def _is_factor(name: str) -> bool:
-    """Return whether a parameter multiplies the centre's; biases are added to it."""
+    """Return whether a parameter multiplies the center's; biases are added to it."""
     return name.startswith(("w", "norm_weight"))

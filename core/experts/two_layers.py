@@ -1,4 +1,4 @@
-"""What feed-forward experts with one hidden layer have in common: their tensors, costs and products."""
+"""Common base of feed-forward experts with one hidden layer: their tensors, costs and matmuls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TwoLayerExperts(Experts):
     """E networks ``hidden(x w_in + b_in, x w_gate + b_gate) w_out + b_out``, where ``hidden`` is a subclass's.
 
     Parameters: ``w_in``, ``w_gate`` (E, D, F), ``w_out`` (E, F, D_out), ``b_in``, ``b_gate`` (E, F) and ``b_out`` (E,
-    D_out), of those that the config names.
+    D_out), as far as the config names them.
     """
 
     hidden_axes = MappingProxyType({"w_in": 2, "w_gate": 2, "b_in": 1, "b_gate": 1, "w_out": 1})
@@ -57,7 +57,7 @@ class TwoLayerExperts(Experts):
         return tuple(getattr(self, name) for name in _ORDER)
 
     def hidden(self, up: Tensor, gate: Tensor | None) -> Tensor:
-        """Return the hidden layer, any shape, given the products with ``w_in`` and ``w_gate``."""
+        """Return the hidden layer, any shape, given the outputs of ``w_in`` and ``w_gate``."""
         raise NotImplementedError
 
     def compute_rows(self, rows: Rows) -> Rows:

@@ -10,15 +10,15 @@
 Two more are the same on every backend but ``eager``, which copies all that it picks (``table_rows.py``)::
 
     neurons(x_TD, u, v, ids_TK, ...)     experts of one neuron, picked out of two tables
-    best_keys(q_RQ, keys_nQ, K)          the keys with the largest products
+    best_keys(q_RQ, keys_nQ, K)          the keys with the largest inner products
 
-The weights of ``expert_ffn`` and ``expert_linear`` may be quantised (``quantized.py``): a matrix is then made of whole
-numbers and scales where it is multiplied, and nowhere kept.
+The weights of ``expert_ffn`` and ``expert_linear`` may be quantized (``quantized.py``): a matrix is then dequantized
+from integers and scales when it is multiplied, and never stored.
 
 ``eager`` is the oracle and reads like the equations. ``cpu``, ``grouped`` and ``triton`` are held to it in output and
-gradients. The functions here take a backend's name, resolve it and hand on; ``triton`` leaves what is beyond its limits
-to ``grouped`` or ``eager``. Experts, dispatchers and layers use these functions, and the few helpers that are exported
-beside them, and know no backend by name.
+gradients. The functions here take a backend's name, resolve it and call the backend; ``triton`` leaves cases beyond its
+limits to ``grouped`` or ``eager``. Experts, dispatchers and layers use these functions, and the few helpers that are
+exported with them, and know no backend by name.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ for _op in ("triton_expert_ffn_backward", "triton_linear_dw", "triton_gate_backw
 
 
 def check_backend(name: str) -> None:
-    """Raise a ``ValueError`` where ``name`` is neither "auto" nor a backend."""
+    """Raise a ``ValueError`` if ``name`` is neither "auto" nor a backend."""
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not one of auto, {', '.join(BACKENDS)}")
 
@@ -72,15 +72,15 @@ def check_backend(name: str) -> None:
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """Return the backend that will run: ``name`` itself where it can, else the next best with one warning.
 
-    "auto" is ``cpu`` on a CPU; on CUDA ``triton``, else ``grouped`` for the same dtypes, else ``eager``. (Where it is
-    ``triton``, experts' products run on the fastest of the three, measured where a shape is first met.) Under a
-    transform of ``torch.func`` and in forward-mode differentiation it is ``eager``, whatever the name: custom ops know
-    neither. On the meta device it is ``cpu``, whatever the name.
+    "auto" is ``cpu`` on a CPU; on CUDA ``triton``, else ``grouped`` for the same dtypes, else ``eager``. (If it is
+    ``triton``, experts' matmuls run on the fastest of the three, measured when a shape is first met.) Under a transform
+    of ``torch.func`` and in forward-mode differentiation it is ``eager``, whatever the name: custom ops know neither.
+    On the meta device it is ``cpu``, whatever the name.
 
     Args:
         name: "auto", or a key of ``BACKENDS``.
         device: device of the tokens.
-        dtype: dtype of the experts' products.
+        dtype: dtype of the experts' matmuls.
 
     Returns:
         A key of ``BACKENDS``.
@@ -116,7 +116,7 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
 def _fastest(
     kernel: str, backend: str, x: Tensor, num_rows: int, weights: tuple[Any, ...], flags: tuple[str, ...], call: Any
 ) -> ModuleType:
-    """Return the backend of an expert's product: on a card under "auto" the one that was measured to be the fastest.
+    """Return the backend of an expert's matmul: on a GPU under "auto" the one that was measured to be the fastest.
 
     Nothing is measured in a compiled graph, nor under a dispatch mode, which would see the measurement: Triton it is.
 
@@ -126,7 +126,7 @@ def _fastest(
         num_rows: rows of all experts.
         weights: the first has the experts along its first axis.
         flags: what else tells calls apart.
-        call: computes the product, given a backend, ``x`` and ``weights``.
+        call: computes the matmul, given a backend, ``x`` and ``weights``.
     """
     name = resolve_backend(backend, x.device, x.dtype)
     if backend != "auto" or name != "triton" or not _may_measure(x):
@@ -135,7 +135,7 @@ def _fastest(
     learns = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
 
     def run(name: str) -> None:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # not those of a checkpoint around it
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # not an outer checkpoint's hooks
             own = [t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in inputs]
             y = call(BACKENDS[name], *own)
             if learns:

@@ -9,7 +9,7 @@ With few experts the problem is a transportation problem whose dual has only E p
    paths on E nodes, exact for the rounded scores). Tokens of equal cost move at once.
 
 Each step has a fixed bound. At the bound of step 3 experts pass on the tokens that lose least, and these fill the free
-places greedily: balance always holds, and what is lost is bounded by how far the prices were off.
+places greedily: balance always holds, and the loss is bounded by the error of the prices.
 
 Steps 2 and 3 decide on the host, hence the custom op. On CUDA each path of step 3 waits for the device.
 """
@@ -30,7 +30,7 @@ NEWTON_STEPS = 3
 COARSE, SAMPLE = 0.1, 2**15
 # The scores' spread in quanta: a token loses at most one.
 QUANTA = 2.0**20
-# Of a score in quanta. Paths over 2**9 experts stay below FORCED, and sums with it are whole numbers in float64.
+# Of a score in quanta. Paths over 2**9 experts stay below FORCED, and sums with it are integers in float64.
 BOUND, FORCED = 2.0**40, 2.0**51
 
 
@@ -41,9 +41,9 @@ def max_paths(num_experts: int) -> int:
 
 @torch.library.custom_op("moesaic::balanced_assignment", mutates_args=())
 def balanced_assignment(scores_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
-    """The experts of T tokens that maximise the sum of their scores, with equally many tokens each.
+    """The experts of T tokens that maximize the sum of their scores, with equally many tokens each.
 
-    Every expert gets ``floor(n / E)`` or ``ceil(n / E)`` of the n real tokens (BASE, arXiv 2103.16716).
+    Every expert gets ``floor(n / E)`` or ``ceil(n / E)`` of the n non-padding tokens (BASE, arXiv 2103.16716).
     Deterministic. Not differentiable: the choice is constant almost everywhere.
 
     Args:
@@ -88,7 +88,7 @@ def _assign(scores_TE: Tensor) -> Tensor:
 def _prices(u_ET: Tensor) -> Tensor:
     """float64 prices (E,) at which the experts' loads are about equal, for float32 scores of spread 1.
 
-    Minimises ``sum_t tau * logsumexp((u_t - p) / tau) + T / E * sum_e p_e``: its gradient is ``T / E - load``, its
+    Minimizes ``sum_t tau * logsumexp((u_t - p) / tau) + T / E * sum_e p_e``: its gradient is ``T / E - load``, its
     Hessian ``(diag(load) - P P^T) / tau`` with the softmax P.
     """
     E, T = u_ET.shape
@@ -98,7 +98,7 @@ def _prices(u_ET: Tensor) -> Tensor:
         scaled_ET = (sample_ET if tau >= COARSE else u_ET) / tau
         price_E = price_E / tau
         target = scaled_ET.shape[1] / E
-        # Prices are free up to a common constant, and without undecided tokens there is no curvature.
+        # Prices are free up to a common constant, and without undecided tokens the curvature is zero.
         ridge_EE = torch.eye(E, device=u_ET.device) * (0.01 * target)
         for _ in range(NEWTON_STEPS):
             p_ET = (scaled_ET - price_E[:, None]).softmax(0)
@@ -122,13 +122,13 @@ def _best(q_TE: Tensor, price_E: Tensor) -> Tensor:
 def _repair(q_TE: Tensor, expert_T: Tensor) -> tuple[Tensor, bool]:
     """Move tokens until counts differ by one at most and no move gains; False where the bound came first.
 
-    Nodes are experts; an edge from a to b costs what the token of a that loses least by going to b loses. No cycle
+    Nodes are experts; an edge from a to b costs the loss of the token of a that loses least by going to b. No cycle
     gains at the start, as each token is at its best by the prices, and moving along the cheapest path keeps it so.
     """
     T, E = q_TE.shape
     counts = count_experts(expert_T, E).tolist()
     order_T = expert_T.argsort(stable=True)
-    # Each expert's tokens and their rows, so that a move touches the experts on its path alone.
+    # Each expert's tokens and their rows, so that a move only touches the experts on its path.
     tokens, rows = list(order_T.split(counts)), list(q_TE[order_T].split(counts))
     cost_EE = q_TE.new_full((E, E), torch.inf)
     changed, balanced = list(range(E)), False
@@ -164,7 +164,7 @@ def _repair(q_TE: Tensor, expert_T: Tensor) -> tuple[Tensor, bool]:
 
 
 def _cheapest_path(cost_EE: Tensor, give_E: Tensor, take_E: Tensor) -> list[int]:
-    """The cheapest path by give + edges + take (Bellman-Ford); empty where none costs less than nothing."""
+    """The cheapest path by give + edges + take (Bellman-Ford); empty if no path has a negative cost."""
     E = len(cost_EE)
     distance_E, before_E = give_E, torch.full_like(give_E, -1, dtype=torch.int64)
     for _ in range(E - 1):
@@ -192,7 +192,7 @@ def _fill(q_TE: Tensor, expert_T: Tensor) -> Tensor:
     room_E[fullest_E[: T % E]] += 1
 
     def first(expert_T: Tensor, score_T: Tensor, room_E: Tensor) -> Tensor:
-        """The best of each expert's tokens that it has room for, bool (T,); those of expert E have none."""
+        """The best of each expert's tokens that it has room for, bool (T,); False for tokens of expert E."""
         order_T = torch.empty_like(place_T)
         order_T[score_T.argsort(descending=True, stable=True)] = place_T
         rank_T = capacity_ranks(expert_T, order_T, E + 1)

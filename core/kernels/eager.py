@@ -1,4 +1,4 @@
-"""The oracle: loops that read like the equations. Any device, any dtype, differentiable by autograd alone."""
+"""The oracle: loops that read like the equations. Any device, any dtype, differentiable by plain autograd."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_width(x: Tensor, width: int) -> None:
-    """Raise a ``ValueError`` where rows (R, D) are not as wide as the experts' matrices take them.
+    """Raise a ``ValueError`` if rows (R, D) are not as wide as the experts' matrices take them.
 
-    For kernels that pad, or read without bounds: they would give numbers where a plain product raises.
+    For kernels that pad, or read without bounds: they would give numbers when a plain matmul raises.
     """
     if x.shape[1] != width:
         raise ValueError(f"rows have width {x.shape[1]}, the experts' matrices take {width}")
 
 
 def check_shapes(**tensors: tuple[Weight | None, tuple[int, ...]]) -> None:
-    """Raise a ``ValueError`` where a tensor has another shape than the one given beside it.
+    """Raise a ``ValueError`` if a tensor does not have the shape paired with it.
 
     For kernels that read without bounds.
     """
@@ -60,7 +60,7 @@ def check_shapes(**tensors: tuple[Weight | None, tuple[int, ...]]) -> None:
 
 
 def check_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str) -> None:
-    """Raise a ``ValueError`` where shapes of ``expert_ffn`` do not go together, or for an unknown activation."""
+    """Raise a ``ValueError`` if shapes of ``expert_ffn`` do not go together, or for an unknown activation."""
     w_in, w_out, b_in, b_out, w_gate = weights
     (E, D, F), N = w_in.shape, w_out.shape[-1]
     check_shapes(
@@ -76,9 +76,9 @@ def check_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, a
 
 
 def check_devices(x: Tensor, owner: str, parameters: Mapping[str, Tensor | None]) -> None:
-    """Raise a ``ValueError`` where a parameter that tokens are about to meet is on another device than they.
+    """Raise a ``ValueError`` if a parameter that tokens are about to meet is on another device than they.
 
-    torch's products on a CPU read a parameter on the meta device, which has no numbers, as whatever lies in memory.
+    torch's matmuls on a CPU read a parameter on the meta device, which has no numbers, as whatever lies in memory.
 
     Args:
         x: the tokens.
@@ -111,9 +111,10 @@ class TopK:
         scores_TE: float32 (T, E), scores of all experts.
         expert_ids_TK: int64 (T, K), ids of the chosen experts, the best first.
         gates_TK: float32 (T, K), their combine weights.
-        chosen_per_expert_E: int64 (E,), real tokens that chose each expert; None where the backend did not count them.
-        sums: sums over the real tokens under their names in ``balance_sums``, from a backend that makes them: "score"
-            (E,), the scores over their sum; "square" (1,), the squared logsumexp of the logits.
+        chosen_per_expert_E: int64 (E,), non-padding tokens that chose each expert; None if the backend did not count
+            them.
+        sums: sums over the non-padding tokens under their names in ``balance_sums``, from a backend that makes them:
+            "score" (E,), the scores over their sum; "square" (1,), the squared logsumexp of the logits.
     """
 
     scores_TE: Tensor
@@ -126,7 +127,7 @@ class TopK:
 def top_k_ids(values: Tensor, k: int) -> Tensor:
     """Return the places of the k largest values of the last axis, the largest first and the lowest of equal ones first.
 
-    ``torch.topk`` promises no order among equal values, and takes other ones on a GPU than on a CPU.
+    ``torch.topk`` promises no order among equal values, and picks different ones on a GPU and on a CPU.
 
     Args:
         values: (..., E), without a gradient.
@@ -139,13 +140,13 @@ def top_k_ids(values: Tensor, k: int) -> Tensor:
 
 
 def gates_of(logits_TE: Tensor, scores_TE: Tensor, expert_ids_TK: Tensor, score_func: str, normalize: bool) -> Tensor:
-    """Return the gates (T, K) of chosen experts: their scores, with ``normalize`` divided by their sum.
+    """Return the gates (T, K) of chosen experts: their scores, with ``normalize`` scaled to sum to 1.
 
     Args:
         logits_TE, scores_TE: (T, E), the scores by ``score_func``.
         expert_ids_TK: int64 (T, K).
         score_func: a key of ``SCORE_FUNCS``; of "softmax" the chosen logits are read, which do not underflow.
-        normalize: whether a token's gates are divided by their sum.
+        normalize: whether a token's gates are scaled to sum to 1.
     """
     if normalize and score_func == "softmax":
         return logits_TE.gather(-1, expert_ids_TK).softmax(-1)
@@ -176,11 +177,11 @@ def topk_gate(
         logits_TE: float32 (T, E).
         top_k: experts per token.
         score_func: a key of ``SCORE_FUNCS``: "softmax", "sigmoid" or "sqrt_softplus".
-        normalize: a token's gates are divided by their sum; for softmax scores: the softmax of the chosen logits.
-        bias_E: float32 (E,), added to the scores for the choice alone (aux-loss-free balancing, arXiv 2408.15664).
+        normalize: scale a token's gates to sum to 1; for softmax scores: the softmax of the chosen logits.
+        bias_E: float32 (E,), added to the scores for the choice only (aux-loss-free balancing, arXiv 2408.15664).
         num_groups, limited_groups: the choice is limited to the best ``limited_groups`` of ``num_groups`` equal groups
             of experts.
-        group_score: what a group is judged by: "top2", the sum of its two best biased scores (DeepSeek-V3, arXiv
+        group_score: criterion for a group: "top2", the sum of its two best biased scores (DeepSeek-V3, arXiv
             2412.19437, section 2.1.2); "max", its best one (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
         scale: factor on the gates.
         valid_T: bool (T,), False for padding: for a backend that counts and sums on the way.
@@ -219,7 +220,7 @@ class Sorted:
 
 
 def count_experts(expert_ids_N: Tensor, num_experts: int) -> Tensor:
-    """Count the pairs of each expert, int64 (E,), without those of the id E. The host does not wait for the device.
+    """Count the pairs of each expert, int64 (E,), without pairs of id E. The host does not wait for the device.
 
     Raises:
         ValueError: ``torch.func.vmap`` maps over the pairs.
@@ -230,10 +231,10 @@ def count_experts(expert_ids_N: Tensor, num_experts: int) -> Tensor:
 
 
 def sort_pairs(expert_ids_N: Tensor, tokens_per_expert_E: Tensor) -> Sorted:
-    """Order the pairs by expert, earlier pairs first; those with the id E come last.
+    """Order the pairs by expert, earlier pairs first; pairs with the id E come last.
 
     Args:
-        expert_ids_N: int64 (N,), E where a pair is not computed.
+        expert_ids_N: int64 (N,), E if a pair is not computed.
         tokens_per_expert_E: int64 (E,), how many pairs each expert computes.
     """
     order_R = expert_ids_N.argsort(stable=True)
@@ -278,18 +279,18 @@ def queue_ranks(queue_TK: Tensor, served_T: Tensor | None, num_queues: int) -> T
 
 
 def whole_ratio(factor: float) -> tuple[int, int]:
-    """Return the factor as a ratio of whole numbers: 1.1 is 11 / 10, and 0.3333333333333333 is 1 / 3."""
+    """Return the factor as a ratio of integers: 1.1 is 11 / 10, and 0.3333333333333333 is 1 / 3."""
     # A bounded denominator: 16 digits times the tokens would overflow int64.
     return Fraction(str(factor)).limit_denominator(10**9).as_integer_ratio()
 
 
 def capacity(ratio: tuple[int, int], top_k: int, num_tokens: int | Tensor, num_experts: int) -> int | Tensor:
-    """``ceil(factor * top_k * num_tokens / num_experts)`` in whole numbers: 1.1 * 10 stays 11, not 12.
+    """``ceil(factor * top_k * num_tokens / num_experts)`` in integer arithmetic: 1.1 * 10 stays 11, not 12.
 
     Args:
         ratio: ``whole_ratio`` of the factor.
         top_k: experts per token.
-        num_tokens: real tokens of a group, or int64 of several.
+        num_tokens: non-padding tokens of a group, or int64 of several.
         num_experts: E.
     """
     over, under = ratio
@@ -300,10 +301,10 @@ class RowIndex(NamedTuple):
     """The token and the expert of each row; rows are sorted by expert.
 
     Attributes:
-        row_index_R: int64 (R,), the token of each row; None where rows are the tokens themselves.
+        row_index_R: int64 (R,), the token of each row; None if rows are the tokens themselves.
         offsets_E: int32 (E,), inclusive counts of rows; rows past the last offset are not computed.
-        inverse_N: int64 (N,), the row of each pair, where pairs are token-major: a faster ``combine`` may use it.
-        top_k: K, the pairs of each token, where they are token-major.
+        inverse_N: int64 (N,), the row of each pair, if pairs are token-major: a faster ``combine`` may use it.
+        top_k: K, the pairs of each token, if they are token-major.
     """
 
     row_index_R: Tensor | None
@@ -313,7 +314,7 @@ class RowIndex(NamedTuple):
 
 
 class FFNWeights(NamedTuple):
-    """The weights of E feed-forward experts. Either all matrices are quantised or none is.
+    """The weights of E feed-forward experts. Either all matrices are quantized or none is.
 
     Attributes:
         w_in, w_gate: (E, D, F).

@@ -9,7 +9,7 @@ import torch
 
 
 def warn_once(message: str) -> None:
-    """Warn of each message once a process, but not while code is compiled: that traces and does not run."""
+    """Warn of each message once per process, but not while code is compiled: that traces and does not run."""
     if not torch.compiler.is_compiling():
         _warn(message)
 

@@ -1,7 +1,7 @@
 """``torch.nn.functional.grouped_mm`` in a custom op: the path on CUDA without Triton.
 
-``grouped_mm`` alone does not survive ``torch.compile`` or export in float32, refuses rows that are not multiples of 16
-bytes, and leaves garbage in the rows past the last offset. The op here mends the three.
+``grouped_mm`` by itself does not survive ``torch.compile`` or export in float32, rejects rows that are not multiples of
+16 bytes, and leaves garbage in the rows past the last offset. The op here mends the three.
 """
 
 from __future__ import annotations
@@ -114,10 +114,10 @@ grouped_mm_dw.register_autograd(_dw_backward, setup_context=_setup)
 
 @torch.library.custom_op("moesaic::quantized_mm", mutates_args=())
 def quantized_mm(x_R: Tensor, values: Tensor, scales: Tensor, fan_in: int, offsets_E: Tensor) -> Tensor:
-    """``y_r = x_r w_e`` by the quantised matrix of expert ``e``; zero past the last offset.
+    """``y_r = x_r w_e`` by the quantized matrix of expert ``e``; zero past the last offset.
 
-    On a CPU the matrices of those experts alone that have rows are dequantised, one at a time. Elsewhere all are, so
-    that the host need not wait for the counts.
+    On a CPU only the matrices of experts that have rows are dequantized, one at a time. Elsewhere all are, so that the
+    host need not wait for the counts.
 
     Args:
         x_R: (R, K) rows sorted by expert.
@@ -125,7 +125,7 @@ def quantized_mm(x_R: Tensor, values: Tensor, scales: Tensor, fan_in: int, offse
         offsets_E: int32 (E,), inclusive.
 
     Raises:
-        ValueError: rows are not ``fan_in`` wide, or scales or offsets are of another number of experts.
+        ValueError: rows are not ``fan_in`` wide, or scales or offsets have another number of experts.
     """
     w = QuantizedWeight(values, scales, fan_in, x_R.dtype)
     check_width(x_R, fan_in)
@@ -146,7 +146,7 @@ def _(x_R, values, scales, fan_in, offsets_E):
 
 
 def refuse_gradient(ctx, *grads):
-    """Raise the error of a backward through quantised experts, whichever kernel computed them."""
+    """Raise the error of a backward through quantized experts, whichever kernel computed them."""
     raise RuntimeError("quantised experts have no gradients: train the model before core.quantize_experts")
 
 
@@ -154,7 +154,7 @@ quantized_mm.register_autograd(refuse_gradient)
 
 
 def product(x_R: Tensor, w: Weight, offsets_E: Tensor) -> Tensor:
-    """``y_r = x_r w_e`` for the rows of expert ``e``, by its quantised matrix where they are; zero past the last."""
+    """``y_r = x_r w_e`` for the rows of expert ``e``, by its quantized matrix if it has one; zero past the last."""
     if isinstance(w, QuantizedWeight):
         y_R: Tensor = quantized_mm(x_R, w.values, w.scales, w.fan_in, offsets_E)
     else:
@@ -173,7 +173,7 @@ def expert_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
-    """Compute ``eager.expert_linear`` in one grouped product."""
+    """Compute ``eager.expert_linear`` in one grouped matmul."""
     y_RF = product(x_RD, w, offsets_E)
     if b is None:
         return y_RF
@@ -183,7 +183,7 @@ def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None =
 
 
 def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str) -> Tensor:
-    """Compute ``eager.expert_ffn`` in grouped products over rows gathered once."""
+    """Compute ``eager.expert_ffn`` in grouped matmuls over rows gathered once."""
     act, (w_in, w_out, b_in, b_out, w_gate) = ALL_ACTIVATIONS[activation], weights
     index_R, offsets_E = rows.row_index_R, rows.offsets_E
     x_R = x if index_R is None else x.index_select(0, index_R)

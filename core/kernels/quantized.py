@@ -1,10 +1,10 @@
-"""``QuantizedWeight``: matrices of experts as whole numbers of 8 or 4 bits, with scales.
+"""``QuantizedWeight``: matrices of experts as integers of 8 or 4 bits, with scales.
 
     w[e, k, n] = q[e, k, n] * scales[e, k // group_size, n]
 
 They are symmetric: ``q`` is within ``[-127, 127]``, or ``[-7, 7]`` in 4 bits, and the largest number of each group of
-``group_size`` inputs of a channel is at the end of the range. Of weights alone, not of tokens: products are computed in
-the tokens' dtype (arXiv 2211.10017, section 5). Two numbers of 4 bits share a byte::
+``group_size`` inputs of a channel is at the end of the range. Only weights are quantized, not tokens: matmuls are
+computed in the tokens' dtype (arXiv 2211.10017, section 5). Two numbers of 4 bits share a byte::
 
     values[e, i, n] = (q[e, 2 i, n] + 8) | (q[e, 2 i + 1, n] + 8) << 4
 """
@@ -25,7 +25,7 @@ ZERO = 8
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """The quantised matrices of E experts. ``w[e]`` is one of them in floating point, ``w[:n]`` those of the first n.
+    """The quantized matrices of E experts. ``w[e]`` is one of them in floating point, ``w[:n]`` the first n.
 
     Attributes:
         values: int8 (E, K, N), or uint8 (E, ceil(K / 2), N) in 4 bits.
@@ -49,12 +49,12 @@ class QuantizedWeight:
 
     @property
     def group_size(self) -> int:
-        """The inputs of a channel that share a scale: K where there is one scale a channel."""
+        """The inputs of a channel that share a scale: K if there is one scale a channel."""
         return self.fan_in // self.scales.shape[1]
 
     @property
     def is_by_channel(self) -> bool:
-        """Whether an output channel has one scale, so that a product may be scaled in place of the matrix."""
+        """Whether an output channel has one scale, so that a matmul's output may be scaled instead of the matrix."""
         return self.scales.shape[1] == 1
 
     def to(self, dtype: torch.dtype) -> QuantizedWeight:
@@ -86,7 +86,7 @@ Weight = Tensor | QuantizedWeight
 
 
 def quantize(w: Tensor, bits: int, group_size: int | None = None) -> QuantizedWeight:
-    """Return matrices (E, K, N) rounded to whole numbers times scales, one expert after another.
+    """Return matrices (E, K, N) rounded to integers times scales, one expert after another.
 
     Args:
         w: finite numbers.
@@ -94,8 +94,8 @@ def quantize(w: Tensor, bits: int, group_size: int | None = None) -> QuantizedWe
         group_size: inputs of a channel that share a scale; None: all of them do.
 
     Returns:
-        The quantised matrices, with scales in the dtype of ``w``. A number is off by half a scale at most. (In float16
-        by more where a group has no number above 1e-3: its scale is below what that dtype holds exactly.)
+        The quantized matrices, with scales in the dtype of ``w``. A number is off by half a scale at most. (In float16
+        by more if a group has no number above 1e-3: its scale is below what that dtype holds exactly.)
 
     Raises:
         ValueError: other bits, a group size that does not divide K, or numbers that are not finite.
@@ -123,9 +123,9 @@ def quantize(w: Tensor, bits: int, group_size: int | None = None) -> QuantizedWe
 
 
 def pack(q: Tensor) -> Tensor:
-    """Return whole numbers of 4 bits two to a byte: int8 (..., K, N) in [-8, 7] to uint8 (..., ceil(K / 2), N).
+    """Pack integers of 4 bits two to a byte: int8 (..., K, N) in [-8, 7] to uint8 (..., ceil(K / 2), N).
 
-    The lower half of a byte holds the number of the even row. Where K is odd the last byte's upper half is a zero.
+    The lower half of a byte holds the number of the even row. If K is odd the last byte's upper half is a zero.
     """
     if q.shape[-2] % 2:
         q = torch.cat((q, torch.zeros_like(q[..., :1, :])), -2)
@@ -134,7 +134,7 @@ def pack(q: Tensor) -> Tensor:
 
 
 def whole_numbers(values: Tensor, fan_in: int) -> Tensor:
-    """Return whole numbers, int8 (..., K, N): ``values`` themselves, or the opposite of ``pack``."""
+    """Return the integers, int8 (..., K, N): ``values`` themselves, or the opposite of ``pack``."""
     if values.dtype == torch.int8:
         return values
     half = torch.stack((values & 15, values >> 4), -2).flatten(-3, -2)
@@ -150,7 +150,7 @@ def dequantize(values: Tensor, scales: Tensor, fan_in: int, dtype: torch.dtype) 
 
 
 def scale_(w: Tensor, scales: Tensor) -> Tensor:
-    """Multiply whole numbers (..., K, N) by their scales (..., groups, N), in place."""
+    """Multiply integers (..., K, N) by their scales (..., groups, N), in place."""
     groups = scales.shape[-2]
     w.unflatten(-2, (groups, w.shape[-2] // groups)).mul_(scales.unsqueeze(-2))
     return w

@@ -1,9 +1,9 @@
-"""Products with rows that each token picks out of a large table: one-neuron experts, and the best keys of a query.
+"""Matmuls with rows that each token picks out of a large table: one-neuron experts, and the best keys of a query.
 
-``neurons`` and ``best_keys`` are written twice. The plain ones read like the equations, copy every picked row, and are
-what is compiled, exported, transformed and differentiated twice. The others run as they are, on any device: they go
-through the tokens in chunks that stay in the processor's cache, keep no picked row for the backward, and make the
-gradient of a table either dense or of its picked rows alone.
+``neurons`` and ``best_keys`` are written twice. The plain ones read like the equations, copy every picked row, and can
+be compiled, exported, transformed and differentiated twice. The others run as they are, on any device: they go through
+the tokens in chunks that stay in the processor's cache, save no picked row for the backward, and make the gradient of a
+table either dense or of only its picked rows.
 
 On 2 cores of an AMD EPYC, torch 2.13.0+cpu, 4,096 tokens with 128 of 2^20 rows of 128 numbers (2026-11-27): the dots
 took 28 ms in chunks that share one buffer and 518 ms with a new one each; torch's own
@@ -39,16 +39,16 @@ def neurons(
 ) -> Tensor:
     """Return ``y_t = sum over k of g_tk act(x_t . u_i) v_i`` with ``i = ids_tk``, experts of one neuron each.
 
-    A token may pick a row twice. Products and sums are float32 where tokens or tables are in half precision.
+    A token may pick a row twice. Inner products and sums are float32 when tokens or tables are in half precision.
 
     Args:
         x_TD: (T, D) tokens; a token that picks no expert may hold anything.
         u: (E, D).
         v: (E, D_out).
-        ids_TK: int64 (T, K), rows of ``u`` and ``v``; E where nothing is computed.
+        ids_TK: int64 (T, K), rows of ``u`` and ``v``; E if nothing is computed.
         gates_TK: (T, K).
         activation: a key of ``ACTIVATIONS``.
-        row_sparse: the gradients of ``u`` and ``v`` are sparse tensors of the picked rows. Where ``plain`` runs they
+        row_sparse: the gradients of ``u`` and ``v`` are sparse tensors of the picked rows. If ``plain`` runs they
             are dense nevertheless. To make them, the host waits for the device.
         plain: run the version that copies every picked row.
 
@@ -136,7 +136,7 @@ def dots(x_TD: Tensor, table: Tensor, row_TK: Tensor) -> Tensor:
     buffer: Tensor | None = None
     for part in chunks(T, K * D * x_TD.element_size()):
         index_R = row_TK[part].reshape(-1)
-        if buffer is None:  # the first chunk is the largest; a buffer that is asked for anew costs most of the time
+        if buffer is None:  # the first chunk is the largest; a new buffer each time costs most of the time
             buffer = table.new_empty(index_R.shape[0], D)
         picked_RD = torch.index_select(table, 0, index_R, out=buffer[: index_R.shape[0]]).to(x_TD.dtype)
         torch.sum(picked_RD.view(-1, K, D).mul_(x_TD[part, None]), -1, out=out_TK[part])
@@ -202,18 +202,18 @@ def _added(row_TK: Tensor, table: Tensor, x_TD: Tensor, c_TK: Tensor) -> Tensor:
 
 
 def best_keys(q_RQ: Tensor, keys_nQ: Tensor, top_k: int, *, plain: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the ``top_k`` largest products of each query with the keys, best first, and their keys.
+    """Return the ``top_k`` largest inner products of each query with the keys, best first, and their keys.
 
-    The products of a query with all keys are not kept.
+    The scores of a query with all keys are not kept.
 
     Args:
         q_RQ: (R, Q).
         keys_nQ: (n, Q), in the dtype of the queries.
         top_k: K.
-        plain: run the version that keeps all products.
+        plain: run the version that keeps all scores.
 
     Returns:
-        (R, K) products and int64 (R, K) indices of keys.
+        (R, K) scores and int64 (R, K) indices of keys.
     """
     if plain or is_watched(q_RQ, keys_nQ) or q_RQ.is_meta or not q_RQ.shape[0]:
         best = (q_RQ @ keys_nQ.t()).topk(top_k, dim=-1)

@@ -1,4 +1,4 @@
-"""The layers, and what a model's layers have in common: losses, bias updates, parameter counts."""
+"""The layers, and functions for all layers of a model: losses, bias updates, parameter counts."""
 
 from .adapted import AdaptedLinear
 from .attention import AttentionMoE

@@ -16,11 +16,11 @@ class AdaptedLinear(nn.Module):
     Args:
         base: the layer, whose parameters are frozen here.
         updates: a layer of ``MoEConfig.build(in_features, out_features)``, such as one of ``LoRA``; of
-            ``build(out_features)`` where it comes after the base.
-        after: whether the updates take what the base puts out, as ``IA3`` does.
+            ``build(out_features)`` if it comes after the base.
+        after: whether the updates take the base's output, as ``IA3`` does.
 
     Raises:
-        ValueError: ``base`` is no ``nn.Linear``, or the updates are of other widths.
+        ValueError: ``base`` is not an ``nn.Linear``, or the updates have other widths.
     """
 
     def __init__(self, base: nn.Linear, updates: MoE, after: bool = False) -> None:

@@ -28,12 +28,12 @@ class AttentionMoE(MoE):
         y_t = sum over its experts of g_e(t) softmax(q_e(t) K^T / sqrt(d)) V w_out_e,    q_e(t) = x_t w_q_e
 
     Keys and values are projected once for all experts. The router decides once: the chosen experts make queries of a
-    token, each attends over the token's own sequence, and the same experts map what was attended back. A token that no
-    expert computes comes out zero. ``MoEConfig`` builds the layer from ``AttentionExperts``.
+    token, each attends over the token's own sequence, and the same experts map the attention output back. A token that
+    no expert computes comes out zero. ``MoEConfig`` builds the layer from ``AttentionExperts``.
 
     Args:
-        router, experts, balance, dispatcher, expert_output_masking, pairs_per_token, dim: as in ``MoE``; with
-            gates on the input, what the gates scale is the token that makes the queries.
+        router, experts, balance, dispatcher, expert_output_masking, pairs_per_token, dim: as in ``MoE``; with gates on
+            the input, the gates scale the token that makes the queries.
         shared_experts, shared_gate: None.
 
     Attributes:
@@ -64,16 +64,15 @@ class AttentionMoE(MoE):
             x: (..., S, D), at least two dimensions; (S, D) is one sequence.
             context: as in ``MoE.forward``. No token attends to padding, which comes out zero.
             mask: bool (S, S) or (B, S, S), True where a query (the first S) may see a key; None: all.
-            attend: computes the attention in place of the layer, which then heeds neither ``mask`` nor ``causal`` nor
+            attend: computes the attention instead of the layer, which then heeds neither ``mask`` nor ``causal`` nor
                 the padding: for positions in queries and keys, or keys of earlier tokens that are kept.
-            seen: shaped as ``x``, what keys and values are made of, finite where the context calls a token padding;
-                None: ``x``.
+            seen: shaped as ``x``, the source of keys and values, finite also for padding tokens; None: ``x``.
 
         Returns:
             (..., S, D_out).
 
         Raises:
-            ValueError: as ``MoE.forward``, ``mask`` is of another shape or not bool, or ``seen`` of another shape.
+            ValueError: as ``MoE.forward``, ``mask`` has another shape or is not bool, or ``seen`` has another shape.
         """
         x_BSD = self._sequences(x, context)
         B, S, _ = x_BSD.shape
@@ -115,7 +114,7 @@ class AttentionMoE(MoE):
         return self.dispatcher.combine(self.experts(rows, "queries"))
 
     def _outputs(self, y_NC: Tensor, routing: Routing) -> Tensor:
-        """Return the tokens' sums over what their pairs attended to, mapped back and weighted: (T, D_out)."""
+        """Return the tokens' sums over their pairs' attention outputs, mapped back and weighted: (T, D_out)."""
         N = routing.expert_ids_N.shape[0]
         rows = self.dispatcher.dispatch(y_NC, replace(routing, input_index_N=torch.arange(N, device=y_NC.device)))
         if self.router.gates_on == "input":
@@ -128,8 +127,8 @@ class AttentionMoE(MoE):
 def _places(routing: Routing, num_experts: int) -> tuple[int, Tensor | None]:
     """Return how many queries a token has room for, P, and the place of each pair among T * P, int64 (N,).
 
-    It is None where the pairs lie so already. Where tokens take unequal numbers of experts, each has room for all: a
-    host that counted would wait for the device.
+    It is None if the pairs are in this order already. If tokens take unequal numbers of experts, each has room for
+    all: a host that counted would wait for the device.
     """
     if routing.top_k is not None:
         return routing.top_k, None
@@ -145,7 +144,7 @@ def attention(
 
     Args:
         q_BSPhd, k_BShd, v_BShd: as in ``Attend``.
-        valid_BS: bool, False for keys that no query sees; None: all may be seen. Where none is left to a query, it
+        valid_BS: bool, False for keys that no query sees; None: all may be seen. If none is left to a query, it
             attends to all alike.
         mask: bool (S, S) or (B, S, S), True where a query may see a key.
         causal: a query sees the keys up to its own position.
@@ -160,7 +159,7 @@ def attention(
         seen = seen & torch.ones(S, S, dtype=torch.bool, device=q.device).tril()
     bias = None
     if seen is not None:
-        # Not -inf: a sequence of padding alone would become NaN.
+        # Not -inf: a sequence of only padding would become NaN.
         bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, torch.finfo(q.dtype).min)
         bias = bias.expand(-1, -1, S, -1)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal and bias is None, scale=d**-0.5)

@@ -33,7 +33,7 @@ def nothing(module: nn.Module, args: Any) -> None:
 class MoELayer(nn.Module):
     """Base of the MoE layers: what ``record``, ``moe_layers`` and ``active_params`` look for.
 
-    A layer of your own has a ``router`` and ``experts``, and calls ``record_pass`` in its forward; where it has several
+    A layer of your own has a ``router`` and ``experts``, and calls ``record_pass`` in its forward; if it has several
     routers, ``routers`` names them.
 
     Args:
@@ -43,8 +43,8 @@ class MoELayer(nn.Module):
 
     Attributes:
         router, experts, dispatcher: the parts.
-        out_dim: width of the output, where ``MoEConfig`` built the layer; else None.
-        load_balancing_weight: float32 () buffer where ``balance.adaptive``, else None.
+        out_dim: width of the output, if ``MoEConfig`` built the layer; else None.
+        load_balancing_weight: float32 () buffer if ``balance.adaptive``, else None.
     """
 
     router: Router
@@ -76,7 +76,7 @@ class MoELayer(nn.Module):
         MoELayer.reset_parameters(self)  # a subclass's own parameters are not there yet
 
     def reset_parameters(self) -> None:
-        """Set what the layer itself holds to its start. Router and experts have methods of their own."""
+        """Initialize the layer's own parameters and buffers. Router and experts have methods of their own."""
         if self.load_balancing_weight is not None:
             self.load_balancing_weight.fill_(self.balance.load_balancing)
 
@@ -94,7 +94,7 @@ class MoELayer(nn.Module):
         return {**self.__dict__, "_tapes": (), "_unrecorded": 0}
 
     def _check_width(self, x: Tensor) -> None:
-        """Raise a ``ValueError`` where tokens are not ``dim`` wide: not every gate and product would notice."""
+        """Raise a ``ValueError`` if tokens are not ``dim`` wide: not every gate and matmul would notice."""
         if x.is_nested:
             raise ValueError("x is a nested tensor: give nn.TransformerEncoder enable_nested_tensor=False")
         if self.dim is not None and x.shape[-1] != self.dim:
@@ -102,7 +102,7 @@ class MoELayer(nn.Module):
 
     @property
     def row_dim(self) -> int | None:
-        """The width of what the router sees: ``dim``, but for layers whose experts take several tokens at once."""
+        """The width of the router's input: ``dim``, but for layers whose experts take several tokens at once."""
         return self.dim
 
     @property
@@ -124,7 +124,7 @@ class MoELayer(nn.Module):
 
     @property
     def is_recorded(self) -> bool:
-        """True while a tape listens. Without one, what is made for it alone can be left out."""
+        """True while a tape listens. Without one, values that only a tape reads can be left out."""
         return len(self._tapes) > 0  # of a tuple, which torch 2.10 does not trace as bool
 
     def record_pass(
@@ -144,11 +144,11 @@ class MoELayer(nn.Module):
         where an activation checkpoint repeats the forward, nothing happens.
 
         Args:
-            routing: what the router decided.
-            context: what the layer got, for the losses that read it.
+            routing: the router's decision.
+            context: the layer's context, for the losses that read it.
             end: end of the entry's name, ``<layer>.<end>``, in a layer with several routers: a key of ``routers()``.
             router: which of them decided; None: ``self.router``.
-            shared_gate: the gate on the shared experts, where there is one.
+            shared_gate: the gate on the shared experts, if there is one.
             shared_gate_T: float32 (T,), the gate of each token.
             terms: names of the balance terms that apply; None: the router's and the layer's own.
         """
@@ -195,7 +195,7 @@ class MoELayer(nn.Module):
         self._unrecorded += 1
         if self._unrecorded != UNRECORDED_PASSES:
             return
-        # Where the layer that warned has not run since, this one is of the same model, in the same step.
+        # If the layer that warned has not run since, this one belongs to the same model, in the same step.
         warned = _warned[0]() if _warned else None
         if warned is not None and warned._unrecorded == UNRECORDED_PASSES:
             return
@@ -231,7 +231,7 @@ class MoELayer(nn.Module):
 
 
 def check_valid(valid: Tensor, shapes: tuple[torch.Size, ...], noun: str) -> None:
-    """Raise a ``ValueError`` where ``context.valid_BS`` is not bool, or of none of the shapes that it may have."""
+    """Raise a ``ValueError`` if ``context.valid_BS`` is not bool, or of none of the shapes that it may have."""
     check_tensor("context.valid_BS", valid)
     if valid.shape not in shapes:
         raise ValueError(f"context.valid_BS has shape {tuple(valid.shape)}, the {noun} {tuple(shapes[0])}")
@@ -252,7 +252,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
 def active_params(model: nn.Module) -> int:
     """Return the parameters that one token touches at most: all but the routed experts it does not take.
 
-    Sharded parameters (``DTensor``) count as whole: the figure is that of the whole model, on every rank.
+    Sharded parameters (``DTensor``) count in full: the figure covers the whole model, on every rank.
     """
     idle: dict[int, int] = {}
     for layer in moe_layers(model).values():

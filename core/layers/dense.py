@@ -1,4 +1,4 @@
-"""``FeedForward``: the dense feed-forward layer that stands where a block has no experts."""
+"""``FeedForward``: the dense feed-forward layer of a block without experts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..kernels import Linear
 
 
 class FeedForward(nn.Module):
-    """``act(x w_in) w_out``, or ``(act(x w_gate) * (x w_in)) w_out`` where gated.
+    """``act(x w_in) w_out``, or ``(act(x w_gate) * (x w_in)) w_out`` if gated.
 
     Args:
         dim: D.

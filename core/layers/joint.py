@@ -22,8 +22,8 @@ _DROPLESS = Capacity()
 
 class JointMultiGateMoE(MultiGateLayer):
     """``y_k = sum over S and P_k of g_k,e f_e(x)``: S holds the experts with the highest mean gate over the tasks, P_k
-    those with task k's highest gates among the others, and ``g_k`` is the softmax of task k's logits over both (SMES,
-    arXiv 2602.09386). An expert that several tasks chose computes an example once.
+    the ones with task k's highest gates among the others, and ``g_k`` is the softmax of task k's logits over both
+    (SMES, arXiv 2602.09386). An expert that several tasks chose computes an example once.
 
     Entries of the tape: ``<layer>.selection`` has the computed pairs, the mean of the tasks' scores and the balance
     losses, one of each for all gates together; ``<layer>.task0`` and so on have the tasks' choices, and no losses.
@@ -34,8 +34,8 @@ class JointMultiGateMoE(MultiGateLayer):
         groups: E shared ones.
         shared_top_k: number of experts in S.
         private_top_k: number of experts in P_k.
-        dense_training: whether in training half of the examples, drawn by chance, take all experts.
-        options: as in ``MultiGateMoE``; a gate drops experts among those that a task chose.
+        dense_training: whether in training half of the examples, chosen at random, take all experts.
+        options: as in ``MultiGateMoE``; a gate drops experts among a task's choices.
     """
 
     splits_experts = True
@@ -119,6 +119,6 @@ class JointMultiGateMoE(MultiGateLayer):
         return {}  # nothing of theirs moves but by the gradient
 
     def active_expert_params(self) -> int:
-        """Return the most that one example touches, where no two tasks take the same private expert."""
+        """Return the most that one example touches, when no two tasks take the same private expert."""
         most = min(self.shared_top_k + self.num_tasks * self.private_top_k, self.groups.num_shared)
         return self.all_expert_params() * most // self.groups.num_shared

@@ -1,4 +1,4 @@
-"""The balance losses of a tape, and what moves once per optimizer step: selection biases and adaptive weights."""
+"""The balance losses of a tape, and updates once per optimizer step: selection biases and adaptive weights."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def aux_loss(tape: Tape, group: dist.ProcessGroup | None = None) -> Tensor:
 def aux_losses(tape: Tape, group: dist.ProcessGroup | None = None) -> AuxLosses:
     """Return the weighted sum and the unweighted terms of the balance losses of all recorded passes.
 
-    Statistics are those of the tokens of all ranks, in one collective for all layers, unless a layer's ``scope`` is
-    "rank"; the gradient is exact once DDP or FSDP has averaged it over the ranks. All ranks call it for the same passes
-    of these layers, in any order, which one small collective checks (not in compiled code).
+    Statistics cover the tokens of all ranks, in one collective for all layers, unless a layer's ``scope`` is "rank";
+    the gradient is exact once DDP or FSDP has averaged it over the ranks. All ranks call it for the same passes of
+    these layers, in any order, which one small collective checks (not in compiled code).
 
     Args:
         tape: the passes.
@@ -51,7 +51,7 @@ def aux_losses(tape: Tape, group: dist.ProcessGroup | None = None) -> AuxLosses:
 
     Raises:
         ValueError: a pass had no context field that one of its terms reads, or one of another form; or the tape has
-            the loads alone; or ``tape`` is no tape.
+            only the loads; or ``tape`` is not a tape.
         RuntimeError: a pass ran without gradients although its router trains, as under reentrant checkpointing; or the
             ranks recorded passes of different layers, which all of them raise.
     """
@@ -101,7 +101,7 @@ def aux_losses(tape: Tape, group: dist.ProcessGroup | None = None) -> AuxLosses:
                 # world * parts is it.
                 part = part.detach() + world * (part - part.detach())
             total = part if total is None else total + part
-    if total is None:  # nothing to balance, or a load term alone, in evaluation
+    if total is None:  # nothing to balance, or only a load term, in evaluation
         return AuxLosses(torch.zeros(()), {})
     return AuxLosses(total, {name: torch.stack(values).mean() for name, values in seen.items()})
 
@@ -112,7 +112,7 @@ def _all_reduce(
     device: torch.device | None,
     group: dist.ProcessGroup | None,
 ) -> tuple[list[dict[str, Tensor]], int]:
-    """Add each sum over the ranks, in one collective; the gradient stays that of this rank's part.
+    """Add each sum over the ranks, in one collective; the gradient is still the gradient of this rank's part.
 
     Args:
         names: the layer of each.
@@ -143,13 +143,13 @@ def _check_ranks_agree(
     device: torch.device | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Raise a ``RuntimeError`` on every rank where their sums are of different layers or shapes.
+    """Raise a ``RuntimeError`` on every rank if their sums differ in layers or shapes.
 
     Args:
         names: the layer of each.
         sums: sums of this rank, which may have none.
         refusal: the error's message, with a place for the difference.
-        device: device on which the ranks compare; None: that of the sums.
+        device: device on which the ranks compare; None: the device of the sums.
         group: the ranks; None: all.
     """
     if torch.compiler.is_compiling():
@@ -178,9 +178,9 @@ def _check_ranks_agree(
 
 
 def update_expert_bias(model: nn.Module, tape: Tape, group: dist.ProcessGroup | None = None) -> None:
-    """Move the selection biases by the loads on the tape, the adaptive weights of ``Balance`` by its drop rates and
-    those of a router's own by its counts, and tell each router that a step is over, for what it anneals: once per
-    optimizer step, in training.
+    """Update the selection biases by the loads on the tape, the adaptive weights of ``Balance`` by its drop rates and a
+    router's own weights by its counts, and tell each router that a step is over, for its annealing: once per optimizer
+    step, in training.
 
     Under accumulation give it the micro-batches' loads merged: ``steps = steps.merge(tape.loads())``. The loads of all
     ranks are added in one collective, so all of them call it, with the same layers: one small collective checks it. A
@@ -248,7 +248,7 @@ def update_expert_bias(model: nn.Module, tape: Tape, group: dist.ProcessGroup | 
 
 
 def _check_names(layers: Mapping[str, MoELayer], tape: Tape) -> None:
-    """Refuse a tape of another model, or of a part of it: its passes would move nothing."""
+    """Raise an error for a tape of another model, or of a part of it: its passes would update nothing."""
     for entry in {entry.name: None for entry in tape.entries}:
         if not any(_is_of(entry, name, layer) for name, layer in layers.items()):
             named = ", ".join(repr(name) for name in layers) or "none"

@@ -1,4 +1,4 @@
-"""``MoELayer``, the layers of one router, and what a model's layers have in common: their counts and their capacity."""
+"""``MoELayer``, the layers of one router, and functions for all layers of a model: their counts and their capacity."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class MoE(MoELayer):
         balance, dispatcher, dim: as in ``MoELayer``.
         shared_experts: experts that every token takes.
         shared_gate: gate between them and the routed output; None: their sum.
-        expert_output_masking: probability in training that a pair's output is left out; the others are divided by
-            1 minus it.
+        expert_output_masking: probability in training that a pair's output is left out; the others are scaled by 1 / (1
+            - it).
         bias_dim: width of a bias that is added to every token's output; None: there is none.
-        pairs_per_token: experts a token takes, for ``active_params``; None: as the router's config says.
+        pairs_per_token: experts per token, for ``active_params``; None: as the router's config says.
 
     Raises:
-        ValueError: a part is no router or no experts; the router chooses among another number of experts than there
-            are, those of other ranks included; or ``balance.contrast`` with experts that gather statistics, since it
-            computes some rows twice.
+        ValueError: a part is not a router or not experts; the router chooses among another number of experts than there
+            are, other ranks' included; or ``balance.contrast`` with experts that gather statistics, since it computes
+            some rows twice.
     """
 
     own_terms = frozenset({"contrast"})
@@ -98,13 +98,14 @@ class MoE(MoELayer):
 
         Args:
             x: (..., S, D), at least two dimensions; (S, D) is one sequence.
-            context: what the gate may know beside ``x``; its (B, S) fields have ``x``'s leading shape flattened to B.
+            context: information for the gate in addition to ``x``; its (B, S) fields have ``x``'s leading shape
+                flattened to B.
 
         Returns:
             (..., S, D_out).
 
         Raises:
-            ValueError: ``x`` has one dimension or another width than ``dim``, or ``valid_BS`` is of another shape or
+            ValueError: ``x`` has one dimension or another width than ``dim``, or ``valid_BS`` has another shape or is
                 not bool.
         """
         x_BSD = self._sequences(x, context)
@@ -145,7 +146,7 @@ class MoE(MoELayer):
     def _computed(self, rows: Rows, x_BSD: Tensor) -> Tensor:
         """Return the sums of the experts' rows by token, (B, S, D_out)."""
         if self.training and self.expert_output_masking:
-            # On the rows and not in the routing: losses, loads and capacity are those of the choice.
+            # On the rows and not in the routing: losses, loads and capacity follow the choice.
             rows = replace(rows, gates_R=F.dropout(rows.gates_R, self.expert_output_masking))
         return self.dispatcher.combine(self.experts(rows)).unflatten(0, x_BSD.shape[:2])
 
@@ -157,7 +158,7 @@ class MoE(MoELayer):
         return rows.weighted_input() if self.router.gates_on == "input" else rows
 
     def _contrasted(self, x_BSD: Tensor, routing: Routing, context: RoutingContext | None) -> Routing:
-        """Return the routing with the sums of the term ``contrast`` in its evidence, which are of a sample of rows.
+        """Return the routing with the sums of the term ``contrast`` in its evidence, computed on a sample of rows.
 
         The sample is computed by itself, since kernels that sum the experts' outputs at once hand no row out.
         """
@@ -219,7 +220,7 @@ class AveragedMoE(MoE):
     """Experts by pairs in training, and in evaluation one whose parameters are the mean of theirs (AdaMix, arXiv
     2205.12410). Built from ``Random(evaluation="merged")``.
 
-    The mean is taken once a call; ``core.average_experts`` takes it for good.
+    The mean is taken once per call; ``core.average_experts`` takes it for good.
 
     Raises:
         ValueError: the experts cannot be merged.
@@ -250,8 +251,7 @@ class AveragedMoE(MoE):
 def set_capacity_factor(model: nn.Module, factor: float | None, priority: str | None = None) -> Iterator[None]:
     """Change the evaluation capacity of every layer inside the ``with`` block; None is dropless.
 
-    Routers without such a capacity (expert choice has its own, soft slots and merged experts have none) go on as they
-    are.
+    Routers without such a capacity (expert choice has its own, soft slots and merged experts have none) do not change.
 
     Args:
         model: any module with MoE layers.

@@ -1,4 +1,4 @@
-"""Multi-task layers: experts that all tasks share, or own, and a gate a task that weights them."""
+"""Multi-task layers: experts that all tasks share, or own, and one gate per task that weights them."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Examples:
 
     Attributes:
         x_TD: (T, D), in its own dtype; padding is zero.
-        x_BSD: the same as sequences: (T, 1, D) where the layer got (T, D).
+        x_BSD: the same as sequences: (T, 1, D) if the layer got (T, D).
         leading: shape of the examples.
-        real_T: bool (T,), False for padding; None where every example is real.
-        domain_T: int64 (T,); None where the layer knows no domains.
+        real_T: bool (T,), False for padding; None if every example is real.
+        domain_T: int64 (T,); None if the layer knows no domains.
         context: as the layer got it, with ``valid_BS`` in the shape of ``x_BSD``.
     """
 
@@ -87,7 +87,7 @@ class MultiGateLayer(MoELayer):
             (t, ..., D_out). Padding is zero.
 
         Raises:
-            ValueError: ``x`` has one dimension or another width than ``dim``, ``valid_BS`` is of another shape or not
+            ValueError: ``x`` has one dimension or another width than ``dim``, ``valid_BS`` has another shape or is not
                 bool, or the layer knows domains and ``domain_ids_B`` is missing, of another shape, or (on CPU) out of
                 range.
         """
@@ -101,7 +101,7 @@ class MultiGateLayer(MoELayer):
         return ENDS.fullmatch(end) is not None
 
     def _compute(self, examples: Examples) -> Tensor:
-        """Return the tasks' outputs, (t, T, D_out); those of padding may be anything finite."""
+        """Return the tasks' outputs, (t, T, D_out); rows of padding may be anything finite."""
         raise NotImplementedError
 
     def _examples(self, x: Tensor, context: RoutingContext | None) -> Examples:
@@ -127,7 +127,7 @@ class MultiGateLayer(MoELayer):
 
 @dataclass(frozen=True)
 class LevelOutputs:
-    """The outputs of a level: ``task_tTH`` (t, T, H), and ``shared_TH`` (T, H) where it has a gate for it."""
+    """The outputs of a level: ``task_tTH`` (t, T, H), and ``shared_TH`` (T, H) if it has a gate for it."""
 
     task_tTH: Tensor
     shared_TH: Tensor | None
@@ -135,7 +135,7 @@ class LevelOutputs:
 
 class FeatureGate(nn.Module):
     """An input of its own for each expert: ``x * 2 sigmoid(x A_e B_e)`` with A_e (D, r) and B_e (r, D) (HoME, arXiv
-    2408.05430, the feature-gate, with one low-rank gate an expert where the paper mixes a few). It starts at ``x``.
+    2408.05430, the feature-gate, with one low-rank gate per expert; the paper mixes a few). It starts at ``x``.
 
     Parameters: ``down`` (n, D, r), ``up`` (n, r, D).
     """
@@ -171,13 +171,13 @@ class MultiGateMoE(DenseGatesLayer):
     """One level of experts under softmax gates (MMoE, OMoE, CGC): ``y_k = sum_e g_k(x)_e f_e(x)``, over the shared
     experts and task k's own, ``+ sum_l s_k(x)_l f_l(x)`` over its self-gate's. Every expert computes every example.
 
-    A domain's own experts compute its examples alone, and stand in the gates of all tasks.
+    A domain's own experts only compute its examples, and are part of the gates of all tasks.
 
     Args:
         gates: the gates of the level.
         experts: its experts, in the order of ``groups``.
         groups: how the experts are shared out among tasks and domains.
-        num_tasks: t; ``groups.num_tasks`` is 1 where one gate serves all.
+        num_tasks: t; ``groups.num_tasks`` is 1 if one gate serves all.
         feature_gate: inputs of the experts' own.
         options: ``balance``, ``expert_dropout`` and ``dim``, as in ``MultiGateLayer``.
     """
@@ -208,7 +208,7 @@ class MultiGateMoE(DenseGatesLayer):
 
 class PLELayer(DenseGatesLayer):
     """Progressive layered extraction (PLE, RecSys 2020): levels of shared and task experts. Each task's representation
-    and the shared one go on from level to level; the gate of the shared one, which the last level lacks, sees all
+    and the shared one pass from level to level; the gate of the shared one, which the last level lacks, sees all
     experts.
 
     Entries of the tape: ``<layer>.level0.task0``, ..., ``<layer>.level0.shared``, ``<layer>.level1.task0``, ...
@@ -248,7 +248,7 @@ class PLELayer(DenseGatesLayer):
 
 
 def _active_params(experts: Experts, groups: ExpertGroups) -> int:
-    """Return a level's expert parameters that an example touches: all but those of other domains."""
+    """Return a level's expert parameters that an example touches: all but other domains' experts."""
     total = num_params(experts)
     return total * (groups.num_dense + groups.num_domain) // groups.num_experts
 
@@ -307,7 +307,7 @@ def gate_weights(
     prefix: str = "",
     is_shared: bool = False,
 ) -> Tensor:
-    """Return the softmax over the last axis, with expert dropout in training, and record what it is without it.
+    """Return the softmax over the last axis, with expert dropout in training, and record the softmax without it.
 
     Args:
         layer: the layer, for its tape and its dropout.
@@ -342,12 +342,12 @@ def self_weights(logits_TtL: Tensor) -> Tensor:
 
 
 def _own_sums(own_TtL: Tensor, self_TtL: Tensor | None, h_TlH: Tensor, groups: ExpertGroups) -> Tensor:
-    """Return the weighted sums of each task's own experts and those of its self-gate, (T, t, H).
+    """Return the weighted sums of each task's own experts and its self-gate's, (T, t, H).
 
     Args:
         own_TtL: weights of the own experts, padded to the most that a task has.
         self_TtL: weights of the self-gates' experts; None without them.
-        h_TlH: outputs of all tasks' own experts and those of their self-gates, task by task.
+        h_TlH: outputs of all tasks' own experts and their self-gates', task by task.
         groups: numbers of experts.
     """
     if groups.is_even:
@@ -369,7 +369,7 @@ def expert_outputs(
     x_GTD: Tensor,
     examples: Examples,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (T, n, H) of the experts that compute every example, and (T, d, H) of those of its domain."""
+    """Return (T, n, H) of the experts that compute every example, and (T, d, H) of its domain's experts."""
     # With one input for all the experts are one group.
     counts = groups.counts if x_GTD.shape[0] > 1 else (groups.num_dense,)
     if feature_gate is None:

@@ -12,9 +12,9 @@ from .moe import MoE
 class NeuronMoE(MoE):
     """Mixture of one-neuron experts, ``y_t = sum over its pairs of g act(x_t . u_e) v_e``. Built from ``PEER``.
 
-    Pairs stay in the order of the tokens and nothing is dispatched: sorting a hundred pairs a token by a million
-    experts, to make products of single rows, would cost more than the products. Where rows have to move after all
-    (gates on the input, masked outputs, a dispatcher to other ranks, pairs that are not token-major) it is ``MoE``.
+    Pairs stay in the order of the tokens and nothing is dispatched: sorting a hundred pairs per token by a million
+    experts, for matmuls of single rows, would cost more than the matmuls. If rows have to move after all (gates on
+    the input, masked outputs, a dispatcher to other ranks, pairs that are not token-major) it is ``MoE``.
     """
 
     own_terms = frozenset()

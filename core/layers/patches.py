@@ -29,7 +29,7 @@ class PatchMoE(MoE):
         experts, balance, dispatcher, expert_output_masking, bias_dim, pairs_per_token: as in ``MoE``.
         shared_experts, shared_gate: None.
         dim: D, width of a position.
-        grid: where the positions lie in a sequence, and their patches.
+        grid: layout of the positions in a sequence, and their patches.
     """
 
     dim: int
@@ -46,18 +46,18 @@ class PatchMoE(MoE):
         """Run the layer.
 
         Args:
-            x: tokens (B, S, D), or one sequence of them (S, D): those of the prefix, then the positions row by row. Or
-                a map (B, D, h, w), channels first, which has no prefix and may be of any size that p divides.
-            context: what the gate may know of the tokens; its (B, S) fields have S = h * w for a map. A patch is real
-                where one of its positions is, and has the ids of its first real position. Padding within it is zero to
-                the convolutions, and comes out zero.
+            x: tokens (B, S, D), or one sequence of them (S, D): the prefix, then the positions row by row. Or a map (B,
+                D, h, w), channels first, which has no prefix and may be of any size that p divides.
+            context: routing context of the tokens; its (B, S) fields have S = h * w for a map. A patch is real if one
+                of its positions is, and has the ids of its first real position. Padding within it is zero to the
+                convolutions, and comes out zero.
 
         Returns:
             (B, S, D_out), (S, D_out) or (B, D_out, h, w).
 
         Raises:
             ValueError: ``x`` has another number of dimensions or another width, its positions make no grid of whole
-                patches, or a field of the context is of another shape.
+                patches, or a field of the context has another shape.
         """
         is_map = x.ndim == 4
         x_BSD, (height, width) = self._of_map(x) if is_map else self._of_tokens(x)

@@ -83,7 +83,7 @@ class HoMELayer(DenseGatesLayer):
 
         groups = self.groups[1]
         h_TnH, _ = expert_outputs(self, groups, experts, feature_gates[1], z_GTH, examples)
-        # A gate reads the shared representation beside its category's; ``DenseGates`` leaves the first input out.
+        # A gate reads the shared representation and its category's; ``DenseGates`` leaves the first input out.
         seen_cTW = torch.cat((z_GTH[:1].expand_as(meta.task_tTH), meta.task_tTH), -1)
         seen_GTW = torch.cat((seen_cTW[:1], seen_cTW.index_select(0, self._categories_t)))
         logits = gates(seen_GTW, examples.domain_T)
@@ -109,8 +109,8 @@ class M3oELayer(DenseGatesLayer):
 
     The entry ``<layer>.task0`` of the tape has the weight that the task's output gives each expert, over their sum.
 
-    Parameters beside the gates' and the experts': ``fusion`` (4,), logits of the weight of the task experts, of the
-    share of a task's own one in it, and of the same two of the domains.
+    Parameters in addition to the gates' and the experts': ``fusion`` (4,), logits of the weight of the task experts, of
+    the share of a task's own one in it, and of the same two of the domains.
 
     Args:
         gates: gates over the shared experts, which know the domains.
@@ -181,7 +181,7 @@ def shared_out(own: Tensor, count: int) -> Tensor:
 
 
 class DomainNorm(nn.Module):
-    """Partitioned normalisation (STAR, arXiv 2101.11427, eq. 4-5): rows are normalised over those of their domain,
+    """Partitioned normalization (STAR, arXiv 2101.11427, eq. 4-5): rows are normalized over the rows of their domain,
     ``(g g_d) (x - mean_d) / sqrt(var_d + eps) + b + b_d``, by the batch in training and by running statistics in
     evaluation, as batch norm in ``MLPExperts``.
 
@@ -208,11 +208,11 @@ class DomainNorm(nn.Module):
             nn.init.zeros_(tensor)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters, none of which decays, as those of other norms do not."""
+        """Return the parameters, none of which decays, as in other norms."""
         return {name for name, _ in self.named_parameters()}
 
     def forward(self, x_RD: Tensor, domain_R: Tensor) -> Tensor:
-        """Normalise rows (R, D) of the domains ``domain_R`` (R,)."""
+        """Normalize rows (R, D) of the domains ``domain_R`` (R,)."""
         weight, bias = self.weight * self.domain_weight, self.bias + self.domain_bias
         running = self.running_mean, self.running_var
         return batch_norm_rows(x_RD, domain_R, running, weight, bias, self.training)
@@ -220,15 +220,15 @@ class DomainNorm(nn.Module):
 
 class STARLayer(MultiGateLayer):
     """Star topology (STAR, arXiv 2101.11427): each domain's network is the product of a shared one and its own. All
-    tasks get the same output. An example is computed by its domain's network alone, all of them in one dispatch.
+    tasks get the same output. An example is computed only by its domain's network, all of them in one dispatch.
 
     The layer's entry of the tape has its own name, and its experts are the domains.
 
     Args:
-        experts: the networks, one a domain.
+        experts: the networks, one per domain.
         num_tasks: t.
         dim: D.
-        norm: normalisation of the input by domain; None: none.
+        norm: normalization of the input by domain; None: none.
     """
 
     experts: StarExperts

@@ -12,7 +12,7 @@ KINDS = ("mix", "scale")
 
 
 class SharedGate(LinearGate):
-    """A sigmoid gate a token, ``g = sigmoid(x w)``, between the routed output r and that of the shared experts s.
+    """A sigmoid gate per token, ``g = sigmoid(x w)``, between the routed output r and the shared experts' output s.
 
     "mix" is ``(1 - g) s + g r`` (NLLB's conditional routing, arXiv 2207.04672), "scale" is ``r + g s`` (Qwen-MoE).
 

@@ -27,13 +27,13 @@ from .multi_gate import Examples, MultiGateLayer
 class SparseMultiGateMoE(MultiGateLayer):
     """A router a task chooses its few experts among the shared ones: ``y_k = sum over its experts of g_k,e f_e(x)``.
 
-    What the tasks chose is computed in one dispatch, and nothing else is. An expert that two tasks chose for an example
-    computes it once, but where gates scale the experts' input, which then differs by task.
+    The tasks' choices are computed in one dispatch, and nothing else is. An expert that two tasks chose for an example
+    computes it once, but if gates scale the experts' input, which then differs by task.
 
     Args:
-        routers: one a task.
+        routers: one per task.
         experts: E experts.
-        pairs_per_token: experts an example takes for a task, for ``active_params``.
+        pairs_per_token: experts per example for a task, for ``active_params``.
         domain: adds the example's domain to the routers' input.
         options: ``num_domains``, ``balance`` and ``dim``, as in ``MultiGateLayer``.
     """
@@ -69,7 +69,7 @@ class SparseMultiGateMoE(MultiGateLayer):
         return {f"task{k}": self.router[k] for k in range(self.num_tasks)}
 
     def active_expert_params(self) -> int:
-        """Return what one example touches on average; see ``expected_experts``."""
+        """Return the parameters that one example touches on average; see ``expected_experts``."""
         E = self.experts.num_experts
         return round(self.all_expert_params() * expected_experts(E, self.pairs_per_token, self.num_tasks) / E)
 
@@ -80,7 +80,8 @@ class EachOnce:
 
     Attributes:
         y_tTH: (t, T, H), the weighted sum of each task's experts.
-        pairs, first_N: the pairs that were computed, and the number of that of each pair; see ``unique_pairs``.
+        pairs, first_N: the pairs that were computed, and the index of the computed pair of each pair; see
+            ``unique_pairs``.
     """
 
     y_tTH: Tensor
@@ -89,12 +90,12 @@ class EachOnce:
 
 
 def each_once(layer: MultiGateLayer, x_TD: Tensor, routings: list[Routing]) -> EachOnce:
-    """Compute what the tasks chose, each expert once an example, and sum each task's part.
+    """Compute the tasks' chosen experts, each expert once per example, and sum each task's part.
 
     Args:
         layer: the layer, for its dispatcher and its experts.
         x_TD: (T, D) examples.
-        routings: one a task.
+        routings: one per task.
     """
     joined, T = join_tasks(routings), x_TD.shape[0]
     pairs, first_N = unique_pairs(joined, T)
@@ -106,9 +107,9 @@ def each_once(layer: MultiGateLayer, x_TD: Tensor, routings: list[Routing]) -> E
 
 
 class SelectedMultiGateMoE(MultiGateLayer):
-    """One router selects an example's experts for all tasks, each computed once; a softmax gate a task weights them:
+    """One router selects an example's experts for all tasks, each computed once; a softmax gate per task weights them:
     ``y_k = sum over the selected of g_k,e f_e(x)``, ``g_k,e = P p_e exp(w_k,e x) / sum_j p_j exp(w_k,j x)`` with the
-    router's gates p and their sum P (1 where they are normalised).
+    router's gates p and their sum P (1 if they are normalized).
 
     Entries of the tape: ``<layer>.selection`` of the router, ``<layer>.task0`` and so on of the gates.
 
@@ -156,7 +157,7 @@ class SelectedMultiGateMoE(MultiGateLayer):
         dropout = self.expert_dropout if self.training else 0.0
         weights = selected_softmax(logits_Nt, prior_N, example_N, T, dropout)
         if self.is_recorded:
-            # The gates of all experts are for the tape alone.
+            # The gates of all experts are only for the tape.
             gates_TEt = weights.clean_Rt.new_zeros(T, E, self.num_tasks)
             gates_TEt = gates_TEt.index_put((example_N, index_N), weights.clean_Rt, accumulate=True)
             for k in range(self.num_tasks):
@@ -179,7 +180,7 @@ class SelectedMultiGateMoE(MultiGateLayer):
 
 
 def _with_domain(examples: Examples, domain: DomainEmbedding | None) -> Tensor:
-    """Return a router's input (B, S, D): the examples, with their domains where it knows them."""
+    """Return a router's input (B, S, D): the examples, with their domains if it knows them."""
     if domain is None or examples.domain_T is None:
         return examples.x_BSD
     return domain(examples.x_TD, examples.domain_T).unflatten(0, examples.x_BSD.shape[:2])

@@ -34,11 +34,11 @@ def offload_experts(
     prefetch: bool = True,
     device: torch.device | str | None = None,
 ) -> OffloadedExperts:
-    """Keep the routed experts of a trained model off the device, in place, and fetch those that a call needs.
+    """Keep the routed experts of a trained model off the device, in place, and fetch the ones that a call needs.
 
     Experts of equal shapes share a pool of slots, whatever their layers. Which expert gives way is the ``policy``'s
     choice, and while a layer computes the experts of the next one are predicted and fetched by a thread, on a stream of
-    its own on CUDA. The output is that of the resident model; see ``OffloadedExperts``.
+    its own on CUDA. The output equals the resident model's; see ``OffloadedExperts``.
 
     The state dict stays complete, and a copy or pickle of the model is one with all experts in memory. ``model.to`` of
     another device moves the slots. Experts of layers in which every token takes all of them (dense gates, merged
@@ -47,19 +47,19 @@ def offload_experts(
     Args:
         model: any module with MoE layers, in evaluation.
         budget_bytes: bytes of the slots: that much of the experts is on the device.
-        path: a file of safetensors, written anew, that keeps the experts; it has to stay as it is as long as the model
-            is used. None: host memory, pinned where the device is a GPU.
-        policy: "lfru": the expert of the fewest uses gives way, where a use counts less the longer it is ago; "lru":
-            the one whose last use is longest ago.
+        path: a new safetensors file that keeps the experts; it has to stay as it is as long as the model is used. None:
+            host memory, pinned if the device is a GPU.
+        policy: "lfru": the expert of the fewest uses gives way, and a use counts less the longer it is ago; "lru": the
+            one whose last use is longest ago.
         prefetch: whether experts are fetched ahead.
-        device: where the slots are; None: where the experts are.
+        device: device of the slots; None: the device of the experts.
 
     Returns:
-        What counts hits, misses and bytes. The model keeps it.
+        The counters of hits, misses and bytes. The model keeps it.
 
     Raises:
-        ValueError: there are no experts to offload, they are offloaded already or split over ranks, or the budget is
-            below one expert of each shape.
+        ValueError: the model has no experts to offload, they are offloaded already or split over ranks, or the budget
+            is below one expert of each shape.
         OSError: the file cannot be written.
 
     Example::
@@ -119,7 +119,7 @@ def offloadable_bytes(model: nn.Module) -> int:
 def loading_experts(model: nn.Module, state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Give experts that ``unloaded_experts`` has left without memory the values of a state dict.
 
-    Experts that ``offload_experts`` would offload take the state's own tensors: where those are mapped from a file, the
+    Experts that ``offload_experts`` would offload take the state's own tensors: if those are mapped from a file, the
     file has to stay as it is until the experts are offloaded, and no copy is made before. Others get copies. They have
     no gradients.
 
@@ -165,7 +165,7 @@ def loading_experts(model: nn.Module, state: Mapping[str, Any]) -> Iterator[Mapp
 
 
 def _places(model: nn.Module) -> tuple[dict[str, tuple[Experts, Scores | None]], list[str]]:
-    """Return the modules of experts to be offloaded with their gates, by name, and the names of those that stay."""
+    """Return the modules of experts to be offloaded with their gates, by name, and the names of those left."""
     places: dict[str, tuple[Experts, Scores | None]] = {}
     left, known = [], set()
     for path, layer in moe_layers(model).items():
@@ -188,7 +188,7 @@ def _places(model: nn.Module) -> tuple[dict[str, tuple[Experts, Scores | None]],
 
 
 def _scores(layer: MoELayer, first: int, count: int) -> Scores | None:
-    """Return the scores of ``count`` experts from ``first`` on by the layer's linear gate; None where it has none."""
+    """Return the scores of ``count`` experts from ``first`` on by the layer's linear gate; None if it has none."""
     gate = getattr(layer.router, "gate", None)
     if not isinstance(gate, LinearGate) or gate.weight.shape[0] < first + count:
         return None

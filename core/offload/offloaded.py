@@ -28,11 +28,11 @@ class Offloaded:
 
     Attributes:
         name: its dotted name in the model.
-        experts: the module, whose parameters are those of the store.
-        store: where they are kept.
+        experts: the module, whose parameters are in the store.
+        store: storage of the parameters.
         gate: the shares of its experts by the gate of its layer, or None; see ``Forecast``.
         inner: a module of the same kind whose experts are the slots of ``pool``.
-        statistics: what it counted.
+        statistics: its counters.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Offloaded:
         self._state = self._look()
 
     def _look(self) -> list[tuple[int, int]]:
-        """Return what a change of the stacked tensors changes; tensors of inference mode count no changes."""
+        """Return a value that changes with the stacked tensors; tensors of inference mode count no changes."""
         return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors]
 
     def renew(self, number: int) -> None:
@@ -78,16 +78,16 @@ class Offloaded:
 
 
 class OffloadedExperts:
-    """The offloaded experts of a model: their slots, what they count, and how rows are computed with them.
+    """The offloaded experts of a model: their slots, their counters, and how rows are computed with them.
 
-    ``offload_experts`` makes it. The modules of experts stay in their places with all their parameters, which are those
-    of the store: a model's state dict is complete, and a copy or pickle of the model is one without slots.
+    ``offload_experts`` makes it. The modules of experts stay in their places with all their parameters, which are the
+    store's: a model's state dict is complete, and a copy or pickle of the model is one without slots.
 
-    A call computes its experts in groups of at most as many as there are slots. An expert's products are the same as
+    A call computes its experts in groups of at most as many as there are slots. An expert's matmuls are the same as
     without slots, and so is the order in which a token's rows are summed. On a CPU with its own backend the output is
     therefore the same to the last bit, but for experts that scale or sum gates by themselves (``LoRA`` with a scale,
-    ``IA3``, ``PEER``) and for hidden widths that are no multiple of 32 numbers, or 64 in half precision: torch computes
-    the end of a tensor by other instructions, which round differently. Elsewhere it is equal to rounding.
+    ``IA3``, ``PEER``) and for hidden widths that are not a multiple of 32 numbers, or 64 in half precision: torch
+    computes the end of a tensor by other instructions, which round differently. Elsewhere it is equal to rounding.
 
     Calls from several threads wait for each other. Experts in host memory that are changed in place, between calls and
     not through ``.data``, are fetched again; experts in a file are not to be changed.
@@ -105,21 +105,21 @@ class OffloadedExperts:
         for member in members:
             member.experts.cache = self
 
-    # ---- what a user asks
+    # ---- public methods
 
     @classmethod
     def of(cls, model: nn.Module) -> OffloadedExperts | None:
-        """Return what ``offload_experts`` returned for a model; None where its experts are not offloaded."""
+        """Return what ``offload_experts`` returned for a model; None if its experts are not offloaded."""
         caches = (module.cache for module in model.modules() if isinstance(module, Experts))
         return next((cache for cache in caches if isinstance(cache, cls)), None)
 
     @property
     def statistics(self) -> OffloadStatistics:
-        """What all modules counted together."""
+        """The counters of all modules together."""
         return sum((member.statistics for member in self._members), OffloadStatistics())
 
     def by_module(self) -> dict[str, OffloadStatistics]:
-        """Return what each module of experts counted, by its name in the model."""
+        """Return the counters of each module of experts, by its name in the model."""
         return {member.name: replace(member.statistics) for member in self._members}
 
     def reset_statistics(self) -> None:
@@ -173,7 +173,7 @@ class OffloadedExperts:
             raise ValueError(f"offloaded experts compute rows and picked experts, and not {way!r}, which takes all")
 
     def check(self, experts: Experts) -> None:
-        """Raise a ``ValueError`` where the store of some experts was changed."""
+        """Raise a ``ValueError`` if the store of some experts was changed."""
         self._members[self._number[id(experts)]].store.check()
 
     def apply(self, experts: Experts, fn: Callable[[Tensor], Tensor]) -> None:
@@ -223,7 +223,7 @@ class OffloadedExperts:
         return rows.with_output(own.summed(), weighted=True, combined=True)
 
     def _picked(self, member: Offloaded, x: Tensor, ids_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        """Return as ``NeuronExperts.compute_picked`` does; tokens are divided where they pick more than fit."""
+        """Return as ``NeuronExperts.compute_picked`` does; tokens are split if they pick more experts than fit."""
         E, count = member.experts.num_experts, member.pool.count
         picked = [e for e in ids_TK.unique().tolist() if e < E]
         if len(picked) > count:
@@ -239,13 +239,13 @@ class OffloadedExperts:
         return y_TD
 
     def _look_ahead(self, number: int, x_TD: Tensor, active: list[int], kept: list[int]) -> None:
-        """Begin to fetch what the next module will need, while this one computes.
+        """Prefetch the experts that the next module will need while this one computes.
 
         Args:
             number: this module's.
-            x_TD: (T, D), what it got.
+            x_TD: (T, D), its input.
             active: the experts that it needed.
-            kept: those that it computes with at the moment.
+            kept: the experts that it computes with at the moment.
         """
         if self._forecast is None:
             return
@@ -314,7 +314,7 @@ class _Pieces:
             self._y |= zip(experts, y_rD.split([self.sizes[e] for e in experts]), strict=True)
 
     def result(self) -> Tensor:
-        """Return the output of all rows, (R, D_out) in their order; zero for those that no expert computes."""
+        """Return the output of all rows, (R, D_out) in their order; zero for rows that no expert computes."""
         y_rD, lacking = self._joined(), self.rows.x.shape[0] - self.live
         return y_rD if lacking == 0 else torch.cat((y_rD, y_rD.new_zeros(lacking, y_rD.shape[1])))
 

@@ -18,7 +18,7 @@ AHEAD = 3
 class Forecast:
     """Predicts the experts of the next module of experts, while a model runs its modules one after the other.
 
-    Two sources are added, each normalised to 1. The next layer's own gate reads this layer's hidden state, from which
+    Two sources are added, each normalized to 1. The next layer's own gate reads this layer's hidden state, from which
     its input differs by little (MoE-Infinity, arXiv 2401.14361; Pre-gated MoE, arXiv 2308.12066, trains a gate for it).
     And counts remember which experts there followed those that are used here; they also lead from a decoder's last
     layer to the first one of its next step, whose token no gate has seen yet. Which module comes next is what came most
@@ -46,7 +46,7 @@ class Forecast:
         self._before = module, numbers
 
     def next(self, x_TD: Tensor) -> tuple[int, list[int]] | None:
-        """Return the module that is to come and its experts, the most probable first; None where nothing is known.
+        """Return the module that is to come and its experts, the most probable first; None if nothing is known.
 
         Args:
             x_TD: (T, D), the hidden state of the call that was noted last.

@@ -59,17 +59,17 @@ class SlotPool:
     """Slots that the experts of several modules share: each holds one expert of any of them.
 
     A slot that is needed is taken from the expert of the lowest value. With "lru" that is the one whose last use is
-    longest ago, with "lfru" the one with the fewest uses, where a use counts half after ``HALF_LIFE`` calls of each
+    longest ago, with "lfru" the one with the fewest uses, and a use counts half after ``HALF_LIFE`` calls of each
     module: frequency and recency in one number (LRFU, Lee et al. 2001). An expert that only a prefetch brought and no
     call used goes first.
 
-    One pool for all layers is far better than one a layer: of an encoder-decoder's experts those of the decoder are
-    needed step after step and those of the encoder once (``docs/serving.md`` has the figures).
+    One pool for all layers is far better than one per layer: an encoder-decoder needs the decoder's experts at every
+    step and the encoder's once (``docs/serving.md`` has the figures).
 
     Args:
         shapes: shape and dtype of each tensor of an expert.
         count: number of slots.
-        device: where they are.
+        device: their device.
         policy: "lfru" or "lru".
         stores: the store of each module by its number.
     """
@@ -91,14 +91,14 @@ class SlotPool:
         self._fill(self.device)
 
     def _fill(self, device: torch.device) -> None:
-        """Make the tensors anew, and empty."""
+        """Make new, empty tensors."""
         self.device = device
         self.resident: dict[Expert, Resident] = {}
         self.free = list(range(self.count))[::-1]
         self._coming: list[Expert] = []
         with torch.inference_mode(False):  # tensors of inference mode could not be written outside of it
             for name, (shape, dtype) in self.shapes.items():
-                # Zeros: what a slot holds before its first expert is read by none, and is finite nevertheless.
+                # Zeros: nobody reads a slot before its first expert, but its contents have to be finite.
                 rows = torch.zeros(self.count, *shape, dtype=dtype, device=device)
                 if name in self.tensors:
                     self.tensors[name].data = rows  # the modules that compute keep their parameter
@@ -108,7 +108,7 @@ class SlotPool:
             self._rows = [{name: t.data[slot] for name, t in self.tensors.items()} for slot in range(self.count)]
 
     def move(self, device: torch.device) -> None:
-        """Go on with empty slots on another device."""
+        """Continue with empty slots on another device."""
         if device != self.device:
             wait([r.loading for r in self.resident.values() if r.loading is not None])
             self._fill(device)
@@ -122,12 +122,12 @@ class SlotPool:
             self.free.append(held.slot)
 
     def require(self, module: int, numbers: Sequence[int], statistics: OffloadStatistics) -> list[int]:
-        """Return the slots of a module's experts, after loading those that are in none.
+        """Return the slots of a module's experts, after loading the experts without a slot.
 
         Args:
             module: the module's number.
             numbers: its experts, at most ``count`` of them.
-            statistics: counts what happens.
+            statistics: counters.
 
         Raises:
             ValueError: the store was changed.
@@ -173,13 +173,13 @@ class SlotPool:
         worker: ThreadPoolExecutor,
         statistics: OffloadStatistics,
     ) -> None:
-        """Begin to fetch experts that the next call may need.
+        """Start to fetch experts that the next call may need.
 
         Args:
             wanted: the experts, the most probable first.
             kept: experts that the call at hand computes with, which keep their slots.
             worker: thread that loads.
-            statistics: counts what happens.
+            statistics: counters.
         """
         self._drop_late(set(wanted), statistics)
         for expert in wanted:
@@ -225,7 +225,7 @@ class SlotPool:
         usage.last = time
 
     def _value(self, expert: Expert) -> tuple[float, float]:
-        """Return what the slot of an expert is worth, to be compared with others at the same time."""
+        """Return the value of an expert's slot, to be compared with others at the same time."""
         usage = self._usage[expert]
         if self.policy == "lru":
             return usage.last, 0.0
@@ -244,12 +244,12 @@ class SlotPool:
             held.loading = None
 
     def _take_slot(self, kept: set[Expert], statistics: OffloadStatistics, at_once: bool = False) -> int | None:
-        """Return a slot that is free from now on: an empty one, or that of the expert of the lowest value.
+        """Return a slot that is free from now on: an empty one, or the slot of the expert with the lowest value.
 
         Args:
             kept: experts that keep their slots.
             statistics: counts prefetches that were in vain.
-            at_once: return None where only slots on their way could be had, in place of waiting.
+            at_once: return None instead of waiting if the only candidates are slots still being filled.
         """
         if self.free:
             return self.free.pop()
@@ -278,7 +278,7 @@ class SlotPool:
 
     @torch.no_grad()
     def _load_aside(self, jobs: list[tuple[Expert, int, Future[None]]], written: torch.cuda.Event | None) -> None:
-        """Load on the worker's thread; on CUDA on a stream beside that which computes, after what it reads there."""
+        """Load on the worker's thread; on CUDA on a stream next to the one that computes, after that stream's reads."""
         if written is not None and self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
         with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):

@@ -1,4 +1,4 @@
-"""What an offloaded model counts while it computes."""
+"""Counters of an offloaded model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class OffloadStatistics:
-    """Counts of the experts that calls needed, each once a call, and of the bytes that moved for them.
+    """Counts of the experts that calls needed, each once per call, and of the bytes that moved for them.
 
     Attributes:
         hits: experts that were on the device when a call needed them.
@@ -29,7 +29,7 @@ class OffloadStatistics:
 
     @property
     def needed(self) -> int:
-        """The experts that calls needed, once a call."""
+        """The experts that calls needed, once per call."""
         return self.hits + self.misses
 
     @property

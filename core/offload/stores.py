@@ -44,11 +44,11 @@ class Store(Protocol):
         """Copy expert ``e`` into tensors of one expert, on any device. On CUDA the copy may still be on its way."""
 
     def check(self) -> None:
-        """Raise a ``ValueError`` where the experts are not those that were stored."""
+        """Raise a ``ValueError`` if the experts differ from the stored ones."""
 
 
 class HostStore:
-    """Stacked tensors in host memory, pinned where a GPU is to read them.
+    """Stacked tensors in host memory, pinned if a GPU is to read them.
 
     Args:
         tensors: stacked tensors by name, on any device.
@@ -75,7 +75,7 @@ class ExpertFile:
     """A file of safetensors with the stacked tensors of several modules, written whole or not at all.
 
     Reads go by position and not through a mapping: a file that is cut under the cache is then an error and not the end
-    of the process. An expert's bytes are compared with the checksum of what was written when it is read for the first
+    of the process. An expert's bytes are compared with the checksum of the written bytes when it is read for the first
     time, and after every change of the file's size or time.
 
     Args:
@@ -89,7 +89,7 @@ class ExpertFile:
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         self.path = path
-        # The widest dtype first: no tensor then begins in the middle of a number.
+        # The widest dtype first: no tensor then starts in the middle of a number.
         names = sorted(tensors, key=lambda name: -tensors[name].element_size())
         header, self._checksums = {}, {}
         end = 0
@@ -136,7 +136,7 @@ class ExpertFile:
         return zlib.crc32(data)
 
     def _look(self) -> tuple[int, int, int]:
-        """Return what changes with the contents: size and times of the file that is open."""
+        """Return values that change with the contents: size and times of the file that is open."""
         state = os.fstat(self._fd)
         if state.st_size < self.size:
             raise ValueError(f"{self.path} has {state.st_size} bytes and had {self.size}: it was cut under the cache")
@@ -170,7 +170,7 @@ class ExpertFile:
                 self._verified.update((name, e) for name in new)
 
     def check(self, names: list[str]) -> None:
-        """Raise a ``ValueError`` where a tensor is not what was written. An unchanged file is not read."""
+        """Raise a ``ValueError`` if a tensor differs from the written one. An unchanged file is not read."""
         if self._look() != self._written:
             for name in names:
                 row = torch.empty_like(self.tensors[name][0])
@@ -183,7 +183,7 @@ class FileStore:
 
     Args:
         file: the file.
-        prefix: what the names of the module's tensors begin with there.
+        prefix: prefix of the names of the module's tensors there.
         names: the names after it.
     """
 

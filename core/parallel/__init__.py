@@ -1,4 +1,4 @@
-"""Experts on several ranks: the mesh, the exchange of rows, and models whose parameters are sharded."""
+"""Experts on several ranks: the mesh, the all-to-all of rows, and models whose parameters are sharded."""
 
 from .all_to_all import AllToAllDispatcher
 from .data import average_experts, blocks_of, broadcast_parameters, shard_data, sharded_modules, whole_parameters

@@ -23,7 +23,7 @@ class Way:
     Attributes:
         rows: this rank's own tokens, sorted by the experts of all ranks.
         place_R: int64 (R,), the place of each of those rows among the sent ones; behind the last one: it is not sent.
-        hops: the exchanges on the way.
+        hops: the all-to-alls on the way.
     """
 
     rows: Rows
@@ -43,17 +43,17 @@ class AllToAllDispatcher(Dispatcher):
 
     Part r of P of the ranks holds experts ``r E / P`` to ``(r + 1) E / P``, and each rank routes tokens of its own.
     Rows are received by rank and then by expert; the experts read them through an index, as they read tokens, so that
-    the received rows are moved no second time. Each rank weights what it computes, and the rank of a token sums. While
-    rows travel, the layer's shared experts compute.
+    the received rows are moved no second time. Each rank weights its outputs, and the rank of a token sums. While rows
+    travel, the layer's shared experts compute.
 
-    All ranks of the mesh call a layer together. A copy of the dispatcher has no ranks, and refuses to dispatch.
+    All ranks of the mesh call a layer together. A copy of the dispatcher has no ranks, and raises an error on dispatch.
 
     Args:
         mesh: the ranks, as in ``shard_experts``.
         static: whether each expert is sent as many rows as it can ever get, empty ones too, by a capacity that the
             routing knows (``Routing.most_per_expert``). The host then waits for no device, and shapes are static; all
-            ranks need as many tokens. Else the ranks exchange their numbers of rows first, for which the host waits
-            once, and may have any number of tokens, also none.
+            ranks need as many tokens. Else the ranks first tell each other their numbers of rows, for which the host
+            waits once, and may have any number of tokens, also none.
 
     Raises:
         ValueError: in ``dispatch``, ``static`` without a capacity, or the dispatcher is a copy.
@@ -113,7 +113,7 @@ class AllToAllDispatcher(Dispatcher):
         return self._received(x_SD, gates_S, expert_S, count_E, Way(rows, place_R, hops))
 
     def _received(self, x_RD: Tensor, gates_R: Tensor, expert_R: Tensor, count_E: Tensor, way: Way) -> Rows:
-        """Return the experts' rows, given what has come in: tokens of one pair each."""
+        """Return the experts' rows, given the received rows: tokens of one pair each."""
         R = expert_R.shape[0]
         pairs = Routing(
             token_index_N=torch.arange(R, device=expert_R.device),

@@ -1,4 +1,4 @@
-"""A model whose parameters are copied to ranks, or sharded over them by FSDP2, beside its divided experts."""
+"""A model whose parameters are copied to ranks, or sharded over them by FSDP2, in addition to its sharded experts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def average_experts(model: nn.Module, mesh: DeviceMesh, **options: Any) -> list[nn.Module]:
-    """Average over all ranks of a mesh the gradients of experts that ``shard_experts`` has divided, in place.
+    """Average over all ranks of a mesh the gradients of experts that ``shard_experts`` has sharded, in place.
 
     FSDP2 copies them over the axis "replicate" and shards them over "shard". Every rank takes the mean over its own
     tokens as its loss. The gradients of all other parameters are left to the caller.
@@ -39,7 +39,7 @@ def average_experts(model: nn.Module, mesh: DeviceMesh, **options: Any) -> list[
         options: options of ``torch.distributed.fsdp.fully_shard``.
 
     Returns:
-        The modules of experts that are divided.
+        The modules of experts that are sharded.
     """
     divided = {id(p): p for layer in moe_layers(model).values() for p in layer.experts.modules()}
     divided = {i: p for i, p in divided.items() if isinstance(p, Experts) and p.num_local_experts != p.num_experts}
@@ -56,15 +56,15 @@ def average_experts(model: nn.Module, mesh: DeviceMesh, **options: Any) -> list[
 def shard_data(model: nn.Module, mesh: DeviceMesh, *, shard: bool = True, **options: Any) -> None:
     """Average a model's gradients over all ranks of a mesh, and keep its parameters in shards or copies, in place.
 
-    The blocks (``blocks_of``) and the experts are gathered and freed one by one by FSDP2; what is in none of them, with
-    the model. Experts that ``shard_experts`` has divided over the mesh's axes of experts are copied and sharded over
+    The blocks (``blocks_of``) and the experts are gathered and freed one by one by FSDP2; modules outside of them, with
+    the model. Experts that ``shard_experts`` has sharded over the mesh's axes of experts are copied and sharded over
     the other two, and their gradients are averaged as all others are (``average_experts``).
 
     Args:
         model: the same one on each rank, with the same parameters.
         mesh: of ``expert_mesh``.
         shard: whether parameters are sharded over all axes but "replicate"; else each rank keeps a copy, as in
-            DDP, of all but the divided experts.
+            DDP, of all but the sharded experts.
         options: options of ``torch.distributed.fsdp.fully_shard``, such as ``mp_policy`` and
             ``reshard_after_forward``.
 
@@ -92,8 +92,8 @@ def sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
 def whole_parameters(model: nn.Module) -> Iterator[None]:
     """Keep what FSDP2 shards whole on every rank inside the ``with`` block, which all ranks enter.
 
-    ``parameters()`` are then plain ones, as are the gradients that ``torch.autograd.grad`` has of them: those of the
-    rank's own tokens. Experts that ``shard_experts`` has divided stay divided.
+    ``parameters()`` are then plain ones, as are the gradients that ``torch.autograd.grad`` has of them: gradients of
+    the rank's own tokens. Experts that ``shard_experts`` has sharded stay sharded.
     """
     parts = list(sharded_modules(model))
     for part in parts:

@@ -13,8 +13,8 @@ from .all_to_all import AllToAllDispatcher
 class InStep:
     """Keeps ranks that share the experts of a model in step, since all of them call a layer together.
 
-    A rank that has no work left calls the model with padding, until none of them has work. Where no experts are
-    divided nothing is exchanged, and nobody is waited for.
+    A rank that has no work left calls the model with padding, until all of them are done. Without sharded experts it
+    sends nothing and waits for nobody.
 
     Args:
         model: any module.

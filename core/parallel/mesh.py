@@ -25,20 +25,20 @@ def expert_mesh(
 ) -> DeviceMesh:
     """Return the mesh of all ranks, replicas x shards x experts. Every rank has tokens of its own, on each axis.
 
-    The ranks of one group of experts share out the experts of a layer and exchange rows in every layer, so they are
-    neighbours, which a machine connects fastest. All else is sharded over "shard" and the experts' axes together, and
-    copied over "replicate".
+    The ranks of one group of experts share out the experts of a layer and send each other rows in every layer, so they
+    are neighbors, which a machine connects fastest. All else is sharded over "shard" and the experts' axes together,
+    and copied over "replicate".
 
     Args:
-        experts: ranks among which the experts of a layer are divided (the expert-parallel degree), on each node.
+        experts: ranks that the experts of a layer are sharded over (the expert-parallel degree), on each node.
         shards: groups of such ranks among which parameters are sharded further (FSDP2).
         replicas: copies of the model; None: as many as there are ranks for.
         nodes: machines that share out the experts too: rows travel within a machine first and then between machines.
-        hidden: ranks that share out the hidden units of each expert, where there are more ranks than experts.
+        hidden: ranks that share out the hidden units of each expert, if there are more ranks than experts.
         device_type: "cpu" or "cuda".
 
     Returns:
-        Axes "replicate", "shard", "node" (where ``nodes`` is above 1), "expert", and "hidden" (where it is above 1).
+        Axes "replicate", "shard", "node" (if ``nodes`` is above 1), "expert", and "hidden" (if it is above 1).
 
     Raises:
         ValueError: the product is not the number of ranks, or a size is below 1.
@@ -60,12 +60,12 @@ def expert_mesh(
 
 
 def experts_part(mesh: DeviceMesh) -> DeviceMesh | None:
-    """Return the axes of a mesh of ``expert_mesh`` among which experts are divided; None where that is one rank."""
+    """Return the axes of a mesh of ``expert_mesh`` over which experts are sharded; None if that is one rank."""
     names = tuple(name for name in mesh.mesh_dim_names or () if name not in (REPLICATE, SHARD))
     part = mesh[names]
     return part if part.size() > 1 else None
 
 
 def hidden_ranks(mesh: DeviceMesh) -> int:
-    """Return among how many ranks of a part of a mesh the hidden units of each expert are divided: 1, or more."""
+    """Return over how many ranks of a part of a mesh the hidden units of each expert are sharded: 1, or more."""
     return mesh[HIDDEN].size() if HIDDEN in (mesh.mesh_dim_names or ()) and mesh.ndim > 1 else 1

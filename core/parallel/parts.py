@@ -1,4 +1,4 @@
-"""Tensors that are divided among ranks in different ways: their parts, their norm, and clipping by it."""
+"""Tensors that are sharded over ranks in different ways: their parts, their norm, and clipping by it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _copies(tensor: Tensor, world: int) -> int:
 def clip_grad_norm(parameters: Iterable[Tensor], limit: float) -> Tensor:
     """Scale the gradients down in place to a total norm of at most ``limit``, and return the norm before, ().
 
-    Every rank calls it. The norm is that of the whole model, however its parameters are divided.
+    Every rank calls it. The norm covers the whole model, however its parameters are sharded.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = total_norm(grads)
@@ -61,7 +61,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def needs_all_ranks(model: nn.Module) -> bool:
-    """Return whether a model runs on all ranks together alone: its parameters are divided, or gathered by FSDP2."""
+    """Return whether a model only runs on all ranks together: its parameters are sharded, or gathered by FSDP2."""
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 

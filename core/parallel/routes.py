@@ -1,4 +1,4 @@
-"""The ways that rows take between ranks: from each to each, by way of a neighbour, or to several at once."""
+"""The ways that rows take between ranks: from each to each, by way of a neighbor, or to several at once."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .mesh import hidden_ranks
 
 @dataclass(frozen=True)
 class Hop:
-    """One exchange of rows among the ranks of a group.
+    """One all-to-all of rows among the ranks of a group.
 
     Attributes:
         group: the ranks.
-        index_S: int64 (S,), the row that stands at each place of what is sent; None: all rows in their order. A row may
-            be sent several times.
+        index_S: int64 (S,), the row at each place of the sent buffer; None: all rows in their order. A row may be sent
+            several times.
         num_rows: R, rows before the hop.
         sent, received: number of rows for each rank, and from each; None: as many for each.
     """
@@ -36,12 +36,12 @@ class Hop:
     received: list[int] | None
 
     def there(self, x_R: Tensor) -> Tensor:
-        """Return what this rank receives, given (R, ...) rows."""
+        """Return the rows that this rank receives, given (R, ...) rows."""
         x_S = x_R if self.index_S is None else x_R.index_select(0, self.index_S)
         return self._exchange(x_S, self.sent, self.received)
 
     def back(self, y: Tensor) -> Tensor:
-        """Return (R, ...), the sums of what comes back for each row, given as many rows as were received."""
+        """Return (R, ...), the sums of the outputs that come back for each row, given as many rows as were received."""
         y_S = self._exchange(y, self.received, self.sent)
         if self.index_S is None:
             return y_S
@@ -56,9 +56,9 @@ class Routes:
 
     Args:
         mesh: axes "node", "expert" and "hidden", each of which may be missing, or one axis of any name. With nodes a
-            row goes to the neighbour that has the place of its goal among the ranks of its node, and from there to the
-            goal: fewer and larger messages between nodes (arXiv 2206.03382, section 4.2). With hidden units divided, a
-            row goes to all ranks that have a part of its expert, whose outputs are added.
+            row goes to the neighbor that has the place of its goal among the ranks of its node, and from there to the
+            goal: fewer and larger messages between nodes (arXiv 2206.03382, section 4.2). With sharded hidden units, a
+                row goes to all ranks that have a part of its expert, whose outputs are added.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -73,11 +73,11 @@ class Routes:
 
     @property
     def num_parts(self) -> int:
-        """The number of parts into which the experts are divided."""
+        """The number of shards of the experts."""
         return dist.get_world_size(self.group) // self.copies
 
     def counted(self, count_E: Tensor) -> tuple[Tensor, list[Hop]]:
-        """Exchange the numbers of rows, for which the host waits once.
+        """Send and receive the numbers of rows, for which the host waits once.
 
         Args:
             count_E: int64 (E,), rows of this rank for each expert; rows are sorted by expert.
@@ -128,7 +128,7 @@ class Routes:
         ]
 
     def _to_copies(self, parts: Sequence[int], device: torch.device) -> Tensor | None:
-        """Return the row at each place where every part stands ``copies`` times; None where that is once."""
+        """Return the row at each place when every part is repeated ``copies`` times; None if that is once."""
         if self.copies == 1:
             return None
         rows = torch.arange(sum(parts), device=device).split(list(parts))

@@ -1,4 +1,4 @@
-"""A model's routed experts, divided among the ranks of a group."""
+"""A model's routed experts, sharded among the ranks of a group."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, *, static: bool = False) -
 
     The stacked parameters become ``DTensor`` sharded along the experts' axis, and the layer's dispatcher an
     ``AllToAllDispatcher``. Every rank then calls the layers together, with tokens of its own. The gradient of an expert
-    is the sum over the tokens of all ranks of the mesh, each of which adds its loss; that of all other parameters is of
-    the rank's own tokens.
+    is the sum over the tokens of all ranks of the mesh, each of which adds its loss; the gradient of all other
+    parameters covers the rank's own tokens.
 
     Args:
         model: any module with MoE layers, the same one on each rank, with the same parameters.
-        mesh: one axis; or axes "node" and "expert" of ranks that share out experts, by an exchange within nodes first,
-            and "hidden" of ranks that share out the hidden units of each expert.
+        mesh: one axis; or axes "node" and "expert" of ranks that share out experts, with an all-to-all within nodes
+            first, and "hidden" of ranks that share out the hidden units of each expert.
         static: as in ``AllToAllDispatcher``.
 
     Returns:
-        What is where, by the layer's name, such as "4 of 8 experts on each of 2 ranks".
+        The placement, by the layer's name, such as "4 of 8 experts on each of 2 ranks".
 
     Raises:
-        ValueError: there is no MoE layer, one has experts that the ranks do not divide, or its experts cannot be split
-            (soft slots, merged experts, dense gates, one-neuron experts, experts of several kinds, experts that read
-            the context or gather statistics; among ranks of "hidden": experts that are no sum over hidden units, or
-            have output biases); no layer is changed then.
+        ValueError: there is no MoE layer, one has experts that the ranks do not split evenly, or its experts cannot be
+            split (soft slots, merged experts, dense gates, one-neuron experts, experts of several kinds, experts that
+            read the context or gather statistics; among ranks of "hidden": experts that are not a sum over hidden
+            units, or have output biases); no layer is changed then.
     """
     layers = layers_of_experts(model)
     if not layers:
@@ -72,7 +72,7 @@ def layers_of_experts(model: nn.Module) -> dict[str, MoELayer]:
 
 
 def refusal(layer: MoELayer, ranks: int, hidden: int = 1) -> str | None:
-    """Return why a layer's experts cannot be divided among so many ranks; None where they can be.
+    """Return why a layer's experts cannot be sharded among so many ranks; None if they can be.
 
     Args:
         layer: an MoE layer.
@@ -98,8 +98,8 @@ def _parts(layer: MoELayer) -> Iterator[Experts]:
 
 
 def _check(where: str, layer: MoELayer, ranks: int, hidden: int) -> None:
-    """Raise a ``ValueError`` where the experts of a layer cannot be divided among so many ranks, and the hidden units
-    of each among so many."""
+    """Raise a ``ValueError`` if the experts of a layer cannot be sharded among so many ranks, and the hidden units of
+    each among so many."""
     if not layer.splits_experts:
         raise ValueError(f"{where}, {type(layer).__name__}, has experts that cannot be divided among ranks")
     for part in _parts(layer):

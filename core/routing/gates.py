@@ -26,7 +26,7 @@ def read_scalar(state: dict[str, Any], name: str) -> None:
 
 
 def widened(x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the tokens in float32 (float64 stays), and those in half precision that a linear gate keeps for its
+    """Return the tokens in float32 (float64 stays), and the half-precision tokens that a linear gate saves for its
     backward, or None."""
     if x_TD.dtype in (torch.float32, torch.float64):
         return x_TD, None
@@ -35,7 +35,7 @@ def widened(x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
 
 class _KeepHalf(torch.autograd.Function):
     """``F.linear`` in float32 whose backward converts half-precision tokens and weights again: T * D numbers of 4 bytes
-    would be twice what the experts keep of the tokens."""
+    would be twice the experts' own saved tokens."""
 
     @staticmethod
     def forward(ctx: Any, kept_TD: Tensor, x_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,7 +79,7 @@ class LinearGate(nn.Module):
 
     def forward(self, x_TD: Tensor, kept_TD: Tensor | None = None) -> Tensor:
         """Return the logits (T, E) of float32 (T, D) tokens. ``kept_TD`` are the same tokens in half precision, which
-        the backward keeps in place of them, and which get the gradient."""
+        the backward saves instead of them, and which get the gradient."""
         check_devices(x_TD, type(self).__name__, self._parameters)
         if kept_TD is not None:
             return _KeepHalf.apply(kept_TD, x_TD.detach(), self.weight, self.bias)  # type: ignore[no-any-return]
@@ -111,7 +111,7 @@ class NormedGate(LinearGate):
     """A linear gate of the token at a root mean square of 1: ``logits = (x / rms(x) * s / sqrt(D)) W^T + b``, with a
     learned ``s`` (D,) that starts at 1 (Gemma 4, as its implementations have it).
 
-    The weights start with ``sqrt(D)`` times the deviation of a linear gate's, so that the logits are as large.
+    The weights start with ``sqrt(D)`` times a linear gate's standard deviation, so that the logits are as large.
     """
 
     eps = 1e-6
@@ -152,7 +152,7 @@ class CosineGate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        # Lengths do not count; at 1 the gradient of a direction is as large as that of other weights.
+        # Lengths do not count; at 1 the gradient of a direction is as large as other weights'.
         init_gate_(self.projection, 1.0)
         init_gate_(self.weight, 1.0)
         nn.init.constant_(self.log_scale, -math.log(self.temperature))
@@ -171,8 +171,8 @@ class CosineGate(nn.Module):
 
 
 class AttentionGate(nn.Module):
-    """``logits = softmax(q k^T) v``, with one number an expert in each of q, k and v (Yuan2.0-M32, arXiv 2405.17976):
-    the logit of an expert depends on those of the others. Nothing scales ``q k^T``: the heads have one dimension.
+    """``logits = softmax(q k^T) v``, with one number per expert in each of q, k and v (Yuan2.0-M32, arXiv 2405.17976):
+    the logit of an expert depends on the others' logits. Nothing scales ``q k^T``: the heads have one dimension.
 
     Args:
         dim: D.

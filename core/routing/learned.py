@@ -1,4 +1,4 @@
-"""Learned gates beside the linear one: ``Cosine``, ``Attention`` and the two stages of ``Stable``."""
+"""Learned gates other than the linear one: ``Cosine``, ``Attention`` and the two stages of ``Stable``."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Attention(TopKConfig):
 
 
 class StableRouter(PairRouter):
-    """The router of ``Stable``: one expert a token, by its hidden state until ``freeze_light_router``, then by its id.
+    """The router of ``Stable``: one expert per token, by hidden state until ``freeze_light_router``, then by id.
 
     Attributes:
         gate: module of the logits from hidden states; the chosen one's sigmoid is the combine weight in both stages.
@@ -127,7 +127,7 @@ class StableRouter(PairRouter):
         return Choice(expert_T[:, None], gates_T1, Evidence(scores_TE, logits_TE, extra=extra))
 
     def freeze_light_router(self) -> None:
-        """Begin stage 2: the light router decides and no longer learns, and no balance loss applies, as it could change
+        """Start stage 2: the light router decides and no longer learns, and no balance loss applies, as it could change
         no choice. The optimizer skips it from now on; wrap in DDP again, or DDP waits for its gradients."""
         self.stage.fill_(2)
         self._follow_stage()
@@ -149,8 +149,8 @@ class StableRouter(PairRouter):
 @dataclass(frozen=True)
 class Stable(LinearGateConfig):
     """StableMoE (arXiv 2204.08396): in stage 1 a sigmoid gate on the hidden state takes the best expert, and a light
-    router from token ids learns to foretell it; in stage 2, after ``layer.router.freeze_light_router()``, the light
-    router decides alone and is frozen, so that a token no longer wanders between experts.
+    router from token ids learns to foretell it; in stage 2, after ``layer.router.freeze_light_router()``, only the
+    light router decides and it is frozen, so that a token no longer wanders between experts.
 
     Attributes:
         vocab_size: token ids are in ``range(vocab_size)``.

@@ -18,17 +18,17 @@ from .router import Router
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """The numbers of a level's experts that belong to tasks and domains. The experts stand in this order: the shared
-    ones, then each task's own and those of its self-gate, then each domain's own.
+    """The numbers of a level's experts that belong to tasks and domains. The experts are ordered like this: the shared
+    ones, then each task's own with its self-gate's, then each domain's own.
 
     Attributes:
-        num_tasks: number of gates, t; 1 where all tasks share one.
+        num_tasks: number of gates, t; 1 if all tasks share one.
         num_shared: number of experts that every gate may use.
-        num_task: numbers of experts of each task alone, one a task.
+        num_task: numbers of experts that belong to one task, one number per task.
         num_self: number of experts of each task outside its softmax (HoME's self-gate).
-        num_domain: number of experts of each domain alone.
+        num_domain: number of experts that belong to one domain.
         num_domains: number of domains; 0: the gates know no domain.
-        owner: what the gates and the experts of one alone are named after: "task", or "category" of tasks.
+        owner: name prefix of the gates and of the experts that belong to one owner: "task", or "category" of tasks.
     """
 
     num_tasks: int
@@ -41,7 +41,7 @@ class ExpertGroups:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The numbers of experts that compute every example, by input: the shared ones, and those of each task."""
+        """The numbers of experts that compute every example, by input: the shared ones, and each task's."""
         return (self.num_shared, *(n + self.num_self for n in self.num_task))
 
     @property
@@ -66,7 +66,7 @@ class ExpertGroups:
 
     @property
     def per_gate(self) -> tuple[int, ...]:
-        """The numbers of experts of the tasks' gates, one a task."""
+        """The numbers of experts of the tasks' gates, one per task."""
         return tuple(self.num_shared + n + self.num_domain for n in self.num_task)
 
     @property
@@ -75,8 +75,8 @@ class ExpertGroups:
         return self.num_shared + sum(self.num_task) + self.num_domain
 
     def padded(self, logits_TE: Tensor, task: int) -> Tensor:
-        """Return the logits of one task's gate with -inf in place of the own experts that it has fewer than the task
-        that has most: (T, E of the largest gate)."""
+        """Return the logits of one task's gate with -inf for the own experts that it has fewer than the task that has
+        most: (T, E of the largest gate)."""
         end = self.num_shared + self.num_task[task]
         missing = logits_TE.new_full((logits_TE.shape[0], self.most_own - self.num_task[task]), -torch.inf)
         return torch.cat((logits_TE[:, :end], missing, logits_TE[:, end:]), 1)
@@ -87,8 +87,8 @@ class ExpertGroups:
         return torch.cat((values_T1E[..., :end], values_T1E[..., self.num_shared + self.most_own :]), -1)
 
     def names(self, task: int | None = None) -> tuple[str, ...]:
-        """Return the names of the experts that one task's gate mixes, in the gate's order; with ``task=None`` those of
-        the shared representation's gate."""
+        """Return the names of the experts that one task's gate mixes, in the gate's order; with ``task=None`` the
+        experts of the shared representation's gate."""
         tasks = range(self.num_tasks) if task is None else (task,)
         return (
             *(f"shared{i}" for i in range(self.num_shared)),
@@ -97,7 +97,7 @@ class ExpertGroups:
         )
 
     def all_names(self) -> tuple[str, ...]:
-        """Return the names of all experts in their order, those of the self-gates and of every domain too."""
+        """Return the names of all experts in their order, also of the self-gates and of every domain."""
         return (
             *(f"shared{i}" for i in range(self.num_shared)),
             *(name for k in range(self.num_tasks) for name in self._own_names(k)),
@@ -118,9 +118,9 @@ class ExpertGroups:
 
 @dataclass(frozen=True)
 class CategoryGroups(ExpertGroups):
-    """The experts of a level whose tasks fall into categories: a task's gate sees the shared ones, those of its
-    category and its own. They stand in this order: the shared ones, then for each category its own and, task by task,
-    the tasks' own and those of their self-gates.
+    """The experts of a level whose tasks fall into categories: a task's gate sees the shared ones, its category's and
+    its own. They are ordered like this: the shared ones, then for each category its own and, task by task, the tasks'
+    own and their self-gates'.
 
     Attributes:
         categories: category of each task, from 0.
@@ -136,7 +136,7 @@ class CategoryGroups(ExpertGroups):
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The numbers of experts by input: the shared ones, and those of each category with its tasks."""
+        """The numbers of experts by input: the shared ones, and each category's with its tasks'."""
         by_task = super().counts[1:]
         return (self.num_shared, *(self.num_category + sum(by_task[k] for k in own) for own in self._tasks()))
 
@@ -175,7 +175,7 @@ class GateLogits:
     """The logits of a level's gates for T examples, in float32.
 
     Attributes:
-        task_TtE: (T, t, E), logits of the tasks' gates; padded where tasks have other numbers of own experts.
+        task_TtE: (T, t, E), logits of the tasks' gates; padded if tasks have other numbers of own experts.
         self_TtL: (T, t, L), logits of the self-gates; None without them.
         shared_TE: (T, E of all), logits of the shared representation's gate; None without it.
     """
@@ -215,11 +215,11 @@ class DenseGates(Router):
 
     With hidden layers a gate is a small network: ``g_k(x) = softmax(W_k relu(H_k x + c_k) + b_k)``.
 
-    Parameters, with W the width of the last hidden layer, or D: ``weight`` (t, E, W), or (sum of the gates' E, W) where
+    Parameters, with W the width of the last hidden layer, or D: ``weight`` (t, E, W), or (sum of the gates' E, W) if
     the tasks have other numbers of own experts; ``self_weight`` (t, L, W) with self-gates; ``shared_weight``
     (E of all, W) with a gate of the shared representation; ``bias``, as ``weight`` without W, ``self_bias`` (t, L) and
     ``shared_bias`` (E of all) with biases; ``hidden_weight_i`` (gates, in, out) and ``hidden_bias_i`` (gates, out) of
-    hidden layer i, the shared representation's gate last; ``domain.weight`` (domains, D) where domains are known.
+    hidden layer i, the shared representation's gate last; ``domain.weight`` (domains, D) if domains are known.
 
     Args:
         dim: D.
@@ -281,7 +281,7 @@ class DenseGates(Router):
         """Return the logits, computed outside autocast and at least in float32.
 
         Args:
-            x_GTD: (1, T, D), one input for all; or (1 + t, T, D), that of the shared representation and each task's.
+            x_GTD: (1, T, D), one input for all; or (1 + t, T, D), the shared representation's and each task's.
             domain_T: int64 (T,), the domain of each example.
         """
         with outside_autocast(x_GTD.device):
@@ -295,7 +295,7 @@ class DenseGates(Router):
             return self._logits(x_GTD)
 
     def _through_hidden(self, x_GTD: Tensor) -> Tensor:
-        """Return each gate's last hidden layer, (1 + t, T, W): that of the shared representation's gate comes first."""
+        """Return each gate's last hidden layer, (1 + t, T, W): the shared representation's gate comes first."""
         num_gates = self._hidden()[0][0].shape[0]
         has_shared = self.shared_weight is not None
         if x_GTD.shape[0] == 1:
@@ -327,7 +327,7 @@ class DenseGates(Router):
         return GateLogits(_plus(logits_TtE[..., :per_gate], self.bias), self_TtL, shared_TE)
 
     def _uneven_logits(self, x_GTD: Tensor) -> GateLogits:
-        """Return the logits of gates of several sizes: one product a task."""
+        """Return the logits of gates of several sizes: one matmul per task."""
         groups, dtype = self.groups, x_GTD.dtype
         x_kTD = x_GTD.expand(1 + groups.num_tasks, -1, -1)  # the shared representation's first
         biases = [None] * groups.num_tasks if self.bias is None else self.bias.to(dtype).split(groups.per_gate)
@@ -375,7 +375,7 @@ def dropped_experts(weights: Tensor, rate: float) -> Tensor:
 
 
 def joint_choice(gates_TtE: Tensor, shared_top_k: int, private_top_k: int) -> Tensor:
-    """Return the experts of each task, int64 (T, t, shared_top_k + private_top_k): first those with the highest mean
+    """Return the experts of each task, int64 (T, t, shared_top_k + private_top_k): first the ones with the highest mean
     gate over the tasks, the same for all, then each task's highest gates among the others.
 
     Args:
@@ -391,7 +391,7 @@ def joint_choice(gates_TtE: Tensor, shared_top_k: int, private_top_k: int) -> Te
 
 
 def expected_experts(num_experts: int, per_task: float, num_tasks: int) -> float:
-    """Return how many of E experts at least one task chooses on average, where each of t tasks chooses ``per_task`` of
+    """Return how many of E experts at least one task chooses on average, if each of t tasks chooses ``per_task`` of
     them evenly and independently of the others: ``E (1 - (1 - per_task / E)^t)``. Tasks that agree choose fewer."""
     return num_experts * (1 - (1 - min(per_task / num_experts, 1.0)) ** num_tasks)
 

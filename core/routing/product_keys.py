@@ -49,7 +49,7 @@ class ProductKeysRouter(PairRouter):
     def _pairs(self) -> Tensor:
         """Return the places (i, j) among the two sorted halves that the best K sums may have, int64 (2, P).
 
-        Each place (i', j') with i' <= i and j' <= j has a sum that is no smaller, so that a place needs
+        Each place (i', j') with i' <= i and j' <= j has a sum at least as large, so that a place needs
         ``(i + 1) (j + 1) <= K``.
         """
         K, per_half = self.config.top_k, min(self.config.top_k, self.num_keys)
@@ -95,8 +95,8 @@ class ProductKeysRouter(PairRouter):
         return torch.stack([values for values, _ in each], 1), torch.stack([index for _, index in each], 1)
 
     def _norm(self, q_TC: Tensor, tokens: Tokens) -> Tensor:
-        """Return the queries after the norm: in training by the statistics of the real tokens, which the running ones
-        follow; in evaluation, and with fewer than two real tokens, by the running ones."""
+        """Return the queries after the norm: in training by the statistics of the non-padding tokens, which the running
+        ones follow; in evaluation, and with fewer than two non-padding tokens, by the running ones."""
         if self.norm_weight is None or self.norm_bias is None:
             return q_TC
         mean_C, var_C = (getattr(self, name).to(q_TC.dtype) for name in ("running_mean", "running_var"))
@@ -125,8 +125,8 @@ class ProductKeys(FixedKConfig):
 
     The query ``q_h(x)`` of a head has two halves, each of which is scored against n sub-keys; the score of expert
     ``i n + j`` is the sum of two. The K best sums are exactly those of all n^2: they are sums of the K best of each
-    half. The gates are the softmax over the K scores of a head, so that those of a token sum to the number of heads.
-    Two heads may take the same expert.
+    half. The gates are the softmax over the K scores of a head, so that a token's gates sum to the number of heads. Two
+    heads may take the same expert.
 
     Attributes:
         top_k: experts per head, K; a token takes K times ``heads``.
@@ -138,7 +138,7 @@ class ProductKeys(FixedKConfig):
             memories (arXiv 1907.05242).
 
     Raises:
-        ValueError: ``query_dim`` is odd; in ``check``, E is no square or below K.
+        ValueError: ``query_dim`` is odd; in ``check``, E is not a square or is below K.
     """
 
     paper = "2407.04153"

@@ -22,15 +22,15 @@ from .selection import Capacity, Choice, select_pairs
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a call in float32, and what is known beside them: all that a gate sees.
+    """The tokens of a call in float32 with their context: all that a gate sees.
 
     Attributes:
         x_TD: float32 (T, D), T = B * S; padding is zero.
         num_sequences: B.
         length: S.
-        valid_T: bool (T,), False for padding; None where every token is real.
+        valid_T: bool (T,), False for padding; None if every token is real.
         context: the context that the layer got, or an empty one.
-        kept_TD: (T, D), the tokens in half precision where they came in it and a backward follows; else None.
+        kept_TD: (T, D), the tokens in half precision if they came in it and a backward follows; else None.
     """
 
     x_TD: Tensor
@@ -59,7 +59,7 @@ class Tokens:
 
     @property
     def real_T(self) -> Tensor:
-        """bool (T,), True for real tokens."""
+        """bool (T,), True for non-padding tokens."""
         if self.valid_T is not None:
             return self.valid_T
         return torch.ones(self.x_TD.shape[0], dtype=torch.bool, device=self.x_TD.device)
@@ -83,7 +83,7 @@ class Tokens:
         return value_B.unsqueeze(1).expand(-1, self.length, *value_B.shape[1:]).flatten(0, 1)
 
     def mean_of_sequences(self) -> Tensor:
-        """Return the mean of the real tokens of each sequence, (B, D); zero where it has none."""
+        """Return the mean of the non-padding tokens of each sequence, (B, D); zero where it has none."""
         x_BSD = self.x_TD.unflatten(0, (self.num_sequences, self.length))
         if self.valid_T is None:
             return x_BSD.sum(1) / max(self.length, 1)
@@ -101,10 +101,10 @@ class Router(nn.Module):
         gates_on: side of the experts that the gates scale, "output" or "input".
         extra_weights: weights of ``Evidence.extra`` by name; the names are among ``terms`` too.
         backend: name of the kernels that choose and count.
-        expert_dropout: probability in training that a token cannot choose an expert, where ``drops_experts`` says that
+        expert_dropout: probability in training that a token cannot choose an expert, if ``drops_experts`` says that
             the router heeds it; ``MoEConfig.build`` sets it.
-        expert_bias: float32 (E,) buffer added to the scores for the choice alone, or None.
-        num_counts: length of ``Evidence.counts`` where ``after_counts`` reads them, else 0.
+        expert_bias: float32 (E,) buffer added to the scores for the choice only, or None.
+        num_counts: length of ``Evidence.counts`` if ``after_counts`` reads them, else 0.
     """
 
     capacity: Capacity = Capacity()
@@ -140,7 +140,7 @@ class Router(nn.Module):
 
         Args:
             x: (B, S, D) tokens.
-            context: what is known of them; ``valid_BS`` marks the real ones.
+            context: their routing context; ``valid_BS`` marks the real ones.
 
         Raises:
             ValueError: the context lacks a field that the gate needs.
@@ -148,7 +148,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def check_context(self, context: RoutingContext | None) -> None:
-        """Raise a ``ValueError`` where the context lacks what this router reads."""
+        """Raise a ``ValueError`` if the context lacks a field that this router reads."""
         for name in self.needs:
             if context is None or getattr(context, name) is None:
                 raise ValueError(f"{type(self).__name__} needs context.{name}, which is None")
@@ -162,10 +162,10 @@ class Router(nn.Module):
         return {}
 
     def after_counts(self, counts: Tensor) -> None:
-        """Move what follows the step's counts: ``Evidence.counts`` (num_counts,), added up over passes and ranks."""
+        """Update what follows the step's counts: ``Evidence.counts`` (num_counts,), added up over passes and ranks."""
 
     def after_step(self) -> None:
-        """Move what anneals; ``core.update_expert_bias`` calls it once per optimizer step, in training."""
+        """Update annealed values; ``core.update_expert_bias`` calls it once per optimizer step, in training."""
 
 
 class PairRouter(Router):
@@ -175,7 +175,7 @@ class PairRouter(Router):
 
     Attributes:
         num_experts, config, capacity: the arguments of the config's ``build``.
-        gate: the module that computes logits from tokens, made by ``RouterConfig.make_gate``, where there is one.
+        gate: the module that computes logits from tokens, made by ``RouterConfig.make_gate``, if there is one.
     """
 
     gate: nn.Module
@@ -269,59 +269,59 @@ class RouterConfig(OpenConfig):
         return self.router_class(dim, num_experts, self, capacity or Capacity(group=self.default_group))
 
     def make_gate(self, dim: int, num_experts: int) -> nn.Module | None:
-        """Return the module ``gate`` of a ``PairRouter``, or None where it has no gate."""
+        """Return the module ``gate`` of a ``PairRouter``, or None if it has no gate."""
         return None
 
     def check(self, num_experts: int) -> None:
-        """Raise a ``ValueError`` where the router cannot work with this many experts."""
+        """Raise a ``ValueError`` if the router cannot work with this many experts."""
 
     def check_group(self, group: str | int) -> None:
-        """Raise a ``ValueError`` where the router cannot work within such groups."""
+        """Raise a ``ValueError`` if the router cannot work within such groups."""
 
     # Facts of the router, which are asked before one is built. A subclass states a fact as a class variable, or as a
     # property where it depends on the options. ``core.testing`` derives its checks from them.
 
     @property
     def is_causal(self) -> bool:
-        """True where a later token never changes an earlier one's output, capacity aside, as a causal decoder needs.
-        It is False where this fails in training alone, too."""
+        """True if a later token never changes an earlier one's output, capacity aside, as a causal decoder needs.
+        It is also False if this fails only in training."""
         return True
 
     @property
     def depends_on(self) -> str:
-        """The tokens that decide a token's experts in evaluation, capacity aside: "token", itself alone with its
-        context; "sequence", those of its sequence; "batch", all tokens of the call."""
+        """The tokens that decide a token's experts in evaluation, capacity aside: "token", only the token itself with
+        its context; "sequence", all tokens of its sequence; "batch", all tokens of the call."""
         return "token" if self.is_causal else "sequence" if self.default_group == "sequence" else "batch"
 
     @property
     def reads_position(self) -> bool:
-        """True where a token's place in its sequence decides its experts."""
+        """True if a token's place in its sequence decides its experts."""
         return False
 
     @property
     def reads_batch_index(self) -> bool:
-        """True where a sequence's place in the batch decides its experts."""
+        """True if a sequence's place in the batch decides its experts."""
         return False
 
     @property
     def decodes_stepwise(self) -> bool:
-        """True where a token that comes alone, its prefix computed before, takes the experts it has in the sequence."""
+        """True if a token by itself, its prefix computed before, takes the experts it has in the sequence."""
         return self.depends_on == "token" and not (self.reads_position or self.reads_batch_index)
 
     @property
     def has_exact_gradient(self) -> bool:
-        """True where the gradient is the derivative of the output, and none is stopped or passes straight through a
+        """True if the gradient is the derivative of the output, and none is stopped or passes straight through a
         step."""
         return True
 
     @property
     def moves_statistics(self) -> bool:
-        """True where a forward in training moves running statistics, as batch norm does."""
+        """True if a forward in training moves running statistics, as batch norm does."""
         return False
 
     @property
     def repeats_experts(self) -> bool:
-        """True where a token may take an expert twice, as by two heads."""
+        """True if a token may take an expert twice, as by two heads."""
         return False
 
     @property
@@ -341,7 +341,7 @@ class RouterConfig(OpenConfig):
 
     @property
     def default_group(self) -> str | int:
-        """The group in which tokens compete for capacity where the layer's config does not name one."""
+        """The group in which tokens compete for capacity if the layer's config does not name one."""
         return "batch"
 
     @property
@@ -352,30 +352,30 @@ class RouterConfig(OpenConfig):
 
     @property
     def layer_options(self) -> frozenset[str]:
-        """The ``LAYER_OPTIONS`` that have a meaning with this router; ``MoEConfig`` refuses the others."""
+        """The ``LAYER_OPTIONS`` that have a meaning with this router; ``MoEConfig`` rejects the others."""
         return LAYER_OPTIONS
 
     @property
     def drops_experts(self) -> bool:
-        """True where ``MoEConfig.expert_dropout`` has a meaning: the logits alone decide, and the router masks them by
+        """True if ``MoEConfig.expert_dropout`` has a meaning: only the logits decide, and the router masks them by
         ``top_k.without_some``."""
         return False
 
     @property
     def can_grow(self) -> bool:
-        """True where a row of the gate stands for each expert alone, so that ``core.grow_experts`` can add rows and
-        leave the others' logits as they are: not where a table, a code or the other experts decide."""
+        """True if each row of the gate belongs to exactly one expert, so that ``core.grow_experts`` can add rows and
+        leave the others' logits as they are: not if a table, a code or the other experts decide."""
         return True
 
     @property
     def can_shrink(self) -> bool:
-        """True where the logits of an expert can be taken away and leave the others' as they are, so that
+        """True if the logits of an expert can be taken away and leave the others' as they are, so that
         ``core.prune_experts`` can."""
         return self.can_grow
 
     def constant_gates(self, num_experts: int) -> tuple[float, ...] | None:
-        """Return the gate of each expert where every token has the same gates in evaluation, capacity aside; None where
-        they may differ."""
+        """Return the gate of each expert if every token has the same gates in evaluation, capacity aside; None if they
+        may differ."""
         return None
 
     # Costs.

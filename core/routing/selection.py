@@ -26,11 +26,11 @@ class Capacity(Checked):
 
     Attributes:
         factor: each expert of a group takes ``ceil(factor * K * tokens in group / E)`` pairs in training; None: all.
-        eval_factor: factor in evaluation; None: that of training; infinity: each expert takes all pairs.
+        eval_factor: factor in evaluation; None: the factor of training; infinity: each expert takes all pairs.
         priority: "position": first choices before second ones, then the earlier token (GShard, arXiv 2006.16668);
-            "score": first choices before second ones, then the token with the highest score (batch-prioritised routing,
+            "score": first choices before second ones, then the token with the highest score (batch-prioritized routing,
             arXiv 2106.05974, algorithm 2); "random": a random order of the tokens, in training only.
-        group: tokens that compete: "batch", "sequence", or a number of neighbouring tokens.
+        group: tokens that compete: "batch", "sequence", or a number of neighboring tokens.
 
     Raises:
         ValueError: a factor is not positive, the priority is unknown, or the group is neither.
@@ -40,7 +40,7 @@ class Capacity(Checked):
     eval_factor: EvalFactor | None = None
     priority: Priority = "position"
     group: Group = "batch"
-    # The factors in whole numbers: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
+    # The factors as integers: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
     _ratio: tuple[int, int] | None = field(init=False, repr=False, compare=False, default=None)
     _eval_ratio: tuple[int, int] | None = field(init=False, repr=False, compare=False, default=None)
 
@@ -52,7 +52,7 @@ class Capacity(Checked):
         object.__setattr__(self, "_eval_ratio", None if eval_factor is None else whole_ratio(eval_factor))
 
     def ratio(self, training: bool) -> tuple[int, int] | None:
-        """Return the factor of training or evaluation as a ratio of whole numbers."""
+        """Return the factor of training or evaluation as a ratio of integers."""
         return self._ratio if training else self._eval_ratio
 
 
@@ -67,7 +67,7 @@ def group_tokens(group: str | int, num_sequences: int, length: int, device: torc
 
 
 def served_tokens(priority: str, score_T: Tensor, training: bool) -> Tensor | None:
-    """Return the tokens in the order in which they are served, int64 (T,); None where they are served as they come."""
+    """Return the tokens in the order in which they are served, int64 (T,); None if they are served as they come."""
     if priority == "score":
         return score_T.argsort(descending=True, stable=True)
     if priority == "random" and training:
@@ -81,11 +81,11 @@ class Choice:
     """A gate's decision for each token, before padding and capacity.
 
     Attributes:
-        expert_ids_TK: int64 (T, K), the best expert first; E where a token leaves a place empty.
-        gates_TK: float32 (T, K), combine weights; those of empty places are not read.
+        expert_ids_TK: int64 (T, K), the best expert first; E if a token leaves a place empty.
+        gates_TK: float32 (T, K), combine weights; gates of empty places are not read.
         evidence: logits, scores and the like for the losses and the statistics; None: the gate has none.
         priority_T: float32 (T,), the higher is served first under priority "score"; None: the largest score.
-        chosen_per_expert_E: int64 (E,), real tokens that chose each expert, where a kernel counted them on the way.
+        chosen_per_expert_E: int64 (E,), non-padding tokens that chose each expert, if a kernel counted them on the way.
         kept_sum: number that the gates of a token's computed pairs are brought to sum to; None: they are left as they
             are.
     """
@@ -108,7 +108,7 @@ def select_pairs(
     training: bool,
     backend: str = "auto",
 ) -> Routing:
-    """Flatten each token's choices to pairs and mark those that are not computed.
+    """Flatten each token's choices to pairs and mark the pairs that are not computed.
 
     Args:
         choice: experts and gates of T tokens.

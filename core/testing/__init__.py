@@ -1,4 +1,4 @@
-"""Named checks of the properties that every router and every kind of experts keeps, a user's own and those of ``core``.
+"""Named checks of the properties that every router and every kind of experts keeps, a user's own as well as ``core``'s.
 
     from core.testing import check_expert, check_router, properties
 
@@ -47,7 +47,7 @@ class Property:
 
     Attributes:
         name: the property in words.
-        check: function that raises an ``AssertionError`` where the property does not hold.
+        check: function that raises an ``AssertionError`` if the property does not hold.
     """
 
     name: str

@@ -40,7 +40,7 @@ def _(case: RouterCase) -> None:
     close(padded["output"][:, :n], alone["output"], "the output")
     close(padded["auxiliary loss"], alone["auxiliary loss"], "the auxiliary loss")
     hold(torch.equal(padded["load"], alone["load"]), f"loads {padded['load'].tolist()}, {alone['load'].tolist()}")
-    # A sequence of padding alone beside it is no sequence.
+    # A sequence of only padding next to it does not count.
     both = layer(x[1:], take(context, slice(1, 3)))
     close(both[:1, :n], alone["output"], "the output beside a sequence of padding")
 
@@ -112,7 +112,7 @@ def _(case: RouterCase) -> None:
 
 @CHECKS.keeps("later tokens do not change earlier outputs", lambda c: c.router.is_causal)
 def _(case: RouterCase) -> None:
-    case.config().build(case.dim, causal=True)  # is not refused
+    case.config().build(case.dim, causal=True)  # is not rejected
     layer = case.layer()
     x, context = case.tokens(), case.context()
     expected = layer(x, context)

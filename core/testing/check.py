@@ -23,7 +23,7 @@ Case = TypeVar("Case")
 
 @dataclass(frozen=True)
 class Check(Generic[Case]):
-    """A property of every case that ``applies`` to: ``run`` raises an ``AssertionError`` where it does not hold."""
+    """A property of every case that ``applies`` to: ``run`` raises an ``AssertionError`` if it does not hold."""
 
     name: str
     applies: Callable[[Case], bool]

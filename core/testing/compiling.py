@@ -23,7 +23,7 @@ def _(case: RouterCase) -> None:
         return case.tokens(B, S), RoutingContext(**{name: getattr(context, name) for name in names})
 
     dynamic = torch.export.Dim.DYNAMIC  # raises where a size is fixed; a gate may ask for a least length
-    # The shapes are those of the fields that are there, in their order.
+    # The shapes of the fields that are set, in their order.
     of_fields = [{0: dynamic, 1: dynamic} if n.endswith("BS") else {0: dynamic} for n in names]
     shapes = {"x": {0: dynamic, 1: dynamic}, "context": of_fields}
     program = torch.export.export(layer, inputs(3, 6), dynamic_shapes=shapes).module()

@@ -31,11 +31,11 @@ class ExpertCase:
         return MoEConfig(self.num_experts, **{"router": router, "expert": self.expert, **options})
 
     def has(self, option: str) -> bool:
-        """Return whether a layer heeds an option of ``MoEConfig``: that of ``TokenChoice`` heeds all."""
+        """Return whether a layer heeds an option of ``MoEConfig``: a layer of ``TokenChoice`` heeds all."""
         return True
 
     def full_config(self) -> MoEConfig:
-        """Return the config of the check of a new layer: experts alone, since some cannot be shared ones."""
+        """Return the config of the check of a new layer: only routed experts, since some cannot be shared ones."""
         return self.config()
 
     def layer(self, *, training: bool = False, **options: Any) -> MoE:
@@ -72,7 +72,7 @@ class ExpertCase:
         return self.tokens(B * S).reshape(B, S * self.expert.tokens_per_row, self.dim)
 
     def balance(self) -> Balance:
-        """Return the weights of the balance losses, which experts have none of."""
+        """Return the weights of the balance losses; experts have none."""
         return Balance()
 
     def padded(self) -> tuple[Tensor, RoutingContext]:
@@ -80,7 +80,7 @@ class ExpertCase:
         return self.batch(), self.padding()
 
     def padding(self) -> RoutingContext:
-        """Return the context of a batch with two rows of padding, and one sequence of padding alone."""
+        """Return the context of a batch with two rows of padding, and one sequence of only padding."""
         valid_BS = torch.tensor([[True] * 6, [True] * 4 + [False] * 2, [False] * 6])
         return RoutingContext(valid_BS.repeat_interleave(self.expert.tokens_per_row, 1))
 

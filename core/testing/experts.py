@@ -1,4 +1,4 @@
-"""Checks of experts: what each computes, its costs, and what it keeps through copies, graphs and half precision."""
+"""Checks of experts: their outputs, their costs, and properties that survive copies, graphs and half precision."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _(case: ExpertCase) -> None:
         state = torch.random.get_rng_state()
         y = computed(experts, x, case, gates)
         if training and not torch.equal(torch.random.get_rng_state(), state):
-            continue  # dropout: alone, an expert would draw other numbers
+            continue  # dropout: by itself, an expert would get other random numbers
         expected = torch.zeros_like(y)
         for e, expert in enumerate(alone):
             # All rows of an expert at once: norms may take statistics over them.

@@ -67,7 +67,7 @@ def _(case: RouterCase) -> None:
 @CHECKS.keeps("flops_per_token is what a counter counts")
 def _(case: RouterCase) -> None:
     B, S = 2, 8
-    # A merge once a batch, as in the evaluation of an averaged layer, is no cost of a token.
+    # A merge once per batch, as in the evaluation of an averaged layer, is not a cost per token.
     config, layer = case.config(), case.layer(training=case.router.layer_kind == "averaged")
     x, context = case.tokens(B, S), case.context(B, S)
     counted = count_flops(layer, x, context)
@@ -81,7 +81,7 @@ def _(case: RouterCase) -> None:
     counts = []
     for training in (False, True):
         router = case.layer(training=training).router
-        # The difference is the cost of further tokens, without that of a decision made once a sequence.
+        # The difference is the cost of further tokens, without the cost of a decision made once per sequence.
         longer, shorter = (count_flops(router, case.tokens(B, n), case.context(B, n)) for n in (2 * S, S))
         counts.append((longer - shorter) / (B * S))
     stated = case.router.flops_per_token(case.dim, case.num_experts)

@@ -51,7 +51,7 @@ class RouterCase:
         return MoEConfig(self.num_experts, self.router, FFN(HIDDEN, bias=True), **options)
 
     def full_config(self) -> MoEConfig:
-        """Return the config of the check of a new layer: with a shared expert beside the routed ones."""
+        """Return the config of the check of a new layer: with a shared expert next to the routed ones."""
         return self.config(num_shared_experts=1)
 
     def layer(self, *, training: bool = False, **options: Any) -> MoE:
@@ -79,7 +79,7 @@ class RouterCase:
         return RoutingContext(valid_BS=valid_BS, **values)
 
     def padded(self) -> tuple[Tensor, RoutingContext]:
-        """Return a batch of a full sequence, one with two places of padding, and one of padding alone."""
+        """Return a batch of a full sequence, one with two places of padding, and one of only padding."""
         valid_BS = torch.tensor([[True] * 6, [True] * 4 + [False] * 2, [False] * 6])
         return self.tokens(), self.context(valid_BS=valid_BS)
 

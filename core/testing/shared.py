@@ -62,7 +62,7 @@ def _(case: RouterCase | ExpertCase) -> None:
     parameters = dict(fresh.named_parameters())
     for name, value in state.items():
         start = expected[name].detach()
-        if name in parameters and bool((start != start.flatten()[:1]).any()):  # drawn: of the same size
+        if name in parameters and bool((start != start.flatten()[:1]).any()):  # sampled: of the same size
             largest, before = float(value.detach().abs().max()), float(start.abs().max())
             hold(largest <= 10 * before, f"{name} has {largest:.2g} where a new layer has {before:.2g} at most")
         else:

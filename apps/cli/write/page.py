@@ -1,4 +1,4 @@
-"""The report of ``moesaic test``: its metrics, what the app's report shows, the training, and how to repeat it."""
+"""The report of ``moesaic test``: its metrics, the app's report, the training, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_page(
         monitored: name of the metric that the training monitors, which comes first; None: the first one.
         shown_metrics: names, without the split, of those that come next.
         run: the run's folder.
-        checkpoint: what was tested; None: an untrained model.
+        checkpoint: the tested checkpoint; None: an untrained model.
         command: shell command of the test.
         config: the configuration in force, as YAML.
-        sections: those of the app's report.
-        notes: what else the verdict says of what was tested, such as how its experts are quantised.
+        sections: sections of the app's report.
+        notes: further remarks of the verdict on the tested model, such as how its experts are quantized.
     """
     own, layers = split_routing(metrics, "test")
     first = (monitored or "").partition("/")[2]

@@ -1,4 +1,4 @@
-"""``Partial``: the finished part of a file, with which a run like the stopped one goes on."""
+"""``Partial``: the finished part of a file, from which a run like the stopped one continues."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class Partial:
 
     Args:
         path: path of the whole file.
-        made_of: plain values that the lines depend on; None: no run can go on with them, and an error leaves nothing.
-        overwrite: whether to begin anew where the lines depend on other values.
+        made_of: plain values that the lines depend on; None: no run can continue with them, and an error leaves
+            nothing.
+        overwrite: whether to start over if the lines depend on other values.
         harmless: values of the earlier lines that any other may follow, by name.
 
     Attributes:
@@ -36,7 +37,7 @@ class Partial:
         start: number of inputs that the file already has when it is opened.
 
     Raises:
-        ValueError: the lines are of another run, or a run writes them now.
+        ValueError: the lines come from another run, or a run writes them now.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Partial:
         self._whole = {"inputs": 0, "bytes": 0}
         self._saved = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A file that no run can go on with is hidden.
+        # A file that no run can continue is hidden.
         self.path = new_file(path) if made_of is None else path.with_name(f"{path.name}.partial")
         with contextlib.ExitStack() as held:
             if made_of is not None:
@@ -67,7 +68,7 @@ class Partial:
             log.info("going on after %s predictions of %s", f"{self.start:,}", self.path)
 
     def _known(self) -> dict[str, Any] | None:
-        """Return the state of the file; None where there is no state that fits it."""
+        """Return the state of the file; None if no state fits it."""
         try:
             known = json.loads(self.state.read_text("utf-8"))
             fits = known["bytes"] <= self.path.stat().st_size and isinstance(known["made_of"], dict)
@@ -97,7 +98,7 @@ class Partial:
         self._note()
 
     def save(self, inputs: int) -> None:
-        """Keep the lines so far as those of so many inputs; this is noted now and then."""
+        """Keep the lines so far as the lines of so many inputs; this is noted now and then."""
         self._keep(inputs)
         if time.monotonic() - self._saved > _SAVED:
             self._note()
@@ -140,7 +141,7 @@ class Partial:
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[None]:
-    """Hold the lock of ``path`` inside, by a hidden file beside it that is taken away in the end."""
+    """Hold the lock of ``path`` inside, by a hidden file next to it that is removed in the end."""
     lock = path.with_name(f".{path.name}.lock")
     with holding(lock, f"another run is writing {path}"):
         try:
@@ -151,7 +152,7 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def _difference(known: Mapping[str, Any], made_of: Mapping[str, Any], harmless: Mapping[str, Any]) -> str | None:
-    """Return the first value that differs, with both; None where there is none."""
+    """Return the first value that differs, with both; None if there is none."""
     for name, a, b in differences(known, made_of):
         if name not in harmless or a != harmless[name]:
             part = name.partition(".")[0]

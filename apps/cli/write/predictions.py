@@ -32,22 +32,22 @@ _NOTED_EVERY = 60.0
 
 
 class PredictionFile(Callback):
-    """A callback that writes predictions to a file, in the order of their ``index`` where all rows have one.
+    """A callback that writes predictions to a file, in the order of their ``index`` if all rows have one.
 
-    The rows go to a file beside it first, a JSON line each, or lines of text; the file is made of it in the end. So
-    memory holds one batch, and where batches come in another order than their indices, 16 bytes a row. The columns of a
+    The rows go to a file next to it first, a JSON line each, or lines of text; the file is made of it in the end. So
+    memory holds one batch, and, if batches come in another order than their indices, 16 bytes per row. The columns of a
     Trainer's predictions go to a Parquet file as they are, if they come in their order (``RowGroups``).
 
     Args:
         path: the file, which ends in .jsonl, .csv, .parquet or .txt.
         preview: number of rows that are kept to be shown.
         raw_csv: whether a CSV file has texts as they are, and not as ``csv_cell`` makes them.
-        partial: options of ``Partial``, where a run can go on after a stopped one.
+        partial: options of ``Partial``, if a run can continue after a stopped one.
 
     Attributes:
         first: the first rows in the file's order, as JSON.
         num_rows: number of predictions in the file.
-        start: number of those that an earlier run has left.
+        start: number of rows that an earlier run has left.
     """
 
     def __init__(self, path: Path, preview: int = 3, raw_csv: bool = False, **partial: Any) -> None:
@@ -58,7 +58,7 @@ class PredictionFile(Callback):
         self._last: Any = None
         self._widths: dict[str, int | None] = {}  # length of the longest list by column
         self._schema: Any = None
-        # A run that may go on after a stopped one needs the lines.
+        # A run that may continue a stopped one needs the lines.
         self._groups = RowGroups(path) if path.suffix == ".parquet" and not partial else None
 
     @contextlib.contextmanager
@@ -296,7 +296,7 @@ def _plain(values: Any) -> list[Any]:
 
 
 def print_stream(stream: PredictionStream, path: Path | None = None) -> int:
-    """Print the texts of a stream as they come, and return how many inputs they are of.
+    """Print the texts of a stream as they come, and return the number of inputs they answer.
 
     Args:
         stream: the stream.
@@ -315,7 +315,7 @@ def print_stream(stream: PredictionStream, path: Path | None = None) -> int:
 
 
 def write_stream(model: nn.Module, stream: PredictionStream, path: Path, **options: Any) -> PredictionFile:
-    """Write a stream to a file, and go on where a run of the same model, inputs and options was stopped.
+    """Write a stream to a file, and resume a stopped run of the same model, inputs and options.
 
     Args:
         model: the model that predicts.

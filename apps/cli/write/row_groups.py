@@ -22,9 +22,9 @@ _ROWS = 1 << 16
 
 
 class RowGroups:
-    """The columns so far, in a hidden file beside the whole one; memory holds one row group.
+    """The columns so far, in a hidden file next to the whole one; memory holds one row group.
 
-    It takes columns as long as they have the types of the first ones, and come in the order of their ``index`` where
+    It takes columns as long as they have the types of the first ones, and come in the order of their ``index`` if
     they have one.
 
     Args:
@@ -89,7 +89,7 @@ class RowGroups:
             self._writer.close()
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yield the rows so far in pieces; nothing is added afterwards."""
+        """Yield the rows so far in chunks; nothing is added afterwards."""
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -118,7 +118,7 @@ class RowGroups:
 
 
 def _table(columns: Mapping[str, Any]) -> pa.Table | None:
-    """Return columns as a table; None where arrow has no type for one of them."""
+    """Return columns as a table; None if arrow has no type for one of them."""
     import pyarrow as pa
 
     try:

@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML file: apps and commands say what it shows, ``write_page`` writes it.
+"""A report as one self-contained HTML file: apps and commands give its contents, ``write_page`` writes it.
 
 A ``Page`` has a verdict, at most ten lines of figures, and sections; a ``Section`` has parts: ``Text``, ``Table``,
 ``Code``, ``Picture``, ``Gallery``, ``Words``, and the charts ``ScatterChart``, ``LineChart``, ``BarChart``,
@@ -21,7 +21,7 @@ page is made so::
     write_index(output.parent)                  # index.html over several runs
     open_page(output / "report.html")           # for --open
 
-No app is named here: an app's test report makes sections of what it computes (``apps.report.base.Report.write``).
+No app is named here: an app's test report makes sections of its results (``apps.report.base.Report.write``).
 """
 
 from apps.report.page.charts import BarChart, HeatmapChart, Line, LineChart, Point, ScatterChart

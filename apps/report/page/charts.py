@@ -1,6 +1,6 @@
-"""Charts of a page as plain values, each with its numbers as a table; ``vega`` draws them.
+"""Charts of a page as plain values, each with its numbers as a table; ``vega`` renders them.
 
-Every chart has a ``summary``: what one sees in it, in a sentence, for those who do not see it.
+Every chart has a ``summary``: its content in a sentence, for readers who cannot see it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Point:
         x, y: its place.
         low, high: ends of the interval of ``y``; None draws none.
         left, right: ends of the interval of ``x``; None draws none.
-        note: what is written beside it.
+        note: text next to it.
     """
 
     label: str
@@ -60,7 +60,7 @@ class ScatterChart(_Axes):
     Attributes:
         points: the points, at least one.
         log_x: the horizontal axis is logarithmic; all x are above 0.
-        is_reversed: less is better, and stands above.
+        is_reversed: less is better, and is plotted higher.
         front: points of a line of steps behind the points, by rising x.
     """
 
@@ -90,10 +90,10 @@ class Line:
     """A line of a ``LineChart``.
 
     Attributes:
-        label: name of the line in the legend; lines of one label have one colour.
+        label: name of the line in the legend; lines of one label have one color.
         x, y: its points, of one length, by rising x; NaN in ``y`` leaves a gap.
         part: tells lines of one label apart, such as "seed 1"; empty for a single one.
-        notes: what is written above each point.
+        notes: text above each point.
 
     Raises:
         ValueError: x and y differ in length.
@@ -114,7 +114,7 @@ class Line:
         return f"{self.label}, {self.part}" if self.part else self.label
 
     def thinned(self, most: int) -> Line:
-        """Return the line by the means of ``most`` parts of equal length, or as it is where it has no more points."""
+        """Return the line by the means of ``most`` parts of equal length, or as it is if it has no more points."""
         if len(self.x) <= most:
             return self
         ends = [round(i * len(self.x) / most) for i in range(most + 1)]
@@ -155,7 +155,7 @@ class BarChart(_Axes):
     Attributes:
         names: names of the bars' places.
         series: a value for each place, by the name of the series.
-        line: value at which a line lies across, such as an even share; None for none.
+        line: value at which a line crosses the chart, such as an even share; None for none.
 
     Raises:
         ValueError: a series of another length than the names.
@@ -242,7 +242,7 @@ class HeatmapChart:
         return (self.row_title, *self.columns)
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Return the numbers, as they stand in the map."""
+        """Return the numbers, as the map shows them."""
         return [
             (name, *("–" if math.isnan(v) else f"{v:.1f}" for v in row))
             for name, row in zip(self.rows, self.values, strict=True)
@@ -272,9 +272,9 @@ _LETTER, _LINE = 5.2, 10.0
 
 
 def placed(chart: ScatterChart, width: float, height: float) -> list[tuple[float, float]]:
-    """Return how far the middle of each note stands from its point, to the right and down, in pixels.
+    """Return the distance of the middle of each note from its point, to the right and down, in pixels.
 
-    A note stands where it covers the least of points and of the notes before it.
+    A note is placed so that it covers the least of points and of the notes before it.
     """
     drawn_x = [x for p in chart.points for x in (p.left, p.right) if x is not None] + [x for x, _ in chart.front]
     drawn_y = [y for p in chart.points for y in (p.low, p.high) if y is not None] + [y for _, y in chart.front]

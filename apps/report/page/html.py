@@ -52,7 +52,7 @@ def script() -> str:
     if kept.is_file():
         return kept.read_text(encoding="utf-8")
     text = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
-    with contextlib.suppress(OSError), replacing(kept) as file:  # where the cache cannot be written, it is made again
+    with contextlib.suppress(OSError), replacing(kept) as file:  # if the cache cannot be written, it is made again
         file.write(text)
     return text
 
@@ -116,7 +116,7 @@ def render(page: Page, before: Markup | str = "", code: str = "") -> str:
 
 @dataclass
 class _Written:
-    """What a page has when it is written to its end.
+    """The contents of a finished page.
 
     Attributes:
         code: JavaScript that runs after the page's own.
@@ -155,7 +155,7 @@ class _Written:
         return Markup(_MARK)
 
     def scripts(self) -> Markup:
-        """Return the page's JavaScript, with the charts drawn so far."""
+        """Return the page's JavaScript, with the charts rendered so far."""
         inside = script().replace("</script", "<\\/script").replace("<!--", "<\\!--") if self.specs else ""
         library = f"<script>{inside}</script>\n" if inside else ""
         charts = f'<script type="application/json" id="charts">{as_json(self.specs)}</script>\n'
@@ -190,13 +190,13 @@ def _numbers(chart: Chart) -> Table:
 
 
 def _wordy(table: Table) -> list[Markup]:
-    """Return the class of each column: one of words, or none of numbers, which stand to the right."""
+    """Return the class of each column: one for words, or none for numbers, which are right-aligned."""
     columns = list(zip(*table.rows, strict=True)) or [()] * len(table.columns)
     return [Markup(' class="words"' * any(not _is_number(cell) for cell in column)) for column in columns]
 
 
 def _is_number(cell: str) -> bool:
-    """Return whether a cell stands to the right, as numbers do, with what may follow one; so does an empty one."""
+    """Return whether a cell is right-aligned, as numbers are, with what may follow one; so does an empty one."""
     return not cell or cell[0].isdigit() or (cell[0] in "+-−–<" and not cell[1:2].isalpha())
 
 
@@ -215,7 +215,7 @@ def _marked(words: Words) -> Iterator[tuple[str, bool, list[tuple[str, str, str]
 
 
 def _color(label: str, colors: Sequence[str]) -> str:
-    """Return the style of a label that begins with a number."""
+    """Return the style of a label that starts with a number."""
     color = color_of(label, colors)
     return "" if color is None else f"background:{color};color:{ink_on(color)}"
 
@@ -231,10 +231,10 @@ def _picture(picture: Picture) -> Markup:
 
 
 def as_json(value: Any) -> str:
-    """Return JSON that may stand inside a script element."""
+    """Return JSON that is safe inside a script element."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def page_file(name: str) -> str:
-    """Return the text of a file beside this module."""
+    """Return the text of a file next to this module."""
     return (_HERE / name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a page is made of: sections with texts, tables, code, pictures and labelled words. Charts are in ``charts``."""
+"""Parts of a page: sections with texts, tables, code, pictures and labeled words. Charts are in ``charts``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Text:
 
     @classmethod
     def if_any(cls, lines: Iterable[str]) -> tuple[Text, ...]:
-        """Return one part with the lines that are not empty, or no part where there are none."""
+        """Return one part with the lines that are not empty, or no part if there are none."""
         shown = tuple(filter(None, lines))
         return (cls(shown),) if shown else ()
 
@@ -65,7 +65,7 @@ class Code:
     """A text that is shown as it is, such as a command or a configuration.
 
     Attributes:
-        title: what it is.
+        title: its title.
         text: the text.
         closed: show it only when the reader opens it, as a long one should be.
     """
@@ -81,7 +81,7 @@ class Picture:
 
     Attributes:
         path: the file.
-        alt: what one sees in it, for those who do not.
+        alt: its content in words, for readers who cannot see it.
         caption: line below it.
     """
 
@@ -97,9 +97,9 @@ class Thumbnail:
     Attributes:
         source: its content as a ``data:`` URI.
         size: width and height in pixels.
-        alt: what one sees in it, for those who do not.
+        alt: its content in words, for readers who cannot see it.
         lines: lines below it.
-        link: where a click leads, such as the path of the whole picture from the page; "": nowhere.
+        link: target of a click, such as the path of the whole picture from the page; "": nowhere.
     """
 
     source: str
@@ -114,7 +114,7 @@ class Gallery:
     """Small pictures in their order, as many side by side as there is room for.
 
     Attributes:
-        title: what they are.
+        title: their title.
         pictures: the pictures.
         note: sentence below.
     """
@@ -133,12 +133,12 @@ class Words:
     """Words in their order, as text, each above its labels and numbers, such as its experts and its loss.
 
     Attributes:
-        title: what they are.
+        title: their title.
         words: the words, or parts of them.
-        labels: a label for each word, by what the labels are, such as "block 1": a label that begins with a number has
-            the colour of that number; "" is none.
-        num_colors: how many numbers have a colour, such as the number of experts.
-        values: a number for each word, by what it is: the larger the darker. NaN is none.
+        labels: a label for each word, by the kind of label, such as "block 1": a label that starts with a number has
+            the color of that number; "" is none.
+        num_colors: how many numbers have a color, such as the number of experts.
+        values: a number for each word, by its name: the larger the darker. NaN is none.
         joined: whether a word belongs to the one before; empty where none does.
         note: sentence below.
 
@@ -170,12 +170,12 @@ class Words:
         values: Mapping[str, Sequence[float]] | None = None,
         note: str = "",
     ) -> Words:
-        """Return the pieces of sentencepiece with their experts.
+        """Return the tokens of sentencepiece with their experts.
 
         Args:
-            title: what they are.
-            pieces: the pieces; ``START`` before one begins a word.
-            experts: numbers of each piece's experts, by layer; E and above is none.
+            title: their title.
+            pieces: the tokens; ``START`` before one starts a word.
+            experts: numbers of each token's experts, by layer; E and above is none.
             num_experts: E.
             values: as in ``Words``.
             note: sentence below.
@@ -207,8 +207,8 @@ class Section:
 
     Attributes:
         title: its heading.
-        parts: what it shows, in order.
-        sections: sections below it, such as those of one model among several.
+        parts: its contents, in order.
+        sections: subsections, such as one for each of several models.
     """
 
     title: str
@@ -244,10 +244,10 @@ class Page:
 
     Attributes:
         title: its heading, such as "Sparse and dense on digits".
-        verdict: sentences that say what was shown, with intervals, the most important first; the page begins with them.
+        verdict: sentences that state the results, with intervals, the most important first; the page starts with them.
         figures: at most ten lines of figures, which the terminal prints as well; None: there are none.
         sections: everything else, in order; empty ones are left out.
-        kind: what was done, such as "comparison" or "test".
+        kind: "comparison" or "test", for example.
         date: when, in ISO format.
         entries: the models, for the index of runs.
 
@@ -284,7 +284,7 @@ def how_to_repeat(command: str, config: str = "", machine: Mapping[str, Any] | N
     Args:
         command: shell command that does it again.
         config: the whole configuration in force, as YAML; empty for none.
-        machine: facts as ``apps.base.machine.machine_facts`` gives them; None: those of now.
+        machine: facts as ``apps.base.machine.machine_facts`` gives them; None: the current ones.
     """
     facts = dict(machine_facts() if machine is None else machine)
     facts |= facts.pop("packages", {})

@@ -42,18 +42,18 @@ def training_section(metrics: Path, title: str = "Training") -> Section:
     others = {name: p for name, p in own.items() if name not in shares}
     groups = [shares, *({name: p} for name, p in others.items())]
     parts += [_chart(f"Validation: {', '.join(group)}", "value", group) for group in groups if group]
-    # A training of fewer steps than the log's interval has the figures of its validations alone.
+    # A training of fewer steps than the log's interval only has the figures of its validations.
     parts += _routing_parts(columns, "routing", "training") or _routing_parts(columns, "val/routing", "validation")
     return Section(title, tuple(parts))
 
 
 def _routing_parts(columns: Mapping[str, Sequence[tuple[int, float]]], prefix: str, of: str) -> list[Part]:
-    """Return a chart for each figure of the routing, a line a layer, and a text for figures that stay 0.
+    """Return a chart for each figure of the routing, one line per layer, and a text for figures that stay 0.
 
     Args:
         columns: the points of each column of the log.
-        prefix: what the names of the columns begin with.
-        of: stage that the columns are of, for the titles.
+        prefix: prefix of the names of the columns.
+        of: stage of the columns, for the titles.
     """
     charts: list[Part] = []
     never: list[str] = []

@@ -1,6 +1,6 @@
-"""The charts of a report, drawn by Vega-Lite through Altair: live on a page, still in a PNG file.
+"""The charts of a report, rendered by Vega-Lite through Altair: live on a page, still in a PNG file.
 
-Altair takes a second to import, so this module is imported where a chart is drawn.
+Altair takes a second to import, so this module is imported when a chart is rendered.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def still(charts: Sequence[Chart | Words], title: str) -> dict[str, Any]:
     maps = [chart for chart in charts if isinstance(chart, HeatmapChart)]
     top = max((chart.shown_top for chart in maps), default=1.0)
     charts = [replace(c, top=top) if isinstance(c, HeatmapChart) else c for c in charts]
-    # What the titles of several charts begin with is said once, by the title of the file.
+    # The common prefix of several charts' titles is said once, in the title of the file.
     heads = {chart.title.rpartition(", ")[0] for chart in charts}
     common = f"{heads.pop()}, " if len(heads) == 1 and (len(charts) > 1 or maps) else ""
     lines: list[list[Any]] = []
@@ -96,7 +96,7 @@ def _names(chart: Chart | Words | None) -> tuple[str, ...]:
 
 
 def _series(chart: Chart | Words | None) -> tuple[str, ...]:
-    """Return what the legend of a chart tells apart."""
+    """Return the series that a chart's legend tells apart."""
     if isinstance(chart, HeatmapChart):
         return (chart.value_title,)
     series = chart.points if isinstance(chart, ScatterChart) else chart.lines if isinstance(chart, LineChart) else ()
@@ -163,7 +163,7 @@ def _scatter(chart: ScatterChart, is_still: bool) -> alt.LayerChart:
 
 
 def _among_equals(points: Sequence[Point], own: Point) -> float:
-    """Return the place of a point with an interval among those of the same x: 0 in the middle, steps of 1."""
+    """Return the place of a point with an interval among points of the same x: 0 in the middle, steps of 1."""
     if own.low is None:
         return 0.0
     equals = [p for p in points if p.low is not None and abs(p.x - own.x) <= 0.01 * abs(own.x)]
@@ -228,7 +228,7 @@ def _bars(chart: BarChart, is_still: bool) -> alt.LayerChart:
     ]
     several = len(labels) > 1
     params, faded = _fading(is_still or not several, 1.0, 0.15)
-    # Names that are too long to stand side by side are slanted, so that none is left out.
+    # Names that are too long to fit side by side are slanted, so that none is left out.
     is_long = sum(map(len, chart.names)) > 60 and len(chart.names) <= MOST_SLANTED
     is_long |= is_still and max(map(len, chart.names)) > 4
     axis = alt.Axis(labelAngle=-45 if is_long else 0, labelOverlap=not is_long, labelLimit=140)
@@ -280,7 +280,7 @@ def _heatmap(chart: HeatmapChart, is_still: bool) -> alt.LayerChart:
 
 
 def _words(words: Words, is_still: bool) -> alt.LayerChart:
-    """Draw the labels of words, a row a word and a column a layer; a page shows them as text."""
+    """Plot the labels of words, one row per word and one column per layer; a page shows them as text."""
     names, colors = _different(words.words), expert_colors(words.num_colors)
     rows = []
     for layer, labels in words.labels.items():
@@ -306,7 +306,7 @@ def _different(names: Sequence[str]) -> list[str]:
 
 
 def _tips(*fields: tuple[str, str]) -> list[alt.Tooltip]:
-    """Return what a page shows of a mark, given fields with their titles."""
+    """Return the tooltips of a mark, given fields with their titles."""
     return [
         alt.Tooltip(field, title=title, **({"format": ".4~g"} if field.endswith(":Q") else {}))
         for field, title in fields
@@ -319,7 +319,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _legend(labels: Sequence[str]) -> alt.Legend | None:
-    """Return a legend of the usual form; None where there is nothing to tell apart."""
+    """Return a legend of the usual form; None if there is nothing to tell apart."""
     return alt.Legend() if len(labels) > 1 else None
 
 

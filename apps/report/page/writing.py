@@ -47,7 +47,7 @@ def from_json(value: Any) -> Any:
     """Return what ``to_json`` made a value of; sequences are tuples.
 
     Raises:
-        ValueError: a class that is no part of a page, or fields that it does not have.
+        ValueError: a class that is not a part of a page, or fields that it does not have.
     """
     if isinstance(value, dict):
         fields = {name: from_json(item) for name, item in value.items()}
@@ -73,7 +73,7 @@ SECTIONS = "sections.json"
 def write_page(page: Page, path: Path) -> Path:
     """Write ``page`` as one HTML file, whole or not at all, and print its path.
 
-    The file beside it that ends in ``.json`` has the page without its sections, for the index of runs.
+    The file next to it that ends in ``.json`` has the page without its sections, for the index of runs.
 
     Raises:
         ValueError: a file is there that no report has written.
@@ -86,7 +86,7 @@ def write_page(page: Page, path: Path) -> Path:
 
 
 def write_html(text: str, path: Path) -> None:
-    """Write a page that ``render`` made, or raise a ValueError where a file is there that it did not make."""
+    """Write a page that ``render`` made, or raise a ValueError if a file is there that it did not make."""
     if path.exists() and not is_report(path):
         raise ValueError(f"{path} is no report of moesaic's: it stays as it is; move it, or choose another folder")
     with replacing(path) as file:
@@ -106,7 +106,7 @@ def show_page(page: Page) -> None:
 
 
 def markdown(page: Page) -> str:
-    """Return the texts and tables of a page as Markdown, without charts, pictures and what it shows closed."""
+    """Return the texts and tables of a page as Markdown, without charts, pictures and collapsed parts."""
     verdict = [f"{line}  " if number else f"**{line}**  " for number, line in enumerate(page.verdict)]
     sections = [line for section in page.sections for line in _section(section, 2)]
     return "\n".join([f"# {page.title}", "", *verdict, *_written(page.figures), *sections]) + "\n"
@@ -136,7 +136,7 @@ def open_page(path: Path) -> None:
 
 
 def save_sections(sections: Sequence[Section], folder: Path) -> Path:
-    """Write sections as JSON into ``folder``, where their pictures are; ``load_sections`` reads them."""
+    """Write sections as JSON into ``folder``, which has their pictures; ``load_sections`` reads them."""
     path = folder / SECTIONS
     with replacing(path) as file:
         json.dump(to_json(tuple(sections)), file)
@@ -144,7 +144,7 @@ def save_sections(sections: Sequence[Section], folder: Path) -> Path:
 
 
 def load_sections(folder: Path) -> tuple[Section, ...]:
-    """Return the sections that ``save_sections`` wrote, their pictures by full paths; none where there are none."""
+    """Return the sections that ``save_sections`` wrote, their pictures by full paths; none if there are none."""
     path = folder / SECTIONS
     if not path.is_file():
         return ()
@@ -173,7 +173,7 @@ def write_index(folder: Path) -> Path | None:
     """Write or refresh ``index.html`` of a folder of runs, print its path, and return it.
 
     The runs are the subfolders, their subfolders, and their earlier runs that have a report. With fewer than
-    ``FEWEST``, or where another ``index.html`` is there that no report has written, nothing is written and None is
+    ``FEWEST``, or if another ``index.html`` is there that no report has written, nothing is written and None is
     returned.
     """
     path = folder / INDEX
@@ -205,7 +205,7 @@ def read_reports(folder: Path) -> dict[str, Page]:
 
 
 def _before(pages: dict[str, Page]) -> Markup:
-    """Return the table of the runs, a row a model, and a figure whose axes the reader chooses."""
+    """Return the table of the runs, one row per model, and a figure whose axes the reader chooses."""
     models = [(path, page, entry) for path, page in pages.items() for entry in page.entries]
     points = [
         (_name(path, entry.name), {name: value for name, value in entry.figures.items() if math.isfinite(value)})

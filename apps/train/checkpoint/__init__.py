@@ -1,1 +1,1 @@
-"""Checkpoints: what they hold, where they lie, how a run resumes from one."""
+"""Checkpoints: their contents, their places, and resuming a run from one."""

@@ -26,10 +26,10 @@ from core.fields import Count, OneOf, Positive, check_values
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there: a kill or a full disk leaves the old file as it was.
+    """Writes a checkpoint next to its place and moves it there: a kill or a full disk leaves the old file as it was.
 
     Args:
-        mapped: read a file where its tensors are used, for a test that needs few of them and keeps none.
+        mapped: map a file into memory, for a test that needs few of its tensors and keeps none.
     """
 
     def __init__(self, mapped: bool = False) -> None:
@@ -37,7 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.mapped = mapped
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
-        """Return a checkpoint's contents; those of a folder are put together."""
+        """Return a checkpoint's contents; the shards of a folder are put together."""
         if self.mapped or sharded.is_sharded(path) or is_pretrained(path):
             return read_checkpoint(path)
         return super().load_checkpoint(path, map_location, weights_only)
@@ -165,7 +165,7 @@ class BestAndLast(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if (stops := StopsSoon.of(trainer)) is not None and stops.validates:
-            # Lightning begins a validation again that was in a batch; the weights and generators are those before it.
+            # Lightning restarts a validation that was in a batch; the weights and generators have the state before it.
             rewind_validation(trainer)
             self._save(trainer, pl_module, "last.ckpt")
 

@@ -26,11 +26,11 @@ def read_checkpoint(path: Path | str, shapes_only: bool = False) -> dict[str, An
 
     Args:
         path: a file, or the folder of a sharded checkpoint or of a pretrained model.
-        shapes_only: of sharded tensors give the shapes alone, on the meta device.
+        shapes_only: return only the shapes of sharded tensors, on the meta device.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, or is no checkpoint.
+        ValueError: the file is damaged, or is not a checkpoint.
     """
     checkpoint = _read(path, shapes_only)
     if isinstance(kind := checkpoint.get("module_class"), str):
@@ -56,7 +56,7 @@ def _read(path: Path | str, shapes_only: bool) -> dict[str, Any]:
 
 
 def check_class(checkpoint: Mapping[str, Any], model: nn.Module, where: str) -> None:
-    """Raise a ``ValueError`` where a checkpoint is of another class of model.
+    """Raise a ``ValueError`` if a checkpoint holds another class of model.
 
     Args:
         checkpoint: its contents; one that names no class passes.
@@ -70,7 +70,7 @@ def check_class(checkpoint: Mapping[str, Any], model: nn.Module, where: str) -> 
 
 
 def unlike(state: Mapping[str, Any], model: nn.Module) -> str:
-    """Return how the tensors of a checkpoint differ from those of a model, by name and shape; "": they do not.
+    """Return how the tensors of a checkpoint differ from a model's, by name and shape; "": they do not.
 
     Args:
         state: ``state_dict`` of the checkpoint.

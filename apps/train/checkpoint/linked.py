@@ -1,4 +1,4 @@
-"""A module that its checkpoint alone can make again: its constructor's arguments, and what it knows of its data."""
+"""A module that can be rebuilt from its checkpoint only: its constructor's arguments, and its knowledge of its data."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _logger = logging.getLogger(__name__)
 class LinkedModule(LightningModule):
     """A LightningModule that keeps its arguments and its data's encoding in the checkpoint.
 
-    When a trainer begins, arguments of ``data_arguments`` that were not given are taken from its data module.
-    Arguments are kept as plain values, or a checkpoint could not be loaded with ``weights_only``. Data that have
-    ``encoding_state`` (what their numbers stand for) and ``adopt`` are given the state that the checkpoint keeps.
+    When a trainer starts, arguments of ``data_arguments`` that were not given are taken from its data module. Arguments
+    are kept as plain values, or a checkpoint could not be loaded with ``weights_only``. Data that have
+    ``encoding_state`` (the meaning of their numbers) and ``adopt`` are given the state that the checkpoint keeps.
     """
 
     data_arguments: ClassVar[tuple[str, ...]] = ()
@@ -57,7 +57,7 @@ class LinkedModule(LightningModule):
         self.save_hyperparameters(logger=False)
         taken = inspect.signature(type(self).__init__).parameters
         every = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-        # Without those of a base class's constructor alone, which the subclass could not be made anew with.
+        # Without arguments that only a base class's constructor has, which cannot rebuild the subclass.
         self._arguments = {k: v for k, v in self.hparams.items() if every or k in taken}
         plain = arguments_to_plain(type(self), self._arguments)
         self.hparams.clear()
@@ -65,7 +65,7 @@ class LinkedModule(LightningModule):
         set_initial_hparams(self, plain, logs=False)
 
     def twin(self, **changed: Any) -> Self:
-        """Return the module anew, untrained, with other values of the arguments in ``changed``."""
+        """Return a new, untrained copy of the module, with other values of the arguments in ``changed``."""
         without = [name for name in ("grow", "distil") if name in self._arguments]  # a twin has other layers
         return type(self)(**{**self._arguments, **dict.fromkeys(without), **changed})
 
@@ -84,16 +84,16 @@ class LinkedModule(LightningModule):
 
     @property
     def encoding_state(self) -> Mapping[str, Any] | None:
-        """Return the encoding of the data, or else the one in the checkpoint; None where neither has any."""
+        """Return the encoding of the data, or else the one in the checkpoint; None if neither has any."""
         own: Mapping[str, Any] | None = getattr(self._data(), "encoding_state", None)
         return self._encoding if own is None else own
 
     def known_encoding(self, kind: Any, of: str, data: str) -> Any:
-        """Return the encoding as an object: the checkpoint's, else that of the training data.
+        """Return the encoding as an object: the checkpoint's, else the training data's.
 
         Args:
             kind: its class, which has ``from_state``.
-            of: what the encoding says, for the message.
+            of: meaning of the encoding, for the message.
             data: class of the data that have one, likewise.
 
         Raises:
@@ -111,7 +111,7 @@ class LinkedModule(LightningModule):
         self.register_forward_pre_hook(lambda module, _: module.check_whole())
 
     def check_whole(self) -> None:
-        """Raise a ``ValueError`` where the module has no network, since it lacks arguments."""
+        """Raise a ``ValueError`` if the module has no network, since it lacks arguments."""
         if self._lacks is not None:
             raise ValueError(
                 f"{type(self).__name__} lacks {self._lacks}, which the data know: give them, or fit with a datamodule"
@@ -140,14 +140,14 @@ class LinkedModule(LightningModule):
         self._link()
 
     def _link(self) -> None:
-        """Give the data the encoding that the checkpoint keeps, and refuse data that do not fit the model."""
+        """Give the data the encoding that the checkpoint keeps, and raise an error if the data do not fit the model."""
         adopt = getattr(self._data(), "adopt", None)
         if adopt is not None and self._encoding is not None:
             adopt(self._encoding)
         self._check_data()
 
     def _check_data(self) -> None:
-        """Refuse data that say otherwise of ``data_arguments`` than the model's attributes of these names.
+        """Raise an error if the data's values of ``data_arguments`` differ from the model's attributes of these names.
 
         Raises:
             ValueError: naming both values.
@@ -198,7 +198,7 @@ class LinkedModule(LightningModule):
         Args:
             checkpoint_path: a file, or the folder of a sharded checkpoint.
             map_location: the device for the weights.
-            changed: arguments of the constructor that beat what the checkpoint remembers.
+            changed: arguments of the constructor that override the checkpoint's.
 
         Raises:
             FileNotFoundError: no such file.
@@ -214,7 +214,7 @@ class LinkedModule(LightningModule):
         Args:
             checkpoint: the contents.
             path: the file, for messages.
-            changed: arguments of the constructor that beat what the checkpoint remembers.
+            changed: arguments of the constructor that override the checkpoint's.
         """
         arguments = arguments_from_plain(cls, checkpoint.get("hyper_parameters") or {}, f"{path}: model")
         module = cls(**{**arguments, **changed})

@@ -1,7 +1,7 @@
-"""Checkpoints from outside a training: the model of one, and what the configuration beside it may name.
+"""Checkpoints from outside a training: the model of one, and the classes that the configuration next to it may name.
 
-A checkpoint is data. It names its model and the model's configs, and those names are looked up among the classes of the
-apps and those that the program has imported: nothing is imported because a file says so. See docs/security.md.
+A checkpoint is data. It names its model and the model's configs, and those names are looked up among the apps' classes
+and classes that the program has imported: nothing is imported because a file says so. See docs/security.md.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ def load(
 ) -> BalancedModule:
     """Return the trained model of a run, of any app, ready to predict.
 
-    Every app's model has ``predict``, which takes what its users have: a table or a path of one (recommenders), image
-    files (vision), strings (translation and language models).
+    Every app's model has ``predict``, which takes its users' data: a table or a path of one (recommenders), image files
+    (vision), strings (translation and language models).
 
     Args:
         path: a run's folder or a checkpoint, as ``find_checkpoint`` takes it.
-        device: where the weights go.
-        quantize: how experts are quantised, such as "int8" or "int4:64"; None: they stay as they are.
+        device: device for the weights.
+        quantize: how experts are quantized, such as "int8" or "int4:64"; None: they stay as they are.
         offload: how much of the experts is on the device, such as "0.5" or "64MB:experts.safetensors"; see
-            ``core.offload_experts`` and ``core.OffloadedExperts.of(model)``. None: all of them. What goes to a file is
-            never in memory as a whole.
+            ``core.offload_experts`` and ``core.OffloadedExperts.of(model)``. None: all of them. Predictions that go to
+            a file are never in memory as a whole.
 
     Returns:
-        The module in evaluation mode: a ``SparseModule``, or a user's module that was made sparse. It knows what its
-        checkpoint keeps of the data (classes, columns, subwords), so that no training data are needed.
+        The module in evaluation mode: a ``SparseModule``, or a user's module that was made sparse. It knows the facts
+        about the data in its checkpoint (classes, columns, subwords), so that no training data are needed.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
+        FileNotFoundError: the checkpoint does not exist.
         ValueError: the file is damaged, or of a model whose class has not been imported; or its experts cannot be
-            quantised or offloaded.
+            quantized or offloaded.
 
     Example::
 
@@ -77,7 +77,7 @@ def load(
 
 
 def module_class(checkpoint: Mapping[str, Any], path: Path) -> Any:
-    """Return the class of the model that a checkpoint is of: an app's, or one that the program has imported.
+    """Return the class of a checkpoint's model: an app's, or one that the program has imported.
 
     Args:
         checkpoint: its contents.
@@ -100,7 +100,7 @@ def module_class(checkpoint: Mapping[str, Any], path: Path) -> Any:
     )
 
 
-# ---- the configuration beside a checkpoint
+# ---- the configuration next to a checkpoint
 
 
 _WORDS = ("accelerator", "deterministic", "devices", "gradient_clip_algorithm", "max_time", "precision", "strategy")
@@ -110,7 +110,7 @@ _WORDS = ("accelerator", "deterministic", "devices", "gradient_clip_algorithm", 
 def check_beside(
     config: Mapping[str, Any], path: Path, without: Collection[str] = ()
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return what a configuration that lies beside a checkpoint decides, and what of the trainer it does not.
+    """Return the part of a configuration next to a checkpoint that is used, and the trainer's options that are not.
 
     It decides the model and the data, of registered classes, the seed, plain values of the trainer, an optimizer and a
     scheduler of torch's, and whether the model is compiled.
@@ -121,11 +121,11 @@ def check_beside(
         without: options of the trainer that the command decides by itself.
 
     Returns:
-        The part of the contents that no parser takes for a class, and the names of what is left out though no command
-        decides it: options of the trainer, and optimizers that are not torch's.
+        The part of the contents that no parser takes for a class, and the names of values that are left out though no
+        command decides them: options of the trainer, and optimizers that are not torch's.
 
     Raises:
-        ValueError: naming the key, what it names, and that ``--config`` trusts the file.
+        ValueError: naming the key, its value, and that ``--config`` trusts the file.
     """
     try:
         _check_beside(config)

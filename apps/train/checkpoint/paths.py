@@ -1,4 +1,4 @@
-"""A word or a path stands for a checkpoint. A missing one is reported before anything heavy is imported."""
+"""A word or a path names a checkpoint. A missing one is reported before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def is_pretrained(path: Path | str) -> bool:
 
 
 def find_checkpoint(path: Path | str) -> Path:
-    """Return the checkpoint that a path means: itself, or that of a run's folder which the run's own test takes.
+    """Return the checkpoint that a path means: itself, or the one in a run's folder that the run's own test uses.
 
     That is the average of the last epochs if the run keeps one (``average_last``), else the best checkpoint, else the
     last. A pretrained folder is a checkpoint itself.
@@ -49,13 +49,13 @@ def find_checkpoint(path: Path | str) -> Path:
 
 
 def run_name(checkpoint: Path) -> str:
-    """Return the name of the run that a checkpoint is of, else that of the file."""
+    """Return the name of a checkpoint's run, else the name of the file."""
     folder = checkpoint.parent
     return run_title(folder.resolve().parent) if folder.name == "checkpoints" else checkpoint.stem
 
 
 def run_title(folder: Path) -> str:
-    """Return the name of a run's folder; that of an earlier run is, for example, "digits/earlier/2"."""
+    """Return the name of a run's folder; the title of an earlier run is, for example, "digits/earlier/2"."""
     parts = folder.resolve().parts
     return "/".join(parts[-3:]) if parts[-2:-1] == ("earlier",) else parts[-1]
 

@@ -40,7 +40,7 @@ class SafeReader(dcp.FileSystemReader):
         if not isinstance(metadata, Metadata):
             raise ValueError("no table of contents")
         for where in (metadata.storage_data or {}).values():
-            if Path(where.relative_path).name != where.relative_path:  # shards lie beside the table
+            if Path(where.relative_path).name != where.relative_path:  # shards lie next to the table
                 raise ValueError(f"a shard outside the folder: {where.relative_path}")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -52,7 +52,7 @@ class SafeReader(dcp.FileSystemReader):
         return super().read_data(dataclasses.replace(plan, items=[]), planner)
 
     def check_parts(self) -> None:
-        """Raise a ``DamagedError`` where a file of shards is missing or cut short, before anything is read."""
+        """Raise a ``DamagedError`` if a file of shards is missing or cut short, before anything is read."""
         ends: dict[str, int] = {}
         for where in self.read_metadata().storage_data.values():
             ends[where.relative_path] = max(ends.get(where.relative_path, 0), where.offset + where.length)
@@ -112,7 +112,7 @@ def readable(path: Path | str, part: str = "") -> Iterator[None]:
         yield
     except PermissionError:
         raise
-    except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
+    except (Exception, dcp.api.CheckpointException) as error:  # the latter is not an Exception
         if isinstance(error, DamagedError):
             part = str(error)
         elif isinstance(error, FileNotFoundError) and error.filename is not None:

@@ -1,4 +1,4 @@
-"""A resumed run is exact: its random generators go on where the checkpoint left them."""
+"""A resumed run is exact: its random generators continue from the checkpoint's state."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class GeneratorState(Callback):
         if self._to_restore is not None:
             restore_generators(self._to_restore)
             self._to_restore = None
-        self._before_validation = generator_state()  # a resumed run may begin with one
+        self._before_validation = generator_state()  # a resumed run may start with one
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         # The loader of a validation draws before any hook of the validation.

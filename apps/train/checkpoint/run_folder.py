@@ -34,7 +34,7 @@ def mark(folder: Path) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """Raise a ValueError where a folder for a training holds files and no run has made it."""
+    """Raise a ValueError if a folder for a training holds files and no run has made it."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     if files and not (folder / MARKER).exists():
         raise ValueError(
@@ -43,13 +43,13 @@ def check_free(folder: Path) -> None:
 
 
 def check_own(path: Path) -> None:
-    """Raise a ValueError where a file that is to be replaced exists in a folder that is no run's."""
+    """Raise a ValueError if a file that is to be replaced exists in a folder that does not belong to a run."""
     if path.exists() and not (path.parent / MARKER).exists():
         raise ValueError(f"{path} is no run's: it stays as it is; give another --run_dir")
 
 
 def check_unlinked(folders: Iterable[Path]) -> None:
-    """Raise a ValueError where one of the folders that a run writes to is a link, or holds one: it leads elsewhere.
+    """Raise a ValueError if one of the folders that a run writes to is a link, or holds one: it leads elsewhere.
 
     Files that the run replaces may be links, and those in the folders of other libraries may not: these follow them.
     The folder of the run and those above it are not looked at.
@@ -62,7 +62,7 @@ def check_unlinked(folders: Iterable[Path]) -> None:
 def put_aside(folder: Path, paths: Iterable[Path]) -> Path:
     """Move ``paths`` from ``folder``, in their order, to a new numbered subfolder of ``earlier``, and return that.
 
-    The newest run has the highest number. What a kill has left half moved is completed in its own subfolder.
+    The newest run has the highest number. A move that a kill interrupted is completed in its own subfolder.
     """
     paths = list(paths)
     number = max((int(p.name) for p in (folder / "earlier").glob("*") if p.name.isdecimal()), default=0)
@@ -85,7 +85,7 @@ class RunFolder(Callback):
     Args:
         folder: folder of the run.
         descriptions: texts to write there, by the name of the file.
-        overwrite: remove the earlier run instead; those in ``earlier`` stay.
+        overwrite: remove the earlier run instead; runs in ``earlier`` stay.
     """
 
     # The log and the checkpoints are moved last: a kill half-way loses none. The curves have names of their own.
@@ -104,7 +104,7 @@ class RunFolder(Callback):
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the folder for the training inside, or raise a ValueError where another training holds it."""
+        """Hold the folder for the training inside, or raise a ValueError if another training holds it."""
         new = not self.folder.exists()
         refusal = f"another training is running in {self.folder}: wait for its end, or give another --run_dir"
         with contextlib.ExitStack() as stack:
@@ -113,20 +113,20 @@ class RunFolder(Callback):
                 if new:
                     stack.callback(self._remove_unused)
                 stack.enter_context(holding(self.folder / MARKER, refusal))
-            # TensorBoard begins this run's file before the training starts.
+            # TensorBoard starts this run's file before the training starts.
             self._curves = self._list_curves()
             self._earlier = [*self._curves, *(p for p in (self.folder / name for name in self.names) if p.exists())]
             yield
 
     def _remove_unused(self) -> None:
-        """Remove the folder where no training has started in it."""
+        """Remove the folder if no training has started in it."""
         if not self._started:
             with contextlib.suppress(OSError):  # it holds other files
                 (self.folder / MARKER).unlink()
                 self.folder.rmdir()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the files that TensorBoard has begun where a run ends before its training starts."""
+        """Remove the files that TensorBoard has begun if a run ends before its training starts."""
         if self._started or not trainer.is_global_zero:
             return
         for path in self._list_curves():
@@ -137,7 +137,7 @@ class RunFolder(Callback):
             curves.rmdir()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A run that goes on from another folder writes here before its training starts, such as its kept epochs.
+        # A run that resumes from another folder writes here before its training starts, such as its kept epochs.
         if trainer.is_global_zero and trainer.ckpt_path and not self._is_own(Path(trainer.ckpt_path)):
             self._clear()
 
@@ -159,7 +159,7 @@ class RunFolder(Callback):
         self._started = True
 
     def _is_own(self, checkpoint: Path) -> bool:
-        """Return whether a checkpoint is of the run in the folder, and of none that was put aside there."""
+        """Return whether a checkpoint belongs to the run in the folder, and not to one that was put aside there."""
         path, folder = checkpoint.resolve(), self.folder.resolve()
         return path.is_relative_to(folder) and not path.is_relative_to(folder / "earlier")
 

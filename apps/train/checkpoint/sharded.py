@@ -1,11 +1,11 @@
 """A sharded checkpoint is a folder with the parts of its largest tensors, one file a process.
 
-Sharded tensors are those of TorchRec's tables, by the names of parameters, and every ``DTensor`` in the contents, by
-its place there.
+Sharded tensors are TorchRec's tables, by the names of parameters, and every ``DTensor`` in the contents, by its place
+there.
 
-``NAME.ckpt/checkpoint.pt`` holds everything but the sharded tensors, and names the folder beside it that holds those
-in the format of ``torch.distributed.checkpoint``. It is replaced last and in one move, so that a kill or a full disk
-leaves the old checkpoint. No part is read by a pickle that could run code.
+``NAME.ckpt/checkpoint.pt`` holds everything but the sharded tensors, and names the folder next to it that holds the
+sharded tensors in the format of ``torch.distributed.checkpoint``. It is replaced last and in one move, so that a kill
+or a full disk leaves the old checkpoint. No part is read by a pickle that could run code.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def write(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any])
 
     Args:
         path: the folder.
-        checkpoint: contents without the sharded tensors; those of rank 0 are written.
-        tensors: ``ShardedTensor`` of each rank, or tensors that one rank alone has, by name.
+        checkpoint: contents without the sharded tensors; rank 0's are written.
+        tensors: ``ShardedTensor`` of each rank, or tensors that only one rank has, by name.
 
     Raises:
         OSError: the checkpoint cannot be written; the earlier one is intact.
@@ -60,14 +60,14 @@ def write(path: Path, checkpoint: Mapping[str, Any], tensors: Mapping[str, Any])
 
 
 class Writing:
-    """One writing of a checkpoint: making it settles what is written, and ``run`` writes it, in any thread.
+    """One writing of a checkpoint: making it settles the contents, and ``run`` writes it, in any thread.
 
     Every process makes it, and runs it.
 
     Args:
         path, checkpoint, tensors: as in ``write``.
         group: processes of ``run``; None: the default group.
-        copied: whether the contents are copied to the memory of the host, so that a training may go on meanwhile.
+        copied: whether the contents are copied to the memory of the host, so that training may continue meanwhile.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Writing:
 
 
 class BackgroundWriter:
-    """Writes checkpoints in a thread, one after another, while the training goes on.
+    """Writes checkpoints in a thread, one after another, while the training continues.
 
     Args:
         timeout: longest time of a collective of the thread; None: torch's default.
@@ -141,13 +141,13 @@ class BackgroundWriter:
         self._group: dist.ProcessGroup | None = None
 
     def write(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
-        """Wait for the checkpoint before, copy the contents to the memory of the host, and begin to write them.
+        """Wait for the checkpoint before, copy the contents to the memory of the host, and start to write them.
 
         Every process calls it.
 
         Args:
             path: the folder.
-            checkpoint: contents; those of rank 0 are written, but for every ``DTensor``, which is written whole.
+            checkpoint: contents; rank 0's are written, but for every ``DTensor``, which is written whole.
 
         Raises:
             OSError: the checkpoint before could not be written.
@@ -174,7 +174,7 @@ class BackgroundWriter:
 def read(path: Path | str, device: str = "cpu") -> dict[str, Any]:
     """Return the checkpoint as one process has it, with the sharded weights put together in its ``state_dict``.
 
-    On the device "meta" the sharded weights have shapes alone.
+    On the device "meta" the sharded weights have only shapes.
 
     Raises:
         ValueError: the checkpoint is damaged, or another program's.
@@ -214,7 +214,7 @@ def fill(path: Path, checkpoint: Mapping[str, Any], places: Mapping[str, Any], n
 
 
 def has_tables(checkpoint: Mapping[str, Any]) -> bool:
-    """Return whether contents are those of a folder with TorchRec's tables, which an optimizer of its own steps."""
+    """Return whether contents come from a folder with TorchRec's tables, which have an optimizer of their own."""
     return _KEY in checkpoint and bool(checkpoint[_KEY].get("tables", True))
 
 
@@ -259,12 +259,12 @@ def read_placed(path: Path, target: Callable[[list[Any], tuple[int, ...]], Tenso
 
 
 def plain(contents: Mapping[str, Any]) -> dict[str, Any]:
-    """Return contents from ``read_rest`` without what makes them those of a folder: containers are copied."""
+    """Return contents from ``read_rest`` without the entries that mark a folder: containers are copied."""
     return {key: value for key, value in taken_out(contents)[0].items() if key != _KEY}
 
 
 def taken_out(contents: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the contents with None in place of every ``DTensor``, and those by their names in a sharded checkpoint."""
+    """Return the contents with None for every ``DTensor``, and these by their names in a sharded checkpoint."""
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, keys: list[Any]) -> Any:

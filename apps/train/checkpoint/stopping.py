@@ -35,12 +35,12 @@ def on_signal(number: signal.Signals, handler: Callable[..., Any]) -> Iterator[N
 class StopsSoon(Callback):
     """Ends a training of one process at SIGTERM or Ctrl-C: after the optimizer step, or in a validation at once.
 
-    Either leaves a checkpoint; that of a validation is the state before it, and resuming validates again. A second
-    signal does not wait. Lightning alone waits for the end of the validation batch, which may be a decoded batch of
+    Either leaves a checkpoint; a validation's checkpoint is the state before it, and resuming validates again. A second
+    signal does not wait. Lightning by itself waits for the end of the validation batch, which may be a decoded batch of
     half a minute, and writes nothing. Several processes stop as Lightning has them, by a message from the first one.
 
     Attributes:
-        asked: True once a signal has come, while the training goes on until a checkpoint can be written.
+        asked: True once a signal has come, while the training continues until a checkpoint can be written.
         validates: whether a batch of a validation is at work; True after one that was cut.
         first_step: optimizer step at which the training began or was resumed.
     """
@@ -52,7 +52,7 @@ class StopsSoon(Callback):
 
     @staticmethod
     def of(trainer: Trainer) -> StopsSoon | None:
-        """Return the trainer's callback of this kind that has been asked to stop; None where none has."""
+        """Return the trainer's callback of this kind that has been asked to stop; None if none has."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         return next((c for c in callbacks if isinstance(c, StopsSoon) and c.asked), None)
 

@@ -1,1 +1,1 @@
-"""What a model costs: parameters, FLOPs and memory, and how to make it cheaper."""
+"""The cost of a model: parameters, FLOPs and memory, and how to make it cheaper."""

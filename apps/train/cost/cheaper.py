@@ -1,7 +1,6 @@
-"""Cheaper forms of a trained model: fewer experts a token, less capacity, fewer experts, quantised ones.
+"""Cheaper forms of a trained model: fewer experts per token, less capacity, fewer experts, quantized ones.
 
-Each is a change of the trained model in place, without training. ``moesaic test --sweep`` measures what they cost and
-gain.
+Each is a change of the trained model in place, without training. ``moesaic test --sweep`` measures their cost and gain.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ class Cheaper:
     """A cheaper form of a model.
 
     Attributes:
-        kind: what is saved: one of this module's names.
+        kind: the kind of saving: one of this module's names.
         name: how much, such as "top_k=1".
-        short: the same for a picture, where the kind is known: "K=1".
+        short: the same for a picture, in which the kind is known: "K=1".
         change: makes a model such a form, in place. It raises a ``ValueError`` that says why it cannot.
     """
 
@@ -51,7 +50,7 @@ def cheaper_forms(model: Any, statistics: Mapping[str, core.ExpertStatistics] | 
 
     Args:
         model: a module with MoE layers, which stays as it is.
-        statistics: those of ``core.expert_statistics``, by which experts are pruned; or why there are none.
+        statistics: from ``core.expert_statistics``, by which experts are pruned; or why there are none.
 
     Raises:
         ValueError: the model has no experts.
@@ -70,7 +69,7 @@ def cheaper_forms(model: Any, statistics: Mapping[str, core.ExpertStatistics] | 
     ]
 
 
-# ---- fewer experts a token
+# ---- fewer experts per token
 
 
 def _routers(model: Any) -> list[Any]:
@@ -91,7 +90,7 @@ def _smaller_k(model: Any) -> list[int]:
 
 
 def take_fewer(model: Any, top_k: int) -> None:
-    """Let tokens take at most ``top_k`` experts, in place. Where a token's gates have the sum 1, they still do.
+    """Let tokens take at most ``top_k`` experts, in place. Gates that sum to 1 for a token still do.
 
     Raises:
         ValueError: an option of a router needs more of them. The model is left as it was.
@@ -122,7 +121,7 @@ def _smaller_capacities(model: Any) -> list[float]:
 
 
 def limit(model: Any, factor: float) -> None:
-    """Limit the experts' loads in evaluation to ``factor`` times the even load, in place, where they may have more."""
+    """Limit the experts' loads in evaluation to ``factor`` times the even load, in place, if they may have more."""
     for router in _limited(model):
         ratio = router.capacity.ratio(training=False)
         if ratio is None or ratio[0] / ratio[1] > factor:
@@ -133,7 +132,7 @@ def limit(model: Any, factor: float) -> None:
 
 
 def _pruned(model: Any, statistics: Mapping[str, core.ExpertStatistics] | str) -> Iterator[Cheaper]:
-    """Yield the forms with a share of the experts, those that compute the most rows."""
+    """Yield the forms with a share of the experts, namely the ones that compute the most rows."""
     for share in SHARES:
         short = f"{100 * share:g} %"
         name = f"{short} of the experts"
@@ -151,7 +150,7 @@ def _refuse(model: Any, reason: str) -> None:
     raise ValueError(reason)
 
 
-# ---- whole numbers, and batches
+# ---- quantized experts, and batches
 
 
 def _quantise(model: Any, name: str) -> None:

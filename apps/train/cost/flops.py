@@ -1,8 +1,8 @@
 """The cost of a model, counted alike in every command: its parameters, and the FLOPs of one forward.
 
 Padding is not counted, for a dense layer computes it and experts do not. Every pair that a router chooses is counted,
-under no capacity but that of the training. So the figure follows from the network and from the lengths in the batch,
-which is the first one of the validation.
+with only the capacity of the training. So the figure follows from the network and from the lengths in the batch, which
+is the first one of the validation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Cost:
     Attributes:
         num_params: number of parameters.
         active_params: number of parameters that one token touches.
-        flops_per_example: forward FLOPs of the whole model, products alone, two a multiply-add.
+        flops_per_example: forward FLOPs of the whole model, matmuls only, two per multiply-add.
         replaced_flops_per_example: FLOPs of the blocks that a baseline of equal cost replaces; None without any.
         replaced_params: parameters of those blocks; None without any.
         unit: unit that the FLOPs are counted for, such as "an image" or "a pair of 12 + 14 tokens".
@@ -49,8 +49,8 @@ def measure_cost(module: Any, batch: Any, replaced: Sequence[str] = (), as_evalu
             runs; it and the generators are left as they were.
         batch: batch of the data module, on the module's device.
         replaced: dotted names of the blocks that a baseline replaces: the MoE layers, or the blocks around them.
-        as_evaluated: count the products under the module's evaluation capacity. Else count as in training, by the rule
-            of ``MoEConfig.flops_per_token``: every chosen pair, times the training's capacity factor where that is
+        as_evaluated: count the matmuls under the module's evaluation capacity. Else count as in training, by the rule
+            of ``MoEConfig.flops_per_token``: every chosen pair, times the training's capacity factor if that is
             below 1, whatever an untrained router drops or leaves empty.
 
     Raises:

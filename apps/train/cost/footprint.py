@@ -1,4 +1,4 @@
-"""What a model takes of a machine: bytes that stay, bytes of a pass, and seconds beside another model's."""
+"""The resources that a model takes: bytes that stay, bytes of a pass, and seconds compared with another model's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters and buffers of a model; those that share memory count once."""
+    """Return the bytes of the parameters and buffers of a model; tensors that share memory count once."""
     memories = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*model.parameters(), *model.buffers())
@@ -65,7 +65,7 @@ ROUND_SECONDS = 0.2
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Leave out what is written to the process's stderr, where torch's profiler says that it starts and stops."""
+    """Suppress writes to the process's stderr, to which torch's profiler says that it starts and stops."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
@@ -83,7 +83,7 @@ class Seconds:
 
     Attributes:
         own: seconds of a pass in each round.
-        trained: those of the trained model.
+        trained: seconds of the trained model.
     """
 
     own: tuple[float, ...]
@@ -91,7 +91,7 @@ class Seconds:
 
     @property
     def ratios(self) -> list[float]:
-        """Return the own seconds as a share of the trained model's, by round: what slows a machine slows both."""
+        """Return the own seconds as a share of the trained model's, by round: a slow machine slows both."""
         return [a / b for a, b in zip(self.own, self.trained, strict=True)]
 
     @property
@@ -129,8 +129,8 @@ def outside_median(count: int) -> int:
 def in_rounds(own: Callable[[], Any], trained: Callable[[], Any], rounds: int, device: torch.device) -> Seconds:
     """Time the passes of two models in turn, and return the seconds of a pass in each of ``rounds``.
 
-    A turn is as many passes as ``ROUND_SECONDS`` take, the same number for both. Each model begins every other round. A
-    pass of each comes before them and counts nowhere.
+    A turn is as many passes as ``ROUND_SECONDS`` take, the same number for both. Each model goes first in every other
+    round. A pass of each comes before them and counts nowhere.
     """
 
     def timed(run: Callable[[], Any], times: int) -> float:

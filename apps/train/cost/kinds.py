@@ -1,4 +1,4 @@
-"""What a network is, derived from its layers: sparse, dense-gated or dense."""
+"""The kind of a network, derived from its layers: sparse, dense-gated or dense."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEANINGS = {
 
 
 def kind_of_network(network: nn.Module) -> str:
-    """Return what a network is: a key of ``MEANINGS``."""
+    """Return the kind of a network: a key of ``MEANINGS``."""
     layers = [layer for layer in core.moe_layers(network).values() if not isinstance(layer, TokenGate)]
     if not layers:
         return DENSE

@@ -1,6 +1,6 @@
 """Offloaded experts of a trained model, as the words ``0.5``, ``64MB`` and ``64MB:FILE`` ask for them.
 
-A command line is checked before torch is imported, which this file therefore does in its functions alone.
+A command line is checked before torch is imported, which this file therefore only does in its functions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Budget:
     """How much of a model's experts is on the device, and where they are kept.
 
     Attributes:
-        size: bytes, or a share of the experts' bytes where ``is_share``.
+        size: bytes, or a share of the experts' bytes if ``is_share``.
         path: file of safetensors that keeps the experts; None: memory.
     """
 
@@ -57,11 +57,11 @@ def offload(model: nn.Module, how: str, device: str | torch.device | None = None
     Args:
         model: any module with experts.
         how: "0.5": so much of the experts is on the device; "64MB": as many as that holds; either with ":FILE", a file
-            that keeps them in place of memory.
-        device: where the slots are; None: where the experts are.
+            that keeps them instead of memory.
+        device: device of the slots; None: the device of the experts.
 
     Raises:
-        ValueError: another text, or what ``core.offload_experts`` refuses.
+        ValueError: another text, or a model that ``core.offload_experts`` rejects.
     """
     import core
     from core.offload import offloadable_bytes
@@ -85,7 +85,7 @@ def room_for_experts(how: str | None) -> contextlib.AbstractContextManager[None]
 
 
 def described(offloaded: OffloadedExperts) -> str:
-    """Return what was counted, as one line."""
+    """Return the counters, as one line."""
     counted = offloaded.statistics
     rate = f"hit rate {counted.hit_rate:.3f}" if counted.needed else "no expert needed"
     return (

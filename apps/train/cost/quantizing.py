@@ -1,6 +1,6 @@
-"""Quantised experts of a trained model, as the words ``int8``, ``int4`` and ``int4:64`` ask for them.
+"""Quantized experts of a trained model, as the words ``int8``, ``int4`` and ``int4:64`` ask for them.
 
-A command line is checked before torch is imported, which this file therefore does in its functions alone.
+A command line is checked before torch is imported, which this file therefore only does in its functions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ M = TypeVar("M", bound="nn.Module")
 
 @dataclass(frozen=True)
 class Quantised:
-    """What was quantised of a model.
+    """The quantized part of a model.
 
     Attributes:
         experts: the word that asked for it, such as "int4:64".
@@ -43,7 +43,7 @@ def read_form(how: str) -> tuple[int, int | None]:
     """Return the bits and the group size of a word such as "int4:64"; None: one scale a channel.
 
     Raises:
-        ValueError: it is no such word.
+        ValueError: it is another word.
     """
     match = re.fullmatch(r"int(4|8)(?::([1-9]\d*))?", how)
     if match is None:
@@ -52,14 +52,14 @@ def read_form(how: str) -> tuple[int, int | None]:
 
 
 def quantise(model: M, how: str) -> M:
-    """Quantise the experts of a trained model in place, and return it.
+    """Quantize the experts of a trained model in place, and return it.
 
     Args:
         model: any module with experts.
         how: "int8" or "int4", with one scale a channel; "int8:64" or "int4:64", with one for 64 inputs of a channel.
 
     Raises:
-        ValueError: another word, or what ``core.quantize_experts`` refuses.
+        ValueError: another word, or a model that ``core.quantize_experts`` rejects.
     """
     import core
 
@@ -69,9 +69,9 @@ def quantise(model: M, how: str) -> M:
 
 
 def form_of(model: nn.Module) -> str | None:
-    """Return how the experts of a model are quantised, as the word for ``quantise``; None: they are not.
+    """Return how the experts of a model are quantized, as the word for ``quantise``; None: they are not.
 
-    Where every channel has one scale, a group size that is as long as a channel is not told from none.
+    If every channel has one scale, a group size that is as long as a channel is not told from none.
     """
     from core.experts.matrices import QuantizedMatrices
 

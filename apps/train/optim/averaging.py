@@ -64,7 +64,7 @@ class WeightEMA(Callback):
             self._swap(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The module keeps the average, so that a test in the same program gives what a later one gives.
+        # The module keeps the average, so that a test in the same program gives the same result as a later one.
         self._swap(pl_module)
         self.average = {}
 
@@ -95,13 +95,13 @@ class WeightEMA(Callback):
 
 
 class WeightAverage(Callback):
-    """Writes ``average.ckpt`` beside ``last.ckpt``: a checkpoint with the mean of the weights at the last epochs' ends.
+    """Writes ``average.ckpt`` next to ``last.ckpt``: a checkpoint with the mean weights of the last epochs' ends.
 
     Each epoch leaves its weights in ``epochs/<number>.pt`` there, and the last ``num_epochs`` files stay, for a longer
     run needs them; so memory holds one mean, whatever their number, and a training may end at any epoch. All tensors of
     floating point are averaged, also the experts' selection biases; the others are the last epoch's. The trained module
-    is left with the mean. A training goes on from the last epoch's weights, which ``average.ckpt`` has as
-    ``trained_state_dict``. Without checkpoints there is no average.
+    is left with the mean. A training resumes from the last epoch's weights, which ``average.ckpt`` has as
+    ``trained_state_dict``. Without checkpoints no average is written.
 
     Attributes:
         kept: numbers of the epochs in the average, from 0.
@@ -121,7 +121,7 @@ class WeightAverage(Callback):
         self.kept = trainer.strategy.broadcast(self.kept)
 
     def _find_kept(self, trainer: Trainer, folder: Path) -> None:
-        """Copy the weights of the kept epochs from the run that goes on, and forget the missing ones."""
+        """Copy the weights of the kept epochs from the run that is resumed, and forget the missing ones."""
         came_from = None if trainer.ckpt_path is None else Path(str(trainer.ckpt_path)).parent / FOLDER
         for epoch in self.kept:
             here = _file(folder, epoch)
@@ -178,14 +178,14 @@ class WeightAverage(Callback):
             _logger.info("%s: the mean of the weights after epoch%s %s", path, "s" * (len(self.kept) > 1), epochs)
 
     def _prune(self, folder: Path) -> None:
-        """Remove the files of epochs that are not kept, also those of an earlier run."""
+        """Remove the files of epochs that are not kept, also an earlier run's."""
         kept = {_file(folder, epoch) for epoch in self.kept}
         for path in folder.glob("*.pt*") if folder.is_dir() else ():
             if path not in kept:
                 path.unlink(missing_ok=True)
 
     def _folder(self, trainer: Trainer) -> Path | None:
-        """Return the folder of the epochs' weights; None where the run has no checkpoints."""
+        """Return the folder of the epochs' weights; None if the run has no checkpoints."""
         saves = trainer.checkpoint_callbacks[-1:]  # the run's own comes after the user's
         dirpath = getattr(saves[0], "dirpath", None) if saves else None
         return None if trainer.fast_dev_run or not dirpath else Path(dirpath) / FOLDER

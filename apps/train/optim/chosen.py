@@ -24,11 +24,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Chosen:
-    """What the sections ``optimizer``, ``lr_scheduler`` and ``lr_scheduler_interval`` name.
+    """The classes and values that the sections ``optimizer``, ``lr_scheduler`` and ``lr_scheduler_interval`` name.
 
     Attributes:
         optimizer: ``class_path`` and ``init_args`` of an optimizer; None: the module's own.
-        scheduler: those of a scheduler; None: the rate of ``optimizer`` stays as it is.
+        scheduler: the same for a scheduler; None: the rate of ``optimizer`` stays as it is.
         interval: when the scheduler steps.
     """
 
@@ -38,7 +38,7 @@ class Chosen:
 
     @classmethod
     def of(cls, sections: Mapping[str, Any]) -> Chosen | None:
-        """Return what parsed sections name; None where they name nothing."""
+        """Return what parsed sections name; None if they name nothing."""
         optimizer, scheduler = (_plain(sections.get(name)) for name in SECTIONS[:2])
         return cls(optimizer, scheduler, sections.get(SECTIONS[2]) or "epoch") if optimizer or scheduler else None
 

@@ -23,7 +23,7 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
         steps: number of iterations.
 
     Returns:
-        (..., m, n) in bfloat16, or in float64 where ``matrices`` are; a matrix of zeros stays zero.
+        (..., m, n) in bfloat16, or in float64 if ``matrices`` are; a matrix of zeros stays zero.
     """
     x = matrices.to(torch.float64 if matrices.dtype == torch.float64 else torch.bfloat16)
     wide = x.shape[-2] <= x.shape[-1]
@@ -37,13 +37,13 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW whose groups with ``"muon": True`` step by the orthogonalised momentum of their matrices.
+    """AdamW whose groups with ``"muon": True`` are updated by the orthogonalized momentum of their matrices.
 
     A matrix W (m, n), or each of a stack (E, m, n), moves by ``-lr * 0.2 sqrt(max(m, n)) * orthogonalized(update)``,
-    whose root mean square is about that of an AdamW step (arXiv 2502.16982, equation 4): both kinds of groups share
-    one learning rate. Weight decay is decoupled.
+    whose root mean square is about the same as an AdamW step's (arXiv 2502.16982, equation 4): both kinds of groups
+    share one learning rate. Weight decay is decoupled.
 
-    Of a stack that is divided among processes, each moves its own matrices. Matrices that are divided themselves are
+    If a stack is sharded over processes, each updates its own matrices. Matrices that are sharded themselves are
     gathered first, and every process computes all of them.
 
     Args:
@@ -75,7 +75,7 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
-        # AdamW's step gathers a group's parameters here; those of Muon's groups are hidden from it.
+        # AdamW's step gathers a group's parameters here; parameters of Muon's groups are hidden from it.
         return super()._init_group({**group, "params": []} if group["muon"] else group, *lists)
 
     def _muon_step(self, group: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def _is_cut(stack: Tensor) -> bool:
-    """Return whether the matrices of a stack are divided among processes, and not the stack alone."""
+    """Return whether the matrices of a stack are sharded over processes, and not just the stack."""
     return isinstance(stack, DTensor) and any(
         not placement.is_replicate() and getattr(placement, "dim", 0) >= stack.ndim - 2
         for placement in stack.placements

@@ -1,4 +1,4 @@
-"""The optimizer of every app: AdamW, Muon with AdamW beside it, or Adam of the rows with a gradient, over groups of
+"""The optimizer of every app: AdamW, Muon combined with AdamW, or Adam of the rows with a gradient, over groups of
 routers, experts and the rest."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class OptimizerConfig(Checked):
     Attributes:
         name: "adamw"; or "muon" for the matrices inside the network, with AdamW for embeddings, the read-out, routers,
             biases and norms. Muon's steps have the size of AdamW's, so that ``lr`` means the same. Or "row_adam"
-            (``core.RowAdam``), which moves the rows of a table that have a gradient alone, for ``PEER`` with
+            (``core.RowAdam``), which only updates the rows of a table that have a gradient, for ``PEER`` with
             ``row_sparse``; all other parameters it moves as AdamW.
         lr: peak learning rate.
         weight_decay: decoupled weight decay; biases, norms and other 1-d parameters have none.
@@ -40,16 +40,16 @@ class OptimizerConfig(Checked):
         router_weight_decay_scale: the routers' weight decay is ``weight_decay`` times this.
         expert_lr_scale: the experts' learning rate is ``lr`` times this.
         expert_weight_decay_scale: the experts' weight decay is ``weight_decay`` times this.
-        warmup: steps of linear warm-up; a fraction of all steps where it is below 1.
+        warmup: steps of linear warm-up; a fraction of all steps if it is below 1.
         schedule: decay after the warm-up: "cosine" to ``min_lr_ratio``; "inverse_sqrt", ``sqrt(warmup / n)`` at the
-            n-th step (arXiv 1706.03762, section 5.3), which does not depend on the length of the run where ``warmup``
+            n-th step (arXiv 1706.03762, section 5.3), which does not depend on the length of the run if ``warmup``
             is in steps; or "constant".
         min_lr_ratio: least learning rate, as a part of the peak.
-        lr_scales: factors on the learning rate of parts of the model, by the beginning of their parameters' names:
-            ``{"text_tower": 0.05}`` lets a pretrained tower move slowly beside one that is drawn. Of several that fit,
-            the longest counts; it multiplies the factors of routers and experts.
-        adamw_parts: parts that AdamW moves under Muon too, by the beginning of their parameters' names: those that
-            begin with weights from elsewhere, which Adam has mostly trained. Large matrices also cost Muon time.
+        lr_scales: factors on the learning rate of parts of the model, by prefix of their parameters' names:
+            ``{"text_tower": 0.05}`` lets a pretrained tower train slowly next to a randomly initialized one. Of several
+            that fit, the longest counts; it multiplies the factors of routers and experts.
+        adamw_parts: parts that AdamW also updates under Muon, by prefix of their parameters' names: parts that start
+            from pretrained weights, which Adam has mostly trained. Large matrices also cost Muon time.
 
     Raises:
         ValueError: a value outside its range.
@@ -82,7 +82,7 @@ class OptimizerConfig(Checked):
             raise ValueError(f"optimizer.warmup={self.warmup} must be a whole number of steps, or a fraction below 1")
 
     def warmup_steps(self, total_steps: float) -> int:
-        """Return the steps of warm-up in a run of ``total_steps`` (``inf`` where it has no end)."""
+        """Return the steps of warm-up in a run of ``total_steps`` (``inf`` if it has no end)."""
         if self.warmup >= 1:
             return int(self.warmup)
         return round(self.warmup * total_steps) if math.isfinite(total_steps) else 0
@@ -144,13 +144,13 @@ def _on_cuda(tensors: Sequence[torch.Tensor]) -> bool:
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Return the trainable parameters of ``model`` in groups: routers, experts, the rest, each with and without decay.
 
-    1-d parameters, biases and norms (also the experts', which are (E, F)) have no decay, nor have those that a
+    1-d parameters, biases and norms (also the experts', which are (E, F)) have no decay, nor have parameters that a
     submodule names in ``no_weight_decay()`` as timm's models do. Muon's matrices have groups of their own: the weights
     of experts, shared ones too, and of ``nn.Linear`` outside the modules that ``model.readout`` names. A group has the
     keys ``name``, ``params``, ``lr``, ``weight_decay`` and, under Muon, ``muon``; empty groups are left out.
 
     Raises:
-        ValueError: no trainable parameter has a name that begins as ``config.lr_scales`` or ``adamw_parts`` says.
+        ValueError: no trainable parameter has a name with a prefix of ``config.lr_scales`` or ``adamw_parts``.
     """
     kind: dict[int, str] = {}
     for layer in core.moe_layers(model).values():
@@ -219,7 +219,7 @@ def restore_rates(module: LightningModule, config: OptimizerConfig) -> None:
 
 
 def _fitting(name: str, parts: Sequence[str]) -> list[str]:
-    """Return those of the parts in which the parameter ``name`` is, in their order."""
+    """Return the parts that contain the parameter ``name``, in their order."""
     return [part for part in parts if f"{name}.".startswith(f"{part}.")]
 
 

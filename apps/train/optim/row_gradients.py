@@ -1,6 +1,6 @@
-"""Gradients that are sparse tensors of rows, as those of ``PEER(row_sparse=True)``: who takes them, and their clipping.
+"""Gradients that are sparse tensors of rows, as in ``PEER(row_sparse=True)``: who takes them, and their clipping.
 
-torch's own clipping has no kernel for them, and its optimizers refuse them one by one, without a remedy.
+torch's own clipping has no kernel for them, and its optimizers reject them one by one, without a remedy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from core.optim import coalesced
 
 
 def row_sparse_module(model: nn.Module) -> str | None:
-    """Return the name of a module of ``model`` whose gradients are sparse tensors of rows; None where there is none."""
+    """Return the name of a module of ``model`` whose gradients are sparse tensors of rows; None if there is none."""
     for name, module in model.named_modules():
         is_table = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
         if is_table or getattr(module, "row_sparse", False):
@@ -23,7 +23,7 @@ def row_sparse_module(model: nn.Module) -> str | None:
 
 
 def check_processes(model: nn.Module, world_size: int) -> None:
-    """Refuse experts with sparse gradients on several processes, whose sum DDP makes of tables of ``nn`` alone.
+    """Raise an error for experts with sparse gradients on several processes, which DDP only sums for tables of ``nn``.
 
     Raises:
         ValueError: naming the experts and the remedy.
@@ -39,7 +39,7 @@ def clip_with_rows(parameters: Iterable[Tensor], limit: float, algorithm: str) -
     """Clip the gradients of parameters, some of which are sparse tensors of rows, as torch clips dense ones.
 
     Args:
-        parameters: those that the optimizer steps.
+        parameters: the optimizer's parameters.
         limit: the largest norm of all gradients together, or the largest size of one number.
         algorithm: "norm" or "value".
 

@@ -1,7 +1,8 @@
 """Schedules of experts in a training, as callbacks: they are averaged, start as one, or are more and more a token.
 
-A configuration names them in ``trainer.callbacks``. They follow the optimizer's steps, so that a resumed run goes on as
-one run, and leave a model without MoE layers as it is, with a warning: a comparison trains its baselines by them too.
+A configuration names them in ``trainer.callbacks``. They follow the optimizer's steps, so that a resumed run continues
+as one run, and leave a model without MoE layers as it is, with a warning: a comparison trains its baselines by them
+too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class ExpertAveraging(Callback):
     """Moves all experts of a layer towards each other after each step: ``w_e += share (mean of all w - w_e)``.
 
     The mean stays where it is (EWA, arXiv 2308.06093). With ``Random(evaluation="merged")`` as the router, evaluation
-    takes the mean expert, and ``core.average_experts`` makes a dense model of it. Shared experts are left alone.
+    takes the mean expert, and ``core.average_experts`` makes a dense model of it. Shared experts are left as they are.
 
     Args:
         share: how far an expert moves, in (0, 1]; at 1 all are the same.
@@ -50,7 +51,7 @@ class ExpertAveraging(Callback):
             _after_steps(optimizer, lambda: self.after_step(experts, trainer.global_step + 1, last))
 
     def start(self, experts: Mapping[str, core.Experts], step: int) -> None:
-        """Begin a training, or go on with one after ``step`` steps."""
+        """Start a training, or resume one after ``step`` steps."""
 
     def after_step(self, experts: Mapping[str, core.Experts], step: int, last: float) -> None:
         """Move the experts after step number ``step``, from 1; the schedule ends with number ``last``."""
@@ -62,9 +63,9 @@ class ExpertAveraging(Callback):
 class SharedStart(ExpertAveraging):
     """Trains all experts of a layer as one at first, then makes them differ (EvoMoE, arXiv 2112.14397).
 
-    They begin as copies of the first expert, and each step moves all by the mean of their steps. Then each sets a
+    They start as copies of the first expert, and each step updates all by the mean of their updates. Then each sets a
     random part of its matrices' weights to zero, and all train on. With ``DenseToSparse`` as the router this is EvoMoE,
-    which trains one expert where this trains equal ones.
+    which trains one expert, while this trains equal ones.
 
     Args:
         until: part of the training's steps in which the experts are one, in (0, 1]; at 1 they never differ.
@@ -102,14 +103,14 @@ class SharedStart(ExpertAveraging):
 class GrowingTopK(Callback):
     """Lets tokens take ever more experts: from ``start`` to the router's ``top_k``, in equal times.
 
-    SMoE-Dropout (arXiv 2303.01610) grows to all experts, and has gates that are drawn at random and never trained.
+    SMoE-Dropout (arXiv 2303.01610) grows to all experts, and has gates that are randomly initialized and never trained.
     Validation and test take ``top_k`` experts at any time, as a checkpoint of the model does.
 
     Args:
-        start: experts a token takes at first.
+        start: experts per token at first.
         until: part of the training's steps after which tokens take ``top_k``, in (0, 1]. At 1 the last part of the
             training, as long as the others, has ``top_k``.
-        freeze: the routers' parameters keep the values with which the training begins.
+        freeze: the routers' parameters keep the values with which the training starts.
 
     Raises:
         ValueError: a value out of its range; at the start of a training, no router that takes the best ``top_k`` by
@@ -136,7 +137,7 @@ class GrowingTopK(Callback):
         for router, config in self._routers:
             if config.top_k < self.first:
                 raise ValueError(f"GrowingTopK: start={self.first} exceeds top_k={config.top_k}")
-            _with_top_k(config, self.first)  # an option that needs the whole top_k is refused here
+            _with_top_k(config, self.first)  # an option that needs the whole top_k is rejected here
             if self.freeze:
                 router.requires_grad_(False)
 
@@ -150,7 +151,7 @@ class GrowingTopK(Callback):
                 router.config = _with_top_k(config, top_k)
 
     def top_k(self, step: int, final: int) -> int:
-        """Return how many experts a token takes in a step, from 0, of a router whose ``top_k`` is ``final``."""
+        """Return the number of experts per token in a step, from 0, of a router whose ``top_k`` is ``final``."""
         return min(final, self.first + int((final - self.first + 1) * step / self._last))
 
     def on_validation_start(self, *_: Any) -> None:
@@ -168,7 +169,7 @@ def average(experts: core.Experts, share: float) -> None:
 
 
 def _after_steps(optimizer: torch.optim.Optimizer, call: Callable[[], None]) -> None:
-    """Call after each step of an optimizer, once: its step may call that of its base class, whose hooks run too."""
+    """Call after each step of an optimizer, once: its step may call its base class's step, whose hooks run too."""
     running: list[bool] = []
     optimizer.register_step_pre_hook(lambda *_: running.append(True))
 
@@ -216,5 +217,5 @@ def _steps(trainer: Trainer, part: float) -> float:
 
 
 def _with_top_k(config: TopKConfig, top_k: int) -> TopKConfig:
-    changed: Any = config  # the base of the configs is no dataclass itself
+    changed: Any = config  # the base of the configs is not a dataclass itself
     return dataclasses.replace(changed, top_k=top_k)  # type: ignore[no-any-return]

@@ -1,1 +1,1 @@
-"""What leaves a run: pretrained folders, model cards, exported graphs, predictions."""
+"""Outputs of a run: pretrained folders, model cards, exported graphs, predictions."""

@@ -1,7 +1,7 @@
-"""Files of ``moesaic export``: what they say of themselves, and their graphs in onnxruntime in place of weights.
+"""Files of ``moesaic export``: their description, and their graphs, which onnxruntime runs instead of the weights.
 
-One graph is one ONNX file, whose metadata say the rest. Several graphs, or a graph with files beside it, are a folder
-with ``export.json``. Both are data: the classes that they name are looked up among registered ones.
+One graph is one ONNX file, whose metadata say the rest. Several graphs, or a graph with extra files, are a folder with
+``export.json``. Both are data: the classes that they name are looked up among registered ones.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ DESCRIPTION = "moesaic.model"
 
 @dataclass(frozen=True)
 class Description:
-    """What an exported file says of its model, as JSON.
+    """Description of the model in an exported file, as JSON.
 
     Attributes:
         app: "vision", "tables", ...; see ``apps.train.publish.exporting.Exported``.
         module: the model's class, as ``apps.registry.name_of`` names it.
-        arguments: the model's arguments as plain values, without what is for training alone.
-        preprocessing: what turns inputs into the graph's tensors, and its outputs into answers.
+        arguments: the model's arguments as plain values, without those that only training uses.
+        preprocessing: values for turning inputs into the graph's tensors, and its outputs into answers.
         data: section "data" of a configuration, without the paths of a training; None: none is known.
         format: "onnx", "torch_export" or "aoti".
-        graphs: file of each graph, by its name; in a folder alone.
-        files: further files; in a folder alone.
+        graphs: file of each graph, by its name; only in a folder.
+        files: further files; only in a folder.
         scalars: the model's parameters and buffers of one number, by name, such as a loss's temperature.
     """
 
@@ -64,7 +64,7 @@ class Description:
         """Read the JSON of ``path``.
 
         Raises:
-            ValueError: it is no description.
+            ValueError: the text does not describe an exported model.
         """
         try:
             values = registry.renamed(json.loads(text), registry.today)
@@ -120,7 +120,7 @@ class OnnxGraph(nn.Module):
         return dict(self.session.get_modelmeta().custom_metadata_map)
 
     def forward(self, inputs: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
-        """Return the outputs for named inputs; those that the graph does not have are not read.
+        """Return the outputs for named inputs; inputs that the graph does not have are not read.
 
         Raises:
             ValueError: an input is missing, or of another type or shape than the graph's.
@@ -158,7 +158,7 @@ class ExportedModel:
 
     Attributes:
         path: its file, or its folder.
-        description: what it says of itself.
+        description: description of the model.
         graphs: its graphs, by their names.
     """
 
@@ -177,7 +177,7 @@ class ExportedModel:
         """
         path = Path(path)
         opened = cls._of_folder(path) if (path / MANIFEST).is_file() else cls._of_file(path)
-        opened.task  # noqa: B018 - a class without one is refused here
+        opened.task  # noqa: B018 - a class without one is rejected here
         if opened.description.data is not None:
             check_beside({"data": opened.description.data}, path)
         return opened
@@ -213,7 +213,7 @@ class ExportedModel:
         return cls(path, description, {name: OnnxGraph(path / file) for name, file in description.graphs.items()})
 
     def file(self, name: str) -> bytes:
-        """Return the content of a file beside the graphs.
+        """Return the content of a file stored with the graphs.
 
         Raises:
             ValueError: the description names no such file.
@@ -234,7 +234,7 @@ class ExportedModel:
 
     @property
     def checkpoint(self) -> dict[str, Any]:
-        """What a checkpoint of the model has beside its weights: class, arguments and encoding."""
+        """The parts of the model's checkpoint other than its weights: class, arguments and encoding."""
         encoding = self.task.encoding_state(self)
         return {
             "module_class": registry.name_of(self.description.module),
@@ -244,7 +244,7 @@ class ExportedModel:
         }
 
     def attach(self, model: SparseModule) -> None:
-        """Let ``model``, made on the meta device, run the graphs in place of its weights, in evaluation mode."""
+        """Let ``model``, made on the meta device, run the graphs instead of its weights, in evaluation mode."""
         checkpoint = self.checkpoint
         self.task.attach(model, self.graphs)
         for part, module in model.named_modules():
@@ -255,7 +255,7 @@ class ExportedModel:
         model.eval()
 
     def load(self) -> SparseModule:
-        """Return the model, which predicts as that of its checkpoint does."""
+        """Return the model, which predicts as the checkpoint's model does."""
         arguments = arguments_from_plain(self.kind, self.description.arguments, f"{self.path}: model")
         with torch.device("meta"):
             model = self.kind(**arguments)
@@ -264,7 +264,7 @@ class ExportedModel:
 
 
 def _fill(module: nn.Module, prefix: str, scalars: Mapping[str, float]) -> None:
-    """Give what a module of its own has on the meta device its number, or NaN: what no graph replaces is not read."""
+    """Fill the module's own meta-device tensors with their numbers, or with NaN if nothing reads them."""
 
     def filled(name: str, like: Tensor) -> Tensor:
         number = scalars.get(prefix + name, float("nan") if like.is_floating_point() else 0)

@@ -1,7 +1,7 @@
 """Models in folders and on a hub, with the three methods of huggingface_hub's ``ModelHubMixin``.
 
-The mixin is no base class here: it would be imported at every start, and record the arguments of each module once more.
-``push_to_hub`` is the mixin's own; it saves the model by the ``save_pretrained`` of this class.
+The mixin is not a base class here: it would be imported at every start, and record the arguments of each module once
+more. ``push_to_hub`` is the mixin's own; it saves the model by the ``save_pretrained`` of this class.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ class HubModule(LinkedModule):
     ) -> str | None:
         """Write the model as a folder that ``apps.load`` and ``from_pretrained`` read: all of it, or nothing.
 
-        It has the weights as safetensors, ``config.json`` with what makes the model again and what its data's numbers
-        stand for, and a card, ``README.md``. The card has the figures of ``moesaic test`` where the run's folder has a
-        test of these very weights. Its licence is for you to add.
+        It has the weights as safetensors, ``config.json`` with the values that rebuild the model and the meaning of its
+        data's numbers, and a card, ``README.md``. The card has the figures of ``moesaic test`` if the run's folder
+        has a test of these very weights. Its licence is for you to add.
 
         Args:
             save_directory: a folder that is new or empty.
-            run: the run's folder, which may have a test; None: that of the checkpoint that the model was loaded from.
+            run: the run's folder, which may have a test; None: from the checkpoint that the model was loaded from.
             overwrite: replace an earlier folder of ``save_pretrained``, its card included. Other folders stay.
             repo_id: repository for ``push_to_hub``; None: the folder's name.
             push_to_hub: upload the folder as well.
             config: the mixin's, which is written by itself here: None.
-            model_card_kwargs: more for the card: ``name``, its title in place of the folder's name.
+            model_card_kwargs: more for the card: ``name``, its title instead of the folder's name.
             push: options of ``push_to_hub``.
 
         Returns:
-            the commit's address where the model is pushed.
+            the commit's address if the model is pushed.
 
         Raises:
-            ValueError: the folder holds other files; or a tensor is divided over processes.
+            ValueError: the folder holds other files; or a tensor is sharded over processes.
         """
         if config is not None:
             raise ValueError(f"config={config!r}: a model's own arguments are written, and no others")
@@ -79,8 +79,8 @@ class HubModule(LinkedModule):
         """Upload the model to a hub, as one commit, and return the commit's address.
 
         Args:
-            repo_id: the repository, such as "owner/name", which is made where there is none.
-            options: those of ``huggingface_hub.ModelHubMixin.push_to_hub``: ``private``, ``token``, ``branch``,
+            repo_id: the repository, such as "owner/name", which is created if it does not exist.
+            options: passed to ``huggingface_hub.ModelHubMixin.push_to_hub``: ``private``, ``token``, ``branch``,
                 ``commit_message``, ``create_pr``, ...
         """
         from huggingface_hub import ModelHubMixin
@@ -100,12 +100,12 @@ class HubModule(LinkedModule):
         Args:
             pretrained_model_name_or_path: a folder of ``save_pretrained``; else the name of a repository, whose files
                 are fetched into the cache of huggingface_hub.
-            device: where the weights go.
+            device: device for the weights.
             download: options of ``huggingface_hub.snapshot_download``: ``revision``, ``token``, ``cache_dir``,
                 ``local_files_only``, ``force_download``.
 
         Raises:
-            ValueError: the folder is damaged or of another model, or there is no such repository.
+            ValueError: the folder is damaged or has another model, or the repository does not exist.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.exists():
@@ -123,7 +123,7 @@ class HubModule(LinkedModule):
 
     @property
     def _run(self) -> Path | None:
-        """The folder of the run that the module's checkpoint lies in; None: it was loaded from none."""
+        """The folder of the run of the module's checkpoint; None: it was loaded from none."""
         path = self.loaded_from
         return None if path is None else path.parent.parent if path.parent.name == "checkpoints" else path.parent
 

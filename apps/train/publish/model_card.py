@@ -1,4 +1,4 @@
-"""The card of a pretrained folder, its ``README.md``: what the model is, what a test of it measured, how it is used."""
+"""The card of a pretrained folder, its ``README.md``: the model, its test results, and how to use it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ MOST_LAYERS = 16
 
 @dataclass(frozen=True)
 class ModelKind:
-    """What the card of an app's model says of every such model.
+    """Text that the cards of all models of an app share.
 
     Attributes:
-        title: what it is, such as "an image classifier".
+        title: kind of model, such as "an image classifier".
         example: line of Python that predicts, where ``model`` is the model.
         task: the hub's name of the task (its ``pipeline_tag``); None: it has none.
         tags: further words to find it by.
@@ -43,7 +43,7 @@ class ModelKind:
 
 @dataclass(frozen=True)
 class Measured:
-    """What ``moesaic test`` measured with the weights that a card is of.
+    """Results of ``moesaic test`` with the weights of a card.
 
     Attributes:
         metrics: values by name, without "test/".
@@ -198,7 +198,7 @@ def _figures(figures: Measured | str, module: Any) -> list[str]:
 
 
 def _in_order(metrics: Mapping[str, float], module: Any) -> dict[str, float]:
-    """Return the metrics with the monitored one first, then those that tables show."""
+    """Return the metrics with the monitored one first, then the metrics that tables show."""
     monitored, shown = module.monitor.partition("/")[2], module.shown_metrics
     return dict(sorted(metrics.items(), key=lambda item: (item[0] != monitored, item[0] not in shown)))
 

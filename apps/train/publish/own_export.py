@@ -13,7 +13,7 @@ from apps.train.publish.exporting import Exported, Graph
 
 
 class OwnTask:
-    """What is asked of a user's module in use: its export."""
+    """The task of a user's module in use: its export."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

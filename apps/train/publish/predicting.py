@@ -1,4 +1,4 @@
-"""A model may predict by itself, one input after the other, in place of Lightning's whole batches."""
+"""A model may predict by itself, one input after the other, instead of in Lightning's whole batches."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ class Prediction(NamedTuple):
 class PredictionStream:
     """Predictions in the order of their inputs, each computed when it is asked for.
 
-    ``predict_stream(data)`` of a model returns one, or None where the data have nothing for it.
+    ``predict_stream(data)`` of a model returns one, or None if the data have nothing for it.
 
     Attributes:
         predict: ``predict(start)`` yields the predictions from input number ``start`` on, a multiple of ``chunk``.
-        count: returns the number of inputs; None where it cannot be known beforehand.
-        made_of: plain values that the predictions depend on beside the weights, by name: a stopped run goes on where
-            they are the same. "input" identifies the inputs; ``["-"]`` is standard input, which cannot be read twice.
-        chunk: inputs that are computed together, so that a run may go on after so many with the same result.
+        count: returns the number of inputs; None if it cannot be known beforehand.
+        made_of: plain values that the predictions depend on in addition to the weights, by name: a stopped run
+            continues if they are the same. "input" identifies the inputs; ``["-"]`` is standard input, which cannot be
+            read twice.
+        chunk: inputs that are computed together, so that a run may continue after so many with the same result.
         harmless: values of an earlier run that any other may follow, by name.
-        file: name of a file that has the rows, in the run's folder and over an earlier one, where the user names none;
-            "": they are printed alone.
+        file: name of a file that has the rows, in the run's folder and over an earlier one, if the user names none; "":
+            they are only printed.
         page: ``page(path)`` writes a page that shows all predictions, once they are computed; None: there is none.
     """
 

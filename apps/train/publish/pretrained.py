@@ -1,8 +1,8 @@
 """A pretrained folder: a model as ``config.json`` and safetensors, without the state of a training.
 
-``config.json`` has the contents of a checkpoint as plain values: the class of the model, its arguments, and what its
-data's numbers stand for. ``model.safetensors`` is its ``state_dict``; ``encoding.safetensors`` has the other tensors,
-such as vocabularies. All of it is data: nothing in the folder can run code, or name a class that is not registered.
+``config.json`` has the contents of a checkpoint as plain values: the class of the model, its arguments, and the meaning
+of its data's numbers. ``model.safetensors`` is its ``state_dict``; ``encoding.safetensors`` has the other tensors, such
+as vocabularies. All of it is data: nothing in the folder can run code, or name a class that is not registered.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MARKS = (_TENSOR, _TUPLE, _BYTES, _FLOAT, _PAIRS)
 
 @contextlib.contextmanager
 def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """Make a folder beside ``folder``, and move it there once the block has ended without an error.
+    """Make a folder next to ``folder``, and move it there once the block has ended without an error.
 
     Raises:
         ValueError: ``folder`` holds files, and is not a pretrained folder that may be replaced.
@@ -77,7 +77,7 @@ def write(folder: Path, contents: Mapping[str, Any]) -> None:
         contents: ``state_dict`` and plain values; they may hold tensors.
 
     Raises:
-        ValueError: a value that is neither plain nor a tensor, or a tensor that is divided over processes.
+        ValueError: a value that is neither plain nor a tensor, or a tensor that is sharded over processes.
         OSError: the disk is full.
     """
     rest = dict(contents)
@@ -124,7 +124,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
-    """Return the tensors of a state, the other names of those that have several, and what is no tensor."""
+    """Return the tensors of a state, the other names of tensors with several, and the values that are not tensors."""
     weights: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     others: dict[str, Any] = {}

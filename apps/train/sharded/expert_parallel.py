@@ -1,4 +1,4 @@
-"""``ExpertParallelStrategy``: a training whose experts are divided among processes, on DTensor and FSDP2."""
+"""``ExpertParallelStrategy``: a training whose experts are sharded among processes, on DTensor and FSDP2."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
-    """Trains on several processes, with the experts of each MoE layer divided among some of them.
+    """Trains on several processes, with the experts of each MoE layer sharded among some of them.
 
     The processes form a mesh of replicas x shards x experts, and each has examples of its own. Tokens travel to the
     experts' processes in every layer (``core.AllToAllDispatcher``). All other parameters are copied (as in DDP) or
-    sharded (FSDP2), and every gradient is the mean over all processes. Losses, figures and selection biases are those
-    of the global batch. With ``experts: 1`` it is DDP or FSDP2 alone, for models without experts too.
+    sharded (FSDP2), and every gradient is the mean over all processes. Losses, figures and selection biases cover the
+    global batch. With ``experts: 1`` it is plain DDP or FSDP2, for models without experts too.
 
     Checkpoints are folders of shards (``apps.train.checkpoint.sharded``). A run resumes from them on another number of
     processes, with another division, or on one process without this strategy; ``moesaic convert consolidate`` makes one
@@ -62,25 +62,25 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
     Args:
         experts: processes that share out the experts of a layer; "auto": all on a machine that ``hidden`` leaves.
         shards: groups of such processes among which parameters are sharded further.
-        nodes: machines that share out the experts too, with an exchange within each machine first.
-        hidden: processes that share out the hidden units of each expert, where there are more processes than experts.
+        nodes: machines that share out the experts too, with an all-to-all within each machine first.
+        hidden: processes that share out the hidden units of each expert, if there are more processes than experts.
         static_exchange: whether every expert is sent as many rows as its capacity allows, so that no host waits for a
             GPU; it needs a ``capacity_factor`` and batches of one size.
-        rest: what becomes of all other parameters: "replicate", a copy on each process; "shard", sharded over shards
-            and experts.
+        rest: placement of all other parameters: "replicate", a copy on each process; "shard", sharded over shards and
+            experts.
         param_dtype: dtype in which sharded parameters are gathered and computed, "bfloat16" or "float16"; None: their
-            own. ``trainer.precision`` needs none of it.
+            own. ``trainer.precision`` does not need it.
         reshard_after_forward: whether a block's parameters are freed after its forward and gathered again for the
             backward; None: they are.
         activation_checkpointing: whether blocks compute their activations again in the backward.
-        async_checkpoints: whether a training goes on while a checkpoint is written, from a copy in the memory of the
+        async_checkpoints: whether training continues while a checkpoint is written, from a copy in the memory of the
             host. A checkpoint waits for the one before, and a failure is raised then, or when the training ends.
         process_group_backend: of torch.distributed; None: by the device.
         timeout: time after which a process that hears nothing of another gives up.
 
     Raises:
         ValueError: a size below 1, or another word than these; when a run starts, a mesh that does not fit the
-            processes, experts that the processes do not divide or that cannot be divided, single experts that are
+            processes, experts that the processes do not split evenly or that cannot be sharded, single experts that are
             frozen, or processes with other models, configurations or versions of the code.
         LostProcessError: another process was lost in mid-run.
 
@@ -144,7 +144,7 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
             check_grows_whole(module)
         self.accelerator.setup(trainer)
         prepare_for_fsdp(trainer)
-        # torch's own clipping adds up no norms of tensors that are divided in different ways.
+        # torch's own clipping adds up no norms of tensors that are sharded in different ways.
         self.precision_plugin.clip_grad_by_norm = self._clip_by_norm  # type: ignore[method-assign]
         self.precision_plugin.clip_grad_by_value = self._clip_by_value  # type: ignore[method-assign]
         self.model = self.precision_plugin.convert_module(module)
@@ -171,7 +171,7 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
         if self.param_dtype is not None:
             options["mp_policy"] = MixedPrecisionPolicy(DTYPES[self.param_dtype], torch.float32)
         kind = type(module)
-        # Tensors of experts are put together in two steps where they are divided along two axes, and it is no matter.
+        # Tensors of experts are put together in two steps if they are sharded along two axes, which does not matter.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         shard_data(module, mesh, shard=self.rest == "shard", **options)
         make_root(module)
@@ -203,7 +203,7 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
-        """Keep all parameters but the divided experts whole: an evaluation calls other methods than ``forward``, as a
+        """Keep all parameters but the sharded experts whole: an evaluation calls other methods than ``forward``, as a
         search does, which have no hooks."""
         assert self.model is not None
         parts = list(sharded_modules(self.model))

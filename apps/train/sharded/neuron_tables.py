@@ -1,4 +1,4 @@
-"""PEER's two tables as tables of TorchRec, whose rows lie on several processes and are stepped inside the backward.
+"""PEER's two tables as tables of TorchRec, with rows sharded over processes and updated inside the backward.
 
 A process looks up each row that its tokens picked once, and computes with these rows as ``core.NeuronExperts`` does
 with whole tables. So the network carries a picked row once for each process that picked it, and its gradient back.
@@ -38,7 +38,7 @@ class NeuronTables(core.Experts):
         experts: the experts with whole tables, whose rows are copied.
 
     Raises:
-        ValueError: u and v are of different widths, which one collection does not have.
+        ValueError: u and v have different widths, which one collection does not have.
     """
 
     def __init__(self, experts: core.NeuronExperts) -> None:
@@ -112,13 +112,13 @@ def shard_tables(
         model: a model with PEER layers.
         optimizer: "rowwise_adagrad", "adagrad", "sgd", or on GPUs "adam".
         lr: its learning rate.
-        device: where the tables go; None: the CPU.
+        device: device of the tables; None: the CPU.
 
     Returns:
-        the model, wrapped; its other parameters are those of DDP.
+        the model, wrapped; its other parameters are left to DDP.
 
     Raises:
-        ValueError: the model has no PEER layer, its width is no multiple of 4, or another optimizer.
+        ValueError: the model has no PEER layer, its width is not a multiple of 4, or another optimizer.
 
     Example::
 
@@ -160,7 +160,7 @@ def shard_tables(
             plan=ShardingPlan(plans),
             sharders=[sharder],
         )
-    # TorchRec has drawn rows anew: put back the model's, as one process would have them.
+    # TorchRec has reinitialized the rows: put back the model's, as one process would have them.
     for path, tables in sharded_tables(model).items():
         for name, value in tables.state_dict().items():
             copy_rows(value, whole[path][name])

@@ -19,15 +19,15 @@ class LostProcessError(RuntimeError):
 
 
 def is_loss(error: BaseException) -> bool:
-    """Return whether an error is that of a collective in which another process is missing."""
+    """Return whether an error comes from a collective in which another process is missing."""
     text = str(error).lower()
-    # Gloo's errors are of no class of their own, and name its source.
+    # Gloo's errors have no class of their own, and name its source.
     is_collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
     return is_collective and any(word in text for word in _WORDS_OF_LOSS)
 
 
 def join_again(backend: str, timeout: timedelta | None) -> None:
-    """Begin the default group of processes that torchrun has started again on one machine; else do nothing.
+    """Start the default group of processes that torchrun has started again on one machine; else do nothing.
 
     torchrun keeps the store by which they meet, with the addresses of those that died (torch 2.13), so that a process
     that comes early would wait for a dead one. Here each start has names of its own. On several machines the starts
@@ -46,7 +46,7 @@ def join_again(backend: str, timeout: timedelta | None) -> None:
 
 
 def check_started(local_rank: int, devices: int) -> None:
-    """Refuse a process of torchrun beyond those that ``trainer.devices`` names.
+    """Raise an error for a process of torchrun beyond the number that ``trainer.devices`` names.
 
     Raises:
         ValueError: naming both numbers.

@@ -1,4 +1,4 @@
-"""What strategies share that divide a model's experts among processes: checks, checkpoints, and a lost process."""
+"""Shared code of strategies that shard a model's experts over processes: checks, checkpoints, and a lost process."""
 
 from __future__ import annotations
 
@@ -48,15 +48,16 @@ class DividedStrategy(ParallelStrategy):
     # ---- checkpoints
 
     def read_divided(self, path: Path) -> dict[str, Any]:
-        """Return a checkpoint, a folder or a file, with this process's part of each tensor of a divided parameter."""
+        """Return a checkpoint, a folder or a file, with this process's part of each tensor of a sharded parameter."""
         if sharded.is_sharded(path):
             return sharded.read_placed(path, self._targets())
         checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=True)
         return cast(dict[str, Any], _divided(checkpoint, [], self._targets()))
 
     def _targets(self) -> Target:
-        """Return a function that makes an empty tensor that is divided as the parameter is whose value or optimizer's
-        state lies at a place of a checkpoint; None where the place is of no divided parameter of this shape."""
+        """Return a function that makes an empty tensor that is sharded as the parameter is whose value or optimizer's
+        state lies at a place of a checkpoint; None if the place does not belong to a sharded parameter of this
+        shape."""
         assert self.lightning_module is not None
         state = self.lightning_module.state_dict()
         stepped = [[p for group in o.param_groups for p in group["params"]] for o in self.optimizers]
@@ -104,11 +105,11 @@ def _divided(value: Any, keys: list[Any], target: Target) -> Any:
 
 
 def divide_experts(module: LightningModule, part: DeviceMesh, *, static: bool = False) -> None:
-    """Divide a model's experts among the ranks of a mesh (``core.parallel.shard_experts``); process 0 prints what is
-    where.
+    """Divide a model's experts among the ranks of a mesh (``core.parallel.shard_experts``); process 0 prints the
+    placement.
 
     Raises:
-        ValueError: some experts cannot be divided; the line names the option that leaves them whole.
+        ValueError: some experts cannot be sharded; the line names the option that leaves them whole.
     """
     try:
         where = shard_experts(module, part, static=static)
@@ -120,7 +121,7 @@ def divide_experts(module: LightningModule, part: DeviceMesh, *, static: bool = 
 
 
 def step_one_by_one(optimizers: Iterable[Optimizer]) -> None:
-    """Make optimizers step parameter by parameter where a group has parameters of several meshes, or divided and plain
+    """Make optimizers step parameter by parameter if a group has parameters of several meshes, or sharded and plain
     ones: torch's operations on lists do not mix them."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         if len({p.device_mesh if isinstance(p, DTensor) else None for p in group["params"]}) > 1:
@@ -128,7 +129,7 @@ def step_one_by_one(optimizers: Iterable[Optimizer]) -> None:
 
 
 def check_grows_whole(module: LightningModule) -> None:
-    """Refuse a training that keeps some experts of a layer as they are: their gradients are not masked on processes.
+    """Raise an error if a training freezes some experts of a layer: their gradients are not masked on processes.
 
     Raises:
         ValueError: naming the option.
@@ -141,7 +142,7 @@ def check_grows_whole(module: LightningModule) -> None:
 
 
 def check_ranks_alike(module: LightningModule) -> None:
-    """Refuse processes whose models, options or versions of the code differ from those of process 0.
+    """Raise an error if models, options or versions of the code differ from process 0's.
 
     Raises:
         ValueError: naming the first process that differs, and in what; every process raises it.

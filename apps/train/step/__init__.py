@@ -1,1 +1,1 @@
-"""What happens in a training step: the module, its losses, and what is measured."""
+"""A training step: the module, its losses, and the measurements."""

@@ -1,4 +1,4 @@
-"""The parts that a model has to have for a checkpoint's tensors: updates beside linear layers, quantised experts."""
+"""The parts that a model has to have for a checkpoint's tensors: adapters on linear layers, quantized experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from core.config.plain import from_plain
 
 
 def take_form(module: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Make the parts of a ``SparseModule`` that a checkpoint's tensors are of.
+    """Make the parts of a ``SparseModule`` that a checkpoint's tensors belong to.
 
     Raises:
         ValueError: as ``adapt_linears``, and as ``quantise``.
@@ -23,9 +23,9 @@ def take_form(module: Any, checkpoint: Mapping[str, Any]) -> None:
 
 
 def adapt_linears(module: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Freeze the model and put the updates beside its linear layers that a checkpoint's ``adapted`` names.
+    """Freeze the model and add the adapters to its linear layers that a checkpoint's ``adapted`` names.
 
-    Nothing happens where it names none, or the updates are there. Their tensors are part of the ``state_dict``.
+    Nothing happens if it names none, or the updates are there. Their tensors are part of the ``state_dict``.
 
     Args:
         module: a ``SparseModule``.
@@ -33,7 +33,7 @@ def adapt_linears(module: Any, checkpoint: Mapping[str, Any]) -> None:
             the patterns of ``core.adapt``.
 
     Raises:
-        ValueError: as ``core.adapt``, or the values are no such config.
+        ValueError: as ``core.adapt``, or the values do not describe such a config.
     """
     adapted = checkpoint.get("adapted")
     if adapted is not None and module.adapted is None:

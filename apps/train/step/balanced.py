@@ -38,12 +38,12 @@ class BalancedModule(LightningModule):
     _moe_stats: core.RoutingStats | None = None
 
     def keep_loads(self, tape: core.Tape) -> None:
-        """Keep the experts' loads of a training step until the optimizer's step moves the selection biases."""
+        """Keep the experts' loads of a training step until the optimizer's step updates the selection biases."""
         # Only loads are kept: logits and scores of every micro-batch would stay until the optimizer's step.
         self._moe_tape = tape.loads() if self._moe_tape is None else self._moe_tape.merge(tape.loads())
 
     def balance_values(self, tape: core.Tape, aux: core.AuxLosses) -> dict[str, Tensor]:
-        """Return what the log has of a training step's MoE layers, by name; empty for a model without any."""
+        """Return the logged values of a training step's MoE layers, by name; empty for a model without any."""
         values = {f"train/{name}": value for name, value in aux.terms.items()}
         if core.moe_layers(self):  # a rank with an empty tape takes part in the sums too
             values["train/aux_loss"] = aux.total

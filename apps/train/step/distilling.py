@@ -1,4 +1,4 @@
-"""Distillation (Switch, arXiv 2101.03961, section 4.2): a training also learns what a trained model predicts."""
+"""Distillation (Switch, arXiv 2101.03961, section 4.2): a training also learns from a trained model's predictions."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _logger = logging.getLogger(__name__)
 @core.register_config
 @dataclass(frozen=True)
 class DistilConfig(Checked):
-    """The trained model whose predictions a run learns beside the labels.
+    """The trained model whose predictions a run learns in addition to the labels.
 
     The loss is ``(1 - weight) label_loss + weight T^2 KL(teacher || student)``, both predictions at the temperature T:
-    ``softmax(logits / T)``. Validation and test have the labels' loss alone.
+    ``softmax(logits / T)``. Validation and test use only the labels' loss.
 
     Attributes:
         teacher: a run's folder or a checkpoint, as ``find_checkpoint`` takes it, of a model of the same class. A
@@ -35,8 +35,8 @@ class DistilConfig(Checked):
         weight: the teacher's share of the loss, in [0, 1]; the labels have the rest. Switch has 0.25.
         temperature: T; above 1 the teacher's small probabilities count more. ``T^2`` keeps the size of the gradient
             (arXiv 1503.02531).
-        copy: a run that resumes none begins with the teacher's tensors outside the MoE layers, those of the same name
-            and shape, which Switch also does.
+        copy: a run that does not resume starts with the teacher's tensors outside the MoE layers that have the same
+            name and shape, as Switch does.
 
     Raises:
         ValueError: a value out of its range.
@@ -51,7 +51,7 @@ class DistilConfig(Checked):
 
 
 class Distribution(Protocol):
-    """What a model predicts of the targets of a batch, as logits."""
+    """A model's predictions for the targets of a batch, as logits."""
 
     def divergence(self, teacher: Self, temperature: float) -> Tensor:
         """Return ``KL(teacher || self)``, (), the mean over the targets, of both at a temperature."""
@@ -75,20 +75,20 @@ class ClassLogits:
 
 
 class Teacher:
-    """A trained model beside the one that it teaches, and no part of it: no checkpoint and no optimizer has it.
+    """A trained model next to the one that it teaches, but not a part of it: no checkpoint and no optimizer has it.
 
     Args:
         module: the model that learns. It takes over the encoding of the teacher's data, so that both read the same
             numbers.
-        config: where the teacher is, and how much it counts.
+        config: location of the teacher, and how much it counts.
 
     Attributes:
         model: the teacher, in evaluation.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: it is of a model of another class, or of other classes, subwords, items or tasks, the data do not
-            fit its encoding, or ``copy`` finds no tensor.
+        FileNotFoundError: the checkpoint does not exist.
+        ValueError: it belongs to a model of another class, or to other classes, subwords, items or tasks, the data do
+            not fit its encoding, or ``copy`` finds no tensor.
     """
 
     def __init__(self, module: LinkedModule, config: DistilConfig) -> None:
@@ -129,7 +129,7 @@ def _difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
 
 
 def _share_encoding(module: LinkedModule, checkpoint: Any, path: str) -> None:
-    """Give the data the teacher's encoding, or refuse it where a checkpoint of this run's model has given its own."""
+    """Give the data the teacher's encoding, or raise an error if a checkpoint of this run set another one."""
     state, data, own = checkpoint.get("encoding"), module._data(), module._encoding
     if own is None:
         module.adopt_encoding(checkpoint)
@@ -139,7 +139,7 @@ def _share_encoding(module: LinkedModule, checkpoint: Any, path: str) -> None:
 
 @torch.no_grad()
 def _copy_dense(module: LinkedModule, teacher: LinkedModule, path: str) -> None:
-    """Begin with the teacher's tensors outside the MoE layers of both."""
+    """Copy the teacher's tensors outside the MoE layers of both."""
     sparse = tuple(f"{name}." for part in (module, teacher) for name in core.moe_layers(part))
     own, given = ({k: v for k, v in part.state_dict().items() if isinstance(v, Tensor)} for part in (module, teacher))
     dense = [name for name in own if not name.startswith(sparse)]
@@ -152,7 +152,7 @@ def _copy_dense(module: LinkedModule, teacher: LinkedModule, path: str) -> None:
 
 
 def check_one_start(pretrained: str | None, grow: GrowConfig | None, distil: DistilConfig | None) -> None:
-    """Refuse published weights for a training that begins with those of another model.
+    """Raise an error if published weights are set for a training that already starts from another model's.
 
     Raises:
         ValueError: naming both.

@@ -13,7 +13,7 @@ class NonFiniteError(RuntimeError):
 
 
 def check_loss(loss: Tensor, terms: Mapping[str, Tensor], step: int, lr: float) -> None:
-    """Raise a NonFiniteError where ``loss``, (), of optimizer step ``step`` is NaN or infinite.
+    """Raise a NonFiniteError if ``loss``, (), of optimizer step ``step`` is NaN or infinite.
 
     The message has the ``terms`` of the loss, each (), and the peak learning rate. The check waits for the device. On a
     CPU it is made each step; on a GPU at steps that are logged, of the sum of the losses since the last one.
@@ -28,7 +28,7 @@ def check_loss(loss: Tensor, terms: Mapping[str, Tensor], step: int, lr: float) 
 
 
 def check_weights(module: nn.Module, step: int) -> None:
-    """Raise a NonFiniteError where a parameter is not finite after optimizer step ``step``."""
+    """Raise a NonFiniteError if a parameter is not finite after optimizer step ``step``."""
     broken = [name for name, p in module.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:
         raise NonFiniteError(

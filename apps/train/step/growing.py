@@ -1,4 +1,4 @@
-"""Growing in a training (Lifelong-MoE, arXiv 2305.12281): a run begins with the weights of a model of fewer experts."""
+"""Growing in a training (Lifelong-MoE, arXiv 2305.12281): a run starts from the weights of a model of fewer experts."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ LOAD_BATCHES = 8
 @core.register_config
 @dataclass(frozen=True)
 class GrowConfig(Checked):
-    """The trained model of fewer experts with which a run begins. The run's own ``num_experts`` is the new number.
+    """The trained model of fewer experts that a run starts from. The run's own ``num_experts`` is the new number.
 
     Attributes:
         checkpoint: a run's folder or a checkpoint, as ``find_checkpoint`` takes it. It is read when a training starts
             that resumes none.
         freeze: the old experts and their rows of the gate stay as they are, under weight decay too.
-        start: what the new experts begin as: "fresh", as the model makes experts; "copy", copies of the experts that
-            the first validation batches choose most.
+        start: how the new experts are initialized: "fresh", as the model makes experts; "copy", copies of the experts
+            that the first validation batches choose most.
 
     Raises:
         ValueError: an unknown start.
@@ -51,16 +51,16 @@ def grow_from(module: LinkedModule, config: GrowConfig, batches: Any) -> dict[st
 
     Args:
         module: the model with the new number of experts; it adopts the encoding of the data as well.
-        config: where the trained model is, and how the new experts begin.
+        config: location of the trained model, and how the new experts are initialized.
         batches: iterable of validation batches, for ``start="copy"``; None: there are none.
 
     Returns:
         the old experts of each layer that has grown, by the layer's name.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: the checkpoint is of another kind of model, its layers are not smaller, or cannot grow, or other
-            tensors than those of experts and gates differ in shape.
+        FileNotFoundError: the checkpoint does not exist.
+        ValueError: the checkpoint has another kind of model, its layers are not smaller, or cannot grow, or tensors
+            other than the experts' and gates' differ in shape.
     """
     file = find_checkpoint(config.checkpoint)
     checkpoint = read_checkpoint(file)
@@ -75,7 +75,7 @@ def grow_from(module: LinkedModule, config: GrowConfig, batches: Any) -> dict[st
     }
     if problem := unlike(trained.state_dict(), module):
         raise ValueError(f"model.grow.checkpoint={file} does not fit: {problem}; only num_experts may be another")
-    if config.start == "fresh":  # the model's own start, which may differ from that of the experts' class
+    if config.start == "fresh":  # the model's own initialization, which may differ from the experts' class
         for name, experts in fresh.items():
             _copy_experts(new[name].experts, old[name].experts, experts)
     module.load_state_dict(trained.state_dict())
@@ -109,7 +109,7 @@ def _added(old: Mapping[str, Any], new: Mapping[str, Any], path: str) -> dict[st
     added: dict[str, int] = {}
     for name, layer in new.items():
         if not (isinstance(layer, core.MoE) and isinstance(old[name], core.MoE)):
-            continue  # it does not grow, and its tensors have to be those of the checkpoint
+            continue  # it does not grow, and its tensors have to match the checkpoint's
         there, here = old[name].num_experts, layer.num_experts
         if here < there:
             raise ValueError(f"num_experts={here} of {name} is below the {there} of model.grow.checkpoint={path}")

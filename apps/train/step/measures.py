@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ModelSize(Callback):
-    """Logs parameters, active parameters and forward FLOPs an example, once a run.
+    """Logs parameters, active parameters and forward FLOPs per example, once per run.
 
     They are counted on the first batch of the validation, as in a comparison, or else on the first of the training.
     """
@@ -37,7 +37,7 @@ class ModelSize(Callback):
         validation = _validation_batch(trainer)
         cost = measure_cost(pl_module, batch if validation is None else validation)  # type: ignore[arg-type]
         flops_per_example = float(cost.flops_per_example)
-        if trainer.world_size > 1:  # where experts are divided, each process computes as many rows as chose its own
+        if trainer.world_size > 1:  # with sharded experts, each process computes as many rows as chose its own
             own = torch.tensor(flops_per_example, device=pl_module.device)
             flops_per_example = float(trainer.strategy.reduce(own, reduce_op="mean"))
         on_other_ranks = getattr(trainer.strategy, "num_params_elsewhere", 0)
@@ -73,10 +73,10 @@ class TrainingMeasures(Callback):
     """Logs speed, learning rates, norm of the gradients and peak memory of a training, at the steps that are logged.
 
     ``lr-*`` are Lightning's ``LearningRateMonitor``'s, unless the trainer has one itself.
-    ``train/examples_per_second`` is that of all processes together, without the time of validations; it needs the
-    module's ``num_trained``, the number of examples that this process has trained on. ``train/grad_norm`` is the norm
-    before clipping, of the parameters that the last optimizer updates; ``train/peak_memory_mib`` is of this process
-    since its start, on the GPU where there is one.
+    ``train/examples_per_second`` counts all processes together, without the time of validations; it needs the module's
+    ``num_trained``, the number of examples that this process has trained on. ``train/grad_norm`` is the norm before
+    clipping, of the parameters that the last optimizer updates; ``train/peak_memory_mib`` covers this process since its
+    start, on the GPU if there is one.
     """
 
     _norm: Tensor | None = None
@@ -137,9 +137,9 @@ def _num_trained(module: LightningModule) -> int:
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor | None:
-    """Return the norm of all gradients together, (), on their device; None where there is none.
+    """Return the norm of all gradients together, (), on their device; None if there is none.
 
-    Where parameters are divided among processes, each of them calls it.
+    If parameters are sharded over processes, each of them calls it.
     """
     parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]

@@ -55,11 +55,11 @@ class SparseModule(BalancedModule, HubModule):
             checkpoint are then the average. None for no average.
         average_last: number of last epochs at whose ends the weights are averaged into ``average.ckpt``, which a
             comparison tests. None for no such file.
-        grow: trained model of fewer experts with whose weights a training begins that resumes none. None for none.
-        distil: trained model whose predictions a training learns beside the labels. None for none.
+        grow: trained model of fewer experts whose weights a training starts from, unless it resumes. None for none.
+        distil: trained model whose predictions a training learns in addition to the labels. None for none.
 
     Raises:
-        ValueError: ema_decay outside (0, 1), average_last below 1, or both; two models to begin with; or a teacher of a
+        ValueError: ema_decay outside (0, 1), average_last below 1, or both; two models to start from; or a teacher of a
             model that has no ``distribution``.
     """
 
@@ -89,7 +89,7 @@ class SparseModule(BalancedModule, HubModule):
 
     @classmethod
     def defaults_of_none(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the configs that stand in for constructor arguments that are None, by name.
+        """Return the default configs for constructor arguments that are None, by name.
 
         ``arguments`` are the given plain values. The command line writes the configs into a run's configuration.
         """
@@ -142,22 +142,22 @@ class SparseModule(BalancedModule, HubModule):
 
     @property
     def module(self) -> Self:
-        """Return what a trainer trains; a model of the user's own is asked by an object around it."""
+        """Return the module that a trainer trains; a model of the user's own is asked by an object around it."""
         return self
 
     @property
     def task(self) -> Any:
-        """The trained model in use, an ``apps.task.Task``: what goes in and what comes out."""
+        """The trained model in use, an ``apps.task.Task``: inputs and outputs."""
         return registry.task_of(type(self), "use")(self)
 
-    # ---- what a subclass brings
+    # ---- for subclasses to define
 
     def task_loss(self, batch: Any) -> TaskOutput:
         """Return the loss of a batch, without the auxiliary loss of its MoE layers."""
         raise NotImplementedError(f"{type(self).__name__} must define task_loss(batch)")
 
     def distribution(self, batch: Any) -> Distribution:
-        """Return what the model predicts of the targets of a batch, as the ``TaskOutput`` of a training has it."""
+        """Return the model's predictions for the targets of a batch, as the ``TaskOutput`` of a training has it."""
         raise NotImplementedError(f"{type(self).__name__} must define distribution(batch)")
 
     def judged(self, batch: Any, out: TaskOutput, stage: Stage) -> TaskOutput:
@@ -171,7 +171,7 @@ class SparseModule(BalancedModule, HubModule):
         raise NotImplementedError(f"{type(self).__name__} must define example_inputs(batch)")
 
     def infer(self, batch: Any) -> Any:
-        """Compute what a user waits for, given a batch of the test: a pass, or the whole search of a decoder.
+        """Run inference on a batch of the test: a pass, or the whole search of a decoder.
 
         ``moesaic test --sweep`` measures its speed.
         """
@@ -187,12 +187,12 @@ class SparseModule(BalancedModule, HubModule):
 
     def build_metrics(self) -> nn.Module | None:
         """Return a ``MetricCollection`` of (outputs, targets) without prefix, or a ``Metric`` that returns a dict of
-        values by name, computed once a pass; None for the loss alone."""
+        values by name, computed once a pass; None for only the loss."""
         return None
 
     @property
     def shown_metrics(self) -> tuple[str, ...]:
-        """Return the names, without the split, of metrics that progress bar and tables show beside the monitored one.
+        """Return the names, without the split, of metrics that progress bar and tables show next to the monitored one.
 
         A loss, an ``ece`` and an error are shown as they are, a share in percent.
         """
@@ -200,7 +200,7 @@ class SparseModule(BalancedModule, HubModule):
 
     @property
     def metric_signatures(self) -> Mapping[str, str]:
-        """Return, by name, how a metric is made where its name does not tell; it is shown beside the values."""
+        """Return, by name, how a metric is made if its name does not tell; it is shown next to the values."""
         return {}
 
     def report_callbacks(self) -> list[Callback]:
@@ -210,7 +210,7 @@ class SparseModule(BalancedModule, HubModule):
     # ---- steps
 
     def training_loss(self, batch: Any) -> TrainingLoss:
-        """Return the loss that a step minimises: the task's, with the teacher's part where there is one, plus the
+        """Return the loss that a step minimizes: the task's, with the teacher's part if there is a teacher, plus the
         weighted balance losses of all MoE layers."""
         with core.record(self) as tape:
             out = self.task_loss(batch)
@@ -285,7 +285,7 @@ class SparseModule(BalancedModule, HubModule):
                 self.log_dict(metrics, on_epoch=True, **shown)
 
     def stage_metrics(self, stage: Stage) -> Any:
-        """Return the metrics of "val" or "test"; None where there are none."""
+        """Return the metrics of "val" or "test"; None if there are none."""
         return dict(self._stage_metrics.items()).get(stage)
 
     def _log_metrics(self, stage: Stage) -> None:
@@ -312,7 +312,7 @@ class SparseModule(BalancedModule, HubModule):
         builds = None if chosen is None or chosen.optimizer is None else chosen.build
         optimizer = build_optimizer(self, config, builds, fuses=not (scales and self.trainer.gradient_clip_val))
         if isinstance(precision, MixedPrecision) and not scales:
-            # Under bf16-mixed a fused step has no gradients to unscale, which is why Lightning refuses to clip them.
+            # Under bf16-mixed a fused step has no gradients to unscale, which is why Lightning does not clip them.
             needs_no_unscaling(optimizer)
         hold(optimizer, self, self._frozen)
         if chosen is not None:

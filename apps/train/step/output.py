@@ -1,4 +1,4 @@
-"""What a task's loss says of a batch, and a training step's of it."""
+"""Results of a task's loss on a batch, and of a training step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TaskOutput:
         terms: parts of the loss to log, each (); empty where the loss is one term.
         groups: user of each example, int64 (B,): third argument of the metrics' ``update``; None for no such metrics.
         weight: weight of this batch in an epoch's mean, such as its tokens; None for ``num_examples``.
-        distribution: in training, what the model predicts, which a teacher's prediction is compared with.
+        distribution: in training, the model's prediction, which a teacher's prediction is compared with.
         cold: what of each example has no row in training, int (B,): fourth argument of the metrics' ``update``.
     """
 
@@ -43,7 +43,7 @@ class TrainingLoss(NamedTuple):
     """The loss of a training step and its parts.
 
     Attributes:
-        total: loss that the step minimises, ().
+        total: loss that the step minimizes, ().
         out: result of the task.
         aux: balance losses of the MoE layers.
         tape: record of the layers' passes.

@@ -1,4 +1,4 @@
-"""One part of the data that a model was trained on, such as a language pair, and what the model is for it alone."""
+"""One part of the data that a model was trained on, such as a language pair, and the model for only this part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class DataPart:
 
     Attributes:
         task: its number for routers that ask for the task.
-        arguments: arguments of a model of this part alone.
+        arguments: arguments of a model for only this part.
         data: arguments of the data for that model.
         select: returns the examples of this part in a batch; None: it has none.
     """

@@ -22,7 +22,7 @@ def _gather(tensor: Tensor, group: Any = None) -> list[Tensor]:
 
 
 class SyncedMetric(Metric):
-    """A metric whose states are gathered also where a rank had no batch, and where they lie on the CPU under NCCL."""
+    """A metric whose states are gathered also if a rank had no batch, and if they are on the CPU under NCCL."""
 
     full_state_update = False
     is_differentiable = False
@@ -42,7 +42,7 @@ class SyncedMetric(Metric):
 
 
 def joined(state: Any, empty: Tensor) -> Tensor:
-    """Return a list state as one tensor, before a gather and after it; ``empty`` where nothing was added."""
+    """Return a list state as one tensor, before a gather and after it; ``empty`` if nothing was added."""
     if isinstance(state, Tensor):  # after a gather
         return state
     return torch.cat(state) if state else empty

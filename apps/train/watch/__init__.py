@@ -1,1 +1,1 @@
-"""What a user sees of a training: progress, logs and warnings."""
+"""A user's view of a training: progress, logs and warnings."""

@@ -1,4 +1,4 @@
-"""``RoutingDoctor`` diagnoses the routing of a model while it trains, and says what is wrong."""
+"""``RoutingDoctor`` diagnoses the routing of a model while it trains, and reports the problems."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _logger = logging.getLogger(__name__)
 class RoutingDoctor(Callback):
     """Diagnoses the first batches of each validation, and one training step at the end, by ``core.Doctor``.
 
-    A finding is logged once, when it comes up, and once more when it is gone. A model without MoE layers is left alone,
-    so that dense twins may share a trainer's configuration. With several processes the evidence is the sum over all of
-    them, each with its part of the data; the findings are the same on each, and the first one speaks. See
-    docs/reference/routers/findings.md.
+    A finding is logged once, when it comes up, and once more when it is gone. A model without MoE layers is skipped, so
+    that FLOP-matched dense baselines may share a trainer's configuration. With several processes the evidence is the
+    sum over all of them, each with its part of the data; the findings are the same on each, and the first one speaks.
+    See docs/reference/routers/findings.md.
 
     Args:
         batches: validation batches that are looked at.
-        classes: also ask whether the classes decide the experts, which computes these batches twice; not where
+        classes: also ask whether the classes decide the experts, which computes these batches twice; not if
             processes share a model's parameters.
-        start: weights that the training began with; None: those at the first step, where the callback sees it.
+        start: weights that the training began with; None: the weights at the first step, if the callback sees it.
 
     Attributes:
         doctor: the evidence; None before the first validation, and for a model without MoE layers.
@@ -104,7 +104,7 @@ class RoutingDoctor(Callback):
 
     @torch.no_grad()
     def diagnose(self, pl_module: LightningModule) -> None:
-        """Set ``findings`` by the evidence so far, and log what has changed."""
+        """Set ``findings`` by the evidence so far, and log the changes."""
         assert self.doctor is not None
         before = {(f.name, f.layer): f for f in self.findings}
         with in_evaluation(pl_module):
@@ -124,7 +124,7 @@ def _say(line: str, level: int = logging.INFO) -> None:
 
 @torch.no_grad()
 def classes_of(pl_module: LightningModule, batch: Any) -> Tensor | None:
-    """Return the classes of a batch, int64, where the module's task has one a sequence or token; else None."""
+    """Return the classes of a batch, int64, if the module's task has one per sequence or token; else None."""
     if not isinstance(pl_module, SparseModule):
         return None
     targets = pl_module.task_loss(batch).targets

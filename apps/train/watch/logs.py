@@ -23,7 +23,7 @@ def profiler(name: str, folder: Path) -> Profiler:
     """Return Lightning's profiler of a name, which writes its tables and traces into ``folder``.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no profiler has this name.
     """
     options: dict[str, Any] = {"dirpath": str(folder), "filename": "profile"}
     if name == "simple":
@@ -36,7 +36,7 @@ def profiler(name: str, folder: Path) -> Profiler:
 
 
 def read_rows(metrics: Path) -> list[dict[str, Any]]:
-    """Return the rows of a ``metrics.csv`` but for one that a kill has cut; empty where there is no such file."""
+    """Return the rows of a ``metrics.csv`` but for one that a kill has cut; empty if the file does not exist."""
     if not metrics.is_file():
         return []
     with open(metrics, newline="", encoding="utf-8") as file:
@@ -44,7 +44,7 @@ def read_rows(metrics: Path) -> list[dict[str, Any]]:
 
 
 def split_routing(metrics: Mapping[str, float], stage: str) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Return what a stage has logged, without its name, and beside it the figures of each layer's routing.
+    """Return a stage's logged values, without its name, and separately the figures of each layer's routing.
 
     Args:
         metrics: values by name, such as "test/top1", and "test/routing/model.blocks.1.mlp/entropy" of a layer.
@@ -69,7 +69,7 @@ class MetricsCSV(Logger):
     """Writes ``metrics.csv`` in a folder, a row for each set of values, at once.
 
     Resuming drops the rows of steps that the checkpoint had not reached, so that the file of a killed and resumed run
-    is that of an unbroken one. (Lightning's CSVLogger deletes the file on resuming.)
+    equals an unbroken one's. (Lightning's CSVLogger deletes the file on resuming.)
     """
 
     name = version = ""  # type: ignore[assignment]
@@ -120,7 +120,7 @@ class EventLog(TensorBoardLogger):
 
     Args:
         monitor: the value that TensorBoard's table of hyper-parameters shows for each run.
-        options: those of ``TensorBoardLogger``.
+        options: passed to ``TensorBoardLogger``.
     """
 
     def __init__(self, *args: Any, monitor: str, **options: Any) -> None:

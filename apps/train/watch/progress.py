@@ -1,4 +1,4 @@
-"""The progress of a training or an evaluation: a bar on a terminal, a line an epoch, and the time of the end."""
+"""The progress of a training or an evaluation: a bar on a terminal, one line per epoch, and the time of the end."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ erased with a line above it."""
 
 
 def routing_figures(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return what bars show of the experts' use, by its name on the bar, from the figures of ``routing_metrics``."""
+    """Return the experts' use for bars, by its name on the bar, from the figures of ``routing_metrics``."""
     return {shown: float(metrics[name]) for name, shown in _ROUTING.items() if name in metrics}
 
 
 def last_step(trainer: Trainer) -> float:
-    """Return the optimizer step at which a training will end by its steps or epochs; infinite where none is set."""
+    """Return the optimizer step at which a training will end by its steps or epochs; infinite if none is set."""
     steps = float("inf") if trainer.max_steps < 0 else float(trainer.max_steps)
     epochs = trainer.max_epochs
     if epochs is None or epochs < 0:
@@ -41,11 +41,11 @@ def last_step(trainer: Trainer) -> float:
 
 
 class EpochLines(Callback):
-    """Prints a line an epoch with the values of the progress bar, and the time at which the training will end."""
+    """Prints one line per epoch with the values of the progress bar, and the time at which the training will end."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._started = time.monotonic()  # a resumed run may begin at an epoch's end
+        self._started = time.monotonic()  # a resumed run may start at an epoch's end
         self._first = self._last = (time.time(), 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,7 +73,7 @@ class EpochLines(Callback):
 
 
 class LogLines(EpochLines):
-    """Prints a line a minute as well, in a log that would be silent until a long epoch ends."""
+    """Prints one line per minute as well, in a log that would be silent until a long epoch ends."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
         seconds, step = time.time() - self._last[0], trainer.global_step
@@ -198,7 +198,7 @@ class PassBar(Callback):
 
 
 def progress(command: str) -> Callback:
-    """Return what shows the progress of a command: bars on a terminal, else lines of a training."""
+    """Return the callback that shows the progress of a command: bars on a terminal, else lines of a training."""
     if command == "fit":
         return ProgressBar() if sys.stdout.isatty() else LogLines()
     return PassBar()

@@ -14,24 +14,24 @@ from ..read.names import matching_names
 
 
 def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None = None) -> nn.Module:
-    """Freeze a trained model and put a mixture of updates into its linear layers, such as ``LoRA`` or ``IA3``.
+    """Freeze a trained model and add a mixture of adapters to its linear layers, such as ``LoRA`` or ``IA3``.
 
-    What trains afterwards are the updates and their routers. Each layer has a router of its own. The model calls a
-    linear layer with tokens alone, so that padding is routed as any token.
+    Only the updates and their routers train afterwards. Each layer has a router of its own. The model calls a linear
+    layer with tokens only, so that padding is routed as any token.
 
     Args:
         model: any module, which is changed in place, or one ``nn.Linear``.
-        moe: the updates. With ``LoRA`` the adapted model begins with the outputs of the trained one; with ``IA3`` it
-            does so where the gates of a token sum to 1.
-        modules: pattern of the dotted names of linear layers, or several, as ``fnmatch`` reads it: ``*`` also stands
-            for several names, so that ``*.q_proj`` is every layer of that name. None: ``model`` is an ``nn.Linear``.
+        moe: the updates. With ``LoRA`` the adapted model starts with the outputs of the trained one; with ``IA3`` it
+            does so if the gates of a token sum to 1.
+        modules: pattern of the dotted names of linear layers, or several, as ``fnmatch`` reads it: ``*`` also matches
+            several names, so that ``*.q_proj`` is every layer of that name. None: ``model`` is an ``nn.Linear``.
 
     Returns:
         ``model``, or the adapted linear layer.
 
     Raises:
-        ValueError: a pattern names no module, or one that is no ``nn.Linear`` or is read in place of being called; the
-            router needs a context; or the updates do not fit a layer's widths.
+        ValueError: a pattern names no module, or one that is not an ``nn.Linear`` or is read instead of being called;
+            the router needs a context; or the updates do not fit a layer's widths.
 
     Example::
 
@@ -45,7 +45,7 @@ def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None 
     if moe.router.needs:
         needed = ", ".join(f"context.{name}" for name in moe.router.needs)
         raise ValueError(f"router {moe.router.source()} needs {needed}, which no linear layer is called with")
-    # All are made before the first is put in: a refusal leaves the model as it was.
+    # All are made before the first is put in: an error leaves the model as it was.
     places: list[tuple[nn.Module, str, nn.Linear]] = []
     updates: dict[nn.Linear, MoE] = {}
     linear_layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

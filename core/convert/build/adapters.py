@@ -1,4 +1,4 @@
-"""``merge_adapters`` makes updates a part of the linear layers beside them, where all tokens get the same."""
+"""``merge_adapters`` folds adapters into their linear layers, if all tokens get the same update."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         ``model``, or the linear layer.
 
     Raises:
-        ValueError: there is no adapted layer; gates differ by token, or tokens may be dropped; the updates are neither
-            ``LoRA`` nor ``IA3``; or an output's bias has no bias of the base to join. The model is left as it was.
+        ValueError: the model has no adapted layer; gates differ by token, or tokens may be dropped; the updates are
+            neither ``LoRA`` nor ``IA3``; or an output's bias has no bias of the base to join. The model is left as it
+            was.
 
     Example::
 
@@ -52,7 +53,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def _merged(adapted: AdaptedLinear) -> nn.Linear:
-    """Return the linear layer that computes what an adapted one does."""
+    """Return the linear layer that computes the same as an adapted one."""
     one = _one_update(adapted.updates)
     if one.shared_gate is not None:
         raise ValueError("a shared_gate weights the updates token by token")

@@ -1,7 +1,7 @@
 """``grow_experts`` adds experts to a layer that may be trained; ``freeze_experts`` and ``hold_experts`` keep some of
 them as they are.
 
-The gate of the larger layer is built anew from the router's config. An axis of one of its tensors that is longer than
+The gate of the larger layer is rebuilt from the router's config. An axis of one of its tensors that is longer than
 before counts the experts, so that no name of a parameter is asked for, and a gate of yours grows as well.
 """
 
@@ -42,26 +42,27 @@ def grow_experts(
 
     A token that chooses no new expert comes out as before. Three quantities know all experts, and so the new ones as
     well: gates that are a softmax over all E, of which the new experts take their share; the capacity, a share of the
-    tokens for each; and soft slots and merged experts, where no expert is ever left out.
+    tokens for each; and soft slots and merged experts, which never leave an expert out.
 
     Args:
         layer: ``MoE``, ``SoftMoE`` or ``MergedMoE``, whose router a ``RouterConfig`` has built.
         n: number of experts to add.
         freeze: the old experts and their rows of the gate stay as they are: see ``freeze_experts``.
-        start: what the new experts begin as: "fresh", as such experts are built; "copy", copies of the most used ones,
-            the first copy of the most used, within its group. Rows of the gate are fresh either way: equal rows would
-            choose equally, and a copy would stay one.
+        start: how the new experts are initialized: "fresh", as such experts are built; "copy", copies of the most used
+            ones, the first copy of the most used, within its group. Rows of the gate are fresh either way: equal rows
+            would choose equally, and a copy would stay one.
         loads_E: (E,), how often each expert was chosen, as ``Routing.chosen_per_expert_E`` says it; for "copy".
         init: fills one (in, out) matrix of a fresh expert in place, as in ``Experts.init_each``; None: the start that
-            experts have of themselves. The networks of the apps begin theirs otherwise (``nn.init.xavier_uniform_``).
+            experts have of themselves. The networks of the apps initialize theirs otherwise
+            (``nn.init.xavier_uniform_``).
 
     Returns:
         the indices of the new experts.
 
     Raises:
-        ValueError: ``n`` is below 1; the layer is of another kind; its router goes by a fixed table, or otherwise not
-            by a row of a gate for each expert; groups, domains or options of the router that do not fit E + n; experts
-            of several kinds, or split over ranks; "copy" without loads, or loads of another number.
+        ValueError: ``n`` is below 1; the layer has another kind; its router goes by a fixed table, or otherwise not by
+            a row of a gate for each expert; groups, domains or options of the router that do not fit E + n; experts of
+            several kinds, or split over ranks; "copy" without loads, or loads of another number.
 
     Example::
 
@@ -92,15 +93,15 @@ def grow_experts(
 
 
 def freeze_experts(layer: MoE, experts: Collection[int]) -> None:
-    """Keep experts of a layer, and their rows of the gate, as they are while the others go on learning.
+    """Keep experts of a layer, and their rows of the gate, fixed while the others keep learning.
 
     Parameters are stacked, so that a part of one cannot have ``requires_grad=False``: a hook on each sets the gradient
-    of the frozen rows to zero. What a gate has for all experts in common, such as a projection, gets
+    of the frozen rows to zero. Parameters of a gate that all experts share, such as a projection, get
     ``requires_grad=False``; shared experts are not touched.
 
-    Hooks stay through ``load_state_dict``, ``to`` and ``train``. They are no part of a ``state_dict``, a copy or a
+    Hooks stay through ``load_state_dict``, ``to`` and ``train``. They are not part of a ``state_dict``, a copy or a
     pickle: call this again on the layer that is loaded into, before ``DistributedDataParallel`` or FSDP2 wraps it. An
-    optimizer moves a row by more than its gradient where it decays weights, or has a momentum from before: see
+    optimizer updates a row by more than its gradient if it decays weights, or has momentum from before: see
     ``hold_experts``.
 
     Args:
@@ -108,7 +109,7 @@ def freeze_experts(layer: MoE, experts: Collection[int]) -> None:
         experts: indices in ``range(E)``; all others learn.
 
     Raises:
-        ValueError: an index is out of range, or a layer that ``grow_experts`` refuses.
+        ValueError: an index is out of range, or a layer that ``grow_experts`` rejects.
     """
     for part in _parts_of_experts(layer, experts):
         if part.axis is None:
@@ -118,14 +119,14 @@ def freeze_experts(layer: MoE, experts: Collection[int]) -> None:
 
 
 def hold_experts(optimizer: torch.optim.Optimizer, layer: MoE, experts: Collection[int]) -> None:
-    """Put the rows of frozen experts back after each step of an optimizer, which may decay weights or have a momentum.
+    """Put the rows of frozen experts back after each step of an optimizer, which may decay weights or have momentum.
 
     A step then copies these rows twice. New experts are decayed as the optimizer says.
 
     Args:
         optimizer: any that steps the parameters of the layer.
         layer: as ``grow_experts`` takes it.
-        experts: indices in ``range(E)``, those of ``freeze_experts``.
+        experts: indices in ``range(E)``, as in ``freeze_experts``.
 
     Raises:
         ValueError: as ``freeze_experts``.
@@ -140,7 +141,7 @@ def hold_experts(optimizer: torch.optim.Optimizer, layer: MoE, experts: Collecti
         for part in _parts_of_experts(layer, experts)
         if part.axis is not None and part.parameter.requires_grad
     ]
-    kept: list[list[Tensor]] = []  # a stack: the step of an optimizer may call that of its base class
+    kept: list[list[Tensor]] = []  # a stack: an optimizer's step may call its base class's step
 
     def before(*step: Any) -> None:
         kept.append([p.detach().index_select(axis, row.to(p.device)) for p, axis, row in held])
@@ -159,7 +160,7 @@ class _PartOfExperts(NamedTuple):
 
     Attributes:
         parameter: one of the experts or the router.
-        axis: the axis that counts the experts; None for what a gate has for all experts in common.
+        axis: the axis that counts the experts; None for parameters of a gate that all experts share.
         learning: bool (length of the axis,), False where the row stays as it is.
     """
 
@@ -182,13 +183,13 @@ def _parts_of_experts(layer: MoE, frozen: Collection[int]) -> Iterator[_PartOfEx
     larger = router.config.build(width_of(layer), E + more, router.capacity)
     for (name, parameter), other in zip(router.named_parameters(), larger.parameters(), strict=True):
         axis = axis_of_experts(name, parameter, other, E, E + more)
-        # What stands past the experts, as null experts do, is as old as they are.
+        # Entries past the experts, such as null experts, are as old as they are.
         past = 0 if axis is None else parameter.shape[axis] - E
         yield _PartOfExperts(parameter, axis, torch.cat((learning, torch.zeros(past, dtype=torch.bool))))
 
 
 def _mask_gradient(parameter: Tensor, axis: int, learning: Tensor) -> None:
-    """Let the gradient of these rows along an axis alone through."""
+    """Let only the gradient of these rows along an axis through."""
     if not parameter.requires_grad:
         return
     shape = [-1 if i == axis else 1 for i in range(parameter.ndim)]
@@ -224,7 +225,7 @@ def _grown_router(
         places = [*kept, *range(num_experts, fresh.shape[axis])]
         value = fresh.detach().to(device=old.device, dtype=old.dtype)
         if module is router and name == "expert_bias":
-            value = old.mean().expand(fresh.shape).clone()  # neither favoured nor starved at first
+            value = old.mean().expand(fresh.shape).clone()  # neither favored nor starved at first
         value = value.index_copy(axis, torch.tensor(places, device=old.device), old.detach())
         grown.append((module, name, like(value, old)))
     return grown

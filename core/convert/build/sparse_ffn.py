@@ -1,4 +1,4 @@
-"""``SparseFFN`` stands where a feed-forward network of a dense model was, and ``put_layer`` puts it there."""
+"""``SparseFFN`` replaces a feed-forward network of a dense model, and ``put_layer`` puts it there."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..read.feed_forward import FeedForwardPart
 class SparseFFN(nn.Module):
     """An MoE layer in the place of a feed-forward network, called as that was: ``core.sparsify`` makes it.
 
-    Its tensors are those of ``moe``, under ``moe.`` in a ``state_dict``.
+    Its tensors are the tensors of ``moe``, under ``moe.`` in a ``state_dict``.
 
     Args:
         moe: the layer.
         part: the network that was there, of which sizes and places are kept, and no tensor.
         config: what ``moe`` was built from.
-        start: what the experts began as.
+        start: how the experts were initialized.
         replaced: name of the class that was there.
 
     Attributes:
         layout, dim, out_dim: as in ``FeedForwardPart``.
-        dropout: the network's own dropout behind the last product.
-        dense_params, dense_flops: parameters of the network, and its forward FLOPs a token.
+        dropout: the network's own dropout behind the last linear layer.
+        dense_params, dense_flops: parameters of the network, and its forward FLOPs per token.
     """
 
     def __init__(self, moe: MoE, part: FeedForwardPart, config: MoEConfig, start: str, replaced: str) -> None:
@@ -78,11 +78,11 @@ def put_layer(model: nn.Module, name: str, part: FeedForwardPart, layer: nn.Modu
     Args:
         model: the model, or a copy of it.
         name: dotted name of the module that was read; "": the model itself.
-        part: what was read of it.
-        layer: what computes the network from now on.
+        part: its description.
+        layer: the layer that replaces the network.
 
     Returns:
-        ``model``; ``layer`` where the model itself is the network.
+        ``model``; ``layer`` if the model itself is the network.
     """
     module = model.get_submodule(name)
     for child in part.emptied:
@@ -93,7 +93,7 @@ def put_layer(model: nn.Module, name: str, part: FeedForwardPart, layer: nn.Modu
     if not place:
         return layer
     _set_child(model, place, layer)
-    # Padding as nested tensors is for torch's fused blocks alone.
+    # Padding as nested tensors is only for torch's fused blocks.
     for m in model.modules():
         if isinstance(m, nn.TransformerEncoder) and any(isinstance(inner, SparseFFN) for inner in m.modules()):
             m.use_nested_tensor = False

@@ -43,43 +43,43 @@ def sparsify(
 ) -> nn.Module:
     """Return a copy of a dense model in which feed-forward networks are MoE layers.
 
-    The copy begins with the model's outputs, in evaluation and wherever no capacity drops a pair, but for
-    ``start="random"``, the redrawn units of "drop", and "split" with fewer experts a token than there are. Each layer
-    is a ``core.MoE`` within a ``SparseFFN``, with a router of its own. ``core.summary`` tells what was replaced.
+    The copy starts with the model's outputs, in evaluation and whenever no capacity drops a pair, but for
+    ``start="random"``, the redrawn units of "drop", and "split" with fewer experts per token than there are. Each layer
+    is a ``core.MoE`` within a ``SparseFFN``, with a router of its own. ``core.summary`` lists the replaced networks.
 
-    The model goes on calling a layer with tokens alone. So padding is routed as any token, and a router that needs a
-    context is refused. Dropout stays where it was; that of the hidden layer is the experts'. Hooks on a network that
-    is replaced are gone.
+    The model still calls a layer with tokens only. So padding is routed as any token, and a router that needs a context
+    raises an error. Dropout stays where it was; the dropout of the hidden layer becomes the experts'. Hooks on a
+    network that is replaced are gone.
 
     Args:
         model: any module, which stays as it is.
         moe: the layers. ``expert`` stays at its default: kind, width, biases and activation are the network's.
-        modules: pattern of the dotted names of the networks, or several: ``*`` stands for one name without dots. Where
-            a network is spread over the modules of a block, as in ``nn.TransformerEncoderLayer`` and in BERT, the
-            pattern names the block. "" names the model itself.
-        start: what experts begin as, a name of ``core.convert.STARTS`` or a ``core.convert.Start``: "copy", copies of
-            the network (arXiv 2212.05055); "granular", narrow experts in virtual groups (2410.07524), with
-            ``moe.granularity``; "drop", copies with some of their hidden units drawn anew (2502.19261); "split", the
-            hidden units divided among the experts (2110.01786); "random", new ones, of any kind that ``moe.expert``
+        modules: pattern of the dotted names of the networks, or several: ``*`` matches one name without dots. If a
+            network is spread over the modules of a block, as in ``nn.TransformerEncoderLayer`` and in BERT, the pattern
+            names the block. "" names the model itself.
+        start: how experts are initialized, a name of ``core.convert.STARTS`` or a ``core.convert.Start``: "copy",
+            copies of the network (arXiv 2212.05055); "granular", narrow experts in virtual groups (2410.07524), with
+            ``moe.granularity``; "drop", copies with some of their hidden units reinitialized (2502.19261); "split", the
+            hidden units split among the experts (2110.01786); "random", new ones, of any kind that ``moe.expert``
             names. ``GranularStart`` and its like say more.
-        noise: standard deviation of normal noise on each matrix of an expert, relative to that of the matrix.
+        noise: standard deviation of normal noise on each matrix of an expert, relative to the matrix's own.
         seed: of the gates' and random experts' start, and of the noise. torch's own random state is not touched.
-        exact: a router whose gates do not sum to a constant is refused, since the copy would begin with outputs
-            scaled by them. False: it begins so, with outputs that are right on the average of normal tokens.
-        causal: the model is a causal decoder, so that a router that looks ahead is refused.
+        exact: a router whose gates do not sum to a constant raises an error, since the copy's outputs would start out
+            scaled by them. False: it is accepted, with outputs that are right on the average of normal tokens.
+        causal: the model is a causal decoder, so that a router that looks ahead raises an error.
         inputs: arguments of one call of the model, for ``SplitStart("coactivation")``: a tensor, a sequence, or a
             mapping of names.
-        importances: for ``SplitStart("importance")``, those of each network's hidden units (F,), by its name, as
+        importances: for ``SplitStart("importance")``, importance of each network's hidden units (F,), by its name, as
             ``core.convert.unit_importances`` returns them; or of the one network that the model is.
 
     Returns:
-        the copy; a ``SparseFFN`` where the model itself is the network.
+        the copy; a ``SparseFFN`` if the model itself is the network.
 
     Raises:
-        ValueError: a pattern names no module, a module that is no feed-forward network or one that no expert computes,
-            or two name the same; a weight is frozen, or tied to another module's; the router needs a context, or its
-            gates do not sum to a constant; ``moe`` sets experts that are not the network's; or inputs are missing, or
-            without a meaning.
+        ValueError: a pattern names no module, a module that is not a feed-forward network or one that no expert
+            computes, or two name the same; a weight is frozen, or tied to another module's; the router needs a context,
+            or its gates do not sum to a constant; ``moe`` sets experts that are not the network's; or inputs are
+            missing, or without a meaning.
 
     Example::
 
@@ -101,7 +101,7 @@ def sparsify(
     known = {} if inputs is None else _tokens_of(model, parts, inputs)
     if importances is not None:
         known = {name: _importances_of(name, part, importances) for name, part in parts.items()}
-    # All layers are made before the copy: a refusal costs no memory.
+    # All layers are made before the copy: an error costs no memory.
     layers: dict[str, SparseFFN] = {}
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -142,7 +142,7 @@ def matching_parts(model: nn.Module, modules: str | Sequence[str]) -> dict[str, 
 
 
 def _check_weights(model: nn.Module, parts: dict[str, FeedForwardPart]) -> None:
-    """Raise a ``ValueError`` where a weight of a network is frozen, or is another module's too."""
+    """Raise a ``ValueError`` if a weight of a network is frozen, or is another module's too."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
@@ -203,7 +203,7 @@ def _begin(
     generator: torch.Generator,
     known: Tensor | None,
 ) -> None:
-    """Write the experts of a new layer that takes the place of a network, and move it to where that is."""
+    """Write the experts of a new layer that replaces a network, and move it to the network's device."""
     if layer.experts.reads_context:
         raise ValueError(f"{type(config.expert).__name__} reads the context, which no feed-forward network is given")
     gates = _gates_of(layer) if start.keeps_output else None
@@ -240,7 +240,7 @@ class _Gates(NamedTuple):
 
 @torch.no_grad()
 def _gates_of(layer: MoE) -> _Gates | None:
-    """Return the gates of normal tokens in evaluation without a capacity; None where they weight no expert's output.
+    """Return the gates of normal tokens in evaluation without a capacity; None if they weight no expert's output.
 
     Args:
         layer: a layer as it starts, on the CPU.
@@ -283,7 +283,7 @@ def _scale_outputs(layer: MoE, scale: float) -> None:
 
 @torch.no_grad()
 def _add_noise(layer: MoE, noise: float, generator: torch.Generator) -> None:
-    """Add normal noise to each matrix of each expert, relative to the deviation of the matrix."""
+    """Add normal noise to each matrix of each expert, relative to the standard deviation of the matrix."""
     for e in range(layer.num_experts if noise else 0):
         for tensor in layer.experts.weights_of(e).values():
             if tensor.ndim == 2:

@@ -1,9 +1,9 @@
-"""What the experts of a sparse layer begin as, given the feed-forward network whose place it takes.
+"""Initial experts of a sparse layer, given the feed-forward network that it replaces.
 
-A start is a config with three methods: ``config`` says which experts the layer has, ``total_gate`` what the gates of a
-token have to sum to, and ``fill`` writes the experts' weights and, where the method asks for it, the rows of the gate.
-``core.sparsify`` does what all have in common: it scales the outputs of experts where the gates sum to another number,
-and adds noise.
+A start is a config with three methods: ``config`` says which experts the layer has, ``total_gate`` gives the required
+sum of a token's gates, and ``fill`` writes the experts' weights and, if the method asks for it, the rows of the gate.
+``core.sparsify`` does the common part: it scales the outputs of experts if the gates sum to another number, and adds
+noise.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ..read.neurons import activity_of, balanced_clusters, keys_of, random_group
 
 @dataclass(frozen=True)
 class Start(OpenConfig):
-    """Base of the starts. A subclass has a ``name``, ``fill``, and where it needs them ``config`` and ``total_gate``.
+    """Base of the starts. A subclass has a ``name``, ``fill``, and if it needs them ``config`` and ``total_gate``.
 
     Attributes:
-        keeps_output: the sparse layer begins with the output of the dense network, where the gates allow it.
-        even_gates: this holds only where all gates of a token are equal.
+        keeps_output: the sparse layer starts with the output of the dense network, if the gates allow it.
+        even_gates: this holds only if all gates of a token are equal.
         divides: experts are narrower than the network, so that ``granularity`` has a meaning.
         reads: argument of ``sparsify`` that ``fill`` reads, "inputs" or "importances"; "": none.
     """
@@ -69,7 +69,7 @@ class Start(OpenConfig):
         return replace(moe, expert=part.expert, shared_expert=shared)
 
     def total_gate(self, part: FeedForwardPart, layer: MoE) -> float:
-        """Return what the gates of a token have to sum to so that the layer's output is the network's."""
+        """Return the sum that a token's gates must have for the layer's output to equal the network's."""
         return 1.0
 
     def fill(self, part: FeedForwardPart, layer: MoE, generator: torch.Generator, known: Tensor | None) -> None:
@@ -78,9 +78,9 @@ class Start(OpenConfig):
         Args:
             part: the network.
             layer: the layer of ``config``, on the network's device and in its dtype.
-            generator: of the CPU, for what is drawn.
+            generator: CPU generator for random values.
             known: what ``reads`` names: of "inputs", the tokens (T, D) that the network was called with; of
-                "importances", those of its hidden units (F,). None: nothing is read.
+                "importances", one value per hidden unit (F,). None: nothing is read.
         """
         raise NotImplementedError
 
@@ -98,10 +98,10 @@ class CopyStart(Start):
 
 @dataclass(frozen=True)
 class DropStart(Start):
-    """Copies, in each of which a share of the hidden units is drawn anew (Drop-Upcycling, arXiv 2502.19261).
+    """Copies, in each of which a share of the hidden units is reinitialized (Drop-Upcycling, arXiv 2502.19261).
 
     The units differ from expert to expert. Their columns of ``w_in`` and ``w_gate`` and their rows of ``w_out`` are
-    drawn from a normal distribution with the mean and the deviation of what they were; biases stay.
+    sampled from a normal distribution with the mean and standard deviation of their old values; biases stay.
 
     Attributes:
         ratio: share of the units. The paper finds 0.5 best.
@@ -164,27 +164,27 @@ class GranularStart(Start):
 
 @dataclass(frozen=True)
 class SplitStart(Start):
-    """The hidden units are divided among the experts (MoEfication, arXiv 2110.01786; LLaMA-MoE, arXiv 2406.16554).
+    """The hidden units are split among the experts (MoEfication, arXiv 2110.01786; LLaMA-MoE, arXiv 2406.16554).
 
     An expert has an E-th of the units, and the network is the sum of all experts. With ``top_k=E`` and gates of 1
-    (``TokenChoice(E, normalize="unit")``) the layer is the network; with fewer experts a token it comes close where few
-    units answer a token, as with ReLU. ``b_out`` counts once for a token.
+    (``TokenChoice(E, normalize="unit")``) the layer is the network; with fewer experts per token it comes close if few
+    units respond to a token, as with ReLU. ``b_out`` counts once for a token.
 
     With ``shared`` every expert also has the network's most important units (MoEBERT, arXiv 2204.07675), which count
-    once for a token too: their outputs are divided by its number of experts. MoEBERT keeps the width of an expert and
-    drops the least important units; here no unit is lost, and an expert is ``shared + (F - shared) / E`` wide.
+    once for a token too: their outputs are scaled by 1 over its number of experts. MoEBERT keeps the width of an expert
+    and drops the least important units; here no unit is lost, and an expert is ``shared + (F - shared) / E`` wide.
 
     Attributes:
-        by: how the units are grouped: "clusters" of like columns of ``w_in`` (``w_gate`` where gated); "coactivation",
+        by: how the units are grouped: "clusters" of like columns of ``w_in`` (``w_gate`` if gated); "coactivation",
             clusters of units that answer the same tokens of ``sparsify(inputs=...)``; "importance", dealt one by one
             from the most important one down, by ``sparsify(importances=...)``; "random".
         shared: number of the most important units that every expert has, with ``by="importance"``.
 
-    But for "random" a row of a linear gate begins as the mean of its expert's own columns (arXiv 2310.10908), so that a
+    But for "random" a row of a linear gate starts as the mean of its expert's own columns (arXiv 2310.10908), so that a
     token prefers experts that answer it.
 
     Raises:
-        ValueError: ``by`` is another word, ``shared`` is negative, or set where nothing says what is important.
+        ValueError: ``by`` is another word, ``shared`` is negative, or set when nothing ranks the units.
     """
 
     name = "split"
@@ -258,7 +258,7 @@ def _linear_gate(layer: MoE, start: str) -> LinearGate:
 
 @dataclass(frozen=True)
 class RandomStart(Start):
-    """Experts begin as they do in a new layer; their kind may be any."""
+    """Experts are initialized as in a new layer; their kind may be any."""
 
     name = "random"
     keeps_output = False
@@ -281,7 +281,7 @@ def start_of(start: str | Start) -> Start:
     """Return the start of a name, or a start as it is.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no start has this name.
     """
     if isinstance(start, Start):
         return start
@@ -291,5 +291,5 @@ def start_of(start: str | Start) -> Start:
 
 
 def outputs_of(weights: dict[str, Tensor]) -> list[Tensor]:
-    """Return the tensors of an expert in which its output is linear: those of the last product."""
+    """Return the tensors of an expert in which its output is linear: the tensors of the last matmul."""
     return [weights[name] for name in ("w_out", "b_out") if name in weights]

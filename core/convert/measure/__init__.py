@@ -1,1 +1,1 @@
-"""What experts are worth: statistics, widths, summaries."""
+"""The value of experts: statistics, widths, summaries."""

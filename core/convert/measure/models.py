@@ -27,7 +27,7 @@ def average_models(models: Sequence[nn.Module], weights: Sequence[float] | None 
 
     Args:
         models: at least one; they stay as they are.
-        weights: one for each model, not negative, which are divided by their sum; None: equal ones.
+        weights: one for each model, not negative, which are normalized to sum to 1; None: equal ones.
 
     Returns:
         a copy of the first model, in its mode, dtype and on its device, with the mean in each parameter and buffer.
@@ -51,16 +51,16 @@ def average_models(models: Sequence[nn.Module], weights: Sequence[float] | None 
 def average_states(states: Sequence[State], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
     """Return the mean of several models' ``state_dict``, tensor by tensor, in the dtype and on the device of the first.
 
-    Sums are taken in float32 at least. Whole numbers are no means: a single one, such as a count of steps, is the
-    largest, and a table, such as that of ``Hash``, has to be the same in all.
+    Sums are taken in float32 at least. Integers are not averaged: a single one, such as a count of steps, is the
+    largest, and a table, such as the table of ``Hash``, has to be the same in all.
 
     Args:
         states: at least one, with the same names and shapes.
         weights: as in ``average_models``.
 
     Raises:
-        ValueError: there is no state; names or shapes differ, or tables of whole numbers; weights of another number,
-            negative, not finite or all 0.
+        ValueError: no state is given; names or shapes differ, or integer tables; weights of another number, negative,
+            not finite or all 0.
     """
     if not states:
         raise ValueError("there are no models to average")
@@ -135,7 +135,7 @@ def _shares(weights: Sequence[float] | None, num_models: int) -> list[float]:
 
 
 def _check_like(first: State, state: State, i: int) -> None:
-    """Raise a ``ValueError`` where model ``i`` has other names or shapes than the first."""
+    """Raise a ``ValueError`` if model ``i`` has other names or shapes than the first."""
     for lacking, missing in ((i, first.keys() - state.keys()), (0, state.keys() - first.keys())):
         if missing:
             names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")

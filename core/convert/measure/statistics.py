@@ -1,4 +1,4 @@
-"""``expert_statistics`` runs a model on batches once and sums up what its experts are chosen for and put out."""
+"""``expert_statistics`` runs a model on batches once and sums up its experts' choices and outputs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def expert_statistics(
     """Run a model in evaluation over batches and return the statistics of each MoE layer's experts, by its name.
 
     Each computed row is computed once more, without its gate. No hidden state outlives its batch. Padding and dropped
-    pairs do not count, nor do layers of several gates. Where the gates scale the experts' input, outputs are those of
+    pairs do not count, nor do layers of several gates. If the gates scale the experts' input, outputs are computed from
     the scaled tokens.
 
     Args:
@@ -149,9 +149,9 @@ class _Sums:
             self._add_every_token(rows, live)
 
     def _add_every_token(self, rows: Rows, live: int) -> None:
-        """Add what every expert puts out for each token that some expert computes."""
+        """Add every expert's output for each token that some expert computes."""
         assert self.statistics is not None
-        # A token has several rows: one of them stands for it.
+        # A token has several rows: one of them represents it.
         token_R = rows.row_index_R[:live]
         row_of_token = torch.full((rows.num_tokens,), -1, device=token_R.device)
         row_of_token[token_R] = torch.arange(live, device=token_R.device)
@@ -170,7 +170,7 @@ class _Sums:
         return ExpertStatistics(zero_E, zero_E, zero_E, zero_E, y_RD.new_zeros(E, y_RD.shape[1]))
 
     def result(self) -> ExpertStatistics:
-        """Return the statistics, with a mean over every token where there is one."""
+        """Return the statistics, with a mean over every token if there is one."""
         assert self.statistics is not None
         total_ED = self.statistics.every_output_ED
         return (

@@ -1,4 +1,4 @@
-"""``summary`` tells what of a model is sparse, and what it costs before and after."""
+"""``summary`` lists the sparse parts of a model, and its cost before and after."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Replaced:
         name: dotted name of the ``SparseFFN``.
         replaced: class that was there.
         experts: number and kind of the experts.
-        start: what they began as.
-        flops_before, flops_after: forward FLOPs of a token, router included; ``flops_after`` is None where it depends
+        start: how they were initialized.
+        flops_before, flops_after: forward FLOPs of a token, router included; ``flops_after`` is None if it depends
             on the length of a sequence.
         is_dense: ``densify`` has put one expert in the place of all.
     """
@@ -41,7 +41,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Summary:
-    """What of a model is sparse, and what it costs; ``str`` of it is a table.
+    """The sparse parts of a model, and its cost; ``str`` of it is a table.
 
     Attributes:
         replaced: the networks that are MoE layers, in the model's order.
@@ -81,7 +81,7 @@ class Summary:
 
 
 def summary(model: nn.Module, *inputs: Any) -> Summary:
-    """Return what of a model ``core.sparsify`` replaced, and parameters and FLOPs before and after.
+    """Return the networks of a model that ``core.sparsify`` replaced, with parameters and FLOPs before and after.
 
     Args:
         model: the sparse model, which stays as it is.
@@ -128,7 +128,7 @@ def _replaced(name: str, layer: SparseFFN) -> Replaced:
 
 
 def _short(config: ExpertConfig) -> str:
-    """Return a config with those of its fields that are not at their defaults."""
+    """Return a config with only the fields that are not at their defaults."""
     given = (f"{f.name}={getattr(config, f.name)!r}" for f in fields(config) if getattr(config, f.name) != f.default)
     return f"{type(config).__name__}({', '.join(given)})"
 
@@ -137,7 +137,7 @@ def _short(config: ExpertConfig) -> str:
 def _flops(model: nn.Module, inputs: tuple[Any, ...], layers: dict[str, SparseFFN]) -> tuple[int, int]:
     """Return the FLOPs of one forward of the dense model and of the sparse one.
 
-    The dense model's are those of the sparse one, with the networks' in place of the layers'.
+    The dense model's are the sparse one's, with the networks' FLOPs instead of the layers'.
     """
     calls: list[tuple[SparseFFN, tuple[Any, ...]]] = []
     hooks = [m.register_forward_pre_hook(lambda m, args: calls.append((m, args))) for m in layers.values()]

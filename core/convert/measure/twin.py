@@ -1,4 +1,4 @@
-"""``dense_twin`` makes the dense model that costs what a sparse one does."""
+"""``dense_twin`` makes the dense model that costs as much as a sparse one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COSTS = ("flops", "params")
 
 @dataclass(frozen=True)
 class TwinWidth:
-    """The hidden width of one feed-forward network in a dense twin; of a stack of layers the first one.
+    """The hidden width of one feed-forward network in a dense baseline; of a stack of layers the first one.
 
     Attributes:
         before: width in the dense model.
@@ -48,23 +48,24 @@ def dense_twin(
     tokens_per_sequence: int | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Return a copy of a dense model that costs as much as a sparse one: what that replaced has another hidden width.
+    """Return a dense baseline that costs as much as a sparse model: a copy of the dense model in which the replaced
+    networks have another hidden width.
 
     Each network keeps its modules: linear layers, and the batch norms between them, have other sizes. Its hidden width
-    is the whole number whose cost comes nearest to the layer's, router included. ``core.convert.twin_widths`` tells the
+    is the integer whose cost comes nearest to the layer's, router included. ``core.convert.twin_widths`` tells the
     widths.
 
-    The twin begins as the sparse model does. Where that copied weights, the network's units stay, and added ones have
-    random weights to what they read and zero weights to what reads them: the twin begins with the model's outputs.
-    Where a sparse layer costs less than the network, the units with the largest weights stay. With ``start="random"``
-    the network is drawn anew. A size that the model keeps elsewhere, as transformers' ``model.config`` does, stays.
+    The twin starts as the sparse model does. If that copied weights, the network's units stay; added units have random
+    input weights and zero output weights, so that the twin starts with the model's outputs. If a sparse layer costs
+    less than the network, the units with the largest weights stay. With ``start="random"`` the network is
+    reinitialized. A size that the model keeps elsewhere, as transformers' ``model.config`` does, stays.
 
     Args:
         model: the dense model, which stays as it is.
         like: what ``core.sparsify`` made of it. It may have been trained.
-        cost: what is equal: "flops", the forward FLOPs of a token, or "params".
+        cost: the matched cost: "flops", the forward FLOPs of a token, or "params".
         tokens_per_sequence: S, for routers whose FLOPs depend on it, such as soft slots.
-        seed: of the weights that are drawn. torch's own random state is not touched.
+        seed: seed of the random weights. torch's own random state is not touched.
 
     Raises:
         ValueError: ``like`` has no layer of ``core.sparsify``'s, or other modules than ``model``; ``cost`` is neither;
@@ -78,7 +79,7 @@ def dense_twin(
     """
     check_values(int, seed=seed)
     replaced = _replaced(model, like)
-    # All widths are solved before the copy: a refusal costs no memory.
+    # All widths are solved before the copy: an error costs no memory.
     widths = {
         name: _solved(name, layer, units, cost, tokens_per_sequence).width for name, (layer, units) in replaced.items()
     }
@@ -109,7 +110,7 @@ def twin_widths(
 
 
 def _solved(name: str, layer: SparseFFN, units: HiddenUnits, cost: str, tokens_per_sequence: int | None) -> TwinWidth:
-    """Return the width at which a network costs what a sparse layer does."""
+    """Return the width at which a network costs as much as a sparse layer."""
     check_values(Annotated[str, OneOf(*COSTS)], cost=cost)
     cost_at = units.flops_per_token if cost == "flops" else units.num_params
     with naming_module(name):
@@ -126,7 +127,7 @@ def _replaced(model: nn.Module, like: nn.Module) -> dict[str, tuple[SparseFFN, H
     """Return the layers of the sparse model and the networks whose places they took, by the networks' names.
 
     Raises:
-        ValueError: there are none, or the models differ in something else.
+        ValueError: no layer was replaced, or the models differ in something else.
     """
     dense = dict(model.named_modules())
     layers = {
@@ -150,7 +151,7 @@ def _replaced(model: nn.Module, like: nn.Module) -> dict[str, tuple[SparseFFN, H
 
 
 def _owner(model: nn.Module, place: str, layer: SparseFFN) -> str:
-    """Return the name of the network whose layer stands at a place: that of the place, or of a block around it."""
+    """Return the name of the network that a layer replaced: the layer's own place, or a block around it."""
     modules, parts = dict(model.named_modules()), place.split(".") if place else []
     for n in range(len(parts), -1, -1):
         name, at = ".".join(parts[:n]), ".".join(parts[n:])
@@ -166,7 +167,7 @@ def _owner(model: nn.Module, place: str, layer: SparseFFN) -> str:
 
 
 def _check_rest(model: nn.Module, like: nn.Module, parts: dict[str, FeedForwardPart]) -> None:
-    """Raise a ``ValueError`` where two models have other tensors, by name and shape, outside what was replaced."""
+    """Raise a ``ValueError`` if two models differ in tensors, by name or shape, outside the replaced networks."""
     replaced = [
         ".".join(filter(None, (name, child))) for name, part in parts.items() for child in (part.at, *part.emptied)
     ]

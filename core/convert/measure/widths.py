@@ -11,7 +11,7 @@ from ...experts import MLP, ExpertConfig, Mixed
 
 
 class SolvedWidth(NamedTuple):
-    """The hidden dim of a model of equal cost; ``problem`` says why there is none."""
+    """The hidden dim of a model of equal cost; ``problem`` says why no width fits."""
 
     width: int
     problem: str = ""
@@ -22,7 +22,7 @@ TOLERANCE = 0.05
 
 
 def solve_width(cost: Callable[[int], float], target: float, what: str) -> SolvedWidth:
-    """Return the width whose cost comes nearest to ``target``, with a problem where it is not near enough.
+    """Return the width whose cost comes nearest to ``target``, with a problem if it is not near enough.
 
     ``cost`` grows with the width; ``what`` is its unit in the message, such as "flops".
     """
@@ -33,7 +33,7 @@ def solve_width(cost: Callable[[int], float], target: float, what: str) -> Solve
 
 
 def nearest_width(cost: Callable[[int], float], target: float) -> int:
-    """Return the whole number from 1 on whose cost, which grows with it, comes nearest to ``target``."""
+    """Return the integer from 1 on whose cost, which grows with it, comes nearest to ``target``."""
     most = 2
     while cost(most) < target:
         most *= 2

@@ -1,1 +1,1 @@
-"""What is read from a network: its FFNs, hidden units, names and neurons."""
+"""Read a network: its FFNs, hidden units, names and neurons."""

@@ -1,4 +1,4 @@
-"""``FeedForwardPart`` says what a feed-forward network inside a model is: its weights, and how a layer takes its place.
+"""``FeedForwardPart`` describes a feed-forward network inside a model: its weights, and how a layer takes its place.
 
 A *reader* makes one from a module: see ``core.convert.register_ffn`` in ``readers.py``.
 """
@@ -34,12 +34,12 @@ class FeedForwardPart(Checked):
             ``w_in`` (D, F), ``w_gate`` (D, F) and ``w_out`` (F, D_out). They are detached and may be views.
         dim: D.
         out_dim: D_out.
-        output_dropout: probability of the network's own dropout behind the last product.
-        layout: what the network is called with, one of ``LAYOUTS``.
+        output_dropout: probability of the network's own dropout behind the last linear layer.
+        layout: arguments of the network's call, one of ``LAYOUTS``.
         at: child of the module, by dotted name, whose place the new layer takes; "": the module's own place.
         emptied: children whose work the new layer does too: each becomes an ``nn.Identity``.
         settings: attributes that the module gets with the new layer.
-        dense: computes the network, (T, D) or a map; None: the module itself does. It checks what was read.
+        dense: computes the network, (T, D) or a map; None: the module itself does. It checks the values that were read.
     """
 
     expert: ExpertConfig
@@ -67,7 +67,7 @@ class FeedForwardPart(Checked):
     def replaced_in(self, module: nn.Module) -> nn.ModuleList:
         """Return the modules whose work a new layer does, of the module that was read."""
         children = dict(module.named_modules())
-        # An activation may be a function, which is no child.
+        # An activation may be a function, which is not a child.
         return nn.ModuleList(children[child] for child in (self.at, *self.emptied) if child in children)
 
     def num_params(self) -> int:
@@ -82,7 +82,7 @@ class FeedForwardPart(Checked):
     def build(self) -> Experts:
         """Return experts, of which there is one, with copies of the weights, on their device and in their dtype."""
         like = next(iter(self.weights.values()))
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # what is drawn is written over
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the initial values are overwritten
             experts = self.expert.build(1, self.dim, self.out_dim).to(like.device, like.dtype)
         copy_weights(experts, 0, self.weights)
         return experts
@@ -100,17 +100,17 @@ def feed_forward_part(
     """Return the part of ``act(x w_in + b_in) w_out + b_out``, or of ``(act(x w_gate + b_gate) * (x w_in + b_in)) w_out
     + b_out``.
 
-    The expert is ``FFN``, ``SwiGLU`` or ``GEGLU`` where one of them computes this, and else ``GeneralFFN``.
+    The expert is ``FFN``, ``SwiGLU`` or ``GEGLU`` if one of them computes this, and else ``GeneralFFN``.
 
     Args:
         w_in, w_gate: matrix (D, F) and bias (F,) or None, as ``affine`` returns them.
         w_out: matrix (F, D_out) and bias (D_out,) or None.
-        activation: a module or function, which ``activation_name`` recognises, or a name of ``GeneralFFN``.
+        activation: a module or function, which ``activation_name`` recognizes, or a name of ``GeneralFFN``.
         hidden_dropout: probability of the dropout behind the activation.
         place: other attributes of ``FeedForwardPart``.
 
     Raises:
-        ValueError: the shapes do not fit, or the activation is none that an expert has.
+        ValueError: the shapes do not fit, or no expert has the activation.
     """
     D, F = w_in[0].shape
     if w_gate is not None and w_gate[0].shape != (D, F):
@@ -129,7 +129,7 @@ def feed_forward_part(
 
 
 def _expert(hidden_dim: int, activation: str, weights: Mapping[str, Tensor], dropout: float) -> ExpertConfig:
-    """Return the config of an expert with these weights: a kind with fused kernels where one has them."""
+    """Return the config of an expert with these weights: a kind with fused kernels if one has them."""
     gated, biases = "w_gate" in weights, {name for name in weights if name.startswith("b_")}
     fused = activation in ACTIVATIONS and not dropout and biases in (set(), {"b_in", "b_out"})
     if not fused or (gated and biases):
@@ -154,7 +154,7 @@ def affine(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         module: ``nn.Linear``, ``nn.Conv2d`` with a kernel of 1 x 1, or transformers' ``Conv1D``.
 
     Raises:
-        ValueError: another module, or a weight that holds no floating-point numbers, such as a quantised one.
+        ValueError: another module, or a weight that holds no floating-point numbers, such as a quantized one.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -175,7 +175,7 @@ def set_affine(module: nn.Module, w: Tensor, b: Tensor | None) -> None:
     Args:
         module: one that ``affine`` takes.
         w: (in, out).
-        b: (out,), or None where the layer has no bias.
+        b: (out,), or None if the layer has no bias.
     """
     if isinstance(module, nn.Linear):
         module.in_features, module.out_features = w.shape
@@ -210,7 +210,7 @@ def _is_conv1d(module: object) -> bool:
 
 
 def activation_name(act: object) -> str | None:
-    """Return the name in ``GeneralFFN`` of an activation, which is recognised by what it computes; None: it has none.
+    """Return the name in ``GeneralFFN`` of an activation, which is recognized by its output; None: it has none.
 
     Args:
         act: a module or a function of a tensor.
@@ -220,7 +220,7 @@ def activation_name(act: object) -> str | None:
     x_1N = torch.linspace(-20, 20, 801, dtype=torch.float64).unsqueeze(0)
     try:
         y_1N = act(x_1N.clone())
-    except Exception:  # what does not take a row of numbers is no activation
+    except Exception:  # an activation has to take a row of numbers
         return None
     if not isinstance(y_1N, Tensor) or y_1N.shape != x_1N.shape or y_1N.dtype != x_1N.dtype:
         return None
@@ -251,12 +251,12 @@ def copy_weights(experts: Experts, e: int, weights: Mapping[str, Tensor]) -> Non
 
 @torch.no_grad()
 def check_part(module: nn.Module, part: FeedForwardPart) -> None:
-    """Check that an expert with the part's weights computes what the module computes, on a few random tokens.
+    """Check that an expert with the part's weights computes the same as the module, on a few random tokens.
 
     A network of another kind may have the names and shapes of one that a reader knows.
 
     Raises:
-        ValueError: the two differ, or the module does not take what the part says.
+        ValueError: the two differ, or the module does not take the arguments that the part says.
     """
     if any(t.is_meta for t in part.weights.values()):
         return
@@ -270,7 +270,7 @@ def check_part(module: nn.Module, part: FeedForwardPart) -> None:
         else:
             y_TD = dense(x_TD)
     read_TD = part.build().eval()(x_TD, "dense")
-    tolerance = 0.01 if torch.finfo(like.dtype).eps < 1e-6 else 0.05  # products may round to TF32
+    tolerance = 0.01 if torch.finfo(like.dtype).eps < 1e-6 else 0.05  # matmuls may round to TF32
     if y_TD.shape != read_TD.shape or (y_TD - read_TD).norm() > tolerance * y_TD.norm():
         raise ValueError(
             f"a {type(module).__name__} computes something else than {part.expert}, which its parts look like: "

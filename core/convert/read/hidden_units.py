@@ -1,7 +1,7 @@
 """``HiddenUnits`` says which linear layers of a module make the hidden units of a feed-forward network, and gives it
 more or fewer of them.
 
-It writes into a module what a reader of ``readers.py`` reads from it.
+It writes into a module the tensors that a reader of ``readers.py`` reads from it.
 """
 
 from __future__ import annotations
@@ -78,15 +78,15 @@ class HiddenUnits:
         """Give the network another number of hidden units, in place: parameters are new ones, modules stay.
 
         Units that stay keep their weights. An added unit reads the layer before it by normal weights as large as the
-        others', has zero biases and a new norm, and the layer behind it reads it by zero weights: the network computes
-        what it did. Where units go, those with the largest weights stay: by the product of the norms of the vectors
-        that a unit reads with, and of the one that it is read with.
+        others', has zero biases and a new norm, and the layer behind it reads it by zero weights: the network's output
+        does not change. If units are removed, the units with the largest weights stay: by the product of the norms of
+        the vectors that a unit reads with, and of the one that it is read with.
 
         Args:
             module: the network that was read, or a copy of it.
             width: the first hidden width.
-            fresh: every weight is drawn anew, as ``nn.Linear`` begins, and no unit is kept.
-            generator: of the CPU, for what is drawn.
+            fresh: reinitialize every weight, as ``nn.Linear`` does, and keep no unit.
+            generator: CPU generator for random weights.
         """
         dims = self.dims_at(width)
         kept = self._kept(module, dims)
@@ -122,7 +122,7 @@ class HiddenUnits:
 def _drawn(
     w_IcO: Tensor, b_cO: Tensor | None, into: int, out: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor | None]:
-    """Return a matrix (into, c, out) and bias (c, out) as ``nn.Linear`` begins: U(-1/sqrt(into), 1/sqrt(into))."""
+    """Return a matrix (into, c, out) and bias (c, out) initialized as ``nn.Linear``: U(-1/sqrt(into), 1/sqrt(into))."""
     count, bound = w_IcO.shape[1], 1 / math.sqrt(into)
     w = torch.empty(into, count, out).uniform_(-bound, bound, generator=generator).to(w_IcO)
     if b_cO is None:
@@ -163,7 +163,7 @@ def _extended(
 
 
 def _resize_norm(norm: nn.BatchNorm1d, kept: Tensor, width: int) -> None:
-    """Give a batch norm another width, in place; units that are not kept begin as in a new norm."""
+    """Give a batch norm another width, in place; units that are not kept start as in a new norm."""
     norm.num_features = width
     for name, start in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
         old = getattr(norm, name)
@@ -173,15 +173,15 @@ def _resize_norm(norm: nn.BatchNorm1d, kept: Tensor, width: int) -> None:
 
 
 def hidden_units(module: nn.Module, part: FeedForwardPart) -> HiddenUnits:
-    """Return which layers of a module make the hidden units of the network that was read of it.
+    """Return the layers of a module that make its network's hidden units.
 
     Args:
         module: the module.
-        part: what a reader read of this very module: its tensors are views of the module's.
+        part: a reader's result for this very module: its tensors are views of the module's.
 
     Raises:
-        ValueError: the network has no hidden units, or one of its matrices is neither that of a linear layer in the
-            module nor half of it.
+        ValueError: the network has no hidden units, or one of its matrices is neither a linear layer's in the module
+            nor half of one.
     """
     if isinstance(part.expert, MLP):
         names = [[f"w_{i}"] for i in range(len(part.expert.hidden_dims))]
@@ -226,6 +226,6 @@ def _norm_of(module: nn.Module, weight: Tensor | None) -> str:
 
 
 def _is_same_view(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are the same numbers in memory. ``Tensor.is_set_to`` refuses the meta device."""
+    """Return whether two tensors are the same numbers in memory. ``Tensor.is_set_to`` rejects the meta device."""
     same_storage = storage_id(a) == storage_id(b)
     return same_storage and (a.storage_offset(), a.shape, a.stride()) == (b.storage_offset(), b.shape, b.stride())

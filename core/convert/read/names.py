@@ -9,7 +9,7 @@ from torch import nn
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Return whether a pattern names a module, part by part: ``*`` stands for one name without dots.
+    """Return whether a pattern names a module, part by part: ``*`` matches one name without dots.
 
     ``blocks.*.mlp`` matches ``blocks.0.mlp``, and neither ``blocks.0.attn.mlp`` nor ``teacher.blocks.0.mlp``. Within a
     part the pattern is one of ``fnmatch``: ``linear[12]``, ``expert_*``. The empty pattern names the model itself.
@@ -29,7 +29,7 @@ def matching_names(
 ) -> list[str]:
     """Return the dotted names of the modules that the patterns name, in the model's order.
 
-    A module that stands in two places has two names.
+    A module in two places has two names.
 
     Args:
         model: any module.
@@ -39,7 +39,7 @@ def matching_names(
         rule: whether a name matches a pattern; ``fnmatchcase``, whose ``*`` also takes dots, is another one.
 
     Raises:
-        ValueError: a pattern is no text or names no module, or there is no pattern.
+        ValueError: a pattern is not text or names no module, or no pattern is given.
     """
     listed = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Iterable) else []
     if not listed or not all(isinstance(pattern, str) for pattern in listed):

@@ -13,7 +13,7 @@ ROUNDS = 10
 
 
 def keys_of(part: FeedForwardPart) -> Tensor:
-    """Return what each hidden unit looks for in a token, float32 (F, D): the column under its activation."""
+    """Return each hidden unit's input direction, float32 (F, D): the column under its activation."""
     w_DF = part.weights.get("w_gate", part.weights["w_in"])
     return w_DF.t().float().cpu()
 
@@ -39,13 +39,13 @@ def random_groups(num_units: int, num_groups: int, generator: torch.Generator) -
 def balanced_clusters(features_FN: Tensor, num_groups: int, generator: torch.Generator) -> Tensor:
     """Return the units of each group in ascending order, int64 (groups, units of one): k-means of equal clusters.
 
-    Features are brought to length 1, so that units are near each other where their features have one direction. In a
-    round the nearest pair of a unit and a centre comes first, and a full group takes no more units.
+    Features are brought to length 1, so that units are near each other if their features have one direction. In a round
+    the nearest pair of a unit and a center comes first, and a full group takes no more units.
 
     Args:
-        features_FN: (F, N), what is known of each unit.
+        features_FN: (F, N), features of each unit.
         num_groups: E, which divides F.
-        generator: of the CPU, for the first centres.
+        generator: of the CPU, for the first centers.
     """
     F, E = features_FN.shape[0], num_groups
     x_FN = torch.nn.functional.normalize(features_FN, dim=-1)
@@ -61,7 +61,7 @@ def balanced_clusters(features_FN: Tensor, num_groups: int, generator: torch.Gen
 
 
 def _spread_units(x_FN: Tensor, num_groups: int, generator: torch.Generator) -> Tensor:
-    """Return first centres (E, N): a unit drawn at random, and again and again the one least like those before."""
+    """Return first centers (E, N): a random unit, and again and again the one least like those before."""
     chosen = [int(torch.randint(x_FN.shape[0], (), generator=generator))]
     nearest_F = x_FN @ x_FN[chosen[0]]
     while len(chosen) < num_groups:

@@ -39,8 +39,7 @@ def parts_of(layer: nn.Module, verb: str) -> tuple[Any, Experts]:
 
 
 def check_all_here(experts: Experts, what: str) -> None:
-    """Raise a ``ValueError`` where some of the experts are on other ranks, or are quantised; ``what`` begins the
-    rule."""
+    """Raise a ``ValueError`` if some of the experts are on other ranks, or are quantized; ``what`` starts the rule."""
     if any(isinstance(m, Experts) and m.is_quantized for m in experts.modules()):
         raise ValueError(f"{type(experts).__name__} are quantised: {what} before core.quantize_experts")
     if experts.num_local_experts != experts.num_experts:
@@ -69,7 +68,7 @@ def layers_with_experts(model: nn.Module) -> dict[str, MoELayer]:
 def replace_layers(model: nn.Module, make: Callable[[str, MoELayer], nn.Module]) -> nn.Module:
     """Put another module in the place of each MoE layer of a model.
 
-    All are made before the first is put in, so that a refusal leaves the model as it was.
+    All are made before the first is put in, so that an error leaves the model as it was.
 
     Args:
         model: any module with MoE layers, changed in place, or one MoE layer.
@@ -85,7 +84,7 @@ def replace_layers(model: nn.Module, make: Callable[[str, MoELayer], nn.Module])
 
 
 def replace_modules(model: nn.Module, made: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put the values of ``made`` in the places of its keys, and return ``model``, or what stands in its place."""
+    """Replace the modules named by the keys of ``made``, and return ``model``, or its replacement."""
     if model in made:
         return made[model]
     for parent in list(model.modules()):
@@ -99,7 +98,7 @@ def value_of_layer(values: Any, name: str, noun: str) -> Any:
     """Return the value of one layer: an entry of a mapping by name, or the only value, of a layer by itself.
 
     Raises:
-        ValueError: there are no values, or the mapping lacks the layer.
+        ValueError: the values are missing, or the mapping lacks the layer.
     """
     if values is None or (not isinstance(values, Mapping) and name):
         raise ValueError(f"{noun} are needed, by the name of each layer, such as {name!r}")
@@ -111,7 +110,7 @@ def value_of_layer(values: Any, name: str, noun: str) -> Any:
 
 
 def width_of(layer: MoE) -> int:
-    """Return the width of what the router sees, or raise a ``ValueError`` where the layer does not know it."""
+    """Return the width of the router's input, or raise a ``ValueError`` if the layer does not know it."""
     if layer.row_dim is None:
         raise ValueError("dim=None: a layer grows where its width is known, as that of MoEConfig.build")
     return layer.row_dim
@@ -145,8 +144,8 @@ def reseated(router: Any, other: Any, rows: Callable[[Tensor], Tensor]) -> list[
 
 
 def tensors_of_experts(router: Any, other: Any) -> Iterator[tuple[nn.Module, str, Tensor, Tensor, int]]:
-    """Yield the tensors of a router that have a row for each expert: the module and the name of each, its value, that
-    of ``other``, a router of the same config for another number of experts, and the axis that counts the experts.
+    """Yield the tensors of a router that have a row for each expert: the module and the name of each, its value, the
+    value in ``other``, a router of the same config for another number of experts, and the axis that counts the experts.
 
     Raises:
         ValueError: as ``axis_of_experts``.
@@ -163,7 +162,7 @@ def tensors_of_experts(router: Any, other: Any) -> Iterator[tuple[nn.Module, str
 
 
 def axis_of_experts(name: str, old: Tensor, new: Tensor, E: int, new_E: int) -> int | None:
-    """Return the axis of a router's tensor that counts the experts; None where there is none.
+    """Return the axis of a router's tensor that counts the experts; None if there is none.
 
     Args:
         name: name of the tensor, for the message.
@@ -187,7 +186,7 @@ def axis_of_experts(name: str, old: Tensor, new: Tensor, E: int, new_E: int) -> 
 
 
 def like(value: Tensor, old: Tensor) -> Tensor:
-    """Return a tensor as a parameter where ``old`` is one, which trains where ``old`` does."""
+    """Return a tensor as a parameter if ``old`` is one, which trains if ``old`` does."""
     return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
 
 

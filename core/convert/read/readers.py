@@ -1,7 +1,7 @@
-"""Readers: what makes a ``FeedForwardPart`` of a module, and which modules have one.
+"""Readers: functions that make a ``FeedForwardPart`` of a module, and the modules that have one.
 
 Known are the networks of timm, ``transformers``, open_clip, torch-rechub, torch and this suite. No such library is
-imported: modules are recognised by the names and kinds of their parts, and ``check_part`` compares numbers.
+imported: modules are recognized by the names and kinds of their parts, and ``check_part`` compares numbers.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _READERS: dict[type | str, Reader] = {}
 
 
 def register_ffn(kind: type[nn.Module] | str, reader: Reader) -> None:
-    """Let ``core.sparsify`` recognise feed-forward networks of a class of yours.
+    """Let ``core.sparsify`` recognize feed-forward networks of a class of yours.
 
     Args:
         kind: the class, or its path such as ``my_package.nets.Mlp``, which is imported by nobody here. Subclasses are
             read too.
         reader: makes a ``core.convert.FeedForwardPart`` of a module of that class, as ``feed_forward_part`` does, or
-            returns None where the module is no such network. A ``ValueError`` says why it cannot be read.
+            returns None if the module is another kind of network. A ``ValueError`` says why it cannot be read.
 
     Raises:
         ValueError: ``kind`` is neither a class of modules nor the path of one.
@@ -63,7 +63,7 @@ def register_ffn(kind: type[nn.Module] | str, reader: Reader) -> None:
 
 
 def read_ffn(module: nn.Module) -> FeedForwardPart | None:
-    """Return what a module is as a feed-forward network; None where it is none.
+    """Return the description of a module as a feed-forward network; None if it is another kind of module.
 
     Raises:
         ValueError: it is one that no expert can compute, such as one with a norm between its layers.
@@ -108,7 +108,7 @@ class _Names:
         w_in, w_out, act: the linear layers and the activation.
         w_gate: the linear layer under the activation.
         packed: ``w_in`` holds both halves of a gated network.
-        hidden_dropout, output_dropout: dropout behind the activation and behind the last product, where there is one.
+        hidden_dropout, output_dropout: dropout behind the activation and behind the last matmul, if there is one.
     """
 
     w_in: str
@@ -170,7 +170,7 @@ def _halves(packed: tuple[Tensor, Tensor | None], gate_first: bool) -> tuple[Any
 
 
 def _check_no_more(module: nn.Module, known: set[str]) -> None:
-    """Raise a ``ValueError`` where a module has children besides the known ones that do something, or a rate of dropout
+    """Raise a ``ValueError`` if a module has children besides the known ones that do something, or a rate of dropout
     that it applies itself."""
     for name, child in module.named_children():
         idle = isinstance(child, nn.Identity) or (isinstance(child, nn.Dropout) and not child.p)
@@ -197,7 +197,7 @@ def _rate(dropout: object) -> float:
 
 
 def _read_block(module: nn.Module) -> FeedForwardPart | None:
-    """Read a block whose network is spread over several children: that of BERT, BART or ALBERT, and their like."""
+    """Read a block whose network is spread over several children, as in BERT, BART or ALBERT, and their like."""
     for names in _IN_BLOCKS:
         if names.is_of(module):
             return _read_in_block(module, names)
@@ -221,12 +221,12 @@ def _read_block(module: nn.Module) -> FeedForwardPart | None:
 
 @dataclass(frozen=True)
 class _NamesInBlock:
-    """Names of a block's own children that compute ``w_out(act(w_in(x)))`` beside its attention.
+    """Names of a block's own children that compute ``w_out(act(w_in(x)))`` next to its attention.
 
     Attributes:
-        attention: the attention; without it the module is no block.
+        attention: the attention; without it the module is not a block.
         w_in, w_out, act: the linear layers, the only ones, and the activation.
-        hidden_dropout: attribute with the probability of the dropout behind the activation, where there is one.
+        hidden_dropout: attribute with the probability of the dropout behind the activation, if there is one.
     """
 
     attention: str
@@ -251,7 +251,7 @@ _IN_BLOCKS = (
 
 
 def _read_in_block(module: nn.Module, names: _NamesInBlock, layout: str = "tokens") -> FeedForwardPart:
-    """Read a block that has the layers of its network beside its attention."""
+    """Read a block that has the layers of its network next to its attention."""
     into, out, act = (getattr(module, name) for name in (names.w_in, names.w_out, names.act))
     dropout = getattr(module, names.hidden_dropout, None) if names.hidden_dropout else None
     return feed_forward_part(
@@ -278,7 +278,7 @@ def _read_torch_layer(module: nn.TransformerEncoderLayer | nn.TransformerDecoder
         hidden_dropout=_rate(module.dropout),
         at="linear1",
         emptied=("activation", "dropout", "linear2"),
-        settings=fused,  # torch's fused block reads the weights in place of calling the layers
+        settings=fused,  # torch's fused block reads the weights instead of calling the layers
         layout="tokens" if module.self_attn.batch_first else "sequence_first",
         dense=lambda x: feed_forward(module, x),
     )
@@ -305,7 +305,7 @@ def _read_sequential(module: nn.Module) -> FeedForwardPart | None:
         return None
     kinds = "".join(_kind(child) for _, child in children)
     first, *others = (name for name, _ in module.named_children())
-    # Names that are no numbers are asked for by others, such as the first weight's dtype: the container stays.
+    # Other code asks for names that are not numbers, such as the first weight's dtype: the container stays.
     place: dict[str, Any] = {} if first.isdigit() else {"at": first, "emptied": tuple(others), "dense": module.forward}
     parts = [child for _, child in children]
     if kinds in ("LAL", "LADL", "LALD", "LADLD"):
@@ -360,7 +360,7 @@ def _stack(parts: list[nn.Module], kinds: str, place: dict[str, Any]) -> FeedFor
 
 
 def _batch_norm(i: int, norm: nn.Module, b: Tensor | None) -> dict[str, Tensor]:
-    """Return the tensors of batch norm ``i`` of an ``MLP`` expert. A bias before it moves the running mean alone."""
+    """Return the tensors of batch norm ``i`` of an ``MLP`` expert. A bias before it only moves the running mean."""
     assert isinstance(norm, nn.BatchNorm1d)
     mean, var = norm.running_mean, norm.running_var
     if mean is None or var is None or norm.weight is None or norm.eps != 1e-5 or norm.momentum != 0.1:

@@ -18,10 +18,9 @@ def cut_out(
 ) -> nn.Module:
     """Replace each MoE layer of a model by the dense layer that one task, domain or expert takes in it.
 
-    Where the gate decides by the task or the domain alone, the dense model puts out what the sparse one does for it,
-    whatever the tokens are (Task-MoE, arXiv 2110.03742; DEMix, arXiv 2108.05036). A task's K experts become one FFN
-    that is K times as wide, with the gates in its output's weights. ``expert`` takes one expert at a gate of 1,
-    whatever the router is.
+    If the gate decides only by the task or the domain, the dense model's output equals the sparse one's for it, for any
+    tokens (Task-MoE, arXiv 2110.03742; DEMix, arXiv 2108.05036). A task's K experts become one FFN that is K times as
+    wide, with the gates in its output's weights. ``expert`` takes one expert at a gate of 1, whatever the router is.
 
     Args:
         model: any module with MoE layers, changed in place, or one MoE layer. Copy it first to keep the sparse one.
@@ -34,8 +33,8 @@ def cut_out(
 
     Raises:
         ValueError: not exactly one of task, domain and expert is given, or it is out of range; a router decides by
-            something else; a capacity in evaluation, by which experts drop tokens; or no one expert computes what the
-            K experts of a task do.
+            something else; a capacity in evaluation, by which experts drop tokens; or no single expert can replace the
+            K experts of a task.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""``densify`` makes a sparse model dense: in the place of each MoE layer stands one expert, made of all."""
+"""``densify`` makes a sparse model dense: one expert, made of all, replaces each MoE layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Loads = Tensor | Sequence[float]
 def densify(model: nn.Module, how: str = "average", loads: Mapping[str, Loads] | Loads | None = None) -> nn.Module:
     """Replace each MoE layer of a model by a dense layer of one expert, as wide as one of its experts.
 
-    Where all experts of a layer are equal and a token's gates sum to 1, "average", "use" and "most_used" leave its
+    If all experts of a layer are equal and a token's gates sum to 1, "average", "use" and "most_used" leave its
     output as it is. Elsewhere the dense model is a start, to be trained on, as by distillation from the sparse one.
     Shared experts, their gate and the output's bias stay.
 
@@ -43,7 +43,7 @@ def densify(model: nn.Module, how: str = "average", loads: Mapping[str, Loads] |
         model: any module with MoE layers, changed in place, or one MoE layer.
         how: one of the above.
         loads: how often each expert was chosen, (E,), as ``ExpertStatistics.loads_E`` or
-            ``Routing.chosen_per_expert_E``: by the name of the layer, or those of the one layer; for "use" and
+            ``Routing.chosen_per_expert_E``: by the name of the layer, or the loads of the one layer; for "use" and
             "most_used".
 
     Returns:
@@ -81,7 +81,7 @@ def _dense_layer(layer: MoE, how: str, load_E: Tensor | None) -> OneExpert:
     if how == "top_k":
         return OneExpert.in_place_of(layer, _largest_units(layer.experts))
     if how == "svd":
-        merged = average_experts(layer).expert  # refuses what cannot be merged; matrices follow
+        merged = average_experts(layer).expert  # raises if they cannot be merged; matrices follow
         return OneExpert.in_place_of(layer, _low_ranks(layer.experts, merged))
     if how == "average":
         return average_experts(layer)

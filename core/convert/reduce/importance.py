@@ -24,7 +24,7 @@ def unit_importances(
 ) -> dict[str, Tensor]:
     """Return how much a loss depends on each hidden unit of feed-forward networks, for ``SplitStart("importance")``.
 
-    The importance of a unit is the sum over batches of ``|w . dloss/dw|``, to first order the change of the loss where
+    The importance of a unit is the sum over batches of ``|w . dloss/dw|``, to first order the change of the loss if
     the unit were gone. ``w`` are the weights of the unit in all matrices: its columns of ``w_in`` and ``w_gate``, and
     its row of ``w_out`` (MoEBERT, arXiv 2204.07675, which sums over single examples: give batches of one for this).
 
@@ -38,8 +38,8 @@ def unit_importances(
         the importances (F,) by the network's name, float32 on the CPU.
 
     Raises:
-        ValueError: as ``core.sparsify`` of the patterns; a network without hidden units; there is no batch; or the loss
-            is no single number, or does not depend on a network.
+        ValueError: as ``core.sparsify`` of the patterns; a network without hidden units; no batch is given; or the loss
+            is not a single number, or does not depend on a network.
 
     Example::
 
@@ -73,7 +73,7 @@ def unit_importances(
 
 
 def _check_loss(value: object) -> None:
-    """Raise a ``ValueError`` where a value is no loss that has gradients."""
+    """Raise a ``ValueError`` if a value is not a loss with gradients."""
     check_tensor("the loss of a batch", value)
     assert isinstance(value, Tensor)
     if value.numel() != 1:
@@ -87,7 +87,7 @@ def _products(module: nn.Module, part: FeedForwardPart, slope_of: Mapping[nn.Par
     """Return ``w . dloss/dw`` of each hidden unit, float32 (F,) on the CPU.
 
     Args:
-        module, part: the network, and what was read of it.
+        module, part: the network, and its description.
         slope_of: gradients by parameter; one that is missing is zero.
     """
     # A copy with the gradients in the parameters' places is read as the network is, whatever its layout.

@@ -1,4 +1,4 @@
-"""``OneExpert``, the dense layer that stands in a MoE layer's place, and the ways to make its expert of many."""
+"""``OneExpert``, the dense layer that replaces an MoE layer, and the ways to make its expert of many."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class OneExpert(nn.Module):
 
     @classmethod
     def in_place_of(cls, layer: MoE, expert: Experts) -> OneExpert:
-        """Return the layer of ``expert`` beside copies of what else a MoE layer has, in its mode.
+        """Return the layer of ``expert`` with copies of the MoE layer's other parts, in its mode.
 
         Raises:
             ValueError: the layer's experts take more than a row each, as attention and patches do.
@@ -68,7 +68,7 @@ class OneExpert(nn.Module):
         """Return one dense FFN that computes the same, the shared experts in its hidden layer; its weights are copies.
 
         Raises:
-            ValueError: the experts are no FFNs of one activation, or a gate or a bias stands beside them.
+            ValueError: the experts are not FFNs of one activation, or have a gate or a bias.
         """
         if self.shared_gate is not None:
             raise ValueError("a shared_gate weights the experts token by token: no dense FFN does")
@@ -152,9 +152,9 @@ def _names(experts: Experts) -> set[str]:
 
 @torch.no_grad()
 def joined(experts: Experts, expert_ids: Sequence[int], gates_K: Tensor) -> Experts:
-    """Return one expert that puts out ``sum over k of gates_K[k] * f_{expert_ids[k]}(x)``, whose tensors are copies.
+    """Return one expert with output ``sum over k of gates_K[k] * f_{expert_ids[k]}(x)``, whose tensors are copies.
 
-    FFNs side by side are one FFN that is K times as wide, with the gates in what leads out of its hidden layer. LoRA
+    FFNs side by side are one FFN that is K times as wide, with the gates in the output matrix of its hidden layer. LoRA
     experts are one of K times the rank. One expert at a gate of 1 may be of any kind.
 
     Args:

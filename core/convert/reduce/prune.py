@@ -1,4 +1,4 @@
-"""``prune_experts`` keeps the experts of a model that matter most; ``merge_experts`` merges those that are alike."""
+"""``prune_experts`` keeps the experts of a model that matter most; ``merge_experts`` merges similar experts."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def keep_experts(layer: MoE, experts: Collection[int]) -> None:
     """Keep these experts of a layer, in place, and take the others away with their rows of the gate.
 
     The layer then is as one that is built for so many experts, and its ``state_dict`` loads into such a one. A token
-    chooses among those that are left. Parameters are new: make the optimizer after it.
+    chooses among the remaining experts. Parameters are new: make the optimizer after it.
 
     Args:
         layer: ``MoE`` or a subclass, whose router a ``RouterConfig`` has built.
-        experts: indices in ``range(E)``, which are numbered anew in their order.
+        experts: indices in ``range(E)``, which are renumbered in their order.
 
     Raises:
         ValueError: an index is out of range or there is none; the router needs more experts, as by its ``top_k``, or
@@ -86,11 +86,11 @@ def prune_experts(
               times how much its output varies (as in MoNE, arXiv 2507.00390)
     ========  ==========================================================================================================
 
-    Where a router sees groups of experts, each group keeps as many. Parameters are new: make the optimizer after it.
+    If a router sees groups of experts, each group keeps as many. Parameters are new: make the optimizer after it.
 
     Args:
         model: any module with MoE layers, or one of them.
-        statistics: those of ``expert_statistics``, by the name of the layer, or of the one layer.
+        statistics: from ``expert_statistics``, by the name of the layer, or of the one layer.
         keep: number of experts that a layer keeps; a float below 1: their share, rounded.
         by: the score.
         constants: put a constant, the mean of the expert's output, in the place of each expert that goes (MoNE). The
@@ -101,7 +101,7 @@ def prune_experts(
         the experts that stay, by the name of the layer, as they were numbered before.
 
     Raises:
-        ValueError: ``keep`` exceeds the number of experts, or is neither a whole number of at least 1 nor a share;
+        ValueError: ``keep`` exceeds the number of experts, or is neither an integer of at least 1 nor a share;
             statistics lack a layer; two layers share their experts; with ``constants`` a router that sees groups; or as
             ``keep_experts``. The model is left as it was.
 
@@ -142,8 +142,8 @@ def merge_experts(model: nn.Module, statistics: Statistics, keep: int | float) -
 
     Args:
         model: any module with MoE layers, or one of them.
-        statistics: those of ``expert_statistics(..., every_token=True)``, where the mean outputs of all experts are of
-            the same tokens; without it the means of each expert's own tokens are compared.
+        statistics: from ``expert_statistics(..., every_token=True)``, in which all experts' mean outputs cover the same
+            tokens; without it the means of each expert's own tokens are compared.
         keep: as in ``prune_experts``.
 
     Returns:
@@ -208,7 +208,7 @@ def cluster_by_average(distance_EE: Tensor, num_clusters: int) -> list[list[int]
 
 
 class _Request(NamedTuple):
-    """What is asked of one layer.
+    """A request for one layer.
 
     Attributes:
         name, layer, statistics: the layer, by its name, and its statistics.
@@ -228,7 +228,7 @@ class _Request(NamedTuple):
 
 
 def _requests(model: nn.Module, statistics: Statistics, keep: int | float) -> Iterator[_Request]:
-    """Yield what is asked of each layer, or raise the ``ValueError`` that says why it cannot be done."""
+    """Yield the request for each layer, or raise the ``ValueError`` that says why it cannot be done."""
     for name, layer in layers_with_experts(model).items():
         router, experts = parts_of(layer, "shrink")
         assert isinstance(layer, MoE)

@@ -1,4 +1,4 @@
-"""The CPU backend, and the linear layers that take the same products as its experts."""
+"""The CPU backend, and the linear layers that use the same matmuls as its experts."""
 
 from ..eager import combine, queue_ranks, sort_pairs, topk_gate
 from .experts import expert_ffn, expert_linear, supports

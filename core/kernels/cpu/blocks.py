@@ -1,4 +1,4 @@
-"""Blocks of rows of one expert, and what is summed over them."""
+"""Blocks of rows of one expert, and sums over them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def row_tile(dtype: torch.dtype) -> int:
 
 
 class Block(NamedTuple):
-    """The rows ``start`` to ``end`` of one expert; products run up to ``stop``, the end rounded up to the tile."""
+    """The rows ``start`` to ``end`` of one expert; matmuls run up to ``stop``, the end rounded up to the tile."""
 
     expert: int
     start: int

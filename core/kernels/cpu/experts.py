@@ -2,19 +2,19 @@
 
 Decisions, each measured at T=4096, D=512 on 2 cores with ``benchmarks/layer.py``:
 
-- A loop of plain matrix products beats ``grouped_mm`` on CPU, the more the smaller the experts (1.2x against 1.6x of a
-  dense FFN's time at E=64, K=8, F=256): gather, activation, gate and sum of a block run on rows still in cache.
+- A loop of plain matmuls beats ``grouped_mm`` on CPU, the more the smaller the experts (1.2x against 1.6x of a dense
+  FFN's time at E=64, K=8, F=256): gather, activation, gate and sum of a block run on rows still in cache.
 - Blocks of about ``BLOCK`` rows in float32, twice as many in half precision. Smaller ones pay for kernel starts and for
   adding up the weight gradients, larger ones leave the cache. An expert's blocks are equal: a full block and a sliver
   are slower than two halves.
-- In half precision oneDNN compiles a kernel for each new shape (0.8 ms, as long as two products of 512 rows), and a
-  dropless router makes new shapes every step: products run on a multiple of ``TILE`` rows. The rows past a block's end
-  are its neighbours'; what they would add to a weight gradient is set to zero, and of the rest nothing is read.
+- In half precision oneDNN compiles a kernel for each new shape (0.8 ms, as long as two matmuls of 512 rows), and a
+  dropless router makes new shapes every step: matmuls run on a multiple of ``TILE`` rows. The rows past a block's end
+  are its neighbors'; their part of a weight gradient is set to zero, and the rest is never read.
 - The gate's gradient comes from the activation side, ``<dy w_out^T, h> + <dy, b_out>`` (arXiv 2512.14080, section 3),
   so only ``x`` and the pre-activations are kept.
-- With few rows, as in a step of decoding, kernel starts are what counts: gather, activation, gate and sum are done once
-  for all experts (``_few_rows``), which takes 3 to 9 % off a decoding of 32 sentences. Experts padded to equal counts
-  in one ``bmm`` were slower, E=64, and slower than a loop where one expert takes half of the rows.
+- With few rows, as in a step of decoding, kernel starts dominate: gather, activation, gate and sum are done once for
+  all experts (``_few_rows``), which takes 3 to 9 % off a decoding of 32 sentences. Experts padded to equal counts in
+  one ``bmm`` were slower, E=64, and slower than a loop if one expert takes half of the rows.
 - A token's rows are summed in float32, block by block from cache; in half precision the gate rides on the conversion.
   Writing all rows out and summing them with ``embedding_bag`` was slower: 33 MB of fresh pages cost 20 ms.
 """
@@ -91,7 +91,7 @@ def _computed(
     R, width, D_out = gates_R.shape[0], w_in.shape[-1], w_out.shape[-1]
     act, tile = ALL_ACTIVATIONS[activation], row_tile(x.dtype)
     ends = offsets_E.tolist()
-    # Padding is among the pairs, but is no row.
+    # Padding is among the pairs, but is not a row.
     if not keep and not is_half(x.dtype) and (not ends or ends[-1] * max(width, x.shape[-1]) <= FEW):
         y = _few_rows(x, row_index_R, ends, gates_R, weights, activation)
         return y, x.new_empty(0, width), x.new_empty(0, width)
@@ -106,7 +106,7 @@ def _computed(
     pre[R:], pre_gate[R:] = 0, 0  # a block may end before them
     for e, start, end, stop, *_ in blocks:
         x_b = x_full[start:stop] if index_R is None else x.index_select(0, index_R[start:stop])
-        # Blocks run in the order of their rows, so what a tile writes past its end is written over by the next.
+        # Blocks run in the order of their rows, so the next tile overwrites rows past a tile's end.
         a = expert_mm(x_b, w_in, e, out=pre[start:stop] if keep else None)
         if b_in is not None:
             a.add_(b_in[e])
@@ -346,9 +346,8 @@ def _is_seen(*inputs: Tensor | None) -> bool:
 def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
     """Compute ``eager.expert_linear``.
 
-    One grouped product loops over the experts in C++: with hundreds of experts a few numbers wide a loop in Python
-    weighs as much as the products. Rows padded to equal counts in one ``bmm`` are E times the work where one expert
-    takes all.
+    One grouped matmul loops over the experts in C++: with hundreds of experts a few numbers wide a loop in Python costs
+    as much as the matmuls. Rows padded to equal counts in one ``bmm`` are E times the work if one expert takes all.
     """
     if isinstance(w, QuantizedWeight):
         if _is_seen(x_RD, b):

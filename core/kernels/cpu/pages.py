@@ -1,11 +1,11 @@
 """Large buffers whose memory is used again.
 
 The weight gradients of a layer are E times as large as a dense layer's share of the work, and each step asks the system
-for them anew. On Linux that is a page fault for every 4 kB, up to 2 us: 16 % of a layer's training step (user and
+for them again. On Linux that is a page fault for every 4 kB, up to 2 us: 16 % of a layer's training step (user and
 system time, one thread) at E=32, D=256, F=512, and 5 % in float32 at Fashion-MNIST's E=8, D=128, F=256. Pages of 2 MB,
-where the system has them, cost a seventh of that; memory that the process has already costs nothing. So freed buffers
-are kept for the next of their size, as torch keeps those of a GPU. The system may take their pages back at any time
-(MADV_FREE), so what is kept is in nobody's way. On other systems nothing is done.
+if the system has them, cost a seventh of that; memory that the process has already costs nothing. So freed buffers are
+kept for the next of their size, as torch does on a GPU. The system may take their pages back at any time (MADV_FREE),
+so kept buffers are in nobody's way. On other systems nothing is done.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def keep_freed(size: int = 1 << 30) -> None:
 
     By default the memory of a forward's activations goes back to the system after each batch, and comes again as a
     page fault for every 4 kB: a third of the time in which ``moesaic predict`` scores rows of Census-Income by its MMoE
-    (12.8 in place of 19.3 us a row, 4,096 rows a step, one thread of an AMD EPYC).
+    (12.8 instead of 19.3 us per row, 4,096 rows per step, one thread of an AMD EPYC).
     """
     if not supported():
         return
@@ -51,13 +51,13 @@ def keep_freed(size: int = 1 << 30) -> None:
 
 
 class Pool:
-    """The free buffers and those in use. Together they are at most twice what was in use at once."""
+    """The free buffers and those in use. Together they are at most twice the peak use."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all buffers; those that are out are freed when they return."""
+        """Forget all buffers; buffers in use are freed when they return."""
         self.free: list[mmap.mmap] = []  # the one freed last comes last
         self.num_free = self.num_out = self.most_out = 0  # bytes
         self._returned: deque[mmap.mmap] = deque()
@@ -105,7 +105,7 @@ def _rounded(size: int) -> int:
 
 _POOL = Pool()
 if hasattr(os, "register_at_fork"):
-    # What is out belongs to the parent's pages, and another thread may have held the lock.
+    # Buffers in use belong to the parent's pages, and another thread may have held the lock.
     os.register_at_fork(after_in_child=_POOL.clear)
 
 

@@ -1,17 +1,18 @@
-"""Products of float32 matrices on CPUs that torch's own library serves badly.
+"""Matmuls of float32 matrices on CPUs that torch's own library serves badly.
 
-torch gives them to MKL, which uses AVX-512 on Intel's processors alone; oneDNN, which comes with torch too and computes
-its products of half precision, uses it wherever it is. One core of an AMD EPYC of 2025, GFLOP/s (MKL, oneDNN):
+torch gives them to MKL, which uses AVX-512 only on Intel's processors; oneDNN, which comes with torch too and computes
+its half-precision matmuls, uses it on every processor that has it. One core of an AMD EPYC of 2025, GFLOP/s (MKL,
+oneDNN):
 
     160 x 128 x 8000      51   139          forward of 512 x 512 x 256      53   136
     160 x 128 x 128       74   115          its gradient of the input       58   131
      20 x 128 x 256       56    45          its gradient of the weight      51   105
 
-So products of ``LEAST`` multiplications and ``FEWEST_ROWS`` rows or more go to oneDNN there. It compiles a kernel for
-each new shape (0.5 ms) and keeps a thousand. At each product it copies the weight to a layout of its own, which
-``packed`` does once for many: 5 x 512 x 10000 takes 0.13 ms in place of 0.52, on two cores, and
-160 x 128 x 8000 0.69 in place of 0.78. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off, as for all of
-torch. Both sum in float32; they differ by rounding.
+So matmuls of ``LEAST`` multiplications and ``FEWEST_ROWS`` rows or more go to oneDNN there. It compiles a kernel for
+each new shape (0.5 ms) and keeps a thousand. At each matmul it copies the weight to a layout of its own, which
+``packed`` does once for many: 5 x 512 x 10000 takes 0.13 ms instead of 0.52, on two cores, and 160 x 128 x 8000 0.69
+instead of 0.78. ``torch.backends.mkldnn.flags(enabled=False)`` turns it off, as for all of torch. Both sum in float32;
+they differ by rounding.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ def mm(a: Tensor, b: Tensor, *, bias: Tensor | None = None, out: Tensor | None =
 def expert_mm(a: Tensor, w: Weight, e: int, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """``a @ w[e] + bias``, without a gradient as in ``mm``.
 
-    A quantised matrix is made in memory that is kept for the next. Where it has one scale a channel the rows are scaled
-    in its place, for they are fewer in decoding.
+    A quantized matrix is dequantized in memory that is kept for the next. If it has one scale per channel the rows are
+    scaled instead, for they are fewer in decoding.
     """
     if isinstance(w, Tensor):
         return mm(a, w[e], bias=bias, out=out)
@@ -153,7 +154,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (
         torch.is_autocast_enabled("cpu")
         or is_traced(x, weight, bias)
-        or not (weight.ndim == 2 and x.shape[-1] == weight.shape[1])  # torch says what is wrong
+        or not (weight.ndim == 2 and x.shape[-1] == weight.shape[1])  # torch reports the error
         or not (bias is None or bias.shape == weight.shape[:1])
     ):
         return F.linear(x, weight, bias)
@@ -165,10 +166,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @contextlib.contextmanager
 def packed(*weights: Tensor) -> Iterator[None]:
-    """Let ``linear`` multiply by copies of these (N, K) weights in oneDNN's layout, for many products of few rows.
+    """Let ``linear`` multiply by copies of these (N, K) weights in oneDNN's layout, for many matmuls of few rows.
 
-    Weights that gain by it are copied, up to 1 GB. They must not change inside the ``with`` block. Nothing happens
-    where products are not oneDNN's, or gradients are on. Several threads may be inside, with the same weights too.
+    Weights that gain by it are copied, up to 1 GB. They must not change inside the ``with`` block. Nothing happens if
+    oneDNN does not compute the matmuls, or gradients are on. Several threads may be inside, with the same weights too.
     """
     wanted = {} if torch.is_grad_enabled() or not is_served_badly() else {id(w): w for w in weights if _gains(w)}
     held = []

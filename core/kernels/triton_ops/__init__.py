@@ -6,7 +6,7 @@
     tuning.py       tiles, and the choice among them
     gate.py sort.py products.py experts.py quantized.py sums.py     custom ops and their launches
 
-Nothing synchronises with the host: counts stay on the device, and a launch covers the most tiles there can be. Sums
+Nothing synchronizes with the host: counts stay on the device, and a launch covers the most tiles there can be. Sums
 have one order and no atomics, so results are equal bit by bit from run to run.
 """
 

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def triton_version() -> tuple[int, ...] | None:
-    """Return the major and minor version of the installed Triton: None without one, () where it is unknown."""
+    """Return the major and minor version of the installed Triton: None without one, () if it is unknown."""
     if importlib.util.find_spec("triton") is None:
         return None
     for name in ("triton", "pytorch-triton", "triton-windows"):
@@ -40,7 +40,7 @@ def interpreted() -> bool:
 def upcast(dtype: torch.dtype) -> bool:
     """Return whether kernels have to compute in float32, and round by themselves.
 
-    The interpreter multiplies bfloat16 as whole numbers and cuts off where it should round.
+    The interpreter multiplies bfloat16 as integers and cuts off where it should round.
     """
     return interpreted() and dtype == torch.bfloat16
 

@@ -1,12 +1,12 @@
-"""The two- or three-matrix expert over its rows, and one product: custom ops with a backward of their own.
+"""The two- or three-matrix expert over its rows, and one matmul: custom ops with a backward of their own.
 
 Forward: one launch gathers, multiplies and activates; one multiplies, adds the bias and weights by the gate; one sums
-the rows of a token (with one expert a token the second writes to the token itself, and there is no third). Kept for the
-backward: the tokens and the pre-activations. The gate's gradient is ``<dy w_out^T, h> + <dy, b_out>`` (arXiv
+the rows of a token (with one expert per token the second writes to the token itself, and the third is skipped). Saved
+activations: the tokens and the pre-activations. The gate's gradient is ``<dy w_out^T, h> + <dy, b_out>`` (arXiv
 2512.14080, section 3), so the experts' outputs are not needed.
 
-With several experts a token, rows are written where they are computed and the sum gathers them: as many bytes as when
-the product scatters them, and its stores are whole lines.
+With several experts per token, rows are written where they are computed and the sum gathers them: as many bytes as when
+the matmul scatters them, and its stores are whole lines.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None =
 
 
 def _beyond(*weights: Tensor | None, dtype: torch.dtype) -> bool:
-    """Return whether the weights pass the kernels' limits; raise a ``ValueError`` where they are of another dtype."""
+    """Return whether the weights pass the kernels' limits; raise a ``ValueError`` if they have another dtype."""
     given = [w for w in weights if w is not None]
     for w in given:
         if w.dtype != dtype:

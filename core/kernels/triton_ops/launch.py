@@ -26,12 +26,12 @@ class Launch:
 
     Attributes:
         kernel: "file.function" below ``jit``.
-        args: tensors and whole numbers, in the order of the kernel's parameters.
+        args: tensors and integers, in the order of the kernel's parameters.
         constants: values that are compiled in, tile aside.
         grid: number of programs to start, given the tile.
         tile: the kernel's name in ``tuning``, its shape (experts, width summed over or rows of the result, columns of
-            the result), the dtype of the products and the mean rows of an expert; None where nothing is tuned.
-        warps: warps of a program where nothing is tuned.
+            the result), the dtype of the matmuls and the mean rows of an expert; None if nothing is tuned.
+        warps: warps of a program if nothing is tuned.
     """
 
     kernel: str
@@ -58,7 +58,7 @@ class Launch:
         return (None,) if self.tile is None else tiles(self.tile[0], self.tile[1][1:], self.tile[2], self.tile[3])
 
     def flags(self) -> tuple[str, ...]:
-        """Return what tells launches of one shape apart: the constants that are on, and the words among them."""
+        """Return the key of launches of one shape: the constants that are on, and the words among them."""
         constants = self.constants.items()
         return tuple(name if on is True else on for name, on in constants if on is True or isinstance(on, str))
 
@@ -66,7 +66,7 @@ class Launch:
         jit_function(self.kernel)[(self.grid(tile),)](*self.args, **self.options(tile))
 
     def run(self) -> None:
-        """Start the kernel with the best tile, on the card where its tensors are."""
+        """Start the kernel with the best tile, on the card of its tensors."""
         if _WRITTEN_DOWN is not None:
             _WRITTEN_DOWN.append(self)
             return
@@ -85,7 +85,7 @@ class Launch:
 def fastest(key: str, device: torch.device, runs: Mapping[str, Callable[[], Any]]) -> str:
     """Return the name of the fastest of ``runs`` on a card, measured once and kept as the tiles are.
 
-    The first is the default, where nothing can be measured.
+    The first is the default, if nothing can be measured.
     """
     with torch.cuda.device(device):
         return tuner(_card_name(device)).pick(key, tuple(runs), lambda name: runs[name]())
@@ -106,7 +106,7 @@ def written_down() -> Iterator[list[Launch]]:
 
 
 def dense(*tensors: Tensor | None) -> list[Any]:
-    """Return each tensor contiguous, as a copy where it must be: kernels know no strides."""
+    """Return each tensor contiguous, as a copy if it must be: kernels know no strides."""
     return [None if t is None else t.contiguous() for t in tensors]
 
 
@@ -130,14 +130,14 @@ def _multiprocessors(index: int) -> tuple[int, int]:
 def programs(total: int, like: Tensor, tile: Tile, matrices: int = 1) -> int:
     """Return how many programs walk ``total`` tiles.
 
-    On Hopper and later it is as many as lie on the card at a time, which saves starts; on older cards one for each
+    On Hopper and later it is as many as fit on the card at a time, which saves starts; on older cards one for each
     tile. Each stage of a program's loads takes shared memory for a part of the rows and of the weights, and CUDA keeps
     1 KB more: 128 x 256 in 3 stages of 64 half-precision numbers takes 3 * (128 + 256) * 64 * 2 = 147,456 bytes, and
     one such program has room in Hopper's 233,472. Two are enough.
 
     Args:
         total: number of tiles.
-        like: tensor of the products' dtype and device.
+        like: tensor of the matmuls' dtype and device.
         tile: way in which the launch is cut up.
         matrices: weights that a program multiplies with at a time.
     """

@@ -1,4 +1,4 @@
-"""Launches of the grouped products: which kernel, with which flags, on which grid."""
+"""Launches of the grouped matmuls: which kernel, with which flags, on which grid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS_AT_A_TIME = 64
 
 
 def _flags(x: Tensor) -> dict[str, object]:
-    """Return the flags of products of this dtype: float32 is exact unless torch's own products may use tf32."""
+    """Return the flags of matmuls of this dtype: float32 is exact unless torch's own matmuls may use tf32."""
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {"PRECISION": "tf32" if tf32 else "ieee", "UPCAST": upcast(x.dtype)}
 
@@ -77,10 +77,10 @@ def linear(
     row_index_R: Tensor | None = None,
     clear: bool = False,
 ) -> None:
-    """Compute ``out = g (x w + x2 w2 + b)``; rows go to ``row_index_R`` of ``out`` where it is given.
+    """Compute ``out = g (x w + x2 w2 + b)``; rows go to ``row_index_R`` of ``out`` if it is given.
 
     Args:
-        x: (R, D); w: (E, D, N), or ``transposed`` (E, N, D). Quantised ones are neither transposed nor two.
+        x: (R, D); w: (E, D, N), or ``transposed`` (E, N, D). Quantized ones are neither transposed nor two.
         second: x2 and w2, of the same shapes.
         clear: set rows past the last offset to zero; not with ``row_index_R``.
     """

@@ -1,4 +1,4 @@
-"""Quantised experts over their rows, forward alone: their matrices are dequantised inside the products.
+"""Quantized experts over their rows, forward only: their matrices are dequantized inside the matmuls.
 
 They are read from memory as they are stored, a quarter or an eighth of float32, and no floating-point copy is written.
 """
@@ -87,7 +87,7 @@ _quantized_linear.register_autograd(grouped.refuse_gradient)
 
 
 def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str) -> Tensor:
-    """Compute ``eager.expert_ffn`` by quantised matrices.
+    """Compute ``eager.expert_ffn`` by quantized matrices.
 
     Raises:
         ValueError: shapes that do not go together, or an unknown activation.
@@ -122,7 +122,7 @@ def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, 
 
 
 def expert_linear(x_RD: Tensor, w: QuantizedWeight, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
-    """Compute ``eager.expert_linear`` by quantised matrices.
+    """Compute ``eager.expert_linear`` by quantized matrices.
 
     Raises:
         ValueError: rows not as wide as the matrices take them, or a bias or offsets of another shape.
@@ -146,7 +146,7 @@ def down(
     starts: Tensor | None,
     top_k: int,
 ) -> Tensor:
-    """Return the sum over each token's rows of the gated second product, (T, N)."""
+    """Return the sum over each token's rows of the gated second matmul, (T, N)."""
     direct = row_index_R is None or top_k == 1
     # Rows and tokens that no expert computes are zero.
     y = x.new_zeros(x.shape[0], w_out.shape[-1]) if direct else x.new_empty(len(gates_R), w_out.shape[-1])

@@ -15,7 +15,7 @@ MAX_BINS = 4096
 
 
 def find_places(ids: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where each pair stands when pairs are sorted by id, earlier pairs first.
+    """Return the position of each pair when pairs are sorted by id, earlier pairs first.
 
     Args:
         ids: int64 (N,), in ``range(bins)``.
@@ -73,7 +73,7 @@ def _launch(
     counts = torch.empty(bins, blocks, dtype=torch.int32, device=ids.device)
     flags = {"ORDERED": served_T is not None, "IN_QUEUE": top_k > 0, "BLOCK": BLOCK}
     served, sizes = ids if served_T is None else served_T, (N, max(num_tokens, 1), max(top_k, 1))
-    # One bin more takes what is past the last pair.
+    # One more bin takes the entries past the last pair.
     binned = flags | {"BINS_POW2": power_of_two(bins + 1)}
     Launch("sort.count", (ids, served, counts, *sizes, bins, blocks), binned, lambda _: blocks).run()
     ends = counts.flatten().cumsum(0, dtype=torch.int32)
@@ -82,7 +82,7 @@ def _launch(
 
 
 def sort_pairs(expert_ids_N: Tensor, tokens_per_expert_E: Tensor) -> Sorted:
-    """Sort as ``eager.sort_pairs`` does, but count the ids anew."""
+    """Sort as ``eager.sort_pairs`` does, but recount the ids."""
     E = tokens_per_expert_E.shape[0]
     if E >= MAX_BINS:
         return eager.sort_pairs(expert_ids_N, tokens_per_expert_E)

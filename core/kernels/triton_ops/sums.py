@@ -15,9 +15,9 @@ from .sort import MAX_BINS, find_places
 
 @torch.library.custom_op("moesaic::triton_rows_by_token", mutates_args=())
 def rows_by_token(row_index_R: Tensor, offsets_E: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return the rows of each token, where a token may have any number: int64 (R,) rows, int64 (T + 1,) starts.
+    """Return the rows of each token, of which a token may have any number: int64 (R,) rows, int64 (T + 1,) starts.
 
-    Rows past the last offset come last and belong to none. No host synchronisation. For tokens that have ``top_k`` rows
+    Rows past the last offset come last and belong to none. No host synchronization. For tokens that have ``top_k`` rows
     each nothing has to be sorted: see ``sum_rows``.
     """
     R, device = row_index_R.shape[0], row_index_R.device
@@ -38,7 +38,7 @@ def _(row_index_R, offsets_E, num_tokens):
 
 
 def order_of(rows: RowIndex, num_tokens: int) -> tuple[Tensor | None, Tensor | None, int]:
-    """Return ``rows``, ``starts`` and ``top_k`` of ``sum_rows``; no rows where each token has one."""
+    """Return ``rows``, ``starts`` and ``top_k`` of ``sum_rows``; no rows if each token has one."""
     index_R, offsets_E, inverse_N, top_k = rows
     if index_R is None or (inverse_N is not None and top_k == 1):
         return None, None, top_k or 0
@@ -59,8 +59,8 @@ def sum_rows(
 ) -> Tensor:
     """Return the sum of the (gated) rows of each token, (T, D).
 
-    ``rows`` and ``starts`` are those of ``rows_by_token``. Where pairs are token-major, ``rows`` is the row of each
-    pair and ``starts`` is None.
+    ``rows`` and ``starts`` come from ``rows_by_token``. If pairs are token-major, ``rows`` is the row of each pair
+    and ``starts`` is None.
     """
     D = y_RD.shape[1]
     out = y_RD.new_empty(num_tokens, D, dtype=dtype)
@@ -113,7 +113,7 @@ def sum_rows_grad(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the rows in ``dtype``, (R, D), and of the gates, (R,).
 
-    ``y_RD`` and ``gates_R`` are both None where rows are not gated, and the gates' gradient is empty then.
+    ``y_RD`` and ``gates_R`` are both None if rows are not gated, and the gates' gradient is empty then.
     """
     R, D = row_index_R.shape[0], dout.shape[1]
     dy_RD = dout.new_empty(R, D, dtype=dtype)
@@ -161,10 +161,10 @@ _combine.register_autograd(_backward, setup_context=_setup)
 
 
 def combine(y_RD: Tensor, rows: RowIndex, gates_R: Tensor | None, num_tokens: int) -> Tensor:
-    """Sum as ``eager.combine`` does, without a sort where ``rows`` has the places of token-major pairs.
+    """Sum as ``eager.combine`` does, without a sort if ``rows`` has the places of token-major pairs.
 
     Raises:
-        ValueError: an index or gates not of one number a row.
+        ValueError: an index or gates without one number per row.
     """
     index_R, offsets_E, inverse_N, top_k = rows
     R = y_RD.shape[:1]

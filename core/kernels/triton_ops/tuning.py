@@ -2,7 +2,7 @@
 
 Nothing here changes a bit of a result: tiles differ in rows, columns, warps and stages, and every sum runs over
 ``BLOCK_K`` numbers at a time from first to last. ``hidden_grad`` sums along a row inside its tile, so its tile is not
-tuned: shapes alone decide it.
+tuned: only shapes decide it.
 
 So may backends be measured (``launch.fastest``), whose results differ in rounding.
 
@@ -54,7 +54,7 @@ class Tile:
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "num_warps": self.warps, "num_stages": self.stages}
 
 
-# Half precision on tensor cores. Where the end of a tile is an activation, its registers are what limits the tile.
+# Half precision on tensor cores. If a tile ends in an activation, its registers limit the tile.
 PLAIN = (
     Tile(128, 256, 8, 3),
     Tile(128, 128, 8, 3),
@@ -75,14 +75,15 @@ TWO_SUMS = (
 TWO_SUMS_OF_SILU = (Tile(128, 128, 8, 3), *TWO_SUMS)
 # A row's sum lies within a tile: warps and columns fixed for each height.
 FIXED = (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(32, 64, 4, 3), Tile(16, 64, 4, 3))
-# The weights' gradients: their tiles are of the weight, their sums over the rows.
+# The weights' gradients: their tiles cover the weight, their sums the rows.
 SQUARE = (Tile(128, 256, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 4, 4), Tile(64, 128, 4, 4), Tile(64, 64, 4, 4))
 # Full precision without tf32 runs on the ordinary cores, whose sums lie in registers.
 FULL = (Tile(64, 64, 8, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(16, 64, 4, 3))
 FULL_FIXED = (Tile(64, 64, 8, 3), Tile(32, 64, 4, 3), Tile(16, 64, 4, 3))
 FULL_SQUARE = (Tile(64, 64, 8, 3), Tile(64, 64, 4, 3))
-# Half-precision rows that are no multiple of 16 bytes are loaded 2, 4 or 8 bytes at a time, and each address, kept over
-# the whole sum, takes two registers: on sm_80 ``linear`` spilled 1768 bytes a thread with 128 x 256, none with these.
+# Half-precision rows that are not a multiple of 16 bytes are loaded 2, 4 or 8 bytes at a time, and each address, kept
+# over the whole sum, takes two registers: on sm_80 ``linear`` spilled 1768 bytes per thread with 128 x 256, none with
+# these.
 RAGGED = FULL_FIXED
 RAGGED_SQUARE = FULL_SQUARE[:1]
 # Small, so that small problems have many tiles, ragged ones too.
@@ -109,7 +110,7 @@ FULL_TILES = {
     "weight_grad": FULL_SQUARE,
 }
 RAGGED_TILES = {kernel: RAGGED_SQUARE if kernel == "weight_grad" else RAGGED for kernel in HALF_TILES}
-# The same holds for float32 rows that are no multiple of 4: on sm_80 ``linear`` spilled 288 bytes with 4 warps, none
+# The same holds for float32 rows that are not a multiple of 4: on sm_80 ``linear`` spilled 288 bytes with 4 warps, none
 # with 8.
 FULL_RAGGED_TILES = {
     **FULL_TILES,
@@ -133,7 +134,7 @@ def tiles(kernel: str, widths: Sequence[int], dtype: torch.dtype, rows_per_exper
     Args:
         kernel: a key of ``HALF_TILES``.
         widths: widths of the rows that it reads and writes.
-        dtype: dtype of the products.
+        dtype: dtype of the matmuls.
         rows_per_expert: mean rows of an expert.
     """
     if interpreted():
@@ -154,7 +155,7 @@ def tiles(kernel: str, widths: Sequence[int], dtype: torch.dtype, rows_per_exper
 
 
 def key_of(kernel: str, shape: Sequence[Any], flags: Sequence[str], dtype: torch.dtype, rows_per_expert: float) -> str:
-    """Return what tells measurements apart; rows count by powers of two."""
+    """Return the key that tells measurements apart; rows count by powers of two."""
     height = max(int(rows_per_expert), 1).bit_length()
     return "/".join(map(str, (kernel, str(dtype).removeprefix("torch."), height, *shape, *flags)))
 
@@ -207,7 +208,7 @@ class Tuner:
         fastest = _fastest(candidates, run)
         if fastest is None and isinstance(candidates[0], Tile):
             return candidates[0]
-        # A backend stays the default then: a checkpoint's second pass has to save what the first one saved.
+        # A backend stays the default then: a checkpoint's second pass has to save the same tensors as the first one.
         best = candidates[0] if fastest is None else fastest
         self.best[key] = best
         self._save()
@@ -230,7 +231,7 @@ class Tuner:
             with _locked(self.file):
                 # Other processes have measured since it was read, and their tiles stay.
                 self.best = {**_read(self.file), **self.best}
-                # Another process may be reading: the file is written beside its place and then moved.
+                # Another process may be reading: the file is written next to its place and then moved.
                 new = self.file.with_suffix(f".{os.getpid()}.tmp")
                 plain = {key: best if isinstance(best, str) else asdict(best) for key, best in self.best.items()}
                 try:
@@ -244,7 +245,7 @@ class Tuner:
 
 
 def _read(file: Path) -> dict[str, Tile | str]:
-    """Return what a file keeps, without tiles of an older list. Where it cannot be read there is nothing."""
+    """Return the contents of a file, without tiles of an older list. An unreadable file counts as empty."""
     known = {tile for table in TABLES for listed in table.values() for tile in listed}
     try:
         kept = {k: v if isinstance(v, str) else Tile(**v) for k, v in json.loads(file.read_text()).items()}
@@ -258,7 +259,7 @@ def _read(file: Path) -> dict[str, Tile | str]:
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Let one process in at a time, by a file beside ``file``. Without such locks (Windows) the last one wins."""
+    """Let one process in at a time, by a file next to ``file``. Without such locks (Windows) the last one wins."""
     try:
         import fcntl
     except ImportError:
@@ -270,7 +271,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _fastest(candidates: Sequence[C], run: Callable[[C], Any]) -> C | None:
-    """Return the fastest one, or None where there is no room for the timer's own memory in the middle of a step."""
+    """Return the fastest one, or None if memory lacks room for the timer's own memory in the middle of a step."""
     from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
@@ -287,5 +288,5 @@ def _fastest(candidates: Sequence[C], run: Callable[[C], Any]) -> C | None:
 
 @cache
 def tuner(card: str) -> Tuner:
-    """Return the tuner of this kind of card: tensors of a process may lie on several kinds."""
+    """Return the tuner of this kind of card: tensors of a process may be on several kinds."""
     return Tuner(card)

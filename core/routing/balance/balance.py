@@ -15,13 +15,13 @@ from ...registry import register_config
 @dataclass(frozen=True)
 class BalanceWeights(Checked):
     """Weights of the balance losses. A term that does not apply to the router is skipped while it is at its default,
-    and refused when set by hand.
+    and raises an error when set by hand.
 
     Attributes:
         load_balancing: ``E * sum_e f_e P_e`` (Switch, arXiv 2101.03961, eq. 4); 1 at balance.
         router_z: mean of ``logsumexp(logits)^2`` (ST-MoE, arXiv 2202.08906, eq. 5).
-        importance: squared coefficient of variation of the experts' summed scores, which are those of all experts and
-            not the gates of the chosen ones (V-MoE, arXiv 2106.05974, section A.1, and its code).
+        importance: squared coefficient of variation of the experts' summed scores, over all experts, not the gates of
+            the chosen ones (V-MoE, arXiv 2106.05974, section A.1, and its code).
         load: squared coefficient of variation of the experts' smooth load, which needs noise on the logits
             (arXiv 1701.06538, eq. 11).
         mutual_information: minus the mutual information of token and expert (ModuleFormer, arXiv 2306.04640), or, with
@@ -29,12 +29,12 @@ class BalanceWeights(Checked):
         local_entropy: mean entropy of a token's scores, summed over modalities (LIMoE, arXiv 2206.02770); in nats.
         global_entropy: ``max(0, entropy_threshold - entropy of the mean scores)``, summed over modalities (LIMoE).
         sequence_balance: ``load_balancing`` within each sequence, the mean over sequences; the choice is the top-k of
-            the scores without bias or noise (DeepSeek-V3, arXiv 2412.19437, eq. 17-20, where the weight is 1e-4).
-        localized: variance over mean of the importance of each expert in each sequence, ``Z = (1 + delta) Q`` where
-            the expert is of the sequence's type and ``(1 - delta) Q`` elsewhere, with Q the sum of its scores over the
+            the scores without bias or noise (DeepSeek-V3, arXiv 2412.19437, eq. 17-20, which sets the weight to 1e-4).
+        localized: variance over mean of the importance of each expert in each sequence, ``Z = (1 + delta) Q`` if the
+            expert has the sequence's type and ``(1 - delta) Q`` elsewhere, with Q the sum of its scores over the
             sequence; the type is ``context.task_ids_B`` (LoRAMoE, arXiv 2312.09979).
-        first_choice: ``load_balancing`` with the shares of first choices alone, the best by the scores without bias or
-            noise, in place of all K (GShard, arXiv 2006.16668, algorithm 1).
+        first_choice: ``load_balancing`` with only the shares of first choices, the best by the scores without bias or
+            noise, instead of all K (GShard, arXiv 2006.16668, algorithm 1).
         gate_importance: squared coefficient of variation of the experts' summed gates, which are 0 for experts that a
             token did not take, or that were full (arXiv 1701.06538, eq. 6-7).
         contrast: mean of ``contrast_losses`` over rows of the pass, in training (MoELoRA, arXiv 2402.12851); in nats.
@@ -67,8 +67,8 @@ class Balance(BalanceWeights):
     """Weights and options of the balance losses of a layer.
 
     Attributes:
-        num_tasks: number of tasks in ``context.task_ids_B`` for ``mutual_information``; 0: it is of tokens.
-        num_modalities: number of modalities in ``context.modality_BS`` for the entropies; 1: all tokens are of one.
+        num_tasks: number of tasks in ``context.task_ids_B`` for ``mutual_information``; 0: it belongs to tokens.
+        num_modalities: number of modalities in ``context.modality_BS`` for the entropies; 1: all tokens belong to one.
         local_entropy_modality: the only modality whose local entropy counts (LIMoE: text); None: all.
         entropy_threshold: entropy in nats, for all modalities or one for each (LIMoE); ``log(n)`` asks for about n
             experts a modality; None: ``log(E)``.
@@ -79,7 +79,7 @@ class Balance(BalanceWeights):
         contrast_rows: most rows of a pass that ``contrast`` compares; the same number is computed twice.
         expert_types: type of each expert, for ``localized``; types are the tasks, from 0 on.
         scope: "global": a term is a function of the tokens of all ranks; "rank": of each rank's own, with the mean of
-            the ranks as its gradient (as Switch and most others do; cheaper, and stricter where a rank has few tokens).
+            the ranks as its gradient (as Switch and most others do; cheaper, and stricter if a rank has few tokens).
         adaptive: whether the layer's weight of ``load_balancing``, which starts at that field, follows the drop rate:
             ``update_expert_bias`` moves it once per optimizer step by ``adaptive_weight`` (Skywork-MoE, arXiv
             2406.06563). This needs a capacity factor.

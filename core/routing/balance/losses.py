@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def mean_over(total: Tensor, count: Tensor | float) -> Tensor:
-    """Return the mean of ``count`` values from their sum; 0 where there are none."""
+    """Return the mean of ``count`` values from their sum; 0 if there are none."""
     return total / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
 
 
@@ -21,7 +21,7 @@ def load_balancing_loss(score_sum_E: Tensor, chosen_per_expert_E: Tensor, num_to
     Args:
         score_sum_E: (E,), sum over tokens of the scores, which sum to 1 in a token; ``P_e`` is it over ``num_tokens``.
         chosen_per_expert_E: (E,), pairs that chose each expert before capacity; ``f_e`` is its share of all pairs.
-        num_tokens: number of real tokens.
+        num_tokens: number of non-padding tokens.
     """
     share_E = chosen_per_expert_E / chosen_per_expert_E.sum().clamp_min(1)
     return mean_over(len(score_sum_E) * (share_E * score_sum_E).sum(), num_tokens)
@@ -49,7 +49,7 @@ def mutual_information_loss(score_sum_E: Tensor, entropy_sum: Tensor, num_tokens
     Args:
         score_sum_E: (E,), sum over tokens of the scores, which sum to 1 in a token.
         entropy_sum: sum over tokens of the entropy of the token's scores, or of its task's mean scores.
-        num_tokens: number of real tokens.
+        num_tokens: number of non-padding tokens.
     """
     return mean_over(entropy_sum, num_tokens) - entropy(mean_over(score_sum_E, num_tokens))
 
@@ -60,22 +60,22 @@ def entropy_of_means(score_sum_GE: Tensor, tokens_G: Tensor) -> Tensor:
 
 
 def local_entropy_loss(entropy_sum_G: Tensor, tokens_G: Tensor) -> Tensor:
-    """Return the sum over modalities of the mean entropy of their tokens' scores (LIMoE): low where gates are sharp.
+    """Return the sum over modalities of the mean entropy of their tokens' scores (LIMoE): low if gates are sharp.
 
     Args:
         entropy_sum_G: (G,), sum of the entropies of each modality's tokens.
-        tokens_G: (G,), number of its real tokens.
+        tokens_G: (G,), number of its non-padding tokens.
     """
     return (entropy_sum_G / tokens_G.clamp_min(1)).sum()
 
 
 def global_entropy_loss(score_sum_GE: Tensor, tokens_G: Tensor, threshold: Tensor | float) -> Tensor:
-    """Return the sum over modalities that have tokens of ``max(0, threshold - H(mean scores))`` (LIMoE): 0 where each
+    """Return the sum over modalities that have tokens of ``max(0, threshold - H(mean scores))`` (LIMoE): 0 if each
     modality uses about ``exp(threshold)`` experts or more.
 
     Args:
         score_sum_GE: (G, E), sums of the scores of each modality's tokens.
-        tokens_G: (G,), number of its real tokens.
+        tokens_G: (G,), number of its non-padding tokens.
         threshold: entropy in nats, one for all modalities or (G,).
     """
     return ((threshold - entropy_of_means(score_sum_GE, tokens_G)).relu() * (tokens_G > 0)).sum()
@@ -87,7 +87,7 @@ def sequence_losses(score_sum_BE: Tensor, chosen_BE: Tensor, tokens_B: Tensor) -
     Args:
         score_sum_BE: (B, E), sums of the scores of its tokens; ``P_e`` is it over ``tokens_B``.
         chosen_BE: (B, E), pairs that chose each expert; ``f_e`` is its share of the sequence's pairs.
-        tokens_B: (B,), number of its real tokens.
+        tokens_B: (B,), number of its non-padding tokens.
     """
     share_BE = chosen_BE / chosen_BE.sum(-1, keepdim=True).clamp_min(1)
     return score_sum_BE.shape[-1] * (share_BE * score_sum_BE).sum(-1) / tokens_B.clamp_min(1)
@@ -105,7 +105,7 @@ def sparsity_loss(score_sum_E: Tensor, positive_E: Tensor, num_tokens: Tensor | 
     Args:
         score_sum_E: (E,), sum over tokens of the scores, which are not negative.
         positive_E: (E,), number of tokens with a positive score.
-        num_tokens: number of real tokens.
+        num_tokens: number of non-padding tokens.
     """
     return len(score_sum_E) * (mean_over(positive_E, num_tokens) * mean_over(score_sum_E, num_tokens)).sum()
 
@@ -120,12 +120,13 @@ def localized_loss(total: Tensor, square: Tensor, count: Tensor | float) -> Tens
 
 
 def contrast_losses(y_SD: Tensor, expert_S: Tensor, kept_S: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the contrast of each expert's outputs with those of the others, float32 (S,), and which rows have one.
+    """Return the contrast of each expert's outputs with the other experts', float32 (S,), and which rows have one.
 
     For row i, with the similarities ``s_ij = u_i . u_j / temperature`` and ``u = y / sqrt(1 + |y|^2)``, it is the mean
     over the other rows p of its expert of ``-log(exp(s_ip) / sum over j != i of exp(s_ij))``, as in MoELoRA (arXiv
-    2402.12851): outputs of one expert attract each other, and those of different experts repel. Long outputs are
-    compared by their direction; one of zero, as that of a new low-rank update, has none, and its gradient is bounded.
+    2402.12851): outputs of one expert attract each other, and outputs of different experts repel. Long outputs are
+    compared by their direction; an output of zero, as from a new low-rank update, has none, and its gradient is
+    bounded.
 
     Args:
         y_SD: (S, D) outputs.

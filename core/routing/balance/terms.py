@@ -1,8 +1,8 @@
 """The balance losses by name: the sums over tokens that each takes of a pass, and its loss of these sums.
 
 To add a balance loss, write its formula in ``balance_losses.py``, its entry in ``TERMS`` here, and its weight, a
-field of ``BalanceWeights`` in ``balance.py``, where ``needs`` says what it reads of the context. A term with
-``of_scores`` applies to every gate that has learned scores of all experts.
+field of ``BalanceWeights`` in ``balance.py``, where ``needs`` lists the fields of the context that it reads. A term
+with ``of_scores`` applies to every gate that has learned scores of all experts.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Pass:
         self.known: Mapping[str, Tensor] = self.evidence.sums or {}
 
     def total(self, per_token: Tensor) -> Tensor:
-        """Return the sum over the real tokens."""
+        """Return the sum over the non-padding tokens."""
         return per_token.sum(0) if self.valid_T is None else (per_token * _like(self.valid_T, per_token)).sum(0)
 
     def num_sequences(self, name: str) -> int:
-        """Return the number of sequences: where the routing does not know it, that of the context's field ``name``."""
+        """Return the number of sequences: if the routing does not know it, from the context's field ``name``."""
         if self.routing.num_sequences is not None:
             return self.routing.num_sequences
         ids, T = None if self.context is None else getattr(self.context, name), self.routing.num_tokens
@@ -68,7 +68,7 @@ class Pass:
 
     @cached_property
     def share_TE(self) -> Tensor:
-        """The scores divided by their sum: a loss of plain sigmoid scores would shrink by lowering them all."""
+        """The scores normalized to sum to 1: a loss of plain sigmoid scores would shrink by lowering them all."""
         scores_TE = self.evidence.scores_TE
         assert scores_TE is not None
         return scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
@@ -80,7 +80,7 @@ class Pass:
 
     @cached_property
     def modality_TG(self) -> Tensor:
-        """Membership, float (T, G): 1 where a real token is of modality g."""
+        """Membership, float (T, G): 1 if a non-padding token belongs to modality g."""
         return _members(self, self.balance.num_modalities, "modality_BS")
 
 
@@ -89,11 +89,12 @@ class Term:
     """One balance loss.
 
     Attributes:
-        key: name of a sum without which there is no loss, since the evidence did not allow the sum.
-        take: function of a pass that returns sums over its real tokens, float32, by name. Terms may share a sum;
+        key: name of a sum that the loss needs; without it, since the evidence did not allow the sum, the loss is
+            skipped.
+        take: function of a pass that returns sums over its non-padding tokens, float32, by name. Terms may share a sum;
             "num_tokens" (1,) and "chosen" (E,) are always there.
         loss: function of the sums, added up over ranks, that returns the loss.
-        of_scores: whether the term reads scores alone, so that it applies wherever a gate has learned scores of all
+        of_scores: whether the term reads only scores, so that it applies wherever a gate has learned scores of all
             experts.
     """
 
@@ -179,7 +180,7 @@ def _localized(one: Pass) -> dict[str, Tensor]:
     type_E = torch.tensor(balance.expert_types, device=share_TE.device)
     is_type_GE = (type_E == torch.arange(balance.num_types, device=share_TE.device)[:, None]).to(share_TE.dtype)
     real_T1 = share_TE.new_ones(len(share_TE), 1) if one.valid_T is None else _like(one.valid_T, share_TE)
-    # 1 + delta where the expert is of the sample's type, else 1 - delta: one type a sample, so one term of the sum.
+    # 1 + delta if the expert has the sample's type, else 1 - delta: one type per sample, so one term of the sum.
     factor_TE = real_T1 * (1 - balance.localized_delta) + 2 * balance.localized_delta * type_TG @ is_type_GE
     B = one.num_sequences("task_ids_B")
     of_sequence = (B, len(share_TE) // max(B, 1))
@@ -252,7 +253,7 @@ def _gate_distance(one: Pass) -> dict[str, Tensor]:
 
 
 def _members(one: Pass, count: int, name: str) -> Tensor:
-    """Return membership, float (T, G): 1 where a real token is of task or modality g."""
+    """Return membership, float (T, G): 1 if a non-padding token belongs to task or modality g."""
     scores_TE, valid_T, context = one.share_TE, one.valid_T, one.context
     T = scores_TE.shape[0]
     if name == "modality_BS" and count == 1:
@@ -328,7 +329,7 @@ def balance_sums(
 ) -> dict[str, Tensor]:
     """Return the sums over tokens that the ``wanted`` terms are functions of; float32, on the routing's device.
 
-    Sums of different ranks add up, and each term is computed from the added sums alone.
+    Sums of different ranks add up, and each term is computed from the added sums only.
 
     Args:
         routing, balance, context, shared_gate_T: arguments of ``Pass``.

@@ -15,7 +15,7 @@ def balanced_clusters(points_ND: Tensor, num_clusters: int, *, seed: int = 0, nu
     Args:
         points_ND: (N, D), finite.
         num_clusters: number of clusters, at most N.
-        seed: seed of the first centres, drawn among the points.
+        seed: seed of the first centers, sampled among the points.
         num_iterations: most iterations.
 
     Raises:
@@ -40,8 +40,8 @@ def balanced_clusters(points_ND: Tensor, num_clusters: int, *, seed: int = 0, nu
 
 
 def assign_equally(points_ND: Tensor, centres_ED: Tensor) -> Tensor:
-    """Assign each of (N, D) points to a near one of (E, D) centres, int64 (N,): each centre takes N // E points or one
-    more, the nearest of those that want it, and the others go on to their next nearest centre with room."""
+    """Assign each of (N, D) points to a near one of (E, D) centers, int64 (N,): each center takes N // E points or one
+    more, the nearest points that prefer it, and the others take their next nearest center with room."""
     N, E = len(points_ND), len(centres_ED)
     distance_NE = torch.cdist(points_ND, centres_ED)
     cluster_N = torch.full((N,), E, device=points_ND.device)

@@ -108,7 +108,7 @@ class HashRouter(PairRouter):
             counts: (V,), number of occurrences of each token id; not negative.
 
         Raises:
-            ValueError: the hash is not of this kind, or the counts are of another length or negative.
+            ValueError: the hash is not of this kind, or the counts have another length or are negative.
         """
         self._check_kind("balanced", "fit")
         numbers = [float(count) for count in (counts.tolist() if isinstance(counts, Tensor) else counts)]
@@ -123,7 +123,7 @@ class HashRouter(PairRouter):
         as many ids as the others. Call it before training.
 
         Args:
-            embeddings_VD: (V, D), such as those of a trained dense model.
+            embeddings_VD: (V, D), such as a trained dense model's.
             num_iterations: most iterations of k-means.
 
         Raises:
@@ -166,7 +166,7 @@ class Hash(FixedKConfig):
         top_k: different experts per token, each at gate 1 / K. The kind "clustered" has 1.
         seed: seed of the table.
         score_func: score of the logits ``x W^T`` that the gates are: "softmax", "sigmoid" or "sqrt_softplus"; for K > 1
-            they are divided by their sum. None: nothing is learned.
+            they are normalized to sum to 1. None: nothing is learned.
         scale: factor on the learned gates.
         init_scale: variance of the gate's initial weights times D.
     """
@@ -257,16 +257,16 @@ class RandomRouter(PairRouter):
 
 @dataclass(frozen=True)
 class Random(FixedKConfig):
-    """Experts are drawn at random in training (THOR, arXiv 2110.04260), at gate 1 / K. THOR runs each batch twice with
+    """Experts are chosen at random in training (THOR, arXiv 2110.04260), at gate 1 / K. THOR runs each batch twice with
     ``top_k=1`` and adds ``consistency_loss`` of the two outputs, so that any expert will do.
 
     In evaluation the choice is fixed: with "fixed" position s of a sequence takes the experts ``s K + k mod E``; with
     "average" every token takes all experts at gate 1 / E, at E / K times the cost; with "merged" all tokens take one
-    expert, whose parameters are the mean of all experts' (AdaMix, arXiv 2205.12410, which draws ``per="batch"``).
+    expert, whose parameters are the mean of all experts' (AdaMix, arXiv 2205.12410, which chooses ``per="batch"``).
 
     Attributes:
         top_k: experts per token, K.
-        per: unit of one draw, "token", "sequence" or "batch".
+        per: unit of one random choice, "token", "sequence" or "batch".
         evaluation: "fixed", "average" or "merged".
     """
 
@@ -323,7 +323,7 @@ class DomainRandomRouter(PairRouter):
     def choose(self, tokens: Tokens) -> Choice:
         ids_T = tokens.ids("token_ids_BS", self.config.vocab_size).flatten()
         domain_B = tokens.ids("domain_ids_B", self.config.num_domains)
-        # Two lookups, by token and then by domain, each refuse an id out of range.
+        # Two lookups, by token and then by domain, each reject an id out of range.
         expert_1T = self.table.index_select(1, ids_T).gather(0, tokens.to_tokens(domain_B)[None])
         return Choice(expert_1T.T, tokens.x_TD.new_ones(expert_1T.T.shape))
 
@@ -331,8 +331,8 @@ class DomainRandomRouter(PairRouter):
 @dataclass(frozen=True)
 class DomainRandom(RouterConfig):
     """Random routed experts of PanGu-Sigma (arXiv 2303.10845): a sequence's domain selects one of equal groups of
-    experts, and a table drawn once maps each token id to an expert of that group, at gate 1. A domain's experts can be
-    taken out and trained on without touching the others.
+    experts, and a table sampled once maps each token id to an expert of that group, at gate 1. A domain's experts can
+    be taken out and trained on without touching the others.
 
     Attributes:
         num_domains: groups; ``context.domain_ids_B`` is in ``range(num_domains)``. Group d has the experts

@@ -23,7 +23,7 @@ SEQUENCE_TERMS = SCORE_TERMS | {"router_z"}
 
 
 class SentenceRouter(SequenceTopKRouter):
-    """The router of ``Sentence``: a linear gate on the mean of a sequence's real tokens."""
+    """The router of ``Sentence``: a linear gate on the mean of a sequence's non-padding tokens."""
 
     def sequence_logits(self, tokens: Tokens) -> Tensor:
         return self.gate(tokens.mean_of_sequences())
@@ -79,10 +79,10 @@ class TaskRouter(SequenceTopKRouter):
 
     @torch.no_grad()
     def experts_of(self, task: int) -> TaskExperts:
-        """Return the experts that every token of ``task`` takes: a dense network that can be served alone.
+        """Return the experts that every token of ``task`` takes: a dense network that can be served by itself.
 
         Raises:
-            ValueError: there is no such task.
+            ValueError: the task does not exist.
         """
         if not 0 <= task < self.config.num_tasks:
             raise ValueError(f"task={task} is not in range({self.config.num_tasks})")
@@ -131,15 +131,15 @@ def domain_posterior(log_likelihood_BE: Tensor, prior_E: Tensor | None = None) -
     arXiv 2108.05036).
 
     Args:
-        log_likelihood_BE: (B, E), log-probability of each text under the model with each domain's experts alone, as
-            with ``context.domain_ids_B`` set to that domain.
+        log_likelihood_BE: (B, E), log-probability of each text under the model with only each domain's experts, as with
+            ``context.domain_ids_B`` set to that domain.
         prior_E: (E,), sums to 1; None: uniform.
     """
     return (log_likelihood_BE if prior_E is None else log_likelihood_BE + prior_E.log()).softmax(-1)
 
 
 class DomainRouter(PairRouter):
-    """The router of ``Domain``: an expert a domain, or a mixture of them where the domain is not known.
+    """The router of ``Domain``: one expert per domain, or a mixture of them if the domain is not known.
 
     Attributes:
         prior: float32 (E,) buffer, mixture for sequences whose context has no domain; uniform at the start.
@@ -198,7 +198,7 @@ class DomainRouter(PairRouter):
         """Set the mixture of sequences of unknown domain.
 
         Args:
-            weights_E: (E,), not negative; divided by their sum.
+            weights_E: (E,), not negative; normalized to sum to 1.
 
         Raises:
             ValueError: another length, a weight that is negative or not finite, or all are 0.
@@ -222,7 +222,7 @@ class DomainRouter(PairRouter):
             The prior, (E,).
 
         Raises:
-            ValueError: there is no text, or ``decay`` is not in (0, 1).
+            ValueError: no texts are given, or ``decay`` is not in (0, 1).
         """
         posterior_BE = domain_posterior(log_likelihood_BE.detach().float())
         if not len(posterior_BE):
@@ -241,15 +241,15 @@ class DomainRouter(PairRouter):
 
 @dataclass(frozen=True)
 class Domain(RouterConfig):
-    """DEMix (arXiv 2108.05036): one expert a domain, which computes its sequences alone, at gate 1.
+    """DEMix (arXiv 2108.05036): one expert per domain, which only computes its sequences, at gate 1.
 
-    A sequence's domain is ``context.domain_ids_B``. Where it is None, its experts are mixed by
-    ``context.domain_weights_BE``, and in evaluation, where that is None too, by the router's ``prior``. The layer mixes
-    what its experts put out; the paper mixes next-token probabilities, for which the model runs once a domain.
+    A sequence's domain is ``context.domain_ids_B``. If it is None, its experts are mixed by
+    ``context.domain_weights_BE``, and in evaluation, if that is None too, by the router's ``prior``. The layer mixes
+    its experts' outputs; the paper mixes next-token probabilities, for which the model runs once per domain.
 
     Attributes:
         num_domains: number of domains, equal to ``num_experts``.
-        top_k: number of domains of a mixture, those of the largest weights; None: all. A known domain takes 1.
+        top_k: number of domains of a mixture, by largest weight; None: all. A known domain takes 1.
     """
 
     paper = "2108.05036"

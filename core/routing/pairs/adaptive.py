@@ -22,7 +22,7 @@ from .top_k import TopKConfig, TopKRouter
 
 
 class ThresholdRouter(PairRouter):
-    """The router of ``Threshold``: two experts, or one where the second gate is small."""
+    """The router of ``Threshold``: two experts, or one if the second gate is small."""
 
     config: Threshold
 
@@ -44,14 +44,14 @@ class ThresholdRouter(PairRouter):
 @dataclass(frozen=True)
 class Threshold(LinearGateConfig):
     """Top-2 whose second expert has to be worth it (ST-MoE, arXiv 2202.08906): in training it is kept with probability
-    ``min(1, g_2 / threshold)``, where ``g_1 + g_2 = 1`` before. The first gate is not raised where the second is left
+    ``min(1, g_2 / threshold)``, where ``g_1 + g_2 = 1`` before. The first gate is not raised if the second is left
     out. GShard's ``TokenChoice(top_k=2, second="random")`` is a threshold of 1/2.
 
-    The paper's code draws in evaluation too; here evaluation is deterministic.
+    The paper's code samples in evaluation too; here evaluation is deterministic.
 
     Attributes:
         threshold: value that the second gate, at most 1/2, is compared with.
-        second: rule in training, "random", or "threshold": the second is kept where ``g_2 >= threshold``.
+        second: rule in training, "random", or "threshold": the second is kept if ``g_2 >= threshold``.
         eval_second: rule in evaluation, "threshold" or "always".
         init_scale: variance of the gate's initial weights times D.
     """
@@ -85,7 +85,7 @@ class NullExpertsRouter(PairRouter):
         scores_TM = logits_TM.softmax(-1)
         ids_TK = top_k_ids(logits_TM.detach(), self.config.top_k)
         real_TK = ids_TK < E
-        # The softmax is over the chosen experts alone; a row without any would be NaN.
+        # The softmax is over the chosen experts only; a row without any would be NaN.
         some_T1 = real_TK.any(-1, keepdim=True)
         chosen_TK = logits_TM.gather(-1, ids_TK).masked_fill(~real_TK & some_T1, -torch.inf)
         gates_TK = chosen_TK.softmax(-1).masked_fill(~real_TK, 0.0)
@@ -109,19 +109,19 @@ def _spread(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NullExperts(RouterConfig):
-    """AdaMoE (arXiv 2406.13233): beside the E experts the gate knows null experts, which compute nothing. A token takes
-    the ``top_k`` best of all; how many of them are real is its own affair, and the load-balancing loss holds their mean
-    at ``top_k * E / (E + num_null_experts)``. Gates are the softmax over the chosen real experts; a token that chose
-    null experts alone comes out zero, and the block's residual carries it.
+    """AdaMoE (arXiv 2406.13233): in addition to the E experts the gate knows null experts, which compute nothing. A
+    token takes the ``top_k`` best of all; how many of them are real is its own affair, and the load-balancing loss
+    holds their mean at ``top_k * E / (E + num_null_experts)``. Gates are the softmax over the chosen real experts; a
+    token that chose only null experts comes out zero, and the block's residual carries it.
 
     Loss, with M = E + num_null_experts: ``M sum_i f_i P_i`` over all M, where every null expert has the null experts'
-    mean ``f``: which of them is taken does not matter. ``importance`` averages their scores likewise, and
-    ``router_z`` is that of all M logits. The statistics and the other losses see the softmax over the real experts.
+    mean ``f``: the choice among null experts does not matter. ``importance`` averages their scores likewise, and
+    ``router_z`` covers all M logits. The statistics and the other losses see the softmax over the real experts.
 
     A capacity factor counts ``top_k`` places a token: for c times the balanced load give ``c * E / M``.
 
     Attributes:
-        top_k: experts a token takes, null ones included; at least 2.
+        top_k: experts per token, null ones included; at least 2.
         num_null_experts: number of experts that compute nothing.
         init_scale: variance of the gate's initial weights times D.
     """
@@ -226,10 +226,10 @@ class DynamicThresholdRouter(PairRouter):
 class DynamicThreshold(RouterConfig):
     """Top-any gating (DynMoE, arXiv 2405.14297): a token takes every expert whose score
     ``sigmoid(cos(x, w_e) / temperature)`` is above ``sigmoid(threshold_e / temperature)``, with learned thresholds.
-    Each of the k taken experts has the gate ``1 / k``; its gradient is that of ``(score - threshold) / k``, straight
-    through the step.
+    Each of the k taken experts has the gate ``1 / k``; its gradient is the gradient of ``(score - threshold) / k``,
+    straight through the step.
 
-    Where no expert is above its threshold, the one of the highest score is taken; the paper does so in evaluation alone
+    If no expert is above its threshold, the one with the highest score is taken; the paper does so only in evaluation
     and lets the token pass in training, for it then adds an expert. Experts are neither added nor removed here. At most
     ``max_k`` are taken, those furthest above their thresholds; the paper has no limit, which is ``max_k = E``.
 
@@ -273,7 +273,7 @@ class DynamicThreshold(RouterConfig):
 
 @dataclass(frozen=True)
 class Rounded:
-    """The result of ``round_to_tiles``: the pairs, and how many each expert has. Names are those of ``Routing``."""
+    """The result of ``round_to_tiles``: the pairs, and how many each expert has. Names are as in ``Routing``."""
 
     token_index_N: Tensor
     expert_ids_N: Tensor
@@ -285,8 +285,9 @@ class Rounded:
 def round_to_tiles(scores_TE: Tensor, expert_ids_TK: Tensor, real_T: Tensor, tile: int) -> Rounded:
     """Round each expert's number of tokens to the nearest multiple of ``tile``, a half up (arXiv 2512.14080).
 
-    Rounding down leaves out the expert's lowest-scored pairs; rounding up adds the highest-scored real tokens that did
-    not choose it. Where there are too few such tokens it rounds down; else a load changes by ``tile / 2`` at most.
+    Rounding down leaves out the expert's lowest-scored pairs; rounding up adds the highest-scored non-padding tokens
+    that did not choose it. If there are too few such tokens it rounds down; else a load changes by ``tile / 2`` at
+    most.
 
     Args:
         scores_TE: float (T, E).
@@ -370,12 +371,12 @@ class TokenRoundingRouter(TopKRouter):
 @dataclass(frozen=True)
 class TokenRounding(TopKConfig, LinearGateConfig):
     """Token rounding (SonicMoE, arXiv 2512.14080): top-k, and in training each expert's number of tokens in the call is
-    rounded to the nearest multiple of ``tile``, so that grouped products have no part-filled tiles; see
+    rounded to the nearest multiple of ``tile``, so that grouped matmuls have no part-filled tiles; see
     ``round_to_tiles``. A token may get more or fewer than ``top_k`` experts in training; evaluation is plain top-k.
 
-    In training tokens compete across the batch: batch-mates, later tokens too, change a token's output, so it is
-    refused in a causal decoder. Use it where ``T * K / E`` is well above ``tile``: an expert that fewer than
-    ``tile / 2`` tokens chose gets none. Rounding decides the loads: there is no capacity factor.
+    In training tokens compete across the batch: batch-mates, later tokens too, change a token's output, so a causal
+    decoder rejects it. Use it if ``T * K / E`` is well above ``tile``: an expert that fewer than ``tile / 2`` tokens
+    chose gets none. Rounding decides the loads, without a capacity factor.
 
     Attributes:
         top_k: experts per token before rounding, K.
@@ -387,7 +388,7 @@ class TokenRounding(TopKConfig, LinearGateConfig):
     paper = "2512.14080"
     router_class = TokenRoundingRouter
     terms = SCORE_TERMS | {"router_z"}
-    is_causal = False  # in training: in evaluation a token decides alone
+    is_causal = False  # in training: in evaluation a token decides by itself
     depends_on = "token"
     layer_options = frozenset({"backend"})
 

@@ -17,7 +17,7 @@ from ..selection import Choice
 
 
 class BaseRouter(PairRouter):
-    """The router of ``Base``: one expert a token, equally many tokens an expert in training."""
+    """The router of ``Base``: one expert per token, equally many tokens per expert in training."""
 
     config: Base
 
@@ -35,13 +35,13 @@ class BaseRouter(PairRouter):
 
 @dataclass(frozen=True)
 class Base(LinearGateConfig):
-    """BASE layer (arXiv 2103.16716): one expert a token. In training the tokens of a call are assigned so that the sum
-    of their logits ``x_t . w_e`` is largest and every expert gets ``floor(n / E)`` or ``ceil(n / E)`` of the n real
-    tokens. In evaluation each token takes its best expert. The gate is ``sigmoid(x_t . w_e)``.
+    """BASE layer (arXiv 2103.16716): one expert per token. In training the tokens of a call are assigned so that the
+    sum of their logits ``x_t . w_e`` is largest and every expert gets ``floor(n / E)`` or ``ceil(n / E)`` of the n
+    non-padding tokens. In evaluation each token takes its best expert. The gate is ``sigmoid(x_t . w_e)``.
 
     In training the other tokens of the batch change which expert a token gets, later ones of its sequence too; in
-    evaluation they do not. The assignment is that of each call and each rank; the paper also shuffles tokens over ranks
-    first. There is no balance loss: the load is balanced as it stands.
+    evaluation they do not. The assignment is made for each call and each rank; the paper also shuffles tokens over
+    ranks first. It needs no balance loss: the load is balanced by construction.
 
     Attributes:
         init_scale: variance of the gate's initial weights times D.
@@ -49,7 +49,7 @@ class Base(LinearGateConfig):
 
     paper = "2103.16716"
     router_class = BaseRouter
-    is_causal = False  # in training: in evaluation a token decides alone
+    is_causal = False  # in training: in evaluation a token decides by itself
     depends_on = "token"
 
     init_scale: Positive = 0.1
@@ -61,8 +61,8 @@ class Base(LinearGateConfig):
 def sinkhorn(logits_TE: Tensor, real_T: Tensor | None, iterations: int, temperature: float = 1.0) -> Tensor:
     """Return the logarithm of the Sinkhorn-normalized ``exp(logits / temperature)``, in log space throughout.
 
-    Iterations bring the columns to equal sums over the real tokens, then each row to sum 1: the plan of the assignment
-    relaxed by an entropy (arXiv 2202.01169).
+    Iterations bring the columns to equal sums over the non-padding tokens, then each row to sum 1: the plan of the
+    assignment relaxed by an entropy (arXiv 2202.01169).
 
     Args:
         logits_TE: float (T, E).
@@ -71,7 +71,7 @@ def sinkhorn(logits_TE: Tensor, real_T: Tensor | None, iterations: int, temperat
         temperature: divisor of the logits; the smaller, the closer to a hard assignment, and the more iterations.
 
     Returns:
-        (T, E), rows of log probabilities; the columns of the real tokens sum to about n / E each.
+        (T, E), rows of log probabilities; the columns of the non-padding tokens sum to about n / E each.
     """
     # With experts first, sums over many tokens run along the memory.
     z_ET = (logits_TE / temperature).T.contiguous()
@@ -123,8 +123,8 @@ class Sinkhorn(FixedKConfig, LinearGateConfig):
 
     paper = "2202.01169"
     router_class = SinkhornRouter
-    terms = frozenset({"router_z"})  # the choice is balanced as it stands; large logits are held down as in Megatron-LM
-    is_causal = False  # in training: in evaluation a token decides alone
+    terms = frozenset({"router_z"})  # the choice is always balanced; large logits are held down as in Megatron-LM
+    is_causal = False  # in training: in evaluation a token decides by itself
     depends_on = "token"
 
     top_k: Count = 1

@@ -25,7 +25,7 @@ class ExpertChoiceRouter(Router):
         self.num_experts, self.config, self.capacity = num_experts, config, capacity
         self.terms = config.terms
         self.gate = LinearGate(dim, num_experts, config.init_scale)
-        # Whole numbers, made here: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
+        # Integers, made here: under ``torch.compile(dynamic=True)`` a float cannot be read digit by digit.
         self.ratio = whole_ratio(config.capacity_factor)
 
     @span("moe.router")
@@ -53,14 +53,14 @@ def choose_tokens(
     length: int,
     valid_T: Tensor | None,
 ) -> Routing:
-    """Let every expert take the ``ceil(factor * real tokens / E)`` tokens of each group that score highest with it.
+    """Let every expert take its ``ceil(factor * n / E)`` best of the n non-padding tokens of each group.
 
     Of equal scores the earlier token is taken. The scores are the softmax over the experts, and are the gates too.
 
     Args:
         logits_TE: float32 (T, E), T = ``num_sequences * length``.
-        ratio: the capacity factor in whole numbers, ``whole_ratio(factor)``.
-        group: "sequence", "batch", or a number of neighbouring tokens.
+        ratio: the capacity factor as a ratio of integers, ``whole_ratio(factor)``.
+        group: "sequence", "batch", or a number of neighboring tokens.
         num_sequences: B.
         length: S.
         valid_T: bool (T,), False for padding.
@@ -80,7 +80,7 @@ def choose_tokens(
     missing = G * size - T
     real_GS = F.pad(real_T, (0, missing)).reshape(G, size)
     scores_GSE = F.pad(scores_TE, (0, 0, 0, missing)).reshape(G, size, E)
-    # No expert takes more than all tokens; comparing whole numbers asks nothing of the token count.
+    # No expert takes more than all tokens; comparing integers asks nothing of the token count.
     whole = ratio[0] >= ratio[1] * E
     C: Any = size if whole else capacity_of(ratio, 1, size, E)
     count_G = real_GS.sum(1)
@@ -113,16 +113,16 @@ def choose_tokens(
 
 @dataclass(frozen=True)
 class ExpertChoice(LinearGateConfig):
-    """Each expert takes the ``ceil(capacity_factor * n / E)`` of a group's n real tokens that score highest with it
-    (arXiv 2202.09368, section 3.2, without its limit of experts a token).
+    """Each expert takes the ``ceil(capacity_factor * n / E)`` of a group's n non-padding tokens that score highest with
+    it (arXiv 2202.09368, section 3.2, without its limit of experts per token).
 
     A token is computed by 0 to E experts, ``capacity_factor`` on average. The load is even by construction, so no
-    balance loss applies but ``router_z``. What a token gets depends on all tokens of its group, so it is not for causal
-    decoders. The group is the sequence where ``MoEConfig.group`` does not say.
+    balance loss applies but ``router_z``. A token's experts depend on all tokens of its group, so it is not for causal
+    decoders. The group is the sequence if ``MoEConfig.group`` does not say.
 
     The softmax over one expert is 1 for every token. With ``num_experts=1`` the router therefore gets no gradient: the
-    layer is the expert itself where ``capacity_factor`` is 1 or more, and is refused below, where the expert would take
-    the earliest tokens whatever they are.
+    layer is the expert itself if ``capacity_factor`` is 1 or more, and raises an error below 1, when the expert would
+    take the earliest tokens whatever they are.
 
     Attributes:
         capacity_factor: experts that compute a token, on average. It takes the place of ``MoEConfig.capacity_factor``.

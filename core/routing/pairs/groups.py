@@ -47,7 +47,7 @@ class Prototypes(LinearGateConfig):
     In the losses a token's scores are ``p / num_prototypes``, so that they sum to 1.
 
     Attributes:
-        num_prototypes: number of groups, and of experts a token.
+        num_prototypes: number of groups, and of experts per token.
         init_scale: variance of the gate's initial weights times D.
     """
 
@@ -108,15 +108,15 @@ class Hierarchical(RouterConfig):
     """Two levels of gates (arXiv 1701.06538, appendix B): a primary gate takes ``top_groups`` groups of experts, and in
     each of them a secondary gate takes ``top_k`` experts. ``y = sum over (g, e) of G_g(x) G_g,e(x) f_e(x)``.
 
-    A level's gates are the softmax of its chosen logits where it chooses several, and the chosen of the softmax over
-    all where it chooses one, which would otherwise be 1 and without gradient. In the losses the score of an expert is
+    A level's gates are the softmax of its chosen logits if it chooses several, and the chosen of the softmax over
+    all if it chooses one, which would otherwise be 1 and without gradient. In the losses the score of an expert is
     its group's score times its own, the paper's importance with all experts in it. The paper's noise, and the load loss
     that needs it, are left out.
 
     Attributes:
         num_groups: number of equal groups of experts.
         top_groups: groups a token takes.
-        top_k: experts a token takes in each of them; it takes ``top_groups * top_k`` in all.
+        top_k: experts per token in each of them; it takes ``top_groups * top_k`` in all.
         init_scale: variance of the gates' initial weights times D.
     """
 
@@ -184,8 +184,8 @@ class EnsembleRouter(PairRouter):
 
 @dataclass(frozen=True)
 class Ensemble(TopKConfig, LinearGateConfig):
-    """A sparse ensemble in one layer (E3, arXiv 2110.03360): the experts are split into equal groups, one a member, and
-    a token sees only those of its member.
+    """A sparse ensemble in one layer (E3, arXiv 2110.03360): the experts are split into equal groups, one per member,
+    and a token sees only its member's.
 
     Sequence ``b`` of a call belongs to member ``b % num_members``. The app repeats each input for all members before
     the first such layer and averages their predictions at the end::
@@ -197,7 +197,7 @@ class Ensemble(TopKConfig, LinearGateConfig):
 
     Attributes:
         num_members: number of groups of experts, M.
-        top_k: experts a token takes, K.
+        top_k: experts per token, K.
         normalize: option as in ``TokenChoice``, over the experts of the member.
         init_scale: variance of the gate's initial weights times D.
     """

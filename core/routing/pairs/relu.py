@@ -1,4 +1,4 @@
-"""``ReLURouting``: gates are rectified logits, so that how many experts a token takes is learned without a top-k."""
+"""``ReLURouting``: gates are rectified logits, so that the number of experts per token is learned without a top-k."""
 
 from __future__ import annotations
 
@@ -103,23 +103,23 @@ class ReLURouting(LinearGateConfig):
     step is taken on the way, so the output is continuous in the gate's weights. A token without a positive logit comes
     out zero, and the block's residual carries it.
 
-    How many experts a token takes is learned. Their mean is held at ``top_k`` by the router's own loss ``sparsity``,
+    The number of experts per token is learned. Their mean is held at ``top_k`` by the router's own loss ``sparsity``,
     ``1 / (K T) sum_e n_e mean_e E`` with ``n_e`` the tokens whose gate of e is positive and ``mean_e`` the mean gate:
-    the paper's L1 norm with load balancing. Its weight is a buffer that ``update_expert_bias`` moves once a step: times
-    ``l1_factor`` where the tokens of all ranks took more than ``top_k`` experts on average, divided by it where fewer.
-    The paper has one weight for all layers and the mean of their sparsity; here each layer has its own.
+    the paper's L1 norm with load balancing. Its weight is a buffer that ``update_expert_bias`` updates once per step:
+    times ``l1_factor`` if the tokens of all ranks took more than ``top_k`` experts on average, by ``1 / l1_factor``
+    if fewer. The paper has one weight for all layers and the mean of their sparsity; here each layer has its own.
 
     Attributes:
-        top_k: mean number of experts a token, K, that the weight steers to.
+        top_k: mean number of experts per token, K, that the weight steers to.
         max_k: places of a token, which bound its experts; None: E.
         l1_start: weight of ``sparsity`` before the first step.
-        l1_factor: factor of the weight a step, alpha. The paper's 1.2 is for tens of thousands of steps; in runs of
-            a few hundred it makes the number of experts swing, and 1.05 holds it.
-        dense_training: whether a second gate without ``sparsity`` is trained beside the first one: in training each
-            token takes, with probability 1/2 each, the experts of the one or of the other, in E places; evaluation
-            knows the first one alone. Then experts that sparse tokens leave out are trained too (after RankMixer,
-            arXiv 2507.15551, which has two such gates; how they share the tokens is our choice).
-        gate_bias: whether the logits are ``W x + b`` with a learned b. The paper has none; but where tokens are spread
+        l1_factor: factor of the weight per step, alpha. The paper's 1.2 is for tens of thousands of steps; in runs of a
+            few hundred it makes the number of experts swing, and 1.05 holds it.
+        dense_training: whether a second gate without ``sparsity`` is trained next to the first one: in training each
+            token takes, with probability 1/2 each, the experts of the one or of the other, in E places; evaluation only
+            knows the first one. Then experts that sparse tokens leave out are trained too (after RankMixer, arXiv
+            2507.15551, which has two such gates; how they share the tokens is our choice).
+        gate_bias: whether the logits are ``W x + b`` with a learned b. The paper has none; but if tokens are spread
             evenly around 0, half of the logits ``W x`` are positive whatever W is, and no weight reaches the target.
         init_scale: variance of the gates' initial weights times D.
     """

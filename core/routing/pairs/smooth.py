@@ -1,7 +1,7 @@
 """Routers that are smooth in their weights, or start so: dense gates, DSelect-k, and dense-to-sparse annealing.
 
-They compute more than a few experts a token, in training or for ever: every place of a token is static, and pairs of
-weight 0 (or below a threshold) are left out, so that what is computed falls as the gates become sparse.
+They compute more than a few experts per token, in training or for ever: every place of a token is static, and pairs of
+weight 0 (or below a threshold) are left out, so that computation falls as the gates become sparse.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def selectors(codes: Tensor, num_experts: int, gamma: float) -> Tensor:
         gamma: width of the smooth step.
 
     Returns:
-        (..., E), which sums to 1 over all ``2^m`` codes: to less over E where the unused ones have weight.
+        (..., E), which sums to 1 over all ``2^m`` codes: to less over E if the unused ones have weight.
     """
     step = smooth_step(codes, gamma)
     r = codes.new_ones(*codes.shape[:-1], 1)
@@ -102,7 +102,7 @@ def selector_entropy(r_TKE: Tensor) -> Tensor:
 
 
 def reachability(r_TKE: Tensor) -> Tensor:
-    """Return the sum over a token's selectors of ``1 / sum_e r_e``, (T,): K where no weight is on codes without an
+    """Return the sum over a token's selectors of ``1 / sum_e r_e``, (T,): K if no weight is on codes without an
     expert, as always for E a power of 2 (arXiv 2106.03760 and its code). Sums below 0.01 count as 0.01."""
     return r_TKE.sum(-1).clamp_min(0.01).reciprocal().sum(-1)
 
@@ -181,11 +181,11 @@ class DSelectK(RouterConfig):
     weights; at most K experts have weight once every code is binary.
 
     Until then up to all E have. Each token has ``max_k`` places, E by default, and pairs of weight 0 are not computed:
-    exact in training and evaluation, dense at the start, K experts a token in the end. A lower ``max_k`` or
+    exact in training and evaluation, dense at the start, K experts per token in the end. A lower ``max_k`` or
     ``eval_max_k`` bounds the cost; the gates that stay then take over the weight of those left out.
 
-    Where E is not a power of 2 some codes stand for no expert. Weight on them is lost to the output (a selector wholly
-    on them gives 0), and ``reachability`` holds it down, as in the paper.
+    If E is not a power of 2 some codes have no expert. Weight on them is lost to the output (a selector wholly on
+    them gives 0), and ``reachability`` holds it down, as in the paper.
 
     Attributes:
         top_k: selectors, K.
@@ -194,7 +194,7 @@ class DSelectK(RouterConfig):
         max_k: places of a token; None: E.
         eval_max_k: the same in evaluation; None: as in training. K is exact once the codes are binary.
         selector_entropy: weight of the selectors' entropy, which drives the codes to be binary; tuned in the paper.
-        reachability: weight of the mean of ``1 / (weight on codes with an expert)``, where E is not a power of 2.
+        reachability: weight of the mean of ``1 / (weight on codes with an expert)``, if E is not a power of 2.
         init_scale: variance times D of the initial weights, the codes' in units of ``gamma``: small, for codes beyond
             ``gamma / 2`` have no gradient.
     """
@@ -231,7 +231,7 @@ class DSelectK(RouterConfig):
         return {name: getattr(self, name) for name in ("selector_entropy", "reachability") if getattr(self, name)}
 
     def pairs_per_token(self, num_experts: int) -> float:
-        """Return the most, that of the start of training; ``top_k`` once the codes are binary."""
+        """Return the largest number, at the start of training; ``top_k`` once the codes are binary."""
         return float(self.max_k or num_experts)
 
     def make_gate(self, dim: int, num_experts: int) -> SelectorGate:
@@ -252,7 +252,7 @@ def falling_temperature(num_steps: Tensor, start: float, end: float, anneal_step
 
 
 def check_falls(tau_start: float, tau_end: float) -> None:
-    """Raise a ``ValueError`` where a temperature rises."""
+    """Raise a ``ValueError`` if a temperature rises."""
     if tau_end > tau_start:
         raise ValueError(f"tau_end={tau_end} is above tau_start={tau_start}: the temperature has to fall")
 
@@ -306,9 +306,9 @@ class DenseToSparseRouter(PairRouter):
 
 @dataclass(frozen=True)
 class DenseToSparse(LinearGateConfig):
-    """Dense-to-sparse gate (EvoMoE, arXiv 2112.14397): gates ``softmax((W x + gumbel) / tau)``, the noise in training
-    alone; experts whose gate is not above ``threshold`` are left out, and the gates of the others stay as they are. At
-    a high temperature tau nearly all experts stay, at a low one few: the best is always taken.
+    """Dense-to-sparse gate (EvoMoE, arXiv 2112.14397): gates ``softmax((W x + gumbel) / tau)``, the noise only in
+    training; experts whose gate is not above ``threshold`` are left out, and the gates of the others stay as they are.
+    At a high temperature tau nearly all experts stay, at a low one few: the best is always taken.
 
     The temperature falls from ``tau_start`` to ``tau_end`` by the same factor each optimizer step, for ``anneal_steps``
     steps: ``update_expert_bias(model, tape)``, called once per step, counts them. The count is part of the state.
@@ -345,5 +345,5 @@ class DenseToSparse(LinearGateConfig):
             )
 
     def pairs_per_token(self, num_experts: int) -> float:
-        """Return the most, that of the start of training."""
+        """Return the largest number, at the start of training."""
         return float(self.max_k or num_experts)

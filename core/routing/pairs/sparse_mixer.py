@@ -1,4 +1,4 @@
-"""``SparseMixer``: two experts, each drawn in training among those whose logits are close to the best."""
+"""``SparseMixer``: two experts, each sampled in training among the experts whose logits are close to the best."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SparseMixerRouter(PairRouter):
         """Return the next expert of each token and its gate, both (T, 1); experts taken before are -inf in ``left``."""
         best_T1 = top_k_ids(left_TE.detach(), 1)
         top_T1 = left_TE.detach().gather(-1, best_T1)
-        # 0 / 0, of logits of 0 alone, is NaN and not far.
+        # 0 / 0, if all logits are 0, is NaN and not far.
         far_TE = (top_T1 - logits_TE) / logits_TE.abs().maximum(top_T1) > 2 * self.config.jitter_eps
         near_TE = left_TE.masked_fill(far_TE, -torch.inf)
         share_TE = near_TE.softmax(-1)
@@ -48,18 +48,19 @@ class SparseMixerRouter(PairRouter):
         drawn_T1 = top_k_ids(near_TE.detach() + gumbel_TE, 1)
         gate_T1 = share_TE.gather(-1, drawn_T1)
         whole_T1 = (drawn_T1 == best_T1) | (torch.rand_like(gate_T1) < WHOLE)
-        # The value alone is a third: the gradient is that of the whole gate.
+        # Only the value is a third: the gradient is the whole gate's.
         return drawn_T1, gate_T1 - torch.where(whole_T1, 0.0, 2 / 3) * gate_T1.detach()
 
 
 @dataclass(frozen=True)
 class SparseMixer(LinearGateConfig):
     """SparseMixer (arXiv 2310.00811) as PhiMoE has it: of two experts the first is, in evaluation, the best, at the
-    softmax over the experts that are close to it, those with ``(l_best - l_e) / max(|l_e|, l_best) <= 2 jitter_eps``;
+    softmax over the experts that are close to it, i.e. with ``(l_best - l_e) / max(|l_e|, l_best) <= 2 jitter_eps``;
     the second is the best of the others, in the same way. So the gates of a token sum to up to 2.
 
-    In training each is drawn by that softmax. The gate of a drawn expert that is not the best counts by a third, with
-    probability 3/4, and has the gradient of the whole: Heun's third-order rule for the gradient of a drawn choice.
+    In training each is sampled from that softmax. The gate of a sampled expert that is not the best counts by a third,
+    with probability 3/4, and has the gradient of the whole: Heun's third-order rule for the gradient of a sampled
+    choice.
 
     Attributes:
         jitter_eps: half of the relative distance up to which logits are close: PhiMoE has 0.01.

@@ -163,11 +163,11 @@ class TokenChoice(TopKConfig, LinearGateConfig):
         top_k: experts per token, K.
         score_func: "softmax", "sigmoid", or "sqrt_softplus", ``sqrt(log(1 + exp(l)))``, of the logits.
         normalize: True: the gates of a token sum to 1 (softmax after the selection). False: its scores over all E
-            experts (softmax before). None: True for K > 1, False for K = 1, where it would cut the router's gradient.
-            "kept": those scores, divided by their sum over the experts of the token that compute it, so that the gates
+            experts (softmax before). None: True for K > 1, False for K = 1, for which it would cut the router's
+            gradient. "kept": those scores, normalized over the experts of the token that compute it, so that the gates
             sum to 1 after a capacity dropped some of them (NLLB-MoE). True and "kept" need K > 1: of one expert the
-            gate is always 1. "unit": every gate is 1, with the gradient of the
-            score, which goes straight through: the output is the sum of the chosen experts.
+            gate is always 1. "unit": every gate is 1, with the gradient of the score, which goes straight
+            through: the output is the sum of the chosen experts.
         noise: normal noise on the logits in training: None, "fixed" (V-MoE) or "learned" (Shazeer).
         noise_std: standard deviation of the fixed noise, times E: the noise has ``noise_std / E``.
         jitter_eps: half-width of the factor U(1 - eps, 1 + eps) on the router's input in training.
@@ -178,7 +178,7 @@ class TokenChoice(TopKConfig, LinearGateConfig):
         num_groups, limited_groups: the choice is limited to the best ``limited_groups`` of ``num_groups`` equal groups.
         group_score: score of a group, the sum of its two best scores, "top2", or its best one, "max".
         scale: factor on the gates.
-        gates_on: side that the gates scale, the experts' "output", or their "input": ``f(g x)`` in place of ``g f(x)``
+        gates_on: side that the gates scale, the experts' "output", or their "input": ``f(g x)`` instead of ``g f(x)``
             (Llama 4), which copies the rows of the tokens.
         gate_bias: whether the gate's logits are ``x W^T + b``, with a learned ``b``.
         init_scale: variance of the gate's initial weights times D.
@@ -264,7 +264,7 @@ class TokenChoice(TopKConfig, LinearGateConfig):
 
     @property
     def can_grow(self) -> bool:
-        """A normalised logit depends on those of the other experts."""
+        """A normalized logit depends on the other experts' logits."""
         return self.logit_norm is None
 
     def constant_gates(self, num_experts: int) -> tuple[float, ...] | None:

@@ -29,7 +29,7 @@ class TopKConfig(FixedKConfig):
 
     @property
     def normalizes(self) -> bool:
-        """Whether gates are divided by their sum: ``normalize``, by default True for K > 1 and False for K = 1."""
+        """Whether gates are normalized to sum to 1: ``normalize``, by default True for K > 1 and False for K = 1."""
         return self.top_k > 1 if self.normalize is None else bool(self.normalize) and self.normalize != "unit"
 
     @property

@@ -18,10 +18,10 @@ from .soft import by_sequence
 
 
 class MixtureOfTokensRouter(Router):
-    """The router of ``MixtureOfTokens``: the share of each token of a group in what an expert computes for the group.
+    """The router of ``MixtureOfTokens``: the share of each token of a group in an expert's input for the group.
 
     Attributes:
-        gate: the module of the logits; its parameters are named as those of ``TokenChoice``.
+        gate: the module of the logits; its parameters are named as in ``TokenChoice``.
         num_steps: int64 () buffer, the optimizer steps so far, where the temperature falls; else None.
     """
 
@@ -65,7 +65,7 @@ class MixtureOfTokensRouter(Router):
                 is_real_gN = is_real_gN & groups.part(valid_T)
             is_empty_gN1 = ~is_real_gN[:, :, None]
             logits_TE = self.gate(x_BSD.flatten(0, 1)) / self.temperature
-            lowest = torch.finfo(logits_TE.dtype).min  # not -inf: a group of padding alone would be NaN
+            lowest = torch.finfo(logits_TE.dtype).min  # not -inf: a group of only padding would be NaN
             shares_gNE = groups.part(logits_TE).masked_fill(is_empty_gN1, lowest).softmax(0)
             shares_TE = groups.join(shares_gNE.masked_fill(is_empty_gN1, 0.0))
             shares_BSEP = shares_TE.unflatten(0, (B, S)).unsqueeze(-1)
@@ -89,14 +89,14 @@ class MixtureOfTokens(LinearGateConfig):
     ``y_t = sum_e w_te f_e(sum_u w_ue x_u)``. It is differentiable and even by construction: no balance loss applies.
 
     A position never sees another one, so causal decoders may have it. But the sequences of a batch change each other's
-    output, in evaluation too: a score depends on the batches it is taken in, and a token that comes alone takes every
-    expert with share 1. So it does not decode step by step. A model that is to serve goes on from these weights with
+    output, in evaluation too: a score depends on the batches it is taken in, and a token that comes by itself takes
+    every expert with share 1. So it does not decode step by step. A model for serving continues from these weights with
     ``TokenChoice``, whose gate has the same parameters, and is tuned a little (the paper's transition tuning).
 
     A batch of other than a multiple of ``group_size`` sequences makes groups of nearly equal, smaller sizes.
 
     Attributes:
-        group_size: g, most sequences of a group. A layer costs E / g experts a token.
+        group_size: g, most sequences of a group. A layer costs E / g experts per token.
         tau_start, tau_end: temperatures; a low one lets each expert take one token of the group. From one to the other
             it falls by the same factor each optimizer step, which ``update_expert_bias(model, tape)`` counts.
         anneal_steps: optimizer steps between them.

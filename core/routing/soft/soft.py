@@ -72,7 +72,7 @@ class SlotRouter(Router):
                 sequences = torch.full((), B if S else 0, dtype=torch.int64, device=x.device)
             else:
                 padding_BS1 = ~valid_BS[:, :, None]
-                lowest = torch.finfo(x_BSD.dtype).min  # not -inf: a sequence of padding alone would be NaN
+                lowest = torch.finfo(x_BSD.dtype).min  # not -inf: a sequence of only padding would be NaN
                 dispatch_BSN = logits_BSN.masked_fill(padding_BS1, lowest).softmax(1).masked_fill(padding_BS1, 0.0)
                 combine_BSN = combine_BSN.masked_fill(padding_BS1, 0.0)
                 sequences = valid_BS.any(1).sum()
@@ -88,12 +88,12 @@ class SlotRouter(Router):
 
 @dataclass(frozen=True)
 class SoftSlots(RouterConfig):
-    """Soft MoE (arXiv 2308.00951): the experts compute slots in place of tokens.
+    """Soft MoE (arXiv 2308.00951): the experts compute slots instead of tokens.
 
     ``logits = scale * l2(x) . l2(phi)``; a slot is the mean of its sequence's tokens under the softmax of its logits
     over the tokens, and a token's output the mean of all slots' under the softmax of its logits over the slots. Fully
-    differentiable and even by construction: no balance loss applies. An expert computes ``slots_per_expert`` rows a
-    sequence, however long it is, so FLOPs a token depend on ``tokens_per_sequence``. Not for causal decoders.
+    differentiable and even by construction: no balance loss applies. An expert computes ``slots_per_expert`` rows per
+    sequence, however long it is, so FLOPs per token depend on ``tokens_per_sequence``. Not for causal decoders.
 
     Attributes:
         slots_per_expert: P. A layer costs as much as a dense FFN where ``E * P`` is the length of the sequences.
@@ -169,7 +169,7 @@ class MergeRouter(Router):
                 logits_BJE = self.gate(mean_BJD)
                 before_J = torch.arange(J, device=x.device) - 1
                 first_BJE = logits_BJE.detach() if config.first == "own" else torch.zeros_like(logits_BJE)
-                # Logits of zero, the uniform weights, where nothing stands before.
+                # Logits of zero, the uniform weights, if no segment comes before.
                 logits_BJE = torch.where(
                     before_J[:, None] < 0, first_BJE, logits_BJE.index_select(1, before_J.clamp_min(0))
                 )
@@ -212,7 +212,7 @@ class Merge(RouterConfig):
     SMEAR             ``Merge("smear")``: ``p`` from the mean of the sequence's tokens (arXiv 2306.03745)
     Lory              ``Merge("lory", segment_length=256)``: ``p`` of a segment from the mean of the segment before it
                       (arXiv 2405.03133, section 3.1)
-    MEO               ``Merge("meo", top_k=2)``: as SMEAR, but of the ``top_k`` best experts alone (arXiv 2310.09832)
+    MEO               ``Merge("meo", top_k=2)``: as SMEAR, but only of the ``top_k`` best experts (arXiv 2310.09832)
     ================  ==============================================================================================
 
     A token costs one expert whatever E is; merging costs ``2 E`` times an expert's parameters for each sequence or
@@ -222,13 +222,13 @@ class Merge(RouterConfig):
         kind: "smear", "lory" or "meo".
         top_k: experts merged by "meo"; None: 2.
         normalize: of "meo". True: the merged weights sum to 1. False: they are the softmax over all E experts. None:
-            True for ``top_k`` > 1, False for 1, where it would cut the gate's gradient.
+            True for ``top_k`` > 1, False for 1, for which it would cut the gate's gradient.
         segment_length: tokens of a segment of "lory"; None: 256.
-        first: weights of the first segment of "lory", before which nothing stands. "uniform": 1 / E. "own": from its
+        first: weights of the first segment of "lory", which has no segment before it. "uniform": 1 / E. "own": from its
             own mean with a stopped gradient, the paper's choice; a later token of the first segment then changes an
-            earlier one, which a causal decoder refuses.
+            earlier one, which a causal decoder rejects.
         expert_dropout: of "smear": in training each sequence loses each expert with this probability, and the weights
-            of the others are divided by their sum.
+            of the others are normalized to sum to 1.
         init_scale: variance of the gate's initial weights times D.
     """
 
@@ -276,7 +276,7 @@ class Merge(RouterConfig):
             return 1, length
         L = 256 if self.segment_length is None else self.segment_length
         if isinstance(length, int):
-            # A short sequence is not filled up. Where the length is symbolic (export) the branch would fix it.
+            # A short sequence is not filled up. If the length is symbolic (export) the branch would fix it.
             L = min(L, length)
         return (-(-length // L) if L else 1), L
 
@@ -313,7 +313,7 @@ class Merge(RouterConfig):
         self, dim: int, out_dim: int, num_experts: int, params_per_expert: int, tokens_per_group: int | None
     ) -> float:
         length = _known(tokens_per_group, "Merge")
-        # The gate reads one mean a group, and each parameter of a merged expert is a sum of E products.
+        # The gate reads one mean per group, and each parameter of a merged expert is a weighted sum of E.
         return 2.0 * self.segments(length)[0] * num_experts * (dim + params_per_expert) / length
 
     def rows_per_token(self, num_experts: int, tokens_per_group: int | None) -> float:

@@ -20,8 +20,8 @@ def _expert_of(column, E, num_groups, IN_GROUP_POW2: tl.constexpr):
 def _comparable(choice, expert):
     """Return the numbers that experts are chosen by, all finite; -inf in the columns of padding.
 
-    NaN and -inf are beneath all numbers: a maximum's place among NaN is none that can be relied on, a -inf would be
-    taken again, and a token whose ids and counts differ would move the rows of the others."""
+    NaN and -inf are beneath all numbers: a maximum's place among NaN is unreliable, a -inf would be taken again, and a
+    token whose ids and counts differ would move the rows of the others."""
     lowest = -1e38  # twice it is a number too
     choice = tl.where(choice > lowest, choice, lowest)
     return tl.where(expert[None, :] >= 0, choice, float("-inf"))
@@ -55,9 +55,9 @@ def choose(
     IN_GROUP_POW2: tl.constexpr,
 ):
     """Logits float32 (T, E) to Scores (T, E), Ids int64 (T, K), Gates (T, K), and of each block of ``STEPS * BLOCK_T``
-    tokens, real ones alone: Counts int32 (blocks, E), ScoreSums (blocks, E) of the scores over their sum, SquareSums
-    (blocks,) of the squared logsumexp. ``LIMITED``: groups a token may take experts of, 0 for no limit. ``BEST_TWO``: a
-    group is judged by its two best."""
+    tokens, non-padding ones only: Counts int32 (blocks, E), ScoreSums (blocks, E) of the scores over their sum,
+    SquareSums (blocks,) of the squared logsumexp. ``LIMITED``: groups a token may take experts of, 0 for no limit.
+    ``BEST_TWO``: a group is judged by its two best."""
     COLUMNS: tl.constexpr = GROUPS_POW2 * IN_GROUP_POW2
     block = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
@@ -70,7 +70,7 @@ def choose(
         here = (t[:, None] < T) & (expert[None, :] >= 0)
         at = t[:, None] * E + expert[None, :]
         logits = tl.load(Logits + at, mask=here, other=float("-inf"))
-        # A row of -inf alone, of padding tokens of the block: shifted by 0.
+        # A row of only -inf, from padding tokens of the block: shifted by 0.
         top = tl.max(logits, 1)
         top = tl.where(top == float("-inf"), 0.0, top)
         powers = tl.exp(logits - top[:, None])
@@ -86,7 +86,7 @@ def choose(
         # Maxima pass NaN over, and the choice does: the gates must say it, or a token of NaN ends as one of zeros.
         wrong = tl.sum((scores != scores).to(tl.int32), 1) > 0
 
-        # By the logits wherever scores have their order: those of large logits are equal in float32.
+        # By the logits wherever scores have their order: scores of large logits are equal in float32.
         choice = logits
         if BIASED:
             choice = scores + tl.load(Bias + expert, mask=expert >= 0, other=0.0)[None, :]
@@ -217,8 +217,8 @@ def choose_grad(
     BLOCK_T: tl.constexpr,
     E_POW2: tl.constexpr,
 ):
-    """Compute the gradient of the logits from those of scores (T, E), zero without ``DSCORES``, gates (T, K), score
-    sums (E,) and square sum (1,)."""
+    """Compute the gradient of the logits from the gradients of scores (T, E), zero without ``DSCORES``, gates (T, K),
+    score sums (E,) and square sum (1,)."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, E_POW2)
     here = (t[:, None] < T) & (e[None, :] < E)

@@ -1,17 +1,17 @@
-"""Grouped products: the rows of each expert times its matrix, with gather, bias, activation and gate inside.
+"""Grouped matmuls: the rows of each expert times its matrix, with gather, bias, activation and gate inside.
 
-Matrices of forward products may be quantised: they become floating point in registers, tile by tile.
+Matrices of forward matmuls may be quantized: they become floating point in registers, tile by tile.
 
 Rows are sorted by expert, ``Offsets`` are inclusive counts. A tile holds rows of one expert; the last tile of an expert
-is padded by masks, never in memory. The number of tiles is known on the device alone: a launch covers the most there
-can be, ``ceil(R / BLOCK_M) + min(E, R)``, and the tiles that are not there end at once. One launch of as many programs
-as there are multiprocessors walks the tiles in a loop (persistent); one program a tile is the same code.
+is padded by masks, never in memory. The number of tiles is only known on the device: a launch covers the most there can
+be, ``ceil(R / BLOCK_M) + min(E, R)``, and the tiles that are not there end at once. One launch of as many programs as
+there are multiprocessors walks the tiles in a loop (persistent); one program per tile is the same code.
 
 Sums run over ``BLOCK_K`` numbers at a time from first to last, whatever the tile: what tuning chooses does not change a
 bit of the result.
 
 Numbers that follow from how many tokens there are (``do_not_specialize``) are not compiled in, here as in the other
-files: batches of other sizes would be compiled anew wherever one is a multiple of 16 and the other is not.
+files: batches of other sizes would be recompiled whenever one is a multiple of 16 and the other is not.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def up(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """``Hidden = act(X W + b)`` or ``act(X WGate) * (X W + b)``; ``Pre`` and ``PreGate`` are what the backward needs.
+    """``Hidden = act(X W + b)`` or ``act(X WGate) * (X W + b)``; ``Pre`` and ``PreGate`` are saved for the backward.
 
     X (T, D) with ``GATHER``, else (R, D); W, WGate (E, D, F), with their scales as ``matrix_tile`` has them; Bias
     (E, F); Pre, PreGate, Hidden (R, F).
@@ -167,8 +167,8 @@ def linear(
 ):
     """``Out = g (X W + b)``, with ``SECOND`` ``g (X W + X2 W2 + b)``, to the rows' own places or to their tokens'.
 
-    X, X2 (R, D); W, W2 (E, D, N), ``TRANSPOSED`` (E, N, D), or W quantised as ``matrix_tile`` has it, alone and not
-    transposed; Bias (E, N); Gates (R,); Out (R, N), or (T, N) with ``SCATTER``, where a token has one row at most.
+    X, X2 (R, D); W, W2 (E, D, N), ``TRANSPOSED`` (E, N, D), or W quantized as ``matrix_tile`` has it, without W2 and
+    not transposed; Bias (E, N); Gates (R,); Out (R, N), or (T, N) with ``SCATTER``, if a token has one row at most.
     ``CLEAR``, without ``SCATTER``: rows past the last offset are zero.
     """
     D = in_units(D, UNIT_K)

@@ -38,7 +38,7 @@ def count(
     n = block * BLOCK + tl.arange(0, BLOCK)
     live = n < N
     ids = tl.load(Ids + _pair(n, Served, T, K, ORDERED, IN_QUEUE, live), mask=live, other=0)
-    # What is past the last pair goes to a bin that is not kept.
+    # Entries past the last pair go to a bin that is not kept.
     in_block = tl.histogram(tl.where(live, ids, bins).to(tl.int32), BINS_POW2)
     b = tl.arange(0, BINS_POW2)
     tl.store(Counts + b.to(tl.int64) * blocks + block, in_block, mask=b < bins)
@@ -59,10 +59,10 @@ def place(
     IN_QUEUE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Find where pairs stand when sorted by id, earlier ones first; ``IN_QUEUE`` among those of the same id alone.
+    """Find the positions of pairs sorted by id, earlier ones first; ``IN_QUEUE`` only among pairs of the same id.
 
     Ends int32 (bins, blocks): the pairs of lower ids, and of the same id up to the end of the block. Places int64 (N,);
-    Order int64 (N,), which pair stands at each place, not ``IN_QUEUE``.
+    Order int64 (N,), the pair at each place, not ``IN_QUEUE``.
     """
     block = tl.program_id(0)
     n = block * BLOCK + tl.arange(0, BLOCK)

@@ -11,7 +11,7 @@ import triton.language as tl
 def expert_tile(Offsets, tile, E, BLOCK_M: tl.constexpr, E_POW2: tl.constexpr):
     """Expert, first row and end of the expert's rows for tile ``tile`` of all experts' rows in blocks of ``BLOCK_M``.
 
-    The expert is ``E`` or above where there are not so many tiles: how many there are only the device knows. The first
+    The expert is ``E`` or above if there are not so many tiles: how many there are only the device knows. The first
     row is then that after the last expert's, counted from there, of the tile as one of the tiles left over.
     """
     e = tl.arange(0, E_POW2)
@@ -38,8 +38,8 @@ def in_groups(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def in_units(width, UNIT: tl.constexpr):
-    """``width`` itself, a multiple of ``UNIT``. The compiler sees that of 16 alone, and takes the numbers of other rows
-    one by one: without ``cp.async``, so without a pipeline, and with an address each."""
+    """``width`` itself, a multiple of ``UNIT``. The compiler only sees divisibility by 16, and loads the numbers of
+    other rows one by one: without ``cp.async``, so without a pipeline, and with an address each."""
     if UNIT == 1 or UNIT == 16:
         return width
     return width // UNIT * UNIT
@@ -55,7 +55,7 @@ def load(at, mask, WHOLE: tl.constexpr):
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """``a @ b + acc`` with float32 sums. ``UPCAST``: the interpreter has no bfloat16 products."""
+    """``a @ b + acc`` with float32 sums. ``UPCAST``: the interpreter has no bfloat16 matmul."""
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -64,8 +64,8 @@ def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def rounded(x, kind: tl.constexpr, UPCAST: tl.constexpr):
-    """float32 ``x`` in ``kind``, to the nearest. ``UPCAST``: the interpreter would cut off, and make a number of what
-    is below the last bit of zero."""
+    """float32 ``x`` in ``kind``, to the nearest. ``UPCAST``: the interpreter would cut off, and turn values below the
+    last bit of zero into a number."""
     if UPCAST:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).to(tl.float32, bitcast=True)
@@ -89,9 +89,9 @@ def matrix_tile(
 ):
     """Numbers of one expert's matrix at rows ``k`` and columns ``column``, in ``kind``; zero outside the mask.
 
-    W (K, N), for "int4" (ceil(K / 2), N) with two numbers a byte; Scales (K / SIZE, N). ``KIND`` None: floating point,
-    without scales. ``SIZE`` 0: a channel has one scale, by which ``by_channel`` multiplies the sums, for half precision
-    holds whole numbers exactly.
+    W (K, N), for "int4" (ceil(K / 2), N) with two numbers per byte; Scales (K / SIZE, N). ``KIND`` None: floating
+    point, without scales. ``SIZE`` 0: a channel has one scale, by which ``by_channel`` multiplies the sums, for half
+    precision holds the integers exactly.
     """
     if KIND == "int4":
         at = W + ((k // 2)[:, None] * stride_k + column[None, :] * stride_n)
@@ -112,7 +112,7 @@ def matrix_tile(
 
 @triton.jit
 def begin_of_matrix(expert, K, N, KIND: tl.constexpr, SIZE: tl.constexpr):
-    """Where the matrix (K, N) of an expert begins among the numbers as they are stored, and among the scales."""
+    """Offsets of an expert's matrix (K, N) in the stored numbers and in the scales."""
     stored = K
     if KIND == "int4":
         stored = tl.cdiv(K, 2)
@@ -124,7 +124,7 @@ def begin_of_matrix(expert, K, N, KIND: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def by_channel(acc, Scales, column, N, KIND: tl.constexpr, SIZE: tl.constexpr):
-    """Sums times the scales of their channels, where a channel has one."""
+    """Sums times the scales of their channels, if a channel has one scale."""
     if KIND is not None and SIZE == 0:
         acc = acc * tl.load(Scales + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     return acc
