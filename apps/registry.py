@@ -91,6 +91,17 @@ FORMER = {
 That is the short name of a public class, and the class path of a registered config.
 """
 
+RENAMED = {
+    "strategy": {
+        "experts": "expert_parallel_size",
+        "hidden": "expert_tensor_parallel_size",
+        "shards": "fsdp_size",
+        "rest": "non_experts",
+        "static_exchange": "static_all_to_all",
+    },
+}
+"""New names of options by their old ones, which work until version 0.2, by the section that they are in."""
+
 
 def full_path(name: str) -> str | None:
     """Return the class path of a public class, given by that, a former one or its short name; None: there is none."""
@@ -141,6 +152,40 @@ def renamed(value: Any, rename: Callable[[str], str]) -> Any:
             for key, item in value.items()
         }
     return [renamed(item, rename) for item in value] if isinstance(value, list) else value
+
+
+def of_today(value: Any, section: str = "") -> Any:
+    """Return nested plain values of an earlier version with the class paths and the names of options of today."""
+    return _with_new_names(renamed(value, today), section)
+
+
+def _with_new_names(value: Any, section: str) -> Any:
+    if isinstance(value, list):
+        return [_with_new_names(item, section) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    out: dict[Any, Any] = {}
+    for key, item in value.items():
+        new = new_name(key, section) if isinstance(key, str) else key
+        inner = section if key == "init_args" else str(key).rpartition(".")[2]
+        out[new] = _with_new_names(item, inner)
+    return out
+
+
+def new_name(dotted: str, section: str = "") -> str:
+    """Return the name of today of an option, and log once that an old one was given.
+
+    Args:
+        dotted: its name in ``section``, such as "init_args.experts"; or with the sections around it.
+        section: name of the section, such as "strategy".
+    """
+    *around, name = dotted.split(".")
+    section = next((part for part in reversed(around) if part != "init_args"), section)
+    new = RENAMED.get(section, {}).get(name)
+    if new is None:
+        return dotted
+    tell_renamed(f"{section}.{name}", f"{section}.{new}")
+    return ".".join((*around, new))
 
 
 def short(class_path: str | None) -> str | None:
@@ -223,6 +268,12 @@ def without_dropped(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _tell(text: str) -> None:
     """Log a line once."""
     logging.getLogger(__name__).info(text)
+
+
+@cache
+def tell_renamed(old: str, new: str) -> None:
+    """Log once that a name has changed."""
+    logging.getLogger(__name__).warning("%s is now called %s; the old name works until version 0.2", old, new)
 
 
 def subclasses(kind: type[Any]) -> list[type[Any]]:

@@ -130,8 +130,8 @@ def as_rank(rank: int) -> None:
 
 DIVISIONS: dict[str, dict[str, Any]] = {
     "experts": {},
-    "experts, rest sharded": {"rest": "shard"},
-    "no experts, rest sharded": {"experts": 1, "shards": 2, "rest": "shard"},
+    "experts, rest sharded": {"non_experts": "shard"},
+    "no experts, rest sharded": {"expert_parallel_size": 1, "fsdp_size": 2, "non_experts": "shard"},
 }
 
 

@@ -67,7 +67,7 @@ class Description:
             ValueError: it is no description.
         """
         try:
-            values = registry.renamed(json.loads(text), registry.today)
+            values = registry.of_today(json.loads(text))
             described = cls(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a model that moesaic export has written: {first_line(error)}") from None
