@@ -99,6 +99,7 @@ RENAMED = {
         "rest": "non_experts",
         "static_exchange": "static_all_to_all",
     },
+    "decode": {"num_best": "num_return_sequences"},
 }
 """New names of options by their old ones, which work until version 0.2, by the section that they are in."""
 

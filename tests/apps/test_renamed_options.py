@@ -6,11 +6,15 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from shown_runs import RUNS
 
+import apps
 from apps import registry
 from apps.cli.configs import read_config
 from apps.cli.options import Fit
+from apps.nlp.decode import DecodeConfig, decoding, one_each
 from apps.plan.options import Options as Plan
 from apps.train.sharded.expert_parallel import ExpertParallelStrategy
 from core import fields
@@ -59,3 +63,33 @@ def test_a_command_takes_an_old_word_with_one_line(lines):
     words = ["--config", "configs/nlp/text_mixtral_like.yaml", "--gpus", "8", "--gpu", "h100"]
     assert Plan.read([*words, "--static_exchange"]).static_all_to_all
     assert lines() == [told("--static_exchange", "--static_all_to_all")]
+
+
+def aged(value, section=""):
+    """Return plain values with the old names of options."""
+    if not isinstance(value, dict):
+        return value
+    old = {new: name for name, new in registry.RENAMED.get(section, {}).items()}
+    return {old.get(k, k): aged(v, section if k == "init_args" else k) for k, v in value.items()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_checkpoint_with_old_names_loads_with_one_line_each(name, tmp_path, lines):
+    file = next((RUNS[name](tmp_path) / "checkpoints").iterdir())
+    contents = torch.load(file, weights_only=True)
+    plain = contents["hyper_parameters"]
+    model = apps.load(file)
+    old = aged(plain, "model")
+    torch.save({**contents, "hyper_parameters": old}, file)
+    again = apps.load(file)
+    assert again.hparams == model.hparams
+    assert bool(lines()) == (old != plain)
+    assert all(line.count(" is now called ") == 1 for line in lines())
+    assert len(lines()) == len(set(lines()))
+
+
+def test_a_search_takes_an_old_option(lines):
+    assert decoding(DecodeConfig(), {"beam_size": 3, "num_best": 2}).num_return_sequences == 2
+    with pytest.raises(ValueError, match="num_return_sequences=2: predict returns one text each"):
+        one_each({"num_best": 2})
+    assert lines() == [told("num_best", "num_return_sequences")]
