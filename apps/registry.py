@@ -100,6 +100,8 @@ RENAMED = {
         "static_exchange": "static_all_to_all",
     },
     "decode": {"num_best": "num_return_sequences"},
+    "model": {"train_unseen": "mask_seen_items"},
+    "negatives": {"moves_with": "item_features"},
 }
 """New names of options by their old ones, which work until version 0.2, by the section that they are in."""
 

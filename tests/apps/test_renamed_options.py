@@ -16,8 +16,11 @@ from apps.cli.configs import read_config
 from apps.cli.options import Fit
 from apps.nlp.decode import DecodeConfig, decoding, one_each
 from apps.plan.options import Options as Plan
+from apps.recsys.schema import NegativesConfig
+from apps.recsys.sequence.module import NextItemRecommender
 from apps.train.sharded.expert_parallel import ExpertParallelStrategy
 from core import fields
+from core.config.plain import from_plain
 
 
 @pytest.fixture
@@ -93,3 +96,24 @@ def test_a_search_takes_an_old_option(lines):
     with pytest.raises(ValueError, match="num_return_sequences=2: predict returns one text each"):
         one_each({"num_best": 2})
     assert lines() == [told("num_best", "num_return_sequences")]
+
+
+def test_a_module_takes_an_old_keyword_and_a_subclass_keeps_its_own_arguments(lines):
+    class Own(NextItemRecommender):
+        def __init__(self, width: int = 3, **kwargs):
+            super().__init__(**kwargs)
+
+    for kind, own in ((NextItemRecommender, {}), (Own, {"width": 5})):
+        model = kind(num_items=5, exclude_seen=True, train_unseen=True, **own)
+        assert model.mask_seen_items
+        assert model.hparams["mask_seen_items"]
+        assert "train_unseen" not in model.hparams
+        assert model.hparams.get("width") == own.get("width")
+    assert lines() == [told("train_unseen", "mask_seen_items")]
+
+
+def test_a_config_takes_an_old_field_in_python_and_as_plain_values(lines):
+    options = {"kind": "items", "column": "film", "moves_with": ["year"]}
+    assert NegativesConfig(**options) == from_plain(options, NegativesConfig)
+    assert NegativesConfig(**options).item_features == ("year",)
+    assert lines() == [told("moves_with", "item_features")]
