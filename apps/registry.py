@@ -102,6 +102,7 @@ RENAMED = {
     "decode": {"num_best": "num_return_sequences"},
     "model": {"train_unseen": "mask_seen_items"},
     "negatives": {"moves_with": "item_features"},
+    "router": {"second": "second_expert_policy", "eval_second": "eval_second_expert_policy"},
 }
 """New names of options by their old ones, which work until version 0.2, by the section that they are in."""
 

@@ -19,7 +19,7 @@ from apps.plan.options import Options as Plan
 from apps.recsys.schema import NegativesConfig
 from apps.recsys.sequence.module import NextItemRecommender
 from apps.train.sharded.expert_parallel import ExpertParallelStrategy
-from core import fields
+from core import Threshold, TokenChoice, fields
 from core.config.plain import from_plain
 
 
@@ -117,3 +117,10 @@ def test_a_config_takes_an_old_field_in_python_and_as_plain_values(lines):
     assert NegativesConfig(**options) == from_plain(options, NegativesConfig)
     assert NegativesConfig(**options).item_features == ("year",)
     assert lines() == [told("moves_with", "item_features")]
+
+
+def test_the_table_of_files_is_that_of_the_classes():
+    routers = {**TokenChoice.new_names, **Threshold.new_names}
+    assert routers == registry.RENAMED["router"]
+    plain = {"class_path": "core.TokenChoice", "init_args": {"top_k": 2, "second": "random"}}
+    assert TokenChoice(2, second="random") == from_plain(plain) == TokenChoice(2, second_expert_policy="random")
