@@ -102,9 +102,10 @@ RENAMED = {
     "decode": {"num_best": "num_return_sequences"},
     "model": {"train_unseen": "mask_seen_items"},
     "negatives": {"moves_with": "item_features"},
+    "model.optimizer": {"warmup": "warmup_steps"},
     "router": {"second": "second_expert_policy", "eval_second": "eval_second_expert_policy"},
 }
-"""New names of options by their old ones, which work until version 0.2, by the section that they are in."""
+"""New names of options by their old ones, which work until version 0.2, by the end of their section's name."""
 
 
 def full_path(name: str) -> str | None:
@@ -159,7 +160,12 @@ def renamed(value: Any, rename: Callable[[str], str]) -> Any:
 
 
 def of_today(value: Any, section: str = "") -> Any:
-    """Return nested plain values of an earlier version with the class paths and the names of options of today."""
+    """Return nested plain values of an earlier version with the class paths and the names of options of today.
+
+    Args:
+        value: the plain values.
+        section: dotted name of the section that they are, such as "model".
+    """
     return _with_new_names(renamed(value, today), section)
 
 
@@ -168,28 +174,25 @@ def _with_new_names(value: Any, section: str) -> Any:
         return [_with_new_names(item, section) for item in value]
     if not isinstance(value, Mapping):
         return value
-    out: dict[Any, Any] = {}
-    for key, item in value.items():
-        new = new_name(key, section) if isinstance(key, str) else key
-        inner = section if key == "init_args" else str(key).rpartition(".")[2]
-        out[new] = _with_new_names(item, inner)
-    return out
+    return {
+        new_name(key, section) if isinstance(key, str) else key: _with_new_names(item, f"{section}.{key}")
+        for key, item in value.items()
+    }
 
 
 def new_name(dotted: str, section: str = "") -> str:
     """Return the name of today of an option, and log once that an old one was given.
 
     Args:
-        dotted: its name in ``section``, such as "init_args.experts"; or with the sections around it.
-        section: name of the section, such as "strategy".
+        dotted: its name in ``section``; or with sections around it, such as "trainer.strategy.experts".
+        section: dotted name of the section.
     """
-    *around, name = dotted.split(".")
-    section = next((part for part in reversed(around) if part != "init_args"), section)
-    new = RENAMED.get(section, {}).get(name)
-    if new is None:
-        return dotted
-    tell_renamed(f"{section}.{name}", f"{section}.{new}")
-    return ".".join((*around, new))
+    *around, name = [part for part in f"{section}.{dotted}".split(".") if part not in ("", "init_args")] or [""]
+    for inner in (".".join(around[-1:]), ".".join(around[-2:])):
+        if (new := RENAMED.get(inner, {}).get(name)) is not None:
+            tell_renamed(f"{inner}.{name}", f"{inner}.{new}")
+            return dotted.removesuffix(name) + new
+    return dotted
 
 
 def short(class_path: str | None) -> str | None:

@@ -60,7 +60,7 @@ def modeler(args: argparse.Namespace) -> LanguageModeler:
             dropout=0.0,
         ),
         core.MoEConfig(args.experts, core.TokenChoice(top_k=2), core.SwiGLU(hidden_dim=args.hidden)),
-        optimizer=OptimizerConfig(schedule="constant", warmup=0),
+        optimizer=OptimizerConfig(schedule="constant", warmup_steps=0),
     )
 
 

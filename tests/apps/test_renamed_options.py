@@ -72,21 +72,23 @@ def aged(value, section=""):
     """Return plain values with the old names of options."""
     if not isinstance(value, dict):
         return value
-    old = {new: name for name, new in registry.RENAMED.get(section, {}).items()}
-    return {old.get(k, k): aged(v, section if k == "init_args" else k) for k, v in value.items()}
+    sections = [names for end, names in registry.RENAMED.items() if f".{section}".endswith(f".{end}")]
+    old = {new: name for names in sections for name, new in names.items()}
+    return {old.get(k, k): aged(v, section if k == "init_args" else f"{section}.{k}") for k, v in value.items()}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_checkpoint_with_old_names_loads_with_one_line_each(name, tmp_path, lines):
     file = next((RUNS[name](tmp_path) / "checkpoints").iterdir())
     contents = torch.load(file, weights_only=True)
-    plain = contents["hyper_parameters"]
-    model = apps.load(file)
-    old = aged(plain, "model")
-    torch.save({**contents, "hyper_parameters": old}, file)
-    again = apps.load(file)
-    assert again.hparams == model.hparams
-    assert bool(lines()) == (old != plain)
+    plain = {**contents["hyper_parameters"], "optimizer": {"warmup_steps": 3}}
+    for arguments in (plain, aged(plain, "model")):
+        assert not lines()
+        torch.save({**contents, "hyper_parameters": arguments}, file)
+        model = apps.load(file)
+        assert model.hparams["optimizer"]["warmup_steps"] == 3
+    assert told("model.optimizer.warmup", "model.optimizer.warmup_steps") in lines()
+    assert aged(dict(model.hparams), "model")["optimizer"]["warmup"] == 3
     assert all(line.count(" is now called ") == 1 for line in lines())
     assert len(lines()) == len(set(lines()))
 
@@ -124,3 +126,9 @@ def test_the_table_of_files_is_that_of_the_classes():
     assert routers == registry.RENAMED["router"]
     plain = {"class_path": "core.TokenChoice", "init_args": {"top_k": 2, "second": "random"}}
     assert TokenChoice(2, second="random") == from_plain(plain) == TokenChoice(2, second_expert_policy="random")
+
+
+def test_an_option_of_the_same_name_elsewhere_stays():
+    plain = {"optimizer": {"class_path": "mine.Adam", "init_args": {"warmup": 3}}, "hidden": {"rest": 1}}
+    assert registry.of_today(plain) == plain
+    assert registry.of_today({"model.optimizer.warmup": 3}) == {"model.optimizer.warmup_steps": 3}

@@ -105,7 +105,7 @@ def module(folder: Path, kind: str = "collection", optimizer: str = "rowwise_ada
         ),
         head=HeadConfig(activation="silu"),
         # A large eps: Adam would blow up the rounding of gradients that are nearly 0.
-        optimizer=OptimizerConfig(lr=0.01, eps=1e-3, warmup=2, schedule="constant"),
+        optimizer=OptimizerConfig(lr=0.01, eps=1e-3, warmup_steps=2, schedule="constant"),
         report=None,
     )
 

@@ -74,7 +74,8 @@ class Description:
         plain = (described.arguments, described.preprocessing, described.graphs, described.scalars)
         if not isinstance(described.module, str) or not all(isinstance(part, Mapping) for part in plain):
             raise ValueError(f"{path} is not a model that moesaic export has written: its fields are of other types")
-        return replace(described, arguments=registry.without_dropped(described.module, described.arguments))
+        arguments = registry.of_today(described.arguments, "model")
+        return replace(described, arguments=registry.without_dropped(described.module, arguments))
 
 
 class OnnxGraph(nn.Module):

@@ -65,7 +65,7 @@ def text_data(folder: Path, **options) -> TextData:
 
 def modeler(data: TextData, moe: core.MoEConfig | None = MOE, **options) -> LanguageModeler:
     torch.manual_seed(0)
-    optimizer = OptimizerConfig(lr=6e-3, weight_decay=0.0, warmup=5)
+    optimizer = OptimizerConfig(lr=6e-3, weight_decay=0.0, warmup_steps=5)
     given = {"transformer": TRANSFORMER, "moe_blocks": [1], "optimizer": optimizer}
     return LanguageModeler(data.subwords, moe=moe, **(given | options))
 

@@ -452,7 +452,7 @@ model:
         balance: {{importance: 0.1}}
     embedding: {{kind: fused, dim: 8, init_std: 0.3, fused_lr: 0.1}}
     head: {{activation: silu}}
-    optimizer: {{lr: 0.01, eps: 1.0e-3, warmup: 0.2}}
+    optimizer: {{lr: 0.01, eps: 1.0e-3, warmup_steps: 0.2}}
     report: null
 data:
   class_path: apps.recsys.tables.data.TableData
