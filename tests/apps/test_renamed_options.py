@@ -14,10 +14,12 @@ import apps
 from apps import registry
 from apps.cli.configs import read_config
 from apps.cli.options import Fit
+from apps.compare.options import Command as Compare
 from apps.nlp.decode import DecodeConfig, decoding, one_each
 from apps.plan.options import Options as Plan
 from apps.recsys.schema import NegativesConfig
 from apps.recsys.sequence.module import NextItemRecommender
+from apps.serve.export.options import Options as Export
 from apps.train.sharded.expert_parallel import ExpertParallelStrategy
 from core import Threshold, TokenChoice, fields
 from core.config.plain import from_plain
@@ -62,10 +64,21 @@ def test_a_command_line_takes_an_old_name_with_one_line(lines):
     assert len(lines()) == 2
 
 
-def test_a_command_takes_an_old_word_with_one_line(lines):
-    words = ["--config", "configs/nlp/text_mixtral_like.yaml", "--gpus", "8", "--gpu", "h100"]
-    assert Plan.read([*words, "--static_exchange"]).static_all_to_all
-    assert lines() == [told("--static_exchange", "--static_all_to_all")]
+def test_a_command_takes_an_old_word_with_one_line(lines, tmp_path: Path):
+    (tmp_path / "over.yaml").write_text("{}")
+    text = "configs/nlp/text_mixtral_like.yaml"
+    assert Plan.read(["-c", text, "--gpus", "8", "--gpu", "h100", "--static_exchange"]).static_all_to_all
+    overlays = ["-c", str(tmp_path / "over.yaml"), f"--config={tmp_path / 'over.yaml'}"]
+    assert len(Compare.read([text, *overlays]).overlays) == 2
+    export = ["--ckpt_path", "run", "--output", str(tmp_path / "new"), "--form", "contrib"]
+    assert Export.read(export).onnx_ops == "contrib"
+    new = {
+        "--static_exchange": "--static_all_to_all",
+        "-c": "--overlay",
+        "--config": "--overlay",
+        "--form": "--onnx_ops",
+    }
+    assert lines() == sorted(told(*names) for names in new.items())
 
 
 def aged(value, section=""):
