@@ -146,6 +146,9 @@ def name_of(kind: type | str) -> str:
 
 def today(path: str) -> str:
     """Return the class path of today in place of a former one. Other names are returned as they are."""
+    if path in ("Copy", "core.Copy"):
+        tell_renamed("core.Copy", "core.Identity")
+        return path.replace("Copy", "Identity")
     return (full_path(path) or FORMER[path]) if path in FORMER else path
 
 

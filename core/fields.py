@@ -131,6 +131,10 @@ def check_values(hint: Any, **values: Any) -> None:
             raise ValueError(f"{name}{place}={text if len(text) <= 60 else f'{text[:57]}...'} {rule}")
 
 
+OLD_NAMES = {"Copy": "Identity", "adapt": "add_adapters"}
+"""New names of public names of ``core`` by their old ones, which work until version 0.2."""
+
+
 def renames(**new_names: str) -> Callable[[T], T]:
     """Let a class's constructor also take options by their old names. Use it as a decorator, above ``@dataclass``.
 

@@ -11,6 +11,8 @@ import yaml
 from shown_runs import RUNS
 
 import apps
+import core
+import moesaic
 from apps import registry
 from apps.cli.configs import read_config
 from apps.cli.options import Fit
@@ -145,3 +147,16 @@ def test_an_option_of_the_same_name_elsewhere_stays():
     plain = {"optimizer": {"class_path": "mine.Adam", "init_args": {"warmup": 3}}, "hidden": {"rest": 1}}
     assert registry.of_today(plain) == plain
     assert registry.of_today({"model.optimizer.warmup": 3}) == {"model.optimizer.warmup_steps": 3}
+
+
+def test_a_class_by_its_old_name_in_python_and_in_files(tmp_path: Path, lines):
+    assert core.Copy is core.Identity
+    assert moesaic.Copy is core.Identity
+    assert from_plain({"class_path": "core.Copy"}) == from_plain({"class_path": "Copy"}) == core.Identity()
+    (tmp_path / "old.yaml").write_text("model: {moe: {expert: {class_path: core.Copy}}}")
+    for _ in range(2):
+        config = read_config(tmp_path / "old.yaml")
+    assert config["model"]["moe"]["expert"] == {"class_path": "core.Identity"}
+    assert lines() == [told("core.Copy", "core.Identity")] * 2  # one of the engine, one of the command line
+    with pytest.raises(AttributeError, match="module 'core' has no attribute 'Copies'"):
+        core.Copies  # noqa: B018

@@ -53,9 +53,7 @@ class Options(CommandLine):
     def __post_init__(self) -> None:
         output, ending = self.output, ENDINGS[self.format]
         if output.suffix and output.suffix != ending:
-            raise UsageError(
-                f"--output {output} must end in {ending}, or name a folder, for --format {self.format}"
-            )
+            raise UsageError(f"--output {output} must end in {ending}, or name a folder, for --format {self.format}")
         if self.onnx_ops != FORMS[0] and self.format != "onnx":
             raise UsageError(f"--onnx_ops {self.onnx_ops} is of --format onnx, not of {self.format}")
         if output.is_dir() and output.suffix:
