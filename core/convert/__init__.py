@@ -1,7 +1,7 @@
 """Conversions of what is built, and may be trained: a dense model made sparse and back, more experts or fewer, one in
 place of all, updates beside it."""
 
-from .build.adapt import adapt
+from .build.adapt import add_adapters
 from .build.adapters import merge_adapters
 from .build.grow import freeze_experts, grow_experts, hold_experts
 from .build.sparse_ffn import SparseFFN, put_layer
@@ -36,7 +36,7 @@ from .reduce.prune import keep_experts, merge_experts, prune_experts
 __all__ = [
     "ExpertStatistics",
     "OneExpert",
-    "adapt",
+    "add_adapters",
     "average_experts",
     "average_models",
     "average_states",

@@ -150,6 +150,7 @@ def test_an_option_of_the_same_name_elsewhere_stays():
 
 
 def test_a_class_by_its_old_name_in_python_and_in_files(tmp_path: Path, lines):
+    assert core.adapt is core.add_adapters
     assert core.Copy is core.Identity
     assert moesaic.Copy is core.Identity
     assert from_plain({"class_path": "core.Copy"}) == from_plain({"class_path": "Copy"}) == core.Identity()
@@ -157,6 +158,7 @@ def test_a_class_by_its_old_name_in_python_and_in_files(tmp_path: Path, lines):
     for _ in range(2):
         config = read_config(tmp_path / "old.yaml")
     assert config["model"]["moe"]["expert"] == {"class_path": "core.Identity"}
-    assert lines() == [told("core.Copy", "core.Identity")] * 2  # one of the engine, one of the command line
+    copied = told("core.Copy", "core.Identity")  # one line of the engine, one of the command line
+    assert lines() == [copied, copied, told("core.adapt", "core.add_adapters")]
     with pytest.raises(AttributeError, match="module 'core' has no attribute 'Copies'"):
         core.Copies  # noqa: B018
