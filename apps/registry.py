@@ -91,6 +91,22 @@ FORMER = {
 That is the short name of a public class, and the class path of a registered config.
 """
 
+RENAMED = {
+    "strategy": {
+        "experts": "expert_parallel_size",
+        "hidden": "expert_tensor_parallel_size",
+        "shards": "fsdp_size",
+        "rest": "non_experts",
+        "static_exchange": "static_all_to_all",
+    },
+    "decode": {"num_best": "num_return_sequences"},
+    "model": {"train_unseen": "mask_seen_items"},
+    "negatives": {"moves_with": "item_features"},
+    "model.optimizer": {"warmup": "warmup_steps"},
+    "router": {"second": "second_expert_policy", "eval_second": "eval_second_expert_policy"},
+}
+"""New names of options by their old ones, which work until version 0.2, by the end of their section's name."""
+
 
 def full_path(name: str) -> str | None:
     """Return the class path of a public class, given by that, a former one or its short name; None: there is none."""
@@ -130,6 +146,9 @@ def name_of(kind: type | str) -> str:
 
 def today(path: str) -> str:
     """Return the class path of today in place of a former one. Other names are returned as they are."""
+    if path in ("Copy", "core.Copy"):
+        tell_renamed("core.Copy", "core.Identity")
+        return path.replace("Copy", "Identity")
     return (full_path(path) or FORMER[path]) if path in FORMER else path
 
 
@@ -141,6 +160,42 @@ def renamed(value: Any, rename: Callable[[str], str]) -> Any:
             for key, item in value.items()
         }
     return [renamed(item, rename) for item in value] if isinstance(value, list) else value
+
+
+def of_today(value: Any, section: str = "") -> Any:
+    """Return nested plain values of an earlier version with the class paths and the names of options of today.
+
+    Args:
+        value: the plain values.
+        section: dotted name of the section that they are, such as "model".
+    """
+    return _with_new_names(renamed(value, today), section)
+
+
+def _with_new_names(value: Any, section: str) -> Any:
+    if isinstance(value, list):
+        return [_with_new_names(item, section) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        new_name(key, section) if isinstance(key, str) else key: _with_new_names(item, f"{section}.{key}")
+        for key, item in value.items()
+    }
+
+
+def new_name(dotted: str, section: str = "") -> str:
+    """Return the name of today of an option, and log once that an old one was given.
+
+    Args:
+        dotted: its name in ``section``; or with sections around it, such as "trainer.strategy.experts".
+        section: dotted name of the section.
+    """
+    *around, name = [part for part in f"{section}.{dotted}".split(".") if part not in ("", "init_args")] or [""]
+    for inner in (".".join(around[-1:]), ".".join(around[-2:])):
+        if (new := RENAMED.get(inner, {}).get(name)) is not None:
+            tell_renamed(f"{inner}.{name}", f"{inner}.{new}")
+            return dotted.removesuffix(name) + new
+    return dotted
 
 
 def short(class_path: str | None) -> str | None:
@@ -223,6 +278,12 @@ def without_dropped(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _tell(text: str) -> None:
     """Log a line once."""
     logging.getLogger(__name__).info(text)
+
+
+@cache
+def tell_renamed(old: str, new: str) -> None:
+    """Log once that a name has changed."""
+    logging.getLogger(__name__).warning("%s is now called %s; the old name works until version 0.2", old, new)
 
 
 def subclasses(kind: type[Any]) -> list[type[Any]]:

@@ -62,7 +62,7 @@ KINDS: dict[str, Callable[[int], core.MoEConfig]] = {
     "residual": lambda width: _layer(core.FFN(width), top_k=1, num_shared_experts=1, shared_gate="mix"),
     "two_widths": lambda width: _layer(core.Mixed((core.FFN(2 * width), core.FFN(width)), (4, 4))),
     "zero_copy_constant": lambda width: _layer(
-        core.Mixed((core.FFN(width), core.Zero(), core.Copy(), core.Constant(mix=True)), (8, 1, 1, 2)), 12
+        core.Mixed((core.FFN(width), core.Zero(), core.Identity(), core.Constant(mix=True)), (8, 1, 1, 2)), 12
     ),
     "lora_of_rank_8": lambda width: _beside(core.LoRA(8), width),
     "ia3": lambda width: _beside(core.IA3(), width),

@@ -60,7 +60,7 @@ def modeler(args: argparse.Namespace) -> LanguageModeler:
             dropout=0.0,
         ),
         core.MoEConfig(args.experts, core.TokenChoice(top_k=2), core.SwiGLU(hidden_dim=args.hidden)),
-        optimizer=OptimizerConfig(schedule="constant", warmup=0),
+        optimizer=OptimizerConfig(schedule="constant", warmup_steps=0),
     )
 
 
@@ -69,7 +69,9 @@ def train(module: LanguageModeler, args: argparse.Namespace, experts: int) -> No
     g = torch.Generator().manual_seed(dist.get_rank())
     shape = (args.batch, args.length + 1)
     batches = [TextBatch(torch.randint(4, args.vocab, shape, generator=g), torch.arange(args.batch)) for _ in range(3)]
-    strategy = ExpertParallelStrategy(experts=experts, rest=args.rest, activation_checkpointing=args.checkpointing)
+    strategy = ExpertParallelStrategy(
+        expert_parallel_size=experts, non_experts=args.rest, activation_checkpointing=args.checkpointing
+    )
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator="cpu",

@@ -66,7 +66,7 @@ def sentences(run: str) -> TranslationBatch:
 
 def decoding(model: Any, batches: Sequence[TranslationBatch]) -> Callable[[], float]:
     """Return a function that translates the batches greedily, and returns the seconds of it."""
-    config = dataclasses.replace(model.decode, method="greedy", num_best=1)
+    config = dataclasses.replace(model.decode, method="greedy", num_return_sequences=1)
 
     def run() -> float:
         start = time.process_time()

@@ -52,7 +52,7 @@ def build(data: TableData, norm: str | None, embedding: str) -> MultiTaskRecomme
         embedding=EmbeddingConfig(kind=embedding, dim=4),
         dense=DenseConfig(kind="normalize"),
         head=HeadConfig(hidden_dims=(8,)),
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0, warmup=0.0, schedule="constant", fused=True),
+        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0, warmup_steps=0.0, schedule="constant", fused=True),
         report=None,
     )
 

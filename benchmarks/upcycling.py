@@ -126,7 +126,7 @@ class FashionMnist(Task):
     def __init__(self, args: argparse.Namespace) -> None:
         small, steps = args.small, args.steps or (2 if args.small else 189)
         self.recipe = Recipe(
-            OptimizerConfig("muon", lr=5e-3, weight_decay=0.05, warmup=0.05),
+            OptimizerConfig("muon", lr=5e-3, weight_decay=0.05, warmup_steps=0.05),
             batch_size=32 if small else 128,
             steps=steps,
             half_steps=steps,
@@ -202,7 +202,7 @@ class Titles(Task):
         if not args.small and not (args.encoder and args.titles):
             raise ValueError("--task titles needs --encoder and --titles")
         self.recipe = Recipe(
-            OptimizerConfig("adamw", lr=2e-4, weight_decay=0.01, warmup=0.1, fused=True),
+            OptimizerConfig("adamw", lr=2e-4, weight_decay=0.01, warmup_steps=0.1, fused=True),
             batch_size=8 if args.small else 32,
             steps=args.steps or (2 if args.small else 80),
             half_steps=0,

@@ -30,7 +30,7 @@ def __getattr__(name: str) -> object:
     source = importlib.import_module("moesaic.commands" if name in _COMMANDS else "core")
     if name == "__all__":
         return [*_COMMANDS, *source.__all__]
-    if name not in source.__all__:
+    if name not in source.__all__ and name not in getattr(source, "OLD_NAMES", ()):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(source, name)
     return value

@@ -221,7 +221,7 @@ def compare(
         "baseline_minutes": baseline_minutes, "rounds": rounds, "jobs": jobs,
     }  # fmt: skip
     with _files(config) as paths:
-        overlays = (f"--config={path}" for path in paths[1:])
+        overlays = (f"--overlay={path}" for path in paths[1:])
         return run_command([*paths[:1], *overlays, *_words(options), *_flags(overrides)])
 
 

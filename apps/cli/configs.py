@@ -14,7 +14,7 @@ import yaml
 
 from apps.base.files import CONFIGS
 from apps.cli.errors import UsageError
-from apps.registry import renamed, short, today, without_dropped
+from apps.registry import of_today, short, without_dropped
 
 _MOST_BYTES, _MOST_VALUES = 16 << 20, 1_000_000
 """Limits of a configuration: its size, and its values with aliases written out."""
@@ -38,7 +38,7 @@ def _nearest(path: Path) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the contents of a configuration, with the class paths of today and without options that no model has now.
+    """Return the contents of a configuration, with the names of today and without options that no model has now.
 
     Raises:
         UsageError: the file does not exist, or is not a configuration.
@@ -70,7 +70,7 @@ def read_config(path: Path) -> dict[str, Any]:
     model = config.get("model")
     if isinstance(model, dict) and isinstance(model.get("init_args"), dict):
         config["model"] = {**model, "init_args": without_dropped(str(model.get("class_path")), model["init_args"])}
-    return {**renamed(config, today)}
+    return {**of_today(config)}
 
 
 def _num_values(node: yaml.Node, known: dict[int, int], path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -10,7 +11,7 @@ from typing import Annotated, ClassVar
 from apps.base.checks import check_at_least
 from apps.cli.errors import UsageError
 from apps.cli.flags import SECTIONS
-from apps.cli.parser import CommandLine, Configs, Folder, Shown, config_file
+from apps.cli.parser import CommandLine, Folder, Shown, config_file
 from apps.equal_cost import routers
 
 SEARCH_FACTORS = (1 / 3, 1.0, 3.0)
@@ -100,9 +101,10 @@ class Command(Options, CommandLine):
 
     prog: ClassVar[str] = "moesaic compare"
     sections: ClassVar[tuple[str, ...]] = SECTIONS
+    renamed: ClassVar[Mapping[str, str]] = {"--config": "--overlay", "-c": "--overlay"}
 
     config: Annotated[Path, Shown("CONFIG", words=("config",), read=config_file)]
-    overlays: Configs = ()
+    overlays: Annotated[tuple[Path, ...], Shown("FILE", words=("--overlay",), read=config_file, one_each=True)] = ()
     output: Folder | None = None
     jobs: int = 1
     open: bool = False

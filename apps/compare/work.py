@@ -27,7 +27,7 @@ from apps.compare.summary import Results, short_name, tuned
 from apps.compare.systems import SPARSE, System
 from apps.compare.training import Unit, interruptible, train
 from apps.equal_cost import routers
-from apps.registry import renamed, today
+from apps.registry import of_today
 from apps.report.base import FOLDER, ReportConfig
 from apps.report.intervals import choose
 from apps.report.page import SECTIONS, Section, load_sections, save_sections
@@ -105,7 +105,7 @@ class Plan:
         path, wanted = output / "plan.json", self.to_dict()
         saved = read_json(path)
         if saved is not None:
-            saved["config"] = with_short_names(renamed(saved["config"], today))
+            saved["config"] = with_short_names(of_today(saved["config"]))
             check_same(output, "comparison", _adapted(saved, wanted), wanted)
             overlays = {**(saved["options"]["routers"] or {}), **self.overlays}
             wanted = {**wanted, "options": {**wanted["options"], "routers": overlays}}

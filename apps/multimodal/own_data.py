@@ -168,7 +168,7 @@ def _config(own: Mapping[str, Any], size: int, num_rows: int, *notes: str) -> Gi
             },
         },
         "moe_blocks": "every2",
-        "optimizer": {"name": "muon", "lr": 5.0e-3, "weight_decay": 0.05, "warmup": 0.1},
+        "optimizer": {"name": "muon", "lr": 5.0e-3, "weight_decay": 0.05, "warmup_steps": 0.1},
     }
     data = {
         **{name: value for name, value in own.items() if value is not None},

@@ -124,7 +124,7 @@ class TextModule(WritingModule):
     def _prediction(self, line: Line) -> Prediction:
         texts, scores = [c.text for c in line.candidates], [c.score for c in line.candidates]
         row = {"index": line.index, "source": line.source, self.predicts: texts[0], "candidates": texts}
-        return Prediction(line.index, {**row, "scores": scores}, as_text(line, self.decode.num_best))
+        return Prediction(line.index, {**row, "scores": scores}, as_text(line, self.decode.num_return_sequences))
 
     # ---- the data
 

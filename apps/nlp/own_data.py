@@ -63,7 +63,7 @@ def _config(folder: Path, pair: str, num_lines: int, notes: Sequence[str]) -> Gi
         "encoder_moe_blocks": "every2",
         "decoder_moe_blocks": "every2",
         "label_smoothing": 0.1,
-        "optimizer": {"lr": 2.0e-3, "betas": [0.9, 0.98], "weight_decay": 0.01, "warmup": 0.1},
+        "optimizer": {"lr": 2.0e-3, "betas": [0.9, 0.98], "weight_decay": 0.01, "warmup_steps": 0.1},
     }
     data = {
         "dataset": "moses",

@@ -217,9 +217,9 @@ def in_order(numbered: Iterable[tuple[Sequence[int], Sequence[T]]], start: int =
         raise ValueError(f"line {following + 1} is missing")
 
 
-def as_text(line: Line, num_best: int) -> list[str]:
+def as_text(line: Line, num_return_sequences: int) -> list[str]:
     """Return a line's best candidate; of several, each after the line's number from 1 and its score, and tabs."""
-    if num_best == 1:
+    if num_return_sequences == 1:
         return [line.candidates[0].text]
     return [f"{line.index + 1}\t{score:.4f}\t{text}" for text, score in line.candidates]
 

@@ -145,10 +145,11 @@ def overlay(one: Cost, options: Options) -> str:
         kind, arguments = "TorchRecStrategy", {"sharding": one.sharding}
     else:
         kind = "ExpertParallelStrategy"
-        arguments = {"experts": layout.experts, "shards": layout.shards, "rest": layout.rest}
-        arguments |= {name: value for name in ("nodes", "hidden") if (value := getattr(layout, name)) > 1}
+        arguments = {"expert_parallel_size": layout.experts, "fsdp_size": layout.shards, "non_experts": layout.rest}
+        arguments |= {"nodes": layout.nodes} if layout.nodes > 1 else {}
+        arguments |= {"expert_tensor_parallel_size": layout.hidden} if layout.hidden > 1 else {}
         arguments |= {"param_dtype": options.param_dtype} if options.param_dtype is not None else {}
-        arguments |= {"static_exchange": True} if options.static else {}
+        arguments |= {"static_all_to_all": True} if options.static else {}
         arguments |= {"activation_checkpointing": True} if options.checkpointing else {}
     trainer = {
         "accelerator": "gpu",

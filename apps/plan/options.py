@@ -44,9 +44,9 @@ class Options(CommandLine):
         batch: examples of a GPU in a step (default: the configuration's)
         length: tokens of an example, if the configuration does not say
         given_precision: 32-true, bf16-mixed, bf16-true (default: the configuration's, else 32-true)
-        given_dtype: FSDP2's mixed precision: matmuls and gathered parameters
-        activation_checkpointing: blocks recompute their activations
-        static_exchange: every place of the capacity is sent (capacity_factor)
+        given_dtype: FSDP2's mixed precision: products and gathered parameters
+        activation_checkpointing: blocks compute their activations again
+        static_all_to_all: every place of the capacity is sent (capacity_factor)
         memory: memory of a GPU
         tflops: peak of its matmuls in this precision
         node_bandwidth: GB/s that leave it for GPUs of its node
@@ -71,6 +71,7 @@ class Options(CommandLine):
 
     prog: ClassVar[str] = "moesaic plan"
     sections: ClassVar[tuple[str, ...]] = ("model", "data", "trainer")
+    renamed: ClassVar[Mapping[str, str]] = {"--static_exchange": "--static_all_to_all"}
 
     files: Configs
     gpus: int
@@ -82,7 +83,7 @@ class Options(CommandLine):
     given_precision: Annotated[str, Shown("NAME", words=("--precision",))] | None = None
     given_dtype: Annotated[Literal["bfloat16"], Shown(words=("--param_dtype",))] | None = None
     activation_checkpointing: bool = False
-    static_exchange: bool = False
+    static_all_to_all: bool = False
     memory: _Gigabytes | None = None
     tflops: Annotated[float, Shown("T")] | None = None
     node_bandwidth: _Gigabytes | None = None
@@ -175,7 +176,7 @@ class Options(CommandLine):
     @property
     def static(self) -> bool:
         """Whether every place of the experts' capacity is sent."""
-        return self.static_exchange or bool(at(self.config, (*_STRATEGY, "static_exchange")))
+        return self.static_all_to_all or bool(at(self.config, (*_STRATEGY, "static_all_to_all")))
 
     @property
     def node(self) -> int:

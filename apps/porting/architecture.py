@@ -181,7 +181,7 @@ def _essence_of_moe(moe: core.MoEConfig | None, dim: int) -> dict[str, Any]:
             noise=None,
             noise_std=1.0,
             jitter_eps=0.0,
-            second="always",
+            second_expert_policy="always",
             bias_update_rate=1e-3,
             init_scale=0.1,
         )

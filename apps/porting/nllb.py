@@ -77,7 +77,7 @@ def _moe(config: Mapping[str, Any], act: str) -> core.MoEConfig:
         core.TokenChoice(
             top_k=2,
             normalize=True if config.get(BEFORE_DROPPING, False) else "kept",
-            second=SECOND[policy],
+            second_expert_policy=SECOND[policy],
             scale=1 - masking,
             gate_bias=config.get("router_bias", False),
         ),
@@ -116,7 +116,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
             activation_function=THEIR_ACTIVATIONS[expert.activation],
             num_experts=moe.num_experts,
             moe_token_dropout=masking if router.scale == 1 - masking else 1 - router.scale,
-            second_expert_policy="random" if router.second == "random" else "all",
+            second_expert_policy="random" if router.second_expert_policy == "random" else "all",
             normalize_router_prob_before_dropping=router.normalize != "kept",
             batch_prioritized_routing=moe.priority == "score",
             router_bias=router.gate_bias,

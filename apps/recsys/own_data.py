@@ -291,7 +291,7 @@ def _config(
         "embedding": {"dim": 8},
         "dense": {"kind": "normalize"},
         "head": {"hidden_dims": [8], "activation": "silu"},
-        "optimizer": {"lr": 2.0e-3, "weight_decay": 0.01, "warmup": 0.05, "fused": True},
+        "optimizer": {"lr": 2.0e-3, "weight_decay": 0.01, "warmup_steps": 0.05, "fused": True},
     }
     table = {
         **roles,

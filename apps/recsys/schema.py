@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from apps.base.checks import check_name
 from apps.data.given import NUMBERS, TargetKind
-from core.fields import Bounds, Checked, Count, Length, Positive, ShareBelowOne
+from apps.registry import RENAMED
+from core.fields import Bounds, Checked, Count, Length, Positive, ShareBelowOne, renames
 
 SplitKind = Literal["given", "random", "user", "group", "time", "leave_last_out"]
 TaskLoss = Literal["squared", "absolute", "weighted_logistic"]
@@ -314,6 +315,7 @@ class TableConfig(Checked):
                 raise ValueError(f"split.stratify={self.split.stratify!r} is a task of numbers: it has no classes")
 
 
+@renames(**RENAMED["negatives"])
 @dataclass(frozen=True)
 class NegativesConfig(Checked):
     """A rule for the negative rows that train in an epoch, resampled for each.
@@ -332,8 +334,7 @@ class NegativesConfig(Checked):
             ``apps.recsys.tables.negatives.sampled_items`` explains.
         kind: "rows" or "items".
         column: categorical column of the items. This and what follows are for "items".
-        moves_with: columns that belong to the item, such as its kind and price; a sampled row takes the values of its
-            item.
+        item_features: columns that belong to the item, such as its kind and price; a drawn row has those of its item.
         distribution: "uniform": the items of the training rows are equally likely; "frequency": as likely as they are
             frequent in these rows.
         exclude_seen: whether the items that the row's user (``table.user``) has in training are never sampled; else
@@ -351,7 +352,7 @@ class NegativesConfig(Checked):
     correct: bool = True
     kind: Literal["rows", "items"] = "rows"
     column: str | None = None
-    moves_with: tuple[str, ...] = ()
+    item_features: tuple[str, ...] = ()
     distribution: Literal["uniform", "frequency"] = "uniform"
     exclude_seen: bool = False
     eval_per_positive: Count = 4
@@ -359,7 +360,7 @@ class NegativesConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind == "rows":
-            for option in ("column", "moves_with", "distribution", "exclude_seen", "eval_per_positive"):
+            for option in ("column", "item_features", "distribution", "exclude_seen", "eval_per_positive"):
                 if (value := getattr(self, option)) != getattr(type(self), option):
                     raise ValueError(f"negatives.{option}={value!r} is for kind 'items', not 'rows'")
             return
@@ -369,8 +370,8 @@ class NegativesConfig(Checked):
             raise ValueError(
                 f"negatives.per_positive={self.per_positive:g} must be a whole number of at least 1 with kind 'items'"
             )
-        if self.column in self.moves_with:
-            raise ValueError(f"negatives.moves_with names {self.column!r}, which is negatives.column itself")
+        if self.column in self.item_features:
+            raise ValueError(f"negatives.item_features names {self.column!r}, which is negatives.column itself")
 
     def start(self, num_items: int) -> float:
         """Return the share of positives that a network with items as negatives starts from, by its target.

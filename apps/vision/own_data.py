@@ -120,7 +120,7 @@ def _config(root: Path, size: int, notes: Sequence[str]) -> GivenConfig:
         "moe": {**EXPERTS, "expert": {"class_path": "core.FFN", "init_args": {"hidden_dim": 128}}},
         "moe_blocks": "last2",
         "label_smoothing": 0.05,
-        "optimizer": {"lr": 2.0e-3, "weight_decay": 0.05, "warmup": 0.1},
+        "optimizer": {"lr": 2.0e-3, "weight_decay": 0.05, "warmup_steps": 0.1},
     }
     data = {
         "dataset": "image_folder",

@@ -1,6 +1,6 @@
 """Convert models, also trained ones: sparsify, densify, grow, prune, merge, add adapters."""
 
-from .build.adapt import adapt
+from .build.adapt import add_adapters
 from .build.adapters import merge_adapters
 from .build.grow import freeze_experts, grow_experts, hold_experts
 from .build.sparse_ffn import SparseFFN, put_layer
@@ -35,7 +35,7 @@ from .reduce.prune import keep_experts, merge_experts, prune_experts
 __all__ = [
     "ExpertStatistics",
     "OneExpert",
-    "adapt",
+    "add_adapters",
     "average_experts",
     "average_models",
     "average_states",

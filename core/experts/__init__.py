@@ -5,7 +5,7 @@ from .attention import AttentionExperts
 from .base import ExpertConfig, Experts, check_merges, num_params
 from .clamped import ClampedSwiGLU
 from .convolution import Convolution, ConvolutionExperts
-from .costless import Constant, Copy, Zero
+from .costless import Constant, Identity, Zero
 from .ffn import FFN, GEGLU, FFNExperts, SwiGLU
 from .general import GeneralFFN
 from .low_rank import IA3, LoRA
@@ -21,7 +21,7 @@ __all__ = [
     "Constant",
     "Convolution",
     "ConvolutionExperts",
-    "Copy",
+    "Identity",
     "ExpertConfig",
     "Experts",
     "FFN",

@@ -278,7 +278,7 @@ class ExpertConfig(OpenConfig):
     layer_kind: ClassVar[str] = "rows"
     is_causal: ClassVar[bool] = True
     follows_base: ClassVar[bool] = False
-    """In ``core.adapt`` the experts take what the frozen layer puts out; others take its input and are added to it."""
+    """In ``core.add_adapters`` the experts take the frozen layer's output; others take its input and are added."""
 
     def check(self, num_experts: int) -> None:
         """Raise a ``ValueError`` if there cannot be this many experts."""

@@ -43,7 +43,7 @@ class Zero(ExpertConfig):
         return 0
 
 
-class CopyExperts(Experts):
+class IdentityExperts(Experts):
     """E experts whose output is their input. No row is copied: a token is scaled by the sum of its gates."""
 
     takes_index = True
@@ -64,7 +64,7 @@ class CopyExperts(Experts):
 
 
 @dataclass(frozen=True)
-class Copy(ExpertConfig):
+class Identity(ExpertConfig):
     """``f(x) = x``: the token skips the layer (MoE++, arXiv 2410.07348, eq. 4; the identity experts of LongCat-Flash,
     arXiv 2509.01322).
 
@@ -72,9 +72,9 @@ class Copy(ExpertConfig):
         ValueError: in ``build``, if the output has another width than the input.
     """
 
-    def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> CopyExperts:
-        _check_same_width("Copy()", dim, out_dim)
-        return CopyExperts(num_experts)
+    def build(self, num_experts: int, dim: int, out_dim: int | None = None) -> IdentityExperts:
+        _check_same_width("Identity()", dim, out_dim)
+        return IdentityExperts(num_experts)
 
     def num_params(self, dim: int, out_dim: int | None = None) -> int:
         return 0

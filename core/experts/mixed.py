@@ -91,8 +91,8 @@ def _rows_of(rows: Rows, first: int, end: int) -> tuple[Rows, Tensor]:
 
 @dataclass(frozen=True)
 class Mixed(ExpertConfig):
-    """Experts of several kinds in one layer, such as FFNs of two widths together with ``Zero``, ``Copy`` and
-    ``Constant`` (MoE++, arXiv 2410.07348). The router chooses among all of them.
+    """Experts of several kinds in one layer, such as FFNs of two widths beside ``Zero``, ``Identity`` and ``Constant``
+    (MoE++, arXiv 2410.07348). The router chooses among all of them.
 
     A layer's costs are counted at balance, when each expert takes as many tokens as any other.
 
@@ -105,7 +105,7 @@ class Mixed(ExpertConfig):
 
     Example::
 
-        MoEConfig(8, TokenChoice(2), Mixed((FFN(256), Zero(), Copy()), (6, 1, 1)))
+        MoEConfig(8, TokenChoice(2), Mixed((FFN(256), Zero(), Identity()), (6, 1, 1)))
     """
 
     experts: tuple[ExpertConfig, ...]

@@ -11,7 +11,8 @@ from .moe import MoE
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and a mixture of updates: ``base(x) + updates(x)``, or ``updates(base(x))``.
 
-    Its ``state_dict`` has the base's tensors under ``base.``, the others under ``updates.``. ``core.adapt`` makes it.
+    Its ``state_dict`` has the base's tensors under ``base.``, the others under ``updates.``.
+    ``core.add_adapters`` makes it.
 
     Args:
         base: the layer, whose parameters are frozen here.

@@ -99,7 +99,7 @@ def test_the_compiled_layer_sees_the_moved_bias():
 
 
 def test_random_routing_compiles_without_a_graph_break():
-    router = TokenChoice(2, noise="learned", jitter_eps=0.1, second="random")
+    router = TokenChoice(2, noise="learned", jitter_eps=0.1, second_expert_policy="random")
     config = MoEConfig(4, router, FFN(12), capacity_factor=0.7, priority="random", balance=Balance(load=0.1))
     layer = config.build(8)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

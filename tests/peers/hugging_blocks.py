@@ -11,7 +11,7 @@ from beside import Layout, Read, load
 from hugging import DEEPSEEK, GATES, QWEN, D, E, F, S, config_of, modeling, randomize
 from torch import Tensor, nn
 
-from core import FFN, ClampedSwiGLU, Copy, Hash, Mixed, MoEConfig, RouterConfig, SparseMixer, SwiGLU, TokenChoice
+from core import FFN, ClampedSwiGLU, Hash, Identity, Mixed, MoEConfig, RouterConfig, SparseMixer, SwiGLU, TokenChoice
 
 
 def swiglu(prefix: str, gate_up: Tensor, down: Tensor) -> dict[str, Tensor]:
@@ -323,7 +323,7 @@ BLOCKS = {
         MoEConfig(
             E + 4,
             TokenChoice(top_k=5, normalize=False, expert_bias=True, scale=6.0),
-            Mixed((SwiGLU(F), Copy()), (E, 4)),
+            Mixed((SwiGLU(F), Identity()), (E, 4)),
         ),
         longcat_layout,
     ),

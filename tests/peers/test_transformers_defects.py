@@ -145,7 +145,7 @@ def test_nllb_random_second_is_not_normalized(monkeypatch):
         normalize_router_prob_before_dropping=True,
     )
     peer = modeling("nllb_moe").NllbMoeTop2Router(config).train()
-    router = TokenChoice(top_k=2, second="random").build(3, 3).train()
+    router = TokenChoice(top_k=2, second_expert_policy="random").build(3, 3).train()
     peer.classifier.weight.data.copy_(torch.eye(3))
     router.gate.weight.data.copy_(torch.eye(3))
     x = torch.tensor([[0.5, 0.3, 0.2]]).log()

@@ -60,6 +60,6 @@ def translator(data: TranslationData, moe: core.MoEConfig | None = MOE, **option
         "encoder_moe_blocks": "none",
         "decoder_moe_blocks": [1],
         "label_smoothing": 0.0,
-        "optimizer": OptimizerConfig(lr=6e-3, weight_decay=0.0, warmup=10),
+        "optimizer": OptimizerConfig(lr=6e-3, weight_decay=0.0, warmup_steps=10),
     }
     return Translator(data.subwords, data.pairs, moe=moe, **(given | options))

@@ -65,7 +65,7 @@ def model(optimizer: str = "adamw", **options: Any) -> TinyModule:
     A large eps: Adam would blow up the rounding of gradients that are nearly 0.
     """
     torch.manual_seed(0)
-    config = OptimizerConfig(optimizer, lr=0.05, eps=1e-3, warmup=0, schedule="constant")
+    config = OptimizerConfig(optimizer, lr=0.05, eps=1e-3, warmup_steps=0, schedule="constant")
     return TinyModule(3, **{"moe": MOE, "dropout": 0.0, "optimizer": config, **options})
 
 
@@ -130,8 +130,8 @@ def as_rank(rank: int) -> None:
 
 DIVISIONS: dict[str, dict[str, Any]] = {
     "experts": {},
-    "experts, rest sharded": {"rest": "shard"},
-    "no experts, rest sharded": {"experts": 1, "shards": 2, "rest": "shard"},
+    "experts, rest sharded": {"non_experts": "shard"},
+    "no experts, rest sharded": {"expert_parallel_size": 1, "fsdp_size": 2, "non_experts": "shard"},
 }
 
 

@@ -66,7 +66,7 @@ SPARSE: dict[str, MultiGateConfig] = {
     "input gates": MMoE(8, MLP((6,)), TokenChoice(2, gates_on="input")),
     "dselect-k": MMoE(8, MLP((6,)), DSelectK(2)),
     "expert choice": MMoE(8, MLP((6,)), ExpertChoice(2.0)),
-    "threshold": MMoE(8, MLP((6,)), Threshold(0.2, second="threshold")),
+    "threshold": MMoE(8, MLP((6,)), Threshold(0.2, second_expert_policy="threshold")),
     "null experts": MMoE(8, MLP((6,)), NullExperts(4, num_null_experts=8)),
     "shared top-k": MMoE(8, MLP((6,)), TokenChoice(3), "shared"),
     "shared top-k of FFN": MMoE(8, FFN(12), TokenChoice(3), "shared"),

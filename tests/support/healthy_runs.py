@@ -27,7 +27,7 @@ from apps.vision.model import ViTConfig
 from apps.vision.module import VisionClassifier
 
 EXPERT = core.FFN(hidden_dim=32)
-OPTIMIZER = OptimizerConfig(lr=3e-3, weight_decay=0.01, warmup=5, schedule="constant")
+OPTIMIZER = OptimizerConfig(lr=3e-3, weight_decay=0.01, warmup_steps=5, schedule="constant")
 ROUTERS: dict[str, core.RouterConfig] = {
     "top1": core.TokenChoice(top_k=1),
     "top2": core.TokenChoice(top_k=2),

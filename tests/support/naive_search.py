@@ -103,16 +103,17 @@ def _best(
     limit = config.max_length(length, None if most is None else most - len(prompt))
     if config.method == "sample":
         draws = torch.rand(
-            limit + 1, config.num_best, generator=generator(config.seed, number), dtype=torch.float64
+            limit + 1, config.num_return_sequences, generator=generator(config.seed, number), dtype=torch.float64
         ).tolist()
         hypotheses = [
-            draw_one(next_log_probs, prompt, limit, config, [row[i] for row in draws]) for i in range(config.num_best)
+            draw_one(next_log_probs, prompt, limit, config, [row[i] for row in draws])
+            for i in range(config.num_return_sequences)
         ]
     elif config.method == "greedy":
         hypotheses = [greedy(next_log_probs, prompt, limit, config)]
     else:
         hypotheses = beam(next_log_probs, prompt, limit, config)
-    return sorted(hypotheses, key=lambda pair: -pair[1])[: config.num_best]
+    return sorted(hypotheses, key=lambda pair: -pair[1])[: config.num_return_sequences]
 
 
 def allowed(num_ids: int, vocab: int, limit: int, config: DecodeConfig) -> list[int]:

@@ -105,7 +105,7 @@ def module(folder: Path, kind: str = "collection", optimizer: str = "rowwise_ada
         ),
         head=HeadConfig(activation="silu"),
         # A large eps: Adam would blow up the rounding of gradients that are nearly 0.
-        optimizer=OptimizerConfig(lr=0.01, eps=1e-3, warmup=2, schedule="constant"),
+        optimizer=OptimizerConfig(lr=0.01, eps=1e-3, warmup_steps=2, schedule="constant"),
         report=None,
     )
 
@@ -248,7 +248,7 @@ def _with_experts(root: Path) -> dict[str, Any]:
     with contextlib.redirect_stdout(printed):
         for name, (shared, options) in EXPERTS.items():
             callbacks = [Norms(), *([Saves(root / "two routers")] if name == "routers" else [])]
-            strategy = TorchRecStrategy("row_wise", experts=2)
+            strategy = TorchRecStrategy("row_wise", expert_parallel_size=2)
             train(root, f"two {name}", module(root, shared=shared), strategy, WORLD, callbacks=callbacks, **options)
     go_on_with_experts(root, "whole", TorchRecStrategy(), WORLD)
     return {"printed": printed.getvalue()}
@@ -292,7 +292,7 @@ def _refused(root: Path) -> dict[str, Any]:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    halves = {"experts": 2}
+    halves = {"expert_parallel_size": 2}
     by_gradients = module(root, shared=sparse(), weighting=WeightingConfig("gradnorm"))
     greedy = TakesAll(features=data(root).features, embedding=EmbeddingConfig("collection", dim=8), report=None)
     return {
@@ -307,7 +307,7 @@ def _refused(root: Path) -> dict[str, Any]:
         "adam": fit(module(root), {"embedding_optimizer": "adam"}),
         "width": fit(module(root, dims={"city": 6})),
         "greedy": fit(greedy),
-        "mesh": fit(module(root, shared=sparse()), {"experts": 3}),
+        "mesh": fit(module(root, shared=sparse()), {"expert_parallel_size": 3}),
         "dense gates": fit(module(root), halves),
         "three experts": fit(module(root, shared=sparse(num_experts=3)), halves),
         "gradients": fit(by_gradients, halves),

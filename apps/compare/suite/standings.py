@@ -19,7 +19,7 @@ from apps.compare.costs import FLOPS, MEMORY, NONE, SECONDS, SIZES, SPEEDS, Cost
 from apps.compare.page import shown_interval
 from apps.compare.suite.file import Board, Entry, Suite, slug
 from apps.compare.systems import label
-from apps.registry import renamed, today
+from apps.registry import of_today
 from apps.report.intervals import Interval, mean_interval, paired_difference
 from apps.report.page import MOST_FIGURES, Code, Page, Section, Table, Text
 from apps.report.tables import is_share
@@ -58,7 +58,7 @@ class Figures:
     def changes(self, entry: Entry) -> list[str]:
         """Return how the configuration differs from the one of the saved figures; empty if it does not."""
         row = self._saved(entry.board).get(entry.name)
-        return [] if row is None else differences(renamed(_identity(row, entry), today), _identity_now(entry))
+        return [] if row is None else differences(of_today(_identity(row, entry)), _identity_now(entry))
 
     def add(self, entry: Entry, **facts: Any) -> None:
         """Save facts of a row; figures of another configuration under its name go."""

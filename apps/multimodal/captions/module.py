@@ -26,7 +26,7 @@ from apps.multimodal.search.vectors import FileBatch
 from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
 from apps.nets.place import Place
-from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, caption_ids, check_one, decoding, in_columns
+from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, caption_ids, decoding, in_columns, one_each
 from apps.nlp.decode.writing import JudgedModule
 from apps.nlp.text.foreseen import read_ids
 from apps.nlp.text.scores import scorer
@@ -52,7 +52,7 @@ class Captions(NamedTuple):
         caption: the best hypothesis.
         score: float64 (B,), its score in the search.
         reference: the pairs' own texts; None for a folder of images.
-        alternatives: the further hypotheses, best first; None if ``decode.num_best`` asks for none.
+        alternatives: the further hypotheses, best first; None where ``decode.num_return_sequences`` asks for none.
     """
 
     index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
@@ -234,24 +234,25 @@ class ImageCaptioner(JudgedModule):
             image, index_B, references = batch.image, batch.index_B, self.references(batch)
             names = [image_name(self._data(), number) for number in batch.image_B.tolist()]
         texts, scores_B, further = in_columns(self.spelled(self.hypotheses_of(image, self.decode, index_B)))
-        return Captions(index_B, names, texts, scores_B, references, further if self.decode.num_best > 1 else None)
+        return Captions(
+            index_B, names, texts, scores_B, references, further if self.decode.num_return_sequences > 1 else None
+        )
 
     def predict(self, images: Sequence[str | Path | Image.Image | np.ndarray], **options: Any) -> list[str]:
         """Return the caption of each image, by the encoding of the checkpoint.
 
-        Arguments and errors are as in ``candidates``; a ``num_best`` above 1 is an error too.
+        Arguments and errors are those of ``candidates``; a ``num_return_sequences`` above 1 is an error too.
 
         Example::
 
             model.predict(["shirt.jpg"])      # ['Turtle Check Men Navy Blue Shirt']
         """
-        check_one(options)
-        return [best.text for best, *_ in self.candidates(images, **{**options, "num_best": 1})]
+        return [best.text for best, *_ in self.candidates(images, **one_each(options))]
 
     def candidates(
         self, images: Sequence[str | Path | Image.Image | np.ndarray], **decode: Any
     ) -> list[list[Candidate]]:
-        """Return the best captions of each image with their scores, best first: ``num_best`` of them.
+        """Return the best captions of each image with their scores, best first: ``num_return_sequences`` of them.
 
         A search may find fewer than it was asked for.
 

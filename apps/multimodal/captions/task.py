@@ -41,7 +41,7 @@ class Captioning(Task):
     @torch.no_grad()
     def answers(self, examples: Sequence[Mapping[str, Tensor]], most: int = 1) -> list[Written]:
         model = self.model
-        config = dataclasses.replace(model.decode, num_best=min(most, model.decode.width))
+        config = dataclasses.replace(model.decode, num_return_sequences=min(most, model.decode.width))
         pixels = torch.stack([example["image"] for example in examples])
         # Draws depend on an image's number, and it is the first of its request whatever others come with it.
         parts = pixels.split(1) if config.method == "sample" else (pixels,)

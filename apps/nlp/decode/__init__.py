@@ -10,8 +10,8 @@ is scored like any other.
 
 Beam search keeps ``k = beam_size`` open hypotheses per sentence. Each step ranks every continuation of them by its sum
 of log p. Those among the first k that end in EOS_ID are finished; the first k of the others stay open. A sentence ends,
-whatever the rest of its batch does, when no open hypothesis can still be among its ``num_best`` best. A sum of log p
-never rises, so the sum divided by the largest possible length bounds the score of every continuation.
+whatever its batch mates do, when no open hypothesis can still be among its ``num_return_sequences`` best. A sum of
+log p never rises, so the sum divided by the largest possible length bounds the score of all that may follow.
 ``early_stopping`` has two rules that end sooner and may miss the best text.
 
 Among equal sums the better hypothesis's goes first, then the lower id. ``tests/support/naive_search.py`` does all of it
@@ -21,7 +21,7 @@ A finished sentence leaves the batch (batch pruning, arXiv 2211.10017), unless `
 sentence does not depend on it, nor on the rest of its batch, provided that the model's logits do not.
 """
 
-from apps.nlp.decode.candidate import Candidate, check_one, in_columns
+from apps.nlp.decode.candidate import Candidate, in_columns, one_each
 from apps.nlp.decode.config import DecodeConfig, decoding
 from apps.nlp.decode.run import caption_ids, generate_ids, in_dtype, translate_ids
 from apps.nlp.decode.search import Hypotheses
@@ -31,10 +31,10 @@ __all__ = [
     "DecodeConfig",
     "Hypotheses",
     "caption_ids",
-    "check_one",
     "decoding",
     "generate_ids",
     "in_columns",
     "in_dtype",
+    "one_each",
     "translate_ids",
 ]

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from apps.nlp.decode.config import DecodeConfig
+from core.fields import with_new_names
+
 
 class Candidate(NamedTuple):
     """A text that a model writes.
@@ -21,14 +24,16 @@ class Candidate(NamedTuple):
     score: float
 
 
-def check_one(options: Mapping[str, Any]) -> None:
-    """Reject to be asked for several candidates of a text where one is returned.
+def one_each(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of a search for one candidate of each text.
 
     Raises:
-        ValueError: naming ``num_best``.
+        ValueError: they ask for several.
     """
-    if options.get("num_best", 1) != 1:
-        raise ValueError(f"num_best={options['num_best']}: predict returns one text each; candidates has the others")
+    options = with_new_names(DecodeConfig, options)
+    if (most := options.get("num_return_sequences", 1)) != 1:
+        raise ValueError(f"num_return_sequences={most}: predict returns one text each; candidates has the others")
+    return {**options, "num_return_sequences": 1}
 
 
 def in_columns(rows: Sequence[Sequence[Candidate]]) -> tuple[list[str], Tensor, list[list[str]]]:

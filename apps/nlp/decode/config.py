@@ -10,20 +10,22 @@ from typing import Any, Literal
 
 import core
 from apps.base.checks import check_name
-from core.fields import Checked, Count, CountOrZero, NotNegative, Positive, PositiveShare
+from apps.registry import RENAMED
+from core.fields import Checked, Count, CountOrZero, NotNegative, Positive, PositiveShare, renames, with_new_names
 
 
 @core.register_config
+@renames(**RENAMED["decode"])
 @dataclass(frozen=True)
 class DecodeConfig(Checked):
     """The options of a search for translations or continuations.
 
     Attributes:
-        method: "greedy": the best id each step; "beam"; "sample": each id is sampled.
-        beam_size: open hypotheses per sentence of "beam".
-        num_best: hypotheses per sentence that are returned, best first; of "sample", the number of samples.
+        method: "greedy": the best id each step; "beam"; "sample": each id is drawn.
+        beam_size: open hypotheses a sentence of "beam".
+        num_return_sequences: hypotheses a sentence that are returned, best first; of "sample", how many are drawn.
         early_stopping: when "beam" ends a sentence, as in transformers. "never": when no open hypothesis can still be
-            among the ``num_best`` best, so that the search misses none. False: when none would be among the
+            among the ``num_return_sequences`` best, so that the search misses none. False: when none would be among the
             ``beam_size`` best if it ended at its present length, which is often right. True: when ``beam_size`` are
             finished.
         length_penalty: the score of a hypothesis is its sum of log p / length ** length_penalty; 0: the sum.
@@ -44,7 +46,7 @@ class DecodeConfig(Checked):
 
     method: Literal["greedy", "beam", "sample"] = "beam"
     beam_size: Count = 5
-    num_best: Count = 1
+    num_return_sequences: Count = 1
     early_stopping: bool | Literal["never"] = "never"
     length_penalty: NotNegative = 1.0
     max_length_ratio: NotNegative = 2.0
@@ -59,13 +61,16 @@ class DecodeConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method != "sample" and self.num_best > self.width:
-            raise ValueError(f"num_best={self.num_best} exceeds the {self.width} hypotheses of method={self.method}")
+        if self.method != "sample" and self.num_return_sequences > self.width:
+            raise ValueError(
+                f"num_return_sequences={self.num_return_sequences} exceeds the {self.width} hypotheses of "
+                f"method={self.method}"
+            )
 
     @property
     def width(self) -> int:
         """k, rows that a sentence has in the batch."""
-        return {"greedy": 1, "beam": self.beam_size, "sample": self.num_best}[self.method]
+        return {"greedy": 1, "beam": self.beam_size, "sample": self.num_return_sequences}[self.method]
 
     def max_length(self, source_length: int, most: int | None = None) -> int:
         """Return how many ids a hypothesis may have before its end; ``most``: the model's limit."""
@@ -79,7 +84,7 @@ class DecodeConfig(Checked):
     @property
     def num_kept(self) -> int:
         """Finished hypotheses per sentence that open ones are measured against."""
-        return self.num_best if self.method == "beam" and self.early_stopping == "never" else self.width
+        return self.num_return_sequences if self.method == "beam" and self.early_stopping == "never" else self.width
 
     def attainable(self, log_prob: float, num_ids: int, limit: int) -> float:
         """Return the best score that an open hypothesis is given credit for, as ``early_stopping`` says.
@@ -102,6 +107,7 @@ def decoding(config: DecodeConfig, options: Mapping[str, Any]) -> DecodeConfig:
         ValueError: no such field, or a value out of its range.
     """
     known = [field.name for field in dataclasses.fields(DecodeConfig)]
+    options = with_new_names(DecodeConfig, options)
     for name in options:
         check_name("option", name, known)
     return dataclasses.replace(config, **options)

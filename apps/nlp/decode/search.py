@@ -24,7 +24,8 @@ class Hypotheses:
     """The best hypotheses of B sentences.
 
     Attributes:
-        ids: for each sentence its ``num_best`` best, best first; ids without the end. Fewer where there are fewer.
+        ids: for each sentence its ``num_return_sequences`` best, best first; ids without the end.
+            Fewer where there are fewer.
         scores: their scores.
     """
 
@@ -154,7 +155,7 @@ def search(
             cache = cache.select(row_bk.flatten())
     while ranks.go_on(False):
         model.step(torch.full_like(token_R, PAD_ID), cache)
-    best = [s.finished[: config.num_best] for s in sentences]
+    best = [s.finished[: config.num_return_sequences] for s in sentences]
     for i, own in enumerate(best):
         if not own:
             raise ValueError(f"sentence {i} of the batch has no end with a finite log-probability")

@@ -229,7 +229,7 @@ class JudgedModule(WritingModule):
     def judged(self, batch: Any, out: TaskOutput, stage: Stage) -> TaskOutput:
         """Return ``out`` with the batch's ``Judged`` texts as its outputs."""
         greedy = stage == "val" and self.val_decode == "greedy"
-        config = dataclasses.replace(self.decode, method="greedy", num_best=1) if greedy else self.decode
+        config = dataclasses.replace(self.decode, method="greedy", num_return_sequences=1) if greedy else self.decode
         places, hypotheses = self.write(batch, config)
         written = dict(zip(places, self.subwords.decode(hypotheses.best, self.side), strict=True))
         scores = {place: own[0] for place, own in zip(places, hypotheses.scores, strict=True)}

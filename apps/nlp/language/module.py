@@ -18,7 +18,7 @@ from apps.nets.depths import MixtureOfDepths
 from apps.nets.place import Place
 from apps.nets.transformer import LanguageModel
 from apps.nets.universal import Universal
-from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, check_one, decoding, generate_ids, in_columns
+from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, decoding, generate_ids, in_columns, one_each
 from apps.nlp.language.data import TextBatch, TextSize, prompt_batches
 from apps.nlp.language.report import LanguageReport, LanguageReportConfig
 from apps.nlp.module import TextModule, published_network
@@ -55,7 +55,7 @@ class Continuations(NamedTuple):
         index: int64 (B,), the prompt's number, from 0.
         text: the prompt and what follows it.
         score: float64 (B,), of what follows, in the search.
-        alternatives: the further hypotheses, best first, where ``decode.num_best`` asks for them.
+        alternatives: the further hypotheses, best first, where ``decode.num_return_sequences`` asks for them.
     """
 
     index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
@@ -240,17 +240,16 @@ class LanguageModeler(TextModule):
     def predict(self, prompts: Sequence[str], **decode: Any) -> list[str]:
         """Return each prompt with what follows it, as ``moesaic predict --data.text`` prints it.
 
-        Arguments and errors are as in ``candidates``; a ``num_best`` above 1 is an error too.
+        Arguments and errors are those of ``candidates``; a ``num_return_sequences`` above 1 is an error too.
 
         Example::
 
             model.predict(["And the king said"], max_length_extra=20)
         """
-        check_one(decode)
-        return [best.text for best, *_ in self.candidates(prompts, **{**decode, "num_best": 1})]
+        return [best.text for best, *_ in self.candidates(prompts, **one_each(decode))]
 
     def candidates(self, prompts: Sequence[str], **decode: Any) -> list[list[Candidate]]:
-        """Return each prompt with several continuations and their scores, best first: ``num_best`` of them.
+        """Return each prompt with several continuations and their scores, best first: ``num_return_sequences`` of them.
 
         A search may find fewer than it was asked for.
 

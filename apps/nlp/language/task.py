@@ -89,7 +89,7 @@ class Continuation(TextTask):
     def answers(self, examples: Sequence[Mapping[str, Any]], most: int = 1) -> list[Continued]:
         answers, model, decode = [], self.model, self.model.subwords.decode
         for example in examples:
-            limits = {"num_best": 1, "max_length_ratio": 0.0, "max_length_extra": example["subwords"]}
+            limits = {"num_return_sequences": 1, "max_length_ratio": 0.0, "max_length_extra": example["subwords"]}
             config = decoding(model.decode, {**limits, "seed": example.get("seed", model.decode.seed)})
             ((batch, _),) = prompt_batches(checked_texts([example["text"]]), model.subwords)
             batch = type(batch)(*(part.to(model.device) for part in batch))

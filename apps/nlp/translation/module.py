@@ -16,7 +16,7 @@ from apps.nets.blocks import one_ffn
 from apps.nets.config import TransformerConfig
 from apps.nets.place import Place
 from apps.nets.transformer import TranslationModel
-from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, check_one, decoding, in_columns, translate_ids
+from apps.nlp.decode import Candidate, DecodeConfig, Hypotheses, decoding, in_columns, one_each, translate_ids
 from apps.nlp.decode.writing import JudgedModule
 from apps.nlp.module import TextModule, published_network
 from apps.nlp.predict import checked_texts, source_batches
@@ -47,7 +47,7 @@ class Translations(NamedTuple):
         source: as the model read it.
         translation: the best hypothesis; empty for an empty line.
         score: float64 (B,), its score in the search; 0 for an empty line.
-        alternatives: the further hypotheses, best first, where ``decode.num_best`` asks for them.
+        alternatives: the further hypotheses, best first, where ``decode.num_return_sequences`` asks for them.
     """
 
     index: Tensor  # type: ignore[assignment]  # a batch has no use for tuple.index
@@ -243,14 +243,13 @@ class Translator(JudgedModule, TextModule):
     def predict(self, texts: Sequence[str], pair: str | None = None, **options: Any) -> list[str]:
         """Return the translation of each text, as ``moesaic predict --data.text`` prints it.
 
-        Arguments and errors are as in ``candidates``; a ``num_best`` above 1 is an error too.
+        Arguments and errors are those of ``candidates``; a ``num_return_sequences`` above 1 is an error too.
 
         Example::
 
             model.predict(["Delete the selected person"], beam_size=8)      # ["Die gewählte Person löschen"]
         """
-        check_one(options)
-        return [best.text for best, *_ in self.candidates(texts, pair, **{**options, "num_best": 1})]
+        return [best.text for best, *_ in self.candidates(texts, pair, **one_each(options))]
 
     def candidates(
         self,
@@ -261,7 +260,7 @@ class Translator(JudgedModule, TextModule):
         tokens_per_batch: int = 4096,
         **decode: Any,
     ) -> list[list[Candidate]]:
-        """Return the best translations of each text with their scores, best first: ``num_best`` of them.
+        """Return the best translations of each text with their scores, best first: ``num_return_sequences`` of them.
 
         A search may find fewer than it was asked for.
 
@@ -280,7 +279,7 @@ class Translator(JudgedModule, TextModule):
 
         Example::
 
-            model.candidates(["Delete the selected person"], num_best=3)[0][0].score    # -0.21
+            model.candidates(["Delete the selected person"], num_return_sequences=3)[0][0].score    # -0.21
         """
         lines, config = checked_texts(texts), decoding(self.decode, decode)
         if pair is None and len(self.pairs) > 1:

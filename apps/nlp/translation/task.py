@@ -71,7 +71,7 @@ class Translation(TextTask):
 
     def answers(self, examples: Sequence[Mapping[str, str]], most: int = 1) -> list[Written]:
         model, answers = self.model, [Written((), (), ())] * len(examples)
-        config = dataclasses.replace(model.decode, num_best=min(most, model.decode.width))
+        config = dataclasses.replace(model.decode, num_return_sequences=min(most, model.decode.width))
         for places in self._together([example["pair"] for example in examples]):
             own, pair = [examples[place]["text"] for place in places], examples[places[0]]["pair"]
             for number, batch in self._batches(own, pair):

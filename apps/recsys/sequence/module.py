@@ -31,6 +31,7 @@ from apps.recsys.metrics import CUTOFF, RankingMetrics, target_ranks
 from apps.recsys.sequence import scoring
 from apps.recsys.sequence.model import HistoryModel, HistoryModelConfig, check_ids, last_of
 from apps.recsys.sequence.report import NextItemReport, NextItemReportConfig
+from apps.registry import RENAMED
 from apps.train.publish.model_card import ModelKind
 from apps.train.step.module import SparseModule, TaskOutput
 from core.config.plain import from_plain
@@ -81,7 +82,7 @@ class NextItemRecommender(SparseModule, Comparable):
         top_k: number of items that a prediction names.
         report: options of the report that a test writes besides the metrics; None: nothing.
         kwargs: ``optimizer``, ``ema_decay``, ``average_last``, ``grow`` and ``distil`` of ``SparseModule``.
-        train_unseen: whether the softmax of the loss leaves out the items that the history has before, at each
+        mask_seen_items: whether the softmax of the loss leaves out the items that the history has before, at each
             position, as ``exclude_seen`` does in evaluation. For data whose users take an item once: the model need
             not learn which items were seen. It needs ``exclude_seen``. A target that the history has before stays a
             candidate.
@@ -90,6 +91,7 @@ class NextItemRecommender(SparseModule, Comparable):
         ValueError: a value is out of its range, or the parts do not fit together.
     """
 
+    new_names = RENAMED["model"]
     reporter = NextItemReport
     model_kind = ModelKind(
         "a recommender of the next item of a history",
@@ -117,7 +119,7 @@ class NextItemRecommender(SparseModule, Comparable):
         exclude_seen: bool = False,
         top_k: int = 10,
         report: NextItemReportConfig | None = _REPORT,
-        train_unseen: bool = False,
+        mask_seen_items: bool = False,
         **kwargs: Any,
     ) -> None:
         sequence = from_plain(sequence, HistoryModelConfig, "sequence")
@@ -126,12 +128,12 @@ class NextItemRecommender(SparseModule, Comparable):
         if num_items is None:
             return self.wait_for_data("num_items")
         check_at_least(1, top_k=top_k)
-        if train_unseen and not exclude_seen:
-            raise ValueError("train_unseen=True needs exclude_seen=True: it leaves scores of seen items untrained")
+        if mask_seen_items and not exclude_seen:
+            raise ValueError("mask_seen_items=True needs exclude_seen=True: it leaves scores of seen items untrained")
         self.report = from_plain(report, NextItemReportConfig, "report")
         self.sequence, self.moe, self.moe_blocks = sequence or HistoryModelConfig(), moe, moe_blocks
         self.num_items, self.max_length = num_items, max_length
-        self.exclude_seen, self.top_k, self.train_unseen = exclude_seen, top_k, train_unseen
+        self.exclude_seen, self.top_k, self.mask_seen_items = exclude_seen, top_k, mask_seen_items
         self.place = Place(type(self).__name__, ("token_ids_BS",), is_causal=True)
         if moe is not None:
             check_fits(self.place, moe.router, moe.balance)
@@ -160,7 +162,7 @@ class NextItemRecommender(SparseModule, Comparable):
         has_T = target_T > 0
         rows = _rows(has_T)
         predicted = OutputLogits(h_TD[rows], self.model.output_weight)
-        seen = _seen_columns(batch.items_BS, packing, index_T)[rows] if self.train_unseen else None
+        seen = _seen_columns(batch.items_BS, packing, index_T)[rows] if self.mask_seen_items else None
         loss = linear_cross_entropy(predicted.h_TD, predicted.weight_VD, target_T[rows] - 1, left_out=seen)
         if self.training:
             return TaskOutput(loss, None, None, len(batch.items_BS), distribution=predicted)
@@ -175,10 +177,12 @@ class NextItemRecommender(SparseModule, Comparable):
         """Return the logits of all items at the positions that have a target.
 
         Raises:
-            ValueError: with ``train_unseen`` the logits of seen items mean nothing.
+            ValueError: with ``mask_seen_items`` those of seen items mean nothing.
         """
-        if self.train_unseen:
-            raise ValueError("train_unseen=True leaves logits of seen items untrained: distil with train_unseen=False")
+        if self.mask_seen_items:
+            raise ValueError(
+                "mask_seen_items=True leaves logits of seen items untrained: distil with mask_seen_items=False"
+            )
         h_TD, _, index_T = self.model.encode(*self.example_inputs(batch))
         return OutputLogits(h_TD[_rows(batch.targets_BS.flatten()[index_T] > 0)], self.model.output_weight)
 

@@ -130,7 +130,7 @@ def export(model: SparseModule, exported: Exported, options: Options) -> list[Pa
         if options.format == "onnx":
             from apps.serve.export.onnx import to_onnx
 
-            to_onnx(graph, path, form=options.form, metadata={"moesaic.app": exported.app, DESCRIPTION: text})
+            to_onnx(graph, path, form=options.onnx_ops, metadata={"moesaic.app": exported.app, DESCRIPTION: text})
             seal(path)
             compare(graph, OnnxGraph(path))
         elif options.format == "torch_export":

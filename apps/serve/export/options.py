@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
@@ -30,8 +31,8 @@ class Options(CommandLine):
     Attributes:
         config: configuration that names classes of your own, such as the run's
         output: file that ends in .onnx or .pt2, or a folder
-        format: format of the output
-        form: MoE layers of an ONNX graph: standard operators, onnxruntime's operators, or the faster of both
+        format: what is written
+        onnx_ops: MoE layers of an ONNX graph: standard operators, those of onnxruntime, or the faster of both
         overwrite: replace an earlier export at PATH
 
     Raises:
@@ -39,12 +40,13 @@ class Options(CommandLine):
     """
 
     prog: ClassVar[str] = "moesaic export"
+    renamed: ClassVar[Mapping[str, str]] = {"--form": "--onnx_ops"}
 
     ckpt_path: Run
     output: Path
     config: Config | None = None
     format: Literal["onnx", "torch_export", "aoti"] = "onnx"
-    form: Form = FORMS[0]
+    onnx_ops: Form = FORMS[0]
     quantize: Quantize | None = None
     overwrite: bool = False
 
@@ -52,8 +54,8 @@ class Options(CommandLine):
         output, ending = self.output, ENDINGS[self.format]
         if output.suffix and output.suffix != ending:
             raise UsageError(f"--output {output} must end in {ending}, or name a folder, for --format {self.format}")
-        if self.form != FORMS[0] and self.format != "onnx":
-            raise UsageError(f"--form {self.form} is of --format onnx, not of {self.format}")
+        if self.onnx_ops != FORMS[0] and self.format != "onnx":
+            raise UsageError(f"--onnx_ops {self.onnx_ops} is of --format onnx, not of {self.format}")
         if output.is_dir() and output.suffix:
             raise UsageError(f"--output {output} is a folder: give a file")
         if (output.exists() or output.is_symlink()) and not self.overwrite:

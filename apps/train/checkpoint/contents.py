@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.base.messages import some
-from apps.registry import name_of, renamed, today, without_dropped
+from apps.registry import name_of, of_today, without_dropped
 from apps.train.checkpoint import sharded
 from apps.train.checkpoint.paths import is_pretrained
 from apps.train.publish import pretrained
@@ -37,7 +37,7 @@ def read_checkpoint(path: Path | str, shapes_only: bool = False) -> dict[str, An
         checkpoint["module_class"] = name_of(kind)
     if isinstance(arguments := checkpoint.get("hyper_parameters"), Mapping):
         arguments = without_dropped(str(checkpoint.get("module_class")), arguments)
-        checkpoint["hyper_parameters"] = renamed(arguments, today)
+        checkpoint["hyper_parameters"] = of_today(arguments, "model")
     return checkpoint
 
 

@@ -14,12 +14,14 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import core
+from apps.registry import RENAMED
 from apps.train.optim.muon import MuonAdamW
 from apps.train.optim.row_gradients import row_sparse_module
-from core.fields import Checked, NotNegative, Positive, Share, ShareBelowOne
+from core.fields import Checked, NotNegative, Positive, Share, ShareBelowOne, renames
 
 
 @core.register_config
+@renames(**RENAMED["model.optimizer"])
 @dataclass(frozen=True)
 class OptimizerConfig(Checked):
     """One learning rate for three kinds of parameters, a linear warm-up and a decay, both by step.
@@ -40,10 +42,10 @@ class OptimizerConfig(Checked):
         router_weight_decay_scale: the routers' weight decay is ``weight_decay`` times this.
         expert_lr_scale: the experts' learning rate is ``lr`` times this.
         expert_weight_decay_scale: the experts' weight decay is ``weight_decay`` times this.
-        warmup: steps of linear warm-up; a fraction of all steps if it is below 1.
+        warmup_steps: steps of linear warm-up; a fraction of all steps where it is below 1.
         schedule: decay after the warm-up: "cosine" to ``min_lr_ratio``; "inverse_sqrt", ``sqrt(warmup / n)`` at the
-            n-th step (arXiv 1706.03762, section 5.3), which does not depend on the length of the run if ``warmup``
-            is in steps; or "constant".
+            n-th step (arXiv 1706.03762, section 5.3), which does not depend on the length of the run where
+            ``warmup_steps`` is 1 or more; or "constant".
         min_lr_ratio: least learning rate, as a part of the peak.
         lr_scales: factors on the learning rate of parts of the model, by prefix of their parameters' names:
             ``{"text_tower": 0.05}`` lets a pretrained tower train slowly next to a randomly initialized one. Of several
@@ -68,7 +70,7 @@ class OptimizerConfig(Checked):
     router_weight_decay_scale: NotNegative = 1.0
     expert_lr_scale: NotNegative = 1.0
     expert_weight_decay_scale: NotNegative = 1.0
-    warmup: NotNegative = 0.05
+    warmup_steps: NotNegative = 0.05
     schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
     min_lr_ratio: Share = 0.0
     lr_scales: dict[str, NotNegative] = field(default_factory=dict)
@@ -78,18 +80,20 @@ class OptimizerConfig(Checked):
         super().__post_init__()
         if self.name != "adamw" and self.fused:
             raise ValueError(f"optimizer.fused=True is a kernel of AdamW's; optimizer.name={self.name!r} has none")
-        if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise ValueError(f"optimizer.warmup={self.warmup} must be a whole number of steps, or a fraction below 1")
+        if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ValueError(
+                f"optimizer.warmup_steps={self.warmup_steps} must be a whole number of steps, or a fraction below 1"
+            )
 
-    def warmup_steps(self, total_steps: float) -> int:
-        """Return the steps of warm-up in a run of ``total_steps`` (``inf`` if it has no end)."""
-        if self.warmup >= 1:
-            return int(self.warmup)
-        return round(self.warmup * total_steps) if math.isfinite(total_steps) else 0
+    def num_warmup_steps(self, total_steps: float) -> int:
+        """Return the steps of warm-up in a run of ``total_steps`` (``inf`` where it has no end)."""
+        if self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        return round(self.warmup_steps * total_steps) if math.isfinite(total_steps) else 0
 
     def factor(self, step: int, total_steps: float) -> float:
         """Return the learning rate of optimizer step ``step`` (from 0) as a part of the peak."""
-        warmup = self.warmup_steps(total_steps)
+        warmup = self.num_warmup_steps(total_steps)
         if step < warmup:
             return (step + 1) / warmup
         if self.schedule == "inverse_sqrt":

@@ -67,14 +67,15 @@ class Description:
             ValueError: the text does not describe an exported model.
         """
         try:
-            values = registry.renamed(json.loads(text), registry.today)
+            values = registry.of_today(json.loads(text))
             described = cls(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a model that moesaic export has written: {first_line(error)}") from None
         plain = (described.arguments, described.preprocessing, described.graphs, described.scalars)
         if not isinstance(described.module, str) or not all(isinstance(part, Mapping) for part in plain):
             raise ValueError(f"{path} is not a model that moesaic export has written: its fields are of other types")
-        return replace(described, arguments=registry.without_dropped(described.module, described.arguments))
+        arguments = registry.of_today(described.arguments, "model")
+        return replace(described, arguments=registry.without_dropped(described.module, arguments))
 
 
 class OnnxGraph(nn.Module):

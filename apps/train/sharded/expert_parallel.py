@@ -20,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from apps.base.checks import check_at_least, check_name
 from apps.base.files import delete
+from apps.registry import RENAMED
 from apps.train.checkpoint import sharded
 from apps.train.lightning_internals import begin_processes, prepare_for_fsdp, step_by_call
 from apps.train.sharded.processes import join_again
@@ -31,6 +32,7 @@ from apps.train.sharded.strategy import (
     step_one_by_one,
 )
 from apps.train.torch_internals import checkpoint_activations, limit_waiting
+from core.fields import renames
 from core.parallel import (
     blocks_of,
     broadcast_parameters,
@@ -47,27 +49,30 @@ _logger = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@renames(**RENAMED["strategy"])
 class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
     """Trains on several processes, with the experts of each MoE layer sharded among some of them.
 
     The processes form a mesh of replicas x shards x experts, and each has examples of its own. Tokens travel to the
     experts' processes in every layer (``core.AllToAllDispatcher``). All other parameters are copied (as in DDP) or
-    sharded (FSDP2), and every gradient is the mean over all processes. Losses, figures and selection biases cover the
-    global batch. With ``experts: 1`` it is plain DDP or FSDP2, for models without experts too.
+    sharded (FSDP2), and every gradient is the mean over all processes. Losses, figures and selection biases are those
+    of the global batch. With ``expert_parallel_size: 1`` it is DDP or FSDP2 alone, for models without experts too.
 
     Checkpoints are folders of shards (``apps.train.checkpoint.sharded``). A run resumes from them on another number of
     processes, with another division, or on one process without this strategy; ``moesaic convert consolidate`` makes one
     file.
 
     Args:
-        experts: processes that share out the experts of a layer; "auto": all on a machine that ``hidden`` leaves.
-        shards: groups of such processes among which parameters are sharded further.
-        nodes: machines that share out the experts too, with an all-to-all within each machine first.
-        hidden: processes that share out the hidden units of each expert, if there are more processes than experts.
-        static_exchange: whether every expert is sent as many rows as its capacity allows, so that no host waits for a
+        expert_parallel_size: processes that share out the experts of a layer; "auto": all on a machine that
+            ``expert_tensor_parallel_size`` leaves.
+        fsdp_size: groups of such processes among which parameters are sharded further.
+        nodes: machines that share out the experts too, with an exchange within each machine first.
+        expert_tensor_parallel_size: processes that share out the hidden units of each expert, where there are more
+            processes than experts.
+        static_all_to_all: whether every expert is sent as many rows as its capacity allows, so that no host waits for a
             GPU; it needs a ``capacity_factor`` and batches of one size.
-        rest: placement of all other parameters: "replicate", a copy on each process; "shard", sharded over shards and
-            experts.
+        non_experts: what becomes of all other parameters: "replicate", a copy on each process; "shard", sharded over
+            ``fsdp_size`` and the experts' processes.
         param_dtype: dtype in which sharded parameters are gathered and computed, "bfloat16" or "float16"; None: their
             own. ``trainer.precision`` does not need it.
         reshard_after_forward: whether a block's parameters are freed after its forward and gathered again for the
@@ -92,12 +97,12 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
 
     def __init__(
         self,
-        experts: int | Literal["auto"] = "auto",
-        shards: int = 1,
+        expert_parallel_size: int | Literal["auto"] = "auto",
+        fsdp_size: int = 1,
         nodes: int = 1,
-        hidden: int = 1,
-        static_exchange: bool = False,
-        rest: Literal["replicate", "shard"] = "replicate",
+        expert_tensor_parallel_size: int = 1,
+        static_all_to_all: bool = False,
+        non_experts: Literal["replicate", "shard"] = "replicate",
         param_dtype: Literal["bfloat16", "float16"] | None = None,
         reshard_after_forward: bool | None = None,
         activation_checkpointing: bool = False,
@@ -107,13 +112,14 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self.timeout = timeout
-        sizes = {"shards": shards, "nodes": nodes, "hidden": hidden}
-        check_at_least(1, **sizes, **({} if experts == "auto" else {"experts": experts}))
-        check_name("rest", rest, ["replicate", "shard"])
+        check_at_least(1, fsdp_size=fsdp_size, nodes=nodes, expert_tensor_parallel_size=expert_tensor_parallel_size)
+        check_at_least(1, expert_parallel_size=None if expert_parallel_size == "auto" else expert_parallel_size)
+        check_name("non_experts", non_experts, ["replicate", "shard"])
         if param_dtype is not None:
             check_name("param_dtype", param_dtype, list(DTYPES))
-        self.experts, self.shards, self.nodes, self.hidden = experts, shards, nodes, hidden
-        self.static_exchange, self.rest = static_exchange, rest
+        self.expert_parallel_size, self.fsdp_size, self.nodes = expert_parallel_size, fsdp_size, nodes
+        self.expert_tensor_parallel_size, self.non_experts = expert_tensor_parallel_size, non_experts
+        self.static_all_to_all = static_all_to_all
         self.param_dtype, self.reshard_after_forward = param_dtype, reshard_after_forward
         self.activation_checkpointing = activation_checkpointing
         self.async_checkpoints = async_checkpoints
@@ -131,9 +137,10 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         join_again(self.process_group_backend or dist.get_default_backend_for_device(self.root_device), self.timeout)
-        experts = max(self.num_processes // self.hidden, 1) if self.experts == "auto" else self.experts
-        options: dict[str, Any] = {"nodes": self.nodes, "hidden": self.hidden, "device_type": self.root_device.type}
-        begin_processes(self, lambda: expert_mesh(experts, self.shards, **options))
+        hidden, experts = self.expert_tensor_parallel_size, self.expert_parallel_size
+        experts = max(self.num_processes // hidden, 1) if experts == "auto" else experts
+        options: dict[str, Any] = {"nodes": self.nodes, "hidden": hidden, "device_type": self.root_device.type}
+        begin_processes(self, lambda: expert_mesh(experts, self.fsdp_size, **options))
         limit_waiting(self.timeout)
 
     def setup(self, trainer: Trainer) -> None:
@@ -163,7 +170,7 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
         whole = sum(p.numel() for p in module.parameters())
         part = experts_part(mesh)
         if part is not None:
-            divide_experts(module, part, static=self.static_exchange)
+            divide_experts(module, part, static=self.static_all_to_all)
         if self.activation_checkpointing:
             for block in blocks_of(module):
                 checkpoint_activations(block)
@@ -173,7 +180,7 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
         kind = type(module)
         # Tensors of experts are put together in two steps if they are sharded along two axes, which does not matter.
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-        shard_data(module, mesh, shard=self.rest == "shard", **options)
+        shard_data(module, mesh, shard=self.non_experts == "shard", **options)
         make_root(module)
         limit_waiting(self.timeout)  # of the groups that FSDP2 has made
         # FSDP2 has made a class of this one; checkpoints and messages know the model by its own.

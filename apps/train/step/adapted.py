@@ -30,12 +30,12 @@ def adapt_linears(module: Any, checkpoint: Mapping[str, Any]) -> None:
     Args:
         module: a ``SparseModule``.
         checkpoint: contents, whose ``adapted`` has ``moe``, a ``core.MoEConfig`` as plain values, and ``modules``,
-            the patterns of ``core.adapt``.
+            the patterns of ``core.add_adapters``.
 
     Raises:
-        ValueError: as ``core.adapt``, or the values do not describe such a config.
+        ValueError: as ``core.add_adapters``, or the values are no such config.
     """
     adapted = checkpoint.get("adapted")
     if adapted is not None and module.adapted is None:
-        core.adapt(module, from_plain(adapted["moe"], core.MoEConfig, "adapted.moe"), adapted["modules"])
+        core.add_adapters(module, from_plain(adapted["moe"], core.MoEConfig, "adapted.moe"), adapted["modules"])
         module.adapted = adapted

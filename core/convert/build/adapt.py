@@ -1,4 +1,4 @@
-"""``adapt`` freezes a model and gives linear layers of it a mixture of updates."""
+"""``add_adapters`` freezes a model and gives linear layers of it a mixture of updates."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ...layers import AdaptedLinear, MoE
 from ..read.names import matching_names
 
 
-def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None = None) -> nn.Module:
-    """Freeze a trained model and add a mixture of adapters to its linear layers, such as ``LoRA`` or ``IA3``.
+def add_adapters(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None = None) -> nn.Module:
+    """Freeze a trained model and put a mixture of updates into its linear layers, such as ``LoRA`` or ``IA3``.
 
     Only the updates and their routers train afterwards. Each layer has a router of its own. The model calls a linear
     layer with tokens only, so that padding is routed as any token.
@@ -36,7 +36,7 @@ def adapt(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None 
     Example::
 
         moe = core.MoEConfig(8, core.TokenChoice(2), core.LoRA(8, alpha=16))
-        core.adapt(model, moe, modules="blocks.*.attn.qkv")
+        core.add_adapters(model, moe, modules="blocks.*.attn.qkv")
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     """
     check_values(MoEConfig, moe=moe)

@@ -22,7 +22,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     This needs gates that are the same for every token: of one expert, or of ``Random`` in evaluation. Updates of a
     task's or domain's own are first taken out by ``core.cut_out``, and others may be averaged by ``core.densify``. The
     linear layers have copies of the weights, which are frozen as the base was, and the names that they had before
-    ``core.adapt``. Sums are taken in float32 at least.
+    ``core.add_adapters``. Sums are taken in float32 at least.
 
     Args:
         model: any module with adapted layers, changed in place, or one ``AdaptedLinear``.

@@ -1,4 +1,4 @@
-"""Patterns of module names, as ``core.sparsify`` and ``core.adapt`` read them."""
+"""Patterns of module names, as ``core.sparsify`` and ``core.add_adapters`` read them."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...contract import Evidence, Routing, RoutingContext, span
 from ...contract.checks import at_most_experts
-from ...fields import Bounds, Count, NotNegative, Positive, PositiveShare
+from ...fields import Bounds, Count, NotNegative, Positive, PositiveShare, renames
 from ...kernels import topk_gate
 from ...kernels.eager import capacity_ranks, check_devices, count_experts, outside_autocast, top_k_ids
 from ..balance.terms import CHOICE_TERMS, SCORE_TERMS
@@ -31,7 +31,7 @@ class ThresholdRouter(PairRouter):
         logits_TE = tokens.logits(self.gate)
         best = topk_gate(logits_TE, 2, valid_T=tokens.valid_T, backend=self.backend)
         expert_ids_TK, chosen_E, g2_T = best.expert_ids_TK, best.chosen_per_expert_E, best.gates_TK[:, 1].detach()
-        policy = config.second if self.training else config.eval_second
+        policy = config.second_expert_policy if self.training else config.eval_second_expert_policy
         if policy != "always":
             # Both policies are sure to keep a second gate of the threshold or more.
             kept_T = g2_T > config.threshold * torch.rand_like(g2_T) if policy == "random" else g2_T >= config.threshold
@@ -41,18 +41,19 @@ class ThresholdRouter(PairRouter):
         return Choice(expert_ids_TK, best.gates_TK, evidence, chosen_per_expert_E=chosen_E)
 
 
+@renames(second="second_expert_policy", eval_second="eval_second_expert_policy")
 @dataclass(frozen=True)
 class Threshold(LinearGateConfig):
     """Top-2 whose second expert has to be worth it (ST-MoE, arXiv 2202.08906): in training it is kept with probability
-    ``min(1, g_2 / threshold)``, where ``g_1 + g_2 = 1`` before. The first gate is not raised if the second is left
-    out. GShard's ``TokenChoice(top_k=2, second="random")`` is a threshold of 1/2.
+    ``min(1, g_2 / threshold)``, where ``g_1 + g_2 = 1`` before. The first gate is not raised where the second is left
+    out. GShard's ``TokenChoice(top_k=2, second_expert_policy="random")`` is a threshold of 1/2.
 
     The paper's code samples in evaluation too; here evaluation is deterministic.
 
     Attributes:
         threshold: value that the second gate, at most 1/2, is compared with.
-        second: rule in training, "random", or "threshold": the second is kept if ``g_2 >= threshold``.
-        eval_second: rule in evaluation, "threshold" or "always".
+        second_expert_policy: rule in training, "random", or "threshold": the second is kept where ``g_2 >= threshold``.
+        eval_second_expert_policy: rule in evaluation, "threshold" or "always".
         init_scale: variance of the gate's initial weights times D.
     """
 
@@ -61,8 +62,8 @@ class Threshold(LinearGateConfig):
     terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
 
     threshold: PositiveShare = 0.2
-    second: Literal["random", "threshold"] = "random"
-    eval_second: Literal["threshold", "always"] = "threshold"
+    second_expert_policy: Literal["random", "threshold"] = "random"
+    eval_second_expert_policy: Literal["threshold", "always"] = "threshold"
     init_scale: Positive = 0.1
 
     def check(self, num_experts: int) -> None:

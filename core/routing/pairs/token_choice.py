@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...contract import Evidence
 from ...contract.checks import divides
-from ...fields import Count, OneOf, Positive, ShareBelowOne
+from ...fields import Count, OneOf, Positive, ShareBelowOne, renames
 from ...kernels import SCORE_FUNCS, topk_gate
 from ..balance.balance import expert_bias_step
 from ..balance.terms import CHOICE_TERMS, SCORE_TERMS
@@ -75,7 +75,7 @@ class TokenChoiceRouter(PairRouter):
             gates_TK = gates_TK - gates_TK.detach() + config.scale
         if self.expert_scale is not None:
             gates_TK = gates_TK * self.expert_scale.to(gates_TK.dtype)[expert_ids_TK]
-        if self.training and config.second == "random":
+        if self.training and config.second_expert_policy == "random":
             # GShard, algorithm 1: with probability 2 * g2, so a second expert of gate 1/2 always stays.
             g2_T = best.gates_TK[:, 1].detach() / config.scale
             second_T = torch.where(2 * g2_T > torch.rand_like(g2_T), expert_ids_TK[:, 1], self.num_experts)
@@ -136,13 +136,14 @@ def _noise_threshold(noisy_TE: Tensor, config: TokenChoice) -> Tensor:
     return torch.where(noisy_TE >= kth, beyond, kth)
 
 
+@renames(second="second_expert_policy")
 @dataclass(frozen=True)
 class TokenChoice(TopKConfig, LinearGateConfig):
     """Each token takes its ``top_k`` best experts.
 
     ========================  ==========================================================================================
     Switch                    ``TokenChoice(top_k=1, jitter_eps=0.01)``
-    GShard                    ``TokenChoice(top_k=2, second="random")``
+    GShard                    ``TokenChoice(top_k=2, second_expert_policy="random")``
     Shazeer                   ``TokenChoice(top_k=4, noise="learned")``
     V-MoE                     ``TokenChoice(top_k=2, normalize=False, noise="fixed")``
     Mixtral                   ``TokenChoice(top_k=2)``
@@ -171,8 +172,8 @@ class TokenChoice(TopKConfig, LinearGateConfig):
         noise: normal noise on the logits in training: None, "fixed" (V-MoE) or "learned" (Shazeer).
         noise_std: standard deviation of the fixed noise, times E: the noise has ``noise_std / E``.
         jitter_eps: half-width of the factor U(1 - eps, 1 + eps) on the router's input in training.
-        second: rule for the second of two experts, "always", or "random": in training it is kept with probability
-            2 * gate, the gate before ``scale``.
+        second_expert_policy: rule for the second of two experts, "always", or "random": in training it is kept with
+            probability 2 * gate, the gate before ``scale``.
         expert_bias: whether a bias on the scores, moved by ``update_expert_bias``, steers the choice, never the gate.
         bias_update_rate: step of the bias.
         num_groups, limited_groups: the choice is limited to the best ``limited_groups`` of ``num_groups`` equal groups.
@@ -197,7 +198,7 @@ class TokenChoice(TopKConfig, LinearGateConfig):
     noise: Literal["fixed", "learned"] | None = None
     noise_std: Positive = 1.0
     jitter_eps: ShareBelowOne = 0.0
-    second: Literal["always", "random"] = "always"
+    second_expert_policy: Literal["always", "random"] = "always"
     expert_bias: bool = False
     bias_update_rate: Positive = 1e-3
     num_groups: Count = 1
@@ -222,8 +223,8 @@ class TokenChoice(TopKConfig, LinearGateConfig):
             )
         if self.input_norm and self.noise == "learned":
             raise ValueError("input_norm=True is not for noise='learned', whose deviation reads the token as it is")
-        if self.second == "random" and self.top_k != 2:
-            raise ValueError(f"second='random' needs top_k=2, not top_k={self.top_k}")
+        if self.second_expert_policy == "random" and self.top_k != 2:
+            raise ValueError(f"second_expert_policy='random' needs top_k=2, not top_k={self.top_k}")
         if self.logit_norm is not None and self.score_func != "softmax":
             raise ValueError(f"logit_norm={self.logit_norm} needs score_func='softmax', not {self.score_func!r}")
         if self.limited_groups > self.num_groups:

@@ -440,7 +440,7 @@ def test_all_routers_of_an_installation_without_any_are_refused(config, tmp_path
         (["tiny.yml"], "no configuration tiny.yml; did you mean tiny.yaml?"),
         (["none/x.yaml"], "no configuration none/x.yaml: there is no folder none"),
         (["."], ". is a folder, not a configuration"),
-        (["tiny.yaml", "--config", "configs/debgu.yaml"], "no configuration configs/debgu.yaml"),
+        (["tiny.yaml", "--overlay", "configs/debgu.yaml"], "no configuration configs/debgu.yaml"),
         (["tiny.yaml", "--routers", "swich"], "router 'swich' is neither a file nor one of"),
         (["tiny.yaml", "--seeds", "0"], "seeds=0 must be at least 1"),
         (["tiny.yaml", "--sedes", "1"], "sedes does not exist; did you mean 'seeds'?"),

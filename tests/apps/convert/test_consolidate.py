@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run ``sharded`` of one epoch, ``whole`` of two in one process, and their configuration."""
     folder = tmp_path_factory.mktemp("consolidated")
     (folder / "config.yaml").write_text(tiny_app.CONFIG)
-    schedule = ["--model.optimizer.schedule=constant", "--model.optimizer.warmup=0", "--model.dropout=0"]
+    schedule = ["--model.optimizer.schedule=constant", "--model.optimizer.warmup_steps=0", "--model.dropout=0"]
     fit(folder, "whole", "--trainer.max_epochs", "2", *schedule)
     strategy = ["--trainer.strategy", "ExpertParallelStrategy", "--trainer.devices", "1"]
     fit(folder, "sharded", *strategy, *schedule)

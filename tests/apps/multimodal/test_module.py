@@ -22,7 +22,7 @@ HEAD = AttributeHead(core.MMoE(num_experts=2, expert=core.MLP((8,))), weight=0.5
 
 
 def test_a_training_learns_its_pairs_and_logs_both_ways(tmp_path):
-    module = retriever(optimizer=OptimizerConfig(lr=1e-2, warmup=0.0))
+    module = retriever(optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0.0))
     trainer = quiet_trainer(tmp_path, max_epochs=15)
     trainer.fit(module, Pairs())
     logged = trainer.callback_metrics
@@ -34,7 +34,7 @@ def test_a_training_learns_its_pairs_and_logs_both_ways(tmp_path):
 
 def test_a_training_goes_on_from_its_checkpoint(tmp_path):
     data = Pairs(attributes={"a": 3, "b": 2})
-    steady = OptimizerConfig(warmup=0.0, schedule="constant")
+    steady = OptimizerConfig(warmup_steps=0.0, schedule="constant")
     whole = retriever(attribute_head=HEAD, attributes=data.attributes, loss=SigmoidLoss(), optimizer=steady)
     first = whole.twin()
     first.load_state_dict(whole.state_dict())
@@ -50,7 +50,7 @@ def test_a_training_goes_on_from_its_checkpoint(tmp_path):
 
 
 def test_the_temperature_s_bound_holds_after_a_step(tmp_path):
-    module = retriever(optimizer=OptimizerConfig(lr=1.0, warmup=0.0, schedule="constant"))
+    module = retriever(optimizer=OptimizerConfig(lr=1.0, warmup_steps=0.0, schedule="constant"))
     module.loss.log_scale.data.fill_(4.6)
     quiet_trainer(tmp_path, max_epochs=1).fit(module, Pairs())
     assert module.loss.temperature.item() >= 0.01 - 1e-8

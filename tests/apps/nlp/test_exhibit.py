@@ -24,7 +24,7 @@ def translator(tmp_path_factory):
 def test_a_translation_is_the_models_own_with_the_further_ones_of_the_search(translator):
     model, exhibit = translator
     answer = answered(exhibit, "red green blue", "en-fr")
-    best, *further = model.candidates(["red green blue"], "en-fr", num_best=3)[0]
+    best, *further = model.candidates(["red green blue"], "en-fr", num_return_sequences=3)[0]
     said, table = answer.parts
     assert said.text == best.text
     assert table.rows == tuple((c.text, f"{c.score:.3f}") for c in further)

@@ -101,7 +101,7 @@ def test_continuations_of_predict_and_of_the_script_are_those_of_the_checkpoint(
     assert output(CONTINUE, str(exported), TEXTS[0]) == expected[0]
     model = ExportedModel.read(exported).load()
     assert not list(model.parameters())
-    beam = {"method": "beam", "beam_size": 3, "num_best": 2}
+    beam = {"method": "beam", "beam_size": 3, "num_return_sequences": 2}
     assert [c.text for c in model.candidates(TEXTS, **beam)[0]] == [c.text for c in module.candidates(TEXTS, **beam)[0]]
 
 
@@ -115,7 +115,7 @@ def test_translations_of_predict_and_of_the_script_are_those_of_the_checkpoint(d
     assert sorted(path.name for path in exported.iterdir()) == names
     asked = ["--data.text", json.dumps(TEXTS), "--data.predict_pair", "en-fr"]
     greedy = ["--model.decode.method", "greedy"]
-    for own in ([], greedy, ["--model.decode.num_best", "2"]):
+    for own in ([], greedy, ["--model.decode.num_return_sequences", "2"]):
         expected = lines(capsys, "predict", "--ckpt_path", str(run), *asked, *own)
         assert lines(capsys, "predict", "--onnx", str(exported), *asked, *own) == expected
         assert len(set(expected)) > 2

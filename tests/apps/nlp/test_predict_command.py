@@ -162,17 +162,19 @@ def test_a_list_of_texts_is_translated_as_the_command_translates_it(capsys):
         model.predict(["red"])
     with pytest.raises(ValueError, match="pair='de-en' is not one of en-de, en-fr"):
         model.predict(["red"], "de-en")
-    with pytest.raises(ValueError, match="num_best=2: predict returns one text each; candidates has the others"):
-        model.predict(["red"], "en-de", num_best=2)
+    with pytest.raises(
+        ValueError, match="num_return_sequences=2: predict returns one text each; candidates has the others"
+    ):
+        model.predict(["red"], "en-de", num_return_sequences=2)
     with pytest.raises(ValueError, match="max_length=3 must be at least 4"):
         model.predict(["red"], "en-de", max_length=3)
 
 
 def test_the_best_candidates_of_a_line_come_with_their_scores(capsys):
-    candidates = load().candidates(LINES, "en-de", num_best=3)
+    candidates = load().candidates(LINES, "en-de", num_return_sequences=3)
     assert [len(own) for own in candidates] == [1 if not line else 3 for line in LINES]
     assert candidates[1] == [("", 0.0)]
-    printed = predict(capsys, "--data.text", str(LINES), "--model.decode.num_best", "3")
+    printed = predict(capsys, "--data.text", str(LINES), "--model.decode.num_return_sequences", "3")
     assert printed == [f"{i}\t{c.score:.4f}\t{c.text}" for i, own in enumerate(candidates, 1) for c in own]
     assert all(a.score >= b.score for own in candidates for a, b in itertools.pairwise(own))
     assert [own[0].text for own in candidates] == predict(capsys, "--data.text", str(LINES))

@@ -47,7 +47,16 @@ def test_the_command_prints_a_plan_and_writes_an_overlay_that_a_strategy_takes(t
     overlay = yaml.safe_load((tmp_path / "overlay.yaml").read_text())["trainer"]
     assert overlay["devices"] * overlay["num_nodes"] == 16
     strategy = ExpertParallelStrategy(**overlay["strategy"]["init_args"])
-    assert 16 % (int(strategy.experts) * strategy.shards * strategy.nodes * strategy.hidden) == 0
+    assert (
+        16
+        % (
+            int(strategy.expert_parallel_size)
+            * strategy.fsdp_size
+            * strategy.nodes
+            * strategy.expert_tensor_parallel_size
+        )
+        == 0
+    )
     with open(tmp_path / "plan.csv") as file:
         rows = list(csv.DictReader(file))
     # 8 experts among 16 GPUs; 16 share out the hidden units of each expert.
@@ -149,9 +158,9 @@ def test_the_exchange_of_a_plan_counts_every_layer(text):
     assert one.traffic["parameters"].total == 0
 
 
-def test_a_static_exchange_sends_every_place_of_the_capacity():
+def test_a_static_all_to_all_sends_every_place_of_the_capacity():
     sent = []
-    for more in ((), ("--static_exchange",)):
+    for more in ((), ("--static_all_to_all",)):
         given = options(*TEXT, "--gpus", "8", "--model.moe.capacity_factor", "1.5", *more)
         sent.append(cost(outlined(given), given, Layout(experts=8)).traffic["experts"].within)
     assert sent[1] == pytest.approx(1.5 * sent[0], rel=1e-4)  # the counts stay
@@ -178,7 +187,10 @@ def test_a_model_without_moe_layers_is_planned_for_fsdp2_and_ddp(capsys):
     assert main(["plan", *DIGITS, "--gpus", "8", "--model.moe", "null"]) == 0
     shown = capsys.readouterr().out
     assert "no MoE layer: FSDP2 or DDP alone" in shown
-    assert yaml.safe_load(shown[shown.index("trainer:") :])["trainer"]["strategy"]["init_args"]["experts"] == 1
+    assert (
+        yaml.safe_load(shown[shown.index("trainer:") :])["trainer"]["strategy"]["init_args"]["expert_parallel_size"]
+        == 1
+    )
 
 
 def test_a_billion_rows_are_planned_with_torchrec(capsys):
@@ -214,7 +226,7 @@ def test_a_table_with_domains_is_planned(capsys):
         ((*DIGITS, "--gpus", "8", "--speed", "2"), "speed does not exist"),
         (("--config", "configs/debug.yaml", "--gpus", "8", "--gpu", "h100"), "names no model"),
         ((*TABLE, "--gpus", "8", "--gpu", "h100"), "give --tables ROWS ..., and --numbers N"),
-        ((*TEXT, "--gpus", "8", "--static_exchange"), "give --model.moe.capacity_factor N"),
+        ((*TEXT, "--gpus", "8", "--static_all_to_all"), "give --model.moe.capacity_factor N"),
         ((*DIGITS, "--gpus", "8", "--data.dataset", "null"), "give --model.image_size N"),
     ],
 )

@@ -308,7 +308,7 @@ def test_parameter_groups_know_routers_experts_and_what_does_not_decay():
 
 def test_it_learns_and_its_checkpoint_loads_with_plain_values(tmp_path):
     data = VisionData("digits", batch_size=32, subset=512, seed=0, mixup_alpha=0.2)
-    module = build(optimizer=OptimizerConfig(lr=1e-2, warmup=0.0), ema_decay=0.9, label_smoothing=0.1)
+    module = build(optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0.0), ema_decay=0.9, label_smoothing=0.1)
     assert not module.model.grad_checkpointing
     assert build(grad_checkpointing=True).model.grad_checkpointing
     fit = quiet_trainer(tmp_path, max_epochs=6, log_every_n_steps=1, num_sanity_val_steps=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core import Constant, Copy, Experts, Rows, Zero
+from core import Constant, Experts, Identity, Rows, Zero
 
 
 def rows(gathered: bool) -> Rows:
@@ -31,7 +31,7 @@ def summed(experts: Experts, gathered: bool) -> list[list[float]]:
 def test_the_output_of_each(gathered):
     assert summed(Zero().build(2, 2), gathered) == [[0.0, 0.0], [0.0, 0.0]]
     # Token 0 has the gates 0.5 + 0.25, token 1 has 1.
-    assert summed(Copy().build(2, 2), gathered) == [[0.75, 1.5], [3.0, 4.0]]
+    assert summed(Identity().build(2, 2), gathered) == [[0.75, 1.5], [3.0, 4.0]]
     constant = Constant().build(2, 2, out_dim=1)
     with torch.no_grad():
         constant.v.copy_(torch.tensor([[10.0], [100.0]]))
@@ -49,6 +49,6 @@ def test_a_mixed_constant_is_shared_out_by_the_token():
 
 
 def test_what_goes_through_cannot_change_its_width():
-    for expert in (Copy(), Constant(mix=True)):
+    for expert in (Identity(), Constant(mix=True)):
         with pytest.raises(ValueError, match="out_dim=3 is not dim=2"):
             expert.build(2, 2, 3)

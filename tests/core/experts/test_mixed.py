@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core import FFN, MLP, Copy, Mixed, MoEConfig, SwiGLU, TokenChoice, Zero, active_params
+from core import FFN, MLP, Identity, Mixed, MoEConfig, SwiGLU, TokenChoice, Zero, active_params
 
 
 def test_costs_are_those_of_each_kind_at_balance():
-    config = MoEConfig(4, TokenChoice(2), Mixed((FFN(8), Zero(), Copy()), (2, 1, 1)))
+    config = MoEConfig(4, TokenChoice(2), Mixed((FFN(8), Zero(), Identity()), (2, 1, 1)))
     # An FFN has 2 * 4 * 8 = 64 parameters, the gate 4 * 4; a token takes 2 of 4 experts, half of which are FFNs.
     assert config.num_params(4) == 2 * 64 + 16
     assert config.active_params(4) == active_params(config.build(4)) == 64 + 16
@@ -19,7 +19,7 @@ def test_costs_are_those_of_each_kind_at_balance():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_rows_of_each_kind_are_computed_by_it(compiled):
     torch.manual_seed(0)
-    layer = MoEConfig(6, TokenChoice(3), Mixed((FFN(8), Copy(), SwiGLU(16)), (3, 1, 2))).build(8)
+    layer = MoEConfig(6, TokenChoice(3), Mixed((FFN(8), Identity(), SwiGLU(16)), (3, 1, 2))).build(8)
     x = torch.randn(2, 9, 8)
     run = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
     y, routing = run(x).flatten(0, 1), layer.router(x)

@@ -139,7 +139,7 @@ def test_compiled_and_exported_routers_take_the_same_experts_of_zero_tokens():
 
 GATES = {
     "top-k": (TokenChoice(3), [0, 1, 2]),
-    "second": (Threshold(eval_second="always"), [0, 1]),
+    "second": (Threshold(eval_second_expert_policy="always"), [0, 1]),
     # Groups {0 .. 3} and {4 .. 7}: the lowest of each.
     "prototypes": (Prototypes(2), [0, 4]),
     "hierarchical": (Hierarchical(num_groups=4, top_groups=2, top_k=1), [0, 2]),

@@ -27,7 +27,7 @@ def layer(backend: str, router: core.TokenChoice, **options: object) -> nn.Modul
         (core.TokenChoice(top_k=1), {"capacity_factor": 0.75}),
         (core.TokenChoice(top_k=2), {"capacity_factor": 0.5, "priority": "score", "group": "sequence"}),
         (core.TokenChoice(top_k=2, score_func="sigmoid", expert_bias=True), {}),
-        (core.TokenChoice(top_k=2, second="random"), {}),
+        (core.TokenChoice(top_k=2, second_expert_policy="random"), {}),
         (
             core.TokenChoice(top_k=2, noise="fixed", noise_std=1.0),
             {"balance": core.Balance(load=0.01, importance=0.01)},
@@ -62,7 +62,7 @@ def test_layer_computes_and_learns_what_the_eager_one_does(router, options):
         (core.Hierarchical(num_groups=4, top_groups=1, top_k=2), 2, set()),
         (core.Ensemble(num_members=2, top_k=2), 1, {"square"}),
         (core.Threshold(), 1, {"score", "square"}),
-        (core.Threshold(second="threshold", eval_second="always"), 1, {"score", "square"}),
+        (core.Threshold(second_expert_policy="threshold", eval_second_expert_policy="always"), 1, {"score", "square"}),
         (core.TokenRounding(top_k=2, tile=4), 1, {"score", "square"}),
     ],
     ids=["hierarchical", "one group", "ensemble", "threshold", "always", "rounding"],

@@ -235,7 +235,7 @@ def test_the_aux_loss_reaches_router_and_tokens_and_never_the_experts():
         *(
             # What is random is the router's, whatever the backend.
             pytest.param(
-                *(backend, False, {"noise": "learned", "second": "random"}),
+                *(backend, False, {"noise": "learned", "second_expert_policy": "random"}),
                 id=f"random-{backend}",
                 marks=[pytest.mark.slow] if backend == "triton" else [],
             )

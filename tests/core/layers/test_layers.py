@@ -299,7 +299,7 @@ def test_tokens_of_another_width_are_refused(config, context, width):
     "router",
     [
         TokenChoice(2),
-        TokenChoice(2, noise="learned", jitter_eps=0.1, second="random", expert_bias=True),
+        TokenChoice(2, noise="learned", jitter_eps=0.1, second_expert_policy="random", expert_bias=True),
     ],
     ids=["plain", "everything"],
 )
@@ -320,7 +320,7 @@ def test_a_forward_changes_no_state(training, router):
 
 
 def test_evaluation_is_deterministic_whatever_the_router_does_in_training():
-    router = TokenChoice(2, noise="fixed", jitter_eps=0.1, second="random")
+    router = TokenChoice(2, noise="fixed", jitter_eps=0.1, second_expert_policy="random")
     layer = MoEConfig(4, router, capacity_factor=0.5, priority="random").build(8)
     x = torch.randn(2, 16, 8)
     layer.eval()

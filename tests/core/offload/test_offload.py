@@ -25,9 +25,9 @@ from core import (
     ClampedSwiGLU,
     Constant,
     Convolution,
-    Copy,
     ExpertConfig,
     GeneralFFN,
+    Identity,
     LoRA,
     Mixed,
     MoEConfig,
@@ -59,7 +59,7 @@ EXACT: dict[str, ExpertConfig] = {
     "constant": Constant(mix=True),
     "convolution": Convolution(64, columns=2, bias=True),
     "attention": AttentionExperts(16, 2),
-    "mixed": Mixed((FFN(F), Zero(), SwiGLU(32), Copy()), (4, 1, 2, 1)),
+    "mixed": Mixed((FFN(F), Zero(), SwiGLU(32), Identity()), (4, 1, 2, 1)),
 }
 ROUNDED: dict[str, ExpertConfig] = {
     "LoRA, scaled": LoRA(4, alpha=6.0),

@@ -21,7 +21,7 @@ from core.routing.pairs.smooth import Dense, DenseToSparse, DSelectK
 D, E = 4, 8
 CONFIGS = {
     "prototypes": Prototypes(4),
-    "threshold": Threshold(0.4, second="threshold"),
+    "threshold": Threshold(0.4, second_expert_policy="threshold"),
     "null-experts": NullExperts(4, 8),
     "dynamic-threshold": DynamicThreshold(3),
     "logit-norm": TokenChoice(2, logit_norm=1.0),

@@ -43,7 +43,7 @@ VARIANTS: dict[type[RouterConfig], dict[str, RouterConfig]] = {
     TokenChoice: {
         "mixtral": TokenChoice(2),
         "switch": TokenChoice(1, jitter_eps=0.1),
-        "gshard": TokenChoice(2, second="random"),
+        "gshard": TokenChoice(2, second_expert_policy="random"),
         "shazeer": TokenChoice(4, noise="learned"),
         "v-moe": TokenChoice(2, normalize=False, noise="fixed"),
         "deepseek-v3": DEEPSEEK,

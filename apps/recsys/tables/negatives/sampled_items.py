@@ -47,8 +47,8 @@ class Items:
         num_without: training rows without an item, which do not train.
 
     Raises:
-        ValueError: fewer than two items, a column of ``moves_with`` that is missing or has two values for an item, or
-            ``exclude_seen`` without a column of users.
+        ValueError: fewer than two items, a column of ``item_features`` that is not there or has two values for an item,
+            or ``exclude_seen`` without a column of users.
     """
 
     def __init__(self, columns: ArrayFiles, encoding: Encoding, config: NegativesConfig) -> None:
@@ -114,7 +114,7 @@ class Items:
         return key_N
 
     def kept_by_positives(self) -> list[str]:
-        """Return the columns that have one value for each item, and are not in ``moves_with``.
+        """Return the columns that have one value for each item, and are not in ``item_features``.
 
         A sampled row keeps the positive's value there, which gives away that its item is another one. Items of one row
         are not evidence, and the others must have half of the rows.
@@ -131,16 +131,16 @@ class Items:
         return [name for name, fixed, various in zip(others, is_fixed, varies, strict=True) if fixed and various]
 
     def _moving(self) -> list[str]:
-        """Return the columns of ``moves_with``, with those that timestamps become in their place."""
+        """Return the columns of ``item_features``, with those that timestamps become in their place."""
         valid, sequences = self.by_name.names, [f.name for f in self.encoding.features.sequences]
         names: list[str] = []
-        for name in self.config.moves_with:
+        for name in self.config.item_features:
             if name in sequences:
-                raise ValueError(f"negatives.moves_with names {name!r}, a sequence: it is the row's, not the item's")
+                raise ValueError(f"negatives.item_features names {name!r}, a sequence: it is the row's, not the item's")
             if name in self.encoding.timestamps:
                 names += [part for part in timestamp_columns(name) if part in valid]
             else:
-                check_name("negatives.moves_with", name, valid)
+                check_name("negatives.item_features", name, valid)
                 names.append(name)
         return names
 
@@ -152,7 +152,7 @@ class Items:
         first = int(self.row_I[self.of_rows(torch.tensor([other]))])
         own, value = (self.by_name.text(name, row) for row in (first, other))
         raise ValueError(
-            f"negatives.moves_with names {name!r}, which must have one value for each item, but the item "
+            f"negatives.item_features names {name!r}, which must have one value for each item, but the item "
             f"{self.by_name.text(self.column, first)} has {own} in row {first} and {value} in row {other}"
         )
 

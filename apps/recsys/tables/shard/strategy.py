@@ -35,6 +35,7 @@ from apps.recsys.tables.columns.embedding import EmbeddingConfig, check_rows_are
 from apps.recsys.tables.columns.tables import set_lr
 from apps.recsys.tables.shard import sharding
 from apps.recsys.tables.shard.sharding import ComputeKernel, Sharding, ShardingConfig
+from apps.registry import RENAMED
 from apps.train.checkpoint import sharded
 from apps.train.lightning_internals import prepare_for_fsdp, set_module
 from apps.train.optim.averaging import WeightEMA
@@ -48,9 +49,11 @@ from apps.train.sharded.strategy import (
 )
 from apps.train.sharded.torchrec_rows import OPTIMIZERS, copy_rows, is_split
 from apps.train.torch_internals import limit_waiting
+from core.fields import renames
 from core.parallel import average_experts, broadcast_parameters, expert_mesh, experts_part
 
 
+@renames(experts=RENAMED["strategy"]["experts"])
 class TorchRecStrategy(DividedStrategy, DDPStrategy):
     """Shards the embedding tables of a model over the processes of a run, and divides its experts among them.
 
@@ -72,7 +75,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
             ``embedding.fused_optimizer``, so that kind="fused" on one process trains alike.
         embedding_lr: its peak learning rate; the schedule of the module's optimizer applies to it. None: the model's
             ``embedding.fused_lr``.
-        experts: neighboring processes that share out the experts of each layer with routers, as in
+        expert_parallel_size: neighbouring processes that share out the experts of each layer with routers, as in
             ``apps.train.sharded.expert_parallel.ExpertParallelStrategy``; "auto": all on a machine. Tables lie on all
             processes, whatever the number.
         process_group_backend: "gloo" or "nccl"; None: gloo on CPUs, nccl on GPUs.
@@ -101,16 +104,15 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
         memory_gib: float | None = None,
         embedding_optimizer: str | None = None,
         embedding_lr: float | None = None,
-        experts: int | Literal["auto"] = 1,
+        expert_parallel_size: int | Literal["auto"] = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self.timeout = timeout
         self.config = ShardingConfig(sharding, table_sharding or {}, compute_kernel, memory_gib)
-        if experts != "auto":
-            check_at_least(1, experts=experts)
-        self.experts = experts
+        check_at_least(1, expert_parallel_size=None if expert_parallel_size == "auto" else expert_parallel_size)
+        self.expert_parallel_size = expert_parallel_size
         if embedding_lr is not None and not embedding_lr > 0:
             raise ValueError(f"embedding_lr={embedding_lr} must be positive")
         self.embedding_optimizer, self.embedding_lr = embedding_optimizer, embedding_lr
@@ -212,7 +214,7 @@ class TorchRecStrategy(DividedStrategy, DDPStrategy):
     def _divide(self, module: LightningModule) -> None:
         """Shard the experts, and print the placement."""
         check_ranks_alike(module)
-        experts = self.num_processes if self.experts == "auto" else self.experts
+        experts = self.num_processes if self.expert_parallel_size == "auto" else self.expert_parallel_size
         mesh = expert_mesh(experts, device_type=self.root_device.type)
         part = experts_part(mesh)
         if part is not None:

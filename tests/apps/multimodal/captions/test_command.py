@@ -43,7 +43,7 @@ def test_a_folder_of_images_is_captioned_and_what_cannot_be_read_is_left_out(run
 
 
 def test_pairs_are_captioned_beside_their_own_texts(run, tmp_path):
-    rows = predicted(run, tmp_path, "--model.decode.num_best", "2")
+    rows = predicted(run, tmp_path, "--model.decode.num_return_sequences", "2")
     assert len(rows) == 6  # the test's
     for row in rows:
         number = row["image"].split("/")[-1].removesuffix(".png")

@@ -22,7 +22,7 @@ def test_the_caption_is_the_models_with_the_further_ones_of_the_search(made, tmp
     model, exhibit = made
     picture(1).save(tmp_path / "own.png")
     answer = answered(exhibit, str(tmp_path / "own.png"))
-    best, *further = model.candidates([tmp_path / "own.png"], num_best=3)[0]
+    best, *further = model.candidates([tmp_path / "own.png"], num_return_sequences=3)[0]
     said, table = answer.parts
     assert said.text == (best.text or "(an empty text)")
     assert table.rows == tuple((c.text, f"{c.score:.3f}") for c in further)

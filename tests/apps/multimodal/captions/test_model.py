@@ -62,8 +62,10 @@ def test_a_later_word_changes_no_earlier_one_and_the_image_all_of_them():
 
 SEARCHES = {
     "greedy": DecodeConfig("greedy", max_length_ratio=1.0, max_length_extra=0),
-    "beam": DecodeConfig(beam_size=3, num_best=3, max_length_ratio=1.0, max_length_extra=1),
-    "sample": DecodeConfig("sample", num_best=2, top_k=7, temperature=1.5, max_length_ratio=0.5, max_length_extra=2),
+    "beam": DecodeConfig(beam_size=3, num_return_sequences=3, max_length_ratio=1.0, max_length_extra=1),
+    "sample": DecodeConfig(
+        "sample", num_return_sequences=2, top_k=7, temperature=1.5, max_length_ratio=0.5, max_length_extra=2
+    ),
 }
 
 

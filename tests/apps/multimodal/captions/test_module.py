@@ -87,13 +87,14 @@ def test_an_image_is_captioned_alike_whatever_it_is_given_as(trained, tmp_path):
 
 
 def test_candidates_are_the_searchs_best_first(trained):
-    (found,) = trained.candidates([plain("red")], num_best=3, beam_size=4)
+    (found,) = trained.candidates([plain("red")], num_return_sequences=3, beam_size=4)
     assert found[0].text == "a red picture"
     assert [c.score for c in found] == sorted((c.score for c in found), reverse=True)
     (one,) = trained.candidates([plain("red")], method="greedy")
     assert one[0].text == "a red picture"
     drawn = [
-        trained.candidates([plain("red")], method="sample", num_best=4, seed=s, temperature=9.0) for s in (0, 0, 1)
+        trained.candidates([plain("red")], method="sample", num_return_sequences=4, seed=s, temperature=9.0)
+        for s in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -244,8 +245,8 @@ def test_bad_images(trained, tmp_path):
         trained.predict([tmp_path / "broken.png"])
     with pytest.raises(ValueError, match=r"images\[1\] is of type int"):
         trained.predict([plain("red"), 3])
-    with pytest.raises(ValueError, match="num_best=2"):
-        trained.predict([plain("red")], num_best=2)
+    with pytest.raises(ValueError, match="num_return_sequences=2"):
+        trained.predict([plain("red")], num_return_sequences=2)
     with pytest.raises(ValueError, match="beem_size"):
         trained.predict([plain("red")], beem_size=2)
     assert trained.predict([]) == []

@@ -45,7 +45,7 @@ def vectors(module):
 
 
 def test_a_training_learns_its_pairs_and_is_read_again(tmp_path):
-    module = two(optimizer=OptimizerConfig(lr=1e-2, warmup=0.0), grad_checkpointing=True)
+    module = two(optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0.0), grad_checkpointing=True)
     assert list(core.moe_layers(module)) == LAYERS
     trainer = quiet_trainer(tmp_path, max_epochs=15)
     trainer.fit(module, Pairs())

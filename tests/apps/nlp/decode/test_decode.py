@@ -158,7 +158,7 @@ def test_greedy_takes_the_best_id_each_step_and_is_closed_by_an_end_at_its_maxim
 def test_beam_of_2_by_hand():
     """Open after one id: a .5, b .4. Then b-end .36 is finished; a-a .20 and a-b .15 stay open, for a-end .15 is third.
     At the maximum of 2 both are closed: a-a-end .06, a-b-end .135. The lengths are 2, 3 and 3."""
-    options = {"beam_size": 2, "num_best": 2, "num_sentences": 3}
+    options = {"beam_size": 2, "num_return_sequences": 2, "num_sentences": 3}
     ids, scores = decoded(Table(PROBS), length_penalty=0.0, **options)
     assert ids == [[B], [A, B]]
     assert scores == pytest.approx([math.log(0.36), math.log(0.135)])
@@ -233,7 +233,7 @@ def test_padding_and_begin_are_never_produced():
 def test_of_equals_the_lower_id_and_the_better_hypothesis_go_first():
     probs = {BOS_ID: {A: 0.5, B: 0.5}, A: {A: 0.25, B: 0.25, EOS_ID: 0.5}, B: {A: 0.25, B: 0.25, EOS_ID: 0.5}}
     assert decoded(Table(probs), method="greedy", min_length=2)[0] == [[A, A]]
-    ids = decoded(Table(probs), beam_size=3, num_best=3, min_length=2)[0]
+    ids = decoded(Table(probs), beam_size=3, num_return_sequences=3, min_length=2)[0]
     assert ids == [[A, A], [A, B], [B, A]]
 
 
@@ -268,8 +268,11 @@ def test_no_sentences_and_no_finite_end():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_best": 6}, "num_best=6 exceeds the 5 hypotheses of method=beam"),
-        ({"num_best": 2, "method": "greedy"}, "num_best=2 exceeds the 1 hypotheses of method=greedy"),
+        ({"num_return_sequences": 6}, "num_return_sequences=6 exceeds the 5 hypotheses of method=beam"),
+        (
+            {"num_return_sequences": 2, "method": "greedy"},
+            "num_return_sequences=2 exceeds the 1 hypotheses of method=greedy",
+        ),
     ],
 )
 def test_impossible_options_are_refused(options, message):
@@ -301,7 +304,7 @@ def test_what_an_id_is_drawn_with():
 def test_a_draw_takes_the_first_id_whose_cumulative_probability_exceeds_it():
     """1,000 draws of one id each: a where the draw is under .75, b above."""
     model = Table({BOS_ID: {A: 0.75, B: 0.25}, A: {EOS_ID: 1.0}, B: {EOS_ID: 1.0}})
-    config = DecodeConfig(method="sample", num_best=1000, max_length_ratio=0.0, max_length_extra=1, seed=3)
+    config = DecodeConfig(method="sample", num_return_sequences=1000, max_length_ratio=0.0, max_length_extra=1, seed=3)
     out = translate_ids(model, sources([3]), config)
     draws = torch.rand(2, 1000, dtype=torch.float64, generator=generator(3, 0))[0]
     assert sum(ids == [A] for ids in out.ids[0]) == int((draws < 0.75).sum())
@@ -310,7 +313,7 @@ def test_a_draw_takes_the_first_id_whose_cumulative_probability_exceeds_it():
 
 def test_a_sentence_s_draws_depend_on_the_seed_and_its_number_alone():
     model = Recurrent()
-    config = DecodeConfig(method="sample", num_best=2, seed=1)
+    config = DecodeConfig(method="sample", num_return_sequences=2, seed=1)
     batch = sources([3, 9, 1, 5])
     out = translate_ids(model, batch, config)
     assert translate_ids(model, batch, config) == out
@@ -336,7 +339,11 @@ def test_every_id_is_that_of_the_plain_loops(method, penalty):
         batch = sources([1, 9, 4, 2, 6, 3], seed=seed)
         for more in ({"max_length_ratio": 1.5}, {"max_length_ratio": 0.5, "max_length_extra": 0}):
             config = DecodeConfig(
-                **search, length_penalty=penalty, num_best=min(search.get("beam_size", 1), 3), min_length=seed, **more
+                **search,
+                length_penalty=penalty,
+                num_return_sequences=min(search.get("beam_size", 1), 3),
+                min_length=seed,
+                **more,
             )
             for early_stopping in ("never", False, True) if search.get("beam_size", 1) > 1 else ("never",):
                 config = replace(config, early_stopping=early_stopping)
@@ -349,7 +356,7 @@ def test_sampled_ids_are_those_of_the_plain_loops():
     model = Recurrent()
     batch = sources([1, 9, 4, 2, 6, 3])
     for more in ({}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 2.0, "top_k": 7, "top_p": 0.9}, {"min_length": 4}):
-        config = DecodeConfig(method="sample", num_best=3, length_penalty=0.6, **more)
+        config = DecodeConfig(method="sample", num_return_sequences=3, length_penalty=0.6, **more)
         close(translate_ids(model, batch, config), naive.translate_ids(model, batch, config))
 
 
@@ -360,7 +367,7 @@ def test_a_vocabulary_smaller_than_the_beam():
         {i: dict(zip((A, B, EOS_ID), torch.rand(3, generator=g).tolist(), strict=True)) for i in range(VOCAB)}
     )
     for k in (2, 5, 9):
-        config = DecodeConfig(beam_size=k, num_best=k, max_length_ratio=0.0, max_length_extra=4)
+        config = DecodeConfig(beam_size=k, num_return_sequences=k, max_length_ratio=0.0, max_length_extra=4)
         batch = sources([3, 1, 2], VOCAB)
         close(translate_ids(model, batch, config), naive.translate_ids(model, batch, config))
 
@@ -395,8 +402,8 @@ def test_prompts_of_unequal_length_are_continued_as_each_by_itself():
         row[: len(prompt)] = torch.tensor(prompt)
     for config in (
         DecodeConfig(method="greedy", max_length_extra=4),
-        DecodeConfig(beam_size=3, num_best=3, length_penalty=0.6, min_length=2),
-        DecodeConfig(method="sample", num_best=2, top_p=0.9),
+        DecodeConfig(beam_size=3, num_return_sequences=3, length_penalty=0.6, min_length=2),
+        DecodeConfig(method="sample", num_return_sequences=2, top_p=0.9),
     ):
         out = generate_ids(model, batch, config)
         close(out, naive.generate_ids(model, batch, config))
@@ -441,7 +448,11 @@ def test_transformers_with_a_cache_say_what_the_plain_loops_say(kind, positions)
     lengths = set()
     for k, penalty in ((1, 0.0), (3, 1.0), (2, 2.0)):
         config = DecodeConfig(
-            beam_size=k, num_best=min(k, 2), length_penalty=penalty, max_length_ratio=1.2, max_length_extra=3
+            beam_size=k,
+            num_return_sequences=min(k, 2),
+            length_penalty=penalty,
+            max_length_ratio=1.2,
+            max_length_extra=3,
         )
         out = translate_ids(model, batch, config, **context)
         close(out, naive.translate_ids(model, batch, config, **context))

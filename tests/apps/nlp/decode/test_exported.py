@@ -23,9 +23,9 @@ SOURCE = torch.tensor([[5, 6, 7, EOS_ID, PAD_ID], [8, 9, 10, 11, EOS_ID], [4, EO
 PROMPTS = torch.tensor([[EOS_ID, 5, 6, 7], [EOS_ID, 8, PAD_ID, PAD_ID]])
 SEARCHES = [
     DecodeConfig("greedy"),
-    DecodeConfig("beam", beam_size=3, num_best=3),
+    DecodeConfig("beam", beam_size=3, num_return_sequences=3),
     DecodeConfig("beam", beam_size=3, prune=False),
-    DecodeConfig("sample", num_best=2, top_p=0.9),
+    DecodeConfig("sample", num_return_sequences=2, top_p=0.9),
 ]
 
 
@@ -57,7 +57,7 @@ def translator(moe, ids=()):
     return model, ExportedMemoryDecoder(TorchGraph(encoder), TorchGraph(decoder), CONFIG)
 
 
-@pytest.mark.parametrize("search", SEARCHES, ids=lambda s: f"{s.method}-{s.num_best}")
+@pytest.mark.parametrize("search", SEARCHES, ids=lambda s: f"{s.method}-{s.num_return_sequences}")
 def test_translations(search):
     model, exported = translator(MOE)
     assert_equal(translate_ids(exported, SOURCE, search), translate_ids(model, SOURCE, search))
@@ -71,7 +71,7 @@ def test_translations_by_experts_of_tasks():
     assert own.ids != translate_ids(exported, SOURCE, search, 1 - tasks_B).ids
 
 
-@pytest.mark.parametrize("search", SEARCHES, ids=lambda s: f"{s.method}-{s.num_best}")
+@pytest.mark.parametrize("search", SEARCHES, ids=lambda s: f"{s.method}-{s.num_return_sequences}")
 def test_continuations(search):
     model = strong(LanguageModel(CONFIG, vocab=VOCAB, ffn=MOE, depths=MixtureOfDepths(0.5, predictor=True)))
     graph = decoder_graph(model, "model")

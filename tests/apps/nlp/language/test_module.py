@@ -65,7 +65,7 @@ def text_data(folder: Path, **options) -> TextData:
 
 def modeler(data: TextData, moe: core.MoEConfig | None = MOE, **options) -> LanguageModeler:
     torch.manual_seed(0)
-    optimizer = OptimizerConfig(lr=6e-3, weight_decay=0.0, warmup=5)
+    optimizer = OptimizerConfig(lr=6e-3, weight_decay=0.0, warmup_steps=5)
     given = {"transformer": TRANSFORMER, "moe_blocks": [1], "optimizer": optimizer}
     return LanguageModeler(data.subwords, moe=moe, **(given | options))
 
@@ -251,7 +251,7 @@ def test_each_sparse_block_may_have_a_layer_of_its_own(data):
 
 
 def test_alternatives_come_with_a_prediction_and_as_lines_of_their_own(data):
-    module = modeler(data, decode=DecodeConfig(beam_size=3, num_best=2, max_length_extra=4)).eval()
+    module = modeler(data, decode=DecodeConfig(beam_size=3, num_return_sequences=2, max_length_extra=4)).eval()
     prompt = text_data(Path(data.root), text="one two")
     (batch,) = prompt.predict_dataloader()
     continuations = module.predict_step(batch, 0)
@@ -298,7 +298,7 @@ def test_a_list_of_prompts_is_continued_as_the_command_continues_it(data, tmp_pa
     assert module.predict([]) == []
     assert module.predict(prompts, seed=7) != lines  # it draws, and each prompt by its number
     options = {"method": "beam", "beam_size": 3, "max_length_extra": 4}
-    candidates = module.candidates(prompts[:1], num_best=2, **options)
+    candidates = module.candidates(prompts[:1], num_return_sequences=2, **options)
     assert [best.text for best, _ in candidates] == module.predict(prompts[:1], **options)
     with pytest.raises(ValueError, match=r"texts='one' is one text, and not a list of texts"):
         module.predict("one")

@@ -470,7 +470,9 @@ def test_the_signature_stands_beside_the_score(config, tmp_path, capsys):
 
 @pytest.mark.parametrize("val_decode, methods", [("greedy", ["greedy", "beam"]), ("as_test", ["beam", "beam"])])
 def test_how_validation_and_test_are_translated(data, tmp_path, monkeypatch, val_decode, methods):
-    module = translator(data, val_decode=val_decode, decode=DecodeConfig(beam_size=2, num_best=2), report=None)
+    module = translator(
+        data, val_decode=val_decode, decode=DecodeConfig(beam_size=2, num_return_sequences=2), report=None
+    )
     asked = []
     real = module_file.translate_ids
 
@@ -495,7 +497,7 @@ def test_without_references_in_the_data_those_of_the_batch_are_taken(data, tmp_p
 
 
 def test_a_prediction_keeps_empty_lines_and_names_alternatives(data):
-    module = translator(data, decode=DecodeConfig(beam_size=2, num_best=2)).eval()
+    module = translator(data, decode=DecodeConfig(beam_size=2, num_return_sequences=2)).eval()
     ((batch, _),) = data.given_batches(["red blue green black", "", "blue"])
     rows = module.predict_step(batch, 0)
     columns = (rows.translation, rows.score.tolist(), rows.alternatives)
@@ -508,7 +510,7 @@ def test_a_prediction_keeps_empty_lines_and_names_alternatives(data):
 
 
 def test_alternatives_are_lines_of_their_own_with_number_and_score(data):
-    module = translator(data, decode=DecodeConfig(beam_size=2, num_best=2)).eval()
+    module = translator(data, decode=DecodeConfig(beam_size=2, num_return_sequences=2)).eval()
     lines = printed(module, copy_data(Path(data.corpora[0].root), text=["red", ""]))
     assert [line.split("\t")[0] for line in lines] == ["1", "1", "2"]
     assert module.predict_stream(data) is None

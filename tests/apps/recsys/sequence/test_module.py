@@ -17,8 +17,8 @@ from apps.compare.systems import find_systems
 from apps.recsys.sequence.data import HistoryBatch
 from apps.recsys.sequence.model import HistoryModelConfig
 from apps.recsys.sequence.module import NextItemRecommender, baseline_widths
+from apps.train.optim.optimizers import OptimizerConfig, parameter_groups
 from apps.train.step.distilling import DistilConfig
-from apps.train.step.module import OptimizerConfig, parameter_groups
 
 TINY = HistoryModelConfig(dim=8, depth=2, num_heads=2, hidden_dim=16, dropout=0.0, embed_dropout=0.0)
 SASREC = HistoryModelConfig(dim=8, depth=2, num_heads=2, hidden_dim=16, mixing="attention")
@@ -57,7 +57,7 @@ def test_the_loss_is_the_mean_over_the_positions_with_a_target():
 
 
 def test_a_softmax_over_the_items_that_the_history_has_not():
-    module = build(train_unseen=True, exclude_seen=True)
+    module = build(mask_seen_items=True, exclude_seen=True)
     with torch.no_grad():
         out = module.train().task_loss(TRAIN)
         h_TD, _, _ = module.model.encode(TRAIN.items_BS)
@@ -73,8 +73,8 @@ def test_a_softmax_over_the_items_that_the_history_has_not():
 
 
 def test_without_seen_items_there_is_no_distribution_to_distil():
-    with pytest.raises(ValueError, match=r"train_unseen=True leaves logits of seen items untrained"):
-        build(train_unseen=True, exclude_seen=True).distribution(TRAIN)
+    with pytest.raises(ValueError, match=r"mask_seen_items=True leaves logits of seen items untrained"):
+        build(mask_seen_items=True, exclude_seen=True).distribution(TRAIN)
 
 
 def test_times_reach_the_model_and_must_be_there():
@@ -391,5 +391,5 @@ def test_options_are_checked():
         build(top_k=0)
     with pytest.raises(ValueError, match=r"num_items=0 must be at least 1"):
         build(num_items=0)
-    with pytest.raises(ValueError, match=r"train_unseen=True needs exclude_seen=True"):
-        build(train_unseen=True)
+    with pytest.raises(ValueError, match=r"mask_seen_items=True needs exclude_seen=True"):
+        build(mask_seen_items=True)

@@ -398,7 +398,9 @@ def trainer(tmp_path, **options):
 @pytest.mark.parametrize("kind", ["joined", "fused", "collection"])
 def test_it_trains_tests_and_predicts(kind, tmp_path):
     seed_everything(0, verbose=False)
-    module = build(embedding=EmbeddingConfig(kind, dim=4), optimizer=OptimizerConfig(lr=1e-2, warmup=0), num_members=2)
+    module = build(
+        embedding=EmbeddingConfig(kind, dim=4), optimizer=OptimizerConfig(lr=1e-2, warmup_steps=0), num_members=2
+    )
     data, run = MadeTable(), trainer(tmp_path)
     before = module.members[0].sparse.tables()["city"].clone()
     run.fit(module, datamodule=data)

@@ -122,8 +122,8 @@ def test_wrong_options_are_refused_in_a_line(run, tmp_path, capsys):
     export = ["export", "--ckpt_path", str(run), "--output"]
     assert "must end in .onnx" in fails(capsys, 2, *export, "a.pt2")
     assert "must end in .pt2" in fails(capsys, 2, *export, "a.onnx", "--format", "aoti")
-    assert "--form contrib is of --format onnx" in fails(
-        capsys, 2, *export, "a.pt2", "--format", "aoti", "--form", "contrib"
+    assert "--onnx_ops contrib is of --format onnx" in fails(
+        capsys, 2, *export, "a.pt2", "--format", "aoti", "--onnx_ops", "contrib"
     )
     assert "quantize=int5 is not one of int8" in fails(capsys, 2, *export, "a.onnx", "--quantize", "int5")
     onnx = str(run / "digits.onnx")

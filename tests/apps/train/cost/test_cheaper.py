@@ -75,7 +75,7 @@ def test_a_gate_that_is_a_share_of_all_scores_stays_one():
 
 
 def test_an_option_that_needs_two_experts_leaves_the_model_as_it_was():
-    model = classifier(dataclasses.replace(MOE, router=core.TokenChoice(top_k=2, second="random")))
+    model = classifier(dataclasses.replace(MOE, router=core.TokenChoice(top_k=2, second_expert_policy="random")))
     with pytest.raises(ValueError, match="second"):
         take_fewer(model, 1)
     assert [

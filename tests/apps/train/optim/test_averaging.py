@@ -119,7 +119,7 @@ def test_a_run_killed_after_its_last_epoch_writes_it_when_it_is_resumed(config, 
 
 def test_a_longer_run_goes_on_from_the_trained_weights(config, tmp_path):
     # No schedule: it would depend on the length of the run.
-    steady = ("--model.optimizer.schedule", "constant", "--model.optimizer.warmup", "0")
+    steady = ("--model.optimizer.schedule", "constant", "--model.optimizer.warmup_steps", "0")
     fit(config, tmp_path / "long", *steady, "--trainer.max_epochs", "4")
     fit(config, tmp_path / "last", *steady)
     shutil.copytree(tmp_path / "last", tmp_path / "average")

@@ -16,17 +16,17 @@ from apps.train.optim.optimizers import OptimizerConfig, parameter_groups
 
 
 def test_warm_up_then_cosine_by_hand():
-    config = OptimizerConfig(warmup=2, min_lr_ratio=0.1)
+    config = OptimizerConfig(warmup_steps=2, min_lr_ratio=0.1)
     # 2 steps up (1/2, 2/2), then 8 steps down: half way, at step 6, 0.1 + 0.9 * (1 + cos(pi/2)) / 2 = 0.55.
     assert [config.factor(s, 10) for s in (0, 1, 2, 6, 10)] == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
     assert config.factor(50, 10) == pytest.approx(0.1)
-    assert OptimizerConfig(warmup=0.25).warmup_steps(40) == 10
-    assert OptimizerConfig(warmup=0.25).factor(5, math.inf) == 1.0
-    assert OptimizerConfig(warmup=0, schedule="constant").factor(9, 10) == 1.0
+    assert OptimizerConfig(warmup_steps=0.25).num_warmup_steps(40) == 10
+    assert OptimizerConfig(warmup_steps=0.25).factor(5, math.inf) == 1.0
+    assert OptimizerConfig(warmup_steps=0, schedule="constant").factor(9, 10) == 1.0
 
 
 def test_warm_up_then_inverse_root_by_hand():
-    config = OptimizerConfig(warmup=4, schedule="inverse_sqrt")
+    config = OptimizerConfig(warmup_steps=4, schedule="inverse_sqrt")
     # Up by quarters; at the n-th step, which is number n - 1, sqrt(4 / n): 1 at the 4th, 1/2 at the 16th, 1/5 at the
     # 100th. The length of the run has no say.
     for total in (100, math.inf):
@@ -34,14 +34,14 @@ def test_warm_up_then_inverse_root_by_hand():
     floored = dataclasses.replace(config, min_lr_ratio=0.4)
     assert [floored.factor(s, 100) for s in (0, 15, 99)] == pytest.approx([0.25, 0.5, 0.4])
     # A fraction of all steps: 0.04 of 100 are 4. None: it falls from the first step on.
-    assert dataclasses.replace(config, warmup=0.04).factor(15, 100) == pytest.approx(0.5)
-    assert [dataclasses.replace(config, warmup=0).factor(s, 100) for s in (0, 3)] == pytest.approx([1.0, 0.5])
+    assert dataclasses.replace(config, warmup_steps=0.04).factor(15, 100) == pytest.approx(0.5)
+    assert [dataclasses.replace(config, warmup_steps=0).factor(s, 100) for s in (0, 3)] == pytest.approx([1.0, 0.5])
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"warmup": 2.5},
+        {"warmup_steps": 2.5},
         {"fused": True, "name": "muon"},
     ],
 )

@@ -42,7 +42,7 @@ def test_clipped_and_accumulated_rows_train_as_dense_gradients(algorithm, tmp_pa
 
 
 def test_a_resumed_run_ends_where_one_run_ends(tmp_path):
-    config = OptimizerConfig(name="row_adam", lr=0.05, schedule="constant", warmup=2)
+    config = OptimizerConfig(name="row_adam", lr=0.05, schedule="constant", warmup_steps=2)
     options = {"gradient_clip_val": 0.1}
     whole, rest = (module(True, config, ema_decay=0.9) for _ in range(2))
     for name, trained, epochs in (("whole", whole, 2), ("parts", module(True, config, ema_decay=0.9), 1)):

@@ -203,9 +203,9 @@ REFUSED = {
     "no logits": (GrowingTopK(), core.MoEConfig(4, core.Random(2), core.FFN(8)), {}, "no router takes the top_k"),
     "second": (
         GrowingTopK(),
-        core.MoEConfig(4, core.TokenChoice(2, second="random"), core.FFN(8)),
+        core.MoEConfig(4, core.TokenChoice(2, second_expert_policy="random"), core.FFN(8)),
         {},
-        "second='random' needs top_k=2, not top_k=1",
+        "second_expert_policy='random' needs top_k=2, not top_k=1",
     ),
 }
 

@@ -88,7 +88,7 @@ def test_the_expert_bias_moves_once_an_optimizer_step_by_the_load_of_all_its_mic
 
 def test_resuming_with_another_rate_takes_the_new_one(tmp_path):
     def rates(lr: float, **options) -> list[float]:
-        config = OptimizerConfig(lr=lr, weight_decay=lr, warmup=0, schedule="constant")
+        config = OptimizerConfig(lr=lr, weight_decay=lr, warmup_steps=0, schedule="constant")
         made = fit(TinyModule(3, moe=MOE, optimizer=config), tmp_path, **options)
         return [x for g in made.optimizers[0].param_groups for x in (g["lr"], g["initial_lr"])]
 

@@ -101,7 +101,7 @@ def test_no_batches_are_refused():
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "experts": {},
-    "fsdp": {"experts": 1, "shards": 2, "rest": "shard"},
+    "fsdp": {"expert_parallel_size": 1, "fsdp_size": 2, "non_experts": "shard"},
 }
 
 
@@ -138,9 +138,9 @@ def diagnosed(folder, kind, strategy):
 
 def on_rank(rank, folder):
     divided_runs.as_rank(rank)
-    results = {"healthy": diagnosed(folder / "healthy", TinyModule, ExpertParallelStrategy(experts=1))}
+    results = {"healthy": diagnosed(folder / "healthy", TinyModule, ExpertParallelStrategy(expert_parallel_size=1))}
     divided_runs.Points = Lopsided  # type: ignore[misc]
-    results["uneven"] = diagnosed(folder / "uneven", Doubled, ExpertParallelStrategy(experts=1))
+    results["uneven"] = diagnosed(folder / "uneven", Doubled, ExpertParallelStrategy(expert_parallel_size=1))
     divided_runs.Points = Lopsided.__base__  # type: ignore[misc]
     for name, options in STRATEGIES.items():
         results[name] = diagnosed(folder / name, Doubled, ExpertParallelStrategy(**options))

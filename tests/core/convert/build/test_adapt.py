@@ -14,7 +14,7 @@ from core import (
     LoRA,
     MoEConfig,
     TokenChoice,
-    adapt,
+    add_adapters,
     aux_loss,
     record,
 )
@@ -39,7 +39,7 @@ def model() -> nn.Module:
 
 def test_an_update_is_added_to_the_frozen_layer():
     base = nn.Linear(6, 10)
-    adapted = adapt(base, MOE)
+    adapted = add_adapters(base, MOE)
     nn.init.normal_(adapted.updates.experts.w_b)
     x = torch.randn(2, 5, 6)
     torch.testing.assert_close(adapted(x), base(x) + adapted.updates(x))
@@ -50,7 +50,7 @@ def test_an_update_is_added_to_the_frozen_layer():
 
 def test_scaling_vectors_follow_the_frozen_layer():
     base = nn.Linear(6, 10)
-    adapted = adapt(base, MoEConfig(3, Dense(), IA3()))
+    adapted = add_adapters(base, MoEConfig(3, Dense(), IA3()))
     x = torch.randn(2, 5, 6)
     torch.testing.assert_close(adapted(x), base(x))  # vectors of one, at gates that sum to 1
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_scaling_vectors_follow_the_frozen_layer():
 def test_an_adapted_model_begins_as_it_was_and_trains_its_updates_alone():
     net, before = model(), model()
     x = torch.randn(2, 5, 6)
-    assert adapt(net, MOE, modules="*.qkv") is net
+    assert add_adapters(net, MOE, modules="*.qkv") is net
     torch.testing.assert_close(net(x), before(x))
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
     parts = ("router.gate.weight", "experts.w_a", "experts.w_b")
@@ -80,25 +80,25 @@ def test_an_adapted_model_begins_as_it_was_and_trains_its_updates_alone():
 def test_several_patterns_and_a_layer_that_stands_in_two_places():
     net = model()
     net[1].proj = net[0].proj
-    adapt(net, MOE, modules=["0.proj", "1.proj", "2"])
+    add_adapters(net, MOE, modules=["0.proj", "1.proj", "2"])
     assert net[1].proj is net[0].proj
     assert [type(m) for m in (net[0].proj, net[2], net[0].qkv)] == [AdaptedLinear, AdaptedLinear, nn.Linear]
     assert net(torch.randn(2, 5, 6)).shape == (2, 5, 3)
 
 
 def test_updates_have_the_base_s_dtype_device_and_mode():
-    adapted = adapt(nn.Linear(6, 10, dtype=torch.bfloat16).eval(), MOE)
+    adapted = add_adapters(nn.Linear(6, 10, dtype=torch.bfloat16).eval(), MOE)
     assert {p.dtype for p in adapted.parameters()} == {torch.bfloat16}
     assert not adapted.updates.training
     assert adapted(torch.randn(2, 5, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert adapt(nn.Linear(6, 10, device="meta"), MOE).updates.experts.w_a.is_meta
+    assert add_adapters(nn.Linear(6, 10, device="meta"), MOE).updates.experts.w_a.is_meta
 
 
 def test_an_encoder_layer_of_torch_computes_its_updates_in_evaluation_too():
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
     x = torch.randn(2, 5, 8)
     before = layer(x)
-    adapt(layer, MOE, modules="linear[12]")
+    add_adapters(layer, MOE, modules="linear[12]")
     with torch.no_grad():
         torch.testing.assert_close(layer(x), before)
         nn.init.normal_(layer.linear1.updates.experts.w_b)
@@ -122,18 +122,24 @@ def test_an_encoder_layer_of_torch_computes_its_updates_in_evaluation_too():
             lambda: AdaptedLinear(nn.Conv1d(6, 6, 1), MOE.build(6)),
             "base is a Conv1d: updates stand beside",
         ),
-        (lambda: adapt(nn.LayerNorm(6), MOE), "model is a LayerNorm: updates stand beside an nn.Linear"),
-        (lambda: adapt(model(), MOE, "*.norm"), "module '0.norm' is a LayerNorm"),
+        (lambda: add_adapters(nn.LayerNorm(6), MOE), "model is a LayerNorm: updates stand beside an nn.Linear"),
+        (lambda: add_adapters(model(), MOE, "*.norm"), "module '0.norm' is a LayerNorm"),
         (
-            lambda: adapt(model(), MOE, "*.kqv"),
+            lambda: add_adapters(model(), MOE, "*.kqv"),
             r"modules='\*.kqv' names no module; .* 0.qkv, 0.proj, 1.qkv, 1.proj, \.\.\.",
         ),
-        (lambda: adapt(adapt(model(), MOE, "*.qkv"), MOE, "*.qkv"), "module '0.qkv' is a AdaptedLinear"),
-        (lambda: adapt(model(), MoEConfig(2, Hash(9)), "*.qkv"), r"router Hash .* needs context.token_ids_BS"),
-        (lambda: adapt(model(), LoRA(2), "*.qkv"), r"moe=LoRA.* is not of class MoEConfig"),
-        (lambda: adapt(nn.MultiheadAttention(6, 2), MOE, "out_proj"), "'out_proj' is part of an nn.MultiheadAttention"),
-        (lambda: adapt(model(), MoEConfig(2, expert=LoRA(4)), "*"), "module '0' is a Block"),
-        (lambda: adapt(nn.Linear(6, 3), MoEConfig(2, expert=LoRA(4))), "rank=4 exceeds the smaller of dim=6 and"),
+        (lambda: add_adapters(add_adapters(model(), MOE, "*.qkv"), MOE, "*.qkv"), "module '0.qkv' is a AdaptedLinear"),
+        (lambda: add_adapters(model(), MoEConfig(2, Hash(9)), "*.qkv"), r"router Hash .* needs context.token_ids_BS"),
+        (lambda: add_adapters(model(), LoRA(2), "*.qkv"), r"moe=LoRA.* is not of class MoEConfig"),
+        (
+            lambda: add_adapters(nn.MultiheadAttention(6, 2), MOE, "out_proj"),
+            "'out_proj' is part of an nn.MultiheadAttention",
+        ),
+        (lambda: add_adapters(model(), MoEConfig(2, expert=LoRA(4)), "*"), "module '0' is a Block"),
+        (
+            lambda: add_adapters(nn.Linear(6, 3), MoEConfig(2, expert=LoRA(4))),
+            "rank=4 exceeds the smaller of dim=6 and",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(make, message):
@@ -144,6 +150,6 @@ def test_what_does_not_fit_is_refused(make, message):
 def test_a_refusal_leaves_the_model_as_it_was():
     net = model()
     with pytest.raises(ValueError, match="rank=4 exceeds"):
-        adapt(net, MoEConfig(2, expert=LoRA(4)), ["0.qkv", "2"])
+        add_adapters(net, MoEConfig(2, expert=LoRA(4)), ["0.qkv", "2"])
     assert type(net[0].qkv) is nn.Linear
     assert all(p.requires_grad for p in net.parameters())

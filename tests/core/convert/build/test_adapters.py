@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import core
-from core import IA3, Dense, LoRA, MoEConfig, Random, RoutingContext, Task, TokenChoice, adapt, merge_adapters
+from core import IA3, Dense, LoRA, MoEConfig, Random, RoutingContext, Task, TokenChoice, add_adapters, merge_adapters
 
 CONSTANT = {
     "one expert": MoEConfig(1, TokenChoice(1), LoRA(2, alpha=6.0)),
@@ -44,7 +44,7 @@ def test_a_low_rank_update_and_a_vector_by_hand():
         (LoRA(1, alpha=2.0), {"w_a": 7.0, "w_b": 11.0}, (3 + 2 * 7 * 11, 5)),
         (IA3(), {"v": 4.0}, (3 * 4, 5 * 4)),
     ):
-        adapted = adapt(base, MoEConfig(1, TokenChoice(1), expert))
+        adapted = add_adapters(base, MoEConfig(1, TokenChoice(1), expert))
         for name, value in values.items():
             nn.init.constant_(getattr(adapted.updates.experts, name), value)
         merged = merge_adapters(adapted)
@@ -55,7 +55,7 @@ def test_a_low_rank_update_and_a_vector_by_hand():
 
 @pytest.mark.parametrize("moe", CONSTANT.values(), ids=CONSTANT)
 def test_a_merged_layer_is_the_adapted_one_in_evaluation(moe):
-    net = trained(adapt(model(), moe, "0").double())
+    net = trained(add_adapters(model(), moe, "0").double())
     x = torch.randn(2, 5, 6, dtype=torch.float64)
     expected = net(x)
     assert not torch.allclose(expected, model().double()(x))
@@ -68,7 +68,7 @@ def test_a_merged_layer_is_the_adapted_one_in_evaluation(moe):
 def test_half_precision_and_a_layer_in_two_places():
     net = model()
     net = nn.ModuleList([net, net[0]])
-    trained(adapt(net, MoEConfig(1, TokenChoice(1), LoRA(2)), ["0.0", "1"]).bfloat16())
+    trained(add_adapters(net, MoEConfig(1, TokenChoice(1), LoRA(2)), ["0.0", "1"]).bfloat16())
     x = torch.randn(2, 5, 6, dtype=torch.bfloat16)
     expected = net[1](x)
     merge_adapters(net)
@@ -91,31 +91,33 @@ def test_the_updates_of_one_task_are_taken_out_and_merged(expert):
 REFUSED = {
     "none": (lambda: model(), "a Sequential without adapted layers has no updates to merge"),
     "by token": (
-        lambda: adapt(model(), MoEConfig(4, TokenChoice(2), LoRA(2)), "0"),
+        lambda: add_adapters(model(), MoEConfig(4, TokenChoice(2), LoRA(2)), "0"),
         "the updates of '0' cannot be merged: router TokenChoice gives tokens gates of their own",
     ),
     "a gate": (
-        lambda: adapt(model(), MoEConfig(1, TokenChoice(1, score_func="sigmoid"), LoRA(2)), "0"),
+        lambda: add_adapters(model(), MoEConfig(1, TokenChoice(1, score_func="sigmoid"), LoRA(2)), "0"),
         "gives tokens gates of their own",
     ),
     "positions": (
-        lambda: adapt(model(), MoEConfig(4, Random(), LoRA(2)), "0"),
+        lambda: add_adapters(model(), MoEConfig(4, Random(), LoRA(2)), "0"),
         "router Random (arXiv 2110.04260) gives tokens gates of their own",
     ),
     "a capacity": (
-        lambda: adapt(model(), MoEConfig(1, TokenChoice(1), LoRA(2), capacity_factor=0.5), "0"),
+        lambda: add_adapters(model(), MoEConfig(1, TokenChoice(1), LoRA(2), capacity_factor=0.5), "0"),
         "with a capacity tokens are dropped",
     ),
     "a shared gate": (
-        lambda: adapt(model(), MoEConfig(1, TokenChoice(1), LoRA(2), num_shared_experts=1, shared_gate="scale"), "0"),
+        lambda: add_adapters(
+            model(), MoEConfig(1, TokenChoice(1), LoRA(2), num_shared_experts=1, shared_gate="scale"), "0"
+        ),
         "a shared_gate weights the updates token by token",
     ),
     "no bias": (
-        lambda: adapt(model(), MoEConfig(1, TokenChoice(1), LoRA(2), output_bias=True), "2"),
+        lambda: add_adapters(model(), MoEConfig(1, TokenChoice(1), LoRA(2), output_bias=True), "2"),
         "output_bias is added to a layer without a bias",
     ),
     "no linear updates": (
-        lambda: adapt(model(), MoEConfig(1, TokenChoice(1), core.FFN(4)), "0"),
+        lambda: add_adapters(model(), MoEConfig(1, TokenChoice(1), core.FFN(4)), "0"),
         "FFNExperts are no part of a linear layer: LoRA and IA3 are",
     ),
 }
@@ -131,8 +133,8 @@ def test_refused_in_one_line(make, message):
 
 
 def test_a_refusal_leaves_the_model_as_it_was():
-    net = adapt(model(), MoEConfig(1, TokenChoice(1), LoRA(2)), "0")
-    net[2] = adapt(net[2], MoEConfig(2, TokenChoice(1), LoRA(2)))
+    net = add_adapters(model(), MoEConfig(1, TokenChoice(1), LoRA(2)), "0")
+    net[2] = add_adapters(net[2], MoEConfig(2, TokenChoice(1), LoRA(2)))
     with pytest.raises(ValueError, match="the updates of '2' cannot be merged"):
         merge_adapters(net)
     assert isinstance(net[0], core.AdaptedLinear)

@@ -214,7 +214,7 @@ def test_batch_statistics_and_half_precision_grow():
 
 
 def test_experts_without_parameters_grow():
-    layer = built(MoEConfig(2, TokenChoice(1), core.Copy()))
+    layer = built(MoEConfig(2, TokenChoice(1), core.Identity()))
     core.grow_experts(layer, 2)
     assert layer(tokens()).shape == (2, 12, D)
 

@@ -32,4 +32,4 @@ def test_all_kinds_of_mixed_experts_grow_alike():
         "dims 8, 4",
     ]
     with pytest.raises(ValueError, match="none of the Mixed experts has a hidden_dim"):
-        widened(core.Mixed((core.Zero(), core.Copy()), (1, 1)), 16)
+        widened(core.Mixed((core.Zero(), core.Identity()), (1, 1)), 16)

@@ -65,7 +65,7 @@ def test_a_domain_is_its_expert_of_any_kind(expert):
 
 
 def test_an_expert_of_several_kinds():
-    layer = built(TokenChoice(1), core.Mixed((FFN(6), core.Zero(), core.Copy()), (2, 1, 1)))
+    layer = built(TokenChoice(1), core.Mixed((FFN(6), core.Zero(), core.Identity()), (2, 1, 1)))
     x = torch.randn(2, 5, D, dtype=torch.float64)
     assert_close(
         cut_out(layer, expert=1)(x), layer.experts.parts[0](x.flatten(0, 1), "each")[:, 1].unflatten(0, (2, 5))
@@ -93,7 +93,12 @@ REFUSED = {
     "a task": (Task(2), FFN(6), {"task": 2}, "task=2 is not in range(2)"),
     "an expert": (TokenChoice(), FFN(6), {"expert": 4}, "expert=4 is not in range(4)"),
     "a kind": (Task(2, 2), core.MLP((D,)), {"task": 0}, "MLPExperts cannot be joined into one expert: 2 of them"),
-    "a scale": (Task(2, 1), core.Copy(), {"task": 0}, "CopyExperts cannot be joined into one expert: one at a gate"),
+    "a scale": (
+        Task(2, 1),
+        core.Identity(),
+        {"task": 0},
+        "IdentityExperts cannot be joined into one expert: one at a gate",
+    ),
 }
 
 

@@ -179,7 +179,7 @@ REFUSED = {
         lambda: densify(nn.Sequential(built(core.FFN(6))), "use", {"1": LOADS}),
         "loads have no layer '0'; they have '1'",
     ),
-    "no mean": (lambda: densify(built(core.Copy())), "CopyExperts cannot be merged"),
+    "no mean": (lambda: densify(built(core.Identity())), "IdentityExperts cannot be merged"),
     "no units": (lambda: densify(built(core.MLP((D,))), "top_k"), "MLPExperts have no hidden units"),
     "tasks": (lambda: densify(core.MMoE(4).build(D, 2)), "is a MultiGateMoE: core.MoE and its subclasses become dense"),
     "a gate": (
@@ -206,8 +206,8 @@ def test_refused_in_one_line(make, message):
 
 
 def test_a_refusal_leaves_the_model_as_it_was():
-    model = nn.Sequential(built(core.FFN(6)), built(core.Copy()))
-    with pytest.raises(ValueError, match="CopyExperts cannot be merged"):
+    model = nn.Sequential(built(core.FFN(6)), built(core.Identity()))
+    with pytest.raises(ValueError, match="IdentityExperts cannot be merged"):
         densify(model)
     assert len(core.moe_layers(model)) == 2
 

@@ -12,8 +12,8 @@ from core import (
     MLP,
     AttentionExperts,
     ClampedSwiGLU,
-    Copy,
     ExpertConfig,
+    Identity,
     LoRA,
     MoEConfig,
     Random,
@@ -110,8 +110,8 @@ def test_padding_comes_out_zero_and_reaches_no_gradient():
     ("make", "message"),
     [
         (
-            lambda: MoEConfig(4, MERGED, Copy()).build(8),
-            "CopyExperts cannot be merged: it has no",
+            lambda: MoEConfig(4, MERGED, Identity()).build(8),
+            "IdentityExperts cannot be merged: it has no",
         ),
         (
             lambda: MoEConfig(4, MERGED, MLP((4,), norm="batch")).build(8, 4),
@@ -122,7 +122,7 @@ def test_padding_comes_out_zero_and_reaches_no_gradient():
             lambda: MoEConfig(4, MERGED, AttentionExperts()),
             "AttentionExperts computes attention: not with",
         ),
-        (lambda: average_experts(MoEConfig(4, TokenChoice(), Copy()).build(8)), "CopyExperts cannot be merged"),
+        (lambda: average_experts(MoEConfig(4, TokenChoice(), Identity()).build(8)), "IdentityExperts cannot be merged"),
         (lambda: average_experts(nn.Linear(2, 2)), "a Linear has no experts to average"),
     ],
 )

@@ -239,8 +239,8 @@ def test_refused_in_one_line_and_left_as_it_was(config, statistics, keep, option
 def test_other_refusals():
     with pytest.raises(ValueError, match="expert 3 of layer '' has no tokens: take statistics with every_token=True"):
         merge_experts(built(MoEConfig(4)), given([1, 1, 1, 0]), 2)
-    with pytest.raises(ValueError, match="CopyExperts cannot be merged"):
-        merge_experts(built(MoEConfig(4, expert=core.Copy())), given([1] * 4), 2)
+    with pytest.raises(ValueError, match="IdentityExperts cannot be merged"):
+        merge_experts(built(MoEConfig(4, expert=core.Identity())), given([1] * 4), 2)
     with pytest.raises(ValueError, match=r"expert 4 is not in range\(4\)"):
         keep_experts(built(MoEConfig(4)), [4])
     with pytest.raises(ValueError, match="a layer keeps at least one expert"):

@@ -25,7 +25,7 @@ def test_a_second_gate_below_the_threshold_is_left_out_in_evaluation_and_the_fir
     # 0.5 / 0.8 and 0.3 / 0.8; then 0.765 / 0.9, as it was with its second of 0.15.
     assert gates(routing) == [pytest.approx([0.625, 0.375]), pytest.approx([0.85, 0.0])]
     assert routing.chosen_per_expert_E.tolist() == [2, 1, 0]
-    assert ids(built(Threshold(0.2, eval_second="always"), 3)(x)) == [[0, 1], [0, 1]]
+    assert ids(built(Threshold(0.2, eval_second_expert_policy="always"), 3)(x)) == [[0, 1], [0, 1]]
 
 
 def test_the_second_stays_in_training_with_probability_gate_over_threshold():
@@ -40,13 +40,13 @@ def test_the_second_at_the_threshold_always_stays():
     x = torch.zeros(1, 2000, 2)  # both gates are 1/2
     for training in (True, False):
         for second in ("random", "threshold"):
-            routing = built(Threshold(0.5, second=second), 2, training)(x)
+            routing = built(Threshold(0.5, second_expert_policy=second), 2, training)(x)
             assert routing.tokens_per_expert_E.tolist() == [2000, 2000]
 
 
 def test_a_hard_threshold_in_training_is_that_of_evaluation():
     x = torch.randn(2, 50, 6)
-    router = built(Threshold(0.3, second="threshold"), 6, training=True)
+    router = built(Threshold(0.3, second_expert_policy="threshold"), 6, training=True)
     hard = router(x).expert_ids_N
     assert (hard == 6).any()
     assert torch.equal(hard, router.eval()(x).expert_ids_N)
@@ -55,7 +55,7 @@ def test_a_hard_threshold_in_training_is_that_of_evaluation():
 def test_a_threshold_of_one_half_is_gshards_random_second():
     x = torch.randn(2, 200, 6)
     routings = []
-    for config in (Threshold(0.5), TokenChoice(2, second="random")):
+    for config in (Threshold(0.5), TokenChoice(2, second_expert_policy="random")):
         router = built(config, 6, training=True)
         torch.manual_seed(1)
         routings.append(router(x))

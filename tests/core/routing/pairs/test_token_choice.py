@@ -239,7 +239,7 @@ def test_learned_noise_gets_a_gradient_through_the_gates():
 
 
 def test_random_second_always_stays_at_a_gate_of_one_half():
-    routing = router(2, second="random", training=True)(torch.zeros(1, 2000, 2))
+    routing = router(2, second_expert_policy="random", training=True)(torch.zeros(1, 2000, 2))
     assert gates(routing) == [0.5] * 4000
     assert routing.tokens_per_expert_E.tolist() == [2000, 2000]
 
@@ -247,7 +247,9 @@ def test_random_second_always_stays_at_a_gate_of_one_half():
 @pytest.mark.parametrize("scale", [1.0, 0.5, 2.5])
 def test_random_second_stays_with_twice_the_probability_of_its_gate(scale):
     # Gates 0.85 and 0.15 before the scale: kept with probability 0.3; 4 sigma of 10000 draws is 0.0183.
-    routing = router(2, second="random", scale=scale, training=True)(logits_of((0.85, 0.15)).expand(1, 10_000, 2))
+    routing = router(2, second_expert_policy="random", scale=scale, training=True)(
+        logits_of((0.85, 0.15)).expand(1, 10_000, 2)
+    )
     assert routing.tokens_per_expert_E[0] == 10_000
     assert routing.tokens_per_expert_E[1] / 10_000 == pytest.approx(0.3, abs=0.0183)
     first = routing.gates_N[::2]
@@ -258,7 +260,7 @@ def test_random_second_stays_with_twice_the_probability_of_its_gate(scale):
 
 
 def test_random_second_is_always_in_evaluation():
-    routing = router(2, second="random")(logits_of((0.85, 0.15)).expand(1, 1000, 2))
+    routing = router(2, second_expert_policy="random")(logits_of((0.85, 0.15)).expand(1, 1000, 2))
     assert routing.tokens_per_expert_E.tolist() == [1000, 1000]
 
 
@@ -292,7 +294,7 @@ def test_noisy_gate_starts_with_the_same_noise_on_every_expert():
     "arguments, message",
     [
         ({"top_k": 1, "normalize": True}, r"normalize=True with top_k=1 .* no gradient"),
-        ({"top_k": 3, "second": "random"}, r"second='random' needs top_k=2, not top_k=3"),
+        ({"top_k": 3, "second_expert_policy": "random"}, r"second_expert_policy='random' needs top_k=2, not top_k=3"),
         ({"limited_groups": 2}, r"limited_groups=2 exceeds num_groups=1"),
     ],
 )

@@ -43,7 +43,7 @@ COLUMNS = {
     "shop": ["de", "fr", "de", "de", "fr", "de", "fr", "de", "de", "fr", "de", "fr"],
 }
 MOVES = ("price", "kind", "tags", "image")
-RULE = {"kind": "items", "column": "item", "per_positive": 3, "moves_with": MOVES, "eval_per_positive": 2}
+RULE = {"kind": "items", "column": "item", "per_positive": 3, "item_features": MOVES, "eval_per_positive": 2}
 TABLE = TableConfig(
     ("user", "item", "kind"),
     ("tags",),
@@ -246,13 +246,13 @@ def test_rows_without_an_item_do_not_train(tmp_path, caplog):
     assert expected in caplog.text
     assert "val: 2 positive rows, and for each 2 of 4 items of column item, drawn once (uniform)" in caplog.text
     assert "labelled 0: metrics are of these 6 rows" in caplog.text
-    assert "moves_with" not in caplog.text
+    assert "item_features" not in caplog.text
     batches = epoch_of(data.train_dataloader())
     assert sorted({int(row) for batch in batches for row in batch.index_B}) == [*range(1, 8)]
 
 
 def test_a_column_that_stays_with_the_positive_is_named(tmp_path, caplog):
-    data_of(tmp_path, rule={**RULE, "moves_with": ["tags", "image"]}).setup("fit")
+    data_of(tmp_path, rule={**RULE, "item_features": ["tags", "image"]}).setup("fit")
     lines = [record.getMessage() for record in caplog.records]
     assert [line.partition(" has one value for each item and is not in")[0] for line in lines] == [
         "column 'kind'",
@@ -269,7 +269,7 @@ def test_the_domain_and_the_parts_of_a_time_move_too(tmp_path):
     }
     columns = {name: [*values, *values[:4]] for name, values in columns.items()}
     table = TableConfig(("item",), timestamps=("made",), domain="shelf", split=SplitConfig("given"))
-    rule = {"kind": "items", "column": "item", "moves_with": ["made", "shelf"]}
+    rule = {"kind": "items", "column": "item", "item_features": ["made", "shelf"]}
     data = data_of(tmp_path, table, columns, rule)
     items, hours = data.vocabulary("item"), data.vocabulary("made_hour")
     for batch in epoch_of(data.train_dataloader()):
@@ -298,7 +298,7 @@ def test_a_model_is_trained_tested_and_reported(tmp_path):
 
 REFUSED = [
     ({"column": "items"}, {}, "negatives.column='items' is not one of user, item, kind; did you mean 'item'"),
-    ({"column": "tags", "moves_with": []}, {}, "negatives.column='tags' is not one of user, item, kind"),
+    ({"column": "tags", "item_features": []}, {}, "negatives.column='tags' is not one of user, item, kind"),
     ({"column": None}, {}, "negatives.kind='items' needs negatives.column, the column of the items to draw"),
     ({"per_positive": 0.5}, {}, "negatives.per_positive=0.5 must be a whole number of at least 1 with kind 'items'"),
     ({"per_positive": 0}, {}, "negatives.per_positive=0 is not above 0"),
@@ -307,10 +307,10 @@ REFUSED = [
     ({"distribution": "even"}, {}, "negatives.distribution='even' is not one of uniform, frequency"),
     ({"kind": "item"}, {}, "negatives.kind='item' is not one of rows, items; did you mean 'items'"),
     ({"kind": "rows"}, {}, "negatives.column='item' is for kind 'items', not 'rows'"),
-    ({"moves_with": ["item"]}, {}, "negatives.moves_with names 'item', which is negatives.column itself"),
-    ({"moves_with": ["prize"]}, {}, "negatives.moves_with='prize' is not one of .*; did you mean 'price'"),
+    ({"item_features": ["item"]}, {}, "negatives.item_features names 'item', which is negatives.column itself"),
+    ({"item_features": ["prize"]}, {}, "negatives.item_features='prize' is not one of .*; did you mean 'price'"),
     (
-        {"moves_with": ["hour"]},
+        {"item_features": ["hour"]},
         {},
         "names 'hour', which must have one value for each item, but the item 'tea' has 0 in row 0 and 2 in row 2",
     ),
@@ -324,7 +324,7 @@ REFUSED = [
         {"columns": {**COLUMNS, "tags": [*COLUMNS["tags"][:6], ["x"], *COLUMNS["tags"][7:]]}},
         r"but the item 'tea' has \['x', 'y'\] in row 0 and \['x'\] in row 6",
     ),
-    ({"moves_with": ["shop"]}, {}, "but the item 'tea' has 'de' in row 0 and 'fr' in row 4"),
+    ({"item_features": ["shop"]}, {}, "but the item 'tea' has 'de' in row 0 and 'fr' in row 4"),
     (
         {},
         {"columns": {**COLUMNS, "item": ["tea"] * 12}},
@@ -348,9 +348,9 @@ REFUSED = [
         "negatives.task='buy' names the task of a table without one, and this has click",
     ),
     (
-        {"moves_with": ["last"]},
+        {"item_features": ["last"]},
         {"columns": {**COLUMNS, "last": [[]] * 12}, "sequences": {"last": {"items": "item"}}},
-        "negatives.moves_with names 'last', a sequence",
+        "negatives.item_features names 'last', a sequence",
     ),
 ]
 

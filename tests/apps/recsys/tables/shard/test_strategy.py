@@ -194,7 +194,7 @@ def test_other_divisions_of_the_experts_go_on_from_a_checkpoint(folder, alone):
 
 def test_one_process_goes_on_from_shards_without_tables(folder, alone):
     options = {"max_epochs": 1, "limit_train_batches": 1}
-    train(folder, "no tables", module(folder, "joined"), ExpertParallelStrategy(experts=1), **options)
+    train(folder, "no tables", module(folder, "joined"), ExpertParallelStrategy(expert_parallel_size=1), **options)
     torch.distributed.destroy_process_group()
     path = folder / "no tables" / "last.ckpt"
     assert sharded.is_sharded(path)
@@ -387,8 +387,8 @@ def test_the_embedding_optimizer_is_checked_at_once():
         TorchRecStrategy(embedding_optimizer="lamb")
     with pytest.raises(ValueError, match="embedding_lr=-1 must be positive"):
         TorchRecStrategy(embedding_lr=-1)
-    with pytest.raises(ValueError, match="experts=0 must be at least 1"):
-        TorchRecStrategy(experts=0)
+    with pytest.raises(ValueError, match="expert_parallel_size=0 must be at least 1"):
+        TorchRecStrategy(expert_parallel_size=0)
 
 
 # ---- the planner, for processes that are not there
@@ -452,7 +452,7 @@ model:
         balance: {{importance: 0.1}}
     embedding: {{kind: fused, dim: 8, init_std: 0.3, fused_lr: 0.1}}
     head: {{activation: silu}}
-    optimizer: {{lr: 0.01, eps: 1.0e-3, warmup: 0.2}}
+    optimizer: {{lr: 0.01, eps: 1.0e-3, warmup_steps: 0.2}}
     report: null
 data:
   class_path: apps.recsys.tables.data.TableData

@@ -1,0 +1,164 @@
+"""Options by their old names: in Python, in configurations, on command lines and in checkpoints, each with one line."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from shown_runs import RUNS
+
+import apps
+import core
+import moesaic
+from apps import registry
+from apps.cli.configs import read_config
+from apps.cli.options import Fit
+from apps.compare.options import Command as Compare
+from apps.nlp.decode import DecodeConfig, decoding, one_each
+from apps.plan.options import Options as Plan
+from apps.recsys.schema import NegativesConfig
+from apps.recsys.sequence.module import NextItemRecommender
+from apps.serve.export.options import Options as Export
+from apps.train.sharded.expert_parallel import ExpertParallelStrategy
+from core import Threshold, TokenChoice, fields
+from core.config.plain import from_plain
+
+
+@pytest.fixture
+def lines(caplog):
+    """The log lines about old names."""
+    registry.tell_renamed.cache_clear()
+    fields.tell_renamed.cache_clear()
+    caplog.set_level(logging.WARNING)
+    return lambda: sorted(r.getMessage() for r in caplog.records if "the old name works until" in r.getMessage())
+
+
+def told(old: str, new: str) -> str:
+    return f"{old} is now called {new}; the old name works until version 0.2"
+
+
+def test_python_takes_an_old_keyword_with_one_line(lines):
+    for _ in range(2):
+        strategy = ExpertParallelStrategy(experts=2, rest="shard")
+    assert (strategy.expert_parallel_size, strategy.non_experts) == (2, "shard")
+    assert lines() == [told("experts", "expert_parallel_size"), told("rest", "non_experts")]
+    with pytest.raises(ValueError, match="experts is the old name of expert_parallel_size: give"):
+        ExpertParallelStrategy(experts=2, expert_parallel_size=2)
+
+
+def test_a_configuration_is_read_with_new_names_with_one_line(tmp_path: Path, lines):
+    strategy = {"class_path": "ExpertParallelStrategy", "init_args": {"shards": 2, "nodes": 1}}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": strategy}, "model": {"experts": 1}}))
+    for _ in range(2):
+        config = read_config(tmp_path / "old.yaml")
+    assert config["trainer"]["strategy"]["init_args"] == {"fsdp_size": 2, "nodes": 1}
+    assert config["model"] == {"experts": 1}
+    assert lines() == [told("strategy.shards", "strategy.fsdp_size")]
+
+
+def test_a_command_line_takes_an_old_name_with_one_line(lines):
+    flags = ["--trainer.strategy.hidden", "2", "--trainer.strategy.init_args.rest=shard", "--model.hidden", "3"]
+    new = ("--trainer.strategy.expert_tensor_parallel_size", "2", "--trainer.strategy.init_args.non_experts=shard")
+    assert Fit.read(flags).rest == (*new, "--model.hidden", "3")
+    assert len(lines()) == 2
+
+
+def test_a_command_takes_an_old_word_with_one_line(lines, tmp_path: Path):
+    (tmp_path / "over.yaml").write_text("{}")
+    text = "configs/nlp/text_mixtral_like.yaml"
+    assert Plan.read(["-c", text, "--gpus", "8", "--gpu", "h100", "--static_exchange"]).static_all_to_all
+    overlays = ["-c", str(tmp_path / "over.yaml"), f"--config={tmp_path / 'over.yaml'}"]
+    assert len(Compare.read([text, *overlays]).overlays) == 2
+    export = ["--ckpt_path", "run", "--output", str(tmp_path / "new"), "--form", "contrib"]
+    assert Export.read(export).onnx_ops == "contrib"
+    new = {
+        "--static_exchange": "--static_all_to_all",
+        "-c": "--overlay",
+        "--config": "--overlay",
+        "--form": "--onnx_ops",
+    }
+    assert lines() == sorted(told(*names) for names in new.items())
+
+
+def aged(value, section=""):
+    """Return plain values with the old names of options."""
+    if not isinstance(value, dict):
+        return value
+    sections = [names for end, names in registry.RENAMED.items() if f".{section}".endswith(f".{end}")]
+    old = {new: name for names in sections for name, new in names.items()}
+    return {old.get(k, k): aged(v, section if k == "init_args" else f"{section}.{k}") for k, v in value.items()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_checkpoint_with_old_names_loads_with_one_line_each(name, tmp_path, lines):
+    file = next((RUNS[name](tmp_path) / "checkpoints").iterdir())
+    contents = torch.load(file, weights_only=True)
+    plain = {**contents["hyper_parameters"], "optimizer": {"warmup_steps": 3}}
+    for arguments in (plain, aged(plain, "model")):
+        assert not lines()
+        torch.save({**contents, "hyper_parameters": arguments}, file)
+        model = apps.load(file)
+        assert model.hparams["optimizer"]["warmup_steps"] == 3
+    assert told("model.optimizer.warmup", "model.optimizer.warmup_steps") in lines()
+    assert aged(dict(model.hparams), "model")["optimizer"]["warmup"] == 3
+    assert all(line.count(" is now called ") == 1 for line in lines())
+    assert len(lines()) == len(set(lines()))
+
+
+def test_a_search_takes_an_old_option(lines):
+    assert decoding(DecodeConfig(), {"beam_size": 3, "num_best": 2}).num_return_sequences == 2
+    with pytest.raises(ValueError, match="num_return_sequences=2: predict returns one text each"):
+        one_each({"num_best": 2})
+    assert lines() == [told("num_best", "num_return_sequences")]
+
+
+def test_a_module_takes_an_old_keyword_and_a_subclass_keeps_its_own_arguments(lines):
+    class Own(NextItemRecommender):
+        def __init__(self, width: int = 3, **kwargs):
+            super().__init__(**kwargs)
+
+    for kind, own in ((NextItemRecommender, {}), (Own, {"width": 5})):
+        model = kind(num_items=5, exclude_seen=True, train_unseen=True, **own)
+        assert model.mask_seen_items
+        assert model.hparams["mask_seen_items"]
+        assert "train_unseen" not in model.hparams
+        assert model.hparams.get("width") == own.get("width")
+    assert lines() == [told("train_unseen", "mask_seen_items")]
+
+
+def test_a_config_takes_an_old_field_in_python_and_as_plain_values(lines):
+    options = {"kind": "items", "column": "film", "moves_with": ["year"]}
+    assert NegativesConfig(**options) == from_plain(options, NegativesConfig)
+    assert NegativesConfig(**options).item_features == ("year",)
+    assert lines() == [told("moves_with", "item_features")]
+
+
+def test_the_table_of_files_is_that_of_the_classes():
+    routers = {**TokenChoice.new_names, **Threshold.new_names}
+    assert routers == registry.RENAMED["router"]
+    plain = {"class_path": "core.TokenChoice", "init_args": {"top_k": 2, "second": "random"}}
+    assert TokenChoice(2, second="random") == from_plain(plain) == TokenChoice(2, second_expert_policy="random")
+
+
+def test_an_option_of_the_same_name_elsewhere_stays():
+    plain = {"optimizer": {"class_path": "mine.Adam", "init_args": {"warmup": 3}}, "hidden": {"rest": 1}}
+    assert registry.of_today(plain) == plain
+    assert registry.of_today({"model.optimizer.warmup": 3}) == {"model.optimizer.warmup_steps": 3}
+
+
+def test_a_class_by_its_old_name_in_python_and_in_files(tmp_path: Path, lines):
+    assert core.adapt is core.add_adapters
+    assert core.Copy is core.Identity
+    assert moesaic.Copy is core.Identity
+    assert from_plain({"class_path": "core.Copy"}) == from_plain({"class_path": "Copy"}) == core.Identity()
+    (tmp_path / "old.yaml").write_text("model: {moe: {expert: {class_path: core.Copy}}}")
+    for _ in range(2):
+        config = read_config(tmp_path / "old.yaml")
+    assert config["model"]["moe"]["expert"] == {"class_path": "core.Identity"}
+    copied = told("core.Copy", "core.Identity")  # one line of the engine, one of the command line
+    assert lines() == [copied, copied, told("core.adapt", "core.add_adapters")]
+    with pytest.raises(AttributeError, match="module 'core' has no attribute 'Copies'"):
+        core.Copies  # noqa: B018
