@@ -58,7 +58,10 @@ class Experiment:
         if request.checkpoint is not None:
             raise UsageError(f"--ckpt_path {request.checkpoint}: a comparison trains every model from its start")
         if self.routers and request.sparsifies:
-            raise UsageError(f"--routers {self.routers[0]}: with sparsify give a configuration for each")
+            raise UsageError(
+                f"--routers {self.routers[0]}: routers are compared in the suite's own models; with sparsify, give a "
+                "configuration for each"
+            )
         for needed in () if request.sparsifies else (SparseModule, Comparable):
             if request.model_class is not None and not issubclass(request.model_class, needed):
                 name = request.model_class.__name__

@@ -53,10 +53,10 @@ class Report(Callback):
     report of an earlier test as it was.
 
     Args:
-        config: the options.
+        config: the options; None: there are none.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any = None) -> None:
         self.config = config
 
     def collect(self, trainer: Trainer, pl_module: LightningModule) -> Any:

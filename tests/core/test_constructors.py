@@ -42,7 +42,9 @@ def test_no_constructor_of_core_calls_a_method_that_a_subclass_overrides():
     assert checked > 30
 
 
-@pytest.mark.parametrize("base, arguments", [(LinearGate, (4, 2)), (core.MLPExperts, (2, 4, (3,))), (MoELayer, ())])
+@pytest.mark.parametrize(
+    "base, arguments", [(LinearGate, (4, 2)), (core.MLPExperts, (core.MLP((3,)), 2, 4)), (MoELayer, ())]
+)
 def test_a_subclass_resets_its_own_parameters_once_it_has_them(base, arguments):
     class Mine(base):
         def __init__(self, *args):

@@ -137,8 +137,8 @@ class ExpertParallelStrategy(DividedStrategy, ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         join_again(self.process_group_backend or dist.get_default_backend_for_device(self.root_device), self.timeout)
-        hidden, experts = self.expert_tensor_parallel_size, self.expert_parallel_size
-        experts = max(self.num_processes // hidden, 1) if experts == "auto" else experts
+        hidden, size = self.expert_tensor_parallel_size, self.expert_parallel_size
+        experts = max(self.num_processes // hidden, 1) if size == "auto" else size
         options: dict[str, Any] = {"nodes": self.nodes, "hidden": hidden, "device_type": self.root_device.type}
         begin_processes(self, lambda: expert_mesh(experts, self.fsdp_size, **options))
         limit_waiting(self.timeout)

@@ -281,7 +281,7 @@ def test_dense_parts_load_and_the_rest_is_named(source, tmp_path, kind, caplog):
         torch.save({"state_dict": {f"model.{n}": w for n, w in weights.items()}, "epoch": 3}, path)
     model = build(moe=MOE)
     before = copy.deepcopy(model.state_dict())
-    caplog.set_level("INFO", logger="apps.vision.model")
+    caplog.set_level("INFO", logger="apps.vision.pretrained")
     report = load_pretrained_weights(model, path)
     assert_close(model.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
     assert_close(model.blocks[3].attn.qkv.weight, source.blocks[3].attn.qkv.weight)
@@ -297,7 +297,7 @@ def test_dense_parts_load_and_the_rest_is_named(source, tmp_path, kind, caplog):
         assert torch.equal(model.state_dict()[name], before[name]), name
     assert report.missing == ()
     assert report.unexpected == ()
-    (line,) = [r.getMessage() for r in caplog.records if r.name == "apps.vision.model"]
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "apps.vision.pretrained"]
     assert "\n" not in line
     assert f"{len(report.loaded)} loaded" in line
 

@@ -16,8 +16,8 @@ from torch.testing import assert_close
 import core
 from apps.cli import main
 from apps.equal_cost import routers
+from apps.train.optim.optimizers import OptimizerConfig, parameter_groups
 from apps.train.step.distilling import DistilConfig
-from apps.train.step.module import OptimizerConfig, parameter_groups
 from apps.vision.batch import ImageBatch
 from apps.vision.data import VisionData
 from apps.vision.model import ViTConfig

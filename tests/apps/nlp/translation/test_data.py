@@ -538,7 +538,7 @@ def test_several_pairs_need_one_to_translate_in(root):
         ({"tokens_per_batch": 0}, "tokens_per_batch=0 must be at least 1"),
         ({"temperature": 0.5}, "temperature=0.5 must be at least 1"),
         ({"num_workers": -1}, "num_workers=-1 must not be negative"),
-        ({"max_words": 0}, "max_words=0 must be at least 1"),
+        ({"max_words": 0}, "max_words=0 is not at least 1"),
         ({"text": "a", "predict_file": "b"}, "text and predict_file are both given"),
         ({"predict_pair": "de-en"}, "predict_pair='de-en' is not one of en-de"),
         ({"corpora": [Corpus("multi30K")]}, "dataset='multi30K' is not one of .*; did you mean 'multi30k'"),

@@ -25,8 +25,8 @@ from apps.recsys.tables.module import MultiTaskRecommender, last_weight
 from apps.recsys.tables.negatives.weighting import WeightingConfig
 from apps.recsys.tables.outputs import TaskOutputs, labelled_mean
 from apps.recsys.tables.tasks import HeadConfig
+from apps.train.optim.optimizers import OptimizerConfig, parameter_groups
 from apps.train.step.distilling import DistilConfig
-from apps.train.step.module import OptimizerConfig, parameter_groups
 
 NAN = math.nan
 TWO_CLICKS = Outputs((Target(), Target()))
