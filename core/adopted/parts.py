@@ -71,6 +71,9 @@ class _Together(torch.autograd.Function):
 class AdoptedExperts(Adopted, Experts):
     """Experts that a block calls with its tokens and its choice, and the engine with rows."""
 
+    hidden_axes = MappingProxyType({})
+    linear_in = frozenset()
+
     def __call__(self, x: Any, way: Any = "rows", *args: Any, **kwargs: Any) -> Any:
         if isinstance(way, Tensor):
             return self.__dict__["block"][0].compute_chosen(x, way, *args, **kwargs)
@@ -141,6 +144,10 @@ class AdoptedExperts(Adopted, Experts):
     b_gate: Any = property(lambda self: self.vectors()[1])
     b_out: Any = property(lambda self: self.vectors()[2])
 
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        (w_in, w_gate, w_out), (b_in, b_gate, b_out) = self.matrices(), self.vectors()
+        return w_in, b_in, w_gate, b_gate, w_out, b_out
+
     def biases(self) -> list[Tensor]:
         return [p for name, p in self.named_parameters() if p.ndim == 2]
 
@@ -148,23 +155,9 @@ class AdoptedExperts(Adopted, Experts):
 class AdoptedFFN(AdoptedExperts, FFNExperts):  # type: ignore[misc]
     """Experts of two or three matrices."""
 
-    hidden_axes = MappingProxyType({})
-    linear_in = frozenset()
-
-    def _weights(self) -> tuple[Tensor | None, ...]:
-        (w_in, w_gate, w_out), (b_in, _, b_out) = self.matrices(), self.vectors()
-        return w_in, w_out, b_in, b_out, w_gate
-
 
 class AdoptedClamped(AdoptedExperts, ClampedSwiGLUExperts):  # type: ignore[misc]
     """Gated experts whose halves are held within limits."""
-
-    hidden_axes = MappingProxyType({})
-    linear_in = frozenset()
-
-    def _weights(self) -> tuple[Tensor | None, ...]:
-        (w_in, w_gate, w_out), (b_in, b_gate, b_out) = self.matrices(), self.vectors()
-        return w_in, b_in, w_gate, b_gate, w_out, b_out
 
 
 class AdoptedMoE(Adopted, MoE):

@@ -33,7 +33,8 @@ class FFNExperts(TwoLayerExperts):
         return act(up) if gate is None else act(gate) * up
 
     def compute_rows(self, rows: Rows) -> Rows:
-        x, *weights = autocast_together(rows.x, self.w_in, self.w_out, self.b_in, self.b_out, self.w_gate)
+        w_in, b_in, w_gate, _, w_out, b_out = self._weights()
+        x, *weights = autocast_together(rows.x, w_in, w_out, b_in, b_out, w_gate)
         inverse_N, top_k = getattr(rows.plan, "inverse_N", None), getattr(rows.plan, "top_k", None)
         index = RowIndex(None if rows.gathered else rows.row_index_R, rows.offsets_E, inverse_N, top_k)
         y = expert_ffn(x, index, rows.gates_R, FFNWeights(*weights), self.activation, backend=self.backend)
