@@ -303,3 +303,14 @@ def test_a_layout_that_does_not_fit_leaves_the_model_as_it_was(monkeypatch):
     with pytest.raises(ValueError, match="activation Tanh, which no kernel has"):
         adopt(net)
     assert not core.moe_layers(net)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+def test_every_token_through_each_expert_is_what_the_block_computes_of_one(name):
+    layer = next(iter(core.moe_layers(adopt(model(name))).values()))
+    layer.__dict__["leading"], x_TD = (5,), torch.randn(5, 16)
+    with torch.no_grad():
+        each_TED = layer.experts(x_TD, "each")
+        for e in range(layer.num_experts):
+            one_TD = layer.experts(x_TD, torch.full((5, 1), e), torch.ones(5, 1))
+            assert error(each_TED[:, e], one_TD) < 1e-6
