@@ -103,9 +103,8 @@ def test_the_leaderboard_is_that_of_its_suite_and_figures(monkeypatch):
     suite = Suite.read(Path("configs/suites/recommenders.yaml"))
     boards = [standings(board, suite, Figures(suite.figures_folder)) for board in suite.boards]
     again = f"{' '.join(suite.command())} --minutes 0"
-    assert suite.leaderboard_file.read_text(encoding="utf-8") == markdown(leaderboard_page(suite, boards, "")), (
-        f"write it anew: {again}"
-    )
+    page = leaderboard_page(suite, boards, "", brief=True)
+    assert suite.leaderboard_file.read_text(encoding="utf-8") == markdown(page), f"write it again: {again}"
 
 
 @pytest.mark.parametrize("top", ["core", "apps"])

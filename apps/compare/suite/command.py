@@ -366,7 +366,7 @@ def _write(suite: Suite, figures: Figures) -> None:
     """Write the leaderboard as Markdown and as a page, and show who leads."""
     boards = [standings(board, suite, figures) for board in suite.boards]
     page = leaderboard_page(suite, boards, moment())
-    text = write_text(suite.leaderboard_file, markdown(page))
+    text = write_text(suite.leaderboard_file, markdown(leaderboard_page(suite, boards, "", brief=True)))
     show_page(page)
     say(f"leaderboard: {text}")
     write_page(page, suite.runs_folder / FILE)

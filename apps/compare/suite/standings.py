@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from apps.compare.suite.file import Board, Entry, Suite, slug
 from apps.compare.systems import label
 from apps.registry import of_today
 from apps.report.intervals import Interval, mean_interval, paired_difference
-from apps.report.page import MOST_FIGURES, Code, Page, Section, Table, Text
+from apps.report.page import Code, Page, Section, Table, Text
 from apps.report.tables import is_share
 from apps.runner.runner import differences
 from apps.train.cost.kinds import MEANINGS
@@ -107,6 +107,7 @@ def _plain(value: Any) -> Any:
 
 
 _COSTS = (FLOPS, *SIZES, *SPEEDS, MEMORY, SECONDS)
+_BRIEF = (FLOPS, SIZES[0], SPEEDS[1], SECONDS)
 
 
 @dataclass(frozen=True)
@@ -198,25 +199,35 @@ class Standings:
         if gap is None:
             return f"{lead}; it and {other} have no seed in common."
         shown = f"{shown_interval(gap, percent, signed=True)}{' points' if percent else ''}"
-        if gap.half_width is None:
-            return f"{lead}; minus {other} {shown}: one seed gives no interval."
-        holds = "excludes 0" if gap.excludes_zero else "holds 0" if gap.half_width else "has no width"
-        return f"{lead}; minus {other} {shown}: the 95 % interval over {gap.count} seeds {holds}."
+        if gap.half_width:
+            sure = "significant" if gap.excludes_zero else "not significant"
+        else:
+            sure = "one seed" if gap.half_width is None else "no spread over seeds"
+        return f"{lead}, {shown} compared with {other} ({sure})."
 
-    def cells(self) -> list[list[str]]:
-        """Return the table: headings, then one line per row."""
+    def cells(self, brief: bool = False) -> list[list[str]]:
+        """Return the table: headings, then one line per row.
+
+        The seeds have a column if rows differ in their number. With ``brief=True``, one column has all and active
+        parameters, and training speed and memory are left out.
+        """
         unit = next((row.costs.unit for row in self.rows if row.costs.unit), "an example")
+        costs = {name: name for name in (_BRIEF if brief else _COSTS)}
+        costs[FLOPS] = f"{FLOPS} per {unit.split(' ', 1)[-1]}"
+        if brief:
+            costs[SIZES[0]] = "parameters (active)"
+        seeds = len({row.num_seeds for row in self.rows}) > 1
         headings = [
             "model",
-            "what it is",
+            "kind",
             *map(self.heading, self.metrics),
             f"best minus it, {'points' if self.metrics[0] in self.shares else self.metrics[0]}",
-            *(f"{name} {unit}" if name == FLOPS else name for name in _COSTS),
-            "seeds",
+            *costs.values(),
+            *(["seeds"] if seeds else []),
         ]
-        return [headings, *(self._line(row) for row in self.rows)]
+        return [headings, *(self._line(row, costs, brief, seeds) for row in self.rows)]
 
-    def _line(self, row: Standing) -> list[str]:
+    def _line(self, row: Standing, costs: Iterable[str], brief: bool, seeds: bool) -> list[str]:
         tests = [shown_interval(row.tests[metric], metric in self.shares) for metric in self.metrics]
         if row.state:
             tests[0] = row.state
@@ -225,8 +236,8 @@ class Standings:
             row.figures.get("kind") or NONE,
             *tests,
             shown_interval(row.behind, self.metrics[0] in self.shares),
-            *map(row.costs.cell, _COSTS),
-            f"{row.num_seeds} of {self.num_seeds}",
+            *(_sizes(row.costs) if brief and name == SIZES[0] else row.costs.cell(name) for name in costs),
+            *([f"{row.num_seeds} of {self.num_seeds}"] if seeds else []),
         ]
 
     def notes(self) -> list[str]:
@@ -240,6 +251,12 @@ class Standings:
     def machines(self) -> list[str]:
         """Return the machines, versions and days of the runs, each once."""
         return sorted({run["machine"] for row in self.rows for run in row.figures["runs"].values()})
+
+
+def _sizes(costs: Costs) -> str:
+    """Return all parameters, and the active ones in parentheses if they are fewer."""
+    total, active = map(costs.cell, SIZES)
+    return total if active in (total, NONE) else f"{total} ({active})"
 
 
 def standings(board: Board, suite: Suite, figures: Figures) -> Standings:
@@ -280,20 +297,27 @@ def _of_seeds(row: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
     return {**row, "runs": {seed: run for seed, run in row["runs"].items() if seed in seeds}}
 
 
-def leaderboard_page(suite: Suite, boards: Sequence[Standings], date: str) -> Page:
-    """Return the page of a suite; ``date`` is when it was written, in ISO format."""
+def leaderboard_page(suite: Suite, boards: Sequence[Standings], date: str, brief: bool = False) -> Page:
+    """Return the page of a suite.
+
+    Args:
+        suite: the suite.
+        boards: its boards.
+        date: when the page was written, in ISO format.
+        brief: its tables have fewer columns (``Standings.cells``).
+    """
     return Page(
         title=suite.title,
         verdict=tuple(f"{b.board.name}: {b.sentence()}" for b in boards if b.ranked) or ("Nothing has been run yet.",),
-        figures=_leaders(boards),
         sections=(
             Section("What it is", Text.if_any([suite.about.strip()])),
-            *(_section(suite, board) for board in boards),
-            Section("How to read it", (Text(tuple(legend(suite, boards))),)),
+            *(_section(suite, board, brief) for board in boards),
+            Section("How to read it", (Text(tuple(legend(suite, boards, brief))),)),
             Section(
                 "How to repeat it",
                 (
                     Code("Command", shlex.join(suite.command())),
+                    *Text.if_any([f"{suite.figures_folder} also has training speed and memory."] if brief else []),
                     Code("The suite file", shipped(Path(suite.path)).read_text(encoding="utf-8"), closed=True),
                 ),
             ),
@@ -304,24 +328,12 @@ def leaderboard_page(suite: Suite, boards: Sequence[Standings], date: str) -> Pa
     )
 
 
-def _leaders(boards: Sequence[Standings]) -> Table | None:
-    """Return the best row of each board; None if nothing was run."""
-    rows = []
-    for board in boards:
-        metric = board.metrics[0]
-        for best in board.ranked[:1]:
-            test = shown_interval(best.tests[metric], metric in board.shares)
-            rows.append((board.board.name, best.title, board.heading(metric), test, f"{best.num_seeds}"))
-    columns = ("board", "best", "metric", "test", "seeds")
-    return Table("", columns, tuple(rows[:MOST_FIGURES])) if rows else None
-
-
-def _section(suite: Suite, board: Standings) -> Section:
-    headings, *lines = board.cells()
+def _section(suite: Suite, board: Standings, brief: bool) -> Section:
+    headings, *lines = board.cells(brief)
     left = not_run(suite, board)
     charts = _quality(board).charts({FLOPS: "FLOPs", SECONDS: "training time"}, f"{board.board.name}: quality")
     table = Table("", tuple(headings), tuple(map(tuple, lines)), sortable=True)
-    below = Text.if_any([*board.notes(), *left, *(f"Runs: {machine}." for machine in board.machines())])
+    below = Text.if_any([*board.notes(), *left])
     return Section(board.board.name, (*Text.if_any([board.board.about.strip()]), *charts, table, *below))
 
 
@@ -332,28 +344,39 @@ def _quality(board: Standings) -> Quality:
     return Quality(f"test {board.heading(metric)}", metric in board.shares, board.higher_is_better, models)
 
 
-def legend(suite: Suite, boards: Sequence[Standings]) -> list[str]:
-    """Return sentences that describe the columns."""
+def legend(suite: Suite, boards: Sequence[Standings], brief: bool = False) -> list[str]:
+    """Return sentences that describe the columns, and a line of the runs."""
     kinds = {row.figures.get("kind") for board in boards for row in board.rows}
     meant = [f"{kind}: {meaning}" for kind, meaning in MEANINGS.items() if kind in kinds]
+    speed = "Speed is" if brief else "Speeds and memory are"
     return [
-        *([f"What a model is, is derived from the model itself. {'; '.join(meant).capitalize()}."] if meant else []),
-        f"Test figures are means over {suite.seeds} seeds ± half a 95 % interval (Student's t), of the weights of the "
-        "last step, or of the averaged ones where a configuration averages. 'Best minus it' is paired by seed; its "
-        "interval does not count that the best is chosen among the rows.",
-        "Each model trains at the learning rate of its configuration, a baseline at that of the configuration that it "
-        "belongs to; trees and linear models search their settings on validation data.",
-        "FLOPs are those of one forward, without padding, products alone, two a multiply-add. Speeds and memory are of "
-        "the first seed's model, or of a freshly drawn one where its weights are no longer kept, each measured alone, "
-        "without reading data; the memory is above what the process held before the model was built. Training times "
-        "are as recorded, whatever else the machine did.",
+        *([f"Kinds, read from the model itself. {'; '.join(meant).capitalize()}."] if meant else []),
+        f"± is the 95 % confidence interval over up to {suite.seeds} seeds (Student's t). Models are tested with the "
+        "weights of the last step, averaged if the configuration averages. 'Best minus it' is paired by seed, and "
+        "'significant' does not count that the best is chosen among the rows.",
+        "Models train at the learning rate of their configuration; trees and linear models search their settings on "
+        "validation data.",
+        "FLOPs are one forward's matmuls without padding, two per multiply-add. "
+        f"{speed} measured alone, without reading data. Training times are as recorded, whatever else the machine did.",
+        *([f"Runs: {machines}."] if (machines := _runs(boards)) else []),
     ]
+
+
+def _runs(boards: Sequence[Standings]) -> str:
+    """Return the machines of all runs, each once with its days."""
+    days: dict[str, list[str]] = {}
+    for machine in sorted({machine for board in boards for machine in board.machines()}):
+        name, _, day = machine.rpartition(", ")
+        days.setdefault(name, []).append(day)
+    return "; ".join(", ".join([name, *own]) for name, own in days.items())
 
 
 def not_run(suite: Suite, standings: Standings) -> list[str]:
     """Return a line with the command that does the runs of a board that are left; none where all are done."""
     missing = [row.title for row in standings.rows if row.state == "not run"]
     partly = [row.title for row in standings.rows if row.num_seeds and row.num_seeds + row.diverged < suite.seeds]
+    if len(partly) == len(standings.rows) and len({row.num_seeds for row in standings.rows}) == 1:
+        partly = [f"all rows have {standings.rows[0].num_seeds} of {suite.seeds}"]
     if not missing and not partly:
         return []
     parts = [

@@ -47,11 +47,11 @@ def test_the_best_mean_leads_and_the_others_are_behind_it_seed_by_seed(tmp_path)
     assert (third.behind.mean, third.behind.half_width) == (pytest.approx(0.20), None)  # seed 0 alone
     assert (last.tests["top1"], last.state) == (None, "not run")
     assert second.costs.train_seconds == 20.0
-    lead = "B leads with top1 92.00 ± 6.57 %; minus A +10.00 ± 2.48 points"
-    assert found.sentence() == f"{lead}: the 95 % interval over 3 seeds excludes 0."
+    lead = "B leads with top1 92.00 ± 6.57 %, +10.00 ± 2.48 points compared with A"
+    assert found.sentence() == f"{lead} (significant)."
     line = dict(zip(*found.cells()[:2], strict=True))
     assert line["model"] == "B"
-    assert line["MFLOPs a point"] == "2.50"
+    assert line["MFLOPs per point"] == "2.50"
     assert (line["parameters"], line["active parameters"], line["seeds"]) == ("2,000", "1,000", "3 of 3")
 
 
@@ -59,9 +59,9 @@ def test_the_best_mean_leads_and_the_others_are_behind_it_seed_by_seed(tmp_path)
     "runs, words",
     [
         ({"A": [0.5, 0.9]}, "A leads with top1 70.00 ± 254.12 %."),
-        ({"A": [0.5], "B": [0.4]}, "A leads with top1 50.00 %; minus B +10.00 points: one seed gives no interval."),
-        ({"A": [0.5, 0.6], "B": [0.4, 0.7]}, "the 95 % interval over 2 seeds holds 0."),
-        ({"A": [0.5, 0.5], "B": [0.4, 0.4]}, "+10.00 ± 0.00 points: the 95 % interval over 2 seeds has no width."),
+        ({"A": [0.5], "B": [0.4]}, "A leads with top1 50.00 %, +10.00 points compared with B (one seed)."),
+        ({"A": [0.5, 0.6], "B": [0.4, 0.7]}, "compared with B (not significant)."),
+        ({"A": [0.5, 0.5], "B": [0.4, 0.4]}, "+10.00 ± 0.00 points compared with B (no spread over seeds)."),
         ({"A": None}, ""),
     ],
 )
@@ -75,7 +75,7 @@ def test_errors_are_ranked_from_below_and_not_in_percent(tmp_path):
     assert [row.title for row in found.rows] == ["B", "A"]
     assert found.cells()[0][2:4] == ["rmse", "best minus it, rmse"]
     assert found.rows[1].behind.mean == pytest.approx(-0.2)
-    assert "; minus A -0.2 ± 0: " in found.sentence()
+    assert ", -0.2 ± 0 compared with A (" in found.sentence()
 
 
 def test_without_metrics_the_monitored_one_ranks(tmp_path):
@@ -100,7 +100,6 @@ def test_the_page_has_every_board_and_the_leaders(tmp_path):
     suite, found = board(tmp_path, {"A": [0.80, 0.82], "B": [0.90, 0.91], "C": None}, seeds=2, about="Points.")
     page = leaderboard_page(suite, [found], "2026-01-02T03:04:05")
     assert page.verdict == (f"Points: {found.sentence()}",)
-    assert page.figures.rows == (("Points", "B", "top1, %", "90.50 ± 6.35", "2"),)
     first = page.sections[1]
     assert [type(part).__name__ for part in first.parts] == ["Text", "ScatterChart", "ScatterChart", "Table", "Text"]
     flops = first.parts[1]
@@ -112,8 +111,22 @@ def test_the_page_has_every_board_and_the_leaders(tmp_path):
     assert [entry.name for entry in page.entries] == ["Points: B", "Points: A"]
     text = markdown(page)
     assert "sparse: an example leaves experts out" in text.lower()
-    assert "- Not run: C." in text
+    assert "\nNot run: C." in text
     assert "- Runs: a machine, 2026-01-02." in text
+
+
+def test_a_brief_table_has_active_parameters_in_one_column_and_seeds_only_if_they_differ(tmp_path):
+    _, found = board(tmp_path, {"A": [0.5, 0.6], "B": [0.4, 0.7]}, seeds=2, metrics=["top1"])
+    headings, line, _ = found.cells(brief=True)
+    assert headings[-4:] == ["MFLOPs per point", "parameters (active)", "inference, examples/s", "training time, s"]
+    assert line[-4:] == ["2.50", "2,000 (1,000)", "–", "15.0"]
+
+
+def test_all_rows_without_a_seed_are_one_note_and_machines_have_their_days(tmp_path):
+    suite, found = board(tmp_path, {"A": [0.5], "B": [0.4]}, seeds=2, metrics=["top1"])
+    text = markdown(leaderboard_page(suite, [found], "", brief=True))
+    assert "\nNot all seeds: all rows have 1 of 2. " in text
+    assert text.count("Runs: ") == 1
 
 
 def test_what_a_model_is_comes_from_its_layers():
