@@ -107,7 +107,7 @@ def _plain(value: Any) -> Any:
 
 
 _COSTS = (FLOPS, *SIZES, *SPEEDS, MEMORY, SECONDS)
-_BRIEF = (FLOPS, SIZES[0], SPEEDS[1], SECONDS)
+_BRIEF = (FLOPS, SIZES[0], SECONDS)
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Standings:
         """Return the table: headings, then one line per row.
 
         The seeds have a column if rows differ in their number. With ``brief=True``, one column has all and active
-        parameters, and training speed and memory are left out.
+        parameters, and speed and memory are left out.
         """
         unit = next((row.costs.unit for row in self.rows if row.costs.unit), "an example")
         costs = {name: name for name in (_BRIEF if brief else _COSTS)}
@@ -317,7 +317,7 @@ def leaderboard_page(suite: Suite, boards: Sequence[Standings], date: str, brief
                 "How to repeat it",
                 (
                     Code("Command", shlex.join(suite.command())),
-                    *Text.if_any([f"{suite.figures_folder} also has training speed and memory."] if brief else []),
+                    *Text.if_any([f"{suite.figures_folder} also has speed and memory."] if brief else []),
                     Code("The suite file", shipped(Path(suite.path)).read_text(encoding="utf-8"), closed=True),
                 ),
             ),
@@ -348,7 +348,7 @@ def legend(suite: Suite, boards: Sequence[Standings], brief: bool = False) -> li
     """Return sentences that describe the columns, and a line of the runs."""
     kinds = {row.figures.get("kind") for board in boards for row in board.rows}
     meant = [f"{kind}: {meaning}" for kind, meaning in MEANINGS.items() if kind in kinds]
-    speed = "Speed is" if brief else "Speeds and memory are"
+    measured = "" if brief else "Speeds and memory are measured alone, without reading data. "
     return [
         *([f"Kinds, read from the model itself. {'; '.join(meant).capitalize()}."] if meant else []),
         f"± is the 95 % confidence interval over up to {suite.seeds} seeds (Student's t). Models are tested with the "
@@ -356,8 +356,8 @@ def legend(suite: Suite, boards: Sequence[Standings], brief: bool = False) -> li
         "'significant' does not count that the best is chosen among the rows.",
         "Models train at the learning rate of their configuration; trees and linear models search their settings on "
         "validation data.",
-        "FLOPs are one forward's matmuls without padding, two per multiply-add. "
-        f"{speed} measured alone, without reading data. Training times are as recorded, whatever else the machine did.",
+        f"FLOPs are one forward's matmuls without padding, two per multiply-add. {measured}Training times are as "
+        "recorded, whatever else the machine did.",
         *([f"Runs: {machines}."] if (machines := _runs(boards)) else []),
     ]
 
