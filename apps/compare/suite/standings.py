@@ -24,7 +24,7 @@ from apps.report.intervals import Interval, mean_interval, paired_difference
 from apps.report.page import Code, Page, Section, Table, Text
 from apps.report.tables import is_share
 from apps.runner.runner import differences
-from apps.train.cost.kinds import MEANINGS
+from apps.train.cost.kinds import DENSE_GATED, MEANINGS, SPARSE
 
 _DIGITS = 7
 
@@ -347,7 +347,7 @@ def _quality(board: Standings) -> Quality:
 def legend(suite: Suite, boards: Sequence[Standings], brief: bool = False) -> list[str]:
     """Return sentences that describe the columns, and a line of the runs."""
     kinds = {row.figures.get("kind") for board in boards for row in board.rows}
-    meant = [f"{kind}: {meaning}" for kind, meaning in MEANINGS.items() if kind in kinds]
+    meant = [f"{kind}: {MEANINGS[kind]}" for kind in (SPARSE, DENSE_GATED) if kind in kinds]
     measured = "" if brief else "Speeds and memory are measured alone, without reading data. "
     return [
         *([f"Kinds, read from the model itself. {'; '.join(meant).capitalize()}."] if meant else []),
