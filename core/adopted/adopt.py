@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..contract import RoutingContext
 from ..dispatch import LocalDispatcher
+from ..experts.adapters import CHILD
 from ..flops import register_formulas
 from ..routing.balance.balance import Balance
 from .layouts import LAYOUTS, Layout
-from .parts import Adopted, AdoptedClamped, AdoptedFFN, AdoptedMoE, AdoptedRouter
+from .parts import Adopted, AdoptedClamped, AdoptedExperts, AdoptedFFN, AdoptedMoE, AdoptedRouter
 
 _ACTIVATIONS = {
     "SiLU": "silu",
@@ -74,13 +75,24 @@ def adopt(model: nn.Module, balance: Balance = Balance(load_balancing=0.0, route
 
 
 def release(model: nn.Module) -> nn.Module:
-    """Give every adopted block back, with the parameters that it has now, and return ``model``."""
+    """Give every adopted block back, with the parameters that it has now, and return ``model``.
+
+    Raises:
+        ValueError: experts are quantized, or have adapters, which the block would leave out.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, AdoptedExperts) and module.is_quantized:
+            raise ValueError(f"the experts {name!r} are quantized, which a block of transformers cannot compute")
+        if isinstance(module, AdoptedExperts | AdoptedRouter) and CHILD in module._modules:
+            raise ValueError(f"{name!r} has adapters: core.merge_adapters merges them into the weights before")
     hook = model.__dict__.pop("_adopted_hook", None)
     if hook is not None:
         hook.remove()
     for module in [m for m in model.modules() if isinstance(m, Adopted)]:
         for name in module.__dict__.pop("_added"):
             module.__dict__.pop(name, None)
+        if isinstance(module, AdoptedMoE) and not module.layout.experts:
+            del module._modules["experts"]
         module.__class__ = module.original  # type: ignore[assignment]
     return model
 
@@ -139,7 +151,7 @@ def _adopt_block(block: Any, classes: tuple[Any, Any, Any], balance: Balance) ->
     options = _expert_options(block, layout)
     block.__class__, router.__class__, experts.__class__ = classes
     if not layout.experts:
-        _add(block, experts=experts)  # not a child: it computes with the block's own modules
+        block._modules["experts"] = experts  # without parameters: it computes with the block's own
     try:
         bias = attrgetter(layout.bias)(block) if layout.bias else None
     except AttributeError:

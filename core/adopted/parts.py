@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 from ..contract import Evidence, Routing, RoutingContext
 from ..experts import Experts
+from ..experts.adapters import CHILD, adapted, updates_of
 from ..experts.clamped import ClampedSwiGLUExperts
 from ..experts.ffn import FFNExperts
-from ..kernels import SCORE_FUNCS, count_experts
+from ..experts.matrices import QuantizedMatrices
+from ..kernels import SCORE_FUNCS, QuantizedWeight, count_experts
 from ..layers import MoE
 from ..routing.balance.terms import CHOICE_TERMS, SCORE_TERMS
 from ..routing.router import Router
 from .layouts import Layout
+
+_MATRICES = ("w_in", "w_gate", "w_out")
 
 
 class Adopted:
@@ -115,6 +119,8 @@ class AdoptedExperts(Adopted, Experts):
     def matrices(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return ``w_in``, ``w_gate`` (E, D, F) and ``w_out`` (E, F, D_out), views of the parameters."""
         layout = self.layout
+        if self.is_quantized:
+            return tuple(self._modules.get(name) for name in _MATRICES)  # type: ignore[return-value]
         up, down = self.stacked(layout.up), self.stacked(layout.down)
         gate: Tensor | None
         if layout.gate:
@@ -123,8 +129,36 @@ class AdoptedExperts(Adopted, Experts):
             gate, into = self.halves(up, 2 if layout.transposed else 1)
         if not layout.transposed:
             gate, into = None if gate is None else gate.transpose(1, 2), into.transpose(1, 2)
-        down_transposed = layout.transposed if layout.down_transposed is None else layout.down_transposed
-        return into, gate, down if down_transposed else down.transpose(1, 2)
+        return into, gate, down if self._is_transposed(layout.down) else down.transpose(1, 2)
+
+    def _is_transposed(self, path: str) -> bool:
+        """Return whether the matrices of a path are (E, in, out)."""
+        layout = self.layout
+        is_other = path == layout.down and layout.down_transposed is not None
+        return bool(layout.down_transposed) if is_other else layout.transposed
+
+    def adapter_shapes(self) -> dict[str, tuple[int, int, int]]:
+        layout, (into, gate, out) = self.layout, self.matrices()
+        E, D, F = into.shape
+        shapes = {layout.up: (E, D, F if gate is None or layout.gate else 2 * F)}
+        if layout.gate:
+            shapes[layout.gate] = (E, D, F)
+        return {**shapes, layout.down: (E, F, out.shape[2])}
+
+    def add_to(self, key: str, update: Tensor) -> None:
+        self.stacked(key).add_(update if self._is_transposed(key) else update.transpose(1, 2))
+
+    def quantizable(self) -> dict[str, Tensor]:
+        return {name: w for name, w in zip(_MATRICES, self.matrices(), strict=True) if w is not None}
+
+    def put_quantized(self, name: str, weight: QuantizedWeight) -> None:
+        self._modules[name] = QuantizedMatrices(weight)
+        path = {"w_in": self.layout.up, "w_gate": self.layout.gate, "w_out": self.layout.down}[name]
+        if path:
+            parent, _, leaf = path.rpartition(".")
+            for holder in self.one_each() or [self if self.layout.experts else self.__dict__["block"][0]]:
+                holder.get_submodule(parent)._parameters[leaf] = None
+        self.requires_grad_(False)
 
     def vectors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return ``b_in``, ``b_gate`` (E, F) and ``b_out`` (E, D_out), views of the parameters."""
@@ -145,7 +179,16 @@ class AdoptedExperts(Adopted, Experts):
     b_out: Any = property(lambda self: self.vectors()[2])
 
     def _weights(self) -> tuple[Tensor | None, ...]:
-        (w_in, w_gate, w_out), (b_in, b_gate, b_out) = self.matrices(), self.vectors()
+        layout, (w_in, w_gate, w_out), (b_in, b_gate, b_out) = self.layout, self.matrices(), self.vectors()
+        if CHILD in self._modules:
+            up = updates_of(self, layout.up)
+            if layout.gate:
+                gate = updates_of(self, layout.gate)
+            else:
+                gate = [(a, g, scale) for a, b, scale in up if (g := self.halves(b, 2)[0]) is not None]
+                up = [(a, self.halves(b, 2)[1], scale) for a, b, scale in up]
+            w_in, w_gate = adapted(w_in, up), adapted(w_gate, gate)
+            w_out = adapted(w_out, updates_of(self, layout.down))
         return w_in, b_in, w_gate, b_gate, w_out, b_out
 
     def biases(self) -> list[Tensor]:

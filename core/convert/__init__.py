@@ -3,6 +3,7 @@
 from .build.adapt import add_adapters
 from .build.adapters import merge_adapters
 from .build.grow import freeze_experts, grow_experts, hold_experts
+from .build.low_rank import use_adapters
 from .build.sparse_ffn import SparseFFN, put_layer
 from .build.sparsify import matching_parts, sparsify
 from .build.starts import (
@@ -53,4 +54,5 @@ __all__ = [
     "prune_experts",
     "sparsify",
     "summary",
+    "use_adapters",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Rows, span
-from ..kernels import check_devices, refuse_gradient
+from ..kernels import AdaptedWeight, QuantizedWeight, check_devices
 from ..registry import OpenConfig
 from .matrices import QuantizedMatrices
 
@@ -111,14 +111,7 @@ class Experts(nn.Module):
             return self.cache.compute(self, x, way, args)
         if of_rows and not self.takes_index:
             x = x.materialized()
-        compute = getattr(self, f"compute_{way}")
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_quantized:
-            return compute(x, *args)
-        with torch.no_grad():
-            y = compute(x, *args)
-        if not isinstance(y, Rows):
-            return _Refusal.apply(y, tokens, *(a for a in args if isinstance(a, Tensor)))
-        return replace(y, x=_Refusal.apply(y.x, tokens, x.gates_R))
+        return getattr(self, f"compute_{way}")(x, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         if self.cache is None:
@@ -164,7 +157,7 @@ class Experts(nn.Module):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether ``core.quantize_experts`` has quantized the matrices: then they do not train."""
+        """Whether ``core.quantize_experts`` has quantized the matrices. They are frozen, and pass gradients on."""
         return bool(self._quantized())
 
     def _quantized(self) -> dict[str, QuantizedMatrices]:
@@ -180,6 +173,24 @@ class Experts(nn.Module):
         if not 0 <= e < self.num_local_experts:
             raise ValueError(f"expert {e} is not in range(num_local_experts={self.num_local_experts})")
         return {name: local_tensor(t)[e] for name, t in (*self.named_parameters(), *self.named_buffers())}
+
+    def adapter_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Return (E, in, out) of each stacked matrix that may have low-rank adapters, by its key; {}: none may."""
+        return {}
+
+    def add_to(self, key: str, update: Tensor) -> None:
+        """Add an update (E, in, out) to the matrix of that key, in place."""
+        local_tensor(getattr(self, key)).add_(update)
+
+    def quantizable(self) -> dict[str, Tensor]:
+        """Return the stacked matrices (E, in, out) that ``core.quantize_experts`` replaces, by name."""
+        return {name: p for name, p in self._parameters.items() if p is not None and p.ndim == 3}
+
+    def put_quantized(self, name: str, weight: QuantizedWeight) -> None:
+        """Replace one of ``quantizable``. The experts' other parameters train no more either."""
+        delattr(self, name)  # a parameter gives its name to no module
+        self.register_module(name, QuantizedMatrices(weight))
+        self.requires_grad_(False)
 
     def init_each(self, fn: Callable[[Tensor], Any]) -> None:
         """Start every local expert's matrices by ``fn``, each by itself, and its biases at zero.
@@ -380,20 +391,10 @@ def check_merges(experts: Experts) -> None:
         raise ValueError(f"{name} with statistics of its tokens cannot be merged: a mean has none")
 
 
-class _Refusal(torch.autograd.Function):
-    """Passes an output of quantized experts through, and raises an error if a gradient is needed behind it."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, *inputs: Tensor) -> Tensor:
-        return y.view_as(y)
-
-    backward = staticmethod(refuse_gradient)
-
-
 def local_tensor(t: Any) -> Any:
     """Return the part of a stacked tensor that this process holds: of a ``DTensor`` its shard, else the whole.
 
-    ``QuantizedMatrices`` give the kernels' inputs.
+    ``QuantizedMatrices`` give the kernels' inputs, and adapted weights have local parts.
 
     Raises:
         ValueError: the shard is cut along another axis than the expert axis, so that no expert is whole; but for a mesh
@@ -403,6 +404,9 @@ def local_tensor(t: Any) -> Any:
         return t
     if isinstance(t, QuantizedMatrices):
         return t.weight
+    if isinstance(t, AdaptedWeight):
+        updates = tuple((local_tensor(a), local_tensor(b), scale) for a, b, scale in t.updates)
+        return AdaptedWeight(local_tensor(t.base), updates)
     if not hasattr(t, "to_local"):
         return t
     placements, mesh = getattr(t, "placements", ()), getattr(t, "device_mesh", None)

@@ -41,12 +41,12 @@ class FFNExperts(TwoLayerExperts):
         return rows.with_output(y, weighted=True, combined=not rows.gathered)
 
     def compute_dense(self, x: Tensor) -> Tensor:
-        act = ACTIVATIONS[self.activation]
+        act, (w_in, b_in, w_gate, _, w_out, b_out) = ACTIVATIONS[self.activation], self._weights()
         y = None
         for e in range(self.num_experts):
-            h = linear(x, self.w_in[e].t(), None if self.b_in is None else self.b_in[e])
-            h = act(h) if self.w_gate is None else act(linear(x, self.w_gate[e].t())) * h
-            y_e = linear(h, self.w_out[e].t(), None if self.b_out is None else self.b_out[e])
+            h = linear(x, w_in[e].t(), None if b_in is None else b_in[e])
+            h = act(h) if w_gate is None else act(linear(x, w_gate[e].t())) * h
+            y_e = linear(h, w_out[e].t(), None if b_out is None else b_out[e])
             y = y_e if y is None else y + y_e
         assert y is not None
         return y

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import QuantizedWeight, Weight, linear
+from ..kernels import AdaptedWeight, QuantizedWeight, Weight, linear
 from .base import local_tensor
 
 
@@ -22,8 +22,11 @@ def init_linear_(weight: Tensor, bias: Tensor | None = None) -> None:
 
 
 def floats(w: Any) -> Any:
-    """Return a stacked tensor as it is, and quantized matrices dequantized, for matmuls that take all of them."""
+    """Return a stacked tensor as it is, quantized matrices dequantized and adapted ones merged, for matmuls that take
+    all of them."""
     w = local_tensor(w)
+    if isinstance(w, AdaptedWeight):
+        return w.merged()
     return w.dequantized() if isinstance(w, QuantizedWeight) else w
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..kernels import QuantizedWeight, quantize
+from ..kernels import quantize
 from .base import Experts
-from .matrices import QuantizedMatrices
 
 
 @torch.no_grad()
@@ -19,7 +18,8 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
     everything outside the experts stay. Each matrix (E, K, N) becomes buffers of the same name, which kernels
     dequantize when they multiply: ``values``, int8 (E, K, N) or in 4 bits uint8 (E, ceil(K / 2), N), and ``scales``,
     (E, groups, N). ``core.kernels.quantized`` describes the layout. Saved by its ``state_dict``, such a model is loaded
-    into one that was quantized alike. It does not train: a backward through its experts raises a ``RuntimeError``.
+    into one that was quantized alike. The experts are frozen, and pass gradients on to what is before them: adapters of
+    ``core.add_adapters`` train on them (QLoRA).
 
     Args:
         model: any module with experts, or experts themselves.
@@ -43,8 +43,7 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
     matrices = {
         f"{path}.{name}".lstrip("."): (module, name, parameter)
         for path, module in experts.items()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3
+        for name, parameter in module.quantizable().items()
     }
     already = next((name for name, module in experts.items() if module.is_quantized), None)
     if already is not None:
@@ -64,15 +63,8 @@ def quantize_experts(model: nn.Module, bits: int = 8, group_size: int | None = N
         if not (parameter.is_meta or bool(parameter.isfinite().all())):
             raise ValueError(f"{name} has weights that are not finite: they have no scale")
     for module, name, parameter in matrices.values():
-        _put(module, name, quantize(parameter, bits, group_size))
+        module.put_quantized(name, quantize(parameter, bits, group_size))
     return model
-
-
-def _put(experts: Experts, name: str, weight: QuantizedWeight) -> None:
-    """Replace a parameter by quantized matrices. The experts' other parameters train no more either."""
-    delattr(experts, name)  # a parameter gives its name to no module
-    experts.register_module(name, QuantizedMatrices(weight))
-    experts.requires_grad_(False)
 
 
 def expert_bytes(model: nn.Module) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..contract import Rows
 from ..kernels import expert_linear, outside_autocast
+from .adapters import adapted, updates_of
 from .base import ExpertConfig, Experts
 from .products import autocast_together, first_linear, init_linear_, merged_linear, next_linear, weighted_sum
 
@@ -53,8 +54,13 @@ class TwoLayerExperts(Experts):
     def biases(self) -> list[Tensor]:
         return [b for b in (self.b_in, self.b_out, self.b_gate) if b is not None]
 
-    def _weights(self) -> tuple[Tensor | None, ...]:
-        return tuple(getattr(self, name) for name in _ORDER)
+    def _weights(self) -> tuple[Any, ...]:
+        """Return the tensors in ``_ORDER``, with their adapters."""
+        return tuple(adapted(getattr(self, name), updates_of(self, name)) for name in _ORDER)
+
+    def adapter_shapes(self) -> dict[str, tuple[int, int, int]]:
+        matrices = {name: getattr(self, name) for name in ("w_in", "w_gate", "w_out")}
+        return {name: tuple(w.shape) for name, w in matrices.items() if w is not None}
 
     def hidden(self, up: Tensor, gate: Tensor | None) -> Tensor:
         """Return the hidden layer, any shape, given the outputs of ``w_in`` and ``w_gate``."""

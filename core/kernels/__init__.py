@@ -48,7 +48,8 @@ from .eager import (
     outside_autocast,
 )
 from .fallback import warn_once
-from .grouped import expert_of_rows, refuse_gradient
+from .grouped import expert_of_rows
+from .low_rank import AdaptedWeight, ThroughQuantized
 from .quantized import QuantizedWeight, Weight, dequantize, quantize
 
 BACKENDS: dict[str, ModuleType] = {"eager": eager, "cpu": cpu, "grouped": grouped, "triton": triton_ops}
@@ -153,6 +154,10 @@ def _may_measure(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and x.is_cuda and type(x) is Tensor and not is_in_torch_dispatch_mode()
 
 
+def _learns(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
 def topk_gate(logits_TE: Tensor, top_k: int, *, backend: str = "auto", **options: Any) -> TopK:
     """Run the backend's ``topk_gate``; see ``eager.topk_gate``."""
     kernels = BACKENDS[resolve_backend(backend, logits_TE.device, logits_TE.dtype)]
@@ -177,7 +182,15 @@ def queue_ranks(queue_TK: Tensor, served_T: Tensor | None, num_queues: int, *, b
 def expert_ffn(
     x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str, *, backend: str = "auto"
 ) -> Tensor:
-    """Run the backend's ``expert_ffn``; see ``eager.expert_ffn``."""
+    """Run the backend's ``expert_ffn``; see ``eager.expert_ffn``.
+
+    With an ``AdaptedWeight``, and with a gradient through quantized matrices, each matmul is computed by itself.
+    """
+    matrices = (weights.w_in, weights.w_gate, weights.w_out)
+    if any(isinstance(w, AdaptedWeight) for w in matrices) or (
+        isinstance(weights.w_in, QuantizedWeight) and _learns(x, gates_R, weights.b_in, weights.b_out)
+    ):
+        return grouped.expert_ffn(x, rows, gates_R, weights, activation, partial(expert_linear, backend=backend))
 
     def call(kernels: ModuleType, x: Tensor, *own: Any) -> Tensor:
         y: Tensor = kernels.expert_ffn(x, rows, own[-1], FFNWeights(*own[:-1]), activation)
@@ -188,9 +201,21 @@ def expert_ffn(
 
 
 def expert_linear(
-    x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None = None, *, backend: str = "auto"
+    x_RD: Tensor, w: Weight | AdaptedWeight, offsets_E: Tensor, b: Tensor | None = None, *, backend: str = "auto"
 ) -> Tensor:
-    """Run the backend's ``expert_linear``; see ``eager.expert_linear``."""
+    """Run the backend's ``expert_linear``; see ``eager.expert_linear``. Quantized matrices are frozen.
+
+    An ``AdaptedWeight`` is multiplied as its base, and its updates by two grouped matmuls each.
+    """
+    if isinstance(w, AdaptedWeight):
+        y_RF = expert_linear(x_RD, w.base, offsets_E, b, backend=backend)
+        for a, b_of_update, scale in w.updates:
+            h_Rr = expert_linear(x_RD, a, offsets_E, backend=backend) * scale
+            y_RF = y_RF + expert_linear(h_Rr, b_of_update, offsets_E, backend=backend)
+        return y_RF
+    if isinstance(w, QuantizedWeight) and _learns(x_RD, b):
+        y_RF = ThroughQuantized.apply(x_RD, w, offsets_E, partial(expert_linear, backend=backend))
+        return y_RF if b is None else grouped.add_bias(y_RF, b, offsets_E)
 
     def call(kernels: ModuleType, x_RD: Tensor, w: Weight, b: Tensor | None) -> Tensor:
         y_RF: Tensor = kernels.expert_linear(x_RD, w, offsets_E, b)
@@ -231,6 +256,7 @@ def best_keys(q_RQ: Tensor, keys_nQ: Tensor, top_k: int, *, backend: str = "auto
 __all__ = [
     "ACTIVATIONS",
     "ALL_ACTIVATIONS",
+    "AdaptedWeight",
     "BACKENDS",
     "Backend",
     "FFNWeights",
@@ -254,7 +280,6 @@ __all__ = [
     "outside_autocast",
     "quantize",
     "queue_ranks",
-    "refuse_gradient",
     "resolve_backend",
     "sort_pairs",
     "topk_gate",

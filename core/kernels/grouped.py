@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -145,14 +148,6 @@ def _(x_R, values, scales, fan_in, offsets_E):
     return x_R.new_empty(x_R.shape[0], scales.shape[2])
 
 
-def refuse_gradient(ctx, *grads):
-    """Raise the error of a backward through quantized experts, whichever kernel computed them."""
-    raise RuntimeError("quantised experts have no gradients: train the model before core.quantize_experts")
-
-
-quantized_mm.register_autograd(refuse_gradient)
-
-
 def product(x_R: Tensor, w: Weight, offsets_E: Tensor) -> Tensor:
     """``y_r = x_r w_e`` for the rows of expert ``e``, by its quantized matrix if it has one; zero past the last."""
     if isinstance(w, QuantizedWeight):
@@ -175,15 +170,29 @@ def expert_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
 def expert_linear(x_RD: Tensor, w: Weight, offsets_E: Tensor, b: Tensor | None = None) -> Tensor:
     """Compute ``eager.expert_linear`` in one grouped matmul."""
     y_RF = product(x_RD, w, offsets_E)
-    if b is None:
-        return y_RF
-    expert_R = expert_of_rows(x_RD, offsets_E)
-    y_RF = y_RF + _bias_rows(b, expert_R.clamp_max(w.shape[0] - 1))
-    return y_RF.masked_fill((expert_R == w.shape[0])[:, None], 0)
+    return y_RF if b is None else add_bias(y_RF, b, offsets_E)
 
 
-def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str) -> Tensor:
-    """Compute ``eager.expert_ffn`` in grouped matmuls over rows gathered once."""
+def add_bias(y_RF: Tensor, b: Tensor, offsets_E: Tensor) -> Tensor:
+    """Add the bias (E, F) of its expert to each row; rows past the last offset are zero."""
+    expert_R = expert_of_rows(y_RF, offsets_E)
+    y_RF = y_RF + _bias_rows(b, expert_R.clamp_max(b.shape[0] - 1))
+    return y_RF.masked_fill((expert_R == b.shape[0])[:, None], 0)
+
+
+def expert_ffn(
+    x: Tensor,
+    rows: RowIndex,
+    gates_R: Tensor,
+    weights: FFNWeights,
+    activation: str,
+    product: Callable[[Tensor, Any, Tensor], Tensor] = product,
+) -> Tensor:
+    """Compute ``eager.expert_ffn`` in grouped matmuls over rows gathered once.
+
+    Args:
+        product: computes each matmul.
+    """
     act, (w_in, w_out, b_in, b_out, w_gate) = ALL_ACTIVATIONS[activation], weights
     index_R, offsets_E = rows.row_index_R, rows.offsets_E
     x_R = x if index_R is None else x.index_select(0, index_R)

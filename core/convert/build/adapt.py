@@ -8,37 +8,55 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ...config import MoEConfig
+from ...experts import LoRA
 from ...fields import check_values
 from ...layers import AdaptedLinear, MoE
 from ..read.names import matching_names
+from .low_rank import ATTENTION, EXPERTS, put_adapters
 
 
-def add_adapters(model: nn.Module, moe: MoEConfig, modules: str | Sequence[str] | None = None) -> nn.Module:
-    """Freeze a trained model and put a mixture of updates into its linear layers, such as ``LoRA`` or ``IA3``.
+def add_adapters(
+    model: nn.Module, moe: MoEConfig | LoRA, modules: str | Sequence[str] | None = None, name: str = "default"
+) -> nn.Module:
+    """Freeze a trained model and add adapters to it: plain LoRA, or a mixture such as MoLoRA or (IA)^3.
 
-    Only the updates and their routers train afterwards. Each layer has a router of its own. The model calls a linear
-    layer with tokens only, so that padding is routed as any token.
+    Only adapters train afterwards.
+
+    - A ``LoRA`` gives each chosen matrix one low-rank update; of stacked experts each expert gets its own, and all are
+      computed by grouped matmuls, whether the experts are plain or quantized (QLoRA). Names of parameters stay. The
+      model starts with the outputs that it had. Several adapters may be added (``core.use_adapters``).
+    - A ``MoEConfig`` replaces linear layers by ``AdaptedLinear``: a mixture of updates with a router of its own. The
+      model calls a linear layer with tokens only, so that padding is routed as any token. With ``LoRA`` the adapted
+      model starts with the outputs of the trained one; with ``IA3`` it does so if the gates of a token sum to 1.
 
     Args:
         model: any module, which is changed in place, or one ``nn.Linear``.
-        moe: the updates. With ``LoRA`` the adapted model starts with the outputs of the trained one; with ``IA3`` it
-            does so if the gates of a token sum to 1.
+        moe: the adapters.
         modules: pattern of the dotted names of linear layers, or several, as ``fnmatch`` reads it: ``*`` also matches
-            several names, so that ``*.q_proj`` is every layer of that name. None: ``model`` is an ``nn.Linear``.
+            several names, so that ``*.q_proj`` is every layer of that name. None: ``model`` is an ``nn.Linear``. With a
+            ``LoRA`` also "experts", "router" (of the MoE layers) and "attention" (linear layers whose name has "attn"
+            or "attention"); None: experts and attention.
+        name: of the adapter, if it is a ``LoRA``.
 
     Returns:
         ``model``, or the adapted linear layer.
 
     Raises:
         ValueError: a pattern names no module, or one that is not an ``nn.Linear`` or is read instead of being called;
-            the router needs a context; or the updates do not fit a layer's widths.
+            the router needs a context; the updates do not fit a layer's widths, or the name is taken. The model is
+            left as it was.
 
     Example::
 
         moe = core.MoEConfig(8, core.TokenChoice(2), core.LoRA(8, alpha=16))
         core.add_adapters(model, moe, modules="blocks.*.attn.qkv")
+        core.add_adapters(adopted, core.LoRA(8, alpha=16), modules=["experts", "router"])  # or plain LoRA
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     """
+    if isinstance(moe, LoRA):
+        default = "" if isinstance(model, nn.Linear) else (EXPERTS, ATTENTION)
+        put_adapters(model, moe, default if modules is None else modules, name)
+        return model
     check_values(MoEConfig, moe=moe)
     if modules is None:
         return AdaptedLinear(_linear("model", model), _updates(_linear("model", model), moe), moe.expert.follows_base)

@@ -13,16 +13,18 @@ from ...layers import AdaptedLinear, AveragedMoE, MoE
 from ...routing.router import RouterConfig
 from ..read.parts import check_all_here, replace_modules
 from ..reduce.merge import OneExpert, average_experts, joined
+from .low_rank import merge_low_rank
 
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Replace each adapted linear layer of a model by one ``nn.Linear`` with its outputs in evaluation.
+    """Merge the adapters of a model into its weights: plain LoRA, or a mixture that is the same for every token.
 
-    This needs gates that are the same for every token: of one expert, or of ``Random`` in evaluation. Updates of a
-    task's or domain's own are first taken out by ``core.cut_out``, and others may be averaged by ``core.densify``. The
-    linear layers have copies of the weights, which are frozen as the base was, and the names that they had before
-    ``core.add_adapters``. Sums are taken in float32 at least.
+    Each ``AdaptedLinear`` becomes one ``nn.Linear`` with its outputs in evaluation, by the name that it had before
+    ``core.add_adapters``. This needs gates that are the same for every token: of one expert, or of ``Random`` in
+    evaluation. Updates of a task's or domain's own are first taken out by ``core.cut_out``, and others may be averaged
+    by ``core.densify``. The linear layers have copies of the weights, which are frozen as the base was. Sums are taken
+    in float32 at least.
 
     Args:
         model: any module with adapted layers, changed in place, or one ``AdaptedLinear``.
@@ -31,9 +33,9 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         ``model``, or the linear layer.
 
     Raises:
-        ValueError: the model has no adapted layer; gates differ by token, or tokens may be dropped; the updates are
-            neither ``LoRA`` nor ``IA3``; or an output's bias has no bias of the base to join. The model is left as it
-            was.
+        ValueError: the model has no adapters; experts with LoRA are quantized; gates differ by token, or tokens may be
+            dropped; the updates are neither ``LoRA`` nor ``IA3``; or an output's bias has no bias of the base to join.
+            The model is left as it was.
 
     Example::
 
@@ -47,7 +49,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
             except ValueError as error:
                 of = f" of {name!r}" if name else ""
                 raise ValueError(f"the updates{of} cannot be merged: {error}") from None
-    if not merged:
+    had_low_rank = merge_low_rank(model)
+    if not merged and not had_low_rank:
         raise ValueError(f"a {type(model).__name__} without adapted layers has no updates to merge")
     return replace_modules(model, merged)
 

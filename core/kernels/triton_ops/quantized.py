@@ -62,9 +62,6 @@ def _(x, row_index_R, offsets_E, gates_R, in_values, in_scales, out_values, out_
     return x.new_empty(x.shape[0], out_scales.shape[2])
 
 
-_quantized_ffn.register_autograd(grouped.refuse_gradient)
-
-
 @torch.library.custom_op("moesaic::triton_quantized_linear", mutates_args=())
 def _quantized_linear(
     x_RD: Tensor, values: Tensor, scales: Tensor, fan_in: int, offsets_E: Tensor, b: Tensor | None
@@ -81,9 +78,6 @@ def _quantized_linear(
 @_quantized_linear.register_fake
 def _(x_RD, values, scales, fan_in, offsets_E, b):
     return x_RD.new_empty(x_RD.shape[0], scales.shape[2])
-
-
-_quantized_linear.register_autograd(grouped.refuse_gradient)
 
 
 def expert_ffn(x: Tensor, rows: RowIndex, gates_R: Tensor, weights: FFNWeights, activation: str) -> Tensor:

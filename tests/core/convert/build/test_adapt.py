@@ -130,7 +130,7 @@ def test_an_encoder_layer_of_torch_computes_its_updates_in_evaluation_too():
         ),
         (lambda: add_adapters(add_adapters(model(), MOE, "*.qkv"), MOE, "*.qkv"), "module '0.qkv' is a AdaptedLinear"),
         (lambda: add_adapters(model(), MoEConfig(2, Hash(9)), "*.qkv"), r"router Hash .* needs context.token_ids_BS"),
-        (lambda: add_adapters(model(), LoRA(2), "*.qkv"), r"moe=LoRA.* is not of class MoEConfig"),
+        (lambda: add_adapters(model(), IA3(), "*.qkv"), r"moe=IA3.* is not of class MoEConfig"),
         (
             lambda: add_adapters(nn.MultiheadAttention(6, 2), MOE, "out_proj"),
             "'out_proj' is part of an nn.MultiheadAttention",

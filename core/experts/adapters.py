@@ -1,0 +1,77 @@
+"""``Adapters``: low-rank updates of a module's matrices, which stay where they are and keep their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import AdaptedWeight
+from .products import init_linear_
+
+CHILD = "lora"
+"""The name under which a module has its adapters."""
+
+
+class LowRankUpdate(nn.Module):
+    """``scale * x a b``, of one matrix or of E stacked ones.
+
+    Parameters: ``a`` (K, r) or (E, K, r), at U(-1/sqrt(K), 1/sqrt(K)), and ``b`` (r, N) or (E, r, N), at zero: the
+    adapted module starts with the outputs that it had.
+    """
+
+    def __init__(self, shape: tuple[int, ...], rank: int, scale: float) -> None:
+        super().__init__()
+        *stacked, K, N = shape
+        self.scale = scale
+        self.a = nn.Parameter(torch.empty(*stacked, K, rank))
+        self.b = nn.Parameter(torch.zeros(*stacked, rank, N))
+        init_linear_(self.a if stacked else self.a[None])
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-1]
+
+    def extra_repr(self) -> str:
+        return f"{'x'.join(map(str, self.a.shape[:-1]))} -> {self.b.shape[-1]}, rank={self.rank}, scale={self.scale:g}"
+
+
+class Adapters(nn.ModuleDict):
+    """The adapters of one module by name; each has a ``LowRankUpdate`` for each matrix that it changes.
+
+    Attributes:
+        active: names of the adapters that compute.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+
+    def put(self, adapter: str, key: str, update: LowRankUpdate) -> None:
+        """Add the update of a matrix to an adapter."""
+        if adapter not in self:
+            self[adapter] = nn.ModuleDict()
+        of_adapter: Any = self[adapter]
+        of_adapter[_name(key)] = update
+
+    def of(self, key: str) -> list[LowRankUpdate]:
+        """Return the active updates of a matrix."""
+        every: Any = [self[adapter] for adapter in self.active if adapter in self]
+        return [own[_name(key)] for own in every if _name(key) in own]
+
+
+def _name(key: str) -> str:
+    return key.replace(".", "/")  # no module's name has a point
+
+
+def updates_of(module: nn.Module, key: str) -> list[tuple[Tensor, Tensor, float]]:
+    """Return ``a``, ``b`` and ``scale`` of the active updates of a module's matrix."""
+    adapters = module._modules.get(CHILD)
+    updates = adapters.of(key) if isinstance(adapters, Adapters) else []
+    return [(update.a, update.b, update.scale) for update in updates]
+
+
+def adapted(base: Any, updates: list[tuple[Tensor, Tensor, float]]) -> Any:
+    """Return stacked matrices with their updates, for ``expert_linear``; without an update they are ``base``."""
+    return AdaptedWeight(base, tuple(updates)) if updates else base

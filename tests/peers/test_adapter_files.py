@@ -1,0 +1,143 @@
+"""Adapters in PEFT's files: read by peft, read from peft, for stacked experts and one expert at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_adopted_tools import IDS, MASK, adapted, error, logits, made, model
+
+import core
+from apps.hub import load_adapters, save_adapters
+
+peft = pytest.importorskip("peft")
+FUSED = ["Mixtral", "GptOss", "Olmoe", "Qwen2Moe", "DeepseekV3", "Phimoe", "Lfm2Moe"]
+
+
+@pytest.fixture(params=[False, True], ids=["fused", "one per expert"])
+def one_per_expert(request):
+    return request.param
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_peft_computes_what_was_saved(name, tmp_path):
+    plain = model(name).eval()
+    net = adapted(core.adopt(copy.deepcopy(plain)), "experts", "*.o_proj" if name == "DeepseekV3" else "*.q_proj")
+    save_adapters(net, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
+    with torch.no_grad():
+        expected = theirs(input_ids=IDS, attention_mask=MASK).logits
+        assert error(logits(net), expected) < 1e-5
+        assert error(expected, logits(plain)) > 1e-2
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_peft_saved_is_read(name, tmp_path):
+    plain = model(name).eval()
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        use_rslora=name == "Olmoe",
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        target_modules=["q_proj"],
+        init_lora_weights=False,
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(plain), config).eval()
+    theirs.save_pretrained(tmp_path)
+    net = load_adapters(core.adopt(copy.deepcopy(plain)), tmp_path)
+    with torch.no_grad():
+        expected = theirs(input_ids=IDS, attention_mask=MASK).logits
+        assert error(logits(net), expected) < 1e-5
+        assert error(expected, logits(plain)) > 1e-2
+
+
+@pytest.mark.parametrize("name", [*FUSED, "SwitchTransformers", "Llama4"])
+def test_saved_adapters_come_back(name, one_per_expert, tmp_path):
+    plain = made(name).eval()
+    net = adapted(core.adopt(copy.deepcopy(plain)), "experts", "router")
+    fused_only = name in ("GptOss", "Llama4") and one_per_expert
+    if fused_only:
+        with pytest.raises(ValueError, match="are fused in every file: one_per_expert is for others"):
+            save_adapters(net, tmp_path, one_per_expert=True)
+        return
+    save_adapters(net, tmp_path, one_per_expert=one_per_expert)
+    again = load_adapters(core.adopt(copy.deepcopy(plain)), tmp_path, "again")
+    assert error(logits(again), logits(net)) < 1e-5
+    assert error(logits(again), logits(core.use_adapters(net))) > 1e-2
+
+
+def test_names_of_one_expert_are_those_of_the_hub(tmp_path):
+    for name, gate in (("Mixtral", "block_sparse_moe.experts.3.w1"), ("Olmoe", "mlp.experts.3.gate_proj")):
+        save_adapters(adapted(core.adopt(model(name)), "experts"), tmp_path / name, one_per_expert=True)
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert tensors[f"base_model.model.model.layers.1.{gate}.lora_A.weight"].shape == (2, 16)
+        assert len(tensors) == 2 * 4 * 3 * 2  # layers, experts, matrices, A and B
+
+
+def test_ranks_of_gate_and_input_add_up(tmp_path):
+    """Two updates of one expert, each with its own A, are one of twice the rank."""
+    plain = model("Olmoe").eval()
+    tensors, where = {}, "base_model.model.model.layers.0.mlp.experts.2"
+    for role, wide in (("gate_proj", 24), ("up_proj", 24)):
+        tensors[f"{where}.{role}.lora_A.weight"] = torch.randn(2, 16)
+        tensors[f"{where}.{role}.lora_B.weight"] = torch.randn(wide, 2)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
+    net = load_adapters(core.adopt(copy.deepcopy(plain)), tmp_path)
+    core.merge_adapters(net)
+    added = net.model.layers[0].mlp.experts.gate_up_proj - plain.model.layers[0].mlp.experts.gate_up_proj
+    parts = [3 * tensors[f"{where}.{r}.lora_B.weight"] @ tensors[f"{where}.{r}.lora_A.weight"]
+             for r in ("gate_proj", "up_proj")]  # fmt: skip
+    assert error(added[2], torch.cat(parts)) < 1e-5
+    assert not added[[0, 1, 3]].any()
+
+
+def test_bad_files_are_rejected_and_the_model_stays(tmp_path):
+    good = tmp_path / "good"
+    save_adapters(adapted(core.adopt(model("Mixtral")), "experts", "router", "attention"), good)
+
+    def case(change):
+        shutil.copytree(good, tmp_path / "bad", dirs_exist_ok=True)
+        change(tmp_path / "bad")
+        return tmp_path / "bad"
+
+    def config(**options):
+        def change(folder):
+            values = json.loads((good / "adapter_config.json").read_text())
+            (folder / "adapter_config.json").write_text(json.dumps(values | options))
+
+        return change
+
+    def cut(folder):
+        data = (good / "adapter_model.safetensors").read_bytes()
+        (folder / "adapter_model.safetensors").write_bytes(data[:-100])
+
+    def without_b(folder):
+        tensors = load_file(good / "adapter_model.safetensors")
+        tensors.pop(next(key for key in tensors if "q_proj.lora_B" in key))
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    for change, rule in (
+        (config(peft_type="IA3"), "peft_type='IA3' is not LORA"),
+        (config(use_dora=True), "use_dora=True is not LoRA as core.add_adapters has it"),
+        (cut, "cannot be read"),
+        (without_b, r"q_proj\.lora_A\.weight has no lora_B beside it"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), r"has no adapter_config\.json"),
+    ):
+        net = core.adopt(model("Mixtral"))
+        folder = case(change)
+        with pytest.raises(ValueError, match=rule):
+            load_adapters(net, folder)
+        assert all(p.requires_grad for p in net.parameters())
+        shutil.rmtree(folder)
+    for other in ("Qwen3Moe", "GptOss"):
+        with pytest.raises(ValueError, match=f"{re.escape(str(good))} is for another model"):
+            load_adapters(core.adopt(model(other)), good)
+    with pytest.raises(ValueError, match="no adapter 'third'"):
+        save_adapters(core.adopt(model("Mixtral")), tmp_path / "none", "third")
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,123 @@
+"""Adapters and quantized experts in models of transformers: equal to merged and rounded weights, and to peft."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import core
+from core.experts.adapters import LowRankUpdate
+
+pytest.importorskip("transformers")
+spec = importlib.util.spec_from_file_location("adopt_families", Path(__file__).with_name("test_adopt.py"))
+families = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(families)
+model, two_sided, error, IDS, MASK = families.model, families.two_sided, families.error, families.IDS, families.MASK
+
+
+def made(name):
+    return two_sided(name) if name in families.TWO_SIDED else model(name)
+
+
+def logits(net):
+    torch.manual_seed(1)
+    return net(input_ids=IDS, attention_mask=MASK, labels=IDS).logits
+
+
+def adapted(net, *modules, rank=2):
+    torch.manual_seed(3)
+    core.add_adapters(net, core.LoRA(rank, alpha=2 * rank), modules=list(modules))
+    for module in net.modules():
+        if isinstance(module, LowRankUpdate):
+            nn.init.normal_(module.b, std=0.2)
+    return net
+
+
+@pytest.mark.parametrize("name", [*families.FAMILIES, *families.TWO_SIDED])
+def test_adapters_of_experts_and_routers_compute_as_merged_weights(name, monkeypatch):
+    plain = made(name).eval()
+    if name == "NllbMoe":
+        kind = type(next(m for m in plain.modules() if type(m).__name__ == "NllbMoeExperts"))
+        monkeypatch.setattr(kind, "forward", families.nllb_experts)
+    net = core.adopt(copy.deepcopy(plain))
+    names = list(net.state_dict())
+    before = logits(net)
+    out = logits(adapted(net, "experts", "router", "attention" if name != "Dbrx" else "experts"))
+    assert error(out, before) > 1e-2
+    with pytest.raises(ValueError, match="has adapters: core"):
+        core.release(net)
+    core.merge_adapters(net)
+    assert list(net.state_dict()) == names
+    assert error(logits(net), out) < 1e-4
+    assert error(logits(core.release(net)), out) < 1e-4
+
+
+@pytest.mark.parametrize("name", [*families.FAMILIES, *families.TWO_SIDED])
+def test_quantized_experts_compute_as_rounded_weights(name, monkeypatch):
+    plain = made(name).eval()
+    if name == "NllbMoe":
+        kind = type(next(m for m in plain.modules() if type(m).__name__ == "NllbMoeExperts"))
+        monkeypatch.setattr(kind, "forward", families.nllb_experts)
+    net, rounded = core.adopt(copy.deepcopy(plain)), core.adopt(copy.deepcopy(plain))
+    core.quantize_experts(net, 4)
+    with torch.no_grad():
+        for own, other in zip(core.moe_layers(net).values(), core.moe_layers(rounded).values(), strict=True):
+            for to, matrices in zip(other.experts.matrices(), own.experts.matrices(), strict=True):
+                if to is not None:
+                    to.copy_(matrices.weight.dequantized())
+        assert error(logits(net), logits(plain)) > 1e-3
+        assert error(logits(net), logits(core.release(rounded))) < 1e-5
+    with pytest.raises(ValueError, match="are quantized, which a block of transformers cannot compute"):
+        core.release(net)
+    torch.manual_seed(0)
+    loss = adapted(net, "experts").train()(input_ids=IDS, attention_mask=MASK, labels=IDS).loss
+    loss.backward()
+    grads = [p.grad for p in net.parameters() if p.requires_grad]
+    assert grads
+    assert all(g is not None and bool(g.isfinite().all()) for g in grads)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Olmoe"])
+def test_gradients_are_those_of_peft(name):
+    peft = pytest.importorskip("peft")
+    plain = model(name)
+    path = "mlp.experts"
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_parameters=[f"{path}.gate_up_proj", f"{path}.down_proj"], target_modules=["q_proj"]
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(plain), config)
+    net = adapted(core.adopt(copy.deepcopy(plain)), "experts", "*.q_proj")
+    parameters = {}
+    for where, module in theirs.named_modules():
+        if hasattr(module, "lora_A"):
+            key = getattr(module, "parameter_name", "weight")
+            owner = where.removeprefix("base_model.model.").replace(".base_layer", "")
+            update = net.get_submodule(owner).lora["default"][key]
+            parameters[f"{owner}.{key}"] = (update, module.lora_A["default"].weight, module.lora_B["default"].weight)
+    assert len(parameters) == 6
+    with torch.no_grad():
+        for update, a, b in parameters.values():
+            if update.a.ndim == 2:
+                a.copy_(update.a.t()), b.copy_(update.b.t())
+            else:  # rows by expert and then by rank; columns by rank and then by expert
+                a.copy_(update.a.transpose(1, 2).flatten(0, 1))
+                b.copy_(update.b.permute(2, 1, 0).flatten(1))
+    losses = []
+    for one in (theirs.eval(), net.eval()):
+        out = one(input_ids=IDS, attention_mask=MASK, labels=IDS)
+        out.loss.backward()
+        losses.append(out.logits.detach())
+    assert error(losses[1], losses[0]) < 1e-5
+    for key, (update, a, b) in parameters.items():
+        if update.a.ndim == 2:
+            expected = a.grad.t(), b.grad.t()
+        else:
+            E = update.a.shape[0]
+            expected = a.grad.unflatten(0, (E, -1)).transpose(1, 2), b.grad.unflatten(1, (-1, E)).permute(2, 1, 0)
+        for own, their in zip((update.a.grad, update.b.grad), expected, strict=True):
+            assert error(own, their) < 1e-5, key
