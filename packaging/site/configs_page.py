@@ -35,10 +35,11 @@ def files(folder: str) -> list[tuple[Path, str, str]]:
 
 
 def summary(file: Path) -> str:
-    """Return the first sentence of a configuration's header, without the number of a paper."""
+    """Return the first sentence of a configuration's header, without the number of a paper and the machine."""
     header = re.match(r"((?:#.*\n)+)", file.read_text(encoding="utf-8"))[1]  # type: ignore[index]
     text = " ".join(line.removeprefix("#").strip() for line in header.split("\n#\n")[0].splitlines())
     sentence = re.split(r"(?<=\.)\s+(?=[A-Z])", text.removeprefix("Overlay: "))[0].rstrip(".:")
+    sentence = re.sub(r", sized for .* CPU cores?", "", sentence)
     sentence = re.sub(r" \((?:([^()]*), )?arXiv[^()]*\)", lambda found: f" ({found[1]})" if found[1] else "", sentence)
     return sentence[0].upper() + sentence[1:]
 
