@@ -64,6 +64,12 @@ def test_a_link_leads_to_the_page_of_a_file_outside_of_docs_and_a_folder_loses_i
     )
 
 
+def test_objects_below_a_heading_are_a_level_deeper_and_those_of_apps_have_no_members(hooks):
+    top, below = "    options:\n      heading_level: 2\n", "    options:\n      heading_level: 3\n"
+    page = f"# API\n\n::: core.FFN\n{top}\n## Models\n\n::: apps.vision.model.ViTConfig\n{below}      members: false\n"
+    assert hooks.with_options(page.replace(top, "").replace(f"{below}      members: false\n", "")) == page
+
+
 def test_nothing_comes_from_a_network():
     assert SITE["theme"]["font"] is False
     assert not {"site_url", "repo_url", "extra_javascript", "extra_css"} & set(SITE)

@@ -1,4 +1,4 @@
-"""Hooks of ``mkdocs.yml``: the version, folders in the navigation, links to files outside of docs/, and llms.txt.
+"""Hooks of ``mkdocs.yml``: the version, the navigation, options of the API pages, links out of docs/, and llms.txt.
 
 Pages link to files of the repository, such as ``../configs/vision/digits.yaml``. On a code host these links work as
 they are. In the site each linked file becomes a page under ``source/``, so that a link needs no public address.
@@ -139,6 +139,23 @@ def relinked(text: str, file: Path, uri: str, docs: Path) -> str:
     return _LINK.sub(new, _WHOLE_LINK.sub(without_folder, text))
 
 
+def with_options(text: str) -> str:
+    """Return an API page with mkdocstrings' options below each object.
+
+    Below a section's heading an object's own heading is one level deeper. Classes of apps are shown without members:
+    their options are arguments.
+    """
+    made, level = [], 2
+    for line in text.splitlines():
+        made.append(line)
+        if line.startswith("## "):
+            level = 3
+        elif line.startswith("::: "):
+            made += ["    options:", f"      heading_level: {level}"]
+            made += ["      members: false"] if line.startswith("::: apps.") else []
+    return "\n".join([*made, ""])
+
+
 def llms_txt(pages: list[tuple[str, str, str]], description: str) -> str:
     """Return the list of pages for language models (llmstxt.org).
 
@@ -195,9 +212,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Lead the links to files outside of docs/ to their pages."""
+    """Lead the links to files outside of docs/ to their pages, and set the options of API pages."""
     if page.file.src_uri.startswith(f"{SOURCE}/"):
         return markdown
+    if page.file.src_uri.startswith("reference/api/"):
+        markdown = with_options(markdown)
     docs = Path(config.docs_dir)
     return relinked(markdown, docs / page.file.src_uri, page.file.src_uri, docs)
 
