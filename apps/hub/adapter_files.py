@@ -60,7 +60,7 @@ def save_adapters(model: nn.Module, folder: str | Path, name: str = "default", o
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
         "r": rank,
         "lora_alpha": rank * scale,
         "rank_pattern": {where: r for where, (r, _) in scales.items() if r != rank},
