@@ -28,6 +28,9 @@ _ACTIVATIONS = {
 }
 """The engine's activations by the names of the classes that transformers has for them."""
 
+_GROUPS = ("n_group", "num_group", "n_groups")
+"""Names under which routers that choose groups of experts first have their number."""
+
 
 def adopt(model: nn.Module, balance: Balance = Balance(load_balancing=0.0, router_z=0.0)) -> nn.Module:
     """Make every MoE block of a transformers model a ``core.MoE``, in place.
@@ -152,12 +155,9 @@ def _adopt_block(block: Any, classes: tuple[Any, Any, Any], balance: Balance) ->
     block.__class__, router.__class__, experts.__class__ = classes
     if not layout.experts:
         block._modules["experts"] = experts  # without parameters: it computes with the block's own
-    try:
-        bias = attrgetter(layout.bias)(block) if layout.bias else None
-    except AttributeError:
-        bias = None  # the model's options leave it out
     _add(experts, num_experts=E, block=(block,), storage={}, **options)
-    _add(router, num_experts=E, bias_of_choice=bias, _read=None)
+    groups = next((g for m in (router, block) for n in _GROUPS if isinstance(g := getattr(m, n, None), int)), 1)
+    _add(router, num_experts=E, num_groups=groups, block=(block,), _read=None)
     _add(
         block,
         num_experts=E,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..contract import Evidence, Routing, RoutingContext
 from ..experts import Experts
 from ..experts.adapters import CHILD, adapted, updates_of
+from ..experts.base import local_tensor
 from ..experts.clamped import ClampedSwiGLUExperts
 from ..experts.ffn import FFNExperts
 from ..experts.matrices import QuantizedMatrices
@@ -44,6 +45,7 @@ class AdoptedRouter(Adopted, Router):
 
     terms = SCORE_TERMS | CHOICE_TERMS | {"router_z"}
     config = None
+    num_groups: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.original.forward(self, *args, **kwargs)
@@ -56,7 +58,10 @@ class AdoptedRouter(Adopted, Router):
     @property
     def expert_bias(self) -> Tensor | None:  # type: ignore[override]
         """The tensor that is added to the scores for the choice, (E,) or (1, E)."""
-        bias: Tensor | None = self.__dict__.get("bias_of_choice")
+        try:
+            bias: Tensor = attrgetter(self.layout.bias)(self.__dict__["block"][0]) if self.layout.bias else None
+        except AttributeError:
+            return None  # the model's options leave it out
         return bias
 
 
@@ -87,7 +92,7 @@ class AdoptedExperts(Adopted, Experts):
         """Return a parameter whose first axis counts the experts."""
         if self.layout.way in ("mask", "gates"):
             return self._stacked_modules(path)
-        tensor: Tensor = attrgetter(path)(self if self.layout.experts else self.__dict__["block"][0])
+        tensor: Tensor = local_tensor(attrgetter(path)(self if self.layout.experts else self.__dict__["block"][0]))
         return tensor.unflatten(0, (self.num_experts, -1)) if self.layout.flat else tensor
 
     def _stacked_modules(self, path: str) -> Tensor:

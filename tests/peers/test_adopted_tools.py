@@ -121,3 +121,110 @@ def test_gradients_are_those_of_peft(name):
             expected = a.grad.unflatten(0, (E, -1)).transpose(1, 2), b.grad.unflatten(1, (-1, E)).permute(2, 1, 0)
         for own, their in zip((update.a.grad, update.b.grad), expected, strict=True):
             assert error(own, their) < 1e-5, key
+
+
+def saved_again(net, folder):
+    """Save a model in transformers' layout, read it with transformers alone, and return it."""
+    core.release(net).save_pretrained(folder)
+    return type(net).from_pretrained(folder, attn_implementation="eager", experts_implementation="eager").eval()
+
+
+EVERY = [name for name in (*families.FAMILIES, *families.TWO_SIDED) if name != "JetMoe"]
+
+
+def patch_nllb(name, plain, monkeypatch):
+    if name == "NllbMoe":
+        kind = type(next(m for m in plain.modules() if type(m).__name__ == "NllbMoeExperts"))
+        monkeypatch.setattr(kind, "forward", families.nllb_experts)
+
+
+def run(net, batch):
+    logits(net)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_pruned_experts_are_gone_and_the_rest_is_what_it_was(name, monkeypatch, tmp_path):
+    plain = made(name).eval()
+    patch_nllb(name, plain, monkeypatch)
+    net = core.adopt(copy.deepcopy(plain))
+    statistics = core.expert_statistics(net, [None], run)
+    E = next(iter(core.moe_layers(net).values())).num_experts
+    before = {
+        n: [None if w is None else w.detach().clone() for w in layer.experts.matrices()]
+        for n, layer in core.moe_layers(net).items()
+    }
+    kept = core.prune_experts(net, statistics, keep=E // 2, by="use")
+    for n, layer in core.moe_layers(net).items():
+        assert layer.num_experts == E // 2
+        for old, new in zip(before[n], layer.experts.matrices(), strict=True):
+            assert old is None or torch.equal(old[list(kept[n])], new)
+    with core.record(net) as tape:
+        out = logits(net)
+    assert tape.entries[0].routing.tokens_per_expert_E.shape == (E // 2,)
+    assert error(logits(saved_again(net, tmp_path)), out) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Dbrx", "SwitchTransformers"])
+def test_equal_experts_are_merged_without_a_change(name, tmp_path):
+    net = core.adopt(made(name).eval())
+    for layer in core.moe_layers(net).values():
+        with torch.no_grad():
+            for matrices in layer.experts.matrices():
+                if matrices is not None:
+                    matrices[1::2] = matrices[::2]
+            weight = next(p for p in layer.router.parameters() if layer.num_experts in p.shape)
+            weight[1::2] = weight[::2]
+    statistics = core.expert_statistics(net, [None], run, every_token=True)
+    clusters = core.merge_experts(net, statistics, keep=2)
+    assert set(clusters.values()) == {((0, 1), (2, 3))}
+    assert error(logits(saved_again(net, tmp_path)), logits(core.adopt(copy.deepcopy(net)))) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Olmoe", "GptOss", "Dbrx", "SwitchTransformers", "GraniteMoe"])
+def test_a_dense_model_of_equal_experts_computes_the_same(name, tmp_path):
+    net = core.adopt(made(name).eval())
+    for layer in core.moe_layers(net).values():
+        with torch.no_grad():
+            for p in layer.experts.parameters() if not layer.experts.layout.flat else ():
+                if p.ndim and len(p) == layer.num_experts and not layer.experts.one_each():
+                    p.copy_(p[:1].expand_as(p))
+            if layer.experts.one_each() or layer.experts.layout.flat:
+                for matrices in layer.experts.matrices():
+                    if matrices is not None:
+                        matrices.copy_(matrices[:1].expand_as(matrices))
+    with torch.no_grad():
+        before = logits(net)
+        core.densify(net, "average")
+        again = saved_again(net, tmp_path)
+        gates_sum_to_one = name in ("Mixtral", "GptOss", "Dbrx", "GraniteMoe")
+        assert (error(logits(again), before) < 1e-5) == gates_sum_to_one
+        assert error(logits(again), logits(net)) < 1e-6
+        assert sum(p.numel() for p in again.parameters()) < 0.8 * sum(p.numel() for p in made(name).parameters())
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss", "DeepseekV3", "Llama4"])
+def test_offloaded_experts_compute_the_same(name):
+    net = core.adopt(model(name).eval())
+    with torch.no_grad():
+        before = logits(net)
+        layer = next(iter(core.moe_layers(net).values()))
+        per_expert = sum(w[0].numel() * 4 for w in layer.experts.parameters())
+        offloaded = core.offload_experts(net, budget_bytes=3 * per_expert, prefetch=False)
+        assert offloaded.num_slots == 3
+        assert error(logits(net), before) < 1e-6
+
+
+def test_what_cannot_be_pruned():
+    net = core.adopt(model("Mixtral").eval())
+    statistics = core.expert_statistics(net, [None], run)
+    with pytest.raises(ValueError, match=r"constants have no place in it"):
+        core.prune_experts(net, statistics, keep=3, constants=True)
+    with pytest.raises(ValueError, match="how='svd' is for core.MoE"):
+        core.densify(net, "svd")
+    net = core.adopt(model("DeepseekV3").eval())
+    statistics = core.expert_statistics(net, [None], run)
+    with pytest.raises(ValueError, match="keep=3 is not the same number for each of 2 groups"):
+        core.prune_experts(net, statistics, keep=3)
+    net = core.adopt(model("JetMoe").eval())
+    with pytest.raises(ValueError, match="one number for these experts and for those of attention"):
+        core.prune_experts(net, core.expert_statistics(net, [None], run), keep=2)

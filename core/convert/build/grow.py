@@ -76,7 +76,7 @@ def grow_experts(
     router, experts = parts_of(layer, "grow")
     E, config = experts.num_experts, router.config
     larger = config.build(width_of(layer), E + n, router.capacity)
-    groups = num_groups(config)
+    groups = num_groups(router)
     kept = [e // (E // groups) * ((E + n) // groups) + e % (E // groups) for e in range(E)]
     new = tuple(sorted({*range(E + n)} - {*kept}))
     sources = _sources(loads_E, E, n, groups) if start == "copy" else None
@@ -179,7 +179,7 @@ def _parts_of_experts(layer: MoE, frozen: Collection[int]) -> Iterator[_PartOfEx
     learning = torch.tensor([e not in set(frozen) for e in range(E)])
     for parameter in stacked.parameters():
         yield _PartOfExperts(parameter, 0, learning)
-    more = num_groups(router.config)
+    more = num_groups(router)
     larger = router.config.build(width_of(layer), E + more, router.capacity)
     for (name, parameter), other in zip(router.named_parameters(), larger.parameters(), strict=True):
         axis = axis_of_experts(name, parameter, other, E, E + more)

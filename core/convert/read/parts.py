@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...adopted.parts import AdoptedMoE
 from ...experts import Experts
 from ...layers import MoE, MoELayer, moe_layers
 from ...routing.router import Router, RouterConfig
@@ -26,6 +27,11 @@ def parts_of(layer: nn.Module, verb: str) -> tuple[Any, Experts]:
     if not isinstance(layer, MoE):
         raise ValueError(f"a {type(layer).__name__} does not {verb}: core.MoE and its subclasses do")
     router, experts = layer.router, layer.experts
+    if isinstance(layer, AdoptedMoE):
+        if verb == "grow":
+            raise ValueError(f"an adopted {type(layer).__name__} does not grow")
+        check_all_here(experts, f"a layer {verb}s")
+        return router, experts
     config = getattr(router, "config", None)
     if not isinstance(router, Router) or not isinstance(config, RouterConfig):
         name = type(router).__name__
@@ -116,9 +122,10 @@ def width_of(layer: MoE) -> int:
     return layer.row_dim
 
 
-def num_groups(config: RouterConfig) -> int:
+def num_groups(router: Any) -> int:
     """Return into how many equal groups a router cuts the experts."""
     names = ("num_groups", "num_prototypes", "num_members")
+    config = router if router.config is None else router.config  # an adopted one has none
     return next((getattr(config, name) for name in names if hasattr(config, name)), 1)
 
 

@@ -9,10 +9,12 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from ...adopted.parts import AdoptedMoE
+from ...adopted.shrink import set_counts, shrinking
 from ...experts import Experts
 from ...fields import OneOf, check_values
 from ...layers import MoE, MoELayer
-from ..read.parts import check_all_here, like, replace_layers, value_of_layer
+from ..read.parts import check_all_here, like, replace_layers, value_of_layer, weighted_rows
 from .merge import OneExpert, average_experts, joined
 
 HOWS = ("average", "use", "most_used", "sum", "top_k", "svd")
@@ -26,7 +28,8 @@ def densify(model: nn.Module, how: str = "average", loads: Mapping[str, Loads] |
 
     If all experts of a layer are equal and a token's gates sum to 1, "average", "use" and "most_used" leave its
     output as it is. Elsewhere the dense model is a start, to be trained on, as by distillation from the sparse one.
-    Shared experts, their gate and the output's bias stay.
+    Shared experts, their gate and the output's bias stay. An adopted block of transformers stays one, with one expert
+    that every token takes: "average", "use", "most_used" and "sum" are for it.
 
     ===========  =======================================================================================================
     "average"    the mean of the experts' parameters
@@ -67,9 +70,25 @@ def densify(model: nn.Module, how: str = "average", loads: Mapping[str, Loads] |
             raise ValueError(f"layer {name!r} is a {type(layer).__name__}: core.MoE and its subclasses become dense")
         check_all_here(layer.experts, "a layer becomes dense")
         load_E = _loads(value_of_layer(loads, name, "loads"), layer.num_experts, name) if by_load else None
+        if isinstance(layer, AdoptedMoE):
+            weights_E = _weights(layer.num_experts, how, load_E)
+            shrinking(layer, 1, weighted_rows(weights_E[None]))()
+            return layer
         return _dense_layer(layer, how, load_E)
 
-    return replace_layers(model, dense)
+    made = replace_layers(model, dense)
+    if any(isinstance(layer, AdoptedMoE) for layer in model.modules()):
+        set_counts(model, 1)
+    return made
+
+
+def _weights(E: int, how: str, load_E: Tensor | None) -> Tensor:
+    """Return the weights of the experts in the one that takes their place, (E,), where it is a sum of them."""
+    if how in ("top_k", "svd"):
+        raise ValueError(f"how={how!r} is for core.MoE: adopted blocks become dense by average, use, most_used or sum")
+    if load_E is None:
+        return torch.full((E,), 1.0 if how == "sum" else 1 / E, dtype=torch.float64)
+    return load_E / load_E.sum() if how == "use" else torch.eye(E, dtype=torch.float64)[int(load_E.argmax())]
 
 
 def _dense_layer(layer: MoE, how: str, load_E: Tensor | None) -> OneExpert:

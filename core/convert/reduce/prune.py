@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ...adopted.parts import AdoptedMoE
+from ...adopted.shrink import set_counts, shrinking
 from ...contract.checks import at_most_experts
 from ...experts import Constant, Experts, check_merges
 from ...experts.mixed import MixedExperts
@@ -59,11 +62,11 @@ def keep_experts(layer: MoE, experts: Collection[int]) -> None:
             raise ValueError(f"expert {e} is not in range({stacked.num_experts})")
     if not experts:
         raise ValueError("a layer keeps at least one expert, and none is named")
-    index, size = sorted({*experts}), stacked.num_experts // num_groups(router.config)
-    in_groups = [sum(e // size == g for e in index) for g in range(num_groups(router.config))]
+    index, size = sorted({*experts}), stacked.num_experts // num_groups(router)
+    in_groups = [sum(e // size == g for e in index) for g in range(num_groups(router))]
     if len({*in_groups}) > 1:
         raise ValueError(f"groups of experts would keep {in_groups} of them: all groups keep as many")
-    _changed(layer, len(index), _picked(index)).carry_out()
+    _changed(layer, len(index), _picked(index))()
 
 
 @torch.no_grad()
@@ -111,7 +114,7 @@ def prune_experts(
     """
     check_values(Annotated[str, OneOf(*SCORES)], by=by)
     kept: dict[str, tuple[int, ...]] = {}
-    changes: list[_Change] = []
+    changes: list[Change] = []
     for request in _requests(model, statistics, keep):
         best_GK = (
             SCORES[by](request.statistics).unflatten(0, (request.num_groups, -1)).topk(request.keep_of_group).indices
@@ -123,8 +126,7 @@ def prune_experts(
             changes.append(_with_constants(request.layer, kept[request.name], request.statistics.mean_output_ED))
         else:
             changes.append(_changed(request.layer, len(kept[request.name]), _picked(kept[request.name])))
-    for change in changes:
-        change.carry_out()
+    _carry_out_all(model, changes)
     return kept
 
 
@@ -153,7 +155,7 @@ def merge_experts(model: nn.Module, statistics: Statistics, keep: int | float) -
         ValueError: as ``prune_experts``; experts that cannot be merged; or one without tokens, whose mean is not known.
     """
     clusters: dict[str, tuple[Cluster, ...]] = {}
-    changes: list[_Change] = []
+    changes: list[Change] = []
     for request in _requests(model, statistics, keep):
         check_merges(request.layer.experts)
         own, E = request.statistics, request.layer.num_experts
@@ -175,8 +177,7 @@ def merge_experts(model: nn.Module, statistics: Statistics, keep: int | float) -
             load = own.loads_E[list(cluster)].cpu()
             row_E[list(cluster)] = load / load.sum() if load.sum() > 0 else 1 / len(cluster)
         changes.append(_changed(request.layer, len(weights_nE), weighted_rows(weights_nE)))
-    for change in changes:
-        change.carry_out()
+    _carry_out_all(model, changes)
     return clusters
 
 
@@ -232,7 +233,7 @@ def _requests(model: nn.Module, statistics: Statistics, keep: int | float) -> It
     for name, layer in layers_with_experts(model).items():
         router, experts = parts_of(layer, "shrink")
         assert isinstance(layer, MoE)
-        own, E, groups = value_of_layer(statistics, name, "statistics"), experts.num_experts, num_groups(router.config)
+        own, E, groups = value_of_layer(statistics, name, "statistics"), experts.num_experts, num_groups(router)
         if not isinstance(own, ExpertStatistics):
             raise ValueError(f"statistics of layer {name!r} are a {type(own).__name__}, not of core.expert_statistics")
         if len(own.loads_E) != E:
@@ -258,47 +259,51 @@ def number_to_keep(keep: int | float, num_experts: int) -> int:
     return keep
 
 
-class _Change(NamedTuple):
-    """A change of a layer that is known to be possible, and not carried out yet.
-
-    Attributes:
-        layer: the layer.
-        experts: makes its new experts, of the old ones' tensors.
-        tensors: the new tensors of its router, each with its module and name.
-        num_experts: their number.
-    """
-
-    layer: MoE
-    experts: Callable[[], Experts]
-    tensors: list[tuple[nn.Module, str, Tensor]]
-    num_experts: int
-
-    @torch.no_grad()
-    def carry_out(self) -> None:
-        self.layer.experts = self.experts()
-        for module, name, value in self.tensors:
-            setattr(module, name, value)
-        set_num_experts(self.layer, self.num_experts)
+Change = Callable[[], None]
+"""Carries out what is known to be possible."""
 
 
-def _changed(layer: MoE, num_experts: int, rows: Picked) -> _Change:
+def _changed(layer: MoE, num_experts: int, rows: Picked) -> Change:
     """Return the change of a layer to fewer experts, whose tensors are ``rows`` of those before."""
     router, experts = parts_of(layer, "shrink")
-    fewer = router.config.build(width_of(layer), num_experts, router.capacity)
-    return _Change(layer, lambda: restack(experts, num_experts, rows), reseated(router, fewer, rows), num_experts)
+    if isinstance(layer, AdoptedMoE):
+        return shrinking(layer, num_experts, rows)
+    tensors = reseated(router, router.config.build(width_of(layer), num_experts, router.capacity), rows)
+    return partial(_carry_out, layer, lambda: restack(experts, num_experts, rows), tensors, num_experts)
 
 
-def _with_constants(layer: MoE, kept: tuple[int, ...], mean_ED: Tensor) -> _Change:
+@torch.no_grad()
+def _carry_out(
+    layer: MoE, experts: Callable[[], Experts], tensors: list[tuple[nn.Module, str, Tensor]], num_experts: int
+) -> None:
+    """Give a layer new experts, made of the old ones' tensors, and the router's new tensors, by module and name."""
+    layer.experts = experts()
+    for module, name, value in tensors:
+        setattr(module, name, value)
+    set_num_experts(layer, num_experts)
+
+
+def _carry_out_all(model: nn.Module, changes: Sequence[Change]) -> None:
+    for change in changes:
+        change()
+    counts = {layer.num_experts for layer in model.modules() if isinstance(layer, AdoptedMoE)}
+    if len(counts) == 1:
+        set_counts(model, counts.pop())
+
+
+def _with_constants(layer: MoE, kept: tuple[int, ...], mean_ED: Tensor) -> Change:
     """Return the change of a layer to some of its experts and a constant for each other one."""
     router, experts = parts_of(layer, "shrink")
-    E, groups = experts.num_experts, num_groups(router.config)
+    if isinstance(layer, AdoptedMoE):
+        raise ValueError(f"an adopted {type(layer).__name__} has experts of one kind: constants have no place in it")
+    E, groups = experts.num_experts, num_groups(router)
     if groups > 1:
         raise ValueError(f"router {router.config.source()} sees {groups} groups of experts: constants would mix them")
     if isinstance(layer, PatchMoE):
         raise ValueError("experts on patches cannot stand beside constants: Mixed has experts of rows")
     gone = [e for e in range(E) if e not in kept]
     if not gone:
-        return _Change(layer, lambda: experts, [], E)
+        return partial(_carry_out, layer, lambda: experts, [], E)
 
     def mixed() -> Experts:
         like = next(experts.parameters(), mean_ED.float())
@@ -309,7 +314,7 @@ def _with_constants(layer: MoE, kept: tuple[int, ...], mean_ED: Tensor) -> _Chan
         return made
 
     other = router.config.build(width_of(layer), E + 1, router.capacity)
-    return _Change(layer, mixed, reseated(router, other, _picked([*kept, *gone])), E)
+    return partial(_carry_out, layer, mixed, reseated(router, other, _picked([*kept, *gone])), E)
 
 
 def _picked(index: Sequence[int]) -> Picked:

@@ -1,0 +1,114 @@
+"""Adopted blocks with fewer experts: their tensors, their counts, and the model's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from .parts import AdoptedExperts, AdoptedMoE
+
+Rows = Callable[[Tensor], Tensor]
+"""Takes a tensor whose first axis counts the experts to one with the new rows."""
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Names under which modules and configurations of transformers have the number of routed experts."""
+TOP_KS = ("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k")
+
+
+def shrinking(layer: AdoptedMoE, num_experts: int, rows: Rows) -> Callable[[], None]:
+    """Check that an adopted block can have other experts, made of those that it has, and return what does it.
+
+    Args:
+        layer: the block.
+        num_experts: their number.
+        rows: makes each stacked tensor of theirs, and the router's rows.
+
+    Raises:
+        ValueError: a token takes more experts than would be left, but for one expert, which every token takes; or the
+            router's tensors have no row for each expert; or JetMoE, whose attention has as many experts.
+    """
+    E, K = layer.num_experts, int(layer.pairs_per_token)
+    if num_experts < K and num_experts != 1:
+        raise ValueError(f"a token takes {K} experts, and {num_experts} would be left")
+    if layer.layout.way == "sorted":
+        raise ValueError(
+            f"{type(layer).__name__}: its configuration has one number for these experts and for those of attention"
+        )
+    seats = list(_seats(layer, E))
+    if not any(name == "weight" for _, name, _ in seats):
+        raise ValueError(f"the router of {type(layer).__name__} has no row for each of the {E} experts")
+
+    def carry_out() -> None:
+        _restack(layer.experts, num_experts, rows)
+        for module, name, axis in seats:
+            _set(module, name, rows(getattr(module, name).detach().movedim(axis, 0)).movedim(0, axis).contiguous())
+        for module in layer.modules():
+            for name in COUNTS:
+                if module.__dict__.get(name) == E:
+                    module.__dict__[name] = num_experts
+            if num_experts == 1:
+                for name in TOP_KS:
+                    if isinstance(module.__dict__.get(name), int):
+                        module.__dict__[name] = 1
+        if num_experts == 1:
+            layer.__dict__["pairs_per_token"] = 1.0
+
+    return carry_out
+
+
+def set_counts(model: nn.Module, num_experts: int) -> None:
+    """Write the number of experts of adopted blocks to the model's configuration, which a saved folder has.
+
+    Raises:
+        ValueError: the configuration has no number of experts.
+    """
+    config: Any = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    places = [own for own in (text, getattr(text, "ffn_config", None)) if own is not None]
+    found = [(own, name) for own in places for name in COUNTS if isinstance(getattr(own, name, None), int)]
+    if not found:
+        raise ValueError(f"the configuration of {type(model).__name__} has no number of experts")
+    for own, name in found:
+        setattr(own, name, num_experts)
+    for own in places:
+        for name in TOP_KS:
+            if num_experts == 1 and isinstance(getattr(own, name, None), int):
+                setattr(own, name, 1)
+
+
+def _seats(layer: AdoptedMoE, E: int) -> Iterator[tuple[nn.Module, str, int]]:
+    """Yield the tensors of the router and of the block itself with an axis for the experts, and that axis."""
+    for module in (*layer.router.modules(), layer):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and E in tensor.shape and not (module is layer and name == "bias"):
+                yield module, name, tensor.shape.index(E)
+
+
+def _restack(experts: AdoptedExperts, num_experts: int, rows: Rows) -> None:
+    layout = experts.layout
+    if experts.one_each():
+        paths = [name for name, _ in experts.one_each()[0].named_parameters()]
+        stacked = {path: rows(experts.stacked(path).detach()) for path in paths}
+        for name in [n for n in experts._modules if n.startswith("expert_")][num_experts:]:
+            del experts._modules[name]
+        experts.__dict__["storage"].clear()
+        for e, expert in enumerate(experts.one_each()):
+            for path in paths:
+                parent, _, leaf = path.rpartition(".")
+                _set(expert.get_submodule(parent), leaf, stacked[path][e].clone())
+        experts.__dict__["num_experts"] = num_experts
+        return
+    owner = experts if layout.experts else experts.__dict__["block"][0]
+    paths = (layout.up, layout.gate, layout.down, layout.up_bias, layout.down_bias)
+    for path in filter(None, paths):
+        parent, _, leaf = path.rpartition(".")
+        value = rows(experts.stacked(path).detach())
+        _set(owner.get_submodule(parent), leaf, value.flatten(0, 1) if layout.flat else value)
+    experts.__dict__["num_experts"] = num_experts
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    old = getattr(module, name)
+    is_parameter = isinstance(old, nn.Parameter)
+    setattr(module, name, nn.Parameter(value, requires_grad=old.requires_grad) if is_parameter else value)
