@@ -59,7 +59,7 @@ class AdoptedRouter(Adopted, Router):
     def expert_bias(self) -> Tensor | None:  # type: ignore[override]
         """The tensor that is added to the scores for the choice, (E,) or (1, E)."""
         try:
-            bias: Tensor = attrgetter(self.layout.bias)(self.__dict__["block"][0]) if self.layout.bias else None
+            bias: Tensor | None = attrgetter(self.layout.bias)(self.__dict__["block"][0]) if self.layout.bias else None
         except AttributeError:
             return None  # the model's options leave it out
         return bias

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .parts import AdoptedExperts, AdoptedMoE
+from .parts import AdoptedMoE
 
 Rows = Callable[[Tensor], Tensor]
 """Takes a tensor whose first axis counts the experts to one with the new rows."""
@@ -85,7 +85,7 @@ def _seats(layer: AdoptedMoE, E: int) -> Iterator[tuple[nn.Module, str, int]]:
                 yield module, name, tensor.shape.index(E)
 
 
-def _restack(experts: AdoptedExperts, num_experts: int, rows: Rows) -> None:
+def _restack(experts: Any, num_experts: int, rows: Rows) -> None:
     layout = experts.layout
     if experts.one_each():
         paths = [name for name, _ in experts.one_each()[0].named_parameters()]
@@ -100,8 +100,7 @@ def _restack(experts: AdoptedExperts, num_experts: int, rows: Rows) -> None:
         experts.__dict__["num_experts"] = num_experts
         return
     owner = experts if layout.experts else experts.__dict__["block"][0]
-    paths = (layout.up, layout.gate, layout.down, layout.up_bias, layout.down_bias)
-    for path in filter(None, paths):
+    for path in filter(None, (layout.up, layout.gate, layout.down, layout.up_bias, layout.down_bias)):
         parent, _, leaf = path.rpartition(".")
         value = rows(experts.stacked(path).detach())
         _set(owner.get_submodule(parent), leaf, value.flatten(0, 1) if layout.flat else value)
