@@ -11,6 +11,7 @@ A *routed pair* is one (token, expert) choice. A pair that is not computed (its 
 its second expert was left out) keeps its row with the expert id ``E``: it sorts last, past the last offset.
 """
 
+from .choices import Choices
 from .evidence import Evidence
 from .groups import TokenGroups
 from .routing import Decision, DenseRouting, Loads, MergeRouting, Routing, RoutingContext, SlotRouting
@@ -19,6 +20,7 @@ from .spans import span
 from .tape import Entry, Tape, device_of_ranks, record, several_ranks, sum_over_ranks, unwrapped_modules
 
 __all__ = [
+    "Choices",
     "DenseRouting",
     "Entry",
     "Evidence",

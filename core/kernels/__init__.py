@@ -48,6 +48,7 @@ from .eager import (
     outside_autocast,
 )
 from .fallback import warn_once
+from .given import given_gate
 from .grouped import expert_of_rows
 from .low_rank import AdaptedWeight, ThroughQuantized
 from .quantized import QuantizedWeight, Weight, dequantize, quantize
@@ -159,7 +160,10 @@ def _learns(*inputs: Tensor | None) -> bool:
 
 
 def topk_gate(logits_TE: Tensor, top_k: int, *, backend: str = "auto", **options: Any) -> TopK:
-    """Run the backend's ``topk_gate``; see ``eager.topk_gate``."""
+    """Run the backend's ``topk_gate``; see ``eager.topk_gate``. Inside ``core.replay`` the choice is given."""
+    given = given_gate(logits_TE, top_k, **options)
+    if given is not None:
+        return given
     kernels = BACKENDS[resolve_backend(backend, logits_TE.device, logits_TE.dtype)]
     best: TopK = kernels.topk_gate(logits_TE, top_k, **options)
     return best

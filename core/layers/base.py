@@ -152,6 +152,9 @@ class MoELayer(nn.Module):
             shared_gate_T: float32 (T,), the gate of each token.
             terms: names of the balance terms that apply; None: the router's and the layer's own.
         """
+        given = self.__dict__.get("_given")
+        if given is not None:
+            given.check(routing)
         if not self._tapes:
             if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._count_unrecorded()

@@ -49,7 +49,7 @@ def page() -> str:
     lines = [
         "# Configurations",
         "",
-        "A run takes one file of an app, and any number of [overlays](../how_to/overlay_configurations.md). Each",
+        "A run takes one file of an app, and any number of [overlays](../start/commands.md). Each",
         "file's header has commands, data, model, time and score. `packaging/site/configs_page.py` writes this page.",
     ]
     for folder, heading in _FOLDERS.items():

@@ -228,3 +228,33 @@ def test_what_cannot_be_pruned():
     net = core.adopt(model("JetMoe").eval())
     with pytest.raises(ValueError, match="one number for these experts and for those of attention"):
         core.prune_experts(net, core.expert_statistics(net, [None], run), keep=2)
+
+
+@pytest.mark.parametrize("name", [*families.FAMILIES, *families.TWO_SIDED])
+def test_recorded_choices_are_replayed(name, monkeypatch):
+    plain = made(name).eval()
+    patch_nllb(name, plain, monkeypatch)
+    for module in plain.modules():
+        if hasattr(module, "expert_capacity"):
+            module.expert_capacity = 64  # of Switch
+    server, net = core.adopt(copy.deepcopy(plain)), core.adopt(copy.deepcopy(plain))
+    with core.record(server) as tape:
+        expected = logits(server)
+    with torch.no_grad():
+        for layer in core.moe_layers(net).values():
+            for p in layer.router.parameters():
+                p.copy_(p.flip(0))
+    assert error(logits(net), expected) > 1e-2
+    if name == "Phimoe":
+        with pytest.raises(ValueError, match="does not choose by top-k of 4 experts"), core.replay(net, tape):
+            logits(net)
+        return
+    with core.replay(net, tape), core.record(net) as again:
+        logits(net).sum().backward()
+    for entry, other in zip(again.entries, tape.entries, strict=True):
+        real = (MASK.flatten() > 0).repeat_interleave(entry.routing.top_k)
+        assert torch.equal(entry.routing.expert_ids_N[real], other.routing.expert_ids_N[real])
+    for layer in core.moe_layers(net).values():
+        assert any(p.grad is not None and float(p.grad.abs().max()) > 0 for p in layer.router.parameters())
+    with core.replay(server, tape):
+        assert error(logits(server)[MASK > 0], expected[MASK > 0]) < 1e-6
