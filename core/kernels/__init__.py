@@ -48,7 +48,7 @@ from .eager import (
     outside_autocast,
 )
 from .fallback import warn_once
-from .given import given_gate
+from .given import choosing, given_gate
 from .grouped import expert_of_rows
 from .low_rank import AdaptedWeight, ThroughQuantized
 from .quantized import QuantizedWeight, Weight, dequantize, quantize
@@ -273,6 +273,7 @@ __all__ = [
     "best_keys",
     "check_backend",
     "check_devices",
+    "choosing",
     "combine",
     "count_experts",
     "dequantize",

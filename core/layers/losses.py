@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -32,12 +32,12 @@ class AuxLosses:
     terms: dict[str, Tensor]
 
 
-def aux_loss(tape: Tape, group: dist.ProcessGroup | None = None) -> Tensor:
+def aux_loss(tape: Tape, group: dist.ProcessGroup | None = None, step: Sequence[Tape] = ()) -> Tensor:
     """Return the weighted balance losses of all recorded passes, to be added to the task's loss. See ``aux_losses``."""
-    return aux_losses(tape, group).total
+    return aux_losses(tape, group, step).total
 
 
-def aux_losses(tape: Tape, group: dist.ProcessGroup | None = None) -> AuxLosses:
+def aux_losses(tape: Tape, group: dist.ProcessGroup | None = None, step: Sequence[Tape] = ()) -> AuxLosses:
     """Return the weighted sum and the unweighted terms of the balance losses of all recorded passes.
 
     Statistics cover the tokens of all ranks, in one collective for all layers, unless a layer's ``scope`` is "rank";
@@ -48,10 +48,13 @@ def aux_losses(tape: Tape, group: dist.ProcessGroup | None = None) -> AuxLosses:
         tape: the passes.
         group: the ranks that have the same layers and other tokens, over which gradients are averaged: under pipeline
             or tensor parallelism the data-parallel ones. None: all.
+        step: tapes of all micro-batches of an optimizer step, this one's among them, as a first forward without
+            gradients has recorded them. The losses are then those of the whole step, as if it were one batch, and the
+            gradients of its micro-batches add up to that batch's: add each loss undivided. It costs that forward.
 
     Raises:
         ValueError: a pass had no context field that one of its terms reads, or one of another form; or the tape has
-            only the loads; or ``tape`` is not a tape.
+            only the loads; or ``tape`` is not a tape; or a tape of ``step`` lacks a pass.
         RuntimeError: a pass ran without gradients although its router trains, as under reentrant checkpointing; or the
             ranks recorded passes of different layers, which all of them raise.
     """
@@ -76,6 +79,8 @@ def aux_losses(tape: Tape, group: dist.ProcessGroup | None = None) -> AuxLosses:
         if wanted:
             entries.append((entry, wanted))
             sums.append(balance_sums(entry.routing, wanted, entry.balance, entry.context, entry.shared_gate_T))
+    if step:
+        sums = _over_step(entries, sums, step)
     shared = [i for i, (entry, _) in enumerate(entries) if entry.balance.scope == "global"]
     # By name: ranks may run their layers in different orders.
     shared.sort(key=lambda i: entries[i][0].name)
@@ -104,6 +109,26 @@ def aux_losses(tape: Tape, group: dist.ProcessGroup | None = None) -> AuxLosses:
     if total is None:  # nothing to balance, or only a load term, in evaluation
         return AuxLosses(torch.zeros(()), {})
     return AuxLosses(total, {name: torch.stack(values).mean() for name, values in seen.items()})
+
+
+def _over_step(
+    entries: list[tuple[Entry, frozenset[str]]], sums: list[dict[str, Tensor]], step: Sequence[Tape]
+) -> list[dict[str, Tensor]]:
+    """Return the sums of all micro-batches, with the gradient of this one's: pass by pass of each layer."""
+    passes: Counter[str] = Counter()
+    added = []
+    for (entry, wanted), own in zip(entries, sums, strict=True):
+        number, passes[entry.name] = passes[entry.name], passes[entry.name] + 1
+        total = {name: torch.zeros_like(t) for name, t in own.items()}
+        for tape in step:
+            same = [other for other in tape.entries if other.name == entry.name]
+            if len(same) <= number:
+                raise ValueError(f"a micro-batch of the step has no pass {number + 1} of layer {entry.name!r}")
+            of = same[number]
+            for name, t in balance_sums(of.routing, wanted, of.balance, of.context, of.shared_gate_T).items():
+                total[name] += t.detach()
+        added.append({name: total[name] + (t - t.detach()) for name, t in own.items()})
+    return added
 
 
 def _all_reduce(

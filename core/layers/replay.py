@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import Choices, Routing, Tape, unwrapped_modules
-from ..kernels.given import choosing
+from ..kernels import choosing
 from ..torch_internals import in_backward
 from .base import MoELayer
 
