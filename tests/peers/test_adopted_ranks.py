@@ -1,0 +1,68 @@
+"""Adopted experts split over two ranks, against one process with both ranks' tokens."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_adopted_tools import IDS, error, model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from two_ranks import on_two_ranks
+
+import core
+from core.parallel import shard_experts
+from core.parallel.parts import whole_of
+
+FAMILIES = ["Mixtral", "GptOss", "DeepseekV3", "Llama4", "Olmoe"]
+X = torch.cat([IDS[:1], IDS[:1].flip(1)])
+
+
+def outcome(net, ids):
+    logits = net(input_ids=ids).logits
+    logits.float().square().sum().backward()
+    return logits.detach(), {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def on_ranks(rank):
+    found = {}
+    for name in FAMILIES:
+        net = core.adopt(copy.deepcopy(model(name))).eval()
+        places = shard_experts(net, init_device_mesh("cpu", (2,)))
+        logits, grads = outcome(net, X[rank : rank + 1])
+        whole = {}
+        for key, grad in grads.items():
+            if isinstance(grad, DTensor):
+                whole[key] = whole_of(grad)
+            else:
+                whole[key] = grad.clone()
+                dist.all_reduce(whole[key])
+        held = {n: tuple(p.to_local().shape) for n, p in net.named_parameters() if isinstance(p, DTensor)}
+        state = {key: whole_of(t) for key, t in net.state_dict().items()}
+        found[name] = (places, logits, whole, held, state)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return on_two_ranks(on_ranks, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_ranks_compute_as_one_process(name, ranks):
+    net = core.adopt(model(name)).eval()
+    names = list(net.state_dict())
+    logits, grads = outcome(net, X)
+    found = [rank[name] for rank in ranks]
+    E = next(iter(core.moe_layers(net).values())).num_experts
+    assert set(found[0][0].values()) == {f"{E // 2} of {E} experts on each of 2 ranks"}
+    assert error(torch.cat([own[1] for own in found]), logits) < 1e-5
+    for key, grad in grads.items():
+        assert error(found[0][2][key], grad) < 1e-5 or float(grad.abs().max()) < 1e-8, key
+    assert found[0][3]
+    assert all(shape[0] == E // 2 for shape in found[0][3].values())
+    assert list(found[0][4]) == names  # what is saved is whole
+    for key, tensor in net.state_dict().items():
+        assert torch.equal(found[1][4][key], tensor), key
